@@ -1,0 +1,213 @@
+// The thin binding: arrays in, arrays out, the interpreter's lock released while a step runs.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <cstring>
+#include <map>
+#include <optional>
+
+#include "executable.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace intaglio {
+namespace {
+
+using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
+
+#if defined(INTAGLIO_HAVE_AVX2)
+bool cpu_has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+#endif
+#if defined(INTAGLIO_HAVE_AVX512)
+bool cpu_has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+}
+#endif
+
+// The instruction sets this build has and this machine runs, best first.
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+#if defined(INTAGLIO_HAVE_AVX512)
+  if (cpu_has_avx512()) names.push_back("avx512");
+#endif
+#if defined(INTAGLIO_HAVE_AVX2)
+  if (cpu_has_avx2()) names.push_back("avx2");
+#endif
+  names.push_back("scalar");
+  return names;
+}
+
+const Kernels* kernels_of(const std::string& isa) {
+  for (const std::string& name : isas())
+    if (name == isa) {
+#if defined(INTAGLIO_HAVE_AVX512)
+      if (isa == "avx512") return kernels_avx512();
+#endif
+#if defined(INTAGLIO_HAVE_AVX2)
+      if (isa == "avx2") return kernels_avx2();
+#endif
+      return kernels_scalar();
+    }
+  throw std::invalid_argument("instruction set '" + isa + "' is not to be had on this machine");
+}
+
+template <class T>
+T lookup(const std::map<std::string, T>& table, const std::string& name, const char* what) {
+  auto at = table.find(name);
+  if (at == table.end()) throw std::invalid_argument(std::string("unknown ") + what + " '" + name + "'");
+  return at->second;
+}
+
+const std::map<std::string, Fmt> kFormats = {
+    {"f32", Fmt::F32}, {"f16", Fmt::F16}, {"bf16", Fmt::BF16}, {"int8", Fmt::I8}, {"int4", Fmt::I4}};
+const std::map<std::string, Source> kSources = {{"f32", Source::F32}, {"f16", Source::F16}, {"bf16", Source::BF16}};
+const std::map<std::string, Kind> kKinds = {
+    {"embed", Kind::Embed}, {"select", Kind::Select}, {"norm", Kind::Norm}, {"linear", Kind::Linear}, {"rope", Kind::Rope},
+    {"kv_write", Kind::KvWrite}, {"attend", Kind::Attend}, {"map", Kind::Map}, {"sample", Kind::Sample}};
+
+// Rows arrive as bytes: NumPy has no bfloat16 of its own.
+void fill(PackedWeight& self, nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> bytes,
+          const std::string& type, int64_t first, int64_t count, int threads) {
+  Source source = lookup(kSources, type, "source type");
+  int64_t wanted = count * self.w.k * (source == Source::F32 ? 4 : 2);
+  if (int64_t(bytes.size()) != wanted) throw std::invalid_argument("rows are not [count, k] of their type");
+  const void* p = bytes.data();
+  nb::gil_scoped_release unlocked;
+  self.fill(p, source, first, count, threads);
+}
+
+void unpack(const PackedWeight& self, int64_t row, Floats out) {
+  if (row < 0 || row >= self.w.n || int64_t(out.size()) != self.w.k) throw std::invalid_argument("row outside the weight");
+  unpack_row(self.w, row, out.data());
+}
+
+void step(Executable& self, Ints tokens, Ints positions, Ints slots, Ints first_row, Ints q_len, Ints context_len,
+          Ints block_table, Ints rows, Floats sampling, nb::ndarray<const uint64_t, nb::c_contig, nb::device::cpu> seeds,
+          const std::vector<std::tuple<int, int, Floats>>& taps, std::optional<nb::ndarray<double, nb::c_contig>> seconds) {
+  const int64_t r = int64_t(rows.size());
+  if (int64_t(sampling.size()) != 4 * r || int64_t(seeds.size()) != r) throw std::invalid_argument("one sampling row a wanted row");
+  std::vector<Draw> draws;
+  for (int64_t i = 0; i < r; i++) {
+    const float* p = sampling.data() + 4 * i;
+    draws.push_back({p[0], p[1], p[2], int32_t(p[3]), seeds.data()[i], positions.data()[rows.data()[i]] + int64_t(1)});
+  }
+  StepInputs in{tokens.data(), positions.data(), slots.data(), first_row.data(), q_len.data(), context_len.data(),
+                block_table.data(), rows.data(), int64_t(tokens.size()), int64_t(first_row.size()), r,
+                int64_t(block_table.shape(1)), draws.data()};
+  std::vector<Tap> wanted;
+  for (auto& [op, tensor, out] : taps) wanted.push_back({op, tensor, out.data()});
+  double* times = seconds ? seconds->data() : nullptr;
+  nb::gil_scoped_release unlocked;
+  self.step(in, wanted, times);
+}
+
+// Best bytes/s of a streaming read over `megabytes` split among threads; `runs` passes.
+double read_bandwidth(int threads, int megabytes, int runs, const std::string& isa) {
+  const Kernels* kernels = kernels_of(isa);
+  Memory memory(int64_t(megabytes) << 20);
+  std::memset(memory.data(), 1, size_t(memory.size()));
+  Team team(threads);
+  std::vector<float> sums(size_t(threads) * 16);
+  double best = 0;
+  nb::gil_scoped_release unlocked;
+  for (int i = 0; i < runs; i++) {
+    auto start = std::chrono::steady_clock::now();
+    team.run([&](int id) {
+      int64_t n = memory.size() / 4 / threads / 1024 * 1024;
+      sums[size_t(id) * 16] = kernels->read_stream((const float*)memory.data() + id * n, n);
+    });
+    std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    best = std::max(best, double(memory.size()) / took.count());
+  }
+  return best;
+}
+
+// Best FLOP/s of the linear kernel on operands that stay in cache: the matrix peak that a real product can approach.
+double matrix_peak(int threads, const std::string& format, int group, int runs, const std::string& isa) {
+  const Kernels* kernels = kernels_of(isa);
+  constexpr int64_t rows = 96, depth = 1024, repeats = 24;
+  Fmt fmt = lookup(kFormats, format, "format");
+  Team team(threads);
+  double best = 0;
+  nb::gil_scoped_release unlocked;
+  std::vector<std::unique_ptr<PackedWeight>> weights;
+  std::vector<std::vector<float>> memory;
+  for (int i = 0; i < threads; i++) {
+    weights.push_back(std::make_unique<PackedWeight>(fmt, kUnit, depth, group, false));
+    memory.emplace_back(rows * depth * 2 + kRows * kUnit + rows * kUnit, 0.0f);
+  }
+  for (int i = 0; i < runs; i++) {
+    auto start = std::chrono::steady_clock::now();
+    team.run([&](int id) {
+      float* x = memory[size_t(id)].data();
+      float* tile = x + rows * depth * 2;
+      Rows prepared{x, x + rows * depth, (int32_t*)(x + rows * depth + rows * 32), depth, group ? depth / group : 0};
+      LinearArgs a{&weights[size_t(id)]->w, prepared, true, rows, tile + kRows * kUnit, kUnit, nullptr, nullptr, 0, 1.0f, Act::None};
+      for (int j = 0; j < repeats; j++) kernels->linear_unit(a, 0, rows, 0, tile);
+    });
+    std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    best = std::max(best, 2.0 * rows * depth * kUnit * repeats * threads / took.count());
+  }
+  return best;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("isas", &isas);
+  m.def("read_bandwidth", &read_bandwidth, "threads"_a, "megabytes"_a = 512, "runs"_a = 5, "isa"_a = isas().front());
+  m.def("matrix_peak", &matrix_peak, "threads"_a, "format"_a, "group"_a = 0, "runs"_a = 20, "isa"_a = isas().front());
+  nb::class_<PackedWeight>(m, "Weight")
+      .def("__init__", [](PackedWeight* self, const std::string& format, int64_t n, int64_t k, int64_t group, bool glu) {
+             new (self) PackedWeight(lookup(kFormats, format, "format"), n, k, group, glu);
+           }, "format"_a, "n"_a, "k"_a, "group"_a, "glu"_a)
+      .def("fill", &fill)
+      .def("unpack", &unpack)
+      .def_prop_ro("nbytes", [](const PackedWeight& w) { return w.memory.size(); });
+  nb::class_<Executable>(m, "Executable")
+      .def("__init__", [](Executable* self, const std::string& isa, int threads, int page) {
+             new (self) Executable(kernels_of(isa), threads, page);
+           }, "isa"_a, "threads"_a, "page"_a)
+      .def("buffer", [](Executable& e, int64_t row_bytes, bool sampled) {
+             return e.add_buffer(row_bytes, sampled ? Extent::R : Extent::T);
+           })
+      .def("columns", [](Executable& e, int buffer, int64_t cols, int64_t ld, int64_t column) {
+             Tensor t;
+             t.buffer = buffer, t.cols = cols, t.ld = ld, t.column = column;
+             return e.add_tensor(std::move(t));
+           })
+      .def("vector", [](Executable& e, Floats values) {
+             Tensor t;
+             t.vector.assign(values.data(), values.data() + values.size());
+             return e.add_tensor(std::move(t));
+           })
+      .def("weight", [](Executable& e, std::shared_ptr<PackedWeight> w) {
+             Tensor t;
+             t.weight = std::move(w);
+             return e.add_tensor(std::move(t));
+           })
+      .def("cache", [](Executable& e, int64_t pages, int heads, int head_dim, bool bf16, bool keys) {
+             return e.add_tensor(e.make_cache(pages, heads, head_dim, bf16, keys));
+           })
+      .def("op", [](Executable& e, const std::string& kind, std::vector<int> tensors, std::vector<int64_t> ints,
+                    std::vector<double> floats, std::vector<int32_t> code, std::vector<float> numbers) {
+             e.add_op({lookup(kKinds, kind, "op"), std::move(tensors), std::move(ints), std::move(floats), std::move(code),
+                       std::move(numbers)});
+           }, "kind"_a, "tensors"_a, "ints"_a, "floats"_a, "code"_a, "numbers"_a)
+      .def("step", &step, "tokens"_a, "positions"_a, "slots"_a, "first_row"_a, "q_len"_a, "context_len"_a, "block_table"_a,
+           "rows"_a, "sampling"_a, "seeds"_a, "taps"_a, "seconds"_a.none())
+      .def("copy_out", [](const Executable& e, int tensor, int64_t rows, nb::ndarray<nb::c_contig, nb::device::cpu> out) {
+             e.copy_out(tensor, rows, out.data());
+           });
+}
+
+}  // namespace intaglio

@@ -1,0 +1,134 @@
+// A Program made native: a list of ops over a table of tensors, run whole by a team of threads in one call.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pack.h"
+#include "threads.h"
+
+namespace intaglio {
+
+// A weight image and the memory it stands in; shared by executables.
+struct PackedWeight {
+  Weight w;
+  Memory memory;
+  PackedWeight(Fmt fmt, int64_t n, int64_t k, int64_t group, bool glu);
+  void fill(const void* rows, Source type, int64_t first, int64_t count, int threads);
+};
+
+enum class Kind : int { Embed, Select, Norm, Linear, Rope, KvWrite, Attend, Map, Sample };
+enum class Extent : int { T, R };  // how many rows a buffer has in a step
+
+struct Buffer {
+  int64_t row_bytes;
+  Extent rows;
+  int64_t offset;  // into the arena, set each step
+};
+
+struct Tensor {  // exactly one of: a range of a buffer's columns, a vector, a weight, a cache, an input
+  int buffer = -1;
+  int64_t cols = 0, ld = 0, column = 0;
+  std::vector<float> vector;
+  std::shared_ptr<PackedWeight> weight;
+  std::unique_ptr<Memory> cache;
+  bool bf16 = false;
+  int heads = 0, head_dim = 0, stride = 0;
+
+};
+
+struct Op {
+  Kind kind;
+  std::vector<int> tensors;  // operands then results, in the order run() reads them; -1: none
+  std::vector<int64_t> ints;
+  std::vector<double> floats;
+  std::vector<int32_t> code;    // map
+  std::vector<float> numbers;   // map
+  int table = -1, plan = -1;    // rope, attend
+};
+
+struct StepInputs {
+  const int32_t *tokens, *positions, *slots, *first_row, *q_len, *context_len, *block_table, *rows;
+  int64_t t, s, r, table_width;
+  const Draw* draws;
+};
+
+struct Tap {
+  int op, tensor;
+  float* out;
+};
+
+class Executable {
+ public:
+  Executable(const Kernels* kernels, int threads, int page) : kernels_(kernels), team_(threads), page_(page) {}
+
+  int add_buffer(int64_t row_bytes, Extent rows);
+  int add_tensor(Tensor t);
+  void add_op(Op op);
+  // Runs one step; results are read from buffers afterwards by copy_out(). `seconds`, if not null, gets one a op.
+  void step(const StepInputs& in, const std::vector<Tap>& taps, double* seconds);
+  void copy_out(int tensor, int64_t rows, void* out) const;
+  Tensor make_cache(int64_t pages, int heads, int head_dim, bool bf16, bool keys) const;
+
+ private:
+  struct Thread;
+  struct RopeTable {
+    int frequencies;
+    float factor;
+    std::vector<float> cosines, sines;  // [T, pairs]
+  };
+  struct Task {
+    int seq, token, tokens, kv_head, first_split, end_split;
+    int64_t partial;  // where its one split's result goes, or -1: merge and store at once
+  };
+  struct Merge {
+    int seq, kv_head, splits;
+    int64_t partial;
+  };
+  struct AttendPlan {
+    int kv_heads, share, v_stride, window;
+    std::vector<Task> tasks;
+    std::vector<Merge> merges;
+    int64_t partials;
+  };
+
+  void plan_step();
+  void plan_attend(AttendPlan& p);
+  int64_t rows_of(const Tensor& t) const;
+  float* rows_at(int tensor) const;
+  const float* vector_at(int tensor) const;
+
+  template <class Fn>
+  void each(Thread& me, int64_t n, int64_t chunk, Fn f);
+  template <class Fn>
+  void each_row(Thread& me, int64_t n, Fn f);
+  void fill_tables(Thread& me);
+  void run(Thread& me, const Op& op);
+  void embed(Thread& me, const Op& op);
+  void select(Thread& me, const Op& op);
+  void norm(Thread& me, const Op& op);
+  void linear(Thread& me, const Op& op);
+  void rope(Thread& me, const Op& op);
+  void kv_write(Thread& me, const Op& op);
+  void attend(Thread& me, const Op& op);
+  void map(Thread& me, const Op& op);
+  void sample(Thread& me, const Op& op);
+  AttendArgs attend_args(const Op& op) const;
+  Query query(const Task& t) const;
+
+  const Kernels* kernels_;
+  Team team_;
+  int page_;
+  std::vector<Buffer> buffers_;
+  std::vector<Tensor> tensors_;
+  std::vector<Op> ops_;
+  std::vector<RopeTable> tables_;
+  std::vector<AttendPlan> plans_;
+  StepInputs in_{};
+  Memory arena_, prepared_, scratch_, partials_;
+  int64_t scratch_stride_ = 0, private_x_ = 0;
+  std::vector<std::atomic<int64_t>> counters_;
+};
+
+}  // namespace intaglio

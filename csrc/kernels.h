@@ -1,0 +1,126 @@
+// What the kernels take and do, whatever instruction set they were compiled for.
+#pragma once
+#include <cstdint>
+
+namespace intaglio {
+
+enum class Fmt : int { F32, F16, BF16, I8, I4 };
+enum class Act : int { None, Silu, Gelu, GeluTanh, Relu, Relu2, Sigmoid, Tanh, Exp };
+
+constexpr float kTiny = 0x1p-120f;  // formats.TINY: groups below it are zeros, for 1 / scale would overflow
+
+constexpr int kPanel = 32;     // columns of a packed panel: two 512-bit vectors
+constexpr int kUnit = 64;      // columns a kernel computes at once: two panels
+constexpr int kRows = 512;     // rows of a result tile held per thread
+constexpr int kSplit = 512;    // positions of K/V whose softmax is taken as one; splits are merged in ascending order
+constexpr int kTaskRows = 32;     // query rows (tokens x heads of a group) an attention task aims at
+constexpr int kMaxTaskRows = 256; // and what one token's heads may come to
+
+// A weight [n, k] packed into panels of 32 rows, K ascending inside a panel:
+//   F32 [k][32]   F16 [k][32]   BF16 [k/2][32][2]
+//   I8 per group of K: 32 scales (bf16), then [group/4][32][4] codes + 128
+//   I4 per group of K: 32 scales (bf16), then [group/4][64] bytes, byte b: code + 8 of row b/4 low, of row 16 + b/4 high
+// With glu, panels alternate between the gate half and the up half.
+struct Weight {
+  Fmt fmt;
+  int64_t n, k, group;
+  bool glu;
+  int64_t padded_k, panels, panel_bytes;
+  uint8_t* data;
+
+  int64_t half() const { return glu ? n / 2 : n; }
+  int64_t panel_of(int64_t row) const {
+    return !glu ? row / kPanel : row < n / 2 ? row / kPanel * 2 : (row - n / 2) / kPanel * 2 + 1;
+  }
+  int64_t lane_of(int64_t row) const { return (glu && row >= n / 2 ? row - n / 2 : row) % kPanel; }
+  int64_t units() const { return (panels + 1) / 2; }
+};
+
+// Rows as a weight's kernel reads them: float, bf16 or int8 values, `padded_k` long, zero beyond k.
+struct Rows {
+  void* values;
+  float* scales;  // int8: [rows, groups]
+  int32_t* sums;  // int8: sum of the codes of each group
+  int64_t stride, groups;
+};
+
+struct LinearArgs {
+  const Weight* w;
+  Rows x;
+  bool x_bf16;
+  int64_t m;
+  float* out;
+  int64_t ld_out;
+  const float *bias, *residual;
+  int64_t ld_residual;
+  float scale;
+  Act act;
+};
+
+struct NormArgs {
+  const float *x, *weight, *bias, *residual;
+  float* out;
+  int64_t ld_x, ld_residual, ld_out, width, group;
+  int kind;  // 0 rms, 1 layer, 2 l2
+  float eps, offset;
+};
+
+// K pages are [pages][kv_heads][head_dim][page], V pages [pages][kv_heads][page][v_stride]; both f32 or bf16.
+struct AttendArgs {
+  const float* q;
+  float* out;
+  int64_t ld_q, ld_out;
+  int heads, kv_heads, head_dim, v_dim, v_stride, page, window;
+  float scale, softcap;
+  bool bf16;
+  const void *k, *v;
+};
+
+struct Query {  // tokens of one sequence at consecutive positions, under one kv head
+  const int32_t* blocks;
+  int64_t first_row, position;
+  int tokens, kv_head;
+};
+
+struct MapArgs {
+  const float* operand[3];
+  int64_t ld[3];
+  float* out;
+  int64_t ld_out, cols;
+  const int32_t* code;  // pairs (step, argument): 0 operand, 1 number, 2 function, 3 + 4 - 5 * 6 /
+  const float* numbers;
+  int64_t steps;
+};
+
+struct Draw {
+  float temperature, top_p, min_p;
+  int32_t top_k;
+  uint64_t seed;
+  int64_t position;
+};
+
+struct Kernels {
+  const char* name;
+  void (*prepare_row)(const Weight& w, bool x_bf16, const float* x, const Rows& to, int64_t row);
+  void (*linear_unit)(const LinearArgs& a, int64_t first_row, int64_t rows, int64_t unit, float* tile);
+  void (*norm_row)(const NormArgs& a, int64_t row);
+  void (*map_row)(const MapArgs& a, int64_t row, float* scratch);
+  // One split of K/V: per query row its maximum, sum and weighted values [v_stride]; scratch is [rows, kSplit].
+  void (*attend_split)(const AttendArgs& a, const Query& q, int64_t split, float* scratch, float* top, float* total, float* acc);
+  // The next split joins the running state, in ascending order of splits.
+  void (*attend_merge)(int64_t rows, int64_t width, float* top, float* total, float* acc, const float* t2, const float* l2, const float* a2);
+  // The largest of n logits; NaN if any is NaN.
+  float (*largest_logit)(const float* x, int64_t n);
+  // p[i] = exp((x[i] - top) / temperature); returns their sum.
+  double (*weigh)(const float* x, int64_t n, float top, float temperature, float* p);
+  float (*read_stream)(const float* p, int64_t n);
+};
+
+// Draws a token from one row of logits, as ops/sample.py's draw(); -1 and NaN if a logit is NaN or none is finite.
+void sample_row(const Kernels& kernels, const float* logits, int64_t n, const Draw& d, int32_t* token, float* logprob);
+
+const Kernels* kernels_scalar();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+
+}  // namespace intaglio

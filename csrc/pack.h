@@ -1,0 +1,35 @@
+// Weights from checkpoint rows into panels. Runs once at load.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "kernels.h"
+
+namespace intaglio {
+
+// Page-aligned memory from the system, zeroed, in huge pages where it can be.
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(int64_t bytes);
+  ~Memory();
+  Memory(Memory&& other) noexcept;
+  Memory& operator=(Memory&& other) noexcept;
+  uint8_t* data() const { return data_; }
+  int64_t size() const { return size_; }
+
+ private:
+  uint8_t* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+enum class Source : int { F32, F16, BF16 };
+
+// An image with room for [n, k]; throws std::invalid_argument for sizes a kernel cannot take.
+Weight weight_layout(Fmt fmt, int64_t n, int64_t k, int64_t group, bool glu);
+// Rows [first, first + count) from row-major values; `panel` selects which panels' rows this call packs (threads).
+void pack_rows(const Weight& w, const void* rows, Source type, int64_t first, int64_t count, int64_t begin_panel, int64_t end_panel);
+// One row back as float32 [k]: an embedding lookup.
+void unpack_row(const Weight& w, int64_t row, float* out);
+
+}  // namespace intaglio

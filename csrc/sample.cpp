@@ -1,0 +1,79 @@
+// Drawing a token from one row of logits; the meaning is ops/sample.py's draw(). Not compiled per instruction set: the
+// standard library's templates must not exist in an AVX version that the linker could pick for everyone.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+
+namespace intaglio {
+
+namespace {
+
+double uniform(uint64_t seed, int64_t position) {  // splitmix64 over (seed, position), in [0, 1)
+  uint64_t z = seed * 0x9E3779B97F4A7C15ull + uint64_t(position + 1) * 0xD1B54A32D192ED03ull;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return double((z ^ (z >> 31)) >> 11) * 0x1p-53;
+}
+
+// Zeroes p outside the top-k and the nucleus. Only candidates that could be in either are sorted.
+void filter(const float* x, int64_t n, const Draw& d, double total, std::vector<float>& p) {
+  int64_t k = d.top_k > 0 ? std::min<int64_t>(d.top_k, n) : n;
+  // Tokens lighter than this weigh less than 1 - top_p together, so none is reached (when top-k leaves them all).
+  float least = k == n ? float((1.0 - double(d.top_p)) * total / double(n)) * 0.5f : -1.0f;
+  std::vector<int32_t> order;
+  for (int64_t i = 0; i < n; i++)
+    if (p[i] >= least) order.push_back(int32_t(i));
+  auto before = [&](int32_t a, int32_t b) { return x[a] > x[b] || (x[a] == x[b] && a < b); };
+  if (k < int64_t(order.size())) {
+    std::nth_element(order.begin(), order.begin() + k, order.end(), before);
+    order.resize(k);
+    total = 0;
+  }
+  std::sort(order.begin(), order.end(), before);
+  if (total == 0)
+    for (int32_t i : order) total += p[i];
+  if (d.top_p < 1) {
+    double mass = 0;
+    size_t kept = 0;
+    while (kept < order.size() && mass < double(d.top_p) * total) mass += p[order[kept++]];
+    order.resize(std::max<size_t>(1, kept));
+  }
+  std::vector<float> only(size_t(n), 0.0f);
+  for (int32_t i : order) only[i] = p[i];
+  p.swap(only);
+}
+
+}  // namespace
+
+void sample_row(const Kernels& kernels, const float* x, int64_t n, const Draw& d, int32_t* token, float* logprob) {
+  float top = kernels.largest_logit(x, n);
+  *token = -1, *logprob = NAN;
+  if (!std::isfinite(top)) return;
+  int64_t chosen = std::find(x, x + n, top) - x;
+  thread_local std::vector<float> p;
+  p.resize(size_t(n));
+  double total = kernels.weigh(x, n, top, 1.0f, p.data());
+  if (d.temperature > 0) {
+    double mass = kernels.weigh(x, n, top, d.temperature, p.data());
+    if (d.top_k > 0 || d.top_p < 1) filter(x, n, d, mass, p);
+    mass = 0;
+    for (float& v : p) {
+      if (v < d.min_p) v = 0;
+      mass += double(v);
+    }
+    double target = uniform(d.seed, d.position) * mass, seen = 0;
+    for (int64_t i = 0; i < n; i++) {
+      seen += double(p[size_t(i)]);
+      if (seen > target) {
+        chosen = i;
+        break;
+      }
+    }
+  }
+  *token = int32_t(chosen);
+  *logprob = float(double(x[chosen]) - double(top) - std::log(total));
+}
+
+}  // namespace intaglio

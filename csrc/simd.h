@@ -1,0 +1,236 @@
+// Vectors of floats and the dot products that weights need, once per instruction set.
+// Included by kernels_isa.cpp only, which is compiled once for each: scalar, AVX2, AVX-512 (with BF16 and VNNI).
+#pragma once
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace intaglio::ISA {
+
+inline float from_bf16(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
+
+inline uint16_t to_bf16(float f) {  // nearest, ties to even; NaN stays NaN
+  uint32_t u = std::bit_cast<uint32_t>(f);
+  if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 0x40);
+  return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+inline float from_f16(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
+  if (exponent == 0) return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(float(fraction) * 0x1p-24f));
+  if (exponent == 31) return std::bit_cast<float>(sign | 0x7f800000 | (fraction << 13));
+  return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (fraction << 13));
+}
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+
+struct F {
+  static constexpr int N = 16;
+  __m512 v;
+};
+struct I {
+  __m512i v;
+};
+inline F set(float x) { return {_mm512_set1_ps(x)}; }
+inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F round(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F if_less(F a, F b, F yes, F no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+}
+inline F power_of_two(F n) {  // 2^n for whole n in -126..127
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
+}
+inline F load_bf16(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
+}
+inline F load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+
+// Pairs of bf16 along K: acc[n] += w[n][0] * x[0] + w[n][1] * x[1].
+inline I load_raw(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline F dot_bf16(F acc, I w, uint32_t pair) {
+  return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi32(int(pair)))};
+}
+inline F even_bf16(I w) { return {_mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16))}; }
+inline F odd_bf16(I w) { return {_mm512_castsi512_ps(_mm512_and_si512(w.v, _mm512_set1_epi32(int(0xffff0000))))}; }
+
+// Quads of bytes along K, weights unsigned: acc[n] += sum_j w[n][j] * x[j], minus what `offset` adds to each weight.
+constexpr int kOffset8 = 128;
+inline I set_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline I dot_u8(I acc, I w, int32_t quad) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(quad))}; }
+inline I dot_u4(I acc, I w, int32_t quad) { return dot_u8(acc, w, quad); }
+inline I low_nibbles(I w) { return {_mm512_and_si512(w.v, _mm512_set1_epi8(15))}; }
+inline I high_nibbles(I w) { return {_mm512_and_si512(_mm512_srli_epi16(w.v, 4), _mm512_set1_epi8(15))}; }
+inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+#elif defined(__AVX2__)
+
+struct F {
+  static constexpr int N = 8;
+  __m256 v;
+};
+struct I {
+  __m256i v;
+};
+inline F set(float x) { return {_mm256_set1_ps(x)}; }
+inline F load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
+inline F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline F min(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline F round(F a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F if_less(F a, F b, F yes, F no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+inline F power_of_two(F n) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
+}
+inline F load_bf16(const uint16_t* p) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
+}
+inline F load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+
+inline I load_raw(const void* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+inline F even_bf16(I w) { return {_mm256_castsi256_ps(_mm256_slli_epi32(w.v, 16))}; }
+inline F odd_bf16(I w) { return {_mm256_castsi256_ps(_mm256_and_si256(w.v, _mm256_set1_epi32(int(0xffff0000))))}; }
+inline F dot_bf16(F acc, I w, uint32_t pair) {
+  F x0 = set(std::bit_cast<float>(pair << 16)), x1 = set(std::bit_cast<float>(pair & 0xffff0000));
+  return fma(odd_bf16(w), x1, fma(even_bf16(w), x0, acc));
+}
+
+constexpr int kOffset8 = 0;  // dot_u8 takes the 128 off itself: |code| <= 127 keeps maddubs below its saturation
+inline I set_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
+inline I dot_u4(I acc, I w, int32_t quad) {
+  __m256i pairs = _mm256_maddubs_epi16(w.v, _mm256_set1_epi32(quad));
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+}
+inline I dot_u8(I acc, I w, int32_t quad) {
+  __m256i code = _mm256_xor_si256(w.v, _mm256_set1_epi8(-128));
+  __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(_mm256_set1_epi32(quad), code));
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+}
+inline I low_nibbles(I w) { return {_mm256_and_si256(w.v, _mm256_set1_epi8(15))}; }
+inline I high_nibbles(I w) { return {_mm256_and_si256(_mm256_srli_epi16(w.v, 4), _mm256_set1_epi8(15))}; }
+inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
+
+#else
+
+#define EACH for (int i = 0; i < F::N; i++)
+struct F {
+  static constexpr int N = 8;
+  float v[N];
+};
+struct I {
+  int32_t v[F::N];
+};
+inline F set(float x) { F r; EACH r.v[i] = x; return r; }
+inline F load(const float* p) { F r; EACH r.v[i] = p[i]; return r; }
+inline void store(float* p, F a) { EACH p[i] = a.v[i]; }
+inline F operator+(F a, F b) { EACH a.v[i] += b.v[i]; return a; }
+inline F operator-(F a, F b) { EACH a.v[i] -= b.v[i]; return a; }
+inline F operator*(F a, F b) { EACH a.v[i] *= b.v[i]; return a; }
+inline F operator/(F a, F b) { EACH a.v[i] /= b.v[i]; return a; }
+inline F fma(F a, F b, F c) { EACH c.v[i] += a.v[i] * b.v[i]; return c; }
+inline F max(F a, F b) { EACH b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return b; }
+inline F min(F a, F b) { EACH b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return b; }
+inline F round(F a) { EACH a.v[i] = std::nearbyintf(a.v[i]); return a; }
+inline F if_less(F a, F b, F yes, F no) { EACH no.v[i] = a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; return no; }
+inline F power_of_two(F n) { EACH n.v[i] = std::bit_cast<float>((int32_t(n.v[i]) + 127) << 23); return n; }
+inline F load_bf16(const uint16_t* p) { F r; EACH r.v[i] = from_bf16(p[i]); return r; }
+inline F load_f16(const uint16_t* p) { F r; EACH r.v[i] = from_f16(p[i]); return r; }
+
+inline I load_raw(const void* p) { I r; std::memcpy(r.v, p, sizeof r.v); return r; }
+inline F even_bf16(I w) { F r; EACH r.v[i] = std::bit_cast<float>(uint32_t(w.v[i]) << 16); return r; }
+inline F odd_bf16(I w) { F r; EACH r.v[i] = std::bit_cast<float>(uint32_t(w.v[i]) & 0xffff0000); return r; }
+inline F dot_bf16(F acc, I w, uint32_t pair) {
+  F x0 = set(std::bit_cast<float>(pair << 16)), x1 = set(std::bit_cast<float>(pair & 0xffff0000));
+  return fma(odd_bf16(w), x1, fma(even_bf16(w), x0, acc));
+}
+
+constexpr int kOffset8 = 128;
+inline I set_int(int32_t x) { I r; EACH r.v[i] = x; return r; }
+inline I dot_u8(I acc, I w, int32_t quad) {
+  for (int j = 0; j < 4; j++) {
+    int32_t x = int8_t(uint32_t(quad) >> (8 * j));
+    EACH acc.v[i] += int32_t((uint32_t(w.v[i]) >> (8 * j)) & 255) * x;
+  }
+  return acc;
+}
+inline I dot_u4(I acc, I w, int32_t quad) { return dot_u8(acc, w, quad); }
+inline I low_nibbles(I w) { EACH w.v[i] = int32_t(uint32_t(w.v[i]) & 0x0f0f0f0f); return w; }
+inline I high_nibbles(I w) { EACH w.v[i] = int32_t((uint32_t(w.v[i]) >> 4) & 0x0f0f0f0f); return w; }
+inline F to_float(I a) { F r; EACH r.v[i] = float(a.v[i]); return r; }
+#undef EACH
+
+#endif
+
+inline float sum(F a) {  // halves folded onto each other: one order everywhere
+  float t[F::N];
+  store(t, a);
+  for (int n = F::N / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) t[i] += t[i + n];
+  return t[0];
+}
+inline float largest(F a) {
+  float t[F::N];
+  store(t, a);
+  for (int i = 1; i < F::N; i++) t[0] = t[i] > t[0] ? t[i] : t[0];
+  return t[0];
+}
+inline F abs(F a) { return max(a, set(0) - a); }
+
+// exp to 2 ulp (Cephes expf): 0 below -87.33, so that a masked score weighs exactly nothing. max and min return their
+// second operand when either is NaN, hence the order: NaN stays NaN.
+inline F exp(F x) {
+  F c = min(set(88.37f), max(set(-87.33f), x));
+  F n = round(c * set(1.44269504f));
+  F r = fma(n, set(-0.693359375f), c);
+  r = fma(n, set(2.12194440e-4f), r);
+  F p = set(1.9875691500e-4f);
+  p = fma(p, r, set(1.3981999507e-3f));
+  p = fma(p, r, set(8.3334519073e-3f));
+  p = fma(p, r, set(4.1665795894e-2f));
+  p = fma(p, r, set(1.6666665459e-1f));
+  p = fma(p, r, set(5.0000001201e-1f));
+  p = fma(p, r * r, r + set(1.0f));
+  return if_less(x, set(-87.33f), set(0), p * power_of_two(n));
+}
+inline F sigmoid(F x) { return set(1) / (set(1) + exp(set(0) - x)); }
+inline F silu(F x) { return x / (set(1) + exp(set(0) - x)); }
+inline F gelu_tanh(F x) {  // x/2 (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+  F u = set(0.7978845608f) * fma(set(0.044715f) * x * x, x, x);
+  return x / (set(1) + exp(set(-2) * u));
+}
+inline F tanh(F x) {  // Cephes tanhf: a polynomial near 0, else 1 - 2 / (exp(2x) + 1)
+  F z = x * x, p = set(-5.70498872745e-3f);
+  p = fma(p, z, set(2.06390887954e-2f));
+  p = fma(p, z, set(-5.37397155531e-2f));
+  p = fma(p, z, set(1.33314422036e-1f));
+  p = fma(p, z, set(-3.33332819422e-1f));
+  F far = set(1) - set(2) / (exp(set(2) * x) + set(1));
+  return if_less(abs(x), set(0.625f), fma(p * z, x, x), far);
+}
+inline F gelu(F x) {
+  float t[F::N];
+  store(t, x);
+  for (int i = 0; i < F::N; i++) t[i] = float(0.5 * double(t[i]) * (1 + std::erf(double(t[i]) * 0.70710678118654752)));
+  return load(t);
+}
+
+}  // namespace intaglio::ISA

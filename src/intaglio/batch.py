@@ -1,0 +1,111 @@
+"""The Batch: what the runtime binds at each step, any mix of prefill chunks and decodes.
+
+Built from Chunks, one a sequence. Knows nothing of programs or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+class BatchError(ValueError):
+    """A batch that contradicts itself."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one row's next token is drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One sequence's share of a step: `tokens` at positions start, start + 1, ..., its K/V in `blocks` (all of them, in
+    order, those of earlier steps included). `rows` are the offsets into `tokens` whose logits are wanted."""
+
+    tokens: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+    rows: Sequence[int] = ()
+    sampling: Sampling = GREEDY
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arrays of one step: T token rows, S sequences, R rows to sample."""
+
+    tokens: np.ndarray  # int32 [T]
+    positions: np.ndarray  # int32 [T]
+    slots: np.ndarray  # int32 [T]: block * block_size + offset, where the token's K/V goes
+    first_row: np.ndarray  # int32 [S]: the sequence's first token row
+    q_len: np.ndarray  # int32 [S]: its token rows in this step
+    context_len: np.ndarray  # int32 [S]: its tokens up to and including this step
+    block_table: np.ndarray  # int32 [S, max blocks], -1 beyond a sequence's blocks
+    rows: np.ndarray  # int32 [R]: token rows whose logits are wanted
+    block_size: int
+    sampling: tuple[Sampling, ...] = field(default=())  # one a row
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The symbolic dims bound by this batch."""
+        return {"T": len(self.tokens), "S": len(self.first_row), "R": len(self.rows)}
+
+
+def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
+    """Lay the chunks out as one Batch. Raises BatchError for an empty chunk, too few blocks or a row out of range."""
+    if not chunks:
+        raise BatchError("a batch needs at least one chunk")
+    width = max(len(c.blocks) for c in chunks)
+    table = np.full((len(chunks), width), -1, np.int32)
+    tokens: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    slots: list[np.ndarray] = []
+    rows: list[int] = []
+    sampling: list[Sampling] = []
+    firsts: list[int] = []
+    first = 0
+    for i, c in enumerate(chunks):
+        n = len(c.tokens)
+        if n == 0:
+            raise BatchError(f"chunk {i} has no tokens")
+        if c.start < 0 or (c.start + n) > len(c.blocks) * block_size:
+            raise BatchError(
+                f"chunk {i}: positions {c.start}..{c.start + n - 1} do not fit "
+                f"its {len(c.blocks)} blocks of {block_size}"
+            )
+        bad = [r for r in c.rows if not 0 <= r < n]
+        if bad:
+            raise BatchError(f"chunk {i}: wanted row {bad[0]} is outside its {n} tokens")
+        table[i, : len(c.blocks)] = c.blocks
+        at = np.arange(c.start, c.start + n, dtype=np.int32)
+        tokens.append(np.asarray(c.tokens, np.int32))
+        positions.append(at)
+        slots.append(table[i, at // block_size] * np.int32(block_size) + at % block_size)
+        rows.extend(first + r for r in c.rows)
+        sampling.extend([c.sampling] * len(c.rows))
+        firsts.append(first)
+        first += n
+    q_len = np.array([len(c.tokens) for c in chunks], np.int32)
+    return Batch(
+        tokens=np.concatenate(tokens),
+        positions=np.concatenate(positions),
+        slots=np.concatenate(slots),
+        first_row=np.array(firsts, np.int32),
+        q_len=q_len,
+        context_len=np.array([c.start for c in chunks], np.int32) + q_len,
+        block_table=table,
+        rows=np.array(rows, np.int32),
+        block_size=block_size,
+        sampling=tuple(sampling),
+    )

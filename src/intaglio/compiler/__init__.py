@@ -1,0 +1,8 @@
+"""The compiler: a recipe of passes, each a function from Program to Program. It never opens a device.
+
+`build` cooks the recipe; `RECIPE` is the recipe, to be read from top to bottom.
+"""
+
+from intaglio.compiler.recipe import RECIPE, Pass, build
+
+__all__ = ["RECIPE", "Pass", "build"]

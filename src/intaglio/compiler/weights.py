@@ -1,0 +1,59 @@
+"""Choosing the format each weight is stored in. This is quantisation from outside: no port and no op knows of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from intaglio import formats
+from intaglio.ops import Embed, KvWrite, Linear
+from intaglio.program import Program
+
+SHORT = {"int8": "int8g128", "int4": "int4g32"}
+PLAIN = ("f32", "bf16", "f16")
+HEAD = "int8g128"  # as far as a head is quantised: its error goes straight into the logits
+
+
+def set_weight_formats(p: Program, weights: str = "auto") -> Program:
+    """The weights of every linear in the format asked for, x rounded to match it, and the KV cache to go with it.
+
+    auto leaves weights as stored. A weight that yields logits (tied to the embedding or not) stays at int8g128 when
+    4 bits are asked for. Tables read by embed alone are copied rows, not products: they follow f32 and bf16 only.
+    Vectors (norm weights, biases) stay as stored. Raises FormatError for a name that is not one of these.
+    """
+    name = _named(weights)
+    linears = [op for op in p.ops if isinstance(op, Linear)]
+    tables = {op.w for op in p.ops if isinstance(op, Embed)}
+    heads = tables | {op.w for op in linears if p.tensors[op.x].shape[0] == "R"}
+    chosen: dict[str, str] = {}
+    if name != "auto":
+        four_bits = formats.get(name).bits == 4
+        if name in ("f32", "bf16"):
+            chosen |= dict.fromkeys(tables, name)
+        chosen |= {op.w: HEAD if four_bits and op.w in heads else name for op in linears}
+    if name not in ("auto", "f16"):
+        caches = {c for op in p.ops if isinstance(op, KvWrite) for c in (op.k_cache, op.v_cache)}
+        chosen |= dict.fromkeys(caches, "f32" if name == "f32" else "bf16")
+    tensors = {n: replace(t, format=chosen.get(n, t.format)) for n, t in p.tensors.items()}
+    ops = (replace(op, x_format=_x_format(tensors[op.w].format)) if isinstance(op, Linear) else op for op in p.ops)
+    return p.with_ops(ops, tensors)
+
+
+def _named(weights: str) -> str:
+    """The full name of the format asked for, or auto."""
+    name = SHORT.get(weights, weights)
+    try:
+        if name == "auto" or name in PLAIN or formats.get(name).grouped:
+            return name
+    except formats.FormatError:
+        pass
+    raise formats.FormatError(
+        f"weights={weights!r}: use auto, {', '.join((*PLAIN, *SHORT))}, "
+        "or int8gN / int4gN with N in 32..1024 a multiple of 32"
+    )
+
+
+def _x_format(weight: str) -> str:
+    """What x is rounded to before it meets a weight of this format."""
+    if formats.get(weight).grouped:
+        return "int8"
+    return "bf16" if weight == "bf16" else "f32"

@@ -1,0 +1,110 @@
+"""The seam: what every device offers, whatever it is made of. Loading a Program, and one step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.batch import Batch
+from intaglio.ops import Tensor, Value
+from intaglio.program import Program
+
+
+class DeviceError(RuntimeError):
+    """A device that cannot load or run what it was given."""
+
+
+class Weights(Protocol):
+    """Where a device reads weights from. Arrays are [rows, ...] in their stored type, possibly maps of a file."""
+
+    def read(self, name: str) -> np.ndarray: ...
+
+    def release(self, name: str) -> None:
+        """The device has taken its copy; the pages behind `name` may be dropped."""
+
+
+@dataclass(frozen=True)
+class ArrayWeights:
+    """Weights already in memory."""
+
+    arrays: Mapping[str, np.ndarray]
+
+    def read(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def release(self, name: str) -> None:
+        """Nothing to drop."""
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """How much state to hold: the dims P (pages in the pool) and B (tokens a page)."""
+
+    pages: int
+    page_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives back: tokens int32 [R] (-1: no finite logits), logprobs f32 [R], logits f32 [R, vocabulary] if
+    wanted, the tapped tensors by site, and seconds by site if timed."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    logits: np.ndarray | None = None
+    taps: dict[str, np.ndarray] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class Executable(Protocol):
+    """A loaded Program with its weights packed and its state held."""
+
+    program: Program
+    state: StateSpec
+
+    def step(
+        self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
+    ) -> StepResult: ...
+
+
+class Device(Protocol):
+    """Loads Programs. May pack, fuse and thread; may not change results."""
+
+    name: str
+
+    def load(self, program: Program, weights: Weights, state: StateSpec) -> Executable: ...
+
+
+def check_batch(program: Program, state: StateSpec, batch: Batch) -> None:
+    """Refuse a batch the Program or the state cannot hold, naming what is out of range. Raises DeviceError."""
+    if batch.block_size != state.page_tokens:
+        raise DeviceError(f"the batch counts {batch.block_size} tokens a page, the state holds {state.page_tokens}")
+    for what, values, limit in (
+        ("token id", batch.tokens, int(program.vocabulary)),
+        ("position", batch.positions, program.context),
+        ("slot", batch.slots, state.pages * state.page_tokens),
+        ("block", batch.block_table, state.pages),
+        ("row", batch.rows, len(batch.tokens)),
+    ):
+        low = -1 if what == "block" else 0
+        if values.size and (int(values.min()) < low or int(values.max()) >= limit):
+            bad = int(values.min()) if int(values.min()) < low else int(values.max())
+            raise DeviceError(f"{what} {bad} is outside 0..{limit - 1}")
+
+
+def assemble(tensor: Tensor, weights: Weights) -> Value:
+    """A weight in its declared format, from its checkpoint tensors. Raises DeviceError if the shape is another."""
+    parts = [weights.read(name) for name in tensor.source]
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if whole.shape != tensor.shape:
+        held = f"{' + '.join(tensor.source)} holds {list(whole.shape)}"
+        raise DeviceError(f"weight {tensor.name} is {tensor.type} but {held}")
+    fmt = formats.get(tensor.format)
+    value = formats.quantise(whole.astype(np.float32), fmt.name) if fmt.grouped else whole.astype(fmt.dtype)
+    for name in tensor.source:
+        weights.release(name)
+    return value

@@ -1,0 +1,238 @@
+"""The host device: the whole step in one native call, at SIMD speed. Translates a Program once, at load.
+
+Results do not depend on batch, chunking or thread count: every reduction has a fixed order (see csrc/).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+
+import numpy as np
+
+from intaglio import _native, formats
+from intaglio.batch import Batch
+from intaglio.devices.device import DeviceError, Executable, StateSpec, StepResult, Weights, check_batch
+from intaglio.ops import Attend, Embed, KvWrite, Linear, Map, Norm, Op, Rope, Sample, Select, Tensor
+from intaglio.ops.elementwise import postfix
+from intaglio.program import Program, verify
+
+ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp")  # order of csrc's Act
+NORMS = ("rms", "layer", "l2")
+STEPS = {"operand": 0, "number": 1, "call": 2, "+": 3, "-": 4, "*": 5, "/": 6}
+STACK = 16  # depth of csrc's map machine
+PAGE_MULTIPLE = 16
+
+
+def isa_names() -> list[str]:
+    """Instruction sets this build has and this machine runs, best first."""
+    return list(_native.isas())
+
+
+def _source_name(array: np.ndarray, name: str) -> str:
+    for known in ("f32", "f16", "bf16"):
+        if array.dtype == formats.get(known).dtype:
+            return known
+    raise DeviceError(f"weight {name} is stored as {array.dtype}; the host reads f32, f16 and bf16")
+
+
+class HostExecutable:
+    """A Program translated to native ops, its weights packed, its state zeroed."""
+
+    def __init__(self, program: Program, weights: Weights, state: StateSpec, threads: int, isa: str) -> None:
+        self.program, self.state, self.threads, self.isa = program, state, threads, isa
+        self.native = _native.Executable(isa, threads, state.page_tokens)
+        self.packed_bytes = 0
+        self._glu = {op.w for op in program.ops if isinstance(op, Linear) and op.glu}
+        self._matrices = {op.w for op in program.ops if isinstance(op, Linear | Embed)}
+        self._keys = {op.k_cache for op in program.ops if isinstance(op, KvWrite)}
+        self._buffers: dict[str | int, int] = {}
+        self.ids = {t.name: self._declare(t, weights) for t in self._in_order()}
+        for op in program.ops:
+            self._translate(op)
+
+    def _in_order(self) -> list[Tensor]:
+        """Tensors as they are declared: buffers need the widest holder, so widths come first."""
+        self._widths: dict[str | int, int] = {}
+        for t in self.program.tensors.values():
+            if t.role in ("temp", "output") and not t.view:
+                key = self._buffer_key(t)
+                self._widths[key] = max(self._widths.get(key, 0), self._columns(t))
+        return [t for t in self.program.tensors.values() if t.role != "input"]
+
+    @staticmethod
+    def _columns(t: Tensor) -> int:
+        return int(t.shape[1]) if len(t.shape) == 2 else 1
+
+    @staticmethod
+    def _buffer_key(t: Tensor) -> str | int:
+        return t.name if t.buffer is None else t.buffer
+
+    def _declare(self, t: Tensor, weights: Weights) -> int:
+        if t.role == "const":
+            return self.native.vector(np.array(t.values, np.float32))
+        if t.role == "state":
+            _, _, heads, head_dim = t.shape
+            return self.native.cache(
+                self.state.pages, int(heads), int(head_dim), t.format == "bf16", t.name in self._keys
+            )
+        if t.role == "weight":
+            return self._matrix(t, weights) if t.name in self._matrices else self._vector(t, weights)
+        base = self.program.tensors[t.view[0]] if t.view else t
+        key = self._buffer_key(base)
+        if key not in self._buffers:
+            self._buffers[key] = self.native.buffer(self._widths[key] * 4, base.shape[0] == "R")
+        column = t.view[1] if t.view else 0
+        return self.native.columns(self._buffers[key], self._columns(t), self._columns(base), column)
+
+    def _vector(self, t: Tensor, weights: Weights) -> int:
+        parts = [weights.read(name) for name in t.source]
+        whole = np.concatenate(parts).astype(formats.get(t.format).dtype).astype(np.float32)
+        if whole.shape != t.shape:
+            raise DeviceError(f"weight {t.name} is {t.type} but {' + '.join(t.source)} holds {list(whole.shape)}")
+        for name in t.source:
+            weights.release(name)
+        return self.native.vector(whole)
+
+    def _matrix(self, t: Tensor, weights: Weights) -> int:
+        fmt, (n, k) = formats.get(t.format), map(int, t.shape)
+        native = f"int{fmt.bits}" if fmt.grouped else fmt.name
+        packed = _native.Weight(native, n, k, fmt.group, t.name in self._glu)
+        first = 0
+        for name in t.source:
+            rows = weights.read(name)
+            if rows.ndim != 2 or rows.shape[1] != k or first + len(rows) > n:
+                raise DeviceError(f"weight {t.name} is {t.type} but its source {name} is {list(rows.shape)}")
+            kind = _source_name(rows, name)
+            packed.fill(np.ascontiguousarray(rows).reshape(-1).view(np.uint8), kind, first, len(rows), self.threads)
+            first += len(rows)
+            weights.release(name)
+        if first != n:
+            raise DeviceError(f"weight {t.name} is {t.type} but {' + '.join(t.source)} holds {first} rows")
+        self.packed_bytes += packed.nbytes
+        return self.native.weight(packed)
+
+    def _translate(self, op: Op) -> None:
+        """One native op; the order of tensors, ints and floats is csrc/executable.cpp's."""
+        ints: list[int] = []
+        floats: list[float] = []
+        code: list[int] = []
+        numbers: list[float] = []
+        names: list[str | None]
+        match op:
+            case Embed():
+                names, floats = [op.w, op.out], [op.scale]
+            case Select():
+                names = [op.x, op.out]
+            case Norm():
+                names = [op.x, op.weight, op.bias, op.residual, op.out]
+                ints, floats = [NORMS.index(op.norm), op.group], [op.eps, op.offset]
+            case Linear():
+                names = [op.x, op.w, op.bias, op.residual, op.out]
+                ints, floats = [op.x_format == "bf16", ACTIVATIONS.index(op.activation)], [op.scale]
+            case Rope():
+                names, ints, floats = (
+                    [op.x, op.frequencies, op.out],
+                    [op.head_dim, op.style == "interleaved"],
+                    [op.factor],
+                )
+            case KvWrite():
+                names = [op.k, op.v, op.k_cache, op.v_cache]
+            case Attend():
+                names = [op.q, op.k_cache, op.v_cache, op.out]
+                ints, floats = [op.heads, op.window], [op.scale, op.softcap]
+            case Map():
+                names = [op.a, op.b, op.c, op.out]
+                code, numbers = self._map_code(op)
+            case Sample():
+                names = [op.logits, op.tokens, op.logprobs]
+            case _:
+                raise DeviceError(f"{op.site}: the host has no kernel for op {op.kind}")
+        tensors = [-1 if name is None else self.ids[name] for name in names]
+        self.native.op(op.kind, tensors, [int(i) for i in ints], floats, code, numbers)
+
+    @staticmethod
+    def _map_code(op: Map) -> tuple[list[int], list[float]]:
+        code: list[int] = []
+        numbers: list[float] = []
+        depth = deepest = 0
+        for step, value in postfix(op.expr):
+            if step == "operand":
+                code += [STEPS[step], "abc".index(str(value))]
+            elif step == "number":
+                code += [STEPS[step], len(numbers)]
+                numbers.append(float(value))
+            elif step == "call":
+                code += [STEPS[step], ACTIVATIONS.index(str(value))]
+            else:
+                code += [STEPS[str(value)], 0]
+            depth += {"operand": 1, "number": 1, "call": 0}.get(step, -1)
+            deepest = max(deepest, depth)
+        if deepest > STACK:
+            raise DeviceError(f"{op.site}: expression {op.expr!r} needs a stack of {deepest}; the host has {STACK}")
+        return code, numbers
+
+    def step(
+        self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
+    ) -> StepResult:
+        """One step in one native call; the interpreter's lock is released."""
+        check_batch(self.program, self.state, batch)
+        rows = len(batch.rows)
+        sampling = np.array([(s.temperature, s.top_p, s.min_p, s.top_k) for s in batch.sampling], np.float32)
+        seeds = np.array([s.seed & 0xFFFFFFFFFFFFFFFF for s in batch.sampling], np.uint64)
+        seconds = np.zeros(len(self.program.ops)) if timed else None
+        taken, wanted = self._taps(batch, taps)
+        self.native.step(
+            batch.tokens, batch.positions, batch.slots, batch.first_row, batch.q_len, batch.context_len,
+            batch.block_table, batch.rows, sampling.reshape(-1), seeds, wanted, seconds,
+        )  # fmt: skip
+        result = StepResult(
+            tokens=self._copy("next_tokens", np.empty(rows, np.int32)),
+            logprobs=self._copy("logprobs", np.empty(rows, np.float32)),
+            logits=self._copy("logits", np.empty((rows, self.program.vocabulary), np.float32)) if logits else None,
+            taps=taken,
+        )
+        if seconds is not None:
+            result.timings.update({op.site: float(s) for op, s in zip(self.program.ops, seconds, strict=True)})
+        return result
+
+    def _copy(self, name: str, out: np.ndarray) -> np.ndarray:
+        self.native.copy_out(self.ids[name], len(out), out)
+        return out
+
+    def _taps(
+        self, batch: Batch, sites: Collection[str]
+    ) -> tuple[dict[str, np.ndarray], list[tuple[int, int, np.ndarray]]]:
+        """Arrays for the first result of each tapped site, or for a tapped view, and where native code takes them."""
+        taken, wanted = {}, []
+        for i, op in enumerate(self.program.ops if sites else ()):
+            views = [t.name for t in self.program.tensors.values() if t.view and t.view[0] in op.outputs]
+            for site, name in [(op.site, op.outputs[0] if op.outputs else None), *((v, v) for v in views)]:
+                if site in sites and name is not None and self.program.tensors[name].format == "f32":
+                    t = self.program.tensors[name]
+                    taken[site] = np.empty((batch.sizes[str(t.shape[0])], self._columns(t)), np.float32)
+                    wanted.append((i, self.ids[name], taken[site]))
+        return taken, wanted
+
+
+class HostDevice:
+    """The CPU this runs on. `threads` defaults to the cores there are; `isa` to the best there is, or INTAGLIO_ISA."""
+
+    name = "host"
+
+    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self.isa = isa or os.environ.get("INTAGLIO_ISA") or isa_names()[0]
+        if not 1 <= self.threads <= 256:
+            raise DeviceError(f"threads={threads} is outside 1..256")
+        if self.isa not in isa_names():
+            raise DeviceError(f"instruction set {self.isa!r} is not to be had here; there are {', '.join(isa_names())}")
+
+    def load(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
+        """Translate and pack. Raises DeviceError for a page size the kernels cannot take."""
+        verify(program)
+        if state.page_tokens % PAGE_MULTIPLE or state.page_tokens < PAGE_MULTIPLE:
+            raise DeviceError(
+                f"page_tokens={state.page_tokens}; the host needs a multiple of {PAGE_MULTIPLE}, such as 32"
+            )
+        return HostExecutable(program, weights, state, self.threads, self.isa)

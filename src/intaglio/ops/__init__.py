@@ -1,0 +1,15 @@
+"""The ops: one file a family. Each op carries its fields, its shape rule, its meaning in NumPy and its work."""
+
+from intaglio.ops.attention import Attend, KvWrite
+from intaglio.ops.data import Embed, Select
+from intaglio.ops.elementwise import Map
+from intaglio.ops.linear import Linear
+from intaglio.ops.norm import Norm
+from intaglio.ops.op import REGISTRY, SYMBOLS, Op, OpError, Tensor, Value, Work
+from intaglio.ops.position import Rope
+from intaglio.ops.sample import Sample
+
+__all__ = [
+    "REGISTRY", "SYMBOLS", "Attend", "Embed", "KvWrite", "Linear", "Map", "Norm", "Op", "OpError", "Rope", "Sample",
+    "Select", "Tensor", "Value", "Work",
+]  # fmt: skip

@@ -1,0 +1,133 @@
+"""Attention over paged K/V: writing this step's keys and values, and attending to all of a sequence's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.batch import Batch
+from intaglio.ops.op import Op, Results, Tensor, Tensors, Value, Work, array, operand, result
+
+CACHE_FORMATS = ("f32", "bf16")
+
+
+def cache_heads(op: Op, t: Tensors, name: str) -> tuple[int, int]:
+    """(heads, head_dim) of a K or V cache, state [P, B, heads, head_dim]."""
+    s = t[name]
+    fixed = all(isinstance(d, int) for d in s.shape[2:])
+    ok = len(s.shape) == 4 and s.shape[:2] == ("P", "B") and fixed and s.format in CACHE_FORMATS
+    op.check(ok, f"{name} is {s.type}; a cache is [P, B, heads, head_dim] in {' or '.join(CACHE_FORMATS)}")
+    return int(s.shape[2]), int(s.shape[3])
+
+
+def token_bytes(cache: Tensor) -> int:
+    """Bytes one token takes in a cache."""
+    return formats.get(cache.format).nbytes(int(cache.shape[2]), int(cache.shape[3]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvWrite(Op, kind="kv_write"):
+    """cache[slot of t] = k[t], v[t], rounded to the cache's format. k, v f32 [T, kv heads * head_dim]."""
+
+    stateful: ClassVar[bool] = True
+    k: str = operand()
+    v: str = operand()
+    k_cache: str = operand()
+    v_cache: str = operand()
+
+    def shapes(self, t: Tensors) -> Results:
+        for x, cache in ((self.k, self.k_cache), (self.v, self.v_cache)):
+            heads, head_dim = cache_heads(self, t, cache)
+            width = self.token_columns(t, x)
+            self.check(width == heads * head_dim, f"{x} is {t[x].type} but {cache} holds {heads} heads of {head_dim}")
+        return {}
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        for x, name in ((self.k, self.k_cache), (self.v, self.v_cache)):
+            cache = v[name]
+            assert isinstance(cache, np.ndarray)
+            flat = cache.reshape(-1, *cache.shape[2:])
+            flat[batch.slots] = array(v, x).reshape(len(batch.slots), *cache.shape[2:]).astype(cache.dtype)
+        return {}
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        read = t[self.k].nbytes(batch.sizes) + t[self.v].nbytes(batch.sizes)
+        written = len(batch.tokens) * (token_bytes(t[self.k_cache]) + token_bytes(t[self.v_cache]))
+        return Work(0, 0, written, read)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attend(Op, kind="attend"):
+    """softmax(softcap(q k^T * scale) + mask) v over the K/V pages of each sequence; causal.
+
+    q f32 [T, heads * head_dim]; caches [P, B, kv heads, head_dim]; out f32 [T, heads * v head_dim]. Query head h reads
+    kv head h // (heads / kv heads). A query at position i sees positions max(0, i - window + 1) .. i; window 0 sees
+    all. softcap c > 0 replaces a score s by c * tanh(s / c) (Gemma 2). Scores and sums in float32 or wider.
+    """
+
+    stateful: ClassVar[bool] = True
+    q: str = operand()
+    k_cache: str = operand()
+    v_cache: str = operand()
+    out: str = result()
+    heads: int
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+
+    def shapes(self, t: Tensors) -> Results:
+        width = self.token_columns(t, self.q)
+        kv_heads, head_dim = cache_heads(self, t, self.k_cache)
+        v_heads, v_dim = cache_heads(self, t, self.v_cache)
+        fits = width == self.heads * head_dim
+        self.check(fits, f"{self.q} is {t[self.q].type}; wanted {self.heads} heads of {head_dim}")
+        self.check(v_heads == kv_heads, f"{self.v_cache} has {v_heads} heads but {self.k_cache} has {kv_heads}")
+        self.check(self.heads % kv_heads == 0, f"heads={self.heads} is not a multiple of the {kv_heads} kv heads")
+        self.check(self.window >= 0 and self.softcap >= 0, f"window={self.window}, softcap={self.softcap}; not below 0")
+        return {self.out: (("T", self.heads * v_dim), "f32")}
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        q = array(v, self.q)
+        q = q.reshape(len(q), self.heads, -1).astype(np.float64)
+        out = []
+        for s in range(len(batch.first_row)):
+            n, context = int(batch.q_len[s]), int(batch.context_len[s])
+            blocks = batch.block_table[s, : -(-context // batch.block_size)]
+            k, val = (self._gather(v, c, blocks, context) for c in (self.k_cache, self.v_cache))
+            repeat = self.heads // k.shape[1]
+            k, val = np.repeat(k, repeat, axis=1), np.repeat(val, repeat, axis=1)
+            first = int(batch.first_row[s])
+            score = np.einsum("qhd,khd->hqk", q[first : first + n], k) * self.scale
+            if self.softcap:
+                score = self.softcap * np.tanh(score / self.softcap)
+            at = np.arange(context - n, context)[:, None]
+            back = at - np.arange(context)[None, :]
+            hidden = (back < 0) | ((back >= self.window) if self.window else False)
+            score = np.where(hidden, -np.inf, score)
+            p = np.exp(score - score.max(axis=-1, keepdims=True))
+            p /= p.sum(axis=-1, keepdims=True)
+            out.append(np.einsum("hqk,khd->qhd", p, val).reshape(n, -1))
+        return {self.out: np.concatenate(out).astype(np.float32)}
+
+    @staticmethod
+    def _gather(v: Mapping[str, Value], name: str, blocks: np.ndarray, context: int) -> np.ndarray:
+        cache = v[name]
+        assert isinstance(cache, np.ndarray)
+        return cache[blocks].reshape(-1, *cache.shape[2:])[:context].astype(np.float64)
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        context, n = batch.context_len.astype(np.int64), batch.q_len.astype(np.int64)
+        reach = np.minimum(context, n + self.window - 1) if self.window else context  # keys any query of the chunk sees
+        seen = n * context - n * (n - 1) // 2
+        if self.window:
+            seen = sum(
+                np.minimum(np.arange(c - m + 1, c + 1), self.window).sum() for c, m in zip(context, n, strict=True)
+            )
+        width = int(t[self.k_cache].shape[3]) + int(t[self.v_cache].shape[3])
+        row = token_bytes(t[self.k_cache]) + token_bytes(t[self.v_cache])
+        temp = t[self.q].nbytes(batch.sizes) + t[self.out].nbytes(batch.sizes)
+        return Work(int(2 * self.heads * width * np.sum(seen)), 0, int(row * reach.sum()), temp)

@@ -1,0 +1,59 @@
+"""Data movement: embedding rows in, selecting the rows whose logits are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from intaglio.batch import Batch
+from intaglio.formats import Quantised
+from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed(Op, kind="embed"):
+    """out[t] = w[tokens[t]] * scale. tokens int32 [T], w [vocabulary, width] in any format, out f32 [T, width]."""
+
+    tokens: str = operand()
+    w: str = operand()
+    out: str = result()
+    scale: float = 1.0
+
+    def shapes(self, t: Tensors) -> Results:
+        self.check(t[self.tokens].format == "i32", f"{self.tokens} is {t[self.tokens].type}; wanted i32 token ids")
+        _, width = self.rows_cols(t, self.w)
+        return {self.out: ((t[self.tokens].shape[0], width), "f32")}
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        w, ids = v[self.w], v[self.tokens]
+        assert isinstance(ids, np.ndarray)
+        rows = w.rows(ids) if isinstance(w, Quantised) else w[ids].astype(np.float32)
+        return {self.out: rows * np.float32(self.scale)}
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        touched = replace(t[self.w], shape=("T", t[self.w].shape[1])).nbytes(batch.sizes)
+        out = t[self.out].nbytes(batch.sizes)
+        return Work(len(batch.tokens) * int(t[self.w].shape[1]), touched, 0, out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select(Op, kind="select"):
+    """out[r] = x[rows[r]]. x f32 [T, width], rows int32 [R], out f32 [R, width]."""
+
+    x: str = operand()
+    rows: str = operand()
+    out: str = result()
+
+    def shapes(self, t: Tensors) -> Results:
+        self.check(t[self.rows].format == "i32", f"{self.rows} is {t[self.rows].type}; wanted i32 row numbers")
+        return {self.out: ((t[self.rows].shape[0], self.rows_cols(t, self.x)[1]), "f32")}
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        rows = v[self.rows]
+        assert isinstance(rows, np.ndarray)
+        return {self.out: array(v, self.x)[rows]}
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        return Work(0, 0, 0, 2 * t[self.out].nbytes(batch.sizes))

@@ -1,0 +1,114 @@
+"""Elementwise arithmetic as one op: a small expression over its operands."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import erf
+
+import numpy as np
+
+from intaglio.batch import Batch
+from intaglio.ops.op import Op, OpError, Results, Tensors, Value, Work, array, operand, result
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    wide = x.astype(np.float64)
+    return (1 / (1 + np.exp(-np.abs(wide))) * np.where(wide >= 0, 1, np.exp(-np.abs(wide)))).astype(np.float32)
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """Hendrycks & Gimpel 2016, the tanh form: x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))."""
+    wide = x.astype(np.float64)
+    return (0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))).astype(np.float32)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """x * Phi(x), Phi by the error function."""
+    wide = x.astype(np.float64)
+    return (0.5 * wide * (1 + np.vectorize(erf, otypes=[np.float64])(wide / np.sqrt(2)))).astype(np.float32)
+
+
+FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "silu": lambda x: x * sigmoid(x),
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": lambda x: np.maximum(x, np.float32(0)),
+    "relu2": lambda x: np.maximum(x, np.float32(0)) ** 2,
+    "sigmoid": sigmoid,
+    "tanh": np.tanh,
+    "exp": np.exp,
+}
+BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+OPERANDS = ("a", "b", "c")
+
+
+@cache
+def postfix(expr: str) -> tuple[tuple[str, float | str], ...]:
+    """The expression as steps of a stack machine: ("operand", "a"), ("number", 0.5), ("call", "silu"), ("binary", "+").
+
+    Operands are a, b, c; operators + - * /; functions those of FUNCTIONS. Raises OpError for anything else.
+    """
+
+    def walk(node: ast.expr) -> list[tuple[str, float | str]]:
+        match node:
+            case ast.Name(id=name) if name in OPERANDS:
+                return [("operand", name)]
+            case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+                return [("number", float(number))]
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+                return [("number", -float(number))]
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY:
+                return [*walk(left), *walk(right), ("binary", BINARY[type(op)])]
+            case ast.Call(func=ast.Name(id=name), args=[arg], keywords=[]) if name in FUNCTIONS:
+                return [*walk(arg), ("call", name)]
+        raise OpError(
+            f"expression {expr!r}: {ast.unparse(node)!r} is not understood; use {', '.join(OPERANDS)}, numbers, "
+            f"+ - * / and {', '.join(FUNCTIONS)}"
+        )
+
+    try:
+        tree = ast.parse(expr, mode="eval")
+    except SyntaxError as e:
+        raise OpError(f"expression {expr!r} does not parse: {e.msg}") from None
+    return tuple(walk(tree.body))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map(Op, kind="map"):
+    """out = expr(a, b, c) element by element in float32; operands and out have one shape. Example: "silu(a) * b"."""
+
+    a: str = operand()
+    b: str | None = operand(optional=True)
+    c: str | None = operand(optional=True)
+    out: str = result()
+    expr: str = "a"
+
+    def shapes(self, t: Tensors) -> Results:
+        given = {n for n in OPERANDS if getattr(self, n) is not None}
+        used = {value for step, value in postfix(self.expr) if step == "operand"}
+        self.check(used == given, f"expr={self.expr!r} uses {sorted(map(str, used))} but operands are {sorted(given)}")
+        for name in self.inputs[1:]:
+            self.same_shape(t, self.a, name)
+        return {self.out: (t[self.a].shape, "f32")}
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        stack: list[np.ndarray] = []
+        for step, value in postfix(self.expr):
+            if step == "operand":
+                stack.append(array(v, getattr(self, str(value))))
+            elif step == "number":
+                stack.append(np.float32(value))  # type: ignore[arg-type]
+            elif step == "call":
+                stack.append(FUNCTIONS[str(value)](stack.pop()))
+            else:
+                right, left = stack.pop(), stack.pop()
+                binary = {"+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide}
+                stack.append(binary[str(value)](left, right))
+        return {self.out: np.broadcast_to(stack.pop(), array(v, self.a).shape).astype(np.float32)}
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        steps = sum(step in ("call", "binary") for step, _ in postfix(self.expr))
+        return self.moved(t, batch, steps * (t[self.out].nbytes(batch.sizes) // 4))

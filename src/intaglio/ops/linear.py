@@ -1,0 +1,87 @@
+"""The matrix product, with everything that can be done to its result before it is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.batch import Batch
+from intaglio.formats import Quantised
+from intaglio.ops.elementwise import FUNCTIONS
+from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, result
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Op, kind="linear"):
+    """y = x @ w.T + bias; then y * scale; then the activation; then + residual.
+
+    x f32 [rows, K], w [N, K] in any weight format, out f32 [rows, N]. `x_format` is what x is rounded to before the
+    product: f32, bf16, or int8 (in the groups of w's format, by formats.quantise_rows; w must be grouped). With `glu`
+    the rows of w are [gate; up] and out = activation(gate) * up, [rows, N / 2]. Products are summed in float32 or
+    wider; integer products are exact within a group.
+    """
+
+    x: str = operand()
+    w: str = operand()
+    bias: str | None = operand(optional=True)
+    residual: str | None = operand(optional=True)
+    out: str = result()
+    x_format: str = "f32"
+    scale: float = 1.0
+    activation: str = ""
+    glu: bool = False
+
+    def shapes(self, t: Tensors) -> Results:
+        rows, k = self.rows_cols(t, self.x)
+        n, wk = self.rows_cols(t, self.w)
+        self.check(wk == k, f"{self.w} is {t[self.w].type} but {self.x} has {k} columns; w must be [N, {k}]")
+        self.check(isinstance(n, int), f"{self.w} is {t[self.w].type}; a weight has fixed rows")
+        grouped = formats.get(t[self.w].format).grouped
+        allowed = ("f32", "int8") if grouped else ("f32", "bf16")
+        fits = self.x_format in allowed
+        self.check(fits, f"x_format={self.x_format} with {t[self.w].format} weights; use {' or '.join(allowed)}")
+        known = self.activation in ACTIVATIONS or (self.activation == "" and not self.glu)
+        self.check(known, f"activation={self.activation!r}; use one of {', '.join(ACTIVATIONS)}")
+        self.vector(t, self.bias, int(n))
+        self.check(not self.glu or int(n) % 2 == 0, f"glu needs an even number of rows, {self.w} has {n}")
+        shape = (rows, int(n) // 2 if self.glu else int(n))
+        if self.residual is not None:
+            r = t[self.residual]
+            self.check(r.shape == shape, f"residual {self.residual} is {r.type}; wanted {list(shape)}")
+        return {self.out: (shape, "f32")}
+
+    def product(self, x: np.ndarray, w: Value) -> np.ndarray:
+        """x [rows, K] @ w.T with the declared rounding of x; float64 [rows, N]."""
+        if isinstance(w, Quantised) and self.x_format == "int8":
+            xq, xs = formats.quantise_rows(x, w.group)
+            wq = formats.in_groups(w.codes, w.group)
+            y = np.zeros((len(x), len(wq)))
+            for g in range(xs.shape[1]):  # the products of a group are integers: exact
+                exact = xq[:, g].astype(np.float64) @ wq[:, g].astype(np.float64).T
+                y += exact * xs[:, g, None].astype(np.float64) * w.scales[:, g].astype(np.float64)
+            return y
+        full = w.rows(slice(None)) if isinstance(w, Quantised) else w
+        rounded = formats.round_to(x, self.x_format)
+        return rounded.astype(np.float64) @ full.astype(np.float64).T
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        y = self.product(array(v, self.x), v[self.w])
+        if self.bias is not None:
+            y = y + array(v, self.bias)
+        y = (y * self.scale).astype(np.float32)
+        if self.glu:
+            gate, up = np.split(y, 2, axis=1)
+            y = FUNCTIONS[self.activation](gate) * up
+        elif self.activation:
+            y = FUNCTIONS[self.activation](y)
+        return {self.out: y if self.residual is None else y + array(v, self.residual)}
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        rows = t[self.x].nbytes(batch.sizes) // (4 * int(t[self.x].shape[1]))
+        n, k = t[self.w].shape
+        return self.moved(t, batch, 2 * rows * int(n) * int(k))

@@ -1,0 +1,61 @@
+"""Rotary position embedding. Every scaling scheme (llama3, longrope, ...) is a table of frequencies: a const."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from intaglio.batch import Batch
+from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, result
+
+STYLES = ("half", "interleaved")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope(Op, kind="rope"):
+    """Rotate pairs of each head of x by position * frequency (Su et al. 2021), times `factor`.
+
+    x f32 [T, heads * head_dim], positions int32 [T], frequencies f32 [rotary_dim / 2] (a const). The first rotary_dim
+    columns of a head are rotated, the rest pass. style half pairs column i with i + rotary_dim / 2 (as transformers'
+    rotate_half); interleaved pairs 2i with 2i + 1. The angle is a float32 product; `factor` scales cos and sin
+    (longrope's and yarn's attention factor).
+    """
+
+    x: str = operand()
+    positions: str = operand()
+    frequencies: str = operand()
+    out: str = result()
+    head_dim: int
+    style: str = "half"
+    factor: float = 1.0
+
+    def shapes(self, t: Tensors) -> Results:
+        width = self.token_columns(t, self.x)
+        self.check(self.style in STYLES, f"style={self.style!r}; use one of {', '.join(STYLES)}")
+        self.check(width % self.head_dim == 0, f"head_dim={self.head_dim} does not divide the width {width}")
+        pairs = t[self.frequencies].shape[0]
+        most = self.head_dim // 2
+        fits = isinstance(pairs, int) and pairs <= most
+        self.check(fits, f"{self.frequencies} has {pairs} frequencies; head_dim={self.head_dim} has room for {most}")
+        return {self.out: (t[self.x].shape, "f32")}
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        full = array(v, self.x)
+        x = full.reshape(len(full), -1, self.head_dim)
+        angle = array(v, self.positions)[:, None] * array(v, self.frequencies)[None, :]
+        cos = (np.cos(angle.astype(np.float64)) * self.factor).astype(np.float32)[:, None, :]
+        sin = (np.sin(angle.astype(np.float64)) * self.factor).astype(np.float32)[:, None, :]
+        n = cos.shape[2]
+        if self.style == "half":
+            first, second = slice(0, n), slice(n, 2 * n)
+        else:
+            first, second = slice(0, 2 * n, 2), slice(1, 2 * n, 2)
+        y = x.copy()
+        y[..., first] = x[..., first] * cos - x[..., second] * sin
+        y[..., second] = x[..., second] * cos + x[..., first] * sin
+        return {self.out: y.reshape(full.shape)}
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        return self.moved(t, batch, 3 * (t[self.x].nbytes(batch.sizes) // 4))

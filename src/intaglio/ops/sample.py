@@ -1,0 +1,84 @@
+"""Drawing the next token of each wanted row: greedy, or by temperature with top-k, top-p and min-p."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from intaglio.batch import Batch, Sampling
+from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, result
+
+MASK = (1 << 64) - 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on (seed, position) alone: splitmix64 (Steele et al. 2014) over the two."""
+    z = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1B54A32D192ED03) & MASK
+    for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
+        z = ((z ^ (z >> shift)) * multiplier) & MASK
+    return ((z ^ (z >> 31)) >> 11) * 2.0**-53
+
+
+def kept_mass(logits: np.ndarray, s: Sampling) -> np.ndarray:
+    """exp((l - max) / temperature) of the ids the filters keep, 0 elsewhere; float64 [vocabulary].
+
+    Filters in the order of transformers' generate(): temperature, top-k, top-p (over what top-k left), min-p. Ties go
+    to the lower id.
+    """
+    wide = logits.astype(np.float64)
+    p = np.exp((wide - wide.max()) / s.temperature)
+    if s.top_k or s.top_p < 1:
+        order = np.argsort(-wide, kind="stable")[: s.top_k or None]
+        if s.top_p < 1:
+            mass = np.cumsum(p[order])
+            order = order[: int(np.searchsorted(mass, s.top_p * mass[-1])) + 1]
+        kept = np.zeros(len(p), bool)
+        kept[order] = True
+        p = np.where(kept, p, 0)
+    return np.where(p >= s.min_p, p, 0)  # the largest p is 1
+
+
+def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
+    """One token id from float32 logits [vocabulary]; -1 if none is finite or one is NaN.
+
+    Greedy ties go to the lower id; the draw walks the kept ids in ascending order.
+    """
+    if np.isnan(logits).any() or not np.isfinite(logits.max()):
+        return -1
+    if s.temperature == 0:
+        return int(logits.argmax())
+    mass = np.cumsum(kept_mass(logits, s))
+    return int(np.searchsorted(mass, uniform(s.seed, position) * mass[-1], side="right"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Op, kind="sample"):
+    """tokens[r] drawn from logits[r] by the batch's Sampling for row r, at the position the token will take;
+    logprobs[r] its natural log-probability under the unfiltered softmax. logits f32 [R, vocabulary], tokens int32 [R],
+    logprobs f32 [R]. A row with NaN, or with no finite logit, gives token -1 and logprob NaN."""
+
+    logits: str = operand()
+    tokens: str = result()
+    logprobs: str = result()
+
+    def shapes(self, t: Tensors) -> Results:
+        rows, _ = self.rows_cols(t, self.logits)
+        return {self.tokens: ((rows,), "i32"), self.logprobs: ((rows,), "f32")}
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        logits = array(v, self.logits)
+        at = batch.positions[batch.rows] + 1
+        pairs = zip(logits, batch.sampling, at, strict=True)
+        tokens = np.array([draw(row, s, int(p)) for row, s, p in pairs], np.int32)
+        logprobs = np.full(len(tokens), np.nan, np.float32)
+        for r, token in enumerate(tokens):
+            if token >= 0:
+                wide = logits[r].astype(np.float64)
+                top = wide.max()
+                logprobs[r] = wide[token] - top - np.log(np.exp(wide - top).sum())
+        return {self.tokens: tokens, self.logprobs: logprobs}
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        return self.moved(t, batch, 4 * (t[self.logits].nbytes(batch.sizes) // 4))

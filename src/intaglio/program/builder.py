@@ -1,0 +1,63 @@
+"""How a port writes a Program: each call adds one op and returns the name of its result. Shapes come from the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from intaglio.ops import Op, Tensor
+from intaglio.ops.op import Shape
+from intaglio.program.program import INPUTS, Program
+from intaglio.program.verify import verify
+
+
+class Builder:
+    """A Program being written. The result of an op is named after its site unless `out=` says otherwise."""
+
+    def __init__(self, name: str, context: int) -> None:
+        self.name, self.context = name, context
+        self.ops: list[Op] = []
+        self.tensors: dict[str, Tensor] = {n: Tensor(n, (d,), "i32", "input") for n, d in INPUTS.items()}
+
+    def _add(self, tensor: Tensor) -> str:
+        self.tensors[tensor.name] = tensor
+        return tensor.name
+
+    def weight(self, name: str, shape: Shape, source: str | Sequence[str], format: str = "f32") -> str:
+        """A weight read from the checkpoint tensor(s) `source`, joined along dim 0."""
+        names = (source,) if isinstance(source, str) else tuple(source)
+        return self._add(Tensor(name, tuple(shape), format, "weight", source=names))
+
+    def const(self, name: str, values: Sequence[float]) -> str:
+        """A small float32 vector that is part of the Program."""
+        rounded = tuple(float(np.float32(x)) for x in values)
+        return self._add(Tensor(name, (len(values),), "f32", "const", values=rounded))
+
+    def cache(self, name: str, heads: int, head_dim: int, format: str) -> str:
+        """State: pages of keys or values, [P, B, heads, head_dim]."""
+        return self._add(Tensor(name, ("P", "B", heads, head_dim), format, "state"))
+
+    def view(self, name: str, base: str, start: int, stop: int) -> str:
+        """Columns start..stop of a temp, without a copy."""
+        of = self.tensors[base]
+        return self._add(replace(of, name=name, shape=(of.shape[0], stop - start), view=(base, start)))
+
+    def op(self, cls: type[Op], site: str, *operands: str | None, role: str = "temp", **fields: Any) -> str:
+        """Add `cls` at `site` with its operands in order; returns the (first) result's name, or "" if it has none."""
+        results = cls.named("result")
+        names = {r: fields.pop(r, site if i == 0 else f"{site}.{r}") for i, r in enumerate(results)}
+        given = dict(zip(cls.named("operand"), operands, strict=True))
+        op = cls(site=site, **given, **names, **fields)
+        for name, (shape, format) in op.shapes(self.tensors).items():
+            self._add(Tensor(name, shape, format, role))
+        self.ops.append(op)
+        return op.outputs[0] if results else ""
+
+    def done(self) -> Program:
+        """The finished Program, verified."""
+        program = Program(self.name, tuple(self.ops), self.tensors, self.context)
+        verify(program)
+        return program

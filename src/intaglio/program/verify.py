@@ -1,0 +1,158 @@
+"""The rules a Program obeys: small functions, each yielding what is wrong. Shapes are the ops' own business."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from intaglio import formats
+from intaglio.ops import REGISTRY, SYMBOLS
+from intaglio.ops.op import FACES, ROLES, OpError
+from intaglio.program.program import Program, ProgramError
+
+Rule = Callable[[Program], Iterator[str]]
+
+
+def names_resolve(p: Program) -> Iterator[str]:
+    """Every name an op or a view uses is in the table, under that very name."""
+    for key, t in p.tensors.items():
+        if key != t.name:
+            yield f"the table lists {t.name!r} under {key!r}"
+        if t.view and t.view[0] not in p.tensors:
+            yield f"{t.name} is a view of {t.view[0]!r}, which is not in the table"
+    for op in p.ops:
+        for name in (*op.inputs, *op.outputs):
+            if name not in p.tensors:
+                yield f"{op.site} ({op.kind}) names {name!r}, which is not in the table"
+
+
+def tensors_well_formed(p: Program) -> Iterator[str]:
+    """Roles, formats and dims are known; consts carry their values; weights their source."""
+    for t in p.tensors.values():
+        if t.role not in ROLES:
+            yield f"{t.name} has role {t.role!r}; use one of {', '.join(ROLES)}"
+        try:
+            formats.get(t.format)
+        except formats.FormatError as e:
+            yield f"{t.name}: {e}"
+        bad = [d for d in t.shape if (d not in SYMBOLS if isinstance(d, str) else d < 1)]
+        if bad or not t.shape:
+            yield f"{t.name} is {t.type}; dims are positive numbers or {', '.join(SYMBOLS)}"
+        if t.role == "const" and t.shape != (len(t.values),):
+            yield f"const {t.name} is {t.type} but carries {len(t.values)} values"
+        if t.role == "weight" and not t.source:
+            yield f"weight {t.name} names no checkpoint tensor as its source"
+
+
+def sites_unique(p: Program) -> Iterator[str]:
+    """A site names one op."""
+    seen: set[str] = set()
+    for op in p.ops:
+        if op.site in seen:
+            yield f"two ops stand at site {op.site!r}"
+        seen.add(op.site)
+
+
+def faces_present(p: Program) -> Iterator[str]:
+    """Every op is registered and has a meaning, a shape rule and work."""
+    for op in p.ops:
+        if REGISTRY.get(op.kind) is not type(op):
+            yield f"{op.site}: op {op.kind!r} is not registered; known ops are {', '.join(sorted(REGISTRY))}"
+        for face in FACES:
+            if face not in type(op).__dict__:
+                yield f"{op.site}: op {op.kind} has no {face}()"
+
+
+def shapes_agree(p: Program) -> Iterator[str]:
+    """Each op accepts its operands, and its results are declared as it computes them."""
+    for op in p.ops:
+        try:
+            for name, (shape, format) in op.shapes(p.tensors).items():
+                t = p.tensors[name]
+                if (t.shape, t.format) != (shape, format):
+                    yield f"{op.site} ({op.kind}) computes {name} as {format}{list(shape)} but it is declared {t.type}"
+        except OpError as e:
+            yield str(e)
+
+
+def written_before_read(p: Program) -> Iterator[str]:
+    """Temps and outputs are written once, before anything reads them; nothing else is written."""
+    written: set[str] = set()
+    for op in p.ops:
+        for name in op.inputs:
+            if p.tensors[name].role in ("temp", "output") and p.base(name) not in written:
+                yield f"{op.site} ({op.kind}) reads {name} before anything has written it"
+        for name in op.outputs:
+            t = p.tensors[name]
+            if t.role not in ("temp", "output") or t.view:
+                what = "view" if t.view else t.role
+                yield f"{op.site} ({op.kind}) writes {name}, a {what}; only temps and outputs are written"
+            if name in written:
+                yield f"{op.site} ({op.kind}) writes {name} a second time"
+            written.add(name)
+    for t in p.tensors.values():
+        if t.role in ("temp", "output") and not t.view and t.name not in written:
+            yield f"{t.role} {t.name} is never written"
+
+
+def views_inside(p: Program) -> Iterator[str]:
+    """A view is a range of columns of a temp that is not itself a view."""
+    for t in p.tensors.values():
+        if t.view:
+            base, start = p.tensors[t.view[0]], t.view[1]
+            fits = len(t.shape) == len(base.shape) == 2 and 0 <= start <= int(base.shape[1]) - int(t.shape[1])
+            if not fits or t.shape[0] != base.shape[0] or t.format != base.format:
+                yield f"view {t.name} {t.type} from column {start} does not lie inside {base.name} {base.type}"
+            if base.view or base.role != "temp":
+                yield f"view {t.name} is of {base.name}, a {'view' if base.view else base.role}; views are of temps"
+
+
+def state_kept(p: Program) -> Iterator[str]:
+    """State is touched only by the ops made for it, and written before it is read."""
+    touched: set[str] = set()
+    for op in p.ops:
+        caches = [n for n in op.inputs if p.tensors[n].role == "state"]
+        if caches and not op.stateful:
+            yield f"{op.site} ({op.kind}) touches state {caches[0]}; only stateful ops may"
+        for name in caches if op.kind == "attend" else ():
+            if name not in touched:
+                yield f"{op.site} attends to {name} before this step's keys and values are written to it"
+        touched.update(caches)
+
+
+def buffers_apart(p: Program) -> Iterator[str]:
+    """Two temps share a buffer only if one is dead before the other is written."""
+    last = {p.base(name): i for i, op in enumerate(p.ops) for name in (*op.outputs, *op.inputs)}
+    holder: dict[int, str] = {}
+    for i, op in enumerate(p.ops):
+        for name in op.outputs:
+            buffer = p.tensors[name].buffer
+            if buffer is None:
+                continue
+            other = holder.get(buffer)
+            if other is not None and last[other] >= i:
+                yield f"{op.site} writes {name} into buffer {buffer} while {other} there is still to be read"
+            holder[buffer] = name
+
+
+RULES: tuple[Rule, ...] = (
+    names_resolve,
+    tensors_well_formed,
+    sites_unique,
+    faces_present,
+    shapes_agree,
+    written_before_read,
+    views_inside,
+    state_kept,
+    buffers_apart,
+)
+
+
+def verify(program: Program) -> None:
+    """Check every rule; raises ProgramError listing what is wrong. Later rules assume that names resolve."""
+    for rule in RULES:
+        wrong = list(rule(program))
+        if wrong:
+            more = f"\n  ... and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+            raise ProgramError(
+                f"program {program.name!r} breaks rule {rule.__name__}:\n  " + "\n  ".join(wrong[:8]) + more
+            )

@@ -1,0 +1,533 @@
+"""The compiler: every pass keeps the result, does what its name says, and leaves alone what it must."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy import MANNERS, PAGE, VOCABULARY, Toy, apart, mixed_batches, random_weights, run, tangle, transformer
+
+from intaglio import formats
+from intaglio.batch import Chunk, bind
+from intaglio.compiler import RECIPE, Pass, build
+from intaglio.compiler.buffers import plan_buffers, row_bytes
+from intaglio.compiler.dead import remove_dead
+from intaglio.compiler.fusions import fuse_epilogues, fuse_glu, fuse_residual_norm
+from intaglio.compiler.projections import merge_projections
+from intaglio.compiler.weights import set_weight_formats
+from intaglio.devices import StateSpec, open_device
+from intaglio.ops import Embed, Linear, Map, Norm, Op, Sample, Select
+from intaglio.program import Builder, Program, ProgramError, parse_program, verify
+
+SAME = 1e-6  # relative: a pass may move one float32 rounding, no more
+WEIGHTS = ("auto", "f32", "bf16", "f16", "int8", "int4", "int8g32", "int4g64")
+
+
+def stages(program: Program, weights: str = "auto") -> Iterator[tuple[str, Program]]:
+    """The Program after each pass that changed it, verified and read back from its text."""
+    for step in RECIPE:
+        after = step.run(program, weights) if step.run is set_weight_formats else step.run(program)
+        verify(after)
+        assert parse_program(str(after)) == after
+        if after != program:
+            yield step.name, after
+        program = after
+
+
+# Every pass keeps the result
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1))
+def test_passes_keep_the_result_of_tangles(seed: int) -> None:
+    program = tangle(seed)
+    weights = random_weights(program, seed)
+    want = run(program, weights)
+    for name, after in stages(program):
+        assert apart(want, run(after, weights)) <= SAME, name
+
+
+def test_tangles_exercise_every_pass() -> None:
+    fired = {name for seed in range(60) for name, _ in stages(tangle(seed))} | {"set_weight_formats"}
+    assert fired == {step.name for step in RECIPE}
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+def test_passes_keep_the_result_of_transformers(manner: str) -> None:
+    program = transformer(MANNERS[manner])
+    weights = random_weights(program)
+    want = run(program, weights)
+    for name, after in stages(program):
+        assert apart(want, run(after, weights)) <= SAME, name
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("stored", ["f32", "bf16"])
+def test_passes_keep_the_result_in_every_format(stored: str, weights: str) -> None:
+    """Once the formats are set, the other passes may not change a thing: x is rounded, so a slip would show."""
+    program = transformer(Toy(format=stored, layers=1, bias=True))
+    checkpoint = random_weights(program)
+    formatted = set_weight_formats(program, weights)
+    assert apart(run(formatted, checkpoint), run(build(program, weights), checkpoint)) <= SAME
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+def test_compiling_twice_is_compiling_once(manner: str) -> None:
+    for weights in ("auto", "int4"):
+        once = build(transformer(MANNERS[manner]), weights)
+        assert build(once, weights) == once
+
+
+def test_a_sequence_does_not_feel_its_company() -> None:
+    """The mixed batches against each sequence by itself, whole."""
+    program = build(transformer(Toy(layers=1)), "int8")
+    device = open_device("reference")
+    weights = random_weights(transformer(Toy(layers=1)))
+    mixed = device.load(program, weights, StateSpec(9, PAGE))
+    seen: dict[int, list[tuple[int, int, np.ndarray]]] = {}
+    for batch in mixed_batches():
+        logits = mixed.step(batch, logits=True).logits
+        assert logits is not None
+        for s, first in enumerate(batch.first_row):
+            rows = range(first, first + batch.q_len[s])
+            own = [(int(batch.positions[r]), int(batch.tokens[r]), logits[r]) for r in rows]
+            seen.setdefault(int(batch.block_table[s, 0]), []).extend(own)
+    for sequence in seen.values():
+        _, tokens, rows = zip(*sorted(sequence, key=lambda x: x[0]), strict=True)
+        alone = device.load(program, weights, StateSpec(9, PAGE))
+        whole = alone.step(bind([Chunk(tokens, 0, [1, 2, 3, 4], range(len(tokens)))], PAGE), logits=True).logits
+        assert whole is not None
+        np.testing.assert_allclose(np.array(rows), whole, rtol=0, atol=1e-6 * np.abs(whole).max())
+
+
+# What formats cost, derived from the formats
+
+
+def weight_error(w: np.ndarray, name: str) -> np.ndarray:
+    """Half a step of the format `name`, element by element. bf16 has 8 significant bits, f16 11. The step of int8 is
+    the group's max / 127, of int4 max / 8."""
+    fmt = formats.get(name)
+    if not fmt.grouped:
+        return np.abs(w) * {"f32": 0, "bf16": 2.0**-8, "f16": 2.0**-11}[name]
+    peak = np.abs(formats.in_groups(w, fmt.group)).max(axis=2)
+    return np.repeat(peak / (2 * (127 if fmt.bits == 8 else 8)), fmt.group, axis=1)[:, : w.shape[1]]
+
+
+def x_error(x: np.ndarray, w_format: str) -> np.ndarray:
+    """The same for activations, which follow the weights: bf16, or int8 in the groups of w."""
+    fmt = formats.get(w_format)
+    if not fmt.grouped:
+        return np.abs(x) * 2.0**-8 if w_format == "bf16" else 0 * x
+    return weight_error(x, f"int8g{fmt.group}")
+
+
+def chain() -> Program:
+    """embed, two linears with a residual, head: K of 40 and 72, multiples of no group."""
+    b = Builder("chain", 64)
+    embed = b.weight("embed.weight", (VOCABULARY, 40), "embed")
+    x = b.op(Embed, "embed", "tokens", embed)
+    y = b.op(Linear, "up", x, b.weight("up.weight", (72, 40), "up"), bias=b.weight("up.bias", (72,), "bias"))
+    y = b.op(Linear, "down", y, b.weight("down.weight", (40, 72), "down"), residual=x)
+    y = b.op(Select, "select", y, "rows")
+    b.op(Linear, "head", y, b.weight("head.weight", (VOCABULARY, 40), "head"), out="logits", role="output")
+    b.op(Sample, "sample", "logits", tokens="next_tokens", logprobs="logprobs", role="output")
+    return b.done()
+
+
+@pytest.mark.parametrize("weights", ["f32", "bf16", "f16", "int8", "int8g32", "int4", "int4g128"])
+def test_quantised_programs_stay_within_what_their_formats_allow(weights: str) -> None:
+    """Rounding errors are uniform over half a step either way, so their variance is its square over 3; independent
+    errors add in quadrature. The error must be of that size: not above, and not far below, or nothing was rounded."""
+    program = chain()
+    checkpoint = random_weights(program)
+    compiled = build(program, weights)
+    got, want = run(compiled, checkpoint), run(program, checkpoint)
+    w = {name: array.astype(np.float64) for name, array in checkpoint.arrays.items()}
+    ids = np.concatenate([batch.tokens for batch in mixed_batches()])
+    x0 = w["embed"][ids]
+    v0 = weight_error(x0, "bf16" if weights == "bf16" else "f32") ** 2 / 3
+
+    def variance(x: np.ndarray, v: np.ndarray, name: str) -> np.ndarray:
+        """Of the result of the linear `name`, from x and the variance of its error."""
+        format = compiled.tensors[name + ".weight"].format
+        dw, dx = weight_error(w[name], format) ** 2 / 3, x_error(x, format) ** 2 / 3
+        return (v + dx) @ (w[name] ** 2 + dw).T + x**2 @ dw.T
+
+    x1 = x0 @ w["up"].T + w["bias"]
+    x2 = x1 @ w["down"].T + x0
+    v2 = variance(x1, variance(x0, v0, "up"), "down") + v0
+    expected = np.sqrt(variance(x2, v2, "head").mean())
+    error = np.sqrt(((got - want) ** 2).mean())
+    assert 0.4 * expected <= error <= 1.3 * expected + SAME
+
+
+@pytest.mark.parametrize(("weights", "step"), [("bf16", 2.0**-8), ("int8", 1 / 127), ("int4", 1 / 8)])
+def test_quantised_transformers_stay_close(weights: str, step: float) -> None:
+    """Independent errors of about step / 2 a product, adding up as the square root of the linears on the way."""
+    program = transformer(Toy(tied=False))
+    checkpoint = random_weights(program)
+    got, want = run(build(program, weights), checkpoint), run(program, checkpoint)
+    linears = 4 * 2 + 1
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < step * linears**0.5
+
+
+# merge_projections
+
+
+def site(p: Program, name: str) -> Op:
+    return next(op for op in p.ops if op.site == name)
+
+
+def test_projections_merge_under_the_names_everyone_knows() -> None:
+    p = merge_projections(transformer(Toy(up_first=True, bias=True)))
+    qkv = p.tensors["layers.0.attn.qkv_proj"]
+    assert qkv.shape == ("T", 64)
+    starts = {leaf: p.tensors[f"layers.0.attn.{leaf}_proj"].view for leaf in "qkv"}
+    assert starts == {"q": (qkv.name, 0), "k": (qkv.name, 32), "v": (qkv.name, 48)}
+    gate_up = p.tensors["layers.1.mlp.gate_up_proj.weight"]
+    assert gate_up.source == ("model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight")
+    assert p.tensors["layers.1.mlp.gate_up_proj.bias"].shape == (80,)
+    assert "layers.0.attn.q_proj.weight" not in p.tensors
+
+
+def two_linears(first: dict[str, object], second: dict[str, object]) -> Program:
+    """Two linears that read one x, each with fields of its own; their sum goes on."""
+    b = Builder("two", 64)
+    x = b.op(Embed, "embed", "tokens", b.weight("embed.weight", (VOCABULARY, 8), "embed"))
+    made = []
+    for leaf, fields in zip("ab", (first, second), strict=True):
+        own = dict(fields)
+        kept = own.pop("format", "f32")
+        w = str(own.pop("w", f"{leaf}.weight"))
+        if w not in b.tensors:
+            b.weight(w, (8, 8), w, str(kept))
+        if own.pop("biased", False):
+            own["bias"] = b.weight(f"{leaf}.bias", (8,), f"{leaf}.bias")
+        if own.pop("residual", False):
+            own["residual"] = x
+        made.append(b.op(Linear, str(own.pop("site", leaf)), x, w, **own))  # type: ignore[arg-type]
+    y = b.op(Map, "both", made[0], b=made[1], expr="a * b")
+    return finish(b, y)
+
+
+def finish(b: Builder, y: str) -> Program:
+    y = b.op(Select, "select", y, "rows")
+    w = b.weight("head.weight", (VOCABULARY, int(b.tensors[y].shape[1])), "head")
+    b.op(Linear, "head", y, w, out="logits", role="output")
+    b.op(Sample, "sample", "logits", tokens="next_tokens", logprobs="logprobs", role="output")
+    return b.done()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "name"),
+    [
+        ({}, {}, "a_b"),
+        ({"biased": True}, {"biased": True}, "a_b"),
+        ({"scale": 0.5}, {"scale": 0.5}, "a_b"),
+        ({"scale": 0.5}, {}, None),
+        ({"biased": True}, {}, None),
+        ({"activation": "silu"}, {"activation": "silu"}, None),
+        ({"residual": True}, {}, None),
+        ({"format": "bf16"}, {}, None),
+        ({"format": "bf16", "x_format": "bf16"}, {"format": "bf16"}, None),
+        ({"w": "shared"}, {"w": "shared"}, None),
+        ({"site": "layers.0.attn.a"}, {"site": "layers.0.mlp.b"}, None),
+        ({"site": "layers.0.attn.v_proj"}, {"site": "layers.0.attn.q_proj"}, "layers.0.attn.qv_proj"),
+        ({"site": "layers.0.mlp.one_proj"}, {"site": "layers.0.mlp.two_proj"}, "layers.0.mlp.one_two_proj"),
+    ],
+)
+def test_linears_merge_only_when_alike(first: dict[str, object], second: dict[str, object], name: str | None) -> None:
+    p = two_linears(first, second)
+    merged = merge_projections(p)
+    verify(merged)
+    assert {op.site for op in merged.ops} - {op.site for op in p.ops} == ({name} if name else set())
+
+
+def test_a_merged_name_that_is_taken_gives_way() -> None:
+    p = two_linears({}, {})
+    taken = replace(p.ops[0], site="a_b")
+    merged = merge_projections(p.with_ops((taken, *p.ops[1:]), p.tensors))
+    assert site(merged, "a_b_merged").kind == "linear"
+
+
+def test_views_of_merged_results_move_along() -> None:
+    b = Builder("views", 64)
+    x = b.op(Embed, "embed", "tokens", b.weight("embed.weight", (VOCABULARY, 8), "embed"))
+    b.op(Linear, "a", x, b.weight("a.weight", (4, 8), "a"))
+    b.op(Linear, "b", x, b.weight("b.weight", (8, 8), "b"))
+    y = b.op(Map, "sum", "a", b=b.view("right", "b", 4, 8), expr="a + b")
+    p = finish(b, y)
+    merged = merge_projections(p)
+    assert merged.tensors["right"].view == ("a_b", 8)
+    weights = random_weights(p)
+    assert apart(run(p, weights), run(merged, weights)) <= SAME
+
+
+# The fusions
+
+
+def test_a_llama_layer_is_ten_ops() -> None:
+    p = build(transformer(Toy()))
+    own = [op for op in p.ops if op.site.startswith("layers.1.")]
+    assert [(op.site.removeprefix("layers.1."), op.kind) for op in own] == [
+        ("attn.norm", "norm"), ("attn.qkv_proj", "linear"), ("attn.q_rope", "rope"), ("attn.k_rope", "rope"),
+        ("attn.kv_write", "kv_write"), ("attn.attend", "attend"), ("attn.o_proj", "linear"), ("mlp.norm", "norm"),
+        ("mlp.gate_up_proj", "linear"), ("mlp.down_proj", "linear"),
+    ]  # fmt: skip
+    assert site(p, "layers.1.attn.o_proj").inputs[-1] == "layers.0.mlp.down_proj"
+    glu = site(p, "layers.1.mlp.gate_up_proj")
+    assert isinstance(glu, Linear) and glu.glu and glu.activation == "silu"
+
+
+def halves(expr: str, gate: tuple[int, int] = (0, 8), up: tuple[int, int] = (8, 16), **fields: object) -> Program:
+    """expr of two views of one linear of 16 columns."""
+    b = Builder("halves", 64)
+    x = b.op(Embed, "embed", "tokens", b.weight("embed.weight", (VOCABULARY, 8), "embed"))
+    y = b.op(Linear, "both", x, b.weight("both.weight", (16, 8), "both"), **fields)  # type: ignore[arg-type]
+    y = b.op(Map, "glu", b.view("gate", y, *gate), b=b.view("up", y, *up), expr=expr)
+    return finish(b, y)
+
+
+@pytest.mark.parametrize(
+    ("program", "activation"),
+    [
+        (halves("silu(a) * b"), "silu"),
+        (halves("b * gelu(a)"), "gelu"),
+        (halves("relu2(a) * b", scale=0.5), "relu2"),
+        (halves("a * silu(b)", gate=(8, 16), up=(0, 8)), "silu"),
+        (halves("a * silu(b)"), None),  # up first
+        (halves("exp(a) * b"), None),  # not an activation of linear
+        (halves("silu(a) + b"), None),
+        (halves("a * b"), None),
+        (halves("silu(a) * b", gate=(0, 8), up=(4, 12)), None),
+        (halves("silu(a) * b", gate=(0, 4), up=(8, 12)), None),
+        (halves("silu(a) * b", activation="tanh"), None),
+    ],
+)
+def test_glu_fuses_the_two_halves(program: Program, activation: str | None) -> None:
+    fused = fuse_glu(program)
+    verify(fused)
+    op = site(fused, "both")
+    assert isinstance(op, Linear)
+    assert (op.glu, op.activation) == ((True, activation) if activation else (False, op.activation))
+    assert ("gate" in fused.tensors) == (activation is None)
+    weights = random_weights(program)
+    assert apart(run(program, weights), run(fused, weights)) <= SAME
+
+
+def test_glu_leaves_a_result_that_others_read() -> None:
+    b = Builder("shared", 64)
+    x = b.op(Embed, "embed", "tokens", b.weight("embed.weight", (VOCABULARY, 8), "embed"))
+    y = b.op(Linear, "both", x, b.weight("both.weight", (16, 8), "both"))
+    y = b.op(Map, "glu", b.view("gate", y, 0, 8), b=b.view("up", y, 8, 16), expr="silu(a) * b")
+    p = finish(b, b.op(Map, "again", y, b="up", expr="a + b"))
+    assert fuse_glu(p) == p
+
+
+def after_linear(expr: str, *, twice: bool = False, **fields: object) -> Program:
+    """expr of x (a: the embedding) and of a linear's result (b), or of the result alone (a)."""
+    b = Builder("epilogue", 64)
+    x = b.op(Embed, "embed", "tokens", b.weight("embed.weight", (VOCABULARY, 8), "embed"))
+    r = b.op(Norm, "early", x)
+    fields = {n: r if v == "early" else v for n, v in fields.items()}
+    y = b.op(Linear, "proj", x, b.weight("proj.weight", (8, 8), "proj"), **fields)  # type: ignore[arg-type]
+    late = b.op(Norm, "late", x, norm="l2")  # written after the linear: the fused op must stand after it
+    z = b.op(Map, "map", late, b=y, expr=expr) if "b" in expr else b.op(Map, "map", y, expr=expr)
+    return finish(b, b.op(Map, "again", z, b=y, expr="a * b") if twice else z)
+
+
+@pytest.mark.parametrize(
+    ("program", "want"),
+    [
+        (after_linear("a + b"), ("late", "", 1.0)),
+        (after_linear("b + a"), ("late", "", 1.0)),
+        (after_linear("a + b * 0.22"), ("late", "", 0.22)),
+        (after_linear("0.22 * b + a", scale=2.0), ("late", "", 0.44)),
+        (after_linear("a * 0.5"), (None, "", 0.5)),
+        (after_linear("gelu(a)"), (None, "gelu", 1.0)),
+        (after_linear("tanh(a * 3)"), (None, "tanh", 3.0)),
+        (after_linear("a + silu(0.5 * b)"), ("late", "silu", 0.5)),
+        (after_linear("a + b", activation="relu"), ("late", "relu", 1.0)),
+        (after_linear("a + b", glu=False, residual="early"), None),  # one residual at most
+        (after_linear("a * 0.5", residual="early"), None),  # the scale would miss the residual
+        (after_linear("tanh(a)", residual="early"), None),
+        (after_linear("a * 0.5", activation="relu"), None),  # the linear scales before it activates
+        (after_linear("relu(a)", activation="tanh"), None),
+        (after_linear("tanh(a) * 0.5"), None),
+        (after_linear("(a + b) * 0.5"), None),
+        (after_linear("a * 0.5 + b * 0.5"), None),
+        (after_linear("a - b"), None),
+        (after_linear("a * b"), None),
+        (after_linear("exp(a)"), None),
+        (after_linear("a + 1.0"), None),
+        (after_linear("a + a"), None),
+        (after_linear("a + b", twice=True), None),  # somebody else reads the result
+    ],
+)
+def test_epilogues(program: Program, want: tuple[str | None, str, float] | None) -> None:
+    fused = fuse_epilogues(program)
+    verify(fused)
+    op = site(fused, "proj")
+    assert isinstance(op, Linear)
+    assert (fused == program) == (want is None)
+    if want:
+        assert (op.residual, op.activation, op.scale) == want
+        assert "map" not in fused.tensors and op.out == "proj"
+    weights = random_weights(program)
+    assert apart(run(program, weights), run(fused, weights)) <= SAME
+
+
+def test_epilogues_follow_one_another_and_reach_outputs() -> None:
+    p = fuse_epilogues(transformer(Toy(logits_scale=0.125, parallel=True, layers=1)))
+    head = site(p, "lm_head")
+    assert isinstance(head, Linear) and (head.out, head.scale) == ("logits", 0.125)
+    down, o = site(p, "layers.0.mlp.down_proj"), site(p, "layers.0.attn.o_proj")
+    assert isinstance(down, Linear) and isinstance(o, Linear)
+    assert (down.residual, o.residual) == (o.out, "embed")
+    assert [op.kind for op in p.ops].count("map") == 1  # the glu
+
+
+def test_residual_norm() -> None:
+    program = transformer(Toy(post_norm=True, layers=1))
+    fused = fuse_residual_norm(program)
+    norm = site(fused, "layers.0.mlp.post_norm")
+    assert isinstance(norm, Norm) and norm.residual == "layers.0.attn.post_norm"
+    scaled = transformer(Toy(post_norm=True, layers=1, residual_scale=0.5))
+    assert fuse_residual_norm(scaled) == scaled  # a norm does not scale
+    assert fuse_residual_norm(fused) == fused
+
+
+# set_weight_formats
+
+
+def formats_of(p: Program, *names: str) -> list[str]:
+    return [p.tensors[name].format for name in names]
+
+
+@pytest.mark.parametrize(
+    ("weights", "tied", "linear", "x", "table", "head", "cache"),
+    [
+        ("auto", True, "bf16", "bf16", "bf16", "bf16", "bf16"),
+        ("f32", True, "f32", "f32", "f32", "f32", "f32"),
+        ("f16", False, "f16", "f32", "bf16", "f16", "bf16"),
+        ("int8", True, "int8g128", "int8", "int8g128", "int8g128", "bf16"),
+        ("int8", False, "int8g128", "int8", "bf16", "int8g128", "bf16"),
+        ("int4", True, "int4g32", "int8", "int8g128", "int8g128", "bf16"),
+        ("int4", False, "int4g32", "int8", "bf16", "int8g128", "bf16"),
+        ("int4g128", False, "int4g128", "int8", "bf16", "int8g128", "bf16"),
+        ("int8g32", False, "int8g32", "int8", "bf16", "int8g32", "bf16"),
+    ],
+)
+def test_weight_formats(weights: str, tied: bool, linear: str, x: str, table: str, head: str, cache: str) -> None:
+    p = set_weight_formats(transformer(Toy(format="bf16", tied=tied, bias=True)), weights)
+    verify(p)
+    names = ("layers.0.attn.q_proj.weight", "embed.weight", "embed.weight" if tied else "lm_head.weight")
+    assert formats_of(p, *names, "layers.0.attn.k_cache") == [linear, table, head, cache]
+    assert formats_of(p, "layers.0.attn.norm.weight", "layers.0.attn.q_proj.bias") == ["bf16", "bf16"]
+    op = site(p, "layers.1.mlp.down_proj")
+    assert isinstance(op, Linear) and op.x_format == x
+
+
+def test_stored_f32_and_f16_keep_x_whole() -> None:
+    for stored in ("f32", "f16"):
+        p = build(transformer(Toy(format=stored)))
+        assert {op.x_format for op in p.ops if isinstance(op, Linear)} == {"f32"}
+    assert formats_of(build(transformer(Toy()), "int8"), "layers.0.attn.v_cache") == ["bf16"]
+    assert formats_of(build(transformer(Toy(tied=False)), "bf16"), "embed.weight") == ["bf16"]
+
+
+@pytest.mark.parametrize("weights", ["int3", "i32", "int8g33", "fp8", ""])
+def test_unknown_weights_are_refused(weights: str) -> None:
+    with pytest.raises(formats.FormatError, match=rf"weights='{weights}'.*auto.*int4gN"):
+        build(transformer(Toy(layers=1)), weights)
+
+
+# remove_dead, plan_buffers
+
+
+def test_the_dead_are_removed_and_the_stateful_kept() -> None:
+    b = Builder("dead", 64)
+    x = b.op(Embed, "embed", "tokens", b.weight("embed.weight", (VOCABULARY, 8), "embed"))
+    y = b.op(Linear, "unread", x, b.weight("unread.weight", (8, 8), "unread"))
+    b.op(Map, "last", b.view("part", y, 0, 4), expr="a * 2")
+    b.view("nobody", x, 0, 4)
+    b.const("numbers", [1.0])
+    p = remove_dead(finish(b, x))
+    verify(p)
+    assert [op.site for op in p.ops] == ["embed", "select", "head", "sample"]
+    assert not {"unread", "unread.weight", "part", "last", "nobody", "numbers"} & set(p.tensors)
+    assert {"tokens", "positions", "rows"} <= set(p.tensors)  # positions, though nobody reads them
+    kept = transformer(Toy(layers=1))
+    assert remove_dead(kept) == kept
+    assert "kv_write" in {op.kind for op in remove_dead(kept).ops}
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+def test_buffers_hold_what_is_alive_and_little_more(manner: str) -> None:
+    p = build(transformer(replace(MANNERS[manner], layers=6)))
+    temps = [t for t in p.of_role("temp") if not t.view]
+    assert all(t.buffer is not None for t in temps)
+    assert all(t.buffer is None for t in p.tensors.values() if t.view or t.role != "temp")
+    rows: dict[int | None, set[int | str]] = {}
+    for t in temps:
+        rows.setdefault(t.buffer, set()).add(t.shape[0])
+    assert all(len(dims) == 1 for dims in rows.values())  # no buffer holds both rows T and rows R
+    assert sum(row_bytes(p).values()) <= 1.5 * most_alive(p)
+    assert len(rows) <= 7  # whatever the number of layers
+
+
+def most_alive(p: Program) -> int:
+    """Bytes a row of the temps alive at the fullest op: no plan can do with less."""
+    alone = row_bytes(p.with_ops(p.ops, {n: replace(t, buffer=None) for n, t in p.tensors.items()}))
+    first = {n: i for i, op in enumerate(p.ops) for n in op.outputs}
+    last = {p.base(n): i for i, op in enumerate(p.ops) for n in (*op.outputs, *op.inputs)}
+    return max(sum(b for n, b in alone.items() if first[str(n)] <= i <= last[str(n)]) for i in range(len(p.ops)))
+
+
+def test_an_op_never_writes_where_it_reads() -> None:
+    p = plan_buffers(transformer(Toy()))
+    for op in p.ops:
+        read = {p.tensors[p.base(n)].buffer for n in op.inputs} - {None}
+        assert read.isdisjoint(p.tensors[n].buffer for n in op.outputs)
+
+
+# build
+
+
+def test_the_report_says_what_each_pass_did() -> None:
+    lines: list[str] = []
+    build(transformer(Toy()), "int4", report=lines)
+    assert [line.partition(":")[0] for line in lines] == [step.name for step in RECIPE]
+    assert lines[0] == "remove_dead: nothing to do"
+    assert "14 weights f32 -> int4g32" in lines[1] and "1 weights f32 -> int8g128" in lines[1]
+    assert lines[2] == "merge_projections: 15 linears -> 9, e.g. layers.0.attn.qkv_proj"
+    assert lines[3] == "fuse_glu: 6 maps -> 4, e.g. layers.0.mlp.gate_up_proj"
+    assert lines[4] == "fuse_epilogues: 4 maps -> 0, e.g. layers.0.attn.o_proj"
+    assert lines[6].startswith("plan_buffers: 21 temps of 2,880 bytes a row -> 5 buffers of ")
+    heard: list[str] = []
+    build(transformer(Toy()), "int4", report=heard.append)
+    assert heard == lines
+
+
+def test_a_pass_that_breaks_a_rule_is_named() -> None:
+    def lose_an_op(p: Program) -> Program:
+        return p.with_ops(p.ops[1:], p.tensors)
+
+    def undo(p: Program) -> Program:
+        return transformer(Toy(layers=1))
+
+    bad = (Pass("lose_an_op", lose_an_op, ""), Pass("undo", undo, ""))
+    with pytest.raises(ProgramError, match=r"after pass lose_an_op: .*written_before_read"):
+        build(transformer(Toy(layers=1)), passes=bad, check=True)
+    assert build(transformer(Toy(layers=1)), passes=bad) == transformer(Toy(layers=1))  # only the end is checked
+    with pytest.raises(ProgramError, match="after the last pass: "):
+        build(transformer(Toy(layers=1)), passes=bad[:1])
+
+
+def test_the_recipe_reads_as_one() -> None:
+    assert all(step.name == step.run.__name__ and step.why for step in RECIPE)
+    assert build(transformer(Toy(layers=1)), passes=()) == transformer(Toy(layers=1))

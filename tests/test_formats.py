@@ -1,0 +1,150 @@
+"""Number formats: rounding against ml_dtypes and torch, and the error every quantised value may have."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from intaglio import formats
+from intaglio.formats import TINY, FormatError, Quantised, get, in_groups, quantise, quantise_rows, round_to
+
+GROUPED = ("int8g32", "int8g128", "int4g32", "int4g128")
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**100), max_value=2.0**100)
+matrices = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=70), elements=finite)
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@quick
+@given(arrays(np.float32, st.integers(1, 50), elements=st.floats(width=32)))
+def test_plain_rounding_is_that_of_torch(x: np.ndarray) -> None:
+    for name, kind in (("bf16", torch.bfloat16), ("f16", torch.float16), ("f32", torch.float32)):
+        with np.errstate(over="ignore"):
+            got = round_to(x, name)
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got, torch.from_numpy(x).to(kind).float().numpy())
+
+
+def test_ties_go_to_even() -> None:
+    step = 2.0**-7  # of bf16 between 1 and 2
+    np.testing.assert_array_equal(round_to(np.float32([1 + step / 2, 1 + 1.5 * step]), "bf16"), [1, 1 + 2 * step])
+    np.testing.assert_array_equal(round_to(np.float32([1 + 2.0**-11, 1 + 3 * 2.0**-11]), "f16"), [1, 1 + 2.0**-9])
+
+
+def check_grouped(x: np.ndarray, name: str) -> Quantised:
+    """Shapes, ranges, and |w - code * scale| <= |scale| / 2, but for the side int4 clips."""
+    fmt = get(name)
+    q = quantise(x, name)
+    assert q.codes.shape == x.shape and q.codes.dtype == np.int8
+    assert q.scales.shape == (len(x), -(-x.shape[1] // fmt.group)) and q.scales.dtype == np.float32
+    np.testing.assert_array_equal(q.scales, round_to(q.scales, "bf16"))
+    low, high = (-127, 127) if fmt.bits == 8 else (-8, 7)
+    assert q.codes.min() >= low and q.codes.max() <= high
+    scale = np.repeat(q.scales, fmt.group, axis=1)[:, : x.shape[1]].astype(np.float64)
+    error = np.abs(x - q.rows(slice(None)).astype(np.float64))
+    if fmt.bits == 8:
+        allowed = np.abs(scale) / 2
+    else:  # the value of largest magnitude is -8 steps; one as large on the other side is 8 steps, stored as 7
+        steps = np.divide(x, scale, out=np.zeros_like(scale), where=scale != 0)
+        assert steps.max() <= 8 * (1 + 2.0**-8) and steps.min() >= -8 * (1 + 2.0**-8)
+        allowed = np.abs(scale) * np.maximum(0.5, steps - 7)
+    assert (error <= allowed * (1 + 1e-6) + TINY).all()
+    return q
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@quick
+@given(matrices)
+def test_quantised_values_are_within_half_a_step(name: str, x: np.ndarray) -> None:
+    check_grouped(x, name)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("k", [1, 31, 33, 127, 200])
+def test_any_width_works(name: str, k: int) -> None:
+    check_grouped(np.random.default_rng(k).normal(size=(5, k)).astype(np.float32), name)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_zero_and_constant_rows_are_exact(name: str) -> None:
+    scale = np.float32(0.375)
+    top = np.float32(127 if get(name).bits == 8 else -8)
+    x = np.zeros((4, 40), np.float32)
+    x[1], x[2] = scale * top, -scale * top
+    x[3, :32] = scale * top  # the second group is zero
+    np.testing.assert_array_equal(check_grouped(x, name).rows(slice(None)), x)
+    np.testing.assert_array_equal(quantise(x[:1], name).scales, 0)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_int_matrices_on_the_grid_are_exact(name: str) -> None:
+    fmt = get(name)
+    rng = np.random.default_rng(0)
+    high = 127 if fmt.bits == 8 else 7
+    codes = rng.integers(-high, high + 1, (6, 3 * fmt.group)).astype(np.float32)
+    codes[:, :: fmt.group] = 127 if fmt.bits == 8 else -8
+    q = check_grouped(codes * np.float32(2.0**-5), name)
+    np.testing.assert_array_equal(q.codes, codes)
+    np.testing.assert_array_equal(q.rows(np.array([4, 0])), codes[[4, 0]] * np.float32(2.0**-5))
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_the_smallest_numbers_become_zeros(name: str) -> None:
+    x = np.full((1, 64), 1e-40, np.float32)
+    assert not quantise(x, name).rows(slice(None)).any()
+    codes, scales = quantise_rows(x, 32)
+    assert not codes.any() and np.isfinite(scales).all()
+
+
+@quick
+@given(matrices, st.sampled_from([32, 64, 128]))
+def test_activations_are_within_half_a_step(x: np.ndarray, group: int) -> None:
+    codes, scales = quantise_rows(x, group)
+    assert codes.shape == (len(x), -(-x.shape[1] // group), group) and scales.shape == codes.shape[:2]
+    assert codes.dtype == np.int8 and scales.dtype == np.float32 and codes.min() >= -127
+    wide = scales[:, :, None].astype(np.float64)
+    error = np.abs(in_groups(x, group) - codes * wide)
+    assert (error <= wide / 2 * (1 + 1e-5) + TINY).all()
+    peak = np.abs(in_groups(x, group)).max(axis=2)
+    assert (np.abs(codes).max(axis=2)[peak >= TINY] == 127).all()
+
+
+def test_a_row_is_quantised_alike_in_any_company() -> None:
+    x = np.random.default_rng(0).normal(size=(9, 100)).astype(np.float32)
+    whole, alone = quantise_rows(x, 32), quantise_rows(x[4:5], 32)
+    for a, b in zip(whole, alone, strict=True):
+        np.testing.assert_array_equal(a[4:5], b)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "cols", "nbytes"),
+    [
+        ("f32", 3, 5, 60), ("bf16", 3, 5, 30), ("f16", 1, 7, 14), ("i32", 2, 2, 16),
+        ("int8g32", 3, 64, 3 * (64 + 2 * 2)), ("int8g128", 1, 130, 130 + 2 * 2),
+        ("int4g32", 4, 32, 4 * (16 + 2)), ("int4g32", 1, 33, 21), ("int4g1024", 2, 1024, 2 * (512 + 2)),
+    ],
+)  # fmt: skip
+def test_nbytes(name: str, rows: int, cols: int, nbytes: int) -> None:
+    assert get(name).nbytes(rows, cols) == nbytes
+
+
+def test_names() -> None:
+    assert get("int4g64").grouped and (get("int4g64").bits, get("int4g64").group) == (4, 64)
+    assert get("int8g32").dtype == np.int8 and get("bf16").dtype == formats.BF16 and not get("bf16").grouped
+    assert get("f32") is get("f32")
+
+
+@pytest.mark.parametrize("name", ["", "fp32", "int8", "int4g", "int8g0", "int8g16", "int8g33", "int4g2048", "int2g32"])
+def test_unknown_names_are_refused(name: str) -> None:
+    with pytest.raises(
+        FormatError, match=rf"unknown number format '{name}': use one of f32, bf16, f16, i32, or int8gN"
+    ):
+        get(name)
+
+
+def test_plain_formats_have_no_codes() -> None:
+    with pytest.raises(FormatError, match="bf16 is a plain format"):
+        quantise(np.zeros((1, 1), np.float32), "bf16")

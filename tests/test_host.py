@@ -1,0 +1,378 @@
+"""The host device against the reference: every op, path and format, at sizes that are multiples of nothing; and the
+promise that a sequence's bits do not depend on its company."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from toy import MANNERS, Toy, random_weights, transformer
+
+from intaglio import _native, formats
+from intaglio.batch import Batch, Chunk, Sampling, bind
+from intaglio.compiler import build
+from intaglio.devices import ArrayWeights, DeviceError, StateSpec
+from intaglio.devices.host import HostDevice, isa_names
+from intaglio.devices.reference import ReferenceDevice
+from intaglio.ops import REGISTRY, Attend, Embed, KvWrite, Linear, Map, Norm, Rope, Sample, Select
+from intaglio.ops.elementwise import FUNCTIONS
+from intaglio.ops.linear import ACTIVATIONS
+from intaglio.program import Builder, Program
+
+EPS = 2.0**-24  # unit roundoff of float32
+ISAS = isa_names()
+SEED = int(os.environ.get("TEST_SEED", np.random.SeedSequence().entropy % 2**32))  # type: ignore[operator]
+PAGE = 16
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Fresh numbers every run; TEST_SEED, printed with a failure, brings them back."""
+    print(f"TEST_SEED={SEED}")
+    return np.random.default_rng([SEED, *request.node.name.encode()])
+
+
+class Bench:
+    """A Program whose first temp is an arbitrary matrix (an embedding looked up row by row), ending as all do."""
+
+    def __init__(self, rng: np.random.Generator, rows: int, cols: int, scale: float = 1.0) -> None:
+        self.rng, self.rows = rng, rows
+        self.b = Builder("bench", 4096)
+        self.arrays: dict[str, np.ndarray] = {}
+        self.x = self.matrix("x", rows, cols, scale)
+
+    def weight(self, name: str, values: np.ndarray, format: str = "f32") -> str:
+        stored = "f32" if formats.get(format).grouped else format
+        self.arrays[name] = values.astype(formats.get(stored).dtype)
+        return self.b.weight(name, values.shape, name, format)
+
+    def matrix(self, name: str, rows: int, cols: int, scale: float = 1.0) -> str:
+        table = self.weight(name + ".table", self.rng.normal(size=(rows, cols)) * scale)
+        return self.b.op(Embed, name, "tokens", table)
+
+    def run(self, site: str, batch: Batch | None = None) -> dict[str, np.ndarray]:
+        """The result at `site` by device: "reference" and each instruction set with 1 and 2 threads (held equal)."""
+        last = self.b.op(Select, "select", self.x, "rows")
+        head = self.weight("head", self.rng.normal(size=(max(self.rows, 8), int(self.b.tensors[last].shape[1]))))
+        self.b.op(Linear, "lm_head", last, head, out="logits", role="output")
+        self.b.op(Sample, "sample", "logits", tokens="next_tokens", logprobs="logprobs", role="output")
+        program, weights = self.b.done(), ArrayWeights(self.arrays)
+        state = StateSpec(64, PAGE)
+        pages = -(-self.rows // PAGE)
+        batch = batch or bind([Chunk(range(self.rows), 0, range(pages), [0])], PAGE)
+        taps = [site]
+        out = {"reference": ReferenceDevice().load(program, weights, state).step(batch, taps=taps).taps[site]}
+        for isa in ISAS:
+            one, two = (
+                HostDevice(n, isa).load(program, weights, state).step(batch, taps=taps).taps[site] for n in (1, 2)
+            )
+            np.testing.assert_array_equal(one, two, err_msg=f"{isa}: 2 threads give other bits than 1")
+            out[isa] = one
+        return out
+
+
+def hold(results: dict[str, np.ndarray], bound: np.ndarray | float) -> None:
+    """Every path within `bound` of the reference."""
+    for isa in ISAS:
+        off = np.abs(results[isa].astype(np.float64) - results["reference"]) - bound
+        assert (off <= 0).all(), (
+            f"{isa}: off by {off.max():.3g} beyond its bound at {np.unravel_index(off.argmax(), off.shape)}"
+        )
+
+
+COVERED = {"embed", "select", "norm", "linear", "rope", "kv_write", "attend", "map", "sample"}
+
+
+def test_every_op_is_covered() -> None:
+    assert set(REGISTRY) == COVERED
+
+
+WEIGHTS = ["f32", "f16", "bf16", "bf16 x bf16", "f32 x bf16", "int8g32", "int8g128", "int4g32", "int4g64", "int4g128"]
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("trial", range(3))
+def test_linear(kind: str, trial: int, rng: np.random.Generator) -> None:
+    format, _, rounded = kind.partition(" x ")
+    grouped = formats.get(format).grouped
+    rows, k, n = (int(rng.integers(1, high)) for high in (40, 300, 150))
+    glu = bool(rng.integers(2))
+    n += n % 2 if glu else 0
+    bench = Bench(rng, rows, k)
+    w = bench.weight("w", rng.normal(size=(n, k)) / np.sqrt(k), format)
+    out = n // 2 if glu else n
+    fields: dict[str, object] = {
+        "x_format": "int8" if grouped else rounded or "f32",
+        "glu": glu,
+        "scale": float(rng.choice([1, 0.3])),
+    }
+    fields["activation"] = str(rng.choice(ACTIVATIONS if glu else (*ACTIVATIONS, "")))
+    if rng.integers(2):
+        fields["bias"] = bench.weight("bias", rng.normal(size=n))
+    if rng.integers(2):
+        fields["residual"] = bench.matrix("residual", rows, out)
+    y = bench.b.op(Linear, "y", bench.x, w, **fields)
+    results = bench.run(y)
+    # K roundings of partial sums as large as the result, adding up like a random walk, 16 sigma; a pair multiplies two
+    size = 1 + np.abs(bench.arrays["x.table"] @ bench.arrays["w"].astype(np.float32).T).max()
+    hold(results, 16 * np.sqrt(k + 16) * EPS * size * (2 * size if glu else 2))
+
+
+def test_linear_many_rows_and_deep(rng: np.random.Generator) -> None:
+    """More rows than a tile holds, K over several passes: same bits row by row as one at a time."""
+    for format in ("f32", "bf16", "int8g128", "int4g32"):
+        bench = Bench(rng, 530, 4200)
+        x_format = "int8" if formats.get(format).grouped else format
+        w = bench.weight("w", rng.normal(size=(70, 4200)) / 65, format)
+        y = bench.b.op(Linear, "y", bench.x, w, x_format=x_format)
+        few = bind([Chunk([7], 0, [0], [0]), Chunk([529], 0, [1], [0]), Chunk([3], 0, [2], [0])], PAGE)
+        program = _finish(bench)
+        for isa in ISAS if format != "f32" else ISAS[:1]:
+            ex = HostDevice(2, isa).load(program, ArrayWeights(bench.arrays), StateSpec(64, PAGE))
+            all_rows = ex.step(bind([Chunk(range(530), 0, range(34), [0])], PAGE), taps=[y]).taps[y]
+            np.testing.assert_array_equal(
+                ex.step(few, taps=[y]).taps[y], all_rows[[7, 529, 3]], err_msg=f"{isa} {format}"
+            )
+
+
+def _finish(bench: Bench) -> Program:
+    last = bench.b.op(Select, "select", bench.x, "rows")
+    head = bench.weight("head", np.ones((bench.rows, int(bench.b.tensors[last].shape[1]))))
+    bench.b.op(Linear, "lm_head", last, head, out="logits", role="output")
+    bench.b.op(Sample, "sample", "logits", tokens="next_tokens", logprobs="logprobs", role="output")
+    return bench.b.done()
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer", "l2"])
+@pytest.mark.parametrize("group", [0, 20])
+def test_norm(norm: str, group: int, rng: np.random.Generator) -> None:
+    rows, width = int(rng.integers(1, 30)), 20 * int(rng.integers(1, 12))
+    bench = Bench(rng, rows, width)
+    span = group or width
+    fields = {"weight": bench.weight("w", rng.normal(size=span)), "bias": bench.weight("b", rng.normal(size=span))}
+    fields["residual"] = bench.matrix("r", rows, width)
+    y = bench.b.op(Norm, "y", bench.x, **fields, norm=norm, group=group, offset=1.0, eps=1e-5)
+    hold(bench.run(y), (span + 16) * EPS * 30)
+
+
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+def test_rope(style: str, rng: np.random.Generator) -> None:
+    bench = Bench(rng, 37, 3 * 80)
+    table = bench.b.const("frequencies", list(10000.0 ** -(np.arange(int(rng.integers(1, 41))) / 40)))
+    y = bench.b.op(Rope, "y", bench.x, "positions", table, head_dim=80, style=style, factor=1.2)
+    hold(bench.run(y), 8 * EPS * 6)
+
+
+@pytest.mark.parametrize("function", sorted(FUNCTIONS))
+def test_map_function(function: str, rng: np.random.Generator) -> None:
+    bench = Bench(rng, 5, 133, scale=6.0)
+    y = bench.b.op(Map, "y", bench.x, expr=f"{function}(a)")
+    results = bench.run(y)
+    hold(results, 16 * EPS * (1 + np.abs(results["reference"])))
+
+
+def test_map_expression(rng: np.random.Generator) -> None:
+    bench = Bench(rng, 9, 51)
+    b, c = bench.matrix("b", 9, 51), bench.matrix("c", 9, 51)
+    y = bench.b.op(Map, "y", bench.x, b=b, c=c, expr="silu(a) * b / (3.5 + tanh(c)) - -2.0 * (a - c)")
+    hold(bench.run(y), 64 * EPS * 30)
+
+
+def test_views_are_read_in_place(rng: np.random.Generator) -> None:
+    bench = Bench(rng, 6, 96)
+    y = bench.b.op(
+        Map, "y", bench.b.view("left", bench.x, 5, 45), b=bench.b.view("right", bench.x, 40, 80), expr="a - b * 2.0"
+    )
+    hold(bench.run(y), 4 * EPS * 12)
+
+
+@pytest.mark.parametrize("cache", ["f32", "bf16"])
+@pytest.mark.parametrize("trial", range(6))
+def test_attend(cache: str, trial: int, rng: np.random.Generator) -> None:
+    """GQA, MQA, MHA; head sizes 80, 96 and odd ones; window and softcap; contexts across splits of 512."""
+    kv_heads, share = int(rng.choice([1, 2, 3])), int(rng.choice([1, 2, 5, 40]))
+    head_dim, v_dim = int(rng.choice([8, 20, 64, 80, 96])), int(rng.choice([8, 16, 72, 96]))
+    length = int(rng.choice([1, 5, 40, 700, 1000]))
+    window, softcap = int(rng.choice([0, 0, 3, 100, 600])), float(rng.choice([0, 0, 5]))
+    bench = Bench(rng, length, kv_heads * head_dim)
+    v = bench.matrix("v", length, kv_heads * v_dim)
+    q = bench.matrix("q", length, kv_heads * share * head_dim)
+    caches = [bench.b.cache(n, kv_heads, d, cache) for n, d in (("k_cache", head_dim), ("v_cache", v_dim))]
+    bench.b.op(KvWrite, "kv_write", bench.x, v, *caches)
+    y = bench.b.op(
+        Attend, "y", q, *caches, heads=kv_heads * share, scale=head_dim**-0.5, window=window, softcap=softcap
+    )
+    pages = [int(p) for p in rng.permutation(64)[: -(-length // PAGE)]]
+    results = bench.run(y, bind([Chunk(range(length), 0, pages, [0])], PAGE))
+    # A score is off by gamma_hd * sum|q||k|, which multiplies its weight by as much; the weights sum to one.
+    score = (head_dim + 32) * EPS * 6 * np.sqrt(head_dim)
+    hold(results, (2 * score + (length + 64) * EPS) * 5)
+
+
+def test_sample_agrees_with_reference(rng: np.random.Generator) -> None:
+    """The same tokens, but where a draw falls within rounding of a boundary (at most 1 in 100), and log-probabilities."""
+    rows, vocabulary = 200, 517
+    b = Builder("sample", 512)
+    arrays = {"t": rng.normal(size=(rows, vocabulary)).astype(np.float32) * 3}
+    arrays["t"][0, :] = 1.0  # all equal: the lowest id
+    arrays["t"][1, 5] = np.nan
+    arrays["t"][2, :] = -np.inf
+    arrays["t"][3, 100:] = -np.inf
+    x = b.op(Embed, "x", "tokens", b.weight("t", (rows, vocabulary), "t"))
+    b.op(Map, "pick", b.op(Select, "select", x, "rows"), expr="a", out="logits", role="output")
+    b.op(Sample, "sample", "logits", tokens="next_tokens", logprobs="logprobs", role="output")
+    program = replace(b.done(), context=512)
+    for sampling in (
+        Sampling(), Sampling(1.0, seed=7), Sampling(0.7, top_k=20, seed=2**64 - 1), Sampling(1.3, top_p=0.8, seed=3),
+        Sampling(1.0, min_p=0.05, seed=4), Sampling(0.9, 40, 0.9, 0.02, 5),
+    ):  # fmt: skip
+        batch = bind([Chunk([i], 3, [i % 8], [0], sampling) for i in range(rows)], PAGE)
+        want = ReferenceDevice().load(program, ArrayWeights(arrays), StateSpec(8, PAGE)).step(batch)
+        assert want.tokens[1] == want.tokens[2] == -1
+        for isa in ISAS:
+            got = HostDevice(2, isa).load(program, ArrayWeights(arrays), StateSpec(8, PAGE)).step(batch)
+            assert (got.tokens != want.tokens).sum() <= (2 if sampling.temperature else 0), f"{isa} {sampling}"
+            same = got.tokens == want.tokens
+            np.testing.assert_allclose(got.logprobs[same], want.logprobs[same], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["f32", "f16", "bf16", "int8g32", "int8g128", "int4g32", "int4g96"])
+def test_packing_is_the_formats_own(format: str, rng: np.random.Generator) -> None:
+    """Codes and scales as formats.quantise() chooses them, from every source type, whole and in parts, with and
+    without glu's order."""
+    fmt = formats.get(format)
+    n, k = 2 * int(rng.integers(1, 70)), int(rng.integers(1, 290))
+    for source in ("f32", "f16", "bf16"):
+        stored = rng.normal(size=(n, k)).astype(np.float32).astype(formats.get(source).dtype)
+        stored[0] = 0
+        wide = stored.astype(np.float32)
+        want = formats.quantise(wide, format).rows(slice(None)) if fmt.grouped else formats.round_to(wide, format)
+        for glu in (False, True):
+            packed = _native.Weight(f"int{fmt.bits}" if fmt.grouped else format, n, k, fmt.group, glu)
+            cut = int(rng.integers(0, n))
+            for first, last in ((0, cut), (cut, n)):
+                rows = np.ascontiguousarray(stored[first:last])
+                packed.fill(rows.reshape(-1).view(np.uint8), source, first, last - first, 2)
+            got = np.empty((n, k), np.float32)
+            for i in range(n):
+                packed.unpack(i, got[i])
+            np.testing.assert_array_equal(got, want)
+
+
+# ---- the same bits whatever the company ----
+
+MODELS = {
+    "llama-f32": (Toy(kv_heads=2, heads=6, head_dim=20), "f32"),
+    "qwen-bf16": (replace(MANNERS["qwen3"], format="bf16", inner=72), "bf16"),
+    "gemma-int8": (replace(MANNERS["gemma"], format="bf16", window=70), "int8"),
+    "olmo-int4": (replace(MANNERS["olmo2"], format="bf16"), "int4"),
+}
+SAMPLINGS = (Sampling(), Sampling(0.8, seed=11), Sampling(1.2, top_k=9, top_p=0.9, seed=12))
+
+
+def alone(ex: object, tokens: list[int], sampling: Sampling, pages: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    got = ex.step(bind([Chunk(tokens, 0, pages, range(len(tokens)), sampling)], PAGE), logits=True)  # type: ignore[attr-defined]
+    return got.logits, got.tokens
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", MODELS)
+def test_company_changes_no_bit(isa: str, name: str, rng: np.random.Generator) -> None:
+    """50 random mixes a model and path (200 a path): prompts, chunk sizes, pages, 1 and 2 threads; each sequence's
+    logits and tokens are those of it running alone, whole, on one thread."""
+    toy, weights = MODELS[name]
+    raw = transformer(toy)
+    program = replace(build(raw, weights), context=2048)
+    arrays = random_weights(raw, seed=int(rng.integers(2**31)))
+    state = StateSpec(512, PAGE)
+    single, team = (HostDevice(n, isa).load(program, arrays, state) for n in (1, 2))
+    for mix in range(50):
+        count = int(rng.integers(1, 6))
+        longest = 640 if mix % 10 == 0 else 70  # some reach over a split of 512 positions
+        lengths = [int(rng.integers(1, longest if i == 0 else 70)) for i in range(count)]
+        sequences = [rng.integers(0, program.vocabulary, n).tolist() for n in lengths]
+        samplings = [SAMPLINGS[int(rng.integers(3))] for _ in sequences]
+        free = rng.permutation(512).tolist()
+        pages = [[free.pop() for _ in range(-(-n // PAGE))] for n in lengths]
+        want = [alone(single, s, p, pages[0] + free) for s, p in zip(sequences, samplings, strict=True)]
+        ex = team if rng.integers(2) else single
+        done = [0] * count
+        got: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in sequences]
+        while any(d < n for d, n in zip(done, lengths, strict=True)):
+            going = [i for i in rng.permutation(count).tolist() if done[i] < lengths[i] and rng.integers(4)]
+            if not going:
+                continue
+            sizes = {i: min(int(rng.choice([1, 3, 17, 200])), lengths[i] - done[i]) for i in going}
+            chunks = [
+                Chunk(sequences[i][done[i] : done[i] + n], done[i], pages[i], range(n), samplings[i])
+                for i, n in sizes.items()
+            ]
+            step = ex.step(bind(chunks, PAGE), logits=True)
+            assert step.logits is not None
+            at = 0
+            for i, n in sizes.items():
+                got[i].append((step.logits[at : at + n], step.tokens[at : at + n]))
+                done[i], at = done[i] + n, at + n
+        for i in range(count):
+            np.testing.assert_array_equal(
+                np.concatenate([x for x, _ in got[i]]), want[i][0], err_msg=f"mix {mix}, logits"
+            )
+            np.testing.assert_array_equal(
+                np.concatenate([t for _, t in got[i]]), want[i][1], err_msg=f"mix {mix}, tokens"
+            )
+
+
+@pytest.mark.parametrize("manner", MANNERS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_whole_models_agree_with_reference(manner: str, isa: str) -> None:
+    raw = transformer(MANNERS[manner])
+    program, arrays, state = build(raw), random_weights(raw), StateSpec(8, PAGE)
+    batch = bind([Chunk(range(40), 0, [4, 1, 2], range(40)), Chunk([3, 5], 0, [7], [0, 1])], PAGE)
+    want = ReferenceDevice().load(program, arrays, state).step(batch, logits=True).logits
+    got = HostDevice(2, isa).load(program, arrays, state).step(batch, logits=True).logits
+    assert want is not None and got is not None
+    assert np.abs(got - want).max() <= 2e-5 * np.abs(want).max()
+
+
+# ---- errors ----
+
+
+def test_nan_reaches_the_result(rng: np.random.Generator) -> None:
+    """A NaN weight makes a token of -1 in every format, never a plausible number."""
+    for weights in ("f32", "bf16", "int8", "int4"):
+        raw = transformer(Toy(format="bf16"))
+        arrays = dict(random_weights(raw).arrays)
+        arrays["model.embed_tokens.weight"][3, 2] = np.nan
+        untied = transformer(Toy(format="bf16", tied=False))
+        arrays |= {
+            t.source[0]: arrays.get(t.source[0], np.ones(t.shape, formats.BF16)) for t in untied.of_role("weight")
+        }
+        ex = HostDevice(1).load(build(untied, weights), ArrayWeights(arrays), StateSpec(4, PAGE))
+        got = ex.step(bind([Chunk([3], 0, [0], [0]), Chunk([4], 0, [1], [0])], PAGE))
+        assert got.tokens[0] == -1 and np.isnan(got.logprobs[0]) and got.tokens[1] >= 0, weights
+
+
+def test_refusals() -> None:
+    raw = transformer()
+    with pytest.raises(DeviceError, match="page_tokens=20.*multiple of 16"):
+        HostDevice(1).load(raw, random_weights(raw), StateSpec(4, 20))
+    with pytest.raises(DeviceError, match="threads=999"):
+        HostDevice(999)
+    with pytest.raises(DeviceError, match="instruction set 'mmx'"):
+        HostDevice(1, "mmx")
+    ex = HostDevice(1).load(raw, random_weights(raw), StateSpec(4, PAGE))
+    with pytest.raises(DeviceError, match="token id 61 is outside 0..60"):
+        ex.step(bind([Chunk([61], 0, [0], [0])], PAGE))
+    with pytest.raises(DeviceError, match="slot 64 is outside 0..63"):
+        ex.step(bind([Chunk([1] * 17, 0, [0, 4], [0])], PAGE))
+    arrays = dict(random_weights(raw).arrays)
+    arrays["model.layers.0.attn.q_proj.weight"] = np.ones((32, 31), np.float32)
+    with pytest.raises(DeviceError, match=r"q_proj.*\[32, 31\]"):
+        HostDevice(1).load(raw, ArrayWeights(arrays), StateSpec(4, PAGE))
+
+
+def test_roofs_are_measured() -> None:
+    assert _native.read_bandwidth(1, 8, 2) > 1e8
+    assert _native.matrix_peak(1, "bf16", 0, 2) > 1e7
