@@ -16,28 +16,28 @@ void score_tile(const float* const* q, const void* k, int64_t at, int page, int 
     for (F& x : row) x = set(0);
   for (int d = 0; d < head_dim; d++) {
     F key[NV];
-    for (int v = 0; v < NV; v++) key[v] = load_cache<Bf16>(k, at + int64_t(d) * page + v * F::N);
-    for (int r = 0; r < RB; r++)
-      for (int v = 0; v < NV; v++) acc[r][v] = fma(set(q[r][d]), key[v], acc[r][v]);
+    EACH_OF for (int v = 0; v < NV; v++) key[v] = load_cache<Bf16>(k, at + int64_t(d) * page + v * F::N);
+    EACH_OF for (int r = 0; r < RB; r++)
+      EACH_OF for (int v = 0; v < NV; v++) acc[r][v] = fma(set(q[r][d]), key[v], acc[r][v]);
   }
-  for (int r = 0; r < RB; r++)
-    for (int v = 0; v < NV; v++) store(scores[r] + v * F::N, acc[r][v]);
+  EACH_OF for (int r = 0; r < RB; r++)
+    EACH_OF for (int v = 0; v < NV; v++) store(scores[r] + v * F::N, acc[r][v]);
 }
 
 // acc[r][0 .. NV * N) += sum over n positions of p[r][i] * V[i]; V is [positions][stride].
 template <bool Bf16, int RB, int NV>
 void value_tile(const float* const* p, const void* v, int64_t at, int stride, int n, float* const* acc) {
   F a[RB][NV];
-  for (int r = 0; r < RB; r++)
-    for (int j = 0; j < NV; j++) a[r][j] = load(acc[r] + j * F::N);
+  EACH_OF for (int r = 0; r < RB; r++)
+    EACH_OF for (int j = 0; j < NV; j++) a[r][j] = load(acc[r] + j * F::N);
   for (int i = 0; i < n; i++) {
     F value[NV];
-    for (int j = 0; j < NV; j++) value[j] = load_cache<Bf16>(v, at + int64_t(i) * stride + j * F::N);
-    for (int r = 0; r < RB; r++)
-      for (int j = 0; j < NV; j++) a[r][j] = fma(set(p[r][i]), value[j], a[r][j]);
+    EACH_OF for (int j = 0; j < NV; j++) value[j] = load_cache<Bf16>(v, at + int64_t(i) * stride + j * F::N);
+    EACH_OF for (int r = 0; r < RB; r++)
+      EACH_OF for (int j = 0; j < NV; j++) a[r][j] = fma(set(p[r][i]), value[j], a[r][j]);
   }
-  for (int r = 0; r < RB; r++)
-    for (int j = 0; j < NV; j++) store(acc[r] + j * F::N, a[r][j]);
+  EACH_OF for (int r = 0; r < RB; r++)
+    EACH_OF for (int j = 0; j < NV; j++) store(acc[r] + j * F::N, a[r][j]);
 }
 
 constexpr int kBlock = F::N == 16 ? 4 : 2;  // query rows held in registers

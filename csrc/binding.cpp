@@ -9,6 +9,7 @@
 
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <optional>
 
@@ -110,54 +111,53 @@ void step(Executable& self, Ints tokens, Ints positions, Ints slots, Ints first_
   self.step(in, wanted, times);
 }
 
+// Best rate, in passes per second, at which threads get through `tasks` tasks.
+double best_rate(int threads, int runs, int64_t tasks, const std::function<void(int, int64_t)>& task) {
+  Team team(threads, [&](int thread, const Phase&, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) task(thread, i);
+  });
+  double best = 0;
+  nb::gil_scoped_release unlocked;
+  for (int i = 0; i < runs; i++) {
+    auto start = std::chrono::steady_clock::now();
+    team.clear(false);
+    team.add(0, 0, tasks, std::max<int64_t>(1, tasks / (16 * threads)));
+    team.run();
+    std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    best = std::max(best, 1 / took.count());
+  }
+  return best;
+}
+
 // Best bytes/s of a streaming read over `megabytes` split among threads; `runs` passes.
 double read_bandwidth(int threads, int megabytes, int runs, const std::string& isa) {
   const Kernels* kernels = kernels_of(isa);
   Memory memory(int64_t(megabytes) << 20);
   std::memset(memory.data(), 1, size_t(memory.size()));
-  Team team(threads);
+  constexpr int64_t chunk = 16384;  // floats a task reads: 64 KiB
   std::vector<float> sums(size_t(threads) * 16);
-  double best = 0;
-  nb::gil_scoped_release unlocked;
-  for (int i = 0; i < runs; i++) {
-    auto start = std::chrono::steady_clock::now();
-    team.run([&](int id) {
-      int64_t n = memory.size() / 4 / threads / 1024 * 1024;
-      sums[size_t(id) * 16] = kernels->read_stream((const float*)memory.data() + id * n, n);
-    });
-    std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    best = std::max(best, double(memory.size()) / took.count());
-  }
-  return best;
+  return memory.size() * best_rate(threads, runs, memory.size() / 4 / chunk, [&](int thread, int64_t i) {
+    sums[size_t(thread) * 16] += kernels->read_stream((const float*)memory.data() + i * chunk, chunk);
+  });
 }
 
 // Best FLOP/s of the linear kernel on operands that stay in cache: the matrix peak that a real product can approach.
 double matrix_peak(int threads, const std::string& format, int group, int runs, const std::string& isa) {
   const Kernels* kernels = kernels_of(isa);
-  constexpr int64_t rows = 96, depth = 1024, repeats = 24;
+  constexpr int64_t rows = 96, depth = 1024, repeats = 48;
   Fmt fmt = lookup(kFormats, format, "format");
-  Team team(threads);
-  double best = 0;
-  nb::gil_scoped_release unlocked;
   std::vector<std::unique_ptr<PackedWeight>> weights;
   std::vector<std::vector<float>> memory;
   for (int i = 0; i < threads; i++) {
     weights.push_back(std::make_unique<PackedWeight>(fmt, kUnit, depth, group, false));
     memory.emplace_back(rows * depth * 2 + kRows * kUnit + rows * kUnit, 0.0f);
   }
-  for (int i = 0; i < runs; i++) {
-    auto start = std::chrono::steady_clock::now();
-    team.run([&](int id) {
-      float* x = memory[size_t(id)].data();
-      float* tile = x + rows * depth * 2;
-      Rows prepared{x, x + rows * depth, (int32_t*)(x + rows * depth + rows * 32), depth, group ? depth / group : 0};
-      LinearArgs a{&weights[size_t(id)]->w, prepared, true, rows, tile + kRows * kUnit, kUnit, nullptr, nullptr, 0, 1.0f, Act::None};
-      for (int j = 0; j < repeats; j++) kernels->linear_unit(a, 0, rows, 0, tile);
-    });
-    std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    best = std::max(best, 2.0 * rows * depth * kUnit * repeats * threads / took.count());
-  }
-  return best;
+  return 2.0 * rows * depth * kUnit * repeats * best_rate(threads, runs, repeats, [&](int thread, int64_t) {
+    float *x = memory[size_t(thread)].data(), *tile = x + rows * depth * 2;
+    Rows prepared{x, x + rows * depth, (int32_t*)(x + rows * depth + rows * 32), depth, group ? depth / group : 0};
+    LinearArgs a{&weights[size_t(thread)]->w, prepared, true, rows, tile + kRows * kUnit, kUnit, nullptr, nullptr, 0, 1.0f, Act::None};
+    kernels->linear_unit(a, 0, rows, 0, tile);
+  });
 }
 
 }  // namespace

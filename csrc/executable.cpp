@@ -11,6 +11,7 @@ namespace intaglio {
 namespace {
 
 constexpr int64_t kAlign = 64;
+constexpr int kTables = -1, kTaps = -2;  // phases that belong to no op
 constexpr int64_t kPrivate = 16384;  // values of x that each thread rounds for itself rather than wait for the others
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
@@ -54,12 +55,10 @@ void PackedWeight::fill(const void* rows, Source type, int64_t first, int64_t co
   for (auto& t : helpers) t.join();
 }
 
-// What one thread knows: its number, its scratch memory, and which shared counter comes next.
-struct Executable::Thread {
-  int id, phase;
-  float* scratch;
-  uint8_t* x;
-};
+Executable::Executable(const Kernels* kernels, int threads, int page)
+    : kernels_(kernels), page_(page), scratches_(size_t(threads)), team_(threads, [this](int thread, const Phase& phase, int64_t begin, int64_t end) {
+        run(scratches_[size_t(thread)], phase, begin, end);
+      }) {}
 
 int Executable::add_buffer(int64_t row_bytes, Extent rows) {
   buffers_.push_back({row_bytes, rows, 0});
@@ -116,21 +115,26 @@ const float* Executable::vector_at(int tensor) const {
   return tensor < 0 ? nullptr : tensors_[size_t(tensor)].vector.data();
 }
 
+// Whether each thread rounds all rows of x for itself.
+bool Executable::alone(const Op& op) const {
+  const Weight& w = tensors_[size_t(op.tensors[1])].weight->w;
+  return rows_of(tensors_[size_t(op.tensors[4])]) * w.padded_k <= kPrivate;
+}
+
 // Sizes every piece of memory for this batch, and cuts attention into tasks.
-void Executable::plan_step() {
+void Executable::plan_memory() {
   int64_t at = 0;
   for (Buffer& b : buffers_) {
     b.offset = at;
     at += aligned(b.row_bytes * (b.rows == Extent::T ? in_.t : in_.r)) + kAlign;
   }
   grow(arena_, at);
-  int64_t shared = 0, partials = 0, attend = 0;
-  private_x_ = 0;
+  int64_t shared = 0, partials = 0, attend = 0, own_x = 0;
   for (const Op& op : ops_)
     if (op.kind == Kind::Linear) {
       const Weight& w = tensors_[size_t(op.tensors[1])].weight->w;
-      int64_t rows = rows_of(tensors_[size_t(op.tensors[4])]), bytes = lay_rows(w, op.ints[0], rows, nullptr, nullptr);
-      int64_t& most = rows * w.padded_k <= kPrivate ? private_x_ : shared;
+      int64_t bytes = lay_rows(w, op.ints[0], rows_of(tensors_[size_t(op.tensors[4])]), nullptr, nullptr);
+      int64_t& most = alone(op) ? own_x : shared;
       most = std::max(most, bytes);
     }
   for (AttendPlan& p : plans_) {
@@ -140,16 +144,49 @@ void Executable::plan_step() {
   }
   grow(prepared_, shared);
   grow(partials_, partials * 4);
-  private_x_ = aligned(private_x_);
-  scratch_stride_ = aligned(4 * std::max<int64_t>(kRows * kUnit, attend)) + private_x_;
-  grow(scratch_, scratch_stride_ * team_.size());
+  const int64_t stride = aligned(4 * std::max<int64_t>(kRows * kUnit, attend)) + aligned(own_x);
+  grow(scratch_, stride * team_.size());
+  for (int i = 0; i < team_.size(); i++) {
+    uint8_t* mine = scratch_.data() + i * stride;
+    scratches_[size_t(i)] = {(float*)(mine + aligned(own_x)), mine, nullptr};
+  }
   for (RopeTable& table : tables_) {
     size_t n = size_t(in_.t) * tensors_[size_t(table.frequencies)].vector.size();
     table.cosines.resize(n), table.sines.resize(n);
   }
-  size_t phases = tables_.size() + 3 * ops_.size() + 1;
-  if (counters_.size() < phases) counters_ = std::vector<std::atomic<int64_t>>(phases);
-  for (auto& c : counters_) c.store(0, std::memory_order_relaxed);
+}
+
+// The step as phases. Rows go in chunks of a quarter of a thread's share; products by columns; attention by task.
+void Executable::plan_phases(const std::vector<Tap>& taps, bool timed) {
+  const int threads = team_.size();
+  auto by_row = [&](int op, int part, int64_t rows) { team_.add(op, part, rows, std::max<int64_t>(1, rows / (4 * threads))); };
+  team_.clear(timed);
+  for (size_t i = 0; i < tables_.size(); i++) by_row(kTables, int(i), in_.t);
+  for (size_t i = 0; i < ops_.size(); i++) {
+    const Op& op = ops_[i];
+    const int at = int(i);
+    switch (op.kind) {
+      case Kind::Embed:
+      case Kind::Rope:
+      case Kind::KvWrite: by_row(at, 0, in_.t); break;
+      case Kind::Select: by_row(at, 0, in_.r); break;
+      case Kind::Norm: by_row(at, 0, rows_of(tensors_[size_t(op.tensors[4])])); break;
+      case Kind::Map: by_row(at, 0, rows_of(tensors_[size_t(op.tensors[3])])); break;
+      case Kind::Sample: team_.add(at, 0, in_.r, 1); break;
+      case Kind::Linear: {
+        const int64_t rows = rows_of(tensors_[size_t(op.tensors[4])]), units = tensors_[size_t(op.tensors[1])].weight->w.units();
+        if (!alone(op)) by_row(at, 0, rows);
+        team_.add(at, 1, (rows + kRows - 1) / kRows * units, std::max<int64_t>(1, units / (16 * threads)));
+        break;
+      }
+      case Kind::Attend:
+        team_.add(at, 0, int64_t(plans_[size_t(op.plan)].tasks.size()), 1);
+        team_.add(at, 1, int64_t(plans_[size_t(op.plan)].merges.size()), 1);
+        break;
+    }
+    for (size_t t = 0; t < taps.size(); t++)
+      if (taps[t].op == at) team_.add(kTaps, int(t), 1, 1);
+  }
 }
 
 // A sequence whose queries fit one task is cut by splits, so that one long context occupies every thread; others are cut
@@ -179,27 +216,16 @@ void Executable::plan_attend(AttendPlan& p) {
 
 void Executable::step(const StepInputs& in, const std::vector<Tap>& taps, double* seconds) {
   in_ = in;
-  plan_step();
-  team_.run([&](int id) {
-    uint8_t* mine = scratch_.data() + id * scratch_stride_;
-    Thread me{id, 0, (float*)(mine + private_x_), mine};
-    fill_tables(me);
-    auto before = std::chrono::steady_clock::now();
-    for (size_t i = 0; i < ops_.size(); i++) {
-      run(me, ops_[i]);
-      team_.barrier();
-      if (seconds && id == 0) {
-        auto now = std::chrono::steady_clock::now();
-        seconds[i] = std::chrono::duration<double>(now - before).count();
-        before = now;
-      }
-      if (taps.empty()) continue;
-      if (id == 0)
-        for (const Tap& tap : taps)
-          if (tap.op == int(i)) copy_out(tap.tensor, rows_of(tensors_[size_t(tap.tensor)]), tap.out);
-      team_.barrier();
-    }
-  });
+  taps_ = taps;
+  plan_memory();
+  plan_phases(taps, seconds != nullptr);
+  auto before = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  team_.run();
+  for (int64_t i = 0; seconds && i < team_.count(); i++) {
+    const Phase& p = team_.phase(i);
+    if (p.op >= 0) seconds[p.op] += p.finished - before;
+    before = p.finished;
+  }
 }
 
 void Executable::copy_out(int tensor, int64_t rows, void* out) const {
@@ -208,144 +234,153 @@ void Executable::copy_out(int tensor, int64_t rows, void* out) const {
   for (int64_t r = 0; r < rows; r++) std::memcpy((float*)out + r * t.cols, from + r * t.ld, size_t(t.cols) * 4);
 }
 
-// Threads take chunks of [0, n) until none is left. Who takes which does not matter: no result spans two.
-template <class Fn>
-void Executable::each(Thread& me, int64_t n, int64_t chunk, Fn f) {
-  std::atomic<int64_t>& next = counters_[size_t(me.phase++)];
-  if (team_.size() == 1) chunk = n;
-  for (int64_t i; (i = next.fetch_add(chunk, std::memory_order_relaxed)) < n;)
-    for (int64_t j = i; j < std::min(n, i + chunk); j++) f(j);
-}
-
-template <class Fn>
-void Executable::each_row(Thread& me, int64_t n, Fn f) {
-  each(me, n, std::max<int64_t>(1, n / (4 * team_.size())), f);
-}
-
-void Executable::fill_tables(Thread& me) {
-  for (RopeTable& table : tables_) {
-    const auto& frequencies = tensors_[size_t(table.frequencies)].vector;
-    const size_t pairs = frequencies.size();
-    each_row(me, in_.t, [&](int64_t t) {
-      for (size_t i = 0; i < pairs; i++) {
-        double angle = double(float(in_.positions[t]) * frequencies[i]);
-        table.cosines[size_t(t) * pairs + i] = float(std::cos(angle) * double(table.factor));
-        table.sines[size_t(t) * pairs + i] = float(std::sin(angle) * double(table.factor));
-      }
-    });
+void Executable::run(Scratch& mine, const Phase& phase, int64_t begin, int64_t end) {
+  if (phase.op == kTables) {
+    for (int64_t t = begin; t < end; t++) table_row(tables_[size_t(phase.part)], t);
+    return;
   }
-  if (!tables_.empty()) team_.barrier();
+  if (phase.op == kTaps) {
+    const Tap& tap = taps_[size_t(phase.part)];
+    return copy_out(tap.tensor, rows_of(tensors_[size_t(tap.tensor)]), tap.out);
+  }
+  const Op& op = ops_[size_t(phase.op)];
+  auto each = [&](auto f) {
+    for (int64_t i = begin; i < end; i++) f(i);
+  };
+  switch (op.kind) {
+    case Kind::Embed: return each([&](int64_t t) { embed(op, t); });
+    case Kind::Select: return each([&](int64_t r) { select(op, r); });
+    case Kind::Rope: return each([&](int64_t t) { rope(op, t); });
+    case Kind::KvWrite: return each([&](int64_t t) { kv_write(op, t); });
+    case Kind::Norm: return each([&, a = norm_args(op)](int64_t r) { kernels_->norm_row(a, r); });
+    case Kind::Map: return each([&, a = map_args(op)](int64_t r) { kernels_->map_row(a, r, mine.floats); });
+    case Kind::Linear:
+      if (phase.part == 0) return each([&, a = linear_args(op, prepared_.data())](int64_t r) { prepare(a, op, r); });
+      return product(mine, phase, op, begin, end);
+    case Kind::Attend: {
+      const AttendPlan& plan = plans_[size_t(op.plan)];
+      if (phase.part == 0) return each([&](int64_t i) { attend_task(mine, op, plan.tasks[size_t(i)]); });
+      return each([&](int64_t i) { attend_merge(mine, op, plan.merges[size_t(i)]); });
+    }
+    case Kind::Sample: {  // tensors: logits, tokens, logprobs
+      const Tensor& x = tensors_[size_t(op.tensors[0])];
+      auto tokens = (int32_t*)rows_at(op.tensors[1]);
+      return each([&](int64_t r) {
+        sample_row(*kernels_, rows_at(op.tensors[0]) + r * x.ld, x.cols, in_.draws[r], tokens + r, rows_at(op.tensors[2]) + r);
+      });
+    }
+  }
 }
 
-void Executable::run(Thread& me, const Op& op) {
-  switch (op.kind) {
-    case Kind::Embed: return embed(me, op);
-    case Kind::Select: return select(me, op);
-    case Kind::Norm: return norm(me, op);
-    case Kind::Linear: return linear(me, op);
-    case Kind::Rope: return rope(me, op);
-    case Kind::KvWrite: return kv_write(me, op);
-    case Kind::Attend: return attend(me, op);
-    case Kind::Map: return map(me, op);
-    case Kind::Sample: return sample(me, op);
+void Executable::table_row(RopeTable& table, int64_t t) {
+  const auto& frequencies = tensors_[size_t(table.frequencies)].vector;
+  const size_t pairs = frequencies.size(), at = size_t(t) * pairs;
+  for (size_t i = 0; i < pairs; i++) {
+    double angle = double(float(in_.positions[t]) * frequencies[i]);
+    table.cosines[at + i] = float(std::cos(angle) * double(table.factor));
+    table.sines[at + i] = float(std::sin(angle) * double(table.factor));
   }
 }
 
 // tensors: w, out. floats: scale.
-void Executable::embed(Thread& me, const Op& op) {
+void Executable::embed(const Op& op, int64_t t) {
   const Weight& w = tensors_[size_t(op.tensors[0])].weight->w;
-  float* out = rows_at(op.tensors[1]);
-  const int64_t ld = tensors_[size_t(op.tensors[1])].ld;
-  const float scale = float(op.floats[0]);
-  each_row(me, in_.t, [&](int64_t t) {
-    unpack_row(w, in_.tokens[t], out + t * ld);
-    for (int64_t i = 0; i < w.k; i++) out[t * ld + i] *= scale;
-  });
+  float* out = rows_at(op.tensors[1]) + t * tensors_[size_t(op.tensors[1])].ld;
+  unpack_row(w, in_.tokens[t], out);
+  for (int64_t i = 0; i < w.k; i++) out[i] *= float(op.floats[0]);
 }
 
 // tensors: x, out.
-void Executable::select(Thread& me, const Op& op) {
+void Executable::select(const Op& op, int64_t r) {
   const Tensor &x = tensors_[size_t(op.tensors[0])], &y = tensors_[size_t(op.tensors[1])];
-  each_row(me, in_.r, [&](int64_t r) {
-    std::memcpy(rows_at(op.tensors[1]) + r * y.ld, rows_at(op.tensors[0]) + in_.rows[r] * x.ld, size_t(y.cols) * 4);
-  });
+  std::memcpy(rows_at(op.tensors[1]) + r * y.ld, rows_at(op.tensors[0]) + in_.rows[r] * x.ld, size_t(y.cols) * 4);
 }
 
 // tensors: x, weight, bias, residual, out. ints: kind, group. floats: eps, offset.
-void Executable::norm(Thread& me, const Op& op) {
+NormArgs Executable::norm_args(const Op& op) const {
   auto ld = [&](int i) { return op.tensors[size_t(i)] < 0 ? 0 : tensors_[size_t(op.tensors[size_t(i)])].ld; };
   const Tensor& out = tensors_[size_t(op.tensors[4])];
-  NormArgs a{rows_at(op.tensors[0]), vector_at(op.tensors[1]), vector_at(op.tensors[2]), rows_at(op.tensors[3]),
-             rows_at(op.tensors[4]), ld(0), ld(3), ld(4), out.cols, op.ints[1] ? op.ints[1] : out.cols,
-             int(op.ints[0]), float(op.floats[0]), float(op.floats[1])};
-  each_row(me, rows_of(out), [&](int64_t r) { kernels_->norm_row(a, r); });
+  return {rows_at(op.tensors[0]), vector_at(op.tensors[1]), vector_at(op.tensors[2]), rows_at(op.tensors[3]),
+          rows_at(op.tensors[4]), ld(0), ld(3), ld(4), out.cols, op.ints[1] ? op.ints[1] : out.cols,
+          int(op.ints[0]), float(op.floats[0]), float(op.floats[1])};
+}
+
+// tensors: a, b, c, out.
+MapArgs Executable::map_args(const Op& op) const {
+  const Tensor& out = tensors_[size_t(op.tensors[3])];
+  MapArgs a{{}, {}, rows_at(op.tensors[3]), out.ld, out.cols, op.code.data(), op.numbers.data(), int64_t(op.code.size() / 2)};
+  for (size_t o = 0; o < 3; o++)
+    if (op.tensors[o] >= 0) a.operand[o] = rows_at(op.tensors[o]), a.ld[o] = tensors_[size_t(op.tensors[o])].ld;
+  return a;
 }
 
 // tensors: x, w, bias, residual, out. ints: x is bf16, activation. floats: scale.
-void Executable::linear(Thread& me, const Op& op) {
-  const Tensor &x = tensors_[size_t(op.tensors[0])], &out = tensors_[size_t(op.tensors[4])];
+LinearArgs Executable::linear_args(const Op& op, uint8_t* x) const {
+  const Tensor& out = tensors_[size_t(op.tensors[4])];
   const Weight& w = tensors_[size_t(op.tensors[1])].weight->w;
-  const int64_t rows = rows_of(out);
-  if (rows == 0) return;
-  LinearArgs a{&w, {}, op.ints[0] != 0, rows, rows_at(op.tensors[4]), out.ld, vector_at(op.tensors[2]),
+  LinearArgs a{&w, {}, op.ints[0] != 0, rows_of(out), rows_at(op.tensors[4]), out.ld, vector_at(op.tensors[2]),
                rows_at(op.tensors[3]), op.tensors[3] < 0 ? 0 : tensors_[size_t(op.tensors[3])].ld,
                float(op.floats[0]), Act(op.ints[1])};
-  const bool alone = rows * w.padded_k <= kPrivate;
-  lay_rows(w, a.x_bf16, rows, alone ? me.x : prepared_.data(), &a.x);
-  auto prepare = [&](int64_t r) { kernels_->prepare_row(w, a.x_bf16, rows_at(op.tensors[0]) + r * x.ld, a.x, r); };
-  if (alone) {
-    for (int64_t r = 0; r < rows; r++) prepare(r);
-  } else {
-    each_row(me, rows, prepare);
-    team_.barrier();
+  lay_rows(w, a.x_bf16, a.m, x, &a.x);
+  return a;
+}
+
+void Executable::prepare(const LinearArgs& a, const Op& op, int64_t row) const {
+  kernels_->prepare_row(*a.w, a.x_bf16, rows_at(op.tensors[0]) + row * tensors_[size_t(op.tensors[0])].ld, a.x, row);
+}
+
+// Units of columns; a thread that rounds x for itself does so before its first.
+void Executable::product(Scratch& mine, const Phase& phase, const Op& op, int64_t begin, int64_t end) {
+  const bool own = alone(op);
+  const LinearArgs a = linear_args(op, own ? mine.x : prepared_.data());
+  if (own && mine.holds != &phase) {
+    for (int64_t r = 0; r < a.m; r++) prepare(a, op, r);
+    mine.holds = &phase;
   }
-  const int64_t units = w.units(), blocks = (rows + kRows - 1) / kRows;
-  each(me, blocks * units, std::max<int64_t>(1, units / (16 * team_.size())), [&](int64_t i) {
+  const int64_t units = a.w->units();
+  for (int64_t i = begin; i < end; i++) {
     int64_t first = i / units * kRows;
-    kernels_->linear_unit(a, first, std::min<int64_t>(kRows, rows - first), i % units, me.scratch);
-  });
+    kernels_->linear_unit(a, first, std::min<int64_t>(kRows, a.m - first), i % units, mine.floats);
+  }
 }
 
 // tensors: x, frequencies, out. ints: head_dim, interleaved. floats: factor.
-void Executable::rope(Thread& me, const Op& op) {
+void Executable::rope(const Op& op, int64_t t) {
   const Tensor &x = tensors_[size_t(op.tensors[0])], &y = tensors_[size_t(op.tensors[2])];
   const RopeTable& table = tables_[size_t(op.table)];
   const int64_t pairs = int64_t(tensors_[size_t(op.tensors[1])].vector.size()), head_dim = op.ints[0];
   const int64_t step = op.ints[1] ? 2 : 1, gap = op.ints[1] ? 1 : pairs;
-  each_row(me, in_.t, [&](int64_t t) {
-    const float *c = table.cosines.data() + t * pairs, *s = table.sines.data() + t * pairs;
-    for (int64_t h = 0; h < y.cols; h += head_dim) {
-      const float* in = rows_at(op.tensors[0]) + t * x.ld + h;
-      float* out = rows_at(op.tensors[2]) + t * y.ld + h;
-      for (int64_t i = 0; i < pairs; i++) {
-        float a = in[i * step], b = in[i * step + gap];
-        out[i * step] = a * c[i] - b * s[i];
-        out[i * step + gap] = b * c[i] + a * s[i];
-      }
-      std::memcpy(out + 2 * pairs, in + 2 * pairs, size_t(head_dim - 2 * pairs) * 4);
+  const float *c = table.cosines.data() + t * pairs, *s = table.sines.data() + t * pairs;
+  for (int64_t h = 0; h < y.cols; h += head_dim) {
+    const float* in = rows_at(op.tensors[0]) + t * x.ld + h;
+    float* out = rows_at(op.tensors[2]) + t * y.ld + h;
+    for (int64_t i = 0; i < pairs; i++) {
+      float a = in[i * step], b = in[i * step + gap];
+      out[i * step] = a * c[i] - b * s[i];
+      out[i * step + gap] = b * c[i] + a * s[i];
     }
-  });
+    std::memcpy(out + 2 * pairs, in + 2 * pairs, size_t(head_dim - 2 * pairs) * 4);
+  }
 }
 
 // tensors: k, v, k_cache, v_cache.
-void Executable::kv_write(Thread& me, const Op& op) {
-  each_row(me, in_.t, [&](int64_t t) {
-    const int64_t page = in_.slots[t] / page_, at = in_.slots[t] % page_;
-    for (int which = 0; which < 2; which++) {
-      const Tensor &x = tensors_[size_t(op.tensors[size_t(which)])], &c = tensors_[size_t(op.tensors[size_t(which + 2)])];
-      const float* from = rows_at(op.tensors[size_t(which)]) + t * x.ld;
-      for (int64_t h = 0; h < c.heads; h++)
-        for (int64_t d = 0; d < c.head_dim; d++) {
-          int64_t base = page * c.heads + h;
-          int64_t i = which == 0 ? (base * c.head_dim + d) * page_ + at : (base * page_ + at) * c.stride + d;
-          float value = from[h * c.head_dim + d];
-          if (c.bf16) ((uint16_t*)c.cache->data())[i] = to_bf16(value);
-          else ((float*)c.cache->data())[i] = value;
-        }
-    }
-  });
+void Executable::kv_write(const Op& op, int64_t t) {
+  const int64_t page = in_.slots[t] / page_, at = in_.slots[t] % page_;
+  for (size_t which = 0; which < 2; which++) {
+    const Tensor &x = tensors_[size_t(op.tensors[which])], &c = tensors_[size_t(op.tensors[which + 2])];
+    const float* from = rows_at(op.tensors[which]) + t * x.ld;
+    for (int64_t h = 0; h < c.heads; h++)
+      for (int64_t d = 0; d < c.head_dim; d++) {
+        int64_t base = page * c.heads + h;
+        int64_t i = which == 0 ? (base * c.head_dim + d) * page_ + at : (base * page_ + at) * c.stride + d;
+        float value = from[h * c.head_dim + d];
+        if (c.bf16) ((uint16_t*)c.cache->data())[i] = to_bf16(value);
+        else ((float*)c.cache->data())[i] = value;
+      }
+  }
 }
 
+// tensors: q, k_cache, v_cache, out. ints: heads, window. floats: scale, softcap.
 AttendArgs Executable::attend_args(const Op& op) const {
   const Tensor &q = tensors_[size_t(op.tensors[0])], &k = tensors_[size_t(op.tensors[1])];
   const Tensor &v = tensors_[size_t(op.tensors[2])], &out = tensors_[size_t(op.tensors[3])];
@@ -358,70 +393,53 @@ Query Executable::query(const Task& t) const {
           in_.context_len[t.seq] - in_.q_len[t.seq] + t.token, t.tokens, t.kv_head};
 }
 
-// tensors: q, k_cache, v_cache, out. ints: heads, window. floats: scale, softcap.
-void Executable::attend(Thread& me, const Op& op) {
-  const AttendPlan& plan = plans_[size_t(op.plan)];
-  const AttendArgs a = attend_args(op);
-  const int64_t width = a.v_stride;
-  auto finish = [&](const Query& q, const float* total, const float* acc) {
-    for (int64_t r = 0; r < int64_t(q.tokens) * plan.share; r++) {
-      float* out = a.out + (q.first_row + r / plan.share) * a.ld_out + (q.kv_head * plan.share + r % plan.share) * int64_t(a.v_dim);
-      for (int64_t d = 0; d < a.v_dim; d++) out[d] = acc[r * width + d] / total[r];
-    }
-  };
-  auto clear = [&](int64_t rows, float* top, float* total, float* acc) {
+namespace {
+// The running softmax of some rows: maximum, sum, weighted values.
+struct Running {
+  float *top, *total, *acc;
+  Running(float* at, int64_t rows) : top(at), total(at + rows), acc(at + 2 * rows) {}
+  void clear(int64_t rows, int64_t width) const {
     std::fill(top, top + rows, -INFINITY);
-    std::fill(total, total + rows, 0.0f);
-    std::fill(acc, acc + rows * width, 0.0f);
-  };
-  each(me, int64_t(plan.tasks.size()), 1, [&](int64_t i) {
-    const Task& t = plan.tasks[size_t(i)];
-    const Query q = query(t);
-    const int64_t rows = int64_t(t.tokens) * plan.share;
-    if (t.partial >= 0) {
-      float* p = (float*)partials_.data() + t.partial;
-      return kernels_->attend_split(a, q, t.first_split, me.scratch, p, p + rows, p + 2 * rows);
-    }
-    float *top = me.scratch + rows * kSplit, *total = top + rows, *acc = total + rows;
-    float *top2 = acc + rows * width, *total2 = top2 + rows, *acc2 = total2 + rows;
-    clear(rows, top, total, acc);
-    for (int split = t.first_split; split < t.end_split; split++) {
-      kernels_->attend_split(a, q, split, me.scratch, top2, total2, acc2);
-      kernels_->attend_merge(rows, width, top, total, acc, top2, total2, acc2);
-    }
-    finish(q, total, acc);
-  });
-  if (plan.merges.empty()) return;
-  team_.barrier();
-  each(me, int64_t(plan.merges.size()), 1, [&](int64_t i) {
-    const Merge& m = plan.merges[size_t(i)];
-    const int64_t rows = int64_t(in_.q_len[m.seq]) * plan.share, each_split = rows * (width + 2);
-    float *top = me.scratch, *total = top + rows, *acc = total + rows;
-    clear(rows, top, total, acc);
-    for (int s = 0; s < m.splits; s++) {
-      const float* p = (const float*)partials_.data() + m.partial + s * each_split;
-      kernels_->attend_merge(rows, width, top, total, acc, p, p + rows, p + 2 * rows);
-    }
-    finish(query({m.seq, 0, in_.q_len[m.seq], m.kv_head, 0, 0, -1}), total, acc);
-  });
+    std::fill(total, acc + rows * width, 0.0f);
+  }
+};
+}  // namespace
+
+void Executable::attend_task(Scratch& mine, const Op& op, const Task& t) {
+  const AttendArgs a = attend_args(op);
+  const Query q = query(t);
+  const int64_t rows = int64_t(t.tokens) * plans_[size_t(op.plan)].share, size = rows * (a.v_stride + 2);
+  if (t.partial >= 0) {
+    Running one((float*)partials_.data() + t.partial, rows);
+    return kernels_->attend_split(a, q, t.first_split, mine.floats, one.top, one.total, one.acc);
+  }
+  Running all(mine.floats + rows * kSplit, rows), one(mine.floats + rows * kSplit + size, rows);
+  all.clear(rows, a.v_stride);
+  for (int split = t.first_split; split < t.end_split; split++) {
+    kernels_->attend_split(a, q, split, mine.floats, one.top, one.total, one.acc);
+    kernels_->attend_merge(rows, a.v_stride, all.top, all.total, all.acc, one.top, one.total, one.acc);
+  }
+  finish_attend(a, q, all.total, all.acc);
 }
 
-// tensors: a, b, c, out.
-void Executable::map(Thread& me, const Op& op) {
-  const Tensor& out = tensors_[size_t(op.tensors[3])];
-  MapArgs a{{}, {}, rows_at(op.tensors[3]), out.ld, out.cols, op.code.data(), op.numbers.data(), int64_t(op.code.size() / 2)};
-  for (size_t o = 0; o < 3; o++)
-    if (op.tensors[o] >= 0) a.operand[o] = rows_at(op.tensors[o]), a.ld[o] = tensors_[size_t(op.tensors[o])].ld;
-  each_row(me, rows_of(out), [&](int64_t r) { kernels_->map_row(a, r, me.scratch); });
+void Executable::attend_merge(Scratch& mine, const Op& op, const Merge& m) {
+  const AttendArgs a = attend_args(op);
+  const int64_t rows = int64_t(in_.q_len[m.seq]) * plans_[size_t(op.plan)].share;
+  Running all(mine.floats, rows);
+  all.clear(rows, a.v_stride);
+  for (int s = 0; s < m.splits; s++) {
+    Running one((float*)partials_.data() + m.partial + s * rows * (a.v_stride + 2), rows);
+    kernels_->attend_merge(rows, a.v_stride, all.top, all.total, all.acc, one.top, one.total, one.acc);
+  }
+  finish_attend(a, query({m.seq, 0, in_.q_len[m.seq], m.kv_head, 0, 0, -1}), all.total, all.acc);
 }
 
-// tensors: logits, tokens, logprobs.
-void Executable::sample(Thread& me, const Op& op) {
-  const Tensor& logits = tensors_[size_t(op.tensors[0])];
-  auto tokens = (int32_t*)rows_at(op.tensors[1]);
-  each(me, in_.r, 1, [&](int64_t r) {
-    sample_row(*kernels_, rows_at(op.tensors[0]) + r * logits.ld, logits.cols, in_.draws[r], tokens + r, rows_at(op.tensors[2]) + r);
-  });
+void Executable::finish_attend(const AttendArgs& a, const Query& q, const float* total, const float* acc) const {
+  const int64_t share = a.heads / a.kv_heads;
+  for (int64_t r = 0; r < q.tokens * share; r++) {
+    float* out = a.out + (q.first_row + r / share) * a.ld_out + (q.kv_head * share + r % share) * a.v_dim;
+    for (int64_t d = 0; d < a.v_dim; d++) out[d] = acc[r * a.v_stride + d] / total[r];
+  }
 }
 
 }  // namespace intaglio

@@ -61,7 +61,7 @@ struct Tap {
 
 class Executable {
  public:
-  Executable(const Kernels* kernels, int threads, int page) : kernels_(kernels), team_(threads), page_(page) {}
+  Executable(const Kernels* kernels, int threads, int page);
 
   int add_buffer(int64_t row_bytes, Extent rows);
   int add_tensor(Tensor t);
@@ -72,7 +72,11 @@ class Executable {
   Tensor make_cache(int64_t pages, int heads, int head_dim, bool bf16, bool keys) const;
 
  private:
-  struct Thread;
+  struct Scratch {  // one thread's memory, and the phase whose rows of x it holds
+    float* floats;
+    uint8_t* x;
+    const Phase* holds;
+  };
   struct RopeTable {
     int frequencies;
     float factor;
@@ -93,32 +97,32 @@ class Executable {
     int64_t partials;
   };
 
-  void plan_step();
+  void plan_memory();
+  void plan_phases(const std::vector<Tap>& taps, bool timed);
   void plan_attend(AttendPlan& p);
   int64_t rows_of(const Tensor& t) const;
+  bool alone(const Op& op) const;
   float* rows_at(int tensor) const;
   const float* vector_at(int tensor) const;
 
-  template <class Fn>
-  void each(Thread& me, int64_t n, int64_t chunk, Fn f);
-  template <class Fn>
-  void each_row(Thread& me, int64_t n, Fn f);
-  void fill_tables(Thread& me);
-  void run(Thread& me, const Op& op);
-  void embed(Thread& me, const Op& op);
-  void select(Thread& me, const Op& op);
-  void norm(Thread& me, const Op& op);
-  void linear(Thread& me, const Op& op);
-  void rope(Thread& me, const Op& op);
-  void kv_write(Thread& me, const Op& op);
-  void attend(Thread& me, const Op& op);
-  void map(Thread& me, const Op& op);
-  void sample(Thread& me, const Op& op);
+  void run(Scratch& mine, const Phase& phase, int64_t begin, int64_t end);
+  void table_row(RopeTable& table, int64_t t);
+  void embed(const Op& op, int64_t t);
+  void select(const Op& op, int64_t r);
+  void rope(const Op& op, int64_t t);
+  void kv_write(const Op& op, int64_t t);
+  NormArgs norm_args(const Op& op) const;
+  MapArgs map_args(const Op& op) const;
+  LinearArgs linear_args(const Op& op, uint8_t* x) const;
+  void prepare(const LinearArgs& a, const Op& op, int64_t row) const;
+  void product(Scratch& mine, const Phase& phase, const Op& op, int64_t begin, int64_t end);
+  void attend_task(Scratch& mine, const Op& op, const Task& t);
+  void attend_merge(Scratch& mine, const Op& op, const Merge& m);
+  void finish_attend(const AttendArgs& a, const Query& q, const float* total, const float* acc) const;
   AttendArgs attend_args(const Op& op) const;
   Query query(const Task& t) const;
 
   const Kernels* kernels_;
-  Team team_;
   int page_;
   std::vector<Buffer> buffers_;
   std::vector<Tensor> tensors_;
@@ -127,8 +131,9 @@ class Executable {
   std::vector<AttendPlan> plans_;
   StepInputs in_{};
   Memory arena_, prepared_, scratch_, partials_;
-  int64_t scratch_stride_ = 0, private_x_ = 0;
-  std::vector<std::atomic<int64_t>> counters_;
+  std::vector<Scratch> scratches_;
+  std::vector<Tap> taps_;
+  Team team_;  // last: its threads stop before anything they use goes
 };
 
 }  // namespace intaglio

@@ -1,6 +1,9 @@
 // The matrix product. Every element of the result is one chain over K in ascending order (by single values, bf16 pairs
 // or exact integer groups), so no tiling, batch or thread count can change its bits.
 
+// Accumulators live in registers only if every loop over them is unrolled: at -O3 alone GCC keeps them in memory.
+#define EACH_OF _Pragma("GCC unroll 32")
+
 // How one weight format is read: `Step` values of K at a time, `bytes` per column and step.
 struct F32Weights {
   using X = float;
@@ -38,18 +41,18 @@ constexpr int kTileRows = F::N == 16 ? 6 : 3;
 template <class T, int MR, int NP>
 void float_tile(const uint8_t* w, int64_t panel_bytes, const typename T::X* x, int64_t stride, int64_t steps, float* c, bool first) {
   F acc[MR][NP * kVectors];
-  for (int m = 0; m < MR; m++)
-    for (int v = 0; v < NP * kVectors; v++) acc[m][v] = first ? set(0) : load(c + m * kUnit + v * F::N);
+  EACH_OF for (int m = 0; m < MR; m++)
+    EACH_OF for (int v = 0; v < NP * kVectors; v++) acc[m][v] = first ? set(0) : load(c + m * kUnit + v * F::N);
   for (int64_t s = 0; s < steps; s++) {
     typename T::W row[NP * kVectors];
-    for (int p = 0; p < NP; p++)
-      for (int v = 0; v < kVectors; v++)
+    EACH_OF for (int p = 0; p < NP; p++)
+      EACH_OF for (int v = 0; v < kVectors; v++)
         row[p * kVectors + v] = T::load_w(w + p * panel_bytes + (s * kPanel + v * F::N) * T::bytes);
-    for (int m = 0; m < MR; m++)
-      for (int v = 0; v < NP * kVectors; v++) acc[m][v] = T::dot(acc[m][v], row[v], x + m * stride + s * T::step);
+    EACH_OF for (int m = 0; m < MR; m++)
+      EACH_OF for (int v = 0; v < NP * kVectors; v++) acc[m][v] = T::dot(acc[m][v], row[v], x + m * stride + s * T::step);
   }
-  for (int m = 0; m < MR; m++)
-    for (int v = 0; v < NP * kVectors; v++) store(c + m * kUnit + v * F::N, acc[m][v]);
+  EACH_OF for (int m = 0; m < MR; m++)
+    EACH_OF for (int v = 0; v < NP * kVectors; v++) store(c + m * kUnit + v * F::N, acc[m][v]);
 }
 
 template <int Bits>
@@ -58,9 +61,9 @@ struct Codes {
   static constexpr int offset = Bits == 8 ? kOffset8 : 8;
   static void load_w(const uint8_t* p, I* w) {
     if constexpr (Bits == 8) {
-      for (int v = 0; v < kVectors; v++) w[v] = load_raw(p + v * F::N * 4);
+      EACH_OF for (int v = 0; v < kVectors; v++) w[v] = load_raw(p + v * F::N * 4);
     } else {
-      for (int v = 0; v < kVectors / 2; v++) {
+      EACH_OF for (int v = 0; v < kVectors / 2; v++) {
         I both = load_raw(p + v * F::N * 4);
         w[v] = low_nibbles(both);
         w[v + kVectors / 2] = high_nibbles(both);
@@ -78,27 +81,27 @@ void code_tile(const Weight& w, const uint8_t* panel, const Rows& x, int64_t row
   using T = Codes<Bits>;
   const int64_t quads = w.group / 4, group_bytes = 64 + quads * T::quad_bytes;
   if (first)
-    for (int m = 0; m < MR; m++)
-      for (int v = 0; v < NP * kVectors; v++) store(c + m * kUnit + v * F::N, set(0));
+    EACH_OF for (int m = 0; m < MR; m++)
+      EACH_OF for (int v = 0; v < NP * kVectors; v++) store(c + m * kUnit + v * F::N, set(0));
   for (int64_t g = g0; g < g1; g++) {
     const uint8_t* at = panel + g * group_bytes;
     const int8_t* codes = (const int8_t*)x.values + row * x.stride + g * w.group;
     I acc[MR][NP * kVectors];
-    for (int m = 0; m < MR; m++)
-      for (int v = 0; v < NP * kVectors; v++) acc[m][v] = set_int(-T::offset * x.sums[(row + m) * x.groups + g]);
+    EACH_OF for (int m = 0; m < MR; m++)
+      EACH_OF for (int v = 0; v < NP * kVectors; v++) acc[m][v] = set_int(-T::offset * x.sums[(row + m) * x.groups + g]);
     for (int64_t q = 0; q < quads; q++) {
       I cols[NP * kVectors];
-      for (int p = 0; p < NP; p++) T::load_w(at + p * w.panel_bytes + 64 + q * T::quad_bytes, cols + p * kVectors);
-      for (int m = 0; m < MR; m++) {
+      EACH_OF for (int p = 0; p < NP; p++) T::load_w(at + p * w.panel_bytes + 64 + q * T::quad_bytes, cols + p * kVectors);
+      EACH_OF for (int m = 0; m < MR; m++) {
         int32_t quad;
         std::memcpy(&quad, codes + m * x.stride + q * 4, 4);
-        for (int v = 0; v < NP * kVectors; v++) acc[m][v] = T::dot(acc[m][v], cols[v], quad);
+        EACH_OF for (int v = 0; v < NP * kVectors; v++) acc[m][v] = T::dot(acc[m][v], cols[v], quad);
       }
     }
-    for (int p = 0; p < NP; p++)
-      for (int v = 0; v < kVectors; v++) {
+    EACH_OF for (int p = 0; p < NP; p++)
+      EACH_OF for (int v = 0; v < kVectors; v++) {
         F ws = load_bf16((const uint16_t*)(at + p * w.panel_bytes) + v * F::N);
-        for (int m = 0; m < MR; m++) {
+        EACH_OF for (int m = 0; m < MR; m++) {
           float* to = c + m * kUnit + p * kPanel + v * F::N;
           F scale = ws * set(x.scales[(row + m) * x.groups + g]);
           store(to, fma(to_float(acc[m][p * kVectors + v]), scale, load(to)));

@@ -212,7 +212,7 @@ def test_attend(cache: str, trial: int, rng: np.random.Generator) -> None:
 
 
 def test_sample_agrees_with_reference(rng: np.random.Generator) -> None:
-    """The same tokens, but where a draw falls within rounding of a boundary (at most 1 in 100), and log-probabilities."""
+    """The same tokens, but where a draw falls within rounding of a boundary (1 in 100), and log-probabilities."""
     rows, vocabulary = 200, 517
     b = Builder("sample", 512)
     arrays = {"t": rng.normal(size=(rows, vocabulary)).astype(np.float32) * 3}

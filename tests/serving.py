@@ -1,0 +1,47 @@
+"""An engine over the oracle device, and running it with the invariants checked. Not a test: tests import it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from intaglio.devices import ArrayWeights, StateSpec, open_device
+from intaglio.ops import Attend, Embed, KvWrite, Linear, Sample, Select
+from intaglio.program import Builder, Program
+from intaglio.runtime import Engine, Event, Request, SamplingParams, check_invariants
+
+VOCABULARY, CONTEXT = 97, 64
+
+
+def smallest_program() -> Program:
+    """One layer of attention over an embedding."""
+    b = Builder("smallest", CONTEXT)
+    b.weight("embed.weight", (VOCABULARY, 8), "embed")
+    x = b.op(Embed, "embed", "tokens", "embed.weight")
+    k, v = b.cache("layers.0.k_cache", 1, 8, "f32"), b.cache("layers.0.v_cache", 1, 8, "f32")
+    b.op(KvWrite, "layers.0.kv_write", x, x, k, v)
+    x = b.op(Attend, "layers.0.attend", x, k, v, heads=1, scale=1.0)
+    x = b.op(Select, "select", x, "rows")
+    b.op(Linear, "lm_head", x, "embed.weight", out="logits", role="output")
+    b.op(Sample, "sample", "logits", tokens="next_tokens", logprobs="logprobs", role="output")
+    return b.done()
+
+
+def oracle_engine(pages: int = 16, page_tokens: int = 4, seed: int = 0, **options: Any) -> Engine:
+    executable = open_device("oracle").load(smallest_program(), ArrayWeights({}), StateSpec(pages, page_tokens))
+    ticks = iter(range(10**9))
+    return Engine(executable, rng=random.Random(seed), clock=lambda: float(next(ticks)), **options)
+
+
+def request(id: str, prompt: Sequence[int], eos: frozenset[int] = frozenset(), **params: Any) -> Request:
+    return Request(id, list(prompt), SamplingParams(**params), eos)
+
+
+def run_checked(engine: Engine) -> list[Event]:
+    """Step until idle, the invariants checked after every step."""
+    events = []
+    while engine.requests:
+        events += engine.step()
+        check_invariants(engine)
+    return events

@@ -1,0 +1,141 @@
+"""The oracle device: its tokens are its definition's, and every planted KV bug becomes a wrong token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from serving import VOCABULARY, oracle_engine, request, run_checked, smallest_program
+
+from intaglio.batch import Chunk, Sampling, bind
+from intaglio.devices import ArrayWeights, DeviceError, Executable, StateSpec, open_device
+from intaglio.devices.oracle import expected
+from intaglio.runtime import Engine, Request
+
+
+def load(pages: int = 8, page_tokens: int = 4) -> Executable:
+    return open_device("oracle").load(smallest_program(), ArrayWeights({}), StateSpec(pages, page_tokens))
+
+
+def truth(r: Request) -> list[int]:
+    """What the definition says the request's output is."""
+    ids = list(r.prompt)
+    for _ in r.output:
+        ids.append(expected(ids, VOCABULARY, r.sampling))
+    return ids[len(r.prompt) :]
+
+
+def test_every_row_is_the_definition_in_any_chunks() -> None:
+    ids = list(range(3, 17))
+    wanted = [expected(ids[: i + 1], VOCABULARY) for i in range(len(ids))]
+    for size in (1, 3, 4, 14):
+        device = load()
+        got: list[int] = []
+        for start in range(0, len(ids), size):
+            part = ids[start : start + size]
+            step = device.step(bind([Chunk(part, start, [5, 0, 7, 2], range(len(part)))], 4), logits=True)
+            assert step.logits is not None and (step.logits.argmax(axis=1) == step.tokens).all()
+            got += step.tokens.tolist()
+        assert got == wanted
+
+
+def test_the_definition_depends_on_every_token_its_place_and_the_seed() -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 1 << 16, 20).tolist()
+    whole = expected(ids, 1 << 30)
+    assert all(expected([*ids[:i], ids[i] ^ 1, *ids[i + 1 :]], 1 << 30) != whole for i in range(len(ids)))
+    assert expected(ids[::-1], 1 << 30) != whole
+    hot = [expected(ids, 1 << 30, Sampling(temperature=1.0, seed=s)) for s in range(8)]
+    assert len({whole, *hot}) == 9
+
+
+def test_a_batch_out_of_range_is_refused() -> None:
+    with pytest.raises(DeviceError, match=r"token id 97 is outside 0\.\.96"):
+        load().step(bind([Chunk([97], 0, [0])], 4))
+
+
+def hands_out_a_held_block(engine: Engine) -> None:
+    pool, allocate = engine.pool, engine.pool.allocate
+
+    def broken(n: int) -> list[int]:
+        blocks = allocate(n)
+        other = next((b for r in engine.scheduler.running for b in r.blocks), None)
+        return blocks if other is None or not blocks else [other, *blocks[1:]]
+
+    pool.allocate = broken  # type: ignore[method-assign]
+    pool.release = lambda blocks: None  # type: ignore[method-assign]
+
+
+def frees_a_block_early(engine: Engine) -> None:
+    step = engine.executable.step
+
+    def broken(batch, **kwargs):  # type: ignore[no-untyped-def]
+        for r in engine.scheduler.running:
+            if len(r.output) == 2 and engine.pool.refcounts[r.blocks[0]] == 1:
+                engine.pool.release([r.blocks[0]])
+        return step(batch, **kwargs)
+
+    engine.executable.step = broken  # type: ignore[method-assign]
+
+
+def swaps_two_blocks(engine: Engine) -> None:
+    grow = engine.scheduler._grow
+
+    def broken(r: Request) -> bool:
+        if len(r.output) == 3 and len(r.blocks) > 1:
+            r.blocks[0], r.blocks[1] = r.blocks[1], r.blocks[0]
+        return grow(r)
+
+    engine.scheduler._grow = broken  # type: ignore[method-assign]
+
+
+def skips_recomputing(engine: Engine) -> None:
+    preempt = engine.scheduler._preempt
+
+    def broken(r: Request) -> None:
+        computed = r.computed
+        preempt(r)
+        r.computed = computed - 1
+
+    engine.scheduler._preempt = broken  # type: ignore[method-assign]
+
+
+def writes_to_another_slot(engine: Engine) -> None:
+    step = engine.executable.step
+
+    def broken(batch, **kwargs):  # type: ignore[no-untyped-def]
+        slots = np.where(batch.positions == 5, batch.slots - 1, batch.slots)
+        return step(replace(batch, slots=slots), **kwargs)
+
+    engine.executable.step = broken  # type: ignore[method-assign]
+
+
+def workload(plant: Callable[[Engine], None] | None) -> list[Request]:
+    engine = oracle_engine(pages=7, page_tokens=4)
+    if plant:
+        plant(engine)
+    requests = [request(f"r{i}", range(i, i + 3 + i), max_tokens=12) for i in range(4)]
+    for r in requests:
+        engine.add(r)
+    if plant is None:
+        run_checked(engine)
+        assert any(r.preemptions for r in requests)
+    for _ in range(200):
+        try:
+            engine.step()
+        except Exception:  # a planted bug may also trip the pool's own checks; what counts here is the tokens
+            break
+    return requests
+
+
+@pytest.mark.parametrize(
+    "plant", [hands_out_a_held_block, frees_a_block_early, swaps_two_blocks, skips_recomputing, writes_to_another_slot]
+)
+def test_a_planted_bug_gives_wrong_tokens(plant: Callable[[Engine], None]) -> None:
+    assert any(r.output != truth(r) for r in workload(plant))
+
+
+def test_without_a_bug_every_token_is_right() -> None:
+    assert all(r.output == truth(r) and len(r.output) == 12 for r in workload(None))

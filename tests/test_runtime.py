@@ -1,0 +1,294 @@
+"""The runtime over the oracle device: any workload gives the definition's tokens, and nothing leaks on the way."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving import CONTEXT, VOCABULARY, oracle_engine, request, run_checked, smallest_program
+from test_oracle import truth
+
+from intaglio.devices import ArrayWeights, StateSpec, open_device
+from intaglio.devices.oracle import expected
+from intaglio.runtime import BlockPool, Engine, KvError, ParamsError, RequestError, SamplingParams, check_invariants
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> dict[str, Any]:
+    """A pool so small that it forces preemption, any budget, requests that fit the pool, and when some are aborted."""
+    page_tokens = draw(st.sampled_from([1, 2, 4, 8]))
+    pages = draw(st.integers(3, 14))
+    room = min(CONTEXT, pages * page_tokens)
+    requests = []
+    for _ in range(draw(st.integers(1, 7))):
+        prompt = draw(st.integers(1, room))
+        requests.append({
+            "prompt": prompt,
+            "max_tokens": draw(st.integers(1, min(24, room - prompt + 1))),
+            "temperature": draw(st.sampled_from([0.0, 0.8])),
+            "seed": draw(st.sampled_from([None, 7])),
+            "eos": draw(st.sampled_from([0, 0, 1, 8])),
+            "at": draw(st.integers(0, 12)),
+            "abort": draw(st.one_of(st.none(), st.integers(0, 30))),
+        })  # fmt: skip
+    budget, sequences = draw(st.sampled_from([1, 2, 5, 16, 512])), draw(st.sampled_from([1, 3, 256]))
+    return {
+        "pages": pages, "page_tokens": page_tokens, "max_batch_tokens": budget, "max_sequences": sequences,
+        "requests": requests, "seed": draw(st.integers(0, 3)),
+    }  # fmt: skip
+
+
+def play(w: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """(events, requests) of a workload; requests come and go at the steps it names."""
+    w = dict(w)
+    rng = random.Random(w["seed"])
+    specs = w.pop("requests")
+    engine = oracle_engine(**w)
+    requests = []
+    for i, s in enumerate(specs):
+        prompt = [rng.randrange(VOCABULARY) for _ in range(s["prompt"])]
+        params = {k: s[k] for k in ("max_tokens", "temperature", "seed")}
+        r = request(f"r{i}", prompt, frozenset(range(s["eos"])), **params)
+        requests.append(r)
+    events, step = [], 0
+    while engine.requests or any(s["at"] >= step for s in specs):
+        for r, s in zip(requests, specs, strict=True):
+            if s["at"] == step:
+                engine.add(r)
+            if s["abort"] is not None and s["at"] + s["abort"] == step and (event := engine.abort(r.id)):
+                events.append(event)
+        check_invariants(engine)
+        events += engine.step()
+        check_invariants(engine)
+        step += 1
+        assert step < 5000, "the engine does not come to an end"
+    assert engine.pool.held == 0 and engine.ended == len(requests)
+    return events, requests
+
+
+@given(workloads())
+@settings(max_examples=120, deadline=None)
+def test_any_workload_gives_the_oracles_tokens(w: dict[str, Any]) -> None:
+    events, requests = play(w)
+    for r, s in zip(requests, w["requests"], strict=True):
+        mine = [e for e in events if e.request == r.id]
+        assert [e.token for e in mine if e.token is not None] == r.output == truth(r)
+        assert [e.finish_reason is not None for e in mine] == [False] * (len(mine) - 1) + [True]
+        reason = mine[-1].finish_reason
+        assert reason == r.finish_reason and (s["abort"] is not None or reason != "abort")
+        assert (reason == "stop") == bool(r.output and r.output[-1] in r.eos_ids)
+        assert (reason == "length") <= (len(r.output) == s["max_tokens"])
+    assert play(w)[0] == events  # the same seed gives the same log
+
+
+def test_preemption_chunking_and_company_change_nothing() -> None:
+    def outputs(**options: Any) -> list[list[int]]:
+        engine = oracle_engine(**options)
+        requests = [request(f"r{i}", range(i, 9 + i), max_tokens=20, temperature=1.0, seed=i) for i in range(6)]
+        for r in requests:
+            engine.add(r)
+        run_checked(engine)
+        preempted.append(sum(r.preemptions for r in requests))
+        return [r.output for r in requests]
+
+    preempted: list[int] = []
+    roomy = outputs(pages=100)
+    assert outputs(pages=8, max_batch_tokens=3) == roomy == outputs(pages=100, max_sequences=1)
+    assert preempted[0] == 0 and preempted[1] > 0
+
+
+def test_a_step_is_within_budget_decodes_first_and_first_come_first_served() -> None:
+    engine = oracle_engine(pages=64, max_batch_tokens=6)
+    for i, n in enumerate((4, 20, 3)):
+        engine.add(request(f"r{i}", range(n), max_tokens=3))
+    seen = []
+    while engine.requests:
+        plan = engine.scheduler.schedule()  # the same plan again in step(): scheduling twice changes nothing
+        seen.append([(p.request.id, p.n) for p in plan])
+        engine.step()
+    assert seen[0] == [("r0", 4), ("r1", 2)]
+    assert seen[1] == [("r0", 1), ("r1", 5)]
+    assert all(sum(n for _, n in s) <= 6 for s in seen)
+    assert seen[3:5] == [[("r1", 6)], [("r1", 2), ("r2", 3)]]
+
+
+def test_prompt_fills_the_context() -> None:
+    engine = oracle_engine()
+    full, near = request("full", [1] * 64, max_tokens=9), request("near", [1] * 62, max_tokens=9)
+    for r in (full, near):
+        engine.add(r)
+    run_checked(engine)
+    assert (len(full.output), len(near.output)) == (1, 3)
+    assert full.finish_reason == near.finish_reason == "length"
+    assert near.output == truth(near)
+
+
+def test_refused_at_add() -> None:
+    engine = oracle_engine(pages=4)
+    for prompt, params, message in (
+        ([], {}, "the prompt is empty"),
+        ([1] * 65, {}, "the prompt has 65 tokens, the context holds 64; shorten it by 1"),
+        ([5, 97], {}, "token id 97 is outside 0..96"),
+        ([5, -1], {}, "token id -1 is outside 0..96"),
+        ([1] * 10, {"max_tokens": 8}, "can need 20 tokens of KV, the pool holds 16"),
+    ):
+        with pytest.raises(RequestError, match=message.replace(".", r"\.")):
+            engine.add(request("r", prompt, **params))
+    engine.add(request("r", [1]))
+    with pytest.raises(RequestError, match="'r' has already been added"):
+        engine.add(request("r", [1]))
+    assert engine.abort("nobody") is None
+    check_invariants(engine)
+
+
+class Faulty:
+    """An executable that gives a row no token, or fails the whole step, when told to."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.program, self.state = inner, inner.program, inner.state
+        self.no_token: set[int] = set()  # sequences' first tokens
+        self.fail = False
+
+    def step(self, batch: Any, **kwargs: Any) -> Any:
+        if self.fail:
+            self.fail = False
+            raise MemoryError("no room")
+        result = self.inner.step(batch, **kwargs)
+        owner = np.repeat(np.arange(len(batch.q_len)), batch.q_len)[batch.rows]
+        bad = [int(batch.sampling[r].seed) in self.no_token for r in range(len(owner))]
+        return replace(result, tokens=np.where(bad, -1, result.tokens))
+
+
+def faulty_engine() -> tuple[Engine, Faulty]:
+    inner = open_device("oracle").load(smallest_program(), ArrayWeights({}), StateSpec(16, 4))
+    device = Faulty(inner)
+    return Engine(device, rng=random.Random(0), max_batch_tokens=8), device
+
+
+def test_a_row_without_a_token_ends_that_request_alone() -> None:
+    engine, device = faulty_engine()
+    requests = [request(f"r{i}", range(3), max_tokens=6, seed=i) for i in range(3)]
+    for r in requests:
+        engine.add(r)
+    engine.step()
+    device.no_token = {1}
+    run_checked(engine)
+    assert [r.finish_reason for r in requests] == ["length", "error", "length"]
+    assert requests[1].error and "no finite value" in requests[1].error
+    assert all(r.output == truth(r) for r in requests)
+    assert engine.pool.held == 0
+
+
+def test_a_failed_step_ends_those_in_it_and_the_rest_go_on() -> None:
+    engine, device = faulty_engine()
+    requests = [request(f"r{i}", range(6), max_tokens=6) for i in range(3)]
+    for r in requests:
+        engine.add(r)
+    device.fail = True  # the budget of 8 lets r0 and part of r1 in
+    events = run_checked(engine)
+    assert [r.finish_reason for r in requests] == ["error", "error", "length"]
+    assert events[0].error == "the step failed: MemoryError: no room"
+    assert requests[2].output == truth(requests[2]) and engine.pool.held == 0
+
+
+def test_stop_is_asked_for_each_token_and_its_failure_stays_with_its_request() -> None:
+    engine = oracle_engine()
+    seen: list[int] = []
+    stopping = request("stopping", [1, 2], max_tokens=9)
+    stopping.stopped = lambda token: seen.append(token) or len(seen) == 4  # type: ignore[func-returns-value]
+    broken = request("broken", [3], max_tokens=9)
+    broken.stopped = lambda token: bool(1 // 0)
+    plain = request("plain", [4], max_tokens=9)
+    for r in (stopping, broken, plain):
+        engine.add(r)
+    run_checked(engine)
+    assert [r.finish_reason for r in (stopping, broken, plain)] == ["stop", "error", "length"]
+    assert seen == stopping.output and len(seen) == 4
+    assert [r.output for r in (stopping, broken, plain)] == [truth(r) for r in (stopping, broken, plain)]
+
+
+def test_eos_can_be_ignored() -> None:
+    engine = oracle_engine()
+    every = frozenset(range(VOCABULARY))
+    on, off = request("on", [1], every, max_tokens=5), request("off", [1], every, max_tokens=5, ignore_eos=True)
+    for r in (on, off):
+        engine.add(r)
+    run_checked(engine)
+    assert (len(on.output), on.finish_reason, len(off.output), off.finish_reason) == (1, "stop", 5, "length")
+
+
+def test_scored_requests_give_logits_of_every_position_and_no_tokens() -> None:
+    engine = oracle_engine(max_batch_tokens=5)
+    scored, other = request("scored", range(13)), request("other", range(4), max_tokens=5)
+    scored.scored = True
+    for r in (scored, other):
+        engine.add(r)
+    run_checked(engine)
+    logits = np.concatenate(scored.logits)
+    assert logits.shape == (13, VOCABULARY) and scored.output == [] and scored.finish_reason == "length"
+    assert logits.argmax(axis=1).tolist() == [expected(range(i + 1), VOCABULARY) for i in range(13)]
+    assert other.output == truth(other)
+
+
+def test_times_come_from_the_clock() -> None:
+    engine = oracle_engine()
+    r = request("r", [1, 2], max_tokens=3)
+    engine.add(r)
+    run_checked(engine)
+    assert r.times == {"arrived": 0.0, "first_token": 1.0, "ended": 2.0}
+
+
+@given(st.lists(st.integers(0, 5), max_size=40), st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_the_pool_conserves_blocks(sizes: list[int], rng: random.Random) -> None:
+    pool, held = BlockPool(11), []
+    for n in sizes:
+        if n > len(pool.free):
+            with pytest.raises(KvError, match=f"{n} blocks wanted"):
+                pool.allocate(n)
+        else:
+            held += pool.allocate(n)
+        if held and rng.random() < 0.3:
+            shared = rng.choice(held)
+            pool.share([shared])
+            held.append(shared)
+        while held and rng.random() < 0.4:
+            pool.release([held.pop(rng.randrange(len(held)))])
+        assert len(pool.free) + pool.held == 11 and pool.held == len(set(held))
+    pool.release(held)
+    assert sorted(pool.free) == list(range(11))
+
+
+def test_the_pool_refuses_a_double_free() -> None:
+    pool = BlockPool(3)
+    blocks = pool.allocate(2)
+    pool.release(blocks)
+    for bad in (blocks[0], 2, 3, -1):
+        with pytest.raises(KvError, match=f"block {bad} is not held"):
+            pool.release([bad])
+    with pytest.raises(KvError, match="at least 1"):
+        BlockPool(0)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", True), ("temperature", -0.1),
+        ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", "hot"), ("top_k", -1),
+        ("top_p", 0), ("top_p", 1.01), ("min_p", -0.1), ("min_p", 1.1), ("seed", -1), ("seed", 2**63),
+        ("stop", ("a", "")), ("stop", (3,)), ("stop", ""), ("stop", None),
+    ],
+)  # fmt: skip
+def test_bad_params_are_named(field: str, value: object) -> None:
+    with pytest.raises(ParamsError, match=f"^{field} .*; allowed: "):
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+def test_good_params() -> None:
+    assert SamplingParams(stop="x").stop == SamplingParams(stop=["x"]).stop == ("x",)
+    SamplingParams(1, 0, 0, 1e-9, 1, 2**63 - 1, [], True)

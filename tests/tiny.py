@@ -1,0 +1,213 @@
+"""Tiny random checkpoints of every ported family, built by transformers, and the comparison of a device against it.
+
+Not a test: tests import it. Weights are shaken so that no norm is all ones, no bias zero and no attention flat.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCABULARY = 263  # odd, prime, and room for 256 bytes and the special tokens
+SPECIALS = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>")  # ids 256..260
+BASE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 256,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+    "short_factor": [1.0 + 0.05 * i for i in range(6)], "long_factor": [1.5 + 0.7 * i for i in range(6)],
+}  # fmt: skip
+THREE_TO_ONE = ["sliding_attention"] * 3 + ["full_attention"]
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"class": "Llama", "rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"class": "Mistral", "sliding_window": 24, "head_dim": 24},
+    "qwen2": {"class": "Qwen2", "tie_word_embeddings": True},
+    "qwen3": {"class": "Qwen3", "head_dim": 32},
+    "phi3": {"class": "Phi3", "rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
+    "gemma2": {
+        "class": "Gemma2", "head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 20,
+        "attn_logit_softcapping": 4.0, "final_logit_softcapping": 20.0,
+    },
+    "gemma3": {
+        "class": "Gemma3", "config": "Gemma3TextConfig", "head_dim": 32, "query_pre_attn_scalar": 24,
+        "sliding_window": 20, "layer_types": THREE_TO_ONE,
+    },
+    "olmo2": {"class": "Olmo2"},
+    "olmo3": {
+        "class": "Olmo3", "sliding_window": 20,
+        "rope_parameters": {"full_attention": YARN, "sliding_attention": {**ROPE, "rope_theta": 500000.0}},
+    },
+    "granite": {
+        "class": "Granite", "embedding_multiplier": 6.0, "residual_multiplier": 0.22, "attention_multiplier": 0.3,
+        "logits_scaling": 8.0, "tie_word_embeddings": True,
+    },
+    "cohere2": {"class": "Cohere2", "sliding_window": 20, "logit_scale": 0.25},
+}  # fmt: skip
+_built: dict[str, Path] = {}
+_placed: dict[Path, str] = {}
+
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<' + message['role'] + '>' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def tiny(family: str, path: str | Path, dtype: str = "float32", **overrides: Any) -> Path:
+    """A checkpoint of `family` (with config keys overridden) in the folder `path`, with a byte-level tokenizer if the
+    vocabulary has room for one. Built once a session for each set of arguments, copied after that."""
+    path = Path(path)
+    key = json.dumps([family, dtype, overrides], sort_keys=True)
+    if _placed.get(path) == key and (path / "config.json").exists():
+        return path  # as it stands: a file that is mapped must not be written again
+    _placed[path] = key
+    if key in _built and (_built[key] / "config.json").exists():
+        shutil.copytree(_built[key], path, dirs_exist_ok=True)
+        return path
+    build(family, path, dtype, overrides)
+    _built[key] = path.parent / f".{path.name}.built"
+    shutil.copytree(path, _built[key], dirs_exist_ok=True)
+    return path
+
+
+def build(family: str, path: Path, dtype: str, overrides: dict[str, Any]) -> None:
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    table = {**BASE, **FAMILIES[family], **overrides}
+    name = table.pop("class")
+    shards = table.pop("max_shard_size", "5GB")
+    config = getattr(transformers, table.pop("config", f"{name}Config"))(**json.loads(json.dumps(table)))
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    shake(model, zlib.crc32(family.encode()))
+    model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=shards)
+    if config.vocab_size >= 256 + len(SPECIALS):
+        tokenizer(path)
+
+
+def shake(model: Any, seed: int) -> None:
+    """Random weights of a trained model's size: unit results of products, norms about 1 or 0, biases about 0.2."""
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=draw)
+            if p.dim() == 2:
+                p.copy_(noise * (0.5 if "embed" in name else 1.3 / p.shape[1] ** 0.5))
+            elif name.endswith("bias"):
+                p.copy_(0.2 * noise)
+            else:
+                p.copy_(p + 0.3 * noise)
+
+
+def tokenizer(path: str | Path) -> Path:
+    """A byte-level tokenizer in `path`: ids 0..255 are bytes, SPECIALS follow; with a chat template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    t = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    t.decoder = decoders.ByteLevel()
+    t.add_special_tokens([AddedToken(s, special=True) for s in SPECIALS])
+    t.save(str(path / "tokenizer.json"))
+    table = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>",
+        "chat_template": CHAT, "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    (path / "tokenizer_config.json").write_text(json.dumps(table))
+    (path / "generation_config.json").write_text(json.dumps({"bos_token_id": 257, "eos_token_id": [258]}))
+    return path
+
+
+def error(ours: np.ndarray, wanted: np.ndarray) -> float:
+    """max |ours - wanted| / max |wanted|; infinite if ours has NaN."""
+    gap = float(np.abs(ours - wanted).max() / np.abs(wanted).max())
+    return gap if np.isfinite(gap) else float("inf")
+
+
+def truth(path: str | Path, tokens: list[int]) -> np.ndarray:
+    """Logits float32 [tokens, vocabulary] by transformers: eager attention, float32, one pass without a cache."""
+    import torch
+
+    from intaglio.tools.check import reference_model
+
+    torch.set_num_threads(1)
+    model = reference_model(path)
+    with torch.no_grad():
+        return model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
+
+
+def compare(
+    path: str | Path,
+    device: str = "reference",
+    weights: str | None = None,
+    program: Any = None,
+    *,
+    prompt: int = 48,
+    steps: int = 32,
+    seed: int = 0,
+    context: int | None = None,
+) -> dict[str, float]:
+    """Errors of `device` against transformers, by way of running: the prompt at once, in random chunks (beside a
+    decoding stranger), and `steps` forced decode steps. Runs `program` (default: the port's) as it is, or compiled to
+    `weights` ("auto", "int8", ...) if given."""
+    from intaglio.batch import Chunk, bind
+    from intaglio.compiler import build as compiled
+    from intaglio.devices import StateSpec, open_device
+    from intaglio.models import Checkpoint, port
+
+    checkpoint = Checkpoint.open(path)
+    program = program or port(checkpoint, context)
+    program = compiled(program, weights) if weights else program
+    draw = np.random.default_rng(seed)
+    tokens = [int(x) for x in draw.integers(0, program.vocabulary, prompt + steps)]
+    stranger = [int(x) for x in draw.integers(0, program.vocabulary, prompt + steps)]
+    wanted = truth(path, tokens)
+    page, each = 16, -(-(prompt + steps) // 16)
+    ex = open_device(device).load(program, checkpoint, StateSpec(3 * each + 1, page))
+    blocks = [[int(x) for x in part] for part in (1 + draw.permutation(3 * each)).reshape(3, each)]
+
+    def run(*chunks: Chunk) -> np.ndarray:
+        got = ex.step(bind(chunks, page), logits=True).logits
+        assert got is not None
+        return got
+
+    out = {"prefill": error(run(Chunk(tokens[:prompt], 0, blocks[0], range(prompt))), wanted[:prompt])}
+    at, rows = 0, []
+    while at < prompt:
+        n = min(int(draw.integers(1, 12)), prompt - at)
+        beside = Chunk(stranger[at : at + n], at, blocks[2], [n - 1])
+        mine = Chunk(tokens[at : at + n], at, blocks[1], range(n))
+        rows.append(run(beside, mine)[1:])
+        at += n
+    out["chunked"] = error(np.concatenate(rows), wanted[:prompt])
+    if steps:
+        decoded = [run(Chunk([tokens[i]], i, blocks[0], [0])) for i in range(prompt, prompt + steps)]
+        out["decode"] = error(np.concatenate(decoded), wanted[prompt:])
+    return out
