@@ -154,8 +154,8 @@ double matrix_peak(int threads, const std::string& format, int group, int runs, 
   }
   return 2.0 * rows * depth * kUnit * repeats * best_rate(threads, runs, repeats, [&](int thread, int64_t) {
     float *x = memory[size_t(thread)].data(), *tile = x + rows * depth * 2;
-    Rows prepared{x, x + rows * depth, (int32_t*)(x + rows * depth + rows * 32), depth, group ? depth / group : 0};
-    LinearArgs a{&weights[size_t(thread)]->w, prepared, true, rows, tile + kRows * kUnit, kUnit, nullptr, nullptr, 0, 1.0f, Act::None};
+    Rows prepared{x, x + rows * depth, (int32_t*)(x + rows * depth + rows * 32), rows, depth, group ? depth / group : 0};
+    LinearArgs a{&weights[size_t(thread)]->w, prepared, true, tile + kRows * kUnit, kUnit, nullptr, nullptr, 0, 1.0f, Act::None};
     kernels->linear_unit(a, 0, rows, 0, tile);
   });
 }

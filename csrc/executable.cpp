@@ -33,7 +33,7 @@ bool coded(const Weight& w) { return w.fmt == Fmt::I8 || w.fmt == Fmt::I4; }
 int64_t lay_rows(const Weight& w, bool x_bf16, int64_t rows, uint8_t* at, Rows* out) {
   int64_t each = coded(w) ? 1 : x_bf16 && w.fmt == Fmt::BF16 ? 2 : 4;
   int64_t groups = coded(w) ? w.padded_k / w.group : 0, values = aligned(rows * w.padded_k * each);
-  if (out) *out = {at, (float*)(at + values), (int32_t*)(at + values + aligned(rows * groups * 4)), w.padded_k, groups};
+  if (out) *out = {at, (float*)(at + values), (int32_t*)(at + values + aligned(rows * groups * 4)), rows, w.padded_k, groups};
   return values + 2 * aligned(rows * groups * 4);
 }
 
@@ -318,10 +318,10 @@ MapArgs Executable::map_args(const Op& op) const {
 LinearArgs Executable::linear_args(const Op& op, uint8_t* x) const {
   const Tensor& out = tensors_[size_t(op.tensors[4])];
   const Weight& w = tensors_[size_t(op.tensors[1])].weight->w;
-  LinearArgs a{&w, {}, op.ints[0] != 0, rows_of(out), rows_at(op.tensors[4]), out.ld, vector_at(op.tensors[2]),
+  LinearArgs a{&w, {}, op.ints[0] != 0, rows_at(op.tensors[4]), out.ld, vector_at(op.tensors[2]),
                rows_at(op.tensors[3]), op.tensors[3] < 0 ? 0 : tensors_[size_t(op.tensors[3])].ld,
                float(op.floats[0]), Act(op.ints[1])};
-  lay_rows(w, a.x_bf16, a.m, x, &a.x);
+  lay_rows(w, a.x_bf16, rows_of(out), x, &a.x);
   return a;
 }
 
@@ -334,13 +334,13 @@ void Executable::product(Scratch& mine, const Phase& phase, const Op& op, int64_
   const bool own = alone(op);
   const LinearArgs a = linear_args(op, own ? mine.x : prepared_.data());
   if (own && mine.holds != &phase) {
-    for (int64_t r = 0; r < a.m; r++) prepare(a, op, r);
+    for (int64_t r = 0; r < a.x.m; r++) prepare(a, op, r);
     mine.holds = &phase;
   }
   const int64_t units = a.w->units();
   for (int64_t i = begin; i < end; i++) {
     int64_t first = i / units * kRows;
-    kernels_->linear_unit(a, first, std::min<int64_t>(kRows, a.m - first), i % units, mine.floats);
+    kernels_->linear_unit(a, first, std::min<int64_t>(kRows, a.x.m - first), i % units, mine.floats);
   }
 }
 

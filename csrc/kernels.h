@@ -36,19 +36,19 @@ struct Weight {
   int64_t units() const { return (panels + 1) / 2; }
 };
 
-// Rows as a weight's kernel reads them: float, bf16 or int8 values, `padded_k` long, zero beyond k.
+// Rows as a weight's kernel reads them: float, bf16 or int8 values, zero beyond k. Rows that one pass of a kernel takes
+// together stand interleaved, [step of K][row][values of the step], so that the pass reads one stream.
 struct Rows {
-  void* values;
-  float* scales;  // int8: [rows, groups]
-  int32_t* sums;  // int8: sum of the codes of each group
-  int64_t stride, groups;
+  void* values;    // [m, padded_k] in that order
+  float* scales;   // int8: [groups][row] within a pass
+  int32_t* sums;   // int8: sum of the codes of each group, likewise
+  int64_t m, padded_k, groups;
 };
 
 struct LinearArgs {
   const Weight* w;
   Rows x;
   bool x_bf16;
-  int64_t m;
   float* out;
   int64_t ld_out;
   const float *bias, *residual;

@@ -36,23 +36,31 @@ struct Bf16Pairs {  // activations rounded to bf16: the dot-product instruction
 };
 
 constexpr int kVectors = kPanel / F::N;  // vectors of a panel's row
-constexpr int kTileRows = F::N == 16 ? 6 : 3;
+constexpr int kTileRows = F::N == 16 ? 12 : 3;  // rows whose accumulators fill the registers
 
-template <class T, int MR, int NP>
-void float_tile(const uint8_t* w, int64_t panel_bytes, const typename T::X* x, int64_t stride, int64_t steps, float* c, bool first) {
-  F acc[MR][NP * kVectors];
+// Where the weights that come after a block lie; each pass over the block fetches its share of them meanwhile.
+struct Ahead {
+  const uint8_t* at;
+  int64_t step;
+  void fetch(int64_t i) const {
+    if (step) __builtin_prefetch(at + i * step, 0, 2);
+  }
+};
+
+template <class T, int MR>
+void float_tile(const uint8_t* w, const typename T::X* x, int64_t steps, float* c, bool first, Ahead ahead) {
+  F acc[MR][kVectors];
   EACH_OF for (int m = 0; m < MR; m++)
-    EACH_OF for (int v = 0; v < NP * kVectors; v++) acc[m][v] = first ? set(0) : load(c + m * kUnit + v * F::N);
+    EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = first ? set(0) : load(c + m * kUnit + v * F::N);
   for (int64_t s = 0; s < steps; s++) {
-    typename T::W row[NP * kVectors];
-    EACH_OF for (int p = 0; p < NP; p++)
-      EACH_OF for (int v = 0; v < kVectors; v++)
-        row[p * kVectors + v] = T::load_w(w + p * panel_bytes + (s * kPanel + v * F::N) * T::bytes);
+    typename T::W row[kVectors];
+    ahead.fetch(s);
+    EACH_OF for (int v = 0; v < kVectors; v++) row[v] = T::load_w(w + (s * kPanel + v * F::N) * T::bytes);
     EACH_OF for (int m = 0; m < MR; m++)
-      EACH_OF for (int v = 0; v < NP * kVectors; v++) acc[m][v] = T::dot(acc[m][v], row[v], x + m * stride + s * T::step);
+      EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = T::dot(acc[m][v], row[v], x + (s * MR + m) * T::step);
   }
   EACH_OF for (int m = 0; m < MR; m++)
-    EACH_OF for (int v = 0; v < NP * kVectors; v++) store(c + m * kUnit + v * F::N, acc[m][v]);
+    EACH_OF for (int v = 0; v < kVectors; v++) store(c + m * kUnit + v * F::N, acc[m][v]);
 }
 
 template <int Bits>
@@ -76,89 +84,106 @@ struct Codes {
   }
 };
 
-template <int Bits, int MR, int NP>
-void code_tile(const Weight& w, const uint8_t* panel, const Rows& x, int64_t row, int64_t g0, int64_t g1, float* c, bool first) {
+template <int Bits, int MR>
+void code_tile(const uint8_t* w, int64_t group, const int8_t* x, const float* scales, const int32_t* sums, int64_t groups, float* c, bool first, Ahead ahead) {
   using T = Codes<Bits>;
-  const int64_t quads = w.group / 4, group_bytes = 64 + quads * T::quad_bytes;
+  const int64_t quads = group / 4, group_bytes = 2 * kPanel + quads * T::quad_bytes;
   if (first)
     EACH_OF for (int m = 0; m < MR; m++)
-      EACH_OF for (int v = 0; v < NP * kVectors; v++) store(c + m * kUnit + v * F::N, set(0));
-  for (int64_t g = g0; g < g1; g++) {
-    const uint8_t* at = panel + g * group_bytes;
-    const int8_t* codes = (const int8_t*)x.values + row * x.stride + g * w.group;
-    I acc[MR][NP * kVectors];
+      EACH_OF for (int v = 0; v < kVectors; v++) store(c + m * kUnit + v * F::N, set(0));
+  for (int64_t g = 0; g < groups; g++, w += group_bytes, x += group * MR, scales += MR, sums += MR) {
+    I acc[MR][kVectors];
     EACH_OF for (int m = 0; m < MR; m++)
-      EACH_OF for (int v = 0; v < NP * kVectors; v++) acc[m][v] = set_int(-T::offset * x.sums[(row + m) * x.groups + g]);
+      EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = set_int(-T::offset * sums[m]);
     for (int64_t q = 0; q < quads; q++) {
-      I cols[NP * kVectors];
-      EACH_OF for (int p = 0; p < NP; p++) T::load_w(at + p * w.panel_bytes + 64 + q * T::quad_bytes, cols + p * kVectors);
+      I cols[kVectors];
+      ahead.fetch(g * quads + q);
+      T::load_w(w + 2 * kPanel + q * T::quad_bytes, cols);
       EACH_OF for (int m = 0; m < MR; m++) {
         int32_t quad;
-        std::memcpy(&quad, codes + m * x.stride + q * 4, 4);
-        EACH_OF for (int v = 0; v < NP * kVectors; v++) acc[m][v] = T::dot(acc[m][v], cols[v], quad);
+        std::memcpy(&quad, x + (q * MR + m) * 4, 4);
+        EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = T::dot(acc[m][v], cols[v], quad);
       }
     }
-    EACH_OF for (int p = 0; p < NP; p++)
-      EACH_OF for (int v = 0; v < kVectors; v++) {
-        F ws = load_bf16((const uint16_t*)(at + p * w.panel_bytes) + v * F::N);
-        EACH_OF for (int m = 0; m < MR; m++) {
-          float* to = c + m * kUnit + p * kPanel + v * F::N;
-          F scale = ws * set(x.scales[(row + m) * x.groups + g]);
-          store(to, fma(to_float(acc[m][p * kVectors + v]), scale, load(to)));
-        }
+    EACH_OF for (int v = 0; v < kVectors; v++) {
+      F ws = load_bf16((const uint16_t*)w + v * F::N);
+      EACH_OF for (int m = 0; m < MR; m++) {
+        float* to = c + m * kUnit + v * F::N;
+        store(to, fma(to_float(acc[m][v]), ws * set(scales[m]), load(to)));
       }
+    }
   }
 }
 
 // Runs f<MR>() for MR rows, 1..kTileRows.
-template <class Fn>
+template <int MR = kTileRows, class Fn>
 void with_rows(int64_t rows, Fn f) {
-  switch (rows) {
-    case 1: return f.template operator()<1>();
-    case 2: return f.template operator()<2>();
-    case 3: return f.template operator()<3>();
-    case 4: if constexpr (kTileRows > 3) return f.template operator()<4>(); break;
-    case 5: if constexpr (kTileRows > 3) return f.template operator()<5>(); break;
-    case 6: if constexpr (kTileRows > 3) return f.template operator()<6>(); break;
+  if constexpr (MR > 0) {
+    if (rows == MR) return f.template operator()<MR>();
+    with_rows<MR - 1>(rows, f);
   }
 }
 
-constexpr int64_t kDepth = 2048;  // values of K per pass: two bf16 panels of it are 256 KiB, which a core's L2 holds
+// The pass that takes `row`: passes of about equal height over each block of kRows rows.
+struct Pass {
+  int64_t first, height;
+};
+inline int64_t passes_over(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+inline Pass pass_of(int64_t total, int64_t row) {
+  const int64_t block = row / kRows * kRows, rows = std::min<int64_t>(kRows, total - block), passes = passes_over(rows);
+  const int64_t i = ((row - block + 1) * passes - 1) / rows, first = rows * i / passes;
+  return {block + first, rows * (i + 1) / passes - first};
+}
 
-template <class T, int NP>
-void float_unit(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, float* tile) {
+// f<MR>(first row, ahead) for each pass over `rows` rows. Blocks follow each other in memory, so what comes `bytes` after
+// a block's start is the next. A single pass leaves fetching to the hardware, which sees a plain stream.
+template <class Fn>
+void by_pass(int64_t rows, const uint8_t* block, int64_t bytes, int64_t steps, Fn f) {
+  const int64_t passes = passes_over(rows), share = bytes / passes;
+  for (int64_t i = 0; i < passes; i++) {
+    const int64_t row = rows * i / passes, next = rows * (i + 1) / passes;
+    Ahead ahead{block + bytes + i * share, passes > 1 ? std::max<int64_t>(1, share / steps) : 0};
+    with_rows(next - row, [&]<int MR>() { f.template operator()<MR>(row, ahead); });
+  }
+}
+
+constexpr int64_t kDepth = 1024;  // values of K in a block: 64 KiB of a bf16 panel stay in L2 while rows pass over them
+
+template <class T>
+void float_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, float* tile) {
   for (int64_t k = 0; k < a.w->padded_k; k += kDepth) {
-    int64_t steps = (std::min(kDepth, a.w->padded_k - k)) / T::step;
+    const int64_t steps = std::min(kDepth, a.w->padded_k - k) / T::step;
     const uint8_t* w = panel + k / T::step * kPanel * T::bytes;
-    for (int64_t m = 0; m < rows; m += kTileRows) {
-      auto x = (const typename T::X*)a.x.values + (first_row + m) * a.x.stride + k;
-      with_rows(std::min<int64_t>(kTileRows, rows - m), [&]<int MR>() {
-        float_tile<T, MR, NP>(w, a.w->panel_bytes, x, a.x.stride, steps, tile + m * kUnit, k == 0);
-      });
-    }
+    by_pass(rows, w, steps * kPanel * T::bytes, steps, [&]<int MR>(int64_t m, Ahead ahead) {
+      auto x = (const typename T::X*)a.x.values + (first_row + m) * a.x.padded_k + k * MR;
+      float_tile<T, MR>(w, x, steps, tile + m * kUnit, k == 0, ahead);
+    });
   }
 }
 
-template <int Bits, int NP>
-void code_unit(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, float* tile) {
-  int64_t depth = std::max<int64_t>(1, 2 * kDepth / a.w->group);
-  for (int64_t g = 0; g < a.x.groups; g += depth)
-    for (int64_t m = 0; m < rows; m += kTileRows)
-      with_rows(std::min<int64_t>(kTileRows, rows - m), [&]<int MR>() {
-        code_tile<Bits, MR, NP>(*a.w, panel, a.x, first_row + m, g, std::min(a.x.groups, g + depth), tile + m * kUnit, g == 0);
-      });
+template <int Bits>
+void code_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, float* tile) {
+  const int64_t group = a.w->group, depth = std::max<int64_t>(1, kDepth / group), group_bytes = a.w->panel_bytes / a.x.groups;
+  for (int64_t g = 0; g < a.x.groups; g += depth) {
+    const int64_t n = std::min(depth, a.x.groups - g);
+    const uint8_t* w = panel + g * group_bytes;
+    by_pass(rows, w, n * group_bytes, n * group / 4, [&]<int MR>(int64_t m, Ahead ahead) {
+      const int64_t row = first_row + m, at = row * a.x.groups + g * MR;
+      auto x = (const int8_t*)a.x.values + row * a.x.padded_k + g * group * MR;
+      code_tile<Bits, MR>(w, group, x, a.x.scales + at, a.x.sums + at, n, tile + m * kUnit, g == 0, ahead);
+    });
+  }
 }
 
-template <int NP>
-void product_unit(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, float* tile) {
+void product_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, float* tile) {
   switch (a.w->fmt) {
-    case Fmt::F32: return float_unit<F32Weights, NP>(a, first_row, rows, panel, tile);
-    case Fmt::F16: return float_unit<F16Weights, NP>(a, first_row, rows, panel, tile);
+    case Fmt::F32: return float_panel<F32Weights>(a, first_row, rows, panel, tile);
+    case Fmt::F16: return float_panel<F16Weights>(a, first_row, rows, panel, tile);
     case Fmt::BF16:
-      return a.x_bf16 ? float_unit<Bf16Pairs, NP>(a, first_row, rows, panel, tile)
-                      : float_unit<Bf16Weights, NP>(a, first_row, rows, panel, tile);
-    case Fmt::I8: return code_unit<8, NP>(a, first_row, rows, panel, tile);
-    case Fmt::I4: return code_unit<4, NP>(a, first_row, rows, panel, tile);
+      return a.x_bf16 ? float_panel<Bf16Pairs>(a, first_row, rows, panel, tile)
+                      : float_panel<Bf16Weights>(a, first_row, rows, panel, tile);
+    case Fmt::I8: return code_panel<8>(a, first_row, rows, panel, tile);
+    case Fmt::I4: return code_panel<4>(a, first_row, rows, panel, tile);
   }
 }
 
@@ -197,11 +222,8 @@ void finish_row(const LinearArgs& a, int64_t row, int64_t unit, const float* y) 
 }
 
 void linear_unit(const LinearArgs& a, int64_t first_row, int64_t rows, int64_t unit, float* tile) {
-  const uint8_t* panel = a.w->data + unit * 2 * a.w->panel_bytes;
-  if (unit * 2 + 1 < a.w->panels)
-    product_unit<2>(a, first_row, rows, panel, tile);
-  else
-    product_unit<1>(a, first_row, rows, panel, tile);
+  for (int64_t p = unit * 2; p < std::min(unit * 2 + 2, a.w->panels); p++)
+    product_panel(a, first_row, rows, a.w->data + p * a.w->panel_bytes, tile + p % 2 * kPanel);
   for (int64_t m = 0; m < rows; m++) finish_row(a, first_row + m, unit, tile + m * kUnit);
 }
 
@@ -231,25 +253,36 @@ void quantise_group(const float* x, int64_t n, int8_t* codes, float* scale, int3
 }
 
 void prepare_row(const Weight& w, bool x_bf16, const float* x, const Rows& to, int64_t row) {
+  const Pass pass = pass_of(to.m, row);
+  const int64_t base = pass.first * w.padded_k, lane = row - pass.first, height = pass.height;
   if (w.fmt == Fmt::I8 || w.fmt == Fmt::I4) {
     for (int64_t g = 0; g < to.groups; g++) {
-      int64_t begin = g * w.group, at = row * to.groups + g;
+      int64_t begin = g * w.group, at = pass.first * to.groups + g * height + lane;
       const float* from = x + begin;
       float padded[1024];
+      int8_t codes[1024];
       if (begin + w.group > w.k) {
         std::memset(padded, 0, sizeof padded);
         std::memcpy(padded, from, size_t(w.k - begin) * 4);
         from = padded;
       }
-      quantise_group(from, w.group, (int8_t*)to.values + row * to.stride + begin, to.scales + at, to.sums + at);
+      quantise_group(from, w.group, codes, to.scales + at, to.sums + at);
+      int8_t* out = (int8_t*)to.values + base + begin * height + lane * 4;
+      for (int64_t q = 0; q < w.group / 4; q++) std::memcpy(out + q * height * 4, codes + q * 4, 4);
     }
   } else if (x_bf16 && w.fmt == Fmt::BF16) {
-    uint16_t* out = (uint16_t*)to.values + row * to.stride;
-    for (int64_t i = 0; i < w.k; i++) out[i] = to_bf16(x[i]);
-    for (int64_t i = w.k; i < w.padded_k; i++) out[i] = 0;
+    uint16_t* out = (uint16_t*)to.values + base + lane * 2;
+    for (int64_t i = 0; i + 2 <= w.k; i += 2) {
+      uint32_t pair = to_bf16(x[i]) | uint32_t(to_bf16(x[i + 1])) << 16;
+      std::memcpy(out + i * height, &pair, 4);
+    }
+    if (w.k % 2) out[(w.k - 1) * height] = to_bf16(x[w.k - 1]), out[(w.k - 1) * height + 1] = 0;
   } else {
-    float* out = (float*)to.values + row * to.stride;
-    for (int64_t i = 0; i < w.k; i++) out[i] = x_bf16 ? from_bf16(to_bf16(x[i])) : x[i];
-    for (int64_t i = w.k; i < w.padded_k; i++) out[i] = 0;
+    const int64_t step = w.fmt == Fmt::BF16 ? 2 : 1;
+    float* out = (float*)to.values + base + lane * step;
+    for (int64_t i = 0; i < w.padded_k; i++) {
+      float v = i < w.k ? x[i] : 0.0f;
+      out[i / step * step * height + i % step] = x_bf16 ? from_bf16(to_bf16(v)) : v;
+    }
   }
 }
