@@ -31,11 +31,11 @@ out, err = Console(highlight=False, emoji=False), Console(stderr=True, highlight
 BOUNDS = (
     "ms: measured. bound ms: the step's bytes or FLOPs at this machine's measured roof. share: bound over measured."
 )
-DEMO_PROMPTS = (
-    "def read(self, size=-1):\n",
-    "class Queue:\n    def __init__(self",
-    "import os\nimport ",
-    "    try:\n        return ",
+DEMO_PROMPTS = (  # none ends in a newline: the tokenizer joins one with the indent that follows
+    "def parse_int(text):\n    try:\n        return int(text)\n    except",
+    "def is_valid(name):\n    if not isinstance(name, str):\n        raise",
+    "class Node:\n    def __init__(self, value, left=None, right=None):\n        self.value =",
+    "def read_lines(path):\n    with open(path) as f:",
 )
 
 
@@ -182,7 +182,7 @@ def demo(weights: Weights = "auto", device: Device = "host", threads: Threads = 
     for prompt, output in zip(DEMO_PROMPTS, llm.generate(DEMO_PROMPTS, params), strict=True):
         out.print(f"[bold]{escape(prompt)}[/bold]{escape(output.text)}\n")
     out.rule("one more, as it comes", style="dim")
-    prompt = "def main():\n"
+    prompt = "class Queue:\n    def put(self, item):"
     print(prompt, end="", flush=True)
     stream(llm, prompt, SamplingParams(max_tokens=96, temperature=0.6, top_p=0.9, seed=2))
     out.rule("measured, beside the bound of this machine's measured roofs", style="dim")
