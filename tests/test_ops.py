@@ -270,7 +270,6 @@ def test_linear_in_other_formats(seed: int, rows: int, n: int, k: int, group: in
     close(got, F.linear(rounded, torched(half.astype(np.float32))))
     q = formats.quantise(w, f"int8g{group}")
     whole = torched(q.rows(slice(None)))
-    close(apply(Linear(site="s", x="x", w="w", out="out"), x=x, w=q), F.linear(torched(x), whole))
     got = apply(Linear(site="s", x="x", w="w", out="out", x_format="int8"), x=x, w=q)
     codes, scales = formats.quantise_rows(x, group)
     near = (codes.astype(np.float64) * scales[:, :, None]).reshape(rows, -1)[:, :k]  # x as the product sees it
@@ -285,7 +284,7 @@ def test_linear_refuses() -> None:
     refuses(op(), r"w is f32\[6, 9\] but x has 8 columns; w must be \[N, 8\]", x=x, w="f32[6, 9]")
     refuses(op(), "a weight has fixed rows", x=x, w="f32[R, 8]")
     refuses(op(x_format="int8"), "x_format=int8 with f32 weights; use f32 or bf16", x=x, w="f32[6, 8]")
-    refuses(op(x_format="bf16"), "x_format=bf16 with int4g32 weights; use f32 or int8", x=x, w="int4g32[6, 8]")
+    refuses(op(x_format="bf16"), "x_format=bf16 with int4g32 weights; use int8", x=x, w="int4g32[6, 8]")
     refuses(op(activation="exp"), "activation='exp'; use one of silu", x=x, w="f32[6, 8]")
     refuses(op(glu=True), "activation=''; use one of silu", x=x, w="f32[6, 8]")
     refuses(op(glu=True, activation="silu"), "glu needs an even number of rows, w has 7", x=x, w="f32[7, 8]")

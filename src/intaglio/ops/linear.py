@@ -21,8 +21,8 @@ class Linear(Op, kind="linear"):
     """y = x @ w.T + bias; then y * scale; then the activation; then + residual.
 
     x f32 [rows, K], w [N, K] in any weight format, out f32 [rows, N]. `x_format` is what x is rounded to before the
-    product: f32, bf16, or int8 (in the groups of w's format, by formats.quantise_rows; w must be grouped). With `glu`
-    the rows of w are [gate; up] and out = activation(gate) * up, [rows, N / 2]. Products are summed in float32 or
+    product: f32 or bf16 before a plain weight; int8 before a grouped one, in its groups, by formats.quantise_rows. With
+    `glu` the rows of w are [gate; up] and out = activation(gate) * up, [rows, N / 2]. Products are summed in float32 or
     wider; integer products are exact within a group.
     """
 
@@ -42,7 +42,7 @@ class Linear(Op, kind="linear"):
         self.check(wk == k, f"{self.w} is {t[self.w].type} but {self.x} has {k} columns; w must be [N, {k}]")
         self.check(isinstance(n, int), f"{self.w} is {t[self.w].type}; a weight has fixed rows")
         grouped = formats.get(t[self.w].format).grouped
-        allowed = ("f32", "int8") if grouped else ("f32", "bf16")
+        allowed = ("int8",) if grouped else ("f32", "bf16")
         fits = self.x_format in allowed
         self.check(fits, f"x_format={self.x_format} with {t[self.w].format} weights; use {' or '.join(allowed)}")
         known = self.activation in ACTIVATIONS or (self.activation == "" and not self.glu)
@@ -57,7 +57,7 @@ class Linear(Op, kind="linear"):
 
     def product(self, x: np.ndarray, w: Value) -> np.ndarray:
         """x [rows, K] @ w.T with the declared rounding of x; float64 [rows, N]."""
-        if isinstance(w, Quantised) and self.x_format == "int8":
+        if isinstance(w, Quantised):
             xq, xs = formats.quantise_rows(x, w.group)
             wq = formats.in_groups(w.codes, w.group)
             y = np.zeros((len(x), len(wq)))
@@ -65,9 +65,7 @@ class Linear(Op, kind="linear"):
                 exact = xq[:, g].astype(np.float64) @ wq[:, g].astype(np.float64).T
                 y += exact * xs[:, g, None].astype(np.float64) * w.scales[:, g].astype(np.float64)
             return y
-        full = w.rows(slice(None)) if isinstance(w, Quantised) else w
-        rounded = formats.round_to(x, self.x_format)
-        return rounded.astype(np.float64) @ full.astype(np.float64).T
+        return formats.round_to(x, self.x_format).astype(np.float64) @ w.astype(np.float64).T
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
         y = self.product(array(v, self.x), v[self.w])
