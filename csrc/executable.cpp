@@ -159,30 +159,34 @@ void Executable::plan_memory() {
 // The step as phases. Rows go in chunks of a quarter of a thread's share; products by columns; attention by task.
 void Executable::plan_phases(const std::vector<Tap>& taps, bool timed) {
   const int threads = team_.size();
-  auto by_row = [&](int op, int part, int64_t rows) { team_.add(op, part, rows, std::max<int64_t>(1, rows / (4 * threads))); };
+  auto chunk = [&](int64_t rows) { return std::max<int64_t>(1, rows / (4 * threads)); };
+  auto rows_out = [&](const Op& op, size_t out) { return rows_of(tensors_[size_t(op.tensors[out])]); };
   team_.clear(timed);
-  for (size_t i = 0; i < tables_.size(); i++) by_row(kTables, int(i), in_.t);
+  for (size_t i = 0; i < tables_.size(); i++) team_.add(kTables, int(i), in_.t, chunk(in_.t));
   for (size_t i = 0; i < ops_.size(); i++) {
     const Op& op = ops_[i];
     const int at = int(i);
+    auto by_row = [&](int64_t rows) { team_.add_or_join(at, rows, chunk(rows)); };
     switch (op.kind) {
       case Kind::Embed:
       case Kind::Rope:
-      case Kind::KvWrite: by_row(at, 0, in_.t); break;
-      case Kind::Select: by_row(at, 0, in_.r); break;
-      case Kind::Norm: by_row(at, 0, rows_of(tensors_[size_t(op.tensors[4])])); break;
-      case Kind::Map: by_row(at, 0, rows_of(tensors_[size_t(op.tensors[3])])); break;
-      case Kind::Sample: team_.add(at, 0, in_.r, 1); break;
+      case Kind::KvWrite: by_row(in_.t); break;
+      case Kind::Select: by_row(in_.r); break;
+      case Kind::Norm: by_row(rows_out(op, 4)); break;
+      case Kind::Map: by_row(rows_out(op, 3)); break;
+      case Kind::Sample: team_.add_or_join(at, in_.r, 1); break;
       case Kind::Linear: {
-        const int64_t rows = rows_of(tensors_[size_t(op.tensors[4])]), units = tensors_[size_t(op.tensors[1])].weight->w.units();
-        if (!alone(op)) by_row(at, 0, rows);
+        const int64_t rows = rows_out(op, 4), units = tensors_[size_t(op.tensors[1])].weight->w.units();
+        if (!alone(op)) team_.add(at, 0, rows, chunk(rows));
         team_.add(at, 1, (rows + kRows - 1) / kRows * units, std::max<int64_t>(1, units / (16 * threads)));
         break;
       }
-      case Kind::Attend:
-        team_.add(at, 0, int64_t(plans_[size_t(op.plan)].tasks.size()), 1);
-        team_.add(at, 1, int64_t(plans_[size_t(op.plan)].merges.size()), 1);
+      case Kind::Attend: {
+        const AttendPlan& plan = plans_[size_t(op.plan)];
+        team_.add(at, 1, int64_t(plan.tasks.size()), 1);
+        team_.add(at, 2, int64_t(plan.merges.size()), 1);
         break;
+      }
     }
     for (size_t t = 0; t < taps.size(); t++)
       if (taps[t].op == at) team_.add(kTaps, int(t), 1, 1);
@@ -237,13 +241,15 @@ void Executable::copy_out(int tensor, int64_t rows, void* out) const {
 void Executable::run(Scratch& mine, const Phase& phase, int64_t begin, int64_t end) {
   if (phase.op == kTables) {
     for (int64_t t = begin; t < end; t++) table_row(tables_[size_t(phase.part)], t);
-    return;
-  }
-  if (phase.op == kTaps) {
+  } else if (phase.op == kTaps) {
     const Tap& tap = taps_[size_t(phase.part)];
-    return copy_out(tap.tensor, rows_of(tensors_[size_t(tap.tensor)]), tap.out);
+    copy_out(tap.tensor, rows_of(tensors_[size_t(tap.tensor)]), tap.out);
+  } else {
+    for (int i = 0; i < phase.ops; i++) run_op(mine, phase, ops_[size_t(phase.op + i)], begin, end);
   }
-  const Op& op = ops_[size_t(phase.op)];
+}
+
+void Executable::run_op(Scratch& mine, const Phase& phase, const Op& op, int64_t begin, int64_t end) {
   auto each = [&](auto f) {
     for (int64_t i = begin; i < end; i++) f(i);
   };
@@ -254,22 +260,23 @@ void Executable::run(Scratch& mine, const Phase& phase, int64_t begin, int64_t e
     case Kind::KvWrite: return each([&](int64_t t) { kv_write(op, t); });
     case Kind::Norm: return each([&, a = norm_args(op)](int64_t r) { kernels_->norm_row(a, r); });
     case Kind::Map: return each([&, a = map_args(op)](int64_t r) { kernels_->map_row(a, r, mine.floats); });
+    case Kind::Sample: return each([&](int64_t r) { sample(op, r); });
     case Kind::Linear:
       if (phase.part == 0) return each([&, a = linear_args(op, prepared_.data())](int64_t r) { prepare(a, op, r); });
       return product(mine, phase, op, begin, end);
     case Kind::Attend: {
       const AttendPlan& plan = plans_[size_t(op.plan)];
-      if (phase.part == 0) return each([&](int64_t i) { attend_task(mine, op, plan.tasks[size_t(i)]); });
+      if (phase.part == 1) return each([&](int64_t i) { attend_task(mine, op, plan.tasks[size_t(i)]); });
       return each([&](int64_t i) { attend_merge(mine, op, plan.merges[size_t(i)]); });
     }
-    case Kind::Sample: {  // tensors: logits, tokens, logprobs
-      const Tensor& x = tensors_[size_t(op.tensors[0])];
-      auto tokens = (int32_t*)rows_at(op.tensors[1]);
-      return each([&](int64_t r) {
-        sample_row(*kernels_, rows_at(op.tensors[0]) + r * x.ld, x.cols, in_.draws[r], tokens + r, rows_at(op.tensors[2]) + r);
-      });
-    }
   }
+}
+
+// tensors: logits, tokens, logprobs.
+void Executable::sample(const Op& op, int64_t r) {
+  const Tensor& x = tensors_[size_t(op.tensors[0])];
+  auto tokens = (int32_t*)rows_at(op.tensors[1]);
+  sample_row(*kernels_, rows_at(op.tensors[0]) + r * x.ld, x.cols, in_.draws[r], tokens + r, rows_at(op.tensors[2]) + r);
 }
 
 void Executable::table_row(RopeTable& table, int64_t t) {

@@ -106,6 +106,8 @@ class Executable {
   const float* vector_at(int tensor) const;
 
   void run(Scratch& mine, const Phase& phase, int64_t begin, int64_t end);
+  void run_op(Scratch& mine, const Phase& phase, const Op& op, int64_t begin, int64_t end);
+  void sample(const Op& op, int64_t r);
   void table_row(RopeTable& table, int64_t t);
   void embed(const Op& op, int64_t t);
   void select(const Op& op, int64_t r);

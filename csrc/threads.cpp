@@ -51,9 +51,18 @@ void Team::add(int op, int part, int64_t tasks, int64_t chunk) {
   List& list = lists_[turn_ & 1];
   if (list.count == int64_t(list.phases.size())) list.phases.emplace_back();
   Phase& p = list.phases[size_t(list.count++)];
-  p.op = op, p.part = part, p.tasks = tasks, p.chunk = size_ == 1 ? tasks : chunk;
+  p.op = op, p.part = part, p.ops = 1, p.tasks = tasks, p.chunk = size_ == 1 ? tasks : chunk;
   p.next.store(0, std::memory_order_relaxed);
   p.left.store(uint32_t(tasks), std::memory_order_relaxed);
+}
+
+void Team::add_or_join(int op, int64_t tasks, int64_t chunk) {
+  List& list = lists_[turn_ & 1];
+  Phase* last = list.count ? &list.phases[size_t(list.count - 1)] : nullptr;
+  if (last && !list.timed && tasks == 1 && last->tasks == 1 && last->op >= 0 && last->part == 0 && last->op + last->ops == op)
+    last->ops++;
+  else
+    add(op, 0, tasks, chunk);
 }
 
 void Team::run() {

@@ -11,9 +11,9 @@
 
 namespace intaglio {
 
-// Tasks 0..tasks-1, taken `chunk` at a time by whichever thread comes first.
+// Tasks 0..tasks-1, taken `chunk` at a time by whichever thread comes first. A lone task may do several ops in a row.
 struct Phase {
-  int op = 0, part = 0;
+  int op = 0, part = 0, ops = 1;
   int64_t tasks = 0, chunk = 1;
   double finished = 0;  // when the last task was done, if anybody asked
   alignas(64) std::atomic<int64_t> next{0};
@@ -31,6 +31,8 @@ class Team {
   // Forgets the phases of the run before last; add() then describes the next run.
   void clear(bool timed);
   void add(int op, int part, int64_t tasks, int64_t chunk);
+  // The same for an op of one part: a lone task joins the lone task before it, unless each is to be timed.
+  void add_or_join(int op, int64_t tasks, int64_t chunk);
   // Works through the phases in order; returns when all are done.
   void run();
   // The phases of the last run.
