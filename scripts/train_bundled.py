@@ -48,9 +48,9 @@ demonstrations and tests. It imitates Python source text; it is not a coding ass
 checked by anyone.
 
 Training text: the sources of the Python {python} standard library, without its tests and its data tables.
-{copyright} The standard library is distributed under the PSF License Agreement
-(LICENSE.txt here, or https://docs.python.org/3/license.html). The weights and the tokenizer may reproduce short
-passages of it.
+{copyright}
+The standard library is distributed under the PSF License Agreement (LICENSE.txt here, or
+https://docs.python.org/3/license.html). The weights and the tokenizer may reproduce short passages of it.
 
 The weights, the tokenizer and the configuration are distributed under the Apache License 2.0, like Intaglio itself.
 """
@@ -358,6 +358,8 @@ def main() -> None:
         "tokens_per_second": round(tokens / seconds),
         "threads": args.threads,
         "dtype": args.dtype,
+        "held_out_measure": f"before and during: the first {CURVE_TOKENS} tokens in windows of {TRAIN_LENGTH}; "
+        f"after: all of them in windows of {CONTEXT}, with the weights as shipped",
         "held_out_bits_per_byte": {"before": round(before, 4), "during": curve, "after": round(after, 4)},
     }
     write_model(args.out, model.bfloat16(), tokenizer, report)
