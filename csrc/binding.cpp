@@ -171,7 +171,9 @@ NB_MODULE(_native, m) {
              new (self) PackedWeight(lookup(kFormats, format, "format"), n, k, group, glu);
            }, "format"_a, "n"_a, "k"_a, "group"_a, "glu"_a)
       .def("fill", &fill)
+      .def("map", &PackedWeight::map, "file"_a, "offset"_a, "writable"_a)
       .def("unpack", &unpack)
+      .def("image", [](const PackedWeight& w) { return nb::bytes(w.memory.data(), size_t(w.memory.size())); })
       .def_prop_ro("nbytes", [](const PackedWeight& w) { return w.memory.size(); });
   nb::class_<Executable>(m, "Executable")
       .def("__init__", [](Executable* self, const std::string& isa, int threads, int page) {

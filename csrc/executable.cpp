@@ -46,13 +46,21 @@ PackedWeight::PackedWeight(Fmt fmt, int64_t n, int64_t k, int64_t group, bool gl
 
 void PackedWeight::fill(const void* rows, Source type, int64_t first, int64_t count, int threads) {
   if (first < 0 || count < 0 || first + count > w.n) throw std::invalid_argument("rows outside the weight");
+  if (!memory.writable()) throw std::invalid_argument("a weight mapped from a file is only read");
+  if (!count) return;
+  const int64_t begin = w.glu ? 0 : w.panel_of(first), panels = (w.glu ? w.panels : w.panel_of(first + count - 1) + 1) - begin;
   std::vector<std::thread> helpers;
   auto share = [&](int i) {
-    pack_rows(w, rows, type, first, count, w.panels * i / threads, w.panels * (i + 1) / threads);
+    pack_rows(w, rows, type, first, count, begin + panels * i / threads, begin + panels * (i + 1) / threads);
   };
   for (int i = 1; i < threads; i++) helpers.emplace_back(share, i);
   share(0);
   for (auto& t : helpers) t.join();
+}
+
+void PackedWeight::map(int file, int64_t offset, bool writable) {
+  memory = Memory(file, offset, memory.size(), writable);
+  w.data = memory.data();
 }
 
 Executable::Executable(const Kernels* kernels, int threads, int page)

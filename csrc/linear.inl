@@ -43,7 +43,8 @@ struct Ahead {
   const uint8_t* at;
   int64_t step;
   void fetch(int64_t i) const {
-    if (step) __builtin_prefetch(at + i * step, 0, 2);
+    __builtin_prefetch(at + i * step, 0, 2);
+    if (step > 64) __builtin_prefetch(at + i * step + 64, 0, 2);
   }
 };
 
@@ -136,13 +137,13 @@ inline Pass pass_of(int64_t total, int64_t row) {
 }
 
 // f<MR>(first row, ahead) for each pass over `rows` rows. Blocks follow each other in memory, so what comes `bytes` after
-// a block's start is the next. A single pass leaves fetching to the hardware, which sees a plain stream.
+// a block's start is the next; the hardware alone does not see far enough past the work of several rows.
 template <class Fn>
 void by_pass(int64_t rows, const uint8_t* block, int64_t bytes, int64_t steps, Fn f) {
   const int64_t passes = passes_over(rows), share = bytes / passes;
   for (int64_t i = 0; i < passes; i++) {
     const int64_t row = rows * i / passes, next = rows * (i + 1) / passes;
-    Ahead ahead{block + bytes + i * share, passes > 1 ? std::max<int64_t>(1, share / steps) : 0};
+    Ahead ahead{block + bytes + i * share, rows <= 2 ? 0 : std::max<int64_t>(1, share / steps)};
     with_rows(next - row, [&]<int MR>() { f.template operator()<MR>(row, ahead); });
   }
 }

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <bit>
+#include <cerrno>
 #include <cmath>
 #include <cstring>
 #include <new>
 #include <stdexcept>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -17,19 +19,107 @@ namespace {
 
 float from_bf16(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
 uint16_t to_bf16(float f) {
-  uint32_t u = std::bit_cast<uint32_t>(f);
-  if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 0x40);
-  return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+  const uint32_t u = std::bit_cast<uint32_t>(f), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return uint16_t((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded);
 }
-float from_f16(uint16_t h) { return float(std::bit_cast<_Float16>(h)); }
+float from_f16(uint16_t h) {  // in float arithmetic, which rounds nothing here: without F16C a conversion is a call
+  const uint32_t value = std::bit_cast<uint32_t>(std::bit_cast<float>(uint32_t(h & 0x7fff) << 13) * 0x1p112f);
+  return std::bit_cast<float>(uint32_t(h & 0x8000) << 16 | value | ((h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u));
+}
 uint16_t to_f16(float f) { return std::bit_cast<uint16_t>(_Float16(f)); }
 
-void widen(const void* row, Source type, int64_t k, float* out) {
-  auto half = (const uint16_t*)row;
+constexpr int64_t kAhead = 512;  // bytes of a row asked for early: 32 rows at once are more than hardware follows
+
+// Values [0, count) of a row as float32.
+void widen(const uint8_t* row, Source type, int64_t count, float* out) {
+  auto half = reinterpret_cast<const uint16_t*>(row);
   switch (type) {
-    case Source::F32: std::memcpy(out, row, size_t(k) * 4); break;
-    case Source::F16: for (int64_t i = 0; i < k; i++) out[i] = from_f16(half[i]); break;
-    case Source::BF16: for (int64_t i = 0; i < k; i++) out[i] = from_bf16(half[i]); break;
+    case Source::F32: std::memcpy(out, row, size_t(count) * 4); break;
+    case Source::F16: for (int64_t i = 0; i < count; i++) out[i] = from_f16(half[i]); break;
+    case Source::BF16: for (int64_t i = 0; i < count; i++) out[i] = from_bf16(half[i]); break;
+  }
+}
+
+void narrow(const float* x, Fmt fmt, int64_t count, uint8_t* out) {
+  auto half = reinterpret_cast<uint16_t*>(out);
+  switch (fmt) {
+    case Fmt::F16: for (int64_t i = 0; i < count; i++) half[i] = to_f16(x[i]); break;
+    case Fmt::BF16: for (int64_t i = 0; i < count; i++) half[i] = to_bf16(x[i]); break;
+    default: std::memcpy(out, x, size_t(count) * 4); break;
+  }
+}
+
+// Rows of one panel that follow each other in the source.
+struct Strip {
+  const uint8_t* rows;
+  int64_t stride;  // bytes
+  Source type;
+  int64_t panel, lane, lanes;
+
+  const uint8_t* row(int64_t i) const { return rows + i * stride; }
+};
+
+template <class T>
+T word(const uint8_t* p) {
+  T t;
+  std::memcpy(&t, p, sizeof t);
+  return t;
+}
+
+// out[j * width + i] = word j of row i. Two rows and two words at a time, as halves of 64-bit words; a cache line of each
+// row is used whole before the next, and `out` is written in order.
+void transpose(const uint8_t* rows, int64_t stride, int64_t lanes, int64_t count, uint32_t* out, int64_t width) {
+  constexpr int64_t line = 16;
+  for (int64_t at = 0; at < count; at += line) {
+    const int64_t words = std::min(line, count - at), paired = lanes % 2 || words % 2 ? 0 : words;
+    for (int64_t i = 0; i < lanes && paired; i += 2) {
+      const uint8_t *a = rows + i * stride + at * 4, *b = a + stride;
+      __builtin_prefetch(a + kAhead), __builtin_prefetch(b + kAhead);
+      uint32_t* to = out + at * width + i;
+      for (int64_t j = 0; j < paired; j += 2) {
+        uint64_t x = word<uint64_t>(a + j * 4), y = word<uint64_t>(b + j * 4);
+        uint64_t even = (x & 0xffffffff) | y << 32, odd = x >> 32 | (y & 0xffffffff00000000);
+        std::memcpy(to + j * width, &even, 8);
+        std::memcpy(to + (j + 1) * width, &odd, 8);
+      }
+    }
+    for (int64_t i = 0; i < lanes; i++)
+      for (int64_t j = paired; j < words; j++) out[(at + j) * width + i] = word<uint32_t>(rows + i * stride + (at + j) * 4);
+  }
+}
+
+void transpose(const uint8_t* rows, int64_t stride, int64_t lanes, int64_t count, uint16_t* out, int64_t width) {
+  for (int64_t j = 0; j < count; j++)
+    for (int64_t i = 0; i < lanes; i++) out[j * width + i] = word<uint16_t>(rows + i * stride + j * 2);
+}
+
+// `count` values of each row of a strip, in the weight's own plain format, into its panel from column `at` on.
+void lay(const Weight& w, const Strip& s, const uint8_t* rows, int64_t stride, int64_t at, int64_t count) {
+  uint8_t* base = w.data + s.panel * w.panel_bytes;
+  if (w.fmt == Fmt::F16) {
+    transpose(rows, stride, s.lanes, count, reinterpret_cast<uint16_t*>(base) + at * kPanel + s.lane, kPanel);
+  } else {
+    const int64_t each = w.fmt == Fmt::BF16 ? 2 : 1;  // values a word
+    transpose(rows, stride, s.lanes, count / each, reinterpret_cast<uint32_t*>(base) + at / each * kPanel + s.lane, kPanel);
+  }
+}
+
+void pack_plain(const Weight& w, const Strip& s) {
+  const bool same = (w.fmt == Fmt::F32 && s.type == Source::F32) || (w.fmt == Fmt::F16 && s.type == Source::F16) ||
+                    (w.fmt == Fmt::BF16 && s.type == Source::BF16);
+  if (same && w.padded_k == w.k) return lay(w, s, s.rows, s.stride, 0, w.k);
+  constexpr int64_t block = 256;
+  const int64_t from = s.type == Source::F32 ? 4 : 2, to = w.fmt == Fmt::F32 ? 4 : 2;
+  alignas(64) uint8_t tile[kPanel * block * 4];
+  alignas(64) float x[block];
+  for (int64_t at = 0; at < w.padded_k; at += block) {
+    const int64_t count = std::min(block, w.padded_k - at), held = std::min(count, w.k - at);
+    std::fill(x + held, x + count, 0.0f);
+    for (int64_t i = 0; i < s.lanes; i++) {
+      widen(s.row(i) + at * from, s.type, held, x);
+      narrow(x, w.fmt, count, tile + i * block * to);
+    }
+    lay(w, s, tile, block * to, at, count);
   }
 }
 
@@ -43,63 +133,72 @@ GroupAt group_at(const Weight& w, int64_t panel, int64_t g) {
   return {at, at + 2 * kPanel};
 }
 
-// The choice of codes is formats.quantise()'s: scale first rounded to bf16, codes to nearest even against it.
-void pack_group(const Weight& w, const float* x, int64_t count, int64_t panel, int64_t lane, int64_t g) {
-  float low = x[0], high = x[0];
-  if (count < w.group) low = std::min(low, 0.0f), high = std::max(high, 0.0f);
-  for (int64_t i = 0; i < count; i++) low = std::min(low, x[i]), high = std::max(high, x[i]);
-  const bool wide = w.fmt == Fmt::I8;
-  float raw = wide ? std::max(-low, high) / 127.0f : (-low >= high ? low : high) / -8.0f;
-  float scale = std::max(-low, high) < kTiny ? 0.0f : from_bf16(to_bf16(raw)), inverse = scale != 0 ? 1.0f / scale : 0.0f;
-  float floor = wide ? -127.0f : -8.0f, ceil = wide ? 127.0f : 7.0f;
-  GroupAt at = group_at(w, panel, g);
-  reinterpret_cast<uint16_t*>(at.scales)[lane] = to_bf16(scale);
-  for (int64_t i = 0; i < w.group; i++) {
-    float v = i < count ? std::clamp(std::nearbyintf(x[i] * inverse), floor, ceil) : 0.0f;
-    int code = std::isnan(v) ? 0 : int(v);
-    if (wide) {
-      at.codes[(i / 4 * kPanel + lane) * 4 + i % 4] = uint8_t(code + 128);
-    } else {
-      uint8_t& byte = at.codes[i / 4 * 64 + lane % 16 * 4 + i % 4];
-      byte = lane < 16 ? uint8_t((byte & 0xf0) | (code + 8)) : uint8_t((byte & 0x0f) | ((code + 8) << 4));
+constexpr int64_t kMaxGroup = 1024;
+
+// A group's codes above `floor`, from 0 on, and its scale in bf16; the choice is formats.quantise()'s: the scale is rounded
+// first, codes are to nearest even against it. Columns of 8 keep the loops free of any order that would stop a compiler.
+uint16_t quantise(const float* x, int64_t group, bool wide, uint8_t* codes) {
+  constexpr int64_t step = 8;
+  float lows[step], highs[step];
+  std::copy(x, x + step, lows), std::copy(x, x + step, highs);
+  for (int64_t i = step; i < group; i += step)
+    for (int64_t j = 0; j < step; j++) {
+      lows[j] = x[i + j] < lows[j] ? x[i + j] : lows[j];
+      highs[j] = x[i + j] > highs[j] ? x[i + j] : highs[j];
     }
+  const float low = *std::min_element(lows, lows + step), high = *std::max_element(highs, highs + step);
+  const float raw = wide ? std::max(-low, high) / 127.0f : (-low >= high ? low : high) / -8.0f;
+  const uint16_t scale = std::max(-low, high) < kTiny ? 0 : to_bf16(raw);
+  const float inverse = scale != 0 ? 1.0f / from_bf16(scale) : 0.0f;
+  const float floor = wide ? -127.0f : -8.0f, ceil = wide ? 127.0f : 7.0f;
+  const int32_t offset = wide ? 128 : 8;
+  for (int64_t i = 0; i < group; i++) {
+    float v = x[i] * inverse;
+    v = v == v ? v : 0.0f;
+    v = v > floor ? v : floor;
+    v = v < ceil ? v : ceil;
+    codes[i] = uint8_t(std::bit_cast<int32_t>(v + 0x1.8p23f) + offset);  // whose last bits are v, rounded
   }
+  return scale;
 }
 
-void pack_row(const Weight& w, const float* x, int64_t panel, int64_t lane) {
-  uint8_t* base = w.data + panel * w.panel_bytes;
-  switch (w.fmt) {
-    case Fmt::F32:
-      for (int64_t i = 0; i < w.k; i++) reinterpret_cast<float*>(base)[i * kPanel + lane] = x[i];
-      break;
-    case Fmt::F16:
-      for (int64_t i = 0; i < w.k; i++) reinterpret_cast<uint16_t*>(base)[i * kPanel + lane] = to_f16(x[i]);
-      break;
-    case Fmt::BF16:
-      for (int64_t i = 0; i < w.k; i++)
-        reinterpret_cast<uint16_t*>(base)[(i / 2 * kPanel + lane) * 2 + i % 2] = to_bf16(x[i]);
-      break;
-    case Fmt::I8:
-    case Fmt::I4:
-      for (int64_t g = 0; g * w.group < w.k; g++)
-        pack_group(w, x + g * w.group, std::min(w.group, w.k - g * w.group), panel, lane, g);
-      break;
+// Codes of rows [0, lanes) of group g, `stride` apart, to where the strip has them.
+void lay_codes(const Weight& w, const Strip& s, int64_t g, const uint8_t* codes, int64_t stride) {
+  static_assert(kPanel == 32);
+  uint8_t* to = group_at(w, s.panel, g).codes;
+  if (w.fmt == Fmt::I8)
+    return transpose(codes, stride, s.lanes, w.group / 4, reinterpret_cast<uint32_t*>(to) + s.lane, kPanel);
+  if (s.lanes == kPanel) {
+    alignas(64) uint8_t both[kPanel / 2 * kMaxGroup];
+    for (int64_t i = 0; i < kPanel / 2; i++)
+      for (int64_t j = 0; j < w.group; j++)
+        both[i * w.group + j] = uint8_t(codes[i * stride + j] | codes[(i + kPanel / 2) * stride + j] << 4);
+    return transpose(both, w.group, kPanel / 2, w.group / 4, reinterpret_cast<uint32_t*>(to), kPanel / 2);
   }
+  for (int64_t i = 0; i < s.lanes; i++)
+    for (int64_t j = 0; j < w.group; j++) {
+      const int64_t lane = s.lane + i;
+      uint8_t &byte = to[j / 4 * 64 + lane % 16 * 4 + j % 4], code = codes[i * stride + j];
+      byte = lane < 16 ? uint8_t((byte & 0xf0) | code) : uint8_t((byte & 0x0f) | code << 4);
+    }
 }
 
-// bf16 to bf16 for a whole panel: pairs move as they are, a cache line of each row at a time.
-void pack_pairs(const Weight& w, const uint16_t* rows, int64_t panel) {
-  auto out = reinterpret_cast<uint32_t*>(w.data + panel * w.panel_bytes);
-  int64_t pairs = w.k / 2;
-  for (int64_t i = 0; i < pairs; i += 16)
-    for (int64_t lane = 0; lane < kPanel; lane++) {
-      uint32_t line[16];
-      int64_t n = std::min<int64_t>(16, pairs - i);
-      std::memcpy(line, rows + lane * w.k + i * 2, size_t(n) * 4);
-      for (int64_t j = 0; j < n; j++) out[(i + j) * kPanel + lane] = line[j];
+void pack_codes(const Weight& w, const Strip& s) {
+  alignas(64) uint8_t codes[kPanel * kMaxGroup];
+  alignas(64) float x[kMaxGroup];
+  const int64_t each = s.type == Source::F32 ? 4 : 2;
+  for (int64_t g = 0; g * w.group < w.k; g++) {
+    const int64_t count = std::min(w.group, w.k - g * w.group);
+    std::fill(x + count, x + w.group, 0.0f);
+    auto scales = reinterpret_cast<uint16_t*>(group_at(w, s.panel, g).scales);
+    for (int64_t i = 0; i < s.lanes; i++) {
+      const uint8_t* row = s.row(i) + g * w.group * each;
+      for (int64_t b = 0; b < w.group * each; b += 64) __builtin_prefetch(row + kAhead + b);
+      widen(row, s.type, count, x);
+      scales[s.lane + i] = quantise(x, w.group, w.fmt == Fmt::I8, codes + i * w.group);
     }
-  if (w.k % 2)
-    for (int64_t lane = 0; lane < kPanel; lane++) out[pairs * kPanel + lane] = rows[lane * w.k + w.k - 1];
+    lay_codes(w, s, g, codes, w.group);
+  }
 }
 
 }  // namespace
@@ -110,6 +209,13 @@ Memory::Memory(int64_t bytes) : size_(std::max<int64_t>(bytes, 1)) {
   if (size_ >= (4 << 20)) madvise(p, size_t(size_), MADV_HUGEPAGE);
   data_ = static_cast<uint8_t*>(p);
 }
+Memory::Memory(int file, int64_t offset, int64_t bytes, bool writable) : size_(bytes), writable_(writable) {
+  void* p = mmap(nullptr, size_t(size_), PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED, file, offset);
+  if (p == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mapping a file of packed weights");
+  madvise(p, size_t(size_), MADV_HUGEPAGE);
+  if (!writable) madvise(p, size_t(size_), MADV_WILLNEED);
+  data_ = static_cast<uint8_t*>(p);
+}
 Memory::~Memory() {
   if (data_) munmap(data_, size_t(size_));
 }
@@ -117,6 +223,7 @@ Memory::Memory(Memory&& other) noexcept { *this = std::move(other); }
 Memory& Memory::operator=(Memory&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
+  std::swap(writable_, other.writable_);
   return *this;
 }
 
@@ -141,25 +248,14 @@ Weight weight_layout(Fmt fmt, int64_t n, int64_t k, int64_t group, bool glu) {
 }
 
 void pack_rows(const Weight& w, const void* rows, Source type, int64_t first, int64_t count, int64_t begin, int64_t end) {
-  const int64_t bytes = w.k * (type == Source::F32 ? 4 : 2);
-  auto at = [&](int64_t row) { return static_cast<const uint8_t*>(rows) + (row - first) * bytes; };
-  std::vector<float> x(size_t(w.k));
-  for (int64_t row = first; row < first + count;) {
-    int64_t panel = w.panel_of(row);
-    if (panel < begin || panel >= end) {
-      row++;
-      continue;
-    }
-    bool whole = w.lane_of(row) == 0 && row + kPanel <= first + count && w.panel_of(row + kPanel - 1) == panel &&
-                 w.lane_of(row + kPanel - 1) == kPanel - 1;
-    if (whole && type == Source::BF16 && w.fmt == Fmt::BF16) {
-      pack_pairs(w, reinterpret_cast<const uint16_t*>(at(row)), panel);
-      row += kPanel;
-      continue;
-    }
-    widen(at(row), type, w.k, x.data());
-    pack_row(w, x.data(), panel, w.lane_of(row));
-    row++;
+  const int64_t stride = w.k * (type == Source::F32 ? 4 : 2);
+  for (int64_t panel = begin; panel < end; panel++) {
+    const int64_t top = w.glu ? panel / 2 * kPanel + panel % 2 * w.half() : panel * kPanel;  // its first row
+    const int64_t bottom = std::min(top + kPanel, w.glu && panel % 2 == 0 ? w.half() : w.n);
+    const int64_t from = std::max(top, first), to = std::min(bottom, first + count);
+    if (from >= to) continue;
+    Strip s{static_cast<const uint8_t*>(rows) + (from - first) * stride, stride, type, panel, from - top, to - from};
+    w.group ? pack_codes(w, s) : pack_plain(w, s);
   }
 }
 

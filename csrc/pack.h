@@ -7,20 +7,24 @@
 
 namespace intaglio {
 
-// Page-aligned memory from the system, zeroed, in huge pages where it can be.
+// Page-aligned memory from the system, zeroed, in huge pages where it can be; or a range of a file, shared with whoever
+// else maps it.
 class Memory {
  public:
   Memory() = default;
   explicit Memory(int64_t bytes);
+  Memory(int file, int64_t offset, int64_t bytes, bool writable);
   ~Memory();
   Memory(Memory&& other) noexcept;
   Memory& operator=(Memory&& other) noexcept;
   uint8_t* data() const { return data_; }
   int64_t size() const { return size_; }
+  bool writable() const { return writable_; }
 
  private:
   uint8_t* data_ = nullptr;
   int64_t size_ = 0;
+  bool writable_ = true;
 };
 
 enum class Source : int { F32, F16, BF16 };

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from intaglio.program import Program
     from intaglio.runtime import SamplingParams
     from intaglio.tools.bench import Row
+    from intaglio.tools.profile import Profile
 
 out, err = Console(highlight=False, emoji=False), Console(stderr=True, highlight=False, emoji=False)
 BOUNDS = (
@@ -63,6 +64,7 @@ Device = Annotated[str, typer.Option(help="host (C++, fast), reference (NumPy, t
 Weights = Annotated[str, typer.Option(help="Format of the weights: auto (as stored), f32, bf16, int8, int4.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the host device. Default: all cores.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Positions to compile for. Default: the model's own.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep packed weights on disk.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")]
@@ -97,11 +99,14 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
-def open_llm(model: Path | None, device: str, weights: str, threads: int | None, context: int | None = None) -> LLM:
+def open_llm(
+    model: Path | None, device: str, weights: str, threads: int | None, context: int | None = None,
+    no_cache: bool = False,
+) -> LLM:  # fmt: skip
     with working(f"loading {model or 'the bundled model'}"):
         from intaglio.llm import LLM
 
-        return LLM(model, device, weights, threads, context=context)
+        return LLM(model, device, weights, threads, context=context, cache=None if no_cache else "auto")
 
 
 def compile_model(
@@ -209,6 +214,7 @@ def generate(
     device: Device = "host",
     threads: Threads = None,
     context: Context = None,
+    no_cache: NoCache = False,
     as_json: Json = False,
 ) -> None:
     """Continue text. The bundled model continues Python code: intaglio generate --prompt "def "."""
@@ -219,7 +225,7 @@ def generate(
     prompts = prompt or [piped or ("def " if model is None else "")]
     if not prompts[0]:
         raise ValueError("there is nothing to continue: give --prompt TEXT, or pipe text in")
-    llm = open_llm(model, device, weights, threads, context)
+    llm = open_llm(model, device, weights, threads, context, no_cache)
     if len(prompts) == 1 and not as_json:
         print(prompts[0], end="", flush=True)
         stream(llm, prompts[0], params)
@@ -248,12 +254,13 @@ def chat(
     device: Device = "host",
     threads: Threads = None,
     context: Context = None,
+    no_cache: NoCache = False,
 ) -> None:
     """Talk with a model that has a chat template. A line is a turn, piped lines too; Ctrl-D ends."""
     from intaglio.runtime import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed, stop or ())
-    llm = open_llm(model, device, weights, threads, context)
+    llm = open_llm(model, device, weights, threads, context, no_cache)
     llm.chat_prompt([{"role": "user", "content": "?"}])  # says at once if the model has no template
     history: list[dict[str, str]] = []
     while (line := read_turn()) is not None:
@@ -410,12 +417,13 @@ def bench(
     device: Device = "host",
     threads: Threads = None,
     context: Context = None,
+    no_cache: NoCache = False,
     as_json: Json = False,
 ) -> None:
     """Measure prefill and decode, each beside the bound that memory bandwidth and matrix peak set."""
     lengths = numbers(prompt_tokens) if prompt_tokens else None
     counts = numbers(sequences)
-    llm = open_llm(model, device, weights, threads, context)
+    llm = open_llm(model, device, weights, threads, context, no_cache)
     rows, why = run_bench(llm, lengths=lengths, sequences=counts, runs=runs)
     if as_json:
         facts = {"program": summary(llm.program), "device": describe_device(llm), "no_bounds": why or None}
@@ -424,6 +432,60 @@ def bench(
     out.print(describe(llm.program), markup=False, soft_wrap=True)
     out.print(f"on {describe_device(llm)}; medians of {runs} runs", markup=False)
     out.print(bench_table(rows))
+    out.print(why or BOUNDS)
+
+
+def profile_table(p: Profile) -> Table:
+    table = Table("site", "ms", "of all", "bound ms", "bound by", "share")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for s in sorted(p.sites, key=lambda s: -s.seconds):
+        bound = ("-", "-", "-")
+        if s.bound_seconds is not None and s.share is not None:
+            bound = (f"{s.bound_seconds * 1e3:,.3f}", str(s.bound_by), f"{s.share:.0%}")
+        table.add_row(s.label, f"{s.seconds * 1e3:,.3f}", f"{s.seconds / p.seconds:.1%}", *bound)
+    table.add_row("outside kernels", f"{p.outside_seconds * 1e3:,.3f}", f"{p.outside_share:.1%}", "-", "-", "-")
+    return table
+
+
+@app.command()
+def profile(
+    model: Model = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Prompt length. Default: 256, if it fits.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences run together.")] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of which medians are taken.")] = 5,
+    weights: Weights = "auto",
+    device: Device = "host",
+    threads: Threads = None,
+    context: Context = None,
+    no_cache: NoCache = False,
+    as_json: Json = False,
+) -> None:
+    """Show where a step's time goes, site by site beside its roof, and which sites lose most."""
+    from intaglio.tools.bench import Roofs, measured_roofs
+    from intaglio.tools.profile import profile as run_profile
+
+    llm = open_llm(model, device, weights, threads, context, no_cache)
+    with err.status("measuring the roofs") as status:
+        roofs = measured_roofs(llm.device)
+        profiles = run_profile(
+            llm.engine.executable, roofs if isinstance(roofs, Roofs) else None, sequences=sequences,
+            prompt_tokens=prompt_tokens, runs=runs, progress=lambda what: status.update(f"measuring: {what}"),
+        )  # fmt: skip
+    why = "" if isinstance(roofs, Roofs) else roofs
+    if as_json:
+        facts = {"program": summary(llm.program), "device": describe_device(llm), "no_bounds": why or None}
+        print_json({**facts, "phases": [p.as_dict() for p in profiles]})
+        return
+    out.print(describe(llm.program), markup=False, soft_wrap=True)
+    out.print(f"on {describe_device(llm)}; medians of {runs} runs", markup=False)
+    for p in profiles:
+        size = f"{p.sequences} {'x' if p.phase == 'prefill' else 'after'} {p.prompt_tokens} tokens"
+        times = f"{p.seconds * 1e3:,.2f} ms timed, {p.untimed_seconds * 1e3:,.2f} ms untimed"
+        out.rule(f"{p.phase} of {size}: {times}", style="dim")
+        out.print(profile_table(p))
+        for s in p.worst:
+            out.print(p.gap(s), markup=False, soft_wrap=True)
     out.print(why or BOUNDS)
 
 

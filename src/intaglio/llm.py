@@ -108,7 +108,8 @@ class LLM:
 
     device: host, reference, ...; weights: auto (as stored), f32, bf16, int8 or int4; threads: for devices that take it.
     context: positions to compile for, by default the model's own; kv_tokens: how many tokens of KV to hold for all
-    sequences together; max_batch_tokens: tokens in one step. Raises ValueError (CheckpointError, PortError, ...) or
+    sequences together; max_batch_tokens: tokens in one step; cache: where the host keeps packed weights for the next
+    start, a folder, "auto" or None (see HostDevice). Raises ValueError (CheckpointError, PortError, ...) or
     DeviceError, saying what is wrong.
     """
 
@@ -122,6 +123,7 @@ class LLM:
         context: int | None = None,
         kv_tokens: int | None = None,
         max_batch_tokens: int = 512,
+        cache: str | Path | None = "auto",
     ) -> None:
         self.path = BUNDLED if path is None else Path(path)
         checkpoint = Checkpoint.open(self.path)
@@ -131,7 +133,8 @@ class LLM:
         self.eos_ids = frozenset([named] if isinstance(named, int) else named or ())
         if threads is not None and device != "host":
             raise DeviceError(f"device {device!r} takes no number of threads; leave threads out")
-        self.device = open_device(device, **({} if threads is None else {"threads": threads}))
+        options = {"threads": threads, "cache": cache} if device == "host" else {}
+        self.device = open_device(device, **options)
         state = StateSpec(pool_pages(self.program, kv_tokens), PAGE_TOKENS)
         executable = self.device.load(self.program, checkpoint, state)
         self.engine = Engine(executable, rng=random.Random(), max_batch_tokens=max_batch_tokens)

@@ -26,6 +26,9 @@ class Weights(Protocol):
     def release(self, name: str) -> None:
         """The device has taken its copy; the pages behind `name` may be dropped."""
 
+    def identity(self) -> str | None:
+        """The same for the same values, even tomorrow: a device may keep what it made of them. None: it may not."""
+
 
 @dataclass(frozen=True)
 class ArrayWeights:
@@ -38,6 +41,9 @@ class ArrayWeights:
 
     def release(self, name: str) -> None:
         """Nothing to drop."""
+
+    def identity(self) -> None:
+        """Arrays may change."""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,19 @@ Results do not depend on batch, chunking or thread count: every reduction has a 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Collection
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 
 from intaglio import _native, formats
 from intaglio.batch import Batch
 from intaglio.devices.device import DeviceError, Executable, StateSpec, StepResult, Weights, check_batch
+from intaglio.devices.image import WORTH, Image, default_folder, layout
 from intaglio.ops import Attend, Embed, KvWrite, Linear, Map, Norm, Op, Rope, Sample, Select, Tensor
 from intaglio.ops.elementwise import postfix
 from intaglio.program import Program, verify
@@ -37,19 +42,51 @@ def _source_name(array: np.ndarray, name: str) -> str:
 
 
 class HostExecutable:
-    """A Program translated to native ops, its weights packed, its state zeroed."""
+    """A Program translated to native ops, its weights packed or found packed, its state zeroed."""
 
-    def __init__(self, program: Program, weights: Weights, state: StateSpec, threads: int, isa: str) -> None:
+    def __init__(
+        self, program: Program, weights: Weights, state: StateSpec, threads: int, isa: str, cache: str | Path | None
+    ) -> None:
         self.program, self.state, self.threads, self.isa = program, state, threads, isa
         self.native = _native.Executable(isa, threads, state.page_tokens)
-        self.packed_bytes = 0
         self._glu = {op.w for op in program.ops if isinstance(op, Linear) and op.glu}
-        self._matrices = {op.w for op in program.ops if isinstance(op, Linear | Embed)}
+        self._matrices = self._laid_out()
+        self.packed_bytes = sum(packed.nbytes for packed in self._matrices.values())
         self._keys = {op.k_cache for op in program.ops if isinstance(op, KvWrite)}
         self._buffers: dict[str | int, int] = {}
-        self.ids = {t.name: self._declare(t, weights) for t in self._in_order()}
+        self.image = self._image(weights, cache)
+        with self.image or nullcontext():
+            self.ids = {t.name: self._declare(t, weights) for t in self._in_order()}
         for op in program.ops:
             self._translate(op)
+
+    def _layout(self, t: Tensor) -> tuple[str, int, bool]:
+        """How the native part keeps this matrix: its format there, its group, and whether gate and up alternate."""
+        fmt = formats.get(t.format)
+        return f"int{fmt.bits}" if fmt.grouped else fmt.name, fmt.group, t.name in self._glu
+
+    def _laid_out(self) -> dict[str, _native.Weight]:
+        """The matrices by name; their memory is not touched yet."""
+        used = {op.w for op in self.program.ops if isinstance(op, Linear | Embed)}
+        matrices = {}
+        for t in self.program.of_role("weight"):
+            if t.name in used:
+                format, group, glu = self._layout(t)
+                matrices[t.name] = _native.Weight(format, int(t.shape[0]), int(t.shape[1]), group, glu)
+        return matrices
+
+    def _image(self, weights: Weights, cache: str | Path | None) -> Image | None:
+        """Where on disk the packed matrices are kept, if they are."""
+        if cache is None or (cache == "auto" and self.packed_bytes < WORTH):
+            return None
+        identity = weights.identity()
+        if identity is None:
+            return None
+        tensors = [self.program.tensors[name] for name in self._matrices]
+        facts = [[t.name, str(t.type), t.source, self._layout(t), layout(*self._layout(t))] for t in tensors]
+        key = hashlib.sha256(json.dumps([identity, facts]).encode()).hexdigest()
+        folder = default_folder() if cache == "auto" else Path(cache)
+        return Image(folder, self.program.name, key, self._matrices)
 
     def _in_order(self) -> list[Tensor]:
         """Tensors as they are declared: buffers need the widest holder, so widths come first."""
@@ -95,9 +132,9 @@ class HostExecutable:
         return self.native.vector(whole)
 
     def _matrix(self, t: Tensor, weights: Weights) -> int:
-        fmt, (n, k) = formats.get(t.format), map(int, t.shape)
-        native = f"int{fmt.bits}" if fmt.grouped else fmt.name
-        packed = _native.Weight(native, n, k, fmt.group, t.name in self._glu)
+        packed, (n, k) = self._matrices[t.name], map(int, t.shape)
+        if self.image and self.image.ready:
+            return self.native.weight(packed)
         first = 0
         for name in t.source:
             rows = weights.read(name)
@@ -109,7 +146,6 @@ class HostExecutable:
             weights.release(name)
         if first != n:
             raise DeviceError(f"weight {t.name} is {t.type} but {' + '.join(t.source)} holds {first} rows")
-        self.packed_bytes += packed.nbytes
         return self.native.weight(packed)
 
     def _translate(self, op: Op) -> None:
@@ -216,11 +252,18 @@ class HostExecutable:
 
 
 class HostDevice:
-    """The CPU this runs on. `threads` defaults to the cores there are; `isa` to the best there is, or INTAGLIO_ISA."""
+    """The CPU this runs on. `threads` defaults to the cores there are; `isa` to the best there is, or INTAGLIO_ISA.
+
+    cache: the folder where packed weights are kept for the next start; "auto" is $INTAGLIO_CACHE or
+    ~/.cache/intaglio/packed, for weights of 64 MB or more; None keeps nothing.
+    """
 
     name = "host"
 
-    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+    def __init__(
+        self, threads: int | None = None, isa: str | None = None, *, cache: str | Path | None = "auto"
+    ) -> None:
+        self.cache = cache
         self.threads = threads or len(os.sched_getaffinity(0))
         self.isa = isa or os.environ.get("INTAGLIO_ISA") or isa_names()[0]
         if not 1 <= self.threads <= 256:
@@ -235,4 +278,4 @@ class HostDevice:
             raise DeviceError(
                 f"page_tokens={state.page_tokens}; the host needs a multiple of {PAGE_MULTIPLE}, such as 32"
             )
-        return HostExecutable(program, weights, state, self.threads, self.isa)
+        return HostExecutable(program, weights, state, self.threads, self.isa, self.cache)

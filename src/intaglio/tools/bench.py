@@ -18,12 +18,13 @@ from intaglio import formats
 from intaglio.batch import Batch, Chunk, bind
 from intaglio.devices import Device, Executable
 from intaglio.devices.host import HostDevice
-from intaglio.ops import Linear, Op
+from intaglio.ops import Linear, Op, Work
 from intaglio.program import Program
 
 DECODE_STEPS = 16
 LENGTHS = (64, 256, 1024)  # prompt tokens, those that fit
 SEQUENCES = (1, 8)
+MOST_MEGABYTES = 1024  # read to measure bandwidth; a working set larger still is read no slower
 
 
 class BenchError(ValueError):
@@ -36,6 +37,25 @@ class Roofs:
 
     bandwidth: Callable[[int], float]
     peak: Callable[[str], float]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The least seconds that memory allows, and the least that arithmetic does."""
+
+    memory: float = 0.0
+    matrix: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return max(self.memory, self.matrix)
+
+    @property
+    def by(self) -> str:
+        return "memory" if self.memory > self.matrix else "matrix"
+
+    def __add__(self, other: Bound) -> Bound:
+        return Bound(self.memory + other.memory, self.matrix + other.matrix)
 
 
 @dataclass(frozen=True)
@@ -68,7 +88,7 @@ def measured_roofs(device: Device) -> Roofs | str:
     native, n, isa = import_module("intaglio._native"), device.threads, device.isa
 
     @cache
-    def bandwidth(megabytes: int) -> float:
+    def read(megabytes: int) -> float:
         return float(native.read_bandwidth(n, megabytes, isa=isa))
 
     @cache
@@ -76,7 +96,7 @@ def measured_roofs(device: Device) -> Roofs | str:
         fmt = formats.get(format)
         return float(native.matrix_peak(n, f"int{fmt.bits}" if fmt.grouped else format, fmt.group, isa=isa))
 
-    return Roofs(bandwidth, peak)
+    return Roofs(lambda megabytes: read(min(megabytes, MOST_MEGABYTES)), peak)
 
 
 def bench(
@@ -97,19 +117,19 @@ def bench(
     rows = []
     for count in sequences:
         for length in lengths:
-            _check_size(executable, count, length, runs)
-            steps = list(_prefill(executable, count, length, max_batch_tokens))
+            check_size(executable, count, length, runs)
+            steps = list(prefill_steps(executable, count, length, max_batch_tokens))
             progress(f"prefill of {count} x {length} tokens")
             times = [sum(_times(executable, steps, clock)) for _ in range(runs + 1)][1:]  # the first warms up
             rows.append(_row("prefill", count, length, median(times), count * length, executable, steps, roofs))
             progress(f"decode of {count} after {length} tokens")
-            steps = list(_decode(executable, count, length))
+            steps = list(decode_steps(executable, count, length))
             seconds = median(t for _ in range(runs) for t in _times(executable, steps, clock))
             rows.append(_row("decode", count, length, seconds, count, executable, steps[:1], roofs))
     return rows
 
 
-def _check_size(executable: Executable, count: int, length: int, runs: int) -> None:
+def check_size(executable: Executable, count: int, length: int, runs: int) -> None:
     program, state = executable.program, executable.state
     longest = program.context - DECODE_STEPS
     if count < 1 or runs < 1 or not 1 <= length <= longest:
@@ -127,7 +147,7 @@ def _blocks(executable: Executable, sequence: int, length: int) -> range:
     return range(sequence * each, (sequence + 1) * each)
 
 
-def _prefill(executable: Executable, count: int, length: int, budget: int) -> Iterator[Batch]:
+def prefill_steps(executable: Executable, count: int, length: int, budget: int) -> Iterator[Batch]:
     """The steps of a prefill, each filled up to `budget` tokens."""
     rng = random.Random(0)
     chunks: list[Chunk] = []
@@ -146,7 +166,7 @@ def _prefill(executable: Executable, count: int, length: int, budget: int) -> It
         yield bind(chunks, executable.state.page_tokens)
 
 
-def _decode(executable: Executable, count: int, length: int) -> Iterator[Batch]:
+def decode_steps(executable: Executable, count: int, length: int) -> Iterator[Batch]:
     for k in range(DECODE_STEPS):
         token = k % executable.program.vocabulary
         chunks = [Chunk([token], length + k, _blocks(executable, s, length), (0,)) for s in range(count)]
@@ -170,14 +190,29 @@ def _row(
     flops = read = 0
     memory = matrix = 0.0
     for batch in steps:
-        work = program.work(batch)
-        moved = sum(w.weight_bytes + w.state_bytes for w in work.values())
-        flops, read = flops + sum(w.flops for w in work.values()), read + moved
+        work = program.work(batch).values()
+        flops, read = flops + sum(w.flops for w in work), read + sum(moved(w) for w in work)
         if roofs:
-            memory += moved / roofs.bandwidth(1 << (moved >> 20).bit_length())
-            matrix += sum(work[op.site].flops / roofs.peak(_format(program, op)) for op in program.ops)
-    bound = (max(memory, matrix), "memory" if memory > matrix else "matrix") if roofs else (None, None)
-    return Row(phase, count, length, seconds, tokens / seconds, flops, read, *bound)
+            bounds = site_bounds(program, batch, roofs).values()
+            memory, matrix = memory + sum(b.memory for b in bounds), matrix + sum(b.matrix for b in bounds)
+    bound = Bound(memory, matrix) if roofs else None
+    by = (bound.seconds, bound.by) if bound else (None, None)
+    return Row(phase, count, length, seconds, tokens / seconds, flops, read, *by)
+
+
+def moved(work: Work) -> int:
+    """Bytes that come from memory; temps stay in cache."""
+    return work.weight_bytes + work.state_bytes
+
+
+def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound]:
+    """The least time of each site of a step. Its bytes come at the bandwidth of the whole step's working set."""
+    work = program.work(batch)
+    bandwidth = roofs.bandwidth(1 << (sum(map(moved, work.values())) >> 20).bit_length())
+    return {
+        op.site: Bound(moved(work[op.site]) / bandwidth, work[op.site].flops / roofs.peak(_format(program, op)))
+        for op in program.ops
+    }
 
 
 def _format(program: Program, op: Op) -> str:
