@@ -1,0 +1,217 @@
+"""Random checkpoints in the shapes of known models, as a Hugging Face folder and as GGUF files of the same weights.
+
+Weights are bfloat16, 0.02 * normal, a function of the tensor's name alone. Finished files are kept and used again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from intaglio.models import Checkpoint
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = {np.dtype(np.float32): "F32", BF16: "BF16"}
+CONTEXT = 8192
+GGML_ERROR = 4
+GGUF_NAMES = {  # of a layer's tensors; a Llama has no others
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+PEER_FORMATS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+    tied: bool = True
+
+    def config(self) -> dict[str, Any]:
+        """As config.json has it."""
+        return {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "hidden_size": self.hidden, "intermediate_size": self.ffn, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
+            "vocab_size": self.vocabulary, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0, "tie_word_embeddings": self.tied, "torch_dtype": "bfloat16",
+            "bos_token_id": 0, "eos_token_id": 1,
+        }  # fmt: skip
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm": (self.hidden,), "post_attention_layernorm": (self.hidden,),
+            "self_attn.q_proj": (q, self.hidden), "self_attn.k_proj": (kv, self.hidden),
+            "self_attn.v_proj": (kv, self.hidden), "self_attn.o_proj": (self.hidden, q),
+            "mlp.gate_proj": (self.ffn, self.hidden), "mlp.up_proj": (self.ffn, self.hidden),
+            "mlp.down_proj": (self.hidden, self.ffn),
+        }  # fmt: skip
+        table = {"model.embed_tokens.weight": (self.vocabulary, self.hidden), "model.norm.weight": (self.hidden,)}
+        named = {f"model.layers.{i}.{n}.weight": s for i in range(self.layers) for n, s in layer.items()}
+        return table | named | ({} if self.tied else {"lm_head.weight": (self.vocabulary, self.hidden)})
+
+    def stored_bytes(self) -> int:
+        return sum(2 * int(np.prod(s)) for s in self.tensors().values())
+
+
+SHAPES = {
+    "tiny": Shape(256, 2, 4, 2, 64, 768, 2048),  # for trying the script itself
+    "135m": Shape(576, 30, 9, 3, 64, 1536, 49152),  # SmolLM2-135M
+    "1b": Shape(2048, 16, 32, 8, 64, 8192, 128256),  # Llama-3.2-1B
+    "8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),  # Llama-3.1-8B
+}
+
+
+def write_random(folder: Path, shape: Shape) -> Path:
+    """The checkpoint of that shape in `folder`, if it is not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        (folder / "config.json").write_text(json.dumps(shape.config(), indent=2) + "\n")
+        shapes = shape.tensors()
+        write_safetensors(weights, {n: (s, BF16) for n, s in shapes.items()}, _random(shapes))
+    return folder
+
+
+def _random(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[np.ndarray]:
+    for name, shape in shapes.items():
+        x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32) * np.float32(0.02)
+        yield (x if len(shape) == 2 else x + 1).astype(BF16)
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], values: Iterator[np.ndarray]
+) -> None:
+    """One tensor in memory at a time; written aside and renamed, so that a file that is there is whole."""
+    header: dict[str, Any] = {}
+    at = 0
+    for name, (shape, dtype) in tensors.items():
+        end = at + int(np.prod(shape)) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    header["__metadata__"] = {"format": "pt"}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    aside = path.with_suffix(".new")
+    with aside.open("wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        for x in values:
+            f.write(np.ascontiguousarray(x).view(np.uint8))
+    os.replace(aside, path)
+
+
+def gguf_path(folder: Path, kind: str) -> Path:
+    return folder / f"model.{kind}.gguf"
+
+
+def write_gguf(folder: Path, kind: str, threads: int) -> Path:
+    """The folder's checkpoint as llama.cpp reads it, in its format `kind` (BF16, Q8_0, Q4_0, ...), by its quantiser."""
+    path, plain = gguf_path(folder, kind), gguf_path(folder, "BF16")
+    if not plain.exists():
+        _write_plain_gguf(Checkpoint.open(folder), plain)
+    if not path.exists():
+        _quantise_gguf(plain, path, kind, threads)
+    return path
+
+
+def _write_plain_gguf(checkpoint: Checkpoint, path: Path) -> None:
+    import gguf
+
+    c = checkpoint.config
+    writer = gguf.GGUFWriter(path.with_suffix(".new"), "llama")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_vocab_size(c["vocab_size"])
+    writer.add_context_length(c["max_position_embeddings"])
+    writer.add_embedding_length(c["hidden_size"])
+    writer.add_block_count(c["num_hidden_layers"])
+    writer.add_feed_forward_length(c["intermediate_size"])
+    writer.add_head_count(c["num_attention_heads"])
+    writer.add_head_count_kv(c["num_key_value_heads"])
+    writer.add_key_length(c["head_dim"])
+    writer.add_value_length(c["head_dim"])
+    writer.add_rope_dimension_count(c["head_dim"])
+    writer.add_rope_freq_base(c.get("rope_theta") or c["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
+    writer.add_tokenizer_model("no_vocab")
+    names = [n for n in checkpoint.entries if not (c["tie_word_embeddings"] and n == "lm_head.weight")]
+    kinds = gguf.GGMLQuantizationType
+    for name in names:
+        shape = checkpoint.shape(name)
+        width, kind = (2, kinds.BF16) if len(shape) == 2 else (4, kinds.F32)
+        writer.add_tensor_info(
+            gguf_name(name), shape, np.dtype(np.float32), int(np.prod(shape)) * width, raw_dtype=kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name in names:
+        writer.write_tensor_data(_gguf_values(name, checkpoint.read(name), c))
+        checkpoint.release(name)
+    writer.close()
+    os.replace(path.with_suffix(".new"), path)
+
+
+def gguf_name(name: str) -> str:
+    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    stem = name.removesuffix(".weight")
+    if stem in whole:
+        return whole[stem] + ".weight"
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{GGUF_NAMES[part]}.weight"
+
+
+def _gguf_values(name: str, x: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    """Vectors in float32, matrices as they are; llama.cpp rotates neighbours, so rows of q and k are interleaved."""
+    if x.ndim == 1:
+        return x.astype(np.float32)
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+    if heads:
+        x = x.reshape(config[heads], 2, -1, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+    return np.ascontiguousarray(x).view(np.uint16)
+
+
+@cache
+def llama_api() -> Any:
+    """llama.cpp's C functions, silent but for errors. Optional, so imported late."""
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback
+    def tell(level: int, text: bytes, data: object) -> None:
+        if level == GGML_ERROR:
+            sys.stderr.write(text.decode(errors="replace"))
+
+    llama_cpp.intaglio_log = tell  # the C side holds no reference
+    llama_cpp.llama_log_set(tell, None)
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+def _quantise_gguf(plain: Path, path: Path, kind: str, threads: int) -> None:
+    llama_cpp = llama_api()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread = threads
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    aside = path.with_suffix(".new")
+    if llama_cpp.llama_model_quantize(str(plain).encode(), str(aside).encode(), params):
+        raise RuntimeError(f"llama.cpp could not quantise {plain} to {kind}")
+    os.replace(aside, path)

@@ -1,0 +1,387 @@
+"""The engines under comparison behind one face: load, prefill, decode and logits; each lives in a process of its own.
+
+A time is of the work alone: batches are laid out beforehand, caches are filled beforehand, results are waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import multiprocessing
+import os
+import random
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from checkpoints import PEER_FORMATS, gguf_path, llama_api
+
+from intaglio.batch import Batch, Chunk, bind
+from intaglio.compiler import build
+from intaglio.devices import StateSpec
+from intaglio.models import Checkpoint, port
+from intaglio.program import Program
+
+STEP_TOKENS = 512  # Intaglio's default budget of a step, and llama.cpp's default n_ubatch
+PAGE_TOKENS = 32
+PACKED = "packed"  # where Intaglio keeps packed weights, inside the checkpoint's folder
+PEER_BATCH = 2048  # llama.cpp's default n_batch: longer prompts are handed over in such pieces
+ENGINES = ("intaglio", "llama.cpp", "torch")
+
+
+class Engine(Protocol):
+    """A model loaded for `steps` decode steps after contexts of some lengths, the largest of them named beforehand."""
+
+    def load(self) -> None: ...
+
+    def settle(self) -> None:
+        """Wait for what loading still does in the background."""
+
+    def weight_bytes(self) -> int:
+        """As they lie in memory."""
+
+    def prefill(self, tokens: int) -> float:
+        """Seconds for a prompt of so many tokens, to the logits of its last."""
+
+    def fill(self, lengths: Sequence[int], steps: int) -> None:
+        """Hold one context of each length, with room for `steps` more tokens each."""
+
+    def decode(self) -> float:
+        """Seconds of one decode step, all contexts together: the mean over the steps there is room for, less the
+        first, which finds the caches of another process. Leaves the contexts as they were."""
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Float32 logits [tokens, vocabulary] after every token of a prompt."""
+
+
+def prompt(tokens: int, vocabulary: int) -> list[int]:
+    rng = random.Random(tokens)
+    return [rng.randrange(vocabulary) for _ in range(tokens)]
+
+
+def pages_each(length: int) -> int:
+    return -(-length // PAGE_TOKENS)
+
+
+def prefill_batches(ids: Sequence[int], first_page: int = 0, every: bool = False) -> Iterator[Batch]:
+    """The steps of one prompt; the logits of its last token are wanted, or those of every token."""
+    pages = range(first_page, first_page + pages_each(len(ids)))
+    for at in range(0, len(ids), STEP_TOKENS):
+        part = ids[at : at + STEP_TOKENS]
+        last = range(len(part) - 1, len(part)) if at + len(part) == len(ids) else range(0)
+        yield bind([Chunk(part, at, pages, range(len(part)) if every else last)], PAGE_TOKENS)
+
+
+def decode_batches(lengths: Sequence[int], steps: int) -> Iterator[Batch]:
+    """`steps` steps of all contexts together, each in pages of its own."""
+    each = [pages_each(n + steps) for n in lengths]
+    firsts = np.cumsum([0, *each])
+    for k in range(steps):
+        yield bind(
+            [
+                Chunk([k], n + k, range(first, first + count), (0,))
+                for n, first, count in zip(lengths, firsts, each, strict=False)
+            ],
+            PAGE_TOKENS,
+        )
+
+
+def compiled(folder: Path, format: str) -> Program:
+    return build(port(Checkpoint.open(folder)), format)
+
+
+class Intaglio:
+    """This project: the host device, driven step by step."""
+
+    def __init__(self, folder: Path, format: str, threads: int, room: Sequence[int]) -> None:
+        self.folder, self.format, self.threads = folder, format, threads
+        self.pages = sum(map(pages_each, room))
+
+    def load(self) -> None:
+        from intaglio.devices.host import HostDevice
+
+        os.environ["INTAGLIO_CACHE"] = str(self.folder / PACKED)
+        program = compiled(self.folder, self.format)
+        self.executable = HostDevice(self.threads).load(
+            program, Checkpoint.open(self.folder), StateSpec(self.pages, PAGE_TOKENS)
+        )
+
+    def settle(self) -> None:
+        image = getattr(self.executable, "image", None)
+        if image:
+            image.wait()
+
+    def weight_bytes(self) -> int:
+        return int(self.executable.packed_bytes)
+
+    def prefill(self, tokens: int) -> float:
+        return self._seconds(list(prefill_batches(prompt(tokens, self.executable.program.vocabulary))))
+
+    def fill(self, lengths: Sequence[int], steps: int) -> None:
+        page = 0
+        for n in lengths:
+            for batch in prefill_batches(prompt(n, self.executable.program.vocabulary), page):
+                self.executable.step(batch)
+            page += pages_each(n + steps)
+        self.steps = list(decode_batches(lengths, steps))
+
+    def decode(self) -> float:
+        self.executable.step(self.steps[0])
+        return self._seconds(self.steps[1:]) / (len(self.steps) - 1)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        steps = [self.executable.step(batch, logits=True) for batch in prefill_batches(ids, every=True)]
+        return np.concatenate([step.logits for step in steps if step.logits is not None])
+
+    def _seconds(self, steps: Sequence[Batch]) -> float:
+        start = time.perf_counter()
+        for batch in steps:
+            self.executable.step(batch)
+        return time.perf_counter() - start
+
+
+class LlamaCpp:
+    """llama.cpp by its C functions: its defaults, and a stream of KV a sequence, as its batched benchmark has it."""
+
+    def __init__(self, folder: Path, format: str, threads: int, room: Sequence[int]) -> None:
+        self.api, self.threads = llama_api(), threads
+        self.path = gguf_path(folder, PEER_FORMATS.get(format, format))
+        self.shape: tuple[int, int] | None = None
+        self.context = None
+
+    def load(self) -> None:
+        self.model = self.api.llama_model_load_from_file(str(self.path).encode(), self.api.llama_model_default_params())
+        if not self.model:
+            raise RuntimeError(f"llama.cpp could not load {self.path}")
+        self.vocabulary = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
+
+    def settle(self) -> None:
+        pass
+
+    def weight_bytes(self) -> int:
+        return int(self.api.llama_model_size(self.model))
+
+    def prefill(self, tokens: int) -> float:
+        self._open(1, tokens)
+        batches = self._prompt_batches(prompt(tokens, self.vocabulary))
+        self.api.llama_memory_clear(self.memory, False)
+        seconds = self._seconds(batches)
+        self._free(batches)
+        return seconds
+
+    def fill(self, lengths: Sequence[int], steps: int) -> None:
+        """One prompt is computed and its state copied to all: the others' values make no difference to time."""
+        api, self.lengths = self.api, lengths
+        self._open(len(lengths), max(lengths) + steps)
+        api.llama_memory_clear(self.memory, False)
+        batches = self._prompt_batches(prompt(max(lengths), self.vocabulary))
+        self._seconds(batches)
+        self._free(batches)
+        size = api.llama_state_seq_get_size(self.context, 0)
+        state = (ctypes.c_uint8 * size)()
+        api.llama_state_seq_get_data(self.context, state, size, 0)
+        for s in range(1, len(lengths)):
+            if not api.llama_state_seq_set_data(self.context, state, size, s):
+                raise RuntimeError(f"llama.cpp could not copy the state to sequence {s}")
+        self._rewind()
+        self.steps = [self._batch([(k, n + k, s, True) for s, n in enumerate(lengths)]) for k in range(steps)]
+
+    def decode(self) -> float:
+        self._seconds(self.steps[:1])
+        seconds = self._seconds(self.steps[1:]) / (len(self.steps) - 1)
+        self._rewind()
+        return seconds
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        self._open(1, len(ids))
+        self.api.llama_memory_clear(self.memory, False)
+        found = []
+        for batch in self._prompt_batches(ids, every=True):
+            self._seconds([batch])
+            rows = self.api.llama_get_logits(self.context)
+            found.append(np.ctypeslib.as_array(rows, (batch.n_tokens, self.vocabulary)).copy())
+            self._free([batch])
+        return np.concatenate(found)
+
+    def _open(self, sequences: int, length: int) -> None:
+        """A context for so many sequences, of whole 256 cells each, as llama.cpp rounds them anyway."""
+        shape = (sequences, -(-length // 256) * 256)
+        if shape == self.shape:
+            return
+        if self.context:
+            self.api.llama_free(self.context)
+        params = self.api.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = shape[0] * shape[1], sequences
+        params.n_batch, params.n_ubatch = PEER_BATCH, STEP_TOKENS
+        params.n_threads = params.n_threads_batch = self.threads
+        self.context, self.shape = self.api.llama_init_from_model(self.model, params), shape
+        if not self.context:
+            raise RuntimeError(f"llama.cpp could not make a context of {shape}")
+        self.memory = self.api.llama_get_memory(self.context)
+
+    def _rewind(self) -> None:
+        for s, n in enumerate(self.lengths):
+            self.api.llama_memory_seq_rm(self.memory, s, n, -1)
+
+    def _prompt_batches(self, ids: Sequence[int], every: bool = False) -> list[Any]:
+        rows = [(t, i, 0, every or i == len(ids) - 1) for i, t in enumerate(ids)]
+        return [self._batch(rows[at : at + PEER_BATCH]) for at in range(0, len(rows), PEER_BATCH)]
+
+    def _batch(self, rows: Sequence[tuple[int, int, int, bool]]) -> Any:
+        """Of (token, position, sequence, are logits wanted)."""
+        batch = self.api.llama_batch_init(len(rows), 0, 1)
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence, wanted) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+        return batch
+
+    def _free(self, batches: Sequence[Any]) -> None:
+        for batch in batches:
+            self.api.llama_batch_free(batch)
+
+    def _seconds(self, batches: Sequence[Any]) -> float:
+        start = time.perf_counter()
+        for batch in batches:
+            if code := self.api.llama_decode(self.context, batch):
+                raise RuntimeError(f"llama_decode returned {code}")
+        self.api.llama_synchronize(self.context)
+        return time.perf_counter() - start
+
+
+class Torch:
+    """transformers on PyTorch, eager mode, in bfloat16; contexts of different length are padded on the left."""
+
+    def __init__(self, folder: Path, format: str, threads: int, room: Sequence[int]) -> None:
+        import torch
+        import transformers
+
+        assert format == "bf16"
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.torch, self.folder = torch, folder
+        self.classes = transformers.AutoModelForCausalLM
+
+    def load(self) -> None:
+        self.model = self.classes.from_pretrained(self.folder, dtype=self.torch.bfloat16).eval()
+        self.vocabulary = self.model.config.vocab_size
+
+    def settle(self) -> None:
+        pass
+
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def prefill(self, tokens: int) -> float:
+        ids = self.torch.tensor([prompt(tokens, self.vocabulary)])
+        start = time.perf_counter()
+        self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        return time.perf_counter() - start
+
+    def fill(self, lengths: Sequence[int], steps: int) -> None:
+        torch, longest = self.torch, max(lengths)
+        ids = torch.tensor([prompt(longest, self.vocabulary)])
+        self.cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        self.cache.batch_repeat_interleave(len(lengths))
+        held = torch.arange(longest + steps)[None] >= longest - torch.tensor(lengths)[:, None]
+        self.steps = [
+            {
+                "input_ids": torch.full((len(lengths), 1), k),
+                "position_ids": torch.tensor(lengths)[:, None] + k,
+                "attention_mask": held[:, : longest + k + 1].long(),
+            }
+            for k in range(steps)
+        ]
+
+    def decode(self) -> float:
+        cache = copy.deepcopy(self.cache)
+        for k, step in enumerate(self.steps):
+            if k == 1:
+                start = time.perf_counter()
+            self.model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return (time.perf_counter() - start) / (len(self.steps) - 1)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        return self.model(input_ids=self.torch.tensor([list(ids)])).logits[0].float().numpy()
+
+
+CLASSES: dict[str, Callable[..., Engine]] = {"intaglio": Intaglio, "llama.cpp": LlamaCpp, "torch": Torch}
+
+
+def missing(engine: str) -> str | None:
+    """What has to be installed before this engine can run, or None."""
+    needs = {"intaglio": (), "llama.cpp": ("llama-cpp-python", "gguf"), "torch": ("torch", "transformers")}[engine]
+    for package in needs:
+        try:
+            version(package)
+        except Exception:  # whatever it is, the package is of no use
+            return package
+    return None
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held. ru_maxrss would count what the parent held before exec."""
+    try:
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10  # type: ignore[index]
+    except (OSError, TypeError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak << 10
+
+
+def serve(pipe: Any, name: str, folder: Path, format: str, threads: int, room: Sequence[int]) -> None:
+    """The life of a worker: make the engine, then answer (method, arguments) until None comes."""
+    try:
+        engine = CLASSES[name](folder, format, threads, room)
+        pipe.send(peak_bytes())
+        while (call := pipe.recv()) is not None:
+            method, arguments = call
+            pipe.send(peak_bytes() if method == "peak_bytes" else getattr(engine, method)(*arguments))
+    except Exception as e:
+        pipe.send(RuntimeError(f"{name} on {folder.name} in {format}: {type(e).__name__}: {e}"))
+        raise
+
+
+class Worker:
+    """An engine in a fresh process, so that its memory and threads are its own. Close it, or use it in a `with`."""
+
+    def __init__(self, name: str, folder: Path, format: str, threads: int, room: Sequence[int]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, name, folder, format, threads, room), daemon=True)
+        self.process.start()
+        other.close()
+        self.bytes_before_load = self._answer()
+
+    def __call__(self, method: str, *arguments: Any) -> Any:
+        self.pipe.send((method, arguments))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"the process of {self.name} ended without an answer (out of memory?)") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.is_alive():
+            with contextlib.suppress(OSError):
+                self.pipe.send(None)
+        self.process.join(20)
+        if self.process.is_alive():
+            self.process.kill()

@@ -1,0 +1,383 @@
+"""The host device against llama.cpp and PyTorch: one random checkpoint, the same threads, turns taken at every row.
+
+All numbers are measured here, medians over the runs; ratios above 1 mean that Intaglio is faster or smaller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from checkpoints import PEER_FORMATS, SHAPES, write_gguf, write_random
+from engines import ENGINES, PACKED, Worker, compiled, decode_batches, missing, pages_each, prefill_batches, prompt
+
+from intaglio.batch import Batch
+from intaglio.devices.host import HostDevice
+from intaglio.ops import Linear
+from intaglio.program import Program
+from intaglio.tools.bench import Roofs, measured_roofs
+
+OFFSETS = (0, 32, -32, 16, -16, 48, -48, 64, -64)  # of the contexts in a batch from 128 tokens
+FULL = {"int8": "int8g128", "int4": "int4g32"}
+SHARE = {"bf16": 1.0, "int8": 0.56, "int4": 0.36}  # of bf16's bytes, roughly, to see what fits in memory together
+PHASES = ("prefill", "decode", "memory")
+MEMORY = {
+    "first": "first load to first token", "again": "load to first token", "peak_bytes": "peak memory",
+    "weight_bytes": "  weights", "before": "  held before loading",
+}  # fmt: skip
+AGREE = 0.05  # relative difference of bf16 logits that rounding explains, with room to spare
+PAUSE = 0.03  # seconds: OpenMP's threads go on spinning for some ms after their work is done
+PROMPT = 32  # tokens of the prompt that engines must agree on
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt of so many tokens, or decode steps after contexts of these lengths; `tokens` come of one time."""
+
+    phase: str
+    lengths: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        if self.phase == "prefill":
+            return f"prefill {self.lengths[0]}"
+        where = "~128" if self.lengths[0] == 128 and len(self.lengths) > 1 else str(self.lengths[0])
+        return f"decode batch {len(self.lengths)} at {where}"
+
+    @property
+    def tokens(self) -> int:
+        return self.lengths[0] if self.phase == "prefill" else len(self.lengths)
+
+
+@dataclass
+class Result:
+    """One line: samples by engine (seconds, or bytes), how they are shown, and Intaglio's bound in the same unit."""
+
+    shape: str
+    format: str
+    label: str
+    unit: str  # tok/s, s or MB
+    tokens: int = 1
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    bound: float | None = None
+    bound_by: str = ""
+
+    def middle(self, engine: str) -> float | None:
+        return median(self.samples[engine]) if self.samples.get(engine) else None
+
+    def shown(self, sample: float | None) -> str:
+        if sample is None:
+            return "-"
+        value = {"tok/s": self.tokens / sample, "s": sample, "MB": sample / 1e6}[self.unit]
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    def ratio(self, peer: str) -> str:
+        ours, theirs = self.middle("intaglio"), self.middle(peer)
+        return f"{theirs / ours:.2f}x" if ours and theirs else "-"
+
+    def cells(self) -> list[str]:
+        ours = self.middle("intaglio")
+        share = f"{self.bound / ours:.0%} {self.bound_by}" if self.bound and ours else ""
+        bound = self.shown(self.bound) if self.bound else ""
+        values = [self.shown(self.middle(e)) for e in ENGINES]
+        return [
+            self.label,
+            self.unit,
+            *values,
+            self.ratio("llama.cpp"),
+            self.ratio("torch"),
+            self.spread(),
+            bound,
+            share,
+        ]
+
+    def spread(self) -> str:
+        """The slowest sample over the fastest, of the engine where they are furthest apart."""
+        return f"{max(max(s) / min(s) for s in self.samples.values()):.2f}"
+
+
+HEAD = ["", "", *ENGINES, "vs llama.cpp", "vs torch", "spread", "roof", "intaglio's share"]
+
+
+def rows(shape: str, quick: bool) -> list[Row]:
+    """What is measured of a shape. The largest only decodes, after short contexts: its prompts take minutes."""
+    sizes = (128, 512) if quick else (128, 512, 2048)
+    prefills = [] if shape == "8b" else [Row("prefill", (n,)) for n in sizes]
+    decodes = [Row("decode", lengths(n)) for n in ((1, 8) if quick else (1, 4, 8, 32))]
+    long = [] if quick or shape == "8b" else [Row("decode", (4096,))]
+    return prefills + decodes + long
+
+
+def lengths(sequences: int) -> tuple[int, ...]:
+    return tuple(128 + OFFSETS[i % len(OFFSETS)] for i in range(sequences))
+
+
+def bound(program: Program, batches: Iterable[Batch], measured: Roofs) -> tuple[float, str]:
+    """Seconds that the steps' bytes or FLOPs take at the roofs, whichever is more, and which that is."""
+    memory = matrix = 0.0
+    for batch in batches:
+        work = program.work(batch)
+        moved = sum(w.weight_bytes + w.state_bytes for w in work.values())
+        memory += moved / measured.bandwidth(1 << (moved >> 20).bit_length())
+        for op in program.ops:
+            format = "f32"
+            if isinstance(op, Linear):
+                format = program.tensors[op.w].format if op.x_format == "int8" else op.x_format
+            matrix += work[op.site].flops / measured.peak(format)
+    return max((memory, "of memory"), (matrix, "of matrix"))
+
+
+def take_turns(workers: Sequence[Worker], method: str, *arguments: Any, runs: int) -> dict[str, list[float]]:
+    """`runs` samples of each, one after the other in every run; the first round warms up and is not counted."""
+    samples: dict[str, list[float]] = {w.name: [] for w in workers}
+    for run in range(runs + 1):
+        for w in workers:
+            time.sleep(PAUSE)
+            sample = w(method, *arguments)
+            if run:
+                samples[w.name].append(sample)
+    return samples
+
+
+class Session:
+    """One shape in one format: its checkpoint, engines and settings, and the results so far."""
+
+    def __init__(self, args: argparse.Namespace, shape: str, format: str, folder: Path, engines: Sequence[str]) -> None:
+        self.args, self.shape, self.format, self.folder, self.engines = args, shape, format, folder, engines
+        self.rows = [r for r in rows(shape, args.quick) if r.phase in args.phase]
+        self.steps = 9 if args.quick else 17  # of a decode sample, the first not counted
+        self.results: list[Result] = []
+        self.answers: dict[str, np.ndarray] = {}  # logits by engine
+
+    def measure(self, measured: Roofs) -> None:
+        groups = [list(self.engines)] if self._fit_together() else [[e] for e in self.engines]
+        if len(groups) > 1:
+            say("  too large to be in memory together: one engine after the other, runs not interleaved")
+        results = {row: Result(self.shape, self.format, row.label, "tok/s", row.tokens) for row in self.rows}
+        for names in groups:
+            with self._workers(names) as workers:
+                for w in workers:
+                    w("load")
+                    w("settle")
+                    self.answers[w.name] = w("logits", prompt(PROMPT, SHAPES[self.shape].vocabulary))
+                for row, result in results.items():
+                    say(f"  {self.format} {row.label}: {', '.join(names)}")
+                    result.samples |= self._samples(workers, row)
+        program = compiled(self.folder, self.format)
+        for row, result in results.items():
+            result.bound, result.bound_by = bound(program, self._batches(row), measured)
+        self.results += results.values()
+        if "memory" in self.args.phase:
+            self.results += self._memory()
+
+    def _samples(self, workers: Sequence[Worker], row: Row) -> dict[str, list[float]]:
+        if row.phase == "prefill":
+            return take_turns(workers, "prefill", row.lengths[0], runs=self.args.runs)
+        for w in workers:
+            w("fill", row.lengths, self.steps)
+        return take_turns(workers, "decode", runs=self.args.runs)
+
+    def _batches(self, row: Row) -> Iterator[Batch]:
+        """What Intaglio runs for one sample's unit: a whole prompt, or one step."""
+        if row.phase == "prefill":
+            return prefill_batches([0] * row.lengths[0])
+        return decode_batches(row.lengths, 1)
+
+    @contextlib.contextmanager
+    def _workers(self, names: Sequence[str], room: Sequence[int] | None = None) -> Iterator[list[Worker]]:
+        if room is None:
+            rooms = [[n + (self.steps if r.phase == "decode" else 0) for n in r.lengths] for r in self.rows]
+            room = max([[PROMPT], *rooms], key=lambda room: sum(map(pages_each, room)))
+        with contextlib.ExitStack() as stack:
+            yield [stack.enter_context(Worker(n, self.folder, self.format, self.args.threads, room)) for n in names]
+
+    def _fit_together(self) -> bool:
+        stored = SHAPES[self.shape].stored_bytes()
+        return sum(stored * SHARE[self.format] for _ in self.engines) < 0.8 * available_bytes()
+
+    def _memory(self) -> list[Result]:
+        """Of fresh processes: the time from files in the system's cache to the first token, and the most memory held
+        over a prompt of 512 tokens and some decode steps after it. Intaglio's first load packs the weights."""
+        found = {
+            what: Result(self.shape, self.format, label, "s" if what in ("first", "again") else "MB")
+            for what, label in MEMORY.items()
+        }
+        for run in range(min(self.args.runs, 3) + 1):
+            for name in self.engines:
+                say(f"  {self.format} load: {name}")
+                values = self._load(name)
+                if run:  # the first only brings the files into the cache
+                    for what, value in values.items():
+                        found[what].samples.setdefault(name, []).append(value)
+        return list(found.values())
+
+    def _load(self, name: str) -> dict[str, float]:
+        first = None
+        if name == "intaglio":
+            shutil.rmtree(self.folder / PACKED, ignore_errors=True)
+            with self._workers([name], [1024]) as [w]:
+                first = self._first_token(w)
+        with self._workers([name], [1024]) as [w]:
+            again = self._first_token(w)
+            w("prefill", 512)
+            w("fill", (512,), 17)
+            w("decode")
+            held = {what: w(what) for what in ("peak_bytes", "weight_bytes")}
+        return {"first": again if first is None else first, "again": again, "before": w.bytes_before_load, **held}
+
+    @staticmethod
+    def _first_token(w: Worker) -> float:
+        start = time.perf_counter()
+        w("load")
+        w("prefill", 1)
+        seconds = time.perf_counter() - start
+        w("settle")
+        return seconds
+
+    def agreement(self, plain: dict[str, np.ndarray]) -> str:
+        """How far apart the engines' logits are, in words; `plain` are those in bf16, if there are any."""
+        names = list(self.answers)
+        pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+        apart = {f"{a} and {b}": difference(self.answers[a], self.answers[b]) for a, b in pairs}
+        if self.format != "bf16":
+            apart |= {f"{a} and its bf16": difference(self.answers[a], plain[a]) for a in names if a in plain}
+        parts = [f"{pair} {d:.3f}" for pair, d in apart.items()]
+        tokens = ", ".join(f"{n} {int(x[-1].argmax())}" for n, x in self.answers.items())
+        alarm = (
+            "   <-- NOT THE SAME COMPUTATION"
+            if self.format == "bf16" and max(apart.values(), default=0) > AGREE
+            else ""
+        )
+        return (
+            f"logits after {PROMPT} tokens, relative difference: {'; '.join(parts) or 'no peer'}. "
+            f"Greedy next token: {tokens}{alarm}"
+        )
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def available_bytes() -> int:
+    """Memory that could be had without swapping; file caches count as free."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def say(text: str) -> None:
+    """Progress, apart from what is printed as the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def present_engines(formats_asked: Sequence[str]) -> list[str]:
+    """Those that can run; says what the others want."""
+    there = []
+    for engine in ENGINES:
+        if package := missing(engine):
+            print(f"{engine}: left out, {package} is not installed (pip install -e '.[test,bench]')")
+        else:
+            there.append(engine)
+    if "torch" in there and "bf16" not in formats_asked:
+        print("torch: left out, it is compared in bf16 only")
+    try:
+        print(f"vllm {version('vllm')} is installed, but this script does not drive it: left out")
+    except PackageNotFoundError:
+        print("vllm: left out, not installed")
+    return there
+
+
+@cache
+def machine() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in ("intaglio", "llama-cpp-python", "torch", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    put = [str.ljust, str.ljust] + [str.rjust] * (len(head) - 2)
+    return "\n".join("  ".join(p(c, w) for p, c, w in zip(put, line, widths, strict=True)) for line in [head, *lines])
+
+
+def measure_shape(args: argparse.Namespace, shape: str, folder: Path, engines: Sequence[str]) -> list[Result]:
+    """All formats of one shape, printed as they come."""
+    say(f"{shape}: checkpoint in {folder}")
+    write_random(folder, SHAPES[shape])
+    results: list[Result] = []
+    plain: dict[str, np.ndarray] = {}
+    device = HostDevice(args.threads)
+    for format in args.format:
+        chosen = [e for e in engines if e != "torch" or format == "bf16"]
+        if "llama.cpp" in chosen:
+            write_gguf(folder, PEER_FORMATS[format], args.threads)
+        measured = measured_roofs(device)
+        assert isinstance(measured, Roofs)
+        full = FULL.get(format, format)
+        roofs = f"read stream {measured.bandwidth(512) / 1e9:.1f} GB/s, matrix {measured.peak(full) / 1e9:,.0f} GFLOP/s"
+        session = Session(args, shape, format, folder, chosen)
+        session.measure(measured)
+        plain = session.answers if format == "bf16" else plain
+        print(f"\n{shape}, {full} against {PEER_FORMATS[format]}, {args.threads} threads; roofs: {roofs}")
+        print(table(HEAD, [r.cells() for r in session.results]))
+        print(session.agreement(plain), flush=True)
+        results += session.results
+    return results
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["135m", "1b"])
+    parser.add_argument("--format", nargs="+", choices=list(PEER_FORMATS), default=list(PEER_FORMATS))
+    parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, shorter samples")
+    parser.add_argument("--dir", type=Path, help="keep checkpoints here and use them again; default: a temporary one")
+    parser.add_argument("--json", type=Path, help="write all samples to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    print(f"{machine()}; {platform.platform()}; {', '.join(f'{k} {v}' for k, v in versions().items())}")
+    print(f"processes that wanted a core in the last minute, before the start: {os.getloadavg()[0]:.1f}")
+    engines = present_engines(args.format)
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() if args.dir is None else contextlib.nullcontext(args.dir) as root:
+        for shape in args.shape:
+            results += measure_shape(args, shape, Path(root) / shape, engines)
+    if args.json:
+        told = {"machine": machine(), "versions": versions(), "threads": args.threads}
+        args.json.write_text(json.dumps(told | {"results": [asdict(r) for r in results]}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
