@@ -8,15 +8,26 @@ inline F load_cache(const void* p, int64_t i) {
   else return load((const float*)p + i);
 }
 
+// Another block of the cache, of which each step of the work on this one fetches its share: blocks lie anywhere, and what
+// the hardware fetches by itself ends at a page's border.
+struct Soon {
+  const char* at;
+  int64_t step;
+  void fetch(int64_t i) const {
+    for (int64_t b = 0; b < step; b += 64) __builtin_prefetch(at + i * step + b, 0, 2);
+  }
+};
+
 // scores[r][0 .. NV * N) = q_r . K columns; K is [head_dim][page].
 template <bool Bf16, int RB, int NV>
-void score_tile(const float* const* q, const void* k, int64_t at, int page, int head_dim, float* const* scores) {
+void score_tile(const float* const* q, const void* k, int page, int head_dim, float* const* scores, Soon soon) {
   F acc[RB][NV];
-  for (auto& row : acc)
-    for (F& x : row) x = set(0);
+  EACH_OF for (int r = 0; r < RB; r++)
+    EACH_OF for (int v = 0; v < NV; v++) acc[r][v] = set(0);
   for (int d = 0; d < head_dim; d++) {
     F key[NV];
-    EACH_OF for (int v = 0; v < NV; v++) key[v] = load_cache<Bf16>(k, at + int64_t(d) * page + v * F::N);
+    soon.fetch(d);
+    EACH_OF for (int v = 0; v < NV; v++) key[v] = load_cache<Bf16>(k, int64_t(d) * page + v * F::N);
     EACH_OF for (int r = 0; r < RB; r++)
       EACH_OF for (int v = 0; v < NV; v++) acc[r][v] = fma(set(q[r][d]), key[v], acc[r][v]);
   }
@@ -26,13 +37,14 @@ void score_tile(const float* const* q, const void* k, int64_t at, int page, int 
 
 // acc[r][0 .. NV * N) += sum over n positions of p[r][i] * V[i]; V is [positions][stride].
 template <bool Bf16, int RB, int NV>
-void value_tile(const float* const* p, const void* v, int64_t at, int stride, int n, float* const* acc) {
+void value_tile(const float* const* p, const void* v, int stride, int n, float* const* acc, Soon soon) {
   F a[RB][NV];
   EACH_OF for (int r = 0; r < RB; r++)
     EACH_OF for (int j = 0; j < NV; j++) a[r][j] = load(acc[r] + j * F::N);
   for (int i = 0; i < n; i++) {
     F value[NV];
-    EACH_OF for (int j = 0; j < NV; j++) value[j] = load_cache<Bf16>(v, at + int64_t(i) * stride + j * F::N);
+    soon.fetch(i);
+    EACH_OF for (int j = 0; j < NV; j++) value[j] = load_cache<Bf16>(v, int64_t(i) * stride + j * F::N);
     EACH_OF for (int r = 0; r < RB; r++)
       EACH_OF for (int j = 0; j < NV; j++) a[r][j] = fma(set(p[r][i]), value[j], a[r][j]);
   }
@@ -40,44 +52,26 @@ void value_tile(const float* const* p, const void* v, int64_t at, int stride, in
     EACH_OF for (int j = 0; j < NV; j++) store(acc[r] + j * F::N, a[r][j]);
 }
 
-constexpr int kBlock = F::N == 16 ? 4 : 2;  // query rows held in registers
+constexpr int kBlock = F::N == 16 ? 8 : 2;  // query rows whose sums fill the registers
+constexpr int kWide = kPanel / F::N, kNarrow = 16 / F::N;
 
-// Calls f<RB>(first) over `rows` in blocks of kBlock, the rest one by one.
+// Calls f<RB, NV>(row, column) over rows x columns in tiles as large as the registers hold; columns are a multiple of 16.
 template <class Fn>
-void by_block(int rows, Fn f) {
-  int r = 0;
-  for (; r + kBlock <= rows; r += kBlock) f.template operator()<kBlock>(r);
-  for (; r < rows; r++) f.template operator()<1>(r);
+void by_tile(int rows, int columns, Fn f) {
+  for (int c = 0; c < columns; c += c + kPanel <= columns ? kPanel : 16)
+    for (int r = 0; r < rows; r += kBlock)
+      with_rows<kBlock>(std::min(kBlock, rows - r), [&]<int RB>() {
+        if (c + kPanel <= columns) f.template operator()<RB, kWide>(r, c);
+        else f.template operator()<RB, kNarrow>(r, c);
+      });
 }
 
-template <bool Bf16>
-void scores_of_page(const AttendArgs& a, const float* const* q, int rows, int64_t base, int from, int to, float* const* scores) {
-  constexpr int wide = kPanel / F::N, narrow = 16 / F::N;
-  for (int t = from; t < to;) {
-    bool full = t + kPanel <= to;
-    by_block(rows, [&]<int RB>(int r) {
-      float* out[RB];
-      for (int i = 0; i < RB; i++) out[i] = scores[r + i] + (t - from);
-      if (full) score_tile<Bf16, RB, wide>(q + r, a.k, base + t, a.page, a.head_dim, out);
-      else score_tile<Bf16, RB, narrow>(q + r, a.k, base + t, a.page, a.head_dim, out);
-    });
-    t += full ? kPanel : 16;
-  }
-}
+constexpr int kFar = 2;  // blocks between the one worked on and the one fetched: 8 KiB of bf16 with heads of 64
 
-template <bool Bf16>
-void values_of_page(const AttendArgs& a, const float* const* p, int rows, int64_t base, int n, float* acc) {
-  constexpr int wide = F::N == 16 ? 4 : 2;
-  for (int d = 0; d < a.v_stride;) {
-    bool full = d + wide * F::N <= a.v_stride;
-    by_block(rows, [&]<int RB>(int r) {
-      float* out[RB];
-      for (int i = 0; i < RB; i++) out[i] = acc + (r + i) * a.v_stride + d;
-      if (full) value_tile<Bf16, RB, wide>(p + r, a.v, base + d, a.v_stride, n, out);
-      else value_tile<Bf16, RB, 1>(p + r, a.v, base + d, a.v_stride, n, out);
-    });
-    d += (full ? wide : 1) * F::N;
-  }
+// What of a block of `bytes` a tile fetches: the first rows' tiles all of it, each its columns' share, in `steps` steps.
+inline Soon share_of(const char* block, int64_t bytes, int row, int column, int columns, int width, int steps) {
+  if (row || !block) return {block, 0};
+  return {block + bytes * column / columns, (bytes * width / columns + steps - 1) / steps};
 }
 
 // scale, softcap, mask outside [low, high), then p = exp(s - max) in place over [begin, end): the maximum and the sum.
@@ -113,17 +107,30 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
   if (low >= high) return;
 
   const float* query[kMaxTaskRows];
-  float* scores[kMaxTaskRows];
-  const float* weights[kMaxTaskRows];
+  float* out[kMaxTaskRows];
   for (int r = 0; r < rows; r++)
     query[r] = a.q + (q.first_row + r / share) * a.ld_q + (q.kv_head * share + r % share) * int64_t(a.head_dim);
+
+  // The blocks in the order they are read: keys of each page, then values of each page.
+  constexpr int64_t each = Bf16 ? 2 : 4, most = kSplit / 16;
+  const char* blocks[2 * most + kFar] = {};
+  const int64_t first = low / a.page, pages = (high - 1) / a.page + 1 - first;
+  const int64_t key_bytes = a.head_dim * a.page * each, value_bytes = a.page * a.v_stride * each;
+  for (int64_t i = 0; i < pages; i++) {
+    const int64_t at = int64_t(q.blocks[first + i]) * a.kv_heads + q.kv_head;
+    blocks[i] = (const char*)a.k + at * key_bytes;
+    blocks[pages + i] = (const char*)a.v + at * value_bytes;
+  }
+
   const int64_t begin = low / 16 * 16, end = (high + 15) / 16 * 16;
-  for (int64_t t = begin; t < end;) {
-    int64_t page = t / a.page, next = std::min(end, (page + 1) * a.page);
-    int64_t base = (int64_t(q.blocks[page]) * a.kv_heads + q.kv_head) * a.head_dim * a.page;
-    for (int r = 0; r < rows; r++) scores[r] = scratch + r * kSplit + (t - start);
-    scores_of_page<Bf16>(a, query, rows, base, int(t - page * a.page), int(next - page * a.page), scores);
-    t = next;
+  for (int64_t i = 0; i < pages; i++) {
+    const int64_t page = (first + i) * a.page, from = std::max(begin, page), to = std::min(end, page + a.page);
+    const int64_t next = i + kFar < pages ? key_bytes : value_bytes;
+    by_tile(rows, int(to - from), [&]<int RB, int NV>(int r, int c) {
+      for (int j = 0; j < RB; j++) out[j] = scratch + (r + j) * kSplit + (from - start) + c;
+      score_tile<Bf16, RB, NV>(query + r, blocks[i] + (from - page + c) * each, a.page, a.head_dim, out,
+                               share_of(blocks[i + kFar], next, r, c, int(to - from), NV * F::N, a.head_dim));
+    });
   }
   for (int r = 0; r < rows; r++) {
     int64_t position = q.position + r / share;
@@ -134,12 +141,17 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
     else
       std::memset(s + (begin - start), 0, size_t(end - begin) * 4);
   }
-  for (int64_t t = low; t < high;) {
-    int64_t page = t / a.page, next = std::min(high, (page + 1) * a.page);
-    int64_t base = ((int64_t(q.blocks[page]) * a.kv_heads + q.kv_head) * a.page + (t - page * a.page)) * a.v_stride;
-    for (int r = 0; r < rows; r++) weights[r] = scratch + r * kSplit + (t - start);
-    values_of_page<Bf16>(a, weights, rows, base, int(next - t), acc);
-    t = next;
+  for (int64_t i = 0; i < pages; i++) {
+    const int64_t page = (first + i) * a.page, from = std::max(low, page), to = std::min(high, page + a.page);
+    by_tile(rows, a.v_stride, [&]<int RB, int NV>(int r, int c) {
+      const float* weights[RB];
+      for (int j = 0; j < RB; j++) {
+        weights[j] = scratch + (r + j) * kSplit + (from - start);
+        out[j] = acc + (r + j) * a.v_stride + c;
+      }
+      value_tile<Bf16, RB, NV>(weights, blocks[pages + i] + ((from - page) * a.v_stride + c) * each, a.v_stride, int(to - from),
+                               out, share_of(blocks[pages + i + kFar], value_bytes, r, c, a.v_stride, NV * F::N, int(to - from)));
+    });
   }
 }
 
