@@ -144,18 +144,18 @@ double read_bandwidth(int threads, int megabytes, int runs, const std::string& i
 // Best FLOP/s of the linear kernel on operands that stay in cache: the matrix peak that a real product can approach.
 double matrix_peak(int threads, const std::string& format, int group, int runs, const std::string& isa) {
   const Kernels* kernels = kernels_of(isa);
-  constexpr int64_t rows = 96, depth = 1024, repeats = 48;
+  constexpr int64_t rows = 96, depth = 1024, repeats = 96;
   Fmt fmt = lookup(kFormats, format, "format");
   std::vector<std::unique_ptr<PackedWeight>> weights;
   std::vector<std::vector<float>> memory;
   for (int i = 0; i < threads; i++) {
-    weights.push_back(std::make_unique<PackedWeight>(fmt, kUnit, depth, group, false));
-    memory.emplace_back(rows * depth * 2 + kRows * kUnit + rows * kUnit, 0.0f);
+    weights.push_back(std::make_unique<PackedWeight>(fmt, kPanel, depth, group, false));
+    memory.emplace_back(rows * depth * 2 + kRows * kPanel + rows * kPanel, 0.0f);
   }
-  return 2.0 * rows * depth * kUnit * repeats * best_rate(threads, runs, repeats, [&](int thread, int64_t) {
+  return 2.0 * rows * depth * kPanel * repeats * best_rate(threads, runs, repeats, [&](int thread, int64_t) {
     float *x = memory[size_t(thread)].data(), *tile = x + rows * depth * 2;
     Rows prepared{x, x + rows * depth, (int32_t*)(x + rows * depth + rows * 32), rows, depth, group ? depth / group : 0};
-    LinearArgs a{&weights[size_t(thread)]->w, prepared, true, tile + kRows * kUnit, kUnit, nullptr, nullptr, 0, 1.0f, Act::None};
+    LinearArgs a{&weights[size_t(thread)]->w, prepared, true, tile + kRows * kPanel, kPanel, nullptr, nullptr, 0, 1.0f, Act::None};
     kernels->linear_unit(a, 0, rows, 0, tile);
   });
 }

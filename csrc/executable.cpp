@@ -12,6 +12,8 @@ namespace {
 
 constexpr int64_t kAlign = 64;
 constexpr int kTables = -1, kTaps = -2;  // phases that belong to no op
+constexpr int64_t kLittle = 8192;  // values that one thread is done with before a second has joined in: about 2 us
+constexpr int64_t kFetch = 1024, kFetchMost = 128 << 10;  // bytes of weights fetched while waiting: a turn, and at all
 constexpr int64_t kPrivate = 16384;  // values of x that each thread rounds for itself rather than wait for the others
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
@@ -64,9 +66,14 @@ void PackedWeight::map(int file, int64_t offset, bool writable) {
 }
 
 Executable::Executable(const Kernels* kernels, int threads, int page)
-    : kernels_(kernels), page_(page), scratches_(size_t(threads)), team_(threads, [this](int thread, const Phase& phase, int64_t begin, int64_t end) {
-        run(scratches_[size_t(thread)], phase, begin, end);
-      }) {}
+    : kernels_(kernels),
+      page_(page),
+      scratches_(size_t(threads)),
+      team_(
+          threads,
+          [this](int thread, const Phase& phase, int64_t begin, int64_t end) { run(scratches_[size_t(thread)], phase, begin, end); },
+          [this](int thread, int op) { run_op(scratches_[size_t(thread)], ops_[size_t(op)], 0, rows_of(ops_[size_t(op)])); },
+          [this](int thread, const Phase& coming, int64_t turn) { fetch_ahead(thread, coming, turn); }) {}
 
 int Executable::add_buffer(int64_t row_bytes, Extent rows) {
   buffers_.push_back({row_bytes, rows, 0});
@@ -113,6 +120,17 @@ int64_t Executable::rows_of(const Tensor& t) const {
   return buffers_[size_t(t.buffer)].rows == Extent::T ? in_.t : in_.r;
 }
 
+// Rows that an op works through: its last tensor is a result of that many rows, or a cache written token by token.
+int64_t Executable::rows_of(const Op& op) const {
+  return op.kind == Kind::KvWrite ? in_.t : rows_of(tensors_[size_t(op.tensors.back())]);
+}
+
+// Values in a row that such an op works on.
+int64_t Executable::width_of(const Op& op) const {
+  const bool from_first = op.kind == Kind::KvWrite || op.kind == Kind::Sample;
+  return tensors_[size_t(from_first ? op.tensors.front() : op.tensors.back())].cols;
+}
+
 float* Executable::rows_at(int tensor) const {
   if (tensor < 0) return nullptr;
   const Tensor& t = tensors_[size_t(tensor)];
@@ -152,7 +170,7 @@ void Executable::plan_memory() {
   }
   grow(prepared_, shared);
   grow(partials_, partials * 4);
-  const int64_t stride = aligned(4 * std::max<int64_t>(kRows * kUnit, attend)) + aligned(own_x);
+  const int64_t stride = aligned(4 * std::max<int64_t>(2 * kRows * kPanel, attend)) + aligned(own_x);
   grow(scratch_, stride * team_.size());
   for (int i = 0; i < team_.size(); i++) {
     uint8_t* mine = scratch_.data() + i * stride;
@@ -168,33 +186,28 @@ void Executable::plan_memory() {
 void Executable::plan_phases(const std::vector<Tap>& taps, bool timed) {
   const int threads = team_.size();
   auto chunk = [&](int64_t rows) { return std::max<int64_t>(1, rows / (4 * threads)); };
-  auto rows_out = [&](const Op& op, size_t out) { return rows_of(tensors_[size_t(op.tensors[out])]); };
   team_.clear(timed);
   for (size_t i = 0; i < tables_.size(); i++) team_.add(kTables, int(i), in_.t, chunk(in_.t));
   for (size_t i = 0; i < ops_.size(); i++) {
     const Op& op = ops_[i];
     const int at = int(i);
-    auto by_row = [&](int64_t rows) { team_.add_or_join(at, rows, chunk(rows)); };
+    const int64_t rows = rows_of(op);
     switch (op.kind) {
-      case Kind::Embed:
-      case Kind::Rope:
-      case Kind::KvWrite: by_row(in_.t); break;
-      case Kind::Select: by_row(in_.r); break;
-      case Kind::Norm: by_row(rows_out(op, 4)); break;
-      case Kind::Map: by_row(rows_out(op, 3)); break;
-      case Kind::Sample: team_.add_or_join(at, in_.r, 1); break;
       case Kind::Linear: {
-        const int64_t rows = rows_out(op, 4), units = tensors_[size_t(op.tensors[1])].weight->w.units();
+        const int64_t units = tensors_[size_t(op.tensors[1])].weight->w.units();
         if (!alone(op)) team_.add(at, 0, rows, chunk(rows));
         team_.add(at, 1, (rows + kRows - 1) / kRows * units, std::max<int64_t>(1, units / (16 * threads)));
         break;
       }
       case Kind::Attend: {
         const AttendPlan& plan = plans_[size_t(op.plan)];
-        team_.add(at, 1, int64_t(plan.tasks.size()), 1);
-        team_.add(at, 2, int64_t(plan.merges.size()), 1);
+        team_.add(at, 0, int64_t(plan.tasks.size()), 1);
+        team_.add(at, 1, int64_t(plan.merges.size()), 1);
         break;
       }
+      default:
+        if ((rows == 1 || rows * width_of(op) <= kLittle) && team_.append(at)) break;
+        team_.add(at, 0, rows, op.kind == Kind::Sample ? 1 : chunk(rows));
     }
     for (size_t t = 0; t < taps.size(); t++)
       if (taps[t].op == at) team_.add(kTaps, int(t), 1, 1);
@@ -253,11 +266,32 @@ void Executable::run(Scratch& mine, const Phase& phase, int64_t begin, int64_t e
     const Tap& tap = taps_[size_t(phase.part)];
     copy_out(tap.tensor, rows_of(tensors_[size_t(tap.tensor)]), tap.out);
   } else {
-    for (int i = 0; i < phase.ops; i++) run_op(mine, phase, ops_[size_t(phase.op + i)], begin, end);
+    const Op& op = ops_[size_t(phase.op)];
+    if (op.kind == Kind::Linear) {
+      if (phase.part == 0) prepare(linear_args(op, prepared_.data()), op, begin, end);
+      else product(mine, phase, op, begin, end);
+    } else if (op.kind == Kind::Attend) {
+      const AttendPlan& plan = plans_[size_t(op.plan)];
+      for (int64_t i = begin; i < end; i++)
+        if (phase.part == 0) attend_task(mine, op, plan.tasks[size_t(i)]);
+        else attend_merge(mine, op, plan.merges[size_t(i)]);
+    } else {
+      run_op(mine, op, begin, end);
+    }
   }
 }
 
-void Executable::run_op(Scratch& mine, const Phase& phase, const Op& op, int64_t begin, int64_t end) {
+// The weights that a thread is likely to take first in the product to come, on their way while it waits.
+void Executable::fetch_ahead(int thread, const Phase& coming, int64_t turn) const {
+  if (coming.op < 0 || ops_[size_t(coming.op)].kind != Kind::Linear) return;
+  const Weight& w = tensors_[size_t(ops_[size_t(coming.op)].tensors[1])].weight->w;
+  const int64_t first = coming.begin_of(thread) % w.units() * w.unit_bytes(), from = turn * kFetch, to = std::min(from + kFetch, w.unit_bytes());
+  if (from >= kFetchMost) return;
+  for (int64_t b = from; b < to; b += 64) __builtin_prefetch(w.data + first + b, 0, 2);
+}
+
+// Rows [begin, end) of an op that works row by row.
+void Executable::run_op(Scratch& mine, const Op& op, int64_t begin, int64_t end) {
   auto each = [&](auto f) {
     for (int64_t i = begin; i < end; i++) f(i);
   };
@@ -270,13 +304,7 @@ void Executable::run_op(Scratch& mine, const Phase& phase, const Op& op, int64_t
     case Kind::Map: return each([&, a = map_args(op)](int64_t r) { kernels_->map_row(a, r, mine.floats); });
     case Kind::Sample: return each([&](int64_t r) { sample(op, r); });
     case Kind::Linear:
-      if (phase.part == 0) return each([&, a = linear_args(op, prepared_.data())](int64_t r) { prepare(a, op, r); });
-      return product(mine, phase, op, begin, end);
-    case Kind::Attend: {
-      const AttendPlan& plan = plans_[size_t(op.plan)];
-      if (phase.part == 1) return each([&](int64_t i) { attend_task(mine, op, plan.tasks[size_t(i)]); });
-      return each([&](int64_t i) { attend_merge(mine, op, plan.merges[size_t(i)]); });
-    }
+    case Kind::Attend: break;  // run() cuts these otherwise
   }
 }
 
@@ -340,8 +368,9 @@ LinearArgs Executable::linear_args(const Op& op, uint8_t* x) const {
   return a;
 }
 
-void Executable::prepare(const LinearArgs& a, const Op& op, int64_t row) const {
-  kernels_->prepare_row(*a.w, a.x_bf16, rows_at(op.tensors[0]) + row * tensors_[size_t(op.tensors[0])].ld, a.x, row);
+void Executable::prepare(const LinearArgs& a, const Op& op, int64_t begin, int64_t end) const {
+  const int64_t ld = tensors_[size_t(op.tensors[0])].ld;
+  for (int64_t row = begin; row < end; row++) kernels_->prepare_row(*a.w, a.x_bf16, rows_at(op.tensors[0]) + row * ld, a.x, row);
 }
 
 // Units of columns; a thread that rounds x for itself does so before its first.
@@ -349,7 +378,7 @@ void Executable::product(Scratch& mine, const Phase& phase, const Op& op, int64_
   const bool own = alone(op);
   const LinearArgs a = linear_args(op, own ? mine.x : prepared_.data());
   if (own && mine.holds != &phase) {
-    for (int64_t r = 0; r < a.x.m; r++) prepare(a, op, r);
+    prepare(a, op, 0, a.x.m);
     mine.holds = &phase;
   }
   const int64_t units = a.w->units();

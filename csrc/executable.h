@@ -102,12 +102,15 @@ class Executable {
   void plan_phases(const std::vector<Tap>& taps, bool timed);
   void plan_attend(AttendPlan& p);
   int64_t rows_of(const Tensor& t) const;
+  int64_t rows_of(const Op& op) const;
+  int64_t width_of(const Op& op) const;
   bool alone(const Op& op) const;
   float* rows_at(int tensor) const;
   const float* vector_at(int tensor) const;
 
   void run(Scratch& mine, const Phase& phase, int64_t begin, int64_t end);
-  void run_op(Scratch& mine, const Phase& phase, const Op& op, int64_t begin, int64_t end);
+  void fetch_ahead(int thread, const Phase& coming, int64_t turn) const;
+  void run_op(Scratch& mine, const Op& op, int64_t begin, int64_t end);
   void sample(const Op& op, int64_t r);
   void table_row(RopeTable& table, int64_t t);
   void embed(const Op& op, int64_t t);
@@ -117,7 +120,7 @@ class Executable {
   NormArgs norm_args(const Op& op) const;
   MapArgs map_args(const Op& op) const;
   LinearArgs linear_args(const Op& op, uint8_t* x) const;
-  void prepare(const LinearArgs& a, const Op& op, int64_t row) const;
+  void prepare(const LinearArgs& a, const Op& op, int64_t begin, int64_t end) const;
   void product(Scratch& mine, const Phase& phase, const Op& op, int64_t begin, int64_t end);
   void attend_task(Scratch& mine, const Op& op, const Task& t);
   void attend_merge(Scratch& mine, const Op& op, const Merge& m);

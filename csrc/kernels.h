@@ -10,7 +10,6 @@ enum class Act : int { None, Silu, Gelu, GeluTanh, Relu, Relu2, Sigmoid, Tanh, E
 constexpr float kTiny = 0x1p-120f;  // formats.TINY: groups below it are zeros, for 1 / scale would overflow
 
 constexpr int kPanel = 32;     // columns of a packed panel: two 512-bit vectors
-constexpr int kUnit = 64;      // columns a kernel computes at once: two panels
 constexpr int kRows = 512;     // rows of a result tile held per thread
 constexpr int kSplit = 512;    // positions of K/V whose softmax is taken as one; splits are merged in ascending order
 constexpr int kTaskRows = 32;     // query rows (tokens x heads of a group) an attention task aims at
@@ -33,7 +32,9 @@ struct Weight {
     return !glu ? row / kPanel : row < n / 2 ? row / kPanel * 2 : (row - n / 2) / kPanel * 2 + 1;
   }
   int64_t lane_of(int64_t row) const { return (glu && row >= n / 2 ? row - n / 2 : row) % kPanel; }
-  int64_t units() const { return (panels + 1) / 2; }
+  // What a product is cut into: a panel, or with glu a pair of them.
+  int64_t units() const { return glu ? panels / 2 : panels; }
+  int64_t unit_bytes() const { return glu ? 2 * panel_bytes : panel_bytes; }
 };
 
 // Rows as a weight's kernel reads them: float, bf16 or int8 values, zero beyond k. Rows that one pass of a kernel takes

@@ -52,7 +52,7 @@ template <class T, int MR>
 void float_tile(const uint8_t* w, const typename T::X* x, int64_t steps, float* c, bool first, Ahead ahead) {
   F acc[MR][kVectors];
   EACH_OF for (int m = 0; m < MR; m++)
-    EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = first ? set(0) : load(c + m * kUnit + v * F::N);
+    EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = first ? set(0) : load(c + m * kPanel + v * F::N);
   for (int64_t s = 0; s < steps; s++) {
     typename T::W row[kVectors];
     ahead.fetch(s);
@@ -61,7 +61,7 @@ void float_tile(const uint8_t* w, const typename T::X* x, int64_t steps, float* 
       EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = T::dot(acc[m][v], row[v], x + (s * MR + m) * T::step);
   }
   EACH_OF for (int m = 0; m < MR; m++)
-    EACH_OF for (int v = 0; v < kVectors; v++) store(c + m * kUnit + v * F::N, acc[m][v]);
+    EACH_OF for (int v = 0; v < kVectors; v++) store(c + m * kPanel + v * F::N, acc[m][v]);
 }
 
 template <int Bits>
@@ -91,7 +91,7 @@ void code_tile(const uint8_t* w, int64_t group, const int8_t* x, const float* sc
   const int64_t quads = group / 4, group_bytes = 2 * kPanel + quads * T::quad_bytes;
   if (first)
     EACH_OF for (int m = 0; m < MR; m++)
-      EACH_OF for (int v = 0; v < kVectors; v++) store(c + m * kUnit + v * F::N, set(0));
+      EACH_OF for (int v = 0; v < kVectors; v++) store(c + m * kPanel + v * F::N, set(0));
   for (int64_t g = 0; g < groups; g++, w += group_bytes, x += group * MR, scales += MR, sums += MR) {
     I acc[MR][kVectors];
     EACH_OF for (int m = 0; m < MR; m++)
@@ -109,7 +109,7 @@ void code_tile(const uint8_t* w, int64_t group, const int8_t* x, const float* sc
     EACH_OF for (int v = 0; v < kVectors; v++) {
       F ws = load_bf16((const uint16_t*)w + v * F::N);
       EACH_OF for (int m = 0; m < MR; m++) {
-        float* to = c + m * kUnit + v * F::N;
+        float* to = c + m * kPanel + v * F::N;
         store(to, fma(to_float(acc[m][v]), ws * set(scales[m]), load(to)));
       }
     }
@@ -157,7 +157,7 @@ void float_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uin
     const uint8_t* w = panel + k / T::step * kPanel * T::bytes;
     by_pass(rows, w, steps * kPanel * T::bytes, steps, [&]<int MR>(int64_t m, Ahead ahead) {
       auto x = (const typename T::X*)a.x.values + (first_row + m) * a.x.padded_k + k * MR;
-      float_tile<T, MR>(w, x, steps, tile + m * kUnit, k == 0, ahead);
+      float_tile<T, MR>(w, x, steps, tile + m * kPanel, k == 0, ahead);
     });
   }
 }
@@ -171,7 +171,7 @@ void code_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uint
     by_pass(rows, w, n * group_bytes, n * group / 4, [&]<int MR>(int64_t m, Ahead ahead) {
       const int64_t row = first_row + m, at = row * a.x.groups + g * MR;
       auto x = (const int8_t*)a.x.values + row * a.x.padded_k + g * group * MR;
-      code_tile<Bits, MR>(w, group, x, a.x.scales + at, a.x.sums + at, n, tile + m * kUnit, g == 0, ahead);
+      code_tile<Bits, MR>(w, group, x, a.x.scales + at, a.x.sums + at, n, tile + m * kPanel, g == 0, ahead);
     });
   }
 }
@@ -203,29 +203,41 @@ inline F activate(Act act, F x) {
   return x;
 }
 
-// bias, scale, activation or gated pair, residual; then the columns that exist go out.
-void finish_row(const LinearArgs& a, int64_t row, int64_t unit, const float* y) {
-  const int64_t columns = a.w->glu ? kPanel : kUnit, column = unit * columns;
-  const int64_t count = std::min(columns, a.w->half() - column);
-  float b[kUnit] = {}, r[kUnit] = {}, out[kUnit];
-  if (a.bias) {
-    std::memcpy(b, a.bias + column, count * 4);
-    if (a.w->glu) std::memcpy(b + kPanel, a.bias + a.w->half() + column, count * 4);
+// The first n values, zeros after them.
+inline F load_first(const float* p, int64_t n) {
+  if (n >= F::N) return load(p);
+  float t[F::N] = {};
+  std::memcpy(t, p, size_t(n) * 4);
+  return load(t);
+}
+inline void store_first(float* p, F a, int64_t n) {
+  if (n >= F::N) return store(p, a);
+  float t[F::N];
+  store(t, a);
+  std::memcpy(p, t, size_t(n) * 4);
+}
+
+// bias, scale, activation or gated pair, residual: the columns of unit that exist, from y, and from `up` with glu.
+void finish_row(const LinearArgs& a, int64_t row, int64_t unit, const float* y, const float* up) {
+  const int64_t column = unit * kPanel, count = std::min<int64_t>(kPanel, a.w->half() - column);
+  for (int64_t i = 0; i < count; i += F::N) {
+    auto affine = [&](F v, const float* bias) {
+      if (bias) v = v + load_first(bias + column + i, count - i);
+      return v * set(a.scale);
+    };
+    F v = activate(a.act, affine(load(y + i), a.bias));
+    if (a.w->glu) v = v * affine(load(up + i), a.bias ? a.bias + a.w->half() : nullptr);
+    if (a.residual) v = v + load_first(a.residual + row * a.ld_residual + column + i, count - i);
+    store_first(a.out + row * a.ld_out + column + i, v, count - i);
   }
-  if (a.residual) std::memcpy(r, a.residual + row * a.ld_residual + column, count * 4);
-  for (int64_t i = 0; i < columns; i += F::N) {
-    F v = (load(y + i) + load(b + i)) * set(a.scale);
-    v = activate(a.act, v);
-    if (a.w->glu) v = v * ((load(y + kPanel + i) + load(b + kPanel + i)) * set(a.scale));
-    store(out + i, a.residual ? v + load(r + i) : v);
-  }
-  std::memcpy(a.out + row * a.ld_out + column, out, count * 4);
 }
 
 void linear_unit(const LinearArgs& a, int64_t first_row, int64_t rows, int64_t unit, float* tile) {
-  for (int64_t p = unit * 2; p < std::min(unit * 2 + 2, a.w->panels); p++)
-    product_panel(a, first_row, rows, a.w->data + p * a.w->panel_bytes, tile + p % 2 * kPanel);
-  for (int64_t m = 0; m < rows; m++) finish_row(a, first_row + m, unit, tile + m * kUnit);
+  const uint8_t* panel = a.w->data + unit * a.w->unit_bytes();
+  float* up = tile + kRows * kPanel;
+  product_panel(a, first_row, rows, panel, tile);
+  if (a.w->glu) product_panel(a, first_row, rows, panel + a.w->panel_bytes, up);
+  for (int64_t m = 0; m < rows; m++) finish_row(a, first_row + m, unit, tile + m * kPanel, up + m * kPanel);
 }
 
 // One group of activations to int8: scale max|x| / 127, codes to nearest even. A NaN or infinity makes the scale NaN, so
@@ -273,11 +285,13 @@ void prepare_row(const Weight& w, bool x_bf16, const float* x, const Rows& to, i
     }
   } else if (x_bf16 && w.fmt == Fmt::BF16) {
     uint16_t* out = (uint16_t*)to.values + base + lane * 2;
-    for (int64_t i = 0; i + 2 <= w.k; i += 2) {
-      uint32_t pair = to_bf16(x[i]) | uint32_t(to_bf16(x[i + 1])) << 16;
-      std::memcpy(out + i * height, &pair, 4);
+    uint16_t rounded[256];
+    for (int64_t at = 0; at < w.k; at += 256) {
+      const int64_t count = std::min<int64_t>(256, w.k - at);
+      for (int64_t i = 0; i < count; i++) rounded[i] = to_bf16(x[at + i]);
+      if (count % 2) rounded[count] = 0;
+      for (int64_t i = 0; i < count; i += 2) std::memcpy(out + (at + i) * height, rounded + i, 4);
     }
-    if (w.k % 2) out[(w.k - 1) * height] = to_bf16(x[w.k - 1]), out[(w.k - 1) * height + 1] = 0;
   } else {
     const int64_t step = w.fmt == Fmt::BF16 ? 2 : 1;
     float* out = (float*)to.values + base + lane * step;
