@@ -34,9 +34,10 @@ bool coded(const Weight& w) { return w.fmt == Fmt::I8 || w.fmt == Fmt::I4; }
 // Lays out `rows` prepared rows at `at`; returns the bytes they take.
 int64_t lay_rows(const Weight& w, bool x_bf16, int64_t rows, uint8_t* at, Rows* out) {
   int64_t each = coded(w) ? 1 : x_bf16 && w.fmt == Fmt::BF16 ? 2 : 4;
-  int64_t groups = coded(w) ? w.padded_k / w.group : 0, values = aligned(rows * w.padded_k * each);
-  if (out) *out = {at, (float*)(at + values), (int32_t*)(at + values + aligned(rows * groups * 4)), rows, w.padded_k, groups};
-  return values + 2 * aligned(rows * groups * 4);
+  int64_t groups = coded(w) ? w.padded_k / w.group : 0, spans = coded(w) ? w.spans() : 0;
+  const int64_t scales = aligned(rows * w.padded_k * each), starts = scales + aligned(rows * spans * 4);
+  if (out) *out = {at, (float*)(at + scales), (int32_t*)(at + starts), rows, w.padded_k, groups};
+  return starts + aligned(rows * groups * 4);
 }
 
 }  // namespace

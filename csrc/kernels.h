@@ -10,6 +10,8 @@ enum class Act : int { None, Silu, Gelu, GeluTanh, Relu, Relu2, Sigmoid, Tanh, E
 constexpr float kTiny = 0x1p-120f;  // formats.TINY: groups below it are zeros, for 1 / scale would overflow
 
 constexpr int kPanel = 32;     // columns of a packed panel: two 512-bit vectors
+constexpr int kSpan = 128;     // activations that share a scale, at least; groups are not torn
+constexpr int kMaxSpan = 1024;
 constexpr int kRows = 512;     // rows of a result tile held per thread
 constexpr int kSplit = 512;    // positions of K/V whose softmax is taken as one; splits are merged in ascending order
 constexpr int kTaskRows = 32;     // query rows (tokens x heads of a group) an attention task aims at
@@ -34,6 +36,9 @@ struct Weight {
   int64_t lane_of(int64_t row) const { return (glu && row >= n / 2 ? row - n / 2 : row) % kPanel; }
   // What a product is cut into: a panel, or with glu a pair of them.
   int64_t units() const { return glu ? panels / 2 : panels; }
+  // Groups that share one scale of x, at least 128 values together, and how many such spans there are.
+  int64_t parts() const { return (kSpan + group - 1) / group; }
+  int64_t spans() const { return (padded_k / group + parts() - 1) / parts(); }
   int64_t unit_bytes() const { return glu ? 2 * panel_bytes : panel_bytes; }
 };
 
@@ -41,8 +46,8 @@ struct Weight {
 // together stand interleaved, [step of K][row][values of the step], so that the pass reads one stream.
 struct Rows {
   void* values;    // [m, padded_k] in that order
-  float* scales;   // int8: [groups][row] within a pass
-  int32_t* sums;   // int8: sum of the codes of each group, likewise
+  float* scales;    // int8: [spans][row] within a pass
+  int32_t* starts;  // int8: [groups][row] within a pass, what the sum of a group starts from
   int64_t m, padded_k, groups;
 };
 

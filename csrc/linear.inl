@@ -36,7 +36,9 @@ struct Bf16Pairs {  // activations rounded to bf16: the dot-product instruction
 };
 
 constexpr int kVectors = kPanel / F::N;  // vectors of a panel's row
-constexpr int kTileRows = F::N == 16 ? 12 : 3;  // rows whose accumulators fill the registers
+// Rows whose sums fill the registers: one sum an element, or with codes one of integers and one of floats.
+constexpr int kFloatRows = F::N == 16 ? 12 : 3, kCodeRows = F::N == 16 ? 6 : 3;
+inline int tile_rows(const Weight& w) { return w.group ? kCodeRows : kFloatRows; }
 
 // Where the weights that come after a block lie; each pass over the block fetches its share of them meanwhile.
 struct Ahead {
@@ -85,39 +87,45 @@ struct Codes {
   }
 };
 
+// Integer sums of a group are exact; `parts` groups, that share a scale of x, are added before it is applied. Both kinds of
+// sums stay in registers: storing a tile at the end of every group of 32 costs a third of the speed.
 template <int Bits, int MR>
-void code_tile(const uint8_t* w, int64_t group, const int8_t* x, const float* scales, const int32_t* sums, int64_t groups, float* c, bool first, Ahead ahead) {
+void code_tile(const uint8_t* w, int64_t group, int64_t parts, const int8_t* x, const float* scales, const int32_t* starts, int64_t groups, float* c, bool first, Ahead ahead) {
   using T = Codes<Bits>;
   const int64_t quads = group / 4, group_bytes = 2 * kPanel + quads * T::quad_bytes;
-  if (first)
+  for (int64_t g = 0; g < groups; g += parts, scales += MR) {
+    F sums[MR][kVectors];
     EACH_OF for (int m = 0; m < MR; m++)
-      EACH_OF for (int v = 0; v < kVectors; v++) store(c + m * kPanel + v * F::N, set(0));
-  for (int64_t g = 0; g < groups; g++, w += group_bytes, x += group * MR, scales += MR, sums += MR) {
-    I acc[MR][kVectors];
-    EACH_OF for (int m = 0; m < MR; m++)
-      EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = set_int(-T::offset * sums[m]);
-    for (int64_t q = 0; q < quads; q++) {
-      I cols[kVectors];
-      ahead.fetch(g * quads + q);
-      T::load_w(w + 2 * kPanel + q * T::quad_bytes, cols);
-      EACH_OF for (int m = 0; m < MR; m++) {
-        int32_t quad;
-        std::memcpy(&quad, x + (q * MR + m) * 4, 4);
-        EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = T::dot(acc[m][v], cols[v], quad);
+      EACH_OF for (int v = 0; v < kVectors; v++) sums[m][v] = set(0);
+    for (int64_t p = g; p < std::min(groups, g + parts); p++, w += group_bytes, x += group * MR, starts += MR) {
+      I acc[MR][kVectors];
+      EACH_OF for (int m = 0; m < MR; m++)
+        EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = set_int(starts[m]);
+      for (int64_t q = 0; q < quads; q++) {
+        I cols[kVectors];
+        ahead.fetch(p * quads + q);
+        T::load_w(w + 2 * kPanel + q * T::quad_bytes, cols);
+        EACH_OF for (int m = 0; m < MR; m++) {
+          int32_t quad;
+          std::memcpy(&quad, x + (q * MR + m) * 4, 4);
+          EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = T::dot(acc[m][v], cols[v], quad);
+        }
+      }
+      EACH_OF for (int v = 0; v < kVectors; v++) {
+        F ws = load_bf16((const uint16_t*)w + v * F::N);
+        EACH_OF for (int m = 0; m < MR; m++) sums[m][v] = fma(to_float(acc[m][v]), ws, sums[m][v]);
       }
     }
-    EACH_OF for (int v = 0; v < kVectors; v++) {
-      F ws = load_bf16((const uint16_t*)w + v * F::N);
-      EACH_OF for (int m = 0; m < MR; m++) {
+    EACH_OF for (int m = 0; m < MR; m++)
+      EACH_OF for (int v = 0; v < kVectors; v++) {
         float* to = c + m * kPanel + v * F::N;
-        store(to, fma(to_float(acc[m][v]), ws * set(scales[m]), load(to)));
+        store(to, fma(sums[m][v], set(scales[m]), first && g == 0 ? set(0) : load(to)));
       }
-    }
   }
 }
 
-// Runs f<MR>() for MR rows, 1..kTileRows.
-template <int MR = kTileRows, class Fn>
+// Runs f<rows>() for rows 1..MR.
+template <int MR, class Fn>
 void with_rows(int64_t rows, Fn f) {
   if constexpr (MR > 0) {
     if (rows == MR) return f.template operator()<MR>();
@@ -129,22 +137,23 @@ void with_rows(int64_t rows, Fn f) {
 struct Pass {
   int64_t first, height;
 };
-inline int64_t passes_over(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
-inline Pass pass_of(int64_t total, int64_t row) {
-  const int64_t block = row / kRows * kRows, rows = std::min<int64_t>(kRows, total - block), passes = passes_over(rows);
+inline int64_t passes_over(int64_t rows, int most) { return (rows + most - 1) / most; }
+inline Pass pass_of(const Weight& w, int64_t total, int64_t row) {
+  const int64_t block = row / kRows * kRows, rows = std::min<int64_t>(kRows, total - block);
+  const int64_t passes = passes_over(rows, tile_rows(w));
   const int64_t i = ((row - block + 1) * passes - 1) / rows, first = rows * i / passes;
   return {block + first, rows * (i + 1) / passes - first};
 }
 
 // f<MR>(first row, ahead) for each pass over `rows` rows. Blocks follow each other in memory, so what comes `bytes` after
 // a block's start is the next; the hardware alone does not see far enough past the work of several rows.
-template <class Fn>
+template <int Most, class Fn>
 void by_pass(int64_t rows, const uint8_t* block, int64_t bytes, int64_t steps, Fn f) {
-  const int64_t passes = passes_over(rows), share = bytes / passes;
+  const int64_t passes = passes_over(rows, Most), share = bytes / passes;
   for (int64_t i = 0; i < passes; i++) {
     const int64_t row = rows * i / passes, next = rows * (i + 1) / passes;
     Ahead ahead{block + bytes + i * share, rows <= 2 ? 0 : std::max<int64_t>(1, share / steps)};
-    with_rows(next - row, [&]<int MR>() { f.template operator()<MR>(row, ahead); });
+    with_rows<Most>(next - row, [&]<int MR>() { f.template operator()<MR>(row, ahead); });
   }
 }
 
@@ -155,7 +164,7 @@ void float_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uin
   for (int64_t k = 0; k < a.w->padded_k; k += kDepth) {
     const int64_t steps = std::min(kDepth, a.w->padded_k - k) / T::step;
     const uint8_t* w = panel + k / T::step * kPanel * T::bytes;
-    by_pass(rows, w, steps * kPanel * T::bytes, steps, [&]<int MR>(int64_t m, Ahead ahead) {
+    by_pass<kFloatRows>(rows, w, steps * kPanel * T::bytes, steps, [&]<int MR>(int64_t m, Ahead ahead) {
       auto x = (const typename T::X*)a.x.values + (first_row + m) * a.x.padded_k + k * MR;
       float_tile<T, MR>(w, x, steps, tile + m * kPanel, k == 0, ahead);
     });
@@ -164,14 +173,16 @@ void float_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uin
 
 template <int Bits>
 void code_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, float* tile) {
-  const int64_t group = a.w->group, depth = std::max<int64_t>(1, kDepth / group), group_bytes = a.w->panel_bytes / a.x.groups;
+  const int64_t group = a.w->group, parts = a.w->parts(), depth = std::max<int64_t>(1, kDepth / (group * parts)) * parts;
+  const int64_t group_bytes = a.w->panel_bytes / a.x.groups, spans = a.w->spans();
   for (int64_t g = 0; g < a.x.groups; g += depth) {
     const int64_t n = std::min(depth, a.x.groups - g);
     const uint8_t* w = panel + g * group_bytes;
-    by_pass(rows, w, n * group_bytes, n * group / 4, [&]<int MR>(int64_t m, Ahead ahead) {
-      const int64_t row = first_row + m, at = row * a.x.groups + g * MR;
+    by_pass<kCodeRows>(rows, w, n * group_bytes, n * group / 4, [&]<int MR>(int64_t m, Ahead ahead) {
+      const int64_t row = first_row + m;
       auto x = (const int8_t*)a.x.values + row * a.x.padded_k + g * group * MR;
-      code_tile<Bits, MR>(w, group, x, a.x.scales + at, a.x.sums + at, n, tile + m * kPanel, g == 0, ahead);
+      code_tile<Bits, MR>(w, group, parts, x, a.x.scales + row * spans + g / parts * MR, a.x.starts + row * a.x.groups + g * MR, n,
+                          tile + m * kPanel, g == 0, ahead);
     });
   }
 }
@@ -240,49 +251,54 @@ void linear_unit(const LinearArgs& a, int64_t first_row, int64_t rows, int64_t u
   for (int64_t m = 0; m < rows; m++) finish_row(a, first_row + m, unit, tile + m * kPanel, up + m * kPanel);
 }
 
-// One group of activations to int8: scale max|x| / 127, codes to nearest even. A NaN or infinity makes the scale NaN, so
-// that it reaches the result instead of vanishing in a cast.
-void quantise_group(const float* x, int64_t n, int8_t* codes, float* scale, int32_t* total) {
+// n activations to int8: scale max|x| / 127, codes to nearest even. A NaN or infinity makes the scale NaN, so that it
+// reaches the result instead of vanishing in a cast.
+float quantise_span(const float* x, int64_t n, int8_t* codes) {
   F peaks = set(0), poison = set(0);
   for (int64_t i = 0; i < n; i += F::N) {
     F v = load(x + i);
     peaks = max(abs(v), peaks);
     poison = poison + v * set(0);
   }
-  float peak = largest(peaks), bad = sum(poison);
-  float inverse = peak >= kTiny && bad == 0 ? 127.0f / peak : 0.0f;
-  *scale = peak / 127.0f + bad;
+  const float peak = largest(peaks), bad = sum(poison);
+  const float inverse = peak >= kTiny && bad == 0 ? 127.0f / peak : 0.0f;
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, to nearest even
-  int32_t sum_of_codes = 0;
   if (bad == 0)
-    for (int64_t i = 0; i < n; i++) {
-      int32_t code = int32_t((x[i] * inverse + magic) - magic);
-      codes[i] = int8_t(code);
-      sum_of_codes += code;
-    }
+    for (int64_t i = 0; i < n; i++) codes[i] = int8_t(int32_t((x[i] * inverse + magic) - magic));
   else
     std::memset(codes, 0, size_t(n));
-  *total = sum_of_codes;
+  return peak / 127.0f + bad;
+}
+
+// A row in spans of as many groups as share a scale. A group's sum starts at what the offset of the weights' codes adds.
+void quantise_row(const Weight& w, const float* x, const Rows& to, const Pass& pass, int64_t lane) {
+  const int64_t span = w.group * w.parts(), height = pass.height;
+  float padded[kMaxSpan];
+  int8_t codes[kMaxSpan];
+  for (int64_t begin = 0; begin < w.padded_k; begin += span) {
+    const int64_t count = std::min(span, w.padded_k - begin), held = std::min(count, w.k - begin);
+    const float* from = x + begin;
+    if (held < count) {
+      std::memset(padded, 0, sizeof padded);
+      std::memcpy(padded, from, size_t(std::max<int64_t>(held, 0)) * 4);
+      from = padded;
+    }
+    to.scales[pass.first * w.spans() + begin / span * height + lane] = quantise_span(from, count, codes);
+    for (int64_t g = 0; g < count; g += w.group) {
+      int32_t total = 0;
+      for (int64_t i = 0; i < w.group; i++) total += codes[g + i];
+      to.starts[pass.first * to.groups + (begin + g) / w.group * height + lane] = -(w.fmt == Fmt::I8 ? kOffset8 : 8) * total;
+    }
+    int8_t* out = (int8_t*)to.values + pass.first * w.padded_k + begin * height + lane * 4;
+    for (int64_t q = 0; q < count / 4; q++) std::memcpy(out + q * height * 4, codes + q * 4, 4);
+  }
 }
 
 void prepare_row(const Weight& w, bool x_bf16, const float* x, const Rows& to, int64_t row) {
-  const Pass pass = pass_of(to.m, row);
+  const Pass pass = pass_of(w, to.m, row);
   const int64_t base = pass.first * w.padded_k, lane = row - pass.first, height = pass.height;
   if (w.fmt == Fmt::I8 || w.fmt == Fmt::I4) {
-    for (int64_t g = 0; g < to.groups; g++) {
-      int64_t begin = g * w.group, at = pass.first * to.groups + g * height + lane;
-      const float* from = x + begin;
-      float padded[1024];
-      int8_t codes[1024];
-      if (begin + w.group > w.k) {
-        std::memset(padded, 0, sizeof padded);
-        std::memcpy(padded, from, size_t(w.k - begin) * 4);
-        from = padded;
-      }
-      quantise_group(from, w.group, codes, to.scales + at, to.sums + at);
-      int8_t* out = (int8_t*)to.values + base + begin * height + lane * 4;
-      for (int64_t q = 0; q < w.group / 4; q++) std::memcpy(out + q * height * 4, codes + q * 4, 4);
-    }
+    quantise_row(w, x, to, pass, lane);
   } else if (x_bf16 && w.fmt == Fmt::BF16) {
     uint16_t* out = (uint16_t*)to.values + base + lane * 2;
     uint16_t rounded[256];

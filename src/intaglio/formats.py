@@ -21,6 +21,7 @@ PLAIN = {
     "i32": np.dtype(np.int32),
 }
 GROUPED = "int8gN / int4gN with N in 32..1024 a multiple of 32"
+SPAN = 128  # activations that share a scale, at least: the error is the weights' anyway, and sums stay integers longer
 SCALE_BITS = 16  # group scales are stored as bf16: full float32 range, and codes are chosen against the rounded scale
 
 
@@ -118,10 +119,13 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
 def quantise_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     """Activations [T, K] to int8 on the fly: codes int8 [T, G, group] and scales float32 [T, G], G = ceil(K / group).
 
-    scale = max|x| / 127 kept in float32; codes = rint(x * (127 / max|x|)), ties to even; zeros where max|x| < TINY.
+    Scales are shared by as many groups as make SPAN values: max|x| / 127 kept in float32; codes = rint(x * (127 /
+    max|x|)), ties to even; zeros where max|x| < TINY.
     """
     groups = in_groups(np.asarray(x, np.float32), group)
+    parts = -(-SPAN // group)
     peak = np.abs(groups).max(axis=2)
+    peak = np.maximum.reduceat(peak, range(0, peak.shape[1], parts), axis=1).repeat(parts, axis=1)[:, : peak.shape[1]]
     inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak >= TINY)
     codes = np.rint(groups * inverse[:, :, None]).astype(np.int8)
     return codes, peak / np.float32(127)
