@@ -30,7 +30,8 @@ bool cpu_has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_sup
 #if defined(INTAGLIO_HAVE_AVX512)
 bool cpu_has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vbmi");
 }
 #endif
 
@@ -68,8 +69,10 @@ T lookup(const std::map<std::string, T>& table, const std::string& name, const c
   return at->second;
 }
 
-const std::map<std::string, Fmt> kFormats = {
-    {"f32", Fmt::F32}, {"f16", Fmt::F16}, {"bf16", Fmt::BF16}, {"int8", Fmt::I8}, {"int4", Fmt::I4}};
+const std::map<std::string, std::pair<Fmt, bool>> kFormats = {  // and whether a row has one scale
+    {"f32", {Fmt::F32, false}}, {"f16", {Fmt::F16, false}}, {"bf16", {Fmt::BF16, false}}, {"int8", {Fmt::I8, false}},
+    {"int4", {Fmt::I4, false}}, {"mxfp4", {Fmt::MX4, false}}, {"fp8", {Fmt::FP8, false}}, {"int8row", {Fmt::I8, true}},
+    {"fp8row", {Fmt::FP8, true}}};
 const std::map<std::string, Source> kSources = {{"f32", Source::F32}, {"f16", Source::F16}, {"bf16", Source::BF16}};
 const std::map<std::string, Kind> kKinds = {
     {"embed", Kind::Embed}, {"select", Kind::Select}, {"norm", Kind::Norm}, {"linear", Kind::Linear}, {"rope", Kind::Rope},
@@ -145,11 +148,11 @@ double read_bandwidth(int threads, int megabytes, int runs, const std::string& i
 double matrix_peak(int threads, const std::string& format, int group, int runs, const std::string& isa) {
   const Kernels* kernels = kernels_of(isa);
   constexpr int64_t rows = 96, depth = 1024, repeats = 96;
-  Fmt fmt = lookup(kFormats, format, "format");
+  const auto [fmt, row] = lookup(kFormats, format, "format");
   std::vector<std::unique_ptr<PackedWeight>> weights;
   std::vector<std::vector<float>> memory;
   for (int i = 0; i < threads; i++) {
-    weights.push_back(std::make_unique<PackedWeight>(fmt, kPanel, depth, group, false));
+    weights.push_back(std::make_unique<PackedWeight>(fmt, row, kPanel, depth, group, false));
     memory.emplace_back(rows * depth * 2 + kRows * kPanel + rows * kPanel, 0.0f);
   }
   return 2.0 * rows * depth * kPanel * repeats * best_rate(threads, runs, repeats, [&](int thread, int64_t) {
@@ -168,7 +171,8 @@ NB_MODULE(_native, m) {
   m.def("matrix_peak", &matrix_peak, "threads"_a, "format"_a, "group"_a = 0, "runs"_a = 20, "isa"_a = isas().front());
   nb::class_<PackedWeight>(m, "Weight")
       .def("__init__", [](PackedWeight* self, const std::string& format, int64_t n, int64_t k, int64_t group, bool glu) {
-             new (self) PackedWeight(lookup(kFormats, format, "format"), n, k, group, glu);
+             const auto [fmt, row] = lookup(kFormats, format, "format");
+             new (self) PackedWeight(fmt, row, n, k, group, glu);
            }, "format"_a, "n"_a, "k"_a, "group"_a, "glu"_a)
       .def("fill", &fill)
       .def("map", &PackedWeight::map, "file"_a, "offset"_a, "writable"_a)

@@ -29,12 +29,10 @@ uint16_t to_bf16(float f) {
   return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-bool coded(const Weight& w) { return w.fmt == Fmt::I8 || w.fmt == Fmt::I4; }
-
 // Lays out `rows` prepared rows at `at`; returns the bytes they take.
 int64_t lay_rows(const Weight& w, bool x_bf16, int64_t rows, uint8_t* at, Rows* out) {
-  int64_t each = coded(w) ? 1 : x_bf16 && w.fmt == Fmt::BF16 ? 2 : 4;
-  int64_t groups = coded(w) ? w.padded_k / w.group : 0, spans = coded(w) ? w.spans() : 0;
+  int64_t each = w.integer() ? 1 : x_bf16 && w.pairs() ? 2 : 4;
+  int64_t groups = w.integer() ? w.padded_k / w.group : 0, spans = w.integer() ? w.spans() : 0;
   const int64_t scales = aligned(rows * w.padded_k * each), starts = scales + aligned(rows * spans * 4);
   if (out) *out = {at, (float*)(at + scales), (int32_t*)(at + starts), rows, w.padded_k, groups};
   return starts + aligned(rows * groups * 4);
@@ -42,8 +40,8 @@ int64_t lay_rows(const Weight& w, bool x_bf16, int64_t rows, uint8_t* at, Rows* 
 
 }  // namespace
 
-PackedWeight::PackedWeight(Fmt fmt, int64_t n, int64_t k, int64_t group, bool glu)
-    : w(weight_layout(fmt, n, k, group, glu)), memory(w.panels * w.panel_bytes) {
+PackedWeight::PackedWeight(Fmt fmt, bool row, int64_t n, int64_t k, int64_t group, bool glu)
+    : w(weight_layout(fmt, row, n, k, group, glu)), memory(w.panels * w.panel_bytes) {
   w.data = memory.data();
 }
 

@@ -14,7 +14,7 @@ namespace intaglio {
 struct PackedWeight {
   Weight w;
   Memory memory;
-  PackedWeight(Fmt fmt, int64_t n, int64_t k, int64_t group, bool glu);
+  PackedWeight(Fmt fmt, bool row, int64_t n, int64_t k, int64_t group, bool glu);
   void fill(const void* rows, Source type, int64_t first, int64_t count, int threads);
   void map(int file, int64_t offset, bool writable);  // its memory is this range of a file from now on
 };

@@ -4,7 +4,7 @@
 
 namespace intaglio {
 
-enum class Fmt : int { F32, F16, BF16, I8, I4 };
+enum class Fmt : int { F32, F16, BF16, I8, I4, MX4, FP8 };
 enum class Act : int { None, Silu, Gelu, GeluTanh, Relu, Relu2, Sigmoid, Tanh, Exp };
 
 constexpr float kTiny = 0x1p-120f;  // formats.TINY: groups below it are zeros, for 1 / scale would overflow
@@ -21,11 +21,14 @@ constexpr int kMaxTaskRows = 256; // and what one token's heads may come to
 //   F32 [k][32]   F16 [k][32]   BF16 [k/2][32][2]
 //   I8 per group of K: 32 scales (bf16), then [group/4][32][4] codes + 128
 //   I4 per group of K: 32 scales (bf16), then [group/4][64] bytes, byte b: code + 8 of row b/4 low, of row 16 + b/4 high
-// With glu, panels alternate between the gate half and the up half.
+//   MX4 like I4, of E2M1's bits (sign, exponent, mantissa); scales are half of E8M0's, for twice the value is whole
+//   FP8 per group of K: 32 scales (f32), then [group/2][64] bytes of E4M3, of row r at r/4%4*16 + r/16*8 + r%4*2, where
+//       halves of 16 bytes interleave to pairs of bf16 in order
+// With glu, panels alternate between the gate half and the up half. With `row`, the groups of a row share a scale.
 struct Weight {
   Fmt fmt;
   int64_t n, k, group;
-  bool glu;
+  bool glu, row;
   int64_t padded_k, panels, panel_bytes;
   uint8_t* data;
 
@@ -36,6 +39,11 @@ struct Weight {
   int64_t lane_of(int64_t row) const { return (glu && row >= n / 2 ? row - n / 2 : row) % kPanel; }
   // What a product is cut into: a panel, or with glu a pair of them.
   int64_t units() const { return glu ? panels / 2 : panels; }
+  bool integer() const { return group && fmt != Fmt::FP8; }           // x becomes int8
+  bool pairs() const { return fmt == Fmt::BF16 || fmt == Fmt::FP8; }  // x goes in pairs, of float or bf16
+  int64_t group_bytes() const {
+    return fmt == Fmt::FP8 ? kPanel * (4 + group) : kPanel * (2 + (fmt == Fmt::I8 ? group : group / 2));
+  }
   // Groups that share one scale of x, at least 128 values together, and how many such spans there are.
   int64_t parts() const { return (kSpan + group - 1) / group; }
   int64_t spans() const { return (padded_k / group + parts() - 1) / parts(); }

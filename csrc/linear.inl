@@ -38,7 +38,7 @@ struct Bf16Pairs {  // activations rounded to bf16: the dot-product instruction
 constexpr int kVectors = kPanel / F::N;  // vectors of a panel's row
 // Rows whose sums fill the registers: one sum an element, or with codes one of integers and one of floats.
 constexpr int kFloatRows = F::N == 16 ? 12 : 3, kCodeRows = F::N == 16 ? 6 : 3;
-inline int tile_rows(const Weight& w) { return w.group ? kCodeRows : kFloatRows; }
+inline int tile_rows(const Weight& w) { return w.integer() ? kCodeRows : kFloatRows; }
 
 // Where the weights that come after a block lie; each pass over the block fetches its share of them meanwhile.
 struct Ahead {
@@ -66,32 +66,33 @@ void float_tile(const uint8_t* w, const typename T::X* x, int64_t steps, float* 
     EACH_OF for (int v = 0; v < kVectors; v++) store(c + m * kPanel + v * F::N, acc[m][v]);
 }
 
-template <int Bits>
+template <Fmt Format>
 struct Codes {
-  static constexpr int quad_bytes = Bits == 8 ? 128 : 64;  // a panel's codes for four values of K
-  static constexpr int offset = Bits == 8 ? kOffset8 : 8;
+  static constexpr bool wide = Format == Fmt::I8;
+  static constexpr int quad_bytes = wide ? 128 : 64;  // a panel's codes for four values of K
+  static constexpr int offset = wide ? kOffset8 : Format == Fmt::I4 ? 8 : 12;
   static void load_w(const uint8_t* p, I* w) {
-    if constexpr (Bits == 8) {
+    if constexpr (wide) {
       EACH_OF for (int v = 0; v < kVectors; v++) w[v] = load_raw(p + v * F::N * 4);
     } else {
       EACH_OF for (int v = 0; v < kVectors / 2; v++) {
-        I both = load_raw(p + v * F::N * 4);
-        w[v] = low_nibbles(both);
-        w[v + kVectors / 2] = high_nibbles(both);
+        const I both = load_raw(p + v * F::N * 4), low = low_nibbles(both), high = high_nibbles(both);
+        w[v] = Format == Fmt::MX4 ? levels(low) : low;
+        w[v + kVectors / 2] = Format == Fmt::MX4 ? levels(high) : high;
       }
     }
   }
   static I dot(I acc, I w, int32_t quad) {
-    if constexpr (Bits == 8) return dot_u8(acc, w, quad);
+    if constexpr (wide) return dot_u8(acc, w, quad);
     return dot_u4(acc, w, quad);
   }
 };
 
 // Integer sums of a group are exact; `parts` groups, that share a scale of x, are added before it is applied. Both kinds of
 // sums stay in registers: storing a tile at the end of every group of 32 costs a third of the speed.
-template <int Bits, int MR>
+template <Fmt Format, int MR>
 void code_tile(const uint8_t* w, int64_t group, int64_t parts, const int8_t* x, const float* scales, const int32_t* starts, int64_t groups, float* c, bool first, Ahead ahead) {
-  using T = Codes<Bits>;
+  using T = Codes<Format>;
   const int64_t quads = group / 4, group_bytes = 2 * kPanel + quads * T::quad_bytes;
   for (int64_t g = 0; g < groups; g += parts, scales += MR) {
     F sums[MR][kVectors];
@@ -121,6 +122,31 @@ void code_tile(const uint8_t* w, int64_t group, int64_t parts, const int8_t* x, 
         float* to = c + m * kPanel + v * F::N;
         store(to, fma(sums[m][v], set(scales[m]), first && g == 0 ? set(0) : load(to)));
       }
+  }
+}
+
+// E4M3 becomes pairs of bf16 by table; a group is summed before its scale is applied.
+template <class T, int MR>
+void fp8_tile(const uint8_t* w, int64_t group, const typename T::X* x, int64_t groups, float* c, bool first, Ahead ahead) {
+  const int64_t steps = group / 2;
+  for (int64_t g = 0; g < groups; g++, w += kPanel * (4 + group)) {
+    F acc[MR][kVectors];
+    EACH_OF for (int m = 0; m < MR; m++)
+      EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = set(0);
+    for (int64_t s = 0; s < steps; s++, x += 2 * MR) {
+      I row[kVectors];
+      ahead.fetch(g * steps + s);
+      load_e4m3(w + kPanel * (4 + 2 * s), row);
+      EACH_OF for (int m = 0; m < MR; m++)
+        EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = T::dot(acc[m][v], row[v], x + m * 2);
+    }
+    EACH_OF for (int v = 0; v < kVectors; v++) {
+      const F scale = load((const float*)w + v * F::N);
+      EACH_OF for (int m = 0; m < MR; m++) {
+        float* to = c + m * kPanel + v * F::N;
+        store(to, fma(acc[m][v], scale, first && g == 0 ? set(0) : load(to)));
+      }
+    }
   }
 }
 
@@ -171,31 +197,44 @@ void float_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uin
   }
 }
 
-template <int Bits>
+template <Fmt Format>
 void code_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, float* tile) {
   const int64_t group = a.w->group, parts = a.w->parts(), depth = std::max<int64_t>(1, kDepth / (group * parts)) * parts;
-  const int64_t group_bytes = a.w->panel_bytes / a.x.groups, spans = a.w->spans();
+  const int64_t bytes = a.w->group_bytes(), spans = a.w->spans();
   for (int64_t g = 0; g < a.x.groups; g += depth) {
     const int64_t n = std::min(depth, a.x.groups - g);
-    const uint8_t* w = panel + g * group_bytes;
-    by_pass<kCodeRows>(rows, w, n * group_bytes, n * group / 4, [&]<int MR>(int64_t m, Ahead ahead) {
+    by_pass<kCodeRows>(rows, panel + g * bytes, n * bytes, n * group / 4, [&]<int MR>(int64_t m, Ahead ahead) {
       const int64_t row = first_row + m;
       auto x = (const int8_t*)a.x.values + row * a.x.padded_k + g * group * MR;
-      code_tile<Bits, MR>(w, group, parts, x, a.x.scales + row * spans + g / parts * MR, a.x.starts + row * a.x.groups + g * MR, n,
-                          tile + m * kPanel, g == 0, ahead);
+      code_tile<Format, MR>(panel + g * bytes, group, parts, x, a.x.scales + row * spans + g / parts * MR,
+                            a.x.starts + row * a.x.groups + g * MR, n, tile + m * kPanel, g == 0, ahead);
+    });
+  }
+}
+
+template <class T>
+void fp8_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, float* tile) {
+  const int64_t group = a.w->group, depth = std::max<int64_t>(1, kDepth / group), bytes = a.w->group_bytes();
+  const int64_t groups = a.w->padded_k / group;
+  for (int64_t g = 0; g < groups; g += depth) {
+    const int64_t n = std::min(depth, groups - g);
+    by_pass<kFloatRows>(rows, panel + g * bytes, n * bytes, n * group / 2, [&]<int MR>(int64_t m, Ahead ahead) {
+      auto x = (const typename T::X*)a.x.values + (first_row + m) * a.x.padded_k + g * group * MR;
+      fp8_tile<T, MR>(panel + g * bytes, group, x, n, tile + m * kPanel, g == 0, ahead);
     });
   }
 }
 
 void product_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, float* tile) {
+  auto with = [&](auto run) { run(a, first_row, rows, panel, tile); };
   switch (a.w->fmt) {
-    case Fmt::F32: return float_panel<F32Weights>(a, first_row, rows, panel, tile);
-    case Fmt::F16: return float_panel<F16Weights>(a, first_row, rows, panel, tile);
-    case Fmt::BF16:
-      return a.x_bf16 ? float_panel<Bf16Pairs>(a, first_row, rows, panel, tile)
-                      : float_panel<Bf16Weights>(a, first_row, rows, panel, tile);
-    case Fmt::I8: return code_panel<8>(a, first_row, rows, panel, tile);
-    case Fmt::I4: return code_panel<4>(a, first_row, rows, panel, tile);
+    case Fmt::F32: return with(float_panel<F32Weights>);
+    case Fmt::F16: return with(float_panel<F16Weights>);
+    case Fmt::BF16: return with(a.x_bf16 ? float_panel<Bf16Pairs> : float_panel<Bf16Weights>);
+    case Fmt::I8: return with(code_panel<Fmt::I8>);
+    case Fmt::I4: return with(code_panel<Fmt::I4>);
+    case Fmt::MX4: return with(code_panel<Fmt::MX4>);
+    case Fmt::FP8: return with(a.x_bf16 ? fp8_panel<Bf16Pairs> : fp8_panel<Bf16Weights>);
   }
 }
 
@@ -270,6 +309,10 @@ float quantise_span(const float* x, int64_t n, int8_t* codes) {
   return peak / 127.0f + bad;
 }
 
+inline int32_t offset_of(Fmt fmt) {
+  return fmt == Fmt::I8 ? Codes<Fmt::I8>::offset : fmt == Fmt::I4 ? Codes<Fmt::I4>::offset : Codes<Fmt::MX4>::offset;
+}
+
 // A row in spans of as many groups as share a scale. A group's sum starts at what the offset of the weights' codes adds.
 void quantise_row(const Weight& w, const float* x, const Rows& to, const Pass& pass, int64_t lane) {
   const int64_t span = w.group * w.parts(), height = pass.height;
@@ -287,7 +330,7 @@ void quantise_row(const Weight& w, const float* x, const Rows& to, const Pass& p
     for (int64_t g = 0; g < count; g += w.group) {
       int32_t total = 0;
       for (int64_t i = 0; i < w.group; i++) total += codes[g + i];
-      to.starts[pass.first * to.groups + (begin + g) / w.group * height + lane] = -(w.fmt == Fmt::I8 ? kOffset8 : 8) * total;
+      to.starts[pass.first * to.groups + (begin + g) / w.group * height + lane] = -offset_of(w.fmt) * total;
     }
     int8_t* out = (int8_t*)to.values + pass.first * w.padded_k + begin * height + lane * 4;
     for (int64_t q = 0; q < count / 4; q++) std::memcpy(out + q * height * 4, codes + q * 4, 4);
@@ -297,19 +340,19 @@ void quantise_row(const Weight& w, const float* x, const Rows& to, const Pass& p
 void prepare_row(const Weight& w, bool x_bf16, const float* x, const Rows& to, int64_t row) {
   const Pass pass = pass_of(w, to.m, row);
   const int64_t base = pass.first * w.padded_k, lane = row - pass.first, height = pass.height;
-  if (w.fmt == Fmt::I8 || w.fmt == Fmt::I4) {
+  if (w.integer()) {
     quantise_row(w, x, to, pass, lane);
-  } else if (x_bf16 && w.fmt == Fmt::BF16) {
+  } else if (x_bf16 && w.pairs()) {
     uint16_t* out = (uint16_t*)to.values + base + lane * 2;
     uint16_t rounded[256];
-    for (int64_t at = 0; at < w.k; at += 256) {
-      const int64_t count = std::min<int64_t>(256, w.k - at);
-      for (int64_t i = 0; i < count; i++) rounded[i] = to_bf16(x[at + i]);
-      if (count % 2) rounded[count] = 0;
+    for (int64_t at = 0; at < w.padded_k; at += 256) {
+      const int64_t count = std::min<int64_t>(256, w.padded_k - at), held = std::max<int64_t>(0, std::min(count, w.k - at));
+      for (int64_t i = 0; i < held; i++) rounded[i] = to_bf16(x[at + i]);
+      std::fill(rounded + held, rounded + count, uint16_t(0));
       for (int64_t i = 0; i < count; i += 2) std::memcpy(out + (at + i) * height, rounded + i, 4);
     }
   } else {
-    const int64_t step = w.fmt == Fmt::BF16 ? 2 : 1;
+    const int64_t step = w.pairs() ? 2 : 1;
     float* out = (float*)to.values + base + lane * step;
     for (int64_t i = 0; i < w.padded_k; i++) {
       float v = i < w.k ? x[i] : 0.0f;

@@ -123,49 +123,90 @@ void pack_plain(const Weight& w, const Strip& s) {
   }
 }
 
+constexpr int64_t kMaxGroup = 1024;
+
 struct GroupAt {  // where a row's codes and scale of one group stand
   uint8_t* scales;
   uint8_t* codes;
 };
 GroupAt group_at(const Weight& w, int64_t panel, int64_t g) {
-  int64_t bytes = 2 * kPanel + w.group / 4 * (w.fmt == Fmt::I8 ? 128 : 64);
-  uint8_t* at = w.data + panel * w.panel_bytes + g * bytes;
-  return {at, at + 2 * kPanel};
+  uint8_t* at = w.data + panel * w.panel_bytes + g * w.group_bytes();
+  return {at, at + kPanel * (w.fmt == Fmt::FP8 ? 4 : 2)};
 }
 
-constexpr int64_t kMaxGroup = 1024;
+struct Range {
+  float low, high;
+};
 
-// A group's codes above `floor`, from 0 on, and its scale in bf16; the choice is formats.quantise()'s: the scale is rounded
-// first, codes are to nearest even against it. Columns of 8 keep the loops free of any order that would stop a compiler.
-uint16_t quantise(const float* x, int64_t group, bool wide, uint8_t* codes) {
+// The smallest and the largest of `count` values, a multiple of 8. Columns of 8 keep the loop free of any order that would
+// stop a compiler.
+Range range_of(const float* x, int64_t count) {
   constexpr int64_t step = 8;
   float lows[step], highs[step];
   std::copy(x, x + step, lows), std::copy(x, x + step, highs);
-  for (int64_t i = step; i < group; i += step)
+  for (int64_t i = step; i < count; i += step)
     for (int64_t j = 0; j < step; j++) {
       lows[j] = x[i + j] < lows[j] ? x[i + j] : lows[j];
       highs[j] = x[i + j] > highs[j] ? x[i + j] : highs[j];
     }
-  const float low = *std::min_element(lows, lows + step), high = *std::max_element(highs, highs + step);
-  const float raw = wide ? std::max(-low, high) / 127.0f : (-low >= high ? low : high) / -8.0f;
-  const uint16_t scale = std::max(-low, high) < kTiny ? 0 : to_bf16(raw);
-  const float inverse = scale != 0 ? 1.0f / from_bf16(scale) : 0.0f;
-  const float floor = wide ? -127.0f : -8.0f, ceil = wide ? 127.0f : 7.0f;
-  const int32_t offset = wide ? 128 : 8;
-  for (int64_t i = 0; i < group; i++) {
-    float v = x[i] * inverse;
-    v = v == v ? v : 0.0f;
-    v = v > floor ? v : floor;
-    v = v < ceil ? v : ceil;
-    codes[i] = uint8_t(std::bit_cast<int32_t>(v + 0x1.8p23f) + offset);  // whose last bits are v, rounded
-  }
-  return scale;
+  return {*std::min_element(lows, lows + step), *std::max_element(highs, highs + step)};
 }
+
+// The scale of values in a range, rounded as it is kept; the choice is formats.quantise()'s.
+float scale_of(Fmt fmt, Range r) {
+  const float peak = std::max(-r.low, r.high);
+  if (peak < kTiny) return 0;
+  switch (fmt) {
+    case Fmt::I8: return from_bf16(to_bf16(peak / 127.0f));
+    case Fmt::I4: return from_bf16(to_bf16((-r.low >= r.high ? r.low : r.high) / -8.0f));
+    case Fmt::MX4: return std::bit_cast<float>((std::bit_cast<uint32_t>(peak) & 0x7f800000) - (3u << 23));
+    default: return peak / 448.0f;
+  }
+}
+
+uint8_t to_e4m3(float v) {  // |v| <= 448 and no NaN; nearest, ties to even
+  const uint32_t u = std::bit_cast<uint32_t>(v), sign = u >> 24 & 128, size = u & 0x7fffffff;
+  if (size < 0x3c800000)  // below 2^-6: multiples of 2^-9
+    return uint8_t(sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(size) * 512.0f + 0x1.8p23f) & 15));
+  return uint8_t(sign | (((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3)));
+}
+
+uint8_t to_e2m1(float v) {  // twice a value, |v| <= 12: ties go to the even of codes 0, 1, 2, 3, 4, 6, 8, 12
+  const float y = std::fabs(v);
+  return uint8_t((y > 0.5f) + (y >= 1.5f) + (y > 2.5f) + (y >= 3.5f) + (y > 5) + (y >= 7) + (y > 10) + (std::signbit(v) ? 8 : 0));
+}
+
+// Values as codes, above their offset where they have one; the order of choices is that of formats.quantise(): values
+// times 1 / scale, to nearest even, clipped. NaN becomes zero.
+void encode(Fmt fmt, const float* x, int64_t count, float scale, uint8_t* codes) {
+  const float inverse = scale != 0 ? 1.0f / scale : 0.0f;
+  const float ceil = fmt == Fmt::I8 ? 127.0f : fmt == Fmt::I4 ? 7.0f : fmt == Fmt::MX4 ? 12.0f : 448.0f;
+  const float floor = fmt == Fmt::I4 ? -8.0f : -ceil;
+  const int32_t offset = fmt == Fmt::I8 ? 128 : 8;
+  auto each = [&](auto code) {
+    for (int64_t i = 0; i < count; i++) {
+      float v = x[i] * inverse;
+      v = v == v ? v : 0.0f;
+      v = v > floor ? v : floor;
+      codes[i] = code(v < ceil ? v : ceil);
+    }
+  };
+  if (fmt == Fmt::FP8) each(to_e4m3);
+  else if (fmt == Fmt::MX4) each(to_e2m1);
+  else each([=](float v) { return uint8_t(std::bit_cast<int32_t>(v + 0x1.8p23f) + offset); });  // whose last bits are v, rounded
+}
+
+int64_t e4m3_at(int64_t lane) { return lane / 4 % 4 * 16 + lane / 16 * 8 + lane % 4 * 2; }
 
 // Codes of rows [0, lanes) of group g, `stride` apart, to where the strip has them.
 void lay_codes(const Weight& w, const Strip& s, int64_t g, const uint8_t* codes, int64_t stride) {
   static_assert(kPanel == 32);
   uint8_t* to = group_at(w, s.panel, g).codes;
+  if (w.fmt == Fmt::FP8) {
+    for (int64_t i = s.lane; i < s.lane + s.lanes; i++)
+      for (int64_t j = 0; j < w.group; j += 2) std::memcpy(to + j * kPanel + e4m3_at(i), codes + (i - s.lane) * stride + j, 2);
+    return;
+  }
   if (w.fmt == Fmt::I8)
     return transpose(codes, stride, s.lanes, w.group / 4, reinterpret_cast<uint32_t*>(to) + s.lane, kPanel);
   if (s.lanes == kPanel) {
@@ -187,18 +228,48 @@ void pack_codes(const Weight& w, const Strip& s) {
   alignas(64) uint8_t codes[kPanel * kMaxGroup];
   alignas(64) float x[kMaxGroup];
   const int64_t each = s.type == Source::F32 ? 4 : 2;
-  for (int64_t g = 0; g * w.group < w.k; g++) {
+  auto read = [&](int64_t i, int64_t g) {
     const int64_t count = std::min(w.group, w.k - g * w.group);
+    const uint8_t* row = s.row(i) + g * w.group * each;
+    for (int64_t b = 0; b < w.group * each; b += 64) __builtin_prefetch(row + kAhead + b);
+    widen(row, s.type, count, x);
     std::fill(x + count, x + w.group, 0.0f);
-    auto scales = reinterpret_cast<uint16_t*>(group_at(w, s.panel, g).scales);
+    return range_of(x, w.group);
+  };
+  Range whole[kPanel];
+  for (int64_t i = 0; i < s.lanes && w.row; i++) {
+    whole[i] = read(i, 0);
+    for (int64_t g = 1; g * w.group < w.k; g++) {
+      const Range r = read(i, g);
+      whole[i] = {std::min(whole[i].low, r.low), std::max(whole[i].high, r.high)};
+    }
+  }
+  for (int64_t g = 0; g * w.group < w.k; g++) {
+    uint8_t* scales = group_at(w, s.panel, g).scales;
     for (int64_t i = 0; i < s.lanes; i++) {
-      const uint8_t* row = s.row(i) + g * w.group * each;
-      for (int64_t b = 0; b < w.group * each; b += 64) __builtin_prefetch(row + kAhead + b);
-      widen(row, s.type, count, x);
-      scales[s.lane + i] = quantise(x, w.group, w.fmt == Fmt::I8, codes + i * w.group);
+      const Range own = read(i, g);
+      const float scale = scale_of(w.fmt, w.row ? whole[i] : own);
+      const uint16_t half = to_bf16(scale);
+      if (w.fmt == Fmt::FP8) std::memcpy(scales + (s.lane + i) * 4, &scale, 4);
+      else std::memcpy(scales + (s.lane + i) * 2, &half, 2);
+      encode(w.fmt, x, w.group, scale, codes + i * w.group);
     }
     lay_codes(w, s, g, codes, w.group);
   }
+}
+
+// One code and its scale, to a value.
+float decode(const Weight& w, const GroupAt& at, int64_t lane, int64_t j) {
+  if (w.fmt == Fmt::FP8) {
+    const uint32_t code = at.codes[j / 2 * 64 + e4m3_at(lane) + j % 2];
+    const float size = (code & 127) == 127 ? NAN : std::bit_cast<float>((code & 127) << 20) * 0x1p120f;
+    return (code & 128 ? -size : size) * word<float>(at.scales + lane * 4);
+  }
+  const float scale = from_bf16(word<uint16_t>(at.scales + lane * 2));
+  if (w.fmt == Fmt::I8) return float(int(at.codes[(j / 4 * kPanel + lane) * 4 + j % 4]) - 128) * scale;
+  const int nibble = (at.codes[j / 4 * 64 + lane % 16 * 4 + j % 4] >> (lane < 16 ? 0 : 4)) & 15;
+  constexpr int8_t levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+  return float(w.fmt == Fmt::I4 ? nibble - 8 : levels[nibble]) * scale;
 }
 
 }  // namespace
@@ -227,23 +298,16 @@ Memory& Memory::operator=(Memory&& other) noexcept {
   return *this;
 }
 
-Weight weight_layout(Fmt fmt, int64_t n, int64_t k, int64_t group, bool glu) {
-  const bool coded = fmt == Fmt::I8 || fmt == Fmt::I4;
+Weight weight_layout(Fmt fmt, bool row, int64_t n, int64_t k, int64_t group, bool glu) {
+  const bool coded = fmt >= Fmt::I8;
   if (n < 1 || k < 1 || (glu && n % 2)) throw std::invalid_argument("a weight needs rows and columns, and even rows for glu");
-  if (coded && (group < 32 || group > 1024 || group % 32))
+  if (coded && (group < 32 || group > kMaxGroup || group % 32))
     throw std::invalid_argument("group must be a multiple of 32 in 32..1024");
-  Weight w{fmt, n, k, coded ? group : 0, glu, 0, 0, 0, nullptr};
-  int64_t align = coded ? group : fmt == Fmt::BF16 ? 2 : 1;
+  Weight w{fmt, n, k, coded ? group : 0, glu, row, 0, 0, 0, nullptr};
+  const int64_t align = coded ? group : fmt == Fmt::BF16 ? 2 : 1;
   w.padded_k = (k + align - 1) / align * align;
   w.panels = (w.half() + kPanel - 1) / kPanel * (glu ? 2 : 1);
-  int64_t groups = coded ? w.padded_k / group : 0;
-  switch (fmt) {
-    case Fmt::F32: w.panel_bytes = w.padded_k * kPanel * 4; break;
-    case Fmt::F16:
-    case Fmt::BF16: w.panel_bytes = w.padded_k * kPanel * 2; break;
-    case Fmt::I8: w.panel_bytes = groups * (2 * kPanel + group * kPanel); break;
-    case Fmt::I4: w.panel_bytes = groups * (2 * kPanel + group * kPanel / 2); break;
-  }
+  w.panel_bytes = coded ? w.padded_k / group * w.group_bytes() : w.padded_k * kPanel * (fmt == Fmt::F32 ? 4 : 2);
   return w;
 }
 
@@ -262,22 +326,18 @@ void pack_rows(const Weight& w, const void* rows, Source type, int64_t first, in
 void unpack_row(const Weight& w, int64_t row, float* out) {
   const int64_t panel = w.panel_of(row), lane = w.lane_of(row);
   const uint8_t* base = w.data + panel * w.panel_bytes;
-  for (int64_t i = 0; i < w.k; i++) switch (w.fmt) {
-      case Fmt::F32: out[i] = reinterpret_cast<const float*>(base)[i * kPanel + lane]; break;
-      case Fmt::F16: out[i] = from_f16(reinterpret_cast<const uint16_t*>(base)[i * kPanel + lane]); break;
-      case Fmt::BF16:
-        out[i] = from_bf16(reinterpret_cast<const uint16_t*>(base)[(i / 2 * kPanel + lane) * 2 + i % 2]);
-        break;
-      case Fmt::I8:
-      case Fmt::I4: {
-        int64_t g = i / w.group, j = i % w.group;
-        GroupAt at = group_at(w, panel, g);
-        float scale = from_bf16(reinterpret_cast<const uint16_t*>(at.scales)[lane]);
-        int code = w.fmt == Fmt::I8 ? int(at.codes[(j / 4 * kPanel + lane) * 4 + j % 4]) - 128
-                                    : ((at.codes[j / 4 * 64 + lane % 16 * 4 + j % 4] >> (lane < 16 ? 0 : 4)) & 15) - 8;
-        out[i] = float(code) * scale;
+  auto plain = reinterpret_cast<const float*>(base) + lane;
+  auto half = reinterpret_cast<const uint16_t*>(base);
+  switch (w.fmt) {
+    case Fmt::F32: for (int64_t i = 0; i < w.k; i++) out[i] = plain[i * kPanel]; break;
+    case Fmt::F16: for (int64_t i = 0; i < w.k; i++) out[i] = from_f16(half[i * kPanel + lane]); break;
+    case Fmt::BF16: for (int64_t i = 0; i < w.k; i++) out[i] = from_bf16(half[(i / 2 * kPanel + lane) * 2 + i % 2]); break;
+    default:
+      for (int64_t g = 0; g * w.group < w.k; g++) {
+        const GroupAt at = group_at(w, panel, g);
+        for (int64_t j = 0; j < std::min(w.group, w.k - g * w.group); j++) out[g * w.group + j] = decode(w, at, lane, j);
       }
-    }
+  }
 }
 
 }  // namespace intaglio

@@ -30,7 +30,7 @@ class Memory {
 enum class Source : int { F32, F16, BF16 };
 
 // An image with room for [n, k]; throws std::invalid_argument for sizes a kernel cannot take.
-Weight weight_layout(Fmt fmt, int64_t n, int64_t k, int64_t group, bool glu);
+Weight weight_layout(Fmt fmt, bool row, int64_t n, int64_t k, int64_t group, bool glu);
 // Rows [first, first + count) from row-major values; `panel` selects which panels' rows this call packs (threads).
 void pack_rows(const Weight& w, const void* rows, Source type, int64_t first, int64_t count, int64_t begin_panel, int64_t end_panel);
 // One row back as float32 [k]: an embedding lookup.

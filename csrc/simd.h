@@ -27,7 +27,26 @@ inline float from_f16(uint16_t h) {
   return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (fraction << 13));
 }
 
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+// Twice the value of E2M1's sixteen codes, plus 12: unsigned, for the dot products.
+constexpr uint8_t kLevels[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+constexpr uint16_t e4m3_as_bf16(uint32_t code) {  // exact: bf16 has all of its exponents and more of mantissa
+  uint32_t sign = (code & 128) << 8, exponent = (code >> 3) & 15, fraction = code & 7;
+  if ((code & 127) == 127) return uint16_t(sign | 0x7fc0);
+  if (exponent) return uint16_t(sign | (exponent + 120) << 7 | fraction << 4);
+  if (!fraction) return uint16_t(sign);
+  int shift = fraction >= 4 ? 0 : fraction >= 2 ? 1 : 2;  // to a leading one
+  return uint16_t(sign | uint32_t(120 - shift) << 7 | ((fraction << (shift + 1)) & 7) << 4);
+}
+struct E4M3Bytes {  // low and high bytes of the positive codes
+  alignas(64) uint8_t low[128] = {}, high[128] = {};
+  constexpr E4M3Bytes() {
+    for (uint32_t i = 0; i < 128; i++) low[i] = uint8_t(e4m3_as_bf16(i)), high[i] = uint8_t(e4m3_as_bf16(i) >> 8);
+  }
+};
+inline constexpr E4M3Bytes kE4M3;
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 
 struct F {
   static constexpr int N = 16;
@@ -75,6 +94,17 @@ inline I dot_u8(I acc, I w, int32_t quad) {
   return acc;
 }
 inline I dot_u4(I acc, I w, int32_t quad) { return dot_u8(acc, w, quad); }
+inline I levels(I nibbles) {
+  return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)kLevels)), nibbles.v)};
+}
+inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to pairs of bf16
+  __m512i code = _mm512_loadu_si512(p);
+  __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kE4M3.low), code, _mm512_load_si512(kE4M3.low + 64));
+  __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(kE4M3.high), code, _mm512_load_si512(kE4M3.high + 64));
+  high = _mm512_ternarylogic_epi64(high, code, _mm512_set1_epi8(-128), 0xf8);  // high | (code & sign)
+  w[0] = {_mm512_unpacklo_epi8(low, high)};
+  w[1] = {_mm512_unpackhi_epi8(low, high)};
+}
 inline I low_nibbles(I w) { return {_mm512_and_si512(w.v, _mm512_set1_epi8(15))}; }
 inline I high_nibbles(I w) { return {_mm512_and_si512(_mm512_srli_epi16(w.v, 4), _mm512_set1_epi8(15))}; }
 inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
@@ -129,6 +159,27 @@ inline I dot_u8(I acc, I w, int32_t quad) {
   __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(_mm256_set1_epi32(quad), code));
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 }
+inline I levels(I nibbles) {
+  return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)kLevels)), nibbles.v)};
+}
+inline __m256i words_of_e4m3(__m256i code) {  // 16-bit words holding a code each, to bf16
+  const __m256i all = _mm256_and_si256(code, _mm256_set1_epi16(127)), sign = _mm256_slli_epi16(_mm256_xor_si256(code, all), 8);
+  const __m256i normal = _mm256_add_epi16(_mm256_slli_epi16(all, 4), _mm256_set1_epi16(120 << 7));
+  const __m128i low = _mm_loadl_epi64((const __m128i*)kE4M3.low), high = _mm_loadl_epi64((const __m128i*)kE4M3.high);
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(low, high));  // of the eight smallest
+  const __m256i at = _mm256_or_si256(_mm256_or_si256(all, _mm256_slli_epi16(all, 8)), _mm256_set1_epi16(0x0800));
+  const __m256i small = _mm256_cmpgt_epi16(_mm256_set1_epi16(8), all), nan = _mm256_cmpeq_epi16(all, _mm256_set1_epi16(127));
+  __m256i word = _mm256_blendv_epi8(normal, _mm256_shuffle_epi8(table, at), small);
+  word = _mm256_blendv_epi8(word, _mm256_set1_epi16(0x7fc0), nan);
+  return _mm256_or_si256(word, sign);
+}
+inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to pairs of bf16
+  for (int half = 0; half < 2; half++) {
+    const __m256i code = _mm256_loadu_si256((const __m256i*)(p + half * 32)), zero = _mm256_setzero_si256();
+    w[half] = {words_of_e4m3(_mm256_unpacklo_epi8(code, zero))};
+    w[half + 2] = {words_of_e4m3(_mm256_unpackhi_epi8(code, zero))};
+  }
+}
 inline I low_nibbles(I w) { return {_mm256_and_si256(w.v, _mm256_set1_epi8(15))}; }
 inline I high_nibbles(I w) { return {_mm256_and_si256(_mm256_srli_epi16(w.v, 4), _mm256_set1_epi8(15))}; }
 inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
@@ -177,6 +228,20 @@ inline I dot_u8(I acc, I w, int32_t quad) {
   return acc;
 }
 inline I dot_u4(I acc, I w, int32_t quad) { return dot_u8(acc, w, quad); }
+inline I levels(I nibbles) {
+  EACH {
+    uint32_t x = uint32_t(nibbles.v[i]), y = 0;
+    for (int b = 0; b < 32; b += 8) y |= uint32_t(kLevels[(x >> b) & 15]) << b;
+    nibbles.v[i] = int32_t(y);
+  }
+  return nibbles;
+}
+inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to pairs of bf16
+  for (int row = 0; row < 32; row++) {
+    const uint8_t* code = p + row / 4 % 4 * 16 + row / 16 * 8 + row % 4 * 2;
+    w[row / F::N].v[row % F::N] = int32_t(uint32_t(e4m3_as_bf16(code[0])) | uint32_t(e4m3_as_bf16(code[1])) << 16);
+  }
+}
 inline I low_nibbles(I w) { EACH w.v[i] = int32_t(uint32_t(w.v[i]) & 0x0f0f0f0f); return w; }
 inline I high_nibbles(I w) { EACH w.v[i] = int32_t((uint32_t(w.v[i]) >> 4) & 0x0f0f0f0f); return w; }
 inline F to_float(I a) { F r; EACH r.v[i] = float(a.v[i]); return r; }

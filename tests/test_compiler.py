@@ -440,7 +440,7 @@ def test_stored_f32_and_f16_keep_x_whole() -> None:
     assert formats_of(build(transformer(Toy(tied=False)), "bf16"), "embed.weight") == ["bf16"]
 
 
-@pytest.mark.parametrize("weights", ["int3", "i32", "int8g33", "fp8", ""])
+@pytest.mark.parametrize("weights", ["int3", "i32", "int8g33", "fp8g33", "int4row", ""])
 def test_unknown_weights_are_refused(weights: str) -> None:
     with pytest.raises(formats.FormatError, match=rf"weights='{weights}'.*auto.*int4gN"):
         build(transformer(Toy(layers=1)), weights)

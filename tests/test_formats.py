@@ -114,6 +114,36 @@ def test_activations_are_within_half_a_step(x: np.ndarray, group: int) -> None:
     assert (most[peak >= TINY] == 127).all()
 
 
+@pytest.mark.parametrize("name", ["int8row", "fp8row", "fp8g32", "fp8g128", "mxfp4"])
+@quick
+@given(matrices)
+def test_other_scaled_formats_choose_the_nearest_code(name: str, x: np.ndarray) -> None:
+    """No code of the format, under the same scale, is nearer to the value than the chosen one."""
+    fmt, q = get(name), quantise(x, name)
+    assert q.codes.shape == x.shape and q.scales.shape == (len(x), -(-x.shape[1] // q.group))
+    levels = {
+        "int8row": np.arange(-127, 128),
+        "mxfp4": np.array([-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12]),
+    }.get(name, np.unique(np.arange(256, dtype=np.uint8).view(formats.E4M3).astype(np.float64)[np.r_[:127, 128:255]]))
+    assert np.isin(q.codes.astype(np.float64), levels).all()
+    scale = np.repeat(q.scales, q.group, axis=1)[:, : x.shape[1]].astype(np.float64)
+    nearest = np.abs(x[..., None] - levels * scale[..., None]).min(axis=-1)
+    error = np.abs(x - q.rows(slice(None)).astype(np.float64))
+    assert (error <= nearest * (1 + 1e-6) + np.abs(x) * 2.0**-22 + TINY).all()
+    if fmt.group == formats.ROW:
+        assert (q.scales == q.scales[:, :1]).all()
+    if name == "mxfp4":  # half a power of two, under which the largest value is between 8 and 16 halves of a step
+        assert (np.frexp(q.scales)[0][q.scales != 0] == 0.5).all()
+
+
+def test_mxfp4_is_that_of_the_microscaling_specification() -> None:
+    """OCP MX 1.0, 6.3: the shared exponent is floor(log2(max)) - 2; elements are rounded to E2M1 and saturate."""
+    x = np.zeros((1, 32), np.float32)
+    x[0, :6] = [5.0, 7.9, -2.5, 0.25, 0.26, 3.5]
+    np.testing.assert_array_equal(quantise(x, "mxfp4").rows(slice(None))[0, :6], [4, 6, -2, 0, 0.5, 4])
+    np.testing.assert_array_equal(quantise(x / 64, "mxfp4").scales, [[2.0**-7]])
+
+
 def test_a_row_is_quantised_alike_in_any_company() -> None:
     x = np.random.default_rng(0).normal(size=(9, 100)).astype(np.float32)
     whole, alone = quantise_rows(x, 32), quantise_rows(x[4:5], 32)
@@ -141,9 +171,7 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("name", ["", "fp32", "int8", "int4g", "int8g0", "int8g16", "int8g33", "int4g2048", "int2g32"])
 def test_unknown_names_are_refused(name: str) -> None:
-    with pytest.raises(
-        FormatError, match=rf"unknown number format '{name}': use one of f32, bf16, f16, i32, or int8gN"
-    ):
+    with pytest.raises(FormatError, match=rf"unknown number format '{name}': use one of f32, bf16, f16, i32, int8gN"):
         get(name)
 
 

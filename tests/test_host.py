@@ -90,13 +90,13 @@ def test_every_op_is_covered() -> None:
 
 
 WEIGHTS = ["f32", "f16", "bf16", "bf16 x bf16", "f32 x bf16", "int8g32", "int8g128", "int4g32", "int4g64", "int4g128"]
+WEIGHTS += ["int8row", "mxfp4", "fp8g64", "fp8g32 x bf16", "fp8g128 x bf16", "fp8row x bf16"]
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("trial", range(3))
 def test_linear(kind: str, trial: int, rng: np.random.Generator) -> None:
     format, _, rounded = kind.partition(" x ")
-    grouped = formats.get(format).grouped
     rows, k, n = (int(rng.integers(1, high)) for high in (40, 300, 150))
     glu = bool(rng.integers(2))
     n += n % 2 if glu else 0
@@ -104,7 +104,7 @@ def test_linear(kind: str, trial: int, rng: np.random.Generator) -> None:
     w = bench.weight("w", rng.normal(size=(n, k)) / np.sqrt(k), format)
     out = n // 2 if glu else n
     fields: dict[str, object] = {
-        "x_format": "int8" if grouped else rounded or "f32",
+        "x_format": "int8" if formats.get(format).integer else rounded or "f32",
         "glu": glu,
         "scale": float(rng.choice([1, 0.3])),
     }
@@ -122,9 +122,10 @@ def test_linear(kind: str, trial: int, rng: np.random.Generator) -> None:
 
 def test_linear_many_rows_and_deep(rng: np.random.Generator) -> None:
     """More rows than a tile holds, K over several passes: same bits row by row as one at a time."""
-    for format in ("f32", "bf16", "int8g128", "int4g32"):
+    for format in ("f32", "bf16", "int8g128", "int8row", "int4g32", "fp8row"):
         bench = Bench(rng, 530, 4200)
-        x_format = "int8" if formats.get(format).grouped else format
+        fmt = formats.get(format)
+        x_format = "int8" if fmt.integer else "bf16" if fmt.grouped else format
         w = bench.weight("w", rng.normal(size=(70, 4200)) / 65, format)
         y = bench.b.op(Linear, "y", bench.x, w, x_format=x_format)
         few = bind([Chunk([7], 0, [0], [0]), Chunk([529], 0, [1], [0]), Chunk([3], 0, [2], [0])], PAGE)
@@ -238,19 +239,26 @@ def test_sample_agrees_with_reference(rng: np.random.Generator) -> None:
             np.testing.assert_allclose(got.logprobs[same], want.logprobs[same], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("format", ["f32", "f16", "bf16", "int8g32", "int8g128", "int4g32", "int4g96"])
+@pytest.mark.parametrize(
+    "format",
+    ["f32", "f16", "bf16", "int8g32", "int8g128", "int4g32", "int4g96", "int8row", "mxfp4", "fp8g32", "fp8row"],
+)
 def test_packing_is_the_formats_own(format: str, rng: np.random.Generator) -> None:
     """Codes and scales as formats.quantise() chooses them, from every source type, whole and in parts, with and
     without glu's order."""
     fmt = formats.get(format)
-    n, k = 2 * int(rng.integers(1, 70)), int(rng.integers(1, 290))
+    n, k = 2 * int(rng.integers(1, 70)), int(rng.integers(1, 2400 if fmt.group == formats.ROW else 290))
     for source in ("f32", "f16", "bf16"):
-        stored = rng.normal(size=(n, k)).astype(np.float32).astype(formats.get(source).dtype)
+        stored = (
+            (rng.normal(size=(n, k)) * np.exp2(rng.integers(-9, 9, k)))
+            .astype(np.float32)
+            .astype(formats.get(source).dtype)
+        )
         stored[0] = 0
         wide = stored.astype(np.float32)
         want = formats.quantise(wide, format).rows(slice(None)) if fmt.grouped else formats.round_to(wide, format)
         for glu in (False, True):
-            packed = _native.Weight(f"int{fmt.bits}" if fmt.grouped else format, n, k, fmt.group, glu)
+            packed = _native.Weight(fmt.family, n, k, fmt.group_of(k) if fmt.grouped else 0, glu)
             cut = int(rng.integers(0, n))
             for first, last in ((0, cut), (cut, n)):
                 rows = np.ascontiguousarray(stored[first:last])
@@ -341,7 +349,7 @@ def test_whole_models_agree_with_reference(manner: str, isa: str) -> None:
 
 def test_nan_reaches_the_result(rng: np.random.Generator) -> None:
     """A NaN weight makes a token of -1 in every format, never a plausible number."""
-    for weights in ("f32", "bf16", "int8", "int4"):
+    for weights in ("f32", "bf16", "int8", "int4", "fp8", "int8row"):
         raw = transformer(Toy(format="bf16"))
         arrays = dict(random_weights(raw).arrays)
         arrays["model.embed_tokens.weight"][3, 2] = np.nan

@@ -20,12 +20,14 @@ PLAIN = {
     "f16": np.dtype(np.float16),
     "i32": np.dtype(np.int32),
 }
-GROUPED = "int8gN / int4gN with N in 32..1024 a multiple of 32"
+SCALED = "int8gN / int4gN / fp8gN with N in 32..1024 a multiple of 32, int8row, fp8row, mxfp4"
 SPAN = 128  # activations that share a scale, at least: the error is the weights' anyway, and sums stay integers longer
-SCALE_BITS = 16  # group scales are stored as bf16: full float32 range, and codes are chosen against the rounded scale
-
+CHUNK = 1024  # the longest run of values that one scale is applied to at once
+ROW = -1  # the group of formats with one scale a row
 
 TINY = np.float32(2.0**-120)  # groups whose largest value is below this become zeros: 1 / scale would overflow
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+E2M1 = np.dtype(ml_dtypes.float4_e2m1fn)
 
 
 class FormatError(ValueError):
@@ -34,46 +36,77 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class Format:
-    """One number format. `group` is 0 for plain formats, else the run of values along a row that shares a scale."""
+    """One number format. `group` is 0 for plain formats, else the run of values along a row that shares a scale (ROW:
+    the whole row)."""
 
     name: str
     bits: int
     group: int = 0
+    scale_bits: int = 0
 
     @property
     def grouped(self) -> bool:
-        return self.group > 0
+        return self.group != 0
+
+    @property
+    def family(self) -> str:
+        """The name without the group: int8, int4, fp8, int8row, fp8row, mxfp4, or that of a plain format."""
+        return re.sub(r"g\d+$", "", self.name)
+
+    @property
+    def integer(self) -> bool:
+        """Codes that are whole numbers, whose products with int8 activations are summed exactly."""
+        return self.grouped and not self.name.startswith("fp8")
 
     @property
     def dtype(self) -> np.dtype:
         """NumPy type of a plain format's values, or of a grouped format's codes (one code a byte)."""
-        return np.dtype(np.int8) if self.grouped else PLAIN[self.name]
+        if not self.grouped:
+            return PLAIN[self.name]
+        return np.dtype(np.int8) if self.integer else E4M3
+
+    def group_of(self, cols: int) -> int:
+        """The group in a row of `cols` values. One that spans the row is cut into equal runs of at most CHUNK, a multiple
+        of 32, that share their scale."""
+        return self.group if self.group != ROW else -(-cols // -(-cols // CHUNK) // 32) * 32
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes a [rows, cols] matrix takes in this format, scales included."""
-        scales = -(-cols // self.group) * SCALE_BITS if self.grouped else 0
+        scales = -(-cols // self.group_of(cols)) * self.scale_bits if self.grouped else 0
         return -(-rows * (cols * self.bits + scales) // 8)
 
 
 @cache
 def get(name: str) -> Format:
-    """The format called `name`: f32, bf16, f16, i32, or int8/int4 in groups, written int8g128, int4g32 and so on."""
+    """The format called `name`: f32, bf16, f16, i32; int8, int4 or fp8 (E4M3) in groups, written int8g128, fp8g128 and so
+    on; int8row or fp8row with one scale a row; mxfp4 (OCP: E2M1 in groups of 32 that share a power of two).
+
+    Scales are bf16, of full float32 range, and codes are chosen against the rounded scale; fp8 has float32 scales, as it
+    is published.
+    """
     if name in PLAIN:
         return Format(name, PLAIN[name].itemsize * 8)
-    match = re.fullmatch(r"int(4|8)g(\d+)", name)
-    if match and int(match[2]) % 32 == 0 and 32 <= int(match[2]) <= 1024:
-        return Format(name, int(match[1]), int(match[2]))
-    raise FormatError(f"unknown number format {name!r}: use one of {', '.join(PLAIN)}, or {GROUPED}")
+    if name == "mxfp4":
+        return Format(name, 4, 32, 16)
+    match = re.fullmatch(r"(int4|int8|fp8)g(\d+)|(int8|fp8)row", name)
+    if match:
+        kind, group = match[1] or match[3], int(match[2]) if match[2] else ROW
+        if group == ROW or (group % 32 == 0 and 32 <= group <= CHUNK):
+            return Format(name, 4 if kind == "int4" else 8, group, 32 if kind == "fp8" else 16)
+    raise FormatError(f"unknown number format {name!r}: use one of {', '.join(PLAIN)}, {SCALED}")
 
 
 def round_to(x: np.ndarray, name: str) -> np.ndarray:
-    """`x` rounded (to nearest, ties to even) to the plain format `name`, returned as float32 of the same shape."""
-    return x.astype(get(name).dtype).astype(np.float32)
+    """`x` rounded (to nearest, ties to even) to the format `name`, returned as float32 of the same shape."""
+    fmt = get(name)
+    if not fmt.grouped:
+        return x.astype(fmt.dtype).astype(np.float32)
+    return quantise(x.reshape(-1, x.shape[-1]), name).rows(slice(None)).reshape(x.shape)
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix as codes int8 [N, K] and scales float32 [N, ceil(K / group)] (bf16-valued): value = code * scale."""
+    """A matrix as codes [N, K], int8 or E4M3, and scales float32 [N, ceil(K / group)]: value = code * scale."""
 
     codes: np.ndarray
     scales: np.ndarray
@@ -94,26 +127,47 @@ def in_groups(x: np.ndarray, group: int) -> np.ndarray:
 
 
 def quantise(x: np.ndarray, name: str) -> Quantised:
-    """Weights [N, K] to a grouped format, symmetric, one bf16 scale a group.
+    """Weights [N, K] to a format with scales, symmetric.
 
     int8: scale = max|w| / 127, codes -127..127. int4: the value of largest magnitude maps to -8, so that all sixteen
-    codes are used (the choice of llama.cpp's Q4_0); codes -8..7.
+    codes are used (the choice of llama.cpp's Q4_0); codes -8..7. fp8: max|w| maps to 448, E4M3's largest. mxfp4: the
+    power of two that brings max|w| into 4..8 (OCP Microscaling Formats 1.0, 6.3), rounded to E2M1 and at most 6; its
+    codes are twice the value, -12..12, so that they are whole, and its scales half.
     """
     fmt = get(name)
     if not fmt.grouped:
-        raise FormatError(f"{name} is a plain format; quantise() takes int8gN or int4gN, round_to() the others")
-    groups = in_groups(np.asarray(x, np.float32), fmt.group)
+        raise FormatError(f"{name} is a plain format; quantise() takes {SCALED}; round_to() the others")
+    x = np.asarray(x, np.float32)
+    group = fmt.group_of(x.shape[1])
+    groups = in_groups(x, group)
     low, high = groups.min(axis=2), groups.max(axis=2)
-    if fmt.bits == 8:
-        raw = np.maximum(-low, high) / np.float32(127)
-        floor, ceil = -127, 127
-    else:
+    if fmt.group == ROW:
+        low, high = (
+            np.broadcast_to(v, groups.shape[:2]) for v in (low.min(1, keepdims=True), high.max(1, keepdims=True))
+        )
+    peak = np.maximum(-low, high)
+    if fmt.family == "mxfp4":
+        raw = np.exp2(np.floor(np.log2(np.maximum(peak, TINY), dtype=np.float64)) - 3).astype(np.float32)
+    elif fmt.family == "int4":
         raw = np.where(-low >= high, low, high) / np.float32(-8)
-        floor, ceil = -8, 7
-    scales = round_to(np.where(np.maximum(-low, high) < TINY, np.float32(0), raw), "bf16")
+    else:
+        raw = peak / np.float32(127 if fmt.integer else 448)
+    scales = np.where(peak < TINY, np.float32(0), raw)
+    if fmt.scale_bits == 16:
+        scales = round_to(scales, "bf16")
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
-    codes = np.clip(np.rint(groups * inverse[:, :, None]), floor, ceil).astype(np.int8)
-    return Quantised(codes.reshape(len(x), -1)[:, : x.shape[1]].copy(), scales, fmt.group)
+    codes = _codes(groups * inverse[:, :, None], fmt)
+    return Quantised(codes.reshape(len(x), -1)[:, : x.shape[1]].copy(), scales, group)
+
+
+def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
+    """Scaled values to the nearest codes, ties to even."""
+    if fmt.family == "mxfp4":
+        return (np.clip(x / 2, -6, 6).astype(E2M1).astype(np.float32) * 2).astype(np.int8)
+    if not fmt.integer:
+        return np.clip(x, -448, 448).astype(E4M3)
+    floor, ceil = (-127, 127) if fmt.bits == 8 else (-8, 7)
+    return np.clip(np.rint(x), floor, ceil).astype(np.int8)
 
 
 def quantise_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:

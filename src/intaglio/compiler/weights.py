@@ -8,7 +8,7 @@ from intaglio import formats
 from intaglio.ops import Embed, KvWrite, Linear
 from intaglio.program import Program
 
-SHORT = {"int8": "int8g128", "int4": "int4g32"}
+SHORT = {"int8": "int8g128", "int4": "int4g32", "fp8": "fp8g128"}
 PLAIN = ("f32", "bf16", "f16")
 HEAD = "int8g128"  # as far as a head is quantised: its error goes straight into the logits
 
@@ -46,14 +46,12 @@ def _named(weights: str) -> str:
             return name
     except formats.FormatError:
         pass
-    raise formats.FormatError(
-        f"weights={weights!r}: use auto, {', '.join((*PLAIN, *SHORT))}, "
-        "or int8gN / int4gN with N in 32..1024 a multiple of 32"
-    )
+    raise formats.FormatError(f"weights={weights!r}: use auto, {', '.join((*PLAIN, *SHORT))}, or {formats.SCALED}")
 
 
 def _x_format(weight: str) -> str:
     """What x is rounded to before it meets a weight of this format."""
-    if formats.get(weight).grouped:
+    fmt = formats.get(weight)
+    if fmt.integer:
         return "int8"
-    return "bf16" if weight == "bf16" else "f32"
+    return "bf16" if weight == "bf16" or fmt.grouped else "f32"

@@ -63,7 +63,7 @@ class HostExecutable:
     def _layout(self, t: Tensor) -> tuple[str, int, bool]:
         """How the native part keeps this matrix: its format there, its group, and whether gate and up alternate."""
         fmt = formats.get(t.format)
-        return f"int{fmt.bits}" if fmt.grouped else fmt.name, fmt.group, t.name in self._glu
+        return fmt.family, fmt.group_of(int(t.shape[1])) if fmt.grouped else 0, t.name in self._glu
 
     def _laid_out(self) -> dict[str, _native.Weight]:
         """The matrices by name; their memory is not touched yet."""

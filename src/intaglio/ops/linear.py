@@ -21,7 +21,7 @@ class Linear(Op, kind="linear"):
     """y = x @ w.T + bias; then y * scale; then the activation; then + residual.
 
     x f32 [rows, K], w [N, K] in any weight format, out f32 [rows, N]. `x_format` is what x is rounded to before the
-    product: f32 or bf16 before a plain weight; int8 before a grouped one, in its groups, by formats.quantise_rows. With
+    product: f32 or bf16 before a plain or fp8 weight; int8 before whole-number codes, by formats.quantise_rows. With
     `glu` the rows of w are [gate; up] and out = activation(gate) * up, [rows, N / 2]. Products are summed in float32 or
     wider; integer products are exact within a group.
     """
@@ -41,8 +41,7 @@ class Linear(Op, kind="linear"):
         n, wk = self.rows_cols(t, self.w)
         self.check(wk == k, f"{self.w} is {t[self.w].type} but {self.x} has {k} columns; w must be [N, {k}]")
         self.check(isinstance(n, int), f"{self.w} is {t[self.w].type}; a weight has fixed rows")
-        grouped = formats.get(t[self.w].format).grouped
-        allowed = ("int8",) if grouped else ("f32", "bf16")
+        allowed = ("int8",) if formats.get(t[self.w].format).integer else ("f32", "bf16")
         fits = self.x_format in allowed
         self.check(fits, f"x_format={self.x_format} with {t[self.w].format} weights; use {' or '.join(allowed)}")
         known = self.activation in ACTIVATIONS or (self.activation == "" and not self.glu)
@@ -57,6 +56,8 @@ class Linear(Op, kind="linear"):
 
     def product(self, x: np.ndarray, w: Value) -> np.ndarray:
         """x [rows, K] @ w.T with the declared rounding of x; float64 [rows, N]."""
+        if isinstance(w, Quantised) and w.codes.dtype != np.int8:
+            w = w.rows(slice(None))
         if isinstance(w, Quantised):
             xq, xs = formats.quantise_rows(x, w.group)
             wq = formats.in_groups(w.codes, w.group)

@@ -94,7 +94,7 @@ def measured_roofs(device: Device) -> Roofs | str:
     @cache
     def peak(format: str) -> float:
         fmt = formats.get(format)
-        return float(native.matrix_peak(n, f"int{fmt.bits}" if fmt.grouped else format, fmt.group, isa=isa))
+        return float(native.matrix_peak(n, fmt.family, fmt.group_of(1024) if fmt.grouped else 0, isa=isa))
 
     return Roofs(lambda megabytes: read(min(megabytes, MOST_MEGABYTES)), peak)
 
