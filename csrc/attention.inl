@@ -2,9 +2,10 @@
 // its sum and its weighted values; splits merge in ascending order. Each score is one chain over head_dim, each value
 // one chain over positions, so chunking and batching cannot change a row's bits; masked positions weigh exactly zero.
 
-template <bool Bf16>
+template <Fmt C>
 inline F load_cache(const void* p, int64_t i) {
-  if constexpr (Bf16) return load_bf16((const uint16_t*)p + i);
+  if constexpr (C == Fmt::BF16) return load_bf16((const uint16_t*)p + i);
+  else if constexpr (C == Fmt::I8) return load_i8((const int8_t*)p + i);
   else return load((const float*)p + i);
 }
 
@@ -18,25 +19,27 @@ struct Soon {
   }
 };
 
-// scores[r][0 .. NV * N) = q_r . K columns; K is [head_dim][page].
-template <bool Bf16, int RB, int NV>
-void score_tile(const float* const* q, const void* k, int page, int head_dim, float* const* scores, Soon soon) {
+// scores[r][0 .. NV * N) = q_r . K columns; K is [head_dim][page], and I8's columns have scales.
+template <Fmt C, int RB, int NV>
+void score_tile(const float* const* q, const void* k, const uint16_t* scales, int page, int head_dim, float* const* scores, Soon soon) {
   F acc[RB][NV];
   EACH_OF for (int r = 0; r < RB; r++)
     EACH_OF for (int v = 0; v < NV; v++) acc[r][v] = set(0);
   for (int d = 0; d < head_dim; d++) {
     F key[NV];
     soon.fetch(d);
-    EACH_OF for (int v = 0; v < NV; v++) key[v] = load_cache<Bf16>(k, int64_t(d) * page + v * F::N);
+    EACH_OF for (int v = 0; v < NV; v++) key[v] = load_cache<C>(k, int64_t(d) * page + v * F::N);
     EACH_OF for (int r = 0; r < RB; r++)
       EACH_OF for (int v = 0; v < NV; v++) acc[r][v] = fma(set(q[r][d]), key[v], acc[r][v]);
   }
-  EACH_OF for (int r = 0; r < RB; r++)
-    EACH_OF for (int v = 0; v < NV; v++) store(scores[r] + v * F::N, acc[r][v]);
+  EACH_OF for (int v = 0; v < NV; v++) {
+    const F scale = C == Fmt::I8 ? load_bf16(scales + v * F::N) : set(1);
+    EACH_OF for (int r = 0; r < RB; r++) store(scores[r] + v * F::N, C == Fmt::I8 ? acc[r][v] * scale : acc[r][v]);
+  }
 }
 
 // acc[r][0 .. NV * N) += sum over n positions of p[r][i] * V[i]; V is [positions][stride].
-template <bool Bf16, int RB, int NV>
+template <Fmt C, int RB, int NV>
 void value_tile(const float* const* p, const void* v, int stride, int n, float* const* acc, Soon soon) {
   F a[RB][NV];
   EACH_OF for (int r = 0; r < RB; r++)
@@ -44,7 +47,7 @@ void value_tile(const float* const* p, const void* v, int stride, int n, float* 
   for (int i = 0; i < n; i++) {
     F value[NV];
     soon.fetch(i);
-    EACH_OF for (int j = 0; j < NV; j++) value[j] = load_cache<Bf16>(v, int64_t(i) * stride + j * F::N);
+    EACH_OF for (int j = 0; j < NV; j++) value[j] = load_cache<C>(v, int64_t(i) * stride + j * F::N);
     EACH_OF for (int r = 0; r < RB; r++)
       EACH_OF for (int j = 0; j < NV; j++) a[r][j] = fma(set(p[r][i]), value[j], a[r][j]);
   }
@@ -96,7 +99,7 @@ void softmax_row(const AttendArgs& a, float* s, int begin, int end, int low, int
   *total = sum(sums);
 }
 
-template <bool Bf16>
+template <Fmt C>
 void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch, float* top, float* total, float* acc) {
   const int share = a.heads / a.kv_heads, rows = q.tokens * share;
   const int64_t start = split * kSplit, last = q.position + q.tokens;
@@ -112,10 +115,11 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
     query[r] = a.q + (q.first_row + r / share) * a.ld_q + (q.kv_head * share + r % share) * int64_t(a.head_dim);
 
   // The blocks in the order they are read: keys of each page, then values of each page.
-  constexpr int64_t each = Bf16 ? 2 : 4, most = kSplit / 16;
+  constexpr int64_t each = C == Fmt::F32 ? 4 : C == Fmt::BF16 ? 2 : 1, most = kSplit / 16;
   const char* blocks[2 * most + kFar] = {};
   const int64_t first = low / a.page, pages = (high - 1) / a.page + 1 - first;
-  const int64_t key_bytes = a.head_dim * a.page * each, value_bytes = a.page * a.v_stride * each;
+  const int64_t key_bytes = a.key_bytes(), value_bytes = a.value_bytes();
+  auto scales_of = [&](const char* block, int width) { return (const uint16_t*)(block + int64_t(width) * a.page * each); };
   for (int64_t i = 0; i < pages; i++) {
     const int64_t at = int64_t(q.blocks[first + i]) * a.kv_heads + q.kv_head;
     blocks[i] = (const char*)a.k + at * key_bytes;
@@ -128,8 +132,8 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
     const int64_t next = i + kFar < pages ? key_bytes : value_bytes;
     by_tile(rows, int(to - from), [&]<int RB, int NV>(int r, int c) {
       for (int j = 0; j < RB; j++) out[j] = scratch + (r + j) * kSplit + (from - start) + c;
-      score_tile<Bf16, RB, NV>(query + r, blocks[i] + (from - page + c) * each, a.page, a.head_dim, out,
-                               share_of(blocks[i + kFar], next, r, c, int(to - from), NV * F::N, a.head_dim));
+      score_tile<C, RB, NV>(query + r, blocks[i] + (from - page + c) * each, scales_of(blocks[i], a.head_dim) + (from - page + c),
+                            a.page, a.head_dim, out, share_of(blocks[i + kFar], next, r, c, int(to - from), NV * F::N, a.head_dim));
     });
   }
   for (int r = 0; r < rows; r++) {
@@ -143,21 +147,28 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
   }
   for (int64_t i = 0; i < pages; i++) {
     const int64_t page = (first + i) * a.page, from = std::max(low, page), to = std::min(high, page + a.page);
+    if (C == Fmt::I8)  // a value's scale goes onto its weight
+      for (int r = 0; r < rows; r++)
+        for (int64_t t = std::max(begin, page); t < std::min(end, page + a.page); t += F::N) {
+          float* p = scratch + r * kSplit + (t - start);
+          store(p, load(p) * load_bf16(scales_of(blocks[pages + i], a.v_stride) + (t - page)));
+        }
     by_tile(rows, a.v_stride, [&]<int RB, int NV>(int r, int c) {
       const float* weights[RB];
       for (int j = 0; j < RB; j++) {
         weights[j] = scratch + (r + j) * kSplit + (from - start);
         out[j] = acc + (r + j) * a.v_stride + c;
       }
-      value_tile<Bf16, RB, NV>(weights, blocks[pages + i] + ((from - page) * a.v_stride + c) * each, a.v_stride, int(to - from),
+      value_tile<C, RB, NV>(weights, blocks[pages + i] + ((from - page) * a.v_stride + c) * each, a.v_stride, int(to - from),
                                out, share_of(blocks[pages + i + kFar], value_bytes, r, c, a.v_stride, NV * F::N, int(to - from)));
     });
   }
 }
 
 void attend_split(const AttendArgs& a, const Query& q, int64_t split, float* scratch, float* top, float* total, float* acc) {
-  if (a.bf16) split_of<true>(a, q, split, scratch, top, total, acc);
-  else split_of<false>(a, q, split, scratch, top, total, acc);
+  if (a.format == Fmt::BF16) split_of<Fmt::BF16>(a, q, split, scratch, top, total, acc);
+  else if (a.format == Fmt::I8) split_of<Fmt::I8>(a, q, split, scratch, top, total, acc);
+  else split_of<Fmt::F32>(a, q, split, scratch, top, total, acc);
 }
 
 void attend_merge(int64_t rows, int64_t width, float* top, float* total, float* acc, const float* t2, const float* l2, const float* a2) {

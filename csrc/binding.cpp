@@ -201,8 +201,8 @@ NB_MODULE(_native, m) {
              t.weight = std::move(w);
              return e.add_tensor(std::move(t));
            })
-      .def("cache", [](Executable& e, int64_t pages, int heads, int head_dim, bool bf16, bool keys) {
-             return e.add_tensor(e.make_cache(pages, heads, head_dim, bf16, keys));
+      .def("cache", [](Executable& e, int64_t pages, int heads, int head_dim, const std::string& format, bool keys) {
+             return e.add_tensor(e.make_cache(pages, heads, head_dim, lookup(kFormats, format, "format").first, keys));
            })
       .def("op", [](Executable& e, const std::string& kind, std::vector<int> tensors, std::vector<int64_t> ints,
                     std::vector<double> floats, std::vector<int32_t> code, std::vector<float> numbers) {

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kAlign = 64;
 constexpr int kTables = -1, kTaps = -2;  // phases that belong to no op
+constexpr int kMaxHead = 1024;
 constexpr int64_t kLittle = 8192;  // values that one thread is done with before a second has joined in: about 2 us
 constexpr int64_t kFetch = 1024, kFetchMost = 128 << 10;  // bytes of weights fetched while waiting: a turn, and at all
 constexpr int64_t kPrivate = 16384;  // values of x that each thread rounds for itself rather than wait for the others
@@ -106,12 +107,14 @@ void Executable::add_op(Op op) {
   ops_.push_back(std::move(op));
 }
 
-Tensor Executable::make_cache(int64_t pages, int heads, int head_dim, bool bf16, bool keys) const {
+Tensor Executable::make_cache(int64_t pages, int heads, int head_dim, Fmt format, bool keys) const {
+  if (head_dim > kMaxHead) throw std::invalid_argument("a head of more than 1024 values");
   Tensor t;
-  t.heads = heads, t.head_dim = head_dim, t.bf16 = bf16;
+  t.heads = heads, t.head_dim = head_dim, t.format = format;
   t.stride = keys ? page_ : (head_dim + 15) / 16 * 16;
-  int64_t values = pages * heads * (keys ? int64_t(head_dim) * page_ : int64_t(page_) * t.stride);
-  t.cache = std::make_unique<Memory>(values * (bf16 ? 2 : 4) + 64);
+  AttendArgs a{};
+  a.page = page_, a.head_dim = head_dim, a.v_stride = t.stride, a.format = format;
+  t.cache = std::make_unique<Memory>(pages * heads * (keys ? a.key_bytes() : a.value_bytes()) + kAlign);
   return t;
 }
 
@@ -406,20 +409,30 @@ void Executable::rope(const Op& op, int64_t t) {
   }
 }
 
-// tensors: k, v, k_cache, v_cache.
+// tensors: k, v, k_cache, v_cache. Keys stand in columns of a page, values in rows.
 void Executable::kv_write(const Op& op, int64_t t) {
   const int64_t page = in_.slots[t] / page_, at = in_.slots[t] % page_;
   for (size_t which = 0; which < 2; which++) {
     const Tensor &x = tensors_[size_t(op.tensors[which])], &c = tensors_[size_t(op.tensors[which + 2])];
-    const float* from = rows_at(op.tensors[which]) + t * x.ld;
-    for (int64_t h = 0; h < c.heads; h++)
-      for (int64_t d = 0; d < c.head_dim; d++) {
-        int64_t base = page * c.heads + h;
-        int64_t i = which == 0 ? (base * c.head_dim + d) * page_ + at : (base * page_ + at) * c.stride + d;
-        float value = from[h * c.head_dim + d];
-        if (c.bf16) ((uint16_t*)c.cache->data())[i] = to_bf16(value);
-        else ((float*)c.cache->data())[i] = value;
+    const int64_t height = which == 0 ? c.head_dim : page_, width = which == 0 ? page_ : c.stride;
+    const int64_t first = which == 0 ? at : at * width, step = which == 0 ? width : 1;
+    const int64_t each = c.format == Fmt::F32 ? 4 : c.format == Fmt::BF16 ? 2 : 1, scales = c.format == Fmt::I8 ? 2 * page_ : 0;
+    for (int64_t h = 0; h < c.heads; h++) {
+      const float* from = rows_at(op.tensors[which]) + t * x.ld + h * c.head_dim;
+      uint8_t* to = c.cache->data() + (page * c.heads + h) * (height * width * each + scales);
+      auto put = [&](auto* values, const auto* x, auto convert) {
+        for (int64_t d = 0; d < c.head_dim; d++) values[first + d * step] = convert(x[d]);
+      };
+      if (c.format == Fmt::F32) {
+        put((float*)to, from, [](float f) { return f; });
+      } else if (c.format == Fmt::BF16) {
+        put((uint16_t*)to, from, to_bf16);
+      } else {
+        int8_t codes[kMaxHead];
+        ((uint16_t*)(to + height * width))[at] = encode_row(from, c.head_dim, codes);
+        put((int8_t*)to, codes, [](int8_t code) { return code; });
       }
+    }
   }
 }
 
@@ -428,7 +441,7 @@ AttendArgs Executable::attend_args(const Op& op) const {
   const Tensor &q = tensors_[size_t(op.tensors[0])], &k = tensors_[size_t(op.tensors[1])];
   const Tensor &v = tensors_[size_t(op.tensors[2])], &out = tensors_[size_t(op.tensors[3])];
   return {rows_at(op.tensors[0]), rows_at(op.tensors[3]), q.ld, out.ld, int(op.ints[0]), k.heads, k.head_dim, v.head_dim,
-          v.stride, page_, int(op.ints[1]), float(op.floats[0]), float(op.floats[1]), k.bf16, k.cache->data(), v.cache->data()};
+          v.stride, page_, int(op.ints[1]), float(op.floats[0]), float(op.floats[1]), k.format, k.cache->data(), v.cache->data()};
 }
 
 Query Executable::query(const Task& t) const {

@@ -34,7 +34,7 @@ struct Tensor {  // exactly one of: a range of a buffer's columns, a vector, a w
   std::vector<float> vector;
   std::shared_ptr<PackedWeight> weight;
   std::unique_ptr<Memory> cache;
-  bool bf16 = false;
+  Fmt format = Fmt::F32;  // of a cache
   int heads = 0, head_dim = 0, stride = 0;
 
 };
@@ -70,7 +70,7 @@ class Executable {
   // Runs one step; results are read from buffers afterwards by copy_out(). `seconds`, if not null, gets one a op.
   void step(const StepInputs& in, const std::vector<Tap>& taps, double* seconds);
   void copy_out(int tensor, int64_t rows, void* out) const;
-  Tensor make_cache(int64_t pages, int heads, int head_dim, bool bf16, bool keys) const;
+  Tensor make_cache(int64_t pages, int heads, int head_dim, Fmt format, bool keys) const;
 
  private:
   struct Scratch {  // one thread's memory, and the phase whose rows of x it holds

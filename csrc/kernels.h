@@ -79,15 +79,20 @@ struct NormArgs {
   float eps, offset;
 };
 
-// K pages are [pages][kv_heads][head_dim][page], V pages [pages][kv_heads][page][v_stride]; both f32 or bf16.
+// K pages are [pages][kv_heads][head_dim][page], V pages [pages][kv_heads][page][v_stride]; f32, bf16 or I8. Codes of I8
+// are signed, and after those of a page and head come the scales of its tokens, [page] bf16.
 struct AttendArgs {
   const float* q;
   float* out;
   int64_t ld_q, ld_out;
   int heads, kv_heads, head_dim, v_dim, v_stride, page, window;
   float scale, softcap;
-  bool bf16;
+  Fmt format;
   const void *k, *v;
+
+  int64_t key_bytes() const { return page * (int64_t(head_dim) * each() + (format == Fmt::I8 ? 2 : 0)); }  // of a page and head
+  int64_t value_bytes() const { return page * (int64_t(v_stride) * each() + (format == Fmt::I8 ? 2 : 0)); }
+  int64_t each() const { return format == Fmt::F32 ? 4 : format == Fmt::BF16 ? 2 : 1; }
 };
 
 struct Query {  // tokens of one sequence at consecutive positions, under one kv head

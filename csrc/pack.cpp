@@ -323,6 +323,15 @@ void pack_rows(const Weight& w, const void* rows, Source type, int64_t first, in
   }
 }
 
+uint16_t encode_row(const float* x, int64_t n, int8_t* codes) {
+  float peak = 0, poison = 0;
+  for (int64_t i = 0; i < n; i++) peak = std::max(peak, std::fabs(x[i])), poison += x[i] * 0.0f;
+  const float scale = scale_of(Fmt::I8, {-peak, peak});
+  encode(Fmt::I8, x, n, scale, reinterpret_cast<uint8_t*>(codes));
+  for (int64_t i = 0; i < n; i++) codes[i] = int8_t(codes[i] ^ -128);
+  return to_bf16(scale + poison);
+}
+
 void unpack_row(const Weight& w, int64_t row, float* out) {
   const int64_t panel = w.panel_of(row), lane = w.lane_of(row);
   const uint8_t* base = w.data + panel * w.panel_bytes;

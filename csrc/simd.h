@@ -75,6 +75,7 @@ inline F power_of_two(F n) {  // 2^n for whole n in -126..127
 inline F load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
+inline F load_i8(const int8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
 inline F load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 
 // Pairs of bf16 along K: acc[n] += w[n][0] * x[0] + w[n][1] * x[1].
@@ -138,6 +139,7 @@ inline F power_of_two(F n) {
 inline F load_bf16(const uint16_t* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
 }
+inline F load_i8(const int8_t* p) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))}; }
 inline F load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
 
 inline I load_raw(const void* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
@@ -208,6 +210,7 @@ inline F round(F a) { EACH a.v[i] = std::nearbyintf(a.v[i]); return a; }
 inline F if_less(F a, F b, F yes, F no) { EACH no.v[i] = a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; return no; }
 inline F power_of_two(F n) { EACH n.v[i] = std::bit_cast<float>((int32_t(n.v[i]) + 127) << 23); return n; }
 inline F load_bf16(const uint16_t* p) { F r; EACH r.v[i] = from_bf16(p[i]); return r; }
+inline F load_i8(const int8_t* p) { F r; EACH r.v[i] = p[i]; return r; }
 inline F load_f16(const uint16_t* p) { F r; EACH r.v[i] = from_f16(p[i]); return r; }
 
 inline I load_raw(const void* p) { I r; std::memcpy(r.v, p, sizeof r.v); return r; }

@@ -189,7 +189,7 @@ def test_views_are_read_in_place(rng: np.random.Generator) -> None:
     hold(bench.run(y), 4 * EPS * 12)
 
 
-@pytest.mark.parametrize("cache", ["f32", "bf16"])
+@pytest.mark.parametrize("cache", ["f32", "bf16", "int8row"])
 @pytest.mark.parametrize("trial", range(6))
 def test_attend(cache: str, trial: int, rng: np.random.Generator) -> None:
     """GQA, MQA, MHA; head sizes 80, 96 and odd ones; window and softcap; contexts across splits of 512."""
@@ -272,10 +272,11 @@ def test_packing_is_the_formats_own(format: str, rng: np.random.Generator) -> No
 # ---- the same bits whatever the company ----
 
 MODELS = {
-    "llama-f32": (Toy(kv_heads=2, heads=6, head_dim=20), "f32"),
-    "qwen-bf16": (replace(MANNERS["qwen3"], format="bf16", inner=72), "bf16"),
-    "gemma-int8": (replace(MANNERS["gemma"], format="bf16", window=70), "int8"),
-    "olmo-int4": (replace(MANNERS["olmo2"], format="bf16"), "int4"),
+    "llama-f32": (Toy(kv_heads=2, heads=6, head_dim=20), "f32", "f32"),
+    "qwen-bf16": (replace(MANNERS["qwen3"], format="bf16", inner=72), "bf16", "bf16"),
+    "gemma-int8": (replace(MANNERS["gemma"], format="bf16", window=70), "int8", "int8"),
+    "olmo-int4": (replace(MANNERS["olmo2"], format="bf16"), "int4", "bf16"),
+    "llama-fp8": (Toy(kv_heads=2, heads=6, head_dim=20, format="bf16"), "fp8", "int8"),
 }
 SAMPLINGS = (Sampling(), Sampling(0.8, seed=11), Sampling(1.2, top_k=9, top_p=0.9, seed=12))
 
@@ -288,11 +289,11 @@ def alone(ex: object, tokens: list[int], sampling: Sampling, pages: list[int]) -
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", MODELS)
 def test_company_changes_no_bit(isa: str, name: str, rng: np.random.Generator) -> None:
-    """50 random mixes a model and path (200 a path): prompts, chunk sizes, pages, 1 and 2 threads; each sequence's
+    """50 random mixes a model and path (250 a path): prompts, chunk sizes, pages, 1 and 2 threads; each sequence's
     logits and tokens are those of it running alone, whole, on one thread."""
-    toy, weights = MODELS[name]
+    toy, weights, kv_format = MODELS[name]
     raw = transformer(toy)
-    program = replace(build(raw, weights), context=2048)
+    program = replace(build(raw, weights, kv_format), context=2048)
     arrays = random_weights(raw, seed=int(rng.integers(2**31)))
     state = StateSpec(512, PAGE)
     single, team = (HostDevice(n, isa).load(program, arrays, state) for n in (1, 2))

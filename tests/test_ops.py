@@ -371,12 +371,28 @@ def test_kv_write() -> None:
         np.testing.assert_array_equal(caches[name], want)
 
 
+def test_kv_write_int8() -> None:
+    """A scale a token and head, on which attention then builds."""
+    own = {n: formats.Quantised(np.zeros((4, 4, 2, 3), np.int8), np.zeros((4, 4, 2, 1), np.float32), 3) for n in "kv"}
+    k, v = random(0, 5, 6), random(1, 5, 6)
+    op = KvWrite(site="s", k="a", v="b", k_cache="k", v_cache="v")
+    op.reference({"a": k, "b": v, **own}, BATCH)
+    for name, new in (("k", k), ("v", v)):
+        pages = own[name].rows(slice(None))
+        for t, slot in enumerate([4, 5, 6, 8, 9]):
+            for h, head in enumerate(new[t].reshape(2, 3)):
+                got, step = pages[slot // 4, slot % 4, h], np.abs(head).max() / 127
+                assert np.abs(got - head).max() <= step * (0.5 + 127 * 2.0**-8)  # half a step, and the scale in bf16
+                np.testing.assert_array_equal(got, formats.quantise(head[None], "int8row").rows(slice(None))[0])
+        assert not own[name].codes[[0, 3]].any()
+
+
 def test_kv_write_refuses() -> None:
     op = KvWrite(site="s", k="k", v="v", k_cache="k_cache", v_cache="v_cache")
     own = {"k": "f32[T, 6]", "v": "f32[T, 6]", "k_cache": "f32[P, B, 2, 3]", "v_cache": "bf16[P, B, 2, 3]"}
     refuses(op, r"v is f32\[T, 8\] but v_cache holds 2 heads of 3", **{**own, "v": "f32[T, 8]"})
     for bad in ("f16[P, B, 2, 3]", "f32[P, B, 6]", "f32[B, P, 2, 3]", "f32[P, B, S, 3]"):
-        refuses(op, r"a cache is \[P, B, heads, head_dim\] in f32 or bf16", **{**own, "k_cache": bad})
+        refuses(op, r"a cache is \[P, B, heads, head_dim\] in f32 or bf16 or int8row", **{**own, "k_cache": bad})
 
 
 def test_kv_write_work() -> None:

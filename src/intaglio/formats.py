@@ -66,8 +66,8 @@ class Format:
         return np.dtype(np.int8) if self.integer else E4M3
 
     def group_of(self, cols: int) -> int:
-        """The group in a row of `cols` values. One that spans the row is cut into equal runs of at most CHUNK, a multiple
-        of 32, that share their scale."""
+        """The group in a row of `cols` values. One that spans the row is cut into equal runs of at most CHUNK, a
+        multiple of 32, that share their scale."""
         return self.group if self.group != ROW else -(-cols // -(-cols // CHUNK) // 32) * 32
 
     def nbytes(self, rows: int, cols: int) -> int:
@@ -78,11 +78,11 @@ class Format:
 
 @cache
 def get(name: str) -> Format:
-    """The format called `name`: f32, bf16, f16, i32; int8, int4 or fp8 (E4M3) in groups, written int8g128, fp8g128 and so
-    on; int8row or fp8row with one scale a row; mxfp4 (OCP: E2M1 in groups of 32 that share a power of two).
+    """The format called `name`: f32, bf16, f16, i32; int8, int4 or fp8 (E4M3) in groups, written int8g128, fp8g128 and
+    so on; int8row or fp8row with one scale a row; mxfp4 (OCP: E2M1 in groups of 32 that share a power of two).
 
-    Scales are bf16, of full float32 range, and codes are chosen against the rounded scale; fp8 has float32 scales, as it
-    is published.
+    Scales are bf16, of full float32 range, and codes are chosen against the rounded scale; fp8 has float32 scales, as
+    it is published.
     """
     if name in PLAIN:
         return Format(name, PLAIN[name].itemsize * 8)
@@ -97,16 +97,15 @@ def get(name: str) -> Format:
 
 
 def round_to(x: np.ndarray, name: str) -> np.ndarray:
-    """`x` rounded (to nearest, ties to even) to the format `name`, returned as float32 of the same shape."""
-    fmt = get(name)
-    if not fmt.grouped:
-        return x.astype(fmt.dtype).astype(np.float32)
-    return quantise(x.reshape(-1, x.shape[-1]), name).rows(slice(None)).reshape(x.shape)
+    """`x` rounded (to nearest, ties to even) to the plain format `name`, returned as float32 of the same shape."""
+    return x.astype(get(name).dtype).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix as codes [N, K], int8 or E4M3, and scales float32 [N, ceil(K / group)]: value = code * scale."""
+    """A matrix as codes [N, K], int8 or E4M3, and scales float32 [N, ceil(K / group)]: value = code * scale.
+
+    Both may have more dimensions in front."""
 
     codes: np.ndarray
     scales: np.ndarray
@@ -114,7 +113,7 @@ class Quantised:
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
         """The named rows as float32 [n, K]."""
-        spread = np.repeat(self.scales[ids], self.group, axis=1)[:, : self.codes.shape[1]]
+        spread = np.repeat(self.scales[ids], self.group, axis=-1)[..., : self.codes.shape[-1]]
         return self.codes[ids].astype(np.float32) * spread
 
 

@@ -96,7 +96,7 @@ def pool_pages(program: Program, kv_tokens: int | None) -> int:
             raise RequestError(f"kv_tokens is {kv_tokens}; allowed: 1 or more")
         return -(-kv_tokens // PAGE_TOKENS)
     per_token = sum(
-        int(t.shape[2]) * int(t.shape[3]) * formats.get(t.format).bits // 8 for t in program.of_role("state")
+        formats.get(t.format).nbytes(int(t.shape[2]), int(t.shape[3])) for t in program.of_role("state")
     )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = int(memory * POOL_SHARE) // max(1, per_token)
@@ -106,7 +106,8 @@ def pool_pages(program: Program, kv_tokens: int | None) -> int:
 class LLM:
     """A model ready to run. `path` is a checkpoint folder in Hugging Face's layout; None is the bundled model.
 
-    device: host, reference, ...; weights: auto (as stored), f32, bf16, int8 or int4; threads: for devices that take it.
+    device: host, reference, ...; weights: auto (as stored), f32, bf16, fp8, int8 or int4; threads: for devices that
+    take it. kv_format: auto (to go with the weights), f32, bf16 or int8.
     context: positions to compile for, by default the model's own; kv_tokens: how many tokens of KV to hold for all
     sequences together; max_batch_tokens: tokens in one step; cache: where the host keeps packed weights for the next
     start, a folder, "auto" or None (see HostDevice). Raises ValueError (CheckpointError, PortError, ...) or
@@ -122,12 +123,13 @@ class LLM:
         *,
         context: int | None = None,
         kv_tokens: int | None = None,
+        kv_format: str = "auto",
         max_batch_tokens: int = 512,
         cache: str | Path | None = "auto",
     ) -> None:
         self.path = BUNDLED if path is None else Path(path)
         checkpoint = Checkpoint.open(self.path)
-        self.program = build(port(checkpoint, context), weights)
+        self.program = build(port(checkpoint, context), weights, kv_format)
         self.tokenizer = _open_tokenizer(self.path, self.program.vocabulary)
         named = self.tokenizer.eos_ids if self.tokenizer else checkpoint.config.get("eos_token_id")
         self.eos_ids = frozenset([named] if isinstance(named, int) else named or ())

@@ -39,6 +39,7 @@ RECIPE = (
 def build(
     program: Program,
     weights: str = "auto",
+    kv_format: str = "auto",
     *,
     passes: Sequence[Pass] = RECIPE,
     check: bool = False,
@@ -46,14 +47,15 @@ def build(
 ) -> Program:
     """The Program a device should be given. Verified at the end, and after every pass with `check`.
 
-    `weights` is auto (as stored), f32, bf16, f16, int8 (int8g128), int4 (int4g32) or an explicit int8gN / int4gN.
+    `weights` is auto (as stored), f32, bf16, f16, fp8 (fp8g128), int8 (int8g128), int4 (int4g32) or a full name such as
+    int8g64 or mxfp4; `kv_format` is auto (to go with the weights), f32, bf16 or int8 (one scale a token and head).
     `report` takes one line a pass. Raises FormatError for an unknown format and ProgramError, naming the pass, for a
     Program that breaks a rule.
     """
     say = report.append if isinstance(report, list) else report
     for step in passes:
         before = program
-        program = step.run(before, weights) if step.run is set_weight_formats else step.run(before)
+        program = step.run(before, weights, kv_format) if step.run is set_weight_formats else step.run(before)
         if check:
             _verify(program, f"after pass {step.name}: ")
         if say:

@@ -10,11 +10,13 @@ from intaglio.program import Program
 
 SHORT = {"int8": "int8g128", "int4": "int4g32", "fp8": "fp8g128"}
 PLAIN = ("f32", "bf16", "f16")
+KV_FORMATS = {"f32": "f32", "bf16": "bf16", "int8": "int8row"}
 HEAD = "int8g128"  # as far as a head is quantised: its error goes straight into the logits
 
 
-def set_weight_formats(p: Program, weights: str = "auto") -> Program:
-    """The weights of every linear in the format asked for, x rounded to match it, and the KV cache to go with it.
+def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto") -> Program:
+    """The weights of every linear in the format asked for, x rounded to match it, and the KV cache likewise, or to go
+    with it.
 
     auto leaves weights as stored. A weight that yields logits (tied to the embedding or not) stays at int8g128 when
     4 bits are asked for. Tables read by embed alone are copied rows, not products: they follow f32 and bf16 only.
@@ -30,9 +32,12 @@ def set_weight_formats(p: Program, weights: str = "auto") -> Program:
         if name in ("f32", "bf16"):
             chosen |= dict.fromkeys(tables, name)
         chosen |= {op.w: HEAD if four_bits and op.w in heads else name for op in linears}
-    if name not in ("auto", "f16"):
+    kv = KV_FORMATS.get(kv_format, "" if kv_format == "auto" else "?")
+    if kv == "?":
+        raise formats.FormatError(f"kv_format={kv_format!r}: use auto, {', '.join(KV_FORMATS)}")
+    if kv or name not in ("auto", "f16"):
         caches = {c for op in p.ops if isinstance(op, KvWrite) for c in (op.k_cache, op.v_cache)}
-        chosen |= dict.fromkeys(caches, "f32" if name == "f32" else "bf16")
+        chosen |= dict.fromkeys(caches, kv or ("f32" if name == "f32" else "bf16"))
     tensors = {n: replace(t, format=chosen.get(n, t.format)) for n, t in p.tensors.items()}
     ops = (replace(op, x_format=_x_format(tensors[op.w].format)) if isinstance(op, Linear) else op for op in p.ops)
     return p.with_ops(ops, tensors)

@@ -111,7 +111,7 @@ class HostExecutable:
         if t.role == "state":
             _, _, heads, head_dim = t.shape
             return self.native.cache(
-                self.state.pages, int(heads), int(head_dim), t.format == "bf16", t.name in self._keys
+                self.state.pages, int(heads), int(head_dim), formats.get(t.format).family, t.name in self._keys
             )
         if t.role == "weight":
             return self._matrix(t, weights) if t.name in self._matrices else self._vector(t, weights)

@@ -24,7 +24,9 @@ class ReferenceExecutable:
         dims = {"P": state.pages, "B": state.page_tokens}
         for t in program.of_role("state"):
             shape = [dims[d] if isinstance(d, str) else d for d in t.shape]
-            self.held[t.name] = np.zeros(shape, formats.get(t.format).dtype)
+            fmt, zeros = formats.get(t.format), np.zeros(shape, formats.get(t.format).dtype)
+            scales = np.zeros((*shape[:-1], 1), np.float32)
+            self.held[t.name] = formats.Quantised(zeros, scales, shape[-1]) if fmt.grouped else zeros
 
     def step(
         self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False

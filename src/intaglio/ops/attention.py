@@ -10,9 +10,10 @@ import numpy as np
 
 from intaglio import formats
 from intaglio.batch import Batch
+from intaglio.formats import Quantised
 from intaglio.ops.op import Op, Results, Tensor, Tensors, Value, Work, array, operand, result
 
-CACHE_FORMATS = ("f32", "bf16")
+CACHE_FORMATS = ("f32", "bf16", "int8row")
 
 
 def cache_heads(op: Op, t: Tensors, name: str) -> tuple[int, int]:
@@ -31,7 +32,9 @@ def token_bytes(cache: Tensor) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class KvWrite(Op, kind="kv_write"):
-    """cache[slot of t] = k[t], v[t], rounded to the cache's format. k, v f32 [T, kv heads * head_dim]."""
+    """cache[slot of t] = k[t], v[t], rounded to the cache's format. k, v f32 [T, kv heads * head_dim].
+
+    int8row has one scale a token and head."""
 
     stateful: ClassVar[bool] = True
     k: str = operand()
@@ -49,9 +52,14 @@ class KvWrite(Op, kind="kv_write"):
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
         for x, name in ((self.k, self.k_cache), (self.v, self.v_cache)):
             cache = v[name]
-            assert isinstance(cache, np.ndarray)
-            flat = cache.reshape(-1, *cache.shape[2:])
-            flat[batch.slots] = array(v, x).reshape(len(batch.slots), *cache.shape[2:]).astype(cache.dtype)
+            held = cache.codes if isinstance(cache, Quantised) else cache
+            page, at = batch.slots // held.shape[1], batch.slots % held.shape[1]
+            new = array(v, x).reshape(len(batch.slots), *held.shape[2:])
+            if isinstance(cache, Quantised):
+                q = formats.quantise(new.reshape(-1, held.shape[3]), "int8row")
+                cache.scales[page, at] = q.scales.reshape(*new.shape[:2], 1)
+                new = q.codes.reshape(new.shape)
+            held[page, at] = new.astype(held.dtype)
         return {}
 
     def work(self, t: Tensors, batch: Batch) -> Work:
@@ -116,8 +124,8 @@ class Attend(Op, kind="attend"):
     @staticmethod
     def _gather(v: Mapping[str, Value], name: str, blocks: np.ndarray, context: int) -> np.ndarray:
         cache = v[name]
-        assert isinstance(cache, np.ndarray)
-        return cache[blocks].reshape(-1, *cache.shape[2:])[:context].astype(np.float64)
+        pages = cache.rows(blocks) if isinstance(cache, Quantised) else cache[blocks]
+        return pages.reshape(-1, *pages.shape[2:])[:context].astype(np.float64)
 
     def work(self, t: Tensors, batch: Batch) -> Work:
         context, n = batch.context_len.astype(np.int64), batch.q_len.astype(np.int64)
