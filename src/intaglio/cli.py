@@ -61,7 +61,12 @@ Model = Annotated[
     Path | None, typer.Argument(help="Checkpoint folder (Hugging Face layout). Default: the bundled model.")
 ]
 Device = Annotated[str, typer.Option(help="host (C++, fast), reference (NumPy, the definition), oracle.")]
-Weights = Annotated[str, typer.Option(help="Format of the weights: auto (as stored), f32, bf16, int8, int4.")]
+Weights = Annotated[
+    str, typer.Option(help="Format of the weights: auto (as stored), f32, bf16, fp8, int8, int4, mxfp4.")
+]
+KvFormat = Annotated[
+    str, typer.Option("--kv", help="Format of the KV cache: auto (as the weights ask), f32, bf16, int8.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the host device. Default: all cores.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Positions to compile for. Default: the model's own.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep packed weights on disk.")]
@@ -100,17 +105,18 @@ def working(what: str) -> Iterator[None]:
 
 
 def open_llm(
-    model: Path | None, device: str, weights: str, threads: int | None, context: int | None = None,
+    model: Path | None, device: str, weights: str, kv_format: str, threads: int | None, context: int | None = None,
     no_cache: bool = False,
 ) -> LLM:  # fmt: skip
     with working(f"loading {model or 'the bundled model'}"):
         from intaglio.llm import LLM
 
-        return LLM(model, device, weights, threads, context=context, cache=None if no_cache else "auto")
+        cache = None if no_cache else "auto"
+        return LLM(model, device, weights, threads, context=context, kv_format=kv_format, cache=cache)
 
 
 def compile_model(
-    model: Path | None, weights: str, context: int | None, report: list[str], raw: bool = False
+    model: Path | None, weights: str, kv_format: str, context: int | None, report: list[str], raw: bool = False
 ) -> Program:
     """The Program of a checkpoint: as ported if `raw`, else compiled; what each pass did goes to `report`."""
     from intaglio.compiler import build
@@ -118,7 +124,7 @@ def compile_model(
     from intaglio.models import Checkpoint, port
 
     ported = port(Checkpoint.open(model or BUNDLED), context)
-    return ported if raw else build(ported, weights, report=report)
+    return ported if raw else build(ported, weights, kv_format, report=report)
 
 
 def print_json(value: Any) -> None:
@@ -173,12 +179,14 @@ def stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> tuple[s
 
 
 @app.command()
-def demo(weights: Weights = "auto", device: Device = "host", threads: Threads = None) -> None:
+def demo(
+    weights: Weights = "auto", kv_format: KvFormat = "auto", device: Device = "host", threads: Threads = None
+) -> None:
     """Show what Intaglio does, with the bundled model: load, generate, stream, measure. Takes some seconds."""
     from intaglio.runtime import SamplingParams
 
     start = time.perf_counter()
-    llm = open_llm(None, device, weights, threads)
+    llm = open_llm(None, device, weights, kv_format, threads)
     out.print(f"[bold]Intaglio {__version__}[/bold], loaded in {time.perf_counter() - start:.1f} s")
     out.print(f"program  {describe(llm.program)}", markup=False, soft_wrap=True)
     out.print(f"device   {describe_device(llm)}", markup=False)
@@ -211,6 +219,7 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     weights: Weights = "auto",
+    kv_format: KvFormat = "auto",
     device: Device = "host",
     threads: Threads = None,
     context: Context = None,
@@ -225,7 +234,7 @@ def generate(
     prompts = prompt or [piped or ("def " if model is None else "")]
     if not prompts[0]:
         raise ValueError("there is nothing to continue: give --prompt TEXT, or pipe text in")
-    llm = open_llm(model, device, weights, threads, context, no_cache)
+    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache)
     if len(prompts) == 1 and not as_json:
         print(prompts[0], end="", flush=True)
         stream(llm, prompts[0], params)
@@ -251,6 +260,7 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     weights: Weights = "auto",
+    kv_format: KvFormat = "auto",
     device: Device = "host",
     threads: Threads = None,
     context: Context = None,
@@ -260,7 +270,7 @@ def chat(
     from intaglio.runtime import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed, stop or ())
-    llm = open_llm(model, device, weights, threads, context, no_cache)
+    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache)
     llm.chat_prompt([{"role": "user", "content": "?"}])  # says at once if the model has no template
     history: list[dict[str, str]] = []
     while (line := read_turn()) is not None:
@@ -285,6 +295,7 @@ def build(
         Path | None, typer.Option("--output", "-o", help="File to write. Default: print the report only.")
     ] = None,
     weights: Weights = "auto",
+    kv_format: KvFormat = "auto",
     context: Context = None,
     as_json: Json = False,
 ) -> None:
@@ -292,7 +303,7 @@ def build(
     from intaglio.program import save
 
     report: list[str] = []
-    program = compile_model(model, weights, context, report)
+    program = compile_model(model, weights, kv_format, context, report)
     if output:
         save(program, output)
     if as_json:
@@ -313,6 +324,7 @@ def disasm(
     ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="As ported, before the compiler.")] = False,
     weights: Weights = "auto",
+    kv_format: KvFormat = "auto",
     context: Context = None,
     as_json: Json = False,
 ) -> None:
@@ -321,11 +333,13 @@ def disasm(
 
     is_file = model is not None and model.is_file()
     if model and is_file:
-        if raw or weights != "auto" or context:
-            raise ValueError(f"{model} is compiled already; --raw, --weights and --context go with a checkpoint folder")
+        if raw or weights != "auto" or kv_format != "auto" or context:
+            raise ValueError(
+                f"{model} is compiled already; --raw, --weights, --kv and --context go with a checkpoint folder"
+            )
         program = load(model)
     else:
-        program = compile_model(model, weights, context, [], raw)
+        program = compile_model(model, weights, kv_format, context, [], raw)
     text = print_program(program, fold=not full)
     if as_json:
         print_json({**summary(program), "text": text})
@@ -414,6 +428,7 @@ def bench(
     sequences: Annotated[str, typer.Option(help="Numbers of sequences run together.")] = "1,8",
     runs: Annotated[int, typer.Option(min=1, help="Runs of which the median is taken.")] = 3,
     weights: Weights = "auto",
+    kv_format: KvFormat = "auto",
     device: Device = "host",
     threads: Threads = None,
     context: Context = None,
@@ -423,7 +438,7 @@ def bench(
     """Measure prefill and decode, each beside the bound that memory bandwidth and matrix peak set."""
     lengths = numbers(prompt_tokens) if prompt_tokens else None
     counts = numbers(sequences)
-    llm = open_llm(model, device, weights, threads, context, no_cache)
+    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache)
     rows, why = run_bench(llm, lengths=lengths, sequences=counts, runs=runs)
     if as_json:
         facts = {"program": summary(llm.program), "device": describe_device(llm), "no_bounds": why or None}
@@ -455,6 +470,7 @@ def profile(
     sequences: Annotated[int, typer.Option(min=1, help="Sequences run together.")] = 1,
     runs: Annotated[int, typer.Option(min=1, help="Runs of which medians are taken.")] = 5,
     weights: Weights = "auto",
+    kv_format: KvFormat = "auto",
     device: Device = "host",
     threads: Threads = None,
     context: Context = None,
@@ -465,7 +481,7 @@ def profile(
     from intaglio.tools.bench import Roofs, measured_roofs
     from intaglio.tools.profile import profile as run_profile
 
-    llm = open_llm(model, device, weights, threads, context, no_cache)
+    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache)
     with err.status("measuring the roofs") as status:
         roofs = measured_roofs(llm.device)
         profiles = run_profile(

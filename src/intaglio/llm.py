@@ -95,9 +95,7 @@ def pool_pages(program: Program, kv_tokens: int | None) -> int:
         if kv_tokens < 1:
             raise RequestError(f"kv_tokens is {kv_tokens}; allowed: 1 or more")
         return -(-kv_tokens // PAGE_TOKENS)
-    per_token = sum(
-        formats.get(t.format).nbytes(int(t.shape[2]), int(t.shape[3])) for t in program.of_role("state")
-    )
+    per_token = sum(formats.get(t.format).nbytes(int(t.shape[2]), int(t.shape[3])) for t in program.of_role("state"))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = int(memory * POOL_SHARE) // max(1, per_token)
     return max(1, min(max(program.context, POOL_TOKENS), fits) // PAGE_TOKENS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from intaglio import formats
-from intaglio.ops import Embed, KvWrite, Linear
+from intaglio.ops import Embed, KvWrite, Linear, Tensor
 from intaglio.program import Program
 
 SHORT = {"int8": "int8g128", "int4": "int4g32", "fp8": "fp8g128"}
@@ -18,11 +18,13 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
     """The weights of every linear in the format asked for, x rounded to match it, and the KV cache likewise, or to go
     with it.
 
-    auto leaves weights as stored. A weight that yields logits (tied to the embedding or not) stays at int8g128 when
-    4 bits are asked for. Tables read by embed alone are copied rows, not products: they follow f32 and bf16 only.
-    Vectors (norm weights, biases) stay as stored. Raises FormatError for a name that is not one of these.
+    auto leaves weights as stored. Short names stand for SHORT's, in groups that fit the weight. A weight that yields
+    logits (tied to the embedding or not) stays at HEAD when 4 bits are asked for. Tables read by embed alone are copied
+    rows, not products: they follow f32 and bf16 only. Vectors (norm weights, biases) stay as stored. Raises FormatError
+    for a name that is not one of these.
     """
     name = _named(weights)
+    short = weights in SHORT
     linears = [op for op in p.ops if isinstance(op, Linear)]
     tables = {op.w for op in p.ops if isinstance(op, Embed)}
     heads = tables | {op.w for op in linears if p.tensors[op.x].shape[0] == "R"}
@@ -31,7 +33,9 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
         four_bits = formats.get(name).bits == 4
         if name in ("f32", "bf16"):
             chosen |= dict.fromkeys(tables, name)
-        chosen |= {op.w: HEAD if four_bits and op.w in heads else name for op in linears}
+        for op in linears:
+            head = four_bits and op.w in heads
+            chosen[op.w] = fitted(HEAD if head else name, p.tensors[op.w]) if short or head else name
     kv = KV_FORMATS.get(kv_format, "" if kv_format == "auto" else "?")
     if kv == "?":
         raise formats.FormatError(f"kv_format={kv_format!r}: use auto, {', '.join(KV_FORMATS)}")
@@ -41,6 +45,14 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
     tensors = {n: replace(t, format=chosen.get(n, t.format)) for n, t in p.tensors.items()}
     ops = (replace(op, x_format=_x_format(tensors[op.w].format)) if isinstance(op, Linear) else op for op in p.ops)
     return p.with_ops(ops, tensors)
+
+
+def fitted(name: str, w: Tensor) -> str:
+    """`name`, if its groups of 128 fill the rows of w; else the same in the largest smaller groups that do, if any:
+    what is padded is read and multiplied too."""
+    fmt, k = formats.get(name), int(w.shape[1])
+    whole = [g for g in (128, 96, 64, 32) if k % g == 0]
+    return f"{fmt.family}g{whole[0]}" if fmt.group == 128 and whole else name
 
 
 def _named(weights: str) -> str:
