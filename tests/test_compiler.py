@@ -518,7 +518,7 @@ def test_the_report_says_what_each_pass_did() -> None:
     assert lines[2] == "merge_projections: 15 linears -> 9, e.g. layers.0.attn.qkv_proj"
     assert lines[3] == "fuse_glu: 6 maps -> 4, e.g. layers.0.mlp.gate_up_proj"
     assert lines[4] == "fuse_epilogues: 4 maps -> 0, e.g. layers.0.attn.o_proj"
-    assert lines[6].startswith("plan_buffers: 21 temps of 2,880 bytes a row -> 5 buffers of ")
+    assert lines[7].startswith("plan_buffers: 21 temps of 2,880 bytes a row -> 5 buffers of ")
     heard: list[str] = []
     build(transformer(Toy()), "int4", report=heard.append)
     assert heard == lines

@@ -3,13 +3,14 @@
 from intaglio.ops.attention import Attend, KvWrite
 from intaglio.ops.data import Embed, Select
 from intaglio.ops.elementwise import Map
-from intaglio.ops.linear import Linear
+from intaglio.ops.experts import Experts, Route
+from intaglio.ops.linear import HeadLinear, Linear
 from intaglio.ops.norm import Norm
 from intaglio.ops.op import REGISTRY, SYMBOLS, Op, OpError, Tensor, Value, Work
 from intaglio.ops.position import Rope
 from intaglio.ops.sample import Sample
 
 __all__ = [
-    "REGISTRY", "SYMBOLS", "Attend", "Embed", "KvWrite", "Linear", "Map", "Norm", "Op", "OpError", "Rope", "Sample",
-    "Select", "Tensor", "Value", "Work",
+    "REGISTRY", "SYMBOLS", "Attend", "Embed", "Experts", "HeadLinear", "KvWrite", "Linear", "Map", "Norm", "Op",
+    "OpError", "Rope", "Route", "Sample", "Select", "Tensor", "Value", "Work",
 ]  # fmt: skip
