@@ -5,7 +5,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 # Without isolation the build tools stay put, so that a changed source rebuilds only what it touches.
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation --editable
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint sanitize bench clean
 
 demo: .venv/run.stamp
 	$(BIN)/intaglio demo
@@ -17,6 +17,9 @@ lint: .venv/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+sanitize: .venv/test.stamp
+	scripts/sanitize.sh
 
 bench: .venv/run.stamp
 	$(BIN)/intaglio bench

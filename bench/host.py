@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,19 +36,21 @@ from intaglio.tools.bench import Roofs, measured_roofs
 OFFSETS = (0, 32, -32, 16, -16, 48, -48, 64, -64)  # of the contexts in a batch from 128 tokens
 FULL = {"int8": "int8g128", "int4": "int4g32"}
 SHARE = {"bf16": 1.0, "int8": 0.56, "int4": 0.36}  # of bf16's bytes, roughly, to see what fits in memory together
-PHASES = ("prefill", "decode", "memory")
+PHASES = ("prefill", "decode", "busy", "memory")
 MEMORY = {
     "first": "first load to first token", "again": "load to first token", "peak_bytes": "peak memory",
     "weight_bytes": "  weights", "before": "  held before loading",
 }  # fmt: skip
 AGREE = 0.05  # relative difference of bf16 logits that rounding explains, with room to spare
 PAUSE = 0.03  # seconds: OpenMP's threads go on spinning for some ms after their work is done
+SETTLE = 0.3  # seconds until a new process has found its core
 PROMPT = 32  # tokens of the prompt that engines must agree on
 
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt of so many tokens, or decode steps after contexts of these lengths; `tokens` come of one time."""
+    """A prompt of so many tokens, or decode steps after contexts of these lengths, maybe while another process keeps a
+    core busy; `tokens` come of one time."""
 
     phase: str
     lengths: tuple[int, ...]
@@ -57,7 +60,7 @@ class Row:
         if self.phase == "prefill":
             return f"prefill {self.lengths[0]}"
         where = "~128" if self.lengths[0] == 128 and len(self.lengths) > 1 else str(self.lengths[0])
-        return f"decode batch {len(self.lengths)} at {where}"
+        return f"decode batch {len(self.lengths)} at {where}{', a core busy' if self.phase == 'busy' else ''}"
 
     @property
     def tokens(self) -> int:
@@ -71,7 +74,7 @@ class Result:
     shape: str
     format: str
     label: str
-    unit: str  # tok/s, s or MB
+    unit: str  # tok/s, s, MB, or "of quiet": times as long as without the other process
     tokens: int = 1
     samples: dict[str, list[float]] = field(default_factory=dict)
     bound: float | None = None
@@ -83,6 +86,8 @@ class Result:
     def shown(self, sample: float | None) -> str:
         if sample is None:
             return "-"
+        if self.unit == "of quiet":
+            return f"{1 / sample:.0%}"
         value = {"tok/s": self.tokens / sample, "s": sample, "MB": sample / 1e6}[self.unit]
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -120,7 +125,7 @@ def rows(shape: str, quick: bool) -> list[Row]:
     prefills = [] if shape == "8b" else [Row("prefill", (n,)) for n in sizes]
     decodes = [Row("decode", lengths(n)) for n in ((1, 8) if quick else (1, 4, 8, 32))]
     long = [] if quick or shape == "8b" else [Row("decode", (4096,))]
-    return prefills + decodes + long
+    return [*prefills, *decodes, *long, Row("busy", lengths(1))]
 
 
 def lengths(sequences: int) -> tuple[int, ...]:
@@ -154,6 +159,20 @@ def take_turns(workers: Sequence[Worker], method: str, *arguments: Any, runs: in
     return samples
 
 
+def slowed(workers: Sequence[Worker], method: str, runs: int) -> dict[str, list[float]]:
+    """How many times as long each takes while another process keeps one core busy: pairs, taken in turns."""
+    samples: dict[str, list[float]] = {w.name: [] for w in workers}
+    for _ in range(runs):
+        for w in workers:
+            time.sleep(PAUSE)
+            quiet = w(method)
+            with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+                time.sleep(SETTLE)
+                samples[w.name].append(w(method) / quiet)
+                other.kill()
+    return samples
+
+
 class Session:
     """One shape in one format: its checkpoint, engines and settings, and the results so far."""
 
@@ -168,7 +187,8 @@ class Session:
         groups = [list(self.engines)] if self._fit_together() else [[e] for e in self.engines]
         if len(groups) > 1:
             say("  too large to be in memory together: one engine after the other, runs not interleaved")
-        results = {row: Result(self.shape, self.format, row.label, "tok/s", row.tokens) for row in self.rows}
+        units = {row: "of quiet" if row.phase == "busy" else "tok/s" for row in self.rows}
+        results = {row: Result(self.shape, self.format, row.label, units[row], row.tokens) for row in self.rows}
         for names in groups:
             with self._workers(names) as workers:
                 for w in workers:
@@ -180,7 +200,8 @@ class Session:
                     result.samples |= self._samples(workers, row)
         program = compiled(self.folder, self.format)
         for row, result in results.items():
-            result.bound, result.bound_by = bound(program, self._batches(row), measured)
+            if row.phase != "busy":
+                result.bound, result.bound_by = bound(program, self._batches(row), measured)
         self.results += results.values()
         if "memory" in self.args.phase:
             self.results += self._memory()
@@ -190,7 +211,7 @@ class Session:
             return take_turns(workers, "prefill", row.lengths[0], runs=self.args.runs)
         for w in workers:
             w("fill", row.lengths, self.steps)
-        return take_turns(workers, "decode", runs=self.args.runs)
+        return (slowed if row.phase == "busy" else take_turns)(workers, "decode", runs=self.args.runs)
 
     def _batches(self, row: Row) -> Iterator[Batch]:
         """What Intaglio runs for one sample's unit: a whole prompt, or one step."""
@@ -201,7 +222,7 @@ class Session:
     @contextlib.contextmanager
     def _workers(self, names: Sequence[str], room: Sequence[int] | None = None) -> Iterator[list[Worker]]:
         if room is None:
-            rooms = [[n + (self.steps if r.phase == "decode" else 0) for n in r.lengths] for r in self.rows]
+            rooms = [[n + (0 if r.phase == "prefill" else self.steps) for n in r.lengths] for r in self.rows]
             room = max([[PROMPT], *rooms], key=lambda room: sum(map(pages_each, room)))
         with contextlib.ExitStack() as stack:
             yield [stack.enter_context(Worker(n, self.folder, self.format, self.args.threads, room)) for n in names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from math import gcd
 
 from intaglio import formats
 from intaglio.ops import Embed, Experts, KvWrite, Linear, Op, Route, Tensor
@@ -41,8 +42,8 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
         for op in linears:
             head = four_bits and op.w in heads
             chosen[op.w] = fitted(HEAD if head else name, p.tensors[op.w]) if short or head else name
-        for w in (w for op in p.ops if isinstance(op, Experts) for w in (op.gate, op.up, op.down)):
-            chosen[w] = fitted(name, p.tensors[w]) if short else name
+        for own in ((op.gate, op.up, op.down) for op in p.ops if isinstance(op, Experts)):
+            chosen |= dict.fromkeys(own, fitted(name, *(p.tensors[w] for w in own)) if short else name)
     kv = KV_FORMATS.get(kv_format, "" if kv_format == "auto" else "?")
     if kv == "?":
         raise formats.FormatError(f"kv_format={kv_format!r}: use auto, {', '.join(KV_FORMATS)}")
@@ -62,10 +63,10 @@ def _rounding(op: Op, tensors: Tensors, routers: Collection[str]) -> Op:
     return op
 
 
-def fitted(name: str, w: Tensor) -> str:
-    """`name`, if its groups of 128 fill the rows of w; else the same in the largest smaller groups that do, if any:
-    what is padded is read and multiplied too."""
-    fmt, k = formats.get(name), int(w.shape[-1])
+def fitted(name: str, *weights: Tensor) -> str:
+    """`name`, if its groups of 128 fill the rows of the weights; else the same in the largest smaller groups that do,
+    if any: what is padded is read and multiplied too."""
+    fmt, k = formats.get(name), gcd(*(int(w.shape[-1]) for w in weights))
     whole = [g for g in (128, 96, 64, 32) if k % g == 0]
     return f"{fmt.family}g{whole[0]}" if fmt.group == 128 and whole else name
 
