@@ -324,7 +324,7 @@ REFUSED_CONFIGS = {
     "hidden_act": ("mish", r"hidden_act='mish' is not ported; known are silu"),
     "quantization_config": (
         {"quant_method": "awq"},
-        "quantization_config=.* is not supported: give the checkpoint before",
+        "quantization_config=.* is not supported: .*read off a checkpoint",
     ),
     "rope_parameters": (
         {"rope_type": "dynamic", "rope_theta": 1e4},

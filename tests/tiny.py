@@ -63,6 +63,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "logits_scaling": 8.0, "tie_word_embeddings": True,
     },
     "cohere2": {"class": "Cohere2", "sliding_window": 20, "logit_scale": 0.25},
+    "smollm3": {"class": "SmolLM3", "use_sliding_window": True, "sliding_window": 20},
     "glm4": {"class": "Glm4", "head_dim": 24, "partial_rotary_factor": 0.5},
 }  # fmt: skip
 LATENT = {

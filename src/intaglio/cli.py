@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from intaglio import __version__
 from intaglio.devices import DeviceError
+from intaglio.tools.porting import port_command
 
 if TYPE_CHECKING:
     from intaglio.llm import LLM
@@ -365,20 +366,26 @@ def models(as_json: Json = False) -> None:
     out.print(f"bundled: {bundled or 'none in this installation'}", soft_wrap=True)
 
 
+app.command("port")(port_command)
+
+
 @app.command()
 def check(
     model: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     device: Device = "host",
     seed: Annotated[int, typer.Option(help="Of the token ids that are run.")] = 0,
+    bisect: Annotated[str, typer.Option(help="Two of our own runs instead, such as reference,host:int8.")] = "",
     as_json: Json = False,
 ) -> None:
     """Compare the model on a device with transformers, site by site; exit code 1 if they disagree. Needs torch."""
+    from intaglio.tools.bisect import bisect as run_bisect
     from intaglio.tools.check import CheckError
     from intaglio.tools.check import check as run_check
 
     try:
         with working(f"checking {model}"):
-            report = run_check(model, device=device, seed=seed)
+            runs = bisect.split(",")
+            report = run_bisect(model, runs, seed) if bisect else run_check(model, device=device, seed=seed)
     except CheckError as e:
         raise ValueError(str(e)) from None
     if as_json:

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from intaglio.models.gguf import read_gguf
 from intaglio.models.published import Coded, Stored, find_coded
 from intaglio.ops import Value
 
@@ -45,6 +46,7 @@ PLAIN = {"F32": "f32", "BF16": "bf16", "F16": "f16"}  # the formats of tensors t
 CHUNK = 1 << 18  # values checked at a time: 0.5 to 1 MB, so that the second look is in cache
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
 INDEX = "model.safetensors.index.json"
+GGUF_HEAD = 1 << 20  # bytes of a GGUF file that tell it from others: its metadata, or the most of it
 
 
 class CheckpointError(ValueError):
@@ -160,6 +162,14 @@ def _files(path: Path) -> dict[str, Entry]:
     raise CheckpointError(f"{path} has no *.safetensors file; {hint}")
 
 
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file a path names, or the only one of a folder without safetensors."""
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    found = sorted(path.glob("*.gguf")) if path.is_dir() and not any(path.glob("*.safetensors")) else []
+    return found[0] if len(found) == 1 else None
+
+
 def _shard(path: Path, file: str) -> dict[str, Entry]:
     if not (path / file).exists():
         raise CheckpointError(f"{path / INDEX} names the shard {file}, which is missing; download it")
@@ -201,6 +211,11 @@ class Checkpoint:
     def open(cls, path: str | Path) -> Checkpoint:
         """Read config.json and the headers; no tensor is read yet. Raises CheckpointError."""
         path = Path(path)
+        if gguf := _gguf_file(path):
+            config, raw, coded, taken = read_gguf(gguf)
+            return cls(
+                path, config, {n: Entry(gguf, r.dtype, r.shape, r.start, r.stop) for n, r in raw.items()}, coded, taken
+            )
         if not path.is_dir():
             raise CheckpointError(f"no folder {path}; give the folder that holds config.json and *.safetensors")
         if not (path / "config.json").exists():
@@ -272,7 +287,8 @@ class Checkpoint:
         for file in sorted({e.file for e in self.entries.values()}):
             with file.open("rb") as f:
                 head = f.read(8)
-                digest.update(head + f.read(int.from_bytes(head, "little")))
+                length = GGUF_HEAD if head.startswith(b"GGUF") else int.from_bytes(head, "little")
+                digest.update(head + f.read(length))
                 facts = os.fstat(f.fileno())
             digest.update(f"{facts.st_size} {facts.st_mtime_ns}".encode())
         return digest.hexdigest()

@@ -7,7 +7,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from intaglio.models import cohere, deepseek, gemma, glm, gptoss, granite, llama, minimax, mistral, olmo, phi, qwen
+from intaglio.models import (
+    cohere,
+    deepseek,
+    gemma,
+    glm,
+    gptoss,
+    granite,
+    llama,
+    minimax,
+    mistral,
+    olmo,
+    phi,
+    qwen,
+    smollm,
+)
 from intaglio.models.checkpoint import PLAIN, Checkpoint
 from intaglio.models.config import Config, PortError
 from intaglio.models.decoder import Writer
@@ -15,7 +29,7 @@ from intaglio.models.family import Family
 from intaglio.program import Program
 from intaglio.program.source import expand, is_run, shape_after
 
-FILES = (llama, mistral, qwen, phi, gemma, olmo, granite, cohere, deepseek, glm, gptoss, minimax)
+FILES = (llama, mistral, qwen, phi, gemma, olmo, granite, cohere, deepseek, glm, gptoss, minimax, smollm)
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 HARMLESS = re.compile(r"rotary_emb\.(\w+_)?inv_freq$")  # tables that transformers used to save; computed here
 FEATURES = re.compile(

@@ -15,6 +15,7 @@ import numpy as np
 from intaglio import formats
 from intaglio.formats import ROW, Quantised
 from intaglio.models.config import PortError
+from intaglio.ops import Value
 
 Reader = Callable[[str], np.ndarray]
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each nibble of a word holds
@@ -24,16 +25,18 @@ E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.flo
 
 @dataclass(frozen=True)
 class Coded:
-    """A matrix made of several tensors of a file. `shape` is that of the matrix; `turned` as in Quantised."""
+    """A matrix made of tensors of a file that are not simply its values. `shape` is the matrix's; `turned` as in
+    Quantised."""
 
     format: str
     shape: tuple[int, ...]
     parts: tuple[str, ...]
-    decode: Callable[[Reader], Quantised]
+    decode: Callable[[Reader], Value]
     turned: bool = False
 
-    def read(self, reader: Reader) -> Quantised:
-        return replace(self.decode(reader), format=self.format, turned=self.turned)
+    def read(self, reader: Reader) -> Value:
+        value = self.decode(reader)
+        return replace(value, format=self.format, turned=self.turned) if isinstance(value, Quantised) else value
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class Report:
     ok: bool
     cause: str = ""
     origin: str = ""
+    against: str = "transformers"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -78,13 +79,13 @@ class Report:
 
     def __str__(self) -> str:
         wide = max(len(r.site) for r in self.rows)
-        lines = [f"{self.program} on {self.device} against transformers, float32, {self.tokens} tokens"]
+        lines = [f"{self.program} on {self.device} against {self.against}, {self.tokens} tokens"]
         lines.append(f"{'site':{wide}}  {'error':>9}  {'allowed':>9}  {'bf16':>9}  {'ratio':>7}")
         for r in self.rows:
             bf16 = f"{r.bf16:9.2e}  {r.ratio:7.3f}" if r.bf16 and r.ratio is not None else f"{'-':>9}  {'-':>7}"
             mark = "" if r.ok else "  OUT OF LINE"
             lines.append(f"{r.site:{wide}}  {r.error:9.2e}  {r.tolerance:9.2e}  {bf16}{mark}")
-        end = "agrees at every site" if self.ok else f"parts from transformers at {self.first_bad}"
+        end = "agrees at every site" if self.ok else f"parts from {self.against} at {self.first_bad}"
         lines.append(f"{end}; logits differ by {self.logits:.2e}")
         lines += [f"likely cause: {self.cause}"] if self.cause else []
         return "\n".join([*lines, *([self.origin] if self.origin else [])])
