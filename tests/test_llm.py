@@ -159,7 +159,7 @@ def test_chat_goes_through_the_template(llm: LLM, tmp_path: Path) -> None:
 
 
 def test_errors_name_the_prompt_before_anything_runs(llm: LLM) -> None:
-    steps = llm.engine.steps
+    steps = llm.engine.counts.steps
     for prompts, message in (
         (["a", ""], "prompt 1 is empty"),
         ([[1], []], "prompt 1: the prompt is empty"),
@@ -179,7 +179,7 @@ def test_errors_name_the_prompt_before_anything_runs(llm: LLM) -> None:
             llm.logits(sequences)
     with pytest.raises(RequestError, match="prompt 0: the prompt has 257"):
         llm.stream([1] * 257)
-    assert llm.engine.steps == steps
+    assert llm.engine.counts.steps == steps
 
 
 def test_errors_of_loading(folder: Path, tmp_path: Path) -> None:

@@ -15,15 +15,30 @@ class BatchError(ValueError):
     """A batch that contradicts itself."""
 
 
+@dataclass(frozen=True, eq=False)
+class Edits:
+    """What becomes of a row's logits before the draw: at each of `ids`, l turns into (l / scale if l > 0 else l * scale)
+    + add, in float32. ids int32 [k], each once, ascending; scale and add f32 [k]."""
+
+    ids: np.ndarray
+    scale: np.ndarray
+    add: np.ndarray
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How one row's next token is drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off."""
+    """How one row's next token is drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off.
+
+    `edits` come first, then `mask`, uint32 [(vocabulary + 31) // 32]: ids whose bit (lowest first) is 0 cannot be drawn.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    edits: Edits | None = field(default=None, compare=False)
+    mask: np.ndarray | None = field(default=None, compare=False)
 
 
 GREEDY = Sampling()
@@ -32,13 +47,14 @@ GREEDY = Sampling()
 @dataclass(frozen=True)
 class Chunk:
     """One sequence's share of a step: `tokens` at positions start, start + 1, ..., its K/V in `blocks` (all of them, in
-    order, those of earlier steps included). `rows` are the offsets into `tokens` whose logits are wanted."""
+    order, those of earlier steps included). `rows` are the offsets into `tokens` whose logits are wanted, `sampling` how
+    each of them is drawn: one for all, or one a row."""
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
     rows: Sequence[int] = ()
-    sampling: Sampling = GREEDY
+    sampling: Sampling | Sequence[Sampling] = GREEDY
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,8 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
                 f"chunk {i}: positions {c.start}..{c.start + n - 1} do not fit "
                 f"its {len(c.blocks)} blocks of {block_size}"
             )
+        if not isinstance(c.sampling, Sampling) and len(c.sampling) != len(c.rows):
+            raise BatchError(f"chunk {i}: {len(c.sampling)} ways to draw {len(c.rows)} rows")
         bad = [r for r in c.rows if not 0 <= r < n]
         if bad:
             raise BatchError(f"chunk {i}: wanted row {bad[0]} is outside its {n} tokens")
@@ -93,7 +111,7 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
         positions.append(at)
         slots.append(table[i, at // block_size] * np.int32(block_size) + at % block_size)
         rows.extend(first + r for r in c.rows)
-        sampling.extend([c.sampling] * len(c.rows))
+        sampling.extend([c.sampling] * len(c.rows) if isinstance(c.sampling, Sampling) else c.sampling)
         firsts.append(first)
         first += n
     q_len = np.array([len(c.tokens) for c in chunks], np.int32)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from intaglio.devices.device import ArrayWeights, Device, DeviceError, Executable, StateSpec, StepResult, Weights
+from intaglio.devices.device import (
+    ArrayWeights,
+    Device,
+    DeviceError,
+    DeviceLost,
+    Executable,
+    StateSpec,
+    StepResult,
+    Weights,
+)
 from intaglio.devices.host import HostDevice
 from intaglio.devices.oracle import OracleDevice
 from intaglio.devices.reference import ReferenceDevice
@@ -20,6 +29,6 @@ def open_device(name: str, **options: object) -> Device:
 
 
 __all__ = [
-    "DEVICES", "ArrayWeights", "Device", "DeviceError", "Executable", "StateSpec", "StepResult", "Weights",
+    "DEVICES", "ArrayWeights", "Device", "DeviceError", "DeviceLost", "Executable", "StateSpec", "StepResult", "Weights",
     "open_device",
 ]  # fmt: skip

@@ -18,6 +18,10 @@ class DeviceError(RuntimeError):
     """A device that cannot load or run what it was given."""
 
 
+class DeviceLost(DeviceError):
+    """The device itself is gone: its process died, hung or spoke nonsense. What it held is lost; load anew."""
+
+
 class Weights(Protocol):
     """Where a device reads weights from. Arrays are [rows, ...] in their stored type, possibly maps of a file."""
 
