@@ -17,8 +17,8 @@ class BatchError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Edits:
-    """What becomes of a row's logits before the draw: at each of `ids`, l turns into (l / scale if l > 0 else l * scale)
-    + add, in float32. ids int32 [k], each once, ascending; scale and add f32 [k]."""
+    """What becomes of a row's logits before the draw: at each of `ids`, l turns into
+    (l / scale if l > 0 else l * scale) + add, in float32. ids int32 [k], ascending, each once; scale, add f32 [k]."""
 
     ids: np.ndarray
     scale: np.ndarray
@@ -29,7 +29,7 @@ class Edits:
 class Sampling:
     """How one row's next token is drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off.
 
-    `edits` come first, then `mask`, uint32 [(vocabulary + 31) // 32]: ids whose bit (lowest first) is 0 cannot be drawn.
+    `edits` come first, then `mask`, uint32 [(vocabulary + 31) // 32]: ids whose bit (lowest first) is 0 are out.
     """
 
     temperature: float = 0.0
@@ -47,8 +47,8 @@ GREEDY = Sampling()
 @dataclass(frozen=True)
 class Chunk:
     """One sequence's share of a step: `tokens` at positions start, start + 1, ..., its K/V in `blocks` (all of them, in
-    order, those of earlier steps included). `rows` are the offsets into `tokens` whose logits are wanted, `sampling` how
-    each of them is drawn: one for all, or one a row."""
+    order, those of earlier steps included). `rows` are the offsets into `tokens` whose logits are wanted, `sampling`
+    how each of them is drawn: one for all, or one a row."""
 
     tokens: Sequence[int]
     start: int

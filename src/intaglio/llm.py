@@ -112,9 +112,9 @@ class LLM:
 
     device: host, reference, ...; weights: auto (as stored), f32, bf16, int8 or int4; threads: for devices that take it.
     context: positions to compile for, by default the model's own; kv_tokens: how many tokens of KV to hold for all
-    sequences together; max_batch_tokens, max_sequences, max_waiting, max_drafts: as Engine; cache: where the host keeps packed weights for the next
-    start, a folder, "auto" or None (see HostDevice). Raises ValueError (CheckpointError, PortError, ...) or
-    DeviceError, saying what is wrong.
+    sequences together; max_batch_tokens, max_sequences, max_waiting, max_drafts: as Engine's; cache: where the host
+    keeps packed weights for the next start, a folder, "auto" or None (see HostDevice). Raises ValueError
+    (CheckpointError, PortError, ...) or DeviceError, saying what is wrong.
     """
 
     def __init__(

@@ -29,6 +29,6 @@ def open_device(name: str, **options: object) -> Device:
 
 
 __all__ = [
-    "DEVICES", "ArrayWeights", "Device", "DeviceError", "DeviceLost", "Executable", "StateSpec", "StepResult", "Weights",
-    "open_device",
+    "DEVICES", "ArrayWeights", "Device", "DeviceError", "DeviceLost", "Executable", "StateSpec", "StepResult",
+    "Weights", "open_device",
 ]  # fmt: skip

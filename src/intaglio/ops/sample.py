@@ -1,4 +1,4 @@
-"""Drawing the next token of each wanted row: edits and a mask, then greedy, or by temperature with top-k, top-p, min-p."""
+"""Drawing the next token of each wanted row: edits and a mask, then greedy, or temperature, top-k, top-p and min-p."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def edited(logits: np.ndarray, s: Sampling) -> np.ndarray:
 
 
 def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
-    """One token id from float32 logits [vocabulary]; -1 if a logit is NaN, or if none that may be drawn is finite.
+    """One token id from float32 logits [vocabulary]; -1 if one is NaN or the largest, edited or not, is not finite.
 
     Greedy ties go to the lower id; the draw walks the kept ids in ascending order.
     """
-    if np.isnan(logits).any():
+    if np.isnan(logits).any() or not np.isfinite(logits.max()):
         return -1
     logits = edited(logits, s)
     if not np.isfinite(logits.max()):
@@ -72,8 +72,9 @@ def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
 @dataclass(frozen=True, kw_only=True)
 class Sample(Op, kind="sample"):
     """tokens[r] drawn from logits[r] by the batch's Sampling for row r, at the position the token will take;
-    logprobs[r] its natural log-probability under the softmax of the logits as they came. logits f32 [R, vocabulary], tokens int32 [R],
-    logprobs f32 [R]. A row with NaN, or with no finite logit, gives token -1 and logprob NaN."""
+    logprobs[r] its natural log-probability under the softmax of the logits as they came. logits f32 [R, vocabulary],
+    tokens int32 [R], logprobs f32 [R]. A row with NaN, or whose largest logit is not finite, before its edits and mask
+    or after, gives token -1 and logprob NaN."""
 
     logits: str = operand()
     tokens: str = result()

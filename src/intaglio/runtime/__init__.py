@@ -21,7 +21,7 @@ from intaglio.runtime.sequence import Sequence
 from intaglio.runtime.stats import Counts, Gauges, StepRecord
 
 __all__ = [
-    "BlockPool", "Counts", "Engine", "Event", "Fault", "Gauges", "Grammar", "KvError", "Matcher", "ParamsError", "Piece",
-    "Refused", "Request", "RequestError", "SamplingParams", "Scheduler", "Scored", "Sequence", "StepRecord", "Usage",
-    "check_invariants",
+    "BlockPool", "Counts", "Engine", "Event", "Fault", "Gauges", "Grammar", "KvError", "Matcher", "ParamsError",
+    "Piece", "Refused", "Request", "RequestError", "SamplingParams", "Scheduler", "Scored", "Sequence", "StepRecord",
+    "Usage", "check_invariants",
 ]  # fmt: skip

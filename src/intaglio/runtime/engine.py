@@ -224,6 +224,7 @@ class Engine:
             s.suspect = True
             s.losses += len(self._launched) == 1
             if s.losses == LOSSES and s.state != "ended":
+                self._losses = 0  # with the cause gone, the next device has a fair start
                 self._emit(self._end(s, "error", Fault("worker", f"{why}, with this request alone")))
         self.pool.forget()
         for s in reversed(self.scheduler.running.copy()):

@@ -23,7 +23,7 @@ def blocks_conserved(e: Engine) -> Iterator[str]:
 
 
 def cache_sound(e: Engine) -> Iterator[str]:
-    """The index and the blocks' names agree, no free block is known, and what is filed holds the tokens it is filed as."""
+    """The index and the blocks' names agree, no free block is known, and a block holds the tokens it is filed under."""
     pool = e.pool
     if {name: block for block, (_, name) in pool.filed.items()} != pool.index:
         yield "the prefix index and the blocks' names disagree"

@@ -143,7 +143,7 @@ class Scheduler:
         """Spend what is left of the budget on guesses, where blocks are to be had without preempting anyone."""
         drafted = []
         for piece in plan:
-            sequence, drafts = piece.sequence, ()
+            sequence, drafts = piece.sequence, tuple[int, ...]()
             if piece.last and not sequence.request.scored:
                 room = (len(sequence.blocks) + self.pool.available) * self.pool.block_tokens
                 most = min(self.max_drafts, budget, min(room, sequence.longest(self.context)) - sequence.length)
