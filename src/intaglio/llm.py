@@ -16,7 +16,7 @@ import numpy as np
 
 from intaglio import formats
 from intaglio.compiler import build
-from intaglio.devices import DeviceError, StateSpec, open_device
+from intaglio.devices import DeviceError, Executable, StateSpec, WorkerDevice, open_device
 from intaglio.models import Checkpoint, Tokenizer, TokenizerError, port
 from intaglio.program import Program
 from intaglio.runtime import Engine, Matcher, Refused, Request, RequestError, SamplingParams, Sequence
@@ -113,8 +113,9 @@ class LLM:
     device: host, reference, ...; weights: auto (as stored), f32, bf16, int8 or int4; threads: for devices that take it.
     context: positions to compile for, by default the model's own; kv_tokens: how many tokens of KV to hold for all
     sequences together; max_batch_tokens, max_sequences, max_waiting, max_drafts: as Engine's; cache: where the host
-    keeps packed weights for the next start, a folder, "auto" or None (see HostDevice). Raises ValueError
-    (CheckpointError, PortError, ...) or DeviceError, saying what is wrong.
+    keeps packed weights for the next start, a folder, "auto" or None (see HostDevice); worker: the
+    device in a process of its own, replaced when it dies. Raises ValueError (CheckpointError, PortError, ...) or
+    DeviceError, saying what is wrong.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class LLM:
         max_waiting: int = 1024,
         max_drafts: int = 0,
         cache: str | Path | None = "auto",
+        worker: bool = False,
     ) -> None:
         self.path = BUNDLED if path is None else Path(path)
         checkpoint = Checkpoint.open(self.path)
@@ -141,12 +143,17 @@ class LLM:
         if threads is not None and device != "host":
             raise DeviceError(f"device {device!r} takes no number of threads; leave threads out")
         options = {"threads": threads, "cache": cache} if device == "host" else {}
-        self.device = open_device(device, **options)
+        inner = open_device(device, **options)
+        self.device = WorkerDevice(inner) if worker else inner
         state = StateSpec(pool_pages(self.program, kv_tokens), PAGE_TOKENS)
-        executable = self.device.load(self.program, checkpoint, state)
+
+        def load() -> Executable:
+            return self.device.load(self.program, checkpoint, state)
+
         self.engine = Engine(
-            executable, clock=time.monotonic, rng=random.Random(), max_batch_tokens=max_batch_tokens,
+            load(), clock=time.monotonic, rng=random.Random(), max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, max_waiting=max_waiting, max_drafts=max_drafts,
+            restart=load if worker else None,
         )  # fmt: skip
         self._made = 0
 

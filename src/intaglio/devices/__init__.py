@@ -17,6 +17,7 @@ from intaglio.devices.device import (
 from intaglio.devices.host import HostDevice
 from intaglio.devices.oracle import OracleDevice
 from intaglio.devices.reference import ReferenceDevice
+from intaglio.devices.worker import WorkerDevice
 
 DEVICES: dict[str, Callable[..., Device]] = {"host": HostDevice, "oracle": OracleDevice, "reference": ReferenceDevice}
 
@@ -30,5 +31,5 @@ def open_device(name: str, **options: object) -> Device:
 
 __all__ = [
     "DEVICES", "ArrayWeights", "Device", "DeviceError", "DeviceLost", "Executable", "StateSpec", "StepResult",
-    "Weights", "open_device",
+    "Weights", "WorkerDevice", "open_device",
 ]  # fmt: skip
