@@ -17,7 +17,7 @@ from intaglio.runtime import Request, check_invariants
 SEED = int(os.environ.get("TEST_SEED", random.SystemRandom().randrange(2**32)))
 BEGINNINGS = (
     "import os\nimport sys\n\n\ndef main(argv: list[str]) -> int:\n    ",
-    "class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n        self._init()\n\n    def ",
+    "class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n\n    def ",
     "for i in range(10):\n    print(i)\nfor i in range(10):\n    print(i)\nfor ",
     "def f(",
 )

@@ -17,7 +17,7 @@ import numpy as np
 from intaglio import formats
 from intaglio.compiler import build
 from intaglio.devices import DeviceError, Executable, StateSpec, WorkerDevice, open_device
-from intaglio.models import Checkpoint, Tokenizer, TokenizerError, port
+from intaglio.models import Checkpoint, Grammars, Tokenizer, TokenizerError, port
 from intaglio.program import Program
 from intaglio.runtime import Engine, Matcher, Refused, Request, RequestError, SamplingParams, Sequence
 
@@ -155,6 +155,7 @@ class LLM:
             max_sequences=max_sequences, max_waiting=max_waiting, max_drafts=max_drafts,
             restart=load if worker else None,
         )  # fmt: skip
+        self.grammars: Grammars | None = None
         self._made = 0
 
     def generate(self, prompts: Prompt | Many[Prompt], params: Params = None) -> list[RequestOutput]:
@@ -240,7 +241,11 @@ class LLM:
         """How to begin a choice's grammar, if there is one."""
         if params.grammar is None:
             return None
-        raise RequestError("grammars are not built in")
+        if self.grammars is None:
+            self.grammars = Grammars(self._text(), self.program.vocabulary)
+        grammars, kind, text = self.grammars, params.grammar.kind, params.grammar.text
+        grammars.matcher(kind, text)  # now, so that what is wrong with it is said before anything runs
+        return lambda index: grammars.matcher(kind, text)
 
     def _ids(self, prompt: Prompt, name: str) -> list[int]:
         if isinstance(prompt, str):

@@ -132,6 +132,8 @@ class SamplingParams:
             _real("logit_bias", bias, -MOST_BIAS, MOST_BIAS, "-100 to 100")
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise ParamsError(f"grammar is {self.grammar!r}; allowed: a Grammar, or None")
+        if self.grammar is not None and self.ignore_eos:
+            raise ParamsError("ignore_eos is True with a grammar; allowed: False, for its end is an end of sequence")
 
     @property
     def edits_logits(self) -> bool:
