@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -114,7 +116,8 @@ class LLM:
     context: positions to compile for, by default the model's own; kv_tokens: how many tokens of KV to hold for all
     sequences together; max_batch_tokens, max_sequences, max_waiting, max_drafts: as Engine's; cache: where the host
     keeps packed weights for the next start, a folder, "auto" or None (see HostDevice); worker: the
-    device in a process of its own, replaced when it dies. Raises ValueError (CheckpointError, PortError, ...) or
+    device in a process of its own, replaced when it dies; journal: a file for all that happens, which `intaglio replay`
+    runs again. Raises ValueError (CheckpointError, PortError, ...) or
     DeviceError, saying what is wrong.
     """
 
@@ -133,9 +136,10 @@ class LLM:
         max_drafts: int = 0,
         cache: str | Path | None = "auto",
         worker: bool = False,
+        journal: str | Path | None = None,
     ) -> None:
         self.path = BUNDLED if path is None else Path(path)
-        checkpoint = Checkpoint.open(self.path)
+        self.checkpoint = checkpoint = Checkpoint.open(self.path)
         self.program = build(port(checkpoint, context), weights)
         self.tokenizer = _open_tokenizer(self.path, self.program.vocabulary)
         named = self.tokenizer.eos_ids if self.tokenizer else checkpoint.config.get("eos_token_id")
@@ -145,18 +149,19 @@ class LLM:
         options = {"threads": threads, "cache": cache} if device == "host" else {}
         inner = open_device(device, **options)
         self.device = WorkerDevice(inner) if worker else inner
-        state = StateSpec(pool_pages(self.program, kv_tokens), PAGE_TOKENS)
-
-        def load() -> Executable:
-            return self.device.load(self.program, checkpoint, state)
-
+        self.state = StateSpec(pool_pages(self.program, kv_tokens), PAGE_TOKENS)
+        opened = {"device": device, "weights": weights, "context": context, "kv_tokens": self.state.pages * PAGE_TOKENS}
         self.engine = Engine(
-            load(), clock=time.monotonic, rng=random.Random(), max_batch_tokens=max_batch_tokens,
+            self.load(), clock=time.monotonic, rng=random.Random(), max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, max_waiting=max_waiting, max_drafts=max_drafts,
-            restart=load if worker else None,
+            restart=self.load if worker else None, journal=_journal(journal, self.path, opened) if journal else None,
         )  # fmt: skip
         self.grammars: Grammars | None = None
         self._made = 0
+
+    def load(self) -> Executable:
+        """One more executable of this model on its device."""
+        return self.device.load(self.program, self.checkpoint, self.state)
 
     def generate(self, prompts: Prompt | Many[Prompt], params: Params = None) -> list[RequestOutput]:
         """Continue each prompt (text or token ids; one or a list of them), all in one batch; outputs in their order,
@@ -284,6 +289,24 @@ class LLM:
         assert s.finish_reason
         error = s.fault.message if s.fault else None
         return RequestOutput(s.prompt, transcript.text, s.output, s.logprobs, s.finish_reason, error)
+
+
+def _journal(path: str | Path, model: Path, options: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """What writes a journal, a line an entry, as they come. A disk that is full ends the record, not the service."""
+    file: TextIO | None = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 (open as long as the engine lives)
+
+    def write(entry: dict[str, Any]) -> None:
+        nonlocal file
+        if file is not None:
+            try:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()  # each line: what was written before a crash is what the record is for
+            except OSError as e:
+                warnings.warn(f"the journal {path} ends here: {e}", stacklevel=2)
+                file = None
+
+    write({"do": "model", "path": str(model.absolute()), "options": options})
+    return write
 
 
 def _open_tokenizer(path: Path, vocabulary: int) -> Tokenizer | None:

@@ -281,6 +281,7 @@ def draws_a_new_seed_when_preempted(w: World) -> None:
     def broken(s: Sequence) -> None:
         preempt(s)
         s.seed += 1
+        s.plain = replace(s.plain, seed=s.seed)
 
     w.engine.scheduler.preempt = broken  # type: ignore[method-assign]
 

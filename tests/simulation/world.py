@@ -105,13 +105,15 @@ class World:
         self.faults: Faults = self.options.faults
         self.now = self.skew = 0.0
         self.lines: list[str] = []
+        self.journal: list[dict[str, Any]] = []  # the engine's own record
+        self.asked: list[Wish] = []
         self.heap: list[tuple[float, int, Callable[[], None]]] = []
         self.pushed = 0
         o = self.options
         self.engine = Engine(
             FaultyDevice(self), clock=lambda: self.now + self.skew, rng=random.Random(seed), restart=self._restart,
             max_batch_tokens=o.max_batch_tokens, max_sequences=o.max_sequences, max_waiting=o.max_waiting,
-            max_drafts=o.max_drafts, max_restarts=o.max_restarts,
+            max_drafts=o.max_drafts, max_restarts=o.max_restarts, journal=self.journal.append,
         )  # fmt: skip
         self.wishes: dict[str, Wish] = {}  # of what was admitted and has not ended
         self.asked_to_abort: set[str] = set()
@@ -184,6 +186,7 @@ class World:
 
     def _ask(self, wish: Wish) -> None:
         self.log(f"ask {wish}")
+        self.asked.append(wish)
         try:
             choices = self.engine.add(self.request(wish))
         except (RequestError, Refused) as e:

@@ -3,6 +3,7 @@
 from intaglio.runtime.engine import Engine
 from intaglio.runtime.invariants import check_invariants
 from intaglio.runtime.kv import BlockPool, KvError
+from intaglio.runtime.replay import JournalError, Replayed, replay
 from intaglio.runtime.request import (
     Event,
     Fault,
@@ -21,7 +22,7 @@ from intaglio.runtime.sequence import Sequence
 from intaglio.runtime.stats import Counts, Gauges, StepRecord
 
 __all__ = [
-    "BlockPool", "Counts", "Engine", "Event", "Fault", "Gauges", "Grammar", "KvError", "Matcher", "ParamsError",
-    "Piece", "Refused", "Request", "RequestError", "SamplingParams", "Scheduler", "Scored", "Sequence", "StepRecord",
-    "Usage", "check_invariants",
+    "BlockPool", "Counts", "Engine", "Event", "Fault", "Gauges", "Grammar", "JournalError", "KvError", "Matcher",
+    "ParamsError", "Piece", "Refused", "Replayed", "Request", "RequestError", "SamplingParams", "Scheduler", "Scored",
+    "Sequence", "StepRecord", "Usage", "check_invariants", "replay",
 ]  # fmt: skip

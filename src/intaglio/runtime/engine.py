@@ -6,12 +6,13 @@ Clock, randomness and the device are passed in, and so is how to get another dev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 from intaglio.batch import GREEDY, Chunk, bind
 from intaglio.devices import DeviceLost, Executable, StepResult
 from intaglio.runtime import sampling
+from intaglio.runtime.journal import recorded, told
 from intaglio.runtime.kv import BlockPool
 from intaglio.runtime.request import Event, Fault, FinishReason, Refused, Request, RequestError, Scored
 from intaglio.runtime.scheduler import Piece, Scheduler
@@ -34,7 +35,8 @@ class Engine:
     clock: seconds, from any start; a reading before the last one counts as the last. max_batch_tokens bounds a step,
     max_sequences those running at once, max_waiting those waiting, max_drafts the guesses a sequence and step (0: no
     speculation). restart: gives a new executable for the same Program and state when the old one is lost; it is asked
-    `max_restarts` times at most without a good step between, then everything ends and `failed` says why.
+    `max_restarts` times at most without a good step between, then everything ends and `failed` says why. journal: is
+    told all that happens, an entry at a time, as replay() takes it (replay.py).
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Engine:
         max_drafts: int = 0,
         restart: Callable[[], Executable] | None = None,
         max_restarts: int = 5,
+        journal: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         bounds = {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences, "max_waiting": max_waiting}
         for name, value in bounds.items():
@@ -72,8 +75,15 @@ class Engine:
         self._launched: list[Sequence] = []  # in the launch that is under way, or was last
         self._losses = 0  # of the device, since a step last came back
         self._due = math.inf
-        self._now = clock()
         self._rate = 0.0  # tokens a second, lately
+        self.journal = journal
+        self._readings: list[float] = []  # of the clock, launches and restarts since the last entry
+        self._fates: list[str | None] = []
+        self._restarts: list[bool] = []
+        self._now = -math.inf
+        self._read_clock()
+        if journal:
+            self._note("engine", **self.described())
 
     # Asking
 
@@ -106,15 +116,18 @@ class Engine:
         """Queue a request; its choices, to be read as they grow. Raises RequestError if it can never be served or its
         id is in use, and Refused, with when to come back, if it can not be served now."""
         self.counts.received += request.params.n
+        seed = self.rng.getrandbits(62) if request.params.seed is None else request.params.seed
         try:
             if request.id in self.requests:
                 raise RequestError(f"request {request.id!r} is still running; every request needs its own id")
             self.check(request)
             self._admit(request.params.n)
-            choices = self._choices(request)
+            choices = self._choices(request, seed)
         except (RequestError, Refused) as e:
             self.counts.refused[e.reason if isinstance(e, Refused) else "invalid"] += request.params.n
+            self._note_request(request, seed, type(e).__name__)
             raise
+        self._note_request(request, seed, None)
         self.requests[request.id] = choices
         self.counts.admitted += len(choices)
         for s in choices:
@@ -125,11 +138,14 @@ class Engine:
     def abort(self, id: str) -> list[Event]:
         """End a request now; [] if there is none of that id (it may just have ended)."""
         self._read_clock()
-        return [self._end(s, "abort") for s in self.requests.get(id, []) if s.state != "ended"]
+        events = [self._end(s, "abort") for s in self.requests.get(id, []) if s.state != "ended"]
+        self._note("abort", id=id, events=events)
+        return events
 
     def drain(self) -> None:
         """Admit nothing from now on; what was admitted goes on to its end."""
         self.draining = True
+        self._note("drain")
 
     @property
     def idle(self) -> bool:
@@ -191,9 +207,11 @@ class Engine:
         try:
             batch = bind([chunk for _, chunk in ready], self.state.page_tokens)
             result = self.executable.step(batch, logits=any(s.wants_logits for s in self._launched))
-        except DeviceLost:
+        except DeviceLost as e:
+            self._fates.append(f"lost: {e}")
             raise
         except Exception as e:  # whatever the device raised
+            self._fates.append(f"{type(e).__name__}: {e}")
             self.counts.faults["step"] += 1
             whole, half = [piece for piece, _ in ready], len(ready) // 2
             if half:
@@ -205,6 +223,7 @@ class Engine:
                 fault = Fault("step", f"the step failed: {type(e).__name__}: {e}")
                 self._emit(self._end(whole[0].sequence, "error", fault))
             return
+        self._fates.append(None)
         self._losses = 0
         self._read_clock()
         row = 0
@@ -241,7 +260,9 @@ class Engine:
             try:
                 self.executable = self.restart()
             except Exception:  # whatever starting a device can raise: it counts as one more loss
+                self._restarts.append(False)
                 continue
+            self._restarts.append(True)
             self.counts.restarts += 1
             return True
         return False
@@ -261,7 +282,29 @@ class Engine:
                 self._rate = 0.9 * self._rate + 0.1 * rate if self._rate else rate
         self.counts.preemptions = self.scheduler.preemptions
         events, self._events = self._events, []
+        self._note("step", events=events, launches=self._fates, restarts=self._restarts)
+        self._fates, self._restarts = [], []
         return events
+
+    def described(self) -> dict[str, Any]:
+        """What a record needs to know of this engine."""
+        options = {
+            "max_batch_tokens": self.scheduler.max_batch_tokens, "max_sequences": self.scheduler.max_sequences,
+            "max_waiting": self.max_waiting, "max_drafts": self.scheduler.max_drafts,
+            "max_restarts": self.max_restarts,
+        }  # fmt: skip
+        state = {"pages": self.state.pages, "page_tokens": self.state.page_tokens}
+        return {"program": self.program.hash, **state, "options": options}
+
+    def _note_request(self, request: Request, seed: int, refused: str | None) -> None:
+        if self.journal:
+            self._note("add", request=recorded(request, seed), refused=refused)
+
+    def _note(self, do: str, events: Iterable[Event] = (), **facts: Any) -> None:
+        if self.journal:
+            seen = {"events": [told(e) for e in events]} if do in ("step", "abort") else {}
+            self.journal({"do": do, "clock": self._readings, **facts, **seen})
+            self._readings = []
 
     # One sequence
 
@@ -276,9 +319,8 @@ class Engine:
             wait = min(max(tokens / self._rate if self._rate else 0.0, RETRY_LEAST), RETRY_MOST)
             raise Refused("full", f"{waiting} wait already, max_waiting is {self.max_waiting}; retry later", wait)
 
-    def _choices(self, request: Request) -> list[Sequence]:
+    def _choices(self, request: Request, seed: int) -> list[Sequence]:
         now, p = self._read_clock(), request.params
-        seed = self.rng.getrandbits(62) if p.seed is None else p.seed
         try:
             watchers = [request.stopped(i) if request.stopped else None for i in range(p.n)]
             matchers = [request.matcher(i) if request.matcher else None for i in range(p.n)]
@@ -294,12 +336,12 @@ class Engine:
         s, start, stop = piece.sequence, piece.sequence.computed, piece.sequence.computed + piece.n
         try:
             fed = [*s.tokens(start, stop), *piece.drafts]
-            read = list(range(max(start, s.read), min(stop, s.to_read)))
+            read = range(max(start, s.read), min(stop, s.to_read)) if s.read < s.to_read else ()
             draws = sampling.rows(s, piece.drafts) if piece.last and not s.request.scored else []
         except Exception as e:  # a matcher is foreign code
             self._emit(self._end(s, "error", Fault("request", f"the grammar failed: {e}")))
             return None
-        rows = [at - start for at in read] + list(range(len(fed) - len(draws), len(fed)))
+        rows = [*(at - start for at in read), *range(len(fed) - len(draws), len(fed))]
         return Chunk(fed, start, s.blocks, rows, [GREEDY] * len(read) + draws)
 
     def _account(self, piece: Piece, chunk: Chunk, result: StepResult, row: int) -> None:
@@ -386,7 +428,10 @@ class Engine:
         self._events.append(event)
 
     def _read_clock(self) -> float:
-        self._now = max(self._now, self.clock())
+        reading = self.clock()
+        self._now = max(self._now, reading)
+        if self.journal:
+            self._readings.append(reading)
         return self._now
 
     def _live(self) -> list[Sequence]:

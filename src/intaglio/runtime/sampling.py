@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Ids
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,12 +34,14 @@ def edits(p: SamplingParams, prompt: Ids[int], output: Ids[int]) -> Edits | None
 
 def rows(s: Sequence, drafts: Ids[int]) -> list[Sampling]:
     """How to draw the token after the last one, and the one after each of `drafts`, were they drawn."""
-    p, drawn = s.request.params, []
+    p, drawn = s.request.params, list[Sampling]()
+    if s.matcher is None and not p.edits_logits:
+        return [s.plain] * (len(drafts) + 1)
     try:
         for i in range(len(drafts) + 1):
             edited = edits(p, s.prompt, [*s.output, *drafts[:i]])
             mask = s.matcher.mask() if s.matcher else None
-            drawn.append(Sampling(p.temperature, p.top_k, p.top_p, p.min_p, s.seed, edited, mask))
+            drawn.append(replace(s.plain, edits=edited, mask=mask))
             if s.matcher and i < len(drafts) and not s.matcher.advance(drafts[i]):
                 raise ValueError(f"draft {drafts[i]} was proposed against the grammar")
     finally:

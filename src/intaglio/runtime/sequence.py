@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from intaglio.batch import Sampling
 from intaglio.runtime.draft import Lookup
 from intaglio.runtime.request import Fault, FinishReason, Matcher, Request, Scored, Usage
 
@@ -49,9 +50,12 @@ class Sequence:
     finish_reason: FinishReason | None = None
     fault: Fault | None = None
     lookup: Lookup = field(default_factory=Lookup)
+    plain: Sampling = field(init=False)  # how a row is drawn but for edits and grammar
 
     def __post_init__(self) -> None:
+        p = self.request.params
         self.prompt = [int(t) for t in self.request.prompt]
+        self.plain = Sampling(p.temperature, p.top_k, p.top_p, p.min_p, self.seed)
 
     @property
     def salt(self) -> str | None:
@@ -91,7 +95,9 @@ class Sequence:
     def tokens(self, start: int, stop: int) -> list[int]:
         """Its tokens at positions start..stop-1."""
         split = len(self.prompt)
-        return [*self.prompt[start:stop], *self.output[max(0, start - split) : max(0, stop - split)]]
+        if start >= split:
+            return self.output[start - split : stop - split]
+        return [*self.prompt[start:stop], *self.output[: max(0, stop - split)]]
 
     def due(self) -> float:
         """When its next deadline is: the whole one, or the queue's as long as it has not started."""
