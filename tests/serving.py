@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as Ids
+from dataclasses import fields
 from typing import Any
 
 from intaglio.batch import Sampling
@@ -37,8 +38,11 @@ def oracle_engine(pages: int = 16, page_tokens: int = 4, seed: int = 0, **option
     return Engine(executable, rng=random.Random(seed), clock=lambda: float(next(ticks)), **options)
 
 
-def request(id: str, prompt: Ids[int], eos: frozenset[int] = frozenset(), **params: Any) -> Request:
-    return Request(id, list(prompt), SamplingParams(**params), eos)
+def request(id: str, prompt: Ids[int], eos: frozenset[int] = frozenset(), **options: Any) -> Request:
+    """A Request of these fields; any other option is one of SamplingParams."""
+    own = {f.name for f in fields(Request)}
+    params = SamplingParams(**{name: value for name, value in options.items() if name not in own})
+    return Request(id, list(prompt), params, eos, **{name: value for name, value in options.items() if name in own})
 
 
 def add(engine: Engine, *requests: Request) -> list[Sequence]:

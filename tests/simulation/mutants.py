@@ -165,6 +165,17 @@ def believes_every_guess(w: World) -> None:
     w.engine._account = broken  # type: ignore[method-assign]
 
 
+def blames_for_a_guess(w: World) -> None:
+    """A launch that failed is tried again with its guesses."""
+    launch, last = w.engine._launch, list[list[Piece]]()
+
+    def broken(plan: list[Piece], again: bool = True) -> None:
+        last[:] = [plan] if again else last
+        launch(plan if again else last[0], again)
+
+    w.engine._launch = broken  # type: ignore[method-assign]
+
+
 def forgets_to_roll_the_grammar_back(w: World) -> None:
     add = w.engine.add
 
@@ -306,7 +317,7 @@ MUTANTS: tuple[Mutant, ...] = (
     skips_a_decrement, frees_a_block_twice_over, reuses_a_block_early, shares_across_salts, trusts_a_hash,
     ignores_what_came_before, files_a_block_before_it_is_full, keeps_the_cache_of_a_lost_device,
     goes_on_with_a_lost_device, skips_recomputing, drops_an_abort, emits_twice, loses_a_token, speaks_after_the_end,
-    believes_every_guess, forgets_to_roll_the_grammar_back, never_looks_at_the_clock,
+    believes_every_guess, blames_for_a_guess, forgets_to_roll_the_grammar_back, never_looks_at_the_clock,
     counts_the_queue_deadline_for_ever, admits_while_draining, admits_without_end, takes_an_id_twice, ignores_priority,
     blames_everyone, blames_the_last_to_run, overruns_the_budget, starves_what_was_preempted,
     draws_a_new_seed_when_preempted, forgets_penalties_of_the_last_token,

@@ -38,6 +38,7 @@ class Reader:
         self.stopping = self.ended = False
         self.failures = 0  # of launches of it alone, in a row
         self.losses = 0  # of the device by it alone, since its last token
+        self.guessed = False  # in its last launch
 
     def _link(self, token: int) -> None:
         self.links.append(link(self.links[-1] if self.links else START, token))
@@ -137,6 +138,9 @@ class Rules:
     def before_launch(self, batch: Batch) -> None:
         """What reaches the device: within bounds, before its deadline, and never another salt's K/V."""
         o = self.world.options
+        if not self.engine.scheduler.running and batch.tokens.tolist() == [0]:
+            self.launched = []  # the first step of a new device, for nobody
+            return
         if len(batch.tokens) > o.max_batch_tokens or len(batch.q_len) > o.max_sequences:
             raise Violation(f"a step of {len(batch.tokens)} tokens of {len(batch.q_len)} sequences")
         owners = {s.blocks[-1]: s for s in self.engine.scheduler.running}
@@ -147,6 +151,7 @@ class Rules:
             if s is None or s.blocks != held:
                 raise Violation(f"blocks {held} go to the device, and no running sequence holds them")
             self.launched.append(self.live[s.request.id][s.index])
+            self.launched[-1].guessed = int(context) > s.length
             if (due := self.launched[-1].deadline()) <= self.began:
                 raise Violation(f"{s.request.id} is launched at {self.began}, its deadline was {due}")
             first = (int(context) - int(n)) // o.page_tokens
@@ -238,8 +243,10 @@ class Rules:
         if kind == "request":
             return r.wish.breaks_at is not None or self.world.options.faults.nan > 0
         if kind == "step":
-            return r.failures >= 2
-        return r.losses >= 2 or (self.engine.failed is not None and self.restarts >= self.world.options.max_restarts)
+            return r.failures >= 2 and not r.guessed
+        return (r.losses >= 2 and not r.guessed) or (
+            self.engine.failed is not None and self.restarts >= self.world.options.max_restarts
+        )
 
     def _counts(self) -> None:
         c = self.engine.counts

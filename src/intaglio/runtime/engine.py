@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from intaglio.batch import GREEDY, Chunk, bind
@@ -34,8 +35,8 @@ class Engine:
 
     clock: seconds, from any start; a reading before the last one counts as the last. max_batch_tokens bounds a step,
     max_sequences those running at once, max_waiting those waiting, max_drafts the guesses a sequence and step (0: no
-    speculation). restart: gives a new executable for the same Program and state when the old one is lost; it is asked
-    `max_restarts` times at most without a good step between, then everything ends and `failed` says why. journal: is
+    speculation). restart: gives a new executable for the same Program and state when the old one is lost; if it has not
+    given one that works after `max_restarts` tries, everything ends and `failed` says why. journal: is
     told all that happens, an entry at a time, as replay() takes it (replay.py).
     """
 
@@ -73,7 +74,6 @@ class Engine:
         self.last: StepRecord | None = None  # of the last step that ran
         self._events: list[Event] = []  # of this step so far
         self._launched: list[Sequence] = []  # in the launch that is under way, or was last
-        self._losses = 0  # of the device, since a step last came back
         self._due = math.inf
         self._rate = 0.0  # tokens a second, lately
         self.journal = journal
@@ -205,26 +205,21 @@ class Engine:
             return
         self._launched = [piece.sequence for piece, _ in ready]
         try:
-            batch = bind([chunk for _, chunk in ready], self.state.page_tokens)
-            result = self.executable.step(batch, logits=any(s.wants_logits for s in self._launched))
-        except DeviceLost as e:
-            self._fates.append(f"lost: {e}")
+            result = self._run([chunk for _, chunk in ready], any(s.wants_logits for s in self._launched))
+        except DeviceLost:
             raise
         except Exception as e:  # whatever the device raised
-            self._fates.append(f"{type(e).__name__}: {e}")
             self.counts.faults["step"] += 1
             whole, half = [piece for piece, _ in ready], len(ready) // 2
             if half:
                 self._launch(whole[:half])
                 self._launch(whole[half:])
             elif again:
-                self._launch(whole, again=False)
+                self._launch([replace(whole[0], drafts=())], again=False)  # no request answers for a wrong guess
             else:
                 fault = Fault("step", f"the step failed: {type(e).__name__}: {e}")
                 self._emit(self._end(whole[0].sequence, "error", fault))
             return
-        self._fates.append(None)
-        self._losses = 0
         self._read_clock()
         row = 0
         for piece, chunk in ready:
@@ -234,8 +229,8 @@ class Engine:
     def _recover(self, lost: DeviceLost) -> None:
         """Get another device; what ran is computed again from its token ids. Without one, everything ends.
 
-        Those in the step that lost it are launched alone until they come through, and one that loses the device alone
-        twice, with no token between, ends.
+        Those in the step that lost it are launched alone, and without guesses, until their next token; one that loses
+        the device alone twice before that ends.
         """
         self.counts.faults["worker"] += 1
         why = f"the device was lost: {lost}"
@@ -243,7 +238,6 @@ class Engine:
             s.suspect = True
             s.losses += len(self._launched) == 1
             if s.losses == LOSSES and s.state != "ended":
-                self._losses = 0  # with the cause gone, the next device has a fair start
                 self._emit(self._end(s, "error", Fault("worker", f"{why}, with this request alone")))
         self.pool.forget()
         for s in reversed(self.scheduler.running.copy()):
@@ -254,18 +248,33 @@ class Engine:
                 self._emit(self._end(s, "error", Fault("worker", why)))
 
     def _replaced(self) -> bool:
-        """Whether another device could be had."""
-        while self.restart and self._losses < self.max_restarts:
-            self._losses += 1
+        """Whether another device could be had, one that takes a step of one token."""
+        for _ in range(self.max_restarts if self.restart else 0):
             try:
-                self.executable = self.restart()
-            except Exception:  # whatever starting a device can raise: it counts as one more loss
-                self._restarts.append(False)
+                self.executable = self._restarted()
+                self._run([Chunk([0], 0, [0], [0])])  # no block holds anything now
+            except Exception:  # whatever starting a device, or its first step, can raise
                 continue
-            self._restarts.append(True)
             self.counts.restarts += 1
             return True
         return False
+
+    def _restarted(self) -> Executable:
+        assert self.restart
+        self._restarts.append(False)
+        executable = self.restart()
+        self._restarts[-1] = True
+        return executable
+
+    def _run(self, chunks: list[Chunk], logits: bool = False) -> StepResult:
+        """Take chunks through the device, noting how it fared."""
+        try:
+            result = self.executable.step(bind(chunks, self.state.page_tokens), logits=logits)
+        except Exception as e:
+            self._fates.append(f"lost: {e}" if isinstance(e, DeviceLost) else f"{type(e).__name__}: {e}")
+            raise
+        self._fates.append(None)
+        return result
 
     def _report(self, plan: list[Piece], began: float) -> list[Event]:
         """Close the step: its record, and its events."""
@@ -348,7 +357,6 @@ class Engine:
         """Take in what a piece gave: its rows begin at `row`."""
         s, drafts = piece.sequence, piece.drafts
         draws = 0 if s.request.scored or not piece.last else 1 + len(drafts)
-        s.suspect = False
         s.computed += piece.n
         row = self._read(s, result, row, len(chunk.rows) - draws)
         if draws and s.request.params.prompt_logprobs is not None and not s.output:
@@ -389,7 +397,7 @@ class Engine:
         scored = Scored(token, logprob)
         if (most := s.request.params.logprobs) and result.logits is not None:
             scored = sampling.score(result.logits[row], token, most)
-        s.losses = 0
+        s.suspect, s.losses = False, 0
         s.first_token = self._now if s.first_token is None else s.first_token
         s.output.append(token)
         s.logprobs.append(logprob)
@@ -414,6 +422,8 @@ class Engine:
     def _end(
         self, s: Sequence, reason: FinishReason, fault: Fault | None = None, scored: Scored | None = None
     ) -> Event:
+        if reason in ("stop", "length"):
+            self.scheduler.settle(s)
         self.scheduler.remove(s)
         s.state, s.finish_reason, s.fault, s.ended = "ended", reason, fault, self._now
         choices = self.requests[s.request.id]

@@ -95,12 +95,16 @@ class Scheduler:
         return budget - n
 
     def _make_way(self) -> None:
-        """Preempt those of worse priority than the first who waits, as long as it has no room."""
-        while self.waiting and self.running and self.running[-1].request.priority > self.waiting[0].request.priority:
-            short = self.pool.blocks_for(self.waiting[0].length) > self.pool.available
-            if not short and len(self.running) < self.max_sequences:
-                break
-            self.preempt(self.running[-1])
+        """Preempt those of worse priority than the first who waits, from the last on, if that is what gives it room."""
+        if not self.waiting:
+            return
+        pool, first = self.pool, self.waiting[0]
+        needed = pool.blocks_for(first.length)
+        worse = [s for s in self.running if s.request.priority > first.request.priority]
+        theirs = sum(pool.refcounts[b] == 1 for s in worse for b in s.blocks)
+        if needed <= pool.available + theirs:
+            while worse and (needed > pool.available or len(self.running) >= self.max_sequences):
+                self.preempt(worse.pop())
 
     def _admit(self) -> Sequence | None:
         """Start the sequence that waits first, if there are blocks for all of its tokens; nobody overtakes it.
@@ -144,7 +148,7 @@ class Scheduler:
         drafted = []
         for piece in plan:
             sequence, drafts = piece.sequence, tuple[int, ...]()
-            if piece.last and not sequence.request.scored:
+            if piece.last and not sequence.request.scored and not sequence.suspect:
                 room = (len(sequence.blocks) + self.pool.available) * self.pool.block_tokens
                 most = min(self.max_drafts, budget, min(room, sequence.longest(self.context)) - sequence.length)
                 drafts = tuple(sequence.propose(most)) if most > 0 else ()

@@ -42,7 +42,7 @@ class Sequence:
     node: int | None = None
     cached: int = 0
     preemptions: int = 0
-    suspect: bool = False  # it was in a step that lost the device, and has not come through since
+    suspect: bool = False  # it was in a step that lost the device, and has drawn no token since
     losses: int = 0  # of the device by it alone, since its last token
     started: float | None = None
     first_token: float | None = None
