@@ -122,6 +122,8 @@ def test_an_incident_on_the_host_runs_again_to_the_token(tmp_path: Path) -> None
     with file.open("a") as f:
         f.write('{"do": "st')  # as a killed process leaves it
     assert replay_journal(file).divergence is None
+    facts = json.loads(CliRunner().invoke(app, ["replay", str(file), "--json"]).output)
+    assert facts["divergence"] is None and (facts["requests"], facts["faults"]) == (4, 2)
     other = CliRunner().invoke(app, ["replay", str(file), "--device", "oracle"])
     assert other.exit_code == 1 and "not the same: entry " in other.output
 

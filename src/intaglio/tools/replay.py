@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,11 +57,14 @@ def replay(
     journal: Annotated[Path, typer.Argument(help="The file that LLM(journal=...) or the server wrote.")],
     model: Annotated[Path | None, typer.Option(help="The checkpoint folder, if it has moved.")] = None,
     device: Annotated[str | None, typer.Option(help="Run on another device than the recorded one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script.")] = False,
 ) -> None:
     """Run a recorded journal again and say whether every event came out the same; exit code 1 if not."""
     done = replay_journal(journal, model, device)
-    typer.echo(f"{done.steps} steps, {done.requests} requests, {done.tokens} tokens, {done.faults} failed launches")
+    if as_json:
+        typer.echo(json.dumps(asdict(done)))
+    else:
+        typer.echo(f"{done.steps} steps, {done.requests} requests, {done.tokens} tokens, {done.faults} failed launches")
+        typer.echo(f"not the same: {done.divergence}" if done.divergence else "every event came out the same")
     if done.divergence:
-        typer.echo(f"not the same: {done.divergence}")
         raise typer.Exit(1)
-    typer.echo("every event came out the same")
