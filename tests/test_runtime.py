@@ -125,6 +125,22 @@ def test_prompt_fills_the_context() -> None:
     assert near.output == truth(near)
 
 
+def test_the_longest_answer_fits_and_one_more_token_does_not() -> None:
+    for pages in (4, 16, 40):  # a pool smaller than the context, as large, and larger
+        engine = oracle_engine(pages=pages)
+        room = min(pages * 4, CONTEXT)
+        for n in (1, 5, room):
+            most = engine.most_tokens(n)
+            engine.check(request("r", [1] * n, max_tokens=most))
+            if pages * 4 < CONTEXT:
+                with pytest.raises(RequestError, match="can need"):
+                    engine.check(request("r", [1] * n, max_tokens=most + 1))
+            [s] = engine.add(request("r", [1] * n, max_tokens=most))
+            run_checked(engine)
+            assert len(s.output) == most == room - n + 1 and s.finish_reason == "length"
+        assert engine.most_tokens(room + 1) == 0
+
+
 def test_refused_at_add() -> None:
     engine = oracle_engine(pages=4)
     for prompt, params, message in (

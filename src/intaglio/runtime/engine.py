@@ -95,8 +95,8 @@ class Engine:
         if n > context:
             raise RequestError(f"the prompt has {n} tokens, the context holds {context}; shorten it by {n - context}")
         for what, ids in (("", request.prompt), ("stop ", p.stop_token_ids), ("biased ", p.logit_bias)):
-            bad = next((t for t in ids if not 0 <= t < self.program.vocabulary), None)
-            if bad is not None:
+            if ids and not 0 <= min(ids) <= max(ids) < self.program.vocabulary:
+                bad = next(t for t in ids if not 0 <= t < self.program.vocabulary)
                 raise RequestError(f"{what}token id {bad} is outside 0..{self.program.vocabulary - 1}")
         wanted, size = self.pool.blocks_for(longest(request, context)), self.state.page_tokens
         if wanted > self.pool.total:
@@ -111,6 +111,10 @@ class Engine:
         for name, value in (("queue_timeout", request.queue_timeout), ("timeout", request.timeout)):
             if value is not None and not value > 0:
                 raise RequestError(f"{name} is {value}; allowed: seconds above 0, or None")
+
+    def most_tokens(self, prompt_tokens: int) -> int:
+        """The largest max_tokens that a prompt of that many tokens can be served with here; below 1: it is too long."""
+        return min(self.program.context, self.pool.total * self.state.page_tokens) - prompt_tokens + 1
 
     def add(self, request: Request) -> list[Sequence]:
         """Queue a request; its choices, to be read as they grow. Raises RequestError if it can never be served or its
