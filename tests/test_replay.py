@@ -100,6 +100,8 @@ def record_an_incident(file: Path) -> tuple[LLM, list[str]]:
     made = [s for i, p in enumerate(params) for s in llm.engine.add(llm.prepare("import os\n", p, id=f"r{i}")[0])]
     with pytest.raises(RequestError):
         llm.engine.add(llm.prepare("x", params[2], id="r2")[0])
+    with pytest.raises(RequestError):
+        llm.engine.add(replace(llm.prepare("x", params[0], id="r3")[0], prompt=[99999]))
     for step in range(1000):
         if step in (4, 11):
             os.kill(llm.engine.executable.pid, signal.SIGKILL)  # type: ignore[attr-defined]
@@ -118,12 +120,12 @@ def test_an_incident_on_the_host_runs_again_to_the_token(tmp_path: Path) -> None
     assert reasons[-1] == "abort" and llm.engine.counts.restarts == 2
     run = CliRunner().invoke(app, ["replay", str(file)])
     assert run.exit_code == 0, run.output
-    assert "4 requests" in run.output and "2 failed launches" in run.output and "came out the same" in run.output
+    assert "5 requests" in run.output and "2 failed launches" in run.output and "came out the same" in run.output
     with file.open("a") as f:
         f.write('{"do": "st')  # as a killed process leaves it
     assert replay_journal(file).divergence is None
     facts = json.loads(CliRunner().invoke(app, ["replay", str(file), "--json"]).output)
-    assert facts["divergence"] is None and (facts["requests"], facts["faults"]) == (4, 2)
+    assert facts["divergence"] is None and (facts["requests"], facts["faults"]) == (5, 2)
     other = CliRunner().invoke(app, ["replay", str(file), "--device", "oracle"])
     assert other.exit_code == 1 and "not the same: entry " in other.output
 

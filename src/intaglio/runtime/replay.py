@@ -121,9 +121,9 @@ class Player:
 
     def _add(self, engine: Engine, entry: Entry) -> str | None:
         self.requests += 1
-        request, found = self.revive(request_from(entry["request"])), None
+        request, found = request_from(entry["request"]), None
         try:
-            engine.add(request)
+            engine.add(self.revive(request))
         except (RequestError, Refused) as e:
             found = type(e).__name__
         return None if found == entry["refused"] else f"{request.id} was {_as(entry['refused'])}, now {_as(found)}"
