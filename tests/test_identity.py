@@ -16,8 +16,10 @@ from intaglio.runtime import Request, check_invariants
 
 SEED = int(os.environ.get("TEST_SEED", random.SystemRandom().randrange(2**32)))
 BEGINNINGS = (
-    "import os\nimport sys\n\n\ndef main(argv: list[str]) -> int:\n    ",
-    "class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n\n    def ",
+    "import os\nimport sys\nimport json\n\n\ndef main(argv: list[str]) -> int:\n    "
+    "for name in argv[1:]:\n        with open(name) as file:\n            data = json.load(file)\n        ",
+    "class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n        self.items = []\n\n"
+    "    def put(self, item):\n        self.items.append(item)\n\n    def ",
     "for i in range(10):\n    print(i)\nfor i in range(10):\n    print(i)\nfor ",
     "def f(",
 )

@@ -82,6 +82,18 @@ def test_a_load_that_fails_says_why() -> None:
         WorkerDevice(open_device("reference")).load(smallest_program(), Unloadable(), STATE)  # type: ignore[arg-type]
 
 
+def test_what_the_worker_cannot_read_is_an_answer_too() -> None:
+    class Local:
+        name = "local"
+
+    Local.__module__, Local.__qualname__ = "no_such_module", "Local"
+    sys.modules["no_such_module"] = type(sys)("no_such_module")
+    sys.modules["no_such_module"].Local = Local  # type: ignore[attr-defined]
+    with pytest.raises(DeviceError, match="ModuleNotFoundError: No module named 'no_such_module'"):
+        WorkerDevice(Local()).load(smallest_program(), ArrayWeights({}), STATE)  # type: ignore[arg-type]
+    del sys.modules["no_such_module"]
+
+
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_a_killed_worker_is_lost(when: str) -> None:
     there = load()

@@ -19,7 +19,7 @@ class BatchError(ValueError):
 @dataclass(frozen=True, eq=False)
 class Edits:
     """What becomes of a row's logits before the draw: at each of `ids`, l turns into
-    (l / scale if l > 0 else l * scale) + add, in float32. ids int32 [k], ascending, each once; scale, add f32 [k]."""
+    (l / scale if l > 0 else l * scale) + add, in float32. ids int32 [k], each once; scale, add f32 [k]."""
 
     ids: np.ndarray
     scale: np.ndarray

@@ -7,6 +7,7 @@ that dies, or is silent for longer than `patience`, becomes DeviceLost.
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -92,10 +93,11 @@ def serve(descriptor: int) -> None:
     executable: Executable | None = None
     while True:
         try:
-            question = wire.recv()
+            message = wire.recv_bytes()
         except (EOFError, ConnectionError):
             return
         try:
+            question = pickle.loads(message)
             if executable is None:
                 device, program, weights, state = question
                 executable = device.load(program, weights, state)

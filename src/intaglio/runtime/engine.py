@@ -404,6 +404,8 @@ class Engine:
         s.suspect, s.losses = False, 0
         s.first_token = self._now if s.first_token is None else s.first_token
         s.output.append(token)
+        if s.tally:
+            s.tally.push(token)
         s.logprobs.append(logprob)
         self.counts.output_tokens += 1
         try:

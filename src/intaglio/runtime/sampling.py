@@ -5,7 +5,6 @@ A pure function of the tokens so far, so that a draw comes out the same after pr
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence as Ids
 from dataclasses import replace
 
@@ -14,22 +13,17 @@ import numpy as np
 from intaglio.batch import Edits, Sampling
 from intaglio.runtime.request import SamplingParams, Scored
 from intaglio.runtime.sequence import Sequence
+from intaglio.runtime.tally import Tally
 
 
 def edits(p: SamplingParams, prompt: Ids[int], output: Ids[int]) -> Edits | None:
     """What SamplingParams say is to be done to the logits after `prompt` and `output`."""
     if not p.edits_logits:
         return None
-    counts = Counter(output)
-    repeated = counts.keys() | set(prompt) if p.repetition_penalty != 1 else set()
-    counted = counts if p.presence_penalty or p.frequency_penalty else Counter[int]()
-    ids = sorted(repeated | counted.keys() | p.logit_bias.keys())
-    add = [
-        p.logit_bias.get(id, 0.0) - p.presence_penalty * (counted[id] > 0) - p.frequency_penalty * counted[id]
-        for id in ids
-    ]
-    scale = [p.repetition_penalty if id in repeated else 1.0 for id in ids]
-    return Edits(np.array(ids, np.int32), np.array(scale, np.float32), np.array(add, np.float32))
+    tally = Tally(p, prompt)
+    for token in output:
+        tally.push(token)
+    return tally.edits()
 
 
 def rows(s: Sequence, drafts: Ids[int]) -> list[Sampling]:
@@ -39,7 +33,7 @@ def rows(s: Sequence, drafts: Ids[int]) -> list[Sampling]:
         return [s.plain] * (len(drafts) + 1)
     try:
         for i in range(len(drafts) + 1):
-            edited = edits(p, s.prompt, [*s.output, *drafts[:i]])
+            edited = s.tally.edits() if s.tally and i == 0 else edits(p, s.prompt, [*s.output, *drafts[:i]])
             mask = s.matcher.mask() if s.matcher else None
             drawn.append(replace(s.plain, edits=edited, mask=mask))
             if s.matcher and i < len(drafts) and not s.matcher.advance(drafts[i]):

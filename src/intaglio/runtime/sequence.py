@@ -15,6 +15,7 @@ import numpy as np
 from intaglio.batch import Sampling
 from intaglio.runtime.draft import Lookup
 from intaglio.runtime.request import Fault, FinishReason, Matcher, Request, Scored, Usage
+from intaglio.runtime.tally import Tally
 
 
 @dataclass(eq=False)
@@ -50,11 +51,13 @@ class Sequence:
     finish_reason: FinishReason | None = None
     fault: Fault | None = None
     lookup: Lookup = field(default_factory=Lookup)
+    tally: Tally | None = field(init=False)  # of the output so far, if penalties or biases ask for it
     plain: Sampling = field(init=False)  # how a row is drawn but for edits and grammar
 
     def __post_init__(self) -> None:
         p = self.request.params
         self.prompt = [int(t) for t in self.request.prompt]
+        self.tally = Tally(p, self.prompt) if p.edits_logits else None
         self.plain = Sampling(p.temperature, p.top_k, p.top_p, p.min_p, self.seed)
 
     @property
