@@ -79,8 +79,7 @@ class Rules:
 
     def __init__(self, world: World) -> None:
         self.world, self.engine = world, world.engine
-        self.readers: dict[str, list[Reader]] = {}
-        self.live: dict[str, list[Reader]] = {}
+        self.live: dict[str, list[Reader]] = {}  # of what has a choice that has not ended
         self.finished: Counter[str] = Counter()
         self.tokens = self.asked = self.refusals = 0
         self.salts: dict[int, str | None] = {}  # block: whose tokens were last written to it
@@ -167,7 +166,6 @@ class Rules:
         for r in self.launched:
             r.failures = r.failures + 1 if len(self.launched) == 1 and wrong and not lost(wrong) else 0
             r.losses += len(self.launched) == 1 and lost(wrong)
-            self.restarts = 0 if r.losses >= 2 else self.restarts
 
     def after_step(self) -> None:
         e = self.engine
