@@ -107,7 +107,9 @@ def test_a_matcher_takes_back_what_it_took(llm: LLM) -> None:
     assert {a, b} <= first and eos not in first and max(first) < llm.program.vocabulary
     assert m.advance(b) and m.advance(b) and eos in allowed() and a not in allowed()
     assert not m.advance(z) and m.advance(b) and allowed() == {eos}
+    other = m.copy()
     m.rollback(2)
+    assert other.mask().tolist() != m.mask().tolist()
     assert not m.advance(a) and m.advance(b) and eos in allowed()
     m.rollback(2)
     assert allowed() == first == set(np.flatnonzero(

@@ -248,9 +248,8 @@ class LLM:
             return None
         if self.grammars is None:
             self.grammars = Grammars(self._text(), self.program.vocabulary)
-        grammars, kind, text = self.grammars, params.grammar.kind, params.grammar.text
-        grammars.matcher(kind, text)  # now, so that what is wrong with it is said before anything runs
-        return lambda index: grammars.matcher(kind, text)
+        first = self.grammars.matcher(params.grammar.kind, params.grammar.text)
+        return lambda index: first.copy()
 
     def _ids(self, prompt: Prompt, name: str) -> list[int]:
         if isinstance(prompt, str):

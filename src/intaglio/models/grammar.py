@@ -4,6 +4,7 @@ expression or a Lark grammar. A wrapper of the `llguidance` library, which is an
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,22 +21,25 @@ class GrammarError(ValueError):
 
 @dataclass
 class Grammars:
-    """Compiles grammars for one tokenizer and a model of `vocabulary` tokens, and remembers the last ones."""
+    """Compiles grammars for one tokenizer and a model of `vocabulary` tokens, and remembers the last ones. Any thread
+    may ask."""
 
     tokenizer: Tokenizer
     vocabulary: int
     compiled: dict[tuple[str, str], Any] = field(default_factory=dict)
     inner: Any = None
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def matcher(self, kind: str, source: str) -> GrammarMatcher:
         """A fresh matcher. kind: json_schema, regex or lark. Raises GrammarError saying what is wrong with it."""
         key = (kind, source)
-        if key not in self.compiled:
-            compiled = self._compile(kind, source)
-            while len(self.compiled) >= KEPT:
-                del self.compiled[next(iter(self.compiled))]
-            self.compiled[key] = compiled
-        return GrammarMatcher(self.compiled[key].deep_copy(), self.vocabulary)
+        with self.lock:
+            if key not in self.compiled:
+                compiled = self._compile(kind, source)
+                while len(self.compiled) >= KEPT:
+                    del self.compiled[next(iter(self.compiled))]
+                self.compiled[key] = compiled
+            return GrammarMatcher(self.compiled[key].deep_copy(), self.vocabulary)
 
     def _compile(self, kind: str, source: str) -> Any:
         try:
@@ -80,6 +84,10 @@ class GrammarMatcher:
         if self.vocabulary % 32:
             words[-1] &= np.uint32((1 << self.vocabulary % 32) - 1)
         return words
+
+    def copy(self) -> GrammarMatcher:
+        """Another, that stands where this one stands."""
+        return GrammarMatcher(self.inner.deep_copy(), self.vocabulary)
 
     def advance(self, token: int) -> bool:
         """Take one more token; False, changing nothing, if it is not allowed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 LONGEST, SHORTEST = 4, 2  # tokens that must agree before a guess is made; longer matches are believed first
+REACH = 4096  # tokens of a prompt's end that are remembered: some 600 bytes each, in tuples
 
 
 class Lookup:
@@ -19,7 +20,8 @@ class Lookup:
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
         """Up to `most` tokens that followed the latest earlier match of the end of `tokens`."""
-        for end in range(self.read + 1, len(tokens)):  # the run that ends the list itself is only looked up
+        first = self.read + 1 if self.read else max(1, len(tokens) - REACH)
+        for end in range(first, len(tokens)):  # the run that ends the list itself is only looked up
             for n in range(SHORTEST, min(LONGEST, end) + 1):
                 self.ends[tuple(tokens[end - n : end])] = end
         self.read = max(self.read, len(tokens) - 1)
