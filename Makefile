@@ -5,13 +5,19 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 # Without isolation the build tools stay put, so that a changed source rebuilds only what it touches.
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation --editable
 
-.PHONY: demo test lint sanitize bench clean
+SEEDS ?= 5000
+
+.PHONY: demo test simulate lint sanitize bench clean
 
 demo: .venv/run.stamp
 	$(BIN)/intaglio demo
 
 test: .venv/test.stamp
 	$(BIN)/pytest -n 2
+
+# The engine under simulated faults; nightly with SEEDS=100000.
+simulate: .venv/test.stamp
+	PYTHONPATH=tests $(BIN)/python -m simulation --seeds $(SEEDS)
 
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .

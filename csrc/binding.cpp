@@ -108,16 +108,38 @@ void unpack(const PackedWeight& self, int64_t row, Floats out) {
   unpack_row(self.w, row, out.data());
 }
 
+// Edits of all rows one after another (row r has those from first[r] to first[r + 1]), and the mask of each row, or -1.
+struct Edits {
+  Ints first, ids;
+  Floats scale, add;
+  Ints mask_of;
+  nb::ndarray<const uint32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> masks;
+
+  void apply(std::vector<Draw>& draws) const {
+    if (first.size() != draws.size() + 1 || mask_of.size() != draws.size()) throw std::invalid_argument("edits of other rows");
+    if (ids.size() != scale.size() || ids.size() != add.size()) throw std::invalid_argument("one scale and one add an id");
+    for (size_t r = 0; r < draws.size(); r++) {
+      int64_t begin = first.data()[r];
+      draws[r].edits = first.data()[r + 1] - begin;
+      draws[r].ids = ids.data() + begin, draws[r].scale = scale.data() + begin, draws[r].add = add.data() + begin;
+      if (int64_t m = mask_of.data()[r]; m >= 0) draws[r].mask = masks.data() + m * int64_t(masks.shape(1));
+    }
+  }
+};
+
 void step(Executable& self, Ints tokens, Ints positions, Ints slots, Ints first_row, Ints q_len, Ints context_len,
           Ints block_table, Ints rows, Floats sampling, nb::ndarray<const uint64_t, nb::c_contig, nb::device::cpu> seeds,
+          const Edits* edits,
           const std::vector<std::tuple<int, int, Floats>>& taps, std::optional<nb::ndarray<double, nb::c_contig>> seconds) {
   const int64_t r = int64_t(rows.size());
   if (int64_t(sampling.size()) != 4 * r || int64_t(seeds.size()) != r) throw std::invalid_argument("one sampling row a wanted row");
   std::vector<Draw> draws;
   for (int64_t i = 0; i < r; i++) {
     const float* p = sampling.data() + 4 * i;
-    draws.push_back({p[0], p[1], p[2], int32_t(p[3]), seeds.data()[i], positions.data()[rows.data()[i]] + int64_t(1)});
+    Draw d{p[0], p[1], p[2], int32_t(p[3]), seeds.data()[i], positions.data()[rows.data()[i]] + int64_t(1)};
+    draws.push_back(d);
   }
+  if (edits) edits->apply(draws);
   StepInputs in{tokens.data(), positions.data(), slots.data(), first_row.data(), q_len.data(), context_len.data(),
                 block_table.data(), rows.data(), int64_t(tokens.size()), int64_t(first_row.size()), r,
                 int64_t(block_table.shape(1)), draws.data()};
@@ -194,6 +216,10 @@ NB_MODULE(_native, m) {
       .def("unpack", &unpack)
       .def("image", [](const PackedWeight& w) { return nb::bytes(w.memory.data(), size_t(w.memory.size())); })
       .def_prop_ro("nbytes", [](const PackedWeight& w) { return w.memory.size(); });
+  nb::class_<Edits>(m, "Edits")
+      .def("__init__", [](Edits* self, Ints first, Ints ids, Floats scale, Floats add, Ints mask_of, decltype(Edits::masks) masks) {
+             new (self) Edits{first, ids, scale, add, mask_of, masks};
+           }, "first"_a, "ids"_a, "scale"_a, "add"_a, "mask_of"_a, "masks"_a);
   nb::class_<Executable>(m, "Executable")
       .def("__init__", [](Executable* self, const std::string& isa, int threads, int page) {
              new (self) Executable(kernels_of(isa), threads, page);
@@ -225,7 +251,7 @@ NB_MODULE(_native, m) {
                        std::move(numbers)});
            }, "kind"_a, "tensors"_a, "ints"_a, "floats"_a, "code"_a, "numbers"_a)
       .def("step", &step, "tokens"_a, "positions"_a, "slots"_a, "first_row"_a, "q_len"_a, "context_len"_a, "block_table"_a,
-           "rows"_a, "sampling"_a, "seeds"_a, "taps"_a, "seconds"_a.none())
+           "rows"_a, "sampling"_a, "seeds"_a, "edits"_a.none(), "taps"_a, "seconds"_a.none())
       .def("copy_out", [](const Executable& e, int tensor, int64_t rows, nb::ndarray<nb::c_contig, nb::device::cpu> out) {
              e.copy_out(tensor, rows, out.data());
            });

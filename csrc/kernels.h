@@ -147,6 +147,12 @@ struct Draw {
   int32_t top_k;
   uint64_t seed;
   int64_t position;
+  // What becomes of the logits first: at ids[i], l turns into (l > 0 ? l / scale[i] : l * scale[i]) + add[i]; then those
+  // whose bit in the mask is 0 are out.
+  int64_t edits = 0;
+  const int32_t* ids = nullptr;
+  const float *scale = nullptr, *add = nullptr;
+  const uint32_t* mask = nullptr;
 };
 
 struct Kernels {
@@ -168,7 +174,8 @@ struct Kernels {
   float (*read_stream)(const float* p, int64_t n);
 };
 
-// Draws a token from one row of logits, as ops/sample.py's draw(); -1 and NaN if a logit is NaN or none is finite.
+// Draws a token from one row of logits, as ops/sample.py's draw(); -1 and NaN if a logit is NaN or the largest, edited or
+// not, is not finite.
 void sample_row(const Kernels& kernels, const float* logits, int64_t n, const Draw& d, int32_t* token, float* logprob);
 
 const Kernels* kernels_scalar();

@@ -45,19 +45,37 @@ void filter(const float* x, int64_t n, const Draw& d, double total, std::vector<
   p.swap(only);
 }
 
+// The logits to draw from: x itself, or a copy with the edits and the mask applied.
+const float* edited(const float* x, int64_t n, const Draw& d) {
+  if (d.edits == 0 && !d.mask) return x;
+  thread_local std::vector<float> y;
+  y.assign(x, x + n);
+  for (int64_t i = 0; i < d.edits; i++) {
+    float& l = y[size_t(d.ids[i])];
+    l = (l > 0 ? l / d.scale[i] : l * d.scale[i]) + d.add[i];
+  }
+  if (d.mask)
+    for (int64_t i = 0; i < n; i++)
+      if (!(d.mask[i / 32] >> (i % 32) & 1)) y[size_t(i)] = -INFINITY;
+  return y.data();
+}
+
 }  // namespace
 
 void sample_row(const Kernels& kernels, const float* x, int64_t n, const Draw& d, int32_t* token, float* logprob) {
   float top = kernels.largest_logit(x, n);
   *token = -1, *logprob = NAN;
   if (!std::isfinite(top)) return;
-  int64_t chosen = std::find(x, x + n, top) - x;
+  const float* y = edited(x, n, d);
+  float best = y == x ? top : kernels.largest_logit(y, n);
+  if (!std::isfinite(best)) return;
+  int64_t chosen = std::find(y, y + n, best) - y;
   thread_local std::vector<float> p;
   p.resize(size_t(n));
   double total = kernels.weigh(x, n, top, 1.0f, p.data());
   if (d.temperature > 0) {
-    double mass = kernels.weigh(x, n, top, d.temperature, p.data());
-    if (d.top_k > 0 || d.top_p < 1) filter(x, n, d, mass, p);
+    double mass = kernels.weigh(y, n, best, d.temperature, p.data());
+    if (d.top_k > 0 || d.top_p < 1) filter(y, n, d, mass, p);
     mass = 0;
     for (float& v : p) {
       if (v < d.min_p) v = 0;

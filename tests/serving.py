@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence as Ids
+from dataclasses import fields
 from typing import Any
 
+from intaglio.batch import Sampling
 from intaglio.devices import ArrayWeights, StateSpec, open_device
+from intaglio.devices.oracle import expected
 from intaglio.ops import Attend, Embed, KvWrite, Linear, Sample, Select
 from intaglio.program import Builder, Program
-from intaglio.runtime import Engine, Event, Request, SamplingParams, check_invariants
+from intaglio.runtime import Engine, Event, Request, SamplingParams, Sequence, check_invariants
+from intaglio.runtime.sampling import edits
 
 VOCABULARY, CONTEXT = 97, 64
 
@@ -34,14 +38,32 @@ def oracle_engine(pages: int = 16, page_tokens: int = 4, seed: int = 0, **option
     return Engine(executable, rng=random.Random(seed), clock=lambda: float(next(ticks)), **options)
 
 
-def request(id: str, prompt: Sequence[int], eos: frozenset[int] = frozenset(), **params: Any) -> Request:
-    return Request(id, list(prompt), SamplingParams(**params), eos)
+def request(id: str, prompt: Ids[int], eos: frozenset[int] = frozenset(), **options: Any) -> Request:
+    """A Request of these fields; any other option is one of SamplingParams."""
+    own = {f.name for f in fields(Request)}
+    params = SamplingParams(**{name: value for name, value in options.items() if name not in own})
+    return Request(id, list(prompt), params, eos, **{name: value for name, value in options.items() if name in own})
+
+
+def add(engine: Engine, *requests: Request) -> list[Sequence]:
+    """Queue requests; all their choices."""
+    return [s for r in requests for s in engine.add(r)]
+
+
+def truth(s: Sequence) -> list[int]:
+    """What the definition says the sequence's output is, from its token ids alone."""
+    output: list[int] = []
+    p = s.request.params
+    for _ in s.output:
+        drawn = Sampling(p.temperature, p.top_k, p.top_p, p.min_p, s.seed, edits(p, s.prompt, output))
+        output.append(expected([*s.prompt, *output], VOCABULARY, drawn))
+    return output
 
 
 def run_checked(engine: Engine) -> list[Event]:
     """Step until idle, the invariants checked after every step."""
     events = []
-    while engine.requests:
+    while not engine.idle:
         events += engine.step()
         check_invariants(engine)
     return events

@@ -21,7 +21,8 @@ ROOMS = (
     ("models", "compiler", "collectives"),
     ("devices", "silicon"),
     ("runtime",),
-    ("server", "tools", "llm"),
+    ("llm",),
+    ("server", "tools"),
     ("cli",),
     ("__main__",),
 )

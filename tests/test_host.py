@@ -3,7 +3,9 @@ promise that a sequence's bits do not depend on its company."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from toy import MANNERS, Toy, random_weights, transformer
 
 from intaglio import _native, formats
-from intaglio.batch import Batch, Chunk, Sampling, bind
+from intaglio.batch import Batch, Chunk, Edits, Sampling, bind
 from intaglio.compiler import build
 from intaglio.devices import ArrayWeights, DeviceError, StateSpec, Weights
 from intaglio.devices.host import HostDevice, isa_names
@@ -213,6 +215,32 @@ def test_attend(cache: str, trial: int, rng: np.random.Generator) -> None:
     hold(results, (2 * score + (length + 64) * EPS) * 5)
 
 
+def draw_changes(rng: np.random.Generator, s: Sampling, vocabulary: int) -> Sampling:
+    """Edits and a mask, each three times in four."""
+    ids = np.sort(rng.choice(vocabulary, int(rng.integers(0, 60)), replace=False)).astype(np.int32)
+    scale, add = rng.uniform(0.5, 2, len(ids)).astype(np.float32), rng.normal(size=len(ids)).astype(np.float32)
+    edits = Edits(ids, scale, add * np.float32(3)) if rng.random() < 0.75 else None
+    mask = rng.integers(0, 2**32, -(-vocabulary // 32), np.uint32) if rng.random() < 0.75 else None
+    return replace(s, edits=edits, mask=mask)
+
+
+def test_edits_that_do_not_fit_are_refused() -> None:
+    b = Builder("sample", 512)
+    x = b.op(Embed, "x", "tokens", b.weight("t", (4, 40), "t"))
+    b.op(Map, "pick", b.op(Select, "select", x, "rows"), expr="a", out="logits", role="output")
+    b.op(Sample, "sample", "logits", tokens="next_tokens", logprobs="logprobs", role="output")
+    host = HostDevice(1).load(b.done(), ArrayWeights({"t": np.ones((4, 40), np.float32)}), StateSpec(8, PAGE))
+    one = np.ones(1, np.float32)
+    for sampling, message in (
+        (Sampling(mask=np.ones(3, np.uint32)), r"a mask is uint32 [3]; the vocabulary takes uint32 [2]"),
+        (Sampling(mask=np.ones(2, np.int64)), "a mask is int64 [2]"),
+        (Sampling(edits=Edits(np.int32([40]), one, one)), "edits touch ids 40..40, outside 0..39"),
+        (Sampling(edits=Edits(np.int32([-1]), one, one)), "edits touch ids -1..-1, outside 0..39"),
+    ):
+        with pytest.raises(DeviceError, match=re.escape(message)):
+            host.step(bind([Chunk([1], 0, [0], [0], sampling)], PAGE))
+
+
 def test_sample_agrees_with_reference(rng: np.random.Generator) -> None:
     """The same tokens, but where a draw falls within rounding of a boundary (1 in 100), and log-probabilities."""
     rows, vocabulary = 200, 517
@@ -226,13 +254,15 @@ def test_sample_agrees_with_reference(rng: np.random.Generator) -> None:
     b.op(Map, "pick", b.op(Select, "select", x, "rows"), expr="a", out="logits", role="output")
     b.op(Sample, "sample", "logits", tokens="next_tokens", logprobs="logprobs", role="output")
     program = replace(b.done(), context=512)
-    for sampling in (
+    for sampling, changed in itertools.product((
         Sampling(), Sampling(1.0, seed=7), Sampling(0.7, top_k=20, seed=2**64 - 1), Sampling(1.3, top_p=0.8, seed=3),
         Sampling(1.0, min_p=0.05, seed=4), Sampling(0.9, 40, 0.9, 0.02, 5),
-    ):  # fmt: skip
-        batch = bind([Chunk([i], 3, [i % 8], [0], sampling) for i in range(rows)], PAGE)
+    ), (False, True)):  # fmt: skip
+        drawn = [draw_changes(rng, sampling, vocabulary) if changed else sampling for _ in range(rows)]
+        drawn[4] = replace(drawn[4], mask=np.zeros(17, np.uint32))  # nothing may be drawn
+        batch = bind([Chunk([i], 3, [i % 8], [0], drawn[i]) for i in range(rows)], PAGE)
         want = ReferenceDevice().load(program, ArrayWeights(arrays), StateSpec(8, PAGE)).step(batch)
-        assert want.tokens[1] == want.tokens[2] == -1
+        assert want.tokens[1] == want.tokens[2] == want.tokens[4] == -1
         for isa in ISAS:
             got = HostDevice(2, isa).load(program, ArrayWeights(arrays), StateSpec(8, PAGE)).step(batch)
             assert (got.tokens != want.tokens).sum() <= (2 if sampling.temperature else 0), f"{isa} {sampling}"

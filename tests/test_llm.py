@@ -17,7 +17,7 @@ from intaglio.devices import DeviceError
 from intaglio.devices.oracle import expected
 from intaglio.llm import Transcript
 from intaglio.models import CheckpointError, TokenizerError
-from intaglio.runtime import ParamsError, RequestError, check_invariants
+from intaglio.runtime import ParamsError, Refused, RequestError, check_invariants
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,26 @@ def test_greedy_is_the_argmax_of_logits_and_logprobs_are_theirs(llm: LLM) -> Non
     assert rows.argmax(axis=1).tolist() == o.token_ids
     logprobs = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
     assert np.allclose(logprobs[np.arange(8), o.token_ids], o.logprobs, atol=1e-4)
+
+
+def test_choices_stand_side_by_side_and_are_those_of_the_next_seeds(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=8, temperature=1.2, seed=40, n=3, stop=["zz"])
+    several = llm.generate(["abc", "de"], params)
+    assert [o.prompt_token_ids for o in several[::3]] == [llm.tokenizer.encode(t) for t in ("abc", "de")]  # type: ignore[union-attr]
+    for prompt, three in (("abc", several[:3]), ("de", several[3:])):
+        each = [SamplingParams(max_tokens=8, temperature=1.2, seed=40 + i, stop=["zz"]) for i in range(3)]
+        assert three == llm.generate([prompt] * 3, each)
+    with pytest.raises(RequestError, match="n is 3; a stream has one choice"):
+        llm.stream("abc", params)
+
+
+def test_more_prompts_than_may_wait_are_fed_as_there_is_room(folder: Path, llm: LLM) -> None:
+    narrow = LLM(folder, device="reference", max_waiting=2, max_sequences=1)
+    params = SamplingParams(max_tokens=2)
+    assert narrow.generate(["ab"] * 7, params) == llm.generate(["ab"] * 7, params)
+    narrow.engine.drain()
+    with pytest.raises(Refused, match="draining"):
+        narrow.generate("ab")
 
 
 def test_company_and_chunks_change_nothing(folder: Path, llm: LLM) -> None:
@@ -159,7 +179,7 @@ def test_chat_goes_through_the_template(llm: LLM, tmp_path: Path) -> None:
 
 
 def test_errors_name_the_prompt_before_anything_runs(llm: LLM) -> None:
-    steps = llm.engine.steps
+    steps = llm.engine.counts.steps
     for prompts, message in (
         (["a", ""], "prompt 1 is empty"),
         ([[1], []], "prompt 1: the prompt is empty"),
@@ -179,7 +199,7 @@ def test_errors_name_the_prompt_before_anything_runs(llm: LLM) -> None:
             llm.logits(sequences)
     with pytest.raises(RequestError, match="prompt 0: the prompt has 257"):
         llm.stream([1] * 257)
-    assert llm.engine.steps == steps
+    assert llm.engine.counts.steps == steps
 
 
 def test_errors_of_loading(folder: Path, tmp_path: Path) -> None:

@@ -7,24 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from serving import VOCABULARY, oracle_engine, request, run_checked, smallest_program
+from serving import VOCABULARY, add, oracle_engine, request, run_checked, smallest_program, truth
 
 from intaglio.batch import Chunk, Sampling, bind
 from intaglio.devices import ArrayWeights, DeviceError, Executable, StateSpec, open_device
 from intaglio.devices.oracle import expected
-from intaglio.runtime import Engine, Request
+from intaglio.runtime import Engine, Sequence
 
 
 def load(pages: int = 8, page_tokens: int = 4) -> Executable:
     return open_device("oracle").load(smallest_program(), ArrayWeights({}), StateSpec(pages, page_tokens))
-
-
-def truth(r: Request) -> list[int]:
-    """What the definition says the request's output is."""
-    ids = list(r.prompt)
-    for _ in r.output:
-        ids.append(expected(ids, VOCABULARY, r.sampling))
-    return ids[len(r.prompt) :]
 
 
 def test_every_row_is_the_definition_in_any_chunks() -> None:
@@ -83,7 +75,7 @@ def frees_a_block_early(engine: Engine) -> None:
 def swaps_two_blocks(engine: Engine) -> None:
     grow = engine.scheduler._grow
 
-    def broken(r: Request) -> bool:
+    def broken(r: Sequence) -> bool:
         if len(r.output) == 3 and len(r.blocks) > 1:
             r.blocks[0], r.blocks[1] = r.blocks[1], r.blocks[0]
         return grow(r)
@@ -92,14 +84,15 @@ def swaps_two_blocks(engine: Engine) -> None:
 
 
 def skips_recomputing(engine: Engine) -> None:
-    preempt = engine.scheduler._preempt
+    admit = engine.scheduler._admit
 
-    def broken(r: Request) -> None:
-        computed = r.computed
-        preempt(r)
-        r.computed = computed - 1
+    def broken() -> Sequence | None:
+        s = admit()
+        if s is not None and s.preemptions:
+            s.computed = max(s.computed, s.length - 2)
+        return s
 
-    engine.scheduler._preempt = broken  # type: ignore[method-assign]
+    engine.scheduler._admit = broken  # type: ignore[method-assign]
 
 
 def writes_to_another_slot(engine: Engine) -> None:
@@ -112,22 +105,21 @@ def writes_to_another_slot(engine: Engine) -> None:
     engine.executable.step = broken  # type: ignore[method-assign]
 
 
-def workload(plant: Callable[[Engine], None] | None) -> list[Request]:
+def workload(plant: Callable[[Engine], None] | None) -> list[Sequence]:
     engine = oracle_engine(pages=7, page_tokens=4)
     if plant:
         plant(engine)
     requests = [request(f"r{i}", range(i, i + 3 + i), max_tokens=12) for i in range(4)]
-    for r in requests:
-        engine.add(r)
+    made = add(engine, *requests)
     if plant is None:
         run_checked(engine)
-        assert any(r.preemptions for r in requests)
+        assert any(s.preemptions for s in made)
     for _ in range(200):
         try:
             engine.step()
         except Exception:  # a planted bug may also trip the pool's own checks; what counts here is the tokens
             break
-    return requests
+    return made
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import CONTEXT, VOCABULARY, oracle_engine, request, run_checked, smallest_program
-from test_oracle import truth
+from serving import CONTEXT, VOCABULARY, add, oracle_engine, request, run_checked, smallest_program, truth
 
 from intaglio.devices import ArrayWeights, StateSpec, open_device
 from intaglio.devices.oracle import expected
@@ -55,33 +54,34 @@ def play(w: dict[str, Any]) -> tuple[list[Any], list[Any]]:
         params = {k: s[k] for k in ("max_tokens", "temperature", "seed")}
         r = request(f"r{i}", prompt, frozenset(range(s["eos"])), **params)
         requests.append(r)
+    made: dict[str, Any] = {}
     events, step = [], 0
-    while engine.requests or any(s["at"] >= step for s in specs):
+    while not engine.idle or any(s["at"] >= step for s in specs):
         for r, s in zip(requests, specs, strict=True):
             if s["at"] == step:
-                engine.add(r)
-            if s["abort"] is not None and s["at"] + s["abort"] == step and (event := engine.abort(r.id)):
-                events.append(event)
+                [made[r.id]] = engine.add(r)
+            if s["abort"] is not None and s["at"] + s["abort"] == step:
+                events += engine.abort(r.id)
         check_invariants(engine)
         events += engine.step()
         check_invariants(engine)
         step += 1
         assert step < 5000, "the engine does not come to an end"
-    assert engine.pool.held == 0 and engine.ended == len(requests)
-    return events, requests
+    assert engine.pool.held == 0 and engine.counts.finished.total() == len(requests)
+    return events, [made[r.id] for r in requests]
 
 
 @given(workloads())
 @settings(max_examples=120, deadline=None)
 def test_any_workload_gives_the_oracles_tokens(w: dict[str, Any]) -> None:
-    events, requests = play(w)
-    for r, s in zip(requests, w["requests"], strict=True):
-        mine = [e for e in events if e.request == r.id]
+    events, made = play(w)
+    for r, s in zip(made, w["requests"], strict=True):
+        mine = [e for e in events if e.request == r.request.id]
         assert [e.token for e in mine if e.token is not None] == r.output == truth(r)
         assert [e.finish_reason is not None for e in mine] == [False] * (len(mine) - 1) + [True]
         reason = mine[-1].finish_reason
         assert reason == r.finish_reason and (s["abort"] is not None or reason != "abort")
-        assert (reason == "stop") == bool(r.output and r.output[-1] in r.eos_ids)
+        assert (reason == "stop") == bool(r.output and r.output[-1] in r.request.eos_ids)
         assert (reason == "length") <= (len(r.output) == s["max_tokens"])
     assert play(w)[0] == events  # the same seed gives the same log
 
@@ -90,11 +90,10 @@ def test_preemption_chunking_and_company_change_nothing() -> None:
     def outputs(**options: Any) -> list[list[int]]:
         engine = oracle_engine(**options)
         requests = [request(f"r{i}", range(i, 9 + i), max_tokens=20, temperature=1.0, seed=i) for i in range(6)]
-        for r in requests:
-            engine.add(r)
+        made = add(engine, *requests)
         run_checked(engine)
-        preempted.append(sum(r.preemptions for r in requests))
-        return [r.output for r in requests]
+        preempted.append(sum(s.preemptions for s in made))
+        return [s.output for s in made]
 
     preempted: list[int] = []
     roomy = outputs(pages=100)
@@ -107,9 +106,9 @@ def test_a_step_is_within_budget_decodes_first_and_first_come_first_served() -> 
     for i, n in enumerate((4, 20, 3)):
         engine.add(request(f"r{i}", range(n), max_tokens=3))
     seen = []
-    while engine.requests:
+    while not engine.idle:
         plan = engine.scheduler.schedule()  # the same plan again in step(): scheduling twice changes nothing
-        seen.append([(p.request.id, p.n) for p in plan])
+        seen.append([(p.sequence.request.id, p.n) for p in plan])
         engine.step()
     assert seen[0] == [("r0", 4), ("r1", 2)]
     assert seen[1] == [("r0", 1), ("r1", 5)]
@@ -119,13 +118,27 @@ def test_a_step_is_within_budget_decodes_first_and_first_come_first_served() -> 
 
 def test_prompt_fills_the_context() -> None:
     engine = oracle_engine()
-    full, near = request("full", [1] * 64, max_tokens=9), request("near", [1] * 62, max_tokens=9)
-    for r in (full, near):
-        engine.add(r)
+    full, near = add(engine, request("full", [1] * 64, max_tokens=9), request("near", [1] * 62, max_tokens=9))
     run_checked(engine)
     assert (len(full.output), len(near.output)) == (1, 3)
     assert full.finish_reason == near.finish_reason == "length"
     assert near.output == truth(near)
+
+
+def test_the_longest_answer_fits_and_one_more_token_does_not() -> None:
+    for pages in (4, 16, 40):  # a pool smaller than the context, as large, and larger
+        engine = oracle_engine(pages=pages)
+        room = min(pages * 4, CONTEXT)
+        for n in (1, 5, room):
+            most = engine.most_tokens(n)
+            engine.check(request("r", [1] * n, max_tokens=most))
+            if pages * 4 < CONTEXT:
+                with pytest.raises(RequestError, match="can need"):
+                    engine.check(request("r", [1] * n, max_tokens=most + 1))
+            [s] = engine.add(request("r", [1] * n, max_tokens=most))
+            run_checked(engine)
+            assert len(s.output) == most == room - n + 1 and s.finish_reason == "length"
+        assert engine.most_tokens(room + 1) == 0
 
 
 def test_refused_at_add() -> None:
@@ -140,9 +153,9 @@ def test_refused_at_add() -> None:
         with pytest.raises(RequestError, match=message.replace(".", r"\.")):
             engine.add(request("r", prompt, **params))
     engine.add(request("r", [1]))
-    with pytest.raises(RequestError, match="'r' has already been added"):
+    with pytest.raises(RequestError, match="'r' is still running"):
         engine.add(request("r", [1]))
-    assert engine.abort("nobody") is None
+    assert engine.abort("nobody") == []
     check_invariants(engine)
 
 
@@ -153,11 +166,12 @@ class Faulty:
         self.inner, self.program, self.state = inner, inner.program, inner.state
         self.no_token: set[int] = set()  # sequences' first tokens
         self.fail = False
+        self.poison: int | None = None  # a token no step gets through
 
     def step(self, batch: Any, **kwargs: Any) -> Any:
-        if self.fail:
+        if self.fail or self.poison in batch.tokens:
             self.fail = False
-            raise MemoryError("no room")
+            raise MemoryError(f"no room for {self.poison}")
         result = self.inner.step(batch, **kwargs)
         owner = np.repeat(np.arange(len(batch.q_len)), batch.q_len)[batch.rows]
         bad = [int(batch.sampling[r].seed) in self.no_token for r in range(len(owner))]
@@ -167,67 +181,75 @@ class Faulty:
 def faulty_engine() -> tuple[Engine, Faulty]:
     inner = open_device("oracle").load(smallest_program(), ArrayWeights({}), StateSpec(16, 4))
     device = Faulty(inner)
-    return Engine(device, rng=random.Random(0), max_batch_tokens=8), device
+    return Engine(device, clock=lambda: 0.0, rng=random.Random(0), max_batch_tokens=8), device
 
 
 def test_a_row_without_a_token_ends_that_request_alone() -> None:
     engine, device = faulty_engine()
-    requests = [request(f"r{i}", range(3), max_tokens=6, seed=i) for i in range(3)]
-    for r in requests:
-        engine.add(r)
+    made = add(engine, *(request(f"r{i}", range(3), max_tokens=6, seed=i) for i in range(3)))
     engine.step()
     device.no_token = {1}
     run_checked(engine)
-    assert [r.finish_reason for r in requests] == ["length", "error", "length"]
-    assert requests[1].error and "no finite value" in requests[1].error
-    assert all(r.output == truth(r) for r in requests)
+    assert [s.finish_reason for s in made] == ["length", "error", "length"]
+    fault = made[1].fault
+    assert fault and fault.kind == "request" and "no finite value" in fault.message
+    assert all(s.output == truth(s) for s in made)
     assert engine.pool.held == 0
 
 
-def test_a_failed_step_ends_those_in_it_and_the_rest_go_on() -> None:
+def test_a_step_that_fails_once_ends_nobody() -> None:
     engine, device = faulty_engine()
-    requests = [request(f"r{i}", range(6), max_tokens=6) for i in range(3)]
-    for r in requests:
-        engine.add(r)
+    made = add(engine, *(request(f"r{i}", range(6), max_tokens=6) for i in range(3)))
     device.fail = True  # the budget of 8 lets r0 and part of r1 in
-    events = run_checked(engine)
-    assert [r.finish_reason for r in requests] == ["error", "error", "length"]
-    assert events[0].error == "the step failed: MemoryError: no room"
-    assert requests[2].output == truth(requests[2]) and engine.pool.held == 0
+    run_checked(engine)
+    assert [s.finish_reason for s in made] == ["length"] * 3 and engine.counts.faults == {"step": 1}
+    assert all(s.output == truth(s) for s in made) and engine.pool.held == 0
+
+
+@pytest.mark.parametrize("company", [0, 1, 6])
+def test_the_culprit_of_a_failing_step_is_found_and_the_rest_go_on(company: int) -> None:
+    engine, device = faulty_engine()
+    engine.scheduler.max_batch_tokens = 64
+    made = add(engine, *(request(f"r{i}", [i + 1, 2, 3], max_tokens=6) for i in range(company)))
+    engine.step()
+    device.poison = 50
+    made += add(engine, request("bad", [50, 2], max_tokens=6))
+    run_checked(engine)
+    assert [s.finish_reason for s in made] == ["length"] * company + ["error"]
+    fault = made[-1].fault
+    assert fault and fault.kind == "step" and fault.message == "the step failed: MemoryError: no room for 50"
+    assert all(s.output == truth(s) for s in made) and engine.pool.held == 0
 
 
 def test_stop_is_asked_for_each_token_and_its_failure_stays_with_its_request() -> None:
     engine = oracle_engine()
     seen: list[int] = []
-    stopping = request("stopping", [1, 2], max_tokens=9)
-    stopping.stopped = lambda token: seen.append(token) or len(seen) == 4  # type: ignore[func-returns-value]
-    broken = request("broken", [3], max_tokens=9)
-    broken.stopped = lambda token: bool(1 // 0)
-    plain = request("plain", [4], max_tokens=9)
-    for r in (stopping, broken, plain):
-        engine.add(r)
+    stopping = replace(
+        request("stopping", [1, 2], max_tokens=9), stopped=lambda index: lambda t: seen.append(t) or len(seen) == 4
+    )
+    broken = replace(request("broken", [3], max_tokens=9), stopped=lambda index: lambda t: bool(1 // 0))
+    made = add(engine, stopping, broken, request("plain", [4], max_tokens=9))
     run_checked(engine)
-    assert [r.finish_reason for r in (stopping, broken, plain)] == ["stop", "error", "length"]
-    assert seen == stopping.output and len(seen) == 4
-    assert [r.output for r in (stopping, broken, plain)] == [truth(r) for r in (stopping, broken, plain)]
+    assert [s.finish_reason for s in made] == ["stop", "error", "length"]
+    assert seen == made[0].output and len(seen) == 4
+    assert [s.output for s in made] == [truth(s) for s in made]
 
 
 def test_eos_can_be_ignored() -> None:
     engine = oracle_engine()
     every = frozenset(range(VOCABULARY))
-    on, off = request("on", [1], every, max_tokens=5), request("off", [1], every, max_tokens=5, ignore_eos=True)
-    for r in (on, off):
-        engine.add(r)
+    on, off = add(
+        engine, request("on", [1], every, max_tokens=5), request("off", [1], every, max_tokens=5, ignore_eos=True)
+    )
     run_checked(engine)
     assert (len(on.output), on.finish_reason, len(off.output), off.finish_reason) == (1, "stop", 5, "length")
 
 
 def test_scored_requests_give_logits_of_every_position_and_no_tokens() -> None:
     engine = oracle_engine(max_batch_tokens=5)
-    scored, other = request("scored", range(13)), request("other", range(4), max_tokens=5)
-    scored.scored = True
-    for r in (scored, other):
-        engine.add(r)
+    scored, other = add(
+        engine, replace(request("scored", range(13)), scored=True), request("other", range(4), max_tokens=5)
+    )
     run_checked(engine)
     logits = np.concatenate(scored.logits)
     assert logits.shape == (13, VOCABULARY) and scored.output == [] and scored.finish_reason == "length"
@@ -237,16 +259,19 @@ def test_scored_requests_give_logits_of_every_position_and_no_tokens() -> None:
 
 def test_times_come_from_the_clock() -> None:
     engine = oracle_engine()
-    r = request("r", [1, 2], max_tokens=3)
-    engine.add(r)
-    run_checked(engine)
-    assert r.times == {"arrived": 0.0, "first_token": 1.0, "ended": 2.0}
+    [r] = engine.add(request("r", [1, 2], max_tokens=3))
+    usage = run_checked(engine)[-1].usage
+    assert usage and (usage.prompt_tokens, usage.output_tokens) == (2, 3)
+    assert r.arrived < (r.started or 0) < (r.first_token or 0) < (r.ended or 0)
+    assert (usage.arrived, usage.started, usage.first_token, usage.ended) == (
+        r.arrived, r.started, r.first_token, r.ended,
+    )  # fmt: skip
 
 
 @given(st.lists(st.integers(0, 5), max_size=40), st.randoms(use_true_random=False))
 @settings(deadline=None)
 def test_the_pool_conserves_blocks(sizes: list[int], rng: random.Random) -> None:
-    pool, held = BlockPool(11), []
+    pool, held = BlockPool(11, 4), []
     for n in sizes:
         if n > len(pool.free):
             with pytest.raises(KvError, match=f"{n} blocks wanted"):
@@ -265,14 +290,14 @@ def test_the_pool_conserves_blocks(sizes: list[int], rng: random.Random) -> None
 
 
 def test_the_pool_refuses_a_double_free() -> None:
-    pool = BlockPool(3)
+    pool = BlockPool(3, 4)
     blocks = pool.allocate(2)
     pool.release(blocks)
     for bad in (blocks[0], 2, 3, -1):
         with pytest.raises(KvError, match=f"block {bad} is not held"):
             pool.release([bad])
     with pytest.raises(KvError, match="at least 1"):
-        BlockPool(0)
+        BlockPool(0, 4)
 
 
 @pytest.mark.parametrize(

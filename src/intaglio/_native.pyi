@@ -16,6 +16,17 @@ class Weight:
     @property
     def nbytes(self) -> int: ...
 
+class Edits:
+    def __init__(
+        self,
+        first: np.ndarray,
+        ids: np.ndarray,
+        scale: np.ndarray,
+        add: np.ndarray,
+        mask_of: np.ndarray,
+        masks: np.ndarray,
+    ) -> None: ...
+
 class Executable:
     def __init__(self, isa: str, threads: int, page: int) -> None: ...
     def buffer(self, row_bytes: int, sampled: bool) -> int: ...
@@ -38,6 +49,7 @@ class Executable:
         rows: np.ndarray,
         sampling: np.ndarray,
         seeds: np.ndarray,
+        edits: Edits | None,
         taps: list[tuple[int, int, np.ndarray]],
         seconds: np.ndarray | None,
     ) -> None: ...

@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from intaglio import __version__
 from intaglio.devices import DeviceError
 from intaglio.tools.porting import port_command
+from intaglio.tools.replay import replay
 
 if TYPE_CHECKING:
     from intaglio.llm import LLM
@@ -511,6 +512,8 @@ def profile(
             out.print(p.gap(s), markup=False, soft_wrap=True)
     out.print(why or BOUNDS)
 
+
+app.command()(replay)
 
 if __name__ == "__main__":
     app()

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from intaglio import formats
 from intaglio.compiler import build
-from intaglio.devices import DeviceError, StateSpec, open_device
-from intaglio.models import Checkpoint, Tokenizer, TokenizerError, port
+from intaglio.devices import DeviceError, Executable, StateSpec, WorkerDevice, open_device
+from intaglio.models import Checkpoint, Grammars, Tokenizer, TokenizerError, port
 from intaglio.program import Program
-from intaglio.runtime import Engine, Request, RequestError, SamplingParams
+from intaglio.runtime import Engine, Matcher, Refused, Request, RequestError, SamplingParams, Sequence
 
 BUNDLED = Path(__file__).parent / "data" / "stdlib-5m"
 PAGE_TOKENS = 32
 POOL_TOKENS = 32768  # KV held by default, if the context is no longer than that
 POOL_SHARE = 0.25  # of the machine's memory, at most
 
-Prompt = str | Sequence[int]
-Params = SamplingParams | Sequence[SamplingParams] | None
+Prompt = str | Many[int]
+Params = SamplingParams | Many[SamplingParams] | None
 
 
 @dataclass(frozen=True)
 class RequestOutput:
     """What came of one prompt. `logprobs` has one natural log-probability a token, under the unfiltered distribution.
 
-    finish_reason: stop (end of sequence, or a stop string: `text` ends before it), length, error (see `error`), abort.
+    finish_reason: stop (end of sequence, or a stop string: `text` ends before it), length, error (see `error`), abort,
+    deadline.
     """
 
     prompt_token_ids: list[int]
@@ -55,7 +61,7 @@ class Delta:
 class Transcript:
     """The text of one output as its tokens come, ended before the first of the stop strings."""
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Many[int], stops: Many[str]) -> None:
         self.decoder = tokenizer.stream(prompt) if tokenizer else None
         self.stops = stops
         self.text = ""
@@ -107,8 +113,10 @@ class LLM:
     device: host, reference, ...; weights: auto (as stored), f32, bf16, fp8, int8 or int4; threads: for devices that
     take it. kv_format: auto (to go with the weights), f32, bf16 or int8.
     context: positions to compile for, by default the model's own; kv_tokens: how many tokens of KV to hold for all
-    sequences together; max_batch_tokens: tokens in one step; cache: where the host keeps packed weights for the next
-    start, a folder, "auto" or None (see HostDevice). Raises ValueError (CheckpointError, PortError, ...) or
+    sequences together; max_batch_tokens, max_sequences, max_waiting, max_drafts: as Engine's; cache: where the host
+    keeps packed weights for the next start, a folder, "auto" or None (see HostDevice); worker: the
+    device in a process of its own, replaced when it dies; journal: a file for all that happens, which `intaglio replay`
+    runs again. Raises ValueError (CheckpointError, PortError, ...) or
     DeviceError, saying what is wrong.
     """
 
@@ -123,10 +131,15 @@ class LLM:
         kv_tokens: int | None = None,
         kv_format: str = "auto",
         max_batch_tokens: int = 512,
+        max_sequences: int = 256,
+        max_waiting: int = 1024,
+        max_drafts: int = 0,
         cache: str | Path | None = "auto",
+        worker: bool = False,
+        journal: str | Path | None = None,
     ) -> None:
         self.path = BUNDLED if path is None else Path(path)
-        checkpoint = Checkpoint.open(self.path)
+        self.checkpoint = checkpoint = Checkpoint.open(self.path)
         self.program = build(port(checkpoint, context), weights, kv_format)
         self.tokenizer = _open_tokenizer(self.path, self.program.vocabulary)
         named = self.tokenizer.eos_ids if self.tokenizer else checkpoint.config.get("eos_token_id")
@@ -134,84 +147,109 @@ class LLM:
         if threads is not None and device != "host":
             raise DeviceError(f"device {device!r} takes no number of threads; leave threads out")
         options = {"threads": threads, "cache": cache} if device == "host" else {}
-        self.device = open_device(device, **options)
-        state = StateSpec(pool_pages(self.program, kv_tokens), PAGE_TOKENS)
-        executable = self.device.load(self.program, checkpoint, state)
-        self.engine = Engine(executable, rng=random.Random(), max_batch_tokens=max_batch_tokens)
+        inner = open_device(device, **options)
+        self.device = WorkerDevice(inner) if worker else inner
+        self.state = StateSpec(pool_pages(self.program, kv_tokens), PAGE_TOKENS)
+        opened = {"device": device, "weights": weights, "context": context, "kv_tokens": self.state.pages * PAGE_TOKENS}
+        self.engine = Engine(
+            self.load(), clock=time.monotonic, rng=random.Random(), max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences, max_waiting=max_waiting, max_drafts=max_drafts,
+            restart=self.load if worker else None, journal=_journal(journal, self.path, opened) if journal else None,
+        )  # fmt: skip
+        self.grammars: Grammars | None = None
         self._made = 0
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> list[RequestOutput]:
-        """Continue each prompt (text or token ids; one or a list of them), all in one batch; outputs in their order.
+    def load(self) -> Executable:
+        """One more executable of this model on its device."""
+        return self.device.load(self.program, self.checkpoint, self.state)
+
+    def generate(self, prompts: Prompt | Many[Prompt], params: Params = None) -> list[RequestOutput]:
+        """Continue each prompt (text or token ids; one or a list of them), all in one batch; outputs in their order,
+        `n` of them a prompt.
 
         `params` is one for all, or one each; None is SamplingParams(). Raises RequestError or ParamsError, naming the
         prompt's index, before anything runs. Without a tokenizer, prompts are ids and texts are empty.
         """
         several = _as_list(prompts)
-        requests = self._requests(several, _params_each(params, len(several)))
-        self._finish([r for r, _ in requests])
-        return [self._output(r, t) for r, t in requests]
+        each = _params_each(params, len(several))
+        pairs = [self.prepare(p, s, name=f"prompt {i}") for i, (p, s) in enumerate(zip(several, each, strict=True))]
+        made = self._finish([request for request, _ in pairs])
+        transcripts = [t for _, of_one in pairs for t in of_one]
+        return [self._output(s, t) for s, t in zip(made, transcripts, strict=True)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Continue one prompt, handing out text as it comes. Closing the iterator ends the request."""
-        [(request, transcript)] = self._requests([prompt], [params or SamplingParams()])
-        return self._stream(request, transcript)
+        request, transcripts = self.prepare(prompt, params or SamplingParams(), name="prompt 0")
+        if len(transcripts) > 1:
+            raise RequestError(f"n is {len(transcripts)}; a stream has one choice")
+        return self._stream(request, transcripts[0])
+
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams, name: str = "the prompt", **options: Any
+    ) -> tuple[Request, list[Transcript]]:
+        """A request ready for `engine.add()`, and where the text of each of its choices will be. `options` are fields
+        of Request: id, priority, timeout, ... Raises RequestError or TokenizerError, calling the prompt `name`."""
+        ids = self._ids(prompt, name)
+        tokenizer = self._text() if params.stop else self.tokenizer
+        transcripts = [Transcript(tokenizer, ids, tuple(params.stop)) for _ in range(params.n)]
+        self._made += 1
+        named = {"id": f"r{self._made}", "eos_ids": self.eos_ids, "matcher": self._matcher(params), **options}
+        request = Request(prompt=ids, params=params, stopped=lambda index: transcripts[index].push, **named)
+        try:
+            self.engine.check(request)
+        except RequestError as e:
+            raise RequestError(f"{name}: {e}") from None
+        return request, transcripts
 
     def _stream(self, request: Request, transcript: Transcript) -> Iterator[Delta]:
-        self.engine.add(request)
+        [sequence] = self.engine.add(request)
         seen, ended = 0, False
         try:
             while not ended:
-                if request.state != "ended":  # it may have ended in steps taken for others since the last delta
+                if sequence.state != "ended":  # it may have ended in steps taken for others since the last delta
                     self.engine.step()
-                if ended := request.state == "ended":
+                if ended := sequence.state == "ended":
                     transcript.finish()
-                text, new = transcript.settled(ended), request.output[seen:]
+                text, new = transcript.settled(ended), sequence.output[seen:]
                 seen += len(new)
                 if text or new or ended:
-                    yield Delta(text, new, request.finish_reason, request.error)
+                    fault = sequence.fault.message if sequence.fault else None
+                    yield Delta(text, new, sequence.finish_reason, fault)
         finally:
             self.engine.abort(request.id)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> RequestOutput:
+    def chat(self, messages: Many[Mapping[str, str]], params: SamplingParams | None = None) -> RequestOutput:
         """The model's answer to messages [{"role": "user", "content": ...}, ...], through its chat template."""
         return self.generate([self.chat_prompt(messages)], params)[0]
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat_prompt(self, messages: Many[Mapping[str, str]]) -> list[int]:
         """The token ids of a conversation, ready for the assistant's turn."""
         tokenizer = self._text()
         return tokenizer.encode(tokenizer.chat(messages), special=False)
 
-    def logits(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def logits(self, sequences: Many[Many[int]]) -> list[np.ndarray]:
         """Float32 logits [tokens, vocabulary] after each token of each sequence of ids."""
-        requests = [self._request(ids, SamplingParams(), f"sequence {i}")[0] for i, ids in enumerate(sequences)]
-        for request in requests:
-            request.scored = True
-        self._checked(requests, "sequence")
-        self._finish(requests)
-        failed = next((r for r in requests if r.error), None)
+        named = [(f"sequence {i}", ids) for i, ids in enumerate(sequences)]
+        requests = [self.prepare(ids, SamplingParams(), name=name, scored=True)[0] for name, ids in named]
+        made = self._finish(requests)
+        failed = next((s.fault for s in made if s.fault), None)
         if failed:
-            raise DeviceError(failed.error)
-        return [np.concatenate(r.logits) for r in requests]
+            raise DeviceError(failed.message)
+        return [np.concatenate(s.logits) for s in made]
 
     def _text(self) -> Tokenizer:
         if self.tokenizer is None:
             raise TokenizerError(f"{self.path} has no tokenizer.json: add it, or give token ids and no stop strings")
         return self.tokenizer
 
-    def _requests(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
-    ) -> list[tuple[Request, Transcript]]:
-        """One request a prompt, each checked."""
-        pairs = [self._request(p, s, f"prompt {i}") for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
-        self._checked([r for r, _ in pairs], "prompt")
-        return pairs
-
-    def _request(self, prompt: Prompt, params: SamplingParams, name: str) -> tuple[Request, Transcript]:
-        ids = self._ids(prompt, name)
-        tokenizer = self._text() if params.stop else self.tokenizer
-        transcript = Transcript(tokenizer, ids, tuple(params.stop))
-        self._made += 1
-        return Request(f"r{self._made}", ids, params, self.eos_ids, transcript.push), transcript
+    def _matcher(self, params: SamplingParams) -> Callable[[int], Matcher] | None:
+        """How to begin a choice's grammar, if there is one."""
+        if params.grammar is None:
+            return None
+        if self.grammars is None:
+            self.grammars = Grammars(self._text(), self.program.vocabulary)
+        first = self.grammars.matcher(params.grammar.kind, params.grammar.text)
+        return lambda index: first.copy()
 
     def _ids(self, prompt: Prompt, name: str) -> list[int]:
         if isinstance(prompt, str):
@@ -223,29 +261,51 @@ class LLM:
             raise RequestError(f"{name}: token ids are whole numbers, {bad!r} is not")
         return [int(t) for t in prompt]
 
-    def _checked(self, requests: Sequence[Request], what: str) -> None:
-        for i, request in enumerate(requests):
-            try:
-                self.engine.check(request)
-            except RequestError as e:
-                raise RequestError(f"{what} {i}: {e}") from None
-
-    def _finish(self, requests: Sequence[Request]) -> None:
-        """Run all of these to their end; whatever interrupts leaves nothing behind."""
+    def _finish(self, requests: Many[Request]) -> list[Sequence]:
+        """Run all of these to their end, as many at a time as the engine takes in; whatever interrupts leaves nothing
+        behind. Their choices, in order."""
+        made: list[Sequence] = []
+        pending = deque(requests)
         try:
-            for request in requests:
-                self.engine.add(request)
-            while any(r.state != "ended" for r in requests):
+            while pending or any(s.state != "ended" for s in made):
+                while pending:
+                    try:
+                        made += self.engine.add(pending[0])
+                    except Refused as e:
+                        if e.reason != "full":
+                            raise
+                        break
+                    pending.popleft()
                 self.engine.step()
         finally:
             for request in requests:
                 self.engine.abort(request.id)
+        return made
 
     @staticmethod
-    def _output(r: Request, transcript: Transcript) -> RequestOutput:
+    def _output(s: Sequence, transcript: Transcript) -> RequestOutput:
         transcript.finish()
-        assert r.finish_reason
-        return RequestOutput(list(r.prompt), transcript.text, r.output, r.logprobs, r.finish_reason, r.error)
+        assert s.finish_reason
+        error = s.fault.message if s.fault else None
+        return RequestOutput(s.prompt, transcript.text, s.output, s.logprobs, s.finish_reason, error)
+
+
+def _journal(path: str | Path, model: Path, options: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """What writes a journal, a line an entry, as they come. A disk that is full ends the record, not the service."""
+    file: TextIO | None = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 (open as long as the engine lives)
+
+    def write(entry: dict[str, Any]) -> None:
+        nonlocal file
+        if file is not None:
+            try:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()  # each line: what was written before a crash is what the record is for
+            except OSError as e:
+                warnings.warn(f"the journal {path} ends here: {e}", stacklevel=2)
+                file = None
+
+    write({"do": "model", "path": str(model.absolute()), "options": options})
+    return write
 
 
 def _open_tokenizer(path: Path, vocabulary: int) -> Tokenizer | None:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from intaglio.devices.device import ArrayWeights, Device, DeviceError, Executable, StateSpec, StepResult, Weights
+from intaglio.devices.device import (
+    ArrayWeights,
+    Device,
+    DeviceError,
+    DeviceLost,
+    Executable,
+    StateSpec,
+    StepResult,
+    Weights,
+)
 from intaglio.devices.host import HostDevice
 from intaglio.devices.oracle import OracleDevice
 from intaglio.devices.reference import ReferenceDevice
+from intaglio.devices.worker import WorkerDevice
 
 DEVICES: dict[str, Callable[..., Device]] = {"host": HostDevice, "oracle": OracleDevice, "reference": ReferenceDevice}
 
@@ -20,6 +30,6 @@ def open_device(name: str, **options: object) -> Device:
 
 
 __all__ = [
-    "DEVICES", "ArrayWeights", "Device", "DeviceError", "Executable", "StateSpec", "StepResult", "Weights",
-    "open_device",
+    "DEVICES", "ArrayWeights", "Device", "DeviceError", "DeviceLost", "Executable", "StateSpec", "StepResult",
+    "Weights", "WorkerDevice", "open_device",
 ]  # fmt: skip

@@ -21,6 +21,10 @@ class DeviceError(RuntimeError):
     """A device that cannot load or run what it was given."""
 
 
+class DeviceLost(DeviceError):
+    """The device itself is gone: its process died, hung or spoke nonsense. What it held is lost; load anew."""
+
+
 class Weights(Protocol):
     """Where a device reads weights from: arrays [rows, ...] in their stored type, possibly maps of a file, or codes."""
 

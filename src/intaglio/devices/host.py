@@ -304,7 +304,7 @@ class HostExecutable:
         taken, wanted = self._taps(batch, taps)
         self.native.step(
             batch.tokens, batch.positions, batch.slots, batch.first_row, batch.q_len, batch.context_len,
-            batch.block_table, batch.rows, sampling.reshape(-1), seeds, wanted, seconds,
+            batch.block_table, batch.rows, sampling.reshape(-1), seeds, self._edits(batch), wanted, seconds,
         )  # fmt: skip
         result = StepResult(
             tokens=self._copy("next_tokens", np.empty(rows, np.int32)),
@@ -315,6 +315,29 @@ class HostExecutable:
         if seconds is not None:
             result.timings.update({op.site: float(s) for op, s in zip(self.program.ops, seconds, strict=True)})
         return result
+
+    def _edits(self, batch: Batch) -> _native.Edits | None:
+        """Every row's edits and mask as flat arrays, None if there are none. Raises DeviceError if they do not fit."""
+        edits = [s.edits for s in batch.sampling]
+        masks = [s.mask for s in batch.sampling if s.mask is not None]
+        if not masks and all(e is None for e in edits):
+            return None
+        words = -(-self.program.vocabulary // 32)
+        for mask in masks:
+            if mask.shape != (words,) or mask.dtype != np.uint32:
+                raise DeviceError(f"a mask is {mask.dtype} {list(mask.shape)}; the vocabulary takes uint32 [{words}]")
+        there = [e for e in edits if e is not None]
+        ids = np.concatenate([np.empty(0, np.int32), *(e.ids for e in there)])
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.program.vocabulary:
+            raise DeviceError(f"edits touch ids {ids.min()}..{ids.max()}, outside 0..{self.program.vocabulary - 1}")
+        scale, add = (np.concatenate([np.empty(0, np.float32), *parts]) for parts in (
+            [e.scale for e in there], [e.add for e in there]
+        ))  # fmt: skip
+        first = np.cumsum([0, *(0 if e is None else len(e.ids) for e in edits)], dtype=np.int32)
+        has = np.array([s.mask is not None for s in batch.sampling])
+        mask_of = np.where(has, np.cumsum(has) - 1, -1).astype(np.int32)
+        packed = np.stack(masks) if masks else np.empty((0, words), np.uint32)
+        return _native.Edits(first, ids, scale, add, mask_of, packed)
 
     def _copy(self, name: str, out: np.ndarray) -> np.ndarray:
         self.native.copy_out(self.ids[name], len(out), out)

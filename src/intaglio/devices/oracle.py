@@ -33,10 +33,17 @@ def link(previous: int, token: int) -> int:
 
 
 def verdict(links: Sequence[int], vocabulary: int, sampling: Sampling) -> int:
-    """The token that follows a sequence whose slots hold `links`; every link counts, each at its own place."""
+    """The token that follows a sequence whose slots hold `links`; every link counts, each at its own place, and so does
+    every edit. Of the ids that a mask allows one is drawn; -1 if it allows none."""
     total = sum(h * (2 * i + 1) for i, h in enumerate(links)) & MASK
     if sampling.temperature > 0:
         total ^= int(uniform(sampling.seed, len(links)) * 2.0**53)
+    if sampling.edits is not None:
+        for part in (sampling.edits.ids, sampling.edits.scale, sampling.edits.add):
+            total = mix(total ^ int.from_bytes(part.tobytes(), "little") % 0xFFFFFFFFFFFFFFC5)
+    if sampling.mask is not None:
+        allowed = np.flatnonzero(np.unpackbits(sampling.mask.view(np.uint8), bitorder="little")[:vocabulary])
+        return int(allowed[mix(total) % len(allowed)]) if len(allowed) else -1
     return mix(total) % vocabulary
 
 
@@ -81,7 +88,8 @@ class OracleExecutable:
     def _logits(self, tokens: np.ndarray) -> np.ndarray:
         """Certainty: 0 for the token drawn, -inf for all others."""
         out = np.full((len(tokens), self.program.vocabulary), -np.inf, np.float32)
-        out[np.arange(len(tokens)), tokens] = 0
+        drawn = tokens >= 0
+        out[np.flatnonzero(drawn), tokens[drawn]] = 0
         return out
 
 

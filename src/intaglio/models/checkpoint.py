@@ -293,6 +293,10 @@ class Checkpoint:
             digest.update(f"{facts.st_size} {facts.st_mtime_ns}".encode())
         return digest.hexdigest()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """It travels to another process as its path: maps do not."""
+        return Checkpoint.open, (self.path,)
+
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self.maps:
             with file.open("rb") as f:

@@ -1,4 +1,4 @@
-"""Drawing the next token of each wanted row: greedy, or by temperature with top-k, top-p and min-p."""
+"""Drawing the next token of each wanted row: edits and a mask, then greedy, or temperature, top-k, top-p and min-p."""
 
 from __future__ import annotations
 
@@ -40,12 +40,28 @@ def kept_mass(logits: np.ndarray, s: Sampling) -> np.ndarray:
     return np.where(p >= s.min_p, p, 0)  # the largest p is 1
 
 
+def edited(logits: np.ndarray, s: Sampling) -> np.ndarray:
+    """The float32 logits [vocabulary] that a row is drawn from: after its edits, -inf where its mask has a 0."""
+    if s.edits is not None:
+        at, scale, add = s.edits.ids, s.edits.scale, s.edits.add
+        x = logits[at]
+        logits = logits.copy()
+        logits[at] = np.where(x > 0, x / scale, x * scale) + add
+    if s.mask is not None:
+        allowed = np.unpackbits(s.mask.view(np.uint8), bitorder="little")[: len(logits)].astype(bool)
+        logits = np.where(allowed, logits, np.float32(-np.inf))
+    return logits
+
+
 def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
-    """One token id from float32 logits [vocabulary]; -1 if none is finite or one is NaN.
+    """One token id from float32 logits [vocabulary]; -1 if one is NaN or the largest, edited or not, is not finite.
 
     Greedy ties go to the lower id; the draw walks the kept ids in ascending order.
     """
     if np.isnan(logits).any() or not np.isfinite(logits.max()):
+        return -1
+    logits = edited(logits, s)
+    if not np.isfinite(logits.max()):
         return -1
     if s.temperature == 0:
         return int(logits.argmax())
@@ -56,8 +72,9 @@ def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
 @dataclass(frozen=True, kw_only=True)
 class Sample(Op, kind="sample"):
     """tokens[r] drawn from logits[r] by the batch's Sampling for row r, at the position the token will take;
-    logprobs[r] its natural log-probability under the unfiltered softmax. logits f32 [R, vocabulary], tokens int32 [R],
-    logprobs f32 [R]. A row with NaN, or with no finite logit, gives token -1 and logprob NaN."""
+    logprobs[r] its natural log-probability under the softmax of the logits as they came. logits f32 [R, vocabulary],
+    tokens int32 [R], logprobs f32 [R]. A row with NaN, or whose largest logit is not finite, before its edits and mask
+    or after, gives token -1 and logprob NaN."""
 
     logits: str = operand()
     tokens: str = result()
