@@ -119,7 +119,7 @@ class Executable {
     int64_t before, cost;         // what the experts before it cost, and what a unit of this one does
   };
   struct Sorted {  // the tokens of a step by expert: the memory of one experts op after the other
-    std::vector<int32_t> start, entry, token, expert;  // first entry of an expert; entry of (token, j) and back; its expert
+    std::vector<int32_t> start, entry, token;  // first entry of an expert; entry of (token, j), and back
     std::vector<Active> active;
     int64_t cost;
     Memory x, inner, rounded, out;

@@ -47,7 +47,7 @@ void Executable::plan_experts(const Op& op) {
   grow(s.x, room(*v.up)), grow(s.rounded, room(*v.down));
   grow(s.inner, entries * v.inner * 4), grow(s.out, entries * v.n * 4 + 64);
   s.start.resize(std::max(s.start.size(), size_t(v.experts) + 1));
-  for (auto* list : {&s.entry, &s.token, &s.expert}) list->resize(std::max(list->size(), size_t(entries)));
+  for (auto* list : {&s.entry, &s.token}) list->resize(std::max(list->size(), size_t(entries)));
 }
 
 void Executable::add_experts(int at, const Op& op) {
@@ -74,7 +74,7 @@ void Executable::sort_tokens(const Op& op) {
   for (int64_t t = 0; t < in_.t; t++)
     for (int64_t j = 0; j < v.top; j++) {
       const int32_t e = id(t, j), at = next[size_t(e)]++;
-      s.entry[size_t(t * v.top + j)] = at, s.token[size_t(at)] = int32_t(t * v.top + j), s.expert[size_t(at)] = e;
+      s.entry[size_t(t * v.top + j)] = at, s.token[size_t(at)] = int32_t(t * v.top + j);
     }
   s.active.clear();
   int64_t x = 0, rounded = 0, cost = 0;

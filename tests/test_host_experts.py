@@ -112,7 +112,7 @@ def latent(bench: Bench, length: int, heads: int, rank: int, rope: int, cache: s
     return bench.b.op(Attend, "y", q, caches[0], caches[0], **fields)
 
 
-@pytest.mark.parametrize("cache", ["f32", "bf16"])
+@pytest.mark.parametrize("cache", ["f32", "bf16", "int8row"])
 @pytest.mark.parametrize("trial", range(5))
 def test_latent_attention(cache: str, trial: int, rng: Rng) -> None:  # noqa: F811
     heads, rank, rope = int(rng.choice([1, 5, 33, 64])), int(rng.choice([8, 20, 72])), int(rng.choice([2, 12]))
@@ -125,10 +125,11 @@ def test_latent_attention(cache: str, trial: int, rng: Rng) -> None:  # noqa: F8
     hold(results, (2 * score + (length + 64) * EPS) * 5)
 
 
-def test_what_lies_behind_a_sequence_is_not_read(rng: Rng) -> None:  # noqa: F811
+@pytest.mark.parametrize("cache", ["f32", "bf16", "int8row"])
+def test_what_lies_behind_a_sequence_is_not_read(cache: str, rng: Rng) -> None:  # noqa: F811
     """A page that another sequence left full of NaN is taken over; only what is written again may be read."""
     bench = Bench(rng, 40, 20)
-    latent(bench, 40, 3, 20, 4, "f32")
+    latent(bench, 40, 3, 20, 4, cache)
     bench.b.op(Linear, "lm_head", "y", bench.weight("head", rng.normal(size=(40, 60))), out="all")
     program = done(bench, "all")
     own = bind([Chunk(range(5), 0, [1], range(5))], PAGE)
@@ -152,7 +153,7 @@ def arrays(bench: Bench) -> Any:
     return ArrayWeights(bench.arrays)
 
 
-@pytest.mark.parametrize("cache", ["f32", "bf16"])
+@pytest.mark.parametrize("cache", ["f32", "bf16", "int8row"])
 @pytest.mark.parametrize("trial", range(5))
 def test_sinks_chunks_and_temperature(cache: str, trial: int, rng: Rng) -> None:  # noqa: F811
     kv_heads, share, head_dim = int(rng.choice([1, 2])), int(rng.choice([1, 3, 40])), int(rng.choice([20, 64]))
@@ -185,7 +186,8 @@ def test_company_changes_no_bit(isa: str, family: str, tmp_path: Any, rng: Rng) 
     """40 random mixes a model and instruction set: 200 an instruction set."""
     path = tiny(family, tmp_path, "bfloat16", max_position_embeddings=2048)
     checkpoint = Checkpoint.open(path)
-    keep_company(build(port(checkpoint), MIXED[family]), checkpoint, isa, rng, mixes=40)
+    kv_format = "int8" if family == "deepseekv2" else "auto"
+    keep_company(build(port(checkpoint), MIXED[family], kv_format), checkpoint, isa, rng, mixes=40)
 
 
 def test_refusals(rng: Rng) -> None:  # noqa: F811

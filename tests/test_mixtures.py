@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from test_ports import broken
-from tiny import MIXTURES, YARN, compare, tiny
+from tiny import BASE, MIXTURES, YARN, compare, error, shake, tiny
 
 from intaglio.batch import Chunk, bind
 from intaglio.compiler import build
@@ -217,6 +217,28 @@ def test_defaults_are_those_of_transformers(family):
     full = getattr(transformers, kind)(**bare, pad_token_id=0).to_dict()
     architectures = {"architectures": [f"{name}ForCausalLM"]}
     assert port_config({**bare, **architectures}) == port_config({**full, **architectures, "dtype": "bfloat16"})
+
+
+def test_the_text_part_of_a_qwen_that_sees(tmp_path, device):
+    """Qwen3-VL on text alone: transformers' whole model against the port of its language model."""
+    import torch
+
+    text = {k: v for k, v in BASE.items() if "token" not in k} | {"head_dim": 32}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64,
+              "deepstack_visual_indexes": [0]}  # fmt: skip
+    model = transformers.Qwen3VLForConditionalGeneration(
+        transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    ).eval()
+    shake(model, 5)
+    model.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(3).integers(0, 256, 40).tolist()
+    with torch.no_grad():
+        wanted = model(torch.tensor([tokens])).logits[0].numpy()
+    checkpoint = Checkpoint.open(tmp_path)
+    ex = open_device(device).load(port(checkpoint), checkpoint, StateSpec(4, 16))
+    got = ex.step(bind([Chunk(tokens, 0, range(4), range(40))], 16), logits=True).logits
+    assert error(got, wanted) < LIMIT
 
 
 def test_predictors_of_later_tokens_are_passed_over(tmp_path):

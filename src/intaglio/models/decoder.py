@@ -250,7 +250,7 @@ class Writer:
         """Rows wanted, final norm, logits, softcap, sample."""
         d, b = self.d, self.b
         x = self.norm("norm", b.op(Select, "select", x, "rows"), d.hidden, d.prefix + "norm")
-        outer = d.prefix.removesuffix("model.")
+        outer = "" if d.prefix.startswith("model.") else d.prefix.removesuffix("model.")
         shape = (d.vocabulary, d.hidden)
         w = "embed.weight" if d.tied else self.weight("lm_head", "weight", shape, outer + "lm_head")
         last: dict[str, Any] = {"out": "logits", "role": "output"}

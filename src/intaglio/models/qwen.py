@@ -85,4 +85,12 @@ FAMILIES = (
     Family("Qwen3MoeForCausalLM", "Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder", QWEN3_MOE, qwen3_moe),
     Family("Qwen2ForCausalLM", "Qwen2, Qwen2.5", DEFAULTS, qwen2),
     Family("Qwen3ForCausalLM", "Qwen3 dense", {**DEFAULTS, "head_dim": 128}, qwen3),
+    Family(
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3-VL dense (text: its rope has one position a token then)",
+        {**DEFAULTS, "head_dim": 128, "max_position_embeddings": 128000, "rope_theta": 500000.0},
+        qwen3,
+        prefixes=("model.language_model.",),
+        ignored=("model.visual.",),
+    ),
 )
