@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from intaglio import __version__
 from intaglio.devices import DeviceError
 from intaglio.server.command import serve
-from intaglio.tools.porting import port_command
+from intaglio.tools import porting
 from intaglio.tools.replay import replay
 
 if TYPE_CHECKING:
@@ -368,7 +368,7 @@ def models(as_json: Json = False) -> None:
     out.print(f"bundled: {bundled or 'none in this installation'}", soft_wrap=True)
 
 
-app.command("port")(port_command)
+app.command()(porting.port)
 
 
 @app.command()

@@ -113,13 +113,14 @@ def build_tiny(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def try_port(folder: Path, config: Mapping[str, Any], architecture: str) -> Trial:
     """The tiny model as if it were of `architecture`."""
-    from intaglio.models import Checkpoint, CheckpointError, PortError, port
+    from intaglio.models import Checkpoint, CheckpointError, PortError
+    from intaglio.models import port as port_checkpoint
     from intaglio.tools.check import check
 
     checkpoint = Checkpoint.open(folder)
     checkpoint.config = {**config, "architectures": [architecture]}
     try:
-        report = check(folder, program=port(checkpoint, context=64))
+        report = check(folder, program=port_checkpoint(checkpoint, context=64))
     except (PortError, CheckpointError, TypeError, ValueError) as e:
         return Trial(architecture, 0, False, str(e).rpartition("ForCausalLM) ")[2])
     sites = next((i for i, row in enumerate(report.rows) if not row.ok), len(report.rows))
@@ -150,7 +151,7 @@ def investigate(target: str) -> Findings:
     return Findings(architecture, architecture in known, tuple(best), row)
 
 
-def port_command(
+def port(
     target: Annotated[str, typer.Argument(help="A checkpoint folder, or a model type of transformers.")],
 ) -> None:
     """Which port fits an architecture, what is missing, and its row for the table. Needs torch and transformers."""
