@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from intaglio import __version__
 from intaglio.devices import DeviceError
+from intaglio.server.command import serve
 from intaglio.tools.replay import replay
 
 if TYPE_CHECKING:
@@ -491,6 +492,7 @@ def profile(
 
 
 app.command()(replay)
+app.command()(serve)
 
 if __name__ == "__main__":
     app()

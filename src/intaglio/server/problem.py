@@ -1,0 +1,82 @@
+"""What goes wrong, as an HTTP answer in OpenAI's shape. Nothing here knows a request."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from starlette.responses import Response
+
+from intaglio.models import TokenizerError
+from intaglio.models.grammar import GrammarError
+from intaglio.runtime import Fault, ParamsError, Refused, RequestError
+
+KINDS = {
+    400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error",
+    408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
+    500: "internal_error", 503: "unavailable_error",
+}  # fmt: skip
+
+
+class Problem(Exception):
+    """An answer other than the one asked for. `param` is the field at fault, `retry_after` seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers or {}
+        if retry_after is not None:
+            self.headers["retry-after"] = str(max(1, math.ceil(retry_after)))
+
+    def as_dict(self) -> dict[str, Any]:
+        kind = KINDS[self.status]
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code or kind}}
+
+    def response(self) -> Response:
+        return Json(self.as_dict(), self.status, self.headers)
+
+
+def told(error: Exception) -> Problem | None:
+    """The answer to an error that a request brought upon itself, or that is no fault at all; None for any other."""
+    match error:
+        case Problem():
+            return error
+        case ParamsError():
+            return Problem(400, str(error), param=str(error).split(" ", 1)[0])
+        case RequestError() | TokenizerError() | GrammarError():
+            return Problem(400, str(error))
+        case Refused(reason="full"):
+            return Problem(429, str(error), code="queue_full", retry_after=error.retry_after or 1)
+        case Refused():
+            return Problem(503, str(error), code=error.reason, retry_after=error.retry_after or 1)
+    return None
+
+
+def of_fault(fault: Fault) -> Problem:
+    """A request that ended in error."""
+    return Problem(500, fault.message, code=f"{fault.kind}_fault")
+
+
+def dumps(value: Any) -> bytes:
+    """JSON as bytes; NaN and infinities are refused, for JSON has none."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return dumps(content)
+
+    def __init__(self, content: Any, status_code: int = 200, headers: dict[str, str] | None = None) -> None:
+        super().__init__(content, status_code, headers)
