@@ -91,6 +91,7 @@ class Reader:
         if reasons and inside:
             self.state = "reasoning"
         self.held = ""  # not handed out yet
+        self.gap = False  # whether empty lines are to be passed over: after reasoning, and after a call
         self.calls = 0
 
     def feed(self, text: str, last: bool = False) -> list[Said | Call]:
@@ -131,12 +132,15 @@ class Reader:
     def _reasoning(self, last: bool) -> tuple[list[Said | Call], bool]:
         before, mark, after = self.held.partition(THOUGHT)
         if mark:
-            self.held, self.state = after.lstrip("\n"), "content" if after.strip() else "start"
+            self.held, self.state, self.gap = after, "start", True
             self.reasons = False  # once is enough: a second <think> is text
             return [Said("reasoning", before)], True
         return [Said("reasoning", self._release(THOUGHT, last))], False
 
     def _content(self, last: bool) -> tuple[list[Said | Call], bool]:
+        if self.gap:
+            self.held = self.held.lstrip("\n")
+            self.gap = not self.held
         if self.form and self.form.begin:
             before, mark, after = self.held.partition(self.form.begin)
             if mark:
@@ -153,7 +157,7 @@ class Reader:
                 return [], False
             calls = read_calls(inner, self.form)
             written = self.form.begin + inner + mark
-            self.held, self.state = after.lstrip("\n"), "content"
+            self.held, self.state, self.gap = after, "content", calls is not None
         else:
             if not last:
                 return [], False

@@ -63,8 +63,8 @@ def told(error: Exception) -> Problem | None:
 
 
 def of_fault(fault: Fault) -> Problem:
-    """A request that ended in error."""
-    return Problem(500, fault.message, code=f"{fault.kind}_fault")
+    """A request that ended in error: its own doing, or not."""
+    return Problem(400 if fault.kind == "request" else 500, fault.message, code=f"{fault.kind}_fault")
 
 
 def dumps(value: Any) -> bytes:
