@@ -6,8 +6,9 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation --editable
 
 SEEDS ?= 5000
+CASES ?= 10000
 
-.PHONY: demo test simulate lint sanitize bench clean
+.PHONY: demo test simulate fuzz lint sanitize bench clean
 
 demo: .venv/run.stamp
 	$(BIN)/intaglio demo
@@ -18,6 +19,10 @@ test: .venv/test.stamp
 # The engine under simulated faults; nightly with SEEDS=100000.
 simulate: .venv/test.stamp
 	PYTHONPATH=tests $(BIN)/python -m simulation --seeds $(SEEDS)
+
+# The server under requests generated from its own description.
+fuzz: .venv/test.stamp
+	$(BIN)/python tests/fuzz.py --cases $(CASES)
 
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .

@@ -235,7 +235,7 @@ class Api:
         return Json(self.service.state(int(since)))
 
     async def openapi(self, request: Request) -> Response:
-        return Json(openapi.describe())
+        return Json(openapi.describe(self.name))
 
     async def page(self, request: Request) -> Response:
         html = files("intaglio.server").joinpath("page.html").read_bytes()

@@ -61,11 +61,14 @@ REFUSALS = {
 
 
 @cache
-def describe() -> dict[str, Any]:
-    """The document, as OpenAPI 3.1."""
+def describe(model: str) -> dict[str, Any]:
+    """The document, as OpenAPI 3.1, for a server of this model."""
     bodies = [(body, "validation") for _, bodies, _ in POSTS.values() for body in bodies]
     _, found = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     schemas = {**found["$defs"], "Error": _error()}
+    for schema in schemas.values():
+        if "model" in schema.get("properties", {}):
+            schema["properties"]["model"] = {"enum": [model, None]}
     paths: dict[str, Any] = {path: {"post": _post(*facts)} for path, facts in POSTS.items()}
     paths |= {path: {"get": _get(path, *facts)} for path, facts in GETS.items()}
     return {
