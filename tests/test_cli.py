@@ -33,7 +33,7 @@ def run(*words: str, input: str | None = None, code: int = 0) -> Result:
 
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"intaglio {__version__}\n"
-    commands = ("demo", "generate", "chat", "build", "disasm", "check", "bench", "profile", "models")
+    commands = ("demo", "generate", "chat", "build", "disasm", "check", "bench", "profile", "models", "serve")
     text = run("--help").stdout
     assert all(c in text for c in commands)
     for command in commands:

@@ -48,6 +48,7 @@ def serve(
     from intaglio.llm import LLM
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    sys.setswitchinterval(0.0005)  # the engine's thread gets the interpreter back that soon; 5 ms by default
     raise_file_limit()
     listener = listen(host, port)
     llm = LLM(

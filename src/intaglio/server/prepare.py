@@ -195,18 +195,15 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
 
 
 def _most(llm: LLM, prompt: int, asked: int | None, name: str) -> int:
-    """Tokens to generate at most: as asked, or all the context has room for."""
-    context = llm.program.context
-    if prompt >= context:
-        raise Problem(
-            400, f"the prompt has {prompt} tokens, the context holds {context} with what is generated; shorten it",
-            param="prompt", code="context_length_exceeded",
-        )  # fmt: skip
-    if asked is not None and prompt + asked > context:
-        why = f"{name} is {asked}, the prompt has {prompt} tokens, the context holds {context}"
-        why += f"; allowed: up to {context - prompt}"
+    """Tokens to generate at most: as asked, or as many as there is room for."""
+    context, room = llm.program.context, llm.engine.most_tokens(prompt)
+    if room < 1:
+        why = f"the prompt has {prompt} tokens, the context holds {context}; shorten it by {1 - room}"
+        raise Problem(400, why, param="prompt", code="context_length_exceeded")
+    if asked is not None and asked > room:
+        why = f"{name} is {asked}, the prompt has {prompt} tokens, the context holds {context}; allowed: up to {room}"
         raise Problem(400, why, param=name, code="context_length_exceeded")
-    return context - prompt if asked is None else asked
+    return room if asked is None else asked
 
 
 def _params(body: Asked, **more: Any) -> SamplingParams:
