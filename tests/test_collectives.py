@@ -94,7 +94,7 @@ def assert_sum(s, got, x):
 
 
 @settings(max_examples=40, deadline=None)
-@given(row=st.sampled_from(claimed(9)), data=st.data())
+@given(row=st.sampled_from(claimed(6)), data=st.data())
 def test_turns_do_not_matter(row, data):
     s = schedule(*row)
     draw = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
