@@ -16,11 +16,21 @@ import numpy as np
 
 from intaglio import _native, formats
 from intaglio.batch import Batch
-from intaglio.devices.device import DeviceError, Executable, StateSpec, StepResult, Weights, check_batch
+from intaglio.devices.device import (
+    DeviceError,
+    Executable,
+    Rounds,
+    StateSpec,
+    StepResult,
+    Weights,
+    alone,
+    check_batch,
+)
 from intaglio.devices.image import WORTH, Image, default_folder, layout
-from intaglio.ops import Attend, Embed, KvWrite, Linear, Map, Norm, Op, Rope, Sample, Select, Tensor
+from intaglio.ops import Attend, Collective, Embed, KvWrite, Linear, Map, Norm, Op, Rope, Sample, Select, Tensor
 from intaglio.ops.elementwise import postfix
 from intaglio.program import Program, verify
+from intaglio.program.source import read
 
 ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp")  # order of csrc's Act
 NORMS = ("rms", "layer", "l2")
@@ -57,6 +67,7 @@ class HostExecutable:
         self.image = self._image(weights, cache)
         with self.image or nullcontext():
             self.ids = {t.name: self._declare(t, weights) for t in self._in_order()}
+        self._stops = [(i, op) for i, op in enumerate(program.ops) if isinstance(op, Collective)]
         for op in program.ops:
             self._translate(op)
 
@@ -123,11 +134,11 @@ class HostExecutable:
         return self.native.columns(self._buffers[key], self._columns(t), self._columns(base), column)
 
     def _vector(self, t: Tensor, weights: Weights) -> int:
-        parts = [weights.read(name) for name in t.source]
-        whole = np.concatenate(parts).astype(formats.get(t.format).dtype).astype(np.float32)
+        parts = [(name, x) for source in t.source for name, x in read(source, weights.read)]
+        whole = np.concatenate([x for _, x in parts]).astype(formats.get(t.format).dtype).astype(np.float32)
         if whole.shape != t.shape:
             raise DeviceError(f"weight {t.name} is {t.type} but {' + '.join(t.source)} holds {list(whole.shape)}")
-        for name in t.source:
+        for name, _ in parts:
             weights.release(name)
         return self.native.vector(whole)
 
@@ -136,8 +147,7 @@ class HostExecutable:
         if self.image and self.image.ready:
             return self.native.weight(packed)
         first = 0
-        for name in t.source:
-            rows = weights.read(name)
+        for name, rows in (part for source in t.source for part in read(source, weights.read)):
             if rows.ndim != 2 or rows.shape[1] != k or first + len(rows) > n:
                 raise DeviceError(f"weight {t.name} is {t.type} but its source {name} is {list(rows.shape)}")
             kind = _source_name(rows, name)
@@ -182,6 +192,8 @@ class HostExecutable:
                 code, numbers = self._map_code(op)
             case Sample():
                 names = [op.logits, op.tokens, op.logprobs]
+            case Collective():
+                return self.native.op("exchange", [], [], [], [], [])
             case _:
                 raise DeviceError(f"{op.site}: the host has no kernel for op {op.kind}")
         tensors = [-1 if name is None else self.ids[name] for name in names]
@@ -212,27 +224,51 @@ class HostExecutable:
         self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
     ) -> StepResult:
         """One step in one native call; the interpreter's lock is released."""
+        return alone(self.program, self.rounds(batch, logits=logits, taps=taps, timed=timed))
+
+    def rounds(self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False) -> Rounds:
+        """A step as one rank of a mesh: a native call for the ops up to each collective."""
         check_batch(self.program, self.state, batch)
         rows = len(batch.rows)
         sampling = np.array([(s.temperature, s.top_p, s.min_p, s.top_k) for s in batch.sampling], np.float32)
         seeds = np.array([s.seed & 0xFFFFFFFFFFFFFFFF for s in batch.sampling], np.uint64)
         seconds = np.zeros(len(self.program.ops)) if timed else None
         taken, wanted = self._taps(batch, taps)
-        self.native.step(
+        inputs = (
             batch.tokens, batch.positions, batch.slots, batch.first_row, batch.q_len, batch.context_len,
             batch.block_table, batch.rows, sampling.reshape(-1), seeds, wanted, seconds,
         )  # fmt: skip
+        first, last = 0, len(self.program.ops)
+        for at, op in self._stops:
+            self.native.step(*inputs, first, at)
+            first = at + 1
+            got = yield op, self._brought(op, batch)
+            if got is not None:
+                self.native.copy_in(self.ids[op.outputs[0]], len(got), np.ascontiguousarray(got, np.float32))
+                taken |= {op.site: got} if op.site in taps else {}
+        self.native.step(*inputs, first, last)
+        draws = rows if "next_tokens" in self.ids else 0  # a stage of a pipeline may draw none
+        vocabulary = self.program.vocabulary
         result = StepResult(
-            tokens=self._copy("next_tokens", np.empty(rows, np.int32)),
-            logprobs=self._copy("logprobs", np.empty(rows, np.float32)),
-            logits=self._copy("logits", np.empty((rows, self.program.vocabulary), np.float32)) if logits else None,
+            tokens=self._copy("next_tokens", np.empty(draws, np.int32)),
+            logprobs=self._copy("logprobs", np.empty(draws, np.float32)),
+            logits=self._copy("logits", np.empty((rows, vocabulary), np.float32)) if logits and vocabulary else None,
             taps=taken,
         )
         if seconds is not None:
             result.timings.update({op.site: float(s) for op, s in zip(self.program.ops, seconds, strict=True)})
         return result
 
+    def _brought(self, op: Collective, batch: Batch) -> np.ndarray | None:
+        """What this rank brings to a collective."""
+        if not op.inputs:
+            return None
+        t = self.program.tensors[op.inputs[0]]
+        return self._copy(t.name, np.empty((batch.sizes[str(t.shape[0])], int(t.shape[1])), np.float32))
+
     def _copy(self, name: str, out: np.ndarray) -> np.ndarray:
+        if len(out) == 0:
+            return out
         self.native.copy_out(self.ids[name], len(out), out)
         return out
 

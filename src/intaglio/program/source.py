@@ -1,0 +1,93 @@
+"""Where a weight's values come from: checkpoint tensors by name, a run of them, and how each is turned and cut.
+
+    model.layers.0.mlp.experts.{0..7}.w1.weight    eight tensors, one after the other
+    model.layers.0.mlp.experts.gate_up_proj|T      the last two dimensions exchanged
+    ...gate_up_proj|T|r0:1/2                       then, of every 2 rows, rows 0 to 1 (not included)
+    ...gate_up_proj_bias|c1:2/2                    of every 2 columns, the second
+    ...kv_b_proj.weight|h16                        its rows as a stack of 16 matrices
+    ...kv_b_proj.weight|h16|s4:8/16                of every 16 matrices, the second four
+
+Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from intaglio.program.program import ProgramError
+
+RUN = re.compile(r"\{(\d+)\.\.(\d+)\}")
+CUT = re.compile(r"([rcs])(\d+):(\d+)/(\d+)")
+AXES = {"r": -2, "c": -1, "s": -3}
+
+
+def expand(source: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(tensor name, steps) of each tensor a source stands for."""
+    name, *steps = source.split("|")
+    run = RUN.search(name)
+    numbers = range(int(run[1]), int(run[2]) + 1) if run else [None]
+    for i in numbers:
+        yield (name if run is None else f"{name[: run.start()]}{i}{name[run.end() :]}"), tuple(steps)
+
+
+def is_run(source: str) -> bool:
+    """Whether a source is a run of tensors, each of them one matrix of a stack."""
+    return RUN.search(source) is not None
+
+
+def names(source: str) -> list[str]:
+    return [name for name, _ in expand(source)]
+
+
+def _cut(step: str, length: int) -> tuple[int, int, int, int]:
+    """(axis, first, last, of) of a cut of an axis that is `length` long."""
+    match = CUT.fullmatch(step)
+    if not match:
+        raise ProgramError(f"{step!r} is no step of a source; known are T, hN, sA:B/N, rA:B/N and cA:B/N")
+    first, last, of = int(match[2]), int(match[3]), int(match[4])
+    if not 0 <= first < last <= of or length % of:
+        raise ProgramError(f"step {step} of a source cannot cut {length}; wanted 0 <= A < B <= N, N dividing {length}")
+    return AXES[match[1]], first, last, of
+
+
+def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ...]:
+    """The shape of a tensor after the steps."""
+    for step in steps:
+        if step == "T":
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        elif step[0] == "h":
+            shape = (int(step[1:]), shape[0] // int(step[1:]), *shape[1:])
+        else:
+            axis = AXES.get(step[0], -1)
+            axis, first, last, of = _cut(step, shape[axis])
+            cut = list(shape)
+            cut[axis] = cut[axis] // of * (last - first)
+            shape = tuple(cut)
+    return shape
+
+
+def take(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
+    """The steps done to an array; without a copy where they need none."""
+    for step in steps:
+        if step == "T":
+            x = x.swapaxes(-1, -2)
+            continue
+        if step[0] == "h":
+            x = x.reshape(int(step[1:]), -1, *x.shape[1:])
+            continue
+        axis, first, last, of = _cut(step, x.shape[AXES.get(step[0], -1)])
+        axis %= x.ndim
+        runs = x.reshape(*x.shape[:axis], x.shape[axis] // of, of, *x.shape[axis + 1 :])
+        kept = runs[(slice(None),) * (axis + 1) + (slice(first, last),)]
+        x = kept.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+    return x
+
+
+def read(source: str, reader: Callable[[str], Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(tensor name, values) of each tensor of a source, its steps done; `reader` gives a tensor by name."""
+    for name, steps in expand(source):
+        yield name, take(reader(name), steps)
