@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import MANNERS, VOCABULARY, Toy, mixed_batches, tangle, transformer
 
-from intaglio.compiler import build
+from intaglio.compiler import build, build_mesh
 from intaglio.ops import REGISTRY, AllReduce, Embed, Linear, Map, OpError, Sample, Select, Send, Tensor
 from intaglio.program import (
     INPUTS,
@@ -147,9 +147,12 @@ def test_fold_prints_layers_that_are_alike_once() -> None:
     assert print_program(mixed.with_ops(odd, mixed.tensors), fold=True).count("attend(") == 4
 
 
-@pytest.mark.parametrize("name", ["toy", "toy-int4"])
+@pytest.mark.parametrize("name", ["toy", "toy-int4", "toy-tp2pp2-rank0", "toy-tp2pp2-rank3"])
 def test_golden_text(name: str) -> None:
-    program = transformer() if name == "toy" else build(transformer(), "int4")
+    if "rank" in name:
+        program = build_mesh(transformer(), "tp2pp2")[int(name[-1])]
+    else:
+        program = transformer() if name == "toy" else build(transformer(), "int4")
     path = GOLDEN / f"{name}.program"
     if os.environ.get("UPDATE_GOLDEN") == "1":
         path.parent.mkdir(exist_ok=True)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from intaglio import formats
-from intaglio.compiler import build
-from intaglio.devices import DeviceError, StateSpec, open_device
+from intaglio.compiler import build, build_mesh
+from intaglio.devices import DeviceError, Executable, MeshDevice, StateSpec, open_device
 from intaglio.models import Checkpoint, Tokenizer, TokenizerError, port
 from intaglio.program import Program
 from intaglio.runtime import Engine, Request, RequestError, SamplingParams
@@ -88,19 +88,18 @@ class Transcript:
         return new
 
 
-def pool_pages(program: Program, kv_tokens: int | None) -> int:
+def pool_pages(programs: Sequence[Program], kv_tokens: int | None) -> int:
     """Pages of KV to hold: for `kv_tokens`, or by default for POOL_TOKENS or one whole context, whichever is more, or
     as many as a quarter of the machine's memory takes."""
     if kv_tokens is not None:
         if kv_tokens < 1:
             raise RequestError(f"kv_tokens is {kv_tokens}; allowed: 1 or more")
         return -(-kv_tokens // PAGE_TOKENS)
-    per_token = sum(
-        formats.get(t.format).nbytes(int(t.shape[2]), int(t.shape[3])) for t in program.of_role("state")
-    )
+    state = [t for program in programs for t in program.of_role("state")]
+    per_token = sum(formats.get(t.format).nbytes(int(t.shape[2]), int(t.shape[3])) for t in state)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = int(memory * POOL_SHARE) // max(1, per_token)
-    return max(1, min(max(program.context, POOL_TOKENS), fits) // PAGE_TOKENS)
+    return max(1, min(max(programs[0].context, POOL_TOKENS), fits) // PAGE_TOKENS)
 
 
 class LLM:
@@ -110,8 +109,9 @@ class LLM:
     take it. kv_format: auto (to go with the weights), f32, bf16 or int8.
     context: positions to compile for, by default the model's own; kv_tokens: how many tokens of KV to hold for all
     sequences together; max_batch_tokens: tokens in one step; cache: where the host keeps packed weights for the next
-    start, a folder, "auto" or None (see HostDevice). Raises ValueError (CheckpointError, PortError, ...) or
-    DeviceError, saying what is wrong.
+    start, a folder, "auto" or None (see HostDevice). layout: how ranks share the model, such as tp2 or tp4pp2; all of
+    them run here, to see and test what each would do. Raises ValueError (CheckpointError, PortError, LayoutError, ...)
+    or DeviceError, saying what is wrong.
     """
 
     def __init__(
@@ -126,10 +126,13 @@ class LLM:
         kv_format: str = "auto",
         max_batch_tokens: int = 512,
         cache: str | Path | None = "auto",
+        layout: str | None = None,
     ) -> None:
         self.path = BUNDLED if path is None else Path(path)
         checkpoint = Checkpoint.open(self.path)
-        self.program = build(port(checkpoint, context), weights, kv_format)
+        ported = port(checkpoint, context)
+        self.program = build(ported, weights, kv_format)
+        self.programs = build_mesh(ported, layout, weights, kv_format) if layout else (self.program,)  # of each rank
         self.tokenizer = _open_tokenizer(self.path, self.program.vocabulary)
         named = self.tokenizer.eos_ids if self.tokenizer else checkpoint.config.get("eos_token_id")
         self.eos_ids = frozenset([named] if isinstance(named, int) else named or ())
@@ -137,8 +140,12 @@ class LLM:
             raise DeviceError(f"device {device!r} takes no number of threads; leave threads out")
         options = {"threads": threads, "cache": cache} if device == "host" else {}
         self.device = open_device(device, **options)
-        state = StateSpec(pool_pages(self.program, kv_tokens), PAGE_TOKENS)
-        executable = self.device.load(self.program, checkpoint, state)
+        state = StateSpec(pool_pages(self.programs, kv_tokens), PAGE_TOKENS)
+        executable: Executable
+        if layout:
+            executable = MeshDevice(self.device).load(self.programs, checkpoint, state)
+        else:
+            executable = self.device.load(self.program, checkpoint, state)
         self.engine = Engine(executable, rng=random.Random(), max_batch_tokens=max_batch_tokens)
         self._made = 0
 

@@ -70,11 +70,17 @@ def build(
 
 
 def build_mesh(
-    program: Program, layout: str | Layout, weights: str = "auto", *, wire: str = "f32", check: bool = False
+    program: Program,
+    layout: str | Layout,
+    weights: str = "auto",
+    kv_format: str = "auto",
+    *,
+    wire: str = "f32",
+    check: bool = False,
 ) -> tuple[Program, ...]:
     """The Programs of all ranks of a layout, such as tp4pp2, in order of rank. Weights get their formats first, so that
     shares are quantised as the whole would be. Raises as build() and shard() do."""
-    ranks = shard(build(program, weights, passes=WHOLE, check=check), layout, wire)
+    ranks = shard(build(program, weights, kv_format, passes=WHOLE, check=check), layout, wire)
     programs = tuple(build(rank, passes=EACH, check=check) for rank in ranks)
     verify_mesh(programs)
     return programs

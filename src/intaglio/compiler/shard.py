@@ -211,7 +211,7 @@ class Lane:
 
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
         """This lane's share of a weight of `op`, under a name of the op's own if other ops read the weight too."""
-        own = f"{op.site}.weight"
+        own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
         return self.keep(name, shares, axis, own if len(self.p.uses(name)) > 1 else "")
 
     def whole(self, name: str) -> str:
@@ -290,7 +290,7 @@ def linear(lane: Lane, op: Linear) -> None:
 
 def embed(lane: Lane, op: Embed) -> None:
     """By columns of the table: gathering rows costs half of what summing rows from a cut vocabulary would."""
-    gathered(lane, replace(op, w=lane.keep(op.w, lane.plan[op.out], axis=1)), lane.plan[op.out])
+    gathered(lane, replace(op, w=lane.own(op, op.w, lane.plan[op.out], axis=1)), lane.plan[op.out])
 
 
 def elementwise(lane: Lane, op: Map) -> None:

@@ -19,7 +19,7 @@ def stage_of(p: Program, stages: int) -> list[int]:
     """The stage of each op: layers in near-equal runs; what stands before or after them, with the first or the last."""
     numbers = [int(match[1]) if (match := LAYER.match(op.site)) else None for op in p.ops]
     layers = max((n for n in numbers if n is not None), default=-1) + 1
-    if layers < stages:
+    if layers < stages and stages > 1:
         raise LayoutError(f"pp={stages} stages, but {p.name} has {layers} layers; use pp{max(layers, 1)} or less")
     found, last = [], max((i for i, n in enumerate(numbers) if n is not None), default=0)
     stage = 0

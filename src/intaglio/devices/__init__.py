@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from intaglio.devices.device import ArrayWeights, Device, DeviceError, Executable, StateSpec, StepResult, Weights
 from intaglio.devices.host import HostDevice
+from intaglio.devices.mesh import MeshDevice
 from intaglio.devices.oracle import OracleDevice
 from intaglio.devices.reference import ReferenceDevice
 
@@ -20,6 +21,6 @@ def open_device(name: str, **options: object) -> Device:
 
 
 __all__ = [
-    "DEVICES", "ArrayWeights", "Device", "DeviceError", "Executable", "StateSpec", "StepResult", "Weights",
-    "open_device",
+    "DEVICES", "ArrayWeights", "Device", "DeviceError", "Executable", "MeshDevice", "StateSpec", "StepResult",
+    "Weights", "open_device",
 ]  # fmt: skip
