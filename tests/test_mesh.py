@@ -148,6 +148,8 @@ def test_each_lane_reads_its_rows_and_columns() -> None:
     for lane, rank in enumerate(ranks):
         np.testing.assert_array_equal(shares(x, rank, t.name), x[8 * (lane // 2) : 8 * (lane // 2 + 1)])
     assert [rank.tensors["layers.0.attn.k_cache"].shape[2] for rank in ranks] == [1] * 4
+    for rank in shard(transformer(Toy(layers=1, kv_heads=1)), "tp4"):  # one kv head: every lane has it, whole
+        assert rank.tensors["layers.0.attn.k_proj.weight"].source == ("model.layers.0.attn.k_proj.weight",)
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])

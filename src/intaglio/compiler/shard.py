@@ -44,7 +44,7 @@ def shard(program: Program, layout: str | Layout, wire: str = "f32") -> tuple[Pr
     """
     layout = Layout.parse(layout) if isinstance(layout, str) else layout
     plan = make_plan(program, layout.tp) if layout.tp > 1 else {}
-    lanes = [Lane(program, plan, i, layout.tp, wire).run() for i in range(layout.tp)] if plan else [program]
+    lanes = [Lane(program, plan, i, wire).run() for i in range(layout.tp)] if plan else [program]
     return tuple(
         cut_stages(lanes[lane], layout, lane, stage, wire) for stage in range(layout.pp) for lane in range(layout.tp)
     )
@@ -100,19 +100,19 @@ def plan_heads(p: Program, op: Attend, lanes: int, plan: Plan) -> None:
     shared: list[Share] = [
         (range(kv * i // lanes, max(kv * (i + 1) // lanes, kv * i // lanes + 1)),) for i in range(lanes)
     ]
-    head_dim = int(p.tensors[op.q].shape[1]) // op.heads
     queries = roots(p, op.q, (Rope, Norm, Map))
     if queries is None:
         raise LayoutError(f"{op.site} reads {op.q}, which is no projection that could be dealt out by heads")
-    plan |= dict.fromkeys(queries, scaled(heads, head_dim))
+    plan |= {q: scaled(heads, int(p.tensors[q].shape[1]) // op.heads) for q in queries}
+    if kv == 1:
+        return  # every lane has the one
     for write in (w for w in p.ops if isinstance(w, KvWrite) and w.k_cache == op.k_cache):
         for x, cache in ((write.k, write.k_cache), (write.v, write.v_cache)):
             found = roots(p, x, (Rope, Norm, Map))
-            if found is None and kv > 1:
+            if found is None:
                 raise LayoutError(f"{write.site} writes {x}, which is no projection that could be dealt out by heads")
-            if found is not None:
-                plan[cache] = shared
-                plan |= {root: scaled(shared, int(p.tensors[cache].shape[3])) for root in found}
+            plan[cache] = shared
+            plan |= {root: scaled(shared, int(p.tensors[root].shape[1]) // kv) for root in found}
 
 
 def plan_columns(p: Program, x: str, lanes: int, plan: Plan) -> None:
@@ -157,9 +157,8 @@ def plan_joint(p: Program, out: str, plan: Plan) -> None:
 class Lane:
     """One lane's Program under way. `shares` says what each lane has of the tensors that are cut; others are whole."""
 
-    def __init__(self, p: Program, plan: Plan, lane: int, lanes: int, wire: str) -> None:
+    def __init__(self, p: Program, plan: Plan, lane: int, wire: str) -> None:
         self.p, self.plan, self.lane, self.wire = p, plan, lane, wire
-        self.group = tuple(range(lanes))
         self.ops: list[Op] = []
         self.tensors: dict[str, Tensor] = {t.name: t for t in p.tensors.values() if t.role in ("input", "const")}
         self.shares: dict[str, list[Share]] = {}
@@ -276,11 +275,12 @@ def linear(lane: Lane, op: Linear) -> None:
     cut_x, cut_out = lane.shares.get(op.x), lane.plan.get(op.out)
     if cut_x and not op.activation:
         w, part = lane.own(op, op.w, cut_x, axis=1), f"{op.out}.part"
-        first = lane.lane == 0  # which alone brings what is to be added once
+        group = partners(cut_x, lane.lane)
+        first = lane.lane == group[0]  # which alone brings what is to be added once
         bias = lane.keep(op.bias) if op.bias and first else None
         residual = lane.whole(op.residual) if op.residual and first else None
         lane.add(replace(op, w=w, bias=bias, residual=residual, out=part))
-        lane.add(AllReduce(site=f"{op.site}.all_reduce", x=part, out=op.out, group=lane.group, wire=lane.wire))
+        lane.add(AllReduce(site=f"{op.site}.all_reduce", x=part, out=op.out, group=group, wire=lane.wire))
     elif cut_out and not op.residual:
         bias = lane.own(op, op.bias, cut_out, axis=0) if op.bias else None
         columns(lane, replace(op, x=lane.whole(op.x), w=lane.own(op, op.w, cut_out, axis=0), bias=bias), cut_out)
