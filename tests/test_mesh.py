@@ -38,7 +38,7 @@ TOKENS, PAGE = 17, 16
 
 
 def bound(device: str, layout: str) -> float:
-    parts = Layout.parse(layout).tp
+    parts = Layout.parse(layout).lanes
     return 2 * LAYERS * (2 * parts if device == "reference" else WIDEST + parts) * ROUNDING
 
 
@@ -84,13 +84,13 @@ def compiled(family: str, folder: Path, layout: str) -> tuple[Program, ...]:
 
 
 @pytest.mark.parametrize("device", ["reference", "host"])
-@pytest.mark.parametrize("layout", ["tp2", "tp4", "tp8", "pp2", "pp3", "tp2pp2", "tp4pp3"])
+@pytest.mark.parametrize("layout", ["tp2", "tp4", "tp8", "pp2", "pp3", "tp2ep2pp2", "tp4pp3"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sharded_equals_whole(folder: Path, family: str, layout: str, device: str) -> None:
     c = checkpoint(family, folder)
     tokens, wanted = whole_logits(family, folder, device)
     got = run(compiled(family, folder, layout), c, device, tokens)
-    if "tp" in layout:
+    if Layout.parse(layout).lanes > 1:
         assert apart(got, wanted) <= bound(device, layout)
     else:
         np.testing.assert_array_equal(got, wanted)  # a pipeline moves values, and changes none
@@ -208,10 +208,10 @@ def test_schedules_give_the_bits_of_the_definition(wire: str) -> None:
 
 
 def test_the_layout_of_ranks() -> None:
-    assert [Layout.parse(t) for t in ("tp4pp2", "pp2tp4", "tp2", "pp3")] == [
-        Layout(4, 2), Layout(4, 2), Layout(2, 1), Layout(1, 3),
+    assert [Layout.parse(t) for t in ("tp4pp2", "pp2tp4", "tp2", "ep2pp3")] == [
+        Layout(4, 1, 2), Layout(4, 1, 2), Layout(2), Layout(1, 2, 3),
     ]  # fmt: skip
-    assert str(Layout(4, 2)) == "tp4pp2" and str(Layout()) == "tp1" and Layout(4, 2).rank(1, 3) == 7
+    assert str(Layout(4, 1, 2)) == "tp4pp2" and str(Layout()) == "tp1" and Layout(2, 2, 2).rank(1, 3) == 7
     for wrong in ("", "tp", "tp0", "tp2tp2", "dp2", "tp2 pp2"):
         with pytest.raises(LayoutError, match=f"layout {wrong!r}; wanted some of tpN"):
             Layout.parse(wrong)
@@ -283,6 +283,17 @@ def test_a_rank_alone_is_refused_and_other_devices_too() -> None:
     linear = next(op for op in ranks[0].ops if isinstance(op, Linear))
     with pytest.raises(OpError, match="one rank alone has no answer"):
         AllReduce(site="s", x=linear.out, out="y", group=(0, 1)).reference({}, mixed_batches()[0])
+
+
+def test_ways_of_experts_share_all_but_heads(folder: Path) -> None:
+    """Without experts too: attention is done by each way, the MLP shared by all lanes."""
+    c = checkpoint("qwen3", folder)
+    tokens, wanted = whole_logits("qwen3", folder, "reference")
+    ranks = build_mesh(port(c), "ep3")
+    assert [r.tensors["layers.0.attn.k_cache"].shape[2] for r in ranks] == [2, 2, 2]
+    assert sum(int(r.tensors["layers.0.mlp.down_proj.weight"].shape[1]) for r in ranks) == 96
+    assert not [op.site for op in ranks[0].ops if "attn" in op.site and isinstance(op, Collective)]
+    assert apart(run(ranks, c, "reference", tokens), wanted) <= bound("reference", "ep3")
 
 
 def test_a_model_runs_on_a_mesh_as_on_one(folder: Path) -> None:

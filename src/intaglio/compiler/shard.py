@@ -43,11 +43,12 @@ def shard(program: Program, layout: str | Layout, wire: str = "f32") -> tuple[Pr
     before they travel between ranks. Raises LayoutError for heads or layers that cannot be dealt out.
     """
     layout = Layout.parse(layout) if isinstance(layout, str) else layout
-    plan = make_plan(program, layout.tp) if layout.tp > 1 else {}
-    lanes = [Lane(program, plan, i, wire).run() for i in range(layout.tp)] if plan else [program]
-    return tuple(
-        cut_stages(lanes[lane], layout, lane, stage, wire) for stage in range(layout.pp) for lane in range(layout.tp)
-    )
+    lanes = [program]
+    if layout.lanes > 1:
+        plan = make_plan(program, layout)
+        lanes = [Lane(program, plan, layout, i, wire).run() for i in range(layout.lanes)]
+    places = [(stage, lane) for stage in range(layout.pp) for lane in range(layout.lanes)]
+    return tuple(cut_stages(lanes[lane], layout, lane, stage, wire) for stage, lane in places)
 
 
 def cut(width: int, lanes: int) -> list[Share]:
@@ -69,28 +70,28 @@ def width_of(share: Share) -> int:
 # The plan
 
 
-def make_plan(p: Program, lanes: int) -> Plan:
+def make_plan(p: Program, layout: Layout) -> Plan:
     """What is cut where it is first computed: by heads, by inner columns, by vocabulary, by the embedding's width."""
     plan: Plan = {}
     for op in p.ops:
-        if isinstance(op, Attend):
-            plan_heads(p, op, lanes, plan)
+        if isinstance(op, Attend) and layout.tp > 1:
+            plan_heads(p, op, layout, plan)
     for op in p.ops:
         if isinstance(op, Linear):
-            plan_columns(p, op.x, lanes, plan)
+            plan_columns(p, op.x, layout.lanes, plan)
         elif isinstance(op, Sample):
-            plan_columns(p, op.logits, lanes, plan)
+            plan_columns(p, op.logits, layout.lanes, plan)
         elif isinstance(op, Embed):
-            plan[op.out] = cut(int(p.tensors[op.out].shape[1]), lanes)
+            plan[op.out] = cut(int(p.tensors[op.out].shape[1]), layout.lanes)
     for op in p.ops:
         if isinstance(op, Linear):
             plan_joint(p, op.out, plan)
     return plan
 
 
-def plan_heads(p: Program, op: Attend, lanes: int, plan: Plan) -> None:
-    """Query heads dealt out evenly, each lane with the kv heads they read."""
-    kv = int(p.tensors[op.k_cache].shape[2])
+def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
+    """Query heads dealt out evenly tp ways, each lane with the kv heads they read."""
+    lanes, kv = layout.tp, int(p.tensors[op.k_cache].shape[2])
     if not (kv % lanes == 0 or (lanes % kv == 0 and op.heads % lanes == 0)):
         fit = [str(n) for n in range(1, op.heads + 1) if kv % n == 0 or (n % kv == 0 and op.heads % n == 0)]
         raise LayoutError(
@@ -103,6 +104,7 @@ def plan_heads(p: Program, op: Attend, lanes: int, plan: Plan) -> None:
     queries = roots(p, op.q, (Rope, Norm, Map))
     if queries is None:
         raise LayoutError(f"{op.site} reads {op.q}, which is no projection that could be dealt out by heads")
+    heads, shared = heads * layout.ep, shared * layout.ep  # the ways of experts do the same
     plan |= {q: scaled(heads, int(p.tensors[q].shape[1]) // op.heads) for q in queries}
     if kv == 1:
         return  # every lane has the one
@@ -157,8 +159,8 @@ def plan_joint(p: Program, out: str, plan: Plan) -> None:
 class Lane:
     """One lane's Program under way. `shares` says what each lane has of the tensors that are cut; others are whole."""
 
-    def __init__(self, p: Program, plan: Plan, lane: int, wire: str) -> None:
-        self.p, self.plan, self.lane, self.wire = p, plan, lane, wire
+    def __init__(self, p: Program, plan: Plan, layout: Layout, lane: int, wire: str) -> None:
+        self.p, self.plan, self.layout, self.lane, self.wire = p, plan, layout, lane, wire
         self.ops: list[Op] = []
         self.tensors: dict[str, Tensor] = {t.name: t for t in p.tensors.values() if t.role in ("input", "const")}
         self.shares: dict[str, list[Share]] = {}
@@ -333,10 +335,12 @@ def kv_write(lane: Lane, op: KvWrite) -> None:
 
 def attend(lane: Lane, op: Attend) -> None:
     """By heads."""
-    shares, whole = lane.shares[op.q], lane.p.tensors
+    shares, whole = lane.shares.get(op.q), lane.p.tensors
+    if not shares:
+        return entire(lane, op)
     head_dim, v_dim = int(whole[op.q].shape[1]) // op.heads, int(whole[op.out].shape[1]) // op.heads
     heads = [tuple(range(r.start // head_dim, r.stop // head_dim) for r in share) for share in shares]
-    columns(lane, replace(op, heads=width_of(heads[lane.lane])), scaled(heads, v_dim))
+    return columns(lane, replace(op, heads=width_of(heads[lane.lane])), scaled(heads, v_dim))
 
 
 RULES: dict[type[Op], Callable[[Lane, Any], None]] = {
