@@ -77,7 +77,7 @@ const std::map<std::string, Source> kSources = {{"f32", Source::F32}, {"f16", So
 const std::map<std::string, Kind> kKinds = {
     {"embed", Kind::Embed}, {"select", Kind::Select}, {"norm", Kind::Norm}, {"linear", Kind::Linear}, {"rope", Kind::Rope},
     {"kv_write", Kind::KvWrite}, {"attend", Kind::Attend}, {"map", Kind::Map}, {"sample", Kind::Sample},
-    {"route", Kind::Route}, {"experts", Kind::Experts}, {"head_linear", Kind::HeadLinear}};
+    {"route", Kind::Route}, {"experts", Kind::Experts}, {"head_linear", Kind::HeadLinear}, {"exchange", Kind::Exchange}};
 
 // Rows arrive as bytes: NumPy has no bfloat16 of its own.
 void fill(PackedWeight& self, nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> bytes,
@@ -129,8 +129,8 @@ struct Edits {
 
 void step(Executable& self, Ints tokens, Ints positions, Ints slots, Ints first_row, Ints q_len, Ints context_len,
           Ints block_table, Ints rows, Floats sampling, nb::ndarray<const uint64_t, nb::c_contig, nb::device::cpu> seeds,
-          const Edits* edits,
-          const std::vector<std::tuple<int, int, Floats>>& taps, std::optional<nb::ndarray<double, nb::c_contig>> seconds) {
+          const Edits* edits, const std::vector<std::tuple<int, int, Floats>>& taps,
+          std::optional<nb::ndarray<double, nb::c_contig>> seconds, int first, int last) {
   const int64_t r = int64_t(rows.size());
   if (int64_t(sampling.size()) != 4 * r || int64_t(seeds.size()) != r) throw std::invalid_argument("one sampling row a wanted row");
   std::vector<Draw> draws;
@@ -147,7 +147,7 @@ void step(Executable& self, Ints tokens, Ints positions, Ints slots, Ints first_
   for (auto& [op, tensor, out] : taps) wanted.push_back({op, tensor, out.data()});
   double* times = seconds ? seconds->data() : nullptr;
   nb::gil_scoped_release unlocked;
-  self.step(in, wanted, times);
+  self.step(in, wanted, times, first, last);
 }
 
 // Best rate, in passes per second, at which threads get through `tasks` tasks.
@@ -251,10 +251,11 @@ NB_MODULE(_native, m) {
                        std::move(numbers)});
            }, "kind"_a, "tensors"_a, "ints"_a, "floats"_a, "code"_a, "numbers"_a)
       .def("step", &step, "tokens"_a, "positions"_a, "slots"_a, "first_row"_a, "q_len"_a, "context_len"_a, "block_table"_a,
-           "rows"_a, "sampling"_a, "seeds"_a, "edits"_a.none(), "taps"_a, "seconds"_a.none())
+           "rows"_a, "sampling"_a, "seeds"_a, "edits"_a.none(), "taps"_a, "seconds"_a.none(), "first"_a, "last"_a)
       .def("copy_out", [](const Executable& e, int tensor, int64_t rows, nb::ndarray<nb::c_contig, nb::device::cpu> out) {
              e.copy_out(tensor, rows, out.data());
-           });
+           })
+      .def("copy_in", [](Executable& e, int tensor, int64_t rows, Floats from) { e.copy_in(tensor, rows, from.data()); });
 }
 
 }  // namespace intaglio

@@ -199,14 +199,13 @@ void Executable::plan_memory() {
 }
 
 // The step as phases. Rows go in chunks of a quarter of a thread's share; products by columns; attention by task.
-void Executable::plan_phases(const std::vector<Tap>& taps, bool timed) {
+void Executable::plan_phases(const std::vector<Tap>& taps, bool timed, int first, int last) {
   const int threads = team_.size();
   auto chunk = [&](int64_t rows) { return std::max<int64_t>(1, rows / (4 * threads)); };
   team_.clear(timed);
-  for (size_t i = 0; i < tables_.size(); i++) team_.add(kTables, int(i), in_.t, chunk(in_.t));
-  for (size_t i = 0; i < ops_.size(); i++) {
-    const Op& op = ops_[i];
-    const int at = int(i);
+  for (size_t i = 0; first == 0 && i < tables_.size(); i++) team_.add(kTables, int(i), in_.t, chunk(in_.t));
+  for (int at = first; at < last; at++) {
+    const Op& op = ops_[size_t(at)];
     const int64_t rows = rows_of(op);
     switch (op.kind) {
       case Kind::Linear: {
@@ -257,11 +256,12 @@ void Executable::plan_attend(AttendPlan& p) {
   }
 }
 
-void Executable::step(const StepInputs& in, const std::vector<Tap>& taps, double* seconds) {
+void Executable::step(const StepInputs& in, const std::vector<Tap>& taps, double* seconds, int first, int last) {
   in_ = in;
   taps_ = taps;
-  plan_memory();
-  plan_phases(taps, seconds != nullptr);
+  if (first == 0) plan_memory();
+  for (Scratch& mine : scratches_) mine.holds = nullptr;  // phases of other steps lie where this one's will
+  plan_phases(taps, seconds != nullptr, first, last);
   auto before = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
   team_.run();
   for (int64_t i = 0; seconds && i < team_.count(); i++) {
@@ -275,6 +275,12 @@ void Executable::copy_out(int tensor, int64_t rows, void* out) const {
   const Tensor& t = tensors_[size_t(tensor)];
   const float* from = rows_at(tensor);
   for (int64_t r = 0; r < rows; r++) std::memcpy((float*)out + r * t.cols, from + r * t.ld, size_t(t.cols) * 4);
+}
+
+void Executable::copy_in(int tensor, int64_t rows, const void* from) {
+  const Tensor& t = tensors_[size_t(tensor)];
+  float* to = rows_at(tensor);
+  for (int64_t r = 0; r < rows; r++) std::memcpy(to + r * t.ld, (const float*)from + r * t.cols, size_t(t.cols) * 4);
 }
 
 void Executable::run(Scratch& mine, const Phase& phase, int64_t begin, int64_t end) {
@@ -330,6 +336,7 @@ void Executable::run_op(Scratch& mine, const Op& op, int64_t begin, int64_t end)
     case Kind::Linear:
     case Kind::Attend:
     case Kind::HeadLinear: break;  // run() cuts these otherwise
+    case Kind::Exchange: break;
   }
 }
 

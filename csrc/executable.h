@@ -22,7 +22,8 @@ struct PackedWeight {
   void map(int file, int64_t offset, bool writable);  // its memory is this range of a file from now on
 };
 
-enum class Kind : int { Embed, Select, Norm, Linear, Rope, KvWrite, Attend, Map, Sample, Route, Experts, HeadLinear };
+// An exchange is done outside, between two steps.
+enum class Kind : int { Embed, Select, Norm, Linear, Rope, KvWrite, Attend, Map, Sample, Route, Experts, HeadLinear, Exchange };
 enum class Extent : int { T, R };  // how many rows a buffer has in a step
 
 struct Buffer {
@@ -81,9 +82,11 @@ class Executable {
   int add_buffer(int64_t row_bytes, Extent rows);
   int add_tensor(Tensor t);
   void add_op(Op op);
-  // Runs one step; results are read from buffers afterwards by copy_out(). `seconds`, if not null, gets one a op.
-  void step(const StepInputs& in, const std::vector<Tap>& taps, double* seconds);
+  // Runs ops first..last - 1 of one step, which begins with op 0; results are read from buffers afterwards by copy_out().
+  // `seconds`, if not null, gets one a op.
+  void step(const StepInputs& in, const std::vector<Tap>& taps, double* seconds, int first, int last);
   void copy_out(int tensor, int64_t rows, void* out) const;
+  void copy_in(int tensor, int64_t rows, const void* from);
   Tensor make_cache(int64_t pages, int heads, int head_dim, Fmt format, bool keys) const;
 
  private:
@@ -126,7 +129,7 @@ class Executable {
   };
 
   void plan_memory();
-  void plan_phases(const std::vector<Tap>& taps, bool timed);
+  void plan_phases(const std::vector<Tap>& taps, bool timed, int first, int last);
   void plan_attend(AttendPlan& p);
   int64_t rows_of(const Tensor& t) const;
   int64_t rows_of(const Op& op) const;

@@ -237,7 +237,7 @@ def test_experts_refuses() -> None:
     refuses(replace(op, x_format="int8"), "x_format=int8 with f32 weights", **own)
     refuses(replace(op, activation="exp"), "activation='exp'; use one of silu", **own)
     refuses(replace(op, alpha=0.0), "alpha=0.0, limit=0.0; above 0", **own)
-    refuses(replace(op, up_bias="b"), "biases all three, or none", **own, b="f32[4, 6]")
+    refuses(replace(op, up_bias="b"), "biases both, or neither", **own, b="f32[4, 6]")
     three = {"gate_bias": "g", "up_bias": "u", "down_bias": "d"}
     biases = {"g": "f32[4, 6]", "u": "f32[4, 7]", "d": "f32[4, 8]"}
     refuses(replace(op, **three), r"u is f32\[4, 7\]; wanted \[4, 6\]", **own, **biases)

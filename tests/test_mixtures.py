@@ -14,6 +14,7 @@ from tiny import BASE, MIXTURES, YARN, compare, error, shake, tiny
 from intaglio.batch import Chunk, bind
 from intaglio.compiler import build
 from intaglio.devices import DEVICES, StateSpec, open_device
+from intaglio.formats import Quantised, quantise
 from intaglio.models import Checkpoint, PortError, port, port_config
 from intaglio.ops import Attend, Experts, HeadLinear, Linear, Map, Norm, Rope, Route
 from intaglio.program import parse_program
@@ -283,6 +284,7 @@ def test_what_does_not_fit_is_refused(tmp_path, family, change, says):
         ("x|r2:4/4", (3, 8, 5), lambda x: np.concatenate([x[:, 2:4], x[:, 6:8]], axis=1)),
         ("x|T|r1:2/2", (3, 5, 6), lambda x: x.transpose(0, 2, 1)[:, 1::2]),
         ("x|c1:2/2", (3, 6), lambda x: x[:, 1::2]),
+        ("x|h4|s2:4/4", (8, 5), lambda x: x.reshape(4, 2, 5)[2:]),
         ("x|h2|r0:1/3|T", (12, 5), lambda x: x.reshape(2, 6, 5)[:, ::3].transpose(0, 2, 1)),
     ],
 )
@@ -299,3 +301,27 @@ def test_sources_in_a_run_and_those_not_understood():
     for step in ("q", "r0:1", "r2:1/2", "r0:1/5"):
         with pytest.raises(ValueError, match=re.escape(step)):
             take(np.ones((4, 4)), (step,))
+
+
+@pytest.mark.parametrize(
+    ("format", "step", "coded"),
+    [
+        ("int8g32", "c64:128/160", True),
+        ("int8g32", "c128:160/160", True),
+        ("int4g64", "c128:160/160", True),  # the last group is cut short by the row's end
+        ("int8g32", "c32:64/80", False),  # of every 80 columns: the second run's groups lie across
+        ("int8g32", "c0:40/160", False),
+        ("fp8row", "c3:7/10", True),  # a row's one scale goes with any of its columns
+        ("int8g32", "s1:2/3", True),
+        ("int8g32", "r1:3/4", True),
+    ],
+)
+def test_cuts_of_codes(format, step, coded):
+    """Codes stay codes where groups stay whole; the values are those of the whole either way."""
+    x = np.random.default_rng(len(step)).normal(size=(3, 8, 160)).astype(np.float32)
+    whole = quantise(x.reshape(24, 160), format).stacked((3, 8, 160))
+    got = take(whole, (step,))
+    assert isinstance(got, Quantised) == coded
+    values = got.rows(slice(None)) if isinstance(got, Quantised) else got
+    np.testing.assert_array_equal(values, take(whole.rows(slice(None)), (step,)))
+    assert got.shape == shape_after(whole.shape, (step,))

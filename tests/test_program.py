@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import MANNERS, VOCABULARY, Toy, mixed_batches, tangle, transformer
 
-from intaglio.compiler import build
-from intaglio.ops import REGISTRY, Embed, Linear, Map, OpError, Sample, Select, Tensor
+from intaglio.compiler import build, build_mesh
+from intaglio.ops import REGISTRY, AllReduce, Embed, Linear, Map, OpError, Sample, Select, Send, Tensor
 from intaglio.program import (
     INPUTS,
     Builder,
@@ -120,7 +120,7 @@ HEAD = "program toy context=8 mesh=1 rank=0\n"
         (HEAD + "input tokens i32[T]\ninput tokens i32[T]", "line 3: tokens is declared twice"),
         (
             HEAD + "x: f32[T, 4] = embed2(tokens, w)",
-            "line 2: 'embed2(tokens, w)' is not a call of a known op (attend, ",
+            "line 2: 'embed2(tokens, w)' is not a call of a known op (all_gather, ",
         ),
         (HEAD + "x: f32[T, 4] = embed(tokens, w) size=3", "line 2: op embed has no attribute 'size'; it has scale"),
         (HEAD + "x: f32[T, 4] = embed(tokens, w) scale=3*", "line 2: "),
@@ -147,9 +147,12 @@ def test_fold_prints_layers_that_are_alike_once() -> None:
     assert print_program(mixed.with_ops(odd, mixed.tensors), fold=True).count("attend(") == 4
 
 
-@pytest.mark.parametrize("name", ["toy", "toy-int4"])
+@pytest.mark.parametrize("name", ["toy", "toy-int4", "toy-tp2pp2-rank0", "toy-tp2pp2-rank3"])
 def test_golden_text(name: str) -> None:
-    program = transformer() if name == "toy" else build(transformer(), "int4")
+    if "rank" in name:
+        program = build_mesh(transformer(), "tp2pp2")[int(name[-1])]
+    else:
+        program = transformer() if name == "toy" else build(transformer(), "int4")
     path = GOLDEN / f"{name}.program"
     if os.environ.get("UPDATE_GOLDEN") == "1":
         path.parent.mkdir(exist_ok=True)
@@ -224,6 +227,12 @@ def embed_twice(p: Program) -> Program:
     return p.with_ops((p.ops[0], again, *p.ops[1:]), p.tensors)
 
 
+def joined(p: Program, group: tuple[int, ...]) -> Program:
+    """`p` with the embedding summed over ranks."""
+    op = AllReduce(site="join", x="embed", out="join", group=group)
+    return p.with_ops([*p.ops, op], {**p.tensors, "join": replace(p.tensors["embed"], name="join")})
+
+
 BREAKS: dict[str, list[tuple[Break, str]]] = {
     "names_resolve": [
         (lambda p: swap(p, "embed", w="nowhere"), r"embed \(embed\) names 'nowhere', which is not in the table"),
@@ -278,6 +287,15 @@ BREAKS: dict[str, list[tuple[Break, str]]] = {
         (
             lambda p: declare(declare(p, "next_tokens", buffer=1, role="temp"), "logprobs", buffer=1, role="temp"),
             "sample writes logprobs into buffer 1 while next_tokens",
+        ),
+    ],
+    "collectives_placed": [
+        (lambda p: replace(p, rank=1), "rank 1 is outside a mesh of 1"),
+        (lambda p: joined(p, (1,)), r"join \(all_reduce\) has group=\(1,\); wanted ranks of 0\.\.0, 0 among them"),
+        (lambda p: joined(p, (0, 1)), r"join \(all_reduce\) has group=\(0, 1\)"),
+        (
+            lambda p: p.with_ops([*p.ops, Send(site="out", x="embed", peer=0)], p.tensors),
+            r"out \(send\) has peer=0; wanted another rank than 0",
         ),
     ],
 }  # fmt: skip

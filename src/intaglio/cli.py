@@ -72,6 +72,9 @@ KvFormat = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the host device. Default: all cores.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Positions to compile for. Default: the model's own.")]
+Layout = Annotated[
+    str | None, typer.Option(help="How ranks share the model: tp2, pp2, tp4pp2, ... All of them run here.")
+]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep packed weights on disk.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
@@ -109,13 +112,13 @@ def working(what: str) -> Iterator[None]:
 
 def open_llm(
     model: Path | None, device: str, weights: str, kv_format: str, threads: int | None, context: int | None = None,
-    no_cache: bool = False,
+    no_cache: bool = False, layout: str | None = None,
 ) -> LLM:  # fmt: skip
     with working(f"loading {model or 'the bundled model'}"):
         from intaglio.llm import LLM
 
         cache = None if no_cache else "auto"
-        return LLM(model, device, weights, threads, context=context, kv_format=kv_format, cache=cache)
+        return LLM(model, device, weights, threads, context=context, kv_format=kv_format, cache=cache, layout=layout)
 
 
 def compile_model(
@@ -128,6 +131,19 @@ def compile_model(
 
     ported = port(Checkpoint.open(model or BUNDLED), context)
     return ported if raw else build(ported, weights, kv_format, report=report)
+
+
+def compile_rank(
+    model: Path | None, layout: str, rank: int, weights: str, kv_format: str, context: int | None, raw: bool
+) -> Program:
+    """The Program of one rank of a layout: as cut if `raw`, else compiled."""
+    from intaglio.compiler import build_mesh, shard
+
+    ported = compile_model(model, weights, kv_format, context, [], raw=True)
+    programs = shard(ported, layout) if raw else build_mesh(ported, layout, weights, kv_format)
+    if rank >= len(programs):
+        raise ValueError(f"--rank {rank}: layout {layout} has ranks 0..{len(programs) - 1}")
+    return programs[rank]
 
 
 def print_json(value: Any) -> None:
@@ -226,6 +242,7 @@ def generate(
     device: Device = "host",
     threads: Threads = None,
     context: Context = None,
+    layout: Layout = None,
     no_cache: NoCache = False,
     as_json: Json = False,
 ) -> None:
@@ -237,7 +254,7 @@ def generate(
     prompts = prompt or [piped or ("def " if model is None else "")]
     if not prompts[0]:
         raise ValueError("there is nothing to continue: give --prompt TEXT, or pipe text in")
-    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache)
+    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache, layout)
     if len(prompts) == 1 and not as_json:
         print(prompts[0], end="", flush=True)
         stream(llm, prompts[0], params)
@@ -267,13 +284,14 @@ def chat(
     device: Device = "host",
     threads: Threads = None,
     context: Context = None,
+    layout: Layout = None,
     no_cache: NoCache = False,
 ) -> None:
     """Talk with a model that has a chat template. A line is a turn, piped lines too; Ctrl-D ends."""
     from intaglio.runtime import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed, stop or ())
-    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache)
+    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache, layout)
     llm.chat_prompt([{"role": "user", "content": "?"}])  # says at once if the model has no template
     history: list[dict[str, str]] = []
     while (line := read_turn()) is not None:
@@ -329,6 +347,8 @@ def disasm(
     weights: Weights = "auto",
     kv_format: KvFormat = "auto",
     context: Context = None,
+    layout: Layout = None,
+    rank: Annotated[int, typer.Option(min=0, help="With --layout: the rank whose Program is printed.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Print a Program as text: what runs, op by op, with shapes, formats and weights."""
@@ -336,11 +356,12 @@ def disasm(
 
     is_file = model is not None and model.is_file()
     if model and is_file:
-        if raw or weights != "auto" or kv_format != "auto" or context:
-            raise ValueError(
-                f"{model} is compiled already; --raw, --weights, --kv and --context go with a checkpoint folder"
-            )
+        if raw or weights != "auto" or kv_format != "auto" or context or layout:
+            options = "--raw, --weights, --kv, --context and --layout"
+            raise ValueError(f"{model} is compiled already; {options} go with a checkpoint folder")
         program = load(model)
+    elif layout:
+        program = compile_rank(model, layout, rank, weights, kv_format, context, raw)
     else:
         program = compile_model(model, weights, kv_format, context, [], raw)
     text = print_program(program, fold=not full)

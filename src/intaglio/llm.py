@@ -17,8 +17,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from intaglio import formats
-from intaglio.compiler import build
-from intaglio.devices import DeviceError, Executable, StateSpec, WorkerDevice, open_device
+from intaglio.compiler import build, build_mesh
+from intaglio.devices import DeviceError, Executable, MeshDevice, StateSpec, WorkerDevice, open_device
 from intaglio.models import Checkpoint, Grammars, Tokenizer, TokenizerError, port
 from intaglio.program import Program
 from intaglio.runtime import Engine, Matcher, Refused, Request, RequestError, SamplingParams, Sequence
@@ -94,17 +94,18 @@ class Transcript:
         return new
 
 
-def pool_pages(program: Program, kv_tokens: int | None) -> int:
+def pool_pages(programs: Many[Program], kv_tokens: int | None) -> int:
     """Pages of KV to hold: for `kv_tokens`, or by default for POOL_TOKENS or one whole context, whichever is more, or
     as many as a quarter of the machine's memory takes."""
     if kv_tokens is not None:
         if kv_tokens < 1:
             raise RequestError(f"kv_tokens is {kv_tokens}; allowed: 1 or more")
         return -(-kv_tokens // PAGE_TOKENS)
-    per_token = sum(formats.get(t.format).nbytes(int(t.shape[2]), int(t.shape[3])) for t in program.of_role("state"))
+    state = [t for program in programs for t in program.of_role("state")]
+    per_token = sum(formats.get(t.format).nbytes(int(t.shape[2]), int(t.shape[3])) for t in state)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fits = int(memory * POOL_SHARE) // max(1, per_token)
-    return max(1, min(max(program.context, POOL_TOKENS), fits) // PAGE_TOKENS)
+    return max(1, min(max(programs[0].context, POOL_TOKENS), fits) // PAGE_TOKENS)
 
 
 class LLM:
@@ -116,7 +117,8 @@ class LLM:
     sequences together; max_batch_tokens, max_sequences, max_waiting, max_drafts: as Engine's; cache: where the host
     keeps packed weights for the next start, a folder, "auto" or None (see HostDevice); worker: the
     device in a process of its own, replaced when it dies; journal: a file for all that happens, which `intaglio replay`
-    runs again. Raises ValueError (CheckpointError, PortError, ...) or
+    runs again. layout: how ranks share the model, such as tp2 or tp4pp2; all of them run here, to see and test what
+    each would do, and none as a worker. Raises ValueError (CheckpointError, PortError, LayoutError, ...) or
     DeviceError, saying what is wrong.
     """
 
@@ -137,10 +139,15 @@ class LLM:
         cache: str | Path | None = "auto",
         worker: bool = False,
         journal: str | Path | None = None,
+        layout: str | None = None,
     ) -> None:
+        if layout and worker:
+            raise DeviceError(f"layout {layout!r} with worker: ranks run in this process; leave one of the two out")
         self.path = BUNDLED if path is None else Path(path)
         self.checkpoint = checkpoint = Checkpoint.open(self.path)
-        self.program = build(port(checkpoint, context), weights, kv_format)
+        ported = port(checkpoint, context)
+        self.program = build(ported, weights, kv_format)
+        self.programs = build_mesh(ported, layout, weights, kv_format) if layout else (self.program,)  # of each rank
         self.tokenizer = _open_tokenizer(self.path, self.program.vocabulary)
         named = self.tokenizer.eos_ids if self.tokenizer else checkpoint.config.get("eos_token_id")
         self.eos_ids = frozenset([named] if isinstance(named, int) else named or ())
@@ -149,8 +156,11 @@ class LLM:
         options = {"threads": threads, "cache": cache} if device == "host" else {}
         inner = open_device(device, **options)
         self.device = WorkerDevice(inner) if worker else inner
-        self.state = StateSpec(pool_pages(self.program, kv_tokens), PAGE_TOKENS)
-        opened = {"device": device, "weights": weights, "context": context, "kv_tokens": self.state.pages * PAGE_TOKENS}
+        self.state = StateSpec(pool_pages(self.programs, kv_tokens), PAGE_TOKENS)
+        opened = {
+            "device": device, "weights": weights, "context": context, "kv_tokens": self.state.pages * PAGE_TOKENS,
+            "kv_format": kv_format, "layout": layout,
+        }  # fmt: skip
         self.engine = Engine(
             self.load(), clock=time.monotonic, rng=random.Random(), max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, max_waiting=max_waiting, max_drafts=max_drafts,
@@ -160,7 +170,9 @@ class LLM:
         self._made = 0
 
     def load(self) -> Executable:
-        """One more executable of this model on its device."""
+        """One more executable of this model on its device, of all ranks if there is a layout."""
+        if len(self.programs) > 1:
+            return MeshDevice(self.device).load(self.programs, self.checkpoint, self.state)
         return self.device.load(self.program, self.checkpoint, self.state)
 
     def generate(self, prompts: Prompt | Many[Prompt], params: Params = None) -> list[RequestOutput]:

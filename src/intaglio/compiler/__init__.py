@@ -3,6 +3,8 @@
 `build` cooks the recipe; `RECIPE` is the recipe, to be read from top to bottom.
 """
 
-from intaglio.compiler.recipe import RECIPE, Pass, build
+from intaglio.compiler.layout import Layout, LayoutError
+from intaglio.compiler.recipe import RECIPE, Pass, build, build_mesh
+from intaglio.compiler.shard import shard
 
-__all__ = ["RECIPE", "Pass", "build"]
+__all__ = ["RECIPE", "Layout", "LayoutError", "Pass", "build", "build_mesh", "shard"]

@@ -12,9 +12,11 @@ from typing import NamedTuple
 from intaglio.compiler.buffers import plan_buffers, planned, row_bytes
 from intaglio.compiler.dead import remove_dead
 from intaglio.compiler.fusions import fuse_epilogues, fuse_glu, fuse_residual_experts, fuse_residual_norm
+from intaglio.compiler.layout import Layout
 from intaglio.compiler.projections import merge_projections
+from intaglio.compiler.shard import shard
 from intaglio.compiler.weights import set_weight_formats
-from intaglio.program import Program, ProgramError, verify
+from intaglio.program import Program, ProgramError, verify, verify_mesh
 
 
 class Pass(NamedTuple):
@@ -25,9 +27,11 @@ class Pass(NamedTuple):
     why: str
 
 
-RECIPE = (
+WHOLE = (  # on the Program of the whole model
     Pass("remove_dead", remove_dead, "what nobody reads is neither computed nor held, and hinders no fusion"),
     Pass("set_weight_formats", set_weight_formats, "bytes are time: store each weight in the format asked for"),
+)
+EACH = (  # on the Program of each rank
     Pass("merge_projections", merge_projections, "one wide matrix product instead of several that read the same x"),
     Pass("fuse_glu", fuse_glu, "activation(gate) * up is formed before the product is stored"),
     Pass("fuse_epilogues", fuse_epilogues, "scale, activation and residual ride on the product they follow"),
@@ -35,6 +39,7 @@ RECIPE = (
     Pass("fuse_residual_experts", fuse_residual_experts, "the residual, or the shared expert, rides on the experts"),
     Pass("plan_buffers", plan_buffers, "temps that are never alive together share memory"),
 )
+RECIPE = WHOLE + EACH
 
 
 def build(
@@ -63,6 +68,23 @@ def build(
             say(f"{step.name}: {'; '.join(_changes(before, program)) or 'nothing to do'}")
     _verify(program, "after the last pass: ")
     return program
+
+
+def build_mesh(
+    program: Program,
+    layout: str | Layout,
+    weights: str = "auto",
+    kv_format: str = "auto",
+    *,
+    wire: str = "f32",
+    check: bool = False,
+) -> tuple[Program, ...]:
+    """The Programs of all ranks of a layout, such as tp4pp2, in order of rank. Weights get their formats first, so that
+    shares are quantised as the whole would be. Raises as build() and shard() do."""
+    ranks = shard(build(program, weights, kv_format, passes=WHOLE, check=check), layout, wire)
+    programs = tuple(build(rank, passes=EACH, check=check) for rank in ranks)
+    verify_mesh(programs)
+    return programs
 
 
 def _verify(program: Program, when: str) -> None:

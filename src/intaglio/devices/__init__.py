@@ -15,6 +15,7 @@ from intaglio.devices.device import (
     Weights,
 )
 from intaglio.devices.host import HostDevice
+from intaglio.devices.mesh import MeshDevice
 from intaglio.devices.oracle import OracleDevice
 from intaglio.devices.reference import ReferenceDevice
 from intaglio.devices.worker import WorkerDevice
@@ -30,6 +31,6 @@ def open_device(name: str, **options: object) -> Device:
 
 
 __all__ = [
-    "DEVICES", "ArrayWeights", "Device", "DeviceError", "DeviceLost", "Executable", "StateSpec", "StepResult",
-    "Weights", "WorkerDevice", "open_device",
+    "DEVICES", "ArrayWeights", "Device", "DeviceError", "DeviceLost", "Executable", "MeshDevice", "StateSpec",
+    "StepResult", "Weights", "WorkerDevice", "open_device",
 ]  # fmt: skip

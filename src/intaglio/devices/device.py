@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -12,7 +12,7 @@ import numpy as np
 from intaglio import formats
 from intaglio.batch import Batch
 from intaglio.formats import Quantised
-from intaglio.ops import Tensor, Value
+from intaglio.ops import Collective, Tensor, Value
 from intaglio.program import Program
 from intaglio.program.source import read
 
@@ -84,6 +84,32 @@ class Executable(Protocol):
     ) -> StepResult: ...
 
 
+# A step of one rank of a mesh: it stops at each collective with what the rank brings (None for a recv), to be sent what
+# the rank gets (None for a send).
+Rounds = Generator[tuple[Collective, np.ndarray | None], np.ndarray | None, StepResult]
+
+
+class Rank(Executable, Protocol):
+    """An Executable that can be one rank of a mesh."""
+
+    def rounds(
+        self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
+    ) -> Rounds: ...
+
+
+def alone(program: Program, rounds: Rounds) -> StepResult:
+    """Step a Program that is a mesh of its own. Raises DeviceError at its first collective if it is not."""
+    try:
+        op, _ = next(rounds)
+    except StopIteration as end:
+        result: StepResult = end.value
+        return result
+    raise DeviceError(
+        f"{op.site} ({op.kind}): rank {program.rank} of {program.mesh} waits for the others; load all of them into a "
+        "MeshDevice"
+    )
+
+
 class Device(Protocol):
     """Loads Programs. May pack, fuse and thread; may not change results."""
 
@@ -97,7 +123,7 @@ def check_batch(program: Program, state: StateSpec, batch: Batch) -> None:
     if batch.block_size != state.page_tokens:
         raise DeviceError(f"the batch counts {batch.block_size} tokens a page, the state holds {state.page_tokens}")
     for what, values, limit in (
-        ("token id", batch.tokens, int(program.vocabulary)),
+        ("token id", batch.tokens, program.vocabulary or np.iinfo(np.int32).max),
         ("position", batch.positions, program.context),
         ("slot", batch.slots, state.pages * state.page_tokens),
         ("block", batch.block_table, state.pages),

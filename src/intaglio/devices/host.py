@@ -18,14 +18,39 @@ import numpy as np
 
 from intaglio import _native, formats
 from intaglio.batch import Batch
-from intaglio.devices.device import DeviceError, Executable, StateSpec, StepResult, Weights, assemble, check_batch
+from intaglio.devices.device import (
+    DeviceError,
+    Executable,
+    Rounds,
+    StateSpec,
+    StepResult,
+    Weights,
+    alone,
+    assemble,
+    check_batch,
+)
 from intaglio.devices.image import WORTH, Image, default_folder, layout
 from intaglio.formats import Quantised
-from intaglio.ops import Attend, Embed, Experts, HeadLinear, KvWrite, Linear, Map, Norm, Op, Rope, Route, Sample
-from intaglio.ops.data import Select
+from intaglio.ops import (
+    Attend,
+    Collective,
+    Embed,
+    Experts,
+    HeadLinear,
+    KvWrite,
+    Linear,
+    Map,
+    Norm,
+    Op,
+    Rope,
+    Route,
+    Sample,
+    Select,
+    Tensor,
+    Value,
+)  # fmt: skip
 from intaglio.ops.elementwise import postfix
 from intaglio.ops.experts import SCORES
-from intaglio.ops.op import Tensor, Value
 from intaglio.program import Program, verify
 from intaglio.program.source import read
 
@@ -91,6 +116,7 @@ class HostExecutable:
         self.image = self._image(weights, cache)
         with self.image or nullcontext():
             self.ids = {t.name: self._declare(t, weights) for t in self._in_order()}
+        self._stops = [(i, op) for i, op in enumerate(program.ops) if isinstance(op, Collective)]
         for op in program.ops:
             self._translate(op)
 
@@ -260,6 +286,8 @@ class HostExecutable:
                 code, numbers = self._map_code(op)
             case Sample():
                 names = [op.logits, op.tokens, op.logprobs]
+            case Collective():
+                return self.native.op("exchange", [], [], [], [], [])
             case _:
                 raise DeviceError(f"{op.site}: the host has no kernel for op {op.kind}")
         tensors = [-1 if name is None else self.ids[name] for name in names]
@@ -296,20 +324,35 @@ class HostExecutable:
         self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
     ) -> StepResult:
         """One step in one native call; the interpreter's lock is released."""
+        return alone(self.program, self.rounds(batch, logits=logits, taps=taps, timed=timed))
+
+    def rounds(self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False) -> Rounds:
+        """A step as one rank of a mesh: a native call for the ops up to each collective."""
         check_batch(self.program, self.state, batch)
         rows = len(batch.rows)
         sampling = np.array([(s.temperature, s.top_p, s.min_p, s.top_k) for s in batch.sampling], np.float32)
         seeds = np.array([s.seed & 0xFFFFFFFFFFFFFFFF for s in batch.sampling], np.uint64)
         seconds = np.zeros(len(self.program.ops)) if timed else None
         taken, wanted = self._taps(batch, taps)
-        self.native.step(
+        inputs = (
             batch.tokens, batch.positions, batch.slots, batch.first_row, batch.q_len, batch.context_len,
             batch.block_table, batch.rows, sampling.reshape(-1), seeds, self._edits(batch), wanted, seconds,
         )  # fmt: skip
+        first, last = 0, len(self.program.ops)
+        for at, op in self._stops:
+            self.native.step(*inputs, first, at)
+            first = at + 1
+            got = yield op, self._brought(op, batch)
+            if got is not None:
+                self.native.copy_in(self.ids[op.outputs[0]], len(got), np.ascontiguousarray(got, np.float32))
+                taken |= {op.site: got} if op.site in taps else {}
+        self.native.step(*inputs, first, last)
+        draws = rows if "next_tokens" in self.ids else 0  # a stage of a pipeline may draw none
+        vocabulary = self.program.vocabulary
         result = StepResult(
-            tokens=self._copy("next_tokens", np.empty(rows, np.int32)),
-            logprobs=self._copy("logprobs", np.empty(rows, np.float32)),
-            logits=self._copy("logits", np.empty((rows, self.program.vocabulary), np.float32)) if logits else None,
+            tokens=self._copy("next_tokens", np.empty(draws, np.int32)),
+            logprobs=self._copy("logprobs", np.empty(draws, np.float32)),
+            logits=self._copy("logits", np.empty((rows, vocabulary), np.float32)) if logits and vocabulary else None,
             taps=taken,
         )
         if seconds is not None:
@@ -320,7 +363,7 @@ class HostExecutable:
         """Every row's edits and mask as flat arrays, None if there are none. Raises DeviceError if they do not fit."""
         edits = [s.edits for s in batch.sampling]
         masks = [s.mask for s in batch.sampling if s.mask is not None]
-        if not masks and all(e is None for e in edits):
+        if "next_tokens" not in self.ids or (not masks and all(e is None for e in edits)):
             return None
         words = -(-self.program.vocabulary // 32)
         for mask in masks:
@@ -339,7 +382,16 @@ class HostExecutable:
         packed = np.stack(masks) if masks else np.empty((0, words), np.uint32)
         return _native.Edits(first, ids, scale, add, mask_of, packed)
 
+    def _brought(self, op: Collective, batch: Batch) -> np.ndarray | None:
+        """What this rank brings to a collective."""
+        if not op.inputs:
+            return None
+        t = self.program.tensors[op.inputs[0]]
+        return self._copy(t.name, np.empty((batch.sizes[str(t.shape[0])], int(t.shape[1])), np.float32))
+
     def _copy(self, name: str, out: np.ndarray) -> np.ndarray:
+        if len(out) == 0:
+            return out
         self.native.copy_out(self.ids[name], len(out), out)
         return out
 

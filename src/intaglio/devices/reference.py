@@ -9,8 +9,17 @@ import numpy as np
 
 from intaglio import formats
 from intaglio.batch import Batch
-from intaglio.devices.device import Executable, StateSpec, StepResult, Weights, assemble, check_batch
-from intaglio.ops import Value
+from intaglio.devices.device import (
+    Executable,
+    Rounds,
+    StateSpec,
+    StepResult,
+    Weights,
+    alone,
+    assemble,
+    check_batch,
+)
+from intaglio.ops import Collective, Value
 from intaglio.program import Program, verify
 
 
@@ -32,6 +41,10 @@ class ReferenceExecutable:
         self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
     ) -> StepResult:
         """One step. `taps` are sites whose first result is wanted."""
+        return alone(self.program, self.rounds(batch, logits=logits, taps=taps, timed=timed))
+
+    def rounds(self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False) -> Rounds:
+        """A step as one rank of a mesh."""
         check_batch(self.program, self.state, batch)
         v: dict[str, Value] = {**self.held, "tokens": batch.tokens, "positions": batch.positions, "rows": batch.rows}
         views = [t for t in self.program.tensors.values() if t.view]
@@ -39,7 +52,11 @@ class ReferenceExecutable:
         timings: dict[str, float] = {}
         for op in self.program.ops:
             start = time.perf_counter()
-            results = op.reference(v, batch)
+            if isinstance(op, Collective):
+                got = yield op, np.asarray(v[op.inputs[0]]) if op.inputs else None
+                results = {name: got for name in op.outputs if got is not None}
+            else:
+                results = op.reference(v, batch)
             v |= results
             for t in views:
                 if t.view and t.view[0] in results:
@@ -48,9 +65,14 @@ class ReferenceExecutable:
             if op.site in taps and op.outputs:
                 taken[op.site] = results[op.outputs[0]]
         taken |= {t.name: np.asarray(v[t.name]) for t in views if t.name in taps}
-        out = {name: np.asarray(v[name]) for name in ("next_tokens", "logprobs", "logits")}
+        nothing = {"next_tokens": np.empty(0, np.int32), "logprobs": np.empty(0, np.float32), "logits": None}
+        out = {name: v.get(name, empty) for name, empty in nothing.items()}  # a stage of a pipeline may have none
         return StepResult(
-            out["next_tokens"], out["logprobs"], out["logits"] if logits else None, taken, timings if timed else {}
+            np.asarray(out["next_tokens"]),
+            np.asarray(out["logprobs"]),
+            np.asarray(out["logits"]) if logits and out["logits"] is not None else None,
+            taken,
+            timings if timed else {},
         )
 
 

@@ -132,11 +132,11 @@ class Experts(Op, kind="experts"):
     down @ (activation(gate @ x) * (up @ x)).
 
     x f32 [T, K], weights f32 [T, top], ids i32 [T, top]; gate and up [E, I, K] in one weight format, down [E, N, I];
-    biases [E, I], [E, I], [E, N], all or none; residual and out f32 [T, N]. With g and u the two products and their
-    biases: limit > 0 caps g at limit and u at +-limit; then activation(alpha * g) / alpha * (u + shift) (gpt-oss:
-    silu, alpha 1.702, limit 7, shift 1). `scale_input` applies a weight to x instead of to the expert's result
-    (Llama 4). x and the inner row are rounded to `x_format` before each product as in linear. Sums of products in
-    float32 or wider.
+    biases [E, I] of gate and up (both or neither), [E, N] of down; residual and out f32 [T, N]. With g and u the two
+    products and their biases: limit > 0 caps g at limit and u at +-limit; then activation(alpha * g) / alpha *
+    (u + shift) (gpt-oss: silu, alpha 1.702, limit 7, shift 1). `scale_input` applies a weight to x instead of to the
+    expert's result (Llama 4). x and the inner row are rounded to `x_format` before each product as in linear. Sums of
+    products in float32 or wider.
     """
 
     x: str = operand()
@@ -192,7 +192,7 @@ class Experts(Op, kind="experts"):
     def _biases(self, t: Tensors, experts: int, inner: int, n: int) -> None:
         named = {self.gate_bias: inner, self.up_bias: inner, self.down_bias: n}
         given = [name for name in named if name is not None]
-        self.check(len(given) in (0, 3), "gate, up and down have biases all three, or none")
+        self.check((self.gate_bias is None) == (self.up_bias is None), "gate and up have biases both, or neither")
         for name in given:
             b, wanted = t[name], (experts, named[name])
             self.check(b.shape == wanted, f"{name} is {b.type}; wanted {list(wanted)}")

@@ -60,18 +60,21 @@ Results = dict[str, tuple[Shape, str]]  # result name -> shape and format
 
 @dataclass(frozen=True)
 class Work:
-    """What an op must do in one step: floating-point operations, and bytes by the memory they live in."""
+    """What an op must do in one step: floating-point operations, bytes by the memory they live in, and bytes that other
+    ranks must send it (or, for a send, that it must send them)."""
 
     flops: int = 0
     weight_bytes: int = 0
     state_bytes: int = 0
     temp_bytes: int = 0
+    link_bytes: int = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def bytes(self) -> int:
+        """Bytes of memory."""
         return self.weight_bytes + self.state_bytes + self.temp_bytes
 
 
@@ -91,16 +94,21 @@ FACES = ("shapes", "reference", "work")
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """Base of all ops. A subclass is a frozen dataclass and must define every face, or it fails at import."""
+    """Base of all ops. A subclass with a kind is a frozen dataclass and must define every face, or it fails at import;
+    one without is a base of others."""
 
     site: str
     kind: ClassVar[str]
+    faces: ClassVar[tuple[str, ...]] = FACES
     stateful: ClassVar[bool] = False  # may touch tensors of role `state`
+    lasting: ClassVar[bool] = False  # is done even if nothing reads its results: others wait for it
 
-    def __init_subclass__(cls, kind: str) -> None:
-        missing = [face for face in FACES if face not in cls.__dict__]
+    def __init_subclass__(cls, kind: str = "") -> None:
+        if not kind:
+            return
+        missing = [face for face in cls.faces if face not in cls.__dict__]
         if missing:
-            raise TypeError(f"op {kind}: missing {', '.join(missing)}(); every op defines {', '.join(FACES)}")
+            raise TypeError(f"op {kind}: missing {', '.join(missing)}(); every op defines {', '.join(cls.faces)}")
         if kind in REGISTRY:
             raise TypeError(f"op {kind} is defined twice: {REGISTRY[kind].__module__} and {cls.__module__}")
         cls.kind = kind

@@ -41,8 +41,8 @@ class Program:
 
     @property
     def vocabulary(self) -> int:
-        """Columns of the logits."""
-        return int(self.tensors["logits"].shape[-1])
+        """Columns of the logits; 0 in a stage of a pipeline that has none."""
+        return int(self.tensors["logits"].shape[-1]) if "logits" in self.tensors else 0
 
     def of_role(self, role: str) -> list[Tensor]:
         return [t for t in self.tensors.values() if t.role == role]

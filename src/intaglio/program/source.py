@@ -5,6 +5,7 @@
     ...gate_up_proj|T|r0:1/2                       then, of every 2 rows, rows 0 to 1 (not included)
     ...gate_up_proj_bias|c1:2/2                    of every 2 columns, the second
     ...kv_b_proj.weight|h16                        its rows as a stack of 16 matrices
+    ...kv_b_proj.weight|h16|s4:8/16                of every 16 matrices, the second four
 
 Knows nothing of files.
 """
@@ -22,8 +23,8 @@ from intaglio.ops import Value
 from intaglio.program.program import ProgramError
 
 RUN = re.compile(r"\{(\d+)\.\.(\d+)\}")
-CUT = re.compile(r"([rc])(\d+):(\d+)/(\d+)")
-AXES = {"r": -2, "c": -1}
+CUT = re.compile(r"([rcs])(\d+):(\d+)/(\d+)")
+AXES = {"r": -2, "c": -1, "s": -3}
 
 
 def expand(source: str) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -48,7 +49,7 @@ def _cut(step: str, length: int) -> tuple[int, int, int, int]:
     """(axis, first, last, of) of a cut of an axis that is `length` long."""
     match = CUT.fullmatch(step)
     if not match:
-        raise ProgramError(f"{step!r} is no step of a source; known are T, hN, rA:B/N and cA:B/N")
+        raise ProgramError(f"{step!r} is no step of a source; known are T, hN, sA:B/N, rA:B/N and cA:B/N")
     first, last, of = int(match[2]), int(match[3]), int(match[4])
     if not 0 <= first < last <= of or length % of:
         raise ProgramError(f"step {step} of a source cannot cut {length}; wanted 0 <= A < B <= N, N dividing {length}")
@@ -72,16 +73,41 @@ def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ..
 
 
 def take(x: Value, steps: tuple[str, ...]) -> Value:
-    """The steps done to an array; without a copy where they need none. Codes stay codes where whole rows are moved;
-    where a step would tear their groups, they become float32 first."""
+    """The steps done to an array; without a copy where they need none. Codes stay codes where their groups stay whole;
+    where a step would tear them, they become float32 first."""
     if isinstance(x, Quantised):
-        turns = steps.count("T")
-        if turns == x.turned and not any(s.startswith("h") for s in steps):
-            cuts = tuple(s for s in steps if s != "T")
-            return replace(x, turned=False).each(lambda part: _moved(part, cuts))
+        coded = _coded(x, steps)
+        if coded is not None:
+            return coded
         dense = x.rows(slice(None))
         x = dense.swapaxes(-1, -2) if x.turned else dense
     return _moved(x, steps)
+
+
+def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
+    """The steps done to codes and scales; None if one of them would tear groups, or turn what is not turned."""
+    if steps.count("T") != x.turned or any(s.startswith("h") for s in steps):
+        return None
+    x = replace(x, turned=False)
+    for step in (s for s in steps if s != "T"):
+        alike: tuple[str, ...] | None = (step,)
+        if step.startswith("c"):
+            alike = _of_groups(step, x.codes.shape[-1], x.group)
+        if alike is None:
+            return None
+        offsets = None if x.offsets is None else _moved(x.offsets, alike)
+        x = replace(x, codes=_moved(x.codes, (step,)), scales=_moved(x.scales, alike), offsets=offsets)
+    return x
+
+
+def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
+    """A cut of columns, as one of their groups: none if a group is the whole row; None if it would tear one."""
+    _, first, last, of = _cut(step, length)
+    if group >= length:
+        return ()
+    if first % group or (last % group and last != length) or (of % group and of != length):
+        return None
+    return (f"c{first // group}:{-(-last // group)}/{-(-of // group)}",)
 
 
 def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:

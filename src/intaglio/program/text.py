@@ -53,7 +53,12 @@ def _attributes(op: Op) -> Iterator[str]:
         value = getattr(op, name)
         if value != defaults[name] or defaults[name] is MISSING:
             bare = isinstance(value, str) and BARE.fullmatch(value) and value not in ("True", "False", "None")
-            yield f"{name}={value if bare else repr(value)}"
+            yield f"{name}={value if bare else _literal(value)}"
+
+
+def _literal(value: object) -> str:
+    """As Python writes it; without spaces but in text, for spaces part attributes."""
+    return repr(value) if isinstance(value, str) else repr(value).replace(" ", "")
 
 
 def _op_line(p: Program, op: Op, section: str) -> str:

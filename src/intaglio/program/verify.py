@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from intaglio import formats
-from intaglio.ops import REGISTRY, SYMBOLS
-from intaglio.ops.op import FACES, ROLES, OpError
+from intaglio.ops import REGISTRY, SYMBOLS, Collective
+from intaglio.ops.op import ROLES, OpError
 from intaglio.program.program import Program, ProgramError
 
 Rule = Callable[[Program], Iterator[str]]
@@ -57,7 +57,7 @@ def faces_present(p: Program) -> Iterator[str]:
     for op in p.ops:
         if REGISTRY.get(op.kind) is not type(op):
             yield f"{op.site}: op {op.kind!r} is not registered; known ops are {', '.join(sorted(REGISTRY))}"
-        for face in FACES:
+        for face in op.faces:
             if face not in type(op).__dict__:
                 yield f"{op.site}: op {op.kind} has no {face}()"
 
@@ -134,6 +134,19 @@ def buffers_apart(p: Program) -> Iterator[str]:
             holder[buffer] = name
 
 
+def collectives_placed(p: Program) -> Iterator[str]:
+    """A collective names ranks of the mesh: its own among them, or a peer that is another."""
+    if not 0 <= p.rank < p.mesh:
+        yield f"rank {p.rank} is outside a mesh of {p.mesh}"
+    for op in p.ops:
+        if isinstance(op, Collective):
+            group, peer = getattr(op, "group", (p.rank,)), getattr(op, "peer", None)
+            if p.rank not in group or max(group) >= p.mesh:
+                yield f"{op.site} ({op.kind}) has group={group}; wanted ranks of 0..{p.mesh - 1}, {p.rank} among them"
+            if peer is not None and (peer == p.rank or not 0 <= peer < p.mesh):
+                yield f"{op.site} ({op.kind}) has peer={peer}; wanted another rank than {p.rank} of 0..{p.mesh - 1}"
+
+
 RULES: tuple[Rule, ...] = (
     names_resolve,
     tensors_well_formed,
@@ -144,6 +157,7 @@ RULES: tuple[Rule, ...] = (
     views_inside,
     state_kept,
     buffers_apart,
+    collectives_placed,
 )
 
 

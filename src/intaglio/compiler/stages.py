@@ -1,0 +1,79 @@
+"""Stages: one lane's Program cut by layers, results that later stages read sent to them.
+
+Runs after layers are shared out: a lane of one stage speaks with the same lane of another.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from intaglio.compiler.layout import Layout, LayoutError
+from intaglio.ops import AllGather, AllReduce, Op, Recv, Send, Tensor
+from intaglio.program import Program
+
+LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+def stage_of(p: Program, stages: int) -> list[int]:
+    """The stage of each op: layers in near-equal runs; what stands before or after them, with the first or the last."""
+    numbers = [int(match[1]) if (match := LAYER.match(op.site)) else None for op in p.ops]
+    layers = max((n for n in numbers if n is not None), default=-1) + 1
+    if layers < stages and stages > 1:
+        raise LayoutError(f"pp={stages} stages, but {p.name} has {layers} layers; use pp{max(layers, 1)} or less")
+    found, last = [], max((i for i, n in enumerate(numbers) if n is not None), default=0)
+    stage = 0
+    for i, n in enumerate(numbers):
+        stage = stages - 1 if i > last else stage if n is None else n * stages // layers
+        found.append(stage)
+    return found
+
+
+def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> Program:
+    """The Program of one rank, from that of its lane."""
+    at = stage_of(p, layout.pp)
+    maker = {name: at[i] for i, op in enumerate(p.ops) for name in op.outputs}
+    readers: dict[str, set[int]] = {}
+    for i, op in enumerate(p.ops):
+        for name in map(p.base, op.inputs):
+            if name in maker and maker[name] != at[i]:
+                readers.setdefault(name, set()).add(at[i])
+
+    def peer(other: int) -> int:
+        return layout.rank(other, lane)
+
+    first: list[Op] = [
+        Recv(
+            site=f"{name}.recv",
+            out=name,
+            peer=peer(maker[name]),
+            width=int(t.shape[1]),
+            rows=str(t.shape[0]),
+            wire=wire,
+        )
+        for name, stages in readers.items()
+        if stage in stages and (t := p.tensors[name])
+    ]
+    last: list[Op] = [
+        Send(site=f"{name}.send{other}" if len(stages) > 1 else f"{name}.send", x=name, peer=peer(other), wire=wire)
+        for name, stages in readers.items()
+        if maker[name] == stage
+        for other in sorted(stages)
+    ]
+    own = [_moved(op, layout, stage) for i, op in enumerate(p.ops) if at[i] == stage]
+    ops = [*first, *own, *last]
+    mesh = replace(p, mesh=layout.ranks, rank=layout.rank(stage, lane))
+    return mesh.with_ops(ops, _tensors(p, ops))
+
+
+def _moved(op: Op, layout: Layout, stage: int) -> Op:
+    """A collective of lanes, as ranks of this stage."""
+    if isinstance(op, AllReduce | AllGather):
+        return replace(op, group=tuple(layout.rank(stage, lane) for lane in op.group))
+    return op
+
+
+def _tensors(p: Program, ops: list[Op]) -> dict[str, Tensor]:
+    """The inputs, and what these ops name."""
+    named = {x for op in ops for name in (*op.inputs, *op.outputs) for x in (name, p.base(name))}
+    return {name: t for name, t in p.tensors.items() if t.role == "input" or name in named}

@@ -1,0 +1,150 @@
+"""Collectives: what ranks of a mesh do together. One rank's op is a share of it; the meaning is across the group.
+
+Which algorithm moves the bytes is no business of the op: see the room `collectives`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.batch import Batch
+from intaglio.ops.op import Op, OpError, Results, Tensors, Value, Work, operand, result
+
+WIRES = ("f32", "bf16", "f16")  # what values are rounded to before they travel
+
+
+class Collective(Op):
+    """Base of the collectives: `exchange` in place of a reference of one rank's own."""
+
+    faces: ClassVar[tuple[str, ...]] = ("shapes", "exchange", "work")
+    lasting: ClassVar[bool] = True
+    wire: str = "f32"
+
+    def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """What each rank of the group gets, from what each brings, both in the group's order."""
+        raise NotImplementedError
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        raise OpError(f"{self.site} ({self.kind}): one rank alone has no answer; run all ranks of the mesh together")
+
+    def check_wire(self) -> None:
+        self.check(self.wire in WIRES, f"wire={self.wire!r}; use one of {', '.join(WIRES)}")
+
+    def carried(self, x: np.ndarray) -> np.ndarray:
+        """x as it arrives."""
+        return formats.round_to(x, self.wire)
+
+    def link_bytes(self, t: Tensors, name: str, batch: Batch) -> int:
+        """Bytes that `name` takes on a link."""
+        return t[name].nbytes(batch.sizes) * formats.get(self.wire).bits // formats.get(t[name].format).bits
+
+
+def check_group(op: Op, group: tuple[int, ...]) -> None:
+    fits = len(group) > 0 and tuple(sorted(set(group))) == group and group[0] >= 0
+    op.check(fits, f"group={group}; wanted ranks in ascending order, each once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllReduce(Collective, kind="all_reduce"):
+    """out on every rank of `group` = the sum of their x, in float32, in the order of `group`: ((x0 + x1) + x2) + ...
+
+    x, out f32 [rows, width]. Each x is rounded to `wire` before it is added; so is the sum before it is handed out.
+    """
+
+    x: str = operand()
+    out: str = result()
+    group: tuple[int, ...]
+    wire: str = "f32"
+
+    def shapes(self, t: Tensors) -> Results:
+        check_group(self, self.group)
+        self.check_wire()
+        self.rows_cols(t, self.x)
+        return {self.out: (t[self.x].shape, "f32")}
+
+    def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        total = self.carried(parts[0])
+        for part in parts[1:]:
+            total = total + self.carried(part)
+        return [self.carried(total)] * len(parts)
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        """Bytes over links are what a rank must take in: its share of the others' x, then the others' sums."""
+        n, p = self.link_bytes(t, self.x, batch), len(self.group)
+        sums = (p - 1) * (t[self.x].nbytes(batch.sizes) // 4) // p
+        return Work(sums, 0, 0, 2 * t[self.x].nbytes(batch.sizes), 2 * n * (p - 1) // p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllGather(Collective, kind="all_gather"):
+    """out on every rank of `group` = the columns of their x side by side, in the order of `group`, rounded to `wire`.
+
+    x f32 [rows, own], out f32 [rows, width], `width` the sum of what the ranks bring; they may bring unlike much.
+    """
+
+    x: str = operand()
+    out: str = result()
+    group: tuple[int, ...]
+    width: int
+    wire: str = "f32"
+
+    def shapes(self, t: Tensors) -> Results:
+        check_group(self, self.group)
+        self.check_wire()
+        rows, own = self.rows_cols(t, self.x)
+        self.check(own <= self.width, f"{self.x} is {t[self.x].type}, which is more than width={self.width}")
+        return {self.out: ((rows, self.width), "f32")}
+
+    def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [np.concatenate([self.carried(part) for part in parts], axis=1)] * len(parts)
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        whole, own = self.link_bytes(t, self.out, batch), self.link_bytes(t, self.x, batch)
+        return Work(0, 0, 0, 2 * t[self.out].nbytes(batch.sizes), whole - own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Send(Collective, kind="send"):
+    """x goes to rank `peer`, whose next recv from this rank it is; rounded to `wire`. x f32 [rows, width]."""
+
+    x: str = operand()
+    peer: int
+    wire: str = "f32"
+
+    def shapes(self, t: Tensors) -> Results:
+        self.check_wire()
+        self.rows_cols(t, self.x)
+        return {}
+
+    def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [self.carried(part) for part in parts]
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        return Work(0, 0, 0, t[self.x].nbytes(batch.sizes), self.link_bytes(t, self.x, batch))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recv(Collective, kind="recv"):
+    """out = what rank `peer` sends, f32 [rows, width]: a row a token (rows=T) or a row wanted (rows=R)."""
+
+    out: str = result()
+    peer: int
+    width: int
+    rows: str = "T"
+    wire: str = "f32"
+
+    def shapes(self, t: Tensors) -> Results:
+        self.check_wire()
+        self.check(self.rows in ("T", "R"), f"rows={self.rows!r}; use T or R")
+        return {self.out: ((self.rows, self.width), "f32")}
+
+    def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return list(parts)
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        return Work(0, 0, 0, t[self.out].nbytes(batch.sizes), self.link_bytes(t, self.out, batch))
