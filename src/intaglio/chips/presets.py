@@ -11,6 +11,17 @@ from dataclasses import replace as change
 from intaglio.chips.spec import ChipError, ChipSpec, Constants, Energy, Links, replace
 
 GPU_TILES = tuple((m, n) for m in (16, 32, 64, 128, 256) for n in (32, 64, 128, 256) if m * n <= 128 * 256)
+NVJET_TILES = tuple(  # Hopper's library has tiles of many widths, so that few cores stand idle in the last wave
+    sorted(
+        {
+            tile
+            for m in (64, 128, 192, 256, 320)
+            for n in (16, 32, *range(48, 257, 16))
+            for tile in ((m, n), (n, m))
+            if m * n <= 43008
+        }
+    )
+)
 GIB, KIB, MIB = 2**30, 2**10, 2**20
 NONE = Links(count=0, bytes_per_s=0.0, topology="none", most=1)
 
@@ -38,7 +49,7 @@ A100 = ChipSpec(
     tdp_w=400.0,
     energy=Energy(mac=0.9e-12, hbm_byte=40e-12, shared_byte=8e-12, link_byte=60e-12, idle_w=60.0),
     constants=Constants(
-        launch_s=2.4e-6, latency_s=0.6e-6, hbm_share=0.8, shared_share=0.6, mxu_share=0.94, vec_share=0.9,
+        launch_s=2.4e-6, latency_s=0.6e-6, hbm_share=0.8, shared_share=0.6, mxu_share=0.94, gather_share=0.6,
         link_share=0.8, hop_s=1.5e-6,
     ),
     reasons=(
@@ -61,6 +72,7 @@ H100 = replace(
     clock_hz=1.83e9,
     macs=(("bf16", 2048), ("f16", 2048), ("e4m3", 4096), ("int8", 4096), ("f32", 128)),
     sram_bytes=227 * KIB,
+    sram_bytes_per_cycle=256,
     vec_lanes=128,
     shared_bytes=50 * 10**6,
     hbm_bytes_per_s=3.35e12,
@@ -68,6 +80,9 @@ H100 = replace(
     tdp_w=700.0,
     energy=Energy(mac=0.55e-12, hbm_byte=35e-12, shared_byte=7e-12, link_byte=50e-12, idle_w=90.0),
     flash=3,
+    tiles=NVJET_TILES,
+    port_bytes_per_cycle=128,
+    shared_bytes_per_cycle=10240,
     reasons=(
         ("cores", "132 SMs (NVIDIA H100 data sheet, 2022)"),
         ("clock_hz", "the clock at which the sheet's 989 TFLOP/s bf16 = 132 * 2048 * 2 * 1.83e9"),
@@ -173,6 +188,7 @@ TPU_V5E = ChipSpec(
     constants=change(
         A100.constants, launch_s=1.0e-6, latency_s=1.0e-6, hbm_share=0.92, shared_share=1.0, mxu_share=0.95
     ),
+    persistent=True,
     prefetch=True,
     reasons=(
         ("macs", "four 128x128 arrays: 197 TFLOP/s bf16, 393 int8 (Google Cloud, TPU v5e)"),
@@ -227,9 +243,10 @@ SOHU = ChipSpec(
     tdp_w=1200.0,
     energy=Energy(mac=0.12e-12, hbm_byte=30e-12, shared_byte=3e-12, link_byte=15e-12, idle_w=100.0),
     constants=Constants(
-        launch_s=0.3e-6, latency_s=0.6e-6, hbm_share=0.92, shared_share=0.9, mxu_share=0.97, vec_share=0.9,
+        launch_s=0.3e-6, latency_s=0.6e-6, hbm_share=0.92, shared_share=0.9, mxu_share=0.97, gather_share=0.9,
         link_share=0.9, hop_s=1.0e-6,
     ),
+    persistent=True,
     prefetch=True,
     reasons=(
         ("macs", "500,000 tokens/s in and out on Llama-3-70B need 8.74 PFLOP/s a chip; 16 arrays of 512x512 at 1.2 GHz "

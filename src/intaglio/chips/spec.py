@@ -24,7 +24,7 @@ class Constants:
     hbm_share: float  # of HBM bytes/s, by long streams
     shared_share: float  # of the shared level's bytes/s
     mxu_share: float  # of the matrix rate, by a stream of matmuls
-    vec_share: float  # of the vector rate
+    gather_share: float  # of the matrix rate, where rows are gathered: the grouped products of experts
     link_share: float  # of link bytes/s, by long messages
     hop_s: float  # one step of a collective: signal, wait and copy of nothing
 
@@ -89,6 +89,7 @@ class ChipSpec:
     energy: Energy
     constants: Constants
     flash: int = 2  # generation of its attention kernels: 3 packs the heads of a group into one tile of queries
+    persistent: bool = False  # a core runs its tiles as one stream: the next one's operands come in while this drains
     prefetch: bool = False  # weights of the next op are loaded while this one runs
     reasons: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # field -> where its number is from
 
@@ -161,7 +162,7 @@ def check(spec: ChipSpec) -> None:
         refuse(m * n * 4 > spec.acc_bytes, f"tile {m}x{n} takes {m * n * 4} bytes of accumulators, of {spec.acc_bytes}")
         need = 2 * (m + n) * 64 * 2  # two stages of both operands, 64 deep, in bf16
         refuse(need > spec.sram_bytes, f"tile {m}x{n} needs {need} bytes of SRAM for two stages, of {spec.sram_bytes}")
-    for name in ("hbm_share", "shared_share", "mxu_share", "vec_share", "link_share"):
+    for name in ("hbm_share", "shared_share", "mxu_share", "gather_share", "link_share"):
         share = getattr(spec.constants, name)
         refuse(not 0 < share <= 1, f"constants.{name}={share}; a share lies above 0 and is at most 1")
     for name in ("launch_s", "latency_s", "hop_s"):
