@@ -252,7 +252,7 @@ def test_a_deadlock_is_refused_and_says_who_waits_for_what() -> None:
 
 
 def test_messages_pass_between_chips_and_a_lost_one_is_a_deadlock() -> None:
-    spec = replace(SMALL, link_share=1.0, count=1, bytes_per_s=1e9, hop_s=1e-6)
+    spec = replace(SMALL, count=1, bytes_per_s=1e9, hop_s=1e-6)
     boards = [Board(spec) for _ in range(2)]
     x = np.random.default_rng().normal(size=(4, 8)).astype(np.float32)
     boards[0].put("x", x)

@@ -49,8 +49,8 @@ A100 = ChipSpec(
     tdp_w=400.0,
     energy=Energy(mac=0.9e-12, hbm_byte=40e-12, shared_byte=8e-12, link_byte=60e-12, idle_w=60.0),
     constants=Constants(
-        launch_s=2.4e-6, latency_s=0.6e-6, hbm_share=0.8, shared_share=0.6, mxu_share=0.94, gather_share=0.6,
-        link_share=0.8, hop_s=1.5e-6,
+        launch_s=2.4e-6, latency_s=1.4e-6, hbm_share=0.706, shared_share=0.506, mxu_share=0.948, gather_share=0.4,
+        meet_s=8.9e-6, hop_s=0.855e-6,
     ),
     reasons=(
         ("cores", "108 SMs (NVIDIA A100 data sheet and whitepaper, 2020)"),
@@ -80,7 +80,12 @@ H100 = replace(
     tdp_w=700.0,
     energy=Energy(mac=0.55e-12, hbm_byte=35e-12, shared_byte=7e-12, link_byte=50e-12, idle_w=90.0),
     flash=3,
+    constants=Constants(
+        launch_s=3.8e-6, latency_s=1.2e-6, hbm_share=0.862, shared_share=1.0, mxu_share=0.89, gather_share=0.55,
+        meet_s=4.84e-6, hop_s=0.68e-6,
+    ),
     tiles=NVJET_TILES,
+    switch_adds=True,
     port_bytes_per_cycle=128,
     shared_bytes_per_cycle=10240,
     reasons=(
@@ -244,7 +249,7 @@ SOHU = ChipSpec(
     energy=Energy(mac=0.12e-12, hbm_byte=30e-12, shared_byte=3e-12, link_byte=15e-12, idle_w=100.0),
     constants=Constants(
         launch_s=0.3e-6, latency_s=0.6e-6, hbm_share=0.92, shared_share=0.9, mxu_share=0.97, gather_share=0.9,
-        link_share=0.9, hop_s=1.0e-6,
+        meet_s=0.3e-6, hop_s=1.0e-6,
     ),
     persistent=True,
     prefetch=True,

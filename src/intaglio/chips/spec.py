@@ -25,7 +25,7 @@ class Constants:
     shared_share: float  # of the shared level's bytes/s
     mxu_share: float  # of the matrix rate, by a stream of matmuls
     gather_share: float  # of the matrix rate, where rows are gathered: the grouped products of experts
-    link_share: float  # of link bytes/s, by long messages
+    meet_s: float  # start of a collective, until all chips know of each other
     hop_s: float  # one step of a collective: signal, wait and copy of nothing
 
 
@@ -90,6 +90,7 @@ class ChipSpec:
     constants: Constants
     flash: int = 2  # generation of its attention kernels: 3 packs the heads of a group into one tile of queries
     persistent: bool = False  # a core runs its tiles as one stream: the next one's operands come in while this drains
+    switch_adds: bool = False  # the switch reduces on the way
     prefetch: bool = False  # weights of the next op are loaded while this one runs
     reasons: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # field -> where its number is from
 
@@ -162,10 +163,10 @@ def check(spec: ChipSpec) -> None:
         refuse(m * n * 4 > spec.acc_bytes, f"tile {m}x{n} takes {m * n * 4} bytes of accumulators, of {spec.acc_bytes}")
         need = 2 * (m + n) * 64 * 2  # two stages of both operands, 64 deep, in bf16
         refuse(need > spec.sram_bytes, f"tile {m}x{n} needs {need} bytes of SRAM for two stages, of {spec.sram_bytes}")
-    for name in ("hbm_share", "shared_share", "mxu_share", "gather_share", "link_share"):
+    for name in ("hbm_share", "shared_share", "mxu_share", "gather_share"):
         share = getattr(spec.constants, name)
         refuse(not 0 < share <= 1, f"constants.{name}={share}; a share lies above 0 and is at most 1")
-    for name in ("launch_s", "latency_s", "hop_s"):
+    for name in ("launch_s", "latency_s", "meet_s", "hop_s"):
         refuse(getattr(spec.constants, name) < 0, f"constants.{name} is below 0")
     links = spec.links
     refuse(links.topology not in TOPOLOGIES, f"topology {links.topology!r}; use one of {', '.join(TOPOLOGIES)}")

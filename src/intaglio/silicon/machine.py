@@ -126,7 +126,7 @@ class Machine:
         self.spec, self.hbm, self.record = spec, hbm, spans
         self.rates = {
             "hbm": (spec.hbm_rate, spec.port_rate),
-            "link": (spec.links.chip_bytes_per_s * spec.constants.link_share,) * 2,
+            "link": (spec.links.chip_bytes_per_s,) * 2,
         }
 
     def run(self, streams: Sequence[Stream]) -> Run:

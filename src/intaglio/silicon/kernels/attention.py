@@ -21,6 +21,7 @@ KEYS = {2: 64, 3: 128}  # in a tile, by generation; a tile is loaded whole even 
 QUERIES = (64, 128)  # rows of a tile that kernels may choose
 FEW = 16  # rows an array takes at least
 PARTS = (1, 2, 4, 8, 16, 32, 64, 128)  # a context may be cut into so many
+WIDEN_OPS = 4  # operations to widen a value of 8 bits: two conversions, scale, pack
 RESIDENT = 2  # decode jobs at a time on a small core
 WINDOW_GRAIN = 256  # keys of a window that decode kernels read at least
 
@@ -58,11 +59,17 @@ def tile_seconds(spec: ChipSpec, h: Heads, rows: Any) -> Any:
     if spec.att_lanes:
         return attend_cycles(spec, rows, keys, h.head_dim, h.v_dim, "bf16") / spec.clock_hz
     products = matmul_cycles(spec, rows, keys, h.head_dim, "bf16") + matmul_cycles(spec, rows, h.v_dim, keys, "bf16")
-    widened = vector_cycles(spec, keys * (h.head_dim + h.v_dim)) if h.bits < 16 else 0.0
     softmax = softmax_cycles(spec, rows * keys, h.softcap)
     if spec.flash >= 3:  # two groups of rows take turns on the array: half of the softmax is hidden
         softmax = softmax / 2
-    return (products + softmax + widened) / spec.clock_hz
+    return (products + softmax) / spec.clock_hz
+
+
+def widen_seconds(spec: ChipSpec, h: Heads) -> float:
+    """A tile of 8-bit keys and values to bf16, on the lanes, between its load and its use."""
+    values = KEYS[spec.flash] * (h.head_dim + h.v_dim)
+    narrow = h.bits < 16 and not spec.att_lanes
+    return float(vector_cycles(spec, WIDEN_OPS * values)) / spec.clock_hz if narrow else 0.0
 
 
 def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
@@ -99,7 +106,7 @@ def prefill_seconds(spec: ChipSpec, h: Heads, part: Chunks) -> tuple[float, floa
     ways = [(rows, False) for rows in QUERIES] + ([(rows, True) for rows in QUERIES] if spec.flash >= 3 else [])
     for rows, packed in ways:
         tiles, count = prefill_jobs(spec, h, part, rows, packed)
-        work = float(tile_seconds(spec, h, rows))
+        work = float(tile_seconds(spec, h, rows)) + widen_seconds(spec, h) / 2
         load = (
             KEYS[spec.flash]
             * (h.head_dim + h.v_dim)
@@ -135,7 +142,7 @@ def decode_seconds(spec: ChipSpec, h: Heads, part: Chunks) -> tuple[float, float
         active = min(float(count.sum()), slots)
         shared = max(1.0, active / spec.cores)  # jobs on one core take turns
         load = max(tile_bytes * active / spec.hbm_rate, tile_bytes * shared / spec.port_rate)
-        period = max(load, work * shared, (load + work + c.latency_s) / 2)
+        period = max(load + widen_seconds(spec, h) * shared, work * shared, (load + work + c.latency_s) / 2)
         seconds = makespan(per * period + c.latency_s, count, slots) + c.latency_s
         if parts > 1:
             seconds += (c.launch_s if spec.flash < 3 else 0.0) + c.latency_s + 2 * parts * results / spec.hbm_rate

@@ -17,16 +17,17 @@ from intaglio.silicon.timing import Timing
 
 BLOCKS = (16, 32, 64, 128, 256)  # rows of one expert in a tile
 COLUMNS = (64, 128, 256)
-ROUTING = 5  # kernels: scores and top-k, counting, offsets, sorting, clearing
-OVERFETCH = 5.0
-WIDEN_OPS = 10  # operations to widen an FP8 weight with its block scale to BF16, in software, on the lanes
+ROUTING = 2  # kernels: scores and top-k; counting and sorting
+OVERFETCH = 5.0  # a block-scaled FP8 kernel reads bytes one by one: what comes with each is used in part
+SCALE_BLOCK = 128
+WIDEN_OPS = 25  # operations to widen an FP8 weight with its block scale to BF16, in software, on the lanes
 ROUTE_OPS = 8  # operations a routing score takes: softmax, top-k, counting
 
 
 def move(spec: ChipSpec, moved: float) -> float:
     """Seconds of an elementwise kernel that reads and writes so many bytes."""
     rate = spec.shared_rate if moved < spec.shared_bytes * KEPT else spec.hbm_rate
-    return spec.constants.launch_s + spec.constants.latency_s + moved / rate
+    return spec.constants.launch_s + moved / rate
 
 
 def grouped(spec: ChipSpec, counts: np.ndarray, n: int, k: int, x_format: str, w_format: str, w_bits: float) -> Timing:
@@ -41,8 +42,9 @@ def grouped(spec: ChipSpec, counts: np.ndarray, n: int, k: int, x_format: str, w
     steps = -(-k // tk)
     over = OVERFETCH if narrow else 1.0
     weights = len(counts) * n * k * w_bits / 8 * over
-    if narrow:
+    if narrow:  # blocks of 128 by 128 share a scale and are taken whole
         run = "bf16"
+        weights *= -(-n // SCALE_BLOCK) * SCALE_BLOCK / n * -(-k // SCALE_BLOCK) * SCALE_BLOCK / k
     best: tuple[float, Timing] | None = None
     for rows in BLOCKS:
         for columns in COLUMNS:
@@ -86,7 +88,7 @@ def experts_timing(
     rows = float(held.sum()) if formats_bits(x_format) < 16 else tokens * top_k
     score = float(vector_cycles(spec, ROUTE_OPS * tokens * n_experts)) / spec.cores / spec.clock_hz
     c = spec.constants
-    routing = Timing(ROUTING * (c.launch_s + c.latency_s) + score, {"VEC": score})
+    routing = Timing(ROUTING * c.launch_s + score, {"VEC": score})
     narrow = formats_bits(x_format) < 16
     parts = [routing]
     if narrow:
