@@ -69,9 +69,8 @@ def main() -> None:
     for split in ("fit", "test"):
         for table, rows, _ in parts(folder, name, split, 1):
             r = record(name, table, dtype_of(rows[0]), rows, predict(spec, table, rows), 0)
-            print(
-                f"{split:4} {table:18} {r.dtype:9} {r.rows:5} median {r.median:5.1f} mean {r.mean:5.1f} bias {r.bias:+5.1f}"
-            )
+            errors = f"median {r.median:5.1f} mean {r.mean:5.1f} bias {r.bias:+5.1f}"
+            print(f"{split:4} {table:18} {r.dtype:9} {r.rows:5} {errors}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import numpy as np
 
 from intaglio.batch import Batch, Chunk, bind
 from intaglio.chips import ChipSpec, chip, replace
-from intaglio.formats import Quantised
 from intaglio.ops import Op, Tensor, Value
 from intaglio.silicon.kernels import Board, execute
 
@@ -35,6 +34,6 @@ def run_kernel(
     """The op's results as its kernel computes them on `spec`, and the board with its state."""
     board = Board(spec)
     for name, value in values.items():
-        bits = int(tensors[name].format[3]) if isinstance(value, Quantised) else 8
+        bits = 4 if tensors[name].format.startswith("int4") else 8
         board.put(name, value, bits)
     return execute(board, op, tensors, batch), board

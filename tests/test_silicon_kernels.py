@@ -45,7 +45,8 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 @FEW
-@given(chip=CHIP, seed=SEED, fmt=st.sampled_from(["f32", "bf16", "f16", "int8g32", "int4g32", "int8g64"]),
+@given(chip=CHIP, seed=SEED, fmt=st.sampled_from(["f32", "bf16", "f16", "int8g32", "int4g32", "int8g256", "int8row",
+                                                                 "mxfp4", "fp8g32", "fp8row"]),
        glu=st.booleans(), extras=st.booleans())  # fmt: skip
 def test_linear(chip: str, seed: int, fmt: str, glu: bool, extras: bool) -> None:
     rng = np.random.default_rng(seed)
@@ -54,7 +55,7 @@ def test_linear(chip: str, seed: int, fmt: str, glu: bool, extras: bool) -> None
     n *= 2 if glu else 1
     info = formats.get(fmt)
     w: Value = formats.quantise(normal(rng, n, k), fmt) if info.grouped else normal(rng, n, k).astype(info.dtype)
-    x_format = "int8" if info.grouped else "bf16" if seed % 2 else "f32"
+    x_format = "int8" if info.integer else ("bf16", "f32", "fp8row" if info.grouped else "f32")[seed % 3]
     out = n // 2 if glu else n
     op = Linear(
         site="l", x="x", w="w", out="y", x_format=x_format, glu=glu, activation="silu" if glu else "gelu_tanh",
@@ -116,7 +117,7 @@ def test_map(chip: str, seed: int, expr: str) -> None:
 
 
 @FEW
-@given(chip=CHIP, seed=SEED, fmt=st.sampled_from(["f32", "bf16", "int8g32", "int4g32"]))
+@given(chip=CHIP, seed=SEED, fmt=st.sampled_from(["f32", "bf16", "int8g32", "int4g32", "fp8row"]))
 def test_embed_and_select(chip: str, seed: int, fmt: str) -> None:
     rng = np.random.default_rng(seed)
     batch, width, info = some_batch(rng), int(rng.integers(1, 4)) * 30, formats.get(fmt)

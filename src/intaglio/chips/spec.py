@@ -89,6 +89,7 @@ class ChipSpec:
     energy: Energy
     constants: Constants
     flash: int = 2  # generation of its attention kernels: 3 packs the heads of a group into one tile of queries
+    row_cycles: int = 40  # of a core, to bring one row of one head to its page: an address, a wait, a store
     persistent: bool = False  # a core runs its tiles as one stream: the next one's operands come in while this drains
     switch_adds: bool = False  # the switch reduces on the way
     prefetch: bool = False  # weights of the next op are loaded while this one runs

@@ -21,9 +21,9 @@ class Linear(Op, kind="linear"):
     """y = x @ w.T + bias; then y * scale; then the activation; then + residual.
 
     x f32 [rows, K], w [N, K] in any weight format, out f32 [rows, N]. `x_format` is what x is rounded to before the
-    product: f32 or bf16 before a plain or fp8 weight; int8 before whole-number codes, by formats.quantise_rows. With
-    `glu` the rows of w are [gate; up] and out = activation(gate) * up, [rows, N / 2]. Products are summed in float32 or
-    wider; integer products are exact within a group.
+    product: f32 or bf16 before a plain or fp8 weight, or fp8row before the latter; int8 before whole-number codes, by
+    formats.quantise_rows. With `glu` the rows of w are [gate; up] and out = activation(gate) * up, [rows, N / 2].
+    Products are summed in float32 or wider; integer products are exact within a group.
     """
 
     x: str = operand()
@@ -41,7 +41,8 @@ class Linear(Op, kind="linear"):
         n, wk = self.rows_cols(t, self.w)
         self.check(wk == k, f"{self.w} is {t[self.w].type} but {self.x} has {k} columns; w must be [N, {k}]")
         self.check(isinstance(n, int), f"{self.w} is {t[self.w].type}; a weight has fixed rows")
-        allowed = ("int8",) if formats.get(t[self.w].format).integer else ("f32", "bf16")
+        w = formats.get(t[self.w].format)
+        allowed = ("int8",) if w.integer else ("f32", "bf16", "fp8row") if w.grouped else ("f32", "bf16")
         fits = self.x_format in allowed
         self.check(fits, f"x_format={self.x_format} with {t[self.w].format} weights; use {' or '.join(allowed)}")
         known = self.activation in ACTIVATIONS or (self.activation == "" and not self.glu)

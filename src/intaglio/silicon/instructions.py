@@ -246,7 +246,8 @@ class Convert(Instruction, engine="VEC", opcode=0x31):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantise(Instruction, engine="VEC", opcode=0x32):
-    """codes int8 [m, k], scale f32 [m, 1] of x f32 [m, k], by formats.quantise_rows with one group: the whole row."""
+    """codes [m, k], scale f32 [m, 1] of x f32 [m, k]: int8 by formats.quantise_rows with the row as one group, e4m3 by
+    formats.quantise to fp8row."""
 
     codes: Region
     scale: Region
@@ -254,7 +255,13 @@ class Quantise(Instruction, engine="VEC", opcode=0x32):
     writes = ("codes", "scale")
 
     def run(self, at: Spaces) -> None:
-        codes, scales = formats.quantise_rows(single(at, self.x), self.x.cols)
+        x = single(at, self.x)
+        if self.codes.format == "e4m3":
+            q = formats.quantise(x, "fp8row")
+            at.write(self.codes, q.codes)
+            at.write(self.scale, q.scales[:, :1])
+            return
+        codes, scales = formats.quantise_rows(x, self.x.cols)
         at.write(self.codes, codes[:, 0])
         at.write(self.scale, scales)
 
@@ -533,9 +540,11 @@ class Attend(Instruction, engine="ATT", opcode=0x40):
 
 
 def attend_cycles(spec: ChipSpec, rows: Any, n: Any, d: Any, dv: Any, format: str) -> Any:
-    """The fused engine borrows the matrix array; its own lanes turn scores into weights meanwhile."""
-    products = matmul_cycles(spec, rows, n, d, format) + matmul_cycles(spec, rows, dv, n, format)
-    return np.maximum(products, rows * n / max(1, spec.att_lanes))
+    """The fused engine borrows the matrix array: queries and sums stay in it while keys and values pass, and its own
+    lanes turn scores into weights meanwhile."""
+    macs = rows * n * (d + dv) / spec.mac_rate(format) / spec.constants.mxu_share
+    passing = n * (d + dv) * formats_bits(spec.runs_as(format)) / 8 / spec.sram_bytes_per_cycle
+    return np.maximum(np.maximum(macs, passing), rows * n / max(1, spec.att_lanes))
 
 
 # ---- sampling, links and sequencing

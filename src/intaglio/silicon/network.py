@@ -52,8 +52,8 @@ class Protocol:
     piece: int = 0
 
 
-# NCCL's three. LL: data and flag in one store, of one channel's threads. LL128: sixteen channels, a flag each 128 bytes;
-# about half of the copies that would fill the links are in flight. Simple: whole buffers, fences between.
+# NCCL's three. LL: data and flag in one store, by one channel's threads. LL128: a flag each 128 bytes, about half
+# of the copies that would fill the links in flight. Simple: whole buffers, fences between.
 LIBRARY = (
     Protocol("LL", 1.0, 1.0, 0.5, 2048),
     Protocol("LL128", 1.1, 1.45, 0.55),
@@ -61,6 +61,16 @@ LIBRARY = (
 )
 STATIC = (Protocol("static", 1.0, 1.0, 1.0),)  # a schedule known ahead: no flags, no choice
 SWITCH_REDUCES = 8  # chips from which a switch adds on the way: every byte goes up once and comes down once
+
+
+def links_used(spec: ChipSpec, chips: int) -> int:
+    """Links of a chip that lead to others of its group: all on a switch, those to the group's opposite half on k44, two
+    in each dimension the group spans on a torus."""
+    if spec.links.topology == "k44":
+        return max(1, chips // 2)
+    if spec.links.topology == "torus":
+        return min(spec.links.count, 2 if chips < 9 else 4)
+    return spec.links.count
 
 
 @lru_cache(maxsize=65536)
@@ -75,7 +85,7 @@ def collective_timing(spec: ChipSpec, op: str, chips: int, moved: int) -> Timing
     wire = what.wire
     if op == "all_reduce" and spec.switch_adds and chips >= SWITCH_REDUCES:
         wire = 1 + 2 / chips
-    rate = spec.links.chip_bytes_per_s
+    rate = links_used(spec, chips) * spec.links.bytes_per_s
     full = moved * wire / rate + (0.0 if spec.prefetch else moved * what.local / spec.hbm_rate)
     best = None
     for p in STATIC if spec.prefetch else LIBRARY:

@@ -128,7 +128,7 @@ def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
         table = path.stem[len(name) + 1 :] if name else ""
         if name is None or table not in TABLES:
             raise ValueError(
-                f"{path}: wanted <chip>_<table>.csv with a chip of {', '.join(CHIPS)} and a table of {', '.join(TABLES)}"
+                f"{path}: wanted <chip>_<table>.csv; chips are {', '.join(CHIPS)}, tables {', '.join(TABLES)}"
             )
         with path.open(newline="") as f:
             found[name, table] = list(csv.DictReader(f))
@@ -168,8 +168,9 @@ def record(name: str, table: str, dtype: str, rows: Sequence[Row], predicted: np
     us = measured(rows)
     error = (predicted / us - 1) * 100
     far = np.argsort(-np.abs(error))[:worst]
+    size = np.abs(error)
     return Record(
-        name, table, dtype, len(rows), float(np.median(np.abs(error))), float(np.abs(error).mean()), float(error.mean()),
+        name, table, dtype, len(rows), float(np.median(size)), float(size.mean()), float(error.mean()),
         tuple((words(rows[i]), float(us[i]), float(predicted[i])) for i in far),
     )  # fmt: skip
 

@@ -19,9 +19,10 @@ from intaglio.silicon.timing import Timing
 
 KEYS = {2: 64, 3: 128}  # in a tile, by generation; a tile is loaded whole even where a context ends inside it
 QUERIES = (64, 128)  # rows of a tile that kernels may choose
+FUSED_QUERIES = (64, 128, 256, 512)  # rows that a fused engine may keep
 FEW = 16  # rows an array takes at least
 PARTS = (1, 2, 4, 8, 16, 32, 64, 128)  # a context may be cut into so many
-WIDEN_OPS = 4  # operations to widen a value of 8 bits: two conversions, scale, pack
+WIDEN_OPS = 8  # operations to widen a value of 8 bits between load and use: unpack, two conversions, scale, pack, move
 RESIDENT = 2  # decode jobs at a time on a small core
 WINDOW_GRAIN = 256  # keys of a window that decode kernels read at least
 
@@ -103,7 +104,8 @@ def prefill_jobs(spec: ChipSpec, h: Heads, part: Chunks, rows: int, packed: bool
 def prefill_seconds(spec: ChipSpec, h: Heads, part: Chunks) -> tuple[float, float]:
     """Seconds of the chunks with several queries, and those of the array and lanes, by the best tile."""
     c, best = spec.constants, (np.inf, 0.0)
-    ways = [(rows, False) for rows in QUERIES] + ([(rows, True) for rows in QUERIES] if spec.flash >= 3 else [])
+    sizes = FUSED_QUERIES if spec.att_lanes else QUERIES
+    ways = [(rows, packed) for rows in sizes for packed in ((False, True) if spec.flash >= 3 else (False,))]
     for rows, packed in ways:
         tiles, count = prefill_jobs(spec, h, part, rows, packed)
         work = float(tile_seconds(spec, h, rows)) + widen_seconds(spec, h) / 2
@@ -116,7 +118,8 @@ def prefill_seconds(spec: ChipSpec, h: Heads, part: Chunks) -> tuple[float, floa
             / spec.shared_rate
         )
         edge = 2 * c.latency_s + rows * (h.head_dim + h.v_dim) * 2 * spec.cores / spec.shared_rate
-        seconds = makespan(tiles * max(work, load) + edge / 2, count, spec.cores)
+        edge = 0.0 if spec.persistent else edge / 2  # the next tile's operands come in while this one is worked on
+        seconds = makespan(tiles * max(work, load) + edge, count, spec.cores)
         best = min(best, (seconds, float(tiles @ count) * work / spec.cores))
     return best
 
@@ -135,15 +138,17 @@ def decode_seconds(spec: ChipSpec, h: Heads, part: Chunks) -> tuple[float, float
     work = float(tile_seconds(spec, h, rows))
     tile_bytes = KEYS[spec.flash] * (h.head_dim + h.v_dim) * h.bits / 8
     slots = spec.cores * (RESIDENT if spec.cores > 32 else 1)
+    ring = max(2.0, min(16.0, spec.sram_bytes // (2 * tile_bytes))) if spec.persistent else 2.0
     results = float(n.sum()) * h.group * h.v_dim * 4
-    for parts in PARTS if (h.group > 1 or spec.flash >= 3) else (1,):
+    for parts in PARTS if (h.group > 1 or spec.flash >= 3) and not spec.persistent else (1,):
         per = np.ceil(tiles / parts)
         count = n * np.ceil(tiles / per)
         active = min(float(count.sum()), slots)
         shared = max(1.0, active / spec.cores)  # jobs on one core take turns
         load = max(tile_bytes * active / spec.hbm_rate, tile_bytes * shared / spec.port_rate)
-        period = max(load + widen_seconds(spec, h) * shared, work * shared, (load + work + c.latency_s) / 2)
-        seconds = makespan(per * period + c.latency_s, count, slots) + c.latency_s
+        period = max(load + widen_seconds(spec, h) * shared, work * shared, (load + work + c.latency_s) / ring)
+        once = 0.0 if spec.persistent else c.latency_s
+        seconds = makespan(per * period + once, count, slots) + c.latency_s
         if parts > 1:
             seconds += (c.launch_s if spec.flash < 3 else 0.0) + c.latency_s + 2 * parts * results / spec.hbm_rate
         best = min(best, (seconds, float(per @ count) * work / spec.cores, parts))
@@ -185,13 +190,12 @@ def scores(q: int, keys: int, window: int) -> float:
 
 
 CONVERT_CYCLES = 0.7  # of a core, for a value rounded to 8 bits on its way: one at a time, and the scale
-ROW_CYCLES = 40  # of a core, to bring a row of one head to its page: an address, a wait, a store
 
 
 def kv_write_timing(spec: ChipSpec, tokens: int, h: Heads) -> Timing:
     """Keys and values of `tokens` tokens into their pages: rows of one head, scattered."""
     moved = tokens * h.kv_heads * (h.head_dim + h.v_dim) * (2 + h.bits / 8)
-    cycles = 2 * ROW_CYCLES + (CONVERT_CYCLES * (h.head_dim + h.v_dim) if h.bits < 16 else 0)
+    cycles = 2 * spec.row_cycles + (CONVERT_CYCLES * (h.head_dim + h.v_dim) if h.bits < 16 else 0)
     rows = tokens * h.kv_heads * cycles / spec.cores / spec.clock_hz
     took = max(moved / spec.hbm_rate, rows)
     seconds = spec.constants.launch_s + spec.constants.latency_s + took

@@ -10,7 +10,7 @@ import numpy as np
 
 from intaglio.batch import Batch
 from intaglio.chips import ChipSpec
-from intaglio.formats import Quantised
+from intaglio.formats import E4M3, Quantised
 from intaglio.ops import Op, Tensor, Value
 from intaglio.silicon.kernel import Heap, Kernel, Stream
 from intaglio.silicon.machine import Machine, Run
@@ -40,10 +40,10 @@ class Board:
         self.places: dict[str, Region | Coded] = {}
 
     def put(self, name: str, value: Value, bits: int = 8) -> None:
-        """Place a value under a name; codes of a grouped weight in `bits`."""
+        """Place a value under a name; whole-number codes of a weight with scales in `bits`."""
         if isinstance(value, Quantised):
-            codes = self._write(value.codes, f"int{bits}")
-            scales, turned = (self._write(v, "bf16") for v in (value.scales, value.scales.T))
+            codes = self._write(value.codes, "e4m3" if value.codes.dtype == E4M3 else f"int{bits}")
+            scales, turned = (self._write(v, "f32") for v in (value.scales, value.scales.T))
             self.places[name] = Coded(codes, scales, turned, value.group)
             return
         self.places[name] = self._write(

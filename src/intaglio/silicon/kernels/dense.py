@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from intaglio import formats
 from intaglio.batch import Batch
 from intaglio.ops import Embed, Linear, Map, Norm, Rope, Sample, Select, Tensor
 from intaglio.ops.elementwise import postfix
@@ -32,16 +33,18 @@ class Operands:
     """The two sides of a product on one core: rings of tiles of x and of w, and how a step brings them in."""
 
     def __init__(self, k: Kernel, x: Region, w: Region | Coded, x_format: str, tm: int, tn: int, tk: int) -> None:
-        self.k, self.x, self.w, self.tk = k, x, w, tk
-        self.raw = k.ring(2, tm, tk, "f32")
-        self.rounded = k.ring(2, tm, tk, x_format) if x_format != "f32" else None
+        self.k, self.x, self.w, self.x_format = k, x, w, x_format
+        self.whole = x_format == "fp8row"  # one scale a row: the row must be there before it is rounded
+        depth = x.cols if self.whole else tk
+        self.raw = k.ring(2, tm, depth, "f32")
+        self.rounded = k.ring(2, tm, depth, ARRAY_FORMAT.get(x_format, x_format)) if x_format != "f32" else None
         codes = w.codes if isinstance(w, Coded) else w
         self.columns = k.ring(4, tn, tk, codes.format)
-        self.scales = k.ring(2, tm, 1, "f32") if isinstance(w, Coded) else None
-        self.column_scales = k.ring(4, 1, tn, "bf16")
+        self.scales = k.ring(2, tm, 1, "f32") if x_format in ARRAY_FORMAT else None
+        self.column_scales = k.ring(4, 1, tn, w.turned.format) if isinstance(w, Coded) else None
 
     def rows(self, rows: slice, depth: slice) -> tuple[Region, Region | None]:
-        """This step's piece of x, rounded as the op says, and its scales."""
+        """A piece of x, rounded as the op says, and its scales."""
         raw = load(self.k, self.raw.next(), self.x.part(rows, depth))
         if self.rounded is None:
             return raw, None
@@ -57,9 +60,23 @@ class Operands:
         """This step's piece of w, and its scales."""
         if not isinstance(self.w, Coded):
             return load(self.k, self.columns.next(), self.w.part(columns, depth)), None
+        assert self.column_scales is not None
         codes = load(self.k, self.columns.next(), self.w.codes.part(columns, depth))
         group = depth.start // self.w.group
         return codes, load(self.k, self.column_scales.next(), self.w.turned.part(slice(group, group + 1), columns))
+
+
+ARRAY_FORMAT = {"int8": "int8", "fp8row": "e4m3"}  # what x with scales is multiplied as
+
+
+def depths(w: Region | Coded, k: int, tk: int, whole: bool) -> list[tuple[slice, list[slice]]]:
+    """K in steps: the piece of x that comes in, and the pieces of it that are multiplied, one for each group of w.
+    Groups below SPAN share scales of x, so as many as make SPAN come in together."""
+    if not isinstance(w, Coded):
+        inner = [slice(d.start, d.stop) for d in pieces(k, tk)]
+        return [(slice(0, k), inner)] if whole else [(d, [d]) for d in inner]
+    outer = [slice(0, k)] if whole else pieces(k, w.group * -(-formats.SPAN // w.group))
+    return [(d, [slice(d.start + g.start, d.start + g.stop) for g in pieces(d.stop - d.start, w.group)]) for d in outer]
 
 
 @kernel("linear")
@@ -68,27 +85,35 @@ def linear(b: Board, op: Linear, t: Tensors, batch: Batch) -> list[Stream]:
     that is to be done to it. A GLU pair keeps two accumulators."""
     x, out, w = b.at(op.x), b.at(op.out), b.places[op.w]
     n, half = out.cols, out.cols if op.glu else 0
-    x_format = "int8" if isinstance(w, Coded) else op.x_format
-    tm, tn = best_tile(
-        b.spec, max(1, x.rows), n, x.cols, x_format, w.codes.format if isinstance(w, Coded) else w.format, op.glu
-    )
-    tk = w.group if isinstance(w, Coded) else min(x.cols, step_depth(b.spec, 32))
+    codes = w.codes if isinstance(w, Coded) else w
+    multiplied = ARRAY_FORMAT.get(op.x_format, op.x_format)
+    tm, tn = best_tile(b.spec, max(1, x.rows), n, x.cols, multiplied, codes.format, op.glu)
+    whole = op.x_format == "fp8row"
+    tk = w.group * -(-formats.SPAN // w.group) if isinstance(w, Coded) else min(x.cols, step_depth(b.spec, 32))
+    while tm > 1 and (tm * 10 * (x.cols if whole else tk) + tn * 16 * tk > b.spec.sram_bytes // 2):
+        tm //= 2
     jobs = [(r, c) for r in pieces(x.rows, tm) for c in pieces(n, tn)]
     streams = []
     for k, mine in deal(b.spec, jobs, op.site):
-        side = Operands(k, x, w, x_format, tm, tn, tk)
+        side = Operands(k, x, w, op.x_format, tm, tn, tk)
         gate, up = k.tile(tm, tn, "f32", "acc"), k.tile(tm, tn, "f32", "acc") if half else None
         extra = [k.tile(1, tn, "f32") if op.bias else None for _ in range(2)]
         residual, result = k.tile(tm, tn, "f32") if op.residual else None, k.ring(2, tm, tn, "f32")
         for rows, columns in mine:
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             accs = [gate.shaped(*shape), *([up.shaped(*shape)] if up else [])]
-            for i, depth in enumerate(pieces(x.cols, tk)):
+            for depth, groups in depths(w, x.cols, tk, whole):
                 a, row_scale = side.rows(rows, depth)
-                for j, acc in enumerate(accs):
-                    of = slice(columns.start + j * half, columns.stop + j * half)
-                    v, col_scale = side.weights(of, depth)
-                    k.do(do.Matmul(acc=acc, a=a, b=v, row_scale=row_scale, col_scale=col_scale, accumulate=i > 0))
+                for group in groups:
+                    part = a.part(cols=slice(group.start - depth.start, group.stop - depth.start))
+                    for j, acc in enumerate(accs):
+                        v, col_scale = side.weights(slice(columns.start + j * half, columns.stop + j * half), group)
+                        first = group.start == 0
+                        k.do(
+                            do.Matmul(
+                                acc=acc, a=part, b=v, row_scale=row_scale, col_scale=col_scale, accumulate=not first
+                            )
+                        )
             drain(k, b, op, rows, columns, accs, extra, residual, result.next().shaped(*shape), half)
         streams.append(k.stream())
     return streams
@@ -200,7 +225,11 @@ def embed(b: Board, op: Embed, t: Tensors, batch: Batch) -> list[Stream]:
         n = rows.stop - rows.start
         if k not in held:
             scales = w.scales.cols if isinstance(w, Coded) else 1
-            held[k] = [k.tile(1, ROWS, "i32"), k.tile(ROWS, codes.cols, codes.format), k.tile(ROWS, scales, "bf16")]
+            held[k] = [
+                k.tile(1, ROWS, "i32"),
+                k.tile(ROWS, codes.cols, codes.format),
+                k.tile(ROWS, scales, w.scales.format if isinstance(w, Coded) else "f32"),
+            ]
         index, raw, scale = held[k]
         index = load(k, index, ids.part(cols=rows))
         raw, y, z = (r.shaped(n, codes.cols) for r in (raw, rings[0].next(), rings[1].next()))

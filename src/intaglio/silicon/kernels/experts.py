@@ -15,9 +15,12 @@ from intaglio.silicon.instructions import formats_bits, matmul_cycles, vector_cy
 from intaglio.silicon.kernels.linear import KEPT, step_depth
 from intaglio.silicon.timing import Timing
 
+ROW_GRAIN = 16  # values: rows of another length are not loaded in vectors
+ODD_ROWS = 4.0  # and cost so many times their bytes
+STAGES = 4  # of operands that such a kernel keeps in flight
 BLOCKS = (16, 32, 64, 128, 256)  # rows of one expert in a tile
 COLUMNS = (64, 128, 256)
-ROUTING = 2  # kernels: scores and top-k; counting and sorting
+ROUTING = 3  # kernels: scores and top-k; counting; sorting
 OVERFETCH = 5.0  # a block-scaled FP8 kernel reads bytes one by one: what comes with each is used in part
 SCALE_BLOCK = 128
 WIDEN_OPS = 25  # operations to widen an FP8 weight with its block scale to BF16, in software, on the lanes
@@ -40,7 +43,7 @@ def grouped(spec: ChipSpec, counts: np.ndarray, n: int, k: int, x_format: str, w
     narrow = w_format == "e4m3" and not spec.persistent
     x_bits, tk = formats_bits(x_format), step_depth(spec, formats_bits(run))
     steps = -(-k // tk)
-    over = OVERFETCH if narrow else 1.0
+    over: float = OVERFETCH if narrow else ODD_ROWS if k % ROW_GRAIN and not spec.prefetch else 1.0
     weights = len(counts) * n * k * w_bits / 8 * over
     if narrow:  # blocks of 128 by 128 share a scale and are taken whole
         run = "bf16"
@@ -58,8 +61,9 @@ def grouped(spec: ChipSpec, counts: np.ndarray, n: int, k: int, x_format: str, w
                 work += float(vector_cycles(spec, WIDEN_OPS * columns * tk)) / spec.clock_hz
             active = min(jobs, spec.cores)
             load = max(stage / spec.port_rate, stage * active / spec.shared_rate)
-            ring = max(2, min(8, spec.sram_bytes // int(stage)))
-            resident = max(1, min(4, spec.sram_bytes // int(4 * stage), spec.acc_bytes // (8 * rows * columns)))
+            ring = max(2, min(STAGES, spec.sram_bytes // int(stage)))
+            room = min(4, spec.sram_bytes // int(4 * stage), spec.acc_bytes // (8 * rows * columns))
+            resident = max(1.0, min(room, jobs / spec.cores))
             period = max(load, work, (load + work + c.latency_s) / (ring * resident))
             rounds = max(1.0, jobs / spec.cores) if jobs > 4 * spec.cores else float(np.ceil(jobs / spec.cores))
             edge = c.latency_s + float(vector_cycles(spec, rows * columns)) / spec.clock_hz

@@ -58,7 +58,7 @@ def traffic(spec: ChipSpec, m: Any, n: Any, k: Any, tm: Any, tn: Any, split: Any
 
 
 def weigh(spec: ChipSpec, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float,
-          glu: bool = False) -> dict[str, Any]:  # fmt: skip
+          glu: bool = False, there: bool = False) -> dict[str, Any]:  # fmt: skip
     """Seconds of x [m, k] @ w.T [k, n] for every choice, and what makes them. m, n, k numbers or arrays [..., 1]."""
     c = spec.constants
     tm, tn, split = choices(spec.tiles, spec.cores)
@@ -71,6 +71,8 @@ def weigh(spec: ChipSpec, m: Any, n: Any, k: Any, x_format: str, w_format: str, 
     ring = np.clip(np.floor(spec.sram_bytes / stage), 2, MOST_STAGES)
     resident = np.clip(np.minimum(np.floor(spec.sram_bytes / (4 * stage)), spec.acc_bytes / (8 * tm * tn)), 1, 4)
     hbm, weights = traffic(spec, m, n, k, tm, tn, split, x_bits / 8, w_bits / 8, out_bytes)
+    if there:  # the weights were fetched before
+        hbm = hbm - weights
     work = matmul_cycles(spec, tm, tn, tk, run) / spec.clock_hz
 
     def period(active: Any) -> Any:
@@ -99,10 +101,11 @@ def weigh(spec: ChipSpec, m: Any, n: Any, k: Any, x_format: str, w_format: str, 
 @lru_cache(maxsize=65536)
 def linear_timing(
     spec: ChipSpec, m: int, n: int, k: int, x_format: str = "bf16", w_format: str = "bf16", w_bits: float = 0.0,
-    out_bytes: float = 2.0, glu: bool = False,
+    out_bytes: float = 2.0, glu: bool = False, there: bool = False,
 ) -> Timing:  # fmt: skip
-    """x [m, k] @ w.T [k, n] by the fastest choice. `w_bits`: of a weight with its scales, if not the format's."""
-    w = weigh(spec, m, n, k, x_format, w_format, w_bits or formats_bits(w_format), out_bytes, glu)
+    """x [m, k] @ w.T [k, n] by the fastest choice. `w_bits`: of a weight with its scales, if not the
+    format's. `there`: the weights are on the chip already."""
+    w = weigh(spec, m, n, k, x_format, w_format, w_bits or formats_bits(w_format), out_bytes, glu, there)
     i = int(np.argmin(w["seconds"]))
     tm, tn, split = (int(v[i]) for v in w["tile"])
     cores = spec.cores
