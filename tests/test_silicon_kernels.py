@@ -12,6 +12,7 @@ from silicon import CHIPS, batch_of, run_kernel
 
 from intaglio import formats
 from intaglio.batch import Batch, Sampling
+from intaglio.formats import Quantised
 from intaglio.ops import REGISTRY, Attend, Embed, KvWrite, Linear, Map, Norm, Rope, Sample, Select, Tensor, Value
 from intaglio.silicon.kernels import KERNELS
 
@@ -132,24 +133,37 @@ def test_embed_and_select(chip: str, seed: int, fmt: str) -> None:
 
 
 @FEW
-@given(chip=CHIP, seed=SEED, fmt=st.sampled_from(["f32", "bf16"]))
+@given(chip=CHIP, seed=SEED, fmt=st.sampled_from(["f32", "bf16", "int8row"]))
 def test_kv_write(chip: str, seed: int, fmt: str) -> None:
     rng = np.random.default_rng(seed)
     batch, heads, d = some_batch(rng), int(rng.integers(1, 4)), int(rng.integers(1, 20))
     op = KvWrite(site="w", k="k", v="v", k_cache="kc", v_cache="vc")
     tensors = {n: Tensor(n, ("T", heads * d), "f32", "temp") for n in "kv"}
     tensors |= {n: Tensor(n, ("P", "B", heads, d), fmt, "state") for n in ("kc", "vc")}
-    caches = {n: normal(rng, 64, 4, heads, d).astype(formats.get(fmt).dtype) for n in ("kc", "vc")}
+    caches = {n: cache(rng, fmt, heads, d) for n in ("kc", "vc")}
     values: dict[str, Value] = {n: normal(rng, len(batch.tokens), heads * d) for n in "kv"} | caches
     _, board = run_kernel(CHIPS[chip], op, tensors, values, batch)
     op.reference(values, batch)
-    for n in ("kc", "vc"):
-        np.testing.assert_array_equal(board.get(n).reshape(caches[n].shape), caches[n])
+    for n, held in caches.items():
+        codes = held.codes if isinstance(held, Quantised) else held
+        np.testing.assert_array_equal(board.memory.read(board.codes(n)).reshape(codes.shape), codes)
+        scales = board.scales(n)
+        if isinstance(held, Quantised) and scales is not None:
+            np.testing.assert_array_equal(board.memory.read(scales).reshape(held.scales.shape), held.scales)
+
+
+def cache(rng: np.random.Generator, fmt: str, heads: int, d: int) -> Value:
+    """64 pages of 4 tokens, full."""
+    x = normal(rng, 64, 4, heads, d)
+    if fmt != "int8row":
+        return x.astype(formats.get(fmt).dtype)
+    q = formats.quantise(x.reshape(-1, d), fmt)
+    return Quantised(q.codes.reshape(x.shape), q.scales.reshape(*x.shape[:3], -1)[..., :1], d)
 
 
 @FEW
 @given(chip=CHIP, seed=SEED, window=st.sampled_from([0, 5]), softcap=st.sampled_from([0.0, 3.0]),
-       fmt=st.sampled_from(["f32", "bf16"]))  # fmt: skip
+       fmt=st.sampled_from(["f32", "bf16", "int8row"]))  # fmt: skip
 def test_attend(chip: str, seed: int, window: int, softcap: float, fmt: str) -> None:
     rng = np.random.default_rng(seed)
     batch = batch_of(rng, [(1, int(rng.integers(0, 150))), (int(rng.integers(2, 9)), int(rng.integers(0, 9)))])
@@ -159,10 +173,8 @@ def test_attend(chip: str, seed: int, window: int, softcap: float, fmt: str) -> 
                 softcap=softcap)  # fmt: skip
     tensors = [Tensor("q", ("T", kv * group * d), "f32", "temp"), Tensor("kc", ("P", "B", kv, d), fmt, "state"),
                Tensor("vc", ("P", "B", kv, dv), fmt, "state")]  # fmt: skip
-    dtype = formats.get(fmt).dtype
-    values: dict[str, Value] = {"q": normal(rng, len(batch.tokens), kv * group * d),
-                                "kc": normal(rng, 64, 4, kv, d).astype(dtype),
-                                "vc": normal(rng, 64, 4, kv, dv).astype(dtype)}  # fmt: skip
+    values: dict[str, Value] = {"q": normal(rng, len(batch.tokens), kv * group * d), "kc": cache(rng, fmt, kv, d),
+                                "vc": cache(rng, fmt, kv, dv)}  # fmt: skip
     # the fused engine rounds weights to the cache's format; array and lanes carry FP32
     rounding = 2.0**-8 if CHIPS[chip].att_lanes and fmt == "bf16" else 0
     compare(chip, op, tensors, values, batch, rounding + 64 * EPS)

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from intaglio import __version__
 from intaglio.devices import DeviceError
+from intaglio.tools.silicon import register
 
 if TYPE_CHECKING:
     from intaglio.llm import LLM
@@ -504,6 +505,8 @@ def profile(
             out.print(p.gap(s), markup=False, soft_wrap=True)
     out.print(why or BOUNDS)
 
+
+register(app)
 
 if __name__ == "__main__":
     app()

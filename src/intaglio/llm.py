@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+import intaglio.silicon.device  # noqa: F401  makes the silicon device known
 from intaglio import formats
 from intaglio.compiler import build
 from intaglio.devices import DeviceError, StateSpec, open_device
@@ -137,7 +139,8 @@ class LLM:
         self.device = open_device(device, **options)
         state = StateSpec(pool_pages(self.program, kv_tokens), PAGE_TOKENS)
         executable = self.device.load(self.program, checkpoint, state)
-        self.engine = Engine(executable, rng=random.Random(), max_batch_tokens=max_batch_tokens)
+        clock = getattr(self.device, "clock", time.monotonic)  # that of a modelled device is virtual
+        self.engine = Engine(executable, rng=random.Random(), clock=clock, max_batch_tokens=max_batch_tokens)
         self._made = 0
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> list[RequestOutput]:

@@ -67,7 +67,11 @@ class Linear(Op, kind="linear"):
                 exact = xq[:, g].astype(np.float64) @ wq[:, g].astype(np.float64).T
                 y += exact * xs[:, g, None].astype(np.float64) * w.scales[:, g].astype(np.float64)
             return y
-        return formats.round_to(x, self.x_format).astype(np.float64) @ w.astype(np.float64).T
+        if formats.get(self.x_format).grouped:
+            x = formats.quantise(x, self.x_format).rows(slice(None)) if len(x) else x
+        else:
+            x = formats.round_to(x, self.x_format)
+        return x.astype(np.float64) @ w.astype(np.float64).T
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
         y = self.product(array(v, self.x), v[self.w])

@@ -247,17 +247,23 @@ class Convert(Instruction, engine="VEC", opcode=0x31):
 @dataclass(frozen=True, kw_only=True)
 class Quantise(Instruction, engine="VEC", opcode=0x32):
     """codes [m, k], scale f32 [m, 1] of x f32 [m, k]: int8 by formats.quantise_rows with the row as one group, e4m3 by
-    formats.quantise to fp8row."""
+    formats.quantise to fp8row. `kept` int8, for a cache: by formats.quantise to int8row, whose scales are bf16."""
 
     codes: Region
     scale: Region
     x: Region
+    kept: bool = False
     writes = ("codes", "scale")
 
     def run(self, at: Spaces) -> None:
         x = single(at, self.x)
         if self.codes.format == "e4m3":
             q = formats.quantise(x, "fp8row")
+            at.write(self.codes, q.codes)
+            at.write(self.scale, q.scales[:, :1])
+            return
+        if self.kept:
+            q = formats.quantise(x, "int8row")
             at.write(self.codes, q.codes)
             at.write(self.scale, q.scales[:, :1])
             return

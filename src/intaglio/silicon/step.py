@@ -1,5 +1,5 @@
 """One step of a Program on a chip, timed: each op's kernel by its closed form, ops one after the other, weights fetched
-ahead and collectives sent while they are made where the chip can.
+ahead, and collectives under the work of the other half of the batch, where the chip can.
 
 Ops alike (the layers of a model) cost one: what an op takes depends on its shapes and on the batch's sizes alone.
 """
@@ -28,7 +28,7 @@ from intaglio.silicon.timeline import Entry, Timeline
 from intaglio.silicon.timing import Timing
 
 TEMP_BYTES = 2  # of a value between ops: kernels keep it in bf16, whatever the reference carries
-SLICES = 8  # pieces in which a product's result is sent on while the rest is computed
+HALF = 128  # rows of half a batch, at least, for two halves to take turns
 ARRAY_FORMAT = {"int8": "int8", "int4": "int4", "mxfp4": "e2m1", "fp8": "e4m3", "int8row": "int8", "fp8row": "e4m3"}
 
 
@@ -199,6 +199,12 @@ def timing(spec: ChipSpec, key: Key, load: Load, there: bool = False) -> Timing:
     return TIMERS[key[0]](spec, key, load, there)
 
 
+def exposed(link: float, before: float, after: float) -> float:
+    """What is seen of a collective when two halves of the batch take turns: the first half is sent while the second is
+    worked on, the second while the first goes on with what comes after."""
+    return max(0.0, link - before) / 2 + max(0.0, link - after) / 2
+
+
 class Plan:
     """A Program made ready for one chip: keys of its ops, each counted once, and what a step's ops wait for."""
 
@@ -221,6 +227,17 @@ class Plan:
             return op.kind, shape[0], int(shape[1])
         return key_of(op, t)
 
+    def _turns(self, cost: Mapping[Key, Timing]) -> dict[int, tuple[float, float]]:
+        """For each collective, the seconds of work between it and the one before, and the one after."""
+        at = [i for i, key in enumerate(self.keys) if cost[key].link_bytes]
+        seconds = [0.0 if cost[key].link_bytes else cost[key].seconds for key in self.keys]
+        sums = np.concatenate([[0.0], np.cumsum(seconds)])
+        edges = [0, *at, len(self.keys)]
+        return {
+            i: (float(sums[i] - sums[before]), float(sums[after] - sums[i]))
+            for before, i, after in zip(edges, at, edges[2:], strict=False)
+        }
+
     def run(self, load: Load) -> Timeline:
         """The step, op by op."""
         entries: list[Entry] = []
@@ -228,7 +245,8 @@ class Plan:
         ahead = spec.shared_bytes * KEPT / spec.hbm_rate if spec.prefetch else 0.0  # seconds of weights it can hold
         cold = {key: timing(spec, key, load) for key in set(self.keys)}
         warm = {key: timing(spec, key, load, True) for key in cold} if spec.prefetch else cold
-        for op, key in zip(self.program.ops, self.keys, strict=True):
+        turns = self._turns(warm) if spec.prefetch and load.tokens >= 2 * HALF else {}
+        for i, (op, key) in enumerate(zip(self.program.ops, self.keys, strict=True)):
             whole, bare = cold[key], warm[key]
             end, waits = now + bare.seconds, ""
             if spec.prefetch and whole.weight_bytes:
@@ -238,9 +256,9 @@ class Plan:
                     end, waits = fetched, "HBM"
             elif spec.prefetch and whole.hbm_bytes:
                 fetched = max(fetched, now) + whole.hbm_bytes / spec.hbm_rate
-            if spec.prefetch and whole.link_bytes and entries:
-                before = entries[-1].seconds * (1 - 1 / SLICES)  # its pieces were on their way while it ran
-                end = max(now + whole.seconds / SLICES, now + whole.seconds - before)
+            if whole.link_bytes and i in turns:
+                before, after = turns[i]
+                end = now + exposed(whole.seconds, before, after)
             entries.append(Entry(op.site, op.kind, now, end, whole, waits))
             now = end
         return Timeline(spec, tuple(entries))

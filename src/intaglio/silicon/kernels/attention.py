@@ -189,13 +189,14 @@ def scores(q: int, keys: int, window: int) -> float:
     return float(np.minimum(np.arange(keys - q + 1, keys + 1), window).sum())
 
 
-CONVERT_CYCLES = 0.7  # of a core, for a value rounded to 8 bits on its way: one at a time, and the scale
+CONVERT_CYCLES = 0.7  # of a core, for a value rounded to 8 bits on its way, threads doing the addressing too
 
 
 def kv_write_timing(spec: ChipSpec, tokens: int, h: Heads) -> Timing:
     """Keys and values of `tokens` tokens into their pages: rows of one head, scattered."""
     moved = tokens * h.kv_heads * (h.head_dim + h.v_dim) * (2 + h.bits / 8)
-    cycles = 2 * spec.row_cycles + (CONVERT_CYCLES * (h.head_dim + h.v_dim) if h.bits < 16 else 0)
+    a_value = 2 / spec.vec_lanes if spec.prefetch else CONVERT_CYCLES  # DMA engines scatter what the lanes rounded
+    cycles = 2 * spec.row_cycles + (a_value * (h.head_dim + h.v_dim) if h.bits < 16 else 0)
     rows = tokens * h.kv_heads * cycles / spec.cores / spec.clock_hz
     took = max(moved / spec.hbm_rate, rows)
     seconds = spec.constants.launch_s + spec.constants.latency_s + took

@@ -42,6 +42,7 @@ class Board:
     def put(self, name: str, value: Value, bits: int = 8) -> None:
         """Place a value under a name; whole-number codes of a weight with scales in `bits`."""
         if isinstance(value, Quantised):
+            value = Quantised(flat(value.codes), flat(value.scales), value.group)
             codes = self._write(value.codes, "e4m3" if value.codes.dtype == E4M3 else f"int{bits}")
             scales, turned = (self._write(v, "f32") for v in (value.scales, value.scales.T))
             self.places[name] = Coded(codes, scales, turned, value.group)
@@ -68,6 +69,16 @@ class Board:
         if isinstance(place, Coded):
             raise MachineError(f"{name} is a grouped weight where a plain tensor is wanted")
         return place
+
+    def codes(self, name: str) -> Region:
+        """Where a tensor's values stand, or its codes."""
+        place = self.places[name]
+        return place.codes if isinstance(place, Coded) else place
+
+    def scales(self, name: str) -> Region | None:
+        """Where its scales stand, a row for each row of codes; None for a plain tensor."""
+        place = self.places[name]
+        return place.scales if isinstance(place, Coded) else None
 
     def maybe(self, name: str | None) -> Region | None:
         return None if name is None else self.at(name)

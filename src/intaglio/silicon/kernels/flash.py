@@ -24,21 +24,26 @@ Tensors = Mapping[str, Tensor]
 @kernel("kv_write")
 def kv_write(b: Board, op: KvWrite, t: Tensors, batch: Batch) -> list[Stream]:
     """Rows of tokens, rounded to the cache's format, then scattered head by head."""
-    pairs = [(b.at(x), b.at(name)) for x, name in ((op.k, op.k_cache), (op.v, op.v_cache))]
-    width = max(source.cols for source, _ in pairs)
+    pairs = [(b.at(x), b.codes(name), b.scales(name)) for x, name in ((op.k, op.k_cache), (op.v, op.v_cache))]
+    width = max(source.cols for source, *_ in pairs)
     step = max(1, min(ROWS, b.spec.sram_bytes // (64 * width)))
-    jobs = [(source, cache, rows) for source, cache in pairs for rows in pieces(source.rows, step)]
+    jobs = [(source, cache, scales, rows) for source, cache, scales in pairs for rows in pieces(source.rows, step)]
     streams = []
     for k, mine in deal(b.spec, jobs, op.site):
-        raw, index = k.ring(2, step, width), k.ring(2, 1, step * width, "i32")
-        rounded = {cache: k.ring(2, step, width, cache.format) for _, cache in pairs}
-        for source, cache, rows in mine:
+        raw, index, scale = k.ring(2, step, width), k.ring(2, 1, step * width, "i32"), k.ring(2, step * width, 1)
+        rounded = {cache: k.ring(2, step, width, cache.format) for _, cache, _ in pairs}
+        for source, cache, scales, rows in mine:
             a, heads = load(k, raw.next(), source.part(rows)), source.cols // cache.cols
-            y = rounded[cache].next().shaped(a.rows, a.cols)
-            k.do(do.Convert(dst=y, src=a))
+            y = rounded[cache].next().shaped(a.rows * heads, cache.cols)
             where = batch.slots[rows, None].astype(np.int64) * heads + np.arange(heads)
             at = load(k, index.next(), b.table(where.reshape(-1)))
-            k.do(do.Scatter(table=cache, src=y.shaped(a.rows * heads, cache.cols), index=at))
+            if scales is None:
+                k.do(do.Convert(dst=y, src=a.shaped(y.rows, y.cols)))
+            else:
+                z = scale.next().shaped(y.rows, 1)
+                k.do(do.Quantise(codes=y, scale=z, x=a.shaped(y.rows, y.cols), kept=True))
+                k.do(do.Scatter(table=scales, src=z, index=at))
+            k.do(do.Scatter(table=cache, src=y, index=at))
         streams.append(k.stream())
     return streams
 
@@ -47,7 +52,7 @@ def tile_that_fits(spec: ChipSpec, d: int, dv: int, keys: int) -> tuple[int, int
     """Queries and keys of the largest tile whose sums and scores the accumulators hold, and whose rings SRAM holds."""
     rows = max(QUERIES)
     while rows > 1 or keys > 1:
-        sram = 4 * (rows * (d + 2 * dv + 2 * keys + 64) + keys * (2 * d + 2 * dv + 2))
+        sram = 4 * (rows * (d + 2 * dv + 2 * keys + 64) + keys * (3 * d + 3 * dv + 4))
         if sram <= spec.sram_bytes and rows * (dv + keys) * 4 + 128 <= spec.acc_bytes:
             break
         rows, keys = (rows // 2, keys) if rows > keys or keys == 1 else (rows, keys // 2)
@@ -64,6 +69,9 @@ class Tiles:
         self.p = k.ring(2, rows, keys)
         self.keys, self.values = k.ring(2, keys, d, format), k.ring(2, keys, dv, format)
         self.index = k.ring(2, 1, keys, "i32")
+        if format == "int8":  # with scales: codes and scales come in, values of FP32 are worked on
+            self.codes, self.scales = k.ring(2, keys, max(d, dv), format), k.ring(2, keys, 1)
+            self.keys, self.values = k.ring(2, keys, d), k.ring(2, keys, dv)
 
 
 @kernel("attend")
@@ -79,7 +87,7 @@ def attend(b: Board, op: Attend, t: Tensors, batch: Batch) -> list[Stream]:
     ]  # fmt: skip
     streams = []
     for k, mine in deal(b.spec, jobs, op.site):
-        tiles = Tiles(k, rows, step, d, dv, b.at(op.k_cache).format)
+        tiles = Tiles(k, rows, step, d, dv, b.codes(op.k_cache).format)
         for s, h, piece in mine:
             first = int(batch.first_row[s])
             at = slice(first + piece.start, first + piece.stop)
@@ -119,9 +127,15 @@ def gather(b: Board, k: Kernel, tiles: Tiles, op: Attend, where: np.ndarray) -> 
     index = load(k, tiles.index.next(), b.table(where))
     out = []
     for ring, name in ((tiles.keys, op.k_cache), (tiles.values, op.v_cache)):
-        cache = b.at(name)
+        cache, scales = b.codes(name), b.scales(name)
         tile = ring.next().shaped(len(where), cache.cols)
-        k.do(do.Gather(dst=tile, table=cache, index=index))
+        if scales is None:
+            k.do(do.Gather(dst=tile, table=cache, index=index))
+        else:
+            codes, scale = tiles.codes.next().shaped(len(where), cache.cols), tiles.scales.next().shaped(len(where), 1)
+            k.do(do.Gather(dst=codes, table=cache, index=index))
+            k.do(do.Gather(dst=scale, table=scales, index=index))
+            k.do(do.Dequantise(dst=tile, codes=codes, scales=scale, group=cache.cols))
         out.append(tile)
     return out[0], out[1]
 
