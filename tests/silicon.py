@@ -15,7 +15,8 @@ SMALL = replace(  # two cores that tile even small products
     chip("a100_sxm"), name="small", cores=2, tiles=((16, 32), (32, 16)), sram_bytes=96 * 1024, acc_bytes=64 * 1024
 )
 FUSED = replace(SMALL, name="fused", att_lanes=64, flash=3)
-CHIPS = {"small": SMALL, "fused": FUSED, "sohu": chip("sohu"), "h100": chip("h100_sxm")}
+STEPPED = replace(SMALL, name="stepped", extra=("SoftmaxStep",))
+CHIPS = {"small": SMALL, "stepped": STEPPED, "fused": FUSED, "sohu": chip("sohu"), "h100": chip("h100_sxm")}
 
 
 def batch_of(rng: np.random.Generator, chunks: list[tuple[int, int]], page: int = 4) -> Batch:

@@ -180,6 +180,25 @@ def test_attend(chip: str, seed: int, window: int, softcap: float, fmt: str) -> 
     compare(chip, op, tensors, values, batch, rounding + 64 * EPS)
 
 
+def test_a_chip_with_one_more_instruction_uses_it() -> None:
+    """docs/codesign.md: the kernel changes, the values do not, and the clock runs less."""
+    rng = np.random.default_rng()
+    batch = batch_of(rng, [(5, 60)])
+    op = Attend(site="a", q="q", k_cache="kc", v_cache="vc", out="y", heads=2, scale=0.25)
+    tensors = {"q": Tensor("q", ("T", 32), "f32", "temp"), "y": Tensor("y", ("T", 32), "f32", "temp")}
+    tensors |= {n: Tensor(n, ("P", "B", 2, 16), "f32", "state") for n in ("kc", "vc")}
+    values: dict[str, Value] = {"q": normal(rng, 5, 32), "kc": cache(rng, "f32", 2, 16), "vc": cache(rng, "f32", 2, 16)}
+    ran = {}
+    for name in ("small", "stepped"):
+        got, board = run_kernel(CHIPS[name], op, tensors, values, batch)
+        board.room("y", 5, 32, "f32")
+        streams = KERNELS["attend"](board, op, tensors, batch)
+        ran[name] = got["y"], board.run(streams).seconds, {type(i).__name__ for s in streams for i in s.instructions}
+    np.testing.assert_array_equal(ran["small"][0], ran["stepped"][0])
+    assert ran["stepped"][1] < ran["small"][1]
+    assert "SoftmaxStep" in ran["stepped"][2] and not {"Softmax", "Rescale"} & ran["stepped"][2]
+
+
 @FEW
 @given(chip=CHIP, seed=SEED)
 def test_sample(chip: str, seed: int) -> None:

@@ -93,6 +93,7 @@ class ChipSpec:
     persistent: bool = False  # a core runs its tiles as one stream: the next one's operands come in while this drains
     switch_adds: bool = False  # the switch reduces on the way
     prefetch: bool = False  # weights of the next op are loaded while this one runs
+    extra: tuple[str, ...] = ()  # instructions beyond the common set that its lanes have
     reasons: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # field -> where its number is from
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any, Literal, get_args, get_origin
 
-import intaglio.silicon.instructions  # noqa: F401  (defines them)
+import intaglio.silicon.fused  # noqa: F401  (defines its own, and brings in the others)
 from intaglio.silicon.instruction import ENGINES, OPCODES, WORD, Instruction, Steps, own_fields
 from intaglio.silicon.memory import FORMATS, SPACES, Region
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from intaglio.chips import ChipSpec
+from intaglio.silicon.fused import NAME, step_cycles
 from intaglio.silicon.instructions import attend_cycles, formats_bits, matmul_cycles, softmax_cycles, vector_cycles
 from intaglio.silicon.timing import Timing
 
@@ -60,7 +61,8 @@ def tile_seconds(spec: ChipSpec, h: Heads, rows: Any) -> Any:
     if spec.att_lanes:
         return attend_cycles(spec, rows, keys, h.head_dim, h.v_dim, "bf16") / spec.clock_hz
     products = matmul_cycles(spec, rows, keys, h.head_dim, "bf16") + matmul_cycles(spec, rows, h.v_dim, keys, "bf16")
-    softmax = softmax_cycles(spec, rows * keys, h.softcap)
+    step = step_cycles if NAME in spec.extra else softmax_cycles
+    softmax = step(spec, rows * keys, h.softcap)
     if spec.flash >= 3:  # two groups of rows take turns on the array: half of the softmax is hidden
         softmax = softmax / 2
     return (products + softmax) / spec.clock_hz

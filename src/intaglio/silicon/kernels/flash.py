@@ -12,6 +12,7 @@ from intaglio.batch import Batch
 from intaglio.chips import ChipSpec
 from intaglio.ops import Attend, KvWrite, Tensor
 from intaglio.silicon import instructions as do
+from intaglio.silicon.fused import NAME, SoftmaxStep
 from intaglio.silicon.kernel import Kernel, Stream
 from intaglio.silicon.kernels.attention import KEYS, QUERIES
 from intaglio.silicon.kernels.board import Board, deal, kernel, pieces
@@ -153,6 +154,10 @@ def one_step(
     scores, alpha = tiles.scores.shaped(q.rows, keys.rows), tiles.alpha.shaped(q.rows, 1)
     p = tiles.p.next().shaped(q.rows, keys.rows)
     k.do(do.Matmul(acc=scores, a=q, b=keys))
+    if NAME in b.spec.extra:
+        k.do(SoftmaxStep(p=p, m=m, l=length, sums=sums, scores=scores, **how))
+        k.do(do.Matmul(acc=sums, a=p, b=values, by_rows=True, accumulate=True))
+        return
     k.do(do.Softmax(p=p, m=m, l=length, alpha=alpha, scores=scores, **how))
     k.do(do.Rescale(acc=sums, alpha=alpha))
     k.do(do.Matmul(acc=sums, a=p, b=values, by_rows=True, accumulate=True))
