@@ -81,8 +81,8 @@ H100 = replace(
     energy=Energy(mac=0.55e-12, hbm_byte=35e-12, shared_byte=7e-12, link_byte=50e-12, idle_w=90.0),
     flash=3,
     constants=Constants(
-        launch_s=3.28e-6, latency_s=1.47e-6, hbm_share=0.882, shared_share=0.884, mxu_share=0.906, gather_share=0.502,
-        meet_s=4.73e-6, hop_s=0.79e-6,
+        launch_s=3.61e-6, latency_s=1.43e-6, hbm_share=0.882, shared_share=0.885, mxu_share=0.887, gather_share=0.514,
+        meet_s=4.58e-6, hop_s=0.828e-6,
     ),
     tiles=NVJET_TILES,
     switch_adds=True,
