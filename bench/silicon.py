@@ -94,8 +94,8 @@ def layer_rows() -> None:
 
 
 def genz_rows() -> None:
-    """The same model by GenZ (genz-llm on PyPI), an analytic roofline, in the same run; in int8, since by its count the
-    model does not fit four chips in bf16."""
+    """The same model by GenZ (genz-llm on PyPI), an analytic roofline, in the same run; in int8, since by its count
+    the model does not fit four chips in bf16."""
     if find_spec("GenZ") is None:
         print("GenZ is not installed: no comparison (pip install genz-llm)")
         return

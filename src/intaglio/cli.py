@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from intaglio import __version__
 from intaglio.devices import DeviceError
-from intaglio.tools.silicon import register
+from intaglio.tools.silicon import modelled, register
 
 if TYPE_CHECKING:
     from intaglio.llm import LLM
@@ -203,7 +203,11 @@ def demo(
     rows, why = run_bench(llm, lengths=[256], sequences=[1, 8], runs=3)
     out.print(bench_table(rows))
     out.print(why or BOUNDS)
-    out.print("Next: intaglio generate --prompt 'class ', intaglio disasm, intaglio --help")
+    out.rule("modelled: the same model on a chip that does not exist", style="dim")
+    out.print(modelled(llm.program), markup=False, soft_wrap=True)
+    out.print(
+        "Next: intaglio generate --prompt 'class ', intaglio disasm, intaglio simulate llama-3-8b, intaglio --help"
+    )
 
 
 @app.command()

@@ -13,6 +13,8 @@ from rich.table import Table
 
 from intaglio.chips import CHIPS, chip
 from intaglio.chips import replace as other_chip
+from intaglio.program import Program
+from intaglio.silicon.step import Load, Plan
 
 out = Console(highlight=False, emoji=False)
 MODELLED = "All times are modelled, none is measured. share: FLOPs over the peak of all chips."
@@ -36,6 +38,21 @@ def changed(name: str, changes: list[str] | None) -> Any:
         number = None if text in ("switch", "k44", "torus", "none") else float(text)
         values[field] = text if number is None else int(number) if number == int(number) and number < 2**53 else number
     return other_chip(chip(name), **values) if values else chip(name)
+
+
+def modelled(program: Program, chip_name: str = "sohu") -> str:
+    """A Program's prefill and decode on a preset, in words: modelled time, not measured."""
+    plan = Plan(program, chip(chip_name))
+    prompt = min(256, program.context - 1)
+    lines = []
+    for name, load in (
+        (f"a prompt of {prompt} tokens", Load(prompt, 1, ((prompt, prompt, 1),))),
+        (f"one token after {prompt}", Load(1, 1, ((1, prompt + 1, 1),))),
+    ):
+        timeline = plan.run(load)
+        first = max(timeline.stalls().items(), key=lambda item: item[1])[0]
+        lines.append(f"{chip_name}, {name}: {timeline.seconds * 1e6:,.1f} us, most of it {first}")
+    return "\n".join(lines)
 
 
 def simulate(
