@@ -108,9 +108,8 @@ def genz_rows() -> None:
         with redirect_stdout(StringIO()):
             result: list[Any] = []
             spent = cpu(lambda call=call, more=more, result=result: result.append(call(**how, **more)))
-        print(
-            f"GenZ, GPT-3 175B whole, int8, {name}: {spent:.3f} CPU s (modelled {result[0]['Latency']:.3f} ms, 96 layers)"
-        )
+        took = result[0]["Latency"]
+        print(f"GenZ, GPT-3 175B whole, int8, {name}: {spent:.3f} CPU s (modelled {took:.3f} ms, 96 layers)")
 
 
 def model_rows() -> None:
