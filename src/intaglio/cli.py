@@ -23,6 +23,7 @@ from intaglio.devices import DeviceError
 from intaglio.server.command import serve
 from intaglio.tools import porting
 from intaglio.tools.replay import replay
+from intaglio.tools.silicon import modelled, register
 
 if TYPE_CHECKING:
     from intaglio.llm import LLM
@@ -205,7 +206,11 @@ def demo(
     rows, why = run_bench(llm, lengths=[256], sequences=[1, 8], runs=3)
     out.print(bench_table(rows))
     out.print(why or BOUNDS)
-    out.print("Next: intaglio generate --prompt 'class ', intaglio disasm, intaglio --help")
+    out.rule("modelled: the same model on a chip that does not exist", style="dim")
+    out.print(modelled(llm.program), markup=False, soft_wrap=True)
+    out.print(
+        "Next: intaglio generate --prompt 'class ', intaglio disasm, intaglio simulate llama-3-8b, intaglio --help"
+    )
 
 
 @app.command()
@@ -516,6 +521,7 @@ def profile(
 
 app.command()(replay)
 app.command()(serve)
+register(app)
 
 if __name__ == "__main__":
     app()

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+import intaglio.silicon.device  # noqa: F401  makes the silicon device known
 from intaglio import formats
 from intaglio.compiler import build
 from intaglio.devices import DeviceError, Executable, StateSpec, WorkerDevice, open_device
@@ -150,9 +151,13 @@ class LLM:
         inner = open_device(device, **options)
         self.device = WorkerDevice(inner) if worker else inner
         self.state = StateSpec(pool_pages(self.program, kv_tokens), PAGE_TOKENS)
-        opened = {"device": device, "weights": weights, "context": context, "kv_tokens": self.state.pages * PAGE_TOKENS}
+        opened = {
+            "device": device, "weights": weights, "kv_format": kv_format, "context": context,
+            "kv_tokens": self.state.pages * PAGE_TOKENS,
+        }  # fmt: skip
+        clock = getattr(inner, "clock", time.monotonic)  # that of a modelled device is virtual
         self.engine = Engine(
-            self.load(), clock=time.monotonic, rng=random.Random(), max_batch_tokens=max_batch_tokens,
+            self.load(), clock=clock, rng=random.Random(), max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, max_waiting=max_waiting, max_drafts=max_drafts,
             restart=self.load if worker else None, journal=_journal(journal, self.path, opened) if journal else None,
         )  # fmt: skip

@@ -231,6 +231,9 @@ class HostExecutable:
                 names = [op.x, op.weight, op.bias, op.residual, op.out]
                 ints, floats = [NORMS.index(op.norm), op.group], [op.eps, op.offset]
             case Linear():
+                if op.x_format not in ("f32", "bf16", "int8"):
+                    known = "f32, bf16 or int8"
+                    raise DeviceError(f"{op.site}: x_format={op.x_format}; the host rounds activations to {known}")
                 names = [op.x, op.w, op.bias, op.residual, op.out]
                 ints, floats = [op.x_format == "bf16", ACTIVATIONS.index(op.activation)], [op.scale]
             case Rope():
