@@ -24,7 +24,6 @@ from intaglio.devices import DeviceError, StateSpec, open_device
 from intaglio.models import Checkpoint, port
 from intaglio.runtime import Engine, Request, SamplingParams
 from intaglio.silicon.device import SiliconDevice
-from intaglio.silicon.kernels import KERNELS
 from intaglio.silicon.step import Load, Plan, load_of, timing
 from intaglio.silicon.timeline import chrome_trace
 from intaglio.tools.simulate import Serving, Simulation, cards, ported, ranks, what_helps
@@ -52,12 +51,20 @@ def test_every_family_runs_on_chip_instructions(folder: Path, family: str) -> No
     """Kernel by kernel they are held to the ops; here the whole of it: views, caches over steps, compiled Programs."""
     checkpoint = Checkpoint.open(tiny(family, folder / family))
     program = build(port(checkpoint, CONTEXT), "auto")
-    if not {op.kind for op in program.ops} <= KERNELS.keys():
-        pytest.skip("has an op without a kernel")
     chips = two_steps(program, checkpoint, SiliconDevice(SMALL if len(family) % 2 else FUSED, values="chip"))
     for got, want in zip(chips, two_steps(program, checkpoint, open_device("reference")), strict=True):
         # FP32 against float64 through four layers: some hundred roundings of 2^-24, each of a value near the largest
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
+def test_a_mixture_is_refused_by_chip_instructions_and_timed(folder: Path) -> None:
+    checkpoint = Checkpoint.open(tiny("mixtral", folder / "mixtral"))
+    program = build(port(checkpoint, CONTEXT), "auto")
+    with pytest.raises(DeviceError, match=r"op route at .* has no kernel; .* use values from host, reference, oracle"):
+        SiliconDevice(SMALL, values="chip").load(program, checkpoint, STATE)
+    timed = SiliconDevice("sohu", values="reference").load(program, checkpoint, STATE)
+    result = timed.step(bind([Chunk([5, 7, 11], 0, [3], rows=(2,))], PAGE), timed=True)
+    assert all(result.timings[op.site] > 0 for op in program.ops if op.kind in ("route", "experts"))
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
@@ -80,12 +87,13 @@ def test_an_engine_runs_in_virtual_time() -> None:
         engine = Engine(executable, rng=random.Random(0), clock=device.clock)  # type: ignore[attr-defined]
         request = Request("r", [1, 2, 3, 4, 5], SamplingParams(max_tokens=4))
         engine.add(request)
-        expected = 0.0
-        while engine.requests:
-            engine.step()
+        expected, ended = 0.0, None
+        while not engine.idle:
+            ended = engine.step()[-1].usage
             expected += executable.timeline.seconds  # type: ignore[attr-defined]
             assert device.clock() == pytest.approx(expected)  # type: ignore[attr-defined]
-        return [request.times["first_token"], request.times["ended"]]
+        assert ended is not None and ended.first_token is not None
+        return [ended.first_token, ended.ended]
 
     first, ended = run()
     assert 0 < first < ended

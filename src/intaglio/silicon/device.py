@@ -18,7 +18,7 @@ from intaglio.devices import DEVICES, DeviceError, Executable, StateSpec, StepRe
 from intaglio.devices.device import assemble, check_batch
 from intaglio.formats import Quantised
 from intaglio.program import Program, verify
-from intaglio.silicon.kernels.board import Board, execute
+from intaglio.silicon.kernels import Board, execute, refusal
 from intaglio.silicon.step import Plan, load_of
 from intaglio.silicon.timeline import Timeline
 
@@ -37,9 +37,14 @@ class VirtualClock:
 
 
 class ChipExecutable:
-    """A Program run by chip instructions: every op by its kernel on the machine. Slow: for checking kernels."""
+    """A Program run by chip instructions: every op by its kernel on the machine. Slow: for checking kernels.
+
+    Raises DeviceError naming an op that no kernel does, before anything is read."""
 
     def __init__(self, program: Program, weights: Weights, state: StateSpec, spec: ChipSpec) -> None:
+        if why := next(filter(None, (refusal(op, program.tensors) for op in program.ops)), None):
+            others = ", ".join(v for v in VALUES if v != CHIP)
+            raise DeviceError(f"{program.name}: {why}; for its time alone use values from {others}")
         self.program, self.state, self.board = program, state, Board(spec)
         for t in program.of_role("weight"):
             self.board.put(t.name, assemble(t, weights), 4 if t.format.startswith("int4") else 8)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from intaglio import formats
-from intaglio.batch import Sampling
+from intaglio.batch import Edits, Sampling
 from intaglio.chips import ChipSpec
 from intaglio.ops.elementwise import FUNCTIONS
 from intaglio.ops.sample import draw
@@ -295,7 +295,8 @@ class Dequantise(Instruction, engine="VEC", opcode=0x36):
 
 @dataclass(frozen=True, kw_only=True)
 class Map(Instruction, engine="VEC", opcode=0x33):
-    """dst = a small stack program over a, b, c (f32, one shape), element by element."""
+    """dst = a small stack program over a, b, c (f32, one shape; b and c may have one column, which then stands for
+    all), element by element."""
 
     dst: Region
     a: Region
@@ -376,6 +377,7 @@ class Rope(Instruction, engine="VEC", opcode=0x35):
     head_dim: int
     style: Literal["half", "interleaved"] = "half"
     factor: float = 1.0
+    trailing: bool = False
     writes = ("dst",)
 
     def run(self, at: Spaces) -> None:
@@ -384,8 +386,10 @@ class Rope(Instruction, engine="VEC", opcode=0x35):
         cos = (np.cos(angle.astype(np.float64)) * self.factor).astype(np.float32)[:, None, :]
         sin = (np.sin(angle.astype(np.float64)) * self.factor).astype(np.float32)[:, None, :]
         n = cos.shape[2]
+        low = self.head_dim - 2 * n if self.trailing else 0
+        mid, high = low + n, low + 2 * n
         half = self.style == "half"
-        first, second = (slice(0, n), slice(n, 2 * n)) if half else (slice(0, 2 * n, 2), slice(1, 2 * n, 2))
+        first, second = (slice(low, mid), slice(mid, high)) if half else (slice(low, high, 2), slice(low + 1, high, 2))
         y = x.copy()
         y[..., first] = x[..., first] * cos - x[..., second] * sin
         y[..., second] = x[..., second] * cos + x[..., first] * sin
@@ -559,7 +563,8 @@ def attend_cycles(spec: ChipSpec, rows: Any, n: Any, d: Any, dv: Any, format: st
 @dataclass(frozen=True, kw_only=True)
 class Sample(Instruction, engine="VEC", opcode=0x48):
     """token i32 [1, 1] drawn from logits f32 [1, vocabulary], and its log-probability f32 [1, 1], as the op sample
-    says. The draw depends on (seed, position) alone."""
+    says. The draw depends on (seed, position) alone. Edits are ids i32, factors and terms f32, [1, k] each; mask i32
+    [1, words] has a bit for each id, the lowest first."""
 
     token: Region
     logprob: Region
@@ -570,11 +575,15 @@ class Sample(Instruction, engine="VEC", opcode=0x48):
     min_p: float = 0.0
     seed: int = 0
     position: int = 0
+    ids: Region | None = None
+    factors: Region | None = None
+    terms: Region | None = None
+    mask: Region | None = None
     writes = ("token", "logprob")
 
     def run(self, at: Spaces) -> None:
         x = at.read(self.logits)[0]
-        how = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
+        how = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed, *self._changes(at))
         token, logprob = draw(x, how, self.position), np.nan
         if token >= 0:
             up = x.astype(np.float64)
@@ -582,9 +591,21 @@ class Sample(Instruction, engine="VEC", opcode=0x48):
         at.write(self.token, np.array([[token]]))
         at.write(self.logprob, np.array([[logprob]]))
 
+    def _changes(self, at: Spaces) -> tuple[Edits | None, np.ndarray | None]:
+        """What becomes of the logits before the draw."""
+        edits = None
+        if self.ids is not None and self.factors is not None and self.terms is not None:
+            edits = Edits(*(at.read(r)[0] for r in (self.ids, self.factors, self.terms)))
+        return edits, None if self.mask is None else at.read(self.mask)[0].view(np.uint32)
+
     def cost(self, spec: ChipSpec) -> Cost:
         filtered = self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
-        return Cost(cycles=float(sample_cycles(spec, self.logits.cols, filtered)))
+        cycles = float(sample_cycles(spec, self.logits.cols, filtered))
+        changed = EDIT_OPS * (self.ids.cols if self.ids else 0) + (self.logits.cols if self.mask else 0)
+        return Cost(cycles=cycles + float(vector_cycles(spec, changed)))
+
+
+EDIT_OPS = 5  # a logit read, compared, scaled, added to and written
 
 
 def sample_cycles(spec: ChipSpec, n: Any, filtered: Any) -> Any:

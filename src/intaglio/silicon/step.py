@@ -83,8 +83,11 @@ def key_of(op: Op, t: Mapping[str, Tensor]) -> Key:
         case "attend" | "kv_write":
             keys = t[o.k_cache]
             kv_heads, d = int(keys.shape[2]), int(keys.shape[3])
+            d += int(t[o.rope_cache].shape[3]) if getattr(o, "rope_cache", None) else 0
             dv = int(t[o.v_cache].shape[3]) if o.v_cache else int(getattr(o, "v_dim", 0) or d)
-            window, capped = int(getattr(o, "window", 0)), bool(getattr(o, "softcap", 0.0))
+            # A query sees up to a chunk of keys: it is counted as a window, whose keys it sees all
+            window = int(getattr(o, "window", 0)) or int(getattr(o, "chunk", 0))
+            capped = bool(getattr(o, "softcap", 0.0))
             heads = int(getattr(o, "heads", kv_heads))
             return op.kind, Heads(heads, kv_heads, d, dv, window, formats.get(keys.format).bits, capped)
         case "experts":

@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from intaglio import formats
 from intaglio.batch import Batch
 from intaglio.chips import ChipSpec
 from intaglio.formats import E4M3, Quantised
-from intaglio.ops import Op, Tensor, Value
+from intaglio.ops import Attend, Op, Tensor, Value
 from intaglio.silicon.kernel import Heap, Kernel, Stream
 from intaglio.silicon.machine import Machine, Run
 from intaglio.silicon.memory import MachineError, Memory, Region
@@ -90,6 +91,10 @@ class Board:
         """A list of numbers for gathers and scatters, as the runtime would write it beside the batch."""
         return self._write(np.asarray(values, np.int32).reshape(1, -1), "i32")
 
+    def numbers(self, values: np.ndarray) -> Region:
+        """The same of real numbers."""
+        return self._write(values.astype(np.float32).reshape(1, -1), "f32")
+
     def run(self, streams: Sequence[Stream]) -> Run:
         return Machine(self.spec, {0: self.memory}).run(streams)
 
@@ -124,12 +129,24 @@ def pieces(n: int, step: int) -> list[slice]:
     return [slice(i, min(n, i + step)) for i in range(0, n, step)]
 
 
+def refusal(op: Op, tensors: Mapping[str, Tensor]) -> str | None:
+    """Why no kernel does this op; None if one does."""
+    if op.kind not in KERNELS:
+        return f"op {op.kind} at {op.site} has no kernel; there are kernels for {', '.join(sorted(KERNELS))}"
+    if isinstance(op, Attend) and op.temper:
+        return f"op attend at {op.site} has temper={op.temper}; its kernel takes window, chunk, softcap, sinks, latents"
+    for name in op.inputs:
+        t = tensors[name]
+        if t.role == "weight" and formats.get(t.format).published:
+            taken = ", ".join((*formats.PLAIN, formats.SCALED))
+            return f"weight {name} of {op.site} is {t.format}; kernels take {taken}"
+    return None
+
+
 def execute(board: Board, op: Op, tensors: Mapping[str, Tensor], batch: Batch) -> dict[str, np.ndarray]:
     """Run one op's kernel on the machine: operands are on the board, results come back by name."""
-    if op.kind not in KERNELS:
-        raise MachineError(
-            f"op {op.kind} at {op.site} has no kernel; there are kernels for {', '.join(sorted(KERNELS))}"
-        )
+    if why := refusal(op, tensors):
+        raise MachineError(why)
     for name in op.outputs:
         t = tensors[name]
         dims = [batch.sizes[d] if isinstance(d, str) else d for d in t.shape]

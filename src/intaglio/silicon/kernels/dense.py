@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from intaglio import formats
-from intaglio.batch import Batch
-from intaglio.ops import Embed, Linear, Map, Norm, Rope, Sample, Select, Tensor
+from intaglio.batch import Batch, Sampling
+from intaglio.ops import Embed, HeadLinear, Linear, Map, Norm, Rope, Sample, Select, Tensor
 from intaglio.ops.elementwise import postfix
 from intaglio.silicon import instructions as do
-from intaglio.silicon.instruction import Instruction
 from intaglio.silicon.kernel import Kernel, Ring, Stream
 from intaglio.silicon.kernels.board import Board, Coded, deal, kernel, pieces
 from intaglio.silicon.kernels.linear import best_tile, step_depth
@@ -142,6 +141,36 @@ def drain(
     k.do(do.Store(dst=b.at(op.out).part(rows, columns), src=result))
 
 
+@kernel("head_linear")
+def head_linear(b: Board, op: HeadLinear, t: Tensors, batch: Batch) -> list[Stream]:
+    """Tiles of each head's own product, as in linear; the columns of a head beyond K pass through SRAM."""
+    x, out, w = b.at(op.x), b.at(op.out), b.at(op.w)
+    heads, n, depth = (int(d) for d in t[op.w].shape)
+    wide, narrow = x.cols // heads, out.cols // heads
+    tm, tn = best_tile(b.spec, max(1, x.rows), n, depth, "f32", w.format, False)
+    tk = min(depth, step_depth(b.spec, 32))
+    jobs = [(h, r, c) for h in range(heads) for r in pieces(x.rows, tm) for c in [*pieces(n, tn), None]]
+    streams = []
+    for k, mine in deal(b.spec, jobs if wide > depth else [j for j in jobs if j[2]], op.site):
+        a, v = k.ring(2, tm, tk), k.ring(4, tn, tk, w.format)
+        acc, result, rest = k.tile(tm, tn, "f32", "acc"), k.ring(2, tm, tn), k.ring(2, tm, max(1, wide - depth))
+        for h, rows, columns in mine:
+            if columns is None:
+                passed = load(k, rest.next(), x.part(rows, slice(h * wide + depth, (h + 1) * wide)))
+                k.do(do.Store(dst=out.part(rows, slice(h * narrow + n, (h + 1) * narrow)), src=passed))
+                continue
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            for d in pieces(depth, tk):
+                left = load(k, a.next(), x.part(rows, slice(h * wide + d.start, h * wide + d.stop)))
+                right = load(k, v.next(), w.part(slice(h * n + columns.start, h * n + columns.stop), d))
+                k.do(do.Matmul(acc=acc.shaped(*shape), a=left, b=right, accumulate=d.start > 0))
+            y = result.next().shaped(*shape)
+            k.do(do.Drain(dst=y, acc=acc.shaped(*shape)))
+            k.do(do.Store(dst=out.part(rows, slice(h * narrow + columns.start, h * narrow + columns.stop)), src=y))
+        streams.append(k.stream())
+    return streams
+
+
 def by_rows(b: Board, site: str, rows: int, widths: Sequence[int], body: Any) -> list[Stream]:
     """Rows dealt to cores in tiles; `body(kernel, rings, rows)` does one, with a ring of f32 tiles for each width."""
     step = max(1, min(ROWS, b.spec.sram_bytes // (3 * 4 * max(1, sum(widths)))))
@@ -191,7 +220,7 @@ def rope(b: Board, op: Rope, t: Tensors, batch: Batch) -> list[Stream]:
         assert positions is not None and frequencies is not None
         a = load(k, rings[0].next(), x.part(rows))
         y = rings[1].next().shaped(a.rows, a.cols)
-        how: dict[str, Any] = {"head_dim": op.head_dim, "style": op.style, "factor": op.factor}
+        how: dict[str, Any] = {"head_dim": op.head_dim, "style": op.style, "factor": op.factor, "trailing": op.trailing}
         k.do(do.Rope(dst=y, x=a, positions=positions.part(cols=rows), frequencies=frequencies, **how))
         k.do(do.Store(dst=out.part(rows), src=y))
 
@@ -202,6 +231,7 @@ def rope(b: Board, op: Rope, t: Tensors, batch: Batch) -> list[Stream]:
 def elementwise(b: Board, op: Map, t: Tensors, batch: Batch) -> list[Stream]:
     out = b.at(op.out)
     given = [name for name in ("a", "b", "c") if getattr(op, name) is not None]
+    widths = [*(b.at(getattr(op, name)).cols for name in given), out.cols]
 
     def body(k: Kernel, rings: list[Ring], rows: slice) -> None:
         parts: dict[str, Any] = {
@@ -211,7 +241,7 @@ def elementwise(b: Board, op: Map, t: Tensors, batch: Batch) -> list[Stream]:
         k.do(do.Map(dst=y, steps=postfix(op.expr), **parts))
         k.do(do.Store(dst=out.part(rows), src=y))
 
-    return by_rows(b, op.site, out.rows, [out.cols] * (len(given) + 1), body)
+    return by_rows(b, op.site, out.rows, widths, body)
 
 
 @kernel("embed")
@@ -260,6 +290,25 @@ def select(b: Board, op: Select, t: Tensors, batch: Batch) -> list[Stream]:
     return by_rows(b, op.site, out.rows, [out.cols], body)
 
 
+def tables(b: Board, k: Kernel, rows: Sequence[Sampling]) -> Callable[[Sampling], dict[str, Region]]:
+    """What loads a row's edits and mask, which the runtime writes beside the batch, into tiles for the largest."""
+    widest = max((len(s.edits.ids) for s in rows if s.edits), default=0)
+    rings = {n: k.ring(2, 1, widest, f) for n, f in (("ids", "i32"), ("factors", "f32"), ("terms", "f32")) if widest}
+    words = max((len(s.mask) for s in rows if s.mask is not None), default=0)
+    mask = k.ring(2, 1, words, "i32") if words else None
+
+    def changed(how: Sampling) -> dict[str, Region]:
+        out = {}
+        if how.edits is not None and len(how.edits.ids):
+            values = (b.table(how.edits.ids), b.numbers(how.edits.scale), b.numbers(how.edits.add))
+            out = {n: load(k, ring.next(), v) for (n, ring), v in zip(rings.items(), values, strict=True)}
+        if how.mask is not None and mask is not None:
+            out["mask"] = load(k, mask.next(), b.table(how.mask.view(np.int32)))
+        return out
+
+    return changed
+
+
 @kernel("sample")
 def sample(b: Board, op: Sample, t: Tensors, batch: Batch) -> list[Stream]:
     logits, tokens, logprobs = b.at(op.logits), b.at(op.tokens), b.at(op.logprobs)
@@ -267,11 +316,12 @@ def sample(b: Board, op: Sample, t: Tensors, batch: Batch) -> list[Stream]:
     streams = []
     for k, mine in deal(b.spec, range(logits.rows), op.site):
         row, token, logprob = k.ring(2, 1, logits.cols), k.ring(2, 1, 1, "i32"), k.ring(2, 1, 1)
+        changed = tables(b, k, [batch.sampling[r] for r in mine])
         for r in mine:
             how, x, y, z = batch.sampling[r], row.next(), token.next(), logprob.next()
             load(k, x, logits.part(slice(r, r + 1)))
-            fields: dict[str, Instruction] = vars(how)
-            k.do(do.Sample(token=y, logprob=z, logits=x, position=position[r], **fields))  # type: ignore[arg-type]
+            fields: dict[str, Any] = {n: getattr(how, n) for n in ("temperature", "top_k", "top_p", "min_p", "seed")}
+            k.do(do.Sample(token=y, logprob=z, logits=x, position=position[r], **(fields | changed(how))))
             k.do(do.Store(dst=tokens.part(cols=slice(r, r + 1)), src=y))
             k.do(do.Store(dst=logprobs.part(cols=slice(r, r + 1)), src=z))
         streams.append(k.stream())

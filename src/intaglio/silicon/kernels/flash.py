@@ -63,13 +63,14 @@ def tile_that_fits(spec: ChipSpec, d: int, dv: int, keys: int) -> tuple[int, int
 class Tiles:
     """What one core needs for a tile of queries: q, the running sums, maxima and lengths, keys and values in rings."""
 
-    def __init__(self, k: Kernel, rows: int, keys: int, d: int, dv: int, format: str) -> None:
+    def __init__(self, k: Kernel, rows: int, keys: int, d: int, dv: int, format: str, sinks: str = "f32") -> None:
         self.q, self.out = k.tile(rows, d), k.ring(2, rows, dv)
         self.sums, self.scores = k.tile(rows, dv, "f32", "acc"), k.tile(rows, keys, "f32", "acc")
         self.m, self.length, self.alpha = (k.tile(rows, 1) for _ in range(3))
         self.p = k.ring(2, rows, keys)
         self.keys, self.values = k.ring(2, keys, d, format), k.ring(2, keys, dv, format)
-        self.index = k.ring(2, 1, keys, "i32")
+        self.index = k.ring(2, 1, max(rows, keys), "i32")
+        self.sink = None if sinks == "f32" else k.tile(rows, 1, sinks)
         if format == "int8":  # with scales: codes and scales come in, values of FP32 are worked on
             self.codes, self.scales = k.ring(2, keys, max(d, dv), format), k.ring(2, keys, 1)
             self.keys, self.values = k.ring(2, keys, d), k.ring(2, keys, dv)
@@ -79,23 +80,23 @@ class Tiles:
 def attend(b: Board, op: Attend, t: Tensors, batch: Batch) -> list[Stream]:
     """A job is a tile of queries of one head of one sequence; it walks over tiles of keys gathered from pages."""
     q, out = b.at(op.q), b.at(op.out)
-    kv_heads, d = int(t[op.k_cache].shape[2]), int(t[op.k_cache].shape[3])
-    dv = int(t[op.v_cache].shape[3])
+    kv_heads, dv = int(t[op.k_cache].shape[2]), int(t[op.v_cache].shape[3])
+    d = sum(int(t[name].shape[3]) for name in key_parts(op))
     rows, step = tile_that_fits(b.spec, d, dv, KEYS[b.spec.flash])
     jobs = [
         (s, h, piece)
-        for s in range(len(batch.q_len)) for h in range(op.heads) for piece in pieces(int(batch.q_len[s]), rows)
+        for s in range(len(batch.q_len)) for h in range(op.heads) for piece in queries(op, batch, s, rows)
     ]  # fmt: skip
     streams = []
     for k, mine in deal(b.spec, jobs, op.site):
-        tiles = Tiles(k, rows, step, d, dv, b.codes(op.k_cache).format)
+        tiles = Tiles(k, rows, step, d, dv, b.codes(op.k_cache).format, b.at(op.sinks).format if op.sinks else "f32")
         for s, h, piece in mine:
             first = int(batch.first_row[s])
             at = slice(first + piece.start, first + piece.stop)
             position = int(batch.context_len[s] - batch.q_len[s]) + piece.start
-            low = max(0, position - op.window + 1) if op.window else 0
+            low = int(op.first_seen(np.array(position)))
             part = load(k, tiles.q, q.part(at, slice(h * d, (h + 1) * d)))
-            sums, m, length = start(k, tiles, part.rows, dv)
+            sums, m, length = start(b, k, tiles, op, h, (part.rows, dv))
             for keys in pieces(position + part.rows - low, step):
                 span = slice(low + keys.start, low + keys.stop)
                 where = pages(batch, s, span) * kv_heads + h // (op.heads // kv_heads)
@@ -109,17 +110,42 @@ def attend(b: Board, op: Attend, t: Tensors, batch: Batch) -> list[Stream]:
     return streams
 
 
+def key_parts(op: Attend) -> list[str]:
+    """The caches whose rows, one after the other, are a key."""
+    return [op.k_cache, *([op.rope_cache] if op.rope_cache else [])]
+
+
+def queries(op: Attend, batch: Batch, s: int, rows: int) -> list[slice]:
+    """A sequence's queries in tiles, none of which crosses from one chunk of positions to the next: within one, all
+    queries see keys from the same first one on."""
+    n, end = int(batch.q_len[s]), int(batch.context_len[s])
+    edges = [i for i in range(1, n) if op.chunk and (end - n + i) % op.chunk == 0]
+    runs = zip([0, *edges], [*edges, n], strict=True)
+    return [slice(a + piece.start, a + piece.stop) for a, z in runs for piece in pieces(z - a, rows)]
+
+
 def pages(batch: Batch, s: int, span: slice) -> np.ndarray:
     """The slots of a sequence's positions."""
     at = np.arange(span.start, span.stop)
     return batch.block_table[s, at // batch.block_size].astype(np.int64) * batch.block_size + at % batch.block_size
 
 
-def start(k: Kernel, tiles: Tiles, rows: int, dv: int) -> tuple[Region, Region, Region]:
-    """Sums and lengths of nothing, a maximum below everything."""
-    sums, m, length = tiles.sums.shaped(rows, dv), tiles.m.shaped(rows, 1), tiles.length.shaped(rows, 1)
-    for region, value in ((sums, 0.0), (m, float("-inf")), (length, 0.0)):
-        k.do(do.Fill(dst=region, value=value))
+def start(
+    b: Board, k: Kernel, tiles: Tiles, op: Attend, head: int, shape: tuple[int, int]
+) -> tuple[Region, Region, Region]:
+    """Sums and lengths of nothing, a maximum below everything; or a sink alone, whose value is nothing."""
+    sums, m, length = tiles.sums.shaped(*shape), tiles.m.shaped(shape[0], 1), tiles.length.shaped(shape[0], 1)
+    k.do(do.Fill(dst=sums, value=0.0))
+    k.do(do.Fill(dst=length, value=1.0 if op.sinks else 0.0))
+    if op.sinks is None:
+        k.do(do.Fill(dst=m, value=float("-inf")))
+        return sums, m, length
+    sinks = b.at(op.sinks)
+    index = load(k, tiles.index.next().shaped(1, shape[0]), b.table(np.full(shape[0], head)))
+    raw = m if tiles.sink is None else tiles.sink.shaped(shape[0], 1)
+    k.do(do.Gather(dst=raw, table=sinks.shaped(sinks.cols, 1), index=index))
+    if tiles.sink is not None:
+        k.do(do.Convert(dst=m, src=raw))
     return sums, m, length
 
 
@@ -127,17 +153,21 @@ def gather(b: Board, k: Kernel, tiles: Tiles, op: Attend, where: np.ndarray) -> 
     """A tile of keys and one of values from their pages."""
     index = load(k, tiles.index.next(), b.table(where))
     out = []
-    for ring, name in ((tiles.keys, op.k_cache), (tiles.values, op.v_cache)):
-        cache, scales = b.codes(name), b.scales(name)
-        tile = ring.next().shaped(len(where), cache.cols)
-        if scales is None:
-            k.do(do.Gather(dst=tile, table=cache, index=index))
-        else:
+    for ring, names in ((tiles.keys, key_parts(op)), (tiles.values, [op.v_cache])):
+        whole = ring.next().shaped(len(where), sum(b.codes(name).cols for name in names))
+        done = 0
+        for name in names:
+            cache, scales = b.codes(name), b.scales(name)
+            tile = whole.part(cols=slice(done, done + cache.cols))
+            done += cache.cols
+            if scales is None:
+                k.do(do.Gather(dst=tile, table=cache, index=index))
+                continue
             codes, scale = tiles.codes.next().shaped(len(where), cache.cols), tiles.scales.next().shaped(len(where), 1)
             k.do(do.Gather(dst=codes, table=cache, index=index))
             k.do(do.Gather(dst=scale, table=scales, index=index))
             k.do(do.Dequantise(dst=tile, codes=codes, scales=scale, group=cache.cols))
-        out.append(tile)
+        out.append(whole)
     return out[0], out[1]
 
 
