@@ -64,7 +64,9 @@ app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_
 Model = Annotated[
     Path | None, typer.Argument(help="Checkpoint folder (Hugging Face layout). Default: the bundled model.")
 ]
-Device = Annotated[str, typer.Option(help="host (C++, fast), reference (NumPy, the definition), oracle.")]
+Device = Annotated[
+    str, typer.Option(help="host (C++, fast), reference (NumPy, the definition), oracle, silicon (modelled).")
+]
 Weights = Annotated[
     str, typer.Option(help="Format of the weights: auto (as stored), f32, bf16, fp8, int8, int4, mxfp4.")
 ]
@@ -164,21 +166,33 @@ def describe_device(llm: LLM) -> str:
     return ", ".join([llm.device.name, *facts])
 
 
+def is_modelled(llm: LLM) -> bool:
+    """Whether the device's times are a model's."""
+    return hasattr(llm.device, "clock")
+
+
+def check_measurable(device: str) -> None:
+    if device == "silicon":
+        raise ValueError("device 'silicon' has nothing to measure, its times are modelled: use intaglio simulate")
+
+
 def stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> tuple[str, str]:
     """Print a continuation as it comes, then its speed on stderr; returns (text, finish reason)."""
-    text, tokens, reason, start, first = "", 0, "", time.perf_counter(), 0.0
+    clock = llm.engine.clock
+    text, tokens, reason, start, first = "", 0, "", clock(), 0.0
     for delta in llm.stream(prompt, params):
-        first = first or time.perf_counter() - start
+        first = first or clock() - start
         text += delta.text
         tokens += len(delta.token_ids)
         reason = delta.finish_reason or reason
         print(delta.text, end="", flush=True)
         if delta.error:
             raise DeviceError(delta.error)
-    rest = time.perf_counter() - start - first
+    rest = clock() - start - first
     print()
     speed = f", then {(tokens - 1) / rest:,.0f} tokens/s" if tokens > 1 else ""
-    err.print(f"[dim]{tokens} tokens, first after {first * 1e3:,.0f} ms{speed}; finish reason: {reason}[/dim]")
+    speed += ", modelled" if is_modelled(llm) else ""
+    err.print(f"[dim]{tokens} tokens, first after {first * 1e3:,.2f} ms{speed}; finish reason: {reason}[/dim]")
     return text, reason
 
 
@@ -450,6 +464,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure prefill and decode, each beside the bound that memory bandwidth and matrix peak set."""
+    check_measurable(device)
     lengths = numbers(prompt_tokens) if prompt_tokens else None
     counts = numbers(sequences)
     llm = open_llm(model, device, weights, kv_format, threads, context, no_cache)
@@ -495,6 +510,7 @@ def profile(
     from intaglio.tools.bench import Roofs, measured_roofs
     from intaglio.tools.profile import profile as run_profile
 
+    check_measurable(device)
     llm = open_llm(model, device, weights, kv_format, threads, context, no_cache)
     with err.status("measuring the roofs") as status:
         roofs = measured_roofs(llm.device)
