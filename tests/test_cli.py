@@ -175,6 +175,15 @@ def test_an_error_is_one_line_and_code_2(folder: str, words: tuple[str, ...], me
     assert "Traceback" not in result.output and result.stderr.count("\n") == 1
 
 
+def test_modelled_times_are_not_measured(folder: str) -> None:
+    for command in ("bench", "profile"):
+        result = run(command, folder, "--device", "silicon", code=2)
+        assert "device 'silicon' has nothing to measure" in result.stderr
+    words = ("generate", folder, "--prompt", "def ", "--max-tokens", "3", "--device", "silicon")
+    assert run(*words).stderr == run(*words).stderr  # the speed too: it is the chip's
+    assert "tokens/s, modelled; finish reason:" in run(*words).stderr
+
+
 def test_debug_shows_the_traceback(folder: str) -> None:
     result = CliRunner().invoke(intaglio.cli.app, ["--debug", "generate", "/nowhere", "--prompt", "x", *REFERENCE])
     assert isinstance(result.exception, ValueError)

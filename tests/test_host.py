@@ -18,7 +18,9 @@ from intaglio.compiler import build
 from intaglio.devices import ArrayWeights, DeviceError, StateSpec, Weights
 from intaglio.devices.host import HostDevice, isa_names
 from intaglio.devices.reference import ReferenceDevice
-from intaglio.ops import REGISTRY, Attend, Collective, Embed, KvWrite, Linear, Map, Norm, Rope, Sample, Select
+from intaglio.ops import (
+    REGISTRY, Attend, Collective, Embed, Experts, KvWrite, Linear, Map, Norm, Rope, Route, Sample, Select,
+)  # fmt: skip
 from intaglio.ops.elementwise import FUNCTIONS
 from intaglio.ops.linear import ACTIVATIONS
 from intaglio.program import Builder, Program
@@ -241,6 +243,27 @@ def test_edits_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(DeviceError, match=re.escape(message)):
             host.step(bind([Chunk([1], 0, [0], [0], sampling)], PAGE))
+
+
+@pytest.mark.parametrize("site", ["head", "mlp"])
+def test_a_rounding_of_activations_the_host_lacks_is_refused(site: str) -> None:
+    b = Builder("rounded", 512)
+    rows, stacks = {"embed": 40, "router": 4, "w": 40}, ("gate", "up", "down")
+    names = {n: b.weight(n, (count, 64), n) for n, count in rows.items()}
+    named = {n: b.weight(n, (4, 64, 64), n, "fp8row") for n in stacks}
+    x = b.op(Embed, "x", "tokens", names["embed"])
+    b.op(Route, "route", b.op(Linear, "logits0", x, "router"), top=2)
+    rounding = {"x_format": "fp8row"}
+    operands = ("route", "route.ids", *named.values())
+    y = b.op(Experts, "mlp", x, *operands, **(rounding if site == "mlp" else {}))
+    b.tensors["w"] = replace(b.tensors["w"], format="fp8row")
+    last = b.op(Select, "select", y, "rows")
+    b.op(Linear, "head", last, "w", out="logits", role="output", **(rounding if site == "head" else {}))
+    b.op(Sample, "sample", "logits", tokens="next_tokens", logprobs="logprobs", role="output")
+    arrays = {n: np.ones((count, 64), np.float32) for n, count in rows.items()}
+    arrays |= {n: np.ones((4, 64, 64), np.float32) for n in stacks}
+    with pytest.raises(DeviceError, match=f"{site}: x_format=fp8row; the host rounds activations to f32, bf16 or int8"):
+        HostDevice(1).load(b.done(), ArrayWeights(arrays), StateSpec(8, PAGE))
 
 
 def test_sample_agrees_with_reference(rng: np.random.Generator) -> None:

@@ -58,6 +58,25 @@ def test_greedy_is_the_argmax_of_logits_and_logprobs_are_theirs(llm: LLM) -> Non
     assert np.allclose(logprobs[np.arange(8), o.token_ids], o.logprobs, atol=1e-4)
 
 
+def test_on_silicon_times_are_the_chips(folder: Path) -> None:
+    """A step takes what it takes there, however long it takes here: the same run ends at the same moment."""
+
+    def run() -> tuple[list[int], float]:
+        on_chip = LLM(folder, device="silicon")
+        [o] = on_chip.generate([[5, 77, 200]], SamplingParams(max_tokens=6, ignore_eos=True))
+        assert on_chip.engine.clock is on_chip.device.clock  # type: ignore[attr-defined]
+        return o.token_ids, on_chip.engine.clock()
+
+    tokens, ended = run()
+    assert len(tokens) == 6 and 0 < ended < 0.01  # two layers of 64 columns take a chip some 10 us a step
+    assert run() == (tokens, ended)
+
+
+def test_silicon_is_no_worker(folder: Path) -> None:
+    with pytest.raises(DeviceError, match="device 'silicon' keeps the time itself and cannot be a worker"):
+        LLM(folder, device="silicon", worker=True)
+
+
 def test_choices_stand_side_by_side_and_are_those_of_the_next_seeds(llm: LLM) -> None:
     params = SamplingParams(max_tokens=8, temperature=1.2, seed=40, n=3, stop=["zz"])
     several = llm.generate(["abc", "de"], params)

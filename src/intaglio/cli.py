@@ -23,6 +23,7 @@ from intaglio.devices import DeviceError
 from intaglio.server.command import serve
 from intaglio.tools import porting
 from intaglio.tools.replay import replay
+from intaglio.tools.silicon import modelled, register
 
 if TYPE_CHECKING:
     from intaglio.llm import LLM
@@ -63,7 +64,9 @@ app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_
 Model = Annotated[
     Path | None, typer.Argument(help="Checkpoint folder (Hugging Face layout). Default: the bundled model.")
 ]
-Device = Annotated[str, typer.Option(help="host (C++, fast), reference (NumPy, the definition), oracle.")]
+Device = Annotated[
+    str, typer.Option(help="host (C++, fast), reference (NumPy, the definition), oracle, silicon (modelled).")
+]
 Weights = Annotated[
     str, typer.Option(help="Format of the weights: auto (as stored), f32, bf16, fp8, int8, int4, mxfp4.")
 ]
@@ -179,21 +182,33 @@ def describe_device(llm: LLM) -> str:
     return ", ".join([llm.device.name, *facts])
 
 
+def is_modelled(llm: LLM) -> bool:
+    """Whether the device's times are a model's."""
+    return hasattr(llm.device, "clock")
+
+
+def check_measurable(device: str) -> None:
+    if device == "silicon":
+        raise ValueError("device 'silicon' has nothing to measure, its times are modelled: use intaglio simulate")
+
+
 def stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> tuple[str, str]:
     """Print a continuation as it comes, then its speed on stderr; returns (text, finish reason)."""
-    text, tokens, reason, start, first = "", 0, "", time.perf_counter(), 0.0
+    clock = llm.engine.clock
+    text, tokens, reason, start, first = "", 0, "", clock(), 0.0
     for delta in llm.stream(prompt, params):
-        first = first or time.perf_counter() - start
+        first = first or clock() - start
         text += delta.text
         tokens += len(delta.token_ids)
         reason = delta.finish_reason or reason
         print(delta.text, end="", flush=True)
         if delta.error:
             raise DeviceError(delta.error)
-    rest = time.perf_counter() - start - first
+    rest = clock() - start - first
     print()
     speed = f", then {(tokens - 1) / rest:,.0f} tokens/s" if tokens > 1 else ""
-    err.print(f"[dim]{tokens} tokens, first after {first * 1e3:,.0f} ms{speed}; finish reason: {reason}[/dim]")
+    speed += ", modelled" if is_modelled(llm) else ""
+    err.print(f"[dim]{tokens} tokens, first after {first * 1e3:,.2f} ms{speed}; finish reason: {reason}[/dim]")
     return text, reason
 
 
@@ -221,7 +236,11 @@ def demo(
     rows, why = run_bench(llm, lengths=[256], sequences=[1, 8], runs=3)
     out.print(bench_table(rows))
     out.print(why or BOUNDS)
-    out.print("Next: intaglio generate --prompt 'class ', intaglio disasm, intaglio --help")
+    out.rule("modelled: the same model on a chip that does not exist", style="dim")
+    out.print(modelled(llm.program), markup=False, soft_wrap=True)
+    out.print(
+        "Next: intaglio generate --prompt 'class ', intaglio disasm, intaglio simulate llama-3-8b, intaglio --help"
+    )
 
 
 @app.command()
@@ -466,6 +485,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure prefill and decode, each beside the bound that memory bandwidth and matrix peak set."""
+    check_measurable(device)
     lengths = numbers(prompt_tokens) if prompt_tokens else None
     counts = numbers(sequences)
     llm = open_llm(model, device, weights, kv_format, threads, context, no_cache)
@@ -511,6 +531,7 @@ def profile(
     from intaglio.tools.bench import Roofs, measured_roofs
     from intaglio.tools.profile import profile as run_profile
 
+    check_measurable(device)
     llm = open_llm(model, device, weights, kv_format, threads, context, no_cache)
     with err.status("measuring the roofs") as status:
         roofs = measured_roofs(llm.device)
@@ -537,6 +558,7 @@ def profile(
 
 app.command()(replay)
 app.command()(serve)
+register(app)
 
 if __name__ == "__main__":
     app()

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+import intaglio.silicon.device  # noqa: F401  makes the silicon device known
 from intaglio import formats
 from intaglio.compiler import build, build_mesh
 from intaglio.devices import DeviceError, Executable, MeshDevice, StateSpec, WorkerDevice, open_device
@@ -161,8 +162,9 @@ class LLM:
             "device": device, "weights": weights, "context": context, "kv_tokens": self.state.pages * PAGE_TOKENS,
             "kv_format": kv_format, "layout": layout,
         }  # fmt: skip
+        clock = getattr(inner, "clock", time.monotonic)  # that of a modelled device is virtual
         self.engine = Engine(
-            self.load(), clock=time.monotonic, rng=random.Random(), max_batch_tokens=max_batch_tokens,
+            self.load(), clock=clock, rng=random.Random(), max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, max_waiting=max_waiting, max_drafts=max_drafts,
             restart=self.load if worker else None, journal=_journal(journal, self.path, opened) if journal else None,
         )  # fmt: skip

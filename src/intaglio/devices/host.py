@@ -257,6 +257,7 @@ class HostExecutable:
                 names = [op.x, op.weight, op.bias, op.residual, op.out]
                 ints, floats = [NORMS.index(op.norm), op.group], [op.eps, op.offset]
             case Linear():
+                _check_rounding(op)
                 names = [op.x, op.w, op.bias, op.residual, op.out]
                 ints, floats = [op.x_format == "bf16", ACTIVATIONS.index(op.activation)], [op.scale]
             case Rope():
@@ -274,6 +275,7 @@ class HostExecutable:
                 ints = [op.top, SCORES.index(op.score), op.groups, op.kept_groups, op.group_best, op.normalise]
                 floats = [op.scale, op.jitter]
             case Experts():
+                _check_rounding(op)
                 count, inner, _ = map(int, self.program.tensors[op.gate].shape)
                 names = [op.x, op.weights, op.ids, op.gate, op.down, op.gate_bias, op.down_bias, op.residual, op.out]
                 act = ACTIVATIONS.index(op.activation)
@@ -408,6 +410,11 @@ class HostExecutable:
                     taken[site] = np.empty((batch.sizes[str(t.shape[0])], self._columns(t)), np.float32)
                     wanted.append((i, self.ids[name], taken[site]))
         return taken, wanted
+
+
+def _check_rounding(op: Linear | Experts) -> None:
+    if op.x_format not in ("f32", "bf16", "int8"):
+        raise DeviceError(f"{op.site}: x_format={op.x_format}; the host rounds activations to f32, bf16 or int8")
 
 
 class HostDevice:

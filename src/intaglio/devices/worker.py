@@ -74,11 +74,14 @@ class WorkerExecutable:
 
 
 class WorkerDevice:
-    """Another device, each of whose executables has a process of its own."""
+    """Another device, each of whose executables has a process of its own. Raises DeviceError for a device with a clock:
+    steps in another process would not move it."""
 
     name = "worker"
 
     def __init__(self, inner: Device, patience: float = PATIENCE) -> None:
+        if hasattr(inner, "clock"):
+            raise DeviceError(f"device {inner.name!r} keeps the time itself and cannot be a worker; leave worker out")
         self.inner, self.patience = inner, patience
 
     def load(self, program: Program, weights: Weights, state: StateSpec) -> Executable:

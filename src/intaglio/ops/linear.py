@@ -17,8 +17,10 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
 
 
 def check_x_format(op: Op, t: Tensors, w: str, x_format: str) -> None:
-    """Whether activations of `x_format` can meet the weight `w`: int8 whole-number codes, f32 or bf16 all others."""
-    allowed = ("int8",) if formats.get(t[w].format).integer else ("f32", "bf16")
+    """Whether activations of `x_format` can meet the weight `w`: int8 whole-number codes, f32 or bf16 all others, and
+    fp8row fp8."""
+    fmt = formats.get(t[w].format)
+    allowed = ("int8",) if fmt.integer else ("f32", "bf16", "fp8row") if fmt.grouped else ("f32", "bf16")
     op.check(x_format in allowed, f"x_format={x_format} with {t[w].format} weights; use {' or '.join(allowed)}")
 
 
@@ -37,7 +39,11 @@ def product(x: np.ndarray, w: Value, x_format: str) -> np.ndarray:
                 total = xq[:, g].astype(np.float64).sum(axis=1) * xs[:, g]
                 y -= total[:, None] * w.offsets[:, g].astype(np.float64)
         return y
-    return formats.round_to(x, x_format).astype(np.float64) @ w.astype(np.float64).T
+    if formats.get(x_format).grouped:
+        x = formats.quantise(x, x_format).rows(slice(None)) if len(x) else x
+    else:
+        x = formats.round_to(x, x_format)
+    return x.astype(np.float64) @ w.astype(np.float64).T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +51,9 @@ class Linear(Op, kind="linear"):
     """y = x @ w.T + bias; then y * scale; then the activation; then + residual.
 
     x f32 [rows, K], w [N, K] in any weight format, out f32 [rows, N]. `x_format` is what x is rounded to before the
-    product: f32 or bf16 before a plain or fp8 weight; int8 before whole-number codes, by formats.quantise_rows. With
-    `glu` the rows of w are [gate; up] and out = activation(gate) * up, [rows, N / 2]. Products are summed in float32 or
-    wider; integer products are exact within a group.
+    product: f32 or bf16 before a plain or fp8 weight, or fp8row before the latter; int8 before whole-number codes, by
+    formats.quantise_rows. With `glu` the rows of w are [gate; up] and out = activation(gate) * up, [rows, N / 2].
+    Products are summed in float32 or wider; integer products are exact within a group.
     """
 
     x: str = operand()

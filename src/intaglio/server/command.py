@@ -20,7 +20,9 @@ def serve(
         list[str] | None, typer.Option(envvar="INTAGLIO_API_KEY", help="Ask for this key; may be given several times.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model in the API. Default: its folder's.")] = None,
-    device: Annotated[str, typer.Option(help="host (C++, fast), reference (NumPy, the definition), oracle.")] = "host",
+    device: Annotated[
+        str, typer.Option(help="host (C++, fast), reference (NumPy, the definition), oracle, silicon (modelled).")
+    ] = "host",
     weights: Annotated[str, typer.Option(help="Format of the weights: auto, f32, bf16, int8, int4.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the host device.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Positions to compile for.")] = None,

@@ -1,0 +1,190 @@
+"""How fast the machine answers: CPU seconds for a layer, a model, a thousand steps; beside GenZ, if that is installed.
+
+    python bench/silicon.py            # needs `pip install genz-llm` for the comparison
+
+Prints what it measured on this machine (CPU seconds) and, apart from it, what was modelled.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from importlib import import_module
+from importlib.util import find_spec
+from io import StringIO
+from typing import Any
+
+import numpy as np
+
+from intaglio.batch import Chunk, bind
+from intaglio.chips import chip, replace
+from intaglio.compiler import build
+from intaglio.devices import ArrayWeights, StateSpec
+from intaglio.models import port_config
+from intaglio.ops import Attend, Embed, KvWrite, Linear, Map, Norm, Sample, Select
+from intaglio.program import Builder, Program
+from intaglio.silicon.device import SiliconDevice
+from intaglio.silicon.kernels.attention import attend_timing
+from intaglio.silicon.kernels.linear import linear_timing
+from intaglio.silicon.network import collective_timing
+from intaglio.silicon.step import Load, Plan, timing
+from intaglio.tools.simulate import Serving, Simulation, ported, ranks
+
+GPT3 = {"hidden": 12288, "heads": 96, "inner": 4 * 12288, "vocabulary": 50257}
+SMALL_CORE = replace(  # the class of core that cycle-ticking simulators are run on: one array of 128 x 128 at 1 GHz
+    chip("tpu_v5e"), name="one_array", clock_hz=1e9, macs=(("bf16", 128 * 128), ("int8", 128 * 128), ("f32", 128 * 16)),
+    hbm_bytes_per_s=300e9,
+)  # fmt: skip
+
+
+def cpu(work: Callable[[], Any]) -> float:
+    """CPU seconds of one run."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def forget() -> None:
+    """Drop what was timed before: the next is cold."""
+    for cached in (timing, linear_timing, attend_timing, collective_timing):
+        cached.cache_clear()
+
+
+def gpt3_layer(lanes: int) -> Program:
+    """One layer of GPT-3 175B as one of `lanes` tensor-parallel ranks holds it, and the head; full attention heads."""
+    d, heads, inner = GPT3["hidden"], GPT3["heads"] // lanes, GPT3["inner"] // lanes
+    b = Builder("gpt3-layer", 4096)
+    x = b.op(Embed, "embed", "tokens", b.weight("embed.weight", (256, d), "e", "bf16"))
+    n = b.op(Norm, "norm1", x, weight=b.weight("n1", (d,), "n1", "bf16"), norm="layer")
+    parts = [b.op(Linear, f"{p}_proj", n, b.weight(p, (heads * 128, d), p, "bf16"), x_format="bf16") for p in "qkv"]
+    caches = [b.cache(f"{p}_cache", heads, 128, "bf16") for p in "kv"]
+    b.op(KvWrite, "kv_write", parts[1], parts[2], *caches)
+    a = b.op(Attend, "attend", parts[0], *caches, heads=heads, scale=128**-0.5)
+    y = b.op(Linear, "o_proj", a, b.weight("o", (d, heads * 128), "o", "bf16"), x_format="bf16")
+    x = b.op(Map, "add1", x, b=y, expr="a + b")
+    n = b.op(Norm, "norm2", x, weight=b.weight("n2", (d,), "n2", "bf16"), norm="layer")
+    h = b.op(Linear, "up", n, b.weight("up.weight", (inner, d), "up", "bf16"), x_format="bf16", activation="gelu_tanh")
+    y = b.op(Linear, "down", h, b.weight("down.weight", (d, inner), "down", "bf16"), x_format="bf16")
+    x = b.op(Map, "add2", x, b=y, expr="a + b")
+    r = b.op(Select, "select", x, "rows")
+    b.op(Linear, "head", r, b.weight("h", (256, d), "h", "bf16"), x_format="bf16", out="logits", role="output")
+    b.op(Sample, "sample", "logits", tokens="next_tokens", logprobs="logprobs", role="output")
+    return b.done()
+
+
+def gpt3(spec_name: str, load: Load) -> float:
+    """Modelled seconds of the layer on four chips: one rank, and its two all-reduces."""
+    spec = chip(spec_name)
+    one = Plan(gpt3_layer(4), spec).run(load).seconds
+    return one + 2 * collective_timing(spec, "all_reduce", 4, load.tokens * GPT3["hidden"] * 2).seconds
+
+
+PREFILL, DECODE = Load(8 * 2048, 8, ((2048, 2048, 8),)), Load(8, 8, ((1, 3072, 8),))
+
+
+def layer_rows() -> None:
+    for name, load in (("prefill, batch 8 of 2,048", PREFILL), ("decode, batch 8 at 3,072", DECODE)):
+        forget()
+        modelled: list[float] = []
+        spent = cpu(lambda load=load, modelled=modelled: modelled.append(gpt3("a100_sxm", load)))
+        print(f"GPT-3 175B layer on 4 A100, {name}: {spent:.3f} CPU s cold (modelled {modelled[0] * 1e3:.3f} ms)")
+    genz_rows()
+
+
+def genz_rows() -> None:
+    """The same model by GenZ (genz-llm on PyPI), an analytic roofline, in the same run; in int8, since by its count
+    the model does not fit four chips in bf16."""
+    if find_spec("GenZ") is None:
+        print("GenZ is not installed: no comparison (pip install genz-llm)")
+        return
+    genz = import_module("GenZ")
+    how = {"model": "gpt-3", "batch_size": 8, "system_name": "A100_80GB_GPU", "bits": "int8", "tensor_parallel": 4}
+    for name, call, more in (
+        ("prefill", genz.prefill_moddeling, {"input_tokens": 2048}),
+        ("decode", genz.decode_moddeling, {"input_tokens": 3072, "output_tokens": 1, "Bb": 1}),
+    ):
+        with redirect_stdout(StringIO()):
+            result: list[Any] = []
+            spent = cpu(lambda call=call, more=more, result=result: result.append(call(**how, **more)))
+        took = result[0]["Latency"]
+        print(f"GenZ, GPT-3 175B whole, int8, {name}: {spent:.3f} CPU s (modelled {took:.3f} ms, 96 layers)")
+
+
+def model_rows() -> None:
+    made: list[Simulation] = []
+
+    def make() -> None:
+        parts = ranks(ported("llama-3-70b", None), "tp1", "fp8row", "int8", "fp8")
+        made.append(Simulation.of(parts, replace(chip("sohu"), hbm_bytes=10**12), "tp1"))
+
+    print(f"Llama-3-70B: port, compile and plan {cpu(make):.2f} CPU s")
+    load = Serving(2048, 128).mixed()
+    forget()
+    print(f"  a mixed step, cold {cpu(lambda: made[0].phase('mixed', load, 128)):.3f} CPU s")
+    print(f"  the same again, warm {cpu(lambda: made[0].phase('mixed', load, 128)):.4f} CPU s")
+    draw = np.random.default_rng(0)
+    loads = []
+    for _ in range(1000):
+        prompt, contexts = int(draw.integers(1, 2048)), draw.integers(10, 4000, 64)
+        loads.append(Load(prompt + 64, 65, (*((1, int(c), 1) for c in np.unique(contexts)), (prompt, prompt, 1))))
+    forget()
+    spent = cpu(lambda: [made[0].phase("mixed", x, 65) for x in loads])
+    print(f"  1,000 steps, each another mix: {spent:.2f} CPU s")
+
+
+def values_row() -> None:
+    """A Llama-8B layer with its values computed by the host, and the cycles of a small core that it stands for."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 2048, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 2048,
+        "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+    }  # fmt: skip
+    ported_layer = port_config(config)
+    draw = np.random.default_rng(0)
+    arrays = {}
+    for t in ported_layer.of_role("weight"):
+        arrays[t.source[0]] = (draw.standard_normal(t.shape, np.float32) * 0.02).astype(np.float32)
+    device = SiliconDevice(SMALL_CORE, values="host", cache=None)
+    executable = device.load(build(ported_layer, "bf16"), ArrayWeights(arrays), StateSpec(64, 32))
+    batch = bind([Chunk(draw.integers(0, 2048, 512).tolist(), 0, list(range(16)), rows=(511,))], 32)
+    executable.step(batch)
+    before = device.clock()
+    start = time.perf_counter()
+    executable.step(batch)
+    seconds = time.perf_counter() - start
+    cycles = (device.clock() - before) * SMALL_CORE.clock_hz
+    rate = f"{cycles:,.0f} cycles modelled in {seconds:.2f} s: {cycles / seconds:,.0f} a second"
+    print(f"Llama-8B layer, 512 tokens, values on: {rate}")
+
+
+def growth_rows() -> None:
+    """Cold CPU seconds of a mixed step, against layers and context: layers alike are timed once."""
+    for layers in (1, 10, 40, 80, 160):
+        config = {
+            "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+            "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "max_position_embeddings": 131072, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+        }  # fmt: skip
+        plan = Plan(build(port_config(config), "auto"), replace(chip("sohu"), hbm_bytes=10**12))
+        forget()
+        print(
+            f"{layers:4} layers: {cpu(lambda plan=plan: plan.run(Serving(2048, 128).mixed())):.4f} CPU s a step, cold"
+        )
+    for keys in (1024, 8192, 65536, 131072):
+        forget()
+        load = Load(keys + 64, 65, ((1, keys, 64), (keys, keys, 1)))
+        print(f"{keys:7,} tokens of context: {cpu(lambda plan=plan, load=load: plan.run(load)):.4f} CPU s a step, cold")
+
+
+def main() -> None:
+    print(f"Python {sys.version.split()[0]}; CPU seconds are measured here, milliseconds are modelled", flush=True)
+    layer_rows()
+    model_rows()
+    values_row()
+    growth_rows()
+
+
+if __name__ == "__main__":
+    main()
