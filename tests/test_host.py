@@ -19,7 +19,19 @@ from intaglio.devices import ArrayWeights, DeviceError, StateSpec, Weights
 from intaglio.devices.host import HostDevice, isa_names
 from intaglio.devices.reference import ReferenceDevice
 from intaglio.ops import (
-    REGISTRY, Attend, Collective, Embed, Experts, KvWrite, Linear, Map, Norm, Rope, Route, Sample, Select,
+    REGISTRY,
+    Attend,
+    Collective,
+    Embed,
+    Experts,
+    KvWrite,
+    Linear,
+    Map,
+    Norm,
+    Rope,
+    Route,
+    Sample,
+    Select,
 )  # fmt: skip
 from intaglio.ops.elementwise import FUNCTIONS
 from intaglio.ops.linear import ACTIVATIONS

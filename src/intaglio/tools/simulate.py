@@ -58,7 +58,7 @@ def ranks(program: Program, layout: str, weights: str, kv_format: str, activatio
     if layout == "tp1":
         built: Sequence[Program] = (build(program, weights, kv_format),)
     else:
-        from intaglio.compiler import build_mesh  # type: ignore[attr-defined]
+        from intaglio.compiler import build_mesh
 
         built = build_mesh(program, layout, weights, kv_format, wire="bf16")
     return tuple(rounded(p) if activations == "fp8" else p for p in built)
