@@ -58,8 +58,10 @@ def ranks(program: Program, layout: str, weights: str, kv_format: str, activatio
     if layout == "tp1":
         built: Sequence[Program] = (build(program, weights, kv_format),)
     else:
-        from intaglio.compiler import build_mesh  # type: ignore[attr-defined]
-
+        try:
+            from intaglio.compiler import build_mesh  # type: ignore[attr-defined]
+        except ImportError:
+            raise ValueError(f"layout {layout}: the compiler splits no model over chips; use one chip, tp1") from None
         built = build_mesh(program, layout, weights, kv_format, wire="bf16")
     return tuple(rounded(p) if activations == "fp8" else p for p in built)
 
