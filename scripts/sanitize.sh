@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 at=$PWD/build/sanitize
+export PATH="$PWD/.venv/bin:$PATH"
 cmake -S . -B "$at/native" -G Ninja -Wno-dev -DCMAKE_BUILD_TYPE=None \
   -DPython_EXECUTABLE="$PWD/.venv/bin/python" -Dnanobind_DIR="$(.venv/bin/python -m nanobind --cmake_dir)" \
   -DINTAGLIO_OPTIMISE="-O1 -g1 -fno-omit-frame-pointer" \
