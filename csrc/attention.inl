@@ -158,16 +158,16 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
     query[r] = a.q + (q.first_row + r / share) * a.ld_q + (q.kv_head * share + r % share) * int64_t(a.head_dim + a.rope_dim);
 
   // The blocks in the order they are read: keys of each page, then values of each page.
-  constexpr int64_t each = C == Fmt::F32 ? 4 : C == Fmt::BF16 ? 2 : 1, most = kSplit / 16;
+  constexpr int64_t each = cache_bytes(C), most = kSplit / 16;
   const char *blocks[2 * most + kFar] = {}, *ropes[most] = {};
   const int64_t first = low / a.page, pages = (high - 1) / a.page + 1 - first;
-  const int64_t key_bytes = a.key_bytes(), value_bytes = a.value_bytes();
+  const int64_t key_bytes = a.block_bytes(a.head_dim), value_bytes = a.block_bytes(a.v_stride);
   auto scales_of = [&](const char* block, int width) { return (const uint16_t*)(block + int64_t(width) * a.page * each); };
   for (int64_t i = 0; i < pages; i++) {
     const int64_t block = q.blocks[first + i], at = a.one_head ? block : block * a.kv_heads + q.kv_head;
     blocks[i] = (const char*)a.k + at * key_bytes;
     if (!a.latent) blocks[pages + i] = (const char*)a.v + at * value_bytes;
-    if (a.rope) ropes[i] = (const char*)a.rope + at * a.page * (a.rope_dim * each + (C == Fmt::I8 ? 2 : 0));
+    if (a.rope) ropes[i] = (const char*)a.rope + at * a.block_bytes(a.rope_dim);
   }
 
   const int64_t begin = low / 16 * 16, end = (high + 15) / 16 * 16;

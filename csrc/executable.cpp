@@ -19,13 +19,6 @@ constexpr int64_t kPrivate = 16384;  // values of x that each thread rounds for 
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
-uint16_t to_bf16(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 0x40);
-  return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-
 }  // namespace
 
 void grow(Memory& m, int64_t bytes) {
@@ -122,9 +115,7 @@ Tensor Executable::make_cache(int64_t pages, int heads, int head_dim, Fmt format
   Tensor t;
   t.heads = heads, t.head_dim = head_dim, t.format = format, t.keys = keys;
   t.stride = keys ? page_ : (head_dim + 15) / 16 * 16;
-  AttendArgs a{};
-  a.page = page_, a.head_dim = head_dim, a.v_stride = t.stride, a.format = format;
-  t.cache = std::make_unique<Memory>(pages * heads * (keys ? a.key_bytes() : a.value_bytes()) + kAlign);
+  t.cache = std::make_unique<Memory>(pages * heads * block_bytes(format, keys ? head_dim : t.stride, page_) + kAlign);
   return t;
 }
 
@@ -448,12 +439,10 @@ void Executable::kv_write(const Op& op, int64_t t) {
   const int64_t page = in_.slots[t] / page_, at = in_.slots[t] % page_;
   for (size_t which = 0; which < 2; which++) {
     const Tensor &x = tensors_[size_t(op.tensors[which])], &c = tensors_[size_t(op.tensors[which + 2])];
-    const int64_t height = c.keys ? c.head_dim : page_, width = c.keys ? page_ : c.stride;
-    const int64_t first = c.keys ? at : at * width, step = c.keys ? width : 1;
-    const int64_t each = c.format == Fmt::F32 ? 4 : c.format == Fmt::BF16 ? 2 : 1, scales = c.format == Fmt::I8 ? 2 * page_ : 0;
+    const int64_t width = c.keys ? c.head_dim : c.stride, first = c.keys ? at : at * width, step = c.keys ? page_ : 1;
     for (int64_t h = 0; h < c.heads; h++) {
       const float* from = rows_at(op.tensors[which]) + t * x.ld + h * c.head_dim;
-      uint8_t* to = c.cache->data() + (page * c.heads + h) * (height * width * each + scales);
+      uint8_t* to = c.cache->data() + (page * c.heads + h) * block_bytes(c.format, width, page_);
       auto put = [&](auto* values, const auto* x, auto convert) {
         for (int64_t d = 0; d < c.head_dim; d++) values[first + d * step] = convert(x[d]);
       };
@@ -463,7 +452,7 @@ void Executable::kv_write(const Op& op, int64_t t) {
         put((uint16_t*)to, from, to_bf16);
       } else {
         int8_t codes[kMaxHead];
-        ((uint16_t*)(to + height * width))[at] = encode_row(from, c.head_dim, codes);
+        ((uint16_t*)(to + width * page_))[at] = encode_row(from, c.head_dim, codes);
         put((int8_t*)to, codes, [](int8_t code) { return code; });
       }
     }

@@ -105,6 +105,12 @@ struct Reach {
 
 // K pages are [pages][kv_heads][head_dim][page], V pages [pages][kv_heads][page][v_stride]; f32, bf16 or I8. Codes of I8
 // are signed, and after those of a page and head come the scales of its tokens, [page] bf16.
+constexpr int64_t cache_bytes(Fmt format) { return format == Fmt::F32 ? 4 : format == Fmt::BF16 ? 2 : 1; }  // of a value
+// Of the values of a page and head, `width` a token, and their scales.
+constexpr int64_t block_bytes(Fmt format, int64_t width, int64_t page) {
+  return page * (width * cache_bytes(format) + (format == Fmt::I8 ? 2 : 0));
+}
+
 struct AttendArgs {
   const float* q;
   float* out;
@@ -120,9 +126,7 @@ struct AttendArgs {
   const float* sinks;
   float temper, temper_every;
 
-  int64_t key_bytes() const { return page * (int64_t(head_dim) * each() + (format == Fmt::I8 ? 2 : 0)); }  // of a page and head
-  int64_t value_bytes() const { return page * (int64_t(v_stride) * each() + (format == Fmt::I8 ? 2 : 0)); }
-  int64_t each() const { return format == Fmt::F32 ? 4 : format == Fmt::BF16 ? 2 : 1; }
+  int64_t block_bytes(int64_t width) const { return intaglio::block_bytes(format, width, page); }
 };
 
 struct Query {  // tokens of one sequence at consecutive positions, under one kv head

@@ -15,13 +15,14 @@
 
 namespace intaglio {
 
-namespace {
-
-float from_bf16(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
 uint16_t to_bf16(float f) {
   const uint32_t u = std::bit_cast<uint32_t>(f), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   return uint16_t((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded);
 }
+
+namespace {
+
+float from_bf16(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
 float from_f16(uint16_t h) {  // in float arithmetic, which rounds nothing here: without F16C a conversion is a call
   const uint32_t value = std::bit_cast<uint32_t>(std::bit_cast<float>(uint32_t(h & 0x7fff) << 13) * 0x1p112f);
   return std::bit_cast<float>(uint32_t(h & 0x8000) << 16 | value | ((h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u));
@@ -58,6 +59,17 @@ struct Strip {
 
   const uint8_t* row(int64_t i) const { return rows + i * stride; }
 };
+
+// Which of the rows [first, first + count) a panel has: its lanes from `lane` on, row `at` of them first. None: lanes <= 0.
+struct Held {
+  int64_t lane, lanes, at;
+};
+Held held_by(const Weight& w, int64_t panel, int64_t first, int64_t count) {
+  const int64_t top = w.glu ? panel / 2 * kPanel + panel % 2 * w.half() : panel * kPanel;  // its first row
+  const int64_t bottom = std::min(top + kPanel, w.glu && panel % 2 == 0 ? w.half() : w.n);
+  const int64_t from = std::max(top, first), to = std::min(bottom, first + count);
+  return {from - top, to - from, from - first};
+}
 
 template <class T>
 T word(const uint8_t* p) {
@@ -224,6 +236,13 @@ void lay_codes(const Weight& w, const Strip& s, int64_t g, const uint8_t* codes,
     }
 }
 
+void put_scale(const Weight& w, const Strip& s, int64_t g, int64_t i, float scale) {
+  uint8_t* scales = group_at(w, s.panel, g).scales;
+  const uint16_t half = to_bf16(scale);
+  if (w.fmt == Fmt::FP8) std::memcpy(scales + (s.lane + i) * 4, &scale, 4);
+  else std::memcpy(scales + (s.lane + i) * 2, &half, 2);
+}
+
 void pack_codes(const Weight& w, const Strip& s) {
   alignas(64) uint8_t codes[kPanel * kMaxGroup];
   alignas(64) float x[kMaxGroup];
@@ -245,13 +264,10 @@ void pack_codes(const Weight& w, const Strip& s) {
     }
   }
   for (int64_t g = 0; g * w.group < w.k; g++) {
-    uint8_t* scales = group_at(w, s.panel, g).scales;
     for (int64_t i = 0; i < s.lanes; i++) {
       const Range own = read(i, g);
       const float scale = scale_of(w.fmt, w.row ? whole[i] : own);
-      const uint16_t half = to_bf16(scale);
-      if (w.fmt == Fmt::FP8) std::memcpy(scales + (s.lane + i) * 4, &scale, 4);
-      else std::memcpy(scales + (s.lane + i) * 2, &half, 2);
+      put_scale(w, s, g, i, scale);
       encode(w.fmt, x, w.group, scale, codes + i * w.group);
     }
     lay_codes(w, s, g, codes, w.group);
@@ -314,11 +330,9 @@ Weight weight_layout(Fmt fmt, bool row, int64_t n, int64_t k, int64_t group, boo
 void pack_rows(const Weight& w, const void* rows, Source type, int64_t first, int64_t count, int64_t begin, int64_t end) {
   const int64_t stride = w.k * (type == Source::F32 ? 4 : 2);
   for (int64_t panel = begin; panel < end; panel++) {
-    const int64_t top = w.glu ? panel / 2 * kPanel + panel % 2 * w.half() : panel * kPanel;  // its first row
-    const int64_t bottom = std::min(top + kPanel, w.glu && panel % 2 == 0 ? w.half() : w.n);
-    const int64_t from = std::max(top, first), to = std::min(bottom, first + count);
-    if (from >= to) continue;
-    Strip s{static_cast<const uint8_t*>(rows) + (from - first) * stride, stride, type, panel, from - top, to - from};
+    const Held h = held_by(w, panel, first, count);
+    if (h.lanes <= 0) continue;
+    const Strip s{static_cast<const uint8_t*>(rows) + h.at * stride, stride, type, panel, h.lane, h.lanes};
     w.group ? pack_codes(w, s) : pack_plain(w, s);
   }
 }
@@ -337,21 +351,13 @@ void pack_coded(const Weight& w, const uint8_t* codes, const float* scales, int6
   const uint8_t zero = w.fmt == Fmt::I8 ? 128 : w.fmt == Fmt::I4 ? 8 : 0;
   std::vector<uint8_t> own(size_t(kPanel * w.group));
   for (int64_t panel = begin; panel < end; panel++) {
-    const int64_t top = w.glu ? panel / 2 * kPanel + panel % 2 * w.half() : panel * kPanel;
-    const int64_t bottom = std::min(top + kPanel, w.glu && panel % 2 == 0 ? w.half() : w.n);
-    const int64_t from = std::max(top, first), to = std::min(bottom, first + count);
-    if (from >= to) continue;
-    const Strip s{nullptr, 0, Source::F32, panel, from - top, to - from};
-    for (int64_t g = 0; g < groups; g++) {
+    const Held h = held_by(w, panel, first, count);
+    const Strip s{nullptr, 0, Source::F32, panel, h.lane, h.lanes};
+    for (int64_t g = 0; g < groups && h.lanes > 0; g++) {
       const int64_t held = std::min(w.group, w.k - g * w.group);
-      uint8_t* kept = group_at(w, panel, g).scales;
       for (int64_t i = 0; i < s.lanes; i++) {
-        const int64_t row = from - first + i;
-        const float scale = scales[row * groups + g];
-        const uint16_t half = to_bf16(scale);
-        if (w.fmt == Fmt::FP8) std::memcpy(kept + (s.lane + i) * 4, &scale, 4);
-        else std::memcpy(kept + (s.lane + i) * 2, &half, 2);
-        std::memcpy(own.data() + i * w.group, codes + row * w.k + g * w.group, size_t(held));
+        put_scale(w, s, g, i, scales[(h.at + i) * groups + g]);
+        std::memcpy(own.data() + i * w.group, codes + (h.at + i) * w.k + g * w.group, size_t(held));
         std::fill(own.data() + i * w.group + held, own.data() + (i + 1) * w.group, zero);
       }
       lay_codes(w, s, g, own.data(), w.group);
