@@ -40,6 +40,8 @@ def read(text: str, cuts: list[int], form: Form | None, thinks: bool, inside: bo
         ("never ends", None, True, ("never ends", "", [])),
         (f"<think>w</think>\n<tool_call>\n{CALL}\n</tool_call>", TAGGED, False, ("w", "", [F])),
         (f"Hm. <tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>", TAGGED, False, ("", "Hm. ", [F, F])),
+        (f" \n <tool_call>{CALL}</tool_call> \n <tool_call>{CALL}</tool_call> ", TAGGED, False, ("", " ", [F, F])),
+        (f"<tool_call>{{</tool_call> <tool_call>{CALL}", TAGGED, False, ("", "<tool_call>{</tool_call> ", [F])),
         ("<tool_call>{broken</tool_call>x", TAGGED, False, ("", "<tool_call>{broken</tool_call>x", [])),
         (f"<tool_call>{CALL}", TAGGED, False, ("", "", [F])),
         ("a <tool_cal", TAGGED, False, ("", "a <tool_cal", [])),
@@ -57,7 +59,7 @@ def test_however_it_is_cut(text: str, form: Form | None, inside: bool, wanted: t
     rng = random.Random()
     assert read(text, [], form, True, inside) == wanted
     assert read(text, list(range(len(text))), form, True, inside) == wanted
-    for _ in range(50):
+    for _ in range(300):
         cuts = [rng.randrange(len(text) + 1) for _ in range(rng.randrange(6))]
         assert read(text, cuts, form, True, inside) == wanted, cuts
 

@@ -92,6 +92,8 @@ class Reader:
             self.state = "reasoning"
         self.held = ""  # not handed out yet
         self.gap = False  # whether empty lines are to be passed over: after reasoning, and after a call
+        self.blank = True  # whether the content since the start or the last call is nothing but space: held, as no
+        # content if a call follows it
         self.calls = 0
 
     def feed(self, text: str, last: bool = False) -> list[Said | Call]:
@@ -144,9 +146,14 @@ class Reader:
         if self.form and self.form.begin:
             before, mark, after = self.held.partition(self.form.begin)
             if mark:
-                self.held, self.state = after, "call"
-                return [Said("content", before if before.strip() else "")], True
-            return [Said("content", self._release(self.form.begin, last))], False
+                content = "" if self.blank and not before.strip() else before
+                self.held, self.state, self.blank = after, "call", True
+                return [Said("content", content)], True
+            content = self._release(self.form.begin, last)
+            self.blank = self.blank and not content.strip()
+            if self.blank and not last:
+                self.held, content = content + self.held, ""
+            return [Said("content", content)], False
         return [Said("content", self._release("", True))], False
 
     def _call(self, last: bool) -> tuple[list[Said | Call], bool]:
@@ -157,7 +164,7 @@ class Reader:
                 return [], False
             calls = read_calls(inner, self.form)
             written = self.form.begin + inner + mark
-            self.held, self.state, self.gap = after, "content", calls is not None
+            self.held, self.state, self.gap, self.blank = after, "content", calls is not None, calls is not None
         else:
             if not last:
                 return [], False
