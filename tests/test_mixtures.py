@@ -13,7 +13,7 @@ from tiny import BASE, MIXTURES, YARN, compare, error, shake, tiny
 
 from intaglio.batch import Chunk, bind
 from intaglio.compiler import build
-from intaglio.devices import DEVICES, StateSpec, open_device
+from intaglio.devices import StateSpec, open_device
 from intaglio.formats import Quantised, quantise
 from intaglio.models import Checkpoint, PortError, port, port_config
 from intaglio.ops import Attend, Experts, HeadLinear, Linear, Map, Norm, Rope, Route
@@ -40,30 +40,6 @@ VARIANTS = [
     ("minimaxm2", {"tie_word_embeddings": True, "num_experts_per_tok": 5}),
     ("phimoe", {"lm_head_bias": False, "attention_bias": False, "sliding_window": 20, "router_jitter_noise": 0.01}),
 ]  # fmt: skip
-
-
-@pytest.fixture(params=["reference", "host"])
-def device(request):
-    if request.param not in DEVICES:
-        pytest.skip(f"no {request.param} device")
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("mixtures")
-
-
-@pytest.mark.parametrize("family", MIXTURES)
-def test_family(folder, family, device):
-    errors = compare(tiny(family, folder / family), device)
-    assert max(errors.values()) < LIMIT, errors
-
-
-@pytest.mark.parametrize("family", MIXTURES)
-def test_family_compiled(folder, family, device):
-    errors = compare(tiny(family, folder / family), device, "auto", steps=4)
-    assert max(errors.values()) < LIMIT, errors
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(v))

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny import FAMILIES, LLAMA3, LONGROPE, THREE_TO_ONE, YARN, compare, tiny, truth
+from tiny import FAMILIES, LLAMA3, LONGROPE, MIXTURES, THREE_TO_ONE, YARN, compare, tiny, truth
 
 from intaglio.batch import Chunk, bind
 from intaglio.compiler import build
-from intaglio.devices import DEVICES, StateSpec, open_device
+from intaglio.devices import StateSpec, open_device
 from intaglio.models import Checkpoint, PortError, families, port, port_config
 from intaglio.ops import Attend, Linear, Map, Norm, Rope
 from intaglio.program import parse_program
@@ -45,25 +45,13 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["reference", "host"])
-def device(request):
-    if request.param not in DEVICES:
-        pytest.skip(f"no {request.param} device")
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ports")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_family(folder, family, device):
     errors = compare(tiny(family, folder / family), device)
     assert max(errors.values()) < LIMIT, errors
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_family_compiled(folder, family, device):
     errors = compare(tiny(family, folder / family), device, "auto", steps=4)
     assert max(errors.values()) < LIMIT, errors

@@ -6,7 +6,7 @@ times out and reports as it would there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from intaglio import formats
 from intaglio.batch import Batch
 from intaglio.chips import ChipSpec, chip
-from intaglio.devices import DEVICES, DeviceError, Executable, StateSpec, StepResult, Weights, open_device
+from intaglio.devices import DeviceError, Executable, StateSpec, StepResult, Weights, open_device
 from intaglio.devices.device import assemble, check_batch
 from intaglio.formats import Quantised
 from intaglio.program import Program, verify
@@ -122,8 +122,5 @@ class SiliconDevice:
             inner = open_device(self.values, **self.options).load(program, weights, state)
         return SiliconExecutable(inner, Plan(program, self.spec), self.clock)
 
-
-make: Callable[..., SiliconDevice] = SiliconDevice
-DEVICES[SiliconDevice.name] = make
 
 __all__ = ["ChipExecutable", "SiliconDevice", "SiliconExecutable", "VirtualClock"]

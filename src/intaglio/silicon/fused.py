@@ -12,7 +12,7 @@ import numpy as np
 
 from intaglio.chips import ChipSpec
 from intaglio.silicon.instruction import Cost, Instruction
-from intaglio.silicon.instructions import NEVER, capped, online, vector_cycles, visible, wide
+from intaglio.silicon.instructions import masked, online, vector_cycles, wide
 from intaglio.silicon.memory import Region, Spaces
 
 NAME = "SoftmaxStep"
@@ -40,8 +40,7 @@ class SoftmaxStep(Instruction, engine="VEC", opcode=0x3B):
     updates = ("m", "l", "sums")
 
     def run(self, at: Spaces) -> None:
-        s = capped(wide(at, self.scores) * self.scale, self.softcap)
-        s = np.where(visible(s, self.query, self.pack, self.key, self.keys, self.window), s, NEVER)
+        s = masked(self, wide(at, self.scores))
         p, m, length, alpha = online(s, wide(at, self.m), wide(at, self.l))
         at.write(self.sums, at.read(self.sums) * alpha.astype(np.float32))
         for region, value in ((self.p, p), (self.m, m), (self.l, length)):

@@ -411,6 +411,12 @@ def visible(scores: np.ndarray, query: int, pack: int, key: int, keys: int, wind
     return (back >= 0) & inside & ((back < window) if window else True)
 
 
+def masked(i: Any, s: np.ndarray) -> np.ndarray:
+    """Products of queries and keys [rows, n], float64, as instruction `i` scales, caps and masks them."""
+    s = capped(s * i.scale, i.softcap)
+    return np.where(visible(s, i.query, i.pack, i.key, i.keys, i.window), s, NEVER)
+
+
 def online(s: np.ndarray, m: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """One step of the running softmax: weights, new maximum, new sum and the factor for what was summed before."""
     top = np.maximum(m, s.max(axis=1, keepdims=True))
@@ -442,8 +448,7 @@ class Softmax(Instruction, engine="VEC", opcode=0x38):
     updates = ("m", "l")
 
     def run(self, at: Spaces) -> None:
-        s = capped(wide(at, self.scores) * self.scale, self.softcap)
-        s = np.where(visible(s, self.query, self.pack, self.key, self.keys, self.window), s, NEVER)
+        s = masked(self, wide(at, self.scores))
         for region, value in zip((self.p, self.m, self.l, self.alpha), online(s, *self._state(at)), strict=True):
             at.write(region, value)
 
@@ -536,8 +541,7 @@ class Attend(Instruction, engine="ATT", opcode=0x40):
     updates = ("sums", "m", "l")
 
     def run(self, at: Spaces) -> None:
-        s = capped((wide(at, self.q) @ wide(at, self.k).T).astype(np.float32) * np.float64(self.scale), self.softcap)
-        s = np.where(visible(s, self.query, self.pack, self.key, self.keys, self.window), s, NEVER)
+        s = masked(self, (wide(at, self.q) @ wide(at, self.k).T).astype(np.float32).astype(np.float64))
         p, m, length, alpha = online(s, wide(at, self.m), wide(at, self.l))
         p = p.astype(FORMATS[self.v.format][1]).astype(np.float64)
         at.write(self.sums, wide(at, self.sums) * alpha + p @ wide(at, self.v))

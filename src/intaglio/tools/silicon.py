@@ -14,7 +14,6 @@ from rich.table import Table
 from intaglio.chips import CHIPS, chip
 from intaglio.chips import replace as other_chip
 from intaglio.program import Program
-from intaglio.silicon.step import Load, Plan
 
 out = Console(highlight=False, emoji=False)
 MODELLED = "All times are modelled, none is measured. share: FLOPs over the peak of all chips."
@@ -42,6 +41,8 @@ def changed(name: str, changes: list[str] | None) -> Any:
 
 def modelled(program: Program, chip_name: str = "sohu") -> str:
     """A Program's prefill and decode on a preset, in words: modelled time, not measured."""
+    from intaglio.silicon.step import Load, Plan
+
     plan = Plan(program, chip(chip_name))
     prompt = min(256, program.context - 1)
     lines = []

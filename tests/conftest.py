@@ -1,0 +1,21 @@
+"""What several test files take."""
+
+from __future__ import annotations
+
+import pytest
+
+from intaglio.devices import DEVICES
+
+
+@pytest.fixture(params=["reference", "host"])
+def device(request):
+    """Both devices that compute, one after the other."""
+    if request.param not in DEVICES:
+        pytest.skip(f"no {request.param} device")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Checkpoints made once for all tests of a file."""
+    return tmp_path_factory.mktemp("checkpoints")
