@@ -81,17 +81,17 @@ def test_an_engine_runs_in_virtual_time() -> None:
     """Requests are timed by the chip's clock: no wall clock has a part in it, and the same run takes the same."""
 
     def run() -> list[float]:
-        device = open_device("silicon", chip_name="h100_sxm", values="oracle")
+        device = SiliconDevice(chip_name="h100_sxm", values="oracle")
         raw = transformer()
         executable = device.load(build(raw, "auto"), random_weights(raw), STATE)
-        engine = Engine(executable, rng=random.Random(0), clock=device.clock)  # type: ignore[attr-defined]
+        engine = Engine(executable, rng=random.Random(0), clock=device.clock)
         request = Request("r", [1, 2, 3, 4, 5], SamplingParams(max_tokens=4))
         engine.add(request)
         expected, ended = 0.0, None
         while not engine.idle:
             ended = engine.step()[-1].usage
-            expected += executable.timeline.seconds  # type: ignore[attr-defined]
-            assert device.clock() == pytest.approx(expected)  # type: ignore[attr-defined]
+            expected += executable.timeline.seconds
+            assert device.clock() == pytest.approx(expected)
         assert ended is not None and ended.first_token is not None
         return [ended.first_token, ended.ended]
 
