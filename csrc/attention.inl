@@ -19,9 +19,17 @@ struct Soon {
   }
 };
 
-// scores[r][0 .. NV * N) = q_r . K columns; K is [head_dim][page], and I8's columns have scales.
+// More columns of the keys, in a cache of their own.
+struct More {
+  const void* at;
+  const uint16_t* scales;
+  int dim;
+};
+
+// scores[r][0 .. NV * N) = q_r . K columns; K is [head_dim][page], and I8's columns have scales. The columns of `more`, if
+// any, follow its own.
 template <Fmt C, int RB, int NV>
-void score_tile(const float* const* q, const void* k, const uint16_t* scales, int page, int head_dim, float* const* scores, Soon soon) {
+void score_tile(const float* const* q, const void* k, const uint16_t* scales, int page, int head_dim, const More& more, float* const* scores, Soon soon) {
   F acc[RB][NV];
   EACH_OF for (int r = 0; r < RB; r++)
     EACH_OF for (int v = 0; v < NV; v++) acc[r][v] = set(0);
@@ -32,10 +40,22 @@ void score_tile(const float* const* q, const void* k, const uint16_t* scales, in
     EACH_OF for (int r = 0; r < RB; r++)
       EACH_OF for (int v = 0; v < NV; v++) acc[r][v] = fma(set(q[r][d]), key[v], acc[r][v]);
   }
-  EACH_OF for (int v = 0; v < NV; v++) {
-    const F scale = C == Fmt::I8 ? load_bf16(scales + v * F::N) : set(1);
-    EACH_OF for (int r = 0; r < RB; r++) store(scores[r] + v * F::N, C == Fmt::I8 ? acc[r][v] * scale : acc[r][v]);
+  if (C == Fmt::I8)
+    EACH_OF for (int v = 0; v < NV; v++) {
+      const F scale = load_bf16(scales + v * F::N);
+      EACH_OF for (int r = 0; r < RB; r++) acc[r][v] = acc[r][v] * scale;
+    }
+  for (int d = 0; d < more.dim; d++) {
+    F key[NV];
+    EACH_OF for (int v = 0; v < NV; v++) {
+      key[v] = load_cache<C>(more.at, int64_t(d) * page + v * F::N);
+      if (C == Fmt::I8) key[v] = key[v] * load_bf16(more.scales + v * F::N);
+    }
+    EACH_OF for (int r = 0; r < RB; r++)
+      EACH_OF for (int v = 0; v < NV; v++) acc[r][v] = fma(set(q[r][head_dim + d]), key[v], acc[r][v]);
   }
+  EACH_OF for (int r = 0; r < RB; r++)
+    EACH_OF for (int v = 0; v < NV; v++) store(scores[r] + v * F::N, acc[r][v]);
 }
 
 // acc[r][0 .. NV * N) += sum over n positions of p[r][i] * V[i]; V is [positions][stride].
@@ -53,6 +73,27 @@ void value_tile(const float* const* p, const void* v, int stride, int n, float* 
   }
   EACH_OF for (int r = 0; r < RB; r++)
     EACH_OF for (int j = 0; j < NV; j++) store(acc[r] + j * F::N, a[r][j]);
+}
+
+// acc[r][0] = sum over positions [from, to) of a split of p[r][i] * K[d][i]: values that are the keys' columns, which lie
+// in pages across. Lanes follow positions, so the order of a sum is fixed by them alone; p is zero at masked positions,
+// and what lies behind `to`, which nobody has written yet, is not read.
+template <Fmt C, int RB>
+void latent_tile(const float* const* p, const char* const* pages, int64_t column, int page, int from, int to, float* const* acc) {
+  F a[RB];
+  EACH_OF for (int r = 0; r < RB; r++) a[r] = set(0);
+  for (int i = from / F::N * F::N; i < to; i += F::N) {
+    const void* k = pages[i / page];
+    F key = load_cache<C>(k, column + i % page);
+    if (i + F::N > to) {
+      float all[F::N], own[F::N] = {};
+      store(all, key);
+      std::memcpy(own, all, size_t(to - i) * 4);
+      key = load(own);
+    }
+    EACH_OF for (int r = 0; r < RB; r++) a[r] = fma(load(p[r] + i), key, a[r]);
+  }
+  EACH_OF for (int r = 0; r < RB; r++) *acc[r] = sum(a[r]);
 }
 
 constexpr int kBlock = F::N == 16 ? 8 : 2;  // query rows whose sums fill the registers
@@ -77,8 +118,9 @@ inline Soon share_of(const char* block, int64_t bytes, int row, int column, int 
   return {block + bytes * column / columns, (bytes * width / columns + steps - 1) / steps};
 }
 
-// scale, softcap, mask outside [low, high), then p = exp(s - max) in place over [begin, end): the maximum and the sum.
-void softmax_row(const AttendArgs& a, float* s, int begin, int end, int low, int high, float* top, float* total) {
+// scale, softcap, times `heat`, mask outside [low, high), then p = exp(s - max) in place over [begin, end): the maximum
+// and the sum.
+void softmax_row(const AttendArgs& a, float heat, float* s, int begin, int end, int low, int high, float* top, float* total) {
   for (int i = begin; i < low; i++) s[i] = -INFINITY;
   for (int i = high; i < end; i++) s[i] = -INFINITY;
   F peak = set(-INFINITY);
@@ -86,6 +128,7 @@ void softmax_row(const AttendArgs& a, float* s, int begin, int end, int low, int
     F x = load(s + i);
     F y = x * set(a.scale);
     if (a.softcap > 0) y = if_less(x, set(-3e38f), x, tanh(y / set(a.softcap)) * set(a.softcap));
+    if (heat != 1) y = y * set(heat);
     store(s + i, y);
     peak = max(peak, y);
   }
@@ -103,7 +146,7 @@ template <Fmt C>
 void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch, float* top, float* total, float* acc) {
   const int share = a.heads / a.kv_heads, rows = q.tokens * share;
   const int64_t start = split * kSplit, last = q.position + q.tokens;
-  const int64_t low = std::max(start, a.window ? std::max<int64_t>(0, q.position - a.window + 1) : 0);
+  const int64_t low = std::max(start, a.reach.first(q.position));
   const int64_t high = std::min(start + kSplit, last);
   std::memset(acc, 0, size_t(rows) * a.v_stride * 4);
   for (int r = 0; r < rows; r++) top[r] = -INFINITY, total[r] = 0;
@@ -112,18 +155,19 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
   const float* query[kMaxTaskRows];
   float* out[kMaxTaskRows];
   for (int r = 0; r < rows; r++)
-    query[r] = a.q + (q.first_row + r / share) * a.ld_q + (q.kv_head * share + r % share) * int64_t(a.head_dim);
+    query[r] = a.q + (q.first_row + r / share) * a.ld_q + (q.kv_head * share + r % share) * int64_t(a.head_dim + a.rope_dim);
 
   // The blocks in the order they are read: keys of each page, then values of each page.
   constexpr int64_t each = C == Fmt::F32 ? 4 : C == Fmt::BF16 ? 2 : 1, most = kSplit / 16;
-  const char* blocks[2 * most + kFar] = {};
+  const char *blocks[2 * most + kFar] = {}, *ropes[most] = {};
   const int64_t first = low / a.page, pages = (high - 1) / a.page + 1 - first;
   const int64_t key_bytes = a.key_bytes(), value_bytes = a.value_bytes();
   auto scales_of = [&](const char* block, int width) { return (const uint16_t*)(block + int64_t(width) * a.page * each); };
   for (int64_t i = 0; i < pages; i++) {
-    const int64_t at = int64_t(q.blocks[first + i]) * a.kv_heads + q.kv_head;
+    const int64_t block = q.blocks[first + i], at = a.one_head ? block : block * a.kv_heads + q.kv_head;
     blocks[i] = (const char*)a.k + at * key_bytes;
-    blocks[pages + i] = (const char*)a.v + at * value_bytes;
+    if (!a.latent) blocks[pages + i] = (const char*)a.v + at * value_bytes;
+    if (a.rope) ropes[i] = (const char*)a.rope + at * a.page * (a.rope_dim * each + (C == Fmt::I8 ? 2 : 0));
   }
 
   const int64_t begin = low / 16 * 16, end = (high + 15) / 16 * 16;
@@ -132,18 +176,40 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
     const int64_t next = i + kFar < pages ? key_bytes : value_bytes;
     by_tile(rows, int(to - from), [&]<int RB, int NV>(int r, int c) {
       for (int j = 0; j < RB; j++) out[j] = scratch + (r + j) * kSplit + (from - start) + c;
-      score_tile<C, RB, NV>(query + r, blocks[i] + (from - page + c) * each, scales_of(blocks[i], a.head_dim) + (from - page + c),
-                            a.page, a.head_dim, out, share_of(blocks[i + kFar], next, r, c, int(to - from), NV * F::N, a.head_dim));
+      const int64_t at = from - page + c;
+      const More more{ropes[i] + at * each, scales_of(ropes[i], a.rope_dim) + at, a.rope_dim};
+      score_tile<C, RB, NV>(query + r, blocks[i] + at * each, scales_of(blocks[i], a.head_dim) + at, a.page, a.head_dim, more, out,
+                            share_of(blocks[i + kFar], next, r, c, int(to - from), NV * F::N, a.head_dim));
     });
   }
   for (int r = 0; r < rows; r++) {
     int64_t position = q.position + r / share;
-    int64_t own = std::max(low, a.window ? position - a.window + 1 : 0), stop = std::min(high, position + 1);
+    int64_t own = std::max(low, a.reach.first(position)), stop = std::min(high, position + 1);
+    const float heat = a.temper == 0 ? 1.0f : float(1 + a.temper * std::log1p(std::floor(double(position + 1) / a.temper_every)));
     float* s = scratch + r * kSplit;
     if (own < stop)
-      softmax_row(a, s, int(begin - start), int(end - start), int(own - start), int(stop - start), top + r, total + r);
+      softmax_row(a, heat, s, int(begin - start), int(end - start), int(own - start), int(stop - start), top + r, total + r);
     else
       std::memset(s + (begin - start), 0, size_t(end - begin) * 4);
+  }
+  if (a.latent) {
+    const int64_t base = first * a.page - start;  // of the first page, from the split's start; not above 0
+    for (int r = 0; r < rows; r++) {
+      out[r] = scratch + r * kSplit + base;
+      for (int64_t t = begin; t < high && C == Fmt::I8; t += F::N) {  // a value's scale goes onto its weight
+        float* p = out[r] + (t - start - base);
+        store(p, load(p) * load_bf16(scales_of(blocks[t / a.page - first], a.head_dim) + t % a.page));
+      }
+      std::fill(out[r] + (high - start - base), out[r] + (end - start - base), 0.0f);  // whatever scale stands there
+    }
+    for (int d = 0; d < a.v_dim; d++)
+      for (int r = 0; r < rows; r += kBlock)
+        with_rows<kBlock>(std::min(kBlock, rows - r), [&]<int RB>() {
+          float* to[RB];
+          for (int j = 0; j < RB; j++) to[j] = acc + (r + j) * a.v_stride + d;
+          latent_tile<C, RB>(out + r, blocks, int64_t(d) * a.page, a.page, int(begin - start - base), int(high - start - base), to);
+        });
+    return;
   }
   for (int64_t i = 0; i < pages; i++) {
     const int64_t page = (first + i) * a.page, from = std::max(low, page), to = std::min(high, page + a.page);

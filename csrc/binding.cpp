@@ -77,7 +77,7 @@ const std::map<std::string, Source> kSources = {{"f32", Source::F32}, {"f16", So
 const std::map<std::string, Kind> kKinds = {
     {"embed", Kind::Embed}, {"select", Kind::Select}, {"norm", Kind::Norm}, {"linear", Kind::Linear}, {"rope", Kind::Rope},
     {"kv_write", Kind::KvWrite}, {"attend", Kind::Attend}, {"map", Kind::Map}, {"sample", Kind::Sample},
-    {"exchange", Kind::Exchange}};
+    {"route", Kind::Route}, {"experts", Kind::Experts}, {"head_linear", Kind::HeadLinear}, {"exchange", Kind::Exchange}};
 
 // Rows arrive as bytes: NumPy has no bfloat16 of its own.
 void fill(PackedWeight& self, nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> bytes,
@@ -88,6 +88,19 @@ void fill(PackedWeight& self, nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_cont
   const void* p = bytes.data();
   nb::gil_scoped_release unlocked;
   self.fill(p, source, first, count, threads);
+}
+
+// Codes [count, k] a byte each, and the scales [count, groups] of their groups.
+void fill_codes(PackedWeight& self, nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> codes,
+                nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> scales, int64_t first, int threads) {
+  const Weight& w = self.w;
+  const int64_t count = int64_t(codes.shape(0)), groups = w.group ? (w.k + w.group - 1) / w.group : 0;
+  if (!w.group || int64_t(codes.shape(1)) != w.k || int64_t(scales.shape(0)) != count || int64_t(scales.shape(1)) != groups)
+    throw std::invalid_argument("codes are [count, k] and scales [count, groups] of a weight in groups");
+  const uint8_t* c = codes.data();
+  const float* s = scales.data();
+  nb::gil_scoped_release unlocked;
+  self.fill_codes(c, s, first, count, threads);
 }
 
 void unpack(const PackedWeight& self, int64_t row, Floats out) {
@@ -177,6 +190,7 @@ NB_MODULE(_native, m) {
              new (self) PackedWeight(fmt, row, n, k, group, glu);
            }, "format"_a, "n"_a, "k"_a, "group"_a, "glu"_a)
       .def("fill", &fill)
+      .def("fill_codes", &fill_codes)
       .def("map", &PackedWeight::map, "file"_a, "offset"_a, "writable"_a)
       .def("unpack", &unpack)
       .def("image", [](const PackedWeight& w) { return nb::bytes(w.memory.data(), size_t(w.memory.size())); })

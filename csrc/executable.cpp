@@ -19,10 +19,6 @@ constexpr int64_t kPrivate = 16384;  // values of x that each thread rounds for 
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
-void grow(Memory& m, int64_t bytes) {
-  if (m.size() < bytes) m = Memory(bytes + bytes / 4);
-}
-
 uint16_t to_bf16(float f) {
   uint32_t u;
   std::memcpy(&u, &f, 4);
@@ -30,7 +26,12 @@ uint16_t to_bf16(float f) {
   return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-// Lays out `rows` prepared rows at `at`; returns the bytes they take.
+}  // namespace
+
+void grow(Memory& m, int64_t bytes) {
+  if (m.size() < bytes) m = Memory(bytes + bytes / 4);
+}
+
 int64_t lay_rows(const Weight& w, bool x_bf16, int64_t rows, uint8_t* at, Rows* out) {
   int64_t each = w.integer() ? 1 : x_bf16 && w.pairs() ? 2 : 4;
   int64_t groups = w.integer() ? w.padded_k / w.group : 0, spans = w.integer() ? w.spans() : 0;
@@ -39,25 +40,30 @@ int64_t lay_rows(const Weight& w, bool x_bf16, int64_t rows, uint8_t* at, Rows* 
   return starts + aligned(rows * groups * 4);
 }
 
-}  // namespace
-
 PackedWeight::PackedWeight(Fmt fmt, bool row, int64_t n, int64_t k, int64_t group, bool glu)
     : w(weight_layout(fmt, row, n, k, group, glu)), memory(w.panels * w.panel_bytes) {
   w.data = memory.data();
 }
 
-void PackedWeight::fill(const void* rows, Source type, int64_t first, int64_t count, int threads) {
+template <class Pack>
+void PackedWeight::share(int64_t first, int64_t count, int threads, Pack pack) {
   if (first < 0 || count < 0 || first + count > w.n) throw std::invalid_argument("rows outside the weight");
   if (!memory.writable()) throw std::invalid_argument("a weight mapped from a file is only read");
   if (!count) return;
   const int64_t begin = w.glu ? 0 : w.panel_of(first), panels = (w.glu ? w.panels : w.panel_of(first + count - 1) + 1) - begin;
   std::vector<std::thread> helpers;
-  auto share = [&](int i) {
-    pack_rows(w, rows, type, first, count, begin + panels * i / threads, begin + panels * (i + 1) / threads);
-  };
-  for (int i = 1; i < threads; i++) helpers.emplace_back(share, i);
-  share(0);
+  auto part = [&](int i) { pack(begin + panels * i / threads, begin + panels * (i + 1) / threads); };
+  for (int i = 1; i < threads; i++) helpers.emplace_back(part, i);
+  part(0);
   for (auto& t : helpers) t.join();
+}
+
+void PackedWeight::fill(const void* rows, Source type, int64_t first, int64_t count, int threads) {
+  share(first, count, threads, [&](int64_t begin, int64_t end) { pack_rows(w, rows, type, first, count, begin, end); });
+}
+
+void PackedWeight::fill_codes(const uint8_t* codes, const float* scales, int64_t first, int64_t count, int threads) {
+  share(first, count, threads, [&](int64_t begin, int64_t end) { pack_coded(w, codes, scales, first, count, begin, end); });
 }
 
 void PackedWeight::map(int file, int64_t offset, bool writable) {
@@ -95,10 +101,14 @@ void Executable::add_op(Op op) {
   }
   if (op.kind == Kind::Attend) {
     const Tensor &k = tensors_[size_t(op.tensors[1])], &v = tensors_[size_t(op.tensors[2])];
-    AttendPlan plan{k.heads, int(op.ints[0]) / k.heads, v.stride, int(op.ints[1]), {}, {}, 0};
+    const int heads = int(op.ints[0]), v_stride = v.keys ? (v.head_dim + 15) / 16 * 16 : v.stride;
+    int share = heads / k.heads;
+    if (k.heads == 1)  // one head for all: tasks take as many query heads as they aim at
+      for (share = std::min(share, kTaskRows); heads % share; share--) {}
+    AttendPlan plan{heads / share, share, v_stride, {int(op.ints[1]), int(op.ints[2])}, {}, {}, 0};
     if (plan.share > kMaxTaskRows) throw std::invalid_argument("more than 256 query heads share one kv head");
     auto same = [&](const AttendPlan& p) {
-      return p.kv_heads == plan.kv_heads && p.share == plan.share && p.v_stride == plan.v_stride && p.window == plan.window;
+      return p.kv_heads == plan.kv_heads && p.share == plan.share && p.v_stride == plan.v_stride && p.reach == plan.reach;
     };
     auto at = std::find_if(plans_.begin(), plans_.end(), same);
     op.plan = int(at - plans_.begin());
@@ -110,7 +120,7 @@ void Executable::add_op(Op op) {
 Tensor Executable::make_cache(int64_t pages, int heads, int head_dim, Fmt format, bool keys) const {
   if (head_dim > kMaxHead) throw std::invalid_argument("a head of more than 1024 values");
   Tensor t;
-  t.heads = heads, t.head_dim = head_dim, t.format = format;
+  t.heads = heads, t.head_dim = head_dim, t.format = format, t.keys = keys;
   t.stride = keys ? page_ : (head_dim + 15) / 16 * 16;
   AttendArgs a{};
   a.page = page_, a.head_dim = head_dim, a.v_stride = t.stride, a.format = format;
@@ -129,7 +139,7 @@ int64_t Executable::rows_of(const Op& op) const {
 
 // Values in a row that such an op works on.
 int64_t Executable::width_of(const Op& op) const {
-  const bool from_first = op.kind == Kind::KvWrite || op.kind == Kind::Sample;
+  const bool from_first = op.kind == Kind::KvWrite || op.kind == Kind::Sample || op.kind == Kind::Route;
   return tensors_[size_t(from_first ? op.tensors.front() : op.tensors.back())].cols;
 }
 
@@ -164,6 +174,10 @@ void Executable::plan_memory() {
       int64_t bytes = lay_rows(w, op.ints[0], rows_of(tensors_[size_t(op.tensors[4])]), nullptr, nullptr);
       int64_t& most = alone(op) ? own_x : shared;
       most = std::max(most, bytes);
+    } else if (op.kind == Kind::Experts) {
+      plan_experts(op);
+    } else if (op.kind == Kind::HeadLinear) {
+      shared = std::max(shared, op.ints[0] * lay_rows(tensors_[size_t(op.tensors[1])].weight->w, false, in_.t, nullptr, nullptr));
     }
   for (AttendPlan& p : plans_) {
     plan_attend(p);
@@ -206,6 +220,8 @@ void Executable::plan_phases(const std::vector<Tap>& taps, bool timed, int first
         team_.add(at, 1, int64_t(plan.merges.size()), 1);
         break;
       }
+      case Kind::Experts: add_experts(at, op); break;
+      case Kind::HeadLinear: add_heads(at, op); break;
       default:
         if ((rows == 1 || rows * width_of(op) <= kLittle) && team_.append(at)) break;
         team_.add(at, 0, rows, op.kind == Kind::Sample ? 1 : chunk(rows));
@@ -224,7 +240,7 @@ void Executable::plan_attend(AttendPlan& p) {
     const int n = in_.q_len[s], context = in_.context_len[s];
     for (int token = 0; token < n; token += most) {
       int tokens = std::min(most, n - token), position = context - n + token;
-      int first = p.window ? std::max(0, position - p.window + 1) / kSplit : 0;
+      int first = int(p.reach.first(position)) / kSplit;
       int end = (position + tokens + kSplit - 1) / kSplit;
       for (int h = 0; h < p.kv_heads; h++) {
         if (n > most || end - first == 1) {
@@ -283,6 +299,10 @@ void Executable::run(Scratch& mine, const Phase& phase, int64_t begin, int64_t e
       for (int64_t i = begin; i < end; i++)
         if (phase.part == 0) attend_task(mine, op, plan.tasks[size_t(i)]);
         else attend_merge(mine, op, plan.merges[size_t(i)]);
+    } else if (op.kind == Kind::Experts) {
+      run_experts(mine, op, phase.part, begin, end);
+    } else if (op.kind == Kind::HeadLinear) {
+      run_heads(mine, op, phase.part, begin, end);
     } else {
       run_op(mine, op, begin, end);
     }
@@ -311,8 +331,11 @@ void Executable::run_op(Scratch& mine, const Op& op, int64_t begin, int64_t end)
     case Kind::Norm: return each([&, a = norm_args(op)](int64_t r) { kernels_->norm_row(a, r); });
     case Kind::Map: return each([&, a = map_args(op)](int64_t r) { kernels_->map_row(a, r, mine.floats); });
     case Kind::Sample: return each([&](int64_t r) { sample(op, r); });
+    case Kind::Route: return each([&, a = route_args(op)](int64_t t) { kernels_->route_row(a, t, mine.floats); });
+    case Kind::Experts: return sort_tokens(op);  // what of it is no phase of its own
     case Kind::Linear:
-    case Kind::Attend: break;  // run() cuts these otherwise
+    case Kind::Attend:
+    case Kind::HeadLinear: break;  // run() cuts these otherwise
     case Kind::Exchange: break;
   }
 }
@@ -360,9 +383,12 @@ NormArgs Executable::norm_args(const Op& op) const {
 // tensors: a, b, c, out.
 MapArgs Executable::map_args(const Op& op) const {
   const Tensor& out = tensors_[size_t(op.tensors[3])];
-  MapArgs a{{}, {}, rows_at(op.tensors[3]), out.ld, out.cols, op.code.data(), op.numbers.data(), int64_t(op.code.size() / 2)};
+  MapArgs a{{}, {}, {}, rows_at(op.tensors[3]), out.ld, out.cols, op.code.data(), op.numbers.data(), int64_t(op.code.size() / 2)};
   for (size_t o = 0; o < 3; o++)
-    if (op.tensors[o] >= 0) a.operand[o] = rows_at(op.tensors[o]), a.ld[o] = tensors_[size_t(op.tensors[o])].ld;
+    if (op.tensors[o] >= 0) {
+      const Tensor& x = tensors_[size_t(op.tensors[o])];
+      a.operand[o] = rows_at(op.tensors[o]), a.ld[o] = x.ld, a.column[o] = x.cols == 1 && out.cols > 1;
+    }
   return a;
 }
 
@@ -397,22 +423,23 @@ void Executable::product(Scratch& mine, const Phase& phase, const Op& op, int64_
   }
 }
 
-// tensors: x, frequencies, out. ints: head_dim, interleaved. floats: factor.
+// tensors: x, frequencies, out. ints: head_dim, interleaved, trailing. floats: factor.
 void Executable::rope(const Op& op, int64_t t) {
   const Tensor &x = tensors_[size_t(op.tensors[0])], &y = tensors_[size_t(op.tensors[2])];
   const RopeTable& table = tables_[size_t(op.table)];
   const int64_t pairs = int64_t(tensors_[size_t(op.tensors[1])].vector.size()), head_dim = op.ints[0];
   const int64_t step = op.ints[1] ? 2 : 1, gap = op.ints[1] ? 1 : pairs;
   const float *c = table.cosines.data() + t * pairs, *s = table.sines.data() + t * pairs;
+  const int64_t still = head_dim - 2 * pairs, lead = op.ints[2] ? still : 0, rest = op.ints[2] ? 0 : 2 * pairs;
   for (int64_t h = 0; h < y.cols; h += head_dim) {
-    const float* in = rows_at(op.tensors[0]) + t * x.ld + h;
-    float* out = rows_at(op.tensors[2]) + t * y.ld + h;
+    const float *own = rows_at(op.tensors[0]) + t * x.ld + h, *in = own + lead;
+    float *to = rows_at(op.tensors[2]) + t * y.ld + h, *out = to + lead;
     for (int64_t i = 0; i < pairs; i++) {
       float a = in[i * step], b = in[i * step + gap];
       out[i * step] = a * c[i] - b * s[i];
       out[i * step + gap] = b * c[i] + a * s[i];
     }
-    std::memcpy(out + 2 * pairs, in + 2 * pairs, size_t(head_dim - 2 * pairs) * 4);
+    std::memcpy(to + rest, own + rest, size_t(still) * 4);
   }
 }
 
@@ -421,8 +448,8 @@ void Executable::kv_write(const Op& op, int64_t t) {
   const int64_t page = in_.slots[t] / page_, at = in_.slots[t] % page_;
   for (size_t which = 0; which < 2; which++) {
     const Tensor &x = tensors_[size_t(op.tensors[which])], &c = tensors_[size_t(op.tensors[which + 2])];
-    const int64_t height = which == 0 ? c.head_dim : page_, width = which == 0 ? page_ : c.stride;
-    const int64_t first = which == 0 ? at : at * width, step = which == 0 ? width : 1;
+    const int64_t height = c.keys ? c.head_dim : page_, width = c.keys ? page_ : c.stride;
+    const int64_t first = c.keys ? at : at * width, step = c.keys ? width : 1;
     const int64_t each = c.format == Fmt::F32 ? 4 : c.format == Fmt::BF16 ? 2 : 1, scales = c.format == Fmt::I8 ? 2 * page_ : 0;
     for (int64_t h = 0; h < c.heads; h++) {
       const float* from = rows_at(op.tensors[which]) + t * x.ld + h * c.head_dim;
@@ -443,12 +470,18 @@ void Executable::kv_write(const Op& op, int64_t t) {
   }
 }
 
-// tensors: q, k_cache, v_cache, out. ints: heads, window. floats: scale, softcap.
+// tensors: q, k_cache, v_cache, rope_cache, sinks, out. ints: heads, window, chunk, temper_every.
+// floats: scale, softcap, temper.
 AttendArgs Executable::attend_args(const Op& op) const {
   const Tensor &q = tensors_[size_t(op.tensors[0])], &k = tensors_[size_t(op.tensors[1])];
-  const Tensor &v = tensors_[size_t(op.tensors[2])], &out = tensors_[size_t(op.tensors[3])];
-  return {rows_at(op.tensors[0]), rows_at(op.tensors[3]), q.ld, out.ld, int(op.ints[0]), k.heads, k.head_dim, v.head_dim,
-          v.stride, page_, int(op.ints[1]), float(op.floats[0]), float(op.floats[1]), k.format, k.cache->data(), v.cache->data()};
+  const Tensor &v = tensors_[size_t(op.tensors[2])], &out = tensors_[size_t(op.tensors[5])];
+  const Tensor* rope = op.tensors[3] < 0 ? nullptr : &tensors_[size_t(op.tensors[3])];
+  const AttendPlan& plan = plans_[size_t(op.plan)];
+  const bool latent = &k == &v;
+  return {rows_at(op.tensors[0]), rows_at(op.tensors[5]), q.ld, out.ld, int(op.ints[0]), plan.kv_heads, k.head_dim,
+               v.head_dim, plan.v_stride, page_, plan.reach, float(op.floats[0]), float(op.floats[1]), k.format, k.cache->data(),
+               latent ? nullptr : v.cache->data(), rope ? rope->cache->data() : nullptr, rope ? rope->head_dim : 0, latent,
+               k.heads == 1, vector_at(op.tensors[4]), float(op.floats[2]), float(op.ints[3])};
 }
 
 Query Executable::query(const Task& t) const {
@@ -482,7 +515,7 @@ void Executable::attend_task(Scratch& mine, const Op& op, const Task& t) {
     kernels_->attend_split(a, q, split, mine.floats, one.top, one.total, one.acc);
     kernels_->attend_merge(rows, a.v_stride, all.top, all.total, all.acc, one.top, one.total, one.acc);
   }
-  finish_attend(a, q, all.total, all.acc);
+  finish_attend(a, q, all.top, all.total, all.acc);
 }
 
 void Executable::attend_merge(Scratch& mine, const Op& op, const Merge& m) {
@@ -494,14 +527,19 @@ void Executable::attend_merge(Scratch& mine, const Op& op, const Merge& m) {
     Running one((float*)partials_.data() + m.partial + s * rows * (a.v_stride + 2), rows);
     kernels_->attend_merge(rows, a.v_stride, all.top, all.total, all.acc, one.top, one.total, one.acc);
   }
-  finish_attend(a, query({m.seq, 0, in_.q_len[m.seq], m.kv_head, 0, 0, -1}), all.total, all.acc);
+  finish_attend(a, query({m.seq, 0, in_.q_len[m.seq], m.kv_head, 0, 0, -1}), all.top, all.total, all.acc);
 }
 
-void Executable::finish_attend(const AttendArgs& a, const Query& q, const float* total, const float* acc) const {
+void Executable::finish_attend(const AttendArgs& a, const Query& q, const float* top, const float* total, const float* acc) const {
   const int64_t share = a.heads / a.kv_heads;
   for (int64_t r = 0; r < q.tokens * share; r++) {
     float* out = a.out + (q.first_row + r / share) * a.ld_out + (q.kv_head * share + r % share) * a.v_dim;
-    for (int64_t d = 0; d < a.v_dim; d++) out[d] = acc[r * a.v_stride + d] / total[r];
+    float weight = 1, whole = total[r];
+    if (a.sinks) {  // one more key, without a value
+      const float sink = a.sinks[q.kv_head * share + r % share], most = std::max(top[r], sink);
+      weight = std::exp(top[r] - most), whole = whole * weight + std::exp(sink - most);
+    }
+    for (int64_t d = 0; d < a.v_dim; d++) out[d] = acc[r * a.v_stride + d] * weight / whole;
   }
 }
 

@@ -16,10 +16,13 @@ struct PackedWeight {
   Memory memory;
   PackedWeight(Fmt fmt, bool row, int64_t n, int64_t k, int64_t group, bool glu);
   void fill(const void* rows, Source type, int64_t first, int64_t count, int threads);
+  void fill_codes(const uint8_t* codes, const float* scales, int64_t first, int64_t count, int threads);
+  template <class Pack>
+  void share(int64_t first, int64_t count, int threads, Pack pack);  // pack(begin panel, end panel) in parallel
   void map(int file, int64_t offset, bool writable);  // its memory is this range of a file from now on
 };
 
-enum class Kind : int { Embed, Select, Norm, Linear, Rope, KvWrite, Attend, Map, Sample, Exchange };  // an exchange is done outside, between two steps
+enum class Kind : int { Embed, Select, Norm, Linear, Rope, KvWrite, Attend, Map, Sample, Route, Experts, HeadLinear, Exchange };
 enum class Extent : int { T, R };  // how many rows a buffer has in a step
 
 struct Buffer {
@@ -36,7 +39,7 @@ struct Tensor {  // exactly one of: a range of a buffer's columns, a vector, a w
   std::unique_ptr<Memory> cache;
   Fmt format = Fmt::F32;  // of a cache
   int heads = 0, head_dim = 0, stride = 0;
-
+  bool keys = false;  // a cache laid out as keys: [head_dim][page]
 };
 
 struct Op {
@@ -59,6 +62,17 @@ struct Tap {
   int op, tensor;
   float* out;
 };
+
+// What an experts op works on: gate and up as one weight of pairs, down; matrices of the stacks begin at whole units.
+struct ExpertsView {
+  const Weight *up, *down;
+  int64_t experts, inner, n, up_units, down_units, top;
+  bool x_bf16;
+};
+
+// Lays out `rows` prepared rows for a weight at `at`; returns the bytes they take.
+int64_t lay_rows(const Weight& w, bool x_bf16, int64_t rows, uint8_t* at, Rows* out);
+void grow(Memory& m, int64_t bytes);
 
 class Executable {
  public:
@@ -94,10 +108,23 @@ class Executable {
     int64_t partial;
   };
   struct AttendPlan {
-    int kv_heads, share, v_stride, window;
+    int kv_heads, share, v_stride;
+    Reach reach;
     std::vector<Task> tasks;
     std::vector<Merge> merges;
     int64_t partials;
+  };
+
+  struct Active {  // an expert that has tokens in this step
+    int64_t expert, first, rows;  // its entries
+    int64_t x, rounded;           // where its prepared rows begin, in bytes
+    int64_t before, cost;         // what the experts before it cost, and what a unit of this one does
+  };
+  struct Sorted {  // the tokens of a step by expert: the memory of one experts op after the other
+    std::vector<int32_t> start, entry, token, expert;  // first entry of an expert; entry of (token, j) and back; its expert
+    std::vector<Active> active;
+    int64_t cost;
+    Memory x, inner, rounded, out;
   };
 
   void plan_memory();
@@ -126,8 +153,24 @@ class Executable {
   void product(Scratch& mine, const Phase& phase, const Op& op, int64_t begin, int64_t end);
   void attend_task(Scratch& mine, const Op& op, const Task& t);
   void attend_merge(Scratch& mine, const Op& op, const Merge& m);
-  void finish_attend(const AttendArgs& a, const Query& q, const float* total, const float* acc) const;
+  void finish_attend(const AttendArgs& a, const Query& q, const float* top, const float* total, const float* acc) const;
   AttendArgs attend_args(const Op& op) const;
+  RouteArgs route_args(const Op& op) const;
+  ExpertsView experts_view(const Op& op) const;
+  void plan_experts(const Op& op);
+  void add_experts(int at, const Op& op);
+  void sort_tokens(const Op& op);
+  const Active& active_of(int64_t entry) const;
+  template <class Fn>
+  void each_unit(int64_t slice, int64_t units, Fn f) const;
+  void run_experts(Scratch& mine, const Op& op, int part, int64_t begin, int64_t end);
+  void expert_row(Scratch& mine, const Op& op, int64_t entry);
+  void expert_inner(Scratch& mine, const Op& op, int64_t slice);
+  void round_inner(const Op& op, int64_t entry);
+  void expert_outer(Scratch& mine, const Op& op, int64_t slice);
+  void combine(const Op& op, int64_t t);
+  void add_heads(int at, const Op& op);
+  void run_heads(Scratch& mine, const Op& op, int part, int64_t begin, int64_t end);
   Query query(const Task& t) const;
 
   const Kernels* kernels_;
@@ -139,6 +182,7 @@ class Executable {
   std::vector<AttendPlan> plans_;
   StepInputs in_{};
   Memory arena_, prepared_, scratch_, partials_;
+  Sorted sorted_;
   std::vector<Scratch> scratches_;
   std::vector<Tap> taps_;
   Team team_;  // last: its threads stop before anything they use goes

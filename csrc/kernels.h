@@ -69,6 +69,20 @@ struct LinearArgs {
   int64_t ld_residual;
   float scale;
   Act act;
+  float alpha = 1, limit = 0, shift = 0;  // of a gated pair, as ops/experts.py's Experts says
+};
+
+enum class RouteScore : int { Softmax, Sigmoid, SqrtSoftplus, Chosen, Sparsemixer };
+constexpr int kMaxGroups = 256, kMaxTop = 64;
+
+struct RouteArgs {
+  const float *logits, *bias;
+  float* weights;
+  int32_t* ids;
+  int64_t ld_logits, ld_weights, ld_ids, experts, top, groups, kept, group_best;
+  RouteScore score;
+  bool normalise;
+  float scale, jitter;
 };
 
 struct NormArgs {
@@ -79,16 +93,32 @@ struct NormArgs {
   float eps, offset;
 };
 
+// What a query at a position sees: a window back from it, or its chunk from the start on; 0 of both sees all.
+struct Reach {
+  int window = 0, chunk = 0;
+  int64_t first(int64_t position) const {
+    if (chunk) return position / chunk * chunk;
+    return window && position >= window ? position - window + 1 : 0;
+  }
+  bool operator==(const Reach&) const = default;
+};
+
 // K pages are [pages][kv_heads][head_dim][page], V pages [pages][kv_heads][page][v_stride]; f32, bf16 or I8. Codes of I8
 // are signed, and after those of a page and head come the scales of its tokens, [page] bf16.
 struct AttendArgs {
   const float* q;
   float* out;
   int64_t ld_q, ld_out;
-  int heads, kv_heads, head_dim, v_dim, v_stride, page, window;
+  int heads, kv_heads, head_dim, v_dim, v_stride, page;
+  Reach reach;
   float scale, softcap;
   Fmt format;
-  const void *k, *v;
+  const void *k, *v, *rope;  // rope: more columns of the keys, or null
+  int rope_dim;
+  bool latent;               // values are the keys' first columns, v_dim of them, and v is null
+  bool one_head;             // the cache has one head, and kv_heads are only how query heads are cut into tasks
+  const float* sinks;
+  float temper, temper_every;
 
   int64_t key_bytes() const { return page * (int64_t(head_dim) * each() + (format == Fmt::I8 ? 2 : 0)); }  // of a page and head
   int64_t value_bytes() const { return page * (int64_t(v_stride) * each() + (format == Fmt::I8 ? 2 : 0)); }
@@ -104,6 +134,7 @@ struct Query {  // tokens of one sequence at consecutive positions, under one kv
 struct MapArgs {
   const float* operand[3];
   int64_t ld[3];
+  bool column[3];  // one value for the whole row
   float* out;
   int64_t ld_out, cols;
   const int32_t* code;  // pairs (step, argument): 0 operand, 1 number, 2 function, 3 + 4 - 5 * 6 /
@@ -128,6 +159,8 @@ struct Kernels {
   void (*attend_split)(const AttendArgs& a, const Query& q, int64_t split, float* scratch, float* top, float* total, float* acc);
   // The next split joins the running state, in ascending order of splits.
   void (*attend_merge)(int64_t rows, int64_t width, float* top, float* total, float* acc, const float* t2, const float* l2, const float* a2);
+  void (*route_row)(const RouteArgs& a, int64_t row, float* scratch);
+  void (*combine_row)(const float* const* rows, const float* weights, int64_t count, const float* residual, float* out, int64_t n);
   // The largest of n logits; NaN if any is NaN.
   float (*largest_logit)(const float* x, int64_t n);
   // p[i] = exp((x[i] - top) / temperature); returns their sum.

@@ -9,6 +9,7 @@ namespace intaglio::ISA {
 #include "linear.inl"
 #include "rows.inl"
 #include "attention.inl"
+#include "experts.inl"
 
 float read_stream(const float* p, int64_t n) {
   F a[8];
@@ -22,7 +23,7 @@ float read_stream(const float* p, int64_t n) {
 #define NAME_OF(x) #x
 #define NAME(x) NAME_OF(x)
 constexpr Kernels kTable = {NAME(ISA), prepare_row, linear_unit, norm_row, map_row,
-                            attend_split, attend_merge, largest_logit, weigh, read_stream};
+                            attend_split, attend_merge, route_row, combine_row, largest_logit, weigh, read_stream};
 
 }  // namespace intaglio::ISA
 

@@ -275,8 +275,14 @@ void finish_row(const LinearArgs& a, int64_t row, int64_t unit, const float* y, 
       if (bias) v = v + load_first(bias + column + i, count - i);
       return v * set(a.scale);
     };
-    F v = activate(a.act, affine(load(y + i), a.bias));
-    if (a.w->glu) v = v * affine(load(up + i), a.bias ? a.bias + a.w->half() : nullptr);
+    F v = affine(load(y + i), a.bias);
+    if (a.limit > 0) v = min(set(a.limit), v);
+    v = a.alpha == 1 ? activate(a.act, v) : activate(a.act, v * set(a.alpha)) / set(a.alpha);
+    if (a.w->glu) {
+      F u = affine(load(up + i), a.bias ? a.bias + a.w->half() : nullptr);
+      if (a.limit > 0) u = max(set(-a.limit), min(set(a.limit), u));
+      v = v * (a.shift == 0 ? u : u + set(a.shift));
+    }
     if (a.residual) v = v + load_first(a.residual + row * a.ld_residual + column + i, count - i);
     store_first(a.out + row * a.ld_out + column + i, v, count - i);
   }

@@ -332,6 +332,33 @@ uint16_t encode_row(const float* x, int64_t n, int8_t* codes) {
   return to_bf16(scale + poison);
 }
 
+void pack_coded(const Weight& w, const uint8_t* codes, const float* scales, int64_t first, int64_t count, int64_t begin, int64_t end) {
+  const int64_t groups = (w.k + w.group - 1) / w.group;
+  const uint8_t zero = w.fmt == Fmt::I8 ? 128 : w.fmt == Fmt::I4 ? 8 : 0;
+  std::vector<uint8_t> own(size_t(kPanel * w.group));
+  for (int64_t panel = begin; panel < end; panel++) {
+    const int64_t top = w.glu ? panel / 2 * kPanel + panel % 2 * w.half() : panel * kPanel;
+    const int64_t bottom = std::min(top + kPanel, w.glu && panel % 2 == 0 ? w.half() : w.n);
+    const int64_t from = std::max(top, first), to = std::min(bottom, first + count);
+    if (from >= to) continue;
+    const Strip s{nullptr, 0, Source::F32, panel, from - top, to - from};
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t held = std::min(w.group, w.k - g * w.group);
+      uint8_t* kept = group_at(w, panel, g).scales;
+      for (int64_t i = 0; i < s.lanes; i++) {
+        const int64_t row = from - first + i;
+        const float scale = scales[row * groups + g];
+        const uint16_t half = to_bf16(scale);
+        if (w.fmt == Fmt::FP8) std::memcpy(kept + (s.lane + i) * 4, &scale, 4);
+        else std::memcpy(kept + (s.lane + i) * 2, &half, 2);
+        std::memcpy(own.data() + i * w.group, codes + row * w.k + g * w.group, size_t(held));
+        std::fill(own.data() + i * w.group + held, own.data() + (i + 1) * w.group, zero);
+      }
+      lay_codes(w, s, g, own.data(), w.group);
+    }
+  }
+}
+
 void unpack_row(const Weight& w, int64_t row, float* out) {
   const int64_t panel = w.panel_of(row), lane = w.lane_of(row);
   const uint8_t* base = w.data + panel * w.panel_bytes;

@@ -35,6 +35,8 @@ Weight weight_layout(Fmt fmt, bool row, int64_t n, int64_t k, int64_t group, boo
 void pack_rows(const Weight& w, const void* rows, Source type, int64_t first, int64_t count, int64_t begin_panel, int64_t end_panel);
 // A row as int8row: its codes, and its scale in bf16, NaN if a value is not finite.
 uint16_t encode_row(const float* x, int64_t n, int8_t* codes);
+// Rows that are codes already, one a byte as they are kept here, with the scales of their groups: copied, not chosen.
+void pack_coded(const Weight& w, const uint8_t* codes, const float* scales, int64_t first, int64_t count, int64_t begin_panel, int64_t end_panel);
 // One row back as float32 [k]: an embedding lookup.
 void unpack_row(const Weight& w, int64_t row, float* out);
 

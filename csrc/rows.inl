@@ -43,7 +43,7 @@ F map_vector(const MapArgs& a, const float* const* x) {
   for (int64_t s = 0; s < a.steps; s++) {
     int32_t what = a.code[2 * s], arg = a.code[2 * s + 1];
     switch (what) {
-      case 0: stack[top++] = load(x[arg]); break;
+      case 0: stack[top++] = a.column[arg] ? set(x[arg][0]) : load(x[arg]); break;
       case 1: stack[top++] = set(a.numbers[arg]); break;
       case 2: stack[top - 1] = activate(Act(arg), stack[top - 1]); break;
       case 3: top--; stack[top - 1] = stack[top - 1] + stack[top]; break;
@@ -60,13 +60,15 @@ void map_row(const MapArgs& a, int64_t row, float* scratch) {
   int64_t i = 0;
   for (; i + F::N <= a.cols; i += F::N) {
     for (int o = 0; o < 3; o++)
-      if (a.operand[o]) x[o] = a.operand[o] + row * a.ld[o] + i;
+      if (a.operand[o]) x[o] = a.operand[o] + row * a.ld[o] + (a.column[o] ? 0 : i);
     store(a.out + row * a.ld_out + i, map_vector(a, x));
   }
   if (i < a.cols) {
     size_t bytes = size_t(a.cols - i) * 4;
     for (int o = 0; o < 3; o++)
-      if (a.operand[o]) {
+      if (a.operand[o] && a.column[o]) {
+        x[o] = a.operand[o] + row * a.ld[o];
+      } else if (a.operand[o]) {
         std::memset(scratch + o * F::N, 0, F::N * 4);
         std::memcpy(scratch + o * F::N, a.operand[o] + row * a.ld[o] + i, bytes);
         x[o] = scratch + o * F::N;

@@ -160,6 +160,7 @@ def test_bench_counts_work_against_the_roofs(folder: str) -> None:
         (("generate", "{folder}", "--prompt", "x" * 300), "prompt 0: the prompt has 300 tokens, the context holds 256"),
         (("generate", "{folder}"), "nothing to continue"),
         (("generate", "{folder}", "--prompt", "x", "--weights", "int3"), "int3"),
+        (("generate", "{folder}", "--prompt", "x", "--kv", "int3"), "kv_format='int3': use auto, f32, bf16, int8"),
         (("generate", "{folder}", "--prompt", "x", "--device", "abacus"), "no device called 'abacus'"),
         (("generate", "/nowhere", "--prompt", "x"), "/nowhere"),
         (("build", "{folder}", "-o", "/nowhere/x.program"), "/nowhere/x.program"),

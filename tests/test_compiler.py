@@ -18,9 +18,9 @@ from intaglio.compiler.buffers import plan_buffers, row_bytes
 from intaglio.compiler.dead import remove_dead
 from intaglio.compiler.fusions import fuse_epilogues, fuse_glu, fuse_residual_norm
 from intaglio.compiler.projections import merge_projections
-from intaglio.compiler.weights import set_weight_formats
+from intaglio.compiler.weights import fitted, set_weight_formats
 from intaglio.devices import StateSpec, open_device
-from intaglio.ops import Embed, Linear, Map, Norm, Op, Sample, Select
+from intaglio.ops import Embed, Linear, Map, Norm, Op, Sample, Select, Tensor
 from intaglio.program import Builder, Program, ProgramError, parse_program, verify
 
 SAME = 1e-6  # relative: a pass may move one float32 rounding, no more
@@ -414,12 +414,14 @@ def formats_of(p: Program, *names: str) -> list[str]:
         ("auto", True, "bf16", "bf16", "bf16", "bf16", "bf16"),
         ("f32", True, "f32", "f32", "f32", "f32", "f32"),
         ("f16", False, "f16", "f32", "bf16", "f16", "bf16"),
-        ("int8", True, "int8g128", "int8", "int8g128", "int8g128", "bf16"),
-        ("int8", False, "int8g128", "int8", "bf16", "int8g128", "bf16"),
-        ("int4", True, "int4g32", "int8", "int8g128", "int8g128", "bf16"),
-        ("int4", False, "int4g32", "int8", "bf16", "int8g128", "bf16"),
-        ("int4g128", False, "int4g128", "int8", "bf16", "int8g128", "bf16"),
+        ("int8", True, "int8g32", "int8", "int8g32", "int8g32", "bf16"),
+        ("int8", False, "int8g32", "int8", "bf16", "int8g32", "bf16"),
+        ("int4", True, "int4g32", "int8", "int8g32", "int8g32", "bf16"),
+        ("int4", False, "int4g32", "int8", "bf16", "int8g32", "bf16"),
+        ("int4g128", False, "int4g128", "int8", "bf16", "int8g32", "bf16"),
         ("int8g32", False, "int8g32", "int8", "bf16", "int8g32", "bf16"),
+        ("int8g128", False, "int8g128", "int8", "bf16", "int8g128", "bf16"),
+        ("fp8", False, "fp8g32", "bf16", "bf16", "fp8g32", "bf16"),
     ],
 )
 def test_weight_formats(weights: str, tied: bool, linear: str, x: str, table: str, head: str, cache: str) -> None:
@@ -438,6 +440,15 @@ def test_stored_f32_and_f16_keep_x_whole() -> None:
         assert {op.x_format for op in p.ops if isinstance(op, Linear)} == {"f32"}
     assert formats_of(build(transformer(Toy()), "int8"), "layers.0.attn.v_cache") == ["bf16"]
     assert formats_of(build(transformer(Toy(tied=False)), "bf16"), "embed.weight") == ["bf16"]
+
+
+@pytest.mark.parametrize(
+    ("k", "got"),
+    [(2048, "int8g128"), (576, "int8g96"), (192, "int8g96"), (320, "int8g64"), (4000, "int8g32"), (90, "int8g128")],
+)
+def test_groups_fit_the_rows(k: int, got: str) -> None:
+    assert fitted("int8g128", Tensor("w", (4, k), "bf16", "weight")) == got
+    assert fitted("int4g32", Tensor("w", (4, k), "bf16", "weight")) == "int4g32"
 
 
 @pytest.mark.parametrize("weights", ["int3", "i32", "int8g33", "fp8g33", "int4row", ""])
@@ -503,11 +514,11 @@ def test_the_report_says_what_each_pass_did() -> None:
     build(transformer(Toy()), "int4", report=lines)
     assert [line.partition(":")[0] for line in lines] == [step.name for step in RECIPE]
     assert lines[0] == "remove_dead: nothing to do"
-    assert "14 weights f32 -> int4g32" in lines[1] and "1 weights f32 -> int8g128" in lines[1]
+    assert "14 weights f32 -> int4g32" in lines[1] and "1 weights f32 -> int8g32" in lines[1]
     assert lines[2] == "merge_projections: 15 linears -> 9, e.g. layers.0.attn.qkv_proj"
     assert lines[3] == "fuse_glu: 6 maps -> 4, e.g. layers.0.mlp.gate_up_proj"
     assert lines[4] == "fuse_epilogues: 4 maps -> 0, e.g. layers.0.attn.o_proj"
-    assert lines[6].startswith("plan_buffers: 21 temps of 2,880 bytes a row -> 5 buffers of ")
+    assert lines[7].startswith("plan_buffers: 21 temps of 2,880 bytes a row -> 5 buffers of ")
     heard: list[str] = []
     build(transformer(Toy()), "int4", report=heard.append)
     assert heard == lines

@@ -63,6 +63,60 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "logits_scaling": 8.0, "tie_word_embeddings": True,
     },
     "cohere2": {"class": "Cohere2", "sliding_window": 20, "logit_scale": 0.25},
+    "smollm3": {"class": "SmolLM3", "use_sliding_window": True, "sliding_window": 20},
+    "glm4": {"class": "Glm4", "head_dim": 24, "partial_rotary_factor": 0.5},
+}  # fmt: skip
+LATENT = {
+    "kv_lora_rank": 40, "qk_nope_head_dim": 24, "qk_rope_head_dim": 12, "v_head_dim": 20, "num_key_value_heads": 4,
+    "moe_intermediate_size": 48, "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 3,
+}  # fmt: skip
+MSCALE = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}
+# Those with experts, and mostly with attention of their own.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"class": "Mixtral", "num_local_experts": 6, "sliding_window": 24},
+    "qwen2moe": {
+        "class": "Qwen2Moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 72, "mlp_only_layers": [2],
+    },
+    "qwen3moe": {
+        "class": "Qwen3Moe", "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 32,
+        "norm_topk_prob": True, "decoder_sparse_step": 2,
+    },
+    "olmoe": {"class": "Olmoe", "num_experts": 8, "num_experts_per_tok": 3},
+    "granitemoe": {
+        "class": "GraniteMoe", "embedding_multiplier": 6.0, "residual_multiplier": 0.22, "attention_multiplier": 0.3,
+        "logits_scaling": 8.0, "num_local_experts": 6, "num_experts_per_tok": 2,
+    },
+    "gptoss": {
+        "class": "GptOss", "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 24, "sliding_window": 20,
+        "rope_parameters": {**YARN, "truncate": False}, "swiglu_limit": 1.5,
+    },
+    "deepseekv2": {
+        "class": "DeepseekV2", **LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 4,
+        "topk_group": 2, "routed_scaling_factor": 1.7, "rope_parameters": MSCALE,
+    },
+    "deepseekv3": {
+        "class": "DeepseekV3", **LATENT, "q_lora_rank": 36, "n_group": 2, "topk_group": 1, "attention_bias": True,
+        "rope_parameters": MSCALE,
+    },
+    "kimik2": {"class": "DeepseekV3", **LATENT, "q_lora_rank": 36, "n_group": 1, "topk_group": 1},
+    "glm4moe": {
+        "class": "Glm4Moe", "head_dim": 24, "moe_intermediate_size": 48, "n_routed_experts": 8,
+        "num_experts_per_tok": 3, "use_qk_norm": True, "attention_bias": True, "n_group": 2, "topk_group": 2,
+    },
+    "llama4": {
+        "class": "Llama4", "config": "Llama4TextConfig", "head_dim": 24, "num_local_experts": 4,
+        "intermediate_size_mlp": 88, "interleave_moe_layer_step": 2, "attention_chunk_size": 16, "floor_scale": 8,
+        "attn_scale": 0.4, "rope_parameters": LLAMA3,
+    },
+    "minimaxm2": {
+        "class": "MiniMaxM2", "head_dim": 24, "num_local_experts": 8, "num_experts_per_tok": 3,
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+    },
+    "phimoe": {
+        "class": "Phimoe", "num_local_experts": 6, "lm_head_bias": True, "attention_bias": True,
+        "router_jitter_noise": 0.3, "sliding_window": None,
+    },
 }  # fmt: skip
 _built: dict[str, Path] = {}
 _placed: dict[Path, str] = {}
@@ -97,7 +151,7 @@ def build(family: str, path: Path, dtype: str, overrides: dict[str, Any]) -> Non
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    table = {**BASE, **FAMILIES[family], **overrides}
+    table = {**BASE, **(FAMILIES | MIXTURES)[family], **overrides}
     name = table.pop("class")
     shards = table.pop("max_shard_size", "5GB")
     config = getattr(transformers, table.pop("config", f"{name}Config"))(**json.loads(json.dumps(table)))
@@ -114,12 +168,18 @@ def shake(model: Any, seed: int) -> None:
 
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        kept = [(name, b) for name, b in model.named_buffers() if name.endswith("correction_bias")]
+        for name, p in (*model.named_parameters(), *kept):
             noise = torch.randn(p.shape, generator=draw)
-            if p.dim() == 2:
-                p.copy_(noise * (0.5 if "embed" in name else 1.3 / p.shape[1] ** 0.5))
+            turned = type(model).__name__ in ("GptOssForCausalLM", "Llama4ForCausalLM")  # these keep experts as [K, N]
+            if p.dim() == 3:
+                p.copy_(noise * 1.3 / p.shape[1 if turned else 2] ** 0.5)
             elif name.endswith("bias"):
                 p.copy_(0.2 * noise)
+            elif p.dim() == 2:
+                p.copy_(noise * (0.5 if "embed" in name else 1.3 / p.shape[1] ** 0.5))
+            elif name.endswith("sinks"):
+                p.copy_(noise + 1)
             else:
                 p.copy_(p + 0.3 * noise)
 

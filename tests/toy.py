@@ -9,7 +9,7 @@ import numpy as np
 from intaglio.batch import Batch, Chunk, bind
 from intaglio.devices import ArrayWeights, StateSpec, open_device
 from intaglio.formats import PLAIN
-from intaglio.ops import Attend, Embed, KvWrite, Linear, Map, Norm, Rope, Sample, Select
+from intaglio.ops import Attend, Embed, Experts, KvWrite, Linear, Map, Norm, Rope, Route, Sample, Select
 from intaglio.program import Builder, Program
 
 VOCABULARY = 61
@@ -164,7 +164,7 @@ def tangle(seed: int) -> Program:
         block = ("", "layers.0.attn.", "layers.0.mlp.")[rng.integers(3)]
         x, site = any_of(), f"{block}op{i}"
         width = int(b.tensors[x].shape[1])
-        match rng.choice(["linear", "pair", "pair", "map", "map", "map", "norm", "view"]):
+        match rng.choice(["linear", "pair", "pair", "map", "map", "map", "norm", "view", "experts"]):
             case "linear":
                 kept = [w.name for w in b.tensors.values() if w.role == "weight" and w.shape[1:] == (width,)]
                 if kept and rng.random() < 0.2:  # a weight two linears share
@@ -184,6 +184,14 @@ def tangle(seed: int) -> Program:
                 made.append(b.op(Map, site, x, expr=expr, **more))
             case "norm":
                 made.append(b.norm(site, x))
+            case "experts":
+                logits = b.linear(f"{site}.router", x, 5)
+                b.op(Route, f"{site}.route", logits, ids=f"{site}.ids", top=2, normalise=True)
+                shapes = {"gate": (5, 20, width), "up": (5, 20, width), "down": (5, 24, 20)}
+                stacks = [b.weight(f"{site}.{n}", s, f"model.{site}.{n}") for n, s in shapes.items()]
+                other = any_of(("T", 24))
+                y = b.op(Experts, f"{site}.experts", x, f"{site}.route", f"{site}.ids", *stacks)
+                made.append(b.op(Map, site, y, b=other, expr="a + b"))
             case "view":
                 own = [n for n in made if not b.tensors[n].view and b.tensors[n].shape[1] == 48]
                 if own:
@@ -197,7 +205,7 @@ def random_weights(program: Program, seed: int = 0) -> ArrayWeights:
     rng = np.random.default_rng(seed)
     arrays = {}
     for t in program.of_role("weight"):
-        values = rng.normal(size=t.shape) / (int(t.shape[1]) ** 0.5 if len(t.shape) == 2 else 4) + (len(t.shape) == 1)
+        values = rng.normal(size=t.shape) / (int(t.shape[-1]) ** 0.5 if len(t.shape) > 1 else 4) + (len(t.shape) == 1)
         arrays[t.source[0]] = values.astype(np.float32).astype(PLAIN[t.format])
     return ArrayWeights(arrays)
 

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from intaglio import __version__
 from intaglio.devices import DeviceError
+from intaglio.tools.porting import port_command
 
 if TYPE_CHECKING:
     from intaglio.llm import LLM
@@ -61,7 +62,12 @@ Model = Annotated[
     Path | None, typer.Argument(help="Checkpoint folder (Hugging Face layout). Default: the bundled model.")
 ]
 Device = Annotated[str, typer.Option(help="host (C++, fast), reference (NumPy, the definition), oracle.")]
-Weights = Annotated[str, typer.Option(help="Format of the weights: auto (as stored), f32, bf16, int8, int4.")]
+Weights = Annotated[
+    str, typer.Option(help="Format of the weights: auto (as stored), f32, bf16, fp8, int8, int4, mxfp4.")
+]
+KvFormat = Annotated[
+    str, typer.Option("--kv", help="Format of the KV cache: auto (as the weights ask), f32, bf16, int8.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the host device. Default: all cores.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Positions to compile for. Default: the model's own.")]
 Layout = Annotated[
@@ -103,17 +109,18 @@ def working(what: str) -> Iterator[None]:
 
 
 def open_llm(
-    model: Path | None, device: str, weights: str, threads: int | None, context: int | None = None,
+    model: Path | None, device: str, weights: str, kv_format: str, threads: int | None, context: int | None = None,
     no_cache: bool = False, layout: str | None = None,
 ) -> LLM:  # fmt: skip
     with working(f"loading {model or 'the bundled model'}"):
         from intaglio.llm import LLM
 
-        return LLM(model, device, weights, threads, context=context, cache=None if no_cache else "auto", layout=layout)
+        cache = None if no_cache else "auto"
+        return LLM(model, device, weights, threads, context=context, kv_format=kv_format, cache=cache, layout=layout)
 
 
 def compile_model(
-    model: Path | None, weights: str, context: int | None, report: list[str], raw: bool = False
+    model: Path | None, weights: str, kv_format: str, context: int | None, report: list[str], raw: bool = False
 ) -> Program:
     """The Program of a checkpoint: as ported if `raw`, else compiled; what each pass did goes to `report`."""
     from intaglio.compiler import build
@@ -121,15 +128,17 @@ def compile_model(
     from intaglio.models import Checkpoint, port
 
     ported = port(Checkpoint.open(model or BUNDLED), context)
-    return ported if raw else build(ported, weights, report=report)
+    return ported if raw else build(ported, weights, kv_format, report=report)
 
 
-def compile_rank(model: Path | None, layout: str, rank: int, weights: str, context: int | None, raw: bool) -> Program:
+def compile_rank(
+    model: Path | None, layout: str, rank: int, weights: str, kv_format: str, context: int | None, raw: bool
+) -> Program:
     """The Program of one rank of a layout: as cut if `raw`, else compiled."""
     from intaglio.compiler import build_mesh, shard
 
-    ported = compile_model(model, weights, context, [], raw=True)
-    programs = shard(ported, layout) if raw else build_mesh(ported, layout, weights)
+    ported = compile_model(model, weights, kv_format, context, [], raw=True)
+    programs = shard(ported, layout) if raw else build_mesh(ported, layout, weights, kv_format)
     if rank >= len(programs):
         raise ValueError(f"--rank {rank}: layout {layout} has ranks 0..{len(programs) - 1}")
     return programs[rank]
@@ -187,12 +196,14 @@ def stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> tuple[s
 
 
 @app.command()
-def demo(weights: Weights = "auto", device: Device = "host", threads: Threads = None) -> None:
+def demo(
+    weights: Weights = "auto", kv_format: KvFormat = "auto", device: Device = "host", threads: Threads = None
+) -> None:
     """Show what Intaglio does, with the bundled model: load, generate, stream, measure. Takes some seconds."""
     from intaglio.runtime import SamplingParams
 
     start = time.perf_counter()
-    llm = open_llm(None, device, weights, threads)
+    llm = open_llm(None, device, weights, kv_format, threads)
     out.print(f"[bold]Intaglio {__version__}[/bold], loaded in {time.perf_counter() - start:.1f} s")
     out.print(f"program  {describe(llm.program)}", markup=False, soft_wrap=True)
     out.print(f"device   {describe_device(llm)}", markup=False)
@@ -225,6 +236,7 @@ def generate(
     seed: Seed = None,
     stop: Stop = None,
     weights: Weights = "auto",
+    kv_format: KvFormat = "auto",
     device: Device = "host",
     threads: Threads = None,
     context: Context = None,
@@ -240,7 +252,7 @@ def generate(
     prompts = prompt or [piped or ("def " if model is None else "")]
     if not prompts[0]:
         raise ValueError("there is nothing to continue: give --prompt TEXT, or pipe text in")
-    llm = open_llm(model, device, weights, threads, context, no_cache, layout)
+    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache, layout)
     if len(prompts) == 1 and not as_json:
         print(prompts[0], end="", flush=True)
         stream(llm, prompts[0], params)
@@ -266,6 +278,7 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     weights: Weights = "auto",
+    kv_format: KvFormat = "auto",
     device: Device = "host",
     threads: Threads = None,
     context: Context = None,
@@ -276,7 +289,7 @@ def chat(
     from intaglio.runtime import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed, stop or ())
-    llm = open_llm(model, device, weights, threads, context, no_cache, layout)
+    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache, layout)
     llm.chat_prompt([{"role": "user", "content": "?"}])  # says at once if the model has no template
     history: list[dict[str, str]] = []
     while (line := read_turn()) is not None:
@@ -301,6 +314,7 @@ def build(
         Path | None, typer.Option("--output", "-o", help="File to write. Default: print the report only.")
     ] = None,
     weights: Weights = "auto",
+    kv_format: KvFormat = "auto",
     context: Context = None,
     as_json: Json = False,
 ) -> None:
@@ -308,7 +322,7 @@ def build(
     from intaglio.program import save
 
     report: list[str] = []
-    program = compile_model(model, weights, context, report)
+    program = compile_model(model, weights, kv_format, context, report)
     if output:
         save(program, output)
     if as_json:
@@ -329,6 +343,7 @@ def disasm(
     ] = False,
     raw: Annotated[bool, typer.Option("--raw", help="As ported, before the compiler.")] = False,
     weights: Weights = "auto",
+    kv_format: KvFormat = "auto",
     context: Context = None,
     layout: Layout = None,
     rank: Annotated[int, typer.Option(min=0, help="With --layout: the rank whose Program is printed.")] = 0,
@@ -339,14 +354,14 @@ def disasm(
 
     is_file = model is not None and model.is_file()
     if model and is_file:
-        if raw or weights != "auto" or context or layout:
-            options = "--raw, --weights, --context and --layout"
+        if raw or weights != "auto" or kv_format != "auto" or context or layout:
+            options = "--raw, --weights, --kv, --context and --layout"
             raise ValueError(f"{model} is compiled already; {options} go with a checkpoint folder")
         program = load(model)
     elif layout:
-        program = compile_rank(model, layout, rank, weights, context, raw)
+        program = compile_rank(model, layout, rank, weights, kv_format, context, raw)
     else:
-        program = compile_model(model, weights, context, [], raw)
+        program = compile_model(model, weights, kv_format, context, [], raw)
     text = print_program(program, fold=not full)
     if as_json:
         print_json({**summary(program), "text": text})
@@ -372,20 +387,26 @@ def models(as_json: Json = False) -> None:
     out.print(f"bundled: {bundled or 'none in this installation'}", soft_wrap=True)
 
 
+app.command("port")(port_command)
+
+
 @app.command()
 def check(
     model: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     device: Device = "host",
     seed: Annotated[int, typer.Option(help="Of the token ids that are run.")] = 0,
+    bisect: Annotated[str, typer.Option(help="Two of our own runs instead, such as reference,host:int8.")] = "",
     as_json: Json = False,
 ) -> None:
     """Compare the model on a device with transformers, site by site; exit code 1 if they disagree. Needs torch."""
+    from intaglio.tools.bisect import bisect as run_bisect
     from intaglio.tools.check import CheckError
     from intaglio.tools.check import check as run_check
 
     try:
         with working(f"checking {model}"):
-            report = run_check(model, device=device, seed=seed)
+            runs = bisect.split(",")
+            report = run_bisect(model, runs, seed) if bisect else run_check(model, device=device, seed=seed)
     except CheckError as e:
         raise ValueError(str(e)) from None
     if as_json:
@@ -435,6 +456,7 @@ def bench(
     sequences: Annotated[str, typer.Option(help="Numbers of sequences run together.")] = "1,8",
     runs: Annotated[int, typer.Option(min=1, help="Runs of which the median is taken.")] = 3,
     weights: Weights = "auto",
+    kv_format: KvFormat = "auto",
     device: Device = "host",
     threads: Threads = None,
     context: Context = None,
@@ -444,7 +466,7 @@ def bench(
     """Measure prefill and decode, each beside the bound that memory bandwidth and matrix peak set."""
     lengths = numbers(prompt_tokens) if prompt_tokens else None
     counts = numbers(sequences)
-    llm = open_llm(model, device, weights, threads, context, no_cache)
+    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache)
     rows, why = run_bench(llm, lengths=lengths, sequences=counts, runs=runs)
     if as_json:
         facts = {"program": summary(llm.program), "device": describe_device(llm), "no_bounds": why or None}
@@ -476,6 +498,7 @@ def profile(
     sequences: Annotated[int, typer.Option(min=1, help="Sequences run together.")] = 1,
     runs: Annotated[int, typer.Option(min=1, help="Runs of which medians are taken.")] = 5,
     weights: Weights = "auto",
+    kv_format: KvFormat = "auto",
     device: Device = "host",
     threads: Threads = None,
     context: Context = None,
@@ -486,7 +509,7 @@ def profile(
     from intaglio.tools.bench import Roofs, measured_roofs
     from intaglio.tools.profile import profile as run_profile
 
-    llm = open_llm(model, device, weights, threads, context, no_cache)
+    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache)
     with err.status("measuring the roofs") as status:
         roofs = measured_roofs(llm.device)
         profiles = run_profile(

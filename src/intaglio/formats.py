@@ -7,7 +7,8 @@ Knows nothing of tensors, ops or devices.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 
 import ml_dtypes
@@ -59,6 +60,11 @@ class Format:
         return self.grouped and not self.name.startswith("fp8")
 
     @property
+    def published(self) -> bool:
+        """Only read from checkpoints that hold it; quantise() does not choose it."""
+        return self.family not in (*PLAIN, "int8", "int4", "fp8", "int8row", "fp8row", "mxfp4")
+
+    @property
     def dtype(self) -> np.dtype:
         """NumPy type of a plain format's values, or of a grouped format's codes (one code a byte)."""
         if not self.grouped:
@@ -82,12 +88,20 @@ def get(name: str) -> Format:
     so on; int8row or fp8row with one scale a row; mxfp4 (OCP: E2M1 in groups of 32 that share a power of two).
 
     Scales are bf16, of full float32 range, and codes are chosen against the rounded scale; fp8 has float32 scales, as
-    it is published.
+    it is published. What else checkpoints are published in has names too: int4 or int8 with scales in f16 or f32
+    (int4g32f16, int8rowf32); uint4g128f16, whose codes have a zero of their own in each group; and llama.cpp's q4_k and
+    q6_k.
     """
     if name in PLAIN:
         return Format(name, PLAIN[name].itemsize * 8)
-    if name == "mxfp4":
+    if name in ("mxfp4", "q4_k"):
         return Format(name, 4, 32, 16)
+    if name == "q6_k":
+        return Format(name, 6, 16, 9)
+    match = re.fullmatch(r"(int4|int8|uint4)(?:g(\d+)|row)(f16|f32)", name)
+    if match:
+        bits, zero = (8, 0) if match[1] == "int8" else (4, 4 if match[1] == "uint4" else 0)
+        return Format(name, bits, int(match[2]) if match[2] else ROW, int(match[3][1:]) + zero)
     match = re.fullmatch(r"(int4|int8|fp8)g(\d+)|(int8|fp8)row", name)
     if match:
         kind, group = match[1] or match[3], int(match[2]) if match[2] else ROW
@@ -103,18 +117,45 @@ def round_to(x: np.ndarray, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix as codes [N, K], int8 or E4M3, and scales float32 [N, ceil(K / group)]: value = code * scale.
+    """A matrix as codes [N, K], int8 or E4M3, and scales float32 [N, ceil(K / group)]: value = code * scale, less the
+    group's offset where there are offsets.
 
-    Both may have more dimensions in front."""
+    A stack of matrices has one more dimension in front of all. `turned` matrices stand for their transposes: what
+    checkpoints without quantisation hold as [K, N]."""
 
     codes: np.ndarray
     scales: np.ndarray
     group: int
+    offsets: np.ndarray | None = None
+    format: str = ""  # its name, where one says it all
+    turned: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        s = self.codes.shape
+        return (*s[:-2], s[-1], s[-2]) if self.turned else s
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
         """The named rows as float32 [n, K]."""
-        spread = np.repeat(self.scales[ids], self.group, axis=-1)[..., : self.codes.shape[-1]]
-        return self.codes[ids].astype(np.float32) * spread
+        values = self.codes[ids].astype(np.float32) * self._spread(self.scales[ids])
+        return values if self.offsets is None else values - self._spread(self.offsets[ids])
+
+    def _spread(self, x: np.ndarray) -> np.ndarray:
+        return np.repeat(x, self.group, axis=-1)[..., : self.codes.shape[-1]]
+
+    def each(self, f: Callable[[np.ndarray], np.ndarray]) -> Quantised:
+        """The same done to codes, scales and offsets: something that moves rows as a whole."""
+        return replace(
+            self, codes=f(self.codes), scales=f(self.scales), offsets=None if self.offsets is None else f(self.offsets)
+        )
+
+    def matrix(self, e: int) -> Quantised:
+        """Matrix `e` of a stack."""
+        return self.each(lambda x: x[e])
+
+    def stacked(self, shape: tuple[int, ...]) -> Quantised:
+        """The same rows as a stack of this shape."""
+        return self.each(lambda x: x.reshape(*shape[:-1], -1))
 
 
 def in_groups(x: np.ndarray, group: int) -> np.ndarray:
@@ -134,8 +175,9 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
     codes are twice the value, -12..12, so that they are whole, and its scales half.
     """
     fmt = get(name)
-    if not fmt.grouped:
-        raise FormatError(f"{name} is a plain format; quantise() takes {SCALED}; round_to() the others")
+    if not fmt.grouped or fmt.published:
+        what = "only read from checkpoints" if fmt.published else "a plain format"
+        raise FormatError(f"{name} is {what}; quantise() takes {SCALED}; round_to() the others")
     x = np.asarray(x, np.float32)
     group = fmt.group_of(x.shape[1])
     groups = in_groups(x, group)
@@ -156,7 +198,7 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
         scales = round_to(scales, "bf16")
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
     codes = _codes(groups * inverse[:, :, None], fmt)
-    return Quantised(codes.reshape(len(x), -1)[:, : x.shape[1]].copy(), scales, group)
+    return Quantised(codes.reshape(len(x), -1)[:, : x.shape[1]].copy(), scales, group, format=name)
 
 
 def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from intaglio.ops import Linear, Map, Norm, Op, Tensor
+from intaglio.ops import Experts, Linear, Map, Norm, Op, Tensor
 from intaglio.ops.elementwise import postfix
 from intaglio.ops.linear import ACTIVATIONS
 from intaglio.program import Program
@@ -31,6 +31,11 @@ def fuse_epilogues(p: Program) -> Program:
 def fuse_residual_norm(p: Program) -> Program:
     """A residual added to a norm's result -> the norm's own."""
     return _fuse_maps(p, _residual_norm)
+
+
+def fuse_residual_experts(p: Program) -> Program:
+    """A residual added to the experts' result -> the experts' own."""
+    return _fuse_maps(p, _residual_experts)
 
 
 def _fuse_maps(p: Program, take_over: TakeOver) -> Program:
@@ -129,9 +134,22 @@ def _epilogue(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
 
 
 def _residual_norm(m: Map, x: str, norm: Op, t: Mapping[str, Tensor]) -> Op | None:
-    others = [name for name in m.inputs if name != x]
-    if not isinstance(norm, Norm) or x != norm.out or norm.residual is not None or len(others) != 1:
+    other = _other_of_sum(m, x)
+    if not isinstance(norm, Norm) or x != norm.out or norm.residual is not None or other is None:
         return None
+    return replace(norm, residual=other)
+
+
+def _residual_experts(m: Map, x: str, experts: Op, t: Mapping[str, Tensor]) -> Op | None:
+    other = _other_of_sum(m, x)
+    if not isinstance(experts, Experts) or x != experts.out or experts.residual is not None or other is None:
+        return None
+    return replace(experts, residual=other) if t[other].shape == t[x].shape else None
+
+
+def _other_of_sum(m: Map, x: str) -> str | None:
+    """The other operand where the map is x and one other, added; None where it is more or less."""
+    others = [name for name in m.inputs if name != x]
     steps = postfix(m.expr)
     sums = len(steps) == 3 and steps[0][0] == steps[1][0] == "operand" and steps[2] == PLUS
-    return replace(norm, residual=others[0]) if sums else None
+    return others[0] if sums and len(others) == 1 else None

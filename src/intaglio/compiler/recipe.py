@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from intaglio.compiler.buffers import plan_buffers, planned, row_bytes
 from intaglio.compiler.dead import remove_dead
-from intaglio.compiler.fusions import fuse_epilogues, fuse_glu, fuse_residual_norm
+from intaglio.compiler.fusions import fuse_epilogues, fuse_glu, fuse_residual_experts, fuse_residual_norm
 from intaglio.compiler.layout import Layout
 from intaglio.compiler.projections import merge_projections
 from intaglio.compiler.shard import shard
@@ -36,6 +36,7 @@ EACH = (  # on the Program of each rank
     Pass("fuse_glu", fuse_glu, "activation(gate) * up is formed before the product is stored"),
     Pass("fuse_epilogues", fuse_epilogues, "scale, activation and residual ride on the product they follow"),
     Pass("fuse_residual_norm", fuse_residual_norm, "the residual rides on the norm it follows"),
+    Pass("fuse_residual_experts", fuse_residual_experts, "the residual, or the shared expert, rides on the experts"),
     Pass("plan_buffers", plan_buffers, "temps that are never alive together share memory"),
 )
 RECIPE = WHOLE + EACH

@@ -18,17 +18,21 @@ from intaglio.ops import (
     AllReduce,
     Attend,
     Embed,
+    Experts,
+    HeadLinear,
     KvWrite,
     Linear,
     Map,
     Norm,
     Op,
     Rope,
+    Route,
     Sample,
     Select,
     Tensor,
 )  # fmt: skip
 from intaglio.program import Program
+from intaglio.program.source import is_run, narrowed
 
 Share = tuple[range, ...]  # the columns of a result (or rows of a weight) that a lane has, side by side in this order
 Plan = dict[str, list[Share]]  # by tensor: the share of each lane; for a cache, of its heads
@@ -51,9 +55,9 @@ def shard(program: Program, layout: str | Layout, wire: str = "f32") -> tuple[Pr
     return tuple(cut_stages(lanes[lane], layout, lane, stage, wire) for stage, lane in places)
 
 
-def cut(width: int, lanes: int) -> list[Share]:
-    """Columns 0..width - 1 as a near-equal run for each lane, in whole blocks where there is a block for every lane."""
-    block = next((b for b in BLOCKS if width % b == 0 and width // b >= lanes), 1)
+def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
+    """0..width - 1 as a near-equal run for each lane, in whole blocks where there is a block for every lane."""
+    block = next((b for b in blocks if width % b == 0 and width // b >= lanes), 1)
     ends = [width // block * i // lanes * block for i in range(lanes + 1)]
     return [(range(a, b),) for a, b in pairwise(ends)]
 
@@ -61,6 +65,11 @@ def cut(width: int, lanes: int) -> list[Share]:
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
     """The columns of heads, each `by` wide."""
     return [tuple(range(r.start * by, r.stop * by) for r in share) for share in shares]
+
+
+def heads_of(share: Share, head_dim: int) -> Share:
+    """The heads whose columns a share is."""
+    return tuple(range(r.start // head_dim, r.stop // head_dim) for r in share)
 
 
 def width_of(share: Share) -> int:
@@ -101,7 +110,7 @@ def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
     shared: list[Share] = [
         (range(kv * i // lanes, max(kv * (i + 1) // lanes, kv * i // lanes + 1)),) for i in range(lanes)
     ]
-    queries = roots(p, op.q, (Rope, Norm, Map))
+    queries = roots(p, op.q, (Rope, Norm, Map, HeadLinear))
     if queries is None:
         raise LayoutError(f"{op.site} reads {op.q}, which is no projection that could be dealt out by heads")
     heads, shared = heads * layout.ep, shared * layout.ep  # the ways of experts do the same
@@ -210,6 +219,15 @@ class Lane:
         self.tensors[as_ or name] = replace(t, name=as_ or name)
         return as_ or name
 
+    def slab(self, name: str, stacks: Share, inners: Share = (), axis: int = 0) -> None:
+        """Some matrices of a stack in the table, and of each some rows or columns along `axis`."""
+        t = self.p.tensors[name]
+        for which, share in ((0, stacks), (axis, inners)):
+            if share:
+                shape = (*t.shape[:which], width_of(share), *t.shape[which + 1 :])
+                t = replace(t, shape=shape, source=cut_source(t, share, which, int(t.shape[which])))
+        self.tensors[name] = t
+
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
         """This lane's share of a weight of `op`, under a name of the op's own if other ops read the weight too."""
         own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
@@ -246,8 +264,14 @@ def cut_source(t: Tensor, share: Share, axis: int, length: int) -> tuple[str, ..
         raise LayoutError(
             f"weight {t.name} is joined from {len(t.source)} tensors; shard a Program before it is merged"
         )
+    if share == (range(length),):
+        return t.source
     way = "crs"[len(t.shape) - 1 - axis]
-    return tuple(f"{source}|{way}{r.start}:{r.stop}/{length}" for source in t.source for r in share)
+    return tuple(
+        narrowed(source, r) if axis == 0 and is_run(source) else f"{source}|{way}{r.start}:{r.stop}/{length}"
+        for source in t.source
+        for r in share
+    )
 
 
 def entire(lane: Lane, op: Op) -> None:
@@ -322,6 +346,45 @@ def norm(lane: Lane, op: Norm) -> None:
     return None
 
 
+def experts(lane: Lane, op: Experts) -> None:
+    """Whole experts, `ep` ways, and of each the inner columns, `tp` ways: a part of the sum, and an all_reduce."""
+    layout, at = lane.layout, divmod(lane.lane, lane.layout.tp)
+    count, inner, _ = map(int, lane.p.tensors[op.gate].shape)
+    if count < layout.ep or inner < layout.tp:
+        raise LayoutError(f"{op.site} has {count} experts of {inner} columns, too few for layout {layout}")
+    own, part = cut(count, layout.ep, ())[at[0]], cut(inner, layout.tp)[at[1]]
+    stacks = {op.gate: 1, op.up: 1, op.down: 2, op.gate_bias: 1, op.up_bias: 1}
+    for name, axis in stacks.items():
+        if name:
+            lane.slab(name, own, part, axis)
+    if op.down_bias and at[1] == 0:  # it is added once an expert
+        lane.slab(op.down_bias, own)
+    share = replace(
+        op,
+        x=lane.whole(op.x),
+        weights=lane.whole(op.weights),
+        ids=lane.whole(op.ids),
+        down_bias=op.down_bias if at[1] == 0 else None,
+        residual=lane.whole(op.residual) if op.residual and lane.lane == 0 else None,
+        out=f"{op.out}.part",
+        first=own[0].start,
+        of=count,
+    )
+    lane.add(share)
+    group = tuple(range(layout.lanes))
+    lane.add(AllReduce(site=f"{op.site}.all_reduce", x=share.out, out=op.out, group=group, wire=lane.wire))
+
+
+def head_linear(lane: Lane, op: HeadLinear) -> None:
+    """By heads."""
+    shares, heads = lane.shares.get(op.x), int(lane.p.tensors[op.w].shape[0])
+    if not shares:
+        return entire(lane, op)
+    own = [heads_of(share, int(lane.p.tensors[op.x].shape[1]) // heads) for share in shares]
+    width = int(lane.p.tensors[op.out].shape[1]) // heads
+    return columns(lane, replace(op, w=lane.own(op, op.w, own, axis=0)), scaled(own, width))
+
+
 def rope(lane: Lane, op: Rope) -> None:
     shares = lane.shares.get(op.x)
     return columns(lane, op, shares) if shares else entire(lane, op)
@@ -339,18 +402,22 @@ def attend(lane: Lane, op: Attend) -> None:
     if not shares:
         return entire(lane, op)
     head_dim, v_dim = int(whole[op.q].shape[1]) // op.heads, int(whole[op.out].shape[1]) // op.heads
-    heads = [tuple(range(r.start // head_dim, r.stop // head_dim) for r in share) for share in shares]
-    return columns(lane, replace(op, heads=width_of(heads[lane.lane])), scaled(heads, v_dim))
+    heads = [heads_of(share, head_dim) for share in shares]
+    sinks = lane.own(op, op.sinks, heads, axis=0) if op.sinks else None
+    return columns(lane, replace(op, heads=width_of(heads[lane.lane]), sinks=sinks), scaled(heads, v_dim))
 
 
 RULES: dict[type[Op], Callable[[Lane, Any], None]] = {
     Attend: attend,
     Embed: embed,
+    Experts: experts,
+    HeadLinear: head_linear,
     KvWrite: kv_write,
     Linear: linear,
     Map: elementwise,
     Norm: norm,
     Rope: rope,
+    Route: entire,
     Sample: entire,
     Select: entire,
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from intaglio import formats
-from intaglio.ops import Embed, KvWrite, Linear
+from intaglio.ops import Embed, Experts, KvWrite, Linear, Op, Route, Tensor
+from intaglio.ops.op import Tensors
 from intaglio.program import Program
 
 SHORT = {"int8": "int8g128", "int4": "int4g32", "fp8": "fp8g128"}
@@ -15,15 +17,20 @@ HEAD = "int8g128"  # as far as a head is quantised: its error goes straight into
 
 
 def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto") -> Program:
-    """The weights of every linear in the format asked for, x rounded to match it, and the KV cache likewise, or to go
-    with it.
+    """The weights of every linear and expert in the format asked for, x rounded to match it, and the KV cache likewise,
+    or to go with it.
 
-    auto leaves weights as stored. A weight that yields logits (tied to the embedding or not) stays at int8g128 when
-    4 bits are asked for. Tables read by embed alone are copied rows, not products: they follow f32 and bf16 only.
-    Vectors (norm weights, biases) stay as stored. Raises FormatError for a name that is not one of these.
+    auto leaves weights as stored. Short names stand for SHORT's, in groups that fit the weight. A weight that yields
+    logits (tied to the embedding or not) stays at HEAD when 4 bits are asked for. Tables read by embed alone are copied
+    rows, not products: they follow f32 and bf16 only. Routers stay as stored and read x unrounded: near a tie, rounding
+    would choose other experts. Vectors (norm weights, biases) and matrices by head stay as stored too. Raises
+    FormatError for a name that is not one of these.
     """
     name = _named(weights)
-    linears = [op for op in p.ops if isinstance(op, Linear)]
+    short = weights in SHORT
+    routed = {p.base(op.logits) for op in p.ops if isinstance(op, Route)}
+    routers = {op.w for op in p.ops if isinstance(op, Linear) and op.out in routed}
+    linears = [op for op in p.ops if isinstance(op, Linear) and op.w not in routers]
     tables = {op.w for op in p.ops if isinstance(op, Embed)}
     heads = tables | {op.w for op in linears if p.tensors[op.x].shape[0] == "R"}
     chosen: dict[str, str] = {}
@@ -31,7 +38,11 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
         four_bits = formats.get(name).bits == 4
         if name in ("f32", "bf16"):
             chosen |= dict.fromkeys(tables, name)
-        chosen |= {op.w: HEAD if four_bits and op.w in heads else name for op in linears}
+        for op in linears:
+            head = four_bits and op.w in heads
+            chosen[op.w] = fitted(HEAD if head else name, p.tensors[op.w]) if short or head else name
+        for w in (w for op in p.ops if isinstance(op, Experts) for w in (op.gate, op.up, op.down)):
+            chosen[w] = fitted(name, p.tensors[w]) if short else name
     kv = KV_FORMATS.get(kv_format, "" if kv_format == "auto" else "?")
     if kv == "?":
         raise formats.FormatError(f"kv_format={kv_format!r}: use auto, {', '.join(KV_FORMATS)}")
@@ -39,8 +50,24 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
         caches = {c for op in p.ops if isinstance(op, KvWrite) for c in (op.k_cache, op.v_cache)}
         chosen |= dict.fromkeys(caches, kv or ("f32" if name == "f32" else "bf16"))
     tensors = {n: replace(t, format=chosen.get(n, t.format)) for n, t in p.tensors.items()}
-    ops = (replace(op, x_format=_x_format(tensors[op.w].format)) if isinstance(op, Linear) else op for op in p.ops)
-    return p.with_ops(ops, tensors)
+    return p.with_ops((_rounding(op, tensors, routers) for op in p.ops), tensors)
+
+
+def _rounding(op: Op, tensors: Tensors, routers: Collection[str]) -> Op:
+    """The op with what its x is rounded to, to meet its weight."""
+    if isinstance(op, Linear) and op.w not in routers:
+        return replace(op, x_format=_x_format(tensors[op.w].format))
+    if isinstance(op, Experts):
+        return replace(op, x_format=_x_format(tensors[op.gate].format))
+    return op
+
+
+def fitted(name: str, w: Tensor) -> str:
+    """`name`, if its groups of 128 fill the rows of w; else the same in the largest smaller groups that do, if any:
+    what is padded is read and multiplied too."""
+    fmt, k = formats.get(name), int(w.shape[-1])
+    whole = [g for g in (128, 96, 64, 32) if k % g == 0]
+    return f"{fmt.family}g{whole[0]}" if fmt.group == 128 and whole else name
 
 
 def _named(weights: str) -> str:

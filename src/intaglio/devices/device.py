@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
 from intaglio import formats
 from intaglio.batch import Batch
+from intaglio.formats import Quantised
 from intaglio.ops import Collective, Tensor, Value
 from intaglio.program import Program
 from intaglio.program.source import read
@@ -20,9 +22,9 @@ class DeviceError(RuntimeError):
 
 
 class Weights(Protocol):
-    """Where a device reads weights from. Arrays are [rows, ...] in their stored type, possibly maps of a file."""
+    """Where a device reads weights from: arrays [rows, ...] in their stored type, possibly maps of a file, or codes."""
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str) -> Value: ...
 
     def release(self, name: str) -> None:
         """The device has taken its copy; the pages behind `name` may be dropped."""
@@ -131,13 +133,32 @@ def check_batch(program: Program, state: StateSpec, batch: Batch) -> None:
 
 def assemble(tensor: Tensor, weights: Weights) -> Value:
     """A weight in its declared format, from its checkpoint tensors. Raises DeviceError if the shape is another."""
-    read_in = [(name, x) for source in tensor.source for name, x in read(source, weights.read)]
-    whole = read_in[0][1] if len(read_in) == 1 else np.concatenate([x for _, x in read_in])
-    if whole.shape != tensor.shape:
-        held = f"{' + '.join(tensor.source)} holds {list(whole.shape)}"
-        raise DeviceError(f"weight {tensor.name} is {tensor.type} but {held}")
-    fmt = formats.get(tensor.format)
-    value = formats.quantise(whole.astype(np.float32), fmt.name) if fmt.grouped else whole.astype(fmt.dtype)
-    for name, _ in read_in:
+    parts = [(name, x) for source in tensor.source for name, x in read(source, weights.read)]
+    fmt, shape = formats.get(tensor.format), tuple(int(d) for d in tensor.shape)
+    row = shape[-1:] if len(shape) > 1 else ()  # of a vector, every value is a row
+    fits = all(x.shape[len(x.shape) - len(row) :] == row for _, x in parts)
+    if not fits or sum(math.prod(x.shape) for _, x in parts) != math.prod(shape):
+        held = " + ".join(str(list(x.shape)) for _, x in parts[:4])
+        raise DeviceError(f"weight {tensor.name} is {tensor.type} but {' + '.join(tensor.source)} holds {held}")
+    for name, _ in parts:
         weights.release(name)
-    return value
+    if all(isinstance(x, Quantised) and x.format == fmt.name for _, x in parts):
+        return _joined([x for _, x in parts if isinstance(x, Quantised)], shape)
+    plain = [x.rows(slice(None)) if isinstance(x, Quantised) else x for _, x in parts]
+    whole = np.concatenate([x.reshape(-1, *row) for x in plain]) if len(plain) > 1 else plain[0]
+    if fmt.grouped:
+        return formats.quantise(whole.reshape(-1, *row).astype(np.float32), fmt.name).stacked(shape)
+    return whole.astype(fmt.dtype).reshape(shape)
+
+
+def _joined(parts: list[Quantised], shape: tuple[int, ...]) -> Quantised:
+    """Codes in the order of their rows, as published."""
+
+    def join(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate([x.reshape(-1, x.shape[-1]) for x in arrays])
+
+    offsets = join([x.offsets for x in parts if x.offsets is not None]) if parts[0].offsets is not None else None
+    whole = replace(
+        parts[0], codes=join([x.codes for x in parts]), scales=join([x.scales for x in parts]), offsets=offsets
+    )
+    return whole.stacked(shape)

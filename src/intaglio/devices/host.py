@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Collection
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,30 @@ from intaglio.devices.device import (
     StepResult,
     Weights,
     alone,
+    assemble,
     check_batch,
-)
+)  # fmt: skip
 from intaglio.devices.image import WORTH, Image, default_folder, layout
-from intaglio.ops import Attend, Collective, Embed, KvWrite, Linear, Map, Norm, Op, Rope, Sample, Select, Tensor
+from intaglio.formats import Quantised
+from intaglio.ops import (
+    Attend,
+    Collective,
+    Embed,
+    Experts,
+    HeadLinear,
+    KvWrite,
+    Linear,
+    Map,
+    Norm,
+    Op,
+    Rope,
+    Route,
+    Sample,
+)  # fmt: skip
+from intaglio.ops.data import Select
 from intaglio.ops.elementwise import postfix
+from intaglio.ops.experts import SCORES
+from intaglio.ops.op import Tensor, Value
 from intaglio.program import Program, verify
 from intaglio.program.source import read
 
@@ -37,6 +58,11 @@ NORMS = ("rms", "layer", "l2")
 STEPS = {"operand": 0, "number": 1, "call": 2, "+": 3, "-": 4, "*": 5, "/": 6}
 STACK = 16  # depth of csrc's map machine
 PAGE_MULTIPLE = 16
+PANEL = 32  # rows of csrc's panels: each matrix of a stack begins at one
+LEVEL = np.zeros(25, np.uint8)  # of mxfp4's codes -12..12, the nibble
+LEVEL[[12, 13, 14, 15, 16, 18, 20, 24]] = range(8)
+LEVEL[[11, 10, 9, 8, 6, 4, 0]] = range(9, 16)
+MOST = {"top": 64, "groups": 256}  # csrc's kMaxTop, kMaxGroups
 
 
 def isa_names() -> list[str]:
@@ -51,6 +77,24 @@ def _source_name(array: np.ndarray, name: str) -> str:
     raise DeviceError(f"weight {name} is stored as {array.dtype}; the host reads f32, f16 and bf16")
 
 
+def native_codes(codes: np.ndarray, format: str) -> np.ndarray:
+    """Codes as csrc keeps them, one a byte: whole numbers above an offset, bits of E4M3, numbers of E2M1's levels."""
+    fmt = formats.get(format)
+    if fmt.family == "mxfp4":
+        return LEVEL[codes.astype(np.int16) + 12]
+    return (codes.astype(np.int16) + (1 << (fmt.bits - 1))).astype(np.uint8) if fmt.integer else codes.view(np.uint8)
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a tensor's rows lie in a native weight: its matrices of `rows` rows begin at `first`, `step` apart."""
+
+    weight: _native.Weight
+    first: int
+    rows: int
+    step: int
+
+
 class HostExecutable:
     """A Program translated to native ops, its weights packed or found packed, its state zeroed."""
 
@@ -60,9 +104,13 @@ class HostExecutable:
         self.program, self.state, self.threads, self.isa = program, state, threads, isa
         self.native = _native.Executable(isa, threads, state.page_tokens)
         self._glu = {op.w for op in program.ops if isinstance(op, Linear) and op.glu}
+        self._glu |= {w for op in program.ops if isinstance(op, Experts) for w in (op.gate, op.up)}
         self._matrices = self._laid_out()
         self.packed_bytes = sum(packed.nbytes for packed in self._matrices.values())
         self._keys = {op.k_cache for op in program.ops if isinstance(op, KvWrite)}
+        self._keys |= {op.rope_cache for op in program.ops if isinstance(op, Attend) and op.rope_cache}
+        mixed = [op for op in program.ops if isinstance(op, Experts)]
+        self._pairs = {op.gate_bias: op.up_bias for op in mixed if op.gate_bias and op.up_bias}
         self._buffers: dict[str | int, int] = {}
         self.image = self._image(weights, cache)
         with self.image or nullcontext():
@@ -74,16 +122,30 @@ class HostExecutable:
     def _layout(self, t: Tensor) -> tuple[str, int, bool]:
         """How the native part keeps this matrix: its format there, its group, and whether gate and up alternate."""
         fmt = formats.get(t.format)
-        return fmt.family, fmt.group_of(int(t.shape[1])) if fmt.grouped else 0, t.name in self._glu
+        if fmt.published:
+            raise DeviceError(
+                f"weight {t.name} is published as {t.format}, for which the host has no kernel yet; load it with "
+                "weights int8 or int4, which quantise it anew, or on the reference device"
+            )
+        return fmt.family, fmt.group_of(int(t.shape[-1])) if fmt.grouped else 0, t.name in self._glu
 
     def _laid_out(self) -> dict[str, _native.Weight]:
-        """The matrices by name; their memory is not touched yet."""
-        used = {op.w for op in self.program.ops if isinstance(op, Linear | Embed)}
+        """The native weights by the name of a tensor in them, and the home of each tensor; no memory is touched yet."""
+        self._homes: dict[str, Home] = {}
+        up = {op.gate: op.up for op in self.program.ops if isinstance(op, Experts)}
+        used = {op.w for op in self.program.ops if isinstance(op, Linear | Embed | HeadLinear)}
+        used |= {w for op in self.program.ops if isinstance(op, Experts) for w in (op.gate, op.down)}
         matrices = {}
         for t in self.program.of_role("weight"):
             if t.name in used:
+                *stack, rows, columns = map(int, t.shape)
+                step = -(-rows // PANEL) * PANEL if stack else rows
+                n = step * (stack[0] if stack else 1)
                 format, group, glu = self._layout(t)
-                matrices[t.name] = _native.Weight(format, int(t.shape[0]), int(t.shape[1]), group, glu)
+                weight = _native.Weight(format, 2 * n if t.name in up else n, columns, group, glu)
+                matrices[t.name], self._homes[t.name] = weight, Home(weight, 0, rows, step)
+                if t.name in up:
+                    self._homes[up[t.name]] = Home(weight, n, rows, step)
         return matrices
 
     def _image(self, weights: Weights, cache: str | Path | None) -> Image | None:
@@ -93,7 +155,7 @@ class HostExecutable:
         identity = weights.identity()
         if identity is None:
             return None
-        tensors = [self.program.tensors[name] for name in self._matrices]
+        tensors = [self.program.tensors[name] for name in self._homes]
         facts = [[t.name, str(t.type), t.source, self._layout(t), layout(*self._layout(t))] for t in tensors]
         key = hashlib.sha256(json.dumps([identity, facts]).encode()).hexdigest()
         folder = default_folder() if cache == "auto" else Path(cache)
@@ -125,7 +187,7 @@ class HostExecutable:
                 self.state.pages, int(heads), int(head_dim), formats.get(t.format).family, t.name in self._keys
             )
         if t.role == "weight":
-            return self._matrix(t, weights) if t.name in self._matrices else self._vector(t, weights)
+            return self._matrix(t, weights) if t.name in self._homes else self._vector(t, weights)
         base = self.program.tensors[t.view[0]] if t.view else t
         key = self._buffer_key(base)
         if key not in self._buffers:
@@ -134,29 +196,49 @@ class HostExecutable:
         return self.native.columns(self._buffers[key], self._columns(t), self._columns(base), column)
 
     def _vector(self, t: Tensor, weights: Weights) -> int:
-        parts = [(name, x) for source in t.source for name, x in read(source, weights.read)]
-        whole = np.concatenate([x for _, x in parts]).astype(formats.get(t.format).dtype).astype(np.float32)
-        if whole.shape != t.shape:
-            raise DeviceError(f"weight {t.name} is {t.type} but {' + '.join(t.source)} holds {list(whole.shape)}")
-        for name, _ in parts:
-            weights.release(name)
-        return self.native.vector(whole)
+        """A vector, or a stack of them in a row. Biases of gate and up stand side by side, expert by expert."""
+        parts = [t, *([self.program.tensors[self._pairs[t.name]]] if t.name in self._pairs else [])]
+        values = [np.asarray(assemble(part, weights), np.float32) for part in parts]
+        return self.native.vector(np.concatenate(values, axis=-1).reshape(-1))
 
     def _matrix(self, t: Tensor, weights: Weights) -> int:
-        packed, (n, k) = self._matrices[t.name], map(int, t.shape)
-        if self.image and self.image.ready:
-            return self.native.weight(packed)
-        first = 0
-        for name, rows in (part for source in t.source for part in read(source, weights.read)):
-            if rows.ndim != 2 or rows.shape[1] != k or first + len(rows) > n:
-                raise DeviceError(f"weight {t.name} is {t.type} but its source {name} is {list(rows.shape)}")
-            kind = _source_name(rows, name)
-            packed.fill(np.ascontiguousarray(rows).reshape(-1).view(np.uint8), kind, first, len(rows), self.threads)
-            first += len(rows)
-            weights.release(name)
-        if first != n:
-            raise DeviceError(f"weight {t.name} is {t.type} but {' + '.join(t.source)} holds {first} rows")
-        return self.native.weight(packed)
+        home, k = self._homes[t.name], int(t.shape[-1])
+        if not (self.image and self.image.ready):
+            at = 0
+            for source in t.source:
+                for name, x in read(source, weights.read):
+                    at = self._fill(t, home, name, x, at)
+                    weights.release(name)
+            wanted = int(np.prod([int(d) for d in t.shape[:-1]]))
+            if at != wanted:
+                raise DeviceError(f"weight {t.name} is {t.type} but {' + '.join(t.source)} holds {at} rows of {k}")
+        return self.native.weight(home.weight)
+
+    def _fill(self, t: Tensor, home: Home, name: str, x: Value, at: int) -> int:
+        """Pack the rows of one checkpoint tensor as those from `at` on; returns where the next begin."""
+        held, total = list(x.shape), math.prod(x.shape[:-1])
+        if len(held) < 2 or held[-1] != t.shape[-1] or at + total > math.prod(map(int, t.shape[:-1])):
+            raise DeviceError(f"weight {t.name} is {t.type} but its source {name} is {held}")
+        coded = isinstance(x, Quantised) and x.format == t.format
+        plain = x if isinstance(x, np.ndarray) else x.rows(slice(None))
+        rows = x if coded else np.ascontiguousarray(plain).reshape(-1, held[-1])
+        if isinstance(rows, Quantised):
+            rows = rows.each(lambda part: part.reshape(-1, part.shape[-1]))
+        step = home.rows if home.step > home.rows else total
+        for first in range(0, total, step):
+            matrix, row = divmod(at + first, home.rows)
+            self._pack(home.weight, rows, first, min(step, total - first), home.first + matrix * home.step + row, name)
+        return at + total
+
+    def _pack(self, weight: _native.Weight, rows: Value, first: int, count: int, to: int, name: str) -> None:
+        """Rows first .. first + count, as the native weight's rows from `to` on."""
+        if isinstance(rows, Quantised):
+            part = rows.each(lambda x: x[first : first + count])
+            codes = np.ascontiguousarray(native_codes(part.codes, part.format))
+            weight.fill_codes(codes, np.ascontiguousarray(part.scales, np.float32), to, self.threads)
+        else:
+            bytes = rows[first : first + count].reshape(-1).view(np.uint8)
+            weight.fill(bytes, _source_name(rows, name), to, count, self.threads)
 
     def _translate(self, op: Op) -> None:
         """One native op; the order of tensors, ints and floats is csrc/executable.cpp's."""
@@ -177,16 +259,27 @@ class HostExecutable:
                 names = [op.x, op.w, op.bias, op.residual, op.out]
                 ints, floats = [op.x_format == "bf16", ACTIVATIONS.index(op.activation)], [op.scale]
             case Rope():
-                names, ints, floats = (
-                    [op.x, op.frequencies, op.out],
-                    [op.head_dim, op.style == "interleaved"],
-                    [op.factor],
-                )
+                names, floats = [op.x, op.frequencies, op.out], [op.factor]
+                ints = [op.head_dim, op.style == "interleaved", op.trailing]
             case KvWrite():
                 names = [op.k, op.v, op.k_cache, op.v_cache]
             case Attend():
-                names = [op.q, op.k_cache, op.v_cache, op.out]
-                ints, floats = [op.heads, op.window], [op.scale, op.softcap]
+                names = [op.q, op.k_cache, op.v_cache, op.rope_cache, op.sinks, op.out]
+                ints = [op.heads, op.window, op.chunk, op.temper_every]
+                floats = [op.scale, op.softcap, op.temper]
+            case Route():
+                self._bounded(op, top=op.top, groups=op.groups)
+                names = [op.logits, op.bias, op.weights, op.ids]
+                ints = [op.top, SCORES.index(op.score), op.groups, op.kept_groups, op.group_best, op.normalise]
+                floats = [op.scale, op.jitter]
+            case Experts():
+                count, inner, _ = map(int, self.program.tensors[op.gate].shape)
+                names = [op.x, op.weights, op.ids, op.gate, op.down, op.gate_bias, op.down_bias, op.residual, op.out]
+                act = ACTIVATIONS.index(op.activation)
+                ints = [count, inner, op.x_format == "bf16", act, op.scale_input, op.first]
+                floats = [op.alpha, op.limit, op.shift]
+            case HeadLinear():
+                names, ints = [op.x, op.w, op.out], [int(d) for d in self.program.tensors[op.w].shape[:2]]
             case Map():
                 names = [op.a, op.b, op.c, op.out]
                 code, numbers = self._map_code(op)
@@ -198,6 +291,12 @@ class HostExecutable:
                 raise DeviceError(f"{op.site}: the host has no kernel for op {op.kind}")
         tensors = [-1 if name is None else self.ids[name] for name in names]
         self.native.op(op.kind, tensors, [int(i) for i in ints], floats, code, numbers)
+
+    @staticmethod
+    def _bounded(op: Op, **values: int) -> None:
+        for name, value in values.items():
+            if value > MOST[name]:
+                raise DeviceError(f"{op.site}: {name}={value}; the host's {op.kind} takes up to {MOST[name]}")
 
     @staticmethod
     def _map_code(op: Map) -> tuple[list[int], list[float]]:

@@ -1,6 +1,7 @@
 """A checkpoint folder: config.json and tensors in safetensors files, mapped into memory and never copied here.
 
-Knows how bytes lie in files. Knows nothing of what the tensors mean: that is a port's business.
+Knows how bytes lie in files, and which tensors together make one quantised matrix. Knows nothing of what the tensors
+mean: that is a port's business.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from intaglio.models.gguf import read_gguf
+from intaglio.models.published import Coded, Stored, find_coded
+from intaglio.ops import Value
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -37,9 +42,11 @@ EXPONENTS: dict[str, tuple[type, int]] = {
     "BF16": (np.uint16, 0x7F80),
     "F16": (np.uint16, 0x7C00),
 }
+PLAIN = {"F32": "f32", "BF16": "bf16", "F16": "f16"}  # the formats of tensors that are no codes
 CHUNK = 1 << 18  # values checked at a time: 0.5 to 1 MB, so that the second look is in cache
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
 INDEX = "model.safetensors.index.json"
+GGUF_HEAD = 1 << 20  # bytes of a GGUF file that tell it from others: its metadata, or the most of it
 
 
 class CheckpointError(ValueError):
@@ -155,6 +162,14 @@ def _files(path: Path) -> dict[str, Entry]:
     raise CheckpointError(f"{path} has no *.safetensors file; {hint}")
 
 
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file a path names, or the only one of a folder without safetensors."""
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    found = sorted(path.glob("*.gguf")) if path.is_dir() and not any(path.glob("*.safetensors")) else []
+    return found[0] if len(found) == 1 else None
+
+
 def _shard(path: Path, file: str) -> dict[str, Entry]:
     if not (path / file).exists():
         raise CheckpointError(f"{path / INDEX} names the shard {file}, which is missing; download it")
@@ -180,11 +195,15 @@ def find_nonfinite(x: np.ndarray, dtype: str) -> tuple[tuple[int, ...], int] | N
 
 @dataclass
 class Checkpoint:
-    """An open checkpoint: `config`, and the tensors by name. Reads as Weights do: views on the mapped files."""
+    """An open checkpoint: `config`, and the tensors by name. Reads as Weights do: views on the mapped files, and codes
+    where matrices are quantised. `coded` are those, by the name they have without quantisation; `taken` the entries
+    that they are made of."""
 
     path: Path
     config: dict[str, Any]
     entries: dict[str, Entry]
+    coded: dict[str, Coded] = field(default_factory=dict, repr=False)
+    taken: set[str] = field(default_factory=set, repr=False)
     maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
     checked: set[str] = field(default_factory=set, repr=False)
 
@@ -192,11 +211,18 @@ class Checkpoint:
     def open(cls, path: str | Path) -> Checkpoint:
         """Read config.json and the headers; no tensor is read yet. Raises CheckpointError."""
         path = Path(path)
+        if gguf := _gguf_file(path):
+            config, raw, coded, taken = read_gguf(gguf)
+            return cls(
+                path, config, {n: Entry(gguf, r.dtype, r.shape, r.start, r.stop) for n, r in raw.items()}, coded, taken
+            )
         if not path.is_dir():
             raise CheckpointError(f"no folder {path}; give the folder that holds config.json and *.safetensors")
         if not (path / "config.json").exists():
             raise CheckpointError(f"{path} has no config.json; download it, it says which model this is")
-        return cls(path, read_json(path / "config.json"), _files(path))
+        config, entries = read_json(path / "config.json"), _files(path)
+        stored = Stored({n: e.dtype for n, e in entries.items()}, {n: e.shape for n, e in entries.items()})
+        return cls(path, config, entries, *find_coded(stored, config))
 
     @property
     def architecture(self) -> str:
@@ -208,7 +234,7 @@ class Checkpoint:
 
     @property
     def names(self) -> set[str]:
-        return set(self.entries)
+        return (set(self.entries) - self.taken) | set(self.coded)
 
     def entry(self, name: str) -> Entry:
         if name not in self.entries:
@@ -219,11 +245,19 @@ class Checkpoint:
         """The stored type as the header writes it: F32, BF16, F16, ..."""
         return self.entry(name).dtype
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.entry(name).shape
+    def format(self, name: str) -> str:
+        """The number format of a tensor, or "" if no format is like its stored type."""
+        return self.coded[name].format if name in self.coded else PLAIN.get(self.dtype(name), "")
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor as a read-only view on the file. The first read warns if it holds NaN or Inf."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.coded[name].shape if name in self.coded else self.entry(name).shape
+
+    def read(self, name: str) -> Value:
+        """The tensor as a read-only view on the file, or its codes if it is quantised."""
+        return self.coded[name].read(self.read_entry) if name in self.coded else self.read_entry(name)
+
+    def read_entry(self, name: str) -> np.ndarray:
+        """One tensor of a file. The first read warns if it holds NaN or Inf."""
         e = self.entry(name)
         x: np.ndarray = np.ndarray(e.shape, DTYPES[e.dtype], self._map(e.file), e.start)
         if name not in self.checked:
@@ -238,7 +272,10 @@ class Checkpoint:
 
     def release(self, name: str) -> None:
         """Let go of the pages that hold nothing but this tensor; a later read maps them again."""
-        e = self.entry(name)
+        for part in self.coded[name].parts if name in self.coded else (name,):
+            self._release(self.entry(part))
+
+    def _release(self, e: Entry) -> None:
         first = -(-e.start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = e.stop // mmap.PAGESIZE * mmap.PAGESIZE
         if last > first and hasattr(mmap, "MADV_DONTNEED"):
@@ -250,7 +287,8 @@ class Checkpoint:
         for file in sorted({e.file for e in self.entries.values()}):
             with file.open("rb") as f:
                 head = f.read(8)
-                digest.update(head + f.read(int.from_bytes(head, "little")))
+                length = GGUF_HEAD if head.startswith(b"GGUF") else int.from_bytes(head, "little")
+                digest.update(head + f.read(length))
                 facts = os.fstat(f.fileno())
             digest.update(f"{facts.st_size} {facts.st_mtime_ns}".encode())
         return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The description of a dense decoder, which family tables fill in, and the Program it stands for.
+"""The description of a decoder, which family tables fill in, and the Program it stands for.
 
 Ops come out one by one, as the model's forward() reads; joining them is the compiler's business.
 """
@@ -6,35 +6,47 @@ Ops come out one by one, as the model's forward() reads; joining them is the com
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from intaglio import formats
 from intaglio.models.config import Config, PortError
+from intaglio.models.latent import Latent, write_latent
+from intaglio.models.mixture import Mixture, write_mixture
 from intaglio.models.rope import Table, parameters, table
 from intaglio.ops import Attend, Embed, KvWrite, Linear, Map, Norm, Rope, Sample, Select
 from intaglio.program import Builder, Program
+from intaglio.program.source import names
 
 # Which norms a layer has, by site, and what checkpoints call them: the same name means different things in families.
 PRE = {"attn.norm": "input_layernorm", "mlp.norm": "post_attention_layernorm"}
 POST = {"attn.post_norm": "post_attention_layernorm", "mlp.post_norm": "post_feedforward_layernorm"}
 SANDWICH = {"attn.norm": "input_layernorm", "mlp.norm": "pre_feedforward_layernorm", **POST}
 ONE = {"attn.norm": "input_layernorm"}
+GLM = {
+    "attn.norm": "input_layernorm", "attn.post_norm": "post_self_attn_layernorm",
+    "mlp.norm": "post_attention_layernorm", "mlp.post_norm": "post_mlp_layernorm",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What differs between layers: the rope table by name ("" turns nothing), and the window (0 sees all)."""
+    """What differs between layers: the rope table by name ("" turns nothing), the window or chunk (0 sees all), and
+    whether the mixture of experts stands in place of the MLP."""
 
     rope: str = "rope"
     window: int = 0
+    chunk: int = 0
+    sparse: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """A dense decoder. Softcaps of 0 are none; `qk_norm` is "" (none), "head" (each head by itself) or "flat"."""
+    """A decoder. Softcaps of 0 are none; `qk_norm` is "" (none), "head" (each head by itself), "flat" (all heads as one
+    row), or "unit" (each head, without a weight, after its rope, and only where there is a rope). Layers without rope
+    heat their scores by `temper`, as attend says."""
 
     vocabulary: int
     hidden: int
@@ -57,7 +69,15 @@ class Decoder:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    fused: bool = False
+    fused: tuple[str, ...] = ()  # of qkv_proj, gate_up_proj: those the checkpoint keeps as one
+    norm_bias: bool = False
+    head_bias: bool = False
+    sinks: bool = False
+    temper: float = 0.0
+    temper_every: int = 1
+    mixture: Mixture | None = None
+    latent: Latent | None = None
+    block: str = "mlp"  # the module of the dense MLP
     attn_softcap: float = 0.0
     final_softcap: float = 0.0
     root_scaled: bool = False  # embeddings times sqrt(hidden), rounded to the embedding's format
@@ -104,6 +124,11 @@ def alike(c: Config, s: Mapping[str, Any], context: int) -> dict[str, Any]:
     return {"ropes": ropes, "layers": tuple(Layer(window=window(c, kind)) for kind in c.layer_types())}
 
 
+def sparse(d: Decoder, where: Callable[[int], bool] = lambda i: True) -> Decoder:
+    """The decoder with its mixture of experts in the layers `where` names."""
+    return replace(d, layers=tuple(replace(layer, sparse=where(i)) for i, layer in enumerate(d.layers)))
+
+
 class Writer:
     """One Program being written from a Decoder. `format` gives the stored format of a checkpoint tensor."""
 
@@ -115,14 +140,26 @@ class Writer:
     def weight(self, site: str, what: str, shape: tuple[int, ...], source: str) -> str:
         return self.b.weight(f"{site}.{what}", shape, f"{source}.{what}", self.format(f"{source}.{what}"))
 
+    def tensor(self, name: str, shape: tuple[int, ...], source: str, plain: bool = False) -> str:
+        """A weight that is no module's `weight` or `bias`, from a source as program/source.py reads it. `plain`: codes
+        become bf16, for an op that takes none."""
+        format = self.format(names(source)[0])
+        return self.b.weight(name, shape, source, "bf16" if plain and formats.get(format).grouped else format)
+
     def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False) -> str:
         w = self.weight(site, "weight", (rows, cols), source)
-        return self.b.op(Linear, site, x, w, bias=self.weight(site, "bias", (rows,), source) if bias else None)
+        b = self.weight(site, "bias", (rows,), source) if bias else None
+        return self.b.op(Linear, site, x, w, bias=b, x_format=self.meets(w))
+
+    def meets(self, w: str) -> str:
+        """What x must be to meet this weight: as it is, but in int8 where codes are whole numbers."""
+        return "int8" if formats.get(self.b.tensors[w].format).integer else "f32"
 
     def norm(self, site: str, x: str, width: int, source: str, group: int = 0) -> str:
         w = self.weight(site, "weight", (width,), source)
         d = self.d
-        return self.b.op(Norm, site, x, weight=w, norm=d.norm, eps=d.eps, offset=d.norm_offset, group=group)
+        bias = self.weight(site, "bias", (width,), source) if d.norm_bias else None
+        return self.b.op(Norm, site, x, weight=w, bias=bias, norm=d.norm, eps=d.eps, offset=d.norm_offset, group=group)
 
     def layer_norm(self, i: int, which: str, x: str) -> str:
         """The norm at a layer's site `which`, or x itself where the family has none there."""
@@ -132,7 +169,7 @@ class Writer:
 
     def parts(self, at: str, source: str, x: str, widths: Mapping[str, int], fused: str, bias: bool) -> list[str]:
         """Linears of one input, by name and width; where the checkpoint joins them, one linear and a view of each."""
-        if not self.d.fused:
+        if fused not in self.d.fused:
             return [self.linear(at + n, x, w, self.d.hidden, source + n, bias) for n, w in widths.items()]
         base = self.linear(at + fused, x, sum(widths.values()), self.d.hidden, source + fused, bias)
         out, start = [], 0
@@ -141,32 +178,60 @@ class Writer:
             start += w
         return out
 
+    def qk_norms(self, at: str, source: str, q: str, k: str) -> tuple[str, str]:
+        """Queries and keys after their norms."""
+        d = self.d
+        if d.qk_norm == "unit":
+            how: dict[str, Any] = {"eps": d.eps, "group": d.head_dim}
+            return self.b.op(Norm, at + "q_norm", q, **how), self.b.op(Norm, at + "k_norm", k, **how)
+        group = d.head_dim if d.qk_norm == "head" else 0
+        q = self.norm(at + "q_norm", q, group or d.heads * d.head_dim, source + "q_norm", group)
+        return q, self.norm(at + "k_norm", k, group or d.kv_heads * d.head_dim, source + "k_norm", group)
+
     def attention(self, i: int, layer: Layer, x: str) -> str:
         d, b, at, source = self.d, self.b, f"layers.{i}.attn.", f"{self.d.prefix}layers.{i}.self_attn."
+        if d.latent:
+            return write_latent(self, d.latent, i, layer, x)
         heads, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
         widths = {"q_proj": heads, "k_proj": kv, "v_proj": kv}
         q, k, v = self.parts(at, source, x, widths, "qkv_proj", d.qkv_bias)
-        if d.qk_norm:
-            group = d.head_dim if d.qk_norm == "head" else 0
-            q = self.norm(at + "q_norm", q, group or heads, source + "q_norm", group)
-            k = self.norm(at + "k_norm", k, group or kv, source + "k_norm", group)
+        if d.qk_norm in ("head", "flat"):
+            q, k = self.qk_norms(at, source, q, k)
         if layer.rope:
             turn = d.ropes[layer.rope]
             how: dict[str, Any] = {"head_dim": d.head_dim, "style": turn.style, "factor": turn.factor}
             q = b.op(Rope, at + "q_rope", q, "positions", f"{layer.rope}.frequencies", **how)
             k = b.op(Rope, at + "k_rope", k, "positions", f"{layer.rope}.frequencies", **how)
+            if d.qk_norm == "unit":
+                q, k = self.qk_norms(at, source, q, k)
         k_cache, v_cache = (b.cache(at + n, d.kv_heads, d.head_dim, self.cache) for n in ("k_cache", "v_cache"))
         b.op(KvWrite, at + "kv_write", k, v, k_cache, v_cache)
-        how = {"heads": d.heads, "scale": d.scale, "window": layer.window, "softcap": d.attn_softcap}
+        how = {
+            "heads": d.heads,
+            "scale": d.scale,
+            "window": layer.window,
+            "chunk": layer.chunk,
+            "softcap": d.attn_softcap,
+        }
+        if d.sinks:
+            how["sinks"] = self.tensor(at + "sinks", (d.heads,), source + "sinks")
+        if d.temper and not layer.rope:
+            how |= {"temper": d.temper, "temper_every": d.temper_every}
         a = b.op(Attend, at + "attend", q, k_cache, v_cache, **how)
         return self.linear(at + "o_proj", a, d.hidden, heads, source + "o_proj", d.o_bias)
 
-    def mlp(self, i: int, x: str) -> str:
-        d, at, source = self.d, f"layers.{i}.mlp.", f"{self.d.prefix}layers.{i}.mlp."
-        widths = {"gate_proj": d.intermediate, "up_proj": d.intermediate}
-        gate, up = self.parts(at, source, x, widths, "gate_up_proj", d.mlp_bias)
+    def dense(self, at: str, source: str, x: str, width: int, bias: bool, fused: str = "gate_up_proj") -> str:
+        """A gated MLP of this width."""
+        d = self.d
+        gate, up = self.parts(at, source, x, {"gate_proj": width, "up_proj": width}, fused, bias)
         y = self.b.op(Map, at + "glu", gate, b=up, expr=f"{d.activation}(a) * b")
-        return self.linear(at + "down_proj", y, d.hidden, d.intermediate, source + "down_proj", d.mlp_bias)
+        return self.linear(at + "down_proj", y, d.hidden, width, source + "down_proj", bias)
+
+    def mlp(self, i: int, layer: Layer, x: str) -> str:
+        d = self.d
+        if layer.sparse and d.mixture:
+            return write_mixture(self, d.mixture, i, x)
+        return self.dense(f"layers.{i}.mlp.", f"{d.prefix}layers.{i}.{d.block}.", x, d.intermediate, d.mlp_bias)
 
     def add(self, site: str, x: str, branch: str) -> str:
         scale = "" if self.d.residual_scale == 1 else f" * {self.d.residual_scale!r}"
@@ -178,7 +243,7 @@ class Writer:
         x = self.add(f"layers.{i}.attn.add", x, y)
         if not self.d.parallel:
             read = self.layer_norm(i, "mlp.norm", x)
-        y = self.layer_norm(i, "mlp.post_norm", self.mlp(i, read))
+        y = self.layer_norm(i, "mlp.post_norm", self.mlp(i, layer, read))
         return self.add(f"layers.{i}.mlp.add", x, y)
 
     def head(self, x: str) -> None:
@@ -189,7 +254,9 @@ class Writer:
         shape = (d.vocabulary, d.hidden)
         w = "embed.weight" if d.tied else self.weight("lm_head", "weight", shape, outer + "lm_head")
         last: dict[str, Any] = {"out": "logits", "role": "output"}
-        y = b.op(Linear, "lm_head", x, w, scale=d.logit_scale, **({} if d.final_softcap else last))
+        bias = self.weight("lm_head", "bias", (d.vocabulary,), outer + "lm_head") if d.head_bias else None
+        how: dict[str, Any] = {"bias": bias, "scale": d.logit_scale, "x_format": self.meets(w)}
+        y = b.op(Linear, "lm_head", x, w, **how, **({} if d.final_softcap else last))
         if d.final_softcap:
             b.op(Map, "softcap", y, expr=f"tanh(a / {d.final_softcap!r}) * {d.final_softcap!r}", **last)
         b.op(Sample, "sample", "logits", tokens="next_tokens", logprobs="logprobs", role="output")

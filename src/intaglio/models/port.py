@@ -7,21 +7,36 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from intaglio.models import cohere, gemma, granite, llama, mistral, olmo, phi, qwen
-from intaglio.models.checkpoint import Checkpoint
+from intaglio.models import (
+    cohere,
+    deepseek,
+    gemma,
+    glm,
+    gptoss,
+    granite,
+    llama,
+    minimax,
+    mistral,
+    olmo,
+    phi,
+    qwen,
+    smollm,
+)
+from intaglio.models.checkpoint import PLAIN, Checkpoint
 from intaglio.models.config import Config, PortError
 from intaglio.models.decoder import Writer
 from intaglio.models.family import Family
 from intaglio.program import Program
+from intaglio.program.source import expand, is_run, shape_after
 
-FILES = (llama, mistral, qwen, phi, gemma, olmo, granite, cohere)
-FORMATS = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
+FILES = (llama, mistral, qwen, phi, gemma, olmo, granite, cohere, deepseek, glm, gptoss, minimax, smollm)
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 HARMLESS = re.compile(r"rotary_emb\.(\w+_)?inv_freq$")  # tables that transformers used to save; computed here
 FEATURES = re.compile(
     r"expert|moe|lora_rank|conv|mamba|ssm|state|linear_|delta|index|sink|nextn|mtp|vision|audio|encoder"
 )
 DECIDED_BY = {  # the config keys that decide a weight's shape
+    "experts.": "moe_intermediate_size or intermediate_size, hidden_size",
     "embed_tokens.weight": "vocab_size, hidden_size",
     "lm_head.weight": "vocab_size, hidden_size",
     "q_proj.": "num_attention_heads * head_dim, hidden_size",
@@ -33,6 +48,9 @@ DECIDED_BY = {  # the config keys that decide a weight's shape
     "up_proj.": "intermediate_size, hidden_size",
     "gate_up_proj.": "2 * intermediate_size, hidden_size",
     "down_proj.": "hidden_size, intermediate_size",
+    "gate.weight": "the number of experts, hidden_size",
+    "router.": "the number of experts, hidden_size",
+    "kv_b_proj.": "num_attention_heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank",
     "q_norm.": "head_dim, or num_attention_heads * head_dim",
     "k_norm.": "head_dim, or num_key_value_heads * head_dim",
 }
@@ -50,13 +68,13 @@ def port(checkpoint: Checkpoint, context: int | None = None, name: str | None = 
     implemented, or tensors that do not match config.json.
     """
     family = _family(checkpoint.architecture, checkpoint.config)
-    stored = {n: FORMATS.get(checkpoint.dtype(n), "") for n in checkpoint.names}
+    stored = {n: checkpoint.format(n) for n in checkpoint.names}
     prefix = next((p for p in family.prefixes if p + "embed_tokens.weight" in stored), family.prefixes[0])
 
     def format(source: str) -> str:
         if stored.get(source, "f32"):
             return stored.get(source, "f32")
-        raise PortError(f"{source} is stored as {checkpoint.dtype(source)}; ports take {', '.join(FORMATS)}")
+        raise PortError(f"{source} is stored as {checkpoint.dtype(source)}; ports take {', '.join(PLAIN)}")
 
     title = name or re.sub(r"\s+", "-", checkpoint.path.resolve().name)
     program = _program(family, checkpoint.config, context, title, prefix, format)
@@ -74,6 +92,9 @@ def port_config(
     dtype = str(inner.get("dtype") or inner.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if format is None and dtype not in DTYPES:
         raise PortError(f"config.json: dtype {dtype!r} is not ported; known are {', '.join(DTYPES)}")
+    Config(inner, {}).refuse(
+        "quantization_config", why="how its tensors are quantised is read off a checkpoint's files"
+    )
     stored = format or DTYPES[dtype]
     return _program(family, config, context, name or family.architecture, family.prefixes[0], lambda source: stored)
 
@@ -92,7 +113,6 @@ def _program(
 ) -> Program:
     outer = {k: v for k, v in config.items() if k != "text_config"}
     c = Config({**outer, **config.get("text_config", {})}, family.defaults)
-    c.refuse("quantization_config", why="give the checkpoint before quantisation; the compiler quantises")
     limit = c.whole("max_position_embeddings")
     length = context or limit
     if not 1 <= length <= limit:
@@ -103,24 +123,35 @@ def _program(
 
 def _match(program: Program, checkpoint: Checkpoint, family: Family) -> None:
     """Every tensor the Program reads is there in its shape, and none is left over. Raises PortError."""
-    wanted = {source: t for t in program.of_role("weight") for source in t.source}
+    wanted = {
+        name: (steps, t.shape[1:] if is_run(source) else t.shape)
+        for t in program.of_role("weight")
+        for source in t.source
+        for name, steps in expand(source)
+    }
     where = f"{checkpoint.path} ({family.architecture})"
     if missing := sorted(wanted.keys() - checkpoint.names):
         raise PortError(f"{where} lacks {_some(missing)}, which its config.json asks for")
-    tied = all(t.name != "lm_head.weight" for t in wanted.values())
+    tied = "lm_head.weight" not in program.tensors
+    ignored = (*family.ignored, *_predictors(checkpoint.config))
     extra = sorted(
         n
         for n in checkpoint.names - wanted.keys()
-        if not (HARMLESS.search(n) or n.startswith(family.ignored) or (tied and n.endswith("lm_head.weight")))
+        if not (HARMLESS.search(n) or n.startswith(ignored) or (tied and n.endswith("lm_head.weight")))
     )
     if extra:
         raise PortError(f"{where} holds {_some(extra)}, which the port of {family.models} would leave unused")
-    for source, t in sorted(wanted.items()):
-        if checkpoint.shape(source) != t.shape:
-            keys = next((keys for part, keys in DECIDED_BY.items() if part in source), "hidden_size")
-            raise PortError(
-                f"{where}: {source} is {list(checkpoint.shape(source))}, config.json makes it {list(t.shape)} ({keys})"
-            )
+    for name, (steps, shape) in sorted(wanted.items()):
+        found = shape_after(checkpoint.shape(name), steps)
+        if found != shape:
+            keys = next((keys for part, keys in DECIDED_BY.items() if part in name), "hidden_size")
+            raise PortError(f"{where}: {name} is {list(found)}, config.json makes it {list(shape)} ({keys})")
+
+
+def _predictors(config: Mapping[str, Any]) -> list[str]:
+    """Where the layers stand that only predict tokens further ahead: after the last one."""
+    n, more = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
+    return [f"model.layers.{i}." for i in range(n, n + more)]
 
 
 def _some(names: list[str]) -> str:

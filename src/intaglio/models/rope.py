@@ -101,6 +101,11 @@ def _llama3(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np
     return np.where(long, plain / factor, np.where(short, plain, blended)), 1.0
 
 
+def mscale(factor: float, by: float = 1.0) -> float:
+    """How much yarn heats attention for a context `factor` times as long."""
+    return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
 def _yarn(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
     """Peng et al. 2023: interpolate slow pairs, keep fast ones, ramp between by the turns made in the pretrained
     length (beta_fast 32, beta_slow 1)."""
@@ -119,11 +124,8 @@ def _yarn(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.n
     slow = np.float32(1) / (np.float32(factor) * powers(p, dim))
     frequencies = slow * (np.float32(1) - keep) + np.float32(1) / powers(p, dim) * keep
 
-    def mscale(by: float) -> float:
-        return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     both = p.get("mscale") and p.get("mscale_all_dim")
-    usual = mscale(p["mscale"]) / mscale(p["mscale_all_dim"]) if both else mscale(1.0)
+    usual = mscale(factor, p["mscale"]) / mscale(factor, p["mscale_all_dim"]) if both else mscale(factor)
     given = p.get("attention_factor")
     return frequencies, usual if given is None else given
 

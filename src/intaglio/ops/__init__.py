@@ -4,13 +4,15 @@ from intaglio.ops.attention import Attend, KvWrite
 from intaglio.ops.collective import AllGather, AllReduce, Collective, Recv, Send
 from intaglio.ops.data import Embed, Select
 from intaglio.ops.elementwise import Map
-from intaglio.ops.linear import Linear
+from intaglio.ops.experts import Experts, Route
+from intaglio.ops.linear import HeadLinear, Linear
 from intaglio.ops.norm import Norm
 from intaglio.ops.op import REGISTRY, SYMBOLS, Op, OpError, Tensor, Value, Work
 from intaglio.ops.position import Rope
 from intaglio.ops.sample import Sample
 
 __all__ = [
-    "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "Attend", "Collective", "Embed", "KvWrite", "Linear", "Map",
-    "Norm", "Op", "OpError", "Recv", "Rope", "Sample", "Select", "Send", "Tensor", "Value", "Work",
+    "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "Attend", "Collective", "Embed", "Experts", "HeadLinear",
+    "KvWrite", "Linear", "Map", "Norm", "Op", "OpError", "Recv", "Rope", "Route", "Sample", "Select", "Send", "Tensor",
+    "Value", "Work",
 ]  # fmt: skip

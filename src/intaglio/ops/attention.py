@@ -73,29 +73,46 @@ class Attend(Op, kind="attend"):
     """softmax(softcap(q k^T * scale) + mask) v over the K/V pages of each sequence; causal.
 
     q f32 [T, heads * head_dim]; caches [P, B, kv heads, head_dim]; out f32 [T, heads * v head_dim]. Query head h reads
-    kv head h // (heads / kv heads). A query at position i sees positions max(0, i - window + 1) .. i; window 0 sees
-    all. softcap c > 0 replaces a score s by c * tanh(s / c) (Gemma 2). Scores and sums in float32 or wider.
+    kv head h // (heads / kv heads). A query at position i sees positions max(0, i - window + 1) .. i; with `chunk`,
+    only those of its own chunk, from i // chunk * chunk on (Llama 4); 0 sees all. softcap c > 0 replaces a score s by
+    c * tanh(s / c) (Gemma 2). `rope_cache` [P, B, kv heads, r] holds more columns of the keys, which the last r columns
+    of each query head meet: with k_cache = v_cache, latent attention (DeepSeek-V2). `sinks` [heads] are scores of a key
+    that every query sees and whose value is zero (gpt-oss). With `temper`, scores of a query at position i are also
+    times 1 + temper * ln(1 + floor((i + 1) / temper_every)) (Llama 4). Scores and sums in float32 or wider.
     """
 
     stateful: ClassVar[bool] = True
     q: str = operand()
     k_cache: str = operand()
     v_cache: str = operand()
+    rope_cache: str | None = operand(optional=True)
+    sinks: str | None = operand(optional=True)
     out: str = result()
     heads: int
     scale: float
     window: int = 0
+    chunk: int = 0
     softcap: float = 0.0
+    temper: float = 0.0
+    temper_every: int = 1
 
     def shapes(self, t: Tensors) -> Results:
         width = self.token_columns(t, self.q)
         kv_heads, head_dim = cache_heads(self, t, self.k_cache)
         v_heads, v_dim = cache_heads(self, t, self.v_cache)
+        if self.rope_cache is not None:
+            r_heads, r_dim = cache_heads(self, t, self.rope_cache)
+            self.check(r_heads == kv_heads, f"{self.rope_cache} has {r_heads} heads but {self.k_cache} has {kv_heads}")
+            head_dim += r_dim
         fits = width == self.heads * head_dim
         self.check(fits, f"{self.q} is {t[self.q].type}; wanted {self.heads} heads of {head_dim}")
         self.check(v_heads == kv_heads, f"{self.v_cache} has {v_heads} heads but {self.k_cache} has {kv_heads}")
         self.check(self.heads % kv_heads == 0, f"heads={self.heads} is not a multiple of the {kv_heads} kv heads")
         self.check(self.window >= 0 and self.softcap >= 0, f"window={self.window}, softcap={self.softcap}; not below 0")
+        one = self.chunk >= 0 and not (self.chunk and self.window)
+        self.check(one, f"window={self.window}, chunk={self.chunk}; give one of them, not below 0")
+        self.check(self.temper_every >= 1, f"temper_every={self.temper_every}; wanted 1 or more")
+        self.vector(t, self.sinks, self.heads)
         return {self.out: (("T", self.heads * v_dim), "f32")}
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
@@ -106,20 +123,40 @@ class Attend(Op, kind="attend"):
             n, context = int(batch.q_len[s]), int(batch.context_len[s])
             blocks = batch.block_table[s, : -(-context // batch.block_size)]
             k, val = (self._gather(v, c, blocks, context) for c in (self.k_cache, self.v_cache))
+            if self.rope_cache is not None:
+                k = np.concatenate([k, self._gather(v, self.rope_cache, blocks, context)], axis=-1)
             repeat = self.heads // k.shape[1]
             k, val = np.repeat(k, repeat, axis=1), np.repeat(val, repeat, axis=1)
-            first = int(batch.first_row[s])
+            first, at = int(batch.first_row[s]), np.arange(context - n, context)
             score = np.einsum("qhd,khd->hqk", q[first : first + n], k) * self.scale
             if self.softcap:
                 score = self.softcap * np.tanh(score / self.softcap)
-            at = np.arange(context - n, context)[:, None]
-            back = at - np.arange(context)[None, :]
-            hidden = (back < 0) | ((back >= self.window) if self.window else False)
-            score = np.where(hidden, -np.inf, score)
-            p = np.exp(score - score.max(axis=-1, keepdims=True))
-            p /= p.sum(axis=-1, keepdims=True)
+            if self.temper:
+                score = score * (1 + self.temper * np.log1p((at + 1) // self.temper_every))[:, None]
+            p = self._weights(np.where(self._hidden(at, context), -np.inf, score), v)
             out.append(np.einsum("hqk,khd->qhd", p, val).reshape(n, -1))
         return {self.out: np.concatenate(out).astype(np.float32)}
+
+    def first_seen(self, at: np.ndarray) -> np.ndarray:
+        """The first position that queries at positions `at` see."""
+        if self.chunk:
+            return at // self.chunk * self.chunk
+        return np.maximum(0, at - self.window + 1) if self.window else np.zeros_like(at)
+
+    def _hidden(self, at: np.ndarray, context: int) -> np.ndarray:
+        keys = np.arange(context)[None, :]
+        return (keys > at[:, None]) | (keys < self.first_seen(at)[:, None])
+
+    def _weights(self, score: np.ndarray, v: Mapping[str, Value]) -> np.ndarray:
+        """softmax over the keys [heads, queries, keys], sinks taking their part of it."""
+        top = score.max(axis=-1, keepdims=True)
+        if self.sinks is None:
+            p = np.exp(score - top)
+            return p / p.sum(axis=-1, keepdims=True)
+        sink = array(v, self.sinks).astype(np.float64)[:, None, None]
+        top = np.maximum(top, sink)
+        p = np.exp(score - top)
+        return p / (p.sum(axis=-1, keepdims=True) + np.exp(sink - top))
 
     @staticmethod
     def _gather(v: Mapping[str, Value], name: str, blocks: np.ndarray, context: int) -> np.ndarray:
@@ -128,14 +165,14 @@ class Attend(Op, kind="attend"):
         return pages.reshape(-1, *pages.shape[2:])[:context].astype(np.float64)
 
     def work(self, t: Tensors, batch: Batch) -> Work:
-        context, n = batch.context_len.astype(np.int64), batch.q_len.astype(np.int64)
-        reach = np.minimum(context, n + self.window - 1) if self.window else context  # keys any query of the chunk sees
-        seen = n * context - n * (n - 1) // 2
-        if self.window:
-            seen = sum(
-                np.minimum(np.arange(c - m + 1, c + 1), self.window).sum() for c, m in zip(context, n, strict=True)
-            )
-        width = int(t[self.k_cache].shape[3]) + int(t[self.v_cache].shape[3])
-        row = token_bytes(t[self.k_cache]) + token_bytes(t[self.v_cache])
+        caches = {n for n in (self.k_cache, self.v_cache, self.rope_cache) if n is not None}  # latents are read once
+        row = sum(token_bytes(t[n]) for n in caches)
+        width = sum(int(t[n].shape[3]) for n in (self.k_cache, self.v_cache, self.rope_cache) if n is not None)
+        seen = reach = 0
+        for c, m in zip(batch.context_len, batch.q_len, strict=True):
+            at = np.arange(int(c) - int(m), int(c))
+            first = self.first_seen(at)
+            seen += int((at + 1 - first).sum())
+            reach += int(c) - int(first[0])  # keys any query of the piece sees
         temp = t[self.q].nbytes(batch.sizes) + t[self.out].nbytes(batch.sizes)
-        return Work(int(2 * self.heads * width * np.sum(seen)), 0, int(row * reach.sum()), temp)
+        return Work(2 * self.heads * width * seen, 0, row * reach, temp)

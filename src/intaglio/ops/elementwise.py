@@ -78,7 +78,8 @@ def postfix(expr: str) -> tuple[tuple[str, float | str], ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Map(Op, kind="map"):
-    """out = expr(a, b, c) element by element in float32; operands and out have one shape. Example: "silu(a) * b"."""
+    """out = expr(a, b, c) element by element in float32. a and out have one shape; b and c too, or one column, whose
+    value then stands for every column of the row. Example: "silu(a) * b"."""
 
     a: str = operand()
     b: str | None = operand(optional=True)
@@ -91,7 +92,8 @@ class Map(Op, kind="map"):
         used = {value for step, value in postfix(self.expr) if step == "operand"}
         self.check(used == given, f"expr={self.expr!r} uses {sorted(map(str, used))} but operands are {sorted(given)}")
         for name in self.inputs[1:]:
-            self.same_shape(t, self.a, name)
+            if t[name].shape[1:] != (1,) or t[name].shape[0] != t[self.a].shape[0]:
+                self.same_shape(t, self.a, name)
         return {self.out: (t[self.a].shape, "f32")}
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:

@@ -16,6 +16,30 @@ from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, r
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
 
 
+def check_x_format(op: Op, t: Tensors, w: str, x_format: str) -> None:
+    """Whether activations of `x_format` can meet the weight `w`: int8 whole-number codes, f32 or bf16 all others."""
+    allowed = ("int8",) if formats.get(t[w].format).integer else ("f32", "bf16")
+    op.check(x_format in allowed, f"x_format={x_format} with {t[w].format} weights; use {' or '.join(allowed)}")
+
+
+def product(x: np.ndarray, w: Value, x_format: str) -> np.ndarray:
+    """x [rows, K] @ w.T with the declared rounding of x; float64 [rows, N]."""
+    if isinstance(w, Quantised) and w.codes.dtype != np.int8:
+        w = w.rows(slice(None))
+    if isinstance(w, Quantised):
+        xq, xs = formats.quantise_rows(x, w.group)
+        wq = formats.in_groups(w.codes, w.group)
+        y = np.zeros((len(x), len(wq)))
+        for g in range(xs.shape[1]):  # the products of a group are integers: exact
+            exact = xq[:, g].astype(np.float64) @ wq[:, g].astype(np.float64).T
+            y += exact * xs[:, g, None].astype(np.float64) * w.scales[:, g].astype(np.float64)
+            if w.offsets is not None:
+                total = xq[:, g].astype(np.float64).sum(axis=1) * xs[:, g]
+                y -= total[:, None] * w.offsets[:, g].astype(np.float64)
+        return y
+    return formats.round_to(x, x_format).astype(np.float64) @ w.astype(np.float64).T
+
+
 @dataclass(frozen=True, kw_only=True)
 class Linear(Op, kind="linear"):
     """y = x @ w.T + bias; then y * scale; then the activation; then + residual.
@@ -41,9 +65,7 @@ class Linear(Op, kind="linear"):
         n, wk = self.rows_cols(t, self.w)
         self.check(wk == k, f"{self.w} is {t[self.w].type} but {self.x} has {k} columns; w must be [N, {k}]")
         self.check(isinstance(n, int), f"{self.w} is {t[self.w].type}; a weight has fixed rows")
-        allowed = ("int8",) if formats.get(t[self.w].format).integer else ("f32", "bf16")
-        fits = self.x_format in allowed
-        self.check(fits, f"x_format={self.x_format} with {t[self.w].format} weights; use {' or '.join(allowed)}")
+        check_x_format(self, t, self.w, self.x_format)
         known = self.activation in ACTIVATIONS or (self.activation == "" and not self.glu)
         self.check(known, f"activation={self.activation!r}; use one of {', '.join(ACTIVATIONS)}")
         self.vector(t, self.bias, int(n))
@@ -54,22 +76,8 @@ class Linear(Op, kind="linear"):
             self.check(r.shape == shape, f"residual {self.residual} is {r.type}; wanted {list(shape)}")
         return {self.out: (shape, "f32")}
 
-    def product(self, x: np.ndarray, w: Value) -> np.ndarray:
-        """x [rows, K] @ w.T with the declared rounding of x; float64 [rows, N]."""
-        if isinstance(w, Quantised) and w.codes.dtype != np.int8:
-            w = w.rows(slice(None))
-        if isinstance(w, Quantised):
-            xq, xs = formats.quantise_rows(x, w.group)
-            wq = formats.in_groups(w.codes, w.group)
-            y = np.zeros((len(x), len(wq)))
-            for g in range(xs.shape[1]):  # the products of a group are integers: exact
-                exact = xq[:, g].astype(np.float64) @ wq[:, g].astype(np.float64).T
-                y += exact * xs[:, g, None].astype(np.float64) * w.scales[:, g].astype(np.float64)
-            return y
-        return formats.round_to(x, self.x_format).astype(np.float64) @ w.astype(np.float64).T
-
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
-        y = self.product(array(v, self.x), v[self.w])
+        y = product(array(v, self.x), v[self.w], self.x_format)
         if self.bias is not None:
             y = y + array(v, self.bias)
         y = (y * self.scale).astype(np.float32)
@@ -84,3 +92,38 @@ class Linear(Op, kind="linear"):
         rows = t[self.x].nbytes(batch.sizes) // (4 * int(t[self.x].shape[1]))
         n, k = t[self.w].shape
         return self.moved(t, batch, 2 * rows * int(n) * int(k))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLinear(Op, kind="head_linear"):
+    """Each head of x by its own matrix: out[t, h] = w[h] @ x[t, h, :K], followed by the columns of the head beyond K as
+    they are.
+
+    x f32 [T, heads * (K + rest)], w [heads, N, K] in a plain format, out f32 [T, heads * (N + rest)]. It takes latent
+    attention's queries into the latent space, and its results out of it (DeepSeek-V2, 2.1.2). Sums in float32 or wider.
+    """
+
+    x: str = operand()
+    w: str = operand()
+    out: str = result()
+
+    def shapes(self, t: Tensors) -> Results:
+        width, s = self.token_columns(t, self.x), t[self.w].shape
+        ok = len(s) == 3 and all(isinstance(d, int) for d in s) and t[self.w].format in formats.PLAIN
+        self.check(ok, f"{self.w} is {t[self.w].type}; wanted a matrix a head, [heads, N, K] in a plain format")
+        heads, n, k = map(int, s)
+        fits = width % heads == 0 and width // heads >= k
+        self.check(fits, f"{self.x} is {t[self.x].type}; {self.w} wants {heads} heads of {k} columns or more")
+        return {self.out: (("T", heads * (n + width // heads - k)), "f32")}
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        w = array(v, self.w).astype(np.float64)
+        heads, _, k = w.shape
+        x = array(v, self.x)
+        x = x.reshape(len(x), heads, x.shape[1] // heads)
+        y = np.einsum("thk,hnk->thn", x[..., :k].astype(np.float64), w).astype(np.float32)
+        return {self.out: np.concatenate([y, x[..., k:]], axis=-1).reshape(len(x), -1)}
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        heads, n, k = map(int, t[self.w].shape)
+        return self.moved(t, batch, 2 * len(batch.tokens) * heads * n * k)

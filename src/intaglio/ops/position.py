@@ -18,9 +18,9 @@ class Rope(Op, kind="rope"):
     """Rotate pairs of each head of x by position * frequency (Su et al. 2021), times `factor`.
 
     x f32 [T, heads * head_dim], positions int32 [T], frequencies f32 [rotary_dim / 2] (a const). The first rotary_dim
-    columns of a head are rotated, the rest pass. style half pairs column i with i + rotary_dim / 2 (as transformers'
-    rotate_half); interleaved pairs 2i with 2i + 1. The angle is a float32 product; `factor` scales cos and sin
-    (longrope's and yarn's attention factor).
+    columns of a head are rotated (with `trailing` the last), the rest pass. style half pairs column i with
+    i + rotary_dim / 2 (as transformers' rotate_half); interleaved pairs 2i with 2i + 1. The angle is a float32 product;
+    `factor` scales cos and sin (longrope's and yarn's attention factor).
     """
 
     x: str = operand()
@@ -30,6 +30,7 @@ class Rope(Op, kind="rope"):
     head_dim: int
     style: str = "half"
     factor: float = 1.0
+    trailing: bool = False
 
     def shapes(self, t: Tensors) -> Results:
         width = self.token_columns(t, self.x)
@@ -43,15 +44,16 @@ class Rope(Op, kind="rope"):
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
         full = array(v, self.x)
-        x = full.reshape(len(full), -1, self.head_dim)
+        x = full.reshape(len(full), full.shape[1] // self.head_dim, self.head_dim)
         angle = array(v, self.positions)[:, None] * array(v, self.frequencies)[None, :]
         cos = (np.cos(angle.astype(np.float64)) * self.factor).astype(np.float32)[:, None, :]
         sin = (np.sin(angle.astype(np.float64)) * self.factor).astype(np.float32)[:, None, :]
         n = cos.shape[2]
+        start = self.head_dim - 2 * n if self.trailing else 0
         if self.style == "half":
-            first, second = slice(0, n), slice(n, 2 * n)
+            first, second = slice(start, start + n), slice(start + n, start + 2 * n)
         else:
-            first, second = slice(0, 2 * n, 2), slice(1, 2 * n, 2)
+            first, second = slice(start, start + 2 * n, 2), slice(start + 1, start + 2 * n, 2)
         y = x.copy()
         y[..., first] = x[..., first] * cos - x[..., second] * sin
         y[..., second] = x[..., second] * cos + x[..., first] * sin

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
+from intaglio.formats import Quantised
+from intaglio.ops import Value
 from intaglio.program.program import ProgramError
 
 RUN = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -37,6 +39,14 @@ def expand(source: str) -> Iterator[tuple[str, tuple[str, ...]]]:
 def is_run(source: str) -> bool:
     """Whether a source is a run of tensors, each of them one matrix of a stack."""
     return RUN.search(source) is not None
+
+
+def narrowed(source: str, numbers: range) -> str:
+    """A run's tensors of these numbers alone, counted from its first."""
+    run = RUN.search(source)
+    assert run, f"{source} is no run"
+    first = int(run[1])
+    return f"{source[: run.start()]}{{{first + numbers.start}..{first + numbers.stop - 1}}}{source[run.end() :]}"
 
 
 def names(source: str) -> list[str]:
@@ -70,8 +80,20 @@ def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ..
     return shape
 
 
-def take(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
-    """The steps done to an array; without a copy where they need none."""
+def take(x: Value, steps: tuple[str, ...]) -> Value:
+    """The steps done to an array; without a copy where they need none. Codes stay codes where whole rows are moved;
+    where a step would tear their groups, they become float32 first."""
+    if isinstance(x, Quantised):
+        turns = steps.count("T")
+        if turns == x.turned and not any(s.startswith("h") for s in steps):
+            cuts = tuple(s for s in steps if s != "T")
+            return replace(x, turned=False).each(lambda part: _moved(part, cuts))
+        dense = x.rows(slice(None))
+        x = dense.swapaxes(-1, -2) if x.turned else dense
+    return _moved(x, steps)
+
+
+def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
     for step in steps:
         if step == "T":
             x = x.swapaxes(-1, -2)
@@ -87,7 +109,7 @@ def take(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
     return x
 
 
-def read(source: str, reader: Callable[[str], Any]) -> Iterator[tuple[str, np.ndarray]]:
+def read(source: str, reader: Callable[[str], Value]) -> Iterator[tuple[str, Value]]:
     """(tensor name, values) of each tensor of a source, its steps done; `reader` gives a tensor by name."""
     for name, steps in expand(source):
         yield name, take(reader(name), steps)

@@ -1,10 +1,12 @@
-"""Holding a checkpoint's Program against transformers, site by site, both in float32: where do they first part?
+"""Holding a checkpoint's Program against transformers, site by site: where do they first part, and why?
 
 The reference for a site is what a transformers module of the same weight puts out or takes in, or its cache of keys.
+It is run in float32, and in bf16 to show what error that format makes by itself.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,15 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from intaglio.batch import Chunk, bind
+from intaglio.batch import Batch, Chunk, bind
 from intaglio.devices import StateSpec, open_device
+from intaglio.devices.reference import ReferenceExecutable
 from intaglio.models import Checkpoint, port
-from intaglio.ops import Embed, KvWrite, Linear, Norm, Op
+from intaglio.ops import Embed, Experts, KvWrite, Linear, Norm, Op, Value
 from intaglio.program import Program
+from intaglio.program.source import names
+from intaglio.tools.causes import Scene, explain
 
 EPS = 2.0**-23  # float32
 MARGIN = 8.0  # tiny models of every family stay below 0.05 of it; a wrong window, theta or weight is beyond 10
 PAGE = 32
+RENAMED = (  # what transformers calls modules that checkpoints call otherwise
+    (".block_sparse_moe.router.layer", ".block_sparse_moe.router"), (".block_sparse_moe.gate", ".mlp.gate"),
+    (".block_sparse_moe.gate", ".mlp.router"), (".block_sparse_moe.", ".mlp."),
+)  # fmt: skip
 TOKENS = 61  # prime, so that no number of heads equals it
 
 
@@ -30,20 +39,28 @@ class CheckError(RuntimeError):
 
 @dataclass(frozen=True)
 class Row:
-    """One site: ||ours - theirs|| / ||theirs||, and what rounding alone may explain."""
+    """One site: ||ours - theirs|| / ||theirs||, what rounding alone may explain, and the error of transformers' own run
+    in bf16 (none where it shows no such site)."""
 
     site: str
     error: float
     tolerance: float
+    bf16: float | None = None
 
     @property
     def ok(self) -> bool:
         return self.error <= self.tolerance
 
+    @property
+    def ratio(self) -> float | None:
+        """Ours against float32, over bf16 against float32: at 1 we err as much as bf16 does."""
+        return self.error / self.bf16 if self.bf16 else None
+
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found. `first_bad` is the first site, in the order of the Program, that is out of line."""
+    """What a check found. `first_bad` is the first site, in the order of the Program, that is out of line, and `cause`
+    what explains it; `origin` is where the first NaN or infinity arises."""
 
     program: str
     device: str
@@ -52,23 +69,30 @@ class Report:
     first_bad: str | None
     logits: float
     ok: bool
+    cause: str = ""
+    origin: str = ""
+    against: str = "transformers"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "rows": [{**asdict(r), "ok": r.ok} for r in self.rows]}
+        return {**asdict(self), "rows": [{**asdict(r), "ok": r.ok, "ratio": r.ratio} for r in self.rows]}
 
     def __str__(self) -> str:
         wide = max(len(r.site) for r in self.rows)
-        lines = [f"{self.program} on {self.device} against transformers, float32, {self.tokens} tokens"]
-        lines.append(f"{'site':{wide}}  {'error':>9}  {'allowed':>9}")
+        lines = [f"{self.program} on {self.device} against {self.against}, {self.tokens} tokens"]
+        lines.append(f"{'site':{wide}}  {'error':>9}  {'allowed':>9}  {'bf16':>9}  {'ratio':>7}")
         for r in self.rows:
-            lines.append(f"{r.site:{wide}}  {r.error:9.2e}  {r.tolerance:9.2e}{'' if r.ok else '  OUT OF LINE'}")
-        end = "agrees at every site" if self.ok else f"parts from transformers at {self.first_bad}"
-        return "\n".join([*lines, f"{end}; logits differ by {self.logits:.2e}"])
+            bf16 = f"{r.bf16:9.2e}  {r.ratio:7.3f}" if r.bf16 and r.ratio is not None else f"{'-':>9}  {'-':>7}"
+            mark = "" if r.ok else "  OUT OF LINE"
+            lines.append(f"{r.site:{wide}}  {r.error:9.2e}  {r.tolerance:9.2e}  {bf16}{mark}")
+        end = "agrees at every site" if self.ok else f"parts from {self.against} at {self.first_bad}"
+        lines.append(f"{end}; logits differ by {self.logits:.2e}")
+        lines += [f"likely cause: {self.cause}"] if self.cause else []
+        return "\n".join([*lines, *([self.origin] if self.origin else [])])
 
 
-def reference_model(path: str | Path) -> Any:
-    """The transformers model of a checkpoint in float32 with eager attention. Raises CheckError if not installed."""
+def reference_model(path: str | Path, dtype: str = "float32") -> Any:
+    """The transformers model of a checkpoint with eager attention. Raises CheckError if not installed."""
     try:
         import torch
         import transformers
@@ -76,13 +100,15 @@ def reference_model(path: str | Path) -> Any:
         raise CheckError(f"a check needs torch and transformers ({e}): pip install torch transformers") from None
     transformers.utils.logging.disable_progress_bar()
     load = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(path, dtype=torch.float32, attn_implementation="eager").eval()
+    model = load(path, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
     # Gemma rounds sqrt(hidden) to the type the weights are stored in; loaded as float32 it would not
     embed, c = model.get_input_embeddings(), Checkpoint.open(path)
     if hasattr(embed, "embed_scale"):
         stored = next(c.dtype(name) for name in c.names if name.endswith("embed_tokens.weight"))
         kind = {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
         embed.embed_scale.copy_(embed.embed_scale.to(kind).float())
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"  # grouped products are not to be had everywhere in bf16
     return model
 
 
@@ -104,6 +130,7 @@ def check(
     drawn = np.random.default_rng(seed).integers(0, p.vocabulary, count).tolist()
     ids = drawn if isinstance(tokens, int) else list(tokens)
     theirs, logits = observe(reference_model(path), p, ids)
+    rough, rough_logits = observe(reference_model(path, "bfloat16"), p, ids)
     pages = -(-count // PAGE)
     options = {"cache": None} if device == "host" else {}  # nobody else runs this Program
     executable = open_device(device, **options).load(p, checkpoint, StateSpec(pages, PAGE))
@@ -111,11 +138,53 @@ def check(
     result = executable.step(batch, logits=True, taps=set(theirs))
     assert result.logits is not None
     allowed = tolerances(p, count)
-    rows = [Row(site, difference(result.taps[site], theirs[site]), allowed[site]) for site in allowed if site in theirs]
+    rows = []
+    for site in (site for site in allowed if site in theirs):
+        bf16 = difference(rough[site], theirs[site]) if site in rough else None
+        rows.append(Row(site, difference(result.taps[site], theirs[site]), allowed[site], bf16))
     last = difference(result.logits, logits)
-    rows.append(Row("logits", last, max(allowed.values())))
+    rows.append(Row("logits", last, max(allowed.values()), difference(rough_logits, logits)))
     first = next((r.site for r in rows if not r.ok), None)
-    return Report(p.name, device, count, tuple(rows), first, last, first is None)
+    cause = origin = ""
+    if first is not None:
+        scene = scene_of(p, checkpoint, batch)
+        good = {r.site for r in rows if r.ok}
+        cause = explain(scene, first, logits if first == "logits" else theirs[first], good)
+        origin = first_nonfinite(scene)
+    return Report(p.name, device, count, tuple(rows), first, last, first is None, cause, origin)
+
+
+def scene_of(p: Program, checkpoint: Checkpoint, batch: Batch) -> Scene:
+    """Every value of a step on the reference device."""
+    held = ReferenceExecutable(p, checkpoint, StateSpec(int(batch.block_table.shape[1]), PAGE)).held
+    v: dict[str, Value] = {**held, "tokens": batch.tokens, "positions": batch.positions, "rows": batch.rows}
+    for op in p.ops:
+        results = op.reference(v, batch)
+        v |= results
+        for t in p.tensors.values():
+            if t.view and t.view[0] in results:
+                v[t.name] = results[t.view[0]][:, t.view[1] : t.view[1] + int(t.shape[1])]
+    used = {n for op in p.ops for n in op.inputs}
+    read = {name for t in p.of_role("weight") if t.name in used for source in t.source for name in names(source)}
+    vectors = [n for n in checkpoint.names - read if len(checkpoint.shape(n)) == 1]
+    spare = {n: np.asarray(checkpoint.read(n), np.float32) for n in vectors}
+    return Scene(p, batch, {**v, **spare}, spare)
+
+
+def first_nonfinite(scene: Scene) -> str:
+    """Where the first NaN or infinity arises, in words; "" if nowhere."""
+
+    def bad(name: str) -> bool:
+        x = scene.values[name]
+        return isinstance(x, np.ndarray) and x.dtype.kind == "f" and not np.isfinite(x).all()
+
+    for op in scene.program.ops:
+        if any(bad(n) for n in op.outputs):
+            from_weights = [n for n in op.inputs if scene.program.tensors[n].role == "weight" and bad(n)]
+            where = f"at {op.site} ({op.kind}), whose operands are finite"
+            where = f"in the weight {from_weights[0]}" if from_weights else where
+            return f"the first NaN or infinity arises {where}"
+    return ""
 
 
 def wide_cache(p: Program) -> Program:
@@ -153,12 +222,16 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
     def keep(site: str, x: Any) -> None:
         if x.dim() == 4 and x.shape[1] != len(tokens):  # heads before tokens
             x = x.transpose(1, 2)
-        seen.setdefault(site, x.detach().reshape(len(tokens), -1).numpy().copy())
+        if x.numel() % len(tokens) == 0:
+            seen.setdefault(site, x.detach().float().reshape(len(tokens), -1).numpy().copy())
 
     def hook(op: Op) -> Any:
         def after(module: Any, args: Any, out: Any) -> None:
             if isinstance(op, Linear | Norm) and op.x in producers:
                 keep(producers[op.x], args[0])
+            out = _tensor_of(module, out)
+            if out is None:
+                return
             # a scale is often applied outside the module; the next site's input then shows it
             if getattr(op, "scale", 1.0) == 1.0 or hasattr(module, "embed_scale"):
                 keep(op.site, out)
@@ -178,8 +251,19 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
     writes = [op for op in p.ops if isinstance(op, KvWrite)]
     for op, layer in zip(writes, cache.layers, strict=True):
         for name, held in ((op.k, layer.keys), (op.v, layer.values)):
+            if getattr(model.config, "rope_interleave", False) and name == op.v:
+                held = held.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # theirs puts pairs by halves
             keep(producers.get(name, name), held)
+    width = {t.name: t.shape[-1] for t in p.tensors.values()}
+    seen = {site: x for site, x in seen.items() if x.shape[1] == width.get(site, x.shape[1])}
     return seen, out.logits[0].float().numpy()
+
+
+def _tensor_of(module: Any, out: Any) -> Any:
+    """What a module's result says about its site: of routers, which give several things, the logits."""
+    if not isinstance(out, tuple):
+        return out
+    return out[1] if type(module).__name__ == "Llama4Router" else out[0]
 
 
 def module_of(model: Any, p: Program, op: Op) -> Any:
@@ -187,8 +271,15 @@ def module_of(model: Any, p: Program, op: Op) -> Any:
     if op.site == "lm_head":
         return model.get_output_embeddings()
     weight = op.weight if isinstance(op, Norm) else op.w if isinstance(op, Linear | Embed) else None
+    weight = op.gate if isinstance(op, Experts) else weight
     if weight is None or not p.tensors[weight].source:
         return None
-    name = p.tensors[weight].source[0].removesuffix(".weight")
     modules = dict(model.named_modules())
-    return modules.get(name) or modules.get(name.replace("language_model.model.", "model.language_model."))
+    name = p.tensors[weight].source[0].partition("|")[0].removesuffix(".weight")
+    if isinstance(op, Experts):  # a module of all experts, whose result is theirs together
+        name = re.split(r"\.(?:experts|input_linear)\.", name)[0] + ".experts"
+    for old, new in (("", ""), ("language_model.model.", "model.language_model."), *RENAMED):
+        found = modules.get(name.replace(old, new)) if old else modules.get(name)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,274 @@
+"""Checkpoints published with quantised matrices, read as they are: which tensors make one matrix, and its codes.
+
+FP8 (E4M3 with scales by block, row or tensor), MXFP4, compressed-tensors, GPTQ and AWQ. Nothing is rounded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from intaglio import formats
+from intaglio.formats import ROW, Quantised
+from intaglio.models.config import PortError
+from intaglio.ops import Value
+
+Reader = Callable[[str], np.ndarray]
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each nibble of a word holds
+ACTIVATION_SCALES = ("input_scale", "k_scale", "v_scale", "output_scale", "weight_shape", "input_zero_point")
+E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A matrix made of tensors of a file that are not simply its values. `shape` is the matrix's; `turned` as in
+    Quantised."""
+
+    format: str
+    shape: tuple[int, ...]
+    parts: tuple[str, ...]
+    decode: Callable[[Reader], Value]
+    turned: bool = False
+
+    def read(self, reader: Reader) -> Value:
+        value = self.decode(reader)
+        return replace(value, format=self.format, turned=self.turned) if isinstance(value, Quantised) else value
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file holds: dtypes and shapes by name."""
+
+    dtypes: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def find_coded(stored: Stored, config: Mapping[str, Any]) -> tuple[dict[str, Coded], set[str]]:
+    """The coded matrices by the name they have without quantisation, and the tensors they and their kin take up."""
+    q = quantisation(config)
+    method = q.get("quant_method", "")
+    finder = {"fp8": _fp8, "mxfp4": _mxfp4, "compressed-tensors": _compressed, "gptq": _gptq, "awq": _awq}.get(method)
+    if finder is None:
+        if q:
+            raise PortError(
+                f"config.json: quant_method {method!r} is not read; known are fp8, mxfp4, compressed-tensors, gptq, awq"
+            )
+        return {}, set()
+    coded = finder(stored, q)
+    taken = {part for c in coded.values() for part in c.parts}
+    taken |= {n for n in stored.dtypes if n.rpartition(".")[2] in ACTIVATION_SCALES}
+    return coded, taken
+
+
+def quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantisation settings, wherever a config keeps them."""
+    inner = config.get("text_config") or {}
+    return dict(
+        config.get("quantization_config") or inner.get("quantization_config") or config.get("compression_config") or {}
+    )
+
+
+def _bases(stored: Stored, suffix: str) -> list[str]:
+    return [n.removesuffix(suffix) for n in stored.dtypes if n.endswith(suffix)]
+
+
+def _spread(scales: np.ndarray, shape: tuple[int, ...], format: str) -> tuple[np.ndarray, int]:
+    """Scales of a row format, one a row or one for all, as [..., N, groups], and the group."""
+    group = formats.get(format).group_of(shape[-1])
+    by_row = (
+        scales.astype(np.float32).reshape(*shape[:-1], 1) if scales.size > 1 else scales.astype(np.float32).reshape(1)
+    )
+    return np.broadcast_to(by_row, (*shape[:-1], -(-shape[-1] // group))).copy(), group
+
+
+def _fp8(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
+    """weight E4M3 with weight_scale_inv [N / a, K / b] for blocks of a x b, or with weight_scale by row or tensor."""
+    rows, columns = q.get("weight_block_size") or (0, 0)
+    out = {}
+    for name, dtype in stored.dtypes.items():
+        if dtype != "F8_E4M3":
+            continue
+        scale = next((s for s in (name + "_scale_inv", name + "_scale") if s in stored.dtypes), None)
+        if scale is None:
+            raise PortError(f"{name} is F8_E4M3, but neither {name}_scale_inv nor {name}_scale is there")
+        shape = stored.shapes[name]
+        blocks = (
+            columns > 0
+            and len(stored.shapes[scale]) == len(shape)
+            and stored.shapes[scale][-1] == -(-shape[-1] // columns)
+        )
+        if blocks and (columns % 32 or not 32 <= columns <= formats.CHUNK):
+            raise PortError(
+                f"config.json: weight_block_size={[rows, columns]}; columns are a multiple of 32 in 32..1024"
+            )
+        format = f"fp8g{columns}" if blocks else "fp8row"
+
+        def decode(read: Reader, name: str = name, scale: str = scale, format: str = format) -> Quantised:
+            codes = read(name)
+            if format == "fp8row":
+                scales, group = _spread(read(scale), codes.shape, format)
+                return Quantised(codes, scales, group)
+            by_block = read(scale).astype(np.float32)
+            scales = np.repeat(by_block, rows, axis=-2)[..., : codes.shape[-2], :]
+            return Quantised(codes, scales, columns)
+
+        out[name] = Coded(format, shape, (name, scale), decode)
+    return out
+
+
+def _mxfp4(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
+    """name_blocks U8 [.., N, K / 32, 16], two E2M1 codes a byte, low first; name_scales U8 [.., N, K / 32], powers of
+    two with a bias of 127. The matrix they make is published turned: [.., K, N] without quantisation (gpt-oss)."""
+    out = {}
+    for base in _bases(stored, "_blocks"):
+        *lead, groups, _ = stored.shapes[base + "_blocks"]
+
+        def decode(read: Reader, base: str = base) -> Quantised:
+            nibbles = _nibbles(read(base + "_blocks"))
+            codes = (E2M1[nibbles] * 2).astype(np.int8)
+            scales = np.ldexp(np.float32(0.5), read(base + "_scales").astype(np.int32) - 127).astype(np.float32)
+            return Quantised(codes.reshape(*codes.shape[:-2], -1), scales, 32)
+
+        shape = (*lead[:-1], groups * 32, lead[-1])
+        out[base] = Coded("mxfp4", shape, (base + "_blocks", base + "_scales"), decode, turned=True)
+    return out
+
+
+def _nibbles(x: np.ndarray) -> np.ndarray:
+    """[.., n] bytes or words as [.., n * nibbles a word], the lowest first."""
+    bytes = np.ascontiguousarray(x).view(np.uint8)
+    return np.stack([bytes & 15, bytes >> 4], axis=-1).reshape(*bytes.shape[:-1], -1)
+
+
+def _scaled(kind: str, group: int, dtype: str) -> str:
+    """The name of an integer format with scales stored as `dtype`."""
+    run = "row" if group == ROW else f"g{group}"
+    return kind + run + {"BF16": "" if kind != "uint4" else "f32", "F16": "f16"}.get(dtype, "f32")
+
+
+def _compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
+    """compressed-tensors: pack-quantized (words of codes above their offset), int-quantized, float-quantized."""
+    out = {}
+    groups = list((q.get("config_groups") or {}).values())
+    settings = [g.get("weights") or {} for g in groups]
+    if len({repr(sorted(s.items(), key=str)) for s in settings}) > 1:
+        raise PortError("config.json: config_groups quantise weights in several ways; one way for all is read")
+    s = settings[0] if settings else {}
+    bits, group = int(s.get("num_bits", 8)), int(s.get("group_size") or ROW)
+    floats = s.get("type") == "float"
+    if bits not in (4, 8) or (floats and bits == 4) or s.get("strategy") not in ("tensor", "channel", "group"):
+        raise PortError(
+            f"config.json: weights of {bits} bits, type {s.get('type')!r}, strategy {s.get('strategy')!r} are not read"
+        )
+    for base in _bases(stored, ".weight_scale"):
+        packed = base + ".weight_packed" in stored.dtypes
+        codes = base + (".weight_packed" if packed else ".weight")
+        zero = base + ".weight_zero_point" if base + ".weight_zero_point" in stored.dtypes else ""
+        if base + ".weight_g_idx" in stored.dtypes:
+            raise PortError(f"{base}.weight_g_idx: groups in the order of activations are not read")
+        n, k = stored.shapes[codes]
+        shape = (n, k * 32 // bits) if packed else (n, k)
+        if packed and base + ".weight_shape" not in stored.dtypes:
+            raise PortError(f"{base}.weight_packed has no weight_shape beside it")
+        dtype = stored.dtypes[base + ".weight_scale"]
+        uneven = bool(zero) and not s.get("symmetric", True)
+        format = "fp8row" if floats else _scaled("uint4" if uneven else f"int{bits}", group, dtype)
+        if uneven and bits == 8:
+            raise PortError(f"{zero}: int8 weights with zero points are not read")
+
+        def decode(read: Reader, base: str = base, codes: str = codes, format: str = format, packed: bool = packed,
+                   shape: tuple[int, ...] = shape, zero: str = zero if uneven else "") -> Quantised:  # fmt: skip
+            raw = read(codes)
+            if packed:
+                words = _nibbles(raw) if bits == 4 else np.ascontiguousarray(raw).view(np.uint8)
+                values = words.astype(np.int16) - (0 if zero else 1 << (bits - 1))
+                values = values.astype(np.int8)
+            else:
+                values = raw
+            scales = read(base + ".weight_scale").astype(np.float32)
+            if group == ROW:
+                scales, size = _spread(scales, shape, format)
+            else:
+                scales, size = scales.reshape(shape[0], -1), group
+            if not zero:
+                return Quantised(values, scales, size)
+            zeros = _nibbles(np.ascontiguousarray(read(zero).T)).T[: shape[0]].astype(np.float32)
+            return Quantised(values, scales, size, zeros * scales)
+
+        parts = [codes, base + ".weight_scale", *([zero] if zero else [])]
+        out[base + ".weight"] = Coded(format, shape, tuple(parts), decode)
+    return out
+
+
+def _gptq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
+    """qweight I32 [K / 8, N], codes down K; qzeros I32 [G, N / 8], stored less one; scales F16 [G, N]; g_idx [K]."""
+    if q.get("bits") != 4 or q.get("desc_act"):
+        raise PortError(
+            f"config.json: GPTQ with bits={q.get('bits')}, desc_act={q.get('desc_act')}; 4 and false are read"
+        )
+    less = 0 if q.get("checkpoint_format") == "gptq_v2" else 1
+
+    def codes(read: Reader, base: str) -> np.ndarray:
+        return _nibbles(np.ascontiguousarray(read(base + ".qweight").T))
+
+    def zeros(read: Reader, base: str) -> np.ndarray:
+        return _nibbles(read(base + ".qzeros")).T.astype(np.float32) + less
+
+    shapes = {
+        b: (stored.shapes[b + ".qweight"][1], stored.shapes[b + ".qweight"][0] * 8) for b in _bases(stored, ".qweight")
+    }
+    return _with_zeros(stored, q, shapes, codes, zeros)
+
+
+def _awq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
+    """qweight I32 [K, N / 8] and qzeros I32 [G, N / 8], whose nibbles hold columns in AWQ_ORDER; scales F16 [G, N]."""
+    if q.get("bits", q.get("w_bit")) != 4 or q.get("version", "gemm").lower() != "gemm":
+        raise PortError(
+            f"config.json: AWQ with bits={q.get('bits')}, version={q.get('version')!r}; 4 and 'gemm' are read"
+        )
+
+    def columns(words: np.ndarray) -> np.ndarray:
+        nibbles = _nibbles(words).reshape(len(words), -1, 8)
+        out = np.empty_like(nibbles)
+        out[:, :, list(AWQ_ORDER)] = nibbles
+        return out.reshape(len(words), -1).T
+
+    def codes(read: Reader, base: str) -> np.ndarray:
+        return columns(read(base + ".qweight"))
+
+    def zeros(read: Reader, base: str) -> np.ndarray:
+        return columns(read(base + ".qzeros")).astype(np.float32)
+
+    shapes = {
+        b: (stored.shapes[b + ".qweight"][1] * 8, stored.shapes[b + ".qweight"][0]) for b in _bases(stored, ".qweight")
+    }
+    return _with_zeros(stored, q, shapes, codes, zeros)
+
+
+def _with_zeros(
+    stored: Stored, q: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]],
+    codes: Callable[[Reader, str], np.ndarray], zeros: Callable[[Reader, str], np.ndarray],
+) -> dict[str, Coded]:  # fmt: skip
+    """Codes 0..15 less a zero, times a scale, in groups along K."""
+    out = {}
+    for base, shape in shapes.items():
+        groups = stored.shapes[base + ".scales"][0]
+        group = -(-shape[1] // groups)
+        if group % 32 or group > formats.CHUNK:
+            raise PortError(f"{base}.scales: groups of {group}; a multiple of 32 up to {formats.CHUNK} is read")
+
+        def decode(read: Reader, base: str = base, group: int = group) -> Quantised:
+            if base + ".g_idx" in stored.dtypes and (np.diff(read(base + ".g_idx")) < 0).any():
+                raise PortError(f"{base}.g_idx: groups in the order of activations are not read")
+            scales = read(base + ".scales").T.astype(np.float32)
+            own = np.ascontiguousarray(codes(read, base)).astype(np.int8)
+            return Quantised(own, np.ascontiguousarray(scales), group, zeros(read, base) * scales)
+
+        names = [base + s for s in (".qweight", ".qzeros", ".scales", ".g_idx") if base + s in stored.dtypes]
+        format = _scaled("uint4", group, stored.dtypes[base + ".scales"])
+        out[base + ".weight"] = Coded(format, shape, tuple(names), decode)
+    return out

@@ -1,0 +1,253 @@
+"""Mixtures of experts: which experts each token goes to, and what the chosen ones make of it together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.batch import Batch
+from intaglio.formats import Quantised
+from intaglio.ops.elementwise import FUNCTIONS, sigmoid
+from intaglio.ops.linear import ACTIVATIONS, check_x_format, product
+from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, result
+
+SCORES = ("softmax", "sigmoid", "sqrt_softplus", "chosen", "sparsemixer")
+FLOOR = np.float32(1e-20)  # added to the sum that weights are divided by, as DeepSeek-V3 does: all may be zero
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    p = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
+    return (p / p.sum(axis=-1, keepdims=True)).astype(np.float32)
+
+
+def best(key: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest of each row, largest first; ties go to the lowest index."""
+    return np.argsort(-key, axis=-1, kind="stable")[..., :count]
+
+
+def sparsemixer(logits: np.ndarray, count: int, jitter: float) -> tuple[np.ndarray, np.ndarray]:
+    """Liu et al. 2024 at inference: experts one after the other, the largest logit left; its weight is the softmax over
+    those left whose logit l is near the largest m: (m - l) / max(|l|, m) <= 2 * jitter."""
+    left = logits.astype(np.float64)
+    ids, weights = [], []
+    for _ in range(count):
+        ids.append(best(left, 1))
+        top = np.take_along_axis(left, ids[-1], axis=-1)
+        far = (top - logits) / np.maximum(np.abs(logits), top) > 2 * jitter
+        weights.append(1 / np.exp(np.where(far, -np.inf, left) - top).sum(axis=-1, keepdims=True))
+        np.put_along_axis(left, ids[-1], -np.inf, axis=-1)
+    return np.concatenate(ids, axis=-1), np.concatenate(weights, axis=-1).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route(Op, kind="route"):
+    """The `top` experts of each token, best first, and their weights.
+
+    logits f32 [T, E], bias [E]; weights f32 [T, top], ids i32 [T, top].
+
+    score: softmax or sigmoid or sqrt_softplus (sqrt(ln(1 + e^l))) of the logits; chosen: softmax over the chosen
+    logits alone; sparsemixer: as its function says, with `jitter`. Experts are chosen by score + bias (the bias only
+    chooses; DeepSeek-V3), and without a bias by the logits, which rank alike; ties go to the lowest index. With
+    `groups`, experts stand in that many equal runs, and only the `kept_groups` runs of highest worth are open: a run's
+    worth is the sum of its `group_best` highest. Then weights are divided by their sum if `normalise`, and times
+    `scale`. All in float32.
+    """
+
+    logits: str = operand()
+    bias: str | None = operand(optional=True)
+    weights: str = result()
+    ids: str = result()
+    top: int
+    score: str = "softmax"
+    groups: int = 0
+    kept_groups: int = 0
+    group_best: int = 1
+    normalise: bool = False
+    scale: float = 1.0
+    jitter: float = 0.0
+
+    def shapes(self, t: Tensors) -> Results:
+        experts = self.token_columns(t, self.logits)
+        self.check(self.score in SCORES, f"score={self.score!r}; use one of {', '.join(SCORES)}")
+        self.check(1 <= self.top <= experts, f"top={self.top} is outside 1..{experts}, the experts there are")
+        self.vector(t, self.bias, experts)
+        if self.groups:
+            each = experts // self.groups
+            self.check(experts % self.groups == 0, f"groups={self.groups} does not divide the {experts} experts")
+            kept = 1 <= self.kept_groups <= self.groups and self.kept_groups * each >= self.top
+            self.check(kept, f"kept_groups={self.kept_groups} of {self.groups} groups of {each} for top={self.top}")
+            self.check(1 <= self.group_best <= each, f"group_best={self.group_best} is outside 1..{each}")
+        plain = self.score not in ("sparsemixer", "chosen") or not (self.groups or self.bias)
+        self.check(plain, f"score={self.score} takes neither groups nor a bias")
+        return {self.weights: (("T", self.top), "f32"), self.ids: (("T", self.top), "i32")}
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        logits = array(v, self.logits)
+        if self.score == "sparsemixer":
+            ids, weights = sparsemixer(logits, self.top, self.jitter)
+        else:
+            scores = self._scores(logits)
+            ids = best(self._open(self._key(logits, scores, v)), self.top)
+            weights = np.take_along_axis(logits if self.score == "chosen" else scores, ids, axis=-1)
+            if self.score == "chosen":
+                weights = softmax(weights)
+        if self.normalise:
+            weights = weights / (weights.sum(axis=-1, keepdims=True, dtype=np.float32) + FLOOR)
+        return {self.weights: (weights * np.float32(self.scale)).astype(np.float32), self.ids: ids.astype(np.int32)}
+
+    def _scores(self, logits: np.ndarray) -> np.ndarray:
+        if self.score == "sigmoid":
+            return sigmoid(logits)
+        if self.score == "sqrt_softplus":
+            return np.sqrt(np.logaddexp(0, logits.astype(np.float64))).astype(np.float32)
+        return softmax(logits)
+
+    def _key(self, logits: np.ndarray, scores: np.ndarray, v: Mapping[str, Value]) -> np.ndarray:
+        """What experts are chosen by."""
+        if self.bias is not None:
+            return scores + array(v, self.bias)
+        return scores if self.group_best > 1 else logits
+
+    def _open(self, key: np.ndarray) -> np.ndarray:
+        """The key with experts of closed groups at minus infinity."""
+        if not self.groups:
+            return key
+        runs = key.reshape(len(key), self.groups, key.shape[1] // self.groups)
+        worth = -np.sort(-runs, axis=-1)[..., : self.group_best].sum(axis=-1, dtype=np.float32)
+        closed = np.ones(worth.shape, bool)
+        np.put_along_axis(closed, best(worth, self.kept_groups), False, axis=-1)
+        return np.where(closed[..., None], -np.inf, runs).reshape(key.shape)
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        return self.moved(t, batch, 8 * (t[self.logits].nbytes(batch.sizes) // 4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts(Op, kind="experts"):
+    """out[t] = sum over j of weights[t, j] * expert ids[t, j] (x[t]), j ascending; an expert is
+    down @ (activation(gate @ x) * (up @ x)).
+
+    x f32 [T, K], weights f32 [T, top], ids i32 [T, top]; gate and up [E, I, K] in one weight format, down [E, N, I];
+    biases [E, I] of both gate and up or of neither, and [E, N] of down; residual and out f32 [T, N]. With g and u the
+    two products and their biases: limit > 0 caps g at limit and u at +-limit; then activation(alpha * g) / alpha *
+    (u + shift) (gpt-oss: silu, alpha 1.702, limit 7, shift 1). `scale_input` applies a weight to x instead of to the
+    expert's result (Llama 4). With `of`, the stacks hold experts first .. first + E - 1 of so many, and the others add
+    nothing: a rank's share. x and the inner row are rounded to `x_format` before each product as in linear; sums of
+    products in float32 or wider.
+    """
+
+    x: str = operand()
+    weights: str = operand()
+    ids: str = operand()
+    gate: str = operand()
+    up: str = operand()
+    down: str = operand()
+    gate_bias: str | None = operand(optional=True)
+    up_bias: str | None = operand(optional=True)
+    down_bias: str | None = operand(optional=True)
+    residual: str | None = operand(optional=True)
+    out: str = result()
+    x_format: str = "f32"
+    activation: str = "silu"
+    alpha: float = 1.0
+    limit: float = 0.0
+    shift: float = 0.0
+    scale_input: bool = False
+    first: int = 0
+    of: int = 0
+
+    def shapes(self, t: Tensors) -> Results:
+        k, top = self.token_columns(t, self.x), self.token_columns(t, self.weights)
+        self.same_shape(t, self.weights, self.ids)
+        self.check(t[self.ids].format == "i32", f"{self.ids} is {t[self.ids].type}; wanted i32 expert ids")
+        experts, inner, wide = self._sizes(t, self.gate)
+        self.check(wide == k, f"{self.gate} is {t[self.gate].type} but {self.x} has {k} columns")
+        self.same_shape(t, self.gate, self.up)
+        count, n, narrow = self._sizes(t, self.down)
+        fits = (count, narrow) == (experts, inner)
+        self.check(fits, f"{self.down} is {t[self.down].type}; wanted [{experts}, N, {inner}] as {self.gate}")
+        total = self.of or experts
+        self.check(top <= total, f"{self.ids} chooses {top} of {total} experts")
+        inside = 0 <= self.first <= total - experts
+        self.check(inside, f"first={self.first}, of={self.of}, but {self.gate} has {experts} experts")
+        one = t[self.gate].format == t[self.up].format
+        self.check(one, f"gate is {t[self.gate].format} but up is {t[self.up].format}; wanted one format")
+        for w in (self.gate, self.down):
+            check_x_format(self, t, w, self.x_format)
+        self.check(
+            self.activation in ACTIVATIONS, f"activation={self.activation!r}; use one of {', '.join(ACTIVATIONS)}"
+        )
+        self.check(self.alpha > 0 and self.limit >= 0, f"alpha={self.alpha}, limit={self.limit}; above 0, not below 0")
+        self._biases(t, experts, inner, n)
+        if self.residual is not None:
+            r = t[self.residual]
+            self.check(r.shape == ("T", n), f"residual {self.residual} is {r.type}; wanted ['T', {n}]")
+        return {self.out: (("T", n), "f32")}
+
+    def _sizes(self, t: Tensors, name: str) -> tuple[int, int, int]:
+        """(experts, rows, columns) of a stack of matrices."""
+        s = t[name].shape
+        ok = len(s) == 3 and all(isinstance(d, int) for d in s)
+        self.check(ok, f"{name} is {t[name].type}; wanted a stack of matrices [experts, rows, columns]")
+        return int(s[0]), int(s[1]), int(s[2])
+
+    def _biases(self, t: Tensors, experts: int, inner: int, n: int) -> None:
+        named = {self.gate_bias: inner, self.up_bias: inner, self.down_bias: n}
+        self.check((self.gate_bias is None) == (self.up_bias is None), "gate and up have biases both, or none")
+        for name in (name for name in named if name is not None):
+            b, wanted = t[name], (experts, named[name])
+            self.check(b.shape == wanted, f"{name} is {b.type}; wanted {list(wanted)}")
+            self.check(b.format in formats.PLAIN, f"{name} is {b.format}; biases stay in a plain format")
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        x, weights, ids = array(v, self.x), array(v, self.weights), np.asarray(v[self.ids])
+        parts = np.zeros((*ids.shape, _values(v[self.down]).shape[1]), np.float32)
+        here = len(_values(v[self.gate]))
+        for e in (e for e in np.unique(ids) - self.first if 0 <= e < here):
+            t, j = np.nonzero(ids - self.first == e)
+            row = x[t] * weights[t, j, None] if self.scale_input else x[t]
+            inner = self._glu(
+                self._part(v, row, self.gate, self.gate_bias, e), self._part(v, row, self.up, self.up_bias, e)
+            )
+            parts[t, j] = self._part(v, inner, self.down, self.down_bias, e)
+        if not self.scale_input:
+            parts *= weights[:, :, None]
+        out = parts.sum(axis=1, dtype=np.float64).astype(np.float32)
+        return {self.out: out if self.residual is None else out + array(v, self.residual)}
+
+    def _part(self, v: Mapping[str, Value], x: np.ndarray, name: str, bias: str | None, e: int) -> np.ndarray:
+        """One product of expert e, with its bias."""
+        y = product(x, expert(v[name], int(e)), self.x_format)
+        return (y if bias is None else y + array(v, bias)[e]).astype(np.float32)
+
+    def _glu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        if self.limit:
+            gate, up = np.minimum(gate, np.float32(self.limit)), np.clip(up, -self.limit, self.limit)
+        act = FUNCTIONS[self.activation](np.float32(self.alpha) * gate) / np.float32(self.alpha)
+        return (act * (up + np.float32(self.shift))).astype(np.float32)
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        """Weights of the experts that even routing would touch: E * (1 - (1 - top / E)^T)."""
+        tokens, top = len(batch.tokens), int(t[self.ids].shape[1])
+        experts = int(t[self.gate].shape[0])
+        total = self.of or experts
+        touched = experts * (1 - (1 - top / total) ** tokens)
+        stacks = [n for n in (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias) if n]
+        weight = sum(t[n].nbytes({}) for n in stacks) * touched / experts
+        each = 2 * sum(prod(map(int, t[n].shape[1:])) for n in (self.gate, self.up, self.down))
+        flops = tokens * top * each * experts // total
+        rows = [n for n in (self.x, self.weights, self.ids, self.residual, self.out) if n]
+        return Work(flops, round(weight), 0, sum(t[n].nbytes(batch.sizes) for n in rows))
+
+
+def expert(w: Value, e: int) -> Value:
+    """Matrix e of a stack: an array [E, N, K], or codes kept as [E, N, K] with scales alike."""
+    return w.matrix(e) if isinstance(w, Quantised) else w[e]
+
+
+def _values(w: Value) -> np.ndarray:
+    return w.codes if isinstance(w, Quantised) else w

@@ -1,0 +1,58 @@
+"""Two of our own runs of one checkpoint side by side, site by site: where do they first part? Needs no transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intaglio.batch import Chunk, bind
+from intaglio.compiler import build
+from intaglio.devices import DEVICES, StateSpec, open_device
+from intaglio.models import Checkpoint, port
+from intaglio.program import Program
+from intaglio.tools.check import PAGE, TOKENS, CheckError, Report, Row, difference, tolerances
+
+
+def parse(run: str) -> tuple[str, str]:
+    """ "host:int8" as (device, weights); without weights, auto."""
+    device, _, weights = run.partition(":")
+    if device not in DEVICES or device == "oracle":
+        raise CheckError(f"{run!r}: wanted device or device:weights, such as host:int8; devices are host, reference")
+    return device, weights or "auto"
+
+
+def bisect(path: str | Path, runs: Sequence[str], seed: int = 0, programs: Sequence[Program] | None = None) -> Report:
+    """Compare two runs, each written device or device:weights, on random tokens drawn from `seed`.
+
+    The first run counts as right. Sites are those both Programs have, in the order of the second; a site's tolerance is
+    check()'s, which rounding in float32 explains: with other formats, the first site beyond it is where they come in.
+    """
+    if len(runs) != 2:
+        raise CheckError(f"bisect takes two runs, such as reference,host:int8; got {','.join(runs)!r}")
+    checkpoint = Checkpoint.open(path)
+    raw = port(checkpoint, context=TOKENS)
+    ids = np.random.default_rng(seed).integers(0, raw.vocabulary, TOKENS).tolist()
+    pages = -(-TOKENS // PAGE)
+    batch = bind([Chunk(ids, 0, range(pages), range(TOKENS))], PAGE)
+    taken: list[dict[str, np.ndarray]] = []
+    made: list[Program] = []
+    for i, run in enumerate(runs):
+        device, weights = parse(run)
+        program = programs[i] if programs else build(raw, weights)
+        options: dict[str, Any] = {"cache": None} if device == "host" else {}
+        ex = open_device(device, **options).load(program, checkpoint, StateSpec(pages, PAGE))
+        sites = {op.site for op in program.ops} | {t.name for t in program.tensors.values() if t.view}
+        result = ex.step(batch, logits=True, taps=sites)
+        assert result.logits is not None
+        taken.append({**result.taps, "logits": result.logits})
+        made.append(program)
+    allowed = tolerances(made[1], TOKENS)
+    both = [s for s in allowed if s in taken[0] and s in taken[1] and taken[0][s].shape == taken[1][s].shape]
+    rows = [Row(s, difference(taken[1][s], taken[0][s]), allowed[s]) for s in both]
+    last = difference(taken[1]["logits"], taken[0]["logits"])
+    rows.append(Row("logits", last, max(allowed.values())))
+    first = next((r.site for r in rows if not r.ok), None)
+    return Report(raw.name, runs[1], TOKENS, tuple(rows), first, last, first is None, against=runs[0])

@@ -1,0 +1,304 @@
+"""Checkpoints in the formats they are published in: codes come back bit for bit, logits are those of the dequantised
+model within the rounding of activations, and the host packs the very codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny import error, tiny, truth
+
+from intaglio import _native, formats
+from intaglio.batch import Chunk, bind
+from intaglio.compiler import build
+from intaglio.devices import DeviceError, StateSpec, open_device
+from intaglio.devices.host import native_codes
+from intaglio.formats import Quantised
+from intaglio.models import Checkpoint, PortError, port
+
+safetensors = pytest.importorskip("safetensors.torch")
+SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
+MOE = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2, "decoder_sparse_step": 1}
+
+
+def fp8_blocks(w):
+    """DeepSeek's: E4M3, a float32 scale for each block of 128 x 128."""
+    n, k = w.shape
+    padded = torch.zeros(-(-n // 128) * 128, -(-k // 128) * 128)
+    padded[:n, :k] = w
+    blocks = padded.reshape(-(-n // 128), 128, -(-k // 128), 128)
+    scale = blocks.abs().amax(dim=(1, 3)) / 448
+    codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+    back = (codes.float() * scale[:, None, :, None]).reshape(padded.shape)[:n, :k]
+    return {"weight": codes.reshape(padded.shape)[:n, :k].contiguous(), "weight_scale_inv": scale}, back
+
+
+def fp8_rows(w, axis=1):
+    scale = w.abs().amax(dim=axis, keepdim=True) / 448 if axis is not None else (w.abs().max() / 448).reshape(1)
+    codes = (w / scale).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale": scale, "input_scale": torch.ones(1)}, codes.float() * scale
+
+
+def compressed(kind, group, symmetric=True, dtype=torch.bfloat16):
+    """By compressed-tensors' own functions."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+
+    bits = int(kind[3:])
+
+    def encode(w):
+        n, k = w.shape
+        groups = w.reshape(n, -1, group or k)
+        low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+        if symmetric:
+            scale = (groups.abs().amax(dim=2) / high).to(dtype)
+            zero = torch.zeros_like(scale)
+        else:
+            span = groups.amax(dim=2) - groups.amin(dim=2)
+            scale = (span / (high - low)).to(dtype)
+            zero = (low - groups.amin(dim=2) / scale.float()).round().clamp(low, high)
+        codes = (groups / scale.float()[..., None] + zero.float()[..., None]).round().clamp(low, high).to(torch.int8)
+        back = (codes.float() - zero.float()[..., None]) * scale.float()[..., None]
+        codes = codes.reshape(n, k)
+        if bits == 8:
+            return {"weight": codes, "weight_scale": scale}, back.reshape(n, k)
+        packed = pack_to_int32(codes, bits)
+        assert torch.equal(unpack_from_int32(packed, bits, codes.shape), codes)
+        out = {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor(codes.shape)}
+        if not symmetric:
+            out["weight_zero_point"] = pack_to_int32(zero.to(torch.int8), bits, packed_dim=0)
+        return out, back.reshape(n, k)
+
+    return encode
+
+
+def words(codes, order=range(8)):
+    """[.., 8 n] codes 0..15 as [.., n] int32, nibble i holding column order[i] of its eight."""
+    eight = codes.to(torch.int64).reshape(*codes.shape[:-1], -1, 8)
+    total = sum(eight[..., column] << (4 * i) for i, column in enumerate(order))
+    return torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32)
+
+
+def with_zeros(w, group):
+    """(codes 0..15 [N, K], scales f16 [N, G], zeros 1..15 [N, G], values)."""
+    n, k = w.shape
+    groups = w.reshape(n, -1, group)
+    low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
+    scale = ((high - low) / 15).half()
+    zero = (-low / scale.float()).round().clamp(1, 15)
+    codes = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(0, 15)
+    return codes.reshape(n, k), scale, zero, ((codes - zero[..., None]) * scale.float()[..., None]).reshape(n, k)
+
+
+def gptq(w, group=64):
+    """As AutoGPTQ packs: codes down K, zeros less one, scales turned."""
+    codes, scale, zero, back = with_zeros(w, group)
+    return {
+        "qweight": words(codes).T.contiguous(), "qzeros": words((zero - 1).T.contiguous()),
+        "scales": scale.T.contiguous(), "g_idx": (torch.arange(w.shape[1]) // group).int(),
+    }, back  # fmt: skip
+
+
+def awq(w, group=64):
+    """As AutoAWQ's gemm version packs: columns interleaved within a word."""
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    codes, scale, zero, back = with_zeros(w, group)
+    turned = codes.T.contiguous(), zero.T.contiguous()
+    return {"qweight": words(turned[0], order), "qzeros": words(turned[1], order), "scales": scale.T.contiguous()}, back
+
+
+def scheme(bits, strategy, group=None, symmetric=True, type="int"):
+    weights = {"num_bits": bits, "type": type, "strategy": strategy, "group_size": group, "symmetric": symmetric}
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": weights}},
+        "ignore": ["lm_head"],
+    }
+
+
+KINDS = {
+    "fp8 blocks": (fp8_blocks, {"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8g128", True),
+    "fp8 rows": (fp8_rows, {"quant_method": "fp8"}, "fp8row", True),
+    "fp8 tensor": (lambda w: fp8_rows(w, None), scheme(8, "tensor", type="float"), "fp8row", True),
+    "int8 rows": (compressed("int8", 0), scheme(8, "channel"), "int8row", True),
+    "int8 rows f32": (compressed("int8", 0, dtype=torch.float32), scheme(8, "channel"), "int8rowf32", False),
+    "int4 groups": (compressed("int4", 64), scheme(4, "group", 64), "int4g64", True),
+    "int4 groups f16": (compressed("int4", 128, dtype=torch.half), scheme(4, "group", 128), "int4g128f16", False),
+    "int4 uneven": (compressed("int4", 64, False), scheme(4, "group", 64, False), "uint4g64f32", False),
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False}, "uint4g64f16", False),
+    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}, "uint4g64f16", False),
+}  # fmt: skip
+
+
+def quantised(path, folder, encode, config):
+    """(checkpoint with the matrices of its layers encoded, the same dequantised, what each matrix stands for)."""
+    arrays = safetensors.load_file(path / "model.safetensors")
+    coded, plain, values = {}, {}, {}
+    for name, w in arrays.items():
+        if w.dim() != 2 or "embed" in name or "lm_head" in name or ".gate.weight" in name:
+            coded[name] = plain[name] = w
+            continue
+        parts, back = encode(w.float())
+        coded |= {f"{name.removesuffix('weight')}{part}": x.contiguous() for part, x in parts.items()}
+        plain[name] = values[name] = back.to(w.dtype).contiguous()
+    table = json.loads((path / "config.json").read_text())
+    for sub, tensors, more in (("coded", coded, {"quantization_config": config}), ("plain", plain, {})):
+        shutil.copytree(path, folder / sub)
+        safetensors.save_file(tensors, folder / sub / "model.safetensors")
+        (folder / sub / "config.json").write_text(json.dumps({**table, **more}))
+    return folder / "coded", folder / "plain", values
+
+
+def logits(path, device, program=None, weights="auto", tokens=range(40)):
+    checkpoint = Checkpoint.open(path)
+    program = program or build(port(checkpoint), weights)
+    ex = open_device(device).load(program, checkpoint, StateSpec(4, 16))
+    return ex.step(bind([Chunk(tokens, 0, range(4), range(len(tokens)))], 16), logits=True).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_published_matrices(tmp_path, kind):
+    encode, config, format, native = KINDS[kind]
+    coded, plain, values = quantised(tiny("llama", tmp_path / "source", **SIZES), tmp_path, encode, config)
+    c = Checkpoint.open(coded)
+    p = port(c)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert c.format(name) == p.tensors["layers.1.mlp.up_proj.weight"].format == format
+    for name, want in values.items():
+        got = c.read(name)
+        assert isinstance(got, Quantised) and got.format == format and c.shape(name) == tuple(want.shape)
+        np.testing.assert_array_equal(got.rows(slice(None)), want.numpy())
+    wanted = truth(plain, list(range(40)))
+    limit = 0.05 if "int" in format else 0.01  # activations in int8, or in bf16
+    assert error(logits(coded, "reference"), wanted) < limit
+    if not native:
+        with pytest.raises(DeviceError, match=rf"published as {format}, for which the host has no kernel yet"):
+            logits(coded, "host")
+        assert error(logits(coded, "host", weights="int8"), wanted) < 0.06  # quantised anew, because asked for
+        return
+    assert error(logits(coded, "host"), wanted) < limit
+    held = sum(t.nbytes({}) for t in build(p).of_role("weight"))
+    assert held < 1.1 * sum(f.stat().st_size for f in coded.glob("*.safetensors"))
+
+
+def typical(ours, wanted):
+    """The median over tokens of ||ours - wanted|| / ||wanted||: those that go to another expert differ more."""
+    gaps = np.linalg.norm(ours - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    return float(np.median(gaps))
+
+
+@pytest.mark.parametrize("kind", ["fp8 blocks", "int4 groups"])
+def test_published_experts(tmp_path, kind):
+    encode, config, format, _ = KINDS[kind]
+    coded, plain, _ = quantised(tiny("qwen3moe", tmp_path / "source", **MOE), tmp_path, encode, config)
+    p = port(Checkpoint.open(coded))
+    assert {p.tensors[f"layers.1.mlp.experts.{n}"].format for n in ("gate", "up", "down")} == {format}
+    wanted = truth(plain, list(range(40)))
+    for device in ("host", "reference"):
+        assert typical(logits(coded, device), wanted) < 0.05
+
+
+@pytest.mark.parametrize(
+    "format", ["fp8g128", "fp8g32", "fp8row", "mxfp4", "int8g32", "int8row", "int4g64", "int4g128"]
+)
+@pytest.mark.parametrize("glu", [False, True])
+def test_the_host_packs_the_very_codes(format, glu):
+    """Codes given to the host come back as the values they stand for, whole and in parts."""
+    draw = np.random.default_rng()
+    n, k = 2 * int(draw.integers(1, 70)), int(draw.integers(1, 300))
+    q = formats.quantise(draw.normal(size=(n, k)).astype(np.float32), format)
+    fmt = formats.get(format)
+    weight = _native.Weight(fmt.family, n, k, fmt.group_of(k), glu)
+    cut = int(draw.integers(0, n))
+    for first, last in ((0, cut), (cut, n)):
+        part = q.each(lambda x, first=first, last=last: np.ascontiguousarray(x[first:last]))
+        weight.fill_codes(native_codes(part.codes, format), part.scales, first, 2)
+    got = np.empty((n, k), np.float32)
+    for i in range(n):
+        weight.unpack(i, got[i])
+    np.testing.assert_array_equal(got, q.rows(slice(None)))
+
+
+@pytest.mark.parametrize("device", ["reference", "host"])
+def test_mxfp4(tmp_path, device):
+    """gpt-oss: random blocks and scales, which transformers' own function dequantises."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    sizes = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2}
+    path = tiny("gptoss", tmp_path / "source", **sizes)
+    arrays = safetensors.load_file(path / "model.safetensors")
+    coded, plain = dict(arrays), dict(arrays)
+    draw = torch.Generator().manual_seed(3)
+    for name in [n for n in arrays if n.endswith(("gate_up_proj", "down_proj"))]:
+        e, k, n = arrays[name].shape
+        blocks = torch.randint(0, 256, (e, n, k // 32, 16), generator=draw, dtype=torch.uint8)
+        scales = torch.randint(121, 125, (e, n, k // 32), generator=draw, dtype=torch.uint8)
+        plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+        del coded[name]
+        coded |= {name + "_blocks": blocks, name + "_scales": scales}
+    table = json.loads((path / "config.json").read_text())
+    for sub, tensors, more in (
+        ("coded", coded, {"quantization_config": {"quant_method": "mxfp4"}}),
+        ("plain", plain, {}),
+    ):
+        shutil.copytree(path, tmp_path / sub)
+        safetensors.save_file(tensors, tmp_path / sub / "model.safetensors")
+        (tmp_path / sub / "config.json").write_text(json.dumps({**table, **more}))
+    c = Checkpoint.open(tmp_path / "coded")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    got = c.read(name)
+    assert isinstance(got, Quantised) and c.format(name) == "mxfp4" and c.shape(name) == tuple(plain[name].shape)
+    np.testing.assert_array_equal(got.rows(slice(None)).swapaxes(1, 2), plain[name].numpy())
+    assert port(c).tensors["layers.0.mlp.experts.up"].format == "mxfp4"
+    assert typical(logits(tmp_path / "coded", device), truth(tmp_path / "plain", list(range(40)))) < 0.05
+
+
+def test_latent_projections_by_head_leave_their_codes(tmp_path):
+    """kv_b_proj is split by head and turned: what was fp8 becomes bf16, and the Program says so."""
+    path = tiny(
+        "deepseekv3", tmp_path / "source", kv_lora_rank=128, qk_nope_head_dim=32, v_head_dim=32, hidden_size=128
+    )
+    coded, plain, _ = quantised(path, tmp_path, *KINDS["fp8 blocks"][:2])
+    p = port(Checkpoint.open(coded))
+    assert {p.tensors[f"layers.0.attn.{n}"].format for n in ("k_up", "v_up")} == {"bf16"}
+    for device in ("reference", "host"):
+        assert typical(logits(coded, device), truth(plain, list(range(40)))) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not read; known are fp8, mxfp4"),
+        ({"quant_method": "gptq", "bits": 3}, "GPTQ with bits=3, desc_act=None; 4 and false"),
+        ({"quant_method": "gptq", "bits": 4, "desc_act": True}, "desc_act=True; 4 and false"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version='gemv'; 4 and 'gemm'"),
+        (scheme(4, "group", 32, type="float"), "weights of 4 bits, type 'float', strategy 'group' are not read"),
+        (scheme(8, "block"), "strategy 'block' are not read"),
+    ],
+)
+def test_what_is_not_read_is_said(tmp_path, config, says):
+    path = tiny("llama", tmp_path)
+    table = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**table, "quantization_config": config}))
+    with pytest.raises(PortError, match=says):
+        Checkpoint.open(path)
+
+
+def test_a_code_without_its_scale_is_named(tmp_path):
+    coded, _, _ = quantised(tiny("llama", tmp_path / "source", **SIZES), tmp_path, *KINDS["fp8 rows"][:2])
+    arrays = safetensors.load_file(coded / "model.safetensors")
+    del arrays["model.layers.0.mlp.up_proj.weight_scale"]
+    safetensors.save_file(arrays, coded / "model.safetensors")
+    with pytest.raises(PortError, match="up_proj.weight is F8_E4M3, but neither .*_scale_inv nor .*_scale is there"):
+        Checkpoint.open(coded)
+
+
+@pytest.mark.parametrize("name", ["int4g128f16", "uint4g64f16", "q4_k", "q6_k", "int8rowf32"])
+def test_formats_that_are_only_read(name):
+    fmt = formats.get(name)
+    assert fmt.published and fmt.grouped and fmt.integer
+    with pytest.raises(formats.FormatError, match=f"{name} is only read from checkpoints"):
+        formats.quantise(np.ones((2, 64), np.float32), name)
