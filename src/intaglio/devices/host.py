@@ -28,7 +28,7 @@ from intaglio.devices.device import (
     alone,
     assemble,
     check_batch,
-)
+)  # fmt: skip
 from intaglio.devices.image import WORTH, Image, default_folder, layout
 from intaglio.formats import Quantised
 from intaglio.ops import (
@@ -45,10 +45,8 @@ from intaglio.ops import (
     Rope,
     Route,
     Sample,
-    Select,
-    Tensor,
-    Value,
 )  # fmt: skip
+from intaglio.ops.data import Select
 from intaglio.ops.elementwise import postfix
 from intaglio.ops.experts import SCORES
 from intaglio.program import Program, verify
@@ -277,7 +275,7 @@ class HostExecutable:
                 count, inner, _ = map(int, self.program.tensors[op.gate].shape)
                 names = [op.x, op.weights, op.ids, op.gate, op.down, op.gate_bias, op.down_bias, op.residual, op.out]
                 act = ACTIVATIONS.index(op.activation)
-                ints = [count, inner, op.x_format == "bf16", act, op.scale_input]
+                ints = [count, inner, op.x_format == "bf16", act, op.scale_input, op.first]
                 floats = [op.alpha, op.limit, op.shift]
             case HeadLinear():
                 names, ints = [op.x, op.w, op.out], [int(d) for d in self.program.tensors[op.w].shape[:2]]
