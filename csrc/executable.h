@@ -22,6 +22,7 @@ struct PackedWeight {
   void map(int file, int64_t offset, bool writable);  // its memory is this range of a file from now on
 };
 
+// An exchange is done outside, between two steps.
 enum class Kind : int { Embed, Select, Norm, Linear, Rope, KvWrite, Attend, Map, Sample, Route, Experts, HeadLinear, Exchange };
 enum class Extent : int { T, R };  // how many rows a buffer has in a step
 

@@ -26,7 +26,7 @@ from intaglio.devices import ArrayWeights, DeviceError, MeshDevice, StateSpec, o
 from intaglio.devices.mesh import together
 from intaglio.llm import LLM
 from intaglio.models import Checkpoint, port
-from intaglio.ops import AllGather, AllReduce, Experts, Linear, OpError, Recv, Send
+from intaglio.ops import AllGather, AllReduce, Linear, OpError, Recv, Send
 from intaglio.ops.collective import Collective
 from intaglio.program import Program, ProgramError, parse_program, verify_mesh
 from intaglio.runtime import Grammar, SamplingParams
@@ -98,7 +98,7 @@ def test_sharded_equals_whole(folder: Path, family: str, layout: str, device: st
 
 
 @pytest.mark.parametrize("device", ["reference", "host"])
-@pytest.mark.parametrize("layout", ["ep2", "ep4pp2", "tp2ep2"])
+@pytest.mark.parametrize("layout", ["tp4", "ep2", "ep4pp2", "tp2ep2"])
 @pytest.mark.parametrize("family", MIXTURES)
 def test_mixtures_sharded_equal_whole(folder: Path, family: str, layout: str, device: str) -> None:
     """By expert, and by expert and heads; experts, latents, sinks and chunks among them."""

@@ -28,7 +28,7 @@ from intaglio.devices.device import (
     alone,
     assemble,
     check_batch,
-)  # fmt: skip
+)
 from intaglio.devices.image import WORTH, Image, default_folder, layout
 from intaglio.formats import Quantised
 from intaglio.ops import (
@@ -45,8 +45,10 @@ from intaglio.ops import (
     Rope,
     Route,
     Sample,
+    Select,
+    Tensor,
+    Value,
 )  # fmt: skip
-from intaglio.ops.data import Select
 from intaglio.ops.elementwise import postfix
 from intaglio.ops.experts import SCORES
 from intaglio.program import Program, verify
