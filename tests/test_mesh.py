@@ -26,7 +26,7 @@ from intaglio.devices import ArrayWeights, DeviceError, MeshDevice, StateSpec, o
 from intaglio.devices.mesh import together
 from intaglio.llm import LLM
 from intaglio.models import Checkpoint, port
-from intaglio.ops import AllGather, AllReduce, Experts, Linear, OpError, Recv, Send
+from intaglio.ops import AllGather, AllReduce, Linear, OpError, Recv, Send
 from intaglio.ops.collective import Collective
 from intaglio.program import Program, ProgramError, parse_program, verify_mesh
 from intaglio.runtime import Grammar, SamplingParams
@@ -98,23 +98,34 @@ def test_sharded_equals_whole(folder: Path, family: str, layout: str, device: st
 
 
 @pytest.mark.parametrize("device", ["reference", "host"])
-@pytest.mark.parametrize("layout", ["tp4", "tp2pp3"])
+@pytest.mark.parametrize("layout", ["tp4", "ep2", "ep4pp2", "tp2ep2"])
 @pytest.mark.parametrize("family", MIXTURES)
 def test_mixtures_sharded_equal_whole(folder: Path, family: str, layout: str, device: str) -> None:
-    """Experts by their columns, latents and sinks by heads. A near tie in routing would show as another model's logits;
-    random weights have none."""
-    c = checkpoint(family, folder)
-    tokens, wanted = whole_logits(family, folder, device)
-    ranks = compiled(family, folder, layout)
-    gates = {int(r.tensors[op.gate].shape[1]) for r in ranks for op in r.ops if isinstance(op, Experts)}
-    whole = {int(build(port(c)).tensors[op.gate].shape[1]) for op in port(c).ops if isinstance(op, Experts)}
-    assert max(gates) < min(whole)
-    assert apart(run(ranks, c, device, tokens), wanted) <= bound(device, layout)
+    """By expert, and by expert and heads; experts, latents, sinks and chunks among them."""
+    c = Checkpoint.open(tiny(family, folder / family))
+    tokens, p = np.random.default_rng(1).integers(0, 263, 15).tolist(), port(c)
+    programs = build_mesh(p, layout)
+    assert apart(run(programs, c, device, tokens), run(build(p), c, device, tokens)) <= bound(device, layout)
+    held = [sum(op.kind == "experts" for op in rank.ops) for rank in programs]
+    assert sum(held) == Layout.parse(layout).lanes * sum(op.kind == "experts" for op in p.ops) > 0
 
 
-def test_ways_of_experts_are_refused_by_name(folder: Path) -> None:
-    with pytest.raises(LayoutError, match=r"mlp\.experts: ep=2 has no rule yet; cut experts by their columns, tp4"):
-        shard(port(checkpoint("mixtral", folder)), "tp2ep2")
+def test_each_rank_holds_its_experts(folder: Path) -> None:
+    """Six experts four ways: one or two whole ones each, by name or as rows of a stack; or all, and columns of each."""
+    for family in ("mixtral", "gptoss"):
+        p = port(Checkpoint.open(tiny(family, folder / family)))
+        site, ranks = "layers.0.mlp.experts", shard(p, "ep4")
+        ops = [next(op for op in rank.ops if op.site == site) for rank in ranks]
+        shapes = [rank.tensors[f"{site}.gate"].shape for rank in ranks]
+        assert [(op.first, shape[0], op.of) for op, shape in zip(ops, shapes, strict=True)] == [
+            (0, 1, 6), (1, 2, 6), (3, 1, 6), (4, 2, 6),
+        ]  # fmt: skip
+        (source,) = ranks[3].tensors[f"{site}.down"].source
+        assert ("{4..5}" if family == "mixtral" else "|s4:6/6") in source
+        halves = [rank.tensors[f"{site}.down"].shape[2] for rank in shard(p, "tp2")]
+        assert sum(halves) == p.tensors[f"{site}.down"].shape[2] and len(halves) == 2
+    with pytest.raises(LayoutError, match="experts has 6 experts of 96 columns, too few for layout ep8"):
+        shard(p, "ep8")
 
 
 @settings(max_examples=20, deadline=None)

@@ -32,6 +32,7 @@ from intaglio.ops import (
     Tensor,
 )  # fmt: skip
 from intaglio.program import Program
+from intaglio.program.source import is_run, narrowed
 
 Share = tuple[range, ...]  # the columns of a result (or rows of a weight) that a lane has, side by side in this order
 Plan = dict[str, list[Share]]  # by tensor: the share of each lane; for a cache, of its heads
@@ -54,9 +55,9 @@ def shard(program: Program, layout: str | Layout, wire: str = "f32") -> tuple[Pr
     return tuple(cut_stages(lanes[lane], layout, lane, stage, wire) for stage, lane in places)
 
 
-def cut(width: int, lanes: int) -> list[Share]:
-    """Columns 0..width - 1 as a near-equal run for each lane, in whole blocks where there is a block for every lane."""
-    block = next((b for b in BLOCKS if width % b == 0 and width // b >= lanes), 1)
+def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
+    """0..width - 1 as a near-equal run for each lane, in whole blocks where there is a block for every lane."""
+    block = next((b for b in blocks if width % b == 0 and width // b >= lanes), 1)
     ends = [width // block * i // lanes * block for i in range(lanes + 1)]
     return [(range(a, b),) for a, b in pairwise(ends)]
 
@@ -64,6 +65,11 @@ def cut(width: int, lanes: int) -> list[Share]:
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
     """The columns of heads, each `by` wide."""
     return [tuple(range(r.start * by, r.stop * by) for r in share) for share in shares]
+
+
+def heads_of(share: Share, head_dim: int) -> Share:
+    """The heads whose columns a share is."""
+    return tuple(range(r.start // head_dim, r.stop // head_dim) for r in share)
 
 
 def width_of(share: Share) -> int:
@@ -213,6 +219,15 @@ class Lane:
         self.tensors[as_ or name] = replace(t, name=as_ or name)
         return as_ or name
 
+    def slab(self, name: str, stacks: Share, inners: Share = (), axis: int = 0) -> None:
+        """Some matrices of a stack in the table, and of each some rows or columns along `axis`."""
+        t = self.p.tensors[name]
+        for which, share in ((0, stacks), (axis, inners)):
+            if share:
+                shape = (*t.shape[:which], width_of(share), *t.shape[which + 1 :])
+                t = replace(t, shape=shape, source=cut_source(t, share, which, int(t.shape[which])))
+        self.tensors[name] = t
+
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
         """This lane's share of a weight of `op`, under a name of the op's own if other ops read the weight too."""
         own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
@@ -249,8 +264,14 @@ def cut_source(t: Tensor, share: Share, axis: int, length: int) -> tuple[str, ..
         raise LayoutError(
             f"weight {t.name} is joined from {len(t.source)} tensors; shard a Program before it is merged"
         )
+    if share == (range(length),):
+        return t.source
     way = "crs"[len(t.shape) - 1 - axis]
-    return tuple(f"{source}|{way}{r.start}:{r.stop}/{length}" for source in t.source for r in share)
+    return tuple(
+        narrowed(source, r) if axis == 0 and is_run(source) else f"{source}|{way}{r.start}:{r.stop}/{length}"
+        for source in t.source
+        for r in share
+    )
 
 
 def entire(lane: Lane, op: Op) -> None:
@@ -325,6 +346,45 @@ def norm(lane: Lane, op: Norm) -> None:
     return None
 
 
+def experts(lane: Lane, op: Experts) -> None:
+    """Whole experts, `ep` ways, and of each the inner columns, `tp` ways: a part of the sum, and an all_reduce."""
+    layout, at = lane.layout, divmod(lane.lane, lane.layout.tp)
+    count, inner, _ = map(int, lane.p.tensors[op.gate].shape)
+    if count < layout.ep or inner < layout.tp:
+        raise LayoutError(f"{op.site} has {count} experts of {inner} columns, too few for layout {layout}")
+    own, part = cut(count, layout.ep, ())[at[0]], cut(inner, layout.tp)[at[1]]
+    stacks = {op.gate: 1, op.up: 1, op.down: 2, op.gate_bias: 1, op.up_bias: 1}
+    for name, axis in stacks.items():
+        if name:
+            lane.slab(name, own, part, axis)
+    if op.down_bias and at[1] == 0:  # it is added once an expert
+        lane.slab(op.down_bias, own)
+    share = replace(
+        op,
+        x=lane.whole(op.x),
+        weights=lane.whole(op.weights),
+        ids=lane.whole(op.ids),
+        down_bias=op.down_bias if at[1] == 0 else None,
+        residual=lane.whole(op.residual) if op.residual and lane.lane == 0 else None,
+        out=f"{op.out}.part",
+        first=own[0].start,
+        of=count,
+    )
+    lane.add(share)
+    group = tuple(range(layout.lanes))
+    lane.add(AllReduce(site=f"{op.site}.all_reduce", x=share.out, out=op.out, group=group, wire=lane.wire))
+
+
+def head_linear(lane: Lane, op: HeadLinear) -> None:
+    """By heads."""
+    shares, heads = lane.shares.get(op.x), int(lane.p.tensors[op.w].shape[0])
+    if not shares:
+        return entire(lane, op)
+    own = [heads_of(share, int(lane.p.tensors[op.x].shape[1]) // heads) for share in shares]
+    width = int(lane.p.tensors[op.out].shape[1]) // heads
+    return columns(lane, replace(op, w=lane.own(op, op.w, own, axis=0)), scaled(own, width))
+
+
 def rope(lane: Lane, op: Rope) -> None:
     shares = lane.shares.get(op.x)
     return columns(lane, op, shares) if shares else entire(lane, op)
@@ -342,42 +402,9 @@ def attend(lane: Lane, op: Attend) -> None:
     if not shares:
         return entire(lane, op)
     head_dim, v_dim = int(whole[op.q].shape[1]) // op.heads, int(whole[op.out].shape[1]) // op.heads
-    heads = [tuple(range(r.start // head_dim, r.stop // head_dim) for r in share) for share in shares]
-    sinks = lane.keep(op.sinks, heads) if op.sinks else None
+    heads = [heads_of(share, head_dim) for share in shares]
+    sinks = lane.own(op, op.sinks, heads, axis=0) if op.sinks else None
     return columns(lane, replace(op, heads=width_of(heads[lane.lane]), sinks=sinks), scaled(heads, v_dim))
-
-
-def head_linear(lane: Lane, op: HeadLinear) -> None:
-    """By heads, each with its own matrix of the stack."""
-    shares, whole = lane.shares.get(op.x), lane.p.tensors
-    count = int(whole[op.w].shape[0])
-    width, out = (int(whole[name].shape[1]) // count for name in (op.x, op.out))
-    if not shares or any(r.start % width or r.stop % width for share in shares for r in share):
-        return entire(lane, op)
-    heads = [tuple(range(r.start // width, r.stop // width) for r in share) for share in shares]
-    lane.keep(op.w, heads)
-    return columns(lane, op, scaled(heads, out))
-
-
-def experts(lane: Lane, op: Experts) -> None:
-    """Every expert by its inner columns, so that lanes have equal work whatever the routing; an all_reduce sums."""
-    inner, lanes = int(lane.p.tensors[op.gate].shape[1]), lane.layout.lanes
-    if lane.layout.ep > 1:
-        raise LayoutError(f"{op.site}: ep={lane.layout.ep} has no rule yet; cut experts by their columns, tp{lanes}")
-    if inner < lanes:
-        return entire(lane, op)
-    shares, part = cut(inner, lanes), f"{op.out}.part"
-    for name in (op.gate, op.up, op.gate_bias, op.up_bias):
-        if name:
-            lane.keep(name, shares, axis=1)
-    lane.keep(op.down, shares, axis=2)
-    first = lane.lane == 0  # which alone brings what is to be added once
-    bias = lane.keep(op.down_bias) if op.down_bias and first else None
-    residual = lane.whole(op.residual) if op.residual and first else None
-    names = {name: lane.whole(name) for name in (op.x, op.weights, op.ids)}
-    lane.add(replace(op, down_bias=bias, residual=residual, out=part).rename(names))
-    group = tuple(range(lanes))
-    return lane.add(AllReduce(site=f"{op.site}.all_reduce", x=part, out=op.out, group=group, wire=lane.wire))
 
 
 RULES: dict[type[Op], Callable[[Lane, Any], None]] = {

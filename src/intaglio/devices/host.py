@@ -279,7 +279,7 @@ class HostExecutable:
                 count, inner, _ = map(int, self.program.tensors[op.gate].shape)
                 names = [op.x, op.weights, op.ids, op.gate, op.down, op.gate_bias, op.down_bias, op.residual, op.out]
                 act = ACTIVATIONS.index(op.activation)
-                ints = [count, inner, op.x_format == "bf16", act, op.scale_input]
+                ints = [count, inner, op.x_format == "bf16", act, op.scale_input, op.first]
                 floats = [op.alpha, op.limit, op.shift]
             case HeadLinear():
                 names, ints = [op.x, op.w, op.out], [int(d) for d in self.program.tensors[op.w].shape[:2]]
