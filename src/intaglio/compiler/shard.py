@@ -16,6 +16,7 @@ from intaglio.compiler.stages import cut_stages
 from intaglio.ops import (
     AllGather,
     AllReduce,
+    AllToAll,
     Attend,
     Embed,
     Experts,
@@ -25,6 +26,7 @@ from intaglio.ops import (
     Map,
     Norm,
     Op,
+    ReduceScatter,
     Rope,
     Route,
     Sample,
@@ -173,7 +175,12 @@ class Lane:
         self.ops: list[Op] = []
         self.tensors: dict[str, Tensor] = {t.name: t for t in p.tensors.values() if t.role in ("input", "const")}
         self.shares: dict[str, list[Share]] = {}
+        self.views: dict[str, list[Tensor]] = {}  # by their base
+        for t in p.tensors.values():
+            if t.view:
+                self.views.setdefault(t.view[0], []).append(t)
         self.wholes: dict[str, str] = {}  # what a cut result is called where it is whole
+        self.split: set[str] = set()  # results of which each lane has a run of the token rows
 
     def run(self) -> Program:
         for t in self.p.of_role("state"):
@@ -192,13 +199,17 @@ class Lane:
             self.tensors[name] = Tensor(name, shape, format, like.role if like else "temp")
             if shares:
                 self.shares[name] = shares
-            for t in [t for t in self.p.tensors.values() if t.view and t.view[0] == name]:
+            self.split |= {name} if str(shape[0]).startswith("T:") else set()
+            for t in self.views.get(name, []):
                 self.add_view(t)
 
     def add_view(self, t: Tensor) -> None:
         """A view has what its base has of its columns."""
         assert t.view
         base, start = t.view
+        if base in self.split:
+            self.split.add(t.name)
+            t = replace(t, shape=(self.tensors[base].shape[0], t.shape[1]))
         if base in self.shares:
             columns = range(start, start + int(t.shape[1]))
             self.shares[t.name] = [
@@ -238,10 +249,34 @@ class Lane:
         t = self.p.tensors[name]
         if t.role == "weight":
             return self.keep(name)
+        if name in self.split and name not in self.wholes:
+            self.wholes[name] = f"{name}.whole"
+            group, width = tuple(range(self.layout.lanes)), int(t.shape[1])
+            self.add(
+                AllGather(
+                    site=f"{name}.all_gather",
+                    x=name,
+                    out=self.wholes[name],
+                    group=group,
+                    width=width,
+                    tokens=True,
+                    wire=self.wire,
+                )
+            )
         if name in self.shares and name not in self.wholes:
             self.wholes[name] = f"{name}.whole"
             self.gather(f"{name}.all_gather", name, self.wholes[name], self.shares[name], int(t.shape[1]))
         return self.wholes.get(name, name)
+
+    def total(self, site: str, x: str, out: str, group: tuple[int, ...]) -> None:
+        """The sum of the lanes' parts of a result: all of it, or with `sp` this lane's token rows."""
+        t = self.p.tensors[out]
+        if self.layout.sp and t.shape[0] == "T" and t.role == "temp" and len(group) == self.layout.lanes:
+            self.add(
+                ReduceScatter(site=f"{site}.reduce_scatter", x=x, out=out, group=group, share=self.lane, wire=self.wire)
+            )
+        else:
+            self.add(AllReduce(site=f"{site}.all_reduce", x=x, out=out, group=group, wire=self.wire))
 
     def gather(self, site: str, x: str, out: str, shares: Sequence[Share], width: int) -> None:
         group = partners(shares, self.lane)
@@ -306,7 +341,7 @@ def linear(lane: Lane, op: Linear) -> None:
         bias = lane.keep(op.bias) if op.bias and first else None
         residual = lane.whole(op.residual) if op.residual and first else None
         lane.add(replace(op, w=w, bias=bias, residual=residual, out=part))
-        lane.add(AllReduce(site=f"{op.site}.all_reduce", x=part, out=op.out, group=group, wire=lane.wire))
+        lane.total(op.site, part, op.out, group)
     elif cut_out and not op.residual:
         bias = lane.own(op, op.bias, cut_out, axis=0) if op.bias else None
         columns(lane, replace(op, x=lane.whole(op.x), w=lane.own(op, op.w, cut_out, axis=0), bias=bias), cut_out)
@@ -315,22 +350,42 @@ def linear(lane: Lane, op: Linear) -> None:
 
 
 def embed(lane: Lane, op: Embed) -> None:
-    """By columns of the table: gathering rows costs half of what summing rows from a cut vocabulary would."""
-    gathered(lane, replace(op, w=lane.own(op, op.w, lane.plan[op.out], axis=1)), lane.plan[op.out])
+    """By columns of the table: gathering rows costs half of what summing rows from a cut vocabulary would. With `sp`
+    each lane hands its columns of others' rows on to them, which moves 1 / tp of that."""
+    shares = lane.plan[op.out]
+    own = replace(op, w=lane.own(op, op.w, shares, axis=1))
+    if not lane.layout.sp or lane.p.tensors[op.out].role != "temp":
+        return gathered(lane, own, shares)
+    lane.add(replace(own, out=f"{op.out}.part"), shares)
+    group, width = tuple(range(lane.layout.lanes)), int(lane.p.tensors[op.out].shape[1])
+    site, x = f"{op.site}.all_to_all", f"{op.out}.part"
+    return lane.add(AllToAll(site=site, x=x, out=op.out, group=group, share=lane.lane, width=width, wire=lane.wire))
+
+
+def by_rows(lane: Lane, op: Op) -> bool:
+    """Whether each lane can do its own token rows: all operands but weights are split, and the result may be."""
+    rows = [name for name in op.inputs if lane.p.tensors[name].role != "weight"]
+    return set(rows) <= lane.split and lane.p.tensors[op.outputs[0]].role == "temp"
 
 
 def elementwise(lane: Lane, op: Map) -> None:
-    """By columns if all operands are cut alike, but for those of one column, which each lane has."""
+    """By columns if all operands are cut alike, but for those of one column, which each lane has; or all by rows."""
+    if by_rows(lane, op):
+        return lane.add(op)
     wide = [name for name in op.inputs if lane.p.tensors[name].shape[1:] != (1,) or name == op.a]
     shares = [lane.shares.get(name) for name in wide]
     if shares[0] and all(s == shares[0] for s in shares):
-        columns(lane, op, shares[0])
-    else:
-        entire(lane, op)
+        return columns(lane, op, shares[0])
+    return entire(lane, op)
 
 
 def norm(lane: Lane, op: Norm) -> None:
     """By columns where each head is normed by itself; a norm over all of them wants them all, and gives a view back."""
+    if by_rows(lane, op):
+        for name in (op.weight, op.bias):
+            if name:
+                lane.keep(name)
+        return lane.add(op)
     shares = lane.shares.get(op.x)
     if not shares or op.residual:
         return entire(lane, op)
@@ -371,8 +426,7 @@ def experts(lane: Lane, op: Experts) -> None:
         of=count,
     )
     lane.add(share)
-    group = tuple(range(layout.lanes))
-    lane.add(AllReduce(site=f"{op.site}.all_reduce", x=share.out, out=op.out, group=group, wire=lane.wire))
+    lane.total(op.site, share.out, op.out, tuple(range(layout.lanes)))
 
 
 def head_linear(lane: Lane, op: HeadLinear) -> None:

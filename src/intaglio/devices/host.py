@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from intaglio import _native, formats
-from intaglio.batch import Batch
+from intaglio.batch import SHARE, Batch
 from intaglio.devices.device import (
     DeviceError,
     Executable,
@@ -192,7 +192,9 @@ class HostExecutable:
         base = self.program.tensors[t.view[0]] if t.view else t
         key = self._buffer_key(base)
         if key not in self._buffers:
-            self._buffers[key] = self.native.buffer(self._widths[key] * 4, base.shape[0] == "R")
+            match = SHARE.fullmatch(str(base.shape[0]))
+            share, shares = (int(match[1]), int(match[2])) if match else (0, 1)
+            self._buffers[key] = self.native.buffer(self._widths[key] * 4, base.shape[0] == "R", share, shares)
         column = t.view[1] if t.view else 0
         return self.native.columns(self._buffers[key], self._columns(t), self._columns(base), column)
 

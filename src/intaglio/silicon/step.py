@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from intaglio import formats
-from intaglio.batch import Batch
+from intaglio.batch import Batch, Sizes
 from intaglio.chips import ChipError, ChipSpec
 from intaglio.ops import Op, Tensor
 from intaglio.program import Program
@@ -42,8 +42,8 @@ class Load:
     filtered: bool = False  # whether any row is drawn with top-k or top-p
 
     @property
-    def sizes(self) -> dict[str, int]:
-        return {"T": self.tokens, "S": sum(n for *_, n in self.sequences), "R": self.rows}
+    def sizes(self) -> Sizes:
+        return Sizes(T=self.tokens, S=sum(n for *_, n in self.sequences), R=self.rows)
 
 
 def load_of(batch: Batch) -> Load:
@@ -94,9 +94,10 @@ def key_of(op: Op, t: Mapping[str, Tensor]) -> Key:
             up = t[o.up]
             n, inner, hidden = (int(d) for d in up.shape)
             x = {"fp8row": "e4m3"}.get(o.x_format, o.x_format)
-            return op.kind, int(t[o.ids].shape[1]), n, hidden, inner, x, array_format(up), bits_of(up)
+            return op.kind, int(t[o.ids].shape[1]), n, o.of or n, hidden, inner, x, array_format(up), bits_of(up)
         case "all_reduce" | "all_gather" | "reduce_scatter" | "all_to_all":
-            shape = t[op.outputs[0]].shape
+            whole = op.inputs[0] if op.kind in ("reduce_scatter", "all_to_all") else op.outputs[0]
+            shape = t[whole].shape
             return op.kind, shape[0], int(shape[1]), formats.get(o.wire).bits, len(o.group)
         case "send" | "recv":
             shape = t[op.inputs[0] if op.kind == "send" else op.outputs[0]].shape
@@ -134,10 +135,10 @@ def _head_linear(spec: ChipSpec, key: Key, load: Load, there: bool) -> Timing:
 
 
 def _experts(spec: ChipSpec, key: Key, load: Load, there: bool) -> Timing:
-    _, top, n, hidden, inner, x, w, bits = key
+    _, top, held, n, hidden, inner, x, w, bits = key
     rows = load.tokens * top
     even = np.full(n, rows // n) + (np.arange(n) < rows % n)
-    return experts_timing(spec, load.tokens, top, tuple(even.tolist()), n, hidden, inner, x, w, bits)
+    return experts_timing(spec, load.tokens, top, tuple(even[:held].tolist()), n, hidden, inner, x, w, bits)
 
 
 def _collective(spec: ChipSpec, key: Key, load: Load, there: bool) -> Timing:

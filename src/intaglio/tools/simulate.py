@@ -14,7 +14,7 @@ from typing import Any
 from intaglio import formats
 from intaglio.chips import ChipError, ChipSpec
 from intaglio.chips import replace as other_chip
-from intaglio.compiler import build
+from intaglio.compiler import Layout, build
 from intaglio.models import Checkpoint, port, port_config
 from intaglio.ops import Linear
 from intaglio.program import Program
@@ -156,7 +156,7 @@ class Simulation:
     @classmethod
     def of(cls, programs: Sequence[Program], spec: ChipSpec, layout: str) -> Simulation:
         """Ranks of a stage are alike, so one of each is planned. Raises ChipError if weights exceed HBM."""
-        lanes = len(programs) // stages_of(layout)
+        lanes = len(programs) // Layout.parse(layout).pp
         plans = tuple(Plan(p, spec) for p in programs[::lanes])
         most = max(plan.weights for plan in plans)
         if most > spec.hbm_bytes:
@@ -178,10 +178,6 @@ class Simulation:
             mixed = self.phase("mixed", s.mixed(), s.batch * s.output)
             out.append(replace(mixed, tokens=s.batch * (s.input + s.output)))
         return out
-
-
-def stages_of(layout: str) -> int:
-    return int(layout.partition("pp")[2] or 1)
 
 
 def widest(plans: Sequence[Plan]) -> str:
