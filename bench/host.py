@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,13 +29,14 @@ from engines import ENGINES, PACKED, Worker, compiled, decode_batches, missing, 
 
 from intaglio.batch import Batch
 from intaglio.devices.host import HostDevice
-from intaglio.ops import Linear
+from intaglio.ops import Experts, Linear
 from intaglio.program import Program
 from intaglio.tools.bench import Roofs, measured_roofs
 
 OFFSETS = (0, 32, -32, 16, -16, 48, -48, 64, -64)  # of the contexts in a batch from 128 tokens
 FULL = {"int8": "int8g128", "int4": "int4g32"}
 SHARE = {"bf16": 1.0, "int8": 0.56, "int4": 0.36}  # of bf16's bytes, roughly, to see what fits in memory together
+LARGE = ("8b", "moe")
 PHASES = ("prefill", "decode", "busy", "memory")
 MEMORY = {
     "first": "first load to first token", "again": "load to first token", "peak_bytes": "peak memory",
@@ -120,11 +121,11 @@ HEAD = ["", "", *ENGINES, "vs llama.cpp", "vs torch", "spread", "roof", "intagli
 
 
 def rows(shape: str, quick: bool) -> list[Row]:
-    """What is measured of a shape. The largest only decodes, after short contexts: its prompts take minutes."""
+    """What is measured of a shape. The large ones only decode, after short contexts: their prompts take minutes."""
     sizes = (128, 512) if quick else (128, 512, 2048)
-    prefills = [] if shape == "8b" else [Row("prefill", (n,)) for n in sizes]
+    prefills = [] if shape in LARGE else [Row("prefill", (n,)) for n in sizes]
     decodes = [Row("decode", lengths(n)) for n in ((1, 8) if quick else (1, 4, 8, 32))]
-    long = [] if quick or shape == "8b" else [Row("decode", (4096,))]
+    long = [] if quick or shape in LARGE else [Row("decode", (4096,))]
     return [*prefills, *decodes, *long, Row("busy", lengths(1))]
 
 
@@ -132,11 +133,18 @@ def lengths(sequences: int) -> tuple[int, ...]:
     return tuple(128 + OFFSETS[i % len(OFFSETS)] for i in range(sequences))
 
 
-def bound(program: Program, batches: Iterable[Batch], measured: Roofs) -> tuple[float, str]:
-    """Seconds that the steps' bytes or FLOPs take at the roofs, whichever is more, and which that is."""
+def bound(
+    program: Program, batches: Iterable[Batch], measured: Roofs, touched: Mapping[str, float]
+) -> tuple[float, str]:
+    """Seconds that the steps' bytes or FLOPs take at the roofs, whichever is more, and which that is. `touched` is the
+    share of the experts at a site whose weights a step reads; a site not named reads what even routing would."""
     memory = matrix = 0.0
     for batch in batches:
         work = program.work(batch)
+        for op in program.ops:
+            if isinstance(op, Experts) and op.site in touched:
+                held = sum(program.tensors[n].nbytes({}) for n in (op.gate, op.up, op.down))
+                work[op.site] = replace(work[op.site], weight_bytes=round(held * touched[op.site]))
         moved = sum(w.weight_bytes + w.state_bytes for w in work.values())
         memory += moved / measured.bandwidth(1 << (moved >> 20).bit_length())
         for op in program.ops:
@@ -182,6 +190,7 @@ class Session:
         self.steps = 9 if args.quick else 17  # of a decode sample, the first not counted
         self.results: list[Result] = []
         self.answers: dict[str, np.ndarray] = {}  # logits by engine
+        self.touched: dict[Row, dict[str, float]] = {}  # the share of its experts that a step reads, by site
 
     def measure(self, measured: Roofs) -> None:
         groups = [list(self.engines)] if self._fit_together() else [[e] for e in self.engines]
@@ -201,7 +210,8 @@ class Session:
         program = compiled(self.folder, self.format)
         for row, result in results.items():
             if row.phase != "busy":
-                result.bound, result.bound_by = bound(program, self._batches(row), measured)
+                touched = self.touched.get(row, {})
+                result.bound, result.bound_by = bound(program, self._batches(row), measured, touched)
         self.results += results.values()
         if "memory" in self.args.phase:
             self.results += self._memory()
@@ -211,6 +221,8 @@ class Session:
             return take_turns(workers, "prefill", row.lengths[0], runs=self.args.runs)
         for w in workers:
             w("fill", row.lengths, self.steps)
+            if w.name == "intaglio":
+                self.touched[row] = w("touched")
         return (slowed if row.phase == "busy" else take_turns)(workers, "decode", runs=self.args.runs)
 
     def _batches(self, row: Row) -> Iterator[Batch]:
