@@ -32,7 +32,7 @@ from intaglio.batch import Batch
 from intaglio.devices.host import HostDevice
 from intaglio.ops import Experts, Linear
 from intaglio.program import Program
-from intaglio.tools.bench import Roofs, measured_roofs, read_stream
+from intaglio.tools.bench import MOST_MEGABYTES, Roofs, measured_roofs, read_stream
 
 OFFSETS = (0, 32, -32, 16, -16, 48, -48, 64, -64)  # of the contexts in a batch from 128 tokens
 FULL = {"int8": "int8g128", "int4": "int4g32"}
@@ -166,7 +166,7 @@ def bound(
 
 def megabytes(size: int) -> int:
     """The working set whose read stream bounds a step of `size` bytes."""
-    return 1 << (size >> 20).bit_length()
+    return min(1 << (size >> 20).bit_length(), MOST_MEGABYTES)
 
 
 def take_turns(

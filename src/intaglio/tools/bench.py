@@ -96,13 +96,13 @@ def measured_roofs(device: Device) -> Roofs | str:
         fmt = formats.get(format)
         return float(native.matrix_peak(n, fmt.family, fmt.group_of(1024) if fmt.grouped else 0, isa=isa))
 
-    return Roofs(read, peak)
+    return Roofs(lambda megabytes: read(min(megabytes, MOST_MEGABYTES)), peak)
 
 
 def read_stream(device: HostDevice, megabytes: int) -> float:
-    """Bytes/s that the device's threads read of a working set, measured now: the best of some passes."""
+    """Bytes/s that the device's threads read of a working set of so many MB, measured now: the best of some passes."""
     native = import_module("intaglio._native")
-    return float(native.read_bandwidth(device.threads, min(megabytes, MOST_MEGABYTES), isa=device.isa))
+    return float(native.read_bandwidth(device.threads, megabytes, isa=device.isa))
 
 
 def bench(
