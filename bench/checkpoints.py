@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,17 +25,19 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {np.dtype(np.float32): "F32", BF16: "BF16"}
 CONTEXT = 8192
 GGML_ERROR = 4
-GGUF_NAMES = {  # of a layer's tensors; a Llama has no others
+GGUF_NAMES = {  # of a layer's tensors
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate": "ffn_gate_inp",
 }  # fmt: skip
+EXPERT = re.compile(r"(model\.layers\.(\d+)\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
 PEER_FORMATS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama."""
+    """The sizes of a Llama or, with experts, of a Qwen3-MoE, whose experts have the width `ffn` each."""
 
     hidden: int
     layers: int
@@ -44,15 +47,23 @@ class Shape:
     ffn: int
     vocabulary: int
     tied: bool = True
+    experts: int = 0
+    top: int = 0  # experts a token goes to
 
     def config(self) -> dict[str, Any]:
         """As config.json has it."""
-        return {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "hidden_size": self.hidden, "intermediate_size": self.ffn, "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
-            "vocab_size": self.vocabulary, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5,
-            "rope_theta": 500000.0, "tie_word_embeddings": self.tied, "torch_dtype": "bfloat16",
+        kind: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        if self.experts:
+            kind = {
+                "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": self.experts,
+                "num_experts_per_tok": self.top, "moe_intermediate_size": self.ffn, "norm_topk_prob": True,
+                "decoder_sparse_step": 1, "mlp_only_layers": [],
+            }  # fmt: skip
+        return kind | {
+            "hidden_act": "silu", "hidden_size": self.hidden, "intermediate_size": self.ffn,
+            "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim, "vocab_size": self.vocabulary, "max_position_embeddings": CONTEXT,
+            "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": self.tied, "torch_dtype": "bfloat16",
             "bos_token_id": 0, "eos_token_id": 1,
         }  # fmt: skip
 
@@ -63,9 +74,17 @@ class Shape:
             "input_layernorm": (self.hidden,), "post_attention_layernorm": (self.hidden,),
             "self_attn.q_proj": (q, self.hidden), "self_attn.k_proj": (kv, self.hidden),
             "self_attn.v_proj": (kv, self.hidden), "self_attn.o_proj": (self.hidden, q),
-            "mlp.gate_proj": (self.ffn, self.hidden), "mlp.up_proj": (self.ffn, self.hidden),
-            "mlp.down_proj": (self.hidden, self.ffn),
         }  # fmt: skip
+        mlp = {
+            "gate_proj": (self.ffn, self.hidden), "up_proj": (self.ffn, self.hidden),
+            "down_proj": (self.hidden, self.ffn),
+        }  # fmt: skip
+        if self.experts:
+            layer |= {"self_attn.q_norm": (self.head_dim,), "self_attn.k_norm": (self.head_dim,)}
+            layer["mlp.gate"] = (self.experts, self.hidden)
+            layer |= {f"mlp.experts.{e}.{n}": s for e in range(self.experts) for n, s in mlp.items()}
+        else:
+            layer |= {f"mlp.{n}": s for n, s in mlp.items()}
         table = {"model.embed_tokens.weight": (self.vocabulary, self.hidden), "model.norm.weight": (self.hidden,)}
         named = {f"model.layers.{i}.{n}.weight": s for i in range(self.layers) for n, s in layer.items()}
         return table | named | ({} if self.tied else {"lm_head.weight": (self.vocabulary, self.hidden)})
@@ -76,9 +95,11 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(256, 2, 4, 2, 64, 768, 2048),  # for trying the script itself
+    "tiny-moe": Shape(256, 2, 4, 2, 64, 256, 2048, tied=False, experts=16, top=4),
     "135m": Shape(576, 30, 9, 3, 64, 1536, 49152),  # SmolLM2-135M
     "1b": Shape(2048, 16, 32, 8, 64, 8192, 128256),  # Llama-3.2-1B
     "8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),  # Llama-3.1-8B
+    "moe": Shape(2048, 8, 32, 4, 128, 768, 151936, tied=False, experts=128, top=8),  # 8 layers of Qwen3-30B-A3B
 }
 
 
@@ -138,7 +159,8 @@ def _write_plain_gguf(checkpoint: Checkpoint, path: Path) -> None:
     import gguf
 
     c = checkpoint.config
-    writer = gguf.GGUFWriter(path.with_suffix(".new"), "llama")
+    experts = c.get("num_experts", 0)
+    writer = gguf.GGUFWriter(path.with_suffix(".new"), "qwen3moe" if experts else "llama")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_vocab_size(c["vocab_size"])
     writer.add_context_length(c["max_position_embeddings"])
@@ -152,23 +174,43 @@ def _write_plain_gguf(checkpoint: Checkpoint, path: Path) -> None:
     writer.add_rope_dimension_count(c["head_dim"])
     writer.add_rope_freq_base(c.get("rope_theta") or c["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(c["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(c["moe_intermediate_size"])
     writer.add_tokenizer_model("no_vocab")
-    names = [n for n in checkpoint.entries if not (c["tie_word_embeddings"] and n == "lm_head.weight")]
+    stacks = gguf_stacks([n for n in checkpoint.entries if not (c["tie_word_embeddings"] and n == "lm_head.weight")])
     kinds = gguf.GGMLQuantizationType
-    for name in names:
-        shape = checkpoint.shape(name)
-        width, kind = (2, kinds.BF16) if len(shape) == 2 else (4, kinds.F32)
-        writer.add_tensor_info(
-            gguf_name(name), shape, np.dtype(np.float32), int(np.prod(shape)) * width, raw_dtype=kind
-        )
+    for name, parts in stacks.items():
+        shape = checkpoint.shape(parts[0])
+        shape = shape if len(parts) == 1 else (len(parts), *shape)
+        width, kind = (4, kinds.F32) if _is_wide(name, shape) else (2, kinds.BF16)
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), int(np.prod(shape)) * width, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name in names:
-        writer.write_tensor_data(_gguf_values(name, checkpoint.read(name), c))
-        checkpoint.release(name)
+    for name, parts in stacks.items():
+        values = [_gguf_values(part, checkpoint.read(part), c) for part in parts]
+        x = values[0] if len(parts) == 1 else np.stack(values)
+        writer.write_tensor_data(x.astype(np.float32) if _is_wide(name, x.shape) else x.view(np.uint16))
+        for part in parts:
+            checkpoint.release(part)
     writer.close()
     os.replace(path.with_suffix(".new"), path)
+
+
+def gguf_stacks(names: Sequence[str]) -> dict[str, list[str]]:
+    """The checkpoint's tensors that each of a GGUF's is made of: one, or one an expert."""
+    stacks: dict[str, list[str]] = {}
+    for name in names:
+        found = EXPERT.fullmatch(name)
+        stacks.setdefault(f"blk.{found[2]}.ffn_{found[4]}_exps.weight" if found else gguf_name(name), []).append(name)
+    return stacks
+
+
+def _is_wide(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether llama.cpp wants float32: vectors and routers."""
+    return len(shape) == 1 or "ffn_gate_inp" in name
 
 
 def gguf_name(name: str) -> str:
@@ -181,13 +223,11 @@ def gguf_name(name: str) -> str:
 
 
 def _gguf_values(name: str, x: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
-    """Vectors in float32, matrices as they are; llama.cpp rotates neighbours, so rows of q and k are interleaved."""
-    if x.ndim == 1:
-        return x.astype(np.float32)
+    """In a Llama, llama.cpp rotates neighbours, so rows of q and k are interleaved."""
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-    if heads:
+    if heads and config["model_type"] == "llama":
         x = x.reshape(config[heads], 2, -1, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
-    return np.ascontiguousarray(x).view(np.uint16)
+    return np.ascontiguousarray(x)
 
 
 @cache

@@ -27,6 +27,7 @@ from intaglio.batch import Batch, Chunk, bind
 from intaglio.compiler import build
 from intaglio.devices import StateSpec
 from intaglio.models import Checkpoint, port
+from intaglio.ops import Experts, Route
 from intaglio.program import Program
 
 STEP_TOKENS = 512  # Intaglio's default budget of a step, and llama.cpp's default n_ubatch
@@ -79,6 +80,11 @@ def prefill_batches(ids: Sequence[int], first_page: int = 0, every: bool = False
         yield bind([Chunk(part, at, pages, range(len(part)) if every else last)], PAGE_TOKENS)
 
 
+def decode_token(step: int, sequence: int, sequences: int) -> int:
+    """No two sequences get the same token, which routers would send to the same experts."""
+    return step * sequences + sequence
+
+
 def decode_batches(lengths: Sequence[int], steps: int) -> Iterator[Batch]:
     """`steps` steps of all contexts together, each in pages of its own."""
     each = [pages_each(n + steps) for n in lengths]
@@ -86,8 +92,8 @@ def decode_batches(lengths: Sequence[int], steps: int) -> Iterator[Batch]:
     for k in range(steps):
         yield bind(
             [
-                Chunk([k], n + k, range(first, first + count), (0,))
-                for n, first, count in zip(lengths, firsts, each, strict=False)
+                Chunk([decode_token(k, s, len(lengths))], n + k, range(first, first + count), (0,))
+                for s, (n, first, count) in enumerate(zip(lengths, firsts, each, strict=False))
             ],
             PAGE_TOKENS,
         )
@@ -135,6 +141,18 @@ class Intaglio:
     def decode(self) -> float:
         self.executable.step(self.steps[0])
         return self._seconds(self.steps[1:]) / (len(self.steps) - 1)
+
+    def touched(self) -> dict[str, float]:
+        """By site of the experts: the share of them that a decode step touches, the mean over the steps."""
+        routes = [op for op in self.executable.program.ops if isinstance(op, Route)]
+        found: dict[str, list[float]] = {op.ids: [] for op in routes}
+        for batch in self.steps[1:] if routes else ():
+            taps = self.executable.step(batch, taps=[op.logits for op in routes]).taps
+            for op in routes:
+                chosen = np.argsort(-taps[op.logits], axis=1, kind="stable")[:, : op.top]
+                found[op.ids].append(len(np.unique(chosen)) / taps[op.logits].shape[1])
+        sites = {op.site: op.ids for op in self.executable.program.ops if isinstance(op, Experts)}
+        return {site: float(np.mean(found[ids])) for site, ids in sites.items()}
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         steps = [self.executable.step(batch, logits=True) for batch in prefill_batches(ids, every=True)]
@@ -191,7 +209,10 @@ class LlamaCpp:
             if not api.llama_state_seq_set_data(self.context, state, size, s):
                 raise RuntimeError(f"llama.cpp could not copy the state to sequence {s}")
         self._rewind()
-        self.steps = [self._batch([(k, n + k, s, True) for s, n in enumerate(lengths)]) for k in range(steps)]
+        self.steps = [
+            self._batch([(decode_token(k, s, len(lengths)), n + k, s, True) for s, n in enumerate(lengths)])
+            for k in range(steps)
+        ]
 
     def decode(self) -> float:
         self._seconds(self.steps[:1])
@@ -295,7 +316,7 @@ class Torch:
         held = torch.arange(longest + steps)[None] >= longest - torch.tensor(lengths)[:, None]
         self.steps = [
             {
-                "input_ids": torch.full((len(lengths), 1), k),
+                "input_ids": torch.tensor([[decode_token(k, s, len(lengths))] for s in range(len(lengths))]),
                 "position_ids": torch.tensor(lengths)[:, None] + k,
                 "attention_mask": held[:, : longest + k + 1].long(),
             }

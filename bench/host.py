@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,14 @@ from engines import ENGINES, PACKED, Worker, compiled, decode_batches, missing, 
 
 from intaglio.batch import Batch
 from intaglio.devices.host import HostDevice
-from intaglio.ops import Linear
+from intaglio.ops import Experts, Linear
 from intaglio.program import Program
-from intaglio.tools.bench import Roofs, measured_roofs
+from intaglio.tools.bench import MOST_MEGABYTES, Roofs, measured_roofs, read_stream
 
 OFFSETS = (0, 32, -32, 16, -16, 48, -48, 64, -64)  # of the contexts in a batch from 128 tokens
 FULL = {"int8": "int8g128", "int4": "int4g32"}
 SHARE = {"bf16": 1.0, "int8": 0.56, "int4": 0.36}  # of bf16's bytes, roughly, to see what fits in memory together
+LARGE = ("8b", "moe")
 PHASES = ("prefill", "decode", "busy", "memory")
 MEMORY = {
     "first": "first load to first token", "again": "load to first token", "peak_bytes": "peak memory",
@@ -77,7 +79,7 @@ class Result:
     unit: str  # tok/s, s, MB, or "of quiet": times as long as without the other process
     tokens: int = 1
     samples: dict[str, list[float]] = field(default_factory=dict)
-    bound: float | None = None
+    bound: float | None = None  # by the read stream measured between the samples
     bound_by: str = ""
 
     def middle(self, engine: str) -> float | None:
@@ -120,11 +122,11 @@ HEAD = ["", "", *ENGINES, "vs llama.cpp", "vs torch", "spread", "roof", "intagli
 
 
 def rows(shape: str, quick: bool) -> list[Row]:
-    """What is measured of a shape. The largest only decodes, after short contexts: its prompts take minutes."""
+    """What is measured of a shape. The large ones only decode, after short contexts: their prompts take minutes."""
     sizes = (128, 512) if quick else (128, 512, 2048)
-    prefills = [] if shape == "8b" else [Row("prefill", (n,)) for n in sizes]
+    prefills = [] if shape in LARGE else [Row("prefill", (n,)) for n in sizes]
     decodes = [Row("decode", lengths(n)) for n in ((1, 8) if quick else (1, 4, 8, 32))]
-    long = [] if quick or shape == "8b" else [Row("decode", (4096,))]
+    long = [] if quick or shape in LARGE else [Row("decode", (4096,))]
     return [*prefills, *decodes, *long, Row("busy", lengths(1))]
 
 
@@ -132,13 +134,28 @@ def lengths(sequences: int) -> tuple[int, ...]:
     return tuple(128 + OFFSETS[i % len(OFFSETS)] for i in range(sequences))
 
 
-def bound(program: Program, batches: Iterable[Batch], measured: Roofs) -> tuple[float, str]:
+def moved(program: Program, batch: Batch, touched: Mapping[str, float] = MappingProxyType({})) -> int:
+    """Bytes of weights and state that a step must read. `touched` is the share of the experts at a site whose weights
+    it reads; a site not named reads what even routing would."""
+    work = program.work(batch)
+    held = {op.site: op for op in program.ops if isinstance(op, Experts) and op.site in touched}
+    experts = sum(
+        round(program.tensors[n].nbytes({}) * touched[site])
+        for site, op in held.items()
+        for n in (op.gate, op.up, op.down)
+    )
+    return experts + sum(w.state_bytes + (0 if site in held else w.weight_bytes) for site, w in work.items())
+
+
+def bound(
+    program: Program, batches: Iterable[Batch], measured: Roofs, touched: Mapping[str, float]
+) -> tuple[float, str]:
     """Seconds that the steps' bytes or FLOPs take at the roofs, whichever is more, and which that is."""
     memory = matrix = 0.0
     for batch in batches:
+        size = moved(program, batch, touched)
+        memory += size / measured.bandwidth(megabytes(size))
         work = program.work(batch)
-        moved = sum(w.weight_bytes + w.state_bytes for w in work.values())
-        memory += moved / measured.bandwidth(1 << (moved >> 20).bit_length())
         for op in program.ops:
             format = "f32"
             if isinstance(op, Linear):
@@ -147,10 +164,19 @@ def bound(program: Program, batches: Iterable[Batch], measured: Roofs) -> tuple[
     return max((memory, "of memory"), (matrix, "of matrix"))
 
 
-def take_turns(workers: Sequence[Worker], method: str, *arguments: Any, runs: int) -> dict[str, list[float]]:
-    """`runs` samples of each, one after the other in every run; the first round warms up and is not counted."""
+def megabytes(size: int) -> int:
+    """The working set whose read stream bounds a step of `size` bytes."""
+    return min(1 << (size >> 20).bit_length(), MOST_MEGABYTES)
+
+
+def take_turns(
+    workers: Sequence[Worker], method: str, *arguments: Any, runs: int, also: Callable[[], object]
+) -> dict[str, list[float]]:
+    """`runs` samples of each, one after the other in every run, and `also` called in each; the first round warms up
+    and is not counted."""
     samples: dict[str, list[float]] = {w.name: [] for w in workers}
     for run in range(runs + 1):
+        also()
         for w in workers:
             time.sleep(PAUSE)
             sample = w(method, *arguments)
@@ -182,6 +208,10 @@ class Session:
         self.steps = 9 if args.quick else 17  # of a decode sample, the first not counted
         self.results: list[Result] = []
         self.answers: dict[str, np.ndarray] = {}  # logits by engine
+        self.touched: dict[Row, dict[str, float]] = {}  # the share of its experts that a step reads, by site
+        self.streams: dict[Row, list[float]] = {}  # bytes/s of the read stream, one sample a turn
+        self.device = HostDevice(args.threads)
+        self.program = compiled(folder, format)
 
     def measure(self, measured: Roofs) -> None:
         groups = [list(self.engines)] if self._fit_together() else [[e] for e in self.engines]
@@ -198,20 +228,31 @@ class Session:
                 for row, result in results.items():
                     say(f"  {self.format} {row.label}: {', '.join(names)}")
                     result.samples |= self._samples(workers, row)
-        program = compiled(self.folder, self.format)
         for row, result in results.items():
             if row.phase != "busy":
-                result.bound, result.bound_by = bound(program, self._batches(row), measured)
+                roofs = replace(measured, bandwidth=lambda _, row=row: median(self.streams[row]))
+                touched = self.touched.get(row, {})
+                result.bound, result.bound_by = bound(self.program, self._batches(row), roofs, touched)
         self.results += results.values()
         if "memory" in self.args.phase:
             self.results += self._memory()
 
     def _samples(self, workers: Sequence[Worker], row: Row) -> dict[str, list[float]]:
         if row.phase == "prefill":
-            return take_turns(workers, "prefill", row.lengths[0], runs=self.args.runs)
+            runs, length = self.args.runs, row.lengths[0]
+            return take_turns(workers, "prefill", length, runs=runs, also=lambda: self._stream(row))
         for w in workers:
             w("fill", row.lengths, self.steps)
-        return (slowed if row.phase == "busy" else take_turns)(workers, "decode", runs=self.args.runs)
+            if w.name == "intaglio":
+                self.touched[row] = w("touched")
+        if row.phase == "busy":
+            return slowed(workers, "decode", runs=self.args.runs)
+        return take_turns(workers, "decode", runs=self.args.runs, also=lambda: self._stream(row))
+
+    def _stream(self, row: Row) -> None:
+        """Measure the read stream between the samples: on a shared machine it moves within a minute."""
+        size = max(moved(self.program, batch) for batch in self._batches(row))
+        self.streams.setdefault(row, []).append(read_stream(self.device, megabytes(size)))
 
     def _batches(self, row: Row) -> Iterator[Batch]:
         """What Intaglio runs for one sample's unit: a whole prompt, or one step."""

@@ -1,6 +1,7 @@
 // The thin binding: arrays in, arrays out, the interpreter's lock released while a step runs.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -127,10 +128,13 @@ struct Edits {
   }
 };
 
+// Results by tensor, to be copied out [rows, columns].
+using Outs = std::vector<std::tuple<int, nb::ndarray<nb::c_contig, nb::device::cpu>>>;
+
 void step(Executable& self, Ints tokens, Ints positions, Ints slots, Ints first_row, Ints q_len, Ints context_len,
           Ints block_table, Ints rows, Floats sampling, nb::ndarray<const uint64_t, nb::c_contig, nb::device::cpu> seeds,
           const Edits* edits, const std::vector<std::tuple<int, int, Floats>>& taps,
-          std::optional<nb::ndarray<double, nb::c_contig>> seconds, int first, int last) {
+          std::optional<nb::ndarray<double, nb::c_contig>> seconds, int first, int last, const Outs& outs) {
   const int64_t r = int64_t(rows.size());
   if (int64_t(sampling.size()) != 4 * r || int64_t(seeds.size()) != r) throw std::invalid_argument("one sampling row a wanted row");
   std::vector<Draw> draws;
@@ -148,6 +152,7 @@ void step(Executable& self, Ints tokens, Ints positions, Ints slots, Ints first_
   double* times = seconds ? seconds->data() : nullptr;
   nb::gil_scoped_release unlocked;
   self.step(in, wanted, times, first, last);
+  for (auto& [tensor, out] : outs) self.copy_out(tensor, int64_t(out.shape(0)), out.data());
 }
 
 // Best rate, in passes per second, at which threads get through `tasks` tasks.
@@ -221,9 +226,9 @@ NB_MODULE(_native, m) {
              new (self) Edits{first, ids, scale, add, mask_of, masks};
            }, "first"_a, "ids"_a, "scale"_a, "add"_a, "mask_of"_a, "masks"_a);
   nb::class_<Executable>(m, "Executable")
-      .def("__init__", [](Executable* self, const std::string& isa, int threads, int page) {
-             new (self) Executable(kernels_of(isa), threads, page);
-           }, "isa"_a, "threads"_a, "page"_a)
+      .def("__init__", [](Executable* self, const std::string& isa, int threads, int page, std::array<int64_t, 4> limits) {
+             new (self) Executable(kernels_of(isa), threads, page, {limits[0], limits[1], limits[2], limits[3]});
+           }, "isa"_a, "threads"_a, "page"_a, "limits"_a)
       .def("buffer", [](Executable& e, int64_t row_bytes, bool sampled, int64_t share, int64_t shares) {
              return e.add_buffer(row_bytes, {sampled, share, shares});
            })
@@ -251,7 +256,7 @@ NB_MODULE(_native, m) {
                        std::move(numbers)});
            }, "kind"_a, "tensors"_a, "ints"_a, "floats"_a, "code"_a, "numbers"_a)
       .def("step", &step, "tokens"_a, "positions"_a, "slots"_a, "first_row"_a, "q_len"_a, "context_len"_a, "block_table"_a,
-           "rows"_a, "sampling"_a, "seeds"_a, "edits"_a.none(), "taps"_a, "seconds"_a.none(), "first"_a, "last"_a)
+           "rows"_a, "sampling"_a, "seeds"_a, "edits"_a.none(), "taps"_a, "seconds"_a.none(), "first"_a, "last"_a, "outs"_a)
       .def("copy_out", [](const Executable& e, int tensor, int64_t rows, nb::ndarray<nb::c_contig, nb::device::cpu> out) {
              e.copy_out(tensor, rows, out.data());
            })

@@ -64,9 +64,10 @@ void PackedWeight::map(int file, int64_t offset, bool writable) {
   w.data = memory.data();
 }
 
-Executable::Executable(const Kernels* kernels, int threads, int page)
+Executable::Executable(const Kernels* kernels, int threads, int page, const Limits& limits)
     : kernels_(kernels),
       page_(page),
+      limits_(limits),
       scratches_(size_t(threads)),
       team_(
           threads,
@@ -150,15 +151,34 @@ bool Executable::alone(const Op& op) const {
   return rows_of(tensors_[size_t(op.tensors[4])]) * w.padded_k <= kPrivate;
 }
 
-// Sizes every piece of memory for this batch, and cuts attention into tasks.
+void Executable::check(const StepInputs& in) const {
+  auto within = [](const char* what, const int32_t* values, int64_t n, int64_t low, int64_t limit) {
+    if (std::any_of(values, values + n, [&](int64_t v) { return v < low || v >= limit; })) throw std::out_of_range(what);
+  };
+  within("token id", in.tokens, in.t, 0, limits_.token);
+  within("position", in.positions, in.t, 0, limits_.position);
+  within("slot", in.slots, in.t, 0, limits_.slot);
+  within("block", in.block_table, in.s * in.table_width, -1, limits_.block);
+  within("row", in.rows, in.r, 0, in.t);
+}
+
+// Cuts attention into tasks; where the step has other rows than the last had, sizes every piece of memory for them.
 void Executable::plan_memory() {
+  int64_t partials = 0;
+  for (AttendPlan& p : plans_) {
+    plan_attend(p);
+    partials = std::max(partials, p.partials);
+  }
+  grow(partials_, partials * 4);
+  if (in_.t == planned_t_ && in_.r == planned_r_) return;
+  planned_t_ = in_.t, planned_r_ = in_.r;
   int64_t at = 0;
   for (Buffer& b : buffers_) {
     b.offset = at;
     at += aligned(b.row_bytes * b.rows.of(in_.t, in_.r)) + kAlign;
   }
   grow(arena_, at);
-  int64_t shared = 0, partials = 0, attend = 0, own_x = 0;
+  int64_t shared = 0, attend = 0, own_x = 0;
   for (const Op& op : ops_)
     if (op.kind == Kind::Linear) {
       const Weight& w = tensors_[size_t(op.tensors[1])].weight->w;
@@ -170,13 +190,9 @@ void Executable::plan_memory() {
     } else if (op.kind == Kind::HeadLinear) {
       shared = std::max(shared, op.ints[0] * lay_rows(tensors_[size_t(op.tensors[1])].weight->w, false, in_.t, nullptr, nullptr));
     }
-  for (AttendPlan& p : plans_) {
-    plan_attend(p);
-    partials = std::max(partials, p.partials);
+  for (const AttendPlan& p : plans_)
     attend = std::max<int64_t>(attend, std::max(kTaskRows, p.share) * (kSplit + 2 * p.v_stride + 4));
-  }
   grow(prepared_, shared);
-  grow(partials_, partials * 4);
   const int64_t stride = aligned(4 * std::max<int64_t>(2 * kRows * kPanel, attend)) + aligned(own_x);
   grow(scratch_, stride * team_.size());
   for (int i = 0; i < team_.size(); i++) {
@@ -248,6 +264,7 @@ void Executable::plan_attend(AttendPlan& p) {
 }
 
 void Executable::step(const StepInputs& in, const std::vector<Tap>& taps, double* seconds, int first, int last) {
+  check(in);
   in_ = in;
   taps_ = taps;
   if (first == 0) plan_memory();

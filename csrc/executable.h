@@ -66,6 +66,11 @@ struct StepInputs {
   const Draw* draws;
 };
 
+// What token ids, positions, slots and blocks of a batch stay below.
+struct Limits {
+  int64_t token, position, slot, block;
+};
+
 struct Tap {
   int op, tensor;
   float* out;
@@ -84,13 +89,13 @@ void grow(Memory& m, int64_t bytes);
 
 class Executable {
  public:
-  Executable(const Kernels* kernels, int threads, int page);
+  Executable(const Kernels* kernels, int threads, int page, const Limits& limits);
 
   int add_buffer(int64_t row_bytes, Extent rows);
   int add_tensor(Tensor t);
   void add_op(Op op);
   // Runs ops first..last - 1 of one step, which begins with op 0; results are read from buffers afterwards by copy_out().
-  // `seconds`, if not null, gets one a op.
+  // `seconds`, if not null, gets one a op. Throws out_of_range for a batch beyond the limits.
   void step(const StepInputs& in, const std::vector<Tap>& taps, double* seconds, int first, int last);
   void copy_out(int tensor, int64_t rows, void* out) const;
   void copy_in(int tensor, int64_t rows, const void* from);
@@ -135,6 +140,7 @@ class Executable {
     Memory x, inner, rounded, out;
   };
 
+  void check(const StepInputs& in) const;
   void plan_memory();
   void plan_phases(const std::vector<Tap>& taps, bool timed, int first, int last);
   void plan_attend(AttendPlan& p);
@@ -183,6 +189,8 @@ class Executable {
 
   const Kernels* kernels_;
   int page_;
+  Limits limits_;
+  int64_t planned_t_ = -1, planned_r_ = -1;  // rows that the memory was planned for
   std::vector<Buffer> buffers_;
   std::vector<Tensor> tensors_;
   std::vector<Op> ops_;

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -103,7 +104,13 @@ class HostExecutable:
         self, program: Program, weights: Weights, state: StateSpec, threads: int, isa: str, cache: str | Path | None
     ) -> None:
         self.program, self.state, self.threads, self.isa = program, state, threads, isa
-        self.native = _native.Executable(isa, threads, state.page_tokens)
+        limits = (
+            program.vocabulary or np.iinfo(np.int32).max,
+            program.context,
+            state.pages * state.page_tokens,
+            state.pages,
+        )
+        self.native = _native.Executable(isa, threads, state.page_tokens, limits)
         self._glu = {op.w for op in program.ops if isinstance(op, Linear) and op.glu}
         self._glu |= {w for op in program.ops if isinstance(op, Experts) for w in (op.gate, op.up)}
         self._matrices = self._laid_out()
@@ -116,6 +123,7 @@ class HostExecutable:
         self.image = self._image(weights, cache)
         with self.image or nullcontext():
             self.ids = {t.name: self._declare(t, weights) for t in self._in_order()}
+        self._sites = [op.site for op in program.ops]
         self._stops = [(i, op) for i, op in enumerate(program.ops) if isinstance(op, Collective)]
         for op in program.ops:
             self._translate(op)
@@ -332,8 +340,8 @@ class HostExecutable:
 
     def rounds(self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False) -> Rounds:
         """A step as one rank of a mesh: a native call for the ops up to each collective."""
-        check_batch(self.program, self.state, batch)
-        rows = len(batch.rows)
+        if batch.block_size != self.state.page_tokens:
+            check_batch(self.program, self.state, batch)
         sampling = np.array([(s.temperature, s.top_p, s.min_p, s.top_k) for s in batch.sampling], np.float32)
         seeds = np.array([s.seed & 0xFFFFFFFFFFFFFFFF for s in batch.sampling], np.uint64)
         seconds = np.zeros(len(self.program.ops)) if timed else None
@@ -344,24 +352,31 @@ class HostExecutable:
         )  # fmt: skip
         first, last = 0, len(self.program.ops)
         for at, op in self._stops:
-            self.native.step(*inputs, first, at)
+            self._run(batch, *inputs, first, at, [])
             first = at + 1
             got = yield op, self._brought(op, batch)
             if got is not None:
                 self.native.copy_in(self.ids[op.outputs[0]], len(got), np.ascontiguousarray(got, np.float32))
                 taken |= {op.site: got} if op.site in taps else {}
-        self.native.step(*inputs, first, last)
+        rows, vocabulary = len(batch.rows), self.program.vocabulary
         draws = rows if "next_tokens" in self.ids else 0  # a stage of a pipeline may draw none
-        vocabulary = self.program.vocabulary
-        result = StepResult(
-            tokens=self._copy("next_tokens", np.empty(draws, np.int32)),
-            logprobs=self._copy("logprobs", np.empty(draws, np.float32)),
-            logits=self._copy("logits", np.empty((rows, vocabulary), np.float32)) if logits and vocabulary else None,
-            taps=taken,
+        tokens, logprobs = np.empty(draws, np.int32), np.empty(draws, np.float32)
+        outs: list[tuple[int, np.ndarray]] = (
+            [(self.ids["next_tokens"], tokens), (self.ids["logprobs"], logprobs)] if draws else []
         )
-        if seconds is not None:
-            result.timings.update({op.site: float(s) for op, s in zip(self.program.ops, seconds, strict=True)})
-        return result
+        wide = np.empty((rows, vocabulary), np.float32) if logits and vocabulary else None
+        if wide is not None and rows:
+            outs.append((self.ids["logits"], wide))
+        self._run(batch, *inputs, first, last, outs)
+        timings = {} if seconds is None else dict(zip(self._sites, seconds.tolist(), strict=True))
+        return StepResult(tokens, logprobs, wide, taken, timings)
+
+    def _run(self, batch: Batch, *inputs: Any) -> None:
+        try:
+            self.native.step(*inputs)
+        except IndexError:  # the native part sees at less cost that a batch is out of range, but not what to say of it
+            check_batch(self.program, self.state, batch)
+            raise
 
     def _edits(self, batch: Batch) -> _native.Edits | None:
         """Every row's edits and mask as flat arrays, None if there are none. Raises DeviceError if they do not fit."""
