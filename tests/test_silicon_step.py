@@ -26,7 +26,7 @@ from intaglio.runtime import Engine, Request, SamplingParams
 from intaglio.silicon.device import SiliconDevice
 from intaglio.silicon.step import Load, Plan, load_of, timing
 from intaglio.silicon.timeline import chrome_trace
-from intaglio.tools.simulate import Serving, Simulation, cards, ported, ranks, what_helps
+from intaglio.tools.simulate import Serving, Simulation, cards, ported, stages, what_helps
 from intaglio.tools.validate import loads, validate
 
 STATE = StateSpec(32, PAGE)
@@ -181,7 +181,7 @@ def test_a_step_of_a_batch_has_its_sizes() -> None:
 
 @pytest.mark.parametrize("card", sorted(cards()))
 def test_cards_are_timed_without_weights(card: str) -> None:
-    programs = ranks(ported(card, None), "tp1", "fp8row", "int8", "fp8")
+    programs = stages(ported(card, None), "tp1", "fp8row", "int8", "fp8")
     phases = Simulation.of(programs, chip("sohu"), "tp1").phases(Serving(512, 16))
     assert [p.name for p in phases] == ["prefill", "decode", "mixed"]
     assert all(0 < p.flops_share <= 1 and p.format == "e4m3" for p in phases)
@@ -189,14 +189,14 @@ def test_cards_are_timed_without_weights(card: str) -> None:
 
 
 def test_no_improvement_of_a_chip_hurts() -> None:
-    programs = ranks(ported("llama-3-8b", None), "tp1", "fp8row", "int8", "fp8")
+    programs = stages(ported("llama-3-8b", None), "tp1", "fp8row", "int8", "fp8")
     gains = what_helps(programs, chip("sohu"), "tp1", Serving(512, 16))
     assert all(gain > 0.999 for _, gain in gains)
     assert gains[0][1] > 1.02
 
 
 def test_a_model_that_does_not_fit_is_refused() -> None:
-    programs = ranks(ported("llama-3-70b", None), "tp1", "auto", "auto", "auto")
+    programs = stages(ported("llama-3-70b", None), "tp1", "auto", "auto", "auto")
     with pytest.raises(ChipError, match=r"141.1 GB of weights a chip; h100_sxm has 80 GB of HBM; use more chips"):
         Simulation.of(programs, chip("h100_sxm"), "tp1")
 
@@ -247,6 +247,19 @@ def test_the_trust_figures() -> None:
             assert r.mean < mean, r
     for r in validate(Path(os.environ["INTAGLIO_TABLES"]), "test"):
         assert r.table != "collectives" or (r.median < 8 and r.mean < 12), r
+
+
+def test_layouts_are_compared_by_the_clock_of_each_alone() -> None:
+    run = CliRunner()
+    how = ["--weights", "fp8row", "--activations", "fp8", "--kv", "int8", "--json", "--layout"]
+    both = json.loads(run.invoke(app, ["simulate", "llama-3-8b", *how, "tp2,pp2"]).stdout)
+    for found, layout in zip(both, ("tp2", "pp2"), strict=True):
+        alone = json.loads(run.invoke(app, ["simulate", "llama-3-8b", *how, layout, "--what-helps"]).stdout)
+        assert found["layout"] == layout and alone["chips"] == 2
+        assert found["tokens_per_s"] == alone["phases"][-1]["tokens_per_s"]
+        assert found["gain"] == max(alone["what_helps"].values()) == alone["what_helps"][found["helps_most"]]
+    refused = run.invoke(app, ["simulate", "llama-3-8b", "--layout", "tp2,tp4", "--chips", "2"])
+    assert refused.exit_code == 2 and "--chips 2 but layout tp2,tp4 has 2, 4 ranks" in refused.output
 
 
 def test_commands() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from intaglio.batch import Batch
@@ -57,12 +58,25 @@ class Program:
 
     def uses(self, name: str) -> list[Op]:
         """The ops that read `name`."""
-        return [op for op in self.ops if name in op.inputs]
+        return self._readers.get(name, [])
 
     def producer(self, name: str) -> Op | None:
         """The op that writes `name`, or the base of which it is a view."""
-        base = self.base(name)
-        return next((op for op in self.ops if base in op.outputs), None)
+        return self._writers.get(self.base(name))
+
+    @cached_property
+    def _readers(self) -> dict[str, list[Op]]:
+        """By tensor, the ops that read it: passes ask for every tensor of a model."""
+        found: dict[str, list[Op]] = {}
+        for op in self.ops:
+            for name in dict.fromkeys(op.inputs):
+                found.setdefault(name, []).append(op)
+        return found
+
+    @cached_property
+    def _writers(self) -> dict[str, Op]:
+        """By tensor, the first op that writes it."""
+        return {name: op for op in reversed(self.ops) for name in op.outputs}
 
     def work(self, batch: Batch) -> dict[str, Work]:
         """FLOPs and bytes of one step, by site."""
