@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 out, err = Console(highlight=False, emoji=False), Console(stderr=True, highlight=False, emoji=False)
 CLAIM = (
-    "The public claim is over 500,000 in + out/s; nothing was fitted to it (docs/sohu.md). HBM and links: of the slowest "
-    "stage. The same:\nintaglio simulate llama-3-70b --layout tp8,tp4pp2,tp2pp4,pp8 --weights fp8row --activations fp8 "
+    "The public claim is over 500,000 in + out/s; nothing was fitted to it: docs/sohu.md. HBM, links: of the slowest "
+    "stage.\nThe same: intaglio simulate llama-3-70b --layout tp8,tp4pp2,tp2pp4,pp8 --weights fp8row --activations fp8 "
     "--kv int8"
 )
 BOUNDS = (
