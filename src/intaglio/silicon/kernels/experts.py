@@ -45,7 +45,7 @@ class Tiles:
 
 def tiles_of(spec: ChipSpec, tokens: int, experts: int, narrow: bool) -> Tiles:
     """What the kernel chooses from. A compiled schedule takes the best, and so does a kernel tuned for FP8; a serving
-    engine's bf16 kernel goes by a rule of thumb (vLLM's get_default_config, the older and the newer)."""
+    engine's bf16 kernel goes by a rule of thumb (get_default_config of vLLM, the older one and that of 0.17)."""
     if narrow or spec.prefetch or spec.persistent:
         return Tiles()
     if spec.flash < 3:
