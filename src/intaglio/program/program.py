@@ -66,7 +66,6 @@ class Program:
 
     @cached_property
     def _readers(self) -> dict[str, list[Op]]:
-        """By tensor, the ops that read it: passes ask for every tensor of a model."""
         found: dict[str, list[Op]] = {}
         for op in self.ops:
             for name in dict.fromkeys(op.inputs):
@@ -75,7 +74,6 @@ class Program:
 
     @cached_property
     def _writers(self) -> dict[str, Op]:
-        """By tensor, the first op that writes it."""
         return {name: op for op in reversed(self.ops) for name in op.outputs}
 
     def work(self, batch: Batch) -> dict[str, Work]:
