@@ -31,7 +31,7 @@ from intaglio.silicon.kernels.attention import attend_timing
 from intaglio.silicon.kernels.linear import linear_timing
 from intaglio.silicon.network import collective_timing, read, touched, traffic
 from intaglio.silicon.step import Load, Plan, timing
-from intaglio.tools.simulate import Serving, Simulation, ported, ranks
+from intaglio.tools.simulate import Serving, Simulation, ported, stages
 
 GPT3 = {"hidden": 12288, "heads": 96, "inner": 4 * 12288, "vocabulary": 50257}
 SMALL_CORE = replace(  # the class of core that cycle-ticking simulators are run on: one array of 128 x 128 at 1 GHz
@@ -117,7 +117,7 @@ def model_rows() -> None:
     made: list[Simulation] = []
 
     def make() -> None:
-        parts = ranks(ported("llama-3-70b", None), "tp1", "fp8row", "int8", "fp8")
+        parts = stages(ported("llama-3-70b", None), "tp1", "fp8row", "int8", "fp8")
         made.append(Simulation.of(parts, replace(chip("sohu"), hbm_bytes=10**12), "tp1"))
 
     print(f"Llama-3-70B: port, compile and plan {cpu(make):.2f} CPU s")
@@ -187,7 +187,7 @@ def chips_rows() -> None:
         made: list[Simulation] = []
 
         def make(layout: str = layout, made: list[Simulation] = made) -> None:
-            parts = ranks(whole, layout, "fp8row", "int8", "fp8")
+            parts = stages(whole, layout, "fp8row", "int8", "fp8")
             made.append(Simulation.of(parts, replace(chip("sohu"), hbm_bytes=10**12), layout))
 
         cut = cpu(make)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -38,3 +39,26 @@ def run_kernel(
         bits = 4 if tensors[name].format.startswith("int4") else 8
         board.put(name, value, bits)
     return execute(board, op, tensors, batch), board
+
+
+def compare(
+    chip: str, op: Any, tensors: list[Tensor], values: dict[str, Value], batch: Batch, tolerance: float, tip: float = 0
+) -> None:
+    """Run both faces; results must agree within `tolerance` times the largest value, and `tip` as it is."""
+    table = {t.name: t for t in tensors}
+    table |= {n: Tensor(n, shape, fmt, "temp") for n, (shape, fmt) in op.shapes(table).items()}
+    got, _ = run_kernel(CHIPS[chip], op, table, values, batch)
+    want = op.reference(values, batch)
+    for name, expected in want.items():
+        assert got[name].shape == expected.shape
+        np.testing.assert_allclose(
+            got[name], expected, rtol=tolerance, atol=tip + tolerance * np.nanmax(np.abs(expected), initial=1)
+        )
+
+
+def some_batch(rng: np.random.Generator) -> Batch:
+    return batch_of(rng, [(int(rng.integers(1, 7)), int(rng.integers(0, 9))) for _ in range(rng.integers(1, 4))])
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.normal(size=shape).astype(np.float32)

@@ -195,6 +195,9 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = run("demo", *REFERENCE).stdout
     for part in ("program  tiny: ", "device   reference", "class Queue", "prefill", "decode", "no measured roofs"):
         assert part in text
+    modelled = text[text.index("modelled: Llama-3-70B") :]
+    for layout in ("tp8", "tp4pp2", "tp2pp4", "pp8"):
+        assert f"\n{layout}: bound by " in modelled and "helps most: " in modelled
 
 
 def test_the_readme_lists_every_command_and_quotes_real_text() -> None:

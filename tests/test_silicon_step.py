@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from silicon import FUSED, SMALL
-from tiny import FAMILIES, tiny
+from tiny import FAMILIES, MIXTURES, tiny
 from toy import CONTEXT, PAGE, Toy, random_weights, transformer
 from typer.testing import CliRunner
 
@@ -26,7 +26,7 @@ from intaglio.runtime import Engine, Request, SamplingParams
 from intaglio.silicon.device import SiliconDevice
 from intaglio.silicon.step import Load, Plan, exposed, load_of, timing
 from intaglio.silicon.timeline import chrome_trace
-from intaglio.tools.simulate import Serving, Simulation, cards, ported, ranks, what_helps
+from intaglio.tools.simulate import Serving, Simulation, cards, ported, stages, what_helps
 from intaglio.tools.validate import loads, validate
 
 STATE = StateSpec(32, PAGE)
@@ -46,7 +46,7 @@ def two_steps(program: object, weights: object, device: object) -> list[np.ndarr
     return [executable.step(b, logits=True).logits for b in (first, second)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, *MIXTURES))
 def test_every_family_runs_on_chip_instructions(folder: Path, family: str) -> None:
     """Kernel by kernel they are held to the ops; here the whole of it: views, caches over steps, compiled Programs."""
     checkpoint = Checkpoint.open(tiny(family, folder / family))
@@ -57,11 +57,9 @@ def test_every_family_runs_on_chip_instructions(folder: Path, family: str) -> No
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
-def test_a_mixture_is_refused_by_chip_instructions_and_timed(folder: Path) -> None:
+def test_routing_and_experts_are_timed(folder: Path) -> None:
     checkpoint = Checkpoint.open(tiny("mixtral", folder / "mixtral"))
     program = build(port(checkpoint, CONTEXT), "auto")
-    with pytest.raises(DeviceError, match=r"op route at .* has no kernel; .* use values from host, reference, oracle"):
-        SiliconDevice(SMALL, values="chip").load(program, checkpoint, STATE)
     timed = SiliconDevice("sohu", values="reference").load(program, checkpoint, STATE)
     result = timed.step(bind([Chunk([5, 7, 11], 0, [3], rows=(2,))], PAGE), timed=True)
     assert all(result.timings[op.site] > 0 for op in program.ops if op.kind in ("route", "experts"))
@@ -204,7 +202,7 @@ def test_a_step_of_a_batch_has_its_sizes() -> None:
 
 @pytest.mark.parametrize("card", sorted(cards()))
 def test_cards_are_timed_without_weights(card: str) -> None:
-    programs = ranks(ported(card, None), "tp1", "fp8row", "int8", "fp8")
+    programs = stages(ported(card, None), "tp1", "fp8row", "int8", "fp8")
     phases = Simulation.of(programs, chip("sohu"), "tp1").phases(Serving(512, 16))
     assert [p.name for p in phases] == ["prefill", "decode", "mixed"]
     assert all(0 < p.flops_share <= 1 and p.format == "e4m3" for p in phases)
@@ -212,14 +210,14 @@ def test_cards_are_timed_without_weights(card: str) -> None:
 
 
 def test_no_improvement_of_a_chip_hurts() -> None:
-    programs = ranks(ported("llama-3-8b", None), "tp1", "fp8row", "int8", "fp8")
+    programs = stages(ported("llama-3-8b", None), "tp1", "fp8row", "int8", "fp8")
     gains = what_helps(programs, chip("sohu"), "tp1", Serving(512, 16))
     assert all(gain > 0.999 for _, gain in gains)
     assert gains[0][1] > 1.02
 
 
 def test_a_model_that_does_not_fit_is_refused() -> None:
-    programs = ranks(ported("llama-3-70b", None), "tp1", "auto", "auto", "auto")
+    programs = stages(ported("llama-3-70b", None), "tp1", "auto", "auto", "auto")
     with pytest.raises(ChipError, match=r"141.1 GB of weights a chip; h100_sxm has 80 GB of HBM; use more chips"):
         Simulation.of(programs, chip("h100_sxm"), "tp1")
 
@@ -265,11 +263,22 @@ def test_the_trust_figures() -> None:
     for r in validate(Path(os.environ["INTAGLIO_TABLES"]), "test", 20.0):
         if r.table in asked:
             median, mean = (eight_bits if r.dtype == "fp8" else {}).get(r.table, asked[r.table])
-            # three medians miss the bar by less than a point (docs/accuracy.md): none may fall further behind
-            assert r.median < median + 1, r
-            assert r.mean < mean, r
+            assert r.median < median and r.mean < mean, r
     for r in validate(Path(os.environ["INTAGLIO_TABLES"]), "test"):
         assert r.table != "collectives" or (r.median < 8 and r.mean < 12), r
+
+
+def test_layouts_are_compared_by_the_clock_of_each_alone() -> None:
+    run = CliRunner()
+    how = ["--weights", "fp8row", "--activations", "fp8", "--kv", "int8", "--json", "--layout"]
+    both = json.loads(run.invoke(app, ["simulate", "llama-3-8b", *how, "tp2,pp2"]).stdout)
+    for found, layout in zip(both, ("tp2", "pp2"), strict=True):
+        alone = json.loads(run.invoke(app, ["simulate", "llama-3-8b", *how, layout, "--what-helps"]).stdout)
+        assert found["layout"] == layout and alone["chips"] == 2
+        assert found["tokens_per_s"] == alone["phases"][-1]["tokens_per_s"]
+        assert found["gain"] == max(alone["what_helps"].values()) == alone["what_helps"][found["helps_most"]]
+    refused = run.invoke(app, ["simulate", "llama-3-8b", "--layout", "tp2,tp4", "--chips", "2"])
+    assert refused.exit_code == 2 and "--chips 2 but layout tp2,tp4 has 2, 4 ranks" in refused.output
 
 
 def test_commands() -> None:

@@ -23,7 +23,7 @@ from intaglio.devices import DeviceError
 from intaglio.server.command import serve
 from intaglio.tools import porting
 from intaglio.tools.replay import replay
-from intaglio.tools.silicon import modelled, register
+from intaglio.tools.silicon import modelled, register, seventy_b
 
 if TYPE_CHECKING:
     from intaglio.llm import LLM
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from intaglio.tools.profile import Profile
 
 out, err = Console(highlight=False, emoji=False), Console(stderr=True, highlight=False, emoji=False)
+CLAIM = (
+    "The public claim is over 500,000 in + out/s; nothing was fitted to it: docs/sohu.md. HBM, links: of the slowest "
+    "stage.\nThe same: intaglio simulate llama-3-70b --layout tp8,tp4pp2,tp2pp4,pp8 --weights fp8row --activations fp8 "
+    "--kv int8"
+)
 BOUNDS = (
     "ms: measured. bound ms: the step's bytes or FLOPs at this machine's measured roof. share: bound over measured."
 )
@@ -239,6 +244,9 @@ def demo(
     out.print(why or BOUNDS)
     out.rule("modelled: the same model on a chip that does not exist", style="dim")
     out.print(modelled(llm.program), markup=False, soft_wrap=True)
+    out.rule("modelled: Llama-3-70B, FP8, on eight of them, 2,048 tokens in and 128 out", style="dim")
+    seventy_b()
+    out.print(CLAIM, markup=False, soft_wrap=True)
     out.print(
         "Next: intaglio generate --prompt 'class ', intaglio disasm, intaglio simulate llama-3-8b, intaglio --help"
     )

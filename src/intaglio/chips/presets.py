@@ -49,7 +49,7 @@ A100 = ChipSpec(
     tdp_w=400.0,
     energy=Energy(mac=0.9e-12, hbm_byte=40e-12, shared_byte=8e-12, link_byte=60e-12, idle_w=60.0),
     constants=Constants(
-        launch_s=2.88e-6, latency_s=1.77e-6, hbm_share=0.717, shared_share=0.548, mxu_share=0.945, gather_share=0.359,
+        launch_s=2.88e-6, latency_s=1.77e-6, hbm_share=0.717, shared_share=0.548, mxu_share=0.945, gather_share=0.4,
         meet_s=9.1e-6, hop_s=0.913e-6,
     ),
     reasons=(

@@ -36,6 +36,8 @@ class SoftmaxStep(Instruction, engine="VEC", opcode=0x3B):
     key: int = 0
     keys: int = 0
     window: int = 0
+    temper: float = 0.0
+    every: int = 1
     writes = ("p", "m", "l", "sums")
     updates = ("m", "l", "sums")
 

@@ -194,9 +194,11 @@ class Matmul(Instruction, engine="MXU", opcode=0x20):
 
 @dataclass(frozen=True, kw_only=True)
 class Drain(Instruction, engine="VEC", opcode=0x30):
-    """dst = f((acc + bias) * scale) [* (up + up_bias) * scale] + residual, in FP32, rounded to dst's format.
+    """dst = f(alpha * y) / alpha [* (z + shift)] + residual, in FP32, rounded to dst's format, of
+    y = (acc + bias) * scale and z = (up + up_bias) * scale.
 
-    acc, up f32 [m, n] in accumulators, biases f32 [1, n], residual f32 [m, n]. With `up`, a GLU pair."""
+    acc, up f32 [m, n] in accumulators, biases [1, n], residual f32 [m, n]. With `up`, a GLU pair, of which a limit
+    above 0 caps y at limit and z at +-limit."""
 
     dst: Region
     acc: Region
@@ -206,6 +208,9 @@ class Drain(Instruction, engine="VEC", opcode=0x30):
     residual: Region | None = None
     scale: float = 1.0
     activation: Activation = ""
+    alpha: float = 1.0
+    limit: float = 0.0
+    shift: float = 0.0
     writes = ("dst",)
 
     def _side(self, at: Spaces, acc: Region, bias: Region | None) -> np.ndarray:
@@ -216,15 +221,19 @@ class Drain(Instruction, engine="VEC", opcode=0x30):
 
     def run(self, at: Spaces) -> None:
         y = self._side(at, self.acc, self.bias)
+        if self.limit:
+            y = np.minimum(y, np.float32(self.limit))
         if self.activation:
-            y = FUNCTIONS[self.activation](y)
+            y = FUNCTIONS[self.activation](np.float32(self.alpha) * y) / np.float32(self.alpha)
         if self.up is not None:
-            y = y * self._side(at, self.up, self.up_bias)
+            z = self._side(at, self.up, self.up_bias)
+            y = y * ((np.clip(z, -self.limit, self.limit) if self.limit else z) + np.float32(self.shift))
         at.write(self.dst, y if self.residual is None else y + at.read(self.residual))
 
     def cost(self, spec: ChipSpec) -> Cost:
         n = self.dst.rows * self.dst.cols
         steps = 1 + sum(r is not None for r in (self.up, self.up, self.bias, self.up_bias, self.residual))
+        steps += 2 * (self.limit > 0) + 2 * (self.alpha != 1) + (self.shift != 0)
         exps = n if self.activation in EXP_CALLS else 0
         return Cost(cycles=float(vector_cycles(spec, n * steps, exps)), latency_s=spec.depth / spec.clock_hz)
 
@@ -412,8 +421,12 @@ def visible(scores: np.ndarray, query: int, pack: int, key: int, keys: int, wind
 
 
 def masked(i: Any, s: np.ndarray) -> np.ndarray:
-    """Products of queries and keys [rows, n], float64, as instruction `i` scales, caps and masks them."""
+    """Products of queries and keys [rows, n], float64, as instruction `i` scales, caps, tempers and masks them: times
+    1 + temper * ln(1 + floor((position + 1) / every)), by the query's position."""
     s = capped(s * i.scale, i.softcap)
+    if i.temper:
+        position = i.query + np.arange(len(s))[:, None] // i.pack
+        s = s * (1 + i.temper * np.log1p((position + 1) // i.every))
     return np.where(visible(s, i.query, i.pack, i.key, i.keys, i.window), s, NEVER)
 
 
@@ -444,6 +457,8 @@ class Softmax(Instruction, engine="VEC", opcode=0x38):
     key: int = 0
     keys: int = 0
     window: int = 0
+    temper: float = 0.0
+    every: int = 1
     writes = ("p", "m", "l", "alpha")
     updates = ("m", "l")
 
@@ -537,6 +552,8 @@ class Attend(Instruction, engine="ATT", opcode=0x40):
     key: int = 0
     keys: int = 0
     window: int = 0
+    temper: float = 0.0
+    every: int = 1
     writes = ("sums", "m", "l")
     updates = ("sums", "m", "l")
 

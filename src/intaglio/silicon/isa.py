@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any, Literal, get_args, get_origin
 
-import intaglio.silicon.fused  # noqa: F401  (defines its own, and brings in the others)
+import intaglio.silicon.fused
+import intaglio.silicon.routing  # noqa: F401  (likewise)
 from intaglio.silicon.instruction import ENGINES, OPCODES, WORD, Instruction, Steps, own_fields
 from intaglio.silicon.memory import FORMATS, SPACES, Region
 
@@ -20,7 +21,7 @@ DOES = {
 }
 HEAD = """# The instruction set
 
-Written by `intaglio isa --page` from `src/intaglio/silicon/instructions.py`; a test holds it fresh.
+Written by `intaglio isa --page` from the classes in `src/intaglio/silicon/`; a test holds it fresh.
 
 A core has {engines} engines: {what}. Each is an in-order queue and counts what it has finished. An instruction may
 start when the engines' counters have reached the numbers it waits for; that is all the order there is between engines.

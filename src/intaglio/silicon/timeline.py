@@ -64,6 +64,12 @@ class Timeline:
             out["launch, ramps and tails"] += max(0.0, e.seconds - own)
         return dict(out)
 
+    @property
+    def limit(self) -> tuple[str, float]:
+        """What most of the time is spent on, in words, and the seconds of it."""
+        engine, seconds = max(self.stalls().items(), key=lambda item: item[1])
+        return ENGINE_NAMES.get(engine, engine), seconds
+
     def totals(self) -> Timing:
         """All entries as one."""
         return sum((e.timing for e in self.entries), Timing(0.0))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +15,9 @@ from rich.table import Table
 from intaglio.chips import CHIPS, chip
 from intaglio.chips import replace as other_chip
 from intaglio.program import Program
+
+if TYPE_CHECKING:
+    from intaglio.tools.simulate import Answer
 
 out = Console(highlight=False, emoji=False)
 MODELLED = "All times are modelled, none is measured. share: FLOPs over the peak of all chips."
@@ -56,11 +60,40 @@ def modelled(program: Program, chip_name: str = "sohu") -> str:
     return "\n".join(lines)
 
 
+LAYOUTS = ("tp8", "tp4pp2", "tp2pp4", "pp8")  # of eight chips
+
+
+def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
+    """Print what the chip of the public claim makes of the claim's question: docs/sohu.md writes it up."""
+    from intaglio.tools.simulate import Serving, answers
+
+    formats = ("fp8row", "int8", "fp8")  # weights, keys and values, rows
+    by_layout(answers("llama-3-70b", chip("sohu"), layouts, Serving(2048, 128), *formats))
+
+
+def by_layout(found: Sequence[Answer]) -> None:
+    """Print layouts beside each other: rates and shares, then what limits each and what would help it most."""
+    table = Table("layout", "step ms", "in + out/s", "out/s", "FLOPS", "HBM", "links")
+    for a in found:
+        p = a.mixed
+        rates = (f"{n / p.period:,.0f}" for n in (p.tokens, p.new))
+        shares = (f"{v:.0%}" for v in (p.flops_share, p.slowest.hbm_share(), p.slowest.link_share()))
+        table.add_row(a.layout, f"{p.period * 1e3:.2f}", *rates, *shares)
+    out.print(table)
+    for a in found:
+        limit, seconds = a.mixed.slowest.limit
+        share = f"{seconds / a.mixed.slowest.seconds:.0%} of the step"
+        out.print(f"{a.layout}: bound by {limit}, {share}; helps most: {a.change}, {a.gain:.2f}x", markup=False)
+
+
 def simulate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, config.json, or a card such as llama-3-70b.")],
     chip_name: ChipName = "sohu",
     chips: Annotated[int, typer.Option(min=1, help="Chips; with --layout they must be as many as its ranks.")] = 1,
-    layout: Annotated[str | None, typer.Option(help="Such as tp4pp2. Default: tensor parallel over all chips.")] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Such as tp4pp2; several with commas are compared. Default: tensor parallel over all chips."),
+    ] = None,
     input: Annotated[int, typer.Option(min=1, help="Prompt tokens of a request.")] = 2048,
     output: Annotated[int, typer.Option(min=1, help="New tokens of a request.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Requests that start in every step.")] = 1,
@@ -73,25 +106,34 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Time a model's serving steps on a chip: prefill, decode, and the mixed step of the steady state."""
+    from intaglio.compiler import Layout
     from intaglio.silicon.timeline import chrome_trace
-    from intaglio.tools.simulate import Serving, Simulation, ported, ranks, what_helps
+    from intaglio.tools.simulate import Serving, Simulation, answers, ported, stages, what_helps
 
-    spec, layout = changed(chip_name, set_field), layout or f"tp{chips}"
-    programs = ranks(ported(model, None), layout, weights, kv_format, activations)
-    if chips not in (1, len(programs)):
-        raise ValueError(f"--chips {chips} but layout {layout} has {len(programs)} ranks")
-    serving = Serving(input, output, batch)
+    spec, layout, serving = changed(chip_name, set_field), layout or f"tp{chips}", Serving(input, output, batch)
+    many = {Layout.parse(each).ranks for each in layout.split(",")}
+    if chips != 1 and many != {chips}:
+        raise ValueError(f"--chips {chips} but layout {layout} has {', '.join(map(str, sorted(many)))} ranks")
+    if "," in layout:
+        found = answers(model, spec, layout.split(","), serving, weights, kv_format, activations)
+        if as_json:
+            print(json.dumps([a.as_dict() for a in found], indent=2))
+        else:
+            by_layout(found)
+            out.print(MODELLED, markup=False)
+        return
+    programs = stages(ported(model, None), layout, weights, kv_format, activations)
     simulation = Simulation.of(programs, spec, layout)
     phases = simulation.phases(serving)
     changes = what_helps(programs, spec, layout, serving) if helps else []
     if trace:
         trace.write_text(chrome_trace(phases[-1].stages))
     if as_json:
-        facts = {"model": programs[0].name, "chip": spec.name, "layout": layout, "chips": len(programs)}
+        facts = {"model": programs[0].name, "chip": spec.name, "layout": layout, "chips": simulation.chips}
         print(json.dumps({**facts, "phases": [p.as_dict() for p in phases], "what_helps": dict(changes)}, indent=2))
         return
     out.print(
-        f"{programs[0].name} on {len(programs)} x {spec.name}, {layout}; {spec.what}", markup=False, soft_wrap=True
+        f"{programs[0].name} on {simulation.chips} x {spec.name}, {layout}; {spec.what}", markup=False, soft_wrap=True
     )
     table = Table("phase", "step ms", "latency ms", "tokens/s", "new/s", "share", "HBM", "links", "W a chip")
     for p in phases:

@@ -14,7 +14,8 @@ from typing import Any
 from intaglio import formats
 from intaglio.chips import ChipError, ChipSpec
 from intaglio.chips import replace as other_chip
-from intaglio.compiler import Layout, build
+from intaglio.compiler import Layout, build, shard
+from intaglio.compiler.recipe import EACH, WHOLE
 from intaglio.models import Checkpoint, port, port_config
 from intaglio.ops import Linear
 from intaglio.program import Program
@@ -53,14 +54,12 @@ def ported(model: str, context: int | None) -> Program:
     return port_config(json.loads(path.read_text()), context, name=path.stem)
 
 
-def ranks(program: Program, layout: str, weights: str, kv_format: str, activations: str) -> tuple[Program, ...]:
-    """One compiled Program a rank, by the layout. `activations` fp8 rounds x of every FP8 product to FP8 rows."""
-    if layout == "tp1":
-        built: Sequence[Program] = (build(program, weights, kv_format),)
-    else:
-        from intaglio.compiler import build_mesh
-
-        built = build_mesh(program, layout, weights, kv_format, wire="bf16")
+def stages(program: Program, layout: str, weights: str, kv_format: str, activations: str) -> tuple[Program, ...]:
+    """One compiled Program a stage of the layout: its ranks are alike, so the first stands for all. `activations` fp8
+    rounds x of every FP8 product to FP8 rows."""
+    whole = build(program, weights, kv_format, passes=WHOLE)
+    first = shard(whole, layout, wire="bf16")[:: Layout.parse(layout).lanes]
+    built = (build(p, passes=EACH) for p in first)
     return tuple(rounded(p) if activations == "fp8" else p for p in built)
 
 
@@ -155,14 +154,13 @@ class Simulation:
 
     @classmethod
     def of(cls, programs: Sequence[Program], spec: ChipSpec, layout: str) -> Simulation:
-        """Ranks of a stage are alike, so one of each is planned. Raises ChipError if weights exceed HBM."""
-        lanes = len(programs) // Layout.parse(layout).pp
-        plans = tuple(Plan(p, spec) for p in programs[::lanes])
+        """`programs`: one a stage, as stages() gives them. Raises ChipError if weights exceed HBM."""
+        plans = tuple(Plan(p, spec) for p in programs)
         most = max(plan.weights for plan in plans)
         if most > spec.hbm_bytes:
             held = f"{spec.name} has {spec.hbm_bytes / 1e9:,.0f} GB of HBM"
             raise ChipError(f"{most / 1e9:,.1f} GB of weights a chip; {held}; use more chips or fewer bits")
-        return cls(spec, plans, len(programs), widest(plans))
+        return cls(spec, plans, Layout.parse(layout).ranks, widest(plans))
 
     def phase(self, name: str, load: Load, new: int) -> Phase:
         timelines = tuple(plan.run(load) for plan in self.plans)
@@ -197,6 +195,31 @@ def what_helps(programs: Sequence[Program], spec: ChipSpec, layout: str, s: Serv
         changed = other_chip(spec, **{field: scaled(spec, field, by) for field, by in factors.items()})
         out.append((name, base / Simulation.of(programs, changed, layout).phases(s)[-1].period))
     return sorted(out, key=lambda item: -item[1])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A layout's mixed step, and the single change of the chip that shortens it most, by how much."""
+
+    layout: str
+    mixed: Phase
+    change: str
+    gain: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"layout": self.layout, **self.mixed.as_dict(), "helps_most": self.change, "gain": self.gain}
+
+
+def answers(
+    model: str, spec: ChipSpec, layouts: Sequence[str], s: Serving, weights: str, kv_format: str, activations: str
+) -> list[Answer]:
+    """One question put to each layout."""
+    program, out = ported(model, None), []
+    for layout in layouts:
+        programs = stages(program, layout, weights, kv_format, activations)
+        change, gain = what_helps(programs, spec, layout, s)[0]
+        out.append(Answer(layout, Simulation.of(programs, spec, layout).phases(s)[-1], change, gain))
+    return out
 
 
 def scaled(spec: ChipSpec, field: str, by: float) -> Any:

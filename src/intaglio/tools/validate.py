@@ -25,6 +25,7 @@ FORMAT = {"bfloat16": "bf16", "float16": "f16", "fp8": "e4m3", "int8": "int8"}
 COLLECTIVE = {"alltoall": "all_to_all"}
 QUANTISE_LAUNCHES = 3  # kernels that find the largest value, scale, and round, before an FP8 product
 QUANTISE_BYTES = 8.0  # that they move for each value of a bf16 activation
+UNGATED = ((2688, 1856), (1024, 2688), (2048, 5120))  # hidden and inner width of Nemotron 3's experts: relu2, no gate
 ATTEND_LAUNCHES = 3  # kernels of one attention call: rope and pages, offsets, attention
 
 
@@ -65,9 +66,11 @@ def experts(spec: ChipSpec, row: Row) -> float:
     tokens, hidden, inner, top_k, n, tp, ep = whole(
         row, "tokens", "hidden", "intermediate", "top_k", "n_experts", "tp", "ep"
     )
-    counts = loads(tokens, top_k, n, ep, row["load"], in_order=spec.flash < 3)
-    format = FORMAT[row["dtype"]]
-    return experts_timing(spec, tokens, top_k, counts, n, hidden, max(1, inner // tp), format, format).seconds
+    older = spec.flash < 3  # benchmark: it put a gate before every model's experts
+    counts = loads(tokens, top_k, n, ep, row["load"], in_order=older)
+    format, gated = FORMAT[row["dtype"]], older or (hidden, inner) not in UNGATED
+    inner = max(1, inner // tp)
+    return experts_timing(spec, tokens, top_k, counts, n, hidden, inner, format, format, gated=gated).seconds
 
 
 def loads(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: bool) -> tuple[int, ...]:

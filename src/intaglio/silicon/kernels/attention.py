@@ -16,6 +16,7 @@ import numpy as np
 from intaglio.chips import ChipSpec
 from intaglio.silicon.fused import NAME, step_cycles
 from intaglio.silicon.instructions import attend_cycles, formats_bits, matmul_cycles, softmax_cycles, vector_cycles
+from intaglio.silicon.kernels.linear import BURST, HALF_BURST
 from intaglio.silicon.timing import Timing
 
 KEYS = {2: 64, 3: 128}  # in a tile, by generation; a tile is loaded whole even where a context ends inside it
@@ -73,6 +74,16 @@ def widen_seconds(spec: ChipSpec, h: Heads) -> float:
     values = KEYS[spec.flash] * (h.head_dim + h.v_dim)
     narrow = h.bits < 16 and not spec.att_lanes
     return float(vector_cycles(spec, WIDEN_OPS * values)) / spec.clock_hz if narrow else 0.0
+
+
+def both_fit(spec: ChipSpec, h: Heads) -> bool:
+    """Whether SRAM holds a tile of two jobs as it came and as it is widened: then one comes in while the other is."""
+    return RESIDENT * KEYS[spec.flash] * (h.head_dim + h.v_dim) * (h.bits / 8 + 2) <= spec.sram_bytes
+
+
+def burst_share(spec: ChipSpec, h: Heads) -> float:
+    """Bytes fetched for each byte of a key: rows of half a burst cost more."""
+    return HALF_BURST if h.head_dim * h.bits // 8 < BURST and not spec.prefetch else 1.0
 
 
 def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
@@ -138,7 +149,7 @@ def decode_seconds(spec: ChipSpec, h: Heads, part: Chunks) -> tuple[float, float
     n = np.array([count * h.kv_heads for _, _, count in part], float)
     rows = 2.0 ** np.ceil(np.log2(max(FEW, h.group)))
     work = float(tile_seconds(spec, h, rows))
-    tile_bytes = KEYS[spec.flash] * (h.head_dim + h.v_dim) * h.bits / 8
+    tile_bytes = KEYS[spec.flash] * (h.head_dim + h.v_dim) * h.bits / 8 * burst_share(spec, h)
     slots = spec.cores * (RESIDENT if spec.cores > 32 else 1)
     ring = max(2.0, min(16.0, spec.sram_bytes // (2 * tile_bytes))) if spec.persistent else 2.0
     results = float(n.sum()) * h.group * h.v_dim * 4
@@ -148,8 +159,10 @@ def decode_seconds(spec: ChipSpec, h: Heads, part: Chunks) -> tuple[float, float
         active = min(float(count.sum()), slots)
         shared = max(1.0, active / spec.cores)  # jobs on one core take turns
         load = max(tile_bytes * active / spec.hbm_rate, tile_bytes * shared / spec.port_rate)
-        period = max(load + widen_seconds(spec, h) * shared, work * shared, (load + work + c.latency_s) / ring)
-        once = 0.0 if spec.persistent else c.latency_s
+        widen = widen_seconds(spec, h) * shared
+        loaded = max(load, widen) if both_fit(spec, h) else load + widen
+        period = max(loaded, work * shared, (load + work + c.latency_s) / ring)
+        once = 0.0 if spec.persistent else c.latency_s + load + widen - loaded  # nothing to widen beside the first tile
         seconds = makespan(per * period + once, count, slots) + c.latency_s
         if parts > 1:
             seconds += (c.launch_s if spec.flash < 3 else 0.0) + c.latency_s + 2 * parts * results / spec.hbm_rate

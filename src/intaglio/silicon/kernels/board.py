@@ -12,7 +12,7 @@ from intaglio import formats
 from intaglio.batch import Batch
 from intaglio.chips import ChipSpec
 from intaglio.formats import E4M3, Quantised
-from intaglio.ops import Attend, Op, Tensor, Value
+from intaglio.ops import Op, Tensor, Value
 from intaglio.silicon.kernel import Heap, Kernel, Stream
 from intaglio.silicon.machine import Machine, Run
 from intaglio.silicon.memory import MachineError, Memory, Region
@@ -133,8 +133,6 @@ def refusal(op: Op, tensors: Mapping[str, Tensor]) -> str | None:
     """Why no kernel does this op; None if one does."""
     if op.kind not in KERNELS:
         return f"op {op.kind} at {op.site} has no kernel; there are kernels for {', '.join(sorted(KERNELS))}"
-    if isinstance(op, Attend) and op.temper:
-        return f"op attend at {op.site} has temper={op.temper}; its kernel takes window, chunk, softcap, sinks, latents"
     for name in op.inputs:
         t = tensors[name]
         if t.role == "weight" and formats.get(t.format).published:

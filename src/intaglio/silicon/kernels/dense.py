@@ -9,6 +9,7 @@ import numpy as np
 
 from intaglio import formats
 from intaglio.batch import Batch, Sampling
+from intaglio.chips import ChipSpec
 from intaglio.ops import Embed, HeadLinear, Linear, Map, Norm, Rope, Sample, Select, Tensor
 from intaglio.ops.elementwise import postfix
 from intaglio.silicon import instructions as do
@@ -31,20 +32,24 @@ def load(k: Kernel, tile: Region, src: Region) -> Region:
 class Operands:
     """The two sides of a product on one core: rings of tiles of x and of w, and how a step brings them in."""
 
-    def __init__(self, k: Kernel, x: Region, w: Region | Coded, x_format: str, tm: int, tn: int, tk: int) -> None:
-        self.k, self.x, self.w, self.x_format = k, x, w, x_format
+    def __init__(self, k: Kernel, x: Region, w: Region | Coded, x_format: str, tile: tuple[int, int, int]) -> None:
+        tm, tn, tk = tile
+        self.k, self.x, self.tk = k, x, tk
         self.whole = x_format == "fp8row"  # one scale a row: the row must be there before it is rounded
         depth = x.cols if self.whole else tk
         self.raw = k.ring(2, tm, depth, "f32")
         self.rounded = k.ring(2, tm, depth, ARRAY_FORMAT.get(x_format, x_format)) if x_format != "f32" else None
-        codes = w.codes if isinstance(w, Coded) else w
-        self.columns = k.ring(4, tn, tk, codes.format)
+        self.columns = k.ring(4, tn, tk, codes_of(w).format)
         self.scales = k.ring(2, tm, 1, "f32") if x_format in ARRAY_FORMAT else None
         self.column_scales = k.ring(4, 1, tn, w.turned.format) if isinstance(w, Coded) else None
 
+    def bring(self, rows: slice, depth: slice) -> Region:
+        """A piece of x as it stands."""
+        return load(self.k, self.raw.next(), self.x.part(rows, depth))
+
     def rows(self, rows: slice, depth: slice) -> tuple[Region, Region | None]:
         """A piece of x, rounded as the op says, and its scales."""
-        raw = load(self.k, self.raw.next(), self.x.part(rows, depth))
+        raw = self.bring(rows, depth)
         if self.rounded is None:
             return raw, None
         part = self.rounded.next().shaped(raw.rows, raw.cols)
@@ -55,17 +60,36 @@ class Operands:
         self.k.do(do.Quantise(codes=part, scale=scale, x=raw))
         return part, scale
 
-    def weights(self, columns: slice, depth: slice) -> tuple[Region, Region | None]:
+    def weights(self, w: Region | Coded, columns: slice, depth: slice) -> tuple[Region, Region | None]:
         """This step's piece of w, and its scales."""
-        if not isinstance(self.w, Coded):
-            return load(self.k, self.columns.next(), self.w.part(columns, depth)), None
+        if not isinstance(w, Coded):
+            return load(self.k, self.columns.next(), w.part(columns, depth)), None
         assert self.column_scales is not None
-        codes = load(self.k, self.columns.next(), self.w.codes.part(columns, depth))
-        group = depth.start // self.w.group
-        return codes, load(self.k, self.column_scales.next(), self.w.turned.part(slice(group, group + 1), columns))
+        codes = load(self.k, self.columns.next(), w.codes.part(columns, depth))
+        group = depth.start // w.group
+        return codes, load(self.k, self.column_scales.next(), w.turned.part(slice(group, group + 1), columns))
+
+    def multiply(self, rows: slice, sides: Sequence[tuple[Region, Region | Coded, slice]]) -> None:
+        """acc = x[rows] times w[columns] for each (acc, w, columns): all of K, in steps."""
+        for depth, groups in depths(sides[0][1], self.x.cols, self.tk, self.whole):
+            a, row_scale = self.rows(rows, depth)
+            for group in groups:
+                part = a.part(cols=slice(group.start - depth.start, group.stop - depth.start))
+                for acc, w, columns in sides:
+                    v, col_scale = self.weights(w, columns, group)
+                    how: dict[str, Any] = {
+                        "row_scale": row_scale,
+                        "col_scale": col_scale,
+                        "accumulate": group.start > 0,
+                    }
+                    self.k.do(do.Matmul(acc=acc, a=part, b=v, **how))
 
 
 ARRAY_FORMAT = {"int8": "int8", "fp8row": "e4m3"}  # what x with scales is multiplied as
+
+
+def codes_of(w: Region | Coded) -> Region:
+    return w.codes if isinstance(w, Coded) else w
 
 
 def depths(w: Region | Coded, k: int, tk: int, whole: bool) -> list[tuple[slice, list[slice]]]:
@@ -78,41 +102,38 @@ def depths(w: Region | Coded, k: int, tk: int, whole: bool) -> list[tuple[slice,
     return [(d, [slice(d.start + g.start, d.start + g.stop) for g in pieces(d.stop - d.start, w.group)]) for d in outer]
 
 
+def tile_of(
+    spec: ChipSpec, m: int, n: int, k: int, x_format: str, w: Region | Coded, glu: bool
+) -> tuple[int, int, int]:
+    """Rows and columns of a tile of the result, and the depth of a step, for which SRAM has room beside all rings."""
+    tm, tn = best_tile(spec, max(1, m), n, k, ARRAY_FORMAT.get(x_format, x_format), codes_of(w).format, glu)
+    tk = w.group * -(-formats.SPAN // w.group) if isinstance(w, Coded) else min(k, step_depth(spec, 32))
+    while tm > 1 and tm * 10 * (k if x_format == "fp8row" else tk) + tn * 16 * tk > spec.sram_bytes // 2:
+        tm //= 2
+    return tm, tn, tk
+
+
 @kernel("linear")
 def linear(b: Board, op: Linear, t: Tensors, batch: Batch) -> list[Stream]:
     """Tiles of the result dealt to cores; each runs over K through rings of both operands, then drains with everything
     that is to be done to it. A GLU pair keeps two accumulators."""
     x, out, w = b.at(op.x), b.at(op.out), b.places[op.w]
-    n, half = out.cols, out.cols if op.glu else 0
-    codes = w.codes if isinstance(w, Coded) else w
-    multiplied = ARRAY_FORMAT.get(op.x_format, op.x_format)
-    tm, tn = best_tile(b.spec, max(1, x.rows), n, x.cols, multiplied, codes.format, op.glu)
-    whole = op.x_format == "fp8row"
-    tk = w.group * -(-formats.SPAN // w.group) if isinstance(w, Coded) else min(x.cols, step_depth(b.spec, 32))
-    while tm > 1 and (tm * 10 * (x.cols if whole else tk) + tn * 16 * tk > b.spec.sram_bytes // 2):
-        tm //= 2
-    jobs = [(r, c) for r in pieces(x.rows, tm) for c in pieces(n, tn)]
+    half = out.cols if op.glu else 0
+    tm, tn, tk = tile_of(b.spec, x.rows, out.cols, x.cols, op.x_format, w, op.glu)
+    jobs = [(r, c) for r in pieces(x.rows, tm) for c in pieces(out.cols, tn)]
     streams = []
     for k, mine in deal(b.spec, jobs, op.site):
-        side = Operands(k, x, w, op.x_format, tm, tn, tk)
+        side = Operands(k, x, w, op.x_format, (tm, tn, tk))
         gate, up = k.tile(tm, tn, "f32", "acc"), k.tile(tm, tn, "f32", "acc") if half else None
-        extra = [k.tile(1, tn, "f32") if op.bias else None for _ in range(2)]
+        extra = [k.tile(1, tn, b.at(op.bias).format) if op.bias else None for _ in range(2)]
         residual, result = k.tile(tm, tn, "f32") if op.residual else None, k.ring(2, tm, tn, "f32")
         for rows, columns in mine:
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             accs = [gate.shaped(*shape), *([up.shaped(*shape)] if up else [])]
-            for depth, groups in depths(w, x.cols, tk, whole):
-                a, row_scale = side.rows(rows, depth)
-                for group in groups:
-                    part = a.part(cols=slice(group.start - depth.start, group.stop - depth.start))
-                    for j, acc in enumerate(accs):
-                        v, col_scale = side.weights(slice(columns.start + j * half, columns.stop + j * half), group)
-                        first = group.start == 0
-                        k.do(
-                            do.Matmul(
-                                acc=acc, a=part, b=v, row_scale=row_scale, col_scale=col_scale, accumulate=not first
-                            )
-                        )
+            side.multiply(
+                rows,
+                [(acc, w, slice(columns.start + j * half, columns.stop + j * half)) for j, acc in enumerate(accs)],
+            )
             drain(k, b, op, rows, columns, accs, extra, residual, result.next().shaped(*shape), half)
         streams.append(k.stream())
     return streams

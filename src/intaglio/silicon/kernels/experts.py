@@ -6,13 +6,14 @@ is a product of its own; routing, activation and combination are kernels of thei
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from intaglio.chips import ChipSpec
 from intaglio.silicon.instructions import formats_bits, matmul_cycles, vector_cycles
-from intaglio.silicon.kernels.linear import KEPT, step_depth
+from intaglio.silicon.kernels.linear import BURST, HALF_BURST, KEPT, step_depth
 from intaglio.silicon.timing import Timing
 
 ROW_GRAIN = 16  # values: rows of another length are not loaded in vectors
@@ -33,24 +34,48 @@ def move(spec: ChipSpec, moved: float) -> float:
     return spec.constants.launch_s + moved / rate
 
 
-def grouped(spec: ChipSpec, counts: np.ndarray, n: int, k: int, x_format: str, w_format: str, w_bits: float) -> Timing:
+@dataclass(frozen=True)
+class Tiles:
+    """Rows and columns that a tile may have, and bytes of K in a step."""
+
+    rows: tuple[int, ...] = BLOCKS
+    columns: tuple[int, ...] = COLUMNS
+    step_bytes: int = BURST
+
+
+def tiles_of(spec: ChipSpec, tokens: int, experts: int, narrow: bool) -> Tiles:
+    """What the kernel chooses from. A compiled schedule takes the best, and so does a kernel tuned for FP8; a serving
+    engine's bf16 kernel goes by a rule of thumb (get_default_config of vLLM, the older one and that of 0.17)."""
+    if narrow or spec.prefetch or spec.persistent:
+        return Tiles()
+    if spec.flash < 3:
+        return Tiles((16,), (32,), 128) if tokens <= experts else Tiles((64,), (64,), 64)
+    rows = next((rows for most, rows in ((32, 16), (96, 32), (512, 64)) if tokens <= most), 128)
+    return Tiles((rows,), (64,), 256) if tokens <= 64 else Tiles((rows,), (128,), 128)
+
+
+def grouped(
+    spec: ChipSpec, tokens: int, counts: np.ndarray, n: int, k: int, x_format: str, w_format: str, w_bits: float
+) -> Timing:
     """One grouped product: rows counts[e] of x times w[e] [n, k], for every expert e with rows."""
     c = spec.constants
+    run = max(spec.runs_as(x_format), spec.runs_as(w_format), key=formats_bits)
+    narrow = w_format == "e4m3" and not spec.persistent
+    tiles = tiles_of(spec, tokens, len(counts), formats_bits(run) < 16)
     counts = counts[counts > 0]
     if not len(counts):
         return Timing(c.launch_s)
-    run = max(spec.runs_as(x_format), spec.runs_as(w_format), key=formats_bits)
-    narrow = w_format == "e4m3" and not spec.persistent
-    x_bits, tk = formats_bits(x_format), step_depth(spec, formats_bits(run))
+    x_bits, tk = formats_bits(x_format), step_depth(spec, formats_bits(run)) * tiles.step_bytes // BURST
     steps = -(-k // tk)
-    over: float = OVERFETCH if narrow else ODD_ROWS if k % ROW_GRAIN and not spec.prefetch else 1.0
+    over: float = HALF_BURST if tiles.step_bytes == BURST // 2 else 1.0
+    over = OVERFETCH if narrow else ODD_ROWS if k % ROW_GRAIN and not spec.prefetch else over
     weights = len(counts) * n * k * w_bits / 8 * over
     if narrow:  # blocks of 128 by 128 share a scale and are taken whole
         run = "bf16"
         weights *= -(-n // SCALE_BLOCK) * SCALE_BLOCK / n * -(-k // SCALE_BLOCK) * SCALE_BLOCK / k
     best: tuple[float, Timing] | None = None
-    for rows in BLOCKS:
-        for columns in COLUMNS:
+    for rows in tiles.rows:
+        for columns in tiles.columns:
             if rows * columns * 4 > spec.acc_bytes // 2:
                 continue
             blocks = float(np.ceil(counts / rows).sum())
@@ -83,10 +108,11 @@ def grouped(spec: ChipSpec, counts: np.ndarray, n: int, k: int, x_format: str, w
 @lru_cache(maxsize=4096)
 def experts_timing(
     spec: ChipSpec, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
-    x_format: str, w_format: str, w_bits: float = 0.0,
+    x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True,
 ) -> Timing:  # fmt: skip
     """A layer of routed experts on one rank: `counts` rows for each expert it holds, of tokens * top_k routed rows that
     all pass through activation and combination."""
+    sides = 2 if gated else 1
     w_bits = w_bits or formats_bits(w_format)
     held = np.array(counts)
     rows = float(held.sum()) if formats_bits(x_format) < 16 else tokens * top_k
@@ -97,13 +123,13 @@ def experts_timing(
     parts = [routing]
     if narrow:
         parts.append(Timing(move(spec, tokens * hidden * 3.0)))
-    parts.append(grouped(spec, held, 2 * inner, hidden, x_format, w_format, w_bits))
-    parts.append(Timing(move(spec, rows * inner * 6.0)))
+    parts.append(grouped(spec, tokens, held, sides * inner, hidden, x_format, w_format, w_bits))
+    parts.append(Timing(move(spec, rows * inner * 2.0 * (sides + 1))))
     if narrow:
         parts.append(Timing(move(spec, rows * inner * 3.0)))
-    parts.append(grouped(spec, held, hidden, inner, x_format, w_format, w_bits))
+    parts.append(grouped(spec, tokens, held, hidden, inner, x_format, w_format, w_bits))
     elsewhere = tokens * top_k - float(held.sum())
     if elsewhere > 0 and not narrow:  # rows of experts that other ranks hold are set to zero
-        parts.append(Timing(elsewhere * (2 * inner + hidden) * 2 / spec.hbm_rate))
+        parts.append(Timing(elsewhere * (sides * inner + hidden) * 2 / spec.hbm_rate))
     parts.append(Timing(move(spec, rows * hidden * 2.0 + tokens * hidden * 2.0)))
     return sum(parts[1:], parts[0])

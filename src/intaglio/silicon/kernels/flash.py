@@ -177,7 +177,8 @@ def one_step(
 ) -> None:  # fmt: skip
     """One tile of keys: by the fused engine, or product, softmax, rescale, product."""
     sums, m, length = state
-    how = {**how, "scale": op.scale, "softcap": op.softcap, "window": op.window}
+    how |= {"scale": op.scale, "softcap": op.softcap, "window": op.window}
+    how |= {"temper": op.temper, "every": op.temper_every}
     if b.spec.att_lanes:
         k.do(do.Attend(sums=sums, m=m, l=length, q=q, k=keys, v=values, **how))
         return

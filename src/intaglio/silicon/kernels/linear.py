@@ -16,7 +16,8 @@ from intaglio.silicon.instructions import formats_bits, matmul_cycles, vector_cy
 from intaglio.silicon.timing import Timing, spread
 
 SPLITS = (1, 2, 3, 4, 6, 8, 16, 32)
-DEPTH_BYTES = 128  # of K in one step: a burst of HBM
+BURST = 128  # bytes of HBM that come together; of K in one step
+HALF_BURST = 1.3  # times the bytes, where a row's piece is half a burst: the other half comes too, and at times again
 MOST_STAGES = 8
 KEPT = 0.8  # of the shared level: the rest is in flight, or belongs to others
 WIDE = ("f32", "bf16", "f16")
@@ -33,7 +34,7 @@ def choices(tiles: tuple[tuple[int, int], ...], cores: int) -> tuple[np.ndarray,
 
 def step_depth(spec: ChipSpec, bits: int) -> int:
     """K values in one step: a burst's worth, or what four passes of a large array take."""
-    return max(DEPTH_BYTES * 8 // bits, 4 * spec.array[2] if spec.array[2] >= 128 else 0)
+    return max(BURST * 8 // bits, 4 * spec.array[2] if spec.array[2] >= 128 else 0)
 
 
 def traffic(spec: ChipSpec, m: Any, n: Any, k: Any, tm: Any, tn: Any, split: Any, x_bytes: float, w_bytes: float,
