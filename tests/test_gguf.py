@@ -10,6 +10,8 @@ import pytest
 from test_published import logits, typical
 from tiny import tiny, truth
 
+from intaglio.compiler import build
+from intaglio.devices import StateSpec, open_device
 from intaglio.formats import Quantised
 from intaglio.models import Checkpoint, PortError, port
 
@@ -105,9 +107,11 @@ def test_gguf(tmp_path, arch, kind):
         assert isinstance(got, Quantised) == (want.ndim == 2 and kind != "F32")
         np.testing.assert_array_equal(got.rows(slice(None)) if isinstance(got, Quantised) else got, want)
     limit = 2e-4 if kind == "F32" else 0.05
-    assert typical(logits(file, "reference"), truth(plain, list(range(40)))) < limit
-    if kind == "F32":
-        assert typical(logits(file, "host"), truth(plain, list(range(40)))) < limit
+    wanted = truth(plain, list(range(40)))
+    for device in ("reference", "host"):
+        assert typical(logits(file, device), wanted) < limit
+    held = open_device("host").load(build(port(c)), c, StateSpec(4, 16)).packed_bytes
+    assert held < 1.1 * file.stat().st_size
     assert c.identity() == Checkpoint.open(tmp_path).identity()  # the folder of an only GGUF file is that file
 
 
