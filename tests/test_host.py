@@ -329,6 +329,7 @@ def test_packing_is_the_formats_own(format: str, rng: np.random.Generator) -> No
             .astype(formats.get(source).dtype)
         )
         stored[0] = 0
+        stored[1, rng.integers(k)] = rng.choice([np.nan, np.inf, -np.inf])
         wide = stored.astype(np.float32)
         want = formats.quantise(wide, format).rows(slice(None)) if fmt.grouped else formats.round_to(wide, format)
         for glu in (False, True):

@@ -197,7 +197,8 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
     int8: scale = max|w| / 127, codes -127..127. int4: the value of largest magnitude maps to -8, so that all sixteen
     codes are used (the choice of llama.cpp's Q4_0); codes -8..7. fp8: max|w| maps to 448, E4M3's largest. mxfp4: the
     power of two that brings max|w| into 4..8 (OCP Microscaling Formats 1.0, 6.3), rounded to E2M1 and at most 6; its
-    codes are twice the value, -12..12, so that they are whole, and its scales half.
+    codes are twice the value, -12..12, so that they are whole, and its scales half. A group, or row with one scale,
+    that holds NaN or infinity has NaN for its scale: it is NaN as a whole, and says so in every result.
     """
     fmt = get(name)
     if not fmt.grouped or fmt.published:
@@ -218,11 +219,11 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
         raw = np.where(-low >= high, low, high) / np.float32(-8)
     else:
         raw = peak / np.float32(127 if fmt.integer else 448)
-    scales = np.where(peak < TINY, np.float32(0), raw)
+    scales = np.where(peak < TINY, np.float32(0), np.where(np.isfinite(peak), raw, np.float32(np.nan)))
     if fmt.scale_bits == 16:
         scales = round_to(scales, "bf16")
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
-    codes = _codes(groups * inverse[:, :, None], fmt)
+    codes = _codes(np.where(np.isfinite(scales)[:, :, None], groups, 0) * np.nan_to_num(inverse)[:, :, None], fmt)
     return Quantised(codes.reshape(len(x), -1)[:, : x.shape[1]].copy(), scales, group, format=name)
 
 
