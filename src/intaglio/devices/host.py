@@ -84,7 +84,7 @@ def native_codes(codes: np.ndarray, format: str) -> np.ndarray:
     fmt = formats.get(format)
     if fmt.family == "mxfp4":
         return LEVEL[codes.astype(np.int16) + 12]
-    return (codes.astype(np.int16) - fmt.lowest).astype(np.uint8) if fmt.integer else codes.view(np.uint8)
+    return codes.view(np.uint8) - np.uint8(fmt.lowest & 255) if fmt.integer else codes.view(np.uint8)
 
 
 def fill_codes(weight: _native.Weight, rows: Quantised, first: int, threads: int) -> None:
