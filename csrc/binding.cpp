@@ -70,15 +70,32 @@ T lookup(const std::map<std::string, T>& table, const std::string& name, const c
   return at->second;
 }
 
-const std::map<std::string, std::pair<Fmt, bool>> kFormats = {  // and whether a row has one scale
-    {"f32", {Fmt::F32, false}}, {"f16", {Fmt::F16, false}}, {"bf16", {Fmt::BF16, false}}, {"int8", {Fmt::I8, false}},
-    {"int4", {Fmt::I4, false}}, {"mxfp4", {Fmt::MX4, false}}, {"fp8", {Fmt::FP8, false}}, {"int8row", {Fmt::I8, true}},
-    {"fp8row", {Fmt::FP8, true}}};
+const std::map<std::string, Fmt> kFormats = {
+    {"f32", Fmt::F32}, {"f16", Fmt::F16}, {"bf16", Fmt::BF16}, {"int8", Fmt::I8}, {"int4", Fmt::I4}, {"uint4", Fmt::U4},
+    {"mxfp4", Fmt::MX4}, {"q4_k", Fmt::K4}, {"q6_k", Fmt::K6}, {"fp8", Fmt::FP8}};
 const std::map<std::string, Source> kSources = {{"f32", Source::F32}, {"f16", Source::F16}, {"bf16", Source::BF16}};
 const std::map<std::string, Kind> kKinds = {
     {"embed", Kind::Embed}, {"select", Kind::Select}, {"norm", Kind::Norm}, {"linear", Kind::Linear}, {"rope", Kind::Rope},
     {"kv_write", Kind::KvWrite}, {"attend", Kind::Attend}, {"map", Kind::Map}, {"sample", Kind::Sample},
     {"route", Kind::Route}, {"experts", Kind::Experts}, {"head_linear", Kind::HeadLinear}, {"exchange", Kind::Exchange}};
+
+// A family of intaglio.formats: codes, "row" if a row has one scale, and what scales are kept in where it is not bf16.
+Format format_of(const std::string& family) {
+  if (auto plain = kFormats.find(family); plain != kFormats.end()) {
+    const Fmt fmt = plain->second;
+    return {fmt, fmt == Fmt::FP8 ? Scale::F32 : fmt == Fmt::K4 || fmt == Fmt::K6 ? Scale::F16 : Scale::BF16, false};
+  }
+  std::string name = family;
+  auto drop = [&](const std::string& end) {
+    const bool has = name.size() > end.size() && name.ends_with(end);
+    if (has) name.resize(name.size() - end.size());
+    return has;
+  };
+  const bool half = drop("f16"), single = !half && drop("f32"), row = drop("row");
+  Format format = {lookup(kFormats, name, "format"), half ? Scale::F16 : single ? Scale::F32 : Scale::BF16, row};
+  if (format.fmt == Fmt::FP8) format.scale = Scale::F32;
+  return format;
+}
 
 // Rows arrive as bytes: NumPy has no bfloat16 of its own.
 void fill(PackedWeight& self, nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> bytes,
@@ -86,22 +103,31 @@ void fill(PackedWeight& self, nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_cont
   Source source = lookup(kSources, type, "source type");
   int64_t wanted = count * self.w.k * (source == Source::F32 ? 4 : 2);
   if (int64_t(bytes.size()) != wanted) throw std::invalid_argument("rows are not [count, k] of their type");
+  if (!self.w.quantises()) throw std::invalid_argument("a format that is only read takes codes, not values");
   const void* p = bytes.data();
   nb::gil_scoped_release unlocked;
   self.fill(p, source, first, count, threads);
 }
 
-// Codes [count, k] a byte each, and the scales [count, groups] of their groups.
-void fill_codes(PackedWeight& self, nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> codes,
-                nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu> scales, int64_t first, int threads) {
+// Codes [count, k] a byte each; the scales [count, groups] of their groups; their zeros or minima alike, and [count, blocks]
+// the units of both, as the format has them.
+using Table = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+void fill_codes(PackedWeight& self, nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> codes, Table scales,
+                const std::optional<Table>& lows, const std::optional<Table>& units, const std::optional<Table>& low_units,
+                int64_t first, int threads) {
   const Weight& w = self.w;
   const int64_t count = int64_t(codes.shape(0)), groups = w.group ? (w.k + w.group - 1) / w.group : 0;
-  if (!w.group || int64_t(codes.shape(1)) != w.k || int64_t(scales.shape(0)) != count || int64_t(scales.shape(1)) != groups)
-    throw std::invalid_argument("codes are [count, k] and scales [count, groups] of a weight in groups");
-  const uint8_t* c = codes.data();
-  const float* s = scales.data();
+  auto is = [&](const std::optional<Table>& t, bool wanted, int64_t columns) {
+    return wanted == bool(t) && (!t || (int64_t(t->shape(0)) == count && int64_t(t->shape(1)) == columns));
+  };
+  if (!w.group || int64_t(codes.shape(1)) != w.k || !is(scales, true, groups) ||
+      !is(lows, w.fmt == Fmt::U4 || w.fmt == Fmt::K4, groups) || !is(units, w.block() > 1, groups / w.block()) ||
+      !is(low_units, w.fmt == Fmt::K4, groups / w.block()))
+    throw std::invalid_argument("codes are [count, k], scales and zeros or minima [count, groups], units [count, blocks]");
+  auto at = [](const std::optional<Table>& t) { return t ? t->data() : nullptr; };
+  const CodedRows rows{codes.data(), scales.data(), at(lows), at(units), at(low_units)};
   nb::gil_scoped_release unlocked;
-  self.fill_codes(c, s, first, count, threads);
+  self.fill_codes(rows, first, count, threads);
 }
 
 void unpack(const PackedWeight& self, int64_t row, Floats out) {
@@ -189,11 +215,10 @@ double read_bandwidth(int threads, int megabytes, int runs, const std::string& i
 double matrix_peak(int threads, const std::string& format, int group, int runs, const std::string& isa) {
   const Kernels* kernels = kernels_of(isa);
   constexpr int64_t rows = 96, depth = 1024, repeats = 96;
-  const auto [fmt, row] = lookup(kFormats, format, "format");
   std::vector<std::unique_ptr<PackedWeight>> weights;
   std::vector<std::vector<float>> memory;
   for (int i = 0; i < threads; i++) {
-    weights.push_back(std::make_unique<PackedWeight>(fmt, row, kPanel, depth, group, false));
+    weights.push_back(std::make_unique<PackedWeight>(format_of(format), kPanel, depth, group, false));
     memory.emplace_back(rows * depth * 2 + kRows * kPanel + rows * kPanel, 0.0f);
   }
   return 2.0 * rows * depth * kPanel * repeats * best_rate(threads, runs, repeats, [&](int thread, int64_t) {
@@ -212,14 +237,15 @@ NB_MODULE(_native, m) {
   m.def("matrix_peak", &matrix_peak, "threads"_a, "format"_a, "group"_a = 0, "runs"_a = 20, "isa"_a = isas().front());
   nb::class_<PackedWeight>(m, "Weight")
       .def("__init__", [](PackedWeight* self, const std::string& format, int64_t n, int64_t k, int64_t group, bool glu) {
-             const auto [fmt, row] = lookup(kFormats, format, "format");
-             new (self) PackedWeight(fmt, row, n, k, group, glu);
+             new (self) PackedWeight(format_of(format), n, k, group, glu);
            }, "format"_a, "n"_a, "k"_a, "group"_a, "glu"_a)
       .def("fill", &fill)
-      .def("fill_codes", &fill_codes)
+      .def("fill_codes", &fill_codes, "codes"_a, "scales"_a, "lows"_a.none(), "units"_a.none(), "low_units"_a.none(), "first"_a, "threads"_a)
       .def("map", &PackedWeight::map, "file"_a, "offset"_a, "writable"_a)
       .def("unpack", &unpack)
       .def("image", [](const PackedWeight& w) { return nb::bytes(w.memory.data(), size_t(w.memory.size())); })
+      .def_prop_ro("bits", [](const PackedWeight& w) { return w.w.bits(); })
+      .def_prop_ro("quantises", [](const PackedWeight& w) { return w.w.quantises(); })
       .def_prop_ro("nbytes", [](const PackedWeight& w) { return w.memory.size(); });
   nb::class_<Edits>(m, "Edits")
       .def("__init__", [](Edits* self, Ints first, Ints ids, Floats scale, Floats add, Ints mask_of, decltype(Edits::masks) masks) {
@@ -248,7 +274,7 @@ NB_MODULE(_native, m) {
              return e.add_tensor(std::move(t));
            })
       .def("cache", [](Executable& e, int64_t pages, int heads, int head_dim, const std::string& format, bool keys) {
-             return e.add_tensor(e.make_cache(pages, heads, head_dim, lookup(kFormats, format, "format").first, keys));
+             return e.add_tensor(e.make_cache(pages, heads, head_dim, format_of(format).fmt, keys));
            })
       .def("op", [](Executable& e, const std::string& kind, std::vector<int> tensors, std::vector<int64_t> ints,
                     std::vector<double> floats, std::vector<int32_t> code, std::vector<float> numbers) {

@@ -33,8 +33,8 @@ int64_t lay_rows(const Weight& w, bool x_bf16, int64_t rows, uint8_t* at, Rows* 
   return starts + aligned(rows * groups * 4);
 }
 
-PackedWeight::PackedWeight(Fmt fmt, bool row, int64_t n, int64_t k, int64_t group, bool glu)
-    : w(weight_layout(fmt, row, n, k, group, glu)), memory(w.panels * w.panel_bytes) {
+PackedWeight::PackedWeight(const Format& format, int64_t n, int64_t k, int64_t group, bool glu)
+    : w(weight_layout(format, n, k, group, glu)), memory(w.panels * w.panel_bytes) {
   w.data = memory.data();
 }
 
@@ -55,8 +55,8 @@ void PackedWeight::fill(const void* rows, Source type, int64_t first, int64_t co
   share(first, count, threads, [&](int64_t begin, int64_t end) { pack_rows(w, rows, type, first, count, begin, end); });
 }
 
-void PackedWeight::fill_codes(const uint8_t* codes, const float* scales, int64_t first, int64_t count, int threads) {
-  share(first, count, threads, [&](int64_t begin, int64_t end) { pack_coded(w, codes, scales, first, count, begin, end); });
+void PackedWeight::fill_codes(const CodedRows& rows, int64_t first, int64_t count, int threads) {
+  share(first, count, threads, [&](int64_t begin, int64_t end) { pack_coded(w, rows, first, count, begin, end); });
 }
 
 void PackedWeight::map(int file, int64_t offset, bool writable) {

@@ -14,9 +14,9 @@ namespace intaglio {
 struct PackedWeight {
   Weight w;
   Memory memory;
-  PackedWeight(Fmt fmt, bool row, int64_t n, int64_t k, int64_t group, bool glu);
+  PackedWeight(const Format& format, int64_t n, int64_t k, int64_t group, bool glu);
   void fill(const void* rows, Source type, int64_t first, int64_t count, int threads);
-  void fill_codes(const uint8_t* codes, const float* scales, int64_t first, int64_t count, int threads);
+  void fill_codes(const CodedRows& rows, int64_t first, int64_t count, int threads);
   template <class Pack>
   void share(int64_t first, int64_t count, int threads, Pack pack);  // pack(begin panel, end panel) in parallel
   void map(int file, int64_t offset, bool writable);  // its memory is this range of a file from now on

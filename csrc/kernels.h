@@ -4,7 +4,8 @@
 
 namespace intaglio {
 
-enum class Fmt : int { F32, F16, BF16, I8, I4, MX4, FP8 };
+enum class Fmt : int { F32, F16, BF16, I8, I4, U4, MX4, K4, K6, FP8 };
+enum class Scale : int { BF16, F16, F32 };  // what a weight's scales are kept in
 enum class Act : int { None, Silu, Gelu, GeluTanh, Relu, Relu2, Sigmoid, Tanh, Exp };
 
 constexpr float kTiny = 0x1p-120f;  // formats.TINY: groups below it are zeros, for 1 / scale would overflow
@@ -12,6 +13,8 @@ constexpr float kTiny = 0x1p-120f;  // formats.TINY: groups below it are zeros, 
 constexpr int kPanel = 32;     // columns of a packed panel: two 512-bit vectors
 constexpr int kSpan = 128;     // activations that share a scale, at least; groups are not torn
 constexpr int kMaxSpan = 1024;
+constexpr int kBlock = 256;    // values of K4 and K6 that share the units of their scales
+constexpr int64_t groups_of_block(Fmt fmt) { return fmt == Fmt::K4 ? 8 : fmt == Fmt::K6 ? 16 : 1; }
 constexpr int kRows = 512;     // rows of a result tile held per thread
 constexpr int kSplit = 512;    // positions of K/V whose softmax is taken as one; splits are merged in ascending order
 constexpr int kTaskRows = 32;     // query rows (tokens x heads of a group) an attention task aims at
@@ -19,14 +22,24 @@ constexpr int kMaxTaskRows = 256; // and what one token's heads may come to
 
 // A weight [n, k] packed into panels of 32 rows, K ascending inside a panel:
 //   F32 [k][32]   F16 [k][32]   BF16 [k/2][32][2]
-//   I8 per group of K: 32 scales (bf16), then [group/4][32][4] codes + 128
-//   I4 per group of K: 32 scales (bf16), then [group/4][64] bytes, byte b: code + 8 of row b/4 low, of row 16 + b/4 high
+// and formats with scales in blocks of one group or, with K4 and K6, of 256 values. A block is a head and then the codes of
+// its groups:
+//   I8 [group/4][32][4] codes + 128
+//   I4 [group/4][64] bytes, byte b: code + 8 of row b/4 low, of row 16 + b/4 high
+//   U4 like I4, of codes from 0 on
 //   MX4 like I4, of E2M1's bits (sign, exponent, mantissa); scales are half of E8M0's, for twice the value is whole
-//   FP8 per group of K: 32 scales (f32), then [group/2][64] bytes of E4M3, of row r at r/4%4*16 + r/16*8 + r%4*2, where
-//       halves of 16 bytes interleave to pairs of bf16 in order
+//   K4 like U4, groups of 32
+//   K6 groups of 16: [4][64] bytes like I4, of the low four bits of code + 32; then [2][64] bytes of the high two, of an
+//       even quad and the odd one after it: bits 0 and 1 of row b/4, 2 and 3 of row 16 + b/4, and 4 to 7 of the odd quad
+//   FP8 [group/2][64] bytes of E4M3, of row r at r/4%4*16 + r/16*8 + r%4*2, where halves of 16 bytes interleave to pairs
+//       of bf16 in order
+// Heads have 32 scales, as `scale` says. After them, U4 32 zeros, a byte each, that are taken off the codes; K4 32 units of
+// minima (f16) and 3 words [32]: low nibbles of the eight groups' scales, and of their minima, and the high two bits of
+// both, scale first; K6 [16][32] signed bytes, the groups' scales. Scales of K4 and K6, and minima, are in those units.
 // With glu, panels alternate between the gate half and the up half. With `row`, the groups of a row share a scale.
 struct Weight {
   Fmt fmt;
+  Scale scale;
   int64_t n, k, group;
   bool glu, row;
   int64_t padded_k, panels, panel_bytes;
@@ -39,11 +52,21 @@ struct Weight {
   int64_t lane_of(int64_t row) const { return (glu && row >= n / 2 ? row - n / 2 : row) % kPanel; }
   // What a product is cut into: a panel, or with glu a pair of them.
   int64_t units() const { return glu ? panels / 2 : panels; }
+  // Whether values can be rounded to it here; the codes of others are only copied.
+  bool quantises() const {
+    const bool chosen = fmt == Fmt::I8 || fmt == Fmt::I4 || fmt == Fmt::MX4;
+    return !group || fmt == Fmt::FP8 || (chosen && scale == Scale::BF16);
+  }
   bool integer() const { return group && fmt != Fmt::FP8; }           // x becomes int8
   bool pairs() const { return fmt == Fmt::BF16 || fmt == Fmt::FP8; }  // x goes in pairs, of float or bf16
-  int64_t group_bytes() const {
-    return fmt == Fmt::FP8 ? kPanel * (4 + group) : kPanel * (2 + (fmt == Fmt::I8 ? group : group / 2));
+  int64_t scale_bytes() const { return scale == Scale::F32 ? 4 : 2; }
+  int64_t bits() const { return fmt == Fmt::I8 || fmt == Fmt::FP8 ? 8 : fmt == Fmt::K6 ? 6 : 4; }  // of a code
+  int64_t block() const { return groups_of_block(fmt); }  // groups that share a head
+  int64_t head_bytes() const {
+    return kPanel * (scale_bytes() + (fmt == Fmt::U4 ? 1 : fmt == Fmt::K4 ? 14 : fmt == Fmt::K6 ? 16 : 0));
   }
+  int64_t code_bytes() const { return kPanel * group * bits() / 8; }  // of a group
+  int64_t block_bytes() const { return head_bytes() + block() * code_bytes(); }
   // Groups that share one scale of x, at least 128 values together, and how many such spans there are.
   int64_t parts() const { return (kSpan + group - 1) / group; }
   int64_t spans() const { return (padded_k / group + parts() - 1) / parts(); }

@@ -68,10 +68,15 @@ void float_tile(const uint8_t* w, const typename T::X* x, int64_t steps, float* 
 
 template <Fmt Format>
 struct Codes {
-  static constexpr bool wide = Format == Fmt::I8;
-  static constexpr int quad_bytes = wide ? 128 : 64;  // a panel's codes for four values of K
-  static constexpr int offset = wide ? kOffset8 : Format == Fmt::I4 ? 8 : 12;
-  static void load_w(const uint8_t* p, I* w) {
+  static constexpr bool wide = Format == Fmt::I8, zeros = Format == Fmt::U4, minima = Format == Fmt::K4;
+  static constexpr int quad_bytes = wide ? 128 : 64;  // a panel's codes for four values of K; of K6, their low bits
+  static constexpr int64_t block = groups_of_block(Format);
+  // What the sum of x is multiplied with, its sign turned, to be what a group's sum starts from; with zeros or minima that is
+  // another factor for each row.
+  static constexpr int offset = wide ? kOffset8 : Format == Fmt::I4 ? 8 : Format == Fmt::MX4 ? 12 : Format == Fmt::K6 ? 32 : 1;
+  // Quad q of a group.
+  static void load_w(const uint8_t* codes, int64_t q, I* w) {
+    const uint8_t* p = codes + q * quad_bytes;
     if constexpr (wide) {
       EACH_OF for (int v = 0; v < kVectors; v++) w[v] = load_raw(p + v * F::N * 4);
     } else {
@@ -79,33 +84,66 @@ struct Codes {
         const I both = load_raw(p + v * F::N * 4), low = low_nibbles(both), high = high_nibbles(both);
         w[v] = Format == Fmt::MX4 ? levels(low) : low;
         w[v + kVectors / 2] = Format == Fmt::MX4 ? levels(high) : high;
+        if constexpr (Format == Fmt::K6) {
+          const I more = load_raw(codes + 4 * quad_bytes + q / 2 * 64 + v * F::N * 4);
+          w[v] = with_high(w[v], more, int(q % 2 * 4));
+          w[v + kVectors / 2] = with_high(w[v + kVectors / 2], more, int(q % 2 * 4 + 2));
+        }
       }
     }
   }
   static I dot(I acc, I w, int32_t quad) {
     if constexpr (wide) return dot_u8(acc, w, quad);
-    return dot_u4(acc, w, quad);
+    return dot_u6(acc, w, quad);
+  }
+  // What group g of a block starts its sum from, where the sum of x, its sign turned, is `start`, or a multiple of that.
+  static I begin(const uint8_t* head, int64_t scale_bytes, int v, int32_t start) {
+    if constexpr (zeros) return mul(set_int(start), load_u8(head + kPanel * scale_bytes + v * F::N));
+    return set_int(minima ? 0 : start);
+  }
+  static F scale(const uint8_t* head, Scale kept, int64_t g, int v) {
+    if constexpr (Format == Fmt::K4) {
+      const I low = load_raw(head + kPanel * 4 + v * F::N * 4), high = load_raw(head + kPanel * 12 + v * F::N * 4);
+      const F whole = fma(to_float(field(high, int(4 * g), 3)), set(16), to_float(field(low, int(4 * g), 15)));
+      return whole * load_f16((const uint16_t*)head + v * F::N);
+    }
+    if constexpr (Format == Fmt::K6)
+      return load_i8((const int8_t*)head + kPanel * (2 + g) + v * F::N) * load_f16((const uint16_t*)head + v * F::N);
+    switch (kept) {
+      case Scale::BF16: return load_bf16((const uint16_t*)head + v * F::N);
+      case Scale::F16: return load_f16((const uint16_t*)head + v * F::N);
+      case Scale::F32: return load((const float*)head + v * F::N);
+    }
+    return set(0);
+  }
+  static F minimum(const uint8_t* head, int64_t g, int v) {
+    const I low = load_raw(head + kPanel * 8 + v * F::N * 4), high = load_raw(head + kPanel * 12 + v * F::N * 4);
+    const F whole = fma(to_float(field(high, int(4 * g), 12)), set(4), to_float(field(low, int(4 * g), 15)));
+    return whole * load_f16((const uint16_t*)head + kPanel + v * F::N);
   }
 };
 
 // Integer sums of a group are exact; `parts` groups, that share a scale of x, are added before it is applied. Both kinds of
 // sums stay in registers: storing a tile at the end of every group of 32 costs a third of the speed.
 template <Fmt Format, int MR>
-void code_tile(const uint8_t* w, int64_t group, int64_t parts, const int8_t* x, const float* scales, const int32_t* starts, int64_t groups, float* c, bool first, Ahead ahead) {
+void code_tile(const Weight& w, const uint8_t* from, const int8_t* x, const float* scales, const int32_t* starts, int64_t groups, float* c, bool first, Ahead ahead) {
   using T = Codes<Format>;
-  const int64_t quads = group / 4, group_bytes = 2 * kPanel + quads * T::quad_bytes;
+  constexpr int64_t block = T::block;
+  const int64_t group = block > 1 ? kBlock / block : w.group, parts = w.parts(), quads = group / 4;
+  const int64_t head_bytes = w.head_bytes(), code_bytes = w.code_bytes(), block_bytes = w.block_bytes(), scale_bytes = w.scale_bytes();
   for (int64_t g = 0; g < groups; g += parts, scales += MR) {
     F sums[MR][kVectors];
     EACH_OF for (int m = 0; m < MR; m++)
       EACH_OF for (int v = 0; v < kVectors; v++) sums[m][v] = set(0);
-    for (int64_t p = g; p < std::min(groups, g + parts); p++, w += group_bytes, x += group * MR, starts += MR) {
+    for (int64_t p = g; p < std::min(groups, g + parts); p++, x += group * MR, starts += MR) {
+      const uint8_t *head = from + p / block * block_bytes, *codes = head + head_bytes + p % block * code_bytes;
       I acc[MR][kVectors];
       EACH_OF for (int m = 0; m < MR; m++)
-        EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = set_int(starts[m]);
+        EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = T::begin(head, scale_bytes, v, starts[m]);
       for (int64_t q = 0; q < quads; q++) {
         I cols[kVectors];
         ahead.fetch(p * quads + q);
-        T::load_w(w + 2 * kPanel + q * T::quad_bytes, cols);
+        T::load_w(codes, q, cols);
         EACH_OF for (int m = 0; m < MR; m++) {
           int32_t quad;
           std::memcpy(&quad, x + (q * MR + m) * 4, 4);
@@ -113,8 +151,12 @@ void code_tile(const uint8_t* w, int64_t group, int64_t parts, const int8_t* x, 
         }
       }
       EACH_OF for (int v = 0; v < kVectors; v++) {
-        F ws = load_bf16((const uint16_t*)w + v * F::N);
+        const F ws = T::scale(head, w.scale, p % block, v);
         EACH_OF for (int m = 0; m < MR; m++) sums[m][v] = fma(to_float(acc[m][v]), ws, sums[m][v]);
+        if constexpr (T::minima) {
+          const F low = T::minimum(head, p % block, v);
+          EACH_OF for (int m = 0; m < MR; m++) sums[m][v] = fma(set(float(starts[m])), low, sums[m][v]);
+        }
       }
     }
     EACH_OF for (int m = 0; m < MR; m++)
@@ -200,21 +242,22 @@ void float_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uin
 template <Fmt Format>
 void code_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, float* tile) {
   const int64_t group = a.w->group, parts = a.w->parts(), depth = std::max<int64_t>(1, kDepth / (group * parts)) * parts;
-  const int64_t bytes = a.w->group_bytes(), spans = a.w->spans();
+  const int64_t block = a.w->block(), bytes = a.w->block_bytes(), spans = a.w->spans();
   for (int64_t g = 0; g < a.x.groups; g += depth) {
     const int64_t n = std::min(depth, a.x.groups - g);
-    by_pass<kCodeRows>(rows, panel + g * bytes, n * bytes, n * group / 4, [&]<int MR>(int64_t m, Ahead ahead) {
+    const uint8_t* w = panel + g / block * bytes;
+    by_pass<kCodeRows>(rows, w, n / block * bytes, n * group / 4, [&]<int MR>(int64_t m, Ahead ahead) {
       const int64_t row = first_row + m;
       auto x = (const int8_t*)a.x.values + row * a.x.padded_k + g * group * MR;
-      code_tile<Format, MR>(panel + g * bytes, group, parts, x, a.x.scales + row * spans + g / parts * MR,
-                            a.x.starts + row * a.x.groups + g * MR, n, tile + m * kPanel, g == 0, ahead);
+      code_tile<Format, MR>(*a.w, w, x, a.x.scales + row * spans + g / parts * MR, a.x.starts + row * a.x.groups + g * MR,
+                            n, tile + m * kPanel, g == 0, ahead);
     });
   }
 }
 
 template <class T>
 void fp8_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, float* tile) {
-  const int64_t group = a.w->group, depth = std::max<int64_t>(1, kDepth / group), bytes = a.w->group_bytes();
+  const int64_t group = a.w->group, depth = std::max<int64_t>(1, kDepth / group), bytes = a.w->block_bytes();
   const int64_t groups = a.w->padded_k / group;
   for (int64_t g = 0; g < groups; g += depth) {
     const int64_t n = std::min(depth, groups - g);
@@ -233,7 +276,10 @@ void product_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const u
     case Fmt::BF16: return with(a.x_bf16 ? float_panel<Bf16Pairs> : float_panel<Bf16Weights>);
     case Fmt::I8: return with(code_panel<Fmt::I8>);
     case Fmt::I4: return with(code_panel<Fmt::I4>);
+    case Fmt::U4: return with(code_panel<Fmt::U4>);
     case Fmt::MX4: return with(code_panel<Fmt::MX4>);
+    case Fmt::K4: return with(code_panel<Fmt::K4>);
+    case Fmt::K6: return with(code_panel<Fmt::K6>);
     case Fmt::FP8: return with(a.x_bf16 ? fp8_panel<Bf16Pairs> : fp8_panel<Bf16Weights>);
   }
 }
@@ -316,7 +362,13 @@ float quantise_span(const float* x, int64_t n, int8_t* codes) {
 }
 
 inline int32_t offset_of(Fmt fmt) {
-  return fmt == Fmt::I8 ? Codes<Fmt::I8>::offset : fmt == Fmt::I4 ? Codes<Fmt::I4>::offset : Codes<Fmt::MX4>::offset;
+  switch (fmt) {
+    case Fmt::I8: return Codes<Fmt::I8>::offset;
+    case Fmt::I4: return Codes<Fmt::I4>::offset;
+    case Fmt::MX4: return Codes<Fmt::MX4>::offset;
+    case Fmt::K6: return Codes<Fmt::K6>::offset;
+    default: return 1;
+  }
 }
 
 // A row in spans of as many groups as share a scale. A group's sum starts at what the offset of the weights' codes adds.

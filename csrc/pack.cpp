@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <system_error>
 #include <utility>
@@ -137,35 +138,38 @@ void pack_plain(const Weight& w, const Strip& s) {
 
 constexpr int64_t kMaxGroup = 1024;
 
-struct GroupAt {  // where a row's codes and scale of one group stand
-  uint8_t* scales;
+struct GroupAt {  // where one group of a panel stands: the head of its block, its place there, its codes
+  uint8_t* head;
+  int64_t index;
   uint8_t* codes;
 };
 GroupAt group_at(const Weight& w, int64_t panel, int64_t g) {
-  uint8_t* at = w.data + panel * w.panel_bytes + g * w.group_bytes();
-  return {at, at + kPanel * (w.fmt == Fmt::FP8 ? 4 : 2)};
+  uint8_t* head = w.data + panel * w.panel_bytes + g / w.block() * w.block_bytes();
+  return {head, g % w.block(), head + w.head_bytes() + g % w.block() * w.code_bytes()};
 }
 
 struct Range {
-  float low, high;
+  float low, high, poison;  // NaN if a value is not finite, else 0
 };
 
-// The smallest and the largest of `count` values, a multiple of 8. Columns of 8 keep the loop free of any order that would
+// Of `count` values, a multiple of 8. Columns of 8 keep the loop free of any order that would
 // stop a compiler.
 Range range_of(const float* x, int64_t count) {
   constexpr int64_t step = 8;
-  float lows[step], highs[step];
-  std::copy(x, x + step, lows), std::copy(x, x + step, highs);
-  for (int64_t i = step; i < count; i += step)
+  float lows[step] = {}, highs[step] = {}, poison[step] = {};
+  for (int64_t i = 0; i < count; i += step)
     for (int64_t j = 0; j < step; j++) {
       lows[j] = x[i + j] < lows[j] ? x[i + j] : lows[j];
       highs[j] = x[i + j] > highs[j] ? x[i + j] : highs[j];
+      poison[j] += x[i + j] * 0.0f;
     }
-  return {*std::min_element(lows, lows + step), *std::max_element(highs, highs + step)};
+  return {*std::min_element(lows, lows + step), *std::max_element(highs, highs + step), std::accumulate(poison, poison + step, 0.0f)};
 }
 
-// The scale of values in a range, rounded as it is kept; the choice is formats.quantise()'s.
+// The scale of values in a range, rounded as it is kept; the choice is formats.quantise()'s. What is not finite makes the
+// scale NaN, so that it reaches the result instead of vanishing in a code.
 float scale_of(Fmt fmt, Range r) {
+  if (r.poison != 0) return NAN;
   const float peak = std::max(-r.low, r.high);
   if (peak < kTiny) return 0;
   switch (fmt) {
@@ -189,7 +193,7 @@ uint8_t to_e2m1(float v) {  // twice a value, |v| <= 12: ties go to the even of 
 }
 
 // Values as codes, above their offset where they have one; the order of choices is that of formats.quantise(): values
-// times 1 / scale, to nearest even, clipped. NaN becomes zero.
+// times 1 / scale, to nearest even, clipped. NaN becomes zero: its scale says what it is.
 void encode(Fmt fmt, const float* x, int64_t count, float scale, uint8_t* codes) {
   const float inverse = scale != 0 ? 1.0f / scale : 0.0f;
   const float ceil = fmt == Fmt::I8 ? 127.0f : fmt == Fmt::I4 ? 7.0f : fmt == Fmt::MX4 ? 12.0f : 448.0f;
@@ -210,17 +214,9 @@ void encode(Fmt fmt, const float* x, int64_t count, float scale, uint8_t* codes)
 
 int64_t e4m3_at(int64_t lane) { return lane / 4 % 4 * 16 + lane / 16 * 8 + lane % 4 * 2; }
 
-// Codes of rows [0, lanes) of group g, `stride` apart, to where the strip has them.
-void lay_codes(const Weight& w, const Strip& s, int64_t g, const uint8_t* codes, int64_t stride) {
+// Nibbles of rows [0, lanes), `stride` apart, to where the strip has them.
+void lay_nibbles(const Weight& w, const Strip& s, const uint8_t* codes, int64_t stride, uint8_t* to) {
   static_assert(kPanel == 32);
-  uint8_t* to = group_at(w, s.panel, g).codes;
-  if (w.fmt == Fmt::FP8) {
-    for (int64_t i = s.lane; i < s.lane + s.lanes; i++)
-      for (int64_t j = 0; j < w.group; j += 2) std::memcpy(to + j * kPanel + e4m3_at(i), codes + (i - s.lane) * stride + j, 2);
-    return;
-  }
-  if (w.fmt == Fmt::I8)
-    return transpose(codes, stride, s.lanes, w.group / 4, reinterpret_cast<uint32_t*>(to) + s.lane, kPanel);
   if (s.lanes == kPanel) {
     alignas(64) uint8_t both[kPanel / 2 * kMaxGroup];
     for (int64_t i = 0; i < kPanel / 2; i++)
@@ -236,11 +232,78 @@ void lay_codes(const Weight& w, const Strip& s, int64_t g, const uint8_t* codes,
     }
 }
 
-void put_scale(const Weight& w, const Strip& s, int64_t g, int64_t i, float scale) {
-  uint8_t* scales = group_at(w, s.panel, g).scales;
-  const uint16_t half = to_bf16(scale);
-  if (w.fmt == Fmt::FP8) std::memcpy(scales + (s.lane + i) * 4, &scale, 4);
-  else std::memcpy(scales + (s.lane + i) * 2, &half, 2);
+// The byte and the shift in it of the high two bits of a K6 group's value j.
+struct HighAt {
+  int64_t byte;
+  int shift;
+};
+HighAt high_at(int64_t lane, int64_t j) {
+  return {256 + j / 8 * 64 + lane % 16 * 4 + j % 4, int(j / 4 % 2 * 4 + (lane < 16 ? 0 : 2))};
+}
+
+// Codes of rows [0, lanes) of group g, `stride` apart, to where the strip has them.
+void lay_codes(const Weight& w, const Strip& s, int64_t g, const uint8_t* codes, int64_t stride) {
+  uint8_t* to = group_at(w, s.panel, g).codes;
+  if (w.fmt == Fmt::I8) return transpose(codes, stride, s.lanes, w.group / 4, reinterpret_cast<uint32_t*>(to) + s.lane, kPanel);
+  if (w.fmt == Fmt::FP8) {
+    for (int64_t i = s.lane; i < s.lane + s.lanes; i++)
+      for (int64_t j = 0; j < w.group; j += 2) std::memcpy(to + j * kPanel + e4m3_at(i), codes + (i - s.lane) * stride + j, 2);
+  } else if (w.fmt == Fmt::K6) {
+    uint8_t low[kPanel * 16];
+    for (int64_t i = 0; i < s.lanes; i++)
+      for (int64_t j = 0; j < w.group; j++) {
+        const uint8_t code = codes[i * stride + j];
+        const HighAt at = high_at(s.lane + i, j);
+        low[i * w.group + j] = code & 15;
+        to[at.byte] = uint8_t((to[at.byte] & ~(3 << at.shift)) | code >> 4 << at.shift);
+      }
+    lay_nibbles(w, s, low, w.group, to);
+  } else {
+    lay_nibbles(w, s, codes, stride, to);
+  }
+}
+
+void put_scale(const Weight& w, int64_t lane, const GroupAt& at, float scale) {
+  const uint16_t half = w.scale == Scale::F16 ? to_f16(scale) : to_bf16(scale);
+  if (w.scale == Scale::F32) std::memcpy(at.head + lane * 4, &scale, 4);
+  else std::memcpy(at.head + lane * 2, &half, 2);
+}
+
+// `value`, which is a whole number of units; 0 where a unit is 0 or not finite, and the value with it.
+int whole(float value, float unit) {
+  const float n = value / unit;
+  return std::fabs(n) <= 128 ? int(std::lround(n)) : 0;
+}
+
+void put_field(uint8_t* words, int64_t lane, int shift, uint32_t mask, int value) {
+  uint32_t own = word<uint32_t>(words + lane * 4);
+  own = (own & ~(mask << shift)) | uint32_t(value) << shift;
+  std::memcpy(words + lane * 4, &own, 4);
+}
+
+// What row i of what is copied has beside its codes in group g, to the head of their block.
+void put_head(const Weight& w, int64_t lane, const GroupAt& at, int64_t i, int64_t g, const CodedRows& rows) {
+  const int64_t groups = (w.k + w.group - 1) / w.group, blocks = groups / w.block();
+  const float scale = rows.scales[i * groups + g];
+  if (w.block() == 1) {
+    put_scale(w, lane, at, scale);
+    if (w.fmt == Fmt::U4) at.head[kPanel * w.scale_bytes() + lane] = uint8_t(rows.lows[i * groups + g]);
+    return;
+  }
+  const float unit = rows.units[i * blocks + g / w.block()];
+  put_scale(w, lane, at, unit);
+  const int size = whole(scale, unit), shift = int(4 * at.index);
+  if (w.fmt == Fmt::K6) {
+    at.head[kPanel * (2 + at.index) + lane] = uint8_t(size);
+    return;
+  }
+  const float low_unit = rows.low_units[i * blocks + g / w.block()];
+  const int low = whole(rows.lows[i * groups + g], low_unit);
+  const uint16_t half = to_f16(low_unit);
+  std::memcpy(at.head + (kPanel + lane) * 2, &half, 2);
+  put_field(at.head + kPanel * 4, lane, shift, 15, size & 15);
+  put_field(at.head + kPanel * 8, lane, shift, 15, low & 15);
+  put_field(at.head + kPanel * 12, lane, shift, 15, size >> 4 | low >> 4 << 2);
 }
 
 void pack_codes(const Weight& w, const Strip& s) {
@@ -255,37 +318,56 @@ void pack_codes(const Weight& w, const Strip& s) {
     std::fill(x + count, x + w.group, 0.0f);
     return range_of(x, w.group);
   };
-  Range whole[kPanel];
+  Range all[kPanel];
   for (int64_t i = 0; i < s.lanes && w.row; i++) {
-    whole[i] = read(i, 0);
+    all[i] = read(i, 0);
     for (int64_t g = 1; g * w.group < w.k; g++) {
       const Range r = read(i, g);
-      whole[i] = {std::min(whole[i].low, r.low), std::max(whole[i].high, r.high)};
+      all[i] = {std::min(all[i].low, r.low), std::max(all[i].high, r.high), all[i].poison + r.poison};
     }
   }
   for (int64_t g = 0; g * w.group < w.k; g++) {
     for (int64_t i = 0; i < s.lanes; i++) {
       const Range own = read(i, g);
-      const float scale = scale_of(w.fmt, w.row ? whole[i] : own);
-      put_scale(w, s, g, i, scale);
+      const float scale = scale_of(w.fmt, w.row ? all[i] : own);
+      put_scale(w, s.lane + i, group_at(w, s.panel, g), scale);
       encode(w.fmt, x, w.group, scale, codes + i * w.group);
     }
     lay_codes(w, s, g, codes, w.group);
   }
 }
 
-// One code and its scale, to a value.
-float decode(const Weight& w, const GroupAt& at, int64_t lane, int64_t j) {
+// What makes values of a row's codes in one group: (code - zero) * scale - low.
+struct Step {
+  float scale, zero, low;
+};
+Step step_of(const Weight& w, const GroupAt& at, int64_t lane) {
+  const uint8_t* own = at.head + lane * w.scale_bytes();
+  const float scale = w.scale == Scale::F32 ? word<float>(own) : (w.scale == Scale::F16 ? from_f16 : from_bf16)(word<uint16_t>(own));
+  if (w.fmt == Fmt::U4) return {scale, float(at.head[kPanel * w.scale_bytes() + lane]), 0};
+  if (w.fmt == Fmt::K6) return {scale * float(int8_t(at.head[kPanel * (2 + at.index) + lane])), 32, 0};
+  if (w.fmt == Fmt::K4) {
+    auto field = [&](int64_t words) { return int(word<uint32_t>(at.head + kPanel * words + lane * 4) >> (4 * at.index) & 15); };
+    const int size = field(4) | (field(12) & 3) << 4, low = field(8) | field(12) >> 2 << 4;
+    return {scale * float(size), 0, from_f16(word<uint16_t>(at.head + (kPanel + lane) * 2)) * float(low)};
+  }
+  return {scale, w.fmt == Fmt::I8 ? 128.0f : w.fmt == Fmt::I4 ? 8.0f : 0.0f, 0};
+}
+
+// Code j of a row in one group, as the number it stands for.
+float number(const Weight& w, const GroupAt& at, int64_t lane, int64_t j) {
   if (w.fmt == Fmt::FP8) {
     const uint32_t code = at.codes[j / 2 * 64 + e4m3_at(lane) + j % 2];
     const float size = (code & 127) == 127 ? NAN : std::bit_cast<float>((code & 127) << 20) * 0x1p120f;
-    return (code & 128 ? -size : size) * word<float>(at.scales + lane * 4);
+    return code & 128 ? -size : size;
   }
-  const float scale = from_bf16(word<uint16_t>(at.scales + lane * 2));
-  if (w.fmt == Fmt::I8) return float(int(at.codes[(j / 4 * kPanel + lane) * 4 + j % 4]) - 128) * scale;
+  if (w.fmt == Fmt::I8) return at.codes[(j / 4 * kPanel + lane) * 4 + j % 4];
   const int nibble = (at.codes[j / 4 * 64 + lane % 16 * 4 + j % 4] >> (lane < 16 ? 0 : 4)) & 15;
   constexpr int8_t levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-  return float(w.fmt == Fmt::I4 ? nibble - 8 : levels[nibble]) * scale;
+  if (w.fmt == Fmt::MX4) return levels[nibble];
+  if (w.fmt != Fmt::K6) return float(nibble);
+  const HighAt high = high_at(lane, j);
+  return float(nibble | (at.codes[high.byte] >> high.shift & 3) << 4);
 }
 
 }  // namespace
@@ -314,16 +396,20 @@ Memory& Memory::operator=(Memory&& other) noexcept {
   return *this;
 }
 
-Weight weight_layout(Fmt fmt, bool row, int64_t n, int64_t k, int64_t group, bool glu) {
+Weight weight_layout(const Format& format, int64_t n, int64_t k, int64_t group, bool glu) {
+  const Fmt fmt = format.fmt;
   const bool coded = fmt >= Fmt::I8;
+  const int64_t block = groups_of_block(fmt);
   if (n < 1 || k < 1 || (glu && n % 2)) throw std::invalid_argument("a weight needs rows and columns, and even rows for glu");
-  if (coded && (group < 32 || group > kMaxGroup || group % 32))
+  if (block > 1 && (group * block != kBlock || k % kBlock))
+    throw std::invalid_argument("rows of q4_k and q6_k are blocks of 256 values in groups of 32 and 16");
+  if (coded && block == 1 && (group < 32 || group > kMaxGroup || group % 32))
     throw std::invalid_argument("group must be a multiple of 32 in 32..1024");
-  Weight w{fmt, n, k, coded ? group : 0, glu, row, 0, 0, 0, nullptr};
+  Weight w{fmt, format.scale, n, k, coded ? group : 0, glu, format.row, 0, 0, 0, nullptr};
   const int64_t align = coded ? group : fmt == Fmt::BF16 ? 2 : 1;
   w.padded_k = (k + align - 1) / align * align;
   w.panels = (w.half() + kPanel - 1) / kPanel * (glu ? 2 : 1);
-  w.panel_bytes = coded ? w.padded_k / group * w.group_bytes() : w.padded_k * kPanel * (fmt == Fmt::F32 ? 4 : 2);
+  w.panel_bytes = coded ? w.padded_k / (group * block) * w.block_bytes() : w.padded_k * kPanel * (fmt == Fmt::F32 ? 4 : 2);
   return w;
 }
 
@@ -340,25 +426,23 @@ void pack_rows(const Weight& w, const void* rows, Source type, int64_t first, in
 uint16_t encode_row(const float* x, int64_t n, int8_t* codes) {
   float peak = 0, poison = 0;
   for (int64_t i = 0; i < n; i++) peak = std::max(peak, std::fabs(x[i])), poison += x[i] * 0.0f;
-  const float scale = scale_of(Fmt::I8, {-peak, peak});
+  const float scale = scale_of(Fmt::I8, {-peak, peak, poison});
   encode(Fmt::I8, x, n, scale, reinterpret_cast<uint8_t*>(codes));
   for (int64_t i = 0; i < n; i++) codes[i] = int8_t(codes[i] ^ -128);
-  return to_bf16(scale + poison);
+  return to_bf16(scale);
 }
 
-void pack_coded(const Weight& w, const uint8_t* codes, const float* scales, int64_t first, int64_t count, int64_t begin, int64_t end) {
+void pack_coded(const Weight& w, const CodedRows& rows, int64_t first, int64_t count, int64_t begin, int64_t end) {
   const int64_t groups = (w.k + w.group - 1) / w.group;
-  const uint8_t zero = w.fmt == Fmt::I8 ? 128 : w.fmt == Fmt::I4 ? 8 : 0;
-  std::vector<uint8_t> own(size_t(kPanel * w.group));
+  std::vector<uint8_t> own(size_t(kPanel * w.group));  // what lies beyond a row meets zeros of x: any code will do
   for (int64_t panel = begin; panel < end; panel++) {
     const Held h = held_by(w, panel, first, count);
     const Strip s{nullptr, 0, Source::F32, panel, h.lane, h.lanes};
     for (int64_t g = 0; g < groups && h.lanes > 0; g++) {
       const int64_t held = std::min(w.group, w.k - g * w.group);
       for (int64_t i = 0; i < s.lanes; i++) {
-        put_scale(w, s, g, i, scales[(h.at + i) * groups + g]);
-        std::memcpy(own.data() + i * w.group, codes + (h.at + i) * w.k + g * w.group, size_t(held));
-        std::fill(own.data() + i * w.group + held, own.data() + (i + 1) * w.group, zero);
+        put_head(w, s.lane + i, group_at(w, panel, g), h.at + i, g, rows);
+        std::memcpy(own.data() + i * w.group, rows.codes + (h.at + i) * w.k + g * w.group, size_t(held));
       }
       lay_codes(w, s, g, own.data(), w.group);
     }
@@ -377,7 +461,9 @@ void unpack_row(const Weight& w, int64_t row, float* out) {
     default:
       for (int64_t g = 0; g * w.group < w.k; g++) {
         const GroupAt at = group_at(w, panel, g);
-        for (int64_t j = 0; j < std::min(w.group, w.k - g * w.group); j++) out[g * w.group + j] = decode(w, at, lane, j);
+        const Step step = step_of(w, at, lane);
+        for (int64_t j = 0; j < std::min(w.group, w.k - g * w.group); j++)
+          out[g * w.group + j] = (number(w, at, lane, j) - step.zero) * step.scale - step.low;
       }
   }
 }

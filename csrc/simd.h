@@ -86,7 +86,9 @@ inline F dot_bf16(F acc, I w, uint32_t pair) {
 inline F even_bf16(I w) { return {_mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16))}; }
 inline F odd_bf16(I w) { return {_mm512_castsi512_ps(_mm512_and_si512(w.v, _mm512_set1_epi32(int(0xffff0000))))}; }
 
-// Quads of bytes along K, weights unsigned: acc[n] += sum_j w[n][j] * x[j], minus what `offset` adds to each weight.
+// Quads of bytes along K, weights unsigned: acc[n] += sum_j w[n][j] * x[j], minus what `offset` adds to each weight. dot_u6
+// takes weights of at most six bits. field() is the bits that `mask` keeps of a >> shift; with_high() puts two bits of each
+// byte of high >> shift above the four of low.
 constexpr int kOffset8 = 128;
 inline I set_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline I dot_u8(I acc, I w, int32_t quad) {
@@ -94,7 +96,7 @@ inline I dot_u8(I acc, I w, int32_t quad) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(_mm512_set1_epi32(quad)));
   return acc;
 }
-inline I dot_u4(I acc, I w, int32_t quad) { return dot_u8(acc, w, quad); }
+inline I dot_u6(I acc, I w, int32_t quad) { return dot_u8(acc, w, quad); }
 inline I levels(I nibbles) {
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)kLevels)), nibbles.v)};
 }
@@ -105,6 +107,15 @@ inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to
   high = _mm512_ternarylogic_epi64(high, code, _mm512_set1_epi8(-128), 0xf8);  // high | (code & sign)
   w[0] = {_mm512_unpacklo_epi8(low, high)};
   w[1] = {_mm512_unpackhi_epi8(low, high)};
+}
+inline I load_u8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+inline I mul(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline I field(I a, int shift, int mask) {
+  return {_mm512_and_si512(_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(mask))};
+}
+inline I with_high(I low, I high, int shift) {
+  const __m512i pair = _mm512_and_si512(_mm512_srl_epi16(high.v, _mm_cvtsi32_si128(shift)), _mm512_set1_epi8(3));
+  return {_mm512_or_si512(low.v, _mm512_slli_epi16(pair, 4))};
 }
 inline I low_nibbles(I w) { return {_mm512_and_si512(w.v, _mm512_set1_epi8(15))}; }
 inline I high_nibbles(I w) { return {_mm512_and_si512(_mm512_srli_epi16(w.v, 4), _mm512_set1_epi8(15))}; }
@@ -152,7 +163,7 @@ inline F dot_bf16(F acc, I w, uint32_t pair) {
 
 constexpr int kOffset8 = 0;  // dot_u8 takes the 128 off itself: |code| <= 127 keeps maddubs below its saturation
 inline I set_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
-inline I dot_u4(I acc, I w, int32_t quad) {
+inline I dot_u6(I acc, I w, int32_t quad) {
   __m256i pairs = _mm256_maddubs_epi16(w.v, _mm256_set1_epi32(quad));
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 }
@@ -181,6 +192,15 @@ inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to
     w[half] = {words_of_e4m3(_mm256_unpacklo_epi8(code, zero))};
     w[half + 2] = {words_of_e4m3(_mm256_unpackhi_epi8(code, zero))};
   }
+}
+inline I load_u8(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))}; }
+inline I mul(I a, I b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
+inline I field(I a, int shift, int mask) {
+  return {_mm256_and_si256(_mm256_srl_epi32(a.v, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(mask))};
+}
+inline I with_high(I low, I high, int shift) {
+  const __m256i pair = _mm256_and_si256(_mm256_srl_epi16(high.v, _mm_cvtsi32_si128(shift)), _mm256_set1_epi8(3));
+  return {_mm256_or_si256(low.v, _mm256_slli_epi16(pair, 4))};
 }
 inline I low_nibbles(I w) { return {_mm256_and_si256(w.v, _mm256_set1_epi8(15))}; }
 inline I high_nibbles(I w) { return {_mm256_and_si256(_mm256_srli_epi16(w.v, 4), _mm256_set1_epi8(15))}; }
@@ -230,7 +250,7 @@ inline I dot_u8(I acc, I w, int32_t quad) {
   }
   return acc;
 }
-inline I dot_u4(I acc, I w, int32_t quad) { return dot_u8(acc, w, quad); }
+inline I dot_u6(I acc, I w, int32_t quad) { return dot_u8(acc, w, quad); }
 inline I levels(I nibbles) {
   EACH {
     uint32_t x = uint32_t(nibbles.v[i]), y = 0;
@@ -244,6 +264,13 @@ inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to
     const uint8_t* code = p + row / 4 % 4 * 16 + row / 16 * 8 + row % 4 * 2;
     w[row / F::N].v[row % F::N] = int32_t(uint32_t(e4m3_as_bf16(code[0])) | uint32_t(e4m3_as_bf16(code[1])) << 16);
   }
+}
+inline I load_u8(const uint8_t* p) { I r; EACH r.v[i] = p[i]; return r; }
+inline I mul(I a, I b) { EACH a.v[i] *= b.v[i]; return a; }
+inline I field(I a, int shift, int mask) { EACH a.v[i] = int32_t(uint32_t(a.v[i]) >> shift) & mask; return a; }
+inline I with_high(I low, I high, int shift) {
+  EACH low.v[i] |= int32_t(((uint32_t(high.v[i]) >> shift) & 0x03030303) << 4);
+  return low;
 }
 inline I low_nibbles(I w) { EACH w.v[i] = int32_t(uint32_t(w.v[i]) & 0x0f0f0f0f); return w; }
 inline I high_nibbles(I w) { EACH w.v[i] = int32_t((uint32_t(w.v[i]) >> 4) & 0x0f0f0f0f); return w; }

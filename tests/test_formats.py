@@ -136,6 +136,21 @@ def test_other_scaled_formats_choose_the_nearest_code(name: str, x: np.ndarray) 
         assert (np.frexp(q.scales)[0][q.scales != 0] == 0.5).all()
 
 
+@pytest.mark.parametrize("name", [*GROUPED, "int8row", "fp8row", "fp8g32", "mxfp4"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_makes_its_group_nan(name: str, bad: float) -> None:
+    """Never a code that looks like a weight; groups beside it are untouched."""
+    x = np.random.default_rng().normal(size=(3, 300)).astype(np.float32)
+    want = quantise(x, name)
+    x[1, 140] = bad
+    got = quantise(x, name).rows(slice(None))
+    group = want.group if get(name).group != formats.ROW else 300
+    spoilt = np.zeros(x.shape, bool)
+    spoilt[1, 140 // group * group : (140 // group + 1) * group] = True
+    assert np.isnan(got[spoilt]).all()
+    np.testing.assert_array_equal(got[~spoilt], want.rows(slice(None))[~spoilt])
+
+
 def test_mxfp4_is_that_of_the_microscaling_specification() -> None:
     """OCP MX 1.0, 6.3: the shared exponent is floor(log2(max)) - 2; elements are rounded to E2M1 and saturate."""
     x = np.zeros((1, 32), np.float32)

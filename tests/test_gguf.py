@@ -10,6 +10,10 @@ import pytest
 from test_published import logits, typical
 from tiny import tiny, truth
 
+from intaglio.batch import Chunk, bind
+from intaglio.compiler import build
+from intaglio.devices import StateSpec, open_device
+from intaglio.devices.host import HostDevice
 from intaglio.formats import Quantised
 from intaglio.models import Checkpoint, PortError, port
 
@@ -105,10 +109,26 @@ def test_gguf(tmp_path, arch, kind):
         assert isinstance(got, Quantised) == (want.ndim == 2 and kind != "F32")
         np.testing.assert_array_equal(got.rows(slice(None)) if isinstance(got, Quantised) else got, want)
     limit = 2e-4 if kind == "F32" else 0.05
-    assert typical(logits(file, "reference"), truth(plain, list(range(40)))) < limit
-    if kind == "F32":
-        assert typical(logits(file, "host"), truth(plain, list(range(40)))) < limit
+    wanted = truth(plain, list(range(40)))
+    for device in ("reference", "host"):
+        assert typical(logits(file, device), wanted) < limit
+    held = open_device("host").load(build(port(c)), c, StateSpec(4, 16)).packed_bytes
+    assert held < 1.1 * file.stat().st_size
     assert c.identity() == Checkpoint.open(tmp_path).identity()  # the folder of an only GGUF file is that file
+
+
+def test_blocks_packed_on_disk_are_the_same(tmp_path):
+    """The second start maps the file that the first one wrote, and computes the same bits."""
+    path = tiny("qwen3", tmp_path / "source", **SIZES)
+    c = Checkpoint.open(write(path, "qwen3", "Q4_K", tmp_path)[0])
+    program, found = build(port(c)), []
+    for ready in (False, True):
+        ex = HostDevice(2, cache=tmp_path / "cache").load(program, c, StateSpec(4, 16))
+        assert ex.image is not None and ex.image.ready == ready
+        ex.image.wait()
+        batch = bind([Chunk(range(40), 0, range(4), range(40))], 16)
+        found.append(ex.step(batch, logits=True).logits)
+    np.testing.assert_array_equal(*found)
 
 
 def test_what_a_gguf_file_may_not_be(tmp_path):

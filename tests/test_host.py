@@ -18,6 +18,7 @@ from intaglio.compiler import build
 from intaglio.devices import ArrayWeights, DeviceError, StateSpec, Weights
 from intaglio.devices.host import HostDevice, isa_names
 from intaglio.devices.reference import ReferenceDevice
+from intaglio.formats import Quantised
 from intaglio.ops import (
     REGISTRY,
     Attend,
@@ -32,6 +33,7 @@ from intaglio.ops import (
     Route,
     Sample,
     Select,
+    Value,
 )  # fmt: skip
 from intaglio.ops.elementwise import FUNCTIONS
 from intaglio.ops.linear import ACTIVATIONS
@@ -56,10 +58,14 @@ class Bench:
     def __init__(self, rng: np.random.Generator, rows: int, cols: int, scale: float = 1.0) -> None:
         self.rng, self.rows = rng, rows
         self.b = Builder("bench", 4096)
-        self.arrays: dict[str, np.ndarray] = {}
+        self.arrays: dict[str, Value] = {}
         self.x = self.matrix("x", rows, cols, scale)
 
-    def weight(self, name: str, values: np.ndarray, format: str = "f32") -> str:
+    def weight(self, name: str, values: Value, format: str = "f32") -> str:
+        """Codes are stored as they are; values in `format`, or in f32 to be quantised at load."""
+        if isinstance(values, Quantised):
+            self.arrays[name] = values
+            return self.b.weight(name, values.shape, name, values.format)
         stored = "f32" if formats.get(format).grouped else format
         self.arrays[name] = values.astype(formats.get(stored).dtype)
         return self.b.weight(name, values.shape, name, format)
@@ -323,6 +329,7 @@ def test_packing_is_the_formats_own(format: str, rng: np.random.Generator) -> No
             .astype(formats.get(source).dtype)
         )
         stored[0] = 0
+        stored[1, rng.integers(k)] = rng.choice([np.nan, np.inf, -np.inf])
         wide = stored.astype(np.float32)
         want = formats.quantise(wide, format).rows(slice(None)) if fmt.grouped else formats.round_to(wide, format)
         for glu in (False, True):

@@ -7,9 +7,10 @@ Knows nothing of tensors, ops or devices.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +25,7 @@ PLAIN = {
 SCALED = "int8gN / int4gN / fp8gN with N in 32..1024 a multiple of 32, int8row, fp8row, mxfp4"
 SPAN = 128  # activations that share a scale, at least: the error is the weights' anyway, and sums stay integers longer
 CHUNK = 1024  # the longest run of values that one scale is applied to at once
+BLOCK = 256  # values of llama.cpp's q4_k and q6_k whose groups' scales are whole multiples of one unit
 ROW = -1  # the group of formats with one scale a row
 
 TINY = np.float32(2.0**-120)  # groups whose largest value is below this become zeros: 1 / scale would overflow
@@ -51,8 +53,8 @@ class Format:
 
     @property
     def family(self) -> str:
-        """The name without the group: int8, int4, fp8, int8row, fp8row, mxfp4, or that of a plain format."""
-        return re.sub(r"g\d+$", "", self.name)
+        """The name without the group: int8, int4, fp8, int8row, fp8row, mxfp4, uint4f16, or that of a plain format."""
+        return re.sub(r"(?<=\d)g\d+", "", self.name)
 
     @property
     def integer(self) -> bool:
@@ -70,6 +72,16 @@ class Format:
         if not self.grouped:
             return PLAIN[self.name]
         return np.dtype(np.int8) if self.integer else E4M3
+
+    @property
+    def lowest(self) -> int:
+        """The smallest of a format's whole numbers, which lies at 0 among its bits."""
+        return 0 if self.name == "q4_k" or self.name.startswith("uint") else -(1 << (self.bits - 1))
+
+    @property
+    def block(self) -> int:
+        """Values along a row that must stay together: a group, or those whose scales share a unit."""
+        return BLOCK if self.name in ("q4_k", "q6_k") else self.group
 
     def group_of(self, cols: int) -> int:
         """The group in a row of `cols` values. One that spans the row is cut into equal runs of at most CHUNK, a
@@ -89,8 +101,8 @@ def get(name: str) -> Format:
 
     Scales are bf16, of full float32 range, and codes are chosen against the rounded scale; fp8 has float32 scales, as
     it is published. What else checkpoints are published in has names too: int4 or int8 with scales in f16 or f32
-    (int4g32f16, int8rowf32); uint4g128f16, whose codes have a zero of their own in each group; and llama.cpp's q4_k and
-    q6_k.
+    (int4g32f16, int8rowf32); uint4g128, uint4g128f16 and so on, whose codes have a zero of their own in each group,
+    kept in a byte; and llama.cpp's q4_k and q6_k, whose scales of 6 and 8 bits are multiples of an f16 a block.
     """
     if name in PLAIN:
         return Format(name, PLAIN[name].itemsize * 8)
@@ -98,15 +110,12 @@ def get(name: str) -> Format:
         return Format(name, 4, 32, 16)
     if name == "q6_k":
         return Format(name, 6, 16, 9)
-    match = re.fullmatch(r"(int4|int8|uint4)(?:g(\d+)|row)(f16|f32)", name)
-    if match:
-        bits, zero = (8, 0) if match[1] == "int8" else (4, 4 if match[1] == "uint4" else 0)
-        return Format(name, bits, int(match[2]) if match[2] else ROW, int(match[3][1:]) + zero)
-    match = re.fullmatch(r"(int4|int8|fp8)g(\d+)|(int8|fp8)row", name)
-    if match:
-        kind, group = match[1] or match[3], int(match[2]) if match[2] else ROW
+    match = re.fullmatch(r"(u?int4|int8|fp8)(?:g(\d+)|row)(f16|f32)?", name)
+    if match and not (match[1] == "fp8" and match[3]):
+        kind, group = match[1], int(match[2]) if match[2] else ROW
         if group == ROW or (group % 32 == 0 and 32 <= group <= CHUNK):
-            return Format(name, 4 if kind == "int4" else 8, group, 32 if kind == "fp8" else 16)
+            scale = 32 if kind == "fp8" or match[3] == "f32" else 16
+            return Format(name, 4 if "int4" in kind else 8, group, scale + (8 if kind == "uint4" else 0))
     raise FormatError(f"unknown number format {name!r}: use one of {', '.join(PLAIN)}, {SCALED}")
 
 
@@ -117,16 +126,20 @@ def round_to(x: np.ndarray, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix as codes [N, K], int8 or E4M3, and scales float32 [N, ceil(K / group)]: value = code * scale, less the
-    group's offset where there are offsets.
+    """A matrix as codes [N, K], int8 or E4M3, and scales float32 [N, ceil(K / group)]: value = (code - zero) * scale -
+    minimum, with the zeros (whole numbers) and minima of its group where the format has them, shaped as the scales.
 
-    A stack of matrices has one more dimension in front of all. `turned` matrices stand for their transposes: what
-    checkpoints without quantisation hold as [K, N]."""
+    Where scales are whole multiples of a unit they are given multiplied out, which is exact, and `units` [N, K / block]
+    has the units; `low_units` those of the minima. A stack of matrices has one more dimension in front of all. `turned`
+    matrices stand for their transposes: what checkpoints without quantisation hold as [K, N]."""
 
     codes: np.ndarray
     scales: np.ndarray
     group: int
-    offsets: np.ndarray | None = None
+    zeros: np.ndarray | None = None
+    minima: np.ndarray | None = None
+    units: np.ndarray | None = None
+    low_units: np.ndarray | None = None
     format: str = ""  # its name, where one says it all
     turned: bool = False
 
@@ -137,17 +150,29 @@ class Quantised:
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
         """The named rows as float32 [n, K]."""
-        values = self.codes[ids].astype(np.float32) * self._spread(self.scales[ids])
-        return values if self.offsets is None else values - self._spread(self.offsets[ids])
+        values = self.codes[ids].astype(np.float32)
+        if self.zeros is not None:
+            values -= self._spread(self.zeros[ids])
+        values *= self._spread(self.scales[ids])
+        return values if self.minima is None else values - self._spread(self.minima[ids])
 
     def _spread(self, x: np.ndarray) -> np.ndarray:
         return np.repeat(x, self.group, axis=-1)[..., : self.codes.shape[-1]]
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its arrays by field: codes, scales and what else there is; rows of one are rows of all."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in named.items() if isinstance(x, np.ndarray)}
+
     def each(self, f: Callable[[np.ndarray], np.ndarray]) -> Quantised:
-        """The same done to codes, scales and offsets: something that moves rows as a whole."""
-        return replace(
-            self, codes=f(self.codes), scales=f(self.scales), offsets=None if self.offsets is None else f(self.offsets)
-        )
+        """The same done to every array: something that moves rows as a whole."""
+        return self.holding({name: f(x) for name, x in self.arrays.items()})
+
+    def holding(self, arrays: Mapping[str, np.ndarray]) -> Quantised:
+        """The same with these arrays, by field."""
+        changes: dict[str, Any] = dict(arrays)
+        return replace(self, **changes)
 
     def matrix(self, e: int) -> Quantised:
         """Matrix `e` of a stack."""
@@ -172,7 +197,8 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
     int8: scale = max|w| / 127, codes -127..127. int4: the value of largest magnitude maps to -8, so that all sixteen
     codes are used (the choice of llama.cpp's Q4_0); codes -8..7. fp8: max|w| maps to 448, E4M3's largest. mxfp4: the
     power of two that brings max|w| into 4..8 (OCP Microscaling Formats 1.0, 6.3), rounded to E2M1 and at most 6; its
-    codes are twice the value, -12..12, so that they are whole, and its scales half.
+    codes are twice the value, -12..12, so that they are whole, and its scales half. A group, or row with one scale,
+    that holds NaN or infinity has NaN for its scale: it is NaN as a whole, and says so in every result.
     """
     fmt = get(name)
     if not fmt.grouped or fmt.published:
@@ -193,11 +219,11 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
         raw = np.where(-low >= high, low, high) / np.float32(-8)
     else:
         raw = peak / np.float32(127 if fmt.integer else 448)
-    scales = np.where(peak < TINY, np.float32(0), raw)
+    scales = np.where(peak < TINY, np.float32(0), np.where(np.isfinite(peak), raw, np.float32(np.nan)))
     if fmt.scale_bits == 16:
         scales = round_to(scales, "bf16")
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
-    codes = _codes(groups * inverse[:, :, None], fmt)
+    codes = _codes(np.where(np.isfinite(scales)[:, :, None], groups, 0) * np.nan_to_num(inverse)[:, :, None], fmt)
     return Quantised(codes.reshape(len(x), -1)[:, : x.shape[1]].copy(), scales, group, format=name)
 
 

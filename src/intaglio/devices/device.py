@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Generator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -41,9 +41,9 @@ class Weights(Protocol):
 class ArrayWeights:
     """Weights already in memory."""
 
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, Value]
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> Value:
         return self.arrays[name]
 
     def release(self, name: str) -> None:
@@ -162,8 +162,5 @@ def _joined(parts: list[Quantised], shape: tuple[int, ...]) -> Quantised:
     def join(arrays: list[np.ndarray]) -> np.ndarray:
         return np.concatenate([x.reshape(-1, x.shape[-1]) for x in arrays])
 
-    offsets = join([x.offsets for x in parts if x.offsets is not None]) if parts[0].offsets is not None else None
-    whole = replace(
-        parts[0], codes=join([x.codes for x in parts]), scales=join([x.scales for x in parts]), offsets=offsets
-    )
+    whole = parts[0].holding({name: join([x.arrays[name] for x in parts]) for name in parts[0].arrays})
     return whole.stacked(shape)

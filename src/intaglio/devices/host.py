@@ -84,7 +84,14 @@ def native_codes(codes: np.ndarray, format: str) -> np.ndarray:
     fmt = formats.get(format)
     if fmt.family == "mxfp4":
         return LEVEL[codes.astype(np.int16) + 12]
-    return (codes.astype(np.int16) + (1 << (fmt.bits - 1))).astype(np.uint8) if fmt.integer else codes.view(np.uint8)
+    return codes.view(np.uint8) - np.uint8(fmt.lowest & 255) if fmt.integer else codes.view(np.uint8)
+
+
+def fill_codes(weight: _native.Weight, rows: Quantised, first: int, threads: int) -> None:
+    """Codes, and what goes with them, as a native weight's rows from `first` on."""
+    own = {name: np.ascontiguousarray(x, np.float32) for name, x in rows.arrays.items() if name != "codes"}
+    codes, lows = np.ascontiguousarray(native_codes(rows.codes, rows.format)), own.get("zeros", own.get("minima"))
+    weight.fill_codes(codes, own["scales"], lows, own.get("units"), own.get("low_units"), first, threads)
 
 
 @dataclass(frozen=True)
@@ -131,11 +138,6 @@ class HostExecutable:
     def _layout(self, t: Tensor) -> tuple[str, int, bool]:
         """How the native part keeps this matrix: its format there, its group, and whether gate and up alternate."""
         fmt = formats.get(t.format)
-        if fmt.published:
-            raise DeviceError(
-                f"weight {t.name} is published as {t.format}, for which the host has no kernel yet; load it with "
-                "weights int8 or int4, which quantise it anew, or on the reference device"
-            )
         return fmt.family, fmt.group_of(int(t.shape[-1])) if fmt.grouped else 0, t.name in self._glu
 
     def _laid_out(self) -> dict[str, _native.Weight]:
@@ -231,6 +233,12 @@ class HostExecutable:
         if len(held) < 2 or held[-1] != t.shape[-1] or at + total > math.prod(map(int, t.shape[:-1])):
             raise DeviceError(f"weight {t.name} is {t.type} but its source {name} is {held}")
         coded = isinstance(x, Quantised) and x.format == t.format
+        if not coded and formats.get(t.format).published:
+            had = f"{x.format} in other blocks" if isinstance(x, Quantised) and x.format else "plain values"
+            raise DeviceError(
+                f"weight {t.name} is {t.type}, a format that is only read, but {name} is {had}; load it with weights "
+                "int8 or int4, which quantise it anew"
+            )
         plain = x if isinstance(x, np.ndarray) else x.rows(slice(None))
         rows = x if coded else np.ascontiguousarray(plain).reshape(-1, held[-1])
         if isinstance(rows, Quantised):
@@ -244,9 +252,7 @@ class HostExecutable:
     def _pack(self, weight: _native.Weight, rows: Value, first: int, count: int, to: int, name: str) -> None:
         """Rows first .. first + count, as the native weight's rows from `to` on."""
         if isinstance(rows, Quantised):
-            part = rows.each(lambda x: x[first : first + count])
-            codes = np.ascontiguousarray(native_codes(part.codes, part.format))
-            weight.fill_codes(codes, np.ascontiguousarray(part.scales, np.float32), to, self.threads)
+            fill_codes(weight, rows.each(lambda x: x[first : first + count]), to, self.threads)
         else:
             bytes = rows[first : first + count].reshape(-1).view(np.uint8)
             weight.fill(bytes, _source_name(rows, name), to, count, self.threads)

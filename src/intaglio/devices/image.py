@@ -35,10 +35,17 @@ def default_folder() -> Path:
 @cache
 def layout(format: str, group: int, glu: bool) -> str:
     """How this build packs, told by what it makes of a small matrix: a build that packs otherwise shares no file."""
-    n, k = 134, 2 * group + 35
-    values = (np.arange(n * k, dtype=np.int64) * 40503 % 65521 - 32760).astype(np.float32) / 8192
+    n, k = 134, 512 if format in ("q4_k", "q6_k") else 2 * group + 35
     weight = _native.Weight(format, n, k, group, glu)
-    weight.fill(values.view(np.uint8), "f32", 0, n, 1)
+    mixed = (np.arange(n * k, dtype=np.int64) * 40503 % 65521).reshape(n, k)
+    if weight.quantises:
+        weight.fill(((mixed - 32760).astype(np.float32) / 8192).reshape(-1).view(np.uint8), "f32", 0, n, 1)
+    else:  # all tables that any format has: small whole numbers, which units of 1 divide
+        table, units = (mixed[:, : -(-k // group)] % 15).astype(np.float32), np.ones((n, 2), np.float32)
+        lows = table if format.startswith(("uint4", "q4_k")) else None
+        codes = (mixed % (1 << weight.bits)).astype(np.uint8)
+        block, low = units if k == 512 else None, units if format == "q4_k" else None
+        weight.fill_codes(codes, table, lows, block, low, 0, 1)
     return hashlib.sha256(weight.image()).hexdigest()
 
 

@@ -53,7 +53,11 @@ def _q4_k(b: np.ndarray) -> Quantised:
     minima = np.concatenate([mid & 63, (high >> 4) | ((mid >> 2) & 48)], axis=-1).astype(np.float32)
     bytes = b[..., 16:].reshape(*b.shape[:-1], 4, 1, 32)
     codes = np.concatenate([bytes & 15, bytes >> 4], axis=-2).astype(np.int8)
-    return Quantised(_joined(codes), _joined(_halves(b, 0) * scales), 32, _joined(_halves(b, 2) * minima))
+    d, least = _halves(b, 0), _halves(b, 2)
+    return Quantised(
+        _joined(codes), _joined(d * scales), 32, minima=_joined(least * minima), units=_joined(d),
+        low_units=_joined(least)
+    )  # fmt: skip
 
 
 def _q6_k(b: np.ndarray) -> Quantised:
@@ -62,7 +66,8 @@ def _q6_k(b: np.ndarray) -> Quantised:
     high = b[..., 128:192].reshape(*b.shape[:-1], 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8) & 3
     codes = (low.reshape(*b.shape[:-1], 8, 32) | high.reshape(*b.shape[:-1], 8, 32) << 4).astype(np.int8) - np.int8(32)
     scales = np.ascontiguousarray(b[..., 192:208]).view(np.int8).astype(np.float32)
-    return Quantised(_joined(codes), _joined(_halves(b, 208) * scales), 16)
+    d = _halves(b, 208)
+    return Quantised(_joined(codes), _joined(d * scales), 16, units=_joined(d))
 
 
 BLOCKS: dict[str, tuple[str, int, int, Callable[[np.ndarray], Quantised]]] = {  # format, values and bytes a block

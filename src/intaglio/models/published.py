@@ -147,7 +147,7 @@ def _nibbles(x: np.ndarray) -> np.ndarray:
 def _scaled(kind: str, group: int, dtype: str) -> str:
     """The name of an integer format with scales stored as `dtype`."""
     run = "row" if group == ROW else f"g{group}"
-    return kind + run + {"BF16": "" if kind != "uint4" else "f32", "F16": "f16"}.get(dtype, "f32")
+    return kind + run + {"BF16": "", "F16": "f16"}.get(dtype, "f32")
 
 
 def _compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
@@ -197,7 +197,7 @@ def _compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
             if not zero:
                 return Quantised(values, scales, size)
             zeros = _nibbles(np.ascontiguousarray(read(zero).T)).T[: shape[0]].astype(np.float32)
-            return Quantised(values, scales, size, zeros * scales)
+            return Quantised(values, scales, size, zeros)
 
         parts = [codes, base + ".weight_scale", *([zero] if zero else [])]
         out[base + ".weight"] = Coded(format, shape, tuple(parts), decode)
@@ -266,7 +266,7 @@ def _with_zeros(
                 raise PortError(f"{base}.g_idx: groups in the order of activations are not read")
             scales = read(base + ".scales").T.astype(np.float32)
             own = np.ascontiguousarray(codes(read, base)).astype(np.int8)
-            return Quantised(own, np.ascontiguousarray(scales), group, zeros(read, base) * scales)
+            return Quantised(own, np.ascontiguousarray(scales), group, np.ascontiguousarray(zeros(read, base)))
 
         names = [base + s for s in (".qweight", ".qzeros", ".scales", ".g_idx") if base + s in stored.dtypes]
         format = _scaled("uint4", group, stored.dtypes[base + ".scales"])

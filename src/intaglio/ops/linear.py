@@ -33,11 +33,13 @@ def product(x: np.ndarray, w: Value, x_format: str) -> np.ndarray:
         wq = formats.in_groups(w.codes, w.group)
         y = np.zeros((len(x), len(wq)))
         for g in range(xs.shape[1]):  # the products of a group are integers: exact
-            exact = xq[:, g].astype(np.float64) @ wq[:, g].astype(np.float64).T
-            y += exact * xs[:, g, None].astype(np.float64) * w.scales[:, g].astype(np.float64)
-            if w.offsets is not None:
-                total = xq[:, g].astype(np.float64).sum(axis=1) * xs[:, g]
-                y -= total[:, None] * w.offsets[:, g].astype(np.float64)
+            exact, total = (xq[:, g].astype(np.float64) @ v for v in (wq[:, g].astype(np.float64).T, np.ones(w.group)))
+            scale = xs[:, g, None].astype(np.float64)
+            if w.zeros is not None:
+                exact -= total[:, None] * w.zeros[:, g]
+            y += exact * scale * w.scales[:, g].astype(np.float64)
+            if w.minima is not None:
+                y -= total[:, None] * scale * w.minima[:, g].astype(np.float64)
         return y
     if formats.get(x_format).grouped:
         x = formats.quantise(x, x_format).rows(slice(None)) if len(x) else x

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from intaglio import formats
 from intaglio.formats import Quantised
 from intaglio.ops import Value
 from intaglio.program.program import ProgramError
@@ -98,13 +99,14 @@ def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
         return None
     x = replace(x, turned=False)
     for step in (s for s in steps if s != "T"):
-        alike: tuple[str, ...] | None = (step,)
-        if step.startswith("c"):
-            alike = _of_groups(step, x.codes.shape[-1], x.group)
-        if alike is None:
-            return None
-        offsets = None if x.offsets is None else _moved(x.offsets, alike)
-        x = replace(x, codes=_moved(x.codes, (step,)), scales=_moved(x.scales, alike), offsets=offsets)
+        cuts: dict[str, tuple[str, ...]] = {}
+        for name in x.arrays:
+            run = 1 if name == "codes" else formats.BLOCK if name in ("units", "low_units") else x.group
+            alike = _of_groups(step, x.codes.shape[-1], run) if step.startswith("c") and run > 1 else (step,)
+            if alike is None:
+                return None
+            cuts[name] = alike
+        x = x.holding({name: _moved(array, cuts[name]) for name, array in x.arrays.items()})
     return x
 
 

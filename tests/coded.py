@@ -1,0 +1,38 @@
+"""Random matrices in formats that are only read: codes, scales, zeros and minima as a checkpoint could hold them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.formats import Quantised
+
+
+def halves(x: np.ndarray) -> np.ndarray:
+    """Float32 values that f16 holds."""
+    return x.astype(np.float16).astype(np.float32)
+
+
+def random_codes(rng: np.random.Generator, name: str, *shape: int) -> Quantised:
+    """Any codes, scales around 1 / sqrt(K); `shape` [..., N, K]."""
+    fmt, k = formats.get(name), shape[-1]
+    group = fmt.group_of(k)
+    codes = rng.integers(fmt.lowest, fmt.lowest + (1 << fmt.bits), shape).astype(np.int8)
+    tables = (*shape[:-1], -(-k // group))
+    size = rng.uniform(-1, 1, tables) / (1 << fmt.bits) / np.sqrt(k)
+    if fmt.block == formats.BLOCK:
+        unit = halves(rng.uniform(0.5, 1, (*shape[:-1], k // formats.BLOCK)) / 4000 / np.sqrt(k))
+        low_unit = halves(unit * 3)
+        steps = rng.integers(0, 64, tables) if name == "q4_k" else rng.integers(-128, 128, tables)
+        many = formats.BLOCK // group
+        scales = (steps * np.repeat(unit, many, axis=-1)).astype(np.float32)
+        if name == "q6_k":
+            return Quantised(codes, scales, group, units=unit, format=name)
+        minima = (rng.integers(0, 64, tables) * np.repeat(low_unit, many, axis=-1)).astype(np.float32)
+        return Quantised(codes, scales, group, minima=minima, units=unit, low_units=low_unit, format=name)
+    kept = "f16" if name.endswith("f16") else "f32" if name.endswith("f32") else "bf16"
+    scales = formats.round_to(size, kept)
+    if fmt.group == formats.ROW:
+        scales = np.repeat(scales[..., :1], tables[-1], axis=-1)
+    zeros = rng.integers(0, 17, tables).astype(np.float32) if name.startswith("uint4") else None
+    return Quantised(codes, scales, group, zeros=zeros, format=name)

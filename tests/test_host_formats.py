@@ -1,0 +1,114 @@
+"""Formats that are only read, on the host: every instruction set against the reference at sizes that are multiples of
+nothing, the published bits and no more in memory, and the same bits whatever the company."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from coded import random_codes
+from test_host import EPS, ISAS, PAGE, Bench, _finish, hold, rng  # noqa: F401
+
+from intaglio import _native, formats
+from intaglio.batch import Chunk, bind
+from intaglio.devices import ArrayWeights, DeviceError, StateSpec
+from intaglio.devices.host import HostDevice, fill_codes
+from intaglio.ops import Embed, Experts, Linear, Route
+
+FORMATS = ["int8g32f16", "int8rowf32", "int4g32f16", "int4g128f32", "int4row", "uint4g32", "uint4g128f16"]
+FORMATS += ["q4_k", "q6_k"]
+Rng = np.random.Generator
+
+
+def width(rng: Rng, format: str, most: int = 300) -> int:  # noqa: F811
+    """Columns a format takes: any, or whole blocks."""
+    whole = formats.get(format).block == formats.BLOCK
+    return formats.BLOCK * int(rng.integers(1, 4)) if whole else int(rng.integers(1, most))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("trial", range(3))
+def test_linear(format: str, trial: int, rng: Rng) -> None:  # noqa: F811
+    rows, k, n = int(rng.integers(1, 40)), width(rng, format), 2 * int(rng.integers(1, 70))
+    bench = Bench(rng, rows, k)
+    w = random_codes(rng, format, n, k)
+    glu = bool(rng.integers(2))
+    fields: dict[str, Any] = {"x_format": "int8", "glu": glu, "activation": "silu" if glu else ""}
+    if rng.integers(2):
+        fields["bias"] = bench.weight("bias", rng.normal(size=n))
+    y = bench.b.op(Linear, "y", bench.x, bench.weight("w", w), **fields)
+    x, dense = np.abs(bench.arrays["x.table"]), np.abs(w.codes * 1.0 - (0 if w.zeros is None else w._spread(w.zeros)))
+    # Each group's sum is exact; it is scaled, and a minimum taken off, by roundings of parts as large as these.
+    parts = x @ (dense * np.abs(w._spread(w.scales)) + (0 if w.minima is None else np.abs(w._spread(w.minima)))).T
+    size = 1 + parts.max()
+    hold(bench.run(y), 4 * np.sqrt(k / w.group + 16) * EPS * size * (2 * size if glu else 2))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_experts(format: str, rng: Rng) -> None:  # noqa: F811
+    rows, k, inner = int(rng.choice([1, 2, 9, 70])), width(rng, format, 200), width(rng, format, 90)
+    count, top = int(rng.choice([3, 8])), int(rng.integers(1, 4))
+    bench = Bench(rng, rows, k)
+    weights = bench.b.op(Route, "route", bench.matrix("scores", rows, count), ids="ids", top=top, normalise=True)
+    shapes = {"gate": (inner, k), "up": (inner, k), "down": (k, inner)}
+    stacks = [bench.weight(n, random_codes(rng, format, count, *s)) for n, s in shapes.items()]
+    y = bench.b.op(Experts, "y", bench.x, weights, "ids", *stacks, x_format="int8", activation="silu")
+    results = bench.run(y)
+    # Where the inner row is rounded, a value at the edge may round the other way: one step of int8 in one term.
+    hold(results, np.abs(results["reference"]).max() * (60 * EPS * (k + inner) ** 0.5 + 4 * 2.0**-7 / inner**0.5))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_embedding_rows_are_the_published_values(format: str, rng: Rng) -> None:  # noqa: F811
+    n, k = int(rng.integers(1, 50)), width(rng, format)
+    bench = Bench(rng, n, k)
+    table = random_codes(rng, format, n, k)
+    results = bench.run(bench.b.op(Embed, "y", "tokens", bench.weight("table", table)))
+    np.testing.assert_array_equal(results["reference"], table.rows(slice(None)))
+    hold(results, 0.0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("glu", [False, True])
+def test_the_host_packs_the_very_codes(format: str, glu: bool, rng: Rng) -> None:  # noqa: F811
+    """Codes given to the host come back as the values they stand for, whole and in parts, and nothing is widened."""
+    fmt, n, k = formats.get(format), 2 * int(rng.integers(1, 70)), width(rng, format)
+    q = random_codes(rng, format, n, k)
+    weight = _native.Weight(fmt.family, n, k, fmt.group_of(k), glu)
+    cut = int(rng.integers(0, n))
+    for first, last in ((0, cut), (cut, n)):
+        fill_codes(weight, q.each(lambda x, first=first, last=last: x[first:last]), first, 2)
+    got = np.empty((n, k), np.float32)
+    for i in range(n):
+        weight.unpack(i, got[i])
+    np.testing.assert_array_equal(got, q.rows(slice(None)))
+    half, groups = (n // 2, 2) if glu else (n, 1)
+    padded = -(-k // fmt.group_of(k)) * fmt.group_of(k)
+    assert weight.nbytes == fmt.nbytes(-(-half // 32) * 32 * groups, padded)  # panels of 32 rows, whole groups
+
+
+def test_values_are_not_quantised_to_a_format_that_is_only_read(rng: Rng) -> None:  # noqa: F811
+    bench = Bench(rng, 3, 256)
+    table = bench.weight("w", rng.normal(size=(8, 256)))
+    bench.b.tensors[table] = replace(bench.b.tensors[table], format="q4_k")
+    bench.b.op(Linear, "y", bench.x, table, x_format="int8")
+    with pytest.raises(DeviceError, match=r"weight w is q4_k\[8, 256\].* but w is plain values"):
+        HostDevice(1).load(_finish(bench), ArrayWeights(bench.arrays), StateSpec(4, PAGE))
+    packed = _native.Weight("uint4f16", 8, 64, 32, False)
+    with pytest.raises(ValueError, match="a format that is only read takes codes, not values"):
+        packed.fill(np.zeros(8 * 64, np.float32).view(np.uint8), "f32", 0, 8, 1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", ["int8g32f16", "uint4g128", "q4_k", "q6_k"])
+def test_many_rows_and_deep(format: str, isa: str, rng: Rng) -> None:  # noqa: F811
+    """More rows than a tile holds, K over several passes: same bits row by row as one at a time."""
+    bench = Bench(rng, 530, 2304)
+    w = bench.weight("w", random_codes(rng, format, 70, 2304))
+    y = bench.b.op(Linear, "y", bench.x, w, x_format="int8")
+    few = bind([Chunk([7], 0, [0], [0]), Chunk([529], 0, [1], [0]), Chunk([3], 0, [2], [0])], PAGE)
+    ex = HostDevice(2, isa).load(_finish(bench), ArrayWeights(bench.arrays), StateSpec(64, PAGE))
+    all_rows = ex.step(bind([Chunk(range(530), 0, range(34), [0])], PAGE), taps=[y]).taps[y]
+    np.testing.assert_array_equal(ex.step(few, taps=[y]).taps[y], all_rows[[7, 529, 3]])
