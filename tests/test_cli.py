@@ -181,7 +181,7 @@ def test_modelled_times_are_not_measured(folder: str) -> None:
         assert "device 'silicon' has nothing to measure" in result.stderr
     words = ("generate", folder, "--prompt", "def ", "--max-tokens", "3", "--device", "silicon")
     assert run(*words).stderr == run(*words).stderr  # the speed too: it is the chip's
-    assert "tokens/s, modelled; finish reason:" in run(*words).stderr
+    assert "tokens/s, modelled: 1 x sohu, tp1;" in run(*words).stderr
 
 
 def test_debug_shows_the_traceback(folder: str) -> None:

@@ -182,11 +182,6 @@ def describe_device(llm: LLM) -> str:
     return ", ".join([llm.device.name, *facts])
 
 
-def is_modelled(llm: LLM) -> bool:
-    """Whether the device's times are a model's."""
-    return hasattr(llm.device, "clock")
-
-
 def check_measurable(device: str) -> None:
     if device == "silicon":
         raise ValueError("device 'silicon' has nothing to measure, its times are modelled: use intaglio simulate")
@@ -207,7 +202,7 @@ def stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> tuple[s
     rest = clock() - start - first
     print()
     speed = f", then {(tokens - 1) / rest:,.0f} tokens/s" if tokens > 1 else ""
-    speed += ", modelled" if is_modelled(llm) else ""
+    speed += f", modelled: {llm.modelled}" if llm.modelled else ""
     err.print(f"[dim]{tokens} tokens, first after {first * 1e3:,.2f} ms{speed}; finish reason: {reason}[/dim]")
     return text, reason
 

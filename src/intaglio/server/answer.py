@@ -189,3 +189,17 @@ def usage(ticket: Ticket, generated: bool = True) -> dict[str, Any]:
         "total_tokens": prompt + output,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
+
+
+def modelled(ticket: Ticket, by: str) -> dict[str, Any]:
+    """The times of a whole request on chips that need not exist: seconds from its arrival to its first token, between
+    tokens of a choice after that on average, and to its end."""
+    all = [u for u in ticket.usages if u]
+    begun = [(u, u.first_token) for u in all if u.first_token is not None]
+    after = sum(u.output_tokens - 1 for u, _ in begun)
+    return {
+        "by": by,
+        "time_to_first_token_seconds": min((first - u.arrived for u, first in begun), default=None),
+        "time_per_output_token_seconds": sum(u.ended - first for u, first in begun) / after if after else None,
+        "seconds": max((u.ended - u.arrived for u in all), default=None),
+    }

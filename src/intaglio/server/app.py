@@ -20,7 +20,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from intaglio.server import openapi
-from intaglio.server.answer import ChatChoice, Choice, CompletionChoice, Envelope, usage
+from intaglio.server.answer import ChatChoice, Choice, CompletionChoice, Envelope, modelled, usage
 from intaglio.server.driver import Job, Ticket
 from intaglio.server.prepare import chat_job, completion_jobs, encode, render
 from intaglio.server.problem import Json, Problem, dumps, told
@@ -330,7 +330,9 @@ class Answer:
         await send({"type": "http.response.body", "body": body, "more_body": more})
 
     def _usage(self, ticket: Ticket) -> dict[str, Any]:
-        return usage(ticket, generated=getattr(self.asked, "max_tokens", None) != 0)
+        told = usage(ticket, generated=getattr(self.asked, "max_tokens", None) != 0)
+        by = self.service.llm.modelled
+        return {**told, "modelled": modelled(ticket, by)} if by else told
 
 
 def _weight(error: Any) -> tuple[bool, bool, int]:

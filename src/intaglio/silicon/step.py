@@ -6,7 +6,7 @@ Ops alike (the layers of a model) cost one: what an op takes depends on its shap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -229,6 +229,16 @@ class Plan:
             shape = t[op.inputs[0]].shape
             return op.kind, shape[0], int(shape[1])
         return key_of(op, t)
+
+    @classmethod
+    def of(cls, stages: Sequence[Program], spec: ChipSpec) -> tuple[Plan, ...]:
+        """A Plan a stage, from one rank's Program of each. Raises ChipError if a rank's weights exceed a chip's HBM."""
+        plans = tuple(cls(p, spec) for p in stages)
+        most = max(plan.weights for plan in plans)
+        if most > spec.hbm_bytes:
+            held = f"{spec.name} has {spec.hbm_bytes / 1e9:,.0f} GB of HBM"
+            raise ChipError(f"{most / 1e9:,.1f} GB of weights a chip; {held}; use more chips or fewer bits")
+        return plans
 
     def _turns(self, cost: Mapping[Key, Timing]) -> dict[int, tuple[float, float]]:
         """For each collective, the seconds of work between it and the one before, and the one after."""

@@ -157,11 +157,7 @@ class Simulation:
     def of(cls, programs: Sequence[Program], spec: ChipSpec, layout: str) -> Simulation:
         """Ranks of a stage are alike, so one of each is planned. Raises ChipError if weights exceed HBM."""
         lanes = len(programs) // stages_of(layout)
-        plans = tuple(Plan(p, spec) for p in programs[::lanes])
-        most = max(plan.weights for plan in plans)
-        if most > spec.hbm_bytes:
-            held = f"{spec.name} has {spec.hbm_bytes / 1e9:,.0f} GB of HBM"
-            raise ChipError(f"{most / 1e9:,.1f} GB of weights a chip; {held}; use more chips or fewer bits")
+        plans = Plan.of(programs[::lanes], spec)
         return cls(spec, plans, len(programs), widest(plans))
 
     def phase(self, name: str, load: Load, new: int) -> Phase:
