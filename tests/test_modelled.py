@@ -66,9 +66,7 @@ def test_a_server_tells_the_chips_time_and_calls_it_modelled() -> None:
     first, each = times["time_to_first_token_seconds"], times["time_per_output_token_seconds"]
     assert times["by"] == later["by"] == state["modelled"] == "8 x sohu, tp8"
     assert times["seconds"] == pytest.approx(first + 11 * each)
-    assert (
-        0 < first < 0.01 and 0 < each < 0.01
-    )  # of launches and collectives of some us
+    assert 0 < first < 0.01 and 0 < each < 0.01  # of launches and collectives of some us
     assert state["clock"] == pytest.approx(times["seconds"] + later["seconds"])  # nothing passes between requests
     labels = '{engine="0",model_name="tiny"}'
     assert f"intaglio:modelled_time_to_first_token_seconds_count{labels} 2.0" in metrics

@@ -23,6 +23,7 @@ from intaglio.devices import DeviceError
 from intaglio.server.command import serve
 from intaglio.tools import porting
 from intaglio.tools.replay import replay
+from intaglio.tools.serving import bench_serve
 from intaglio.tools.silicon import modelled, register
 
 if TYPE_CHECKING:
@@ -57,6 +58,14 @@ class Group(TyperGroup):
                 raise
             typer.echo(f"error: {e}", err=True)
             raise typer.Exit(2) from None
+
+
+class Bench(TyperGroup):
+    """`bench MODEL` measures the model itself, as `bench model MODEL` does; `bench serve` a server."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = args[:1] == ["--help"] or (args and args[0] in self.commands)
+        return super().parse_args(ctx, args if named else ["model", *args])
 
 
 app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -465,7 +474,12 @@ def run_bench(llm: LLM, **sizes: Any) -> tuple[list[Row], str]:
     return rows, "" if isinstance(roofs, Roofs) else roofs
 
 
-@app.command()
+benches = typer.Typer(cls=Bench, help="Measure a model's prefill and decode, or a server under load.")
+benches.command("serve")(bench_serve)
+app.add_typer(benches, name="bench")
+
+
+@benches.command("model")
 def bench(
     model: Model = None,
     prompt_tokens: Annotated[str | None, typer.Option(help="Prompt lengths, such as 128,512.")] = None,
