@@ -142,8 +142,11 @@ async def _ask(session: Any, server: Server, ask: Ask, body: bytes, began: float
                         usage = event.get("usage") or usage
                         if "error" in event:
                             error = str(event["error"].get("code") or event["error"].get("type") or "error")
-                        elif event.get("choices") and event["choices"][0].get("text"):
-                            stamps.append(time.perf_counter() - began - start)
+                        for choice in event.get("choices", ()):
+                            if choice.get("text"):
+                                stamps.append(time.perf_counter() - began - start)
+                            if choice.get("finish_reason") == "deadline":  # what there is of the answer is not all
+                                error = "deadline"
     except (aiohttp.ClientError, TimeoutError, ValueError) as e:
         error = type(e).__name__
     end = time.perf_counter() - began - start
