@@ -65,7 +65,7 @@ def commands(a: argparse.Namespace, folder: Path, kind: str) -> dict[str, list[s
     if a.llama_python:
         found["llama_cpp.server"] = [
             a.llama_python, "-m", "llama_cpp.server", "--model", gguf, "--port", "{port}", "--n_threads", threads,
-            "--n_threads_batch", threads, "--n_ctx", str(a.context),
+            "--n_threads_batch", threads, "--n_ctx", str(a.context), "--interrupt_requests", "false",
         ]  # fmt: skip
     return found
 
