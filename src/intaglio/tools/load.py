@@ -143,7 +143,7 @@ async def _ask(session: Any, server: Server, ask: Ask, body: bytes, began: float
                         if "error" in event:
                             error = str(event["error"].get("code") or event["error"].get("type") or "error")
                         for choice in event.get("choices", ()):
-                            if choice.get("text"):
+                            if choice.get("text") or (choice.get("finish_reason") and not stamps):
                                 stamps.append(time.perf_counter() - began - start)
                             if choice.get("finish_reason") == "deadline":  # what there is of the answer is not all
                                 error = "deadline"
@@ -151,7 +151,7 @@ async def _ask(session: Any, server: Server, ask: Ask, body: bytes, began: float
         error = type(e).__name__
     end = time.perf_counter() - began - start
     if error is None and not stamps:
-        error = "no text"
+        error = "no end"
     gaps = tuple(b - a for a, b in itertools.pairwise(stamps))
     output = usage.get("completion_tokens", len(stamps))  # of a server that tells none: a text a token
     prompt = usage.get("prompt_tokens", ask.prompt)
