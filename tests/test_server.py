@@ -558,3 +558,13 @@ def test_a_crash_ends_streams_and_the_process(folder: Path) -> None:
             list(running)
         s.thread.join(60)
         assert s.code == 1
+
+
+def test_every_chunk_tells_the_tokens_so_far_if_asked(server: Served) -> None:
+    asked: Any = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 9, "n": 2, "stream": True}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *parts, last = server.client().completions.create(**asked, stream_options=options, extra_body={"ignore_eos": True})
+    told = [p.usage.completion_tokens for p in parts]
+    assert told == sorted(told) and told[0] >= 1 and told[-1] == last.usage.completion_tokens == 18
+    assert {p.usage.prompt_tokens for p in [*parts, last]} == {3}
+    assert all(p.usage.total_tokens == 3 + p.usage.completion_tokens for p in [*parts, last])

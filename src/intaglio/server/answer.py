@@ -177,7 +177,13 @@ class Envelope:
         return {**self.head, "choices": choices, "usage": usage}
 
 
-def usage(ticket: Ticket, generated: bool = True) -> dict[str, Any]:
+def usage_so_far(ticket: Ticket, output: int) -> dict[str, Any]:
+    """Tokens of a request that has not ended."""
+    prompt = sum(len(job.request.prompt) for job in ticket.jobs)
+    return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+
+
+def usage(ticket: Ticket, generated: bool) -> dict[str, Any]:
     """Tokens of a whole request: each prompt counts once, however many its choices."""
     all = [u for u in ticket.usages if u]
     prompt = sum(len(job.request.prompt) for job in ticket.jobs)
