@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from intaglio.llm import BUNDLED
 from intaglio.models import Checkpoint
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -94,8 +95,8 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(256, 2, 4, 2, 64, 768, 2048),  # for trying the script itself
-    "tiny-moe": Shape(256, 2, 4, 2, 64, 256, 2048, tied=False, experts=16, top=4),
+    "tiny": Shape(256, 2, 4, 2, 64, 768, 4096),  # for trying the scripts; as many ids as the bundled tokenizer
+    "tiny-moe": Shape(256, 2, 4, 2, 64, 256, 4096, tied=False, experts=16, top=4),
     "135m": Shape(576, 30, 9, 3, 64, 1536, 49152),  # SmolLM2-135M
     "1b": Shape(2048, 16, 32, 8, 64, 8192, 128256),  # Llama-3.2-1B
     "8b": Shape(4096, 32, 32, 8, 128, 14336, 128256, tied=False),  # Llama-3.1-8B
@@ -141,6 +142,19 @@ def write_safetensors(
     os.replace(aside, path)
 
 
+def write_tokenizer(folder: Path) -> Path:
+    """The bundled model's tokenizer in `folder`, which holds a checkpoint: ids it lacks are words of their own."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        told = json.loads((BUNDLED / name).read_text())
+        if name == "tokenizer.json":
+            vocabulary = told["model"]["vocab"]
+            known = {*vocabulary.values(), *(t["id"] for t in told["added_tokens"])}
+            size = json.loads((folder / "config.json").read_text())["vocab_size"]
+            vocabulary.update({f"w{i}": i for i in range(size) if i not in known})
+        (folder / name).write_text(json.dumps(told))
+    return folder
+
+
 def gguf_path(folder: Path, kind: str) -> Path:
     return folder / f"model.{kind}.gguf"
 
@@ -178,7 +192,7 @@ def _write_plain_gguf(checkpoint: Checkpoint, path: Path) -> None:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(c["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(c["moe_intermediate_size"])
-    writer.add_tokenizer_model("no_vocab")
+    _write_vocabulary(checkpoint.path, writer)
     stacks = gguf_stacks([n for n in checkpoint.entries if not (c["tie_word_embeddings"] and n == "lm_head.weight")])
     kinds = gguf.GGMLQuantizationType
     for name, parts in stacks.items():
@@ -211,6 +225,25 @@ def gguf_stacks(names: Sequence[str]) -> dict[str, list[str]]:
 def _is_wide(name: str, shape: tuple[int, ...]) -> bool:
     """Whether llama.cpp wants float32: vectors and routers."""
     return len(shape) == 1 or "ffn_gate_inp" in name
+
+
+def _write_vocabulary(folder: Path, writer: Any) -> None:
+    """The folder's tokenizer, if it has one; else none, and the model takes ids alone."""
+    if not (folder / "tokenizer.json").exists():
+        writer.add_tokenizer_model("no_vocab")
+        return
+    told = json.loads((folder / "tokenizer.json").read_text())
+    names = {id: text for text, id in told["model"]["vocab"].items()} | {
+        t["id"]: t["content"] for t in told["added_tokens"]
+    }
+    special = {t["id"] for t in told["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([names[i] for i in range(len(names))])
+    writer.add_token_types([3 if i in special else 1 for i in range(len(names))])  # control, normal
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in told["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
 
 
 def gguf_name(name: str) -> str:

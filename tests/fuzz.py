@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 from served import PATIENCE, served
 from tiny import tiny
 
@@ -15,6 +16,7 @@ from intaglio.server.openapi import POSTS
 from intaglio.server.prepare import Limits
 
 CONFIG = Path(__file__).parent / "schemathesis.toml"
+MEMORY = 1.05  # of what the process held after the first half: what is kept at all is kept by then
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
     "negative_data_rejection,unsupported_method"
@@ -22,8 +24,9 @@ CHECKS = (
 
 
 def fuzz(folder: Path, cases: int, seed: int | None = None) -> subprocess.CompletedProcess[str]:
-    """About `cases` requests, most of them to the operations that take a body; then nothing may be left behind."""
-    each = -(-cases // len(POSTS))
+    """About `cases` requests, most of them to the operations that take a body, in two halves, of which the second may
+    leave nothing behind: no block, no task, no file, no memory."""
+    each = -(-cases // (2 * len(POSTS)))
     with served(folder, llm={"device": "oracle", "context": 48, "max_waiting": 64}, limits=Limits(timeout=1)) as s:
         words = [
             sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG), "run", f"{s.url}/openapi.json",
@@ -31,7 +34,16 @@ def fuzz(folder: Path, cases: int, seed: int | None = None) -> subprocess.Comple
             "--request-timeout", "60", "--max-failures", "3", "--no-color",
         ]  # fmt: skip
         words += [] if seed is None else ["--seed", str(seed)]
-        return subprocess.run(words, capture_output=True, text=True, timeout=100 * PATIENCE)
+        process, held = psutil.Process(), list[tuple[int, int]]()
+        for _ in range(2):
+            done = subprocess.run(words, capture_output=True, text=True, timeout=100 * PATIENCE)
+            if done.returncode:
+                return done
+            s.quiet()
+            held.append((process.num_fds(), process.memory_info().rss))
+        assert held[1][0] <= held[0][0], f"files before and after: {held}"
+        assert held[1][1] <= MEMORY * held[0][1], f"memory before and after: {held}"
+        return done
 
 
 def main() -> None:

@@ -181,7 +181,7 @@ def test_modelled_times_are_not_measured(folder: str) -> None:
         assert "device 'silicon' has nothing to measure" in result.stderr
     words = ("generate", folder, "--prompt", "def ", "--max-tokens", "3", "--device", "silicon")
     assert run(*words).stderr == run(*words).stderr  # the speed too: it is the chip's
-    assert "tokens/s, modelled; finish reason:" in run(*words).stderr
+    assert "tokens/s, modelled: 1 x sohu, tp1;" in run(*words).stderr
 
 
 def test_debug_shows_the_traceback(folder: str) -> None:
@@ -202,9 +202,9 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_readme_lists_every_command_and_quotes_real_text() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    for command in intaglio.cli.app.registered_commands:
-        name = command.name or command.callback.__name__  # type: ignore[union-attr]
-        assert f"| `intaglio {name}" in readme  # type: ignore[union-attr]
+    names = [c.name or c.callback.__name__ for c in intaglio.cli.app.registered_commands]  # type: ignore[union-attr]
+    for name in [*names, "bench [MODEL]", "bench serve"]:
+        assert f"| `intaglio {name}" in readme
     if not BUNDLED.is_dir():
         pytest.skip("the bundled model is not here")
     quoted = readme.split("```\nprogram ")[1].split("```")[0].splitlines()[1:]

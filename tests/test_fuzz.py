@@ -14,4 +14,4 @@ def test_generated_requests_find_no_fault(tmp_path: Path) -> None:
     told = done.stdout[-6000:] + done.stderr[-2000:]
     assert done.returncode == 0, told
     found = re.search(r"(\d+) generated", told)
-    assert found and int(found[1]) > 150, told
+    assert found and int(found[1]) > 75, told  # of the second half

@@ -37,7 +37,8 @@ def test_it_works_in_a_browser(folder: Path) -> None:
     from playwright.sync_api import sync_playwright
 
     with served(folder, keys=("secret",)) as s, sync_playwright() as p:
-        s.llm.engine.executable = Slow(s.llm.engine.executable, 0.01)
+        s.llm.engine.executable = Slow(s.llm.engine.executable, 0.2)
+        s.llm.eos_ids = frozenset()  # so that the answer lasts as long as it is looked at
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE * 1000)
         page = browser.new_page()
         page.set_default_timeout(PATIENCE * 1000)

@@ -317,3 +317,21 @@ def test_bad_params_are_named(field: str, value: object) -> None:
 def test_good_params() -> None:
     assert SamplingParams(stop="x").stop == SamplingParams(stop=["x"]).stop == ("x",)
     SamplingParams(1, 0, 0, 1e-9, 1, 2**63 - 1, [], True)
+
+
+def test_whoever_waits_for_a_launch_is_told_of_each_before_it() -> None:
+    engine, order = oracle_engine(), list[str]()
+    inner = engine.executable.step
+
+    def step(*given: Any, **options: Any) -> Any:
+        order.append("launched")
+        return inner(*given, **options)
+
+    engine.executable.step = step  # type: ignore[method-assign]
+    engine.launching = lambda: order.append("told")
+    engine.step()
+    assert order == []  # nothing to do, nothing launched
+    n = random.randrange(2, 9)
+    add(engine, request("a", [5, 6, 7], max_tokens=n))
+    run_checked(engine)
+    assert order == ["told", "launched"] * n

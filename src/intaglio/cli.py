@@ -23,6 +23,7 @@ from intaglio.devices import DeviceError
 from intaglio.server.command import serve
 from intaglio.tools import porting
 from intaglio.tools.replay import replay
+from intaglio.tools.serving import bench_serve
 from intaglio.tools.silicon import modelled, register, seventy_b
 
 if TYPE_CHECKING:
@@ -62,6 +63,14 @@ class Group(TyperGroup):
                 raise
             typer.echo(f"error: {e}", err=True)
             raise typer.Exit(2) from None
+
+
+class Bench(TyperGroup):
+    """`bench MODEL` measures the model itself, as `bench model MODEL` does; `bench serve` a server."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = args[:1] == ["--help"] or (args and args[0] in self.commands)
+        return super().parse_args(ctx, args if named else ["model", *args])
 
 
 app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -188,11 +197,6 @@ def describe_device(llm: LLM) -> str:
     return ", ".join([llm.device.name, *facts])
 
 
-def is_modelled(llm: LLM) -> bool:
-    """Whether the device's times are a model's."""
-    return hasattr(llm.device, "clock")
-
-
 def check_measurable(device: str) -> None:
     if device == "silicon":
         raise ValueError("device 'silicon' has nothing to measure, its times are modelled: use intaglio simulate")
@@ -213,7 +217,7 @@ def stream(llm: LLM, prompt: str | list[int], params: SamplingParams) -> tuple[s
     rest = clock() - start - first
     print()
     speed = f", then {(tokens - 1) / rest:,.0f} tokens/s" if tokens > 1 else ""
-    speed += ", modelled" if is_modelled(llm) else ""
+    speed += f", modelled: {llm.modelled}" if llm.modelled else ""
     err.print(f"[dim]{tokens} tokens, first after {first * 1e3:,.2f} ms{speed}; finish reason: {reason}[/dim]")
     return text, reason
 
@@ -479,7 +483,12 @@ def run_bench(llm: LLM, **sizes: Any) -> tuple[list[Row], str]:
     return rows, "" if isinstance(roofs, Roofs) else roofs
 
 
-@app.command()
+benches = typer.Typer(cls=Bench, help="Measure a model's prefill and decode, or a server under load.")
+benches.command("serve")(bench_serve)
+app.add_typer(benches, name="bench")
+
+
+@benches.command("model")
 def bench(
     model: Model = None,
     prompt_tokens: Annotated[str | None, typer.Option(help="Prompt lengths, such as 128,512.")] = None,

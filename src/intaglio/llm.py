@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from intaglio import formats
-from intaglio.compiler import build, build_mesh
+from intaglio.compiler import Layout, build, build_mesh
 from intaglio.devices import DEVICES, Device, DeviceError, Executable, MeshDevice, StateSpec, WorkerDevice, open_device
 from intaglio.models import Checkpoint, Grammars, Tokenizer, TokenizerError, port
 from intaglio.program import Program
@@ -128,8 +128,9 @@ class LLM:
     keeps packed weights for the next start, a folder, "auto" or None (see HostDevice); worker: the
     device in a process of its own, replaced when it dies; journal: a file for all that happens, which `intaglio replay`
     runs again. layout: how ranks share the model, such as tp2 or tp4pp2; all of them run here, to see and test what
-    each would do, and none as a worker. Raises ValueError (CheckpointError, PortError, LayoutError, ...) or
-    DeviceError, saying what is wrong.
+    each would do, and none as a worker. chip, chips: with device silicon, which chip is modelled and how many share the
+    model, by `layout` or tensor parallel; values are those of one host, times those of the chips. Raises ValueError
+    (CheckpointError, PortError, LayoutError, ...) or DeviceError, saying what is wrong.
     """
 
     def __init__(
@@ -150,26 +151,38 @@ class LLM:
         worker: bool = False,
         journal: str | Path | None = None,
         layout: str | None = None,
+        chip: str | None = None,
+        chips: int | None = None,
     ) -> None:
         if layout and worker:
             raise DeviceError(f"layout {layout!r} with worker: ranks run in this process; leave one of the two out")
+        if device != "silicon" and (chip or chips):
+            raise DeviceError(f"device {device!r} is no chip; leave chip and chips out, or use device silicon")
         self.path = BUNDLED if path is None else Path(path)
         self.checkpoint = checkpoint = Checkpoint.open(self.path)
         ported = port(checkpoint, context)
         self.program = build(ported, weights, kv_format)
-        self.programs = build_mesh(ported, layout, weights, kv_format) if layout else (self.program,)  # of each rank
+        self.modelled: str | None = None  # whose times those of the engine are, if they are not measured
         self.tokenizer = _open_tokenizer(self.path, self.program.vocabulary)
         named = self.tokenizer.eos_ids if self.tokenizer else checkpoint.config.get("eos_token_id")
         self.eos_ids = frozenset([named] if isinstance(named, int) else named or ())
         if threads is not None and device != "host":
             raise DeviceError(f"device {device!r} takes no number of threads; leave threads out")
-        options = {"threads": threads, "cache": cache} if device == "host" else {}
+        options: dict[str, Any] = {"threads": threads, "cache": cache} if device == "host" else {}
+        self.programs: Many[Program] = (self.program,)  # of each rank that runs here
+        if device == "silicon":
+            on = _layout(layout, chips)
+            stages = build_mesh(ported, on, weights, kv_format, wire="bf16")[:: on.lanes] if on.ranks > 1 else ()
+            options = {"chip_name": chip or "sohu", "stages": stages}
+            self.modelled = f"{on.ranks} x {chip or 'sohu'}, {on}"
+        elif layout:
+            self.programs = build_mesh(ported, layout, weights, kv_format)
         inner = open_device(device, **options)
         self.device = WorkerDevice(inner) if worker else inner
         self.state = StateSpec(pool_pages(self.programs, kv_tokens), PAGE_TOKENS)
         opened = {
             "device": device, "weights": weights, "context": context, "kv_tokens": self.state.pages * PAGE_TOKENS,
-            "kv_format": kv_format, "layout": layout,
+            "kv_format": kv_format, "layout": layout, "chip": chip, "chips": chips,
         }  # fmt: skip
         clock = getattr(inner, "clock", time.monotonic)  # that of a modelled device is virtual
         self.engine = Engine(
@@ -311,6 +324,14 @@ class LLM:
         assert s.finish_reason
         error = s.fault.message if s.fault else None
         return RequestOutput(s.prompt, transcript.text, s.output, s.logprobs, s.finish_reason, error)
+
+
+def _layout(layout: str | None, chips: int | None) -> Layout:
+    """How so many chips share a model: by default tensor parallel. Raises DeviceError if the layout has other ranks."""
+    found = Layout.parse(layout or f"tp{chips or 1}")
+    if chips not in (None, found.ranks):
+        raise DeviceError(f"chips is {chips} but layout {found} has {found.ranks} ranks; leave one of the two out")
+    return found
 
 
 def _journal(path: str | Path, model: Path, options: dict[str, Any]) -> Callable[[dict[str, Any]], None]:

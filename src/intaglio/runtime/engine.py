@@ -72,6 +72,7 @@ class Engine:
         self.failed: str | None = None
         self.counts = Counts()
         self.last: StepRecord | None = None  # of the last step that ran
+        self.launching: Callable[[], None] | None = None  # called when a batch is about to go to the device
         self._events: list[Event] = []  # of this step so far
         self._launched: list[Sequence] = []  # in the launch that is under way, or was last
         self._due = math.inf
@@ -273,7 +274,10 @@ class Engine:
     def _run(self, chunks: list[Chunk], logits: bool = False) -> StepResult:
         """Take chunks through the device, noting how it fared."""
         try:
-            result = self.executable.step(bind(chunks, self.state.page_tokens), logits=logits)
+            batch = bind(chunks, self.state.page_tokens)
+            if self.launching:
+                self.launching()
+            result = self.executable.step(batch, logits=logits)
         except Exception as e:
             self._fates.append(f"lost: {e}" if isinstance(e, DeviceLost) else f"{type(e).__name__}: {e}")
             raise

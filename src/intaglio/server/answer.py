@@ -177,7 +177,13 @@ class Envelope:
         return {**self.head, "choices": choices, "usage": usage}
 
 
-def usage(ticket: Ticket, generated: bool = True) -> dict[str, Any]:
+def usage_so_far(ticket: Ticket, output: int) -> dict[str, Any]:
+    """Tokens of a request that has not ended."""
+    prompt = sum(len(job.request.prompt) for job in ticket.jobs)
+    return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+
+
+def usage(ticket: Ticket, generated: bool) -> dict[str, Any]:
     """Tokens of a whole request: each prompt counts once, however many its choices."""
     all = [u for u in ticket.usages if u]
     prompt = sum(len(job.request.prompt) for job in ticket.jobs)
@@ -188,4 +194,18 @@ def usage(ticket: Ticket, generated: bool = True) -> dict[str, Any]:
         "completion_tokens": output,
         "total_tokens": prompt + output,
         "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def modelled(ticket: Ticket, by: str) -> dict[str, Any]:
+    """The times of a whole request on chips that need not exist: seconds from its arrival to its first token, between
+    tokens of a choice after that on average, and to its end."""
+    all = [u for u in ticket.usages if u]
+    begun = [(u, u.first_token) for u in all if u.first_token is not None]
+    after = sum(u.output_tokens - 1 for u, _ in begun)
+    return {
+        "by": by,
+        "time_to_first_token_seconds": min((first - u.arrived for u, first in begun), default=None),
+        "time_per_output_token_seconds": sum(u.ended - first for u, first in begun) / after if after else None,
+        "seconds": max((u.ended - u.arrived for u in all), default=None),
     }

@@ -20,7 +20,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from intaglio.server import openapi
-from intaglio.server.answer import ChatChoice, Choice, CompletionChoice, Envelope, usage
+from intaglio.server.answer import ChatChoice, Choice, CompletionChoice, Envelope, modelled, usage, usage_so_far
 from intaglio.server.driver import Job, Ticket
 from intaglio.server.prepare import chat_job, completion_jobs, encode, render
 from intaglio.server.problem import Json, Problem, dumps, told
@@ -313,12 +313,17 @@ class Answer:
     async def _stream(self, ticket: Ticket, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        told_usage = bool(self.asked.stream_options and self.asked.stream_options.include_usage)
+        options = self.asked.stream_options
+        told_usage = bool(options and options.include_usage)
+        each = told_usage and bool(options and options.continuous_usage_stats)
+        output = 0
         try:
             async for pieces in ticket.pieces():
+                output += sum(piece.scored is not None for piece in pieces if self._generates)
                 news = [new for piece in pieces if (new := self.choices[piece.choice].feed(piece))]
                 if news:
-                    chunks = [self.envelope.chunk([new], None, told_usage) for new in news]
+                    so_far = usage_so_far(ticket, output) if each else None
+                    chunks = [self.envelope.chunk([new], so_far, told_usage) for new in news]
                     await self._send(send, b"".join(_event(chunk) for chunk in chunks))
         except Problem as problem:  # the status has gone out, so it is told in the stream
             return await self._send(send, _event(problem.as_dict()) + DONE, more=False)
@@ -329,8 +334,15 @@ class Answer:
     async def _send(send: Send, body: bytes, more: bool = True) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": more})
 
+    @property
+    def _generates(self) -> bool:
+        """Whether tokens are generated, not only those of the prompt scored."""
+        return getattr(self.asked, "max_tokens", None) != 0
+
     def _usage(self, ticket: Ticket) -> dict[str, Any]:
-        return usage(ticket, generated=getattr(self.asked, "max_tokens", None) != 0)
+        told = usage(ticket, self._generates)
+        by = self.service.llm.modelled
+        return {**told, "modelled": modelled(ticket, by)} if by else told
 
 
 def _weight(error: Any) -> tuple[bool, bool, int]:

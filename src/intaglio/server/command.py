@@ -27,6 +27,9 @@ def serve(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the host device.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Positions to compile for.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of KV to hold for all requests.")] = None,
+    chip: Annotated[str | None, typer.Option(help="With silicon: the chip. Default: sohu. See intaglio chips.")] = None,
+    chips: Annotated[int | None, typer.Option(min=1, help="With silicon: how many share the model.")] = None,
+    layout: Annotated[str | None, typer.Option(help="How ranks share the model, such as tp4pp2.")] = None,
     worker: Annotated[bool, typer.Option("--worker", help="The device in a process of its own.")] = False,
     max_sequences: Annotated[int, typer.Option(min=1, help="Choices that run together.")] = 256,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one step.")] = 512,
@@ -55,7 +58,8 @@ def serve(
     listener = listen(host, port)
     llm = LLM(
         model, device, weights, threads, context=context, kv_tokens=kv_tokens, worker=worker, journal=journal,
-        max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, max_waiting=max_waiting, max_drafts=max_drafts,
+        chip=chip, chips=chips, layout=layout, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens,
+        max_waiting=max_waiting, max_drafts=max_drafts,
     )  # fmt: skip
     options = Options(
         name=name or llm.path.resolve().name, keys=tuple(api_key or ()), origins=tuple(cors_origin or ()),
@@ -65,7 +69,8 @@ def serve(
     address = f"http://{shown}:{listener.getsockname()[1]}"
 
     def announce(service: Service) -> None:
-        print(f"serving {options.name} at {address}", flush=True)
+        modelled = f"; times are modelled: {llm.modelled}" if llm.modelled else ""
+        print(f"serving {options.name} at {address}{modelled}", flush=True)
 
     code = asyncio.run(run(llm, options, listener, announce))
     sys.stdout.flush()

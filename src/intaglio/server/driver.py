@@ -1,7 +1,8 @@
 """The engine's thread, which alone touches the engine, and the typed messages between it and the event loop.
 
 Requests and cancellations go in through an inbox that is read before every step; what a step gave comes out in one call
-on the event loop. Neither side ever waits for the other.
+on the event loop. Neither side ever waits for the other. What came of a step is handed over when the next one is on the
+device, which needs no interpreter: the event loop writes it out meanwhile, and does not hold up the next step.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 
 from intaglio.llm import Transcript
 from intaglio.runtime import (
@@ -154,15 +156,22 @@ class Driver:
         self.ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._running: dict[str, Running] = {}  # by request id
         self._answers: list[Answer] = []
+        self._launched = False  # in the step under way
         self._halted = False
+        engine.launching = self._launching
         self.snapshot = self._look()
         # A daemon: a device that never comes back must not keep a process that was told twice to end.
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._threads = [
+            threading.Thread(target=run, name=name, daemon=True)
+            for name, run in (("engine", self._run), ("herald", self._tell))
+        ]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def send(self, message: Message) -> None:
         self._inbox.put(message)
@@ -199,6 +208,7 @@ class Driver:
             self._hand_over()
         finally:
             self._call(self._over)
+            self._outbox.put(None)
 
     def _read_inbox(self) -> None:
         """Take all that has come; when there is nothing else to do, wait for it."""
@@ -242,6 +252,7 @@ class Driver:
 
     def _step(self) -> None:
         before = self.engine.counts.steps
+        self._launched = False
         self._take(self.engine.step())
         if self.engine.counts.steps > before and self.engine.last:
             self.steps.append(self.engine.last)
@@ -266,6 +277,11 @@ class Driver:
 
     def _publish(self) -> None:
         self.snapshot = self._look()
+        if self._answers and (self.engine.idle or not self._launched):  # else the next launch is near
+            self._hand_over()
+
+    def _launching(self) -> None:
+        self._launched = True
         if self._answers:
             self._hand_over()
 
@@ -274,10 +290,18 @@ class Driver:
         self._call(self._deliver, answers, self.steps[-1] if self.steps else None)
 
     def _call(self, what: Callable[..., None], *arguments: object) -> None:
-        try:
-            self._loop.call_soon_threadsafe(what, *arguments)
-        except RuntimeError:  # the loop is closed: nobody is left to be told
-            self._halted = True
+        self._outbox.put(partial(what, *arguments))
+
+    # In a thread of its own: to wake the event loop is to lose the interpreter to it; to put something in a queue is
+    # not, so that the engine's thread goes on to launch
+
+    def _tell(self) -> None:
+        while what := self._outbox.get():
+            try:
+                self._loop.call_soon_threadsafe(what)
+            except RuntimeError:  # the loop is closed: nobody is left to be told
+                self._halted = True
+                return
 
     # On the event loop
 

@@ -1,5 +1,6 @@
 """What Prometheus reads: the engine's counts and gauges, and latencies of requests, under vLLM's names, so that its
-dashboards and routers work; what vLLM has no name for begins with `intaglio:`.
+dashboards and routers work; what vLLM has no name for begins with `intaglio:`. Modelled seconds are never under a name
+of measured ones: they begin with `intaglio:modelled_`.
 """
 
 from __future__ import annotations
@@ -37,18 +38,28 @@ HISTOGRAMS = {
 
 
 class Metrics:
-    """One server's series. `look` gives the engine's last Snapshot, `facts` what never changes."""
+    """One server's series. `look` gives the engine's last Snapshot, `facts` what never changes; `modelled` is the
+    engine's clock, if its seconds are modelled."""
 
-    def __init__(self, model: str, look: Callable[[], Snapshot], facts: dict[str, str]) -> None:
+    def __init__(
+        self,
+        model: str,
+        look: Callable[[], Snapshot],
+        facts: dict[str, str],
+        modelled: Callable[[], float] | None = None,
+    ) -> None:
         self.labels = {"model_name": model, "engine": "0"}
         self.registry = CollectorRegistry()
         names = list(self.labels)
-        families = {
-            name: Histogram(f"vllm:{name}", text, names, buckets=buckets, registry=self.registry)
-            for name, (text, buckets) in HISTOGRAMS.items()
-        }
+        families = {}
+        for name, (text, buckets) in HISTOGRAMS.items():
+            title = f"vllm:{name}"
+            if modelled and name.endswith("_seconds"):  # of a chip, whose steps may take microseconds
+                title, text = f"intaglio:modelled_{name}", f"{text} Modelled."
+                buckets = tuple(sorted({b / 1000 for b in buckets} | set(buckets)))
+            families[name] = Histogram(title, text, names, buckets=buckets, registry=self.registry)
         self.histograms = {name: family.labels(**self.labels) for name, family in families.items()}
-        self.registry.register(_Engine(self.labels, look, facts))
+        self.registry.register(_Engine(self.labels, look, facts, modelled))
         self._last: dict[tuple[str, int], float] = {}  # when each running choice last gave a token
         self._step = 0
 
@@ -100,8 +111,14 @@ class Metrics:
 class _Engine(Collector):
     """Counters and gauges, read from the engine's snapshot when asked for."""
 
-    def __init__(self, labels: dict[str, str], look: Callable[[], Snapshot], facts: dict[str, str]) -> None:
-        self.labels, self.look, self.facts = labels, look, facts
+    def __init__(
+        self,
+        labels: dict[str, str],
+        look: Callable[[], Snapshot],
+        facts: dict[str, str],
+        modelled: Callable[[], float] | None,
+    ) -> None:
+        self.labels, self.look, self.facts, self.modelled = labels, look, facts, modelled
 
     def collect(self) -> Iterator[Metric]:
         snapshot = self.look()
@@ -114,6 +131,9 @@ class _Engine(Collector):
         facts = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=[*self.labels, *self.facts])
         facts.add_metric([*self.labels.values(), *self.facts.values()], 1)
         yield facts
+        if self.modelled:
+            text = "Seconds that have passed on the chips, modelled."
+            yield self._gauge("intaglio:modelled_clock_seconds", text, self.modelled())
         totals = {
             "vllm:num_preemptions": ("Times a choice was put back to wait.", c.preemptions),
             "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", c.prompt_tokens),

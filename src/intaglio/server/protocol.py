@@ -24,7 +24,10 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
+    """`continuous_usage_stats`, as in vLLM: with include_usage, every chunk tells the tokens so far."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class JsonSchema(Body):

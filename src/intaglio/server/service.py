@@ -44,7 +44,8 @@ class Service:
         self.llm, self.options = llm, options
         state = llm.state
         facts = {"block_size": str(state.page_tokens), "num_gpu_blocks": str(state.pages)}
-        self.metrics = Metrics(options.name, lambda: self.driver.snapshot, facts)
+        clock = llm.engine.clock if llm.modelled else None
+        self.metrics = Metrics(options.name, lambda: self.driver.snapshot, facts, clock)
         self.driver = Driver(llm.engine, self.metrics.watch)
         self.vocabulary = Vocabulary(llm.tokenizer)
         self.started = int(time.time())
@@ -108,7 +109,8 @@ class Service:
             "model": self.options.name,
             "chat": bool(self.llm.tokenizer and self.llm.tokenizer.template),
             "context": self.llm.program.context,
-            "clock": time.monotonic(),
+            "clock": self.llm.engine.clock(),
+            "modelled": self.llm.modelled,
             "running": s.gauges.running,
             "waiting": s.gauges.waiting,
             "blocks": s.gauges.blocks,

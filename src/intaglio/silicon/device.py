@@ -1,12 +1,12 @@
 """The silicon device: values from another device or from the chip's own instructions, time from the machine.
 
-Its clock is virtual: it moves by what a step would take on the chip. An engine that is given this clock schedules,
-times out and reports as it would there.
+Its clock is virtual: it moves by what a step would take on the chip, or on the chips that share a model. An engine that
+is given this clock schedules, times out and reports as it would there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,13 +27,17 @@ VALUES = ("host", "reference", "oracle", CHIP)
 
 
 class VirtualClock:
-    """Seconds that pass only when a step is run."""
+    """Seconds that pass when a step is run, or by whoever has nothing to do until a moment that is known."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def __call__(self) -> float:
         return self.seconds
+
+    def wait_until(self, seconds: float) -> None:
+        """Let the time until then pass, if it is not over."""
+        self.seconds = max(self.seconds, seconds)
 
 
 class ChipExecutable:
@@ -85,33 +89,43 @@ class ChipExecutable:
 
 
 class SiliconExecutable:
-    """An executable whose clock is modelled. `timeline` is that of the last step."""
+    """An executable whose clock is modelled. `timelines` are those of the last step, one a stage; a step passes through
+    the stages one after the other, for the next one waits for its tokens."""
 
-    def __init__(self, inner: Executable, plan: Plan, clock: VirtualClock) -> None:
-        self.inner, self.plan, self.clock = inner, plan, clock
+    def __init__(self, inner: Executable, plans: Sequence[Plan], clock: VirtualClock) -> None:
+        self.inner, self.plans, self.clock = inner, plans, clock
         self.program, self.state = inner.program, inner.state
-        self.timeline: Timeline | None = None
+        self.timelines: tuple[Timeline, ...] = ()
 
     def step(
         self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
     ) -> StepResult:
         """One step; `timed` gives modelled seconds by site."""
         result = self.inner.step(batch, logits=logits, taps=taps)
-        self.timeline = self.plan.run(load_of(batch))
-        self.clock.seconds += self.timeline.seconds
-        return replace(result, timings={e.site: e.seconds for e in self.timeline.entries}) if timed else result
+        load = load_of(batch)
+        self.timelines = tuple(plan.run(load) for plan in self.plans)
+        self.clock.seconds += sum(t.seconds for t in self.timelines)
+        if not timed:
+            return result
+        return replace(result, timings={e.site: e.seconds for t in self.timelines for e in t.entries})
 
 
 class SiliconDevice:
-    """A chip by its preset's name or its spec; values by one of VALUES."""
+    """A chip by its preset's name or its spec; values by one of VALUES, of the whole Program that is loaded.
+
+    stages: where several chips share a model, one rank's Program of each stage; these are timed in the place of the
+    Program that is loaded, for the ranks of a stage are alike."""
 
     name = "silicon"
 
-    def __init__(self, chip_name: str | ChipSpec = "sohu", values: str = "host", **options: object) -> None:
+    def __init__(
+        self, chip_name: str | ChipSpec = "sohu", values: str = "host", stages: Sequence[Program] = (),
+        **options: object,
+    ) -> None:  # fmt: skip
         if values not in VALUES:
             raise DeviceError(f"values={values!r}; use one of {', '.join(VALUES)}")
         self.spec = chip(chip_name) if isinstance(chip_name, str) else chip_name
-        self.values, self.options = values, options
+        self.values, self.stages, self.options = values, tuple(stages), options
         self.clock = VirtualClock()
 
     def load(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
@@ -120,7 +134,7 @@ class SiliconDevice:
             inner: Executable = ChipExecutable(program, weights, state, self.spec)
         else:
             inner = open_device(self.values, **self.options).load(program, weights, state)
-        return SiliconExecutable(inner, Plan(program, self.spec), self.clock)
+        return SiliconExecutable(inner, Plan.of(self.stages or (program,), self.spec), self.clock)
 
 
 __all__ = ["ChipExecutable", "SiliconDevice", "SiliconExecutable", "VirtualClock"]

@@ -257,6 +257,16 @@ class Plan:
             return op.kind, shape[0], int(shape[1])
         return key_of(op, t)
 
+    @classmethod
+    def of(cls, stages: Sequence[Program], spec: ChipSpec) -> tuple[Plan, ...]:
+        """A Plan a stage, from one rank's Program of each. Raises ChipError if a rank's weights exceed a chip's HBM."""
+        plans = tuple(cls(p, spec) for p in stages)
+        most = max(plan.weights for plan in plans)
+        if most > spec.hbm_bytes:
+            held = f"{spec.name} has {spec.hbm_bytes / 1e9:,.0f} GB of HBM"
+            raise ChipError(f"{most / 1e9:,.1f} GB of weights a chip; {held}; use more chips or fewer bits")
+        return plans
+
     def run(self, load: Load) -> Timeline:
         """The step, op by op."""
         entries: list[Entry] = []

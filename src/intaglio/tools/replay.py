@@ -40,7 +40,8 @@ def replay_journal(path: Path, model: Path | None = None, device: str | None = N
     first: dict[str, Any] = next(entries, {"do": "nothing"})
     if first["do"] != "model":
         raise ValueError(f"{path} begins with {first['do']!r}; a journal begins with the model")
-    options = {**first["options"], **({"device": device} if device else {})}
+    other = {"device": device, "chip": None, "chips": None} if device else {}
+    options = {**first["options"], **other}
     llm = LLM(model or first["path"], **options)
     return run_again(entries, llm.load, lambda request: _revived(llm, request))
 

@@ -155,11 +155,7 @@ class Simulation:
     @classmethod
     def of(cls, programs: Sequence[Program], spec: ChipSpec, layout: str) -> Simulation:
         """`programs`: one a stage, as stages() gives them. Raises ChipError if weights exceed HBM."""
-        plans = tuple(Plan(p, spec) for p in programs)
-        most = max(plan.weights for plan in plans)
-        if most > spec.hbm_bytes:
-            held = f"{spec.name} has {spec.hbm_bytes / 1e9:,.0f} GB of HBM"
-            raise ChipError(f"{most / 1e9:,.1f} GB of weights a chip; {held}; use more chips or fewer bits")
+        plans = Plan.of(programs, spec)
         return cls(spec, plans, Layout.parse(layout).ranks, widest(plans))
 
     def phase(self, name: str, load: Load, new: int) -> Phase:
