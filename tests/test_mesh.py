@@ -99,7 +99,7 @@ def test_sharded_equals_whole(folder: Path, family: str, layout: str, device: st
 
 
 @pytest.mark.parametrize("device", ["reference", "host"])
-@pytest.mark.parametrize("layout", ["tp2", "tp8", "pp3", "ep2", "ep4pp2", "tp2ep2"])
+@pytest.mark.parametrize("layout", ["tp8", "pp3", "ep2", "ep4pp2", "tp2ep2"])
 @pytest.mark.parametrize("family", MIXTURES)
 def test_mixtures_sharded_equal_whole(folder: Path, family: str, layout: str, device: str) -> None:
     """By columns, by expert, and by both; latents, sinks and chunks among them. A near tie in routing would show as
@@ -126,7 +126,7 @@ def test_norms_split_along_tokens_change_no_bit(folder: Path, family: str) -> No
     assert kinds["reduce_scatter"] and not kinds["all_reduce"]
     norms = [op for op in split[1].ops if isinstance(op, Norm) and not op.group and split[1].tensors[op.x].view is None]
     assert {split[1].tensors[op.out].shape[0] for op in norms} >= {f"T:1/{Layout.parse(layout).tp}"}
-    for device in ("reference", "host"):
+    for device in ("reference", "host") if family in FAMILIES else ("host",):
         wanted = run(compiled(family, folder, layout), c, device, tokens)
         np.testing.assert_array_equal(run(split, c, device, tokens), wanted)
 

@@ -215,23 +215,26 @@ def exposed(seconds: Sequence[float], link: Sequence[bool]) -> dict[int, float]:
     nearer = [0.0] * len(seconds)  # seconds of work from an op to the next collective
     for i in reversed(range(len(seconds))):
         nearer[i] = work = 0.0 if link[i] else work + seconds[i]
-    at, ready, last = [0, 0], [0.0, 0.0], [-1, -1]  # of each half: its next op, from when, and its last collective
-    free, seen = {False: 0.0, True: 0.0}, {i: 0.0 for i, far in enumerate(link) if far}
-    while at[1] < len(seconds):
-        h = 1
-        if at[0] < len(seconds):
-            first, second = ((max(ready[k], free[link[at[k]]]), nearer[at[k]]) for k in (0, 1))
-            h = 1 if at[1] < at[0] and second < first else 0
+    n, at, ready, last = len(seconds), [0, 0], [0.0, 0.0], [-1, -1]  # a half's next op, from when, its last collective
+    free, seen = [0.0, 0.0], {i: 0.0 for i, far in enumerate(link) if far}  # of work, of links: from when they are free
+    while at[1] < n:
+        h, (i, j) = 0, at
+        if i == n:
+            h = 1
+        elif j < i:
+            first, second = max(ready[0], free[link[i]]), max(ready[1], free[link[j]])
+            h = 1 if second < first or (second == first and nearer[j] < nearer[i]) else 0
         i = at[h]
-        start = max(ready[h], free[link[i]])
-        if link[i]:
+        far = link[i]
+        start = max(ready[h], free[far])
+        if far:
             last[h] = i
         elif last[h] >= 0:
-            seen[last[h]] += start - free[False]
-        ready[h] = free[link[i]] = start + seconds[i] / 2
-        at[h] += 1
+            seen[last[h]] += start - free[0]
+        ready[h] = free[far] = start + seconds[i] / 2
+        at[h] = i + 1
     if last[1] >= 0:
-        seen[last[1]] += max(0.0, ready[1] - free[False])
+        seen[last[1]] += max(0.0, ready[1] - free[0])
     return seen
 
 
