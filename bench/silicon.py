@@ -20,6 +20,7 @@ import numpy as np
 
 from intaglio.batch import Chunk, bind
 from intaglio.chips import chip, replace
+from intaglio.collectives import schedule
 from intaglio.compiler import build
 from intaglio.devices import ArrayWeights, StateSpec
 from intaglio.models import port_config
@@ -28,7 +29,7 @@ from intaglio.program import Builder, Program
 from intaglio.silicon.device import SiliconDevice
 from intaglio.silicon.kernels.attention import attend_timing
 from intaglio.silicon.kernels.linear import linear_timing
-from intaglio.silicon.network import collective_timing
+from intaglio.silicon.network import collective_timing, read, touched, traffic
 from intaglio.silicon.step import Load, Plan, timing
 from intaglio.tools.simulate import Serving, Simulation, ported, stages
 
@@ -48,7 +49,7 @@ def cpu(work: Callable[[], Any]) -> float:
 
 def forget() -> None:
     """Drop what was timed before: the next is cold."""
-    for cached in (timing, linear_timing, attend_timing, collective_timing):
+    for cached in (timing, linear_timing, attend_timing, collective_timing, read, traffic, touched, schedule):
         cached.cache_clear()
 
 
@@ -178,12 +179,34 @@ def growth_rows() -> None:
         print(f"{keys:7,} tokens of context: {cpu(lambda plan=plan, load=load: plan.run(load)):.4f} CPU s a step, cold")
 
 
+def chips_rows() -> None:
+    """Llama-3-70B cut for 1 to 256 chips, eight to a network, and its step; then one collective over as many."""
+    whole = ported("llama-3-70b", None)
+    for chips in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        layout = f"tp{min(chips, 8)}" + (f"pp{chips // 8}" if chips > 8 else "")
+        made: list[Simulation] = []
+
+        def make(layout: str = layout, made: list[Simulation] = made) -> None:
+            parts = ranks(whole, layout, "fp8row", "int8", "fp8")
+            made.append(Simulation.of(parts, replace(chip("sohu"), hbm_bytes=10**12), layout))
+
+        cut = cpu(make)
+        forget()
+        spent = cpu(lambda made=made: made[0].phase("mixed", Serving(2048, 128).mixed(), 128))
+        print(f"{chips:4} chips, {layout:8}: {cut:.2f} CPU s to cut and compile, {spent:.4f} a step, cold")
+    for chips in (2, 8, 16, 32, 64, 128, 256):
+        forget()
+        spent = cpu(lambda chips=chips: collective_timing(chip("tpu_v6e"), "all_reduce", chips, 10**7))
+        print(f"{chips:4} chips, one all_reduce of 10 MB round a torus: {spent:.4f} CPU s, cold")
+
+
 def main() -> None:
     print(f"Python {sys.version.split()[0]}; CPU seconds are measured here, milliseconds are modelled", flush=True)
     layer_rows()
     model_rows()
     values_row()
     growth_rows()
+    chips_rows()
 
 
 if __name__ == "__main__":

@@ -229,8 +229,8 @@ NB_MODULE(_native, m) {
       .def("__init__", [](Executable* self, const std::string& isa, int threads, int page, std::array<int64_t, 4> limits) {
              new (self) Executable(kernels_of(isa), threads, page, {limits[0], limits[1], limits[2], limits[3]});
            }, "isa"_a, "threads"_a, "page"_a, "limits"_a)
-      .def("buffer", [](Executable& e, int64_t row_bytes, bool sampled) {
-             return e.add_buffer(row_bytes, sampled ? Extent::R : Extent::T);
+      .def("buffer", [](Executable& e, int64_t row_bytes, bool sampled, int64_t share, int64_t shares) {
+             return e.add_buffer(row_bytes, {sampled, share, shares});
            })
       .def("columns", [](Executable& e, int buffer, int64_t cols, int64_t ld, int64_t column) {
              Tensor t;

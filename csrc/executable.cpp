@@ -121,7 +121,7 @@ Tensor Executable::make_cache(int64_t pages, int heads, int head_dim, Fmt format
 }
 
 int64_t Executable::rows_of(const Tensor& t) const {
-  return buffers_[size_t(t.buffer)].rows == Extent::T ? in_.t : in_.r;
+  return buffers_[size_t(t.buffer)].rows.of(in_.t, in_.r);
 }
 
 // Rows that an op works through: its last tensor is a result of that many rows, or a cache written token by token.
@@ -175,7 +175,7 @@ void Executable::plan_memory() {
   int64_t at = 0;
   for (Buffer& b : buffers_) {
     b.offset = at;
-    at += aligned(b.row_bytes * (b.rows == Extent::T ? in_.t : in_.r)) + kAlign;
+    at += aligned(b.row_bytes * b.rows.of(in_.t, in_.r)) + kAlign;
   }
   grow(arena_, at);
   int64_t shared = 0, attend = 0, own_x = 0;

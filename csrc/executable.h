@@ -24,7 +24,14 @@ struct PackedWeight {
 
 // An exchange is done outside, between two steps.
 enum class Kind : int { Embed, Select, Norm, Linear, Rope, KvWrite, Attend, Map, Sample, Route, Experts, HeadLinear, Exchange };
-enum class Extent : int { T, R };  // how many rows a buffer has in a step
+
+// How many rows a buffer has in a step: those sampled, or the share-th of `shares` near-equal runs of the tokens.
+struct Extent {
+  bool sampled;
+  int64_t share, shares;
+  int64_t of(int64_t t, int64_t r) const { return sampled ? r : up_to(share + 1, t) - up_to(share, t); }
+  int64_t up_to(int64_t i, int64_t t) const { return (t * i + shares - 1) / shares; }
+};
 
 struct Buffer {
   int64_t row_bytes;

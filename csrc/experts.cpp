@@ -32,7 +32,7 @@ RouteArgs Executable::route_args(const Op& op) const {
 }
 
 // tensors: x, weights, ids, gate and up, down, their biases, residual, out.
-// ints: experts, inner, x is bf16, activation, weights scale x. floats: alpha, limit, shift.
+// ints: experts, inner, x is bf16, activation, weights scale x, number of the first expert. floats: alpha, limit, shift.
 ExpertsView Executable::experts_view(const Op& op) const {
   const Weight &up = tensors_[size_t(op.tensors[3])].weight->w, &down = tensors_[size_t(op.tensors[4])].weight->w;
   return {&up, &down, op.ints[0], op.ints[1], tensors_[size_t(op.tensors[8])].cols, up.units() / op.ints[0], down.units() / op.ints[0],
@@ -60,21 +60,26 @@ void Executable::add_experts(int at, const Op& op) {
   team_.add(at, 5, in_.t, std::max<int64_t>(1, in_.t / (4 * threads)));
 }
 
-// Entries (token, j) in the order of their experts, tokens ascending within one.
+// Entries (token, j) in the order of their experts, tokens ascending within one; -1 where the expert is another rank's.
 void Executable::sort_tokens(const Op& op) {
   const ExpertsView v = experts_view(op);
   const Tensor& ids = tensors_[size_t(op.tensors[2])];
-  auto id = [&](int64_t t, int64_t j) { return ((const int32_t*)rows_at(op.tensors[2]))[t * ids.ld + j]; };
+  auto id = [&](int64_t t, int64_t j) {
+    const int64_t e = ((const int32_t*)rows_at(op.tensors[2]))[t * ids.ld + j] - op.ints[5];
+    return e < 0 || e >= v.experts ? -1 : int32_t(e);
+  };
   Sorted& s = sorted_;
   std::fill(s.start.begin(), s.start.end(), 0);
   for (int64_t t = 0; t < in_.t; t++)
-    for (int64_t j = 0; j < v.top; j++) s.start[size_t(id(t, j)) + 1]++;
+    for (int64_t j = 0; j < v.top; j++)
+      if (id(t, j) >= 0) s.start[size_t(id(t, j)) + 1]++;
   for (int64_t e = 0; e < v.experts; e++) s.start[size_t(e) + 1] += s.start[size_t(e)];
   std::vector<int32_t> next(s.start.begin(), s.start.end());
   for (int64_t t = 0; t < in_.t; t++)
     for (int64_t j = 0; j < v.top; j++) {
-      const int32_t e = id(t, j), at = next[size_t(e)]++;
-      s.entry[size_t(t * v.top + j)] = at, s.token[size_t(at)] = int32_t(t * v.top + j);
+      const int32_t e = id(t, j), at = e < 0 ? -1 : next[size_t(e)]++;
+      s.entry[size_t(t * v.top + j)] = at;
+      if (e >= 0) s.token[size_t(at)] = int32_t(t * v.top + j);
     }
   s.active.clear();
   int64_t x = 0, rounded = 0, cost = 0;
@@ -121,6 +126,7 @@ void Executable::run_experts(Scratch& mine, const Op& op, int part, int64_t begi
 // One entry's x, as its expert's first product reads it.
 void Executable::expert_row(Scratch& mine, const Op& op, int64_t entry) {
   const ExpertsView v = experts_view(op);
+  if (entry >= sorted_.start[size_t(v.experts)]) return;  // fewer are here than there was room for
   const Active& a = active_of(entry);
   const int64_t t = sorted_.token[size_t(entry)] / v.top, j = sorted_.token[size_t(entry)] % v.top;
   const float* x = rows_at(op.tensors[0]) + t * tensors_[size_t(op.tensors[0])].ld;
@@ -148,6 +154,7 @@ void Executable::expert_inner(Scratch& mine, const Op& op, int64_t slice) {
 
 void Executable::round_inner(const Op& op, int64_t entry) {
   const ExpertsView v = experts_view(op);
+  if (entry >= sorted_.start[size_t(v.experts)]) return;
   const Active& a = active_of(entry);
   Rows rows;
   lay_rows(*v.down, v.x_bf16, a.rows, sorted_.rounded.data() + a.rounded, &rows);
@@ -170,13 +177,18 @@ void Executable::combine(const Op& op, int64_t t) {
   const ExpertsView v = experts_view(op);
   const float* rows[kMaxTop];
   float weights[kMaxTop];
+  int64_t here = 0;
   for (int64_t j = 0; j < v.top; j++) {
-    rows[j] = (const float*)sorted_.out.data() + sorted_.entry[size_t(t * v.top + j)] * v.n;
-    weights[j] = op.ints[4] ? 1.0f : rows_at(op.tensors[1])[t * tensors_[size_t(op.tensors[1])].ld + j];
+    const int64_t entry = sorted_.entry[size_t(t * v.top + j)];
+    if (entry < 0) continue;
+    rows[here] = (const float*)sorted_.out.data() + entry * v.n;
+    weights[here++] = op.ints[4] ? 1.0f : rows_at(op.tensors[1])[t * tensors_[size_t(op.tensors[1])].ld + j];
   }
   const float* residual = rows_at(op.tensors[7]);
   if (residual) residual += t * tensors_[size_t(op.tensors[7])].ld;
-  kernels_->combine_row(rows, weights, v.top, residual, rows_at(op.tensors[8]) + t * tensors_[size_t(op.tensors[8])].ld, v.n);
+  float* out = rows_at(op.tensors[8]) + t * tensors_[size_t(op.tensors[8])].ld;
+  if (here) return kernels_->combine_row(rows, weights, here, residual, out, v.n);
+  for (int64_t i = 0; i < v.n; i++) out[i] = residual ? residual[i] : 0.0f;
 }
 
 // tensors: x, w, out. ints: heads, rows of a head's matrix. Rows are prepared by head, [head][token].

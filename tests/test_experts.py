@@ -198,6 +198,20 @@ def test_experts_weighing_their_input() -> None:
     close(run(experts(v, scale_input=True, activation="gelu"), v), want, 4e-6)
 
 
+@quick
+@given(seeds, st.integers(1, 9), st.integers(1, COUNT - 1))
+def test_shares_of_experts_add_up(seed: int, rows: int, first: int) -> None:
+    """Two ranks' experts, each with its own stacks; a rank that has none of a token's experts gives it zeros."""
+    v = mixture(seed, rows, 11, biased=True)
+    op, parts = experts(v), []
+    for low, high in ((0, first), (first, COUNT)):
+        held = {n: x[low:high] if n.startswith(("gate", "up", "down")) else x for n, x in v.items()}
+        parts.append(run(replace(op, first=low, of=COUNT), held))
+        elsewhere = ((v["i"] < low) | (v["i"] >= high)).all(axis=1)
+        assert not parts[-1][elsewhere].any()
+    close(parts[0] + parts[1], run(op, v).astype(np.float64), 4e-6)
+
+
 @pytest.mark.parametrize("format", ["int8g32", "int4g32"])
 def test_experts_in_groups_are_their_linears(format: str) -> None:
     v = mixture(9, 6, 40)
@@ -237,7 +251,8 @@ def test_experts_refuses() -> None:
     refuses(replace(op, x_format="int8"), "x_format=int8 with f32 weights", **own)
     refuses(replace(op, activation="exp"), "activation='exp'; use one of silu", **own)
     refuses(replace(op, alpha=0.0), "alpha=0.0, limit=0.0; above 0", **own)
-    refuses(replace(op, up_bias="b"), "biases both, or neither", **own, b="f32[4, 6]")
+    refuses(replace(op, first=3, of=6), r"first=3, of=6, but gate has 4 experts", **own)
+    refuses(replace(op, up_bias="b"), "gate and up have biases both, or none", **own, b="f32[4, 6]")
     three = {"gate_bias": "g", "up_bias": "u", "down_bias": "d"}
     biases = {"g": "f32[4, 6]", "u": "f32[4, 7]", "d": "f32[4, 8]"}
     refuses(replace(op, **three), r"u is f32\[4, 7\]; wanted \[4, 6\]", **own, **biases)

@@ -7,6 +7,7 @@ reference (which sums a part in float64), and along the K-long chain on the host
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ from intaglio.devices import ArrayWeights, DeviceError, MeshDevice, StateSpec, o
 from intaglio.devices.mesh import together
 from intaglio.llm import LLM
 from intaglio.models import Checkpoint, port
-from intaglio.ops import AllGather, AllReduce, Experts, Linear, OpError, Recv, Send
+from intaglio.ops import AllGather, AllReduce, AllToAll, Linear, Norm, OpError, Recv, ReduceScatter, Send, Tensor
 from intaglio.ops.collective import Collective
 from intaglio.program import Program, ProgramError, parse_program, verify_mesh
 from intaglio.runtime import Grammar, SamplingParams
@@ -98,23 +99,54 @@ def test_sharded_equals_whole(folder: Path, family: str, layout: str, device: st
 
 
 @pytest.mark.parametrize("device", ["reference", "host"])
-@pytest.mark.parametrize("layout", ["tp4", "tp2pp3"])
+@pytest.mark.parametrize("layout", ["tp2", "tp8", "pp3", "ep2", "ep4pp2", "tp2ep2"])
 @pytest.mark.parametrize("family", MIXTURES)
 def test_mixtures_sharded_equal_whole(folder: Path, family: str, layout: str, device: str) -> None:
-    """Experts by their columns, latents and sinks by heads. A near tie in routing would show as another model's logits;
-    random weights have none."""
-    c = checkpoint(family, folder)
+    """By columns, by expert, and by both; latents, sinks and chunks among them. A near tie in routing would show as
+    another model's logits; these weights and tokens, which are always the same, have none."""
     tokens, wanted = whole_logits(family, folder, device)
-    ranks = compiled(family, folder, layout)
-    gates = {int(r.tensors[op.gate].shape[1]) for r in ranks for op in r.ops if isinstance(op, Experts)}
-    whole = {int(build(port(c)).tensors[op.gate].shape[1]) for op in port(c).ops if isinstance(op, Experts)}
-    assert max(gates) < min(whole)
-    assert apart(run(ranks, c, device, tokens), wanted) <= bound(device, layout)
+    programs = compiled(family, folder, layout)
+    got = run(programs, checkpoint(family, folder), device, tokens)
+    if Layout.parse(layout).lanes > 1:
+        assert apart(got, wanted) <= bound(device, layout)
+    else:
+        np.testing.assert_array_equal(got, wanted)
+    held = [sum(op.kind == "experts" for op in rank.ops) for rank in programs]
+    whole = sum(op.kind == "experts" for op in port(checkpoint(family, folder)).ops)
+    assert sum(held) == Layout.parse(layout).lanes * whole > 0
 
 
-def test_ways_of_experts_are_refused_by_name(folder: Path) -> None:
-    with pytest.raises(LayoutError, match=r"mlp\.experts: ep=2 has no rule yet; cut experts by their columns, tp4"):
-        shard(port(checkpoint("mixtral", folder)), "tp2ep2")
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+def test_norms_split_along_tokens_change_no_bit(folder: Path, family: str) -> None:
+    """Rows are normed and added alike wherever they are; with fewer tokens than lanes some lanes have none."""
+    c, layout = checkpoint(family, folder), "tp4" if family in FAMILIES else "tp2pp2"
+    tokens, _ = whole_logits(family, folder, "host")
+    split = compiled(family, folder, f"{layout}sp")
+    kinds = Counter(op.kind for op in split[1].ops)
+    assert kinds["reduce_scatter"] and not kinds["all_reduce"]
+    norms = [op for op in split[1].ops if isinstance(op, Norm) and not op.group and split[1].tensors[op.x].view is None]
+    assert {split[1].tensors[op.out].shape[0] for op in norms} >= {f"T:1/{Layout.parse(layout).tp}"}
+    for device in ("reference", "host"):
+        wanted = run(compiled(family, folder, layout), c, device, tokens)
+        np.testing.assert_array_equal(run(split, c, device, tokens), wanted)
+
+
+def test_each_rank_holds_its_experts(folder: Path) -> None:
+    """Six experts four ways: one or two whole ones each, by name or as rows of a stack; or all, and columns of each."""
+    for family in ("mixtral", "gptoss"):
+        p = port(Checkpoint.open(tiny(family, folder / family)))
+        site, ranks = "layers.0.mlp.experts", shard(p, "ep4")
+        ops = [next(op for op in rank.ops if op.site == site) for rank in ranks]
+        shapes = [rank.tensors[f"{site}.gate"].shape for rank in ranks]
+        assert [(op.first, shape[0], op.of) for op, shape in zip(ops, shapes, strict=True)] == [
+            (0, 1, 6), (1, 2, 6), (3, 1, 6), (4, 2, 6),
+        ]  # fmt: skip
+        (source,) = ranks[3].tensors[f"{site}.down"].source
+        assert ("{4..5}" if family == "mixtral" else "|s4:6/6") in source
+        halves = [rank.tensors[f"{site}.down"].shape[2] for rank in shard(p, "tp2")]
+        assert sum(halves) == p.tensors[f"{site}.down"].shape[2] and len(halves) == 2
+    with pytest.raises(LayoutError, match="experts has 6 experts of 96 columns, too few for layout ep8"):
+        shard(p, "ep8")
 
 
 @settings(max_examples=20, deadline=None)
@@ -223,7 +255,10 @@ def test_schedules_give_the_bits_of_the_definition(wire: str) -> None:
         x = [draw.normal(size=(3, 5)).astype(np.float32) for _ in group]
         reduce = AllReduce(site="s", x="x", out="y", group=group, wire=wire)
         gather = AllGather(site="s", x="x", out="y", group=group, width=5 * ranks, wire=wire)
-        for op in (reduce, gather):
+        rows = replace(gather, tokens=True, width=5)
+        scatter = ReduceScatter(site="s", x="x", out="y", group=group, share=0, wire=wire)
+        swap = AllToAll(site="s", x="x", out="y", group=group, share=0, width=5 * ranks, wire=wire)
+        for op in (reduce, gather, rows, scatter, swap):
             for a, b in zip(together(op, x), op.exchange(x), strict=True):
                 np.testing.assert_array_equal(a, b)
 
@@ -233,7 +268,11 @@ def test_the_layout_of_ranks() -> None:
         Layout(4, 1, 2), Layout(4, 1, 2), Layout(2), Layout(1, 2, 3),
     ]  # fmt: skip
     assert str(Layout(4, 1, 2)) == "tp4pp2" and str(Layout()) == "tp1" and Layout(2, 2, 2).rank(1, 3) == 7
-    for wrong in ("", "tp", "tp0", "tp2tp2", "dp2", "tp2 pp2"):
+    assert Layout.parse("tp4pp2sp") == Layout(4, 1, 2, True) and str(Layout(4, sp=True)) == "tp4sp"
+    for wrong in ("sp", "pp2sp", "tp2ep2sp"):
+        with pytest.raises(LayoutError, match="sp"):
+            Layout.parse(wrong)
+    for wrong in ("", "tp", "tp0", "tp2tp2", "dp2", "tp2 pp2", "tp2sppp2"):
         with pytest.raises(LayoutError, match=f"layout {wrong!r}; wanted some of tpN"):
             Layout.parse(wrong)
     ranks = shard(transformer(Toy(layers=5)), "tp2pp3")
@@ -262,6 +301,18 @@ def changed(p: Program, at: str, **fields: object) -> Program:
     return p.with_ops([replace(op, **fields) if op.site == at else op for op in p.ops], p.tensors)  # type: ignore[arg-type]
 
 
+def scattered(a: Program, b: Program, share: int) -> list[Program]:
+    """The first sum scattered along tokens: rank 1 gets the rows of `share`. Nothing reads them."""
+    out = []
+    for p, own in ((a, 0), (b, share)):
+        at = next(i for i, op in enumerate(p.ops) if isinstance(op, AllReduce))
+        op = p.ops[at]
+        extra = ReduceScatter(site="more", x=op.inputs[0], out="more", group=(0, 1), share=own)
+        table = {**p.tensors, "more": Tensor("more", (f"T:{own}/2", p.tensors[op.outputs[0]].shape[1]), "f32", "temp")}
+        out.append(p.with_ops([*p.ops[:at], extra, *p.ops[at:]], table))
+    return out
+
+
 SUM = "layers.0.attn.o_proj.all_reduce"
 
 
@@ -277,6 +328,7 @@ SUM = "layers.0.attn.o_proj.all_reduce"
             lambda a, b: (a.with_ops([*a.ops, Send(site="x", x="norm", peer=1)], a.tensors), b),
             "rank 0 sends at x what rank 1 never receives",
         ),
+        (lambda a, b: scattered(a, b, 0), r"have rows \['T:0/2', 'T:0/2'\] at .*; wanted the shares of 2 in order"),
     ],
 )  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_refused(spoil, says: str) -> None:

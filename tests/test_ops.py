@@ -24,8 +24,6 @@ from intaglio.batch import GREEDY, Batch, Chunk, Sampling, bind
 from intaglio.formats import Quantised
 from intaglio.ops import (
     REGISTRY,
-    AllGather,
-    AllReduce,
     Attend,
     Embed,
     KvWrite,
@@ -34,11 +32,9 @@ from intaglio.ops import (
     Norm,
     Op,
     OpError,
-    Recv,
     Rope,
     Sample,
     Select,
-    Send,
     Tensor,
 )  # fmt: skip
 from intaglio.ops.elementwise import FUNCTIONS, postfix
@@ -106,9 +102,10 @@ def close(got: np.ndarray, want: torch.Tensor | np.ndarray, rel: float = 1e-6) -
 
 @pytest.mark.parametrize("kind", REGISTRY)
 def test_every_op_is_tested_here(kind: str) -> None:
+    import test_collective_ops
     import test_experts
 
-    written = {**vars(sys.modules[__name__]), **vars(test_experts)}
+    written = {**vars(sys.modules[__name__]), **vars(test_experts), **vars(test_collective_ops)}
     for what in ("", "_refuses", "_work"):
         found = [name for name in written if name.startswith(f"test_{kind}{what}")]
         assert found, f"write test_{kind}{what}...: op {kind} has no test of its {what.strip('_') or 'meaning'}"
@@ -646,97 +643,3 @@ def test_sample_work() -> None:
     op = Sample(site="s", logits="logits", tokens="tokens", logprobs="logprobs")
     table = tensors(logits="f32[R, 50]", tokens="i32[R]", logprobs="f32[R]")
     assert op.work(table, BATCH) == Work(4 * 3 * 50, 0, 0, 3 * 50 * 4 + 3 * 4 + 3 * 4)
-
-
-# collectives: their meaning is across ranks
-
-
-def parts(seed: int, ranks: int, rows: int, width: int) -> list[np.ndarray]:
-    return [random(seed + i, rows, width) for i in range(ranks)]
-
-
-@quick
-@given(seeds, st.integers(1, 6), sides, sides)
-def test_all_reduce(seed: int, ranks: int, rows: int, width: int) -> None:
-    x = parts(seed, ranks, rows, width)
-    op = AllReduce(site="s", x="x", out="out", group=tuple(range(ranks)))
-    total = x[0]
-    for part in x[1:]:
-        total = total + part  # in order of rank, in float32
-    for got in op.exchange(x):
-        np.testing.assert_array_equal(got, total)
-    short = replace(op, wire="bf16").exchange(x)[-1]
-    np.testing.assert_array_equal(short, formats.round_to(short, "bf16"))
-    room = (ranks + 1) * 2.0**-8 * np.sum([np.abs(part) for part in x], axis=0)
-    assert (np.abs(short - total) <= room).all()
-
-
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_all_gather(ranks: int) -> None:
-    x = [random(i, 5, 2 + i) for i in range(ranks)]
-    width = sum(part.shape[1] for part in x)
-    op = AllGather(site="s", x="x", out="out", group=tuple(range(ranks)), width=width)
-    for got in op.exchange(x):
-        np.testing.assert_array_equal(got, np.concatenate(x, axis=1))
-    half = replace(op, wire="f16").exchange(x)[0]
-    np.testing.assert_array_equal(half, np.concatenate(x, axis=1).astype(np.float16).astype(np.float32))
-
-
-def test_send_and_recv() -> None:
-    (x,) = parts(0, 1, 4, 3)
-    (arrived,) = Send(site="s", x="x", peer=1, wire="bf16").exchange([x])
-    np.testing.assert_array_equal(arrived, formats.round_to(x, "bf16"))
-    assert Recv(site="s", out="out", peer=0, width=3, wire="bf16").exchange([arrived])[0] is arrived
-
-
-def test_recv_has_the_shape_it_names() -> None:
-    op = Recv(site="s", out="out", peer=0, width=3, rows="R")
-    assert op.shapes({}) == {"out": (("R", 3), "f32")}
-
-
-def test_one_rank_of_a_collective_has_no_answer() -> None:
-    op = AllReduce(site="s", x="x", out="out", group=(0, 1))
-    with pytest.raises(OpError, match="one rank alone has no answer; run all ranks"):
-        op.reference({"x": random(0, 2, 2)}, BATCH)
-
-
-def test_all_reduce_refuses() -> None:
-    op = AllReduce(site="s", x="x", out="out", group=(0, 2))
-    refuses(replace(op, group=(2, 0)), r"group=\(2, 0\); wanted ranks in ascending order", x="f32[T, 8]")
-    refuses(replace(op, group=()), r"group=\(\); wanted ranks", x="f32[T, 8]")
-    refuses(replace(op, wire="int8"), "wire='int8'; use one of f32, bf16, f16", x="f32[T, 8]")
-    refuses(op, r"x is f32\[T\]; wanted a matrix", x="f32[T]")
-
-
-def test_all_gather_refuses() -> None:
-    op = AllGather(site="s", x="x", out="out", group=(0, 1), width=7)
-    refuses(op, r"x is f32\[T, 8\], which is more than width=7", x="f32[T, 8]")
-
-
-def test_send_refuses() -> None:
-    refuses(Send(site="s", x="x", peer=1, wire="f64"), "wire='f64'", x="f32[T, 8]")
-
-
-def test_recv_refuses() -> None:
-    refuses(Recv(site="s", out="out", peer=1, width=8, rows="S"), "rows='S'; use T or R")
-
-
-def test_all_reduce_work() -> None:
-    op = AllReduce(site="s", x="x", out="out", group=(0, 1, 2, 3), wire="bf16")
-    n = 5 * 8 * 4
-    assert op.work(tensors(x="f32[T, 8]", out="f32[T, 8]"), BATCH) == Work(3 * 5 * 8 // 4, 0, 0, 2 * n, 2 * 3 * n // 8)
-
-
-def test_all_gather_work() -> None:
-    op = AllGather(site="s", x="x", out="out", group=(0, 1, 2, 3), width=8)
-    assert op.work(tensors(x="f32[T, 2]", out="f32[T, 8]"), BATCH) == Work(0, 0, 0, 2 * 5 * 8 * 4, 5 * 6 * 4)
-
-
-def test_send_work() -> None:
-    op = Send(site="s", x="x", peer=1, wire="f16")
-    assert op.work(tensors(x="f32[T, 8]"), BATCH) == Work(0, 0, 0, 5 * 8 * 4, 5 * 8 * 2)
-
-
-def test_recv_work() -> None:
-    op = Recv(site="s", out="out", peer=1, width=8)
-    assert op.work(tensors(out="f32[T, 8]"), BATCH) == Work(0, 0, 0, 5 * 8 * 4, 5 * 8 * 4)

@@ -27,7 +27,7 @@ from intaglio.ops import (
     Tensor,
     Value,
 )
-from intaglio.silicon.kernels import KERNELS, refusal
+from intaglio.silicon.kernels import KERNELS, links, refusal
 from intaglio.silicon.memory import MachineError
 
 CHIP = st.sampled_from(sorted(CHIPS))
@@ -248,8 +248,8 @@ def test_sample(chip: str, seed: int) -> None:
 
 
 def test_every_op_has_a_kernel_or_is_refused() -> None:
-    """Collectives have none: they are timed over the links, and their values are the mesh's."""
-    assert REGISTRY.keys() - KERNELS.keys() == {"all_reduce", "all_gather", "send", "recv"}
+    """Those of collectives are for all chips of a group together: see test_links.py."""
+    assert REGISTRY.keys() - KERNELS.keys() == set(links.KINDS)
     op = Send(site="layer 3", x="x", peer=1)
     batch = some_batch(np.random.default_rng())
     tensors = {"x": Tensor("x", ("T", 8), "f32", "temp")}

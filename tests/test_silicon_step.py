@@ -24,7 +24,7 @@ from intaglio.devices import DeviceError, StateSpec, open_device
 from intaglio.models import Checkpoint, port
 from intaglio.runtime import Engine, Request, SamplingParams
 from intaglio.silicon.device import SiliconDevice
-from intaglio.silicon.step import Load, Plan, load_of, timing
+from intaglio.silicon.step import Load, Plan, exposed, load_of, timing
 from intaglio.silicon.timeline import chrome_trace
 from intaglio.tools.simulate import Serving, Simulation, cards, ported, stages, what_helps
 from intaglio.tools.validate import loads, validate
@@ -172,6 +172,27 @@ def test_weights_fetched_ahead_are_hidden_by_work() -> None:
     assert ahead < without
     weights = sum(t.nbytes({}) for t in PROGRAM.of_role("weight") if t.name != "embed.weight")  # type: ignore[attr-defined]
     assert ahead >= weights / sohu.hbm_rate
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 10), st.booleans()), min_size=1, max_size=40))
+def test_two_halves_take_turns(ops: list[tuple[float, bool]]) -> None:
+    """What is seen of collectives is what neither work hides: no more than their whole time, no less than what links
+    need beyond all work."""
+    seconds, link = [s for s, _ in ops], [far for _, far in ops]
+    seen = exposed(seconds, link)
+    assert seen.keys() == {i for i, far in enumerate(link) if far} and all(s >= -1e-9 for s in seen.values())
+    far = sum(s for s, f in ops if f)
+    assert max(0.0, far - (sum(seconds) - far)) - 1e-9 <= sum(seen.values()) <= far + 1e-9
+
+
+def test_turns_by_hand() -> None:
+    """Work 4, link 4, work 4: halves of 2. The second works while the first is sent, and the other way round."""
+    assert exposed([4, 4, 4], [False, True, False]) == {1: 0.0}
+    assert exposed([4, 8, 4], [False, True, False]) == {1: 4.0}  # both wait 2, one after the other
+    assert exposed([4, 4], [False, True]) == {1: 2.0}  # nothing to do while the second half is sent
+    # two collectives with a norm between: it waits for the other half's work, which nothing interrupts, and links wait
+    assert sum(exposed([8, 4, 1, 4, 8], [False, True, False, True, False]).values()) == 3.0
 
 
 def test_a_step_of_a_batch_has_its_sizes() -> None:

@@ -5,6 +5,7 @@ Built from Chunks, one a sequence. Knows nothing of programs or requests.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -43,6 +44,22 @@ class Sampling:
 
 
 GREEDY = Sampling()
+SHARE = re.compile(r"T:(\d+)/(\d+)")  # one rank's run of the token rows: its number, and how many there are
+
+
+def shared(rows: int, share: int, shares: int) -> range:
+    """The share-th of near-equal runs of rows, none longer than the first: a rank's own of rows split along tokens."""
+    return range(-(-rows * share // shares), -(-rows * (share + 1) // shares))
+
+
+class Sizes(dict[str, int]):
+    """Symbolic dims by name, and the rows of a share such as T:1/4."""
+
+    def __missing__(self, dim: str) -> int:
+        match = SHARE.fullmatch(dim)
+        if not match:
+            raise KeyError(dim)
+        return len(shared(self["T"], int(match[1]), int(match[2])))
 
 
 @dataclass(frozen=True)
@@ -74,9 +91,9 @@ class Batch:
     sampling: tuple[Sampling, ...] = field(default=())  # one a row
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> Sizes:
         """The symbolic dims bound by this batch."""
-        return {"T": len(self.tokens), "S": len(self.first_row), "R": len(self.rows)}
+        return Sizes(T=len(self.tokens), S=len(self.first_row), R=len(self.rows))
 
 
 def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:

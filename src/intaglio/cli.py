@@ -81,7 +81,8 @@ KvFormat = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the host device. Default: all cores.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Positions to compile for. Default: the model's own.")]
 Layout = Annotated[
-    str | None, typer.Option(help="How ranks share the model: tp2, pp2, tp4pp2, ... All of them run here.")
+    str | None,
+    typer.Option(help="How ranks share the model: tp2, pp2, tp4pp2, tp2ep4, tp4sp, ... All run here."),
 ]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep packed weights on disk.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]

@@ -50,7 +50,7 @@ A100 = ChipSpec(
     energy=Energy(mac=0.9e-12, hbm_byte=40e-12, shared_byte=8e-12, link_byte=60e-12, idle_w=60.0),
     constants=Constants(
         launch_s=2.88e-6, latency_s=1.77e-6, hbm_share=0.717, shared_share=0.548, mxu_share=0.945, gather_share=0.4,
-        meet_s=9.05e-6, hop_s=0.855e-6,
+        meet_s=9.1e-6, hop_s=0.913e-6,
     ),
     reasons=(
         ("cores", "108 SMs (NVIDIA A100 data sheet and whitepaper, 2020)"),
@@ -82,7 +82,7 @@ H100 = replace(
     flash=3,
     constants=Constants(
         launch_s=3.61e-6, latency_s=1.43e-6, hbm_share=0.882, shared_share=0.885, mxu_share=0.887, gather_share=0.514,
-        meet_s=4.58e-6, hop_s=0.828e-6,
+        meet_s=4.52e-6, hop_s=0.858e-6,
     ),
     tiles=NVJET_TILES,
     switch_adds=True,

@@ -16,6 +16,7 @@ from intaglio.compiler.stages import cut_stages
 from intaglio.ops import (
     AllGather,
     AllReduce,
+    AllToAll,
     Attend,
     Embed,
     Experts,
@@ -25,6 +26,7 @@ from intaglio.ops import (
     Map,
     Norm,
     Op,
+    ReduceScatter,
     Rope,
     Route,
     Sample,
@@ -32,6 +34,7 @@ from intaglio.ops import (
     Tensor,
 )  # fmt: skip
 from intaglio.program import Program
+from intaglio.program.source import is_run, narrowed
 
 Share = tuple[range, ...]  # the columns of a result (or rows of a weight) that a lane has, side by side in this order
 Plan = dict[str, list[Share]]  # by tensor: the share of each lane; for a cache, of its heads
@@ -54,9 +57,9 @@ def shard(program: Program, layout: str | Layout, wire: str = "f32") -> tuple[Pr
     return tuple(cut_stages(lanes[lane], layout, lane, stage, wire) for stage, lane in places)
 
 
-def cut(width: int, lanes: int) -> list[Share]:
-    """Columns 0..width - 1 as a near-equal run for each lane, in whole blocks where there is a block for every lane."""
-    block = next((b for b in BLOCKS if width % b == 0 and width // b >= lanes), 1)
+def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
+    """0..width - 1 as a near-equal run for each lane, in whole blocks where there is a block for every lane."""
+    block = next((b for b in blocks if width % b == 0 and width // b >= lanes), 1)
     ends = [width // block * i // lanes * block for i in range(lanes + 1)]
     return [(range(a, b),) for a, b in pairwise(ends)]
 
@@ -64,6 +67,11 @@ def cut(width: int, lanes: int) -> list[Share]:
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
     """The columns of heads, each `by` wide."""
     return [tuple(range(r.start * by, r.stop * by) for r in share) for share in shares]
+
+
+def heads_of(share: Share, head_dim: int) -> Share:
+    """The heads whose columns a share is."""
+    return tuple(range(r.start // head_dim, r.stop // head_dim) for r in share)
 
 
 def width_of(share: Share) -> int:
@@ -167,7 +175,12 @@ class Lane:
         self.ops: list[Op] = []
         self.tensors: dict[str, Tensor] = {t.name: t for t in p.tensors.values() if t.role in ("input", "const")}
         self.shares: dict[str, list[Share]] = {}
+        self.views: dict[str, list[Tensor]] = {}  # by their base
+        for t in p.tensors.values():
+            if t.view:
+                self.views.setdefault(t.view[0], []).append(t)
         self.wholes: dict[str, str] = {}  # what a cut result is called where it is whole
+        self.split: set[str] = set()  # results of which each lane has a run of the token rows
 
     def run(self) -> Program:
         for t in self.p.of_role("state"):
@@ -186,13 +199,17 @@ class Lane:
             self.tensors[name] = Tensor(name, shape, format, like.role if like else "temp")
             if shares:
                 self.shares[name] = shares
-            for t in [t for t in self.p.tensors.values() if t.view and t.view[0] == name]:
+            self.split |= {name} if str(shape[0]).startswith("T:") else set()
+            for t in self.views.get(name, []):
                 self.add_view(t)
 
     def add_view(self, t: Tensor) -> None:
         """A view has what its base has of its columns."""
         assert t.view
         base, start = t.view
+        if base in self.split:
+            self.split.add(t.name)
+            t = replace(t, shape=(self.tensors[base].shape[0], t.shape[1]))
         if base in self.shares:
             columns = range(start, start + int(t.shape[1]))
             self.shares[t.name] = [
@@ -213,6 +230,15 @@ class Lane:
         self.tensors[as_ or name] = replace(t, name=as_ or name)
         return as_ or name
 
+    def slab(self, name: str, stacks: Share, inners: Share = (), axis: int = 0) -> None:
+        """Some matrices of a stack in the table, and of each some rows or columns along `axis`."""
+        t = self.p.tensors[name]
+        for which, share in ((0, stacks), (axis, inners)):
+            if share:
+                shape = (*t.shape[:which], width_of(share), *t.shape[which + 1 :])
+                t = replace(t, shape=shape, source=cut_source(t, share, which, int(t.shape[which])))
+        self.tensors[name] = t
+
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
         """This lane's share of a weight of `op`, under a name of the op's own if other ops read the weight too."""
         own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
@@ -223,10 +249,34 @@ class Lane:
         t = self.p.tensors[name]
         if t.role == "weight":
             return self.keep(name)
+        if name in self.split and name not in self.wholes:
+            self.wholes[name] = f"{name}.whole"
+            group, width = tuple(range(self.layout.lanes)), int(t.shape[1])
+            self.add(
+                AllGather(
+                    site=f"{name}.all_gather",
+                    x=name,
+                    out=self.wholes[name],
+                    group=group,
+                    width=width,
+                    tokens=True,
+                    wire=self.wire,
+                )
+            )
         if name in self.shares and name not in self.wholes:
             self.wholes[name] = f"{name}.whole"
             self.gather(f"{name}.all_gather", name, self.wholes[name], self.shares[name], int(t.shape[1]))
         return self.wholes.get(name, name)
+
+    def total(self, site: str, x: str, out: str, group: tuple[int, ...]) -> None:
+        """The sum of the lanes' parts of a result: all of it, or with `sp` this lane's token rows."""
+        t = self.p.tensors[out]
+        if self.layout.sp and t.shape[0] == "T" and t.role == "temp" and len(group) == self.layout.lanes:
+            self.add(
+                ReduceScatter(site=f"{site}.reduce_scatter", x=x, out=out, group=group, share=self.lane, wire=self.wire)
+            )
+        else:
+            self.add(AllReduce(site=f"{site}.all_reduce", x=x, out=out, group=group, wire=self.wire))
 
     def gather(self, site: str, x: str, out: str, shares: Sequence[Share], width: int) -> None:
         group = partners(shares, self.lane)
@@ -249,8 +299,14 @@ def cut_source(t: Tensor, share: Share, axis: int, length: int) -> tuple[str, ..
         raise LayoutError(
             f"weight {t.name} is joined from {len(t.source)} tensors; shard a Program before it is merged"
         )
+    if share == (range(length),):
+        return t.source
     way = "crs"[len(t.shape) - 1 - axis]
-    return tuple(f"{source}|{way}{r.start}:{r.stop}/{length}" for source in t.source for r in share)
+    return tuple(
+        narrowed(source, r) if axis == 0 and is_run(source) else f"{source}|{way}{r.start}:{r.stop}/{length}"
+        for source in t.source
+        for r in share
+    )
 
 
 def entire(lane: Lane, op: Op) -> None:
@@ -285,7 +341,7 @@ def linear(lane: Lane, op: Linear) -> None:
         bias = lane.keep(op.bias) if op.bias and first else None
         residual = lane.whole(op.residual) if op.residual and first else None
         lane.add(replace(op, w=w, bias=bias, residual=residual, out=part))
-        lane.add(AllReduce(site=f"{op.site}.all_reduce", x=part, out=op.out, group=group, wire=lane.wire))
+        lane.total(op.site, part, op.out, group)
     elif cut_out and not op.residual:
         bias = lane.own(op, op.bias, cut_out, axis=0) if op.bias else None
         columns(lane, replace(op, x=lane.whole(op.x), w=lane.own(op, op.w, cut_out, axis=0), bias=bias), cut_out)
@@ -294,22 +350,42 @@ def linear(lane: Lane, op: Linear) -> None:
 
 
 def embed(lane: Lane, op: Embed) -> None:
-    """By columns of the table: gathering rows costs half of what summing rows from a cut vocabulary would."""
-    gathered(lane, replace(op, w=lane.own(op, op.w, lane.plan[op.out], axis=1)), lane.plan[op.out])
+    """By columns of the table: gathering rows costs half of what summing rows from a cut vocabulary would. With `sp`
+    each lane hands its columns of others' rows on to them, which moves 1 / tp of that."""
+    shares = lane.plan[op.out]
+    own = replace(op, w=lane.own(op, op.w, shares, axis=1))
+    if not lane.layout.sp or lane.p.tensors[op.out].role != "temp":
+        return gathered(lane, own, shares)
+    lane.add(replace(own, out=f"{op.out}.part"), shares)
+    group, width = tuple(range(lane.layout.lanes)), int(lane.p.tensors[op.out].shape[1])
+    site, x = f"{op.site}.all_to_all", f"{op.out}.part"
+    return lane.add(AllToAll(site=site, x=x, out=op.out, group=group, share=lane.lane, width=width, wire=lane.wire))
+
+
+def by_rows(lane: Lane, op: Op) -> bool:
+    """Whether each lane can do its own token rows: all operands but weights are split, and the result may be."""
+    rows = [name for name in op.inputs if lane.p.tensors[name].role != "weight"]
+    return set(rows) <= lane.split and lane.p.tensors[op.outputs[0]].role == "temp"
 
 
 def elementwise(lane: Lane, op: Map) -> None:
-    """By columns if all operands are cut alike, but for those of one column, which each lane has."""
+    """By columns if all operands are cut alike, but for those of one column, which each lane has; or all by rows."""
+    if by_rows(lane, op):
+        return lane.add(op)
     wide = [name for name in op.inputs if lane.p.tensors[name].shape[1:] != (1,) or name == op.a]
     shares = [lane.shares.get(name) for name in wide]
     if shares[0] and all(s == shares[0] for s in shares):
-        columns(lane, op, shares[0])
-    else:
-        entire(lane, op)
+        return columns(lane, op, shares[0])
+    return entire(lane, op)
 
 
 def norm(lane: Lane, op: Norm) -> None:
     """By columns where each head is normed by itself; a norm over all of them wants them all, and gives a view back."""
+    if by_rows(lane, op):
+        for name in (op.weight, op.bias):
+            if name:
+                lane.keep(name)
+        return lane.add(op)
     shares = lane.shares.get(op.x)
     if not shares or op.residual:
         return entire(lane, op)
@@ -323,6 +399,44 @@ def norm(lane: Lane, op: Norm) -> None:
     lane.tensors[op.out] = replace(lane.p.tensors[op.out], shape=(lane.p.tensors[op.x].shape[0], len(own)), view=view)
     lane.shares[op.out] = shares
     return None
+
+
+def experts(lane: Lane, op: Experts) -> None:
+    """Whole experts, `ep` ways, and of each the inner columns, `tp` ways: a part of the sum, and an all_reduce."""
+    layout, at = lane.layout, divmod(lane.lane, lane.layout.tp)
+    count, inner, _ = map(int, lane.p.tensors[op.gate].shape)
+    if count < layout.ep or inner < layout.tp:
+        raise LayoutError(f"{op.site} has {count} experts of {inner} columns, too few for layout {layout}")
+    own, part = cut(count, layout.ep, ())[at[0]], cut(inner, layout.tp)[at[1]]
+    stacks = {op.gate: 1, op.up: 1, op.down: 2, op.gate_bias: 1, op.up_bias: 1}
+    for name, axis in stacks.items():
+        if name:
+            lane.slab(name, own, part, axis)
+    if op.down_bias and at[1] == 0:  # it is added once an expert
+        lane.slab(op.down_bias, own)
+    share = replace(
+        op,
+        x=lane.whole(op.x),
+        weights=lane.whole(op.weights),
+        ids=lane.whole(op.ids),
+        down_bias=op.down_bias if at[1] == 0 else None,
+        residual=lane.whole(op.residual) if op.residual and lane.lane == 0 else None,
+        out=f"{op.out}.part",
+        first=own[0].start,
+        of=count,
+    )
+    lane.add(share)
+    lane.total(op.site, share.out, op.out, tuple(range(layout.lanes)))
+
+
+def head_linear(lane: Lane, op: HeadLinear) -> None:
+    """By heads."""
+    shares, heads = lane.shares.get(op.x), int(lane.p.tensors[op.w].shape[0])
+    if not shares:
+        return entire(lane, op)
+    own = [heads_of(share, int(lane.p.tensors[op.x].shape[1]) // heads) for share in shares]
+    width = int(lane.p.tensors[op.out].shape[1]) // heads
+    return columns(lane, replace(op, w=lane.own(op, op.w, own, axis=0)), scaled(own, width))
 
 
 def rope(lane: Lane, op: Rope) -> None:
@@ -342,42 +456,9 @@ def attend(lane: Lane, op: Attend) -> None:
     if not shares:
         return entire(lane, op)
     head_dim, v_dim = int(whole[op.q].shape[1]) // op.heads, int(whole[op.out].shape[1]) // op.heads
-    heads = [tuple(range(r.start // head_dim, r.stop // head_dim) for r in share) for share in shares]
-    sinks = lane.keep(op.sinks, heads) if op.sinks else None
+    heads = [heads_of(share, head_dim) for share in shares]
+    sinks = lane.own(op, op.sinks, heads, axis=0) if op.sinks else None
     return columns(lane, replace(op, heads=width_of(heads[lane.lane]), sinks=sinks), scaled(heads, v_dim))
-
-
-def head_linear(lane: Lane, op: HeadLinear) -> None:
-    """By heads, each with its own matrix of the stack."""
-    shares, whole = lane.shares.get(op.x), lane.p.tensors
-    count = int(whole[op.w].shape[0])
-    width, out = (int(whole[name].shape[1]) // count for name in (op.x, op.out))
-    if not shares or any(r.start % width or r.stop % width for share in shares for r in share):
-        return entire(lane, op)
-    heads = [tuple(range(r.start // width, r.stop // width) for r in share) for share in shares]
-    lane.keep(op.w, heads)
-    return columns(lane, op, scaled(heads, out))
-
-
-def experts(lane: Lane, op: Experts) -> None:
-    """Every expert by its inner columns, so that lanes have equal work whatever the routing; an all_reduce sums."""
-    inner, lanes = int(lane.p.tensors[op.gate].shape[1]), lane.layout.lanes
-    if lane.layout.ep > 1:
-        raise LayoutError(f"{op.site}: ep={lane.layout.ep} has no rule yet; cut experts by their columns, tp{lanes}")
-    if inner < lanes:
-        return entire(lane, op)
-    shares, part = cut(inner, lanes), f"{op.out}.part"
-    for name in (op.gate, op.up, op.gate_bias, op.up_bias):
-        if name:
-            lane.keep(name, shares, axis=1)
-    lane.keep(op.down, shares, axis=2)
-    first = lane.lane == 0  # which alone brings what is to be added once
-    bias = lane.keep(op.down_bias) if op.down_bias and first else None
-    residual = lane.whole(op.residual) if op.residual and first else None
-    names = {name: lane.whole(name) for name in (op.x, op.weights, op.ids)}
-    lane.add(replace(op, down_bias=bias, residual=residual, out=part).rename(names))
-    group = tuple(range(lanes))
-    return lane.add(AllReduce(site=f"{op.site}.all_reduce", x=part, out=op.out, group=group, wire=lane.wire))
 
 
 RULES: dict[type[Op], Callable[[Lane, Any], None]] = {

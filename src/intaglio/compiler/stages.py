@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 
 from intaglio.compiler.layout import Layout, LayoutError
-from intaglio.ops import AllGather, AllReduce, Op, Recv, Send, Tensor
+from intaglio.ops import Grouped, Op, Recv, Send, Tensor
 from intaglio.program import Program
 
 LAYER = re.compile(r"layers\.(\d+)\.")
@@ -68,7 +68,7 @@ def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> 
 
 def _moved(op: Op, layout: Layout, stage: int) -> Op:
     """A collective of lanes, as ranks of this stage."""
-    if isinstance(op, AllReduce | AllGather):
+    if isinstance(op, Grouped):
         return replace(op, group=tuple(layout.rank(stage, lane) for lane in op.group))
     return op
 

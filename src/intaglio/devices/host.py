@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from intaglio import _native, formats
-from intaglio.batch import Batch
+from intaglio.batch import SHARE, Batch
 from intaglio.devices.device import (
     DeviceError,
     Executable,
@@ -200,7 +200,9 @@ class HostExecutable:
         base = self.program.tensors[t.view[0]] if t.view else t
         key = self._buffer_key(base)
         if key not in self._buffers:
-            self._buffers[key] = self.native.buffer(self._widths[key] * 4, base.shape[0] == "R")
+            match = SHARE.fullmatch(str(base.shape[0]))
+            share, shares = (int(match[1]), int(match[2])) if match else (0, 1)
+            self._buffers[key] = self.native.buffer(self._widths[key] * 4, base.shape[0] == "R", share, shares)
         column = t.view[1] if t.view else 0
         return self.native.columns(self._buffers[key], self._columns(t), self._columns(base), column)
 
@@ -287,7 +289,7 @@ class HostExecutable:
                 count, inner, _ = map(int, self.program.tensors[op.gate].shape)
                 names = [op.x, op.weights, op.ids, op.gate, op.down, op.gate_bias, op.down_bias, op.residual, op.out]
                 act = ACTIVATIONS.index(op.activation)
-                ints = [count, inner, op.x_format == "bf16", act, op.scale_input]
+                ints = [count, inner, op.x_format == "bf16", act, op.scale_input, op.first]
                 floats = [op.alpha, op.limit, op.shift]
             case HeadLinear():
                 names, ints = [op.x, op.w, op.out], [int(d) for d in self.program.tensors[op.w].shape[:2]]

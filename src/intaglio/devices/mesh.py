@@ -14,7 +14,8 @@ import numpy as np
 from intaglio import collectives
 from intaglio.batch import Batch
 from intaglio.devices.device import Device, DeviceError, Rank, Rounds, StateSpec, StepResult, Weights, check_batch
-from intaglio.ops import AllGather, AllReduce, Collective, Recv, Send
+from intaglio.ops import AllGather, AllReduce, AllToAll, Collective, Grouped, Recv, Send
+from intaglio.ops.collective import split_rows
 from intaglio.program import Program, verify_mesh
 
 
@@ -79,7 +80,7 @@ class _Step:
         elif isinstance(op, Recv):
             if letters := self.sent.get((op.peer, rank)):
                 self.resume(rank, letters.popleft())
-        elif isinstance(op, AllReduce | AllGather):
+        elif isinstance(op, Grouped):
             there = [self.at.get(r) for r in op.group]
             if all(item is not None and item[0].site == op.site for item in there):
                 brought = [np.asarray(item[1]) for item in there if item is not None]
@@ -87,14 +88,19 @@ class _Step:
                     self.resume(r, got)
 
 
-def together(op: AllReduce | AllGather, x: Sequence[np.ndarray]) -> list[np.ndarray]:
+def together(op: Grouped, x: Sequence[np.ndarray]) -> list[np.ndarray]:
     """What each rank of the group gets, by the schedule that sums in order of rank: bit for bit `op.exchange(x)`."""
     carried = [op.carried(part) for part in x]
+    s = collectives.schedule(op.kind, "one_shot" if isinstance(op, AllReduce) else "direct", len(x))
     if isinstance(op, AllReduce):
-        s = collectives.schedule("all_reduce", "one_shot", len(x))
         return [op.carried(total) for total in collectives.all_reduce(s, carried)]
-    s = collectives.schedule("all_gather", "direct", len(x))
-    return [np.concatenate(parts, axis=1) for parts in collectives.all_gather(s, carried)]
+    if isinstance(op, AllGather):
+        axis = 0 if op.tokens else 1
+        return [np.concatenate(parts, axis) for parts in collectives.all_gather(s, carried)]
+    rows = [split_rows(part, len(x)) for part in carried]
+    if isinstance(op, AllToAll):
+        return [np.concatenate(parts, axis=1) for parts in collectives.all_to_all(s, rows)]
+    return [op.carried(total) for total in collectives.reduce_scatter(s, rows)]
 
 
 class MeshDevice:

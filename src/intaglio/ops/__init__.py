@@ -1,7 +1,7 @@
 """The ops: one file a family. Each op carries its fields, its shape rule, its meaning in NumPy and its work."""
 
 from intaglio.ops.attention import Attend, KvWrite
-from intaglio.ops.collective import AllGather, AllReduce, Collective, Recv, Send
+from intaglio.ops.collective import AllGather, AllReduce, AllToAll, Collective, Grouped, Recv, ReduceScatter, Send
 from intaglio.ops.data import Embed, Select
 from intaglio.ops.elementwise import Map
 from intaglio.ops.experts import Experts, Route
@@ -12,7 +12,7 @@ from intaglio.ops.position import Rope
 from intaglio.ops.sample import Sample
 
 __all__ = [
-    "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "Attend", "Collective", "Embed", "Experts", "HeadLinear",
-    "KvWrite", "Linear", "Map", "Norm", "Op", "OpError", "Recv", "Rope", "Route", "Sample", "Select", "Send", "Tensor",
-    "Value", "Work",
+    "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "AllToAll", "Attend", "Collective", "Embed", "Experts", "Grouped",
+    "HeadLinear", "KvWrite", "Linear", "Map", "Norm", "Op", "OpError", "Recv", "ReduceScatter", "Rope", "Route",
+    "Sample", "Select", "Send", "Tensor", "Value", "Work",
 ]  # fmt: skip

@@ -12,8 +12,8 @@ from typing import ClassVar
 import numpy as np
 
 from intaglio import formats
-from intaglio.batch import Batch
-from intaglio.ops.op import Op, OpError, Results, Tensors, Value, Work, operand, result
+from intaglio.batch import Batch, shared
+from intaglio.ops.op import Op, OpError, Results, Tensors, Value, Work, dim_known, operand, result
 
 WIRES = ("f32", "bf16", "f16")  # what values are rounded to before they travel
 
@@ -84,28 +84,117 @@ class AllReduce(Collective, kind="all_reduce"):
 class AllGather(Collective, kind="all_gather"):
     """out on every rank of `group` = the columns of their x side by side, in the order of `group`, rounded to `wire`.
 
-    x f32 [rows, own], out f32 [rows, width], `width` the sum of what the ranks bring; they may bring unlike much.
+    x f32 [rows, own], out f32 [rows, width], `width` the sum of what the ranks bring; they may bring unlike much. With
+    `tokens` it is their rows, one after the other: x f32 [T:i/n, width] on the i-th of n ranks, out f32 [T, width].
     """
 
     x: str = operand()
     out: str = result()
     group: tuple[int, ...]
     width: int
+    tokens: bool = False
     wire: str = "f32"
 
     def shapes(self, t: Tensors) -> Results:
         check_group(self, self.group)
         self.check_wire()
         rows, own = self.rows_cols(t, self.x)
+        if self.tokens:
+            fits = own == self.width and str(rows) in shares_of(len(self.group))
+            self.check(fits, f"{self.x} is {t[self.x].type}; wanted [T:i/{len(self.group)}, {self.width}]")
+            return {self.out: (("T", self.width), "f32")}
         self.check(own <= self.width, f"{self.x} is {t[self.x].type}, which is more than width={self.width}")
         return {self.out: ((rows, self.width), "f32")}
 
     def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [np.concatenate([self.carried(part) for part in parts], axis=1)] * len(parts)
+        return [np.concatenate([self.carried(part) for part in parts], axis=0 if self.tokens else 1)] * len(parts)
 
     def work(self, t: Tensors, batch: Batch) -> Work:
         whole, own = self.link_bytes(t, self.out, batch), self.link_bytes(t, self.x, batch)
         return Work(0, 0, 0, 2 * t[self.out].nbytes(batch.sizes), whole - own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReduceScatter(Collective, kind="reduce_scatter"):
+    """out on the `share`-th rank of `group` = its run of token rows of the sum of their x, which is all_reduce's.
+
+    x f32 [T, width], out f32 [T:share/n, width] for n ranks: see batch.shared.
+    """
+
+    x: str = operand()
+    out: str = result()
+    group: tuple[int, ...]
+    share: int
+    wire: str = "f32"
+
+    def shapes(self, t: Tensors) -> Results:
+        check_group(self, self.group)
+        check_share(self, self.share, self.group)
+        self.check_wire()
+        return {self.out: ((f"T:{self.share}/{len(self.group)}", self.token_columns(t, self.x)), "f32")}
+
+    def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        total = self.carried(parts[0])
+        for part in parts[1:]:
+            total = total + self.carried(part)
+        return [self.carried(rows) for rows in split_rows(total, len(parts))]
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        """A rank must take in what the others have for its rows."""
+        own, p = self.link_bytes(t, self.out, batch), len(self.group)
+        sums = (p - 1) * (t[self.out].nbytes(batch.sizes) // 4)
+        return Work(sums, 0, 0, t[self.x].nbytes(batch.sizes) + t[self.out].nbytes(batch.sizes), own * (p - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllToAll(Collective, kind="all_to_all"):
+    """From a share of the columns to one of the rows: out on the `share`-th rank of `group` = its run of token rows of
+    all columns, side by side in the order of `group`, rounded to `wire`.
+
+    x f32 [T, own], out f32 [T:share/n, width] for n ranks, `width` the sum of their columns.
+    """
+
+    x: str = operand()
+    out: str = result()
+    group: tuple[int, ...]
+    share: int
+    width: int
+    wire: str = "f32"
+
+    def shapes(self, t: Tensors) -> Results:
+        check_group(self, self.group)
+        check_share(self, self.share, self.group)
+        self.check_wire()
+        own = self.token_columns(t, self.x)
+        self.check(own <= self.width, f"{self.x} is {t[self.x].type}, which is more than width={self.width}")
+        return {self.out: ((f"T:{self.share}/{len(self.group)}", self.width), "f32")}
+
+    def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        pieces = [split_rows(self.carried(part), len(parts)) for part in parts]
+        return [np.concatenate(mine, axis=1) for mine in zip(*pieces, strict=True)]
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        whole, own = self.link_bytes(t, self.out, batch), int(t[self.x].shape[1])
+        moved = t[self.x].nbytes(batch.sizes) + t[self.out].nbytes(batch.sizes)
+        return Work(0, 0, 0, moved, whole - whole * own // self.width)
+
+
+Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # what all ranks of a group do at once
+
+
+def shares_of(ranks: int) -> list[str]:
+    """The row dims of tensors split along tokens among so many ranks."""
+    return [f"T:{i}/{ranks}" for i in range(ranks)]
+
+
+def check_share(op: Op, share: int, group: tuple[int, ...]) -> None:
+    op.check(0 <= share < len(group), f"share={share} is outside 0..{len(group) - 1}, the places in group={group}")
+
+
+def split_rows(x: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """Each rank's run of the rows."""
+    runs = [shared(len(x), i, ranks) for i in range(ranks)]
+    return [x[run.start : run.stop] for run in runs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +219,8 @@ class Send(Collective, kind="send"):
 
 @dataclass(frozen=True, kw_only=True)
 class Recv(Collective, kind="recv"):
-    """out = what rank `peer` sends, f32 [rows, width]: a row a token (rows=T) or a row wanted (rows=R)."""
+    """out = what rank `peer` sends, f32 [rows, width]: a row a token (rows=T), or those of a share of the tokens
+    (rows=T:1/4), or a row wanted (rows=R)."""
 
     out: str = result()
     peer: int
@@ -140,7 +230,8 @@ class Recv(Collective, kind="recv"):
 
     def shapes(self, t: Tensors) -> Results:
         self.check_wire()
-        self.check(self.rows in ("T", "R"), f"rows={self.rows!r}; use T or R")
+        known = self.rows in ("T", "R") or (self.rows.startswith("T:") and dim_known(self.rows))
+        self.check(known, f"rows={self.rows!r}; use T, R or a share such as T:1/4")
         return {self.out: ((self.rows, self.width), "f32")}
 
     def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:

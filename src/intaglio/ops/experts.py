@@ -132,10 +132,11 @@ class Experts(Op, kind="experts"):
     down @ (activation(gate @ x) * (up @ x)).
 
     x f32 [T, K], weights f32 [T, top], ids i32 [T, top]; gate and up [E, I, K] in one weight format, down [E, N, I];
-    biases [E, I] of gate and up (both or neither), [E, N] of down; residual and out f32 [T, N]. With g and u the two
-    products and their biases: limit > 0 caps g at limit and u at +-limit; then activation(alpha * g) / alpha *
+    biases [E, I] of both gate and up or of neither, and [E, N] of down; residual and out f32 [T, N]. With g and u the
+    two products and their biases: limit > 0 caps g at limit and u at +-limit; then activation(alpha * g) / alpha *
     (u + shift) (gpt-oss: silu, alpha 1.702, limit 7, shift 1). `scale_input` applies a weight to x instead of to the
-    expert's result (Llama 4). x and the inner row are rounded to `x_format` before each product as in linear. Sums of
+    expert's result (Llama 4). With `of`, the stacks hold experts first .. first + E - 1 of so many, and the others add
+    nothing: a rank's share. x and the inner row are rounded to `x_format` before each product as in linear; sums of
     products in float32 or wider.
     """
 
@@ -156,6 +157,8 @@ class Experts(Op, kind="experts"):
     limit: float = 0.0
     shift: float = 0.0
     scale_input: bool = False
+    first: int = 0
+    of: int = 0
 
     def shapes(self, t: Tensors) -> Results:
         k, top = self.token_columns(t, self.x), self.token_columns(t, self.weights)
@@ -167,7 +170,10 @@ class Experts(Op, kind="experts"):
         count, n, narrow = self._sizes(t, self.down)
         fits = (count, narrow) == (experts, inner)
         self.check(fits, f"{self.down} is {t[self.down].type}; wanted [{experts}, N, {inner}] as {self.gate}")
-        self.check(top <= experts, f"{self.ids} chooses {top} of {experts} experts")
+        total = self.of or experts
+        self.check(top <= total, f"{self.ids} chooses {top} of {total} experts")
+        inside = 0 <= self.first <= total - experts
+        self.check(inside, f"first={self.first}, of={self.of}, but {self.gate} has {experts} experts")
         one = t[self.gate].format == t[self.up].format
         self.check(one, f"gate is {t[self.gate].format} but up is {t[self.up].format}; wanted one format")
         for w in (self.gate, self.down):
@@ -191,18 +197,18 @@ class Experts(Op, kind="experts"):
 
     def _biases(self, t: Tensors, experts: int, inner: int, n: int) -> None:
         named = {self.gate_bias: inner, self.up_bias: inner, self.down_bias: n}
-        given = [name for name in named if name is not None]
-        self.check((self.gate_bias is None) == (self.up_bias is None), "gate and up have biases both, or neither")
-        for name in given:
+        self.check((self.gate_bias is None) == (self.up_bias is None), "gate and up have biases both, or none")
+        for name in (name for name in named if name is not None):
             b, wanted = t[name], (experts, named[name])
             self.check(b.shape == wanted, f"{name} is {b.type}; wanted {list(wanted)}")
             self.check(b.format in formats.PLAIN, f"{name} is {b.format}; biases stay in a plain format")
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
         x, weights, ids = array(v, self.x), array(v, self.weights), np.asarray(v[self.ids])
-        parts = np.zeros((*ids.shape, _rows(v[self.down])), np.float32)
-        for e in np.unique(ids):
-            t, j = np.nonzero(ids == e)
+        parts = np.zeros((*ids.shape, _values(v[self.down]).shape[1]), np.float32)
+        here = len(_values(v[self.gate]))
+        for e in (e for e in np.unique(ids) - self.first if 0 <= e < here):
+            t, j = np.nonzero(ids - self.first == e)
             row = x[t] * weights[t, j, None] if self.scale_input else x[t]
             inner = self._glu(
                 self._part(v, row, self.gate, self.gate_bias, e), self._part(v, row, self.up, self.up_bias, e)
@@ -228,10 +234,12 @@ class Experts(Op, kind="experts"):
         """Weights of the experts that even routing would touch: E * (1 - (1 - top / E)^T)."""
         tokens, top = len(batch.tokens), int(t[self.ids].shape[1])
         experts = int(t[self.gate].shape[0])
-        touched = experts * (1 - (1 - top / experts) ** tokens)
+        total = self.of or experts
+        touched = experts * (1 - (1 - top / total) ** tokens)
         stacks = [n for n in (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias) if n]
         weight = sum(t[n].nbytes({}) for n in stacks) * touched / experts
-        flops = 2 * tokens * top * sum(prod(map(int, t[n].shape[1:])) for n in (self.gate, self.up, self.down))
+        each = 2 * sum(prod(map(int, t[n].shape[1:])) for n in (self.gate, self.up, self.down))
+        flops = tokens * top * each * experts // total
         rows = [n for n in (self.x, self.weights, self.ids, self.residual, self.out) if n]
         return Work(flops, round(weight), 0, sum(t[n].nbytes(batch.sizes) for n in rows))
 
@@ -241,5 +249,5 @@ def expert(w: Value, e: int) -> Value:
     return w.matrix(e) if isinstance(w, Quantised) else w[e]
 
 
-def _rows(w: Value) -> int:
-    return int((w.codes if isinstance(w, Quantised) else w).shape[1])
+def _values(w: Value) -> np.ndarray:
+    return w.codes if isinstance(w, Quantised) else w

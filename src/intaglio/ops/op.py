@@ -7,19 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
 
 from intaglio import formats
-from intaglio.batch import Batch
+from intaglio.batch import SHARE, Batch
 from intaglio.formats import Quantised
 
 Dim = int | str
 Shape = tuple[Dim, ...]
 Value = np.ndarray | Quantised
 SYMBOLS = ("T", "S", "R", "P", "B")  # tokens, sequences, rows to sample; pages in the pool, tokens a page
+
 ROLES = ("input", "const", "weight", "state", "temp", "output")
+
+
+def dim_known(dim: Dim) -> bool:
+    """Whether it is a number above 0, a symbol, or a share of the tokens, such as T:1/4."""
+    if isinstance(dim, int):
+        return dim > 0
+    match = SHARE.fullmatch(dim)
+    return dim in SYMBOLS or (match is not None and int(match[1]) < int(match[2]))
 
 
 class OpError(ValueError):
@@ -127,9 +137,10 @@ class Op:
         raise NotImplementedError
 
     @classmethod
-    def named(cls, *kinds: str) -> list[str]:
+    @cache
+    def named(cls, *kinds: str) -> tuple[str, ...]:
         """Names of the fields of these kinds: operand, optional, result, or attribute."""
-        return [f.name for f in fields(cls) if f.name != "site" and f.metadata.get("is", "attribute") in kinds]
+        return tuple(f.name for f in fields(cls) if f.name != "site" and f.metadata.get("is", "attribute") in kinds)
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 
-from intaglio.ops import AllGather, AllReduce, Collective, Recv, Send
+from intaglio.ops import AllGather, AllToAll, Collective, Grouped, Recv, ReduceScatter, Send
 from intaglio.program.program import Program, ProgramError
 from intaglio.program.verify import verify
 
@@ -40,8 +40,8 @@ def _terms(p: Program, op: Collective) -> Hashable:
         return p.tensors[op.x].shape, op.wire
     if isinstance(op, Recv):
         return (op.rows, op.width), op.wire
-    whole = p.tensors[op.outputs[0]].shape
-    return op.kind, op.site, whole, op.wire
+    rows, width = p.tensors[op.inputs[0]].shape if isinstance(op, ReduceScatter) else p.tensors[op.outputs[0]].shape
+    return op.kind, op.site, "T" if isinstance(op, AllToAll) else rows, width, op.wire
 
 
 def _met(programs: Sequence[Program]) -> Iterator[str]:
@@ -88,19 +88,30 @@ def _meet(
         waiting[rank].popleft()
         fits = _terms(programs[op.peer], send) == _terms(programs[rank], op)
         return "" if fits else f"rank {op.peer} sends {send.x} at {send.site}, rank {rank} expects {op.out} otherwise"
-    assert isinstance(op, AllReduce | AllGather)
+    assert isinstance(op, Grouped)
     heads = [waiting[r][0] if waiting[r] else None for r in op.group]
-    if any(not isinstance(head, AllReduce | AllGather) or head.group != op.group for head in heads):
+    if any(not isinstance(head, Grouped) or head.group != op.group for head in heads):
         return None
     terms = [_terms(programs[r], head) for r, head in zip(op.group, heads, strict=True) if head]
     for r in op.group:
         waiting[r].popleft()
     if len(set(terms)) > 1:
         return f"ranks {op.group} meet at {op.site} with unlike terms: {', '.join(map(str, dict.fromkeys(terms)))}"
-    if isinstance(op, AllGather):
-        widths = [
-            int(programs[r].tensors[head.inputs[0]].shape[1]) for r, head in zip(op.group, heads, strict=True) if head
-        ]
+    return _parts([(programs[r], head) for r, head in zip(op.group, heads, strict=True) if isinstance(head, Grouped)])
+
+
+def _parts(met: Sequence[tuple[Program, Grouped]]) -> str:
+    """Whether what each rank brings and gets makes a whole; else what does not."""
+    op, brought = met[0][1], [p.tensors[head.x].shape for p, head in met]
+    if isinstance(op, AllToAll) or (isinstance(op, AllGather) and not op.tokens):
+        widths = [int(shape[1]) for shape in brought]
         if sum(widths) != op.width:
             return f"ranks {op.group} bring {widths} columns to {op.site}; wanted {op.width} together"
+    rows = (
+        [shape[0] for shape in brought]
+        if isinstance(op, AllGather)
+        else [p.tensors[head.out].shape[0] for p, head in met]
+    )
+    if str(rows[0]).startswith("T:") and rows != [f"T:{i}/{len(met)}" for i in range(len(met))]:
+        return f"ranks {op.group} have rows {rows} at {op.site}; wanted the shares of {len(met)} in order"
     return ""

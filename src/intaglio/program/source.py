@@ -41,6 +41,14 @@ def is_run(source: str) -> bool:
     return RUN.search(source) is not None
 
 
+def narrowed(source: str, numbers: range) -> str:
+    """A run's tensors of these numbers alone, counted from its first."""
+    run = RUN.search(source)
+    assert run, f"{source} is no run"
+    first = int(run[1])
+    return f"{source[: run.start()]}{{{first + numbers.start}..{first + numbers.stop - 1}}}{source[run.end() :]}"
+
+
 def names(source: str) -> list[str]:
     return [name for name, _ in expand(source)]
 

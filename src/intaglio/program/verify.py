@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from intaglio import formats
 from intaglio.ops import REGISTRY, SYMBOLS, Collective
-from intaglio.ops.op import ROLES, OpError
+from intaglio.ops.op import ROLES, OpError, dim_known
 from intaglio.program.program import Program, ProgramError
 
 Rule = Callable[[Program], Iterator[str]]
@@ -34,9 +34,8 @@ def tensors_well_formed(p: Program) -> Iterator[str]:
             formats.get(t.format)
         except formats.FormatError as e:
             yield f"{t.name}: {e}"
-        bad = [d for d in t.shape if (d not in SYMBOLS if isinstance(d, str) else d < 1)]
-        if bad or not t.shape:
-            yield f"{t.name} is {t.type}; dims are positive numbers or {', '.join(SYMBOLS)}"
+        if not t.shape or not all(map(dim_known, t.shape)):
+            yield f"{t.name} is {t.type}; dims are positive numbers, {', '.join(SYMBOLS)} or a share such as T:1/4"
         if t.role == "const" and t.shape != (len(t.values),):
             yield f"const {t.name} is {t.type} but carries {len(t.values)} values"
         if t.role == "weight" and not t.source:

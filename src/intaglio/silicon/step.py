@@ -6,7 +6,7 @@ Ops alike (the layers of a model) cost one: what an op takes depends on its shap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from intaglio import formats
-from intaglio.batch import Batch
+from intaglio.batch import Batch, Sizes
 from intaglio.chips import ChipError, ChipSpec
 from intaglio.ops import Op, Tensor
 from intaglio.program import Program
@@ -42,8 +42,8 @@ class Load:
     filtered: bool = False  # whether any row is drawn with top-k or top-p
 
     @property
-    def sizes(self) -> dict[str, int]:
-        return {"T": self.tokens, "S": sum(n for *_, n in self.sequences), "R": self.rows}
+    def sizes(self) -> Sizes:
+        return Sizes(T=self.tokens, S=sum(n for *_, n in self.sequences), R=self.rows)
 
 
 def load_of(batch: Batch) -> Load:
@@ -94,9 +94,10 @@ def key_of(op: Op, t: Mapping[str, Tensor]) -> Key:
             up = t[o.up]
             n, inner, hidden = (int(d) for d in up.shape)
             x = {"fp8row": "e4m3"}.get(o.x_format, o.x_format)
-            return op.kind, int(t[o.ids].shape[1]), n, hidden, inner, x, array_format(up), bits_of(up)
+            return op.kind, int(t[o.ids].shape[1]), n, o.of or n, hidden, inner, x, array_format(up), bits_of(up)
         case "all_reduce" | "all_gather" | "reduce_scatter" | "all_to_all":
-            shape = t[op.outputs[0]].shape
+            whole = op.inputs[0] if op.kind in ("reduce_scatter", "all_to_all") else op.outputs[0]
+            shape = t[whole].shape
             return op.kind, shape[0], int(shape[1]), formats.get(o.wire).bits, len(o.group)
         case "send" | "recv":
             shape = t[op.inputs[0] if op.kind == "send" else op.outputs[0]].shape
@@ -134,10 +135,10 @@ def _head_linear(spec: ChipSpec, key: Key, load: Load, there: bool) -> Timing:
 
 
 def _experts(spec: ChipSpec, key: Key, load: Load, there: bool) -> Timing:
-    _, top, n, hidden, inner, x, w, bits = key
+    _, top, held, n, hidden, inner, x, w, bits = key
     rows = load.tokens * top
     even = np.full(n, rows // n) + (np.arange(n) < rows % n)
-    return experts_timing(spec, load.tokens, top, tuple(even.tolist()), n, hidden, inner, x, w, bits)
+    return experts_timing(spec, load.tokens, top, tuple(even[:held].tolist()), n, hidden, inner, x, w, bits)
 
 
 def _collective(spec: ChipSpec, key: Key, load: Load, there: bool) -> Timing:
@@ -202,10 +203,36 @@ def timing(spec: ChipSpec, key: Key, load: Load, there: bool = False) -> Timing:
     return TIMERS[key[0]](spec, key, load, there)
 
 
-def exposed(link: float, before: float, after: float) -> float:
-    """What is seen of a collective when two halves of the batch take turns: the first half is sent while the second is
-    worked on, the second while the first goes on with what comes after."""
-    return max(0.0, link - before) / 2 + max(0.0, link - after) / 2
+def exposed(seconds: Sequence[float], link: Sequence[bool]) -> dict[int, float]:
+    """What is seen of each collective when two halves of the batch take turns: one works while the other's
+    is under way.
+
+    seconds: of each op, of which a half takes half; link: whether it is a collective. Each half does its ops in order,
+    the second never ahead; where both could work, the one that is nearer to its next collective does, so that links are
+    soon busy again. Time in which neither works is the collective's that is waited for.
+    """
+    work = 0.0
+    nearer = [0.0] * len(seconds)  # seconds of work from an op to the next collective
+    for i in reversed(range(len(seconds))):
+        nearer[i] = work = 0.0 if link[i] else work + seconds[i]
+    at, ready, last = [0, 0], [0.0, 0.0], [-1, -1]  # of each half: its next op, from when, and its last collective
+    free, seen = {False: 0.0, True: 0.0}, {i: 0.0 for i, far in enumerate(link) if far}
+    while at[1] < len(seconds):
+        h = 1
+        if at[0] < len(seconds):
+            first, second = ((max(ready[k], free[link[at[k]]]), nearer[at[k]]) for k in (0, 1))
+            h = 1 if at[1] < at[0] and second < first else 0
+        i = at[h]
+        start = max(ready[h], free[link[i]])
+        if link[i]:
+            last[h] = i
+        elif last[h] >= 0:
+            seen[last[h]] += start - free[False]
+        ready[h] = free[link[i]] = start + seconds[i] / 2
+        at[h] += 1
+    if last[1] >= 0:
+        seen[last[1]] += max(0.0, ready[1] - free[False])
+    return seen
 
 
 class Plan:
@@ -230,17 +257,6 @@ class Plan:
             return op.kind, shape[0], int(shape[1])
         return key_of(op, t)
 
-    def _turns(self, cost: Mapping[Key, Timing]) -> dict[int, tuple[float, float]]:
-        """For each collective, the seconds of work between it and the one before, and the one after."""
-        at = [i for i, key in enumerate(self.keys) if cost[key].link_bytes]
-        seconds = [0.0 if cost[key].link_bytes else cost[key].seconds for key in self.keys]
-        sums = np.concatenate([[0.0], np.cumsum(seconds)])
-        edges = [0, *at, len(self.keys)]
-        return {
-            i: (float(sums[i] - sums[before]), float(sums[after] - sums[i]))
-            for before, i, after in zip(edges, at, edges[2:], strict=False)
-        }
-
     def run(self, load: Load) -> Timeline:
         """The step, op by op."""
         entries: list[Entry] = []
@@ -248,7 +264,9 @@ class Plan:
         ahead = spec.shared_bytes * KEPT / spec.hbm_rate if spec.prefetch else 0.0  # seconds of weights it can hold
         cold = {key: timing(spec, key, load) for key in set(self.keys)}
         warm = {key: timing(spec, key, load, True) for key in cold} if spec.prefetch else cold
-        turns = self._turns(warm) if spec.prefetch and load.tokens >= 2 * HALF else {}
+        turns: dict[int, float] = {}
+        if spec.prefetch and load.tokens >= 2 * HALF and any(cold[k].link_bytes for k in cold):
+            turns = exposed([warm[k].seconds for k in self.keys], [cold[k].link_bytes > 0 for k in self.keys])
         for i, (op, key) in enumerate(zip(self.program.ops, self.keys, strict=True)):
             whole, bare = cold[key], warm[key]
             end, waits = now + bare.seconds, ""
@@ -260,8 +278,7 @@ class Plan:
             elif spec.prefetch and whole.hbm_bytes:
                 fetched = max(fetched, now) + whole.hbm_bytes / spec.hbm_rate
             if whole.link_bytes and i in turns:
-                before, after = turns[i]
-                end = now + exposed(whole.seconds, before, after)
+                end = now + turns[i]
             entries.append(Entry(op.site, op.kind, now, end, whole, waits))
             now = end
         return Timeline(spec, tuple(entries))
