@@ -187,7 +187,7 @@ def chips_rows() -> None:
         made: list[Simulation] = []
 
         def make(layout: str = layout, made: list[Simulation] = made) -> None:
-            parts = ranks(whole, layout, "fp8row", "int8", "fp8")
+            parts = stages(whole, layout, "fp8row", "int8", "fp8")
             made.append(Simulation.of(parts, replace(chip("sohu"), hbm_bytes=10**12), layout))
 
         cut = cpu(make)

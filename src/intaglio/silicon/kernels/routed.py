@@ -125,8 +125,9 @@ def grouped(b: Board, op: Experts, ids: Region, out: tuple[Region, Region, Regio
     k = Kernel(b.spec, op.site)
     held = [k.tile(r.rows, r.cols, "i32") for r in out]
     mine = load(k, k.tile(1, ids.cols, "i32"), ids)
-    held_here = {"first": op.first, "of": op.of or out[2].cols}
-    k.do(Group(order=held[0], tokens=held[1], counts=held[2], ids=mine, top=b.at(op.ids).cols, **held_here))
+    order, tokens, counts = held
+    of = op.of or counts.cols
+    k.do(Group(order=order, tokens=tokens, counts=counts, ids=mine, top=b.at(op.ids).cols, first=op.first, of=of))
     for dst, src in zip(out, held, strict=True):
         k.do(do.Store(dst=dst, src=src))
     return [k.stream()]
