@@ -75,6 +75,8 @@ def test_experts(chip: str, seed: int, fmt: str, clamped: bool, extras: bool, sc
     x_format = "int8" if info.integer else ("bf16", "f32", "fp8row" if info.grouped else "f32")[seed % 3]
     how: dict[str, Any] = {"alpha": 1.702, "limit": 0.7, "shift": 1.0} if clamped else {}
     how |= {"gate_bias": "gb", "up_bias": "ub", "down_bias": "db", "residual": "r"} if extras else {}
+    others = int(rng.integers(0, 3))  # experts before and behind those of this rank
+    how |= {"first": others, "of": experts + 2 * others} if others else {}
     op = Experts(
         site="e", x="x", weights="w", ids="i", gate="g", up="u", down="d", out="y", x_format=x_format,
         activation="silu" if clamped or extras else "gelu", scale_input=scale_input, **how,
@@ -84,7 +86,7 @@ def test_experts(chip: str, seed: int, fmt: str, clamped: bool, extras: bool, sc
                Tensor("w", ("T", top), "f32", "temp"), Tensor("i", ("T", top), "i32", "temp"),
                *(Tensor(name, shape, fmt, "weight") for name, shape in shapes.items()),
                *(Tensor(f"{name}b", shape[:2], "bf16", "weight") for name, shape in shapes.items())]  # fmt: skip
-    ids = np.stack([rng.permutation(experts)[:top] for _ in range(rows)]).astype(np.int32)
+    ids = np.stack([rng.permutation(experts + 2 * others)[:top] for _ in range(rows)]).astype(np.int32)
     values: dict[str, Value] = {"x": normal(rng, rows, k), "r": normal(rng, rows, n), "i": ids,
                                 "w": rng.random((rows, top), np.float32)}  # fmt: skip
     values |= {name: stack(rng, fmt, *shape) for name, shape in shapes.items()}

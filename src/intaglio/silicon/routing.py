@@ -126,24 +126,29 @@ class Weigh(Instruction, engine="VEC", opcode=0x3F):
 @dataclass(frozen=True, kw_only=True)
 class Group(Instruction, engine="VEC", opcode=0x49):
     """Routed rows put together by expert: order i32 [1, n] = the places of ids i32 [1, n] sorted by id, of one id in
-    ascending order; tokens i32 [1, n] = order // top; counts i32 [1, experts]. An id outside the experts is refused."""
+    ascending order; tokens i32 [1, n] = order // top; counts i32 [1, experts] of ids first .. first + experts - 1.
+    Other ids come last, and are counted nowhere; one outside 0 .. of - 1 is refused."""
 
     order: Region
     tokens: Region
     counts: Region
     ids: Region
     top: int
+    first: int
+    of: int
     writes = ("order", "tokens", "counts")
 
     def run(self, at: Spaces) -> None:
-        ids = at.read(self.ids)[0]
-        bad = ids[(ids < 0) | (ids >= self.counts.cols)]
+        ids, here = at.read(self.ids)[0], self.counts.cols
+        bad = ids[(ids < 0) | (ids >= self.of)]
         if len(bad):
-            raise MachineError(f"routes to expert {bad[0]} of {self.counts.cols}")
+            raise MachineError(f"routes to expert {bad[0]} of {self.of}")
+        ids = ids - self.first
+        ids = np.where((ids >= 0) & (ids < here), ids, here)
         order = np.argsort(ids, kind="stable")
         at.write(self.order, order[None])
         at.write(self.tokens, order[None] // self.top)
-        at.write(self.counts, np.bincount(ids, minlength=self.counts.cols)[None])
+        at.write(self.counts, np.bincount(ids, minlength=here + 1)[None, :here])
 
     def cost(self, spec: ChipSpec) -> Cost:
         """Counts, their running sum, then each place to where its expert's rows stand: a counting sort."""

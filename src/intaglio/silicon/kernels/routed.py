@@ -103,8 +103,9 @@ def of_expert(e: int, n: int, columns: slice) -> slice:
 
 @kernel("experts")
 def experts(b: Board, op: Experts, t: Tensors, batch: Batch) -> list[Stream]:
-    """Four launches, since all rows of one must be there before the next: rows put together by expert; gate and up
-    over gathered tokens; down, scattered back to where its rows were routed from; and the sums of each token."""
+    """Launches, since all rows of one must be there before the next: rows put together by expert; gate and up over
+    gathered tokens; down, scattered back to where its rows were routed from, beside zeros where other chips hold the
+    expert; and the sums of each token."""
     ids = b.at(op.ids)
     n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.gate].shape)
     order, tokens = (b.heap.place(1, n, "i32") for _ in range(2))
@@ -114,6 +115,7 @@ def experts(b: Board, op: Experts, t: Tensors, batch: Batch) -> list[Stream]:
     middle = b.heap.place(n, inner, "f32")
     b.run(gate_up(b, op, sizes, order, tokens, middle))
     parts = b.heap.place(n, b.at(op.out).cols, "f32")
+    b.run(cleared(b, op, order.part(cols=slice(int(sizes.sum()), n)), parts))
     b.run(down(b, op, sizes, order, middle, parts))
     return combine(b, op, parts)
 
@@ -123,7 +125,9 @@ def grouped(b: Board, op: Experts, ids: Region, out: tuple[Region, Region, Regio
     k = Kernel(b.spec, op.site)
     held = [k.tile(r.rows, r.cols, "i32") for r in out]
     mine = load(k, k.tile(1, ids.cols, "i32"), ids)
-    k.do(Group(order=held[0], tokens=held[1], counts=held[2], ids=mine, top=b.at(op.ids).cols))
+    order, tokens, counts = held
+    of = op.of or counts.cols
+    k.do(Group(order=order, tokens=tokens, counts=counts, ids=mine, top=b.at(op.ids).cols, first=op.first, of=of))
     for dst, src in zip(out, held, strict=True):
         k.do(do.Store(dst=dst, src=src))
     return [k.stream()]
@@ -149,6 +153,20 @@ def gate_up(b: Board, op: Experts, sizes: np.ndarray, order: Region, tokens: Reg
             first, second = (bias_of(b, k, *pair, e, columns) for pair in extra)
             k.do(do.Drain(dst=y, acc=g, up=u, bias=first, up_bias=second, **how))
             k.do(do.Store(dst=out.part(rows, columns), src=y))
+        streams.append(k.stream())
+    return streams
+
+
+def cleared(b: Board, op: Experts, places: Region, out: Region) -> list[Stream]:
+    """out [places, N] = zeros where experts that other chips hold would add."""
+    step = max(1, min(ROWS, b.spec.sram_bytes // (8 * out.cols)))
+    streams = []
+    for k, mine in deal(b.spec, pieces(places.cols, step), op.site):
+        zeros, index = k.tile(step, out.cols), k.ring(2, 1, step, "i32")
+        k.do(do.Fill(dst=zeros))
+        for piece in mine:
+            at = load(k, index.next(), places.part(cols=piece))
+            k.do(do.Scatter(table=out, src=zeros.part(slice(0, at.cols)), index=at))
         streams.append(k.stream())
     return streams
 
