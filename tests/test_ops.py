@@ -128,7 +128,7 @@ def test_a_kind_is_defined_once() -> None:
 def test_operands_results_and_renaming(monkeypatch: pytest.MonkeyPatch) -> None:
     op = Linear(site="s", x="x", w="w", residual="r", out="y")
     assert op.inputs == ("x", "w", "r") and op.outputs == ("y",)
-    assert Linear.named("attribute") == ["x_format", "scale", "activation", "glu"]
+    assert Linear.named("attribute") == ("x_format", "scale", "activation", "glu")
     moved = op.rename({"x": "z", "r": "x", "y": "v", "other": "w"})
     assert moved == Linear(site="s", x="z", w="w", residual="x", out="v")
     assert op.rename({"a": "b"}) is op
