@@ -451,7 +451,7 @@ def test_groups_fit_the_rows(k: int, got: str) -> None:
     assert fitted("int4g32", Tensor("w", (4, k), "bf16", "weight")) == "int4g32"
 
 
-@pytest.mark.parametrize("weights", ["int3", "i32", "int8g33", "fp8g33", "int4row", ""])
+@pytest.mark.parametrize("weights", ["int3", "i32", "int8g33", "fp8g33", "int2row", ""])
 def test_unknown_weights_are_refused(weights: str) -> None:
     with pytest.raises(formats.FormatError, match=rf"weights='{weights}'.*auto.*int4gN"):
         build(transformer(Toy(layers=1)), weights)
