@@ -3,6 +3,7 @@
 # which sets .venv up; arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+(($#)) || set -- tests/test_host*.py
 at=$PWD/build/sanitize
 export PATH="$PWD/.venv/bin:$PATH"
 cmake -S . -B "$at/native" -G Ninja -Wno-dev -DCMAKE_BUILD_TYPE=None \
@@ -23,4 +24,4 @@ printf '%s\n' "$at/package" "$(.venv/bin/python -c 'import sysconfig; print(sysc
 
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" PYTHONMALLOC=malloc \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  "$at/venv/bin/python" -m pytest -n 2 -p no:cacheprovider "${@:-tests/test_host.py}"
+  "$at/venv/bin/python" -m pytest -n 2 -p no:cacheprovider "$@"
