@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from intaglio import formats
-from intaglio.compiler import Layout, build, build_mesh
+from intaglio.compiler import Layout, build, build_mesh, build_stages
 from intaglio.devices import DEVICES, Device, DeviceError, Executable, MeshDevice, StateSpec, WorkerDevice, open_device
 from intaglio.models import Checkpoint, Grammars, Tokenizer, TokenizerError, port
 from intaglio.program import Program
@@ -172,7 +172,7 @@ class LLM:
         self.programs: Many[Program] = (self.program,)  # of each rank that runs here
         if device == "silicon":
             on = _layout(layout, chips)
-            stages = build_mesh(ported, on, weights, kv_format, wire="bf16")[:: on.lanes] if on.ranks > 1 else ()
+            stages = build_stages(ported, on, weights, kv_format, wire="bf16") if on.ranks > 1 else ()
             options = {"chip_name": chip or "sohu", "stages": stages}
             self.modelled = f"{on.ranks} x {chip or 'sohu'}, {on}"
         elif layout:

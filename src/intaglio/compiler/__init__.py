@@ -4,7 +4,7 @@
 """
 
 from intaglio.compiler.layout import Layout, LayoutError
-from intaglio.compiler.recipe import RECIPE, Pass, build, build_mesh
+from intaglio.compiler.recipe import RECIPE, Pass, build, build_mesh, build_stages
 from intaglio.compiler.shard import shard
 
-__all__ = ["RECIPE", "Layout", "LayoutError", "Pass", "build", "build_mesh", "shard"]
+__all__ = ["RECIPE", "Layout", "LayoutError", "Pass", "build", "build_mesh", "build_stages", "shard"]

@@ -87,6 +87,16 @@ def build_mesh(
     return programs
 
 
+def build_stages(
+    program: Program, layout: str | Layout, weights: str = "auto", kv_format: str = "auto", *, wire: str = "f32"
+) -> tuple[Program, ...]:
+    """One rank's Program of each stage, as build_mesh() gives it: the ranks of a stage are alike, so that the first
+    stands for all where only time is asked."""
+    lanes = Layout.parse(layout).lanes if isinstance(layout, str) else layout.lanes
+    ranks = shard(build(program, weights, kv_format, passes=WHOLE), layout, wire)
+    return tuple(build(rank, passes=EACH) for rank in ranks[::lanes])
+
+
 def _verify(program: Program, when: str) -> None:
     try:
         verify(program)

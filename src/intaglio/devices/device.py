@@ -118,20 +118,25 @@ class Device(Protocol):
     def load(self, program: Program, weights: Weights, state: StateSpec) -> Executable: ...
 
 
+def limits(program: Program, state: StateSpec) -> dict[str, int]:
+    """What the token ids, positions, slots and blocks of a batch stay below."""
+    return {
+        "token id": program.vocabulary or np.iinfo(np.int32).max,
+        "position": program.context,
+        "slot": state.pages * state.page_tokens,
+        "block": state.pages,
+    }
+
+
 def check_batch(program: Program, state: StateSpec, batch: Batch) -> None:
     """Refuse a batch the Program or the state cannot hold, naming what is out of range. Raises DeviceError."""
     if batch.block_size != state.page_tokens:
         raise DeviceError(f"the batch counts {batch.block_size} tokens a page, the state holds {state.page_tokens}")
-    for what, values, low, limit in (
-        ("token id", batch.tokens, 0, program.vocabulary or np.iinfo(np.int32).max),
-        ("position", batch.positions, 0, program.context),
-        ("slot", batch.slots, 0, state.pages * state.page_tokens),
-        ("block", batch.block_table, -1, state.pages),
-        ("row", batch.rows, 0, len(batch.tokens)),
-    ):
-        above = values - low if low else values
-        # as unsigned numbers, those below the range are above it: one pass, for this runs in every step
-        if values.size and int(above.view(np.uint32).max()) >= limit - low:
+    below = limits(program, state) | {"row": len(batch.tokens)}
+    given = (batch.tokens, batch.positions, batch.slots, batch.block_table, batch.rows)
+    for (what, limit), values in zip(below.items(), given, strict=True):
+        low = -1 if what == "block" else 0
+        if values.size and (int(values.min()) < low or int(values.max()) >= limit):
             bad = int(values.min()) if int(values.min()) < low else int(values.max())
             raise DeviceError(f"{what} {bad} is outside 0..{limit - 1}")
 

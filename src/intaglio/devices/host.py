@@ -29,6 +29,7 @@ from intaglio.devices.device import (
     alone,
     assemble,
     check_batch,
+    limits,
 )
 from intaglio.devices.image import WORTH, Image, default_folder, layout
 from intaglio.formats import Quantised
@@ -111,13 +112,8 @@ class HostExecutable:
         self, program: Program, weights: Weights, state: StateSpec, threads: int, isa: str, cache: str | Path | None
     ) -> None:
         self.program, self.state, self.threads, self.isa = program, state, threads, isa
-        limits = (
-            program.vocabulary or np.iinfo(np.int32).max,
-            program.context,
-            state.pages * state.page_tokens,
-            state.pages,
-        )
-        self.native = _native.Executable(isa, threads, state.page_tokens, limits)
+        token, position, slot, block = limits(program, state).values()
+        self.native = _native.Executable(isa, threads, state.page_tokens, (token, position, slot, block))
         self._glu = {op.w for op in program.ops if isinstance(op, Linear) and op.glu}
         self._glu |= {w for op in program.ops if isinstance(op, Experts) for w in (op.gate, op.up)}
         self._matrices = self._laid_out()

@@ -14,8 +14,7 @@ from typing import Any
 from intaglio import formats
 from intaglio.chips import ChipError, ChipSpec
 from intaglio.chips import replace as other_chip
-from intaglio.compiler import Layout, build, shard
-from intaglio.compiler.recipe import EACH, WHOLE
+from intaglio.compiler import Layout, build_stages
 from intaglio.models import Checkpoint, port, port_config
 from intaglio.ops import Linear
 from intaglio.program import Program
@@ -57,9 +56,7 @@ def ported(model: str, context: int | None) -> Program:
 def stages(program: Program, layout: str, weights: str, kv_format: str, activations: str) -> tuple[Program, ...]:
     """One compiled Program a stage of the layout: its ranks are alike, so the first stands for all. `activations` fp8
     rounds x of every FP8 product to FP8 rows."""
-    whole = build(program, weights, kv_format, passes=WHOLE)
-    first = shard(whole, layout, wire="bf16")[:: Layout.parse(layout).lanes]
-    built = (build(p, passes=EACH) for p in first)
+    built = build_stages(program, layout, weights, kv_format, wire="bf16")
     return tuple(rounded(p) if activations == "fp8" else p for p in built)
 
 
