@@ -46,16 +46,82 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         return step(*args, **kwargs)
 
     executable.step = slow  # type: ignore[method-assign]
-    engine.step()  # 10 tokens in 2 s, and 20 wait
-    engine.add(request("next", [1]))
+    engine.step()
+    engine.add(request("next", [1]))  # 21 tokens wait: one step more
     with pytest.raises(Refused) as refused:
         engine.add(request("late", [1]))
-    assert refused.value.retry_after == pytest.approx(21 / 5)
+    assert refused.value.retry_after == pytest.approx(2)
     with pytest.raises(RequestError, match="n is 4, max_waiting is 3"):
         engine.add(request("wide", [1], n=4))
     assert engine.counts.refused == {"full": 2, "invalid": 4} and engine.counts.received == 4 + 2 + 4
     run_checked(engine)
     engine.add(request("late", [1]))
+
+
+def loaded(rate: float, seconds: float, timeout: float | None) -> tuple[Engine, Clock, list[str], float]:
+    """An engine whose steps take 20 ms and 2 ms a token, after a load of random arrivals: also the ends of the requests
+    in their order, and how long the longest one took. A request is 10 tokens and 30, so 12.5 a second fill it."""
+    clock = Clock()
+    executable = open_device("oracle").load(smallest_program(), ArrayWeights({}), StateSpec(4000, 4))
+    engine = Engine(executable, clock=clock, rng=random.Random(0))
+    step, rng = executable.step, random.Random()
+
+    def timed(batch: Any, **kwargs: Any) -> Any:
+        clock.now += 0.02 + 0.002 * len(batch.tokens)
+        return step(batch, **kwargs)
+
+    executable.step = timed  # type: ignore[method-assign]
+    reasons, came, longest, due = [], dict[str, float](), 0.0, 0.0
+    while due < seconds or not engine.idle:
+        clock.now = max(clock.now, due) if engine.idle else clock.now
+        while due <= min(clock.now, seconds):
+            due += rng.expovariate(rate)
+            name, prompt = f"r{engine.counts.received}", rng.choices(range(97), k=10)
+            try:
+                engine.add(request(name, prompt, max_tokens=30, timeout=timeout))
+                came[name] = clock.now
+            except Refused as e:
+                assert e.retry_after and 1 <= e.retry_after <= 60
+                reasons.append(e.reason)
+        for name, reason in ends(engine.step()):
+            reasons.append(str(reason))
+            longest = max(longest, clock.now - came[name])
+    return engine, clock, reasons, longest
+
+
+def test_what_would_be_late_is_refused_and_what_is_admitted_is_in_time() -> None:
+    """At twice the capacity: next to nothing is begun in vain, and the device is full."""
+    engine, clock, reasons, longest = loaded(25, 60, timeout=10)
+    assert set(reasons) <= {"length", "late", "deadline"} and reasons.count("late") > 300
+    assert reasons.count("deadline") <= 0.05 * reasons.count("length") and longest < 10 + 0.02 + 0.002 * 512
+    assert reasons.count("length") / clock.now > 0.8 * 12.5
+    assert engine.counts.refused["late"] == reasons.count("late")
+
+
+def test_without_a_deadline_nobody_is_late() -> None:
+    _, _, reasons, longest = loaded(25, 20, timeout=None)
+    assert set(reasons) == {"length"} and longest > 10
+
+
+def test_what_takes_its_timeout_even_alone_is_admitted() -> None:
+    """Then the timeout is how long an answer may be, and what there is of it stands."""
+    engine, clock = timed_engine()
+    executable, step = engine.executable, engine.executable.step
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        clock.now += 0.1 * len(args[0].tokens)
+        return step(*args, **kwargs)
+
+    executable.step = slow  # type: ignore[method-assign]
+    add(engine, *(request(f"first{i}", range(5), max_tokens=6) for i in range(3)))
+    engine.step()
+    engine.step()  # 15 rows, then 3
+    with pytest.raises(Refused, match=r"beside 3 it would take about .* s, its timeout is 2 s; retry later"):
+        engine.add(request("short", [3, 4], max_tokens=4, timeout=2))
+    add(engine, request("long", [2], max_tokens=20, timeout=2))
+    assert dict(ends(run_checked(engine)))["long"] == "deadline"
+    engine.add(request("short", [3, 4], max_tokens=4, timeout=2))
+    assert ends(run_checked(engine)) == [("short", "length")]
 
 
 def test_better_priority_overtakes_and_is_made_way_for() -> None:

@@ -207,14 +207,21 @@ def counts_the_queue_deadline_for_ever(w: World) -> None:
 def admits_while_draining(w: World) -> None:
     admit = w.engine._admit
 
-    def broken(n: int) -> None:
+    def broken(request: Request) -> float:
         try:
-            admit(n)
+            return admit(request)
         except Refused as e:
             if e.reason != "draining":
                 raise
+        return 0.0
 
     w.engine._admit = broken  # type: ignore[method-assign]
+
+
+def takes_everyone_to_be_in_a_hurry(w: World) -> None:
+    """A request without a deadline is refused as late when it would take long."""
+    admit = w.engine._admit
+    w.engine._admit = lambda request: admit(replace(request, timeout=request.timeout or 3.0))  # type: ignore[method-assign]
 
 
 def admits_without_end(w: World) -> None:
@@ -318,7 +325,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ignores_what_came_before, files_a_block_before_it_is_full, keeps_the_cache_of_a_lost_device,
     goes_on_with_a_lost_device, skips_recomputing, drops_an_abort, emits_twice, loses_a_token, speaks_after_the_end,
     believes_every_guess, blames_for_a_guess, forgets_to_roll_the_grammar_back, never_looks_at_the_clock,
-    counts_the_queue_deadline_for_ever, admits_while_draining, admits_without_end, takes_an_id_twice, ignores_priority,
+    counts_the_queue_deadline_for_ever, admits_while_draining, takes_everyone_to_be_in_a_hurry,
+    admits_without_end, takes_an_id_twice, ignores_priority,
     blames_everyone, blames_the_last_to_run, overruns_the_budget, starves_what_was_preempted,
     draws_a_new_seed_when_preempted, forgets_penalties_of_the_last_token,
 )  # fmt: skip

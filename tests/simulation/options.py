@@ -115,7 +115,7 @@ def draw_wish(rng: random.Random, number: int, o: Options, families: list[list[i
         priority=rng.choice((0, 0, 0, -1, 1)),
         salt=rng.choice((None, None, "a", "b")),
         queue_timeout=rng.choice((None, None, None, 6.0)),
-        timeout=rng.choice((None, None, None, None, 3.0, 30.0)),
+        timeout=rng.choice((None, None, 3.0, 10.0, 15.0, 30.0)),
         scored=rng.random() < 0.05,
         stop_at=rng.choice((None, None, None, 13)),
         breaks_at=rng.randint(1, 4) if broken else None,

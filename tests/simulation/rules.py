@@ -111,8 +111,10 @@ class Rules:
         self.probe = "refused" if wish.id == "probe" else self.probe
         if isinstance(why, Refused):
             full = len(e.scheduler.waiting) + wish.params.n > e.max_waiting
-            true = {"full": full, "draining": e.draining, "failed": e.failed is not None}[why.reason]
-            if not true or (why.reason == "full") != (why.retry_after is not None and 1 <= why.retry_after <= 60):
+            late = wish.timeout is not None and bool(self.live)
+            true = {"full": full, "late": late, "draining": e.draining, "failed": e.failed is not None}[why.reason]
+            passing = why.retry_after is not None and 1 <= why.retry_after <= 60
+            if not true or (why.reason in ("full", "late")) != passing:
                 raise Violation(f"{wish.id} is refused as {why.reason}, retry after {why.retry_after}")
 
     def saw(self, event: Event) -> None:

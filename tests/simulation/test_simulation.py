@@ -44,8 +44,9 @@ def test_the_seeds_go_where_it_hurts() -> None:
             "engine failed": world.engine.failed is not None,
         })  # fmt: skip
     wanted = {
-        "stop", "length", "abort", "deadline", "error", "full", "draining", "invalid", "request fault", "step fault",
-        "worker fault", "preemptions", "hits", "restarts", "right guesses", "wrong guesses", "healed", "engine failed",
+        "stop", "length", "abort", "deadline", "error", "full", "late", "draining", "invalid", "request fault",
+        "step fault", "worker fault", "preemptions", "hits", "restarts", "right guesses", "wrong guesses", "healed",
+        "engine failed",
     }  # fmt: skip
     assert wanted - {k for k, n in seen.items() if n} == set()
     assert min(seen[k] for k in wanted - {"engine failed"}) >= 20

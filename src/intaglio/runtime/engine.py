@@ -15,6 +15,7 @@ from intaglio.devices import DeviceLost, Executable, StepResult
 from intaglio.runtime import sampling
 from intaglio.runtime.journal import recorded, told
 from intaglio.runtime.kv import BlockPool
+from intaglio.runtime.pace import Pace
 from intaglio.runtime.request import Event, Fault, FinishReason, Refused, Request, RequestError, Scored
 from intaglio.runtime.scheduler import Piece, Scheduler
 from intaglio.runtime.sequence import Sequence, longest
@@ -76,7 +77,7 @@ class Engine:
         self._events: list[Event] = []  # of this step so far
         self._launched: list[Sequence] = []  # in the launch that is under way, or was last
         self._due = math.inf
-        self._rate = 0.0  # tokens a second, lately
+        self.pace = Pace()
         self.journal = journal
         self._readings: list[float] = []  # of the clock, launches and restarts since the last entry
         self._fates: list[str | None] = []
@@ -126,8 +127,8 @@ class Engine:
             if request.id in self.requests:
                 raise RequestError(f"request {request.id!r} is still running; every request needs its own id")
             self.check(request)
-            self._admit(request.params.n)
-            choices = self._choices(request, seed)
+            expected = self._admit(request)
+            choices = self._choices(request, seed, expected)
         except (RequestError, Refused) as e:
             self.counts.refused[e.reason if isinstance(e, Refused) else "invalid"] += request.params.n
             self._note_request(request, seed, type(e).__name__)
@@ -294,9 +295,7 @@ class Engine:
             self.counts.steps += 1
             self.counts.computed_tokens += prefill + decode
             self.last = StepRecord(self.counts.steps, began, seconds, prefill, decode, len(plan), drawn)
-            if seconds > 0:
-                rate = (prefill + decode) / seconds
-                self._rate = 0.9 * self._rate + 0.1 * rate if self._rate else rate
+            self.pace.step(prefill + decode, drawn, seconds)
         self.counts.preemptions = self.scheduler.preemptions
         events, self._events = self._events, []
         self._note("step", events=events, launches=self._fates, restarts=self._restarts)
@@ -325,18 +324,30 @@ class Engine:
 
     # One sequence
 
-    def _admit(self, n: int) -> None:
-        waiting = len(self.scheduler.waiting)
+    def _admit(self, request: Request) -> float:
+        """What the pace says of it, in seconds; raises Refused if it can not be served now, or not in time."""
+        waiting, n, pace = len(self.scheduler.waiting), request.params.n, self.pace
         if self.failed is not None:
             raise Refused("failed", self.failed, None)
         if self.draining:
             raise Refused("draining", "the engine is draining and admits nothing", None)
         if waiting + n > self.max_waiting:
             tokens = sum(s.remaining for s in self.scheduler.waiting)
-            wait = min(max(tokens / self._rate if self._rate else 0.0, RETRY_LEAST), RETRY_MOST)
-            raise Refused("full", f"{waiting} wait already, max_waiting is {self.max_waiting}; retry later", wait)
+            wait = pace.raw(tokens, -(-tokens // self.scheduler.max_batch_tokens), 0)
+            raise Refused(
+                "full", f"{waiting} wait already, max_waiting is {self.max_waiting}; retry later", _soon(wait)
+            )
+        live, prompt = self._live(), len(request.prompt)
+        outputs = 0 if request.scored else request.params.max_tokens
+        before = sum(s.remaining for s in live if s.remaining > 1)
+        raw = pace.raw(before + prompt, outputs, len(live) + n)
+        takes, alone = pace.promise(raw), pace.promise(pace.raw(prompt, outputs, n))
+        if live and request.timeout is not None and alone <= request.timeout < takes:
+            why = f"beside {len(live)} it would take about {takes:.3g} s, its timeout is {request.timeout:g} s"
+            raise Refused("late", f"{why}; retry later or ask for less", _soon(takes - request.timeout))
+        return raw
 
-    def _choices(self, request: Request, seed: int) -> list[Sequence]:
+    def _choices(self, request: Request, seed: int, expected: float) -> list[Sequence]:
         now, p = self._read_clock(), request.params
         try:
             watchers = [request.stopped(i) if request.stopped else None for i in range(p.n)]
@@ -344,7 +355,7 @@ class Engine:
         except Exception as e:  # the caller's own functions
             raise RequestError(f"the request cannot be begun: {e}") from e
         return [
-            Sequence(request, i, (seed + i) % 2**63, self.counts.admitted + i, now, watchers[i], matchers[i])
+            Sequence(request, i, (seed + i) % 2**63, self.counts.admitted + i, now, expected, watchers[i], matchers[i])
             for i in range(p.n)
         ]
 
@@ -440,6 +451,9 @@ class Engine:
         if all(c.state == "ended" for c in choices):
             del self.requests[s.request.id]
         self.counts.finished[reason] += 1
+        if reason in ("stop", "length", "deadline"):
+            share = max(1, len(s.output)) / s.request.params.max_tokens if reason == "deadline" else 1.0
+            self.pace.ended(s.expected, (s.ended - s.arrived) / share)
         if fault and fault.kind == "request":
             self.counts.faults["request"] += 1
         return Event(s.request.id, s.index, scored, reason, fault, s.usage(self._now))
@@ -456,6 +470,11 @@ class Engine:
 
     def _live(self) -> list[Sequence]:
         return [s for choices in self.requests.values() for s in choices if s.state != "ended"]
+
+
+def _soon(seconds: float) -> float:
+    """When a refused client is told to come back."""
+    return min(max(seconds, RETRY_LEAST), RETRY_MOST)
 
 
 def _apart(plan: list[Piece]) -> list[list[Piece]]:

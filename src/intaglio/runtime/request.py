@@ -27,9 +27,12 @@ class RequestError(ValueError):
 
 
 class Refused(RuntimeError):
-    """A request that can not be served now. reason: full, draining or failed; `retry_after` seconds, None: not here."""
+    """A request that can not be served now, or not in time. reason: full, late, draining or failed; `retry_after`
+    seconds, None: not here."""
 
-    def __init__(self, reason: Literal["full", "draining", "failed"], message: str, retry_after: float | None) -> None:
+    def __init__(
+        self, reason: Literal["full", "late", "draining", "failed"], message: str, retry_after: float | None
+    ) -> None:
         super().__init__(message)
         self.reason, self.retry_after = reason, retry_after
 

@@ -27,6 +27,7 @@ class Sequence:
     seed: int
     arrival: int  # order of arrival in the engine
     arrived: float  # by the engine's clock, as every time here
+    expected: float  # seconds to its end, before the pace's slip
     stopped: Callable[[int], bool] | None = None
     matcher: Matcher | None = None
 

@@ -12,7 +12,7 @@ class Counts:
 
     steps: int = 0
     received: int = 0  # choices asked for: refused + admitted
-    refused: Counter[str] = field(default_factory=Counter)  # choices by reason: full, draining, failed
+    refused: Counter[str] = field(default_factory=Counter)  # choices by reason: full, late, draining, failed, invalid
     admitted: int = 0  # choices taken in
     finished: Counter[str] = field(default_factory=Counter)  # choices by finish_reason
     faults: Counter[str] = field(default_factory=Counter)  # by kind: request, step (launches that failed), worker

@@ -152,7 +152,9 @@ class _Engine(Collector):
             yield self._counter(name, text, {(): value}, ())
         ended: dict[tuple[str, ...], int] = {(r,): c.finished[r] for r in REASONS}
         yield self._counter("vllm:request_success", "Choices that ended, by reason.", ended, ("finished_reason",))
-        refused: dict[tuple[str, ...], int] = {(r,): c.refused[r] for r in ("full", "draining", "failed", "invalid")}
+        refused: dict[tuple[str, ...], int] = {
+            (r,): c.refused[r] for r in ("full", "late", "draining", "failed", "invalid")
+        }
         yield self._counter("intaglio:requests_refused", "Choices refused, by reason.", refused, ("reason",))
         faults: dict[tuple[str, ...], int] = {(kind,): c.faults[kind] for kind in ("request", "step", "worker")}
         yield self._counter("intaglio:faults", "Requests, launches and devices that failed.", faults, ("kind",))

@@ -55,8 +55,9 @@ def told(error: Exception) -> Problem | None:
             return Problem(400, str(error), param=str(error).split(" ", 1)[0])
         case RequestError() | TokenizerError() | GrammarError():
             return Problem(400, str(error))
-        case Refused(reason="full"):
-            return Problem(429, str(error), code="queue_full", retry_after=error.retry_after or 1)
+        case Refused(reason="full" | "late"):
+            code = "queue_full" if error.reason == "full" else "late"
+            return Problem(429, str(error), code=code, retry_after=error.retry_after or 1)
         case Refused():
             return Problem(503, str(error), code=error.reason, retry_after=error.retry_after or 1)
     return None
