@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import uvloop
 from checkpoints import SHAPES, write_random, write_tokenizer
 
 from intaglio.batch import Batch, Chunk, bind
@@ -108,7 +109,7 @@ def started(llm: LLM) -> int:
         ready.set()
 
     def run() -> None:
-        asyncio.run(serve(llm, Options(), listener, announce, signals=False))
+        uvloop.run(serve(llm, Options(), listener, announce, signals=False))
 
     threading.Thread(target=run, daemon=True).start()
     assert ready.wait(PATIENCE)

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import openai
+import uvloop
 
 from intaglio.batch import Batch
 from intaglio.devices import StepResult
@@ -60,7 +61,7 @@ class Served:
         assert self.ready.wait(PATIENCE)
 
     def _run(self, options: Options) -> None:
-        self.code = asyncio.run(serve(self.llm, options, self.listener, self._announce, signals=False))
+        self.code = uvloop.run(serve(self.llm, options, self.listener, self._announce, signals=False))
 
     def _announce(self, service: Service) -> None:
         self.service, self.loop = service, asyncio.get_running_loop()

@@ -85,7 +85,10 @@ class Transcript:
         return self.stopped
 
     def _append(self, text: str) -> None:
-        first = max(0, len(self.text) + 1 - max(map(len, self.stops), default=0))  # no stop string ends before this
+        if not self.stops:
+            self.text += text
+            return
+        first = max(0, len(self.text) + 1 - max(map(len, self.stops)))  # no stop string ends before this
         self.text += text
         found = [at for stop in self.stops if (at := self.text.find(stop, first)) >= 0]
         if found and not self.stopped:

@@ -319,10 +319,10 @@ class Answer:
         output = 0
         try:
             async for pieces in ticket.pieces():
-                output += sum(piece.scored is not None for piece in pieces if self._generates)
+                output += sum(piece.scored is not None for piece in pieces)
                 news = [new for piece in pieces if (new := self.choices[piece.choice].feed(piece))]
                 if news:
-                    so_far = usage_so_far(ticket, output) if each else None
+                    so_far = usage_so_far(ticket, output * self._generates) if each else None
                     chunks = [self.envelope.chunk([new], so_far, told_usage) for new in news]
                     await self._send(send, b"".join(_event(chunk) for chunk in chunks))
         except Problem as problem:  # the status has gone out, so it is told in the stream

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import sys
@@ -44,6 +43,8 @@ def serve(
 ) -> None:
     """Serve a model over OpenAI's HTTP API, with a page at / and metrics at /metrics."""
     try:
+        import uvloop
+
         from intaglio.server.prepare import Limits
         from intaglio.server.serve import listen, raise_file_limit
         from intaglio.server.serve import serve as run
@@ -72,7 +73,7 @@ def serve(
         modelled = f"; times are modelled: {llm.modelled}" if llm.modelled else ""
         print(f"serving {options.name} at {address}{modelled}", flush=True)
 
-    code = asyncio.run(run(llm, options, listener, announce))
+    code = uvloop.run(run(llm, options, listener, announce))
     sys.stdout.flush()
     sys.stderr.flush()
     logging.shutdown()

@@ -17,6 +17,7 @@ KINDS = {
     408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
     500: "internal_error", 503: "unavailable_error",
 }  # fmt: skip
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 class Problem(Exception):
@@ -70,7 +71,7 @@ def of_fault(fault: Fault) -> Problem:
 
 def dumps(value: Any) -> bytes:
     """JSON as bytes; NaN and infinities are refused, for JSON has none."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return ENCODER.encode(value).encode()
 
 
 class Json(Response):
