@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -100,30 +101,33 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
     """Lay the chunks out as one Batch. Raises BatchError for an empty chunk, too few blocks or a row out of range."""
     if not chunks:
         raise BatchError("a batch needs at least one chunk")
+    tokens, positions, slots, rows = list[int](), list[int](), list[int](), list[int]()
+    first_row, q_len, context_len, table = list[int](), list[int](), list[int](), list[int]()
+    sampling = list[Sampling]()
+    width = max(len(c.blocks) for c in chunks)
     for i, c in enumerate(chunks):
         _check(i, c, block_size)
-    table = np.full((len(chunks), max(len(c.blocks) for c in chunks)), -1, np.int32)
-    for i, c in enumerate(chunks):
-        table[i, : len(c.blocks)] = c.blocks
-    q_len = np.array([len(c.tokens) for c in chunks], np.int32)
-    starts = np.array([c.start for c in chunks], np.int32)
-    first_row = np.cumsum(q_len, dtype=np.int32) - q_len
-    positions = np.arange(q_len.sum(), dtype=np.int32) - np.repeat(first_row - starts, q_len)
-    owner = np.repeat(np.arange(len(chunks)), q_len)
-    return Batch(
-        tokens=np.array(list(chain.from_iterable(c.tokens for c in chunks)), np.int32),
-        positions=positions,
-        slots=table[owner, positions // block_size] * np.int32(block_size) + positions % block_size,
-        first_row=first_row,
-        q_len=q_len,
-        context_len=starts + q_len,
-        block_table=table,
-        rows=np.array(
-            [first + r for c, first in zip(chunks, first_row.tolist(), strict=True) for r in c.rows], np.int32
-        ),
-        block_size=block_size,
-        sampling=tuple(chain.from_iterable(map(_draws, chunks))),
-    )
+        n, first, blocks = len(c.tokens), len(tokens), c.blocks
+        at = range(c.start, c.start + n)
+        tokens += c.tokens
+        positions += at
+        slots += [blocks[p // block_size] * block_size + p % block_size for p in at]
+        rows += [first + row for row in c.rows]
+        first_row.append(first)
+        q_len.append(n)
+        context_len.append(c.start + n)
+        table += blocks
+        table += [-1] * (width - len(blocks))
+        sampling += [c.sampling] * len(c.rows) if isinstance(c.sampling, Sampling) else c.sampling
+    # one array for all: at batch 1 the calls to NumPy cost more than what they do
+    parts = (tokens, positions, slots, first_row, q_len, context_len, table, rows)
+    whole = np.array([*chain.from_iterable(parts)], np.int32)
+    ends = [0, *accumulate(map(len, parts))]
+    columns = [whole[begin:end] for begin, end in pairwise(ends)]
+    columns[6] = columns[6].reshape(len(chunks), width)
+    names = ("tokens", "positions", "slots", "first_row", "q_len", "context_len", "block_table", "rows")
+    arrays: dict[str, Any] = dict(zip(names, columns, strict=True))
+    return Batch(**arrays, block_size=block_size, sampling=tuple(sampling))
 
 
 def _check(i: int, c: Chunk, block_size: int) -> None:
@@ -139,7 +143,3 @@ def _check(i: int, c: Chunk, block_size: int) -> None:
             raise BatchError(f"chunk {i}: wanted row {row} is outside its {n} tokens")
     if not isinstance(c.sampling, Sampling) and len(c.sampling) != len(c.rows):
         raise BatchError(f"chunk {i}: {len(c.sampling)} ways to draw {len(c.rows)} rows")
-
-
-def _draws(c: Chunk) -> Sequence[Sampling]:
-    return [c.sampling] * len(c.rows) if isinstance(c.sampling, Sampling) else c.sampling
