@@ -1,7 +1,8 @@
 """What engine and server add to the device's own step: decode steps of the same batch on the device alone, in an
 engine, and in a server whose clients, in a process of their own, stream. All times are measured here.
 
-The three take turns, for the machine is not the same from minute to minute; what is printed are medians.
+The three take turns, for the machine is not the same from minute to minute; what is printed are medians of what the
+rounds say. "waits" is what passes between two steps in the server, "slower" how much longer the device then takes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import asyncio
 import itertools
 import json
 import multiprocessing
+import random
+import socket
 import sys
 import tempfile
 import threading
@@ -29,11 +32,12 @@ from intaglio.llm import LLM
 from intaglio.runtime import SamplingParams
 from intaglio.server.serve import listen, serve
 from intaglio.server.service import Options, Service
-from intaglio.tools.load import Server, load, meet
+from intaglio.tools.load import Server, meet
 from intaglio.tools.workload import Ask
 
 PROMPT = 64
 PATIENCE = 600.0
+LOOK = 0.2  # seconds between a client's looks
 
 
 class Timed:
@@ -78,15 +82,26 @@ def in_engine(llm: LLM, timed: Timed, steps: int) -> tuple[float, float]:
 
 
 def clients(url: str, sequences: int, steps: int) -> None:
-    """As many streams as sequences."""
-
-    async def run() -> None:
-        server = Server(url)
-        await meet(server)
-        answers = await load(server, [Ask(0.0, PROMPT, steps)] * sequences)
-        assert all(a.error is None for a in answers), answers[0].error
-
-    asyncio.run(run())
+    """As many streams as sequences. They look only now and then at what came, for a client's time is not the server's
+    and here they share their cores."""
+    server, rng = Server(url), random.Random(0)
+    asyncio.run(meet(server))
+    host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+    streams = []
+    for _ in range(sequences):
+        body = json.dumps(server.body(Ask(0.0, PROMPT, steps), rng))
+        stream = socket.create_connection((host, int(port)), PATIENCE)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        stream.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        streams.append(stream)
+    for stream in streams:
+        came = b""
+        while b"[DONE]" not in came:
+            time.sleep(LOOK)
+            more = stream.recv(1 << 20)
+            assert more, f"a stream ended with {came[-300:]!r}"
+            came += more
+        assert came.startswith(b"HTTP/1.1 200") and b'"error"' not in came, came[-300:]
 
 
 def in_server(port: int, timed: Timed, steps: int) -> tuple[float, float]:
@@ -117,8 +132,8 @@ def started(llm: LLM) -> int:
 
 
 def measure(folder: Path, weights: str, sequences: int, steps: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds, medians over the rounds: `device` a step on the device alone; `engine`, `server` from step to step
-    there; `busy` inside the device while the server runs."""
+    """Milliseconds, medians over the rounds: `device` a step on the device alone; what `engine` and `server` add to it,
+    of which `waits` passes between steps of the server and `slower` inside of them."""
     llm = LLM(folder, weights=weights, context=1024, kv_tokens=sequences * 1024)
     timed = llm.engine.executable = Timed(llm.engine.executable, sequences)
     port = started(llm)
@@ -129,8 +144,8 @@ def measure(folder: Path, weights: str, sequences: int, steps: int, rounds: int)
         _, engine = in_engine(llm, timed, steps)  # the server's thread waits meanwhile
         busy, server = in_server(port, timed, steps)
         if i:  # the first round warms up
-            rows.append((device, engine, server, busy))
-    names = ("device", "engine", "server", "busy")
+            rows.append((device, engine - device, server - device, server - busy, busy - device))
+    names = ("device", "engine", "server", "waits", "slower")
     return {name: median(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
 
@@ -156,12 +171,12 @@ def main() -> None:
     if a.json:
         print(json.dumps(rows))
         return
-    print(f"{'shape':>6} {'batch':>5} {'device ms':>10} {'engine adds':>12} {'server adds':>12} {'of a step':>10}")
+    columns = ("device ms", "engine adds", "server adds", "of a step")
+    print(f"{'shape':>6} {'batch':>5} " + " ".join(f"{c:>11}" for c in columns) + "  waits slower")
     for r in rows:
-        engine, server = r["engine"] - r["device"], r["server"] - r["device"]
-        share = server / r["device"]
         print(
-            f"{r['shape']:>6} {r['sequences']:>5} {r['device']:>10.3f} {engine:>12.3f} {server:>12.3f} {share:>10.1%}"
+            f"{r['shape']:>6} {r['sequences']:>5} {r['device']:>11.3f} {r['engine']:>11.3f} {r['server']:>11.3f} "
+            f"{r['server'] / r['device']:>11.1%} {r['waits']:>6.2f} {r['slower']:>6.2f}"
         )
 
 
