@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -454,6 +455,25 @@ def test_too_many_open_requests(folder: Path) -> None:
         gate.set()
         t.join()
         assert [c.choices[0].finish_reason for c in streams[0]][-1] in ("length", "stop")
+
+
+def test_what_would_be_late_is_refused_at_once(folder: Path) -> None:
+    with served(folder) as s:
+        inner = s.llm.engine.executable
+        s.llm.engine.executable = Slow(inner, before=lambda batch: time.sleep(0.01 * len(batch.tokens)))
+        ask: Any = {"prompt": "abc", "max_tokens": 10, "ignore_eos": True, "timeout": 0.8}
+        assert s.post("/v1/completions", ask).status_code == 200  # alone: 13 rows, 0.13 s and what the machine adds
+        many: Any = {"ignore_eos": True}
+        crowd = s.client().completions.create(
+            model="tiny", prompt="a", n=16, max_tokens=30, temperature=1, stream=True, extra_body=many
+        )
+        wait_for(lambda: s.llm.engine.gauges().running == 16)
+        late = s.post("/v1/completions", ask)  # ten steps of 17 rows: 1.7 s
+        assert late.status_code == 429 and int(late.headers["retry-after"]) >= 1
+        assert late.json()["error"]["code"] == "late" and "its timeout is 0.8 s" in late.json()["error"]["message"]
+        told = 'intaglio:requests_refused_total{engine="0",model_name="tiny",reason="late"} 1.0'
+        wait_for(lambda: told in s.get("/metrics").text)
+        crowd.close()
 
 
 def test_deadlines_end_with_a_reason(folder: Path) -> None:
