@@ -100,7 +100,8 @@ async def _meet(session: Any, server: Server) -> None:
 def _session() -> Any:
     import aiohttp
 
-    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE), connector=aiohttp.TCPConnector(limit=0))
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)  # each request is a client of its own
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PATIENCE), connector=connector)
 
 
 async def load(server: Server, asks: Sequence[Ask], concurrency: int | None = None, seed: int = 0) -> list[Answered]:
