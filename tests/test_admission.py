@@ -113,6 +113,8 @@ def test_what_takes_its_timeout_even_alone_is_admitted() -> None:
         return step(*args, **kwargs)
 
     executable.step = slow  # type: ignore[method-assign]
+    add(engine, request("before", [9], max_tokens=20))
+    run_checked(engine)
     add(engine, *(request(f"first{i}", range(5), max_tokens=6) for i in range(3)))
     engine.step()
     engine.step()  # 15 rows, then 3

@@ -338,7 +338,7 @@ class Engine:
                 "full", f"{waiting} wait already, max_waiting is {self.max_waiting}; retry later", _soon(wait)
             )
         live, prompt = self._live(), len(request.prompt)
-        outputs = 0 if request.scored else request.params.max_tokens
+        outputs = 0.0 if request.scored else pace.outputs(request.params.max_tokens)
         before = sum(s.remaining for s in live if s.remaining > 1)
         raw = pace.raw(before + prompt, outputs, len(live) + n)
         takes, alone = pace.promise(raw), pace.promise(pace.raw(prompt, outputs, n))
@@ -452,11 +452,17 @@ class Engine:
             del self.requests[s.request.id]
         self.counts.finished[reason] += 1
         if reason in ("stop", "length", "deadline"):
-            share = max(1, len(s.output)) / s.request.params.max_tokens if reason == "deadline" else 1.0
-            self.pace.ended(s.expected, (s.ended - s.arrived) / share)
+            self._learn(s, self._now - s.arrived, cut=reason == "deadline")
         if fault and fault.kind == "request":
             self.counts.faults["request"] += 1
         return Event(s.request.id, s.index, scored, reason, fault, s.usage(self._now))
+
+    def _learn(self, s: Sequence, seconds: float, cut: bool) -> None:
+        """Tell the pace of a sequence that ended; one cut short would have gone on as it went."""
+        likely = max(1.0, self.pace.outputs(s.request.params.max_tokens))
+        self.pace.ended(s.expected, seconds * max(1.0, likely / max(1, len(s.output))) if cut else seconds)
+        if s.output and (not cut or len(s.output) > self.pace.length):
+            self.pace.answered(len(s.output))
 
     def _emit(self, event: Event) -> None:
         self._events.append(event)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 KEPT = 0.98  # of a step's weight after each later one: the last fifty or so count
 NINE_IN_TEN = 0.9  # of the requests that end take no longer than `promise` says
 STRIDE = 0.02  # how far one request moves that quantile, as a logarithm
+LENGTHS = 0.05  # and that of lengths
+LONG = 4.0  # times the usual length: longer than that an answer is not thought to be
 LEAST, MOST = 1 / 8, 8.0  # bounds on what is learned of requests
 
 
@@ -19,12 +21,13 @@ class Pace:
     """A step takes `base + each * tokens` seconds: the weighted least squares of the steps so far, neither below 0.
 
     As long as all steps were alike nothing is known of `each`, and 0 is assumed: who is wrongly admitted teaches it,
-    who is wrongly refused would not. `slip` is what bursts, preemption and answers that end early add or take away: a
-    quantile of real over raw time, followed by steps up and down (Robbins and Monro, 1951), and slowly, for a request
-    tells of the load it met only when it ends.
+    who is wrongly refused would not. Two quantiles are followed by steps up and down (Robbins and Monro, 1951): of
+    what answers come to, `length`, for most end before the most that was asked for; and of real over raw time, `slip`,
+    which is what bursts and preemption add, slowly, for a request tells of the load it met only when it ends.
     """
 
     slip: float = 1.0
+    length: float = math.inf
     weight: float = 0.0
     tokens: float = 0.0  # weighted means, and sums of products about them
     drawn: float = 0.0
@@ -55,11 +58,19 @@ class Pace:
         """Seconds a step, whatever is in it."""
         return self.seconds - self.each * self.tokens
 
-    def raw(self, prompts: int, outputs: int, sequences: int) -> float:
+    def raw(self, prompts: int, outputs: float, sequences: int) -> float:
         """Seconds until `outputs` tokens are there, if `prompts` tokens are computed before the first, and each step
         draws one for each of `sequences`, beside as many rows of prompts as of late."""
         rows = sequences * self.tokens / self.drawn if self.drawn else 0
         return self.each * prompts + outputs * (self.base + self.each * rows)
+
+    def outputs(self, most: int) -> float:
+        """Tokens to reckon with for an answer of at most so many: all of them, unless answers are far shorter."""
+        return min(most, LONG * self.length)
+
+    def answered(self, outputs: int) -> None:
+        """An answer came to so many tokens."""
+        self.length = _moved(self.length, LENGTHS, outputs > self.length) if self.length < math.inf else outputs
 
     def promise(self, raw: float) -> float:
         """Seconds within which nine in ten of such requests end."""
@@ -68,6 +79,9 @@ class Pace:
     def ended(self, raw: float, seconds: float) -> None:
         """A request of which `raw` was said took so many seconds, or would have."""
         if raw > 0:
-            up = seconds > self.promise(raw)
-            self.slip *= math.exp(STRIDE * (NINE_IN_TEN if up else NINE_IN_TEN - 1))
-            self.slip = min(max(self.slip, LEAST), MOST)
+            self.slip = min(max(_moved(self.slip, STRIDE, seconds > self.promise(raw)), LEAST), MOST)
+
+
+def _moved(quantile: float, stride: float, above: bool) -> float:
+    """A quantile after one more value, which was above it or not."""
+    return quantile * math.exp(stride * (NINE_IN_TEN if above else NINE_IN_TEN - 1))
