@@ -26,6 +26,7 @@ from intaglio.ops import (
     Map,
     Norm,
     Op,
+    Permute,
     ReduceScatter,
     Rope,
     Route,
@@ -130,7 +131,7 @@ def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
 
 def plan_columns(p: Program, x: str, lanes: int, plan: Plan) -> None:
     """Cut the projections that x is made of, element by element, if it is made of nothing else."""
-    found, width = roots(p, x, (Map,)), int(p.tensors[x].shape[1])
+    found, width = roots(p, x, (Map, Permute)), int(p.tensors[x].shape[1])
     if found and width >= lanes and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
         plan |= dict.fromkeys(found, cut(width, lanes))
 
@@ -379,6 +380,14 @@ def elementwise(lane: Lane, op: Map) -> None:
     return entire(lane, op)
 
 
+def permute(lane: Lane, op: Permute) -> None:
+    """Of whole rows: columns come from anywhere."""
+    if not by_rows(lane, op):
+        return entire(lane, op)
+    lane.keep(op.order)
+    return lane.add(op)
+
+
 def norm(lane: Lane, op: Norm) -> None:
     """By columns where each head is normed by itself; a norm over all of them wants them all, and gives a view back."""
     if by_rows(lane, op):
@@ -470,6 +479,7 @@ RULES: dict[type[Op], Callable[[Lane, Any], None]] = {
     Linear: linear,
     Map: elementwise,
     Norm: norm,
+    Permute: permute,
     Rope: rope,
     Route: entire,
     Sample: entire,
