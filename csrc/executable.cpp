@@ -205,8 +205,14 @@ void Executable::plan_memory() {
   }
 }
 
-// The step as phases. Rows go in chunks of a quarter of a thread's share; products by columns; attention by task.
-void Executable::plan_phases(const std::vector<Tap>& taps, bool timed, int first, int last) {
+// The step as phases, kept for the next of the same shape: it takes longer to walk the cold ops than to run many of them.
+// Rows go in chunks of a quarter of a thread's share; products by columns; attention by task.
+void Executable::plan_phases(bool timed, int first, int last) {
+  std::vector<int64_t> shape{in_.t, in_.r, first, last, timed};
+  for (const AttendPlan& p : plans_) shape.insert(shape.end(), {int64_t(p.tasks.size()), int64_t(p.merges.size())});
+  for (const Tap& tap : taps_) shape.insert(shape.end(), {tap.op, tap.tensor});
+  if (shape == planned_) return;
+  planned_.clear();
   const int threads = team_.size();
   auto chunk = [&](int64_t rows) { return std::max<int64_t>(1, rows / (4 * threads)); };
   team_.clear(timed);
@@ -233,9 +239,10 @@ void Executable::plan_phases(const std::vector<Tap>& taps, bool timed, int first
         if ((rows == 1 || rows * width_of(op) <= kLittle) && team_.append(at)) break;
         team_.add(at, 0, rows, op.kind == Kind::Sample ? 1 : chunk(rows));
     }
-    for (size_t t = 0; t < taps.size(); t++)
-      if (taps[t].op == at) team_.add(kTaps, int(t), 1, 1);
+    for (size_t t = 0; t < taps_.size(); t++)
+      if (taps_[t].op == at) team_.add(kTaps, int(t), 1, 1);
   }
+  planned_ = std::move(shape);
 }
 
 // A sequence whose queries fit one task is cut by splits, so that one long context occupies every thread; others are cut
@@ -268,14 +275,14 @@ void Executable::step(const StepInputs& in, const std::vector<Tap>& taps, double
   in_ = in;
   taps_ = taps;
   if (first == 0) plan_memory();
-  for (Scratch& mine : scratches_) mine.holds = nullptr;  // phases of other steps lie where this one's will
-  plan_phases(taps, seconds != nullptr, first, last);
+  for (Scratch& mine : scratches_) mine.holds = nullptr;
+  plan_phases(seconds != nullptr, first, last);
   auto before = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
   team_.run();
   for (int64_t i = 0; seconds && i < team_.count(); i++) {
-    const Phase& p = team_.phase(i);
-    if (p.op >= 0) seconds[p.op] += p.finished - before;
-    before = p.finished;
+    const int op = team_.phase(i).op;
+    if (op >= 0) seconds[op] += team_.finished(i) - before;
+    before = team_.finished(i);
   }
 }
 

@@ -142,7 +142,7 @@ class Executable {
 
   void check(const StepInputs& in) const;
   void plan_memory();
-  void plan_phases(const std::vector<Tap>& taps, bool timed, int first, int last);
+  void plan_phases(bool timed, int first, int last);
   void plan_attend(AttendPlan& p);
   int64_t rows_of(const Tensor& t) const;
   int64_t rows_of(const Op& op) const;
@@ -191,6 +191,7 @@ class Executable {
   int page_;
   Limits limits_;
   int64_t planned_t_ = -1, planned_r_ = -1;  // rows that the memory was planned for
+  std::vector<int64_t> planned_;             // all that the phases follow from
   std::vector<Buffer> buffers_;
   std::vector<Tensor> tensors_;
   std::vector<Op> ops_;
