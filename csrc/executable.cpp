@@ -34,14 +34,14 @@ int64_t lay_rows(const Weight& w, bool x_bf16, int64_t rows, uint8_t* at, Rows* 
 }
 
 PackedWeight::PackedWeight(const Format& format, int64_t n, int64_t k, int64_t group, bool glu)
-    : w(weight_layout(format, n, k, group, glu)), memory(w.panels * w.panel_bytes) {
-  w.data = memory.data();
+    : w(weight_layout(format, n, k, group, glu)), memory(std::make_shared<Memory>(bytes())) {
+  w.data = memory->data();
 }
 
 template <class Pack>
 void PackedWeight::share(int64_t first, int64_t count, int threads, Pack pack) {
   if (first < 0 || count < 0 || first + count > w.n) throw std::invalid_argument("rows outside the weight");
-  if (!memory.writable()) throw std::invalid_argument("a weight mapped from a file is only read");
+  if (!memory->writable()) throw std::invalid_argument("a weight mapped from a file is only read");
   if (!count) return;
   const int64_t begin = w.glu ? 0 : w.panel_of(first), panels = (w.glu ? w.panels : w.panel_of(first + count - 1) + 1) - begin;
   std::vector<std::thread> helpers;
@@ -59,9 +59,10 @@ void PackedWeight::fill_codes(const CodedRows& rows, int64_t first, int64_t coun
   share(first, count, threads, [&](int64_t begin, int64_t end) { pack_coded(w, rows, first, count, begin, end); });
 }
 
-void PackedWeight::map(int file, int64_t offset, bool writable) {
-  memory = Memory(file, offset, memory.size(), writable);
-  w.data = memory.data();
+void PackedWeight::place(std::shared_ptr<Memory> region, int64_t offset) {
+  if (offset < 0 || offset % kAlign || offset + bytes() > region->size()) throw std::invalid_argument("a weight outside its region");
+  memory = std::move(region);
+  w.data = memory->data() + offset;
 }
 
 Executable::Executable(const Kernels* kernels, int threads, int page, const Limits& limits)

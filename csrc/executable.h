@@ -10,16 +10,17 @@
 
 namespace intaglio {
 
-// A weight image and the memory it stands in; shared by executables.
+// A weight image and the memory it stands in, maybe beside others; shared by executables.
 struct PackedWeight {
   Weight w;
-  Memory memory;
+  std::shared_ptr<Memory> memory;
+  int64_t bytes() const { return w.panels * w.panel_bytes; }
   PackedWeight(const Format& format, int64_t n, int64_t k, int64_t group, bool glu);
   void fill(const void* rows, Source type, int64_t first, int64_t count, int threads);
   void fill_codes(const CodedRows& rows, int64_t first, int64_t count, int threads);
   template <class Pack>
   void share(int64_t first, int64_t count, int threads, Pack pack);  // pack(begin panel, end panel) in parallel
-  void map(int file, int64_t offset, bool writable);  // its memory is this range of a file from now on
+  void place(std::shared_ptr<Memory> region, int64_t offset);  // stands there from now on, whatever is there
 };
 
 // An exchange is done outside, between two steps.

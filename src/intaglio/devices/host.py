@@ -32,7 +32,7 @@ from intaglio.devices.device import (
     check_batch,
     limits,
 )
-from intaglio.devices.image import WORTH, Image, default_folder, layout
+from intaglio.devices.image import WORTH, Image, default_folder, gather, layout
 from intaglio.formats import Quantised
 from intaglio.ops import (
     Attend,
@@ -155,6 +155,7 @@ class HostExecutable:
         self._glu = {op.w for op in program.ops if isinstance(op, Linear) and op.glu}
         self._glu |= {w for op in program.ops if isinstance(op, Experts) for w in (op.gate, op.up)}
         self._matrices = self._laid_out()
+        gather(self._matrices)
         self.packed_bytes = sum(packed.nbytes for packed in self._matrices.values())
         self._keys = {op.k_cache for op in program.ops if isinstance(op, KvWrite)}
         self._keys |= {op.rope_cache for op in program.ops if isinstance(op, Attend) and op.rope_cache}
