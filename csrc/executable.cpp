@@ -88,7 +88,7 @@ int Executable::add_tensor(Tensor t) {
 
 void Executable::add_op(Op op) {
   if (op.kind == Kind::Rope) {
-    RopeTable table{op.tensors[1], float(op.floats[0]), {}, {}};
+    RopeTable table{op.tensors[1], float(op.floats[0]), int(ops_.size()), {}, {}};
     auto same = [&](const RopeTable& t) { return t.frequencies == table.frequencies && t.factor == table.factor; };
     auto at = std::find_if(tables_.begin(), tables_.end(), same);
     op.table = int(at - tables_.begin());
@@ -281,7 +281,8 @@ void Executable::step(const StepInputs& in, const std::vector<Tap>& taps, double
   auto before = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
   team_.run();
   for (int64_t i = 0; seconds && i < team_.count(); i++) {
-    const int op = team_.phase(i).op;
+    const Phase& p = team_.phase(i);
+    const int op = p.op == kTables ? tables_[size_t(p.part)].op : p.op;
     if (op >= 0) seconds[op] += team_.finished(i) - before;
     before = team_.finished(i);
   }

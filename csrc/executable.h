@@ -111,6 +111,7 @@ class Executable {
   struct RopeTable {
     int frequencies;
     float factor;
+    int op;  // the first that reads it, whose time it is
     std::vector<float> cosines, sines;  // [T, pairs]
   };
   struct Task {
