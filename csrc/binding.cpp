@@ -235,18 +235,21 @@ NB_MODULE(_native, m) {
   m.def("isas", &isas);
   m.def("read_bandwidth", &read_bandwidth, "threads"_a, "megabytes"_a = 512, "runs"_a = 5, "isa"_a = isas().front());
   m.def("matrix_peak", &matrix_peak, "threads"_a, "format"_a, "group"_a = 0, "runs"_a = 20, "isa"_a = isas().front());
+  nb::class_<Memory>(m, "Region")
+      .def(nb::init<int64_t>(), "bytes"_a)
+      .def(nb::init<int, int64_t, bool>(), "file"_a, "bytes"_a, "writable"_a);
   nb::class_<PackedWeight>(m, "Weight")
       .def("__init__", [](PackedWeight* self, const std::string& format, int64_t n, int64_t k, int64_t group, bool glu) {
              new (self) PackedWeight(format_of(format), n, k, group, glu);
            }, "format"_a, "n"_a, "k"_a, "group"_a, "glu"_a)
       .def("fill", &fill)
       .def("fill_codes", &fill_codes, "codes"_a, "scales"_a, "lows"_a.none(), "units"_a.none(), "low_units"_a.none(), "first"_a, "threads"_a)
-      .def("map", &PackedWeight::map, "file"_a, "offset"_a, "writable"_a)
+      .def("place", &PackedWeight::place, "region"_a, "offset"_a)
       .def("unpack", &unpack)
-      .def("image", [](const PackedWeight& w) { return nb::bytes(w.memory.data(), size_t(w.memory.size())); })
+      .def("image", [](const PackedWeight& w) { return nb::bytes(w.w.data, size_t(w.bytes())); })
       .def_prop_ro("bits", [](const PackedWeight& w) { return w.w.bits(); })
       .def_prop_ro("quantises", [](const PackedWeight& w) { return w.w.quantises(); })
-      .def_prop_ro("nbytes", [](const PackedWeight& w) { return w.memory.size(); });
+      .def_prop_ro("nbytes", &PackedWeight::bytes);
   nb::class_<Edits>(m, "Edits")
       .def("__init__", [](Edits* self, Ints first, Ints ids, Floats scale, Floats add, Ints mask_of, decltype(Edits::masks) masks) {
              new (self) Edits{first, ids, scale, add, mask_of, masks};

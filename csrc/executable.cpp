@@ -34,14 +34,14 @@ int64_t lay_rows(const Weight& w, bool x_bf16, int64_t rows, uint8_t* at, Rows* 
 }
 
 PackedWeight::PackedWeight(const Format& format, int64_t n, int64_t k, int64_t group, bool glu)
-    : w(weight_layout(format, n, k, group, glu)), memory(w.panels * w.panel_bytes) {
-  w.data = memory.data();
+    : w(weight_layout(format, n, k, group, glu)), memory(std::make_shared<Memory>(bytes())) {
+  w.data = memory->data();
 }
 
 template <class Pack>
 void PackedWeight::share(int64_t first, int64_t count, int threads, Pack pack) {
   if (first < 0 || count < 0 || first + count > w.n) throw std::invalid_argument("rows outside the weight");
-  if (!memory.writable()) throw std::invalid_argument("a weight mapped from a file is only read");
+  if (!memory->writable()) throw std::invalid_argument("a weight mapped from a file is only read");
   if (!count) return;
   const int64_t begin = w.glu ? 0 : w.panel_of(first), panels = (w.glu ? w.panels : w.panel_of(first + count - 1) + 1) - begin;
   std::vector<std::thread> helpers;
@@ -59,9 +59,10 @@ void PackedWeight::fill_codes(const CodedRows& rows, int64_t first, int64_t coun
   share(first, count, threads, [&](int64_t begin, int64_t end) { pack_coded(w, rows, first, count, begin, end); });
 }
 
-void PackedWeight::map(int file, int64_t offset, bool writable) {
-  memory = Memory(file, offset, memory.size(), writable);
-  w.data = memory.data();
+void PackedWeight::place(std::shared_ptr<Memory> region, int64_t offset) {
+  if (offset < 0 || offset % kAlign || offset + bytes() > region->size()) throw std::invalid_argument("a weight outside its region");
+  memory = std::move(region);
+  w.data = memory->data() + offset;
 }
 
 Executable::Executable(const Kernels* kernels, int threads, int page, const Limits& limits)
@@ -87,7 +88,7 @@ int Executable::add_tensor(Tensor t) {
 
 void Executable::add_op(Op op) {
   if (op.kind == Kind::Rope) {
-    RopeTable table{op.tensors[1], float(op.floats[0]), {}, {}};
+    RopeTable table{op.tensors[1], float(op.floats[0]), int(ops_.size()), {}, {}};
     auto same = [&](const RopeTable& t) { return t.frequencies == table.frequencies && t.factor == table.factor; };
     auto at = std::find_if(tables_.begin(), tables_.end(), same);
     op.table = int(at - tables_.begin());
@@ -205,8 +206,14 @@ void Executable::plan_memory() {
   }
 }
 
-// The step as phases. Rows go in chunks of a quarter of a thread's share; products by columns; attention by task.
-void Executable::plan_phases(const std::vector<Tap>& taps, bool timed, int first, int last) {
+// The step as phases, kept for the next of the same shape: it takes longer to walk the cold ops than to run many of them.
+// Rows go in chunks of a quarter of a thread's share; products by columns; attention by task.
+void Executable::plan_phases(bool timed, int first, int last) {
+  std::vector<int64_t> shape{in_.t, in_.r, first, last, timed};
+  for (const AttendPlan& p : plans_) shape.insert(shape.end(), {int64_t(p.tasks.size()), int64_t(p.merges.size())});
+  for (const Tap& tap : taps_) shape.insert(shape.end(), {tap.op, tap.tensor});
+  if (shape == planned_) return;
+  planned_.clear();
   const int threads = team_.size();
   auto chunk = [&](int64_t rows) { return std::max<int64_t>(1, rows / (4 * threads)); };
   team_.clear(timed);
@@ -233,9 +240,10 @@ void Executable::plan_phases(const std::vector<Tap>& taps, bool timed, int first
         if ((rows == 1 || rows * width_of(op) <= kLittle) && team_.append(at)) break;
         team_.add(at, 0, rows, op.kind == Kind::Sample ? 1 : chunk(rows));
     }
-    for (size_t t = 0; t < taps.size(); t++)
-      if (taps[t].op == at) team_.add(kTaps, int(t), 1, 1);
+    for (size_t t = 0; t < taps_.size(); t++)
+      if (taps_[t].op == at) team_.add(kTaps, int(t), 1, 1);
   }
+  planned_ = std::move(shape);
 }
 
 // A sequence whose queries fit one task is cut by splits, so that one long context occupies every thread; others are cut
@@ -268,14 +276,15 @@ void Executable::step(const StepInputs& in, const std::vector<Tap>& taps, double
   in_ = in;
   taps_ = taps;
   if (first == 0) plan_memory();
-  for (Scratch& mine : scratches_) mine.holds = nullptr;  // phases of other steps lie where this one's will
-  plan_phases(taps, seconds != nullptr, first, last);
+  for (Scratch& mine : scratches_) mine.holds = nullptr;
+  plan_phases(seconds != nullptr, first, last);
   auto before = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
   team_.run();
   for (int64_t i = 0; seconds && i < team_.count(); i++) {
     const Phase& p = team_.phase(i);
-    if (p.op >= 0) seconds[p.op] += p.finished - before;
-    before = p.finished;
+    const int op = p.op == kTables ? tables_[size_t(p.part)].op : p.op;
+    if (op >= 0) seconds[op] += team_.finished(i) - before;
+    before = team_.finished(i);
   }
 }
 

@@ -10,16 +10,17 @@
 
 namespace intaglio {
 
-// A weight image and the memory it stands in; shared by executables.
+// A weight image and the memory it stands in, maybe beside others; shared by executables.
 struct PackedWeight {
   Weight w;
-  Memory memory;
+  std::shared_ptr<Memory> memory;
+  int64_t bytes() const { return w.panels * w.panel_bytes; }
   PackedWeight(const Format& format, int64_t n, int64_t k, int64_t group, bool glu);
   void fill(const void* rows, Source type, int64_t first, int64_t count, int threads);
   void fill_codes(const CodedRows& rows, int64_t first, int64_t count, int threads);
   template <class Pack>
   void share(int64_t first, int64_t count, int threads, Pack pack);  // pack(begin panel, end panel) in parallel
-  void map(int file, int64_t offset, bool writable);  // its memory is this range of a file from now on
+  void place(std::shared_ptr<Memory> region, int64_t offset);  // stands there from now on, whatever is there
 };
 
 // An exchange is done outside, between two steps.
@@ -110,6 +111,7 @@ class Executable {
   struct RopeTable {
     int frequencies;
     float factor;
+    int op;  // the first that reads it, whose time it is
     std::vector<float> cosines, sines;  // [T, pairs]
   };
   struct Task {
@@ -142,7 +144,7 @@ class Executable {
 
   void check(const StepInputs& in) const;
   void plan_memory();
-  void plan_phases(const std::vector<Tap>& taps, bool timed, int first, int last);
+  void plan_phases(bool timed, int first, int last);
   void plan_attend(AttendPlan& p);
   int64_t rows_of(const Tensor& t) const;
   int64_t rows_of(const Op& op) const;
@@ -192,6 +194,7 @@ class Executable {
   int page_;
   Limits limits_;
   int64_t planned_t_ = -1, planned_r_ = -1;  // rows that the memory was planned for
+  std::vector<int64_t> planned_;             // all that the phases follow from
   std::vector<Buffer> buffers_;
   std::vector<Tensor> tensors_;
   std::vector<Op> ops_;

@@ -372,18 +372,37 @@ float number(const Weight& w, const GroupAt& at, int64_t lane, int64_t j) {
 
 }  // namespace
 
-Memory::Memory(int64_t bytes) : size_(std::max<int64_t>(bytes, 1)) {
-  void* p = mmap(nullptr, size_t(size_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw std::bad_alloc();
-  if (size_ >= (4 << 20)) madvise(p, size_t(size_), MADV_HUGEPAGE);
-  data_ = static_cast<uint8_t*>(p);
+namespace {
+constexpr size_t kHuge = 2 << 20;
+
+// Maps at a multiple of a huge page, as the file's start is one: nowhere else could its cache be had in huge pages. With
+// pages of 4 KiB a step that reads small matrices takes up to a fifth longer.
+uint8_t* mapped(size_t bytes, int protection, int flags, int file) {
+  const size_t end = (bytes + 4095) / 4096 * 4096, slack = bytes < kHuge ? 0 : kHuge;
+  void* room = mmap(nullptr, end + slack, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (room == MAP_FAILED) return nullptr;
+  uint8_t *from = static_cast<uint8_t*>(room), *at = from + (slack ? kHuge - reinterpret_cast<uintptr_t>(room) % kHuge : 0);
+  if (at > from) munmap(from, size_t(at - from));
+  if (from + slack > at) munmap(at + end, size_t(from + slack - at));
+  if (mmap(at, bytes, protection, flags | MAP_FIXED, file, 0) == MAP_FAILED) {
+    const int why = errno;
+    munmap(at, end);
+    errno = why;
+    return nullptr;
+  }
+  if (slack) madvise(at, bytes, MADV_HUGEPAGE);
+  return at;
 }
-Memory::Memory(int file, int64_t offset, int64_t bytes, bool writable) : size_(bytes), writable_(writable) {
-  void* p = mmap(nullptr, size_t(size_), PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED, file, offset);
-  if (p == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mapping a file of packed weights");
-  madvise(p, size_t(size_), MADV_HUGEPAGE);
-  if (!writable) madvise(p, size_t(size_), MADV_WILLNEED);
-  data_ = static_cast<uint8_t*>(p);
+}  // namespace
+
+Memory::Memory(int64_t bytes) : size_(std::max<int64_t>(bytes, 1)) {
+  data_ = mapped(size_t(size_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1);
+  if (!data_) throw std::bad_alloc();
+}
+Memory::Memory(int file, int64_t bytes, bool writable) : size_(bytes), writable_(writable) {
+  data_ = mapped(size_t(size_), PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED, file);
+  if (!data_) throw std::system_error(errno, std::generic_category(), "mapping a file of packed weights");
+  if (!writable) madvise(data_, size_t(size_), MADV_WILLNEED);
 }
 Memory::~Memory() {
   if (data_) munmap(data_, size_t(size_));

@@ -7,13 +7,13 @@
 
 namespace intaglio {
 
-// Page-aligned memory from the system, zeroed, in huge pages where it can be; or a range of a file, shared with whoever
-// else maps it.
+// Page-aligned memory from the system, zeroed; or a whole file, shared with whoever else maps it. In huge pages where that
+// can be.
 class Memory {
  public:
   Memory() = default;
   explicit Memory(int64_t bytes);
-  Memory(int file, int64_t offset, int64_t bytes, bool writable);
+  Memory(int file, int64_t bytes, bool writable);
   ~Memory();
   Memory(Memory&& other) noexcept;
   Memory& operator=(Memory&& other) noexcept;

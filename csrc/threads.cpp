@@ -30,91 +30,118 @@ void wait_until(std::atomic<uint32_t>& word, Ready ready) {
   wait_until(word, ready, [](int) {});
 }
 
+// Whether a number that is counted up, and begins again after the largest, has come to `wanted`.
+bool reached(uint32_t number, uint32_t wanted) { return int32_t(number - wanted) >= 0; }
+
+// The words of a gate.
+uint64_t word(uint32_t number, int64_t tasks) { return uint64_t(number) << 32 | uint64_t(tasks); }
+uint32_t number_of(uint64_t word) { return uint32_t(word >> 32); }
+int64_t tasks_of(uint64_t word) { return int64_t(word & 0xffffffff); }
+
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 }  // namespace
 
 Team::Team(int size, Work work, Tail tail, Idle idle)
     : size_(size), work_(std::move(work)), tail_(std::move(tail)), idle_(std::move(idle)), seats_(size_t(size)) {
+  for (Gate& gate : gates_) gate.next = std::vector<Gate::Next>(size_t(size));
   for (int thread = 1; thread < size; thread++) threads_.emplace_back([this, thread] { worker(thread); });
 }
 
 Team::~Team() {
   stop_ = true;
-  started_.store(turn_ + 1, std::memory_order_release);
+  started_.store(run_ + 1, std::memory_order_release);
   started_.notify_all();
   for (auto& t : threads_) t.join();
 }
 
 void Team::clear(bool timed) {
-  turn_++;
+  which_ ^= 1;
+  List& list = lists_[which_];
   for (Seat& seat : seats_)
-    if (&seat != seats_.data()) wait_until(seat.done, [&](uint32_t done) { return int32_t(done + 2 - turn_) >= 0; });
-  lists_[turn_ & 1].count = 0;
-  lists_[turn_ & 1].timed = timed;
+    if (&seat != seats_.data()) wait_until(seat.done, [&](uint32_t done) { return reached(done, list.last); });
+  list.phases.clear();
+  list.timed = timed;
 }
 
 void Team::add(int op, int part, int64_t tasks, int64_t chunk) {
-  if (tasks == 0) return;
-  List& list = lists_[turn_ & 1];
-  if (list.count == int64_t(list.phases.size())) list.phases.emplace_back(size_);
-  Phase& p = list.phases[size_t(list.count++)];
-  p.op = op, p.part = part, p.tail = p.tail_end = 0, p.tasks = tasks, p.chunk = size_ == 1 ? tasks : chunk;
-  for (int t = 0; t < size_; t++) p.next[size_t(t)].task.store(p.begin_of(t), std::memory_order_relaxed);
-  p.left.store(uint32_t(tasks) + 1, std::memory_order_relaxed);  // the tail counts too
+  if (tasks) lists_[which_].phases.push_back({op, part, size_, tasks, size_ == 1 ? tasks : chunk});
 }
 
 bool Team::append(int op) {
-  List& list = lists_[turn_ & 1];
-  if (!list.count || list.timed) return false;
-  Phase& last = list.phases[size_t(list.count - 1)];
+  List& list = lists_[which_];
+  if (list.phases.empty() || list.timed) return false;
+  Phase& last = list.phases.back();
   if (last.tail == last.tail_end) last.tail = op;
   last.tail_end = op + 1;
   return true;
 }
 
 void Team::run() {
+  List& list = lists_[which_];
+  if (list.timed) list.finished.resize(list.phases.size());
+  run_ += int(run_ & 1) == which_ ? 2 : 1;
+  list.last = run_;
+  list.number.store(number_, std::memory_order_release);
+  number_ += uint32_t(list.phases.size());
   if (size_ > 1) {
-    started_.store(turn_, std::memory_order_release);
+    started_.store(run_, std::memory_order_release);
     started_.notify_all();
   }
-  walk(0, lists_[turn_ & 1]);
+  walk(0, list);
 }
 
 void Team::worker(int thread) {
-  for (uint32_t turn = 0;;) {
-    wait_until(started_, [&](uint32_t started) { return started != turn; });
+  for (uint32_t run = 0;;) {
+    wait_until(started_, [&](uint32_t started) { return started != run; });
     if (stop_) return;
-    turn = started_.load(std::memory_order_acquire);  // runs that ended without this thread are passed over
-    walk(thread, lists_[turn & 1]);
-    seats_[size_t(thread)].done.store(turn, std::memory_order_release);
+    run = started_.load(std::memory_order_acquire);  // runs that ended without this thread are passed over
+    walk(thread, lists_[run & 1]);
+    seats_[size_t(thread)].done.store(run, std::memory_order_release);
     seats_[size_t(thread)].done.notify_all();
   }
 }
 
 // Does what is left of the range of thread `from`.
-void Team::take(int thread, Phase& p, int from) {
-  const int64_t stop = p.begin_of(from + 1);
-  std::atomic<int64_t>& next = p.next[size_t(from)].task;
-  for (int64_t begin; next.load(std::memory_order_relaxed) < stop && (begin = next.fetch_add(p.chunk, std::memory_order_relaxed)) < stop;) {
-    const int64_t end = std::min(stop, begin + p.chunk);
+void Team::take(int thread, const Phase& p, Gate& gate, uint32_t number, int from) {
+  const int64_t start = p.begin_of(from), stop = p.begin_of(from + 1);
+  std::atomic<uint64_t>& next = gate.next[size_t(from)].task;
+  int64_t mine = 0;
+  for (uint64_t seen = next.load(std::memory_order_relaxed); start < stop;) {
+    if (number_of(seen) != number && reached(number_of(seen), number)) break;
+    const int64_t begin = number_of(seen) == number ? tasks_of(seen) : start, end = std::min(stop, begin + p.chunk);
+    if (begin >= stop) break;
+    if (!next.compare_exchange_weak(seen, word(number, end), std::memory_order_relaxed)) continue;
     work_(thread, p, begin, end);
-    const uint32_t share = uint32_t(end - begin);
-    if (p.left.fetch_sub(share, std::memory_order_acq_rel) > share + 1) continue;
-    for (int op = p.tail; op < p.tail_end; op++) tail_(thread, op);
-    p.left.store(0, std::memory_order_release);
-    p.left.notify_all();
+    mine += end - begin;
+    seen = next.load(std::memory_order_relaxed);
   }
+  if (mine) finish(thread, p, gate, number, mine);
+}
+
+// Counts tasks as done; whoever counts the last does the tail and ends the phase.
+void Team::finish(int thread, const Phase& p, Gate& gate, uint32_t number, int64_t tasks) {
+  uint64_t seen = gate.done.load(std::memory_order_relaxed), now;
+  do now = word(number, tasks + (number_of(seen) == number ? tasks_of(seen) : 0));
+  while (!gate.done.compare_exchange_weak(seen, now, std::memory_order_acq_rel, std::memory_order_relaxed));
+  if (tasks_of(now) < p.tasks) return;
+  for (int op = p.tail; op < p.tail_end; op++) tail_(thread, op);
+  for (int t = 0; p.tasks < size_ && t < size_; t++)  // ranges without a task, which nobody has marked
+    if (p.begin_of(t) == p.begin_of(t + 1)) gate.next[size_t(t)].task.store(word(number, p.begin_of(t)), std::memory_order_relaxed);
+  gate.over.store(number, std::memory_order_release);
+  gate.over.notify_all();
 }
 
 void Team::walk(int thread, List& list) {
-  for (int64_t i = 0; i < list.count; i++) {
-    Phase& p = list.phases[size_t(i)];
-    for (int t = 0; t < size_; t++) take(thread, p, (thread + t) % size_);
+  uint32_t number = list.number.load(std::memory_order_acquire);
+  for (size_t i = 0; i < list.phases.size(); i++, number++) {
+    const Phase& p = list.phases[i];
+    Gate& gate = gates_[number % kGates];
+    for (int t = 0; t < size_; t++) take(thread, p, gate, number, (thread + t) % size_);
     auto idle = [&](int turn) {
-      if (i + 1 < list.count) idle_(thread, list.phases[size_t(i + 1)], turn);
+      if (i + 1 < list.phases.size()) idle_(thread, list.phases[i + 1], turn);
     };
-    wait_until(p.left, [](uint32_t left) { return left == 0; }, idle);
-    if (list.timed && thread == 0) p.finished = now();
+    wait_until(gate.over, [&](uint32_t over) { return reached(over, number); }, idle);
+    if (list.timed && thread == 0) list.finished[i] = now();
   }
 }
 

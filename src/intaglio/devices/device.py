@@ -76,7 +76,7 @@ class StepResult:
     logprobs: np.ndarray
     logits: np.ndarray | None = None
     taps: dict[str, np.ndarray] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)
+    timings: Mapping[str, float] = field(default_factory=dict)
 
 
 class Executable(Protocol):

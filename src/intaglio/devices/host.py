@@ -9,16 +9,17 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from intaglio import _native, formats
-from intaglio.batch import SHARE, Batch
+from intaglio.batch import SHARE, Batch, Sampling
 from intaglio.devices.device import (
     DeviceError,
     Executable,
@@ -31,7 +32,7 @@ from intaglio.devices.device import (
     check_batch,
     limits,
 )
-from intaglio.devices.image import WORTH, Image, default_folder, layout
+from intaglio.devices.image import WORTH, Image, default_folder, gather, layout
 from intaglio.formats import Quantised
 from intaglio.ops import (
     Attend,
@@ -106,6 +107,43 @@ class Home:
     step: int
 
 
+@dataclass(frozen=True)
+class Draws:
+    """The numbers by which rows are drawn as the native part takes them: those of the last step are used again, for
+    what comes after a step finds the caches full of weights, and a few arrays made of Python's numbers cost 40 us."""
+
+    ways: tuple[Sampling, ...]
+    numbers: np.ndarray  # f32 [4 R]
+    seeds: np.ndarray  # uint64 [R]
+
+    @classmethod
+    def of(cls, ways: tuple[Sampling, ...]) -> Draws:
+        numbers = [(s.temperature, s.top_p, s.min_p, s.top_k) for s in ways]
+        seeds = [s.seed & 0xFFFFFFFFFFFFFFFF for s in ways]
+        return cls(ways, np.array(numbers, np.float32).reshape(-1), np.array(seeds, np.uint64))
+
+
+class Timings(Mapping[str, float]):
+    """Seconds by site. A dict only when somebody looks: making it takes as long as the rest of a small step's Python,
+    and nobody should find that in the step."""
+
+    def __init__(self, sites: list[str], seconds: np.ndarray) -> None:
+        self._sites, self._seconds = sites, seconds
+
+    @cached_property
+    def _held(self) -> dict[str, float]:
+        return dict(zip(self._sites, self._seconds.tolist(), strict=True))
+
+    def __getitem__(self, site: str) -> float:
+        return self._held[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+
 class HostExecutable:
     """A Program translated to native ops, its weights packed or found packed, its state zeroed."""
 
@@ -118,6 +156,7 @@ class HostExecutable:
         self._glu = {op.w for op in program.ops if isinstance(op, Linear) and op.glu}
         self._glu |= {w for op in program.ops if isinstance(op, Experts) for w in (op.gate, op.up)}
         self._matrices = self._laid_out()
+        gather(self._matrices)
         self.packed_bytes = sum(packed.nbytes for packed in self._matrices.values())
         self._keys = {op.k_cache for op in program.ops if isinstance(op, KvWrite)}
         self._keys |= {op.rope_cache for op in program.ops if isinstance(op, Attend) and op.rope_cache}
@@ -128,7 +167,9 @@ class HostExecutable:
         with self.image or nullcontext():
             self.ids = {t.name: self._declare(t, weights) for t in self._in_order()}
         self._sites = [op.site for op in program.ops]
+        self._draws = Draws.of(())
         self._stops = [(i, op) for i, op in enumerate(program.ops) if isinstance(op, Collective)]
+        self._drawn = [self.ids[name] for name in ("next_tokens", "logprobs") if name in self.ids]
         for op in program.ops:
             self._translate(op)
 
@@ -341,21 +382,14 @@ class HostExecutable:
         self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
     ) -> StepResult:
         """One step in one native call; the interpreter's lock is released."""
-        return alone(self.program, self.rounds(batch, logits=logits, taps=taps, timed=timed))
+        if self._stops:
+            return alone(self.program, self.rounds(batch, logits=logits, taps=taps, timed=timed))
+        return self._last(batch, *self._inputs(batch, taps, timed), 0, logits)
 
     def rounds(self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False) -> Rounds:
         """A step as one rank of a mesh: a native call for the ops up to each collective."""
-        if batch.block_size != self.state.page_tokens:
-            check_batch(self.program, self.state, batch)
-        sampling = np.array([(s.temperature, s.top_p, s.min_p, s.top_k) for s in batch.sampling], np.float32)
-        seeds = np.array([s.seed & 0xFFFFFFFFFFFFFFFF for s in batch.sampling], np.uint64)
-        seconds = np.zeros(len(self.program.ops)) if timed else None
-        taken, wanted = self._taps(batch, taps)
-        inputs = (
-            batch.tokens, batch.positions, batch.slots, batch.first_row, batch.q_len, batch.context_len,
-            batch.block_table, batch.rows, sampling.reshape(-1), seeds, self._edits(batch), wanted, seconds,
-        )  # fmt: skip
-        first, last = 0, len(self.program.ops)
+        inputs, seconds, taken = self._inputs(batch, taps, timed)
+        first = 0
         for at, op in self._stops:
             self._run(batch, *inputs, first, at, [])
             first = at + 1
@@ -363,18 +397,38 @@ class HostExecutable:
             if got is not None:
                 self.native.copy_in(self.ids[op.outputs[0]], len(got), np.ascontiguousarray(got, np.float32))
                 taken |= {op.site: got} if op.site in taps else {}
-        rows, vocabulary = len(batch.rows), self.program.vocabulary
-        draws = rows if "next_tokens" in self.ids else 0  # a stage of a pipeline may draw none
+        return self._last(batch, inputs, seconds, taken, first, logits)
+
+    def _inputs(
+        self, batch: Batch, taps: Collection[str], timed: bool
+    ) -> tuple[tuple[Any, ...], np.ndarray | None, dict[str, np.ndarray]]:
+        """What every native call of a step takes; where it leaves the seconds of the ops, and what is tapped."""
+        if batch.block_size != self.state.page_tokens:
+            check_batch(self.program, self.state, batch)
+        if batch.sampling != self._draws.ways:
+            self._draws = Draws.of(batch.sampling)
+        seconds = np.zeros(len(self._sites)) if timed else None
+        taken, wanted = self._taps(batch, taps) if taps else ({}, [])
+        inputs = (
+            batch.tokens, batch.positions, batch.slots, batch.first_row, batch.q_len, batch.context_len,
+            batch.block_table, batch.rows, self._draws.numbers, self._draws.seeds, self._edits(batch), wanted, seconds,
+        )  # fmt: skip
+        return inputs, seconds, taken
+
+    def _last(
+        self, batch: Batch, inputs: tuple[Any, ...], seconds: np.ndarray | None, taken: dict[str, np.ndarray],
+        first: int, logits: bool,
+    ) -> StepResult:  # fmt: skip
+        """The ops from `first` on, and what the whole step gives back."""
+        rows = len(batch.rows)
+        draws = rows if self._drawn else 0  # a stage of a pipeline may draw none
         tokens, logprobs = np.empty(draws, np.int32), np.empty(draws, np.float32)
-        outs: list[tuple[int, np.ndarray]] = (
-            [(self.ids["next_tokens"], tokens), (self.ids["logprobs"], logprobs)] if draws else []
-        )
-        wide = np.empty((rows, vocabulary), np.float32) if logits and vocabulary else None
+        outs: list[tuple[int, np.ndarray]] = [*zip(self._drawn, (tokens, logprobs), strict=True)] if draws else []
+        wide = np.empty((rows, self.program.vocabulary), np.float32) if logits and self.program.vocabulary else None
         if wide is not None and rows:
             outs.append((self.ids["logits"], wide))
-        self._run(batch, *inputs, first, last, outs)
-        timings = {} if seconds is None else dict(zip(self._sites, seconds.tolist(), strict=True))
-        return StepResult(tokens, logprobs, wide, taken, timings)
+        self._run(batch, *inputs, first, len(self._sites), outs)
+        return StepResult(tokens, logprobs, wide, taken, {} if seconds is None else Timings(self._sites, seconds))
 
     def _run(self, batch: Batch, *inputs: Any) -> None:
         try:
@@ -385,10 +439,10 @@ class HostExecutable:
 
     def _edits(self, batch: Batch) -> _native.Edits | None:
         """Every row's edits and mask as flat arrays, None if there are none. Raises DeviceError if they do not fit."""
+        if not self._drawn or all(s.edits is None and s.mask is None for s in batch.sampling):
+            return None
         edits = [s.edits for s in batch.sampling]
         masks = [s.mask for s in batch.sampling if s.mask is not None]
-        if "next_tokens" not in self.ids or (not masks and all(e is None for e in edits)):
-            return None
         words = -(-self.program.vocabulary // 32)
         for mask in masks:
             if mask.shape != (words,) or mask.dtype != np.uint32:
@@ -424,7 +478,7 @@ class HostExecutable:
     ) -> tuple[dict[str, np.ndarray], list[tuple[int, int, np.ndarray]]]:
         """Arrays for the first result of each tapped site, or for a tapped view, and where native code takes them."""
         taken, wanted = {}, []
-        for i, op in enumerate(self.program.ops if sites else ()):
+        for i, op in enumerate(self.program.ops):
             views = [t.name for t in self.program.tensors.values() if t.view and t.view[0] in op.outputs]
             for site, name in [(op.site, op.outputs[0] if op.outputs else None), *((v, v) for v in views)]:
                 if site in sites and name is not None and self.program.tensors[name].format == "f32":

@@ -49,6 +49,22 @@ def layout(format: str, group: int, glu: bool) -> str:
     return hashlib.sha256(weight.image()).hexdigest()
 
 
+def offsets(weights: Mapping[str, _native.Weight]) -> tuple[dict[str, int], int]:
+    """Where each matrix begins if they stand together, each at a page, and where the last ends."""
+    found, end = {}, 0
+    for name, weight in weights.items():
+        found[name], end = end, end + -(-weight.nbytes // PAGE) * PAGE
+    return found, end
+
+
+def gather(weights: Mapping[str, _native.Weight]) -> None:
+    """Let the matrices stand together, before anything is in them: alone, few are as large as a huge page."""
+    found, end = offsets(weights)
+    region = _native.Region(end)
+    for name, weight in weights.items():
+        weight.place(region, found[name])
+
+
 class Image:
     """A file with room for the matrices `weights`. If `ready`, it held them and they are mapped; if not, they are to be
     filled inside the `with` block, at whose end the file is kept. Whatever fails on disk, the weights stay good."""
@@ -63,10 +79,7 @@ class Image:
 
     def _lay_out(self, key: str) -> None:
         """Offsets count from the end of the header, whose length depends on them."""
-        self.offsets: dict[str, int] = {}
-        end = 0
-        for name, weight in self.weights.items():
-            self.offsets[name], end = end, end + -(-weight.nbytes // PAGE) * PAGE
+        self.offsets, end = offsets(self.weights)
         table = {name: [self.offsets[name], w.nbytes] for name, w in self.weights.items()}
         header = MAGIC + json.dumps({"key": key, "matrices": table}).encode() + b"\n"
         self.header = header.ljust(-(-len(header) // PAGE) * PAGE, b"\0")
@@ -97,8 +110,9 @@ class Image:
             self._keeper.join()
 
     def _map(self, writable: bool) -> None:
+        region = _native.Region(self._file, self.size, writable)
         for name, weight in self.weights.items():
-            weight.map(self._file, len(self.header) + self.offsets[name], writable)
+            weight.place(region, len(self.header) + self.offsets[name])
 
     def _open(self) -> bool:
         """Map the file that is there, if it is good."""

@@ -136,9 +136,9 @@ def _sample(executable: Executable, steps: Sequence[Batch], timed: bool, clock: 
     wall, sites = 0.0, Counter[str]()
     for batch in steps:
         start = clock()
-        timings = executable.step(batch, timed=timed).timings
+        result = executable.step(batch, timed=timed)
         wall += clock() - start
-        for site, seconds in timings.items():
+        for site, seconds in result.timings.items():
             sites[fold(site)] += seconds  # type: ignore[assignment]  # a Counter of seconds
     return Sample(wall, sites)
 
