@@ -5,7 +5,7 @@
 template <Fmt C>
 inline F load_cache(const void* p, int64_t i) {
   if constexpr (C == Fmt::BF16) return load_bf16((const uint16_t*)p + i);
-  else if constexpr (C == Fmt::I8) return load_i8((const int8_t*)p + i);
+  else if constexpr (C == Fmt::I8) return to_float(load_i8((const int8_t*)p + i));
   else return load((const float*)p + i);
 }
 

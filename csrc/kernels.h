@@ -29,13 +29,14 @@ constexpr int kMaxTaskRows = 256; // and what one token's heads may come to
 //   U4 like I4, of codes from 0 on
 //   MX4 like I4, of E2M1's bits (sign, exponent, mantissa); scales are half of E8M0's, for twice the value is whole
 //   K4 like U4, groups of 32
-//   K6 groups of 16: [4][64] bytes like I4, of the low four bits of code + 32; then [2][64] bytes of the high two, of an
-//       even quad and the odd one after it: bits 0 and 1 of row b/4, 2 and 3 of row 16 + b/4, and 4 to 7 of the odd quad
+//   K6 groups of 16: of two quads [3][64] bytes, the low six bits of which are codes + 32 of row b/4 of the first quad, of
+//       row 16 + b/4, and of row b/4 of the second; of row 16 + b/4 of the second, they have two bits each above, low first
 //   FP8 [group/2][64] bytes of E4M3, of row r at r/4%4*16 + r/16*8 + r%4*2, where halves of 16 bytes interleave to pairs
 //       of bf16 in order
 // Heads have 32 scales, as `scale` says. After them, U4 32 zeros, a byte each, that are taken off the codes; K4 32 units of
-// minima (f16) and 3 words [32]: low nibbles of the eight groups' scales, and of their minima, and the high two bits of
-// both, scale first; K6 [16][32] signed bytes, the groups' scales. Scales of K4 and K6, and minima, are in those units.
+// minima (f16) and 3 words [32] of a byte for each group of a span of four: low nibbles of the first span's scales, and above
+// them of its minima; the second span's; and the high two bits of the first's scales, its minima, and the second's of
+// both; K6 [16][32] signed bytes, the groups' scales. Scales of K4 and K6, and minima, are in those units.
 // With glu, panels alternate between the gate half and the up half. With `row`, the groups of a row share a scale.
 struct Weight {
   Fmt fmt;
@@ -78,7 +79,7 @@ struct Weight {
 struct Rows {
   void* values;    // [m, padded_k] in that order
   float* scales;    // int8: [spans][row] within a pass
-  int32_t* starts;  // int8: [groups][row] within a pass, what the sum of a group starts from
+  int32_t* starts;  // int8: [groups][row] within a pass, what the sum of a group starts from; K4: see quantise_row()
   int64_t m, padded_k, groups;
 };
 

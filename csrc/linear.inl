@@ -44,7 +44,7 @@ inline int tile_rows(const Weight& w) { return w.integer() ? kCodeRows : kFloatR
 struct Ahead {
   const uint8_t* at;
   int64_t step;
-  void fetch(int64_t i) const {
+  [[gnu::always_inline]] void fetch(int64_t i) const {  // a call that only fetches is one that GCC leaves out
     __builtin_prefetch(at + i * step, 0, 2);
     if (step > 64) __builtin_prefetch(at + i * step + 64, 0, 2);
   }
@@ -66,28 +66,31 @@ void float_tile(const uint8_t* w, const typename T::X* x, int64_t steps, float* 
     EACH_OF for (int v = 0; v < kVectors; v++) store(c + m * kPanel + v * F::N, acc[m][v]);
 }
 
-template <Fmt Format>
+// MR: the rows that meet them at once. Few rows wait for codes to be taken apart, so that their sums are instead; with more,
+// or fewer registers, an unrolled loop only spills.
+template <Fmt Format, int MR>
 struct Codes {
+  static constexpr bool few = F::N == 16 && MR <= 4;
+  static constexpr bool halves = few && (Format == Fmt::I4 || Format == Fmt::U4 || Format == Fmt::K4);
   static constexpr bool wide = Format == Fmt::I8, zeros = Format == Fmt::U4, minima = Format == Fmt::K4;
-  static constexpr int quad_bytes = wide ? 128 : 64;  // a panel's codes for four values of K; of K6, their low bits
-  static constexpr int64_t block = groups_of_block(Format);
+  static constexpr int quads = Format == Fmt::K6 ? 2 : 1;  // of values of K, that load_w() takes together
+  static constexpr int unrolled = !few ? quads : Format == Fmt::K6 ? 4 : 8;
+  static constexpr int bytes = wide ? 128 : Format == Fmt::K6 ? 192 : 64;  // of a panel's codes for them
   // What the sum of x is multiplied with, its sign turned, to be what a group's sum starts from; with zeros or minima that is
   // another factor for each row.
   static constexpr int offset = wide ? kOffset8 : Format == Fmt::I4 ? 8 : Format == Fmt::MX4 ? 12 : Format == Fmt::K6 ? 32 : 1;
-  // Quad q of a group.
-  static void load_w(const uint8_t* codes, int64_t q, I* w) {
-    const uint8_t* p = codes + q * quad_bytes;
+  static void load_w(const uint8_t* p, I w[quads][kVectors]) {
     if constexpr (wide) {
-      EACH_OF for (int v = 0; v < kVectors; v++) w[v] = load_raw(p + v * F::N * 4);
+      EACH_OF for (int v = 0; v < kVectors; v++) w[0][v] = load_raw(p + v * F::N * 4);
     } else {
-      EACH_OF for (int v = 0; v < kVectors / 2; v++) {
-        const I both = load_raw(p + v * F::N * 4), low = low_nibbles(both), high = high_nibbles(both);
-        w[v] = Format == Fmt::MX4 ? levels(low) : low;
-        w[v + kVectors / 2] = Format == Fmt::MX4 ? levels(high) : high;
+      EACH_OF for (int v = 0; v < kVectors / 2; v++, p += F::N * 4) {
+        const I a = load_raw(p);
         if constexpr (Format == Fmt::K6) {
-          const I more = load_raw(codes + 4 * quad_bytes + q / 2 * 64 + v * F::N * 4);
-          w[v] = with_high(w[v], more, int(q % 2 * 4));
-          w[v + kVectors / 2] = with_high(w[v + kVectors / 2], more, int(q % 2 * 4 + 2));
+          const I b = load_raw(p + 64), c = load_raw(p + 128), six = set_int(0x3f3f3f3f);
+          w[0][v] = a & six, w[0][v + kVectors / 2] = b & six, w[1][v] = c & six;
+          w[1][v + kVectors / 2] = (right<6>(a) & set_int(0x03030303)) | (right<4>(b) & set_int(0x0c0c0c0c)) | (right<2>(c) & set_int(0x30303030));
+        } else {
+          (Format == Fmt::MX4 ? levels : halves ? joined_nibbles : nibbles)(a, w[0][v], w[0][v + kVectors / 2]);
         }
       }
     }
@@ -96,67 +99,85 @@ struct Codes {
     if constexpr (wide) return dot_u8(acc, w, quad);
     return dot_u6(acc, w, quad);
   }
-  // What group g of a block starts its sum from, where the sum of x, its sign turned, is `start`, or a multiple of that.
+  // What a group starts its sum from, where the sum of x, its sign turned, is `start`, or a multiple of that.
   static I begin(const uint8_t* head, int64_t scale_bytes, int v, int32_t start) {
-    if constexpr (zeros) return mul(set_int(start), load_u8(head + kPanel * scale_bytes + v * F::N));
+    if constexpr (zeros) return set_int(start) * load_u8(head + kPanel * scale_bytes + v * F::N);
     return set_int(minima ? 0 : start);
   }
-  static F scale(const uint8_t* head, Scale kept, int64_t g, int v) {
-    if constexpr (Format == Fmt::K4) {
-      const I low = load_raw(head + kPanel * 4 + v * F::N * 4), high = load_raw(head + kPanel * 12 + v * F::N * 4);
-      const F whole = fma(to_float(field(high, int(4 * g), 3)), set(16), to_float(field(low, int(4 * g), 15)));
-      return whole * load_f16((const uint16_t*)head + v * F::N);
-    }
-    if constexpr (Format == Fmt::K6)
-      return load_i8((const int8_t*)head + kPanel * (2 + g) + v * F::N) * load_f16((const uint16_t*)head + v * F::N);
-    switch (kept) {
-      case Scale::BF16: return load_bf16((const uint16_t*)head + v * F::N);
-      case Scale::F16: return load_f16((const uint16_t*)head + v * F::N);
-      case Scale::F32: return load((const float*)head + v * F::N);
-    }
-    return set(0);
+  static void scales(const uint8_t* head, Scale kept, F* ws) {
+    EACH_OF for (int v = 0; v < kVectors; v++)
+      if (kept == Scale::BF16) ws[v] = load_bf16((const uint16_t*)head + v * F::N);
+      else if (kept == Scale::F16) ws[v] = load_f16((const uint16_t*)head + v * F::N);
+      else ws[v] = load((const float*)head + v * F::N);
   }
-  static F minimum(const uint8_t* head, int64_t g, int v) {
-    const I low = load_raw(head + kPanel * 8 + v * F::N * 4), high = load_raw(head + kPanel * 12 + v * F::N * 4);
-    const F whole = fma(to_float(field(high, int(4 * g), 12)), set(4), to_float(field(low, int(4 * g), 15)));
-    return whole * load_f16((const uint16_t*)head + kPanel + v * F::N);
+  // The sum of row m, which began with nothing or with begin(), as it is.
+  static void settle(I (&acc)[MR][kVectors], const uint8_t* head, int64_t scale_bytes, int m, int32_t start) {
+    if constexpr (halves) {
+      EACH_OF for (int v = 0; v < kVectors / 2; v++) part_joined(acc[m][v], acc[m][v + kVectors / 2]);
+      if constexpr (!minima)
+        EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = acc[m][v] + begin(head, scale_bytes, v, start);
+    }
   }
 };
+
+template <int MR>
+using Sums = I[MR][kVectors];
+
+// acc[m][v] += the products of a group's codes with x, exactly; both pointers go past the group.
+template <Fmt Format, int MR>
+[[gnu::always_inline]] inline void sum_group(const uint8_t*& codes, const int8_t*& x, int64_t group, Sums<MR>& acc, Ahead& ahead) {
+  using T = Codes<Format, MR>;
+  constexpr int unrolled = T::unrolled;
+  constexpr bool twice = F::N == 16 && MR == 1;  // two sums alone wait for each other: every other quad has its own
+  Sums<twice ? MR : 1> others;
+  if constexpr (twice)
+    EACH_OF for (int m = 0; m < MR; m++)
+      EACH_OF for (int v = 0; v < kVectors; v++) others[m][v] = set_int(0);
+  for (int64_t at = 0; at < group; at += 4 * unrolled, x += 4 * unrolled * MR, codes += unrolled / T::quads * T::bytes) {
+    EACH_OF for (int q = 0; q < unrolled; q += T::quads) {
+      I w[T::quads][kVectors];
+      T::load_w(codes + q / T::quads * T::bytes, w);
+      EACH_OF for (int j = 0; j < T::quads; j++) {
+        if constexpr (MR > 2) ahead.fetch(q + j);
+        EACH_OF for (int m = 0; m < MR; m++) {
+          int32_t quad;
+          std::memcpy(&quad, x + ((q + j) * MR + m) * 4, 4);
+          EACH_OF for (int v = 0; v < kVectors; v++) {
+            I& sum = twice && (q + j) % 2 ? others[twice ? m : 0][v] : acc[m][v];
+            sum = T::dot(sum, w[j][v], quad);
+          }
+        }
+      }
+    }
+    ahead.at += unrolled * ahead.step;
+  }
+  if constexpr (twice)
+    EACH_OF for (int m = 0; m < MR; m++)
+      EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = acc[m][v] + others[m][v];
+}
 
 // Integer sums of a group are exact; `parts` groups, that share a scale of x, are added before it is applied. Both kinds of
 // sums stay in registers: storing a tile at the end of every group of 32 costs a third of the speed.
 template <Fmt Format, int MR>
 void code_tile(const Weight& w, const uint8_t* from, const int8_t* x, const float* scales, const int32_t* starts, int64_t groups, float* c, bool first, Ahead ahead) {
-  using T = Codes<Format>;
-  constexpr int64_t block = T::block;
-  const int64_t group = block > 1 ? kBlock / block : w.group, parts = w.parts(), quads = group / 4;
-  const int64_t head_bytes = w.head_bytes(), code_bytes = w.code_bytes(), block_bytes = w.block_bytes(), scale_bytes = w.scale_bytes();
+  using T = Codes<Format, MR>;
+  const int64_t group = w.group, parts = w.parts(), scale_bytes = w.scale_bytes(), head_bytes = w.head_bytes();
   for (int64_t g = 0; g < groups; g += parts, scales += MR) {
     F sums[MR][kVectors];
     EACH_OF for (int m = 0; m < MR; m++)
       EACH_OF for (int v = 0; v < kVectors; v++) sums[m][v] = set(0);
-    for (int64_t p = g; p < std::min(groups, g + parts); p++, x += group * MR, starts += MR) {
-      const uint8_t *head = from + p / block * block_bytes, *codes = head + head_bytes + p % block * code_bytes;
-      I acc[MR][kVectors];
+    for (int64_t p = g; p < std::min(groups, g + parts); p++, starts += MR) {
+      const uint8_t* head = from;
+      from += head_bytes;
+      Sums<MR> acc;
       EACH_OF for (int m = 0; m < MR; m++)
-        EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = T::begin(head, scale_bytes, v, starts[m]);
-      for (int64_t q = 0; q < quads; q++) {
-        I cols[kVectors];
-        ahead.fetch(p * quads + q);
-        T::load_w(codes, q, cols);
-        EACH_OF for (int m = 0; m < MR; m++) {
-          int32_t quad;
-          std::memcpy(&quad, x + (q * MR + m) * 4, 4);
-          EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = T::dot(acc[m][v], cols[v], quad);
-        }
-      }
-      EACH_OF for (int v = 0; v < kVectors; v++) {
-        const F ws = T::scale(head, w.scale, p % block, v);
-        EACH_OF for (int m = 0; m < MR; m++) sums[m][v] = fma(to_float(acc[m][v]), ws, sums[m][v]);
-        if constexpr (T::minima) {
-          const F low = T::minimum(head, p % block, v);
-          EACH_OF for (int m = 0; m < MR; m++) sums[m][v] = fma(set(float(starts[m])), low, sums[m][v]);
-        }
+        EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = T::halves ? set_int(0) : T::begin(head, scale_bytes, v, starts[m]);
+      sum_group<Format, MR>(from, x, group, acc, ahead);
+      F ws[kVectors];
+      T::scales(head, w.scale, ws);
+      EACH_OF for (int m = 0; m < MR; m++) {
+        T::settle(acc, head, scale_bytes, m, starts[m]);
+        EACH_OF for (int v = 0; v < kVectors; v++) sums[m][v] = fma(to_float(acc[m][v]), ws[v], sums[m][v]);
       }
     }
     EACH_OF for (int m = 0; m < MR; m++)
@@ -164,6 +185,59 @@ void code_tile(const Weight& w, const uint8_t* from, const int8_t* x, const floa
         float* to = c + m * kPanel + v * F::N;
         store(to, fma(sums[m][v], set(scales[m]), first && g == 0 ? set(0) : load(to)));
       }
+  }
+}
+
+// The sizes of a span's four groups in K4, and of their minima: a byte each, 6 bits.
+inline void span_fields(const uint8_t* head, int64_t span, int v, I& sizes, I& lows) {
+  const I low = load_raw(head + kPanel * (4 + 4 * span) + v * F::N * 4), both = load_raw(head + kPanel * 12 + v * F::N * 4);
+  const I high = span ? right<4>(both) : both, four = set_int(0x0f0f0f0f), two = set_int(0x30303030);
+  sizes = (low & four) | (left<4>(high) & two);
+  lows = (right<4>(low) & four) | (left<2>(high) & two);
+}
+
+// Formats whose groups have whole scales: a span of 128 values is one exact integer, and so is what minima take off it.
+template <Fmt Format, int MR>
+void block_tile(const Weight& w, const uint8_t* from, const int8_t* x, const float* scales, const int32_t* starts, int64_t groups, float* c, bool first, Ahead ahead) {
+  using T = Codes<Format, MR>;
+  constexpr int64_t block = groups_of_block(Format), group = kBlock / block, parts = kSpan / group;
+  const uint8_t *head = from, *codes = from;
+  for (int64_t g = 0; g < groups; g += parts, scales += MR, starts += parts * MR) {
+    if (g % block == 0) head = codes, codes += w.head_bytes();
+    Sums<MR> sums;
+    I sizes[kVectors], lows[kVectors];
+    EACH_OF for (int v = 0; v < kVectors; v++) {
+      if constexpr (T::minima) span_fields(head, g % block / parts, v, sizes[v], lows[v]);
+      EACH_OF for (int m = 0; m < MR; m++) sums[m][v] = set_int(0);
+    }
+    for (int64_t p = 0; p < parts; p++) {
+      Sums<MR> acc;
+      EACH_OF for (int m = 0; m < MR; m++)
+        EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = T::minima ? set_int(0) : set_int(starts[p * MR + m]);
+      sum_group<Format, MR>(codes, x, group, acc, ahead);
+      I size[kVectors];
+      EACH_OF for (int v = 0; v < kVectors; v++) {
+        if constexpr (T::minima) size[v] = sizes[v] & set_int(63), sizes[v] = right<8>(sizes[v]);
+        else size[v] = load_i8((const int8_t*)head + kPanel * (2 + g % block + p) + v * F::N);
+      }
+      EACH_OF for (int m = 0; m < MR; m++) {
+        T::settle(acc, head, 0, m, 0);
+        EACH_OF for (int v = 0; v < kVectors; v++) sums[m][v] = sums[m][v] + acc[m][v] * size[v];
+      }
+    }
+    EACH_OF for (int v = 0; v < kVectors; v++) {
+      const F unit = load_f16((const uint16_t*)head + v * F::N);
+      EACH_OF for (int m = 0; m < MR; m++) {
+        F sum = to_float(sums[m][v]) * unit;
+        if constexpr (T::minima) {
+          const I even = lows[v] & set_int(0x00ff00ff), odd = right<8>(lows[v]) & set_int(0x00ff00ff);
+          const I low = dot_pair(dot_pair(set_int(0), even, starts[m]), odd, starts[MR + m]);
+          sum = fma(to_float(low), load_f16((const uint16_t*)head + kPanel + v * F::N), sum);
+        }
+        float* to = c + m * kPanel + v * F::N;
+        store(to, fma(sum, set(scales[m]), first && g == 0 ? set(0) : load(to)));
+      }
+    }
   }
 }
 
@@ -249,8 +323,8 @@ void code_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uint
     by_pass<kCodeRows>(rows, w, n / block * bytes, n * group / 4, [&]<int MR>(int64_t m, Ahead ahead) {
       const int64_t row = first_row + m;
       auto x = (const int8_t*)a.x.values + row * a.x.padded_k + g * group * MR;
-      code_tile<Format, MR>(*a.w, w, x, a.x.scales + row * spans + g / parts * MR, a.x.starts + row * a.x.groups + g * MR,
-                            n, tile + m * kPanel, g == 0, ahead);
+      constexpr auto run = groups_of_block(Format) > 1 ? block_tile<Format, MR> : code_tile<Format, MR>;
+      run(*a.w, w, x, a.x.scales + row * spans + g / parts * MR, a.x.starts + row * a.x.groups + g * MR, n, tile + m * kPanel, g == 0, ahead);
     });
   }
 }
@@ -363,15 +437,17 @@ float quantise_span(const float* x, int64_t n, int8_t* codes) {
 
 inline int32_t offset_of(Fmt fmt) {
   switch (fmt) {
-    case Fmt::I8: return Codes<Fmt::I8>::offset;
-    case Fmt::I4: return Codes<Fmt::I4>::offset;
-    case Fmt::MX4: return Codes<Fmt::MX4>::offset;
-    case Fmt::K6: return Codes<Fmt::K6>::offset;
+    case Fmt::I8: return Codes<Fmt::I8, 1>::offset;
+    case Fmt::I4: return Codes<Fmt::I4, 1>::offset;
+    case Fmt::MX4: return Codes<Fmt::MX4, 1>::offset;
+    case Fmt::K6: return Codes<Fmt::K6, 1>::offset;
     default: return 1;
   }
 }
 
-// A row in spans of as many groups as share a scale. A group's sum starts at what the offset of the weights' codes adds.
+// A row in spans of as many groups as share a scale. A group's sum starts at what the offset of the weights' codes adds; of
+// K4's four groups, where that is a factor of the minima, the first and third are the halves of one word, as of another the
+// second and fourth.
 void quantise_row(const Weight& w, const float* x, const Rows& to, const Pass& pass, int64_t lane) {
   const int64_t span = w.group * w.parts(), height = pass.height;
   float padded[kMaxSpan];
@@ -385,10 +461,13 @@ void quantise_row(const Weight& w, const float* x, const Rows& to, const Pass& p
       from = padded;
     }
     to.scales[pass.first * w.spans() + begin / span * height + lane] = quantise_span(from, count, codes);
-    for (int64_t g = 0; g < count; g += w.group) {
+    int32_t* starts = to.starts + pass.first * to.groups + begin / w.group * height + lane;
+    for (int64_t g = 0; g < count / w.group; g++) {
       int32_t total = 0;
-      for (int64_t i = 0; i < w.group; i++) total += codes[g + i];
-      to.starts[pass.first * to.groups + (begin + g) / w.group * height + lane] = -offset_of(w.fmt) * total;
+      for (int64_t i = 0; i < w.group; i++) total += codes[g * w.group + i];
+      const int32_t start = -offset_of(w.fmt) * total;
+      if (w.fmt == Fmt::K4) std::memcpy((uint8_t*)(starts + g % 2 * height) + g / 2 * 2, &start, 2);
+      else starts[g * height] = start;
     }
     int8_t* out = (int8_t*)to.values + pass.first * w.padded_k + begin * height + lane * 4;
     for (int64_t q = 0; q < count / 4; q++) std::memcpy(out + q * height * 4, codes + q * 4, 4);

@@ -232,14 +232,11 @@ void lay_nibbles(const Weight& w, const Strip& s, const uint8_t* codes, int64_t 
     }
 }
 
-// The byte and the shift in it of the high two bits of a K6 group's value j.
-struct HighAt {
-  int64_t byte;
-  int shift;
+// Where a K6 group's value j is: six bits of a byte, or of the fourth of four values, `part`, the high two of three bytes.
+struct SixAt {
+  int64_t byte, part;
 };
-HighAt high_at(int64_t lane, int64_t j) {
-  return {256 + j / 8 * 64 + lane % 16 * 4 + j % 4, int(j / 4 % 2 * 4 + (lane < 16 ? 0 : 2))};
-}
+SixAt six_at(int64_t lane, int64_t j) { return {j / 8 * 192 + lane % 16 * 4 + j % 4, j / 4 % 2 * 2 + lane / 16}; }
 
 // Codes of rows [0, lanes) of group g, `stride` apart, to where the strip has them.
 void lay_codes(const Weight& w, const Strip& s, int64_t g, const uint8_t* codes, int64_t stride) {
@@ -249,15 +246,16 @@ void lay_codes(const Weight& w, const Strip& s, int64_t g, const uint8_t* codes,
     for (int64_t i = s.lane; i < s.lane + s.lanes; i++)
       for (int64_t j = 0; j < w.group; j += 2) std::memcpy(to + j * kPanel + e4m3_at(i), codes + (i - s.lane) * stride + j, 2);
   } else if (w.fmt == Fmt::K6) {
-    uint8_t low[kPanel * 16];
     for (int64_t i = 0; i < s.lanes; i++)
       for (int64_t j = 0; j < w.group; j++) {
         const uint8_t code = codes[i * stride + j];
-        const HighAt at = high_at(s.lane + i, j);
-        low[i * w.group + j] = code & 15;
-        to[at.byte] = uint8_t((to[at.byte] & ~(3 << at.shift)) | code >> 4 << at.shift);
+        const SixAt at = six_at(s.lane + i, j);
+        for (int64_t b = 0; b < 3; b++) {
+          uint8_t& own = to[at.byte + b * 64];
+          if (at.part == 3) own = uint8_t((own & 63) | code >> 2 * b << 6);
+          else if (at.part == b) own = uint8_t((own & 192) | code);
+        }
       }
-    lay_nibbles(w, s, low, w.group, to);
   } else {
     lay_nibbles(w, s, codes, stride, to);
   }
@@ -292,7 +290,7 @@ void put_head(const Weight& w, int64_t lane, const GroupAt& at, int64_t i, int64
   }
   const float unit = rows.units[i * blocks + g / w.block()];
   put_scale(w, lane, at, unit);
-  const int size = whole(scale, unit), shift = int(4 * at.index);
+  const int size = whole(scale, unit);
   if (w.fmt == Fmt::K6) {
     at.head[kPanel * (2 + at.index) + lane] = uint8_t(size);
     return;
@@ -301,9 +299,9 @@ void put_head(const Weight& w, int64_t lane, const GroupAt& at, int64_t i, int64
   const int low = whole(rows.lows[i * groups + g], low_unit);
   const uint16_t half = to_f16(low_unit);
   std::memcpy(at.head + (kPanel + lane) * 2, &half, 2);
-  put_field(at.head + kPanel * 4, lane, shift, 15, size & 15);
-  put_field(at.head + kPanel * 8, lane, shift, 15, low & 15);
-  put_field(at.head + kPanel * 12, lane, shift, 15, size >> 4 | low >> 4 << 2);
+  const int span = int(at.index / 4), j = int(at.index % 4);
+  put_field(at.head + kPanel * (4 + 4 * span), lane, 8 * j, 255, (size & 15) | (low & 15) << 4);
+  put_field(at.head + kPanel * 12, lane, 8 * j + 4 * span, 15, size >> 4 | low >> 4 << 2);
 }
 
 void pack_codes(const Weight& w, const Strip& s) {
@@ -347,8 +345,9 @@ Step step_of(const Weight& w, const GroupAt& at, int64_t lane) {
   if (w.fmt == Fmt::U4) return {scale, float(at.head[kPanel * w.scale_bytes() + lane]), 0};
   if (w.fmt == Fmt::K6) return {scale * float(int8_t(at.head[kPanel * (2 + at.index) + lane])), 32, 0};
   if (w.fmt == Fmt::K4) {
-    auto field = [&](int64_t words) { return int(word<uint32_t>(at.head + kPanel * words + lane * 4) >> (4 * at.index) & 15); };
-    const int size = field(4) | (field(12) & 3) << 4, low = field(8) | field(12) >> 2 << 4;
+    const int64_t span = at.index / 4, byte = lane * 4 + at.index % 4;
+    const int both = at.head[kPanel * (4 + 4 * span) + byte], high = at.head[kPanel * 12 + byte] >> 4 * span;
+    const int size = (both & 15) | (high & 3) << 4, low = both >> 4 | (high >> 2 & 3) << 4;
     return {scale * float(size), 0, from_f16(word<uint16_t>(at.head + (kPanel + lane) * 2)) * float(low)};
   }
   return {scale, w.fmt == Fmt::I8 ? 128.0f : w.fmt == Fmt::I4 ? 8.0f : 0.0f, 0};
@@ -362,12 +361,14 @@ float number(const Weight& w, const GroupAt& at, int64_t lane, int64_t j) {
     return code & 128 ? -size : size;
   }
   if (w.fmt == Fmt::I8) return at.codes[(j / 4 * kPanel + lane) * 4 + j % 4];
+  if (w.fmt == Fmt::K6) {
+    const SixAt six = six_at(lane, j);
+    const uint8_t* own = at.codes + six.byte;
+    return float(six.part < 3 ? own[six.part * 64] & 63 : own[0] >> 6 | own[64] >> 6 << 2 | own[128] >> 6 << 4);
+  }
   const int nibble = (at.codes[j / 4 * 64 + lane % 16 * 4 + j % 4] >> (lane < 16 ? 0 : 4)) & 15;
   constexpr int8_t levels[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-  if (w.fmt == Fmt::MX4) return levels[nibble];
-  if (w.fmt != Fmt::K6) return float(nibble);
-  const HighAt high = high_at(lane, j);
-  return float(nibble | (at.codes[high.byte] >> high.shift & 3) << 4);
+  return float(w.fmt == Fmt::MX4 ? levels[nibble] : nibble);
 }
 
 }  // namespace

@@ -75,7 +75,6 @@ inline F power_of_two(F n) {  // 2^n for whole n in -126..127
 inline F load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
-inline F load_i8(const int8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
 inline F load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 
 // Pairs of bf16 along K: acc[n] += w[n][0] * x[0] + w[n][1] * x[1].
@@ -87,8 +86,8 @@ inline F even_bf16(I w) { return {_mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16)
 inline F odd_bf16(I w) { return {_mm512_castsi512_ps(_mm512_and_si512(w.v, _mm512_set1_epi32(int(0xffff0000))))}; }
 
 // Quads of bytes along K, weights unsigned: acc[n] += sum_j w[n][j] * x[j], minus what `offset` adds to each weight. dot_u6
-// takes weights of at most six bits. field() is the bits that `mask` keeps of a >> shift; with_high() puts two bits of each
-// byte of high >> shift above the four of low.
+// takes weights of at most six bits, and what joined_nibbles() gives, if part_joined() sets the two sums right afterwards;
+// dot_pair takes two signed words. levels() are those of both nibbles of each byte.
 constexpr int kOffset8 = 128;
 inline I set_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline I dot_u8(I acc, I w, int32_t quad) {
@@ -97,8 +96,33 @@ inline I dot_u8(I acc, I w, int32_t quad) {
   return acc;
 }
 inline I dot_u6(I acc, I w, int32_t quad) { return dot_u8(acc, w, quad); }
-inline I levels(I nibbles) {
-  return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)kLevels)), nibbles.v)};
+inline I dot_pair(I acc, I w, int32_t pair) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(_mm512_set1_epi32(pair)));
+  return acc;
+}
+inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I operator*(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
+template <int bits>
+I right(I a) { return {_mm512_srli_epi32(a.v, bits)}; }
+template <int bits>
+I left(I a) { return {_mm512_slli_epi32(a.v, bits)}; }
+inline I load_u8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+inline I load_i8(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
+inline void nibbles(I both, I& low, I& high) {
+  const I mask = set_int(0x0f0f0f0f);
+  low = both & mask, high = right<4>(both) & mask;
+}
+// A byte is 16 * high + low: the product with it, and that with 16 * high, are taken apart at less cost than many bytes.
+inline void joined_nibbles(I both, I& low, I& high) {
+  asm("" : "+v"(both.v));  // or GCC loads it twice, and loads are what the loop waits for
+  low = both, high = both & set_int(int(0xf0f0f0f0));
+}
+inline void part_joined(I& low, I& high) { low.v = _mm512_sub_epi32(low.v, high.v), high.v = _mm512_srai_epi32(high.v, 4); }
+inline void levels(I both, I& low, I& high) {  // of 64 entries, which the six low bits of a byte choose: the table, repeated
+  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)kLevels));
+  low = {_mm512_permutexvar_epi8(both.v, table)}, high = {_mm512_permutexvar_epi8(_mm512_srli_epi32(both.v, 4), table)};
 }
 inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to pairs of bf16
   __m512i code = _mm512_loadu_si512(p);
@@ -108,17 +132,6 @@ inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to
   w[0] = {_mm512_unpacklo_epi8(low, high)};
   w[1] = {_mm512_unpackhi_epi8(low, high)};
 }
-inline I load_u8(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
-inline I mul(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
-inline I field(I a, int shift, int mask) {
-  return {_mm512_and_si512(_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(mask))};
-}
-inline I with_high(I low, I high, int shift) {
-  const __m512i pair = _mm512_and_si512(_mm512_srl_epi16(high.v, _mm_cvtsi32_si128(shift)), _mm512_set1_epi8(3));
-  return {_mm512_or_si512(low.v, _mm512_slli_epi16(pair, 4))};
-}
-inline I low_nibbles(I w) { return {_mm512_and_si512(w.v, _mm512_set1_epi8(15))}; }
-inline I high_nibbles(I w) { return {_mm512_and_si512(_mm512_srli_epi16(w.v, 4), _mm512_set1_epi8(15))}; }
 inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
 #elif defined(__AVX2__)
@@ -150,7 +163,6 @@ inline F power_of_two(F n) {
 inline F load_bf16(const uint16_t* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))};
 }
-inline F load_i8(const int8_t* p) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))}; }
 inline F load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
 
 inline I load_raw(const void* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
@@ -172,8 +184,29 @@ inline I dot_u8(I acc, I w, int32_t quad) {
   __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(_mm256_set1_epi32(quad), code));
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 }
-inline I levels(I nibbles) {
-  return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)kLevels)), nibbles.v)};
+inline I dot_pair(I acc, I w, int32_t pair) {
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(w.v, _mm256_set1_epi32(pair)))};
+}
+inline I operator+(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline I operator*(I a, I b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
+inline I operator&(I a, I b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline I operator|(I a, I b) { return {_mm256_or_si256(a.v, b.v)}; }
+template <int bits>
+I right(I a) { return {_mm256_srli_epi32(a.v, bits)}; }
+template <int bits>
+I left(I a) { return {_mm256_slli_epi32(a.v, bits)}; }
+inline I load_u8(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))}; }
+inline I load_i8(const int8_t* p) { return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))}; }
+inline void nibbles(I both, I& low, I& high) {
+  const I mask = set_int(0x0f0f0f0f);
+  low = both & mask, high = right<4>(both) & mask;
+}
+inline void joined_nibbles(I both, I& low, I& high) { nibbles(both, low, high); }
+inline void part_joined(I&, I&) {}
+inline void levels(I both, I& low, I& high) {
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)kLevels));
+  nibbles(both, low, high);
+  low.v = _mm256_shuffle_epi8(table, low.v), high.v = _mm256_shuffle_epi8(table, high.v);
 }
 inline __m256i words_of_e4m3(__m256i code) {  // 16-bit words holding a code each, to bf16
   const __m256i all = _mm256_and_si256(code, _mm256_set1_epi16(127)), sign = _mm256_slli_epi16(_mm256_xor_si256(code, all), 8);
@@ -193,17 +226,6 @@ inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to
     w[half + 2] = {words_of_e4m3(_mm256_unpackhi_epi8(code, zero))};
   }
 }
-inline I load_u8(const uint8_t* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))}; }
-inline I mul(I a, I b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
-inline I field(I a, int shift, int mask) {
-  return {_mm256_and_si256(_mm256_srl_epi32(a.v, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(mask))};
-}
-inline I with_high(I low, I high, int shift) {
-  const __m256i pair = _mm256_and_si256(_mm256_srl_epi16(high.v, _mm_cvtsi32_si128(shift)), _mm256_set1_epi8(3));
-  return {_mm256_or_si256(low.v, _mm256_slli_epi16(pair, 4))};
-}
-inline I low_nibbles(I w) { return {_mm256_and_si256(w.v, _mm256_set1_epi8(15))}; }
-inline I high_nibbles(I w) { return {_mm256_and_si256(_mm256_srli_epi16(w.v, 4), _mm256_set1_epi8(15))}; }
 inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
 
 #else
@@ -230,7 +252,6 @@ inline F round(F a) { EACH a.v[i] = std::nearbyintf(a.v[i]); return a; }
 inline F if_less(F a, F b, F yes, F no) { EACH no.v[i] = a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; return no; }
 inline F power_of_two(F n) { EACH n.v[i] = std::bit_cast<float>((int32_t(n.v[i]) + 127) << 23); return n; }
 inline F load_bf16(const uint16_t* p) { F r; EACH r.v[i] = from_bf16(p[i]); return r; }
-inline F load_i8(const int8_t* p) { F r; EACH r.v[i] = p[i]; return r; }
 inline F load_f16(const uint16_t* p) { F r; EACH r.v[i] = from_f16(p[i]); return r; }
 
 inline I load_raw(const void* p) { I r; std::memcpy(r.v, p, sizeof r.v); return r; }
@@ -251,13 +272,37 @@ inline I dot_u8(I acc, I w, int32_t quad) {
   return acc;
 }
 inline I dot_u6(I acc, I w, int32_t quad) { return dot_u8(acc, w, quad); }
-inline I levels(I nibbles) {
-  EACH {
-    uint32_t x = uint32_t(nibbles.v[i]), y = 0;
-    for (int b = 0; b < 32; b += 8) y |= uint32_t(kLevels[(x >> b) & 15]) << b;
-    nibbles.v[i] = int32_t(y);
-  }
-  return nibbles;
+inline I dot_pair(I acc, I w, int32_t pair) {
+  EACH acc.v[i] += int16_t(w.v[i]) * int16_t(pair) + (w.v[i] >> 16) * (pair >> 16);
+  return acc;
+}
+inline I operator+(I a, I b) { EACH a.v[i] += b.v[i]; return a; }
+inline I operator*(I a, I b) { EACH a.v[i] *= b.v[i]; return a; }
+inline I operator&(I a, I b) { EACH a.v[i] &= b.v[i]; return a; }
+inline I operator|(I a, I b) { EACH a.v[i] |= b.v[i]; return a; }
+template <int bits>
+I right(I a) { EACH a.v[i] = int32_t(uint32_t(a.v[i]) >> bits); return a; }
+template <int bits>
+I left(I a) { EACH a.v[i] = int32_t(uint32_t(a.v[i]) << bits); return a; }
+inline I load_u8(const uint8_t* p) { I r; EACH r.v[i] = p[i]; return r; }
+inline I load_i8(const int8_t* p) { I r; EACH r.v[i] = p[i]; return r; }
+inline void nibbles(I both, I& low, I& high) {
+  const I mask = set_int(0x0f0f0f0f);
+  low = both & mask, high = right<4>(both) & mask;
+}
+inline void joined_nibbles(I both, I& low, I& high) { nibbles(both, low, high); }
+inline void part_joined(I&, I&) {}
+inline void levels(I both, I& low, I& high) {
+  auto each = [](I codes) {
+    EACH {
+      uint32_t x = uint32_t(codes.v[i]), y = 0;
+      for (int b = 0; b < 32; b += 8) y |= uint32_t(kLevels[(x >> b) & 15]) << b;
+      codes.v[i] = int32_t(y);
+    }
+    return codes;
+  };
+  nibbles(both, low, high);
+  low = each(low), high = each(high);
 }
 inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to pairs of bf16
   for (int row = 0; row < 32; row++) {
@@ -265,15 +310,6 @@ inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to
     w[row / F::N].v[row % F::N] = int32_t(uint32_t(e4m3_as_bf16(code[0])) | uint32_t(e4m3_as_bf16(code[1])) << 16);
   }
 }
-inline I load_u8(const uint8_t* p) { I r; EACH r.v[i] = p[i]; return r; }
-inline I mul(I a, I b) { EACH a.v[i] *= b.v[i]; return a; }
-inline I field(I a, int shift, int mask) { EACH a.v[i] = int32_t(uint32_t(a.v[i]) >> shift) & mask; return a; }
-inline I with_high(I low, I high, int shift) {
-  EACH low.v[i] |= int32_t(((uint32_t(high.v[i]) >> shift) & 0x03030303) << 4);
-  return low;
-}
-inline I low_nibbles(I w) { EACH w.v[i] = int32_t(uint32_t(w.v[i]) & 0x0f0f0f0f); return w; }
-inline I high_nibbles(I w) { EACH w.v[i] = int32_t((uint32_t(w.v[i]) >> 4) & 0x0f0f0f0f); return w; }
 inline F to_float(I a) { F r; EACH r.v[i] = float(a.v[i]); return r; }
 #undef EACH
 
