@@ -334,6 +334,7 @@ void Executable::run_op(Scratch& mine, const Op& op, int64_t begin, int64_t end)
   switch (op.kind) {
     case Kind::Embed: return each([&](int64_t t) { embed(op, t); });
     case Kind::Select: return each([&](int64_t r) { select(op, r); });
+    case Kind::Permute: return each([&](int64_t r) { permute(op, r); });
     case Kind::Rope: return each([&](int64_t t) { rope(op, t); });
     case Kind::KvWrite: return each([&](int64_t t) { kv_write(op, t); });
     case Kind::Norm: return each([&, a = norm_args(op)](int64_t r) { kernels_->norm_row(a, r); });
@@ -377,6 +378,14 @@ void Executable::embed(const Op& op, int64_t t) {
 void Executable::select(const Op& op, int64_t r) {
   const Tensor &x = tensors_[size_t(op.tensors[0])], &y = tensors_[size_t(op.tensors[1])];
   std::memcpy(rows_at(op.tensors[1]) + r * y.ld, rows_at(op.tensors[0]) + in_.rows[r] * x.ld, size_t(y.cols) * 4);
+}
+
+// tensors: x, order, out.
+void Executable::permute(const Op& op, int64_t r) {
+  const Tensor &x = tensors_[size_t(op.tensors[0])], &y = tensors_[size_t(op.tensors[2])];
+  const float *from = rows_at(op.tensors[0]) + r * x.ld, *order = vector_at(op.tensors[1]);  // whole numbers below 2^24
+  float* to = rows_at(op.tensors[2]) + r * y.ld;
+  for (int64_t i = 0; i < y.cols; i++) to[i] = from[int(order[i])];
 }
 
 // tensors: x, weight, bias, residual, out. ints: kind, group. floats: eps, offset.

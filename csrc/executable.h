@@ -23,7 +23,7 @@ struct PackedWeight {
 };
 
 // An exchange is done outside, between two steps.
-enum class Kind : int { Embed, Select, Norm, Linear, Rope, KvWrite, Attend, Map, Sample, Route, Experts, HeadLinear, Exchange };
+enum class Kind : int { Embed, Select, Permute, Norm, Linear, Rope, KvWrite, Attend, Map, Sample, Route, Experts, HeadLinear, Exchange };
 
 // How many rows a buffer has in a step: those sampled, or the share-th of `shares` near-equal runs of the tokens.
 struct Extent {
@@ -158,6 +158,7 @@ class Executable {
   void table_row(RopeTable& table, int64_t t);
   void embed(const Op& op, int64_t t);
   void select(const Op& op, int64_t r);
+  void permute(const Op& op, int64_t r);
   void rope(const Op& op, int64_t t);
   void kv_write(const Op& op, int64_t t);
   NormArgs norm_args(const Op& op) const;

@@ -6,7 +6,7 @@ import errno
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,10 @@ class Counting:
     def read(self, name: str) -> np.ndarray:
         self.names.append(name)
         return self.inner.read(name)
+
+    def strips(self, name: str) -> Iterator[np.ndarray]:
+        self.names.append(name)
+        return self.inner.strips(name)
 
     def release(self, name: str) -> None:
         self.inner.release(name)

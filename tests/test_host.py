@@ -29,6 +29,7 @@ from intaglio.ops import (
     Linear,
     Map,
     Norm,
+    Permute,
     Rope,
     Route,
     Sample,
@@ -104,7 +105,7 @@ def hold(results: dict[str, np.ndarray], bound: np.ndarray | float) -> None:
         )
 
 
-COVERED = {"embed", "select", "norm", "linear", "rope", "kv_write", "attend", "map", "sample"}
+COVERED = {"embed", "select", "permute", "norm", "linear", "rope", "kv_write", "attend", "map", "sample"}
 ELSEWHERE = {"route", "experts", "head_linear"}  # test_host_experts.py
 
 
@@ -169,6 +170,16 @@ def _finish(bench: Bench) -> Program:
     bench.b.op(Linear, "lm_head", last, head, out="logits", role="output")
     bench.b.op(Sample, "sample", "logits", tokens="next_tokens", logprobs="logprobs", role="output")
     return bench.b.done()
+
+
+def test_permute(rng: np.random.Generator) -> None:
+    rows, width = int(rng.integers(1, 30)), int(rng.integers(1, 300))
+    bench = Bench(rng, rows, width)
+    order = bench.b.weight("order", (width,), "order", "i32")
+    bench.arrays["order"] = rng.permutation(width).astype(np.int32)
+    results = bench.run(bench.b.op(Permute, "y", bench.x, order))
+    np.testing.assert_array_equal(results["reference"], bench.arrays["x.table"][:, bench.arrays["order"]])
+    hold(results, 0.0)
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer", "l2"])

@@ -32,6 +32,7 @@ from intaglio.ops import (
     Norm,
     Op,
     OpError,
+    Permute,
     Rope,
     Sample,
     Select,
@@ -208,6 +209,25 @@ def test_select_work() -> None:
     op = Select(site="s", x="x", rows="rows", out="out")
     table = tensors(x="f32[T, 8]", rows="i32[R]", out="f32[R, 8]")
     assert op.work(table, BATCH) == Work(0, 0, 0, 2 * 3 * 8 * 4)
+
+
+def test_permute() -> None:
+    x, order = random(0, 5, 4), np.array([2, 0, 3, 1], np.int32)
+    op = Permute(site="s", x="x", order="order", out="out")
+    np.testing.assert_array_equal(apply(op, x=x, order=order), np.stack([x[:, j] for j in order], axis=1))
+
+
+def test_permute_refuses() -> None:
+    op = Permute(site="s", x="x", order="order", out="out")
+    refuses(op, r"order is i32\[3\]; wanted i32\[4\]", x="f32[T, 4]", order="i32[3]")
+    refuses(op, r"order is f32\[4\]; wanted i32\[4\]", x="f32[T, 4]", order="f32[4]")
+
+
+def test_permute_work() -> None:
+    op = Permute(site="s", x="x", order="order", out="out")
+    table = tensors(x="f32[T, 8]", order="i32[8]", out="f32[T, 8]")
+    table["order"] = replace(table["order"], role="weight")
+    assert op.work(table, BATCH) == Work(0, 8 * 4, 0, 2 * 5 * 8 * 4)
 
 
 # norm

@@ -20,6 +20,7 @@ from intaglio.ops import (
     Linear,
     Map,
     Norm,
+    Permute,
     Rope,
     Sample,
     Select,
@@ -123,6 +124,17 @@ def test_embed_and_select(chip: str, seed: int, fmt: str) -> None:
     pick = Select(site="s", x="x", rows="rows", out="y")
     tensors = [Tensor("x", ("T", width), "f32", "temp"), Tensor("rows", ("R",), "i32", "input")]
     compare(chip, pick, tensors, {"x": normal(rng, len(batch.tokens), width), "rows": batch.rows}, batch, 0)
+
+
+@FEW
+@given(chip=CHIP, seed=SEED)
+def test_permute(chip: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    batch, width = some_batch(rng), int(rng.integers(1, 90))
+    op = Permute(site="p", x="x", order="order", out="y")
+    tensors = [Tensor("x", ("T", width), "f32", "temp"), Tensor("order", (width,), "i32", "weight")]
+    values: dict[str, Value] = {"x": normal(rng, len(batch.tokens), width)}
+    compare(chip, op, tensors, values | {"order": rng.permutation(width).astype(np.int32)}, batch, 0)
 
 
 @FEW

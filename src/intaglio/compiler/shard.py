@@ -26,6 +26,7 @@ from intaglio.ops import (
     Map,
     Norm,
     Op,
+    Permute,
     ReduceScatter,
     Rope,
     Route,
@@ -379,6 +380,14 @@ def elementwise(lane: Lane, op: Map) -> None:
     return entire(lane, op)
 
 
+def permute(lane: Lane, op: Permute) -> None:
+    """Of whole rows: columns come from anywhere."""
+    if not by_rows(lane, op):
+        return entire(lane, op)
+    lane.keep(op.order)
+    return lane.add(op)
+
+
 def norm(lane: Lane, op: Norm) -> None:
     """By columns where each head is normed by itself; a norm over all of them wants them all, and gives a view back."""
     if by_rows(lane, op):
@@ -470,6 +479,7 @@ RULES: dict[type[Op], Callable[[Lane, Any], None]] = {
     Linear: linear,
     Map: elementwise,
     Norm: norm,
+    Permute: permute,
     Rope: rope,
     Route: entire,
     Sample: entire,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,6 +30,9 @@ class Weights(Protocol):
 
     def read(self, name: str) -> Value: ...
 
+    def strips(self, name: str) -> Iterator[Value]:
+        """The same, but codes may come in runs along their first dimension, one at a time in memory."""
+
     def release(self, name: str) -> None:
         """The device has taken its copy; the pages behind `name` may be dropped."""
 
@@ -45,6 +48,9 @@ class ArrayWeights:
 
     def read(self, name: str) -> Value:
         return self.arrays[name]
+
+    def strips(self, name: str) -> Iterator[Value]:
+        yield self.arrays[name]
 
     def release(self, name: str) -> None:
         """Nothing to drop."""

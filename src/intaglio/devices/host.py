@@ -44,6 +44,7 @@ from intaglio.ops import (
     Map,
     Norm,
     Op,
+    Permute,
     Rope,
     Route,
     Sample,
@@ -54,7 +55,7 @@ from intaglio.ops import (
 from intaglio.ops.elementwise import postfix
 from intaglio.ops.experts import SCORES
 from intaglio.program import Program, verify
-from intaglio.program.source import read
+from intaglio.program.source import strips
 
 ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "exp")  # order of csrc's Act
 NORMS = ("rms", "layer", "l2")
@@ -215,7 +216,7 @@ class HostExecutable:
         if not (self.image and self.image.ready):
             at = 0
             for source in t.source:
-                for name, x in read(source, weights.read):
+                for name, x in strips(source, weights.read, weights.strips):
                     at = self._fill(t, home, name, x, at)
                     weights.release(name)
             wanted = int(np.prod([int(d) for d in t.shape[:-1]]))
@@ -224,7 +225,7 @@ class HostExecutable:
         return self.native.weight(home.weight)
 
     def _fill(self, t: Tensor, home: Home, name: str, x: Value, at: int) -> int:
-        """Pack the rows of one checkpoint tensor as those from `at` on; returns where the next begin."""
+        """Pack rows of one checkpoint tensor as those from `at` on; returns where the next begin."""
         held, total = list(x.shape), math.prod(x.shape[:-1])
         if len(held) < 2 or held[-1] != t.shape[-1] or at + total > math.prod(map(int, t.shape[:-1])):
             raise DeviceError(f"weight {t.name} is {t.type} but its source {name} is {held}")
@@ -265,6 +266,8 @@ class HostExecutable:
                 names, floats = [op.w, op.out], [op.scale]
             case Select():
                 names = [op.x, op.out]
+            case Permute():
+                names = [op.x, op.order, op.out]
             case Norm():
                 names = [op.x, op.weight, op.bias, op.residual, op.out]
                 ints, floats = [NORMS.index(op.norm), op.group], [op.eps, op.offset]

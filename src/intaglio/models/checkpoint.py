@@ -11,14 +11,16 @@ import json
 import mmap
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from intaglio import formats
 from intaglio.models.gguf import read_gguf
 from intaglio.models.published import Coded, Stored, find_coded
 from intaglio.ops import Value
@@ -44,6 +46,8 @@ EXPONENTS: dict[str, tuple[type, int]] = {
 }
 PLAIN = {"F32": "f32", "BF16": "bf16", "F16": "f16"}  # the formats of tensors that are no codes
 CHUNK = 1 << 18  # values checked at a time: 0.5 to 1 MB, so that the second look is in cache
+STRIP = 1 << 20  # codes made at a time, at least: with what they are made of they take some MB
+ROWS = 128  # a run has a multiple of these: whole blocks of scales, and whole panels of those who pack them
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
 INDEX = "model.safetensors.index.json"
 GGUF_HEAD = 1 << 20  # bytes of a GGUF file that tell it from others: its metadata, or the most of it
@@ -209,7 +213,8 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Read config.json and the headers; no tensor is read yet. Raises CheckpointError."""
+        """Read config.json and the headers, and no tensor but the order of columns where a format has one. Raises
+        CheckpointError."""
         path = Path(path)
         if gguf := _gguf_file(path):
             config, raw, coded, taken = read_gguf(gguf)
@@ -221,8 +226,10 @@ class Checkpoint:
         if not (path / "config.json").exists():
             raise CheckpointError(f"{path} has no config.json; download it, it says which model this is")
         config, entries = read_json(path / "config.json"), _files(path)
-        stored = Stored({n: e.dtype for n, e in entries.items()}, {n: e.shape for n, e in entries.items()})
-        return cls(path, config, entries, *find_coded(stored, config))
+        c = cls(path, config, entries)
+        dtypes, shapes = {n: e.dtype for n, e in entries.items()}, {n: e.shape for n, e in entries.items()}
+        c.coded, c.taken = find_coded(Stored(dtypes, shapes, c.read_entry), config)
+        return c
 
     @property
     def architecture(self) -> str:
@@ -252,9 +259,25 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.coded[name].shape if name in self.coded else self.entry(name).shape
 
+    def order(self, name: str) -> str:
+        """The tensor that says in which order a matrix's columns stand; "" if as in what it multiplies."""
+        return self.coded[name].order if name in self.coded else ""
+
     def read(self, name: str) -> Value:
         """The tensor as a read-only view on the file, or its codes if it is quantised."""
         return self.coded[name].read(self.read_entry) if name in self.coded else self.read_entry(name)
+
+    def strips(self, name: str) -> Iterator[Value]:
+        """The same, but codes in runs along their first dimension: no more are made at a time than those of one."""
+        c = self.coded.get(name)
+        if c is None or not formats.get(c.format).grouped:
+            yield self.read(name)
+            return
+        rows, *rest = c.shape
+        step = -(-STRIP // prod(rest) // ROWS) * ROWS if len(c.shape) == 2 else 1
+        step = -(-step // c.step) * c.step
+        for first in range(0, rows, step):
+            yield c.read(self.read_entry, slice(first, min(first + step, rows)))
 
     def read_entry(self, name: str) -> np.ndarray:
         """One tensor of a file. The first read warns if it holds NaN or Inf."""

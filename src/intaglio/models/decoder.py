@@ -16,7 +16,7 @@ from intaglio.models.config import Config, PortError
 from intaglio.models.latent import Latent, write_latent
 from intaglio.models.mixture import Mixture, write_mixture
 from intaglio.models.rope import Table, parameters, table
-from intaglio.ops import Attend, Embed, KvWrite, Linear, Map, Norm, Rope, Sample, Select
+from intaglio.ops import Attend, Embed, KvWrite, Linear, Map, Norm, Permute, Rope, Sample, Select
 from intaglio.program import Builder, Program
 from intaglio.program.source import names
 
@@ -130,10 +130,14 @@ def sparse(d: Decoder, where: Callable[[int], bool] = lambda i: True) -> Decoder
 
 
 class Writer:
-    """One Program being written from a Decoder. `format` gives the stored format of a checkpoint tensor."""
+    """One Program being written from a Decoder. `format` gives the stored format of a checkpoint tensor, `order` the
+    tensor that says in which order its columns stand, or ""."""
 
-    def __init__(self, d: Decoder, name: str, context: int, format: Callable[[str], str]) -> None:
-        self.d, self.format = d, format
+    def __init__(
+        self, d: Decoder, name: str, context: int, format: Callable[[str], str], order: Callable[[str], str]
+    ) -> None:
+        self.d, self.format, self.order = d, format, order
+        self.permuted: dict[tuple[str, str], str] = {}  # by what it was and its order
         self.b = Builder(name, context)
         self.cache = "f32" if format(d.prefix + "embed_tokens.weight") == "f32" else "bf16"
 
@@ -143,13 +147,24 @@ class Writer:
     def tensor(self, name: str, shape: tuple[int, ...], source: str, plain: bool = False) -> str:
         """A weight that is no module's `weight` or `bias`, from a source as program/source.py reads it. `plain`: codes
         become bf16, for an op that takes none."""
+        if ordered := [n for n in names(source) if self.order(n)]:
+            raise PortError(f"{ordered[0]}: columns in the order of activations are read of single matrices only")
         format = self.format(names(source)[0])
         return self.b.weight(name, shape, source, "bf16" if plain and formats.get(format).grouped else format)
 
     def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False) -> str:
         w = self.weight(site, "weight", (rows, cols), source)
         b = self.weight(site, "bias", (rows,), source) if bias else None
+        x = self.in_order(site, x, cols, f"{source}.weight")
         return self.b.op(Linear, site, x, w, bias=b, x_format=self.meets(w))
+
+    def in_order(self, site: str, x: str, cols: int, source: str) -> str:
+        """x, its columns as those of the weight from `source` stand. Weights of one order share it."""
+        order = self.order(source)
+        if order and (x, order) not in self.permuted:
+            columns = self.b.weight(f"{site}.order", (cols,), order, "i32")
+            self.permuted[x, order] = self.b.op(Permute, f"{site}.permute", x, columns)
+        return self.permuted[x, order] if order else x
 
     def meets(self, w: str) -> str:
         """What x must be to meet this weight: as it is, but in int8 where codes are whole numbers."""
@@ -253,6 +268,7 @@ class Writer:
         outer = "" if d.prefix.startswith("model.") else d.prefix.removesuffix("model.")
         shape = (d.vocabulary, d.hidden)
         w = "embed.weight" if d.tied else self.weight("lm_head", "weight", shape, outer + "lm_head")
+        x = x if d.tied else self.in_order("lm_head", x, d.hidden, outer + "lm_head.weight")
         last: dict[str, Any] = {"out": "logits", "role": "output"}
         bias = self.weight("lm_head", "bias", (d.vocabulary,), outer + "lm_head") if d.head_bias else None
         how: dict[str, Any] = {"bias": bias, "scale": d.logit_scale, "x_format": self.meets(w)}

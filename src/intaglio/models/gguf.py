@@ -13,7 +13,7 @@ import numpy as np
 
 from intaglio.formats import Quantised
 from intaglio.models.config import PortError
-from intaglio.models.published import Coded, Reader
+from intaglio.models.published import Coded, Part, Reader
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 NAMES = {
@@ -136,7 +136,8 @@ def _add(
         at = f"blocks of {name}" if heads else name
         raw[at] = Raw(kind, shape, start, start + int(t.n_bytes))
         if heads:
-            coded[name] = Coded(PLAIN[kind], shape, (at,), lambda read: _in_order(read(at), heads))
+            head = shape[0] // heads
+            coded[name] = Coded(PLAIN[kind], shape, {at: Part()}, lambda read: _in_order(read(at), head), whole=head)
         return
     if kind not in BLOCKS:
         known = ", ".join((*PLAIN, *BLOCKS))
@@ -145,17 +146,18 @@ def _add(
     at, blocks = f"blocks of {name}", shape[-1] // values
     raw[at] = Raw("U8", (*shape[:-1], blocks * size), start, start + int(t.n_bytes))
 
+    head = shape[0] // heads if heads else 1
+
     def read_blocks(read: Reader) -> Quantised:
-        q = decode(read(at).reshape(shape[0], blocks, size))
-        return q.each(lambda x: _in_order(x, heads)) if heads else q
+        q = decode(read(at).reshape(-1, blocks, size))
+        return q.each(lambda x: _in_order(x, head)) if heads else q
 
-    coded[name] = Coded(format, shape, (at,), read_blocks)
+    coded[name] = Coded(format, shape, {at: Part()}, read_blocks, whole=head)
 
 
-def _in_order(x: np.ndarray, heads: int) -> np.ndarray:
+def _in_order(x: np.ndarray, head: int) -> np.ndarray:
     """llama.cpp keeps the rows of a head that rope pairs beside each other; here they stand by halves."""
-    n, k = x.shape
-    return np.ascontiguousarray(x.reshape(heads, n // heads // 2, 2, k).swapaxes(1, 2)).reshape(n, k)
+    return np.ascontiguousarray(x.reshape(-1, head // 2, 2, x.shape[1]).swapaxes(1, 2)).reshape(x.shape)
 
 
 def _config(

@@ -77,7 +77,7 @@ def port(checkpoint: Checkpoint, context: int | None = None, name: str | None = 
         raise PortError(f"{source} is stored as {checkpoint.dtype(source)}; ports take {', '.join(PLAIN)}")
 
     title = name or re.sub(r"\s+", "-", checkpoint.path.resolve().name)
-    program = _program(family, checkpoint.config, context, title, prefix, format)
+    program = _program(family, checkpoint.config, context, title, prefix, format, checkpoint.order)
     _match(program, checkpoint, family)
     return program
 
@@ -109,7 +109,13 @@ def _family(architecture: str, config: Mapping[str, Any]) -> Family:
 
 
 def _program(
-    family: Family, config: Mapping[str, Any], context: int | None, name: str, prefix: str, format: Callable[[str], str]
+    family: Family,
+    config: Mapping[str, Any],
+    context: int | None,
+    name: str,
+    prefix: str,
+    format: Callable[[str], str],
+    order: Callable[[str], str] = lambda source: "",
 ) -> Program:
     outer = {k: v for k, v in config.items() if k != "text_config"}
     c = Config({**outer, **config.get("text_config", {})}, family.defaults)
@@ -118,7 +124,7 @@ def _program(
     if not 1 <= length <= limit:
         raise PortError(f"context={context} is outside 1..{limit} (max_position_embeddings); ask for less")
     d = replace(family.describe(c, length), prefix=prefix)
-    return Writer(d, name, length, format).program()
+    return Writer(d, name, length, format, order).program()
 
 
 def _match(program: Program, checkpoint: Checkpoint, family: Family) -> None:

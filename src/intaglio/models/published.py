@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import lcm
 from typing import Any
 
 import ml_dtypes
@@ -20,31 +21,57 @@ from intaglio.ops import Value
 Reader = Callable[[str], np.ndarray]
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column that each nibble of a word holds
 ACTIVATION_SCALES = ("input_scale", "k_scale", "v_scale", "output_scale", "weight_shape", "input_zero_point")
-E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+TWICE_E2M1 = (np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32) * 2).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class Part:
+    """How a tensor of a file lies along a matrix's first dimension: each index of its `axis` is `each` rows there. No
+    axis: it is the same for all of them."""
+
+    axis: int | None = 0
+    each: int = 1
+
+    def cut(self, x: np.ndarray, rows: slice) -> np.ndarray:
+        """What it has of these rows, whose ends are multiples of `each` or the matrix's own."""
+        if self.axis is None:
+            return x
+        return x[(slice(None),) * self.axis + (slice(rows.start // self.each, -(-rows.stop // self.each)),)]
 
 
 @dataclass(frozen=True)
 class Coded:
-    """A matrix made of tensors of a file that are not simply its values. `shape` is the matrix's; `turned` as in
-    Quantised."""
+    """A matrix made of tensors of a file that are not simply its values. `shape` is the matrix's; `decode` makes it, or
+    a run of its rows, of the same run of its `parts`; `whole` rows stay together; `turned` as in Quantised. Where its
+    columns stand in another order than those of what it multiplies, `order` names the tensor that says which."""
 
     format: str
     shape: tuple[int, ...]
-    parts: tuple[str, ...]
+    parts: Mapping[str, Part]
     decode: Callable[[Reader], Value]
     turned: bool = False
+    whole: int = 1
+    order: str = ""
 
-    def read(self, reader: Reader) -> Value:
-        value = self.decode(reader)
+    @property
+    def step(self) -> int:
+        """Runs of rows begin at its multiples."""
+        return lcm(self.whole, *(part.each for part in self.parts.values()))
+
+    def read(self, reader: Reader, rows: slice | None = None) -> Value:
+        """All of it, or rows of the first dimension: start and stop are multiples of `step`, or the end."""
+        run = rows or slice(0, self.shape[0])
+        value = self.decode(lambda name: self.parts[name].cut(reader(name), run))
         return replace(value, format=self.format, turned=self.turned) if isinstance(value, Quantised) else value
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a file holds: dtypes and shapes by name."""
+    """What a file holds: dtypes and shapes by name, and any tensor, read."""
 
     dtypes: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+    read: Reader
 
 
 def find_coded(stored: Stored, config: Mapping[str, Any]) -> tuple[dict[str, Coded], set[str]]:
@@ -116,25 +143,29 @@ def _fp8(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
             scales = np.repeat(by_block, rows, axis=-2)[..., : codes.shape[-2], :]
             return Quantised(codes, scales, columns)
 
-        out[name] = Coded(format, shape, (name, scale), decode)
+        each = 1 if len(shape) > 2 else rows if blocks else 1
+        by = Part(0 if np.prod(stored.shapes[scale]) > 1 else None, each)
+        out[name] = Coded(format, shape, {name: Part(), scale: by}, decode)
     return out
 
 
 def _mxfp4(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """name_blocks U8 [.., N, K / 32, 16], two E2M1 codes a byte, low first; name_scales U8 [.., N, K / 32], powers of
-    two with a bias of 127. The matrix they make is published turned: [.., K, N] without quantisation (gpt-oss)."""
+    """name_blocks U8 [E, N, K / 32, 16], two E2M1 codes a byte, low first; name_scales U8 [E, N, K / 32], powers of
+    two with a bias of 127. The matrices they make are published turned: [E, K, N] without quantisation (gpt-oss)."""
     out = {}
     for base in _bases(stored, "_blocks"):
         *lead, groups, _ = stored.shapes[base + "_blocks"]
+        if len(lead) != 2:
+            raise PortError(f"{base}_blocks is {stored.shapes[base + '_blocks']}; wanted experts, rows, groups, 16")
 
         def decode(read: Reader, base: str = base) -> Quantised:
-            nibbles = _nibbles(read(base + "_blocks"))
-            codes = (E2M1[nibbles] * 2).astype(np.int8)
+            codes = TWICE_E2M1[_nibbles(read(base + "_blocks"))]
             scales = np.ldexp(np.float32(0.5), read(base + "_scales").astype(np.int32) - 127).astype(np.float32)
             return Quantised(codes.reshape(*codes.shape[:-2], -1), scales, 32)
 
         shape = (*lead[:-1], groups * 32, lead[-1])
-        out[base] = Coded("mxfp4", shape, (base + "_blocks", base + "_scales"), decode, turned=True)
+        parts = {base + "_blocks": Part(), base + "_scales": Part()}
+        out[base] = Coded("mxfp4", shape, parts, decode, turned=True)
     return out
 
 
@@ -152,7 +183,8 @@ def _scaled(kind: str, group: int, dtype: str) -> str:
 
 def _compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """compressed-tensors: pack-quantized (words of codes above their offset), int-quantized, float-quantized."""
-    out = {}
+    out: dict[str, Coded] = {}
+    known: dict[bytes, str] = {}
     groups = list((q.get("config_groups") or {}).values())
     settings = [g.get("weights") or {} for g in groups]
     if len({repr(sorted(s.items(), key=str)) for s in settings}) > 1:
@@ -168,8 +200,8 @@ def _compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
         packed = base + ".weight_packed" in stored.dtypes
         codes = base + (".weight_packed" if packed else ".weight")
         zero = base + ".weight_zero_point" if base + ".weight_zero_point" in stored.dtypes else ""
-        if base + ".weight_g_idx" in stored.dtypes:
-            raise PortError(f"{base}.weight_g_idx: groups in the order of activations are not read")
+        index = base + ".weight_g_idx"
+        order = _order(stored, index, base + ".order", group, known, out)
         n, k = stored.shapes[codes]
         shape = (n, k * 32 // bits) if packed else (n, k)
         if packed and base + ".weight_shape" not in stored.dtypes:
@@ -181,7 +213,7 @@ def _compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
             raise PortError(f"{zero}: int8 weights with zero points are not read")
 
         def decode(read: Reader, base: str = base, codes: str = codes, format: str = format, packed: bool = packed,
-                   shape: tuple[int, ...] = shape, zero: str = zero if uneven else "") -> Quantised:  # fmt: skip
+                   zero: str = zero if uneven else "", groups: str = index if order else "") -> Quantised:  # fmt: skip
             raw = read(codes)
             if packed:
                 words = _nibbles(raw) if bits == 4 else np.ascontiguousarray(raw).view(np.uint8)
@@ -189,27 +221,29 @@ def _compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
                 values = values.astype(np.int8)
             else:
                 values = raw
+            values = np.ascontiguousarray(values[:, by_group(read(groups))]) if groups else values
             scales = read(base + ".weight_scale").astype(np.float32)
             if group == ROW:
-                scales, size = _spread(scales, shape, format)
+                scales, size = _spread(scales, values.shape, format)
             else:
-                scales, size = scales.reshape(shape[0], -1), group
+                scales, size = scales.reshape(len(values), -1), group
             if not zero:
                 return Quantised(values, scales, size)
-            zeros = _nibbles(np.ascontiguousarray(read(zero).T)).T[: shape[0]].astype(np.float32)
+            zeros = _nibbles(np.ascontiguousarray(read(zero).T)).T[: len(values)].astype(np.float32)
             return Quantised(values, scales, size, zeros)
 
-        parts = [codes, base + ".weight_scale", *([zero] if zero else [])]
-        out[base + ".weight"] = Coded(format, shape, tuple(parts), decode)
+        by = Part(0 if np.prod(stored.shapes[base + ".weight_scale"]) > 1 else None)
+        parts = {codes: Part(), base + ".weight_scale": by} | ({zero: Part(0, 32 // bits)} if zero else {})
+        parts |= {index: Part(None)} if index in stored.dtypes else {}
+        out[base + ".weight"] = Coded(format, shape, parts, decode, order=order)
     return out
 
 
 def _gptq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """qweight I32 [K / 8, N], codes down K; qzeros I32 [G, N / 8], stored less one; scales F16 [G, N]; g_idx [K]."""
-    if q.get("bits") != 4 or q.get("desc_act"):
-        raise PortError(
-            f"config.json: GPTQ with bits={q.get('bits')}, desc_act={q.get('desc_act')}; 4 and false are read"
-        )
+    """qweight I32 [K / 8, N], codes down K; qzeros I32 [G, N / 8], stored less one; scales F16 [G, N]; g_idx I32 [K],
+    the group of each column: any, with act-order."""
+    if q.get("bits") != 4:
+        raise PortError(f"config.json: GPTQ with bits={q.get('bits')}; 4 are read")
     less = 0 if q.get("checkpoint_format") == "gptq_v2" else 1
 
     def codes(read: Reader, base: str) -> np.ndarray:
@@ -221,7 +255,7 @@ def _gptq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     shapes = {
         b: (stored.shapes[b + ".qweight"][1], stored.shapes[b + ".qweight"][0] * 8) for b in _bases(stored, ".qweight")
     }
-    return _with_zeros(stored, q, shapes, codes, zeros)
+    return _with_zeros(stored, q, shapes, codes, zeros, {".qweight": Part(1), ".qzeros": Part(1, 8)})
 
 
 def _awq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
@@ -246,29 +280,53 @@ def _awq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     shapes = {
         b: (stored.shapes[b + ".qweight"][1] * 8, stored.shapes[b + ".qweight"][0]) for b in _bases(stored, ".qweight")
     }
-    return _with_zeros(stored, q, shapes, codes, zeros)
+    return _with_zeros(stored, q, shapes, codes, zeros, {".qweight": Part(1, 8), ".qzeros": Part(1, 8)})
 
 
 def _with_zeros(
     stored: Stored, q: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]],
-    codes: Callable[[Reader, str], np.ndarray], zeros: Callable[[Reader, str], np.ndarray],
+    codes: Callable[[Reader, str], np.ndarray], zeros: Callable[[Reader, str], np.ndarray], parts: Mapping[str, Part],
 ) -> dict[str, Coded]:  # fmt: skip
     """Codes 0..15 less a zero, times a scale, in groups along K."""
-    out = {}
+    out: dict[str, Coded] = {}
+    known: dict[bytes, str] = {}
     for base, shape in shapes.items():
         groups = stored.shapes[base + ".scales"][0]
         group = -(-shape[1] // groups)
         if group % 32 or group > formats.CHUNK:
             raise PortError(f"{base}.scales: groups of {group}; a multiple of 32 up to {formats.CHUNK} is read")
 
-        def decode(read: Reader, base: str = base, group: int = group) -> Quantised:
-            if base + ".g_idx" in stored.dtypes and (np.diff(read(base + ".g_idx")) < 0).any():
-                raise PortError(f"{base}.g_idx: groups in the order of activations are not read")
+        order = _order(stored, base + ".g_idx", base + ".order", group, known, out)
+
+        def decode(read: Reader, base: str = base, group: int = group, order: str = order) -> Quantised:
             scales = read(base + ".scales").T.astype(np.float32)
-            own = np.ascontiguousarray(codes(read, base)).astype(np.int8)
+            own = codes(read, base)
+            own = np.ascontiguousarray(own[:, by_group(read(base + ".g_idx"))] if order else own).astype(np.int8)
             return Quantised(own, np.ascontiguousarray(scales), group, np.ascontiguousarray(zeros(read, base)))
 
-        names = [base + s for s in (".qweight", ".qzeros", ".scales", ".g_idx") if base + s in stored.dtypes]
+        lie = {**parts, ".scales": Part(1), ".g_idx": Part(None)}
+        held = {base + s: part for s, part in lie.items() if base + s in stored.dtypes}
         format = _scaled("uint4", group, stored.dtypes[base + ".scales"])
-        out[base + ".weight"] = Coded(format, shape, tuple(names), decode)
+        out[base + ".weight"] = Coded(format, shape, held, decode, order=order)
     return out
+
+
+def by_group(groups: np.ndarray) -> np.ndarray:
+    """The columns group by group, int32 [K]; within a group as they come."""
+    return np.argsort(groups, kind="stable").astype(np.int32)
+
+
+def _order(stored: Stored, index: str, name: str, group: int, known: dict[bytes, str], out: dict[str, Coded]) -> str:
+    """The tensor in `out` by which a matrix's columns come together by group, `name` or its like; "" if they are.
+    Matrices of equal orders share one: those of one input have been ordered by the same activations."""
+    groups = stored.read(index) if index in stored.dtypes else np.zeros(0, np.int32)
+    if not (np.diff(groups) < 0).any():
+        return ""
+    if not np.array_equal(np.sort(groups), np.arange(len(groups)) // group):
+        raise PortError(
+            f"{index}: groups of other sizes than {group}, which is what its scales make them, are not read"
+        )
+    name = known.setdefault(groups.tobytes(), name)
+    if name not in out:
+        out[name] = Coded("i32", (len(groups),), {index: Part(None)}, lambda read: by_group(read(index)))
+    return name

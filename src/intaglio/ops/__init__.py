@@ -2,7 +2,7 @@
 
 from intaglio.ops.attention import Attend, KvWrite
 from intaglio.ops.collective import AllGather, AllReduce, AllToAll, Collective, Grouped, Recv, ReduceScatter, Send
-from intaglio.ops.data import Embed, Select
+from intaglio.ops.data import Embed, Permute, Select
 from intaglio.ops.elementwise import Map
 from intaglio.ops.experts import Experts, Route
 from intaglio.ops.linear import HeadLinear, Linear
@@ -13,6 +13,6 @@ from intaglio.ops.sample import Sample
 
 __all__ = [
     "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "AllToAll", "Attend", "Collective", "Embed", "Experts", "Grouped",
-    "HeadLinear", "KvWrite", "Linear", "Map", "Norm", "Op", "OpError", "Recv", "ReduceScatter", "Rope", "Route",
-    "Sample", "Select", "Send", "Tensor", "Value", "Work",
+    "HeadLinear", "KvWrite", "Linear", "Map", "Norm", "Op", "OpError", "Permute", "Recv", "ReduceScatter", "Rope",
+    "Route", "Sample", "Select", "Send", "Tensor", "Value", "Work",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Data movement: embedding rows in, selecting the rows whose logits are wanted."""
+"""Data movement: embedding rows in, selecting the rows whose logits are wanted, columns in another order."""
 
 from __future__ import annotations
 
@@ -57,3 +57,31 @@ class Select(Op, kind="select"):
 
     def work(self, t: Tensors, batch: Batch) -> Work:
         return Work(0, 0, 0, 2 * t[self.out].nbytes(batch.sizes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Permute(Op, kind="permute"):
+    """out[t, j] = x[t, order[j]]. x f32 [rows, width], order i32 [width], out as x.
+
+    Weights whose columns are grouped by how much they matter (GPTQ's act-order) are kept group by group, and x is
+    brought into their order."""
+
+    x: str = operand()
+    order: str = operand()
+    out: str = result()
+
+    def shapes(self, t: Tensors) -> Results:
+        _, width = self.rows_cols(t, self.x)
+        order = t[self.order]
+        self.check(
+            (order.shape, order.format) == ((width,), "i32"), f"{self.order} is {order.type}; wanted i32[{width}]"
+        )
+        return {self.out: (t[self.x].shape, "f32")}
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        order = v[self.order]
+        assert isinstance(order, np.ndarray)
+        return {self.out: array(v, self.x)[:, order]}
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        return self.moved(t, batch, 0)

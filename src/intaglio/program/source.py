@@ -13,8 +13,9 @@ Knows nothing of files.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from intaglio.program.program import ProgramError
 
 RUN = re.compile(r"\{(\d+)\.\.(\d+)\}")
 CUT = re.compile(r"([rcs])(\d+):(\d+)/(\d+)")
+Reader = Callable[[str], Value]
 AXES = {"r": -2, "c": -1, "s": -3}
 
 
@@ -136,7 +138,38 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
     return x
 
 
-def read(source: str, reader: Callable[[str], Value]) -> Iterator[tuple[str, Value]]:
+def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
+    """As read(), but codes come in the `runs` along its first dimension that a tensor has by its name; whole, if a step
+    turns that dimension or splits it."""
+    for name, steps in expand(source):
+        at = 0
+        for x in runs(name):
+            cut = "s" if len(x.shape) > 2 else "r"  # what moves the first dimension
+            if not isinstance(x, Quantised):
+                yield name, take(x, steps)
+                continue
+            if any(s[0] == "h" or (s == "T" and cut == "r") for s in steps):
+                yield name, take(read(name), steps)
+                break
+            ids = np.arange(at, at + x.shape[0])
+            at += len(ids)
+            kept = _kept(ids, [s for s in steps if s[0] == cut])
+            if kept.any():
+                rows = x if kept.all() else x.each(itemgetter(kept))
+                yield name, take(rows, tuple(s for s in steps if s[0] != cut))
+
+
+def _kept(ids: np.ndarray, steps: Sequence[str]) -> np.ndarray:
+    """Which of these indices of an axis are left when it has been cut."""
+    kept = np.ones(len(ids), bool)
+    for step in steps:
+        _, first, last, of = _cut(step, int(step.rpartition("/")[2]))
+        kept &= (first <= ids % of) & (ids % of < last)
+        ids = ids // of * (last - first) + ids % of - first  # where those that are left stand now
+    return kept
+
+
+def read(source: str, reader: Reader) -> Iterator[tuple[str, Value]]:
     """(tensor name, values) of each tensor of a source, its steps done; `reader` gives a tensor by name."""
     for name, steps in expand(source):
         yield name, take(reader(name), steps)

@@ -303,6 +303,22 @@ class Dequantise(Instruction, engine="VEC", opcode=0x36):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Permute(Instruction, engine="VEC", opcode=0x37):
+    """dst[:, j] = src[:, order[0, j]], f32."""
+
+    dst: Region
+    src: Region
+    order: Region
+    writes = ("dst",)
+
+    def run(self, at: Spaces) -> None:
+        at.write(self.dst, single(at, self.src)[:, at.read(self.order)[0]])
+
+    def cost(self, spec: ChipSpec) -> Cost:
+        return Cost(cycles=float(vector_cycles(spec, self.dst.rows * self.dst.cols)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Map(Instruction, engine="VEC", opcode=0x33):
     """dst = a small stack program over a, b, c (f32, one shape; b and c may have one column, which then stands for
     all), element by element."""

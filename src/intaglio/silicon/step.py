@@ -193,7 +193,7 @@ TIMERS: dict[str, Timer] = {
     "linear": _linear, "head_linear": _head_linear, "attend": _attend, "kv_write": _kv_write, "experts": _experts,
     "all_reduce": _collective, "all_gather": _collective, "reduce_scatter": _collective, "all_to_all": _collective,
     "send": _link, "recv": _link, "norm": _plain, "rope": _plain, "map": _plain, "embed": _plain, "select": _plain,
-    "route": _plain, "sample": _sample,
+    "permute": _plain, "route": _plain, "sample": _sample,
 }  # fmt: skip
 
 

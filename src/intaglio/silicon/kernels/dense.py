@@ -10,7 +10,7 @@ import numpy as np
 from intaglio import formats
 from intaglio.batch import Batch, Sampling
 from intaglio.chips import ChipSpec
-from intaglio.ops import Embed, HeadLinear, Linear, Map, Norm, Rope, Sample, Select, Tensor
+from intaglio.ops import Embed, HeadLinear, Linear, Map, Norm, Permute, Rope, Sample, Select, Tensor
 from intaglio.ops.elementwise import postfix
 from intaglio.silicon import instructions as do
 from intaglio.silicon.kernel import Kernel, Ring, Stream
@@ -309,6 +309,22 @@ def select(b: Board, op: Select, t: Tensors, batch: Batch) -> list[Stream]:
         k.do(do.Store(dst=out.part(rows), src=y))
 
     return by_rows(b, op.site, out.rows, [out.cols], body)
+
+
+@kernel("permute")
+def permute(b: Board, op: Permute, t: Tensors, batch: Batch) -> list[Stream]:
+    x, out = b.at(op.x), b.at(op.out)
+    held: dict[Kernel, list[Region | None]] = {}
+
+    def body(k: Kernel, rings: list[Ring], rows: slice) -> None:
+        (order,) = once(k, b, held, (op.order,))
+        assert order
+        a = load(k, rings[0].next(), x.part(rows))
+        y = rings[1].next().shaped(a.rows, a.cols)
+        k.do(do.Permute(dst=y, src=a, order=order))
+        k.do(do.Store(dst=out.part(rows), src=y))
+
+    return by_rows(b, op.site, out.rows, [x.cols, x.cols], body)
 
 
 def tables(b: Board, k: Kernel, rows: Sequence[Sampling]) -> Callable[[Sampling], dict[str, Region]]:
