@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,12 +21,14 @@ from intaglio.models import Checkpoint, PortError, port
 gguf = pytest.importorskip("gguf")
 safetensors = pytest.importorskip("safetensors.numpy")
 Kind = gguf.GGMLQuantizationType
+GOLDEN = Path(__file__).parent / "golden"
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 64}
 ARCHITECTURES = {
     "llama": {"attention_bias": False, "mlp_bias": False, "rope_parameters": None},
     "qwen2": {},
     "qwen3": {},
 }
+LIMITS = {"F32": 2e-4, "F16": 0.02, "BF16": 0.02}  # of formats that are values: K and V in bf16 but for the first
 BYTES = {"Q4_K": 144, "Q6_K": 210}
 
 
@@ -44,6 +47,11 @@ def name_of(name):
 def permuted(w, heads):
     """The order of rows that convert_hf_to_gguf.py gives q and k of llama."""
     return w.reshape(heads, 2, w.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(w.shape)
+
+
+def in_halves(w, heads):
+    """And back."""
+    return np.ascontiguousarray(w.reshape(heads, w.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(w.shape))
 
 
 def encoded(w, kind, draw):
@@ -83,8 +91,7 @@ def write(path, arch, kind, folder):
             w.add_tensor(name_of(name), blocks, raw_dtype=Kind[kind])
             plain[name] = back
             if turned:
-                own = back.reshape(turned, x.shape[0] // turned // 2, 2, -1).swapaxes(1, 2)
-                plain[name] = np.ascontiguousarray(own.reshape(x.shape))
+                plain[name] = in_halves(back, turned)
         else:
             w.add_tensor(name_of(name), np.ascontiguousarray(y))
             plain[name] = x
@@ -97,7 +104,7 @@ def write(path, arch, kind, folder):
     return folder / "model.gguf", folder / "plain", plain
 
 
-@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_gguf(tmp_path, arch, kind):
     path = tiny(arch, tmp_path / "source", **SIZES, **ARCHITECTURES[arch])
@@ -106,15 +113,36 @@ def test_gguf(tmp_path, arch, kind):
     assert c.names == set(values)
     for name, want in values.items():
         got = c.read(name)
-        assert isinstance(got, Quantised) == (want.ndim == 2 and kind != "F32")
+        assert isinstance(got, Quantised) == (want.ndim == 2 and kind not in LIMITS)
         np.testing.assert_array_equal(got.rows(slice(None)) if isinstance(got, Quantised) else got, want)
-    limit = 2e-4 if kind == "F32" else 0.05
+    limit = LIMITS.get(kind, 0.05)
     wanted = truth(plain, list(range(40)))
     for device in ("reference", "host"):
         assert typical(logits(file, device), wanted) < limit
     held = open_device("host").load(build(port(c)), c, StateSpec(4, 16)).packed_bytes
     assert held < 1.1 * file.stat().st_size
     assert c.identity() == Checkpoint.open(tmp_path).identity()  # the folder of an only GGUF file is that file
+
+
+def test_k_quants_as_llama_cpp_chooses_them(tmp_path):
+    """A file by llama.cpp's own quantiser (scripts/goldens.py), which gguf-py reads but does not write."""
+    c = Checkpoint.open(GOLDEN / "q4_k_m.gguf")
+    config = {**c.config, "model_type": "llama", "dtype": "float32"}
+    blocks = {t.name: t for t in gguf.GGUFReader(GOLDEN / "q4_k_m.gguf").tensors}
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    plain = {}
+    for name in c.names:
+        t = blocks[name_of(name)]
+        x = gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32)
+        turned = heads.get(name.split(".")[-2])
+        plain[name] = in_halves(x, turned) if turned else x
+        got = c.read(name)
+        np.testing.assert_array_equal(got.rows(slice(None)) if isinstance(got, Quantised) else got, plain[name])
+    assert {c.format(n) for n, x in plain.items() if x.ndim == 2} == {"q4_k", "q6_k"}
+    safetensors.save_file(plain, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for device in ("reference", "host"):
+        assert typical(logits(GOLDEN / "q4_k_m.gguf", device), truth(tmp_path, list(range(40)))) < 0.05
 
 
 def test_blocks_packed_on_disk_are_the_same(tmp_path):

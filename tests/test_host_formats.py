@@ -4,18 +4,23 @@ nothing, the published bits and no more in memory, and the same bits whatever th
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from coded import random_codes
 from test_host import EPS, ISAS, PAGE, Bench, _finish, hold, rng  # noqa: F401
+from tiny import tiny
 
 from intaglio import _native, formats
 from intaglio.batch import Chunk, bind
+from intaglio.compiler import build
 from intaglio.devices import ArrayWeights, DeviceError, StateSpec
 from intaglio.devices.host import HostDevice, fill_codes
-from intaglio.ops import Embed, Experts, Linear, Route
+from intaglio.models import Checkpoint, port
+from intaglio.ops import Embed, Experts, Linear, Route, Value
+from intaglio.program.source import names
 
 FORMATS = ["int8g32f16", "int8rowf32", "int4g32f16", "int4g128f32", "int4row", "uint4g32", "uint4g128f16"]
 FORMATS += ["q4_k", "q6_k"]
@@ -112,3 +117,48 @@ def test_many_rows_and_deep(format: str, isa: str, rng: Rng) -> None:  # noqa: F
     ex = HostDevice(2, isa).load(_finish(bench), ArrayWeights(bench.arrays), StateSpec(64, PAGE))
     all_rows = ex.step(bind([Chunk(range(530), 0, range(34), [0])], PAGE), taps=[y]).taps[y]
     np.testing.assert_array_equal(ex.step(few, taps=[y]).taps[y], all_rows[[7, 529, 3]])
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 2, "intermediate_size": 256},
+    "qwen3moe": {"num_hidden_layers": 2, "moe_intermediate_size": 256, "decoder_sparse_step": 1, "head_dim": 64},
+}
+PUBLISHED = [*FORMATS, "fp8g128", "fp8row", "mxfp4"]
+MIXES = 10  # of each of 2 models in 10 formats or more: 200 or more
+
+
+@pytest.mark.parametrize("format", PUBLISHED)
+@pytest.mark.parametrize("family", MODELS)
+def test_a_model_gives_the_same_bits_in_any_mix(tmp_path: Path, family: str, format: str, rng: Rng) -> None:  # noqa: F811
+    """Sequences alone and at once, and the same cut into chunks at random beside random others, on 1 or 2 threads."""
+    c = Checkpoint.open(tiny(family, tmp_path / "model", hidden_size=256, **MODELS[family]))
+    p = build(port(c), format)
+    arrays: dict[str, Value] = {}
+    for t in p.of_role("weight"):
+        for name in (name for source in t.source for name in names(source)):
+            only_read = formats.get(t.format).grouped and formats.get(t.format).published
+            arrays[name] = random_codes(rng, t.format, *c.shape(name)) if only_read else c.read(name)
+    assert any(op.kind == "experts" for op in p.ops) == (family == "qwen3moe")
+    assert format in {t.format for t in p.of_role("weight")}
+    loaded = [HostDevice(n).load(p, ArrayWeights(arrays), StateSpec(12, PAGE)) for n in (1, 2)]
+    texts = [rng.integers(0, 263, int(rng.integers(1, 2 * PAGE))).tolist() for _ in range(6)]
+
+    def run(ex: Any, parts: dict[int, range]) -> np.ndarray:
+        chunks = [
+            Chunk(texts[s][r.start : r.stop], r.start, [2 * s, 2 * s + 1], range(len(r))) for s, r in parts.items()
+        ]
+        logits: np.ndarray = ex.step(bind(chunks, PAGE), logits=True).logits
+        return logits
+
+    alone = [run(loaded[0], {s: range(len(text))}) for s, text in enumerate(texts)]
+    assert all(np.isfinite(x).all() for x in alone)
+    for mix in range(MIXES):
+        left = {s: 0 for s in rng.permutation(6)[: rng.integers(2, 7)].tolist()}
+        while left:
+            picked = rng.permutation(list(left))[: rng.integers(1, len(left) + 1)].tolist()
+            parts = {s: range(left[s], int(rng.integers(left[s], len(texts[s]))) + 1) for s in picked}
+            got = run(loaded[mix % 2], parts)
+            for s, r in parts.items():
+                np.testing.assert_array_equal(got[: len(r)], alone[s][r.start : r.stop])
+                got, left[s] = got[len(r) :], r.stop
+            left = {s: at for s, at in left.items() if at < len(texts[s])}

@@ -46,7 +46,7 @@ EXPONENTS: dict[str, tuple[type, int]] = {
 }
 PLAIN = {"F32": "f32", "BF16": "bf16", "F16": "f16"}  # the formats of tensors that are no codes
 CHUNK = 1 << 18  # values checked at a time: 0.5 to 1 MB, so that the second look is in cache
-STRIP = 1 << 20  # codes made at a time, at least: with what they are made of they take some MB
+STRIP = 1 << 18  # codes made at a time, at least: with what they are made of they take 1 to 3 MB
 ROWS = 128  # a run has a multiple of these: whole blocks of scales, and whole panels of those who pack them
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
 INDEX = "model.safetensors.index.json"

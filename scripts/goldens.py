@@ -1,0 +1,101 @@
+"""Writes tests/golden's quantised checkpoints, each by the library its format comes from: python scripts/goldens.py.
+
+GPTQ with act-order by gptqmodel 7.7.0, AWQ by autoawq 0.2.9, K-quants by llama.cpp (llama-cpp-python 0.3.36). These are
+no test dependencies: gptqmodel wants a newer torch than ours, autoawq is no longer kept. What the first two dequantise
+their matrices to stands beside each checkpoint, rounded to f16. Source: one random layer, tied, in f16.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "tie_word_embeddings": True}
+GROUP = 32
+
+
+def source(folder: Path) -> Path:
+    from tiny import tiny
+
+    return tiny("llama", folder / "source", "float16", attention_bias=False, mlp_bias=False, **SIZES)
+
+
+def keep(
+    name: str, config: dict[str, object], tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor]
+) -> None:
+    """A checkpoint, and beside it what its matrices stand for."""
+    folder = GOLDEN / name
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    save_file({n: x.contiguous() for n, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file({n: x.half().contiguous() for n, x in values.items()}, GOLDEN / f"{name}.values.safetensors")
+
+
+def write_gptq(folder: Path) -> None:
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from safetensors.torch import load_file
+
+    model = GPTQModel.load(str(source(folder)), QuantizeConfig(bits=4, group_size=GROUP, desc_act=True, sym=False))
+    draw = torch.Generator().manual_seed(1)
+    texts = [torch.randint(0, 256, (64,), generator=draw).tolist() for _ in range(16)]
+    model.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in texts], batch_size=1)
+    model.save(str(folder / "gptq"))
+    values = {}
+    read = GPTQModel.load(str(folder / "gptq"), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
+    for name, m in read.model.named_modules():
+        if isinstance(m, TorchLinear):
+            m.scales = m.scales.float()
+            values[f"{name}.weight"] = m.dequantize_weight().T
+    config = json.loads((folder / "gptq" / "config.json").read_text())
+    config["quantization_config"].pop("meta", None)  # the settings of the run, among them paths
+    keep("gptq-act-order", config, load_file(folder / "gptq" / "model.safetensors"), values)
+
+
+def write_awq(folder: Path) -> None:
+    from awq.models._config import AwqConfig
+    from awq.modules.linear.gemm import WQLinear_GEMM
+    from awq.quantize.quantizer import AwqQuantizer
+    from awq.utils.packing_utils import dequantize_gemm
+    from transformers import AutoModelForCausalLM
+
+    path = source(folder)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16)
+    rounds = object.__new__(AwqQuantizer)  # of which one function is wanted, and no search for scales of activations
+    rounds.group_size, rounds.zero_point, rounds.w_bit = GROUP, True, 4
+    values, tensors = {}, dict(model.state_dict())
+    del tensors["lm_head.weight"]
+    for name, m in model.model.named_modules(prefix="model"):
+        if isinstance(m, torch.nn.Linear):
+            m.weight.data, scales, zeros = rounds.pseudo_quantize_tensor(m.weight.data)
+            packed = WQLinear_GEMM.from_linear(m, 4, GROUP, False, scales.T.contiguous(), zeros.T.contiguous())
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{n}": x for n, x in packed.state_dict().items()}
+            args = packed.qweight, packed.qzeros, packed.scales.float(), 4, GROUP
+            values[f"{name}.weight"] = dequantize_gemm(*args).T
+    config = json.loads((path / "config.json").read_text())
+    keep("awq", config | {"quantization_config": AwqConfig(q_group_size=GROUP).to_transformers_dict()}, tensors, values)
+
+
+def write_k_quants(folder: Path) -> None:
+    from checkpoints import Shape, write_gguf, write_random
+
+    shape = Shape(256, 1, 4, 2, 64, 256, 263)
+    shutil.copy(write_gguf(write_random(folder / "k", shape), "Q4_K_M", 1), GOLDEN / "q4_k_m.gguf")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    sys.path += [str(ROOT / "tests"), str(ROOT / "bench")]
+    with tempfile.TemporaryDirectory() as folder:
+        for write in (write_gptq, write_awq, write_k_quants):
+            write(Path(folder))
