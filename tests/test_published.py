@@ -123,6 +123,13 @@ INT4 = {"weights": weights(4, "group", 64)}
 SCHEMES = {  # of compressed-tensors: weights, the dtype of scales, its name where the library would take another
     "fp8 rows": (weights(8, "channel", type="float"), "bfloat16", "fp8row"),
     "fp8 tensor": (weights(8, "tensor", type="float"), "float32", "fp8row"),
+    "fp8 groups": (weights(8, "group", 64, type="float"), "float16", "fp8g64"),
+    "fp8 blocks by compressed-tensors": (
+        weights(8, "block", type="float") | {"block_structure": [128, 128]},
+        "bfloat16",
+        "fp8g128",
+    ),
+    "mxfp4 rows": (weights(4, "group", 32, type="float"), "bfloat16", "mxfp4"),
     "int8 rows": (weights(8, "channel"), "bfloat16", "int8row", "int-quantized"),
     "int8 rows f32": (weights(8, "channel"), "float32", "int8rowf32", "int-quantized"),
     "int8 groups f16": (weights(8, "group", 64), "float16", "int8g64f16"),
@@ -205,10 +212,12 @@ def test_published_matrices(tmp_path, monkeypatch, kind):
         assert held == format and c.shape(name) == tuple(want.shape)
         assert torch.equal(torch.from_numpy(got).to(want.dtype), want)  # libraries round what they dequantise
     wanted = truth(plain, list(range(40)))
-    limit = 0.05 if "int" in format else 0.02  # activations in int8; or in bf16, as K, V and the library's values are
+    limit = (
+        0.05 if formats.get(format).integer else 0.02
+    )  # activations in int8; or in bf16, as K, V and the library's values are
     for device in ("reference", "host"):
         assert error(logits(coded, device), wanted) < limit
-    if format != "int8row" and "int" in format:  # and quantised anew, if asked for
+    if formats.get(format).published:  # and quantised anew, if asked for
         assert error(logits(coded, "host", weights="int8"), wanted) < 0.06
     held = open_device("host").load(build(p), c, StateSpec(4, 16)).packed_bytes
     assert held < 1.1 * sum(f.stat().st_size for f in coded.glob("*.safetensors"))
@@ -387,7 +396,7 @@ def test_latent_projections_by_head_leave_their_codes(tmp_path):
         ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not read; known are fp8, mxfp4"),
         ({"quant_method": "gptq", "bits": 3}, "GPTQ with bits=3; 4 are read"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version='gemv'; 4 and 'gemm'"),
-        (scheme(4, "group", 32, type="float"), "weights of 4 bits, type 'float', strategy 'group' are not read"),
+        (scheme(4, "group", 16, type="float"), "weights of 4 bits, type 'float', strategy 'group' are not read"),
         (scheme(8, "block"), "strategy 'block' are not read"),
     ],
 )

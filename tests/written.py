@@ -39,9 +39,14 @@ def by_compressed_tensors(source: Path, folder: Path, weights: dict[str, Any], f
     apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
     modules = {n: m for n, m in model.named_modules() if is_module_quantized(m)}
     for m in modules.values():
-        parts = m.weight.data.reshape(*{"tensor": (1,)}.get(weights["strategy"], (len(m.weight),)), -1)
-        parts = parts.reshape(len(parts), -1, weights.get("group_size") or parts.shape[1])
-        scale, zero = calculate_qparams(parts.amin(dim=2), parts.amax(dim=2), m.quantization_scheme.weights)
+        n, k = m.weight.shape
+        high, wide = {  # of what shares a scale
+            "tensor": (n, k), "channel": (1, k), "group": (1, weights["group_size"]),
+            "block": weights.get("block_structure"),
+        }[weights["strategy"]]  # fmt: skip
+        parts = m.weight.data.reshape(n // high, high, k // wide, wide)
+        least, most = parts.amin(dim=(1, 3)), parts.amax(dim=(1, 3))
+        scale, zero = calculate_qparams(least, most, m.quantization_scheme.weights)
         m.weight_scale.data.copy_(scale.reshape(m.weight_scale.shape))
         m.weight_zero_point.data.copy_(zero.reshape(m.weight_zero_point.shape))
     compressor = ModelCompressor.from_pretrained_model(model, format)

@@ -159,14 +159,33 @@ def _mxfp4(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
             raise PortError(f"{base}_blocks is {stored.shapes[base + '_blocks']}; wanted experts, rows, groups, 16")
 
         def decode(read: Reader, base: str = base) -> Quantised:
-            codes = TWICE_E2M1[_nibbles(read(base + "_blocks"))]
-            scales = np.ldexp(np.float32(0.5), read(base + "_scales").astype(np.int32) - 127).astype(np.float32)
-            return Quantised(codes.reshape(*codes.shape[:-2], -1), scales, 32)
+            blocks = read(base + "_blocks")
+            return _e2m1(blocks.reshape(*blocks.shape[:-2], -1), read(base + "_scales"))
 
         shape = (*lead[:-1], groups * 32, lead[-1])
         parts = {base + "_blocks": Part(), base + "_scales": Part()}
         out[base] = Coded("mxfp4", shape, parts, decode, turned=True)
     return out
+
+
+def _mxfp4_rows(stored: Stored) -> dict[str, Coded]:
+    """The same of single matrices, not turned: weight_packed U8 [N, K / 2], weight_scale U8 [N, K / 32]."""
+    out = {}
+    for base in _bases(stored, ".weight_packed"):
+        packed, scale = base + ".weight_packed", base + ".weight_scale"
+        n, half = stored.shapes[packed]
+
+        def decode(read: Reader, packed: str = packed, scale: str = scale) -> Quantised:
+            return _e2m1(read(packed), read(scale))
+
+        out[base + ".weight"] = Coded("mxfp4", (n, half * 2), {packed: Part(), scale: Part()}, decode)
+    return out
+
+
+def _e2m1(bytes: np.ndarray, exponents: np.ndarray) -> Quantised:
+    """[.., N, K / 2] pairs of E2M1 codes and [.., N, K / 32] powers of two: whole codes, twice the value."""
+    scales = np.ldexp(np.float32(0.5), exponents.astype(np.int32) - 127).astype(np.float32)
+    return Quantised(TWICE_E2M1[_nibbles(bytes)], scales, 32)
 
 
 def _nibbles(x: np.ndarray) -> np.ndarray:
@@ -182,7 +201,8 @@ def _scaled(kind: str, group: int, dtype: str) -> str:
 
 
 def _compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """compressed-tensors: pack-quantized (words of codes above their offset), int-quantized, float-quantized."""
+    """compressed-tensors: pack-quantized (words of codes above their offset), int-quantized, float-quantized (as FP8
+    otherwise), mxfp4-pack-quantized."""
     out: dict[str, Coded] = {}
     known: dict[bytes, str] = {}
     groups = list((q.get("config_groups") or {}).values())
@@ -191,8 +211,10 @@ def _compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
         raise PortError("config.json: config_groups quantise weights in several ways; one way for all is read")
     s = settings[0] if settings else {}
     bits, group = int(s.get("num_bits", 8)), int(s.get("group_size") or ROW)
-    floats = s.get("type") == "float"
-    if bits not in (4, 8) or (floats and bits == 4) or s.get("strategy") not in ("tensor", "channel", "group"):
+    if s.get("type") == "float" and (bits == 8 or (bits, group) == (4, 32)):
+        blocks = {"block": s.get("block_structure"), "group": (1, group)}.get(s.get("strategy", ""))
+        return _mxfp4_rows(stored) if bits == 4 else _fp8(stored, {"weight_block_size": blocks})
+    if bits not in (4, 8) or s.get("type") == "float" or s.get("strategy") not in ("tensor", "channel", "group"):
         raise PortError(
             f"config.json: weights of {bits} bits, type {s.get('type')!r}, strategy {s.get('strategy')!r} are not read"
         )
@@ -208,7 +230,7 @@ def _compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
             raise PortError(f"{base}.weight_packed has no weight_shape beside it")
         dtype = stored.dtypes[base + ".weight_scale"]
         uneven = bool(zero) and not s.get("symmetric", True)
-        format = "fp8row" if floats else _scaled("uint4" if uneven else f"int{bits}", group, dtype)
+        format = _scaled("uint4" if uneven else f"int{bits}", group, dtype)
         if uneven and bits == 8:
             raise PortError(f"{zero}: int8 weights with zero points are not read")
 
