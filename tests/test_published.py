@@ -251,13 +251,20 @@ def test_checkpoints_of_libraries_that_are_not_here(tmp_path, name):
         assert error(logits(GOLDEN / name, device), truth(plain, list(range(40)))) < 0.05
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2", "tp2sp", "pp2"])
 def test_columns_in_order_on_a_mesh(tmp_path, layout):
     """What is cut is gathered before its columns change places."""
     encode, config, _ = PACKED["gptq act-order"]
     coded, _, _ = quantised(tiny("llama", tmp_path / "source", **SIZES), tmp_path, encode, config)
     c = Checkpoint.open(coded)
-    ex = MeshDevice(open_device("host")).load(build_mesh(port(c), layout), c, StateSpec(4, 16))
+    programs = build_mesh(port(c), layout)
+    if layout != "pp2":
+        rows = [
+            [int(p.tensors[f"layers.0.mlp.{n}.weight"].shape[0]) for p in programs]
+            for n in ("gate_up_proj", "down_proj")
+        ]
+        assert sum(rows[0]) == 2 * 384 and rows[1] == [256, 256]
+    ex = MeshDevice(open_device("host")).load(programs, c, StateSpec(4, 16))
     got = ex.step(bind([Chunk(range(40), 0, range(4), range(40))], 16), logits=True).logits
     assert error(got, logits(coded, "host")) < 0.02  # sums in other orders round activations to int8 otherwise
 

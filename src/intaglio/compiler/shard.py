@@ -131,7 +131,7 @@ def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
 
 def plan_columns(p: Program, x: str, lanes: int, plan: Plan) -> None:
     """Cut the projections that x is made of, element by element, if it is made of nothing else."""
-    found, width = roots(p, x, (Map,)), int(p.tensors[x].shape[1])
+    found, width = roots(p, x, (Map, Permute)), int(p.tensors[x].shape[1])
     if found and width >= lanes and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
         plan |= dict.fromkeys(found, cut(width, lanes))
 
