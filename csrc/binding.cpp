@@ -75,9 +75,10 @@ const std::map<std::string, Fmt> kFormats = {
     {"mxfp4", Fmt::MX4}, {"q4_k", Fmt::K4}, {"q6_k", Fmt::K6}, {"fp8", Fmt::FP8}};
 const std::map<std::string, Source> kSources = {{"f32", Source::F32}, {"f16", Source::F16}, {"bf16", Source::BF16}};
 const std::map<std::string, Kind> kKinds = {
-    {"embed", Kind::Embed}, {"select", Kind::Select}, {"permute", Kind::Permute}, {"norm", Kind::Norm}, {"linear", Kind::Linear}, {"rope", Kind::Rope},
-    {"kv_write", Kind::KvWrite}, {"attend", Kind::Attend}, {"map", Kind::Map}, {"sample", Kind::Sample},
-    {"route", Kind::Route}, {"experts", Kind::Experts}, {"head_linear", Kind::HeadLinear}, {"exchange", Kind::Exchange}};
+    {"embed", Kind::Embed}, {"select", Kind::Select}, {"permute", Kind::Permute}, {"norm", Kind::Norm},
+    {"linear", Kind::Linear}, {"rope", Kind::Rope}, {"kv_write", Kind::KvWrite}, {"attend", Kind::Attend},
+    {"map", Kind::Map}, {"sample", Kind::Sample}, {"route", Kind::Route}, {"experts", Kind::Experts},
+    {"head_linear", Kind::HeadLinear}, {"exchange", Kind::Exchange}};
 
 // A family of intaglio.formats: codes, "row" if a row has one scale, and what scales are kept in where it is not bf16.
 Format format_of(const std::string& family) {
