@@ -80,12 +80,18 @@ def describe(model: str) -> dict[str, Any]:
     }
 
 
+EVENT = {
+    "type": "object", "description": "One event of the stream: a chunk as JSON, or [DONE].", "required": ["data"],
+    "properties": {"data": {"type": "string"}},
+}  # fmt: skip
+
+
 def _post(summary: str, bodies: tuple[type[BaseModel], ...], fields: dict[str, str]) -> dict[str, Any]:
     refs = [{"$ref": f"#/components/schemas/{body.__name__}"} for body in bodies]
     schema = refs[0] if len(refs) == 1 else {"anyOf": refs}
     content: dict[str, Any] = {"application/json": {"schema": _object(fields)}}
     if "choices" in fields:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": EVENT}
     good = {"200": {"description": "The answer.", "content": content}} if fields else {}
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
     return {"summary": summary, "requestBody": body, "responses": {**good, **_refusals(*REFUSALS)}}
