@@ -120,13 +120,14 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
         table += [-1] * (width - len(blocks))
         sampling += [c.sampling] * len(c.rows) if isinstance(c.sampling, Sampling) else c.sampling
     # one array for all: at batch 1 the calls to NumPy cost more than what they do
-    parts = (tokens, positions, slots, first_row, q_len, context_len, table, rows)
-    whole = np.array([*chain.from_iterable(parts)], np.int32)
-    ends = [0, *accumulate(map(len, parts))]
-    columns = [whole[begin:end] for begin, end in pairwise(ends)]
-    columns[6] = columns[6].reshape(len(chunks), width)
-    names = ("tokens", "positions", "slots", "first_row", "q_len", "context_len", "block_table", "rows")
-    arrays: dict[str, Any] = dict(zip(names, columns, strict=True))
+    parts = {
+        "tokens": tokens, "positions": positions, "slots": slots, "first_row": first_row, "q_len": q_len,
+        "context_len": context_len, "block_table": table, "rows": rows,
+    }  # fmt: skip
+    whole = np.array([*chain.from_iterable(parts.values())], np.int32)
+    ends = pairwise([0, *accumulate(map(len, parts.values()))])
+    arrays: dict[str, Any] = {name: whole[begin:end] for name, (begin, end) in zip(parts, ends, strict=True)}
+    arrays["block_table"] = arrays["block_table"].reshape(len(chunks), width)
     return Batch(**arrays, block_size=block_size, sampling=tuple(sampling))
 
 
