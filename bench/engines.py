@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import multiprocessing
 import os
 import random
@@ -195,20 +194,14 @@ class LlamaCpp:
         return seconds
 
     def fill(self, lengths: Sequence[int], steps: int) -> None:
-        """One prompt is computed and its state copied to all: the others' values make no difference to time."""
-        api, self.lengths = self.api, lengths
+        """The same prompts as Intaglio's, for after copies of one most sequences would go to the same experts."""
+        self.lengths = lengths
         self._open(len(lengths), max(lengths) + steps)
-        api.llama_memory_clear(self.memory, False)
-        batches = self._prompt_batches(prompt(max(lengths), self.vocabulary))
-        self._seconds(batches)
-        self._free(batches)
-        size = api.llama_state_seq_get_size(self.context, 0)
-        state = (ctypes.c_uint8 * size)()
-        api.llama_state_seq_get_data(self.context, state, size, 0)
-        for s in range(1, len(lengths)):
-            if not api.llama_state_seq_set_data(self.context, state, size, s):
-                raise RuntimeError(f"llama.cpp could not copy the state to sequence {s}")
-        self._rewind()
+        self.api.llama_memory_clear(self.memory, False)
+        for s, n in enumerate(lengths):
+            batches = self._prompt_batches(prompt(n, self.vocabulary), s)
+            self._seconds(batches)
+            self._free(batches)
         self.steps = [
             self._batch([(decode_token(k, s, len(lengths)), n + k, s, True) for s, n in enumerate(lengths)])
             for k in range(steps)
@@ -251,8 +244,8 @@ class LlamaCpp:
         for s, n in enumerate(self.lengths):
             self.api.llama_memory_seq_rm(self.memory, s, n, -1)
 
-    def _prompt_batches(self, ids: Sequence[int], every: bool = False) -> list[Any]:
-        rows = [(t, i, 0, every or i == len(ids) - 1) for i, t in enumerate(ids)]
+    def _prompt_batches(self, ids: Sequence[int], sequence: int = 0, every: bool = False) -> list[Any]:
+        rows = [(t, i, sequence, every or i == len(ids) - 1) for i, t in enumerate(ids)]
         return [self._batch(rows[at : at + PEER_BATCH]) for at in range(0, len(rows), PEER_BATCH)]
 
     def _batch(self, rows: Sequence[tuple[int, int, int, bool]]) -> Any:
@@ -310,10 +303,12 @@ class Torch:
 
     def fill(self, lengths: Sequence[int], steps: int) -> None:
         torch, longest = self.torch, max(lengths)
-        ids = torch.tensor([prompt(longest, self.vocabulary)])
-        self.cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-        self.cache.batch_repeat_interleave(len(lengths))
         held = torch.arange(longest + steps)[None] >= longest - torch.tensor(lengths)[:, None]
+        self.cache = self.model(
+            input_ids=torch.tensor([[0] * (longest - n) + prompt(n, self.vocabulary) for n in lengths]),
+            position_ids=(torch.arange(longest)[None] - longest + torch.tensor(lengths)[:, None]).clamp(0),
+            attention_mask=held[:, :longest].long(), use_cache=True, logits_to_keep=1,
+        ).past_key_values  # fmt: skip
         self.steps = [
             {
                 "input_ids": torch.tensor([[decode_token(k, s, len(lengths))] for s in range(len(lengths))]),

@@ -1,6 +1,7 @@
 """The host device against llama.cpp and PyTorch: one random checkpoint, the same threads, turns taken at every row.
 
-All numbers are measured here, medians over the runs; ratios above 1 mean that Intaglio is faster or smaller.
+All numbers are measured here, medians over the runs; ratios above 1 mean that Intaglio is faster or smaller. A ratio is
+the median of the runs' ratios: a shared machine's memory may be half as fast again for some seconds, and then not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -45,6 +46,7 @@ MEMORY = {
 }  # fmt: skip
 AGREE = 0.05  # relative difference of bf16 logits that rounding explains, with room to spare
 PAUSE = 0.03  # seconds: OpenMP's threads go on spinning for some ms after their work is done
+ROUNDS = 3  # times that engines too large to be in memory together take turns
 SETTLE = 0.3  # seconds until a new process has found its core
 PROMPT = 32  # tokens of the prompt that engines must agree on
 
@@ -79,11 +81,16 @@ class Result:
     unit: str  # tok/s, s, MB, or "of quiet": times as long as without the other process
     tokens: int = 1
     samples: dict[str, list[float]] = field(default_factory=dict)
-    bound: float | None = None  # by the read stream measured between the samples
+    bounds: list[float] = field(default_factory=list)  # run by run, by the read stream around Intaglio's sample
     bound_by: str = ""
 
     def middle(self, engine: str) -> float | None:
         return median(self.samples[engine]) if self.samples.get(engine) else None
+
+    def over_ours(self, seconds: Sequence[float]) -> float | None:
+        """How many times Intaglio's sample of the same run, the median."""
+        ours = self.samples.get("intaglio", [])
+        return median(x / y for x, y in zip(seconds, ours, strict=True)) if ours and seconds else None
 
     def shown(self, sample: float | None) -> str:
         if sample is None:
@@ -94,13 +101,13 @@ class Result:
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
     def ratio(self, peer: str) -> str:
-        ours, theirs = self.middle("intaglio"), self.middle(peer)
-        return f"{theirs / ours:.2f}x" if ours and theirs else "-"
+        found = self.over_ours(self.samples.get(peer, []))
+        return f"{found:.2f}x" if found else "-"
 
     def cells(self) -> list[str]:
-        ours = self.middle("intaglio")
-        share = f"{self.bound / ours:.0%} {self.bound_by}" if self.bound and ours else ""
-        bound = self.shown(self.bound) if self.bound else ""
+        found = self.over_ours(self.bounds)
+        share = f"{found:.0%} {self.bound_by}" if found else ""
+        bound = self.shown(median(self.bounds)) if self.bounds else ""
         values = [self.shown(self.middle(e)) for e in ENGINES]
         return [
             self.label,
@@ -170,19 +177,22 @@ def megabytes(size: int) -> int:
 
 
 def take_turns(
-    workers: Sequence[Worker], method: str, *arguments: Any, runs: int, also: Callable[[], object]
-) -> dict[str, list[float]]:
-    """`runs` samples of each, one after the other in every run, and `also` called in each; the first round warms up
-    and is not counted."""
+    workers: Sequence[Worker], method: str, *arguments: Any, runs: int, stream: Callable[[], float]
+) -> tuple[dict[str, list[float]], list[float]]:
+    """`runs` samples of each, one after the other in every run, and of the read stream around Intaglio's, before and
+    after; the first round warms up and is not counted."""
     samples: dict[str, list[float]] = {w.name: [] for w in workers}
+    streams = []
     for run in range(runs + 1):
-        also()
         for w in workers:
+            before = stream() if w.name == "intaglio" else None
             time.sleep(PAUSE)
             sample = w(method, *arguments)
             if run:
                 samples[w.name].append(sample)
-    return samples
+            if run and before:
+                streams.append((before + stream()) / 2)
+    return samples, streams
 
 
 def slowed(workers: Sequence[Worker], method: str, runs: int) -> dict[str, list[float]]:
@@ -209,14 +219,16 @@ class Session:
         self.results: list[Result] = []
         self.answers: dict[str, np.ndarray] = {}  # logits by engine
         self.touched: dict[Row, dict[str, float]] = {}  # the share of its experts that a step reads, by site
-        self.streams: dict[Row, list[float]] = {}  # bytes/s of the read stream, one sample a turn
+        self.streams: dict[Row, list[float]] = {}  # bytes/s of the read stream, run by run
         self.device = HostDevice(args.threads)
         self.program = compiled(folder, format)
 
     def measure(self, measured: Roofs) -> None:
-        groups = [list(self.engines)] if self._fit_together() else [[e] for e in self.engines]
-        if len(groups) > 1:
-            say("  too large to be in memory together: one engine after the other, runs not interleaved")
+        together = self._fit_together()
+        groups = [list(self.engines)] if together else [[e] for e in self.engines] * ROUNDS
+        runs = self.args.runs if together else -(-self.args.runs // ROUNDS)
+        if not together:
+            say(f"  too large to be in memory together: loaded in turns, {ROUNDS} times, {runs} runs each time")
         units = {row: "of quiet" if row.phase == "busy" else "tok/s" for row in self.rows}
         results = {row: Result(self.shape, self.format, row.label, units[row], row.tokens) for row in self.rows}
         for names in groups:
@@ -227,32 +239,37 @@ class Session:
                     self.answers[w.name] = w("logits", prompt(PROMPT, SHAPES[self.shape].vocabulary))
                 for row, result in results.items():
                     say(f"  {self.format} {row.label}: {', '.join(names)}")
-                    result.samples |= self._samples(workers, row)
+                    for name, samples in self._samples(workers, row, runs).items():
+                        result.samples.setdefault(name, []).extend(samples)
         for row, result in results.items():
-            if row.phase != "busy":
-                roofs = replace(measured, bandwidth=lambda _, row=row: median(self.streams[row]))
+            for stream in self.streams.get(row, []):
+                roofs = replace(measured, bandwidth=lambda _, stream=stream: stream)
                 touched = self.touched.get(row, {})
-                result.bound, result.bound_by = bound(self.program, self._batches(row), roofs, touched)
+                seconds, result.bound_by = bound(self.program, self._batches(row), roofs, touched)
+                result.bounds.append(seconds)
         self.results += results.values()
         if "memory" in self.args.phase:
             self.results += self._memory()
 
-    def _samples(self, workers: Sequence[Worker], row: Row) -> dict[str, list[float]]:
+    def _samples(self, workers: Sequence[Worker], row: Row, runs: int) -> dict[str, list[float]]:
         if row.phase == "prefill":
-            runs, length = self.args.runs, row.lengths[0]
-            return take_turns(workers, "prefill", length, runs=runs, also=lambda: self._stream(row))
+            return self._turns(workers, row, runs, "prefill", row.lengths[0])
         for w in workers:
             w("fill", row.lengths, self.steps)
             if w.name == "intaglio":
                 self.touched[row] = w("touched")
         if row.phase == "busy":
-            return slowed(workers, "decode", runs=self.args.runs)
-        return take_turns(workers, "decode", runs=self.args.runs, also=lambda: self._stream(row))
+            return slowed(workers, "decode", runs)
+        return self._turns(workers, row, runs, "decode")
 
-    def _stream(self, row: Row) -> None:
-        """Measure the read stream between the samples: on a shared machine it moves within a minute."""
-        size = max(moved(self.program, batch) for batch in self._batches(row))
-        self.streams.setdefault(row, []).append(read_stream(self.device, megabytes(size)))
+    def _turns(
+        self, workers: Sequence[Worker], row: Row, runs: int, method: str, *arguments: Any
+    ) -> dict[str, list[float]]:
+        size = megabytes(max(moved(self.program, batch) for batch in self._batches(row)))
+        stream = partial(read_stream, self.device, size)
+        samples, streams = take_turns(workers, method, *arguments, runs=runs, stream=stream)
+        self.streams.setdefault(row, []).extend(streams)
+        return samples
 
     def _batches(self, row: Row) -> Iterator[Batch]:
         """What Intaglio runs for one sample's unit: a whole prompt, or one step."""
