@@ -155,25 +155,39 @@ struct Edits {
   }
 };
 
+// How rows are drawn, but for their positions and edits.
+struct Draws {
+  std::vector<Draw> draws;
+
+  // numbers [rows, 4]: temperature, top_p, min_p, top_k.
+  Draws(nb::ndarray<const float, nb::shape<-1, 4>, nb::c_contig, nb::device::cpu> numbers,
+        nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> seeds) {
+    if (numbers.shape(0) != seeds.size()) throw std::invalid_argument("one seed a row");
+    for (size_t i = 0; i < seeds.size(); i++) {
+      const float* p = numbers.data() + 4 * i;
+      draws.push_back({p[0], p[1], p[2], int32_t(p[3]), seeds.data()[i], 0});
+    }
+  }
+};
+
 // Results by tensor, to be copied out [rows, columns].
 using Outs = std::vector<std::tuple<int, nb::ndarray<nb::c_contig, nb::device::cpu>>>;
 
-void step(Executable& self, Ints tokens, Ints positions, Ints slots, Ints first_row, Ints q_len, Ints context_len,
-          Ints block_table, Ints rows, Floats sampling, nb::ndarray<const uint64_t, nb::c_contig, nb::device::cpu> seeds,
-          const Edits* edits, const std::vector<std::tuple<int, int, Floats>>& taps,
-          std::optional<nb::ndarray<double, nb::c_contig>> seconds, int first, int last, const Outs& outs) {
-  const int64_t r = int64_t(rows.size());
-  if (int64_t(sampling.size()) != 4 * r || int64_t(seeds.size()) != r) throw std::invalid_argument("one sampling row a wanted row");
-  std::vector<Draw> draws;
-  for (int64_t i = 0; i < r; i++) {
-    const float* p = sampling.data() + 4 * i;
-    Draw d{p[0], p[1], p[2], int32_t(p[3]), seeds.data()[i], positions.data()[rows.data()[i]] + int64_t(1)};
-    draws.push_back(d);
-  }
+// numbers: tokens, positions, slots [t]; first_row, q_len, context_len [s]; rows [r]; block_table [s, columns]; and counts
+// are t, s, r and columns.
+void step(Executable& self, Ints numbers, const std::array<int64_t, 4>& counts, const Draws& given, const Edits* edits,
+          const std::vector<std::tuple<int, int, Floats>>& taps, std::optional<nb::ndarray<double, nb::c_contig>> seconds,
+          int first, int last, const Outs& outs) {
+  const auto [t, s, r, columns] = counts;
+  if (t < 0 || s < 0 || r < 0 || columns < 0 || int64_t(numbers.size()) != 3 * (t + s) + r + s * columns)
+    throw std::invalid_argument("numbers and counts are of different batches");
+  if (int64_t(given.draws.size()) != r) throw std::invalid_argument("one draw a wanted row");
+  const int32_t *tokens = numbers.data(), *sequences = tokens + 3 * t, *rows = sequences + 3 * s;
+  std::vector<Draw> draws = given.draws;
   if (edits) edits->apply(draws);
-  StepInputs in{tokens.data(), positions.data(), slots.data(), first_row.data(), q_len.data(), context_len.data(),
-                block_table.data(), rows.data(), int64_t(tokens.size()), int64_t(first_row.size()), r,
-                int64_t(block_table.shape(1)), draws.data()};
+  StepInputs in{tokens, tokens + t, tokens + 2 * t, sequences, sequences + s, sequences + 2 * s, rows + r, rows, t, s, r, columns, draws.data()};
+  for (int64_t i = 0; i < r; i++)  // a row out of range is refused before anything is drawn
+    draws[size_t(i)].position = rows[i] >= 0 && rows[i] < t ? in.positions[rows[i]] + int64_t(1) : 0;
   std::vector<Tap> wanted;
   for (auto& [op, tensor, out] : taps) wanted.push_back({op, tensor, out.data()});
   double* times = seconds ? seconds->data() : nullptr;
@@ -255,6 +269,9 @@ NB_MODULE(_native, m) {
       .def("__init__", [](Edits* self, Ints first, Ints ids, Floats scale, Floats add, Ints mask_of, decltype(Edits::masks) masks) {
              new (self) Edits{first, ids, scale, add, mask_of, masks};
            }, "first"_a, "ids"_a, "scale"_a, "add"_a, "mask_of"_a, "masks"_a);
+  nb::class_<Draws>(m, "Draws")
+      .def(nb::init<nb::ndarray<const float, nb::shape<-1, 4>, nb::c_contig, nb::device::cpu>,
+                    nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(), "numbers"_a, "seeds"_a);
   nb::class_<Executable>(m, "Executable")
       .def("__init__", [](Executable* self, const std::string& isa, int threads, int page, std::array<int64_t, 4> limits) {
              new (self) Executable(kernels_of(isa), threads, page, {limits[0], limits[1], limits[2], limits[3]});
@@ -285,8 +302,8 @@ NB_MODULE(_native, m) {
              e.add_op({lookup(kKinds, kind, "op"), std::move(tensors), std::move(ints), std::move(floats), std::move(code),
                        std::move(numbers)});
            }, "kind"_a, "tensors"_a, "ints"_a, "floats"_a, "code"_a, "numbers"_a)
-      .def("step", &step, "tokens"_a, "positions"_a, "slots"_a, "first_row"_a, "q_len"_a, "context_len"_a, "block_table"_a,
-           "rows"_a, "sampling"_a, "seeds"_a, "edits"_a.none(), "taps"_a, "seconds"_a.none(), "first"_a, "last"_a, "outs"_a)
+      .def("step", &step, "numbers"_a, "counts"_a, "draws"_a, "edits"_a.none(), "taps"_a, "seconds"_a.none(), "first"_a, "last"_a,
+           "outs"_a)
       .def("copy_out", [](const Executable& e, int tensor, int64_t rows, nb::ndarray<nb::c_contig, nb::device::cpu> out) {
              e.copy_out(tensor, rows, out.data());
            })

@@ -99,8 +99,9 @@ def writes_to_another_slot(engine: Engine) -> None:
     step = engine.executable.step
 
     def broken(batch, **kwargs):  # type: ignore[no-untyped-def]
-        slots = np.where(batch.positions == 5, batch.slots - 1, batch.slots)
-        return step(replace(batch, slots=slots), **kwargs)
+        other = replace(batch, numbers=batch.numbers.copy())
+        other.slots[batch.positions == 5] -= 1
+        return step(other, **kwargs)
 
     engine.executable.step = broken  # type: ignore[method-assign]
 

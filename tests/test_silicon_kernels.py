@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from silicon import CHIPS, batch_of, compare, normal, run_kernel, some_batch
 
 from intaglio import formats
-from intaglio.batch import Batch, Edits, Sampling
+from intaglio.batch import Edits, Sampling
 from intaglio.formats import Quantised
 from intaglio.ops import (
     REGISTRY,
@@ -252,7 +254,7 @@ def test_sample(chip: str, seed: int) -> None:
             *(Sampling(edits=e) for e in edits), Sampling(mask=mask), Sampling(mask=mask & 0),
             Sampling(0.9, seed=3, edits=edits[1], mask=mask)]  # fmt: skip
     chosen = tuple(ways[i] for i in rng.integers(0, len(ways), len(batch.rows)))
-    batch = Batch(**{**vars(batch), "sampling": chosen})
+    batch = replace(batch, sampling=chosen)
     op = Sample(site="s", logits="x", tokens="t", logprobs="p")
     logits = normal(rng, len(batch.rows), 50)
     logits[0, 3] = np.nan if seed % 5 == 0 else logits[0, 3]

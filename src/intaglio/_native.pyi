@@ -48,6 +48,9 @@ class Edits:
         masks: np.ndarray,
     ) -> None: ...
 
+class Draws:
+    def __init__(self, numbers: np.ndarray, seeds: np.ndarray) -> None: ...
+
 class Executable:
     def __init__(self, isa: str, threads: int, page: int, limits: tuple[int, int, int, int]) -> None: ...
     def buffer(self, row_bytes: int, sampled: bool, share: int, shares: int) -> int: ...
@@ -60,16 +63,9 @@ class Executable:
     ) -> None: ...
     def step(
         self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        slots: np.ndarray,
-        first_row: np.ndarray,
-        q_len: np.ndarray,
-        context_len: np.ndarray,
-        block_table: np.ndarray,
-        rows: np.ndarray,
-        sampling: np.ndarray,
-        seeds: np.ndarray,
+        numbers: np.ndarray,
+        counts: tuple[int, int, int, int],
+        draws: Draws,
         edits: Edits | None,
         taps: list[tuple[int, int, np.ndarray]],
         seconds: np.ndarray | None,

@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, pairwise
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 
@@ -76,25 +75,71 @@ class Chunk:
     sampling: Sampling | Sequence[Sampling] = GREEDY
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """Arrays of one step: T token rows, S sequences, R rows to sample."""
+    """Arrays of one step: T token rows, S sequences, R rows to sample. They are parts of one, `numbers`, int32: tokens,
+    positions, slots, first_row, q_len, context_len, rows, block_table. A device may take it whole."""
 
-    tokens: np.ndarray  # int32 [T]
-    positions: np.ndarray  # int32 [T]
-    slots: np.ndarray  # int32 [T]: block * block_size + offset, where the token's K/V goes
-    first_row: np.ndarray  # int32 [S]: the sequence's first token row
-    q_len: np.ndarray  # int32 [S]: its token rows in this step
-    context_len: np.ndarray  # int32 [S]: its tokens up to and including this step
-    block_table: np.ndarray  # int32 [S, max blocks], -1 beyond a sequence's blocks
-    rows: np.ndarray  # int32 [R]: token rows whose logits are wanted
+    numbers: np.ndarray
+    counts: tuple[int, int, int, int]  # T, S, R and the columns of block_table
     block_size: int
-    sampling: tuple[Sampling, ...] = field(default=())  # one a row
+    sampling: tuple[Sampling, ...] = ()  # one a row
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """int32 [T]."""
+        return self._per_token(0)
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """int32 [T]."""
+        return self._per_token(1)
+
+    @cached_property
+    def slots(self) -> np.ndarray:
+        """int32 [T]: block * block_size + offset, where the token's K/V goes."""
+        return self._per_token(2)
+
+    @cached_property
+    def first_row(self) -> np.ndarray:
+        """int32 [S]: the sequence's first token row."""
+        return self._per_sequence(0)
+
+    @cached_property
+    def q_len(self) -> np.ndarray:
+        """int32 [S]: its token rows in this step."""
+        return self._per_sequence(1)
+
+    @cached_property
+    def context_len(self) -> np.ndarray:
+        """int32 [S]: its tokens up to and including this step."""
+        return self._per_sequence(2)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """int32 [R]: token rows whose logits are wanted."""
+        t, s, r, _ = self.counts
+        return self.numbers[3 * (t + s) : 3 * (t + s) + r]
+
+    @cached_property
+    def block_table(self) -> np.ndarray:
+        """int32 [S, columns]: -1 beyond a sequence's blocks."""
+        t, s, r, columns = self.counts
+        return self.numbers[3 * (t + s) + r :].reshape(s, columns)
 
     @property
     def sizes(self) -> Sizes:
         """The symbolic dims bound by this batch."""
-        return Sizes(T=len(self.tokens), S=len(self.first_row), R=len(self.rows))
+        t, s, r, _ = self.counts
+        return Sizes(T=t, S=s, R=r)
+
+    def _per_token(self, i: int) -> np.ndarray:
+        t = self.counts[0]
+        return self.numbers[i * t : (i + 1) * t]
+
+    def _per_sequence(self, i: int) -> np.ndarray:
+        t, s, _, _ = self.counts
+        return self.numbers[3 * t + i * s : 3 * t + (i + 1) * s]
 
 
 def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
@@ -119,16 +164,9 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
         table += blocks
         table += [-1] * (width - len(blocks))
         sampling += [c.sampling] * len(c.rows) if isinstance(c.sampling, Sampling) else c.sampling
-    # one array for all: at batch 1 the calls to NumPy cost more than what they do
-    parts = {
-        "tokens": tokens, "positions": positions, "slots": slots, "first_row": first_row, "q_len": q_len,
-        "context_len": context_len, "block_table": table, "rows": rows,
-    }  # fmt: skip
-    whole = np.array([*chain.from_iterable(parts.values())], np.int32)
-    ends = pairwise([0, *accumulate(map(len, parts.values()))])
-    arrays: dict[str, Any] = {name: whole[begin:end] for name, (begin, end) in zip(parts, ends, strict=True)}
-    arrays["block_table"] = arrays["block_table"].reshape(len(chunks), width)
-    return Batch(**arrays, block_size=block_size, sampling=tuple(sampling))
+    numbers = [*tokens, *positions, *slots, *first_row, *q_len, *context_len, *rows, *table]
+    counts = len(tokens), len(chunks), len(rows), width
+    return Batch(np.array(numbers, np.int32), counts, block_size, tuple(sampling))
 
 
 def _check(i: int, c: Chunk, block_size: int) -> None:

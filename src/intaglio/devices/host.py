@@ -113,14 +113,13 @@ class Draws:
     what comes after a step finds the caches full of weights, and a few arrays made of Python's numbers cost 40 us."""
 
     ways: tuple[Sampling, ...]
-    numbers: np.ndarray  # f32 [4 R]
-    seeds: np.ndarray  # uint64 [R]
+    native: _native.Draws
 
     @classmethod
     def of(cls, ways: tuple[Sampling, ...]) -> Draws:
         numbers = [(s.temperature, s.top_p, s.min_p, s.top_k) for s in ways]
         seeds = [s.seed & 0xFFFFFFFFFFFFFFFF for s in ways]
-        return cls(ways, np.array(numbers, np.float32).reshape(-1), np.array(seeds, np.uint64))
+        return cls(ways, _native.Draws(np.array(numbers, np.float32).reshape(-1, 4), np.array(seeds, np.uint64)))
 
 
 class Timings(Mapping[str, float]):
@@ -409,10 +408,7 @@ class HostExecutable:
             self._draws = Draws.of(batch.sampling)
         seconds = np.zeros(len(self._sites)) if timed else None
         taken, wanted = self._taps(batch, taps) if taps else ({}, [])
-        inputs = (
-            batch.tokens, batch.positions, batch.slots, batch.first_row, batch.q_len, batch.context_len,
-            batch.block_table, batch.rows, self._draws.numbers, self._draws.seeds, self._edits(batch), wanted, seconds,
-        )  # fmt: skip
+        inputs = (batch.numbers, batch.counts, self._draws.native, self._edits(batch), wanted, seconds)
         return inputs, seconds, taken
 
     def _last(
@@ -420,7 +416,7 @@ class HostExecutable:
         first: int, logits: bool,
     ) -> StepResult:  # fmt: skip
         """The ops from `first` on, and what the whole step gives back."""
-        rows = len(batch.rows)
+        rows = batch.counts[2]
         draws = rows if self._drawn else 0  # a stage of a pipeline may draw none
         tokens, logprobs = np.empty(draws, np.int32), np.empty(draws, np.float32)
         outs: list[tuple[int, np.ndarray]] = [*zip(self._drawn, (tokens, logprobs), strict=True)] if draws else []
