@@ -39,10 +39,10 @@ def test_a_batch_may_want_no_rows() -> None:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data(), st.integers(1, 8))
 def test_slots_follow_the_block_table(data: st.DataObject, block_size: int) -> None:
-    chunks = []
+    chunks, free = [], data.draw(st.permutations(range(90)))
     for _ in range(data.draw(st.integers(1, 4))):
         n, start = data.draw(st.integers(1, 12)), data.draw(st.integers(0, 9))
-        blocks = data.draw(st.permutations(range(30)))[: -(-(start + n) // block_size)]
+        blocks = [free.pop() for _ in range(-(-(start + n) // block_size))]
         chunks.append(Chunk(range(n), start, blocks, rows=data.draw(st.sets(st.integers(0, n - 1)).map(sorted))))
     b = bind(chunks, block_size)
     for s, chunk in enumerate(chunks):
@@ -64,6 +64,8 @@ def test_slots_follow_the_block_table(data: st.DataObject, block_size: int) -> N
         ([Chunk([1], -1, [0])], r"chunk 0: positions -1\.\.-1 do not fit"),
         ([Chunk([1, 2], 0, [0], rows=[0, 2])], "chunk 0: wanted row 2 is outside its 2 tokens"),
         ([Chunk([1, 2], 0, [0], rows=[-1])], "chunk 0: wanted row -1 is outside its 2 tokens"),
+        ([Chunk([1], 4, [7, 3]), Chunk([1, 2], 3, [2, 3])], "chunks 0 and 1 both write slot 0 of block 3"),
+        ([Chunk([1] * 5, 0, [7, 7])], "chunks 0 and 0 both write slot 0 of block 7"),
     ],
 )
 def test_contradictions_are_refused(chunks: list[Chunk], says: str) -> None:

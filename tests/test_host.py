@@ -314,11 +314,11 @@ def test_sample_agrees_with_reference(rng: np.random.Generator) -> None:
     ), (False, True)):  # fmt: skip
         drawn = [draw_changes(rng, sampling, vocabulary) if changed else sampling for _ in range(rows)]
         drawn[4] = replace(drawn[4], mask=np.zeros(17, np.uint32))  # nothing may be drawn
-        batch = bind([Chunk([i], 3, [i % 8], [0], drawn[i]) for i in range(rows)], PAGE)
-        want = ReferenceDevice().load(program, ArrayWeights(arrays), StateSpec(8, PAGE)).step(batch)
+        batch = bind([Chunk([i], 3, [i], [0], drawn[i]) for i in range(rows)], PAGE)
+        want = ReferenceDevice().load(program, ArrayWeights(arrays), StateSpec(rows, PAGE)).step(batch)
         assert want.tokens[1] == want.tokens[2] == want.tokens[4] == -1
         for isa in ISAS:
-            got = HostDevice(2, isa).load(program, ArrayWeights(arrays), StateSpec(8, PAGE)).step(batch)
+            got = HostDevice(2, isa).load(program, ArrayWeights(arrays), StateSpec(rows, PAGE)).step(batch)
             assert (got.tokens != want.tokens).sum() <= (2 if sampling.temperature else 0), f"{isa} {sampling}"
             same = got.tokens == want.tokens
             np.testing.assert_allclose(got.logprobs[same], want.logprobs[same], rtol=1e-5, atol=1e-5)

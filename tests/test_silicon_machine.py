@@ -298,3 +298,13 @@ def test_gathers_and_scatters_refuse_rows_there_are_not() -> None:
     k.do(do.Gather(dst=rows, table=board.at("w"), index=index))
     with pytest.raises(MachineError, match="gathers row 4 of .*, which has 4"):
         board.run([k.stream()])
+
+
+def test_permute_refuses_columns_there_are_not() -> None:
+    board, k = Board(SMALL), Kernel(SMALL, "permute")
+    order, src, dst = k.tile(1, 2, "i32"), k.tile(1, 2), k.tile(1, 2)
+    k.do(do.Load(dst=order, src=board.table([1, -1])))
+    k.do(do.Fill(dst=src, value=1.0))
+    k.do(do.Permute(dst=dst, src=src, order=order))
+    with pytest.raises(MachineError, match="takes column -1 of .*, which has 2"):
+        board.run([k.stream()])

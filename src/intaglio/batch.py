@@ -6,6 +6,7 @@ Built from Chunks, one a sequence. Knows nothing of programs or requests.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -143,7 +144,8 @@ class Batch:
 
 
 def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
-    """Lay the chunks out as one Batch. Raises BatchError for an empty chunk, too few blocks or a row out of range."""
+    """Lay the chunks out as one Batch. Raises BatchError for an empty chunk, too few blocks, a row out of range, or two
+    tokens whose K/V would go to one slot."""
     if not chunks:
         raise BatchError("a batch needs at least one chunk")
     tokens, positions, slots, rows = list[int](), list[int](), list[int](), list[int]()
@@ -164,9 +166,25 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
         table += blocks
         table += [-1] * (width - len(blocks))
         sampling += [c.sampling] * len(c.rows) if isinstance(c.sampling, Sampling) else c.sampling
+    if len(set(slots)) < len(slots):
+        raise BatchError(_twice(slots, first_row, block_size))
     numbers = [*tokens, *positions, *slots, *first_row, *q_len, *context_len, *rows, *table]
     counts = len(tokens), len(chunks), len(rows), width
     return Batch(np.array(numbers, np.int32), counts, block_size, tuple(sampling))
+
+
+def _twice(slots: list[int], first_row: list[int], block_size: int) -> str:
+    """Which slot two tokens share, in words."""
+    seen: dict[int, int] = {}
+    for at, slot in enumerate(slots):
+        if slot in seen:
+            a, b = (bisect_right(first_row, row) - 1 for row in (seen[slot], at))
+            return (
+                f"chunks {a} and {b} both write slot {slot % block_size} of block {slot // block_size}; "
+                "give each sequence blocks of its own for the tokens it computes"
+            )
+        seen[slot] = at
+    raise AssertionError("no slot is there twice")
 
 
 def _check(i: int, c: Chunk, block_size: int) -> None:

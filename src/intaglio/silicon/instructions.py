@@ -86,7 +86,7 @@ class Gather(Instruction, engine="DMA", opcode=0x11):
 
     def run(self, at: Spaces) -> None:
         ids = at.read(self.index)[0]
-        check_rows("gathers", ids, self.table)
+        check_within("gathers row", ids, self.table.rows, self.table)
         for i, row in enumerate(ids.tolist()):
             at.write(self.dst.part(slice(i, i + 1)), at.read(self.table.part(slice(row, row + 1))))
 
@@ -94,10 +94,10 @@ class Gather(Instruction, engine="DMA", opcode=0x11):
         return through_hbm(spec, self.dst, out=False)
 
 
-def check_rows(what: str, ids: np.ndarray, table: Region) -> None:
-    bad = ids[(ids < 0) | (ids >= table.rows)]
+def check_within(what: str, ids: np.ndarray, count: int, of: Region) -> None:
+    bad = ids[(ids < 0) | (ids >= count)]
     if len(bad):
-        raise MachineError(f"{what} row {bad[0]} of {table}, which has {table.rows}")
+        raise MachineError(f"{what} {bad[0]} of {of}, which has {count}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ class Scatter(Instruction, engine="OUT", opcode=0x19):
 
     def run(self, at: Spaces) -> None:
         ids = at.read(self.index)[0]
-        check_rows("scatters to", ids, self.table)
+        check_within("scatters to row", ids, self.table.rows, self.table)
         values = at.read(self.src)
         for i, row in enumerate(ids.tolist()):
             at.write(self.table.part(slice(row, row + 1)), values[i : i + 1])
@@ -304,7 +304,7 @@ class Dequantise(Instruction, engine="VEC", opcode=0x36):
 
 @dataclass(frozen=True, kw_only=True)
 class Permute(Instruction, engine="VEC", opcode=0x37):
-    """dst[:, j] = src[:, order[0, j]], f32."""
+    """dst[:, j] = src[:, order[0, j]], f32. A column outside of src is refused."""
 
     dst: Region
     src: Region
@@ -312,7 +312,9 @@ class Permute(Instruction, engine="VEC", opcode=0x37):
     writes = ("dst",)
 
     def run(self, at: Spaces) -> None:
-        at.write(self.dst, single(at, self.src)[:, at.read(self.order)[0]])
+        order = at.read(self.order)[0]
+        check_within("takes column", order, self.src.cols, self.src)
+        at.write(self.dst, single(at, self.src)[:, order])
 
     def cost(self, spec: ChipSpec) -> Cost:
         return Cost(cycles=float(vector_cycles(spec, self.dst.rows * self.dst.cols)))
