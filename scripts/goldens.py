@@ -1,8 +1,9 @@
 """Writes tests/golden's quantised checkpoints, each by the library its format comes from: python scripts/goldens.py.
 
-GPTQ with act-order by gptqmodel 7.7.0, AWQ by autoawq 0.2.9, K-quants by llama.cpp (llama-cpp-python 0.3.36). These are
-no test dependencies: gptqmodel wants a newer torch than ours, autoawq is no longer kept. What the first two dequantise
-their matrices to stands beside each checkpoint, rounded to f16. Source: one random layer, tied, in f16.
+GPTQ with act-order, in 4 and in 8 bits, by gptqmodel 7.7.0, AWQ by autoawq 0.2.9, K-quants by llama.cpp
+(llama-cpp-python 0.3.36). These are no test dependencies: gptqmodel wants a newer torch than ours, autoawq is no longer
+kept. What the first two dequantise their matrices to stands beside each checkpoint, rounded to f16. Source: one random
+layer, tied, in f16.
 """
 
 from __future__ import annotations
@@ -40,25 +41,25 @@ def keep(
     save_file({n: x.half().contiguous() for n, x in values.items()}, GOLDEN / f"{name}.values.safetensors")
 
 
-def write_gptq(folder: Path) -> None:
+def write_gptq(folder: Path, name: str, bits: int) -> None:
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from safetensors.torch import load_file
 
-    model = GPTQModel.load(str(source(folder)), QuantizeConfig(bits=4, group_size=GROUP, desc_act=True, sym=False))
+    model = GPTQModel.load(str(source(folder)), QuantizeConfig(bits=bits, group_size=GROUP, desc_act=True, sym=False))
     draw = torch.Generator().manual_seed(1)
     texts = [torch.randint(0, 256, (64,), generator=draw).tolist() for _ in range(16)]
     model.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in texts], batch_size=1)
-    model.save(str(folder / "gptq"))
+    model.save(str(folder / name))
     values = {}
-    read = GPTQModel.load(str(folder / "gptq"), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
-    for name, m in read.model.named_modules():
+    read = GPTQModel.load(str(folder / name), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
+    for module, m in read.model.named_modules():
         if isinstance(m, TorchLinear):
             m.scales = m.scales.float()
-            values[f"{name}.weight"] = m.dequantize_weight().T
-    config = json.loads((folder / "gptq" / "config.json").read_text())
+            values[f"{module}.weight"] = m.dequantize_weight().T
+    config = json.loads((folder / name / "config.json").read_text())
     config["quantization_config"].pop("meta", None)  # the settings of the run, among them paths
-    keep("gptq-act-order", config, load_file(folder / "gptq" / "model.safetensors"), values)
+    keep(name, config, load_file(folder / name / "model.safetensors"), values)
 
 
 def write_awq(folder: Path) -> None:
@@ -97,5 +98,7 @@ if __name__ == "__main__":
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     sys.path += [str(ROOT / "tests"), str(ROOT / "bench")]
     with tempfile.TemporaryDirectory() as folder:
-        for write in (write_gptq, write_awq, write_k_quants):
-            write(Path(folder))
+        write_gptq(Path(folder), "gptq-act-order", 4)
+        write_gptq(Path(folder), "gptq-8-bits", 8)
+        write_awq(Path(folder))
+        write_k_quants(Path(folder))

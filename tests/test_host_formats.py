@@ -23,7 +23,7 @@ from intaglio.ops import Embed, Experts, Linear, Route, Value
 from intaglio.program.source import names
 
 FORMATS = ["int8g32f16", "int8rowf32", "int4g32f16", "int4g128f32", "int4row", "uint4g32", "uint4g128f16"]
-FORMATS += ["q4_k", "q6_k"]
+FORMATS += ["uint8g32f16", "uint8g128", "uint8row", "uint4rowf16", "q4_k", "q6_k"]
 Rng = np.random.Generator
 
 
@@ -107,7 +107,7 @@ def test_values_are_not_quantised_to_a_format_that_is_only_read(rng: Rng) -> Non
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("format", ["int8g32f16", "uint4g128", "q4_k", "q6_k"])
+@pytest.mark.parametrize("format", ["int8g32f16", "uint4g128", "uint8g1024", "q4_k", "q6_k"])
 def test_many_rows_and_deep(format: str, isa: str, rng: Rng) -> None:  # noqa: F811
     """More rows than a tile holds, K over several passes: same bits row by row as one at a time."""
     bench = Bench(rng, 530, 2304)

@@ -56,31 +56,43 @@ def compressed(w):
     return parts, Compressor.decompress(wide, scheme)["weight"]
 
 
-def words(codes, order=range(8)):
-    """[.., 8 n] codes 0..15 as [.., n] int32, nibble i holding column order[i] of its eight."""
-    eight = codes.to(torch.int64).reshape(*codes.shape[:-1], -1, 8)
-    total = sum(eight[..., column] << (4 * i) for i, column in enumerate(order))
+def words(codes, order=range(8), less=0):
+    """[.., 8 n] codes 0..15 as [.., n] int32, nibble i holding column order[i] of its eight, or with an order of four
+    codes 0..255; each word less so much, modulo 2^32."""
+    parts = codes.to(torch.int64).reshape(*codes.shape[:-1], -1, len(order))
+    total = (sum(parts[..., column] << (32 // len(order) * i) for i, column in enumerate(order)) - less) % (1 << 32)
     return torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32)
 
 
-def with_zeros(w, group):
-    """(codes 0..15 [N, K], scales f16 [N, G], zeros 1..15 [N, G], values)."""
+def with_zeros(w, group, most=15):
+    """(codes 0..most [N, K], scales f16 [N, G], zeros 0..most [N, G], values)."""
     n, k = w.shape
     groups = w.reshape(n, -1, group)
     low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
-    scale = ((high - low) / 15).half()
-    zero = (-low / scale.float()).round().clamp(1, 15)
-    codes = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(0, 15)
+    scale = ((high - low) / most).half()
+    zero = (-low / scale.float()).round().clamp(0, most)
+    codes = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(0, most)
     return codes.reshape(n, k), scale, zero, ((codes - zero[..., None]) * scale.float()[..., None]).reshape(n, k)
 
 
-def gptq(w, group=64):
-    """As AutoGPTQ packs: codes down K, zeros less one, scales turned."""
-    codes, scale, zero, back = with_zeros(w, group)
+def gptq(w, group=64, order=range(8), less=0x11111111):
+    """As gptqmodel packs: codes down K, words of zeros less ones, scales turned; a zero of 0 borrows from the next."""
+    w = torch.cat([w[:5].abs(), w[5:]])  # five rows whose zeros are 0
+    codes, scale, zero, back = with_zeros(w, group or w.shape[1], (1 << 32 // len(order)) - 1)
     return {
-        "qweight": words(codes).T.contiguous(), "qzeros": words((zero - 1).T.contiguous()),
-        "scales": scale.T.contiguous(), "g_idx": (torch.arange(w.shape[1]) // group).int(),
+        "qweight": words(codes, order).T.contiguous(), "qzeros": words(zero.T.contiguous(), order, less),
+        "scales": scale.T.contiguous(), "g_idx": (torch.arange(w.shape[1]) // (group or w.shape[1])).int(),
     }, back  # fmt: skip
+
+
+def gptq8(w, group=64):
+    """The same in 8 bits."""
+    return gptq(w, group, range(4), 0x01010101)
+
+
+def gptq_v2(w):
+    """The same by rows, in the second version, where nothing is taken off zeros."""
+    return gptq(w, 0, range(4), 0)
 
 
 def act_order(w, group=64):
@@ -136,12 +148,23 @@ SCHEMES = {  # of compressed-tensors: weights, the dtype of scales, its name whe
     "int4 rows": (weights(4, "channel"), "bfloat16", "int4row"),
     "int4 groups": (weights(4, "group", 64), "bfloat16", "int4g64"),
     "int4 groups f16": (weights(4, "group", 128), "float16", "int4g128f16"),
+    "int8 rows uneven": (weights(8, "channel", None, False), "bfloat16", "uint8row", "int-quantized"),
+    "int8 rows uneven packed": (weights(8, "channel", None, False), "float16", "uint8rowf16"),
+    "int8 tensor uneven": (weights(8, "tensor", None, False), "float32", "uint8rowf32", "int-quantized"),
+    "int8 groups uneven": (weights(8, "group", 64, False), "bfloat16", "uint8g64"),
+    "int4 rows uneven": (weights(4, "channel", None, False), "bfloat16", "uint4row"),
     "int4 uneven": (weights(4, "group", 64, False), "bfloat16", "uint4g64"),
     "int4 uneven f32": (weights(4, "group", 64, False), "float32", "uint4g64f32"),
 }
 PACKED = {  # by the published packing, for want of a library that could be asked in a test: see also the goldens
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "desc_act": False}, "uint4g64f16"),
     "gptq act-order": (act_order, {"quant_method": "gptq", "bits": 4, "desc_act": True}, "uint4g64f16"),
+    "gptq 8 bits": (gptq8, {"quant_method": "gptq", "bits": 8, "group_size": 64}, "uint8g64f16"),
+    "gptq 8 bits rows": (
+        gptq_v2,
+        {"quant_method": "gptq", "bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2"},
+        "uint8rowf16",
+    ),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}, "uint4g64f16"),
 }  # fmt: skip
 BLOCKS = (fp8_blocks, {"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8g128")
@@ -223,15 +246,18 @@ def test_published_matrices(tmp_path, monkeypatch, kind):
     assert held < 1.1 * sum(f.stat().st_size for f in coded.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["gptq-act-order", "awq"])
-def test_checkpoints_of_libraries_that_are_not_here(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("gptq-act-order", "uint4g32f16"), ("gptq-8-bits", "uint8g32f16"), ("awq", "uint4g32f16")],
+)
+def test_checkpoints_of_libraries_that_are_not_here(tmp_path, name, format):
     """Written by gptqmodel and autoawq, with what they dequantise their matrices to: see scripts/goldens.py."""
     values = safetensors.load_file(GOLDEN / f"{name}.values.safetensors")
     c = Checkpoint.open(GOLDEN / name)
     assert len(values) == 7
     for matrix, want in values.items():
         held, got = in_place(c, matrix)
-        assert held == "uint4g32f16" and torch.equal(torch.from_numpy(got).half(), want)
+        assert held == format and torch.equal(torch.from_numpy(got).half(), want)
     kept = {
         n: torch.from_numpy(c.read(n).astype(np.float32))
         for n in c.names
@@ -245,7 +271,7 @@ def test_checkpoints_of_libraries_that_are_not_here(tmp_path, name):
     config = {k: v for k, v in c.config.items() if k not in ("quantization_config", "dtype")}
     (plain / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     permutes = [op.site for op in port(c).ops if op.kind == "permute"]
-    sites = ["attn.q_proj", "attn.o_proj", "mlp.gate_proj", "mlp.down_proj"] if "order" in name else []
+    sites = ["attn.q_proj", "attn.o_proj", "mlp.gate_proj", "mlp.down_proj"] if "gptq" in name else []
     assert permutes == [f"layers.0.{site}.permute" for site in sites]  # q, k and v share one, as gate and up do
     for device in ("reference", "host"):
         assert error(logits(GOLDEN / name, device), truth(plain, list(range(40)))) < 0.05
@@ -401,7 +427,7 @@ def test_latent_projections_by_head_leave_their_codes(tmp_path):
     ("config", "says"),
     [
         ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not read; known are fp8, mxfp4"),
-        ({"quant_method": "gptq", "bits": 3}, "GPTQ with bits=3; 4 are read"),
+        ({"quant_method": "gptq", "bits": 3}, "GPTQ with bits=3; 4 and 8 are read"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version='gemv'; 4 and 'gemm'"),
         (scheme(4, "group", 16, type="float"), "weights of 4 bits, type 'float', strategy 'group' are not read"),
         (scheme(8, "block"), "strategy 'block' are not read"),
@@ -424,7 +450,7 @@ def test_a_code_without_its_scale_is_named(tmp_path):
         Checkpoint.open(coded)
 
 
-@pytest.mark.parametrize("name", ["int4g128f16", "uint4g64", "uint4g64f16", "q4_k", "q6_k", "int8rowf32", "int4row"])
+@pytest.mark.parametrize("name", ["int4g128f16", "uint4g64", "uint8g64f16", "q4_k", "q6_k", "int8rowf32", "int4row"])
 def test_formats_that_are_only_read(name):
     fmt = formats.get(name)
     assert fmt.published and fmt.grouped and fmt.integer
