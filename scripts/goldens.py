@@ -1,9 +1,9 @@
 """Writes tests/golden's quantised checkpoints, each by the library its format comes from: python scripts/goldens.py.
 
-GPTQ with act-order, in 4 and in 8 bits, by gptqmodel 7.7.0, AWQ by autoawq 0.2.9, K-quants by llama.cpp
-(llama-cpp-python 0.3.36). These are no test dependencies: gptqmodel wants a newer torch than ours, autoawq is no longer
-kept. What the first two dequantise their matrices to stands beside each checkpoint, rounded to f16. Source: one random
-layer, tied, in f16.
+GPTQ with act-order, in 4 and in 8 bits, by gptqmodel 7.7.0, int4 with act-order by compressed-tensors 0.9.4, AWQ by
+autoawq 0.2.9, K-quants by llama.cpp (llama-cpp-python 0.3.36). These are no test dependencies: gptqmodel wants a newer
+torch than ours, compressed-tensors has stopped writing act-order, autoawq is no longer kept. What the first three
+dequantise their matrices to stands beside each checkpoint, rounded to f16. Source: one random layer, tied, in f16.
 """
 
 from __future__ import annotations
@@ -62,6 +62,37 @@ def write_gptq(folder: Path, name: str, bits: int) -> None:
     keep(name, config, load_file(folder / name / "model.safetensors"), values)
 
 
+def write_compressed(folder: Path) -> None:
+    from compressed_tensors.compressors.quantized_compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+    from transformers import AutoModelForCausalLM
+
+    path = source(folder)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16)
+    args = QuantizationArgs(num_bits=4, strategy="group", group_size=GROUP, actorder="group")
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    settings = QuantizationConfig(config_groups={"group_0": scheme}, format="pack-quantized", ignore=["lm_head"])
+    packer = PackedQuantizationCompressor(settings)
+    values, tensors = {}, dict(model.state_dict())
+    del tensors["lm_head.weight"]
+    for name, m in model.model.named_modules(prefix="model"):
+        if isinstance(m, torch.nn.Linear):
+            n, k = m.weight.shape
+            order = torch.randperm(k, generator=torch.Generator().manual_seed(k))  # one for all that meet one input
+            g_idx = torch.argsort(order).div(GROUP, rounding_mode="floor").int()
+            runs = m.weight.data[:, order].reshape(n, -1, GROUP)
+            scales, zeros = calculate_qparams(runs.amin(dim=2), runs.amax(dim=2), args)
+            packed = packer.compress_weight(m.weight.data, scales, args, zeros, g_idx)
+            packed |= {"weight_scale": scales.half(), "weight_g_idx": g_idx}
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{n}": x for n, x in packed.items()}
+            values[f"{name}.weight"] = packer.decompress_weight(packed | {"weight_scale": scales.float()}, args)
+    config = json.loads((path / "config.json").read_text())
+    written = {"quantization_config": settings.model_dump(mode="json")}
+    keep("compressed-act-order", config | written, tensors, values)
+
+
 def write_awq(folder: Path) -> None:
     from awq.models._config import AwqConfig
     from awq.modules.linear.gemm import WQLinear_GEMM
@@ -100,5 +131,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         write_gptq(Path(folder), "gptq-act-order", 4)
         write_gptq(Path(folder), "gptq-8-bits", 8)
+        write_compressed(Path(folder))
         write_awq(Path(folder))
         write_k_quants(Path(folder))

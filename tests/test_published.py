@@ -248,7 +248,12 @@ def test_published_matrices(tmp_path, monkeypatch, kind):
 
 @pytest.mark.parametrize(
     ("name", "format"),
-    [("gptq-act-order", "uint4g32f16"), ("gptq-8-bits", "uint8g32f16"), ("awq", "uint4g32f16")],
+    [
+        ("gptq-act-order", "uint4g32f16"),
+        ("gptq-8-bits", "uint8g32f16"),
+        ("compressed-act-order", "int4g32f16"),
+        ("awq", "uint4g32f16"),
+    ],
 )
 def test_checkpoints_of_libraries_that_are_not_here(tmp_path, name, format):
     """Written by gptqmodel and autoawq, with what they dequantise their matrices to: see scripts/goldens.py."""
@@ -271,7 +276,7 @@ def test_checkpoints_of_libraries_that_are_not_here(tmp_path, name, format):
     config = {k: v for k, v in c.config.items() if k not in ("quantization_config", "dtype")}
     (plain / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     permutes = [op.site for op in port(c).ops if op.kind == "permute"]
-    sites = ["attn.q_proj", "attn.o_proj", "mlp.gate_proj", "mlp.down_proj"] if "gptq" in name else []
+    sites = ["attn.q_proj", "attn.o_proj", "mlp.gate_proj", "mlp.down_proj"] if name != "awq" else []
     assert permutes == [f"layers.0.{site}.permute" for site in sites]  # q, k and v share one, as gate and up do
     for device in ("reference", "host"):
         assert error(logits(GOLDEN / name, device), truth(plain, list(range(40)))) < 0.05
