@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from written import by_compressed_tensors, by_transformers_fp8
 
 from intaglio import _native, formats
 from intaglio.batch import Chunk, bind
-from intaglio.compiler import build, build_mesh
+from intaglio.compiler import LayoutError, build, build_mesh
 from intaglio.devices import MeshDevice, StateSpec, open_device
 from intaglio.devices.host import fill_codes
 from intaglio.formats import Quantised
@@ -28,7 +29,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
 MOE = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2, "decoder_sparse_step": 1}
 
 
-def fp8_blocks(w):
+def fp8_blocks(w, name):
     """DeepSeek's: E4M3, a float32 scale for each block of 128 x 128."""
     n, k = w.shape
     padded = torch.zeros(-(-n // 128) * 128, -(-k // 128) * 128)
@@ -40,7 +41,7 @@ def fp8_blocks(w):
     return {"weight": codes.reshape(padded.shape)[:n, :k].contiguous(), "weight_scale_inv": scale}, back
 
 
-def compressed(w):
+def compressed(w, name):
     """int4 in groups of 64 by functions of compressed-tensors, matrix by matrix: those of experts are no modules."""
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor as Compressor
@@ -75,7 +76,7 @@ def with_zeros(w, group, most=15):
     return codes.reshape(n, k), scale, zero, ((codes - zero[..., None]) * scale.float()[..., None]).reshape(n, k)
 
 
-def gptq(w, group=64, order=range(8), less=0x11111111):
+def gptq(w, name, group=64, order=range(8), less=0x11111111):
     """As gptqmodel packs: codes down K, words of zeros less ones, scales turned; a zero of 0 borrows from the next."""
     w = torch.cat([w[:5].abs(), w[5:]])  # five rows whose zeros are 0
     codes, scale, zero, back = with_zeros(w, group or w.shape[1], (1 << 32 // len(order)) - 1)
@@ -85,26 +86,29 @@ def gptq(w, group=64, order=range(8), less=0x11111111):
     }, back  # fmt: skip
 
 
-def gptq8(w, group=64):
+def gptq8(w, name):
     """The same in 8 bits."""
-    return gptq(w, group, range(4), 0x01010101)
+    return gptq(w, name, 64, range(4), 0x01010101)
 
 
-def gptq_v2(w):
+def gptq_v2(w, name):
     """The same by rows, in the second version, where nothing is taken off zeros."""
-    return gptq(w, 0, range(4), 0)
+    return gptq(w, name, 0, range(4), 0)
 
 
-def act_order(w, group=64):
-    """The same with columns grouped in another order, as by their activations: one for all that meet one input."""
-    order = torch.randperm(w.shape[1], generator=torch.Generator().manual_seed(w.shape[1]))
-    parts, back = gptq(w[:, order], group)
+def act_order(w, name):
+    """The same with columns grouped in another order, as by their activations: one for all that meet one input. Those
+    of the first expert stand as they come, like those of one that has seen no tokens."""
+    module = name.rsplit(".", 2)[0]
+    draw = torch.Generator().manual_seed(zlib.crc32(f"{module} {w.shape[1]}".encode()))
+    order = torch.arange(w.shape[1]) if module.endswith("experts.0") else torch.randperm(w.shape[1], generator=draw)
+    parts, back = gptq(w[:, order], name)
     back[:, order] = back.clone()
     codes = torch.zeros(w.shape, dtype=torch.int64)
     codes[:, order] = unpacked(parts["qweight"].T)
     parts |= {
         "qweight": words(codes).T.contiguous(),
-        "g_idx": torch.argsort(order).div(group, rounding_mode="floor").int(),
+        "g_idx": torch.argsort(order).div(64, rounding_mode="floor").int(),
     }
     return parts, back
 
@@ -114,7 +118,7 @@ def unpacked(x):
     return torch.stack([x >> (4 * i) & 15 for i in range(8)], dim=-1).reshape(*x.shape[:-1], -1).long()
 
 
-def awq(w, group=64):
+def awq(w, name, group=64):
     """As AutoAWQ's gemm version packs: columns interleaved within a word."""
     order = [0, 2, 4, 6, 1, 3, 5, 7]
     codes, scale, zero, back = with_zeros(w, group)
@@ -196,7 +200,7 @@ def quantised(path, folder, encode, config):
         if w.dim() != 2 or "embed" in name or "lm_head" in name or ".gate.weight" in name:
             coded[name] = plain[name] = w
             continue
-        parts, back = encode(w.float())
+        parts, back = encode(w.float(), name)
         coded |= {f"{name.removesuffix('weight')}{part}": x.contiguous() for part, x in parts.items()}
         plain[name] = values[name] = back.to(w.dtype).contiguous()
     table = json.loads((path / "config.json").read_text())
@@ -300,9 +304,35 @@ def test_columns_in_order_on_a_mesh(tmp_path, layout):
     assert error(got, logits(coded, "host")) < 0.02  # sums in other orders round activations to int8 otherwise
 
 
-def test_columns_of_experts_in_order_are_refused(tmp_path):
+@pytest.mark.parametrize("layout", ["", "ep2"])
+def test_columns_of_experts_in_order(tmp_path, layout):
+    """Each expert's own, but one that gate and up share."""
+    encode, config, _ = PACKED["gptq act-order"]
+    coded, plain, _ = quantised(tiny("qwen3moe", tmp_path / "source", **MOE), tmp_path, encode, config)
+    c, wanted = Checkpoint.open(coded), truth(plain, list(range(40)))
+    p = port(c)
+    orders = [str(p.tensors[f"layers.0.mlp.experts.{n}"].type) for n in ("order", "down_order")]
+    assert orders == ["i32[8, 256]", "i32[8, 128]"]
+    assert len({c.order(f"model.layers.0.mlp.experts.{e}.down_proj.weight") for e in range(8)}) == 8
+    if layout:
+        ex = MeshDevice(open_device("host")).load(build_mesh(p, layout), c, StateSpec(4, 16))
+        got = ex.step(bind([Chunk(range(40), 0, range(4), range(40))], 16), logits=True).logits
+        assert typical(got, wanted) < 0.05
+        return
+    for device in ("reference", "host"):
+        assert typical(logits(coded, device), wanted) < 0.05
+    assert typical(logits(coded, "host", weights="int8"), wanted) < 0.06  # dequantised and quantised anew, in order
+    with pytest.raises(LayoutError, match="stand in an order of its own, which tp=2 would tear"):
+        build_mesh(p, "tp2")
+
+
+def test_an_expert_of_two_orders_is_refused(tmp_path):
     coded, _, _ = quantised(tiny("qwen3moe", tmp_path / "source", **MOE), tmp_path, *PACKED["gptq act-order"][:2])
-    with pytest.raises(PortError, match="experts.0.gate_proj.weight: columns in the order of activations are read of"):
+    arrays = safetensors.load_file(coded / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.g_idx"
+    arrays[name] = arrays[name].flip(0).contiguous()
+    safetensors.save_file(arrays, coded / "model.safetensors")
+    with pytest.raises(PortError, match="experts.3.gate_proj.order and .*experts.3.up_proj.order differ"):
         port(Checkpoint.open(coded))
 
 

@@ -416,11 +416,19 @@ def experts(lane: Lane, op: Experts) -> None:
     count, inner, _ = map(int, lane.p.tensors[op.gate].shape)
     if count < layout.ep or inner < layout.tp:
         raise LayoutError(f"{op.site} has {count} experts of {inner} columns, too few for layout {layout}")
+    if op.down_order and layout.tp > 1:
+        raise LayoutError(
+            f"{op.site}: the columns of each down stand in an order of its own, which tp={layout.tp} would tear; "
+            "share out whole experts, by ep"
+        )
     own, part = cut(count, layout.ep, ())[at[0]], cut(inner, layout.tp)[at[1]]
     stacks = {op.gate: 1, op.up: 1, op.down: 2, op.gate_bias: 1, op.up_bias: 1}
     for name, axis in stacks.items():
         if name:
             lane.slab(name, own, part, axis)
+    for name in (op.order, op.down_order):
+        if name:
+            lane.slab(name, own)
     if op.down_bias and at[1] == 0:  # it is added once an expert
         lane.slab(op.down_bias, own)
     share = replace(

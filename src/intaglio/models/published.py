@@ -348,16 +348,17 @@ def by_group(groups: np.ndarray) -> np.ndarray:
 
 
 def _order(stored: Stored, index: str, name: str, group: int, known: dict[bytes, str], out: dict[str, Coded]) -> str:
-    """The tensor in `out` by which a matrix's columns come together by group, `name` or its like; "" if they are.
-    Matrices of equal orders share one: those of one input have been ordered by the same activations."""
-    groups = stored.read(index) if index in stored.dtypes else np.zeros(0, np.int32)
+    """The tensor by which a matrix's columns come together by group, `name` or its like; "" if they are. Matrices of
+    equal orders share one: those of one input have been ordered by the same activations. Each has its own, `name`, in
+    `out` all the same, for a stack to take one by one."""
+    if index not in stored.dtypes:
+        return ""
+    groups = stored.read(index)
+    out[name] = Coded("i32", (len(groups),), {index: Part(None)}, lambda read: by_group(read(index)))
     if not (np.diff(groups) < 0).any():
         return ""
     if not np.array_equal(np.sort(groups), np.arange(len(groups)) // group):
         raise PortError(
             f"{index}: groups of other sizes than {group}, which is what its scales make them, are not read"
         )
-    name = known.setdefault(groups.tobytes(), name)
-    if name not in out:
-        out[name] = Coded("i32", (len(groups),), {index: Part(None)}, lambda read: by_group(read(index)))
-    return name
+    return known.setdefault(groups.tobytes(), name)
