@@ -20,7 +20,7 @@ def random_codes(rng: np.random.Generator, name: str, *shape: int) -> Quantised:
     codes = rng.integers(fmt.lowest, fmt.lowest + (1 << fmt.bits), shape).astype(fmt.dtype)
     tables = (*shape[:-1], -(-k // group))
     size = rng.uniform(-1, 1, tables) / (1 << fmt.bits) / np.sqrt(k)
-    if fmt.block == formats.BLOCK:
+    if name in ("q4_k", "q6_k"):
         unit = halves(rng.uniform(0.5, 1, (*shape[:-1], k // formats.BLOCK)) / 4000 / np.sqrt(k))
         low_unit = halves(unit * 3)
         steps = rng.integers(0, 64, tables) if name == "q4_k" else rng.integers(-128, 128, tables)
