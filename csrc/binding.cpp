@@ -71,8 +71,8 @@ T lookup(const std::map<std::string, T>& table, const std::string& name, const c
 }
 
 const std::map<std::string, Fmt> kFormats = {
-    {"f32", Fmt::F32}, {"f16", Fmt::F16}, {"bf16", Fmt::BF16}, {"int8", Fmt::I8}, {"int4", Fmt::I4}, {"uint4", Fmt::U4},
-    {"mxfp4", Fmt::MX4}, {"q4_k", Fmt::K4}, {"q6_k", Fmt::K6}, {"fp8", Fmt::FP8}};
+    {"f32", Fmt::F32}, {"f16", Fmt::F16}, {"bf16", Fmt::BF16}, {"int8", Fmt::I8}, {"uint8", Fmt::U8},
+    {"int4", Fmt::I4}, {"uint4", Fmt::U4}, {"mxfp4", Fmt::MX4}, {"q4_k", Fmt::K4}, {"q6_k", Fmt::K6}, {"fp8", Fmt::FP8}};
 const std::map<std::string, Source> kSources = {{"f32", Source::F32}, {"f16", Source::F16}, {"bf16", Source::BF16}};
 const std::map<std::string, Kind> kKinds = {
     {"embed", Kind::Embed}, {"select", Kind::Select}, {"permute", Kind::Permute}, {"norm", Kind::Norm},
@@ -122,7 +122,7 @@ void fill_codes(PackedWeight& self, nb::ndarray<const uint8_t, nb::ndim<2>, nb::
     return wanted == bool(t) && (!t || (int64_t(t->shape(0)) == count && int64_t(t->shape(1)) == columns));
   };
   if (!w.group || int64_t(codes.shape(1)) != w.k || !is(scales, true, groups) ||
-      !is(lows, w.fmt == Fmt::U4 || w.fmt == Fmt::K4, groups) || !is(units, w.block() > 1, groups / w.block()) ||
+      !is(lows, w.zeros() || w.fmt == Fmt::K4, groups) || !is(units, w.block() > 1, groups / w.block()) ||
       !is(low_units, w.fmt == Fmt::K4, groups / w.block()))
     throw std::invalid_argument("codes are [count, k], scales and zeros or minima [count, groups], units [count, blocks]");
   auto at = [](const std::optional<Table>& t) { return t ? t->data() : nullptr; };

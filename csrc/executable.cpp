@@ -179,7 +179,7 @@ void Executable::plan_memory() {
     at += aligned(b.row_bytes * b.rows.of(in_.t, in_.r)) + kAlign;
   }
   grow(arena_, at);
-  int64_t shared = 0, attend = 0, own_x = 0;
+  int64_t shared = 0, floats = 2 * kRows * kPanel, own_x = 0;
   for (const Op& op : ops_)
     if (op.kind == Kind::Linear) {
       const Weight& w = tensors_[size_t(op.tensors[1])].weight->w;
@@ -188,13 +188,15 @@ void Executable::plan_memory() {
       most = std::max(most, bytes);
     } else if (op.kind == Kind::Experts) {
       plan_experts(op);
+      const ExpertsView v = experts_view(op);
+      floats = std::max({floats, v.up->k, v.down->k});
     } else if (op.kind == Kind::HeadLinear) {
       shared = std::max(shared, op.ints[0] * lay_rows(tensors_[size_t(op.tensors[1])].weight->w, false, in_.t, nullptr, nullptr));
     }
   for (const AttendPlan& p : plans_)
-    attend = std::max<int64_t>(attend, std::max(kTaskRows, p.share) * (kSplit + 2 * p.v_stride + 4));
+    floats = std::max<int64_t>(floats, std::max(kTaskRows, p.share) * (kSplit + 2 * p.v_stride + 4));
   grow(prepared_, shared);
-  const int64_t stride = aligned(4 * std::max<int64_t>(2 * kRows * kPanel, attend)) + aligned(own_x);
+  const int64_t stride = aligned(4 * floats) + aligned(own_x);
   grow(scratch_, stride * team_.size());
   for (int i = 0; i < team_.size(); i++) {
     uint8_t* mine = scratch_.data() + i * stride;

@@ -183,7 +183,7 @@ class Executable {
   void run_experts(Scratch& mine, const Op& op, int part, int64_t begin, int64_t end);
   void expert_row(Scratch& mine, const Op& op, int64_t entry);
   void expert_inner(Scratch& mine, const Op& op, int64_t slice);
-  void round_inner(const Op& op, int64_t entry);
+  void round_inner(Scratch& mine, const Op& op, int64_t entry);
   void expert_outer(Scratch& mine, const Op& op, int64_t slice);
   void combine(const Op& op, int64_t t);
   void add_heads(int at, const Op& op);

@@ -12,6 +12,14 @@ namespace intaglio {
 namespace {
 constexpr int kSlices = 16;  // parts a thread has of a product over experts
 constexpr int64_t kCost = 8;  // rows that cost about as much as fetching the weights they meet
+
+// The k values of x as the columns of an expert's matrix stand, in `room`; as they are where there are no orders. Orders
+// are whole numbers below 2^24.
+const float* in_order(const float* orders, int64_t expert, const float* x, int64_t k, float* room) {
+  if (!orders) return x;
+  for (int64_t i = 0; i < k; i++) room[i] = x[int64_t(orders[expert * k + i])];
+  return room;
+}
 }  // namespace
 
 // One matrix of a stack whose matrices begin at whole units.
@@ -31,11 +39,11 @@ RouteArgs Executable::route_args(const Op& op) const {
           RouteScore(op.ints[1]), op.ints[5] != 0, float(op.floats[0]), float(op.floats[1])};
 }
 
-// tensors: x, weights, ids, gate and up, down, their biases, residual, out.
+// tensors: x, weights, ids, gate and up, down, their biases, the orders of their columns, residual, out.
 // ints: experts, inner, x is bf16, activation, weights scale x, number of the first expert. floats: alpha, limit, shift.
 ExpertsView Executable::experts_view(const Op& op) const {
   const Weight &up = tensors_[size_t(op.tensors[3])].weight->w, &down = tensors_[size_t(op.tensors[4])].weight->w;
-  return {&up, &down, op.ints[0], op.ints[1], tensors_[size_t(op.tensors[8])].cols, up.units() / op.ints[0], down.units() / op.ints[0],
+  return {&up, &down, op.ints[0], op.ints[1], tensors_[size_t(op.tensors[10])].cols, up.units() / op.ints[0], down.units() / op.ints[0],
           tensors_[size_t(op.tensors[2])].cols, op.ints[2] != 0};
 }
 
@@ -117,7 +125,7 @@ void Executable::run_experts(Scratch& mine, const Op& op, int part, int64_t begi
       case 0: sort_tokens(op); break;
       case 1: expert_row(mine, op, i); break;
       case 2: expert_inner(mine, op, i); break;
-      case 3: round_inner(op, i); break;
+      case 3: round_inner(mine, op, i); break;
       case 4: expert_outer(mine, op, i); break;
       case 5: combine(op, i); break;
     }
@@ -130,6 +138,7 @@ void Executable::expert_row(Scratch& mine, const Op& op, int64_t entry) {
   const Active& a = active_of(entry);
   const int64_t t = sorted_.token[size_t(entry)] / v.top, j = sorted_.token[size_t(entry)] % v.top;
   const float* x = rows_at(op.tensors[0]) + t * tensors_[size_t(op.tensors[0])].ld;
+  x = in_order(vector_at(op.tensors[7]), a.expert, x, v.up->k, mine.floats);
   if (op.ints[4]) {
     const float weight = rows_at(op.tensors[1])[t * tensors_[size_t(op.tensors[1])].ld + j];
     for (int64_t i = 0; i < v.up->k; i++) mine.floats[i] = x[i] * weight;
@@ -152,13 +161,14 @@ void Executable::expert_inner(Scratch& mine, const Op& op, int64_t slice) {
   });
 }
 
-void Executable::round_inner(const Op& op, int64_t entry) {
+void Executable::round_inner(Scratch& mine, const Op& op, int64_t entry) {
   const ExpertsView v = experts_view(op);
   if (entry >= sorted_.start[size_t(v.experts)]) return;
   const Active& a = active_of(entry);
   Rows rows;
   lay_rows(*v.down, v.x_bf16, a.rows, sorted_.rounded.data() + a.rounded, &rows);
-  kernels_->prepare_row(*v.down, v.x_bf16, (const float*)sorted_.inner.data() + entry * v.inner, rows, entry - a.first);
+  const float* x = in_order(vector_at(op.tensors[8]), a.expert, (const float*)sorted_.inner.data() + entry * v.inner, v.inner, mine.floats);
+  kernels_->prepare_row(*v.down, v.x_bf16, x, rows, entry - a.first);
 }
 
 void Executable::expert_outer(Scratch& mine, const Op& op, int64_t slice) {
@@ -184,9 +194,9 @@ void Executable::combine(const Op& op, int64_t t) {
     rows[here] = (const float*)sorted_.out.data() + entry * v.n;
     weights[here++] = op.ints[4] ? 1.0f : rows_at(op.tensors[1])[t * tensors_[size_t(op.tensors[1])].ld + j];
   }
-  const float* residual = rows_at(op.tensors[7]);
-  if (residual) residual += t * tensors_[size_t(op.tensors[7])].ld;
-  float* out = rows_at(op.tensors[8]) + t * tensors_[size_t(op.tensors[8])].ld;
+  const float* residual = rows_at(op.tensors[9]);
+  if (residual) residual += t * tensors_[size_t(op.tensors[9])].ld;
+  float* out = rows_at(op.tensors[10]) + t * tensors_[size_t(op.tensors[10])].ld;
   if (here) return kernels_->combine_row(rows, weights, here, residual, out, v.n);
   for (int64_t i = 0; i < v.n; i++) out[i] = residual ? residual[i] : 0.0f;
 }

@@ -4,7 +4,7 @@
 
 namespace intaglio {
 
-enum class Fmt : int { F32, F16, BF16, I8, I4, U4, MX4, K4, K6, FP8 };
+enum class Fmt : int { F32, F16, BF16, I8, U8, I4, U4, MX4, K4, K6, FP8 };
 enum class Scale : int { BF16, F16, F32 };  // what a weight's scales are kept in
 enum class Act : int { None, Silu, Gelu, GeluTanh, Relu, Relu2, Sigmoid, Tanh, Exp };
 
@@ -25,6 +25,7 @@ constexpr int kMaxTaskRows = 256; // and what one token's heads may come to
 // and formats with scales in blocks of one group or, with K4 and K6, of 256 values. A block is a head and then the codes of
 // its groups:
 //   I8 [group/4][32][4] codes + 128
+//   U8 like I8, of codes from 0 on
 //   I4 [group/4][64] bytes, byte b: code + 8 of row b/4 low, of row 16 + b/4 high
 //   U4 like I4, of codes from 0 on
 //   MX4 like I4, of E2M1's bits (sign, exponent, mantissa); scales are half of E8M0's, for twice the value is whole
@@ -33,7 +34,7 @@ constexpr int kMaxTaskRows = 256; // and what one token's heads may come to
 //       row 16 + b/4, and of row b/4 of the second; of row 16 + b/4 of the second, they have two bits each above, low first
 //   FP8 [group/2][64] bytes of E4M3, of row r at r/4%4*16 + r/16*8 + r%4*2, where halves of 16 bytes interleave to pairs
 //       of bf16 in order
-// Heads have 32 scales, as `scale` says. After them, U4 32 zeros, a byte each, that are taken off the codes; K4 32 units of
+// Heads have 32 scales, as `scale` says. After them, U8 and U4 32 zeros, a byte each, that are taken off the codes; K4 32 units of
 // minima (f16) and 3 words [32] of a byte for each group of a span of four: low nibbles of the first span's scales, and above
 // them of its minima; the second span's; and the high two bits of the first's scales, its minima, and the second's of
 // both; K6 [16][32] signed bytes, the groups' scales. Scales of K4 and K6, and minima, are in those units.
@@ -61,10 +62,12 @@ struct Weight {
   bool integer() const { return group && fmt != Fmt::FP8; }           // x becomes int8
   bool pairs() const { return fmt == Fmt::BF16 || fmt == Fmt::FP8; }  // x goes in pairs, of float or bf16
   int64_t scale_bytes() const { return scale == Scale::F32 ? 4 : 2; }
-  int64_t bits() const { return fmt == Fmt::I8 || fmt == Fmt::FP8 ? 8 : fmt == Fmt::K6 ? 6 : 4; }  // of a code
+  bool wide() const { return fmt == Fmt::I8 || fmt == Fmt::U8; }   // codes that are a byte each
+  bool zeros() const { return fmt == Fmt::U8 || fmt == Fmt::U4; }  // whose codes each group has a zero of
+  int64_t bits() const { return wide() || fmt == Fmt::FP8 ? 8 : fmt == Fmt::K6 ? 6 : 4; }  // of a code
   int64_t block() const { return groups_of_block(fmt); }  // groups that share a head
   int64_t head_bytes() const {
-    return kPanel * (scale_bytes() + (fmt == Fmt::U4 ? 1 : fmt == Fmt::K4 ? 14 : fmt == Fmt::K6 ? 16 : 0));
+    return kPanel * (scale_bytes() + (zeros() ? 1 : fmt == Fmt::K4 ? 14 : fmt == Fmt::K6 ? 16 : 0));
   }
   int64_t code_bytes() const { return kPanel * group * bits() / 8; }  // of a group
   int64_t block_bytes() const { return head_bytes() + block() * code_bytes(); }

@@ -72,13 +72,13 @@ template <Fmt Format, int MR>
 struct Codes {
   static constexpr bool few = F::N == 16 && MR <= 4;
   static constexpr bool halves = few && (Format == Fmt::I4 || Format == Fmt::U4 || Format == Fmt::K4);
-  static constexpr bool wide = Format == Fmt::I8, zeros = Format == Fmt::U4, minima = Format == Fmt::K4;
+  static constexpr bool wide = Format == Fmt::I8 || Format == Fmt::U8, zeros = Format == Fmt::U8 || Format == Fmt::U4, minima = Format == Fmt::K4;
   static constexpr int quads = Format == Fmt::K6 ? 2 : 1;  // of values of K, that load_w() takes together
   static constexpr int unrolled = !few ? quads : Format == Fmt::K6 ? 4 : 8;
   static constexpr int bytes = wide ? 128 : Format == Fmt::K6 ? 192 : 64;  // of a panel's codes for them
   // What the sum of x is multiplied with, its sign turned, to be what a group's sum starts from; with zeros or minima that is
   // another factor for each row.
-  static constexpr int offset = wide ? kOffset8 : Format == Fmt::I4 ? 8 : Format == Fmt::MX4 ? 12 : Format == Fmt::K6 ? 32 : 1;
+  static constexpr int offset = Format == Fmt::I8 ? kOffset8 : Format == Fmt::I4 ? 8 : Format == Fmt::MX4 ? 12 : Format == Fmt::K6 ? 32 : 1;
   static void load_w(const uint8_t* p, I w[quads][kVectors]) {
     if constexpr (wide) {
       EACH_OF for (int v = 0; v < kVectors; v++) w[0][v] = load_raw(p + v * F::N * 4);
@@ -101,7 +101,10 @@ struct Codes {
   }
   // What a group starts its sum from, where the sum of x, its sign turned, is `start`, or a multiple of that.
   static I begin(const uint8_t* head, int64_t scale_bytes, int v, int32_t start) {
-    if constexpr (zeros) return set_int(start) * load_u8(head + kPanel * scale_bytes + v * F::N);
+    if constexpr (zeros) {
+      const I zero = load_u8(head + kPanel * scale_bytes + v * F::N);
+      return set_int(start) * (wide ? zero + set_int(kOffset8 - 128) : zero);
+    }
     return set_int(minima ? 0 : start);
   }
   static void scales(const uint8_t* head, Scale kept, F* ws) {
@@ -349,6 +352,7 @@ void product_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const u
     case Fmt::F16: return with(float_panel<F16Weights>);
     case Fmt::BF16: return with(a.x_bf16 ? float_panel<Bf16Pairs> : float_panel<Bf16Weights>);
     case Fmt::I8: return with(code_panel<Fmt::I8>);
+    case Fmt::U8: return with(code_panel<Fmt::U8>);
     case Fmt::I4: return with(code_panel<Fmt::I4>);
     case Fmt::U4: return with(code_panel<Fmt::U4>);
     case Fmt::MX4: return with(code_panel<Fmt::MX4>);

@@ -241,7 +241,7 @@ SixAt six_at(int64_t lane, int64_t j) { return {j / 8 * 192 + lane % 16 * 4 + j 
 // Codes of rows [0, lanes) of group g, `stride` apart, to where the strip has them.
 void lay_codes(const Weight& w, const Strip& s, int64_t g, const uint8_t* codes, int64_t stride) {
   uint8_t* to = group_at(w, s.panel, g).codes;
-  if (w.fmt == Fmt::I8) return transpose(codes, stride, s.lanes, w.group / 4, reinterpret_cast<uint32_t*>(to) + s.lane, kPanel);
+  if (w.wide()) return transpose(codes, stride, s.lanes, w.group / 4, reinterpret_cast<uint32_t*>(to) + s.lane, kPanel);
   if (w.fmt == Fmt::FP8) {
     for (int64_t i = s.lane; i < s.lane + s.lanes; i++)
       for (int64_t j = 0; j < w.group; j += 2) std::memcpy(to + j * kPanel + e4m3_at(i), codes + (i - s.lane) * stride + j, 2);
@@ -285,7 +285,7 @@ void put_head(const Weight& w, int64_t lane, const GroupAt& at, int64_t i, int64
   const float scale = rows.scales[i * groups + g];
   if (w.block() == 1) {
     put_scale(w, lane, at, scale);
-    if (w.fmt == Fmt::U4) at.head[kPanel * w.scale_bytes() + lane] = uint8_t(rows.lows[i * groups + g]);
+    if (w.zeros()) at.head[kPanel * w.scale_bytes() + lane] = uint8_t(rows.lows[i * groups + g]);
     return;
   }
   const float unit = rows.units[i * blocks + g / w.block()];
@@ -342,7 +342,7 @@ struct Step {
 Step step_of(const Weight& w, const GroupAt& at, int64_t lane) {
   const uint8_t* own = at.head + lane * w.scale_bytes();
   const float scale = w.scale == Scale::F32 ? word<float>(own) : (w.scale == Scale::F16 ? from_f16 : from_bf16)(word<uint16_t>(own));
-  if (w.fmt == Fmt::U4) return {scale, float(at.head[kPanel * w.scale_bytes() + lane]), 0};
+  if (w.zeros()) return {scale, float(at.head[kPanel * w.scale_bytes() + lane]), 0};
   if (w.fmt == Fmt::K6) return {scale * float(int8_t(at.head[kPanel * (2 + at.index) + lane])), 32, 0};
   if (w.fmt == Fmt::K4) {
     const int64_t span = at.index / 4, byte = lane * 4 + at.index % 4;
@@ -360,7 +360,7 @@ float number(const Weight& w, const GroupAt& at, int64_t lane, int64_t j) {
     const float size = (code & 127) == 127 ? NAN : std::bit_cast<float>((code & 127) << 20) * 0x1p120f;
     return code & 128 ? -size : size;
   }
-  if (w.fmt == Fmt::I8) return at.codes[(j / 4 * kPanel + lane) * 4 + j % 4];
+  if (w.wide()) return at.codes[(j / 4 * kPanel + lane) * 4 + j % 4];
   if (w.fmt == Fmt::K6) {
     const SixAt six = six_at(lane, j);
     const uint8_t* own = at.codes + six.byte;

@@ -173,7 +173,7 @@ inline F dot_bf16(F acc, I w, uint32_t pair) {
   return fma(odd_bf16(w), x1, fma(even_bf16(w), x0, acc));
 }
 
-constexpr int kOffset8 = 0;  // dot_u8 takes the 128 off itself: |code| <= 127 keeps maddubs below its saturation
+constexpr int kOffset8 = 0;  // dot_u8 takes the 128 off itself: 128 * 127 twice is below where maddubs saturates
 inline I set_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
 inline I dot_u6(I acc, I w, int32_t quad) {
   __m256i pairs = _mm256_maddubs_epi16(w.v, _mm256_set1_epi32(quad));

@@ -17,10 +17,10 @@ def random_codes(rng: np.random.Generator, name: str, *shape: int) -> Quantised:
     """Any codes, scales around 1 / sqrt(K); `shape` [..., N, K]."""
     fmt, k = formats.get(name), shape[-1]
     group = fmt.group_of(k)
-    codes = rng.integers(fmt.lowest, fmt.lowest + (1 << fmt.bits), shape).astype(np.int8)
+    codes = rng.integers(fmt.lowest, fmt.lowest + (1 << fmt.bits), shape).astype(fmt.dtype)
     tables = (*shape[:-1], -(-k // group))
     size = rng.uniform(-1, 1, tables) / (1 << fmt.bits) / np.sqrt(k)
-    if fmt.block == formats.BLOCK:
+    if name in ("q4_k", "q6_k"):
         unit = halves(rng.uniform(0.5, 1, (*shape[:-1], k // formats.BLOCK)) / 4000 / np.sqrt(k))
         low_unit = halves(unit * 3)
         steps = rng.integers(0, 64, tables) if name == "q4_k" else rng.integers(-128, 128, tables)
@@ -32,7 +32,7 @@ def random_codes(rng: np.random.Generator, name: str, *shape: int) -> Quantised:
         return Quantised(codes, scales, group, minima=minima, units=unit, low_units=low_unit, format=name)
     kept = "f16" if name.endswith("f16") else "f32" if name.endswith("f32") else "bf16"
     scales = formats.round_to(size, kept)
+    zeros = rng.integers(0, 1 << fmt.bits, tables).astype(np.float32) if name.startswith("uint") else None
     if fmt.group == formats.ROW:
-        scales = np.repeat(scales[..., :1], tables[-1], axis=-1)
-    zeros = rng.integers(0, 17, tables).astype(np.float32) if name.startswith("uint4") else None
+        scales, zeros = (x if x is None else np.repeat(x[..., :1], tables[-1], axis=-1) for x in (scales, zeros))
     return Quantised(codes, scales, group, zeros=zeros, format=name)

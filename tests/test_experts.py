@@ -141,7 +141,7 @@ def run(op: Experts, v: dict[str, np.ndarray]) -> np.ndarray:
 
     def type_of(n: str) -> str:
         rows = "T" if n in ("x", "p", "i", "r") else v[n].shape[0]
-        return f"{'i32' if n == 'i' else 'f32'}[{', '.join(map(str, (rows, *v[n].shape[1:])))}]"
+        return f"{'i32' if v[n].dtype == np.int32 else 'f32'}[{', '.join(map(str, (rows, *v[n].shape[1:])))}]"
 
     table = tensors(**{n: type_of(n) for n in v})
     said, got = op.shapes(table), op.reference(v, batch)
@@ -212,6 +212,18 @@ def test_shares_of_experts_add_up(seed: int, rows: int, first: int) -> None:
     close(parts[0] + parts[1], run(op, v).astype(np.float64), 4e-6)
 
 
+@quick
+@given(seeds, st.integers(1, 9), st.integers(1, 30))
+def test_columns_in_an_order_of_each_expert(seed: int, rows: int, inner: int) -> None:
+    """Matrices whose columns change places, and orders that say so, are the matrices as they were."""
+    v, rng = mixture(seed, rows, inner), np.random.default_rng(seed)
+    orders = {n: rng.permuted(np.tile(np.arange(k), (COUNT, 1)), axis=1) for n, k in (("o", HIDDEN), ("q", inner))}
+    held = v | {n: x.astype(np.int32) for n, x in orders.items()}
+    for name, by in (("gate", "o"), ("up", "o"), ("down", "q")):
+        held[name] = np.take_along_axis(v[name], orders[by][:, None], axis=2)
+    close(run(experts(held, order="o", down_order="q"), held), run(experts(v), v).astype(np.float64), 4e-6)
+
+
 @pytest.mark.parametrize("format", ["int8g32", "int4g32"])
 def test_experts_in_groups_are_their_linears(format: str) -> None:
     v = mixture(9, 6, 40)
@@ -257,6 +269,8 @@ def test_experts_refuses() -> None:
     biases = {"g": "f32[4, 6]", "u": "f32[4, 7]", "d": "f32[4, 8]"}
     refuses(replace(op, **three), r"u is f32\[4, 7\]; wanted \[4, 6\]", **own, **biases)
     refuses(replace(op, residual="r"), r"residual r is f32\[T, 9\]", **own, r="f32[T, 9]")
+    refuses(replace(op, order="o"), r"o is i32\[4, 6\]; wanted i32\[4, 8\]", **own, o="i32[4, 6]")
+    refuses(replace(op, down_order="o"), r"o is f32\[4, 6\]; wanted i32\[4, 6\]", **own, o="f32[4, 6]")
 
 
 def test_experts_work_counts_the_experts_even_routing_touches() -> None:

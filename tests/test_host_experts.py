@@ -74,6 +74,10 @@ def test_experts(kind: str, trial: int, rng: Rng) -> None:  # noqa: F811
     if rng.integers(2):
         fields["residual"] = bench.matrix("r", rows, k)
     fields |= {"activation": str(rng.choice(["silu", "gelu", "relu2"])), "scale_input": bool(rng.integers(2))}
+    for name, columns in (("order", k), ("down_order", inner)):
+        if rng.integers(2):
+            own = rng.permuted(np.tile(np.arange(columns, dtype=np.int32), (count, 1)), axis=1)
+            fields[name] = bench.weight(name, own, "i32")
     y = bench.b.op(Experts, "y", bench.x, weights, "ids", *stacks, **fields)
     results = bench.run(y)
     size = np.abs(results["reference"]).max()

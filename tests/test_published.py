@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from written import by_compressed_tensors, by_transformers_fp8
 
 from intaglio import _native, formats
 from intaglio.batch import Chunk, bind
-from intaglio.compiler import build, build_mesh
+from intaglio.compiler import LayoutError, build, build_mesh
 from intaglio.devices import MeshDevice, StateSpec, open_device
 from intaglio.devices.host import fill_codes
 from intaglio.formats import Quantised
@@ -28,7 +29,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
 MOE = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 2, "decoder_sparse_step": 1}
 
 
-def fp8_blocks(w):
+def fp8_blocks(w, name):
     """DeepSeek's: E4M3, a float32 scale for each block of 128 x 128."""
     n, k = w.shape
     padded = torch.zeros(-(-n // 128) * 128, -(-k // 128) * 128)
@@ -40,7 +41,7 @@ def fp8_blocks(w):
     return {"weight": codes.reshape(padded.shape)[:n, :k].contiguous(), "weight_scale_inv": scale}, back
 
 
-def compressed(w):
+def compressed(w, name):
     """int4 in groups of 64 by functions of compressed-tensors, matrix by matrix: those of experts are no modules."""
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor as Compressor
@@ -56,43 +57,58 @@ def compressed(w):
     return parts, Compressor.decompress(wide, scheme)["weight"]
 
 
-def words(codes, order=range(8)):
-    """[.., 8 n] codes 0..15 as [.., n] int32, nibble i holding column order[i] of its eight."""
-    eight = codes.to(torch.int64).reshape(*codes.shape[:-1], -1, 8)
-    total = sum(eight[..., column] << (4 * i) for i, column in enumerate(order))
+def words(codes, order=range(8), less=0):
+    """[.., 8 n] codes 0..15 as [.., n] int32, nibble i holding column order[i] of its eight, or with an order of four
+    codes 0..255; each word less so much, modulo 2^32."""
+    parts = codes.to(torch.int64).reshape(*codes.shape[:-1], -1, len(order))
+    total = (sum(parts[..., column] << (32 // len(order) * i) for i, column in enumerate(order)) - less) % (1 << 32)
     return torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32)
 
 
-def with_zeros(w, group):
-    """(codes 0..15 [N, K], scales f16 [N, G], zeros 1..15 [N, G], values)."""
+def with_zeros(w, group, most=15):
+    """(codes 0..most [N, K], scales f16 [N, G], zeros 0..most [N, G], values)."""
     n, k = w.shape
     groups = w.reshape(n, -1, group)
     low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
-    scale = ((high - low) / 15).half()
-    zero = (-low / scale.float()).round().clamp(1, 15)
-    codes = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(0, 15)
+    scale = ((high - low) / most).half()
+    zero = (-low / scale.float()).round().clamp(0, most)
+    codes = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(0, most)
     return codes.reshape(n, k), scale, zero, ((codes - zero[..., None]) * scale.float()[..., None]).reshape(n, k)
 
 
-def gptq(w, group=64):
-    """As AutoGPTQ packs: codes down K, zeros less one, scales turned."""
-    codes, scale, zero, back = with_zeros(w, group)
+def gptq(w, name, group=64, order=range(8), less=0x11111111):
+    """As gptqmodel packs: codes down K, words of zeros less ones, scales turned; a zero of 0 borrows from the next."""
+    w = torch.cat([w[:5].abs(), w[5:]])  # five rows whose zeros are 0
+    codes, scale, zero, back = with_zeros(w, group or w.shape[1], (1 << 32 // len(order)) - 1)
     return {
-        "qweight": words(codes).T.contiguous(), "qzeros": words((zero - 1).T.contiguous()),
-        "scales": scale.T.contiguous(), "g_idx": (torch.arange(w.shape[1]) // group).int(),
+        "qweight": words(codes, order).T.contiguous(), "qzeros": words(zero.T.contiguous(), order, less),
+        "scales": scale.T.contiguous(), "g_idx": (torch.arange(w.shape[1]) // (group or w.shape[1])).int(),
     }, back  # fmt: skip
 
 
-def act_order(w, group=64):
-    """The same with columns grouped in another order, as by their activations: one for all that meet one input."""
-    order = torch.randperm(w.shape[1], generator=torch.Generator().manual_seed(w.shape[1]))
-    parts, back = gptq(w[:, order], group)
+def gptq8(w, name):
+    """The same in 8 bits."""
+    return gptq(w, name, 64, range(4), 0x01010101)
+
+
+def gptq_v2(w, name):
+    """The same by rows, in the second version, where nothing is taken off zeros."""
+    return gptq(w, name, 0, range(4), 0)
+
+
+def act_order(w, name):
+    """The same with columns grouped in another order, as by their activations: one for all that meet one input. Those
+    of the first expert stand as they come, like those of one that has seen no tokens."""
+    module = name.rsplit(".", 2)[0]
+    draw = torch.Generator().manual_seed(zlib.crc32(f"{module} {w.shape[1]}".encode()))
+    order = torch.arange(w.shape[1]) if module.endswith("experts.0") else torch.randperm(w.shape[1], generator=draw)
+    parts, back = gptq(w[:, order], name)
     back[:, order] = back.clone()
     codes = torch.zeros(w.shape, dtype=torch.int64)
     codes[:, order] = unpacked(parts["qweight"].T)
     parts |= {
         "qweight": words(codes).T.contiguous(),
-        "g_idx": torch.argsort(order).div(group, rounding_mode="floor").int(),
+        "g_idx": torch.argsort(order).div(64, rounding_mode="floor").int(),
     }
     return parts, back
 
@@ -102,7 +118,7 @@ def unpacked(x):
     return torch.stack([x >> (4 * i) & 15 for i in range(8)], dim=-1).reshape(*x.shape[:-1], -1).long()
 
 
-def awq(w, group=64):
+def awq(w, name, group=64):
     """As AutoAWQ's gemm version packs: columns interleaved within a word."""
     order = [0, 2, 4, 6, 1, 3, 5, 7]
     codes, scale, zero, back = with_zeros(w, group)
@@ -136,12 +152,23 @@ SCHEMES = {  # of compressed-tensors: weights, the dtype of scales, its name whe
     "int4 rows": (weights(4, "channel"), "bfloat16", "int4row"),
     "int4 groups": (weights(4, "group", 64), "bfloat16", "int4g64"),
     "int4 groups f16": (weights(4, "group", 128), "float16", "int4g128f16"),
+    "int8 rows uneven": (weights(8, "channel", None, False), "bfloat16", "uint8row", "int-quantized"),
+    "int8 rows uneven packed": (weights(8, "channel", None, False), "float16", "uint8rowf16"),
+    "int8 tensor uneven": (weights(8, "tensor", None, False), "float32", "uint8rowf32", "int-quantized"),
+    "int8 groups uneven": (weights(8, "group", 64, False), "bfloat16", "uint8g64"),
+    "int4 rows uneven": (weights(4, "channel", None, False), "bfloat16", "uint4row"),
     "int4 uneven": (weights(4, "group", 64, False), "bfloat16", "uint4g64"),
     "int4 uneven f32": (weights(4, "group", 64, False), "float32", "uint4g64f32"),
 }
 PACKED = {  # by the published packing, for want of a library that could be asked in a test: see also the goldens
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "desc_act": False}, "uint4g64f16"),
     "gptq act-order": (act_order, {"quant_method": "gptq", "bits": 4, "desc_act": True}, "uint4g64f16"),
+    "gptq 8 bits": (gptq8, {"quant_method": "gptq", "bits": 8, "group_size": 64}, "uint8g64f16"),
+    "gptq 8 bits rows": (
+        gptq_v2,
+        {"quant_method": "gptq", "bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2"},
+        "uint8rowf16",
+    ),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}, "uint4g64f16"),
 }  # fmt: skip
 BLOCKS = (fp8_blocks, {"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8g128")
@@ -173,7 +200,7 @@ def quantised(path, folder, encode, config):
         if w.dim() != 2 or "embed" in name or "lm_head" in name or ".gate.weight" in name:
             coded[name] = plain[name] = w
             continue
-        parts, back = encode(w.float())
+        parts, back = encode(w.float(), name)
         coded |= {f"{name.removesuffix('weight')}{part}": x.contiguous() for part, x in parts.items()}
         plain[name] = values[name] = back.to(w.dtype).contiguous()
     table = json.loads((path / "config.json").read_text())
@@ -223,15 +250,23 @@ def test_published_matrices(tmp_path, monkeypatch, kind):
     assert held < 1.1 * sum(f.stat().st_size for f in coded.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["gptq-act-order", "awq"])
-def test_checkpoints_of_libraries_that_are_not_here(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("gptq-act-order", "uint4g32f16"),
+        ("gptq-8-bits", "uint8g32f16"),
+        ("compressed-act-order", "int4g32f16"),
+        ("awq", "uint4g32f16"),
+    ],
+)
+def test_checkpoints_of_libraries_that_are_not_here(tmp_path, name, format):
     """Written by gptqmodel and autoawq, with what they dequantise their matrices to: see scripts/goldens.py."""
     values = safetensors.load_file(GOLDEN / f"{name}.values.safetensors")
     c = Checkpoint.open(GOLDEN / name)
     assert len(values) == 7
     for matrix, want in values.items():
         held, got = in_place(c, matrix)
-        assert held == "uint4g32f16" and torch.equal(torch.from_numpy(got).half(), want)
+        assert held == format and torch.equal(torch.from_numpy(got).half(), want)
     kept = {
         n: torch.from_numpy(c.read(n).astype(np.float32))
         for n in c.names
@@ -245,7 +280,7 @@ def test_checkpoints_of_libraries_that_are_not_here(tmp_path, name):
     config = {k: v for k, v in c.config.items() if k not in ("quantization_config", "dtype")}
     (plain / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     permutes = [op.site for op in port(c).ops if op.kind == "permute"]
-    sites = ["attn.q_proj", "attn.o_proj", "mlp.gate_proj", "mlp.down_proj"] if "order" in name else []
+    sites = ["attn.q_proj", "attn.o_proj", "mlp.gate_proj", "mlp.down_proj"] if name != "awq" else []
     assert permutes == [f"layers.0.{site}.permute" for site in sites]  # q, k and v share one, as gate and up do
     for device in ("reference", "host"):
         assert error(logits(GOLDEN / name, device), truth(plain, list(range(40)))) < 0.05
@@ -269,9 +304,35 @@ def test_columns_in_order_on_a_mesh(tmp_path, layout):
     assert error(got, logits(coded, "host")) < 0.02  # sums in other orders round activations to int8 otherwise
 
 
-def test_columns_of_experts_in_order_are_refused(tmp_path):
+@pytest.mark.parametrize("layout", ["", "ep2"])
+def test_columns_of_experts_in_order(tmp_path, layout):
+    """Each expert's own, but one that gate and up share."""
+    encode, config, _ = PACKED["gptq act-order"]
+    coded, plain, _ = quantised(tiny("qwen3moe", tmp_path / "source", **MOE), tmp_path, encode, config)
+    c, wanted = Checkpoint.open(coded), truth(plain, list(range(40)))
+    p = port(c)
+    orders = [str(p.tensors[f"layers.0.mlp.experts.{n}"].type) for n in ("order", "down_order")]
+    assert orders == ["i32[8, 256]", "i32[8, 128]"]
+    assert len({c.order(f"model.layers.0.mlp.experts.{e}.down_proj.weight") for e in range(8)}) == 8
+    if layout:
+        ex = MeshDevice(open_device("host")).load(build_mesh(p, layout), c, StateSpec(4, 16))
+        got = ex.step(bind([Chunk(range(40), 0, range(4), range(40))], 16), logits=True).logits
+        assert typical(got, wanted) < 0.05
+        return
+    for device in ("reference", "host"):
+        assert typical(logits(coded, device), wanted) < 0.05
+    assert typical(logits(coded, "host", weights="int8"), wanted) < 0.06  # dequantised and quantised anew, in order
+    with pytest.raises(LayoutError, match="stand in an order of its own, which tp=2 would tear"):
+        build_mesh(p, "tp2")
+
+
+def test_an_expert_of_two_orders_is_refused(tmp_path):
     coded, _, _ = quantised(tiny("qwen3moe", tmp_path / "source", **MOE), tmp_path, *PACKED["gptq act-order"][:2])
-    with pytest.raises(PortError, match="experts.0.gate_proj.weight: columns in the order of activations are read of"):
+    arrays = safetensors.load_file(coded / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.g_idx"
+    arrays[name] = arrays[name].flip(0).contiguous()
+    safetensors.save_file(arrays, coded / "model.safetensors")
+    with pytest.raises(PortError, match="experts.3.gate_proj.order and .*experts.3.up_proj.order differ"):
         port(Checkpoint.open(coded))
 
 
@@ -401,7 +462,7 @@ def test_latent_projections_by_head_leave_their_codes(tmp_path):
     ("config", "says"),
     [
         ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not read; known are fp8, mxfp4"),
-        ({"quant_method": "gptq", "bits": 3}, "GPTQ with bits=3; 4 are read"),
+        ({"quant_method": "gptq", "bits": 3}, "GPTQ with bits=3; 4 and 8 are read"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version='gemv'; 4 and 'gemm'"),
         (scheme(4, "group", 16, type="float"), "weights of 4 bits, type 'float', strategy 'group' are not read"),
         (scheme(8, "block"), "strategy 'block' are not read"),
@@ -424,7 +485,7 @@ def test_a_code_without_its_scale_is_named(tmp_path):
         Checkpoint.open(coded)
 
 
-@pytest.mark.parametrize("name", ["int4g128f16", "uint4g64", "uint4g64f16", "q4_k", "q6_k", "int8rowf32", "int4row"])
+@pytest.mark.parametrize("name", ["int4g128f16", "uint4g64", "uint8g64f16", "q4_k", "q6_k", "int8rowf32", "int4row"])
 def test_formats_that_are_only_read(name):
     fmt = formats.get(name)
     assert fmt.published and fmt.grouped and fmt.integer

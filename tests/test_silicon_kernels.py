@@ -17,6 +17,7 @@ from intaglio.ops import (
     REGISTRY,
     Attend,
     Embed,
+    Experts,
     HeadLinear,
     KvWrite,
     Linear,
@@ -275,3 +276,8 @@ def test_what_kernels_leave_out_is_refused() -> None:
     linear = Linear(site="l", x="x", w="w", out="y", x_format="int8")
     tensors = {"x": Tensor("x", ("T", 256), "f32", "temp"), "w": Tensor("w", (4, 256), "q4_k", "weight")}
     assert "weight w of l is q4_k; kernels take f32, " in str(refusal(linear, tensors))
+    stacks = {"gate": "w", "up": "w", "down": "w", "order": "o"}
+    experts = Experts(site="e", x="x", weights="p", ids="i", out="y", **stacks)
+    tensors = {n: Tensor(n, (4, 8, 8), "f32", "weight") for n in experts.inputs}
+    assert "e: experts whose columns stand in orders of their own have no kernel" in str(refusal(experts, tensors))
+    assert refusal(replace(experts, order=None), tensors) is None

@@ -71,7 +71,8 @@ class Format:
         """NumPy type of a plain format's values, or of a grouped format's codes (one code a byte)."""
         if not self.grouped:
             return PLAIN[self.name]
-        return np.dtype(np.int8) if self.integer else E4M3
+        kind = np.uint8 if self.name.startswith("uint8") else np.int8
+        return np.dtype(kind) if self.integer else E4M3
 
     @property
     def lowest(self) -> int:
@@ -101,8 +102,8 @@ def get(name: str) -> Format:
 
     Scales are bf16, of full float32 range, and codes are chosen against the rounded scale; fp8 has float32 scales, as
     it is published. What else checkpoints are published in has names too: int4 or int8 with scales in f16 or f32
-    (int4g32f16, int8rowf32); uint4g128, uint4g128f16 and so on, whose codes have a zero of their own in each group,
-    kept in a byte; and llama.cpp's q4_k and q6_k, whose scales of 6 and 8 bits are multiples of an f16 a block.
+    (int4g32f16, int8rowf32); uint4g128, uint8g128f16, uint8row and so on, whose codes have a zero of their own in each
+    group, kept in a byte; and llama.cpp's q4_k and q6_k, whose scales of 6 and 8 bits are multiples of an f16 a block.
     """
     if name in PLAIN:
         return Format(name, PLAIN[name].itemsize * 8)
@@ -110,12 +111,12 @@ def get(name: str) -> Format:
         return Format(name, 4, 32, 16)
     if name == "q6_k":
         return Format(name, 6, 16, 9)
-    match = re.fullmatch(r"(u?int4|int8|fp8)(?:g(\d+)|row)(f16|f32)?", name)
+    match = re.fullmatch(r"(u?int[48]|fp8)(?:g(\d+)|row)(f16|f32)?", name)
     if match and not (match[1] == "fp8" and match[3]):
         kind, group = match[1], int(match[2]) if match[2] else ROW
         if group == ROW or (group % 32 == 0 and 32 <= group <= CHUNK):
             scale = 32 if kind == "fp8" or match[3] == "f32" else 16
-            return Format(name, 4 if "int4" in kind else 8, group, scale + (8 if kind == "uint4" else 0))
+            return Format(name, 4 if "int4" in kind else 8, group, scale + (8 if kind.startswith("u") else 0))
     raise FormatError(f"unknown number format {name!r}: use one of {', '.join(PLAIN)}, {SCALED}")
 
 
@@ -126,8 +127,9 @@ def round_to(x: np.ndarray, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix as codes [N, K], int8 or E4M3, and scales float32 [N, ceil(K / group)]: value = (code - zero) * scale -
-    minimum, with the zeros (whole numbers) and minima of its group where the format has them, shaped as the scales.
+    """A matrix as codes [N, K], whole numbers of a byte or E4M3, and scales float32 [N, ceil(K / group)]: value =
+    (code - zero) * scale - minimum, with the zeros (whole numbers) and minima of its group where the format has them,
+    shaped as the scales.
 
     Where scales are whole multiples of a unit they are given multiplied out, which is exact, and `units` [N, K / block]
     has the units; `low_units` those of the minima. A stack of matrices has one more dimension in front of all. `turned`

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from intaglio import formats
 from intaglio.compiler.layout import Layout, LayoutError
 from intaglio.compiler.stages import cut_stages
 from intaglio.ops import (
@@ -65,6 +66,13 @@ def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
     return [(range(a, b),) for a, b in pairwise(ends)]
 
 
+def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
+    """The columns of a weight dealt out so that blocks its format would keep larger stay whole too: a lane may have one
+    more than another, but torn blocks are refused at load."""
+    block = formats.get(weight.format).block
+    return cut(int(weight.shape[-1]), lanes, (block, *BLOCKS) if block > BLOCKS[0] else BLOCKS)
+
+
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
     """The columns of heads, each `by` wide."""
     return [tuple(range(r.start * by, r.stop * by) for r in share) for share in shares]
@@ -90,11 +98,11 @@ def make_plan(p: Program, layout: Layout) -> Plan:
             plan_heads(p, op, layout, plan)
     for op in p.ops:
         if isinstance(op, Linear):
-            plan_columns(p, op.x, layout.lanes, plan)
+            plan_columns(p, op.x, cut_columns(p.tensors[op.w], layout.lanes), plan)
         elif isinstance(op, Sample):
-            plan_columns(p, op.logits, layout.lanes, plan)
+            plan_columns(p, op.logits, cut(int(p.tensors[op.logits].shape[1]), layout.lanes), plan)
         elif isinstance(op, Embed):
-            plan[op.out] = cut(int(p.tensors[op.out].shape[1]), layout.lanes)
+            plan[op.out] = cut_columns(p.tensors[op.w], layout.lanes)
     for op in p.ops:
         if isinstance(op, Linear):
             plan_joint(p, op.out, plan)
@@ -129,11 +137,11 @@ def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
             plan |= {root: scaled(shared, int(p.tensors[root].shape[1]) // kv) for root in found}
 
 
-def plan_columns(p: Program, x: str, lanes: int, plan: Plan) -> None:
+def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
     """Cut the projections that x is made of, element by element, if it is made of nothing else."""
     found, width = roots(p, x, (Map, Permute)), int(p.tensors[x].shape[1])
-    if found and width >= lanes and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
-        plan |= dict.fromkeys(found, cut(width, lanes))
+    if found and width >= len(shares) and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
+        plan |= dict.fromkeys(found, shares)
 
 
 def roots(p: Program, name: str, through: tuple[type[Op], ...]) -> set[str] | None:
@@ -416,11 +424,19 @@ def experts(lane: Lane, op: Experts) -> None:
     count, inner, _ = map(int, lane.p.tensors[op.gate].shape)
     if count < layout.ep or inner < layout.tp:
         raise LayoutError(f"{op.site} has {count} experts of {inner} columns, too few for layout {layout}")
-    own, part = cut(count, layout.ep, ())[at[0]], cut(inner, layout.tp)[at[1]]
+    if op.down_order and layout.tp > 1:
+        raise LayoutError(
+            f"{op.site}: the columns of each down stand in an order of its own, which tp={layout.tp} would tear; "
+            "share out whole experts, by ep"
+        )
+    own, part = cut(count, layout.ep, ())[at[0]], cut_columns(lane.p.tensors[op.down], layout.tp)[at[1]]
     stacks = {op.gate: 1, op.up: 1, op.down: 2, op.gate_bias: 1, op.up_bias: 1}
     for name, axis in stacks.items():
         if name:
             lane.slab(name, own, part, axis)
+    for name in (op.order, op.down_order):
+        if name:
+            lane.slab(name, own)
     if op.down_bias and at[1] == 0:  # it is added once an expert
         lane.slab(op.down_bias, own)
     share = replace(

@@ -332,7 +332,8 @@ class HostExecutable:
             case Experts():
                 _check_rounding(op)
                 count, inner, _ = map(int, self.program.tensors[op.gate].shape)
-                names = [op.x, op.weights, op.ids, op.gate, op.down, op.gate_bias, op.down_bias, op.residual, op.out]
+                names = [op.x, op.weights, op.ids, op.gate, op.down, op.gate_bias, op.down_bias]
+                names += [op.order, op.down_order, op.residual, op.out]
                 act = ACTIVATIONS.index(op.activation)
                 ints = [count, inner, op.x_format == "bf16", act, op.scale_input, op.first]
                 floats = [op.alpha, op.limit, op.shift]

@@ -259,6 +259,11 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.coded[name].shape if name in self.coded else self.entry(name).shape
 
+    @property
+    def orders(self) -> set[str]:
+        """The tensors that say in which order columns stand, one a matrix; Programs read those they need."""
+        return {name for name, c in self.coded.items() if c.format == "i32"}
+
     def order(self, name: str) -> str:
         """The tensor that says in which order a matrix's columns stand; "" if as in what it multiplies."""
         return self.coded[name].order if name in self.coded else ""

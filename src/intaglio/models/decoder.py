@@ -148,9 +148,23 @@ class Writer:
         """A weight that is no module's `weight` or `bias`, from a source as program/source.py reads it. `plain`: codes
         become bf16, for an op that takes none."""
         if ordered := [n for n in names(source) if self.order(n)]:
-            raise PortError(f"{ordered[0]}: columns in the order of activations are read of single matrices only")
+            raise PortError(f"{ordered[0]}: columns in the order of activations are read of linears and experts only")
         format = self.format(names(source)[0])
         return self.b.weight(name, shape, source, "bf16" if plain and formats.get(format).grouped else format)
+
+    def stack(self, name: str, shape: tuple[int, int, int], source: str) -> str:
+        """Experts' matrices, whose columns stand as orders() says."""
+        return self.b.weight(name, shape, source, self.format(names(source)[0]))
+
+    def orders(self, name: str, shape: tuple[int, int], *sources: str) -> str | None:
+        """The orders of the columns of stacks that meet one input, expert by expert; None where all stand as they
+        come."""
+        runs = [[self.order(n) for n in names(source)] for source in sources]
+        for own in zip(*runs, strict=True):
+            if len(set(own)) > 1:
+                raise PortError(f"{' and '.join(own)} differ; the matrices that meet one input have one order")
+        source = sources[0].removesuffix(".weight") + ".order"
+        return self.b.weight(name, shape, source, "i32") if any(runs[0]) else None
 
     def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False) -> str:
         w = self.weight(site, "weight", (rows, cols), source)

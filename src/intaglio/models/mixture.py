@@ -54,14 +54,19 @@ def write_mixture(w: Writer, m: Mixture, i: int, x: str) -> str:
     inner, outer = (m.count, m.width, w.d.hidden), (m.count, w.d.hidden, m.width)
     names = ("gate", "up", "down")
     stacks = [
-        w.tensor(f"{at}experts.{n}", shape, source + m.source(s))
+        w.stack(f"{at}experts.{n}", shape, source + m.source(s))
         for n, shape, s in zip(names, (inner, inner, outer), m.sources, strict=True)
     ]
+    gate, up, down = (source + m.source(s) for s in m.sources)
+    orders = {
+        "order": w.orders(f"{at}experts.order", inner[::2], gate, up),
+        "down_order": w.orders(f"{at}experts.down_order", outer[::2], down),
+    }
     biases = {
         f"{n}_bias": w.tensor(f"{at}experts.{n}_bias", shape, source + m.source(s))
         for n, shape, s in zip(names, (inner[:2], inner[:2], outer[:2]), m.biases or (), strict=False)
     }
-    how = {"activation": w.d.activation, "x_format": w.meets(stacks[0]), **m.glu, **biases}
+    how = {"activation": w.d.activation, "x_format": w.meets(stacks[0]), **m.glu, **biases, **orders}
     y = b.op(Experts, at + "experts", x, weights, at + "route.ids", *stacks, **how)
     return write_shared(w, m, i, x, y) if m.shared else y
 

@@ -142,7 +142,7 @@ def _match(program: Program, checkpoint: Checkpoint, family: Family) -> None:
     ignored = (*family.ignored, *_predictors(checkpoint.config))
     extra = sorted(
         n
-        for n in checkpoint.names - wanted.keys()
+        for n in checkpoint.names - wanted.keys() - checkpoint.orders
         if not (HARMLESS.search(n) or n.startswith(ignored) or (tied and n.endswith("lm_head.weight")))
     )
     if extra:

@@ -104,7 +104,7 @@ def _bases(stored: Stored, suffix: str) -> list[str]:
 
 
 def _spread(scales: np.ndarray, shape: tuple[int, ...], format: str) -> tuple[np.ndarray, int]:
-    """Scales of a row format, one a row or one for all, as [..., N, groups], and the group."""
+    """Scales or zeros of a row format, one a row or one for all, as [..., N, groups], and the group."""
     group = formats.get(format).group_of(shape[-1])
     by_row = (
         scales.astype(np.float32).reshape(*shape[:-1], 1) if scales.size > 1 else scales.astype(np.float32).reshape(1)
@@ -194,6 +194,16 @@ def _nibbles(x: np.ndarray) -> np.ndarray:
     return np.stack([bytes & 15, bytes >> 4], axis=-1).reshape(*bytes.shape[:-1], -1)
 
 
+def _fields(x: np.ndarray, bits: int) -> np.ndarray:
+    """[.., n] words as [.., n * codes a word] codes of 4 or 8 bits, the lowest first."""
+    return _nibbles(x) if bits == 4 else np.ascontiguousarray(x).view(np.uint8)
+
+
+def _above(x: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of compressed-tensors, uint8 from the lowest of so many bits on: fields of words, or signed bytes."""
+    return _fields(x, bits) if x.dtype == np.int32 else x.view(np.uint8) + np.uint8(1 << (bits - 1))
+
+
 def _scaled(kind: str, group: int, dtype: str) -> str:
     """The name of an integer format with scales stored as `dtype`."""
     run = "row" if group == ROW else f"g{group}"
@@ -230,54 +240,52 @@ def _compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
             raise PortError(f"{base}.weight_packed has no weight_shape beside it")
         dtype = stored.dtypes[base + ".weight_scale"]
         uneven = bool(zero) and not s.get("symmetric", True)
-        format = _scaled("uint4" if uneven else f"int{bits}", group, dtype)
-        if uneven and bits == 8:
-            raise PortError(f"{zero}: int8 weights with zero points are not read")
+        format = _scaled(f"uint{bits}" if uneven else f"int{bits}", group, dtype)
 
-        def decode(read: Reader, base: str = base, codes: str = codes, format: str = format, packed: bool = packed,
+        def decode(read: Reader, base: str = base, codes: str = codes, format: str = format,
                    zero: str = zero if uneven else "", groups: str = index if order else "") -> Quantised:  # fmt: skip
-            raw = read(codes)
-            if packed:
-                words = _nibbles(raw) if bits == 4 else np.ascontiguousarray(raw).view(np.uint8)
-                values = words.astype(np.int16) - (0 if zero else 1 << (bits - 1))
-                values = values.astype(np.int8)
-            else:
-                values = raw
-            values = np.ascontiguousarray(values[:, by_group(read(groups))]) if groups else values
-            scales = read(base + ".weight_scale").astype(np.float32)
-            if group == ROW:
-                scales, size = _spread(scales, values.shape, format)
-            else:
-                scales, size = scales.reshape(len(values), -1), group
-            if not zero:
-                return Quantised(values, scales, size)
-            zeros = _nibbles(np.ascontiguousarray(read(zero).T)).T[: len(values)].astype(np.float32)
-            return Quantised(values, scales, size, zeros)
+            fmt = formats.get(format)
+            own = (_above(read(codes), bits) - np.uint8(-fmt.lowest)).view(fmt.dtype)
+            own = np.ascontiguousarray(own[:, by_group(read(groups))]) if groups else own
 
-        by = Part(0 if np.prod(stored.shapes[base + ".weight_scale"]) > 1 else None)
-        parts = {codes: Part(), base + ".weight_scale": by} | ({zero: Part(0, 32 // bits)} if zero else {})
-        parts |= {index: Part(None)} if index in stored.dtypes else {}
+            def table(x: np.ndarray) -> np.ndarray:
+                return _spread(x, own.shape, format)[0] if group == ROW else x.astype(np.float32).reshape(len(own), -1)
+
+            scales, size = table(read(base + ".weight_scale")), fmt.group_of(own.shape[1])
+            if not zero:
+                return Quantised(own, scales, size)
+            held = read(zero)
+            zeros = _above(held.T, bits).T[: len(own)] if held.dtype == np.int32 else _above(held, bits)
+            return Quantised(own, scales, size, table(zeros))
+
+        lie = {base + ".weight_scale": 1, zero: 32 // bits if zero and stored.dtypes[zero] == "I32" else 1}
+        parts = {n: Part(0 if np.prod(stored.shapes[n]) > 1 else None, each) for n, each in lie.items() if n}
+        parts |= {codes: Part()} | ({index: Part(None)} if index in stored.dtypes else {})
         out[base + ".weight"] = Coded(format, shape, parts, decode, order=order)
     return out
 
 
 def _gptq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """qweight I32 [K / 8, N], codes down K; qzeros I32 [G, N / 8], stored less one; scales F16 [G, N]; g_idx I32 [K],
-    the group of each column: any, with act-order."""
-    if q.get("bits") != 4:
-        raise PortError(f"config.json: GPTQ with bits={q.get('bits')}; 4 are read")
-    less = 0 if q.get("checkpoint_format") == "gptq_v2" else 1
+    """qweight I32 [K / 8, N], codes of 4 bits down K, or [K / 4, N] of 8; qzeros I32 [G, N / 8 or 4], whole words less
+    what is one in each field, but in v2; scales F16 [G, N]; g_idx I32 [K], the group of each column: any, with
+    act-order."""
+    bits = q.get("bits")
+    if bits not in (4, 8):
+        raise PortError(f"config.json: GPTQ with bits={bits}; 4 and 8 are read")
+    each = 32 // bits
+    ones = np.uint32(0 if q.get("checkpoint_format") == "gptq_v2" else 0xFFFFFFFF // ((1 << bits) - 1))
 
     def codes(read: Reader, base: str) -> np.ndarray:
-        return _nibbles(np.ascontiguousarray(read(base + ".qweight").T))
+        return _fields(read(base + ".qweight").T, bits)
 
     def zeros(read: Reader, base: str) -> np.ndarray:
-        return _nibbles(read(base + ".qzeros")).T.astype(np.float32) + less
+        return _fields(read(base + ".qzeros").view(np.uint32) + ones, bits).T  # a zero of 0 had borrowed from the next
 
     shapes = {
-        b: (stored.shapes[b + ".qweight"][1], stored.shapes[b + ".qweight"][0] * 8) for b in _bases(stored, ".qweight")
+        b: (stored.shapes[b + ".qweight"][1], stored.shapes[b + ".qweight"][0] * each)
+        for b in _bases(stored, ".qweight")
     }
-    return _with_zeros(stored, q, shapes, codes, zeros, {".qweight": Part(1), ".qzeros": Part(1, 8)})
+    return _with_zeros(stored, q, bits, shapes, codes, zeros, {".qweight": Part(1), ".qzeros": Part(1, each)})
 
 
 def _awq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
@@ -297,38 +305,39 @@ def _awq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
         return columns(read(base + ".qweight"))
 
     def zeros(read: Reader, base: str) -> np.ndarray:
-        return columns(read(base + ".qzeros")).astype(np.float32)
+        return columns(read(base + ".qzeros"))
 
     shapes = {
         b: (stored.shapes[b + ".qweight"][1] * 8, stored.shapes[b + ".qweight"][0]) for b in _bases(stored, ".qweight")
     }
-    return _with_zeros(stored, q, shapes, codes, zeros, {".qweight": Part(1, 8), ".qzeros": Part(1, 8)})
+    return _with_zeros(stored, q, 4, shapes, codes, zeros, {".qweight": Part(1, 8), ".qzeros": Part(1, 8)})
 
 
 def _with_zeros(
-    stored: Stored, q: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]],
+    stored: Stored, q: Mapping[str, Any], bits: int, shapes: Mapping[str, tuple[int, int]],
     codes: Callable[[Reader, str], np.ndarray], zeros: Callable[[Reader, str], np.ndarray], parts: Mapping[str, Part],
 ) -> dict[str, Coded]:  # fmt: skip
-    """Codes 0..15 less a zero, times a scale, in groups along K."""
+    """Codes from 0 on less a zero, times a scale, in groups along K; group_size=-1: one of each a row."""
     out: dict[str, Coded] = {}
     known: dict[bytes, str] = {}
     for base, shape in shapes.items():
-        groups = stored.shapes[base + ".scales"][0]
-        group = -(-shape[1] // groups)
-        if group % 32 or group > formats.CHUNK:
+        group = ROW if q.get("group_size") == -1 else -(-shape[1] // stored.shapes[base + ".scales"][0])
+        if group != ROW and (group % 32 or group > formats.CHUNK):
             raise PortError(f"{base}.scales: groups of {group}; a multiple of 32 up to {formats.CHUNK} is read")
 
         order = _order(stored, base + ".g_idx", base + ".order", group, known, out)
+        format = _scaled(f"uint{bits}", group, stored.dtypes[base + ".scales"])
 
-        def decode(read: Reader, base: str = base, group: int = group, order: str = order) -> Quantised:
-            scales = read(base + ".scales").T.astype(np.float32)
-            own = codes(read, base)
-            own = np.ascontiguousarray(own[:, by_group(read(base + ".g_idx"))] if order else own).astype(np.int8)
-            return Quantised(own, np.ascontiguousarray(scales), group, np.ascontiguousarray(zeros(read, base)))
+        def decode(read: Reader, base: str = base, format: str = format, order: str = order) -> Quantised:
+            fmt, own = formats.get(format), codes(read, base)
+            own = np.ascontiguousarray(own[:, by_group(read(base + ".g_idx"))] if order else own).view(fmt.dtype)
+            tables = [x.astype(np.float32, "C") for x in (read(base + ".scales").T, zeros(read, base))]
+            if fmt.group == ROW:
+                tables = [_spread(x, own.shape, format)[0] for x in tables]
+            return Quantised(own, tables[0], fmt.group_of(own.shape[1]), tables[1])
 
         lie = {**parts, ".scales": Part(1), ".g_idx": Part(None)}
         held = {base + s: part for s, part in lie.items() if base + s in stored.dtypes}
-        format = _scaled("uint4", group, stored.dtypes[base + ".scales"])
         out[base + ".weight"] = Coded(format, shape, held, decode, order=order)
     return out
 
@@ -339,16 +348,17 @@ def by_group(groups: np.ndarray) -> np.ndarray:
 
 
 def _order(stored: Stored, index: str, name: str, group: int, known: dict[bytes, str], out: dict[str, Coded]) -> str:
-    """The tensor in `out` by which a matrix's columns come together by group, `name` or its like; "" if they are.
-    Matrices of equal orders share one: those of one input have been ordered by the same activations."""
-    groups = stored.read(index) if index in stored.dtypes else np.zeros(0, np.int32)
+    """The tensor by which a matrix's columns come together by group, `name` or its like; "" if they are. Matrices of
+    equal orders share one: those of one input have been ordered by the same activations. Each has its own, `name`, in
+    `out` all the same, for a stack to take one by one."""
+    if index not in stored.dtypes:
+        return ""
+    groups = stored.read(index)
+    out[name] = Coded("i32", (len(groups),), {index: Part(None)}, lambda read: by_group(read(index)))
     if not (np.diff(groups) < 0).any():
         return ""
     if not np.array_equal(np.sort(groups), np.arange(len(groups)) // group):
         raise PortError(
             f"{index}: groups of other sizes than {group}, which is what its scales make them, are not read"
         )
-    name = known.setdefault(groups.tobytes(), name)
-    if name not in out:
-        out[name] = Coded("i32", (len(groups),), {index: Part(None)}, lambda read: by_group(read(index)))
-    return name
+    return known.setdefault(groups.tobytes(), name)

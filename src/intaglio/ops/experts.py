@@ -132,7 +132,9 @@ class Experts(Op, kind="experts"):
     down @ (activation(gate @ x) * (up @ x)).
 
     x f32 [T, K], weights f32 [T, top], ids i32 [T, top]; gate and up [E, I, K] in one weight format, down [E, N, I];
-    biases [E, I] of both gate and up or of neither, and [E, N] of down; residual and out f32 [T, N]. With g and u the
+    biases [E, I] of both gate and up or of neither, and [E, N] of down; residual and out f32 [T, N]. Where the columns
+    of gate and up, or of down, stand in an order of each expert's own (GPTQ's act-order), `order` i32 [E, K] and
+    `down_order` [E, I] say of which value each is: x[order[e]] meets gate and up of expert e. With g and u the
     two products and their biases: limit > 0 caps g at limit and u at +-limit; then activation(alpha * g) / alpha *
     (u + shift) (gpt-oss: silu, alpha 1.702, limit 7, shift 1). `scale_input` applies a weight to x instead of to the
     expert's result (Llama 4). With `of`, the stacks hold experts first .. first + E - 1 of so many, and the others add
@@ -149,6 +151,8 @@ class Experts(Op, kind="experts"):
     gate_bias: str | None = operand(optional=True)
     up_bias: str | None = operand(optional=True)
     down_bias: str | None = operand(optional=True)
+    order: str | None = operand(optional=True)
+    down_order: str | None = operand(optional=True)
     residual: str | None = operand(optional=True)
     out: str = result()
     x_format: str = "f32"
@@ -183,6 +187,10 @@ class Experts(Op, kind="experts"):
         )
         self.check(self.alpha > 0 and self.limit >= 0, f"alpha={self.alpha}, limit={self.limit}; above 0, not below 0")
         self._biases(t, experts, inner, n)
+        for name, wanted in ((self.order, (experts, k)), (self.down_order, (experts, inner))):
+            if name:
+                ok = (t[name].shape, t[name].format) == (wanted, "i32")
+                self.check(ok, f"{name} is {t[name].type}; wanted i32{list(wanted)}")
         if self.residual is not None:
             r = t[self.residual]
             self.check(r.shape == ("T", n), f"residual {self.residual} is {r.type}; wanted ['T', {n}]")
@@ -210,10 +218,11 @@ class Experts(Op, kind="experts"):
         for e in (e for e in np.unique(ids) - self.first if 0 <= e < here):
             t, j = np.nonzero(ids - self.first == e)
             row = x[t] * weights[t, j, None] if self.scale_input else x[t]
+            row = _in_order(row, v, self.order, e)
             inner = self._glu(
                 self._part(v, row, self.gate, self.gate_bias, e), self._part(v, row, self.up, self.up_bias, e)
             )
-            parts[t, j] = self._part(v, inner, self.down, self.down_bias, e)
+            parts[t, j] = self._part(v, _in_order(inner, v, self.down_order, e), self.down, self.down_bias, e)
         if not self.scale_input:
             parts *= weights[:, :, None]
         out = parts.sum(axis=1, dtype=np.float64).astype(np.float32)
@@ -236,7 +245,8 @@ class Experts(Op, kind="experts"):
         experts = int(t[self.gate].shape[0])
         total = self.of or experts
         touched = experts * (1 - (1 - top / total) ** tokens)
-        stacks = [n for n in (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias) if n]
+        named = (self.gate_bias, self.up_bias, self.down_bias, self.order, self.down_order)
+        stacks = [n for n in (self.gate, self.up, self.down, *named) if n]
         weight = sum(t[n].nbytes({}) for n in stacks) * touched / experts
         each = 2 * sum(prod(map(int, t[n].shape[1:])) for n in (self.gate, self.up, self.down))
         flops = tokens * top * each * experts // total
@@ -247,6 +257,11 @@ class Experts(Op, kind="experts"):
 def expert(w: Value, e: int) -> Value:
     """Matrix e of a stack: an array [E, N, K], or codes kept as [E, N, K] with scales alike."""
     return w.matrix(e) if isinstance(w, Quantised) else w[e]
+
+
+def _in_order(x: np.ndarray, v: Mapping[str, Value], order: str | None, e: int) -> np.ndarray:
+    """Columns of x as those of expert e's matrix stand."""
+    return x if order is None else x[:, np.asarray(v[order])[e]]
 
 
 def _values(w: Value) -> np.ndarray:

@@ -26,7 +26,7 @@ def check_x_format(op: Op, t: Tensors, w: str, x_format: str) -> None:
 
 def product(x: np.ndarray, w: Value, x_format: str) -> np.ndarray:
     """x [rows, K] @ w.T with the declared rounding of x; float64 [rows, N]."""
-    if isinstance(w, Quantised) and w.codes.dtype != np.int8:
+    if isinstance(w, Quantised) and w.codes.dtype == formats.E4M3:
         w = w.rows(slice(None))
     if isinstance(w, Quantised):
         xq, xs = formats.quantise_rows(x, w.group)

@@ -12,7 +12,7 @@ from intaglio import formats
 from intaglio.batch import Batch
 from intaglio.chips import ChipSpec
 from intaglio.formats import E4M3, Quantised
-from intaglio.ops import Op, Tensor, Value
+from intaglio.ops import Experts, Op, Tensor, Value
 from intaglio.silicon.kernel import Heap, Kernel, Stream
 from intaglio.silicon.machine import Machine, Run
 from intaglio.silicon.memory import MachineError, Memory, Region
@@ -138,6 +138,8 @@ def refusal(op: Op, tensors: Mapping[str, Tensor]) -> str | None:
         if t.role == "weight" and formats.get(t.format).published:
             taken = ", ".join((*formats.PLAIN, formats.SCALED))
             return f"weight {name} of {op.site} is {t.format}; kernels take {taken}"
+    if isinstance(op, Experts) and (op.order or op.down_order):
+        return f"{op.site}: experts whose columns stand in orders of their own have no kernel; run them on the host"
     return None
 
 
