@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from intaglio import formats
 from intaglio.compiler.layout import Layout, LayoutError
 from intaglio.compiler.stages import cut_stages
 from intaglio.ops import (
@@ -65,6 +66,12 @@ def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
     return [(range(a, b),) for a, b in pairwise(ends)]
 
 
+def blocks_of(p: Program) -> tuple[int, ...]:
+    """The blocks to cut in: those of K-quants first, where a weight is one."""
+    whole = any(formats.get(t.format).block == formats.BLOCK for t in p.of_role("weight"))
+    return (formats.BLOCK, *BLOCKS) if whole else BLOCKS
+
+
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
     """The columns of heads, each `by` wide."""
     return [tuple(range(r.start * by, r.stop * by) for r in share) for share in shares]
@@ -94,7 +101,7 @@ def make_plan(p: Program, layout: Layout) -> Plan:
         elif isinstance(op, Sample):
             plan_columns(p, op.logits, layout.lanes, plan)
         elif isinstance(op, Embed):
-            plan[op.out] = cut(int(p.tensors[op.out].shape[1]), layout.lanes)
+            plan[op.out] = cut(int(p.tensors[op.out].shape[1]), layout.lanes, blocks_of(p))
     for op in p.ops:
         if isinstance(op, Linear):
             plan_joint(p, op.out, plan)
@@ -133,7 +140,7 @@ def plan_columns(p: Program, x: str, lanes: int, plan: Plan) -> None:
     """Cut the projections that x is made of, element by element, if it is made of nothing else."""
     found, width = roots(p, x, (Map, Permute)), int(p.tensors[x].shape[1])
     if found and width >= lanes and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
-        plan |= dict.fromkeys(found, cut(width, lanes))
+        plan |= dict.fromkeys(found, cut(width, lanes, blocks_of(p)))
 
 
 def roots(p: Program, name: str, through: tuple[type[Op], ...]) -> set[str] | None:
@@ -302,6 +309,13 @@ def cut_source(t: Tensor, share: Share, axis: int, length: int) -> tuple[str, ..
         )
     if share == (range(length),):
         return t.source
+    if axis == len(t.shape) - 1 and formats.get(t.format).block == formats.BLOCK:
+        torn = next((end for r in share for end in (r.start, r.stop) if end % formats.BLOCK), None)
+        if torn is not None:
+            raise LayoutError(
+                f"weight {t.name} is {t.type}, and a cut at column {torn} would tear a block of {formats.BLOCK} "
+                "values; use weights int4, of as many bits, or fewer ways"
+            )
     way = "crs"[len(t.shape) - 1 - axis]
     return tuple(
         narrowed(source, r) if axis == 0 and is_run(source) else f"{source}|{way}{r.start}:{r.stop}/{length}"
@@ -416,7 +430,7 @@ def experts(lane: Lane, op: Experts) -> None:
     count, inner, _ = map(int, lane.p.tensors[op.gate].shape)
     if count < layout.ep or inner < layout.tp:
         raise LayoutError(f"{op.site} has {count} experts of {inner} columns, too few for layout {layout}")
-    own, part = cut(count, layout.ep, ())[at[0]], cut(inner, layout.tp)[at[1]]
+    own, part = cut(count, layout.ep, ())[at[0]], cut(inner, layout.tp, blocks_of(lane.p))[at[1]]
     stacks = {op.gate: 1, op.up: 1, op.down: 2, op.gate_bias: 1, op.up_bias: 1}
     for name, axis in stacks.items():
         if name:
