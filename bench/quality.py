@@ -30,9 +30,9 @@ from intaglio.models.checkpoint import read_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-OURS = {"bf16": "bf16", "int8": "int8g128", "int8g32": "int8g32", "int4": "int4g32", "int4g128": "int4g128"}
+OURS = {"bf16": "bf16", "int8": "int8g128", "int4": "int4g32"} | {n: n for n in ("int8g32", "int4g128", "q4_k")}
 PEERS = {"Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_K_M": "Q4_K"}  # a model's format, and that of most of its layers
-ORDER = ("bf16", "int8", "int8g32", "Q8_0", "int4", "int4g128", "Q4_0", "Q4_K_M")
+ORDER = ("bf16", "int8", "int8g32", "Q8_0", "int4", "int4g128", "Q4_0", "q4_k", "Q4_K_M")
 ROWS, COLUMNS, INPUTS = 1024, 2048, 64
 FREEDOM = 4  # degrees of freedom of the heavy-tailed weights: the fewest with room for a variance that settles
 WINDOW = 1024  # tokens of context at most, the bundled model's own

@@ -100,14 +100,15 @@ Format format_of(const std::string& family) {
 
 // Rows arrive as bytes: NumPy has no bfloat16 of its own.
 void fill(PackedWeight& self, nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> bytes,
-          const std::string& type, int64_t first, int64_t count, int threads) {
+          const std::string& type, int64_t first, int64_t count, int threads, const std::string& isa) {
+  const Kernels* kernels = kernels_of(isa);
   Source source = lookup(kSources, type, "source type");
   int64_t wanted = count * self.w.k * (source == Source::F32 ? 4 : 2);
   if (int64_t(bytes.size()) != wanted) throw std::invalid_argument("rows are not [count, k] of their type");
   if (!self.w.quantises()) throw std::invalid_argument("a format that is only read takes codes, not values");
   const void* p = bytes.data();
   nb::gil_scoped_release unlocked;
-  self.fill(p, source, first, count, threads);
+  self.fill(p, source, first, count, threads, *kernels);
 }
 
 // Codes [count, k] a byte each; the scales [count, groups] of their groups; their zeros or minima alike, and [count, blocks]
@@ -258,7 +259,7 @@ NB_MODULE(_native, m) {
       .def("__init__", [](PackedWeight* self, const std::string& format, int64_t n, int64_t k, int64_t group, bool glu) {
              new (self) PackedWeight(format_of(format), n, k, group, glu);
            }, "format"_a, "n"_a, "k"_a, "group"_a, "glu"_a)
-      .def("fill", &fill)
+      .def("fill", &fill, "rows"_a, "type"_a, "first"_a, "count"_a, "threads"_a, "isa"_a = isas().front())
       .def("fill_codes", &fill_codes, "codes"_a, "scales"_a, "lows"_a.none(), "units"_a.none(), "low_units"_a.none(), "first"_a, "threads"_a)
       .def("place", &PackedWeight::place, "region"_a, "offset"_a)
       .def("unpack", &unpack)

@@ -51,8 +51,8 @@ void PackedWeight::share(int64_t first, int64_t count, int threads, Pack pack) {
   for (auto& t : helpers) t.join();
 }
 
-void PackedWeight::fill(const void* rows, Source type, int64_t first, int64_t count, int threads) {
-  share(first, count, threads, [&](int64_t begin, int64_t end) { pack_rows(w, rows, type, first, count, begin, end); });
+void PackedWeight::fill(const void* rows, Source type, int64_t first, int64_t count, int threads, const Kernels& kernels) {
+  share(first, count, threads, [&](int64_t begin, int64_t end) { pack_rows(w, rows, type, first, count, begin, end, kernels); });
 }
 
 void PackedWeight::fill_codes(const CodedRows& rows, int64_t first, int64_t count, int threads) {

@@ -16,7 +16,7 @@ struct PackedWeight {
   std::shared_ptr<Memory> memory;
   int64_t bytes() const { return w.panels * w.panel_bytes; }
   PackedWeight(const Format& format, int64_t n, int64_t k, int64_t group, bool glu);
-  void fill(const void* rows, Source type, int64_t first, int64_t count, int threads);
+  void fill(const void* rows, Source type, int64_t first, int64_t count, int threads, const Kernels& kernels);
   void fill_codes(const CodedRows& rows, int64_t first, int64_t count, int threads);
   template <class Pack>
   void share(int64_t first, int64_t count, int threads, Pack pack);  // pack(begin panel, end panel) in parallel

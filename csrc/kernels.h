@@ -57,7 +57,7 @@ struct Weight {
   // Whether values can be rounded to it here; the codes of others are only copied.
   bool quantises() const {
     const bool chosen = fmt == Fmt::I8 || fmt == Fmt::I4 || fmt == Fmt::MX4;
-    return !group || fmt == Fmt::FP8 || (chosen && scale == Scale::BF16);
+    return !group || fmt == Fmt::FP8 || fmt == Fmt::K4 || (chosen && scale == Scale::BF16);
   }
   bool integer() const { return group && fmt != Fmt::FP8; }           // x becomes int8
   bool pairs() const { return fmt == Fmt::BF16 || fmt == Fmt::FP8; }  // x goes in pairs, of float or bf16
@@ -186,6 +186,13 @@ struct Draw {
   const uint32_t* mask = nullptr;
 };
 
+// K4's block of a row: code * size * unit - low * low_unit, size and low by group. unit is NaN if a value is not finite, or
+// out of reach.
+struct LineBlock {
+  float unit, low_unit;
+  uint8_t sizes[8], lows[8], codes[kBlock];
+};
+
 struct Kernels {
   const char* name;
   void (*prepare_row)(const Weight& w, bool x_bf16, const float* x, const Rows& to, int64_t row);
@@ -203,6 +210,7 @@ struct Kernels {
   // p[i] = exp((x[i] - top) / temperature); returns their sum.
   double (*weigh)(const float* x, int64_t n, float top, float temperature, float* p);
   float (*read_stream)(const float* p, int64_t n);
+  void (*choose_lines)(const float* x, LineBlock* block);  // of kBlock values, at load
 };
 
 // Draws a token from one row of logits, as ops/sample.py's draw(); -1 and NaN if a logit is NaN or the largest, edited or

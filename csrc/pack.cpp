@@ -279,6 +279,15 @@ void put_field(uint8_t* words, int64_t lane, int shift, uint32_t mask, int value
   std::memcpy(words + lane * 4, &own, 4);
 }
 
+// The unit of K4's minima, and a group's scale and minimum in units.
+void put_lines(const Weight& w, int64_t lane, const GroupAt& at, float low_unit, int size, int low) {
+  const uint16_t half = to_f16(low_unit);
+  std::memcpy(at.head + (kPanel + lane) * w.scale_bytes(), &half, 2);
+  const int span = int(at.index / 4), j = int(at.index % 4);
+  put_field(at.head + kPanel * (4 + 4 * span), lane, 8 * j, 255, (size & 15) | (low & 15) << 4);
+  put_field(at.head + kPanel * 12, lane, 8 * j + 4 * span, 15, size >> 4 | low >> 4 << 2);
+}
+
 // What row i of what is copied has beside its codes in group g, to the head of their block.
 void put_head(const Weight& w, int64_t lane, const GroupAt& at, int64_t i, int64_t g, const CodedRows& rows) {
   const int64_t groups = (w.k + w.group - 1) / w.group, blocks = groups / w.block();
@@ -296,12 +305,7 @@ void put_head(const Weight& w, int64_t lane, const GroupAt& at, int64_t i, int64
     return;
   }
   const float low_unit = rows.low_units[i * blocks + g / w.block()];
-  const int low = whole(rows.lows[i * groups + g], low_unit);
-  const uint16_t half = to_f16(low_unit);
-  std::memcpy(at.head + (kPanel + lane) * 2, &half, 2);
-  const int span = int(at.index / 4), j = int(at.index % 4);
-  put_field(at.head + kPanel * (4 + 4 * span), lane, 8 * j, 255, (size & 15) | (low & 15) << 4);
-  put_field(at.head + kPanel * 12, lane, 8 * j + 4 * span, 15, size >> 4 | low >> 4 << 2);
+  put_lines(w, lane, at, low_unit, size, whole(rows.lows[i * groups + g], low_unit));
 }
 
 void pack_codes(const Weight& w, const Strip& s) {
@@ -332,6 +336,26 @@ void pack_codes(const Weight& w, const Strip& s) {
       encode(w.fmt, x, w.group, scale, codes + i * w.group);
     }
     lay_codes(w, s, g, codes, w.group);
+  }
+}
+
+void pack_lines(const Weight& w, const Strip& s, const Kernels& kernels) {
+  alignas(64) uint8_t codes[kPanel * kBlock];
+  alignas(64) float x[kBlock];
+  LineBlock block;
+  const int64_t each = s.type == Source::F32 ? 4 : 2;
+  for (int64_t from = 0, g = 0; from < w.k; from += kBlock, g += w.block()) {
+    for (int64_t i = 0; i < s.lanes; i++) {
+      widen(s.row(i) + from * each, s.type, kBlock, x);
+      kernels.choose_lines(x, &block);
+      for (int64_t j = 0; j < w.block(); j++) {
+        const GroupAt at = group_at(w, s.panel, g + j);
+        put_scale(w, s.lane + i, at, block.unit);
+        put_lines(w, s.lane + i, at, block.low_unit, block.sizes[j], block.lows[j]);
+      }
+      std::memcpy(codes + i * kBlock, block.codes, kBlock);
+    }
+    for (int64_t j = 0; j < w.block(); j++) lay_codes(w, s, g + j, codes + j * w.group, kBlock);
   }
 }
 
@@ -433,13 +457,14 @@ Weight weight_layout(const Format& format, int64_t n, int64_t k, int64_t group, 
   return w;
 }
 
-void pack_rows(const Weight& w, const void* rows, Source type, int64_t first, int64_t count, int64_t begin, int64_t end) {
+void pack_rows(const Weight& w, const void* rows, Source type, int64_t first, int64_t count, int64_t begin, int64_t end,
+               const Kernels& kernels) {
   const int64_t stride = w.k * (type == Source::F32 ? 4 : 2);
   for (int64_t panel = begin; panel < end; panel++) {
     const Held h = held_by(w, panel, first, count);
     if (h.lanes <= 0) continue;
     const Strip s{static_cast<const uint8_t*>(rows) + h.at * stride, stride, type, panel, h.lane, h.lanes};
-    w.group ? pack_codes(w, s) : pack_plain(w, s);
+    w.fmt == Fmt::K4 ? pack_lines(w, s, kernels) : w.group ? pack_codes(w, s) : pack_plain(w, s);
   }
 }
 

@@ -46,7 +46,8 @@ struct CodedRows {
 // An image with room for [n, k]; throws std::invalid_argument for sizes a kernel cannot take.
 Weight weight_layout(const Format& format, int64_t n, int64_t k, int64_t group, bool glu);
 // Rows [first, first + count) from row-major values; `panel` selects which panels' rows this call packs (threads).
-void pack_rows(const Weight& w, const void* rows, Source type, int64_t first, int64_t count, int64_t begin_panel, int64_t end_panel);
+void pack_rows(const Weight& w, const void* rows, Source type, int64_t first, int64_t count, int64_t begin_panel, int64_t end_panel,
+               const Kernels& kernels);
 uint16_t to_bf16(float f);  // nearest, ties to even; NaN stays NaN
 // A row as int8row: its codes, and its scale in bf16, NaN if a value is not finite.
 uint16_t encode_row(const float* x, int64_t n, int8_t* codes);

@@ -418,6 +418,7 @@ def formats_of(p: Program, *names: str) -> list[str]:
         ("int8", False, "int8g32", "int8", "bf16", "int8g32", "bf16"),
         ("int4", True, "int4g32", "int8", "int8g32", "int8g32", "bf16"),
         ("int4", False, "int4g32", "int8", "bf16", "int8g32", "bf16"),
+        ("q4_k", True, "int4g32", "int8", "int8g32", "int8g32", "bf16"),
         ("int4g128", False, "int4g128", "int8", "bf16", "int8g32", "bf16"),
         ("int8g32", False, "int8g32", "int8", "bf16", "int8g32", "bf16"),
         ("int8g128", False, "int8g128", "int8", "bf16", "int8g128", "bf16"),
@@ -449,6 +450,7 @@ def test_stored_f32_and_f16_keep_x_whole() -> None:
 def test_groups_fit_the_rows(k: int, got: str) -> None:
     assert fitted("int8g128", Tensor("w", (4, k), "bf16", "weight")) == got
     assert fitted("int4g32", Tensor("w", (4, k), "bf16", "weight")) == "int4g32"
+    assert fitted("q4_k", Tensor("w", (4, k), "bf16", "weight")) == ("q4_k" if k == 2048 else "int4g32")
 
 
 @pytest.mark.parametrize("weights", ["int3", "i32", "int8g33", "fp8g33", "int2row", ""])

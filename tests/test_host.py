@@ -326,14 +326,15 @@ def test_sample_agrees_with_reference(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize(
     "format",
-    ["f32", "f16", "bf16", "int8g32", "int8g128", "int4g32", "int4g96", "int8row", "mxfp4", "fp8g32", "fp8row"],
+    ["f32", "f16", "bf16", "int8g32", "int8g128", "int4g32", "int4g96", "q4_k", "int8row", "mxfp4", "fp8g32", "fp8row"],
 )
 def test_packing_is_the_formats_own(format: str, rng: np.random.Generator) -> None:
-    """Codes and scales as formats.quantise() chooses them, from every source type, whole and in parts, with and
-    without glu's order."""
+    """Codes and scales as formats.quantise() chooses them, from every source type, by every instruction set, whole and
+    in parts, with and without glu's order."""
     fmt = formats.get(format)
     n, k = 2 * int(rng.integers(1, 70)), int(rng.integers(1, 2400 if fmt.group == formats.ROW else 290))
-    for source in ("f32", "f16", "bf16"):
+    k = k if fmt.block != formats.BLOCK else formats.BLOCK * int(rng.integers(1, 4))
+    for source, isa in zip(("f32", "f16", "bf16"), itertools.cycle(ISAS), strict=False):
         stored = (
             (rng.normal(size=(n, k)) * np.exp2(rng.integers(-9, 9, k)))
             .astype(np.float32)
@@ -348,7 +349,7 @@ def test_packing_is_the_formats_own(format: str, rng: np.random.Generator) -> No
             cut = int(rng.integers(0, n))
             for first, last in ((0, cut), (cut, n)):
                 rows = np.ascontiguousarray(stored[first:last])
-                packed.fill(rows.reshape(-1).view(np.uint8), source, first, last - first, 2)
+                packed.fill(rows.reshape(-1).view(np.uint8), source, first, last - first, 2, isa)
             got = np.empty((n, k), np.float32)
             for i in range(n):
                 packed.unpack(i, got[i])

@@ -98,9 +98,9 @@ def test_the_host_packs_the_very_codes(format: str, glu: bool, rng: Rng) -> None
 def test_values_are_not_quantised_to_a_format_that_is_only_read(rng: Rng) -> None:  # noqa: F811
     bench = Bench(rng, 3, 256)
     table = bench.weight("w", rng.normal(size=(8, 256)))
-    bench.b.tensors[table] = replace(bench.b.tensors[table], format="q4_k")
+    bench.b.tensors[table] = replace(bench.b.tensors[table], format="q6_k")
     bench.b.op(Linear, "y", bench.x, table, x_format="int8")
-    with pytest.raises(DeviceError, match=r"weight w is q4_k\[8, 256\].* but w is plain values"):
+    with pytest.raises(DeviceError, match=r"weight w is q6_k\[8, 256\].* but w is plain values"):
         HostDevice(1).load(_finish(bench), ArrayWeights(bench.arrays), StateSpec(4, PAGE))
     packed = _native.Weight("uint4f16", 8, 64, 32, False)
     with pytest.raises(ValueError, match="a format that is only read takes codes, not values"):

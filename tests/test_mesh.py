@@ -205,17 +205,29 @@ def test_each_lane_reads_its_rows_and_columns() -> None:
         assert rank.tensors["layers.0.attn.k_proj.weight"].source == ("model.layers.0.attn.k_proj.weight",)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "q4_k"])
 @pytest.mark.parametrize("device", ["reference", "host"])
 def test_shares_are_quantised_as_the_whole(tmp_path: Path, device: str, weights: str) -> None:
-    """Cuts fall between groups of 128, so codes and scales are those of the whole."""
-    sizes = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "head_dim": 128}
+    """Cuts fall between groups of 128, or blocks of 256, so codes and scales are those of the whole."""
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 768 if weights == "q4_k" else 640,
+        "num_attention_heads": 4,
+        "head_dim": 128,
+    }
     c = Checkpoint.open(tiny("qwen2", tmp_path, num_hidden_layers=2, num_key_value_heads=2, **sizes))
     tokens = np.random.default_rng(1).integers(0, 263, 9).tolist()
     wanted = run(build(port(c), weights), c, device, tokens, cuts=(6,))
     got = run(build_mesh(port(c), "tp2", weights), c, device, tokens, cuts=(6,))
     # an activation whose last bit differs may round to the next code, one part in 127 of its group's largest
     assert apart(got, wanted) <= 2 * 2 / 127
+
+
+def test_a_block_of_values_is_not_torn() -> None:
+    """By heads, where there is no choice of where to cut."""
+    p = transformer(Toy(layers=1, heads=4, kv_heads=4, head_dim=64))
+    with pytest.raises(LayoutError, match=r"o_proj.weight is q4_k\[256, 256\], and a cut at column 128 would tear a "):
+        build_mesh(p, "tp2", "q4_k")
 
 
 def test_a_mesh_gives_the_same_bits_whatever_the_company(folder: Path) -> None:

@@ -82,7 +82,7 @@ Device = Annotated[
     str, typer.Option(help="host (C++, fast), reference (NumPy, the definition), oracle, silicon (modelled).")
 ]
 Weights = Annotated[
-    str, typer.Option(help="Format of the weights: auto (as stored), f32, bf16, fp8, int8, int4, mxfp4.")
+    str, typer.Option(help="Format of the weights: auto (as stored), f32, bf16, fp8, int8, int4, q4_k, mxfp4.")
 ]
 KvFormat = Annotated[
     str, typer.Option("--kv", help="Format of the KV cache: auto (as the weights ask), f32, bf16, int8.")

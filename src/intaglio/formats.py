@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import ml_dtypes
@@ -23,6 +23,7 @@ PLAIN = {
     "i32": np.dtype(np.int32),
 }
 SCALED = "int8gN / int4gN / fp8gN with N in 32..1024 a multiple of 32, int8row, fp8row, mxfp4"
+CHOSEN = f"{SCALED}, q4_k"  # what quantise() takes
 SPAN = 128  # activations that share a scale, at least: the error is the weights' anyway, and sums stay integers longer
 CHUNK = 1024  # the longest run of values that one scale is applied to at once
 BLOCK = 256  # values of llama.cpp's q4_k and q6_k whose groups' scales are whole multiples of one unit
@@ -64,7 +65,7 @@ class Format:
     @property
     def published(self) -> bool:
         """Only read from checkpoints that hold it; quantise() does not choose it."""
-        return self.family not in (*PLAIN, "int8", "int4", "fp8", "int8row", "fp8row", "mxfp4")
+        return self.family not in (*PLAIN, "int8", "int4", "fp8", "int8row", "fp8row", "mxfp4", "q4_k")
 
     @property
     def dtype(self) -> np.dtype:
@@ -117,7 +118,7 @@ def get(name: str) -> Format:
         if group == ROW or (group % 32 == 0 and 32 <= group <= CHUNK):
             scale = 32 if kind == "fp8" or match[3] == "f32" else 16
             return Format(name, 4 if "int4" in kind else 8, group, scale + (8 if kind.startswith("u") else 0))
-    raise FormatError(f"unknown number format {name!r}: use one of {', '.join(PLAIN)}, {SCALED}")
+    raise FormatError(f"unknown number format {name!r}: use one of {', '.join(PLAIN)}, {CHOSEN}")
 
 
 def round_to(x: np.ndarray, name: str) -> np.ndarray:
@@ -194,19 +195,23 @@ def in_groups(x: np.ndarray, group: int) -> np.ndarray:
 
 
 def quantise(x: np.ndarray, name: str) -> Quantised:
-    """Weights [N, K] to a format with scales, symmetric.
+    """Weights [N, K] to a format with scales, symmetric but for q4_k.
 
     int8: scale = max|w| / 127, codes -127..127. int4: the value of largest magnitude maps to -8, so that all sixteen
     codes are used (the choice of llama.cpp's Q4_0); codes -8..7. fp8: max|w| maps to 448, E4M3's largest. mxfp4: the
     power of two that brings max|w| into 4..8 (OCP Microscaling Formats 1.0, 6.3), rounded to E2M1 and at most 6; its
-    codes are twice the value, -12..12, so that they are whole, and its scales half. A group, or row with one scale,
-    that holds NaN or infinity has NaN for its scale: it is NaN as a whole, and says so in every result.
+    codes are twice the value, -12..12, so that they are whole, and its scales half. q4_k: scale and minimum of least
+    squared error among those tried, see _q4_k(); K is a multiple of 256. A group, or row with one scale, that holds NaN
+    or infinity has NaN for its scale: it is NaN as a whole, and says so in every result. So has a block of q4_k, also
+    if it holds more than its units reach, 2^20.
     """
     fmt = get(name)
     if not fmt.grouped or fmt.published:
         what = "only read from checkpoints" if fmt.published else "a plain format"
-        raise FormatError(f"{name} is {what}; quantise() takes {SCALED}; round_to() the others")
+        raise FormatError(f"{name} is {what}; quantise() takes {CHOSEN}; round_to() the others")
     x = np.asarray(x, np.float32)
+    if name == "q4_k":
+        return _q4_k(x)
     group = fmt.group_of(x.shape[1])
     groups = in_groups(x, group)
     low, high = groups.min(axis=2), groups.max(axis=2)
@@ -252,3 +257,103 @@ def quantise_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak >= TINY)
     codes = np.rint(groups * inverse[:, :, None]).astype(np.int8)
     return codes, peak / np.float32(127)
+
+
+# q4_k: lines through groups of 32, value = code * scale - minimum, drawn in blocks of 256
+
+LARGEST = np.float32(2.0**20)  # that its units, in f16, reach with room to spare
+STEPS = np.float32(15)  # of its codes
+SIZES = np.float32(63)  # of its scales and minima, in units
+ENDS = np.array([-1, -0.5, 0, 0.5], np.float32)  # steps by which either end of a range is moved inwards
+NEAR = (-1, 0, 1)
+ZERO = np.float32(0)
+
+
+def _q4_k(x: np.ndarray) -> Quantised:
+    """The codes, 6-bit scales and minima and f16 units of float32 [N, K]. Raises FormatError for broken blocks.
+
+    First a line for each group: codes by each of 16 ranges (the group's own, its ends moved by up to a step), the line
+    of least squares through them, and the best of these lines. The units are the largest scale and minimum over 63,
+    rounded up, so that none is out of reach. Then each group takes, of the three nearest scales and under each of the
+    three nearest minima, those that leave the least squared error. csrc/lines.inl does the same in the same order, to
+    the bit. llama.cpp searches likewise (ggml-quants.c), but moves one end only, weighs large values more, and takes
+    the nearest scale and minimum as they come.
+    """
+    n, k = x.shape
+    if k % BLOCK:
+        raise FormatError(f"q4_k has rows of whole blocks of {BLOCK} values, not {k}; use int4g32, of as many bits")
+    x = np.ascontiguousarray(np.moveaxis(x.reshape(n, k // BLOCK, -1, 32), 3, 0))  # [32, n, blocks, groups]
+    sound = (np.abs(x) <= LARGEST).all(axis=(0, 3))[:, :, None]
+    x = np.where(sound, x, np.float32(0))
+    scale, minimum, middle = _lines(x)
+    units, low_units = _unit(scale), _unit(minimum)
+    mean, nearest = _sum(x) / 32, _steps(scale, units)
+    least = np.full(scale.shape, np.inf, np.float32)
+    scales, minima = np.zeros_like(scale), np.zeros_like(scale)
+    for i in NEAR:
+        s = np.clip(nearest + np.float32(i), 0, SIZES) * units
+        below = _steps(s * middle - mean, low_units)
+        for j in NEAR:
+            m = np.clip(below + np.float32(j), 0, SIZES) * low_units
+            error = _sum(np.square(x + m - _nearest(x, s, m) * s))
+            better = error < least
+            least, scales, minima = (np.where(better, *pair) for pair in ((error, least), (s, scales), (m, minima)))
+    codes = np.moveaxis(_nearest(x, scales, minima).astype(np.int8), 0, 3).reshape(n, k)
+    units = np.where(sound, units, np.float32(np.nan))
+    scales, minima, units, low_units = (
+        a.reshape(n, -1) for a in (np.where(sound, scales, units), minima, units, low_units)
+    )
+    return Quantised(codes, scales, 32, minima=minima, units=units, low_units=low_units, format="q4_k")
+
+
+def _lines(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(scale, minimum, mean code) of a line through each group of x [32, ...]; neither scale nor minimum below 0."""
+    low, mean = np.minimum(x.min(axis=0), 0), _sum(x) / 32
+    reach = x.max(axis=0) - low
+    step, inverse = reach / STEPS, _quotient(np.full_like(reach, STEPS), reach, TINY)
+    t = (x - low) * inverse
+    total, zero = _sum(t), low * inverse
+    raised = total + 32 * zero  # the sum, from x = 0 on
+    best, slope, middle = np.full_like(reach, -np.inf), np.zeros_like(reach), np.zeros_like(reach)
+    for a in ENDS:
+        for b in ENDS:
+            q = np.rint(np.clip((t - a) * (STEPS / (STEPS - a - b)), 0, STEPS))
+            q1, q2, qt = _sum(q), _sum(q * q), _sum(q * t)
+            shared = qt - q1 * total / 32
+            free = _quotient(shared, q2 - q1 * q1 / 32)
+            lifted = qt + zero * q1
+            through = _quotient(lifted, q2)
+            above = free * q1 < raised  # the minimum would be below 0: the line through 0 instead
+            gain = np.where(above, lifted * through - raised * raised / 32, shared * free)  # off the squared error
+            better = gain > best
+            best, middle = np.where(better, gain, best), np.where(better, q1 / 32, middle)
+            slope = np.where(better, np.where(above, through, free), slope)
+    scale = slope * step
+    return np.maximum(scale, 0), np.maximum(scale * middle - mean, 0), middle
+
+
+def _sum(x: np.ndarray) -> np.ndarray:
+    """Over the first axis, one after the other."""
+    return reduce(np.add, x)
+
+
+def _quotient(x: np.ndarray, y: np.ndarray, least: np.float32 = ZERO) -> np.ndarray:
+    """x / y; 0 where y is not above the least."""
+    return np.divide(x, y, out=np.zeros_like(x), where=y > least)
+
+
+def _unit(sizes: np.ndarray) -> np.ndarray:
+    """The unit of a block's sizes [..., 8], as [..., 1]: the least f16 of which 63 reach them all."""
+    unit = sizes.max(axis=-1, keepdims=True) / SIZES
+    half = unit.astype(np.float16)
+    return np.where(half < unit, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
+
+
+def _steps(sizes: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """The nearest whole numbers of units, 0..63."""
+    return np.rint(np.clip(_quotient(sizes, np.broadcast_to(unit, sizes.shape)), 0, SIZES))
+
+
+def _nearest(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
+    """The nearest codes of values [32, ...]; 0 under a scale of 0."""
+    return np.rint(np.clip((x + minimum) * _quotient(np.ones_like(scale), scale), 0, STEPS))

@@ -124,8 +124,8 @@ def pool_pages(programs: Many[Program], kv_tokens: int | None) -> int:
 class LLM:
     """A model ready to run. `path` is a checkpoint folder in Hugging Face's layout; None is the bundled model.
 
-    device: host, reference, ...; weights: auto (as stored), f32, bf16, fp8, int8 or int4; threads: for devices that
-    take it. kv_format: auto (to go with the weights), f32, bf16 or int8.
+    device: host, reference, ...; weights: auto (as stored), f32, bf16, fp8, int8, int4 or a full name such as q4_k;
+    threads: for devices that take it. kv_format: auto (to go with the weights), f32, bf16 or int8.
     context: positions to compile for, by default the model's own; kv_tokens: how many tokens of KV to hold for all
     sequences together; max_batch_tokens, max_sequences, max_waiting, max_drafts: as Engine's; cache: where the host
     keeps packed weights for the next start, a folder, "auto" or None (see HostDevice); worker: the

@@ -54,9 +54,9 @@ def build(
     """The Program a device should be given. Verified at the end, and after every pass with `check`.
 
     `weights` is auto (as stored), f32, bf16, f16, fp8 (fp8g128), int8 (int8g128), int4 (int4g32) or a full name such as
-    int8g64 or mxfp4; `kv_format` is auto (to go with the weights), f32, bf16 or int8 (one scale a token and head).
-    `report` takes one line a pass. Raises FormatError for an unknown format and ProgramError, naming the pass, for a
-    Program that breaks a rule.
+    int8g64, q4_k or mxfp4; `kv_format` is auto (to go with the weights), f32, bf16 or int8 (one scale a token and
+    head). `report` takes one line a pass. Raises FormatError for an unknown format and ProgramError, naming the pass,
+    for a Program that breaks a rule.
     """
     say = report.append if isinstance(report, list) else report
     for step in passes:

@@ -68,7 +68,7 @@ def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
 
 def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
     """The columns of a weight dealt out so that blocks its format would keep larger stay whole too: a lane may have one
-    more than another, but torn blocks are refused at load."""
+    more than another."""
     block = formats.get(weight.format).block
     return cut(int(weight.shape[-1]), lanes, (block, *BLOCKS) if block > BLOCKS[0] else BLOCKS)
 
@@ -310,6 +310,13 @@ def cut_source(t: Tensor, share: Share, axis: int, length: int) -> tuple[str, ..
         )
     if share == (range(length),):
         return t.source
+    if axis == len(t.shape) - 1 and formats.get(t.format).block == formats.BLOCK:
+        torn = next((end for r in share for end in (r.start, r.stop) if end % formats.BLOCK), None)
+        if torn is not None:
+            raise LayoutError(
+                f"weight {t.name} is {t.type}, and a cut at column {torn} would tear a block of {formats.BLOCK} values; "
+                "share it out fewer ways, or run it as weights int8 or int4"
+            )
     way = "crs"[len(t.shape) - 1 - axis]
     return tuple(
         narrowed(source, r) if axis == 0 and is_run(source) else f"{source}|{way}{r.start}:{r.stop}/{length}"

@@ -21,14 +21,14 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
     """The weights of every linear and expert in the format asked for, x rounded to match it, and the KV cache likewise,
     or to go with it.
 
-    auto leaves weights as stored. Short names stand for SHORT's, in groups that fit the weight. A weight that yields
-    logits (tied to the embedding or not) stays at HEAD when 4 bits are asked for. Tables read by embed alone are copied
-    rows, not products: they follow f32 and bf16 only. Routers stay as stored and read x unrounded: near a tie, rounding
-    would choose other experts. Vectors (norm weights, biases) and matrices by head stay as stored too. Raises
-    FormatError for a name that is not one of these.
+    auto leaves weights as stored. Short names stand for SHORT's, in groups that fit the weight; where its blocks do not
+    fit, q4_k is int4g32, of as many bits. A weight that yields logits (tied to the embedding or not) stays at HEAD when
+    4 bits are asked for. Tables read by embed alone are copied rows, not products: they follow f32 and bf16 only.
+    Routers stay as stored and read x unrounded: near a tie, rounding would choose other experts. Vectors (norm weights,
+    biases) and matrices by head stay as stored too. Raises FormatError for a name that is not one of these.
     """
     name = _named(weights)
-    short = weights in SHORT
+    fits = weights in SHORT or name == "q4_k"  # whether it is fitted to each weight
     routed = {p.base(op.logits) for op in p.ops if isinstance(op, Route)}
     routers = {op.w for op in p.ops if isinstance(op, Linear) and op.out in routed}
     linears = [op for op in p.ops if isinstance(op, Linear) and op.w not in routers]
@@ -41,9 +41,9 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
             chosen |= dict.fromkeys(tables, name)
         for op in linears:
             head = four_bits and op.w in heads
-            chosen[op.w] = fitted(HEAD if head else name, p.tensors[op.w]) if short or head else name
+            chosen[op.w] = fitted(HEAD if head else name, p.tensors[op.w]) if fits or head else name
         for own in ((op.gate, op.up, op.down) for op in p.ops if isinstance(op, Experts)):
-            chosen |= dict.fromkeys(own, fitted(name, *(p.tensors[w] for w in own)) if short else name)
+            chosen |= dict.fromkeys(own, fitted(name, *(p.tensors[w] for w in own)) if fits else name)
     kv = KV_FORMATS.get(kv_format, "" if kv_format == "auto" else "?")
     if kv == "?":
         raise formats.FormatError(f"kv_format={kv_format!r}: use auto, {', '.join(KV_FORMATS)}")
@@ -65,8 +65,11 @@ def _rounding(op: Op, tensors: Tensors, routers: Collection[str]) -> Op:
 
 def fitted(name: str, *weights: Tensor) -> str:
     """`name`, if its groups of 128 fill the rows of the weights; else the same in the largest smaller groups that do,
-    if any: what is padded is read and multiplied too."""
+    if any: what is padded is read and multiplied too. q4_k, if its blocks fill them; else int4.
+    """
     fmt, k = formats.get(name), gcd(*(int(w.shape[-1]) for w in weights))
+    if name == "q4_k" and k % formats.BLOCK:
+        return SHORT["int4"]
     whole = [g for g in (128, 96, 64, 32) if k % g == 0]
     return f"{fmt.family}g{whole[0]}" if fmt.group == 128 and whole else name
 
@@ -79,7 +82,7 @@ def _named(weights: str) -> str:
             return name
     except formats.FormatError:
         pass
-    raise formats.FormatError(f"weights={weights!r}: use auto, {', '.join((*PLAIN, *SHORT))}, or {formats.SCALED}")
+    raise formats.FormatError(f"weights={weights!r}: use auto, {', '.join((*PLAIN, *SHORT))}, or {formats.CHOSEN}")
 
 
 def _x_format(weight: str) -> str:

@@ -42,10 +42,9 @@ def layout(format: str, group: int, glu: bool) -> str:
         weight.fill(((mixed - 32760).astype(np.float32) / 8192).reshape(-1).view(np.uint8), "f32", 0, n, 1)
     else:  # all tables that any format has: small whole numbers, which units of 1 divide
         table, units = (mixed[:, : -(-k // group)] % 15).astype(np.float32), np.ones((n, 2), np.float32)
-        lows = table if format.startswith(("uint", "q4_k")) else None
+        lows = table if format.startswith("uint") else None
         codes = (mixed % (1 << weight.bits)).astype(np.uint8)
-        block, low = units if k == 512 else None, units if format == "q4_k" else None
-        weight.fill_codes(codes, table, lows, block, low, 0, 1)
+        weight.fill_codes(codes, table, lows, units if k == 512 else None, None, 0, 1)
     return hashlib.sha256(weight.image()).hexdigest()
 
 

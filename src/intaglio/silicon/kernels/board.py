@@ -135,7 +135,8 @@ def refusal(op: Op, tensors: Mapping[str, Tensor]) -> str | None:
         return f"op {op.kind} at {op.site} has no kernel; there are kernels for {', '.join(sorted(KERNELS))}"
     for name in op.inputs:
         t = tensors[name]
-        if t.role == "weight" and formats.get(t.format).published:
+        minima = t.format == "q4_k"  # no instruction takes them off
+        if t.role == "weight" and (minima or formats.get(t.format).published):
             taken = ", ".join((*formats.PLAIN, formats.SCALED))
             return f"weight {name} of {op.site} is {t.format}; kernels take {taken}"
     if isinstance(op, Experts) and (op.order or op.down_order):
