@@ -314,7 +314,7 @@ def cut_source(t: Tensor, share: Share, axis: int, length: int) -> tuple[str, ..
         torn = next((end for r in share for end in (r.start, r.stop) if end % formats.BLOCK), None)
         if torn is not None:
             raise LayoutError(
-                f"weight {t.name} is {t.type}, and a cut at column {torn} would tear a block of {formats.BLOCK} values; "
+                f"weight {t.name} is {t.type}, and a cut at column {torn} would tear a block of {formats.BLOCK}; "
                 "share it out fewer ways, or run it as weights int8 or int4"
             )
     way = "crs"[len(t.shape) - 1 - axis]
