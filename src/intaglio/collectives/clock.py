@@ -1,6 +1,8 @@
 """The time a schedule takes over a topology: latency and bandwidth of links, contention, nothing else.
 
-alpha-beta: a transfer holds each link of its route for bytes / bandwidth, and arrives a latency later.
+alpha-beta: a transfer holds each link of its route for bytes / bandwidth, and arrives a latency later. Time is counted
+in whole ticks, so that what takes equally long on two ways ends at once: a rounding between them would choose who comes
+first at a link, and times of sizes 4 bytes apart would differ by up to a fifth.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ def seconds(s: Schedule, topology: Topology, sizes: Sequence[float], local: floa
     return _Run(s, topology, sizes, local).time()
 
 
+TICK = 2.0**-60  # seconds: a byte at 1 TB/s takes a million
 FREE, END, BEGIN = 0, 1, 2  # what happens at a time: a link or rank is free again, a step ends, a step may begin
 
 
@@ -49,12 +52,12 @@ class _Run:
                 self.then[j].append(i)
         self.sends = {step.tag: i for i, step in enumerate(s.steps) if step.kind == "send"}
         self.recvs = {step.tag: i for i, step in enumerate(s.steps) if step.kind == "recv"}
-        self.busy: dict[int, float] = {}  # by the link's number, or -1 - rank
+        self.busy: dict[int, int] = {}  # by the link's number, or -1 - rank
         self.queues: dict[int, list[int]] = {}
-        self.events = [(0.0, BEGIN, i) for i, n in enumerate(self.waits) if n == 0]
+        self.events = [(0, BEGIN, i) for i, n in enumerate(self.waits) if n == 0]
 
     def time(self) -> float:
-        now = 0.0
+        now = 0
         while self.events:
             now, what, which = heapq.heappop(self.events)
             if what == BEGIN:
@@ -66,23 +69,24 @@ class _Run:
                 queue = self.queues.get(which, [])
                 while queue and self.busy[which] <= now:
                     self.begin(heapq.heappop(queue), now)
-        return now
+        return now * TICK
 
-    def met(self, step: int, now: float) -> None:
+    def met(self, step: int, now: int) -> None:
         """`step` waits for one thing less."""
         self.waits[step] -= 1
         if self.waits[step] == 0:
             heapq.heappush(self.events, (now, BEGIN, step))
 
-    def begin(self, i: int, now: float) -> None:
+    def begin(self, i: int, now: int) -> None:
         """Start a step, or queue it for the first thing it needs that is busy. A send is told to its recv."""
         step, size = self.steps[i], self.sizes[self.steps[i].chunk]
         if step.kind == "send":
             return self.met(self.recvs[step.tag], now)
         route = self.topology.route(step.peer, step.rank) if step.kind == "recv" else ()
-        needs = {self.links[link]: size / link.bandwidth for link in route} or {-1 - step.rank: size / self.local}
+        needs = {self.links[link]: ticks(size / link.bandwidth) for link in route}
+        needs = needs or {-1 - step.rank: ticks(size / self.local)}
         for thing in needs:
-            if self.busy.get(thing, 0.0) > now:
+            if self.busy.get(thing, 0) > now:
                 return heapq.heappush(self.queues.setdefault(thing, []), i)
         for thing, held in needs.items():
             self.busy[thing] = now + held
@@ -90,7 +94,11 @@ class _Run:
         gone = now + max(needs.values())
         if step.kind == "recv":
             heapq.heappush(self.events, (gone, END, self.sends[step.tag]))
-        return heapq.heappush(self.events, (gone + sum(link.latency for link in route), END, i))
+        return heapq.heappush(self.events, (gone + sum(ticks(link.latency) for link in route), END, i))
+
+
+def ticks(seconds: float) -> int:
+    return round(seconds / TICK)
 
 
 def choose(

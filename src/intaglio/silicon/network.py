@@ -98,7 +98,7 @@ def read(net: Net, ranks: int, op: str, algorithm: str, place: int | None) -> fl
 
 def _near(net: Net, ranks: int, op: str, algorithm: str, chunk: float) -> float:
     """The same for any bytes a chunk: on a line between two sizes that are read, which are 9 % apart. Times are lines
-    with a few bends, so that is off by 0.2 %, or some per cent where another transfer comes first at a link."""
+    with a few bends, so that is off by 0.2 %, or up to 15 % where another transfer comes first at a link."""
     place = floor(log2(chunk) * OCTAVE) if chunk > 2.0**-OCTAVE else None
     low = 0.0 if place is None else 2.0 ** (place / OCTAVE)
     above = -OCTAVE * OCTAVE if place is None else place + 1
