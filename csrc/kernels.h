@@ -13,6 +13,7 @@ constexpr float kTiny = 0x1p-120f;  // formats.TINY: groups below it are zeros, 
 constexpr int kPanel = 32;     // columns of a packed panel: two 512-bit vectors
 constexpr int kSpan = 128;     // activations that share a scale, at least; groups are not torn
 constexpr int kMaxSpan = 1024;
+constexpr int kTried = 5;      // scales of a group of whole numbers, when they are chosen
 constexpr int kBlock = 256;    // values of K4 and K6 that share the units of their scales
 constexpr int64_t groups_of_block(Fmt fmt) { return fmt == Fmt::K4 ? 8 : fmt == Fmt::K6 ? 16 : 1; }
 constexpr int kRows = 512;     // rows of a result tile held per thread
@@ -210,7 +211,9 @@ struct Kernels {
   // p[i] = exp((x[i] - top) / temperature); returns their sum.
   double (*weigh)(const float* x, int64_t n, float top, float temperature, float* p);
   float (*read_stream)(const float* p, int64_t n);
-  void (*choose_lines)(const float* x, LineBlock* block);  // of kBlock values, at load
+  // At load: of kTried scales the best for a group, and K4's for a block.
+  float (*choose_scale)(const float* x, int64_t count, const float* tried, float lowest, float highest);
+  void (*choose_lines)(const float* x, LineBlock* block);
 };
 
 // Draws a token from one row of logits, as ops/sample.py's draw(); -1 and NaN if a logit is NaN or the largest, edited or

@@ -10,7 +10,7 @@ namespace intaglio::ISA {
 #include "rows.inl"
 #include "attention.inl"
 #include "experts.inl"
-#include "lines.inl"
+#include "scales.inl"
 
 float read_stream(const float* p, int64_t n) {
   F a[8];
@@ -24,7 +24,8 @@ float read_stream(const float* p, int64_t n) {
 #define NAME_OF(x) #x
 #define NAME(x) NAME_OF(x)
 constexpr Kernels kTable = {NAME(ISA), prepare_row, linear_unit, norm_row, map_row,
-                            attend_split, attend_merge, route_row, combine_row, largest_logit, weigh, read_stream, lines::choose};
+                            attend_split, attend_merge, route_row, combine_row, largest_logit, weigh, read_stream, scales::choose_scale,
+                            scales::choose_lines};
 
 }  // namespace intaglio::ISA
 

@@ -180,6 +180,18 @@ float scale_of(Fmt fmt, Range r) {
   }
 }
 
+// Of a group's scale and four beside it, that of the least squared error; the search is formats.quantise()'s.
+float searched(Fmt fmt, Range r, const float* x, int64_t count, const Kernels& kernels) {
+  const float first = scale_of(fmt, r);
+  const bool wide = fmt == Fmt::I8;
+  if ((!wide && fmt != Fmt::I4) || first == 0 || std::isnan(first)) return first;
+  const float farthest = -r.low >= r.high ? r.low : r.high, reach = wide ? std::fabs(farthest) : farthest;
+  const float end = wide ? 127.0f : -8.0f, step = wide ? 0.5f : 0.375f;
+  float tried[kTried] = {first, 1, -1, 2, -2};
+  for (int t = 1; t < kTried; t++) tried[t] = from_bf16(to_bf16(reach / (end + tried[t] * step)));
+  return kernels.choose_scale(x, count, tried, wide ? -127.0f : -8.0f, wide ? 127.0f : 7.0f);
+}
+
 uint8_t to_e4m3(float v) {  // |v| <= 448 and no NaN; nearest, ties to even
   const uint32_t u = std::bit_cast<uint32_t>(v), sign = u >> 24 & 128, size = u & 0x7fffffff;
   if (size < 0x3c800000)  // below 2^-6: multiples of 2^-9
@@ -308,7 +320,7 @@ void put_head(const Weight& w, int64_t lane, const GroupAt& at, int64_t i, int64
   put_lines(w, lane, at, low_unit, size, whole(rows.lows[i * groups + g], low_unit));
 }
 
-void pack_codes(const Weight& w, const Strip& s) {
+void pack_codes(const Weight& w, const Strip& s, const Kernels& kernels) {
   alignas(64) uint8_t codes[kPanel * kMaxGroup];
   alignas(64) float x[kMaxGroup];
   const int64_t each = s.type == Source::F32 ? 4 : 2;
@@ -331,7 +343,7 @@ void pack_codes(const Weight& w, const Strip& s) {
   for (int64_t g = 0; g * w.group < w.k; g++) {
     for (int64_t i = 0; i < s.lanes; i++) {
       const Range own = read(i, g);
-      const float scale = scale_of(w.fmt, w.row ? all[i] : own);
+      const float scale = w.row ? scale_of(w.fmt, all[i]) : searched(w.fmt, own, x, w.group, kernels);
       put_scale(w, s.lane + i, group_at(w, s.panel, g), scale);
       encode(w.fmt, x, w.group, scale, codes + i * w.group);
     }
@@ -464,7 +476,7 @@ void pack_rows(const Weight& w, const void* rows, Source type, int64_t first, in
     const Held h = held_by(w, panel, first, count);
     if (h.lanes <= 0) continue;
     const Strip s{static_cast<const uint8_t*>(rows) + h.at * stride, stride, type, panel, h.lane, h.lanes};
-    w.fmt == Fmt::K4 ? pack_lines(w, s, kernels) : w.group ? pack_codes(w, s) : pack_plain(w, s);
+    w.fmt == Fmt::K4 ? pack_lines(w, s, kernels) : w.group ? pack_codes(w, s, kernels) : pack_plain(w, s);
   }
 }
 

@@ -1,22 +1,54 @@
-// The choice of q4_k's codes, scales and minima: formats.py's _q4_k(), which says why, in the same order of operations and so
-// to the bit. The eight groups of a block lie side by side in a vector, whatever the instruction set. Included by
+// The choice of scales where it is a search, in the order of operations of formats.py and so to the bit. Included by
 // kernels_isa.cpp.
 #pragma once
 
-namespace lines {
+namespace scales {
+
+// Whole numbers, ties to even, nearest to values clipped to a range.
+template <class Vector>
+Vector whole(Vector x, float lowest, float highest) {
+  const Vector bottom = Vector{} + lowest, top = Vector{} + highest;
+  x = x > bottom ? x : bottom;
+  x = x < top ? x : top;
+  return x + 0x1.8p23f - 0x1.8p23f;
+}
+
+// Of scales, the first under which a group's values, a multiple of 32, and their nearest codes differ least, squared:
+// formats.py's _searched(). All at once, for each alone would wait for its own sums.
+float choose_scale(const float* x, int64_t count, const float* tried, float lowest, float highest) {
+  using Vector = float __attribute__((vector_size(64)));
+  constexpr int64_t step = sizeof(Vector) / 4;
+  Vector sums[kTried][2] = {};
+  float inverse[kTried];
+  for (int t = 0; t < kTried; t++) inverse[t] = 1.0f / tried[t];
+  for (int64_t i = 0; i < count; i += 2 * step)
+    for (int t = 0; t < kTried; t++)
+      for (int64_t v = 0; v < 2; v++) {
+        Vector own;
+        std::memcpy(&own, x + i + v * step, sizeof own);
+        own -= whole(own * inverse[t], lowest, highest) * tried[t];
+        sums[t][v] += own * own;
+      }
+  float best = tried[0], least = INFINITY;
+  for (int t = 0; t < kTried; t++) {
+    float parts[step];
+    const Vector sum = sums[t][0] + sums[t][1];
+    std::memcpy(parts, &sum, sizeof parts);
+    for (int64_t half = step / 2; half; half /= 2)
+      for (int64_t j = 0; j < half; j++) parts[j] += parts[j + half];
+    best = parts[0] < least ? tried[t] : best;
+    least = parts[0] < least ? parts[0] : least;
+  }
+  return best;
+}
+
+// q4_k: formats.py's _q4_k(), which says why. The eight groups of a block lie side by side in a vector, whatever the
+// instruction set.
 
 constexpr int kValues = 32, kGroups = intaglio::kBlock / kValues;
 constexpr float kSteps = 15, kSizes = 63, kLargest = 0x1p20f, kEnds[] = {-1, -0.5f, 0, 0.5f};
 
 using Vector = float __attribute__((vector_size(kGroups * 4)));
-
-// Whole numbers, ties to even, nearest to values clipped to 0..most.
-Vector whole(Vector x, float most) {
-  const Vector top = Vector{} + most;
-  x = x > 0 ? x : Vector{};
-  x = x < top ? x : top;
-  return x + 0x1.8p23f - 0x1.8p23f;
-}
 
 Vector quotient(Vector x, Vector y, float least = 0) {  // 0 where y is not above the least
   return y > least ? x / (y > least ? y : Vector{} + 1) : Vector{};
@@ -38,7 +70,7 @@ Lines lines_of(const Vector* x, Vector mean) {
       const float wider = kSteps / (kSteps - a - b);
       Vector q1{}, q2{}, qt{};
       for (int i = 0; i < kValues; i++) {
-        const Vector q = whole((t[i] - a) * wider, kSteps);
+        const Vector q = whole((t[i] - a) * wider, 0, kSteps);
         q1 += q, q2 += q * q, qt += q * t[i];
       }
       const Vector shared = qt - q1 * total / kValues, slope = quotient(shared, q2 - q1 * q1 / kValues);
@@ -63,7 +95,7 @@ float unit_of(const Vector& sizes) {
   return from_f16(from_f16(half) < unit ? uint16_t(half + 1) : half);
 }
 
-void choose(const float* values, LineBlock* to) {
+void choose_lines(const float* values, LineBlock* to) {
   LineBlock& block = *to;
   block = {};
   int beyond = 0;
@@ -81,16 +113,16 @@ void choose(const float* values, LineBlock* to) {
   const Lines found = lines_of(x, mean);
   block.unit = unit_of(found.scale), block.low_unit = unit_of(found.minimum);
   const Vector unit = Vector{} + block.unit, low_unit = Vector{} + block.low_unit;
-  const Vector nearest = whole(quotient(found.scale, unit), kSizes);
+  const Vector nearest = whole(quotient(found.scale, unit), 0, kSizes);
   Vector least = Vector{} + INFINITY, sizes{}, lows{};
   for (float i : {-1.0f, 0.0f, 1.0f}) {
-    const Vector size = whole(nearest + i, kSizes), scale = size * unit, inverse = quotient(Vector{} + 1, scale);
-    const Vector below = whole(quotient(scale * found.middle - mean, low_unit), kSizes);
+    const Vector size = whole(nearest + i, 0, kSizes), scale = size * unit, inverse = quotient(Vector{} + 1, scale);
+    const Vector below = whole(quotient(scale * found.middle - mean, low_unit), 0, kSizes);
     for (float j : {-1.0f, 0.0f, 1.0f}) {
-      const Vector low = whole(below + j, kSizes), minimum = low * low_unit;
+      const Vector low = whole(below + j, 0, kSizes), minimum = low * low_unit;
       Vector error{};
       for (int v = 0; v < kValues; v++) {
-        const Vector off = x[v] + minimum - whole((x[v] + minimum) * inverse, kSteps) * scale;
+        const Vector off = x[v] + minimum - whole((x[v] + minimum) * inverse, 0, kSteps) * scale;
         error += off * off;
       }
       const auto better = error < least;
@@ -99,10 +131,10 @@ void choose(const float* values, LineBlock* to) {
   }
   const Vector inverse = quotient(Vector{} + 1, sizes * unit), minimum = lows * low_unit;
   for (int v = 0; v < kValues; v++) {
-    const Vector q = whole((x[v] + minimum) * inverse, kSteps);
+    const Vector q = whole((x[v] + minimum) * inverse, 0, kSteps);
     for (int g = 0; g < kGroups; g++) block.codes[g * kValues + v] = uint8_t(q[g]);
   }
   for (int g = 0; g < kGroups; g++) block.sizes[g] = uint8_t(sizes[g]), block.lows[g] = uint8_t(lows[g]);
 }
 
-}  // namespace lines
+}  // namespace scales

@@ -167,12 +167,12 @@ def test_quantised_programs_stay_within_what_their_formats_allow(weights: str) -
 
 @pytest.mark.parametrize(("weights", "step"), [("bf16", 2.0**-8), ("int8", 1 / 127), ("int4", 1 / 8)])
 def test_quantised_transformers_stay_close(weights: str, step: float) -> None:
-    """Independent errors of about step / 2 a product, adding up as the square root of the linears on the way."""
+    """Independent errors of x and of weights, step / 2 each or so, that add up as the square root of their number."""
     program = transformer(Toy(tied=False))
     checkpoint = random_weights(program)
     got, want = run(build(program, weights), checkpoint), run(program, checkpoint)
     linears = 4 * 2 + 1
-    assert np.linalg.norm(got - want) / np.linalg.norm(want) < step * linears**0.5
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < step * (2 * linears) ** 0.5
 
 
 # merge_projections

@@ -25,6 +25,7 @@ PLAIN = {
 SCALED = "int8gN / int4gN / fp8gN with N in 32..1024 a multiple of 32, int8row, fp8row, mxfp4"
 CHOSEN = f"{SCALED}, q4_k"  # what quantise() takes
 SPAN = 128  # activations that share a scale, at least: the error is the weights' anyway, and sums stay integers longer
+ENDS = {"int8": (127.0, 0.5), "int4": (-8.0, 0.375)}  # the code of what lies farthest from 0, and a step beside it
 CHUNK = 1024  # the longest run of values that one scale is applied to at once
 BLOCK = 256  # values of llama.cpp's q4_k and q6_k whose groups' scales are whole multiples of one unit
 ROW = -1  # the group of formats with one scale a row
@@ -197,8 +198,9 @@ def in_groups(x: np.ndarray, group: int) -> np.ndarray:
 def quantise(x: np.ndarray, name: str) -> Quantised:
     """Weights [N, K] to a format with scales, symmetric but for q4_k.
 
-    int8: scale = max|w| / 127, codes -127..127. int4: the value of largest magnitude maps to -8, so that all sixteen
-    codes are used (the choice of llama.cpp's Q4_0); codes -8..7. fp8: max|w| maps to 448, E4M3's largest. mxfp4: the
+    int8: the value of largest magnitude maps to 127 or -127, codes -127..127; int4: to -8, so that all sixteen codes
+    are used (the choice of llama.cpp's Q4_0), codes -8..7; groups of both take, of that scale and four beside it, the
+    one that leaves the least squared error, see _searched(). fp8: max|w| maps to 448, E4M3's largest. mxfp4: the
     power of two that brings max|w| into 4..8 (OCP Microscaling Formats 1.0, 6.3), rounded to E2M1 and at most 6; its
     codes are twice the value, -12..12, so that they are whole, and its scales half. q4_k: scale and minimum of least
     squared error among those tried, see _q4_k(); K is a multiple of 256. A group, or row with one scale, that holds NaN
@@ -229,9 +231,41 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
     scales = np.where(peak < TINY, np.float32(0), np.where(np.isfinite(peak), raw, np.float32(np.nan)))
     if fmt.scale_bits == 16:
         scales = round_to(scales, "bf16")
-    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
-    codes = _codes(np.where(np.isfinite(scales)[:, :, None], groups, 0) * np.nan_to_num(inverse)[:, :, None], fmt)
+    groups = np.where(np.isfinite(scales)[:, :, None], groups, 0)
+    if fmt.family in ENDS and fmt.group != ROW:
+        scales = _searched(groups, np.where(-low >= high, low, high), scales, fmt)
+    codes = _nearest_codes(groups, scales, fmt)
     return Quantised(codes.reshape(len(x), -1)[:, : x.shape[1]].copy(), scales, group, format=name)
+
+
+def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
+    """For groups [n, G, group], of the scales [n, G] that take what lies farthest from 0 to the end of the codes, or to
+    one or two steps beside it, those of the least squared error. csrc/pack.cpp does the same, to the bit."""
+    end, step = ENDS[fmt.family]
+    reach = np.abs(farthest) if end > 0 else farthest
+    sought = np.isfinite(scales) & (scales != 0)
+    best, least = scales, _error(groups, scales, fmt)
+    for i in (1, -1, 2, -2):
+        own = np.where(sought, round_to(reach / np.float32(end + i * step), "bf16"), scales)
+        error = _error(groups, own, fmt)
+        better = error < least
+        best, least = np.where(better, own, best), np.where(better, error, least)
+    return best
+
+
+def _error(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
+    """Squared errors [n, G], each summed 32 values side by side and those half by half."""
+    off = groups - _nearest_codes(groups, scales, fmt) * scales[:, :, None]
+    with np.errstate(over="ignore"):  # of values beyond 2^64: infinity is below nothing
+        parts = _sum((off * off).reshape(*scales.shape, -1, 32).transpose(2, 3, 0, 1))
+        while len(parts) > 1:
+            parts = parts[: len(parts) // 2] + parts[len(parts) // 2 :]
+    return parts[0]
+
+
+def _nearest_codes(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
+    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
+    return _codes(groups * np.nan_to_num(inverse)[:, :, None], fmt)
 
 
 def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
@@ -264,7 +298,7 @@ def quantise_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
 LARGEST = np.float32(2.0**20)  # that its units, in f16, reach with room to spare
 STEPS = np.float32(15)  # of its codes
 SIZES = np.float32(63)  # of its scales and minima, in units
-ENDS = np.array([-1, -0.5, 0, 0.5], np.float32)  # steps by which either end of a range is moved inwards
+MOVES = np.array([-1, -0.5, 0, 0.5], np.float32)  # steps by which either end of a range is moved inwards
 NEAR = (-1, 0, 1)
 ZERO = np.float32(0)
 
@@ -275,7 +309,7 @@ def _q4_k(x: np.ndarray) -> Quantised:
     First a line for each group: codes by each of 16 ranges (the group's own, its ends moved by up to a step), the line
     of least squares through them, and the best of these lines. The units are the largest scale and minimum over 63,
     rounded up, so that none is out of reach. Then each group takes, of the three nearest scales and under each of the
-    three nearest minima, those that leave the least squared error. csrc/lines.inl does the same in the same order, to
+    three nearest minima, those that leave the least squared error. csrc/scales.inl does the same in the same order, to
     the bit. llama.cpp searches likewise (ggml-quants.c), but moves one end only, weighs large values more, and takes
     the nearest scale and minimum as they come.
     """
@@ -315,8 +349,8 @@ def _lines(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     total, zero = _sum(t), low * inverse
     raised = total + 32 * zero  # the sum, from x = 0 on
     best, slope, middle = np.full_like(reach, -np.inf), np.zeros_like(reach), np.zeros_like(reach)
-    for a in ENDS:
-        for b in ENDS:
+    for a in MOVES:
+        for b in MOVES:
             q = np.rint(np.clip((t - a) * (STEPS / (STEPS - a - b)), 0, STEPS))
             q1, q2, qt = _sum(q), _sum(q * q), _sum(q * t)
             shared = qt - q1 * total / 32
