@@ -9,6 +9,7 @@ import argparse
 import ctypes
 import math
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -48,23 +49,31 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Quality:
-    """Of one format. `as_run` includes what the engine does to activations; the others are of the weights alone."""
+    """Of one format. `as_run` includes what the engine does to activations; the others are of the weights alone.
+
+    Which of the values share a scale is chance, and so is much of what the bundled model loses: `weights_only` has one
+    value for each of several orders of the columns.
+    """
 
     layer_bits: float
     normal: float
     heavy: float
     model_bits: float
-    weights_only: float
+    weights_only: list[float]
     as_run: float
 
     def cells(self) -> list[str]:
         errors = [f"{100 * x:.3f}%" for x in (self.normal, self.heavy)]
-        model = [f"{self.model_bits:.2f}", f"{self.weights_only:.4f}", f"{self.as_run:.4f}"]
+        mean, off = np.mean(self.weights_only), np.std(self.weights_only, ddof=1) / len(self.weights_only) ** 0.5
+        model = [f"{self.model_bits:.2f}", f"{mean:.4f}", f"{off:.4f}", f"{self.as_run:.4f}"]
         return [f"{self.layer_bits:.2f}", *errors, *model]
 
 
-HEAD = ["format", "", "bits/weight", "normal", "heavy-tailed", "bits/weight", "weights only", "as run"]
-OVER = ["", "", "layer:", "error", "error", "model:", "bits/byte", "bits/byte"]
+HEAD = ["format", "", "bits/weight", "normal", "heavy-tailed", "bits/weight", "weights only", "+-", "as run"]
+OVER = ["", "", "layer:", "error", "error", "model:", "bits/byte", "", "bits/byte"]
+
+
+Rounding = Callable[[np.ndarray], tuple[np.ndarray, float]]  # values as a format holds them, and its bits a weight
 
 
 def rounded(w: np.ndarray, name: str) -> tuple[np.ndarray, float]:
@@ -86,7 +95,7 @@ def peer_rounded(w: np.ndarray, name: str) -> tuple[np.ndarray, float]:
     return gguf.quants.dequantize(out, kind), 8 * out.nbytes / w.size
 
 
-def layer_error(round_weights: Callable[[np.ndarray], tuple[np.ndarray, float]], heavy: bool) -> float:
+def layer_error(round_weights: Rounding, heavy: bool) -> float:
     """Relative error of w x over random normal x, the weights normal or Student's t."""
     rng = np.random.default_rng(1)
     shape = (ROWS, COLUMNS)
@@ -126,34 +135,31 @@ def bits_per_byte(engine: Engine, text: HeldOut) -> float:
     return bits / text.bytes
 
 
-def our_values(checkpoint: Checkpoint, name: str) -> tuple[dict[str, np.ndarray], float]:
-    """The model's tensors as our compiler lays a format out, as float32, and bits a weight."""
-    program = compiled(checkpoint.path, name)
-    chosen = {source: t.format for t in program.of_role("weight") for source in t.source}
-    values: dict[str, np.ndarray] = {}
-    bits = 0.0
-    for source, format in chosen.items():
-        values[source] = checkpoint.read(source).astype(np.float32)
-        if values[source].ndim == 2:
-            values[source], each = rounded(values[source], format)
-            bits += each * values[source].size
-    return values, bits / sum(x.size for x in values.values() if x.ndim == 2)
+def our_roundings(checkpoint: Checkpoint, name: str) -> dict[str, Rounding]:
+    """How our compiler lays out each of the model's tensors."""
+    tensors = compiled(checkpoint.path, name).of_role("weight")
+    return {source: partial(rounded, name=t.format) for t in tensors for source in t.source}
 
 
-def peer_values(checkpoint: Checkpoint, path: Path) -> tuple[dict[str, np.ndarray], float]:
-    """The same of a file that llama.cpp quantised, the rows of q and k back in their order."""
-    stored = {t.name: t for t in gguf.GGUFReader(path).tensors}
+def peer_roundings(checkpoint: Checkpoint, path: Path) -> dict[str, Rounding]:
+    """The same of a file that llama.cpp quantised."""
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+    stored = {name: types.get(gguf_name(name)) for name in checkpoint.names}
+    return {name: partial(peer_rounded, name=kind) for name, kind in stored.items() if kind}
+
+
+def model_values(
+    checkpoint: Checkpoint, roundings: Mapping[str, Rounding], order: int
+) -> tuple[dict[str, np.ndarray], float]:
+    """The model's tensors as float32, matrices rounded with their columns in a random order, and bits a weight."""
     values: dict[str, np.ndarray] = {}
-    bits = matrix = 0
-    for name in sorted(n for n in checkpoint.names if gguf_name(n) in stored):
-        t = stored[gguf_name(name)]
-        x = gguf.quants.dequantize(t.data, t.tensor_type).reshape(checkpoint.shape(name)).astype(np.float32)
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        if heads:
-            x = x.reshape(checkpoint.config[heads], -1, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
-        values[name] = x
-        if x.ndim == 2:
-            bits, matrix = bits + 8 * t.n_bytes, matrix + x.size
+    bits = matrix = 0.0
+    for name, rounding in roundings.items():
+        values[name] = checkpoint.read(name).astype(np.float32)
+        if values[name].ndim == 2:
+            columns = np.random.default_rng([order, *name.encode()]).permutation(values[name].shape[1])
+            values[name][:, columns], each = rounding(values[name][:, columns])
+            bits, matrix = bits + each * values[name].size, matrix + values[name].size
     return values, bits / matrix
 
 
@@ -177,32 +183,38 @@ def bundled_copy(root: Path) -> Path:
     return folder
 
 
-def quality(name: str, root: Path, folder: Path, text: HeldOut, threads: int) -> Quality:
+def quality(name: str, root: Path, folder: Path, text: HeldOut, orders: int, threads: int) -> Quality:
     """All figures of one format."""
     checkpoint = Checkpoint.open(folder)
     engine: Engine
     if name in OURS:
         layer = partial(rounded, name=OURS[name])
-        values, bits = our_values(checkpoint, name)
+        roundings = our_roundings(checkpoint, name)
         engine = Intaglio(folder, name, threads, [WINDOW])
     else:
         layer = partial(peer_rounded, name=PEERS[name])
-        values, bits = peer_values(checkpoint, write_gguf(folder, name, threads))
+        roundings = peer_roundings(checkpoint, write_gguf(folder, name, threads))
         engine = LlamaCpp(folder, name, threads, [WINDOW])
-    plain = Intaglio(float_folder(root / name, folder / "config.json", values), "f32", threads, [WINDOW])
+    alone, bits = [], 0.0
+    for order in range(orders):
+        values, bits = model_values(checkpoint, roundings, order)
+        copy = float_folder(root / name, folder / "config.json", values)
+        alone.append(bits_per_byte(Intaglio(copy, "f32", threads, [WINDOW]), text))
+        shutil.rmtree(copy)
     return Quality(
         layer(np.zeros((1, COLUMNS), np.float32))[1],
         layer_error(layer, heavy=False),
         layer_error(layer, heavy=True),
         bits,
-        bits_per_byte(plain, text),
+        alone,
         bits_per_byte(engine, text),
     )
 
 
 NOTES = f"""
 Layers are {ROWS} x {COLUMNS}, x normal, products in float32; heavy-tailed is Student's t, {FREEDOM} degrees of freedom.
-Weights only: the format's values as float32 through the host device with float32 activations, ours and llama.cpp's.
+Weights only: the format's values as float32 through the host device with float32 activations, ours and llama.cpp's;
+the mean of several orders of the columns, the same for all formats, and its standard error.
 As run: each by its own engine. Ours then rounds activations to bf16, or to int8 for int8 and int4 weights; llama.cpp
 to its Q8_0 or Q8_K. Ours keeps the tied output table at int8g128 for 4 bits; llama.cpp chooses a format for each
 tensor by itself. Hence the model's own bits."""
@@ -212,15 +224,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--format", nargs="+", choices=ORDER, default=ORDER)
     parser.add_argument("--tokens", type=int, help="of the held-out text; default: all")
+    parser.add_argument("--orders", type=int, default=5, help="of the columns, over which to take the mean")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    if args.orders < 2:
+        parser.error(f"--orders {args.orders}: at least 2, or there is no telling how far a mean is off")
     text = held_out(args.tokens)
     lines = [HEAD]
     with tempfile.TemporaryDirectory() as root:
         folder = bundled_copy(Path(root))
         for name in args.format:
             say(name)
-            q = quality(name, Path(root), folder, text, args.threads)
+            q = quality(name, Path(root), folder, text, args.orders, args.threads)
             whose = "intaglio" if name in OURS else "llama.cpp"
             full = OURS.get(name, name)
             lines.append([name if full == name else f"{name} ({full})", whose, *q.cells()])
