@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, MIXTURES, tiny
 from toy import MANNERS, Toy, mixed_batches, random_weights, tangle, transformer
@@ -151,6 +151,8 @@ def test_each_rank_holds_its_experts(folder: Path) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 5))
+@example(3163694551, 2)  # a product of which one view is read, and all of it
+@example(1332343195, 3)  # a view of what a map makes of such a product
 def test_tangles_sharded_equal_whole(seed: int, lanes: int) -> None:
     """Programs that no port would write: whatever the rules do not cut they gather."""
     p = tangle(seed)

@@ -156,7 +156,8 @@ def roots(p: Program, name: str, through: tuple[type[Op], ...]) -> set[str] | No
 
 
 def plan_joint(p: Program, out: str, plan: Plan) -> None:
-    """A linear whose result is read by views: cut if they all are, and lie side by side; else none of them is."""
+    """A linear whose result is read by views: cut if they all are, and lie side by side; else neither it nor any of
+    them is, for a lane might be left with nothing of one."""
     views = sorted((t.view[1], t.name) for t in p.tensors.values() if t.view and t.view[0] == out)
     if not views:
         return
@@ -169,7 +170,7 @@ def plan_joint(p: Program, out: str, plan: Plan) -> None:
             for lane in lanes
         ]
     else:
-        for _, name in views:
+        for name in (out, *(name for _, name in views)):
             plan.pop(name, None)
 
 
@@ -385,12 +386,13 @@ def by_rows(lane: Lane, op: Op) -> bool:
 
 
 def elementwise(lane: Lane, op: Map) -> None:
-    """By columns if all operands are cut alike, but for those of one column, which each lane has; or all by rows."""
+    """By columns if all operands are cut alike, but for those of one column, which each lane has, and no view reads the
+    result; or all by rows."""
     if by_rows(lane, op):
         return lane.add(op)
     wide = [name for name in op.inputs if lane.p.tensors[name].shape[1:] != (1,) or name == op.a]
     shares = [lane.shares.get(name) for name in wide]
-    if shares[0] and all(s == shares[0] for s in shares):
+    if shares[0] and all(s == shares[0] for s in shares) and op.out not in lane.views:
         return columns(lane, op, shares[0])
     return entire(lane, op)
 
@@ -404,14 +406,15 @@ def permute(lane: Lane, op: Permute) -> None:
 
 
 def norm(lane: Lane, op: Norm) -> None:
-    """By columns where each head is normed by itself; a norm over all of them wants them all, and gives a view back."""
+    """By columns where each head is normed by itself; a norm over all of them wants them all, and gives a view back.
+    One that views read is whole."""
     if by_rows(lane, op):
         for name in (op.weight, op.bias):
             if name:
                 lane.keep(name)
         return lane.add(op)
     shares = lane.shares.get(op.x)
-    if not shares or op.residual:
+    if not shares or op.residual or op.out in lane.views:
         return entire(lane, op)
     names = {name: lane.keep(name) for name in (op.weight, op.bias) if name}
     if op.group:
