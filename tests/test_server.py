@@ -55,6 +55,12 @@ def prompt(rng: random.Random, n: int) -> str:
     return "".join(rng.choice("abcdefgh ,.:\n") for _ in range(n))
 
 
+def streaming(s: Served, tokens: int = 200) -> Any:
+    """A stream of so many tokens: none that the model draws ends it."""
+    asked: Any = {"max_tokens": tokens, "extra_body": {"ignore_eos": True}}
+    return s.client().completions.create(model="tiny", prompt="a", stream=True, **asked)
+
+
 def test_models_are_listed(server: Served) -> None:
     [model] = server.client().models.list().data
     assert model.id == "tiny" and model.owned_by == "intaglio"
@@ -412,7 +418,7 @@ def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
     with served(folder, llm={"max_sequences": 1, "max_waiting": 1}) as s:
         gate = threading.Event()
         s.llm.engine.executable = Slow(s.llm.engine.executable, before=lambda _: gate.wait(60) and None)
-        streams = [s.client().completions.create(model="tiny", prompt="a", stream=True) for _ in range(1)]
+        running = streaming(s, 16)
         wait_for(lambda: s.llm.engine.gauges().running == 1)
         rest = [threading.Thread(target=s.post, args=("/v1/completions", {"prompt": "b"})) for _ in range(2)]
         for t in rest:
@@ -420,7 +426,7 @@ def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
         gate.set()
         for t in rest:
             t.join()
-        assert len(list(streams[0])) > 1
+        assert len(list(running)) > 1
         gate.clear()
         s.quiet()
         with s.client() as client:
@@ -482,9 +488,7 @@ def test_deadlines_end_with_a_reason(folder: Path) -> None:
         body: Any = {"ignore_eos": True, "timeout": 0.4}
         got = s.client().completions.create(model="tiny", prompt="a", max_tokens=200, extra_body=body)
         assert got.choices[0].finish_reason == "deadline" and 0 < got.usage.completion_tokens < 20
-        running = s.client().completions.create(
-            model="tiny", prompt="a", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
-        )
+        running = streaming(s)
         next(iter(running))
         with pytest.raises(openai.InternalServerError) as late:
             s.client().completions.create(model="tiny", prompt="b", extra_body={"queue_timeout": 0.01})
@@ -535,8 +539,7 @@ def test_a_failing_step_ends_only_its_cause(folder: Path) -> None:
 def test_draining_finishes_and_admits_nothing(folder: Path) -> None:
     with served(folder) as s:
         s.llm.engine.executable = Slow(s.llm.engine.executable, 0.02)
-        body: Any = {"ignore_eos": True}
-        running = s.client().completions.create(model="tiny", prompt="a", max_tokens=60, stream=True, extra_body=body)
+        running = streaming(s, 60)
         chunks = [next(iter(running))]
         s.service.drain()
         assert s.get("/health").status_code == 200
@@ -553,7 +556,7 @@ def test_draining_finishes_and_admits_nothing(folder: Path) -> None:
 def test_told_twice_everything_ends(folder: Path) -> None:
     with served(folder) as s:
         s.llm.engine.executable = Slow(s.llm.engine.executable, 0.05)
-        running = s.client().completions.create(model="tiny", prompt="a", max_tokens=200, stream=True)
+        running = streaming(s)
         next(iter(running))
         s.service.drain()
         s.service.halt()
@@ -567,7 +570,7 @@ def test_a_crash_ends_streams_and_the_process(folder: Path) -> None:
     with served(folder) as s:
         slow = Slow(s.llm.engine.executable, 0.02)
         s.llm.engine.executable = slow
-        running = s.client().completions.create(model="tiny", prompt="a", max_tokens=200, stream=True)
+        running = streaming(s)
         next(iter(running))
 
         def crash(batch: Batch) -> None:
