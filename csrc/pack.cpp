@@ -180,6 +180,15 @@ float scale_of(Fmt fmt, Range r) {
   }
 }
 
+// What codes reach.
+struct Ends {
+  float lowest, highest;
+};
+Ends ends_of(Fmt fmt) {
+  const float highest = fmt == Fmt::I8 ? 127.0f : fmt == Fmt::I4 ? 7.0f : fmt == Fmt::MX4 ? 12.0f : 448.0f;
+  return {fmt == Fmt::I4 ? -8.0f : -highest, highest};
+}
+
 // Of a group's scale and four beside it, that of the least squared error; the search is formats.quantise()'s.
 float searched(Fmt fmt, Range r, const float* x, int64_t count, const Kernels& kernels) {
   const float first = scale_of(fmt, r);
@@ -189,7 +198,8 @@ float searched(Fmt fmt, Range r, const float* x, int64_t count, const Kernels& k
   const float end = wide ? 127.0f : -8.0f, step = wide ? 0.5f : 0.375f;
   float tried[kTried] = {first, 1, -1, 2, -2};
   for (int t = 1; t < kTried; t++) tried[t] = from_bf16(to_bf16(reach / (end + tried[t] * step)));
-  return kernels.choose_scale(x, count, tried, wide ? -127.0f : -8.0f, wide ? 127.0f : 7.0f);
+  const Ends ends = ends_of(fmt);
+  return kernels.choose_scale(x, count, tried, ends.lowest, ends.highest);
 }
 
 uint8_t to_e4m3(float v) {  // |v| <= 448 and no NaN; nearest, ties to even
@@ -208,15 +218,14 @@ uint8_t to_e2m1(float v) {  // twice a value, |v| <= 12: ties go to the even of 
 // times 1 / scale, to nearest even, clipped. NaN becomes zero: its scale says what it is.
 void encode(Fmt fmt, const float* x, int64_t count, float scale, uint8_t* codes) {
   const float inverse = scale != 0 ? 1.0f / scale : 0.0f;
-  const float ceil = fmt == Fmt::I8 ? 127.0f : fmt == Fmt::I4 ? 7.0f : fmt == Fmt::MX4 ? 12.0f : 448.0f;
-  const float floor = fmt == Fmt::I4 ? -8.0f : -ceil;
+  const Ends ends = ends_of(fmt);
   const int32_t offset = fmt == Fmt::I8 ? 128 : 8;
   auto each = [&](auto code) {
     for (int64_t i = 0; i < count; i++) {
       float v = x[i] * inverse;
       v = v == v ? v : 0.0f;
-      v = v > floor ? v : floor;
-      codes[i] = code(v < ceil ? v : ceil);
+      v = v > ends.lowest ? v : ends.lowest;
+      codes[i] = code(v < ends.highest ? v : ends.highest);
     }
   };
   if (fmt == Fmt::FP8) each(to_e4m3);

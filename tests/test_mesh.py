@@ -230,6 +230,7 @@ def test_a_block_of_values_is_not_torn() -> None:
     p = transformer(Toy(layers=1, heads=4, kv_heads=4, head_dim=64))
     with pytest.raises(LayoutError, match=r"o_proj.weight is q4_k\[256, 256\], and a cut at column 128 would tear a "):
         build_mesh(p, "tp2", "q4_k")
+    assert len(build_mesh(p, "tp2", "int8g256")) == 2  # whose groups are as long, but may be padded
 
 
 def test_a_mesh_gives_the_same_bits_whatever_the_company(folder: Path) -> None:

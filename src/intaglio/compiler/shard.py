@@ -311,11 +311,12 @@ def cut_source(t: Tensor, share: Share, axis: int, length: int) -> tuple[str, ..
         )
     if share == (range(length),):
         return t.source
-    if axis == len(t.shape) - 1 and formats.get(t.format).block == formats.BLOCK:
-        torn = next((end for r in share for end in (r.start, r.stop) if end % formats.BLOCK), None)
+    fmt = formats.get(t.format)
+    if axis == len(t.shape) - 1 and fmt.block != fmt.group:  # groups alone can be padded
+        torn = next((end for r in share for end in (r.start, r.stop) if end % fmt.block), None)
         if torn is not None:
             raise LayoutError(
-                f"weight {t.name} is {t.type}, and a cut at column {torn} would tear a block of {formats.BLOCK}; "
+                f"weight {t.name} is {t.type}, and a cut at column {torn} would tear a block of {fmt.block}; "
                 "share it out fewer ways, or run it as weights int8 or int4"
             )
     way = "crs"[len(t.shape) - 1 - axis]

@@ -65,8 +65,7 @@ def _rounding(op: Op, tensors: Tensors, routers: Collection[str]) -> Op:
 
 def fitted(name: str, *weights: Tensor) -> str:
     """`name`, if its groups of 128 fill the rows of the weights; else the same in the largest smaller groups that do,
-    if any: what is padded is read and multiplied too. q4_k, if its blocks fill them; else int4.
-    """
+    if any: what is padded is read and multiplied too. q4_k, if its blocks fill them; else int4."""
     fmt, k = formats.get(name), gcd(*(int(w.shape[-1]) for w in weights))
     if name == "q4_k" and k % formats.BLOCK:
         return SHORT["int4"]
