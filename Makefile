@@ -1,14 +1,15 @@
 # Everything runs in .venv, which each target sets up by itself. Needs Python 3.11+, a C++20 compiler and make.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
 # Without isolation the build tools stay put, so that a changed source rebuilds only what it touches.
 INSTALL = $(BIN)/pip install --quiet --no-build-isolation --editable
 
 SEEDS ?= 5000
 CASES ?= 10000
+FAULTS ?= 200
 
-.PHONY: demo test simulate fuzz lint sanitize bench clean
+.PHONY: demo test clients simulate fuzz faults lint docs sanitize bench clean
 
 demo: .venv/run.stamp
 	$(BIN)/intaglio demo
@@ -16,18 +17,31 @@ demo: .venv/run.stamp
 test: .venv/test.stamp
 	$(BIN)/pytest -n 2
 
+# Real clients of the API against the server. Their packages conflict with each other, so they have environments of
+# their own, which take a few minutes to install; `make test` skips a client that is not there.
+clients: .venv/test.stamp .venv-clients/stamp .venv-clients-llama-index/stamp
+	$(BIN)/pytest -n 2 tests/clients
+
 # The engine under simulated faults; nightly with SEEDS=100000.
 simulate: .venv/test.stamp
 	PYTHONPATH=tests $(BIN)/python -m simulation --seeds $(SEEDS)
 
 # The server under requests generated from its own description.
 fuzz: .venv/test.stamp
-	$(BIN)/python tests/fuzz.py --cases $(CASES)
+	PYTHONPATH=tests $(BIN)/python -m support.fuzz --cases $(CASES)
+
+# Ranks killed, stopped and aborted at random moments, with the times until that is noticed and served again.
+faults: .venv/test.stamp
+	PYTHONPATH=tests $(BIN)/python -m support.faults --faults $(FAULTS)
 
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation site, in build/site. A warning (a broken link, a page outside the navigation) is an error.
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 sanitize: .venv/test.stamp
 	scripts/sanitize.sh
@@ -36,7 +50,7 @@ bench: .venv/run.stamp
 	$(BIN)/intaglio bench
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv/*.stamp
+	rm -rf build dist .venv-clients* .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv/*.stamp
 
 .venv/tools.stamp:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Intaglio needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -53,6 +67,21 @@ clean:
 	$(INSTALL) '.[test]'
 	touch .venv/run.stamp $@
 
+# No intaglio in these: the packages of one extra alone.
+.venv-clients/stamp: EXTRA = clients
+.venv-clients-llama-index/stamp: EXTRA = clients-llama-index
+.venv-clients/stamp .venv-clients-llama-index/stamp: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet $$($(PYTHON) -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(EXTRA)"])')
+	touch $@
+
 .venv/lint.stamp: .venv/tools.stamp pyproject.toml
 	$(INSTALL) '.[lint]'
+	touch $@
+
+# The site is made from sources, so nothing of the package is compiled for it.
+.venv/docs.stamp: .venv/tools.stamp pyproject.toml
+	$(BIN)/pip install --quiet $$($(BIN)/python -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	touch $@

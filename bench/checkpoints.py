@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from intaglio.llm import BUNDLED
+from intaglio.model import BUNDLED
 from intaglio.models import Checkpoint
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -145,13 +145,13 @@ def write_safetensors(
 def write_tokenizer(folder: Path) -> Path:
     """The bundled model's tokenizer in `folder`, which holds a checkpoint: ids it lacks are words of their own."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        told = json.loads((BUNDLED / name).read_text())
+        content = json.loads((BUNDLED / name).read_text())
         if name == "tokenizer.json":
-            vocabulary = told["model"]["vocab"]
-            known = {*vocabulary.values(), *(t["id"] for t in told["added_tokens"])}
+            vocabulary = content["model"]["vocab"]
+            known = {*vocabulary.values(), *(t["id"] for t in content["added_tokens"])}
             size = json.loads((folder / "config.json").read_text())["vocab_size"]
             vocabulary.update({f"w{i}": i for i in range(size) if i not in known})
-        (folder / name).write_text(json.dumps(told))
+        (folder / name).write_text(json.dumps(content))
     return folder
 
 
@@ -232,16 +232,16 @@ def _write_vocabulary(folder: Path, writer: Any) -> None:
     if not (folder / "tokenizer.json").exists():
         writer.add_tokenizer_model("no_vocab")
         return
-    told = json.loads((folder / "tokenizer.json").read_text())
-    names = {id: text for text, id in told["model"]["vocab"].items()} | {
-        t["id"]: t["content"] for t in told["added_tokens"]
+    content = json.loads((folder / "tokenizer.json").read_text())
+    names = {id: text for text, id in content["model"]["vocab"].items()} | {
+        t["id"]: t["content"] for t in content["added_tokens"]
     }
-    special = {t["id"] for t in told["added_tokens"]}
+    special = {t["id"] for t in content["added_tokens"]}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([names[i] for i in range(len(names))])
     writer.add_token_types([3 if i in special else 1 for i in range(len(names))])  # control, normal
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in told["model"]["merges"]])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
 

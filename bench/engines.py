@@ -24,7 +24,7 @@ from checkpoints import PEER_FORMATS, gguf_path, llama_api
 
 from intaglio.batch import Batch, Chunk, bind
 from intaglio.compiler import build
-from intaglio.devices import StateSpec
+from intaglio.devices import StateSpec, StepRequest
 from intaglio.models import Checkpoint, port
 from intaglio.ops import Experts, Route
 from intaglio.program import Program
@@ -133,12 +133,12 @@ class Intaglio:
         page = 0
         for n in lengths:
             for batch in prefill_batches(prompt(n, self.executable.program.vocabulary), page):
-                self.executable.step(batch)
+                self.executable.step(StepRequest(batch))
             page += pages_each(n + steps)
         self.steps = list(decode_batches(lengths, steps))
 
     def decode(self) -> float:
-        self.executable.step(self.steps[0])
+        self.executable.step(StepRequest(self.steps[0]))
         return self._seconds(self.steps[1:]) / (len(self.steps) - 1)
 
     def touched(self) -> dict[str, float]:
@@ -146,7 +146,7 @@ class Intaglio:
         routes = [op for op in self.executable.program.ops if isinstance(op, Route)]
         found: dict[str, list[float]] = {op.ids: [] for op in routes}
         for batch in self.steps[1:] if routes else ():
-            taps = self.executable.step(batch, taps=[op.logits for op in routes]).taps
+            taps = self.executable.step(StepRequest(batch, taps=[op.logits for op in routes])).taps
             for op in routes:
                 chosen = np.argsort(-taps[op.logits], axis=1, kind="stable")[:, : op.top]
                 found[op.ids].append(len(np.unique(chosen)) / taps[op.logits].shape[1])
@@ -154,13 +154,13 @@ class Intaglio:
         return {site: float(np.mean(found[ids])) for site, ids in sites.items()}
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        steps = [self.executable.step(batch, logits=True) for batch in prefill_batches(ids, every=True)]
+        steps = [self.executable.step(StepRequest(batch, logits=True)) for batch in prefill_batches(ids, every=True)]
         return np.concatenate([step.logits for step in steps if step.logits is not None])
 
     def _seconds(self, steps: Sequence[Batch]) -> float:
         start = time.perf_counter()
         for batch in steps:
-            self.executable.step(batch)
+            self.executable.step(StepRequest(batch))
         return time.perf_counter() - start
 
 

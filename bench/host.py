@@ -31,9 +31,9 @@ from engines import ENGINES, PACKED, Worker, compiled, decode_batches, missing, 
 
 from intaglio.batch import Batch
 from intaglio.devices.host import HostDevice
+from intaglio.measure.bench import MOST_MEGABYTES, Roofs, measured_roofs, read_stream
 from intaglio.ops import Experts, Linear
 from intaglio.program import Program
-from intaglio.tools.bench import MOST_MEGABYTES, Roofs, measured_roofs, read_stream
 
 OFFSETS = (0, 32, -32, 16, -16, 48, -48, 64, -64)  # of the contexts in a batch from 128 tokens
 FULL = {"int8": "int8g128", "int4": "int4g32"}
@@ -266,7 +266,7 @@ class Session:
         self, workers: Sequence[Worker], row: Row, runs: int, method: str, *arguments: Any
     ) -> dict[str, list[float]]:
         size = megabytes(max(moved(self.program, batch) for batch in self._batches(row)))
-        stream = partial(read_stream, self.device, size)
+        stream = partial(read_stream, self.device.facts(), size)
         samples, streams = take_turns(workers, method, *arguments, runs=runs, stream=stream)
         self.streams.setdefault(row, []).extend(streams)
         return samples
@@ -454,8 +454,8 @@ def main() -> None:
         for shape in args.shape:
             results += measure_shape(args, shape, Path(root) / shape, engines)
     if args.json:
-        told = {"machine": machine(), "versions": versions(), "threads": args.threads}
-        args.json.write_text(json.dumps(told | {"results": [asdict(r) for r in results]}, indent=2) + "\n")
+        report = {"machine": machine(), "versions": versions(), "threads": args.threads}
+        args.json.write_text(json.dumps(report | {"results": [asdict(r) for r in results]}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 
-from intaglio.batch import Batch
-from intaglio.devices import Executable, StateSpec, StepResult, Weights
+from intaglio.devices import BlockingExecutable, Device, Executable, StateSpec, StepRequest, StepResult, Weights
 from intaglio.program import Program
 
 VOCABULARY = 49152
 
 
-class Idle:
+class Idle(BlockingExecutable):
     """Says a token for every row at once: another at every step, as text does."""
 
     def __init__(self, program: Program, state: StateSpec) -> None:
         self.program, self.state, self.steps = program, state, 0
 
-    def step(
-        self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
-    ) -> StepResult:
+    def run(self, request: StepRequest) -> StepResult:
         self.steps += 1
-        n = len(batch.rows)
+        n = len(request.batch.rows)
         return StepResult(np.full(n, self.steps * 7919 % VOCABULARY, np.int32), np.zeros(n, np.float32))
 
 
-class IdleDevice:
+class IdleDevice(Device):
     """A device for nobody but bench/runtime.py."""
 
     name = "idle"
 
-    def load(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
+    def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
         return Idle(program, state)

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from intaglio.tools.load import Server, load, meet, summarise
-from intaglio.tools.serving import serve_words, started
-from intaglio.tools.workload import Ask, draw, fitting, trace
+from intaglio.measure.load import Server, load, probe, summarise
+from intaglio.measure.server import serve_words, started
+from intaglio.measure.workload import LoadRequest, draw, fitting, trace
 
 EVERY = 0.1  # seconds between looks
 HEALTH = 0.1  # seconds that 99 of 100 answers of /health may take at most
@@ -31,7 +31,7 @@ SLACK = 1.0  # seconds beyond its deadline in which a request's end must reach t
 REASONS = {"status 429", "status 503", "deadline"}  # ends that a client is told
 
 
-def watch(host: str, pid: int, going: Synchronized[int], told: Any) -> None:
+def watch(host: str, pid: int, going: Synchronized[int], queue: Any) -> None:
     """In a process of its own: ask for /health all the while, look at the server's memory, files and threads."""
     connection, process = http.client.HTTPConnection(host, timeout=60), psutil.Process(pid)
     seen = []
@@ -44,7 +44,7 @@ def watch(host: str, pid: int, going: Synchronized[int], told: Any) -> None:
         memory = process.memory_info().rss
         seen.append((seconds, answer.status, memory, process.num_fds(), process.num_threads()))
         time.sleep(max(0.0, EVERY - seconds))
-    told.put(seen)
+    queue.put(seen)
 
 
 def state(host: str) -> dict[str, Any]:
@@ -59,24 +59,24 @@ def soak(url: str, pid: int, a: argparse.Namespace) -> dict[str, Any]:
     """What was seen, as a dict of figures."""
     host = url.removeprefix("http://").removesuffix("/v1")
     server, t = Server(url, extra={"timeout": a.deadline}), trace(a.workload)
-    asyncio.run(meet(server))
+    asyncio.run(probe(server))
     by = fitting(t, server.context)
 
-    def drawn(n: int, rate: float) -> list[Ask]:
+    def drawn(n: int, rate: float) -> list[LoadRequest]:
         return draw(t, n, rate, scale=by, context=server.context, seed=a.seed)
 
-    calm = Server(url, model=server.model, tokens_a_word=server.tokens_a_word)
+    calm = Server(url, model=server.model, tokens_per_word=server.tokens_per_word)
     found = asyncio.run(load(calm, drawn(a.requests, float("inf")), concurrency=32))
     capacity = summarise(found, a.deadline).requests_per_s
     before = psutil.Process(pid).num_fds()
     context = multiprocessing.get_context("spawn")
-    going, told = context.Value("i", 1), context.Queue()
-    watcher = context.Process(target=watch, args=(host, pid, going, told))
+    going, queue = context.Value("i", 1), context.Queue()
+    watcher = context.Process(target=watch, args=(host, pid, going, queue))
     watcher.start()
     rate = a.times * capacity
     answers = asyncio.run(load(server, drawn(int(rate * a.seconds), rate)))
     going.value = 0
-    seen = told.get()
+    seen = queue.get()
     watcher.join()
     time.sleep(1.0)
     health, statuses, memory, files, threads = (np.array(column) for column in zip(*seen, strict=True))

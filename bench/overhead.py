@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Collection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,21 +25,21 @@ from typing import Any
 import uvloop
 from checkpoints import SHAPES, write_random, write_tokenizer
 
-from intaglio.batch import Batch, Chunk, bind
-from intaglio.devices import Executable, StepResult
+from intaglio.batch import Chunk, bind
+from intaglio.devices import BlockingExecutable, Executable, StepRequest, StepResult
 from intaglio.llm import LLM
+from intaglio.measure.load import Server, probe
+from intaglio.measure.workload import LoadRequest
 from intaglio.runtime import SamplingParams
 from intaglio.server.serve import listen, serve
 from intaglio.server.service import Options, Service
-from intaglio.tools.load import Server, meet
-from intaglio.tools.workload import Ask
 
 PROMPT = 64
-PATIENCE = 600.0
+TIMEOUT = 600.0
 LOOK = 0.2  # seconds between a client's looks
 
 
-class Timed:
+class Timed(BlockingExecutable):
     """An executable that notes when each step of so many sequences, one token each, began and ended."""
 
     def __init__(self, inner: Executable, sequences: int) -> None:
@@ -48,12 +47,10 @@ class Timed:
         self.program, self.state = inner.program, inner.state
         self.spans: list[tuple[float, float]] = []
 
-    def step(
-        self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
-    ) -> StepResult:
+    def run(self, request: StepRequest) -> StepResult:
         began = time.perf_counter()
-        result = self.inner.step(batch, logits=logits, taps=taps, timed=timed)
-        if len(batch.tokens) == len(batch.first_row) == self.sequences:
+        result = self.inner.step(request)
+        if len(request.batch.tokens) == len(request.batch.first_row) == self.sequences:
             self.spans.append((began, time.perf_counter()))
         return result
 
@@ -64,13 +61,13 @@ class Timed:
         return inside * 1e3, median(b[0] - a[0] for a, b in itertools.pairwise(spans)) * 1e3
 
 
-def alone(llm: LLM, timed: Timed, steps: int) -> tuple[float, float]:
+def run_single(llm: LLM, timed: Timed, steps: int) -> tuple[float, float]:
     """On the device alone, contexts as long as in the engine."""
     n, size = timed.sequences, llm.state.page_tokens
     pages = -(-(PROMPT + steps) // size)
     for i in range(steps):
         chunks = [Chunk([7], PROMPT + i, range(s * pages, (s + 1) * pages), (0,)) for s in range(n)]
-        timed.step(bind(chunks, size))
+        timed.step(StepRequest(bind(chunks, size)))
     return timed.take()
 
 
@@ -85,12 +82,12 @@ def clients(url: str, sequences: int, steps: int) -> None:
     """As many streams as sequences. They look only now and then at what came, for a client's time is not the server's
     and here they share their cores."""
     server, rng = Server(url), random.Random(0)
-    asyncio.run(meet(server))
+    asyncio.run(probe(server))
     host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
     streams = []
     for _ in range(sequences):
-        body = json.dumps(server.body(Ask(0.0, PROMPT, steps), rng))
-        stream = socket.create_connection((host, int(port)), PATIENCE)
+        body = json.dumps(server.body(LoadRequest(0.0, PROMPT, steps), rng))
+        stream = socket.create_connection((host, int(port)), TIMEOUT)
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         stream.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         streams.append(stream)
@@ -110,7 +107,7 @@ def in_server(port: int, timed: Timed, steps: int) -> tuple[float, float]:
         target=clients, args=(f"http://127.0.0.1:{port}/v1", timed.sequences, steps)
     )
     process.start()
-    process.join(PATIENCE)
+    process.join(TIMEOUT)
     assert process.exitcode == 0, "the clients failed"
     return timed.take()
 
@@ -124,10 +121,10 @@ def started(llm: LLM) -> int:
         ready.set()
 
     def run() -> None:
-        uvloop.run(serve(llm, Options(), listener, announce, signals=False))
+        uvloop.run(serve({"model": llm}, Options(), listener, announce, signals=False))
 
     threading.Thread(target=run, daemon=True).start()
-    assert ready.wait(PATIENCE)
+    assert ready.wait(TIMEOUT)
     return int(listener.getsockname()[1])
 
 
@@ -139,8 +136,8 @@ def measure(folder: Path, weights: str, sequences: int, steps: int, rounds: int)
     port = started(llm)
     rows = []
     for i in range(rounds + 1):
-        device, _ = alone(llm, timed, steps)
-        llm.engine.pool.forget()  # what its blocks held was written over
+        device, _ = run_single(llm, timed, steps)
+        llm.engine.pool.reset_prefix_cache()  # what its blocks held was written over
         _, engine = in_engine(llm, timed, steps)  # the server's thread waits meanwhile
         busy, server = in_server(port, timed, steps)
         if i:  # the first round warms up

@@ -25,9 +25,9 @@ from host import say, table
 from tokenizers import Tokenizer
 
 from intaglio import formats
-from intaglio.llm import BUNDLED
+from intaglio.model import BUNDLED
 from intaglio.models import Checkpoint
-from intaglio.models.checkpoint import read_json
+from intaglio.models.files.checkpoint import read_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 

@@ -23,11 +23,11 @@ from typing import Any
 
 from checkpoints import PEER_FORMATS, SHAPES, write_gguf, write_random, write_tokenizer
 
-from intaglio.tools.load import Server, Summary, load, meet, summarise
-from intaglio.tools.serving import serve_words, started
-from intaglio.tools.workload import draw, fitting, trace
+from intaglio.measure.load import Server, Summary, load, probe, summarise
+from intaglio.measure.server import serve_words, started
+from intaglio.measure.workload import draw, fitting, trace
 
-PATIENCE = 600.0
+TIMEOUT = 600.0
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def llama(command: list[str]) -> Iterator[str]:
         port = free.getsockname()[1]
     words = [word.format(port=port) for word in command]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url, until = f"http://127.0.0.1:{port}/v1", time.monotonic() + PATIENCE
+    url, until = f"http://127.0.0.1:{port}/v1", time.monotonic() + TIMEOUT
     try:
         while time.monotonic() < until and process.poll() is None:
             try:
@@ -73,9 +73,9 @@ def commands(a: argparse.Namespace, folder: Path, kind: str) -> dict[str, list[s
 def measured(url: str, a: argparse.Namespace) -> Summary:
     async def run() -> Summary:
         server, t = Server(url), trace(a.workload)
-        await meet(server)
+        await probe(server)
         asks = draw(t, a.requests, float("inf"), scale=fitting(t, a.context), context=a.context - 64, seed=a.seed)
-        return summarise(await load(server, asks, a.concurrency), PATIENCE)
+        return summarise(await load(server, asks, a.concurrency), TIMEOUT)
 
     return asyncio.run(run())
 

@@ -1,8 +1,8 @@
-"""How fast the machine answers: CPU seconds for a layer, a model, a thousand steps; beside GenZ, if that is installed.
+"""Speed of the chip simulator: CPU seconds for a layer, a model and a thousand steps, compared with GenZ if installed.
 
     python bench/silicon.py            # needs `pip install genz-llm` for the comparison
 
-Prints what it measured on this machine (CPU seconds) and, apart from it, what was modelled.
+Prints CPU seconds measured on this machine and, separately, modelled times.
 """
 
 from __future__ import annotations
@@ -19,42 +19,45 @@ from typing import Any
 import numpy as np
 
 from intaglio.batch import Chunk, bind
-from intaglio.chips import chip, replace
+from intaglio.chips import target
+from intaglio.codesign.simulate import Serving, Simulation, ported, stages
 from intaglio.collectives import schedule
 from intaglio.compiler import build
-from intaglio.devices import ArrayWeights, StateSpec
+from intaglio.devices import ArrayWeights, StateSpec, StepRequest
+from intaglio.devices.silicon import SiliconDevice
 from intaglio.models import port_config
 from intaglio.ops import Attend, Embed, KvWrite, Linear, Map, Norm, Sample, Select
 from intaglio.program import Builder, Program
-from intaglio.silicon.device import SiliconDevice
-from intaglio.silicon.kernels.attention import attend_timing
-from intaglio.silicon.kernels.linear import linear_timing
-from intaglio.silicon.network import collective_timing, read, touched, traffic
-from intaglio.silicon.step import Load, Plan, timing
-from intaglio.tools.simulate import Serving, Simulation, ported, stages
+from intaglio.silicon.kernels import timing
+from intaglio.silicon.kernels.attend import attend_timing
+from intaglio.silicon.kernels.collectives import collective_timing, hbm_traffic, link_traffic, unit_seconds
+from intaglio.silicon.kernels.product import linear_timing
+from intaglio.silicon.plan import Plan
+from intaglio.silicon.sizes import BatchSizes
 
 GPT3 = {"hidden": 12288, "heads": 96, "inner": 4 * 12288, "vocabulary": 50257}
-SMALL_CORE = replace(  # the class of core that cycle-ticking simulators are run on: one array of 128 x 128 at 1 GHz
-    chip("tpu_v5e"), name="one_array", clock_hz=1e9, macs=(("bf16", 128 * 128), ("int8", 128 * 128), ("f32", 128 * 16)),
+SMALL_CORE = target("tpu_v5e").with_chip(  # as in published cycle-level simulations: 128 x 128 at 1 GHz
+    name="one_array", clock_hz=1e9, macs=(("bf16", 128 * 128), ("int8", 128 * 128), ("f32", 128 * 16)),
     hbm_bytes_per_s=300e9,
 )  # fmt: skip
 
 
 def cpu(work: Callable[[], Any]) -> float:
-    """CPU seconds of one run."""
+    """CPU seconds of one call of `work`."""
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
 def forget() -> None:
-    """Drop what was timed before: the next is cold."""
-    for cached in (timing, linear_timing, attend_timing, collective_timing, read, traffic, touched, schedule):
+    """Clear all timing caches, so that the next timing starts cold."""
+    collectives = (collective_timing, unit_seconds, link_traffic, hbm_traffic, schedule)
+    for cached in (timing, linear_timing, attend_timing, *collectives):
         cached.cache_clear()
 
 
 def gpt3_layer(lanes: int) -> Program:
-    """One layer of GPT-3 175B as one of `lanes` tensor-parallel ranks holds it, and the head; full attention heads."""
+    """One layer of GPT-3 175B on one of `lanes` tensor-parallel ranks, with the head; multi-head attention."""
     d, heads, inner = GPT3["hidden"], GPT3["heads"] // lanes, GPT3["inner"] // lanes
     b = Builder("gpt3-layer", 4096)
     x = b.op(Embed, "embed", "tokens", b.weight("embed.weight", (256, d), "e", "bf16"))
@@ -75,14 +78,14 @@ def gpt3_layer(lanes: int) -> Program:
     return b.done()
 
 
-def gpt3(spec_name: str, load: Load) -> float:
-    """Modelled seconds of the layer on four chips: one rank, and its two all-reduces."""
-    spec = chip(spec_name)
-    one = Plan(gpt3_layer(4), spec).run(load).seconds
-    return one + 2 * collective_timing(spec, "all_reduce", 4, load.tokens * GPT3["hidden"] * 2).seconds
+def gpt3(chip_name: str, load: BatchSizes) -> float:
+    """Modelled seconds of the layer on four chips: one rank and two all_reduces."""
+    on = target(chip_name)
+    one = Plan(gpt3_layer(4), on).run(load).seconds
+    return one + 2 * collective_timing(on, "all_reduce", 4, load.tokens * GPT3["hidden"] * 2).seconds
 
 
-PREFILL, DECODE = Load(8 * 2048, 8, ((2048, 2048, 8),)), Load(8, 8, ((1, 3072, 8),))
+PREFILL, DECODE = BatchSizes(8 * 2048, 8, ((2048, 2048, 8),)), BatchSizes(8, 8, ((1, 3072, 8),))
 
 
 def layer_rows() -> None:
@@ -95,8 +98,10 @@ def layer_rows() -> None:
 
 
 def genz_rows() -> None:
-    """The same model by GenZ (genz-llm on PyPI), an analytic roofline, in the same run; in int8, since by its count
-    the model does not fit four chips in bf16."""
+    """Time the same model with GenZ (genz-llm on PyPI), an analytic roofline model.
+
+    In int8, since by its count the model does not fit four chips in bf16.
+    """
     if find_spec("GenZ") is None:
         print("GenZ is not installed: no comparison (pip install genz-llm)")
         return
@@ -118,25 +123,25 @@ def model_rows() -> None:
 
     def make() -> None:
         parts = stages(ported("llama-3-70b", None), "tp1", "fp8row", "int8", "fp8")
-        made.append(Simulation.of(parts, replace(chip("sohu"), hbm_bytes=10**12), "tp1"))
+        made.append(Simulation.of(parts, target("sohu").with_chip(hbm_bytes=10**12), "tp1"))
 
     print(f"Llama-3-70B: port, compile and plan {cpu(make):.2f} CPU s")
     load = Serving(2048, 128).mixed()
     forget()
     print(f"  a mixed step, cold {cpu(lambda: made[0].phase('mixed', load, 128)):.3f} CPU s")
-    print(f"  the same again, warm {cpu(lambda: made[0].phase('mixed', load, 128)):.4f} CPU s")
+    print(f"  the same step, warm {cpu(lambda: made[0].phase('mixed', load, 128)):.4f} CPU s")
     draw = np.random.default_rng(0)
     loads = []
     for _ in range(1000):
         prompt, contexts = int(draw.integers(1, 2048)), draw.integers(10, 4000, 64)
-        loads.append(Load(prompt + 64, 65, (*((1, int(c), 1) for c in np.unique(contexts)), (prompt, prompt, 1))))
+        loads.append(BatchSizes(prompt + 64, 65, (*((1, int(c), 1) for c in np.unique(contexts)), (prompt, prompt, 1))))
     forget()
     spent = cpu(lambda: [made[0].phase("mixed", x, 65) for x in loads])
-    print(f"  1,000 steps, each another mix: {spent:.2f} CPU s")
+    print(f"  1,000 steps of different sizes: {spent:.2f} CPU s")
 
 
 def values_row() -> None:
-    """A Llama-8B layer with its values computed by the host, and the cycles of a small core that it stands for."""
+    """A Llama-8B layer with values computed by the host: modelled cycles of a small core for each second."""
     config = {
         "architectures": ["LlamaForCausalLM"], "vocab_size": 2048, "hidden_size": 4096, "intermediate_size": 14336,
         "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 2048,
@@ -150,37 +155,37 @@ def values_row() -> None:
     device = SiliconDevice(SMALL_CORE, values="host", cache=None)
     executable = device.load(build(ported_layer, "bf16"), ArrayWeights(arrays), StateSpec(64, 32))
     batch = bind([Chunk(draw.integers(0, 2048, 512).tolist(), 0, list(range(16)), rows=(511,))], 32)
-    executable.step(batch)
+    executable.step(StepRequest(batch))
     before = device.clock()
     start = time.perf_counter()
-    executable.step(batch)
+    executable.step(StepRequest(batch))
     seconds = time.perf_counter() - start
-    cycles = (device.clock() - before) * SMALL_CORE.clock_hz
+    cycles = (device.clock() - before) * SMALL_CORE.chip.clock_hz
     rate = f"{cycles:,.0f} cycles modelled in {seconds:.2f} s: {cycles / seconds:,.0f} a second"
     print(f"Llama-8B layer, 512 tokens, values on: {rate}")
 
 
 def growth_rows() -> None:
-    """Cold CPU seconds of a mixed step, against layers and context: layers alike are timed once."""
+    """CPU seconds of a mixed step with cold caches, by layers and by context; equal layers are timed once."""
     for layers in (1, 10, 40, 80, 160):
         config = {
             "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
             "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8,
             "max_position_embeddings": 131072, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
         }  # fmt: skip
-        plan = Plan(build(port_config(config), "auto"), replace(chip("sohu"), hbm_bytes=10**12))
+        plan = Plan(build(port_config(config), "auto"), target("sohu").with_chip(hbm_bytes=10**12))
         forget()
         print(
             f"{layers:4} layers: {cpu(lambda plan=plan: plan.run(Serving(2048, 128).mixed())):.4f} CPU s a step, cold"
         )
     for keys in (1024, 8192, 65536, 131072):
         forget()
-        load = Load(keys + 64, 65, ((1, keys, 64), (keys, keys, 1)))
+        load = BatchSizes(keys + 64, 65, ((1, keys, 64), (keys, keys, 1)))
         print(f"{keys:7,} tokens of context: {cpu(lambda plan=plan, load=load: plan.run(load)):.4f} CPU s a step, cold")
 
 
 def chips_rows() -> None:
-    """Llama-3-70B cut for 1 to 256 chips, eight to a network, and its step; then one collective over as many."""
+    """Llama-3-70B sharded over 1 to 256 chips, eight in a network: its step, and one collective over all chips."""
     whole = ported("llama-3-70b", None)
     for chips in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         layout = f"tp{min(chips, 8)}" + (f"pp{chips // 8}" if chips > 8 else "")
@@ -188,15 +193,15 @@ def chips_rows() -> None:
 
         def make(layout: str = layout, made: list[Simulation] = made) -> None:
             parts = stages(whole, layout, "fp8row", "int8", "fp8")
-            made.append(Simulation.of(parts, replace(chip("sohu"), hbm_bytes=10**12), layout))
+            made.append(Simulation.of(parts, target("sohu").with_chip(hbm_bytes=10**12), layout))
 
         cut = cpu(make)
         forget()
         spent = cpu(lambda made=made: made[0].phase("mixed", Serving(2048, 128).mixed(), 128))
-        print(f"{chips:4} chips, {layout:8}: {cut:.2f} CPU s to cut and compile, {spent:.4f} a step, cold")
+        print(f"{chips:4} chips, {layout:8}: {cut:.2f} CPU s to shard and compile, {spent:.4f} a step, cold")
     for chips in (2, 8, 16, 32, 64, 128, 256):
         forget()
-        spent = cpu(lambda chips=chips: collective_timing(chip("tpu_v6e"), "all_reduce", chips, 10**7))
+        spent = cpu(lambda chips=chips: collective_timing(target("tpu_v6e"), "all_reduce", chips, 10**7))
         print(f"{chips:4} chips, one all_reduce of 10 MB round a torus: {spent:.4f} CPU s, cold")
 
 

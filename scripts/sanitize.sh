@@ -1,17 +1,29 @@
 #!/usr/bin/env bash
-# The native tests with csrc/ compiled under the address and undefined-behaviour sanitizers. Called by `make sanitize`,
-# which sets .venv up; arguments go to pytest.
+# csrc/ compiled under sanitizers: its unit tests under address, undefined and thread, and the tests of the host device, by
+# pytest, under address and undefined. Called by `make sanitize`, which sets .venv up; arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-(($#)) || set -- tests/test_host*.py
+(($#)) || set -- tests/devices/test_host.py tests/devices/test_host_*.py
 at=$PWD/build/sanitize
+mkdir -p "$at"
 export PATH="$PWD/.venv/bin:$PATH"
-cmake -S . -B "$at/native" -G Ninja -Wno-dev -DCMAKE_BUILD_TYPE=None \
-  -DPython_EXECUTABLE="$PWD/.venv/bin/python" -Dnanobind_DIR="$(.venv/bin/python -m nanobind --cmake_dir)" \
-  -DINTAGLIO_OPTIMISE="-O1 -g1 -fno-omit-frame-pointer" \
-  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
-  -DCMAKE_MODULE_LINKER_FLAGS="-fsanitize=address,undefined" >"$at.log" 2>&1 || { cat "$at.log"; exit 1; }
-cmake --build "$at/native"
+
+# build FOLDER SANITIZERS OPTIONS...: build csrc/ in $at/FOLDER with -fsanitize=SANITIZERS.
+build() {
+  local folder=$1 flags="-fsanitize=$2 -fno-sanitize-recover=undefined"
+  shift 2
+  cmake -S . -B "$at/$folder" -G Ninja -Wno-dev -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="$flags" \
+    -DINTAGLIO_OPTIMISE="-O1 -g1 -fno-omit-frame-pointer" "$@" >"$at/$folder.log" 2>&1 || { cat "$at/$folder.log"; exit 1; }
+  cmake --build "$at/$folder"
+}
+
+for sanitizers in thread address,undefined; do
+  build "units-$sanitizers" "$sanitizers" -DINTAGLIO_TESTS=ON
+  UBSAN_OPTIONS=print_stacktrace=1 "$at/units-$sanitizers/native_tests"
+done
+
+build native address,undefined -DCMAKE_MODULE_LINKER_FLAGS="-fsanitize=address,undefined" \
+  -DPython_EXECUTABLE="$PWD/.venv/bin/python" -Dnanobind_DIR="$(.venv/bin/python -m nanobind --cmake_dir)"
 
 # An environment whose intaglio is that build's, and whose other packages are .venv's.
 .venv/bin/python -m venv --without-pip "$at/venv"

@@ -1,7 +1,10 @@
-"""What several test files take."""
+"""Fixtures that several test files use."""
 
 from __future__ import annotations
 
+import os
+
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -11,10 +14,19 @@ from intaglio.devices import DEVICES
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+SEED = int(os.environ.get("TEST_SEED", np.random.SeedSequence().entropy % 2**32))  # type: ignore[operator]
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A random generator, seeded anew in every run; a failure prints TEST_SEED, which reproduces it."""
+    print(f"TEST_SEED={SEED}")
+    return np.random.default_rng([SEED, *request.node.name.encode()])
+
 
 @pytest.fixture(params=["reference", "host"])
 def device(request):
-    """Both devices that compute, one after the other."""
+    """The devices that compute values, one after the other."""
     if request.param not in DEVICES:
         pytest.skip(f"no {request.param} device")
     return request.param
@@ -22,5 +34,5 @@ def device(request):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Checkpoints made once for all tests of a file."""
+    """A folder for checkpoints that are made once for all tests of a file."""
     return tmp_path_factory.mktemp("checkpoints")

@@ -1,4 +1,4 @@
-"""Batches: how chunks are laid out, and every way in which they may contradict themselves."""
+"""Batches: layout of bound chunks, and the errors of bind() for invalid chunks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_layout_of_a_mixed_batch() -> None:
     prefill = Chunk([10, 11, 12, 13, 14], 0, [4, 2], rows=[4])
     decode = Chunk([20], 9, [7, 0, 3], rows=[0], sampling=hot)
     later = Chunk([30, 31, 32], 3, [5, 6], rows=[0, 2], sampling=hot)
-    silent = Chunk([40, 41], 2, [1])
+    silent = Chunk([40, 41], 2, [1], state=(3, 1))
     b = bind([prefill, decode, later, silent], block_size=4)
     assert b.tokens.tolist() == [10, 11, 12, 13, 14, 20, 30, 31, 32, 40, 41]
     assert b.positions.tolist() == [0, 1, 2, 3, 4, 9, 3, 4, 5, 2, 3]
@@ -24,6 +24,7 @@ def test_layout_of_a_mixed_batch() -> None:
     assert b.q_len.tolist() == [5, 1, 3, 2]
     assert b.context_len.tolist() == [5, 10, 6, 4]
     assert b.block_table.tolist() == [[4, 2, -1], [7, 0, 3], [5, 6, -1], [1, -1, -1]]
+    assert b.state_from.tolist() == [-1, -1, -1, 3] and b.state_to.tolist() == [-1, -1, -1, 1]
     assert b.rows.tolist() == [4, 5, 6, 8]
     assert b.sampling == (GREEDY, hot, hot, hot)
     assert b.sizes == {"T": 11, "S": 4, "R": 4} and b.block_size == 4
@@ -66,6 +67,14 @@ def test_slots_follow_the_block_table(data: st.DataObject, block_size: int) -> N
         ([Chunk([1, 2], 0, [0], rows=[-1])], "chunk 0: wanted row -1 is outside its 2 tokens"),
         ([Chunk([1], 4, [7, 3]), Chunk([1, 2], 3, [2, 3])], "chunks 0 and 1 both write slot 0 of block 3"),
         ([Chunk([1] * 5, 0, [7, 7])], "chunks 0 and 0 both write slot 0 of block 7"),
+        ([Chunk([1], 0, [0], state=(0, 1))], r"chunk 0 starts at position 0 with state=\(0, 1\)"),
+        ([Chunk([1], 2, [0], state=(-1, 1))], r"chunk 0 starts at position 2 with state=\(-1, 1\)"),
+        ([Chunk([1], 2, [0], state=(1, -1))], r"chunk 0 starts at position 2 with state=\(1, -1\)"),
+        ([Chunk([1], 2, [0], state=(1, 1))], "state slot 1 is read and written in one step"),
+        (
+            [Chunk([1], 2, [0], state=(1, 0)), Chunk([1], 2, [1], state=(3, 0))],
+            "two chunks write their state to slot 0",
+        ),
     ],
 )
 def test_contradictions_are_refused(chunks: list[Chunk], says: str) -> None:

@@ -245,7 +245,7 @@ def test_what_a_block_cannot_hold_makes_it_nan(bad: float) -> None:
 
 
 def test_q4_k_has_whole_blocks() -> None:
-    with pytest.raises(FormatError, match="q4_k has rows of whole blocks of 256 values, not 576; use int4g32"):
+    with pytest.raises(FormatError, match="q4_k needs rows of whole blocks of 256 values, not 576; use int4g32"):
         quantise(np.zeros((1, 576), np.float32), "q4_k")
 
 

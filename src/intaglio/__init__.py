@@ -11,7 +11,7 @@ __all__ = ["LLM", "Grammar", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """What __all__ names is imported when first asked for, so that `import intaglio` costs nothing."""
+    """Import a name of __all__ on first use, so that `import intaglio` loads neither NumPy nor the native module."""
     if name == "LLM":
         from intaglio.llm import LLM
 

@@ -1,20 +1,36 @@
-"""What csrc/binding.cpp offers. Tensors and buffers are named by the numbers their declarations return."""
+"""Type stubs of the native module, csrc/binding.cpp. Methods that add a buffer, tensor or op return its number."""
 
+from collections.abc import Mapping, Sequence
 from typing import overload
 
 import numpy as np
 
-def isas() -> list[str]: ...
-def read_bandwidth(threads: int, megabytes: int = 512, runs: int = 5, isa: str = ...) -> float: ...
-def matrix_peak(threads: int, format: str, group: int = 0, runs: int = 20, isa: str = ...) -> float: ...
+PANEL_ROWS: int  # weight rows in a packed panel; each matrix of a stack begins at a new panel
+PAGE_MULTIPLE: int  # tokens of a K/V page are a multiple of it
+
+def isas() -> list[str]:
+    """Names of the usable instruction sets, fastest first."""
+
+def op_kinds() -> list[str]:
+    """Kinds of op that have a native kernel."""
+
+def read_bandwidth(threads: int, megabytes: int = 512, runs: int = 5, isa: str = ...) -> float:
+    """Measured bytes/s of a streaming read of `megabytes` MiB; the best of `runs` passes."""
+
+def matrix_peak(threads: int, format: str, group: int = 0, runs: int = 20, isa: str = ...) -> float:
+    """Measured FLOP/s of the linear kernel on operands that stay in cache; the best of `runs` passes."""
 
 class Region:
+    """Anonymous memory of `bytes` bytes, or a mapped file."""
+
     @overload
     def __init__(self, bytes: int) -> None: ...
     @overload
     def __init__(self, file: int, bytes: int, writable: bool) -> None: ...
 
 class Weight:
+    """A weight [n, k] packed for the native kernels."""
+
     def __init__(self, format: str, n: int, k: int, group: int, glu: bool) -> None: ...
     def fill(self, rows: np.ndarray, type: str, first: int, count: int, threads: int) -> None: ...
     def fill_codes(
@@ -38,6 +54,8 @@ class Weight:
     def nbytes(self) -> int: ...
 
 class Edits:
+    """Logit edits and grammar masks of the rows of a step. Row r has the edits first[r] to first[r + 1] - 1."""
+
     def __init__(
         self,
         first: np.ndarray,
@@ -48,30 +66,112 @@ class Edits:
         masks: np.ndarray,
     ) -> None: ...
 
-class Draws:
+class SamplingParams:
+    """Sampling parameters of the rows of a step. numbers f32 [rows, 4]: temperature, top_p, min_p, top_k."""
+
     def __init__(self, numbers: np.ndarray, seeds: np.ndarray) -> None: ...
 
+Attribute = bool | int | float | str | list[float | str]
+
+class CommunicatorError(RuntimeError):
+    """A collective that failed, or whose group was aborted: names rank, site and cause."""
+
+class Segment:
+    """The memory that the ranks of a group on one host share: rings, bells, the abort word, counters of steps."""
+
+    ranks: int
+    epoch: int
+    aborted: bool
+    def __init__(self, file: int) -> None:
+        """Map a formatted file. Raises ValueError if it is none."""
+
+    @staticmethod
+    def bytes_for(ranks: int, ring_bytes: int) -> int: ...
+    @staticmethod
+    def format(file: int, ranks: int, ring_bytes: int, epoch: int) -> None: ...
+    def abort(self, rank: int, site: str, cause: str) -> None: ...
+    def abort_reason(self) -> str: ...
+    def post(self, steps: int) -> None: ...
+    def complete(self, rank: int, steps: int) -> None: ...
+    def completed(self, rank: int) -> int: ...
+    def wait_posted(self, rank: int, steps: int, seconds: float) -> bool:
+        """Wait for more than `steps` posts. False after so many seconds; true at once if the group is aborted."""
+
+    def wait_completed(self, steps: int, seconds: float) -> bool: ...
+    def beats(self, rank: int) -> int: ...
+
+class Heartbeat:
+    def __init__(self, segment: Segment, rank: int, seconds: float) -> None: ...
+
+class Communicator:
+    """One rank's end of a group. Arrays are float32 [rows, columns]; results go to `out`.
+
+    Belongs to one thread at a time. Raises CommunicatorError.
+    """
+
+    rank: int
+    ranks: int
+    timeout: float
+    @overload
+    def __init__(self, segment: Segment, rank: int) -> None: ...
+    @overload
+    def __init__(self, segment: Segment, rank: int, sockets: Mapping[int, int]) -> None:
+        """sockets: descriptors of connections to ranks of other hosts, by rank; the communicator owns them."""
+
+    def all_reduce(
+        self, site: str, group: Sequence[int], x: np.ndarray, out: np.ndarray, wire: str = "f32",
+        algorithm: str = "automatic",
+    ) -> None: ...  # fmt: skip
+    def all_gather(
+        self, site: str, group: Sequence[int], x: np.ndarray, out: np.ndarray, tokens: bool = False, wire: str = "f32"
+    ) -> None: ...
+    def reduce_scatter(
+        self, site: str, group: Sequence[int], x: np.ndarray, out: np.ndarray, wire: str = "f32"
+    ) -> None: ...
+    def all_to_all(
+        self, site: str, group: Sequence[int], x: np.ndarray, out: np.ndarray, wire: str = "f32"
+    ) -> None: ...
+    def barrier(self, site: str) -> None: ...
+
 class Executable:
-    def __init__(self, isa: str, threads: int, page: int, limits: tuple[int, int, int, int]) -> None: ...
+    """A Program as native ops, run by a thread pool; see csrc/run/executable.h."""
+
+    def __init__(self, isa: str, threads: int, page: int, limits: tuple[int, ...]) -> None: ...
     def buffer(self, row_bytes: int, sampled: bool, share: int, shares: int) -> int: ...
     def columns(self, buffer: int, cols: int, ld: int, column: int) -> int: ...
     def vector(self, values: np.ndarray) -> int: ...
-    def weight(self, weight: Weight) -> int: ...
+    def weight(self, weight: Weight, shape: list[int]) -> int: ...
+    def keep_caches_in(self, file: int) -> None:
+        """Put the caches that are added from now on into a memory file; the caller closes it."""
+
     def cache(self, pages: int, heads: int, head_dim: int, format: str, keys: bool) -> int: ...
-    def op(
-        self, kind: str, tensors: list[int], ints: list[int], floats: list[float], code: list[int], numbers: list[float]
-    ) -> None: ...
-    def step(
+    def states(self, slots: int, floats: int) -> int: ...
+    def op(self, kind: str, operands: Mapping[str, int], attributes: Mapping[str, object]) -> int:
+        """Add an op; attributes are of type Attribute. Raises ValueError for an unknown kind, operand or attribute."""
+
+    def join(self, communicator: Communicator) -> None:
+        """Make this one rank of a group, before its collectives are added."""
+
+    def stop(self) -> int:
+        """Add an op that the caller executes; advance() returns before it."""
+
+    def begin(
         self,
         numbers: np.ndarray,
         counts: tuple[int, int, int, int],
-        draws: Draws,
+        draws: SamplingParams,
         edits: Edits | None,
         taps: list[tuple[int, int, np.ndarray]],
         seconds: np.ndarray | None,
-        first: int,
-        last: int,
-        outs: list[tuple[int, np.ndarray]],
-    ) -> None: ...
-    def copy_out(self, tensor: int, rows: int, out: np.ndarray) -> None: ...
-    def copy_in(self, tensor: int, rows: int, values: np.ndarray) -> None: ...
+    ) -> None:
+        """Begin a step. Raises IndexError for a batch beyond the limits."""
+
+    def advance(self, outs: list[tuple[int, np.ndarray]]) -> int:
+        """Run the ops up to the next stop and return its number, or the number of ops; then copy tensors out."""
+
+    def copy_out(self, tensor: int, out: np.ndarray) -> None: ...
+    def copy_in(self, tensor: int, values: np.ndarray) -> None: ...
+    @property
+    def plans(self) -> int: ...
+    @property
+    def planning_seconds(self) -> float: ...

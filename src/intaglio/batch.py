@@ -1,6 +1,6 @@
-"""The Batch: what the runtime binds at each step, any mix of prefill chunks and decodes.
+"""The arrays of one step, for any mix of prefill chunks and decodes. `bind()` makes a Batch from a Chunk per sequence.
 
-Built from Chunks, one a sequence. Knows nothing of programs or requests.
+Independent of Programs and requests.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import numpy as np
 
 
 class BatchError(ValueError):
-    """A batch that contradicts itself."""
+    """Raised for chunks that cannot form a batch, such as an empty one or two tokens with the same K/V slot."""
 
 
 @dataclass(frozen=True, eq=False)
 class Edits:
-    """What becomes of a row's logits before the draw: at each of `ids`, l turns into
-    (l / scale if l > 0 else l * scale) + add, in float32. ids int32 [k], each once; scale, add f32 [k]."""
+    """Changes to a row's logits before sampling: penalties and logit bias.
+
+    At each of `ids`, logit l becomes (l / scale if l > 0 else l * scale) + add, in float32. ids int32 [k], distinct;
+    scale, add f32 [k].
+    """
 
     ids: np.ndarray
     scale: np.ndarray
@@ -30,9 +33,10 @@ class Edits:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one row's next token is drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off.
+    """Sampling parameters of one row. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off.
 
-    `edits` come first, then `mask`, uint32 [(vocabulary + 31) // 32]: ids whose bit (lowest first) is 0 are out.
+    `edits` are applied first, then `mask`, uint32 [(vocabulary + 31) // 32]: ids whose bit (lowest first) is 0 cannot
+    be drawn.
     """
 
     temperature: float = 0.0
@@ -45,92 +49,121 @@ class Sampling:
 
 
 GREEDY = Sampling()
-SHARE = re.compile(r"T:(\d+)/(\d+)")  # one rank's run of the token rows: its number, and how many there are
+NO_STATE = (-1, -1)  # of a sequence without recurrent state
+PER_TOKEN, PER_SEQUENCE = 3, 5  # arrays of `Batch.numbers` with an item per token and per sequence
+SHARE = re.compile(r"T:(\d+)/(\d+)")  # one rank's run of the token rows: rank and number of ranks
 
 
-def shared(rows: int, share: int, shares: int) -> range:
-    """The share-th of near-equal runs of rows, none longer than the first: a rank's own of rows split along tokens."""
+def shared_rows(rows: int, share: int, shares: int) -> range:
+    """Token rows of rank `share` when `rows` are divided into `shares` near-equal runs, none longer than the first."""
     return range(-(-rows * share // shares), -(-rows * (share + 1) // shares))
 
 
 class Sizes(dict[str, int]):
-    """Symbolic dims by name, and the rows of a share such as T:1/4."""
+    """Dict of the values of symbolic dimensions, which also computes sizes of shares of the tokens, such as T:1/4."""
 
     def __missing__(self, dim: str) -> int:
         match = SHARE.fullmatch(dim)
         if not match:
             raise KeyError(dim)
-        return len(shared(self["T"], int(match[1]), int(match[2])))
+        return len(shared_rows(self["T"], int(match[1]), int(match[2])))
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One sequence's share of a step: `tokens` at positions start, start + 1, ..., its K/V in `blocks` (all of them, in
-    order, those of earlier steps included). `rows` are the offsets into `tokens` whose logits are wanted, `sampling`
-    how each of them is drawn: one for all, or one a row."""
+    """The tokens of one sequence in a step, at positions start, start + 1, ...
+
+    Attributes:
+        tokens: token ids to compute.
+        start: position of the first of them.
+        blocks: all K/V blocks of the sequence in order, those of earlier steps included.
+        rows: offsets into `tokens` of the rows whose logits are wanted.
+        sampling: parameters for all these rows, or one per row.
+        state: slots of recurrent state: the one that holds the sequence's state before these tokens (-1 if it has none
+            yet, at start 0), and another one, to which the state after them is written.
+    """
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
     rows: Sequence[int] = ()
     sampling: Sampling | Sequence[Sampling] = GREEDY
+    state: tuple[int, int] = NO_STATE
+
+
+def numbers_size(t: int, s: int, r: int, columns: int) -> int:
+    """Length of `Batch.numbers` for T tokens, S sequences, R rows and a block table of `columns`."""
+    return PER_TOKEN * t + PER_SEQUENCE * s + r + s * columns
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Arrays of one step: T token rows, S sequences, R rows to sample. They are parts of one, `numbers`, int32: tokens,
-    positions, slots, first_row, q_len, context_len, rows, block_table. A device may take it whole."""
+    """Arrays of one step: T token rows, S sequences, R rows to sample.
+
+    All arrays are views of one int32 array, `numbers`, in this order: tokens, positions, slots, first_row, q_len,
+    context_len, state_from, state_to, rows, block_table.
+    """
 
     numbers: np.ndarray
     counts: tuple[int, int, int, int]  # T, S, R and the columns of block_table
     block_size: int
-    sampling: tuple[Sampling, ...] = ()  # one a row
+    sampling: tuple[Sampling, ...] = ()  # one per row to sample
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """int32 [T]."""
+        """Token ids, int32 [T]."""
         return self._per_token(0)
 
     @cached_property
     def positions(self) -> np.ndarray:
-        """int32 [T]."""
+        """Position of each token in its sequence, int32 [T]."""
         return self._per_token(1)
 
     @cached_property
     def slots(self) -> np.ndarray:
-        """int32 [T]: block * block_size + offset, where the token's K/V goes."""
+        """K/V slot of each token, block * block_size + offset, int32 [T]."""
         return self._per_token(2)
 
     @cached_property
     def first_row(self) -> np.ndarray:
-        """int32 [S]: the sequence's first token row."""
+        """Index of each sequence's first token row, int32 [S]."""
         return self._per_sequence(0)
 
     @cached_property
     def q_len(self) -> np.ndarray:
-        """int32 [S]: its token rows in this step."""
+        """Number of each sequence's token rows in this step, int32 [S]."""
         return self._per_sequence(1)
 
     @cached_property
     def context_len(self) -> np.ndarray:
-        """int32 [S]: its tokens up to and including this step."""
+        """Number of each sequence's tokens up to and including this step, int32 [S]."""
         return self._per_sequence(2)
 
     @cached_property
+    def state_from(self) -> np.ndarray:
+        """int32 [S]: slot of each sequence's recurrent state before this step; -1: none yet, the state is zero."""
+        return self._per_sequence(3)
+
+    @cached_property
+    def state_to(self) -> np.ndarray:
+        """int32 [S]: slot to which each sequence's recurrent state after this step is written; -1: none."""
+        return self._per_sequence(4)
+
+    @cached_property
     def rows(self) -> np.ndarray:
-        """int32 [R]: token rows whose logits are wanted."""
-        t, s, r, _ = self.counts
-        return self.numbers[3 * (t + s) : 3 * (t + s) + r]
+        """Token rows whose logits are wanted, int32 [R]."""
+        start = self._rows_start
+        return self.numbers[start : start + self.counts[2]]
 
     @cached_property
     def block_table(self) -> np.ndarray:
-        """int32 [S, columns]: -1 beyond a sequence's blocks."""
-        t, s, r, columns = self.counts
-        return self.numbers[3 * (t + s) + r :].reshape(s, columns)
+        """Each sequence's K/V blocks, padded with -1, int32 [S, columns]."""
+        _, s, r, columns = self.counts
+        return self.numbers[self._rows_start + r :].reshape(s, columns)
 
     @property
     def sizes(self) -> Sizes:
-        """The symbolic dims bound by this batch."""
+        """The values of the symbolic dimensions (T, S, R and shares of T) in this batch."""
         t, s, r, _ = self.counts
         return Sizes(T=t, S=s, R=r)
 
@@ -140,12 +173,19 @@ class Batch:
 
     def _per_sequence(self, i: int) -> np.ndarray:
         t, s, _, _ = self.counts
-        return self.numbers[3 * t + i * s : 3 * t + (i + 1) * s]
+        return self.numbers[PER_TOKEN * t + i * s : PER_TOKEN * t + (i + 1) * s]
+
+    @property
+    def _rows_start(self) -> int:
+        return PER_TOKEN * self.counts[0] + PER_SEQUENCE * self.counts[1]
 
 
 def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
-    """Lay the chunks out as one Batch. Raises BatchError for an empty chunk, too few blocks, a row out of range, or two
-    tokens whose K/V would go to one slot."""
+    """Combine the chunks, one per sequence, to one Batch. block_size: tokens in a K/V block.
+
+    Raises BatchError for an empty chunk, too few blocks, a row out of range, two tokens with the same K/V slot, or
+    slots of recurrent state that do not fit together.
+    """
     if not chunks:
         raise BatchError("a batch needs at least one chunk")
     tokens, positions, slots, rows = list[int](), list[int](), list[int](), list[int]()
@@ -167,14 +207,17 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
         table += [-1] * (width - len(blocks))
         sampling += [c.sampling] * len(c.rows) if isinstance(c.sampling, Sampling) else c.sampling
     if len(set(slots)) < len(slots):
-        raise BatchError(_twice(slots, first_row, block_size))
-    numbers = [*tokens, *positions, *slots, *first_row, *q_len, *context_len, *rows, *table]
+        raise BatchError(_same_slot(slots, first_row, block_size))
+    state_from, state_to = (list(slots) for slots in zip(*(c.state for c in chunks), strict=True))
+    _check_states(state_from, state_to)
+    per_sequence = [*first_row, *q_len, *context_len, *state_from, *state_to]
+    numbers = [*tokens, *positions, *slots, *per_sequence, *rows, *table]
     counts = len(tokens), len(chunks), len(rows), width
     return Batch(np.array(numbers, np.int32), counts, block_size, tuple(sampling))
 
 
-def _twice(slots: list[int], first_row: list[int], block_size: int) -> str:
-    """Which slot two tokens share, in words."""
+def _same_slot(slots: list[int], first_row: list[int], block_size: int) -> str:
+    """The error message for two tokens with the same K/V slot."""
     seen: dict[int, int] = {}
     for at, slot in enumerate(slots):
         if slot in seen:
@@ -184,10 +227,26 @@ def _twice(slots: list[int], first_row: list[int], block_size: int) -> str:
                 "give each sequence blocks of its own for the tokens it computes"
             )
         seen[slot] = at
-    raise AssertionError("no slot is there twice")
+    raise AssertionError("every slot is used once")
+
+
+def _check_states(before: list[int], after: list[int]) -> None:
+    """Raise BatchError if a slot of recurrent state is written twice, or read and written, in one step."""
+    written = [slot for slot in after if slot >= 0]
+    if not written:
+        return
+    if len(set(written)) < len(written):
+        twice = next(slot for slot in written if written.count(slot) > 1)
+        raise BatchError(f"two chunks write their state to slot {twice}; give each sequence slots of its own")
+    if both := set(written).intersection(before):
+        raise BatchError(
+            f"state slot {min(both)} is read and written in one step; a step reads one slot and writes another, so "
+            "that it can be run again if it fails"
+        )
 
 
 def _check(i: int, c: Chunk, block_size: int) -> None:
+    """Raise BatchError if chunk number `i` is empty, has too few blocks or a row out of range."""
     n = len(c.tokens)
     if n == 0:
         raise BatchError(f"chunk {i} has no tokens")
@@ -195,8 +254,14 @@ def _check(i: int, c: Chunk, block_size: int) -> None:
         raise BatchError(
             f"chunk {i}: positions {c.start}..{c.start + n - 1} do not fit its {len(c.blocks)} blocks of {block_size}"
         )
+    before, after = c.state
+    if (after < 0 and before >= 0) or (after >= 0 and (before < 0) != (c.start == 0)):
+        raise BatchError(
+            f"chunk {i} starts at position {c.start} with state={c.state}; wanted (slot before, slot after) of the "
+            "recurrent state, with -1 before at position 0 only"
+        )
     for row in c.rows:
         if not 0 <= row < n:
             raise BatchError(f"chunk {i}: wanted row {row} is outside its {n} tokens")
     if not isinstance(c.sampling, Sampling) and len(c.sampling) != len(c.rows):
-        raise BatchError(f"chunk {i}: {len(c.sampling)} ways to draw {len(c.rows)} rows")
+        raise BatchError(f"chunk {i}: {len(c.sampling)} Samplings for {len(c.rows)} rows")

@@ -1,7 +1,6 @@
-"""Number formats: the only truth about bits.
+"""Number formats: the width of a value, the values a format can represent, quantization to it and back.
 
-What each format can represent, how wide a value is, and how a weight matrix becomes codes and scales.
-Knows nothing of tensors, ops or devices.
+Everything else asks this module about bits. Independent of tensors, ops and devices.
 """
 
 from __future__ import annotations
@@ -24,48 +23,75 @@ PLAIN = {
 }
 SCALED = "int8gN / int4gN / fp8gN with N in 32..1024 a multiple of 32, int8row, fp8row, mxfp4"
 CHOSEN = f"{SCALED}, q4_k"  # what quantise() takes
-SPAN = 128  # activations that share a scale, at least: the error is the weights' anyway, and sums stay integers longer
-ENDS = {"int8": (127.0, 0.5), "int4": (-8.0, 0.375)}  # the code of what lies farthest from 0, and a step beside it
-CHUNK = 1024  # the longest run of values that one scale is applied to at once
-BLOCK = 256  # values of llama.cpp's q4_k and q6_k whose groups' scales are whole multiples of one unit
-ROW = -1  # the group of formats with one scale a row
+SPAN = 128  # least number of activations that share a scale; weight error dominates, and sums stay integers for longer
+ENDS = {"int8": (127.0, 0.5), "int4": (-8.0, 0.375)}  # code of the value farthest from 0, and step of the scale search
+CHUNK = 1024  # the longest run of values whose products are summed before the scale is applied
+BLOCK = 256  # values of a block of llama.cpp's q4_k, q5_k and q6_k; its groups' scales are whole multiples of one unit
+ROW = -1  # `group` of formats with one scale per row
 
 TINY = np.float32(2.0**-120)  # groups whose largest value is below this become zeros: 1 / scale would overflow
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 E2M1 = np.dtype(ml_dtypes.float4_e2m1fn)
 
+ELEMENTS = {  # formats of a single value, as memories hold them and matrix arrays multiply them: bits, NumPy type
+    **{name: (dtype.itemsize * 8, dtype) for name, dtype in PLAIN.items()},
+    "e4m3": (8, E4M3),
+    "int8": (8, np.dtype(np.int8)),
+    "int4": (4, np.dtype(np.int8)),  # one code per byte in NumPy
+    "e2m1": (4, E2M1),
+}
+WIDER = {  # element format -> those that hold all its values, narrowest first
+    "int4": ("int8", "bf16", "f32"),
+    "e2m1": ("e4m3", "bf16", "f16", "f32"),
+    "int8": ("bf16", "f16", "f32"),
+    "e4m3": ("bf16", "f16", "f32"),
+    "bf16": ("f32",),
+    "f16": ("f32",),
+    "f32": (),
+}
+ELEMENT_OF = {"fp8": "e4m3", "fp8row": "e4m3", "int8row": "int8", "mxfp4": "e2m1"}  # family -> element
+
 
 class FormatError(ValueError):
-    """A format name nobody knows, or a value it cannot hold."""
+    """Raised for an unknown format name, and for a value that a format cannot hold."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One number format. `group` is 0 for plain formats, else the run of values along a row that shares a scale (ROW:
-    the whole row)."""
+    """A number format.
+
+    Attributes:
+        name: such as bf16 or int8g128.
+        bits: bits of one value, without scales.
+        group: 0 for plain formats, else the number of values along a row that share a scale (ROW: the whole row).
+        scale_bits: bits of scale, zero and minimum per group.
+        row_bits: bits of the factor of a row's scales.
+    """
 
     name: str
     bits: int
     group: int = 0
     scale_bits: int = 0
+    row_bits: int = 0
 
     @property
     def grouped(self) -> bool:
+        """True if values have scales (groups of values, or whole rows)."""
         return self.group != 0
 
     @property
     def family(self) -> str:
-        """The name without the group: int8, int4, fp8, int8row, fp8row, mxfp4, uint4f16, or that of a plain format."""
+        """The name without the group size: int8 for int8g128, fp8row for fp8row, bf16 for bf16."""
         return re.sub(r"(?<=\d)g\d+", "", self.name)
 
     @property
     def integer(self) -> bool:
-        """Codes that are whole numbers, whose products with int8 activations are summed exactly."""
+        """True if codes are whole numbers, so that products with int8 activations are summed exactly."""
         return self.grouped and not self.name.startswith("fp8")
 
     @property
     def published(self) -> bool:
-        """Only read from checkpoints that hold it; quantise() does not choose it."""
+        """True if the format is only read from checkpoints; quantise() does not produce it."""
         return self.family not in (*PLAIN, "int8", "int4", "fp8", "int8row", "fp8row", "mxfp4", "q4_k")
 
     @property
@@ -77,40 +103,63 @@ class Format:
         return np.dtype(kind) if self.integer else E4M3
 
     @property
+    def element(self) -> str:
+        """Name in ELEMENTS of the format of one value without its scale.
+
+        For formats with zeros, minima or scales as published it is the format's own name, since no matrix array
+        multiplies their codes.
+        """
+        return ELEMENT_OF.get(self.family, self.family if self.family in ELEMENTS else self.name)
+
+    @property
     def lowest(self) -> int:
-        """The smallest of a format's whole numbers, which lies at 0 among its bits."""
-        return 0 if self.name == "q4_k" or self.name.startswith("uint") else -(1 << (self.bits - 1))
+        """The smallest code of a format with whole-number codes; it is stored as bits 0."""
+        return 0 if self.name in ("q4_k", "q5_k") or self.name.startswith("uint") else -(1 << (self.bits - 1))
 
     @property
     def block(self) -> int:
-        """Values along a row that must stay together: a group, or those whose scales share a unit."""
-        return BLOCK if self.name in ("q4_k", "q6_k") else self.group
+        """Number of values along a row that must stay together; 0 for plain formats.
+
+        These are the values of a group or, where groups' scales share a unit, of all these groups.
+        """
+        return BLOCK if self.name in ("q4_k", "q5_k", "q6_k") else self.group
 
     def group_of(self, cols: int) -> int:
-        """The group in a row of `cols` values. One that spans the row is cut into equal runs of at most CHUNK, a
-        multiple of 32, that share their scale."""
+        """Number of values that share a scale in a row of `cols` values.
+
+        If one scale spans the row, the row is cut into equal runs of at most CHUNK values, a multiple of 32, with equal
+        scales.
+        """
         return self.group if self.group != ROW else -(-cols // -(-cols // CHUNK) // 32) * 32
 
     def nbytes(self, rows: int, cols: int) -> int:
-        """Bytes a [rows, cols] matrix takes in this format, scales included."""
+        """Bytes that a [rows, cols] matrix takes in this format, with its scales."""
         scales = -(-cols // self.group_of(cols)) * self.scale_bits if self.grouped else 0
-        return -(-rows * (cols * self.bits + scales) // 8)
+        return -(-rows * (cols * self.bits + scales + self.row_bits) // 8)
 
 
 @cache
 def get(name: str) -> Format:
-    """The format called `name`: f32, bf16, f16, i32; int8, int4 or fp8 (E4M3) in groups, written int8g128, fp8g128 and
-    so on; int8row or fp8row with one scale a row; mxfp4 (OCP: E2M1 in groups of 32 that share a power of two).
+    """The format called `name`. Raises FormatError if there is none.
 
-    Scales are bf16, of full float32 range, and codes are chosen against the rounded scale; fp8 has float32 scales, as
-    it is published. What else checkpoints are published in has names too: int4 or int8 with scales in f16 or f32
-    (int4g32f16, int8rowf32); uint4g128, uint8g128f16, uint8row and so on, whose codes have a zero of their own in each
-    group, kept in a byte; and llama.cpp's q4_k and q6_k, whose scales of 6 and 8 bits are multiples of an f16 a block.
+    Formats that quantise() produces: f32, bf16, f16, i32; int8, int4 and fp8 (E4M3) in groups, written int8g128,
+    fp8g128 and so on; int8row and fp8row with one scale per row; mxfp4 (OCP: E2M1 in groups of 32 that share a power of
+    two); q4_k. Scales of integers are bf16, which has the full float32 range, and codes are chosen against the rounded
+    scale; fp8 has float32 scales, as published checkpoints do.
+
+    Formats that are only read from checkpoints: int4 or int8 with scales in f16 or f32 (int4g32f16, int8rowf32);
+    uint4g128, uint8g128f16, uint8row and so on, with one zero per group, stored in a byte; nvfp4 (NVIDIA's: E2M1 in
+    groups of 16, whose scale is an E4M3 value times a float32 factor of the row); llama.cpp's q5_k and q6_k.
+    The 6-bit and 8-bit scales of q4_k, q5_k and q6_k are multiples of one f16 unit per block.
     """
     if name in PLAIN:
         return Format(name, PLAIN[name].itemsize * 8)
     if name in ("mxfp4", "q4_k"):
         return Format(name, 4, 32, 16)
+    if name == "nvfp4":
+        return Format(name, 4, 16, 8, 32)
+    if name == "q5_k":
+        return Format(name, 5, 32, 16)
     if name == "q6_k":
         return Format(name, 6, 16, 9)
     match = re.fullmatch(r"(u?int[48]|fp8)(?:g(\d+)|row)(f16|f32)?", name)
@@ -122,6 +171,20 @@ def get(name: str) -> Format:
     raise FormatError(f"unknown number format {name!r}: use one of {', '.join(PLAIN)}, {CHOSEN}")
 
 
+def element(name: str) -> str:
+    """The format of one value without its scale: e4m3 for fp8row, int8 for int8g128, bf16 for bf16.
+
+    Names of ELEMENTS are returned as they are, and so are formats that the chips here convert before they multiply:
+    those with zeros or minima, or only read from checkpoints, such as uint4g32, q4_k and int8rowf32.
+    """
+    return name if name in ELEMENTS else get(name).element
+
+
+def bits(name: str) -> int:
+    """Bits of one value of a format or of an element format, without scales."""
+    return ELEMENTS[name][0] if name in ELEMENTS else get(name).bits
+
+
 def round_to(x: np.ndarray, name: str) -> np.ndarray:
     """`x` rounded (to nearest, ties to even) to the plain format `name`, returned as float32 of the same shape."""
     return x.astype(get(name).dtype).astype(np.float32)
@@ -129,13 +192,22 @@ def round_to(x: np.ndarray, name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix as codes [N, K], whole numbers of a byte or E4M3, and scales float32 [N, ceil(K / group)]: value =
-    (code - zero) * scale - minimum, with the zeros (whole numbers) and minima of its group where the format has them,
-    shaped as the scales.
+    """A quantized matrix: value = (code - zero) * scale - minimum.
 
-    Where scales are whole multiples of a unit they are given multiplied out, which is exact, and `units` [N, K / block]
-    has the units; `low_units` those of the minima. A stack of matrices has one more dimension in front of all. `turned`
-    matrices stand for their transposes: what checkpoints without quantisation hold as [K, N]."""
+    A stack of matrices has one more dimension in front of all arrays.
+
+    Attributes:
+        codes: [N, K], whole numbers of one byte, or E4M3.
+        scales: float32 [N, ceil(K / group)]. Scales that are whole multiples of a unit are given multiplied out, which
+            is exact.
+        group: values along a row that share a scale.
+        zeros: whole numbers, shaped as the scales, or None.
+        minima: float32, shaped as the scales, or None.
+        units: float32 [N, K / block], the units of the scales, or [N, 1], the factors of nvfp4's, or None.
+        low_units: float32 [N, K / block], the units of the minima, or None.
+        format: name of the format, if one name describes all arrays.
+        turned: True if the arrays stand for the transposed matrix; checkpoints without quantization hold it as [K, N].
+    """
 
     codes: np.ndarray
     scales: np.ndarray
@@ -149,46 +221,48 @@ class Quantised:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix, transposed if it is `turned`."""
         s = self.codes.shape
         return (*s[:-2], s[-1], s[-2]) if self.turned else s
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
-        """The named rows as float32 [n, K]."""
+        """The rows `ids`, dequantized, as float32 [n, K]."""
         values = self.codes[ids].astype(np.float32)
         if self.zeros is not None:
-            values -= self._spread(self.zeros[ids])
-        values *= self._spread(self.scales[ids])
-        return values if self.minima is None else values - self._spread(self.minima[ids])
+            values -= self.spread(self.zeros[ids])
+        values *= self.spread(self.scales[ids])
+        return values if self.minima is None else values - self.spread(self.minima[ids])
 
-    def _spread(self, x: np.ndarray) -> np.ndarray:
+    def spread(self, x: np.ndarray) -> np.ndarray:
+        """Values per group [..., groups] repeated to one per column [..., K]."""
         return np.repeat(x, self.group, axis=-1)[..., : self.codes.shape[-1]]
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Its arrays by field: codes, scales and what else there is; rows of one are rows of all."""
+        """The arrays that are present, by field name. The same row index selects the same matrix row in each."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: x for name, x in named.items() if isinstance(x, np.ndarray)}
 
     def each(self, f: Callable[[np.ndarray], np.ndarray]) -> Quantised:
-        """The same done to every array: something that moves rows as a whole."""
+        """A copy with the function `f` applied to every array; `f` must select or move whole rows."""
         return self.holding({name: f(x) for name, x in self.arrays.items()})
 
     def holding(self, arrays: Mapping[str, np.ndarray]) -> Quantised:
-        """The same with these arrays, by field."""
+        """A copy with these arrays, by field name, instead of its own."""
         changes: dict[str, Any] = dict(arrays)
         return replace(self, **changes)
 
     def matrix(self, e: int) -> Quantised:
-        """Matrix `e` of a stack."""
+        """Matrix number `e` of a stack."""
         return self.each(lambda x: x[e])
 
     def stacked(self, shape: tuple[int, ...]) -> Quantised:
-        """The same rows as a stack of this shape."""
+        """The same rows as a stack of matrices of shape `shape`, [E, N, K]."""
         return self.each(lambda x: x.reshape(*shape[:-1], -1))
 
 
 def in_groups(x: np.ndarray, group: int) -> np.ndarray:
-    """[N, K] as [N, ceil(K / group), group], zero padded."""
+    """Reshape [N, K] to [N, ceil(K / group), group], zero padded."""
     n, k = x.shape
     padded = np.zeros((n, -(-k // group) * group), np.float32)
     padded[:, :k] = x
@@ -196,16 +270,18 @@ def in_groups(x: np.ndarray, group: int) -> np.ndarray:
 
 
 def quantise(x: np.ndarray, name: str) -> Quantised:
-    """Weights [N, K] to a format with scales, symmetric but for q4_k.
+    """Quantise weights [N, K] to the format `name`: symmetric (no zeros or minima), except q4_k.
 
-    int8: the value of largest magnitude maps to 127 or -127, codes -127..127; int4: to -8, so that all sixteen codes
-    are used (the choice of llama.cpp's Q4_0), codes -8..7; groups of both take, of that scale and four beside it, the
-    one that leaves the least squared error, see _searched(). fp8: max|w| maps to 448, E4M3's largest. mxfp4: the
-    power of two that brings max|w| into 4..8 (OCP Microscaling Formats 1.0, 6.3), rounded to E2M1 and at most 6; its
-    codes are twice the value, -12..12, so that they are whole, and its scales half. q4_k: scale and minimum of least
-    squared error among those tried, see _q4_k(); K is a multiple of 256. A group, or row with one scale, that holds NaN
-    or infinity has NaN for its scale: it is NaN as a whole, and says so in every result. So has a block of q4_k, also
-    if it holds more than its units reach, 2^20.
+    - int8: the value of largest magnitude maps to 127 or -127, codes are -127..127.
+    - int4: that value maps to -8, so that all sixteen codes are used (as in llama.cpp's Q4_0), codes are -8..7.
+    - int8 and int4 in groups take, of that scale and four beside it, the one of least squared error, see _searched().
+    - fp8: max|w| maps to 448, the largest E4M3 value.
+    - mxfp4: the power of two that brings max|w| into 4..8 (OCP Microscaling Formats 1.0, 6.3), rounded to E2M1 and at
+      most 6. Codes are twice the value, -12..12, so that they are whole numbers, and scales half.
+    - q4_k: scale and minimum of least squared error among those tried, see _q4_k(). K is a multiple of 256.
+
+    A group (or row with one scale) that holds NaN or infinity gets a NaN scale, so every result that uses it is NaN. So
+    does a block of q4_k with a value above 2^20, the largest that its units reach.
     """
     fmt = get(name)
     if not fmt.grouped or fmt.published:
@@ -239,8 +315,11 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
 
 
 def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """For groups [n, G, group], of the scales [n, G] that take what lies farthest from 0 to the end of the codes, or to
-    one or two steps beside it, those of the least squared error. csrc/pack.cpp does the same, to the bit."""
+    """For groups [n, G, group], the scales [n, G] of least squared error among five candidates.
+
+    The candidates map the value farthest from 0 to the end of the codes, or to one or two steps beside it. csrc/pack/
+    does the same, to the bit.
+    """
     end, step = ENDS[fmt.family]
     reach = np.abs(farthest) if end > 0 else farthest
     sought = np.isfinite(scales) & (scales != 0)
@@ -254,9 +333,9 @@ def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt:
 
 
 def _error(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """Squared errors [n, G], each summed 32 values side by side and those half by half."""
+    """Squared errors [n, G], summed in 32 lanes per group, then the lanes pairwise, as the SIMD code does."""
     off = groups - _nearest_codes(groups, scales, fmt) * scales[:, :, None]
-    with np.errstate(over="ignore"):  # of values beyond 2^64: infinity is below nothing
+    with np.errstate(over="ignore"):  # squares of values beyond 2^64 become infinity, which is never the least error
         parts = _sum((off * off).reshape(*scales.shape, -1, 32).transpose(2, 3, 0, 1))
         while len(parts) > 1:
             parts = parts[: len(parts) // 2] + parts[len(parts) // 2 :]
@@ -264,12 +343,13 @@ def _error(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
 
 
 def _nearest_codes(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
+    """The nearest codes of groups [n, G, group] under scales [n, G]; 0 where the scale is 0."""
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
     return _codes(groups * np.nan_to_num(inverse)[:, :, None], fmt)
 
 
 def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
-    """Scaled values to the nearest codes, ties to even."""
+    """Values that have been divided by their scale, rounded to the nearest codes, ties to even."""
     if fmt.family == "mxfp4":
         return (np.clip(x / 2, -6, 6).astype(E2M1).astype(np.float32) * 2).astype(np.int8)
     if not fmt.integer:
@@ -279,10 +359,10 @@ def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
 
 
 def quantise_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Activations [T, K] to int8 on the fly: codes int8 [T, G, group] and scales float32 [T, G], G = ceil(K / group).
+    """Quantize activations [T, K] to int8: codes int8 [T, G, group], scales float32 [T, G], G = ceil(K / group).
 
-    Scales are shared by as many groups as make SPAN values: max|x| / 127 kept in float32; codes = rint(x * (127 /
-    max|x|)), ties to even; zeros where max|x| < TINY.
+    As many groups as make SPAN values share a scale, max|x| / 127 in float32. codes = rint(x * (127 / max|x|)), ties to
+    even; zeros where max|x| < TINY.
     """
     groups = in_groups(np.asarray(x, np.float32), group)
     parts = -(-SPAN // group)
@@ -295,27 +375,29 @@ def quantise_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
 
 # q4_k: lines through groups of 32, value = code * scale - minimum, drawn in blocks of 256
 
-LARGEST = np.float32(2.0**20)  # that its units, in f16, reach with room to spare
-STEPS = np.float32(15)  # of its codes
-SIZES = np.float32(63)  # of its scales and minima, in units
+LARGEST = np.float32(2.0**20)  # the largest value allowed: the f16 units reach it with room to spare
+STEPS = np.float32(15)  # steps between the lowest and the highest code
+SIZES = np.float32(63)  # the largest scale and minimum, in units
 MOVES = np.array([-1, -0.5, 0, 0.5], np.float32)  # steps by which either end of a range is moved inwards
-NEAR = (-1, 0, 1)
+NEAR = (-1, 0, 1)  # candidates beside the nearest scale and minimum, in units
 ZERO = np.float32(0)
 
 
 def _q4_k(x: np.ndarray) -> Quantised:
-    """The codes, 6-bit scales and minima and f16 units of float32 [N, K]. Raises FormatError for broken blocks.
+    """Quantise float32 [N, K] to q4_k: codes, 6-bit scales and minima, and f16 units. Non-finite blocks become NaN.
 
-    First a line for each group: codes by each of 16 ranges (the group's own, its ends moved by up to a step), the line
-    of least squares through them, and the best of these lines. The units are the largest scale and minimum over 63,
-    rounded up, so that none is out of reach. Then each group takes, of the three nearest scales and under each of the
-    three nearest minima, those that leave the least squared error. csrc/scales.inl does the same in the same order, to
-    the bit. llama.cpp searches likewise (ggml-quants.c), but moves one end only, weighs large values more, and takes
-    the nearest scale and minimum as they come.
+    1. For each group, fit lines by least squares through codes from 16 ranges (the group's own, its ends moved inwards
+    by up to a step), and keep the best line. 2. The units are the largest scale and minimum over 63, rounded up, so
+    that every scale is within reach. 3. Each group takes, of the three nearest scales and for each the three nearest
+    minima, the pair of least squared error.
+
+    csrc/isa/scales.inl does the same in the same order, to the bit. llama.cpp searches likewise (ggml-quants.c), but
+    moves one end only, weighs large values more, and takes the nearest scale and minimum without a second search.
+    Raises FormatError if K is not a multiple of 256.
     """
     n, k = x.shape
     if k % BLOCK:
-        raise FormatError(f"q4_k has rows of whole blocks of {BLOCK} values, not {k}; use int4g32, of as many bits")
+        raise FormatError(f"q4_k needs rows of whole blocks of {BLOCK} values, not {k}; use int4g32 (as many bits)")
     x = np.ascontiguousarray(np.moveaxis(x.reshape(n, k // BLOCK, -1, 32), 3, 0))  # [32, n, blocks, groups]
     sound = (np.abs(x) <= LARGEST).all(axis=(0, 3))[:, :, None]
     x = np.where(sound, x, np.float32(0))
@@ -341,13 +423,16 @@ def _q4_k(x: np.ndarray) -> Quantised:
 
 
 def _lines(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(scale, minimum, mean code) of a line through each group of x [32, ...]; neither scale nor minimum below 0."""
+    """Least-squares fit x ~ scale * code - offset of each group; the best of 16 code ranges.
+
+    x: [32, groups...], one column per group. Returns (scale, offset, mean code); scale and offset are >= 0.
+    """
     low, mean = np.minimum(x.min(axis=0), 0), _sum(x) / 32
     reach = x.max(axis=0) - low
     step, inverse = reach / STEPS, _quotient(np.full_like(reach, STEPS), reach, TINY)
     t = (x - low) * inverse
     total, zero = _sum(t), low * inverse
-    raised = total + 32 * zero  # the sum, from x = 0 on
+    raised = total + 32 * zero  # the same sum with x = 0 as origin
     best, slope, middle = np.full_like(reach, -np.inf), np.zeros_like(reach), np.zeros_like(reach)
     for a in MOVES:
         for b in MOVES:
@@ -357,8 +442,8 @@ def _lines(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             free = _quotient(shared, q2 - q1 * q1 / 32)
             lifted = qt + zero * q1
             through = _quotient(lifted, q2)
-            above = free * q1 < raised  # the minimum would be below 0: the line through 0 instead
-            gain = np.where(above, lifted * through - raised * raised / 32, shared * free)  # off the squared error
+            above = free * q1 < raised  # the minimum would be below 0: use the line through 0
+            gain = np.where(above, lifted * through - raised * raised / 32, shared * free)  # of the squared error
             better = gain > best
             best, middle = np.where(better, gain, best), np.where(better, q1 / 32, middle)
             slope = np.where(better, np.where(above, through, free), slope)
@@ -367,27 +452,27 @@ def _lines(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _sum(x: np.ndarray) -> np.ndarray:
-    """Over the first axis, one after the other."""
+    """Sum over the first axis in ascending order."""
     return reduce(np.add, x)
 
 
 def _quotient(x: np.ndarray, y: np.ndarray, least: np.float32 = ZERO) -> np.ndarray:
-    """x / y; 0 where y is not above the least."""
+    """Quotient x / y, or 0 where y is not above `least`."""
     return np.divide(x, y, out=np.zeros_like(x), where=y > least)
 
 
 def _unit(sizes: np.ndarray) -> np.ndarray:
-    """The unit of a block's sizes [..., 8], as [..., 1]: the least f16 of which 63 reach them all."""
+    """The f16 unit of each block's scales [..., 8], as [..., 1]: 63 units must reach the largest scale."""
     unit = sizes.max(axis=-1, keepdims=True) / SIZES
     half = unit.astype(np.float16)
     return np.where(half < unit, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
 
 
 def _steps(sizes: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """The nearest whole numbers of units, 0..63."""
+    """Scales or minima as the nearest whole numbers of units, 0..63."""
     return np.rint(np.clip(_quotient(sizes, np.broadcast_to(unit, sizes.shape)), 0, SIZES))
 
 
 def _nearest(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
-    """The nearest codes of values [32, ...]; 0 under a scale of 0."""
+    """The nearest q4_k codes of values [32, ...] under these scales and minima; 0 where the scale is 0."""
     return np.rint(np.clip((x + minimum) * _quotient(np.ones_like(scale), scale), 0, STEPS))

@@ -1,53 +1,68 @@
-"""The front door of the Python API: a checkpoint, compiled for a device, that generates text and gives logits."""
+"""LLM, the main class of the Python API: a model on a device that generates text and computes logits."""
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import random
-import time
 import warnings
-from collections import deque
+from collections import abc, deque
 from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from intaglio import formats
-from intaglio.compiler import Layout, build, build_mesh, build_stages
-from intaglio.devices import DEVICES, Device, DeviceError, Executable, MeshDevice, StateSpec, WorkerDevice, open_device
-from intaglio.models import Checkpoint, Grammars, Tokenizer, TokenizerError, port
-from intaglio.program import Program
-from intaglio.runtime import Engine, Matcher, Refused, Request, RequestError, SamplingParams, Sequence
+from intaglio.compiler import Layout
+from intaglio.devices import (
+    Device,
+    DeviceError,
+    Executable,
+    HostsDevice,
+    MeshDevice,
+    RanksDevice,
+    ReportedWeights,
+    StateSpec,
+    Weights,
+    WorkerDevice,
+    open_device,
+)
+from intaglio.machine import Machine
+from intaglio.model import Model, Prompt
+from intaglio.models import Transcript
+from intaglio.program import MeshProgram
+from intaglio.progress import Progress, silent
+from intaglio.runtime import (
+    Engine,
+    RecordedEngine,
+    Refused,
+    Request,
+    RequestError,
+    SamplingParams,
+    Sequence,
+)
+from intaglio.runtime.request import TokenIds
 
-
-def _silicon(**options: Any) -> Device:
-    """Loaded when asked for, because it takes a quarter of the time that all else takes to load."""
-    from intaglio.silicon.device import SiliconDevice
-
-    return SiliconDevice(**options)
-
-
-DEVICES["silicon"] = _silicon
-
-BUNDLED = Path(__file__).parent / "data" / "stdlib-5m"
 PAGE_TOKENS = 32
-POOL_TOKENS = 32768  # KV held by default, if the context is no longer than that
-POOL_SHARE = 0.25  # of the machine's memory, at most
+KV_TOKENS = 32768  # tokens of K/V cache by default, if the context is no longer than that
 
-Prompt = str | Many[int]
-Params = SamplingParams | Many[SamplingParams] | None
+Params = SamplingParams | abc.Sequence[SamplingParams] | None
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What came of one prompt. `logprobs` has one natural log-probability a token, under the unfiltered distribution.
+    """The output of one prompt.
 
-    finish_reason: stop (end of sequence, or a stop string: `text` ends before it), length, error (see `error`), abort,
-    deadline.
+    Attributes:
+        prompt_token_ids: the prompt as token ids.
+        text: the generated text.
+        token_ids: the generated tokens.
+        logprobs: one natural log-probability per generated token, under the unfiltered distribution.
+        finish_reason: stop (end of sequence, or a stop string, before which `text` ends), length, error, abort or
+            deadline.
+        error: what failed, if finish_reason is error.
     """
 
     prompt_token_ids: list[int]
@@ -60,7 +75,14 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Delta:
-    """What is new in a stream: text that nothing can take back any more, and tokens. The last has a finish_reason."""
+    """The new part of a streamed output. Only the last Delta has a finish_reason.
+
+    Attributes:
+        text: text that can no longer change (a partial character or a possible stop string is held back).
+        token_ids: the new tokens.
+        finish_reason: as in RequestOutput.
+        error: what failed, if finish_reason is error.
+    """
 
     text: str
     token_ids: list[int]
@@ -68,72 +90,37 @@ class Delta:
     error: str | None = None
 
 
-class Transcript:
-    """The text of one output as its tokens come, ended before the first of the stop strings."""
-
-    def __init__(self, tokenizer: Tokenizer | None, prompt: Many[int], stops: Many[str]) -> None:
-        self.decoder = tokenizer.stream(prompt) if tokenizer else None
-        self.stops = stops
-        self.text = ""
-        self.sent = 0
-        self.stopped = False
-
-    def push(self, token: int) -> bool:
-        """Read one more token; True if a stop string is now complete."""
-        if self.decoder:
-            self._append(self.decoder.push(token))
-        return self.stopped
-
-    def _append(self, text: str) -> None:
-        if not self.stops:
-            self.text += text
-            return
-        first = max(0, len(self.text) + 1 - max(map(len, self.stops)))  # no stop string ends before this
-        self.text += text
-        found = [at for stop in self.stops if (at := self.text.find(stop, first)) >= 0]
-        if found and not self.stopped:
-            self.text, self.stopped = self.text[: min(found)], True
-
-    def finish(self) -> None:
-        """No more tokens come: read the bytes of a character cut short."""
-        if self.decoder and not self.stopped:
-            self._append(self.decoder.end())
-
-    def settled(self, ended: bool) -> str:
-        """Text not handed out yet, less a tail that may turn out to begin a stop string."""
-        tails = (n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
-        end = len(self.text) - (0 if ended else max(tails, default=0))
-        new, self.sent = self.text[self.sent : max(end, self.sent)], max(end, self.sent)
-        return new
-
-
-def pool_pages(programs: Many[Program], kv_tokens: int | None) -> int:
-    """Pages of KV to hold: for `kv_tokens`, or by default for POOL_TOKENS or one whole context, whichever is more, or
-    as many as a quarter of the machine's memory takes."""
-    if kv_tokens is not None:
-        if kv_tokens < 1:
-            raise RequestError(f"kv_tokens is {kv_tokens}; allowed: 1 or more")
-        return -(-kv_tokens // PAGE_TOKENS)
-    state = [t for program in programs for t in program.of_role("state")]
-    per_token = sum(formats.get(t.format).nbytes(int(t.shape[2]), int(t.shape[3])) for t in state)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fits = int(memory * POOL_SHARE) // max(1, per_token)
-    return max(1, min(max(programs[0].context, POOL_TOKENS), fits) // PAGE_TOKENS)
-
-
 class LLM:
-    """A model ready to run. `path` is a checkpoint folder in Hugging Face's layout; None is the bundled model.
+    """A model on a device, ready to generate. Combines a Model, a Machine, a device and an Engine.
 
-    device: host, reference, ...; weights: auto (as stored), f32, bf16, fp8, int8, int4 or a full name such as q4_k;
-    threads: for devices that take it. kv_format: auto (to go with the weights), f32, bf16 or int8.
-    context: positions to compile for, by default the model's own; kv_tokens: how many tokens of KV to hold for all
-    sequences together; max_batch_tokens, max_sequences, max_waiting, max_drafts: as Engine's; cache: where the host
-    keeps packed weights for the next start, a folder, "auto" or None (see HostDevice); worker: the
-    device in a process of its own, replaced when it dies; journal: a file for all that happens, which `intaglio replay`
-    runs again. layout: how ranks share the model, such as tp2 or tp4pp2; all of them run here, to see and test what
-    each would do, and none as a worker. chip, chips: with device silicon, which chip is modelled and how many share the
-    model, by `layout` or tensor parallel; values are those of one host, times those of the chips. Raises ValueError
+    `engine` belongs to one thread at a time. `admission` and `prepare()` may be used from any thread. Raises ValueError
     (CheckpointError, PortError, LayoutError, ...) or DeviceError, saying what is wrong.
+
+    Args:
+        path: a checkpoint folder in Hugging Face's layout, a GGUF file or a hub id; None is the bundled model.
+        device: host, reference, oracle or silicon.
+        weights: weight format, as for Model.open().
+        threads: CPU threads of the host device.
+        context: positions to compile for, as for Model.open().
+        kv_tokens: tokens of K/V cache for all sequences together.
+        kv_format: K/V cache format, as for Model.open().
+        max_batch_tokens: token rows of a step.
+        max_sequences: sequences that run at once, fewer if the memory for recurrent state has no room for them.
+        max_waiting: sequences that wait.
+        max_drafts: draft tokens per sequence and step; 0 switches speculative decoding off. Must be 0 for a model with
+            recurrent state.
+        cache: where the host keeps packed weights for the next start: a folder, "auto" or None (see HostDevice).
+        worker: run the device in a child process, which is replaced when it dies.
+        journal: a file that records all requests and device outcomes, for `intaglio replay`.
+        layout: how ranks share the model, such as tp2 or tp4pp2. On the host each rank is a process, replaced when it
+            dies, with an equal share of the threads; on other devices all ranks run in this process.
+        hosts: other hosts, each of which runs an equal number of the ranks.
+        in_process: run all ranks of a layout in this process, one after the other.
+        chip: with device silicon, the chip whose times are modelled; the host computes the values.
+        chips: with device silicon, the number of chips that share the model, by `layout` or else tensor parallel.
+        machine: threads and memory shared with other models; it then gives the threads.
+        revision: of a hub id: branch, tag or commit, by default main.
+        progress: called as progress(done, total, what) while the model loads (see `intaglio.progress`).
     """
 
     def __init__(
@@ -154,70 +141,85 @@ class LLM:
         worker: bool = False,
         journal: str | Path | None = None,
         layout: str | None = None,
+        in_process: bool = False,
+        hosts: HostsDevice | None = None,
         chip: str | None = None,
         chips: int | None = None,
+        machine: Machine | None = None,
+        revision: str | None = None,
+        progress: Progress = silent,
     ) -> None:
-        if layout and worker:
-            raise DeviceError(f"layout {layout!r} with worker: ranks run in this process; leave one of the two out")
         if device != "silicon" and (chip or chips):
-            raise DeviceError(f"device {device!r} is no chip; leave chip and chips out, or use device silicon")
-        self.path = BUNDLED if path is None else Path(path)
-        self.checkpoint = checkpoint = Checkpoint.open(self.path)
-        ported = port(checkpoint, context)
-        self.program = build(ported, weights, kv_format)
-        self.modelled: str | None = None  # whose times those of the engine are, if they are not measured
-        self.tokenizer = _open_tokenizer(self.path, self.program.vocabulary)
-        named = self.tokenizer.eos_ids if self.tokenizer else checkpoint.config.get("eos_token_id")
-        self.eos_ids = frozenset([named] if isinstance(named, int) else named or ())
-        if threads is not None and device != "host":
-            raise DeviceError(f"device {device!r} takes no number of threads; leave threads out")
-        options: dict[str, Any] = {"threads": threads, "cache": cache} if device == "host" else {}
-        self.programs: Many[Program] = (self.program,)  # of each rank that runs here
+            raise DeviceError(f"chip and chips are for device silicon, not {device!r}; leave them out or use silicon")
+        if threads is not None and (device != "host" or machine):
+            why = "takes its threads from the machine" if machine else "takes no number of threads"
+            raise DeviceError(f"device {device!r} {why}; leave threads out")
+        progress(0, 0, "compiling the model")
+        self.model = Model.open(path, weights, kv_format, context, revision, progress)
+        self.machine = machine or Machine(threads)
+        self.mesh = self.model.sharded(None if device == "silicon" else layout)  # the ranks that run in this process
+        self.modelled: str | None = None  # chips and layout if times are modelled, else None
+        options: dict[str, Any] = {"threads": self.machine.threads, "cache": cache} if device == "host" else {}
         if device == "silicon":
             on = _layout(layout, chips)
-            stages = build_stages(ported, on, weights, kv_format, wire="bf16") if on.ranks > 1 else ()
-            options = {"chip_name": chip or "sohu", "stages": stages}
+            options = {"chip": chip or "sohu", "stages": self.model.stages(on)}
             self.modelled = f"{on.ranks} x {chip or 'sohu'}, {on}"
-        elif layout:
-            self.programs = build_mesh(ported, layout, weights, kv_format)
-        inner = open_device(device, **options)
-        self.device = WorkerDevice(inner) if worker else inner
-        self.state = StateSpec(pool_pages(self.programs, kv_tokens), PAGE_TOKENS)
+        inner = MeshDevice(open_device(device, **options))
+        self.device: Device = WorkerDevice(inner) if worker else inner
+        if device == "host" and len(self.mesh.programs) > 1 and not in_process:
+            self.device = hosts or RanksDevice(self.machine.threads, cache=cache)
+        elif hosts:
+            raise DeviceError("several hosts need device host and a layout of several ranks, such as tp2 or pp2")
+        self.clock = inner.clock
+        self.state = state_spec(self.mesh, kv_tokens, max_sequences, self.machine)
         opened = {
             "device": device, "weights": weights, "context": context, "kv_tokens": self.state.pages * PAGE_TOKENS,
             "kv_format": kv_format, "layout": layout, "chip": chip, "chips": chips,
         }  # fmt: skip
-        clock = getattr(inner, "clock", time.monotonic)  # that of a modelled device is virtual
-        self.engine = Engine(
-            self.load(), clock=clock, rng=random.Random(), max_batch_tokens=max_batch_tokens,
+        engine = partial(RecordedEngine, journal=_journal(journal, self.model.path, opened)) if journal else Engine
+        self.engine: Engine = engine(
+            self.load(progress), clock=self.clock, rng=random.Random(), max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, max_waiting=max_waiting, max_drafts=max_drafts,
-            restart=self.load if worker else None, journal=_journal(journal, self.path, opened) if journal else None,
+            numerics=" ".join(filter(None, (device, inner.facts().isa, layout))),
+            restart=self.reload if isinstance(self.device, WorkerDevice | RanksDevice | HostsDevice) else None,
         )  # fmt: skip
-        self.grammars: Grammars | None = None
-        self._made = 0
+        self.admission = self.engine.admission
+        self._numbers = itertools.count(1)
 
-    def load(self) -> Executable:
-        """One more executable of this model on its device, of all ranks if there is a layout."""
-        if len(self.programs) > 1:
-            return MeshDevice(self.device).load(self.programs, self.checkpoint, self.state)
-        return self.device.load(self.program, self.checkpoint, self.state)
+    def load(self, progress: Progress = silent) -> Executable:
+        """Load the model once more on its device, or on all ranks of its layout, and return the executable."""
+        progress(0, 0, "loading the weights")
+        weights: Weights = self.model.checkpoint
+        if not isinstance(
+            self.device, WorkerDevice | RanksDevice | HostsDevice
+        ):  # a callback cannot follow into another process
+            weights = ReportedWeights(weights, self.mesh, self.model.checkpoint.shape, progress)
+        return self.machine.shared(self.device.load(self.mesh, weights, self.state))
 
-    def generate(self, prompts: Prompt | Many[Prompt], params: Params = None) -> list[RequestOutput]:
-        """Continue each prompt (text or token ids; one or a list of them), all in one batch; outputs in their order,
-        `n` of them a prompt.
+    def reload(self) -> Executable:
+        """What the engine's executable was, once more, after that was lost."""
+        lost = self.engine.executable
+        return self.machine.shared(self.device.reload(lost, self.mesh, self.model.checkpoint, self.state))
 
-        `params` is one for all, or one each; None is SamplingParams(). Raises RequestError or ParamsError, naming the
-        prompt's index, before anything runs. Without a tokenizer, prompts are ids and texts are empty.
+    def generate(
+        self, prompts: Prompt | abc.Sequence[Prompt], params: Params = None, progress: Progress = silent
+    ) -> list[RequestOutput]:
+        """Continue each prompt (text or token ids; one or a list of them) in one batch.
+
+        `params` is one SamplingParams for all prompts or one per prompt; None is SamplingParams(). Returns outputs in
+        the order of the prompts, `n` per prompt. Without a tokenizer, prompts are token ids and texts are empty.
+        `progress` is called after each step with the tokens generated so far and those allowed in all. Raises
+        RequestError or ParamsError, naming the prompt's index, before anything runs.
         """
         several = _as_list(prompts)
         each = _params_each(params, len(several))
         pairs = [self.prepare(p, s, name=f"prompt {i}") for i, (p, s) in enumerate(zip(several, each, strict=True))]
-        made = self._finish([request for request, _ in pairs])
+        made = self._finish([request for request, _ in pairs], progress)
         transcripts = [t for _, of_one in pairs for t in of_one]
         return [self._output(s, t) for s, t in zip(made, transcripts, strict=True)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Continue one prompt, handing out text as it comes. Closing the iterator ends the request."""
+        """Continue one prompt and yield its text as it is generated. Closing the iterator aborts the request."""
         request, transcripts = self.prepare(prompt, params or SamplingParams(), name="prompt 0")
         if len(transcripts) > 1:
             raise RequestError(f"n is {len(transcripts)}; a stream has one choice")
@@ -226,16 +228,15 @@ class LLM:
     def prepare(
         self, prompt: Prompt, params: SamplingParams, name: str = "the prompt", **options: Any
     ) -> tuple[Request, list[Transcript]]:
-        """A request ready for `engine.add()`, and where the text of each of its choices will be. `options` are fields
-        of Request: id, priority, timeout, ... Raises RequestError or TokenizerError, calling the prompt `name`."""
-        ids = self._ids(prompt, name)
-        tokenizer = self._text() if params.stop else self.tokenizer
-        transcripts = [Transcript(tokenizer, ids, tuple(params.stop)) for _ in range(params.n)]
-        self._made += 1
-        named = {"id": f"r{self._made}", "eos_ids": self.eos_ids, "matcher": self._matcher(params), **options}
-        request = Request(prompt=ids, params=params, stopped=lambda index: transcripts[index].push, **named)
+        """(Request for `engine.add()`, one Transcript per choice). May be called from any thread.
+
+        `options` are fields of Request (id, priority, timeout, ...) and `special`, the special tokens that stay in the
+        text. Raises RequestError or TokenizerError, which call the prompt `name`.
+        """
+        id = options.pop("id", None) or f"r{next(self._numbers)}"
+        request, transcripts = self.model.request(prompt, params, id, name, **options)
         try:
-            self.engine.check(request)
+            self.admission.check(request)
         except RequestError as e:
             raise RequestError(f"{name}: {e}") from None
         return request, transcripts
@@ -257,17 +258,23 @@ class LLM:
         finally:
             self.engine.abort(request.id)
 
-    def chat(self, messages: Many[Mapping[str, str]], params: SamplingParams | None = None) -> RequestOutput:
-        """The model's answer to messages [{"role": "user", "content": ...}, ...], through its chat template."""
+    def chat(self, messages: abc.Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> RequestOutput:
+        """The model's answer to messages [{"role": "user", "content": ...}, ...], rendered with its chat template."""
         return self.generate([self.chat_prompt(messages)], params)[0]
 
-    def chat_prompt(self, messages: Many[Mapping[str, str]]) -> list[int]:
-        """The token ids of a conversation, ready for the assistant's turn."""
-        tokenizer = self._text()
-        return tokenizer.encode(tokenizer.chat(messages), special=False)
+    def chat_prompt(self, messages: abc.Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's answer begins."""
+        return self.model.chat_prompt(messages)
 
-    def logits(self, sequences: Many[Many[int]]) -> list[np.ndarray]:
-        """Float32 logits [tokens, vocabulary] after each token of each sequence of ids."""
+    def use_chat_template(self, source: str) -> None:
+        """Render conversations with this Jinja template from now on.
+
+        Raises TokenizerError if it does not parse, or there is no tokenizer.
+        """
+        self.model = self.model.with_chat_template(source)
+
+    def logits(self, sequences: abc.Sequence[TokenIds]) -> list[np.ndarray]:
+        """Float32 logits [tokens, vocabulary] of each sequence of token ids. Row i predicts the token after token i."""
         named = [(f"sequence {i}", ids) for i, ids in enumerate(sequences)]
         requests = [self.prepare(ids, SamplingParams(), name=name, scored=True)[0] for name, ids in named]
         made = self._finish(requests)
@@ -276,35 +283,14 @@ class LLM:
             raise DeviceError(failed.message)
         return [np.concatenate(s.logits) for s in made]
 
-    def _text(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise TokenizerError(f"{self.path} has no tokenizer.json: add it, or give token ids and no stop strings")
-        return self.tokenizer
+    def _finish(self, requests: abc.Sequence[Request], progress: Progress = silent) -> list[Sequence]:
+        """Run all requests to their end, as many at a time as the engine admits. Returns their sequences in order.
 
-    def _matcher(self, params: SamplingParams) -> Callable[[int], Matcher] | None:
-        """How to begin a choice's grammar, if there is one."""
-        if params.grammar is None:
-            return None
-        if self.grammars is None:
-            self.grammars = Grammars(self._text(), self.program.vocabulary)
-        first = self.grammars.matcher(params.grammar.kind, params.grammar.text)
-        return lambda index: first.copy()
-
-    def _ids(self, prompt: Prompt, name: str) -> list[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise RequestError(f"{name} is empty; give at least one character, or token ids")
-            return self._text().encode(prompt)
-        bad = next((t for t in prompt if isinstance(t, bool) or not isinstance(t, int | np.integer)), None)
-        if bad is not None:
-            raise RequestError(f"{name}: token ids are whole numbers, {bad!r} is not")
-        return [int(t) for t in prompt]
-
-    def _finish(self, requests: Many[Request]) -> list[Sequence]:
-        """Run all of these to their end, as many at a time as the engine takes in; whatever interrupts leaves nothing
-        behind. Their choices, in order."""
+        If it is interrupted, the remaining requests are aborted.
+        """
         made: list[Sequence] = []
         pending = deque(requests)
+        total = sum(r.params.max_tokens * r.params.n for r in requests)
         try:
             while pending or any(s.state != "ended" for s in made):
                 while pending:
@@ -316,6 +302,7 @@ class LLM:
                         break
                     pending.popleft()
                 self.engine.step()
+                progress(sum(len(s.output) for s in made), total, f"generating, {len(requests)} prompts")
         finally:
             for request in requests:
                 self.engine.abort(request.id)
@@ -329,8 +316,33 @@ class LLM:
         return RequestOutput(s.prompt, transcript.text, s.output, s.logprobs, s.finish_reason, error)
 
 
+def state_spec(mesh: MeshProgram, kv_tokens: int | None, max_sequences: int, machine: Machine) -> StateSpec:
+    """Size of the state to allocate: recurrent state for `max_sequences`, and K/V cache for `kv_tokens` tokens.
+
+    Recurrent state takes up to half of the memory that the machine grants one model. The default of `kv_tokens` is
+    KV_TOKENS or one whole context, whichever is more, but no more than fits the rest of that memory.
+    """
+    if kv_tokens is not None and kv_tokens < 1:
+        raise RequestError(f"kv_tokens is {kv_tokens}; allowed: 1 or more")
+    state = [t for program in mesh.programs for t in program.of_role("state")]
+    slot, token = (
+        sum(t.nbytes({"P": 1, "B": 1, "N": 1}) for t in state if (t.shape[0] == "N") == recurrent)
+        for recurrent in (True, False)
+    )
+    granted, slots = machine.kv_bytes, 0
+    if slot:
+        slots = max(2, min(2 * max_sequences, granted // 2 // slot))
+        granted -= slots * slot
+    tokens = min(max(mesh.last.context, KV_TOKENS), granted // max(1, token)) if kv_tokens is None else kv_tokens
+    pages = tokens // PAGE_TOKENS if kv_tokens is None else -(-tokens // PAGE_TOKENS)
+    return StateSpec(max(1, pages), PAGE_TOKENS, slots)
+
+
 def _layout(layout: str | None, chips: int | None) -> Layout:
-    """How so many chips share a model: by default tensor parallel. Raises DeviceError if the layout has other ranks."""
+    """The layout to use; without `layout`, tensor parallelism over `chips`.
+
+    Raises DeviceError if ranks and chips differ.
+    """
     found = Layout.parse(layout or f"tp{chips or 1}")
     if chips not in (None, found.ranks):
         raise DeviceError(f"chips is {chips} but layout {found} has {found.ranks} ranks; leave one of the two out")
@@ -338,7 +350,10 @@ def _layout(layout: str | None, chips: int | None) -> Layout:
 
 
 def _journal(path: str | Path, model: Path, options: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
-    """What writes a journal, a line an entry, as they come. A disk that is full ends the record, not the service."""
+    """A function that appends an entry to a journal file as a line of JSON.
+
+    A full disk ends the journal with a warning.
+    """
     file: TextIO | None = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 (open as long as the engine lives)
 
     def write(entry: dict[str, Any]) -> None:
@@ -355,17 +370,8 @@ def _journal(path: str | Path, model: Path, options: dict[str, Any]) -> Callable
     return write
 
 
-def _open_tokenizer(path: Path, vocabulary: int) -> Tokenizer | None:
-    """The folder's tokenizer, if it has one: token ids work without. Raises TokenizerError if it does not fit."""
-    if not (path / "tokenizer.json").exists():
-        return None
-    tokenizer = Tokenizer.open(path)
-    tokenizer.fits(vocabulary)
-    return tokenizer
-
-
 def _as_list(prompts: Any) -> list[Prompt]:
-    """One prompt, text or ids, as a list of one."""
+    """The prompts as a list; a single prompt (text or token ids) becomes a list with one element."""
     if isinstance(prompts, str):
         return [prompts]
     several = list(prompts)
@@ -373,6 +379,7 @@ def _as_list(prompts: Any) -> list[Prompt]:
 
 
 def _params_each(params: Params, n: int) -> list[SamplingParams]:
+    """A list of `n` SamplingParams, one per prompt; None becomes the defaults."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * n
     if len(params) != n:

@@ -1,4 +1,5 @@
-"""The shipped engine under a seeded heap of events, with the oracle as its device and faults wherever they may strike.
+"""Simulation of the engine: random events drawn from a seed, the oracle as its device, injected faults, virtual time.
 
-One thread, virtual time, no I/O: a seed is a whole history. `PYTHONPATH=tests python -m simulation --seed 7` tells it.
+One thread and no I/O, so a seed determines the whole history. `PYTHONPATH=tests python -m simulation --seed 7` prints
+one.
 """

@@ -11,14 +11,14 @@ from simulation.history import failure, play
 
 
 def judge(seeds: range) -> list[str]:
-    """One line for each seed that fails."""
+    """Run these seeds. Returns one line for each that fails."""
     return [line for seed in seeds if (line := failure(seed))]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, help="play one seed and print its history")
-    parser.add_argument("--seeds", type=int, default=5000, help="how many to play")
+    parser.add_argument("--seed", type=int, help="run one seed and print its history")
+    parser.add_argument("--seeds", type=int, default=5000, help="number of seeds to run")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     a = parser.parse_args()

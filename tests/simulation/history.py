@@ -1,15 +1,19 @@
-"""Playing a seed to its end: the log of all that happened, and what went wrong, if anything did."""
+"""Runs one seed to its end and returns the event log and the violation, if there was one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from intaglio.runtime import Engine
 from simulation.rules import Rules
 from simulation.world import Violation, World
 
 
-def play(seed: int, plant: Callable[[World], None] | None = None) -> tuple[list[str], BaseException | None]:
-    """The log, and the Violation (or whatever else was raised) that ended it."""
+def play(seed: int, plant: Callable[[Engine], None] | None = None) -> tuple[list[str], BaseException | None]:
+    """Run a seed. Returns the log, and the Violation (or other exception) that ended it, or None.
+
+    `plant` may plant a bug in the engine before it starts.
+    """
     world = World(seed, plant, Rules)
     try:
         world.run()
@@ -19,7 +23,7 @@ def play(seed: int, plant: Callable[[World], None] | None = None) -> tuple[list[
 
 
 def failure(seed: int) -> str | None:
-    """The line that tells of a failing seed and how to see it again."""
+    """The line that reports a failing seed and the command that runs it again; None if the seed passes."""
     _, wrong = play(seed)
     first = str(wrong).splitlines()[0] if str(wrong) else ""
     return f"{type(wrong).__name__}: {first}  <- PYTHONPATH=tests python -m simulation --seed {seed}" if wrong else None

@@ -1,30 +1,43 @@
-"""Bugs to be found: each breaks the engine of a world in one small way that has happened to somebody.
+"""Planted bugs (mutants): each replaces one stage or public method of an engine by one that is wrong in one way.
 
-A mutant says where it strikes; if the simulation lets one live, it is the simulation that is wanting.
+The simulation must find every one; if one goes unnoticed, a rule is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from intaglio.runtime import Event, Fault, Piece, Refused, Request, Scheduler, Sequence
+from intaglio.runtime import (
+    Admission,
+    Engine,
+    EngineLoad,
+    Event,
+    Fault,
+    Request,
+    Resumption,
+    ScheduledSequence,
+    Scheduler,
+    Scored,
+    Sequence,
+    SuspendedChoice,
+)
+from intaglio.runtime.launcher import Completed, Launch
 from intaglio.runtime.sampling import edits
-from simulation.world import World
 
-Mutant = Callable[[World], None]
-
-
-def skips_a_decrement(w: World) -> None:
-    """The last block of whatever ends stays held."""
-    release = w.engine.pool.release
-    w.engine.pool.release = lambda blocks: release(blocks[:-1])  # type: ignore[method-assign]
+Mutant = Callable[[Engine], None]
 
 
-def frees_a_block_twice_over(w: World) -> None:
-    """A shared block is free as soon as its first holder lets go."""
-    pool, release = w.engine.pool, w.engine.pool.release
+def skip_refcount_decrement(engine: Engine) -> None:
+    """The last block of an ended sequence stays held."""
+    release = engine.pool.release
+    engine.pool.release = lambda blocks: release(blocks[:-1])  # type: ignore[method-assign]
+
+
+def free_shared_block_at_first_release(engine: Engine) -> None:
+    """A shared block becomes free when its first holder releases it."""
+    pool, release = engine.pool, engine.pool.release
 
     def broken(blocks: list[int]) -> None:
         for block in blocks:
@@ -34,46 +47,46 @@ def frees_a_block_twice_over(w: World) -> None:
     pool.release = broken  # type: ignore[method-assign,assignment]
 
 
-def reuses_a_block_early(w: World) -> None:
-    """What is allocated may still be held by another."""
-    pool, allocate = w.engine.pool, w.engine.pool.allocate
+def allocate_held_block(engine: Engine) -> None:
+    """An allocated block may still be held by another sequence."""
+    pool, allocate = engine.pool, engine.pool.allocate
 
     def broken(n: int) -> list[int]:
         blocks = allocate(n)
-        held = [b for s in w.engine.scheduler.running for b in s.blocks if pool.refcounts[b]]
+        held = [b for s in engine.scheduler.running for b in s.blocks if pool.refcounts[b]]
         return [held[0], *blocks[1:]] if held and blocks else blocks
 
     pool.allocate = broken  # type: ignore[method-assign]
 
 
-def shares_across_salts(w: World) -> None:
-    find, file = w.engine.pool.find, w.engine.pool.file
-    w.engine.pool.find = lambda tokens, salt: find(tokens, None)  # type: ignore[method-assign]
-    w.engine.pool.file = lambda block, parent, tokens: file(  # type: ignore[method-assign]
+def share_blocks_across_salts(engine: Engine) -> None:
+    find, add = engine.pool.find_prefix, engine.pool.add_to_prefix_cache
+    engine.pool.find_prefix = lambda tokens, salt: find(tokens, None)  # type: ignore[method-assign]
+    engine.pool.add_to_prefix_cache = lambda block, parent, tokens: add(  # type: ignore[method-assign]
         block, None if isinstance(parent, str) else parent, tokens
     )
 
 
-def trusts_a_hash(w: World) -> None:
-    """Blocks are found by 5 bits of hash, not by their tokens."""
-    find, file = w.engine.pool.find, w.engine.pool.file
-    size = w.engine.pool.block_tokens
+def match_blocks_by_hash_only(engine: Engine) -> None:
+    """Blocks are found by 5 bits of hash instead of their tokens."""
+    find, add = engine.pool.find_prefix, engine.pool.add_to_prefix_cache
+    size = engine.pool.block_size
 
     def blurred(tokens: Any) -> list[int]:
         hashes = [sum(tokens[at : at + size]) % 32 for at in range(0, len(tokens) - size + 1, size)]
         return [h for h in hashes for _ in range(size)]
 
-    w.engine.pool.find = lambda tokens, salt: find(blurred(tokens), salt)  # type: ignore[method-assign]
-    w.engine.pool.file = lambda block, parent, tokens: file(block, parent, blurred(tokens))  # type: ignore[method-assign]
+    engine.pool.find_prefix = lambda tokens, salt: find(blurred(tokens), salt)  # type: ignore[method-assign]
+    engine.pool.add_to_prefix_cache = lambda block, parent, tokens: add(block, parent, blurred(tokens))  # type: ignore[method-assign]
 
 
-def ignores_what_came_before(w: World) -> None:
-    """A block is found by its own tokens alone, wherever they stood."""
-    find, file = w.engine.pool.find, w.engine.pool.file
-    pool = w.engine.pool
+def match_blocks_without_prefix(engine: Engine) -> None:
+    """A block is found by its own tokens, whatever tokens precede it."""
+    find, add = engine.pool.find_prefix, engine.pool.add_to_prefix_cache
+    pool = engine.pool
 
     def broken(tokens: Any, salt: Any) -> list[int]:
-        size, blocks = pool.block_tokens, []
+        size, blocks = pool.block_size, []
         for at in range(0, len(tokens) - size + 1, size):
             found = find(tokens[at : at + size], salt)
             if not found:
@@ -81,103 +94,181 @@ def ignores_what_came_before(w: World) -> None:
             blocks += found
         return blocks
 
-    pool.find = broken  # type: ignore[method-assign]
-    pool.file = lambda block, parent, tokens: file(block, None, tokens)  # type: ignore[method-assign]
+    pool.find_prefix = broken  # type: ignore[method-assign]
+    pool.add_to_prefix_cache = lambda block, parent, tokens: add(block, None, tokens)  # type: ignore[method-assign]
 
 
-def files_a_block_before_it_is_full(w: World) -> None:
-    settle = w.engine.scheduler.settle
+def cache_partial_block(engine: Engine) -> None:
+    update = engine.scheduler.update_blocks
 
     def broken(s: Sequence) -> None:
         computed = s.computed
-        s.computed = min(s.length, computed + 1, len(s.blocks) * w.engine.pool.block_tokens)
-        settle(s)
+        s.computed = min(s.length, computed + 1, len(s.blocks) * engine.pool.block_size)
+        update(s)
         s.computed = computed
 
-    w.engine.scheduler.settle = broken  # type: ignore[method-assign]
+    engine.scheduler.update_blocks = broken  # type: ignore[method-assign]
 
 
-def keeps_the_cache_of_a_lost_device(w: World) -> None:
-    w.engine.pool.forget = lambda: None  # type: ignore[method-assign]
+def keep_prefix_cache_of_lost_device(engine: Engine) -> None:
+    engine.pool.reset_prefix_cache = lambda: None  # type: ignore[method-assign]
 
 
-def goes_on_with_a_lost_device(w: World) -> None:
-    w.engine._replaced = lambda: True  # type: ignore[method-assign]
+def continue_on_lost_device(engine: Engine) -> None:
+    engine.recovery.replace_device = lambda: True  # type: ignore[method-assign]
 
 
-def skips_recomputing(w: World) -> None:
-    admit = w.engine.scheduler._admit
+def schedule_sequences_in_flight(engine: Engine) -> None:
+    """A sequence may be in several launches at a time."""
+    launch = engine.launcher.launch
+
+    def broken(scheduled: list[ScheduledSequence], retried: bool = False) -> Launch | None:
+        launched = launch(scheduled, retried)
+        for one in scheduled:
+            one.sequence.in_flight = False
+        return launched
+
+    engine.launcher.launch = broken  # type: ignore[method-assign]
+
+
+def preempt_sequences_in_flight(engine: Engine) -> None:
+    """Sequences in flight are preempted too, and the result of their launch is applied to them."""
+    allocate, running = engine.scheduler.allocate, engine.scheduler.running
+
+    def broken(sequence: Sequence) -> bool:
+        flying = [s for s in running if s.in_flight]
+        for s in flying:
+            s.in_flight = False
+        allocated = allocate(sequence)
+        for s in flying:
+            s.in_flight = True
+        return allocated
+
+    engine.scheduler.allocate = broken  # type: ignore[method-assign]
+
+
+def account_for_ended_sequences(engine: Engine) -> None:
+    """Tokens of a launch are given to sequences that were aborted while it was under way."""
+    account = engine.accounting.account
+
+    def broken(done: Completed) -> None:
+        for one in done.scheduled:
+            if one.sequence.state == "ended":
+                engine.live.emit(Event(one.sequence.request.id, one.sequence.index, Scored(1, 0.0)))
+        account(done)
+
+    engine.accounting.account = broken  # type: ignore[method-assign]
+
+
+def count_losses_in_company(engine: Engine) -> None:
+    """Sequences pay for losses of the device in launches with others, and are not launched alone after them."""
+    blame, launcher = engine.recovery.blame, engine.launcher
+
+    def broken(why: str) -> None:
+        blame(why)
+        for s in launcher.in_flight:
+            s.suspect = False
+            s.device_losses += len(launcher.in_flight) > 1
+
+    engine.recovery.blame = broken  # type: ignore[method-assign]
+
+
+def trust_forgotten_state(engine: Engine) -> None:
+    """A device that replaces a lost one is taken to have its K/V, whether it has or not."""
+    engine.scheduler.preempt_all = lambda: None  # type: ignore[method-assign]
+
+
+def count_lost_step_as_computed(engine: Engine) -> None:
+    """Sequences in the launch that lost the device go on as if it had been completed."""
+    blame, launcher = engine.recovery.blame, engine.launcher
+
+    def broken(why: str) -> None:
+        blame(why)
+        for s in launcher.in_flight:
+            s.computed = max(s.computed, s.length - 1) if s.state == "running" else s.computed
+
+    engine.recovery.blame = broken  # type: ignore[method-assign]
+
+
+def try_new_device_on_held_block(engine: Engine) -> None:
+    """The first step of a new device overwrites a block that a sequence holds."""
+    scheduler, spare = engine.scheduler, engine.scheduler.spare_block
+    scheduler.spare_block = lambda: next((s.blocks[0] for s in scheduler.running), spare())  # type: ignore[method-assign]
+
+
+def skip_recomputation_after_preemption(engine: Engine) -> None:
+    start = engine.scheduler.start_next
 
     def broken() -> Sequence | None:
-        s = admit()
+        s = start()
         if s is not None and s.preemptions:
             s.computed = max(s.computed, s.length - 2)
         return s
 
-    w.engine.scheduler._admit = broken  # type: ignore[method-assign]
+    engine.scheduler.start_next = broken  # type: ignore[method-assign]
 
 
-def drops_an_abort(w: World) -> None:
-    abort = w.engine.abort
-    w.engine.abort = lambda id: [] if id.endswith("3") else abort(id)  # type: ignore[method-assign]
+def drop_abort(engine: Engine) -> None:
+    abort = engine.abort
+    engine.abort = lambda id: [] if id.endswith("3") else abort(id)  # type: ignore[method-assign]
 
 
-def emits_twice(w: World) -> None:
-    emit = w.engine._emit
+def emit_token_twice(engine: Engine) -> None:
+    emit = engine.live.emit
 
     def broken(event: Event) -> None:
         emit(event)
         if event.token is not None and event.token % 16 == 0:
             emit(event)
 
-    w.engine._emit = broken  # type: ignore[method-assign]
+    engine.live.emit = broken  # type: ignore[method-assign]
 
 
-def loses_a_token(w: World) -> None:
-    emit = w.engine._emit
+def lose_token(engine: Engine) -> None:
+    emit = engine.live.emit
 
     def broken(event: Event) -> None:
         if event.token is None or event.token % 32 or event.finish_reason:
             emit(event)
 
-    w.engine._emit = broken  # type: ignore[method-assign]
+    engine.live.emit = broken  # type: ignore[method-assign]
 
 
-def speaks_after_the_end(w: World) -> None:
-    report, late = w.engine._report, list[Event]()
+def emit_after_end(engine: Engine) -> None:
+    step, late = engine.step, list[Event]()
 
-    def broken(plan: list[Piece], began: float) -> list[Event]:
-        events = [*late, *report(plan, began)]
+    def broken() -> list[Event]:
+        events = [*late, *step()]
         late[:] = [replace(e, finish_reason=None, usage=None) for e in events if e.finish_reason and e.scored]
         return events
 
-    w.engine._report = broken  # type: ignore[method-assign]
+    engine.step = broken  # type: ignore[method-assign]
 
 
-def believes_every_guess(w: World) -> None:
-    """What comes after a wrong guess is kept."""
-    account = w.engine._account
+def accept_every_draft(engine: Engine) -> None:
+    """Tokens after a rejected draft are kept."""
+    account = engine.accounting.account_sequence
 
-    def broken(piece: Piece, chunk: Any, result: Any, row: int) -> None:
-        drawn = result.tokens[row : row + len(piece.drafts)].tolist() if piece.last else []
-        account(replace(piece, drafts=tuple(drawn)), chunk, result, row)
+    def broken(one: ScheduledSequence, chunk: Any, result: Any, row: int) -> None:
+        sampled = result.tokens[row : row + len(one.drafts)].tolist() if one.samples else []
+        account(replace(one, drafts=tuple(sampled)), chunk, result, row)
 
-    w.engine._account = broken  # type: ignore[method-assign]
-
-
-def blames_for_a_guess(w: World) -> None:
-    """A launch that failed is tried again with its guesses."""
-    launch, last = w.engine._launch, list[list[Piece]]()
-
-    def broken(plan: list[Piece], again: bool = True) -> None:
-        last[:] = [plan] if again else last
-        launch(plan if again else last[0], again)
-
-    w.engine._launch = broken  # type: ignore[method-assign]
+    engine.accounting.account_sequence = broken  # type: ignore[method-assign]
 
 
-def forgets_to_roll_the_grammar_back(w: World) -> None:
-    add = w.engine.add
+def retry_with_drafts(engine: Engine) -> None:
+    """A failed launch is retried with its drafts."""
+    launch, last = engine.launcher.launch, list[list[ScheduledSequence]]()
+
+    def broken(scheduled: list[ScheduledSequence], retried: bool = False) -> Launch | None:
+        last[:] = last if retried else [scheduled]
+        return launch(last[0], retried)
+
+    engine.launcher.launch = broken  # type: ignore[method-assign]
+
+
+def skip_grammar_rollback(engine: Engine) -> None:
+    add = engine.add
 
     def broken(request: Request) -> list[Sequence]:
         choices = add(request)
@@ -186,147 +277,299 @@ def forgets_to_roll_the_grammar_back(w: World) -> None:
                 s.matcher.rollback = lambda n: None  # type: ignore[method-assign]
         return choices
 
-    w.engine.add = broken  # type: ignore[method-assign]
+    engine.add = broken  # type: ignore[method-assign]
 
 
-def never_looks_at_the_clock(w: World) -> None:
-    w.engine._expire = lambda now: None  # type: ignore[method-assign]
+def ignore_deadlines(engine: Engine) -> None:
+    engine.live.expire = lambda now: None  # type: ignore[method-assign]
 
 
-def counts_the_queue_deadline_for_ever(w: World) -> None:
+def apply_queue_timeout_after_start(engine: Engine) -> None:
     """A request that has started is still ended by its queue_timeout."""
-    add = w.engine.add
+    add = engine.add
 
     def broken(request: Request) -> list[Sequence]:
         timeouts = [t for t in (request.timeout, request.queue_timeout) if t is not None]
         return add(replace(request, timeout=min(timeouts, default=None)))
 
-    w.engine.add = broken  # type: ignore[method-assign]
+    engine.add = broken  # type: ignore[method-assign]
 
 
-def admits_while_draining(w: World) -> None:
-    admit = w.engine._admit
+def admit_while_draining(engine: Engine) -> None:
 
-    def broken(request: Request) -> float:
-        try:
-            return admit(request)
-        except Refused as e:
-            if e.reason != "draining":
-                raise
-        return 0.0
+    class Admits(Admission):
+        def admit(self, request: Request, load: EngineLoad) -> float:
+            return super().admit(request, replace(load, draining=False))
 
-    w.engine._admit = broken  # type: ignore[method-assign]
+    engine.admission = Admits(**vars(engine.admission))
 
 
-def takes_everyone_to_be_in_a_hurry(w: World) -> None:
-    """A request without a deadline is refused as late when it would take long."""
-    admit = w.engine._admit
-    w.engine._admit = lambda request: admit(replace(request, timeout=request.timeout or 3.0))  # type: ignore[method-assign]
+def assume_timeout(engine: Engine) -> None:
+    """A request without a timeout is refused as late if it would take long."""
+
+    class Hurries(Admission):
+        def admit(self, request: Request, load: EngineLoad) -> float:
+            return super().admit(replace(request, timeout=request.timeout or 3.0), load)
+
+    engine.admission = Hurries(**vars(engine.admission))
 
 
-def admits_without_end(w: World) -> None:
-    w.engine.max_waiting = 10**9
+def admit_without_limit(engine: Engine) -> None:
+    engine.admission = replace(engine.admission, max_waiting=10**9)
 
 
-def takes_an_id_twice(w: World) -> None:
-    add = w.engine.add
+def admit_duplicate_id(engine: Engine) -> None:
+    add = engine.add
 
     def broken(request: Request) -> list[Sequence]:
-        w.engine.requests.pop(request.id, None)
+        engine.requests.pop(request.id, None)
         return add(request)
 
-    w.engine.add = broken  # type: ignore[method-assign]
+    engine.add = broken  # type: ignore[method-assign]
 
 
-def ignores_priority(w: World) -> None:
-    scheduler = w.engine.scheduler
+def ignore_priority(engine: Engine) -> None:
+    scheduler = engine.scheduler
 
     def broken() -> Sequence | None:
         scheduler.waiting.sort(key=lambda s: s.arrival)
-        admitted = Scheduler._admit(scheduler)
+        started = Scheduler.start_next(scheduler)
         scheduler.waiting.sort(key=lambda s: s.order)
-        return admitted
+        return started
 
-    scheduler._admit = broken  # type: ignore[method-assign]
-
-
-def blames_everyone(w: World) -> None:
-    """A step that fails ends all who were in it."""
-    launch = w.engine._launch
-
-    def broken(plan: list[Piece], again: bool = True) -> None:
-        before = w.engine.counts.faults["step"]
-        launch(plan, again)
-        if w.engine.counts.faults["step"] > before:
-            for piece in plan:
-                if piece.sequence.state != "ended":
-                    w.engine._emit(w.engine._end(piece.sequence, "error", Fault("step", "planted")))
-
-    w.engine._launch = broken  # type: ignore[method-assign]
+    scheduler.start_next = broken  # type: ignore[method-assign]
 
 
-def blames_the_last_to_run(w: World) -> None:
-    """Whoever was in the step that lost the device ends."""
-    recover = w.engine._recover
+def end_all_after_failed_step(engine: Engine) -> None:
+    """A failed step ends all of its sequences."""
+    live, complete = engine.live, engine.launcher.complete
 
-    def broken(lost: Any) -> None:
-        for s in w.engine._launched:
-            s.losses = 1
-        w.engine._launched = w.engine._launched[:1]
-        recover(lost)
+    def broken(launch: Launch) -> Iterator[Completed]:
+        before = engine.counts.faults["step"]
+        yield from complete(launch)
+        if engine.counts.faults["step"] > before:
+            for s in (one.sequence for one in launch.scheduled):
+                if s.state != "ended":
+                    live.emit(live.end(s, "error", Fault("step", "planted")))
 
-    w.engine._recover = broken  # type: ignore[method-assign]
-
-
-def overruns_the_budget(w: World) -> None:
-    w.engine.scheduler.max_batch_tokens += 1
+    engine.launcher.complete = broken  # type: ignore[method-assign]
 
 
-def starves_what_was_preempted(w: World) -> None:
-    """Preempted requests are put aside, and nobody comes back for them."""
-    preempt = w.engine.scheduler.preempt
+def end_all_after_device_loss(engine: Engine) -> None:
+    """The sequences in a step that lost the device end."""
+    blame, launcher = engine.recovery.blame, engine.launcher
+
+    def broken(why: str) -> None:
+        for s in launcher.in_flight:
+            s.device_losses = 1
+        launcher.in_flight = launcher.in_flight[:1]
+        blame(why)
+
+    engine.recovery.blame = broken  # type: ignore[method-assign]
+
+
+def exceed_token_budget(engine: Engine) -> None:
+    engine.scheduler.max_batch_tokens += 1
+
+
+def forget_preempted_sequence(engine: Engine) -> None:
+    """Preempted sequences are removed from the queue."""
+    preempt = engine.scheduler.preempt
 
     def broken(s: Sequence) -> None:
         preempt(s)
-        w.engine.scheduler.waiting.remove(s)
+        engine.scheduler.waiting.remove(s)
 
-    w.engine.scheduler.preempt = broken  # type: ignore[method-assign]
+    engine.scheduler.preempt = broken  # type: ignore[method-assign]
 
 
-def draws_a_new_seed_when_preempted(w: World) -> None:
-    preempt = w.engine.scheduler.preempt
+def change_seed_on_preemption(engine: Engine) -> None:
+    preempt = engine.scheduler.preempt
 
     def broken(s: Sequence) -> None:
         preempt(s)
         s.seed += 1
-        s.plain = replace(s.plain, seed=s.seed)
+        s.base_sampling = replace(s.base_sampling, seed=s.seed)
 
-    w.engine.scheduler.preempt = broken  # type: ignore[method-assign]
+    engine.scheduler.preempt = broken  # type: ignore[method-assign]
 
 
-def forgets_penalties_of_the_last_token(w: World) -> None:
-    """Penalties lag one token behind."""
-    chunk = w.engine._chunk
+def lag_penalties_by_one_token(engine: Engine) -> None:
+    """Penalties do not count the last token."""
+    chunk = engine.launcher.chunk
 
-    def broken(piece: Piece) -> Any:
-        s = piece.sequence
-        kept = s.output
-        made = chunk(piece)
-        if made and len(kept) > 1 and piece.last and not piece.drafts and s.request.params.edits_logits:
-            late = edits(s.request.params, s.prompt, kept[:-1])
+    def broken(one: ScheduledSequence) -> Any:
+        s, made = one.sequence, chunk(one)
+        if made and len(s.output) > 1 and one.samples and not one.drafts and s.request.params.edits_logits:
+            late = edits(s.request.params, s.prompt, s.output[:-1])
             made = replace(made, sampling=[replace(d, edits=late) for d in made.sampling])
         return made
 
-    w.engine._chunk = broken  # type: ignore[method-assign]
+    engine.launcher.chunk = broken  # type: ignore[method-assign]
+
+
+def advance_state_of_failed_step(engine: Engine) -> None:
+    """A step that failed has moved the recurrent states of its sequences: a retry steps them twice."""
+    launch, account, failed = engine.launcher.launch, engine.accounting.account, set[Sequence]()
+
+    def launch_broken(scheduled: list[ScheduledSequence], retried: bool = False) -> Launch | None:
+        for s in (one.sequence for one in scheduled):
+            if s in failed and s.computed:
+                s.state_slot = s.next_state_slot
+        failed.update(one.sequence for one in scheduled)
+        return launch(scheduled, retried)
+
+    def account_broken(done: Completed) -> None:
+        failed.difference_update(one.sequence for one in done.scheduled)
+        account(done)
+
+    engine.launcher.launch = launch_broken  # type: ignore[method-assign]
+    engine.accounting.account = account_broken  # type: ignore[method-assign]
+
+
+def leave_state_after_step(engine: Engine) -> None:
+    """After its second step a sequence goes on from the state after its first."""
+    account = engine.accounting.account_sequence
+
+    def broken(one: ScheduledSequence, chunk: Any, result: Any, row: int) -> None:
+        before = one.sequence.state_slot
+        account(one, chunk, result, row)
+        if before >= 0 and one.sequence.slots:
+            one.sequence.state_slot = before
+
+    engine.accounting.account_sequence = broken  # type: ignore[method-assign]
+
+
+def keep_state_on_preemption(engine: Engine) -> None:
+    """A preempted sequence is recomputed from the state it had."""
+    preempt, start, kept = engine.scheduler.preempt, engine.scheduler.start_next, set[Sequence]()
+
+    def preempt_broken(s: Sequence) -> None:
+        preempt(s)
+        kept.add(s)
+
+    def start_broken() -> Sequence | None:
+        s = start()
+        if s in kept and s is not None and s.slots:
+            s.state_slot, s.computed = s.slots[0], 1
+        return s
+
+    engine.scheduler.preempt = preempt_broken  # type: ignore[method-assign]
+    engine.scheduler.start_next = start_broken  # type: ignore[method-assign]
+
+
+def share_state_slots(engine: Engine) -> None:
+    """Sequences that run at once may hold the same slots."""
+    pool, allocate = engine.slots, engine.slots.allocate
+
+    def broken() -> list[int]:
+        slots = allocate()
+        if slots and len(engine.scheduler.running) > 1:
+            pool.free += slots
+            return list(engine.scheduler.running[0].slots) or slots
+        return slots
+
+    pool.allocate = broken  # type: ignore[method-assign]
+
+
+def change_seed_on_resumption(engine: Engine) -> None:
+    resume = engine.resume
+
+    def broken(r: Resumption) -> list[Sequence]:
+        return resume(replace(r, request=replace(r.request, params=replace(r.request.params, seed=5))))
+
+    engine.resume = broken  # type: ignore[method-assign]
+
+
+def forget_last_token_on_suspension(engine: Engine) -> None:
+    suspend = engine.suspend
+
+    def broken(id: str) -> Resumption | None:
+        r = suspend(id)
+        choices = [replace(c, output=c.output[:-1], logprobs=c.logprobs[:-1]) for c in r.choices] if r else []
+        return r and replace(r, choices=tuple(choices))
+
+    engine.suspend = broken  # type: ignore[method-assign]
+
+
+def restart_timeouts_on_resumption(engine: Engine) -> None:
+    suspend = engine.suspend
+
+    def broken(id: str) -> Resumption | None:
+        whole = engine.requests[id][0].request.timeout
+        r = suspend(id)
+        return r and replace(r, request=replace(r.request, timeout=whole))
+
+    engine.suspend = broken  # type: ignore[method-assign]
+
+
+def keep_blocks_on_suspension(engine: Engine) -> None:
+    suspend = engine.suspend
+
+    def broken(id: str) -> Resumption | None:
+        for s in engine.live.of(id):
+            s.blocks = s.blocks[:-1]
+        return suspend(id)
+
+    engine.suspend = broken  # type: ignore[method-assign]
+
+
+def resume_ended_choices(engine: Engine) -> None:
+    suspend = engine.suspend
+
+    def broken(id: str) -> Resumption | None:
+        ended = [SuspendedChoice(s.index) for s in engine.requests[id] if s.state == "ended"]
+        r = suspend(id)
+        return r and replace(r, choices=(*r.choices, *ended))
+
+    engine.suspend = broken  # type: ignore[method-assign]
 
 
 MUTANTS: tuple[Mutant, ...] = (
-    skips_a_decrement, frees_a_block_twice_over, reuses_a_block_early, shares_across_salts, trusts_a_hash,
-    ignores_what_came_before, files_a_block_before_it_is_full, keeps_the_cache_of_a_lost_device,
-    goes_on_with_a_lost_device, skips_recomputing, drops_an_abort, emits_twice, loses_a_token, speaks_after_the_end,
-    believes_every_guess, blames_for_a_guess, forgets_to_roll_the_grammar_back, never_looks_at_the_clock,
-    counts_the_queue_deadline_for_ever, admits_while_draining, takes_everyone_to_be_in_a_hurry,
-    admits_without_end, takes_an_id_twice, ignores_priority,
-    blames_everyone, blames_the_last_to_run, overruns_the_budget, starves_what_was_preempted,
-    draws_a_new_seed_when_preempted, forgets_penalties_of_the_last_token,
-)  # fmt: skip
+    skip_refcount_decrement,
+    free_shared_block_at_first_release,
+    allocate_held_block,
+    share_blocks_across_salts,
+    match_blocks_by_hash_only,
+    match_blocks_without_prefix,
+    cache_partial_block,
+    keep_prefix_cache_of_lost_device,
+    continue_on_lost_device,
+    schedule_sequences_in_flight,
+    preempt_sequences_in_flight,
+    account_for_ended_sequences,
+    count_losses_in_company,
+    trust_forgotten_state,
+    count_lost_step_as_computed,
+    try_new_device_on_held_block,
+    skip_recomputation_after_preemption,
+    drop_abort,
+    emit_token_twice,
+    lose_token,
+    emit_after_end,
+    accept_every_draft,
+    retry_with_drafts,
+    skip_grammar_rollback,
+    ignore_deadlines,
+    apply_queue_timeout_after_start,
+    admit_while_draining,
+    assume_timeout,
+    admit_without_limit,
+    admit_duplicate_id,
+    ignore_priority,
+    end_all_after_failed_step,
+    end_all_after_device_loss,
+    exceed_token_budget,
+    forget_preempted_sequence,
+    change_seed_on_preemption,
+    lag_penalties_by_one_token,
+    advance_state_of_failed_step,
+    leave_state_after_step,
+    keep_state_on_preemption,
+    share_state_slots,
+    change_seed_on_resumption,
+    forget_last_token_on_suspension,
+    restart_timeouts_on_resumption,
+    keep_blocks_on_suspension,
+    resume_ended_choices,
+)

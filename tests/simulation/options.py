@@ -1,6 +1,6 @@
-"""What a seed draws before anything happens: sizes, limits, how likely each fault is, and who asks for what.
+"""The random choices of a seed: sizes, limits, probabilities of faults, and the clients' requests.
 
-Swarm testing (Groce 2012): in any one run most faults are off, so that the others get far.
+Swarm testing (Groce 2012): in any one run most faults are off, so that the others are reached often.
 """
 
 from __future__ import annotations
@@ -9,49 +9,54 @@ import random
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from serving import CONTEXT, VOCABULARY
+from support.serving import CONTEXT, VOCABULARY
 
 from intaglio.runtime import Grammar, SamplingParams
 
-POISON, KILLER = VOCABULARY - 1, VOCABULARY - 2  # a step with this token fails; with that one it loses the device
-PLAIN = VOCABULARY - 2  # token ids below this do nothing of the kind
+POISON, KILLER = VOCABULARY - 1, VOCABULARY - 2  # a step with POISON fails; one with KILLER loses the device
+PLAIN = VOCABULARY - 2  # token ids below this have no effect on the device
 
 
 @dataclass(frozen=True)
 class Faults:
-    """Probabilities, a step unless said otherwise."""
+    """Probabilities, per step unless said otherwise."""
 
     fail: float = 0.0  # the device raises, before or after its work
-    scarce: float = 0.0  # it has no memory for more than a few rows
-    lost: float = 0.0  # it is gone, before or after its work
-    no_restart: float = 0.0  # a restart: it fails
-    nan: float = 0.0  # a row: no finite logits
-    slow: float = 0.0  # ten times slower
-    jump: float = 0.0  # the clock leaps, forth or back
-    poison: float = 0.0  # a request: holds a token that no step gets through
-    killer: float = 0.0  # a request: holds a token that loses the device
-    broken: float = 0.0  # a request: its stop function or its grammar raises
+    scarce: float = 0.0  # the device is out of memory for more than a few rows
+    lost: float = 0.0  # the device is lost, before or after its work
+    no_restart: float = 0.0  # per restart: it fails
+    forgets: float = 0.0  # per restart, where K/V can outlive a device: it did not
+    nan: float = 0.0  # per row: no finite logits
+    slow: float = 0.0  # the step is ten times slower
+    jump: float = 0.0  # the clock jumps forward or back
+    poison: float = 0.0  # per request: has a token with which every step fails
+    killer: float = 0.0  # per request: has a token that loses the device
+    broken: float = 0.0  # per request: its stop checker or grammar raises
 
 
 @dataclass(frozen=True)
 class Options:
     pages: int
     page_tokens: int
+    slots: int  # of recurrent state; 0: the model has none
     max_batch_tokens: int
     max_sequences: int
     max_waiting: int
     max_drafts: int
     max_restarts: int
+    keeps: bool  # K/V can outlive a device
+    depth: int  # stages of the device's pipeline
     requests: int
-    spread: float  # virtual seconds over which they arrive; a step takes 1 or so
+    spread: float  # virtual seconds over which requests arrive; a step takes about 1
     drain_at: float | None
-    heal_at: float | None  # liveness: from then on nothing fails, and all must end well
+    moves: float  # chance, in each step, that a request is suspended and resumed
+    heal_at: float | None  # liveness: from then on there are no faults, and all requests must end well
     faults: Faults
 
 
 @dataclass(frozen=True)
-class Wish:
-    """One request a client makes, and what becomes of the client."""
+class ClientRequest:
+    """One request of a client, and what the client does later."""
 
     at: float
     id: str
@@ -63,10 +68,10 @@ class Wish:
     queue_timeout: float | None
     timeout: float | None
     scored: bool
-    stop_at: int | None  # its stop function says yes to multiples of this
-    breaks_at: int | None  # its stop function or grammar raises at the token of this number
+    stop_at: int | None  # its stop checker returns True for multiples of this
+    breaks_at: int | None  # its stop checker or grammar raises at the token of this number
     abort_at: float | None
-    leaves_after: int | None  # tokens of it seen
+    leaves_after: int | None  # the client disconnects after so many tokens
 
 
 def draw_options(rng: random.Random) -> Options:
@@ -75,24 +80,29 @@ def draw_options(rng: random.Random) -> Options:
         faults = Faults()
     page_tokens = rng.choice((1, 2, 4, 8))
     heal = rng.uniform(0, 40) if rng.random() < 0.5 else None
+    slots = rng.choice((0, 0, 0, 2, 5, 128))
     return Options(
         pages=rng.randint(max(2, 12 // page_tokens), 12 + 24 // page_tokens),
         page_tokens=page_tokens,
+        slots=slots,
         max_batch_tokens=rng.choice((1, 2, 3, 5, 8, 16, 64)),
         max_sequences=rng.choice((1, 2, 3, 8, 64)),
         max_waiting=rng.choice((3, 6, 64)),
-        max_drafts=rng.choice((0, 0, 1, 3)),
+        max_drafts=0 if slots else rng.choice((0, 0, 1, 3)),
         max_restarts=rng.choice((3, 5)),
+        keeps=rng.random() < 0.5,
+        depth=rng.choice((1, 1, 2, 3)),
         requests=rng.randint(1, 14),
         spread=rng.choice((0.0, 5.0, 30.0)),
         drain_at=rng.uniform(0, 40) if rng.random() < 0.15 else None,
+        moves=rng.choice((0.0, 0.0, 0.05, 0.2)),
         heal_at=heal,
         faults=replace(faults, no_restart=min(faults.no_restart * 3, 0.4)),
     )
 
 
-def draw_wish(rng: random.Random, number: int, o: Options, families: list[list[int]], at: float) -> Wish:
-    """A client's request: mostly sound, of a few families that begin alike, sometimes hostile."""
+def draw_request(rng: random.Random, number: int, o: Options, families: list[list[int]], at: float) -> ClientRequest:
+    """A client's request: mostly valid, from a few groups that share prefixes, sometimes invalid."""
     room = min(CONTEXT, o.pages * o.page_tokens)
     family = rng.choice(families)
     own = [rng.randrange(PLAIN) for _ in range(rng.randint(0, 6))]
@@ -106,7 +116,7 @@ def draw_wish(rng: random.Random, number: int, o: Options, families: list[list[i
     most = max(1, room - len(prompt) + 1)
     max_tokens = rng.randint(1, min(20, most)) if rng.random() < 0.97 else 1000
     broken = rng.random() < o.faults.broken
-    return Wish(
+    return ClientRequest(
         at=at,
         id=f"r{number}" if rng.random() < 0.95 else "r0",
         prompt=tuple(prompt),

@@ -1,19 +1,21 @@
-"""What must hold in every history, judged from outside: by what clients saw, and by what reached the device."""
+"""Rules for every history, checked from outside: what clients saw, and what reached the device."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
-from serving import VOCABULARY
+from support.serving import VOCABULARY
 
 from intaglio.batch import Batch, Sampling
 from intaglio.devices import DeviceError, DeviceLost
-from intaglio.devices.oracle import START, link, verdict
-from intaglio.runtime import Event, Refused, Sequence, check_invariants
+from intaglio.devices.oracle import START, draw, link
+from intaglio.runtime import Event, Refused, Resumption, Sequence, check_invariants
 from intaglio.runtime.sampling import edits
-from simulation.options import Wish
+from simulation.options import ClientRequest
 from simulation.world import Stop, Violation, World, grammar_of, sequences_of
 
 REASONS = ("stop", "length", "abort", "deadline", "error")
@@ -24,100 +26,136 @@ def lost(wrong: DeviceError | None) -> bool:
 
 
 class Reader:
-    """One choice as its client sees it, beside what the definition says must come next."""
+    """One choice as its client sees it, and the token that must come next by definition."""
 
-    def __init__(self, wish: Wish, sequence: Sequence) -> None:
-        self.wish, self.sequence, self.index = wish, sequence, sequence.index
-        self.ids, self.output = list(wish.prompt), list[int]()
+    def __init__(self, wanted: ClientRequest, sequence: Sequence) -> None:
+        self.wanted, self.sequence, self.index = wanted, sequence, sequence.index
+        self.ids, self.output = list(wanted.prompt), list[int]()
         self.links: list[int] = []
         for token in self.ids:
             self._link(token)
-        matcher = grammar_of(wish)
+        matcher = grammar_of(wanted)
         self.matcher = matcher(self.index) if matcher else None
-        self.stop = Stop(wish.stop_at, None)
+        self.stop = Stop(wanted.stop_at, None)
         self.stopping = self.ended = False
-        self.failures = 0  # of launches of it alone, in a row
-        self.losses = 0  # of the device by it alone, since its last token
-        self.guessed = False  # in its last launch
+        self.failures = 0  # consecutive failed launches with only this choice
+        self.losses = 0  # device losses with only this choice since its last token
+        self.had_drafts = False  # in its last launch
+        self.brought = 0  # output tokens that it had when it was resumed
 
     def _link(self, token: int) -> None:
         self.links.append(link(self.links[-1] if self.links else START, token))
 
     def deadline(self) -> float:
-        """When it is to have ended, by what its client asked for."""
-        w, s = self.wish, self.sequence
+        """The latest time at which the choice must have ended, from its request."""
+        w, s = self.wanted, self.sequence
         timeouts = [w.timeout, w.queue_timeout if s.started is None else None]
-        return s.arrived + min((t for t in timeouts if t is not None), default=math.inf)
+        return self.arrived + min((t for t in timeouts if t is not None), default=math.inf)
+
+    @property
+    def arrived(self) -> float:
+        """When the engine that has it now got it."""
+        return self.sequence.arrived
 
     def due(self) -> int:
-        """The one token that may come next."""
-        p = self.wish.params
+        """The only token that may come next."""
+        p = self.wanted.params
         mask = self.matcher.mask() if self.matcher else None
         if p.seed is not None and self.sequence.seed != p.seed + self.index:
             raise Violation(f"choice {self.index} of seed {p.seed} runs with seed {self.sequence.seed}")
-        edited = edits(p, self.wish.prompt, self.output)
-        return verdict(
-            self.links, VOCABULARY, Sampling(p.temperature, seed=self.sequence.seed, edits=edited, mask=mask)
-        )
+        edited = edits(p, self.wanted.prompt, self.output)
+        return draw(self.links, VOCABULARY, Sampling(p.temperature, seed=self.sequence.seed, edits=edited, mask=mask))
 
     def take(self, token: int) -> None:
         if self.stopping:
             raise Violation(f"token {token} after the one that ends it")
         if token != (due := self.due()):
             raise Violation(f"token {len(self.output)} is {token}, the definition says {due}")
-        p, n = self.wish.params, len(self.output) + 1
+        p, n = self.wanted.params, len(self.output) + 1
         if self.matcher and not self.matcher.advance(token):
             raise Violation(f"token {token} is against the grammar")
         self.losses = 0
         self.output.append(token)
         self._link(token)
-        self.stopping = token in self.wish.eos or token in p.stop_token_ids or self.stop(token) or n == p.max_tokens
+        self.stopping = token in self.wanted.eos or token in p.stop_token_ids or self.stop(token) or n == p.max_tokens
 
 
 class Rules:
-    """Told of all that happens in a world; raises Violation."""
+    """Observes everything in a world. Raises Violation."""
 
     def __init__(self, world: World) -> None:
         self.world, self.engine = world, world.engine
-        self.live: dict[str, list[Reader]] = {}  # of what has a choice that has not ended
+        self.live: dict[str, list[Reader]] = {}  # requests with a choice that has not ended
         self.finished: Counter[str] = Counter()
         self.tokens = self.asked = self.refusals = 0
-        self.salts: dict[int, str | None] = {}  # block: whose tokens were last written to it
+        self.salts: dict[int, str | None] = {}  # by block: the salt of the tokens last written to it
         self.running: set[int] = set()
-        self.launched: list[Reader] = []
         self.probe = "never asked"
-        self.restarts = 0  # asked for since a step last came back
+        self.restarts = 0  # restarts since a step last completed
 
-    # Told by the world
+    # Called by the world
 
-    def admitted(self, wish: Wish, choices: list[Sequence]) -> None:
+    def admitted(self, wanted: ClientRequest, choices: list[Sequence]) -> None:
         o, e = self.world.options, self.engine
-        self.asked += wish.params.n
+        self.asked += wanted.params.n
         if e.draining or e.failed:
-            raise Violation(f"{wish.id} is admitted though the engine is draining or has failed")
-        if wish.id in self.live:
-            raise Violation(f"{wish.id} is admitted though its id is in use")
+            raise Violation(f"{wanted.id} is admitted though the engine is draining or has failed")
+        if wanted.id in self.live:
+            raise Violation(f"{wanted.id} is admitted though its id is in use")
         new = [s for s in e.scheduler.waiting if s.started is None]
         if len(new) > o.max_waiting:
             raise Violation(f"{len(new)} new choices wait, max_waiting is {o.max_waiting}")
-        if [s.index for s in choices] != list(range(wish.params.n)):
-            raise Violation(f"{wish.id} has choices {[s.index for s in choices]}")
-        self.live[wish.id] = [Reader(wish, s) for s in choices]
+        if [s.index for s in choices] != list(range(wanted.params.n)):
+            raise Violation(f"{wanted.id} has choices {[s.index for s in choices]}")
+        self.live[wanted.id] = [Reader(wanted, s) for s in choices]
 
-    def refused(self, wish: Wish, why: Exception) -> None:
+    def refused(self, wanted: ClientRequest, why: Exception) -> None:
         e = self.engine
-        self.asked += wish.params.n
-        self.refusals += wish.params.n
-        self.probe = "refused" if wish.id == "probe" else self.probe
+        self.asked += wanted.params.n
+        self.refusals += wanted.params.n
+        self.probe = "refused" if wanted.id == "probe" else self.probe
         if isinstance(why, Refused):
-            full = len(e.scheduler.waiting) + wish.params.n > e.max_waiting
-            late = wish.timeout is not None and bool(self.live)
+            full = len(e.scheduler.waiting) + wanted.params.n > e.admission.max_waiting
+            late = wanted.timeout is not None and bool(self.live)
             true = {"full": full, "late": late, "draining": e.draining, "failed": e.failed is not None}[why.reason]
             passing = why.retry_after is not None and 1 <= why.retry_after <= 60
             if not true or (why.reason in ("full", "late")) != passing:
-                raise Violation(f"{wish.id} is refused as {why.reason}, retry after {why.retry_after}")
+                raise Violation(f"{wanted.id} is refused as {why.reason}, retry after {why.retry_after}")
 
-    def saw(self, event: Event) -> None:
+    def resumed(self, resumption: Resumption, choices: list[Sequence]) -> None:
+        """A request goes on in new sequences: as it was, with the time that is left."""
+        r, now = resumption.request, self.engine.clock.now
+        self.asked += len(choices)
+        readers = {reader.index: reader for reader in self.live[r.id] if not reader.ended}
+        if {s.index for s in choices} != readers.keys():
+            raise Violation(
+                f"{r.id}: choices {[s.index for s in choices]} are resumed, {sorted(readers)} had not ended"
+            )
+        started = any(reader.sequence.started is not None for reader in readers.values())
+        for s in choices:
+            reader = readers[s.index]
+            if (s.seed, s.output) != (reader.sequence.seed, reader.output):
+                raise Violation(
+                    f"{r.id} is resumed with seed {s.seed} after {s.output}, its client saw {reader.output}"
+                )
+            before = reader.deadline() if not started else reader.arrived + (reader.wanted.timeout or math.inf)
+            reader = copy(reader)  # a step under way has the old one
+            reader.sequence, reader.failures, reader.losses = s, 0, 0
+            reader.brought = len(s.output)
+            reader.wanted = replace(reader.wanted, timeout=r.timeout, queue_timeout=r.queue_timeout)
+            self.live[r.id][s.index] = reader
+            if before > now and not math.isclose(reader.deadline(), before, abs_tol=1e-6):
+                raise Violation(f"{r.id} is resumed with deadline {reader.deadline()}, it was {before}")
+
+    def not_resumed(self, id: str, why: Exception) -> None:
+        left = [reader for reader in self.live.pop(id) if not reader.ended]
+        self.asked += len(left)
+        self.refusals += len(left)
+        self.probe = "refused" if id == "probe" else self.probe
+        if not isinstance(why, Refused):
+            raise Violation(f"{id} is not resumed: {why}")
+
+    def observe(self, event: Event) -> None:
         readers = self.live.get(event.request)
         if readers is None or event.index >= len(readers) or readers[event.index].ended:
             raise Violation(f"an event for what has ended or never was: {event}")
@@ -127,33 +165,33 @@ class Rules:
         if event.token is not None:
             reader.take(event.token)
             self.tokens += 1
-        if event.scored and len(event.scored.top) != reader.wish.params.logprobs:
-            raise Violation(f"{len(event.scored.top)} likeliest tokens, {reader.wish.params.logprobs} were asked for")
+        if event.scored and len(event.scored.top) != reader.wanted.params.logprobs:
+            raise Violation(f"{len(event.scored.top)} likeliest tokens, {reader.wanted.params.logprobs} were asked for")
         if event.finish_reason is not None:
             self._end(reader, event)
 
     def before_step(self) -> None:
-        self.began = max(self.engine._now, self.world.now + self.world.skew)
+        self.began = max(self.engine.clock.now, self.world.now + self.world.skew)
         self.running = {id(s) for s in self.engine.scheduler.running}
 
-    def before_launch(self, batch: Batch) -> None:
-        """What reaches the device: within bounds, before its deadline, and never another salt's K/V."""
+    def before_launch(self, batch: Batch) -> list[Reader]:
+        """Check a batch: within limits, before deadlines, and without K/V of another salt. Returns its choices."""
         o = self.world.options
-        if not self.engine.scheduler.running and batch.tokens.tolist() == [0]:
-            self.launched = []  # the first step of a new device, for nobody
-            return
+        if batch.tokens.tolist() == [0] and not self.engine.pool.refcounts[block := int(batch.block_table[0, 0])]:
+            self.salts[block] = "written by a test"  # the test step of a new device
+            return []
         if len(batch.tokens) > o.max_batch_tokens or len(batch.q_len) > o.max_sequences:
             raise Violation(f"a step of {len(batch.tokens)} tokens of {len(batch.q_len)} sequences")
         owners = {s.blocks[-1]: s for s in self.engine.scheduler.running}
-        self.launched = []
+        launched: list[Reader] = []
         for row, n, context in zip(batch.block_table.tolist(), batch.q_len, batch.context_len, strict=True):
             held = [b for b in row if b >= 0]
             s = owners.get(held[-1])
             if s is None or s.blocks != held:
                 raise Violation(f"blocks {held} go to the device, and no running sequence holds them")
-            self.launched.append(self.live[s.request.id][s.index])
-            self.launched[-1].guessed = int(context) > s.length
-            if (due := self.launched[-1].deadline()) <= self.began:
+            launched.append(self.live[s.request.id][s.index])
+            launched[-1].had_drafts = int(context) > s.length
+            if (due := launched[-1].deadline()) <= self.began:
                 raise Violation(f"{s.request.id} is launched at {self.began}, its deadline was {due}")
             first = (int(context) - int(n)) // o.page_tokens
             for at, block in enumerate(held[: -(-int(context) // o.page_tokens)]):
@@ -161,13 +199,14 @@ class Rules:
                     self.salts[block] = s.request.salt
                 elif self.salts.get(block, s) != s.request.salt:
                     raise Violation(f"{s.request.id} of salt {s.request.salt} reads block {block} of another salt")
+        return launched
 
-    def after_launch(self, wrong: DeviceError | None) -> None:
-        """Note who came through, and who failed or lost the device all alone: only that may be held against it."""
+    def after_launch(self, launched: list[Reader], wrong: DeviceError | None, alone: bool) -> None:
+        """Record which sequences failed or lost the device while alone; only that may end them with a fault."""
         self.restarts = self.restarts if wrong else 0
-        for r in self.launched:
-            r.failures = r.failures + 1 if len(self.launched) == 1 and wrong and not lost(wrong) else 0
-            r.losses += len(self.launched) == 1 and lost(wrong)
+        for r in launched:
+            r.failures = r.failures + 1 if len(launched) == 1 and wrong and not lost(wrong) else 0
+            r.losses += len(launched) == 1 and alone and lost(wrong)
 
     def after_step(self) -> None:
         e = self.engine
@@ -206,13 +245,13 @@ class Rules:
     # Rules
 
     def _prompt(self, reader: Reader, event: Event) -> None:
-        told = [s.token for s in event.prompt or ()]
-        if reader.output or reader.wish.params.prompt_logprobs is None or told != list(reader.wish.prompt[1:]):
+        scored = [s.token for s in event.prompt or ()]
+        if reader.output or reader.wanted.params.prompt_logprobs is None or scored != list(reader.wanted.prompt[1:]):
             raise Violation(f"the prompt's scores come late, unasked or for other tokens: {event}")
 
     def _end(self, r: Reader, e: Event) -> None:
-        """The reason is one of the known, and true."""
-        w, fault = r.wish, e.fault
+        """The finish reason is known and true."""
+        w, fault = r.wanted, e.fault
         if e.finish_reason not in REASONS or (fault is not None) != (e.finish_reason == "error") or e.usage is None:
             raise Violation(f"an end without what belongs to it: {e}")
         ends_itself = r.stopping or len(r.ids) + len(r.output) > self.engine.program.context
@@ -221,7 +260,7 @@ class Rules:
             "stop": r.stopping,
             "length": ends_itself or scored,
             "abort": w.id in self.world.asked_to_abort,
-            "deadline": r.deadline() <= self.engine._now,
+            "deadline": r.deadline() <= self.engine.clock.now,
             "error": fault is not None and self._blamed(r, fault.kind),
         }
         if not truths[e.finish_reason]:
@@ -230,7 +269,7 @@ class Rules:
         if (u.prompt_tokens, u.output_tokens) != (len(w.prompt), len(r.output)) or u.cached_tokens >= len(w.prompt):
             raise Violation(f"usage does not add up: {e}")
         times = [t for t in (u.arrived, u.started, u.first_token, u.ended) if t is not None]
-        if times != sorted(times) or (u.first_token is not None) != bool(r.output):
+        if times != sorted(times) or (u.first_token is not None) != bool(r.output[r.brought :]):
             raise Violation(f"times are out of order: {e}")
         r.ended = True
         self.finished[e.finish_reason] += 1
@@ -241,10 +280,10 @@ class Rules:
     def _blamed(self, r: Reader, kind: str) -> bool:
         """Whether a request may end with a fault of this kind: nobody pays for another."""
         if kind == "request":
-            return r.wish.breaks_at is not None or self.world.options.faults.nan > 0
+            return r.wanted.breaks_at is not None or self.world.options.faults.nan > 0
         if kind == "step":
-            return r.failures >= 2 and not r.guessed
-        return (r.losses >= 2 and not r.guessed) or (
+            return r.failures >= 2 and not r.had_drafts
+        return (r.losses >= 2 and not r.had_drafts) or (
             self.engine.failed is not None and self.restarts >= self.world.options.max_restarts
         )
 

@@ -1,6 +1,16 @@
-"""Chips as data: ChipSpec, presets, and replace() to make another. Knows nothing of ops, kernels or time."""
+"""Chips and kernel libraries as data: ChipSpec (hardware), KernelLibrary (software) and Target (the two together).
 
-from intaglio.chips.presets import CHIPS, chip
+They are read from TOML files. Nothing in this package depends on ops or computes a time; intaglio.silicon does.
+"""
+
+from intaglio.chips.files import read_chip, read_library
+from intaglio.chips.library import KernelLibrary, Protocol, replace_library
+from intaglio.chips.presets import CHIPS, DEFAULT_LIBRARY, LIBRARIES, chip, chip_with_library, library
 from intaglio.chips.spec import ChipError, ChipSpec, Constants, Energy, Links, replace
+from intaglio.chips.target import Target, register_chip, target
 
-__all__ = ["CHIPS", "ChipError", "ChipSpec", "Constants", "Energy", "Links", "chip", "replace"]
+__all__ = [
+    "CHIPS", "DEFAULT_LIBRARY", "LIBRARIES", "ChipError", "ChipSpec", "Constants", "Energy", "KernelLibrary", "Links",
+    "Protocol", "Target", "chip", "chip_with_library", "library", "read_chip", "read_library", "register_chip",
+    "replace", "replace_library", "target",
+]  # fmt: skip

@@ -1,7 +1,7 @@
-"""Chips: what a piece of silicon is made of, as frozen data, and presets of real parts and of one that does not exist.
+"""ChipSpec: the hardware of a chip as frozen data: cores, matrix arrays, memories, links, rates, energy.
 
-Numbers from data sheets stand as they are published; what measurement found (at most eight numbers a chip) stands apart
-in Constants. Nothing here computes a time.
+Numbers from data sheets are as published; properties of the memories that were fitted to measurements are in Constants.
+Software (launch overhead, tiles, heuristics) is in KernelLibrary. intaglio.silicon computes times from both.
 """
 
 from __future__ import annotations
@@ -10,38 +10,39 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from intaglio.chips import ranges
+from intaglio.formats import WIDER
+
 
 class ChipError(ValueError):
-    """A chip that could not be built; the message says which numbers contradict each other."""
+    """Raised for an invalid chip, kernel library or target, or an unknown name; the message names the wrong values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """What a data sheet does not say. Shares are of the sheet's figure, between 0 and 1."""
+    """Properties of the memories that data sheets do not give. Efficiencies are fractions of the data sheet's rate."""
 
-    launch_s: float  # from the end of one kernel to the first instruction of the next
-    latency_s: float  # from asking HBM for bytes to having them in SRAM
-    hbm_share: float  # of HBM bytes/s, by long streams
-    shared_share: float  # of the shared level's bytes/s
-    mxu_share: float  # of the matrix rate, by a stream of matmuls
-    gather_share: float  # of the matrix rate, where rows are gathered: the grouped products of experts
-    meet_s: float  # start of a collective, until all chips know of each other
-    hop_s: float  # one step of a collective: signal, wait and copy of nothing
+    hbm_latency_s: float  # from a request to HBM until the bytes are in SRAM
+    hbm_efficiency: float  # fraction of HBM bandwidth that long streams reach
+    l2_efficiency: float  # fraction of L2 bandwidth that long streams reach
 
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """Links of one chip to its peers. `topology`: switch (every pair at full rate), k44 (two sides of four, every chip
-    linked to the four opposite), torus (neighbours in two dimensions) or none. Bytes/s are a link's, one direction."""
+    """Links of one chip to its peers.
+
+    Topologies: switch (every pair of chips at full rate), k44 (complete bipartite: each of four chips linked to the
+    four of the other side), torus (neighbours in two dimensions), none.
+    """
 
     count: int
-    bytes_per_s: float
+    bytes_per_s: float  # of one link, in each direction
     topology: str
-    most: int  # chips that one such network joins
+    max_chips: int  # that one network connects
 
     @property
     def chip_bytes_per_s(self) -> float:
-        """What one chip can send, and receive at the same time."""
+        """Bytes/s of all links of a chip together, in each direction."""
         return self.count * self.bytes_per_s
 
 
@@ -50,62 +51,61 @@ TOPOLOGIES = ("switch", "k44", "torus", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class Energy:
-    """Joules, for an estimate: a multiply-accumulate in bf16 (8-bit formats take half, 4-bit a quarter), a byte from
-    each memory, and what the chip draws when it does nothing."""
+    """Joules per operation and per byte, and idle power, to estimate a step's energy."""
 
-    mac: float
+    mac: float  # of a multiply-accumulate in bf16; 8-bit formats take half, 4-bit formats a quarter
     hbm_byte: float
-    shared_byte: float
+    l2_byte: float
     link_byte: float
-    idle_w: float
+    idle_w: float  # idle power in watts
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChipSpec:
-    """One chip. A core has an in-order queue for each engine and its own SRAM; all cores share the shared level (if
-    there is one), HBM and links. Rates are per core and cycle unless the name says otherwise."""
+    """The hardware of one chip.
+
+    A core has its own SRAM and an in-order queue for each engine. All cores share the L2 (if there is one), HBM and
+    links. Rates are for one core and cycle unless the name says otherwise.
+    """
 
     name: str
-    what: str  # one line for people
+    description: str  # one line, for listings
     cores: int
     clock_hz: float
-    macs: tuple[tuple[str, int], ...]  # format -> multiply-accumulates; a format not listed runs as the next wider
-    array: tuple[int, int, int]  # m, n, k to which a matmul is rounded up
-    tiles: tuple[tuple[int, int], ...]  # accumulator tiles (rows, columns) that kernels may choose
-    depth: int  # cycles from the first operand into the array to the first sum out of it
-    sram_bytes: int
-    sram_bytes_per_cycle: int  # operands into the array
-    acc_bytes: int  # accumulators, FP32
+    macs: tuple[tuple[str, int], ...]  # (format, multiply-accumulates); other formats run as a wider one, see runs_as()
+    array_shape: tuple[int, int, int]  # matmul sizes m, n, k are rounded up to multiples of these
+    array_depth: int  # pipeline latency of the array in cycles, from the first operand to the first sum
+    sram_bytes: int  # of one core
+    sram_bytes_per_cycle: int  # SRAM bandwidth to the array
+    acc_bytes: int  # FP32 accumulators of one core
     vec_lanes: int  # FP32 operations
-    exp_lanes: int  # exponentials and their like
-    att_lanes: int  # scores a fused attention engine turns into weights; 0: there is no such engine
-    port_bytes_per_cycle: int  # between a core and everything outside it
-    shared_bytes: int  # of the shared level; 0: none
-    shared_bytes_per_cycle: int  # of the whole chip
+    exp_lanes: int  # exponentials, sines, cosines
+    att_lanes: int  # attention scores that the fused attention engine turns into weights; 0: no such engine
+    port_bytes_per_cycle: int  # between a core and L2, HBM
+    l2_bytes: int  # on-chip memory shared by all cores (L2 cache); 0: none
+    l2_bytes_per_cycle: int  # of the whole chip; without an L2, of the on-chip network
     hbm_bytes: int
     hbm_bytes_per_s: float
     links: Links
     tdp_w: float
     energy: Energy
     constants: Constants
-    flash: int = 2  # generation of its attention kernels: 3 packs the heads of a group into one tile of queries
-    row_cycles: int = 40  # of a core, to bring one row of one head to its page: an address, a wait, a store
-    persistent: bool = False  # a core runs its tiles as one stream: the next one's operands come in while this drains
-    switch_adds: bool = False  # the switch reduces on the way
-    prefetch: bool = False  # weights of the next op are loaded while this one runs
-    extra: tuple[str, ...] = ()  # instructions beyond the common set that its lanes have
-    reasons: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # field -> where its number is from
+    switch_reduces: bool = False  # in-network reduction: the switch sums an all_reduce
+    extra_instructions: tuple[str, ...] = ()  # names of optional instructions that it has
+    reasons: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # (field, source of its value)
 
     def __post_init__(self) -> None:
         check(self)
 
     def mac_rate(self, format: str) -> int:
-        """Multiply-accumulates a core and cycle in `format`, in the format it runs as."""
+        """Multiply-accumulates per cycle of one core for operands in `format`."""
         return dict(self.macs)[self.runs_as(format)]
 
     def runs_as(self, format: str) -> str:
-        """The format in which the array multiplies values of `format`: itself, or the first of those that hold all its
-        values. Raises ChipError if there is none."""
+        """The format in which the array multiplies values of `format`: itself, or the first wider one that it has.
+
+        A wider format represents all values of the narrower one exactly. Raises ChipError if the array has none.
+        """
         rates = dict(self.macs)
         for candidate in (format, *WIDER.get(format, ())):
             if candidate in rates:
@@ -113,86 +113,77 @@ class ChipSpec:
         raise ChipError(f"{self.name} has no matrix rate for {format}; it has {', '.join(rates)}")
 
     def peak_flops(self, format: str) -> float:
-        """FLOP/s of the chip by its data sheet, dense."""
+        """Peak dense FLOP/s of the chip in `format`."""
         return 2.0 * self.cores * self.clock_hz * self.mac_rate(format)
 
     @property
     def hbm_rate(self) -> float:
-        """Bytes/s that long streams reach."""
-        return self.hbm_bytes_per_s * self.constants.hbm_share
+        """Bytes/s of HBM that long streams reach."""
+        return self.hbm_bytes_per_s * self.constants.hbm_efficiency
 
     @property
-    def shared_rate(self) -> float:
-        """Bytes/s of the shared level, or of the network that stands in its place, that streams reach."""
-        return self.shared_bytes_per_cycle * self.clock_hz * self.constants.shared_share
+    def l2_rate(self) -> float:
+        """Bytes/s of the L2 (without one: of the on-chip network) that long streams reach."""
+        return self.l2_bytes_per_cycle * self.clock_hz * self.constants.l2_efficiency
 
     @property
     def port_rate(self) -> float:
-        """Bytes/s into one core."""
+        """Bytes/s between one core and the memories outside it."""
         return self.port_bytes_per_cycle * self.clock_hz
 
 
-WIDER = {  # format -> those that hold all its values, narrowest first
-    "int4": ("int8", "bf16", "f32"),
-    "e2m1": ("e4m3", "bf16", "f16", "f32"),
-    "int8": ("bf16", "f16", "f32"),
-    "e4m3": ("bf16", "f16", "f32"),
-    "bf16": ("f32",),
-    "f16": ("f32",),
-    "f32": (),
-}
-
-POSITIVE = (
-    "cores", "clock_hz", "sram_bytes", "sram_bytes_per_cycle", "acc_bytes", "vec_lanes", "exp_lanes",
-    "port_bytes_per_cycle", "shared_bytes_per_cycle", "hbm_bytes", "hbm_bytes_per_s", "tdp_w",
-)  # fmt: skip
-
-
 def check(spec: ChipSpec) -> None:
-    """Raise ChipError, naming the numbers, for a chip that cannot be."""
+    """Raise ChipError, naming field and value, if values are outside their range or contradict each other."""
 
     def refuse(bad: bool, why: str) -> None:
         if bad:
             raise ChipError(f"chip {spec.name!r}: {why}")
 
-    for name in POSITIVE:
-        refuse(getattr(spec, name) <= 0, f"{name}={getattr(spec, name)}; it must be above 0")
-    refuse(not spec.macs, "no matrix rate in any format")
+    parts = ((spec, ranges.CHIP), (spec.links, ranges.LINKS), (spec.energy, ranges.ENERGY))
+    for part, allowed in (*parts, (spec.constants, ranges.CONSTANTS)):
+        why = ranges.outside(vars(part), allowed)
+        refuse(bool(why), why)
+    pairs = isinstance(spec.macs, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in spec.macs)
+    refuse(not pairs, f"macs={spec.macs!r}; give (format, multiply-accumulates) pairs, such as (('bf16', 2048),)")
+    refuse(not spec.macs, "macs is empty; give the multiply-accumulates of at least one format")
     for format, rate in spec.macs:
-        refuse(format not in WIDER or rate <= 0, f"macs lists {format}={rate}; formats are {', '.join(WIDER)}")
-    refuse(not spec.tiles, "no accumulator tile for kernels to choose")
-    for m, n in spec.tiles:
-        refuse(m * n * 4 > spec.acc_bytes, f"tile {m}x{n} takes {m * n * 4} bytes of accumulators, of {spec.acc_bytes}")
-        need = 2 * (m + n) * 64 * 2  # two stages of both operands, 64 deep, in bf16
-        refuse(need > spec.sram_bytes, f"tile {m}x{n} needs {need} bytes of SRAM for two stages, of {spec.sram_bytes}")
-    for name in ("hbm_share", "shared_share", "mxu_share", "gather_share"):
-        share = getattr(spec.constants, name)
-        refuse(not 0 < share <= 1, f"constants.{name}={share}; a share lies above 0 and is at most 1")
-    for name in ("launch_s", "latency_s", "meet_s", "hop_s"):
-        refuse(getattr(spec.constants, name) < 0, f"constants.{name} is below 0")
+        why = f"macs lists {format}={rate}; formats are {', '.join(WIDER)}, rates whole numbers from 1 to 1e9"
+        refuse(format not in WIDER or not 1 <= rate <= 1e9, why)
+    for name in ("hbm_efficiency", "l2_efficiency"):
+        value = getattr(spec.constants, name)
+        refuse(not 0 < value <= 1, f"constants.{name}={value}; it must be above 0 and at most 1")
     links = spec.links
     refuse(links.topology not in TOPOLOGIES, f"topology {links.topology!r}; use one of {', '.join(TOPOLOGIES)}")
-    refuse(links.most > 1 and links.topology == "none", f"{links.most} chips but no links: none can reach another")
-    refuse(links.most > 1 and links.count < 1, f"{links.most} chips but {links.count} links: none can reach another")
-    split = links.topology == "k44" and (links.most != 8 or links.count < 4)
-    refuse(split, f"k44 joins 8 chips by 4 links each, not {links.most} by {links.count}: some could not be reached")
+    most, count = links.max_chips, links.count
+    refuse(
+        most > 1 and links.topology == "none", f"max_chips={most} but topology 'none'; one chip cannot reach another"
+    )
+    refuse(most > 1 and count < 1, f"max_chips={most} but {count} links; one chip cannot reach another")
+    wrong = links.topology == "k44" and (most != 8 or count < 4)
+    refuse(wrong, f"k44 connects 8 chips with 4 links each; got max_chips={most}, count={count}")
+
+
+# The nested parts of a ChipSpec, which are sections of a chip file: field of the part -> its class
+PARTS: dict[str, type[Any]] = {"links": Links, "energy": Energy, "constants": Constants}
+
+
+def part_of(name: str) -> str | None:
+    """Name of the nested part (such as links) that has a field of this name; None if none has."""
+    return next((part for part, kind in PARTS.items() if name in kind.__dataclass_fields__), None)
 
 
 def replace(spec: ChipSpec, **changes: Any) -> ChipSpec:
-    """Another chip: `spec` with fields changed. A name of Constants or Links changes the one inside. Raises ChipError
-    for a field there is not, or for a chip that could not be built."""
+    """A copy of `spec` with fields changed, also those of its Constants, Links and Energy, by their names.
+
+    Raises ChipError for an unknown field, and for an invalid chip.
+    """
     own = {f.name for f in dataclasses.fields(ChipSpec)}
-    parts: dict[str, dict[str, Any]] = {"constants": {}, "links": {}, "energy": {}}
-    mine: dict[str, Any] = {}
-    for name, value in changes.items():
-        inside = [p for p in parts if any(f.name == name for f in dataclasses.fields(getattr(spec, p)))]
-        if name in own:
-            mine[name] = value
-        elif inside:
-            parts[inside[0]][name] = value
-        else:
+    changed: dict[str, Any] = {name: value for name, value in changes.items() if name in own}
+    for name in changes.keys() - own:
+        if part_of(name) is None:
             raise ChipError(f"a chip has no field {name!r}; it has {', '.join(sorted(own))}")
-    for part, inner in parts.items():
-        if inner:
-            mine[part] = dataclasses.replace(mine.get(part, getattr(spec, part)), **inner)
-    return dataclasses.replace(spec, **mine)
+    for part in PARTS:
+        nested = {name: value for name, value in changes.items() if name not in own and part_of(name) == part}
+        if nested:
+            changed[part] = dataclasses.replace(changed.get(part, getattr(spec, part)), **nested)
+    return dataclasses.replace(spec, **changed)

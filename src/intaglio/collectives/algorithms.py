@@ -1,7 +1,7 @@
-"""The algorithms, each written once. Every reduction folds in an order that the schedule fixes.
+"""Collective algorithms as schedules: ring, recursive halving, direct, two-step, hierarchical.
 
-Blocks scatter sums or gather chunks among a group of ranks; collectives are made of blocks. Knows no topology: which
-algorithm suits which is the clock's to say.
+Every reduction has a fixed order. Building blocks reduce-scatter or all-gather chunks within a group of ranks;
+collectives are composed of them. This module knows no topology; clock.choose() picks an algorithm for one.
 """
 
 from __future__ import annotations
@@ -10,165 +10,191 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 
-from intaglio.collectives.schedule import COLLECTIVES, Schedule, ScheduleError, Slot, Writer
+from intaglio.collectives.schedule import COLLECTIVES, Schedule, ScheduleBuilder, ScheduleError, Slot
 
-Own = Callable[[int], Sequence[int]]  # the chunks of the group's i-th rank
-Place = Callable[[int, int], Slot]  # where a chunk lies on a rank
+Own = Callable[[int], Sequence[int]]  # the chunks owned by the group's i-th rank
+Place = Callable[[int, int], Slot]  # (rank, chunk) -> slot of the chunk on that rank
 
 
-def bring(rank: int, chunk: int) -> Slot:
+def input_slot(rank: int, chunk: int) -> Slot:
+    """The input slot of `chunk` on `rank`."""
     return Slot("in", chunk)
 
 
-def out(rank: int, chunk: int) -> Slot:
+def output_slot(rank: int, chunk: int) -> Slot:
+    """The output slot of `chunk` on `rank`."""
     return Slot("out", chunk)
 
 
-def scatter_direct(w: Writer, group: Sequence[int], own: Own, at: Place, to: Place) -> None:
-    """Everyone sends each owner its chunks; the owner folds them in the group's order."""
+def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
+    """Add a direct reduce-scatter: every rank sends each owner its chunks; the owner adds them in the group's order.
+
+    own(i): chunks of the group's i-th rank. src, dst: slots of a chunk on a rank, before and after.
+    """
     for i, owner in enumerate(group):
         for c in own(i):
             got: dict[int, Slot] = {}
             for k in range(1, len(group)):
-                giver = group[(i + k) % len(group)]
-                w.move(c, giver, at(giver, c), owner, got.setdefault(giver, w.temp(owner)))
-            got[owner] = at(owner, c)
-            fold(w, owner, c, [got[r] for r in group], to(owner, c))
+                sender = group[(i + k) % len(group)]
+                w.move(c, sender, src(sender, c), owner, got.setdefault(sender, w.temp(owner)))
+            got[owner] = src(owner, c)
+            fold(w, owner, c, [got[r] for r in group], dst(owner, c))
 
 
-def fold(w: Writer, rank: int, chunk: int, parts: Sequence[Slot], to: Slot) -> None:
-    """to = ((parts[0] + parts[1]) + parts[2]) + ..."""
+def fold(w: ScheduleBuilder, rank: int, chunk: int, parts: Sequence[Slot], dst: Slot) -> None:
+    """Add steps on `rank` that compute dst = ((parts[0] + parts[1]) + parts[2]) + ..."""
     if len(parts) == 1:
-        w.copy(rank, chunk, to, parts[0])
+        w.copy(rank, chunk, dst, parts[0])
     left = parts[0]
     for i, part in enumerate(parts[1:], start=2):
-        into = to if i == len(parts) else w.temp(rank)
+        into = dst if i == len(parts) else w.temp(rank)
         w.reduce(rank, chunk, into, left, part)
         left = into
 
 
-def gather_direct(w: Writer, group: Sequence[int], own: Own, at: Place, to: Place) -> None:
-    """Everyone sends its chunks to everyone, each in turn from the next on: no one is sent to by all at once."""
+def gather_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
+    """Add a direct all-gather: every rank sends its chunks to all others, beginning with its successor.
+
+    own, src, dst: as in scatter_direct().
+    """
     for k in range(1, len(group)):
-        for i, giver in enumerate(group):
-            taker = group[(i + k) % len(group)]
+        for i, sender in enumerate(group):
+            receiver = group[(i + k) % len(group)]
             for c in own(i):
-                w.move(c, giver, at(giver, c), taker, to(taker, c))
-    keep(w, group, own, at, to)
+                w.move(c, sender, src(sender, c), receiver, dst(receiver, c))
+    copy_own(w, group, own, src, dst)
 
 
-def keep(w: Writer, group: Sequence[int], own: Own, at: Place, to: Place) -> None:
-    """What a rank has of its own goes where the rest will be, unless it is there."""
+def copy_own(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
+    """Add copies of each rank's own chunks from their source slots to their destination slots, where these differ."""
     for i, rank in enumerate(group):
         for c in own(i):
-            if at(rank, c) != to(rank, c):
-                w.copy(rank, c, to(rank, c), at(rank, c))
+            if src(rank, c) != dst(rank, c):
+                w.copy(rank, c, dst(rank, c), src(rank, c))
 
 
-def scatter_ring(w: Writer, group: Sequence[int], own: Own, at: Place, to: Place) -> None:
-    """P - 1 rounds to the next rank. A chunk starts at its owner's successor and ends at its owner."""
+def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
+    """Add a ring reduce-scatter of P - 1 rounds. A chunk's sum travels from its owner's successor around to its owner.
+
+    own, src, dst: as in scatter_direct().
+    """
     n = len(group)
     held: dict[tuple[int, int], Slot] = {}
     for k in range(1, n):
-        for i, giver in enumerate(group):
-            taker = group[(i + 1) % n]
+        for i, sender in enumerate(group):
+            receiver = group[(i + 1) % n]
             for c in own((i - k) % n):
-                came, into = w.temp(taker), to(taker, c) if k == n - 1 else w.temp(taker)
-                w.move(c, giver, held.get((giver, c), at(giver, c)), taker, came)
-                w.reduce(taker, c, into, came, at(taker, c))
-                held[taker, c] = into
+                came, into = w.temp(receiver), dst(receiver, c) if k == n - 1 else w.temp(receiver)
+                w.move(c, sender, held.get((sender, c), src(sender, c)), receiver, came)
+                w.reduce(receiver, c, into, came, src(receiver, c))
+                held[receiver, c] = into
     if n == 1:
-        keep(w, group, own, at, to)
+        copy_own(w, group, own, src, dst)
 
 
-def gather_ring(w: Writer, group: Sequence[int], own: Own, at: Place, to: Place) -> None:
-    """P - 1 rounds to the next rank, each handing on what came in the round before."""
+def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
+    """Add a ring all-gather of P - 1 rounds; in each, a rank sends the next rank what it received in the last round.
+
+    own, src, dst: as in scatter_direct().
+    """
     n = len(group)
     for k in range(n - 1):
-        for i, giver in enumerate(group):
-            taker = group[(i + 1) % n]
+        for i, sender in enumerate(group):
+            receiver = group[(i + 1) % n]
             for c in own((i - k) % n):
-                w.move(c, giver, to(giver, c) if k else at(giver, c), taker, to(taker, c))
-    keep(w, group, own, at, to)
+                w.move(c, sender, dst(sender, c) if k else src(sender, c), receiver, dst(receiver, c))
+    copy_own(w, group, own, src, dst)
 
 
-def scatter_halving(w: Writer, group: Sequence[int], own: Own, at: Place, to: Place) -> None:
-    """log2 P rounds: partners at half the distance each time swap the halves they will not own, lower rank first."""
+def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
+    """Add a recursive-halving reduce-scatter: log2 P rounds, in which partners exchange the halves they will not own.
+
+    The distance between partners halves each round. A sum takes the lower rank's operand first.
+    """
     n = len(group)
     held: dict[tuple[int, int], Slot] = {}
 
     def mine(i: int, distance: int) -> list[int]:
-        """Chunks that end in the block of `distance` ranks that i stands in."""
+        """The chunks owned by the aligned block of `distance` ranks that contains rank i."""
         first = i // distance * distance
         return [c for j in range(first, first + distance) for c in own(j)]
 
     distance = n // 2
     while distance:
         before = dict(held)
-        for i, taker in enumerate(group):
-            giver = group[i ^ distance]
+        for i, receiver in enumerate(group):
+            sender = group[i ^ distance]
             for c in mine(i, distance):
-                came, into = w.temp(taker), to(taker, c) if distance == 1 else w.temp(taker)
-                w.move(c, giver, before.get((giver, c), at(giver, c)), taker, came)
-                had = before.get((taker, c), at(taker, c))
-                w.reduce(taker, c, into, *((came, had) if i & distance else (had, came)))
-                held[taker, c] = into
+                came, into = w.temp(receiver), dst(receiver, c) if distance == 1 else w.temp(receiver)
+                w.move(c, sender, before.get((sender, c), src(sender, c)), receiver, came)
+                had = before.get((receiver, c), src(receiver, c))
+                w.reduce(receiver, c, into, *((came, had) if i & distance else (had, came)))
+                held[receiver, c] = into
         distance //= 2
     if n == 1:
-        keep(w, group, own, at, to)
+        copy_own(w, group, own, src, dst)
 
 
-def gather_doubling(w: Writer, group: Sequence[int], own: Own, at: Place, to: Place) -> None:
-    """log2 P rounds: partners at twice the distance each time swap all they have."""
-    keep(w, group, own, at, to)
+def gather_doubling(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
+    """Add a recursive-doubling all-gather: log2 P rounds, in which partners exchange all they have.
+
+    The distance between partners doubles each round. own, src, dst: as in scatter_direct().
+    """
+    copy_own(w, group, own, src, dst)
     distance = 1
     while distance < len(group):
-        for i, giver in enumerate(group):
-            first, taker = i // distance * distance, group[i ^ distance]
+        for i, sender in enumerate(group):
+            first, receiver = i // distance * distance, group[i ^ distance]
             for c in (c for j in range(first, first + distance) for c in own(j)):
-                w.move(c, giver, to(giver, c), taker, to(taker, c))
+                w.move(c, sender, dst(sender, c), receiver, dst(receiver, c))
         distance *= 2
 
 
-def scatter_two_step(w: Writer, group: Sequence[int], own: Own, at: Place, to: Place) -> None:
-    """Two sides of h ranks, links between sides only. A share has h chunks: the k-th rank opposite its owner folds what
-    the owner's side brings to the k-th chunk, adds its own and sends it on; the mirror image of gather_two_step."""
+def scatter_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
+    """Add a reduce-scatter for two sides of h ranks that are linked only to the opposite side.
+
+    Each owner's share has h chunks. Its k-th chunk is relayed by the k-th rank of the opposite side, which adds the
+    contributions of the owner's side and its own, and sends the sum to the owner. gather_two_step is the reverse.
+    """
     h = len(group) // 2
     sides = (group[:h], group[h:])
     sums: dict[tuple[int, int], Slot] = {}
-    for i, owner in enumerate(group):  # first what is to be handed on: it has two links to go
+    for i, owner in enumerate(group):  # relayed contributions first: they cross two links
         for part, c in enumerate(own(i)):
             relay, came = sides[i < h][part], list[Slot]()
-            for giver in sides[i >= h]:
-                if giver != owner:
+            for sender in sides[i >= h]:
+                if sender != owner:
                     came.append(w.temp(relay))
-                    w.move(c, giver, at(giver, c), relay, came[-1])
+                    w.move(c, sender, src(sender, c), relay, came[-1])
             sums[relay, c] = w.temp(relay)
-            fold(w, relay, c, [*came, at(relay, c)], sums[relay, c])
+            fold(w, relay, c, [*came, src(relay, c)], sums[relay, c])
     for i, owner in enumerate(group):
         for c in own(i):
-            got = [at(owner, c)]
-            for giver in sides[i < h]:
+            got = [src(owner, c)]
+            for sender in sides[i < h]:
                 got.append(w.temp(owner))
-                w.move(c, giver, sums.get((giver, c), at(giver, c)), owner, got[-1])
-            fold(w, owner, c, got, to(owner, c))
+                w.move(c, sender, sums.get((sender, c), src(sender, c)), owner, got[-1])
+            fold(w, owner, c, got, dst(owner, c))
 
 
-def gather_two_step(w: Writer, group: Sequence[int], own: Own, at: Place, to: Place) -> None:
-    """Everyone sends its share to the h ranks opposite; the k-th hands the k-th chunk on to the share's side."""
+def gather_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
+    """Add an all-gather for two sides of h ranks that are linked only to the opposite side.
+
+    Each rank sends its chunks to the opposite side, whose k-th rank forwards the k-th of them to the sender's side.
+    """
     h = len(group) // 2
     sides = (group[:h], group[h:])
-    for i, giver in enumerate(group):
+    for i, sender in enumerate(group):
         for relay in sides[i < h]:
             for c in own(i):
-                w.move(c, giver, at(giver, c), relay, to(relay, c))
-    for i, giver in enumerate(group):
+                w.move(c, sender, src(sender, c), relay, dst(relay, c))
+    for i, sender in enumerate(group):
         for part, c in enumerate(own(i)):
             relay = sides[i < h][part]
-            for taker in sides[i >= h]:
-                if taker != giver:
-                    w.move(c, relay, to(relay, c), taker, to(taker, c))
-    keep(w, group, own, at, to)
+            for receiver in sides[i >= h]:
+                if receiver != sender:
+                    w.move(c, relay, dst(relay, c), receiver, dst(receiver, c))
+    copy_own(w, group, own, src, dst)
 
 
 BLOCKS = {
@@ -179,8 +205,8 @@ BLOCKS = {
 }
 
 
-def _by_block(w: Writer, algorithm: str, node: int) -> None:
-    """all_reduce, reduce_scatter or all_gather among all ranks at once."""
+def _by_block(w: ScheduleBuilder, algorithm: str, node: int) -> None:
+    """Add an all_reduce, reduce_scatter or all_gather that treats all ranks as one group."""
     scatter, gather = BLOCKS[algorithm]
     group, each = range(w.ranks), w.chunks // w.ranks
 
@@ -189,23 +215,27 @@ def _by_block(w: Writer, algorithm: str, node: int) -> None:
 
     collective = w.names[0]
     if collective != "all_gather":
-        scatter(w, group, own, bring, out)
+        scatter(w, group, own, input_slot, output_slot)
     if collective != "reduce_scatter":
-        gather(w, group, own, bring if collective == "all_gather" else out, out)
+        gather(w, group, own, input_slot if collective == "all_gather" else output_slot, output_slot)
 
 
-def _one_shot(w: Writer, algorithm: str, node: int) -> None:
-    """Everyone sends everyone all it brings; each rank folds it for itself, in order of rank."""
-    for taker in range(w.ranks):
-        got = [bring(taker, 0) if giver == taker else w.temp(taker) for giver in range(w.ranks)]
+def _one_shot(w: ScheduleBuilder, algorithm: str, node: int) -> None:
+    """Add a one-shot all_reduce: every rank sends its whole input to all others, and each adds all in rank order."""
+    for receiver in range(w.ranks):
+        got = [input_slot(receiver, 0) if sender == receiver else w.temp(receiver) for sender in range(w.ranks)]
         for k in range(1, w.ranks):
-            giver = (taker + k) % w.ranks
-            w.move(0, giver, bring(giver, 0), taker, got[giver])
-        fold(w, taker, 0, got, out(taker, 0))
+            sender = (receiver + k) % w.ranks
+            w.move(0, sender, input_slot(sender, 0), receiver, got[sender])
+        fold(w, receiver, 0, got, output_slot(receiver, 0))
 
 
-def _hierarchical(w: Writer, algorithm: str, node: int) -> None:
-    """Nodes of `node` ranks: scatter sums inside each, across them among ranks of one place, gather the other way."""
+def _hierarchical(w: ScheduleBuilder, algorithm: str, node: int) -> None:
+    """Add a two-level collective for nodes of `node` ranks.
+
+    Reduce-scatter inside each node, then across nodes among ranks with the same local rank; all-gather in the reverse
+    order.
+    """
     count = w.ranks // node
     inside = [range(n * node, (n + 1) * node) for n in range(count)]
     across = [range(place, w.ranks, node) for place in range(node)]
@@ -217,59 +247,63 @@ def _hierarchical(w: Writer, algorithm: str, node: int) -> None:
         return temps[rank, chunk]
 
     def of_place(place: int) -> range:
-        return range(place, w.ranks, node)  # chunk c is rank c's own
+        return range(place, w.ranks, node)  # rank c owns chunk c
 
     collective = w.names[0]
     if collective != "all_gather":
         for group in inside:
-            scatter_direct(w, group, of_place, bring, halfway)
+            scatter_direct(w, group, of_place, input_slot, halfway)
         for group in across:
-            scatter_direct(w, group, _itself(group), halfway, out)
+            scatter_direct(w, group, _itself(group), halfway, output_slot)
     if collective != "reduce_scatter":
-        first = bring if collective == "all_gather" else out
+        first = input_slot if collective == "all_gather" else output_slot
         for group in across:
-            gather_direct(w, group, _itself(group), first, out)
+            gather_direct(w, group, _itself(group), first, output_slot)
         for group in inside:
-            gather_direct(w, group, of_place, out, out)
+            gather_direct(w, group, of_place, output_slot, output_slot)
 
 
 def _itself(group: Sequence[int]) -> Own:
-    """The i-th rank of the group owns the chunk of its own number."""
+    """The ownership in which each rank of the group owns the one chunk with its own number."""
     return lambda i: (group[i],)
 
 
-def _exchange(w: Writer, algorithm: str, node: int) -> None:
-    """all_to_all. direct: each pair by itself. ring: hop by hop, the shorter way round. two_step: to the other side at
-    once, to one's own side in h parts, the k-th by way of the k-th rank opposite."""
+def _exchange(w: ScheduleBuilder, algorithm: str, node: int) -> None:
+    """Add an all_to_all by the algorithm direct, ring or two_step.
+
+    direct: one transfer for each pair of ranks. ring: rank by rank along the ring, in the shorter direction. two_step:
+    directly to the opposite side; to a rank's own side in h parts, the k-th relayed by the k-th rank of the opposite
+    side.
+    """
     n, parts = w.ranks, w.chunks // w.ranks**2
     h, paths = n // 2, list[tuple[int, list[int]]]()
     for k in range(n):
-        for giver in range(n):
-            taker = (giver + k) % n
+        for sender in range(n):
+            receiver = (sender + k) % n
             for part in range(parts):
-                path = [giver, taker] if k else [giver]
+                path = [sender, receiver] if k else [sender]
                 if algorithm == "ring":
                     step, hops = (1, k) if k <= h else (-1, n - k)
-                    path = [(giver + step * j) % n for j in range(hops + 1)]
-                elif algorithm == "two_step" and k and (giver < h) == (taker < h):
-                    path = [giver, part + (h if giver < h else 0), taker]
-                paths.append(((giver * n + taker) * parts + part, path))
-    for chunk, path in sorted(paths, key=lambda row: -len(row[1])):  # first what has the longest way
+                    path = [(sender + step * j) % n for j in range(hops + 1)]
+                elif algorithm == "two_step" and k and (sender < h) == (receiver < h):
+                    path = [sender, part + (h if sender < h else 0), receiver]
+                paths.append(((sender * n + receiver) * parts + part, path))
+    for chunk, path in sorted(paths, key=lambda row: -len(row[1])):  # longest paths first
         _relay(w, chunk, path)
 
 
-def _relay(w: Writer, chunk: int, path: Sequence[int]) -> None:
-    """A chunk from the first rank of `path` to the last."""
-    at = bring(path[0], chunk)
+def _relay(w: ScheduleBuilder, chunk: int, path: Sequence[int]) -> None:
+    """Add steps that move a chunk along `path`, rank by rank."""
+    at = input_slot(path[0], chunk)
     for a, b in pairwise(path):
-        into = out(b, chunk) if b == path[-1] else w.temp(b)
+        into = output_slot(b, chunk) if b == path[-1] else w.temp(b)
         w.move(chunk, a, at, b, into)
         at = into
     if len(path) == 1:
-        w.copy(path[0], chunk, out(path[0], chunk), at)
+        w.copy(path[0], chunk, output_slot(path[0], chunk), at)
 
 
-def _send(w: Writer, algorithm: str, node: int) -> None:
+def _send(w: ScheduleBuilder, algorithm: str, node: int) -> None:
     _relay(w, 0, (0, w.ranks - 1) if w.ranks > 1 else (0,))
 
 
@@ -290,8 +324,8 @@ def _nodes(ranks: int, node: int) -> bool:
 
 
 Fits = Callable[[int, int], bool]
-Parts = Callable[[int], int]  # chunks for so many ranks
-TABLE: dict[str, dict[str, tuple[Callable[[Writer, str, int], None], Fits, Parts]]] = {
+Parts = Callable[[int], int]  # number of ranks -> number of chunks
+TABLE: dict[str, dict[str, tuple[Callable[[ScheduleBuilder, str, int], None], Fits, Parts]]] = {
     "all_reduce": {
         "one_shot": (_one_shot, _any, lambda p: 1),
         "two_shot": (lambda w, _, n: _by_block(w, "direct", n), _any, lambda p: p),
@@ -315,22 +349,27 @@ for _collective in ("all_gather", "reduce_scatter"):
 
 
 def algorithms(collective: str, ranks: int, node: int = 0) -> list[str]:
-    """The algorithms there are for `collective` among `ranks` ranks, in nodes of `node` (0: no nodes)."""
+    """Names of the algorithms for `collective` that support `ranks` ranks in nodes of `node` ranks (0: no nodes)."""
     if collective not in TABLE:
-        raise ScheduleError(f"no collective {collective!r}; there are {', '.join(COLLECTIVES)}")
+        raise ScheduleError(f"unknown collective {collective!r}; supported: {', '.join(COLLECTIVES)}")
     return [name for name, (_, fits, _) in TABLE[collective].items() if fits(ranks, node)]
 
 
 @cache
 def schedule(collective: str, algorithm: str, ranks: int, node: int = 0) -> Schedule:
-    """The schedule of `collective` by `algorithm`. `node`: ranks a node, for hierarchical. Raises ScheduleError."""
+    """The schedule of `collective` with `algorithm`. `node`: ranks in a node, for "hierarchical".
+
+    Raises ScheduleError if there is no such algorithm for this number of ranks.
+    """
     if ranks < 1:
         raise ScheduleError(f"ranks={ranks}; allowed: 1 or more")
     fitting = algorithms(collective, ranks, node)
     if algorithm not in fitting:
         nodes = f" in nodes of {node}" if node else ""
-        raise ScheduleError(f"no {collective} by {algorithm!r} for {ranks} ranks{nodes}; there is {', '.join(fitting)}")
+        raise ScheduleError(
+            f"no {collective} algorithm {algorithm!r} for {ranks} ranks{nodes}; use one of {', '.join(fitting)}"
+        )
     write, _, chunks = TABLE[collective][algorithm]
-    w = Writer(collective, algorithm, ranks, chunks(ranks))
+    w = ScheduleBuilder(collective, algorithm, ranks, chunks(ranks))
     write(w, algorithm, node)
     return w.done()

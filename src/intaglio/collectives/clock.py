@@ -1,8 +1,8 @@
-"""The time a schedule takes over a topology: latency and bandwidth of links, contention, nothing else.
+"""Time model of schedules on a topology: the alpha-beta model with link contention.
 
-alpha-beta: a transfer holds each link of its route for bytes / bandwidth, and arrives a latency later. Time is counted
-in whole ticks, so that what takes equally long on two ways ends at once: a rounding between them would choose who comes
-first at a link, and times of sizes 4 bytes apart would differ by up to a fifth.
+A transfer occupies each link of its route for bytes / bandwidth and arrives one latency later. Time is counted in
+integer ticks, so that two paths of equal duration end at the same tick. With floats, rounding would decide which
+of them gets a link first, and the times of payloads 4 bytes apart would differ by up to 20%.
 """
 
 from __future__ import annotations
@@ -18,29 +18,35 @@ from intaglio.collectives.topology import Topology
 
 
 def chunk_bytes(s: Schedule, nbytes: float) -> list[float]:
-    """Bytes of each chunk, equal, of a payload of `nbytes`: what one rank brings (all_reduce, reduce_scatter,
-    all_to_all, send) or what it gets (all_gather)."""
+    """Bytes of each chunk of a schedule, all equal, for a payload of `nbytes`.
+
+    nbytes: size of one rank's input (all_reduce, reduce_scatter, all_to_all, send) or output (all_gather).
+    """
     parts = s.chunks // s.ranks if s.collective == "all_to_all" else s.chunks
     return [nbytes / parts] * s.chunks
 
 
 def seconds(s: Schedule, topology: Topology, sizes: Sequence[float], local: float = inf) -> float:
-    """Seconds until the last step has ended, `sizes` being the bytes of each chunk.
+    """Modelled seconds until the schedule's last step has ended on this topology. `sizes`: bytes of each chunk.
 
-    `local`: bytes a second at which a rank copies and reduces, one chunk at a time. A transfer starts when its send and
-    its recv are ready and every link of its route is free; among those that wait for a link, the first in the schedule.
+    local: bytes per second at which a rank copies and reduces, one chunk at a time. A transfer starts when its send and
+    its recv are ready and every link of its route is free. Transfers waiting for a link get it in schedule order.
+    Raises ScheduleError if topology and schedule have different numbers of ranks.
     """
     if topology.ranks != s.ranks:
         raise ScheduleError(f"{topology.name} has {topology.ranks} ranks, the schedule {s.ranks}")
     return _Run(s, topology, sizes, local).time()
 
 
-TICK = 2.0**-60  # seconds: a byte at 1 TB/s takes a million
-FREE, END, BEGIN = 0, 1, 2  # what happens at a time: a link or rank is free again, a step ends, a step may begin
+TICK = 2.0**-60  # seconds; a byte at 1 TB/s takes about a million ticks
+FREE, END, BEGIN = 0, 1, 2  # events: a link or rank becomes free, a step ends, a step is ready
 
 
 class _Run:
-    """A schedule under way: how much each step still waits for, and until when links and ranks are busy."""
+    """Event-driven simulation of one schedule.
+
+    `waits`: number of unmet dependencies of each step. `busy`: the tick at which a link or a rank becomes free.
+    """
 
     def __init__(self, s: Schedule, topology: Topology, sizes: Sequence[float], local: float) -> None:
         self.steps, self.topology, self.sizes, self.local = s.steps, topology, sizes, local
@@ -52,7 +58,7 @@ class _Run:
                 self.then[j].append(i)
         self.sends = {step.tag: i for i, step in enumerate(s.steps) if step.kind == "send"}
         self.recvs = {step.tag: i for i, step in enumerate(s.steps) if step.kind == "recv"}
-        self.busy: dict[int, int] = {}  # by the link's number, or -1 - rank
+        self.busy: dict[int, int] = {}  # by link number, or -1 - rank
         self.queues: dict[int, list[int]] = {}
         self.events = [(0, BEGIN, i) for i, n in enumerate(self.waits) if n == 0]
 
@@ -64,24 +70,27 @@ class _Run:
                 self.begin(which, now)
             elif what == END:
                 for step in self.then[which]:
-                    self.met(step, now)
+                    self.count_down(step, now)
             else:
                 queue = self.queues.get(which, [])
                 while queue and self.busy[which] <= now:
                     self.begin(heapq.heappop(queue), now)
         return now * TICK
 
-    def met(self, step: int, now: int) -> None:
-        """`step` waits for one thing less."""
+    def count_down(self, step: int, now: int) -> None:
+        """Mark one dependency of `step` as met at tick `now`. If it was the last, queue the step."""
         self.waits[step] -= 1
         if self.waits[step] == 0:
             heapq.heappush(self.events, (now, BEGIN, step))
 
     def begin(self, i: int, now: int) -> None:
-        """Start a step, or queue it for the first thing it needs that is busy. A send is told to its recv."""
+        """Start step `i`, or queue it at the first busy link or rank that it needs.
+
+        A send only makes its recv ready.
+        """
         step, size = self.steps[i], self.sizes[self.steps[i].chunk]
         if step.kind == "send":
-            return self.met(self.recvs[step.tag], now)
+            return self.count_down(self.recvs[step.tag], now)
         route = self.topology.route(step.peer, step.rank) if step.kind == "recv" else ()
         needs = {self.links[link]: ticks(size / link.bandwidth) for link in route}
         needs = needs or {-1 - step.rank: ticks(size / self.local)}
@@ -98,16 +107,17 @@ class _Run:
 
 
 def ticks(seconds: float) -> int:
+    """A time in seconds converted to a whole number of ticks, rounded."""
     return round(seconds / TICK)
 
 
 def choose(
     collective: str, topology: Topology, nbytes: float, *, node: int = 0, local: float = inf, ordered: bool = False
 ) -> tuple[Schedule, float]:
-    """The quickest schedule and its seconds.
+    """The fastest schedule for a payload of `nbytes` on a topology. Returns (schedule, modelled seconds).
 
-    `ordered`: only those that sum every value in order of rank or by one tree, so that no bit depends on where in the
-    payload a value lies.
+    ordered: consider only schedules that sum all values in the same order, by rank or by one tree, so that no bit
+    depends on the position of a value in the payload.
     """
     best: tuple[Schedule, float] | None = None
     for algorithm in algorithms(collective, topology.ranks, node):

@@ -1,6 +1,7 @@
-"""What must hold of a schedule, found without running it: transfers paired, nothing stuck, each contribution once.
+"""Static verification of schedules: paired transfers, no deadlock, no data hazards, each contribution summed once.
 
-Chunks are followed as expressions of what ranks brought, so the order of every sum is known too.
+Rules yield messages of what is wrong. Chunks are traced symbolically, as sums of the ranks' inputs, which also gives
+the order of every sum.
 """
 
 from __future__ import annotations
@@ -13,23 +14,26 @@ from intaglio.collectives.schedule import KINDS, Schedule, ScheduleError, Slot
 Sum = int | tuple["Sum", "Sum"]  # a rank's contribution, or left + right
 
 
-def kinds_known(s: Schedule) -> Iterator[str]:
-    """Each step is of a known kind, names ranks and chunks there are, and has the slots its kind needs."""
+def steps_well_formed(s: Schedule) -> Iterator[str]:
+    """Rule: each step has a known kind, valid rank and chunk numbers, and the slots that its kind needs."""
     needs = {"copy": (True, False, True), "reduce": (True, True, True), "send": (True, False, False),
              "recv": (False, False, True)}  # fmt: skip
     for step in s.steps:
         if step.kind not in KINDS:
-            yield f"{step} is of kind {step.kind!r}; use one of {', '.join(KINDS)}"
+            yield f"{step} has unknown kind {step.kind!r}; use one of {', '.join(KINDS)}"
         elif (step.src is not None, step.add is not None, step.dst is not None) != needs[step.kind]:
-            yield f"{step} lacks a slot, or has one too many"
+            yield f"{step} lacks a slot, or has one that its kind does not use"
         if not (0 <= step.rank < s.ranks and 0 <= step.chunk < s.chunks):
             yield f"{step} is outside {s.ranks} ranks and {s.chunks} chunks"
         if step.dst and step.dst.buffer == "in":
-            yield f"{step} writes into what a rank brought"
+            yield f"{step} writes to an input slot"
 
 
 def transfers_paired(s: Schedule) -> Iterator[str]:
-    """Each send has one recv: same tag and chunk, each other's peer, the send first, and in order between two ranks."""
+    """Rule: each send has one later recv with the same tag and chunk, and the two name each other as peers.
+
+    The recvs between two ranks are in the order of the sends.
+    """
     sends, recvs = ({}, {})  # type: tuple[dict[int, int], dict[int, int]]
     last: dict[tuple[int, int], int] = {}
     for i, step in enumerate(s.steps):
@@ -42,21 +46,21 @@ def transfers_paired(s: Schedule) -> Iterator[str]:
         if step.kind == "recv":
             pair = s.steps[sends[step.tag]] if step.tag in sends else None
             if not pair:
-                yield f"{step}: no send with tag {step.tag} stands before it"
+                yield f"{step}: no send with tag {step.tag} comes before it"
             elif (pair.rank, pair.peer, pair.chunk) != (step.peer, step.rank, step.chunk):
                 yield f"{step} does not match {pair}"
             elif last.get((pair.rank, pair.peer), -1) > sends[step.tag]:
-                yield f"{step} overtakes an earlier one between the same ranks"
+                yield f"{step} overtakes an earlier transfer between the same ranks"
             if pair:
                 last[pair.rank, pair.peer] = sends[step.tag]
     for tag in sends.keys() - recvs.keys():
         yield f"{s.steps[sends[tag]]} is never received"
 
 
-def nothing_stuck(s: Schedule) -> Iterator[str]:
-    """Steps end, even if every send waits for its recv to be ready: who waits for whom has no circle."""
+def no_deadlock(s: Schedule) -> Iterator[str]:
+    """Rule: the graph of dependencies has no cycle, even if every send blocks until its recv is ready."""
     pair: dict[int, int] = {}
-    node = list(range(len(s.steps)))  # a send and its recv are one
+    node = list(range(len(s.steps)))  # a send and its recv share a node
     for i, step in enumerate(s.steps):
         if step.kind in ("send", "recv"):
             node[i] = pair.setdefault(step.tag, i)
@@ -75,11 +79,14 @@ def nothing_stuck(s: Schedule) -> Iterator[str]:
             if not waits[other]:
                 free.append(other)
     for n, others in waits.items():
-        yield f"{s.steps[n]} waits for {s.steps[min(others)]}, and in the end for itself"
+        yield f"{s.steps[n]} waits for {s.steps[min(others)]}, in a cycle"
 
 
 def hazards_ordered(s: Schedule) -> Iterator[str]:
-    """A step waits for the write it reads, and a write for what was read or written there before."""
+    """Rule: a read depends on the last write of its slot.
+
+    A write depends on the slot's earlier reads and last write.
+    """
     writes: dict[tuple[int, Slot], int] = {}
     reads: dict[tuple[int, Slot], list[int]] = {}
     for i, step in enumerate(s.steps):
@@ -88,8 +95,8 @@ def hazards_ordered(s: Schedule) -> Iterator[str]:
             key = (step.rank, slot)
             if key in writes:
                 needed.add(writes[key])
-            elif slot.buffer != "in" or slot.number not in s.brings(step.rank):
-                yield f"{step} reads {slot}, which nothing has written"
+            elif slot.buffer != "in" or slot.number not in s.inputs(step.rank):
+                yield f"{step} reads {slot}, which no step has written"
             reads.setdefault(key, []).append(i)
         if step.dst:
             key = (step.rank, step.dst)
@@ -102,40 +109,40 @@ def hazards_ordered(s: Schedule) -> Iterator[str]:
                 yield f"{step} waits for {s.steps[j]}, which is not an earlier step of its rank"
 
 
-def contributed_once(s: Schedule) -> Iterator[str]:
-    """Every rank gets its chunks, each made of every contribution once, summed alike on all ranks."""
-    held = follow(s)
+def every_contribution_summed_once(s: Schedule) -> Iterator[str]:
+    """Rule: every rank gets its output chunks; each sums every contribution once, in the same order on all ranks."""
+    held = trace(s)
     alike: dict[int, Sum] = {}
     for rank in range(s.ranks):
-        for chunk in s.gets(rank):
+        for chunk in s.outputs(rank):
             got = held.get((rank, Slot("out", chunk)))
             if got is None or got[0] != chunk:
                 yield f"rank {rank} does not get chunk {chunk}"
                 continue
             count, wanted = Counter(leaves(got[1])), Counter(contributors(s, chunk))
             if count != wanted:
-                yield f"rank {rank} gets chunk {chunk} made of {dict(count)}; wanted {dict(wanted)}"
+                yield f"rank {rank} gets chunk {chunk} as the sum of {dict(count)}; expected {dict(wanted)}"
             if alike.setdefault(chunk, got[1]) != got[1]:
                 yield f"chunk {chunk} is summed as {got[1]} on rank {rank}, as {alike[chunk]} on another"
 
 
 def contributors(s: Schedule, chunk: int) -> range:
-    """The ranks whose contributions a chunk is made of."""
+    """Numbers of the ranks whose inputs are summed in an output chunk."""
     if s.collective in ("all_reduce", "reduce_scatter"):
         return range(s.ranks)
-    owner = next(r for r in range(s.ranks) if chunk in s.brings(r))
+    owner = next(r for r in range(s.ranks) if chunk in s.inputs(r))
     return range(owner, owner + 1)
 
 
-def follow(s: Schedule) -> dict[tuple[int, Slot], tuple[int, Sum]]:
-    """Which chunk each slot of each rank holds at the end, and as which sum. Steps run in the order they stand."""
+def trace(s: Schedule) -> dict[tuple[int, Slot], tuple[int, Sum]]:
+    """Run a schedule symbolically in schedule order: for each (rank, slot) its final (chunk, sum of ranks' inputs)."""
     held: dict[tuple[int, Slot], tuple[int, Sum]] = {}
-    flying: dict[int, tuple[int, Sum]] = {}
+    in_flight: dict[int, tuple[int, Sum]] = {}
     for rank in range(s.ranks):
-        held |= {(rank, Slot("in", c)): (c, rank) for c in s.brings(rank)}
+        held |= {(rank, Slot("in", c)): (c, rank) for c in s.inputs(rank)}
     for step in s.steps:
         if step.kind == "recv":
-            value = flying.pop(step.tag)
+            value = in_flight.pop(step.tag)
         else:
             chunk, value_sum = held[step.rank, step.src]  # type: ignore[index]
             if step.kind == "reduce":
@@ -144,14 +151,14 @@ def follow(s: Schedule) -> dict[tuple[int, Slot], tuple[int, Sum]]:
                 chunk = chunk if chunk == other else -1
             value = (chunk, value_sum)
         if step.kind == "send":
-            flying[step.tag] = value
+            in_flight[step.tag] = value
         else:
             held[step.rank, step.dst] = value  # type: ignore[index]
     return held
 
 
 def leaves(sum: Sum) -> list[int]:
-    """The contributions a sum is made of, from left to right."""
+    """The ranks whose inputs a symbolic sum adds, from left to right."""
     found, rest = [], [sum]
     while rest:
         top = rest.pop()
@@ -163,16 +170,16 @@ def leaves(sum: Sum) -> list[int]:
 
 
 RULES: tuple[Callable[[Schedule], Iterator[str]], ...] = (
-    kinds_known,
+    steps_well_formed,
     transfers_paired,
-    nothing_stuck,
+    no_deadlock,
     hazards_ordered,
-    contributed_once,
+    every_contribution_summed_once,
 )
 
 
 def check(s: Schedule) -> None:
-    """Hold a schedule to every rule; raises ScheduleError with what is wrong. Later rules assume the earlier ones."""
+    """Raise ScheduleError if a schedule breaks a rule. Rules run in order, since later ones assume the earlier ones."""
     for rule in RULES:
         wrong = list(rule(s))
         if wrong:
@@ -182,10 +189,13 @@ def check(s: Schedule) -> None:
 
 
 def order(s: Schedule) -> str:
-    """How sums are ordered: "rank" (every chunk as ((0 + 1) + 2) + ...), "tree" (every chunk by one tree), "chunk" (a
-    chunk by its own). With "chunk", bits depend on where a value lies in the payload."""
-    held = follow(s)
-    sums = {held[rank, Slot("out", c)][1] for rank in range(s.ranks) for c in s.gets(rank)}
+    """How the schedule orders its sums: "rank", "tree" or "chunk".
+
+    rank: every chunk is summed as ((0 + 1) + 2) + ... tree: every chunk by the same tree. chunk: by different trees, so
+    the bits of a sum depend on the position of the value in the payload.
+    """
+    held = trace(s)
+    sums = {held[rank, Slot("out", c)][1] for rank in range(s.ranks) for c in s.outputs(rank)}
     if s.collective not in ("all_reduce", "reduce_scatter"):
         return "rank"  # nothing is summed
     left: Sum = 0

@@ -1,6 +1,6 @@
-"""The schedule: what each rank copies, sends, receives and reduces, and what each step waits for. Plain data.
+"""Schedule of a collective: the copy, send, recv and reduce steps of every rank, with their dependencies. Plain data.
 
-Knows neither values nor time: those are the interpreter's and the clock's. Algorithms write one with a Writer.
+interpreter.py executes schedules, clock.py estimates their time. Algorithms build them with a ScheduleBuilder.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ KINDS = ("copy", "send", "recv", "reduce")
 
 
 class ScheduleError(ValueError):
-    """A schedule that cannot be had, or that breaks a rule."""
+    """Raised for an invalid schedule, and if there is no schedule for a number of ranks."""
 
 
 class Slot(NamedTuple):
-    """Room for one chunk on one rank: `in` (what the rank brings) and `out` (what it gets) are numbered by chunk, `tmp`
-    as it comes."""
+    """Storage for one chunk on one rank.
+
+    Input and output slots (buffers `in` and `out`) are numbered by chunk, temporary slots (`tmp`) by allocation.
+    """
 
     buffer: str
     number: int
@@ -29,11 +31,11 @@ class Slot(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One thing one rank does to one chunk.
+    """One operation of one rank on one chunk.
 
     copy: dst = src. reduce: dst = src + add, in this order. send: src goes to `peer`. recv: dst comes from `peer`.
-    A send and its recv carry the same `tag`. `after`: steps of this rank, by their place in the schedule, that must
-    have ended before this one begins.
+    A send and its recv carry the same `tag`. `after`: indices of steps of this rank that must end before this
+    one begins.
     """
 
     kind: str
@@ -47,6 +49,7 @@ class Step(NamedTuple):
     after: tuple[int, ...] = ()
 
     def reads(self) -> Iterator[Slot]:
+        """The slots that the step reads: `src`, and for a reduce `add`."""
         yield from (slot for slot in (self.src, self.add) if slot)
 
     def __str__(self) -> str:
@@ -57,14 +60,15 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """One collective by one algorithm for `ranks` ranks, its payload cut into `chunks`.
+    """One collective with one algorithm for `ranks` ranks, with its payload split into `chunks` chunks.
 
-    all_reduce: every rank brings every chunk and gets the sum of each. reduce_scatter: every rank brings every chunk
-    and gets the sums of its own. all_gather: a rank brings its own chunks and everyone gets all. all_to_all: chunks
-    stand in the order (from, to, part); a rank brings those from it and gets those to it. send: rank 0 brings all, the
-    last rank gets all. A rank's own chunks are an equal run of them, in order of rank.
+    all_reduce: every rank has every chunk as input, and the sum of each as output. reduce_scatter: the same input, and
+    the sums of the rank's own chunks as output. all_gather: a rank's own chunks are its input, all chunks its output.
+    all_to_all: chunks are ordered (sender, receiver, part); inputs are those the rank sends, outputs those it receives.
+    send: all chunks are input of rank 0 and output of the last rank. A rank's own chunks are an equal run of them, in
+    order of rank.
 
-    Steps stand in an order in which every rank may run its own one by one, if sends do not wait to be received.
+    If sends do not block, every rank can run its own steps one by one in the order of `steps`.
     """
 
     collective: str
@@ -73,13 +77,13 @@ class Schedule:
     chunks: int
     steps: tuple[Step, ...]
 
-    def brings(self, rank: int) -> range:
-        """The chunks that `rank` has at the start, in `in`."""
+    def inputs(self, rank: int) -> range:
+        """Numbers of the chunks that are in the input slots of `rank` at the start."""
         return {"all_gather": self._own(rank), "all_to_all": self._own(rank),
                 "send": range(self.chunks if rank == 0 else 0)}.get(self.collective, range(self.chunks))  # fmt: skip
 
-    def gets(self, rank: int) -> list[int]:
-        """The chunks that `rank` has at the end, in `out`."""
+    def outputs(self, rank: int) -> list[int]:
+        """Numbers of the chunks that are in the output slots of `rank` at the end."""
         if self.collective == "reduce_scatter":
             return list(self._own(rank))
         if self.collective == "all_to_all":
@@ -93,8 +97,8 @@ class Schedule:
         return range(rank * each, (rank + 1) * each)
 
 
-class Writer:
-    """A schedule being written. Dependencies follow from the slots that steps read and write."""
+class ScheduleBuilder:
+    """Builds a schedule step by step. Derives dependencies from the slots that steps read and write."""
 
     def __init__(self, collective: str, algorithm: str, ranks: int, chunks: int) -> None:
         self.names = (collective, algorithm)
@@ -105,23 +109,26 @@ class Writer:
         self.touched: dict[tuple[int, Slot], tuple[list[int], list[int]]] = {}  # (last write, reads since) of a slot
 
     def temp(self, rank: int) -> Slot:
-        """Fresh room on `rank`."""
+        """A new temporary Slot on `rank`, not used by any step yet."""
         self.temps[rank] += 1
         return Slot("tmp", self.temps[rank] - 1)
 
     def copy(self, rank: int, chunk: int, dst: Slot, src: Slot) -> None:
+        """Add a step dst = src on `rank`."""
         self._add(Step("copy", rank, chunk, src=src, dst=dst))
 
     def reduce(self, rank: int, chunk: int, dst: Slot, src: Slot, add: Slot) -> None:
+        """Add a step dst = src + add on `rank`."""
         self._add(Step("reduce", rank, chunk, src=src, add=add, dst=dst))
 
-    def move(self, chunk: int, giver: int, src: Slot, taker: int, dst: Slot) -> None:
-        """A send and its recv."""
-        self._add(Step("send", giver, chunk, src=src, peer=taker, tag=self.tags))
-        self._add(Step("recv", taker, chunk, dst=dst, peer=giver, tag=self.tags))
+    def move(self, chunk: int, sender: int, src: Slot, receiver: int, dst: Slot) -> None:
+        """Add a send of `src` on rank `sender` and its recv into `dst` on rank `receiver`."""
+        self._add(Step("send", sender, chunk, src=src, peer=receiver, tag=self.tags))
+        self._add(Step("recv", receiver, chunk, dst=dst, peer=sender, tag=self.tags))
         self.tags += 1
 
     def done(self) -> Schedule:
+        """The Schedule of all steps added so far."""
         return Schedule(*self.names, self.ranks, self.chunks, tuple(self.steps))
 
     def _add(self, step: Step) -> None:

@@ -1,4 +1,4 @@
-"""Topologies: which chips and switches are linked, how fast and how far. Knows no algorithm."""
+"""Network topologies: links between chips and switches with bandwidth and latency, and routes over them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from functools import cached_property
 
 
 class TopologyError(ValueError):
-    """Links that make no network."""
+    """Raised for a link with invalid values, and for links that do not connect all ranks."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """One direction of a wire: bytes per second, and seconds until the first byte arrives."""
+    """A one-directional link. bandwidth: bytes per second. latency: seconds until the first byte arrives."""
 
     src: int
     dst: int
@@ -24,9 +24,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Topology:
-    """Directed links between vertices: ranks are 0..ranks - 1, switches are numbered from there on.
+    """Directed links between vertices: ranks are 0..ranks - 1, switches are numbered from `ranks` on.
 
-    Raises TopologyError if a rank cannot be reached, or a link is none."""
+    Raises TopologyError if a rank cannot be reached from another, or a link is invalid.
+    """
 
     name: str
     ranks: int
@@ -35,11 +36,11 @@ class Topology:
     def __post_init__(self) -> None:
         for link in self.links:
             if link.src == link.dst or min(link.src, link.dst) < 0 or link.bandwidth <= 0 or link.latency < 0:
-                raise TopologyError(f"{self.name}: {link} is no link: two ends, bandwidth above 0, latency 0 or more")
+                raise TopologyError(f"{self.name}: {link} is invalid; it needs two ends, bandwidth > 0, latency >= 0")
         for rank in range(self.ranks):
             lost = [other for other in range(self.ranks) if other not in self._steps_to(rank)]
             if lost:
-                raise TopologyError(f"{self.name}: there is no way from rank {lost[0]} to rank {rank}; add links")
+                raise TopologyError(f"{self.name}: there is no route from rank {lost[0]} to rank {rank}; add links")
 
     @cached_property
     def _from(self) -> dict[int, list[Link]]:
@@ -57,7 +58,7 @@ class Topology:
         return {}
 
     def _steps_to(self, goal: int) -> dict[int, int]:
-        """Links between each vertex and `goal`."""
+        """Number of links on the shortest path to `goal`, by vertex; without vertices that cannot reach it."""
         if goal not in self._distances:
             into: dict[int, list[int]] = {}
             for link in self.links:
@@ -73,7 +74,7 @@ class Topology:
         return self._distances[goal]
 
     def route(self, src: int, dst: int) -> tuple[Link, ...]:
-        """The links from one rank to another: fewest, and among equals one that differs from pair to pair."""
+        """The links of a shortest route from rank `src` to rank `dst`. Pairs are spread over equally short routes."""
         if (src, dst) not in self._routes:
             steps, at, path = self._steps_to(dst), src, list[Link]()
             while at != dst:
@@ -85,32 +86,35 @@ class Topology:
 
 
 def _links(pairs: Iterable[tuple[int, int]], bandwidth: float, latency: float) -> tuple[Link, ...]:
-    """Both directions of each pair, once."""
+    """Two links, one in each direction, for each distinct pair of vertices."""
     ends = dict.fromkeys(end for a, b in pairs for end in ((a, b), (b, a)))
     return tuple(Link(a, b, bandwidth, latency) for a, b in ends)
 
 
 def ring(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """Each rank linked to the next, the last to the first."""
+    """A ring topology: each rank linked to the next, the last to the first."""
     pairs = [(i, (i + 1) % ranks) for i in range(ranks if ranks > 2 else ranks - 1)]
     return Topology(f"ring({ranks})", ranks, _links(pairs, bandwidth, latency))
 
 
 def full(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A link between any two ranks; `bandwidth` of one link."""
+    """A fully connected topology: a link between any two ranks. bandwidth: of one link."""
     pairs = [(i, j) for i in range(ranks) for j in range(i)]
     return Topology(f"full({ranks})", ranks, _links(pairs, bandwidth, latency))
 
 
 def bipartite(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """K n,n: each rank of the first half linked to each of the second; `bandwidth` of one link."""
+    """A complete bipartite topology: each rank of the first half linked to each of the second.
+
+    bandwidth: of one link.
+    """
     half = ranks // 2
     pairs = [(i, j) for i in range(half) for j in range(half, ranks)]
     return Topology(f"bipartite({half}, {ranks - half})", ranks, _links(pairs, bandwidth, latency))
 
 
 def torus(rows: int, columns: int, bandwidth: float, latency: float) -> Topology:
-    """A grid whose edges meet; a rank is row * columns + column."""
+    """A 2-D torus topology: a grid with wrap-around links. Rank = row * columns + column."""
     at = [[i * columns + j for j in range(columns)] for i in range(rows)]
     across = [(at[i][j], at[i][(j + 1) % columns]) for i in range(rows) for j in range(columns if columns > 1 else 0)]
     down = [(at[i][j], at[(i + 1) % rows][j]) for i in range(rows if rows > 1 else 0) for j in range(columns)]
@@ -118,12 +122,12 @@ def torus(rows: int, columns: int, bandwidth: float, latency: float) -> Topology
 
 
 def switch(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """Each rank with one port to a switch that never blocks; `latency` from rank to rank."""
+    """A non-blocking switch with one port per rank. latency: seconds from rank to rank. bandwidth: of one port."""
     return Topology(f"switch({ranks})", ranks, _links([(i, ranks) for i in range(ranks)], bandwidth, latency / 2))
 
 
 def nodes(count: int, ranks: int, inside: tuple[float, float], across: tuple[float, float]) -> Topology:
-    """`count` nodes of `ranks` ranks, each node with a switch, and one port a rank to a switch for all nodes.
+    """`count` nodes of `ranks` ranks: a switch in each node, and one port a rank to a switch that connects all nodes.
 
     inside, across: (bandwidth, latency from rank to rank) in a node and between nodes.
     """

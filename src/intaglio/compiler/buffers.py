@@ -1,8 +1,8 @@
-"""Planning memory: temps that are never alive together share a buffer. Register allocation, with rows for registers."""
+"""Memory planning: temps whose lifetimes do not overlap share a buffer, as variables share registers."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 
 from intaglio import formats
@@ -12,10 +12,13 @@ from intaglio.program import Program
 
 
 def plan_buffers(p: Program) -> Program:
-    """Give each temp a buffer: one linear scan over the ops. Views lie in their base's.
+    """Assign each temp a buffer by one linear scan over the ops (as register allocation does).
 
-    An op's results never share a buffer with its operands. Rows T and rows R have buffers of their own, since their
-    numbers vary apart. A temp takes the narrowest free buffer that holds it, else widens the widest, else a new one.
+    Views use their base's buffer.
+
+    An op's results never share a buffer with its operands. Temps of T rows and of R rows have separate buffers, since
+    the two counts vary independently. A temp takes the narrowest free buffer that is wide enough, else the widest free
+    one, which is widened, else a new one.
     """
     last = {p.base(name): i for i, op in enumerate(p.ops) for name in (*op.outputs, *op.inputs)}
     widths: list[int] = []
@@ -40,18 +43,34 @@ def plan_buffers(p: Program) -> Program:
 
 
 def planned(p: Program) -> bool:
+    """True if a buffer has been assigned to some temp."""
     return any(t.buffer is not None for t in p.tensors.values())
 
 
-def row_bytes(p: Program) -> dict[str | int, int]:
-    """Bytes a row of each buffer; of each temp, where it has none."""
-    bytes: dict[str | int, int] = {}
+@dataclass(frozen=True)
+class Buffer:
+    """Size of a buffer: `rows` rows (a number, or the symbol of a batch size such as T) of `row_bytes` bytes each."""
+
+    rows: Dim
+    row_bytes: int
+
+
+def buffers(p: Program) -> dict[str | int, Buffer]:
+    """The size of each buffer by its number, and of each temp without one by its name."""
+    sizes: dict[str | int, Buffer] = {}
     for t in p.of_role("temp"):
         if not t.view:
             key = t.name if t.buffer is None else t.buffer
-            bytes[key] = max(bytes.get(key, 0), _row_bytes(t))
-    return bytes
+            narrower = sizes[key].row_bytes if key in sizes else 0
+            sizes[key] = Buffer(t.shape[0], max(narrower, _row_bytes(t)))
+    return sizes
+
+
+def bytes_per_row(p: Program) -> int:
+    """Bytes per row of all buffers together."""
+    return sum(b.row_bytes for b in buffers(p).values())
 
 
 def _row_bytes(t: Tensor) -> int:
+    """Bytes per row of a temp."""
     return prod(int(d) for d in t.shape[1:]) * formats.get(t.format).bits // 8

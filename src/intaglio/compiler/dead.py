@@ -1,4 +1,4 @@
-"""Removing the dead: ops whose results nobody reads, and tensors nobody names."""
+"""Dead-code removal: drops ops whose results no op reads, and tensors that no op names."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from intaglio.program import Program
 
 
 def remove_dead(p: Program) -> Program:
-    """Keep what leads to an output, touches state or is waited for, the tensors that names, and the inputs."""
+    """The Program without the ops and tensors that have no effect.
+
+    An op has an effect if an output depends on it, if it writes state, or if it communicates with other ranks. A tensor
+    is kept if it is an input or output, or if a remaining op uses it.
+    """
     needed = {t.name for t in p.tensors.values() if t.role in ("input", "output")}
     kept = []
     for op in reversed(p.ops):
-        if op.stateful or op.lasting or not needed.isdisjoint(op.outputs):
+        if op.writes_state or op.has_effect or not needed.isdisjoint(op.outputs):
             kept.append(op)
             needed.update(name for n in op.inputs for name in (n, p.base(n)))
             needed.update(op.outputs)

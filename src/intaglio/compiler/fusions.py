@@ -1,6 +1,7 @@
-"""Fusing: a map does its work inside the op it follows, so that its operand is never stored.
+"""Fusion passes: move an elementwise map into the op that computes its operand, so that the operand is not stored.
 
-One walk serves all fusions; each brings a small function that says whether an op can take a map over.
+All fusions use one walk over the ops, `_fuse_maps()`; each passes a function that decides whether an op can absorb a
+map.
 """
 
 from __future__ import annotations
@@ -15,34 +16,34 @@ from intaglio.ops.linear import ACTIVATIONS
 from intaglio.program import Program
 
 PLUS, TIMES = ("binary", "+"), ("binary", "*")
-TakeOver = Callable[[Map, str, Op, Mapping[str, Tensor]], Op | None]  # (map, operand x, the op behind x, tensors)
+Absorb = Callable[[Map, str, Op, Mapping[str, Tensor]], Op | None]  # (map, operand x, the op that computes x, tensors)
 
 
 def fuse_glu(p: Program) -> Program:
-    """activation(gate) * up, the two halves of one linear's result -> linear with glu."""
+    """Fuse the map activation(gate) * up over the two halves of a linear's result into that linear, as its `glu`."""
     return _fuse_maps(p, _glu)
 
 
 def fuse_epilogues(p: Program) -> Program:
-    """A scale, an activation or a residual added to a linear's result -> the linear's own."""
+    """Fuse a scale, an activation or a residual addition after a linear into that linear."""
     return _fuse_maps(p, _epilogue)
 
 
 def fuse_residual_norm(p: Program) -> Program:
-    """A residual added to a norm's result -> the norm's own."""
+    """Fuse the addition of a residual to a norm's result into that norm."""
     return _fuse_maps(p, _residual_norm)
 
 
 def fuse_residual_experts(p: Program) -> Program:
-    """A residual added to the experts' result -> the experts' own."""
+    """Fuse the addition of a residual to the experts' result into the experts op."""
     return _fuse_maps(p, _residual_experts)
 
 
-def _fuse_maps(p: Program, take_over: TakeOver) -> Program:
-    """Let the op behind each map's operand take the map over, where nothing else reads that operand.
+def _fuse_maps(p: Program, absorb: Absorb) -> Program:
+    """Fuse each map into the op that computes one of its operands, if `absorb` can and nothing else reads that operand.
 
-    The fused op stands where the map stood, for only there are all the map's operands written. It keeps its site and
-    its result's name, unless the map wrote an output.
+    The fused op takes the map's place in the order, because only there are all the map's operands written. It keeps its
+    own site and the name of its own result, unless the map wrote an output.
     """
     tensors = dict(p.tensors)
     reads = Counter(p.base(name) for op in p.ops for name in op.inputs)
@@ -51,11 +52,11 @@ def _fuse_maps(p: Program, take_over: TakeOver) -> Program:
     renamed: dict[str, str] = {}
 
     def fused(m: Map) -> tuple[str, Op] | None:
-        """The result that need not be stored, and the op that takes `m` over."""
+        """(name of the operand that is no longer stored, the op fused with `m`); None if no op can absorb `m`."""
         bases = [_base(tensors, name) for name in m.inputs]
         for x, base in reversed(list(zip(m.inputs, bases, strict=True))):
             if base in made and tensors[base].role == "temp" and reads[base] == bases.count(base):
-                op = take_over(m, x, made[base], tensors)
+                op = absorb(m, x, made[base], tensors)
                 if op is not None:
                     return base, op
         return None
@@ -82,7 +83,7 @@ def _base(tensors: Mapping[str, Tensor], name: str) -> str:
 
 
 def _retire(tensors: dict[str, Tensor], old: str, out: str, keep: str) -> None:
-    """Drop the result `old` with its views; `out`, under the name `keep`, is what is computed now."""
+    """Update the tensors after a fusion: delete the result `old` with its views, rename the result `out` to `keep`."""
     for t in [t for t in tensors.values() if t.view]:
         if t.view and t.view[0] == old:
             del tensors[t.name]
@@ -95,6 +96,7 @@ def _retire(tensors: dict[str, Tensor], old: str, out: str, keep: str) -> None:
 
 
 def _glu(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
+    """The linear with glu, if the map is activation(gate) * up over the two halves of its result; else None."""
     if not isinstance(linear, Linear) or linear.residual is not None or linear.activation:
         return None
     match postfix(m.expr):
@@ -112,7 +114,10 @@ def _glu(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
 
 
 def _epilogue(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """Peel "residual + activation(x * scale)" from the outside in; what is left must be x."""
+    """The linear with the map's residual, activation and scale fused into it; None if the map does anything else.
+
+    The expression is matched from the outside in: `residual + activation(scale * x)`, each part optional.
+    """
     others = [name for name in m.inputs if name != x]
     if not isinstance(linear, Linear) or x != linear.out or linear.residual is not None or len(others) > 1:
         return None
@@ -128,12 +133,13 @@ def _epilogue(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
         scale = float(numbers[0])
         steps = [s for s in steps[:2] if s[0] != "number"]
     if steps != [("operand", x)] or (linear.activation and (activation or scale != 1)):
-        return None  # the linear scales before it activates, and activates once
+        return None  # a linear scales before its activation and has only one
     scale *= linear.scale
     return replace(linear, residual=residual, activation=activation or linear.activation, scale=scale)
 
 
 def _residual_norm(m: Map, x: str, norm: Op, t: Mapping[str, Tensor]) -> Op | None:
+    """The norm with the map's other operand as its residual, if the map adds two operands; else None."""
     other = _other_of_sum(m, x)
     if not isinstance(norm, Norm) or x != norm.out or norm.residual is not None or other is None:
         return None
@@ -141,6 +147,7 @@ def _residual_norm(m: Map, x: str, norm: Op, t: Mapping[str, Tensor]) -> Op | No
 
 
 def _residual_experts(m: Map, x: str, experts: Op, t: Mapping[str, Tensor]) -> Op | None:
+    """The experts op with the map's other operand as residual, if the map adds two operands of one shape; else None."""
     other = _other_of_sum(m, x)
     if not isinstance(experts, Experts) or x != experts.out or experts.residual is not None or other is None:
         return None
@@ -148,7 +155,7 @@ def _residual_experts(m: Map, x: str, experts: Op, t: Mapping[str, Tensor]) -> O
 
 
 def _other_of_sum(m: Map, x: str) -> str | None:
-    """The other operand where the map is x and one other, added; None where it is more or less."""
+    """The operand other than `x` if the map is the sum of `x` and that operand; None for any other expression."""
     others = [name for name in m.inputs if name != x]
     steps = postfix(m.expr)
     sums = len(steps) == 3 and steps[0][0] == steps[1][0] == "operand" and steps[2] == PLUS

@@ -1,4 +1,4 @@
-"""Layouts: how many ranks share each layer, how many stages the layers make, and which rank is which."""
+"""Layouts: degrees of tensor, expert, pipeline and sequence parallelism, and the rank of each lane of each stage."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ WAYS = {"tp": "tensor parallel", "ep": "experts", "pp": "pipeline"}
 
 
 class LayoutError(ProgramError):
-    """A layout nobody understands, or one a Program cannot be cut by."""
+    """Raised for a layout that cannot be parsed, or by which a Program cannot be sharded."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`pp` stages of layers, each shared by tp * ep lanes. Heads are dealt out `tp` ways, experts `ep` ways and each of
-    those `tp` ways, all else among all lanes. Lane = expert way * tp + head way; rank = stage * lanes + lane: a stage's
-    ranks are neighbours. `sp`: what lies between two sums over lanes, norms above all, is split among them along
-    tokens."""
+    """Degrees of parallelism: `pp` pipeline stages, each shared by tp * ep lanes (ranks that hold the same layers).
+
+    Attention heads are divided among `tp` lanes; experts among `ep`, and each expert's columns among `tp`; everything
+    else among all lanes. lane = expert index * tp + head index, and rank = stage * lanes + lane, so the ranks of a
+    stage are neighbours. `sp` (sequence parallelism): norms and other ops between two all_reduces are split along
+    tokens.
+    """
 
     tp: int = 1
     ep: int = 1
@@ -28,7 +31,10 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """From text such as tp4, pp2, tp4pp2, tp2ep4 or, with norms split along tokens, tp4sp. Raises LayoutError."""
+        """The Layout of a text such as tp4, pp2, tp4pp2, tp2ep4 or, with sequence parallelism, tp4sp.
+
+        Raises LayoutError.
+        """
         ways = text.removesuffix("sp")
         found = re.findall(r"([a-z]+)(\d+)", ways)
         sizes = {way: int(n) for way, n in found}
@@ -41,7 +47,7 @@ class Layout:
         layout = cls(**sizes, sp=ways != text)
         if layout.sp and (
             layout.tp == 1 or layout.ep > 1
-        ):  # with ways of experts, sums are over unlike groups of lanes
+        ):  # with ep, attention and experts sum over different groups of lanes
             raise LayoutError(
                 f"layout {text!r}: sp splits norms among lanes of tp; it goes with tp2 or more, without ep"
             )
@@ -49,13 +55,16 @@ class Layout:
 
     @property
     def lanes(self) -> int:
+        """Number of ranks in one stage, tp * ep."""
         return self.tp * self.ep
 
     @property
     def ranks(self) -> int:
+        """Number of ranks in all stages."""
         return self.lanes * self.pp
 
     def rank(self, stage: int, lane: int) -> int:
+        """Number of the rank at position `lane` of pipeline stage `stage`."""
         return stage * self.lanes + lane
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Merging projections: linears of one block (attention, mlp) that read the same x become one wider linear."""
+"""Merging of projections: linears of one block (attention, MLP) with the same input become one wider linear."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from dataclasses import replace
 from intaglio.ops import Linear, Op, Tensor
 from intaglio.program import Program
 
-ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # the gate first: linear's glu wants [gate; up]
+ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # gate before up, as linear's glu expects [gate; up]
 
 
 def merge_projections(p: Program) -> Program:
-    """Join the weights of linears that read the same x with equal attributes; their results become views."""
+    """Merge linears of one block that have the same input and equal attributes.
+
+    Their results become views of one result.
+    """
     reads = Counter(name for op in p.ops for name in op.inputs)
     groups: dict[Hashable, list[Linear]] = {}
     for op in p.ops:
@@ -29,20 +32,24 @@ def merge_projections(p: Program) -> Program:
 
 
 def _can_merge(p: Program, op: Linear, reads: Counter[str]) -> bool:
+    """True if no other op uses the linear's weight and bias, nothing is fused into it, and its result is a temp."""
     own = all(reads[n] == 1 and p.tensors[n].role == "weight" for n in (op.w, op.bias) if n is not None)
     bare = op.residual is None and not op.activation and not op.glu
     return own and bare and p.tensors[op.out].role == "temp"
 
 
 def _key(p: Program, op: Linear) -> Hashable:
-    """Equal for linears that can be one."""
+    """Key that is equal for linears that can be merged: block, input, formats and scale."""
     block = op.site.rpartition(".")[0]
     bias = op.bias and p.tensors[op.bias].format
     return block, op.x, p.tensors[op.w].format, bias, op.x_format, op.scale
 
 
 def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str]) -> Linear:
-    """The linear for all of `group`; in `tensors`, its weights take the place of theirs and their results are views."""
+    """The linear that replaces the linears of `group`.
+
+    In `tensors`, one joined weight replaces theirs, and their results become views of the new linear's result.
+    """
     first = group[0]
     leaves = {op.site.rpartition(".")[2]: op for op in group}
     if all(leaf in ORDER for leaf in leaves):
@@ -67,7 +74,10 @@ def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str])
 
 
 def _join(tensors: dict[str, Tensor], parts: Sequence[str], place: str, name: str, rows: int) -> None:
-    """One weight of all `parts`' sources, in the table where `place` stood."""
+    """Replace the weights `parts` in `tensors` by one weight `name` of `rows` rows that has all their sources.
+
+    It takes the position of the weight `place` in the table.
+    """
     sources = tuple(s for part in parts for s in tensors[part].source)
     whole = replace(tensors[place], name=name, shape=(rows, *tensors[place].shape[1:]), source=sources)
     for part in parts:
@@ -77,7 +87,7 @@ def _join(tensors: dict[str, Tensor], parts: Sequence[str], place: str, name: st
 
 
 def _joint(block: str, leaves: Sequence[str], taken: set[str]) -> str:
-    """q_proj, k_proj, v_proj -> qkv_proj; gate_proj, up_proj -> gate_up_proj; a name nobody has."""
+    """An unused site name for merged linears, such as qkv_proj for q_proj, k_proj, v_proj."""
     stems = [leaf.removesuffix("_proj") for leaf in leaves]
     tail = "_proj" if all(leaf.endswith("_proj") for leaf in leaves) else ""
     glue = "" if tail and all(len(stem) == 1 for stem in stems) else "_"

@@ -1,6 +1,6 @@
-"""The recipe: which passes run, in which order and why, and the cook that runs and reports them.
+"""The recipe: which passes run, in which order and why; and build(), which runs them and reports what each changed.
 
-What a pass did is read off the Programs before and after it, so a report cannot differ from what happened.
+The report compares the Programs before and after a pass, so it cannot differ from what happened.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from intaglio.compiler.buffers import plan_buffers, planned, row_bytes
+from intaglio import formats
+from intaglio.compiler.buffers import buffers, bytes_per_row, plan_buffers, planned
 from intaglio.compiler.dead import remove_dead
 from intaglio.compiler.fusions import fuse_epilogues, fuse_glu, fuse_residual_experts, fuse_residual_norm
 from intaglio.compiler.layout import Layout
 from intaglio.compiler.projections import merge_projections
 from intaglio.compiler.shard import shard
 from intaglio.compiler.weights import set_weight_formats
-from intaglio.program import Program, ProgramError, verify, verify_mesh
+from intaglio.program import MeshProgram, Program, ProgramError, verify, verify_mesh
 
 
 class Pass(NamedTuple):
-    """One line of the recipe: `run` takes a Program and returns one that computes the same."""
+    """One entry of the recipe. `run`: function from a Program to an equivalent one."""
 
     name: str
     run: Callable[..., Program]
@@ -28,16 +29,24 @@ class Pass(NamedTuple):
 
 
 WHOLE = (  # on the Program of the whole model
-    Pass("remove_dead", remove_dead, "what nobody reads is neither computed nor held, and hinders no fusion"),
-    Pass("set_weight_formats", set_weight_formats, "bytes are time: store each weight in the format asked for"),
+    Pass("remove_dead", remove_dead, "an op whose result no op reads costs time and prevents fusions"),
+    Pass(
+        "set_weight_formats",
+        set_weight_formats,
+        "decoding is bound by memory: store each weight in the requested format",
+    ),
 )
 EACH = (  # on the Program of each rank
     Pass("merge_projections", merge_projections, "one wide matrix product instead of several that read the same x"),
-    Pass("fuse_glu", fuse_glu, "activation(gate) * up is formed before the product is stored"),
-    Pass("fuse_epilogues", fuse_epilogues, "scale, activation and residual ride on the product they follow"),
-    Pass("fuse_residual_norm", fuse_residual_norm, "the residual rides on the norm it follows"),
-    Pass("fuse_residual_experts", fuse_residual_experts, "the residual, or the shared expert, rides on the experts"),
-    Pass("plan_buffers", plan_buffers, "temps that are never alive together share memory"),
+    Pass("fuse_glu", fuse_glu, "activation(gate) * up is computed before the product is stored"),
+    Pass("fuse_epilogues", fuse_epilogues, "scale, activation and residual become part of the product before them"),
+    Pass("fuse_residual_norm", fuse_residual_norm, "the residual becomes part of the norm before it"),
+    Pass(
+        "fuse_residual_experts",
+        fuse_residual_experts,
+        "the residual, or the shared expert, becomes part of the experts op",
+    ),
+    Pass("plan_buffers", plan_buffers, "temps with disjoint lifetimes share memory"),
 )
 RECIPE = WHOLE + EACH
 
@@ -51,12 +60,18 @@ def build(
     check: bool = False,
     report: Callable[[str], object] | list[str] | None = None,
 ) -> Program:
-    """The Program a device should be given. Verified at the end, and after every pass with `check`.
+    """Compile a Program for a device. Verified at the end and, with `check`, after every pass.
 
-    `weights` is auto (as stored), f32, bf16, f16, fp8 (fp8g128), int8 (int8g128), int4 (int4g32) or a full name such as
-    int8g64, q4_k or mxfp4; `kv_format` is auto (to go with the weights), f32, bf16 or int8 (one scale a token and
-    head). `report` takes one line a pass. Raises FormatError for an unknown format and ProgramError, naming the pass,
-    for a Program that breaks a rule.
+    Raises FormatError for an unknown format and ProgramError, naming the pass, for a Program that breaks a rule.
+
+    Args:
+        program: as ported.
+        weights: auto (as stored), f32, bf16, f16, fp8 (fp8g128), int8 (int8g128), int4 (int4g32) or a full name such as
+            int8g64, q4_k or mxfp4.
+        kv_format: auto (f32 for f32 weights, else bf16), f32, bf16 or int8 (one scale per token and head).
+        passes: the passes to run, in order.
+        check: verify after every pass.
+        report: called with, or extended by, one line per pass.
     """
     say = report.append if isinstance(report, list) else report
     for step in passes:
@@ -78,26 +93,40 @@ def build_mesh(
     *,
     wire: str = "f32",
     check: bool = False,
-) -> tuple[Program, ...]:
-    """The Programs of all ranks of a layout, such as tp4pp2, in order of rank. Weights get their formats first, so that
-    shares are quantised as the whole would be. Raises as build() and shard() do."""
-    ranks = shard(build(program, weights, kv_format, passes=WHOLE, check=check), layout, wire)
-    programs = tuple(build(rank, passes=EACH, check=check) for rank in ranks)
-    verify_mesh(programs)
-    return programs
+) -> MeshProgram:
+    """Compile and shard a Program: the Programs of all ranks of a layout such as tp4pp2.
+
+    wire: format to which values are rounded before they travel between ranks. Weight formats are set before sharding,
+    so that shares are quantised as the whole weight would be. Raises the errors of build() and shard().
+    """
+    whole = build(program, weights, kv_format, passes=WHOLE, check=check)
+    ranks = shard(whole, layout, wire, _coded(program, whole))
+    mesh = MeshProgram(tuple(build(rank, passes=EACH, check=check) for rank in ranks), str(layout))
+    verify_mesh(mesh)
+    return mesh
 
 
 def build_stages(
     program: Program, layout: str | Layout, weights: str = "auto", kv_format: str = "auto", *, wire: str = "f32"
 ) -> tuple[Program, ...]:
-    """One rank's Program of each stage, as build_mesh() gives it: the ranks of a stage are alike, so that the first
-    stands for all where only time is asked."""
+    """The Program of one rank of each pipeline stage, in order; otherwise like build_mesh().
+
+    The ranks of a stage are alike, so one of them is enough to model time.
+    """
     lanes = Layout.parse(layout).lanes if isinstance(layout, str) else layout.lanes
-    ranks = shard(build(program, weights, kv_format, passes=WHOLE), layout, wire)
+    whole = build(program, weights, kv_format, passes=WHOLE)
+    ranks = shard(whole, layout, wire, _coded(program, whole))
     return tuple(build(rank, passes=EACH) for rank in ranks[::lanes])
 
 
+def _coded(ported: Program, whole: Program) -> set[str]:
+    """Names of the quantised weights whose format is as in the checkpoint, so that its codes are used unchanged."""
+    kept = ((t, ported.tensors.get(t.name)) for t in whole.of_role("weight"))
+    return {t.name for t, was in kept if was and was.format == t.format and formats.get(t.format).grouped}
+
+
 def _verify(program: Program, when: str) -> None:
+    """Verify a Program. `when` is put in front of the error's message."""
     try:
         verify(program)
     except ProgramError as e:
@@ -105,7 +134,7 @@ def _verify(program: Program, when: str) -> None:
 
 
 def _changes(before: Program, after: Program) -> Iterator[str]:
-    """What is different, in words: ops by kind, formats, tensors dropped, buffers."""
+    """Yield descriptions of what a pass changed: ops by kind, formats, tensors removed, buffers."""
     old, new = (Counter(op.kind for op in p.ops) for p in (before, after))
     counts = [f"{old[kind]} {kind}s -> {new[kind]}" for kind in sorted(old | new) if old[kind] != new[kind]]
     known = set(before.ops)
@@ -118,5 +147,5 @@ def _changes(before: Program, after: Program) -> Iterator[str]:
     formats = Counter(f"{t.role}s {was.format} -> {t.format}" for was, t in both if was.format != t.format)
     yield from (f"{n} {change}" for change, n in formats.items())
     if planned(after) and not planned(before):
-        (n, held), (m, kept) = ((len(b), sum(b.values())) for b in (row_bytes(before), row_bytes(after)))
-        yield f"{n} temps of {held:,} bytes a row -> {m} buffers of {kept:,}"
+        (n, held), (m, kept) = ((len(buffers(q)), bytes_per_row(q)) for q in (before, after))
+        yield f"{n} temps of {held:,} bytes per row -> {m} buffers of {kept:,}"

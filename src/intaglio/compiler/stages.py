@@ -1,6 +1,6 @@
-"""Stages: one lane's Program cut by layers, results that later stages read sent to them.
+"""Pipeline stages: cuts one lane's Program by layers, and sends results to the later stages that read them.
 
-Runs after layers are shared out: a lane of one stage speaks with the same lane of another.
+Runs after the layers are split among lanes: a lane of one stage communicates with the same lane of another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 def stage_of(p: Program, stages: int) -> list[int]:
-    """The stage of each op: layers in near-equal runs; what stands before or after them, with the first or the last."""
+    """The pipeline stage of each op. Stages have near-equal numbers of consecutive layers.
+
+    Ops before all layers are in the first stage, ops after them in the last. Raises LayoutError with fewer layers than
+    stages.
+    """
     numbers = [int(match[1]) if (match := LAYER.match(op.site)) else None for op in p.ops]
     layers = max((n for n in numbers if n is not None), default=-1) + 1
     if layers < stages and stages > 1:
@@ -30,7 +34,7 @@ def stage_of(p: Program, stages: int) -> list[int]:
 
 
 def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> Program:
-    """The Program of one rank, from that of its lane."""
+    """The Program of one rank: this stage's ops of the lane's Program `p`, with send and recv between stages."""
     at = stage_of(p, layout.pp)
     maker = {name: at[i] for i, op in enumerate(p.ops) for name in op.outputs}
     readers: dict[str, set[int]] = {}
@@ -67,13 +71,13 @@ def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> 
 
 
 def _moved(op: Op, layout: Layout, stage: int) -> Op:
-    """A collective of lanes, as ranks of this stage."""
+    """The op with the lanes of its group, if it is a collective, replaced by the ranks of this stage."""
     if isinstance(op, Grouped):
         return replace(op, group=tuple(layout.rank(stage, lane) for lane in op.group))
     return op
 
 
 def _tensors(p: Program, ops: list[Op]) -> dict[str, Tensor]:
-    """The inputs, and what these ops name."""
+    """The table of tensors for these ops: all inputs, and the tensors that the ops name."""
     named = {x for op in ops for name in (*op.inputs, *op.outputs) for x in (name, p.base(name))}
     return {name: t for name, t in p.tensors.items() if t.role == "input" or name in named}

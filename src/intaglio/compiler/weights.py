@@ -1,71 +1,85 @@
-"""Choosing the format each weight is stored in. This is quantisation from outside: no port and no op knows of it."""
+"""Weight formats: chooses the storage format of each weight and K/V cache. Ports and ops do not depend on it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 from math import gcd
 
 from intaglio import formats
-from intaglio.ops import Embed, Experts, KvWrite, Linear, Op, Route, Tensor
-from intaglio.ops.op import Tensors
+from intaglio.ops import Linear, Op, Tensor, x_format
 from intaglio.program import Program
 
 SHORT = {"int8": "int8g128", "int4": "int4g32", "fp8": "fp8g128"}
 PLAIN = ("f32", "bf16", "f16")
+MATRICES = ("matrix", "stack")  # uses of weights that are multiplied, in any format
 KV_FORMATS = {"f32": "f32", "bf16": "bf16", "int8": "int8row"}
-HEAD = "int8g128"  # as far as a head is quantised: its error goes straight into the logits
+HEAD = "int8g128"  # the narrowest format of the output head, whose error goes straight into the logits
 
 
 def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto") -> Program:
-    """The weights of every linear and expert in the format asked for, x rounded to match it, and the KV cache likewise,
-    or to go with it.
+    """The Program with weight matrices in the format `weights`, x_format to match, and K/V caches in `kv_format`.
 
-    auto leaves weights as stored. Short names stand for SHORT's, in groups that fit the weight; where its blocks do not
-    fit, q4_k is int4g32, of as many bits. A weight that yields logits (tied to the embedding or not) stays at HEAD when
-    4 bits are asked for. Tables read by embed alone are copied rows, not products: they follow f32 and bf16 only.
-    Routers stay as stored and read x unrounded: near a tie, rounding would choose other experts. Vectors (norm weights,
-    biases) and matrices by head stay as stored too. Raises FormatError for a name that is not one of these.
+    - weights="auto" leaves weights as stored.
+    - kv_format="auto" makes caches f32 with weights="f32", and leaves them as the port made them with weights="auto" or
+      "f16". With all other weights it makes them bf16.
+    - Short names (SHORT) choose groups that fit each weight; a q4_k weight whose rows are not whole blocks of 256
+      becomes int4g32, which has as many bits.
+    - Where `weights` is a 4-bit format, the weight that yields the logits (tied to the embedding or not) gets HEAD
+      instead, in groups that fit it.
+    - Tables read only by `embed` change format for weights="f32" and "bf16" alone, because `embed` copies single rows:
+      a narrower table would not make a step faster.
+    - Weights of products that compute an `exact` operand (routers) stay as stored and read x unrounded: near a tie,
+      rounding would choose other experts.
+    - Vectors and per-head matrices stay as stored.
+
+    Raises FormatError for an unknown name.
     """
-    name = _named(weights)
-    fits = weights in SHORT or name == "q4_k"  # whether it is fitted to each weight
-    routed = {p.base(op.logits) for op in p.ops if isinstance(op, Route)}
-    routers = {op.w for op in p.ops if isinstance(op, Linear) and op.out in routed}
-    linears = [op for op in p.ops if isinstance(op, Linear) and op.w not in routers]
-    tables = {op.w for op in p.ops if isinstance(op, Embed)}
-    heads = tables | {op.w for op in linears if p.tensors[op.x].shape[0] == "R"}
+    name = _full_name(weights)
+    fitting = weights in SHORT or name == "q4_k"  # each weight gets the groups that fit it
+    exact = {p.base(x) for op in p.ops for x in op.operands(exact=True)}
+    kept = {w for op in p.ops if not exact.isdisjoint(op.outputs) for w in op.operands(*MATRICES)}
+    products = [op for op in p.ops if op.rounds_x and kept.isdisjoint(op.operands(*MATRICES))]
     chosen: dict[str, str] = {}
     if name != "auto":
-        four_bits = formats.get(name).bits == 4
-        if name in ("f32", "bf16"):
-            chosen |= dict.fromkeys(tables, name)
-        for op in linears:
-            head = four_bits and op.w in heads
-            chosen[op.w] = fitted(HEAD if head else name, p.tensors[op.w]) if fits or head else name
-        for own in ((op.gate, op.up, op.down) for op in p.ops if isinstance(op, Experts)):
-            chosen |= dict.fromkeys(own, fitted(name, *(p.tensors[w] for w in own)) if fits else name)
+        chosen |= _table_formats(p, name)
+        outputs = _output_heads(p, products)
+        for op in products:
+            own = op.operands(*MATRICES)
+            head = formats.get(name).bits == 4 and not outputs.isdisjoint(own)
+            fit = fitted(HEAD if head else name, *(p.tensors[w] for w in own)) if fitting or head else name
+            chosen |= dict.fromkeys(own, fit)
     kv = KV_FORMATS.get(kv_format, "" if kv_format == "auto" else "?")
     if kv == "?":
         raise formats.FormatError(f"kv_format={kv_format!r}: use auto, {', '.join(KV_FORMATS)}")
     if kv or name not in ("auto", "f16"):
-        caches = {c for op in p.ops if isinstance(op, KvWrite) for c in (op.k_cache, op.v_cache)}
+        caches = {cache for op in p.ops for cache in op.operands("pages", access="write")}
         chosen |= dict.fromkeys(caches, kv or ("f32" if name == "f32" else "bf16"))
     tensors = {n: replace(t, format=chosen.get(n, t.format)) for n, t in p.tensors.items()}
-    return p.with_ops((_rounding(op, tensors, routers) for op in p.ops), tensors)
+    rounded = {op.site: x_format(tensors[op.operands(*MATRICES)[0]].format) for op in products}
+    ops = (replace(op, x_format=rounded[op.site]) if op.site in rounded else op for op in p.ops)  # type: ignore[call-arg]
+    return p.with_ops(ops, tensors)
 
 
-def _rounding(op: Op, tensors: Tensors, routers: Collection[str]) -> Op:
-    """The op with what its x is rounded to, to meet its weight."""
-    if isinstance(op, Linear) and op.w not in routers:
-        return replace(op, x_format=_x_format(tensors[op.w].format))
-    if isinstance(op, Experts):
-        return replace(op, x_format=_x_format(tensors[op.gate].format))
-    return op
+def _table_formats(p: Program, name: str) -> dict[str, str]:
+    """{table: name} of the tables whose rows are copied (embeddings), if `name` is f32 or bf16; else {}."""
+    return dict.fromkeys((w for op in p.ops for w in op.operands("table")), name) if name in ("f32", "bf16") else {}
+
+
+def _output_heads(p: Program, products: list[Op]) -> set[str]:
+    """Names of the weights that compute the logits, and of embedding tables, which an output head may be tied to."""
+    heads = {w for op in p.ops for w in op.operands("table")}
+    for op in products:
+        if any(p.tensors[out].shape[0] == "R" for out in op.outputs):
+            heads.update(op.operands("matrix"))
+    return heads
 
 
 def fitted(name: str, *weights: Tensor) -> str:
-    """`name`, if its groups of 128 fill the rows of the weights; else the same in the largest smaller groups that do,
-    if any: what is padded is read and multiplied too. q4_k, if its blocks fill them; else int4."""
+    """The format `name` with groups that fit the columns (K) of all these weights.
+
+    A format with groups of 128 gets the largest of 128, 96, 64, 32 that divides K, since padding would be stored and
+    multiplied too; if none does it stays `name`. q4_k becomes int4g32 unless 256 divides K.
+    """
     fmt, k = formats.get(name), gcd(*(int(w.shape[-1]) for w in weights))
     if name == "q4_k" and k % formats.BLOCK:
         return SHORT["int4"]
@@ -73,8 +87,8 @@ def fitted(name: str, *weights: Tensor) -> str:
     return f"{fmt.family}g{whole[0]}" if fmt.group == 128 and whole else name
 
 
-def _named(weights: str) -> str:
-    """The full name of the format asked for, or auto."""
+def _full_name(weights: str) -> str:
+    """The full name of the format asked for, or "auto". Raises FormatError."""
     name = SHORT.get(weights, weights)
     try:
         if name == "auto" or name in PLAIN or formats.get(name).grouped:
@@ -84,9 +98,22 @@ def _named(weights: str) -> str:
     raise formats.FormatError(f"weights={weights!r}: use auto, {', '.join((*PLAIN, *SHORT))}, or {formats.CHOSEN}")
 
 
-def _x_format(weight: str) -> str:
-    """What x is rounded to before it meets a weight of this format."""
-    fmt = formats.get(weight)
-    if fmt.integer:
-        return "int8"
-    return "bf16" if weight == "bf16" or fmt.grouped else "f32"
+def set_activation_format(p: Program, activations: str = "auto") -> Program:
+    """Set the format of activations that are multiplied with FP8 weights; "auto" changes nothing.
+
+    activations="fp8" rounds them to FP8 with one scale per row (fp8row). Raises FormatError for another name, or if no
+    product has FP8 weights.
+    """
+    if activations == "auto":
+        return p
+    if activations != "fp8":
+        raise formats.FormatError(f"activations={activations!r}: use auto or fp8")
+    eight = {
+        op.site
+        for op in p.ops
+        if isinstance(op, Linear) and formats.get(p.tensors[op.w].format).family.startswith("fp8")
+    }
+    if not eight:
+        raise formats.FormatError("activations fp8 needs FP8 weights: choose weights fp8 or fp8row")
+    ops = [replace(op, x_format="fp8row") if isinstance(op, Linear) and op.site in eight else op for op in p.ops]
+    return p.with_ops(ops, p.tensors)

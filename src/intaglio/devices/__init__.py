@@ -1,36 +1,65 @@
-"""Devices: the seam and what stands behind it. `open_device(name)` is the only way in."""
+"""Devices: host (C++), reference (NumPy), oracle (tests), silicon (modelled). Open one with `open_device(name)`.
+
+A device's module is imported when the device is opened: only the host needs the compiled part of this package.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 
+from intaglio.devices.clock import Clock, VirtualClock, WallClock
 from intaglio.devices.device import (
-    ArrayWeights,
+    BlockingExecutable,
+    CompletedStep,
     Device,
     DeviceError,
+    DeviceFacts,
     DeviceLost,
     Executable,
+    PendingStep,
+    ReplacementRefused,
     StateSpec,
+    StepRequest,
     StepResult,
     Weights,
 )
-from intaglio.devices.host import HostDevice
+from intaglio.devices.hosts import HostsDevice
 from intaglio.devices.mesh import MeshDevice
-from intaglio.devices.oracle import OracleDevice
-from intaglio.devices.reference import ReferenceDevice
+from intaglio.devices.ranks import RanksDevice
+from intaglio.devices.weights import ArrayWeights, ReportedWeights
 from intaglio.devices.worker import WorkerDevice
+from intaglio.plugins import load_plugins
 
-DEVICES: dict[str, Callable[..., Device]] = {"host": HostDevice, "oracle": OracleDevice, "reference": ReferenceDevice}
+DEVICES: dict[str, str] = {}  # "module:class" by name
+
+
+def register_device(name: str, where: str) -> None:
+    """Register a Device class, written "module:class", under a name for open_device()."""
+    DEVICES[name] = where
 
 
 def open_device(name: str, **options: object) -> Device:
-    """The device called `name`. Raises DeviceError naming those there are."""
+    """Create the device registered under `name`; `options` are arguments of its class.
+
+    Raises DeviceError if there is none.
+    """
+    load_plugins()
     if name not in DEVICES:
         raise DeviceError(f"no device called {name!r}; there are {', '.join(sorted(DEVICES))}")
-    return DEVICES[name](**options)
+    module, _, kind = DEVICES[name].partition(":")
+    device = vars(import_module(module))[kind](**options)
+    assert isinstance(device, Device)
+    return device
 
+
+register_device("host", "intaglio.devices.host:HostDevice")
+register_device("oracle", "intaglio.devices.oracle:OracleDevice")
+register_device("reference", "intaglio.devices.reference:ReferenceDevice")
+register_device("silicon", "intaglio.devices.silicon:SiliconDevice")
 
 __all__ = [
-    "DEVICES", "ArrayWeights", "Device", "DeviceError", "DeviceLost", "Executable", "MeshDevice", "StateSpec",
-    "StepResult", "Weights", "WorkerDevice", "open_device",
+    "DEVICES", "ArrayWeights", "BlockingExecutable", "Clock", "CompletedStep", "Device", "DeviceError", "DeviceFacts",
+    "DeviceLost", "Executable", "HostsDevice", "MeshDevice", "PendingStep", "RanksDevice", "ReplacementRefused",
+    "ReportedWeights", "StateSpec", "StepRequest", "StepResult", "VirtualClock", "WallClock", "Weights", "WorkerDevice",
+    "open_device", "register_device",
 ]  # fmt: skip

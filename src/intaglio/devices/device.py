@@ -1,112 +1,224 @@
-"""The seam: what every device offers, whatever it is made of. Loading a Program, and one step of it."""
+"""The device interface: load a Program with its weights, run one step of a batch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Generator, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
-from intaglio import formats
-from intaglio.batch import Batch
-from intaglio.formats import Quantised
-from intaglio.ops import Collective, Tensor, Value
-from intaglio.program import Program
-from intaglio.program.source import read
+from intaglio.batch import NO_STATE, Batch
+from intaglio.devices.clock import Clock, WallClock
+from intaglio.devices.recipe import Recipe
+from intaglio.ops import Collective, Value
+from intaglio.program import MeshProgram, Program
 
 
 class DeviceError(RuntimeError):
-    """A device that cannot load or run what it was given."""
+    """Raised if a device cannot load or run something; base class of DeviceLost."""
+
+
+class ReplacementRefused(DeviceError):
+    """Raised if a replacement for a lost executable would compute other bits. Another attempt would be refused too."""
 
 
 class DeviceLost(DeviceError):
-    """The device itself is gone: its process died, hung or spoke nonsense. What it held is lost; load anew."""
+    """Raised if the device's process died, hung or sent an unreadable answer.
+
+    The executable's state is lost; the Program must be loaded again.
+    """
 
 
 class Weights(Protocol):
-    """Where a device reads weights from: arrays [rows, ...] in their stored type, possibly maps of a file, or codes."""
-
-    def read(self, name: str) -> Value: ...
-
-    def strips(self, name: str) -> Iterator[Value]:
-        """The same, but codes may come in runs along their first dimension, one at a time in memory."""
-
-    def release(self, name: str) -> None:
-        """The device has taken its copy; the pages behind `name` may be dropped."""
-
-    def identity(self) -> str | None:
-        """The same for the same values, even tomorrow: a device may keep what it made of them. None: it may not."""
-
-
-@dataclass(frozen=True)
-class ArrayWeights:
-    """Weights already in memory."""
-
-    arrays: Mapping[str, Value]
+    """Interface of weight sources: arrays [rows, ...] in their stored type (perhaps mapped files) or quantised."""
 
     def read(self, name: str) -> Value:
-        return self.arrays[name]
+        """The values of a checkpoint tensor."""
 
     def strips(self, name: str) -> Iterator[Value]:
-        yield self.arrays[name]
+        """Yield the values of a checkpoint tensor in runs of rows (first dimension), one run in memory at a time."""
 
     def release(self, name: str) -> None:
-        """Nothing to drop."""
+        """Tell the source that the device has copied a tensor, so that its memory pages may be dropped."""
 
-    def identity(self) -> None:
-        """Arrays may change."""
+    def identity(self) -> str | None:
+        """A text that identifies the values, equal in later processes too; None if there is none.
+
+        A device may use it as the key under which it caches packed weights on disk.
+        """
 
 
 @dataclass(frozen=True)
 class StateSpec:
-    """How much state to hold: the dims P (pages in the pool) and B (tokens a page)."""
+    """Size of the state that outlives a step: K/V cache and recurrent state.
+
+    Attributes:
+        pages: pages in the pool (the symbolic dim P).
+        page_tokens: tokens per page (the symbolic dim B).
+        slots: slots of recurrent state (the symbolic dim N), two for each sequence that runs at once; 0 for a model
+            without recurrent state.
+    """
 
     pages: int
     page_tokens: int = 32
+    slots: int = 0
+
+    def pair(self, sequence: int, steps: int) -> tuple[int, int]:
+        """`Chunk.state` of a sequence in its step number `steps`, for callers that use slots without an engine.
+
+        Sequence i alternates between slots 2 i and 2 i + 1.
+        """
+        if not self.slots:
+            return NO_STATE
+        before, after = 2 * sequence + (steps + 1) % 2, 2 * sequence + steps % 2
+        return (before if steps else -1), after
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """What an executable should run in one step.
+
+    Attributes:
+        batch: the arrays of the step.
+        logits: return logits f32 [R, vocabulary].
+        taps: sites whose first result to return.
+        timed: return seconds by site.
+    """
+
+    batch: Batch
+    logits: bool = False
+    taps: Collection[str] = ()
+    timed: bool = False
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gives back: tokens int32 [R] (-1: no finite logits), logprobs f32 [R], logits f32 [R, vocabulary] if
-    wanted, the tapped tensors by site, and seconds by site if timed."""
+    """The result of a step.
+
+    Attributes:
+        tokens: int32 [R]; -1: the row has no finite logit.
+        logprobs: f32 [R].
+        logits: f32 [R, vocabulary] if requested, else None.
+        taps: the tapped tensors by site.
+        timings: seconds by site if requested.
+        rank_timings: of a mesh, the same for each rank.
+    """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     logits: np.ndarray | None = None
     taps: dict[str, np.ndarray] = field(default_factory=dict)
     timings: Mapping[str, float] = field(default_factory=dict)
+    rank_timings: tuple[Mapping[str, float], ...] = ()
 
 
-class Executable(Protocol):
-    """A loaded Program with its weights packed and its state held."""
+def merge_ranks(results: Sequence[StepResult]) -> StepResult:
+    """The results of a mesh's ranks as one: the last rank's tokens and logits, summed timings, and all taps.
+
+    Rank r's tapped tensor is named `site@r`.
+    """
+    last, timings = results[-1], dict[str, float]()
+    for result in results:
+        for site, seconds in result.timings.items():
+            timings[site] = timings.get(site, 0.0) + seconds
+    taken = {f"{site}@{r}": x for r, result in enumerate(results) for site, x in result.taps.items()}
+    by_rank = tuple(r.timings for r in results if r.timings)
+    return StepResult(last.tokens, last.logprobs, last.logits, taken, timings, by_rank)
+
+
+class PendingStep(Protocol):
+    """Interface of a launched step, which may still be running."""
+
+    def done(self) -> bool:
+        """True if the step has ended, so that result() does not wait."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and return its result, or raise the error that ended it."""
+
+
+@dataclass(frozen=True)
+class CompletedStep:
+    """A step that has ended. `outcome`: its result, or the error it raised."""
+
+    outcome: StepResult | Exception
+
+    def done(self) -> bool:
+        """Always True: the step has ended."""
+        return True
+
+    def result(self) -> StepResult:
+        """The result. Raises the error if the step failed."""
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+class Executable(ABC):
+    """A Program loaded on a device, with packed weights and K/V cache. Steps run in the order of their launches."""
 
     program: Program
     state: StateSpec
+    depth: int = 1  # steps that are worth having under way: the stages of a pipeline
+    state_kept: bool = False  # it has the K/V cache of the lost executable in whose place it was loaded
 
-    def step(
-        self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
-    ) -> StepResult: ...
+    @abstractmethod
+    def launch(self, request: StepRequest) -> PendingStep:
+        """Start a step and return it. Errors are raised by the returned step's result()."""
+
+    def step(self, request: StepRequest) -> StepResult:
+        """Run a step to its end and return its result."""
+        return self.launch(request).result()
+
+    def unwrapped(self) -> Executable:
+        """The innermost executable: of a wrapper, the one it wraps; otherwise this one."""
+        return self
+
+    def close(self) -> None:  # noqa: B027 (most hold nothing)
+        """Release what the executable holds outside this process, such as child processes. Most hold nothing."""
 
 
-# A step of one rank of a mesh: it stops at each collective with what the rank brings (None for a recv), to be sent what
-# the rank gets (None for a send).
-Rounds = Generator[tuple[Collective, np.ndarray | None], np.ndarray | None, StepResult]
+class BlockingExecutable(Executable):
+    """Base class of executables that compute in the calling thread: a step has ended when launch() returns."""
+
+    @abstractmethod
+    def run(self, request: StepRequest) -> StepResult:
+        """Compute a step and return its result."""
+
+    def launch(self, request: StepRequest) -> PendingStep:
+        try:
+            return CompletedStep(self.run(request))
+        except Exception as e:
+            return CompletedStep(e)
+
+    def step(self, request: StepRequest) -> StepResult:
+        return self.run(request)
 
 
-class Rank(Executable, Protocol):
-    """An Executable that can be one rank of a mesh."""
-
-    def rounds(
-        self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
-    ) -> Rounds: ...
+# A step of one rank of a mesh. At each collective it yields (collective, this rank's input or None for a recv), is sent
+# this rank's output (None for a send), and at its end returns the result of the step.
+CollectiveSteps = Generator[tuple[Collective, np.ndarray | None], np.ndarray | None, StepResult]
 
 
-def alone(program: Program, rounds: Rounds) -> StepResult:
-    """Step a Program that is a mesh of its own. Raises DeviceError at its first collective if it is not."""
+class RankExecutable(BlockingExecutable):
+    """Base class of executables that can be one rank of a mesh."""
+
+    @abstractmethod
+    def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
+        """Generator of one step that yields at each collective, where the caller exchanges data between ranks."""
+
+    def run(self, request: StepRequest) -> StepResult:
+        return run_single_rank(self.program, self.run_until_collective(request))
+
+
+def run_single_rank(program: Program, steps: CollectiveSteps) -> StepResult:
+    """Run the step of a Program without collectives and return its result.
+
+    Raises DeviceError if it reaches a collective.
+    """
     try:
-        op, _ = next(rounds)
+        op, _ = next(steps)
     except StopIteration as end:
         result: StepResult = end.value
         return result
@@ -116,62 +228,88 @@ def alone(program: Program, rounds: Rounds) -> StepResult:
     )
 
 
-class Device(Protocol):
-    """Loads Programs. May pack, fuse and thread; may not change results."""
+@dataclass(frozen=True)
+class DeviceFacts:
+    """Properties of a device; None if not applicable.
+
+    Attributes:
+        isa: name of the CPU instruction set.
+        threads: number of CPU threads.
+        memory: bytes.
+    """
+
+    isa: str | None = None
+    threads: int | None = None
+    memory: int | None = None
+
+
+class Device(ABC):
+    """Base class of devices. load() takes a Program and its weights and returns an Executable, which runs steps.
+
+    A device may pack weights, fuse ops and use threads, if results stay equal.
+
+    clock: the clock that times its steps, measured or modelled.
+    """
 
     name: str
+    clock: Clock = WallClock()
 
-    def load(self, program: Program, weights: Weights, state: StateSpec) -> Executable: ...
+    def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
+        """Load a Program, or the Programs of all ranks of a mesh.
+
+        Raises ProgramError for a Program that breaks a rule, DeviceError if the device cannot run it.
+        """
+        if isinstance(program, Program):
+            return self.load_program(program, weights, state)
+        if len(program.programs) > 1:
+            raise DeviceError(f"device {self.name!r} runs one rank; load {program.layout or 'a mesh'} by a MeshDevice")
+        return self.load_program(program.last, weights, state)
+
+    def reload(
+        self, lost: Executable, program: Program | MeshProgram, weights: Weights, state: StateSpec
+    ) -> Executable:
+        """Load a replacement for the executable `lost`, whose device is gone, with the same Programs and weights.
+
+        The replacement's `state_kept` is True if it has the K/V cache of `lost`. Raises what load() raises, and
+        ReplacementRefused if its results would have other bits.
+        """
+        return self.load(program, weights, state)
+
+    @abstractmethod
+    def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
+        """Load one Program: a whole model, or one rank of a mesh."""
+
+    def recipe(self) -> Recipe:
+        """The Recipe with which another process makes an equal device. Classes with arguments override it."""
+        return f"{type(self).__module__}:{type(self).__qualname__}", {}
+
+    def facts(self) -> DeviceFacts:
+        """Properties of the device, for reports and for choosing sizes."""
+        return DeviceFacts()
 
 
 def limits(program: Program, state: StateSpec) -> dict[str, int]:
-    """What the token ids, positions, slots and blocks of a batch stay below."""
+    """Upper limits of a batch's token ids, positions, slots, blocks and state slots by name. Values must be below."""
     return {
         "token id": program.vocabulary or np.iinfo(np.int32).max,
         "position": program.context,
         "slot": state.pages * state.page_tokens,
         "block": state.pages,
+        "state slot": state.slots,
     }
 
 
 def check_batch(program: Program, state: StateSpec, batch: Batch) -> None:
-    """Refuse a batch the Program or the state cannot hold, naming what is out of range. Raises DeviceError."""
+    """Raise DeviceError naming the value out of range if a batch does not fit the Program or the K/V cache."""
     if batch.block_size != state.page_tokens:
-        raise DeviceError(f"the batch counts {batch.block_size} tokens a page, the state holds {state.page_tokens}")
+        raise DeviceError(f"the batch has {batch.block_size} tokens per page, the state {state.page_tokens}")
     below = limits(program, state) | {"row": len(batch.tokens)}
-    given = (batch.tokens, batch.positions, batch.slots, batch.block_table, batch.rows)
+    states = np.concatenate([batch.state_from, batch.state_to])
+    given = (batch.tokens, batch.positions, batch.slots, batch.block_table, states, batch.rows)
+    if state.slots and int(batch.state_to.min()) < 0:
+        raise DeviceError("the state has slots but a chunk has none; give each Chunk state=(slot before, slot after)")
     for (what, limit), values in zip(below.items(), given, strict=True):
-        low = -1 if what == "block" else 0
+        low = -1 if what in ("block", "state slot") else 0
         if values.size and (int(values.min()) < low or int(values.max()) >= limit):
             bad = int(values.min()) if int(values.min()) < low else int(values.max())
             raise DeviceError(f"{what} {bad} is outside 0..{limit - 1}")
-
-
-def assemble(tensor: Tensor, weights: Weights) -> Value:
-    """A weight in its declared format, from its checkpoint tensors. Raises DeviceError if the shape is another."""
-    parts = [(name, x) for source in tensor.source for name, x in read(source, weights.read)]
-    fmt, shape = formats.get(tensor.format), tuple(int(d) for d in tensor.shape)
-    row = shape[-1:] if len(shape) > 1 else ()  # of a vector, every value is a row
-    fits = all(x.shape[len(x.shape) - len(row) :] == row for _, x in parts)
-    if not fits or sum(math.prod(x.shape) for _, x in parts) != math.prod(shape):
-        held = " + ".join(str(list(x.shape)) for _, x in parts[:4])
-        raise DeviceError(f"weight {tensor.name} is {tensor.type} but {' + '.join(tensor.source)} holds {held}")
-    for name, _ in parts:
-        weights.release(name)
-    if all(isinstance(x, Quantised) and x.format == fmt.name for _, x in parts):
-        return _joined([x for _, x in parts if isinstance(x, Quantised)], shape)
-    plain = [x.rows(slice(None)) if isinstance(x, Quantised) else x for _, x in parts]
-    whole = np.concatenate([x.reshape(-1, *row) for x in plain]) if len(plain) > 1 else plain[0]
-    if fmt.grouped:
-        return formats.quantise(whole.reshape(-1, *row).astype(np.float32), fmt.name).stacked(shape)
-    return whole.astype(fmt.dtype).reshape(shape)
-
-
-def _joined(parts: list[Quantised], shape: tuple[int, ...]) -> Quantised:
-    """Codes in the order of their rows, as published."""
-
-    def join(arrays: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate([x.reshape(-1, x.shape[-1]) for x in arrays])
-
-    whole = parts[0].holding({name: join([x.arrays[name] for x in parts]) for name in parts[0].arrays})
-    return whole.stacked(shape)

@@ -1,119 +1,156 @@
-"""All ranks of a mesh in one process: each rank's Program on a device of its own kind, collectives by schedule.
+"""MeshDevice: runs all ranks of a mesh in one process, each on its own executable, with collectives by schedule.
 
-Ranks step in turn from collective to collective, so that results depend on nothing but the Programs.
+Ranks run one after the other from collective to collective, so results depend only on the Programs.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
-from typing import cast
+from collections.abc import Sequence
 
 import numpy as np
 
 from intaglio import collectives
-from intaglio.batch import Batch
-from intaglio.devices.device import Device, DeviceError, Rank, Rounds, StateSpec, StepResult, Weights, check_batch
+from intaglio.devices.device import (
+    BlockingExecutable,
+    CollectiveSteps,
+    Device,
+    DeviceError,
+    DeviceFacts,
+    Executable,
+    RankExecutable,
+    StateSpec,
+    StepRequest,
+    StepResult,
+    Weights,
+    check_batch,
+    merge_ranks,
+)
+from intaglio.devices.recipe import Recipe, make
 from intaglio.ops import AllGather, AllReduce, AllToAll, Collective, Grouped, Recv, Send
 from intaglio.ops.collective import split_rows
-from intaglio.program import Program, verify_mesh
+from intaglio.program import MeshProgram, Program, verify_mesh
 
 
-class MeshExecutable:
-    """The ranks' Executables. `program` is the last rank's, which has the logits."""
+class MeshExecutable(BlockingExecutable):
+    """The executables of all ranks of a mesh, as one. `program` is the last rank's, which computes the logits."""
 
-    def __init__(self, ranks: Sequence[Rank], state: StateSpec) -> None:
+    def __init__(self, ranks: Sequence[RankExecutable], state: StateSpec) -> None:
         self.ranks, self.state = ranks, state
         self.program = ranks[-1].program
 
-    def step(
-        self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
-    ) -> StepResult:
-        """One step of every rank. What rank r has at a tapped site is under `site@r`; timings are sums over ranks."""
-        check_batch(self.program, self.state, batch)
-        results = _Step([rank.rounds(batch, logits=logits, taps=taps, timed=timed) for rank in self.ranks]).run()
-        last, timings = results[-1], dict[str, float]()
-        for result in results:
-            for site, seconds in result.timings.items():
-                timings[site] = timings.get(site, 0.0) + seconds
-        taken = {f"{site}@{r}": x for r, result in enumerate(results) for site, x in result.taps.items()}
-        return StepResult(last.tokens, last.logprobs, last.logits, taken, timings)
+    def run(self, request: StepRequest) -> StepResult:
+        """Run one step of every rank. Rank r's tapped value is returned under `site@r`; timings are sums over ranks."""
+        check_batch(self.program, self.state, request.batch)
+        return merge_ranks(MeshStep([rank.run_until_collective(request) for rank in self.ranks]).run())
 
 
-class _Step:
-    """One step under way: where each rank stands, what it brings there, and what is sent and not yet received."""
+class MeshStep:
+    """A step of all ranks in progress.
 
-    def __init__(self, rounds: Sequence[Rounds]) -> None:
-        self.rounds = rounds
-        self.at: dict[int, tuple[Collective, np.ndarray | None]] = {}
+    `waiting`: by rank, the collective at which it waits and its input. `messages`: tensors sent and not yet received,
+    by (sender, receiver).
+    """
+
+    def __init__(self, ranks: Sequence[CollectiveSteps]) -> None:
+        self.ranks = ranks
+        self.waiting: dict[int, tuple[Collective, np.ndarray | None]] = {}  # by rank
         self.results: dict[int, StepResult] = {}
-        self.sent: dict[tuple[int, int], deque[np.ndarray]] = {}
+        self.messages: dict[tuple[int, int], deque[np.ndarray]] = {}  # by (sender, receiver)
 
     def run(self) -> list[StepResult]:
-        for rank in range(len(self.rounds)):
+        """Run all ranks to their end and return their results in order of rank. Raises DeviceError if they deadlock."""
+        for rank in range(len(self.ranks)):
             self.resume(rank, None)
-        while self.at:
-            before = len(self.at), [op.site for op, _ in self.at.values()]
-            for rank in list(self.at):
-                if rank in self.at:
-                    self.meet(rank)
-            if before == (len(self.at), [op.site for op, _ in self.at.values()]):
-                where = ", ".join(f"rank {r} at {op.site}" for r, (op, _) in self.at.items())
-                raise DeviceError(f"no rank can go on: {where}")
-        return [self.results[rank] for rank in range(len(self.rounds))]
+        while self.waiting:
+            before = self._positions()
+            for rank in list(self.waiting):
+                if rank in self.waiting:
+                    self.exchange(rank)
+            if self._positions() == before:
+                where = ", ".join(f"rank {r} at {op.site}" for r, (op, _) in self.waiting.items())
+                raise DeviceError(f"deadlock: no rank can continue: {where}")
+        return [self.results[rank] for rank in range(len(self.ranks))]
 
-    def resume(self, rank: int, got: np.ndarray | None) -> None:
-        """Let a rank go on to its next collective, or to its end."""
-        self.at.pop(rank, None)
+    def resume(self, rank: int, output: np.ndarray | None) -> None:
+        """Run a rank to its next collective or its end.
+
+        `output`: this rank's result of its last collective, or None.
+        """
+        self.waiting.pop(rank, None)
         try:
-            self.at[rank] = self.rounds[rank].send(got)
+            self.waiting[rank] = self.ranks[rank].send(output)
         except StopIteration as end:
             self.results[rank] = end.value
 
-    def meet(self, rank: int) -> None:
-        """Do the collective at which `rank` stands, if its peers stand there too."""
-        op, x = self.at[rank]
+    def exchange(self, rank: int) -> None:
+        """Run the collective at which `rank` waits, if its peers are ready for it; otherwise do nothing."""
+        op, x = self.waiting[rank]
         if isinstance(op, Send):
             assert x is not None
-            self.sent.setdefault((rank, op.peer), deque()).append(op.carried(x))
+            self.messages.setdefault((rank, op.peer), deque()).append(op.carried(x))
             self.resume(rank, None)
         elif isinstance(op, Recv):
-            if letters := self.sent.get((op.peer, rank)):
-                self.resume(rank, letters.popleft())
+            if messages := self.messages.get((op.peer, rank)):
+                self.resume(rank, messages.popleft())
         elif isinstance(op, Grouped):
-            there = [self.at.get(r) for r in op.group]
-            if all(item is not None and item[0].site == op.site for item in there):
-                brought = [np.asarray(item[1]) for item in there if item is not None]
-                for r, got in zip(op.group, together(op, brought), strict=True):
-                    self.resume(r, got)
+            arrived = [self.waiting.get(r) for r in op.group]
+            if all(item is not None and item[0].site == op.site for item in arrived):
+                inputs = [np.asarray(item[1]) for item in arrived if item is not None]
+                for r, output in zip(op.group, run_collective(op, inputs), strict=True):
+                    self.resume(r, output)
+
+    def _positions(self) -> tuple[int, list[str]]:
+        """(number of waiting ranks, sites where they wait). A deadlock is detected by its not changing."""
+        return len(self.waiting), [op.site for op, _ in self.waiting.values()]
 
 
-def together(op: Grouped, x: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """What each rank of the group gets, by the schedule that sums in order of rank: bit for bit `op.exchange(x)`."""
-    carried = [op.carried(part) for part in x]
-    s = collectives.schedule(op.kind, "one_shot" if isinstance(op, AllReduce) else "direct", len(x))
+def run_collective(op: Grouped, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Run a collective on the inputs of its ranks, in order of rank. Returns each rank's output.
+
+    Sums are in order of rank, so that the bits equal those of op.exchange().
+    """
+    carried = [op.carried(x) for x in inputs]
+    s = collectives.schedule(op.kind, "one_shot" if isinstance(op, AllReduce) else "direct", len(inputs))
     if isinstance(op, AllReduce):
         return [op.carried(total) for total in collectives.all_reduce(s, carried)]
     if isinstance(op, AllGather):
         axis = 0 if op.tokens else 1
         return [np.concatenate(parts, axis) for parts in collectives.all_gather(s, carried)]
-    rows = [split_rows(part, len(x)) for part in carried]
+    rows = [split_rows(x, len(inputs)) for x in carried]
     if isinstance(op, AllToAll):
         return [np.concatenate(parts, axis=1) for parts in collectives.all_to_all(s, rows)]
     return [op.carried(total) for total in collectives.reduce_scatter(s, rows)]
 
 
-class MeshDevice:
-    """Runs all ranks of a mesh on devices like `inner`."""
+class MeshDevice(Device):
+    """Runs all ranks of a mesh in this process, each on the device `inner`."""
 
     def __init__(self, inner: Device) -> None:
-        self.inner, self.name = inner, f"mesh of {inner.name}"
+        self.inner, self.name, self.clock = inner, inner.name, inner.clock
 
-    def load(self, programs: Sequence[Program], weights: Weights, state: StateSpec) -> MeshExecutable:
-        """Load every rank's Program. Raises ProgramError if they do not fit together, DeviceError if the device cannot
-        be a rank."""
-        verify_mesh(programs)
-        ranks = [self.inner.load(program, weights, state) for program in programs]
-        if not all(hasattr(rank, "rounds") for rank in ranks):
-            raise DeviceError(f"device {self.inner.name!r} runs no mesh; use reference or host")
-        return MeshExecutable([cast(Rank, rank) for rank in ranks], state)
+    @classmethod
+    def of(cls, inner: Recipe) -> MeshDevice:
+        """A MeshDevice whose inner device is made from a recipe."""
+        device = make(inner)
+        assert isinstance(device, Device)
+        return cls(device)
+
+    def recipe(self) -> Recipe:
+        return f"{__name__}:MeshDevice.of", {"inner": self.inner.recipe()}
+
+    def facts(self) -> DeviceFacts:
+        return self.inner.facts()
+
+    def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
+        if isinstance(program, Program) or len(program.programs) == 1:
+            return self.inner.load(program, weights, state)
+        verify_mesh(program)
+        ranks = [self.inner.load(rank, weights, state) for rank in program.programs]
+        able = [rank for rank in ranks if isinstance(rank, RankExecutable)]
+        if len(able) < len(ranks):
+            raise DeviceError(f"device {self.name!r} cannot run a mesh; use reference or host")
+        return MeshExecutable(able, state)
+
+    def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
+        return self.inner.load_program(program, weights, state)

@@ -1,40 +1,53 @@
-"""The oracle device: no weights, no arithmetic; the next token is a hash of every token id so far.
+"""The oracle device, for tests of the runtime: the next token is a hash of all token ids of the sequence.
 
-What stands for K/V is a hash chain, one link a physical slot, and a token is drawn by reading all of a sequence's links
-back through its block table. A wrong block, an early reuse or a missing write becomes a wrong token.
+Its K/V cache holds a hash chain, one link per slot. To sample a token it reads all links of the sequence through the
+block table, so a wrong block, an early reuse or a missing write becomes a wrong token. If the state has slots, each
+slot holds the chain of one sequence as recurrent state, which must end in the same link as the K/V: a state that is
+stepped twice, stale, or of another sequence becomes a wrong token too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from intaglio.batch import GREEDY, Batch, Sampling
-from intaglio.devices.device import Executable, StateSpec, StepResult, Weights, check_batch
+from intaglio.devices.device import (
+    BlockingExecutable,
+    Device,
+    Executable,
+    StateSpec,
+    StepRequest,
+    StepResult,
+    Weights,
+    check_batch,
+)
 from intaglio.ops.sample import uniform
 from intaglio.program import Program
 
 MASK = (1 << 64) - 1
-START = 0x243F6A8885A308D3  # the link before a sequence's first; pi's digits
-STALE = 0xA4093822299F31D0  # what a slot holds before anything is written to it
+START = 0x243F6A8885A308D3  # the link before a sequence's first token: digits of pi
+STALE = 0xA4093822299F31D0  # the content of a slot before the first write
 
 
 def mix(x: int) -> int:
-    """A bijection of 64-bit integers that looks random: murmur3's finaliser (Appleby 2011)."""
+    """Finaliser of murmur3 (Appleby 2011): a bijection of 64-bit integers; every output bit depends on all input."""
     x = ((x ^ (x >> 33)) * 0xFF51AFD7ED558CCD) & MASK
     x = ((x ^ (x >> 33)) * 0xC4CEB9FE1A85EC53) & MASK
     return x ^ (x >> 33)
 
 
 def link(previous: int, token: int) -> int:
-    """What a slot holds: the link before it and its own token."""
+    """Content of a K/V slot: a 64-bit hash of the previous slot's content and of the token id."""
     return mix((previous * 31 + token + 1) & MASK)
 
 
-def verdict(links: Sequence[int], vocabulary: int, sampling: Sampling) -> int:
-    """The token that follows a sequence whose slots hold `links`; every link counts, each at its own place, and so does
-    every edit. Of the ids that a mask allows one is drawn; -1 if it allows none."""
+def draw(links: Sequence[int], vocabulary: int, sampling: Sampling) -> int:
+    """The token that follows a sequence whose K/V slots hold `links`; -1 if the mask allows no token id.
+
+    Depends on every link and its position, on every edit and on the mask.
+    """
     total = sum(h * (2 * i + 1) for i, h in enumerate(links)) & MASK
     if sampling.temperature > 0:
         total ^= int(uniform(sampling.seed, len(links)) * 2.0**53)
@@ -48,30 +61,33 @@ def verdict(links: Sequence[int], vocabulary: int, sampling: Sampling) -> int:
 
 
 def expected(ids: Sequence[int], vocabulary: int, sampling: Sampling = GREEDY) -> int:
-    """The next token by definition: from token ids alone, whatever blocks, chunks or batches they went through."""
+    """The token that must follow the token ids, computed without a K/V cache for tests to compare with."""
     links, previous = [], START
     for token in ids:
         previous = link(previous, token)
         links.append(previous)
-    return verdict(links, vocabulary, sampling)
+    return draw(links, vocabulary, sampling)
 
 
-class OracleExecutable:
-    """A pool of links where a real device holds K/V."""
+class OracleExecutable(BlockingExecutable):
+    """An executable of the oracle device: one hash (link) per K/V slot, and one per slot of recurrent state."""
 
     def __init__(self, program: Program, state: StateSpec) -> None:
         self.program, self.state = program, state
         self.links = np.full(state.pages * state.page_tokens, STALE, np.uint64)
+        self.states = np.full(state.slots, STALE, np.uint64)
 
     def _slots(self, batch: Batch, s: int) -> np.ndarray:
-        """Where the block table says sequence `s` keeps its context, in order of position."""
+        """K/V slots of all tokens of sequence `s` in order of position, from the block table."""
         at = np.arange(int(batch.context_len[s]))
         return batch.block_table[s, at // batch.block_size] * batch.block_size + at % batch.block_size
 
-    def step(
-        self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
-    ) -> StepResult:
-        """One step: every chunk is written before any row is drawn. Taps and timings are empty."""
+    def run(self, request: StepRequest) -> StepResult:
+        """Run one step: every chunk is written before any row is sampled. Taps and timings are empty.
+
+        `chain` is each row's recurrent state: what a slot holds, advanced by the chunk's tokens up to the row.
+        """
+        batch = request.batch
         check_batch(self.program, self.state, batch)
         owner = np.repeat(np.arange(len(batch.q_len)), batch.q_len)
         where = [self._slots(batch, s) for s in range(len(batch.q_len))]
@@ -79,24 +95,44 @@ class OracleExecutable:
             at = int(batch.positions[t])
             previous = int(self.links[where[owner[t]][at - 1]]) if at else START
             self.links[batch.slots[t]] = link(previous, token)
+        chain = self._states(batch)
         tokens = np.empty(len(batch.rows), np.int32)
         for r, row in enumerate(batch.rows.tolist()):
             held = self.links[where[owner[row]][: int(batch.positions[row]) + 1]].tolist()
-            tokens[r] = verdict(held, self.program.vocabulary, batch.sampling[r])
-        return StepResult(tokens, np.zeros(len(tokens), np.float32), self._logits(tokens) if logits else None)
+            if chain and chain[row] != held[-1]:
+                held[-1] = mix(held[-1] ^ chain[row])
+            tokens[r] = draw(held, self.program.vocabulary, batch.sampling[r])
+        return StepResult(tokens, np.zeros(len(tokens), np.float32), self._logits(tokens) if request.logits else None)
+
+    def _states(self, batch: Batch) -> list[int]:
+        """The recurrent state after each token row; [] without slots. Reads slots `state_from`, writes `state_to`."""
+        if not len(self.states):
+            return []
+        rows = []
+        for s, (before, after) in enumerate(zip(batch.state_from.tolist(), batch.state_to.tolist(), strict=True)):
+            state = START if before < 0 else int(self.states[before])
+            first = int(batch.first_row[s])
+            for token in batch.tokens[first : first + int(batch.q_len[s])].tolist():
+                state = link(state, token)
+                rows.append(state)
+            self.states[after] = state
+        return rows
 
     def _logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Certainty: 0 for the token drawn, -inf for all others."""
+        """Logits f32 [R, vocabulary] that make the given tokens certain: 0 for the token, -inf for all others."""
         out = np.full((len(tokens), self.program.vocabulary), -np.inf, np.float32)
         drawn = tokens >= 0
         out[np.flatnonzero(drawn), tokens[drawn]] = 0
         return out
 
 
-class OracleDevice:
-    """Serves any Program's vocabulary and context; for tests of what schedules and serves."""
+class OracleDevice(Device):
+    """Device for tests of the runtime: next tokens are hashes, whatever the Program.
+
+    Only vocabulary and context are used.
+    """
 
     name = "oracle"
 
-    def load(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
+    def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
         return OracleExecutable(program, state)

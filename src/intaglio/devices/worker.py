@@ -1,114 +1,42 @@
-"""Any device in a process of its own: whatever kills it or makes it hang kills that process alone.
+"""Runs a device in a child process, so that a crash or a hang of the device does not take down this process.
 
-The parent's half is an Executable; the child's is `serve()`. They speak pickled tuples over a pair of sockets. A child
-that dies, or is silent for longer than `patience`, becomes DeviceLost.
+The process is a group of one (see processes/): a child that dies, shows no sign of life, or does not answer a step
+within `step_timeout` seconds becomes DeviceLost.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
-import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Collection
-from multiprocessing.connection import Connection
-from pathlib import Path
-
-from intaglio.batch import Batch
-from intaglio.devices.device import Device, DeviceError, DeviceLost, Executable, StateSpec, StepResult, Weights
-from intaglio.program import Program
-
-PATIENCE = 300.0  # seconds a step may take; SIGSTOP and swapping count, so this is far above any step that works
-LOADING = 3600.0  # and a load, which may read and pack hundreds of gigabytes
-START = f"import sys; from {__name__} import serve; serve(int(sys.argv[1]))"
+from intaglio.devices.device import Device, DeviceError, DeviceFacts, Executable, StateSpec, Weights
+from intaglio.devices.processes import GroupExecutable, Job, RankStart
+from intaglio.devices.ranks import SILENCE, STEP_TIMEOUT
+from intaglio.program import MeshProgram, Program
 
 
-class WorkerExecutable:
-    """A Program loaded by a child process. `pid` is its id."""
+class WorkerDevice(Device):
+    """Runs each executable of another device in a child process of its own.
 
-    def __init__(
-        self, device: Device, program: Program, weights: Weights, state: StateSpec, patience: float = PATIENCE
-    ) -> None:
-        self.program, self.state, self.patience = program, state, patience
-        mine, theirs = socket.socketpair()
-        with theirs:
-            source = str(Path(__file__).parents[2])
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", START, str(theirs.fileno())], env=environment, pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL, start_new_session=True,  # a Ctrl-C is for the parent, who drains first
-            )  # fmt: skip
-        self.pid = self.process.pid
-        self.wire = Connection(mine.detach())
-        self._ask((device, program, weights, state), LOADING)
-
-    def step(
-        self, batch: Batch, *, logits: bool = False, taps: Collection[str] = (), timed: bool = False
-    ) -> StepResult:
-        """One step, over there. Raises DeviceError for what the device raised, DeviceLost if there is no device."""
-        result = self._ask((batch, {"logits": logits, "taps": tuple(taps), "timed": timed}), self.patience)
-        assert isinstance(result, StepResult)
-        return result
-
-    def close(self) -> None:
-        """End the process, however it fares."""
-        self.wire.close()
-        self.process.kill()
-        self.process.wait()
-
-    def _ask(self, question: tuple[object, ...], patience: float) -> object:
-        try:
-            self.wire.send(question)
-            if not self.wire.poll(patience):
-                raise TimeoutError(f"no answer in {patience:g} s")
-            good, answer = self.wire.recv()
-        except Exception as e:  # an end of file, a broken pipe, half a message: the same thing, by many names
-            self.close()
-            why = f"{type(e).__name__} {e}".strip()
-            raise DeviceLost(f"worker {self.pid} is gone ({why}; exit status {self.process.returncode})") from e
-        if not good:
-            raise DeviceError(str(answer))
-        return answer
-
-
-class WorkerDevice:
-    """Another device, each of whose executables has a process of its own. Raises DeviceError for a device with a clock:
-    steps in another process would not move it."""
+    silence: as for RanksDevice. Raises DeviceError for a device with a modelled clock, because steps in a child process
+    would not advance it.
+    """
 
     name = "worker"
 
-    def __init__(self, inner: Device, patience: float = PATIENCE) -> None:
-        if hasattr(inner, "clock"):
-            raise DeviceError(f"device {inner.name!r} keeps the time itself and cannot be a worker; leave worker out")
-        self.inner, self.patience = inner, patience
+    def __init__(self, inner: Device, step_timeout: float = STEP_TIMEOUT, silence: float = SILENCE) -> None:
+        if inner.clock.modelled:
+            raise DeviceError(f"device {inner.name!r} has a modelled clock and cannot be a worker; leave worker out")
+        self.inner, self.step_timeout, self.silence = inner, step_timeout, silence
 
-    def load(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
-        """Start a process and load there. `weights` must pickle. Raises what the device raises, as DeviceError."""
-        return WorkerExecutable(self.inner, program, weights, state, self.patience)
+    def facts(self) -> DeviceFacts:
+        return self.inner.facts()
 
+    def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
+        """Start a child process and load the Program there. `weights` must be ArrayWeights or have a recipe().
 
-def serve(descriptor: int) -> None:
-    """The child: load what is asked for, then answer steps until the parent is gone."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with its parent, which may still have streams to finish
-    wire = Connection(descriptor)
-    executable: Executable | None = None
-    while True:
-        try:
-            message = wire.recv_bytes()
-        except (EOFError, ConnectionError):
-            return
-        try:
-            question = pickle.loads(message)
-            if executable is None:
-                device, program, weights, state = question
-                executable = device.load(program, weights, state)
-                answer: object = None
-            else:
-                batch, options = question
-                answer = executable.step(batch, **options)
-        except Exception as e:  # whatever a device can raise is an answer
-            wire.send((False, f"{type(e).__name__}: {e}"))
-        else:
-            wire.send((True, answer))
+        Errors of the device are raised as DeviceError.
+        """
+        programs, layout = ((program,), "") if isinstance(program, Program) else (program.programs, program.layout)
+        job = Job(self.inner.recipe(), programs, layout, weights, state)
+        return GroupExecutable([RankStart(job)], False, self.step_timeout, self.silence, "worker")
+
+    def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
+        return self.load(program, weights, state)

@@ -1,12 +1,16 @@
-"""Models: reading checkpoints and tokenizers, and the ports that turn a checkpoint into a Program."""
+"""Models: readers of checkpoints and tokenizers, and the ports that turn a checkpoint into a Program."""
 
-from intaglio.models.checkpoint import Checkpoint, CheckpointError
-from intaglio.models.config import PortError
-from intaglio.models.grammar import GrammarError, Grammars
-from intaglio.models.port import families, port, port_config
-from intaglio.models.tokenizer import Stream, Tokenizer, TokenizerError
+from intaglio.models.account import Account, account
+from intaglio.models.config import CheckpointError, PortError
+from intaglio.models.files.checkpoint import Checkpoint
+from intaglio.models.port import port, port_config
+from intaglio.models.ports import Family, families, register_family
+from intaglio.models.text.grammar import GrammarError, Grammars
+from intaglio.models.text.tokenizer import Stream, Tokenizer, TokenizerError, has_tokenizer
+from intaglio.models.text.transcript import Transcript
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "GrammarError", "Grammars", "PortError", "Stream", "Tokenizer", "TokenizerError",
-    "families", "port", "port_config",
+    "Account", "Checkpoint", "CheckpointError", "Family", "GrammarError", "Grammars", "PortError", "Stream",
+    "Tokenizer", "TokenizerError", "Transcript", "account", "families", "has_tokenizer", "port", "port_config",
+    "register_family",
 ]  # fmt: skip

@@ -1,17 +1,20 @@
-"""Reading a model's config.json: typed values with a family's defaults, and errors that name the key.
+"""Reads config.json: typed values over a family's defaults, with errors that name the key.
 
-Not the description of a model: that is decoder.Decoder.
+Records which keys are read, so that unread ones can be reported (keys.py). The description of a model that is made from
+the config is decoder.Decoder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_fast": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
@@ -20,22 +23,99 @@ ACTIVATIONS = {
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
+class CheckpointError(ValueError):
+    """Raised for a checkpoint that cannot be read. The message names the file, the value and, if any, what to do."""
+
+
 class PortError(ValueError):
-    """A model that cannot be ported as it stands: it says which key or tensor, its value, what is allowed."""
+    """Raised for a model that cannot be ported. The message has the key or tensor, its value and what is allowed."""
+
+
+class Settings(dict[str, Any]):
+    """A table (JSON object) of a config file that records which of its keys are read.
+
+    Attributes:
+        at: path of the table in the file, such as rope_parameters.
+        given: the keys in the file; keys set later, such as defaults, are not reported.
+        seen: the keys that were read.
+    """
+
+    def __init__(self, table: Mapping[str, Any], at: str = "") -> None:
+        super().__init__(table)
+        self.at = at
+        self.given = dict(table)
+        self.seen: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.seen.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.seen.add(key)
+        return super().get(key, default)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        self.seen.add(key)
+        return super().setdefault(key, default)
+
+    def path(self, key: str) -> str:
+        """The path of a key in the file."""
+        return f"{self.at}.{key}" if self.at else key
+
+    def unread(self) -> Iterator[tuple[str, Any]]:
+        """(key, value) of each key in the file that has not been read."""
+        return ((key, value) for key, value in self.given.items() if key not in self.seen)
 
 
 class Config:
-    """config.json over a family's defaults. As in transformers, a key that is null is none, not the default."""
+    """config.json with a family's defaults for keys that it leaves out; records which keys are read.
+
+    As in transformers, a key that is null in config.json has no value; it does not take the default.
+
+    Attributes:
+        table: the values; ports may set some.
+        given: the keys in the file.
+        seen: the keys that were read.
+        parts: tables inside the file whose keys are recorded one by one.
+        replaced: for a key that another one overrides, the reason.
+        ignored: how names of tensors begin that this config makes parts not ported, as Family.ignored.
+    """
 
     def __init__(self, table: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self.table: dict[str, Any] = {**defaults, **table}
+        self.given = dict(table)
+        self.seen: set[str] = set()
+        self.parts: list[Settings] = []
+        self.replaced: dict[str, str] = {}
+        self.ignored: list[str] = []
 
     def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, or `default` if it has none."""
+        self.seen.add(key)
         value = self.table.get(key)
         return default if value is None else value
 
+    def settings(self, key: str, inner: str = "") -> Settings:
+        """A copy of the table at `key`, or of the table `inner` inside it; empty if there is none.
+
+        Its keys are recorded one by one. Raises PortError if the value is not a table.
+        """
+        value = self.get(key, {})
+        at = key
+        if inner and isinstance(value, Mapping):
+            value, at = value.get(inner) or {}, f"{key}.{inner}"
+        if not isinstance(value, Mapping):
+            raise PortError(f"config.json: {at}={value!r}; wanted an object {{...}}")
+        out = Settings(value, at)
+        known = next((part for part in self.parts if part.at == at), None)
+        if known is None:
+            self.parts.append(out)
+        else:
+            out.seen = known.seen
+        return out
+
     def whole(self, key: str, default: int | None = None) -> int:
-        """A count: an integer of 1 or more."""
+        """The value of a key that is a count: an integer of 1 or more. Raises PortError for anything else."""
         value = self.get(key, default)
         if value is None:
             raise PortError(f"config.json lacks {key!r}, which this family needs")
@@ -44,7 +124,7 @@ class Config:
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0."""
+        """The value of a key that is a finite number above 0. Raises PortError for anything else."""
         value = self.get(key, default)
         if value is None:
             raise PortError(f"config.json lacks {key!r}, which this family needs")
@@ -53,32 +133,40 @@ class Config:
         return float(value)
 
     def flag(self, key: str) -> bool:
+        """The value of a key that is true or false; False if it has no value. Raises PortError for anything else."""
         value = self.get(key, False)
         if not isinstance(value, bool):
             raise PortError(f"config.json: {key}={value!r}; wanted true or false")
         return value
 
     def refuse(self, *keys: str, why: str) -> None:
-        """Raise PortError if any of these keys is set to something."""
+        """Raise PortError if any of these keys has a value other than false, 0 or empty."""
         for key in keys:
             if self.get(key) not in (None, False, 0, {}):
                 raise PortError(f"config.json: {key}={self.get(key)!r} is not supported: {why}")
 
     def activation(self, key: str = "hidden_act") -> str:
+        """Name of the activation function as ops call it. Raises PortError for an unknown one."""
         value = self.get(key)
         if value not in ACTIVATIONS:
             raise PortError(f"config.json: {key}={value!r} is not ported; known are {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[value]
 
-    def layer_types(self, every: int = 0) -> list[str]:
-        """The kind of each layer. Without `layer_types`: each `every`-th is full, the others slide; all full if 0."""
+    def layer_types(
+        self, every: int = 0, usual: Sequence[str] | None = None, known: Sequence[str] = LAYER_TYPES
+    ) -> list[str]:
+        """The attention type of each layer, "full_attention" or another value of the key `layer_types`.
+
+        Without that key: `usual`; if that is not given, full attention in each `every`-th layer and a sliding window in
+        the others; every=0: all full. Raises PortError for a type that is not in `known`, and for another number of
+        types than num_hidden_layers.
+        """
         n = self.whole("num_hidden_layers")
-        usual = ["sliding_attention" if every and (i + 1) % every else "full_attention" for i in range(n)]
+        usual = usual or ["sliding_attention" if every and (i + 1) % every else "full_attention" for i in range(n)]
         kinds = self.get("layer_types", usual)
         if len(kinds) != n:
             raise PortError(f"config.json: layer_types lists {len(kinds)} layers but num_hidden_layers={n}")
         for i, kind in enumerate(kinds):
-            if kind not in LAYER_TYPES:
-                known = ", ".join(LAYER_TYPES)
-                raise PortError(f"config.json: layer_types[{i}]={kind!r} is not ported; known are {known}")
+            if kind not in known:
+                raise PortError(f"config.json: layer_types[{i}]={kind!r} is not ported; known are {', '.join(known)}")
         return list(kinds)

@@ -1,41 +1,35 @@
-"""From a checkpoint to its Program: choose the family, describe the model, hold the description against the tensors."""
+"""Ports a checkpoint to a Program.
+
+Chooses the family, describes the model, and checks the description against the checkpoint's tensors.
+"""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
-from intaglio.models import (
-    cohere,
-    deepseek,
-    gemma,
-    glm,
-    gptoss,
-    granite,
-    llama,
-    minimax,
-    mistral,
-    olmo,
-    phi,
-    qwen,
-    smollm,
-)
-from intaglio.models.checkpoint import PLAIN, Checkpoint
 from intaglio.models.config import Config, PortError
-from intaglio.models.decoder import Writer
-from intaglio.models.family import Family
+from intaglio.models.decoder import NAMED, NAMED_BIASES, NUMBERED, STACKED, Decoder, write
+from intaglio.models.decoder.rope import lengths
+from intaglio.models.files.checkpoint import PLAIN, Checkpoint
+from intaglio.models.keys import Fate, judge_config, judge_quantisation
+from intaglio.models.leftovers import judge_tensor
+from intaglio.models.ports import Family, families
+from intaglio.models.ports.granite import STACKS
 from intaglio.program import Program
 from intaglio.program.source import expand, is_run, shape_after
 
-FILES = (llama, mistral, qwen, phi, gemma, olmo, granite, cohere, deepseek, glm, gptoss, minimax, smollm)
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-HARMLESS = re.compile(r"rotary_emb\.(\w+_)?inv_freq$")  # tables that transformers used to save; computed here
 FEATURES = re.compile(
     r"expert|moe|lora_rank|conv|mamba|ssm|state|linear_|delta|index|sink|nextn|mtp|vision|audio|encoder"
 )
-DECIDED_BY = {  # the config keys that decide a weight's shape
+OTHER_TASKS = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|RewardModel")
+ALIASES = {"LLaMAForCausalLM": "LlamaForCausalLM"}  # names that class had
+DECIDED_BY = {  # part of a weight's name -> the config keys that determine its shape
     "experts.": "moe_intermediate_size or intermediate_size, hidden_size",
     "embed_tokens.weight": "vocab_size, hidden_size",
     "lm_head.weight": "vocab_size, hidden_size",
@@ -56,20 +50,55 @@ DECIDED_BY = {  # the config keys that decide a weight's shape
 }
 
 
-def families() -> dict[str, Family]:
-    """The ported architectures by the name config.json gives them."""
-    return {family.architecture: family for file in FILES for family in file.FAMILIES}
+@dataclass
+class Ported:
+    """A ported Program, with a report of how its checkpoint was read.
+
+    Attributes:
+        program: the Program as ported, before compilation.
+        family: the family whose port was used.
+        architecture_from: the file and key that named the architecture.
+        keys: the use made of each key of config.json.
+        layers: number of layers.
+        unused: tensors without a use by name, with the reason.
+        notes: messages for the user.
+        ignored: how names of tensors begin that belong to parts not ported.
+    """
+
+    program: Program
+    family: Family
+    architecture_from: str
+    keys: list[Fate]
+    layers: int = 0
+    unused: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()
 
 
 def port(checkpoint: Checkpoint, context: int | None = None, name: str | None = None) -> Program:
-    """The Program of a checkpoint, for positions below `context` (default: all the model was made for).
+    """The Program of a checkpoint, for positions below `context`.
 
-    Weights keep the formats they are stored in. Raises PortError for a model nobody ported, a setting nobody
-    implemented, or tensors that do not match config.json.
+    The default context is the model's own limit; with LongRoPE or dynamic NTK scaling, the length up to which its rope
+    table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter. Raises
+    PortError for an architecture that is not ported, a setting that is not implemented, or tensors that do not match
+    config.json.
     """
-    family = _family(checkpoint.architecture, checkpoint.config)
+    ported = port_checkpoint(checkpoint, context, name)
+    if ported.notes:
+        warnings.warn("; ".join([f"{checkpoint.path}: {ported.notes[0]}", *ported.notes[1:]]), stacklevel=2)
+    return ported.program
+
+
+def port_checkpoint(checkpoint: Checkpoint, context: int | None = None, name: str | None = None) -> Ported:
+    """Port a checkpoint as port() does, and report the use of config keys and tensors. Issues no warning."""
+    family, said_by = _family(checkpoint.config, str(checkpoint.path))
+    if checkpoint.config_name != "config.json":
+        said_by = f"{checkpoint.config_name}: general.architecture"
     stored = {n: checkpoint.format(n) for n in checkpoint.names}
-    prefix = next((p for p in family.prefixes if p + "embed_tokens.weight" in stored), family.prefixes[0])
+    prefix = _prefix(family, stored.keys())
+    c = _config(family, checkpoint.config)
+    notes = list(checkpoint.notes)
+    layout = _layout(checkpoint, prefix, notes)
 
     def format(source: str) -> str:
         if stored.get(source, "f32"):
@@ -77,17 +106,25 @@ def port(checkpoint: Checkpoint, context: int | None = None, name: str | None = 
         raise PortError(f"{source} is stored as {checkpoint.dtype(source)}; ports take {', '.join(PLAIN)}")
 
     title = name or re.sub(r"\s+", "-", checkpoint.path.resolve().name)
-    program = _program(family, checkpoint.config, context, title, prefix, format, checkpoint.order)
-    _match(program, checkpoint, family)
-    return program
+    program = _program(family, c, context, title, layout, format, checkpoint.order, notes)
+    keys = judge_config(c, family, checkpoint.config, checkpoint.config_name)
+    keys += judge_quantisation(checkpoint.quantisation, checkpoint.quantised_by, bool(checkpoint.coded))
+    if checkpoint.config_name == "config.json":  # that of a GGUF file is written by its reader
+        notes += [fate.note for fate in keys if fate.note]
+    ported = Ported(program, family, said_by, keys, c.whole("num_hidden_layers"), notes=notes)
+    ported.ignored = (*family.ignored, *c.ignored)
+    _match(ported, checkpoint, prefix)
+    return ported
 
 
 def port_config(
     config: Mapping[str, Any], context: int | None = None, name: str | None = None, format: str | None = None
 ) -> Program:
-    """The Program of a config.json alone, weights in `format` (default: the config's dtype, bf16 if it has none)."""
-    named = config.get("architectures") or [None]
-    family = _family(str(named[0]), config)
+    """The Program of a model given only by its config.json, without weights.
+
+    format: number format of all weights; None: the config's dtype, bf16 if it has none.
+    """
+    family, _ = _family(config, "config.json")
     inner = {**config.get("text_config", {}), **config}
     dtype = str(inner.get("dtype") or inner.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if format is None and dtype not in DTYPES:
@@ -95,70 +132,244 @@ def port_config(
     Config(inner, {}).refuse(
         "quantization_config", why="how its tensors are quantised is read off a checkpoint's files"
     )
-    stored = format or DTYPES[dtype]
-    return _program(family, config, context, name or family.architecture, family.prefixes[0], lambda source: stored)
+    stored, c = format or DTYPES[dtype], _config(family, config)
+    prefix = family.prefixes[0]
+    return _program(
+        family, c, context, name or family.architecture, lambda d: replace(d, prefix=prefix), lambda source: stored
+    )
 
 
-def _family(architecture: str, config: Mapping[str, Any]) -> Family:
+def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
+    """(family of a config, text that says which key named it). Raises PortError if no port fits.
+
+    As in transformers, a known model_type decides; otherwise `architectures` does.
+    """
     known = families()
-    if architecture not in known:
-        odd = sorted(k for k, v in config.items() if FEATURES.search(k) and v not in (None, False, 0))
-        seen = f" Its config.json speaks of {', '.join(odd)}, which no port here knows." if odd else ""
-        raise PortError(f"architecture {architecture} is not ported.{seen} Ported are {', '.join(sorted(known))}")
-    return known[architecture]
+    by_type = {t: f for f in known.values() for t in f.model_types}
+    listed = config.get("architectures")
+    named = str(listed[0]) if isinstance(listed, list) and listed else ""
+    named = ALIASES.get(named, named)
+    kind = config.get("model_type")
+    if OTHER_TASKS.search(named):
+        raise PortError(
+            f"{where}: architectures names {named}, a model with a head for another task, not for the next token; "
+            "give a checkpoint saved from a ForCausalLM class"
+        )
+    if named in known and (kind in known[named].model_types or kind not in by_type):
+        return known[named], f"config.json: architectures={named}"
+    if kind in by_type:
+        also = f" (architectures={named} names another class; transformers goes by model_type)" if named else ""
+        return by_type[kind], f"config.json: model_type={kind}{also}"
+    odd = sorted(k for k, v in config.items() if FEATURES.search(k) and v not in (None, False, 0))
+    seen = f" Its config.json speaks of {', '.join(odd)}, which no port supports." if odd else ""
+    if not named and not kind:
+        raise PortError(
+            f"{where}: config.json has architectures={listed!r} and no model_type; one of them has to say which model "
+            "this is"
+        )
+    what = f"architecture {named}" if named else f"model_type {kind!r}"
+    target = where if where != "config.json" else kind or named
+    raise PortError(
+        f"{what} is not ported.{seen} `intaglio models --all` lists what is, and for what is not the reason; "
+        f"`intaglio port {target}` tries every port on a tiny model of this architecture and names the nearest, from "
+        "which docs/adding-a-model.md makes a port"
+    )
+
+
+def _prefix(family: Family, names: Any) -> str:
+    """The prefix of the decoder's tensor names: one of the family's, or "" for tensors saved from the inner model.
+
+    Raises PortError, naming the prefix found, if it is another.
+    """
+    tops = [f"{top}.weight" for top in family.tops]
+    for p in (*family.prefixes, *([""] if "model." in family.prefixes else [])):
+        if any(p + top in names for top in tops):
+            return p
+    if found := sorted(n for n in names if n.endswith("embed_tokens.weight") or re.search(r"(^|\.)layers\.0\.", n)):
+        at = re.split(r"embed_tokens|layers\.0\.", found[0])[0]
+        raise PortError(
+            f"the tensors stand under {at!r} (as {found[0]}), and {family.architecture} has them under "
+            f"{' or '.join(map(repr, family.prefixes))}; rename them, or save the model again from its "
+            "ForCausalLM class"
+        )
+    return family.prefixes[0]
+
+
+def _config(family: Family, config: Mapping[str, Any]) -> Config:
+    """The Config of the text model: the keys of text_config if there is one, otherwise all keys."""
+    inner = config.get("text_config")
+    if not isinstance(inner, Mapping) or not inner:
+        c = Config(config, family.defaults)
+    else:
+        outer = {k: config[k] for k in ("tie_word_embeddings",) if config.get(k) is not None}
+        c = Config({**inner, **outer}, family.defaults)
+    for usual, own in family.aliases.items():
+        if c.get(own) is not None:
+            c.table[usual] = c.get(own)
+    if family.prepare:
+        family.prepare(c)
+    return c
+
+
+def _layout(checkpoint: Checkpoint, prefix: str, notes: list[str]) -> Callable[[Decoder], Decoder]:
+    """A function that adapts a Decoder to the checkpoint's tensors.
+
+    It sets the prefix of their names, whether the output head is the embedding, and how experts are stored. Adds to
+    `notes`.
+    """
+    names = checkpoint.names
+
+    def apply(d: Decoder) -> Decoder:
+        d = replace(d, prefix=prefix)
+        if d.head and not d.tied and f"{d.head}.weight" not in names and "lm_head.weight" in names:
+            d = replace(d, head="lm_head")  # as transformers 5 names every head
+        embed, head = d.source(f"{prefix}embed_tokens.weight"), d.source(f"{d.head_source}.weight")
+        if d.tied and head in names and embed not in names:
+            d = replace(d, table=head.removesuffix(".weight"))
+        elif d.tied and head in names and not checkpoint.equal(head, embed):
+            d = replace(d, tied=False)
+            notes.append(
+                f"tie_word_embeddings is true, but {head} differs from {embed}: the head is used, as transformers does"
+            )
+        if d.head_bias and not d.tied and f"{d.head_source}.bias" in names:  # BERT's, beside one that is then unused
+            d = replace(d, sources={k: v for k, v in d.sources.items() if k != f"{d.head_source}.bias"})
+        m = d.mixture
+        first = next((i for i, layer in enumerate(d.layers) if layer.sparse), 0)
+        if m and m.correction_optional and f"{prefix}layers.{first}.{m.block}.{m.correction}" not in names:
+            d = replace(d, mixture=(m := replace(m, correction="")))
+        if m is None or m.sources not in (NAMED, NUMBERED, STACKS):
+            return d
+        for block in ("mlp", "block_sparse_moe"):
+            at = f"{prefix}layers.{first}.{block}."
+            if at + "experts.gate_up_proj" in names:  # as transformers 5 holds them, saved so
+                router = next((r for r in ("gate", "router") if f"{at}{r}.weight" in names), m.router)
+                return replace(d, mixture=replace(m, sources=STACKED, block=block, router=router))
+        return d
+
+    return apply
 
 
 def _program(
     family: Family,
-    config: Mapping[str, Any],
+    c: Config,
     context: int | None,
     name: str,
-    prefix: str,
+    layout: Callable[[Decoder], Decoder],
     format: Callable[[str], str],
     order: Callable[[str], str] = lambda source: "",
+    notes: list[str] | None = None,
 ) -> Program:
-    outer = {k: v for k, v in config.items() if k != "text_config"}
-    c = Config({**outer, **config.get("text_config", {})}, family.defaults)
-    limit = c.whole("max_position_embeddings")
-    length = context or limit
+    """The Program that a family's port writes for a config, with `context` positions.
+
+    layout: adapts the Decoder to the tensors. format, order: as for Writer. Raises PortError for a context out of
+    range.
+    """
+    usual, limit, differs = lengths(c)
+    length = context or usual
     if not 1 <= length <= limit:
         raise PortError(f"context={context} is outside 1..{limit} (max_position_embeddings); ask for less")
-    d = replace(family.describe(c, length), prefix=prefix)
-    return Writer(d, name, length, format, order).program()
+    if notes is not None and differs:
+        notes.append(_long_note(length, usual, limit))
+    d = layout(family.describe(c, length))
+    if d.mixture and c.flag("separate_experts") and not is_run(d.mixture.source(d.mixture.sources[0])):
+        d = replace(d, mixture=replace(d.mixture, sources=NAMED, biases=d.mixture.biases and NAMED_BIASES))
+    return write(family.writer(d, name, length, format, order))
 
 
-def _match(program: Program, checkpoint: Checkpoint, family: Family) -> None:
-    """Every tensor the Program reads is there in its shape, and none is left over. Raises PortError."""
+def _long_note(length: int, usual: int, limit: int) -> str:
+    """A note for the user about a model whose rope table depends on the context. length: of the Program.
+
+    usual: default context; limit: longest context.
+    """
+    if length > usual:
+        return (
+            f"for a context of {length} tokens, beyond {usual}, rope is scaled for sequences of all lengths: short "
+            f"ones differ from those with a context of {usual} or less"
+        )
+    return (
+        f"the context is {length} tokens: up to {usual} the model's rope is that of its short sequences. Ask for a "
+        f"context of up to {limit} (--context {limit}) to run longer ones; then all run with the rope of long ones"
+    )
+
+
+def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
+    """Raise PortError unless the checkpoint has every tensor that the Program reads, in its shape.
+
+    Records in ported.unused why each other tensor has no use; one that might change results is an error.
+    """
+    program, family = ported.program, ported.family
     wanted = {
-        name: (steps, t.shape[1:] if is_run(source) else t.shape)
+        name: (steps, () if len(t.source) > 1 else t.shape[1:] if is_run(source) else t.shape)  # (): a part, any shape
         for t in program.of_role("weight")
         for source in t.source
         for name, steps in expand(source)
     }
     where = f"{checkpoint.path} ({family.architecture})"
     if missing := sorted(wanted.keys() - checkpoint.names):
-        raise PortError(f"{where} lacks {_some(missing)}, which its config.json asks for")
+        raise PortError(
+            f"{where} lacks {_some(missing)}, which its config.json asks for{_why(missing, ported, checkpoint)}"
+        )
     tied = "lm_head.weight" not in program.tensors
-    ignored = (*family.ignored, *_predictors(checkpoint.config))
-    extra = sorted(
-        n
-        for n in checkpoint.names - wanted.keys() - checkpoint.orders
-        if not (HARMLESS.search(n) or n.startswith(ignored) or (tied and n.endswith("lm_head.weight")))
-    )
+    bias = program.tensors["lm_head.bias"].source[0] if "lm_head.bias" in program.tensors else ""
+    predictors = tuple(_predictors(checkpoint.config, prefix))
+    extra = []
+    for name in sorted(checkpoint.names - wanted.keys() - checkpoint.orders):
+        if name.startswith(predictors):
+            ported.unused[name] = "a layer that only predicts tokens further ahead"
+        elif any(fnmatchcase(name, f"{start}*") for start in ported.ignored):
+            ported.unused[name] = "a part of the model that is not ported"
+        elif tied and (name.endswith("lm_head.weight") or name.endswith(".decoder.weight")):
+            ported.unused[name] = "equal to the embedding, which is the head too (tie_word_embeddings)"
+        elif name.replace(".decoder.", ".") == bias.replace(".decoder.", "."):
+            ported.unused[name] = "a second bias of the head, which transformers does not add"
+        elif why := judge_tensor(checkpoint, name):
+            ported.unused[name] = why
+        else:
+            extra.append(name)
     if extra:
-        raise PortError(f"{where} holds {_some(extra)}, which the port of {family.models} would leave unused")
+        lora = "; merge the LoRA into the weights first" if any(".lora_" in n for n in extra) else ""
+        layers = [re.search(r"layers\.(\d+)\.", n) for n in extra]
+        if n := min((int(m[1]) if m else 0 for m in layers), default=0):
+            given = ported.layers
+            lora = (
+                f"; config.json has num_hidden_layers={given}, and these are of layers from {n} on"
+                if n >= given
+                else lora
+            )
+        raise PortError(f"{where} holds {_some(extra)}, which the port of {family.models} would leave unused{lora}")
     for name, (steps, shape) in sorted(wanted.items()):
         found = shape_after(checkpoint.shape(name), steps)
-        if found != shape:
+        if shape and found != shape:
             keys = next((keys for part, keys in DECIDED_BY.items() if part in name), "hidden_size")
             raise PortError(f"{where}: {name} is {list(found)}, config.json makes it {list(shape)} ({keys})")
 
 
-def _predictors(config: Mapping[str, Any]) -> list[str]:
-    """Where the layers stand that only predict tokens further ahead: after the last one."""
+def _why(missing: list[str], ported: Ported, checkpoint: Checkpoint) -> str:
+    """The likely cause of missing tensors, to append to an error message: "; " and a phrase, or "" if unknown."""
+    if all(n.endswith(("bias", "sinks")) for n in missing):
+        ends = {"norm" if "norm" in n else "mlp" if "mlp" in n else "attention" for n in missing}
+        keys = [k.key for k in ported.keys if "bias" in k.key and (any(e in k.key for e in ends) or k.key == "bias")]
+        given = ", ".join(f"{k}={checkpoint.config.get(k)!r}" for k in keys)
+        name = ported.family.architecture
+        unread = [k.key for k in ported.keys if k.key in keys and k.fate == "ignored"]
+        if unread:
+            return f"; the port of {name} always has them, and does not read {given}"
+        return f"; config.json says {given}" if given else f"; {name} always has them"
+    if all(n.endswith("lm_head.weight") for n in missing):
+        return "; if the head is the embedding, set tie_word_embeddings to true"
+    if any(".lora_" in n for n in checkpoint.names):
+        return "; it holds LoRA tensors: merge them into the base model first"
+    if checkpoint.unlisted:
+        return f"; these files beside it were not read: {', '.join(checkpoint.unlisted[:4])}"
+    return ""
+
+
+def _predictors(config: Mapping[str, Any], prefix: str) -> list[str]:
+    """Name prefixes of the multi-token prediction layers, which follow the last layer of the model."""
     n, more = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
-    return [f"model.layers.{i}." for i in range(n, n + more)]
+    return [*(f"{prefix}layers.{i}." for i in range(n, n + more)), "mtp.", "model.mtp."]
 
 
 def _some(names: list[str]) -> str:
+    """Text with the number of names and the first four of them, for an error message."""
     return f"{len(names)} tensors ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"

@@ -1,18 +1,31 @@
-"""The ops: one file a family. Each op carries its fields, its shape rule, its meaning in NumPy and its work."""
+"""The ops of a Program, one file per family. An op class has fields, a shape rule, a NumPy definition and its work.
+
+Importing this package imports every module in it, so that each registers its ops.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from intaglio.ops.attention import Attend, KvWrite
 from intaglio.ops.collective import AllGather, AllReduce, AllToAll, Collective, Grouped, Recv, ReduceScatter, Send
+from intaglio.ops.conv import ShortConv
 from intaglio.ops.data import Embed, Permute, Select
 from intaglio.ops.elementwise import Map
 from intaglio.ops.experts import Experts, Route
-from intaglio.ops.linear import HeadLinear, Linear
+from intaglio.ops.linear import HeadLinear, Linear, x_format
+from intaglio.ops.linear_attention import Decay, LinearAttention
 from intaglio.ops.norm import Norm
 from intaglio.ops.op import REGISTRY, SYMBOLS, Op, OpError, Tensor, Value, Work
-from intaglio.ops.position import Rope
+from intaglio.ops.position import Rope, Sinusoid
 from intaglio.ops.sample import Sample
+from intaglio.ops.selective_scan import RgLru, SelectiveScan
 
 __all__ = [
-    "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "AllToAll", "Attend", "Collective", "Embed", "Experts", "Grouped",
-    "HeadLinear", "KvWrite", "Linear", "Map", "Norm", "Op", "OpError", "Permute", "Recv", "ReduceScatter", "Rope",
-    "Route", "Sample", "Select", "Send", "Tensor", "Value", "Work",
+    "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "AllToAll", "Attend", "Collective", "Decay", "Embed", "Experts",
+    "Grouped", "HeadLinear", "KvWrite", "Linear", "LinearAttention", "Map", "Norm", "Op", "OpError", "Permute", "Recv",
+    "ReduceScatter", "RgLru", "Rope", "Route", "Sample", "Select", "SelectiveScan", "Send", "ShortConv", "Sinusoid",
+    "Tensor", "Value", "Work", "x_format",
 ]  # fmt: skip
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -1,10 +1,9 @@
-"""Attention over paged K/V: writing this step's keys and values, and attending to all of a sequence's."""
+"""Attention over a paged K/V cache: kv_write stores this step's keys and values, attend reads all of a sequence's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -17,7 +16,7 @@ CACHE_FORMATS = ("f32", "bf16", "int8row")
 
 
 def cache_heads(op: Op, t: Tensors, name: str) -> tuple[int, int]:
-    """(heads, head_dim) of a K or V cache, state [P, B, heads, head_dim]."""
+    """(heads, head_dim) of a K or V cache, a state tensor [P, B, heads, head_dim]. Raises OpError for another shape."""
     s = t[name]
     fixed = all(isinstance(d, int) for d in s.shape[2:])
     ok = len(s.shape) == 4 and s.shape[:2] == ("P", "B") and fixed and s.format in CACHE_FORMATS
@@ -26,7 +25,7 @@ def cache_heads(op: Op, t: Tensors, name: str) -> tuple[int, int]:
 
 
 def token_bytes(cache: Tensor) -> int:
-    """Bytes one token takes in a cache."""
+    """Bytes of one token in a K or V cache."""
     return formats.get(cache.format).nbytes(int(cache.shape[2]), int(cache.shape[3]))
 
 
@@ -34,13 +33,13 @@ def token_bytes(cache: Tensor) -> int:
 class KvWrite(Op, kind="kv_write"):
     """cache[slot of t] = k[t], v[t], rounded to the cache's format. k, v f32 [T, kv heads * head_dim].
 
-    int8row has one scale a token and head."""
+    An int8row cache has one scale per token and head.
+    """
 
-    stateful: ClassVar[bool] = True
     k: str = operand()
     v: str = operand()
-    k_cache: str = operand()
-    v_cache: str = operand()
+    k_cache: str = operand("pages", access="write")
+    v_cache: str = operand("pages", access="write")
 
     def shapes(self, t: Tensors) -> Results:
         for x, cache in ((self.k, self.k_cache), (self.v, self.v_cache)):
@@ -73,20 +72,27 @@ class Attend(Op, kind="attend"):
     """softmax(softcap(q k^T * scale) + mask) v over the K/V pages of each sequence; causal.
 
     q f32 [T, heads * head_dim]; caches [P, B, kv heads, head_dim]; out f32 [T, heads * v head_dim]. Query head h reads
-    kv head h // (heads / kv heads). A query at position i sees positions max(0, i - window + 1) .. i; with `chunk`,
-    only those of its own chunk, from i // chunk * chunk on (Llama 4); 0 sees all. softcap c > 0 replaces a score s by
-    c * tanh(s / c) (Gemma 2). `rope_cache` [P, B, kv heads, r] holds more columns of the keys, which the last r columns
-    of each query head meet: with k_cache = v_cache, latent attention (DeepSeek-V2). `sinks` [heads] are scores of a key
-    that every query sees and whose value is zero (gpt-oss). With `temper`, scores of a query at position i are also
-    times 1 + temper * ln(1 + floor((i + 1) / temper_every)) (Llama 4). Scores and sums in float32 or wider.
+    kv head h // (heads / kv heads). Scores and sums are in float32 or wider.
+
+    Attributes:
+        window: a query at position i sees positions max(0, i - window + 1) .. i; 0 sees all.
+        chunk: a query at position i sees only its own chunk, from i // chunk * chunk on (Llama 4); 0 sees all.
+        softcap: c > 0 replaces a score s by c * tanh(s / c) (Gemma 2).
+        rope_cache: [P, B, kv heads, r], more columns of the keys, multiplied with the last r columns of each query
+            head. With k_cache = v_cache this is latent attention (DeepSeek-V2).
+        sinks: [heads], scores of an extra key that every query sees and whose value is zero (gpt-oss).
+        slopes: [heads], linear biases by distance (ALiBi, Press et al. 2021): slope * (key position - query position)
+            is added to a score after softcap and temper.
+        temper: scores of a query at position i are multiplied by 1 + temper * ln(1 + floor((i + temper_from) /
+            temper_every)); temper_from is 1 in Llama 4 and 0 in Ministral 3.
     """
 
-    stateful: ClassVar[bool] = True
     q: str = operand()
-    k_cache: str = operand()
-    v_cache: str = operand()
-    rope_cache: str | None = operand(optional=True)
-    sinks: str | None = operand(optional=True)
+    k_cache: str = operand("pages", keys=True)
+    v_cache: str = operand("pages")
+    rope_cache: str | None = operand("pages", keys=True, optional=True)
+    sinks: str | None = operand("vector", optional=True)
+    slopes: str | None = operand("vector", optional=True)
     out: str = result()
     heads: int
     scale: float
@@ -95,6 +101,7 @@ class Attend(Op, kind="attend"):
     softcap: float = 0.0
     temper: float = 0.0
     temper_every: int = 1
+    temper_from: int = 1
 
     def shapes(self, t: Tensors) -> Results:
         width = self.token_columns(t, self.q)
@@ -112,7 +119,9 @@ class Attend(Op, kind="attend"):
         one = self.chunk >= 0 and not (self.chunk and self.window)
         self.check(one, f"window={self.window}, chunk={self.chunk}; give one of them, not below 0")
         self.check(self.temper_every >= 1, f"temper_every={self.temper_every}; wanted 1 or more")
+        self.check(self.temper_from in (0, 1), f"temper_from={self.temper_from}; wanted 0 or 1")
         self.vector(t, self.sinks, self.heads)
+        self.vector(t, self.slopes, self.heads)
         return {self.out: (("T", self.heads * v_dim), "f32")}
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
@@ -132,23 +141,27 @@ class Attend(Op, kind="attend"):
             if self.softcap:
                 score = self.softcap * np.tanh(score / self.softcap)
             if self.temper:
-                score = score * (1 + self.temper * np.log1p((at + 1) // self.temper_every))[:, None]
+                score = score * (1 + self.temper * np.log1p((at + self.temper_from) // self.temper_every))[:, None]
+            if self.slopes is not None:
+                slopes = array(v, self.slopes).astype(np.float64)[:, None, None]
+                score = score + slopes * (np.arange(context)[None, :] - at[:, None])
             p = self._weights(np.where(self._hidden(at, context), -np.inf, score), v)
             out.append(np.einsum("hqk,khd->qhd", p, val).reshape(n, -1))
         return {self.out: np.concatenate(out).astype(np.float32)}
 
     def first_seen(self, at: np.ndarray) -> np.ndarray:
-        """The first position that queries at positions `at` see."""
+        """The first position that each query attends to, for queries at positions `at`."""
         if self.chunk:
             return at // self.chunk * self.chunk
         return np.maximum(0, at - self.window + 1) if self.window else np.zeros_like(at)
 
     def _hidden(self, at: np.ndarray, context: int) -> np.ndarray:
+        """Boolean mask [queries, context]: True where a query at position `at` must not attend to a key."""
         keys = np.arange(context)[None, :]
         return (keys > at[:, None]) | (keys < self.first_seen(at)[:, None])
 
     def _weights(self, score: np.ndarray, v: Mapping[str, Value]) -> np.ndarray:
-        """softmax over the keys [heads, queries, keys], sinks taking their part of it."""
+        """Softmax of the scores [heads, queries, keys] over the keys; sinks, if any, take part in its denominator."""
         top = score.max(axis=-1, keepdims=True)
         if self.sinks is None:
             p = np.exp(score - top)
@@ -160,6 +173,7 @@ class Attend(Op, kind="attend"):
 
     @staticmethod
     def _gather(v: Mapping[str, Value], name: str, blocks: np.ndarray, context: int) -> np.ndarray:
+        """A sequence's cache in order of position: float64 [context, kv heads, head_dim]."""
         cache = v[name]
         pages = cache.rows(blocks) if isinstance(cache, Quantised) else cache[blocks]
         return pages.reshape(-1, *pages.shape[2:])[:context].astype(np.float64)
@@ -173,6 +187,6 @@ class Attend(Op, kind="attend"):
             at = np.arange(int(c) - int(m), int(c))
             first = self.first_seen(at)
             seen += int((at + 1 - first).sum())
-            reach += int(c) - int(first[0])  # keys any query of the piece sees
+            reach += int(c) - int(first[0])  # keys that any query of the chunk sees
         temp = t[self.q].nbytes(batch.sizes) + t[self.out].nbytes(batch.sizes)
         return Work(2 * self.heads * width * seen, 0, row * reach, temp)

@@ -1,6 +1,7 @@
-"""Collectives: what ranks of a mesh do together. One rank's op is a share of it; the meaning is across the group.
+"""Collective ops between the ranks of a mesh.
 
-Which algorithm moves the bytes is no business of the op: see the room `collectives`.
+Each rank's Program has its own op; `exchange()` defines all of them at once. The algorithm that moves the bytes is
+chosen elsewhere: see the package `collectives`.
 """
 
 from __future__ import annotations
@@ -12,39 +13,41 @@ from typing import ClassVar
 import numpy as np
 
 from intaglio import formats
-from intaglio.batch import Batch, shared
+from intaglio.batch import Batch, shared_rows
 from intaglio.ops.op import Op, OpError, Results, Tensors, Value, Work, dim_known, operand, result
 
-WIRES = ("f32", "bf16", "f16")  # what values are rounded to before they travel
+WIRES = ("f32", "bf16", "f16")  # formats that values may be rounded to before they travel
 
 
 class Collective(Op):
-    """Base of the collectives: `exchange` in place of a reference of one rank's own."""
+    """Base class of collectives. They define exchange() instead of reference(), which one rank alone cannot compute."""
 
     faces: ClassVar[tuple[str, ...]] = ("shapes", "exchange", "work")
-    lasting: ClassVar[bool] = True
+    has_effect: ClassVar[bool] = True
     wire: str = "f32"
 
     def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """What each rank of the group gets, from what each brings, both in the group's order."""
+        """Compute the output of each rank of the group from the inputs of all, both in the group's order."""
         raise NotImplementedError
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
-        raise OpError(f"{self.site} ({self.kind}): one rank alone has no answer; run all ranks of the mesh together")
+        raise OpError(f"{self.site} ({self.kind}): a single rank cannot compute it; run all ranks of the mesh")
 
     def check_wire(self) -> None:
+        """Raise OpError if `wire` is not a format in which values may travel."""
         self.check(self.wire in WIRES, f"wire={self.wire!r}; use one of {', '.join(WIRES)}")
 
     def carried(self, x: np.ndarray) -> np.ndarray:
-        """x as it arrives."""
+        """The values of x after transmission: rounded to the format `wire`."""
         return formats.round_to(x, self.wire)
 
     def link_bytes(self, t: Tensors, name: str, batch: Batch) -> int:
-        """Bytes that `name` takes on a link."""
+        """Bytes of tensor `name` when it is sent, in the format `wire`."""
         return t[name].nbytes(batch.sizes) * formats.get(self.wire).bits // formats.get(t[name].format).bits
 
 
 def check_group(op: Op, group: tuple[int, ...]) -> None:
+    """Raise OpError unless `group` is a non-empty tuple of ranks in ascending order."""
     fits = len(group) > 0 and tuple(sorted(set(group))) == group and group[0] >= 0
     op.check(fits, f"group={group}; wanted ranks in ascending order, each once")
 
@@ -53,7 +56,8 @@ def check_group(op: Op, group: tuple[int, ...]) -> None:
 class AllReduce(Collective, kind="all_reduce"):
     """out on every rank of `group` = the sum of their x, in float32, in the order of `group`: ((x0 + x1) + x2) + ...
 
-    x, out f32 [rows, width]. Each x is rounded to `wire` before it is added; so is the sum before it is handed out.
+    x, out f32 [rows, width]. Each x is rounded to `wire` before it is added, and the sum before it is sent to the
+    ranks.
     """
 
     x: str = operand()
@@ -74,7 +78,10 @@ class AllReduce(Collective, kind="all_reduce"):
         return [self.carried(total)] * len(parts)
 
     def work(self, t: Tensors, batch: Batch) -> Work:
-        """Bytes over links are what a rank must take in: its share of the others' x, then the others' sums."""
+        """FLOPs and bytes of one rank.
+
+        Link bytes are those received: reduce-scatter, then all-gather, which is 2 (p-1)/p of x for p ranks.
+        """
         n, p = self.link_bytes(t, self.x, batch), len(self.group)
         sums = (p - 1) * (t[self.x].nbytes(batch.sizes) // 4) // p
         return Work(sums, 0, 0, 2 * t[self.x].nbytes(batch.sizes), 2 * n * (p - 1) // p)
@@ -84,8 +91,9 @@ class AllReduce(Collective, kind="all_reduce"):
 class AllGather(Collective, kind="all_gather"):
     """out on every rank of `group` = the columns of their x side by side, in the order of `group`, rounded to `wire`.
 
-    x f32 [rows, own], out f32 [rows, width], `width` the sum of what the ranks bring; they may bring unlike much. With
-    `tokens` it is their rows, one after the other: x f32 [T:i/n, width] on the i-th of n ranks, out f32 [T, width].
+    x f32 [rows, own], out f32 [rows, width]; `width` is the sum of the ranks' columns, whose numbers may differ. With
+    `tokens`, out = their rows, one rank after the other: x f32 [T:i/n, width] on the i-th of n ranks, out f32 [T,
+    width].
     """
 
     x: str = operand()
@@ -116,9 +124,9 @@ class AllGather(Collective, kind="all_gather"):
 
 @dataclass(frozen=True, kw_only=True)
 class ReduceScatter(Collective, kind="reduce_scatter"):
-    """out on the `share`-th rank of `group` = its run of token rows of the sum of their x, which is all_reduce's.
+    """out on the `share`-th rank of `group` = its run of token rows of the sum that all_reduce computes.
 
-    x f32 [T, width], out f32 [T:share/n, width] for n ranks: see batch.shared.
+    x f32 [T, width], out f32 [T:share/n, width] for n ranks; see batch.shared_rows().
     """
 
     x: str = operand()
@@ -140,7 +148,11 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
         return [self.carried(rows) for rows in split_rows(total, len(parts))]
 
     def work(self, t: Tensors, batch: Batch) -> Work:
-        """A rank must take in what the others have for its rows."""
+        """FLOPs and bytes of one rank.
+
+        Link bytes are those received: this rank's rows of x from the p-1 other ranks, which is (p-1)/p of x for p
+        ranks.
+        """
         own, p = self.link_bytes(t, self.out, batch), len(self.group)
         sums = (p - 1) * (t[self.out].nbytes(batch.sizes) // 4)
         return Work(sums, 0, 0, t[self.x].nbytes(batch.sizes) + t[self.out].nbytes(batch.sizes), own * (p - 1))
@@ -148,10 +160,10 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
 
 @dataclass(frozen=True, kw_only=True)
 class AllToAll(Collective, kind="all_to_all"):
-    """From a share of the columns to one of the rows: out on the `share`-th rank of `group` = its run of token rows of
-    all columns, side by side in the order of `group`, rounded to `wire`.
+    """Exchange a share of the columns for a share of the rows.
 
-    x f32 [T, own], out f32 [T:share/n, width] for n ranks, `width` the sum of their columns.
+    out on the `share`-th rank of `group` = its run of token rows of all columns, side by side in the order of `group`,
+    rounded to `wire`. x f32 [T, own], out f32 [T:share/n, width] for n ranks; `width` is the sum of their columns.
     """
 
     x: str = operand()
@@ -179,27 +191,31 @@ class AllToAll(Collective, kind="all_to_all"):
         return Work(0, 0, 0, moved, whole - whole * own // self.width)
 
 
-Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # what all ranks of a group do at once
+Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # collectives in which all ranks of a group take part
 
 
 def shares_of(ranks: int) -> list[str]:
-    """The row dims of tensors split along tokens among so many ranks."""
+    """The row dimensions ("T:0/4", ...) of tensors that `ranks` ranks split along tokens, in order of rank."""
     return [f"T:{i}/{ranks}" for i in range(ranks)]
 
 
 def check_share(op: Op, share: int, group: tuple[int, ...]) -> None:
+    """Raise OpError unless `share` is an index into `group`."""
     op.check(0 <= share < len(group), f"share={share} is outside 0..{len(group) - 1}, the places in group={group}")
 
 
 def split_rows(x: np.ndarray, ranks: int) -> list[np.ndarray]:
-    """Each rank's run of the rows."""
-    runs = [shared(len(x), i, ranks) for i in range(ranks)]
+    """The rows of x divided into one run for each rank, in order."""
+    runs = [shared_rows(len(x), i, ranks) for i in range(ranks)]
     return [x[run.start : run.stop] for run in runs]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Send(Collective, kind="send"):
-    """x goes to rank `peer`, whose next recv from this rank it is; rounded to `wire`. x f32 [rows, width]."""
+    """Send x, f32 [rows, width], to rank `peer`, rounded to `wire`.
+
+    The n-th send to a peer is received by its n-th recv from this rank.
+    """
 
     x: str = operand()
     peer: int
@@ -219,8 +235,10 @@ class Send(Collective, kind="send"):
 
 @dataclass(frozen=True, kw_only=True)
 class Recv(Collective, kind="recv"):
-    """out = what rank `peer` sends, f32 [rows, width]: a row a token (rows=T), or those of a share of the tokens
-    (rows=T:1/4), or a row wanted (rows=R)."""
+    """out = the value that rank `peer` sends, f32 [rows, width].
+
+    `rows` is T (all tokens), a share of them such as T:1/4, or R (rows to sample).
+    """
 
     out: str = result()
     peer: int

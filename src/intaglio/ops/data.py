@@ -1,4 +1,4 @@
-"""Data movement: embedding rows in, selecting the rows whose logits are wanted, columns in another order."""
+"""Data movement: embedding lookup, selection of the rows whose logits are wanted, permutation of columns."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, r
 class Embed(Op, kind="embed"):
     """out[t] = w[tokens[t]] * scale. tokens int32 [T], w [vocabulary, width] in any format, out f32 [T, width]."""
 
-    tokens: str = operand()
-    w: str = operand()
+    tokens: str = operand("index")
+    w: str = operand("table")
     out: str = result()
     scale: float = 1.0
 
@@ -43,7 +43,7 @@ class Select(Op, kind="select"):
     """out[r] = x[rows[r]]. x f32 [T, width], rows int32 [R], out f32 [R, width]."""
 
     x: str = operand()
-    rows: str = operand()
+    rows: str = operand("index")
     out: str = result()
 
     def shapes(self, t: Tensors) -> Results:
@@ -63,11 +63,11 @@ class Select(Op, kind="select"):
 class Permute(Op, kind="permute"):
     """out[t, j] = x[t, order[j]]. x f32 [rows, width], order i32 [width], out as x.
 
-    Weights whose columns are grouped by how much they matter (GPTQ's act-order) are kept group by group, and x is
-    brought into their order."""
+    Weights quantized with act-order (GPTQ) store their columns sorted by quantization group; Permute sorts x to match.
+    """
 
     x: str = operand()
-    order: str = operand()
+    order: str = operand("index")
     out: str = result()
 
     def shapes(self, t: Tensors) -> Results:

@@ -1,4 +1,4 @@
-"""Elementwise arithmetic as one op: a small expression over its operands."""
+"""The elementwise op `map`: a small expression over its operands, such as "silu(a) * b"."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import erf
+from typing import ClassVar
 
 import numpy as np
 
@@ -15,18 +16,19 @@ from intaglio.ops.op import Op, OpError, Results, Tensors, Value, Work, array, o
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + e^-x), computed in float64 without overflow, returned as float32."""
     wide = x.astype(np.float64)
     return (1 / (1 + np.exp(-np.abs(wide))) * np.where(wide >= 0, 1, np.exp(-np.abs(wide)))).astype(np.float32)
 
 
 def gelu_tanh(x: np.ndarray) -> np.ndarray:
-    """Hendrycks & Gimpel 2016, the tanh form: x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))."""
+    """GELU, tanh form: x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) (Hendrycks & Gimpel 2016)."""
     wide = x.astype(np.float64)
     return (0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))).astype(np.float32)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """x * Phi(x), Phi by the error function."""
+    """GELU: x * Phi(x), with Phi from the error function."""
     wide = x.astype(np.float64)
     return (0.5 * wide * (1 + np.vectorize(erf, otypes=[np.float64])(wide / np.sqrt(2)))).astype(np.float32)
 
@@ -40,16 +42,20 @@ FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sigmoid": sigmoid,
     "tanh": np.tanh,
     "exp": np.exp,
+    "softplus": lambda x: np.logaddexp(0, x.astype(np.float64)).astype(np.float32),
 }
+ARITHMETIC = {"+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide}
 BINARY = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 OPERANDS = ("a", "b", "c")
+Steps = tuple[tuple[str, float | str], ...]  # an expression in postfix order, see postfix()
 
 
 @cache
-def postfix(expr: str) -> tuple[tuple[str, float | str], ...]:
-    """The expression as steps of a stack machine: ("operand", "a"), ("number", 0.5), ("call", "silu"), ("binary", "+").
+def postfix(expr: str) -> Steps:
+    """Parse an expression to steps of a stack machine, such as ("operand", "a"), ("number", 0.5), ("call", "silu").
 
-    Operands are a, b, c; operators + - * /; functions those of FUNCTIONS. Raises OpError for anything else.
+    Binary operators are ("binary", "+"). Operands are a, b, c; operators + - * /; functions those of FUNCTIONS. Raises
+    OpError for anything else.
     """
 
     def walk(node: ast.expr) -> list[tuple[str, float | str]]:
@@ -76,11 +82,30 @@ def postfix(expr: str) -> tuple[tuple[str, float | str], ...]:
     return tuple(walk(tree.body))
 
 
+def evaluate(steps: Steps, operand: Callable[[str], np.ndarray]) -> np.ndarray:
+    """The value of an expression in float32. steps: from postfix(). operand(name): returns the value of a, b or c."""
+    stack: list[np.ndarray] = []
+    for step, value in steps:
+        if step == "operand":
+            stack.append(operand(str(value)))
+        elif step == "number":
+            stack.append(np.float32(value))  # type: ignore[arg-type]
+        elif step == "call":
+            stack.append(FUNCTIONS[str(value)](stack.pop()))
+        else:
+            right, left = stack.pop(), stack.pop()
+            stack.append(ARITHMETIC[str(value)](left, right))
+    return stack.pop()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Map(Op, kind="map"):
-    """out = expr(a, b, c) element by element in float32. a and out have one shape; b and c too, or one column, whose
-    value then stands for every column of the row. Example: "silu(a) * b"."""
+    """out = expr(a, b, c) element by element in float32. Example: "silu(a) * b".
 
+    a and out have one shape. b and c have that shape too, or one column, which is broadcast to all columns.
+    """
+
+    elementwise: ClassVar[bool] = True
     a: str = operand()
     b: str | None = operand(optional=True)
     c: str | None = operand(optional=True)
@@ -97,19 +122,8 @@ class Map(Op, kind="map"):
         return {self.out: (t[self.a].shape, "f32")}
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
-        stack: list[np.ndarray] = []
-        for step, value in postfix(self.expr):
-            if step == "operand":
-                stack.append(array(v, getattr(self, str(value))))
-            elif step == "number":
-                stack.append(np.float32(value))  # type: ignore[arg-type]
-            elif step == "call":
-                stack.append(FUNCTIONS[str(value)](stack.pop()))
-            else:
-                right, left = stack.pop(), stack.pop()
-                binary = {"+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide}
-                stack.append(binary[str(value)](left, right))
-        return {self.out: np.broadcast_to(stack.pop(), array(v, self.a).shape).astype(np.float32)}
+        y = evaluate(postfix(self.expr), lambda name: array(v, getattr(self, name)))
+        return {self.out: np.broadcast_to(y, array(v, self.a).shape).astype(np.float32)}
 
     def work(self, t: Tensors, batch: Batch) -> Work:
         steps = sum(step in ("call", "binary") for step, _ in postfix(self.expr))

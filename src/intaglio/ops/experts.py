@@ -1,4 +1,4 @@
-"""Mixtures of experts: which experts each token goes to, and what the chosen ones make of it together."""
+"""Mixtures of experts: route chooses the experts of each token, experts computes and sums their outputs."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ FLOOR = np.float32(1e-20)  # added to the sum that weights are divided by, as De
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis, computed in float64, returned as float32."""
     p = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
     return (p / p.sum(axis=-1, keepdims=True)).astype(np.float32)
 
 
 def best(key: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` largest of each row, largest first; ties go to the lowest index."""
+    """Column indices of the `count` largest values of each row, largest first; ties go to the lowest index."""
     return np.argsort(-key, axis=-1, kind="stable")[..., :count]
 
 
 def sparsemixer(logits: np.ndarray, count: int, jitter: float) -> tuple[np.ndarray, np.ndarray]:
-    """Liu et al. 2024 at inference: experts one after the other, the largest logit left; its weight is the softmax over
-    those left whose logit l is near the largest m: (m - l) / max(|l|, m) <= 2 * jitter."""
+    """(expert ids, weights) by SparseMixer at inference (Liu et al. 2024).
+
+    Experts are chosen one after the other, each time the one with the largest remaining logit m. Its weight is its
+    softmax over the remaining experts whose logit l is near m: (m - l) / max(|l|, m) <= 2 * jitter.
+    """
     left = logits.astype(np.float64)
     ids, weights = [], []
     for _ in range(count):
@@ -47,18 +51,18 @@ def sparsemixer(logits: np.ndarray, count: int, jitter: float) -> tuple[np.ndarr
 class Route(Op, kind="route"):
     """The `top` experts of each token, best first, and their weights.
 
-    logits f32 [T, E], bias [E]; weights f32 [T, top], ids i32 [T, top].
+    logits f32 [T, E], bias [E]; weights f32 [T, top], ids i32 [T, top]. All in float32.
 
-    score: softmax or sigmoid or sqrt_softplus (sqrt(ln(1 + e^l))) of the logits; chosen: softmax over the chosen
-    logits alone; sparsemixer: as its function says, with `jitter`. Experts are chosen by score + bias (the bias only
-    chooses; DeepSeek-V3), and without a bias by the logits, which rank alike; ties go to the lowest index. With
-    `groups`, experts stand in that many equal runs, and only the `kept_groups` runs of highest worth are open: a run's
-    worth is the sum of its `group_best` highest. Then weights are divided by their sum if `normalise`, and times
-    `scale`. All in float32.
+    1. Score: softmax, sigmoid or sqrt_softplus (sqrt(ln(1 + e^l))) of the logits; `chosen` is a softmax over the logits
+    of the chosen experts only; `sparsemixer` is the function of that name, with `jitter`. 2. Choice: the experts with
+    the largest score + bias; the bias affects only the choice (DeepSeek-V3). Without a bias the logits decide, which
+    rank alike. Ties go to the lowest index. With `groups`, the experts form that many equal groups, and only experts of
+    the `kept_groups` best groups can be chosen; a group is rated by the sum of its `group_best` highest values. 3.
+    Weights: the scores, divided by their sum if `normalise`, times `scale`.
     """
 
-    logits: str = operand()
-    bias: str | None = operand(optional=True)
+    logits: str = operand(exact=True)
+    bias: str | None = operand("vector", optional=True)
     weights: str = result()
     ids: str = result()
     top: int
@@ -100,6 +104,7 @@ class Route(Op, kind="route"):
         return {self.weights: (weights * np.float32(self.scale)).astype(np.float32), self.ids: ids.astype(np.int32)}
 
     def _scores(self, logits: np.ndarray) -> np.ndarray:
+        """Scores of all experts by the routing function, f32 [T, E]."""
         if self.score == "sigmoid":
             return sigmoid(logits)
         if self.score == "sqrt_softplus":
@@ -107,13 +112,16 @@ class Route(Op, kind="route"):
         return softmax(logits)
 
     def _key(self, logits: np.ndarray, scores: np.ndarray, v: Mapping[str, Value]) -> np.ndarray:
-        """What experts are chosen by."""
+        """Values by which experts are chosen, f32 [T, E].
+
+        Scores plus bias; without a bias the logits, or the scores if groups are rated by the sum of several.
+        """
         if self.bias is not None:
             return scores + array(v, self.bias)
         return scores if self.group_best > 1 else logits
 
     def _open(self, key: np.ndarray) -> np.ndarray:
-        """The key with experts of closed groups at minus infinity."""
+        """The key with minus infinity for experts outside the kept groups."""
         if not self.groups:
             return key
         runs = key.reshape(len(key), self.groups, key.shape[1] // self.groups)
@@ -128,31 +136,38 @@ class Route(Op, kind="route"):
 
 @dataclass(frozen=True, kw_only=True)
 class Experts(Op, kind="experts"):
-    """out[t] = sum over j of weights[t, j] * expert ids[t, j] (x[t]), j ascending; an expert is
-    down @ (activation(gate @ x) * (up @ x)).
+    """out[t] = sum over j of weights[t, j] * expert ids[t, j] (x[t]), j ascending, plus the residual.
 
-    x f32 [T, K], weights f32 [T, top], ids i32 [T, top]; gate and up [E, I, K] in one weight format, down [E, N, I];
-    biases [E, I] of both gate and up or of neither, and [E, N] of down; residual and out f32 [T, N]. Where the columns
-    of gate and up, or of down, stand in an order of each expert's own (GPTQ's act-order), `order` i32 [E, K] and
-    `down_order` [E, I] say of which value each is: x[order[e]] meets gate and up of expert e. With g and u the
-    two products and their biases: limit > 0 caps g at limit and u at +-limit; then activation(alpha * g) / alpha *
-    (u + shift) (gpt-oss: silu, alpha 1.702, limit 7, shift 1). `scale_input` applies a weight to x instead of to the
-    expert's result (Llama 4). With `of`, the stacks hold experts first .. first + E - 1 of so many, and the others add
-    nothing: a rank's share. x and the inner row are rounded to `x_format` before each product as in linear; sums of
-    products in float32 or wider.
+    An expert is down @ (activation(gate @ x) * (up @ x)). x f32 [T, K], weights f32 [T, top], ids i32 [T, top]; gate
+    and up [E, I, K] in one weight format, down [E, N, I]; gate_bias and up_bias [E, I], both or neither; down_bias [E,
+    N]; residual and out f32 [T, N]. Sums of products are in float32 or wider.
+
+    Attributes:
+        order: i32 [E, K], the column order of gate and up of each expert (GPTQ's act-order): x[order[e]] is multiplied
+            with expert e.
+        down_order: i32 [E, I], likewise for down.
+        x_format: format to which x and the inner row are rounded before each product, as in linear.
+        limit: above 0, caps gate at `limit` and up at +-limit (gpt-oss: 7). The inner row is activation(alpha * gate) /
+            alpha * (up + shift).
+        alpha: see limit (gpt-oss: 1.702).
+        shift: see limit (gpt-oss: 1).
+        scale_input: multiply x by the expert's weight instead of the expert's result (Llama 4).
+        first: number of the first expert in the stacks.
+        of: with expert parallelism, the number of experts in the model; the stacks hold experts first .. first + E - 1,
+            and the others add nothing. 0: the stacks hold all experts.
     """
 
     x: str = operand()
     weights: str = operand()
-    ids: str = operand()
-    gate: str = operand()
-    up: str = operand()
-    down: str = operand()
-    gate_bias: str | None = operand(optional=True)
-    up_bias: str | None = operand(optional=True)
-    down_bias: str | None = operand(optional=True)
-    order: str | None = operand(optional=True)
-    down_order: str | None = operand(optional=True)
+    ids: str = operand("index")
+    gate: str = operand("stack", up="up")
+    up: str = operand("stack")
+    down: str = operand("stack")
+    gate_bias: str | None = operand("vector", optional=True, up="up_bias")
+    up_bias: str | None = operand("vector", optional=True)
+    down_bias: str | None = operand("vector", optional=True)
+    order: str | None = operand("index", optional=True)
+    down_order: str | None = operand("index", optional=True)
     residual: str | None = operand(optional=True)
     out: str = result()
     x_format: str = "f32"
@@ -197,13 +212,14 @@ class Experts(Op, kind="experts"):
         return {self.out: (("T", n), "f32")}
 
     def _sizes(self, t: Tensors, name: str) -> tuple[int, int, int]:
-        """(experts, rows, columns) of a stack of matrices."""
+        """(experts, rows, columns) of a stack of matrices. Raises OpError for another shape."""
         s = t[name].shape
         ok = len(s) == 3 and all(isinstance(d, int) for d in s)
         self.check(ok, f"{name} is {t[name].type}; wanted a stack of matrices [experts, rows, columns]")
         return int(s[0]), int(s[1]), int(s[2])
 
     def _biases(self, t: Tensors, experts: int, inner: int, n: int) -> None:
+        """Raise OpError unless the biases fit the stacks."""
         named = {self.gate_bias: inner, self.up_bias: inner, self.down_bias: n}
         self.check((self.gate_bias is None) == (self.up_bias is None), "gate and up have biases both, or none")
         for name in (name for name in named if name is not None):
@@ -229,18 +245,22 @@ class Experts(Op, kind="experts"):
         return {self.out: out if self.residual is None else out + array(v, self.residual)}
 
     def _part(self, v: Mapping[str, Value], x: np.ndarray, name: str, bias: str | None, e: int) -> np.ndarray:
-        """One product of expert e, with its bias."""
+        """One product (gate, up or down) of expert e with its bias."""
         y = product(x, expert(v[name], int(e)), self.x_format)
         return (y if bias is None else y + array(v, bias)[e]).astype(np.float32)
 
     def _glu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """The inner row of an expert from its gate and up products."""
         if self.limit:
             gate, up = np.minimum(gate, np.float32(self.limit)), np.clip(up, -self.limit, self.limit)
         act = FUNCTIONS[self.activation](np.float32(self.alpha) * gate) / np.float32(self.alpha)
         return (act * (up + np.float32(self.shift))).astype(np.float32)
 
     def work(self, t: Tensors, batch: Batch) -> Work:
-        """Weights of the experts that even routing would touch: E * (1 - (1 - top / E)^T)."""
+        """FLOPs and bytes of one step.
+
+        Weights count for the experts that even routing touches: E * (1 - (1 - top / E)^T).
+        """
         tokens, top = len(batch.tokens), int(t[self.ids].shape[1])
         experts = int(t[self.gate].shape[0])
         total = self.of or experts
@@ -255,12 +275,12 @@ class Experts(Op, kind="experts"):
 
 
 def expert(w: Value, e: int) -> Value:
-    """Matrix e of a stack: an array [E, N, K], or codes kept as [E, N, K] with scales alike."""
+    """Matrix `e` of a stack, which is an array [E, N, K] or quantised."""
     return w.matrix(e) if isinstance(w, Quantised) else w[e]
 
 
 def _in_order(x: np.ndarray, v: Mapping[str, Value], order: str | None, e: int) -> np.ndarray:
-    """Columns of x as those of expert e's matrix stand."""
+    """The columns of x in the order that expert e's weights need (act-order); x itself without an order."""
     return x if order is None else x[:, np.asarray(v[order])[e]]
 
 

@@ -1,4 +1,4 @@
-"""The matrix product, with everything that can be done to its result before it is stored."""
+"""Matrix products: linear, with the operations fused into it (bias, scale, activation, residual), and head_linear."""
 
 from __future__ import annotations
 
@@ -16,16 +16,30 @@ from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, r
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
 
 
+def x_format(weight: str, exact: bool = False) -> str:
+    """The format that x is rounded to before a product with weights of format `weight`.
+
+    int8 for integer codes, bf16 for bf16 and other quantized weights, else f32. `exact`: f32 wherever the weights allow
+    it.
+    """
+    fmt = formats.get(weight)
+    if fmt.integer:
+        return "int8"
+    return "bf16" if not exact and (weight == "bf16" or fmt.grouped) else "f32"
+
+
 def check_x_format(op: Op, t: Tensors, w: str, x_format: str) -> None:
-    """Whether activations of `x_format` can meet the weight `w`: int8 whole-number codes, f32 or bf16 all others, and
-    fp8row fp8."""
+    """Raise OpError unless activations in `x_format` can be multiplied with the weight `w`.
+
+    int8 is for integer codes, f32 and bf16 for all others, fp8row for fp8.
+    """
     fmt = formats.get(t[w].format)
     allowed = ("int8",) if fmt.integer else ("f32", "bf16", "fp8row") if fmt.grouped else ("f32", "bf16")
     op.check(x_format in allowed, f"x_format={x_format} with {t[w].format} weights; use {' or '.join(allowed)}")
 
 
 def product(x: np.ndarray, w: Value, x_format: str) -> np.ndarray:
-    """x [rows, K] @ w.T with the declared rounding of x; float64 [rows, N]."""
+    """The product x [rows, K] @ w.T with the declared rounding of x; float64 [rows, N]."""
     if isinstance(w, Quantised) and w.codes.dtype == formats.E4M3:
         w = w.rows(slice(None))
     if isinstance(w, Quantised):
@@ -50,23 +64,31 @@ def product(x: np.ndarray, w: Value, x_format: str) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Op, kind="linear"):
-    """y = x @ w.T + bias; then y * scale; then the activation; then + residual.
+    """out = activation((x @ w.T + bias) * scale) + residual.
 
-    x f32 [rows, K], w [N, K] in any weight format, out f32 [rows, N]. `x_format` is what x is rounded to before the
-    product: f32 or bf16 before a plain or fp8 weight, or fp8row before the latter; int8 before whole-number codes, by
-    formats.quantise_rows. With `glu` the rows of w are [gate; up] and out = activation(gate) * up, [rows, N / 2].
-    Products are summed in float32 or wider; integer products are exact within a group.
+    x f32 [rows, K], w [N, K] in any weight format, out f32 [rows, N]. Products are summed in float32 or wider; integer
+    products are exact within a group.
+
+    Attributes:
+        x_format: format to which x is rounded before the product: f32 or bf16 for plain and fp8 weights, also fp8row
+            for fp8; int8 for integer codes, by formats.quantise_rows().
+        glu: the rows of w are [gate; up], and out = activation(gate) * up, [rows, N / 2].
     """
 
     x: str = operand()
-    w: str = operand()
-    bias: str | None = operand(optional=True)
+    w: str = operand("matrix")
+    bias: str | None = operand("vector", optional=True)
     residual: str | None = operand(optional=True)
     out: str = result()
     x_format: str = "f32"
     scale: float = 1.0
     activation: str = ""
     glu: bool = False
+
+    @property
+    def interleaved(self) -> tuple[str, ...]:
+        """The weight with rows [gate; up] if `glu` is set, else nothing."""
+        return (self.w,) if self.glu else ()
 
     def shapes(self, t: Tensors) -> Results:
         rows, k = self.rows_cols(t, self.x)
@@ -104,15 +126,15 @@ class Linear(Op, kind="linear"):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadLinear(Op, kind="head_linear"):
-    """Each head of x by its own matrix: out[t, h] = w[h] @ x[t, h, :K], followed by the columns of the head beyond K as
-    they are.
+    """Each head of x times its own matrix: out[t, h] = w[h] @ x[t, h, :K], then the head's columns beyond K unchanged.
 
-    x f32 [T, heads * (K + rest)], w [heads, N, K] in a plain format, out f32 [T, heads * (N + rest)]. It takes latent
-    attention's queries into the latent space, and its results out of it (DeepSeek-V2, 2.1.2). Sums in float32 or wider.
+    x f32 [T, heads * (K + rest)], w [heads, N, K] in a plain format, out f32 [T, heads * (N + rest)]. Maps queries of
+    latent attention into the latent space, and attention results out of it (DeepSeek-V2, 2.1.2). Sums in float32 or
+    wider.
     """
 
     x: str = operand()
-    w: str = operand()
+    w: str = operand("heads")
     out: str = result()
 
     def shapes(self, t: Tensors) -> Results:

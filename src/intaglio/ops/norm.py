@@ -1,4 +1,7 @@
-"""Normalisation over a row, or over equal groups of it (per-head QK norm), with an optional residual added after."""
+"""The op norm: RMS, layer or L2 norm of a row or of equal groups of it (per-head QK norm), plus a residual.
+
+Norm "none" leaves the rows as they are: its weight and bias scale and shift each column.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 from intaglio.batch import Batch
 from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, result
 
-KINDS = ("rms", "layer", "l2")
+KINDS = ("rms", "layer", "l2", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,13 +21,14 @@ class Norm(Op, kind="norm"):
     """out = normalised(x) * (weight + offset) + bias + residual, all float32.
 
     rms: x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019). layer: (x - mean) / sqrt(var + eps) (Ba et al. 2016).
-    l2: x / sqrt(sum(x^2) + eps). x [rows, width]; `group` > 0 normalises each run of that many columns by itself and
-    the weight is [group] long; otherwise [width]. `offset` is 1 where the checkpoint stores weight - 1 (Gemma).
+    l2: x / sqrt(sum(x^2) + eps). none: x itself. x [rows, width]; `group` > 0 normalises each run of that many columns
+    by itself; weight and bias are then [group] long, or [width]. `offset` is 1 where the checkpoint stores weight - 1
+    (Gemma).
     """
 
     x: str = operand()
-    weight: str | None = operand(optional=True)
-    bias: str | None = operand(optional=True)
+    weight: str | None = operand("vector", optional=True)
+    bias: str | None = operand("vector", optional=True)
     residual: str | None = operand(optional=True)
     out: str = result()
     norm: str = "rms"
@@ -37,8 +41,9 @@ class Norm(Op, kind="norm"):
         _, width = self.rows_cols(t, self.x)
         span = self.group or width
         self.check(width % span == 0, f"group={self.group} does not divide the width {width}")
-        self.vector(t, self.weight, span)
-        self.vector(t, self.bias, span)
+        long = self.weight is not None and t[self.weight].shape == (width,)
+        self.vector(t, self.weight, width if long else span)
+        self.vector(t, self.bias, width if long else span)
         if self.residual is not None:
             self.same_shape(t, self.x, self.residual)
         return {self.out: (t[self.x].shape, "f32")}
@@ -50,9 +55,11 @@ class Norm(Op, kind="norm"):
         if self.norm == "layer":
             x = x - x.mean(axis=-1, keepdims=True)
         squares = (x * x).sum(axis=-1, keepdims=True)
-        y = x / np.sqrt(squares / (1 if self.norm == "l2" else x.shape[-1]) + self.eps)
+        y = x if self.norm == "none" else x / np.sqrt(squares / (1 if self.norm == "l2" else x.shape[-1]) + self.eps)
         if self.weight is not None:
-            y = y * (array(v, self.weight) + np.float32(self.offset))
+            w = array(v, self.weight)
+            y = y.reshape(len(full), -1, len(w)) if len(full) else y.reshape(0, 1, len(w))
+            y = y * (w + np.float32(self.offset))
         if self.bias is not None:
             y = y + array(v, self.bias)
         y = y.reshape(full.shape).astype(np.float32)

@@ -1,6 +1,6 @@
-"""What an op is: named operands and results, plain attributes, a site, and its faces.
+"""Base class of the ops, and the types they use: Tensor (a named array of a Program), Work (FLOPs and bytes of a step).
 
-Also Tensor, the thing an op names. The ops themselves stand in their family's file.
+The ops are defined in the files of their families.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from intaglio.formats import Quantised
 Dim = int | str
 Shape = tuple[Dim, ...]
 Value = np.ndarray | Quantised
-SYMBOLS = ("T", "S", "R", "P", "B")  # tokens, sequences, rows to sample; pages in the pool, tokens a page
+SYMBOLS = ("T", "S", "R", "P", "B", "N")  # tokens, sequences, rows; pages of the pool, tokens per page, state slots
 
 ROLES = ("input", "const", "weight", "state", "temp", "output")
 
 
 def dim_known(dim: Dim) -> bool:
-    """Whether it is a number above 0, a symbol, or a share of the tokens, such as T:1/4."""
+    """True if a dimension is a number above 0, a symbol, or a share of the tokens such as T:1/4."""
     if isinstance(dim, int):
         return dim > 0
     match = SHARE.fullmatch(dim)
@@ -33,15 +33,25 @@ def dim_known(dim: Dim) -> bool:
 
 
 class OpError(ValueError):
-    """An op whose operands or attributes do not fit; the message names site, thing, value and what is allowed."""
+    """Raised for an op whose operands or attributes do not fit.
+
+    The message has the site, the value and what is allowed.
+    """
 
 
 @dataclass(frozen=True)
 class Tensor:
     """A named array of a Program.
 
-    `source`: checkpoint tensors that make up a weight, joined along dim 0. `view`: (base, first column) when this temp
-    is a range of another's columns. `values`: the numbers of a const. `buffer`: the memory a temp was planned into.
+    Attributes:
+        name: unique in the Program.
+        shape: numbers and symbolic dims (SYMBOLS, shares such as T:1/4).
+        format: number format.
+        role: one of ROLES.
+        source: checkpoint tensors that make up a weight, joined along dim 0.
+        view: (base, first column) of a temp that is a range of another's columns.
+        values: the numbers of a const.
+        buffer: number of the memory buffer planned for a temp.
     """
 
     name: str
@@ -55,10 +65,11 @@ class Tensor:
 
     @property
     def type(self) -> str:
+        """Format and shape as text, such as f32[T, 256]."""
         return f"{self.format}[{', '.join(map(str, self.shape))}]"
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
-        """Bytes with symbolic dims bound by `sizes`."""
+        """Bytes of the array, with symbolic dims bound by `sizes`."""
         dims = [sizes[d] if isinstance(d, str) else d for d in self.shape]
         cols = dims[-1] if dims else 1
         return formats.get(self.format).nbytes(int(np.prod(dims[:-1], dtype=np.int64)), cols)
@@ -70,8 +81,15 @@ Results = dict[str, tuple[Shape, str]]  # result name -> shape and format
 
 @dataclass(frozen=True)
 class Work:
-    """What an op must do in one step: floating-point operations, bytes by the memory they live in, and bytes that other
-    ranks must send it (or, for a send, that it must send them)."""
+    """The work of an op in one step.
+
+    Attributes:
+        flops: floating-point or integer operations; a multiply-add counts as two.
+        weight_bytes: bytes of weights read.
+        state_bytes: bytes of K/V cache and recurrent state read or written.
+        temp_bytes: bytes of activations read and written.
+        link_bytes: bytes that other ranks must send it (for a send: that it must send).
+    """
 
     flops: int = 0
     weight_bytes: int = 0
@@ -84,17 +102,63 @@ class Work:
 
     @property
     def bytes(self) -> int:
-        """Bytes of memory."""
+        """Bytes of memory traffic: weights, state and temps, without links."""
         return self.weight_bytes + self.state_bytes + self.temp_bytes
 
 
-def operand(optional: bool = False) -> Any:
-    """A field that names a tensor the op reads (or, for state, reads and writes)."""
-    return field(default=None, metadata={"is": "optional"}) if optional else field(metadata={"is": "operand"})
+USES = {
+    "rows": "a matrix with one row per token, sequence or sampled row",
+    "index": "integers that select: token ids, positions, row numbers, expert ids, column orders",
+    "table": "a weight [rows, width] of which the op copies rows by id",
+    "matrix": "a weight [N, K] of a product, in any weight format; the op's x_format says how x is rounded for it",
+    "stack": "weights [experts, N, K] of products, in any weight format, as `matrix`",
+    "heads": "a weight [heads, N, K], one matrix per head, in a plain format",
+    "vector": "a small array in a plain format: norm weights, biases, sinks, frequencies",
+    "pages": "paged state [P, B, heads, head_dim]: a K/V cache",
+    "slots": "recurrent state [N, ...], an item per slot: the op reads a sequence's slot and writes another one",
+}
+WEIGHT_MATRICES = ("table", "matrix", "stack", "heads")  # uses whose tensors a device packs for its products
+STATE = ("pages", "slots")  # uses whose tensors outlive a step
+ACCESS = ("read", "write", "update")
+
+
+def operand(
+    use: str = "rows",
+    *,
+    optional: bool = False,
+    access: str = "read",
+    exact: bool = False,
+    keys: bool = False,
+    up: str = "",
+) -> Any:
+    """Declare a dataclass field that names a tensor the op reads, or state that it updates.
+
+    Raises TypeError for an unknown use or access.
+
+    Args:
+        use: what the op does with the tensor, one of USES. Compiler passes and devices derive packing, formats, cache
+            layout and state tracking from it.
+        optional: the field may be None.
+        access: "read", or "write" for state in pages, or "update" for state in slots.
+        exact: the product that computes this operand keeps its stored weight format and reads x unrounded, because a
+            rounding error would change a choice (expert routing).
+        keys: attention reads this cache as keys, so a device may store it transposed.
+        up: on the gate of a gated product, the field that holds its `up`; the two are packed side by side.
+    """
+    if use not in USES or access not in ACCESS:
+        known = f"use one of {', '.join(USES)} and {' or '.join(ACCESS)}"
+        raise TypeError(f"operand(use={use!r}, access={access!r}); {known}")
+    if access == "write" and use != "pages":
+        raise TypeError(f"operand(use={use!r}, access='write'); only pages are written")
+    if (access == "update") != (use == "slots"):
+        raise TypeError(f"operand(use={use!r}, access={access!r}); state in slots is updated, and nothing else is")
+    kind = "optional" if optional else "operand"
+    facts = {"is": kind, "use": use, "access": access, "exact": exact, "keys": keys, "up": up}
+    return field(default=None, metadata=facts) if optional else field(metadata=facts)
 
 
 def result(optional: bool = False) -> Any:
-    """A field that names a tensor the op writes."""
+    """Declare a dataclass field that names a tensor the op writes."""
     return field(default=None, metadata={"is": "result"}) if optional else field(metadata={"is": "result"})
 
 
@@ -104,14 +168,17 @@ FACES = ("shapes", "reference", "work")
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """Base of all ops. A subclass with a kind is a frozen dataclass and must define every face, or it fails at import;
-    one without is a base of others."""
+    """Base of all ops. An op is a frozen dataclass: a site, names of operands and results, plain attributes.
+
+    A subclass with a `kind` is an op and must define every method in `faces`, or its import fails; one without a kind
+    is a base class.
+    """
 
     site: str
     kind: ClassVar[str]
     faces: ClassVar[tuple[str, ...]] = FACES
-    stateful: ClassVar[bool] = False  # may touch tensors of role `state`
-    lasting: ClassVar[bool] = False  # is done even if nothing reads its results: others wait for it
+    elementwise: ClassVar[bool] = False  # each column of the result depends only on the same column of the operands
+    has_effect: ClassVar[bool] = False  # must run even if no op reads its results, because other ranks wait for it
 
     def __init_subclass__(cls, kind: str = "") -> None:
         if not kind:
@@ -125,11 +192,14 @@ class Op:
         REGISTRY[kind] = cls
 
     def shapes(self, t: Tensors) -> Results:
-        """The shape rule: checks the operands, returns each result's shape and format. Raises OpError."""
+        """Check the operands and return {result: (shape, format)}. Raises OpError."""
         raise NotImplementedError
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
-        """What the op means: results by name, from operand values `v`; state arrays are updated in place."""
+        """Compute the op in NumPy; this is its definition. Returns results by name from operand values `v`.
+
+        State arrays are updated in place.
+        """
         raise NotImplementedError
 
     def work(self, t: Tensors, batch: Batch) -> Work:
@@ -144,14 +214,59 @@ class Op:
 
     @property
     def inputs(self) -> tuple[str, ...]:
+        """Names of all operand tensors."""
         return tuple(v for n in self.named("operand", "optional") if (v := getattr(self, n)) is not None)
 
     @property
     def outputs(self) -> tuple[str, ...]:
+        """Names of all result tensors."""
         return tuple(v for n in self.named("result") if (v := getattr(self, n)) is not None)
 
+    @classmethod
+    @cache
+    def fields_where(cls, **facts: Any) -> tuple[str, ...]:
+        """Names of the operand fields declared with all of these facts, such as use="matrix" or access="write"."""
+        return tuple(
+            f.name for f in fields(cls) if "use" in f.metadata and all(f.metadata[k] == v for k, v in facts.items())
+        )
+
+    def operands(self, *uses: str, **facts: Any) -> tuple[str, ...]:
+        """Names of the tensors given as operands of these uses (any, if none is named) that match all of `facts`."""
+        names = [n for use in uses or USES for n in self.fields_where(use=use, **facts)]
+        return tuple(v for n in names if (v := getattr(self, n)) is not None)
+
+    @property
+    def reads_state(self) -> tuple[str, ...]:
+        """State tensors that this op reads."""
+        return self.operands(*STATE, access="read")
+
+    @property
+    def writes_state(self) -> tuple[str, ...]:
+        """State tensors that this op writes: pages in place, slots by reading one and writing another."""
+        return (*self.operands("pages", access="write"), *self.operands("slots"))
+
+    @property
+    def rounds_x(self) -> bool:
+        """True if the op has the attribute x_format, the format that its x is rounded to before a product."""
+        return "x_format" in self.named("attribute")
+
+    @property
+    def gates(self) -> dict[str, str]:
+        """{gate: up}, names of the two weights (or biases) of each gated product."""
+        pairs = [(n, f.metadata["up"]) for f in fields(self) if (n := f.name) and f.metadata.get("up")]
+        return {gate: up for a, b in pairs if (gate := getattr(self, a)) and (up := getattr(self, b))}
+
+    @property
+    def interleaved(self) -> tuple[str, ...]:
+        """Names of weights whose gate and up rows a device stores alternately, so that one pass computes both.
+
+        By default those of `gates` that are packed.
+        """
+        packed = self.operands(*WEIGHT_MATRICES)
+        return tuple(n for pair in self.gates.items() for n in pair if n in packed)
+
     def rename(self, names: Mapping[str, str]) -> Op:
-        """The same op with tensor names replaced by `names` where they occur."""
+        """A copy of the op with the tensor names replaced that are keys of `names`."""
         change = {
             n: names[v]
             for n in self.named("operand", "optional", "result")
@@ -165,30 +280,34 @@ class Op:
             raise OpError(f"{self.site} ({self.kind}): {what}")
 
     def rows_cols(self, t: Tensors, name: str) -> tuple[Dim, int]:
-        """(rows, columns) of a float matrix operand; its columns must be a number."""
+        """(rows, columns) of a float matrix operand. Raises OpError unless its columns are a number."""
         x = t[name]
         ok = len(x.shape) == 2 and isinstance(x.shape[1], int)
         self.check(ok, f"{name} is {x.type}; wanted a matrix [rows, columns] with a fixed number of columns")
         return x.shape[0], int(x.shape[1])
 
     def token_columns(self, t: Tensors, name: str) -> int:
-        """Columns of a matrix that has a row for every token of the step, as positions and slots do."""
+        """Number of columns of a matrix operand with one row per token of the step. Raises OpError for other rows."""
         rows, columns = self.rows_cols(t, name)
         self.check(rows == "T", f"{name} is {t[name].type}; wanted a row for every token, [T, {columns}]")
         return columns
 
     def same_shape(self, t: Tensors, a: str, b: str) -> None:
+        """Raise OpError unless tensors `a` and `b` have one shape."""
         self.check(t[a].shape == t[b].shape, f"{a} is {t[a].type} but {b} is {t[b].type}; they must have one shape")
 
     def vector(self, t: Tensors, name: str | None, length: int) -> None:
-        """Check that an optional operand is a plain vector of `length`."""
+        """Raise OpError if an operand, when given, is not a vector of `length` in a plain format."""
         if name is not None:
             self.check(t[name].shape == (length,), f"{name} is {t[name].type}; wanted [{length}]")
             plain = not formats.get(t[name].format).grouped
             self.check(plain, f"{name} is {t[name].format}; vectors stay in a plain format (f32, bf16, f16)")
 
     def moved(self, t: Tensors, batch: Batch, flops: int, *, leave: tuple[str, ...] = ()) -> Work:
-        """Work of `flops` with every operand and result moved once, by role; `leave` names are not counted."""
+        """The Work of an op with `flops` operations that reads each operand and writes each result once.
+
+        leave: names of operands whose bytes are not counted.
+        """
         total = {"weight": 0, "temp": 0}
         for name in (*self.inputs, *self.outputs):
             if name not in leave and t[name].role != "state":
@@ -198,7 +317,7 @@ class Op:
 
 
 def array(v: Mapping[str, Value], name: str) -> np.ndarray:
-    """A plain value as float32."""
+    """The value of a plain operand as float32."""
     x = v[name]
     assert isinstance(x, np.ndarray), f"{name} is quantised where a plain array is wanted"
     return x.astype(np.float32, copy=False)

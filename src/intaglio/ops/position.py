@@ -1,4 +1,7 @@
-"""Rotary position embedding. Every scaling scheme (llama3, longrope, ...) is a table of frequencies: a const."""
+"""Positions: rotary embedding of queries and keys, and sinusoids that are added to the embeddings.
+
+Every scaling scheme (llama3, longrope, ...) is a table of frequencies, a const of the Program.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,17 @@ STYLES = ("half", "interleaved")
 
 @dataclass(frozen=True, kw_only=True)
 class Rope(Op, kind="rope"):
-    """Rotate pairs of each head of x by position * frequency (Su et al. 2021), times `factor`.
+    """Rotate pairs of columns of each head of x by position * frequency (Su et al. 2021), and scale by `factor`.
 
     x f32 [T, heads * head_dim], positions int32 [T], frequencies f32 [rotary_dim / 2] (a const). The first rotary_dim
-    columns of a head are rotated (with `trailing` the last), the rest pass. style half pairs column i with
-    i + rotary_dim / 2 (as transformers' rotate_half); interleaved pairs 2i with 2i + 1. The angle is a float32 product;
-    `factor` scales cos and sin (longrope's and yarn's attention factor).
+    columns of a head are rotated (with `trailing` the last), the others are copied. Style half pairs column i with i +
+    rotary_dim / 2 (as transformers' rotate_half); interleaved pairs 2i with 2i + 1. The angle is a float32 product;
+    `factor` scales cos and sin (the attention factor of longrope and yarn).
     """
 
     x: str = operand()
-    positions: str = operand()
-    frequencies: str = operand()
+    positions: str = operand("index")
+    frequencies: str = operand("vector")
     out: str = result()
     head_dim: int
     style: str = "half"
@@ -61,3 +64,30 @@ class Rope(Op, kind="rope"):
 
     def work(self, t: Tensors, batch: Batch) -> Work:
         return self.moved(t, batch, 3 * (t[self.x].nbytes(batch.sizes) // 4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sinusoid(Op, kind="sinusoid"):
+    """out[t] = [sin(p * frequencies), cos(p * frequencies)] with p = positions[t] + first (Vaswani et al. 2017, 3.5).
+
+    positions int32 [T], frequencies f32 [width / 2] (a const), out f32 [T, width]. The angle is a float32 product.
+    """
+
+    positions: str = operand("index")
+    frequencies: str = operand("vector")
+    out: str = result()
+    first: int = 0
+
+    def shapes(self, t: Tensors) -> Results:
+        pairs = t[self.frequencies].shape[0]
+        self.check(t[self.positions].format == "i32", f"{self.positions} is {t[self.positions].type}; wanted i32")
+        self.check(self.first >= 0, f"first={self.first}; wanted 0 or more")
+        return {self.out: ((t[self.positions].shape[0], 2 * int(pairs)), "f32")}
+
+    def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        at = (array(v, self.positions) + self.first).astype(np.float32)
+        angle = (at[:, None] * array(v, self.frequencies)[None, :]).astype(np.float64)
+        return {self.out: np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)}
+
+    def work(self, t: Tensors, batch: Batch) -> Work:
+        return self.moved(t, batch, t[self.out].nbytes(batch.sizes) // 4)

@@ -1,4 +1,4 @@
-"""Drawing the next token of each wanted row: edits and a mask, then greedy, or temperature, top-k, top-p and min-p."""
+"""Sampling of the next token: logit edits and grammar mask, then greedy, or temperature, top-k, top-p and min-p."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MASK = (1 << 64) - 1
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on (seed, position) alone: splitmix64 (Steele et al. 2014) over the two."""
+    """A number in [0, 1) that depends only on (seed, position): splitmix64 (Steele et al. 2014) of the two."""
     z = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1B54A32D192ED03) & MASK
     for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
         z = ((z ^ (z >> shift)) * multiplier) & MASK
@@ -22,10 +22,10 @@ def uniform(seed: int, position: int) -> float:
 
 
 def kept_mass(logits: np.ndarray, s: Sampling) -> np.ndarray:
-    """exp((l - max) / temperature) of the ids the filters keep, 0 elsewhere; float64 [vocabulary].
+    """exp((l - max) / temperature) of the ids that pass the filters, 0 for the others; float64 [vocabulary].
 
-    Filters in the order of transformers' generate(): temperature, top-k, top-p (over what top-k left), min-p. Ties go
-    to the lower id.
+    Filters in the order of transformers' generate(): temperature, top-k, top-p (over the ids that top-k kept), min-p.
+    Ties go to the lower id.
     """
     wide = logits.astype(np.float64)
     p = np.exp((wide - wide.max()) / s.temperature)
@@ -41,7 +41,7 @@ def kept_mass(logits: np.ndarray, s: Sampling) -> np.ndarray:
 
 
 def edited(logits: np.ndarray, s: Sampling) -> np.ndarray:
-    """The float32 logits [vocabulary] that a row is drawn from: after its edits, -inf where its mask has a 0."""
+    """The logits from which a row is sampled, float32 [vocabulary]: edits applied, -inf where the mask has a 0."""
     if s.edits is not None:
         at, scale, add = s.edits.ids, s.edits.scale, s.edits.add
         x = logits[at]
@@ -54,9 +54,10 @@ def edited(logits: np.ndarray, s: Sampling) -> np.ndarray:
 
 
 def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
-    """One token id from float32 logits [vocabulary]; -1 if one is NaN or the largest, edited or not, is not finite.
+    """Sample one token id from float32 logits [vocabulary]. -1 if a logit is NaN or no allowed logit is finite.
 
-    Greedy ties go to the lower id; the draw walks the kept ids in ascending order.
+    Of equal largest logits, greedy takes the lower id. Otherwise the id at which the cumulative mass, in ascending
+    order of id, passes uniform(seed, position) of the total.
     """
     if np.isnan(logits).any() or not np.isfinite(logits.max()):
         return -1
@@ -71,10 +72,12 @@ def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Op, kind="sample"):
-    """tokens[r] drawn from logits[r] by the batch's Sampling for row r, at the position the token will take;
-    logprobs[r] its natural log-probability under the softmax of the logits as they came. logits f32 [R, vocabulary],
-    tokens int32 [R], logprobs f32 [R]. A row with NaN, or whose largest logit is not finite, before its edits and mask
-    or after, gives token -1 and logprob NaN."""
+    """tokens[r] sampled from logits[r] with the batch's Sampling of row r, at the position that the token will take.
+
+    logits f32 [R, vocabulary], tokens int32 [R], logprobs f32 [R]. logprobs[r] is the token's natural log-probability
+    under the softmax of the unedited logits. A row with a NaN, or whose largest logit is not finite before or after
+    edits and mask, gives token -1 and logprob NaN.
+    """
 
     logits: str = operand()
     tokens: str = result()

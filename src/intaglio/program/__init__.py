@@ -1,12 +1,13 @@
-"""Programs: the table of tensors and ops, its text form, its rules, and the builder that ports write with."""
+"""Programs: ops over a table of tensors, their text form and verifier, and the builder that ports write them with."""
 
 from intaglio.program.builder import Builder
-from intaglio.program.mesh import verify_mesh
-from intaglio.program.program import INPUTS, Program, ProgramError, load, save
-from intaglio.program.text import parse_program, print_program
+from intaglio.program.file import load, save
+from intaglio.program.mesh import MeshProgram, verify_mesh
+from intaglio.program.parse import parse_program
+from intaglio.program.program import INPUTS, Program, ProgramError
 from intaglio.program.verify import verify
 
 __all__ = [
-    "INPUTS", "Builder", "Program", "ProgramError", "load", "parse_program", "print_program", "save", "verify",
+    "INPUTS", "Builder", "MeshProgram", "Program", "ProgramError", "load", "parse_program", "save", "verify",
     "verify_mesh",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""How a port writes a Program: each call adds one op and returns the name of its result. Shapes come from the ops."""
+"""Builder, with which ports write Programs: each call adds one op and returns the name of its result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from intaglio.program.verify import verify
 
 
 class Builder:
-    """A Program being written. The result of an op is named after its site unless `out=` says otherwise."""
+    """Builds a Program op by op. The result of an op is named after its site unless `out=` gives another name."""
 
     def __init__(self, name: str, context: int) -> None:
         self.name, self.context = name, context
@@ -27,26 +27,36 @@ class Builder:
         return tensor.name
 
     def weight(self, name: str, shape: Shape, source: str | Sequence[str], format: str = "f32") -> str:
-        """A weight read from the checkpoint tensor(s) `source`, joined along dim 0."""
+        """Declare a weight. Returns its name.
+
+        `source`: the checkpoint tensor, or several to be joined along dimension 0.
+        """
         names = (source,) if isinstance(source, str) else tuple(source)
         return self._add(Tensor(name, tuple(shape), format, "weight", source=names))
 
     def const(self, name: str, values: Sequence[float]) -> str:
-        """A small float32 vector that is part of the Program."""
+        """Declare a small float32 vector whose values are part of the Program. Returns its name."""
         rounded = tuple(float(np.float32(x)) for x in values)
         return self._add(Tensor(name, (len(values),), "f32", "const", values=rounded))
 
     def cache(self, name: str, heads: int, head_dim: int, format: str) -> str:
-        """State: pages of keys or values, [P, B, heads, head_dim]."""
+        """Declare a K or V cache (state) of shape [pages P, tokens per page B, heads, head_dim]. Returns its name."""
         return self._add(Tensor(name, ("P", "B", heads, head_dim), format, "state"))
 
+    def state(self, name: str, *shape: int) -> str:
+        """Add recurrent state f32 [N, *shape]: an item of `shape` per slot."""
+        return self._add(Tensor(name, ("N", *shape), "f32", "state"))
+
     def view(self, name: str, base: str, start: int, stop: int) -> str:
-        """Columns start..stop of a temp, without a copy."""
+        """Declare a view of columns start..stop - 1 of the temp `base`, without a copy. Returns its name."""
         of = self.tensors[base]
         return self._add(replace(of, name=name, shape=(of.shape[0], stop - start), view=(base, start)))
 
     def op(self, cls: type[Op], site: str, *operands: str | None, role: str = "temp", **fields: Any) -> str:
-        """Add `cls` at `site` with its operands in order; returns the (first) result's name, or "" if it has none."""
+        """Append an op of class `cls` at `site`. Returns the name of its first result, or "" if it has none.
+
+        operands: the required operands in order. fields: optional operands, attributes, and names of results.
+        """
         results = cls.named("result")
         names = {r: fields.pop(r, site if i == 0 else f"{site}.{r}") for i, r in enumerate(results)}
         given = dict(zip(cls.named("operand"), operands, strict=True))
@@ -57,7 +67,7 @@ class Builder:
         return op.outputs[0] if results else ""
 
     def done(self) -> Program:
-        """The finished Program, verified."""
+        """The Program built so far, verified. Raises ProgramError."""
         program = Program(self.name, tuple(self.ops), self.tensors, self.context)
         verify(program)
         return program

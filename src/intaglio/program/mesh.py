@@ -1,41 +1,145 @@
-"""The Programs of a mesh, one a rank: whether together they are one model, and in which order their collectives meet.
+"""MeshProgram: the Programs of all ranks of one model, and the check that their collectives match.
 
-Knows nothing of layouts; the compiler made them, a device steps them.
+Independent of layouts: the compiler makes the Programs, a device runs them.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 
 from intaglio.ops import AllGather, AllToAll, Collective, Grouped, Recv, ReduceScatter, Send
 from intaglio.program.program import Program, ProgramError
 from intaglio.program.verify import verify
 
 
-def verify_mesh(programs: Sequence[Program]) -> None:
-    """Each Program by itself, then all together: ranks in order, one context, every collective met by its peers.
+@dataclass(frozen=True)
+class MeshProgram:
+    """The Programs of all ranks that share a model, in order of rank; a single rank's is an ordinary Program.
 
-    Raises ProgramError naming ranks and sites.
+    `layout`: the layout by which the model was sharded, as text such as tp4; empty for one rank.
     """
-    for program in programs:
+
+    programs: tuple[Program, ...]
+    layout: str = ""
+
+    @property
+    def last(self) -> Program:
+        """The last rank's Program, which computes the logits."""
+        return self.programs[-1]
+
+    @property
+    def stages(self) -> int:
+        """Number of pipeline stages. A rank that receives from another rank is one stage after it."""
+        stage = list[int]()
+        for program in self.programs:
+            before = [op.peer for op in program.ops if isinstance(op, Recv) and op.peer < len(stage)]
+            stage.append(1 + max((stage[peer] for peer in before), default=0))
+        return max(stage)
+
+
+def verify_mesh(mesh: MeshProgram) -> None:
+    """Verify each rank's Program, then all together. Raises ProgramError naming ranks and sites.
+
+    Ranks must be in order and have one context, and each collective must be matched by its peers.
+    """
+    for program in mesh.programs:
         verify(program)
-    wrong = [*_placed(programs)] or [*_met(programs)]
+    wrong = [*_misplaced(mesh)] or [*CollectiveMatcher(mesh).run()]
     if wrong:
-        raise ProgramError(f"the mesh of {programs[0].name!r} does not fit together:\n  " + "\n  ".join(wrong[:8]))
+        raise ProgramError(f"the mesh of {mesh.last.name!r} does not fit together:\n  " + "\n  ".join(wrong[:8]))
 
 
-def _placed(programs: Sequence[Program]) -> Iterator[str]:
-    first, n = programs[0], len(programs)
-    for i, p in enumerate(programs):
+def _misplaced(mesh: MeshProgram) -> Iterator[str]:
+    """Yield the Programs whose rank, name or context does not fit their place in the mesh, as messages."""
+    first, n = mesh.programs[0], len(mesh.programs)
+    for i, p in enumerate(mesh.programs):
         if (p.mesh, p.rank) != (n, i):
             yield f"Program {i} of {n} says it is rank {p.rank} of mesh {p.mesh}"
         if (p.name, p.context) != (first.name, first.context):
             yield f"rank {i} is {p.name!r} context={p.context}, rank 0 {first.name!r} context={first.context}"
 
 
+class CollectiveMatcher:
+    """Runs the collectives of all ranks without values, to find mismatches and deadlocks.
+
+    A send never waits; every other collective waits for its peers.
+    """
+
+    def __init__(self, mesh: MeshProgram) -> None:
+        self.programs = mesh.programs
+        self.queues = [deque(op for op in p.ops if isinstance(op, Collective)) for p in mesh.programs]
+        self.messages: dict[tuple[int, int], deque[Send]] = {}  # sent but not received, by (sender, receiver)
+
+    def run(self) -> Iterator[str]:
+        """Yield messages: the first mismatch, or if a deadlock occurs, the collective at which each rank waits.
+
+        Sends that are never received are reported too.
+        """
+        rank = idle = 0
+        while idle < len(self.programs):
+            idle += 1
+            while self.queues[rank] and (fault := self.advance(rank)) is not None:
+                idle = 0
+                if fault:
+                    yield fault
+                    return
+            rank = (rank + 1) % len(self.programs)
+        for rank, queue in enumerate(self.queues):
+            if queue:
+                op = queue[0]
+                peers = f"rank {op.peer}" if isinstance(op, Recv) else f"ranks {op.group}"  # type: ignore[attr-defined]
+                yield f"deadlock: rank {rank} waits at {op.site} ({op.kind}) for {peers}"
+        for (sender, receiver), ops in self.messages.items():
+            if ops:
+                yield f"rank {sender} sends at {ops[0].site} what rank {receiver} never receives"
+
+    def advance(self, rank: int) -> str | None:
+        """Run the next collective of `rank`.
+
+        Returns None if it must wait, "" if it was run, else the mismatch as a message.
+        """
+        op = self.queues[rank][0]
+        if isinstance(op, Send):
+            self.messages.setdefault((rank, op.peer), deque()).append(op)
+            self.queues[rank].popleft()
+            return ""
+        if isinstance(op, Recv):
+            return self.receive(rank, op)
+        assert isinstance(op, Grouped)
+        heads = [self.queues[r][0] if self.queues[r] else None for r in op.group]
+        grouped = [head for head in heads if isinstance(head, Grouped) and head.group == op.group]
+        if len(grouped) < len(heads):
+            return None
+        members = [(self.programs[r], head) for r, head in zip(op.group, grouped, strict=True)]
+        terms = [_terms(p, head) for p, head in members]
+        for r in op.group:
+            self.queues[r].popleft()
+        if len(set(terms)) > 1:
+            return f"ranks {op.group} disagree at {op.site}: {', '.join(map(str, dict.fromkeys(terms)))}"
+        return _shape_mismatch(members)
+
+    def receive(self, rank: int, op: Recv) -> str | None:
+        """Match `op` with the oldest message sent to `rank`.
+
+        Returns None if there is none, "" if it fits, else the mismatch.
+        """
+        messages = self.messages.get((op.peer, rank))
+        if not messages:
+            return None
+        send = messages.popleft()
+        self.queues[rank].popleft()
+        fits = _terms(self.programs[op.peer], send) == _terms(self.programs[rank], op)
+        return (
+            ""
+            if fits
+            else f"rank {op.peer} sends {send.x} at {send.site}, rank {rank} expects another shape for {op.out}"
+        )
+
+
 def _terms(p: Program, op: Collective) -> Hashable:
-    """What must be equal on both sides."""
+    """The properties of a collective (kind, shape, wire format) that must be equal on all its peers."""
     if isinstance(op, Send):
         return p.tensors[op.x].shape, op.wire
     if isinstance(op, Recv):
@@ -44,74 +148,15 @@ def _terms(p: Program, op: Collective) -> Hashable:
     return op.kind, op.site, "T" if isinstance(op, AllToAll) else rows, width, op.wire
 
 
-def _met(programs: Sequence[Program]) -> Iterator[str]:
-    """Step all ranks until none can go on; a send waits for nobody, the others for their peers."""
-    waiting = [deque(op for op in p.ops if isinstance(op, Collective)) for p in programs]
-    sent: dict[tuple[int, int], deque[Send]] = {}
-    rank = 0
-    idle = 0
-    while idle < len(programs):
-        queue, idle = waiting[rank], idle + 1
-        while queue and (fault := _meet(programs, waiting, sent, rank)) is not None:
-            idle = 0
-            if fault:
-                yield fault
-                return
-        rank = (rank + 1) % len(programs)
-    for rank, queue in enumerate(waiting):
-        if queue:
-            op = queue[0]
-            whom = f"rank {op.peer}" if isinstance(op, Recv) else f"ranks {op.group}"  # type: ignore[attr-defined]
-            yield f"rank {rank} waits at {op.site} ({op.kind}) for {whom}, in vain"
-    for (giver, taker), ops in sent.items():
-        if ops:
-            yield f"rank {giver} sends at {ops[0].site} what rank {taker} never receives"
-
-
-def _meet(
-    programs: Sequence[Program],
-    waiting: Sequence[deque[Collective]],
-    sent: dict[tuple[int, int], deque[Send]],
-    rank: int,
-) -> str | None:
-    """Let `rank` do its next collective. None: it must wait; "": done; else what does not fit."""
-    op = waiting[rank][0]
-    if isinstance(op, Send):
-        sent.setdefault((rank, op.peer), deque()).append(op)
-        waiting[rank].popleft()
-        return ""
-    if isinstance(op, Recv):
-        letters = sent.get((op.peer, rank))
-        if not letters:
-            return None
-        send = letters.popleft()
-        waiting[rank].popleft()
-        fits = _terms(programs[op.peer], send) == _terms(programs[rank], op)
-        return "" if fits else f"rank {op.peer} sends {send.x} at {send.site}, rank {rank} expects {op.out} otherwise"
-    assert isinstance(op, Grouped)
-    heads = [waiting[r][0] if waiting[r] else None for r in op.group]
-    if any(not isinstance(head, Grouped) or head.group != op.group for head in heads):
-        return None
-    terms = [_terms(programs[r], head) for r, head in zip(op.group, heads, strict=True) if head]
-    for r in op.group:
-        waiting[r].popleft()
-    if len(set(terms)) > 1:
-        return f"ranks {op.group} meet at {op.site} with unlike terms: {', '.join(map(str, dict.fromkeys(terms)))}"
-    return _parts([(programs[r], head) for r, head in zip(op.group, heads, strict=True) if isinstance(head, Grouped)])
-
-
-def _parts(met: Sequence[tuple[Program, Grouped]]) -> str:
-    """Whether what each rank brings and gets makes a whole; else what does not."""
-    op, brought = met[0][1], [p.tensors[head.x].shape for p, head in met]
+def _shape_mismatch(members: list[tuple[Program, Grouped]]) -> str:
+    """A message if the inputs and outputs of a collective's ranks do not make up one tensor; "" if they do."""
+    op, inputs = members[0][1], [p.tensors[head.x].shape for p, head in members]
     if isinstance(op, AllToAll) or (isinstance(op, AllGather) and not op.tokens):
-        widths = [int(shape[1]) for shape in brought]
+        widths = [int(shape[1]) for shape in inputs]
         if sum(widths) != op.width:
-            return f"ranks {op.group} bring {widths} columns to {op.site}; wanted {op.width} together"
-    rows = (
-        [shape[0] for shape in brought]
-        if isinstance(op, AllGather)
-        else [p.tensors[head.out].shape[0] for p, head in met]
-    )
-    if str(rows[0]).startswith("T:") and rows != [f"T:{i}/{len(met)}" for i in range(len(met))]:
-        return f"ranks {op.group} have rows {rows} at {op.site}; wanted the shares of {len(met)} in order"
+            return f"ranks {op.group} give {widths} columns to {op.site}; wanted {op.width} in total"
+    outputs = [p.tensors[head.out].shape for p, head in members]
+    rows = [shape[0] for shape in (inputs if isinstance(op, AllGather) else outputs)]
+    if str(rows[0]).startswith("T:") and rows != [f"T:{i}/{len(members)}" for i in range(len(members))]:
+        return f"ranks {op.group} have rows {rows} at {op.site}; wanted the shares of {len(members)} in order"
     return ""

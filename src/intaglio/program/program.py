@@ -1,4 +1,4 @@
-"""The Program: the one thing that goes from port to compiler to device. A tuple of ops over a table of tensors."""
+"""Program: ops in order over a table of tensors. Ports write Programs, the compiler rewrites them, devices run them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from intaglio.batch import Batch
 from intaglio.ops import Op, Tensor, Work
+from intaglio.program.text import print_text
 
 INPUTS = {"tokens": "T", "positions": "T", "rows": "R"}  # int32 arrays bound from the Batch at each step
 
 
 class ProgramError(ValueError):
-    """A Program that breaks a rule, or text that is not one."""
+    """Raised for a Program that breaks a rule, and for text that is not a Program."""
 
 
 @dataclass(frozen=True, eq=True)
 class Program:
-    """Ops in the order they run, tensors by name. `context` is the number of positions it is valid for; `mesh` and
-    `rank` place it among the ranks of a sharded model (1 and 0 when whole)."""
+    """A model, or one rank's part of it: ops in the order they run, over a table of tensors.
+
+    Attributes:
+        name: the model's name.
+        ops: in the order they run.
+        tensors: the table of tensors, by name.
+        context: number of positions the Program is valid for.
+        mesh: number of ranks that share the model; 1 if it is whole.
+        rank: this Program's rank in the mesh.
+    """
 
     name: str
     ops: tuple[Op, ...]
@@ -31,28 +39,41 @@ class Program:
     rank: int = 0
 
     def __str__(self) -> str:
-        from intaglio.program.text import print_program
+        return self.text()
 
-        return print_program(self)
+    def text(self, fold: bool = False) -> str:
+        """The text form, which `parse_program` reads back.
+
+        fold: print layers that are equal only once. Such text is for people and cannot be parsed.
+        """
+        head = f"program {self.name} context={self.context} mesh={self.mesh} rank={self.rank}"
+        return print_text(head, self.ops, self.tensors, fold)
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the text form, in hex."""
+        """SHA-256 of the text form, as hex digits."""
         return hashlib.sha256(str(self).encode()).hexdigest()
 
     @property
     def vocabulary(self) -> int:
-        """Columns of the logits; 0 in a stage of a pipeline that has none."""
+        """Number of columns of the logits; 0 in a pipeline stage without logits."""
         return int(self.tensors["logits"].shape[-1]) if "logits" in self.tensors else 0
 
+    @property
+    def recurrent(self) -> bool:
+        """True if the Program has recurrent state, state in slots."""
+        return any(t.shape[0] == "N" for t in self.of_role("state"))
+
     def of_role(self, role: str) -> list[Tensor]:
+        """All tensors of a role: weight, const, state, input, output or temp."""
         return [t for t in self.tensors.values() if t.role == role]
 
     def with_ops(self, ops: Iterable[Op], tensors: Mapping[str, Tensor]) -> Program:
+        """A copy of the Program with these ops and tensors instead of its own."""
         return replace(self, ops=tuple(ops), tensors=dict(tensors))
 
     def base(self, name: str) -> str:
-        """The tensor whose memory holds `name`: itself, or the base of its view."""
+        """Name of the tensor whose memory holds `name`: the base if `name` is a view, else `name` itself."""
         view = self.tensors[name].view
         return view[0] if view else name
 
@@ -61,7 +82,7 @@ class Program:
         return self._readers.get(name, [])
 
     def producer(self, name: str) -> Op | None:
-        """The op that writes `name`, or the base of which it is a view."""
+        """The op that writes `name`, or its base if it is a view; None if no op does."""
         return self._writers.get(self.base(name))
 
     @cached_property
@@ -77,23 +98,5 @@ class Program:
         return {name: op for op in reversed(self.ops) for name in op.outputs}
 
     def work(self, batch: Batch) -> dict[str, Work]:
-        """FLOPs and bytes of one step, by site."""
+        """FLOPs and bytes of one step, by site of the op."""
         return {op.site: op.work(self.tensors, batch) for op in self.ops}
-
-
-def save(program: Program, path: str | Path) -> None:
-    """Verify, then write the text form."""
-    from intaglio.program.verify import verify
-
-    verify(program)
-    Path(path).write_text(str(program))
-
-
-def load(path: str | Path) -> Program:
-    """Read a text form back and verify it. Raises ProgramError naming the line that fails to parse, or the rule."""
-    from intaglio.program.text import parse_program
-    from intaglio.program.verify import verify
-
-    program = parse_program(Path(path).read_text())
-    verify(program)
-    return program

@@ -1,17 +1,22 @@
-"""Where a weight's values come from: checkpoint tensors by name, a run of them, and how each is turned and cut.
+"""Sources of weights: the checkpoint tensors that a weight is read from, and the steps that reshape and cut them.
 
-    model.layers.0.mlp.experts.{0..7}.w1.weight    eight tensors, one after the other
-    model.layers.0.mlp.experts.gate_up_proj|T      the last two dimensions exchanged
-    ...gate_up_proj|T|r0:1/2                       then, of every 2 rows, rows 0 to 1 (not included)
-    ...gate_up_proj_bias|c1:2/2                    of every 2 columns, the second
-    ...kv_b_proj.weight|h16                        its rows as a stack of 16 matrices
-    ...kv_b_proj.weight|h16|s4:8/16                of every 16 matrices, the second four
+    model.layers.0.mlp.experts.{0..7}.w1.weight    a run of eight tensors, joined along the first dimension
+    model.layers.0.mlp.experts.gate_up_proj|T      transposed: the last two dimensions exchanged
+    ...gate_up_proj|T|r0:1/2                       then of every 2 rows the first (rows 0 to 1, 1 not included)
+    ...gate_up_proj_bias|c1:2/2                    of every 2 columns the second
+    ...moe_statics.e_score_correction_bias|v       a matrix of one row, as a vector
+    ...input_gate_bias|f                           all values of a matrix, as a vector
+    ...conv1d.weight|m                             a tensor [rows, 1, columns], as a matrix
+    ...kv_b_proj.weight|h16                        a matrix's rows divided into a stack of 16 matrices
+    ...kv_b_proj.weight|h16|s4:8/16                then of every 16 matrices numbers 4 to 7
+    ...down_proj.weight|g32|c96:192/384            scales repeated for groups of 32 (no value changes), then a cut
 
-Knows nothing of files.
+The functions here read no files: a `reader` passed in returns a tensor's values by its name.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -31,7 +36,7 @@ AXES = {"r": -2, "c": -1, "s": -3}
 
 
 def expand(source: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(tensor name, steps) of each tensor a source stands for."""
+    """Yield (name, steps) of each checkpoint tensor in a source."""
     name, *steps = source.split("|")
     run = RUN.search(name)
     numbers = range(int(run[1]), int(run[2]) + 1) if run else [None]
@@ -40,27 +45,41 @@ def expand(source: str) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def is_run(source: str) -> bool:
-    """Whether a source is a run of tensors, each of them one matrix of a stack."""
+    """True if a source names a run of tensors such as experts.{0..7}, each one matrix of a stack."""
     return RUN.search(source) is not None
 
 
 def narrowed(source: str, numbers: range) -> str:
-    """A run's tensors of these numbers alone, counted from its first."""
+    """The source of part of a run of tensors. `numbers`: which of them, counted from 0 at the run's first tensor."""
     run = RUN.search(source)
     assert run, f"{source} is no run"
     first = int(run[1])
     return f"{source[: run.start()]}{{{first + numbers.start}..{first + numbers.stop - 1}}}{source[run.end() :]}"
 
 
+def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
+    """The sources of parts of `source` with these sizes, which follow one another along its rows or columns.
+
+    axis: "r" for rows, "c" for columns. An axis longer than the sizes make up consists of several blocks of such parts;
+    each of the sources then has its part of every block.
+    """
+    starts, of = [sum(sizes[:i]) for i in range(len(sizes))], sum(sizes)
+    return [f"{source}|{axis}{start}:{start + size}/{of}" for start, size in zip(starts, sizes, strict=True)]
+
+
 def names(source: str) -> list[str]:
+    """Names of the checkpoint tensors in a source."""
     return [name for name, _ in expand(source)]
 
 
 def _cut(step: str, length: int) -> tuple[int, int, int, int]:
-    """(axis, first, last, of) of a cut of an axis that is `length` long."""
+    """Parse a cut such as r0:1/2 to (axis, first, last, of): of every `of` indices keep first..last - 1.
+
+    length: size of the axis, which `of` must divide. Raises ProgramError for a step that is no cut.
+    """
     match = CUT.fullmatch(step)
     if not match:
-        raise ProgramError(f"{step!r} is no step of a source; known are T, hN, sA:B/N, rA:B/N and cA:B/N")
+        raise ProgramError(f"{step!r} is no step of a source; known are T, v, f, m, hN, gN, sA:B/N, rA:B/N and cA:B/N")
     first, last, of = int(match[2]), int(match[3]), int(match[4])
     if not 0 <= first < last <= of or length % of:
         raise ProgramError(f"step {step} of a source cannot cut {length}; wanted 0 <= A < B <= N, N dividing {length}")
@@ -68,10 +87,18 @@ def _cut(step: str, length: int) -> tuple[int, int, int, int]:
 
 
 def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ...]:
-    """The shape of a tensor after the steps."""
+    """The shape that a tensor of shape `shape` has after the steps."""
     for step in steps:
+        if step[0] == "g":
+            continue
         if step == "T":
             shape = (*shape[:-2], shape[-1], shape[-2])
+        elif step == "v":
+            shape = shape[1:] if shape[:-1] == (1,) else shape
+        elif step == "f":
+            shape = (math.prod(shape),)
+        elif step == "m":
+            shape = (shape[0], *shape[2:]) if len(shape) == 3 and shape[1] == 1 else shape
         elif step[0] == "h":
             shape = (int(step[1:]), shape[0] // int(step[1:]), *shape[1:])
         else:
@@ -84,8 +111,10 @@ def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ..
 
 
 def take(x: Value, steps: tuple[str, ...]) -> Value:
-    """The steps done to an array; without a copy where they need none. Codes stay codes where their groups stay whole;
-    where a step would tear them, they become float32 first."""
+    """Apply a source's steps to a tensor, without a copy where possible.
+
+    Quantized values stay quantized, unless a step would split a group: then they become float32 first.
+    """
     if isinstance(x, Quantised):
         coded = _coded(x, steps)
         if coded is not None:
@@ -96,14 +125,20 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
 
 
 def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
-    """The steps done to codes and scales; None if one of them would tear groups, or turn what is not turned."""
+    """Apply the steps to the codes and scales of a quantised tensor.
+
+    None if that is impossible: a step splits groups or stacks rows, or its transposition differs from how it is stored.
+    """
     if steps.count("T") != x.turned or any(s.startswith("h") for s in steps):
         return None
     x = replace(x, turned=False)
     for step in (s for s in steps if s != "T"):
+        if step[0] == "g" or (step[0] == "c" and x.format and formats.get(x.format).group == formats.ROW):
+            x = _regrouped(x, int(step[1:])) if step[0] == "g" else _cut_rows(x, step)
+            continue
         cuts: dict[str, tuple[str, ...]] = {}
         for name in x.arrays:
-            run = 1 if name == "codes" else formats.BLOCK if name in ("units", "low_units") else x.group
+            run = 1 if name == "codes" else _unit_run(x) if name in ("units", "low_units") else x.group
             alike = _of_groups(step, x.codes.shape[-1], run) if step.startswith("c") and run > 1 else (step,)
             if alike is None:
                 return None
@@ -112,8 +147,40 @@ def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
     return x
 
 
+def _unit_run(x: Quantised) -> int:
+    """The number of columns that share a unit of the scales: a block, or the whole row."""
+    return formats.BLOCK if formats.get(x.format).block == formats.BLOCK else x.codes.shape[-1]
+
+
+def _regrouped(x: Quantised, group: int) -> Quantised:
+    """The tensor in smaller groups of `group` columns, with each scale repeated. Codes and values do not change."""
+    if x.group % group or x.units is not None:
+        raise ProgramError(f"groups of {x.group} cannot become groups of {group}; wanted a divisor of {x.group}")
+    count = -(-x.codes.shape[-1] // group)
+    arrays = {
+        name: array if name == "codes" else np.repeat(array, x.group // group, axis=-1)[..., :count]
+        for name, array in x.arrays.items()
+    }
+    return replace(x.holding(arrays), group=group, format=re.sub(r"g\d+", f"g{group}", x.format))
+
+
+def _cut_rows(x: Quantised, step: str) -> Quantised:
+    """Cut the columns of a tensor with one scale per row; the shorter rows keep their scales."""
+    codes = _moved(x.codes, (step,))
+    group = formats.get(x.format).group_of(codes.shape[-1])
+    count = -(-codes.shape[-1] // group)
+    arrays = {
+        name: codes if name == "codes" else np.repeat(array[..., :1], count, axis=-1)
+        for name, array in x.arrays.items()
+    }
+    return replace(x.holding(arrays), group=group)
+
+
 def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
-    """A cut of columns, as one of their groups: none if a group is the whole row; None if it would tear one."""
+    """A cut of columns rewritten as a cut of the groups' scales; None if the cut would split a group.
+
+    () if one group is the whole row, so that its scales stay as they are. length: columns. group: columns of a group.
+    """
     _, first, last, of = _cut(step, length)
     if group >= length:
         return ()
@@ -123,9 +190,21 @@ def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
 
 
 def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
+    """Apply the steps to an array that is not quantised."""
     for step in steps:
+        if step[0] == "g":
+            continue
         if step == "T":
             x = x.swapaxes(-1, -2)
+            continue
+        if step == "v":
+            x = x.reshape(x.shape[-1])
+            continue
+        if step == "f":
+            x = x.reshape(-1)
+            continue
+        if step == "m":
+            x = x.reshape(x.shape[0], x.shape[-1])
             continue
         if step[0] == "h":
             x = x.reshape(int(step[1:]), -1, *x.shape[1:])
@@ -139,12 +218,15 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
 
 
 def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
-    """As read(), but codes come in the `runs` along its first dimension that a tensor has by its name; whole, if a step
-    turns that dimension or splits it."""
+    """Yield (tensor name, values) as read() does, but quantised tensors in several runs of rows, to save memory.
+
+    runs: yields the runs of a tensor by name. A tensor comes whole if a step transposes it or divides its first
+    dimension.
+    """
     for name, steps in expand(source):
         at = 0
         for x in runs(name):
-            cut = "s" if len(x.shape) > 2 else "r"  # what moves the first dimension
+            cut = "s" if len(x.shape) > 2 else "r"  # the step that cuts the first dimension
             if not isinstance(x, Quantised):
                 yield name, take(x, steps)
                 continue
@@ -160,16 +242,16 @@ def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) ->
 
 
 def _kept(ids: np.ndarray, steps: Sequence[str]) -> np.ndarray:
-    """Which of these indices of an axis are left when it has been cut."""
+    """Boolean mask of the indices `ids` of an axis that remain after the cuts `steps`."""
     kept = np.ones(len(ids), bool)
     for step in steps:
         _, first, last, of = _cut(step, int(step.rpartition("/")[2]))
         kept &= (first <= ids % of) & (ids % of < last)
-        ids = ids // of * (last - first) + ids % of - first  # where those that are left stand now
+        ids = ids // of * (last - first) + ids % of - first  # indices after this cut
     return kept
 
 
 def read(source: str, reader: Reader) -> Iterator[tuple[str, Value]]:
-    """(tensor name, values) of each tensor of a source, its steps done; `reader` gives a tensor by name."""
+    """Yield (tensor name, values) of each tensor in a source, its steps applied. reader: returns a tensor by name."""
     for name, steps in expand(source):
         yield name, take(reader(name), steps)

@@ -1,11 +1,14 @@
-"""The rules a Program obeys: small functions, each yielding what is wrong. Shapes are the ops' own business."""
+"""The verifier: rules that every Program must satisfy. Each rule is a function that yields messages of what is wrong.
+
+Shapes are checked by the ops' own `shapes()`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
 from intaglio import formats
-from intaglio.ops import REGISTRY, SYMBOLS, Collective
+from intaglio.ops import REGISTRY, SYMBOLS, Grouped, Recv, Send
 from intaglio.ops.op import ROLES, OpError, dim_known
 from intaglio.program.program import Program, ProgramError
 
@@ -13,7 +16,7 @@ Rule = Callable[[Program], Iterator[str]]
 
 
 def names_resolve(p: Program) -> Iterator[str]:
-    """Every name an op or a view uses is in the table, under that very name."""
+    """Yield names used by ops or views that are not in the table, and tensors listed under another name."""
     for key, t in p.tensors.items():
         if key != t.name:
             yield f"the table lists {t.name!r} under {key!r}"
@@ -26,7 +29,7 @@ def names_resolve(p: Program) -> Iterator[str]:
 
 
 def tensors_well_formed(p: Program) -> Iterator[str]:
-    """Roles, formats and dims are known; consts carry their values; weights their source."""
+    """Yield tensors with an unknown role, format or dimension, constants without values, weights without a source."""
     for t in p.tensors.values():
         if t.role not in ROLES:
             yield f"{t.name} has role {t.role!r}; use one of {', '.join(ROLES)}"
@@ -43,7 +46,7 @@ def tensors_well_formed(p: Program) -> Iterator[str]:
 
 
 def sites_unique(p: Program) -> Iterator[str]:
-    """A site names one op."""
+    """Yield sites that more than one op has."""
     seen: set[str] = set()
     for op in p.ops:
         if op.site in seen:
@@ -52,7 +55,7 @@ def sites_unique(p: Program) -> Iterator[str]:
 
 
 def faces_present(p: Program) -> Iterator[str]:
-    """Every op is registered and has a meaning, a shape rule and work."""
+    """Yield ops that are not registered or lack shapes(), reference() or work() (collectives: exchange())."""
     for op in p.ops:
         if REGISTRY.get(op.kind) is not type(op):
             yield f"{op.site}: op {op.kind!r} is not registered; known ops are {', '.join(sorted(REGISTRY))}"
@@ -62,7 +65,7 @@ def faces_present(p: Program) -> Iterator[str]:
 
 
 def shapes_agree(p: Program) -> Iterator[str]:
-    """Each op accepts its operands, and its results are declared as it computes them."""
+    """Yield ops that refuse their operands, and results declared with another type than the op computes."""
     for op in p.ops:
         try:
             for name, (shape, format) in op.shapes(p.tensors).items():
@@ -74,7 +77,7 @@ def shapes_agree(p: Program) -> Iterator[str]:
 
 
 def written_before_read(p: Program) -> Iterator[str]:
-    """Temps and outputs are written once, before anything reads them; nothing else is written."""
+    """Yield temps and outputs that are read before they are written, or not written exactly once; writes of others."""
     written: set[str] = set()
     for op in p.ops:
         for name in op.inputs:
@@ -94,7 +97,7 @@ def written_before_read(p: Program) -> Iterator[str]:
 
 
 def views_inside(p: Program) -> Iterator[str]:
-    """A view is a range of columns of a temp that is not itself a view."""
+    """Yield views that are not a range of columns of a temp, or whose base is itself a view."""
     for t in p.tensors.values():
         if t.view:
             base, start = p.tensors[t.view[0]], t.view[1]
@@ -106,20 +109,33 @@ def views_inside(p: Program) -> Iterator[str]:
 
 
 def state_kept(p: Program) -> Iterator[str]:
-    """State is touched only by the ops made for it, and written before it is read."""
-    touched: set[str] = set()
+    """Yield uses of state by operands not declared for it, and of other tensors by operands declared for it.
+
+    Also reads of state before this step's values are written to it, and recurrent state that is updated twice or has no
+    dimension N.
+    """
+    written: set[str] = set()
     for op in p.ops:
-        caches = [n for n in op.inputs if p.tensors[n].role == "state"]
-        if caches and not op.stateful:
-            yield f"{op.site} ({op.kind}) touches state {caches[0]}; only stateful ops may"
-        for name in caches if op.kind == "attend" else ():
-            if name not in touched:
-                yield f"{op.site} attends to {name} before this step's keys and values are written to it"
-        touched.update(caches)
+        declared = {*op.reads_state, *op.writes_state}
+        for name in op.inputs:
+            if p.tensors[name].role == "state" and name not in declared:
+                yield f"{op.site} ({op.kind}) names state {name} in an operand that is not declared for state"
+        for name in declared:
+            if p.tensors[name].role != "state":
+                yield f"{op.site} ({op.kind}) uses {name}, a {p.tensors[name].role}, as state; declare it as state"
+        for name in op.reads_state:
+            if name not in written:
+                yield f"{op.site} ({op.kind}) reads state {name} before this step's values are written to it"
+        for name in op.operands("slots"):
+            if name in written:
+                yield f"{op.site} ({op.kind}) updates recurrent state {name} a second time in one step"
+            if p.tensors[name].shape[0] != "N":
+                yield f"{op.site} ({op.kind}): recurrent state {name} is {p.tensors[name].type}; wanted [N, ...]"
+        written.update(op.writes_state)
 
 
 def buffers_apart(p: Program) -> Iterator[str]:
-    """Two temps share a buffer only if one is dead before the other is written."""
+    """Yield temps that overwrite a temp of the same buffer which a later op still reads."""
     last = {p.base(name): i for i, op in enumerate(p.ops) for name in (*op.outputs, *op.inputs)}
     holder: dict[int, str] = {}
     for i, op in enumerate(p.ops):
@@ -134,16 +150,14 @@ def buffers_apart(p: Program) -> Iterator[str]:
 
 
 def collectives_placed(p: Program) -> Iterator[str]:
-    """A collective names ranks of the mesh: its own among them, or a peer that is another."""
+    """Yield collectives whose group leaves the mesh or lacks the own rank, and send or recv to no other rank."""
     if not 0 <= p.rank < p.mesh:
         yield f"rank {p.rank} is outside a mesh of {p.mesh}"
     for op in p.ops:
-        if isinstance(op, Collective):
-            group, peer = getattr(op, "group", (p.rank,)), getattr(op, "peer", None)
-            if p.rank not in group or max(group) >= p.mesh:
-                yield f"{op.site} ({op.kind}) has group={group}; wanted ranks of 0..{p.mesh - 1}, {p.rank} among them"
-            if peer is not None and (peer == p.rank or not 0 <= peer < p.mesh):
-                yield f"{op.site} ({op.kind}) has peer={peer}; wanted another rank than {p.rank} of 0..{p.mesh - 1}"
+        if isinstance(op, Grouped) and (p.rank not in op.group or max(op.group) >= p.mesh):
+            yield f"{op.site} ({op.kind}) has group={op.group}; wanted ranks of 0..{p.mesh - 1}, {p.rank} among them"
+        if isinstance(op, Send | Recv) and (op.peer == p.rank or not 0 <= op.peer < p.mesh):
+            yield f"{op.site} ({op.kind}) has peer={op.peer}; wanted another rank than {p.rank} of 0..{p.mesh - 1}"
 
 
 RULES: tuple[Rule, ...] = (
@@ -161,7 +175,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def verify(program: Program) -> None:
-    """Check every rule; raises ProgramError listing what is wrong. Later rules assume that names resolve."""
+    """Check every rule in order. Raises ProgramError listing the faults of the first rule that is broken."""
     for rule in RULES:
         wrong = list(rule(program))
         if wrong:

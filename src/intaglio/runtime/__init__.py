@@ -1,9 +1,10 @@
-"""The runtime: requests, the pool of KV blocks, the scheduler and the engine that steps them through a device."""
+"""The runtime: requests, K/V block pool, scheduler, and the engine that runs them on a device step by step."""
 
+from intaglio.runtime.admission import Admission, EngineLoad
 from intaglio.runtime.engine import Engine
 from intaglio.runtime.invariants import check_invariants
 from intaglio.runtime.kv import BlockPool, KvError
-from intaglio.runtime.replay import JournalError, Replayed, replay
+from intaglio.runtime.record import JournalError, RecordedEngine, Replayed, replay
 from intaglio.runtime.request import (
     Event,
     Fault,
@@ -17,12 +18,15 @@ from intaglio.runtime.request import (
     Scored,
     Usage,
 )
-from intaglio.runtime.scheduler import Piece, Scheduler
+from intaglio.runtime.resumption import Resumption, SuspendedChoice
+from intaglio.runtime.scheduler import ScheduledSequence, Scheduler
 from intaglio.runtime.sequence import Sequence
 from intaglio.runtime.stats import Counts, Gauges, StepRecord
 
 __all__ = [
-    "BlockPool", "Counts", "Engine", "Event", "Fault", "Gauges", "Grammar", "JournalError", "KvError", "Matcher",
-    "ParamsError", "Piece", "Refused", "Replayed", "Request", "RequestError", "SamplingParams", "Scheduler", "Scored",
-    "Sequence", "StepRecord", "Usage", "check_invariants", "replay",
+    "Admission", "BlockPool", "Counts", "Engine", "EngineLoad", "Event", "Fault", "Gauges", "Grammar", "JournalError",
+    "KvError", "Matcher", "ParamsError", "RecordedEngine", "Refused", "Replayed", "Request", "RequestError",
+    "Resumption", "SamplingParams", "ScheduledSequence", "Scheduler", "Scored", "Sequence", "StepRecord",
+    "SuspendedChoice", "Usage",
+    "check_invariants", "replay",
 ]  # fmt: skip

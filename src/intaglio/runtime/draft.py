@@ -1,32 +1,36 @@
-"""Guessing what comes next from what came before: if the last few tokens stood here once, so may what followed them.
+"""Prompt-lookup speculative decoding (Saxena 2023).
 
-Prompt lookup (Saxena 2023). A guess costs a row of a step and is only ever kept if it is what would have been drawn.
+Proposes the tokens that followed the latest earlier match of the current n-gram. A draft token costs one row of a step.
+It is accepted only if sampling at its position gives the same token, so outputs do not change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-LONGEST, SHORTEST = 4, 2  # tokens that must agree before a guess is made; longer matches are believed first
-REACH = 4096  # tokens of a prompt's end that are remembered: some 600 bytes each, in tuples
+NGRAM_MAX, NGRAM_MIN = 4, 2  # tokens that must match; the longest match is used
+PROMPT_TOKENS_INDEXED_MAX = 4096  # from the end of the prompt; the index takes about 600 bytes a token
 
 
-class Lookup:
-    """Where each short run of tokens was last seen to end, in one growing list of tokens."""
+class PromptLookup:
+    """Index of the n-grams in a growing list of tokens: the position after each n-gram's latest occurrence."""
 
     def __init__(self) -> None:
         self.ends: dict[tuple[int, ...], int] = {}
-        self.read = 0
+        self.indexed = 0  # tokens of the list that are in the index
 
-    def propose(self, tokens: Sequence[int], most: int) -> list[int]:
-        """Up to `most` tokens that followed the latest earlier match of the end of `tokens`."""
-        first = self.read + 1 if self.read else max(1, len(tokens) - REACH)
-        for end in range(first, len(tokens)):  # the run that ends the list itself is only looked up
-            for n in range(SHORTEST, min(LONGEST, end) + 1):
+    def propose(self, tokens: Sequence[int], max_drafts: int) -> list[int]:
+        """Draft tokens: up to `max_drafts` tokens that followed the latest earlier match of the last n-gram.
+
+        Returns [] if the n-gram has not occurred before.
+        """
+        first = self.indexed + 1 if self.indexed else max(1, len(tokens) - PROMPT_TOKENS_INDEXED_MAX)
+        for end in range(first, len(tokens)):  # not those at the end: they would match themselves
+            for n in range(NGRAM_MIN, min(NGRAM_MAX, end) + 1):
                 self.ends[tuple(tokens[end - n : end])] = end
-        self.read = max(self.read, len(tokens) - 1)
-        for n in range(min(LONGEST, len(tokens)), SHORTEST - 1, -1):
+        self.indexed = max(self.indexed, len(tokens) - 1)
+        for n in range(min(NGRAM_MAX, len(tokens)), NGRAM_MIN - 1, -1):
             found = self.ends.get(tuple(tokens[-n:]))
             if found is not None:
-                return list(tokens[found : found + most])
+                return list(tokens[found : found + max_drafts])
         return []

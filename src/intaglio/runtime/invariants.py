@@ -1,4 +1,4 @@
-"""What is true of an engine between any two steps. Tests check it after every one."""
+"""Engine invariants, which hold between any two steps. Tests check them after every step."""
 
 from __future__ import annotations
 
@@ -6,78 +6,113 @@ from collections import Counter
 from collections.abc import Iterator
 
 from intaglio.runtime.engine import Engine
+from intaglio.runtime.slots import PER_SEQUENCE
 
 
 def blocks_conserved(e: Engine) -> Iterator[str]:
-    """Every block is free, cached or held, and only one of them; a refcount is the number of sequences that hold it."""
+    """Yield violations: each block must be free, evictable or held; its refcount must be its number of holders."""
     pool, free = e.pool, set(e.pool.free)
     holders = Counter(b for choices in e.requests.values() for s in choices for b in s.blocks)
     held = {b for b, count in enumerate(pool.refcounts) if count}
-    if len(free) != len(pool.free) or len(free) + len(pool.cached) + len(held) != pool.total:
-        yield f"{len(pool.free)} free + {len(pool.cached)} cached + {len(held)} held blocks are not {pool.total}"
+    if len(free) != len(pool.free) or len(free) + len(pool.evictable) + len(held) != pool.total:
+        yield f"{len(pool.free)} free + {len(pool.evictable)} evictable + {len(held)} held blocks are not {pool.total}"
     for block, count in enumerate(pool.refcounts):
         if count != holders[block]:
             yield f"block {block} has refcount {count} and {holders[block]} holders"
-        if (block in free) + (block in pool.cached) + (count > 0) != 1:
-            yield f"block {block} is not one of free, cached and held"
+        if (block in free) + (block in pool.evictable) + (count > 0) != 1:
+            yield f"block {block} is not one of free, evictable and held"
 
 
-def cache_sound(e: Engine) -> Iterator[str]:
-    """The index and the blocks' names agree, no free block is known, and a block holds the tokens it is filed under."""
+def slots_conserved(e: Engine) -> Iterator[str]:
+    """Every slot of recurrent state is free or held by one running sequence, whose state is in a slot of its own."""
+    held = [slot for choices in e.requests.values() for s in choices for slot in s.slots]
+    if sorted([*e.slots.free, *held]) != list(range(e.slots.total)):
+        yield f"free slots {sorted(e.slots.free)} and held slots {sorted(held)} are not {e.slots.total} slots"
+    for choices in e.requests.values():
+        for s in choices:
+            if len(s.slots) != (PER_SEQUENCE if e.slots.total and s.state == "running" else 0):
+                yield f"{s.request.id} is {s.state} with slots {s.slots}"
+            if s.state == "running" and e.slots.total and (s.state_slot in s.slots) != (s.computed > 0):
+                yield f"{s.request.id} has computed {s.computed} tokens and its state in slot {s.state_slot}"
+
+
+def prefix_cache_sound(e: Engine) -> Iterator[str]:
+    """Yield inconsistencies of the prefix cache.
+
+    Index and nodes must agree, evictable blocks must be in it and free blocks must not, and a held block in it must be
+    stored under the tokens that its sequence has there.
+    """
     pool = e.pool
-    if {name: block for block, (_, name) in pool.filed.items()} != pool.index:
-        yield "the prefix index and the blocks' names disagree"
-    if known := set(pool.free) & pool.filed.keys():
+    if {key: block for block, (_, key) in pool.nodes.items()} != pool.index:
+        yield "the prefix index and the blocks' nodes disagree"
+    if known := set(pool.free) & pool.nodes.keys():
         yield f"free blocks {sorted(known)} are in the prefix index"
-    if unknown := pool.cached.keys() - pool.filed.keys():
-        yield f"cached blocks {sorted(unknown)} are not in the prefix index"
+    if unknown := pool.evictable.keys() - pool.nodes.keys():
+        yield f"evictable blocks {sorted(unknown)} are not in the prefix index"
     for choices in e.requests.values():
         for s in choices:
             for at, block in enumerate(s.blocks):
-                tokens = s.tokens(at * pool.block_tokens, (at + 1) * pool.block_tokens)
-                if block in pool.filed and pool.filed[block][1][1] != tuple(tokens):
-                    yield f"block {block} of request {s.request.id} is filed under other tokens"
+                tokens = s.tokens(at * pool.block_size, (at + 1) * pool.block_size)
+                if block in pool.nodes and pool.nodes[block][1][1] != tuple(tokens):
+                    yield f"block {block} of request {s.request.id} is in the prefix index under other tokens"
 
 
 def sequences_conserved(e: Engine) -> Iterator[str]:
-    """Every choice asked for was refused or admitted; every one admitted has ended, or stands in the queue it names."""
+    """Yield violations of: received choices = refused + admitted, and admitted = finished + suspended + live.
+
+    Each live sequence must also be in the queue of its state, and the queues in order.
+    """
     scheduler, counts = e.scheduler, e.counts
-    live = [s for choices in e.requests.values() for s in choices if s.state != "ended"]
+    live = e.live.sequences()
     if counts.received != counts.refused.total() + counts.admitted:
-        yield f"{counts.received} choices were asked for, {counts.refused} refused, {counts.admitted} admitted"
-    if counts.admitted != counts.finished.total() + len(live):
-        yield f"{counts.admitted} choices were admitted, {counts.finished} finished, {len(live)} are live"
+        yield f"{counts.received} choices were received, {counts.refused} refused, {counts.admitted} admitted"
+    if counts.admitted != counts.finished.total() + counts.suspended + len(live):
+        ended = f"{counts.finished} finished, {counts.suspended} suspended"
+        yield f"{counts.admitted} choices were admitted, {ended}, {len(live)} are live"
     for state, queue in (("waiting", scheduler.waiting), ("running", scheduler.running)):
         if sorted(s.order for s in queue) != sorted(s.order for s in live if s.state == state):
-            yield f"the {state} queue is not those that are {state}"
+            yield f"the {state} queue does not hold exactly the {state} sequences"
         if [s.order for s in queue] != sorted(s.order for s in queue):
             yield f"the {state} queue is out of order"
 
 
-def bounded(e: Engine) -> Iterator[str]:
-    """Queues are within their limits; those preempted wait beside the new ones."""
-    scheduler = e.scheduler
+def queues_bounded(e: Engine) -> Iterator[str]:
+    """Yield violations of the queues' limits: max_sequences running.
+
+    Max_waiting waiting, beside preempted sequences.
+    """
+    scheduler, most = e.scheduler, e.admission.max_waiting
     if len(scheduler.running) > scheduler.max_sequences:
         yield f"{len(scheduler.running)} run, max_sequences is {scheduler.max_sequences}"
-    if len(scheduler.waiting) > e.max_waiting + scheduler.max_sequences:
-        yield f"{len(scheduler.waiting)} wait, max_waiting is {e.max_waiting}"
+    if len(scheduler.waiting) > most + scheduler.max_sequences:
+        yield f"{len(scheduler.waiting)} wait, max_waiting is {most}"
 
 
 def progress_sound(e: Engine) -> Iterator[str]:
-    """Waiting sequences hold nothing; running ones have a token left to compute and blocks for what is computed."""
+    """Yield inconsistent sequences: only running ones may hold blocks, which must have room for the tokens computed.
+
+    A live sequence must have at least one token left to compute.
+    """
     for choices in e.requests.values():
         for s in choices:
             if s.state != "running" and (s.blocks or (s.computed and s.state == "waiting")):
                 yield f"{s.request.id} is {s.state} with {len(s.blocks)} blocks and {s.computed} tokens computed"
-            if s.state != "ended" and (s.remaining < 1 or s.computed > len(s.blocks) * e.state.page_tokens):
+            if s.state != "ended" and (s.remaining < 1 or s.computed > len(s.blocks) * e.pool.block_size):
                 yield f"{s.request.id}: {s.computed} of {s.length} tokens computed in {len(s.blocks)} blocks"
 
 
-RULES = (blocks_conserved, cache_sound, sequences_conserved, bounded, progress_sound)
+INVARIANTS = (
+    blocks_conserved,
+    slots_conserved,
+    prefix_cache_sound,
+    sequences_conserved,
+    queues_bounded,
+    progress_sound,
+)
 
 
 def check_invariants(engine: Engine) -> None:
-    """Raise AssertionError naming everything that is wrong."""
-    wrong = [w for rule in RULES for w in rule(engine)]
+    """Raise AssertionError with a line for each violation of the invariants; return if there is none."""
+    wrong = [w for invariant in INVARIANTS for w in invariant(engine)]
     if wrong:
         raise AssertionError("engine invariants broken:\n  " + "\n  ".join(wrong))

@@ -1,124 +1,140 @@
-"""The pool of KV blocks, and the prefix cache: which blocks are free, held or kept, and what tokens they hold.
+"""Block allocator of the paged K/V cache, with prefix caching.
 
-Knows numbers and token ids; the K/V itself is the device's.
+Handles block numbers and token ids only; the K/V data is on the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-Name = tuple[int | str | None, tuple[int, ...]]  # the node before it (the first: the salt), and its own tokens
+from intaglio.runtime.request import TokenIds
+
+Parent = int | str | None  # the node of the block before; for the first block of a sequence, the salt
+Key = tuple[Parent, tuple[int, ...]]  # a block in the prefix tree: its parent, and its own tokens
 
 
 class KvError(RuntimeError):
-    """The pool was asked for what it does not have, or given what is not held."""
+    """An allocation larger than what is available, or a release of a block that is not held."""
 
 
 class BlockPool:
-    """`total` blocks numbered from 0, of `block_tokens` each. A block is free, held by as many as its refcount says, or
-    cached: held by nobody, its content kept until its place is needed.
+    """`total` blocks of `block_size` tokens, numbered from 0, with reference counts and a prefix cache.
 
-    The prefix cache is a tree: a full block is filed under the node of the block before it and its own token ids. The
-    index compares those ids themselves, and nodes are numbered once and for all, so nothing but the very same tokens
-    from the very same start finds a block. The start is the salt: other salts, other trees.
+    A block is free; held, by as many sequences as its refcount says; or evictable: held by none, its content kept in
+    the prefix cache until the block is needed.
+
+    The prefix cache is a tree: a full block is a node under the node of the block before it, by its own token ids. The
+    index compares the token ids themselves, not hashes, and node numbers are never reused, so a block is found only for
+    exactly the same tokens from the start of the sequence. Sequences of different salts have different trees.
     """
 
-    def __init__(self, total: int, block_tokens: int) -> None:
+    def __init__(self, total: int, block_size: int) -> None:
         if total < 1:
             raise KvError(f"a pool of {total} blocks holds nothing; give it at least 1")
-        self.block_tokens = block_tokens
+        self.block_size = block_size
         self.refcounts = [0] * total
-        self.free = list(range(total - 1, -1, -1))  # a stack: block 0 goes first, the last one freed goes next
-        self.cached: dict[int, None] = {}  # in order of release: the first is evicted first
-        self.index: dict[Name, int] = {}
-        self.filed: dict[int, tuple[int, Name]] = {}  # block: its node, and its name in the index
-        self.nodes = 0
+        self.free = list(range(total - 1, -1, -1))  # a stack: block 0 is allocated first, then the block freed last
+        self.evictable: dict[int, None] = {}  # in order of release: the first is evicted first
+        self.index: dict[Key, int] = {}  # the prefix tree: the block at each key
+        self.nodes: dict[int, tuple[int, Key]] = {}  # by block in the prefix tree: its node and its key
+        self.last_node = 0
 
     @property
     def total(self) -> int:
+        """Number of blocks."""
         return len(self.refcounts)
 
     @property
     def held(self) -> int:
+        """Number of blocks that sequences hold."""
         return self.total - self.available
 
     @property
     def available(self) -> int:
-        """Blocks that can be had at once: free, or cached."""
-        return len(self.free) + len(self.cached)
+        """Blocks that can be allocated: free or evictable."""
+        return len(self.free) + len(self.evictable)
 
     def blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.block_tokens)
+        """Number of blocks needed for `tokens` tokens."""
+        return -(-tokens // self.block_size)
 
     def allocate(self, n: int) -> list[int]:
-        """`n` blocks, each with one holder. Raises KvError, taking none, if fewer can be had."""
+        """Take `n` blocks, with a refcount of 1 each. Raises KvError, taking none, if fewer are available."""
         if n > self.available:
-            raise KvError(f"{n} blocks wanted, {self.available} of {self.total} can be had")
+            raise KvError(f"{n} blocks requested, {self.available} of {self.total} are available")
         blocks = [self.free.pop() if self.free else self._evict() for _ in range(n)]
         for block in blocks:
             self.refcounts[block] = 1
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """One more holder for each of `blocks`, all of them held or cached."""
+        """Increment the refcount of each of `blocks`, all of them held or evictable."""
         for block in blocks:
-            if block in self.cached:
-                del self.cached[block]
+            if block in self.evictable:
+                del self.evictable[block]
             else:
-                self._must_be_held(block)
+                self._check_held(block)
             self.refcounts[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One holder fewer for each of `blocks`. Those with none left are cached if they were filed, else free; the
-        last of a sequence is the first to be evicted, so that no node outlives the one before it in the tree."""
+        """Decrement the refcount of each of a sequence's `blocks`.
+
+        At 0 a block becomes evictable if it is in the prefix cache, else free. Later blocks are evicted first, so a
+        node is never evicted before its children.
+        """
         for block in reversed(blocks):
-            self._must_be_held(block)
+            self._check_held(block)
             self.refcounts[block] -= 1
             if self.refcounts[block] == 0:
-                if block in self.filed:
-                    self.cached[block] = None
+                if block in self.nodes:
+                    self.evictable[block] = None
                 else:
                     self.free.append(block)
 
-    def find(self, tokens: Sequence[int], salt: str | None) -> list[int]:
-        """The blocks that hold the longest known beginning of `tokens`, whole blocks only. Takes none of them."""
+    def find_prefix(self, tokens: TokenIds, salt: str | None) -> list[int]:
+        """The blocks of the longest cached prefix of `tokens`, whole blocks only. Changes no refcount."""
         blocks: list[int] = []
-        parent: int | str | None = salt
-        for at in range(0, len(tokens) - self.block_tokens + 1, self.block_tokens):
-            block = self.index.get((parent, tuple(tokens[at : at + self.block_tokens])))
+        parent: Parent = salt
+        for at in range(0, len(tokens) - self.block_size + 1, self.block_size):
+            block = self.index.get((parent, tuple(tokens[at : at + self.block_size])))
             if block is None:
                 break
             blocks.append(block)
-            parent = self.filed[block][0]
+            parent = self.nodes[block][0]
         return blocks
 
-    def file(self, block: int, parent: int | str | None, tokens: Sequence[int]) -> int:
-        """Make a full block known, as what follows `parent`; returns its node. If another block holds the same tokens
-        already, that one stays, and its node is the answer."""
-        self._must_be_held(block)
-        name = (parent, tuple(tokens))
-        if name in self.index:
-            return self.filed[self.index[name]][0]
-        self.nodes += 1
-        self.index[name] = block
-        self.filed[block] = (self.nodes, name)
-        return self.nodes
+    def add_to_prefix_cache(self, block: int, parent: Parent, tokens: TokenIds) -> int:
+        """Add a full block to the tree as a child of the node `parent` (or of the salt, for a first block).
+
+        Returns its node.
+
+        If another block is already there with the same tokens, that block stays and its node is returned.
+        """
+        self._check_held(block)
+        key = (parent, tuple(tokens))
+        if key in self.index:
+            return self.nodes[self.index[key]][0]
+        self.last_node += 1
+        self.index[key] = block
+        self.nodes[block] = (self.last_node, key)
+        return self.last_node
 
     def node(self, block: int) -> int:
-        """The node of a block that find() returned."""
-        return self.filed[block][0]
+        """Number of the prefix-cache node of a block that find_prefix() returned."""
+        return self.nodes[block][0]
 
-    def forget(self) -> None:
-        """Drop the prefix cache: cached blocks become free, and held ones will, for their content is lost."""
-        self.free += self.cached
-        self.cached, self.index, self.filed = {}, {}, {}
+    def reset_prefix_cache(self) -> None:
+        """Empty the prefix cache: evictable blocks become free at once, held blocks when they are released."""
+        self.free += self.evictable
+        self.evictable, self.index, self.nodes = {}, {}, {}
 
     def _evict(self) -> int:
-        block = next(iter(self.cached))
-        del self.cached[block]
-        del self.index[self.filed.pop(block)[1]]
+        """Remove the evictable block that was released earliest from the prefix cache, and return it."""
+        block = next(iter(self.evictable))
+        del self.evictable[block]
+        del self.index[self.nodes.pop(block)[1]]
         return block
 
-    def _must_be_held(self, block: int) -> None:
+    def _check_held(self, block: int) -> None:
         if not 0 <= block < self.total or self.refcounts[block] == 0:
             raise KvError(f"block {block} is not held: released twice, or not from this pool of {self.total}")

@@ -1,4 +1,4 @@
-"""What is asked of the runtime (Request, SamplingParams) and what it answers (Event). Knows token ids, not text."""
+"""Request types of the runtime (Request, SamplingParams) and the events it returns. Token ids only, no text."""
 
 from __future__ import annotations
 
@@ -10,25 +10,31 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-MOST_CHOICES = 128  # n: more is a batch of requests
-MOST_LOGPROBS = 20  # OpenAI's bound; the runtime looks at whole rows of logits to find them
-MOST_PENALTY = 2.0  # OpenAI's bound on presence and frequency penalties
-MOST_BIAS = 100.0  # OpenAI's bound on a logit bias
+MAX_N = 128  # choices of a request
+MAX_LOGPROBS = 20  # OpenAI's bound
+MAX_LOGPROB_TOKEN_IDS = 128
+MAX_PENALTY = 2.0  # OpenAI's bound on presence and frequency penalties
+MAX_LOGIT_BIAS = 100.0  # OpenAI's bound
+
+TokenIds = Sequence[int]
 
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 
 
 class ParamsError(ValueError):
-    """A sampling parameter outside its range."""
+    """Raised for a sampling parameter that is outside its range."""
 
 
 class RequestError(ValueError):
-    """A request that can never be served: empty, too long, an id in use, or token ids that are no tokens."""
+    """Raised for a request that can never be served: empty, too long, id in use, token ids outside the vocabulary."""
 
 
 class Refused(RuntimeError):
-    """A request that can not be served now, or not in time. reason: full, late, draining or failed; `retry_after`
-    seconds, None: not here."""
+    """Raised for a request that cannot be served now, or not within its timeout.
+
+    reason: full (too many sequences wait), late (it would miss its timeout), draining or failed. retry_after: seconds
+    after which to retry; None: this engine will not admit it later either.
+    """
 
     def __init__(
         self, reason: Literal["full", "late", "draining", "failed"], message: str, retry_after: float | None
@@ -39,10 +45,18 @@ class Refused(RuntimeError):
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an output must be: text matching a JSON schema, a regular expression, or a grammar in Lark's notation."""
+    """Constraint on an output: a JSON schema, a regular expression, or a grammar in Lark syntax.
+
+    Attributes:
+        kind: the language of `source`.
+        source: the schema, expression or grammar.
+        before: a Lark grammar of the whole output in which `@answer` stands for the constraint, such as reasoning and
+            then an answer; empty: the constraint is the whole output.
+    """
 
     kind: Literal["json_schema", "regex", "lark"]
     source: str | Mapping[str, Any]
+    before: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in ("json_schema", "regex", "lark"):
@@ -52,35 +66,42 @@ class Grammar:
 
     @property
     def text(self) -> str:
-        """The source as text; a schema given as an object is written as JSON."""
-        return self.source if isinstance(self.source, str) else json.dumps(self.source, sort_keys=True)
+        """The grammar's source as text; a JSON schema given as a dict is serialised, its keys in their order."""
+        return self.source if isinstance(self.source, str) else json.dumps(self.source)
 
 
 class Matcher(Protocol):
-    """Where an output stands in its grammar. The runtime asks, and tells it each token; it never sees the text."""
+    """Interface of a grammar's state for one output. It takes token ids and maps them to text itself."""
 
     def mask(self) -> np.ndarray:
-        """The ids allowed next: uint32 [(vocabulary + 31) // 32], the lowest bit first."""
+        """Bit mask of the token ids allowed next: uint32 [(vocabulary + 31) // 32], lowest bit first."""
 
     def advance(self, token: int) -> bool:
-        """Take one more token; False, changing nothing, if the grammar does not allow it."""
+        """Append a token. Returns False, and changes nothing, if the grammar does not allow it."""
 
     def rollback(self, n: int) -> None:
-        """Forget the last `n` tokens."""
+        """Undo the last `n` advances."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to continue a prompt. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off.
 
-    The same seed gives the same tokens whatever else runs at the time; None draws a fresh one. Choice i of `n` uses
-    seed + i. Output ends before the first of the `stop` strings, at a token of `stop_token_ids`, at an end-of-sequence
+    The same seed gives the same tokens whatever else runs at the time; None: a random seed. Choice i of `n` uses seed
+    + i. Output ends before the first of the `stop` strings, at a token of `stop_token_ids`, at an end-of-sequence
     token (unless `ignore_eos`), or after `max_tokens`.
 
-    What changes logits, in this order: repetition_penalty r (ids in prompt or output: l / r if l > 0, else l * r), then
-    l + logit_bias[id] - presence_penalty * (count > 0) - frequency_penalty * count, with counts over the output; then
-    the grammar. Log-probabilities are always those of the unchanged logits: `logprobs` of the likeliest tokens beside
-    each token drawn, `prompt_logprobs` of them (None: not at all) beside each of the prompt.
+    Logits l are changed in this order: repetition_penalty r (token ids in prompt or output: l / r if l > 0, else l *
+    r); then l + logit_bias[id] - presence_penalty * (count > 0) - frequency_penalty * count, counted over the output;
+    then the grammar mask, and the masks of the next three. `min_tokens`: no end of sequence, no token of
+    `stop_token_ids` and no stop string before that many tokens. `allowed_token_ids`: draw from these ids alone.
+    `bad_words`: texts whose tokens are not drawn in a row.
+
+    Log-probabilities are always those of the unchanged logits. `logprobs`: how many of the likeliest tokens to return
+    with each sampled token; `logprob_token_ids`: return these ids in their place; `prompt_logprobs`: with each prompt
+    token (None: no prompt scores). `include_stop_str_in_output`: the text ends after the stop string.
+    `skip_special_tokens`: leave special tokens out of the text. Raises ParamsError, naming the field and what is
+    allowed.
     """
 
     max_tokens: int = 16
@@ -100,6 +121,12 @@ class SamplingParams:
     logprobs: int = 0
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    min_tokens: int = 0
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
+    logprob_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -107,40 +134,49 @@ class SamplingParams:
             raise ParamsError(f"stop is {stops!r}; allowed: a string of at least one character, or a list of them")
         object.__setattr__(self, "stop", tuple(stops))
         _whole("max_tokens", self.max_tokens, 1, None)
+        _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         _real("temperature", self.temperature, 0, math.inf, "0 (greedy) or more, finite")
         _whole("top_k", self.top_k, 0, None)
         _real("top_p", self.top_p, math.ulp(0.0), 1, "above 0, up to 1")
         _real("min_p", self.min_p, 0, 1, "0 to 1")
         if self.seed is not None:
             _whole("seed", self.seed, 0, 2**63 - 1)
-        _whole("n", self.n, 1, MOST_CHOICES)
+        _whole("n", self.n, 1, MAX_N)
         for name in ("presence_penalty", "frequency_penalty"):
-            _real(name, getattr(self, name), -MOST_PENALTY, MOST_PENALTY, "-2 to 2")
+            _real(name, getattr(self, name), -MAX_PENALTY, MAX_PENALTY, "-2 to 2")
         _real("repetition_penalty", self.repetition_penalty, math.ulp(0.0), math.inf, "above 0, finite; 1 is none")
-        _whole("logprobs", self.logprobs, 0, MOST_LOGPROBS)
+        _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.prompt_logprobs is not None:
-            _whole("prompt_logprobs", self.prompt_logprobs, 0, MOST_LOGPROBS)
+            _whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         self._check_ids()
 
     def _check_ids(self) -> None:
-        if not isinstance(self.stop_token_ids, list | tuple | frozenset | set):
-            raise ParamsError(f"stop_token_ids is {self.stop_token_ids!r}; allowed: a list of token ids")
-        for id in self.stop_token_ids:
-            _whole("stop_token_ids", id, 0, None)
-        object.__setattr__(self, "stop_token_ids", tuple(sorted(self.stop_token_ids)))
+        object.__setattr__(self, "stop_token_ids", tuple(sorted(_ids("stop_token_ids", self.stop_token_ids))))
+        object.__setattr__(self, "logprob_token_ids", _ids("logprob_token_ids", self.logprob_token_ids))
+        if len(self.logprob_token_ids) > MAX_LOGPROB_TOKEN_IDS:
+            got = len(self.logprob_token_ids)
+            raise ParamsError(f"logprob_token_ids has {got} ids; allowed: up to {MAX_LOGPROB_TOKEN_IDS}")
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", _ids("allowed_token_ids", self.allowed_token_ids))
+            if not self.allowed_token_ids:
+                raise ParamsError("allowed_token_ids is empty; allowed: at least one token id, or None")
+        words = self.bad_words
+        if not isinstance(words, list | tuple) or not all(isinstance(w, str) and w for w in words):
+            raise ParamsError(f"bad_words is {words!r}; allowed: a list of texts of at least one character")
+        object.__setattr__(self, "bad_words", tuple(words))
         if not isinstance(self.logit_bias, Mapping):
             raise ParamsError(f"logit_bias is {self.logit_bias!r}; allowed: token ids and what to add to their logits")
         for id, bias in self.logit_bias.items():
             _whole("logit_bias key", id, 0, None)
-            _real("logit_bias", bias, -MOST_BIAS, MOST_BIAS, "-100 to 100")
+            _real("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, "-100 to 100")
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise ParamsError(f"grammar is {self.grammar!r}; allowed: a Grammar, or None")
         if self.grammar is not None and self.ignore_eos:
-            raise ParamsError("ignore_eos is True with a grammar; allowed: False, for its end is an end of sequence")
+            raise ParamsError("ignore_eos is True; allowed: False with a grammar, because end-of-sequence ends it")
 
     @property
     def edits_logits(self) -> bool:
-        """Whether anything but the grammar changes logits before the draw."""
+        """True if logits are changed before sampling, by a penalty or a logit bias."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1 or self.logit_bias)
 
 
@@ -149,6 +185,18 @@ def _whole(name: str, value: object, low: int, high: int | None) -> None:
     if not whole or int(value) < low or (high is not None and int(value) > high):  # type: ignore[call-overload]
         upper = "or more" if high is None else f"to {high}"
         raise ParamsError(f"{name} is {value!r}; allowed: a whole number, {low} {upper}")
+
+
+def _ids(name: str, value: object) -> tuple[int, ...]:
+    """`value` as a tuple of token ids without duplicates, in the given order; sets are sorted.
+
+    name: the parameter's name, for the ParamsError if the value is not a list of token ids.
+    """
+    if not isinstance(value, list | tuple | frozenset | set):
+        raise ParamsError(f"{name} is {value!r}; allowed: a list of token ids")
+    for id in value:
+        _whole(name, id, 0, None)
+    return tuple(dict.fromkeys(sorted(value) if isinstance(value, frozenset | set) else value))
 
 
 def _real(name: str, value: object, low: float, high: float, allowed: str) -> None:
@@ -161,30 +209,44 @@ def _real(name: str, value: object, low: float, high: float, allowed: str) -> No
 class Request:
     """A prompt to continue `params.n` times. The engine never changes it.
 
-    priority: lower goes first and is preempted last. queue_timeout: seconds until its first step; timeout: seconds in
-    all; None waits for ever. salt: K/V is shared with requests of the same salt only. `stopped(index)` makes what is
-    told each new token of choice `index` and answers whether its text now holds a stop string; `matcher(index)` makes
-    that choice's Matcher, and must be given if `params.grammar` is. With `scored` nothing is generated: the sequence's
-    `logits` fill with float32 [tokens, vocabulary].
+    Attributes:
+        id: unique among live requests.
+        prompt: token ids.
+        params: sampling parameters.
+        eos_ids: token ids that end a sequence.
+        stop_checker: stop_checker(index) makes the stop checker of a choice, which is called with each new token and
+            returns True when a stop string is complete.
+        scored: generate nothing, and collect the logits of all prompt positions in the sequence's `logits`, float32
+            [tokens, vocabulary].
+        matcher: matcher(index) makes the Matcher of a choice; needed if `params.grammar` is given.
+        priority: a lower number is scheduled first and preempted last.
+        queue_timeout: seconds until its first step; None: no limit.
+        timeout: seconds in all; None: no limit.
+        salt: K/V is shared only between requests of the same salt.
+        bad_words: runs of token ids whose last one is not drawn after the others.
     """
 
     id: str
-    prompt: Sequence[int]
+    prompt: TokenIds
     params: SamplingParams = field(default_factory=SamplingParams)
     eos_ids: frozenset[int] = frozenset()
-    stopped: Callable[[int], Callable[[int], bool]] | None = None
+    stop_checker: Callable[[int], Callable[[int], bool]] | None = None
     scored: bool = False
     matcher: Callable[[int], Matcher] | None = None
     priority: int = 0
     queue_timeout: float | None = None
     timeout: float | None = None
     salt: str | None = None
+    bad_words: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a request ended in error. kind: request (its own doing), step (its share of a step failed twice, alone) or
-    worker (the device was lost and could not be had again)."""
+    """The error that ended a sequence.
+
+    kind: request (its own logits, grammar or stop checker failed), step (a step with only this sequence failed twice)
+    or worker (steps with only this sequence lost the device, or it was lost and could not be replaced).
+    """
 
     kind: Literal["request", "step", "worker"]
     message: str
@@ -192,19 +254,23 @@ class Fault:
 
 @dataclass(frozen=True)
 class Scored:
-    """A token beside what the unchanged logits said of it: its log-probability, and the likeliest (id, logprob)."""
+    """A token with its log-probability under the unchanged logits, and `top`: (id, logprob) of the likeliest tokens.
+
+    With `logprob_token_ids`, `top` has those ids instead. rank: 1 for the likeliest token; None if it was not computed.
+    """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
 class Usage:
-    """One choice from arrival to end: tokens, and times by the engine's clock (None: it never came to that)."""
+    """Token counts and times of one choice. Times are seconds by the engine's clock, None if not reached."""
 
     prompt_tokens: int
-    cached_tokens: int  # of the prompt, found computed at its first step
+    cached_tokens: int  # prompt tokens found in the prefix cache at its first step
     output_tokens: int
     preemptions: int
     arrived: float
@@ -215,10 +281,19 @@ class Usage:
 
 @dataclass(frozen=True)
 class Event:
-    """One token of choice `index` of a request, or its end, or both; after a finish_reason nothing follows for it.
+    """A new token of choice `index` of a request, the end of the choice, both, or the scores of its prompt.
 
-    `prompt` comes once, in an event of its own before the first token, if prompt_logprobs were asked for: one a token
-    from the second on. finish_reason: stop, length, abort, deadline, or error, with its `fault`.
+    An event with a finish_reason is the last of its choice.
+
+    Attributes:
+        request: id of the request.
+        index: number of the choice.
+        scored: the new token, or None.
+        finish_reason: stop, length, abort, deadline, or error with a `fault`.
+        fault: why the choice ended in error.
+        usage: in the last event.
+        prompt: scores of the prompt tokens from the second on, once, in an event before the first token, if
+            prompt_logprobs was set.
     """
 
     request: str
@@ -226,9 +301,10 @@ class Event:
     scored: Scored | None = None
     finish_reason: FinishReason | None = None
     fault: Fault | None = None
-    usage: Usage | None = None  # with the end
+    usage: Usage | None = None
     prompt: tuple[Scored, ...] | None = None
 
     @property
     def token(self) -> int | None:
+        """Id of the new token; None if the event has none."""
         return self.scored.token if self.scored else None

@@ -1,56 +1,65 @@
-"""How each row of a sequence is to be drawn: penalties, biases and the grammar, as the device takes them.
+"""Per-row sampling inputs for the device: penalties, logit bias, grammar mask; and the log-probabilities of a row.
 
-A pure function of the tokens so far, so that a draw comes out the same after preemption, replay or a wrong guess.
+Sampling inputs are a pure function of the tokens so far, so preemption, replay and rejected drafts do not change which
+token is sampled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ids
 from dataclasses import replace
 
 import numpy as np
 
 from intaglio.batch import Edits, Sampling
-from intaglio.runtime.request import SamplingParams, Scored
+from intaglio.runtime.penalties import Penalties
+from intaglio.runtime.request import SamplingParams, Scored, TokenIds
 from intaglio.runtime.sequence import Sequence
-from intaglio.runtime.tally import Tally
 
 
-def edits(p: SamplingParams, prompt: Ids[int], output: Ids[int]) -> Edits | None:
-    """What SamplingParams say is to be done to the logits after `prompt` and `output`."""
+def edits(p: SamplingParams, prompt: TokenIds, output: TokenIds) -> Edits | None:
+    """Logit edits for sampling the token after `prompt` and `output`; None if `p` has no penalties and no biases."""
     if not p.edits_logits:
         return None
-    tally = Tally(p, prompt)
+    penalties = Penalties(p, prompt)
     for token in output:
-        tally.push(token)
-    return tally.edits()
+        penalties.push(token)
+    return penalties.edits()
 
 
-def rows(s: Sequence, drafts: Ids[int]) -> list[Sampling]:
-    """How to draw the token after the last one, and the one after each of `drafts`, were they drawn."""
-    p, drawn = s.request.params, list[Sampling]()
-    if s.matcher is None and not p.edits_logits:
-        return [s.plain] * (len(drafts) + 1)
+def sampling_rows(s: Sequence, drafts: TokenIds) -> list[Sampling]:
+    """Sampling inputs of each row that samples: the row of the last token, then the row of each draft token."""
+    p, rows = s.request.params, list[Sampling]()
+    if s.matcher is None and s.token_filter is None and not p.edits_logits:
+        return [s.base_sampling] * (len(drafts) + 1)
     try:
         for i in range(len(drafts) + 1):
-            edited = s.tally.edits() if s.tally and i == 0 else edits(p, s.prompt, [*s.output, *drafts[:i]])
+            edited = s.penalties.edits() if s.penalties and i == 0 else edits(p, s.prompt, [*s.output, *drafts[:i]])
             mask = s.matcher.mask() if s.matcher else None
-            drawn.append(replace(s.plain, edits=edited, mask=mask))
+            if s.token_filter:
+                mask = s.token_filter.mask(s.output, drafts[:i], mask)
+            rows.append(replace(s.base_sampling, edits=edited, mask=mask))
             if s.matcher and i < len(drafts) and not s.matcher.advance(drafts[i]):
                 raise ValueError(f"draft {drafts[i]} was proposed against the grammar")
     finally:
-        if s.matcher and len(drawn) > 1:
-            s.matcher.rollback(len(drawn) - 1)
-    return drawn
+        if s.matcher and len(rows) > 1:
+            s.matcher.rollback(len(rows) - 1)
+    return rows
 
 
-def score(logits: np.ndarray, token: int, most: int) -> Scored:
-    """A token's log-probability and the `most` likeliest under the softmax of one row; ties go to the lower id."""
+def score(logits: np.ndarray, token: int, top: int, ids: TokenIds = ()) -> Scored:
+    """Log-probability and rank of a token, and the `top` likeliest tokens, from one row of logits [vocabulary].
+
+    Log-probabilities are those of the row's softmax. Of equal logits the lower id comes first. ids: if given, these
+    tokens are scored instead of the likeliest.
+    """
     wide = logits.astype(np.float64)
     logprobs = wide - wide.max()
     logprobs -= np.log(np.exp(logprobs).sum())
-    likely = np.argpartition(-wide, most - 1)[:most] if 0 < most < len(wide) else np.arange(len(wide))[: most or 0]
-    floor = wide[likely].min() if most else np.inf  # of equal ones at the edge, argpartition takes any
+    rank = 1 + int((wide > wide[token]).sum())
+    if ids:
+        return Scored(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in ids), rank)
+    likely = np.argpartition(-wide, top - 1)[:top] if 0 < top < len(wide) else np.arange(len(wide))[: top or 0]
+    floor = wide[likely].min() if top else np.inf  # argpartition takes any of the logits equal to the lowest it keeps
     likely = np.flatnonzero(wide >= floor)
-    likely = likely[np.lexsort((likely, -wide[likely]))][:most]
-    return Scored(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in likely))
+    likely = likely[np.lexsort((likely, -wide[likely]))][:top]
+    return Scored(token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in likely), rank)

@@ -1,6 +1,7 @@
-"""What runs in the next step: decodes first, then chunks of prompts, then whoever waits, by priority and arrival.
+"""The scheduler: chooses the sequences and tokens of the next step.
 
-Keeps the queues and the blocks; never calls a device and reads no clock.
+Decodes come first, then prefill chunks, then waiting sequences by priority and arrival. The scheduler owns the queues
+and allocates K/V blocks; it calls no device and reads no clock.
 """
 
 from __future__ import annotations
@@ -10,115 +11,141 @@ from dataclasses import dataclass, replace
 
 from intaglio.runtime.kv import BlockPool
 from intaglio.runtime.sequence import Sequence
+from intaglio.runtime.slots import SlotPool
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A sequence's share of a step: its next `n` tokens, and guesses of what follows them."""
+class ScheduledSequence:
+    """One sequence in a step: its next `num_tokens` tokens are computed, and the draft tokens after them verified."""
 
     sequence: Sequence
-    n: int
+    num_tokens: int
     drafts: tuple[int, ...] = ()
 
     @property
-    def last(self) -> bool:
-        """Nothing is left to compute after this piece, so the next token is drawn."""
-        return self.n == self.sequence.remaining
+    def samples(self) -> bool:
+        """True if the step computes the sequence's last token, so that a new one is sampled."""
+        return self.num_tokens == self.sequence.remaining and not self.sequence.request.scored
 
 
 class Scheduler:
-    """Two queues in order of (priority, arrival). A running sequence holds blocks for all of its tokens; a waiting one
-    holds none.
+    """Queues of waiting and running sequences, both in order of (priority, arrival), and the choice of the next step.
 
-    When the pool runs dry the last of the running goes back to waiting and is computed again later; the same makes room
-    for one that waits with a better priority. The first never makes room for another, and a sequence fits the pool
-    alone (the engine sees to that), so something always ends.
+    A running sequence holds blocks for all of its tokens; a waiting sequence holds none. When no block is available,
+    the last running sequence is preempted: it goes back to waiting and is recomputed later. Running sequences are also
+    preempted for a waiting one of better priority. A sequence never preempts one before it, and admission checks that
+    the pool can hold any single sequence, so the first running sequence always finishes.
+
+    Of a model with recurrent state, no more sequences run than `slots` has slots for, and blocks are not shared: a
+    cached block would need the state as it was at the block's end.
     """
 
     def __init__(
-        self, pool: BlockPool, *, context: int, max_batch_tokens: int, max_sequences: int, max_drafts: int
-    ) -> None:
-        self.pool, self.context = pool, context
-        self.max_batch_tokens, self.max_sequences, self.max_drafts = max_batch_tokens, max_sequences, max_drafts
+        self, pool: BlockPool, slots: SlotPool, *, context: int, max_batch_tokens: int, max_sequences: int,
+        max_drafts: int,
+    ) -> None:  # fmt: skip
+        self.pool, self.slots, self.context = pool, slots, context
+        self.max_batch_tokens, self.max_drafts = max_batch_tokens, max_drafts
+        self.shares_blocks = not slots.total
+        self.max_sequences = max_sequences if self.shares_blocks else min(max_sequences, slots.sequences)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
+        """Queue a sequence as waiting."""
         sequence.state = "waiting"
         insort(self.waiting, sequence, key=lambda s: s.order)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out of its queue and give its blocks back."""
+        """Take a sequence out of its queue and free its blocks and state slots."""
         (self.running if sequence.state == "running" else self.waiting).remove(sequence)
         self.pool.release(sequence.blocks)
-        sequence.blocks, sequence.filed, sequence.node = [], 0, None
+        self.slots.release(sequence.slots)
+        sequence.blocks, sequence.indexed_blocks, sequence.prefix_node = [], 0, None
+        sequence.slots, sequence.state_slot = [], -1
 
     def preempt(self, sequence: Sequence) -> None:
-        """Back to waiting, with nothing computed."""
+        """Move a running sequence back to waiting, to be recomputed from its first token."""
         self.remove(sequence)
         sequence.computed = 0
         sequence.preemptions += 1
         self.preemptions += 1
         self.add(sequence)
 
-    def schedule(self) -> list[Piece]:
-        """The pieces of the next step, at most `max_batch_tokens` tokens; empty only if nothing is left to do."""
-        plan: list[Piece] = []
-        self._make_way()
-        for sequence in [s for s in self.running if s.remaining == 1]:
-            if len(plan) < self.max_batch_tokens and sequence.state == "running" and self._grow(sequence):
-                plan.append(Piece(sequence, 1))
-        budget = self.max_batch_tokens - len(plan)
-        for sequence in [s for s in self.running if s.remaining > 1]:
-            budget = self._take(plan, sequence, budget)
-        while budget and (admitted := self._admit()):
-            budget = self._take(plan, admitted, budget)
-        return self._speculate(plan, budget) if self.max_drafts else plan
+    def preempt_all(self) -> None:
+        """Preempt every running sequence and drop the prefix cache: the device has lost all K/V."""
+        self.pool.reset_prefix_cache()
+        for sequence in reversed(self.running.copy()):
+            self.preempt(sequence)
 
-    def settle(self, sequence: Sequence) -> None:
-        """After its share of a step: file the blocks that are now full, give back those that no token is in."""
-        size, pool = self.pool.block_tokens, self.pool
-        while (sequence.filed + 1) * size <= sequence.computed:
-            at = sequence.filed * size
-            parent = sequence.node if sequence.filed else sequence.salt
-            sequence.node = pool.file(sequence.blocks[sequence.filed], parent, sequence.tokens(at, at + size))
-            sequence.filed += 1
-        needed = pool.blocks_for(sequence.length)
-        pool.release(sequence.blocks[needed:])
-        del sequence.blocks[needed:]
+    def spare_block(self) -> int:
+        """Number of a block that no sequence holds and that is not in the prefix cache afterwards.
 
-    def _take(self, plan: list[Piece], sequence: Sequence, budget: int) -> int:
-        n = min(budget, sequence.remaining)
-        if n:
-            plan.append(Piece(sequence, n))
-        return budget - n
+        Frees the blocks of rejected drafts; while no block is available, preempts the last running sequence.
+        """
+        for sequence in self.running:
+            self.update_blocks(sequence)
+        while not self.pool.available:
+            self.preempt(self.running[-1])
+        [block] = self.pool.allocate(1)
+        self.pool.release([block])
+        return block
 
-    def _make_way(self) -> None:
-        """Preempt those of worse priority than the first who waits, from the last on, if that is what gives it room."""
-        if not self.waiting:
-            return
-        pool, first = self.pool, self.waiting[0]
-        needed = pool.blocks_for(first.length)
-        worse = [s for s in self.running if s.request.priority > first.request.priority]
-        theirs = sum(pool.refcounts[b] == 1 for s in worse for b in s.blocks)
-        if needed <= pool.available + theirs:
-            while worse and (needed > pool.available or len(self.running) >= self.max_sequences):
-                self.preempt(worse.pop())
+    def spare_slot(self) -> int:
+        """A slot of recurrent state whose content nobody needs; -1 if the model has none. Only while no step runs.
 
-    def _admit(self) -> Sequence | None:
-        """Start the sequence that waits first, if there are blocks for all of its tokens; nobody overtakes it.
+        It is free, or the slot that the last running sequence writes next.
+        """
+        if self.slots.total:
+            return self.slots.free[-1] if self.slots.free else self.running[-1].next_state_slot
+        return -1
 
-        What the prefix cache holds of it is taken from there, but its last token is always computed, for its logits. A
-        request's other choices wait until the first has computed the prompt, and find it there.
+    def schedule(self, parts: int = 1) -> list[ScheduledSequence]:
+        """Choose the sequences of the next step, with at most `max_batch_tokens` tokens.
+
+        Sequences in flight are left out. parts: number of steps among which all sequences are divided, in equal
+        numbers. Returns [] only if no sequence is left that is not in flight.
+        """
+        scheduled: list[ScheduledSequence] = []
+        self._preempt_for_priority()
+        most = -(-min(len(self.running) + len(self.waiting), self.max_sequences) // parts)
+        for sequence in [s for s in self.running if s.remaining == 1 and not s.in_flight]:
+            if (
+                len(scheduled) < min(self.max_batch_tokens, most)
+                and sequence.state == "running"
+                and self.allocate(sequence)
+            ):
+                scheduled.append(ScheduledSequence(sequence, 1))
+        budget = self.max_batch_tokens - len(scheduled)
+        for sequence in [s for s in self.running if s.remaining > 1 and not s.in_flight]:
+            if len(scheduled) < most:
+                budget = self._schedule_chunk(scheduled, sequence, budget)
+        while budget and len(scheduled) < most and (started := self.start_next()):
+            budget = self._schedule_chunk(scheduled, started, budget)
+        return self._add_drafts(scheduled, budget) if self.max_drafts else scheduled
+
+    def start_next(self) -> Sequence | None:
+        """Move the first waiting sequence to running, with blocks for all its tokens.
+
+        Returns it, or None if it cannot start.
+
+        It cannot start if none waits, if `max_sequences` are running, if it is a further choice of a request whose
+        prompt is still being computed (whose blocks it will share), or if too few blocks are available. Later sequences
+        never overtake it.
+
+        Blocks found in the prefix cache are shared, unless logits of the prompt are wanted: then the whole prompt is
+        computed. The last token is always computed, because its logits are needed.
         """
         if not self.waiting or len(self.running) >= self.max_sequences:
             return None
         sequence = self.waiting[0]
-        if sequence.index and any(s.request is sequence.request and s.remaining > 1 for s in self.running):
+        siblings = (s for s in self.running if s.request is sequence.request)
+        if self.shares_blocks and sequence.index and any(s.remaining > 1 for s in siblings):
             return None
-        every = sequence.read < sequence.to_read  # logits of the whole prompt are wanted, so it is computed
-        known = [] if every else self.pool.find(sequence.tokens(0, sequence.length - 1), sequence.salt)
+        whole = sequence.prompt_rows_read < sequence.prompt_rows_wanted  # needs logits of the prompt: compute all of it
+        tokens = sequence.tokens(0, sequence.length - 1) if self.shares_blocks and not whole else []
+        known = self.pool.find_prefix(tokens, sequence.salt)
         self.pool.share(known)
         fresh = self.pool.blocks_for(sequence.length) - len(known)
         if fresh > self.pool.available:
@@ -127,33 +154,83 @@ class Scheduler:
         self.waiting.pop(0)
         insort(self.running, sequence, key=lambda s: s.order)
         sequence.state = "running"
+        sequence.slots = self.slots.allocate()
         sequence.blocks = known + self.pool.allocate(fresh)
-        sequence.computed = len(known) * self.pool.block_tokens
-        sequence.filed = len(known)
-        sequence.node = self.pool.node(known[-1]) if known else None
+        sequence.computed = len(known) * self.pool.block_size
+        sequence.indexed_blocks = len(known)
+        sequence.prefix_node = self.pool.node(known[-1]) if known else None
         return sequence
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Blocks for all of its tokens, preempting from the last of the running on; False if that came to be itself."""
-        while (wanted := self.pool.blocks_for(sequence.length) - len(sequence.blocks)) > self.pool.available:
-            last = self.running[-1]
+    def allocate(self, sequence: Sequence) -> bool:
+        """Give a running sequence blocks for all its tokens; if there are too few, preempt the last running sequences.
+
+        Sequences in flight are not preempted. Returns False if this sequence itself was preempted, or has to wait for
+        later ones that are in flight.
+        """
+        while (missing := self.pool.blocks_for(sequence.length) - len(sequence.blocks)) > self.pool.available:
+            last = next(s for s in reversed(self.running) if not s.in_flight)
+            if last is sequence and last is not self.running[-1]:
+                return False
             self.preempt(last)
             if last is sequence:
                 return False
-        sequence.blocks += self.pool.allocate(max(0, wanted))
+        sequence.blocks += self.pool.allocate(max(0, missing))
         return True
 
-    def _speculate(self, plan: list[Piece], budget: int) -> list[Piece]:
-        """Spend what is left of the budget on guesses, where blocks are to be had without preempting anyone."""
+    def update_blocks(self, sequence: Sequence) -> None:
+        """After a step: add newly full blocks to the prefix cache, and free the blocks of rejected drafts.
+
+        Without prefix cache (recurrent state) no block is added.
+        """
+        size, pool = self.pool.block_size, self.pool
+        while self.shares_blocks and (sequence.indexed_blocks + 1) * size <= sequence.computed:
+            at = sequence.indexed_blocks * size
+            parent = sequence.prefix_node if sequence.indexed_blocks else sequence.salt
+            block, tokens = sequence.blocks[sequence.indexed_blocks], sequence.tokens(at, at + size)
+            sequence.prefix_node = pool.add_to_prefix_cache(block, parent, tokens)
+            sequence.indexed_blocks += 1
+        needed = pool.blocks_for(sequence.length)
+        pool.release(sequence.blocks[needed:])
+        del sequence.blocks[needed:]
+
+    @staticmethod
+    def _schedule_chunk(scheduled: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
+        """Append as many of the sequence's tokens to `scheduled` as the budget allows.
+
+        Returns the remaining budget in tokens.
+        """
+        num_tokens = min(budget, sequence.remaining)
+        if num_tokens:
+            scheduled.append(ScheduledSequence(sequence, num_tokens))
+        return budget - num_tokens
+
+    def _preempt_for_priority(self) -> None:
+        """Preempt running sequences whose priority is worse than the first waiting one's, from the last up.
+
+        Nothing is preempted if that would not free enough blocks for the waiting sequence.
+        """
+        if not self.waiting:
+            return
+        pool, first = self.pool, self.waiting[0]
+        needed = pool.blocks_for(first.length)
+        worse = [s for s in self.running if not s.in_flight and s.request.priority > first.request.priority]
+        freeable = sum(pool.refcounts[b] == 1 for s in worse for b in s.blocks)
+        if needed <= pool.available + freeable:
+            while worse and (needed > pool.available or len(self.running) >= self.max_sequences):
+                self.preempt(worse.pop())
+
+    def _add_drafts(self, scheduled: list[ScheduledSequence], budget: int) -> list[ScheduledSequence]:
+        """The scheduled sequences with draft tokens added within `budget` tokens. Drafts never preempt a sequence."""
         drafted = []
-        for piece in plan:
-            sequence, drafts = piece.sequence, tuple[int, ...]()
-            if piece.last and not sequence.request.scored and not sequence.suspect:
-                room = (len(sequence.blocks) + self.pool.available) * self.pool.block_tokens
-                most = min(self.max_drafts, budget, min(room, sequence.longest(self.context)) - sequence.length)
-                drafts = tuple(sequence.propose(most)) if most > 0 else ()
-                wanted = self.pool.blocks_for(sequence.length + len(drafts)) - len(sequence.blocks)
-                sequence.blocks += self.pool.allocate(max(0, wanted))
+        for one in scheduled:
+            sequence, drafts = one.sequence, tuple[int, ...]()
+            if one.samples and not sequence.suspect:
+                room = (len(sequence.blocks) + self.pool.available) * self.pool.block_size
+                free = min(room, sequence.max_kv_tokens(self.context)) - sequence.length
+                most = min(self.max_drafts, budget, free)
+                drafts = tuple(sequence.propose_drafts(most)) if most > 0 else ()
+                missing = self.pool.blocks_for(sequence.length + len(drafts)) - len(sequence.blocks)
+                sequence.blocks += self.pool.allocate(max(0, missing))
                 budget -= len(drafts)
-            drafted.append(replace(piece, drafts=drafts))
+            drafted.append(replace(one, drafts=drafts))
         return drafted

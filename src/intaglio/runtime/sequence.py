@@ -1,6 +1,6 @@
-"""One choice of a request on its way through the engine: its tokens, its blocks, how far it has come.
+"""Sequence: one output of a request in the engine, with its tokens, its K/V blocks and its progress.
 
-The engine and the scheduler own every field; all else may read them.
+Only the stages of the engine write to it; other code may read it.
 """
 
 from __future__ import annotations
@@ -13,105 +13,124 @@ from typing import Literal
 import numpy as np
 
 from intaglio.batch import Sampling
-from intaglio.runtime.draft import Lookup
+from intaglio.runtime.draft import PromptLookup
+from intaglio.runtime.penalties import Penalties
 from intaglio.runtime.request import Fault, FinishReason, Matcher, Request, Scored, Usage
-from intaglio.runtime.tally import Tally
+from intaglio.runtime.token_filter import TokenFilter
 
 
 @dataclass(eq=False)
 class Sequence:
-    """Choice `index` of `request`. Waiting, it holds nothing; running, it holds blocks for all of its tokens."""
+    """One output (choice `index`) of a request, with its tokens, K/V blocks, state slots and progress.
+
+    A waiting sequence holds no blocks; a running one holds blocks for all its tokens. Times are seconds by the engine's
+    clock; None: that point was not reached.
+    """
 
     request: Request
     index: int
     seed: int
-    arrival: int  # order of arrival in the engine
-    arrived: float  # by the engine's clock, as every time here
-    expected: float  # seconds to its end, before the pace's slip
-    stopped: Callable[[int], bool] | None = None
+    arrival: int  # number in order of arrival in the engine
+    arrived: float
+    estimate: float  # seconds until it ends, from LatencyEstimator.estimate()
+    stop_checker: Callable[[int], bool] | None = None
     matcher: Matcher | None = None
+    token_filter: TokenFilter | None = None  # None if the request restricts no ids
 
     state: Literal["waiting", "running", "ended"] = "waiting"
     prompt: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    logits: list[np.ndarray] = field(default_factory=list)  # scored requests only, a piece a step
-    read: int = 0  # positions of the prompt whose logits were looked at, of `to_read`
+    logprobs: list[float] = field(default_factory=list)  # one an output token
+    logits: list[np.ndarray] = field(default_factory=list)  # scored requests only: f32 [tokens, vocabulary] a step
+    prompt_rows_read: int = 0  # prompt positions whose logits were used, of `prompt_rows_wanted`
     prompt_scores: list[Scored] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
-    computed: int = 0  # tokens whose K/V is in the blocks
-    filed: int = 0  # blocks known to the prefix cache, and the cache's name for the last of them
-    node: int | None = None
-    cached: int = 0
+    computed: int = 0  # tokens whose K/V is in the blocks, and which the recurrent state has read
+    slots: list[int] = field(default_factory=list)  # its two slots of recurrent state; [] if the model has none
+    state_slot: int = -1  # the slot that holds its recurrent state; -1: none yet
+    indexed_blocks: int = 0  # leading blocks that are in the prefix cache
+    prefix_node: int | None = None  # node of the last of them in the prefix tree
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first step
     preemptions: int = 0
-    suspect: bool = False  # it was in a step that lost the device, and has drawn no token since
-    losses: int = 0  # of the device by it alone, since its last token
+    in_flight: bool = False  # it is in a launch that has not been completed
+    suspect: bool = False  # it was in a launch that lost the device, and has sampled no token since
+    device_losses: int = 0  # launches with only this sequence that lost the device since its last token
     started: float | None = None
     first_token: float | None = None
     ended: float | None = None
     finish_reason: FinishReason | None = None
     fault: Fault | None = None
-    lookup: Lookup = field(default_factory=Lookup)
-    tally: Tally | None = field(init=False)  # of the output so far, if penalties or biases ask for it
-    plain: Sampling = field(init=False)  # how a row is drawn but for edits and grammar
+    lookup: PromptLookup = field(default_factory=PromptLookup)
+    penalties: Penalties | None = field(init=False)  # None if the request has no penalties and no biases
+    base_sampling: Sampling = field(init=False)  # sampling parameters of every row, without edits and grammar mask
 
     def __post_init__(self) -> None:
         p = self.request.params
         self.prompt = [int(t) for t in self.request.prompt]
-        self.tally = Tally(p, self.prompt) if p.edits_logits else None
-        self.plain = Sampling(p.temperature, p.top_k, p.top_p, p.min_p, self.seed)
+        self.penalties = Penalties(p, self.prompt) if p.edits_logits else None
+        self.base_sampling = Sampling(p.temperature, p.top_k, p.top_p, p.min_p, self.seed)
 
     @property
     def salt(self) -> str | None:
+        """The request's cache salt; None if it has none."""
         return self.request.salt
 
     @property
     def order(self) -> tuple[int, int]:
-        """Its place in every queue: by priority, then by arrival."""
+        """Sort key in every queue: (priority, arrival number)."""
         return self.request.priority, self.arrival
 
     @property
     def length(self) -> int:
-        """Tokens so far, prompt and output."""
+        """Number of tokens so far, prompt and output."""
         return len(self.prompt) + len(self.output)
 
     @property
     def remaining(self) -> int:
-        """Tokens whose K/V is still to be computed before the next one can be drawn."""
+        """Number of tokens still to compute before the next one can be sampled."""
         return self.length - self.computed
 
     @property
-    def to_read(self) -> int:
-        """Positions of the prompt whose logits are wanted, from the first on."""
+    def next_state_slot(self) -> int:
+        """The slot to which its next step writes its recurrent state; -1 if the model has none."""
+        return next((slot for slot in self.slots if slot != self.state_slot), -1)
+
+    @property
+    def prompt_rows_wanted(self) -> int:
+        """Number of prompt positions, from the first on, whose logits the request needs."""
         if self.request.scored:
             return len(self.prompt)
         return 0 if self.request.params.prompt_logprobs is None else len(self.prompt) - 1
 
     @property
     def wants_logits(self) -> bool:
-        """Whether a step must hand out logits for it."""
-        return self.read < self.to_read or self.request.params.logprobs > 0
+        """True if the next step must return logits for this sequence."""
+        p = self.request.params
+        return self.prompt_rows_read < self.prompt_rows_wanted or p.logprobs > 0 or bool(p.logprob_token_ids)
 
-    def longest(self, context: int) -> int:
-        """K/V slots it may come to need: the last token of an output is never fed back."""
-        return longest(self.request, context)
+    def max_kv_tokens(self, context: int) -> int:
+        """Largest number of K/V slots that this sequence can need."""
+        return max_kv_tokens(self.request, context)
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Its tokens at positions start..stop-1."""
+        """The sequence's tokens at positions `start` to `stop` - 1, prompt and output."""
         split = len(self.prompt)
         if start >= split:
             return self.output[start - split : stop - split]
         return [*self.prompt[start:stop], *self.output[: max(0, stop - split)]]
 
-    def due(self) -> float:
-        """When its next deadline is: the whole one, or the queue's as long as it has not started."""
+    def deadline(self) -> float:
+        """Time in seconds at which the engine ends the sequence; infinity without a timeout.
+
+        It is arrival + `timeout`, or before the first step arrival + `queue_timeout` if that is earlier.
+        """
         r = self.request
         queue = r.queue_timeout if self.started is None else None
         return self.arrived + min((t for t in (queue, r.timeout) if t is not None), default=float("inf"))
 
-    def propose(self, most: int) -> list[int]:
-        """Up to `most` guesses of what comes next, all of them allowed by the grammar."""
-        drafts = self.lookup.propose(self.tokens(0, self.length), most)
+    def propose_drafts(self, max_drafts: int) -> list[int]:
+        """Up to `max_drafts` draft tokens by prompt lookup, cut before the first that the grammar does not allow."""
+        drafts = self.lookup.propose(self.tokens(0, self.length), max_drafts)
         if self.matcher:
             allowed = list(takewhile(self.matcher.advance, drafts))
             self.matcher.rollback(len(allowed))
@@ -119,12 +138,13 @@ class Sequence:
         return drafts
 
     def usage(self, now: float) -> Usage:
+        """Token counts and times of the sequence, which ends at time `now` (seconds)."""
         return Usage(
-            len(self.prompt), self.cached, len(self.output), self.preemptions, self.arrived, self.started,
+            len(self.prompt), self.cached_tokens, len(self.output), self.preemptions, self.arrived, self.started,
             self.first_token, now,
         )  # fmt: skip
 
 
-def longest(request: Request, context: int) -> int:
-    """K/V slots a choice of the request may come to need."""
+def max_kv_tokens(request: Request, context: int) -> int:
+    """Largest number of K/V slots that a choice of the request can need. The last output token needs none."""
     return min(context, len(request.prompt) + (0 if request.scored else request.params.max_tokens - 1))

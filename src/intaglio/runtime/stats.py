@@ -1,4 +1,4 @@
-"""What an engine counts. Names and formats of metrics are the server's affair."""
+"""Counters and gauges of an engine. The server turns them into metrics."""
 
 from __future__ import annotations
 
@@ -8,47 +8,50 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Counts:
-    """Totals since the engine was made; they only grow."""
+    """Total counts since the engine was created."""
 
     steps: int = 0
-    received: int = 0  # choices asked for: refused + admitted
+    received: int = 0  # choices: refused + admitted
     refused: Counter[str] = field(default_factory=Counter)  # choices by reason: full, late, draining, failed, invalid
-    admitted: int = 0  # choices taken in
+    admitted: int = 0  # choices
     finished: Counter[str] = field(default_factory=Counter)  # choices by finish_reason
-    faults: Counter[str] = field(default_factory=Counter)  # by kind: request, step (launches that failed), worker
+    suspended: int = 0  # choices taken out by suspend(); if they come back, they are received and admitted again
+    faults: Counter[str] = field(
+        default_factory=Counter
+    )  # by kind: request, step (failed launches), worker (lost devices)
     restarts: int = 0
     preemptions: int = 0
-    prompt_tokens: int = 0  # of choices started
-    cached_tokens: int = 0  # of them, found in the prefix cache: hits
-    computed_tokens: int = 0  # token rows taken through the device, drafts and recomputation included
+    prompt_tokens: int = 0  # of started choices
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    computed_tokens: int = 0  # token rows computed, drafts and recomputation included
     output_tokens: int = 0
-    drafts: int = 0  # rounds of speculation
+    drafts: int = 0  # times a sequence was given draft tokens
     draft_tokens: int = 0
     accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Gauges:
-    """How things stand now."""
+    """Current queue and K/V cache gauges."""
 
     running: int
     waiting: int
     waiting_tokens: int
     blocks: int
     blocks_held: int
-    blocks_cached: int  # held by nobody, their content kept for whoever begins alike
+    blocks_cached: int  # evictable: held by no sequence, kept in the prefix cache
     draining: bool
     failed: str | None
 
     @property
     def kv_usage(self) -> float:
-        """The share of blocks that somebody holds."""
+        """Fraction of the K/V blocks that sequences hold, from 0 to 1."""
         return self.blocks_held / self.blocks
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The last step that ran: when, how long by the engine's clock, and what was in it."""
+    """One step: its number, start time and duration in seconds by the engine's clock, and its numbers of tokens."""
 
     number: int
     began: float

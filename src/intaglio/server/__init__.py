@@ -1,1 +1,1 @@
-"""The server: a model behind OpenAI's HTTP API. It adds to the runtime only what HTTP needs."""
+"""HTTP server with OpenAI's API for one or more models, on top of the runtime."""

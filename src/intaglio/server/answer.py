@@ -1,4 +1,4 @@
-"""From the pieces of an output to OpenAI's answers: what is new of a choice, for a stream, and all of it at the end."""
+"""OpenAI response bodies, built from the deltas of the engine: stream chunks, whole choices, usage."""
 
 from __future__ import annotations
 
@@ -8,199 +8,362 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from intaglio.runtime import Scored
-from intaglio.server.driver import Job, Piece, Ticket
-from intaglio.server.markup import Call, Reader, Said
-from intaglio.server.prepare import Style
-from intaglio.server.problem import Problem, of_fault
+from intaglio.server.driver import ChoiceDelta, Prepared, Submission
+from intaglio.server.markup import CallStart, Part, Reader, TextDelta
+from intaglio.server.prepare import Reading
+from intaglio.server.problem import Problem, fault_problem
 from intaglio.server.protocol import ChatRequest, CompletionRequest
-from intaglio.server.vocabulary import Vocabulary
+from intaglio.server.vocabulary import Offsets, Vocabulary
 
-LEAST = -9999.0  # stands for a log-probability of minus infinity, which JSON cannot write; vLLM's value
+MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot represent; vLLM's value
 
 
 class Choice(Protocol):
-    """One choice as it grows."""
+    """Interface of a response choice: takes the engine's deltas and gives stream chunks or the whole choice."""
 
-    def feed(self, piece: Piece) -> dict[str, Any] | None:
-        """Take one more piece; what a stream says of it, if anything."""
+    rank: Rank
+
+    def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
+        """Add one engine delta. Returns the chunk to stream, or None if the client would see nothing new."""
 
     def whole(self) -> dict[str, Any]:
-        """All of it."""
+        """The complete choice as JSON fields, for a response that is not streamed."""
 
 
-def reason(piece: Piece) -> str | None:
-    """OpenAI's finish_reason. Raises Problem for an end that is no answer. `deadline` is ours: what had been generated
-    when the time was over stands."""
-    match piece.finish_reason:
+def reason(update: ChoiceDelta) -> str | None:
+    """The finish_reason that the response shows; None while the choice is still generated.
+
+    "deadline" extends OpenAI's values: the output up to the deadline is returned. Raises Problem if the choice ended in
+    an error or was aborted, or if its deadline passed before its first token.
+    """
+    match update.finish_reason:
         case "error":
-            assert piece.fault
-            raise of_fault(piece.fault)
+            assert update.fault
+            raise fault_problem(update.fault)
         case "abort":
             raise Problem(503, "the server is shutting down", code="shutdown", retry_after=1)
-        case "deadline" if piece.usage is None or piece.usage.first_token is None:
+        case "deadline" if update.usage is None or update.usage.first_token is None:
             raise Problem(503, "the deadline passed before the first token", code="deadline", retry_after=1)
-    return piece.finish_reason
+    return update.finish_reason
 
 
 class CompletionChoice:
-    def __init__(self, index: int, job: Job, body: CompletionRequest, text: str, vocabulary: Vocabulary) -> None:
-        self.index, self.job, self.body, self.vocabulary = index, job, body, vocabulary
-        self.echo = text if body.echo else ""
+    """Choice of /v1/completions: text, log-probabilities, and the prompt if `echo` is set."""
+
+    def __init__(
+        self, index: int, prepared: Prepared, body: CompletionRequest, reading: Reading, vocabulary: Vocabulary
+    ) -> None:
+        self.index, self.prepared, self.body, self.vocabulary = index, prepared, body, vocabulary
+        self.echo = reading.echo
         self.begun = not body.echo
-        self.text, self.offset = "", 0
+        self.text = ""
+        self.ids: list[int] = []
+        self.prompt_scores: list[Any] | None = None
+        hidden = frozenset[int]() if body.skip_special_tokens is False else None
+        prompt = prepared.request.prompt
+        self.offsets = Offsets(vocabulary.tokenizer, prompt, bool(body.echo), reading.prefix, hidden)
         self.scores: dict[str, list[Any]] = _no_scores()
         self.reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self.rank = Rank()
 
-    def feed(self, piece: Piece) -> dict[str, Any] | None:
-        self.reason = reason(piece)
-        text, scores = piece.text, _no_scores()
-        if piece.prompt is not None:
-            self._score_prompt(scores, piece.prompt)
-        elif not self.begun and self.body.logprobs is not None and len(self.job.request.prompt) == 1:
-            self._score_prompt(scores, ())  # of one token the engine has nothing to say
-        if self.body.max_tokens == 0:  # the one token that the engine cannot do without
+    def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
+        """Add one engine delta. Returns the chunk to stream, or None if the client would see nothing new."""
+        self.reason, self.stop_reason = reason(update), update.stop_reason
+        first = not self.ids
+        self.rank.add(update.scored)
+        text, scores, ids = update.text, _no_scores(), list[int]()
+        if update.prompt is not None:
+            self._score_prompt(scores, update.prompt)
+        elif not self.begun and self.body.logprobs is not None and len(self.prepared.request.prompt) == 1:
+            self._score_prompt(scores, ())  # the engine sends no scores for a prompt of one token
+        if self.body.max_tokens == 0:  # the engine generates at least one token; drop it
             text = ""
-        elif piece.scored and self.body.logprobs is not None:
-            self._score(scores, piece.scored)
+        elif update.scored:
+            ids = [update.scored.token]
+            if self.body.logprobs is not None:
+                self._score(scores, update.scored, self.offsets.of_output(update.scored.token))
         if not self.begun:
             text, self.begun = self.echo + text, True
         self.text += text
+        self.ids += ids
         for name, values in scores.items():
             self.scores[name] += values
-        if not text and not self.reason and not scores["tokens"]:
+        if not text and not self.reason and not scores["tokens"] and not (ids and self.body.return_token_ids):
             return None
-        return self._as_dict(text, scores)
+        chunk = self._as_dict(text, scores)
+        if self.body.return_token_ids:
+            chunk["token_ids"] = ids
+            if first:
+                chunk["prompt_token_ids"] = list(self.prepared.request.prompt)
+        return chunk
 
     def whole(self) -> dict[str, Any]:
-        return self._as_dict(self.text, self.scores)
+        """The complete choice as JSON fields, with prompt log-probabilities and token ids if requested."""
+        asked = bool(self.body.return_token_ids)
+        return {
+            **self._as_dict(self.text, self.scores),
+            "prompt_logprobs": self.prompt_scores,
+            "token_ids": self.ids if asked else None,
+            "prompt_token_ids": list(self.prepared.request.prompt) if asked else None,
+        }
 
     def _as_dict(self, text: str, scores: dict[str, list[Any]]) -> dict[str, Any]:
-        told = scores if self.body.logprobs is not None else None
-        return {"index": self.index, "text": text, "logprobs": told, "finish_reason": self.reason}
+        logprobs = scores if self.body.logprobs is not None else None
+        ends = {"finish_reason": self.reason, "stop_reason": self.stop_reason}
+        return {"index": self.index, "text": text, "logprobs": logprobs, **ends}
 
     def _score_prompt(self, scores: dict[str, list[Any]], rest: Sequence[Scored]) -> None:
-        self._place(scores, self.vocabulary.piece(self.job.request.prompt[0])[0], None, None)
+        if self.body.prompt_logprobs is not None:
+            self.prompt_scores = prompt_scores(rest, self.body.prompt_logprobs, self.vocabulary)
+        if not self.body.echo or self.body.logprobs is None:
+            return
+        token = self.prepared.request.prompt[0]
+        self._place(scores, self._name(token), None, None, self.offsets.of_prompt(token))
         for scored in rest:
-            self._score(scores, scored)
+            self._score(scores, scored, self.offsets.of_prompt(scored.token))
 
-    def _score(self, scores: dict[str, list[Any]], scored: Scored) -> None:
-        top = {self.vocabulary.piece(id)[0]: finite(lp) for id, lp in reversed(scored.top)}
-        token = self.vocabulary.piece(scored.token)[0]
-        top.setdefault(token, finite(scored.logprob))  # the token drawn is always among them, as in OpenAI's answers
-        self._place(scores, token, finite(scored.logprob), top if self.body.logprobs else None)
+    def _score(self, scores: dict[str, list[Any]], scored: Scored, offset: int) -> None:
+        """Append one token's entry to each list of `scores` (OpenAI's logprobs object).
 
-    def _place(self, scores: dict[str, list[Any]], token: str, logprob: float | None, top: Any) -> None:
-        for name, value in zip(scores, (token, logprob, top, self.offset), strict=True):
+        offset: the token's place in the text.
+
+        top_logprobs has text as keys. Where two tokens have equal text, only one keeps it: the token itself if it is
+        among them, else the likeliest. The others get token_id:N as their key.
+        """
+        likely = scored.top if self.body.logprob_token_ids else scored.top[: self.body.logprobs]
+        pairs = dict(likely)
+        pairs.setdefault(scored.token, scored.logprob)  # OpenAI always includes the sampled token
+        token = self._name(scored.token)
+        top = dict[str, float]()
+        for id, logprob in pairs.items():
+            name = self._name(id)
+            taken = name in top or (name == token and id != scored.token)
+            top[f"token_id:{id}" if taken else name] = finite(logprob)
+        self._place(scores, token, finite(scored.logprob), top, offset)
+
+    def _name(self, id: int) -> str:
+        return f"token_id:{id}" if self.body.return_tokens_as_token_ids else self.vocabulary.name(id)
+
+    @staticmethod
+    def _place(scores: dict[str, list[Any]], token: str, logprob: float | None, top: Any, offset: int) -> None:
+        for name, value in zip(scores, (token, logprob, top, offset), strict=True):
             scores[name].append(value)
-        self.offset += len(token)
 
 
 def _no_scores() -> dict[str, list[Any]]:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
+class Rank:
+    """Running mean of a choice's token log-probabilities, the order of best_of. `sum` and `tokens` are kept."""
+
+    def __init__(self) -> None:
+        self.sum, self.tokens = 0.0, 0
+
+    def add(self, scored: Scored | None) -> None:
+        """Count a token with its log-probability; None (a delta without a token) changes nothing."""
+        if scored:
+            self.sum, self.tokens = self.sum + finite(scored.logprob), self.tokens + 1
+
+    @property
+    def mean(self) -> float:
+        """Mean log-probability; MIN_LOGPROB for a choice without tokens."""
+        return self.sum / self.tokens if self.tokens else MIN_LOGPROB
+
+
+def best(choices: Sequence[Choice], n: int, of: int) -> list[dict[str, Any]]:
+    """JSON of the choices to return for best_of: of each prompt's `of` choices the `n` likeliest, numbered from 0.
+
+    `choices` has `of` entries for each prompt, in the order of the prompts. If n equals `of`, their order stays.
+    """
+    kept: list[Choice] = []
+    for i in range(0, len(choices), of):
+        group = list(choices[i : i + of])
+        kept += group if n == of else sorted(group, key=lambda c: -c.rank.mean)[:n]
+    return [{**choice.whole(), "index": i} for i, choice in enumerate(kept)]
+
+
+def prompt_scores(scores: Sequence[Scored], n: int, vocabulary: Vocabulary) -> list[Any]:
+    """The prompt_logprobs of vLLM: one entry per prompt token; None for the first, which has no log-probability.
+
+    An entry maps token ids to logprob, rank and text: the `n` likeliest tokens and the prompt's own.
+    """
+
+    def entry(id: int, logprob: float, rank: int | None) -> dict[str, Any]:
+        return {"logprob": finite(logprob), "rank": rank, "decoded_token": vocabulary.piece(id)[0]}
+
+    out: list[Any] = [None]
+    for s in scores:
+        top = {str(id): entry(id, logprob, i) for i, (id, logprob) in enumerate(s.top[:n], 1)}
+        out.append({**top, str(s.token): entry(s.token, s.logprob, s.rank)})
+    return out
+
+
 class ChatChoice:
-    def __init__(self, index: int, body: ChatRequest, style: Style, vocabulary: Vocabulary) -> None:
-        self.index, self.body, self.vocabulary = index, body, vocabulary
-        self.reader = Reader(style.form, style.reasons, style.inside)
+    """Choice of /v1/chat/completions: content, reasoning, tool calls and log-probabilities."""
+
+    def __init__(
+        self, index: int, prepared: Prepared, body: ChatRequest, reading: Reading, vocabulary: Vocabulary
+    ) -> None:
+        self.index, self.prepared, self.body, self.vocabulary = index, prepared, body, vocabulary
+        self.style, self.echo = reading.style, reading.echo
+        self.reader = Reader(reading.style)
         self.said = {"content": "", "reasoning": ""}
         self.calls: list[dict[str, Any]] = []
+        self.begun_calls = 0  # those left out because of parallel_tool_calls=false included
         self.scores: list[dict[str, Any]] = []
+        self.prompt_scores: list[Any] | None = None
+        self.ids: list[int] = []
+        self.reasoning_tokens = 0
         self.begun = False
         self.reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self.rank = Rank()
 
-    def feed(self, piece: Piece) -> dict[str, Any] | None:
-        self.reason = reason(piece)
+    def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
+        """Add one engine delta. Returns the chunk to stream, or None if the client would see nothing new."""
+        self.reason, self.stop_reason = reason(update), update.stop_reason
+        self.rank.add(update.scored)
+        if update.prompt is not None and self.body.prompt_logprobs is not None:
+            self.prompt_scores = prompt_scores(update.prompt, self.body.prompt_logprobs, self.vocabulary)
         delta: dict[str, Any] = {} if self.begun else {"role": "assistant", "content": ""}
-        for part in self.reader.feed(piece.text, last=self.reason is not None):
+        if not self.begun and self.echo:
+            self._take(TextDelta("content", self.echo), delta)
+        role = self.reader.role
+        for part in self.reader.feed(update.text, last=self.reason is not None):
             self._take(part, delta)
         if self.reason == "stop" and self.calls:
             self.reason = "tool_calls"
-        scores = [self._scored(piece.scored)] if piece.scored and self.body.logprobs else []
+        scores = [self._scored(update.scored)] if update.scored and self.body.logprobs else []
         self.scores += scores
-        if not any(value for name, value in delta.items() if name != "role") and not self.reason and not scores:
+        ids = [update.scored.token] if update.scored else []
+        self.ids += ids
+        self.reasoning_tokens += len(ids) * ("reasoning" in (role, self.reader.role))
+        said = any(value for name, value in delta.items() if name != "role")
+        if not said and not self.reason and not scores and not (ids and self.body.return_token_ids):
             return None
         self.begun = True
-        return {"index": self.index, "delta": delta, "logprobs": self._told(scores), "finish_reason": self.reason}
+        ends = {"finish_reason": self.reason, "stop_reason": self.stop_reason}
+        chunk = {"index": self.index, "delta": delta, "logprobs": self._logprobs(scores), **ends}
+        return {**chunk, "token_ids": ids} if self.body.return_token_ids else chunk
 
     def whole(self) -> dict[str, Any]:
+        """The complete choice as JSON fields: message, finish reason, log-probabilities and token ids."""
         content = self.said["content"]
         message: dict[str, Any] = {"role": "assistant", "content": content if content or not self.calls else None}
         if self.said["reasoning"]:
-            message["reasoning_content"] = self.said["reasoning"]
+            message |= {"reasoning_content": self.said["reasoning"], "reasoning": self.said["reasoning"]}
         if self.calls:
             message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in self.calls]
-        told = self._told(self.scores)
-        return {"index": self.index, "message": message, "logprobs": told, "finish_reason": self.reason}
+        ends = {"finish_reason": self.reason, "stop_reason": self.stop_reason}
+        ids = self.ids if self.body.return_token_ids else None
+        scores = self._logprobs(self.scores)
+        return {"index": self.index, "message": message, "logprobs": scores, **ends, "token_ids": ids}
 
-    def _take(self, part: Said | Call, delta: dict[str, Any]) -> None:
-        if isinstance(part, Call):
-            function = {"name": part.name, "arguments": part.arguments}
-            id = f"call_{uuid.uuid4().hex[:24]}"
-            call = {"index": len(self.calls), "id": id, "type": "function", "function": function}
-            self.calls.append(call)
-            delta.setdefault("tool_calls", []).append(call)
+    def _take(self, part: Part, delta: dict[str, Any]) -> None:
+        """Add a parsed part of the output to the whole message and to `delta`, the next stream chunk's message.
+
+        Reasoning is dropped if include_reasoning is false, and all calls but the first if parallel_tool_calls is false.
+        """
+        if isinstance(part, TextDelta):
+            if part.role == "reasoning" and self.body.include_reasoning is False:
+                return
+            self.said[part.role] += part.text
+            for name in ("content",) if part.role == "content" else ("reasoning_content", "reasoning"):
+                delta[name] = delta.get(name, "") + part.text
             return
-        self.said[part.role] += part.text
-        name = "content" if part.role == "content" else "reasoning_content"
-        delta[name] = delta.get(name, "") + part.text
+        self.begun_calls += isinstance(part, CallStart)
+        if self.begun_calls > 1 and self.body.parallel_tool_calls is False:
+            return
+        deltas = delta.setdefault("tool_calls", [])
+        if isinstance(part, CallStart):
+            call = {"index": len(self.calls), "id": self._call_id(part), "type": "function"}
+            self.calls.append({**call, "function": {"name": part.name, "arguments": ""}})
+            deltas.append({**call, "function": {"name": part.name, "arguments": ""}})
+            return
+        self.calls[-1]["function"]["arguments"] += part.text
+        if not deltas or deltas[-1]["index"] != len(self.calls) - 1:
+            deltas.append({"index": len(self.calls) - 1, "function": {"arguments": ""}})
+        deltas[-1]["function"]["arguments"] += part.text
 
-    def _told(self, scores: list[dict[str, Any]]) -> dict[str, Any] | None:
+    def _call_id(self, start: CallStart) -> str:
+        short = self.style.form is not None and self.style.form.short_ids
+        return start.id or (uuid.uuid4().hex[:9] if short else f"call_{uuid.uuid4().hex[:24]}")
+
+    def _logprobs(self, scores: list[dict[str, Any]]) -> dict[str, Any] | None:
         return {"content": scores, "refusal": None} if self.body.logprobs else None
 
     def _scored(self, scored: Scored) -> dict[str, Any]:
-        top = [self._token(id, logprob) for id, logprob in scored.top[: self.body.top_logprobs or 0]]
+        likely = scored.top if self.body.logprob_token_ids else scored.top[: self.body.top_logprobs or 0]
+        top = [self._token(id, logprob) for id, logprob in likely]
         return {**self._token(scored.token, scored.logprob), "top_logprobs": top}
 
     def _token(self, id: int, logprob: float) -> dict[str, Any]:
         text, raw = self.vocabulary.piece(id)
-        return {"token": text, "logprob": finite(logprob), "bytes": list(raw)}
+        name = f"token_id:{id}" if self.body.return_tokens_as_token_ids else text
+        return {"token": name, "logprob": finite(logprob), "bytes": list(raw)}
 
 
 def finite(logprob: float) -> float:
-    return logprob if logprob > LEAST else LEAST
+    """The log-probability, or MIN_LOGPROB if it is lower or NaN: JSON has neither infinities nor NaN."""
+    return logprob if logprob > MIN_LOGPROB else MIN_LOGPROB
 
 
 class Envelope:
-    """What stands around choices: the same id, time and model in each chunk of a stream and in a whole answer."""
+    """A response's fields outside `choices`: id, object, created and model. All chunks of a stream have the same."""
 
-    def __init__(self, kind: str, id: str, model: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, id: str, model: str, first: dict[str, Any] | None = None) -> None:
+        self.kind, self.first = kind, first or {}
         self.head: dict[str, Any] = {"id": id, "object": kind, "created": int(time.time()), "model": model}
 
-    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, tell_usage: bool) -> dict[str, Any]:
+    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, with_usage: bool) -> dict[str, Any]:
+        """One chunk of a stream. `with_usage`: include the field `usage`, which may be null.
+
+        The first chunk also has the fields given to the constructor as `first`.
+        """
         name = "chat.completion.chunk" if self.kind == "chat.completion" else self.kind
-        body = {**self.head, "object": name, "choices": choices}
-        return {**body, "usage": usage} if tell_usage else body
+        body = {**self.head, "object": name, "choices": choices, **self.first}
+        self.first = {}
+        return {**body, "usage": usage} if with_usage else body
 
-    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        return {**self.head, "choices": choices, "usage": usage}
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """The response body of a request that is not streamed. `more`: further fields."""
+        return {**self.head, "choices": choices, "usage": usage, **more}
 
 
-def usage_so_far(ticket: Ticket, output: int) -> dict[str, Any]:
-    """Tokens of a request that has not ended."""
-    prompt = sum(len(job.request.prompt) for job in ticket.jobs)
+def usage_so_far(submission: Submission, output: int) -> dict[str, Any]:
+    """OpenAI's `usage` of a request that is still running, after `output` generated tokens."""
+    prompt = sum(len(p.request.prompt) for p in submission.prompts)
     return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
 
-def usage(ticket: Ticket, generated: bool) -> dict[str, Any]:
-    """Tokens of a whole request: each prompt counts once, however many its choices."""
-    all = [u for u in ticket.usages if u]
-    prompt = sum(len(job.request.prompt) for job in ticket.jobs)
+def usage(submission: Submission, generated: bool, reasoning: int | None = None) -> dict[str, Any]:
+    """OpenAI's `usage` of a finished request. A prompt counts once, even if several choices are generated from it.
+
+    generated: False if the request only scored its prompt; completion_tokens is then 0. reasoning: number of output
+    tokens that are reasoning; None for a model that does not reason, which leaves out completion_tokens_details.
+    """
+    all = [u for u in submission.usages if u]
+    prompt = sum(len(p.request.prompt) for p in submission.prompts)
     output = sum(u.output_tokens for u in all) if generated else 0
-    cached = sum(u.cached_tokens for u in ticket.usages[:: ticket.n] if u)
-    return {
+    cached = sum(u.cached_tokens for u in submission.usages[:: submission.n] if u)
+    counts: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": output,
         "total_tokens": prompt + output,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
+    return counts if reasoning is None else {**counts, "completion_tokens_details": {"reasoning_tokens": reasoning}}
 
 
-def modelled(ticket: Ticket, by: str) -> dict[str, Any]:
-    """The times of a whole request on chips that need not exist: seconds from its arrival to its first token, between
-    tokens of a choice after that on average, and to its end."""
-    all = [u for u in ticket.usages if u]
+def modelled(submission: Submission, by: str) -> dict[str, Any]:
+    """Modelled times of a finished request on simulated chips, in seconds; `by` names the chips.
+
+    Time to first token (the earliest choice), mean time per output token after the first, and total (the latest
+    choice).
+    """
+    all = [u for u in submission.usages if u]
     begun = [(u, u.first_token) for u in all if u.first_token is not None]
     after = sum(u.output_tokens - 1 for u, _ in begun)
     return {

@@ -1,4 +1,4 @@
-"""The HTTP face: routes, keys, limits, and how an answer goes out. What an answer says is in answer.py."""
+"""ASGI application: routes, API keys, limits and the sending of responses. Response bodies are built in answer.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hmac
 import logging
 import re
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -19,32 +19,37 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from intaglio import __version__
 from intaglio.server import openapi
-from intaglio.server.answer import ChatChoice, Choice, CompletionChoice, Envelope, modelled, usage, usage_so_far
-from intaglio.server.driver import Job, Ticket
-from intaglio.server.prepare import chat_job, completion_jobs, encode, render
-from intaglio.server.problem import Json, Problem, dumps, told
+from intaglio.server.answer import ChatChoice, Choice, CompletionChoice, Envelope, best, modelled, usage, usage_so_far
+from intaglio.server.conversation import render
+from intaglio.server.driver import Prepared, Submission
+from intaglio.server.prepare import Settings, encode, prepare_chat, prepare_completion
+from intaglio.server.problem import Json, Problem, as_problem, dumps
 from intaglio.server.protocol import (
-    Asked,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
+    GenerationRequest,
     TokenizeChat,
     TokenizeText,
-    expected,
+    error_message,
 )
+from intaglio.server.served_model import ServedModel
 from intaglio.server.service import Service
 
 log = logging.getLogger("intaglio.server")
 B = TypeVar("B", bound=BaseModel)
-OPEN = frozenset(("/", "/health", "/ready", "/metrics", "/openapi.json"))  # no key, and answered when all is full
+PUBLIC_PATHS = frozenset(  # no API key, no limit of requests
+    ("/", "/health", "/ping", "/ready", "/version", "/metrics", "/openapi.json")
+)
 PAGE = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 DONE = b"data: [DONE]\n\n"
 
 
 def build(service: Service) -> ASGIApp:
-    """The application of one service."""
+    """The ASGI application that serves the models of `service`."""
     api = Api(service)
     post = ["POST"]
     routes = [
@@ -57,7 +62,9 @@ def build(service: Service) -> ASGIApp:
         Route("/detokenize", api.detokenize, methods=post),
         Route("/state", api.state),
         Route("/health", api.health),
+        Route("/ping", api.health, methods=["GET", "POST"]),
         Route("/ready", api.ready),
+        Route("/version", api.version),
         Route("/metrics", api.metrics),
         Route("/openapi.json", api.openapi),
         Route("/", api.page),
@@ -69,14 +76,14 @@ def build(service: Service) -> ASGIApp:
 
 
 def _unrouted(scope: Scope, error: HTTPException) -> Problem:
-    """What the router raises: no such path, or not with this method."""
+    """The response to an unknown path (404) or method (405)."""
     where = f"{scope['method']} {scope['path']}"
     what = {404: f"{where}: there is no such path", 405: f"{where}: the path does not take this method"}
     return Problem(error.status_code, what[error.status_code], headers=dict(error.headers or {}))
 
 
 class Guard:
-    """Around everything: keys, the number of open requests, a request's id, and errors as answers."""
+    """Middleware around all routes: checks API keys, limits concurrent requests, sets request ids, reports errors."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
@@ -89,30 +96,30 @@ class Guard:
         scope["state"]["id"] = id = given if re.fullmatch(r"[\w.-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
         started = False
 
-        async def tell(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
                 message["headers"] = [*message["headers"], (b"x-request-id", id.encode())]
             await send(message)
 
-        scope["app"] = self  # so that the router raises what it finds wrong, and writes no answer of its own
-        counted = scope["path"] not in OPEN
+        scope["app"] = self  # makes the router raise errors instead of writing responses
+        counted = scope["path"] not in PUBLIC_PATHS
         self.service.open += counted
         try:
             if counted:
                 self._admit(request)
-            await self.app(scope, receive, tell)
-        except Gone:
-            log.info("%s: the client has gone", id)
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnected:
+            log.info("%s: the client has disconnected", id)
         except Exception as e:
-            problem = _unrouted(scope, e) if isinstance(e, HTTPException) else told(e)
+            problem = _unrouted(scope, e) if isinstance(e, HTTPException) else as_problem(e)
             if problem is None:
                 log.error("%s: %s %s failed", id, scope["method"], scope["path"], exc_info=e)
                 problem = Problem(500, f"internal error; the log has it under {id}")
             if started:
                 raise
-            await problem.response()(scope, receive, tell)
+            await problem.response()(scope, receive, send_with_id)
         finally:
             self.service.open -= counted
 
@@ -130,118 +137,137 @@ class Guard:
             raise Problem(429, why, code="too_many_requests", retry_after=1, headers={"connection": "close"})
 
 
-class Gone(Exception):
-    """The client has closed its connection."""
+class ClientDisconnected(Exception):
+    """Raised when the client has closed its connection before the response was complete."""
 
 
 class Api:
-    """The endpoints."""
+    """The HTTP handlers, one method per endpoint."""
 
     def __init__(self, service: Service) -> None:
-        self.service, self.llm, self.name = service, service.llm, service.options.name
+        self.service = service
 
-    # Generating
+    # Generation
 
     async def chat(self, request: Request) -> ASGIApp:
+        """POST /v1/chat/completions: the response, as a stream or whole."""
         body = await self._body(request, ChatRequest)
         id = f"chatcmpl-{uuid.uuid4().hex}"
-        job, style = await self._prepare(chat_job, body, id)
-        choices = [ChatChoice(i, body, style, self.service.vocabulary) for i in range(job.request.params.n)]
-        return Answer(self.service, body, [job], choices, Envelope("chat.completion", id, self.name))
+        model = self.service.find(body.model)
+        prompt, reading = await self._prepare(prepare_chat, model, body, id)
+        n = prompt.request.params.n
+        choices = [ChatChoice(i, prompt, body, reading, model.vocabulary) for i in range(n)]
+        first = {"prompt_token_ids": list(prompt.request.prompt)} if body.return_token_ids else None
+        envelope = Envelope("chat.completion", _public_id(id, body), model.name, first)
+        return Answer(model, body, [prompt], choices, envelope, reading.ignored)
 
     async def complete(self, request: Request) -> ASGIApp:
+        """POST /v1/completions: the response, as a stream or whole."""
         body = await self._body(request, CompletionRequest)
         id = f"cmpl-{uuid.uuid4().hex}"
-        jobs = await self._prepare(completion_jobs, body, id)
-        texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        model = self.service.find(body.model)
+        prompts, readings = await self._prepare(prepare_completion, model, body, id)
         choices: list[Choice] = []
-        for i, job in enumerate(jobs):
-            text = texts[i] if len(texts) == len(jobs) and isinstance(texts[i], str) else None
-            if body.echo and text is None:
-                text = await self.service.prepare(self._decode, list(job.request.prompt))
-            for _ in range(job.request.params.n):
-                choices.append(CompletionChoice(len(choices), job, body, str(text or ""), self.service.vocabulary))
-        return Answer(self.service, body, jobs, choices, Envelope("text_completion", id, self.name))
+        for prompt, reading in zip(prompts, readings, strict=True):
+            for _ in range(prompt.request.params.n):
+                choices.append(CompletionChoice(len(choices), prompt, body, reading, model.vocabulary))
+        envelope = Envelope("text_completion", _public_id(id, body), model.name)
+        return Answer(model, body, prompts, choices, envelope, readings[0].ignored)
 
-    async def _prepare(self, how: Callable[..., Any], body: BaseModel, id: str) -> Any:
-        refusal = self.service.admitting()
-        if refusal and refusal.code != "queue_full":  # the engine itself says when to come back to a full queue
+    async def _prepare(self, how: Callable[..., Any], model: ServedModel, body: BaseModel, id: str) -> Any:
+        refusal = self.service.admitting(model)
+        if refusal and refusal.code != "queue_full":  # for a full queue the engine estimates Retry-After
             raise refusal
-        return await self.service.prepare(how, self.llm, body, id, self.service.options.limits)
+        settings = Settings(self.service.options.limits, model.defaults)
+        return await self.service.prepare(how, model.llm, body, id, settings)
 
     async def embed(self, request: Request) -> Response:
-        await self._body(request, EmbeddingRequest)
-        raise Problem(400, f"{self.name} generates text; it gives no embeddings", param="model", code="unsupported")
+        """POST /v1/embeddings: always an error response, because no model here computes embeddings."""
+        model = self.service.find((await self._body(request, EmbeddingRequest)).model)
+        raise Problem(400, f"{model.name} generates text; it gives no embeddings", param="model", code="unsupported")
 
-    # Text and ids
+    # Tokenizer
 
     async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize: the token ids of a text or of a conversation."""
         raw = await self._read(request)
         chat = re.search(rb'"messages"\s*:', raw)
         body: TokenizeChat | TokenizeText = self._parse(raw, TokenizeChat) if chat else self._parse(raw, TokenizeText)
-        ids = await self.service.prepare(self._tokenized, body)
-        answer = {"count": len(ids), "max_model_len": self.llm.program.context, "tokens": ids}
+        model = self.service.find(body.model)
+        ids = await self.service.prepare(self._tokenized, model, body)
+        answer = {"count": len(ids), "max_model_len": model.llm.model.program.context, "tokens": ids}
         if body.return_token_strs:
-            answer["token_strs"] = [self.service.vocabulary.piece(id)[0] for id in ids]
+            answer["token_strs"] = [model.vocabulary.piece(id)[0] for id in ids]
         return Json(answer)
 
-    def _tokenized(self, body: TokenizeChat | TokenizeText) -> list[int]:
+    @staticmethod
+    def _tokenized(model: ServedModel, body: TokenizeChat | TokenizeText) -> list[int]:
         if isinstance(body, TokenizeText):
-            return encode(self.llm, body.prompt, special=body.add_special_tokens is not False)
-        asked = body.add_generation_prompt is not False
-        return encode(self.llm, render(self.llm, body, add_generation_prompt=asked), special=False)
+            return encode(model.llm, body.prompt, special=body.add_special_tokens is not False)
+        return encode(model.llm, render(model.llm, body).text, special=False)
 
     async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize: the text of token ids."""
         body = await self._body(request, DetokenizeRequest)
-        top = self.llm.program.vocabulary - 1
+        model = self.service.find(body.model)
+        top = model.llm.model.program.vocabulary - 1
         if bad := [id for id in body.tokens if id > top]:
             raise Problem(400, f"tokens: {bad[0]} is outside 0..{top}", param="tokens")
-        return Json({"prompt": await self.service.prepare(self._decode, body.tokens)})
+        return Json({"prompt": await self.service.prepare(self._decode, model, body.tokens)})
 
-    def _decode(self, ids: list[int]) -> str:
-        if self.llm.tokenizer is None:
-            raise Problem(400, f"{self.name} has no tokenizer", param="model")
-        return self.llm.tokenizer.decode(ids, skip_special=False)
+    @staticmethod
+    def _decode(model: ServedModel, ids: list[int]) -> str:
+        if model.llm.model.tokenizer is None:
+            raise Problem(400, f"{model.name} has no tokenizer", param="model")
+        return model.llm.model.tokenizer.decode(ids, skip_special=False)
 
-    # What there is, and how it fares
+    # Models and status
 
     async def models(self, request: Request) -> Response:
-        return Json({"object": "list", "data": [self._model()]})
+        """GET /v1/models: the list of served models."""
+        return Json({"object": "list", "data": [m.card(self.service.started) for m in self.service.models.values()]})
 
     async def model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
-        return Json(self._model())
-
-    def _model(self) -> dict[str, Any]:
-        facts = {"id": self.name, "object": "model", "created": self.service.started, "owned_by": "intaglio"}
-        return {**facts, "root": self.llm.path.name, "parent": None, "max_model_len": self.llm.program.context}
+        """GET /v1/models/NAME: one served model; 404 if there is none of that name."""
+        return Json(self.service.find(request.path_params["name"]).card(self.service.started))
 
     async def health(self, request: Request) -> Response:
+        """GET /health: 200 while the process works."""
         why = self.service.alive()
         return Json({"status": why or "ok"}, 503 if why else 200)
 
+    async def version(self, request: Request) -> Response:
+        """GET /version: the version of the package."""
+        return Json({"version": __version__})
+
     async def ready(self, request: Request) -> Response:
-        if refusal := self.service.admitting():
+        """GET /ready: 200 if a request for some model would be admitted now."""
+        if refusal := self.service.ready():
             raise refusal
         return Json({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:
+        """GET /metrics in Prometheus' text format."""
         return Response(self.service.metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def state(self, request: Request) -> Response:
+        """GET /state: queue, K/V cache and recent steps of each model, as JSON for the status page."""
         since = request.query_params.get("since", "0")
         if not re.fullmatch("[0-9]{1,18}", since, re.ASCII):
             raise Problem(400, f"since is {since!r}; allowed: the number of a step", param="since")
-        return Json(self.service.state(int(since)))
+        name = request.query_params.get("model", next(iter(self.service.models)))
+        return Json({**self.service.find(name).state(int(since)), "models": list(self.service.models)})
 
     async def openapi(self, request: Request) -> Response:
-        return Json(openapi.describe(self.name))
+        """GET /openapi.json: the OpenAPI description of the server."""
+        return Json(openapi.describe(tuple(self.service.models)))
 
     async def page(self, request: Request) -> Response:
+        """GET /: the status page as HTML."""
         html = files("intaglio.server").joinpath("page.html").read_bytes()
         return Response(html, media_type="text/html", headers={"content-security-policy": PAGE})
 
-    # Bodies
+    # Request bodies
 
     async def _body(self, request: Request, kind: type[B]) -> B:
         return self._parse(await self._read(request), kind)
@@ -252,22 +278,21 @@ class Api:
         except ValidationError as e:
             errors: list[Any] = e.errors(include_url=False, include_context=False, include_input=False)
             worst = max(errors, key=_weight)
-            message, param = expected(kind, worst)
+            message, param = error_message(kind, worst)
             raise Problem(400, message, param=param or None) from None
-        self._check_model(getattr(body, "model", None))
         return body
 
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self.name:
-            why = f"there is no model {name!r}; there is {self.name!r}"
-            raise Problem(404, why, param="model", code="model_not_found")
-
     async def _read(self, request: Request) -> bytes:
-        """The body, of a kind that a browser sends to another origin only if CORS allows it."""
+        """The request's body.
+
+        Raises Problem 415 unless it is application/json, 408 if it comes too slowly, 413 if it is too long.
+
+        Only application/json is accepted because browsers send it to another origin only if CORS allows that.
+        """
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise Problem(415, f"the content type is {kind or 'missing'}; allowed: application/json", headers=CLOSE)
-        most, seconds = self.service.options.max_body, self.service.options.reading
+        most, seconds = self.service.options.max_body, self.service.options.read_timeout
         length = request.headers.get("content-length", "0")
         raw = bytearray()
         try:
@@ -275,59 +300,75 @@ class Api:
                 while int(length) <= most and len(raw) <= most:
                     message = await request.receive()
                     if message["type"] == "http.disconnect":
-                        raise Gone
+                        raise ClientDisconnected
                     raw += message.get("body", b"")
                     if not message.get("more_body", False) and len(raw) <= most:
                         return bytes(raw)
         except TimeoutError:
-            raise Problem(408, f"the body did not come in {seconds:g} s", headers=CLOSE) from None
-        raise Problem(413, f"the body is over {most} bytes, which is the limit", headers=CLOSE)
+            raise Problem(408, f"the body was not received in {seconds:g} s", headers=CLOSE) from None
+        raise Problem(413, f"the body has more than {most} bytes, which is the limit", headers=CLOSE)
 
 
 CLOSE = {"connection": "close"}
 
 
 class Answer:
-    """Asks the engine and answers with what comes: piece by piece for a stream, else at the end. If the client goes,
-    so does what it asked for."""
+    """ASGI response to a generation request: submits its prompts, then sends the output whole or as a stream.
 
-    def __init__(self, service: Service, body: Asked, jobs: list[Job], choices: list[Any], envelope: Envelope) -> None:
-        self.service, self.asked, self.jobs, self.choices, self.envelope = service, body, jobs, choices, envelope
+    If the client disconnects, the request is cancelled in the engine.
+    """
+
+    def __init__(
+        self, model: ServedModel, body: ChatRequest | CompletionRequest, prompts: list[Prepared], choices: list[Any],
+        envelope: Envelope, ignored: Sequence[str],
+    ) -> None:  # fmt: skip
+        self.model, self.body, self.prompts, self.choices, self.envelope = model, body, prompts, choices, envelope
+        self.headers = {"x-ignored-fields": ", ".join(ignored)} if ignored else {}
         if body.stream_options is not None and not body.stream:
             raise Problem(400, "stream_options goes with stream=true", param="stream_options")
+        if body.prompt_logprobs is not None and body.stream:
+            raise Problem(400, "prompt_logprobs does not go with stream=true", param="prompt_logprobs")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self.service.driver.submitted(self.jobs) as ticket:
-            await _attended(receive, self._answer(ticket, scope, receive, send))
+        with self.model.driver.submitted(self.prompts) as submission:
+            await _while_connected(receive, self._answer(submission, scope, receive, send))
 
-    async def _answer(self, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
-        await ticket.admitted
-        if self.asked.stream:
-            return await self._stream(ticket, send)
-        async for pieces in ticket.pieces():
-            for piece in pieces:
-                self.choices[piece.choice].feed(piece)
-        whole = self.envelope.whole([choice.whole() for choice in self.choices], self._usage(ticket))
-        await Json(whole)(scope, receive, send)
+    async def _answer(self, submission: Submission, scope: Scope, receive: Receive, send: Send) -> None:
+        await submission.admitted
+        if self.body.stream:
+            return await self._stream(submission, send)
+        async for deltas in submission.deltas():
+            for delta in deltas:
+                self.choices[delta.choice].feed(delta)
+        choices = best(self.choices, self.body.n or 1, submission.n)
+        more: dict[str, Any] = {}
+        if isinstance(self.body, ChatRequest):
+            ids = self.envelope.first.get("prompt_token_ids")
+            more = {"prompt_logprobs": self.choices[0].prompt_scores, "prompt_token_ids": ids}
+        whole = self.envelope.whole(choices, self._usage(submission), **more)
+        await Json(whole, headers=self.headers)(scope, receive, send)
 
-    async def _stream(self, ticket: Ticket, send: Send) -> None:
+    async def _stream(self, submission: Submission, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        headers += [(name.encode(), value.encode()) for name, value in self.headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        options = self.asked.stream_options
-        told_usage = bool(options and options.include_usage)
-        each = told_usage and bool(options and options.continuous_usage_stats)
+        options = self.body.stream_options
+        with_usage = bool(options and options.include_usage)
+        each = with_usage and bool(options and options.continuous_usage_stats)
         output = 0
         try:
-            async for pieces in ticket.pieces():
-                output += sum(piece.scored is not None for piece in pieces)
-                news = [new for piece in pieces if (new := self.choices[piece.choice].feed(piece))]
-                if news:
-                    so_far = usage_so_far(ticket, output * self._generates) if each else None
-                    chunks = [self.envelope.chunk([new], so_far, told_usage) for new in news]
-                    await self._send(send, b"".join(_event(chunk) for chunk in chunks))
-        except Problem as problem:  # the status has gone out, so it is told in the stream
+            async for deltas in submission.deltas():
+                events = []
+                for delta in deltas:
+                    output += delta.scored is not None
+                    if choice := self.choices[delta.choice].feed(delta):
+                        so_far = usage_so_far(submission, output * self._generates) if each else None
+                        events.append(_event(self.envelope.chunk([choice], so_far, with_usage)))
+                if events:
+                    await self._send(send, b"".join(events))
+        except Problem as problem:  # the status line has been sent, so the error goes into the stream
             return await self._send(send, _event(problem.as_dict()) + DONE, more=False)
-        end = _event(self.envelope.chunk([], self._usage(ticket), True)) if told_usage else b""
+        end = _event(self.envelope.chunk([], self._usage(submission), True)) if with_usage else b""
         await self._send(send, end + DONE, more=False)
 
     @staticmethod
@@ -336,17 +377,32 @@ class Answer:
 
     @property
     def _generates(self) -> bool:
-        """Whether tokens are generated, not only those of the prompt scored."""
-        return getattr(self.asked, "max_tokens", None) != 0
+        """True if the request generates tokens; False if it only scores the prompt (max_tokens is 0)."""
+        return self.body.max_tokens != 0
 
-    def _usage(self, ticket: Ticket) -> dict[str, Any]:
-        told = usage(ticket, self._generates)
-        by = self.service.llm.modelled
-        return {**told, "modelled": modelled(ticket, by)} if by else told
+    def _usage(self, submission: Submission) -> dict[str, Any]:
+        chats = [choice for choice in self.choices if isinstance(choice, ChatChoice)]
+        reasons = any(choice.style.thinking or choice.style.harmony for choice in chats)
+        reasoning = sum(choice.reasoning_tokens for choice in chats) if reasons else None
+        counts = usage(submission, self._generates, reasoning)
+        by = self.model.llm.modelled
+        return {**counts, "modelled": modelled(submission, by)} if by else counts
+
+
+def _public_id(id: str, body: GenerationRequest) -> str:
+    """The response's id: the server's own, or its prefix with the client's request_id.
+
+    The engine never sees request_id.
+    """
+    return f"{id.split('-')[0]}-{body.request_id}" if body.request_id else id
 
 
 def _weight(error: Any) -> tuple[bool, bool, int]:
-    """Which of a body's errors to tell: of the arms of a union, the one that came closest."""
+    """Sort key of pydantic's errors; the largest is reported.
+
+    A value may match one of several models of a union. The errors of the model that matched furthest have the largest
+    key.
+    """
     kind = error["type"]
     return kind == "extra_forbidden", not kind.endswith("_type"), len(error["loc"])
 
@@ -355,14 +411,14 @@ def _event(value: Any) -> bytes:
     return b"data: " + dumps(value) + b"\n\n"
 
 
-async def _attended(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Do the work as long as the client is there. Raises Gone if it goes."""
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`; if the client disconnects first, cancel it and raise ClientDisconnected."""
     doing = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_leaves(receive))
+    leaving = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not doing.done():
-            raise Gone
+            raise ClientDisconnected
         await doing
     finally:
         for task in (doing, leaving):
@@ -370,6 +426,7 @@ async def _attended(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(doing, leaving, return_exceptions=True)
 
 
-async def _leaves(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
+    """Wait until the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass

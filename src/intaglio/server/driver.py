@@ -1,8 +1,9 @@
-"""The engine's thread, which alone touches the engine, and the typed messages between it and the event loop.
+"""Driver: runs an engine in its own thread and exchanges typed messages with the event loop.
 
-Requests and cancellations go in through an inbox that is read before every step; what a step gave comes out in one call
-on the event loop. Neither side ever waits for the other. What came of a step is handed over when the next one is on the
-device, which needs no interpreter: the event loop writes it out meanwhile, and does not hold up the next step.
+Only this thread calls the engine. It reads submissions and cancellations from an inbox before every step, and delivers
+updates in one callback on the event loop. Neither side blocks on the other. The updates of a step are delivered when
+the next step has been launched: the device does not need the GIL, so the event loop can write responses without
+delaying the engine.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 
-from intaglio.llm import Transcript
+from intaglio.models import Transcript
 from intaglio.runtime import (
     Counts,
     Engine,
@@ -36,21 +37,24 @@ from intaglio.runtime import (
 from intaglio.runtime.request import FinishReason
 
 log = logging.getLogger("intaglio.server")
-STEPS_KEPT = 1024  # of the timeline
-OVER = "the engine has ended and admits nothing"
+STEP_RECORDS_KEPT = 1024
+ENDED = "the engine has ended and admits no requests"
 
 
 @dataclass(frozen=True)
-class Job:
-    """One prompt: what the engine is asked, and where the text of each choice will be."""
+class Prepared:
+    """One prompt, ready for the engine: its Request, and one Transcript for each choice to decode the output."""
 
     request: Request
     transcripts: list[Transcript]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What an event says, with the text it settles. `choice` counts over all jobs of a ticket."""
+class ChoiceDelta:
+    """One engine event for one choice, with the output text that has become final since the previous event.
+
+    `choice`: index of the choice, counted over all prompts of the submission.
+    """
 
     choice: int
     text: str
@@ -59,26 +63,31 @@ class Piece:
     fault: Fault | None = None
     usage: Usage | None = None
     prompt: tuple[Scored, ...] | None = None
+    stop_reason: str | int | None = None  # the stop string or the id of stop_token_ids that ended it
 
 
 @dataclass(frozen=True)
 class Submit:
-    ticket: Ticket
+    """Message: add a submission to the engine."""
+
+    submission: Submission
 
 
 @dataclass(frozen=True)
 class Cancel:
-    ticket: Ticket
+    """Message: abort those of a submission's requests that still run."""
+
+    submission: Submission
 
 
 @dataclass(frozen=True)
 class Drain:
-    """Admit nothing more."""
+    """Message: admit no more requests."""
 
 
 @dataclass(frozen=True)
 class Halt:
-    """End everything now, and the thread."""
+    """Message: abort all requests and end the thread."""
 
 
 Message = Submit | Cancel | Drain | Halt
@@ -86,111 +95,133 @@ Message = Submit | Cancel | Drain | Halt
 
 @dataclass(frozen=True)
 class Admitted:
-    pass
+    """Update: all prompts of a submission are in the engine."""
 
 
-Answer = tuple["Ticket", Admitted | Exception | Piece]
+Update = tuple["Submission", Admitted | Exception | ChoiceDelta]
 
 
 @dataclass
-class Running:
-    """A request in the engine: whose it is, its first choice there, and which have not ended."""
+class ActiveRequest:
+    """A request that the engine is working on.
 
-    ticket: Ticket
-    first: int
-    left: set[int]
+    Attributes:
+        submission: the HTTP request that this request's prompt came with.
+        first_choice: number of this request's choice 0 among all choices of the submission.
+        open_choices: this request's unfinished choices, of 0 .. n - 1.
+    """
+
+    submission: Submission
+    first_choice: int
+    open_choices: set[int]
 
 
-class Ticket:
-    """The jobs of one HTTP request, admitted together or not at all. Belongs to the event loop, but for `jobs`."""
+class Submission:
+    """The prompts of one HTTP request, admitted together or not at all.
 
-    def __init__(self, jobs: list[Job]) -> None:
-        self.jobs = jobs
-        self.n = jobs[0].request.params.n
-        self.open = len(jobs) * self.n  # choices that have not ended
+    Used on the event loop; the engine's thread only reads `prompts` and `n`.
+    """
+
+    def __init__(self, prompts: list[Prepared]) -> None:
+        self.prompts = prompts
+        self.n = prompts[0].request.params.n
+        self.open = len(prompts) * self.n  # choices that have not ended
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.usages: list[Usage | None] = [None] * self.open
-        self._pieces: deque[Piece] = deque()
-        self._news = asyncio.Event()
+        self._deltas: deque[ChoiceDelta] = deque()
+        self._arrived = asyncio.Event()
 
-    def put(self, what: Admitted | Exception | Piece) -> None:
-        if isinstance(what, Piece):
-            self._pieces.append(what)
-            self.usages[what.choice] = what.usage or self.usages[what.choice]
-            self.open -= what.finish_reason is not None
-            self._news.set()
-        elif not self.admitted.done():  # else who waited for it has gone
-            if isinstance(what, Exception):
-                self.admitted.set_exception(what)
+    def put(self, update: Admitted | Exception | ChoiceDelta) -> None:
+        """Add an update from the engine's thread. Called on the event loop."""
+        if isinstance(update, ChoiceDelta):
+            self._deltas.append(update)
+            self.usages[update.choice] = update.usage or self.usages[update.choice]
+            self.open -= update.finish_reason is not None
+            self._arrived.set()
+        elif not self.admitted.done():  # it is cancelled if the client has disconnected
+            if isinstance(update, Exception):
+                self.admitted.set_exception(update)
             else:
                 self.admitted.set_result(None)
 
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
-        """All there is, as often as there is any, to the end of every choice."""
-        while self.open or self._pieces:
-            await self._news.wait()
-            self._news.clear()
-            news = list(self._pieces)
-            self._pieces.clear()
-            yield news
+    async def deltas(self) -> AsyncIterator[list[ChoiceDelta]]:
+        """Yield lists of the deltas that arrived since the previous list, until every choice has ended."""
+        while self.open or self._deltas:
+            await self._arrived.wait()
+            self._arrived.clear()
+            deltas = list(self._deltas)
+            self._deltas.clear()
+            yield deltas
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How the engine stood after its last step, or last message. `beat` is when the thread last showed life."""
+    """State of the engine after its last step or message. `active`: number of requests in the engine.
+
+    `beat`: time.monotonic() when the engine's thread took the snapshot; an old value means that a step hangs.
+    """
 
     gauges: Gauges
     counts: Counts
     beat: float
     idle: bool
+    active: int
 
 
 class Driver:
-    """Runs an engine in a thread of its own. `ended` is set when the thread is over; `crash` says why, if it should
-    not be. `watch` is told, on the event loop, the pieces of each step."""
+    """Runs an engine in its own thread and exchanges messages with the event loop.
 
-    def __init__(self, engine: Engine, watch: Callable[[list[Answer], StepRecord | None], None]) -> None:
+    `watch` is called on the event loop with the updates of each step and the step's record. `ended` is set when the
+    thread has ended; `crash` is the exception that ended it, or None.
+    """
+
+    def __init__(self, engine: Engine, watch: Callable[[list[Update], StepRecord | None], None]) -> None:
         self.engine, self.watch = engine, watch
         self.crash: BaseException | None = None
-        self.steps: deque[StepRecord] = deque(maxlen=STEPS_KEPT)
+        self.steps: deque[StepRecord] = deque(maxlen=STEP_RECORDS_KEPT)
         self.ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._running: dict[str, Running] = {}  # by request id
-        self._answers: list[Answer] = []
-        self._launched = False  # in the step under way
+        self._active: dict[str, ActiveRequest] = {}  # by request id
+        self._updates: list[Update] = []
+        self._launched = False  # whether the current step has been launched
         self._halted = False
-        engine.launching = self._launching
-        self.snapshot = self._look()
-        # A daemon: a device that never comes back must not keep a process that was told twice to end.
+        engine.launcher.before_launch = self._before_launch
+        self.snapshot = self._take_snapshot()
+        # Daemons: a device that hangs must not keep the process from ending.
         self._threads = [
             threading.Thread(target=run, name=name, daemon=True)
-            for name, run in (("engine", self._run), ("herald", self._tell))
+            for name, run in (("engine", self._run), ("updates", self._forward_updates))
         ]
 
     def start(self) -> None:
+        """Start the engine's thread and the thread that forwards its updates to the event loop."""
         for thread in self._threads:
             thread.start()
 
     def send(self, message: Message) -> None:
+        """Queue a message for the engine's thread."""
         self._inbox.put(message)
 
     @contextmanager
-    def submitted(self, jobs: list[Job]) -> Iterator[Ticket]:
-        """Ask for these jobs; whatever is left of them when the block ends is cancelled."""
-        if self.ended.is_set():
-            raise Refused("failed", OVER, None)
-        ticket = Ticket(jobs)
-        self.send(Submit(ticket))
-        try:
-            yield ticket
-        finally:
-            ticket.admitted.cancel()
-            if ticket.open:
-                self.send(Cancel(ticket))
+    def submitted(self, prompts: list[Prepared]) -> Iterator[Submission]:
+        """Context manager that submits prompts to the engine and yields their Submission.
 
-    # In the thread
+        On exit it cancels the choices that have not ended. Raises Refused if the engine has ended.
+        """
+        if self.ended.is_set():
+            raise Refused("failed", ENDED, None)
+        submission = Submission(prompts)
+        self.send(Submit(submission))
+        try:
+            yield submission
+        finally:
+            submission.admitted.cancel()
+            if submission.open:
+                self.send(Cancel(submission))
+
+    # In the engine's thread
 
     def _run(self) -> None:
         try:
@@ -203,15 +234,15 @@ class Driver:
             log.critical("the engine's thread crashed", exc_info=e)
             self.crash = e
             fault = Fault("worker", f"the engine crashed: {type(e).__name__}: {e}")
-            ends = [(r.ticket, r.first + i) for r in self._running.values() for i in sorted(r.left)]
-            self._answers = [(ticket, Piece(i, "", finish_reason="error", fault=fault)) for ticket, i in ends]
+            ends = [(a.submission, a.first_choice + i) for a in self._active.values() for i in sorted(a.open_choices)]
+            self._updates += [(s, ChoiceDelta(i, "", finish_reason="error", fault=fault)) for s, i in ends]
             self._hand_over()
         finally:
-            self._call(self._over)
+            self._call(self._end)
             self._outbox.put(None)
 
     def _read_inbox(self) -> None:
-        """Take all that has come; when there is nothing else to do, wait for it."""
+        """Handle all messages in the inbox. If the engine has no work, block until the first message."""
         block = self.engine.idle
         while True:
             try:
@@ -220,99 +251,111 @@ class Driver:
                 return
             block = False
             match message:
-                case Submit(ticket):
-                    self._submit(ticket)
-                case Cancel(ticket):
-                    self._abort(ticket)
+                case Submit(submission):
+                    self._submit(submission)
+                case Cancel(submission):
+                    self._abort(submission)
                 case Drain():
                     self.engine.drain()
                 case Halt():
                     self._halted = True
-                    for ticket in [r.ticket for r in self._running.values()]:
-                        self._abort(ticket)
+                    for submission in [a.submission for a in self._active.values()]:
+                        self._abort(submission)
                     return
 
-    def _submit(self, ticket: Ticket) -> None:
+    def _submit(self, submission: Submission) -> None:
+        """Add all prompts to the engine, or none if one is refused."""
+        n = submission.n
         try:
-            for i, job in enumerate(ticket.jobs):
-                self.engine.add(job.request)
-                self._running[job.request.id] = Running(ticket, i * ticket.n, set(range(ticket.n)))
+            for i, prompt in enumerate(submission.prompts):
+                self.engine.add(prompt.request)
+                self._active[prompt.request.id] = ActiveRequest(submission, i * n, set(range(n)))
         except (Refused, RequestError) as e:
-            for id in [id for id, r in self._running.items() if r.ticket is ticket]:
-                del self._running[id]
+            for id in [id for id, a in self._active.items() if a.submission is submission]:
+                del self._active[id]
                 self.engine.abort(id)
-            self._answers.append((ticket, e))
+            self._updates.append((submission, e))
         else:
-            self._answers.append((ticket, Admitted()))
+            self._updates.append((submission, Admitted()))
 
-    def _abort(self, ticket: Ticket) -> None:
-        for job in ticket.jobs:
-            if job.request.id in self._running:
-                self._take(self.engine.abort(job.request.id))
+    def _abort(self, submission: Submission) -> None:
+        for prompt in submission.prompts:
+            if prompt.request.id in self._active:
+                self._add_updates(self.engine.abort(prompt.request.id))
 
     def _step(self) -> None:
         before = self.engine.counts.steps
         self._launched = False
-        self._take(self.engine.step())
-        if self.engine.counts.steps > before and self.engine.last:
-            self.steps.append(self.engine.last)
+        self._add_updates(self.engine.step())
+        if self.engine.counts.steps > before and self.engine.last_step:
+            self.steps.append(self.engine.last_step)
 
-    def _take(self, events: list[Event]) -> None:
+    def _add_updates(self, events: list[Event]) -> None:
+        """Append a ChoiceDelta to the updates for each engine event, with the text that the event made final."""
         for e in events:
-            running, ended = self._running[e.request], e.finish_reason is not None
-            ticket, choice = running.ticket, running.first + e.index
-            transcript = ticket.jobs[running.first // ticket.n].transcripts[e.index]
+            active, ended = self._active[e.request], e.finish_reason is not None
+            submission, choice = active.submission, active.first_choice + e.index
+            transcript = submission.prompts[active.first_choice // submission.n].transcripts[e.index]
             if ended:
                 transcript.finish()
-                running.left.discard(e.index)
-                if not running.left:
-                    del self._running[e.request]
-            text = transcript.settled(ended)
-            self._answers.append((ticket, Piece(choice, text, e.scored, e.finish_reason, e.fault, e.usage, e.prompt)))
+                active.open_choices.discard(e.index)
+                if not active.open_choices:
+                    del self._active[e.request]
+            text, stop = transcript.settled(ended), None
+            if e.finish_reason == "stop":
+                ids = submission.prompts[0].request.params.stop_token_ids
+                stop = transcript.matched if transcript.stopped else e.token if e.token in ids else None
+            delta = ChoiceDelta(choice, text, e.scored, e.finish_reason, e.fault, e.usage, e.prompt, stop)
+            self._updates.append((submission, delta))
 
-    def _look(self) -> Snapshot:
+    def _take_snapshot(self) -> Snapshot:
         c = self.engine.counts
         counts = replace(c, refused=copy(c.refused), finished=copy(c.finished), faults=copy(c.faults))
-        return Snapshot(self.engine.gauges(), counts, time.monotonic(), self.engine.idle)
+        return Snapshot(self.engine.gauges(), counts, time.monotonic(), self.engine.idle, len(self._active))
 
     def _publish(self) -> None:
-        self.snapshot = self._look()
-        if self._answers and (self.engine.idle or not self._launched):  # else the next launch is near
+        """Store a new snapshot. Hand the updates to the event loop, unless the next launch of a step will do so.
+
+        The next launch does so if the engine has more work and the last step was launched.
+        """
+        self.snapshot = self._take_snapshot()
+        if self._updates and (self.engine.idle or not self._launched):
             self._hand_over()
 
-    def _launching(self) -> None:
+    def _before_launch(self) -> None:
         self._launched = True
-        if self._answers:
+        if self._updates:
             self._hand_over()
 
     def _hand_over(self) -> None:
-        answers, self._answers = self._answers, []
-        self._call(self._deliver, answers, self.steps[-1] if self.steps else None)
+        updates, self._updates = self._updates, []
+        self._call(self._deliver, updates, self.steps[-1] if self.steps else None)
 
-    def _call(self, what: Callable[..., None], *arguments: object) -> None:
-        self._outbox.put(partial(what, *arguments))
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        """Queue a function to be called on the event loop."""
+        self._outbox.put(partial(function, *arguments))
 
-    # In a thread of its own: to wake the event loop is to lose the interpreter to it; to put something in a queue is
-    # not, so that the engine's thread goes on to launch
+    # In the thread "updates". Waking the event loop hands it the GIL; putting an item into a queue does not, so the
+    # engine's thread continues to its launch.
 
-    def _tell(self) -> None:
-        while what := self._outbox.get():
+    def _forward_updates(self) -> None:
+        while call := self._outbox.get():
             try:
-                self._loop.call_soon_threadsafe(what)
-            except RuntimeError:  # the loop is closed: nobody is left to be told
+                self._loop.call_soon_threadsafe(call)
+            except RuntimeError:  # the loop is closed
                 self._halted = True
                 return
 
     # On the event loop
 
-    def _over(self) -> None:
-        """The thread has ended: refuse what it did not come to read."""
+    def _end(self) -> None:
+        """Runs on the event loop when the engine's thread has ended: refuse the submissions still in the inbox."""
         self.ended.set()
         while not self._inbox.empty():
             if isinstance(message := self._inbox.get(), Submit):
-                message.ticket.put(Refused("failed", OVER, None))
+                message.submission.put(Refused("failed", ENDED, None))
 
-    def _deliver(self, answers: list[Answer], step: StepRecord | None) -> None:
-        for ticket, what in answers:
-            ticket.put(what)
-        self.watch(answers, step)
+    def _deliver(self, updates: list[Update], step: StepRecord | None) -> None:
+        for submission, update in updates:
+            submission.put(update)
+        self.watch(updates, step)

@@ -1,25 +1,30 @@
-"""What Prometheus reads: the engine's counts and gauges, and latencies of requests, under vLLM's names, so that its
-dashboards and routers work; what vLLM has no name for begins with `intaglio:`. Modelled seconds are never under a name
-of measured ones: they begin with `intaglio:modelled_`.
+"""Prometheus metrics: the engine's counters and gauges, and latency histograms.
+
+Names are vLLM's, so that its dashboards and routers work; metrics that vLLM lacks begin with `intaglio:`. Modelled
+seconds have names of their own, which begin with `intaglio:modelled_`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from intaglio.runtime import StepRecord, Usage
-from intaglio.server.driver import Answer, Piece, Snapshot
+from intaglio.server.driver import ChoiceDelta, Snapshot, Update
 
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 EACH = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
 WHOLE = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 STEP = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+LABELS = ("model_name", "engine")  # vLLM's; there is one engine a model
 REASONS = ("stop", "length", "abort", "deadline", "error")
+REFUSALS = ("full", "late", "draining", "failed", "invalid")
+FAULTS = ("request", "step", "worker")
+ByLabel = Mapping[tuple[str, ...], float]  # values by the values of further labels
 HISTOGRAMS = {
     "time_to_first_token_seconds": ("From arrival to the first token.", FIRST),
     "inter_token_latency_seconds": ("Between tokens of one choice.", EACH),
@@ -38,45 +43,63 @@ HISTOGRAMS = {
 
 
 class Metrics:
-    """One server's series. `look` gives the engine's last Snapshot, `facts` what never changes; `modelled` is the
-    engine's clock, if its seconds are modelled."""
+    """Prometheus registry of one server; every series has the label model_name.
 
-    def __init__(
-        self,
-        model: str,
-        look: Callable[[], Snapshot],
-        facts: dict[str, str],
-        modelled: Callable[[], float] | None = None,
-    ) -> None:
-        self.labels = {"model_name": model, "engine": "0"}
+    modelled: times are of simulated chips, so their histograms are named intaglio:modelled_*.
+    """
+
+    def __init__(self, modelled: bool = False) -> None:
         self.registry = CollectorRegistry()
-        names = list(self.labels)
-        families = {}
+        self.families: dict[str, Histogram] = {}
+        self.models: list[ModelMetrics] = []
         for name, (text, buckets) in HISTOGRAMS.items():
             title = f"vllm:{name}"
-            if modelled and name.endswith("_seconds"):  # of a chip, whose steps may take microseconds
+            if modelled and name.endswith("_seconds"):  # steps of a simulated chip may take microseconds
                 title, text = f"intaglio:modelled_{name}", f"{text} Modelled."
                 buckets = tuple(sorted({b / 1000 for b in buckets} | set(buckets)))
-            families[name] = Histogram(title, text, names, buckets=buckets, registry=self.registry)
-        self.histograms = {name: family.labels(**self.labels) for name, family in families.items()}
-        self.registry.register(_Engine(self.labels, look, facts, modelled))
-        self._last: dict[tuple[str, int], float] = {}  # when each running choice last gave a token
-        self._step = 0
+            self.families[name] = Histogram(title, text, LABELS, buckets=buckets, registry=self.registry)
+        self.registry.register(EngineCollector(self.models))
 
     def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def watch(self, answers: list[Answer], step: StepRecord | None) -> None:
-        """Take in what a step gave."""
+    def add_model(
+        self, name: str, look: Callable[[], Snapshot], facts: dict[str, str], clock: Callable[[], float] | None = None
+    ) -> ModelMetrics:
+        """Add a model's series and return them.
+
+        look: returns the engine's latest Snapshot. facts: properties of the K/V cache, as labels of cache_config_info.
+        clock: the engine's modelled clock in seconds; None if its times are measured.
+        """
+        labels = dict(zip(LABELS, (name, "0"), strict=True))
+        histograms = {title: family.labels(**labels) for title, family in self.families.items()}
+        self.models.append(ModelMetrics(labels, histograms, look, facts, clock))
+        return self.models[-1]
+
+
+class ModelMetrics:
+    """Histograms of one model, and the functions from which its counters and gauges are read."""
+
+    def __init__(
+        self, labels: dict[str, str], histograms: dict[str, Histogram], look: Callable[[], Snapshot],
+        facts: dict[str, str], clock: Callable[[], float] | None,
+    ) -> None:  # fmt: skip
+        self.labels, self.histograms, self.look, self.facts, self.clock = labels, histograms, look, facts, clock
+        self._last: dict[tuple[str, int], float] = {}  # time of the last token of each running choice
+        self._step = 0
+
+    def watch(self, updates: list[Update], step: StepRecord | None) -> None:
+        """Observe one step: the deltas it produced and its record, which is None if the engine has run no step yet."""
         observe = self.histograms
         if step and step.number > self._step:
             self._step = step.number
             observe["iteration_tokens_total"].observe(step.prefill_tokens + step.decode_tokens)
         now = step.began + step.seconds if step else 0.0
-        for ticket, what in answers:
-            if not isinstance(what, Piece):
+        for submission, what in updates:
+            if not isinstance(what, ChoiceDelta):
                 continue
-            key = (ticket.jobs[0].request.id, what.choice)
+            key = (submission.prompts[0].request.id, what.choice)
             if what.scored:
                 if key in self._last:
                     observe["inter_token_latency_seconds"].observe(max(0.0, now - self._last[key]))
@@ -84,7 +107,7 @@ class Metrics:
             if what.finish_reason:
                 self._last.pop(key, None)
             if what.usage:
-                params = ticket.jobs[what.choice // ticket.n].request.params
+                params = submission.prompts[what.choice // submission.n].request.params
                 self._ended(what.usage, params.max_tokens, params.n)
 
     def _ended(self, u: Usage, max_tokens: int, n: int) -> None:
@@ -108,64 +131,66 @@ class Metrics:
             self.histograms[name].observe(value)
 
 
-class _Engine(Collector):
-    """Counters and gauges, read from the engine's snapshot when asked for."""
+class EngineCollector(Collector):
+    """Counters and gauges of all models, read from their engines' snapshots at each scrape."""
 
-    def __init__(
-        self,
-        labels: dict[str, str],
-        look: Callable[[], Snapshot],
-        facts: dict[str, str],
-        modelled: Callable[[], float] | None,
-    ) -> None:
-        self.labels, self.look, self.facts, self.modelled = labels, look, facts, modelled
+    def __init__(self, models: Sequence[ModelMetrics]) -> None:
+        self.models = models
 
     def collect(self) -> Iterator[Metric]:
-        snapshot = self.look()
-        g, c = snapshot.gauges, snapshot.counts
-        yield self._gauge("vllm:num_requests_running", "Choices in the running batch.", g.running)
-        yield self._gauge("vllm:num_requests_waiting", "Choices waiting to run.", g.waiting)
-        yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks held; 1 is all.", g.kv_usage)
-        yield self._gauge("intaglio:kv_blocks_cached", "KV blocks kept for their content alone.", g.blocks_cached)
-        yield self._gauge("intaglio:draining", "Whether nothing more is admitted.", int(g.draining))
-        facts = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=[*self.labels, *self.facts])
-        facts.add_metric([*self.labels.values(), *self.facts.values()], 1)
-        yield facts
-        if self.modelled:
-            text = "Seconds that have passed on the chips, modelled."
-            yield self._gauge("intaglio:modelled_clock_seconds", text, self.modelled())
+        gauges = {
+            "vllm:num_requests_running": ("Choices in the running batch.", lambda g: g.running),
+            "vllm:num_requests_waiting": ("Choices waiting to run.", lambda g: g.waiting),
+            "vllm:kv_cache_usage_perc": ("Share of KV blocks held; 1 is all.", lambda g: g.kv_usage),
+            "intaglio:kv_blocks_cached": ("KV blocks kept for their content alone.", lambda g: g.blocks_cached),
+            "intaglio:draining": ("Whether nothing more is admitted.", lambda g: int(g.draining)),
+        }  # fmt: skip
+        seen = [(m, m.look()) for m in self.models]
+        for name, (text, read) in gauges.items():
+            yield _gauge(name, text, [(m, read(s.gauges)) for m, s in seen])
+        for m in self.models[:1]:
+            facts = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=[*LABELS, *m.facts])
+            for model in self.models:
+                facts.add_metric([*model.labels.values(), *model.facts.values()], 1)
+            yield facts
+        clocks = [(m, m.clock()) for m in self.models if m.clock]
+        if clocks:
+            yield _gauge("intaglio:modelled_clock_seconds", "Seconds that have passed on the chips, modelled.", clocks)
         totals = {
-            "vllm:num_preemptions": ("Times a choice was put back to wait.", c.preemptions),
-            "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", c.prompt_tokens),
-            "vllm:prefix_cache_hits": ("Prompt tokens found there.", c.cached_tokens),
-            "vllm:prompt_tokens": ("Tokens of prompts begun.", c.prompt_tokens),
-            "vllm:prompt_tokens_cached": ("Of these, found in the prefix cache.", c.cached_tokens),
-            "vllm:generation_tokens": ("Tokens generated.", c.output_tokens),
-            "vllm:spec_decode_num_drafts": ("Rounds of speculation.", c.drafts),
-            "vllm:spec_decode_num_draft_tokens": ("Tokens guessed.", c.draft_tokens),
-            "vllm:spec_decode_num_accepted_tokens": ("Of these, right.", c.accepted_tokens),
-            "intaglio:steps": ("Steps of the engine.", c.steps),
-            "intaglio:device_restarts": ("Times the device was replaced.", c.restarts),
-            "intaglio:requests_admitted": ("Choices taken in.", c.admitted),
+            "vllm:num_preemptions": ("Preemptions of sequences.", lambda c: c.preemptions),
+            "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda c: c.prompt_tokens),
+            "vllm:prefix_cache_hits": ("Prompt tokens found there.", lambda c: c.cached_tokens),
+            "vllm:prompt_tokens": ("Tokens of prompts begun.", lambda c: c.prompt_tokens),
+            "vllm:prompt_tokens_cached": ("Of these, found in the prefix cache.", lambda c: c.cached_tokens),
+            "vllm:generation_tokens": ("Tokens generated.", lambda c: c.output_tokens),
+            "vllm:spec_decode_num_drafts": ("Rounds of speculation.", lambda c: c.drafts),
+            "vllm:spec_decode_num_draft_tokens": ("Draft tokens proposed.", lambda c: c.draft_tokens),
+            "vllm:spec_decode_num_accepted_tokens": ("Of these, accepted.", lambda c: c.accepted_tokens),
+            "intaglio:steps": ("Steps of the engine.", lambda c: c.steps),
+            "intaglio:device_restarts": ("Times the device was replaced.", lambda c: c.restarts),
+            "intaglio:requests_admitted": ("Choices taken in.", lambda c: c.admitted),
         }
-        for name, (text, value) in totals.items():
-            yield self._counter(name, text, {(): value}, ())
-        ended: dict[tuple[str, ...], int] = {(r,): c.finished[r] for r in REASONS}
-        yield self._counter("vllm:request_success", "Choices that ended, by reason.", ended, ("finished_reason",))
-        refused: dict[tuple[str, ...], int] = {
-            (r,): c.refused[r] for r in ("full", "late", "draining", "failed", "invalid")
+        for name, (text, read) in totals.items():
+            yield _counter(name, text, [(m, {(): read(s.counts)}) for m, s in seen])
+        by_label = {
+            "vllm:request_success": ("Choices ended, by reason.", "finished_reason", REASONS, lambda c: c.finished),
+            "intaglio:requests_refused": ("Choices refused, by reason.", "reason", REFUSALS, lambda c: c.refused),
+            "intaglio:faults": ("Requests, launches and devices that failed.", "kind", FAULTS, lambda c: c.faults),
         }
-        yield self._counter("intaglio:requests_refused", "Choices refused, by reason.", refused, ("reason",))
-        faults: dict[tuple[str, ...], int] = {(kind,): c.faults[kind] for kind in ("request", "step", "worker")}
-        yield self._counter("intaglio:faults", "Requests, launches and devices that failed.", faults, ("kind",))
+        for name, (text, label, values, read) in by_label.items():
+            yield _counter(name, text, [(m, {(v,): read(s.counts)[v] for v in values}) for m, s in seen], label)
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, text, labels=list(self.labels))
-        family.add_metric(list(self.labels.values()), value)
-        return family
 
-    def _counter(self, name: str, text: str, values: Mapping[tuple[str, ...], int], more: tuple[str, ...]) -> Metric:
-        family = CounterMetricFamily(name, text, labels=[*self.labels, *more])
-        for label, value in values.items():
-            family.add_metric([*self.labels.values(), *label], value)
-        return family
+def _gauge(name: str, text: str, values: list[tuple[ModelMetrics, float]]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=LABELS)
+    for model, value in values:
+        family.add_metric([*model.labels.values()], value)
+    return family
+
+
+def _counter(name: str, text: str, values: list[tuple[ModelMetrics, ByLabel]], *more: str) -> Metric:
+    family = CounterMetricFamily(name, text, labels=[*LABELS, *more])
+    for model, by_label in values:
+        for label, value in by_label.items():
+            family.add_metric([*model.labels.values(), *label], value)
+    return family

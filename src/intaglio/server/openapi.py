@@ -1,4 +1,4 @@
-"""The OpenAPI description of the server: bodies from protocol.py, answers only as far as clients may rely on them."""
+"""OpenAPI description of the server: request bodies from protocol.py, and the response fields that are stable."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POSTS: dict[str, tuple[str, tuple[type[BaseModel], ...], dict[str, str]]] = {
         {"id": "string", "object": "string", "created": "integer", "model": "string", "choices": "array"},
     ),
     "/v1/completions": (
-        "What follows a prompt.",
+        "Continue a prompt.",
         (CompletionRequest,),
         {"id": "string", "object": "string", "created": "integer", "model": "string", "choices": "array"},
     ),
@@ -38,12 +38,14 @@ POSTS: dict[str, tuple[str, tuple[type[BaseModel], ...], dict[str, str]]] = {
     "/detokenize": ("The text of token ids.", (DetokenizeRequest,), {"prompt": "string"}),
 }
 GETS = {
-    "/v1/models": ("The model that is served.", "application/json"),
+    "/v1/models": ("The models that are served.", "application/json"),
     "/v1/models/{name}": ("One model.", "application/json"),
-    "/state": ("How things stand, and the last steps.", "application/json"),
-    "/health": ("Whether the process works; if not, replace it.", "application/json"),
-    "/ready": ("Whether requests are admitted now.", "application/json"),
-    "/metrics": ("Metrics, as Prometheus reads them.", "text/plain"),
+    "/state": ("Queue, K/V cache and the last steps of a model, by default the first.", "application/json"),
+    "/health": ("Liveness: 503 if the process should be restarted.", "application/json"),
+    "/ping": ("Liveness, as /health.", "application/json"),
+    "/version": ("The server's version.", "application/json"),
+    "/ready": ("Readiness: 503 if requests are refused now.", "application/json"),
+    "/metrics": ("Metrics in Prometheus' text format.", "text/plain"),
     "/openapi.json": ("This description.", "application/json"),
     "/": ("A page to try the model and watch the engine.", "text/html"),
 }
@@ -51,26 +53,29 @@ REFUSALS = {
     "400": "The request cannot be served; the message names the field, its value and what is allowed.",
     "401": "A valid API key is needed.",
     "404": "There is no such model or path.",
-    "408": "The body did not come in time.",
+    "408": "The body was not received in time.",
     "413": "The body is too long.",
     "415": "The body is not application/json.",
-    "429": "Too much is waiting; Retry-After says when to come back.",
+    "429": "Too many requests; Retry-After says when to retry.",
     "500": "The request failed.",
-    "503": "Nothing is admitted now; Retry-After says when to come back.",
+    "503": "Requests are refused now; Retry-After says when to retry.",
 }
 
 
 @cache
-def describe(model: str) -> dict[str, Any]:
-    """The document, as OpenAPI 3.1, for a server of this model."""
+def describe(models: tuple[str, ...]) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of a server that serves the models named."""
     bodies = [(body, "validation") for _, bodies, _ in POSTS.values() for body in bodies]
     _, found = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     schemas = {**found["$defs"], "Error": _error()}
     for schema in schemas.values():
+        if schema.get("additionalProperties") is False:
+            schema["additionalProperties"] = {"type": "null"}  # null is the same as leaving a field out
         if "model" in schema.get("properties", {}):
-            schema["properties"]["model"] = {"enum": [model, None]}
+            schema["properties"]["model"] = {"enum": [*models, None] if len(models) == 1 else [*models]}
+            schema["required"] = [*schema.get("required", ()), *(["model"] if len(models) > 1 else [])]
     paths: dict[str, Any] = {path: {"post": _post(*facts)} for path, facts in POSTS.items()}
-    paths |= {path: {"get": _get(path, *facts)} for path, facts in GETS.items()}
+    paths |= {path: {"get": _get(path, models, *facts)} for path, facts in GETS.items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Intaglio", "version": __version__},
@@ -97,19 +102,22 @@ def _post(summary: str, bodies: tuple[type[BaseModel], ...], fields: dict[str, s
     return {"summary": summary, "requestBody": body, "responses": {**good, **_refusals(*REFUSALS)}}
 
 
-def _get(path: str, summary: str, kind: str) -> dict[str, Any]:
+def _get(path: str, models: tuple[str, ...], summary: str, kind: str) -> dict[str, Any]:
     schema = {"type": "object"} if kind == "application/json" else {"type": "string"}
     good = {"description": "The answer.", "content": {kind: {"schema": schema}}}
     operation: dict[str, Any] = {"summary": summary, "responses": {"200": good, **_refusals("401", "429", "503")}}
-    if path == "/health":
+    if path in ("/health", "/ping"):
         operation["responses"]["503"] = good
     if path == "/state":
         number = {"type": "integer", "minimum": 0, "maximum": 10**18 - 1}
-        operation["parameters"] = [{"name": "since", "in": "query", "schema": number}]
-        operation["responses"] |= _refusals("400")
+        named: dict[str, Any] = {"type": "string", "enum": [*models]}
+        operation["parameters"] = [
+            {"name": "since", "in": "query", "schema": number}, {"name": "model", "in": "query", "schema": named}
+        ]  # fmt: skip
+        operation["responses"] |= _refusals("400", "404")
     if "{name}" in path:
-        named = {"type": "string", "minLength": 1}
-        operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": named}]
+        text = {"type": "string", "minLength": 1}
+        operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": text}]
         operation["responses"] |= _refusals("404")
     return operation
 

@@ -1,154 +1,224 @@
-"""From a body to what the engine is asked: prompts, sampling parameters, grammars. Runs in a thread of its own, for a
-long prompt takes long to divide into tokens and a large schema to compile; nothing here awaits.
+"""Converts request bodies to engine requests: prompts, sampling parameters, grammars.
+
+Runs in a separate thread, because long prompts are slow to tokenize and large schemas slow to compile. That thread must
+not call the engine; it uses `llm.admission`, which is thread-safe.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from intaglio.llm import LLM
 from intaglio.runtime import Grammar, SamplingParams
-from intaglio.server.driver import Job
-from intaglio.server.markup import Form, begins_inside, call_grammar, form_of, reasons
+from intaglio.server.conversation import render
+from intaglio.server.driver import Prepared
+from intaglio.server.markup import OutputStyle, after_analysis, after_reasoning, call_grammar, parameters
 from intaglio.server.problem import Problem
 from intaglio.server.protocol import (
-    Asked,
+    HINTS,
     ChatRequest,
     CompletionRequest,
-    Conversation,
-    Message,
+    GenerationRequest,
     ResponseFormat,
     StructuredOutputs,
     Tool,
 )
 
-MOST_PROMPTS = 128  # in one completion request; more is several requests
+MAX_PROMPTS = 128  # in one completion request
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 OBJECT = {"type": "object"}
+SAME = {  # fields that SamplingParams has under the same name
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stop",
+    "stop_token_ids", "ignore_eos", "min_tokens", "allowed_token_ids", "bad_words", "logprob_token_ids",
+    "include_stop_str_in_output", "skip_special_tokens",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What every request is held to. Seconds; None waits for ever."""
+    """Timeouts of every request, in seconds; None: no limit."""
 
     timeout: float | None = None
     queue_timeout: float | None = None
 
 
 @dataclass(frozen=True)
-class Style:
-    """How one chat's text is to be read."""
+class Settings:
+    """What the server adds to every request of a model: timeouts, and the checkpoint's sampling defaults."""
 
-    form: Form | None
-    reasons: bool
-    inside: bool
+    limits: Limits = Limits()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-def completion_jobs(llm: LLM, body: CompletionRequest, id: str, limits: Limits) -> list[Job]:
-    """A job a prompt. Raises Problem, or what `told()` makes one."""
+@dataclass(frozen=True)
+class Reading:
+    """How to turn a request's output into its response.
+
+    Attributes:
+        style: how to parse the text of a chat into reasoning, content and tool calls.
+        ignored: names of request fields that had no effect.
+        echo: text to put in front of the output.
+        prefix: number of prompt tokens at the beginning that are not part of `echo`, such as BOS.
+    """
+
+    style: OutputStyle
+    ignored: tuple[str, ...] = ()
+    echo: str = ""
+    prefix: int = 0
+
+
+def prepare_completion(
+    llm: LLM, body: CompletionRequest, id: str, settings: Settings
+) -> tuple[list[Prepared], list[Reading]]:
+    """The engine requests of a completion, one for each prompt, and a Reading for each.
+
+    Raises Problem, or an error that as_problem() converts to one.
+    """
     prompts = _prompts(body.prompt)
     if body.max_tokens == 0 and not body.echo:
         raise Problem(400, "max_tokens is 0; allowed: 1 or more, or 0 with echo=true", param="max_tokens")
-    choices, room = len(prompts) * (body.n or 1), llm.engine.max_waiting
+    choices, room = len(prompts) * candidates(body), llm.admission.max_waiting
     if choices > room:
-        raise Problem(400, f"{len(prompts)} prompts and n={body.n or 1} are {choices} choices; allowed: up to {room}")
+        raise Problem(
+            400, f"{len(prompts)} prompts and n={candidates(body)} are {choices} choices; allowed: up to {room}"
+        )
+    if body.logprob_token_ids and body.logprobs is None:
+        raise Problem(400, "logprob_token_ids needs logprobs", param="logprob_token_ids")
     grammar = _grammar(body.response_format, body.structured_outputs)
-    jobs = []
+    prepared, readings = [], []
     for i, prompt in enumerate(prompts):
-        ids = encode(llm, prompt) if isinstance(prompt, str) else prompt
-        most = _most(llm, len(ids), COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens, "max_tokens")
-        scores = {"logprobs": body.logprobs or 0}
+        special = body.add_special_tokens is not False
+        whole = encode(llm, prompt, special) if isinstance(prompt, str) else prompt
+        asked = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        ids = _truncated(llm, body, whole, asked)
+        most = _max_tokens(llm, len(ids), asked, "max_tokens")
+        scores: dict[str, Any] = {"logprobs": body.logprobs or 0}
         if body.echo and body.logprobs is not None:
             scores["prompt_logprobs"] = body.logprobs
-        params = _params(body, max_tokens=max(1, most), grammar=grammar, **scores)
-        request, transcripts = llm.prepare(ids, params, name=f"prompt {i}", id=f"{id}-{i}", **_options(body, limits))
-        jobs.append(Job(request, transcripts))
-    return jobs
+        params = _params(body, settings, max_tokens=max(1, most), grammar=grammar, **scores)
+        options = _options(body, settings.limits)
+        request, transcripts = llm.prepare(ids, params, name=f"prompt {i}", id=f"{id}-{i}", **options)
+        prepared.append(Prepared(request, transcripts))
+        readings.append(Reading(OutputStyle(), tuple(hints(body)), *_echo(llm, body, prompt, ids)))
+    return prepared, readings
 
 
-def chat_job(llm: LLM, body: ChatRequest, id: str, limits: Limits) -> tuple[Job, Style]:
-    """The job of a conversation. Raises Problem, or what `told()` makes one."""
-    prompt = render(llm, body, effort=body.reasoning_effort)
-    template = llm.tokenizer.template if llm.tokenizer else None
+def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[int]) -> tuple[str, int]:
+    """(text, prefix) for `echo`: the prompt's text, and how many tokens at its beginning that text leaves out.
+
+    ("", 0) if the request does not ask for echo.
+    """
+    if not body.echo:
+        return "", 0
+    if isinstance(prompt, str):
+        bare = encode(llm, prompt, special=False)
+        if ids[len(ids) - len(bare) :] == bare:
+            return prompt, len(ids) - len(bare)
+    if llm.model.tokenizer is None:
+        raise Problem(400, f"{llm.model.path.name} has no tokenizer; leave echo out", param="echo")
+    return llm.model.tokenizer.decode(ids, skip_special=False), 0
+
+
+def prepare_chat(llm: LLM, body: ChatRequest, id: str, settings: Settings) -> tuple[Prepared, Reading]:
+    """The engine request of a chat, and a Reading for its output.
+
+    Raises Problem, or an error that as_problem() converts to one.
+    """
     tools = body.tools or []
-    form = form_of(template) if tools and body.tool_choice != "none" else None
-    style = Style(form, reasons(template), begins_inside(prompt))
-    grammar = _grammar(body.response_format, body.structured_outputs)
     forced = _forced(body, tools)
+    wishes = {"reasoning_effort": body.reasoning_effort, "verbosity": body.verbosity}
+    rendered = render(llm, body, body.tool_choice, **wishes)
+    style = rendered.style
+    grammar = _grammar(body.response_format, body.structured_outputs)
     if forced:
         if grammar:
-            raise Problem(400, "tool_choice forces a call, so the format is given; leave one out", param="tool_choice")
-        assert form
-        grammar = Grammar(*call_grammar(form, forced))
-    if grammar and style.inside:
-        why = "the chat template has the model reason first, which no grammar allows; turn that off by"
-        raise Problem(400, f"{why} chat_template_kwargs, such as enable_thinking=false", param="chat_template_kwargs")
-    if body.top_logprobs is not None and not body.logprobs:
+            why = "tool_choice forces a tool call, so the output can have no other format; leave one out"
+            raise Problem(400, why, param="tool_choice")
+        assert style.form and llm.model.tokenizer
+        several = body.tool_choice == "required" and body.parallel_tool_calls is not False
+        grammar = Grammar(*call_grammar(style.form, forced, several, llm.model.tokenizer.special_ids))
+        style = replace(style, forced=True, tools=forced)
+    if grammar and llm.model.tokenizer:
+        if style.inside and style.thinking:
+            grammar = replace(grammar, before=after_reasoning(style.thinking, llm.model.tokenizer.special_ids))
+        elif style.harmony and not forced:
+            grammar = replace(grammar, before=after_analysis(llm.model.tokenizer.special_ids))
+    if body.top_logprobs and not body.logprobs:
         raise Problem(400, "top_logprobs needs logprobs=true", param="top_logprobs")
-    ids = encode(llm, prompt, special=False)
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
+    if body.logprob_token_ids and not body.logprobs:
+        raise Problem(400, "logprob_token_ids needs logprobs=true", param="logprob_token_ids")
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise Problem(400, "max_tokens is the old name of max_completion_tokens; give one", param="max_tokens")
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    most = _most(llm, len(ids), asked, "max_completion_tokens")
-    params = _params(body, max_tokens=most, grammar=grammar, logprobs=body.top_logprobs or 0)
-    return Job(*llm.prepare(ids, params, name="the conversation", id=f"{id}-0", **_options(body, limits))), style
+    ids = _truncated(llm, body, encode(llm, rendered.text, special=bool(body.add_special_tokens)), asked)
+    most = _max_tokens(llm, len(ids), asked, "max_completion_tokens")
+    params = _params(body, settings, max_tokens=most, grammar=grammar, logprobs=body.top_logprobs or 0)
+    options = {"special": style.marks, **_options(body, settings.limits)}
+    last = body.messages[-1]
+    prepared = Prepared(*llm.prepare(ids, params, name="the conversation", id=f"{id}-0", **options))
+    echo = last.content if body.echo and last.role == "assistant" and isinstance(last.content, str) else ""
+    return prepared, Reading(style, tuple([*hints(body), *rendered.ignored]), echo)
+
+
+def hints(body: GenerationRequest) -> list[str]:
+    """Names of the request's fields that are accepted but have no effect."""
+    return [
+        name for name in HINTS if name in body.model_fields_set and body.model_dump(include={name})[name] is not None
+    ]
+
+
+def candidates(body: GenerationRequest) -> int:
+    """Number of choices to generate for each prompt: best_of, or n.
+
+    Raises Problem if best_of contradicts n or stream.
+    """
+    n, best = body.n or 1, body.best_of
+    if best is None:
+        return n
+    if best < n:
+        raise Problem(400, f"best_of is {best}, n is {n}; allowed: n or more", param="best_of")
+    if best > n and body.stream:
+        raise Problem(400, f"best_of is {best}, n is {n}; with stream=true they must be equal", param="best_of")
+    return best
 
 
 def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
-    """Token ids of a text; with `special`, those that the tokenizer adds by itself."""
-    if llm.tokenizer is None:
-        raise Problem(400, f"{llm.path.name} has no tokenizer; give token ids", param="prompt")
-    return llm.tokenizer.encode(text, special)
+    """Token ids of a text. special: include the special tokens that the tokenizer adds, such as BOS.
+
+    Raises Problem if the model has no tokenizer.
+    """
+    if llm.model.tokenizer is None:
+        raise Problem(400, f"{llm.model.path.name} has no tokenizer; give token ids", param="prompt")
+    return llm.model.tokenizer.encode(text, special)
 
 
-def render(llm: LLM, body: Conversation, effort: str | None = None, **options: Any) -> str:
-    """The prompt of a conversation by the model's chat template, which may use no field that it does not read."""
-    tokenizer = llm.tokenizer
-    if tokenizer is None or tokenizer.template is None:
-        raise Problem(400, f"{llm.path.name} has no chat template; use /v1/completions", param="messages")
-    extra: dict[str, Any] = dict(body.chat_template_kwargs or {})
-    reserved = sorted({"messages", "tools", "add_generation_prompt"} & extra.keys())
-    if reserved:
-        raise Problem(400, f"chat_template_kwargs: {reserved[0]} is set by the request itself", param=reserved[0])
-    if effort is not None:
-        extra["reasoning_effort"] = effort
-    unread = sorted(name for name in extra if not re.search(rf"\b{re.escape(name)}\b", tokenizer.template))
-    if unread:
-        raise Problem(400, f"{unread[0]} is not supported: the model's chat template does not read it", param=unread[0])
-    if body.tools:
-        if form_of(tokenizer.template) is None:
-            raise Problem(400, "tools is not supported: the model's chat template takes none known here", param="tools")
-        extra["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
-    return tokenizer.chat([_message(i, m) for i, m in enumerate(body.messages)], **extra, **options)
+def _truncated(llm: LLM, body: GenerationRequest, ids: list[int], asked: int | None) -> list[int]:
+    """The prompt cut to truncate_prompt_tokens tokens; -1 means as many as fit beside `asked` output tokens.
 
-
-def _message(i: int, m: Message) -> dict[str, Any]:
-    """A message as templates know it: plain text, arguments as an object."""
-    out: dict[str, Any] = m.model_dump(exclude_none=True)
-    out["role"] = "system" if m.role == "developer" else m.role
-    if isinstance(m.content, list):
-        out["content"] = "\n".join(part.text for part in m.content)
-    out.setdefault("content", "" if m.tool_calls else None)
-    if out["content"] is None:
-        raise Problem(400, f"messages.{i}.content is missing", param=f"messages.{i}.content")
-    for call in out.get("tool_calls", ()):
-        try:
-            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-        except (ValueError, RecursionError):
-            where = f"messages.{i}.tool_calls"
-            raise Problem(400, f"{where}: the arguments of {call['id']} are not JSON", param=where) from None
-    return out
+    The end of the prompt is kept, or with truncation_side "right" its beginning.
+    """
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return ids
+    if most == 0:
+        raise Problem(400, "truncate_prompt_tokens is 0; allowed: 1 or more, or -1", param="truncate_prompt_tokens")
+    if most == -1:
+        most = max(1, llm.admission.max_tokens(0) - max(1, asked or 1))
+    return ids[:most] if body.truncation_side == "right" else ids[-most:]
 
 
 def _forced(body: ChatRequest, tools: list[Tool]) -> dict[str, dict[str, Any]]:
-    """The tools one of which must be called, with the schemas of their arguments; none if none must."""
+    """The tools of which tool_choice forces one to be called, as {name: argument schema}; {} if calls are optional.
+
+    Raises Problem if tool_choice names no tool of the request.
+    """
     choice = body.tool_choice
     if choice in (None, "auto", "none"):
         return {}
-    known: dict[str, dict[str, Any]] = {t.function.name: t.function.parameters or OBJECT for t in tools}
+    known = parameters(tools)
     if not known:
         raise Problem(400, "tool_choice needs tools", param="tool_choice")
     if isinstance(choice, str):
@@ -161,6 +231,10 @@ def _forced(body: ChatRequest, tools: list[Tool]) -> dict[str, dict[str, Any]]:
 
 
 def _grammar(form: ResponseFormat | None, structured: StructuredOutputs | None) -> Grammar | None:
+    """The grammar that response_format or structured_outputs asks for; None without either.
+
+    Raises Problem if both do.
+    """
     asked: list[Grammar] = []
     if form and form.type == "json_object":
         asked.append(Grammar("json_schema", OBJECT))
@@ -187,16 +261,23 @@ def _grammar(form: ResponseFormat | None, structured: StructuredOutputs | None) 
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
-    """One prompt or many, text or ids, as a list."""
+    """The body's `prompt` as a list of prompts, each a text or a list of token ids.
+
+    Raises Problem if there are too many.
+    """
     prompts: list[str | list[int]] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    if len(prompts) > MOST_PROMPTS:
-        raise Problem(400, f"prompt has {len(prompts)} prompts; allowed: up to {MOST_PROMPTS}", param="prompt")
+    if len(prompts) > MAX_PROMPTS:
+        raise Problem(400, f"prompt has {len(prompts)} prompts; allowed: up to {MAX_PROMPTS}", param="prompt")
     return prompts
 
 
-def _most(llm: LLM, prompt: int, asked: int | None, name: str) -> int:
-    """Tokens to generate at most: as asked, or as many as there is room for."""
-    context, room = llm.program.context, llm.engine.most_tokens(prompt)
+def _max_tokens(llm: LLM, prompt: int, asked: int | None, name: str) -> int:
+    """The request's max_tokens: `asked`, or as many as the context has room for if that is None.
+
+    prompt: number of prompt tokens. name: the request's field, for the error. Raises Problem if there is not enough
+    room.
+    """
+    context, room = llm.model.program.context, llm.admission.max_tokens(prompt)
     if room < 1:
         why = f"the prompt has {prompt} tokens, the context holds {context}; shorten it by {1 - room}"
         raise Problem(400, why, param="prompt", code="context_length_exceeded")
@@ -206,23 +287,25 @@ def _most(llm: LLM, prompt: int, asked: int | None, name: str) -> int:
     return room if asked is None else asked
 
 
-def _params(body: Asked, **more: Any) -> SamplingParams:
-    """OpenAI's defaults where nothing is asked: temperature 1, and nothing cut off."""
-    names = ("top_p", "n", "seed", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty", "ignore_eos")
-    given = {name: value for name in names if (value := getattr(body, name)) is not None}
-    return SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=max(0, body.top_k or 0),
-        stop=body.stop or (),
-        stop_token_ids=body.stop_token_ids or (),
-        logit_bias={int(id): bias for id, bias in (body.logit_bias or {}).items()},
-        **given,
-        **more,
-    )
+def _params(body: GenerationRequest, settings: Settings, **more: Any) -> SamplingParams:
+    """Sampling parameters of a request. `more`: parameters that the caller has computed.
+
+    A field that the request leaves out has the checkpoint's default, else OpenAI's: temperature 1, no top-k, no top-p.
+    """
+    given = body.model_dump(include=SAME, exclude_none=True)
+    if body.prompt_logprobs is not None:
+        more["prompt_logprobs"] = max(body.prompt_logprobs, more.get("prompt_logprobs", 0))
+    if body.top_k is not None:
+        given["top_k"] = max(0, body.top_k)
+    if body.seed is not None:
+        given["seed"] = body.seed % 2**63
+    if body.logit_bias:
+        given["logit_bias"] = {int(id): bias for id, bias in body.logit_bias.items()}
+    return SamplingParams(**{"temperature": 1.0, **settings.defaults, **given, **more, "n": candidates(body)})
 
 
-def _options(body: Asked, limits: Limits) -> dict[str, Any]:
-    """Fields of Request. A client may shorten the server's deadlines, not lengthen them."""
+def _options(body: GenerationRequest, limits: Limits) -> dict[str, Any]:
+    """Arguments for Request: priority, cache salt, and the shorter of client's and server's timeouts, in seconds."""
     return {
         "priority": body.priority or 0,
         "salt": body.cache_salt,

@@ -1,4 +1,4 @@
-"""What goes wrong, as an HTTP answer in OpenAI's shape. Nothing here knows a request."""
+"""Problem: an error as an HTTP response in OpenAI's format, and the mapping of exceptions to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import Response
 
 from intaglio.models import TokenizerError
-from intaglio.models.grammar import GrammarError
+from intaglio.models.text.grammar import GrammarError
 from intaglio.runtime import Fault, ParamsError, Refused, RequestError
 
 KINDS = {
@@ -21,7 +21,10 @@ ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 
 
 class Problem(Exception):
-    """An answer other than the one asked for. `param` is the field at fault, `retry_after` seconds."""
+    """An error to send as an HTTP response. param: name of the invalid field.
+
+    retry_after: seconds, a response header.
+    """
 
     def __init__(
         self,
@@ -40,15 +43,17 @@ class Problem(Exception):
             self.headers["retry-after"] = str(max(1, math.ceil(retry_after)))
 
     def as_dict(self) -> dict[str, Any]:
+        """The response body in OpenAI's error format."""
         kind = KINDS[self.status]
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code or kind}}
 
     def response(self) -> Response:
+        """The HTTP response."""
         return Json(self.as_dict(), self.status, self.headers)
 
 
-def told(error: Exception) -> Problem | None:
-    """The answer to an error that a request brought upon itself, or that is no fault at all; None for any other."""
+def as_problem(error: Exception) -> Problem | None:
+    """The Problem (400, 429 or 503) for an exception that means an invalid or refused request; None for any other."""
     match error:
         case Problem():
             return error
@@ -64,20 +69,23 @@ def told(error: Exception) -> Problem | None:
     return None
 
 
-def of_fault(fault: Fault) -> Problem:
-    """A request that ended in error: its own doing, or not."""
+def fault_problem(fault: Fault) -> Problem:
+    """The Problem for a request that ended with an error: 400 if the request caused it, else 500."""
     return Problem(400 if fault.kind == "request" else 500, fault.message, code=f"{fault.kind}_fault")
 
 
 def dumps(value: Any) -> bytes:
-    """JSON as bytes; NaN and infinities are refused, for JSON has none."""
+    """`value` as compact UTF-8 JSON. Raises ValueError for NaN and infinities, which JSON does not have."""
     return ENCODER.encode(value).encode()
 
 
 class Json(Response):
+    """A JSON response, serialised by dumps()."""
+
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
+        """The body as bytes."""
         return dumps(content)
 
     def __init__(self, content: Any, status_code: int = 200, headers: dict[str, str] | None = None) -> None:

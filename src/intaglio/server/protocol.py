@@ -1,51 +1,71 @@
-"""What clients may send: the bodies of OpenAI's API and of vLLM's extensions to it, as far as they are supported.
+"""Request bodies: the supported fields of OpenAI's API and of vLLM's extensions.
 
-A field that is not here is refused by name. Every field says its range, so that the OpenAPI description does too.
+Unknown fields are refused by name, unless they are null, which is the same as leaving them out. Fields declare their
+ranges, which the OpenAPI description repeats. HINTS are fields without an effect on the answer here.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from intaglio.runtime.request import MOST_BIAS, MOST_CHOICES, MOST_LOGPROBS, MOST_PENALTY
+from intaglio.runtime.request import MAX_LOGIT_BIAS, MAX_LOGPROB_TOKEN_IDS, MAX_LOGPROBS, MAX_N, MAX_PENALTY
 
 Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Penalty = Annotated[float, Field(ge=-MOST_PENALTY, le=MOST_PENALTY, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Json = dict[str, JsonValue]
+HINTS = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "length_penalty", "use_beam_search", "spaces_between_special_tokens",
+)  # fmt: skip
 
 
 class Body(BaseModel):
+    """Base class of request bodies: strict types, unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unknown_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or all(value is not None for value in data.values()):
+            return data
+        known = _names(cls)
+        return {name: value for name, value in data.items() if value is not None or name in known}
 
 
 class StreamOptions(Body):
-    """`continuous_usage_stats`, as in vLLM: with include_usage, every chunk tells the tokens so far."""
+    """Options of a streamed response.
+
+    continuous_usage_stats: with include_usage, every chunk has the usage so far (vLLM).
+    """
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
 class JsonSchema(Body):
+    """A JSON schema by name, as in OpenAI's response_format."""
+
     name: Text
     schema_: Annotated[Json, Field(alias="schema")]
     description: str | None = None
-    strict: Literal[True] | None = None
+    strict: bool | None = None
 
 
 class ResponseFormat(Body):
-    """text, any JSON object, or JSON that matches a schema."""
+    """Output format: text, any JSON object, or JSON that matches a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class StructuredOutputs(Body):
-    """One of: a JSON schema, a regular expression, a Lark grammar, or a list of texts to choose from."""
+    """Output constraint, one of: a JSON schema, a regular expression, a Lark grammar, or a list of allowed texts."""
 
     json_: Annotated[Json | str | None, Field(alias="json")] = None
     regex: Text | None = None
@@ -53,27 +73,41 @@ class StructuredOutputs(Body):
     choice: Annotated[list[Text], Field(min_length=1)] | None = None
 
 
-class Asked(Body):
-    """What both kinds of generation take. From `top_k` on: beyond OpenAI's API, named as in vLLM where that has it."""
+class ModelRequest(Body):
+    """A request body that names a model; the name may be left out if one model is served."""
 
     model: str | None = None
+
+
+class GenerationRequest(ModelRequest):
+    """Fields that completions and chat share.
+
+    Those from `top_k` on extend OpenAI's API, with vLLM's names where it has them.
+    """
+
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: (
         dict[
             Annotated[str, Field(pattern="^[0-9]{1,9}$")],
-            Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS, allow_inf_nan=False)],
+            Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS, allow_inf_nan=False)],
         ]
         | None
     ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    metadata: Json | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
@@ -82,11 +116,30 @@ class Asked(Body):
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
     cache_salt: Text | None = None
     structured_outputs: StructuredOutputs | None = None
+    min_tokens: Whole | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    bad_words: Annotated[list[Text], Field(max_length=1024)] | None = None
+    logprob_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_LOGPROB_TOKEN_IDS)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    length_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
+    use_beam_search: Literal[False] | None = None
+    request_id: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")] | None = None
     timeout: Seconds | None = None
     queue_timeout: Seconds | None = None
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(GenerationRequest):
+    """Body of /v1/completions."""
+
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1)]
@@ -94,37 +147,64 @@ class CompletionRequest(Asked):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
     max_tokens: Whole | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     response_format: ResponseFormat | None = None
 
 
 class TextPart(Body):
+    """A text in a message's content."""
+
     type: Literal["text"]
     text: str
 
 
+class RefusalPart(Body):
+    """A refusal in a message's content."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
 class Function(Body):
+    """The name of the called function, and its arguments as JSON text."""
+
     name: Text
     arguments: str
 
 
 class ToolCall(Body):
-    id: str
+    """A tool call in an earlier assistant message. `index` numbers calls in streams; here it is ignored."""
+
+    id: str | None = None
     type: Literal["function"] = "function"
     function: Function
+    index: int | None = None
 
 
 class Message(Body):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    """One message of a conversation.
+
+    `refusal`, `annotations` and `reasoning` occur in responses of OpenAI and vLLM, so clients may send them back.
+    Further fields go to the chat template if it reads them.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
+    content: str | list[TextPart | RefusalPart] | None = None
     name: str | None = None
+    refusal: str | None = None
+    annotations: list[Json] | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
 
 class ToolFunction(Body):
+    """A function that the model may call, with the JSON schema of its parameters."""
+
     name: Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: Json | None = None
@@ -132,66 +212,83 @@ class ToolFunction(Body):
 
 
 class Tool(Body):
+    """One entry of `tools`: a function that the model may call."""
+
     type: Literal["function"]
     function: ToolFunction
 
 
 class Named(Body):
+    """An object with the name of a function."""
+
     name: Text
 
 
 class ToolChoice(Body):
+    """Value of tool_choice that forces a call of one function."""
+
     type: Literal["function"]
     function: Named
 
 
 class Conversation(Body):
-    """What a chat template renders."""
+    """The request fields that are rendered by the chat template: messages, tools and the template's variables."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[Tool] | None = None
     chat_template_kwargs: Json | None = None
+    documents: list[dict[str, str]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
-class ChatRequest(Asked, Conversation):
+class ChatRequest(GenerationRequest, Conversation):
+    """Body of /v1/chat/completions."""
+
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    parallel_tool_calls: Literal[True] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    include_reasoning: bool | None = None
+    echo: bool | None = None
 
 
-class TokenizeText(Body):
-    model: str | None = None
+class TokenizeText(ModelRequest):
+    """Body of /tokenize with a text."""
+
     prompt: str
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
 
-class TokenizeChat(Conversation):
-    model: str | None = None
-    add_generation_prompt: bool | None = None
+class TokenizeChat(Conversation, ModelRequest):
+    """Body of /tokenize with a conversation."""
+
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(Body):
-    model: str | None = None
+class DetokenizeRequest(ModelRequest):
+    """Body of /detokenize."""
+
     tokens: list[TokenId]
 
 
-class EmbeddingRequest(Body):
-    model: str | None = None
+class EmbeddingRequest(ModelRequest):
+    """Body of /v1/embeddings, which is refused."""
+
     input: str | list[str] | list[TokenId] | list[list[TokenId]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Whole | None = None
     user: str | None = None
 
 
-def expected(body: type[BaseModel], error: dict[str, Any]) -> tuple[str, str]:
-    """One of pydantic's errors as (what to say, the field it is about)."""
+def error_message(body: type[BaseModel], error: dict[str, Any]) -> tuple[str, str]:
+    """(message, name of the invalid field) for one error of pydantic's validation of `body`."""
     place = [str(part) for part in error["loc"] if not _union_tag(part)]
     field = ".".join(place)
     if error["type"] == "extra_forbidden":
@@ -207,7 +304,7 @@ def _names(body: type[BaseModel]) -> list[str]:
 
 
 def _union_tag(part: object) -> bool:
-    """Whether a part of a place names an arm of a union, not something in the body."""
+    """True if this part of an error's location is a tag that pydantic adds for a union's member, not a field's name."""
     return isinstance(part, str) and (
         "[" in part or part in ("str", "int", "float", "bool", "dict", "constrained-str", "none", *_MODELS)
     )

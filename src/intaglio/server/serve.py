@@ -1,4 +1,4 @@
-"""From start to exit: sockets, connections that misbehave, signals, and what the process's exit code says."""
+"""Server process: sockets, connection timeouts, signals, graceful shutdown and exit code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,23 +19,27 @@ from intaglio.server.app import build
 from intaglio.server.service import Options, Service
 
 log = logging.getLogger("intaglio.server")
-HEADERS = 64 << 10  # bytes of a request's headers at most
-CLOSING = 5.0  # seconds that connections get to close after the last answer
-TICK = 0.05  # seconds between looks at whether to end
+MAX_HEADER_BYTES = 64 << 10  # of one request
+CLOSE_TIMEOUT = 5.0  # seconds for connections to close after the last response
+POLL_INTERVAL = 0.05  # seconds between checks for the end of the server
 
 
 class Connection(HttpToolsProtocol):
-    """One connection. Closed if a request's headers do not come in `patience` seconds, or are over HEADERS bytes and
-    one read long; dropped, with all it asked for, if its reader takes nothing for `stall` seconds."""
+    """One HTTP connection, with limits against slow clients.
 
-    patience = 30.0
-    stall = 60.0
+    Closed if a request's headers take longer than `read_timeout` seconds, or if data still arrives when they already
+    exceed MAX_HEADER_BYTES. Aborted, and its requests cancelled, if the client reads nothing for `write_timeout`
+    seconds.
+    """
+
+    read_timeout = 30.0
+    write_timeout = 60.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._head = 0
         self._blocked: asyncio.TimerHandle | None = None
-        self._expected = self.loop.call_later(self.patience, self._close)
+        self._expected = self.loop.call_later(self.read_timeout, self._close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._expected, self._blocked):
@@ -45,24 +49,26 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._between:
-            if self._head > HEADERS:
+            if self._head > MAX_HEADER_BYTES:
                 return self._close()
             self._head += len(data)
         super().data_received(data)
 
     def on_headers_complete(self) -> None:
+        """Stop the timer for the request's headers, which are complete, and handle the request."""
         self._head = 0
         self._expected.cancel()
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
+        """Start the timer within which the next request's headers must arrive."""
         super().on_response_complete()
         self._expected.cancel()
-        self._expected = self.loop.call_later(self.patience, self._close)
+        self._expected = self.loop.call_later(self.read_timeout, self._close)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._blocked = self.loop.call_later(self.stall, self.transport.abort)
+        self._blocked = self.loop.call_later(self.write_timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -74,18 +80,21 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _between(self) -> bool:
-        """No request is under way."""
+        """True if no request is being answered or waits to be."""
         return self.cycle is None or (self.cycle.response_complete and not self.pipeline)
 
     def _close(self) -> None:
-        """Close; and if the last answer cannot even be sent, drop it."""
+        """Close the connection unless a request is in progress.
+
+        Abort it if closing takes longer than `write_timeout`.
+        """
         if self._between and not self.transport.is_closing():
             self.transport.close()
-            self.loop.call_later(self.stall, self.transport.abort)
+            self.loop.call_later(self.write_timeout, self.transport.abort)
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals to serve()."""
+    """A uvicorn server without signal handlers: serve() installs its own."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -93,74 +102,83 @@ class _Uvicorn(uvicorn.Server):
 
 
 async def serve(
-    llm: LLM, options: Options, listener: socket.socket, announce: Callable[[Service], None], signals: bool = True
-) -> int:
-    """Serve until told to end; the exit code. `announce` is told when requests can come. The first SIGTERM or SIGINT
-    drains: nothing more is admitted, what was admitted goes on to its end, then 0. The second ends everything at once:
-    1. So does an engine that breaks."""
-    service = Service(llm, options)
-    connection = type("Connection", (Connection,), {"stall": options.stall, "patience": options.reading})
+    llms: Mapping[str, LLM], options: Options, listener: socket.socket, announce: Callable[[Service], None],
+    signals: bool = True,
+) -> int:  # fmt: skip
+    """Serve the models, by name, until a signal or a failure. Returns the exit code.
+
+    `announce` is called once requests are accepted. `signals`: handle SIGTERM and SIGINT.
+
+    The first SIGTERM or SIGINT drains the server: admitted requests run to their end, new ones are refused, exit code
+    0. The second aborts all requests, exit code 1. The exit code is also 1 if no model can serve requests any more.
+    """
+    service = Service(llms, options)
+    timeouts = {"write_timeout": options.write_timeout, "read_timeout": options.read_timeout}
+    connection = type("Connection", (Connection,), timeouts)
     config = uvicorn.Config(
         build(service), http=connection, ws="none", lifespan="off", log_config=None, access_log=False,
-        server_header=False, proxy_headers=False, timeout_graceful_shutdown=int(CLOSING), backlog=4096,
+        server_header=False, proxy_headers=False, timeout_graceful_shutdown=int(CLOSE_TIMEOUT), backlog=4096,
     )  # fmt: skip
     server = _Uvicorn(config)
-    end = Ending(service)
+    shutdown = Shutdown(service)
     loop = asyncio.get_running_loop()
     if signals:
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, end.asked)
+            loop.add_signal_handler(number, shutdown.on_signal)
     service.start()
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:
         while not server.started and not serving.done():
-            await asyncio.sleep(TICK / 10)
+            await asyncio.sleep(POLL_INTERVAL / 10)
         announce(service)
-        await end.reached(serving)
+        await shutdown.wait(serving)
     finally:
         server.should_exit = True
-        await asyncio.wait({serving}, timeout=2 * CLOSING)
+        await asyncio.wait({serving}, timeout=2 * CLOSE_TIMEOUT)
         service.close()
     if error := serving.done() and serving.exception():
         log.critical("the HTTP server crashed", exc_info=error)
         return 1
-    return end.code
+    return shutdown.code
 
 
-class Ending:
-    """When to end, and with what exit code."""
+class Shutdown:
+    """Decides when the server ends and with which exit code (`code`)."""
 
     def __init__(self, service: Service) -> None:
         self.service, self.code = service, 0
 
-    def asked(self) -> None:
-        """A signal to end."""
+    def on_signal(self) -> None:
+        """Handle SIGTERM or SIGINT: the first drains, the second aborts all requests."""
         if self.service.draining:
-            log.warning("told again: everything ends now")
+            log.warning("second signal: aborting all requests")
             self.code = 1
             self.service.halt()
         else:
-            log.info("draining: nothing more is admitted; again to end at once")
+            log.info("draining: no more requests are admitted; a second signal aborts those that run")
             self.service.drain()
 
-    async def reached(self, serving: asyncio.Future[Any]) -> None:
-        """Wait for the end: all drained, told twice, or something that broke."""
+    async def wait(self, serving: asyncio.Future[Any]) -> None:
+        """Wait until the server should end: drained, second signal, HTTP server stopped, or no model able to serve."""
         service = self.service
         while not serving.done():
-            if service.broken or (service.driver.ended.is_set() and not service.draining):
-                log.critical("nothing can be served any more: %s", service.broken)
+            if service.broken or (service.ended and not service.draining):
+                log.critical("no model can serve requests any more: %s", service.broken)
                 self.code = 1
                 return
             if service.draining and (service.open == 0 or self.code):
-                if self.code:  # let the last words out
-                    await asyncio.wait_for(service.driver.ended.wait(), CLOSING)
+                if self.code:  # let the error responses be sent
+                    await asyncio.wait_for(service.wait_ended(), CLOSE_TIMEOUT)
                 return
-            await asyncio.sleep(TICK)
+            await asyncio.sleep(POLL_INTERVAL)
         self.code = 1
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound, before a model is loaded for nothing. Raises OSError naming the address."""
+    """A listening socket bound to host and port. Call it before loading models, so that a port in use fails early.
+
+    Raises OSError that names the address.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -168,11 +186,11 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as e:
         listener.close()
-        raise OSError(f"{host}:{port} cannot be listened on: {e.strerror}; choose another --port") from None
+        raise OSError(f"{host}:{port} cannot be bound: {e.strerror}; choose another --port") from None
     return listener
 
 
 def raise_file_limit() -> None:
-    """Let the process hold as many connections as the system lets it: the usual soft limit is 1024 files."""
+    """Raise the soft limit of open files, usually 1024, to the hard limit, so that it does not limit connections."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

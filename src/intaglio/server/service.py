@@ -1,123 +1,136 @@
-"""One model being served: the engine's driver, the thread that prepares requests, limits and metrics; how it ends.
+"""Service: the models of one server with shared limits, metrics and the thread that prepares requests.
 
-Knows nothing of HTTP but what app.py asks of it.
+Independent of HTTP; app.py maps its results to responses.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from intaglio.llm import LLM
-from intaglio.server.driver import Drain, Driver, Halt
+from intaglio.server.driver import Drain, Halt
 from intaglio.server.metrics import Metrics
 from intaglio.server.prepare import Limits
 from intaglio.server.problem import Problem
-from intaglio.server.vocabulary import Vocabulary
+from intaglio.server.served_model import ServedModel
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to serve. Seconds and bytes; `keys` empty: no key is asked for; `origins`: who may ask from a browser."""
+    """Server options; times in seconds, sizes in bytes.
 
-    name: str = "intaglio"
+    keys: accepted API keys; empty: no key needed. origins: origins that CORS allows. defaults: by model name,
+    SamplingParams fields used where a request leaves them out; see sampling_defaults().
+    """
+
     keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     max_body: int = 8 << 20
-    max_open: int = 1024  # requests being read, waited for or answered
-    reading: float = 30.0  # for a whole body to come
-    stall: float = 60.0  # for a reader that takes nothing
-    hang: float = 300.0  # for a step, before /health says that the engine hangs
+    max_open: int = 1024  # concurrent requests
+    read_timeout: float = 30.0  # for the headers, and for the whole body, of a request
+    write_timeout: float = 60.0  # for a client that does not read its response
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    step_timeout: float = 300.0  # after which /health reports that the engine hangs
 
 
 class Service:
-    """Made and used on the event loop."""
+    """The models of one server, by name. Created and used on the event loop."""
 
-    def __init__(self, llm: LLM, options: Options) -> None:
-        self.llm, self.options = llm, options
-        state = llm.state
-        facts = {"block_size": str(state.page_tokens), "num_gpu_blocks": str(state.pages)}
-        clock = llm.engine.clock if llm.modelled else None
-        self.metrics = Metrics(options.name, lambda: self.driver.snapshot, facts, clock)
-        self.driver = Driver(llm.engine, self.metrics.watch)
-        self.vocabulary = Vocabulary(llm.tokenizer)
+    def __init__(self, llms: Mapping[str, LLM], options: Options) -> None:
+        self.options = options
+        self.metrics = Metrics(modelled=any(llm.modelled for llm in llms.values()))
+        self.models = {
+            name: ServedModel(name, llm, self.metrics, options.defaults.get(name, {})) for name, llm in llms.items()
+        }
         self.started = int(time.time())
         self.open = 0  # requests counted against max_open
         self.draining = False
-        self._scribe = ThreadPoolExecutor(1, "scribe")
+        self._preparing = ThreadPoolExecutor(1, "prepare")
 
     def start(self) -> None:
-        self.driver.start()
+        """Start the engines' threads."""
+        for model in self.models.values():
+            model.driver.start()
 
     async def prepare(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Run `work` in the thread that prepares requests."""
-        return await asyncio.get_running_loop().run_in_executor(self._scribe, work, *arguments)
+        """Run `work` in the thread that prepares requests and return its result."""
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, work, *arguments)
 
     def drain(self) -> None:
-        """Admit nothing from now on."""
+        """Refuse new requests from now on; admitted requests run to their end."""
         self.draining = True
-        self.driver.send(Drain())
+        self._send(Drain())
 
     def halt(self) -> None:
-        """End everything that runs, now."""
+        """Abort all requests and stop the engines' threads."""
         self.draining = True
-        self.driver.send(Halt())
+        self._send(Halt())
 
     def close(self) -> None:
-        """After the last request. Waits for nothing."""
-        self.driver.send(Halt())
-        self._scribe.shutdown(wait=False, cancel_futures=True)
+        """Tell all threads to stop, without waiting for them. Call it after the last request."""
+        self._send(Halt())
+        self._preparing.shutdown(wait=False, cancel_futures=True)
+
+    def find(self, name: str | None) -> ServedModel:
+        """The model that a request names, or the only model if `name` is None.
+
+        Raises Problem if there is no such model.
+        """
+        names = ", ".join(map(repr, self.models))
+        served = f"there {'are' if len(self.models) > 1 else 'is'} {names}"
+        if name is None and len(self.models) > 1:
+            raise Problem(400, f"model is missing; {served}", param="model")
+        if name is not None and name not in self.models:
+            raise Problem(404, f"there is no model {name!r}; {served}", param="model", code="model_not_found")
+        return next(iter(self.models.values())) if name is None else self.models[name]
 
     @property
     def broken(self) -> str | None:
-        """Why nothing can be served any more; None if it can."""
-        if self.driver.crash is not None:
-            return f"the engine crashed: {self.driver.crash}"
-        return self.driver.snapshot.gauges.failed
+        """Why no model can serve requests any more; None if at least one can."""
+        reasons = [model.broken for model in self.models.values()]
+        return self._join(reasons) if all(reasons) else None
+
+    @property
+    def ended(self) -> bool:
+        """True if all engines' threads have ended."""
+        return all(model.driver.ended.is_set() for model in self.models.values())
+
+    async def wait_ended(self) -> None:
+        """Wait until all engines' threads have ended."""
+        for model in self.models.values():
+            await model.driver.ended.wait()
 
     def alive(self) -> str | None:
-        """Why the process should be replaced; None if it should not."""
-        s = self.driver.snapshot
-        if self.broken:
-            return self.broken
-        silent = time.monotonic() - s.beat
-        return None if s.idle or silent < self.options.hang else f"the engine has been in one step for {silent:.0f} s"
+        """Liveness check: the reason why the process should be restarted; None if it is healthy."""
+        return self._join([model.broken or model.hanging(self.options.step_timeout) for model in self.models.values()])
 
-    def admitting(self) -> Problem | None:
-        """Why a request would be refused now; None if it would not."""
-        if self.broken:
-            return Problem(503, self.broken, code="failed", retry_after=1)
-        if self.draining:
-            return Problem(503, "the server is shutting down and admits nothing", code="draining", retry_after=1)
-        waiting, most = self.driver.snapshot.gauges.waiting, self.llm.engine.max_waiting
-        if waiting >= most:
-            return Problem(503, f"{waiting} wait already, max_waiting is {most}", code="queue_full", retry_after=1)
-        return None
+    def admitting(self, model: ServedModel) -> Problem | None:
+        """The Problem that a request for this model would get now; None if it would be admitted."""
+        if self.draining and not model.broken:
+            return Problem(503, "the server is shutting down and admits no requests", code="draining", retry_after=1)
+        return model.refusal()
 
-    def state(self, since: int) -> dict[str, Any]:
-        """What the page shows: how things stand, and the steps after number `since`."""
-        s = self.driver.snapshot
-        steps = [r for r in list(self.driver.steps) if r.number > since]
-        return {
-            "model": self.options.name,
-            "chat": bool(self.llm.tokenizer and self.llm.tokenizer.template),
-            "context": self.llm.program.context,
-            "clock": self.llm.engine.clock(),
-            "modelled": self.llm.modelled,
-            "running": s.gauges.running,
-            "waiting": s.gauges.waiting,
-            "blocks": s.gauges.blocks,
-            "blocks_held": s.gauges.blocks_held,
-            "blocks_cached": s.gauges.blocks_cached,
-            "output_tokens": s.counts.output_tokens,
-            "computed_tokens": s.counts.computed_tokens,
-            "draining": s.gauges.draining,
-            "steps": [[r.number, r.began, r.seconds, r.prefill_tokens, r.decode_tokens, r.sequences] for r in steps],
-        }
+    def ready(self) -> Problem | None:
+        """Readiness check: None if at least one model admits requests, else the first model's Problem."""
+        refusals = [self.admitting(model) for model in self.models.values()]
+        return refusals[0] if all(refusals) else None
+
+    def _join(self, reasons: list[str | None]) -> str | None:
+        """The reasons, one per model, joined to one line; with the models' names if there are several.
+
+        None without a reason.
+        """
+        named = [(name, why) for name, why in zip(self.models, reasons, strict=True) if why]
+        return "; ".join(f"{name}: {why}" if len(reasons) > 1 else why for name, why in named) or None
+
+    def _send(self, message: Drain | Halt) -> None:
+        for model in self.models.values():
+            model.driver.send(message)

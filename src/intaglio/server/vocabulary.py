@@ -1,33 +1,46 @@
-"""Single tokens as clients see them in log-probabilities: a text and its bytes. Not how text is decoded."""
+"""Text and bytes of single tokens, as log-probabilities show them. Output text is decoded elsewhere (Transcript)."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence, Set
 from functools import lru_cache
 
 from intaglio.models import Tokenizer
-from intaglio.models.tokenizer import REPLACEMENT
+from intaglio.models.text.tokenizer import REPLACEMENT
 
 
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's alphabet of byte-level tokens: printable bytes stand for themselves, the others from U+0100 on."""
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's byte-level alphabet as {character: byte}.
+
+    Printable bytes stand for themselves, the others are U+0100 and up.
+    """
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-BYTES = _byte_letters()
+BYTES = _byte_alphabet()
 
 
 class Vocabulary:
-    """Texts of one tokenizer's tokens; without a tokenizer, ids stand for them."""
+    """Text and bytes of single tokens, cached. Without a tokenizer a token's text is "token_id:N"."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
         self.piece = lru_cache(1 << 16)(self._piece)
 
+    def name(self, id: int) -> str:
+        r"""The token's text, or if its bytes are not whole characters, OpenAI's form bytes:\xf0\x9f."""
+        text, raw = self.piece(id)
+        try:
+            raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
+        return text
+
     def _piece(self, id: int) -> tuple[str, bytes]:
-        """A token's text, U+FFFD where it has only a part of a character, and its bytes."""
+        """(text, bytes) of a token. U+FFFD in the text replaces bytes that are only part of a character."""
         name = self.tokenizer.inner.id_to_token(id) if self.tokenizer else None
         if self.tokenizer is None or name is None:
             return f"token_id:{id}", b""
@@ -35,8 +48,39 @@ class Vocabulary:
             raw = bytes([int(byte[1], 16)])
             return raw.decode(errors="replace"), raw
         text = self.tokenizer.decode([id], skip_special=False)
-        if REPLACEMENT in text and all(letter in BYTES for letter in name):
-            return text, bytes(BYTES[letter] for letter in name)
+        if REPLACEMENT in text and all(c in BYTES for c in name):
+            return text, bytes(BYTES[c] for c in name)
         if name.startswith("\u2581") and not text.startswith(" "):
-            text = " " + text  # SentencePiece's mark of a space, which decoders drop at the beginning
+            text = " " + text  # SentencePiece marks a space so; decoders drop it at the beginning of a text
         return text, text.encode()
+
+
+class Offsets:
+    """Computes text_offset: the place in a choice's text, in characters, at which each token begins.
+
+    The tokens that make up one character share its place. echo: the text begins with the prompt, without its first
+    `prefix` tokens. hidden: ids that leave no text in the output; None: all special tokens.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, prompt: Sequence[int], echo: bool, prefix: int, hidden: Set[int] | None
+    ) -> None:
+        self.at, self.count, self.prefix = 0, 0, prefix
+        self.prompt = tokenizer.stream((), frozenset()) if tokenizer and echo else None
+        self.output = tokenizer.stream(prompt, hidden) if tokenizer else None
+
+    def of_prompt(self, id: int) -> int:
+        """Place of the next prompt token. Call it for the prompt's tokens in order."""
+        at, self.count = self.at, self.count + 1
+        if self.prompt and self.count > self.prefix:
+            self.at += len(self.prompt.push(id))
+        return at
+
+    def of_output(self, id: int) -> int:
+        """Place of the next output token. Call it for the output's tokens in order, after the prompt's."""
+        if self.prompt:
+            self.at, self.prompt = self.at + len(self.prompt.end()), None
+        at = self.at
+        if self.output:
+            self.at += len(self.output.push(id))
+        return at

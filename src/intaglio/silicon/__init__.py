@@ -1,1 +1,9 @@
-"""Silicon: chips' instructions, kernels in tiles, the machine that runs and times them, and the device made of them."""
+"""Simulated chips: instruction set, kernels written in tiles, and a simulator that executes and times them.
+
+`chip_kernel` registers the kernel class of an op; other packages register kernels for their own ops with it. See
+docs/adding-an-op.md.
+"""
+
+from intaglio.silicon.kernels import ChipKernel, WorkKernel, chip_kernel
+
+__all__ = ["ChipKernel", "WorkKernel", "chip_kernel"]

@@ -1,26 +1,34 @@
-"""The machine: runs the streams of a chip's cores, with values and a clock, and refuses what hardware would refuse.
+"""Chip simulator: executes the instruction streams of a chip's cores, with values and modelled time.
 
-Event-driven. Engines are in-order queues joined by their counters; HBM and links are shared by whoever uses them at the
-moment, in equal parts, each core through its own port.
+Event-driven. Each engine of a core is an in-order queue; engines synchronise through counters of finished instructions.
+Transfers pass the L2, and HBM where they miss it (cache.py). Those in flight share L2, HBM and links equally; the port
+of a core limits the rate of each. Programs that hardware would refuse or compute wrongly raise MachineError: checks.py
+checks each stream before it runs; during the run, reads of unwritten bytes, cores that share bytes of HBM (sharing.py)
+and messages that never come are found.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
-from intaglio.chips import ChipSpec
-from intaglio.silicon.instruction import ENGINES, Cost, Instruction
-from intaglio.silicon.instructions import Receive, Send
-from intaglio.silicon.kernel import Stream
-from intaglio.silicon.memory import MachineError, Memory, Region, Spaces
+import numpy as np
+
+from intaglio.chips import Target
+from intaglio.silicon.cache import Cache
+from intaglio.silicon.checks import Blocked, check, cycle, location
+from intaglio.silicon.isa import ENGINES, Cost, Instruction, Load, Receive, Send, Store
+from intaglio.silicon.isa.rules import check_extra_instructions
+from intaglio.silicon.memory import CoreMemory, MachineError, Memory, Region
+from intaglio.silicon.sharing import SharedHbm
+from intaglio.silicon.stream import Stream
 
 
 @dataclass(frozen=True)
 class Span:
-    """An instruction on an engine: when it started and ended, in seconds."""
+    """One executed instruction, with its start and end in seconds since the start of the run."""
 
     core: int
     engine: str
@@ -31,245 +39,281 @@ class Span:
 
 
 @dataclass
-class Run:
-    """What came of it. `busy` seconds by engine, and `stalls` by (engine, what it waited for), summed over cores."""
+class RunResult:
+    """Modelled time and counters of one run of the machine, summed over cores."""
 
-    seconds: float = 0.0
-    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    seconds: float = 0.0  # until the last instruction ended
+    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # engine -> seconds in use
+    # (engine, engine whose result it waited for, or "start") -> idle seconds
     stalls: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
-    bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    spans: list[Span] = field(default_factory=list)
+    # "l2" (between cores and L2), "hbm" (between L2 and HBM), "link" -> bytes moved
+    bytes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    spans: list[Span] = field(default_factory=list)  # only if the machine records them
 
 
 @dataclass
 class Core:
-    """One core at work."""
+    """State of one core during a run. Lists have one item for each of ENGINES."""
 
     stream: Stream
-    spaces: Spaces
+    memory: CoreMemory
     queues: list[list[Instruction]]
-    head: list[int] = field(default_factory=lambda: [0] * len(ENGINES))  # started
-    done: list[int] = field(default_factory=lambda: [0] * len(ENGINES))  # finished, results there
+    started: list[int] = field(default_factory=lambda: [0] * len(ENGINES))  # instructions issued
+    finished: list[int] = field(default_factory=lambda: [0] * len(ENGINES))  # instructions whose result is visible
     busy: list[bool] = field(default_factory=lambda: [False] * len(ENGINES))
-    free_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))
-    last: str = ""  # the engine whose counter moved last
+    free_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))  # seconds
+    visible_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))  # of the last result, seconds
+    last_finished: str = ""  # the engine that finished an instruction last
 
 
 @dataclass
 class Transfer:
+    """A transfer in progress: an instruction that moves bytes between core and HBM, through the L2, or over a link."""
+
     core: int
     engine: int
     cost: Cost
-    left: float
-    start: float
+    bytes_left: float
+    start: float  # seconds
+    hbm_bytes: float = 0.0  # that the L2 reads from HBM or writes back to it meanwhile
 
 
-def check(spec: ChipSpec, stream: Stream) -> None:
-    """Refuse a stream that leaves its memory, or in which two engines touch bytes with no order between them. Raises
-    MachineError naming site, engine and instruction."""
-    limits = {"sram": spec.sram_bytes, "acc": spec.acc_bytes}
-    clocks: list[list[list[int]]] = [[[0] * len(ENGINES)] for _ in ENGINES]  # of each engine's n-th: what it knows done
-    seen: dict[str, dict[tuple[int, int], list[tuple[int, int, bool]]]] = {"sram": {}, "acc": {}, "hbm": {}}
-    for i in stream.instructions:
-        engine = ENGINES.index(i.engine)
-        known = list(clocks[engine][-1])
-        for other, n in enumerate(i.wait):
-            if n < len(clocks[other]):
-                known = [max(a, b) for a, b in zip(known, clocks[other][n], strict=True)]
-                known[other] = max(known[other], n)
-        number = len(clocks[engine])
-        for region, writes in [(r, False) for r in i.regions(False)] + [(r, True) for r in i.regions(True)]:
-            limit = limits.get(region.space)
-            if limit is not None and region.span[1] > limit:
-                raise MachineError(
-                    f"{where(stream, i)}: {region.space} overflow: {region} ends at byte {region.span[1]:,}, "
-                    f"{spec.name} has {limit:,} a core; take smaller tiles or fewer stages"
-                )
-            _race(stream, i, seen[region.space], region, writes, engine, number, known)
-        clocks[engine].append(known)
-
-
-def _race(
-    stream: Stream, i: Instruction, seen: dict[tuple[int, int], list[tuple[int, int, bool]]], region: Region,
-    writes: bool, engine: int, number: int, known: list[int],
-) -> None:  # fmt: skip
-    """Compare with who touched these bytes before; note the access."""
-    low, high = region.span
-    for (a, b), uses in seen.items():
-        if a < high and low < b and (region.space != "hbm" or any(w for _, _, w in uses) or writes):
-            for other, n, wrote in uses:
-                if (writes or wrote) and other != engine and known[other] < n:
-                    verb = "writes" if writes else "reads"
-                    did = "writes" if wrote else "reads"
-                    raise MachineError(
-                        f"{where(stream, i)}: race: it {verb} {region}, which instruction {n} of {ENGINES[other]} "
-                        f"{did}, and no wait orders the two; it waits for {waits(i) or 'nothing'}"
-                    )
-    entries = seen.setdefault((low, high), [])
-    entries[:] = [e for e in entries if not (e[0] == engine and e[2] == writes)]
-    entries.append((engine, number, writes))
-
-
-def where(stream: Stream, i: Instruction) -> str:
-    return f"site {stream.site}, engine {i.engine}, instruction {type(i).__name__}"
-
-
-def waits(i: Instruction) -> str:
-    return ", ".join(f"{ENGINES[e]} to finish {n}" for e, n in enumerate(i.wait) if n)
+def l2_of(target: Target) -> Cache:
+    """An empty L2 of a chip, with the part of it that the library's kernels can use."""
+    return Cache(target.chip.l2_bytes * target.library.l2_usable)
 
 
 class Machine:
-    """A chip (or several, if streams say so) running streams. `hbm` is each chip's memory; values are computed unless
-    it is None."""
+    """Simulator of one chip, or of several of one kind that exchange messages.
 
-    def __init__(self, spec: ChipSpec, hbm: Mapping[int, Memory] | None = None, spans: bool = False) -> None:
-        self.spec, self.hbm, self.record = spec, hbm, spans
-        self.rates = {
-            "hbm": (spec.hbm_rate, spec.port_rate),
-            "link": (spec.links.chip_bytes_per_s,) * 2,
-        }
+    `hbm` maps a chip's number to its memory. If it is None, instructions are timed but no values are computed. With
+    `spans`, the result lists every executed instruction.
+    `l2`: the L2 of each chip as earlier launches left it; None: empty.
+    """
 
-    def run(self, streams: Sequence[Stream]) -> Run:
-        """Run one stream a core until all have ended. Raises MachineError, naming site, engine and instruction, for an
-        overflow, a race, a read of what nobody wrote, and a deadlock (who waits for what)."""
-        crowd = max((sum(s.chip == c for s in streams) for c in {s.chip for s in streams}), default=0)
-        if crowd > self.spec.cores:
-            raise MachineError(f"{crowd} streams for one chip; {self.spec.name} has {self.spec.cores} cores")
-        for stream in set(streams):
-            check(self.spec, stream)
-        self.cores = [self._core(s) for s in streams]
-        self.result, self.now = Run(), 0.0
-        self.events: list[tuple[float, int, int, int, int]] = []  # time, order, core, engine, 0: free 1: done
-        self.order = 0
+    def __init__(
+        self, target: Target, hbm: Mapping[int, Memory] | None = None, spans: bool = False,
+        l2: MutableMapping[int, Cache] | None = None,
+    ) -> None:  # fmt: skip
+        check_extra_instructions(target.chip)
+        self.target, self.chip, self.hbm, self.record_spans = target, target.chip, hbm, spans
+        self.l2 = l2 if l2 is not None else defaultdict(lambda: l2_of(target))
+
+    def run(self, streams: Sequence[Stream]) -> RunResult:
+        """Execute the streams, one per core, until all have ended. Returns the modelled time and counters.
+
+        Raises MachineError, naming site, engine and instruction, for more streams than cores, for what check() refuses,
+        for a read of unwritten bytes, for cores that access the same bytes of HBM, and for a deadlock between cores or
+        chips.
+        """
+        most = max((sum(s.chip == c for s in streams) for c in {s.chip for s in streams}), default=0)
+        if most > self.chip.cores:
+            raise MachineError(f"{most} streams for one chip; {self.chip.name} has {self.chip.cores} cores")
+        for stream in {id(s): s for s in streams}.values():
+            check(self.target, stream)
+        self.shared: dict[int, SharedHbm] = defaultdict(SharedHbm)  # by chip
+        self.cores = [self._core(c, s) for c, s in enumerate(streams)]
+        self.result, self.now = RunResult(), 0.0
+        # Events: (time, sequence number, core, engine, 0 if the engine becomes free or 1 if a result becomes visible)
+        self.events: list[tuple[float, int, int, int, int]] = []
+        self.event_count = 0
         self.transfers: list[Transfer] = []
-        self.mail: dict[tuple[int, int, int], list[object]] = defaultdict(list)
+        self.messages: dict[tuple[int, int, int], list[np.ndarray]] = defaultdict(list)  # by (sender, receiver, tag)
         for c in range(len(self.cores)):
-            self._start(c)
+            self._start_ready(c)
         while self.events or self.transfers:
             self._advance()
-        self._all_ended()
+        self._check_all_ended()
         self.result.seconds = self.now
         return self.result
 
-    def _core(self, stream: Stream) -> Core:
+    def _core(self, number: int, stream: Stream) -> Core:
         hbm = self.hbm[stream.chip] if self.hbm is not None else Memory("hbm", None)
         queues: list[list[Instruction]] = [[] for _ in ENGINES]
         for i in stream.instructions:
             queues[ENGINES.index(i.engine)].append(i)
-        small = self.hbm is None  # without values nobody touches the bytes
-        sram, acc = (0, 0) if small else (self.spec.sram_bytes, self.spec.acc_bytes)
-        return Core(stream, Spaces(hbm, sram, acc), queues)
+        timing_only = self.hbm is None  # no bytes are read or written, so none are allocated
+        sram, acc = (0, 0) if timing_only else (self.chip.sram_bytes, self.chip.acc_bytes)
+
+        def watch(region: Region, indices: np.ndarray, writes: bool) -> None:
+            if did := self.shared[stream.chip].access(number, indices, writes):
+                verb, other = "writes" if writes else "reads", self._accessor(number, region, did == "writes")
+                raise MachineError(
+                    f"core {number} {verb} {region}, which {other} {did} in the same run; cores have no order among "
+                    "them, so give the bytes to one core or make it two runs"
+                )
+
+        return Core(stream, CoreMemory(hbm, sram, acc, watch), queues)
+
+    def _accessor(self, core: int, region: Region, writes: bool) -> str:
+        """In words, another core of the same chip and its started instruction that accessed a region."""
+        chip = self.cores[core].stream.chip
+        for c, other in enumerate(self.cores):
+            if c == core or other.stream.chip != chip:
+                continue
+            for engine, queue in enumerate(other.queues):
+                for n, i in enumerate(queue[: other.started[engine]], 1):
+                    if any(r.overlaps(region) for r in i.regions(writes)):
+                        return f"core {c} (instruction {n} of {ENGINES[engine]}, {type(i).__name__})"
+        return "another core"
 
     def _advance(self) -> None:
-        """Move the clock to the next thing that ends."""
+        """Advance the clock to the next event or end of a transfer, and process everything due at that time."""
         rates = self._rates()
-        ends = [self.now + t.left / r for t, r in zip(self.transfers, rates, strict=True)]
+        ends = [self.now + t.bytes_left / r for t, r in zip(self.transfers, rates, strict=True)]
         first = min(ends, default=float("inf"))
         then = min(first, self.events[0][0]) if self.events else first
         for t, r in zip(self.transfers, rates, strict=True):
-            t.left -= (then - self.now) * r
+            t.bytes_left -= (then - self.now) * r
         self.now = then
         finished = [t for t, end in zip(self.transfers, ends, strict=True) if end <= then * (1 + 1e-12)]
         self.transfers = [t for t in self.transfers if t not in finished]
         for t in finished:
             self._end(t.core, t.engine, t.start, t.cost)
         while self.events and self.events[0][0] <= self.now:
-            _, _, core, engine, done = heapq.heappop(self.events)
-            if done:
-                self.cores[core].done[engine] += 1
-                self.cores[core].last = ENGINES[engine]
-                self._start(core)
+            _, _, core, engine, visible = heapq.heappop(self.events)
+            if visible:
+                self.cores[core].finished[engine] += 1
+                self.cores[core].last_finished = ENGINES[engine]
+                self._start_ready(core)
             else:
-                cost = self.cores[core].queues[engine][self.cores[core].head[engine] - 1].cost(self.spec)
+                cost = self.cores[core].queues[engine][self.cores[core].started[engine] - 1].cost(self.target)
                 self._end(core, engine, self.cores[core].free_at[engine], cost)
 
     def _rates(self) -> list[float]:
+        """Bytes/s of each transfer in flight.
+
+        The transfers of a chip share its links, its L2, and those that miss the L2 its HBM, equally; the port of a core
+        limits each. HBM is passed by `hbm_bytes` of a transfer's bytes.
+        """
         users: dict[tuple[str, int], int] = defaultdict(int)
         for t in self.transfers:
-            users[t.cost.resource, self.cores[t.core].stream.chip] += 1
+            chip = self.cores[t.core].stream.chip
+            users[t.cost.resource, chip] += 1
+            users["missed", chip] += t.hbm_bytes > 0
         out = []
         for t in self.transfers:
-            whole, port = self.rates[t.cost.resource]
-            out.append(min(port, whole / users[t.cost.resource, self.cores[t.core].stream.chip]))
+            chip = self.cores[t.core].stream.chip
+            if t.cost.resource == "link":
+                out.append(self.chip.links.chip_bytes_per_s / users["link", chip])
+                continue
+            rate = min(self.chip.port_rate, self.chip.l2_rate / users["hbm", chip])
+            if t.hbm_bytes:
+                rate = min(rate, self.chip.hbm_rate / users["missed", chip] * t.cost.bytes / t.hbm_bytes)
+            out.append(rate)
         return out
 
-    def _post(self, time: float, core: int, engine: int, done: int) -> None:
-        self.order += 1
-        heapq.heappush(self.events, (time, self.order, core, engine, done))
+    def _schedule(self, time: float, core: int, engine: int, visible: int) -> None:
+        self.event_count += 1
+        heapq.heappush(self.events, (time, self.event_count, core, engine, visible))
 
     def _end(self, c: int, engine: int, start: float, cost: Cost) -> None:
-        """The engine is free; its result is there after the latency."""
+        """Free the engine at the end of its instruction; the result becomes visible cost.latency_s later."""
         core = self.cores[c]
-        i = core.queues[engine][core.head[engine] - 1]
+        i = core.queues[engine][core.started[engine] - 1]
         core.busy[engine] = False
         core.free_at[engine] = self.now
         self.result.busy[i.engine] += self.now - start
         if cost.resource:
-            self.result.bytes[cost.resource] += cost.bytes
-        if self.record:
+            self.result.bytes["l2" if cost.resource == "hbm" else cost.resource] += cost.bytes
+        if self.record_spans:
             self.result.spans.append(Span(c, i.engine, start, self.now, type(i).__name__, core.stream.site))
         if isinstance(i, Send):
             self._deliver(c, i)
-        self._post(self.now + cost.latency_s, c, engine, 1)
-        self._start(c)
+        # The counter counts in order, so a result is never visible before that of an earlier instruction.
+        core.visible_at[engine] = max(core.visible_at[engine], self.now + cost.latency_s)
+        self._schedule(core.visible_at[engine], c, engine, 1)
+        self._start_ready(c)
 
     def _deliver(self, c: int, i: Send) -> None:
+        """Deliver the message of a finished Send to the receiving chip, and start instructions that waited for it."""
         core = self.cores[c]
-        values = core.spaces.read(i.src) if self.hbm is not None else None
-        self.mail[core.stream.chip, i.peer, i.tag].append(values)
+        values = core.memory.read(i.src) if self.hbm is not None else np.zeros((0, 0))
+        self.messages[core.stream.chip, i.peer, i.tag].append(values)
         for other, receiver in enumerate(self.cores):
             if receiver.stream.chip == i.peer:
-                self._start(other)
+                self._start_ready(other)
 
-    def _start(self, c: int) -> None:
-        """Start whatever can start on core `c`."""
+    def _start_ready(self, c: int) -> None:
+        """On each idle engine of core `c`, start the next instruction if its waits are met.
+
+        A Receive also needs its message to have arrived.
+        """
         core = self.cores[c]
         for engine, queue in enumerate(core.queues):
-            if core.busy[engine] or core.head[engine] >= len(queue):
+            if core.busy[engine] or core.started[engine] >= len(queue):
                 continue
-            i = queue[core.head[engine]]
-            if all(core.done[e] >= n for e, n in enumerate(i.wait)) and self._mail_there(core, i):
-                self._begin(c, engine, i)
+            i = queue[core.started[engine]]
+            if all(core.finished[e] >= n for e, n in enumerate(i.wait)) and self._message_arrived(core, i):
+                self._start(c, engine, i)
 
-    def _mail_there(self, core: Core, i: Instruction) -> bool:
-        return not isinstance(i, Receive) or bool(self.mail[i.peer, core.stream.chip, i.tag])
+    def _message_arrived(self, core: Core, i: Instruction) -> bool:
+        return not isinstance(i, Receive) or bool(self.messages[i.peer, core.stream.chip, i.tag])
 
-    def _begin(self, c: int, engine: int, i: Instruction) -> None:
+    def _start(self, c: int, engine: int, i: Instruction) -> None:
+        """Start an instruction: compute its values now, and schedule its end."""
         core = self.cores[c]
         idle = self.now - core.free_at[engine]
         if idle > 0:
-            self.result.stalls[i.engine, core.last or "start"] += idle
-        core.head[engine] += 1
+            self.result.stalls[i.engine, core.last_finished or "start"] += idle
+        core.started[engine] += 1
         core.busy[engine] = True
         if self.hbm is not None:
             try:
                 if isinstance(i, Receive):
-                    core.spaces.write(i.dst, self.mail[i.peer, core.stream.chip, i.tag].pop(0))  # type: ignore[arg-type]
-                i.run(core.spaces)
+                    message = self.messages[i.peer, core.stream.chip, i.tag].pop(0)
+                    if message.shape != (i.dst.rows, i.dst.cols):
+                        rows, cols = message.shape
+                        raise MachineError(f"dst is {i.dst}; the message of chip {i.peer} has shape [{rows}, {cols}]")
+                    core.memory.write(i.dst, message)
+                i.run(core.memory)
             except MachineError as e:
-                raise MachineError(f"{where(core.stream, i)}: {e}") from None
+                raise MachineError(f"{location(core.stream, i)}: {e}") from None
         elif isinstance(i, Receive):
-            self.mail[i.peer, core.stream.chip, i.tag].pop(0)
-        cost = i.cost(self.spec)
+            self.messages[i.peer, core.stream.chip, i.tag].pop(0)
+        cost = i.cost(self.target)
         core.free_at[engine] = self.now
         if cost.bytes:
-            self.transfers.append(Transfer(c, engine, cost, cost.bytes, self.now))
+            missed = self._through_l2(core, i, cost) if cost.resource == "hbm" else 0.0
+            self.transfers.append(Transfer(c, engine, cost, cost.bytes, self.now, missed))
         else:
-            self._post(self.now + cost.cycles / self.spec.clock_hz, c, engine, 0)
+            self._schedule(self.now + cost.cycles / self.chip.clock_hz, c, engine, 0)
 
-    def _all_ended(self) -> None:
-        """Raise MachineError if something is left that waits for ever."""
-        stuck = []
-        for core in self.cores:
+    def _through_l2(self, core: Core, i: Instruction, cost: Cost) -> float:
+        """Bytes that the L2 moves from and to HBM for a transfer between HBM and a core.
+
+        Rows of Gather and Scatter are taken to miss, since they depend on values.
+        """
+        if isinstance(i, Load):
+            missed = self.l2[core.stream.chip].access(i.src, writes=False)
+        elif isinstance(i, Store):
+            missed = self.l2[core.stream.chip].access(i.dst, writes=True)
+        else:
+            missed = float(cost.bytes)
+        self.result.bytes["hbm"] += missed
+        return missed
+
+    def _check_all_ended(self) -> None:
+        """Raise MachineError (deadlock) if an instruction still waits although nothing is running any more."""
+        blocked: dict[Hashable, Blocked] = {}
+        for c, core in enumerate(self.cores):
             for engine, queue in enumerate(core.queues):
-                if core.head[engine] < len(queue):
-                    i = queue[core.head[engine]]
-                    lack = [
-                        f"{ENGINES[e]} to finish {n} (it has finished {core.done[e]})"
-                        for e, n in enumerate(i.wait) if core.done[e] < n
-                    ]  # fmt: skip
-                    if isinstance(i, Receive) and not lack:
-                        lack = [f"chip {i.peer} to send tag {i.tag}"]
-                    stuck.append(f"{where(core.stream, i)} waits for {' and '.join(lack)}")
-        if stuck:
-            raise MachineError("deadlock: " + "; ".join(stuck))
+                if core.started[engine] < len(queue):
+                    blocked[c, engine] = self._blocked(c, queue[core.started[engine]])
+        if blocked:
+            raise MachineError(f"deadlock: {cycle(blocked)}")
+
+    def _blocked(self, c: int, i: Instruction) -> Blocked:
+        """What the instruction `i` of core `c` waits for."""
+        core = self.cores[c]
+        what = f"chip {core.stream.chip}, core {c}, {location(core.stream, i)} waits for "
+        for e, n in enumerate(i.wait):
+            if core.finished[e] < n:
+                return Blocked(f"{what}{ENGINES[e]} to finish {n}", (c, e))
+        assert isinstance(i, Receive)  # all else can start when its waits are met
+        what, net = f"{what}chip {i.peer} to send tag {i.tag}", ENGINES.index("NET")
+        for s, sender in enumerate(self.cores):
+            left = sender.queues[net][sender.started[net] :] if sender.stream.chip == i.peer else []
+            if any(isinstance(m, Send) and (m.peer, m.tag) == (core.stream.chip, i.tag) for m in left):
+                return Blocked(what, (s, net))
+        return Blocked(f"{what}, which no stream sends", None)

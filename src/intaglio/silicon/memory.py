@@ -1,68 +1,82 @@
-"""Memory of the machine: bytes in HBM, SRAM and accumulators, and regions of them.
+"""Memory of the chip simulator: the bytes of HBM, SRAM and accumulators, and Region, a matrix in one of them.
 
-Every byte remembers whether it was ever written; reading one that was not is an error, as hardware would return noise.
+Each byte has a written flag; reading a byte that was never written raises MachineError, since hardware would return
+arbitrary data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
+from intaglio import formats
+
 SPACES = ("hbm", "sram", "acc")
-FORMATS: dict[str, tuple[int, np.dtype]] = {  # name -> bits, NumPy type of a value once read
-    "f32": (32, np.dtype(np.float32)),
-    "bf16": (16, np.dtype(ml_dtypes.bfloat16)),
-    "f16": (16, np.dtype(np.float16)),
-    "e4m3": (8, np.dtype(ml_dtypes.float8_e4m3fn)),
-    "int8": (8, np.dtype(np.int8)),
-    "int4": (4, np.dtype(np.int8)),
-    "i32": (32, np.dtype(np.int32)),
-}
+FORMATS = ("f32", "bf16", "f16", "e4m3", "int8", "int4", "i32")  # of formats.ELEMENTS, those that a Region may have
 
 
 class MachineError(RuntimeError):
-    """Something hardware would refuse, or get wrong in silence."""
+    """Raised for a program that the hardware would refuse or compute wrongly: overflow, race, deadlock, bad index."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A [rows, cols] matrix in a space: the first byte, and the bytes from one row to the next. Rows of 4-bit values
-    hold two to a byte, the first in the low half; a row starts at a byte."""
+    """A [rows, cols] matrix in a memory space.
 
-    space: str
-    address: int
+    4-bit values are packed two to a byte, the first in the low half; each row starts at a byte boundary.
+    """
+
+    space: str  # one of SPACES
+    address: int  # of the first byte
     rows: int
     cols: int
-    stride: int
-    format: str
+    stride: int  # bytes from one row to the next
+    format: str  # one of FORMATS
 
     @property
     def row_bytes(self) -> int:
-        return -(-self.cols * FORMATS[self.format][0] // 8)
+        """Bytes of one row, without the gap to the next."""
+        return -(-self.cols * formats.bits(self.format) // 8)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all rows, without gaps."""
         return self.rows * self.row_bytes
 
     @property
     def span(self) -> tuple[int, int]:
-        """First byte, and the one after the last."""
+        """(address of the first byte, address after the last byte)."""
         return self.address, self.address + (
             self.rows - 1
         ) * self.stride + self.row_bytes if self.rows else self.address
 
+    def overlaps(self, other: Region) -> bool:
+        """True if the two regions share a byte."""
+        if self.space != other.space or not (self.nbytes and other.nbytes):
+            return False
+        a, b = (self, other) if self.rows <= other.rows else (other, self)
+        (a_low, a_high), (b_low, b_high) = a.span, b.span
+        if a_low >= b_high or b_low >= a_high:
+            return False
+        if b.rows == 1 or b.row_bytes >= b.stride:  # both are without gaps, or b is
+            low = a_low + np.arange(a.rows) * a.stride
+            return bool(((low < b_high) & (low + a.row_bytes > b_low)).any())
+        low = a_low + np.arange(a.rows) * a.stride
+        first = np.maximum(0, -(-(low - b.row_bytes + 1 - b_low) // b.stride))  # first row of b that ends after `low`
+        return bool(((first < b.rows) & (b_low + first * b.stride < low + a.row_bytes)).any())
+
     def part(self, rows: slice = slice(None), cols: slice = slice(None)) -> Region:
-        """Rows and columns of it, as slices without a step."""
+        """The sub-matrix of these rows and columns; slices have step 1."""
         r0, r1, _ = rows.indices(self.rows)
         c0, c1, _ = cols.indices(self.cols)
-        bits = FORMATS[self.format][0]
+        bits = formats.bits(self.format)
         start = self.address + r0 * self.stride + c0 * bits // 8
         return Region(self.space, start, max(0, r1 - r0), max(0, c1 - c0), self.stride, self.format)
 
     def shaped(self, rows: int, cols: int) -> Region:
-        """The same bytes, of a region whose rows follow each other, as another matrix."""
+        """A contiguous [rows, cols] matrix that starts at the same address, in the same format."""
         return dense(self.space, self.address, rows, cols, self.format)
 
     def __str__(self) -> str:
@@ -70,20 +84,20 @@ class Region:
 
 
 def dense(space: str, address: int, rows: int, cols: int, format: str) -> Region:
-    """A region whose rows follow each other."""
-    return Region(space, address, rows, cols, -(-cols * FORMATS[format][0] // 8), format)
+    """A contiguous region: no gap between rows."""
+    return Region(space, address, rows, cols, -(-cols * formats.bits(format) // 8), format)
 
 
 class Memory:
-    """The bytes of one space. `size` may be None: it grows as it is written (HBM of a simulation)."""
+    """The bytes of one memory space. `size`: its bytes; None: it grows on access (simulated HBM)."""
 
     def __init__(self, space: str, size: int | None) -> None:
         self.space, self.size = space, size
         self.bytes = np.zeros(size if size is not None else 1 << 16, np.uint8)
         self.written = np.zeros(len(self.bytes), bool)
 
-    def _where(self, r: Region) -> np.ndarray:
-        """Byte indices [rows, row bytes]. Raises MachineError outside the space."""
+    def byte_indices(self, r: Region) -> np.ndarray:
+        """Indices of a region's bytes, [rows, row_bytes]. Raises MachineError if the region ends outside the space."""
         low, high = r.span
         if self.size is not None and (low < 0 or high > self.size):
             raise MachineError(f"{r} ends at byte {high}; {self.space} has {self.size}")
@@ -93,39 +107,69 @@ class Memory:
         return r.address + np.arange(r.rows)[:, None] * r.stride + np.arange(r.row_bytes)[None, :]
 
     def read(self, r: Region) -> np.ndarray:
-        """Values [rows, cols]. Raises MachineError if a byte of it was never written."""
-        at = self._where(r)
-        if not self.written[at].all():
-            row, byte = np.argwhere(~self.written[at])[0]
+        """Values [rows, cols] in the dtype of the region's format (4-bit values as int8).
+
+        Raises MachineError if a byte of the region was never written, or lies outside the space.
+        """
+        indices = self.byte_indices(r)
+        if not self.written[indices].all():
+            row, byte = np.argwhere(~self.written[indices])[0]
             raise MachineError(f"reads {r}, of which row {row} byte {byte} was never written")
-        raw = np.ascontiguousarray(self.bytes[at])
-        bits, dtype = FORMATS[r.format]
+        raw = np.ascontiguousarray(self.bytes[indices])
+        bits, dtype = formats.ELEMENTS[r.format]
         if bits == 4:
             pair = np.stack([raw & 15, raw >> 4], axis=-1).reshape(r.rows, -1)[:, : r.cols]
-            return (pair.astype(np.int8) ^ 8) - np.int8(8)  # sign of four bits
+            return (pair.astype(np.int8) ^ 8) - np.int8(8)  # sign-extend four bits
         return raw.view(dtype)
 
     def write(self, r: Region, values: np.ndarray) -> None:
-        """Store `values` [rows, cols], rounded to the region's format (to nearest, ties to even)."""
-        at = self._where(r)
-        bits, dtype = FORMATS[r.format]
+        """Store `values` [rows, cols], rounded to the region's format (to nearest, ties to even).
+
+        Raises MachineError if the region lies outside the space.
+        """
+        indices = self.byte_indices(r)
+        bits, dtype = formats.ELEMENTS[r.format]
         if bits == 4:
             low = np.pad(values.astype(np.int8).astype(np.uint8) & 15, ((0, 0), (0, values.shape[1] % 2)))
             raw = low[:, ::2] | (low[:, 1::2] << 4)
         else:
             raw = np.ascontiguousarray(values.astype(dtype)).view(np.uint8)
-        self.bytes[at] = raw.reshape(at.shape)
-        self.written[at] = True
+        self.bytes[indices] = raw.reshape(indices.shape)
+        self.written[indices] = True
 
 
-class Spaces:
-    """What one core sees: HBM, which all share, and its own SRAM and accumulators."""
+class CoreMemory:
+    """The memory spaces that one core addresses: the chip's HBM, and the core's own SRAM and accumulators.
 
-    def __init__(self, hbm: Memory, sram_bytes: int, acc_bytes: int) -> None:
-        self.of = {"hbm": hbm, "sram": Memory("sram", sram_bytes), "acc": Memory("acc", acc_bytes)}
+    `watch` is called before each access to HBM with the region, its byte indices and whether it is written; it raises
+    MachineError if the core must not access it.
+    """
+
+    def __init__(
+        self, hbm: Memory, sram_bytes: int, acc_bytes: int,
+        watch: Callable[[Region, np.ndarray, bool], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.watch = watch
+        self.spaces = {"hbm": hbm, "sram": Memory("sram", sram_bytes), "acc": Memory("acc", acc_bytes)}
 
     def read(self, r: Region) -> np.ndarray:
-        return self.of[r.space].read(r)
+        """Values [rows, cols] of a region, as Memory.read()."""
+        self._watch(r, False)
+        return self.spaces[r.space].read(r)
+
+    def read32(self, r: Region) -> np.ndarray:
+        """Values [rows, cols] of a region, converted to float32."""
+        return self.read(r).astype(np.float32)
+
+    def read64(self, r: Region) -> np.ndarray:
+        """Values [rows, cols] of a region, converted to float64."""
+        return self.read(r).astype(np.float64)
 
     def write(self, r: Region, values: np.ndarray) -> None:
-        self.of[r.space].write(r, values)
+        """Store values [rows, cols] in a region, as Memory.write()."""
+        self._watch(r, True)
+        self.spaces[r.space].write(r, values)
+
+    def _watch(self, r: Region, writes: bool) -> None:
+        if self.watch is not None and r.space == "hbm":
+            self.watch(r, self.spaces["hbm"].byte_indices(r), writes)

@@ -1,7 +1,7 @@
-"""How long regular tile loops take, in closed form: what the machine would find by running every instruction.
+"""Timing of a kernel, and closed forms for the time of regular tile loops.
 
-All functions take numbers or NumPy arrays, so that one call weighs every way to tile a product. Tests hold them equal
-to the machine.
+The closed forms give what the machine would find by executing every instruction; tests compare the two. They take
+numbers or NumPy arrays, so that one call evaluates every tiling of a product.
 """
 
 from __future__ import annotations
@@ -14,48 +14,51 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Timing:
-    """One kernel on one chip: seconds, the seconds each engine or memory was in use (of `seconds`, as a mean over the
-    cores), what it moved and computed, and what it waited for most."""
+    """Modelled time of one kernel on one chip, with the bytes it moves and the FLOPs it computes."""
 
     seconds: float
-    busy: dict[str, float] = field(default_factory=dict)
+    busy: dict[str, float] = field(default_factory=dict)  # engine or memory -> seconds in use, mean over cores
     hbm_bytes: float = 0.0
-    shared_bytes: float = 0.0
+    l2_bytes: float = 0.0
     link_bytes: float = 0.0
     flops: float = 0.0
-    format: str = "bf16"  # of the products
-    weight_bytes: float = 0.0  # of hbm_bytes, those that could have been fetched before
-    why: str = ""  # the choice made, for people
+    format: str = "bf16"  # in which the matrix array multiplies
+    weight_bytes: float = 0.0  # the part of hbm_bytes that are weights, which can be prefetched
+    choice: str = ""  # tile, split or algorithm chosen, in words
     steps: int = 0  # steps of a collective
 
     @property
     def bound(self) -> str:
-        """The engine or memory in use longest."""
+        """Name of the engine or memory that is in use longest; "launch" if none is in use."""
         return max(self.busy, key=lambda e: self.busy[e]) if self.busy else "launch"
 
     def __add__(self, other: Timing) -> Timing:
-        """One after the other."""
+        """The Timing of two kernels that run one after the other."""
         keys = [*self.busy, *(k for k in other.busy if k not in self.busy)]
         return Timing(
             self.seconds + other.seconds,
             {k: self.busy.get(k, 0.0) + other.busy.get(k, 0.0) for k in keys},
             self.hbm_bytes + other.hbm_bytes,
-            self.shared_bytes + other.shared_bytes,
+            self.l2_bytes + other.l2_bytes,
             self.link_bytes + other.link_bytes,
             self.flops + other.flops,
             self.format if self.flops >= other.flops else other.format,
             self.weight_bytes + other.weight_bytes,
-            "; ".join(filter(None, (self.why, other.why))),
+            "; ".join(filter(None, (self.choice, other.choice))),
             self.steps + other.steps,
         )
 
 
 def pipeline(n: Any, load_s: Any, work_s: Any, latency_s: Any, depth: Any) -> Any:
-    """Seconds from the first load's start to the last work's end, for n steps of load and work through a ring of
-    `depth` tiles: a tile is there latency_s after its load, and is loaded anew once its work is done.
+    """Seconds of a software pipeline of n iterations: load a tile, then compute on it, with a ring of `depth` tiles.
 
-    Exact. The longest path through n steps goes r times round the ring (load, latency, work: depth steps on) and the
-    rest along the busier engine; as that is linear in r, r is 0 or as large as it can be.
+    Counted from the start of the first load to the end of the last computation. A tile can be used latency_s after its
+    load ended (load_s), and can be overwritten when its computation (work_s) has ended. Arguments are numbers or arrays
+    that broadcast.
+
+    The result is exact. The longest path through the n iterations passes r times around the ring (load, latency,
+    compute, then the load of the same tile `depth` iterations on), and follows the busier engine for the rest. Its
+    length is linear in r, so it is longest for r = 0 or for the largest r.
     """
     once = load_s + latency_s + work_s
     busier = np.maximum(load_s, work_s)
@@ -63,7 +66,16 @@ def pipeline(n: Any, load_s: Any, work_s: Any, latency_s: Any, depth: Any) -> An
     return np.maximum(once + (n - 1) * busier, (rounds + 1) * once + (n - 1 - rounds * depth) * busier)
 
 
-def spread(jobs: Any, cores: int) -> tuple[Any, Any]:
-    """Jobs dealt to cores in waves: the number of full waves, and of jobs in the last."""
+def fraction_held(need: float, capacity: float) -> float:
+    """Fraction of `need` bytes that a memory of `capacity` bytes still holds when an op reads them again.
+
+    1 up to the capacity, 0 from twice the capacity on, linear between: time grows without a jump where a tensor
+    outgrows the L2. The width of the transition is an assumption.
+    """
+    return min(1.0, max(0.0, 2 - need / capacity)) if capacity else 0.0
+
+
+def waves(jobs: Any, cores: int) -> tuple[Any, Any]:
+    """(number of full waves, jobs in the last partial wave) when `jobs` jobs run on `cores` cores."""
     full = np.floor(jobs / cores)
     return full, jobs - full * cores

@@ -1,6 +1,34 @@
-"""Kernels: how each op is done in tiles on a chip (board.KERNELS), and how long that takes (the *_timing functions)."""
+"""Chip kernels: one file for each op, with a class that times the op on a chip and writes its instruction streams.
 
-from intaglio.silicon.kernels import dense, flash, links, routed
-from intaglio.silicon.kernels.board import KERNELS, Board, execute, refusal
+Importing this package imports every module in it, so that each registers its kernel.
+"""
 
-__all__ = ["KERNELS", "Board", "dense", "execute", "flash", "links", "refusal", "routed"]
+from importlib import import_module
+from pkgutil import iter_modules
+
+from intaglio.silicon.kernels.chip_memory import ChipMemory
+from intaglio.silicon.kernels.kernel import (
+    CHIP_KERNELS,
+    ChipKernel,
+    WorkKernel,
+    chip_kernel,
+    kernel_class,
+    run_op,
+    timing,
+    unsupported_reason,
+)  # fmt: skip
+
+__all__ = [
+    "CHIP_KERNELS",
+    "ChipKernel",
+    "ChipMemory",
+    "WorkKernel",
+    "chip_kernel",
+    "kernel_class",
+    "run_op",
+    "timing",
+    "unsupported_reason",
+]  # fmt: skip
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

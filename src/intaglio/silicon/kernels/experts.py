@@ -1,135 +1,385 @@
-"""Routed experts on a chip: the grouped products and what stands around them, and how long that takes.
+"""Chip kernel of the op `experts`: the feed-forward experts of a mixture-of-experts layer, as grouped products.
 
-Modelled on the grouped kernels that serving engines run: rows are gathered in blocks of one expert each, every block
-is a product of its own; routing, activation and combination are kernels of their own over all routed rows.
+Timed after the grouped kernels of serving engines: rows are gathered in blocks of one expert each, and each block is a
+product; routing, activation and combination are separate kernels over all routed rows.
+
+The work of a core depends on the router's ids. The chip sorts the routed rows by expert; its sequencer then reads how
+many rows each expert has, and from these counts the streams of the products are written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from intaglio.chips import ChipSpec
-from intaglio.silicon.instructions import formats_bits, matmul_cycles, vector_cycles
-from intaglio.silicon.kernels.linear import BURST, HALF_BURST, KEPT, step_depth
+from intaglio import formats
+from intaglio.batch import Batch
+from intaglio.chips import KernelLibrary, Target
+from intaglio.ops import Experts
+from intaglio.silicon import isa
+from intaglio.silicon.isa.cycles import matmul_cycles, vector_cycles
+from intaglio.silicon.kernels.chip_memory import ChipMemory, QuantisedRegion, deal_jobs, load, slices
+from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
+from intaglio.silicon.kernels.product import Operands, bits_per_value, step_depth, tile_shape
+from intaglio.silicon.kernels.rows import ROWS
+from intaglio.silicon.memory import Region
+from intaglio.silicon.sizes import BatchSizes
+from intaglio.silicon.stream import Stream, StreamBuilder
 from intaglio.silicon.timing import Timing
 
-ROW_GRAIN = 16  # values: rows of another length are not loaded in vectors
-ODD_ROWS = 4.0  # and cost so many times their bytes
-STAGES = 4  # of operands that such a kernel keeps in flight
-BLOCKS = (16, 32, 64, 128, 256)  # rows of one expert in a tile
-COLUMNS = (64, 128, 256)
-ROUTING = 3  # kernels: scores and top-k; counting; sorting
-OVERFETCH = 5.0  # a block-scaled FP8 kernel reads bytes one by one: what comes with each is used in part
-SCALE_BLOCK = 128
-WIDEN_OPS = 25  # operations to widen an FP8 weight with its block scale to BF16, in software, on the lanes
-ROUTE_OPS = 8  # operations a routing score takes: softmax, top-k, counting
+SCALE_BLOCK = 128  # rows and columns of an FP8 weight that share one scale
+COMBINE_COLUMNS = 512  # columns of a tile when a token's results are summed, at most
+SCALED = (("operand", "a"), ("operand", "b"), ("binary", "*"))
 
 
-def move(spec: ChipSpec, moved: float) -> float:
-    """Seconds of an elementwise kernel that reads and writes so many bytes."""
-    rate = spec.shared_rate if moved < spec.shared_bytes * KEPT else spec.hbm_rate
-    return spec.constants.launch_s + moved / rate
+@chip_kernel(Experts)
+@dataclass(frozen=True)
+class ExpertsKernel(ChipKernel):
+    """Timing and streams of `experts` on a chip that holds `held` experts [inner, hidden]. Timed with even routing."""
+
+    top: int
+    held: int
+    experts: int
+    hidden: int
+    inner: int
+    x_format: str
+    w_format: str
+    w_bits: float  # bits a weight, scales included
+
+    @classmethod
+    def of(cls, op: Experts, t: Tensors) -> ExpertsKernel:
+        up, x_format, top = t[op.up], formats.element(op.x_format), int(t[op.ids].shape[1])
+        held, inner, hidden = (int(d) for d in up.shape)
+        w = formats.element(up.format), bits_per_value(up)
+        return cls(top, held, op.of or held, hidden, inner, x_format, *w)
+
+    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+        n, rows = self.experts, sizes.tokens * self.top
+        even = np.full(n, rows // n) + (np.arange(n) < rows % n)
+        counts = tuple(even[: self.held].tolist())
+        how = n, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits
+        return experts_timing(target, sizes.tokens, self.top, counts, *how)
+
+    @classmethod
+    def unsupported(cls, op: Experts, t: Tensors) -> str | None:
+        if op.order or op.down_order:
+            return f"{op.site}: chip kernels do not permute columns of experts (act-order); run this model on the host"
+        return None
+
+    @classmethod
+    def streams(cls, mem: ChipMemory, op: Experts, t: Tensors, batch: Batch) -> list[Stream]:
+        """Streams of the last of four launches.
+
+        The first three are executed here, since each launch needs the results before.
+
+        1. Sort the routed rows by expert. 2. Gate and up over gathered tokens. 3. Down, scattered back to the order of
+        routing, with zeros for rows of experts that other chips hold. 4. The weighted sum of each token's rows.
+        """
+        ids = mem.region(op.ids)
+        n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.gate].shape)
+        order, tokens = (mem.heap.allocate(1, n, "i32") for _ in range(2))
+        counts = mem.heap.allocate(1, count, "i32")
+        mem.run(sort_by_expert(mem, op, ids.shaped(1, n), (order, tokens, counts)))
+        sizes = mem.hbm.read(counts)[0]
+        hidden = mem.heap.allocate(n, inner, "f32")
+        mem.run(gate_up(mem, op, sizes, order, tokens, hidden))
+        parts = mem.heap.allocate(n, mem.region(op.out).cols, "f32")
+        mem.run(zero_rows(mem, op, order.part(cols=slice(int(sizes.sum()), n)), parts))
+        mem.run(down(mem, op, sizes, order, hidden, parts))
+        return combine(mem, op, parts)
+
+
+def elementwise_seconds(target: Target, moved: float) -> float:
+    """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included."""
+    chip, library = target.chip, target.library
+    rate = chip.l2_rate if moved < chip.l2_bytes * library.l2_usable else chip.hbm_rate
+    return library.launch_s + moved / rate
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Rows and columns that a tile may have, and bytes of K in a step."""
+class TileMenu:
+    """Tile rows and columns that a grouped product may use, and the bytes of K in one pipeline step."""
 
-    rows: tuple[int, ...] = BLOCKS
-    columns: tuple[int, ...] = COLUMNS
-    step_bytes: int = BURST
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    step_bytes: int
 
 
-def tiles_of(spec: ChipSpec, tokens: int, experts: int, narrow: bool) -> Tiles:
-    """What the kernel chooses from. A compiled schedule takes the best, and so does a kernel tuned for FP8; a serving
-    engine's bf16 kernel goes by a rule of thumb (get_default_config of vLLM, the older one and that of 0.17)."""
-    if narrow or spec.prefetch or spec.persistent:
-        return Tiles()
-    if spec.flash < 3:
-        return Tiles((16,), (32,), 128) if tokens <= experts else Tiles((64,), (64,), 64)
+def tile_menu(library: KernelLibrary, tokens: int, experts: int, eight_bit: bool) -> TileMenu:
+    """The tiles that the library's kernel chooses from, for a step of `tokens` tokens.
+
+    A statically scheduled chip chooses the best of all, and so does a kernel tuned for 8-bit formats. A serving
+    engine's bf16 kernel follows a heuristic: vLLM's get_default_config, of an older version ("by_experts") or of 0.17
+    ("by_tokens").
+    """
+    if eight_bit or library.expert_tiles == "best":
+        return TileMenu(library.expert_rows, library.expert_columns, library.burst_bytes)
+    if library.expert_tiles == "by_experts":
+        return TileMenu((16,), (32,), 128) if tokens <= experts else TileMenu((64,), (64,), 64)
     rows = next((rows for most, rows in ((32, 16), (96, 32), (512, 64)) if tokens <= most), 128)
-    return Tiles((rows,), (64,), 256) if tokens <= 64 else Tiles((rows,), (128,), 128)
+    return TileMenu((rows,), (64,), 256) if tokens <= 64 else TileMenu((rows,), (128,), 128)
 
 
-def grouped(
-    spec: ChipSpec, tokens: int, counts: np.ndarray, n: int, k: int, x_format: str, w_format: str, w_bits: float
+def grouped_timing(
+    target: Target, tokens: int, counts: np.ndarray, n: int, k: int, x_format: str, w_format: str, w_bits: float
 ) -> Timing:
-    """One grouped product: rows counts[e] of x times w[e] [n, k], for every expert e with rows."""
-    c = spec.constants
-    run = max(spec.runs_as(x_format), spec.runs_as(w_format), key=formats_bits)
-    narrow = w_format == "e4m3" and not spec.persistent
-    tiles = tiles_of(spec, tokens, len(counts), formats_bits(run) < 16)
+    """Timing of one grouped product: counts[e] rows [k] times w[e] [n, k], for every expert e with rows."""
+    chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
+    run = max(chip.runs_as(x_format), chip.runs_as(w_format), key=formats.bits)
+    widened = w_format == "e4m3" and lib.fp8_dequant_ops > 0  # FP8 weights are converted to BF16 in software
+    tiles = tile_menu(lib, tokens, len(counts), formats.bits(run) < 16)
     counts = counts[counts > 0]
     if not len(counts):
-        return Timing(c.launch_s)
-    x_bits, tk = formats_bits(x_format), step_depth(spec, formats_bits(run)) * tiles.step_bytes // BURST
+        return Timing(lib.launch_s)
+    x_bits, tk = formats.bits(x_format), step_depth(target, formats.bits(run)) * tiles.step_bytes // lib.burst_bytes
     steps = -(-k // tk)
-    over: float = HALF_BURST if tiles.step_bytes == BURST // 2 else 1.0
-    over = OVERFETCH if narrow else ODD_ROWS if k % ROW_GRAIN and not spec.prefetch else over
-    weights = len(counts) * n * k * w_bits / 8 * over
-    if narrow:  # blocks of 128 by 128 share a scale and are taken whole
+    overfetch: float = lib.half_burst_cost if tiles.step_bytes == lib.burst_bytes // 2 else 1.0
+    overfetch = lib.fp8_overfetch if widened else lib.unaligned_row_cost if k % lib.vector_load_values else overfetch
+    weights = len(counts) * n * k * w_bits / 8 * overfetch
+    if widened:  # blocks of 128 by 128 weights share a scale and are read whole
         run = "bf16"
         weights *= -(-n // SCALE_BLOCK) * SCALE_BLOCK / n * -(-k // SCALE_BLOCK) * SCALE_BLOCK / k
     best: tuple[float, Timing] | None = None
     for rows in tiles.rows:
         for columns in tiles.columns:
-            if rows * columns * 4 > spec.acc_bytes // 2:
+            if rows * columns * 4 > chip.acc_bytes // 2:
                 continue
             blocks = float(np.ceil(counts / rows).sum())
             jobs = blocks * -(-n // columns)
-            stage = (rows * x_bits + columns * w_bits * over) * tk / 8
-            work = float(matmul_cycles(spec, rows, columns, tk, run)) / c.gather_share / spec.clock_hz
-            if narrow:
-                work += float(vector_cycles(spec, WIDEN_OPS * columns * tk)) / spec.clock_hz
-            active = min(jobs, spec.cores)
-            load = max(stage / spec.port_rate, stage * active / spec.shared_rate)
-            ring = max(2, min(STAGES, spec.sram_bytes // int(stage)))
-            room = min(4, spec.sram_bytes // int(4 * stage), spec.acc_bytes // (8 * rows * columns))
-            resident = max(1.0, min(room, jobs / spec.cores))
-            period = max(load, work, (load + work + c.latency_s) / (ring * resident))
-            rounds = max(1.0, jobs / spec.cores) if jobs > 4 * spec.cores else float(np.ceil(jobs / spec.cores))
-            edge = c.latency_s + float(vector_cycles(spec, rows * columns)) / spec.clock_hz
+            stage = (rows * x_bits + columns * w_bits * overfetch) * tk / 8
+            work = float(matmul_cycles(target, rows, columns, tk, run)) / lib.grouped_mxu_efficiency / chip.clock_hz
+            if widened:
+                work += float(vector_cycles(chip, lib.fp8_dequant_ops * columns * tk)) / chip.clock_hz
+            active = min(jobs, chip.cores)
+            load = max(stage / chip.port_rate, stage * active / chip.l2_rate)
+            ring = max(2, min(lib.expert_stages, chip.sram_bytes // int(stage)))
+            fit = min(4, chip.sram_bytes // int(4 * stage), chip.acc_bytes // (8 * rows * columns))
+            per_core = max(1.0, min(fit, jobs / chip.cores))  # tiles that run on one core at a time (occupancy)
+            period = max(load, work, (load + work + latency_s) / (ring * per_core))
+            rounds = max(1.0, jobs / chip.cores) if jobs > 4 * chip.cores else float(np.ceil(jobs / chip.cores))
+            edge = latency_s + float(vector_cycles(chip, rows * columns)) / chip.clock_hz
             total = float(counts.sum())
             hbm = weights + total * (k * x_bits / 8 + n * 2)
-            seconds = max(rounds * steps * period + edge * np.ceil(rounds / resident), hbm / spec.hbm_rate)
-            seconds += c.launch_s + c.latency_s
-            busy = {"MXU": jobs * steps * work / spec.cores, "HBM": hbm / spec.hbm_rate}
-            why = f"blocks of {rows}x{columns} for {len(counts)} experts"
+            seconds = max(rounds * steps * period + edge * np.ceil(rounds / per_core), hbm / chip.hbm_rate)
+            seconds += lib.launch_s + latency_s
+            busy = {"MXU": jobs * steps * work / chip.cores, "HBM": hbm / chip.hbm_rate}
+            choice = f"blocks of {rows}x{columns} for {len(counts)} experts"
             if best is None or seconds < best[0]:
                 flops = 2.0 * total * n * k
-                best = seconds, Timing(float(seconds), busy, hbm, hbm, 0.0, flops, run, weights, why)
+                best = seconds, Timing(float(seconds), busy, hbm, hbm, 0.0, flops, run, weights, choice)
     assert best is not None
     return best[1]
 
 
 @lru_cache(maxsize=4096)
 def experts_timing(
-    spec: ChipSpec, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
+    target: Target, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
     x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True,
 ) -> Timing:  # fmt: skip
-    """A layer of routed experts on one rank: `counts` rows for each expert it holds, of tokens * top_k routed rows that
-    all pass through activation and combination."""
-    sides = 2 if gated else 1
-    w_bits = w_bits or formats_bits(w_format)
+    """Timing of a layer of routed experts on one rank, which holds experts with `counts` rows each.
+
+    The bf16 kernels of activation and combination process all tokens * top_k routed rows, those of 8-bit formats only
+    the rank's own. `w_bits`: bits a weight with its scales, 0 for those of `w_format`. `gated`: experts have a gate.
+    """
+    chip, lib, sides = target.chip, target.library, 2 if gated else 1
+    w_bits = w_bits or formats.bits(w_format)
     held = np.array(counts)
-    rows = float(held.sum()) if formats_bits(x_format) < 16 else tokens * top_k
-    score = float(vector_cycles(spec, ROUTE_OPS * tokens * n_experts)) / spec.cores / spec.clock_hz
-    c = spec.constants
-    routing = Timing(ROUTING * c.launch_s + score, {"VEC": score})
-    narrow = formats_bits(x_format) < 16
+    rows = float(held.sum()) if formats.bits(x_format) < 16 else tokens * top_k
+    score = float(vector_cycles(chip, lib.routing_ops * tokens * n_experts)) / chip.cores / chip.clock_hz
+    routing = Timing(lib.routing_launches * lib.launch_s + score, {"VEC": score})
+    eight_bit = formats.bits(x_format) < 16
     parts = [routing]
-    if narrow:
-        parts.append(Timing(move(spec, tokens * hidden * 3.0)))
-    parts.append(grouped(spec, tokens, held, sides * inner, hidden, x_format, w_format, w_bits))
-    parts.append(Timing(move(spec, rows * inner * 2.0 * (sides + 1))))
-    if narrow:
-        parts.append(Timing(move(spec, rows * inner * 3.0)))
-    parts.append(grouped(spec, tokens, held, hidden, inner, x_format, w_format, w_bits))
+    if eight_bit:  # quantise the inputs: read 2 bytes, write 1
+        parts.append(Timing(elementwise_seconds(target, tokens * hidden * 3.0)))
+    parts.append(grouped_timing(target, tokens, held, sides * inner, hidden, x_format, w_format, w_bits))
+    parts.append(Timing(elementwise_seconds(target, rows * inner * 2.0 * (sides + 1))))
+    if eight_bit:
+        parts.append(Timing(elementwise_seconds(target, rows * inner * 3.0)))
+    parts.append(grouped_timing(target, tokens, held, hidden, inner, x_format, w_format, w_bits))
     elsewhere = tokens * top_k - float(held.sum())
-    if elsewhere > 0 and not narrow:  # rows of experts that other ranks hold are set to zero
-        parts.append(Timing(elsewhere * (sides * inner + hidden) * 2 / spec.hbm_rate))
-    parts.append(Timing(move(spec, rows * hidden * 2.0 + tokens * hidden * 2.0)))
+    if elsewhere > 0 and not eight_bit:  # rows of experts that other ranks hold are set to zero
+        parts.append(Timing(elsewhere * (sides * inner + hidden) * 2 / chip.hbm_rate))
+    parts.append(Timing(elementwise_seconds(target, rows * hidden * 2.0 + tokens * hidden * 2.0)))
     return sum(parts[1:], parts[0])
+
+
+class GatheredOperands(Operands):
+    """Operands of a product whose rows of x are gathered by index, and may be multiplied by routing weights first."""
+
+    def __init__(
+        self, k: StreamBuilder, x: Region, w: Region | QuantisedRegion, x_format: str, tile: tuple[int, int, int]
+    ) -> None:
+        super().__init__(k, x, w, x_format, tile)
+        self.index, self.weight_index = k.ring(2, 1, tile[0], "i32"), k.ring(2, 1, tile[0], "i32")
+        self.weight, self.weighted = k.ring(2, tile[0], 1), k.ring(2, tile[0], self.raw.tiles[0].cols)
+        self.rows: Region | None = None
+        self.factors: Region | None = None
+
+    def select_rows(self, rows: Region, weights: Region | None, weight_rows: Region) -> None:
+        """From now on gather the rows of x numbered in `rows` [1, n].
+
+        With `weights` [N, 1], each is multiplied by the weight whose row is given in `weight_rows`.
+        """
+        self.rows, self.factors = load(self.k, self.index.next(), rows), None
+        if weights is not None:
+            self.factors = self.weight.next().shaped(rows.cols, 1)
+            index = load(self.k, self.weight_index.next(), weight_rows)
+            self.k.emit(isa.Gather(dst=self.factors, table=weights, index=index))
+
+    def load_x(self, rows: slice, depth: slice) -> Region:
+        """Gather columns `depth` of the selected rows of x, unrounded, and return their tile. `rows` is not used."""
+        assert self.rows is not None
+        raw = self.raw.next().shaped(self.rows.cols, depth.stop - depth.start)
+        self.k.emit(isa.Gather(dst=raw, table=self.x.part(cols=depth), index=self.rows))
+        if self.factors is None:
+            return raw
+        out = self.weighted.next().shaped(raw.rows, raw.cols)
+        self.k.emit(isa.Map(dst=out, a=raw, b=self.factors, steps=SCALED))
+        return out
+
+
+Block = tuple[int, slice]  # an expert, and a slice of the rows sorted by expert
+
+
+def blocks(counts: np.ndarray, rows: int) -> list[Block]:
+    """(expert, slice of at most `rows` rows) pairs that cover the rows sorted by expert.
+
+    counts: rows of each expert.
+    """
+    ends = np.cumsum(counts).tolist()
+    return [
+        (e, slice(end - n + piece.start, end - n + piece.stop))
+        for e, (n, end) in enumerate(zip(counts.tolist(), ends, strict=True))
+        for piece in slices(n, rows)
+    ]
+
+
+def expert_rows(e: int, n: int, columns: slice) -> slice:
+    """The rows of the stacked weights [experts * n, K] that compute `columns` of expert e's result."""
+    return slice(e * n + columns.start, e * n + columns.stop)
+
+
+def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region, Region, Region]) -> list[Stream]:
+    """Stream that sorts the routed rows by expert, on one core.
+
+    ids: i32 [1, n], the expert of each routed row. out: regions for order, tokens and counts, as Group writes them.
+    """
+    k = StreamBuilder(op.site)
+    tiles = [k.tile(r.rows, r.cols, "i32") for r in out]
+    ids_tile = load(k, k.tile(1, ids.cols, "i32"), ids)
+    order, tokens, counts = tiles
+    experts = op.of or counts.cols
+    top, first = mem.region(op.ids).cols, op.first
+    k.emit(isa.Group(order=order, tokens=tokens, counts=counts, ids=ids_tile, top=top, first=first, experts=experts))
+    for dst, src in zip(out, tiles, strict=True):
+        k.emit(isa.Store(dst=dst, src=src))
+    return [k.stream()]
+
+
+def gate_up(
+    mem: ChipMemory, op: Experts, sizes: np.ndarray, order: Region, tokens: Region, out: Region
+) -> list[Stream]:
+    """Streams that compute out = act(gate(x)) * up(x), each row with its own expert.
+
+    out [rows, inner] has the rows sorted by expert.
+    """
+    x, gate, up = mem.region(op.x), mem.regions[op.gate], mem.regions[op.up]
+    tm, tn, tk = tile_shape(mem.target, int(sizes.max()), out.cols, x.cols, op.x_format, gate, True)
+    weights = mem.region(op.weights).shaped(order.cols, 1) if op.scale_input else None
+    how: dict[str, Any] = {n: getattr(op, n) for n in ("activation", "alpha", "limit", "shift")}
+    streams = []
+    jobs = [(*block, c) for block in blocks(sizes, tm) for c in slices(out.cols, tn)]
+    for k, mine in deal_jobs(mem.chip, jobs, op.site):
+        operands, result = GatheredOperands(k, x, gate, op.x_format, (tm, tn, tk)), k.ring(2, tm, tn)
+        accs, extra = [k.tile(tm, tn, "f32", "acc") for _ in range(2)], biases(mem, k, (op.gate_bias, op.up_bias), tn)
+        for e, rows, columns in mine:
+            shape, w_rows = (rows.stop - rows.start, columns.stop - columns.start), expert_rows(e, out.cols, columns)
+            operands.select_rows(tokens.part(cols=rows), weights, order.part(cols=rows))
+            g, u = (acc.shaped(*shape) for acc in accs)
+            operands.multiply(rows, [(g, gate, w_rows), (u, up, w_rows)])
+            y = result.next().shaped(*shape)
+            first, second = (bias_of(mem, k, *pair, e, columns) for pair in extra)
+            k.emit(isa.Drain(dst=y, acc=g, up=u, bias=first, up_bias=second, **how))
+            k.emit(isa.Store(dst=out.part(rows, columns), src=y))
+        streams.append(k.stream())
+    return streams
+
+
+def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[Stream]:
+    """Streams that set rows of `out` to zero: those listed in `rows` [1, n], whose experts other chips hold."""
+    step = max(1, min(ROWS, mem.chip.sram_bytes // (8 * out.cols)))
+    streams = []
+    for k, mine in deal_jobs(mem.chip, slices(rows.cols, step), op.site):
+        zeros, index_ring = k.tile(step, out.cols), k.ring(2, 1, step, "i32")
+        k.emit(isa.Fill(dst=zeros))
+        for piece in mine:
+            index = load(k, index_ring.next(), rows.part(cols=piece))
+            k.emit(isa.Scatter(table=out, src=zeros.part(slice(0, index.cols)), index=index))
+        streams.append(k.stream())
+    return streams
+
+
+def down(mem: ChipMemory, op: Experts, sizes: np.ndarray, order: Region, x: Region, out: Region) -> list[Stream]:
+    """Streams that compute the down product, each row with its own expert.
+
+    x is sorted by expert, `out` in routing order.
+    """
+    w = mem.regions[op.down]
+    tm, tn, tk = tile_shape(mem.target, int(sizes.max()), out.cols, x.cols, op.x_format, w, False)
+    streams = []
+    jobs = [(*block, c) for block in blocks(sizes, tm) for c in slices(out.cols, tn)]
+    for k, mine in deal_jobs(mem.chip, jobs, op.site):
+        operands, acc = Operands(k, x, w, op.x_format, (tm, tn, tk)), k.tile(tm, tn, "f32", "acc")
+        result, index_ring = k.ring(2, tm, tn), k.ring(2, 1, tm, "i32")
+        (extra,) = biases(mem, k, (op.down_bias,), tn)
+        for e, rows, columns in mine:
+            part = acc.shaped(rows.stop - rows.start, columns.stop - columns.start)
+            operands.multiply(rows, [(part, w, expert_rows(e, out.cols, columns))])
+            y = result.next().shaped(part.rows, part.cols)
+            k.emit(isa.Drain(dst=y, acc=part, bias=bias_of(mem, k, *extra, e, columns)))
+            index = load(k, index_ring.next(), order.part(cols=rows))
+            k.emit(isa.Scatter(table=out.part(cols=columns), src=y, index=index))
+        streams.append(k.stream())
+    return streams
+
+
+Bias = tuple[Region | None, Region | None]  # [experts, n] in HBM, and a tile for part of one row; or no bias
+
+
+def biases(mem: ChipMemory, k: StreamBuilder, names: Sequence[str | None], tn: int) -> list[Bias]:
+    """(region in HBM, tile of `tn` columns) for each bias in `names`; (None, None) for a missing one."""
+    return [(r, k.tile(1, tn, r.format) if r else None) for r in map(mem.optional_region, names)]
+
+
+def bias_of(
+    mem: ChipMemory, k: StreamBuilder, bias: Region | None, tile: Region | None, e: int, columns: slice
+) -> Region | None:
+    """Load `columns` of expert e's bias into its tile; returns the tile, or None without a bias."""
+    return load(k, tile, bias.part(slice(e, e + 1), columns)) if bias and tile else None
+
+
+def combine(mem: ChipMemory, op: Experts, parts: Region) -> list[Stream]:
+    """Streams that sum each token's rows of `parts`, times their routing weights, and add the residual."""
+    out, top, residual = mem.region(op.out), mem.region(op.ids).cols, mem.optional_region(op.residual)
+    width = min(COMBINE_COLUMNS, out.cols)
+    step = max(1, min(ROWS, mem.chip.sram_bytes // (3 * 4 * width * (top + 2))))
+    streams = []
+    for k, mine in deal_jobs(
+        mem.chip, [(r, c) for r in slices(out.rows, step) for c in slices(out.cols, width)], op.site
+    ):
+        rows_in, weight, added, result = (k.ring(2, *shape) for shape in (
+            (step * top, width), (step, top), (step, width), (step, width)))  # fmt: skip
+        for rows, columns in mine:
+            n = rows.stop - rows.start
+            x = load(k, rows_in.next(), parts.part(slice(rows.start * top, rows.stop * top), columns))
+            w = None if op.scale_input else load(k, weight.next(), mem.region(op.weights).part(rows))
+            r = load(k, added.next(), residual.part(rows, columns)) if residual else None
+            y = result.next().shaped(n, x.cols)
+            k.emit(isa.Combine(dst=y, parts=x, weights=w, residual=r))
+            k.emit(isa.Store(dst=out.part(rows, columns), src=y))
+        streams.append(k.stream())
+    return streams

@@ -1,0 +1,157 @@
+// One rank's end of a group of ranks: collectives on float32 rows, over channels.
+//
+// Results are bit for bit those of devices/mesh.py's run_collective(): values are rounded to `wire` before they travel,
+// sums are taken in the order of the group and rounded to `wire` before they are handed out. all_reduce runs one of two
+// schedules of src/intaglio/collectives, both of which sum in that order: one_shot, where every rank sends all it has to
+// every other, or two_shot, where each rank sums a part and hands the sum out.
+//
+// Every message carries the group's epoch and a sequence number. Messages of an earlier epoch are dropped. Every wait ends
+// at a deadline, or when the group is aborted; it then throws CommunicatorError. A rank that fails aborts the group. Two
+// ranks must run what they have in common, collectives and messages, in one order; another order is an error.
+// Belongs to one thread at a time.
+#pragma once
+#include <deque>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "comm/segment.h"
+
+namespace intaglio {
+
+// rank: whose communicator failed. site: of the collective. cause: why, naming the rank that aborted the group if another
+// did.
+struct CommunicatorError : std::runtime_error {
+  CommunicatorError(int rank, const std::string& site, const std::string& cause)
+      : std::runtime_error("rank " + std::to_string(rank) + " at " + site + ": " + cause), rank(rank), site(site), cause(cause) {}
+  int rank;
+  std::string site, cause;
+};
+
+enum class Wire { F32, BF16, F16 };
+constexpr int64_t wire_bytes(Wire wire) { return wire == Wire::F32 ? 4 : 2; }
+
+// Values [rows, cols] with `ld` between rows.
+struct Block {
+  float* data = nullptr;
+  int64_t rows = 0, cols = 0, ld = 0;
+  int64_t values() const { return rows * cols; }
+  Block rows_of(int64_t first, int64_t count) const { return {data + first * ld, count, cols, ld}; }
+  Block columns_of(int64_t first, int64_t count) const { return {data + first, rows, count, ld}; }
+};
+
+// What all ranks of a collective agree on. group: ranks in ascending order, this one among them.
+struct Collective {
+  std::string site;
+  std::vector<int> group;
+  Wire wire = Wire::F32;
+};
+
+enum class AllReduceAlgorithm { Automatic, OneShot, TwoShot };
+
+class Communicator {
+ public:
+  // peers: a channel to each rank; null for this one, and for ranks of this host, which are reached through the segment.
+  Communicator(std::shared_ptr<Segment> segment, int rank, std::vector<std::unique_ptr<Channel>> peers);
+  // All ranks on this host.
+  Communicator(std::shared_ptr<Segment> segment, int rank);
+
+  Communicator(const Communicator&) = delete;
+
+  int rank() const { return rank_; }
+  int ranks() const { return int(peers_.size()); }
+  // Seconds that one collective may wait for the others.
+  double timeout = 300;
+  AllReduceAlgorithm algorithm = AllReduceAlgorithm::Automatic;
+
+  // x and out must not overlap. Shapes as the ops of the same name have them (src/intaglio/ops/collective.py).
+  void all_reduce(const Collective& c, Block x, Block out);
+  void all_gather(const Collective& c, Block x, Block out, bool tokens);
+  void reduce_scatter(const Collective& c, Block x, Block out);
+  void all_to_all(const Collective& c, Block x, Block out);
+  // Waits for nobody: what does not fit the channel is copied, and sent during later calls.
+  void send(const std::string& site, int peer, Wire wire, Block x);
+  void recv(const std::string& site, int peer, Wire wire, Block out);
+  void barrier(const std::string& site);
+  // Waits until everything sent has left this process.
+  void flush(const std::string& site);
+
+  // Aborts the group for all ranks, and throws.
+  [[noreturn]] void fail(const std::string& site, const std::string& cause);
+  Segment& segment() { return *segment_; }
+
+ private:
+  struct Header {
+    uint64_t magic, epoch, sequence, bytes, site;
+    uint64_t unused[3];
+  };
+  static_assert(sizeof(Header) == 64);
+  // A run of a block's values in row order, encoded for a wire.
+  struct Flat {
+    Block block;
+    int64_t first, count;
+    Wire wire;
+    void encode(int64_t at, int64_t n, uint8_t* to) const;
+  };
+  struct Message {  // to be sent: a header, values or bytes of its own, padding to a multiple of 64
+    Header header;
+    Flat from;
+    std::vector<uint8_t> own;
+    int64_t sent = -1;  // of its values' bytes; -1: not even the header
+    int64_t bytes() const { return int64_t(header.bytes); }
+    int64_t padding() const { return -bytes() & (kAlign - 1); }
+  };
+  // What becomes of a message's values. begin(): its length in bytes is known; throws invalid_argument if it is wrong.
+  // ready(at): how many values may be taken from number `at` on.
+  struct Sink {
+    virtual ~Sink() = default;
+    virtual void begin(int64_t bytes) = 0;
+    virtual int64_t ready(int64_t at) = 0;
+    virtual void take(const uint8_t* values, int64_t at, int64_t n) = 0;
+  };
+  struct Fold;
+  struct Place;
+  struct Expected {
+    int peer;
+    Sink* sink;
+    int64_t bytes = -1, taken = 0;  // bytes: -1: no header yet
+    bool over = false;
+  };
+  struct Peer {
+    std::unique_ptr<Channel> channel;
+    std::deque<Message> outbox;
+    uint64_t sent = 0, received = 0, dropping = 0;  // messages; bytes of a message of an earlier epoch still to come
+  };
+
+  struct Progress {
+    bool moved, done;
+  };
+
+  void queue(const std::string& site, int peer, Flat from);
+  bool push(Peer& peer);
+  bool fill(Peer& peer);
+  // Calls call(); what it throws fails the site, as the peer's fault.
+  template <class Call>
+  void guard(const std::string& site, int peer, Call call);
+  bool pull(const std::string& site, Expected& e, int64_t value_bytes);
+  // Returns when all that is expected has come, and all that was queued for anybody is on its way.
+  void exchange(const std::string& site, std::vector<Expected>& expected, Wire wire);
+  // Calls step() until it is done. waiting() says for what, in the error of a deadline.
+  template <class Step, class Waiting>
+  void until(const std::string& site, Step step, Waiting waiting);
+  bool push_all(const std::string& site);
+  bool all_sent(bool whole);
+  void sleep(uint32_t seen, double seconds);
+  [[noreturn]] void stop(const std::string& site, const std::string& cause);
+  int index_in(const Collective& c);
+  // Sums the values first..first + count - 1 of everybody's x, as they come, into the same values of out.
+  void fold(const Collective& c, int me, Block x, Block out, int64_t first, int64_t count);
+
+  std::shared_ptr<Segment> segment_;
+  int rank_;
+  std::vector<Peer> peers_;
+  bool polled_ = false;  // some channel has a descriptor
+};
+
+}  // namespace intaglio

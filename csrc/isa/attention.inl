@@ -1,0 +1,264 @@
+// Attention over a paged K/V cache. The keys are divided into splits of 512 positions at fixed boundaries. A split computes
+// all its scores, then their maximum, sum of weights and weighted values; splits are merged in ascending order. Each score
+// is one chain of additions over head_dim, each output value one chain over positions, and masked positions have weight 0,
+// so a row's bits do not depend on chunking or batch.
+
+template <Fmt C>
+inline F load_cache(const void* p, int64_t i) {
+  if constexpr (C == Fmt::BF16) return load_bf16((const uint16_t*)p + i);
+  else if constexpr (C == Fmt::I8) return to_float(load_i8((const int8_t*)p + i));
+  else return load((const float*)p + i);
+}
+
+// A later block of the cache that is prefetched while this one is processed, a part in each step. Blocks are scattered, and
+// hardware prefetching stops at the end of a memory page.
+struct Prefetch {
+  const char* at;
+  int64_t step;
+  void fetch(int64_t i) const {
+    for (int64_t b = 0; b < step; b += 64) __builtin_prefetch(at + i * step + b, 0, 2);
+  }
+};
+
+// Further columns of the keys, from a second cache (latent attention).
+struct ExtraKeys {
+  const void* at;
+  const uint16_t* scales;
+  int dim;
+};
+
+// scores[r][0 .. NV * N) = q_r . K for NV * N positions. K is [head_dim][page]; in I8 each position has a scale. The columns
+// of `more`, if any, follow after head_dim.
+template <Fmt C, int RB, int NV>
+void score_tile(const float* const* q, const void* k, const uint16_t* scales, int page, int head_dim, const ExtraKeys& more, float* const* scores, Prefetch soon) {
+  F acc[RB][NV];
+  EACH_OF for (int r = 0; r < RB; r++)
+    EACH_OF for (int v = 0; v < NV; v++) acc[r][v] = set(0);
+  for (int d = 0; d < head_dim; d++) {
+    F key[NV];
+    soon.fetch(d);
+    EACH_OF for (int v = 0; v < NV; v++) key[v] = load_cache<C>(k, int64_t(d) * page + v * F::N);
+    EACH_OF for (int r = 0; r < RB; r++)
+      EACH_OF for (int v = 0; v < NV; v++) acc[r][v] = fma(set(q[r][d]), key[v], acc[r][v]);
+  }
+  if (C == Fmt::I8)
+    EACH_OF for (int v = 0; v < NV; v++) {
+      const F scale = load_bf16(scales + v * F::N);
+      EACH_OF for (int r = 0; r < RB; r++) acc[r][v] = acc[r][v] * scale;
+    }
+  for (int d = 0; d < more.dim; d++) {
+    F key[NV];
+    EACH_OF for (int v = 0; v < NV; v++) {
+      key[v] = load_cache<C>(more.at, int64_t(d) * page + v * F::N);
+      if (C == Fmt::I8) key[v] = key[v] * load_bf16(more.scales + v * F::N);
+    }
+    EACH_OF for (int r = 0; r < RB; r++)
+      EACH_OF for (int v = 0; v < NV; v++) acc[r][v] = fma(set(q[r][head_dim + d]), key[v], acc[r][v]);
+  }
+  EACH_OF for (int r = 0; r < RB; r++)
+    EACH_OF for (int v = 0; v < NV; v++) store(scores[r] + v * F::N, acc[r][v]);
+}
+
+// acc[r][0 .. NV * N) += sum over i < n of p[r][i] * V[i]; V is [positions][stride].
+template <Fmt C, int RB, int NV>
+void value_tile(const float* const* p, const void* v, int stride, int n, float* const* acc, Prefetch soon) {
+  F a[RB][NV];
+  EACH_OF for (int r = 0; r < RB; r++)
+    EACH_OF for (int j = 0; j < NV; j++) a[r][j] = load(acc[r] + j * F::N);
+  for (int i = 0; i < n; i++) {
+    F value[NV];
+    soon.fetch(i);
+    EACH_OF for (int j = 0; j < NV; j++) value[j] = load_cache<C>(v, int64_t(i) * stride + j * F::N);
+    EACH_OF for (int r = 0; r < RB; r++)
+      EACH_OF for (int j = 0; j < NV; j++) a[r][j] = fma(set(p[r][i]), value[j], a[r][j]);
+  }
+  EACH_OF for (int r = 0; r < RB; r++)
+    EACH_OF for (int j = 0; j < NV; j++) store(acc[r] + j * F::N, a[r][j]);
+}
+
+// acc[r][0] = sum over positions [from, to) of a split of p[r][i] * K[d][i], for values that are columns of the keys (latent
+// attention). Vector lanes run over positions, so the order of additions depends only on these. p is 0 at masked positions;
+// positions from `to` on, which may be unwritten, are not read.
+template <Fmt C, int RB>
+void latent_tile(const float* const* p, const char* const* pages, int64_t column, int page, int from, int to, float* const* acc) {
+  F a[RB];
+  EACH_OF for (int r = 0; r < RB; r++) a[r] = set(0);
+  for (int i = from / F::N * F::N; i < to; i += F::N) {
+    const void* k = pages[i / page];
+    F key = load_cache<C>(k, column + i % page);
+    if (i + F::N > to) {
+      float all[F::N], own[F::N] = {};
+      store(all, key);
+      std::memcpy(own, all, size_t(to - i) * 4);
+      key = load(own);
+    }
+    EACH_OF for (int r = 0; r < RB; r++) a[r] = fma(load(p[r] + i), key, a[r]);
+  }
+  EACH_OF for (int r = 0; r < RB; r++) *acc[r] = sum(a[r]);
+}
+
+constexpr int kBlock = F::N == 16 ? 8 : 2;  // query rows whose sums fill the registers
+constexpr int kWide = kPanel / F::N, kNarrow = 16 / F::N;
+
+// Calls f<RB, NV>(row, column) over rows x columns in tiles as large as the registers hold; columns are a multiple of 16.
+template <class Fn>
+void by_tile(int rows, int columns, Fn f) {
+  for (int c = 0; c < columns; c += c + kPanel <= columns ? kPanel : 16)
+    for (int r = 0; r < rows; r += kBlock)
+      with_rows<kBlock>(std::min(kBlock, rows - r), [&]<int RB>() {
+        if (c + kPanel <= columns) f.template operator()<RB, kWide>(r, c);
+        else f.template operator()<RB, kNarrow>(r, c);
+      });
+}
+
+constexpr int kFar = 2;  // prefetch distance in blocks: 8 KiB of bf16 with heads of 64
+
+// The part of a block of `bytes` that a tile prefetches in `steps` steps: tiles of the first rows fetch all of it, divided
+// among their columns.
+inline Prefetch prefetch_part(const char* block, int64_t bytes, int row, int column, int columns, int width, int steps) {
+  if (row || !block) return {block, 0};
+  return {block + bytes * column / columns, (bytes * width / columns + steps - 1) / steps};
+}
+
+// Adds a linear bias to scores [begin, end): slope * (i - at), where `at` is the query's position, counted as i is.
+void add_slope(float slope, int64_t at, float* s, int begin, int end) {
+  for (int i = begin; i < end; i++) s[i] += slope * float(i - at);
+}
+
+// Turns scores [begin, end) into weights in place: scale, softcap, times `temperature`, the linear bias of `slope` for a query
+// at `at`, mask outside [low, high), p = exp(s - max). Returns the maximum in top and the sum of weights in total.
+void softmax_row(const AttendArgs& a, float temperature, float slope, int64_t at, float* s, int begin, int end, int low, int high, float* top, float* total) {
+  for (int i = begin; i < low; i++) s[i] = -INFINITY;
+  for (int i = high; i < end; i++) s[i] = -INFINITY;
+  F peak = set(-INFINITY);
+  for (int i = begin; i < end; i += F::N) {
+    F x = load(s + i);
+    F y = x * set(a.scale);
+    if (a.softcap > 0) y = if_less(x, set(-3e38f), x, tanh(y / set(a.softcap)) * set(a.softcap));
+    if (temperature != 1) y = y * set(temperature);
+    store(s + i, y);
+    if (slope == 0) peak = max(peak, y);
+  }
+  if (slope != 0) {
+    add_slope(slope, at, s, low, high);  // masked scores stay as they are
+    for (int i = begin; i < end; i += F::N) peak = max(peak, load(s + i));
+  }
+  *top = largest(peak);
+  F sums = set(0);
+  for (int i = begin; i < end; i += F::N) {
+    F p = exp(load(s + i) - set(*top));
+    store(s + i, p);
+    sums = sums + p;
+  }
+  *total = sum(sums);
+}
+
+template <Fmt C>
+void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch, float* top, float* total, float* acc) {
+  const int share = a.heads / a.kv_heads, rows = q.tokens * share;
+  const int64_t start = split * kSplit, last = q.position + q.tokens;
+  const int64_t low = std::max(start, a.reach.first(q.position));
+  const int64_t high = std::min(start + kSplit, last);
+  std::memset(acc, 0, size_t(rows) * a.v_stride * 4);
+  for (int r = 0; r < rows; r++) top[r] = -INFINITY, total[r] = 0;
+  if (low >= high) return;
+
+  const float* query[kMaxTaskRows];
+  float* out[kMaxTaskRows];
+  for (int r = 0; r < rows; r++)
+    query[r] = a.q + (q.first_row + r / share) * a.ld_q + (q.kv_head * share + r % share) * int64_t(a.head_dim + a.rope_dim);
+
+  // The blocks in the order in which they are read: keys of all pages, then values of all pages.
+  constexpr int64_t each = cache_bytes(C), most = kSplit / 16;
+  const char *blocks[2 * most + kFar] = {}, *ropes[most] = {};
+  const int64_t first = low / a.page, pages = (high - 1) / a.page + 1 - first;
+  const int64_t key_bytes = a.block_bytes(a.head_dim), value_bytes = a.block_bytes(a.v_stride);
+  auto scales_of = [&](const char* block, int width) { return (const uint16_t*)(block + int64_t(width) * a.page * each); };
+  for (int64_t i = 0; i < pages; i++) {
+    const int64_t block = q.blocks[first + i], at = a.one_head ? block : block * a.kv_heads + q.kv_head;
+    blocks[i] = (const char*)a.k + at * key_bytes;
+    if (!a.latent) blocks[pages + i] = (const char*)a.v + at * value_bytes;
+    if (a.rope) ropes[i] = (const char*)a.rope + at * a.block_bytes(a.rope_dim);
+  }
+
+  const int64_t begin = low / 16 * 16, end = (high + 15) / 16 * 16;
+  for (int64_t i = 0; i < pages; i++) {
+    const int64_t page = (first + i) * a.page, from = std::max(begin, page), to = std::min(end, page + a.page);
+    const int64_t next = i + kFar < pages ? key_bytes : value_bytes;
+    by_tile(rows, int(to - from), [&]<int RB, int NV>(int r, int c) {
+      for (int j = 0; j < RB; j++) out[j] = scratch + (r + j) * kSplit + (from - start) + c;
+      const int64_t at = from - page + c;
+      const ExtraKeys more{ropes[i] + at * each, scales_of(ropes[i], a.rope_dim) + at, a.rope_dim};
+      score_tile<C, RB, NV>(query + r, blocks[i] + at * each, scales_of(blocks[i], a.head_dim) + at, a.page, a.head_dim, more, out,
+                            prefetch_part(blocks[i + kFar], next, r, c, int(to - from), NV * F::N, a.head_dim));
+    });
+  }
+  for (int r = 0; r < rows; r++) {
+    int64_t position = q.position + r / share;
+    int64_t own = std::max(low, a.reach.first(position)), stop = std::min(high, position + 1);
+    const float temperature = a.temper == 0 ? 1.0f : float(1 + a.temper * std::log1p(std::floor(double(position + a.temper_from) / a.temper_every)));
+    const float slope = a.slopes ? a.slopes[q.kv_head * share + r % share] : 0.0f;
+    float* s = scratch + r * kSplit;
+    if (own < stop)
+      softmax_row(a, temperature, slope, position - start, s, int(begin - start), int(end - start), int(own - start), int(stop - start), top + r, total + r);
+    else
+      std::memset(s + (begin - start), 0, size_t(end - begin) * 4);
+  }
+  if (a.latent) {
+    const int64_t base = first * a.page - start;  // position of the first page relative to the split's start, <= 0
+    for (int r = 0; r < rows; r++) {
+      out[r] = scratch + r * kSplit + base;
+      for (int64_t t = begin; t < high && C == Fmt::I8; t += F::N) {  // multiply the weights by the scales of the values
+        float* p = out[r] + (t - start - base);
+        store(p, load(p) * load_bf16(scales_of(blocks[t / a.page - first], a.head_dim) + t % a.page));
+      }
+      std::fill(out[r] + (high - start - base), out[r] + (end - start - base), 0.0f);  // there the scales may be unwritten
+    }
+    for (int d = 0; d < a.v_dim; d++)
+      for (int r = 0; r < rows; r += kBlock)
+        with_rows<kBlock>(std::min(kBlock, rows - r), [&]<int RB>() {
+          float* to[RB];
+          for (int j = 0; j < RB; j++) to[j] = acc + (r + j) * a.v_stride + d;
+          latent_tile<C, RB>(out + r, blocks, int64_t(d) * a.page, a.page, int(begin - start - base), int(high - start - base), to);
+        });
+    return;
+  }
+  for (int64_t i = 0; i < pages; i++) {
+    const int64_t page = (first + i) * a.page, from = std::max(low, page), to = std::min(high, page + a.page);
+    if (C == Fmt::I8)  // multiply the weights by the scales of the values
+      for (int r = 0; r < rows; r++)
+        for (int64_t t = std::max(begin, page); t < std::min(end, page + a.page); t += F::N) {
+          float* p = scratch + r * kSplit + (t - start);
+          store(p, load(p) * load_bf16(scales_of(blocks[pages + i], a.v_stride) + (t - page)));
+        }
+    by_tile(rows, a.v_stride, [&]<int RB, int NV>(int r, int c) {
+      const float* weights[RB];
+      for (int j = 0; j < RB; j++) {
+        weights[j] = scratch + (r + j) * kSplit + (from - start);
+        out[j] = acc + (r + j) * a.v_stride + c;
+      }
+      value_tile<C, RB, NV>(weights, blocks[pages + i] + ((from - page) * a.v_stride + c) * each, a.v_stride, int(to - from),
+                               out, prefetch_part(blocks[pages + i + kFar], value_bytes, r, c, a.v_stride, NV * F::N, int(to - from)));
+    });
+  }
+}
+
+void attend_split(const AttendArgs& a, const Query& q, int64_t split, float* scratch, float* top, float* total, float* acc) {
+  if (a.format == Fmt::BF16) split_of<Fmt::BF16>(a, q, split, scratch, top, total, acc);
+  else if (a.format == Fmt::I8) split_of<Fmt::I8>(a, q, split, scratch, top, total, acc);
+  else split_of<Fmt::F32>(a, q, split, scratch, top, total, acc);
+}
+
+void attend_merge(int64_t rows, int64_t width, float* top, float* total, float* acc, const float* t2, const float* l2, const float* a2) {
+  for (int64_t r = 0; r < rows; r++) {
+    if (t2[r] == -INFINITY) continue;
+    float m = std::max(top[r], t2[r]);
+    F s1 = exp(set(top[r] - m)), s2 = exp(set(t2[r] - m));
+    float f1[F::N], f2[F::N];
+    store(f1, s1), store(f2, s2);
+    total[r] = total[r] * f1[0] + l2[r] * f2[0];
+    for (int64_t d = 0; d < width; d += F::N)
+      store(acc + r * width + d, load(acc + r * width + d) * s1 + load(a2 + r * width + d) * s2);
+    top[r] = m;
+  }
+}

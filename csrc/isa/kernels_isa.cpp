@@ -1,0 +1,36 @@
+// All kernels for one instruction set. Compiled once for each, with its compiler flags and -DISA=its namespace.
+#include <algorithm>
+
+#include "isa/kernels.h"
+#include "isa/simd.h"
+
+namespace intaglio::ISA {
+
+#include "linear.inl"
+#include "rows.inl"
+#include "attention.inl"
+#include "experts.inl"
+#include "scales.inl"
+
+float read_stream(const float* p, int64_t n) {
+  F a[8];
+  for (F& x : a) x = set(0);
+  for (int64_t i = 0; i + 8 * F::N <= n; i += 8 * F::N)
+    for (int j = 0; j < 8; j++) a[j] = a[j] + load(p + i + j * F::N);
+  for (int j = 1; j < 8; j++) a[0] = a[0] + a[j];
+  return sum(a[0]);
+}
+
+#define NAME_OF(x) #x
+#define NAME(x) NAME_OF(x)
+constexpr Kernels kTable = {NAME(ISA), prepare_row, linear_unit, norm_row, map_row,
+                            attend_split, attend_merge, route_row, combine_row, largest_logit, weigh, read_stream, scales::choose_scale,
+                            scales::choose_lines};
+
+}  // namespace intaglio::ISA
+
+namespace intaglio {
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+const Kernels* JOIN(kernels_, ISA)() { return &ISA::kTable; }
+}  // namespace intaglio

@@ -1,0 +1,92 @@
+// Collectives as ops of a step: what this rank exchanges with the others of its group, through the executable's communicator.
+// One thread does it; a failure ends the step with CommunicatorError.
+#include "comm/communicator.h"
+
+#include "run/op.h"
+
+namespace intaglio {
+namespace {
+
+Block block_of(const Tensor& t) { return {t.row(0), t.rows(), t.cols, t.ld}; }
+
+class CollectiveKernel : public OpKernel {
+ public:
+  explicit CollectiveKernel(OpArgs& a) : site_(a.word("site")), wire_(a.choice<Wire>("wire", {{"f32", Wire::F32}, {"bf16", Wire::BF16}, {"f16", Wire::F16}})) {
+    if (!a.context.communicator) throw std::invalid_argument("the host runs collectives itself only as a rank with a communicator");
+    communicator_ = a.context.communicator;
+  }
+  void plan(Planner& p) override { p.single(0); }
+
+ protected:
+  std::string site_;
+  Wire wire_;
+  Communicator* communicator_;
+};
+
+class GroupKernel : public CollectiveKernel {
+ public:
+  explicit GroupKernel(OpArgs& a) : CollectiveKernel(a), x_(a.rows("x")), out_(a.rows("out")), collective_{site_, {}, wire_} {
+    for (int64_t rank : a.integers("group")) collective_.group.push_back(int(rank));
+  }
+
+ protected:
+  const Tensor &x_, &out_;
+  Collective collective_;
+};
+
+class AllReduce : public GroupKernel {
+ public:
+  explicit AllReduce(OpArgs& a) : GroupKernel(a) {}
+  void run(int, int64_t, int64_t, Scratch&) override { communicator_->all_reduce(collective_, block_of(x_), block_of(out_)); }
+};
+
+class AllGather : public GroupKernel {
+ public:
+  explicit AllGather(OpArgs& a) : GroupKernel(a), tokens_(a.flag("tokens")) { a.ignore({"width"}); }
+  void run(int, int64_t, int64_t, Scratch&) override { communicator_->all_gather(collective_, block_of(x_), block_of(out_), tokens_); }
+
+ private:
+  bool tokens_;
+};
+
+class ReduceScatter : public GroupKernel {
+ public:
+  explicit ReduceScatter(OpArgs& a) : GroupKernel(a) { a.ignore({"share"}); }
+  void run(int, int64_t, int64_t, Scratch&) override { communicator_->reduce_scatter(collective_, block_of(x_), block_of(out_)); }
+};
+
+class AllToAll : public GroupKernel {
+ public:
+  explicit AllToAll(OpArgs& a) : GroupKernel(a) { a.ignore({"share", "width"}); }
+  void run(int, int64_t, int64_t, Scratch&) override { communicator_->all_to_all(collective_, block_of(x_), block_of(out_)); }
+};
+
+class Send : public CollectiveKernel {
+ public:
+  explicit Send(OpArgs& a) : CollectiveKernel(a), x_(a.rows("x")), peer_(int(a.integer("peer"))) {}
+  void run(int, int64_t, int64_t, Scratch&) override { communicator_->send(site_, peer_, wire_, block_of(x_)); }
+
+ private:
+  const Tensor& x_;
+  int peer_;
+};
+
+class Recv : public CollectiveKernel {
+ public:
+  explicit Recv(OpArgs& a) : CollectiveKernel(a), out_(a.rows("out")), peer_(int(a.integer("peer"))) { a.ignore({"width", "rows"}); }
+  void run(int, int64_t, int64_t, Scratch&) override { communicator_->recv(site_, peer_, wire_, block_of(out_)); }
+
+ private:
+  const Tensor& out_;
+  int peer_;
+};
+
+const Registered<AllReduce> all_reduce("all_reduce");
+const Registered<AllGather> all_gather("all_gather");
+const Registered<ReduceScatter> reduce_scatter("reduce_scatter");
+const Registered<AllToAll> all_to_all("all_to_all");
+const Registered<Send> send("send");
+const Registered<Recv> recv("recv");
+
+}  // namespace
+}  // namespace intaglio

@@ -1,0 +1,206 @@
+// Ops of mixture-of-experts layers: route, and experts (sort tokens by expert, two grouped products, sum of each token's
+// results). A token's result is one chain of additions over its experts in their order, so its bits do not depend on the
+// batch or the number of threads.
+#include "ops/grouped.h"
+#include "ops/names.h"
+
+namespace intaglio {
+namespace {
+
+constexpr int kSlices = 16;  // slices of a grouped product for each thread
+
+int64_t up_to(const char* name, int64_t value, int64_t most) {
+  if (value > most)
+    throw std::invalid_argument(std::string(name) + "=" + std::to_string(value) + "; the host's route supports up to " + std::to_string(most));
+  return value;
+}
+
+class Route : public OpKernel {
+ public:
+  explicit Route(OpArgs& a)
+      : kernels_(a.context.kernels), logits_(a.rows("logits")), weights_(a.rows("weights")), ids_(a.rows("ids")) {
+    args_.bias = a.optional_vector("bias");
+    args_.top = up_to("top", a.integer("top"), kMaxTop);
+    args_.groups = up_to("groups", a.integer("groups"), kMaxGroups);
+    args_.kept = a.integer("kept_groups"), args_.group_best = a.integer("group_best");
+    args_.score = a.choice<RouteScore>(
+        "score", {{"softmax", RouteScore::Softmax}, {"sigmoid", RouteScore::Sigmoid}, {"sqrt_softplus", RouteScore::SqrtSoftplus},
+                  {"chosen", RouteScore::Chosen}, {"sparsemixer", RouteScore::Sparsemixer}});
+    args_.normalise = a.flag("normalise"), args_.scale = a.number("scale"), args_.jitter = a.number("jitter");
+    args_.ld_logits = logits_.ld, args_.ld_weights = weights_.ld, args_.ld_ids = ids_.ld, args_.experts = logits_.cols;
+  }
+  void plan(Planner& p) override { p.rows(ids_.rows(), logits_.cols); }
+  void run(int, int64_t begin, int64_t end, Scratch& mine) override {
+    RouteArgs a = args_;
+    a.logits = logits_.row(0), a.weights = weights_.row(0), a.ids = ids_.integers(0);
+    for (int64_t t = begin; t < end; t++) kernels_.route_row(a, t, mine.floats);
+  }
+
+ private:
+  const Kernels& kernels_;
+  const Tensor &logits_, &weights_, &ids_;
+  RouteArgs args_{};
+};
+
+// The k values of x in the column order of an expert's matrix, copied to `buffer`; x itself if there are no orders (null).
+// Orders are integers below 2^24, which float holds exactly.
+const float* in_order(const float* orders, int64_t expert, const float* x, int64_t k, float* buffer) {
+  if (!orders) return x;
+  for (int64_t i = 0; i < k; i++) buffer[i] = x[int64_t(orders[expert * k + i])];
+  return buffer;
+}
+
+class Experts : public OpKernel {
+ public:
+  enum Part { Sort, RoundX, Inner, RoundInner, Outer, Combine };
+  explicit Experts(OpArgs& a)
+      : context_(a.context), x_(a.rows("x")), weights_(a.rows("weights")), ids_(a.rows("ids")), out_(a.rows("out")),
+        residual_(a.optional_rows("residual")), up_(a.weight("gate")), down_(a.weight("down")), gate_bias_(a.optional_vector("gate_bias")),
+        down_bias_(a.optional_vector("down_bias")), order_(a.optional_vector("order")), down_order_(a.optional_vector("down_order")),
+        experts_(a.shape("gate")[0]), inner_(a.shape("gate")[1]), top_(ids_.cols), first_(a.integer("first")),
+        x_bf16_(x_is_bf16(a)), scale_input_(a.flag("scale_input")), activation_(a.choice("activation", activations())),
+        alpha_(a.number("alpha")), limit_(a.number("limit")), shift_(a.number("shift")),
+        grouped_(experts_, top_, int64_t(kSlices) * a.context.threads) {
+    a.ignore({"up", "up_bias", "of"});  // up is packed with gate; the number of experts on this rank follows from gate's shape
+  }
+
+  void plan(Planner& p) override {
+    const int64_t t = p.in().t, entries = t * top_, slices = int64_t(kSlices) * context_.threads;
+    p.workspace(areas(t).end);
+    p.floats(std::max(up_.k, down_.k));
+    p.single(Sort);
+    p.phase(RoundX, entries, p.chunk(entries));
+    p.phase(Inner, slices, 1);
+    p.phase(RoundInner, entries, p.chunk(entries));
+    p.phase(Outer, slices, 1);
+    p.phase(Combine, t, p.chunk(t));
+  }
+
+  void run(int part, int64_t begin, int64_t end, Scratch& mine) override {
+    const Areas at = areas(context_.in.t);
+    for (int64_t i = begin; i < end; i++) switch (part) {
+        case Sort: sort(); break;
+        case RoundX: round_x(at, i, mine); break;
+        case Inner: inner(at, i, mine); break;
+        case RoundInner: round_inner(at, i, mine); break;
+        case Outer: outer(at, i, mine); break;
+        case Combine: combine(at, i); break;
+      }
+  }
+
+ private:
+  // Offsets into the workspace, after the tables of Grouped: x rounded for each entry, the inner rows, these rounded, and the
+  // result of each entry.
+  struct Areas {
+    int64_t x, inner, rounded, out, end;
+  };
+  Areas areas(int64_t t) const {
+    const int64_t entries = t * top_, most = entries + std::min(experts_, entries);  // one more for each expert, whose rows begin aligned
+    Areas a;
+    a.x = aligned(grouped_.bytes(t));
+    a.inner = a.x + aligned(most * bytes_of_rows(up_, x_bf16_, 1));
+    a.rounded = a.inner + aligned(entries * inner_ * 4);
+    a.out = a.rounded + aligned(most * bytes_of_rows(down_, x_bf16_, 1));
+    a.end = a.out + aligned(entries * out_.cols * 4 + kAlign);
+    return a;
+  }
+  uint8_t* at(int64_t offset) const { return context_.workspace + offset; }
+  float* floats_at(int64_t offset) const { return reinterpret_cast<float*>(context_.workspace + offset); }
+
+  void sort() {
+    grouped_.place(context_.in.t, context_.workspace);
+    grouped_.sort([&](int64_t t, int64_t j) {
+      const int64_t e = ids_.integers(t)[j] - first_;
+      return e < 0 || e >= experts_ ? -1 : e;  // -1: an expert of another rank
+    });
+    int64_t x = 0, rounded = 0;
+    for (Active& a : grouped_) {
+      a.at[0] = x, a.at[1] = rounded;
+      x += bytes_of_rows(up_, x_bf16_, a.rows), rounded += bytes_of_rows(down_, x_bf16_, a.rows);
+    }
+  }
+
+  void round_x(const Areas& area, int64_t entry, Scratch& mine) const {
+    if (entry >= grouped_.entries()) return;  // the plan has a task for each possible entry; some belong to other ranks' experts
+    const Active& a = grouped_.active_of(entry);
+    const int64_t t = grouped_.pair(entry) / top_, j = grouped_.pair(entry) % top_;
+    const float* x = in_order(order_, a.matrix, x_.row(t), up_.k, mine.floats);
+    if (scale_input_) {
+      const float weight = weights_.row(t)[j];
+      for (int64_t i = 0; i < up_.k; i++) mine.floats[i] = x[i] * weight;
+      x = mine.floats;
+    }
+    Rows rows;
+    lay_rows(up_, x_bf16_, a.rows, at(area.x + a.at[0]), &rows);
+    context_.kernels.prepare_row(up_, x_bf16_, x, rows, entry - a.first);
+  }
+
+  void inner(const Areas& area, int64_t slice, Scratch& mine) const {
+    const int64_t units = up_.units() / experts_;
+    grouped_.each_unit(slice, units, [&](const Active& a, int64_t unit) {
+      const Weight w = matrix_of(up_, a.matrix, units, inner_);
+      LinearArgs args{&w, {}, x_bf16_, floats_at(area.inner) + a.first * inner_, inner_,
+                      gate_bias_ ? gate_bias_ + a.matrix * 2 * inner_ : nullptr, nullptr, 0, 1.0f, activation_, alpha_, limit_, shift_};
+      lay_rows(w, x_bf16_, a.rows, at(area.x + a.at[0]), &args.x);
+      products(args, a.rows, unit, mine);
+    });
+  }
+
+  void round_inner(const Areas& area, int64_t entry, Scratch& mine) const {
+    if (entry >= grouped_.entries()) return;
+    const Active& a = grouped_.active_of(entry);
+    const float* x = in_order(down_order_, a.matrix, floats_at(area.inner) + entry * inner_, inner_, mine.floats);
+    Rows rows;
+    lay_rows(down_, x_bf16_, a.rows, at(area.rounded + a.at[1]), &rows);
+    context_.kernels.prepare_row(down_, x_bf16_, x, rows, entry - a.first);
+  }
+
+  void outer(const Areas& area, int64_t slice, Scratch& mine) const {
+    const int64_t units = down_.units() / experts_, n = out_.cols;
+    grouped_.each_unit(slice, units, [&](const Active& a, int64_t unit) {
+      const Weight w = matrix_of(down_, a.matrix, units, n);
+      LinearArgs args{&w, {}, x_bf16_, floats_at(area.out) + a.first * n, n, down_bias_ ? down_bias_ + a.matrix * n : nullptr,
+                      nullptr, 0, 1.0f, Act::None};
+      lay_rows(w, x_bf16_, a.rows, at(area.rounded + a.at[1]), &args.x);
+      products(args, a.rows, unit, mine);
+    });
+  }
+
+  void products(const LinearArgs& args, int64_t rows, int64_t unit, Scratch& mine) const {
+    for (int64_t r = 0; r < rows; r += kRows)
+      context_.kernels.linear_unit(args, r, std::min<int64_t>(kRows, rows - r), unit, mine.floats);
+  }
+
+  void combine(const Areas& area, int64_t t) const {
+    const int64_t n = out_.cols;
+    const float* rows[kMaxTop];
+    float weights[kMaxTop];
+    int64_t here = 0;
+    for (int64_t j = 0; j < top_; j++) {
+      const int64_t entry = grouped_.entry(t, j);
+      if (entry < 0) continue;
+      rows[here] = floats_at(area.out) + entry * n;
+      weights[here++] = scale_input_ ? 1.0f : weights_.row(t)[j];
+    }
+    const float* residual = residual_ ? residual_->row(t) : nullptr;
+    float* out = out_.row(t);
+    if (here) return context_.kernels.combine_row(rows, weights, here, residual, out, n);
+    for (int64_t i = 0; i < n; i++) out[i] = residual ? residual[i] : 0.0f;
+  }
+
+  const Context& context_;
+  const Tensor &x_, &weights_, &ids_, &out_, *residual_;
+  const Weight &up_, &down_;
+  const float *gate_bias_, *down_bias_, *order_, *down_order_;
+  int64_t experts_, inner_, top_, first_;
+  bool x_bf16_, scale_input_;
+  Act activation_;
+  float alpha_, limit_, shift_;
+  Grouped grouped_;
+};
+
+const Registered<Route> route("route");
+const Registered<Experts> experts("experts");
+
+}  // namespace
+}  // namespace intaglio

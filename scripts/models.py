@@ -1,0 +1,159 @@
+"""Write src/intaglio/data/architectures.json and docs/models.md: every decoder architecture of transformers.
+
+Each is ported, with its largest deviation, or refused with a reason.
+
+    python scripts/models.py             the data file and the page
+    python scripts/models.py --new       also compare the tiny models of ports without a deviation with transformers
+    python scripts/models.py --measure   also compare the tiny model of each port with transformers (minutes)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DATA, PAGE = ROOT / "src/intaglio/data/architectures.json", ROOT / "docs/models.md"
+
+RECURRENT = "recurrent blocks (state-space layers, linear attention or short convolutions) of a form that is not ported"
+SPARSE = "sparse attention: an indexer chooses the positions that a query sees"
+AUDIO = "audio tokens or an audio encoder"
+LOOPED = "layers that run more than once, with keys and values of each pass"
+GEMMA3N = "several residual streams (AltUp), and keys and values shared between layers"
+HELPER = "a draft model that reads the keys and values of the model that it helps"
+REASONS: dict[str, tuple[str, ...]] = {
+    RECURRENT: (
+        "BailingHybridForCausalLM", "InklingForCausalLM", "Inkling2ForCausalLM", "Inkling2LoopForCausalLM",
+        "KimiLinearForCausalLM", "LaraMiniForCausalLM", "Lfm3ForCausalLM",
+        "OlmoHybridForCausalLM", "Qwen4ExpForCausalLM", "RwkvForCausalLM",
+        "Zamba2ForCausalLM", "ZambaForCausalLM", "ZayaForCausalLM", "xLSTMForCausalLM",
+    ),
+    SPARSE: (
+        "AXK2ForCausalLM", "DeepseekV32ForCausalLM", "DeepseekV4ForCausalLM", "Dots3NoteForCausalLM",
+        "GlmMoeDsaForCausalLM", "HYV4ForCausalLM", "MiniMaxM3VLForCausalLM",
+    ),
+    AUDIO: (
+        "MossTranscribeDiarizeForConditionalGeneration", "MoshiForCausalLM", "MusicgenForCausalLM",
+        "MusicgenMelodyForCausalLM", "Phi4MultimodalForCausalLM", "WhisperForCausalLM",
+    ),
+    LOOPED: ("DoryForCausalLM", "HrmTextForCausalLM"),
+    GEMMA3N: ("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"),
+    HELPER: ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"),
+    "streams of attention for the n-grams ahead": ("ProphetNetForCausalLM",),
+    "embeddings of each character's shape and sound": ("RoCBertForCausalLM",),
+    "adapters of each language": ("XmodForCausalLM",),
+    "attention to both sides; the positions of XLM": ("XLMWithLMHeadModel",),
+    "two streams of attention with relative positions": ("XLNetLMHeadModel",),
+    "attention by hashing, reversible layers": ("ReformerModelWithLMHead",),
+    "residuals scaled by depth, a temperature of its own, a gate bias of each head": ("BeamForCausalLM",),
+    "experts chosen by logit plus bias, weighted by sigmoid": ("Kolibri1ForCausalLM",),
+    "two attentions in a layer, and experts that compute nothing": ("LongcatFlashForCausalLM",),
+    "experts of attention": ("JetMoeForCausalLM",),
+    "patches of bytes, whose borders a model of its own finds": ("BltForCausalLM",),
+    "differential attention: the difference of two softmaxes": ("DiffLlamaForCausalLM",),
+    "attention biased by a value of each key": ("DogeForCausalLM",),
+    "a gate of each attention head; numbers of heads that differ between layers": ("LagunaForCausalLM",),
+    "buckets of relative positions, a bias of each": ("CpmAntForCausalLM",),
+}  # fmt: skip
+
+
+def listed() -> dict[str, list[str]]:
+    """Model types by architecture, of all decoders that the installed transformers can build."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    out: dict[str, list[str]] = {}
+    for kind, names in NAMES.items():
+        for name in [names] if isinstance(names, str) else names:
+            out.setdefault(name, []).append(kind)
+    return {name: sorted(out[name]) for name in sorted(out)}
+
+
+def gather(deviations: dict[str, float]) -> dict[str, Any]:
+    """The contents of the data file."""
+    import transformers
+
+    from intaglio.models import families
+
+    why = {name: reason for reason, names in REASONS.items() for name in names}
+    table = {}
+    for name, kinds in listed().items():
+        row: dict[str, Any] = {"model_types": kinds}
+        if name in deviations:
+            row["deviation"] = deviations[name]
+        if name not in families():
+            row["reason"] = why.get(name, "")
+        table[name] = row
+    return {"transformers": transformers.__version__, "architectures": table}
+
+
+def page(data: dict[str, Any]) -> str:
+    """The text of docs/models.md."""
+    from intaglio.models import families
+
+    known, table = families(), data["architectures"]
+    ported = [name for name in table if name in known]
+    lines = [
+        "# Models", "",
+        f"Of the {len(table)} decoder architectures that transformers {data['transformers']} can build, "
+        f"{len(ported)} load here, text only. `intaglio models --all` prints the same list. Written by "
+        "`scripts/models.py`; do not edit.", "",
+        "The deviation is the largest of max |ours - theirs| / max |theirs| over prefill, chunks and decode, float32, "
+        "on the tiny random model of `tests/support/tiny.py`, by the NumPy reference device.", "",
+        "## Ported", "", "| architecture | models | largest deviation |", "|---|---|---|",
+    ]  # fmt: skip
+    for name in ported:
+        gap = table[name].get("deviation")
+        lines.append(f"| {name} | {known[name].models} | {'not measured' if gap is None else f'{gap:.0e}'} |")
+    others = sorted(set(known) - set(table))
+    lines += ["", f"Also, by names that transformers does not list among decoders: {', '.join(others)}.", ""]
+    lines += ["## Not ported", "", "| architecture | reason |", "|---|---|"]
+    lines += [f"| {name} | {row['reason']} |" for name, row in table.items() if name not in known]
+    return "\n".join(lines) + "\n"
+
+
+def measure(known: dict[str, float]) -> dict[str, float]:
+    """The largest deviation of each architecture that tests/support/tiny.py builds, over its rows there.
+
+    Those in `known` are not measured again.
+    """
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support.tiny import FAMILIES, MIXTURES, OTHERS, RECURRENT, architecture, compare, tiny
+
+    out: dict[str, float] = {}
+    rows = FAMILIES | MIXTURES | OTHERS | RECURRENT
+    with tempfile.TemporaryDirectory() as folder:
+        for family in rows:
+            name = architecture(rows[family]["class"])
+            if name in known:
+                continue
+            path = tiny(family, Path(folder) / family)
+            out[name] = max(out.get(name, 0.0), *compare(path, steps=8).values())
+            print(f"{name} {out[name]:.1e}", flush=True)
+    return out
+
+
+def main() -> None:
+    """Write both files."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--measure", action="store_true", help="compare each port with transformers anew")
+    parser.add_argument("--new", action="store_true", help="compare only ports that have no deviation yet")
+    wanted, found = parser.parse_args(), dict[str, float]()
+    if DATA.exists() and not wanted.measure:
+        rows = json.loads(DATA.read_text())["architectures"]
+        found = {name: row["deviation"] for name, row in rows.items() if "deviation" in row}
+    if wanted.measure or wanted.new:
+        found |= measure(found)
+    data = gather({name: float(f"{gap:.1e}") for name, gap in found.items()})
+    DATA.write_text(json.dumps(data, indent=1) + "\n")
+    PAGE.write_text(page(data))
+    missing = [name for name, row in data["architectures"].items() if row.get("reason") == ""]
+    if missing:
+        sys.exit(f"no reason given for {', '.join(missing)}; add them to REASONS")
+
+
+if __name__ == "__main__":
+    main()

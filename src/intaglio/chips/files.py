@@ -1,0 +1,159 @@
+"""Reads chip files and kernel library files (TOML) into ChipSpec and KernelLibrary.
+
+The file's stem is the name of the chip or library; its keys are the fields of ChipSpec or KernelLibrary. `base` names
+another file, of the same folder or of the shipped ones, from which missing values are taken. `[reasons]` gives the
+source of each value; values taken from the base keep the base's reasons.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from intaglio.chips.library import KernelLibrary, Protocol
+from intaglio.chips.spec import PARTS, ChipError, ChipSpec
+
+DATA = Path(__file__).parent.parent / "data"
+SHEET_TOLERANCE = 0.01  # relative, between a data sheet's rounded FLOP/s and 2 * cores * clock * multiply-accumulates
+
+
+def read_chip(path: Path) -> tuple[ChipSpec, str]:
+    """(chip, name of its default kernel library) of a chip file.
+
+    Raises ChipError, naming the file and the key, for an unknown key, a value of the wrong type, an invalid chip, or a
+    peak rate that differs by more than 1 % from the file's `[sheet_flops]`.
+    """
+    table = merged(path, "chips")
+    sheet, library = table.pop("sheet_flops", {}), table.pop("library", None)
+    if not isinstance(library, str):
+        raise ChipError(f"{path}: library={library!r}; give the name of the chip's default kernel library")
+    for name, kind in PARTS.items():
+        if isinstance(table.get(name), dict):
+            table[name] = built(path, kind, table[name], f"{name}.")
+    if isinstance(table.get("macs"), dict):
+        table["macs"] = tuple(table["macs"].items())
+    spec = built(path, ChipSpec, {"name": path.stem, **table, "reasons": reasons_of(path, ChipSpec, table)})
+    for format, flops in sheet.items():
+        peak = spec.peak_flops(format)
+        if abs(peak / flops - 1) > SHEET_TOLERANCE:
+            raise ChipError(f"{path}: the peak rate in {format} is {peak:.4g} FLOP/s, but sheet_flops says {flops:.4g}")
+    return spec, library
+
+
+def read_library(path: Path) -> KernelLibrary:
+    """The kernel library of a library file. Raises ChipError as read_chip() does."""
+    table = merged(path, "libraries")
+    protocols = table.get("protocols")
+    if isinstance(protocols, list):
+        table["protocols"] = tuple(built(path, Protocol, p, "protocols.") for p in protocols)
+    if isinstance(table.get("tiles"), list):
+        table["tiles"] = tuple(sorted({tile for entry in table["tiles"] for tile in tiles_of(path, entry)}))
+    return built(path, KernelLibrary, {"name": path.stem, **table, "reasons": reasons_of(path, KernelLibrary, table)})
+
+
+def reasons_of(path: Path, kind: type[Any], table: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """(field, reason) for each entry in the table `[reasons]` of a file. Raises ChipError for an unknown field."""
+    fields = [f.name for f in dataclasses.fields(kind)]
+    for name in table["reasons"]:
+        if name not in fields:
+            raise ChipError(f"{path}: unknown field reasons.{name}; known: {', '.join(fields)}")
+    return tuple(table["reasons"].items())
+
+
+def tiles_of(path: Path, entry: Any) -> list[tuple[int, int]]:
+    """The result tiles (rows, columns) that one entry of `tiles` in a library file stands for.
+
+    An entry is a pair [rows, columns], or a grid: all pairs of its `rows` and `columns` that have at most `max_values`
+    values, and with `transposed = true` also the pairs (columns, rows). Raises ChipError for another entry.
+    """
+    if isinstance(entry, list):
+        if len(entry) != 2:
+            raise ChipError(f"{path}: tiles has {entry}; a tile is [rows, columns]")
+        return [(entry[0], entry[1])]
+    unknown = entry.keys() - {"rows", "columns", "max_values", "transposed"}
+    if unknown or not {"rows", "columns"} <= entry.keys():
+        raise ChipError(f"{path}: tiles has {entry}; a grid has rows, columns, max_values and transposed")
+    pairs = [(m, n) for m in entry["rows"] for n in entry["columns"]]
+    pairs += [(n, m) for m, n in pairs] if entry.get("transposed") else []
+    return [(m, n) for m, n in pairs if m * n <= entry.get("max_values", m * n)]
+
+
+def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's contents as a table, with missing values, and the reasons for them, taken from its base.
+
+    folder: of the shipped files, where a base is looked up too. above: files that name this one as their base, to
+    detect a cycle. Raises ChipError for a file that cannot be read, is not TOML, or has an invalid base.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ChipError(f"{path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ChipError(f"{path}: not TOML: {error}") from None
+    base = table.pop("base", None)
+    if base is None:
+        return {"reasons": {}, **table}
+    places = [place / f"{base}.toml" for place in (path.parent, DATA / folder)]
+    found = next((p for p in places if p.exists()), None)
+    if found is None:
+        looked = " and ".join(map(str, dict.fromkeys(places)))
+        raise ChipError(f"{path}: no file for base {base!r}; looked for {looked}")
+    if found in (*above, path):
+        raise ChipError(f"{path}: base {base!r} has {path.stem!r} as its own base")
+    below = merged(found, folder, (*above, path))
+    below.pop("sheet_flops", None)
+    out = below | table
+    for name in PARTS:
+        if isinstance(table.get(name), dict) and isinstance(below.get(name), dict):
+            out[name] = below[name] | table[name]
+    kept = {field: why for field, why in below["reasons"].items() if out.get(field) == below.get(field)}
+    out["reasons"] = kept | table.get("reasons", {})
+    return out
+
+
+def built(path: Path, kind: type[Any], table: Mapping[str, Any], inside: str = "") -> Any:
+    """Construct the dataclass `kind` from a table of a file.
+
+    Raises ChipError for an unknown or missing field or a wrong type.
+    """
+    hints = get_type_hints(kind)
+    required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+    for name in table:
+        if name not in hints:
+            raise ChipError(f"{path}: unknown field {inside}{name}; known: {', '.join(hints)}")
+    missing = [name for name in required if name not in table]
+    if missing:
+        raise ChipError(f"{path}: {', '.join(inside + name for name in missing)} missing, and no base has a value")
+    values = {name: typed(f"{path}: {inside}{name}", value, hints[name]) for name, value in table.items()}
+    try:
+        return kind(**values)
+    except ChipError as error:
+        raise ChipError(f"{path}: {error}") from None
+
+
+def typed(what: str, value: Any, kind: Any) -> Any:
+    """A TOML value as type `kind`: lists become tuples, integers floats. Raises ChipError if the type does not fit."""
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        inner = get_args(kind)
+        if inner[-1] is Ellipsis:
+            return tuple(typed(what, v, inner[0]) for v in value)
+        if len(value) == len(inner):
+            return tuple(typed(what, v, k) for v, k in zip(value, inner, strict=True))
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif get_origin(kind) is None and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ChipError(f"{what}={value!r}; wanted {wanted(kind)}")
+
+
+def wanted(kind: Any) -> str:
+    """Description of a field's type, for error messages."""
+    inner = get_args(kind)
+    if get_origin(kind) is tuple and inner[-1] is Ellipsis:
+        return f"a list, each of it {wanted(inner[0])}"
+    if get_origin(kind) is tuple:
+        return f"[{', '.join(wanted(each) for each in inner)}]"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, str(kind))

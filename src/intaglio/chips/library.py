@@ -1,0 +1,126 @@
+"""KernelLibrary: properties of a vendor's kernels on one generation of chips, as data and apart from the hardware.
+
+Launch overhead, tile sizes, heuristics by which a kernel chooses, protocols of collectives. intaglio.silicon computes
+times from these fields. The libraries that ship are data/libraries/*.toml.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from intaglio.chips import ranges
+from intaglio.chips.spec import ChipError
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A protocol of a collective library, such as NCCL's LL, LL128 and Simple."""
+
+    name: str
+    barrier_factor: float  # start-up time of a collective, in multiples of KernelLibrary.barrier_s
+    latency_factor: float  # latency of one step, in multiples of KernelLibrary.link_latency_s
+    bandwidth_fraction: float  # of the links' bandwidth
+    max_bytes_per_chip: int = 0  # largest payload for which it is used; 0: any
+
+
+EXPERT_TILES = ("best", "by_experts", "by_tokens")
+ALGORITHMS = ("ring", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelLibrary:
+    """The kernels of one vendor on one generation of chips. Efficiencies are fractions, above 0 and at most 1."""
+
+    name: str
+    description: str  # one line, for listings
+
+    # All kernels
+    launch_s: float  # launch overhead: from the end of a kernel to the first instruction of the next
+    persistent: bool = False  # persistent kernels: a core loads its next tile's operands while it stores this one
+    prefetches_weights: bool = False  # weights of later ops are loaded during earlier ones
+    dual_batch_overlap: bool = False  # a batch may run as two halves that overlap compute and links, if that is faster
+    activation_bytes: int = 2  # bytes of a value between ops; kernels keep it in bf16
+    l2_usable: float = 0.8  # fraction of the L2 that can hold an op's operands
+    burst_bytes: int = 128  # bytes of one HBM access; also the bytes of K loaded in one step
+    half_burst_cost: float = 1.3  # bytes moved for each byte of rows that are half a burst long
+
+    # Products
+    mxu_efficiency: float  # fraction of the peak matrix rate that a stream of matmuls reaches
+    tiles: tuple[tuple[int, int], ...]  # result tiles (rows, columns) from which kernels choose
+    split_k: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 16, 32)  # numbers of parts into which K may be split
+    matmul_stages: int = 8  # operand tiles in flight, at most
+
+    # Attention
+    key_tile: int = 64  # keys in a tile; the last tile of a context is loaded whole
+    query_tiles: tuple[int, ...] = (64, 128)  # query rows of a tile, from which kernels choose
+    fused_query_tiles: tuple[int, ...] = (64, 128, 256, 512)  # the same, on a fused attention engine
+    min_query_rows: int = 16  # query rows that the matrix array processes at least
+    softmax_overlap: float = 0.0  # fraction of the softmax that overlaps with products of other rows
+    pack_gqa: bool = False  # query heads that share a K/V head share a tile of queries
+    # Numbers of parts into which a decode context may be split.
+    kv_splits: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    split_mha: bool = False  # contexts are also split if each query head has its own K/V head
+    merge_launch: bool = True  # a separate kernel merges the parts of a context
+    decode_jobs: int = 2  # decode jobs that run on a core at a time
+    decode_stages: int = 2  # tiles of keys and values in flight, at most
+    window_min_keys: int = 256  # keys that a decode kernel reads at least, with a sliding window
+    kv_dequant_ops: int = 8  # operations to convert an 8-bit value to bf16: unpack, convert twice, scale, pack, move
+    kv_row_cycles: int = 40  # core cycles to store one row of one head in the cache: address, wait, store
+    kv_quant_cycles: float = 0.7  # core cycles to quantise a value to 8 bits; 0: the vector lanes do it
+
+    # Experts
+    grouped_mxu_efficiency: float  # fraction of the peak matrix rate that grouped products of experts reach
+    expert_tiles: str = "best"  # best: the fastest of those below; by_experts, by_tokens: a heuristic of vLLM
+    expert_rows: tuple[int, ...] = (16, 32, 64, 128, 256)  # rows of a tile
+    expert_columns: tuple[int, ...] = (64, 128, 256)  # columns of a tile
+    expert_stages: int = 4  # operand tiles in flight, at most
+    vector_load_values: int = 16  # rows of expert weights must be a multiple of it to be read by vector loads
+    unaligned_row_cost: float = 4.0  # bytes moved for each byte of other rows
+    fp8_dequant_ops: int = 25  # operations to convert an FP8 expert weight to BF16 in software; 0: FP8 is multiplied
+    fp8_overfetch: float = 5.0  # bytes moved for each byte of such weights, which are read byte by byte
+    routing_launches: int = 3  # kernels of routing: scores and top-k; counting; sorting
+    routing_ops: int = 8  # operations for each routing score: softmax, top-k, counting
+
+    # Collectives
+    barrier_s: float  # start-up of a collective: a barrier among all its chips
+    link_latency_s: float  # latency of one step of a collective: signal, wait, and copy of zero bytes
+    protocols: tuple[Protocol, ...]
+    algorithms: str = "ring"  # ring: rings, and direct all_to_all; all: the fastest schedule that fits the chips
+    through_hbm: bool = True  # each step copies through HBM, not overlapped with the links
+    peer_handshakes: bool = True  # an all_to_all makes a handshake with each peer in turn
+    switch_reduce_min_chips: int = 8  # chips from which a switch that can reduce does so
+
+    reasons: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # (field, source of its value)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def check(library: KernelLibrary) -> None:
+    """Raise ChipError, naming the field, if a value is outside its range."""
+
+    def refuse(bad: bool, why: str) -> None:
+        if bad:
+            raise ChipError(f"library {library.name!r}: {why}")
+
+    for name in ("mxu_efficiency", "grouped_mxu_efficiency", "l2_usable"):
+        value = getattr(library, name)
+        refuse(not 0 < value <= 1, f"{name}={value}; it must be above 0 and at most 1")
+    refuse(not library.tiles, "tiles is empty; give at least one (rows, columns)")
+    why = ranges.outside(vars(library), ranges.LIBRARY)
+    refuse(bool(why), why)
+    refuse(not library.protocols, "protocols is empty; give at least one")
+    for name, allowed in (("expert_tiles", EXPERT_TILES), ("algorithms", ALGORITHMS)):
+        value = getattr(library, name)
+        refuse(value not in allowed, f"{name}={value!r}; use one of {', '.join(allowed)}")
+
+
+def replace_library(library: KernelLibrary, **changes: Any) -> KernelLibrary:
+    """A copy of `library` with fields changed. Raises ChipError for an unknown field or a value outside its range."""
+    fields = [f.name for f in dataclasses.fields(KernelLibrary)]
+    for name in changes:
+        if name not in fields:
+            raise ChipError(f"a kernel library has no field {name!r}; it has {', '.join(fields)}")
+    return dataclasses.replace(library, **changes)

@@ -1,0 +1,67 @@
+"""Allowed ranges of the numbers in chip and kernel library files.
+
+They are wide enough for any machine, and narrow enough to catch a number that is wrong by many digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Range = tuple[float, float]
+
+RATE: Range = (1, 1e9)  # values or bytes a cycle
+BYTES: Range = (1, 1e18)
+CHIP: dict[str, Range] = {
+    "cores": (1, 1e6), "clock_hz": (1e3, 1e12), "array_shape": (1, 1e5), "array_depth": (0, 1e6), "sram_bytes": BYTES,
+    "sram_bytes_per_cycle": RATE, "acc_bytes": BYTES, "vec_lanes": RATE, "exp_lanes": RATE, "att_lanes": (0, 1e9),
+    "port_bytes_per_cycle": RATE, "l2_bytes": (0, 1e18), "l2_bytes_per_cycle": RATE, "hbm_bytes": BYTES,
+    "hbm_bytes_per_s": (1, 1e18), "tdp_w": (1e-3, 1e6),
+}  # fmt: skip
+LINKS: dict[str, Range] = {"count": (0, 1e6), "bytes_per_s": (0, 1e18), "max_chips": (0, 1e9)}
+ENERGY: dict[str, Range] = {name: (0, 1) for name in ("mac", "hbm_byte", "l2_byte", "link_byte")} | {"idle_w": (0, 1e6)}
+CONSTANTS: dict[str, Range] = {"hbm_latency_s": (0, 1)}
+
+NATURAL: Range = (1, 1e9)
+AMOUNT: Range = (0, 1e9)
+SECONDS: Range = (0, 1)
+LIBRARY: dict[str, Range] = {
+    **dict.fromkeys(("launch_s", "barrier_s", "link_latency_s", "softmax_overlap"), SECONDS),
+    **dict.fromkeys(
+        (
+            "activation_bytes", "burst_bytes", "tiles", "split_k", "matmul_stages", "key_tile", "query_tiles",
+            "fused_query_tiles", "min_query_rows", "kv_splits", "decode_jobs", "decode_stages", "window_min_keys",
+            "expert_rows", "expert_columns", "expert_stages", "vector_load_values",
+        ),
+        NATURAL,
+    ),
+    **dict.fromkeys(
+        (  "half_burst_cost", "kv_dequant_ops", "kv_row_cycles", "kv_quant_cycles", "unaligned_row_cost",
+            "fp8_dequant_ops", "fp8_overfetch", "routing_launches", "routing_ops", "switch_reduce_min_chips",
+        ),
+        AMOUNT,
+    ),
+}  # fmt: skip
+
+
+def outside(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> str:
+    """Error text for the first value that is NaN or outside its range; "" if there is none.
+
+    Every number of a tuple is checked, and an empty tuple is outside.
+    """
+    for name, (least, most) in ranges.items():
+        value = values[name]
+        numbers = list(_numbers(value))
+        if not numbers or not all(least <= number <= most for number in numbers):
+            return f"{name}={value}; allowed: {number(least)} to {number(most)}"
+    return ""
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    for item in value if isinstance(value, tuple) else [value]:
+        yield from _numbers(item) if isinstance(item, tuple) else [item]
+
+
+def number(value: float) -> str:
+    """A bound of a range as text, such as 1,000 or 0.5; from 1e6 on such as 1e+12."""
+    return f"{value:g}" if value >= 1e6 or 0 < value < 1 else f"{value:,.0f}"

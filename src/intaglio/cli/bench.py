@@ -1,0 +1,194 @@
+"""`intaglio bench model` and `intaglio profile`: measured speed beside the machine's bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.table import Table
+
+from intaglio.cli import options as o
+from intaglio.cli.load import open_llm
+from intaglio.cli.progress import progress_bar
+from intaglio.cli.show import describe, describe_device, out, print_json, say, summary, table
+
+if TYPE_CHECKING:
+    from intaglio.llm import LLM
+    from intaglio.measure.bench import Row
+    from intaglio.measure.profile import Profile
+    from intaglio.measure.ranks import RankTimes
+
+T = TypeVar("T")
+BOUNDS = (
+    "bound: the step's bytes or FLOPs at the bandwidth or FLOP/s that this machine reaches, measured too. share of "
+    "roof: bound over measured time."
+)
+
+
+def bench(
+    model: o.Model = None,
+    revision: o.Revision = None,
+    prompt_tokens: Annotated[str | None, typer.Option(help="Prompt lengths, such as 128,512.")] = None,
+    sequences: Annotated[str, typer.Option(help="Numbers of sequences run together.")] = "1,8",
+    runs: Annotated[int, typer.Option(min=1, help="Runs of which the median is taken.")] = 3,
+    weights: o.Weights = "auto",
+    kv_format: o.KvFormat = "auto",
+    device: o.Device = "host",
+    threads: o.Threads = None,
+    context: o.Context = None,
+    layout: o.Layout = None,
+    in_process: o.InProcess = False,
+    no_cache: o.NoCache = False,
+    as_json: o.Json = False,
+) -> None:
+    """Measure prefill and decode, each beside the bound that memory bandwidth and matrix peak set."""
+    check_measurable(device)
+    lengths = numbers(prompt_tokens) if prompt_tokens else None
+    counts = numbers(sequences)
+    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache, layout, in_process, revision)
+    rows, why = run_bench(llm, lengths=lengths, sequences=counts, runs=runs)
+    if as_json:
+        print_json({**facts(llm, why), "rows": [r.as_dict() for r in rows]})
+        return
+    print_head(llm, runs)
+    out.print(bench_table(rows))
+    say(why or BOUNDS)
+
+
+def profile(
+    model: o.Model = None,
+    revision: o.Revision = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Prompt length. Default: 256, if it fits.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences run together.")] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of which medians are taken.")] = 5,
+    weights: o.Weights = "auto",
+    kv_format: o.KvFormat = "auto",
+    device: o.Device = "host",
+    threads: o.Threads = None,
+    context: o.Context = None,
+    layout: o.Layout = None,
+    trace: Annotated[Path | None, typer.Option(help="With --layout: write a decode step for Perfetto.")] = None,
+    no_cache: o.NoCache = False,
+    as_json: o.Json = False,
+) -> None:
+    """Show where a step's time goes, site by site beside its roof, and which sites lose most.
+
+    With a layout, also how long each rank was in collectives and for whom it waited.
+    """
+    from intaglio.measure.profile import profile as run_profile
+    from intaglio.measure.ranks import chrome_trace, rank_times, timed_decode
+
+    check_measurable(device)
+    if trace and not layout:
+        raise ValueError("--trace shows the ranks of a layout; add --layout, such as tp2")
+    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache, layout, revision=revision)
+    profiles, why = beside_roofs(llm, run_profile, sequences=sequences, prompt_tokens=prompt_tokens, runs=runs)
+    steps = timed_decode(llm.engine.executable, sequences, runs) if layout else []
+    ranks = rank_times(llm.mesh, steps) if steps else []
+    if trace and steps:
+        trace.write_text(chrome_trace(steps[-1].rank_timings))
+    if as_json:
+        together = {"ranks": [asdict(r) for r in ranks]} if layout else {}
+        print_json({**facts(llm, why), "phases": [p.as_dict() for p in profiles], **together})
+        return
+    print_head(llm, runs)
+    for p in profiles:
+        size = f"{p.sequences} {'x' if p.phase == 'prefill' else 'after'} {p.prompt_tokens} tokens"
+        times = f"{p.seconds * 1e3:,.2f} ms timed, {p.untimed_seconds * 1e3:,.2f} ms untimed"
+        out.rule(f"{p.phase} of {size}: {times}", style="dim")
+        out.print(profile_table(p))
+        for s in p.worst:
+            say(p.gap(s))
+    if ranks:
+        out.rule("ranks in a decode step", style="dim")
+        out.print(rank_table(ranks))
+    say(why or BOUNDS)
+
+
+def rank_table(ranks: Sequence[RankTimes]) -> Table:
+    """The table of ranks that `intaglio profile --layout` prints."""
+    headers = ("rank", "ops\nms", "in collectives\nms", "of these waiting\nms", "for\nrank")
+    lines = []
+    for r in ranks:
+        waits = sorted(r.waited.items(), key=lambda item: -item[1])
+        named = ", ".join(f"{peer} ({seconds * 1e3:,.3f})" for peer, seconds in waits) or "-"
+        times = (r.seconds, r.collectives, sum(r.waited.values()))
+        lines.append((str(r.rank), *(f"{t * 1e3:,.3f}" for t in times), named))
+    return table(headers, lines)
+
+
+def bench_table(rows: Sequence[Row]) -> Table:
+    """The table that `intaglio bench model` prints."""
+    headers = (
+        "phase", "sequences", "prompt\ntokens", "measured\ntokens/s", "measured\nms", "bound\nms", "bound\nby",
+        "share\nof roof",
+    )  # fmt: skip
+    lines = []
+    for r in rows:
+        bound = ("-", "-", "-")
+        if r.bound_seconds is not None and r.share is not None:
+            bound = (f"{r.bound_seconds * 1e3:,.2f}", str(r.bound_by), f"{r.share:.0%}")
+        cells = (f"{r.sequences:,}", f"{r.prompt_tokens:,}", f"{r.tokens_per_second:,.0f}", f"{r.seconds * 1e3:,.2f}")
+        lines.append((r.phase, *cells, *bound))
+    return table(headers, lines)
+
+
+def profile_table(p: Profile) -> Table:
+    """The table that `intaglio profile` prints: the sites of a profile, the slowest first."""
+    headers = ("site", "measured\nms", "share\nof step", "bound\nms", "bound\nby", "share\nof roof")
+    lines = []
+    for s in sorted(p.sites, key=lambda s: -s.seconds):
+        bound = ("-", "-", "-")
+        if s.bound_seconds is not None and s.share is not None:
+            bound = (f"{s.bound_seconds * 1e3:,.3f}", str(s.bound_by), f"{s.share:.0%}")
+        lines.append((s.label, f"{s.seconds * 1e3:,.3f}", f"{s.seconds / p.seconds:.1%}", *bound))
+    lines.append(("outside kernels", f"{p.outside_seconds * 1e3:,.3f}", f"{p.outside_share:.1%}", "-", "-", "-"))
+    return table(headers, lines)
+
+
+def run_bench(llm: LLM, **sizes: Any) -> tuple[list[Row], str]:
+    """Run the benchmark of `intaglio bench model`. Returns (rows, reason why they have no bounds, or "")."""
+    from intaglio.measure.bench import bench
+
+    return beside_roofs(llm, bench, **sizes)
+
+
+def beside_roofs(llm: LLM, measure: Callable[..., T], **sizes: Any) -> tuple[T, str]:
+    """Run `measure` with this machine's measured roofs. Returns (its result, reason why there are no roofs, or "")."""
+    from intaglio.measure.bench import Roofs, measured_roofs
+
+    with progress_bar("measuring") as progress:
+        ranks = len(llm.mesh.programs)
+        several = f"the model runs on {ranks} ranks: speeds are printed without bounds"
+        roofs = measured_roofs(llm.device) if ranks == 1 else several
+        found = roofs if isinstance(roofs, Roofs) else None
+        measured = measure(llm.engine.executable, found, progress=progress, **sizes)
+    return measured, "" if isinstance(roofs, Roofs) else roofs
+
+
+def facts(llm: LLM, why: str) -> dict[str, Any]:
+    """The measured Program and device as a dict for JSON. `why`: reason why there are no bounds, or ""."""
+    return {"program": summary(llm.model.program), "device": describe_device(llm), "no_bounds": why or None}
+
+
+def print_head(llm: LLM, runs: int) -> None:
+    """Print the measured Program and device, and the number of runs, in two lines."""
+    say(describe(llm.model.program))
+    say(f"on {describe_device(llm)}; medians of {runs} runs")
+
+
+def numbers(text: str) -> list[int]:
+    """Parse a comma-separated list of whole numbers: '128,512' gives [128, 512]. Raises ValueError."""
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{text!r} is not a list of whole numbers such as 128,512") from None
+
+
+def check_measurable(device: str) -> None:
+    """Raise ValueError if the device is "silicon", whose times are modelled and cannot be measured."""
+    if device == "silicon":
+        raise ValueError("device 'silicon' has nothing to measure, its times are modelled: use intaglio simulate")

@@ -1,0 +1,45 @@
+"""Command groups: turn errors into one line and an exit code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from intaglio.cli.progress import interrupted
+from intaglio.devices import DeviceError
+
+
+class Group(TyperGroup):
+    """Command group that prints errors a user can act on as one line, with exit code 2. Ctrl-C gives exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            interrupted()
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise typer.Exit(141) from None  # __main__ takes care of what stdout still holds
+        except (ValueError, DeviceError, OSError) as e:
+            if ctx.params.get("debug"):
+                raise
+            typer.echo(f"error: {_text(e)}", err=True)
+            raise typer.Exit(2) from None
+
+
+def _text(error: Exception) -> str:
+    """The error's message; of a failed file operation the path and the reason, without the error number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+class Bench(TyperGroup):
+    """Command group of `bench`. `bench MODEL` means `bench model MODEL`, which measures the model itself."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Insert the command `model` unless the first word is a command of the group or --help."""
+        named = args[:1] == ["--help"] or (args and args[0] in self.commands)
+        return super().parse_args(ctx, args if named else ["model", *args])

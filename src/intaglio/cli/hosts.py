@@ -1,0 +1,85 @@
+"""`intaglio agent` and `intaglio launch`: the ranks of a model on several hosts."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intaglio.cli.load import HOSTS
+
+PORT = 29500
+TokenFile = Annotated[
+    Path | None, typer.Option(help="File with 16 or more random bytes, the same on all hosts. Needed beyond loopback.")
+]
+
+
+def read_token(file: Path | None) -> bytes | None:
+    """The token in a file, without white space around it. Raises ValueError if it is too short."""
+    if file is None:
+        return None
+    token = file.read_bytes().strip()
+    if len(token) < 16:
+        raise ValueError(f"{file} holds {len(token)} bytes; put 16 or more random ones there: openssl rand -hex 32")
+    return token
+
+
+def read_address(text: str) -> tuple[str, int]:
+    """HOST:PORT. Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"--rendezvous {text}: wanted HOST:PORT, such as 10.0.0.1:{PORT}")
+    return host.strip("[]"), int(port)
+
+
+def agent(
+    rendezvous: Annotated[str, typer.Option(help="HOST:PORT where `intaglio launch` waits.")],
+    token_file: TokenFile = None,
+    once: Annotated[bool, typer.Option("--once", help="End when the launcher is gone, instead of waiting.")] = False,
+) -> None:
+    """Run ranks on this host for `intaglio launch` on another, until it is stopped."""
+    from intaglio.devices.processes.agent import Agent
+
+    Agent(read_address(rendezvous), read_token(token_file)).serve(once)
+
+
+def launch(
+    context: typer.Context,
+    hosts: Annotated[
+        str, typer.Option(help="Hosts on which to start agents over SSH, with commas; or how many start by themselves.")
+    ],
+    rendezvous: Annotated[str, typer.Option(help="HOST:PORT of this host, where the agents connect.")],
+    token_file: TokenFile = None,
+) -> None:
+    """Run a command with the ranks of its --layout on several hosts, such as serve MODEL --layout tp2pp2."""
+    from intaglio.devices import HostsDevice
+    from intaglio.devices.processes.hosts import Rendezvous
+
+    if not context.args:
+        raise ValueError("there is no command to launch: add one, such as serve MODEL --layout tp2")
+    host, port = read_address(rendezvous)
+    names = [] if hosts.isdigit() else [name for name in hosts.split(",") if name]
+    count = int(hosts) if hosts.isdigit() else len(names)
+    meeting = Rendezvous(host, port, read_token(token_file))
+    where = f"{host}:{meeting.address[1]}"
+    agents = [subprocess.Popen(agent_command(name, where, token_file), stdin=subprocess.DEVNULL) for name in names]
+    try:
+        HOSTS.set(HostsDevice(meeting, count))
+        context.find_root().command.main(context.args, standalone_mode=False)
+    finally:
+        meeting.close()
+        for process in agents:
+            process.terminate()
+
+
+def agent_command(name: str, rendezvous: str, token_file: Path | None) -> list[str]:
+    """What starts an agent on a host: over SSH, or here for localhost."""
+    options = ["agent", "--rendezvous", rendezvous, "--once"]
+    options += [] if token_file is None else ["--token-file", str(token_file.absolute())]
+    if name in ("localhost", "127.0.0.1"):
+        return [sys.executable, "-m", "intaglio", *options]
+    return ["ssh", "-o", "BatchMode=yes", name, shlex.join(["intaglio", *options])]

@@ -1,0 +1,67 @@
+"""Opens or compiles the model that a command names."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from intaglio.cli.progress import progress_bar
+from intaglio.devices import HostsDevice
+
+if TYPE_CHECKING:
+    from intaglio.llm import LLM
+    from intaglio.program import Program
+
+
+HOSTS: ContextVar[HostsDevice | None] = ContextVar("hosts", default=None)  # set by `intaglio launch`
+
+
+def open_llm(
+    model: Path | None, device: str, weights: str, kv_format: str, threads: int | None, context: int | None = None,
+    no_cache: bool = False, layout: str | None = None, in_process: bool = False,
+    revision: str | None = None,
+) -> LLM:  # fmt: skip
+    """Load a model as an LLM, with a progress bar. Arguments as of LLM."""
+    with progress_bar(f"loading {model or 'the bundled model'}") as progress:
+        from intaglio.llm import LLM
+
+        return LLM(
+            model, device, weights, threads, context=context, kv_format=kv_format, cache=None if no_cache else "auto",
+            layout=layout, in_process=in_process, hosts=HOSTS.get(), revision=revision, progress=progress,
+        )  # fmt: skip
+
+
+def find(model: Path, revision: str | None = None) -> Path:
+    """The path of a checkpoint, downloaded with a progress bar if `model` is a hub id."""
+    from intaglio.models.hub import locate
+
+    with progress_bar(f"looking up {model}") as progress:
+        return locate(model, revision, progress)
+
+
+def compile_model(
+    model: Path | None, weights: str, kv_format: str, context: int | None, report: list[str], raw: bool = False,
+    revision: str | None = None,
+) -> Program:  # fmt: skip
+    """The Program of a checkpoint, as ported if `raw`, else compiled. Appends what each pass changed to `report`."""
+    from intaglio.compiler import build
+    from intaglio.model import BUNDLED
+    from intaglio.models import Checkpoint, port
+
+    ported = port(Checkpoint.open(find(model or BUNDLED, revision)), context)
+    return ported if raw else build(ported, weights, kv_format, report=report)
+
+
+def compile_rank(
+    model: Path | None, layout: str, rank: int, weights: str, kv_format: str, context: int | None, raw: bool,
+    revision: str | None = None,
+) -> Program:  # fmt: skip
+    """The Program of one rank of a layout, as sharded if `raw`, else compiled."""
+    from intaglio.compiler import build_mesh, shard
+
+    ported = compile_model(model, weights, kv_format, context, [], raw=True, revision=revision)
+    programs = shard(ported, layout) if raw else build_mesh(ported, layout, weights, kv_format).programs
+    if rank >= len(programs):
+        raise ValueError(f"--rank {rank}: layout {layout} has ranks 0..{len(programs) - 1}")
+    return programs[rank]

@@ -1,0 +1,58 @@
+"""Options that several commands share, as Annotated types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intaglio.cli.progress import quiet_with_json
+
+
+def in_existing_folder(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Callback of an option for an output file: returns the path, or None if the option is not given.
+
+    Raises ValueError, before any work is done, if the file's folder does not exist.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"{param.opts[0]} {path}: there is no folder {path.parent}; create it, or give another path")
+    return path
+
+
+Model = Annotated[
+    Path | None,
+    typer.Argument(help="Checkpoint folder, GGUF file or hub id (owner/name). Default: the bundled model."),
+]
+Revision = Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit. Default: main.")]
+Device = Annotated[
+    str, typer.Option(help="host (C++, fast), reference (NumPy, the definition), oracle, silicon (modelled).")
+]
+Weights = Annotated[
+    str, typer.Option(help="Format of the weights: auto (as stored), f32, bf16, fp8, int8, int4, q4_k, mxfp4.")
+]
+KvFormat = Annotated[
+    str, typer.Option("--kv", help="Format of the KV cache: auto (as the weights ask), f32, bf16, int8.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the host device. Default: all cores.")]
+Context = Annotated[int | None, typer.Option(min=1, help="Positions to compile for. Default: the model's own.")]
+Layout = Annotated[
+    str | None,
+    typer.Option(help="How ranks share the model: tp2, pp2, tp4pp2, tp2ep4, tp4sp, ... All run here."),
+]
+InProcess = Annotated[
+    bool, typer.Option("--in-process", help="With --layout: all ranks in this process instead of one each.")
+]
+Chip = Annotated[
+    str | None, typer.Option(help="With silicon: the chip that is modelled. Default: sohu. See intaglio chips.")
+]
+Chips = Annotated[int | None, typer.Option(min=1, help="With silicon: how many chips share the model.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep packed weights on disk.")]
+Json = Annotated[bool, typer.Option("--json", callback=quiet_with_json, help="Print JSON for a script.")]
+MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more varied.")]
+TopK = Annotated[int, typer.Option(help="Draw from the K likeliest tokens; 0: from all.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this probability.")]
+MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this share of the likeliest.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed draws the same tokens. Default: a fresh one.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]

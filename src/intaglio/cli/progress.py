@@ -1,0 +1,76 @@
+"""The progress bar of all commands: one line on stderr with the current work, the share done and the time.
+
+Shown only if stderr is a terminal, and never with --json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
+from rich.text import Text
+
+from intaglio.cli.show import Stream
+from intaglio.progress import Progress, silent
+
+console = Stream(stderr=True)  # quiet with --json
+
+
+def quiet_with_json(as_json: bool) -> bool:
+    """Callback of --json: switches the progress bar off, since a script reads the output.
+
+    Returns the option's value.
+    """
+    console.quiet = as_json
+    return as_json
+
+
+class Times(ProgressColumn):
+    """Progress column: elapsed time, and if the total is known the percentage done and the estimated time left."""
+
+    def render(self, task: Task) -> Text:
+        elapsed = duration(task.elapsed or 0)
+        if task.total is None:
+            return Text(elapsed)
+        left = "" if task.time_remaining is None or task.finished else f", {duration(task.time_remaining)} left"
+        return Text(f"{task.percentage:.0f}%, {elapsed}{left}")
+
+
+def duration(seconds: float) -> str:
+    """A duration as text, in s, min or h: the largest unit of which there are at least two."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Progress]:
+    """Show a progress bar on stderr during the block and erase it at the end. Yields the callback that updates it.
+
+    It begins with the description `what` and an unknown total. Without a terminal, or with --json, nothing is shown.
+    """
+    if not console.is_terminal or console.quiet:
+        yield silent
+        return
+    text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    columns = (SpinnerColumn(), text, BarColumn(16), Times())
+    # stdout is not redirected: what a command prints there belongs there, terminal or not
+    with Bar(*columns, console=console, transient=True, redirect_stdout=False, refresh_per_second=5) as bar:
+        task = bar.add_task(what, total=None)
+
+        def report(done: float, total: float, what: str) -> None:
+            if (total or None) != bar.tasks[0].total:  # another operation: its speed is its own
+                bar.reset(task, total=total or None)
+            bar.update(task, completed=done, description=what)
+
+        yield report
+
+
+def interrupted() -> None:
+    """After Ctrl-C, print "interrupted" over the ^C that the terminal has shown."""
+    typer.echo("\rinterrupted", err=True)

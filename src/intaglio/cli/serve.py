@@ -1,0 +1,165 @@
+"""`intaglio serve`: its options; loads the models, runs the server and ends the process with its exit status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intaglio.cli import options as o
+from intaglio.cli.load import HOSTS
+from intaglio.cli.progress import progress_bar
+from intaglio.progress import prefixed
+
+
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[[NAME=]MODEL]...",
+            help="Checkpoint folders, GGUF files or hub ids, each with its name in the API. Default: bundled.",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="INTAGLIO_API_KEY", help="Ask for this key; may be given several times.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name in the API of the only model. Default: its folder's.")] = None,
+    revision: o.Revision = None,
+    device: o.Device = "host",
+    weights: o.Weights = "auto",
+    threads: o.Threads = None,
+    context: o.Context = None,
+    kv_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of KV a model holds for all requests.")] = None,
+    chip: o.Chip = None,
+    chips: o.Chips = None,
+    layout: o.Layout = None,
+    in_process: o.InProcess = False,
+    worker: Annotated[bool, typer.Option("--worker", help="The device in a process of its own.")] = False,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Choices that run together.")] = 256,
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one step.")] = 512,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Choices that may wait; beyond: 429.")] = 256,
+    max_drafts: Annotated[int, typer.Option(min=0, help="Tokens guessed a step; 0: no speculation.")] = 0,
+    max_open: Annotated[int, typer.Option(min=1, help="Requests open at once; beyond: 429.")] = 1024,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 8 << 20,
+    timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds a request gets in all.")] = 600.0,
+    queue_timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds it may wait for its start.")] = 120.0,
+    cors_origin: Annotated[list[str] | None, typer.Option(help="Origin whose pages may ask. Default: none.")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="Jinja file with the chat template, for a checkpoint without one.")
+    ] = None,
+    generation_config: Annotated[
+        str,
+        typer.Option(
+            help="Sampling defaults: auto (the checkpoint's generation_config.json), none (OpenAI's), or a file."
+        ),
+    ] = "auto",
+    journal: Annotated[
+        Path | None,
+        typer.Option(callback=o.in_existing_folder, help="Write all that happens there, for `intaglio replay`."),
+    ] = None,
+) -> None:
+    """Serve one model or several over OpenAI's HTTP API, with a page at / and metrics at /metrics.
+
+    Options hold for every model. Several models take turns on the CPU threads, and a quarter of the memory is split
+    among them in equal parts for K/V cache.
+    """
+    try:
+        import uvloop
+
+        from intaglio.server.defaults import sampling_defaults
+        from intaglio.server.prepare import Limits
+        from intaglio.server.serve import listen, raise_file_limit
+        from intaglio.server.serve import serve as run
+        from intaglio.server.service import Options, Service
+    except ImportError as e:
+        raise ValueError(f"the server needs {e.name}: pip install 'intaglio[serve]'") from None
+    from intaglio.llm import LLM
+    from intaglio.machine import Machine
+
+    sys.setswitchinterval(0.0005)  # the engine's thread gets the interpreter back that soon; 5 ms by default
+    raise_file_limit()
+    folders = named_folders(models or [], name)
+    if journal and len(folders) > 1:
+        raise ValueError(f"--journal {journal} records one model, here are {len(folders)}; leave it out")
+    if chat_template and len(folders) > 1:
+        raise ValueError(f"--chat-template {chat_template} is for one model, here are {len(folders)}; leave it out")
+    if revision and len(folders) > 1:
+        raise ValueError(f"--revision {revision} is for one model, here are {len(folders)}; leave it out")
+    template = read_template(chat_template) if chat_template else None
+    machine = Machine(threads, models=len(folders)) if len(folders) > 1 else None
+    listener = listen(host, port)
+    llms = {}
+    for name, folder in folders.items():
+        with progress_bar(f"loading {name}") as progress:
+            llms[name] = LLM(
+                folder, device, weights, None if machine else threads, context=context, kv_tokens=kv_tokens,
+                worker=worker, journal=journal, chip=chip, chips=chips, layout=layout, in_process=in_process,
+                hosts=HOSTS.get(),
+                max_sequences=max_sequences,
+                max_batch_tokens=max_batch_tokens, max_waiting=max_waiting, max_drafts=max_drafts, machine=machine,
+                revision=revision, progress=prefixed(progress, name),
+            )  # fmt: skip
+    if template is not None:
+        for llm in llms.values():
+            llm.use_chat_template(template)
+    defaults = {name: sampling_defaults(llm.model.path, generation_config) for name, llm in llms.items()}
+    # after the progress bar, which would be drawn over what is logged
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    options = Options(
+        keys=tuple(api_key or ()), origins=tuple(cors_origin or ()), limits=Limits(timeout, queue_timeout),
+        max_open=max_open, max_body=max_body, defaults=defaults,
+    )  # fmt: skip
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listener.getsockname()[1]}"
+
+    def announce(service: Service) -> None:
+        times = next((f"; times are modelled: {llm.modelled}" for llm in llms.values() if llm.modelled), "")
+        for name, given in defaults.items():
+            if given:
+                text = ", ".join(f"{field}={value}" for field, value in given.items())
+                print(f"{name}: sampling defaults of its generation_config.json: {text}", flush=True)
+        print(f"serving {', '.join(llms)} at {address}{times}", flush=True)
+
+    code = uvloop.run(run(llms, options, listener, announce))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    logging.shutdown()
+    os._exit(code)  # an engine told twice to end may still be in a step, and must not keep the process
+
+
+def read_template(path: Path) -> str:
+    """The text of a chat template file. Raises ValueError naming the file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"--chat-template {path} cannot be read: {e}") from None
+
+
+def named_folders(models: list[str], name: str | None) -> dict[str, Path | None]:
+    """Models by name in the API, from arguments such as NAME=FOLDER, FOLDER or owner/name.
+
+    `name` is the name of the only model. Raises ValueError.
+    """
+    from intaglio.model import BUNDLED
+    from intaglio.models.hub import hub_id
+
+    if name is not None and len(models) > 1:
+        raise ValueError(f"--name {name} is for one model, here are {len(models)}; write NAME=MODEL for each")
+    folders: dict[str, Path | None] = {}
+    for word in models:
+        given, equals, folder = word.partition("=")
+        named = equals and not Path(word).exists()
+        path = Path(folder if named else word)
+        known = given if named else hub_id(path) or path.resolve().name
+        if not known or known in folders:
+            raise ValueError(f"{word}: the name {known!r} is empty or used twice; write NAME=MODEL")
+        folders[known] = path
+    if not folders:
+        folders[BUNDLED.name] = None
+    return {name: next(iter(folders.values()))} if name is not None else folders

@@ -1,0 +1,98 @@
+"""Output of commands: consoles, tables, JSON, and a Program or a device in one line."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from intaglio.llm import LLM
+    from intaglio.program import Program
+
+
+class Stream(Console):
+    """Console without automatic colours. Raises BrokenPipeError if the reader of its output has closed the pipe."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+out, err = Stream(), Stream(stderr=True)
+
+
+def say(text: str) -> None:
+    """Print prose, wrapped at the width of a terminal; unwrapped if the output is a file or pipe."""
+    out.print(text, markup=False, soft_wrap=not out.is_terminal)
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, style: str = "") -> Table:
+    """A table that fits 80 columns.
+
+    A header may have a second line with the unit, after a newline. The first `words` columns hold text and are wrapped;
+    the others hold numbers and are not.
+    """
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, style=style)
+    for i, header in enumerate(headers):
+        longest = max(map(len, header.split()), default=0)
+        if i < words:
+            shown.add_column(Text(header), overflow="fold", min_width=longest)
+        else:
+            shown.add_column(Text(header), justify="right", no_wrap=True, min_width=longest)
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    return shown
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> Table:
+    """A table of two columns, names and values; the values are wrapped."""
+    shown = Table.grid(padding=(0, 2))
+    shown.add_column(no_wrap=True)
+    shown.add_column(overflow="fold")
+    for pair in pairs:
+        shown.add_row(*map(Text, pair))
+    return shown
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON."""
+    print(json.dumps(value, indent=2))
+
+
+def summary(p: Program) -> dict[str, Any]:
+    """A Program's name, hash and sizes, as plain values for JSON."""
+    size, count = Counter[str](), Counter[str]()
+    for t in p.of_role("weight"):
+        size[t.format] += t.nbytes({})
+        count[t.format] += 1
+    return {
+        "name": p.name,
+        "hash": p.hash,
+        "context": p.context,
+        "vocabulary": p.vocabulary,
+        "ops": dict(Counter(op.kind for op in p.ops)),
+        "weights": {f: {"tensors": count[f], "bytes": size[f]} for f in sorted(size)},
+    }
+
+
+def describe(p: Program) -> str:
+    """One line of text with a Program's name, sizes and hash."""
+    s = summary(p)
+    weights = ", ".join(f"{w['bytes'] / 1e6:,.1f} MB {f}" for f, w in s["weights"].items())
+    return f"{p.name}: {sum(s['ops'].values())} ops, weights {weights}, context {p.context}, hash {p.hash[:12]}"
+
+
+def describe_device(llm: LLM) -> str:
+    """The device's name as text, with its instruction set and number of threads if it has them."""
+    facts = llm.device.facts()
+    named = {"isa": facts.isa, "threads": facts.threads}
+    return ", ".join([llm.device.name, *(f"{name} {value}" for name, value in named.items() if value)])

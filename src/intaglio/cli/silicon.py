@@ -1,0 +1,289 @@
+"""`intaglio simulate`, `chips`, `libraries`, `isa` and `validate`: models on modelled chips."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from intaglio.chips import (
+    CHIPS,
+    DEFAULT_LIBRARY,
+    LIBRARIES,
+    ChipSpec,
+    KernelLibrary,
+    Target,
+    chip_with_library,
+    library,
+    target,
+)
+from intaglio.cli import options as o
+from intaglio.cli.fields import described
+from intaglio.cli.progress import progress_bar
+from intaglio.cli.show import facts, out, say, table
+from intaglio.program import Program
+
+if TYPE_CHECKING:
+    from intaglio.codesign.simulate import LayoutResult, Phase
+
+MODELLED = (
+    "All times are modelled, none is measured. used: share of the peak FLOP/s of all chips, and of the HBM and link "
+    "bytes/s of the slowest stage."
+)
+USED = ("FLOP/s\nused", "HBM\nused", "links\nused")
+LibraryName = Annotated[
+    str | None,
+    typer.Option(
+        "--library", help="Its kernels: a name (see intaglio libraries) or a file, NAME.toml. Default: the chip's own."
+    ),
+]
+ChipName = Annotated[str, typer.Option("--chip", help="A name (see intaglio chips) or a file, NAME.toml.")]
+
+
+def changed(on: Target, changes: list[str] | None) -> Target:
+    """The target with fields replaced. A change is written `chip.field=value` or `library.field=value`.
+
+    Raises ChipError for an unknown field or a value out of range, ValueError for a change without "=".
+    """
+    values: dict[str, Any] = {}
+    for change in changes or ():
+        field, equals, text = change.partition("=")
+        if not equals:
+            raise ValueError(f"--set {change!r}; wanted field=value, such as chip.hbm_bytes_per_s=8e12")
+        values[field] = on.parse(field, text)
+    return on.changed(values)
+
+
+def modelled(program: Program, chip_name: str = "sohu") -> str:
+    """Two lines of text with the modelled time of a prefill and of a decode step on a preset chip."""
+    from intaglio.silicon.plan import Plan
+    from intaglio.silicon.sizes import BatchSizes
+
+    plan = Plan(program, target(chip_name))
+    prompt = min(256, program.context - 1)
+    lines = []
+    for name, sizes in (
+        (f"a prompt of {prompt} tokens", BatchSizes(prompt, 1, ((prompt, prompt, 1),))),
+        (f"one token after {prompt}", BatchSizes(1, 1, ((1, prompt + 1, 1),))),
+    ):
+        timeline = plan.run(sizes)
+        first = max(timeline.spent_on().items(), key=lambda item: item[1])[0]
+        lines.append(f"{chip_name}, {name}: {timeline.seconds * 1e6:,.1f} us, most of it {first}")
+    return "\n".join(lines)
+
+
+LAYOUTS = ("tp8", "tp4pp2", "tp2pp4", "pp8")  # of eight chips
+
+
+def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
+    """Print the modelled speed of Llama-3-70B on eight `sohu` chips, as docs/sohu.md describes."""
+    from intaglio.codesign.simulate import Serving, compare_layouts
+
+    formats = ("fp8row", "int8", "fp8")  # weights, keys and values, rows
+    with progress_bar("compiling llama-3-70b") as progress:
+        found = compare_layouts("llama-3-70b", target("sohu"), layouts, Serving(2048, 128), *formats, progress)
+    by_layout(found)
+
+
+def used(p: Phase) -> tuple[str, ...]:
+    """Cells of the columns USED, in percent of the peak: FLOP/s of all chips, HBM and links of the slowest stage."""
+    return tuple(f"{v:.0%}" for v in (p.flops_share, p.slowest.hbm_share(), p.slowest.link_share()))
+
+
+def by_layout(found: Sequence[LayoutResult]) -> None:
+    """Print layouts side by side: rates and utilisation, each layout's bottleneck, and the change that helps most."""
+    rows = []
+    for a in found:
+        p = a.mixed
+        rates = (f"{n / p.period:,.0f}" for n in (p.tokens, p.new))
+        rows.append((a.layout, f"{p.period * 1e3:,.2f}", *rates, *used(p)))
+    out.print(table(("layout", "step\nms", "in + out\ntokens/s", "out\ntokens/s", *USED), rows))
+    for a in found:
+        limit, seconds = a.mixed.slowest.bottleneck
+        share = f"{seconds / a.mixed.slowest.seconds:.0%} of the step"
+        say(f"{a.layout}: bound by {limit}, {share}; helps most: {a.change}, {a.gain:.2f}x")
+
+
+def simulate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, config.json, or a card such as llama-3-70b.")],
+    chip_name: ChipName = "sohu",
+    library_name: LibraryName = None,
+    chips: Annotated[int, typer.Option(min=1, help="Chips; with --layout they must be as many as its ranks.")] = 1,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Such as tp4pp2; several with commas are compared. Default: tensor parallel over all chips."),
+    ] = None,
+    input: Annotated[int, typer.Option(min=1, help="Prompt tokens of a request.")] = 2048,
+    output: Annotated[int, typer.Option(min=1, help="New tokens of a request.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Requests that start in every step.")] = 1,
+    weights: o.Weights = "auto",
+    kv_format: o.KvFormat = "auto",
+    activations: Annotated[str, typer.Option(help="auto, or fp8: FP8 rows before FP8 weights.")] = "auto",
+    set_field: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a field: chip.FIELD=value or library.FIELD=value.")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(callback=o.in_existing_folder, help="Write the mixed step for Perfetto (Chrome trace JSON)."),
+    ] = None,
+    helps: Annotated[bool, typer.Option("--what-helps", help="Which single change of the chip helps most.")] = False,
+    as_json: o.Json = False,
+) -> None:
+    """Time a model's serving steps on a chip: prefill, decode, and the mixed step of the steady state."""
+    from intaglio.codesign.simulate import Serving, Simulation, compare_layouts, ported, stages, what_helps
+    from intaglio.compiler import Layout
+    from intaglio.silicon.timeline import chrome_trace
+
+    layout, serving = layout or f"tp{chips}", Serving(input, output, batch)
+    on = changed(target(chip_name, library_name), set_field)
+    many = {Layout.parse(each).ranks for each in layout.split(",")}
+    if chips != 1 and many != {chips}:
+        raise ValueError(f"--chips {chips} but layout {layout} has {', '.join(map(str, sorted(many)))} ranks")
+    if "," in layout:
+        with progress_bar(f"compiling {model}") as progress:
+            found = compare_layouts(model, on, layout.split(","), serving, weights, kv_format, activations, progress)
+        if as_json:
+            print(json.dumps([a.as_dict() for a in found], indent=2))
+        else:
+            by_layout(found)
+            say(MODELLED)
+        return
+    with progress_bar(f"compiling {model}") as progress:
+        programs = stages(ported(model, None), layout, weights, kv_format, activations)
+        simulation = Simulation.of(programs, on, layout)
+        phases = simulation.phases(serving, progress)
+        changes = what_helps(programs, on, layout, serving, progress) if helps else []
+    if trace:
+        trace.write_text(chrome_trace(phases[-1].stages))
+    if as_json:
+        facts = {"model": programs[0].name, "chip": on.chip.name, "library": on.library.name, "layout": layout}
+        figures = {"chips": simulation.chips, "phases": [p.as_dict() for p in phases], "what_helps": dict(changes)}
+        memory = {"memory_per_chip": simulation.memory(serving).as_dict()}
+        print(json.dumps({**facts, **figures, **memory}, indent=2))
+        return
+    on_what = f"{simulation.chips} x {on.chip.name}, {layout}, {on.library.name} kernels; {on.chip.description}"
+    say(f"{programs[0].name} on {on_what}")
+    rows = []
+    for p in phases:
+        times = (f"{p.period * 1e3:,.3f}", f"{p.latency * 1e3:,.3f}")
+        rates = (f"{p.tokens / p.period:,.0f}", f"{p.new / p.period:,.0f}")
+        rows.append((p.name, *times, *rates, *used(p), f"{p.watts:,.0f}"))
+    out.print(
+        table(("phase", "step\nms", "latency\nms", "all\ntokens/s", "new\ntokens/s", *USED, "power\nW/chip"), rows)
+    )
+    for p in phases:
+        say(f"{p.name}: {p.slowest.report(p.format)}")
+    say(f"memory a chip: {simulation.memory(serving)}")
+    if changes:
+        out.print(
+            table(("change of the chip", "speedup of the\nlast phase"), [(n, f"{gain:.2f}x") for n, gain in changes])
+        )
+    say(MODELLED)
+
+
+def print_fields(spec: ChipSpec | KernelLibrary, before: Sequence[tuple[str, str]] = ()) -> None:
+    """Print the pairs `before`, all fields of a chip or a kernel library, and the sources of their values."""
+    fields = {field: value for field, value in asdict(spec).items() if field != "reasons"}
+    out.print(facts([*before, *described(fields)]))
+    if spec.reasons:
+        out.print(table(("field", "where its value is from"), spec.reasons, words=2))
+
+
+def chips(
+    name: Annotated[str | None, typer.Argument(help="One of them, with the source of its numbers.")] = None,
+    as_json: o.Json = False,
+) -> None:
+    """List the preset chips, or print one of them in full."""
+    if as_json:
+        shown = [chip_with_library(c) for c in (CHIPS if name is None else [name])]
+        print(json.dumps({c.name: {**asdict(c), "library": own} for c, own in shown}, indent=2))
+        return
+    if name is not None:
+        spec, own = chip_with_library(name)
+        print_fields(spec, [("library", own)])
+        return
+    rows = []
+    for c in CHIPS.values():
+        eight = max(c.peak_flops(f) for f in ("e4m3", "int8", "bf16")) / 1e12
+        numbers = (f"{c.peak_flops('bf16') / 1e12:,.0f}", f"{eight:,.0f}", f"{c.hbm_bytes / 1e9:,.0f}")
+        rates = (f"{c.hbm_bytes_per_s / 1e12:.2f}", f"{c.links.chip_bytes_per_s / 1e9:,.0f}", f"{c.tdp_w:,.0f}")
+        rows.append((c.name, c.description, *numbers, *rates))
+    headers = ("bf16\nTFLOP/s", "8-bit\nTFLOP/s", "HBM\nGB", "HBM\nTB/s", "links\nGB/s", "power\nW")
+    out.print(table(("chip", "what", *headers), rows, words=2))
+    say("intaglio chips NAME shows all fields of a chip, the source of each, and its kernel library.")
+
+
+def libraries(
+    name: Annotated[str | None, typer.Argument(help="One of them, with all its fields.")] = None,
+    as_json: o.Json = False,
+) -> None:
+    """List the preset kernel libraries, or print one of them in full."""
+    shown = list(LIBRARIES.values()) if name is None else [library(name)]
+    if as_json:
+        print(json.dumps({lib.name: asdict(lib) for lib in shown}, indent=2))
+        return
+    if name is not None:
+        print_fields(shown[0])
+        return
+    chips = [", ".join(c for c, own in DEFAULT_LIBRARY.items() if own == lib.name) for lib in shown]
+    rows = [(lib.name, lib.description, of) for lib, of in zip(shown, chips, strict=True)]
+    out.print(table(("library", "what", "chips"), rows, words=3))
+
+
+def first_sentence(text: str) -> str:
+    """The text up to its first full stop; dots of a range such as `a .. b` do not count."""
+    return re.split(r"(?<![. ])\. ", " ".join(text.split()))[0]
+
+
+def isa(
+    page: Annotated[bool, typer.Option("--page", help="The whole reference, as Markdown.")] = False,
+    as_json: o.Json = False,
+) -> None:
+    """List the instructions of the simulated chips, or with --page print their reference page in Markdown."""
+    from intaglio.silicon.isa.instruction import OPCODES, own_fields
+    from intaglio.silicon.isa.page import page as write_page
+    from intaglio.silicon.isa.page import type_name
+
+    known = [OPCODES[code] for code in sorted(OPCODES)]
+    if page:
+        print(write_page(), end="")
+    elif as_json:
+        fields = [{name: type_name(kind) for name, kind in own_fields(c)} for c in known]
+        rows = zip(known, fields, strict=True)
+        print(json.dumps([{"name": c.__name__, "engine": c.engine, "opcode": c.opcode, "fields": f} for c, f in rows]))
+    else:
+        lines = [(c.engine, c.__name__, f"{c.opcode:#04x}", first_sentence(c.__doc__ or "")) for c in known]
+        out.print(table(("engine", "instruction", "opcode", "does"), lines, words=4))
+
+
+def validate(
+    folder: Annotated[Path, typer.Argument(help="Holds <chip>_<table>.csv.")],
+    split: Annotated[str | None, typer.Option(help="Only rows of this split: fit or test. Default: all.")] = None,
+    min_us: Annotated[float, typer.Option(help="Only rows that took at least so many microseconds.")] = 0.0,
+    worst: Annotated[int, typer.Option(help="Worst cases to show of each table.")] = 3,
+    as_json: o.Json = False,
+) -> None:
+    """Compare predicted with measured kernel times of real chips."""
+    from intaglio.codesign.validate import as_dict
+    from intaglio.codesign.validate import validate as run_validate
+
+    with progress_bar(f"reading {folder}") as progress:
+        records = run_validate(folder, split, min_us, worst, progress)
+    if as_json:
+        print(json.dumps([as_dict(r) for r in records], indent=2))
+        return
+    headers = ("chip", "table", "dtype", "rows", "median\nerror", "mean\nerror", "bias")
+    shown = [
+        (r.chip, r.table, r.dtype, f"{r.rows:,}", f"{r.median:.1f}%", f"{r.mean:.1f}%", f"{r.bias:+.1f}%")
+        for r in records
+    ]
+    out.print(table(headers, shown, words=3))
+    for r in records:
+        for row, us, predicted in r.worst:
+            say(f"{r.chip} {r.table} {row}: measured {us:,.1f} us, predicted {predicted:,.1f} us")
+    say("error: |predicted - measured| / measured. bias: the mean of the same with its sign.")

@@ -1,0 +1,60 @@
+"""Memory of a serving load in the HBM of one chip: weights, K/V cache and activations."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from intaglio.compiler.buffers import buffers
+from intaglio.program import Program
+from intaglio.silicon.sizes import BLOCK, BatchSizes
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes of one chip's HBM that a serving load needs, by use."""
+
+    weights: int
+    kv: int  # keys and values of all requests in flight
+    activations: int  # buffers of the temps of one step
+    hbm: int  # capacity of the chip
+
+    @property
+    def total(self) -> int:
+        """Bytes needed in total."""
+        return self.weights + self.kv + self.activations
+
+    @property
+    def fits(self) -> bool:
+        """True if the total does not exceed the chip's HBM."""
+        return self.total <= self.hbm
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields and total as plain values for JSON."""
+        return {**{f"{name}_bytes": n for name, n in asdict(self).items()}, "total_bytes": self.total}
+
+    def __str__(self) -> str:
+        parts = (
+            f"weights {self.weights / GB:,.1f} GB, K/V {self.kv / GB:,.1f}, activations {self.activations / GB:,.2f}"
+        )
+        return f"{parts}; {self.total / GB:,.1f} of {self.hbm / GB:,.0f} GB of HBM"
+
+
+def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int) -> MemoryUse:
+    """Memory of a chip that runs `program`, the Program of one rank of a pipeline stage.
+
+    It counts weights; the K/V cache of the sequences of `step`, in blocks of BLOCK tokens, and two slots of recurrent
+    state for each, all of it for each of the `micro_batches` that the pipeline has in flight; and the buffers of one
+    step's temps. hbm: bytes of the chip's HBM.
+    """
+    blocks = sum(-(-keys // BLOCK) * n for _, keys, n in step.sequences)
+    sequences = sum(n for *_, n in step.sequences)
+    pages = {"P": blocks * micro_batches, "B": BLOCK, "N": 2 * sequences * micro_batches}
+    return MemoryUse(
+        weights=sum(w.nbytes({}) for w in program.of_role("weight")),
+        kv=sum(t.nbytes(pages) for t in program.of_role("state")),
+        activations=sum(step.rows_of(b.rows) * b.row_bytes for b in buffers(program).values()),
+        hbm=hbm,
+    )

@@ -1,0 +1,280 @@
+"""Simulates the steps of a serving load on chips that need not exist: modelled times, bottlenecks, effect of changes.
+
+The model is given as a checkpoint, a config.json, or the name of a config that ships with the package; no weights are
+read.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from intaglio.chips import ChipError, Target
+from intaglio.codesign.memory import MemoryUse, memory_use
+from intaglio.compiler import Layout, build_stages, set_activation_format
+from intaglio.models import Checkpoint, port, port_config
+from intaglio.models.files.header import read_json
+from intaglio.program import Program
+from intaglio.progress import Progress, counted, prefixed, silent
+from intaglio.silicon.plan import Plan
+from intaglio.silicon.sizes import BatchSizes
+from intaglio.silicon.timeline import Timeline
+
+CARDS = Path(__file__).resolve().parent.parent / "data" / "cards"
+CHANGES: dict[str, dict[str, float]] = {  # changes that what_helps() tries: fields of a target, and factors for them
+    "array rate x2": {"chip.macs": 2},
+    "HBM bytes/s x2": {"chip.hbm_bytes_per_s": 2},
+    "SRAM bytes/cycle x2": {
+        "chip.sram_bytes_per_cycle": 2, "chip.port_bytes_per_cycle": 2, "chip.l2_bytes_per_cycle": 2,
+    },
+    "L2 size x2": {"chip.l2_bytes": 2},
+    "vector lanes x2": {"chip.vec_lanes": 2, "chip.exp_lanes": 2, "chip.att_lanes": 2},
+    "link bytes/s x2": {"chip.bytes_per_s": 2},
+    "step of a collective / 2": {"library.link_latency_s": 0.5, "library.barrier_s": 0.5},
+    "launch / 2": {"library.launch_s": 0.5},
+}  # fmt: skip
+
+
+def cards() -> dict[str, Path]:
+    """Paths of the model configs that ship with the package, by name."""
+    return {path.stem: path for path in sorted(CARDS.glob("*.json"))}
+
+
+def ported(model: str, context: int | None) -> Program:
+    """The Program of a model: a checkpoint folder, a config.json, or the name of a shipped config.
+
+    context: largest context length; None for the model's own. Raises ValueError if there is no such model, or if the
+    file is not a JSON object.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return port(Checkpoint.open(path), context)
+    if not path.is_file():
+        if model not in cards():
+            raise ValueError(f"{model} is no checkpoint folder or config.json; shipped configs: {', '.join(cards())}")
+        path = cards()[model]
+    return port_config(read_json(path), context, name=path.stem)
+
+
+def stages(program: Program, layout: str, weights: str, kv_format: str, activations: str) -> tuple[Program, ...]:
+    """The compiled Program of one rank of each pipeline stage.
+
+    The other ranks of a stage have Programs of equal shapes.
+    """
+    built = build_stages(program, layout, weights, kv_format, wire="bf16")
+    return tuple(set_activation_format(p, activations) for p in built)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A steady serving load: `batch` requests start in each step, with `input` prompt and `output` new tokens each."""
+
+    input: int
+    output: int
+    batch: int = 1
+
+    def prefill(self) -> BatchSizes:
+        """Sizes of a step with only the prompts of `batch` requests."""
+        return BatchSizes(self.input * self.batch, self.batch, ((self.input, self.input, self.batch),))
+
+    def decode(self) -> BatchSizes:
+        """Sizes of a step with only the decoding requests of the steady state, all at the average context length."""
+        n = self.batch * (self.output - 1)
+        return BatchSizes(n, n, ((1, self.input + self.output // 2, n),))
+
+    def mixed(self) -> BatchSizes:
+        """Sizes of a step in the steady state: the prompts of starting requests and all decoding requests."""
+        a, b = self.prefill(), self.decode()
+        return BatchSizes(a.tokens + b.tokens, a.rows + b.rows, (*a.sequences, *b.sequences))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Result of simulating one kind of step on all chips."""
+
+    name: str
+    stages: tuple[Timeline, ...]  # of one rank of each pipeline stage
+    tokens: int  # prompt and new tokens of one step
+    new: int  # new tokens of one step
+    format: str  # in which most products are computed
+    chips: int
+
+    @property
+    def period(self) -> float:
+        """Seconds between steps: the time of the slowest stage, since stages work on different steps in parallel."""
+        return max(t.seconds for t in self.stages)
+
+    @property
+    def latency(self) -> float:
+        """Seconds of one step through all stages."""
+        return sum(t.seconds for t in self.stages)
+
+    @property
+    def slowest(self) -> Timeline:
+        """The timeline of the slowest stage."""
+        return max(self.stages, key=lambda t: t.seconds)
+
+    @property
+    def flops_share(self) -> float:
+        """Fraction of the peak FLOPs of all chips in one period that the step uses."""
+        done = sum(t.totals().flops for t in self.stages) / len(self.stages)
+        return done / (self.period * self.slowest.chip.peak_flops(self.format))
+
+    @property
+    def watts(self) -> float:
+        """Estimated power of one chip in watts, mean over all chips."""
+        return sum(sum(t.joules().values()) for t in self.stages) / len(self.stages) / self.period
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as plain values for JSON."""
+        return {
+            "phase": self.name, "step_seconds": self.period, "latency_seconds": self.latency,
+            "tokens_per_s": self.tokens / self.period, "new_tokens_per_s": self.new / self.period,
+            "flops_share": self.flops_share, "hbm_share": self.slowest.hbm_share(),
+            "link_share": self.slowest.link_share(), "watts_per_chip": self.watts,
+            "report": self.slowest.report(self.format), "slowest_stage": self.slowest.as_dict(self.format),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A model distributed over chips, ready for simulation: one Plan for each pipeline stage."""
+
+    target: Target
+    plans: tuple[Plan, ...]
+    chips: int
+    format: str
+    programs: tuple[Program, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, programs: Sequence[Program], target: Target, layout: str) -> Simulation:
+        """The simulation of the Programs that stages() returns. Raises ChipError if a chip's weights exceed its HBM."""
+        plans = Plan.of(programs, target)
+        return cls(target, plans, Layout.parse(layout).ranks, main_format(plans), tuple(programs))
+
+    def memory(self, s: Serving) -> MemoryUse:
+        """Memory of the chip that needs the most, in the steady state of the load.
+
+        A pipeline of N stages has N steps in flight, each with its own requests.
+        """
+        step = s.mixed() if s.output > 1 else s.prefill()
+        used = (memory_use(p, step, len(self.plans), self.target.chip.hbm_bytes) for p in self.programs)
+        return max(used, key=lambda use: use.total)
+
+    def largest_batch(self, s: Serving) -> int:
+        """The largest batch below `s.batch` with which the chips can hold the load; 0 if there is none.
+
+        Found by bisection, since memory grows with the batch.
+        """
+        return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
+
+    def check(self, s: Serving) -> None:
+        """Check that the chips can hold a load.
+
+        Raises ChipError, with the largest batch that fits, if they cannot, and ValueError for requests longer than the
+        model's context.
+        """
+        context, asked = self.programs[0].context, s.input + s.output
+        if asked > context:
+            raise ValueError(
+                f"requests of {s.input:,} + {s.output:,} tokens; the context of {self.programs[0].name} is {context:,}"
+            )
+        use = self.memory(s)
+        if use.fits:
+            return
+        most, one = self.largest_batch(s), self.memory(replace(s, batch=1))
+        longest = (one.hbm - one.weights - one.activations) / (one.kv / (s.input + s.output // 2)) if one.kv else 0
+        advice = f"the largest batch that fits is {most}" if most else (
+            f"not even a batch of 1 fits; requests of about {max(0, int(longest)):,} tokens would"
+        )  # fmt: skip
+        requests = s.batch * s.output * len(self.plans)
+        raise ChipError(
+            f"{self.target.chip.name}: {use} a chip, with {requests:,} requests in flight (batch {s.batch}, "
+            f"{s.input:,} + {s.output:,} tokens); {advice}. Use more chips, shorter outputs or a smaller K/V format"
+        )
+
+    def phase(self, name: str, sizes: BatchSizes, new: int) -> Phase:
+        """Simulate a step with a batch of these sizes that yields `new` tokens. name: of the returned Phase."""
+        timelines = tuple(plan.run(sizes) for plan in self.plans)
+        return Phase(name, timelines, sizes.tokens + new, new, self.format, self.chips)
+
+    def phases(self, s: Serving, progress: Progress = silent) -> list[Phase]:
+        """Simulate prefill alone, decode alone, and the mixed step of the steady state. Returns a Phase for each.
+
+        A Phase counts all prompt tokens, and one new token for each row sampled. Raises ChipError if the chips cannot
+        hold the load.
+        """
+        self.check(s)
+        progress(0, 3, "timing prefill")
+        out = [self.phase("prefill", s.prefill(), s.batch)]
+        out[0] = replace(out[0], tokens=s.input * s.batch)
+        if s.output > 1:
+            progress(1, 3, "timing decode")
+            out.append(replace(self.phase("decode", s.decode(), s.decode().rows), tokens=s.decode().rows))
+            progress(2, 3, "timing the mixed step")
+            mixed = self.phase("mixed", s.mixed(), s.batch * s.output)
+            out.append(replace(mixed, tokens=s.batch * (s.input + s.output)))
+        return out
+
+
+def main_format(plans: Sequence[Plan]) -> str:
+    """The format in which most FLOPs are done; shares of peak refer to the peak in this format."""
+    total: dict[str, float] = {}
+    for plan in plans:
+        for e in plan.run(BatchSizes(1, 1, ((1, 1, 1),))).ops:
+            total[e.timing.format] = total.get(e.timing.format, 0.0) + e.timing.flops
+    return max(total, key=lambda f: total[f])
+
+
+def what_helps(
+    programs: Sequence[Program], target: Target, layout: str, s: Serving, progress: Progress = silent
+) -> list[tuple[str, float]]:
+    """(name, speed-up of the mixed step) of each change in CHANGES made alone, best first; 1.0: no effect."""
+    progress(0, 0, "timing the chip as it is")
+    base = Simulation.of(programs, target, layout).phases(s)[-1].period
+    out = []
+    for what, factors in counted(list(CHANGES.items()), progress, lambda change: f"timing {change[0]}"):
+        changed = target.changed({name: scaled(target.get(name), by) for name, by in factors.items()})
+        out.append((what, base / Simulation.of(programs, changed, layout).phases(s)[-1].period))
+    return sorted(out, key=lambda item: -item[1])
+
+
+@dataclass(frozen=True)
+class LayoutResult:
+    """The mixed step of one layout, and the change of CHANGES that speeds it up most."""
+
+    layout: str
+    mixed: Phase
+    change: str
+    gain: float  # speed-up by the change
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as plain values for JSON."""
+        return {"layout": self.layout, **self.mixed.as_dict(), "helps_most": self.change, "gain": self.gain}
+
+
+def compare_layouts(
+    model: str, target: Target, layouts: Sequence[str], s: Serving, weights: str, kv_format: str, activations: str,
+    progress: Progress = silent,
+) -> list[LayoutResult]:  # fmt: skip
+    """Simulate the mixed step of a serving load with each layout; one LayoutResult each.
+
+    weights, kv_format, activations: formats as for `intaglio simulate`.
+    """
+    program, out = ported(model, None), []
+    for layout in layouts:
+        progress(0, 0, f"{layout}: compiling {program.name}")
+        programs = stages(program, layout, weights, kv_format, activations)
+        change, gain = what_helps(programs, target, layout, s, prefixed(progress, layout))[0]
+        out.append(LayoutResult(layout, Simulation.of(programs, target, layout).phases(s)[-1], change, gain))
+    return out
+
+
+def scaled(value: Any, by: float) -> Any:
+    """A number multiplied by `by`; of a table of rates by format, every rate."""
+    if isinstance(value, tuple):
+        return tuple((f, int(rate * by)) for f, rate in value)
+    return type(value)(value * by)

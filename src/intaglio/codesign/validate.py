@@ -1,0 +1,217 @@
+"""Compares modelled with measured kernel latencies, for tables of measurements of real chips.
+
+A table is a file `<chip>_<table>.csv` with the measured latency in column `us`. Column `split` marks rows to which the
+chip's constants were fitted (`fit`) and rows for testing them (`test`). The functions here translate a row into kernel
+calls; intaglio.silicon models their times.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intaglio.chips import CHIPS, Target, target
+from intaglio.progress import Progress, counted, silent
+from intaglio.silicon.kernels.attend import attend_timing
+from intaglio.silicon.kernels.collectives import collective_timing
+from intaglio.silicon.kernels.experts import elementwise_seconds, experts_timing
+from intaglio.silicon.kernels.kv_write import Heads, kv_write_timing
+from intaglio.silicon.kernels.product import linear_timing
+
+Row = Mapping[str, str]
+FORMAT = {"bfloat16": "bf16", "float16": "f16", "fp8": "e4m3", "int8": "int8"}
+COLLECTIVE = {"alltoall": "all_to_all"}
+QUANTISE_LAUNCHES = 3  # kernels before an FP8 product: find the largest value, compute the scale, round
+QUANTISE_BYTES = 8.0  # bytes that they move for each value of a bf16 activation
+UNGATED = ((2688, 1856), (1024, 2688), (2048, 5120))  # (hidden, inner) of Nemotron 3's experts: relu2, no gate
+OLDER = ("a100_sxm", "l40s", "tpu_v5e", "tpu_v6e")  # chips whose experts follow the older version of the benchmark
+ATTEND_LAUNCHES = 3  # kernels of one attention call: rope and cache write, offsets, attention
+
+
+def integers(row: Row, *names: str) -> list[int]:
+    """Columns `names` of a row as integers."""
+    return [int(row[name]) for name in names]
+
+
+def matmul(on: Target, row: Row) -> float:
+    """Modelled seconds of the matrix product that a row describes.
+
+    With 8-bit weights it includes the kernels that quantise bf16 activations.
+    """
+    m, n, k = integers(row, "m", "n", "k")
+    format = FORMAT[row["dtype"]]
+    seconds = linear_timing(on, m, n, k, format, format).seconds
+    if format not in ("bf16", "f16"):
+        launch = (QUANTISE_LAUNCHES - 1) * on.library.launch_s
+        seconds += launch + elementwise_seconds(on, m * k * QUANTISE_BYTES)
+    return seconds
+
+
+def attention(on: Target, row: Row) -> float:
+    """Modelled seconds of the attention call that a row describes: q, k, v read, k and v written, attention."""
+    batch, q, before, heads, kv, d, window = integers(
+        row, "batch", "query_len", "context_len", "n_heads", "n_kv_heads", "head_dim", "window"
+    )
+    h = Heads(heads, kv, d, d, window, 8 if row["kv_dtype"] == "fp8" else 16)
+    tokens = batch * q
+    first = kv_write_timing(on, tokens, h).seconds + tokens * (2 * heads + 2 * kv) * d * 2 / on.chip.hbm_rate
+    rest = (ATTEND_LAUNCHES - 2) * on.library.launch_s
+    return first + rest + attend_timing(on, h, ((q, before + q, batch),)).seconds
+
+
+def collective(on: Target, row: Row) -> float:
+    """Modelled seconds of the collective that a row describes."""
+    n, moved = integers(row, "n_chips", "bytes")
+    return collective_timing(on, COLLECTIVE.get(row["op"], row["op"]), n, moved).seconds
+
+
+def experts(on: Target, row: Row) -> float:
+    """Modelled seconds of a layer of routed experts, as a row describes it, on the most loaded rank."""
+    tokens, hidden, inner, top_k, n, tp, ep = integers(
+        row, "tokens", "hidden", "intermediate", "top_k", "n_experts", "tp", "ep"
+    )
+    older = on.chip.name in OLDER  # the older benchmark gave every model's experts a gate
+    counts = expert_rows(tokens, top_k, n, ep, row["load"], in_order=older)
+    format, gated = FORMAT[row["dtype"]], older or (hidden, inner) not in UNGATED
+    inner = max(1, inner // tp)
+    return experts_timing(on, tokens, top_k, counts, n, hidden, inner, format, format, gated=gated).seconds
+
+
+def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: bool) -> tuple[int, ...]:
+    """Rows of each expert on the most loaded of `ep` ranks, for n experts and tokens * top_k routed rows.
+
+    load: `balanced`, or `power_law_<a>`, as in the benchmark: proportional to quantiles of a power law with exponent a
+    between 1 and 0.8 * tokens. Rows left over by rounding go to the largest experts; with `in_order` (the older
+    benchmark) ties go to the first expert.
+    """
+    total = tokens * top_k
+    if load == "balanced":
+        spread = np.bincount(np.arange(total) * n // total, minlength=n) if total < n else np.full(n, total // n)
+        spread[: total - int(spread.sum())] += 1
+        return tuple(int(v) for v in spread[: n // ep])
+    a = float(load.rsplit("_", 1)[1])
+    u = 1 - (np.random.default_rng(0).permutation(n) + 0.5) / n
+    low, high = 1.0, max(1.0001, 0.8 * tokens)
+    share = ((high ** (1 - a) - low ** (1 - a)) * u + low ** (1 - a)) ** (1 / (1 - a))
+    counts = np.minimum(np.round(share / share.sum() * total).astype(int), tokens)
+    order = np.argsort(-counts if in_order else -share, kind="stable")
+    left, i = total - int(counts.sum()), 0
+    while left:
+        j = order[i % n] if left > 0 else order[-1 - i % n]
+        if left > 0 and counts[j] < tokens:
+            counts[j], left = counts[j] + 1, left - 1
+        elif left < 0 and counts[j] > 0:
+            counts[j], left = counts[j] - 1, left + 1
+        i += 1
+    ranks = counts.reshape(ep, -1)
+    return tuple(int(v) for v in ranks[ranks.sum(axis=1).argmax()])
+
+
+TABLES: dict[str, Callable[[Target, Row], float]] = {
+    "matmul": matmul,
+    "attention_prefill": attention,
+    "attention_decode": attention,
+    "collectives": collective,
+    "experts": experts,
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """Errors of one chip, table and number format. An error is 100 * (predicted - measured) / measured, in per cent."""
+
+    chip: str
+    table: str
+    dtype: str
+    rows: int
+    median: float  # of the absolute errors
+    mean: float  # of the absolute errors
+    bias: float  # mean of the signed errors
+    worst: tuple[tuple[str, float, float], ...]  # (row in words, measured us, predicted us)
+
+
+def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
+    """{(chip, table): rows} of every file `<chip>_<table>.csv` in the folder.
+
+    Raises ValueError for an unknown chip or table, and if there is no such file.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.csv")):
+        name = next((c for c in sorted(CHIPS, key=len, reverse=True) if path.stem.startswith(c + "_")), None)
+        table = path.stem[len(name) + 1 :] if name else ""
+        if name is None or table not in TABLES:
+            raise ValueError(
+                f"{path}: expected <chip>_<table>.csv; chips are {', '.join(CHIPS)}, tables {', '.join(TABLES)}"
+            )
+        with path.open(newline="") as f:
+            found[name, table] = list(csv.DictReader(f))
+    if not found:
+        raise ValueError(f"{folder} holds no <chip>_<table>.csv; tables are {', '.join(TABLES)}")
+    return found
+
+
+def dtype_of(row: Row) -> str:
+    """The number format of a row: column dtype or kv_dtype, else "two bytes"."""
+    return row.get("dtype") or row.get("kv_dtype") or "two bytes"
+
+
+def predict(on: Target, table: str, rows: Iterable[Row]) -> np.ndarray:
+    """Modelled microseconds of each row of a table."""
+    return np.array([TABLES[table](on, row) for row in rows]) * 1e6
+
+
+def measured(rows: Sequence[Row]) -> np.ndarray:
+    """Measured microseconds of each row."""
+    return np.array([float(row["us"]) for row in rows])
+
+
+def validate(
+    folder: Path, split: str | None = None, min_us: float = 0.0, worst: int = 5, progress: Progress = silent
+) -> list[Record]:
+    """A Record for every chip, table and dtype in the folder.
+
+    Only rows of this split (None: all) that took at least `min_us` microseconds; with the `worst` worst rows of each.
+    """
+    out = []
+    progress(0, 0, f"reading {folder}")
+    for (name, table), rows in counted(list(tables(folder).items()), progress, lambda item: " ".join(item[0])):
+        for dtype in sorted({dtype_of(r) for r in rows}):
+            mine = [
+                r for r in rows
+                if dtype_of(r) == dtype and split in (None, r.get("split")) and float(r["us"]) >= min_us
+            ]  # fmt: skip
+            if mine:
+                out.append(record(name, table, dtype, mine, predict(target(name), table, mine), worst))
+    return out
+
+
+def record(name: str, table: str, dtype: str, rows: Sequence[Row], predicted: np.ndarray, worst: int) -> Record:
+    """The Record of predictions (microseconds) for rows."""
+    us = measured(rows)
+    error = (predicted / us - 1) * 100
+    far = np.argsort(-np.abs(error))[:worst]
+    size = np.abs(error)
+    return Record(
+        name, table, dtype, len(rows), float(np.median(size)), float(size.mean()), float(error.mean()),
+        tuple((words(rows[i]), float(us[i]), float(predicted[i])) for i in far),
+    )  # fmt: skip
+
+
+def words(row: Row) -> str:
+    """Text of "name=value" pairs that describe a row's call."""
+    return " ".join(f"{k}={v}" for k, v in row.items() if k not in ("us", "split", "dtype", "kv_dtype"))
+
+
+def as_dict(r: Record) -> dict[str, Any]:
+    """A Record as plain values for JSON, rounded to three digits."""
+    return {
+        "chip": r.chip, "table": r.table, "dtype": r.dtype, "rows": r.rows,
+        "median_abs_error_pct": round(r.median, 3), "mean_abs_error_pct": round(r.mean, 3),
+        "bias_pct": round(r.bias, 3),
+        "worst": [{"row": w, "measured_us": m, "predicted_us": round(p, 3)} for w, m, p in r.worst],
+    }  # fmt: skip

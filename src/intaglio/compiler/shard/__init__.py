@@ -1,0 +1,42 @@
+"""Sharding: from one Program, as ported, to the Programs of all ranks.
+
+plan.py decides which results are split among lanes (a lane is one tensor- or expert-parallel rank of a pipeline stage).
+The rule of each op (rules/) rewrites the op on each lane and adds collectives where a split operand is needed whole.
+stages.py then cuts each lane into pipeline stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from intaglio import formats
+from intaglio.compiler.layout import Layout
+from intaglio.compiler.shard import rules  # noqa: F401 (importing it registers the rules)
+from intaglio.compiler.shard.lane import Lane, sharding_rule
+from intaglio.compiler.shard.plan import make_plan
+from intaglio.compiler.shard.shares import Share
+from intaglio.compiler.stages import cut_stages
+from intaglio.program import Program
+
+__all__ = ["Lane", "Share", "shard", "sharding_rule"]
+
+
+def shard(
+    program: Program, layout: str | Layout, wire: str = "f32", coded: Set[str] | None = None
+) -> tuple[Program, ...]:
+    """The Programs of all ranks, in order of rank. `program` is as ported, with no ops fused.
+
+    Attention is split by heads, with kv heads copied where there are more lanes than kv heads. An MLP is split by its
+    intermediate columns, the output head by vocabulary, the embedding by its columns. wire: format to which values are
+    rounded before they travel between ranks. coded: names of the weights whose codes come from a checkpoint, by default
+    all quantised ones; their groups are not split. Raises LayoutError if heads or layers cannot be divided so, an op
+    has no sharding rule, or a group would be split.
+    """
+    layout = Layout.parse(layout) if isinstance(layout, str) else layout
+    lanes = [program]
+    if layout.lanes > 1:
+        plan = make_plan(program, layout)
+        coded = {t.name for t in program.of_role("weight") if formats.get(t.format).grouped} if coded is None else coded
+        lanes = [Lane(program, plan, layout, i, wire, coded).run() for i in range(layout.lanes)]
+    places = [(stage, lane) for stage in range(layout.pp) for lane in range(layout.lanes)]
+    return tuple(cut_stages(lanes[lane], layout, lane, stage, wire) for stage, lane in places)

@@ -1,0 +1,262 @@
+"""Lane: builds the Program of one lane of a sharded Program, by sharding rules, which are registered here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
+from math import gcd
+from typing import Any
+
+from intaglio import formats
+from intaglio.compiler.layout import Layout, LayoutError
+from intaglio.compiler.shard.shares import Plan, Share, partners, width_of
+from intaglio.ops import AllGather, AllReduce, Map, Op, ReduceScatter, Tensor
+from intaglio.program import Program
+from intaglio.program.source import is_run, narrowed
+
+
+class Lane:
+    """Builds the Program of one lane. The sharding rule of each op calls the methods of this class.
+
+    Attributes:
+        shares: every lane's share of each result that is split by columns.
+        split: names of results of which each lane has only a run of token rows (sequence parallelism).
+        wholes: for each split result that has been gathered, the name of its gathered copy.
+        views: views of the whole Program by their base.
+    """
+
+    def __init__(
+        self, p: Program, plan: Plan, layout: Layout, lane: int, wire: str, coded: Set[str] = frozenset()
+    ) -> None:
+        self.p, self.plan, self.layout, self.lane, self.wire, self.coded = p, plan, layout, lane, wire, coded
+        self.ops: list[Op] = []
+        self.tensors: dict[str, Tensor] = {t.name: t for t in p.tensors.values() if t.role in ("input", "const")}
+        self.shares: dict[str, list[Share]] = {}
+        self.views: dict[str, list[Tensor]] = {}  # by their base
+        for t in p.tensors.values():
+            if t.view:
+                self.views.setdefault(t.view[0], []).append(t)
+        self.wholes: dict[str, str] = {}  # by split result: the name of its gathered copy
+        self.split: set[str] = set()
+
+    def run(self) -> Program:
+        """Apply the sharding rule of every op and return the Program of this lane."""
+        for t in self.p.of_role("state"):
+            self.keep(t.name, self.plan.get(t.name), axis=2)
+        for op in self.p.ops:
+            rule_of(op)(self, op)
+        return self.p.with_ops(self.ops, self.tensors)
+
+    def add(self, op: Op, shares: list[Share] | None = None) -> None:
+        """Append an op, its results and their views.
+
+        shares: every lane's share of the columns of its only result; None: results are whole.
+        """
+        self.ops.append(op)
+        for name, (shape, format) in op.shapes(self.tensors).items():
+            like = self.p.tensors.get(name)
+            self.tensors[name] = Tensor(name, shape, format, like.role if like else "temp")
+            if shares:
+                self.shares[name] = shares
+            self.split |= {name} if str(shape[0]).startswith("T:") else set()
+            for t in self.views.get(name, []):
+                self.add_view(t)
+
+    def add_view(self, t: Tensor) -> None:
+        """Add the view `t` of the whole Program, narrowed to the columns that this lane holds of its base."""
+        assert t.view
+        base, start = t.view
+        if base in self.split:
+            self.split.add(t.name)
+            t = replace(t, shape=(self.tensors[base].shape[0], t.shape[1]))
+        if base in self.shares:
+            columns = range(start, start + int(t.shape[1]))
+            self.shares[t.name] = [
+                tuple(range(r.start - start, r.stop - start) for r in share if r.start in columns)
+                for share in self.shares[base]
+            ]
+            before = sum(len(r) for r in self.shares[base][self.lane] if r.start < start)
+            t = replace(t, shape=(t.shape[0], width_of(self.shares[t.name][self.lane])), view=(base, before))
+        self.tensors[t.name] = t
+
+    def keep(self, name: str, shares: list[Share] | None = None, axis: int = 0, as_: str = "") -> str:
+        """Add a tensor of the whole Program (weight, const or state), or this lane's share of it along `axis`.
+
+        shares: every lane's share; None: the whole tensor. as_: another name. Returns the name.
+        """
+        t = self.p.tensors[name]
+        if shares:
+            t = self.fitted(t, shares, axis)
+            share, length = shares[self.lane], int(t.shape[axis])
+            shape = (*t.shape[:axis], width_of(share), *t.shape[axis + 1 :])
+            if t.role == "const":
+                t = replace(t, shape=shape, values=tuple(t.values[i] for r in share for i in r))
+            else:
+                t = replace(t, shape=shape, source=cut_source(t, share, axis, length))
+        self.tensors[as_ or name] = replace(t, name=as_ or name)
+        return as_ or name
+
+    def slab(self, name: str, stacks: Share, parts: Sequence[Share] = (), part: int = 0, axis: int = 0) -> None:
+        """Add this lane's part of a stack of matrices [E, ...], such as the weights of experts.
+
+        stacks: the matrices to take. parts: every lane's rows or columns along `axis` of each matrix; part: the index
+        of this lane's in `parts`; without `parts` the matrices are whole.
+        """
+        t = self.p.tensors[name]
+        t = self.fitted(t, parts, axis) if parts else t
+        for which, share in ((0, stacks), (axis, parts[part] if parts else ())):
+            if share:
+                shape = (*t.shape[:which], width_of(share), *t.shape[which + 1 :])
+                t = replace(t, shape=shape, source=cut_source(t, share, which, int(t.shape[which])))
+        self.tensors[name] = t
+
+    def fitted(self, t: Tensor, shares: Sequence[Share], axis: int) -> Tensor:
+        """The weight `t`, regrouped so that cutting its columns into `shares` splits no quantisation group.
+
+        Smaller groups keep the checkpoint's codes; a split group would have to be dequantised and quantised again.
+        Raises LayoutError if no group size fits.
+        """
+        fmt = formats.get(t.format)
+        if t.name not in self.coded or axis != len(t.shape) - 1 or fmt.group <= 0:
+            return t
+        length = int(t.shape[axis])
+        ends = [end for share in shares for r in share for end in (r.start, r.stop) if end != length]
+        group = gcd(fmt.block, *ends)
+        if group == fmt.block:
+            return t
+        if fmt.block != fmt.group or group % 32 or f"g{fmt.group}" not in t.format:
+            torn = next(end for end in ends if end % fmt.block)
+            fits = [n for n in range(1, len(shares)) if length % (32 * n) == 0]
+            raise LayoutError(
+                f"weight {t.name} is {t.type} in the checkpoint, and a cut at column {torn} would split a group of "
+                f"{fmt.block}, whose codes share a scale; "
+                f"{f'use tp={fits[-1]}' if fits else 'use pp'}, or weights int8 or int4, which quantise it anew"
+            )
+        source = tuple(f"{s}|g{group}" for s in t.source)
+        return replace(t, format=t.format.replace(f"g{fmt.group}", f"g{group}"), source=source)
+
+    def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
+        """Add this lane's share along `axis` of a weight of `op` to the lane's tensors. Returns its name.
+
+        If other ops read the weight too, the name is made from the op's site.
+        """
+        own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
+        return self.keep(name, shares, axis, own if len(self.p.uses(name)) > 1 else "")
+
+    def whole(self, name: str) -> str:
+        """Name of the operand `name` as a whole tensor on this lane. If it is split, an all_gather is added first."""
+        t = self.p.tensors[name]
+        if t.role == "weight":
+            return self.keep(name)
+        if name in self.split and name not in self.wholes:
+            self.wholes[name] = f"{name}.whole"
+            site, out, group = f"{name}.all_gather", self.wholes[name], tuple(range(self.layout.lanes))
+            width = int(t.shape[1])
+            self.add(AllGather(site=site, x=name, out=out, group=group, width=width, tokens=True, wire=self.wire))
+        if name in self.shares and name not in self.wholes:
+            self.wholes[name] = f"{name}.whole"
+            self.gather(f"{name}.all_gather", name, self.wholes[name], self.shares[name], int(t.shape[1]))
+        return self.wholes.get(name, name)
+
+    def total(self, site: str, x: str, out: str, group: tuple[int, ...]) -> None:
+        """Add an all_reduce that sums the partial results `x` of the lanes in `group` into `out`.
+
+        With sequence parallelism it is a reduce_scatter, and this lane gets the sum of its own token rows.
+        """
+        t = self.p.tensors[out]
+        if self.layout.sp and t.shape[0] == "T" and t.role == "temp" and len(group) == self.layout.lanes:
+            self.add(
+                ReduceScatter(site=f"{site}.reduce_scatter", x=x, out=out, group=group, share=self.lane, wire=self.wire)
+            )
+        else:
+            self.add(AllReduce(site=f"{site}.all_reduce", x=x, out=out, group=group, wire=self.wire))
+
+    def gather(self, site: str, x: str, out: str, shares: Sequence[Share], width: int) -> None:
+        """Add an all_gather of the columns of `x`, which are split as in `shares`, into `out` of `width` columns."""
+        group = partners(shares, self.lane)
+        self.add(AllGather(site=site, x=x, out=out, group=group, width=width, wire=self.wire))
+
+    def add_whole(self, op: Op) -> None:
+        """Append the op on whole operands, so that every lane computes all of it."""
+        self.add(op.rename({name: self.whole(name) for name in op.inputs}))
+
+    def add_split(self, op: Op, shares: list[Share]) -> None:
+        """Append an op whose result is split by columns as in `shares`. If it is an output, it is gathered."""
+        if self.p.tensors[op.outputs[0]].role == "output":
+            self.add_gathered(op, shares)
+        else:
+            self.add(op, shares)
+
+    def add_gathered(self, op: Op, shares: list[Share]) -> None:
+        """Append an op whose result is split as in `shares`, and an all_gather that writes the whole result."""
+        (out,) = op.outputs
+        self.add(op.rename({out: f"{out}.part"}), shares)
+        self.gather(f"{op.site}.all_gather", f"{out}.part", out, shares, int(self.p.tensors[out].shape[1]))
+
+    def has_token_rows(self, op: Op) -> bool:
+        """True if the op can run on this lane's token rows alone (sequence parallelism).
+
+        That needs all operands except weights to be split by rows, and a result that is no output of the Program.
+        """
+        rows = [name for name in op.inputs if self.p.tensors[name].role != "weight"]
+        return set(rows) <= self.split and self.p.tensors[op.outputs[0]].role == "temp"
+
+
+Rule = Callable[[Lane, Any], None]  # rewrites one op of the whole Program on a lane
+RULES: dict[type[Op], Rule] = {}
+
+
+def sharding_rule(*types: type[Op]) -> Callable[[Rule], Rule]:
+    """Decorator that registers a function as the sharding rule of op classes.
+
+    A later registration replaces an earlier one.
+    """
+
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(types, rule))
+        return rule
+
+    return register
+
+
+def rule_of(op: Op) -> Rule:
+    """The sharding rule for an op. Raises LayoutError if its class has none.
+
+    An elementwise op without a rule of its own has the rule of `map`, if all its operands are activations.
+    """
+    if type(op) not in RULES and op.elementwise and op.inputs == op.operands("rows"):
+        return RULES[Map]
+    if type(op) not in RULES:
+        raise LayoutError(
+            f"{op.site}: op {op.kind} has no sharding rule; register one with intaglio.compiler.sharding_rule, or run "
+            "the Program unsharded"
+        )
+    return RULES[type(op)]
+
+
+def cut_source(t: Tensor, share: Share, axis: int, length: int) -> tuple[str, ...]:
+    """The sources of one lane's share of the weight `t`: one for each run of indices along `axis`.
+
+    length: size of the axis. () for state, which has no source. Raises LayoutError for a weight that is joined from
+    several tensors, and for a cut inside a block of its format.
+    """
+    if len(t.source) > 1:
+        raise LayoutError(
+            f"weight {t.name} is joined from {len(t.source)} tensors; shard a Program before it is merged"
+        )
+    if share == (range(length),):
+        return t.source
+    fmt = formats.get(t.format)
+    if axis == len(t.shape) - 1 and fmt.block != fmt.group:  # groups alone can be padded
+        torn = next((end for r in share for end in (r.start, r.stop) if end % fmt.block), None)
+        if torn is not None:
+            raise LayoutError(
+                f"weight {t.name} is {t.type}, and a cut at column {torn} would split a block of {fmt.block}; "
+                "use fewer lanes, or weights int8 or int4"
+            )
+    way = "crs"[len(t.shape) - 1 - axis]
+    return tuple(
+        narrowed(source, r) if axis == 0 and is_run(source) else f"{source}|{way}{r.start}:{r.stop}/{length}"
+        for source in t.source
+        for r in share
+    )

@@ -1,0 +1,111 @@
+"""The plan of a sharded Program: which results are split among lanes, and how."""
+
+from __future__ import annotations
+
+from intaglio.compiler.layout import Layout, LayoutError
+from intaglio.compiler.shard.shares import Plan, Share, cut, cut_columns, scaled
+from intaglio.ops import Attend, Embed, HeadLinear, KvWrite, Linear, Norm, Op, Permute, Rope, Sample
+from intaglio.program import Program
+
+
+def make_plan(p: Program, layout: Layout) -> Plan:
+    """Every lane's share of each result that is split, by the result's name.
+
+    Attention is split by heads, an MLP by its intermediate columns, logits by vocabulary, the embedding by its columns.
+    """
+    plan: Plan = {}
+    for op in p.ops:
+        if isinstance(op, Attend) and layout.tp > 1:
+            plan_heads(p, op, layout, plan)
+    for op in p.ops:
+        if isinstance(op, Linear) and op.out not in plan:  # a result split by heads needs the whole x
+            plan_columns(p, op.x, cut_columns(p.tensors[op.w], layout.lanes), plan)
+        elif isinstance(op, Sample):
+            plan_columns(p, op.logits, cut(int(p.tensors[op.logits].shape[1]), layout.lanes), plan)
+        elif isinstance(op, Embed):
+            plan[op.out] = cut_columns(p.tensors[op.w], layout.lanes)
+    for op in p.ops:
+        if isinstance(op, Linear):
+            plan_joint(p, op.out, plan)
+    return plan
+
+
+def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
+    """Plan an attention op: divide query heads evenly among tp lanes, each with the kv heads that they read.
+
+    Adds the shares of its projections and caches to `plan`. Raises LayoutError if tp does not fit the number of heads.
+    """
+    lanes, kv = layout.tp, int(p.tensors[op.k_cache].shape[2])
+    if not (kv % lanes == 0 or (lanes % kv == 0 and op.heads % lanes == 0)):
+        fit = [str(n) for n in range(1, op.heads + 1) if kv % n == 0 or (n % kv == 0 and op.heads % n == 0)]
+        raise LayoutError(
+            f"{op.site} has {op.heads} heads over {kv} kv heads, which tp={lanes} does not divide; "
+            f"use tp={', '.join(fit)}"
+        )
+    heads = [(range(op.heads * i // lanes, op.heads * (i + 1) // lanes),) for i in range(lanes)]
+    shared: list[Share] = [
+        (range(kv * i // lanes, max(kv * (i + 1) // lanes, kv * i // lanes + 1)),) for i in range(lanes)
+    ]
+    queries = roots(p, op.q, (Rope, Norm, HeadLinear))
+    if queries is None:
+        raise LayoutError(
+            f"{op.site} reads {op.q}, which is not made of projections alone, so it cannot be split by heads"
+        )
+    heads, shared = heads * layout.ep, shared * layout.ep  # expert-parallel lanes repeat attention
+    plan |= {q: scaled(heads, int(p.tensors[q].shape[1]) // op.heads) for q in queries}
+    if kv == 1:
+        return  # every lane holds the only one
+    for write in (w for w in p.ops if isinstance(w, KvWrite) and w.k_cache == op.k_cache):
+        for x, cache in ((write.k, write.k_cache), (write.v, write.v_cache)):
+            found = roots(p, x, (Rope, Norm))
+            if found is None:
+                raise LayoutError(
+                    f"{write.site} writes {x}, which is not made of projections alone, so it cannot be split by heads"
+                )
+            plan[cache] = shared
+            plan |= {root: scaled(shared, int(p.tensors[root].shape[1]) // kv) for root in found}
+
+
+def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
+    """Add `shares` to the plan for the projections from which elementwise ops compute `x`.
+
+    Nothing is added if `x` depends on anything else, or if a projection is planned already or has another width.
+    """
+    found, width = roots(p, x, (Permute,)), int(p.tensors[x].shape[1])
+    if found and width >= len(shares) and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
+        plan |= dict.fromkeys(found, shares)
+
+
+def roots(p: Program, name: str, through: tuple[type[Op], ...]) -> set[str] | None:
+    """Names of the Linear results from which `name` is computed by elementwise ops and ops of the types `through`.
+
+    Views of Linear results count as such. None if `name` depends on anything else.
+    """
+    op = p.producer(name)
+    if isinstance(op, Linear):
+        return {name}
+    if op is None or not (op.elementwise or isinstance(op, through)) or p.tensors[name].view:
+        return None
+    parts = [roots(p, x, through) for x in op.inputs if p.tensors[x].role in ("temp", "output")]
+    return set[str]().union(*parts) if all(part is not None for part in parts) else None  # type: ignore[arg-type]
+
+
+def plan_joint(p: Program, out: str, plan: Plan) -> None:
+    """Plan a Linear that is read through views: split it if all its views are split and together cover it without gaps.
+
+    Otherwise neither it nor its views are split, since a lane might be left without columns of one of them.
+    """
+    views = sorted((t.view[1], t.name) for t in p.tensors.values() if t.view and t.view[0] == out)
+    if not views:
+        return
+    ends = [start + int(p.tensors[name].shape[1]) for start, name in views]
+    whole = [0, *ends[:-1]] == [start for start, _ in views] and ends[-1] == p.tensors[out].shape[1]
+    if whole and not p.uses(out) and all(name in plan for _, name in views):
+        lanes = range(len(plan[views[0][1]]))
+        plan[out] = [
+            tuple(range(start + r.start, start + r.stop) for start, name in views for r in plan[name][lane])
+            for lane in lanes
+        ]
+    else:
+        for name in (out, *(name for _, name in views)):
+            plan.pop(name, None)

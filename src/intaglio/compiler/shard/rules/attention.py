@@ -1,0 +1,31 @@
+"""The sharding rules of attention and of the K/V cache: split by heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from intaglio.compiler.shard.lane import Lane, sharding_rule
+from intaglio.compiler.shard.shares import heads_of, scaled, width_of
+from intaglio.ops import Attend, KvWrite
+
+
+@sharding_rule(KvWrite)
+def kv_write(lane: Lane, op: KvWrite) -> None:
+    """Rule of kv_write: write this lane's heads of keys and values if the caches are split by heads, else all heads."""
+    names = {x: x if c in lane.plan else lane.whole(x) for x, c in ((op.k, op.k_cache), (op.v, op.v_cache))}
+    lane.add(op.rename(names))
+
+
+@sharding_rule(Attend)
+def attend(lane: Lane, op: Attend) -> None:
+    """Rule of attend: compute this lane's heads if q is split by heads, else all heads."""
+    shares, whole = lane.shares.get(op.q), lane.p.tensors
+    if not shares:
+        return lane.add_whole(op)
+    head_dim, v_dim = int(whole[op.q].shape[1]) // op.heads, int(whole[op.out].shape[1]) // op.heads
+    heads = [heads_of(share, head_dim) for share in shares]
+    sinks = lane.own(op, op.sinks, heads, axis=0) if op.sinks else None
+    slopes = lane.own(op, op.slopes, heads, axis=0) if op.slopes else None
+    return lane.add_split(
+        replace(op, heads=width_of(heads[lane.lane]), sinks=sinks, slopes=slopes), scaled(heads, v_dim)
+    )

@@ -1,0 +1,22 @@
+"""The sharding rule of elementwise ops."""
+
+from __future__ import annotations
+
+from intaglio.compiler.shard.lane import Lane, sharding_rule
+from intaglio.ops import Map, Op
+
+
+@sharding_rule(Map)
+def elementwise(lane: Lane, op: Op) -> None:
+    """Rule of elementwise ops: run on this lane's token rows or columns, or on whole operands.
+
+    On token rows if all operands are split by rows. On columns if all operands wider than one column have the same
+    shares and no view reads the result. Otherwise on whole operands.
+    """
+    if lane.has_token_rows(op):
+        return lane.add(op)
+    wide = [name for name in op.inputs if lane.p.tensors[name].shape[1:] != (1,) or name == op.inputs[0]]
+    shares = [lane.shares.get(name) for name in wide]
+    if shares[0] and all(s == shares[0] for s in shares) and op.outputs[0] not in lane.views:
+        return lane.add_split(op, shares[0])
+    return lane.add_whole(op)

@@ -1,0 +1,61 @@
+"""Shares: which columns (or heads, or experts) of a tensor one lane holds, as runs of indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from intaglio import formats
+from intaglio.ops import Tensor
+
+Share = tuple[range, ...]  # the runs of columns of a result (or of rows of a weight) that a lane holds, in order
+Plan = dict[str, list[Share]]  # by tensor name: the share of each lane; of a K/V cache, its heads
+BLOCKS = (128, 64, 32)  # columns kept together where there are enough of them: the groups of grouped formats
+
+
+def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
+    """Divide `width` columns into one near-equal run for each lane, in order.
+
+    Runs end at multiples of the first of `blocks` that divides `width` and gives every lane at least one block; at any
+    column if none does.
+    """
+    block = next((b for b in blocks if width % b == 0 and width // b >= lanes), 1)
+    ends = [width // block * i // lanes * block for i in range(lanes + 1)]
+    return [(range(a, b),) for a, b in pairwise(ends)]
+
+
+def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
+    """Divide a weight's columns among lanes, in order, without splitting a block of its format.
+
+    Blocks larger than 128 (K-quants have 256) may leave one lane with a block more than another.
+    """
+    block = formats.get(weight.format).block
+    return cut(int(weight.shape[-1]), lanes, (block, *BLOCKS) if block > BLOCKS[0] else BLOCKS)
+
+
+def scaled(shares: Sequence[Share], by: int) -> list[Share]:
+    """Shares of heads converted to shares of columns, with `by` columns per head."""
+    return [tuple(range(r.start * by, r.stop * by) for r in share) for share in shares]
+
+
+def heads_of(share: Share, head_dim: int) -> Share:
+    """A share of columns converted to a share of heads; the inverse of scaled()."""
+    return tuple(range(r.start // head_dim, r.stop // head_dim) for r in share)
+
+
+def width_of(share: Share) -> int:
+    """Number of columns of a share."""
+    return sum(map(len, share))
+
+
+def partners(shares: Sequence[Share], lane: int) -> tuple[int, ...]:
+    """The lanes with which `lane` gathers, in order of their columns; together they hold every column once.
+
+    Where several lanes hold the same share (kv heads are copied when there are more lanes than kv heads), the n-th
+    holder of each share gathers with the n-th holders of the others.
+    """
+    holders: dict[Share, list[int]] = {}
+    for i, share in enumerate(shares):
+        holders.setdefault(share, []).append(i)
+    place = holders[shares[lane]].index(lane)
+    return tuple(holders[share][place] for share in sorted(holders, key=lambda share: share[0].start))

@@ -1,0 +1,298 @@
+"""Finds the likely cause of a difference from transformers at a site.
+
+Undoes each common mistake of an op, computes the op again, and reports the mistake whose correction gives transformers'
+value. Whether a site differs is decided by check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from intaglio.batch import Batch
+from intaglio.ops import Attend, Experts, Linear, Map, Norm, Op, Rope, Route, Value
+from intaglio.ops.elementwise import FUNCTIONS
+from intaglio.program import Program
+
+Values = Mapping[str, Value]
+NEAR = 0.05  # an explanation must take away all but this share of the error
+SPARE = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All values of one step on the reference device, from which ops can be computed again.
+
+    Attributes:
+        program: the Program.
+        batch: the batch of the step.
+        values: values of all tensors after the step by name, K/V caches included.
+        spare: weights of the checkpoint that the Program does not read, by name.
+    """
+
+    program: Program
+    batch: Batch
+    values: Values
+    spare: Mapping[str, np.ndarray]
+
+
+def explain(scene: Scene, site: str, theirs: np.ndarray, good: set[str]) -> str:
+    """A sentence with the likely cause of the difference at `site`; if no cause fits, a description of the difference.
+
+    theirs: transformers' value at the site. good: sites whose values are correct.
+    """
+    name = _result(scene.program, site)
+    ours = np.asarray(scene.values[name], np.float64)
+    theirs = theirs.astype(np.float64).reshape(ours.shape)
+    error = np.linalg.norm(ours - theirs)
+    chain = _chain(scene.program, name, good)
+    best = (NEAR, "")
+    for op in chain:
+        for words, changed in variants(scene, op):
+            got = rerun(scene, chain, {op.site: changed}, name)
+            if got is not None and got.shape == theirs.shape:
+                left = float(np.linalg.norm(got - theirs) / error)
+                if left < best[0] and (not best[1] or left < best[0] / 4):  # of two that say the same, the first
+                    best = (left, f"{op.site}: {words}")
+    return best[1] or describe(ours, theirs)
+
+
+def _result(p: Program, site: str) -> str:
+    """Name of the tensor that is computed at a site."""
+    return next((op.outputs[0] for op in p.ops if op.site == site and op.outputs), site)
+
+
+def _chain(p: Program, name: str, good: set[str]) -> list[Op]:
+    """The ops that compute the tensor `name` from correct sites, in order.
+
+    For a K/V cache, the ops that wrote it count.
+    """
+    wanted, seen = {p.base(name)}, []
+    for op in reversed(p.ops):
+        writes = {*op.outputs, *op.writes_state}
+        if writes & wanted:
+            seen.append(op)
+            wanted |= {p.base(n) for n in op.inputs if p.base(n) not in good and n not in good}
+    return seen[::-1]
+
+
+def rerun(scene: Scene, chain: list[Op], changed: Mapping[str, Op], name: str) -> np.ndarray | None:
+    """The value of the tensor `name` when the ops of `chain` run again, some replaced by those in `changed` (by site).
+
+    None if an op refuses its operands.
+    """
+    p, v = scene.program, dict(scene.values)
+    for n in {n for op in chain for n in op.inputs if p.tensors.get(n) and p.tensors[n].role == "state"}:
+        held = v[n]
+        v[n] = held.copy() if isinstance(held, np.ndarray) else held
+    for op in chain:
+        try:
+            results = changed.get(op.site, op).reference(v, scene.batch)
+        except (ValueError, IndexError, KeyError):
+            return None
+        v |= results
+        for t in p.tensors.values():
+            if t.view and t.view[0] in results:
+                v[t.name] = results[t.view[0]][:, t.view[1] : t.view[1] + int(t.shape[1])]
+    return np.asarray(v[name], np.float64)
+
+
+def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
+    """Yield common mistakes of an op, each as (description of the mistake, the op without it)."""
+    kinds: dict[type, Callable[..., Iterator[tuple[str, Op]]]] = {
+        Rope: _rope, Norm: _norm, Linear: _linear, Attend: _attend, Map: _map, Route: _route, Experts: _experts,
+    }  # fmt: skip
+    return kinds.get(type(op), lambda *_: iter(()))(scene, op)
+
+
+def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
+    """Yield (mistake, op without it) for a rope op: pairing style, rotated columns, attention factor, frequencies."""
+    other = "half" if op.style == "interleaved" else "interleaved"
+    yield f"the wrong rope style: pairs are {other}, not {op.style}", replace(op, style=other)
+    end = "last" if not op.trailing else "first"
+    yield f"rope turns the {end} columns of a head", replace(op, trailing=not op.trailing)
+    if op.factor != 1:
+        yield "the rope's attention factor does not belong there", replace(op, factor=1.0)
+    for t in scene.program.of_role("const"):
+        if t.name != op.frequencies:
+            yield f"the wrong rope table: {t.name} fits", replace(op, frequencies=t.name)
+
+
+def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
+    """Yield (mistake, op without it) for a norm: offset, kind, eps, weight, residual."""
+    offset = 1.0 - op.offset
+    yield f"the norm's offset: the weight is stored as weight - {offset:.0f}", replace(op, offset=offset)
+    for kind in ("rms", "layer", "l2") if op.norm != "none" else ():
+        if kind == op.norm:
+            continue
+        yield f"the wrong norm: {kind}, not {op.norm}", replace(op, norm=kind)
+    for eps in {1e-12, 1e-6, 1e-5, 1e-3} - {op.eps}:
+        yield f"the norm's eps: {eps}, not {op.eps}", replace(op, eps=eps)
+    if op.weight is not None:
+        for other in _alike(scene, op.weight):
+            yield f"the wrong norm's weight (a norm misplaced or swapped): {other} fits", replace(op, weight=other)
+    if op.residual is not None:
+        yield "a residual that does not belong there", replace(op, residual=None)
+
+
+def _linear(scene: Scene, op: Linear) -> Iterator[tuple[str, Op]]:
+    """Yield (mistake, op without it) for a linear: bias, weight, scale, activation."""
+    if op.bias is not None:
+        yield "a bias that does not belong there", replace(op, bias=None)
+    else:
+        for name in _spare(scene, op, "bias"):
+            yield f"a missing bias: {name} fits", replace(op, bias=name)
+    s = scene.program.tensors[op.w].shape
+    if len(s) == 2 and s[0] == s[1]:
+        yield "a transposed weight", _turned(scene, op)
+    for other in _alike(scene, op.w):
+        yield f"the wrong weight: {other} fits", replace(op, w=other)
+    if op.scale != 1:
+        yield f"a scale of {op.scale:g} that does not belong there", replace(op, scale=1.0)
+    for act in ("", *SPARE):
+        if act != op.activation and not op.glu:
+            yield f"the activation: {act or 'none'}, not {op.activation or 'none'}", replace(op, activation=act)
+
+
+def _turned(scene: Scene, op: Linear) -> Op:
+    """The linear with its weight transposed. The transposed weight is added to the scene's values."""
+    values = scene.values
+    assert isinstance(values, dict)
+    w = values[op.w]
+    if isinstance(w, np.ndarray):
+        values[op.w + ".turned"] = w.T
+    return replace(op, w=op.w + ".turned")
+
+
+def _attend(scene: Scene, op: Attend) -> Iterator[tuple[str, Op]]:
+    """Yield (mistake, op without it) for attention: window, chunk, softcap, scale, sinks, temperature."""
+    length = len(scene.batch.tokens)
+    windows = [w for w in (0, op.window - 1, op.window + 1, *range(1, length)) if w >= 0 and w != op.window]
+    for w in dict.fromkeys(windows):
+        yield f"the window: {w or 'none'}, not {op.window or 'none'}", replace(op, window=w, chunk=0)
+    for c in dict.fromkeys([0, *range(2, length)]):
+        if c != op.chunk:
+            yield f"the chunk: {c or 'none'}, not {op.chunk or 'none'}", replace(op, chunk=c, window=0)
+    if op.softcap:
+        yield "a softcap that does not belong there", replace(op, softcap=0.0)
+    for cap in (50.0, 30.0, 4.0):
+        yield f"a missing softcap: {cap:g} fits", replace(op, softcap=cap)
+    width = int(scene.program.tensors[op.q].shape[1]) // op.heads
+    for n in dict.fromkeys([width, *range(8, 257, 8)]):
+        yield f"the attention scale: 1 / sqrt({n}), not {op.scale:g}", replace(op, scale=n**-0.5)
+    if op.sinks is not None:
+        yield "sinks that do not belong there", replace(op, sinks=None)
+    else:
+        for name in _spare(scene, op, "sinks"):
+            yield f"missing attention sinks: {name} fits", replace(op, sinks=name)
+    if op.temper:
+        yield "a temperature that does not belong there", replace(op, temper=0.0)
+
+
+def _map(scene: Scene, op: Map) -> Iterator[tuple[str, Op]]:
+    """Yield (mistake, op without it) for an elementwise op: operands swapped, activation, residual scale."""
+    if op.b is not None and op.c is None:
+        yield "gate and up are swapped" if "(a)" in op.expr else "operands are swapped", replace(op, a=op.b, b=op.a)
+    for old in FUNCTIONS:
+        if f"{old}(" in op.expr:
+            for new in SPARE:
+                if new != old:
+                    yield f"the activation: {new}, not {old}", replace(op, expr=op.expr.replace(f"{old}(", f"{new}("))
+    if op.expr.startswith("a + b"):
+        for scale in (1.0, 0.22, 0.5, 2.0):
+            expr = f"a + b * {scale}"
+            if expr != op.expr and not (scale == 1 and op.expr == "a + b"):
+                yield f"the residual's scale: {scale:g}", replace(op, expr=expr)
+
+
+def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
+    """Yield (mistake, op without it) for expert routing: normalisation, score, bias, scale, groups."""
+    does = "are not" if op.normalise else "are"
+    yield f"the wrong renormalisation: weights {does} divided by their sum", replace(op, normalise=not op.normalise)
+    for score in ("softmax", "sigmoid", "chosen"):
+        if score != op.score:
+            yield (
+                f"the routing score: {score}, not {op.score}",
+                replace(op, score=score, bias=None if score == "chosen" else op.bias),
+            )
+    if op.bias is not None:
+        yield "a correction bias that does not belong there", replace(op, bias=None)
+    else:
+        for name in _spare(scene, op, "correction_bias"):
+            yield f"a missing correction bias: {name} fits", replace(op, bias=name)
+    if op.scale != 1:
+        yield f"a routing scale of {op.scale:g} that does not belong there", replace(op, scale=1.0)
+    for scale in (2.5, 1.5, 16.0):
+        yield f"the routing scale: {scale:g}, not {op.scale:g}", replace(op, scale=scale)
+    if op.groups:
+        yield "groups of experts that do not belong there", replace(op, groups=0)
+
+
+def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
+    """Yield (mistake, op without it) for experts: gate and up swapped, activation, clamp, transposed matrices."""
+    yield "gate and up of the experts are swapped", replace(op, gate=op.up, up=op.gate)
+    for act in SPARE:
+        if act != op.activation:
+            yield f"the experts' activation: {act}, not {op.activation}", replace(op, activation=act)
+    where = "result" if op.scale_input else "input"
+    yield f"routing weights belong on the experts' {where}", replace(op, scale_input=not op.scale_input)
+    if op.limit:
+        yield "the experts' clamp does not belong there", replace(op, limit=0.0)
+    for alpha, limit, shift in ((1.702, 7.0, 1.0), (1.0, 10.0, 0.0), (1.702, 1.5, 1.0)):
+        if (alpha, limit, shift) != (op.alpha, op.limit, op.shift):
+            words = f"the experts' gate: alpha {alpha:g}, limit {limit:g}, shift {shift:g}"
+            yield words, replace(op, alpha=alpha, limit=limit, shift=shift)
+    for n in ("gate", "up", "down"):
+        yield f"the experts' {n} matrices are transposed", _turned_stack(scene, op, n)
+    if op.gate_bias is not None:
+        yield "experts' biases that do not belong there", replace(op, gate_bias=None, up_bias=None, down_bias=None)
+
+
+def _turned_stack(scene: Scene, op: Experts, which: str) -> Op:
+    """The experts op with the matrices `which` (gate, up or down) transposed. They are added to the scene's values."""
+    values, name = scene.values, getattr(op, which)
+    assert isinstance(values, dict)
+    w = values[name]
+    if isinstance(w, np.ndarray):
+        values[name + ".turned"] = w.swapaxes(1, 2)
+    return replace(op, **{which: name + ".turned"})
+
+
+def _alike(scene: Scene, weight: str) -> list[str]:
+    """Up to 12 other weights of the same shape, nearest in the table of tensors first."""
+    tensors = scene.program.tensors
+    names = [t.name for t in scene.program.of_role("weight")]
+    at = names.index(weight) if weight in names else 0
+    same = [n for n in names if n != weight and tensors[n].shape == tensors[weight].shape]
+    return sorted(same, key=lambda n: abs(names.index(n) - at))[:12] if weight in tensors else []
+
+
+def _spare(scene: Scene, op: Op, ending: str) -> list[str]:
+    """Names that end with `ending` of checkpoint tensors in the op's layer that the Program does not read."""
+    layer = ".".join(op.site.split(".")[:2]) + "."
+    return [n for n in scene.spare if n.endswith(ending) and (layer in n or not op.site.startswith("layers."))]
+
+
+def describe(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """A description of a difference that no variant explains, such as a factor, a bias or the tokens that differ."""
+    bad = ~np.isfinite(ours)
+    if bad.any():
+        first = int(np.flatnonzero(bad.any(axis=1))[0])
+        return f"{int(bad.sum())} values are NaN or infinite here, the first in row {first}"
+    scale = float((ours * theirs).sum() / max((ours * ours).sum(), 1e-300))
+    error = np.linalg.norm(ours - theirs)
+    if np.linalg.norm(scale * ours - theirs) < NEAR * error:
+        return f"a scale: theirs is {scale:.6g} times ours"
+    gap = theirs - ours
+    if len(gap) > 2 and np.linalg.norm(gap - gap.mean(axis=0)) < NEAR * np.linalg.norm(gap):
+        return "a missing or wrong bias: theirs is ours plus one vector for every token"
+    rows = np.linalg.norm(gap, axis=1) / np.maximum(np.linalg.norm(theirs, axis=1), 1e-300)
+    off = np.flatnonzero(rows > max(1e-4, NEAR * rows.max()))
+    if len(off) and off[0] > 0 and len(off) >= (len(rows) - off[0]) // 2:
+        agree = "token 0 agrees" if off[0] == 1 else f"tokens 0 to {int(off[0]) - 1} agree"
+        return f"{agree}, later tokens differ: a rope table, a window or a mask"
+    if len(off) < len(rows) // 3:
+        return f"only {len(off)} of {len(rows)} tokens differ: routing, or a mask"
+    return "no single known fault explains it"

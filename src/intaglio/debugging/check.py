@@ -1,0 +1,354 @@
+"""Compares a checkpoint's Program with transformers, site by site, and finds the first difference and its likely cause.
+
+The expected value at a site is the input or output of the transformers module with the same weight, or its K/V cache.
+transformers runs in float32, and also in bf16 to show the error of that format.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intaglio.batch import Batch, Chunk, bind
+from intaglio.debugging.causes import Scene, explain
+from intaglio.devices import StateSpec, StepRequest, open_device
+from intaglio.devices.reference import ReferenceExecutable
+from intaglio.models import Checkpoint, port
+from intaglio.ops import Embed, Experts, KvWrite, Linear, Norm, Op, Value
+from intaglio.program import Program
+from intaglio.program.source import names
+from intaglio.progress import Progress, silent
+
+EPS = 2.0**-23  # float32
+MARGIN = 8.0  # tiny models of every family stay below 0.05 of it; a wrong window, theta or weight is beyond 10
+PAGE = 32
+RENAMED = (  # what transformers calls modules that checkpoints call otherwise
+    (".block_sparse_moe.router.layer", ".block_sparse_moe.router"), (".block_sparse_moe.gate", ".mlp.gate"),
+    (".block_sparse_moe.gate", ".mlp.router"), (".block_sparse_moe.", ".mlp."),
+)  # fmt: skip
+STAGES = 4  # of a check: float32, bf16, the device, and the cause of a difference
+TOKENS = 61  # prime, so that no number of heads equals it
+
+
+class CheckError(RuntimeError):
+    """Raised for a check that cannot run. The message says what is missing and how to get it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The comparison at one site.
+
+    Attributes:
+        site: the site's name.
+        error: ||ours - theirs|| / ||theirs||.
+        tolerance: the error that rounding alone may explain.
+        bf16: the error of transformers' own run in bf16; None if it has no such site.
+    """
+
+    site: str
+    error: float
+    tolerance: float
+    bf16: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True if the error is within the tolerance."""
+        return self.error <= self.tolerance
+
+    @property
+    def ratio(self) -> float | None:
+        """`error` divided by `bf16`: 1 means an error as large as that of transformers in bf16.
+
+        Both are measured against transformers in float32. None if `bf16` is None or 0.
+        """
+        return self.error / self.bf16 if self.bf16 else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of a check.
+
+    Attributes:
+        program: name of the Program.
+        device: device it ran on.
+        tokens: number of prompt tokens.
+        rows: the comparison at each site, in the order of the Program.
+        first_bad: the first site out of tolerance, or None.
+        logits: relative error of the logits.
+        ok: True if no site is out of tolerance.
+        cause: the likely cause of the first difference, as text.
+        origin: a sentence that says where the first NaN or infinity appears; "" if there is none.
+        against: what the Program was compared with.
+    """
+
+    program: str
+    device: str
+    tokens: int
+    rows: tuple[Row, ...]
+    first_bad: str | None
+    logits: float
+    ok: bool
+    cause: str = ""
+    origin: str = ""
+    against: str = "transformers"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for JSON."""
+        return {**asdict(self), "rows": [{**asdict(r), "ok": r.ok, "ratio": r.ratio} for r in self.rows]}
+
+    @property
+    def title(self) -> str:
+        """A heading that says what was compared with what."""
+        return f"{self.program} on {self.device} against {self.against}, {self.tokens} tokens"
+
+    @property
+    def conclusion(self) -> list[str]:
+        """Lines of text that say whether the two runs agree, and if not, where they first differ and why."""
+        end = "agrees at every site" if self.ok else f"parts from {self.against} at {self.first_bad}"
+        lines = [f"{end}; logits differ by {self.logits:.2e}"]
+        lines += [f"likely cause: {self.cause}"] if self.cause else []
+        return [*lines, *([self.origin] if self.origin else [])]
+
+    def __str__(self) -> str:
+        wide = max(len(r.site) for r in self.rows)
+        lines = [self.title]
+        lines.append(f"{'site':{wide}}  {'error':>9}  {'allowed':>9}  {'bf16':>9}  {'ratio':>7}")
+        for r in self.rows:
+            bf16 = f"{r.bf16:9.2e}  {r.ratio:7.3f}" if r.bf16 and r.ratio is not None else f"{'-':>9}  {'-':>7}"
+            mark = "" if r.ok else "  OUT OF LINE"
+            lines.append(f"{r.site:{wide}}  {r.error:9.2e}  {r.tolerance:9.2e}  {bf16}{mark}")
+        return "\n".join([*lines, *self.conclusion])
+
+
+def reference_model(path: str | Path, dtype: str = "float32") -> Any:
+    """The transformers model of a checkpoint with eager attention.
+
+    Raises CheckError if torch or transformers is missing.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as e:
+        raise CheckError(f"a check needs torch and transformers ({e}): pip install torch transformers") from None
+    transformers.utils.logging.disable_progress_bar()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    how: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "eager"}
+    try:
+        model = load(path, **how).eval()
+    except ValueError:  # a text model that transformers lists under its wrapper's type only
+        named = getattr(transformers, str((Checkpoint.open(path).config.get("architectures") or [""])[0]), None)
+        if named is None:
+            raise
+        model = named.from_pretrained(path, **how).eval()
+    # Gemma rounds sqrt(hidden) to the type the weights are stored in; loaded as float32 it would not
+    embed, c = model.get_input_embeddings(), Checkpoint.open(path)
+    if "embed_scale" in dict(embed.named_buffers()):
+        stored = next((c.dtype(name) for name in c.names if name.endswith("embed_tokens.weight")), "F32")
+        kind = {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
+        embed.embed_scale.copy_(embed.embed_scale.to(kind).float())
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"  # grouped products are not to be had everywhere in bf16
+    return model
+
+
+def check(
+    path: str | Path,
+    device: str = "reference",
+    tokens: int | Sequence[int] = TOKENS,
+    seed: int = 0,
+    program: Program | None = None,
+    progress: Progress = silent,
+) -> Report:
+    """Compare a checkpoint's Program with transformers on one prompt.
+
+    A site's tolerance is 8 * eps * sqrt(K) * sqrt(n) with eps = 2^-23, K the longest sum so far (one rounding error of
+    random sign per term) and n the number of ops so far (whose errors add up likewise).
+
+    Args:
+        path: the checkpoint folder.
+        device: device to check.
+        tokens: token ids of the prompt, or the number of random ones.
+        seed: of the random tokens.
+        program: by default the port's.
+        progress: called before each stage.
+    """
+    checkpoint = Checkpoint.open(path)
+    count = tokens if isinstance(tokens, int) else len(tokens)
+    p = wide_cache(program or port(checkpoint, context=count))
+    drawn = np.random.default_rng(seed).integers(0, p.vocabulary, count).tolist()
+    ids = drawn if isinstance(tokens, int) else list(tokens)
+    progress(0, STAGES, "running transformers in float32")
+    theirs, logits = observe(reference_model(path), p, ids)
+    progress(1, STAGES, "running transformers in bf16")
+    rough, rough_logits = observe(reference_model(path, "bfloat16"), p, ids)
+    progress(2, STAGES, f"running device {device}")
+    pages = -(-count // PAGE)
+    options = {"cache": None} if device == "host" else {}  # nobody else runs this Program
+    state = StateSpec(pages, PAGE, 2 * p.recurrent)
+    executable = open_device(device, **options).load(p, checkpoint, state)
+    batch = bind([Chunk(ids, 0, range(pages), range(count), state=state.pair(0, 0))], PAGE)
+    result = executable.step(StepRequest(batch, logits=True, taps=set(theirs)))
+    assert result.logits is not None
+    allowed = tolerances(p, count)
+    rows = []
+    for site in (site for site in allowed if site in theirs):
+        bf16 = difference(rough[site], theirs[site]) if site in rough else None
+        rows.append(Row(site, difference(result.taps[site], theirs[site]), allowed[site], bf16))
+    last = difference(result.logits, logits)
+    rows.append(Row("logits", last, max(allowed.values()), difference(rough_logits, logits)))
+    first = next((r.site for r in rows if not r.ok), None)
+    cause = origin = ""
+    if first is not None:
+        progress(3, STAGES, f"looking for the cause at {first}")
+        scene = scene_of(p, checkpoint, batch)
+        good = {r.site for r in rows if r.ok}
+        cause = explain(scene, first, logits if first == "logits" else theirs[first], good)
+        origin = first_nonfinite(scene)
+    return Report(p.name, device, count, tuple(rows), first, last, first is None, cause, origin)
+
+
+def scene_of(p: Program, checkpoint: Checkpoint, batch: Batch) -> Scene:
+    """Run the batch (one sequence) with NumPy and return every tensor's value.
+
+    The Scene also has the vectors of the checkpoint that the Program does not read, because a bias that the port
+    leaves out is a likely cause of a difference.
+    """
+    state = StateSpec(int(batch.block_table.shape[1]), PAGE, 2 * p.recurrent)
+    held = ReferenceExecutable(p, checkpoint, state).held
+    v: dict[str, Value] = {**held, "tokens": batch.tokens, "positions": batch.positions, "rows": batch.rows}
+    for op in p.ops:
+        results = op.reference(v, batch)
+        v |= results
+        for t in p.tensors.values():
+            if t.view and t.view[0] in results:
+                v[t.name] = results[t.view[0]][:, t.view[1] : t.view[1] + int(t.shape[1])]
+    used = {n for op in p.ops for n in op.inputs}
+    read = {name for t in p.of_role("weight") if t.name in used for source in t.source for name in names(source)}
+    vectors = [n for n in checkpoint.names - read if len(checkpoint.shape(n)) == 1]
+    spare = {n: np.asarray(checkpoint.read(n), np.float32) for n in vectors}
+    return Scene(p, batch, {**v, **spare}, spare)
+
+
+def first_nonfinite(scene: Scene) -> str:
+    """A sentence that names where the first NaN or infinity appears; "" if there is none."""
+
+    def bad(name: str) -> bool:
+        x = scene.values[name]
+        return isinstance(x, np.ndarray) and x.dtype.kind == "f" and not np.isfinite(x).all()
+
+    for op in scene.program.ops:
+        if any(bad(n) for n in op.outputs):
+            from_weights = [n for n in op.inputs if scene.program.tensors[n].role == "weight" and bad(n)]
+            where = f"at {op.site} ({op.kind}), whose operands are finite"
+            where = f"in the weight {from_weights[0]}" if from_weights else where
+            return f"the first NaN or infinity arises {where}"
+    return ""
+
+
+def wide_cache(p: Program) -> Program:
+    """The Program with all K/V caches stored in float32."""
+    tensors = {n: replace(t, format="f32") if t.role == "state" else t for n, t in p.tensors.items()}
+    return p.with_ops(p.ops, tensors)
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Relative difference ||ours - theirs|| / ||theirs||; infinite if a value is NaN or infinite."""
+    wide = theirs.astype(np.float64)
+    gap = np.linalg.norm(ours.astype(np.float64).reshape(wide.shape) - wide) / (np.linalg.norm(wide) or 1.0)
+    return float(gap) if np.isfinite(gap) else float("inf")
+
+
+def tolerances(p: Program, tokens: int) -> dict[str, float]:
+    """The tolerance of each site, as check() defines it. A view has the tolerance of its base."""
+    out: dict[str, float] = {}
+    longest = 1
+    for n, op in enumerate(p.ops, start=1):
+        widths = [int(p.tensors[x].shape[-1]) for x in op.inputs if isinstance(p.tensors[x].shape[-1], int)]
+        longest = max(longest, tokens if op.kind == "attend" else 1, *(widths if op.kind in ("linear", "norm") else ()))
+        views = [t.name for t in p.tensors.values() if t.view and t.view[0] in op.outputs]
+        out |= dict.fromkeys([op.site, *views], MARGIN * EPS * (longest * n) ** 0.5)
+    return out
+
+
+def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Run transformers on the tokens. Returns ({site: value, float32 [tokens, width]}, logits).
+
+    Only sites of the Program that a transformers module computes have a value.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    seen: dict[str, np.ndarray] = {}
+    producers = {name: op.site for op in p.ops for name in op.outputs}
+
+    def keep(site: str, x: Any) -> None:
+        if x.dim() == 4 and x.shape[1] != len(tokens):  # heads before tokens
+            x = x.transpose(1, 2)
+        if x.numel() % len(tokens) == 0:
+            seen.setdefault(site, x.detach().float().reshape(len(tokens), -1).numpy().copy())
+
+    def hook(op: Op) -> Any:
+        def after(module: Any, args: Any, out: Any) -> None:
+            inside = op.site.endswith(".norm") and producers.get(getattr(op, "x", ""), "").endswith(".gated")
+            if isinstance(op, Linear | Norm) and op.x in producers and not inside:  # inside: the module has the gate
+                keep(producers[op.x], args[0])
+            out = _tensor_of(module, out)
+            if out is None:
+                return
+            # a scale is often applied outside the module; the next site's input then shows it
+            if getattr(op, "scale", 1.0) == 1.0 or hasattr(module, "embed_scale"):
+                keep(op.site, out)
+
+        return after
+
+    handles = [
+        module.register_forward_hook(hook(op)) for op in p.ops if (module := module_of(model, p, op)) is not None
+    ]
+    cache: Any = DynamicCache()  # without a config it keeps all keys of sliding layers too
+    try:
+        with torch.no_grad():
+            out = model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    writes = [op for op in p.ops if isinstance(op, KvWrite)]
+    filled = [layer for layer in cache.layers if layer.keys is not None]  # not of layers that were skipped
+    for op, layer in zip(writes, filled, strict=bool(filled)):  # none for a model without a cache (GPT of 2018)
+        for name, held in ((op.k, layer.keys), (op.v, layer.values)):
+            if getattr(model.config, "rope_interleave", False) and name == op.v:
+                held = held.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # theirs puts pairs by halves
+            keep(producers.get(name, name), held)
+    width = {t.name: t.shape[-1] for t in p.tensors.values()}
+    seen = {site: x for site, x in seen.items() if x.shape[1] == width.get(site, x.shape[1])}
+    return seen, out.logits[0].float().numpy()
+
+
+def _tensor_of(module: Any, out: Any) -> Any:
+    """The tensor of a module's output that belongs to its site: the first of a tuple, or Llama 4's router's second."""
+    if not isinstance(out, tuple):
+        return out
+    return out[1] if type(module).__name__ == "Llama4Router" else out[0]
+
+
+def module_of(model: Any, p: Program, op: Op) -> Any:
+    """The transformers module that holds the weight of `op`; None if there is none."""
+    if op.site == "lm_head":
+        return model.get_output_embeddings()
+    weight = op.weight if isinstance(op, Norm) else op.w if isinstance(op, Linear | Embed) else None
+    weight = op.gate if isinstance(op, Experts) else weight
+    if weight is None or not p.tensors[weight].source:
+        return None
+    modules = dict(model.named_modules())
+    name = p.tensors[weight].source[0].partition("|")[0].removesuffix(".weight")
+    if isinstance(op, Experts):  # a module of all experts, whose result is theirs together
+        name = re.split(r"\.(?:experts|input_linear)\.", name)[0] + ".experts"
+    for old, new in (("", ""), ("language_model.model.", "model.language_model."), *RENAMED):
+        found = modules.get(name.replace(old, new)) if old else modules.get(name)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,67 @@
+"""HostDevice: this machine's CPU as a device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from intaglio import _native
+from intaglio.devices.device import Device, DeviceError, DeviceFacts, Executable, StateSpec, Weights
+from intaglio.devices.host.executable import HostExecutable
+from intaglio.devices.recipe import Recipe
+from intaglio.program import Program, verify
+
+
+def isa_names() -> list[str]:
+    """Names of the instruction sets that this build has kernels for and this machine can run, best first."""
+    return list(_native.isas())
+
+
+class HostDevice(Device):
+    """The CPU of this machine as a device. Raises DeviceError for an argument out of range.
+
+    Args:
+        threads: CPU threads; by default one per core this process may use.
+        isa: instruction set; by default $INTAGLIO_ISA, else the best one.
+        cache: folder where packed weights are kept for the next start. "auto" is $INTAGLIO_CACHE or
+            ~/.cache/intaglio/packed, for weights of 64 MB or more; None keeps nothing.
+        communicator: this rank's end of a group. Programs then run their collectives inside the native step, and all
+            ranks must begin each step.
+        state_file: a memory file that holds the K/V cache of the one Program that is loaded, so that it outlives this
+            process. What it holds is taken over.
+    """
+
+    name = "host"
+
+    def __init__(
+        self, threads: int | None = None, isa: str | None = None, *, cache: str | Path | None = "auto",
+        communicator: _native.Communicator | None = None, state_file: int | None = None,
+    ) -> None:  # fmt: skip
+        self.cache, self.communicator, self.state_file = cache, communicator, state_file
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self.isa = isa or os.environ.get("INTAGLIO_ISA") or isa_names()[0]
+        if not 1 <= self.threads <= 256:
+            raise DeviceError(f"threads={threads} is outside 1..256")
+        if self.isa not in isa_names():
+            raise DeviceError(f"instruction set {self.isa!r} is not available; there are {', '.join(isa_names())}")
+
+    def recipe(self) -> Recipe:
+        """The Recipe of an equal device without communicator and state file, which only the rank itself can have."""
+        cache = None if self.cache is None else str(self.cache)
+        return f"{__name__}:HostDevice", {"threads": self.threads, "isa": self.isa, "cache": cache}
+
+    def facts(self) -> DeviceFacts:
+        return DeviceFacts(self.isa, self.threads, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+    def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
+        """Translate the ops and pack the weights.
+
+        Raises DeviceError for a page size that the kernels do not support, and for an op without a host kernel.
+        """
+        verify(program)
+        multiple = _native.PAGE_MULTIPLE
+        if state.page_tokens % multiple or state.page_tokens < multiple:
+            raise DeviceError(f"page_tokens={state.page_tokens}; the host needs a multiple of {multiple}, such as 32")
+        return HostExecutable(
+            program, weights, state, self.threads, self.isa, self.cache, self.communicator, self.state_file
+        )

@@ -1,0 +1,195 @@
+"""HostExecutable: a Program loaded on the host.
+
+A step is one native call, interrupted at collectives and at ops with Python kernels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from intaglio import _native
+from intaglio.batch import Batch
+from intaglio.devices.device import (
+    CollectiveSteps,
+    DeviceError,
+    RankExecutable,
+    StateSpec,
+    StepRequest,
+    StepResult,
+    Weights,
+    check_batch,
+    limits,
+)
+from intaglio.devices.host.layout import HostLayout, Stop, columns_of
+from intaglio.devices.host.load import load
+from intaglio.devices.host.step import Draws, Timings, edits_of, taps_of
+from intaglio.ops import Collective, Op, Value
+from intaglio.program import Program
+
+NUMPY = {"f32": np.float32, "i32": np.int32}  # types of rows
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Arrays of a step in progress.
+
+    Attributes:
+        taken: tapped tensors by site.
+        taps: taps of ops that run in Python, as (number of the op, number of the tensor, array).
+        seconds: seconds per op, if requested.
+        tokens: sampled token ids.
+        logprobs: log-probabilities of the sampled tokens.
+        logits: logits, if requested.
+        outs: (number of a native tensor, array that it is copied to at the end of the step).
+    """
+
+    taken: dict[str, np.ndarray]
+    taps: list[tuple[int, int, np.ndarray]]
+    seconds: np.ndarray | None
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    logits: np.ndarray | None
+    outs: list[tuple[int, np.ndarray]]
+
+
+class HostExecutable(RankExecutable):
+    """A Program as native ops with packed weights and zeroed state.
+
+    Attributes:
+        layout: packing and buffers, derived from the Program.
+        matrices: packed weights by name.
+        packed_bytes: size of the packed weights in bytes.
+        image: the file on disk that holds the packed weights, or None.
+        state_in_file: the whole K/V cache is in the state file.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Weights,
+        state: StateSpec,
+        threads: int,
+        isa: str,
+        cache: str | Path | None,
+        communicator: _native.Communicator | None = None,
+        state_file: int | None = None,
+    ) -> None:
+        self.program, self.state, self.threads, self.isa = program, state, threads, isa
+        self.native = _native.Executable(isa, threads, state.page_tokens, tuple(limits(program, state).values()))
+        if communicator is not None:
+            self.native.join(communicator)
+        if state_file is not None:
+            self.native.keep_caches_in(state_file)
+        self.layout = HostLayout.of(program, native_collectives=communicator is not None)
+        loaded = load(self.native, program, self.layout, weights, state, threads, cache)
+        self.ids, self.matrices, self.image, self._arrays = loaded.ids, loaded.matrices, loaded.image, loaded.arrays
+        self.packed_bytes = sum(matrix.nbytes for matrix in self.matrices.values())
+        in_python = any(program.tensors[name].role == "state" for name in self.layout.arrays)
+        self.state_in_file = state_file is not None and not in_python
+        self._sites = [op.site for op in program.ops]
+        self._drawn = [self.ids[name] for name in ("next_tokens", "logprobs") if name in self.ids]
+        self._draws = Draws.of(())
+
+    @property
+    def plans(self) -> int:
+        """Number of steps whose plan (tasks for one combination of sizes) was computed, not found in the cache."""
+        return self.native.plans
+
+    @property
+    def planning_seconds(self) -> float:
+        """Seconds spent so far on planning steps and looking up cached plans."""
+        return self.native.planning_seconds
+
+    def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
+        """Generator of one step. Ops between two stops are one native call, which releases Python's GIL.
+
+        It yields at collectives, and runs ops with Python kernels itself.
+        """
+        batch, step = request.batch, self._begin(request)
+        for stop in self.layout.stops:
+            rows = [name for name in stop.op.inputs if name in self.ids and name not in self.layout.native]
+            inputs = {name: self._empty(name, batch) for name in rows}
+            self.native.advance([(self.ids[name], x) for name, x in inputs.items() if len(x)])
+            results: Mapping[str, np.ndarray]
+            if isinstance(stop.op, Collective):
+                got = yield stop.op, inputs[rows[0]] if rows else None
+                results = {} if got is None else {stop.op.outputs[0]: got}
+            else:
+                results = self._run_python(stop, inputs, batch, step.seconds)
+            for name, x in results.items():
+                self.native.copy_in(self.ids[name], np.ascontiguousarray(x, self._type(name)))
+            for at, tensor, x in step.taps:
+                if at == stop.at:
+                    self.native.copy_out(tensor, x)
+        self.native.advance(step.outs)
+        timings = {} if step.seconds is None else Timings(self._sites, step.seconds)
+        return StepResult(step.tokens, step.logprobs, step.logits, step.taken, timings)
+
+    def _begin(self, request: StepRequest) -> _Step:
+        """Check and plan a step, and allocate its result arrays. Raises DeviceError for a batch out of range."""
+        batch = request.batch
+        if batch.block_size != self.state.page_tokens:
+            check_batch(self.program, self.state, batch)
+        if batch.sampling != self._draws.ways:
+            self._draws = Draws.of(batch.sampling)
+        seconds = np.zeros(len(self._sites)) if request.timed else None
+        taken, wanted = taps_of(self.program, self.ids, batch, request.taps) if request.taps else ({}, [])
+        native = [tap for tap in wanted if tap[0] not in self.layout.stopped]
+        edits = edits_of(batch.sampling, self.program.vocabulary) if self._drawn else None
+        try:
+            self.native.begin(batch.numbers, batch.counts, self._draws.native, edits, native, seconds)
+        except IndexError:  # the batch is out of range: check_batch() names the value
+            check_batch(self.program, self.state, batch)
+            raise
+        rows = batch.counts[2]
+        drawn = rows if self._drawn else 0  # a pipeline stage may sample none
+        tokens, logprobs = np.empty(drawn, np.int32), np.empty(drawn, np.float32)
+        outs: list[tuple[int, np.ndarray]] = [*zip(self._drawn, (tokens, logprobs), strict=True)] if drawn else []
+        wide = (
+            np.empty((rows, self.program.vocabulary), np.float32)
+            if request.logits and self.program.vocabulary
+            else None
+        )
+        if wide is not None and rows:
+            outs.append((self.ids["logits"], wide))
+        outside = [tap for tap in wanted if tap[0] in self.layout.stopped]
+        return _Step(taken, outside, seconds, tokens, logprobs, wide, outs)
+
+    def _run_python(
+        self, stop: Stop, rows: Mapping[str, np.ndarray], batch: Batch, seconds: np.ndarray | None
+    ) -> Mapping[str, np.ndarray]:
+        """Run an op with a Python kernel and return its results by name. rows: its operands that are temps.
+
+        Raises DeviceError unless the results have the names and shapes that the op declares.
+        """
+        start = time.perf_counter()
+        inputs = {"tokens": batch.tokens, "positions": batch.positions, "rows": batch.rows}
+        values: dict[str, Value] = {**self._arrays, **inputs, **rows}
+        assert stop.kernel is not None, "a collective has no kernel"
+        results = stop.kernel.function(stop.op, values, batch)
+        self._check_results(stop.op, results, batch)
+        if seconds is not None:
+            seconds[stop.at] = time.perf_counter() - start
+        return results
+
+    def _check_results(self, op: Op, results: Mapping[str, np.ndarray], batch: Batch) -> None:
+        """Raise DeviceError unless the results have the names and shapes that the op declares."""
+        wanted = {name: self._empty(name, batch).shape for name in op.outputs}
+        given = {name: np.shape(x) for name, x in results.items()}
+        if given != wanted:
+            raise DeviceError(f"{op.site} ({op.kind}): the host kernel returned {given}; the op declares {wanted}")
+
+    def _type(self, name: str) -> type[np.generic]:
+        """NumPy type of a tensor's values."""
+        return NUMPY[self.program.tensors[name].format]
+
+    def _empty(self, name: str, batch: Batch) -> np.ndarray:
+        """An uninitialised array for the rows of a temp in this step."""
+        t = self.program.tensors[name]
+        rows = batch.sizes[str(t.shape[0])]
+        return np.empty((rows, columns_of(t)) if len(t.shape) == 2 else rows, self._type(name))

@@ -1,0 +1,180 @@
+"""Packed weights on disk: one file with all matrices of a Program, mapped by every process that runs it.
+
+A file is complete or absent: it is written under a temporary name, flushed, and then renamed. Its header is a function
+of its key and its matrices, so a header that differs in any byte means other weights or a damaged file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from intaglio import _native
+
+MAGIC = b"intaglio packed weights 1\n"
+PAGE = 4096
+STALE = 3600  # seconds after which a temporary file is removed, because its process must have died
+WORTH = 64 << 20  # least bytes of packed weights that cache="auto" keeps: fewer are packed again in a moment
+
+
+def default_folder() -> Path:
+    """The folder of cache="auto": $INTAGLIO_CACHE or ~/.cache/intaglio/packed."""
+    return Path(os.environ.get("INTAGLIO_CACHE") or "~/.cache/intaglio/packed").expanduser()
+
+
+@cache
+def packing_hash(format: str, group: int, glu: bool) -> str:
+    """SHA-256, in hex, of a small matrix as this build packs it.
+
+    It is part of a cache file's key, so that a build that packs differently does not read the file.
+    """
+    n, k = 134, 512 if format in ("q4_k", "q5_k", "q6_k") else 2 * group + 35
+    weight = _native.Weight(format, n, k, group, glu)
+    mixed = (np.arange(n * k, dtype=np.int64) * 40503 % 65521).reshape(n, k)
+    if weight.quantises:
+        weight.fill(((mixed - 32760).astype(np.float32) / 8192).reshape(-1).view(np.uint8), "f32", 0, n, 1)
+    else:  # fill every table that a format may have, with small whole numbers, which are multiples of unit 1
+        table, units = (mixed[:, : -(-k // group)] % 15).astype(np.float32), np.ones((n, 2), np.float32)
+        lines = format == "q5_k"
+        lows = table if lines or format.startswith("uint") else None
+        own = units if k == 512 else units[:, :1].copy() if format == "nvfp4" else None
+        codes = (mixed % (1 << weight.bits)).astype(np.uint8)
+        weight.fill_codes(codes, table, lows, own, units if lines else None, 0, 1)
+    return hashlib.sha256(weight.image()).hexdigest()
+
+
+def offsets(weights: Mapping[str, _native.Weight]) -> tuple[dict[str, int], int]:
+    """({matrix: offset in bytes}, total size) when matrices are stored one after another, each at a page boundary."""
+    found, end = {}, 0
+    for name, weight in weights.items():
+        found[name], end = end, end + -(-weight.nbytes // PAGE) * PAGE
+    return found, end
+
+
+def gather(weights: Mapping[str, _native.Weight]) -> None:
+    """Place all matrices, still empty, in one memory region, since single ones are often smaller than a huge page."""
+    found, end = offsets(weights)
+    region = _native.Region(end)
+    for name, weight in weights.items():
+        weight.place(region, found[name])
+
+
+class Image:
+    """A file that holds the packed matrices `weights`, as a context manager.
+
+    `ready`: the file existed and the matrices are mapped from it. Otherwise they must be filled inside the `with`
+    block, after which the file is kept. Failures on disk are warnings: the weights stay usable.
+    """
+
+    def __init__(self, folder: Path, title: str, key: str, weights: Mapping[str, _native.Weight]) -> None:
+        self.path = folder / f"{title.replace(os.sep, '-')}-{key[:16]}.packed"
+        self.weights, self.ready = weights, False
+        self._part: Path | None = None
+        self._file = -1
+        self._keeper: threading.Thread | None = None
+        self._lay_out(key)
+
+    def _lay_out(self, key: str) -> None:
+        """Compute the file's header, its total size, and the matrices' offsets from the end of the header."""
+        self.offsets, end = offsets(self.weights)
+        table = {name: [self.offsets[name], w.nbytes] for name, w in self.weights.items()}
+        header = MAGIC + json.dumps({"key": key, "matrices": table}).encode() + b"\n"
+        self.header = header.ljust(-(-len(header) // PAGE) * PAGE, b"\0")
+        self.size = len(self.header) + end
+
+    def __enter__(self) -> Image:
+        try:
+            if not self._open():
+                self._begin()
+        except (OSError, RuntimeError) as e:  # the native part's mmap raises RuntimeError
+            self._give_up(e)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._part and kind is None:
+            try:
+                self._map(writable=False)
+            except RuntimeError as e:
+                return self._give_up(e)
+            self._keeper = threading.Thread(target=self._keep, name="intaglio-image")
+            self._keeper.start()  # not a daemon: the process waits for it at exit
+        else:
+            self._close()
+
+    def wait(self) -> None:
+        """Wait until the file has been written and renamed, or has been given up."""
+        if self._keeper:
+            self._keeper.join()
+
+    def _map(self, writable: bool) -> None:
+        """Map the file into memory and place the matrices in it."""
+        region = _native.Region(self._file, self.size, writable)
+        for name, weight in self.weights.items():
+            weight.place(region, len(self.header) + self.offsets[name])
+
+    def _open(self) -> bool:
+        """Map the existing file. Returns False if there is none or it is not valid."""
+        try:
+            self._file = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        size, why = os.fstat(self._file).st_size, ""
+        if size != self.size:
+            why = f"has {size} bytes of {self.size}"
+        elif os.pread(self._file, len(self.header), 0) != self.header:
+            why = "is damaged, or holds other weights"
+        if why:
+            warnings.warn(f"{self.path} {why}; packing the weights again", stacklevel=2)
+            self._close()
+            return False
+        self._map(writable=False)
+        self.ready = True
+        return True
+
+    def _begin(self) -> None:
+        """Create and map a temporary file, allocated at full size so that writing cannot run out of disk space."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for part in self.path.parent.glob("*.part"):
+            if part.stat().st_mtime < time.time() - STALE:
+                part.unlink(missing_ok=True)
+        self._file, part_name = tempfile.mkstemp(".part", self.path.stem + "-", self.path.parent)
+        self._part = Path(part_name)
+        os.posix_fallocate(self._file, 0, self.size)
+        self._map(writable=True)
+
+    def _keep(self) -> None:
+        """Flush the matrices to disk, write the header and rename the file. Runs in a thread of its own."""
+        assert self._part
+        try:
+            os.fsync(self._file)
+            os.pwrite(self._file, self.header, 0)
+            os.fsync(self._file)
+            self._part.replace(self.path)
+            self._part = None
+            self._close()
+        except OSError as e:
+            self._give_up(e)
+
+    def _give_up(self, error: Exception) -> None:
+        """Warn that the packed weights are not kept on disk, and close the file."""
+        warnings.warn(f"packed weights are not kept in {self.path.parent}: {error}", stacklevel=2)
+        self._close()
+
+    def _close(self) -> None:
+        """Close the file and delete it if it has its temporary name; memory maps stay valid."""
+        if self._file >= 0:
+            os.close(self._file)
+        if self._part:
+            self._part.unlink(missing_ok=True)
+        self._file, self._part = -1, None

@@ -1,0 +1,140 @@
+"""Host kernels by op class: which ops the native module runs, and how another package registers a Python kernel.
+
+The ops of this package are run by C++ kernels (csrc/ops/, one file per family). The native module names its kernels by
+the op's kind; this module registers each for the op class of that kind. Another package gives its op a Python function
+with the signature of `Op.reference`:
+
+    @host_kernel(MyOp)
+    def my_op(op: MyOp, values: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
+        return {op.out: np.sin(values[op.x])}
+
+`values` has each operand by its tensor's name: rows and vectors as arrays, weights in their declared format, state as
+arrays [P, B, ...] that the function updates in place. The function returns each result by its tensor's name. The step
+stops before the op, copies its operands out, calls the function while holding Python's GIL, copies the results in, and
+continues: expect tens of microseconds per call beside the function's own time. To keep results batch-invariant, a row
+of the result must depend only on its own sequence. `host_kernel(MyOp)(MyOp.reference)` runs the op's reference
+implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from intaglio import _native
+from intaglio.batch import Batch
+from intaglio.devices.device import DeviceError
+from intaglio.ops import (
+    REGISTRY,
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Collective,
+    Embed,
+    Map,
+    Op,
+    Recv,
+    ReduceScatter,
+    Send,
+    Value,
+)
+from intaglio.ops.elementwise import postfix
+
+Attributes = dict[str, object]
+PythonFunction = Callable[[Any, Mapping[str, Value], Batch], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class NativeKernel:
+    """A C++ kernel of the native module.
+
+    `attributes`: function from an op to its attributes by name, in the form that the kernel takes.
+    """
+
+    attributes: Callable[[Any], Attributes]
+
+
+@dataclass(frozen=True)
+class PythonKernel:
+    """A Python function that computes an op between two native calls of a step."""
+
+    function: PythonFunction
+
+
+KERNELS: dict[type[Op], NativeKernel | PythonKernel] = {}
+
+
+def plain_attributes(op: Op) -> Attributes:
+    """The op's attributes by name, as they are."""
+    return {name: getattr(op, name) for name in op.named("attribute")}
+
+
+def native_kernel(op_class: type[Op], attributes: Callable[[Any], Attributes] = plain_attributes) -> None:
+    """Register the C++ kernel of the class's kind as the host kernel of an op class.
+
+    Raises TypeError if the native module has no such kernel, or if the class already has a kernel.
+    """
+    if op_class.kind not in _native.op_kinds():
+        raise TypeError(f"the native module has no kernel {op_class.kind!r}; it has {', '.join(_native.op_kinds())}")
+    _register(op_class, NativeKernel(attributes))
+
+
+def host_kernel(op_class: type[Op]) -> Callable[[PythonFunction], PythonFunction]:
+    """Decorator that registers a Python function as the host kernel of an op class; see this module's docstring.
+
+    Raises TypeError if the class already has a kernel.
+    """
+
+    def register(function: PythonFunction) -> PythonFunction:
+        _register(op_class, PythonKernel(function))
+        return function
+
+    return register
+
+
+def _register(op_class: type[Op], kernel: NativeKernel | PythonKernel) -> None:
+    if op_class in KERNELS:
+        raise TypeError(f"op {op_class.kind} has a host kernel already")
+    KERNELS[op_class] = kernel
+
+
+def kernel_of(op: Op) -> NativeKernel | PythonKernel:
+    """The host kernel of an op. Raises DeviceError naming an op that has none."""
+    if type(op) not in KERNELS:
+        raise DeviceError(
+            f"{op.site}: the host has no kernel for op {op.kind}; rebuild the native module if csrc/ops/ has one, or "
+            "register one with intaglio.devices.host.host_kernel"
+        )
+    return KERNELS[type(op)]
+
+
+def map_attributes(op: Map) -> Attributes:
+    """Attributes of a map: its expression in postfix order, as numbers and names (operands, operators, functions)."""
+    return {"expr": [value for _, value in postfix(op.expr)]}
+
+
+def collective_attributes(op: Collective) -> Attributes:
+    """Attributes of a collective: its own, and its site, which errors name."""
+    return {"site": op.site, **plain_attributes(op)}
+
+
+def embed_attributes(op: Embed) -> Attributes:
+    """Attributes of an embed: its scale, and the batch array (tokens or positions) that selects the rows.
+
+    Raises DeviceError for any other array.
+    """
+    if op.tokens not in ("tokens", "positions"):
+        raise DeviceError(f"{op.site}: the host's embed takes tokens or positions, not {op.tokens}")
+    return {"scale": op.scale, "index": op.tokens}
+
+
+native_kernel(Embed, embed_attributes)
+native_kernel(Map, map_attributes)
+for _collective in (AllGather, AllReduce, AllToAll, Recv, ReduceScatter, Send):
+    native_kernel(_collective, collective_attributes)
+for _op_class in REGISTRY.values():
+    if _op_class.kind in _native.op_kinds() and _op_class not in KERNELS:
+        native_kernel(_op_class)

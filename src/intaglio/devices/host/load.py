@@ -1,0 +1,228 @@
+"""Loads a Program into a native executable.
+
+Declares its tensors, packs its weights or maps those packed on disk, and creates its ops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from intaglio import _native, formats
+from intaglio.devices.device import DeviceError, StateSpec, Weights
+from intaglio.devices.host import image
+from intaglio.devices.host.kernels import NativeKernel, kernel_of
+from intaglio.devices.host.layout import Home, HostLayout, buffer_key, columns_of
+from intaglio.devices.weights import assemble, check_slots, zeroed_state
+from intaglio.formats import Quantised
+from intaglio.ops import Op, Tensor, Value
+from intaglio.program import Program
+from intaglio.program.source import strips
+
+
+def fill_codes(weight: _native.Weight, rows: Quantised, first: int, threads: int) -> None:
+    """Write quantised rows (codes, scales, zeros or minima) into the rows of a native weight from number `first` on."""
+    own = {name: np.ascontiguousarray(x, np.float32) for name, x in rows.arrays.items() if name != "codes"}
+    codes, lows = np.ascontiguousarray(rows.codes).view(np.uint8), own.get("zeros", own.get("minima"))
+    weight.fill_codes(codes, own["scales"], lows, own.get("units"), own.get("low_units"), first, threads)
+
+
+def _source_name(array: np.ndarray, name: str) -> str:
+    """Format name of an array that is not quantised. Raises DeviceError if the host cannot read it."""
+    for known in ("f32", "f16", "bf16"):
+        if array.dtype == formats.get(known).dtype:
+            return known
+    raise DeviceError(f"weight {name} is stored as {array.dtype}; the host reads f32, f16 and bf16")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Result of load().
+
+    Attributes:
+        ids: number of each tensor in the native executable.
+        matrices: packed weights by name.
+        arrays: weights, constants and state for Python kernels, by name.
+        image: the file with the packed weights, or None.
+    """
+
+    ids: Mapping[str, int]
+    matrices: Mapping[str, _native.Weight]
+    arrays: dict[str, Value]
+    image: image.Image | None
+
+
+def load(
+    native: _native.Executable, program: Program, layout: HostLayout, weights: Weights, state: StateSpec, threads: int,
+    cache: str | Path | None,
+) -> Loaded:  # fmt: skip
+    """Fill a native executable: declare its tensors, pack its weights, create its ops. `cache` is as for HostDevice.
+
+    Raises DeviceError for weights of the wrong shape or type, and for ops that the kernels cannot run.
+    """
+    matrices = {name: matrix.make() for name, matrix in layout.matrices.items()}
+    image.gather(matrices)
+    kept = _image(program, layout, matrices, weights, cache)
+    with kept or nullcontext():
+        loader = _Loader(native, program, layout, weights, state, threads, matrices, kept is not None and kept.ready)
+        ids = {t.name: loader.declare(t) for t in program.tensors.values() if loader.is_native(t)}
+    for i, op in enumerate(program.ops):
+        if i in layout.stopped:
+            native.stop()
+        else:
+            add_op(native, op, ids)
+    return Loaded(ids, matrices, _arrays(program, layout, weights, state), kept)
+
+
+def add_op(native: _native.Executable, op: Op, ids: Mapping[str, int]) -> None:
+    """Append one op to the native executable. Raises DeviceError with the kernel's message if it cannot run the op.
+
+    Operands and attributes are passed by the field names of the op's class; arrays of the batch are left out.
+    """
+    kernel = kernel_of(op)
+    assert isinstance(kernel, NativeKernel)
+    named = {name: getattr(op, name) for name in op.named("operand", "optional", "result")}
+    try:
+        native.op(op.kind, {name: ids[t] for name, t in named.items() if t in ids}, kernel.attributes(op))
+    except ValueError as e:
+        raise DeviceError(f"{op.site}: {e}") from None
+
+
+def _image(
+    program: Program, layout: HostLayout, matrices: Mapping[str, _native.Weight], weights: Weights,
+    cache: str | Path | None,
+) -> image.Image | None:  # fmt: skip
+    """The file on disk for the packed matrices; None if they are not to be kept there."""
+    if cache is None or (cache == "auto" and sum(w.nbytes for w in matrices.values()) < image.WORTH):
+        return None
+    identity = weights.identity()
+    if identity is None:
+        return None
+    facts = []
+    for name, home in layout.homes.items():
+        t, packing = program.tensors[name], layout.matrices[home.matrix].packing
+        kept_as = [packing.family, packing.group, packing.glu]
+        facts.append([name, t.type, t.source, kept_as, image.packing_hash(packing.family, packing.group, packing.glu)])
+    key = hashlib.sha256(json.dumps([identity, facts]).encode()).hexdigest()
+    folder = image.default_folder() if cache == "auto" else Path(cache)
+    return image.Image(folder, program.name, key, matrices)
+
+
+def _arrays(program: Program, layout: HostLayout, weights: Weights, state: StateSpec) -> dict[str, Value]:
+    """Weights, constants and zeroed state for Python kernels by name, in the form that Op.reference() takes."""
+    found: dict[str, Value] = {}
+    for t in (program.tensors[name] for name in sorted(layout.arrays)):
+        if t.role == "weight":
+            found[t.name] = assemble(t, weights)
+        else:
+            found[t.name] = np.array(t.values, np.float32) if t.role == "const" else zeroed_state(t, state)
+    return found
+
+
+@dataclass
+class _Loader:
+    """Declares tensors to a native executable and packs weights. `packed`: the matrices already hold their values."""
+
+    native: _native.Executable
+    program: Program
+    layout: HostLayout
+    weights: Weights
+    state: StateSpec
+    threads: int
+    matrices: Mapping[str, _native.Weight]
+    packed: bool  # the matrices already hold their values
+    buffers: dict[str | int, int] = field(default_factory=dict)
+
+    def is_native(self, t: Tensor) -> bool:
+        """True if the native executable needs the tensor."""
+        return t.role in ("temp", "output") or t.name in self.layout.native
+
+    def declare(self, t: Tensor) -> int:
+        """Declare a tensor to the native executable. Returns its number there."""
+        if t.role == "const":
+            return self.native.vector(np.array(t.values, np.float32))
+        if t.role == "state" and t.shape[0] == "N":
+            check_slots(t, self.state)
+            return self.native.states(self.state.slots, math.prod(int(d) for d in t.shape[1:]))
+        if t.role == "state":
+            _, _, heads, head_dim = t.shape
+            family = formats.get(t.format).family
+            return self.native.cache(self.state.pages, int(heads), int(head_dim), family, t.name in self.layout.keys)
+        if t.role == "weight":
+            return self._matrix(t) if t.name in self.layout.homes else self._vector(t)
+        base = self.program.tensors[t.view[0]] if t.view else t
+        column = t.view[1] if t.view else 0
+        return self.native.columns(self._buffer(base), columns_of(t), columns_of(base), column)
+
+    def _buffer(self, t: Tensor) -> int:
+        """Number of the native buffer of a temp. The buffer is declared at its first use."""
+        key = buffer_key(t)
+        if key not in self.buffers:
+            b = self.layout.buffers[key]
+            self.buffers[key] = self.native.buffer(b.columns * 4, b.sampled, b.share, b.shares)
+        return self.buffers[key]
+
+    def _vector(self, t: Tensor) -> int:
+        """Declare a vector, or a stack of vectors as one vector, and return its number.
+
+        The biases of gate and up of each expert are concatenated, as their matrices are packed together.
+        """
+        joined = self.layout.joined
+        parts = [t, *([self.program.tensors[joined[t.name]]] if t.name in joined else [])]
+        values = [np.asarray(assemble(part, self.weights), np.float32) for part in parts]
+        return self.native.vector(np.concatenate(values, axis=-1).reshape(-1))
+
+    def _matrix(self, t: Tensor) -> int:
+        """Declare a matrix, pack its values unless they are packed already, and return its number."""
+        home, k = self.layout.homes[t.name], int(t.shape[-1])
+        if not self.packed:
+            at = 0
+            for source in t.source:
+                for name, x in strips(source, self.weights.read, self.weights.strips):
+                    at = self._fill(t, home, name, x, at)
+                    self.weights.release(name)
+            wanted = int(np.prod([int(d) for d in t.shape[:-1]]))
+            if at != wanted:
+                raise DeviceError(f"weight {t.name} is {t.type} but {' + '.join(t.source)} holds {at} rows of {k}")
+        return self.native.weight(self.matrices[home.matrix], [int(d) for d in t.shape])
+
+    def _fill(self, t: Tensor, home: Home, name: str, x: Value, at: int) -> int:
+        """Pack the values `x` of one checkpoint tensor into weight `t`, from its row `at` on.
+
+        Returns the row after the last.
+        """
+        held, total = list(x.shape), math.prod(x.shape[:-1])
+        if len(held) < 2 or held[-1] != t.shape[-1] or at + total > math.prod(map(int, t.shape[:-1])):
+            raise DeviceError(f"weight {t.name} is {t.type} but its source {name} is {held}")
+        coded = isinstance(x, Quantised) and x.format == t.format
+        if not coded and formats.get(t.format).published:
+            had = f"{x.format} in other blocks" if isinstance(x, Quantised) and x.format else "plain values"
+            raise DeviceError(
+                f"weight {t.name} is {t.type}, a format that cannot be quantized to, but {name} is {had}; use weights "
+                "int8 or int4, which quantize it again"
+            )
+        plain = x if isinstance(x, np.ndarray) else x.rows(slice(None))
+        rows = x if coded else np.ascontiguousarray(plain).reshape(-1, held[-1])
+        if isinstance(rows, Quantised):
+            rows = rows.each(lambda part: part.reshape(-1, part.shape[-1]))
+        step = home.rows if home.step > home.rows else total
+        for first in range(0, total, step):
+            matrix, row = divmod(at + first, home.rows)
+            to = home.first + matrix * home.step + row
+            self._pack(self.matrices[home.matrix], rows, first, min(step, total - first), to, name)
+        return at + total
+
+    def _pack(self, weight: _native.Weight, rows: Value, first: int, count: int, to: int, name: str) -> None:
+        """Write rows first .. first + count - 1 of `rows` into the native weight, from its row `to` on."""
+        if isinstance(rows, Quantised):
+            fill_codes(weight, rows.each(lambda x: x[first : first + count]), to, self.threads)
+        else:
+            bytes = rows[first : first + count].reshape(-1).view(np.uint8)
+            weight.fill(bytes, _source_name(rows, name), to, count, self.threads)

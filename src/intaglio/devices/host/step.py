@@ -1,0 +1,105 @@
+"""Inputs and outputs of a host step in native form: sampling parameters, logit edits, taps, timings."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from intaglio import _native
+from intaglio.batch import Batch, Sampling
+from intaglio.devices.device import DeviceError
+from intaglio.devices.host.layout import columns_of
+from intaglio.program import Program
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Sampling parameters of all rows in native form.
+
+    Reused while they are unchanged, because building them takes 40 us.
+
+    It takes so long because after a step the CPU caches hold only weights.
+    """
+
+    ways: tuple[Sampling, ...]
+    native: _native.SamplingParams
+
+    @classmethod
+    def of(cls, ways: tuple[Sampling, ...]) -> Draws:
+        """Convert the sampling parameters of all rows to native form."""
+        numbers = [(s.temperature, s.top_p, s.min_p, s.top_k) for s in ways]
+        seeds = [s.seed & 0xFFFFFFFFFFFFFFFF for s in ways]
+        return cls(
+            ways, _native.SamplingParams(np.array(numbers, np.float32).reshape(-1, 4), np.array(seeds, np.uint64))
+        )
+
+
+class Timings(Mapping[str, float]):
+    """Seconds by site: a mapping that builds its dict at the first access.
+
+    Building it takes as long as the rest of a small step's Python and would count as part of the step.
+    """
+
+    def __init__(self, sites: Sequence[str], seconds: np.ndarray) -> None:
+        self._sites, self._seconds = sites, seconds
+
+    @cached_property
+    def _held(self) -> dict[str, float]:
+        return dict(zip(self._sites, self._seconds.tolist(), strict=True))
+
+    def __getitem__(self, site: str) -> float:
+        return self._held[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+
+def edits_of(sampling: Sequence[Sampling], vocabulary: int) -> _native.Edits | None:
+    """Logit edits and masks of all rows as flat arrays; None if no row has any.
+
+    Raises DeviceError if they do not fit.
+    """
+    if all(s.edits is None and s.mask is None for s in sampling):
+        return None
+    edits = [s.edits for s in sampling]
+    masks = [s.mask for s in sampling if s.mask is not None]
+    words = -(-vocabulary // 32)
+    for mask in masks:
+        if mask.shape != (words,) or mask.dtype != np.uint32:
+            raise DeviceError(f"a mask is {mask.dtype} {list(mask.shape)}; the vocabulary takes uint32 [{words}]")
+    there = [e for e in edits if e is not None]
+    ids = np.concatenate([np.empty(0, np.int32), *(e.ids for e in there)])
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise DeviceError(f"edits touch ids {ids.min()}..{ids.max()}, outside 0..{vocabulary - 1}")
+    scale, add = (np.concatenate([np.empty(0, np.float32), *parts]) for parts in (
+        [e.scale for e in there], [e.add for e in there]
+    ))  # fmt: skip
+    first = np.cumsum([0, *(0 if e is None else len(e.ids) for e in edits)], dtype=np.int32)
+    has = np.array([s.mask is not None for s in sampling])
+    mask_of = np.where(has, np.cumsum(has) - 1, -1).astype(np.int32)
+    packed = np.stack(masks) if masks else np.empty((0, words), np.uint32)
+    return _native.Edits(first, ids, scale, add, mask_of, packed)
+
+
+def taps_of(
+    program: Program, ids: Mapping[str, int], batch: Batch, sites: Collection[str]
+) -> tuple[dict[str, np.ndarray], list[tuple[int, int, np.ndarray]]]:
+    """({site: result array}, copies for native code) of the tapped sites and views.
+
+    A copy is (number of the op after which to copy, number of the tensor, array).
+    """
+    taken, wanted = {}, []
+    for i, op in enumerate(program.ops):
+        views = [t.name for t in program.tensors.values() if t.view and t.view[0] in op.outputs]
+        for site, name in [(op.site, op.outputs[0] if op.outputs else None), *((v, v) for v in views)]:
+            if site in sites and name is not None and program.tensors[name].format == "f32":
+                t = program.tensors[name]
+                taken[site] = np.empty((batch.sizes[str(t.shape[0])], columns_of(t)), np.float32)
+                wanted.append((i, ids[name], taken[site]))
+    return taken, wanted

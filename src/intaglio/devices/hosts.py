@@ -1,0 +1,78 @@
+"""HostsDevice: a mesh with its ranks on several hosts, each of which runs an agent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from intaglio.devices.device import Device, DeviceError, DeviceFacts, Executable, StateSpec, Weights
+from intaglio.devices.processes.hosts import HostsExecutable, Rendezvous
+from intaglio.devices.processes.job import Job
+from intaglio.devices.ranks import SILENCE, STEP_TIMEOUT
+from intaglio.program import MeshProgram, Program, verify_mesh
+
+
+class HostsDevice(Device):
+    """Ranks on several hosts, an equal number on each, in the order in which their agents came.
+
+    Agents beyond `hosts` are spares. The weights must be at the same path on every host.
+
+    Args:
+        rendezvous: where the agents connect.
+        hosts: how many of them a group needs.
+        isa: as for HostDevice; the same on all hosts.
+        cache: as for HostDevice.
+        patience: seconds to wait for the hosts.
+        step_timeout: as for RanksDevice.
+        silence: as for RanksDevice.
+    """
+
+    name = "host"
+
+    def __init__(
+        self, rendezvous: Rendezvous, hosts: int, isa: str | None = None, *, cache: str | Path | None = "auto",
+        patience: float = 60.0, step_timeout: float = STEP_TIMEOUT, silence: float = SILENCE,
+    ) -> None:  # fmt: skip
+        from intaglio.devices.host import HostDevice
+
+        if hosts < 1:
+            raise DeviceError(f"hosts is {hosts}; allowed: 1 or more")
+        self.rendezvous, self.hosts, self.patience = rendezvous, hosts, patience
+        self.step_timeout, self.silence = step_timeout, silence
+        self.whole = HostDevice(1, isa, cache=cache)
+
+    def facts(self) -> DeviceFacts:
+        return self.whole.facts()
+
+    def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
+        """Start the ranks on the hosts and load there.
+
+        Raises ProgramError, and DeviceError if the ranks cannot be dealt out evenly, hosts are missing or loading
+        fails.
+        """
+        return self.reload(None, program, weights, state)
+
+    def reload(
+        self, lost: Executable | None, program: Program | MeshProgram, weights: Weights, state: StateSpec
+    ) -> Executable:
+        from intaglio.devices.host import HostDevice
+
+        ranks = 1 if isinstance(program, Program) else len(program.programs)
+        if isinstance(program, Program) or ranks % self.hosts:
+            raise DeviceError(f"{ranks} ranks cannot be dealt out to {self.hosts} hosts evenly; choose another layout")
+        verify_mesh(program)
+        each = ranks // self.hosts
+        agents = self.rendezvous.wait(self.hosts, self.patience)
+        jobs = []
+        for i, agent in enumerate(agents):
+            threads = max(1, agent.cores // each)
+            inner = HostDevice(threads, self.whole.isa, cache=self.whole.cache).recipe()
+            mine = program.programs[i * each : (i + 1) * each]
+            jobs.append([Job(inner, (p,), program.layout, weights, state) for p in mine])
+        earlier = lost.unwrapped() if lost else None
+        return HostsExecutable(
+            agents, program, jobs, state, self.step_timeout, self.silence,
+            replaces=earlier if isinstance(earlier, HostsExecutable) else None,
+        )  # fmt: skip
+
+    def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
+        return self.load(program, weights, state)

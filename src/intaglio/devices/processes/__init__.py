@@ -1,0 +1,10 @@
+"""Devices in child processes. Messages between processes have fixed layouts; nothing is pickled.
+
+job.py: what a process loads. messages.py: steps and results as bytes. board.py: shared memory for a message. child.py:
+the main loop of a child process. group.py: the group of processes as one Executable.
+"""
+
+from intaglio.devices.processes.group import GroupExecutable, RankStart, child_environment
+from intaglio.devices.processes.job import Job
+
+__all__ = ["GroupExecutable", "Job", "RankStart", "child_environment"]

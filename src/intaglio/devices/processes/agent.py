@@ -1,0 +1,294 @@
+"""Agent: runs the ranks of one host for a coordinator on another.
+
+It connects to the coordinator and does what that says: start a group of ranks, run steps, stop. If the connection is
+lost, it ends the ranks and connects again. Its own port takes only connections between ranks, with the token.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from intaglio.devices.processes import link as frames
+from intaglio.devices.processes.connections import (
+    ConnectionRefused,
+    Peer,
+    accepted,
+    check_binding,
+    connect,
+    introduce,
+    listen,
+    meet,
+    stop_accepting,
+)
+from intaglio.devices.processes.group import LOAD_TIMEOUT, Place, Processes, RankStart
+from intaglio.devices.processes.job import Job
+from intaglio.devices.processes.kept import KeptState
+from intaglio.devices.processes.link import Link, LinkLost
+from intaglio.devices.processes.messages import Reader, pack, text
+from intaglio.devices.ranks import share_cores
+
+COORDINATOR = 0xFFFF  # the number by which an agent asks for the coordinator
+RETRY = 0.5  # seconds between two attempts to reach the coordinator
+TRIES = 3  # refusals, one after another, after which an agent gives up
+MEET_TIMEOUT = 20.0  # seconds for the ranks of a group to connect
+GREETING = 32  # connections that may introduce themselves at a time
+WAIT = 3600.0  # seconds; then it waits again
+
+
+class PackedJob(Job):
+    """A job as the message that came from the coordinator."""
+
+    def __init__(self, message: np.ndarray) -> None:
+        object.__setattr__(self, "message", message)
+
+    def parts(self) -> list[np.ndarray]:
+        """The message itself."""
+        return [vars(self)["message"]]
+
+
+class Port:
+    """Takes connections from ranks of other hosts, and keeps each until its rank is started."""
+
+    def __init__(self, host: str, token: bytes) -> None:
+        self.token, self.listener = token, listen(host)
+        self.epoch = 0  # connections of earlier ones are refused
+        self.arrived: dict[tuple[int, int, int], socket.socket] = {}  # by (epoch, to, from)
+        self.news, self.room = threading.Condition(), threading.Semaphore(GREETING)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where ranks connect."""
+        host, port = self.listener.getsockname()[:2]
+        return host, port
+
+    def begin(self, epoch: int) -> None:
+        """Close what was kept for other epochs, and refuse earlier ones from now on."""
+        with self.news:
+            self.epoch = epoch
+            for key in [key for key in self.arrived if key[0] != epoch]:
+                if key[0] < epoch:
+                    self.arrived.pop(key).close()
+
+    def take(self, epoch: int, rank: int, peer: int) -> socket.socket:
+        """The connection from `peer` to `rank`. Raises ConnectionRefused if none comes."""
+        key = (epoch, rank, peer)
+        with self.news:
+            if not self.news.wait_for(lambda: key in self.arrived, MEET_TIMEOUT):
+                raise ConnectionRefused(f"rank {peer} did not connect to rank {rank} in {MEET_TIMEOUT:g} s")
+            return self.arrived.pop(key)
+
+    def close(self) -> None:
+        """Take no more connections."""
+        stop_accepting(self.listener)
+        self.begin(1 << 33)
+
+    def _run(self) -> None:
+        for s, where in accepted(self.listener):
+            if self.room.acquire(blocking=False):
+                threading.Thread(target=self._greet, args=(s, where), daemon=True).start()
+            else:
+                s.close()
+
+    def _greet(self, s: socket.socket, where: str) -> None:
+        try:
+            with suppress(ConnectionError):
+                peer = meet(s, where, self.token, self._check)
+                with self.news:
+                    if old := self.arrived.pop((peer.epoch, peer.to, peer.rank), None):
+                        old.close()
+                    self.arrived[peer.epoch, peer.to, peer.rank] = s
+                    self.news.notify_all()
+        finally:
+            self.room.release()
+
+    def _check(self, peer: Peer) -> None:
+        if peer.epoch < self.epoch:
+            raise ConnectionRefused(f"rank {peer.rank} is of epoch {peer.epoch}; this host is in epoch {self.epoch}")
+
+
+class HostGroup:
+    """The ranks of this host in one epoch of a group. Sends the coordinator what they answer."""
+
+    def __init__(self, link: Link, port: Port, message: bytes) -> None:
+        self.link, self.port = link, port
+        self.processes: Processes | None = None
+        self.stopped = threading.Event()
+        r = Reader(memoryview(message))
+        facts: Any = r.text(int(r.array(np.int64, 1)[0]))
+        self.facts = facts
+        self.jobs = [PackedJob(r.array(np.uint8, size)) for size in self.facts["sizes"]]
+        port.begin(self.facts["epoch"])
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def post(self, message: bytes) -> None:
+        """Hand a step to the ranks: 8 bytes with its number, and the request."""
+        if self.processes:
+            number = int.from_bytes(message[:8], "big")
+            board = self.processes.requests[number % self.facts["slots"]]
+            board.write([np.frombuffer(message, np.uint8, offset=8)])
+            self.processes.segment.post(number + 1)
+
+    def stop(self) -> None:
+        """End the ranks."""
+        self.stopped.set()
+        if self.processes:
+            self.processes.segment.abort(-1, "", "the coordinator ended the group")
+        self.thread.join()
+
+    def send(self, kind: int, message: bytes) -> None:
+        """Send the coordinator a frame of this epoch."""
+        self.link.send(kind, int(self.facts["epoch"]).to_bytes(8, "big") + message)
+
+    def _run(self) -> None:
+        with suppress(LinkLost):
+            try:
+                self._serve()
+            except Exception as e:  # whatever starting ranks can raise
+                self.send(frames.LOST, f"{type(e).__name__}: {e}".encode())
+            finally:
+                if self.processes:
+                    self.processes.close()
+
+    def _serve(self) -> None:
+        f = self.facts
+        sockets = self._connect({int(rank): (host, port) for rank, (host, port) in f["addresses"].items()})
+        place = Place(tuple(f["ranks"]), f["of"], f["epoch"], {r: ends_of(own) for r, own in sockets.items()})
+        cores = share_cores(sorted(os.sched_getaffinity(0)), len(self.jobs), f["threads"])
+        starts = [RankStart(job, own) for job, own in zip(self.jobs, cores, strict=True)]
+        try:
+            processes = Processes(
+                starts, True, f["step_timeout"], f["silence"], "process", KeptState(len(starts)), f["slots"], place
+            )
+        finally:
+            for own in sockets.values():
+                for s in own.values():
+                    s.close()
+        self.processes = processes
+        if self.stopped.is_set():
+            return
+        segment, number = processes.segment, 0
+        segment.post(1)
+        while not self.stopped.is_set():
+            done = segment.wait_completed(number + 1, LOAD_TIMEOUT if number == 0 else WAIT)
+            if segment.aborted:
+                if not self.stopped.is_set():
+                    self.send(frames.LOST, segment.abort_reason().encode())
+                return
+            if done:
+                messages = [bytes(boards[number % f["slots"]].read()) for boards in processes.results]
+                kind = frames.RESULT if number else frames.LOADED
+                self.send(kind, number.to_bytes(8, "big") + pack_messages(messages))
+                number += 1
+
+    def _connect(self, addresses: Mapping[int, tuple[str, int]]) -> dict[int, dict[int, socket.socket]]:
+        """Connect each rank of this host with each of the others; the lower rank of a pair connects."""
+        made: dict[int, dict[int, socket.socket]] = {rank: {} for rank in self.facts["ranks"]}
+        pairs = [(rank, peer) for rank in made for peer in addresses]
+        try:
+            for rank, peer in sorted(pairs, key=lambda pair: pair[0] > pair[1]):
+                if rank < peer:
+                    made[rank][peer] = connect(addresses[peer], self.port.token, self.facts["epoch"], rank, peer)
+                else:
+                    made[rank][peer] = self.port.take(self.facts["epoch"], rank, peer)
+        except BaseException:
+            for own in made.values():
+                for s in own.values():
+                    s.close()
+            raise
+        return made
+
+
+def ends_of(sockets: Mapping[int, socket.socket]) -> dict[int, int]:
+    """Descriptors by rank."""
+    return {rank: s.fileno() for rank, s in sockets.items()}
+
+
+def pack_messages(messages: list[bytes]) -> bytes:
+    """Several messages as one."""
+    sizes = np.array([len(messages), *map(len, messages)], np.int64)
+    return pack([sizes, *(np.frombuffer(m, np.uint8) for m in messages)])
+
+
+def unpack_messages(message: bytes) -> list[memoryview]:
+    """The messages that pack_messages() joined."""
+    r = Reader(memoryview(message))
+    count = int(r.array(np.int64, 1)[0])
+    sizes = np.frombuffer(message, np.int64, count, 8).tolist()
+    r = Reader(memoryview(message)[8 * (1 + count) :])
+    return [memoryview(r.array(np.uint8, size).tobytes()) for size in sizes]
+
+
+class Agent:
+    """The agent of this host. `rendezvous`: where the coordinator listens. token: None only on loopback."""
+
+    def __init__(
+        self, rendezvous: tuple[str, int], token: bytes | None, name: str = "", silence: float = frames.SILENCE
+    ) -> None:
+        self.rendezvous, self.given, self.silence = rendezvous, token, silence
+        self.name = name or socket.gethostname()
+        self.stopping = threading.Event()
+        self.link: Link | None = None
+
+    def serve(self, once: bool = False) -> None:
+        """Serve the coordinator, and connect again whenever it is lost, until stop(); `once`: until it is lost.
+
+        Raises ConnectionRefused if the coordinator does not take this agent, ValueError for a missing token.
+        """
+        refused = 0
+        while not self.stopping.is_set():
+            try:
+                s, key = introduce(self.rendezvous, self._token(), 0, 0, COORDINATOR)
+                refused = 0
+            except OSError as e:
+                refused = refused + 1 if isinstance(e, ConnectionRefused) else 0
+                if refused == TRIES:  # fewer may come from a coordinator that is about to end, or too busy
+                    raise
+                self.stopping.wait(RETRY)
+                continue
+            self._session(s, key)
+            if once:
+                return
+
+    def stop(self) -> None:
+        """End the ranks and serve no more."""
+        self.stopping.set()
+        if self.link:
+            self.link.close()
+
+    def _token(self) -> bytes:
+        host = socket.gethostbyname(self.rendezvous[0])
+        return check_binding(host, self.given)
+
+    def _session(self, s: socket.socket, key: bytes) -> None:
+        """Do what the coordinator says until the connection is lost."""
+        host = s.getsockname()[0]
+        port = Port(host, check_binding(host, self.given))
+        link = self.link = Link(s, key, True, self.silence)
+        group: HostGroup | None = None
+        try:
+            cores = len(os.sched_getaffinity(0))
+            link.send(frames.HELLO, text({"name": self.name, "cores": cores, "address": port.address}).tobytes())
+            while True:
+                kind, message = link.receive()
+                if kind == frames.STEP and group:
+                    group.post(message)
+                elif kind in (frames.START, frames.STOP):
+                    if group:
+                        group.stop()
+                    group = HostGroup(link, port, message) if kind == frames.START else None
+        except LinkLost:
+            pass
+        finally:
+            link.close()
+            if group:
+                group.stop()
+            port.close()

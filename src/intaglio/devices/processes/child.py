@@ -1,0 +1,122 @@
+"""Main loop of a rank's child process: load the job, then run each step that the parent posts.
+
+The process ends when its parent does, which closes the other end of a pipe.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from intaglio import _native
+from intaglio.devices.device import Executable
+from intaglio.devices.processes.board import Board
+from intaglio.devices.processes.job import RankFacts, read_job
+from intaglio.devices.processes.messages import RequestReader, error_parts, result_parts
+from intaglio.plugins import load_plugins
+
+BEAT = 0.05  # seconds between two signs of life
+POST_WAIT = 3600.0  # seconds; then it waits again
+
+
+class Rank:
+    """The rank that a child process runs.
+
+    files: the segment, the end of the pipe, the K/V cache, and the boards: of the job, of the requests, and as many of
+    this rank's results. joins: its device takes part in collectives. sockets: connections to
+    ranks of other hosts.
+    """
+
+    def __init__(
+        self, rank: int, joins: bool, timeout: float, files: Sequence[int], sockets: Mapping[int, int]
+    ) -> None:
+        segment, pipe, self.state_file, job, *boards = files
+        self.rank, self.joins, self.timeout, self.sockets = rank, joins, timeout, dict(sockets)
+        self.segment = _native.Segment(segment)
+        self.alone = self.segment.ranks == 1
+        self.job = Board(job)
+        slots = len(boards) // 2
+        self.requests, self.results = [Board(f) for f in boards[:slots]], [Board(f) for f in boards[slots:]]
+        self.heartbeat = _native.Heartbeat(self.segment, rank, BEAT)
+        threading.Thread(target=end_with, args=(pipe,), daemon=True).start()
+
+    def run(self) -> None:
+        """Load, then run posted steps until the group is aborted."""
+        try:
+            executable, facts = self.load()
+        except Exception as e:  # whatever loading can raise is an answer
+            self.results[0].write(error_parts(e))
+            self.segment.complete(self.rank, 1)
+            threading.Event().wait()  # until the parent has read it and ends this process
+            return
+        self.results[0].write(facts.parts())
+        self.segment.complete(self.rank, 1)
+        reader, done = RequestReader(), 1
+        while True:
+            if not self.segment.wait_posted(self.rank, done, POST_WAIT):
+                continue
+            if self.segment.aborted:
+                return
+            self.step(executable, reader, done)
+            done += 1
+            self.segment.complete(self.rank, done)
+
+    def load(self) -> tuple[Executable, RankFacts]:
+        """Open the device and load the program of this rank."""
+        options: dict[str, object] = {}
+        if self.joins:
+            communicator = _native.Communicator(self.segment, self.rank, self.sockets)
+            communicator.timeout = self.timeout
+            options |= {"communicator": communicator, "state_file": self.state_file}
+        load_plugins()
+        job = read_job(self.job.read(), **options)
+        executable = job.device.load(job.program, job.weights, job.state)
+        in_file = getattr(executable, "state_in_file", False)
+        os.close(self.state_file)
+        return executable, RankFacts(job.device.facts().isa or "", executable.program.hash, in_file)
+
+    def step(self, executable: Executable, reader: RequestReader, number: int) -> None:
+        """Run step `number` and write its result.
+
+        A process that is alone answers with an error. In a group of several ranks an error aborts the group, because
+        the other ranks would wait for this one forever.
+        """
+        slot = number % len(self.requests)
+        try:
+            request = reader.read(self.requests[slot].read())
+            last = self.rank == self.segment.ranks - 1
+            result = executable.step(request if last else replace(request, logits=False))
+            parts = result_parts(result)
+        except Exception as e:  # whatever a device can raise
+            if not self.alone:
+                if not isinstance(e, _native.CommunicatorError):
+                    self.segment.abort(self.rank, "", f"{type(e).__name__}: {e}")
+                os._exit(1)
+            parts = error_parts(e)
+        self.results[slot].write(parts)
+
+
+def end_with(pipe: int) -> None:
+    """End this process when the other end of the pipe is closed."""
+    os.read(pipe, 1)
+    os._exit(0)
+
+
+def main() -> None:
+    """Run a rank.
+
+    Arguments: rank, joins (1 or 0), timeout of a collective in seconds, core numbers or "", sockets to
+    ranks of other hosts as RANK:DESCRIPTOR or "", descriptors.
+    """
+    rank, joins, timeout, cores, peers, files = sys.argv[1:]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # it ends with its parent, which may still have streams to finish
+    if cores:
+        os.sched_setaffinity(0, map(int, cores.split(",")))
+    sockets = {int(peer): int(file) for peer, file in (p.split(":") for p in peers.split(",") if p)}
+    Rank(int(rank), joins == "1", float(timeout), [int(f) for f in files.split(",")], sockets).run()
+    os._exit(0)  # without the destructors, which would wait for threads

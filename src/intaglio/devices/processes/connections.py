@@ -1,0 +1,189 @@
+"""TCP connections between the ranks of a group on several hosts, authenticated with the group's token.
+
+A connection is made once for each pair of ranks and epoch, and then given to the native communicator. Both ends prove
+by HMAC-SHA256 over each other's random numbers that they know the token; the token itself does not travel. What travels
+afterwards is neither encrypted nor signed: use a network of your own, or a tunnel.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+TIMEOUT = 5.0  # seconds that a peer may take to introduce itself
+MAGIC = b"intaglio1\0"
+HELLO = struct.Struct("!10sQHH32s")  # magic, epoch, from, to, random number
+PROOF = 32  # bytes
+LOOPBACK_TOKEN = b"anyone on this machine may connect"  # where no other host can
+
+
+class ConnectionRefused(ConnectionError):
+    """Raised for a peer that does not know the token, or belongs to another group or epoch."""
+
+
+def proof(token: bytes, role: bytes, challenge: bytes, hello: bytes) -> bytes:
+    """HMAC-SHA256 of role, challenge and hello under the token, which proves that its sender knows the token."""
+    return hmac.digest(token, role + challenge + hello, "sha256")
+
+
+def check_token(token: bytes) -> None:
+    """Raise ValueError if the token is shorter than 16 bytes, so that it could be guessed."""
+    if len(token) < 16:
+        raise ValueError(f"the token has {len(token)} bytes; use 16 or more random ones")
+
+
+def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
+    """A listening socket for peers. Port 0: any free port."""
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
+def connect(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int) -> socket.socket:
+    """Connect as `rank` to rank `peer`, which listens at `address`. Raises OSError, ConnectionRefused among them."""
+    return introduce(address, token, epoch, rank, peer)[0]
+
+
+def introduce(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int) -> tuple[socket.socket, bytes]:
+    """As connect(); also returns the key of the session, which only both ends know."""
+    check_token(token)
+    s = socket.create_connection(address, timeout=TIMEOUT)
+    try:
+        challenge = receive(s, 32)
+        hello = HELLO.pack(MAGIC, epoch, rank, peer, secrets.token_bytes(32))
+        s.sendall(hello + proof(token, b"connects", challenge, hello))
+        if not hmac.compare_digest(receive(s, PROOF), proof(token, b"accepts", challenge, hello)):
+            raise ConnectionRefused(f"rank {peer} at {address[0]}:{address[1]} does not know the token")
+    except BaseException:
+        s.close()
+        raise
+    s.settimeout(None)
+    return s, proof(token, b"session", challenge, hello)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Who connected: its rank, the rank it wants, and its epoch. key: of the session, which only both ends know."""
+
+    rank: int
+    to: int
+    epoch: int
+    key: bytes
+
+
+def accept(listener: socket.socket, token: bytes, epoch: int, rank: int) -> tuple[int, socket.socket]:
+    """The next peer that connects to `rank`: its number and the connection.
+
+    Raises ConnectionRefused for one that is refused, and OSError; the listener can be used again.
+    """
+
+    def check(peer: Peer) -> None:
+        if peer.to != rank:
+            raise ConnectionRefused(f"rank {peer.rank} wants rank {peer.to} of another group; this is rank {rank}")
+        if peer.epoch != epoch:
+            raise ConnectionRefused(f"rank {peer.rank} is of epoch {peer.epoch}; this group is of epoch {epoch}")
+
+    check_token(token)
+    s, address = listener.accept()
+    return meet(s, address[0], token, check).rank, s
+
+
+def accepted(listener: socket.socket) -> Iterator[tuple[socket.socket, str]]:
+    """Yield each connection to a listener with the address that it comes from, until the listener is closed."""
+    while True:
+        try:
+            s, address = listener.accept()
+        except OSError:
+            if listener.fileno() < 0:
+                return
+            time.sleep(0.05)  # no descriptors are left; some will be
+            continue
+        yield s, address[0]
+
+
+def stop_accepting(listener: socket.socket) -> None:
+    """Close a listener, and wake the thread that waits in accepted()."""
+    with suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+def meet(s: socket.socket, where: str, token: bytes, check: Callable[[Peer], None]) -> Peer:
+    """Who has connected from `where`. check: raises ConnectionRefused for one that is not wanted.
+
+    Raises ConnectionRefused, after closing the connection.
+    """
+    try:
+        s.settimeout(TIMEOUT)
+        challenge = secrets.token_bytes(32)
+        s.sendall(challenge)
+        hello = receive(s, HELLO.size)
+        if not hmac.compare_digest(receive(s, PROOF), proof(token, b"connects", challenge, hello)):
+            raise ConnectionRefused(f"{where} does not know the token")
+        magic, epoch, rank, to, _ = HELLO.unpack(hello)
+        if magic != MAGIC:
+            raise ConnectionRefused(f"{where} is of another version")
+        peer = Peer(rank, to, epoch, proof(token, b"session", challenge, hello))
+        check(peer)
+        s.sendall(proof(token, b"accepts", challenge, hello))
+    except OSError as e:
+        s.close()
+        raise e if isinstance(e, ConnectionError) else ConnectionRefused(f"{where}: {e}") from e
+    except BaseException:
+        s.close()
+        raise
+    s.settimeout(None)
+    return peer
+
+
+def check_binding(host: str, token: bytes | None) -> bytes:
+    """The token to use at an address. Raises ValueError for an address outside loopback without a token."""
+    if token is None:
+        if not ipaddress.ip_address(host).is_loopback:
+            raise ValueError(f"{host} can be reached from other hosts; give --token-file with 16 or more random bytes")
+        return LOOPBACK_TOKEN
+    check_token(token)
+    return token
+
+
+def receive(s: socket.socket, size: int) -> bytes:
+    """Receive exactly `size` bytes. Raises ConnectionRefused if the peer closes the connection before."""
+    got = b""
+    while len(got) < size:
+        if not (part := s.recv(size - len(got))):
+            raise ConnectionRefused("the peer closed the connection: it was refused, or has another token")
+        got += part
+    return got
+
+
+def join(
+    listener: socket.socket, addresses: Mapping[int, tuple[str, int]], token: bytes, epoch: int, rank: int
+) -> dict[int, int]:
+    """Connect `rank` with each rank in `addresses`. Returns socket descriptors by rank, which the caller must close.
+
+    The lower rank of a pair connects, the higher accepts. Peers that are refused are ignored. Raises OSError.
+    """
+    made: dict[int, socket.socket] = {}
+    try:
+        for peer, address in addresses.items():
+            if peer > rank:
+                made[peer] = connect(address, token, epoch, rank, peer)
+        while len(made) < len(addresses):
+            try:
+                peer, s = accept(listener, token, epoch, rank)
+            except ConnectionError:
+                continue
+            if peer in made or peer not in addresses or peer > rank:
+                s.close()
+                continue
+            made[peer] = s
+    except BaseException:
+        for s in made.values():
+            s.close()
+        raise
+    return {peer: s.detach() for peer, s in made.items()}

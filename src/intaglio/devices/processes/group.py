@@ -1,0 +1,285 @@
+"""GroupExecutable: a process for each rank, which together are one Executable.
+
+The parent writes each request once, to memory that all ranks map; the last rank's result comes back the same way. A
+thread of the parent watches the processes: one that exits, or shows no sign of life for `silence` seconds, aborts the
+group, which ends every rank's step. Whatever ends a group is DeviceLost; the engine then loads another.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import select
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from intaglio.devices.device import DeviceError, DeviceLost, StepResult
+from intaglio.devices.processes.board import Board
+from intaglio.devices.processes.job import Job, RankFacts, check_facts, read_facts
+from intaglio.devices.processes.kept import KeptState, spoils_memory
+from intaglio.devices.processes.messages import read_result
+from intaglio.devices.processes.posted import PostedExecutable, merged
+from intaglio.program import MeshProgram
+
+if TYPE_CHECKING:
+    from intaglio import _native
+
+LOAD_TIMEOUT = 3600.0  # seconds; a load may read and pack hundreds of gigabytes
+RING_BYTES = 1 << 19  # of each ring: half of what a core's second-level cache holds, more than most messages
+TICK = 0.05  # seconds between two looks at the signs of life
+PATIENCE = 10  # times the allowed silence has a process that is not stopped: other processes may have the cores
+START = "from intaglio.devices.processes.child import main; main()"
+EPOCHS = itertools.count(1)
+ELSEWHERE = 1 << 62  # steps that ranks of other hosts count as having completed here
+
+
+def child_environment() -> dict[str, str]:
+    """Environment variables for a Python child process that imports this same package."""
+    source = str(Path(__file__).parents[3])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+
+
+@dataclass(frozen=True)
+class RankStart:
+    """How to start a rank's process. cores: numbers of the cores it may run on; (): all."""
+
+    job: Job
+    cores: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the ranks of this host are in a group: their numbers, of how many, in which epoch.
+
+    sockets: for each of them, descriptors of its connections to ranks of other hosts, by rank.
+    """
+
+    ranks: tuple[int, ...]
+    of: int
+    epoch: int
+    sockets: Mapping[int, Mapping[int, int]]
+
+
+class Processes:
+    """The child processes of a group and the memory they share. It knows nothing of steps.
+
+    joins: the ranks take part in collectives together. silence: seconds without a sign of life after which a process
+    counts as hung. what: noun for a process in error messages.
+    """
+
+    def __init__(
+        self, ranks: Sequence[RankStart], joins: bool, step_timeout: float, silence: float, what: str, kept: KeptState,
+        slots: int, place: Place | None = None,
+    ) -> None:  # fmt: skip
+        from intaglio import _native  # only a process with a group needs the compiled part
+
+        place = place or Place(tuple(range(len(ranks))), len(ranks), next(EPOCHS), {})
+
+        self.what = what
+        self.ring_bytes = RING_BYTES if joins else 4096
+        segment_file = os.memfd_create("intaglio-segment")
+        os.ftruncate(segment_file, _native.Segment.bytes_for(place.of, self.ring_bytes))
+        _native.Segment.format(segment_file, place.of, self.ring_bytes, place.epoch)
+        self.segment = _native.Segment(segment_file)
+        for rank in set(range(place.of)) - set(place.ranks):
+            self.segment.complete(rank, ELSEWHERE)
+        self.requests = [Board() for _ in range(slots)]
+        self.results = [[Board() for _ in range(slots)] for _ in ranks]
+        jobs = [Board() for _ in ranks]
+        theirs, mine = os.pipe()
+        self.pipe, self.processes = mine, list[subprocess.Popen[bytes]]()
+        self.wake = os.eventfd(0)
+        self.closed = False
+        self.watcher: threading.Thread | None = None
+        try:
+            for i, (rank, start) in enumerate(zip(place.ranks, ranks, strict=True)):
+                jobs[i].write(start.job.parts())
+                sockets = place.sockets.get(rank, {})
+                boards = (jobs[i], *self.requests, *self.results[i])
+                files = [segment_file, theirs, kept.files[i], *(b.file for b in boards)]
+                arguments = [str(rank), str(int(joins)), repr(step_timeout), ",".join(map(str, start.cores))]
+                peers = ",".join(f"{peer}:{file}" for peer, file in sockets.items())
+                self.processes.append(subprocess.Popen(
+                    [sys.executable, "-c", START, *arguments, peers, ",".join(map(str, files))],
+                    env=child_environment(), pass_fds=[*files, *sockets.values()], stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # a Ctrl-C is for the parent, which drains first
+                ))  # fmt: skip
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            for file in (segment_file, theirs):
+                os.close(file)
+            for board in jobs:
+                board.close()
+        pids = {rank: p.pid for rank, p in zip(place.ranks, self.processes, strict=True)}
+        self.watcher = threading.Thread(target=watch, args=(self.segment, pids, self.wake, silence, what), daemon=True)
+        self.watcher.start()
+
+    def close(self) -> None:
+        """Kill all processes and close all files and pipes."""
+        if self.closed:
+            return
+        self.closed = True
+        os.eventfd_write(self.wake, 1)
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+        if self.watcher:
+            self.watcher.join()
+        for file in (self.pipe, self.wake):
+            os.close(file)
+        for board in (*self.requests, *itertools.chain(*self.results)):
+            board.close()
+
+    def spoilt(self) -> bool:
+        """True if a process ended in a way that may have damaged the memory that it shares with others."""
+        return any(spoils_memory(p.returncode) for p in self.processes)
+
+    def lost(self, cause: str) -> DeviceLost:
+        """Kill all processes, and return the DeviceLost to raise, with `cause` and the exit statuses."""
+        pids = [p.pid for p in self.processes]
+        self.close()
+        codes = ", ".join(f"{self.what} {pid}: {p.returncode}" for pid, p in zip(pids, self.processes, strict=True))
+        return DeviceLost(f"{cause} (exit statuses: {codes})")
+
+
+def watch(segment: _native.Segment, pids: Mapping[int, int], wake: int, silence: float, what: str) -> None:
+    """Abort the group when a process exits or hangs; return when `wake` is set.
+
+    A process hangs if its heartbeat is silent for `silence` seconds and it is stopped, or for PATIENCE times as long,
+    because other processes may have the cores. The heartbeat is a thread of its own, so a long step is not mistaken
+    for silence. Silence is counted from the first beat on, so a process that is still starting is not silent, and in
+    ticks of this thread (TICK), not by a clock: a pause of the whole machine, in which this thread does not run either,
+    adds at most one tick.
+
+    Args:
+        segment: memory of the group, with the heartbeats and the abort word.
+        pids: process ids, by rank.
+        wake: an eventfd; writing to it ends the watch.
+        silence: seconds.
+        what: a word for one of the processes, used in the abort message.
+    """
+    poll, names = select.poll(), dict[int, str]()
+    poll.register(wake, select.POLLIN)
+    for rank, pid in pids.items():
+        try:
+            file = os.pidfd_open(pid)
+        except ProcessLookupError:
+            segment.abort(-1, "", f"{what} {pid} of rank {rank} exited")
+            continue
+        names[file] = f"{what} {pid} of rank {rank}"
+        poll.register(file, select.POLLIN)
+    seen, ticks = dict.fromkeys(pids, 0), dict.fromkeys(pids, 0)
+    try:
+        while True:
+            ready = [file for file, _ in poll.poll(int(TICK * 1000))]
+            if wake in ready:
+                return
+            for file in ready:
+                segment.abort(-1, "", f"{names[file]} exited")
+                poll.unregister(file)
+            for rank, pid in () if ready else pids.items():
+                beats = segment.beats(rank)
+                ticks[rank] = ticks[rank] + 1 if beats == seen[rank] and beats else 0
+                seen[rank] = beats
+                quiet = ticks[rank] * TICK
+                if quiet >= silence and (quiet >= PATIENCE * silence or is_stopped(pid)):
+                    segment.abort(-1, "", f"{what} {pid} of rank {rank} hangs: no sign of life in {quiet:.2g} s")
+    finally:
+        for file in names:
+            os.close(file)
+
+
+def is_stopped(pid: int) -> bool:
+    """True if a process was stopped by a signal or a debugger."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "Tt"
+    except OSError:
+        return False
+
+
+class GroupExecutable(PostedExecutable):
+    """A Program loaded in the processes of a group. `pids`: process ids by rank.
+
+    joins: the ranks are one mesh, with a communicator each; otherwise there is one process, which loads whatever its
+    job says. replaces: the lost group in whose place this one is. Raises DeviceError with what loading raised,
+    DeviceLost if a process ends meanwhile, ReplacementRefused if the ranks would give other bits than those before.
+    """
+
+    def __init__(
+        self, ranks: Sequence[RankStart], joins: bool, step_timeout: float, silence: float, what: str = "process",
+        replaces: GroupExecutable | None = None,
+    ) -> None:  # fmt: skip
+        job = ranks[-1].job
+        self.program, self.state, self.step_timeout = job.programs[-1], job.state, step_timeout
+        depth = MeshProgram(tuple(start.job.programs[0] for start in ranks)).stages if joins else 1
+        super().__init__(depth, joins)
+        self.processes: Processes
+        kept = replaces.kept if replaces and not replaces.processes.spoilt() else None
+        self.state_kept = kept is not None
+        self.kept: KeptState | None = kept or KeptState(len(ranks))
+        if replaces and not kept:
+            replaces.kept = None  # its memory is free before this group has its own
+        self.processes = Processes(ranks, joins, step_timeout, silence, what, self.kept, self.slots)
+        self.pids = [p.pid for p in self.processes.processes]
+        weakref.finalize(self, self.processes.close)
+        self.processes.segment.post(1)
+        self._wait(1, LOAD_TIMEOUT)
+        self.facts = list[RankFacts]()
+        for rank, boards in enumerate(self.processes.results):
+            facts = read_facts(boards[0].read())
+            if isinstance(facts, str):
+                self.close()
+                raise DeviceError(f"rank {rank}: {facts}" if len(ranks) > 1 else facts)
+            self.facts.append(facts)
+        try:
+            check_facts(self.facts, replaces.facts if replaces else None)
+        except DeviceError:
+            self.close()
+            raise
+        if not all(facts.state_in_file for facts in self.facts):
+            self.kept, self.state_kept = None, False
+
+    def post(self, request: Sequence[np.ndarray], number: int) -> None:
+        self.processes.requests[number % self.slots].write(request)
+        self.processes.segment.post(number + 1)
+
+    def answered(self, number: int) -> bool:
+        p = self.processes
+        return p.closed or p.segment.aborted or all(p.segment.completed(r) > number for r in range(len(self.pids)))
+
+    def check_alive(self) -> None:
+        if self.processes.closed:
+            raise DeviceLost(f"the {self.processes.what} is gone")
+
+    def close(self) -> None:
+        """Kill the processes, and let go of the K/V cache."""
+        self.processes.close()
+        self.kept = None
+
+    def _wait(self, steps: int, timeout: float) -> None:
+        """Wait until all ranks have completed `steps` steps.
+
+        Raises DeviceLost after `timeout` seconds or if a process ends.
+        """
+        p = self.processes
+        if p.closed:
+            raise DeviceLost(f"the {p.what} is gone")
+        if not p.segment.wait_completed(steps, timeout):
+            p.segment.abort(-1, "", f"no answer in {timeout:g} s")
+        if p.segment.aborted:
+            raise p.lost(p.segment.abort_reason())
+
+    def receive(self, number: int) -> StepResult:
+        self._wait(number + 1, self.step_timeout)
+        return merged([read_result(boards[number % self.slots].read()) for boards in self.processes.results])

@@ -1,0 +1,235 @@
+"""The coordinator's side of ranks on several hosts: the agents that have come, and a group of their ranks."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from intaglio.devices.device import DeviceError, DeviceLost, StateSpec, StepResult
+from intaglio.devices.processes import link as frames
+from intaglio.devices.processes.agent import COORDINATOR, unpack_messages
+from intaglio.devices.processes.connections import (
+    ConnectionRefused,
+    Peer,
+    accepted,
+    check_binding,
+    listen,
+    meet,
+    stop_accepting,
+)
+from intaglio.devices.processes.group import EPOCHS, LOAD_TIMEOUT
+from intaglio.devices.processes.job import Job, RankFacts, check_facts, read_facts
+from intaglio.devices.processes.link import Link, LinkLost
+from intaglio.devices.processes.messages import pack, read_result, text
+from intaglio.devices.processes.posted import PostedExecutable, merged
+from intaglio.program import MeshProgram
+
+Handler = Callable[["HostAgent", int, int | None, bytes], None]  # agent, kind of frame, epoch, message
+
+
+class HostAgent:
+    """An agent that has connected. cores: of its host. address: where its ranks take connections."""
+
+    def __init__(self, link: Link) -> None:
+        kind, message = link.receive()
+        if kind != frames.HELLO:
+            raise LinkLost(f"a frame of kind {kind} came before the greeting")
+        facts = json.loads(message)
+        self.link, self.name, self.cores = link, str(facts["name"]), int(facts["cores"])
+        self.address: tuple[str, int] = (str(facts["address"][0]), int(facts["address"][1]))
+        self.handler: Handler | None = None
+
+    @property
+    def alive(self) -> bool:
+        """True as long as the connection is there."""
+        return not self.link.closed.is_set()
+
+    def run(self) -> None:
+        """Call the handler with each frame from the agent until the connection is lost, then once with LOST."""
+        try:
+            while True:
+                kind, message = self.link.receive()
+                if self.handler:
+                    self.handler(self, kind, int.from_bytes(message[:8], "big"), message[8:])
+        except LinkLost as e:
+            if self.handler:
+                self.handler(self, frames.LOST, None, f"its connection is lost: {e}".encode())
+
+
+class Rendezvous:
+    """Where agents connect. token: None only on loopback. Raises ValueError for another address without one."""
+
+    def __init__(self, host: str, port: int, token: bytes | None, silence: float = frames.SILENCE) -> None:
+        self.token, self.silence = check_binding(socket.gethostbyname(host), token), silence
+        self.listener = listen(host, port)
+        self.agents: list[HostAgent] = []
+        self.news = threading.Condition()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens."""
+        host, port = self.listener.getsockname()[:2]
+        return host, port
+
+    def wait(self, hosts: int, seconds: float) -> list[HostAgent]:
+        """The first agents that are there, by name. Raises DeviceError if fewer than `hosts` come in time."""
+        with self.news:
+            there = self.news.wait_for(lambda: len(self._alive()) >= hosts, seconds)
+            if not there:
+                names = ", ".join(a.name for a in self._alive()) or "none"
+                raise DeviceError(
+                    f"{hosts} hosts are wanted, there are after {seconds:g} s: {names}; run on each other host: "
+                    f"intaglio agent --rendezvous HOST:{self.address[1]} --token-file FILE"
+                )
+            return self._alive()[:hosts]
+
+    def close(self) -> None:
+        """Let go of all agents."""
+        stop_accepting(self.listener)
+        for agent in self.agents:
+            agent.link.close()
+
+    def _alive(self) -> list[HostAgent]:
+        self.agents = [a for a in self.agents if a.alive]
+        return self.agents
+
+    def _run(self) -> None:
+        for s, where in accepted(self.listener):
+            threading.Thread(target=self._greet, args=(s, where), daemon=True).start()
+
+    def _greet(self, s: socket.socket, where: str) -> None:
+        with suppress(ConnectionError, ValueError, KeyError):
+            peer = meet(s, where, self.token, check_wants_coordinator)
+            agent = HostAgent(Link(s, peer.key, False, self.silence))
+            with self.news:
+                self.agents.append(agent)
+                self.news.notify_all()
+            agent.run()
+
+
+def check_wants_coordinator(peer: Peer) -> None:
+    """Raises ConnectionRefused for a rank that came to the wrong port."""
+    if peer.to != COORDINATOR:
+        raise ConnectionRefused(f"rank {peer.rank} wants rank {peer.to}; this is the coordinator")
+
+
+class HostsExecutable(PostedExecutable):
+    """A Program loaded in the ranks of several hosts, an equal run of ranks on each.
+
+    Raises DeviceError with what loading raised, DeviceLost if a host or a rank is lost meanwhile.
+    """
+
+    def __init__(
+        self, agents: Sequence[HostAgent], mesh: MeshProgram, jobs: Sequence[Sequence[Job]], state: StateSpec,
+        step_timeout: float, silence: float,
+        replaces: HostsExecutable | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(mesh.stages, True)
+        self.agents, self.program, self.state, self.step_timeout = list(agents), mesh.last, state, step_timeout
+        self.news, self.failed = threading.Condition(), ""
+        self.answers: dict[int, dict[HostAgent, list[memoryview]]] = {0: {}}  # by step
+        each = len(mesh.programs) // len(agents)
+        runs = [tuple(range(i * each, (i + 1) * each)) for i in range(len(agents))]
+        epoch = next(EPOCHS)
+        me = weakref.ref(self)
+
+        def handle(agent: HostAgent, kind: int, of: int | None, message: bytes) -> None:
+            if (group := me()) and of in (None, epoch):  # others come from a group that has ended
+                group.take(agent, kind, message)
+
+        self.handle = handle
+        weakref.finalize(self, release, self.agents, handle)
+        for agent in agents:
+            agent.handler = handle
+        for agent, ranks, own in zip(agents, runs, jobs, strict=True):
+            messages = [pack(job.parts()) for job in own]
+            others = {r: a.address for a, run in zip(agents, runs, strict=True) if a is not agent for r in run}
+            facts = text({
+                "epoch": epoch, "of": len(mesh.programs), "ranks": ranks, "addresses": others,
+                "sizes": [len(m) for m in messages], "slots": self.slots, "threads": max(1, agent.cores // each),
+                "step_timeout": step_timeout,
+                "silence": silence,
+            })  # fmt: skip
+            parts = [np.array([len(facts)], np.int64), facts, *(np.frombuffer(m, np.uint8) for m in messages)]
+            self.send(agent, frames.START, pack(parts))
+        self.facts = list[RankFacts]()
+        for rank, message in enumerate(self._wait(0, LOAD_TIMEOUT)):
+            found = read_facts(message)
+            if isinstance(found, str):
+                self.close()
+                raise DeviceError(f"rank {rank}: {found}")
+            self.facts.append(found)
+        try:
+            check_facts(self.facts, replaces.facts if replaces else None)
+        except DeviceError:
+            self.close()
+            raise
+
+    def take(self, agent: HostAgent, kind: int, message: bytes) -> None:
+        """Take a frame from an agent."""
+        with self.news:
+            if kind == frames.LOST:
+                self.fail(f"host {agent.name}: {message.decode(errors='replace')}")
+            elif kind in (frames.LOADED, frames.RESULT):
+                number = int.from_bytes(message[:8], "big")
+                self.answers.setdefault(number, {})[agent] = unpack_messages(message[8:])
+            self.news.notify_all()
+
+    def send(self, agent: HostAgent, kind: int, message: bytes) -> None:
+        """Send a frame to an agent; if that fails, the group is lost."""
+        try:
+            agent.link.send(kind, message)
+        except LinkLost as e:
+            self.fail(f"host {agent.name}: {e}")
+
+    def fail(self, why: str) -> None:
+        """End the group, on all hosts."""
+        with self.news:
+            if not self.failed:
+                self.failed = why
+                release(self.agents, self.handle)
+            self.news.notify_all()
+
+    def post(self, request: Sequence[np.ndarray], number: int) -> None:
+        message = number.to_bytes(8, "big") + pack(request)
+        for agent in self.agents:
+            self.send(agent, frames.STEP, message)
+
+    def answered(self, number: int) -> bool:
+        return bool(self.failed) or len(self.answers.get(number, ())) == len(self.agents)
+
+    def check_alive(self) -> None:
+        if self.failed:
+            raise DeviceLost(self.failed)
+
+    def receive(self, number: int) -> StepResult:
+        return merged([read_result(message) for message in self._wait(number, self.step_timeout)])
+
+    def close(self) -> None:
+        """End the ranks on all hosts; the agents stay."""
+        self.fail("the group is closed")
+
+    def _wait(self, number: int, seconds: float) -> list[memoryview]:
+        """What each rank answered to a step. Raises DeviceLost."""
+        with self.news:
+            if not self.news.wait_for(lambda: self.answered(number), seconds):
+                self.fail(f"no answer in {seconds:g} s")
+            self.check_alive()
+            found = self.answers.pop(number)
+        return [message for agent in self.agents for message in found[agent]]
+
+
+def release(agents: Sequence[HostAgent], handle: Handler) -> None:
+    """Tell agents to end their ranks, unless these belong to another group by now."""
+    for agent in agents:
+        if agent.handler is handle:
+            agent.handler = None
+            with suppress(LinkLost):
+                agent.link.send(frames.STOP)

@@ -1,0 +1,143 @@
+"""Job: what a child process loads, as a message: Programs as text, the device and the weights as recipes or arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import ml_dtypes  # noqa: F401 (names of number formats for np.dtype)
+import numpy as np
+
+from intaglio.devices.device import Device, DeviceError, ReplacementRefused, StateSpec, Weights
+from intaglio.devices.processes.messages import NONE, Reader, read_result, text
+from intaglio.devices.recipe import HasRecipe, Recipe, make
+from intaglio.devices.weights import ArrayWeights
+from intaglio.formats import Quantised
+from intaglio.ops import Value
+from intaglio.program import MeshProgram, Program, parse_program
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a child process loads. programs: the Program of one rank, or of all ranks of a mesh."""
+
+    device: Recipe
+    programs: tuple[Program, ...]
+    layout: str
+    weights: Weights
+    state: StateSpec
+
+    def parts(self) -> list[np.ndarray]:
+        """The arrays of the message. Raises DeviceError if the weights are neither arrays nor have a recipe."""
+        arrays: list[np.ndarray] = []
+        held: object
+        if isinstance(self.weights, ArrayWeights):
+            held = {name: _described(value, arrays) for name, value in self.weights.arrays.items()}
+        elif isinstance(self.weights, HasRecipe):
+            held = list(self.weights.recipe())
+        else:
+            raise DeviceError(f"weights of type {type(self.weights).__name__} have no recipe() for another process")
+        content = text({
+            "device": list(self.device), "programs": [p.text() for p in self.programs], "layout": self.layout,
+            "weights": held, "state": [self.state.pages, self.state.page_tokens, self.state.slots],
+        })  # fmt: skip
+        return [np.array([len(content)], np.int64), content, *(arrays or [NONE])]
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """What a rank has loaded, as far as the bits of its results depend on it.
+
+    Attributes:
+        isa: instruction set; "" if the device has none.
+        program: hash of the rank's Program.
+        state_in_file: True if the whole K/V cache is in the file that the parent keeps.
+    """
+
+    isa: str
+    program: str
+    state_in_file: bool = False
+
+    def parts(self) -> list[np.ndarray]:
+        """The arrays of the message that carries these facts; read_facts() reads it."""
+        content = text([self.isa, self.program, self.state_in_file])
+        return [np.array([0, len(content)], np.int64), content]
+
+
+def read_facts(message: memoryview) -> RankFacts | str:
+    """The facts in a rank's answer to its job; the error's text if loading failed."""
+    r = Reader(message)
+    failed, size = r.array(np.int64, 2).tolist()
+    if failed:
+        return str(read_result(message))
+    content: Any = r.text(size)
+    return RankFacts(*content)
+
+
+def check_facts(ranks: Sequence[RankFacts], earlier: Sequence[RankFacts] | None) -> None:
+    """Raises DeviceError if ranks have unlike instruction sets, and ReplacementRefused if these are not as before."""
+    for rank, facts in enumerate(ranks):
+        if facts.isa != ranks[0].isa:
+            raise DeviceError(
+                f"rank {rank} runs instruction set {facts.isa}, rank 0 {ranks[0].isa}; results would depend on the "
+                "rank: give all the same by INTAGLIO_ISA"
+            )
+    if earlier is None:
+        return
+    if len(ranks) != len(earlier):
+        raise ReplacementRefused(f"{len(ranks)} ranks are to replace {len(earlier)}; streams would go on differently")
+    for rank, (now, then) in enumerate(zip(ranks, earlier, strict=True)):
+        if now.isa != then.isa:
+            raise ReplacementRefused(
+                f"the replacement of rank {rank} runs instruction set {now.isa}, the group had {then.isa}: streams "
+                f"would go on with other bits; start it with INTAGLIO_ISA={then.isa}, or all anew"
+            )
+        if now.program != then.program:
+            raise ReplacementRefused(f"the replacement of rank {rank} has another Program: another layout or model")
+
+
+@dataclass(frozen=True)
+class OpenJob:
+    """A job in the child process, with its device and weights opened."""
+
+    device: Device
+    program: Program | MeshProgram
+    weights: Weights
+    state: StateSpec
+
+
+def read_job(message: memoryview, **options: object) -> OpenJob:
+    """Read a job from a message, and open its device and weights. options: further arguments for the device."""
+    r = Reader(message)
+    content: Any = r.text(int(r.array(np.int64, 1)[0]))
+    programs = tuple(parse_program(p) for p in content["programs"])
+    weights = content["weights"]
+    opened: Any = make(tuple(weights)) if isinstance(weights, list) else ArrayWeights(
+        {name: _value(r, facts) for name, facts in weights.items()}
+    )  # fmt: skip
+    where, arguments = content["device"]
+    device = make((where, {**arguments, **options}))
+    assert isinstance(device, Device)
+    program = programs[0] if len(programs) == 1 else MeshProgram(programs, content["layout"])
+    return OpenJob(device, program, opened, StateSpec(*content["state"]))
+
+
+def _described(value: Value, arrays: list[np.ndarray]) -> object:
+    """JSON description of a value: type and shape of an array, or the fields of a quantised matrix.
+
+    The arrays themselves are appended to `arrays`.
+    """
+    if isinstance(value, np.ndarray):
+        arrays.append(value)
+        return [value.dtype.name, value.shape]
+    given = {f.name: getattr(value, f.name) for f in fields(value)}
+    return {name: _described(x, arrays) if isinstance(x, np.ndarray) else x for name, x in given.items()}
+
+
+def _value(r: Reader, facts: Any) -> Value:
+    if isinstance(facts, list):
+        name, shape = facts
+        return r.array(np.dtype(name), int(np.prod(shape))).reshape(shape)
+    held: dict[str, Any] = {name: _value(r, x) if isinstance(x, list) else x for name, x in facts.items()}
+    return Quantised(**held)

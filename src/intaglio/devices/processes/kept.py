@@ -1,0 +1,35 @@
+"""KeptState: K/V caches of a group's ranks in memory that the parent process holds, so that they outlive the ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import weakref
+from collections.abc import Sequence
+
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS)
+
+
+class KeptState:
+    """A memory file for each rank that holds its K/V cache.
+
+    The files exist until the last group that uses them is gone.
+
+    A step writes K/V only at positions that are not computed yet. So whatever part of its last step a process had done
+    when it was killed, all computed K/V is intact, and the next process can continue from it.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.files = [os.memfd_create("intaglio-state") for _ in range(ranks)]
+        weakref.finalize(self, close_all, tuple(self.files))
+
+
+def close_all(files: Sequence[int]) -> None:
+    """Close these file descriptors."""
+    for file in files:
+        os.close(file)
+
+
+def spoils_memory(returncode: int | None) -> bool:
+    """True if this exit status means that the process crashed by itself and may have written to wrong addresses."""
+    return returncode is not None and -returncode in CRASHES

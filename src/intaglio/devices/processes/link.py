@@ -1,0 +1,114 @@
+"""Link: frames between two hosts over an authenticated connection, with heartbeats in both directions.
+
+A frame is a head (length, kind, sequence number), the payload and an HMAC-SHA256 over both with the key of the session,
+so a frame that was changed, left out or sent twice ends the link. The payload is not encrypted.
+"""
+
+from __future__ import annotations
+
+import hmac
+import socket
+import struct
+import threading
+from contextlib import suppress
+
+from intaglio.devices.processes.connections import proof
+
+HEAD = struct.Struct("!IBQ")  # bytes of the payload, kind, number of the frame
+MAC = 32  # bytes
+LONGEST = 1 << 30  # bytes of a payload
+BEAT, HELLO, START, LOADED, STEP, RESULT, LOST, STOP = range(8)  # kinds
+INTERVAL = 0.1  # seconds between two heartbeats
+SILENCE = 0.8  # seconds without a byte after which a host counts as gone
+
+
+class LinkLost(ConnectionError):
+    """The other host is gone, silent, or sent what is no frame."""
+
+
+class Link:
+    """One end of a connection between two hosts. Any thread may send; one receives.
+
+    key: of the session. connected: this end made the connection. silence: seconds without a byte, in either direction,
+    after which the other end counts as gone; a slow one still sends bytes.
+    """
+
+    def __init__(self, s: socket.socket, key: bytes, connected: bool, silence: float = SILENCE) -> None:
+        self.socket, self.silence = s, silence
+        keys = [proof(key, way, b"", b"") for way in (b"from who connected", b"to who connected")]
+        self.send_key, self.receive_key = keys if connected else reversed(keys)
+        self.sent = self.received = 0
+        self.lock, self.closed = threading.Lock(), threading.Event()
+        s.settimeout(silence)
+        s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def send(self, kind: int, payload: bytes = b"") -> None:
+        """Send a frame. Raises LinkLost, ValueError for a payload that is too long."""
+        if len(payload) > LONGEST:
+            raise ValueError(f"a frame of {len(payload)} bytes; at most {LONGEST} are allowed")
+        with self.lock:
+            head = HEAD.pack(len(payload), kind, self.sent)
+            self.sent += 1
+            left = memoryview(head + payload + mac(self.send_key, head, payload))
+            try:
+                while left:
+                    left = left[self.socket.send(left) :]
+            except OSError as e:
+                self.close()
+                raise LinkLost(f"nothing can be sent: {e}") from e
+
+    def receive(self) -> tuple[int, bytes]:
+        """The next frame that is no heartbeat: its kind and payload. Raises LinkLost, after closing the link."""
+        try:
+            while True:
+                head = self._take(HEAD.size)
+                size, kind, number = HEAD.unpack(head)
+                if size > LONGEST:
+                    raise LinkLost(f"a frame of {size} bytes came; at most {LONGEST} are allowed")
+                payload = self._take(size)
+                if not hmac.compare_digest(self._take(MAC), mac(self.receive_key, head, payload)):
+                    raise LinkLost("a frame came that the other end did not send")
+                if number != self.received:
+                    raise LinkLost(f"frame {number} came, {self.received} was due")
+                self.received += 1
+                if kind != BEAT:
+                    return kind, payload
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the connection; both ends notice."""
+        self.closed.set()
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+    def _take(self, size: int) -> bytes:
+        got, at = bytearray(min(size, 1 << 20)), 0
+        while at < size:
+            if at == len(got):  # grows as bytes come, whatever the head says
+                got += bytes(min(size - at, len(got)))
+            try:
+                n = self.socket.recv_into(memoryview(got)[at:])
+            except TimeoutError:
+                raise LinkLost(f"nothing came in {self.silence:g} s") from None
+            except OSError as e:
+                raise LinkLost(str(e)) from e
+            if not n:
+                raise LinkLost("the other end closed the connection")
+            at += n
+        return bytes(got)
+
+    def _beat(self) -> None:
+        with suppress(LinkLost):
+            while not self.closed.wait(INTERVAL):
+                self.send(BEAT)
+
+
+def mac(key: bytes, head: bytes, payload: bytes) -> bytes:
+    """The authentication code of a frame."""
+    code = hmac.new(key, head, "sha256")
+    code.update(payload)
+    return code.digest()

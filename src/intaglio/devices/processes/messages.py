@@ -1,0 +1,166 @@
+"""Layout of the messages in shared memory that carry steps and results. Nothing is pickled.
+
+A message is 8-byte integers, then arrays one after another, each at a multiple of 8 bytes. Texts (sites of taps and
+timings, errors) are JSON in UTF-8.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from intaglio.batch import Batch, Edits, Sampling, numbers_size
+from intaglio.devices.device import StepRequest, StepResult
+
+PARAMETERS = np.dtype(
+    [
+        ("temperature", "f8"),
+        ("top_p", "f8"),
+        ("min_p", "f8"),
+        ("top_k", "i8"),
+        ("seed", "u8"),
+        ("edits", "i8"),
+        ("mask", "i8"),
+    ]
+)  # of a row; edits: how many, -1 for none. mask: 1 if there is one
+NONE = np.empty(0, np.uint8)
+
+
+class MessageError(ValueError):
+    """Raised for bytes that are not a message of this layout."""
+
+
+class Reader:
+    """Reads the arrays of a message in order, as views of the message."""
+
+    def __init__(self, message: memoryview) -> None:
+        self.message, self.at = message, 0
+
+    def array(self, dtype: np.dtype | type, count: int) -> np.ndarray:
+        """The next array, of `count` values, as a view. Raises MessageError if the message is too short."""
+        size = np.dtype(dtype).itemsize * count
+        if count < 0 or self.at + size > len(self.message):
+            raise MessageError(f"a message of {len(self.message)} bytes ends before {count} values at {self.at}")
+        found = np.frombuffer(self.message, dtype, count, self.at)
+        self.at += -(-size // 8) * 8
+        return found
+
+    def text(self, size: int) -> object:
+        """The value of the next `size` bytes, which are JSON; None if size is 0."""
+        return json.loads(self.array(np.uint8, size).tobytes()) if size else None
+
+
+def text(value: object) -> np.ndarray:
+    """A value as JSON text, in a uint8 array."""
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def request_parts(request: StepRequest) -> list[np.ndarray]:
+    """The arrays of the message for a step request, in order."""
+    batch = request.batch
+    taps = text(list(request.taps)) if request.taps else NONE
+    parameters = np.empty(len(batch.sampling), PARAMETERS)
+    edits, masks = list[Edits](), list[np.ndarray]()
+    for i, s in enumerate(batch.sampling):
+        seed, changes = s.seed & 0xFFFFFFFFFFFFFFFF, -1 if s.edits is None else len(s.edits.ids)
+        parameters[i] = (s.temperature, s.top_p, s.min_p, s.top_k, seed, changes, s.mask is not None)
+        if s.edits is not None:
+            edits.append(s.edits)
+        if s.mask is not None:
+            masks.append(s.mask)
+    words = len(masks[0]) if masks else 0
+    flags = int(request.logits) | int(request.timed) << 1
+    head = np.array([*batch.counts, batch.block_size, len(parameters), words, flags, len(taps)], np.int64)
+    parts = [head, batch.numbers, parameters, taps]
+    for e in edits:
+        parts += [e.ids.astype(np.int32), e.scale.astype(np.float32), e.add.astype(np.float32)]
+    return [*parts, *(mask.astype(np.uint32) for mask in masks)]
+
+
+class RequestReader:
+    """Reads step requests from messages.
+
+    If all sampling parameters equal those of the last request, the same objects are returned, so that a device need not
+    convert them again.
+    """
+
+    def __init__(self) -> None:
+        self.bytes, self.sampling = b"", tuple[Sampling, ...]()
+
+    def read(self, message: memoryview) -> StepRequest:
+        """The step request in a message. The batch's `numbers` is a view of the message."""
+        r = Reader(message)
+        t, s, rows, columns, block_size, several, words, flags, taps = r.array(np.int64, 9).tolist()
+        numbers = r.array(np.int32, numbers_size(t, s, rows, columns))
+        parameters = r.array(PARAMETERS, several)
+        named = r.text(taps)
+        assert named is None or isinstance(named, list)
+        if (given := parameters.tobytes()) != self.bytes:
+            self.bytes, self.sampling = given, tuple(_plain(p) for p in parameters)
+        sampling = self.sampling
+        if (parameters["edits"] >= 0).any() or parameters["mask"].any():
+            edits = [_edits(r, int(n)) if n >= 0 else None for n in parameters["edits"]]
+            masks = [r.array(np.uint32, words).copy() if has else None for has in parameters["mask"]]
+            sampling = tuple(
+                Sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.seed, e, m)
+                for s, e, m in zip(sampling, edits, masks, strict=True)
+            )
+        batch = Batch(numbers, (t, s, rows, columns), block_size, sampling)
+        return StepRequest(batch, bool(flags & 1), tuple(named or ()), bool(flags & 2))
+
+
+def _plain(p: np.void) -> Sampling:
+    temperature, top_p, min_p, top_k, seed, _, _ = p.tolist()
+    return Sampling(temperature, top_k, top_p, min_p, seed)
+
+
+def _edits(r: Reader, n: int) -> Edits:
+    return Edits(r.array(np.int32, n).copy(), r.array(np.float32, n).copy(), r.array(np.float32, n).copy())
+
+
+def result_parts(result: StepResult) -> list[np.ndarray]:
+    """The arrays of the message for a step's result, in order."""
+    wide = result.logits
+    facts = NONE
+    if result.taps or result.timings:
+        facts = text([[[site, x.shape] for site, x in result.taps.items()], list(result.timings)])
+    rows, width = (-1, 0) if wide is None else wide.shape
+    head = np.array([0, len(facts), len(result.tokens), rows, width], np.int64)
+    parts: list[np.ndarray] = [head, facts, result.tokens, result.logprobs, *([] if wide is None else [wide])]
+    seconds = np.fromiter(result.timings.values(), np.float64, len(result.timings))
+    return [*parts, *result.taps.values(), seconds]
+
+
+def error_parts(error: Exception) -> list[np.ndarray]:
+    """The arrays of the message that takes the place of a result when a step fails."""
+    content = text(f"{type(error).__name__}: {error}")
+    return [np.array([1, len(content), 0, 0, 0], np.int64), content]
+
+
+def read_result(message: memoryview) -> StepResult | str:
+    """The result in a message, its arrays copied; the error's text if the step failed."""
+    r = Reader(message)
+    failed, size, drawn, rows, width = r.array(np.int64, 5).tolist()
+    facts = r.text(size)
+    if failed:
+        return str(facts)
+    tokens, logprobs = r.array(np.int32, drawn).copy(), r.array(np.float32, drawn).copy()
+    logits = r.array(np.float32, rows * width).reshape(rows, width).copy() if rows >= 0 else None
+    assert facts is None or isinstance(facts, list)
+    shapes, sites = facts or ([], [])
+    taps = {site: r.array(np.float32, int(np.prod(shape))).reshape(shape).copy() for site, shape in shapes}
+    timings = dict(zip(sites, r.array(np.float64, len(sites)).tolist(), strict=True))
+    return StepResult(tokens, logprobs, logits, taps, timings)
+
+
+def size_of(parts: Sequence[np.ndarray]) -> int:
+    """Bytes of a message that consists of these arrays."""
+    return sum(-(-x.nbytes // 8) * 8 for x in parts)
+
+
+def pack(parts: Sequence[np.ndarray]) -> bytes:
+    """The message of these arrays, as bytes."""
+    raw = [np.ascontiguousarray(x).reshape(-1).view(np.uint8).tobytes() for x in parts]
+    return b"".join(x + bytes(-len(x) % 8) for x in raw)

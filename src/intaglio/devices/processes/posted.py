@@ -1,0 +1,123 @@
+"""PostedExecutable: an executable whose steps run in other processes and are answered in the order of posting."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from intaglio.devices.device import (
+    CompletedStep,
+    DeviceError,
+    Executable,
+    PendingStep,
+    StepRequest,
+    StepResult,
+    check_batch,
+    merge_ranks,
+)
+from intaglio.devices.processes.messages import request_parts
+
+SLOTS = 4  # one more than the steps that may be under way; a longer pipeline has more
+
+
+@dataclass
+class PostedStep:
+    """A step that was posted. Results arrive in the order of posting."""
+
+    executable: PostedExecutable
+    number: int
+    completed: CompletedStep | None = None
+
+    def done(self) -> bool:
+        """True if result() returns without waiting."""
+        return self.completed is not None or self.executable.answered(self.number)
+
+    def result(self) -> StepResult:
+        """Wait for the step and return its result, or raise the error that ended it."""
+        self.executable.receive_until(self)
+        assert self.completed
+        return self.completed.result()
+
+
+class PostedExecutable(Executable):
+    """Posts steps and receives their results. The first thing posted, number 0, is the load.
+
+    checks: a request is checked here, because a rank that refuses alone would take the group down.
+    """
+
+    def __init__(self, depth: int, checks: bool) -> None:
+        self.depth, self.checks = depth, checks
+        self.slots = max(SLOTS, depth + 1)
+        self.pending: deque[PostedStep] = deque()  # posted, not received
+        self.posted = 1
+
+    @abstractmethod
+    def post(self, request: Sequence[np.ndarray], number: int) -> None:
+        """Hand step `number` to all ranks."""
+
+    @abstractmethod
+    def answered(self, number: int) -> bool:
+        """True if all ranks have completed step `number`, or never will because the group has ended."""
+
+    @abstractmethod
+    def receive(self, number: int) -> StepResult:
+        """Wait for the results of step `number` and return them as one."""
+
+    @abstractmethod
+    def check_alive(self) -> None:
+        """Raise DeviceLost if the group has ended."""
+
+    def launch(self, request: StepRequest) -> PendingStep:
+        """Post a step to all ranks and return it.
+
+        Its result() raises DeviceError for a batch that does not fit, DeviceLost if the group has ended.
+        """
+        try:
+            if self.checks:
+                check_batch(self.program, self.state, request.batch)
+                check_sampling(self.program.vocabulary, request)
+            self.check_alive()
+            while len(self.pending) >= self.slots - 1:  # its slot holds a result that nobody has read
+                self.receive_until(self.pending[0])
+            step = PostedStep(self, self.posted)
+            self.post(request_parts(replace(request, taps=tuple(request.taps))), self.posted)
+        except Exception as e:
+            return CompletedStep(e)
+        self.pending.append(step)
+        self.posted += 1
+        return step
+
+    def receive_until(self, step: PostedStep) -> None:
+        """Receive results in order until `step` has its own."""
+        while step.completed is None:
+            first = self.pending.popleft()
+            try:
+                first.completed = CompletedStep(self.receive(first.number))
+            except Exception as e:
+                first.completed = CompletedStep(e)
+
+
+def merged(results: Sequence[StepResult | str]) -> StepResult:
+    """The results of all ranks as one, as merge_ranks() makes it; of a single rank, its own.
+
+    Raises DeviceError with the first error.
+    """
+    for result in results:
+        if isinstance(result, str):
+            raise DeviceError(result)
+    done = [result for result in results if isinstance(result, StepResult)]
+    return done[0] if len(done) == 1 else merge_ranks(done)
+
+
+def check_sampling(vocabulary: int, request: StepRequest) -> None:
+    """Raise DeviceError if logit edits or masks of the request do not fit the vocabulary."""
+    words = -(-vocabulary // 32)
+    for s in request.batch.sampling:
+        if s.mask is not None and (s.mask.shape != (words,) or s.mask.dtype.name != "uint32"):
+            raise DeviceError(f"a mask is {s.mask.dtype} {list(s.mask.shape)}; the vocabulary takes uint32 [{words}]")
+        if s.edits is not None and len(s.edits.ids) and not 0 <= s.edits.ids.min() <= s.edits.ids.max() < vocabulary:
+            raise DeviceError(f"edits touch ids {s.edits.ids.min()}..{s.edits.ids.max()}, outside 0..{vocabulary - 1}")

@@ -1,0 +1,81 @@
+"""RanksDevice: runs a mesh on the host with one process per rank, with collectives inside the native step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from intaglio.devices.device import Device, DeviceFacts, Executable, StateSpec, Weights
+from intaglio.devices.processes.group import GroupExecutable, RankStart
+from intaglio.devices.processes.job import Job
+from intaglio.program import MeshProgram, Program, verify_mesh
+
+STEP_TIMEOUT = 300.0  # seconds; far above any step that works
+SILENCE = 0.7  # seconds without a sign of life after which a stopped process counts as hung
+
+
+def share_cores(cores: Sequence[int], ranks: int, threads: int) -> list[tuple[int, ...]]:
+    """Core numbers for each rank: `threads` neighbouring cores each, or () (any core) if there are too few for all."""
+    if ranks * threads > len(cores):
+        return [()] * ranks
+    return [tuple(cores[r * threads : (r + 1) * threads]) for r in range(ranks)]
+
+
+class RanksDevice(Device):
+    """The host device with one process per rank of a mesh.
+
+    Args:
+        threads: CPU threads of all ranks together, by default one per core. Each rank has an equal share, at least one,
+            and cores of its own if there are enough.
+        isa: as for HostDevice.
+        cache: as for HostDevice.
+        step_timeout: seconds that a step, and a wait inside it, may take.
+        silence: seconds without a sign of life after which a stopped process counts as hung; see group.watch().
+    """
+
+    name = "host"
+
+    def __init__(
+        self, threads: int | None = None, isa: str | None = None, *, cache: str | Path | None = "auto",
+        step_timeout: float = STEP_TIMEOUT, silence: float = SILENCE,
+    ) -> None:  # fmt: skip
+        from intaglio.devices.host import HostDevice  # needs the compiled part, as other devices do not
+
+        self.whole: HostDevice = HostDevice(threads, isa, cache=cache)
+        self.step_timeout, self.silence = step_timeout, silence
+
+    def facts(self) -> DeviceFacts:
+        return self.whole.facts()
+
+    def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
+        """Start a process for each rank and load its Program there. A mesh of one rank runs in this process.
+
+        Raises ProgramError and the errors of GroupExecutable.
+        """
+        return self.reload(None, program, weights, state)
+
+    def reload(
+        self, lost: Executable | None, program: Program | MeshProgram, weights: Weights, state: StateSpec
+    ) -> Executable:
+        if isinstance(program, Program) or len(program.programs) == 1:
+            return self.whole.load(program, weights, state)
+        from intaglio.devices.host import HostDevice
+
+        verify_mesh(program)
+        ranks = len(program.programs)
+        threads = max(1, self.whole.threads // ranks)
+        inner = HostDevice(threads, self.whole.isa, cache=self.whole.cache)
+        cores = share_cores(sorted(os.sched_getaffinity(0)), ranks, threads)
+        starts = [
+            RankStart(Job(inner.recipe(), (p,), program.layout, weights, state), cores[r])
+            for r, p in enumerate(program.programs)
+        ]
+        earlier = lost.unwrapped() if lost else None
+        return GroupExecutable(
+            starts, True, self.step_timeout, self.silence,
+            replaces=earlier if isinstance(earlier, GroupExecutable) else None,
+        )  # fmt: skip
+
+    def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
+        return self.whole.load_program(program, weights, state)

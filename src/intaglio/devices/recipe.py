@@ -1,0 +1,26 @@
+"""Recipes: how another process makes an equal object, written as the function's name and its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from importlib import import_module
+from typing import Any, Protocol, runtime_checkable
+
+Recipe = tuple[str, Mapping[str, Any]]  # "module:name" of what makes it, and its arguments, which JSON can hold
+
+
+@runtime_checkable
+class HasRecipe(Protocol):
+    """Interface of objects that another process can recreate."""
+
+    def recipe(self) -> Recipe:
+        """The Recipe that makes an equal object."""
+
+
+def make(recipe: Recipe) -> object:
+    """Make the object of a recipe. Raises the errors of importing the module and of calling the function."""
+    where, arguments = recipe
+    module, _, name = where.partition(":")
+    maker: Any = reduce(getattr, name.split("."), import_module(module))
+    return maker(**arguments)

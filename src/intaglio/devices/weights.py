@@ -1,0 +1,145 @@
+"""Weights from arrays in memory, assembly of weights from checkpoint tensors, and zeroed state."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.devices.device import DeviceError, StateSpec, Weights
+from intaglio.formats import Quantised
+from intaglio.ops import Tensor, Value
+from intaglio.program import MeshProgram
+from intaglio.program.source import names, read
+from intaglio.progress import Progress
+
+
+@dataclass(frozen=True)
+class ArrayWeights:
+    """A source of weights (see Weights) that holds arrays in memory by checkpoint tensor name."""
+
+    arrays: Mapping[str, Value]
+
+    def read(self, name: str) -> Value:
+        """The array called `name`."""
+        return self.arrays[name]
+
+    def strips(self, name: str) -> Iterator[Value]:
+        """Yield the whole array called `name`, as its only run."""
+        yield self.arrays[name]
+
+    def release(self, name: str) -> None:
+        """Do nothing: the arrays belong to the caller."""
+
+    def identity(self) -> None:
+        """Always None: the arrays may change, so packed weights must not be cached."""
+
+
+class ReportedWeights:
+    """Wraps a source of weights and reports progress: the number of checkpoint values that the device has taken."""
+
+    def __init__(
+        self, weights: Weights, mesh: MeshProgram, shape: Callable[[str], tuple[int, ...]], progress: Progress
+    ) -> None:
+        """Wrap `weights`. mesh: the Programs being loaded.
+
+        shape: function from a checkpoint tensor's name to its shape.
+        """
+        self.weights, self.progress = weights, progress
+        self.left = Counter(
+            name
+            for program in mesh.programs
+            for tensor in program.of_role("weight")
+            for source in tensor.source
+            for name in names(source)
+        )
+        self.values = {name: math.prod(shape(name)) for name in self.left}
+        self.total = sum(self.values[name] * times for name, times in self.left.items())
+        self.taken = 0
+
+    def read(self, name: str) -> Value:
+        """The values of a checkpoint tensor."""
+        return self.weights.read(name)
+
+    def strips(self, name: str) -> Iterator[Value]:
+        """Yield the values of a checkpoint tensor in runs of rows."""
+        return self.weights.strips(name)
+
+    def release(self, name: str) -> None:
+        """Release the tensor `name` in `weights`, and report the values that the device has taken so far.
+
+        Each release counts all values of the tensor, up to as many releases of it as the Programs have uses of it.
+        Later ones, and releases of tensors that no Program reads, are passed on but not reported.
+        """
+        self.weights.release(name)
+        if self.left[name] > 0:
+            self.left[name] -= 1
+            self.taken += self.values[name]
+            amount = f"{self.taken / 1e6:,.0f} of {self.total / 1e6:,.0f} million"
+            self.progress(self.taken, self.total, f"loading the weights, {amount}")
+
+    def identity(self) -> str | None:
+        """The identity of the wrapped source."""
+        return self.weights.identity()
+
+
+def zeroed_state(tensor: Tensor, state: StateSpec) -> Value:
+    """A state tensor of zeros in its format, with P, B and N of its shape taken from `state`.
+
+    Raises DeviceError for recurrent state if `state` has no slots.
+    """
+    check_slots(tensor, state)
+    dims = {"P": state.pages, "B": state.page_tokens, "N": state.slots}
+    shape = [dims[d] if isinstance(d, str) else d for d in tensor.shape]
+    fmt = formats.get(tensor.format)
+    zeros = np.zeros(shape, fmt.dtype)
+    if not fmt.grouped:
+        return zeros
+    return Quantised(zeros, np.zeros((*shape[:-1], 1), np.float32), shape[-1])
+
+
+def check_slots(tensor: Tensor, state: StateSpec) -> None:
+    """Raise DeviceError if a tensor is recurrent state and `state` has fewer than the two slots a sequence needs."""
+    if tensor.shape[0] == "N" and state.slots < 2:
+        raise DeviceError(
+            f"{tensor.name} is recurrent state, {tensor.type}, and the StateSpec has {state.slots} slots; give it two "
+            "or more for each sequence that runs at once"
+        )
+
+
+def assemble(tensor: Tensor, weights: Weights) -> Value:
+    """The values of a weight in its declared format, joined from its checkpoint tensors.
+
+    Raises DeviceError if their shapes do not fit.
+    """
+    parts = [(name, x) for source in tensor.source for name, x in read(source, weights.read)]
+    fmt, shape = formats.get(tensor.format), tuple(int(d) for d in tensor.shape)
+    row = shape[-1:] if len(shape) > 1 else ()  # of a vector, every value is a row
+    fits = all(x.shape[len(x.shape) - len(row) :] == row for _, x in parts)
+    if not fits or sum(math.prod(x.shape) for _, x in parts) != math.prod(shape):
+        held = " + ".join(str(list(x.shape)) for _, x in parts[:4])
+        raise DeviceError(f"weight {tensor.name} is {tensor.type} but {' + '.join(tensor.source)} holds {held}")
+    for name, _ in parts:
+        weights.release(name)
+    if all(isinstance(x, Quantised) and x.format == fmt.name for _, x in parts):
+        return _joined([x for _, x in parts if isinstance(x, Quantised)], shape)
+    plain = [x.rows(slice(None)) if isinstance(x, Quantised) else x for _, x in parts]
+    whole = np.concatenate([x.reshape(-1, *row) for x in plain]) if len(plain) > 1 else plain[0]
+    if fmt.grouped:
+        return formats.quantise(whole.reshape(-1, *row).astype(np.float32), fmt.name).stacked(shape)
+    return whole.astype(fmt.dtype).reshape(shape)
+
+
+def _joined(parts: list[Quantised], shape: tuple[int, ...]) -> Quantised:
+    """Join quantised parts, in the format that the checkpoint has, to one matrix or stack of the given shape."""
+
+    def join(arrays: list[np.ndarray]) -> np.ndarray:
+        """Join the arrays along rows."""
+        return np.concatenate([x.reshape(-1, x.shape[-1]) for x in arrays])
+
+    whole = parts[0].holding({name: join([x.arrays[name] for x in parts]) for name in parts[0].arrays})
+    return whole.stacked(shape)

@@ -1,0 +1,58 @@
+"""Machine: the CPU threads and memory of this process, which all models in it share."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from intaglio.devices import BlockingExecutable, DeviceError, Executable, StepRequest, StepResult
+
+KV_SHARE = 0.25  # of the memory, for the K/V caches of all models together
+
+
+class Machine:
+    """The CPU threads and memory of this process, shared by its models.
+
+    Models take turns, one step at a time, each with all threads, because two thread teams on the same cores would slow
+    each other down. Each model may hold an equal part of a quarter of the memory as K/V cache.
+
+    Args:
+        threads: CPU threads of a step; by default one per core this process may use.
+        memory: bytes; by default all of this machine's.
+        models: how many models share the machine.
+    """
+
+    def __init__(self, threads: int | None = None, memory: int | None = None, models: int = 1) -> None:
+        self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        self.memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if memory is None else memory
+        self.models = models
+        if self.memory < 1 or models < 1:
+            raise DeviceError(f"memory is {self.memory} bytes for {models} models; allowed: 1 or more of each")
+        self.turn = threading.Lock()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K/V cache that one model may hold."""
+        return int(self.memory * KV_SHARE) // self.models
+
+    def shared(self, executable: Executable) -> Executable:
+        """The executable, wrapped to take turns with those of other models; as it is if there is only one model."""
+        return executable if self.models == 1 else SharedExecutable(executable, self.turn)
+
+
+class SharedExecutable(BlockingExecutable):
+    """An executable that runs a step of `inner` only while no other executable with the same lock `turn` runs one."""
+
+    def __init__(self, inner: Executable, turn: threading.Lock) -> None:
+        self.inner, self.turn = inner, turn
+        self.program, self.state, self.state_kept = inner.program, inner.state, inner.state_kept
+
+    def run(self, request: StepRequest) -> StepResult:
+        with self.turn:
+            return self.inner.step(request)
+
+    def unwrapped(self) -> Executable:
+        return self.inner.unwrapped()
+
+    def close(self) -> None:
+        self.inner.close()

@@ -1,0 +1,1 @@
+"""Measurement: speed of a Program beside the machine's roofline, and a server under load."""

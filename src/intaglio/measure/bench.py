@@ -1,0 +1,317 @@
+"""Measured speed of a loaded Program: prefill and decode, each beside its bound from the device's measured roofs.
+
+Every time here is measured. A bound is the work of the same steps over the roofs, and is never mixed into a time.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module
+from statistics import median
+from typing import Any
+
+from intaglio import formats
+from intaglio.batch import Batch, Chunk, bind
+from intaglio.devices import Device, DeviceFacts, Executable, StepRequest, StepResult
+from intaglio.ops import Linear, Op, Work
+from intaglio.program import Program
+from intaglio.progress import Progress, silent
+
+DECODE_STEPS = 16
+LENGTHS = (64, 256, 1024)  # prompt tokens, those that fit
+SEQUENCES = (1, 8)
+LEAST_COST = 16  # tokens: below, reading the weights takes most of a step
+MOST_MEGABYTES = 1024  # read to measure bandwidth; a working set larger still is read no slower
+
+
+class BenchError(ValueError):
+    """Raised for a size or a number of runs that cannot be measured on the loaded Program."""
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """Measured limits of the machine, as functions.
+
+    Attributes:
+        bandwidth: from the size of a working set in megabytes to the bytes/s at which it is read.
+        peak: from a format to the FLOP/s of a matrix product in it.
+    """
+
+    bandwidth: Callable[[int], float]
+    peak: Callable[[str], float]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Roofline bound: least seconds that memory bandwidth allows (`memory`) and that arithmetic allows (`matrix`)."""
+
+    memory: float = 0.0
+    matrix: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The bound in seconds: the larger of memory and matrix."""
+        return max(self.memory, self.matrix)
+
+    @property
+    def by(self) -> str:
+        """Name of the larger of the two, which limits the speed: "memory" or "matrix"."""
+        return "memory" if self.memory > self.matrix else "matrix"
+
+    def __add__(self, other: Bound) -> Bound:
+        return Bound(self.memory + other.memory, self.matrix + other.matrix)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Result of one phase ("prefill" or "decode") at one size.
+
+    `seconds` is the median time of a whole prefill, or of one decode step.
+    """
+
+    phase: str
+    sequences: int
+    prompt_tokens: int
+    seconds: float
+    tokens_per_second: float
+    flops: int
+    bytes: int
+    bound_seconds: float | None = None
+    bound_by: str | None = None
+
+    @property
+    def share(self) -> float | None:
+        """Bound over measured time, 1 at the roof; None without a bound."""
+        return None if self.bound_seconds is None else self.bound_seconds / self.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields and `share`, as plain values for JSON."""
+        return {**asdict(self), "share": self.share}
+
+
+def measured_roofs(device: Device) -> Roofs | str:
+    """The machine's Roofs for this device; a text with the reason if the device has none.
+
+    A roof is measured by the native module when it is first asked for.
+    """
+    facts = device.facts()
+    if facts.threads is None or facts.isa is None:
+        return f"device {device.name} has no measured roofs: speeds are printed without bounds"
+    native, n, isa = import_module("intaglio._native"), facts.threads, facts.isa
+
+    @cache
+    def read(megabytes: int) -> float:
+        return read_stream(facts, megabytes)
+
+    @cache
+    def peak(format: str) -> float:
+        fmt = formats.get(format)
+        return float(native.matrix_peak(n, fmt.family, fmt.group_of(1024) if fmt.grouped else 0, isa=isa))
+
+    return Roofs(lambda megabytes: read(min(megabytes, MOST_MEGABYTES)), peak)
+
+
+def read_stream(facts: DeviceFacts, megabytes: int) -> float:
+    """Measure the bytes/s at which a CPU device reads a working set of `megabytes`: the best of several tries."""
+    native = import_module("intaglio._native")
+    return float(native.read_bandwidth(facts.threads, megabytes, isa=facts.isa))
+
+
+def bench(
+    executable: Executable,
+    roofs: Roofs | None = None,
+    *,
+    lengths: Sequence[int] | None = None,
+    sequences: Sequence[int] = SEQUENCES,
+    runs: int = 3,
+    max_batch_tokens: int = 512,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Progress = silent,
+) -> list[Row]:
+    """Measure prefill and decode at each size. Overwrites the executable's K/V cache.
+
+    Raises BenchError if a size does not fit.
+
+    Args:
+        executable: the loaded Program.
+        roofs: bounds are computed from these; None: rows have no bounds.
+        lengths: prompt lengths; by default those of LENGTHS that fit.
+        sequences: numbers of sequences run together.
+        runs: runs of which medians are taken.
+        max_batch_tokens: token rows of a prefill step.
+        clock: seconds.
+        progress: called before each step.
+    """
+    context = executable.program.context
+    if lengths is None:
+        lengths = [n for n in LENGTHS if n + DECODE_STEPS <= context] or [max(1, context - DECODE_STEPS)]
+    sizes = [(count, length) for count in sequences for length in lengths]
+    for count, length in sizes:
+        check_size(executable, count, length, runs)
+    plan = [
+        (list(prefill_steps(executable, n, length, max_batch_tokens)), list(decode_steps(executable, n, length)))
+        for n, length in sizes
+    ]
+    watch = Stopwatch(executable, clock, progress)
+    for prefill, decode in plan:
+        watch.expect(prefill, runs + 1)
+        watch.expect(decode, runs)
+    rows = []
+    for (count, length), (prefill, decode) in zip(sizes, plan, strict=True):
+        watch.what = f"prefill of {count} x {length} tokens"
+        times = [sum(watch.times(prefill)) for _ in range(runs + 1)][1:]  # the first warms up
+        watch.report("roofs of this machine")
+        rows.append(_row("prefill", count, length, median(times), count * length, executable, prefill, roofs))
+        watch.what = f"decode of {count} x 1 token after {length}"
+        seconds = median(t for _ in range(runs) for t in watch.times(decode))
+        watch.report("roofs of this machine")
+        rows.append(_row("decode", count, length, seconds, count, executable, decode[:1], roofs))
+    return rows
+
+
+class Stopwatch:
+    """Runs steps and times each, and reports progress in tokens. `what`: description of the current work."""
+
+    def __init__(self, executable: Executable, clock: Callable[[], float], progress: Progress) -> None:
+        self.executable, self.clock, self.progress = executable, clock, progress
+        self.done, self.total, self.what = 0, 0, ""
+
+    def expect(self, steps: Sequence[Batch], runs: int) -> None:
+        """Add the cost of `runs` runs of these steps to the progress total."""
+        self.total += runs * sum(_cost(batch) for batch in steps)
+
+    def times(self, steps: Sequence[Batch]) -> list[float]:
+        """Run the steps and return the seconds that each took."""
+        return [self.step(StepRequest(batch))[0] for batch in steps]
+
+    def step(self, request: StepRequest) -> tuple[float, StepResult]:
+        """Run one step. Returns (seconds, result)."""
+        self.report(self.what)
+        start = self.clock()
+        result = self.executable.step(request)
+        seconds = self.clock() - start
+        self.done += _cost(request.batch)
+        return seconds, result
+
+    def report(self, what: str) -> None:
+        """Report the progress so far with the description `what`."""
+        self.progress(self.done, self.total, what)
+
+
+def _cost(batch: Batch) -> int:
+    """A step's weight in the progress bar: its number of tokens, or LEAST_COST if that is more."""
+    return max(len(batch.tokens), LEAST_COST)
+
+
+def check_size(executable: Executable, count: int, length: int, runs: int) -> None:
+    """Raise BenchError unless `count` sequences of `length` tokens, with their decode steps, fit the executable."""
+    program, state = executable.program, executable.state
+    longest = program.context - DECODE_STEPS
+    if longest < 1:
+        raise BenchError(
+            f"a context of {program.context} tokens is too short to measure: {DECODE_STEPS} of them are for decoding; "
+            f"use a context of {DECODE_STEPS + 1} or more"
+        )
+    if count < 1 or runs < 1 or not 1 <= length <= longest:
+        raise BenchError(
+            f"{runs} runs of {count} sequences of {length} tokens: give 1 or more of each, at most {longest} tokens "
+            f"({DECODE_STEPS} of the context of {program.context} are for decoding)"
+        )
+    pages = count * len(_blocks(executable, 0, length))
+    if pages > state.pages:
+        raise BenchError(f"{count} x {length} tokens need {pages} pages of KV, {state.pages} are held; ask for less")
+    slots = executable.state.slots
+    if slots and 2 * count > slots:
+        raise BenchError(
+            f"{count} sequences need {2 * count} slots of recurrent state, {slots} are held; ask for fewer"
+        )
+
+
+def _blocks(executable: Executable, sequence: int, length: int) -> range:
+    """Numbers of the K/V blocks that sequence number `sequence` uses, with room for the decode steps."""
+    each = -(-(length + DECODE_STEPS) // executable.state.page_tokens)
+    return range(sequence * each, (sequence + 1) * each)
+
+
+def prefill_steps(executable: Executable, count: int, length: int, budget: int) -> Iterator[Batch]:
+    """The prefill steps of `count` prompts of `length` random tokens. Each step is filled up to `budget` tokens."""
+    rng = random.Random(0)
+    chunks: list[Chunk] = []
+    room = budget
+    for s in range(count):
+        at = 0
+        while at < length:
+            n = min(room, length - at)
+            ids = [rng.randrange(executable.program.vocabulary) for _ in range(n)]
+            rows = (n - 1,) if at + n == length else ()
+            # Later chunks and decode steps all read the state after the first chunk: times do not depend on values.
+            state = executable.state.pair(s, 1 if at else 0)
+            chunks.append(Chunk(ids, at, _blocks(executable, s, length), rows, state=state))
+            at, room = at + n, room - n
+            if not room:
+                yield bind(chunks, executable.state.page_tokens)
+                chunks, room = [], budget
+    if chunks:
+        yield bind(chunks, executable.state.page_tokens)
+
+
+def decode_steps(executable: Executable, count: int, length: int) -> Iterator[Batch]:
+    """The decode steps after prompts of `length` tokens; each has one token of each of `count` sequences."""
+    for k in range(DECODE_STEPS):
+        token = k % executable.program.vocabulary
+        chunks = [
+            Chunk([token], length + k, _blocks(executable, s, length), (0,), state=executable.state.pair(s, 1))
+            for s in range(count)
+        ]
+        yield bind(chunks, executable.state.page_tokens)
+
+
+def _row(
+    phase: str, count: int, length: int, seconds: float, tokens: int,
+    executable: Executable, steps: Sequence[Batch], roofs: Roofs | None,
+) -> Row:  # fmt: skip
+    """The Row of a phase that ran `steps` in `seconds`, with their work and bound.
+
+    tokens: number of tokens for the rate.
+    """
+    program = executable.program
+    flops = read = 0
+    memory = matrix = 0.0
+    for batch in steps:
+        work = program.work(batch).values()
+        flops, read = flops + sum(w.flops for w in work), read + sum(moved(w) for w in work)
+        if roofs:
+            bounds = site_bounds(program, batch, roofs).values()
+            memory, matrix = memory + sum(b.memory for b in bounds), matrix + sum(b.matrix for b in bounds)
+    bound = Bound(memory, matrix) if roofs else None
+    by = (bound.seconds, bound.by) if bound else (None, None)
+    return Row(phase, count, length, seconds, tokens / seconds, flops, read, *by)
+
+
+def moved(work: Work) -> int:
+    """Bytes of an op that go to or from memory: weights and state.
+
+    Temps do not count, as they stay in the CPU caches.
+    """
+    return work.weight_bytes + work.state_bytes
+
+
+def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound]:
+    """The Bound of each site in one step of `batch`. Bandwidth is that for the working set of the whole step."""
+    work = program.work(batch)
+    bandwidth = roofs.bandwidth(1 << (sum(map(moved, work.values())) >> 20).bit_length())
+    return {
+        op.site: Bound(moved(work[op.site]) / bandwidth, work[op.site].flops / roofs.peak(_format(program, op)))
+        for op in program.ops
+    }
+
+
+def _format(program: Program, op: Op) -> str:
+    """The format of an op's multiplications: an integer weight's own, else the format that x is rounded to."""
+    if not isinstance(op, Linear):
+        return "f32"
+    return program.tensors[op.w].format if op.x_format == "int8" else op.x_format

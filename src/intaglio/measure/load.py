@@ -1,0 +1,295 @@
+"""Load generator: sends requests to a server with the OpenAI API and times them, or runs them in modelled time.
+
+Times are seconds from a request's scheduled arrival, so a client that is late does not make the server look faster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from intaglio.measure.workload import LoadRequest
+from intaglio.progress import Progress, silent
+from intaglio.runtime import Refused, SamplingParams
+
+if TYPE_CHECKING:
+    from intaglio.llm import LLM
+
+REQUEST_TIMEOUT = 3600.0  # seconds; a server that never answers must not block the client for ever
+WORDS = ("the", "of", "and", "to", "in", "is", "was", "for", "that", "with", "as", "by", "at", "from", "his", "it")
+PROBE = 256  # words of the prompt that measures the number of tokens per word
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of one request. Times are in seconds.
+
+    Attributes:
+        request: the request.
+        start: its scheduled arrival after the beginning of the load; with limited concurrency, when it was sent.
+        end: time from `start` to the end of the response.
+        first: time from `start` to the first text (TTFT); None if none came.
+        gaps: times between one text and the next.
+        prompt: number of prompt tokens.
+        output: number of output tokens.
+        error: what failed; None if the response is complete.
+    """
+
+    request: LoadRequest
+    start: float
+    end: float
+    first: float | None = None
+    gaps: tuple[float, ...] = ()
+    prompt: int = 0
+    output: int = 0
+    error: str | None = None
+
+    @property
+    def each(self) -> float | None:
+        """Seconds per output token after the first (TPOT); None with fewer than two."""
+        return (self.end - self.first) / (self.output - 1) if self.first is not None and self.output > 1 else None
+
+
+@dataclass
+class Server:
+    """A server to be measured, and how to send it requests.
+
+    Attributes:
+        url: address up to and with /v1.
+        key: API key.
+        ignore_eos: ask for outputs of exactly the trace's lengths.
+        model: name of the model; set by probe().
+        context: the model's context length, if the server reports it; set by probe().
+        tokens_per_word: tokens per word of generated prompts; measured by probe().
+        extra: further fields of each request's body.
+    """
+
+    url: str
+    key: str | None = None
+    ignore_eos: bool = True
+    model: str = ""
+    context: int | None = None
+    tokens_per_word: float = 1.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """HTTP headers of each request."""
+        return {"authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def body(self, request: LoadRequest, rng: random.Random) -> dict[str, Any]:
+        """JSON body of a request: greedy, streamed, with a prompt of random words of about the requested length.
+
+        Prompts differ from their first word on, so that the prefix cache does not shorten them.
+        """
+        words = rng.choices(WORDS, k=max(1, round(request.prompt / self.tokens_per_word) - 1))
+        body = {
+            "model": self.model, "prompt": f"{rng.getrandbits(16)} {' '.join(words)}", "max_tokens": request.output,
+            "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        return {**body, **({"ignore_eos": True} if self.ignore_eos else {}), **self.extra}
+
+
+async def probe(server: Server) -> None:
+    """Ask the server for its model's name and context, and measure the number of tokens per word.
+
+    Raises ValueError if the server does not answer as OpenAI's API does, OSError if it cannot be reached.
+    """
+    async with _session() as session:
+        await _probe(session, server)
+
+
+async def _probe(session: Any, server: Server) -> None:
+    async with session.get(f"{server.url}/models", headers=server.headers) as response:
+        answer = await response.json(content_type=None)
+        if response.status != 200 or not answer.get("data"):
+            raise ValueError(
+                f"{server.url}/models answers {response.status} {str(answer)[:200]}; is the address right?"
+            )
+    server.model, server.context = answer["data"][0]["id"], answer["data"][0].get("max_model_len")
+    words = min(PROBE, (server.context or PROBE) // 8)
+    body = server.body(LoadRequest(0.0, words, 1), random.Random(0))
+    plain = {k: v for k, v in body.items() if not k.startswith("stream")}
+    async with session.post(f"{server.url}/completions", json=plain, headers=server.headers) as response:
+        answer = await response.json(content_type=None)
+        if response.status != 200:
+            raise ValueError(f"{server.url}/completions answers {response.status} {str(answer)[:200]}")
+    server.tokens_per_word = max(0.1, answer["usage"]["prompt_tokens"] / words)
+
+
+def _session() -> Any:
+    import aiohttp
+
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)  # each request opens its own connection
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT), connector=connector)
+
+
+async def load(
+    server: Server,
+    requests: Sequence[LoadRequest],
+    concurrency: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[Outcome]:
+    """Send every request at its time, at most `concurrency` open at once. Call probe() first.
+
+    Returns the outcomes in the order of the requests. seed: of the prompts.
+    """
+    rng = random.Random(seed)
+    gate = asyncio.Semaphore(concurrency or max(1, len(requests)))
+    bodies = [json.dumps(server.body(request, rng)).encode() for request in requests]
+    ended: list[Outcome] = []
+
+    def report(done: int) -> None:
+        progress(done, len(requests), f"{done} of {len(requests)} requests ended")
+
+    async with _session() as session:
+        began = time.perf_counter()
+
+        async def one(request: LoadRequest, body: bytes) -> Outcome:
+            await asyncio.sleep(max(0.0, began + request.at - time.perf_counter()))
+            async with gate:
+                # time in this queue is not time of the server
+                start = request.at if concurrency is None else time.perf_counter() - began
+                answered = await _send(session, server, request, body, began, start)
+            ended.append(answered)
+            report(len(ended))
+            return answered
+
+        report(0)
+        return list(await asyncio.gather(*map(one, requests, bodies)))
+
+
+async def _send(session: Any, server: Server, request: LoadRequest, body: bytes, began: float, start: float) -> Outcome:
+    """Send one request, read its response to the end, and return its Outcome.
+
+    began: time.perf_counter() at the beginning of the load. start: seconds from then to the request's start.
+    """
+    import aiohttp
+
+    stamps: list[float] = []
+    usage: dict[str, Any] = {}
+    error: str | None = None
+    headers = {**server.headers, "content-type": "application/json"}
+    try:
+        async with session.post(f"{server.url}/completions", data=body, headers=headers) as response:
+            if response.status != 200:
+                error = f"status {response.status}"
+                await response.read()
+            else:
+                async for line in response.content:
+                    if line.startswith(b"data: {"):
+                        event = json.loads(line[6:])
+                        usage = event.get("usage") or usage
+                        if "error" in event:
+                            error = str(event["error"].get("code") or event["error"].get("type") or "error")
+                        for choice in event.get("choices", ()):
+                            if choice.get("text") or (choice.get("finish_reason") and not stamps):
+                                stamps.append(time.perf_counter() - began - start)
+                            if choice.get("finish_reason") == "deadline":  # the answer is not complete
+                                error = "deadline"
+    except (aiohttp.ClientError, TimeoutError, ValueError) as e:
+        error = type(e).__name__
+    end = time.perf_counter() - began - start
+    if error is None and not stamps:
+        error = "no end"
+    gaps = tuple(b - a for a, b in itertools.pairwise(stamps))
+    output = usage.get("completion_tokens", len(stamps))  # without usage: one token per text
+    prompt = usage.get("prompt_tokens", request.prompt)
+    return Outcome(request, start, end, stamps[0] if stamps else None, gaps, prompt, output, error)
+
+
+def load_modelled(
+    llm: LLM, requests: Sequence[LoadRequest], seed: int = 0, progress: Progress = silent
+) -> list[Outcome]:
+    """Run the load on a silicon LLM, in the modelled time of its chips. Returns the outcomes in the order they ended.
+
+    Requests arrive by the chips' clock, which jumps ahead while the engine is idle.
+    """
+    engine, clock, rng = llm.engine, llm.clock, random.Random(seed)
+    began, pending = clock(), deque(requests)
+    running: dict[str, tuple[LoadRequest, list[float]]] = {}
+    done: list[Outcome] = []
+    while pending or running:
+        progress(
+            len(done),
+            len(requests),
+            f"{len(done)} of {len(requests)} requests ended, {clock() - began:,.1f} s modelled",
+        )
+        if not running and pending:
+            clock.wait_until(began + pending[0].at)
+        while pending and began + pending[0].at <= clock():
+            planned = pending.popleft()
+            ids = [rng.randrange(llm.model.program.vocabulary) for _ in range(planned.prompt)]
+            request, _ = llm.prepare(ids, SamplingParams(max_tokens=planned.output, ignore_eos=True))
+            try:
+                engine.add(request)
+                running[request.id] = planned, []
+            except Refused as e:
+                done.append(Outcome(planned, planned.at, 0.0, error=e.reason))
+        for event in engine.step():
+            planned, stamps = running[event.request]
+            if event.scored:
+                stamps.append(clock() - began - planned.at)
+            if event.usage:
+                del running[event.request]
+                error = event.finish_reason if event.finish_reason in ("error", "abort", "deadline") else None
+                gaps = tuple(b - a for a, b in itertools.pairwise(stamps))
+                end, used = clock() - began - planned.at, event.usage
+                first = stamps[0] if stamps else None
+                done.append(
+                    Outcome(planned, planned.at, end, first, gaps, used.prompt_tokens, used.output_tokens, error)
+                )
+    return done
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Statistics of a load. `goodput`: requests per second whose complete response came within `deadline` seconds."""
+
+    requests: int
+    answered: int
+    errors: dict[str, int]
+    seconds: float  # from the first request's time to the last one's end
+    requests_per_s: float
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    deadline: float
+    goodput: float
+    times: dict[str, dict[str, float]]  # ttft, tpot, gap, whole: mean, p50, p90, p99 in seconds
+
+
+def summarise(answers: Sequence[Outcome], deadline: float) -> Summary:
+    """Statistics of at least one outcome. `deadline`: seconds within which a response counts for goodput.
+
+    Failed requests count towards the duration, not towards latencies or tokens.
+    """
+    good = [a for a in answers if a.error is None]
+    seconds = max(1e-9, max(a.start + a.end for a in answers) - min(a.start for a in answers))
+    columns = {
+        "ttft": [a.first for a in good if a.first is not None],
+        "tpot": [a.each for a in good if a.each is not None],
+        "gap": [gap for a in good for gap in a.gaps],
+        "whole": [a.end for a in good],
+    }
+    return Summary(
+        len(answers), len(good), dict(Counter(a.error for a in answers if a.error is not None)), seconds,
+        len(good) / seconds, sum(a.prompt for a in good) / seconds, sum(a.output for a in good) / seconds,
+        deadline, sum(a.end <= deadline for a in good) / seconds,
+        {name: _spread(values) for name, values in columns.items() if values},
+    )  # fmt: skip
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean and percentiles of the values, by the names mean, p50, p90 and p99."""
+    p50, p90, p99 = np.percentile(values, (50, 90, 99))
+    return {"mean": float(np.mean(values)), "p50": float(p50), "p90": float(p90), "p99": float(p99)}

@@ -1,0 +1,95 @@
+"""Times of the ranks of a mesh in a decode step: in all ops, in collectives, and waiting for each other rank.
+
+The rank that spends the least time in a collective is taken to have entered it last. Each other rank of the group has
+waited for that rank, for as long as it spends in the collective beyond that rank's time. A recv is counted whole as
+waiting for its sender. Only durations are used, since the clocks of different ranks are not synchronised.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from intaglio.devices import Executable, StepRequest, StepResult
+from intaglio.measure.bench import DECODE_STEPS, decode_steps
+from intaglio.ops import Collective, Grouped, Recv
+from intaglio.program import MeshProgram
+from intaglio.silicon.timeline import duration_event, metadata_event
+
+Timings = Sequence[Mapping[str, float]]  # seconds by site, of each rank
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """Seconds of a rank in a step; medians of several steps.
+
+    Attributes:
+        rank: its number.
+        seconds: in all ops.
+        collectives: of these in collectives.
+        waited: of these waiting, by the rank for which it waited.
+    """
+
+    rank: int
+    seconds: float
+    collectives: float
+    waited: dict[int, float]
+
+
+def timed_decode(executable: Executable, sequences: int, runs: int) -> list[StepResult]:
+    """Results of `runs` times DECODE_STEPS timed decode steps after short prompts. Overwrites the K/V cache."""
+    length = max(1, min(8, executable.program.context - DECODE_STEPS))
+    steps = [
+        executable.step(StepRequest(batch, timed=True))
+        for _ in range(1 + runs) for batch in decode_steps(executable, sequences, length)
+    ]  # fmt: skip
+    return steps[DECODE_STEPS:]  # the first run warms up
+
+
+def rank_times(mesh: MeshProgram, steps: Sequence[StepResult]) -> list[RankTimes]:
+    """The times of each rank of a mesh in several steps."""
+    waits = [waited(mesh, step.rank_timings) for step in steps]
+    collectives = [{op.site for op in p.ops if isinstance(op, Collective)} for p in mesh.programs]
+    found = []
+    for rank, sites in enumerate(collectives):
+        times = [step.rank_timings[rank] for step in steps]
+        peers = sorted({peer for w in waits for peer in w[rank]})
+        found.append(RankTimes(
+            rank, median(sum(t.values()) for t in times), median(sum(t[s] for s in sites) for t in times),
+            {peer: median(w[rank][peer] for w in waits) for peer in peers},
+        ))  # fmt: skip
+    return found
+
+
+def waited(mesh: MeshProgram, timings: Timings) -> list[defaultdict[int, float]]:
+    """For each rank, the seconds in a step that it waited for other ranks, by the number of the other rank."""
+    found = [defaultdict[int, float](float) for _ in mesh.programs]
+    for rank, program in enumerate(mesh.programs):
+        for op in program.ops:
+            mine = timings[rank][op.site]
+            if isinstance(op, Recv):
+                found[rank][op.peer] += mine
+            elif isinstance(op, Grouped):
+                last = min(op.group, key=lambda peer: timings[peer][op.site])
+                if last != rank:
+                    found[rank][last] += mine - timings[last][op.site]
+    return found
+
+
+def chrome_trace(timings: Timings) -> str:
+    """JSON text of a step in Chrome's trace event format, which Perfetto opens, with a track for each rank.
+
+    Each rank's ops follow one another from 0 on.
+    """
+    events: list[dict[str, Any]] = []
+    for rank, sites in enumerate(timings):
+        events.append(metadata_event("process_name", rank, 0, f"rank {rank}"))
+        start = 0.0
+        for site, seconds in sites.items():
+            events.append(duration_event(site, "op", rank, 0, start, seconds, {}))
+            start += seconds
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ns"})

@@ -1,0 +1,42 @@
+"""Runs a server of this package in a child process for the duration of a measurement."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from intaglio.devices.processes import child_environment
+
+
+@contextmanager
+def started(words: list[str]) -> Iterator[str]:
+    """Start `intaglio serve` with these arguments on a free port. Yields its address up to and with /v1.
+
+    The server is stopped at the end of the block. Raises ValueError with its output if it does not start.
+    """
+    command = [sys.executable, "-m", "intaglio", "serve", *words, "--port", "0"]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=child_environment())
+        try:
+            assert process.stdout
+            found = re.search(r" at (http://[^\s;]+)", process.stdout.readline())
+            if not found:
+                process.wait()
+                said.seek(0)
+                raise ValueError(f"the server did not start: {said.read().strip()[-500:]}")
+            yield f"{found[1]}/v1"
+        finally:
+            process.terminate()
+            process.communicate()
+
+
+def serve_words(model: Path | None, **options: Any) -> list[str]:
+    """Arguments for `intaglio serve`: the model, and an option for each keyword that is not None."""
+    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
+    return [*([str(model)] if model else []), *(word for pair in given for word in pair)]

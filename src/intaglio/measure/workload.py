@@ -1,0 +1,102 @@
+"""Synthetic workloads: request lengths as in public traces, arrivals as a renewal process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+SHARES = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 0.95, 0.99, 0.999, 1)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Prompt and output lengths of a public trace, as quantiles in tokens.
+
+    `prompt` and `output` are the lengths at the quantiles SHARES; lengths in between are interpolated linearly. Prompts
+    and outputs are drawn independently, because in these traces they are hardly correlated.
+    """
+
+    source: str
+    prompt: tuple[int, ...]
+    output: tuple[int, ...]
+
+    @property
+    def most(self) -> int:
+        """A context length in tokens, prompt and output, that all but about 1 in 100 requests stay below."""
+        return self.prompt[10] + self.output[10]
+
+
+TRACES = {
+    "code": Trace(
+        "Azure LLM inference trace 2023, code (CC-BY-4.0)",
+        (3, 17, 75, 147, 578, 1469, 2744, 3192, 5188, 7303, 7436, 7437, 7437),
+        (6, 6, 6, 7, 9, 13, 24, 29, 55, 90, 251, 825, 1899),
+    ),
+    "conversation": Trace(
+        "Azure LLM inference trace 2023, conversation (CC-BY-4.0)",
+        (2, 29, 181, 207, 396, 1020, 1189, 1315, 2734, 4083, 4142, 6179, 14050),
+        (7, 16, 41, 54, 85, 129, 395, 400, 424, 451, 601, 954, 1000),
+    ),
+    "document": Trace(
+        "arXiv summaries, as simulators of serving use them",
+        (1, 73, 749, 1242, 1986, 2730, 3370, 3490, 3702, 3813, 3933, 4012, 4054),
+        (5, 36, 60, 78, 115, 167, 242, 268, 372, 736, 3271, 3844, 4056),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """A request to send: numbers of `prompt` and `output` tokens, and `at`, seconds after the load's beginning."""
+
+    at: float
+    prompt: int
+    output: int
+
+
+def trace(name: str) -> Trace:
+    """The trace called `name`. Raises ValueError that lists the known names."""
+    if name not in TRACES:
+        raise ValueError(f"no workload called {name!r}; there are {', '.join(TRACES)}")
+    return TRACES[name]
+
+
+def fitting(t: Trace, context: int | None) -> float:
+    """Factor, at most 1, that scales the trace's lengths so that 99 of 100 requests fit the context; 1 without one."""
+    return min(1.0, context / t.most) if context else 1.0
+
+
+def arrivals(n: int, rate: float, cv: float, rng: np.random.Generator) -> np.ndarray:
+    """Arrival times in seconds [n]. Gaps are gamma distributed with mean 1 / rate and coefficient of variation `cv`.
+
+    A cv of 1 is a Poisson process; above it, requests arrive in bursts. With an infinite rate all arrive at once.
+    """
+    if not rate > 0 or not cv > 0:
+        raise ValueError(f"rate is {rate} and cv is {cv}; allowed: above 0")
+    if math.isinf(rate):
+        return np.zeros(n)
+    return np.cumsum(rng.gamma(1 / cv**2, cv**2 / rate, n))
+
+
+def draw(
+    t: Trace, n: int, rate: float, cv: float = 1.0, scale: float = 1.0, context: int | None = None, seed: int = 0
+) -> list[LoadRequest]:
+    """`n` requests in order of arrival, with lengths multiplied by `scale` and cut to fit `context`.
+
+    rate, cv: of the arrivals, as in arrivals().
+    """
+    rng = np.random.default_rng(seed)
+    at = arrivals(n, rate, cv, rng)
+    prompt, output = (_lengths(knots, n, scale, rng) for knots in (t.prompt, t.output))
+    if context is not None:
+        output = np.minimum(output, max(1, context // 2))
+        prompt = np.minimum(prompt, context - output)
+    return [LoadRequest(float(a), int(p), int(o)) for a, p, o in zip(at, prompt, output, strict=True)]
+
+
+def _lengths(knots: Sequence[int], n: int, scale: float, rng: np.random.Generator) -> np.ndarray:
+    """`n` lengths drawn from quantiles at SHARES, multiplied by `scale`."""
+    return np.maximum(1, np.rint(scale * np.interp(rng.random(n), SHARES, knots))).astype(int)

@@ -1,0 +1,181 @@
+"""Model: a checkpoint compiled to a Program, with its tokenizer, ends of sequence and grammars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intaglio.compiler import Layout, build, build_mesh, build_stages
+from intaglio.models import Checkpoint, Grammars, Tokenizer, TokenizerError, Transcript, has_tokenizer, port
+from intaglio.models.hub import hub_id, locate
+from intaglio.program import MeshProgram, Program
+from intaglio.progress import Progress, silent
+from intaglio.runtime import Matcher, Request, RequestError, SamplingParams
+from intaglio.runtime.request import TokenIds
+
+BUNDLED = Path(__file__).parent / "data" / "stdlib-5m"
+
+Prompt = str | TokenIds
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint compiled to a Program, with its tokenizer and grammars; independent of the device it runs on.
+
+    Immutable but for compiled grammars, which are cached behind a lock, so any thread may use it.
+
+    Attributes:
+        path: the checkpoint folder or GGUF file.
+        name: the name of the folder, or the hub id.
+        checkpoint: its tensors and configuration.
+        ported: the Program as ported, before compilation.
+        program: the Program compiled for one rank.
+        weights: the weight format requested.
+        kv_format: the K/V cache format requested.
+        tokenizer: None if the checkpoint has none; then prompts are token ids.
+        eos_ids: tokens that end a sequence.
+        grammars: compiler of grammars for structured output; None without a tokenizer.
+    """
+
+    path: Path
+    name: str
+    checkpoint: Checkpoint
+    ported: Program
+    program: Program
+    weights: str
+    kv_format: str
+    tokenizer: Tokenizer | None
+    eos_ids: frozenset[int]
+    grammars: Grammars | None
+
+    @classmethod
+    def open(
+        cls, path: str | Path | None = None, weights: str = "auto", kv_format: str = "auto",
+        context: int | None = None, revision: str | None = None, progress: Progress = silent,
+    ) -> Model:  # fmt: skip
+        """Open a checkpoint: a folder in Hugging Face's layout, a GGUF file, or a hub id, which is downloaded.
+
+        Raises ValueError (CheckpointError, PortError, TokenizerError, ...) saying what is wrong.
+
+        Args:
+            path: the folder, GGUF file or hub id (owner/name, owner/name:Q4_K_M); None is the bundled model.
+            weights: auto (as stored), f32, bf16, fp8, int8, int4 or a full name such as q4_k.
+            kv_format: auto (f32 for f32 weights, else bf16), f32, bf16 or int8.
+            context: positions to compile for; by default the model's own.
+            revision: of a hub id: branch, tag or commit.
+            progress: called with the bytes downloaded, if any are.
+        """
+        named = BUNDLED if path is None else path
+        path = locate(named, revision, progress)
+        checkpoint = Checkpoint.open(path)
+        ported = port(checkpoint, context)
+        program = build(ported, weights, kv_format)
+        tokenizer = _open_tokenizer(path, program.vocabulary)
+        ends = tokenizer.eos_ids if tokenizer else checkpoint.config.get("eos_token_id")
+        eos_ids = frozenset([ends] if isinstance(ends, int) else ends or ())
+        grammars = Grammars(tokenizer, program.vocabulary) if tokenizer else None
+        name = hub_id(named) or path.resolve().name
+        return cls(path, name, checkpoint, ported, program, weights, kv_format, tokenizer, eos_ids, grammars)
+
+    def sharded(self, layout: str | None) -> MeshProgram:
+        """The Programs of all ranks of a layout such as tp4pp2; None gives the one Program of one rank."""
+        if layout is None:
+            return MeshProgram((self.program,))
+        return build_mesh(self.ported, layout, self.weights, self.kv_format)
+
+    def stages(self, layout: Layout) -> tuple[Program, ...]:
+        """One rank's Program of each pipeline stage, for chips whose links carry bf16; () for a layout of one rank."""
+        if layout.ranks == 1:
+            return ()
+        return build_stages(self.ported, layout, self.weights, self.kv_format, wire="bf16")
+
+    def request(
+        self, prompt: Prompt, params: SamplingParams, id: str, name: str = "the prompt",
+        special: Container[str] = (), **options: Any,
+    ) -> tuple[Request, list[Transcript]]:  # fmt: skip
+        """(Request for an engine, one Transcript per choice).
+
+        `special`: special tokens that stay in the text. `options` are fields of Request such as priority and timeout.
+        Raises RequestError, TokenizerError or GrammarError, which call the prompt `name`.
+        """
+        ids = self.encode(prompt, name)
+        tokenizer = self.needed_tokenizer() if params.stop or params.bad_words else self.tokenizer
+        how: dict[str, Any] = {
+            "kept": special if params.skip_special_tokens else None,
+            "include_stop": params.include_stop_str_in_output, "min_tokens": params.min_tokens,
+        }  # fmt: skip
+        try:
+            transcripts = [Transcript(tokenizer, ids, tuple(params.stop), **how) for _ in range(params.n)]
+        except ValueError as e:
+            raise RequestError(f"{name}: {e}") from None
+        words = tuple(ids for word in params.bad_words for ids in self.spellings(word))
+        fields = {"eos_ids": self.eos_ids, "matcher": self._matcher(params), "bad_words": words, **options}
+        return Request(id, ids, params, stop_checker=lambda index: transcripts[index].push, **fields), transcripts
+
+    def encode(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
+        """Token ids of a prompt. Raises RequestError or TokenizerError, which call it `name`."""
+        if isinstance(prompt, str):
+            if not prompt:
+                raise RequestError(f"{name} is empty; give at least one character, or token ids")
+            tokenizer = self.needed_tokenizer()
+            ids = tokenizer.encode(prompt)
+            tokenizer.check_ids(ids, self.program.vocabulary, name)
+            return ids
+        bad = next((t for t in prompt if isinstance(t, bool) or not isinstance(t, int | np.integer)), None)
+        if bad is not None:
+            raise RequestError(f"{name}: token ids are whole numbers, {bad!r} is not")
+        return [int(t) for t in prompt]
+
+    def spellings(self, word: str) -> list[tuple[int, ...]]:
+        """The token ids of a word in its two spellings: at the beginning of a text, and after a space.
+
+        Equal ones count once.
+        """
+        encode = self.needed_tokenizer().encode
+        found = [tuple(encode(text, special=False)) for text in (word, f" {word.lstrip()}")]
+        return [ids for ids in dict.fromkeys(found) if ids]
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's answer begins."""
+        tokenizer = self.needed_tokenizer()
+        ids = tokenizer.encode(tokenizer.chat(messages), special=False)
+        tokenizer.check_ids(ids, self.program.vocabulary, "the conversation")
+        return ids
+
+    def with_chat_template(self, source: str) -> Model:
+        """A copy of the model with another chat template (Jinja source). Raises TokenizerError if it does not parse."""
+        tokenizer = self.needed_tokenizer().with_template(source)
+        return replace(self, tokenizer=tokenizer)
+
+    def needed_tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises TokenizerError if the checkpoint has none."""
+        if self.tokenizer is None:
+            raise TokenizerError(
+                f"{self.path} has no tokenizer (tokenizer.json): add it, or give token ids and no stop strings"
+            )
+        return self.tokenizer
+
+    def _matcher(self, params: SamplingParams) -> Callable[[int], Matcher] | None:
+        """A function from a choice's index to its grammar matcher; None if the request has no grammar."""
+        if params.grammar is None:
+            return None
+        self.needed_tokenizer()
+        assert self.grammars
+        first = self.grammars.matcher(params.grammar.kind, params.grammar.text, params.grammar.before)
+        return lambda index: first.copy()
+
+
+def _open_tokenizer(path: Path, vocabulary: int) -> Tokenizer | None:
+    """The folder's tokenizer; None if it has none.
+
+    Raises TokenizerError if its vocabulary does not fit the model.
+    """
+    if not has_tokenizer(path):
+        return None
+    tokenizer = Tokenizer.open(path)
+    tokenizer.fits(vocabulary)
+    return tokenizer

@@ -1,0 +1,209 @@
+"""Account of a checkpoint: which Program weights each tensor becomes, which keys are read, and why others are ignored.
+
+It also says which model the checkpoint is and which file says so. It is made without reading weights. A checkpoint that
+cannot be ported has no account, only an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intaglio.models.files.checkpoint import Checkpoint
+from intaglio.models.files.folder import INDEX, SINGLE
+from intaglio.models.files.quantisation import BESIDE
+from intaglio.models.keys import Fate
+from intaglio.models.leftovers import judge_tensor
+from intaglio.models.port import Ported, port_checkpoint
+from intaglio.models.text.account import FILES, judge_tokenizer
+from intaglio.program.source import names
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+OTHER_FILES = (  # patterns of names, and why a file is not read
+    (r"\.(md|txt|pdf|png|jpg|jpeg|gif|svg|html)$|^LICENSE|^NOTICE|^USE_POLICY|^\.git", "documentation"),
+    (r"\.py$", "code of the model's own; none is ever run here"),
+    (r"\.(bin|pt|pth|h5|msgpack|ckpt|npz|onnx)(\.index\.json)?$|^flax_|^tf_|^rust_model", "weights in another format"),
+    (r"\.gguf$", "a GGUF file; give it by its own path to read it"),
+    (r"\.safetensors$", "safetensors that hold something else than the model"),
+    (r"\.index\.json$", "an index of files that are not read"),
+    (r"preprocessor|processor|image|video|audio|feature", "for images, video or sound, which are not ported"),
+    (r"^(tokenizer\.model|spiece\.model|vocab\.(json|txt)|merges\.txt|tekken\.json|.*\.tiktoken|.*sentencepiece.*)$",
+     "the tokenizer in another form; tokenizer.json is read"),
+    (r"^adapter_", "a LoRA adapter, which is not applied"),
+    (r"trainer_state|training_args|optimizer|scheduler|rng_state|zero_to_fp32|latest|all_results|eval_results|"
+     r"train_results", "the state of a training run"),
+    (r"config.*\.json$|\.ya?ml$|\.toml$", "settings of other programs"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorFate:
+    """What became of one tensor of a file: the Program's weights made from it, or the reason why it is ignored."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    fate: str
+    becomes: tuple[str, ...] = ()
+    format: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors whose names differ only in layer and expert numbers: count, what they become, bytes in memory."""
+
+    tensors: str
+    count: int
+    dtype: str
+    becomes: str
+    format: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Account:
+    """The account of a checkpoint: its model, and the use made of each tensor, key and file.
+
+    Attributes:
+        path: the checkpoint.
+        architecture: name in config.json.
+        models: the released models of this architecture.
+        said_by: the file and key that name the architecture.
+        quantised_by: the file and key that say how matrices are quantised; "": they are not.
+        context: default context length in tokens.
+        vocabulary: number of token ids.
+        bytes: bytes of the weights in memory.
+        tensors: each tensor of the files.
+        groups: the used tensors, grouped over layers and experts.
+        keys: each key of config.json and of the tokenizer's files.
+        files: each file of the folder.
+        notes: warnings that port() issues, and those about the tokenizer's files.
+    """
+
+    path: str
+    architecture: str
+    models: str
+    said_by: str
+    quantised_by: str
+    context: int
+    vocabulary: int
+    bytes: int
+    tensors: tuple[TensorFate, ...]
+    groups: tuple[Group, ...]
+    keys: tuple[Fate, ...]
+    files: tuple[Fate, ...]
+    notes: tuple[str, ...]
+
+    def table(self) -> dict[str, Any]:
+        """The account as plain values for JSON."""
+        return {
+            "path": self.path, "architecture": self.architecture, "models": self.models, "said_by": self.said_by,
+            "quantised_by": self.quantised_by or None, "context": self.context, "vocabulary": self.vocabulary,
+            "bytes": self.bytes, "groups": [vars(g) for g in self.groups],
+            "tensors": [{**vars(t), "shape": list(t.shape), "becomes": list(t.becomes)} for t in self.tensors],
+            "keys": [{k: v for k, v in vars(f).items() if k != "note"} for f in self.keys],
+            "files": [{"file": f.file, "fate": f.fate, "why": f.why} for f in self.files], "notes": list(self.notes),
+        }  # fmt: skip
+
+
+def account(path: str | Path, context: int | None = None) -> Account:
+    """The Account of a checkpoint. Raises CheckpointError, PortError or TokenizerError if it is refused.
+
+    context: positions to compile for; None: the model's default.
+    """
+    checkpoint = Checkpoint.open(path)
+    ported = port_checkpoint(checkpoint, context)
+    program = ported.program
+    tensors = tuple(_tensors(checkpoint, ported))
+    keys = [*ported.keys]
+    notes = list(ported.notes)
+    if checkpoint.path.is_dir() and (checkpoint.path / "config.json").exists():
+        read = judge_tokenizer(checkpoint.path)
+        keys += read
+        notes += [fate.note for fate in read if fate.note]
+    return Account(
+        str(path), ported.family.architecture, ported.family.models, ported.architecture_from, checkpoint.quantised_by,
+        program.context, program.vocabulary, sum(t.nbytes({}) for t in program.of_role("weight")), tensors,
+        tuple(_groups(ported, checkpoint, tensors)), tuple(keys), tuple(_files(checkpoint)), tuple(notes),
+    )  # fmt: skip
+
+
+def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
+    """Yield a TensorFate for each tensor in the checkpoint's files."""
+    used: dict[str, list[str]] = {}
+    formats: dict[str, str] = {}
+    for t in ported.program.of_role("weight"):
+        for name in (name for source in t.source for name in names(source)):
+            parts = checkpoint.coded[name].parts if name in checkpoint.coded else (name,)
+            for part in parts:
+                used.setdefault(part, []).append(t.name)
+                formats.setdefault(part, t.format)
+    whole = {part: name for name, coded in checkpoint.coded.items() for part in coded.parts}
+    for name, e in sorted(checkpoint.entries.items()):
+        how = (name, e.file.name, e.dtype, e.shape, e.stop - e.start)
+        if name in used:
+            yield TensorFate(*how, "used", tuple(dict.fromkeys(used[name])), formats[name])
+            continue
+        why = ported.unused.get(name) or ported.unused.get(whole.get(name, ""))
+        if not why and name.endswith("weight_shape"):
+            why = "the shape of a packed matrix, which its codes and scales have too"
+        if not why and whole.get(name, "").endswith(".order"):
+            why = "the columns stand in the order of what they multiply"
+        yield TensorFate(*how, "ignored", why=why or judge_tensor(checkpoint, name) or "part of a matrix not used")
+
+
+def _groups(ported: Ported, checkpoint: Checkpoint, tensors: tuple[TensorFate, ...]) -> Iterator[Group]:
+    """Yield the used tensors in groups whose names are equal when numbers are replaced by *.
+
+    The bytes of a weight made of several tensors are counted in the first group that has one of them.
+    """
+    sizes = {t.name: t.nbytes({}) for t in ported.program.of_role("weight")}
+    count, size = Counter[tuple[str, str, str, str]](), Counter[tuple[str, str, str, str]]()
+    for t in tensors:
+        if t.fate != "used":
+            continue
+        key = (
+            NUMBER.sub("*", t.name),
+            t.dtype,
+            ", ".join(dict.fromkeys(NUMBER.sub("*", b) for b in t.becomes)),
+            t.format,
+        )
+        count[key] += 1
+        size[key] += sum(sizes.pop(name, 0) for name in t.becomes)
+    for (pattern, dtype, becomes, format), n in count.items():
+        yield Group(pattern, n, dtype, becomes, format, size[pattern, dtype, becomes, format])
+
+
+def _files(checkpoint: Checkpoint) -> Iterator[Fate]:
+    """Yield a Fate for each file of the checkpoint."""
+    path = checkpoint.path
+    if not path.is_dir():
+        yield Fate(path.name, "", "used", "holds the model")
+        return
+    read = {e.file.name for e in checkpoint.entries.values()}
+    for file in sorted(f for f in path.iterdir() if f.is_file()):
+        name = file.name
+        if name in read:
+            yield Fate(name, "", "used", "holds tensors of the model")
+        elif name == checkpoint.found.said_by:
+            yield Fate(name, "", "used", "says which files hold the model")
+        elif name in ("config.json", checkpoint.quantised_by.split(":")[0]):
+            yield Fate(name, "", "used", "describes the model")
+        elif name in FILES:
+            yield Fate(name, "", "used", FILES[name])
+        elif name in BESIDE:
+            yield Fate(
+                name, "", "ignored", f"{checkpoint.quantised_by or 'nothing here'} says how weights are quantised"
+            )
+        elif name == INDEX:
+            yield Fate(name, "", "ignored", f"{SINGLE} holds the whole model, and is read first, as in transformers")
+        else:
+            why = next((why for pattern, why in OTHER_FILES if re.search(pattern, name)), "not a file of the model's")
+            yield Fate(name, "", "ignored", why)

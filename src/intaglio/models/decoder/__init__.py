@@ -1,0 +1,34 @@
+"""Decoder: the description of a decoder-only model, which ports fill in, and the functions that write its Program."""
+
+from intaglio.models.decoder.description import (
+    BEFORE,
+    GLM,
+    NAMED,
+    NAMED_BIASES,
+    NUMBERED,
+    ONE,
+    POST,
+    PRE,
+    SANDWICH,
+    STACKED,
+    SUM,
+    TRANSPOSED,
+    Decoder,
+    Latent,
+    Layer,
+    Mixture,
+    layer_norm_sizes,
+    sizes,
+    sparse,
+    uniform_layers,
+    window,
+)
+from intaglio.models.decoder.mixers import ConvMixer, DeltaMixer, LightningMixer, LruMixer, ScanMixer, SsmMixer
+from intaglio.models.decoder.write import write
+from intaglio.models.decoder.writer import Writer
+
+__all__ = [
+    "BEFORE", "GLM", "NAMED", "NAMED_BIASES", "NUMBERED", "ONE", "POST", "PRE", "SANDWICH", "STACKED", "SUM",
+    "TRANSPOSED", "ConvMixer", "Decoder", "DeltaMixer", "Latent", "Layer", "LightningMixer", "LruMixer", "Mixture",
+    "ScanMixer", "SsmMixer", "Writer", "layer_norm_sizes", "sizes", "sparse", "uniform_layers", "window", "write",
+]  # fmt: skip

@@ -1,0 +1,73 @@
+"""The attention block: projections, norms of queries and keys, rope, K/V cache, grouped-query attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from intaglio.models.decoder.description import Layer
+from intaglio.models.decoder.writer import Writer
+from intaglio.ops import Attend, KvWrite, Map, Norm, Rope
+
+
+def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
+    """Write the attention ops of layer `i`. Returns the name of the result."""
+    d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
+    kv_heads, head_dim = layer.kv_heads or d.kv_heads, layer.head_dim or d.head_dim
+    value_dim = d.value_dim or head_dim
+    widths = {"q_proj": d.heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * value_dim}
+    if layer.values_are_keys:
+        del widths["v_proj"]
+    q, k, *rest = w.parts(at, source, x, widths, "qkv_proj", d.qkv_bias)
+    v = rest[0] if rest else k
+    if d.clip_qkv:
+        q, k, v = (b.op(Map, f"{at}{n}_clip", y, expr=clip(d.clip_qkv)) for n, y in (("q", q), ("k", k), ("v", v)))
+    if d.qk_norm in ("head", "flat"):
+        q, k = _qk_norms(w, at, source, q, k, head_dim)
+    if layer.rope:
+        turn = d.ropes[layer.rope]
+        how: dict[str, Any] = {"head_dim": head_dim, "style": turn.style, "factor": turn.factor}
+        q = b.op(Rope, at + "q_rope", q, "positions", f"{layer.rope}.frequencies", **how)
+        k = b.op(Rope, at + "k_rope", k, "positions", f"{layer.rope}.frequencies", **how)
+        if d.qk_norm == "unit":
+            q, k = _qk_norms(w, at, source, q, k, head_dim)
+    if d.qk_norm == "late":
+        q, k = _qk_norms(w, at, source, q, k, head_dim)
+    if d.value_norm:
+        v = b.op(Norm, at + "v_norm", v, eps=d.eps, group=value_dim)
+    v = w.scaled(at + "v_scale", v, d.value_scale)
+    k_cache = b.cache(at + "k_cache", kv_heads, head_dim, w.cache)
+    v_cache = b.cache(at + "v_cache", kv_heads, value_dim, w.cache)
+    b.op(KvWrite, at + "kv_write", k, v, k_cache, v_cache)
+    how = {
+        "heads": d.heads, "scale": d.scale * layer.scale, "window": layer.window, "chunk": layer.chunk,
+        "softcap": d.attn_softcap,
+    }  # fmt: skip
+    if d.alibi:
+        how["slopes"] = w.constant("alibi.slopes", d.alibi)
+    if d.sinks and layer.sinks:
+        how["sinks"] = w.tensor(at + "sinks", (d.heads,), source + "sinks")
+    if d.temper and (d.temper_all or not layer.rope):
+        how |= {"temper": d.temper, "temper_every": d.temper_every, "temper_from": d.temper_from}
+    a = b.op(Attend, at + "attend", q, k_cache, v_cache, **how)
+    if d.attn_gate:
+        gate = w.linear(at + "gate", x, d.heads * value_dim, d.hidden, source + d.attn_gate)
+        a = b.op(Map, at + "gated", a, b=gate, expr="a * sigmoid(b)")
+    if "attn.inner_norm" in d.norms:
+        a = w.norm(at + "inner_norm", a, d.heads * value_dim, source + d.norms["attn.inner_norm"])
+    return w.linear(at + "o_proj", a, d.hidden, d.heads * value_dim, source + "o_proj", d.o_bias or layer.o_bias)
+
+
+def clip(limit: float) -> str:
+    """Expression (of the op `map`) that clips its operand a to -limit .. limit."""
+    return f"relu(a + {limit!r}) - relu(a - {limit!r}) - {limit!r}"
+
+
+def _qk_norms(w: Writer, at: str, source: str, q: str, k: str, head_dim: int) -> tuple[str, str]:
+    """Write the norms of queries and keys, if the model has any. Returns the names of the (normed) q and k."""
+    d = w.d
+    if d.qk_norm == "unit":
+        how: dict[str, Any] = {"eps": d.eps, "group": head_dim}
+        return w.b.op(Norm, at + "q_norm", q, **how), w.b.op(Norm, at + "k_norm", k, **how)
+    group = 0 if d.qk_norm == "flat" else head_dim
+    q = w.norm(at + "q_norm", q, group or d.heads * d.head_dim, source + "q_norm", group)
+    return q, w.norm(at + "k_norm", k, group or d.kv_heads * d.head_dim, source + "k_norm", group)

@@ -1,0 +1,302 @@
+"""Decoder: the description of a model, which ports fill in and write.py turns into a Program."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from intaglio.models.config import Config, PortError
+from intaglio.models.decoder.mixers import Mixer
+from intaglio.models.decoder.rope import Table, parameters, table
+
+# Norms of a layer: site -> name in checkpoints. Families use the same name for different norms.
+PRE = {"attn.norm": "input_layernorm", "mlp.norm": "post_attention_layernorm"}
+POST = {"attn.post_norm": "post_attention_layernorm", "mlp.post_norm": "post_feedforward_layernorm"}
+SANDWICH = {"attn.norm": "input_layernorm", "mlp.norm": "pre_feedforward_layernorm", **POST}
+ONE = {"attn.norm": "input_layernorm"}
+GLM = {
+    "attn.norm": "input_layernorm", "attn.post_norm": "post_self_attn_layernorm",
+    "mlp.norm": "post_attention_layernorm", "mlp.post_norm": "post_mlp_layernorm",
+}  # fmt: skip
+SUM = {"attn.add_norm": "attention_norm", "mlp.add_norm": "mlp_norm"}  # after each residual addition (2017)
+BEFORE = {"attn.norm": "attention_norm", "mlp.norm": "mlp_norm"}  # before each branch
+# Sources of the experts' gate, up and down, in the notation of program/source.py.
+NAMED = ("experts.{run}.gate_proj.weight", "experts.{run}.up_proj.weight", "experts.{run}.down_proj.weight")
+NAMED_BIASES = ("experts.gate_proj_bias", "experts.up_proj_bias", "experts.down_proj_bias")
+NUMBERED = ("experts.{run}.w1.weight", "experts.{run}.w3.weight", "experts.{run}.w2.weight")
+STACKED = ("experts.gate_up_proj|r0:{i}/{2i}", "experts.gate_up_proj|r{i}:{2i}/{2i}", "experts.down_proj")
+TRANSPOSED = ("experts.gate_up_proj|T|r0:{i}/{2i}", "experts.gate_up_proj|T|r{i}:{2i}/{2i}", "experts.down_proj|T")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The properties of one layer that may differ between layers.
+
+    Attributes:
+        rope: name of the rope table; "": no rope.
+        window: attention window in tokens; 0: full attention.
+        chunk: attention chunk in tokens; 0: full attention.
+        sparse: the MLP is a mixture of experts.
+        scale: a factor on the attention scale.
+        o_bias: o_proj has a bias in this layer, whatever the Decoder's o_bias.
+        kv_heads: heads of keys and values; 0: the Decoder's.
+        head_dim: columns of a head; 0: the Decoder's.
+        values_are_keys: values are the keys before norm and rope.
+        sinks: the Decoder's sinks, if it has any, are in this layer.
+        without: sites of norms that this layer does not have.
+        width: inner width of the dense MLP; 0: the Decoder's.
+        mixer: a block with recurrent state in place of attention; None: attention.
+        beside: attention too beside the mixer, both results are added (Falcon-H1).
+        attention: the layer has attention or a mixer.
+        mlp: the layer has an MLP or experts.
+        mix: factors on the residual and on attention's result where the two are added.
+    """
+
+    rope: str = "rope"
+    window: int = 0
+    chunk: int = 0
+    sparse: bool = False
+    scale: float = 1.0
+    o_bias: bool = False
+    kv_heads: int = 0
+    head_dim: int = 0
+    values_are_keys: bool = False
+    sinks: bool = True
+    without: tuple[str, ...] = ()
+    width: int = 0
+    mixer: Mixer | None = None
+    beside: bool = False
+    attention: bool = True
+    mlp: bool = True
+    mix: tuple[float, float] = (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2): widths in columns.
+
+    Attributes:
+        q_rank: of the compressed query; 0: queries are not compressed.
+        rank: of the K/V latent.
+        nope: of the part of a head without rope.
+        rope: of the part of a head with rope.
+        value: of a head's value.
+        eps: of the norms of the latents.
+    """
+
+    q_rank: int
+    rank: int
+    nope: int
+    rope: int
+    value: int
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """A mixture of `count` experts of inner width `width`, of which each token uses `top`.
+
+    Attributes:
+        count: number of experts.
+        top: experts per token.
+        width: inner width of an expert.
+        sources: templates of the sources of gate, up and down, see source().
+        biases: templates of the sources of their biases, or None.
+        block: name of the module that holds the experts.
+        router: name of the router's linear.
+        router_bias: the router has a bias.
+        correction: name of a bias added to the scores only for choosing experts; "": none.
+        correction_optional: a checkpoint without that bias has zeros.
+        route: further attributes of the op route.
+        glu: further attributes of the op experts.
+        shared: inner width of the shared expert, which takes every token; 0: none.
+        shared_source: name of its module.
+        shared_gate: name of a linear; the shared expert's result is multiplied by the sigmoid of its output. "": none.
+    """
+
+    count: int
+    top: int
+    width: int
+    sources: tuple[str, str, str]
+    biases: tuple[str, str, str] | None = None
+    block: str = "mlp"
+    router: str = "gate"
+    router_bias: bool = False
+    correction: str = ""
+    correction_optional: bool = False
+    route: Mapping[str, Any] = field(default_factory=dict)
+    glu: Mapping[str, Any] = field(default_factory=dict)
+    shared: int = 0
+    shared_source: str = "shared_experts"
+    shared_gate: str = ""
+    shared_bias: bool = False
+    join: str = "a + b"  # how the results of the routed experts (a) and of the shared one (b) are joined
+
+    def source(self, template: str) -> str:
+        """A weight's source in the checkpoint (see program/source.py) from a template.
+
+        `{run}` becomes the range of expert numbers, `{0..count-1}`; `{i}` the experts' inner width, `{2i}` twice it.
+        """
+        run = f"{{0..{self.count - 1}}}"
+        return template.replace("{run}", run).replace("{i}", str(self.width)).replace("{2i}", str(2 * self.width))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """The description of a decoder-only transformer.
+
+    A softcap of 0 is none. `qk_norm` is "" (none), "head" (over each head), "late" (the same, but after
+    rope), "flat" (over all heads as one row) or "unit" (over each head, without a weight, after rope, in layers with
+    rope). Layers without rope scale their queries by `temper` (see the op attend).
+
+    The blocks name checkpoint tensors as Llama does. `sources` maps parts of those names to what the checkpoint has
+    instead, with the steps of program/source.py where the checkpoint stores the tensor in another form. A part is one
+    or more whole segments between dots, such as `mlp.up_proj` or `self_attn.q_proj.weight`; rules apply in order.
+    """
+
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    layers: tuple[Layer, ...]
+    ropes: Mapping[str, Table]
+    activation: str  # a function of the op map, or xielu
+    eps: float
+    tied: bool
+    scale: float
+    norms: Mapping[str, str]
+    # attention and MLP read the same residual and are added to it; without a norm "mlp.norm" the MLP reads attention's
+    parallel: bool = False
+    norm: str = "rms"
+    norm_offset: float = 0.0
+    norm_weight: bool = True
+    qk_norm: str = ""
+    clip_qkv: float = 0.0  # queries, keys and values are clipped to +- this; 0: not
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    gated: bool = True  # False: down(activation(up(x)))
+    fused: tuple[str, ...] = ()  # qkv_proj and gate_up_proj, if the checkpoint stores them as one tensor
+    norm_bias: bool = False
+    head_dense: int = 0  # width of head_dense, which with activation and norm (head_norm) is before the head; 0: none
+    head_dense_bias: bool = True
+    head_activation: str = ""  # that activation, if it is not the MLP's
+    head_bias: bool = False
+    sinks: bool = False
+    alibi: tuple[float, ...] = ()  # the slope of each head's linear bias by distance; (): none
+    value_dim: int = 0  # columns of a head's values, if it is not head_dim
+    value_scale: float = 1.0
+    value_norm: bool = False  # each head of the values is normed, without a weight
+    temper: float = 0.0
+    temper_every: int = 1
+    temper_from: int = 1
+    temper_all: bool = False  # layers with rope temper their queries too
+    mixture: Mixture | None = None
+    latent: Latent | None = None
+    block: str = "mlp"  # name of the module of the dense MLP
+    attn_softcap: float = 0.0
+    final_softcap: float = 0.0
+    root_scaled: bool = False  # embeddings are multiplied by sqrt(hidden), rounded to the embedding's format
+    embed_scale: float = 1.0
+    positions: int = 0  # rows of a learned table of positions, embed_positions, added to the embeddings; 0: none
+    sinusoid: tuple[float, ...] = ()  # frequencies of sines and cosines added to the embeddings instead of such a table
+    sinusoid_first: int = 0  # their number for position 0
+    token_types: int = 0  # rows of a table embed_types, whose row 0 is added to the embeddings; 0: none
+    embed_width: int = 0  # columns of the embedding, which embed_proj brings to `hidden`; 0: it has that many
+    embed_bias: bool = True  # embed_proj has a bias
+    embed_norm: str = ""  # the module of a norm of the embeddings
+    embed_norm_first: bool = False  # it comes before positions are added, not after
+    per_layer: int = 0  # columns of a second embedding, embed_tokens_per_layer, that each layer has of its own; 0: none
+    per_layer_rows: int = 0  # rows of that table
+    layer_scalar: bool = False  # each layer's result is multiplied by the one value of layer_scalar
+    attn_gate: str = ""  # the linear whose sigmoid multiplies the attention's result, before o_proj
+    attn_scale: float = 1.0  # on attention's result beside a mixer
+    mixer_scale: float = 1.0  # on the mixer's result beside attention
+    gate_scale: float = 1.0  # on the gate of the MLP, before the activation
+    mlp_scale: float = 1.0  # on the MLP's result
+    mlp_mix: tuple[float, float] = (1.0, 1.0)  # factors on the residual and on the MLP's result where they are added
+    normed_residual: bool = False  # the residual is what the norm before attention, or before the MLP, yields
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    prefix: str = "model."
+    table: str = ""  # the module that holds the embedding, if it is not embed_tokens
+    final_norm: str = "norm"  # the module of the norm before the head; empty: none
+    head: str = ""  # the module of the head, if it is not lm_head beside the inner model
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def source(self, name: str) -> str:
+        """The checkpoint's source (notation of program/source.py) of a tensor or module that has `name` in Llama."""
+        for part, found in self.sources.items():
+            name = re.sub(rf"(?<![^.]){re.escape(part)}(?![^.])", found.replace("\\", r"\\"), name, count=1)
+        return name
+
+    @property
+    def head_source(self) -> str:
+        """Name of the output head's module in the checkpoint."""
+        outer = "" if self.prefix.startswith("model.") else self.prefix.removesuffix("model.")
+        return self.head or outer + "lm_head"
+
+
+def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """Arguments for Decoder that all families read from the same config keys, checked against each other.
+
+    act, eps: config keys of the activation and of the norms' epsilon, whose names differ. Raises PortError.
+    """
+    hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
+    kv_heads = c.whole("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise PortError(f"config.json: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    if c.get("head_dim") is None and hidden % heads:
+        raise PortError(
+            f"config.json: hidden_size={hidden} is not a multiple of num_attention_heads={heads}; give head_dim"
+        )
+    head_dim = c.whole("head_dim", hidden // heads)
+    return {
+        "vocabulary": c.whole("vocab_size"),
+        "hidden": hidden,
+        "intermediate": c.whole("intermediate_size"),
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "context": c.whole("max_position_embeddings"),
+        "activation": c.activation(act),
+        "eps": c.real(eps),
+        "tied": c.flag("tie_word_embeddings"),
+        "scale": head_dim**-0.5,
+    }
+
+
+def layer_norm_sizes(c: Config, eps: str) -> dict[str, Any]:
+    """Arguments for Decoder of models before rope: LayerNorms and linears with biases, an MLP without a gate.
+
+    As many K/V heads as heads, of hidden_size / heads columns. eps: as for sizes(). Raises PortError.
+    """
+    c.table |= {"num_key_value_heads": None, "head_dim": None}
+    return sizes(c, eps=eps) | {
+        "norm": "layer", "norm_bias": True, "gated": False, "ropes": {}, "qkv_bias": True, "o_bias": True,
+        "mlp_bias": True, "layers": (Layer(""),) * c.whole("num_hidden_layers"),
+    }  # fmt: skip
+
+
+def window(c: Config, kind: str) -> int:
+    """Attention window in tokens of a layer of this attention type; 0 for full attention."""
+    return c.whole("sliding_window") if kind == "sliding_attention" else 0
+
+
+def uniform_layers(c: Config, s: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """The arguments `layers` and `ropes` of Decoder for a model whose layers share one rope table.
+
+    s: the arguments from sizes(). Windows follow the key layer_types.
+    """
+    ropes = {"rope": table(c, parameters(c), s["head_dim"], context)}
+    return {"ropes": ropes, "layers": tuple(Layer(window=window(c, kind)) for kind in c.layer_types())}
+
+
+def sparse(d: Decoder, where: Callable[[int], bool] = lambda i: True) -> Decoder:
+    """A copy of the decoder with its mixture of experts in the layers for which `where(i)` is true."""
+    return replace(d, layers=tuple(replace(layer, sparse=where(i)) for i, layer in enumerate(d.layers)))

@@ -1,0 +1,53 @@
+"""The latent attention block (DeepSeek-V2, 2024, section 2.1): one narrow latent per token is cached for all heads.
+
+Written in the absorbed form: queries are projected into the latent space and results out of it, head by head, so that
+the cache is read once for all heads, and keys and values are never materialised.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from intaglio.models.decoder.description import Latent, Layer
+from intaglio.models.decoder.writer import Writer
+from intaglio.ops import Attend, HeadLinear, KvWrite, Norm, Rope
+
+
+def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
+    """Write the attention ops of layer `i`. Returns the name of the result."""
+    d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
+    turn = d.ropes[layer.rope]
+    how: dict[str, Any] = {"style": turn.style, "factor": turn.factor}
+    table = f"{layer.rope}.frequencies"
+    q = _queries(w, m, at, source, x)
+    q = b.op(Rope, at + "q_rope", q, "positions", table, head_dim=m.nope + m.rope, trailing=True, **how)
+    both = w.linear(at + "kv_a_proj", x, m.rank + m.rope, d.hidden, source + "kv_a_proj_with_mqa", d.o_bias)
+    c = b.view(at + "latent", both, 0, m.rank)
+    c = _norm(w, m, at + "kv_norm", c, m.rank, source + "kv_a_layernorm")
+    k = b.view(at + "k_pe", both, m.rank, m.rank + m.rope)
+    k = b.op(Rope, at + "k_rope", k, "positions", table, head_dim=m.rope, **how)
+    latents, ropes = b.cache(at + "latent_cache", 1, m.rank, w.cache), b.cache(at + "rope_cache", 1, m.rope, w.cache)
+    b.op(KvWrite, at + "kv_write", c, k, latents, ropes)
+    each = m.nope + m.value  # rows of a head in the up-projection: keys, then values
+    up = source + "kv_b_proj.weight"
+    keys = w.tensor(at + "k_up", (d.heads, m.rank, m.nope), f"{up}|h{d.heads}|r0:{m.nope}/{each}|T", plain=True)
+    values = w.tensor(at + "v_up", (d.heads, m.value, m.rank), f"{up}|h{d.heads}|r{m.nope}:{each}/{each}", plain=True)
+    q = b.op(HeadLinear, at + "absorb", q, keys)
+    a = b.op(Attend, at + "attend", q, latents, latents, rope_cache=ropes, heads=d.heads, scale=d.scale)
+    a = b.op(HeadLinear, at + "v_proj", a, values)
+    return w.linear(at + "o_proj", a, d.hidden, d.heads * m.value, source + "o_proj", d.o_bias)
+
+
+def _queries(w: Writer, m: Latent, at: str, source: str, x: str) -> str:
+    """Write the queries [T, heads * (nope + rope)], compressed to q_rank columns first if q_rank is not 0."""
+    width = w.d.heads * (m.nope + m.rope)
+    if not m.q_rank:
+        return w.linear(at + "q_proj", x, width, w.d.hidden, source + "q_proj")
+    x = w.linear(at + "q_a_proj", x, m.q_rank, w.d.hidden, source + "q_a_proj", w.d.o_bias)
+    x = _norm(w, m, at + "q_norm", x, m.q_rank, source + "q_a_layernorm")
+    return w.linear(at + "q_b_proj", x, width, m.q_rank, source + "q_b_proj")
+
+
+def _norm(w: Writer, m: Latent, site: str, x: str, width: int, source: str) -> str:
+    """Write the RMS norm of a latent. Returns the name of the result."""
+    return w.b.op(Norm, site, x, weight=w.weight(site, "weight", (width,), source), eps=m.eps)

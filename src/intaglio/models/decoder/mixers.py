@@ -1,0 +1,147 @@
+"""Descriptions of the blocks with recurrent state that replace attention in a layer. recurrent.py writes their ops.
+
+Each has a field `block`, the name of its module in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ConvMixer:
+    """A gated short convolution (LFM2): out_proj(c * conv(b * x)), where in_proj gives b, c and x.
+
+    Attributes:
+        taps: tokens that the convolution reads: the current one and taps - 1 before it.
+        bias: projections and convolution have biases.
+    """
+
+    taps: int
+    bias: bool
+    block: str = "conv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SsmMixer:
+    """A Mamba-2 block: in_proj gives gate, x, B, C and step; x, B and C pass a short convolution and silu.
+
+    Attributes:
+        heads: number of heads.
+        head_dim: columns of x per head.
+        groups: heads of a group share B and C.
+        state: columns of B and C per group.
+        taps: tokens that the convolution reads.
+        eps: epsilon of the norm.
+        norm: order of norm and gate: "gated" (times silu(gate), then normed), "first" (normed, then times silu(gate))
+            or "" (times silu(gate), no norm). The columns of each group are normed by themselves.
+        bias: the projections have biases.
+        conv_bias: the convolution has a bias.
+        out_bias: out_proj has a bias.
+        low: smallest step size; smaller ones become `low`.
+        high: largest step size; larger ones become `high`; 0: no limit.
+        scales: factors of gate, x, B, C and step after in_proj (Falcon-H1); (): none.
+    """
+
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    taps: int
+    eps: float
+    norm: str = "gated"
+    bias: bool = False
+    conv_bias: bool = True
+    out_bias: bool = False
+    low: float = 0.0
+    high: float = 0.0
+    scales: tuple[float, ...] = ()
+    block: str = "mamba"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanMixer:
+    """A Mamba block: in_proj gives x and gate. x passes a short convolution and silu; x_proj of it gives step, B and C.
+
+    Attributes:
+        inner: columns of x.
+        state: columns of B and C.
+        rank: columns of the step before dt_proj.
+        taps: tokens that the convolution reads.
+        eps: epsilon of the RMS norms of step, B and C; 0: they are not normed.
+        weights: True if these norms have weights.
+        bias: in_proj and out_proj have biases.
+        conv_bias: the convolution has a bias.
+    """
+
+    inner: int
+    state: int
+    rank: int
+    taps: int
+    eps: float = 0.0
+    weights: bool = False
+    bias: bool = False
+    conv_bias: bool = True
+    block: str = "mixer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaMixer:
+    """A gated delta net: q, k and v pass a short convolution and silu; q and k are normed to length 1.
+
+    Attributes:
+        key_heads: heads of q and k.
+        heads: heads of v.
+        keys: columns of a key head.
+        values: columns of a value head.
+        taps: tokens that the convolution reads.
+        eps: of the norm before the gate.
+        fused: the checkpoint has q, k, v and gate in one weight in_proj_qkvz, and beta and step in in_proj_ba, each
+            grouped by key head (Qwen3-Next); False: in_proj_qkv, in_proj_z, in_proj_b and in_proj_a.
+    """
+
+    key_heads: int
+    heads: int
+    keys: int
+    values: int
+    taps: int
+    eps: float
+    fused: bool = False
+    block: str = "linear_attn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LruMixer:
+    """A block of Griffin: linear_out(lru(conv(linear_x(x))) * activation(linear_y(x))), all with biases.
+
+    Attributes:
+        width: columns of the recurrence.
+        heads: blocks of columns, each with matrices of its own for the gates.
+        taps: tokens that the convolution reads.
+    """
+
+    width: int
+    heads: int
+    taps: int
+    block: str = "temporal_block"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LightningMixer:
+    """Lightning attention: linear attention with a constant decay per head, a norm, and a sigmoid gate.
+
+    Attributes:
+        heads: number of heads.
+        head_dim: columns of a head.
+        rates: log decay of each head.
+        eps: of the norm.
+    """
+
+    heads: int
+    head_dim: int
+    rates: tuple[float, ...]
+    eps: float = 1e-6
+    block: str = "self_attn"
+
+
+Mixer = ConvMixer | SsmMixer | ScanMixer | DeltaMixer | LruMixer | LightningMixer

@@ -1,0 +1,78 @@
+"""The MLP block of a layer: an MLP, or a mixture of experts with router and shared expert."""
+
+from __future__ import annotations
+
+from intaglio.models.decoder.description import Mixture
+from intaglio.models.decoder.writer import Writer
+from intaglio.ops import Experts, Map, Route
+
+
+def write_dense(w: Writer, at: str, source: str, x: str, width: int, bias: bool, fused: str = "gate_up_proj") -> str:
+    """Write an MLP of inner width `width` at site `at`, with a gate if the model has one.
+
+    Returns the name of the result.
+    """
+    d = w.d
+    if d.gated:
+        gate, up = w.parts(at, source, x, {"gate_proj": width, "up_proj": width}, fused, bias)
+        inner = "a" if d.gate_scale == 1 else f"a * {d.gate_scale!r}"
+        y = w.b.op(Map, at + "glu", gate, b=up, expr=f"{d.activation}({inner}) * b")
+    else:
+        up = w.linear(at + "up_proj", x, width, d.hidden, source + "up_proj", bias)
+        xielu = d.activation == "xielu"
+        y = _xielu(w, at, source, x, up) if xielu else w.b.op(Map, at + "act", up, expr=f"{d.activation}(a)")
+    if "mlp.inner_norm" in d.norms:
+        y = w.norm(at + "inner_norm", y, width, source + d.norms["mlp.inner_norm"])
+    y = w.linear(at + "down_proj", y, d.hidden, width, source + "down_proj", bias)
+    return w.scaled(at + "scale", y, d.mlp_scale)
+
+
+def _xielu(w: Writer, at: str, source: str, x: str, up: str) -> str:
+    """Write xIELU (Huang & Schlag 2024) of `up`: p u^2 + u / 2 above 0, and n (e^u - 1 - u) + u / 2 below.
+
+    p = softplus(alpha_p) and n = 1/2 + softplus(alpha_n) are learned, one of each in a layer.
+    """
+    b, act = w.b, source + "act_fn."
+    p = b.op(Map, at + "act.p", w.scalar(at + "act.alpha_p", x, act + "alpha_p"), expr="softplus(a)")
+    n = b.op(Map, at + "act.n", w.scalar(at + "act.alpha_n", x, act + "alpha_n"), expr="softplus(a) + 0.5")
+    above = b.op(Map, at + "act.above", up, b=p, expr="relu2(a) * b + 0.5 * a")
+    below = "a + b * (exp(0.0 - relu(0.0 - c)) - 1.0 + relu(0.0 - c))"
+    return b.op(Map, at + "act", above, b=n, c=up, expr=below)
+
+
+def write_mixture(w: Writer, m: Mixture, i: int, x: str) -> str:
+    """Write the mixture of experts of layer `i`. Returns the name of the result."""
+    b, at, source = w.b, f"layers.{i}.mlp.", f"{w.d.prefix}layers.{i}.{m.block}."
+    logits = w.linear(at + "router", x, m.count, w.d.hidden, source + m.router, m.router_bias)
+    bias = w.tensor(at + "router.correction", (m.count,), source + m.correction) if m.correction else None
+    weights = b.op(Route, at + "route", logits, bias=bias, ids=at + "route.ids", top=m.top, **m.route)
+    inner, outer = (m.count, m.width, w.d.hidden), (m.count, w.d.hidden, m.width)
+    names = ("gate", "up", "down")
+    stacks = [
+        w.stack(f"{at}experts.{n}", shape, source + m.source(s))
+        for n, shape, s in zip(names, (inner, inner, outer), m.sources, strict=True)
+    ]
+    gate, up, down = (source + m.source(s) for s in m.sources)
+    orders = {
+        "order": w.orders(f"{at}experts.order", inner[::2], gate, up),
+        "down_order": w.orders(f"{at}experts.down_order", outer[::2], down),
+    }
+    biases = {
+        f"{n}_bias": w.tensor(f"{at}experts.{n}_bias", shape, source + m.source(s))
+        for n, shape, s in zip(names, (inner[:2], inner[:2], outer[:2]), m.biases or (), strict=False)
+    }
+    how = {"activation": w.d.activation, "x_format": w.x_format(stacks[0]), **m.glu, **biases, **orders}
+    y = b.op(Experts, at + "experts", x, weights, at + "route.ids", *stacks, **how)
+    return _shared(w, m, i, x, y) if m.shared else y
+
+
+def _shared(w: Writer, m: Mixture, i: int, x: str, y: str) -> str:
+    """Write the shared expert and its sum with the routed experts' result `y`. Returns the name of the sum."""
+    at, source = f"layers.{i}.mlp.shared.", f"{w.d.prefix}layers.{i}.{m.block}.{m.shared_source}."
+    shared = write_dense(w, at, source, x, m.shared, bias=m.shared_bias, fused="")
+    if not m.shared_gate:
+        return w.b.op(Map, f"layers.{i}.mlp.join", y, b=shared, expr=m.join)
+    gate = w.linear(
+        f"layers.{i}.mlp.shared_gate", x, 1, w.d.hidden, f"{w.d.prefix}layers.{i}.{m.block}.{m.shared_gate}"
+    )
+    return w.b.op(Map, f"layers.{i}.mlp.join", y, b=shared, c=gate, expr="a + b * sigmoid(c)")

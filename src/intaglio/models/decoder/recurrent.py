@@ -1,0 +1,230 @@
+"""Writes the ops of the blocks with recurrent state, which mixers.py describes."""
+
+from __future__ import annotations
+
+from intaglio.models.decoder.mixers import (
+    ConvMixer,
+    DeltaMixer,
+    LightningMixer,
+    LruMixer,
+    Mixer,
+    ScanMixer,
+    SsmMixer,
+)
+from intaglio.models.decoder.writer import Writer
+from intaglio.ops import Decay, HeadLinear, LinearAttention, Map, Norm, RgLru, SelectiveScan, ShortConv
+from intaglio.program.source import parts_of
+
+
+def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
+    """Write the mixer `m` of layer `i`, which reads x. Returns the name of the result.
+
+    The functions below do the same for one type of mixer. at, source: prefixes of the names of its sites in the Program
+    and of its modules in the checkpoint.
+    """
+    at, source = f"layers.{i}.{m.block}.", f"{w.d.prefix}layers.{i}.{m.block}."
+    match m:
+        case ConvMixer():
+            return write_conv(w, m, at, source, x)
+        case SsmMixer():
+            return write_ssm(w, m, at, source, x)
+        case ScanMixer():
+            return write_scan(w, m, at, source, x)
+        case DeltaMixer():
+            return write_delta(w, m, at, source, x)
+        case LruMixer():
+            return write_lru(w, m, at, source, x)
+        case LightningMixer():
+            return write_lightning(w, m, at, source, x)
+
+
+def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
+    """Write a gated short convolution."""
+    b, n = w.b, w.d.hidden
+    joint = w.linear(at + "in_proj", x, 3 * n, n, source + "in_proj", m.bias)
+    gate, out, value = w.views(joint, {at + "b": n, at + "c": n, at + "x": n})
+    y = b.op(Map, at + "gated", value, b=gate, expr="a * b")
+    y = short_conv(w, at + "conv", source + "conv", y, n, m.taps, m.bias)
+    y = b.op(Map, at + "out", y, b=out, expr="a * b")
+    return w.linear(at + "out_proj", y, n, n, source + "out_proj", m.bias)
+
+
+def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
+    """Write a Mamba-2 block."""
+    b, inner, group = w.b, m.heads * m.head_dim, m.groups * m.state
+    wide = inner + 2 * group
+    joint = w.linear(at + "in_proj", x, inner + wide + m.heads, w.d.hidden, source + "in_proj", m.bias)
+    if m.scales:
+        widths = {"gate": inner, "x_in": inner, "b_in": group, "c_in": group, "dt": m.heads}
+        parts = zip(w.views(joint, {at + n: width for n, width in widths.items()}), m.scales, strict=True)
+        gate, *mixed, step = (w.scaled(f"{n}_scale", n, by) for n, by in parts)
+        value, keys, queries = (
+            convolved(w, f"{at}{n}_", source + "conv1d", part, width, m.taps, m.conv_bias, (start, wide))
+            for n, part, width, start in zip(
+                "xbc", mixed, (inner, group, group), (0, inner, inner + group), strict=True
+            )
+        )
+    else:
+        gate, together, step = w.views(joint, {at + "gate": inner, at + "mixed": wide, at + "dt": m.heads})
+        y = convolved(w, at, source + "conv1d", together, wide, m.taps, m.conv_bias)
+        value, keys, queries = w.views(y, {at + "x": inner, at + "b": group, at + "c": group})
+    step, log_decay = decay(w, at, source, step, m.heads, m.low, m.high)
+    skip = w.tensor(at + "skip", (m.heads,), source + "D", plain=True)
+    y = b.op(
+        LinearAttention, at + "scan", queries, keys, value, b.state(at + "state", m.heads, m.state, m.head_dim),
+        decay=log_decay, beta=step, skip=skip, heads=m.heads,
+    )  # fmt: skip
+    y = gated_norm(w, m, at, source, y, gate)
+    return w.linear(at + "out_proj", y, w.d.hidden, inner, source + "out_proj", m.out_bias)
+
+
+def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) -> str:
+    """Write the gate and the norm of a Mamba-2 block, in the order of `m.norm`. Returns the name of the result."""
+    inner = m.heads * m.head_dim
+    if m.norm != "first":
+        y = w.b.op(Map, at + "gated", y, b=gate, expr="a * silu(b)")
+    if m.norm:
+        weight = w.weight(at + "norm", "weight", (inner,), source + "norm")
+        y = w.b.op(Norm, at + "norm", y, weight=weight, eps=m.eps, group=inner // m.groups if m.groups > 1 else 0)
+    return w.b.op(Map, at + "gated", y, b=gate, expr="a * silu(b)") if m.norm == "first" else y
+
+
+def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
+    """Write a Mamba block."""
+    b, n = w.b, m.inner
+    joint = w.linear(at + "in_proj", x, 2 * n, w.d.hidden, source + "in_proj", m.bias)
+    value, gate = w.views(joint, {at + "value": n, at + "gate": n})
+    value = convolved(w, at, source + "conv1d", value, n, m.taps, m.conv_bias)
+    selected = w.linear(at + "x_proj", value, m.rank + 2 * m.state, n, source + "x_proj")
+    widths = {"dt": m.rank, "b": m.state, "c": m.state}
+    parts = w.views(selected, {at + name: width for name, width in widths.items()})
+    if m.eps:
+        for j, (name, width) in enumerate(widths.items()):
+            weight = (
+                w.weight(f"{at}{name}_norm", "weight", (width,), f"{source}{name}_layernorm") if m.weights else None
+            )
+            parts[j] = b.op(Norm, f"{at}{name}_norm", parts[j], weight=weight, eps=m.eps)
+    step = w.linear(at + "dt_proj", parts[0], n, m.rank, source + "dt_proj", bias=True)
+    rate = w.tensor(at + "rate", (n, m.state), source + "A_log", plain=True)
+    skip = w.tensor(at + "skip", (n,), source + "D", plain=True)
+    state = b.state(at + "state", n, m.state)
+    y = b.op(SelectiveScan, at + "scan", value, step, parts[1], parts[2], rate, skip, state)
+    y = b.op(Map, at + "gated", y, b=gate, expr="a * silu(b)")
+    return w.linear(at + "out_proj", y, w.d.hidden, n, source + "out_proj", m.bias)
+
+
+def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
+    """Write a gated delta net."""
+    b, key, value = w.b, m.key_heads * m.keys, m.heads * m.values
+    y, gate, beta, step = (fused_inputs if m.fused else inputs)(w, m, at, source, x)
+    y = convolved(w, at, source + "conv1d", y, 2 * key + value, m.taps, bias=False)
+    q, k, v = w.views(y, {at + "q": key, at + "k": key, at + "v": value})
+    q, k = (b.op(Norm, f"{n}_norm", n, norm="l2", eps=1e-6, group=m.keys) for n in (q, k))
+    beta = b.op(Map, at + "beta", beta, expr="sigmoid(a)")
+    _, log_decay = decay(w, at, source, step, m.heads)
+    y = b.op(
+        LinearAttention, at + "scan", q, k, v, b.state(at + "state", m.heads, m.keys, m.values), decay=log_decay,
+        beta=beta, heads=m.heads, delta=True, scale=m.keys**-0.5,
+    )  # fmt: skip
+    weight = w.weight(at + "norm", "weight", (m.values,), source + "norm")
+    y = b.op(Norm, at + "norm", y, weight=weight, eps=m.eps, group=m.values)
+    y = b.op(Map, at + "gated", y, b=gate, expr="a * silu(b)")
+    return w.linear(at + "out_proj", y, w.d.hidden, value, source + "out_proj")
+
+
+def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
+    """Write a block of Griffin."""
+    b, n, dim = w.b, m.width, m.width // m.heads
+    y = w.linear(at + "linear_y", x, n, w.d.hidden, source + "linear_y", bias=True)
+    y = b.op(Map, at + "y_act", y, expr=f"{w.d.activation}(a)")
+    value = w.linear(at + "linear_x", x, n, w.d.hidden, source + "linear_x", bias=True)
+    value = short_conv(w, at + "conv", source + "conv_1d", value, n, m.taps, bias=True)
+    gates, biases = [], []
+    for name in ("input_gate", "recurrent_gate"):
+        matrix = w.tensor(f"{at}{name}.weight", (m.heads, dim, dim), f"{source}rg_lru.{name}_weight|T", plain=True)
+        gates.append(b.op(HeadLinear, at + name, value, matrix))
+        biases.append(w.tensor(f"{at}{name}.bias", (n,), f"{source}rg_lru.{name}_bias|f", plain=True))
+    rate = w.tensor(at + "rate", (n,), source + "rg_lru.recurrent_param", plain=True)
+    h = b.op(RgLru, at + "lru", value, *gates, rate, *biases, b.state(at + "state", n))
+    h = b.op(Map, at + "gated", h, b=y, expr="a * b")
+    return w.linear(at + "linear_out", h, w.d.hidden, n, source + "linear_out", bias=True)
+
+
+def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) -> str:
+    """Write lightning attention."""
+    b, n, dim = w.b, m.heads * m.head_dim, m.head_dim
+    y = w.joined(at + "qkv_proj", x, 3 * n, parts_of(f"{source}qkv_proj.weight", (dim, dim, dim)))
+    y = b.op(Map, at + "qkv_act", y, expr=f"{w.d.activation}(a)")
+    q, k, v = w.views(y, {at + "q": n, at + "k": n, at + "v": n})
+    rates = b.const(at + "rates", m.rates)
+    y = b.op(
+        LinearAttention, at + "scan", q, k, v, b.state(at + "state", m.heads, dim, dim), rates=rates, heads=m.heads
+    )
+    y = b.op(Norm, at + "norm", y, weight=w.weight(at + "norm", "weight", (n,), source + "norm"), eps=m.eps)
+    gate = w.linear(at + "output_gate", x, n, w.d.hidden, source + "output_gate")
+    y = b.op(Map, at + "gated", y, b=gate, expr="a * sigmoid(b)")
+    return w.linear(at + "out_proj", y, w.d.hidden, n, source + "out_proj")
+
+
+def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
+    """Write the input projections of a gated delta net.
+
+    Returns the names of [q, k and v side by side; gate; beta; step].
+    """
+    value = m.heads * m.values
+    widths = {"qkv": 2 * m.key_heads * m.keys + value, "z": value, "b": m.heads, "a": m.heads}
+    return [w.linear(f"{at}in_proj_{n}", x, width, w.d.hidden, f"{source}in_proj_{n}") for n, width in widths.items()]
+
+
+def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
+    """Write the same projections as inputs(), from the two fused weights of Qwen3-Next.
+
+    in_proj_qkvz has the rows of q, k, v and gate of the first key head, then those of the next; in_proj_ba the rows of
+    beta and step in the same way.
+    """
+    shared = m.heads // m.key_heads  # value heads of a key head
+    value = shared * m.values
+    *qkv, gate = parts_of(f"{source}in_proj_qkvz.weight", (m.keys, m.keys, value, value))
+    beta, step = parts_of(f"{source}in_proj_ba.weight", (shared, shared))
+    return [
+        w.joined(at + "in_proj_qkv", x, m.key_heads * (2 * m.keys + value), qkv),
+        w.joined(at + "in_proj_z", x, m.heads * m.values, [gate]),
+        w.joined(at + "in_proj_b", x, m.heads, [beta]),
+        w.joined(at + "in_proj_a", x, m.heads, [step]),
+    ]
+
+
+def decay(
+    w: Writer, at: str, source: str, step: str, heads: int, low: float = 0.0, high: float = 0.0
+) -> tuple[str, str]:
+    """Write the op decay with the checkpoint's A_log and dt_bias.
+
+    Returns the names of (step sizes, log decays), [T, heads] each.
+    """
+    rate = w.tensor(at + "rate", (heads,), source + "A_log", plain=True)
+    bias = w.tensor(at + "dt_bias", (heads,), source + "dt_bias", plain=True)
+    name = w.b.op(Decay, at + "step", step, rate, bias=bias, low=low, high=high)
+    return name, f"{name}.decay"
+
+
+def convolved(
+    w: Writer, at: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
+) -> str:
+    """Write a short convolution and silu. Arguments as for short_conv(). Returns the name of the result."""
+    y = short_conv(w, at + "conv", source, x, width, taps, bias, part)
+    return w.b.op(Map, at + "conv_act", y, expr="silu(a)")
+
+
+def short_conv(
+    w: Writer, site: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
+) -> str:
+    """Write a short convolution of `width` channels, with its state. Returns the name of the result.
+
+    source: the module. part: (first channel, number of channels of the module), if these are not all of them.
+    """
+    cut = f"{part[0]}:{part[0] + width}/{part[1]}" if part else ""
+    weight = w.tensor(f"{site}.weight", (width, taps), f"{source}.weight|m" + (f"|r{cut}" if cut else ""), plain=True)
+    more = {}
+    if bias:
+        more["bias"] = w.tensor(f"{site}.bias", (width,), f"{source}.bias" + (f"|c{cut}" if cut else ""), plain=True)
+    return w.b.op(ShortConv, site, x, weight, w.b.state(f"{site}.state", taps - 1, width), **more)

@@ -1,0 +1,245 @@
+"""Tables of rotary frequencies, as in transformers: default, linear, dynamic NTK, llama3, yarn and longrope.
+
+Reads both forms of config.json: `rope_theta` with `rope_scaling`, and `rope_parameters`, flat or per layer type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from intaglio.models.config import Config, PortError, Settings
+
+TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A rope table: the frequencies of rotary position embedding.
+
+    Attributes:
+        frequencies: rotary_dim / 2 floats, rounded to float32.
+        factor: scale of cos and sin.
+        style: which columns of a head are rotated together: half (i, i + d/2) or interleaved (2i, 2i + 1).
+    """
+
+    frequencies: tuple[float, ...]
+    factor: float = 1.0
+    style: str = "half"
+
+
+def parameters(c: Config, kind: str = "", theta: str = "rope_theta", scaled: bool = True) -> Settings:
+    """The rope settings of layers of type `kind`, in the form of `rope_parameters`.
+
+    theta: the key of the base in the older form of config.json. scaled: whether the older form's rope_scaling applies
+    to these layers. As in transformers 5, a rope_scaling that is set replaces a flat rope_parameters, and overrides
+    keys of the full_attention settings of one per layer type.
+    """
+    flat, nested = c.get("rope_parameters", {}), ""
+    if not isinstance(flat, Mapping):
+        raise PortError(f"config.json: rope_parameters={flat!r}; wanted an object {{...}}")
+    if any(isinstance(v, Mapping) for v in flat.values()):
+        nested = kind
+        if flat.get(kind) is None:
+            raise PortError(
+                f"config.json: rope_parameters has {', '.join(flat)} but nothing for {kind or 'all layers'}"
+            )
+    out, old = c.settings("rope_parameters", nested), Settings({})
+    scaling = c.settings("rope_scaling")
+    if scaling and nested and scaled:
+        _lay_over(c, out, scaling)
+    elif scaling and scaled and not nested:
+        old, out = out, scaling
+    if "rope_theta" not in out:
+        out["rope_theta"] = c.real(theta)
+    out.setdefault("rope_type", out.get("type", "default"))
+    out.setdefault("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))
+    pretrained = c.get("original_max_position_embeddings")
+    if pretrained:  # transformers gives the outer key priority (Phi-3)
+        out["original_max_position_embeddings"] = pretrained
+    elif out.get("original_max_position_embeddings") is None:
+        out["original_max_position_embeddings"] = c.whole("max_position_embeddings")
+    if old:
+        lost = {k: v for k, v in old.items() if k not in ("rope_type", "type") and dict(out).get(k, 1.0) != v}
+        c.replaced["rope_parameters"] = "rope_scaling takes its place, as in transformers 5" + (
+            f", and so {lost!r} has no effect; to keep a value, write it into rope_scaling" if lost else ""
+        )
+    return out
+
+
+def _lay_over(c: Config, out: Settings, scaling: Settings) -> None:
+    """Override rope settings `out` with those of rope_scaling."""
+    for key in scaling:
+        out[key] = scaling[key]
+    if "type" in scaling and "rope_type" not in scaling:
+        out["rope_type"] = scaling["type"]
+
+
+def lengths(c: Config) -> tuple[int, int, bool]:
+    """(default context, longest context, True if rope differs beyond the default), from length and rope scaling.
+
+    - YaRN: factor * original length, if that is more than max_position_embeddings.
+    - LongRoPE: by default the original length, up to which its short factors apply. One Program has one table, and the
+      long factors would change short sequences too.
+    - Dynamic NTK: likewise by default the length without scaling.
+    - Linear scaling that max_position_embeddings does not include: up to factor times it.
+    """
+    n = c.whole("max_position_embeddings")
+    scaling = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping):
+        return n, n, False
+    nested = scaling.get("full_attention")
+    p = nested if isinstance(nested, Mapping) else scaling
+    kind, factor = p.get("rope_type", p.get("type", "default")), p.get("factor") or 1.0
+    pretrained = c.get("original_max_position_embeddings") or p.get("original_max_position_embeddings") or n
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in (factor, pretrained)):
+        return n, n, False
+    if "short_factor" in p:
+        return int(min(n, pretrained)), n, pretrained < n
+    if kind == "yarn":
+        n = max(n, int(factor * pretrained))
+        return n, n, False
+    longer = max(n, int(factor * n)) if kind in ("dynamic", "linear") and p is scaling else n
+    return n, longer, kind == "dynamic" and longer > n
+
+
+def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "half", partial: bool = False) -> Table:
+    """The rope Table of the settings `p`. partial: the family may rotate only part of each head.
+
+    LongRoPE's long factors are chosen if `context`, the length that the Program is compiled for, exceeds the pretrained
+    length; dynamic NTK's base is that of a sequence of `context` tokens. transformers chooses by the longest sequence
+    in the batch; then a sequence's logits would depend on the batch, and keys written earlier would have other
+    frequencies than later ones.
+    """
+    kind, part = p["rope_type"], p["partial_rotary_factor"]
+    if kind not in TYPES:
+        raise PortError(f"config.json: rope type {kind!r} is not ported; known are {', '.join(TYPES)}")
+    if part != 1 and not partial and kind != "proportional":
+        raise PortError(f"config.json: partial_rotary_factor={part}, but this family rotates whole heads")
+    dim = head_dim if kind == "proportional" else int(head_dim * part)
+    if dim < 2 or dim > head_dim or dim % 2:
+        raise PortError(
+            f"config.json: rope rotates {dim} columns of head_dim={head_dim} (partial_rotary_factor="
+            f"{part}); wanted an even number from 2 to {head_dim}"
+        )
+    try:
+        frequencies, factor = _BUILD[kind](c, p, dim, context)
+    except KeyError as e:
+        raise PortError(f"config.json: rope type {kind!r} needs {e.args[0]!r}, which is missing") from None
+    return Table(tuple(float(f) for f in frequencies.astype(np.float32)), float(factor), style)
+
+
+def powers(p: Mapping[str, Any], dim: int) -> np.ndarray:
+    """theta^(2i / dim) for each i < dim / 2, in float32, correctly rounded; within 1 ulp of torch's float32 result."""
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return (float(p["rope_theta"]) ** exponents.astype(np.float64)).astype(np.float32)
+
+
+def _default(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
+    """(frequencies, attention factor) of rope without scaling."""
+    return np.float32(1) / powers(p, dim), 1.0
+
+
+def _linear(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
+    """(frequencies, attention factor) of linear scaling: all frequencies divided by the scaling factor."""
+    return np.float32(1) / powers(p, dim) / np.float32(p["factor"]), 1.0
+
+
+def _dynamic(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
+    """(frequencies, attention factor) of dynamic NTK for sequences of `context` tokens.
+
+    Beyond max_position_embeddings the base is larger.
+    """
+    length, factor = c.whole("max_position_embeddings"), float(p["factor"])
+    stretch = factor * max(context, length) / length - (factor - 1)
+    return np.float32(1) / powers({"rope_theta": float(p["rope_theta"]) * stretch ** (dim / (dim - 2))}, dim), 1.0
+
+
+def _llama3(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
+    """(frequencies, attention factor) of Llama 3's scaling.
+
+    Low frequencies are divided by the scaling factor, high ones kept, those between interpolated.
+    """
+    plain = np.float32(1) / powers(p, dim)
+    factor, low, high = (np.float32(p[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    pretrained = p["original_max_position_embeddings"]
+    wave = np.float32(2 * math.pi) / plain
+    smooth = (np.float32(pretrained) / wave - low) / (high - low)
+    blended = (np.float32(1) - smooth) * plain / factor + smooth * plain
+    long, short = wave > pretrained / float(low), wave < pretrained / float(high)
+    return np.where(long, plain / factor, np.where(short, plain, blended)), 1.0
+
+
+def mscale(factor: float, by: float = 1.0) -> float:
+    """YaRN's attention scale 0.1 * by * ln(factor) + 1, for a context `factor` times the pretrained one.
+
+    1 for factor <= 1.
+    """
+    return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
+    """(frequencies, attention factor) of YaRN (Peng et al. 2023): low ones interpolated, high ones kept.
+
+    Between two limits they are blended linearly. The limits are numbers of rotations within the pretrained length
+    (beta_fast 32, beta_slow 1).
+    """
+    pretrained, base = p["original_max_position_embeddings"], float(p["rope_theta"])
+    factor = float(p["factor"] or c.whole("max_position_embeddings") / pretrained)
+
+    def pair(turns: float) -> float:
+        return dim * math.log(pretrained / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = pair(p.get("beta_fast") or 32), pair(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32((high - low) or 0.001)
+    keep = np.float32(1) - np.clip(ramp, 0, 1).astype(np.float32)
+    slow = np.float32(1) / (np.float32(factor) * powers(p, dim))
+    frequencies = slow * (np.float32(1) - keep) + np.float32(1) / powers(p, dim) * keep
+
+    both = p.get("mscale") and p.get("mscale_all_dim")
+    usual = mscale(factor, p["mscale"]) / mscale(factor, p["mscale_all_dim"]) if both else mscale(factor)
+    given = p.get("attention_factor")
+    return frequencies, usual if given is None else given
+
+
+def _longrope(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
+    """(frequencies, attention factor) of LongRoPE (Ding et al. 2024), with one divisor per pair of columns.
+
+    The attention factor is sqrt(1 + ln(factor) / ln(pretrained length)).
+    """
+    pretrained = p["original_max_position_embeddings"]
+    short, long = p["short_factor"], p["long_factor"]
+    divisors = long if context > pretrained else short
+    for key, held in (("short_factor", short), ("long_factor", long)):
+        if len(held) != dim // 2:
+            raise PortError(f"config.json: rope {key} has {len(held)} values; wanted {dim // 2}, one per rotated pair")
+    factor = p.get("factor") or c.whole("max_position_embeddings") / pretrained
+    usual = math.sqrt(1 + math.log(factor) / math.log(pretrained)) if factor > 1 else 1.0
+    given = p.get("attention_factor")
+    frequencies = np.float32(1) / (np.array(divisors, np.float32) * powers(p, dim))
+    return frequencies, usual if given is None else given
+
+
+def _proportional(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
+    """Gemma 4: the frequencies of whole heads, of which only the first part turns; the other pairs have frequency 0."""
+    turned = int(p["partial_rotary_factor"] * dim // 2)
+    frequencies = np.float32(1) / powers(p, dim) / np.float32(p.get("factor") or 1.0)
+    return np.where(np.arange(dim // 2) < turned, frequencies, np.float32(0)), 1.0
+
+
+_BUILD = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "proportional": _proportional,
+}

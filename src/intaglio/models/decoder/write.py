@@ -1,0 +1,161 @@
+"""Writes the Program of a Decoder: embedding, layers, output head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.models.decoder.attention import write_attention
+from intaglio.models.decoder.description import Layer
+from intaglio.models.decoder.latent import write_latent
+from intaglio.models.decoder.mlp import write_dense, write_mixture
+from intaglio.models.decoder.recurrent import write_mixer
+from intaglio.models.decoder.writer import Writer
+from intaglio.ops import Embed, Linear, Map, Norm, Sample, Select, Sinusoid
+from intaglio.program import Program
+
+
+def write(w: Writer) -> Program:
+    """Write and return the Program of the writer's Decoder."""
+    d, b = w.d, w.b
+    for name in sorted(
+        {layer.rope for layer in d.layers if layer.attention and (layer.beside or not layer.mixer)} - {""}
+    ):
+        b.const(f"{name}.frequencies", d.ropes[name].frequencies)
+    x = _embedding(w)
+    inputs = _per_layer(w, x) if d.per_layer else ""
+    for i, layer in enumerate(d.layers):
+        x = _layer(w, i, layer, x)
+        if inputs:
+            x = _per_layer_branch(w, i, inputs, x)
+        if d.layer_scalar:
+            scalar = w.tensor(f"layers.{i}.scalar", (1,), f"{d.prefix}layers.{i}.layer_scalar")
+            x = b.op(Norm, f"layers.{i}.scaled", x, weight=scalar, norm="none", group=1)
+    _head(w, x)
+    return b.done()
+
+
+def _per_layer(w: Writer, x: str) -> str:
+    """Write the per-layer inputs of Gemma 4, [T, layers * per_layer]. Returns their name.
+
+    They are the sum of rows of a second embedding, chosen by the tokens, and a normed projection of the embeddings x.
+    """
+    d, b, width = w.d, w.b, len(w.d.layers) * w.d.per_layer
+    table = w.weight("per_layer.embed", "weight", (d.per_layer_rows, width), d.prefix + "embed_tokens_per_layer")
+    tokens = b.op(Embed, "per_layer.embed", "tokens", table, scale=_root(w, d.per_layer, table))
+    y = w.linear("per_layer.proj", x, width, d.hidden, d.prefix + "per_layer_model_projection")
+    y = b.op(Map, "per_layer.scale", y, expr=f"a * {d.hidden**-0.5!r}")
+    y = w.norm("per_layer.norm", y, d.per_layer, d.prefix + "per_layer_projection_norm", d.per_layer)
+    return b.op(Map, "per_layer.inputs", y, b=tokens, expr=f"(a + b) * {2**-0.5!r}")
+
+
+def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
+    """Write the branch of layer `i` that is gated with the layer's columns of `inputs`. Returns x plus the branch.
+
+    branch = norm(proj(activation(gate(x)) * columns)).
+    """
+    d, b, at, source, n = w.d, w.b, f"layers.{i}.per_layer.", f"{w.d.prefix}layers.{i}.", w.d.per_layer
+    mine = b.view(at + "input", inputs, i * n, (i + 1) * n)
+    gate = w.linear(at + "gate", x, n, d.hidden, source + "per_layer_input_gate")
+    y = b.op(Map, at + "gated", gate, b=mine, expr=f"{d.activation}(a) * b")
+    y = w.linear(at + "proj", y, d.hidden, n, source + "per_layer_projection")
+    y = w.norm(at + "norm", y, d.hidden, source + "post_per_layer_input_norm")
+    return b.op(Map, at + "add", x, b=y, expr="a + b")
+
+
+def _embedding(w: Writer) -> str:
+    """Write the sum of the embeddings of token, position and token type, its norm and projection. Returns its name."""
+    d, b, width = w.d, w.b, w.d.embed_width or w.d.hidden
+    table = w.weight("embed", "weight", (d.vocabulary, width), d.table or d.prefix + "embed_tokens")
+    scale = _root(w, d.hidden, table) if d.root_scaled else d.embed_scale
+    x = b.op(Embed, "embed", "tokens", table, scale=scale)
+    if d.embed_norm and d.embed_norm_first:
+        x = w.norm("embed.norm", x, width, d.prefix + d.embed_norm)
+    if d.positions:
+        rows = w.weight("embed.positions", "weight", (d.positions, width), d.prefix + "embed_positions")
+        x = b.op(Map, "embed.add", x, b=b.op(Embed, "embed.positions", "positions", rows), expr="a + b")
+    if d.sinusoid:
+        frequencies = b.const("embed.frequencies", d.sinusoid)
+        waves = b.op(Sinusoid, "embed.positions", "positions", frequencies, first=d.sinusoid_first)
+        x = b.op(Map, "embed.add", x, b=waves, expr="a + b")
+    if d.token_types:
+        row = w.tensor("embed.type", (width,), f"{d.prefix}embed_types.weight|r0:1/{d.token_types}|v")
+        x = b.op(Norm, "embed.typed", x, bias=row, norm="none")
+    if d.embed_norm and not d.embed_norm_first:
+        x = w.norm("embed.norm", x, width, d.prefix + d.embed_norm)
+    if d.embed_width:
+        x = w.linear("embed.proj", x, d.hidden, width, d.prefix + "embed_proj", d.embed_bias)
+    return x
+
+
+def _root(w: Writer, width: int, table: str) -> float:
+    """sqrt(width), by which rows of an embedding are multiplied, rounded to the table's format unless it has groups."""
+    root, format = np.array(width**0.5, np.float32), w.b.tensors[table].format
+    return float(root if formats.get(format).grouped else formats.round_to(root, format))
+
+
+def _layer(w: Writer, i: int, layer: Layer, x: str) -> str:
+    """Write one layer: attention or mixer, and MLP, with norms and residual additions. Returns the result's name."""
+    start = read = x
+    if layer.attention:
+        read = w.layer_norm(i, "attn.norm", x)
+        y = w.layer_norm(i, "attn.post_norm", _attention(w, i, layer, read))
+        x = w.add(f"layers.{i}.attn.add", read if w.d.normed_residual else x, y, layer.mix)
+        x = w.layer_norm(i, "attn.add_norm", x)
+    if not layer.mlp:
+        return x
+    if not w.d.parallel:
+        read = w.layer_norm(i, "mlp.norm", x)
+        x = read if w.d.normed_residual else x
+    elif "mlp.norm" in w.d.norms:
+        read = w.layer_norm(i, "mlp.norm", start)
+    y = w.layer_norm(i, "mlp.post_norm", _mlp(w, i, layer, read))
+    return w.layer_norm(i, "mlp.add_norm", w.add(f"layers.{i}.mlp.add", x, y, w.d.mlp_mix))
+
+
+def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
+    """Write the attention of a layer, latent or grouped-query, and the mixer that replaces it or is added to it.
+
+    Returns the name of the result.
+    """
+    if layer.mixer:
+        y = write_mixer(w, layer.mixer, i, x)
+        if not layer.beside:
+            return y
+        expr = f"a * {w.d.mixer_scale!r} + b * {w.d.attn_scale!r}"
+        return w.b.op(Map, f"layers.{i}.attn.join", y, b=write_attention(w, i, layer, x), expr=expr)
+    return write_latent(w, w.d.latent, i, layer, x) if w.d.latent else write_attention(w, i, layer, x)
+
+
+def _mlp(w: Writer, i: int, layer: Layer, x: str) -> str:
+    """Write a layer's MLP, dense or a mixture of experts. Returns the name of the result."""
+    d = w.d
+    if layer.sparse and d.mixture:
+        return write_mixture(w, d.mixture, i, x)
+    return write_dense(
+        w, f"layers.{i}.mlp.", f"{d.prefix}layers.{i}.{d.block}.", x, layer.width or d.intermediate, d.mlp_bias
+    )
+
+
+def _head(w: Writer, x: str) -> None:
+    """Write row selection, final norm, the dense layer before the head, logits, softcap and sampling."""
+    d, b, width = w.d, w.b, w.d.head_dense or w.d.hidden
+    x = b.op(Select, "select", x, "rows")
+    if d.final_norm:
+        x = w.norm("norm", x, d.hidden, d.prefix + d.final_norm)
+    if d.head_dense:
+        x = w.linear("head.dense", x, width, d.hidden, "head_dense", d.head_dense_bias)
+        x = b.op(Map, "head.act", x, expr=f"{d.head_activation or d.activation}(a)")
+        x = w.norm("head.norm", x, width, "head_norm")
+    shape, source = (d.vocabulary, width), d.head_source
+    matrix = "embed.weight" if d.tied else w.weight("lm_head", "weight", shape, source)
+    x = x if d.tied else w.in_order("lm_head", x, width, source + ".weight")
+    last: dict[str, Any] = {"out": "logits", "role": "output"}
+    bias = w.weight("lm_head", "bias", (d.vocabulary,), source) if d.head_bias else None
+    how: dict[str, Any] = {"bias": bias, "scale": d.logit_scale, "x_format": w.x_format(matrix)}
+    y = b.op(Linear, "lm_head", x, matrix, **how, **({} if d.final_softcap else last))
+    if d.final_softcap:
+        b.op(Map, "softcap", y, expr=f"tanh(a / {d.final_softcap!r}) * {d.final_softcap!r}", **last)
+    b.op(Sample, "sample", "logits", tokens="next_tokens", logprobs="logprobs", role="output")

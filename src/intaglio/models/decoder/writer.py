@@ -1,0 +1,168 @@
+"""Writer: adds weights, linears, norms, views and residual additions to a Program. The blocks of a layer use it.
+
+Ops are written one by one, in the order of the model's forward(); the compiler fuses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from intaglio import formats
+from intaglio.models.config import PortError
+from intaglio.models.decoder.description import Decoder
+from intaglio.ops import Linear, Map, Norm, Permute, x_format
+from intaglio.program import Builder
+from intaglio.program.source import names
+
+
+class Writer:
+    """Program builder with methods for the parts of a Decoder's layers.
+
+    Args:
+        d: the model's description.
+        name: name of the Program.
+        context: positions to compile for.
+        format: function from a checkpoint tensor's name to the number format it is stored in.
+        order: function from a weight's name to the tensor with the order of its columns (GPTQ's act-order), or "".
+    """
+
+    def __init__(
+        self, d: Decoder, name: str, context: int, format: Callable[[str], str], order: Callable[[str], str]
+    ) -> None:
+        self.d, self.format, self.order = d, format, order
+        self.permuted: dict[tuple[str, str], str] = {}  # {(x, order): x in that order}
+        self.b = Builder(name, context)
+        table = d.source(f"{d.table or d.prefix + 'embed_tokens'}.weight")
+        self.cache = "f32" if format(names(table)[0]) == "f32" else "bf16"
+
+    def weight(self, site: str, what: str, shape: tuple[int, ...], source: str) -> str:
+        """Add the weight or bias (`what`) of the checkpoint module `source` to the Program as a weight of `site`."""
+        found = self.d.source(f"{source}.{what}")
+        return self.b.weight(f"{site}.{what}", shape, found, self.format(names(found)[0]))
+
+    def tensor(self, name: str, shape: tuple[int, ...], source: str, plain: bool = False) -> str:
+        """Add a weight whose source is in the notation of program/source.py. Returns its name.
+
+        plain: quantised weights become bf16, for an op that takes no quantised ones. Raises PortError for a weight with
+        act-order.
+        """
+        source = self.d.source(source)
+        if ordered := [n for n in names(source) if self.order(n)]:
+            raise PortError(
+                f"{ordered[0]}: act-order (columns in an order of their own) is supported for linears and experts only"
+            )
+        format = self.format(names(source)[0])
+        return self.b.weight(name, shape, source, "bf16" if plain and formats.get(format).grouped else format)
+
+    def stack(self, name: str, shape: tuple[int, int, int], source: str) -> str:
+        """Add all experts' matrices as one weight of `shape`. orders() adds the order of their columns."""
+        source = self.d.source(source)
+        return self.b.weight(name, shape, source, self.format(names(source)[0]))
+
+    def orders(self, name: str, shape: tuple[int, int], *sources: str) -> str | None:
+        """Add the column orders [experts, columns] (act-order) of stacks that multiply the same input, as one weight.
+
+        Returns its name; None if the stacks have no such orders. Raises PortError if their orders differ.
+        """
+        sources = tuple(map(self.d.source, sources))
+        runs = [[self.order(n) for n in names(source)] for source in sources]
+        for own in zip(*runs, strict=True):
+            if len(set(own)) > 1:
+                raise PortError(
+                    f"{' and '.join(own)} differ; matrices that multiply the same input need the same column order"
+                )
+        source = sources[0].removesuffix(".weight") + ".order"
+        return self.b.weight(name, shape, source, "i32") if any(runs[0]) else None
+
+    def constant(self, name: str, values: Sequence[float]) -> str:
+        """Add a small vector that is part of the Program, once for all layers."""
+        return name if name in self.b.tensors else self.b.const(name, values)
+
+    def scalar(self, site: str, x: str, source: str) -> str:
+        """Write a [rows of x, 1] operand filled with the one value of the checkpoint's tensor `source`.
+
+        Returns its name.
+        """
+        zeros = self.b.op(Map, f"{site}.zeros", self.b.view(f"{site}.column", x, 0, 1), expr="a * 0.0")
+        return self.b.op(Norm, site, zeros, bias=self.tensor(f"{site}.value", (1,), source), norm="none")
+
+    def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False) -> str:
+        """Write a linear [rows, cols] of the module `source`. Returns the name of the result."""
+        w = self.weight(site, "weight", (rows, cols), source)
+        b = self.weight(site, "bias", (rows,), source) if bias else None
+        x = self.in_order(site, x, cols, f"{source}.weight")
+        return self.b.op(Linear, site, x, w, bias=b, x_format=self.x_format(w))
+
+    def joined(self, site: str, x: str, rows: int, sources: Sequence[str]) -> str:
+        """Write a linear whose weight is joined from `sources`: parts of one module's weight, `rows` rows in all.
+
+        Returns the name of the result.
+        """
+        found = [self.d.source(source) for source in sources]
+        w = self.b.weight(f"{site}.weight", (rows, self.d.hidden), found, self.format(names(found[0])[0]))
+        x = self.in_order(site, x, self.d.hidden, sources[0])
+        return self.b.op(Linear, site, x, w, x_format=self.x_format(w))
+
+    def in_order(self, site: str, x: str, cols: int, source: str) -> str:
+        """Write a permutation of the columns of x into the order that the weight `source` has (GPTQ's act-order).
+
+        Returns the name of the result; x itself if the weight has no such order. Weights that read the same x in the
+        same order share one op.
+        """
+        order = self.order(names(self.d.source(source))[0])
+        if order and (x, order) not in self.permuted:
+            columns = self.b.weight(f"{site}.order", (cols,), order, "i32")
+            self.permuted[x, order] = self.b.op(Permute, f"{site}.permute", x, columns)
+        return self.permuted[x, order] if order else x
+
+    def x_format(self, w: str) -> str:
+        """The format that x is rounded to before a product with weight `w`: f32 if the weight's format allows it."""
+        return x_format(self.b.tensors[w].format, exact=True)
+
+    def norm(self, site: str, x: str, width: int, source: str, group: int = 0) -> str:
+        """Write a norm of the kind that the model uses. Returns the name of the result.
+
+        group: columns of each group that is normed by itself; 0: the whole row.
+        """
+        d = self.d
+        w = self.weight(site, "weight", (width,), source) if d.norm_weight else None
+        bias = self.weight(site, "bias", (width,), source) if d.norm_bias else None
+        return self.b.op(Norm, site, x, weight=w, bias=bias, norm=d.norm, eps=d.eps, offset=d.norm_offset, group=group)
+
+    def layer_norm(self, i: int, which: str, x: str) -> str:
+        """Write the norm at site `which` of layer i. Returns x itself if the family has no norm there."""
+        source = self.d.norms.get(which) if which not in self.d.layers[i].without else None
+        at = f"{self.d.prefix}layers.{i}.{source}"
+        return self.norm(f"layers.{i}.{which}", x, self.d.hidden, at) if source else x
+
+    def parts(self, at: str, source: str, x: str, widths: Mapping[str, int], fused: str, bias: bool) -> list[str]:
+        """Write linears that read the same x, given as {name: width}. Returns the names of their results.
+
+        If the checkpoint stores them fused as `fused`, one linear is written, and a view of its result for each.
+        """
+        if fused not in self.d.fused:
+            return [self.linear(at + n, x, w, self.d.hidden, source + n, bias) for n, w in widths.items()]
+        base = self.linear(at + fused, x, sum(widths.values()), self.d.hidden, source + fused, bias)
+        return self.views(base, {at + n: w for n, w in widths.items()})
+
+    def views(self, base: str, widths: Mapping[str, int]) -> list[str]:
+        """Add views of consecutive runs of columns of `base`, given as {name: width}. Returns their names."""
+        out, start = [], 0
+        for name, width in widths.items():
+            out.append(self.b.view(name, base, start, start + width))
+            start += width
+        return out
+
+    def scaled(self, site: str, x: str, by: float) -> str:
+        """Write x times the number `by`. Returns the name of the result; x itself if `by` is 1."""
+        return x if by == 1 else self.b.op(Map, site, x, expr=f"a * {by!r}")
+
+    def add(self, site: str, x: str, branch: str, mix: tuple[float, float] = (1.0, 1.0)) -> str:
+        """Write the sum of the residual x and a branch. Returns its name.
+
+        mix: factors of x and branch; (1, 1): the branch is multiplied by the model's residual_scale.
+        """
+        if mix != (1.0, 1.0):
+            return self.b.op(Map, site, x, b=branch, expr=f"a * {mix[0]!r} + b * {mix[1]!r}")
+        scale = "" if self.d.residual_scale == 1 else f" * {self.d.residual_scale!r}"
+        return self.b.op(Map, site, x, b=branch, expr=f"a + b{scale}")

@@ -1,0 +1,148 @@
+"""Matrices whose zeros are not whole numbers: value = code * scale + bias in MLX (Metal), (code - zero) * scale in HQQ.
+
+No format here has such zeros, so these matrices become bf16, rounded to nearest: 16 bits per value in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from intaglio.formats import Quantised
+from intaglio.models.config import PortError
+from intaglio.models.files.coded import RUN, Coded, Part, Reader, Stored, as_scales, bases, e2m1, e2m1_factored, fields
+from intaglio.ops import Value
+
+MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # names of Mixtral's projections
+MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # MLX's: bits and group size
+HQQ_PACKING = {  # by the name of the packing: bits, type of a word, codes a word
+    "8bit_u8": (8, np.uint8, 1), "4bit_u8": (4, np.uint8, 2), "2bit_u8": (2, np.uint8, 4), "1bit_u8": (1, np.uint8, 8),
+    "3bit_32": (3, np.int32, 10),
+}  # fmt: skip
+HQQ_STATE = (
+    "W_q", "scale", "zero", "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float",
+    "quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config",
+    "channel_wise", "optimize", "round_zero",
+)  # fmt: skip
+
+
+def mlx(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
+    """MLX's quantised matrices by name, embedding tables included.
+
+    weight U32 [N, K bits / 32]; scales and biases [N, K / group]. The settings have a table, or false, under the name
+    of a module that differs. Modes mxfp4, nvfp4 and mxfp8 have U8 scales and no biases, and keep their codes. Raises
+    PortError for sizes that do not fit.
+    """
+    bias = "qbiases" if any(n.endswith(".qbiases") for n in stored.dtypes) else "biases"
+    out: dict[str, Coded] = {}
+    for base in bases(stored, ".scales"):
+        own = q.get(base)
+        own = own if isinstance(own, Mapping) else {}
+        mode = str(own.get("mode") or q.get("mode") or "affine")
+        usual = MODES.get(mode, (4, 64))
+        bits, group = (int(own.get(k) or q.get(k) or u) for k, u in zip(("bits", "group_size"), usual, strict=True))
+        if mode != "affine" and mode not in MODES:
+            raise PortError(f"config.json: quantization.mode={mode!r}; known are affine, {', '.join(MODES)}")
+        if stored.dtypes.get(base + ".weight") != "U32":
+            raise PortError(f"{base}.weight is {stored.dtypes.get(base + '.weight', 'missing')}; MLX has it in U32")
+        *lead, n, words = stored.shapes[base + ".weight"]
+        k = words * 32 // bits
+        held = stored.shapes[base + ".scales"]
+        if held != (*lead, n, k // group) or len(lead) > 1:
+            raise PortError(
+                f"{base}.scales is {list(held)} beside {base}.weight {list(stored.shapes[base + '.weight'])}; codes of "
+                f"{bits} bits in groups of {group} make it {[*lead, n, k // group]}"
+            )
+        make = _affine_rows if mode == "affine" else _mlx_floats
+        whole = make(stored, base, (n, k), bits, group, f"{base}.{bias}")
+        out |= _experts(base, lead[0], whole) if lead else {base + ".weight": whole}
+    return out
+
+
+def _experts(base: str, count: int, whole: Coded) -> dict[str, Coded]:
+    """The matrices of MLX's stack `base` of `count` experts (`switch_mlp`), by each expert's name in transformers."""
+    block, _, own = base.partition(".switch_mlp.")
+    if not own:
+        raise PortError(f"{base}.weight is a stack of {count} matrices; only those of switch_mlp are read")
+    own = MIXTRAL.get(own, own) if block.endswith("block_sparse_moe") else own
+    parts = dict.fromkeys(whole.parts, Part(None))
+
+    def of(e: int) -> Coded:
+        def decode(read: Reader) -> Value:
+            return whole.decode(lambda name: read(name)[e])
+
+        return Coded(whole.format, whole.shape, parts, decode, whole=whole.shape[0])
+
+    return {f"{block}.experts.{e}.{own}.weight": of(e) for e in range(count)}
+
+
+def _affine_rows(stored: Stored, base: str, shape: tuple[int, int], bits: int, group: int, bias: str) -> Coded:
+    codes, scale = base + ".weight", base + ".scales"
+    if stored.shapes.get(bias) != stored.shapes[scale]:
+        raise PortError(f"{bias} is {list(stored.shapes.get(bias, ()))}; its scales are {list(stored.shapes[scale])}")
+
+    def decode(read: Reader) -> np.ndarray:
+        words, scales, lows = read(codes), read(scale), read(bias)
+        out: np.ndarray = np.empty((len(words), shape[1]), ml_dtypes.bfloat16)
+        run = max(1, RUN // shape[1])
+        for i in range(0, len(out), run):
+            each = [np.repeat(x[i : i + run].astype(np.float32), group, axis=1) for x in (scales, lows)]
+            out[i : i + run] = fields(words[i : i + run], bits, shape[1]).astype(np.float32) * each[0] + each[1]
+        return out
+
+    return Coded("bf16", shape, {codes: Part(), scale: Part(), bias: Part()}, decode)
+
+
+def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, group: int, bias: str) -> Coded:
+    """The matrix of MLX's module `base` in MXFP4, MXFP8 or NVFP4 without a factor: codes packed in words, scales U8."""
+    codes, scale = base + ".weight", base + ".scales"
+    parts, e4m3 = {codes: Part(), scale: Part()}, ml_dtypes.float8_e4m3fn
+    if bits == 8:
+        return Coded(
+            "fp8g32", shape, parts,
+            lambda read: Quantised(fields(read(codes), 8).view(e4m3), as_scales(read(scale)), group),
+        )  # fmt: skip
+    if group == 16:
+        one = np.ones(1, np.float32)
+        return Coded("nvfp4", shape, parts, lambda read: e2m1_factored(read(codes), read(scale).view(e4m3), one))
+    return Coded("mxfp4", shape, parts, lambda read: e2m1(read(codes), read(scale)))
+
+
+def hqq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
+    """HQQ's quantised matrices by name: (code - zero) * scale, with groups along rows (axis 1) or columns (axis 0).
+
+    A word of W_q holds one code from each of several runs of rows of the grouped matrix, the first run in the highest
+    bits. Raises PortError for scales that are quantised too.
+    """
+    out = {}
+    for base in bases(stored, ".W_q"):
+        at = {name: f"{base}.{name}" for name in HQQ_STATE if f"{base}.{name}" in stored.dtypes}
+        lacking = [name for name in ("scale", "zero", "shape", "packing") if name not in at]
+        if lacking:
+            why = "its scales are quantised too, or the state is not complete"
+            raise PortError(f"{base}.W_q has no {lacking[0]} beside it: {why}; save it with quant_scale=False")
+        packing = "".join(map(chr, stored.read(at["packing"]).reshape(-1)))
+        if packing not in HQQ_PACKING:
+            raise PortError(f"{at['packing']} is {packing!r}; known are {', '.join(HQQ_PACKING)}")
+        shape = tuple(int(d) for d in stored.read(at["shape"]).reshape(-1))
+        out[base + ".weight"] = _hqq_matrix(shape, packing, at)
+    return out
+
+
+def _hqq_matrix(shape: tuple[int, ...], packing: str, at: Mapping[str, str]) -> Coded:
+    bits, word, each = HQQ_PACKING[packing]
+
+    def decode(read: Reader) -> np.ndarray:
+        words = np.ascontiguousarray(read(at["W_q"]))
+        words = words.view(word) if words.dtype != word else words
+        runs = [words >> (bits * (each - 1 - i)) & ((1 << bits) - 1) for i in range(each)]
+        codes = np.concatenate(runs)[: prod(shape) // words.shape[1]].astype(np.float32)
+        codes -= read(at["zero"]).astype(np.float32)
+        codes *= read(at["scale"]).astype(np.float32)
+        return codes.reshape(shape).astype(ml_dtypes.bfloat16)
+
+    return Coded("bf16", shape, dict.fromkeys(at.values(), Part(None)), decode, whole=shape[0])

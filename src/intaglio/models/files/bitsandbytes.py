@@ -1,0 +1,91 @@
+"""Matrices saved by bitsandbytes: NF4 and FP4 (table values times the maximum of a block), and LLM.int8."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from intaglio.formats import Quantised
+from intaglio.models.config import PortError
+from intaglio.models.files.coded import RUN, Coded, Part, Reader, Stored, bases, with_row_scales
+
+STATE = ".quant_state.bitsandbytes__"  # then nf4 or fp4: a JSON object in bytes
+SCB = ".SCB"  # LLM.int8: the largest value of each row
+KINDS = ("nf4", "fp4")
+
+
+def bitsandbytes(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
+    """The quantised matrices of a bitsandbytes checkpoint by name.
+
+    LLM.int8 keeps its codes: weight I8 [N, K] times SCB / 127 by row. NF4 and FP4 become bf16, rounded to nearest, as
+    bitsandbytes dequantises them for products in bf16. Raises PortError for a state that is not complete.
+    """
+    out: dict[str, Coded] = {}
+    for kind in KINDS:
+        for name in bases(stored, STATE + kind):
+            out[name] = _four_bits(stored, name, kind)
+    for base in bases(stored, SCB):
+        out[base + ".weight"] = _eight_bits(stored, base)
+    if not out:
+        raise PortError(
+            "quant_method bitsandbytes, but no tensor has a quant_state or SCB beside it: the weights are not "
+            "quantised in the file; remove quantization_config from config.json, and use weights=int4 or int8 here"
+        )
+    return out
+
+
+def _eight_bits(stored: Stored, base: str) -> Coded:
+    codes, scale, layout = base + ".weight", base + SCB, base + ".weight_format"
+    shape = stored.shapes.get(codes, ())
+    if stored.dtypes.get(codes) != "I8" or len(shape) != 2 or prod(stored.shapes[scale]) != shape[0]:
+        raise PortError(f"{codes} is {stored.dtypes.get(codes, 'missing')}{list(shape)}; I8 [N, K] is read")
+    if layout in stored.dtypes and np.any(stored.read(layout) != 0):
+        raise PortError(f"{layout} is not 0: codes are tiled for a GPU; load the model with bitsandbytes 0.45 or later "
+                        "and save it again")  # fmt: skip
+
+    def decode(read: Reader) -> Quantised:
+        return with_row_scales(read(codes), read(scale) / np.float32(127), "int8rowf32")
+
+    parts = {codes: Part(), scale: Part()} | ({layout: Part(None)} if layout in stored.dtypes else {})
+    return Coded("int8rowf32", shape, parts, decode)
+
+
+def _four_bits(stored: Stored, name: str, kind: str) -> Coded:
+    """The NF4 or FP4 matrix `name`. Its weight is bytes of two codes, the higher nibble first, of row after row.
+
+    absmax F32, one for each block; or U8, indices of nested_quant_map F32 [256], times nested_absmax F32 of each nested
+    block, plus an offset in the state. quant_map F32 [16]: the values of the codes.
+    """
+    at = name + STATE + kind
+    state = json.loads(bytes(stored.read(at)))
+    shape, block = tuple(int(d) for d in state.get("shape") or ()), int(state.get("blocksize") or 0)
+    nested = [name + ".nested_absmax", name + ".nested_quant_map"] if "nested_blocksize" in state else []
+    parts = [name, name + ".absmax", name + ".quant_map", *nested]
+    for part in parts:
+        if part not in stored.dtypes:
+            raise PortError(f"{at} is there, but {part} is not; the file is not complete, download it again")
+    blocks = -(-prod(shape) // block) if block else -1
+    if len(shape) != 2 or prod(stored.shapes[name + ".absmax"]) != blocks:
+        raise PortError(f"{at}: shape {list(shape)} in blocks of {block} does not fit {name}.absmax")
+
+    def decode(read: Reader) -> np.ndarray:
+        bytes = np.ascontiguousarray(read(name)).view(np.uint8).reshape(-1)
+        levels, most = read(name + ".quant_map").reshape(-1), read(name + ".absmax").reshape(-1)
+        if nested:
+            each = np.repeat(read(nested[0]).reshape(-1), int(state["nested_blocksize"]))[: len(most)]
+            most = read(nested[1]).reshape(-1)[most] * each + np.float32(state["nested_offset"])
+        out: np.ndarray = np.empty(prod(shape), ml_dtypes.bfloat16)
+        run = RUN // block * block
+        for first in range(0, len(out), run):
+            last = min(first + run, len(out))
+            own = bytes[first // 2 : -(-last // 2)]
+            values = levels[np.stack([own >> 4, own & 15], axis=1).reshape(-1)][: last - first]
+            out[first:last] = values * np.repeat(most[first // block : -(-last // block)], block)[: last - first]
+        return out.reshape(shape)
+
+    return Coded("bf16", shape, dict.fromkeys([*parts, at], Part(None)), decode, whole=shape[0])

@@ -1,0 +1,276 @@
+"""Checkpoint: config.json and the tensors of a folder's safetensors files, or of a GGUF file, mapped into memory.
+
+It knows how bytes are stored in files, and which tensors together make one quantised matrix. What the tensors are used
+for is a port's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.models.config import CheckpointError, Settings
+from intaglio.models.files.coded import Coded, Stored
+from intaglio.models.files.folder import Found, find_files, refuse_folder
+from intaglio.models.files.gguf import find_gguf, read_gguf
+from intaglio.models.files.header import DTYPES, Entry, read_json
+from intaglio.models.files.published import find_coded
+from intaglio.models.files.quantisation import find_quantisation
+from intaglio.ops import Value
+
+EXPONENTS: dict[str, tuple[type, int]] = {
+    "F32": (np.uint32, 0x7F800000),
+    "BF16": (np.uint16, 0x7F80),
+    "F16": (np.uint16, 0x7C00),
+}
+PLAIN = {"F32": "f32", "BF16": "bf16", "F16": "f16"}  # the formats of tensors that are no codes
+COMPARED = 1 << 22  # values compared at a time
+CHUNK = 1 << 18  # values checked at a time: 0.5 to 1 MB, so that the second look is in cache
+STRIP = 1 << 18  # codes made at a time, at least: with what they are made of they take 1 to 3 MB
+ROWS = 128  # a run has a multiple of these: whole blocks of scales, and whole panels of those who pack them
+WORTH = 1 << 30  # bytes: matrices that take so much more in memory than in the file are worth a note
+GGUF_HEAD = 1 << 20  # bytes of a GGUF file that tell it from others: its metadata, or the most of it
+
+
+def find_nonfinite(x: np.ndarray, dtype: str) -> tuple[tuple[int, ...], int] | None:
+    """(index of the first, number) of the NaN and infinite values in `x`; None if there are none.
+
+    Decided by exponent bits, without float arithmetic.
+    """
+    if dtype not in EXPONENTS:
+        return None
+    kind, mask = EXPONENTS[dtype]
+    bits: np.ndarray = x.reshape(-1).view(kind)
+    scratch: np.ndarray = np.empty(min(CHUNK, bits.size), kind)
+    first, count = -1, 0
+    for at in range(0, bits.size, CHUNK):
+        part = bits[at : at + CHUNK]
+        exponents = np.bitwise_and(part, scratch.dtype.type(mask), out=scratch[: part.size])
+        if exponents.max() == mask:
+            bad = np.flatnonzero(exponents == mask)
+            first, count = (at + int(bad[0]) if first < 0 else first), count + bad.size
+    return (tuple(int(i) for i in np.unravel_index(first, x.shape)), count) if count else None
+
+
+def _note_cost(c: Checkpoint) -> list[str]:
+    """A note, if codes that no format here holds make the model much larger in memory than in its files."""
+    wide = {n: x for n, x in c.coded.items() if x.format in PLAIN.values()}
+    stored = sum(c.entries[part].stop - c.entries[part].start for part in {p for x in wide.values() for p in x.parts})
+    held = sum(formats.get(x.format).nbytes(prod(x.shape[:-1]), x.shape[-1]) for x in wide.values())
+    if held - stored < WORTH:
+        return []
+    return [
+        f"{len(wide)} quantised matrices become {', '.join(sorted({x.format for x in wide.values()}))}, "
+        f"{held / 1e9:.1f} GB in memory instead of {stored / 1e9:.1f} in the files; with weights int8 or int4 they are "
+        "quantised anew"
+    ]
+
+
+@dataclass
+class Checkpoint:
+    """An open checkpoint, usable as a source of weights (devices.Weights).
+
+    Reading returns views of the mapped files, or codes and scales where matrices are quantised.
+
+    Attributes:
+        path: the folder or GGUF file.
+        config: config.json, or the metadata of a GGUF file in its form.
+        entries: each tensor's place in the files.
+        coded: quantised matrices, by the name they have without quantisation.
+        taken: names of the entries that quantised matrices are made of.
+        found: which files were read and which were not.
+        quantisation: settings that say how matrices are quantised.
+        quantised_by: the file and key that have these settings; "": none.
+        maps: memory maps of the files.
+        checked: tensors that have been checked for NaN and infinity.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    entries: dict[str, Entry]
+    coded: dict[str, Coded] = field(default_factory=dict, repr=False)
+    taken: set[str] = field(default_factory=set, repr=False)
+    found: Found = field(default_factory=lambda: Found({}, ""), repr=False)
+    quantisation: Settings = field(default_factory=lambda: Settings({}), repr=False)
+    quantised_by: str = ""
+    maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
+    checked: set[str] = field(default_factory=set, repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a checkpoint folder or GGUF file. Raises CheckpointError.
+
+        Reads config.json and the files' headers, but no tensor except column orders (act-order), where a format has
+        them.
+        """
+        path = Path(path)
+        if gguf := find_gguf(path):
+            config, tables = read_gguf(gguf)
+            own = {n: Entry(r.file, r.dtype, r.shape, r.start, r.stop) for n, r in tables.raw.items()}
+            return cls(path, config, own, tables.coded, tables.taken)
+        if not path.is_dir():
+            hint = f"; give the folder of the file, {path.parent}" if path.is_file() else ""
+            raise CheckpointError(f"no folder {path}; give the folder that holds config.json and *.safetensors{hint}")
+        if not (path / "config.json").exists():
+            raise refuse_folder(path)
+        config = read_json(path / "config.json")
+        found = find_files(path, config)
+        c = cls(path, config, found.entries, found=found)
+        c.quantisation, c.quantised_by = find_quantisation(path, config)
+        dtypes, shapes = {n: e.dtype for n, e in c.entries.items()}, {n: e.shape for n, e in c.entries.items()}
+        c.coded, c.taken = find_coded(Stored(dtypes, shapes, c.read_entry), c.quantisation, c.quantised_by)
+        found.notes += _note_cost(c)
+        return c
+
+    @property
+    def config_name(self) -> str:
+        """Name of the file that `config` was read from."""
+        return "config.json" if self.found.said_by else self.path.name
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes for the user about ignored or unusual files."""
+        return self.found.notes
+
+    @property
+    def unlisted(self) -> list[str]:
+        """Names of the weight files in the folder that are not read."""
+        return self.found.unlisted
+
+    @property
+    def architecture(self) -> str:
+        """The model class that config.json names, such as LlamaForCausalLM."""
+        named = self.config.get("architectures")
+        if not (isinstance(named, list) and named and isinstance(named[0], str)):
+            raise CheckpointError(f"{self.path / 'config.json'} has architectures={named!r}; wanted a list of one name")
+        return named[0]
+
+    @property
+    def names(self) -> set[str]:
+        return (set(self.entries) - self.taken) | set(self.coded)
+
+    def entry(self, name: str) -> Entry:
+        if name not in self.entries:
+            raise CheckpointError(f"{self.path} holds no tensor {name!r}; it holds {len(self.entries)} others")
+        return self.entries[name]
+
+    def dtype(self, name: str) -> str:
+        """The stored type as the header writes it: F32, BF16, F16, ..."""
+        return self.entry(name).dtype
+
+    def format(self, name: str) -> str:
+        """The number format of a tensor; "" if its stored type has none here."""
+        return self.coded[name].format if name in self.coded else PLAIN.get(self.dtype(name), "")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.coded[name].shape if name in self.coded else self.entry(name).shape
+
+    @property
+    def orders(self) -> set[str]:
+        """Names of the act-order permutations (g_idx), one per matrix that has one; Programs read those they need."""
+        return {name for name, c in self.coded.items() if c.format == "i32"}
+
+    def order(self, name: str) -> str:
+        """Name of a matrix's act-order permutation (g_idx); "" if its columns are in the order of its input."""
+        return self.coded[name].order if name in self.coded else ""
+
+    def read(self, name: str) -> Value:
+        """The tensor as a read-only view of the file, or as codes and scales if it is quantised."""
+        return self.coded[name].read(self.read_entry) if name in self.coded else self.read_entry(name)
+
+    def strips(self, name: str) -> Iterator[Value]:
+        """Yield the tensor: in runs of rows if it is quantised, to bound the memory that decoding takes, else whole."""
+        c = self.coded.get(name)
+        if c is None or not formats.get(c.format).grouped:
+            yield self.read(name)
+            return
+        rows, *rest = c.shape
+        step = -(-STRIP // prod(rest) // ROWS) * ROWS if len(c.shape) == 2 else 1
+        step = -(-step // c.step) * c.step
+        for first in range(0, rows, step):
+            yield c.read(self.read_entry, slice(first, min(first + step, rows)))
+
+    def read_entry(self, name: str) -> np.ndarray:
+        """The values of one tensor as stored. The first read warns if it holds NaN or infinity."""
+        e, x = self.entry(name), self._array(name)
+        if name not in self.checked:
+            self.checked.add(name)
+            if bad := find_nonfinite(x, e.dtype):
+                index, count = bad
+                warnings.warn(
+                    f"{e.file}: tensor {name} holds {count} NaN or Inf of {x.size} values, the first at {list(index)}",
+                    stacklevel=2,
+                )
+        return x
+
+    def readable(self, name: str) -> bool:
+        """True if the stored type of a tensor can be read."""
+        return name in self.coded or self.dtype(name) in DTYPES
+
+    def equal(self, a: str, b: str) -> bool:
+        """True if two tensors hold equal values, whatever their types. Quantised ones never count as equal.
+
+        They are read in runs, up to the first difference.
+        """
+        if a in self.coded or b in self.coded or self.shape(a) != self.shape(b):
+            return False
+        one, other = (self._array(name).reshape(-1) for name in (a, b))
+        same = one.dtype == other.dtype
+        equal = all(
+            np.array_equal(x.view(np.uint8), y.view(np.uint8))
+            if same
+            else np.array_equal(x.astype(np.float32), y.astype(np.float32))
+            for x, y in ((one[i : i + COMPARED], other[i : i + COMPARED]) for i in range(0, one.size, COMPARED))
+        )
+        self.release(a)
+        self.release(b)
+        return equal
+
+    def release(self, name: str) -> None:
+        """Release the mapped memory pages that hold only this tensor; a later read maps them again."""
+        for part in self.coded[name].parts if name in self.coded else (name,):
+            self._release(self.entry(part))
+
+    def _release(self, e: Entry) -> None:
+        first = -(-e.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = e.stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):
+            self._map(e.file).madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def identity(self) -> str:
+        """Hash over each file's header, size and modification time; it does not depend on the folder's path."""
+        digest = hashlib.sha256()
+        for file in sorted({e.file for e in self.entries.values()}):
+            with file.open("rb") as f:
+                head = f.read(8)
+                length = GGUF_HEAD if head.startswith(b"GGUF") else int.from_bytes(head, "little")
+                digest.update(head + f.read(length))
+                facts = os.fstat(f.fileno())
+            digest.update(f"{facts.st_size} {facts.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    def recipe(self) -> tuple[str, dict[str, object]]:
+        """The Recipe (function's name, arguments) with which another process opens the same checkpoint."""
+        return f"{__name__}:Checkpoint.open", {"path": str(self.path.absolute())}
+
+    def _array(self, name: str) -> np.ndarray:
+        e = self.entry(name)
+        if e.dtype not in DTYPES:
+            raise CheckpointError(f"{e.file}: tensor {name} has dtype {e.dtype!r}; known are {', '.join(DTYPES)}")
+        return np.ndarray(e.shape, DTYPES[e.dtype], self._map(e.file), e.start)
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self.maps:
+            with file.open("rb") as f:
+                self.maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        return self.maps[file]

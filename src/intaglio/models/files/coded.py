@@ -1,0 +1,195 @@
+"""Quantised matrices stored as several tensors (Coded), and the decoding that the published formats share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import lcm
+
+import ml_dtypes
+import numpy as np
+
+from intaglio import formats
+from intaglio.formats import ROW, Quantised
+from intaglio.models.config import PortError
+from intaglio.ops import Value
+
+Reader = Callable[[str], np.ndarray]
+RUN = 1 << 20  # values that are dequantised to bf16 at a time
+TWICE_E2M1 = (np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32) * 2).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class Part:
+    """How one stored tensor (codes, scales or zeros) maps to the rows of a matrix.
+
+    Attributes:
+        axis: the tensor's axis that runs along the matrix's first dimension; None: all rows need the whole tensor.
+        each: number of matrix rows per index of `axis`.
+    """
+
+    axis: int | None = 0
+    each: int = 1
+
+    def cut(self, x: np.ndarray, rows: slice) -> np.ndarray:
+        """The part of the tensor `x` for matrix rows `rows`.
+
+        Ends of `rows` are multiples of `each`, or the matrix's end.
+        """
+        if self.axis is None:
+            return x
+        return x[(slice(None),) * self.axis + (slice(rows.start // self.each, -(-rows.stop // self.each)),)]
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A matrix that is decoded from several stored tensors (codes, scales, zeros).
+
+    Attributes:
+        format: number format of the decoded matrix.
+        shape: shape of the decoded matrix.
+        parts: the stored tensors by name, and how each maps to the rows.
+        decode: function that returns all rows or a slice of them, from a Reader of the same slice of each part.
+        turned: True if the arrays stand for the transposed matrix, as in formats.Quantised.
+        whole: number of rows that can only be decoded together.
+        order: name of the act-order permutation of the columns (g_idx), or "".
+    """
+
+    format: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, Part]
+    decode: Callable[[Reader], Value]
+    turned: bool = False
+    whole: int = 1
+    order: str = ""
+
+    @property
+    def step(self) -> int:
+        """Number of rows of which the ends of a partial read must be multiples."""
+        return lcm(self.whole, *(part.each for part in self.parts.values()))
+
+    def read(self, reader: Reader, rows: slice | None = None) -> Value:
+        """Read the matrix, or a slice of its rows: start and stop are multiples of `step`, or the end."""
+        run = rows or slice(0, self.shape[0])
+        value = self.decode(lambda name: self.parts[name].cut(reader(name), run))
+        return replace(value, format=self.format, turned=self.turned) if isinstance(value, Quantised) else value
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Contents of a checkpoint's files: dtypes and shapes by tensor name, and a function that reads a tensor."""
+
+    dtypes: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Reader
+
+
+def bases(stored: Stored, suffix: str) -> list[str]:
+    """The tensor names that end in `suffix`, with the suffix removed."""
+    return [n.removesuffix(suffix) for n in stored.dtypes if n.endswith(suffix)]
+
+
+def spread_rows(scales: np.ndarray, shape: tuple[int, ...], format: str) -> tuple[np.ndarray, int]:
+    """(scales broadcast to [..., N, groups], group size) for a format with one scale per row.
+
+    scales: one per row, or one for the whole matrix.
+    """
+    group = formats.get(format).group_of(shape[-1])
+    by_row = (
+        scales.astype(np.float32).reshape(*shape[:-1], 1) if scales.size > 1 else scales.astype(np.float32).reshape(1)
+    )
+    return np.broadcast_to(by_row, (*shape[:-1], -(-shape[-1] // group))).copy(), group
+
+
+def with_row_scales(codes: np.ndarray, scales: np.ndarray, format: str) -> Quantised:
+    """The matrix of `codes`, in a format with one scale per row. scales: one per row, or one for the whole matrix."""
+    return Quantised(codes, *spread_rows(scales, codes.shape, format))
+
+
+def as_scales(x: np.ndarray) -> np.ndarray:
+    """Stored scales as float32. Bytes are E8M0: exponents of powers of two with a bias of 127, of which 255 is NaN."""
+    return (x.view(ml_dtypes.float8_e8m0fnu) if x.dtype == np.uint8 else x).astype(np.float32)
+
+
+def e2m1(bytes: np.ndarray, exponents: np.ndarray) -> Quantised:
+    """The MXFP4 matrix of E2M1 codes, two in each byte [.., N, K / 2], and exponents [.., N, K / 32] of powers of two.
+
+    Codes become whole numbers, twice the value, so scales are half.
+    """
+    return Quantised(TWICE_E2M1[nibbles(bytes)], as_scales(exponents) * np.float32(0.5), 32)
+
+
+def e2m1_factored(bytes: np.ndarray, scales: np.ndarray, factor: np.ndarray) -> Quantised:
+    """The NVFP4 matrix of E2M1 codes, two in each byte [.., N, K / 2], with E4M3 scales [.., N, K / 16].
+
+    factor: one float32 number that multiplies all scales. Codes are twice the value, so scales and factor are half.
+    """
+    half = np.float32(0.5) * factor.astype(np.float32).reshape(-1)[0]
+    units = np.full((*scales.shape[:-1], 1), half, np.float32)
+    return Quantised(TWICE_E2M1[nibbles(bytes)], scales.astype(np.float32) * half, 16, units=units)
+
+
+def nibbles(x: np.ndarray) -> np.ndarray:
+    """The 4-bit codes in bytes or words [.., n], as uint8 [.., n * codes per item], lowest bits first."""
+    bytes = np.ascontiguousarray(x).view(np.uint8)
+    return np.stack([bytes & 15, bytes >> 4], axis=-1).reshape(*bytes.shape[:-1], -1)
+
+
+def fields(x: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
+    """The codes of 1 to 8 bits in 32-bit words or in bytes [.., n], as uint8 [.., count], lowest bits first.
+
+    count: number of codes; None: all. Codes of 3, 5, 6 or 7 bits may cross from one word to the next, unless there are
+    so many words that each begins with a code.
+    """
+    if bits in (4, 8):
+        codes = nibbles(x) if bits == 4 else np.ascontiguousarray(x).view(np.uint8)
+        return codes[..., :count]
+    words = x.shape[-1]
+    streams = np.unpackbits(np.ascontiguousarray(x).view(np.uint8), axis=-1, bitorder="little")
+    if count is not None and words == -(-count // (32 // bits)) and words != -(-count * bits // 32):
+        each = 32 // bits * bits  # bits of a word that hold codes
+        streams = streams.reshape(*x.shape[:-1], words, 32)[..., :each].reshape(*x.shape[:-1], -1)
+    whole = streams.shape[-1] // bits
+    parts = streams[..., : whole * bits].reshape(*x.shape[:-1], whole, bits)
+    return (parts @ (1 << np.arange(bits, dtype=np.uint8)).astype(np.uint8))[..., :count]
+
+
+def words_of(count: int, bits: int) -> tuple[int, ...]:
+    """The numbers of 32-bit words that hold `count` codes: (packed without gaps, with whole codes in each word)."""
+    return -(-count * bits // 32), -(-count // (32 // bits))
+
+
+def scaled_format(kind: str, group: int, dtype: str) -> str:
+    """Name of the integer format `kind` with groups of `group` and scales stored as `dtype`."""
+    run = "row" if group == ROW else f"g{group}"
+    return kind + run + {"BF16": "", "F16": "f16"}.get(dtype, "f32")
+
+
+def by_group(groups: np.ndarray) -> np.ndarray:
+    """Column numbers sorted by group, int32 [K]; columns of one group keep their order.
+
+    groups: group of each column.
+    """
+    return np.argsort(groups, kind="stable").astype(np.int32)
+
+
+def find_order(
+    stored: Stored, index: str, name: str, group: int, known: dict[bytes, str], out: dict[str, Coded]
+) -> str:
+    """Name of the tensor that sorts a matrix's columns by group (act-order); "" if they are sorted already.
+
+    Matrices with equal orders share the first one's name, which `known` records: those that multiply the same input
+    were ordered by the same activations. Each matrix's own order is also added to `out` as `name`, for stacks of
+    matrices. Raises PortError if groups are not all of size `group`.
+    """
+    if index not in stored.dtypes:
+        return ""
+    groups = stored.read(index)
+    out[name] = Coded("i32", (len(groups),), {index: Part(None)}, lambda read: by_group(read(index)))
+    if not (np.diff(groups) < 0).any():
+        return ""
+    if not np.array_equal(np.sort(groups), np.arange(len(groups)) // group):
+        raise PortError(
+            f"{index}: groups of other sizes than {group}, which is what its scales make them, are not read"
+        )
+    return known.setdefault(groups.tobytes(), name)

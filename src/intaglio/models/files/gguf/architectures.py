@@ -1,0 +1,154 @@
+"""The llama.cpp architectures that are supported: the names of their tensors, and how to read their metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from intaglio.models.files.gguf import config
+from intaglio.models.files.gguf.metadata import Metadata
+
+PROJECTIONS = ("gate", "up", "down")
+COMMON = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
+}  # fmt: skip
+SANDWICH = {
+    "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}  # fmt: skip
+LATENT = {
+    "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm", "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa", "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+}  # fmt: skip
+
+
+def mlp(block: str = "mlp") -> dict[str, str]:
+    """{llama.cpp's name: transformers' name} of a dense MLP's projections in the module `block`."""
+    return {f"ffn_{n}": f"{block}.{n}_proj" for n in PROJECTIONS}
+
+
+def mixture(
+    block: str = "mlp", router: str = "gate", own: str = "{}_proj", shared: str = "", correction: str = ""
+) -> dict[str, str]:
+    """{llama.cpp's name: transformers' name} of the tensors of a mixture of experts in the module `block`.
+
+    Names of experts' projections contain "{e}" for the expert's number. own: template of such a projection's name; "w":
+    w1, w2 and w3. shared: module of the shared expert; "": none. correction: name of the router's bias; "": none.
+    """
+    numbered = {"gate": "w1", "up": "w3", "down": "w2"}
+    names = {"ffn_gate_inp": f"{block}.{router}", "exp_probs_b": correction and f"{block}.{correction}"}
+    for n in PROJECTIONS:
+        names[f"ffn_{n}_exps"] = f"{block}.experts.{{e}}." + (numbered[n] if own == "w" else own.format(n))
+        names[f"ffn_{n}_shexp"] = shared and f"{block}.{shared}.{n}_proj"
+    return {ours: theirs for ours, theirs in names.items() if theirs}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one llama.cpp architecture maps to transformers.
+
+    Attributes:
+        describe: function from the metadata to the keys of config.json.
+        names: transformers' tensor names, by llama.cpp's part of a name.
+        permuted: True if rows of Q and K are in interleaved rope order.
+        shift: offset that the converter added to norm weights.
+    """
+
+    describe: Callable[[Metadata], dict[str, Any]]
+    names: Mapping[str, str] = field(default_factory=mlp)
+    permuted: bool = False
+    shift: float = 0.0
+
+    def name(self, part: str) -> str | None:
+        """The name in transformers, without `.weight`, of a part that llama.cpp calls `part`; None without one."""
+        return self.names.get(part) or COMMON.get(part)
+
+
+MIXTRAL = mixture("block_sparse_moe", own="w")
+UP_DOWN = {"ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}  # an MLP without a gate
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(config.llama, mlp() | MIXTRAL, permuted=True),
+    "mistral3": Architecture(config.mistral3, mlp() | MIXTRAL, permuted=True),
+    "llama4": Architecture(
+        config.llama4, mlp("feed_forward") | mixture("feed_forward", "router", shared="shared_expert")
+    ),
+    "qwen2": Architecture(config.qwen("Qwen2ForCausalLM")),
+    "qwen2vl": Architecture(config.qwen("Qwen2ForCausalLM")),
+    "qwen3": Architecture(config.qwen("Qwen3ForCausalLM")),
+    "qwen3vl": Architecture(config.qwen("Qwen3ForCausalLM")),
+    "qwen2moe": Architecture(
+        config.qwen_moe("Qwen2MoeForCausalLM", normalised=False),
+        mlp() | mixture(shared="shared_expert") | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"},
+    ),
+    "qwen3moe": Architecture(config.qwen_moe("Qwen3MoeForCausalLM", normalised=True), mlp() | mixture()),
+    "qwen3vlmoe": Architecture(config.qwen_moe("Qwen3MoeForCausalLM", normalised=True), mlp() | mixture()),
+    "gemma": Architecture(config.plain("GemmaForCausalLM"), shift=1.0),
+    "gemma2": Architecture(config.gemma2, mlp() | SANDWICH, shift=1.0),
+    "gemma3": Architecture(config.gemma3, mlp() | SANDWICH, shift=1.0),
+    "phi3": Architecture(
+        config.phi3, {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}
+    ),
+    "phimoe": Architecture(config.phimoe, MIXTRAL),
+    "granite": Architecture(config.granite("GraniteForCausalLM"), permuted=True),
+    "granitemoe": Architecture(
+        config.granite("GraniteMoeForCausalLM"), mixture("block_sparse_moe", "router.layer"), permuted=True
+    ),
+    "olmo2": Architecture(config.olmo2, mlp() | SANDWICH),
+    "olmoe": Architecture(config.olmoe, mixture()),
+    "command-r": Architecture(config.command_r),
+    "cohere2": Architecture(config.cohere2),
+    "arcee": Architecture(config.plain("ArceeForCausalLM"), UP_DOWN, permuted=True),
+    "seed_oss": Architecture(
+        config.plain("SeedOssForCausalLM"), mlp() | {"post_attention_norm": "post_attention_layernorm"}
+    ),
+    "ernie4_5": Architecture(config.plain("Ernie4_5ForCausalLM")),
+    "hunyuan-dense": Architecture(
+        config.plain("HunYuanDenseV1ForCausalLM"),
+        mlp() | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+    ),
+    "exaone4": Architecture(
+        config.exaone4,
+        mlp() | {
+            "post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
+        },
+    ),
+    "dots1": Architecture(
+        config.dots1, mlp() | mixture(shared="shared_experts", correction="gate.e_score_correction_bias")
+    ),
+    "ernie4_5-moe": Architecture(
+        config.ernie4_5_moe,
+        mlp() | mixture(shared="shared_experts", correction="moe_statics.e_score_correction_bias"),
+    ),
+    "olmo": Architecture(config.olmo, permuted=True),
+    "nemotron": Architecture(config.nemotron, UP_DOWN, shift=1.0),
+    "starcoder2": Architecture(config.starcoder2, {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
+    "smollm3": Architecture(config.smollm3, permuted=True),
+    "glm4": Architecture(
+        config.glm4,
+        {
+            "post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm",
+            "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj",
+        },
+    ),
+    "glm4moe": Architecture(
+        config.glm4_moe,
+        mlp() | mixture(shared="shared_experts", correction="gate.e_score_correction_bias")
+        | {"post_attention_norm": "post_attention_layernorm"},
+    ),
+    "gpt-oss": Architecture(
+        config.gpt_oss,
+        mixture(router="router") | {"post_attention_norm": "post_attention_layernorm", "attn_sinks": "self_attn.sinks"},
+    ),
+    "minimax-m2": Architecture(
+        config.minimax_m2, mixture("block_sparse_moe", own="w", correction="e_score_correction_bias")
+    ),
+    "deepseek2": Architecture(
+        config.deepseek2,
+        mlp() | LATENT | mixture(shared="shared_experts", correction="gate.e_score_correction_bias"),
+    ),
+}  # fmt: skip

@@ -1,0 +1,99 @@
+"""Metadata: the values of a GGUF file by llama.cpp's keys, without the prefix that names the architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from intaglio.models.config import CheckpointError, PortError
+from intaglio.models.files.gguf.file import GgufFile
+from intaglio.models.files.gguf.tensors import Tables
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Metadata of a GGUF file, with its tensors by transformers' names.
+
+    Attributes:
+        file: the file.
+        tables: the file's tensors.
+        factors: rope frequency factors "freqs", "long" and "short", if the file has them.
+    """
+
+    file: GgufFile
+    tables: Tables
+    factors: dict[str, list[float]]
+
+    @property
+    def layers(self) -> int:
+        """Number of layers of the model, without multi-token-prediction (nextn) layers."""
+        return self.whole("block_count") - self.whole("nextn_predict_layers", 0)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key of the architecture; `default` if the file does not have it."""
+        return self.file.get(f"{self.file.architecture}.{key}", default)
+
+    def one(self, key: str, default: Any = None) -> Any:
+        """A value that may be stored per layer but must be the same in all. Raises PortError if layers differ."""
+        value = self.get(key, default)
+        if not isinstance(value, list):
+            return value
+        own = value[: self.layers]
+        if len(set(own)) != 1:
+            raise PortError(
+                f"{self.file.path}: {self.file.architecture}.{key} is {own[:8]}{'...' if len(own) > 8 else ''}; layers "
+                "of different sizes are not ported"
+            )
+        return own[0]
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        return int(self._needed(key, default))
+
+    def real(self, key: str, default: float | None = None) -> float:
+        return float(self._needed(key, default))
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        return bool(self.one(key, default))
+
+    def _needed(self, key: str, default: Any) -> Any:
+        value = self.one(key, default)
+        if value is None:
+            raise CheckpointError(f"{self.file.path} lacks {self.file.architecture}.{key}; the file is incomplete")
+        return value
+
+    def refuse(self, key: str, why: str) -> None:
+        """Raise PortError if the key is present and not 0, False or []."""
+        if self.get(key) not in (None, 0, False, []):
+            raise PortError(f"{self.file.path}: {self.file.architecture}.{key}={self.get(key)!r} is not ported: {why}")
+
+    @property
+    def hidden(self) -> int:
+        return self.tables.shape("model.embed_tokens.weight")[1]
+
+    @property
+    def heads(self) -> int:
+        return self.whole("attention.head_count")
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of K/V heads; the number of heads if absent."""
+        return self.whole("attention.head_count_kv", self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        return self.whole("attention.key_length", self.hidden // self.heads)
+
+    def has(self, name: str, layer: int = 0) -> bool:
+        """True if the file has this tensor in this layer."""
+        return f"model.layers.{layer}.{name}" in self.tables.names
+
+    def sliding(self, period: int) -> list[str]:
+        """The attention type of each layer, as layer_types in config.json.
+
+        The file's pattern is a list of flags by layer, or a number: the last of each run of that many layers is full.
+        Without a pattern that number is `period`.
+        """
+        pattern = self.get("attention.sliding_window_pattern", period)
+        if not isinstance(pattern, list):
+            pattern = [bool((i + 1) % pattern) if pattern else False for i in range(self.layers)]
+        return ["sliding_attention" if slides else "full_attention" for slides in pattern[: self.layers]]

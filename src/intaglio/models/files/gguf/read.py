@@ -1,0 +1,183 @@
+"""Reads a GGUF file as a checkpoint: its config, and its tensors by transformers' names."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intaglio.models.config import CheckpointError, PortError
+from intaglio.models.files.gguf.architectures import ARCHITECTURES, PROJECTIONS, Architecture
+from intaglio.models.files.gguf.file import GgufFile, open_gguf
+from intaglio.models.files.gguf.header import Tensor
+from intaglio.models.files.gguf.metadata import Metadata
+from intaglio.models.files.gguf.tensors import Place, Tables, place_of, summed
+
+FACTORS = {"rope_freqs": "freqs", "rope_factors_long": "long", "rope_factors_short": "short"}
+UNNAMED = ("e_score_correction_bias", "sinks")  # whose names have no `.weight` or `.bias` after them
+EXPERT = re.compile(r"ffn_(gate|up|down)\.(\d+)")  # old files keep a mixture's matrices one by one
+DERIVED = ("attn_rot_embd",)  # frequencies that follow from the metadata
+WORTH = 1 << 30  # bytes: a file that takes so much more in memory is worth a warning
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], Tables]:
+    """(config, tensors) of the model in a GGUF file and its further parts. Raises CheckpointError and PortError."""
+    file = open_gguf(path)
+    own = ARCHITECTURES.get(file.architecture)
+    if own is None:
+        known = ", ".join(ARCHITECTURES)
+        raise PortError(f"{path}: architecture {file.architecture!r} is not read; known are {known}")
+    reader = _Reader(file, own)
+    for part, t in file.tensors:
+        reader.add(part, t)
+    if "model.embed_tokens.weight" not in reader.tables.names:
+        raise CheckpointError(f"{path} has no token_embd.weight; it holds no whole model")
+    reader.join_latent()
+    config = own.describe(reader.meta)
+    config |= _special(file)
+    _note_cost(file)
+    return config, reader.tables
+
+
+class _Reader:
+    """Adds tensors one by one under transformers' names; halves of one matrix are kept until both are there."""
+
+    def __init__(self, file: GgufFile, own: Architecture) -> None:
+        self.file, self.own, self.tables = file, own, Tables()
+        self.meta = Metadata(file, self.tables, {})
+        self.halves: dict[str, Place] = {}  # of kv_b_proj, by layer and k or v
+
+    def add(self, part: Path, t: Tensor) -> None:
+        words = t.name.split(".")
+        in_layer = words[0] == "blk"
+        if in_layer and int(words[1]) >= self.meta.layers:
+            return  # predictors of tokens further ahead
+        at = f"model.layers.{words[1]}." if in_layer else ""
+        own, suffix = ".".join(words[2 if in_layer else 0 : -1]), words[-1]
+        if own in FACTORS:
+            self.meta.factors[FACTORS[own]] = np.fromfile(part, "<f4", t.shape[0], offset=t.start).tolist()
+        elif own in ("attn_k_b", "attn_v_b"):
+            self.halves[f"{at}{own[5]}"] = place_of(self.file.path, part, t)
+        elif own not in DERIVED:
+            self._add(at, own, suffix, place_of(self.file.path, part, t), t.name)
+
+    def _add(self, at: str, own: str, suffix: str, p: Place, full: str) -> None:
+        match = EXPERT.fullmatch(own)
+        name = self.own.name(f"ffn_{match[1]}_exps" if match else own)
+        if name is None and own == "attn_qkv":
+            self._add_rows(at, ("attn_q", "attn_k", "attn_v"), suffix, p, self._widths(), full)
+        elif name is None and own == "ffn_gate_up_exps":
+            self._add_gate_up(at, suffix, p)
+        elif name is None:
+            raise PortError(
+                f"{self.file.path}: tensor {full} belongs to nothing that the port of "
+                f"{self.file.architecture!r} has; it would be left unused"
+            )
+        elif match:
+            self.tables.add(f"{at}{name.format(e=match[2])}.{suffix}", p)
+        elif "{e}" in name:
+            self._add_experts(f"{at}{name}", suffix, p)
+        else:
+            self._add_one(at + name, own, suffix, p)
+
+    def _add_one(self, name: str, own: str, suffix: str, p: Place) -> None:
+        meta, heads = self.meta, 0
+        if self.own.permuted and own in ("attn_q", "attn_k"):
+            heads = meta.heads if own == "attn_q" else meta.kv_heads
+        if name.endswith("shared_expert_gate"):
+            p = p.cut(0, (1, p.shape[-1]))
+        norm = own.endswith("norm") and suffix == "weight"
+        full = name if name.endswith(UNNAMED) else f"{name}.{suffix}"
+        self.tables.add(full, p, heads, self.own.shift if norm else 0.0)
+
+    def _add_experts(self, name: str, suffix: str, p: Place) -> None:
+        """Add a stack of experts' matrices as one tensor per expert.
+
+        Biases of all experts stay one tensor, `..._bias`.
+        """
+        if suffix == "bias":
+            head, _, own = name.partition("{e}.")
+            self.tables.add(f"{head}{own}_bias", p)
+            return
+        each = p.shape[1:]
+        for e in range(p.shape[0]):
+            self.tables.add(f"{name.format(e=e)}.{suffix}", p.cut(e * each[0], each))
+
+    def _add_gate_up(self, at: str, suffix: str, p: Place) -> None:
+        """Add a stack of experts' matrices whose rows are gate, then up, as two tensors per expert."""
+        count, rows, columns = p.shape
+        for i, n in enumerate(PROJECTIONS[:2]):
+            name = self.own.name(f"ffn_{n}_exps")
+            if name is None:
+                raise PortError(f"{self.file.path}: {self.file.architecture!r} has no experts")
+            for e in range(count):
+                own = p.cut(e * rows + i * (rows // 2), (rows // 2, columns))
+                self.tables.add(f"{at}{name.format(e=e)}.{suffix}", own)
+
+    def _widths(self) -> tuple[int, int, int]:
+        meta = self.meta
+        kv = meta.kv_heads * meta.whole("attention.key_length", 0)
+        return (meta.heads * meta.whole("attention.key_length", 0), kv, kv)
+
+    def _add_rows(
+        self, at: str, parts: tuple[str, ...], suffix: str, p: Place, widths: tuple[int, ...], full: str
+    ) -> None:
+        """Add matrices that the file stores one above the other, such as q, k and v, as one tensor each.
+
+        widths: their rows.
+        """
+        if not widths[0]:  # no key_length: heads share the embedding's width
+            head = p.shape[0] // (self.meta.heads + 2 * self.meta.kv_heads)
+            widths = (self.meta.heads * head, *(self.meta.kv_heads * head,) * 2)
+        if sum(widths) != p.shape[0]:
+            raise CheckpointError(f"{self.file.path}: {full} has {p.shape[0]} rows; heads make it {sum(widths)}")
+        first = 0
+        for part, width in zip(parts, widths, strict=True):
+            name = self.own.name(part)
+            assert name
+            own = p.cut(first, (width, *p.shape[1:])) if len(p.shape) > 1 else _run(p, first, width)
+            self._add_one(at + name, part, suffix, own)
+            first += width
+
+    def join_latent(self) -> None:
+        """Add kv_b_proj, joined from its halves: keys [heads, rank, nope] (transposed) and values [heads, v, rank]."""
+        for key in [k for k in self.halves if k.endswith("k")]:
+            at, keys, values = key[:-1], self.halves[key], self.halves[f"{key[:-1]}v"]
+            heads, rank, nope = keys.shape
+            rows = nope + values.shape[1]
+
+            def join(parts: list[np.ndarray], shape: tuple[int, ...] = (heads * rows, rank)) -> np.ndarray:
+                return np.concatenate([parts[0].swapaxes(1, 2), parts[1]], axis=1).reshape(shape)
+
+            self.tables.add_joined(f"{at}self_attn.kv_b_proj.weight", (keys, values), (heads * rows, rank), join)
+
+
+def _run(p: Place, first: int, count: int) -> Place:
+    """The place of `count` values of a vector, from number `first` on."""
+    each = p.row_bytes // prod(p.shape)
+    return Place(p.file, p.kind, (count,), p.start + first * each)
+
+
+def _special(file: GgufFile) -> dict[str, Any]:
+    """Config keys of special token ids. Ids that end a turn or a message are added to the ids that end a sequence."""
+    ends = (file.get(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot", "eom"))
+    eos = list(dict.fromkeys(int(i) for i in ends if i is not None))
+    bos, pad = (file.get(f"tokenizer.ggml.{n}_token_id") for n in ("bos", "padding"))
+    known = {"bos_token_id": bos, "pad_token_id": pad, "eos_token_id": eos or None}
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def _note_cost(file: GgufFile) -> None:
+    """Warn if the types that become bf16 make the model much larger in memory than its file."""
+    stored, held = summed(file.types)
+    if held - stored > WORTH:
+        kinds = ", ".join(sorted(kind for kind in file.types if summed({kind: 1})[1]))
+        warnings.warn(
+            f"{file.path}: matrices of type {kinds} become bf16, {held / 1e9:.1f} GB in memory instead of "
+            f"{stored / 1e9:.1f} in the file; with weights int8 or int4 they are quantised anew",
+            stacklevel=4,
+        )

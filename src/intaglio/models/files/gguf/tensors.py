@@ -1,0 +1,152 @@
+"""Tensors of a GGUF file under transformers' names.
+
+Tensors of plain values are views of the file (Raw); block-quantised and reordered ones are decoded when read (Coded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intaglio.formats import Quantised
+from intaglio.models.config import PortError
+from intaglio.models.files.coded import Coded, Part, Reader
+from intaglio.models.files.gguf.blocks import BF16, BLOCKS, PLAIN, as_float, decode_rows, known_types
+from intaglio.models.files.gguf.header import Tensor
+from intaglio.ops import Value
+
+WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Where a tensor's bytes lie in a file (start .. stop - 1), and the dtype and shape to read them as.
+
+    Blocks are read as U8 [rows, bytes per row].
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of consecutive rows of a tensor in a file."""
+
+    file: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def row_bytes(self) -> int:
+        if self.kind in PLAIN:
+            return self.shape[-1] * WIDTHS[self.kind]
+        return self.shape[-1] // BLOCKS[self.kind].values * BLOCKS[self.kind].bytes
+
+    @property
+    def stop(self) -> int:
+        return self.start + prod(self.shape[:-1]) * self.row_bytes
+
+    def cut(self, first: int, shape: tuple[int, ...]) -> Place:
+        """The place of the part of shape `shape` that starts at row `first`."""
+        return Place(self.file, self.kind, shape, self.start + first * self.row_bytes)
+
+
+def place_of(path: Path, file: Path, t: Tensor) -> Place:
+    """The Place of a tensor in its file. Raises PortError if its type is not supported."""
+    kind = t.kind
+    if kind not in PLAIN and kind not in BLOCKS:
+        why = " (ternary weights have no kernel here; use a Q4_K_M or Q8_0 file)" if kind.startswith("TQ") else ""
+        raise PortError(f"{path}: tensor {t.name} is {kind}, which is not read{why}; known are {known_types()}")
+    return Place(file, kind, t.shape, t.start)
+
+
+@dataclass
+class Tables:
+    """Tensors of a GGUF file by name: those read as stored (`raw`), and those decoded on reading (`coded`)."""
+
+    raw: dict[str, Raw] = field(default_factory=dict)
+    coded: dict[str, Coded] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        return {n for n in self.raw if not n.startswith("blocks of ")} | set(self.coded)
+
+    @property
+    def taken(self) -> set[str]:
+        return {n for n in self.raw if n.startswith("blocks of ")}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.coded[name].shape if name in self.coded else self.raw[name].shape
+
+    def add(self, name: str, p: Place, heads: int = 0, shift: float = 0.0) -> None:
+        """Add a tensor under transformers' name.
+
+        heads: number of heads if its rows are in interleaved rope order, else 0. shift: number subtracted from its
+        values (norms of Gemma, to which converters add 1).
+        """
+        if p.kind in PLAIN and not heads and not shift:
+            self.raw[name] = Raw(p.file, p.kind, p.shape, p.start, p.stop)
+            return
+        at = self._blocks(name, p)
+        head = p.shape[0] // heads if heads else 1
+
+        def decode(read: Reader) -> Value:
+            x = _values(read(at), p)
+            if heads:
+                x = x.each(lambda part: in_order(part, head)) if isinstance(x, Quantised) else in_order(x, head)
+            return x if not shift or isinstance(x, Quantised) else (x.astype(np.float32) - np.float32(shift))
+
+        format = "f32" if shift else format_of(p)
+        self.coded[name] = Coded(format, p.shape, {at: Part()}, decode, whole=head)
+
+    def add_joined(self, name: str, places: Sequence[Place], shape: tuple[int, ...], join: Any) -> None:
+        """Add a matrix of plain values that is joined from several tensors.
+
+        join: takes their values as float32 and returns the matrix as float32.
+        """
+        at = [self._blocks(f"{name} {i}", p) for i, p in enumerate(places)]
+        formats = {format_of(p) for p in places}
+        format = next(iter(formats)) if formats in ({"f32"}, {"f16"}) else "bf16"
+        dtype = {"f32": np.float32, "f16": np.float16}.get(format)
+
+        def decode(read: Reader) -> Value:
+            x = join([as_float(_values(read(n), p)).reshape(p.shape) for n, p in zip(at, places, strict=True)])
+            return x.astype(dtype or BF16)
+
+        self.coded[name] = Coded(format, shape, {n: Part(None) for n in at}, decode, whole=shape[0])
+
+    def _blocks(self, name: str, p: Place) -> str:
+        at = f"blocks of {name}"
+        shape = p.shape if p.kind in PLAIN else (prod(p.shape[:-1]), p.row_bytes)
+        self.raw[at] = Raw(p.file, p.kind if p.kind in PLAIN else "U8", shape, p.start, p.stop)
+        return at
+
+
+def format_of(p: Place) -> str:
+    """The number format that a tensor has after reading."""
+    return PLAIN[p.kind] if p.kind in PLAIN else BLOCKS[p.kind].format
+
+
+def _values(x: np.ndarray, p: Place) -> Value:
+    return x if p.kind in PLAIN else decode_rows(p.kind, x)
+
+
+def in_order(x: np.ndarray, head: int) -> np.ndarray:
+    """Rows of Q or K reordered from interleaved to half rope order. head: rows of a head."""
+    return np.ascontiguousarray(x.reshape(-1, head // 2, 2, *x.shape[1:]).swapaxes(1, 2)).reshape(x.shape)
+
+
+def summed(types: Mapping[str, int]) -> tuple[int, int]:
+    """(bytes in the file, bytes in memory) of all values whose types become bf16. types: values by type."""
+    own = {kind: n for kind, n in types.items() if kind in BLOCKS and BLOCKS[kind].format == "bf16"}
+    return sum(n // BLOCKS[k].values * BLOCKS[k].bytes for k, n in own.items()), 2 * sum(own.values())

@@ -1,0 +1,249 @@
+"""Integer matrices of GPTQ, AWQ and AutoRound: codes packed into words.
+
+Value = (code - zero) * scale, groups along K.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.formats import ROW, Quantised
+from intaglio.models.config import PortError, Settings
+from intaglio.models.files.affine import mlx
+from intaglio.models.files.coded import (
+    Coded,
+    Part,
+    Reader,
+    Stored,
+    bases,
+    by_group,
+    fields,
+    find_order,
+    scaled_format,
+    spread_rows,
+)  # fmt: skip
+from intaglio.models.files.scaled import scaled
+
+AWQ_ORDERS = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}  # by bits: the column that each code of a word has
+GPTQ_BITS = (2, 3, 4, 8)
+THREES = (0xDB6DB6DB, 0xB6DB6DB6, 0x6DB6DB6D)  # words of zeros of 3 bits, each of them 3: one less than 4
+FOURS = (0x24924924, 0x49249249, 0x92492492)  # the same with 4
+GPTQMODEL_ONES = (0x24924924, 0x92492492, 0x49249249)  # what GPTQModel takes off the words of zeros
+GPTQ_FORMATS = ("gptq", "gptq_v2")
+AWQ_VERSIONS = ("gemm", "exllama", "ipex")  # those whose files lie as gemm's
+
+Codes = Callable[[Reader], np.ndarray]
+
+
+def gptq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> dict[str, Coded]:
+    """GPTQ matrices of a checkpoint by name: codes of 2, 3, 4 or 8 bits, packed along K into int32 words.
+
+    qweight I32 [K bits / 32, N]; qzeros I32 [G, N bits / 32], zero points minus one, except in v2; scales F16 [G, N];
+    g_idx I32 [K], the group of each column, in any order with act-order. Codes of 2 and 3 bits are kept in 4. `dynamic`
+    overrides bits and group_size for modules whose names match a pattern. Raises PortError for other layouts.
+    """
+    version = q.get("checkpoint_format") or q.get("format") or "gptq"
+    version = "marlin" if q.get("is_marlin_format") else version
+    if version not in GPTQ_FORMATS:
+        raise PortError(
+            f"config.json: GPTQ with checkpoint_format={version!r} is packed for a kernel; "
+            f"{' and '.join(GPTQ_FORMATS)} are read: export it again as one of them"
+        )
+    if (q.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):
+        raise PortError(f"config.json: GPTQ with pack_dtype={q.get('pack_dtype')!r}; int32 is read")
+    out: dict[str, Coded] = {}
+    known: dict[bytes, str] = {}
+    for base in bases(stored, ".qweight"):
+        own = _override(q.get("dynamic") or {}, base) or _extra(extra or {}, base)
+        bits = own.get("bits", q.get("bits"))
+        if bits not in GPTQ_BITS:
+            raise PortError(f"config.json: GPTQ with bits={bits} for {base}; {', '.join(map(str, GPTQ_BITS))} are read")
+        if bits == 3 and version != "gptq_v2":
+            _check_three_bits(stored, base, own.get("sym", q.get("sym")))
+        ones = np.uint32(0 if version == "gptq_v2" else 0xFFFFFFFF // ((1 << bits) - 1))
+        words, n = stored.shapes[base + ".qweight"]
+        k = words * 32 // bits
+
+        def codes(read: Reader, base: str = base, bits: int = bits) -> np.ndarray:
+            return fields(read(base + ".qweight").T, bits)
+
+        def zeros(read: Reader, base: str = base, bits: int = bits, n: int = n, ones: np.uint32 = ones) -> np.ndarray:
+            held = read(base + ".qzeros").view(np.uint32)
+            if bits == 3 and ones:
+                return np.full((n, len(held)), 4, np.uint8)  # as _check_three_bits() has found
+            return fields(held + ones, bits).T if bits != 3 else fields(held, bits, n).T  # a zero of 0 had borrowed
+
+        group = _group(stored, base, k, own.get("group_size", q.get("group_size")))
+        parts = {".qweight": Part(1), ".qzeros": Part(1, 32 // bits)}
+        _add(stored, base, (n, k), group, bits, codes, zeros, parts, known, out)
+    return out
+
+
+def _check_three_bits(stored: Stored, base: str, symmetric: Any) -> None:
+    """Raise PortError unless all zeros of 3-bit codes, stored in GPTQ's first version, are 4.
+
+    AutoGPTQ took 1 off each zero. GPTQModel took constants off whole words, which is 1 in another bit of each zero. So
+    the stored words do not determine the zeros; symmetric codes are known to have 4.
+    """
+    words = stored.read(base + ".qzeros").view(np.uint32)
+    kinds = [np.resize(np.array(w, np.uint32), words.shape[1]) for w in (THREES, np.subtract(FOURS, GPTQMODEL_ONES))]
+    if symmetric is False or not any(np.array_equal(words, np.broadcast_to(kind, words.shape)) for kind in kinds):
+        raise PortError(
+            f"{base}.qzeros: zeros of 3 bits in the first version of GPTQ's format were saved in two ways, which the "
+            "file does not tell apart; save the model again with checkpoint_format='gptq_v2', or quantise with sym=True"
+        )
+
+
+def auto_round(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
+    """AutoRound's matrices by name: packed as in GPTQ, AWQ or MLX, or floats with scales beside them.
+
+    `extra_config` overrides bits and group_size by a module's name, or by a pattern. Raises PortError for a packing
+    that is not supported.
+    """
+    named = str(q.get("packing_format") or q.get("backend") or "auto_round:auto_gptq")
+    packing = named.removeprefix("auto_round:").removeprefix("auto_")
+    extra = q.get("extra_config") or {}
+    if any(n.endswith("weight_scale") for n in stored.dtypes):
+        return scaled(stored, q)
+    if packing.startswith("awq"):
+        return awq(stored, q, extra)
+    if packing == "mlx":
+        return mlx(stored, _with(q, extra))
+    if packing not in ("gptq", "gptqmodel", "auto", "gptq_v2"):
+        raise PortError(
+            f"config.json: quantization_config.packing_format={named!r} (AutoRound) is packed for its own kernels; "
+            "export it again with format='auto_gptq' or 'auto_awq', which are read"
+        )
+    version = "gptq" if packing in ("gptq", "auto") else "gptq_v2"
+    return gptq(stored, _with(q, {"checkpoint_format": version, "format": None, "dynamic": None}), extra)
+
+
+def _with(q: Mapping[str, Any], more: Mapping[str, Any]) -> Settings:
+    """A copy of the settings with `more` added. Keys that are read from it count as read from `q`."""
+    out = Settings({**q, **more})
+    out.seen = q.seen if isinstance(q, Settings) else out.seen
+    return out
+
+
+def _override(dynamic: Mapping[str, Any], base: str) -> Mapping[str, Any]:
+    """The settings that `dynamic` has for a module: those of the first pattern that matches its name; {} if none does.
+
+    A pattern with the prefix -: says that the module is not quantised. Raises PortError if its tensors are.
+    """
+    for pattern, settings in dynamic.items():
+        if re.match(re.sub(r"^[+-]:", "", pattern), base):
+            if pattern.startswith("-:"):
+                raise PortError(f"{base}.qweight is there, but dynamic {pattern!r} says that {base} is not quantised")
+            return settings or {}
+    return {}
+
+
+def _extra(extra: Mapping[str, Any], base: str) -> Mapping[str, Any]:
+    """Settings of a module in AutoRound's extra_config: by its name, or the first pattern that matches it.
+
+    {} if none does.
+    """
+    if isinstance(extra.get(base), Mapping):
+        return extra[base]
+    return next((s for pattern, s in extra.items() if isinstance(s, Mapping) and re.search(pattern, base)), {})
+
+
+def awq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> dict[str, Coded]:
+    """AWQ matrices of a checkpoint by name: 4- or 8-bit codes packed along N into int32 words, ordered by AWQ_ORDERS.
+
+    qweight I32 [K, N bits / 32]; qzeros I32 [G, N bits / 32]; scales F16 [G, N]. extra: settings of modules, as in
+    AutoRound's extra_config. Raises PortError for a layout that is not supported.
+    """
+    usual, version = q.get("bits") or q.get("w_bit"), str(q.get("version") or "gemm")
+    if version.lower() not in AWQ_VERSIONS or q.get("zero_point") is False:
+        raise PortError(
+            f"config.json: AWQ with bits={usual}, version={version!r}, zero_point={q.get('zero_point', True)}; 4 and 8 "
+            f"bits, {', '.join(AWQ_VERSIONS)} and zero points are read"
+        )
+
+    def columns(words: np.ndarray, bits: int) -> np.ndarray:
+        held = fields(words, bits).reshape(len(words), -1, 32 // bits)
+        out = np.empty_like(held)
+        out[:, :, list(AWQ_ORDERS[bits])] = held
+        return out.reshape(len(words), -1).T
+
+    out: dict[str, Coded] = {}
+    for base in bases(stored, ".qweight"):
+        own = _extra(extra or {}, base)
+        bits = own.get("bits", usual)
+        if bits not in AWQ_ORDERS:
+            raise PortError(f"config.json: AWQ with bits={bits} for {base}; 4 and 8 are read")
+
+        def codes(read: Reader, base: str = base, bits: int = bits) -> np.ndarray:
+            return columns(read(base + ".qweight"), bits)
+
+        def zeros(read: Reader, base: str = base, bits: int = bits) -> np.ndarray:
+            return columns(read(base + ".qzeros"), bits)
+
+        k, words = stored.shapes[base + ".qweight"]
+        group = _group(stored, base, k, own.get("group_size") or q.get("group_size") or q.get("q_group_size"))
+        parts = {".qweight": Part(1, 32 // bits), ".qzeros": Part(1, 32 // bits)}
+        _add(stored, base, (words * 32 // bits, k), group, bits, codes, zeros, parts, {}, out)
+    return out
+
+
+def _group(stored: Stored, base: str, k: int, named: Any) -> int:
+    """Number of columns that share a scale; -1: one scale per row. Raises PortError.
+
+    It is the config's group_size (`named`) if that fits the number of scales. Otherwise g_idx decides; without
+    group_size and g_idx, the number of scales.
+    """
+    for part in (".scales", ".qzeros"):
+        if base + part not in stored.shapes:
+            raise PortError(f"{base}.qweight has no {part[1:]} beside it; the file is not complete, download it again")
+    held = stored.shapes[base + ".scales"][0]
+    if named is not None and (isinstance(named, bool) or not isinstance(named, int) or named == 0 or named < -1):
+        raise PortError(f"config.json: group_size={named!r}; wanted -1 or a number above 0")
+    group: int | None = named
+    if group is None and base + ".g_idx" in stored.dtypes:
+        group = int(np.bincount(stored.read(base + ".g_idx")).max())
+    if group is None:
+        group = -(-k // held) if k % held == 0 else 0
+    wanted = 1 if group == ROW else -(-k // group) if group else -1
+    if wanted != held and base + ".g_idx" in stored.dtypes:
+        sizes = np.bincount(stored.read(base + ".g_idx"))
+        group, wanted = int(sizes.max()), len(sizes)
+    if wanted != held:
+        raise PortError(
+            f"{base}.scales has {held} groups, but config.json's group_size={named} makes {wanted} of {k} columns; the "
+            "config belongs to another version of the model"
+        )
+    if group != ROW and held == 1 and group >= k:
+        return ROW
+    if group != ROW and (group % 32 or group > formats.CHUNK):
+        raise PortError(f"{base}.scales: groups of {group}; a multiple of 32 up to {formats.CHUNK} is read")
+    return group
+
+
+def _add(
+    stored: Stored, base: str, shape: tuple[int, int], group: int, bits: int, codes: Codes, zeros: Codes,
+    parts: Mapping[str, Part], known: dict[bytes, str], out: dict[str, Coded],
+) -> None:  # fmt: skip
+    """Add the matrix of module `base` to `out`: scale * (code - zero), with unsigned codes and groups along K.
+
+    group: columns that share a scale and a zero; -1: the whole row. known, out: as for find_order().
+    """
+    order = find_order(stored, base + ".g_idx", base + ".order", group, known, out)
+    format = scaled_format(f"uint{4 if bits <= 4 else 8}", group, stored.dtypes[base + ".scales"])
+
+    def decode(read: Reader) -> Quantised:
+        fmt, own = formats.get(format), codes(read)
+        own = np.ascontiguousarray(own[:, by_group(read(base + ".g_idx"))] if order else own).view(fmt.dtype)
+        tables = [x.astype(np.float32, "C") for x in (read(base + ".scales").T, zeros(read))]
+        if fmt.group == ROW:
+            tables = [spread_rows(x, own.shape, format)[0] for x in tables]
+        return Quantised(own, tables[0], fmt.group_of(own.shape[1]), tables[1])
+
+    lie = {**parts, ".scales": Part(1), ".g_idx": Part(None)}
+    held = {base + s: part for s, part in lie.items() if base + s in stored.dtypes}
+    out[base + ".weight"] = Coded(format, shape, held, decode, whole=shape[0] if 32 % bits else 1, order=order)

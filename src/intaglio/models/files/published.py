@@ -1,0 +1,46 @@
+"""Quantised matrices as published: finds the tensors that make up one matrix, and decodes its codes without rounding.
+
+Codes stay as they are wherever a format here holds them; the others (bitsandbytes' 4 bits, HQQ, MLX) become bf16.
+"""
+
+from __future__ import annotations
+
+from intaglio.models.config import Settings
+from intaglio.models.files.affine import hqq, mlx
+from intaglio.models.files.bitsandbytes import bitsandbytes
+from intaglio.models.files.coded import Coded, Stored
+from intaglio.models.files.compressed import compressed
+from intaglio.models.files.floats import fp8, mxfp4
+from intaglio.models.files.packed import auto_round, awq, gptq
+from intaglio.models.files.quantisation import BESIDE, method_of
+from intaglio.models.files.scaled import scaled
+
+ACTIVATION_SCALES = (
+    "input_scale", "k_scale", "v_scale", "output_scale", "weight_shape", "input_zero_point", "input_global_scale",
+    "input_scale_ub",
+)  # fmt: skip
+FINDERS = {
+    "fp8": fp8, "mxfp4": mxfp4, "compressed-tensors": compressed, "gptq": gptq, "awq": awq, "modelopt": scaled,
+    "quark": scaled, "bitsandbytes": bitsandbytes, "hqq": hqq, "mlx": mlx, "auto-round": auto_round,
+}  # fmt: skip
+
+
+def find_coded(stored: Stored, q: Settings, where: str = "config.json") -> tuple[dict[str, Coded], set[str]]:
+    """(quantised matrices by their name without quantisation, names of the tensors that they are made of).
+
+    The second also has activation scales. q: the quantisation settings. where: the file and key that hold them, for
+    errors. Raises PortError.
+    """
+    method = method_of(q, where)
+    if (
+        method
+        and where.split(":")[0] in BESIDE
+        and not any(n.endswith((".qweight", "_scale", "_scale_inv")) for n in stored.dtypes)
+    ):
+        return {}, set()  # a file left from another version of the model
+    if not method:
+        return {}, set()
+    coded = FINDERS[method](stored, q)
+    taken = {part for c in coded.values() for part in c.parts}
+    taken |= {n for n in stored.dtypes if n.rpartition(".")[2] in ACTIVATION_SCALES}
+    return coded, taken

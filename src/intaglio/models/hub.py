@@ -1,0 +1,287 @@
+"""Checkpoints by hub id: a repository owner/name of the Hugging Face Hub, found in the local cache or downloaded.
+
+Downloads through `huggingface_hub`, so its cache, its token and its environment variables (HF_HOME, HF_TOKEN,
+HF_ENDPOINT, HF_HUB_OFFLINE) apply. Only files that Intaglio reads are downloaded; code in a repository never is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from intaglio.models.config import CheckpointError
+from intaglio.models.files.folder import (
+    ADAPTER,
+    INDEX,
+    OTHER_LAYOUTS,
+    OTHER_WEIGHTS,
+    deciding_file,
+    listed_shards,
+    not_a_model,
+)
+from intaglio.models.files.gguf.file import BESIDE, PART
+from intaglio.models.files.quantisation import BESIDE as QUANTISATION
+from intaglio.models.text.account import FILES as TEXT
+from intaglio.progress import Progress, silent
+
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?::([\w.-]+))?")  # owner/name, and :TAG to choose among GGUF files
+DEFAULT_TAG = "Q4_K_M"  # of several GGUF files; llama.cpp takes the same
+SMALL = {"config.json", *TEXT, *QUANTISATION}
+INSTEAD = {ADAPTER, *OTHER_LAYOUTS}  # files that say what a repository without config.json is
+TEMPLATES = "additional_chat_templates/"
+
+
+class HubError(CheckpointError):
+    """Raised if a hub id leads to no checkpoint. The message says why and what to do."""
+
+
+def locate(name: str | Path, revision: str | None = None, progress: Progress = silent) -> Path:
+    """The path of the checkpoint that `name` means, downloaded if it is a hub id.
+
+    A path that exists is returned as it is, also if it has the form of a hub id; so is a name that has not that form.
+
+    Args:
+        name: a path, or a hub id: owner/name, or owner/name:TAG for the GGUF file of the quantisation TAG (Q4_K_M).
+        revision: branch, tag or commit of the repository; by default main.
+        progress: called as progress(bytes done, bytes in all, what).
+
+    Raises:
+        HubError: the repository or what is wanted of it is not there, or cannot be downloaded.
+    """
+    path = Path(name)
+    match = HUB_ID.fullmatch(str(name))
+    if path.exists() or not match:
+        if revision is not None:
+            raise HubError(
+                f"revision {revision!r} is for a hub id such as Qwen/Qwen3-0.6B, not for {path}; leave it out"
+            )
+        return path
+    repo, tag = match.groups()
+    try:
+        import huggingface_hub  # noqa: F401
+    except ImportError:
+        raise HubError(f"no folder {path}; to download it as a hub id: pip install 'intaglio[hub]'") from None
+    return _Repository(repo, revision).fetch(tag, progress)
+
+
+def hub_id(name: str | Path) -> str | None:
+    """`name` as a string if it has the form of a hub id and no such path exists; else None."""
+    return str(name) if HUB_ID.fullmatch(str(name)) and not Path(name).exists() else None
+
+
+def choose_files(repo: str, files: Iterable[str], tag: str | None, read: Callable[[str], Any]) -> list[str]:
+    """The files of a repository that are read: those of its text and settings, and the weights of one format.
+
+    Weights are, in this order: those that `transformers_weights` of config.json names; model.safetensors; the shards of
+    model.safetensors.index.json; the only *.safetensors file; the only GGUF model, or that of `tag`, by default Q4_K_M.
+    With a tag, GGUF files come first. A split GGUF model has all its parts. Of a repository that is something else,
+    such as an adapter, only the file that says so: the reader of folders then refuses it by name.
+
+    Args:
+        repo: name of the repository in errors.
+        files: all its files, by their paths in it.
+        tag: quantisation in the name of a GGUF file.
+        read: reads a JSON file of the repository.
+
+    Raises:
+        HubError: there are no weights that can be read, or several and no rule chooses one.
+    """
+    files = sorted(files)
+    small = [f for f in files if f in SMALL or (f.startswith(TEMPLATES) and f.endswith(".jinja"))]
+    if tag is None and "config.json" in files and (weights := _safetensors(repo, files, read)):
+        return small + weights
+    if models := _gguf_models(files):
+        return _chosen_gguf(repo, models, tag)
+    if tag is not None:
+        raise HubError(f"{repo} has no GGUF files, so :{tag} chooses nothing; leave it out")
+    if "config.json" not in files and (instead := [f for f in files if f in INSTEAD]):
+        return instead
+    if held := [f for f in files if f.endswith(OTHER_WEIGHTS)]:
+        raise HubError(
+            f"{repo} has its weights in {held[0]} only, a format that is not read; take a repository with safetensors, "
+            "or save it again: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
+        )
+    named = ", ".join(files[:8])
+    raise HubError(f"{repo} has no weights, neither *.safetensors with a config.json nor *.gguf; its files: {named}")
+
+
+def _safetensors(repo: str, files: list[str], read: Callable[[str], Any]) -> list[str]:
+    """The safetensors files to read, with the index if there is one.
+
+    [] if the repository has none in its top folder.
+    """
+    decides = deciding_file(read("config.json"), files.__contains__, read)
+    if decides is not None:
+        shards = listed_shards(read(decides)) if decides in files and decides.endswith(".index.json") else []
+        if missing := [f for f in (decides, *shards) if f not in files]:
+            by = "config.json" if missing[0] == decides else decides
+            raise HubError(f"{repo}: {by} names {missing[0]}, which the repository lacks; take another revision")
+        return [decides, *shards]
+    held = [f for f in files if f.endswith(".safetensors") and "/" not in f and not not_a_model(f)]
+    if len(held) > 1:
+        raise HubError(
+            f"{repo} has {len(held)} safetensors files and no {INDEX} that names them: {', '.join(held[:4])}; "
+            "download the one you mean, and give its folder"
+        )
+    return held
+
+
+def _gguf_models(files: list[str]) -> dict[str, list[str]]:
+    """GGUF models of a repository: the path of each model's first part to the paths of all its parts."""
+    models: dict[str, list[str]] = {}
+    for f in files:
+        name = f.rpartition("/")[2]
+        if f.endswith(".gguf") and not name.lower().startswith(BESIDE):
+            part = PART.fullmatch(name)
+            models.setdefault(f[: len(f) - len(name)] + (part[1] if part else name), []).append(f)
+    return {parts[0]: parts for parts in models.values()}
+
+
+def _chosen_gguf(repo: str, models: Mapping[str, list[str]], tag: str | None) -> list[str]:
+    """The parts of the GGUF model whose name contains `tag`.
+
+    Without a tag: of the only model or, if there are several, the one with DEFAULT_TAG. Raises HubError unless exactly
+    one model fits.
+    """
+    if tag is None and len(models) == 1:
+        return next(iter(models.values()))
+    wanted = re.compile(rf"(?:^|[^A-Za-z0-9]){re.escape(tag or DEFAULT_TAG)}(?:$|[^A-Za-z0-9_])", re.IGNORECASE)
+    fit = [first for first in models if wanted.search(first.rpartition("/")[2])]
+    if len(fit) == 1:
+        return models[fit[0]]
+    why = f"{len(fit)} of them are {tag or DEFAULT_TAG}" if fit else f"none of them is {tag or DEFAULT_TAG}"
+    raise HubError(
+        f"{repo} has {len(models)} GGUF models and {why}: {', '.join(fit or models)}; choose one, as in {repo}:Q8_0"
+    )
+
+
+class _Repository:
+    """One revision of a repository, read over the network or, without one, from the cache."""
+
+    def __init__(self, repo: str, revision: str | None) -> None:
+        self.repo, self.revision = repo, revision
+        self.commit: str | None = None  # that the revision names
+        self.why = ""  # why the hub cannot be reached
+
+    def fetch(self, tag: str | None, progress: Progress) -> Path:
+        """Download the files to read, if the cache lacks them. Returns their folder in the cache, or the GGUF file."""
+        progress(0, 0, f"looking up {self.repo}")
+        sizes = self._sizes()
+        if sizes is None:
+            return self._cached(tag)
+        chosen = choose_files(self.repo, sizes, tag, lambda f: json.loads(self._download(f).read_bytes()))
+        total, done = sum(sizes[f] for f in chosen), 0
+        paths = []
+        for f in chosen:
+            paths.append(self._download(f, done, total, progress))
+            done += sizes[f]
+            progress(done, total, f"downloading {f}")
+        return _opened(paths, chosen)
+
+    def _gated(self) -> HubError:
+        return HubError(f"{self.repo} is gated: ask for access on its page, then log in (hf auth login, or HF_TOKEN)")
+
+    def _sizes(self) -> dict[str, int] | None:
+        """The size in bytes of each file by its path; None if the hub cannot be reached. Sets `commit`.
+
+        Raises HubError if the hub answers that there is no such repository or revision, or that it may not be read.
+        """
+        from huggingface_hub import HfApi, errors
+
+        at = f" at revision {self.revision!r}" if self.revision else ""
+        try:
+            info = HfApi().model_info(self.repo, revision=self.revision, files_metadata=True)
+        except errors.GatedRepoError:
+            raise self._gated() from None
+        except errors.RepositoryNotFoundError:
+            raise HubError(
+                f"there is no folder {self.repo} here and no repository of that name on the hub; if it is private, "
+                "log in (hf auth login, or HF_TOKEN)"
+            ) from None
+        except errors.RevisionNotFoundError:
+            raise HubError(
+                f"{self.repo} has no revision {self.revision!r}; give a branch, tag or commit of it"
+            ) from None
+        except errors.HfHubHTTPError as e:
+            if e.response.status_code < 500:
+                raise HubError(f"the hub refuses {self.repo}{at}: {_first_line(e)}") from None
+            self.why = _first_line(e)
+            return None
+        except Exception as e:  # of the HTTP library, which is not the same in all versions of huggingface_hub
+            self.why = _first_line(e)
+            return None
+        self.commit = info.sha
+        return {s.rfilename: s.size or 0 for s in info.siblings or ()}
+
+    def _cached(self, tag: str | None) -> Path:
+        """The folder or GGUF file that fetch() would return, from the cache alone.
+
+        Raises HubError if files are missing.
+        """
+        from huggingface_hub import errors, snapshot_download
+
+        try:
+            folder = Path(snapshot_download(self.repo, revision=self.revision, local_files_only=True))
+        except errors.LocalEntryNotFoundError:
+            at = f" at revision {self.revision}" if self.revision else ""
+            raise HubError(
+                f"there is no folder {self.repo} here, the cache of the hub has no {self.repo}{at}, and the hub cannot "
+                f"be reached: {self.why}; check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder"
+            ) from None
+        held = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
+        try:
+            chosen = choose_files(self.repo, held, tag, lambda f: json.loads((folder / f).read_bytes()))
+        except HubError as e:
+            raise HubError(
+                f"{e} (these are the files in the cache, {folder}; the hub cannot be reached: {self.why})"
+            ) from None
+        return _opened([folder / f for f in chosen], chosen)
+
+    def _download(self, file: str, done: int = 0, total: int = 0, progress: Progress = silent) -> Path:
+        """The path in the cache of one file of the repository; downloads it, or its rest, if it is not all there."""
+        from huggingface_hub import errors, hf_hub_download
+
+        bar = _bar(done, total, f"downloading {file}", progress)
+        try:
+            path = Path(hf_hub_download(self.repo, file, revision=self.revision, tqdm_class=bar))
+        except errors.GatedRepoError:
+            raise self._gated() from None
+        except Exception as e:  # of the HTTP library, of the cache or of the disk
+            raise HubError(
+                f"{self.repo}: {file} is not downloaded whole: {_first_line(e)}; run the command again to complete it"
+            ) from e
+        if self.commit not in path.parts:
+            raise HubError(f"{self.repo} was changed on the hub during the download; run the command again")
+        return path
+
+
+def _opened(paths: list[Path], files: list[str]) -> Path:
+    """The path to open a checkpoint by: the GGUF file (its first part), or the folder that holds all its files."""
+    if files[0].endswith(".gguf"):
+        return paths[0]
+    return paths[0].parents[files[0].count("/")]
+
+
+def _first_line(e: BaseException) -> str:
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
+
+def _bar(done: int, total: int, what: str, progress: Progress) -> Any:
+    """A subclass of tqdm that reports the bytes of one file to `progress`, after the `done` bytes of earlier files."""
+    from tqdm import tqdm
+
+    class Reported(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            self.so_far = int(options.get("initial") or 0)
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.so_far += int(n or 0)
+            progress(done + self.so_far, total, what)
+            return super().update(n)
+
+    return Reported

@@ -1,0 +1,32 @@
+"""The table of ported architectures: one file per model family, with one row (Family) per architecture.
+
+Every module of this package except family.py is such a file; its `FAMILIES` are its rows.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from intaglio.models.ports.family import Family
+from intaglio.plugins import load_plugins
+
+__all__ = ["Family", "families", "register_family"]
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(*families: Family) -> None:
+    """Add rows to the table, replacing rows of the same architecture."""
+    _FAMILIES.update((family.architecture, family) for family in families)
+
+
+def families() -> dict[str, Family]:
+    """{name in config.json: Family} of the ported architectures, those of plugins included."""
+    load_plugins()
+    return _FAMILIES
+
+
+for _module in iter_modules(__path__):
+    if _module.name != "family":
+        register_family(*import_module(f"{__name__}.{_module.name}").FAMILIES)

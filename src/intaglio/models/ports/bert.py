@@ -1,0 +1,215 @@
+"""BERT and its kin run as decoders (`is_decoder`): norms after each addition, a dense layer before the head.
+
+Roberta counts positions from padding_idx + 1. RoBERTa-PreLayerNorm, XLM-RoBERTa-XL and Megatron-BERT have norms before
+the branches. Electra, RemBERT and RoFormer may have embeddings of another width than the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from intaglio.models.config import Config, PortError
+from intaglio.models.decoder import BEFORE, SUM, Decoder, Layer, layer_norm_sizes
+from intaglio.models.decoder.rope import Table
+from intaglio.models.ports.bart import sinusoid
+from intaglio.models.ports.family import Family
+from intaglio.program.source import parts_of
+
+BERT = {
+    "hidden_act": "gelu", "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "hidden_size": 768,
+    "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072, "type_vocab_size": 2,
+    "vocab_size": 30522, "pad_token_id": 0, "is_decoder": False, "tie_word_embeddings": True,
+}  # fmt: skip
+ROBERTA = {**BERT, "vocab_size": 50265, "pad_token_id": 1}
+NAMES = {
+    "embed_tokens": "embeddings.word_embeddings", "embed_types": "embeddings.token_type_embeddings",
+    "embed_positions": "embeddings.position_embeddings",
+    "layers": "encoder.layer", "self_attn.o_proj": "attention.output.dense", "self_attn.q_proj": "attention.self.query",
+    "self_attn.k_proj": "attention.self.key", "self_attn.v_proj": "attention.self.value",
+    "mlp.up_proj": "intermediate.dense", "mlp.down_proj": "output.dense",
+}  # fmt: skip
+AFTER = {"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"}
+CLS, LM = "cls.predictions.decoder", "lm_head.decoder"  # modules of the head
+CLS_HEAD = {
+    "head_dense": "cls.predictions.transform.dense", "head_norm": "cls.predictions.transform.LayerNorm",
+    f"{CLS}.bias": "cls.predictions.bias",
+}  # fmt: skip
+LM_HEAD = {"head_dense": "lm_head.dense", "head_norm": "lm_head.layer_norm", f"{LM}.bias": "lm_head.bias"}
+
+
+def encoder(c: Config) -> dict[str, Any]:
+    """Arguments of Decoder that all of these models share, from config.json. Norms are after each addition.
+
+    Raises PortError unless is_decoder is set: without it, every token attends to the tokens after it.
+    """
+    if not c.flag("is_decoder"):
+        raise PortError(
+            "config.json: is_decoder=False makes this an encoder, whose tokens see those after them; set it to true to "
+            "run the model as a decoder, as transformers' ForCausalLM class asks"
+        )
+    c.refuse("add_cross_attention", why="a decoder alone attends to no encoder")
+    s = layer_norm_sizes(c, "layer_norm_eps")
+    return s | {
+        "norms": SUM, "positions": s["context"], "token_types": int(c.get("type_vocab_size", 0)),
+        "embed_norm": "embeddings.LayerNorm", "final_norm": "", "head_dense": s["hidden"], "head_bias": True,
+    }  # fmt: skip
+
+
+def git(c: Config, context: int) -> Decoder:
+    """The decoder of GIT: a BERT without token types that is always causal; images are not ported."""
+    c.table["is_decoder"] = True
+    s = encoder(c) | {"head_dense": 0, "token_types": 0}
+    return Decoder(**s, head="output", sources={**NAMES, **AFTER})
+
+
+def numbered(c: Config) -> None:
+    """Shorten the context by pad_token_id + 1: the number of position 0 in these models' table of positions."""
+    rows, first = c.whole("max_position_embeddings"), int(c.get("pad_token_id", 0)) + 1
+    if first >= rows:
+        raise PortError(
+            f"config.json: pad_token_id={first - 1} leaves none of max_position_embeddings={rows}; positions count "
+            "from pad_token_id + 1"
+        )
+    c.table["max_position_embeddings"] = rows - first
+
+
+def bert(c: Config, context: int) -> Decoder:
+    """The decoder of BERT."""
+    return Decoder(**encoder(c), head=CLS, sources={**NAMES, **AFTER, **CLS_HEAD})
+
+
+def ernie(c: Config, context: int) -> Decoder:
+    """The decoder of ERNIE 1 to 3."""
+    c.refuse("use_task_id", why="embeddings of task types are not ported")
+    return bert(c, context)
+
+
+def big_bird(c: Config, context: int) -> Decoder:
+    """The decoder of BigBird with full attention."""
+    kind = c.get("attention_type")
+    if kind != "original_full":
+        raise PortError(
+            f"config.json: attention_type={kind!r} is not ported (random blocks of keys); set it to original_full, "
+            "which transformers takes too when it decodes with a cache"
+        )
+    s, bias = encoder(c), c.flag("use_bias")
+    s |= {"qkv_bias": bias, "embed_scale": s["hidden"] ** 0.5 if c.flag("rescale_embeddings") else 1.0}
+    return Decoder(**s, head=CLS, sources={**NAMES, **AFTER, **CLS_HEAD})
+
+
+def bert_generation(c: Config, context: int) -> Decoder:
+    """The decoder of BertGeneration: no token types, no dense layer before the head."""
+    return Decoder(**encoder(c) | {"head_dense": 0, "token_types": 0}, head=LM, sources={**NAMES, **AFTER, **LM_HEAD})
+
+
+def megatron(c: Config, context: int) -> Decoder:
+    """The decoder of Megatron-BERT: norms before the branches and at the end."""
+    s = encoder(c) | {"norms": BEFORE, "final_norm": "norm", "embed_norm": ""}
+    sources = {**NAMES, "attention_norm": "attention.ln", "mlp_norm": "ln", "norm": "encoder.ln", **CLS_HEAD}
+    return Decoder(**s, head=CLS, sources=sources)
+
+
+def electra(c: Config, context: int) -> Decoder:
+    """The decoder of Electra's generator, whose embeddings may be narrower."""
+    s, width = encoder(c), c.whole("embedding_size")
+    s |= {"head_dense": width, "head_activation": "gelu", "embed_width": width if width != s["hidden"] else 0}
+    sources = {
+        **NAMES, **AFTER, "embed_proj": "embeddings_project", "head_dense": "generator_predictions.dense",
+        "head_norm": "generator_predictions.LayerNorm",
+    }  # fmt: skip
+    return Decoder(**s, head="generator_lm_head", sources=sources)
+
+
+def rembert(c: Config, context: int) -> Decoder:
+    """The decoder of RemBERT: embedding and head have widths of their own."""
+    s = encoder(c) | {"embed_width": c.whole("input_embedding_size"), "head_dense": c.whole("output_embedding_size")}
+    sources = {
+        **NAMES, **AFTER, "embed_proj": "encoder.embedding_hidden_mapping_in", "head_dense": "cls.predictions.dense",
+        "head_norm": "cls.predictions.LayerNorm",
+    }  # fmt: skip
+    return Decoder(**s, head=CLS, sources=sources)
+
+
+def roformer(c: Config, context: int) -> Decoder:
+    """The decoder of RoFormer: queries and keys are rotated, pairs interleaved."""
+    c.refuse("rotary_value", why="values are not rotated here")
+    s, width = encoder(c) | {"positions": 0}, c.get("embedding_size") or c.whole("hidden_size")
+    s |= {"ropes": {"rope": Table(sinusoid(s["head_dim"]), style="interleaved")}}
+    s |= {"layers": (Layer(),) * len(s["layers"]), "head_dense": width, "embed_width": width % s["hidden"]}
+    return Decoder(**s, head=CLS, sources={**NAMES, **AFTER, **CLS_HEAD, "embed_proj": "embeddings_project"})
+
+
+def counted(c: Config) -> tuple[dict[str, Any], dict[str, str]]:
+    """(arguments of Decoder, its sources) of models whose positions count from pad_token_id + 1."""
+    s, table = encoder(c) | {"head_activation": "gelu"}, "embeddings.position_embeddings.weight"
+    first = int(c.get("pad_token_id", 0)) + 1
+    return s, {**NAMES, **LM_HEAD, table: parts_of(table, (first, s["positions"]))[1]}
+
+
+def roberta(c: Config, context: int) -> Decoder:
+    """The decoder of RoBERTa."""
+    s, sources = counted(c)
+    return Decoder(**s, head=LM, sources={**sources, **AFTER})
+
+
+def roberta_prelayernorm(c: Config, context: int) -> Decoder:
+    """The decoder of RoBERTa-PreLayerNorm: norms before the branches and at the end."""
+    s, sources = counted(c)
+    sources |= {"attention_norm": "attention.LayerNorm", "mlp_norm": "intermediate.LayerNorm", "norm": "LayerNorm"}
+    return Decoder(**s | {"norms": BEFORE, "final_norm": "norm"}, head=LM, sources=sources)
+
+
+def xlm_roberta_xl(c: Config, context: int) -> Decoder:
+    """The decoder of XLM-RoBERTa-XL: norms before the branches and at the end, none of the embeddings."""
+    s, sources = counted(c)
+    sources |= {
+        "attention_norm": "attention.self_attn_layer_norm", "mlp_norm": "LayerNorm", "norm": "encoder.LayerNorm"
+    }  # fmt: skip
+    return Decoder(**s | {"norms": BEFORE, "final_norm": "norm", "embed_norm": ""}, head=LM, sources=sources)
+
+
+def row(architecture: str, kind: str, models: str, describe: Any, defaults: dict[str, Any], prefix: str) -> Family:
+    """A row of the table; `prefix` is the module of the encoder."""
+    return Family(
+        architecture, models, defaults, describe, model_types=(kind,), prefixes=(f"{prefix}.",),
+        tops=("embeddings.word_embeddings",), prepare=numbered if defaults["pad_token_id"] == 1 else None,
+        ignored=(f"{prefix}.pooler.", "cls.seq_relationship.", f"{prefix}.encoder.embed_positions."),
+        fixed={"position_embedding_type": ("absolute",)},
+    )  # fmt: skip
+
+
+WIDE = {
+    **ROBERTA, "vocab_size": 250880, "layer_norm_eps": 1e-5, "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+}  # fmt: skip
+FAMILIES = (
+    Family(
+        "GitForCausalLM", "GIT (text; images are not ported)",
+        {**BERT, "num_hidden_layers": 6, "max_position_embeddings": 1024, "tie_word_embeddings": False}, git,
+        model_types=("git",), prefixes=("git.",), tops=("embeddings.word_embeddings",),
+        ignored=("git.image_encoder.", "git.visual_projection.", "git.img_temporal_embedding."),
+    ),
+    row("BertLMHeadModel", "bert", "BERT, with is_decoder", bert, BERT, "bert"),
+    row("ErnieForCausalLM", "ernie", "ERNIE 1, 2, 3, with is_decoder", ernie, BERT, "ernie"),
+    row("MegatronBertForCausalLM", "megatron-bert", "Megatron-BERT, with is_decoder", megatron, BERT, "bert"),
+    row("BertGenerationDecoder", "bert-generation", "BertGeneration", bert_generation, BERT, "bert"),
+    row("BigBirdForCausalLM", "big_bird", "BigBird with full attention, with is_decoder", big_bird,
+        {**BERT, "hidden_act": "gelu_new", "max_position_embeddings": 4096, "use_bias": True,
+         "attention_type": "block_sparse"}, "bert"),
+    row("ElectraForCausalLM", "electra", "Electra generators, with is_decoder", electra,
+        {**BERT, "embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024},
+        "electra"),
+    row("RemBertForCausalLM", "rembert", "RemBERT, with is_decoder", rembert,
+        {**BERT, "input_embedding_size": 256, "output_embedding_size": 1664, "tie_word_embeddings": False}, "rembert"),
+    row("RoFormerForCausalLM", "roformer", "RoFormer, with is_decoder", roformer,
+        {**BERT, "max_position_embeddings": 1536}, "roformer"),
+    row("RobertaForCausalLM", "roberta", "RoBERTa, with is_decoder", roberta, ROBERTA, "roberta"),
+    row("CamembertForCausalLM", "camembert", "CamemBERT, with is_decoder", roberta, ROBERTA, "roberta"),
+    row("XLMRobertaForCausalLM", "xlm-roberta", "XLM-RoBERTa, with is_decoder", roberta, ROBERTA, "roberta"),
+    row("XLMRobertaXLForCausalLM", "xlm-roberta-xl", "XLM-RoBERTa-XL, with is_decoder", xlm_roberta_xl, WIDE,
+        "roberta"),
+    row("Data2VecTextForCausalLM", "data2vec-text", "data2vec text, with is_decoder", roberta, ROBERTA,
+        "data2vec_text"),
+    row("RobertaPreLayerNormForCausalLM", "roberta-prelayernorm", "RoBERTa-PreLayerNorm, with is_decoder",
+        roberta_prelayernorm, ROBERTA, "roberta_prelayernorm"),
+)  # fmt: skip

@@ -1,0 +1,158 @@
+"""DeepSeek-V2 and V3, and Kimi-K2, which is a V3: latent attention, dense first layers, then routed and shared experts.
+
+V2 routes by softmax, V3 by sigmoid with a bias that only affects the choice; both may restrict the choice to the best
+groups of experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from intaglio.models.config import Config
+from intaglio.models.decoder import NAMED, PRE, Decoder, Latent, Layer, Mixture, sizes, sparse
+from intaglio.models.decoder.rope import mscale, parameters, table
+from intaglio.models.ports.family import Family
+
+V2 = {
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 10000.0,
+    "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407, "topk_method": "greedy",
+    "routed_scaling_factor": 1.0, "tie_word_embeddings": False,
+}  # fmt: skip
+V3 = {
+    **V2, "max_position_embeddings": 4096, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+    "first_k_dense_replace": 3, "rope_interleave": True,
+}  # fmt: skip
+del V3["topk_method"]
+
+
+def latent(c: Config, context: int, style: str) -> dict[str, Any]:
+    """Arguments of Decoder for latent attention: widths, rope table, and the scale, which yarn changes."""
+    c.table |= {"head_dim": None, "num_key_value_heads": None}  # heads have no separate keys
+    s, rope = sizes(c), parameters(c)
+    ranks = int(c.get("q_lora_rank", 0)), c.whole("kv_lora_rank")
+    m = Latent(*ranks, c.whole("qk_nope_head_dim"), c.whole("qk_rope_head_dim"), c.whole("v_head_dim"))
+    scale = (m.nope + m.rope) ** -0.5
+    if rope["rope_type"] != "default" and rope.get("mscale_all_dim"):
+        scale *= mscale(float(rope["factor"]), rope["mscale_all_dim"]) ** 2
+    return s | {
+        "ropes": {"rope": table(c, rope, m.rope, context, style=style)}, "norms": PRE, "latent": m, "scale": scale,
+        "o_bias": c.flag("attention_bias"), "layers": (Layer(),) * c.whole("num_hidden_layers"),
+    }  # fmt: skip
+
+
+def experts(c: Config, **route: Any) -> Mixture:
+    """The mixture of experts of DeepSeek-V2 and V3. Shared experts are written as one wide MLP.
+
+    route: attributes of the op `route`.
+    """
+    width, groups = c.whole("moe_intermediate_size"), int(c.get("n_group", 0))
+    if groups > 1:
+        route |= {"groups": groups, "kept_groups": c.whole("topk_group")}
+    else:
+        route.pop("group_best", None)
+    return Mixture(
+        count=c.whole("n_routed_experts"), top=c.whole("num_experts_per_tok"), width=width, sources=NAMED,
+        shared=width * c.whole("n_shared_experts"), route={"scale": c.real("routed_scaling_factor"), **route},
+        correction="gate.e_score_correction_bias" if route.get("score") == "sigmoid" else "",
+    )  # fmt: skip
+
+
+def deepseek_v2(c: Config, context: int) -> Decoder:
+    """Describe DeepSeek-V2 as a Decoder, from config.json, for up to `context` positions."""
+    c.refuse("norm_topk_prob", why="transformers' DeepSeek-V2 does not divide the weights by their sum")
+    c.refuse("mlp_bias", why="the port's MLPs have no bias")
+    if c.get("topk_method") == "greedy":
+        c.table["n_group"] = None
+    d = Decoder(**latent(c, context, "interleaved"), mixture=experts(c))
+    return sparse(d, lambda i: i >= int(c.get("first_k_dense_replace", 0)))
+
+
+def deepseek_v3(c: Config, context: int) -> Decoder:
+    """Describe DeepSeek-V3 and Kimi-K2 as a Decoder, from config.json, for up to `context` positions."""
+    style = "interleaved" if c.flag("rope_interleave") else "half"
+    m = experts(c, score="sigmoid", group_best=2, normalise=c.flag("norm_topk_prob"))
+    return sparse(
+        Decoder(**latent(c, context, style), mixture=m), lambda i: i >= int(c.get("first_k_dense_replace", 0))
+    )
+
+
+def youtu(c: Config, context: int) -> Decoder:
+    """Describe Youtu-LLM as a Decoder, from config.json, for up to `context` positions."""
+    style = "interleaved" if c.flag("rope_interleave") else "half"
+    return Decoder(**latent(c, context, style))
+
+
+def minicpm3(c: Config, context: int) -> Decoder:
+    """Describe MiniCPM3 as a Decoder: latent attention, scaled embeddings, residual branches and logits."""
+    if c.get("v_head_dim") is None:
+        c.table["v_head_dim"] = c.whole("hidden_size") // c.whole("num_attention_heads")
+    s = latent(c, context, "half") | {"scale": (c.whole("qk_nope_head_dim") + c.whole("qk_rope_head_dim")) ** -0.5}
+    depth, base = c.get("scale_depth"), c.whole("dim_model_base", s["hidden"])
+    return Decoder(
+        **s, embed_scale=c.real("scale_emb"), residual_scale=float(depth) / len(s["layers"]) ** 0.5 if depth else 1.0,
+        logit_scale=base / s["hidden"],
+    )  # fmt: skip
+
+
+def axk1(c: Config, context: int) -> Decoder:
+    """Describe A.X K1 as a Decoder: DeepSeek-V3 with a norm after each mixture of experts."""
+    n, first, every = c.whole("num_hidden_layers"), int(c.get("first_k_dense_replace", 1)), c.get("moe_layer_freq", 1)
+    kinds = c.get("mlp_layer_types") or ["sparse" if i >= first and i % every == 0 else "dense" for i in range(n)]
+    d = deepseek_v3(c, context)
+    layers = tuple(
+        replace(layer, sparse=kind == "sparse", without=() if kind == "sparse" else ("mlp.post_norm",))
+        for layer, kind in zip(d.layers, kinds, strict=True)
+    )
+    assert d.mixture
+    return replace(
+        d, layers=layers, norms={**PRE, "mlp.post_norm": "post_mlp_layernorm"},
+        mixture=replace(d.mixture, correction_optional=True),
+    )  # fmt: skip
+
+
+MINICPM3 = {
+    "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "rope_theta": 10000.0,
+    "kv_lora_rank": 256, "q_lora_rank": 768, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "scale_emb": 12,
+    "scale_depth": 1.4, "dim_model_base": 256, "num_attention_heads": 40, "hidden_size": 2560,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+YOUTU = {
+    **V2, "max_position_embeddings": 131072, "rope_theta": 10000.0, "rope_interleave": True, "tie_word_embeddings": True
+}  # fmt: skip
+FAMILIES = (
+    Family("MiniCPM3ForCausalLM", "MiniCPM3-4B", MINICPM3, minicpm3, model_types=("minicpm3",)),
+    Family(
+        "AXK1ForCausalLM",
+        "A.X K1",
+        {**V3, "max_position_embeddings": 32768, "n_routed_experts": 192, "first_k_dense_replace": 1},
+        axk1,
+        model_types=("axk1",),
+        fixed={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc", "none")},
+        ignored=("*.post_mlp_layernorm.",),
+    ),
+    Family("YoutuForCausalLM", "Youtu-LLM-2B", YOUTU, youtu, model_types=("youtu",)),
+    Family(
+        "DeepseekV2ForCausalLM",
+        "DeepSeek-V2, V2-Lite, V2.5",
+        V2,
+        deepseek_v2,
+        model_types=("deepseek_v2",),
+        fixed={"scoring_func": ("softmax",), "moe_layer_freq": (1,)},
+    ),
+    Family(
+        "DeepseekV3ForCausalLM",
+        "DeepSeek-V3, R1, V3.1, Kimi-K2",
+        V3,
+        deepseek_v3,
+        model_types=("deepseek_v3",),
+        fixed={
+            "scoring_func": ("sigmoid",),
+            "topk_method": ("noaux_tc",),
+            "moe_layer_freq": (1,),
+            "rope_interleave": (True, False),
+        },
+    ),
+)

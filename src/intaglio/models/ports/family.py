@@ -1,0 +1,43 @@
+"""Family: one row of the table of ported architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from intaglio.models.config import Config
+from intaglio.models.decoder import Decoder, Writer
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ported architecture: a row of the table.
+
+    Attributes:
+        architecture: name in config.json.
+        models: the released models of this architecture.
+        defaults: values of config keys that config.json may leave out.
+        describe: function (Config, context length in tokens) -> Decoder.
+        prefixes: possible prefixes of the decoder's tensor names.
+        ignored: prefixes of the names of tensors that are not read, such as a vision tower's; * matches any text.
+        writer: writes linears, norms and other common parts; a family with ops of its own gives a subclass.
+        model_types: values of model_type in config.json for which transformers uses this architecture.
+        fixed: keys that describe() need not read, with the only values that it implements.
+        aliases: this family's names of config keys, by the names that Llama has for them.
+        prepare: changes values of the config before the context length is read from them, or None.
+        tops: names of modules; the prefix in use is the one after which the checkpoint has one of them.
+    """
+
+    architecture: str
+    models: str
+    defaults: Mapping[str, Any]
+    describe: Callable[[Config, int], Decoder]
+    prefixes: tuple[str, ...] = ("model.",)
+    ignored: tuple[str, ...] = ()
+    writer: type[Writer] = Writer
+    model_types: tuple[str, ...] = ()
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    prepare: Callable[[Config], None] | None = None
+    tops: tuple[str, ...] = ("embed_tokens", "norm", "layers.0.input_layernorm")

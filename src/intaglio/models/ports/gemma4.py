@@ -1,0 +1,80 @@
+"""Gemma 4 (text): norms before and after each branch, wider heads in full layers, embeddings of each layer.
+
+Not ported: keys and values shared between layers (E2B, E4B) and experts (26B-A4B).
+"""
+
+from __future__ import annotations
+
+from intaglio.models.config import Config
+from intaglio.models.decoder import SANDWICH, Decoder, Layer, sizes, window
+from intaglio.models.decoder.rope import parameters, table
+from intaglio.models.ports.family import Family
+
+DEFAULTS = {
+    "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "head_dim": 256, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 131072, "sliding_window": 512, "vocab_size": 262144,
+    "vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 256, "global_head_dim": 512,
+    "attention_k_eq_v": False, "tie_word_embeddings": True, "rope_theta": 10000.0,
+}  # fmt: skip
+ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+}  # fmt: skip
+
+
+def gemma4(c: Config, context: int) -> Decoder:
+    """The decoder of Gemma 4."""
+    if c.get("use_bidirectional_attention") not in (None, "vision"):  # text is causal there
+        c.refuse("use_bidirectional_attention", why="attention is causal here")
+    c.refuse("num_kv_shared_layers", why="layers that read the keys and values of others are not ported")
+    c.refuse("enable_moe_block", why="experts beside the dense MLP are not ported")
+    n = c.whole("num_hidden_layers")
+    kinds = c.layer_types(6)
+    kinds[-1] = "full_attention"  # as transformers forces it
+    if c.get("rope_parameters") is None:
+        c.table["rope_parameters"] = ROPES
+    own = c.get("per_layer_config", {})  # by layer, as transformers 5 writes it
+    s, bias, same = sizes(c, act="hidden_activation"), c.flag("attention_bias"), c.flag("attention_k_eq_v")
+    ropes, layers = {}, []
+    for i, kind in enumerate(kinds):
+        full = kind == "full_attention"
+        said = own.get(str(i), {}) if own else {}
+        width = int(said.get("head_dim", c.whole("global_head_dim") if full and not own else s["head_dim"]))
+        heads = said.get("num_key_value_heads") or (c.get("num_global_key_value_heads") if full and same else 0) or 0
+        if kind not in ropes:
+            ropes[kind] = table(c, parameters(c, kind), width, context)
+        layers.append(Layer(kind, window(c, kind), kv_heads=int(heads), head_dim=width, values_are_keys=full and same))
+    per_layer = int(c.get("hidden_size_per_layer_input", 0))
+    assert len(layers) == n
+    return Decoder(
+        **s | {"scale": 1.0}, ropes=ropes, layers=tuple(layers), norms=SANDWICH, qk_norm="head", value_norm=True,
+        qkv_bias=bias, o_bias=bias, root_scaled=True, final_softcap=float(c.get("final_logit_softcapping") or 0),
+        per_layer=per_layer, per_layer_rows=c.whole("vocab_size_per_layer_input") if per_layer else 0,
+        layer_scalar=True,
+    )  # fmt: skip
+
+
+UNIFIED = {
+    **DEFAULTS, "hidden_size_per_layer_input": 0, "sliding_window": 1024, "max_position_embeddings": 262144,
+}  # fmt: skip
+WRAPPED: dict[str, tuple[str, ...]] = {
+    "prefixes": ("model.language_model.", "language_model.model."),
+    "ignored": (
+        "model.vision_tower.", "model.embed_vision.", "model.audio_tower.", "model.embed_audio.",
+        "model.multi_modal_projector.", "model.vision_embedder.", "model.vision_model.",
+    ),
+}  # fmt: skip
+FAMILIES = (
+    Family(
+        "Gemma4UnifiedForCausalLM", "Gemma 4 12B (text)", UNIFIED, gemma4, model_types=("gemma4_unified_text",)
+    ),
+    Family(
+        "Gemma4UnifiedForConditionalGeneration", "Gemma 4 12B (text; images and sound are not ported)", UNIFIED, gemma4,
+        model_types=("gemma4_unified",), prefixes=WRAPPED["prefixes"], ignored=WRAPPED["ignored"],
+    ),
+    Family("Gemma4ForCausalLM", "Gemma 4 31B (text)", DEFAULTS, gemma4, model_types=("gemma4_text",)),
+    Family(
+        "Gemma4ForConditionalGeneration", "Gemma 4 31B (text; images and sound are not ported)", DEFAULTS, gemma4,
+        model_types=("gemma4",), prefixes=WRAPPED["prefixes"], ignored=WRAPPED["ignored"],
+    ),
+)  # fmt: skip

@@ -1,0 +1,79 @@
+"""LFM2 and LFM2-MoE (Liquid AI): gated short convolutions, and attention with norms on heads in some layers."""
+
+from __future__ import annotations
+
+from intaglio.models.config import Config
+from intaglio.models.decoder import NUMBERED, ConvMixer, Decoder, Layer, Mixture, sizes, sparse
+from intaglio.models.decoder.rope import parameters, table
+from intaglio.models.ports.family import Family
+
+NORMS = {"attn.norm": "operator_norm", "mlp.norm": "ffn_norm"}
+SOURCES = {
+    "self_attn.q_norm": "self_attn.q_layernorm", "self_attn.k_norm": "self_attn.k_layernorm",
+    "self_attn.o_proj": "self_attn.out_proj", "feed_forward.gate_proj": "feed_forward.w1",
+    "feed_forward.up_proj": "feed_forward.w3", "feed_forward.down_proj": "feed_forward.w2",
+}  # fmt: skip
+
+
+def kinds(c: Config) -> list[str]:
+    """The type of each layer, conv or full_attention. Raises PortError for another."""
+    n, full = c.whole("num_hidden_layers"), c.get("full_attn_idxs")
+    usual = ["full_attention" if full is None or i in full else "conv" for i in range(n)]
+    return c.layer_types(usual=usual, known=("conv", "full_attention"))
+
+
+def lfm2(c: Config, context: int) -> Decoder:
+    """The decoder of LFM2."""
+    if c.get("tie_embedding") is not None:
+        c.table["tie_word_embeddings"] = c.flag("tie_embedding")
+    c.table["hidden_act"] = "silu"
+    s = sizes(c, eps="norm_eps")
+    if c.flag("block_auto_adjust_ff_dim"):
+        of, unit = int(2 * c.whole("intermediate_size") / 3), c.whole("block_multiple_of")
+        if c.get("block_ffn_dim_multiplier") is not None:
+            of = -(-int(c.real("block_ffn_dim_multiplier") * of) // unit) * unit
+        s["intermediate"] = of
+    mixer = ConvMixer(c.whole("conv_L_cache"), c.flag("conv_bias"))
+    layers = tuple(Layer(mixer=mixer if kind == "conv" else None) for kind in kinds(c))
+    ropes = {"rope": table(c, parameters(c), s["head_dim"], context)}
+    return Decoder(
+        **s, layers=layers, ropes=ropes, norms=NORMS, qk_norm="head", block="feed_forward", final_norm="embedding_norm",
+        sources=SOURCES,
+    )  # fmt: skip
+
+
+def lfm2_moe(c: Config, context: int) -> Decoder:
+    """The decoder of LFM2-MoE: experts routed by sigmoid in all layers but the first."""
+    d = lfm2(c, context)
+    m = Mixture(
+        count=c.whole("num_experts"), top=c.whole("num_experts_per_tok"), width=c.whole("moe_intermediate_size"),
+        sources=NUMBERED, block="feed_forward", correction="expert_bias" if c.flag("use_expert_bias") else "",
+        route={
+            "score": "sigmoid", "normalise": c.flag("norm_topk_prob"), "scale": c.real("routed_scaling_factor"),
+        },
+    )  # fmt: skip
+    first = int(c.get("num_dense_layers"))
+    return sparse(Decoder(**{**vars(d), "mixture": m}), lambda i: i >= first)
+
+
+DEFAULTS = {
+    "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 128000,
+    "norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 1000000.0, "conv_L_cache": 3,
+    "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": True,
+}  # fmt: skip
+MOE = {
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 128000, "norm_eps": 1e-5,
+    "tie_word_embeddings": True, "rope_theta": 1000000.0, "conv_L_cache": 3, "intermediate_size": 7168,
+    "moe_intermediate_size": 1792, "num_dense_layers": 2, "num_experts_per_tok": 4, "num_experts": 32,
+    "use_expert_bias": True, "routed_scaling_factor": 1.0, "norm_topk_prob": True,
+}  # fmt: skip
+TOPS = ("embed_tokens", "embedding_norm", "layers.0.operator_norm")
+FAMILIES = (
+    Family(
+        "Lfm2ForCausalLM", "LFM2 350M to 2.6B", DEFAULTS, lfm2, model_types=("lfm2",),
+        tops=TOPS,
+    ),
+    Family(
+        "Lfm2MoeForCausalLM", "LFM2-8B-A1B, LFM2-24B-A2B", MOE, lfm2_moe, model_types=("lfm2_moe",), tops=TOPS,
+    ),
+)  # fmt: skip

@@ -1,0 +1,105 @@
+"""Qwen3-Next and Qwen3.5 (text): gated delta nets, and attention with a gated result in each fourth layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from intaglio.models.config import Config, PortError
+from intaglio.models.decoder import NAMED, PRE, Decoder, DeltaMixer, Layer, Mixture, sizes, sparse
+from intaglio.models.decoder.rope import parameters, table
+from intaglio.models.ports.family import Family
+from intaglio.models.ports.qwen import place_experts
+from intaglio.program.source import parts_of
+
+
+def mixer(c: Config, fused: bool) -> DeltaMixer:
+    """The gated delta net."""
+    keys, values = c.whole("linear_num_key_heads"), c.whole("linear_num_value_heads")
+    if values % keys:
+        raise PortError(f"config.json: linear_num_value_heads={values} is not a multiple of {keys} key heads")
+    return DeltaMixer(
+        key_heads=keys, heads=values, keys=c.whole("linear_key_head_dim"), values=c.whole("linear_value_head_dim"),
+        taps=c.whole("linear_conv_kernel_dim"), eps=c.real("rms_norm_eps"), fused=fused,
+    )  # fmt: skip
+
+
+def describe(c: Config, context: int, fused: bool, **more: Any) -> Decoder:
+    """The decoder of the family, without experts. `fused`: projections are stored as in Qwen3-Next."""
+    if c.activation() != "silu":
+        raise PortError(f"config.json: hidden_act={c.get('hidden_act')!r}; gated delta nets are ported with silu")
+    c.refuse("attention_bias", why="gated attention is ported without biases")
+    s, net = sizes(c), mixer(c, fused)
+    every, n = int(c.get("full_attention_interval", 4)), c.whole("num_hidden_layers")
+    usual = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(n)]
+    kinds = c.layer_types(usual=usual, known=("linear_attention", "full_attention"))
+    layers = tuple(Layer(mixer=net if kind == "linear_attention" else None) for kind in kinds)
+    dim = s["head_dim"]
+    queries, gate = parts_of("self_attn.q_proj.weight", (dim, dim))
+    sources = {"self_attn.gate.weight": gate, "self_attn.q_proj.weight": queries}
+    return Decoder(
+        **s, layers=layers, ropes={"rope": table(c, parameters(c), dim, context, partial=True)}, norms=PRE,
+        norm_offset=1.0, qk_norm="head", attn_gate="gate", sources=sources, **more,
+    )  # fmt: skip
+
+
+def experts(c: Config) -> Mixture:
+    """The mixture, with a gated shared expert."""
+    return Mixture(
+        count=c.whole("num_local_experts", c.get("num_experts")), top=c.whole("num_experts_per_tok"),
+        width=c.whole("moe_intermediate_size"), sources=NAMED,
+        route={"normalise": c.get("norm_topk_prob") is not False},
+        shared=c.whole("shared_expert_intermediate_size"), shared_source="shared_expert",
+        shared_gate="shared_expert_gate",
+    )  # fmt: skip
+
+
+def qwen3_next(c: Config, context: int) -> Decoder:
+    """The decoder of Qwen3-Next."""
+    return place_experts(c, describe(c, context, fused=True, mixture=experts(c)))
+
+
+def qwen3_5(c: Config, context: int) -> Decoder:
+    """The decoder of Qwen3.5 dense; for text its rope has one position per token."""
+    return describe(c, context, fused=False)
+
+
+def qwen3_5_moe(c: Config, context: int) -> Decoder:
+    """The decoder of Qwen3.5 with experts."""
+    c.table.setdefault("intermediate_size", c.whole("moe_intermediate_size"))  # no layer is dense
+    return sparse(describe(c, context, fused=False, mixture=experts(c)))
+
+
+LINEAR = {
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32, "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 32768,
+    "head_dim": 256, "num_attention_heads": 16, "tie_word_embeddings": False, "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.25,
+}  # fmt: skip
+NEXT = {
+    **LINEAR, "num_key_value_heads": 2, "decoder_sparse_step": 1, "moe_intermediate_size": 512,
+    "intermediate_size": 5632, "shared_expert_intermediate_size": 512, "num_experts_per_tok": 10, "num_experts": 512,
+    "norm_topk_prob": True,
+}  # fmt: skip
+DENSE = {**LINEAR, "num_key_value_heads": 4}
+MOE = {
+    **LINEAR, "num_key_value_heads": 2, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+    "num_experts_per_tok": 8, "num_experts": 256,
+}  # fmt: skip
+TEXT: dict[str, Any] = {"prefixes": ("model.language_model.", "model."), "ignored": ("model.visual.", "mtp.")}
+FAMILIES = (
+    Family(
+        "Qwen3NextForCausalLM", "Qwen3-Next-80B-A3B", NEXT, qwen3_next, model_types=("qwen3_next",), ignored=("mtp.",)
+    ),
+    Family("Qwen3_5ForCausalLM", "Qwen3.5 dense (text)", DENSE, qwen3_5, model_types=("qwen3_5_text",), **TEXT),
+    Family(
+        "Qwen3_5ForConditionalGeneration", "Qwen3.5 dense (text)", DENSE, qwen3_5, model_types=("qwen3_5",), **TEXT
+    ),
+    Family(
+        "Qwen3_5MoeForCausalLM", "Qwen3.5 with experts (text)", MOE, qwen3_5_moe, model_types=("qwen3_5_moe_text",),
+        **TEXT,
+    ),
+    Family(
+        "Qwen3_5MoeForConditionalGeneration", "Qwen3.5 with experts (text)", MOE, qwen3_5_moe,
+        model_types=("qwen3_5_moe",), **TEXT,
+    ),
+)  # fmt: skip

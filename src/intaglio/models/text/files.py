@@ -1,0 +1,192 @@
+"""A tokenizer's files, read in the same order as transformers.
+
+tokenizer.json, the tokens added beside it, the named special tokens, and the chat templates. account() says how each
+key is used; encoding is in tokenizer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from intaglio.models.config import CheckpointError
+from intaglio.models.files.header import read_json
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TEMPLATES = "additional_chat_templates"
+MISTRAL = ("mistral", "mistral3", "voxtral", "ministral", "pixtral")
+DEFAULT, TOOLS = "default", "tool_use"
+
+
+class TokenizerError(ValueError):
+    """Raised for a tokenizer that cannot be read or does not fit its model, or a chat that its template refuses."""
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """Contents of a folder's tokenizer and config files.
+
+    Attributes:
+        inner: the tokenizer with all its tokens.
+        special: text of the named special tokens (bos_token, ...).
+        templates: chat templates by name.
+        model: config.json, overridden by generation_config.json.
+    """
+
+    inner: tokenizers.Tokenizer
+    special: Mapping[str, str]
+    templates: Mapping[str, str]
+    model: Mapping[str, Any]
+
+
+def read_files(path: Path) -> TokenizerFiles:
+    """Read a checkpoint folder's tokenizer. Raises TokenizerError naming the file that is missing or damaged."""
+    if not (path / "tokenizer.json").exists():
+        other = sorted(f.name for f in path.glob("*token*")) if path.is_dir() else []
+        hint = f"; {path} has {', '.join(other)}: convert with transformers' AutoTokenizer" if other else ""
+        raise TokenizerError(f"{path / 'tokenizer.json'} is missing: download it{hint}")
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        config, model, generation = (
+            _optional(path / f) for f in ("tokenizer_config.json", "config.json", "generation_config.json")
+        )
+        special = _named(path, config)
+        _add_tokens(path, inner, config, special)
+        templates = _templates(path, config)
+    except CheckpointError as e:
+        raise TokenizerError(str(e)) from None
+    except TokenizerError:
+        raise
+    except Exception as e:  # the library raises bare Exception
+        raise TokenizerError(f"{path / 'tokenizer.json'} cannot be read: {e}; download it again") from None
+    inner.no_truncation()  # both are for batches in training, and would cut or pad prompts
+    inner.no_padding()
+    inner.encode_special_tokens = bool(config.get("split_special_tokens"))
+    if config.get("fix_mistral_regex") and model.get("model_type") in MISTRAL and inner.get_vocab_size() > 100_000:
+        raise TokenizerError(
+            f"{path / 'tokenizer_config.json'}: fix_mistral_regex is set, and tokenizer.json has the pattern to "
+            "be fixed; save the tokenizer with it: AutoTokenizer.from_pretrained(folder, fix_mistral_regex=True)"
+            ".save_pretrained(folder)"
+        )
+    return TokenizerFiles(inner, special, templates, {**model, **generation})
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _named(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """{name: text} of the named special tokens, such as bos_token.
+
+    Where tokenizer_config.json has no added_tokens_decoder (before transformers 4.33), special_tokens_map.json
+    overrides it.
+    """
+    held = {k: config[k] for k in NAMED if config.get(k)}
+    if "added_tokens_decoder" not in config:
+        older = _optional(path / "special_tokens_map.json")
+        held |= {k: older[k] for k in NAMED if older.get(k)}
+    return {k: _text(path, k, v) for k, v in held.items()}
+
+
+def _text(path: Path, name: str, token: Any) -> str:
+    """The text of a special token, which files write as a string or as an object with `content`.
+
+    Raises TokenizerError.
+    """
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(text, str):
+        raise TokenizerError(f"{path}: {name}={token!r}; wanted a string, or an object with `content`")
+    return text
+
+
+def _add_tokens(path: Path, inner: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
+    """Add to `inner` the tokens that tokenizer.json lacks, then named special tokens and extra special tokens.
+
+    The lacking tokens are listed in added_tokens_decoder, or if that key is missing in added_tokens.json. Raises
+    TokenizerError if a token does not get the id that its file states.
+    """
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    own = [v for k, v in config.items() if k.endswith("_token") and k not in NAMED and isinstance(v, str)]
+    marked = extra
+    later: list[Any] = []
+    if "added_tokens_decoder" not in config:
+        older = _optional(path / "special_tokens_map.json")
+        marked = extra = older.get("extra_special_tokens") or extra
+        later = [] if extra else older.get("additional_special_tokens") or []  # too late for added_tokens.json
+    if isinstance(extra, Mapping):  # names of the model's own
+        own, extra, marked = [*own, *_texts(path, extra)], [], []
+    texts = [*own, *_texts(path, extra), *_texts(path, later)]
+    listed, said_by = _listed(path, config, {*special.values(), *_texts(path, marked)})
+    known = {t.content: t for t in inner.get_added_tokens_decoder().values()}
+    missing = [t for _, t in sorted(listed.items()) if repr(known.get(t.content)) != repr(t)]
+    for token in missing:
+        token.special = token.special or token.content in {*special.values(), *own}
+    inner.add_tokens(missing)
+    for id, token in listed.items():
+        held = inner.token_to_id(token.content)
+        if held != id and token.content not in known:
+            raise TokenizerError(
+                f"{path / said_by}: token {token.content!r} has id {id}, but comes to {held} after the tokens of "
+                "tokenizer.json; the files belong to different versions of the model: download them again"
+            )
+    added = {t.content for t in inner.get_added_tokens_decoder().values()}
+    rest = dict.fromkeys([*special.values(), *texts])
+    inner.add_tokens([tokenizers.AddedToken(t, special=True) for t in rest if t not in added])
+
+
+def _texts(path: Path, tokens: Any) -> list[str]:
+    """Texts of extra special tokens, from a list of tokens or an object {name: token}."""
+    held = tokens.values() if isinstance(tokens, Mapping) else tokens
+    return [_text(path, "extra_special_tokens", t) for t in held]
+
+
+def _listed(path: Path, config: Mapping[str, Any], special: set[str]) -> tuple[dict[int, tokenizers.AddedToken], str]:
+    """({id: added token}, name of the file that lists them). `special`: texts to be marked as special tokens."""
+    if "added_tokens_decoder" in config:
+        out = {}
+        for id, token in (config["added_tokens_decoder"] or {}).items():
+            if not isinstance(token, Mapping) or not isinstance(token.get("content"), str) or not str(id).isdigit():
+                raise TokenizerError(
+                    f"{path / 'tokenizer_config.json'}: added_tokens_decoder has {id!r}: {token!r}; wanted an id and "
+                    "an object with `content`"
+                )
+            how = {
+                k: bool(token[k]) for k in ("lstrip", "rstrip", "normalized", "single_word", "special") if k in token
+            }
+            out[int(id)] = tokenizers.AddedToken(token["content"], **how)
+        return out, "tokenizer_config.json"
+    older = _optional(path / "added_tokens.json")
+    for text, id in older.items():
+        if isinstance(id, bool) or not isinstance(id, int):
+            raise TokenizerError(f"{path / 'added_tokens.json'}: token {text!r} has id {id!r}; wanted a whole number")
+    return {
+        id: tokenizers.AddedToken(text, normalized=text not in special, special=text in special)
+        for text, id in older.items()
+    }, "added_tokens.json"
+
+
+def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """{name: chat template} of a checkpoint folder.
+
+    From chat_template.jinja and the files of additional_chat_templates; if there are none, from tokenizer_config.json
+    (one template, or a list with names); else from an old processor's chat_template.json.
+    """
+    files = {f.stem: f for f in sorted((path / TEMPLATES).glob("*.jinja"))}
+    if (path / "chat_template.jinja").exists():
+        files[DEFAULT] = path / "chat_template.jinja"
+    if files:
+        return {name: f.read_text(encoding="utf-8") for name, f in files.items()}
+    held = config.get("chat_template") or _optional(path / "chat_template.json").get("chat_template")
+    if isinstance(held, str):
+        return {DEFAULT: held} if held else {}
+    entries = held.items() if isinstance(held, Mapping) else [(t.get("name"), t.get("template")) for t in held or []]
+    for name, text in entries:
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise TokenizerError(
+                f"{path / 'tokenizer_config.json'}: chat_template has an entry {name!r}; wanted a name and a template"
+            )
+    return {str(name): str(text) for name, text in entries}

@@ -1,0 +1,124 @@
+"""Grammar masks: the token ids that a JSON schema, a regular expression or a Lark grammar allows next.
+
+A wrapper of the `llguidance` library, which is an extra.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from intaglio.models.text.tokenizer import Tokenizer
+
+MAX_CACHED_GRAMMARS = 64
+# Fixed white space, as in most training text: if it were free, a small model might write white space without end.
+JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class GrammarError(ValueError):
+    """Raised for a grammar that cannot be compiled, at all or for this model."""
+
+
+@dataclass
+class Grammars:
+    """Compiles grammars for one tokenizer and a model of `vocabulary` tokens; caches the latest ones. Thread-safe."""
+
+    tokenizer: Tokenizer
+    vocabulary: int
+    compiled: dict[tuple[str, str, str], Any] = field(default_factory=dict)
+    inner: Any = None
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def matcher(self, kind: str, source: str, before: str = "") -> GrammarMatcher:
+        """A matcher in the initial state. Raises GrammarError for an invalid source.
+
+        Args:
+            kind: json_schema, regex or lark.
+            source: the grammar in that language.
+            before: a Lark grammar of the whole output, in which `@answer` stands for `source`; empty: `source` is all.
+        """
+        key = (kind, source, before)
+        with self.lock:
+            if key not in self.compiled:
+                compiled = self._compile(*key)
+                while len(self.compiled) >= MAX_CACHED_GRAMMARS:
+                    del self.compiled[next(iter(self.compiled))]
+                self.compiled[key] = compiled
+            return GrammarMatcher(self.compiled[key].deep_copy(), self.vocabulary)
+
+    def _compile(self, kind: str, source: str, before: str) -> Any:
+        try:
+            from llguidance import LLMatcher, LLTokenizer
+        except ImportError:
+            raise GrammarError("grammars need llguidance: pip install 'intaglio[grammar]'") from None
+        if not self.tokenizer.eos_ids:
+            raise GrammarError(
+                f"{self.tokenizer.path} names no end-of-sequence token, so no grammar could come to an end"
+            )
+        if self.inner is None:
+            eos, text = list(self.tokenizer.eos_ids), self.tokenizer.inner.to_str()
+            self.inner = LLTokenizer(text, n_vocab=self.tokenizer.inner.get_vocab_size(), eos_token=eos)
+        try:
+            if kind == "json_schema":
+                grammar = LLMatcher.grammar_from_json_schema(source, defaults=JSON_STYLE)
+            else:
+                grammar = {"regex": LLMatcher.grammar_from_regex, "lark": LLMatcher.grammar_from_lark}[kind](source)
+        except ValueError as e:
+            raise GrammarError(f"the {kind} does not parse: {e}") from None
+        if before:
+            grammar = _nested(before, grammar)
+        matcher = LLMatcher(self.inner, grammar, log_level=0)
+        if matcher.is_error():
+            raise GrammarError(f"the {kind} cannot be used: {matcher.get_error().strip()}")
+        return matcher
+
+
+def _nested(before: str, answer: str) -> str:
+    """The grammar `before` (Lark) in llguidance's JSON form, where @answer refers to the grammar `answer`.
+
+    `answer` is in the same JSON form, or in Lark.
+    """
+    inner = json.loads(answer)["grammars"] if answer.lstrip().startswith("{") else [{"lark_grammar": answer}]
+    return json.dumps({"grammars": [{"lark_grammar": before}, {**inner[0], "name": "answer"}, *inner[1:]]})
+
+
+@dataclass
+class GrammarMatcher:
+    """State of a grammar for one output (llguidance matcher).
+
+    End-of-sequence ids count as tokens, which are allowed where the grammar may end.
+    """
+
+    inner: Any
+    vocabulary: int
+
+    def mask(self) -> np.ndarray:
+        """Bit mask of the ids allowed next, uint32 [(vocabulary + 31) // 32], the lowest bit first.
+
+        Raises GrammarError if the library gives up, as it may on a grammar whose parse is too ambiguous.
+        """
+        known = np.frombuffer(self.inner.compute_bitmask(), np.uint32)
+        if self.inner.is_error():
+            raise GrammarError(self.inner.get_error().strip())
+        words = np.zeros(-(-self.vocabulary // 32), np.uint32)
+        words[: min(len(words), len(known))] = known[: len(words)]  # a model may have rows that no token names
+        if self.vocabulary % 32:
+            words[-1] &= np.uint32((1 << self.vocabulary % 32) - 1)
+        return words
+
+    def copy(self) -> GrammarMatcher:
+        """A copy of the matcher in the same state."""
+        return GrammarMatcher(self.inner.deep_copy(), self.vocabulary)
+
+    def advance(self, token: int) -> bool:
+        """Accept one token. Returns False, and leaves the state unchanged, if it is not allowed."""
+        return bool(self.inner.try_consume_tokens([token]) == 1)
+
+    def rollback(self, n: int) -> None:
+        """Undo the last `n` tokens."""
+        if n and not self.inner.rollback(n):
+            raise GrammarError(f"{n} tokens cannot be taken back: {self.inner.get_error().strip()}")

@@ -1,0 +1,260 @@
+"""Tokenizer: converts text to token ids and back, one token at a time if needed, and renders chat templates.
+
+A wrapper of the `tokenizers` library; needs no transformers. Settings of the template's sandbox are transformers' own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cache, cached_property
+from itertools import takewhile
+from operator import eq
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+
+from intaglio.models.config import CheckpointError
+from intaglio.models.files.gguf import find_gguf, open_gguf
+from intaglio.models.text.embedded import Embedded, read_tokenizer
+from intaglio.models.text.files import DEFAULT, TOOLS, TokenizerError, read_files
+
+REPLACEMENT = "\ufffd"
+HELD = 16  # ids held back at most: a character has 4 bytes, so that many without an end are not UTF-8 at all
+
+
+@dataclass
+class Stream:
+    """Streaming decoder of one sequence: `push(token)` returns the text that is now certain, `end()` the rest.
+
+    A token's text may depend on its neighbours, so each call decodes a short tail of the ids with and without the new
+    ones and returns the difference. Text that ends inside a character is held back. hidden: ids that leave no text;
+    None: all special tokens.
+    """
+
+    tokenizer: Tokenizer
+    ids: list[int] = field(default_factory=list)
+    shown: int = 0  # ids before this are in text already returned
+    start: int = 0  # the tail decoded begins here, some ids before `shown`
+    hidden: Set[int] | None = None
+
+    def push(self, token: int) -> str:
+        self.ids.append(token)
+        return self._new(final=False)
+
+    def end(self) -> str:
+        return self._new(final=True)
+
+    def _new(self, final: bool) -> str:
+        before = self._decode(self.ids[self.start : self.shown])
+        after = self._decode(self.ids[self.start :])
+        broken = after.endswith(REPLACEMENT) and len(self.ids) - self.shown < HELD
+        known = len(before)
+        if before.endswith(REPLACEMENT):  # a prompt that ends inside a character: the new ids may complete it
+            known = sum(1 for _ in takewhile(bool, map(eq, before, after)))
+        if len(after) <= known or (broken and not final):
+            return ""
+        self.start, self.shown = self.shown, len(self.ids)
+        return after[known:]
+
+    def _decode(self, ids: list[int]) -> str:
+        if self.hidden is None:
+            return self.tokenizer.decode(ids)
+        return self.tokenizer.decode([id for id in ids if id not in self.hidden], skip_special=False)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A checkpoint's tokenizer with its special tokens and chat templates.
+
+    Attributes:
+        path: checkpoint folder or GGUF file.
+        inner: tokenizer of the `tokenizers` library.
+        special: texts of special tokens by name, such as bos_token.
+        bos_id: id of the beginning-of-sequence token, or None.
+        eos_ids: ids that end a sequence; configurations may name several.
+        templates: chat templates by name.
+    """
+
+    path: Path
+    inner: tokenizers.Tokenizer
+    special: Mapping[str, str]
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    templates: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Tokenizer:
+        """The tokenizer of a checkpoint folder, or of a GGUF file.
+
+        Raises TokenizerError naming the file that is missing or damaged.
+        """
+        if found := _embedded(Path(path)):
+            return cls(Path(path), found.inner, found.special, found.bos_id, found.eos_ids, found.templates)
+        files = read_files(Path(path))
+        inner, special, model = files.inner, files.special, files.model
+        bos = _first(inner.token_to_id(special.get("bos_token", "")), model.get("bos_token_id"))
+        eos = _eos(model.get("eos_token_id"), inner.token_to_id(special.get("eos_token", "")))
+        return cls(Path(path), inner, special, bos, eos, files.templates)
+
+    @property
+    def template(self) -> str | None:
+        """The chat template (Jinja source) for messages without tools; None if the checkpoint has none."""
+        return self.template_for(tools=False)
+
+    def template_for(self, tools: bool) -> str | None:
+        """The chat template (Jinja source) for messages with or without tools; None if the checkpoint has none.
+
+        With tools it is the template named tool_use if there is one, as in transformers.
+        """
+        return (self.templates.get(TOOLS) if tools else None) or self.templates.get(DEFAULT) or None
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text. special: add the special tokens that the tokenizer adds to a text, such as bos.
+
+        The text of a special token, where it occurs in `text`, becomes that token.
+        """
+        return list(self.inner.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of token ids. skip_special: leave special tokens out."""
+        return str(self.inner.decode(list(ids), skip_special_tokens=skip_special))
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """{text: id} of the special tokens, which decode() leaves out."""
+        return {t.content: id for id, t in self.inner.get_added_tokens_decoder().items() if t.special}
+
+    def stream(self, ids: Iterable[int] = (), hidden: Set[int] | None = None) -> Stream:
+        """A streaming decoder for the tokens that follow `ids` (the prompt), whose own text is not returned.
+
+        A character that begins in the prompt and ends after it is returned whole. hidden: ids that leave no text; None:
+        all special tokens.
+        """
+        seen = list(ids)
+        return Stream(self, seen, len(seen), max(0, len(seen) - 6), hidden)
+
+    def with_template(self, source: str) -> Tokenizer:
+        """A copy of the tokenizer with another chat template. Raises TokenizerError if it does not parse."""
+        try:
+            _compiled(source)
+        except jinja2.TemplateError as e:
+            raise TokenizerError(f"the chat template does not parse: {e}") from None
+        return replace(self, templates={DEFAULT: source})
+
+    def fits(self, vocabulary: int) -> None:
+        """Raise TokenizerError if a token of the base vocabulary has an id of `vocabulary` or above.
+
+        Added tokens, such as those for images, may have higher ids: check_ids() refuses a prompt that uses one.
+        """
+        added = {t.content for t in self.inner.get_added_tokens_decoder().values()}
+        plain = ((id, t) for t, id in self.inner.get_vocab(with_added_tokens=False).items() if t not in added)
+        top, token = max(plain, default=(-1, ""))
+        if top >= vocabulary:
+            raise TokenizerError(
+                f"{self.path}: token {token!r} has id {top}, but the model's vocabulary is 0..{vocabulary - 1}; "
+                "the tokenizer belongs to another model"
+            )
+
+    def check_ids(self, ids: Sequence[int], vocabulary: int, name: str = "the prompt") -> None:
+        """Raise TokenizerError if one of `ids` is not below `vocabulary`. `name`: what the error calls the text."""
+        bad = next((i for i in ids if i >= vocabulary), None)
+        if bad is not None:
+            raise TokenizerError(
+                f"{name} has the token {self.inner.id_to_token(bad)!r} (id {bad}), which the model's vocabulary of "
+                f"0..{vocabulary - 1} does not have; leave it out"
+            )
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extra: Any) -> str:
+        """Render a chat to prompt text with the checkpoint's template. `extra`: further variables, such as tools.
+
+        Encode the text with special=False, since templates write bos themselves. Raises TokenizerError if there is no
+        template, or if it refuses these messages.
+        """
+        template = self.template_for(tools=extra.get("tools") is not None)
+        if template is None and self.templates:
+            raise TokenizerError(
+                f"{self.path} has chat templates named {', '.join(sorted(self.templates))}, and none named {DEFAULT}; "
+                "add one, or use plain completion"
+            )
+        if template is None:
+            raise TokenizerError(f"{self.path} has no chat_template; use plain completion, or a chat-tuned model")
+        if not messages:
+            raise TokenizerError("a chat needs at least one message")
+        plain = [{k: v for k, v in m.items() if v is not None} for m in messages]
+        known = {"tools": None, "documents": None, **self.special, **extra}
+        try:
+            return _compiled(template).render(messages=plain, add_generation_prompt=add_generation_prompt, **known)
+        except Exception as e:  # a template is foreign code: whatever it raises is an answer to this request alone
+            reason = str(e) if isinstance(e, jinja2.TemplateError) else repr(e)
+            raise TokenizerError(f"the chat template of {self.path} refuses these messages: {reason}") from None
+
+
+def has_tokenizer(path: Path) -> bool:
+    """True if a checkpoint (folder or GGUF file) has a tokenizer: tokenizer.json, or one inside the GGUF file.
+
+    Raises TokenizerError if the GGUF file or its tokenizer cannot be read, if a part of the file is missing, or if the
+    folder holds several GGUF models.
+    """
+    return (path / "tokenizer.json").exists() or _embedded(path) is not None
+
+
+def _embedded(path: Path) -> Embedded | None:
+    """The tokenizer in a GGUF file; None for a folder with tokenizer.json or without a GGUF file.
+
+    Raises TokenizerError.
+    """
+    if (path / "tokenizer.json").exists():
+        return None
+    try:
+        file = find_gguf(path)
+        return read_tokenizer(open_gguf(file)) if file else None
+    except CheckpointError as e:
+        raise TokenizerError(str(e)) from None
+
+
+def _first(*ids: Any) -> int | None:
+    return next((int(i) for i in ids if i is not None), None)
+
+
+def _eos(named: Any, usual: int | None) -> tuple[int, ...]:
+    """All ids that end a sequence: `named` in the configuration (an id, a list or None), and `usual`."""
+    listed = named if isinstance(named, list) else [] if named is None else [named]
+    return tuple(dict.fromkeys([*(int(i) for i in listed), *([] if usual is None else [usual])]))
+
+
+@cache
+def _compiled(source: str) -> jinja2.Template:
+    """Compile a chat template in the sandbox that transformers uses: same settings, filters and functions."""
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+
+    def tojson(
+        x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    env.filters["tojson"] = tojson  # jinja's own escapes HTML
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return env.from_string(source)
+
+
+class _Generation(jinja2.ext.Extension):
+    """Jinja tag {% generation %}, which marks an assistant's turn for training; its content is rendered unchanged."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -1,0 +1,44 @@
+"""What ops with recurrent state share: the state's shape rule, and each sequence's tokens with its state.
+
+An op reads a sequence's state from slot `state_from`, and writes the state after the step's tokens to slot `state_to`.
+The state is float32 and advances token by token, so it does not depend on how a prompt was cut into steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from intaglio.batch import Batch
+from intaglio.ops.op import Op, Tensors, Value
+
+
+def check_state(op: Op, t: Tensors, name: str, *shape: int) -> None:
+    """Raise OpError unless state `name` is f32 [N, *shape]."""
+    fits = t[name].shape == ("N", *shape) and t[name].format == "f32"
+    op.check(fits, f"{name} is {t[name].type}; wanted f32[N, {', '.join(map(str, shape))}]")
+
+
+def sequences(v: Mapping[str, Value], name: str, batch: Batch) -> Iterator[tuple[slice, np.ndarray]]:
+    """The token rows of each sequence, and its state, a float32 copy, zero for a sequence that has none yet.
+
+    What the caller leaves in the copy is written to the sequence's slot `state_to`.
+    """
+    held = v[name]
+    assert isinstance(held, np.ndarray), f"state {name} is a plain array"
+    slots = zip(batch.first_row, batch.q_len, batch.state_from, batch.state_to, strict=True)
+    for first, n, before, after in slots:
+        state = np.zeros_like(held[0]) if before < 0 else held[before].copy()
+        yield slice(int(first), int(first + n)), state
+        held[after] = state
+
+
+def state_bytes(t: Tensors, name: str, batch: Batch) -> int:
+    """Bytes of state read and written in a step: one slot of each for every sequence."""
+    return 2 * len(batch.q_len) * t[name].nbytes({"N": 1})
+
+
+def softplus(x: np.ndarray) -> np.ndarray:
+    """ln(1 + e^x) in float64."""
+    return np.logaddexp(0, x.astype(np.float64))

@@ -1,0 +1,110 @@
+"""Parses the text form of a Program, as text.py prints it."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import numpy as np
+
+from intaglio.ops import REGISTRY, Op, Tensor
+from intaglio.ops.op import Shape
+from intaglio.plugins import load_plugins
+from intaglio.program.program import Program, ProgramError
+from intaglio.program.text import BARE
+
+
+class _Parser:
+    """Parser of the text form, line by line. It keeps the current section, which prefixes names with a leading dot."""
+
+    def __init__(self) -> None:
+        self.section = ""
+        self.ops: list[Op] = []
+        self.tensors: dict[str, Tensor] = {}
+
+    def full(self, name: str) -> str:
+        return self.section + name if name.startswith(".") else name
+
+    def type(self, text: str) -> tuple[str, Shape, int | None]:
+        match = re.fullmatch(r"(\w+)\[([^\]]*)\](?: %(\d+))?", text.strip())
+        if not match:
+            raise ProgramError(f"{text!r} is not a type such as f32[T, 64]")
+        dims = [d.strip() for d in match[2].split(",") if d.strip()]
+        shape = tuple(int(d) if d.isdigit() else d for d in dims)
+        return match[1], shape, int(match[3]) if match[3] else None
+
+    def add(self, tensor: Tensor) -> None:
+        if tensor.name in self.tensors:
+            raise ProgramError(f"{tensor.name} is declared twice")
+        self.tensors[tensor.name] = tensor
+
+    def declare(self, role: str, rest: str) -> None:
+        head, _, values = rest.partition(" = ")
+        head, _, source = head.partition(" from ")
+        name, _, kind = head.partition(" ")
+        format, shape, _ = self.type(kind)
+        numbers = tuple(float(np.float32(x)) for x in values.split())
+        sources = tuple(source.split(" + ")) if source else ()
+        self.add(Tensor(self.full(name), shape, format, role, sources, values=numbers))
+
+    def view(self, site: str, kind: str, rest: str) -> None:
+        base, _, start = rest.partition(" from ")
+        format, shape, buffer = self.type(kind)
+        self.add(Tensor(self.full(site), shape, format, "temp", view=(self.full(base), int(start)), buffer=buffer))
+
+    def op(self, site: str, results: str, call: str) -> None:
+        match = re.fullmatch(r"(\w+)\(([^)]*)\)(.*)", call)
+        if not match or match[1] not in REGISTRY:
+            raise ProgramError(f"{call!r} is not a call of a known op ({', '.join(sorted(REGISTRY))})")
+        cls = REGISTRY[match[1]]
+        given: dict[str, object] = {}
+        positional = iter(cls.named("operand"))
+        for item in filter(None, (x.strip() for x in match[2].split(","))):
+            name, _, value = item.rpartition("=")
+            given[name or next(positional)] = self.full(value)
+        known = set(cls.named("attribute"))
+        for name, value in re.findall(r"(\w+)=('[^']*'|\"[^\"]*\"|\S+)", match[3]):
+            if name not in known:
+                raise ProgramError(f"op {match[1]} has no attribute {name!r}; it has {', '.join(sorted(known))}")
+            bare = BARE.fullmatch(value) and value not in ("True", "False", "None")
+            given[name] = value if bare else ast.literal_eval(value)
+        declared = re.findall(r"[^,\[]+\[[^\]]*\](?: %\d+)?", results)
+        for field_name, text in zip(cls.named("result"), declared, strict=True):
+            words = text.strip(" ,").split(" ")
+            role = "output" if words[0] == "output" else "temp"
+            words = words[1:] if role == "output" else words
+            own = "[" not in words[0]
+            given[field_name] = self.full(words[0]) if own else site
+            format, shape, buffer = self.type(" ".join(words[1:] if own else words))
+            self.add(Tensor(str(given[field_name]), shape, format, role, buffer=buffer))
+        self.ops.append(cls(site=site, **given))
+
+    def line(self, text: str) -> None:
+        role, _, rest = text.partition(" ")
+        if role in ("input", "const", "weight", "state"):
+            self.declare(role, rest)
+        elif match := re.fullmatch(r"(layers\.\d+|top):", text):
+            self.section = "" if match[1] == "top" else match[1]
+        elif match := re.fullmatch(r"(\S+): (.*) = view (.*)", text):
+            self.view(*match.groups())
+        elif match := re.fullmatch(r"(\S+): (?:(.*?\](?: %\d+)?) = )?(\w+\(.*)", text):
+            self.op(self.full(match[1]), match[2] or "", match[3])
+        else:
+            raise ProgramError(f"{text!r} is neither a declaration, a section, a view nor an op")
+
+
+def parse_program(text: str) -> Program:
+    """Parse a Program's text form, without verifying it. Raises ProgramError with the line's number."""
+    load_plugins()
+    lines = text.splitlines()
+    head = re.fullmatch(r"program (\S+) context=(\d+) mesh=(\d+) rank=(\d+)", lines[0].strip()) if lines else None
+    if not head:
+        raise ProgramError("line 1: a program starts with 'program NAME context=N mesh=N rank=N'")
+    parser = _Parser()
+    for number, line in enumerate(lines[1:], start=2):
+        if line.strip():
+            try:
+                parser.line(line.strip())
+            except (ProgramError, ValueError, SyntaxError, TypeError, StopIteration) as e:
+                raise ProgramError(f"line {number}: {e}") from None
+    return Program(head[1], tuple(parser.ops), parser.tensors, int(head[2]), int(head[3]), int(head[4]))

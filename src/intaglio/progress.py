@@ -1,0 +1,38 @@
+"""Progress callbacks, by which long operations report their progress to any display.
+
+The command line draws the reports as a bar on a terminal (`cli/progress.py`). An operation takes a `Progress` and calls
+it before each part of its work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# progress(done, total, what): `done` of `total` parts are complete, and `what` is the part under way, such as "prefill
+# of 8 x 256 tokens". total 0: the number of parts is unknown. One callback serves several operations, one after
+# another.
+Progress = Callable[[float, float, str], object]
+
+
+def silent(done: float, total: float, what: str) -> None:
+    """A Progress callback that shows nothing."""
+
+
+def prefixed(progress: Progress, name: str) -> Progress:
+    """A Progress callback that puts `name` in front of each description, for operations on several things."""
+    return lambda done, total, what: progress(done, total, f"{name}: {what}")
+
+
+def counted(items: Sequence[T], progress: Progress, what: Callable[[T], str]) -> Iterator[T]:
+    """Yield the items in order and report progress before each, with what(item) as the description.
+
+    The last item is reported as complete at the end.
+    """
+    for done, item in enumerate(items):
+        progress(done, len(items), what(item))
+        yield item
+    if items:
+        progress(len(items), len(items), what(items[-1]))

@@ -1,0 +1,120 @@
+"""The account stage: applies the result of a launch to its sequences, token by token."""
+
+from __future__ import annotations
+
+from intaglio.batch import Chunk
+from intaglio.devices import StepResult
+from intaglio.runtime import sampling
+from intaglio.runtime.clock import MonotonicClock
+from intaglio.runtime.launcher import Completed
+from intaglio.runtime.live_requests import LiveRequests
+from intaglio.runtime.request import Event, Fault, FinishReason, Scored
+from intaglio.runtime.scheduler import ScheduledSequence, Scheduler
+from intaglio.runtime.sequence import Sequence
+from intaglio.runtime.stats import Counts
+
+
+class Accounting:
+    """Applies step results: appends sampled tokens, accepts drafts, keeps prompt scores, ends finished sequences.
+
+    context: context length of the model in tokens; a sequence that is longer ends.
+    """
+
+    def __init__(
+        self, live: LiveRequests, scheduler: Scheduler, clock: MonotonicClock, counts: Counts, context: int
+    ) -> None:
+        self.live, self.scheduler, self.clock, self.counts, self.context = live, scheduler, clock, counts, context
+
+    def account(self, done: Completed) -> None:
+        """Apply a completed launch to all of its sequences. Events get the time read from the clock at the start."""
+        self.clock.read()
+        row = 0
+        for scheduled, chunk in zip(done.scheduled, done.chunks, strict=True):
+            if scheduled.sequence.state != "ended":  # else aborted, or at its deadline, while the launch was under way
+                self.account_sequence(scheduled, chunk, done.result, row)
+            row += len(chunk.rows)
+
+    def account_sequence(self, scheduled: ScheduledSequence, chunk: Chunk, result: StepResult, row: int) -> None:
+        """Apply one sequence's rows of the result to it, emit its events and count its drafts. Returns None.
+
+        Its rows begin at `row`: one for each prompt position whose logits the request wants, then, if it samples, one
+        for the next token and one for each draft. Sampled tokens are appended up to and including the first that
+        differs from its draft or ends the sequence.
+        """
+        s, drafts = scheduled.sequence, scheduled.drafts
+        sampled = 1 + len(drafts) if scheduled.samples else 0
+        s.computed += scheduled.num_tokens
+        s.state_slot = s.next_state_slot
+        row = self._read_prompt_rows(s, result, row, len(chunk.rows) - sampled)
+        if sampled and s.request.params.prompt_logprobs is not None and not s.output:
+            self.live.emit(Event(s.request.id, s.index, prompt=tuple(s.prompt_scores)))
+        for i in range(sampled):
+            s.computed += i > 0  # the draft before this row was accepted, so its K/V is valid
+            self._append(s, result, row + i)
+            if s.state == "ended" or i == len(drafts) or s.output[-1] != drafts[i]:
+                break
+            self.counts.accepted_tokens += 1
+        self.counts.drafts += bool(drafts)
+        self.counts.draft_tokens += len(drafts)
+        if s.state != "ended":
+            self.scheduler.update_blocks(s)
+            if s.request.scored and s.remaining == 0:
+                self.live.emit(self.live.end(s, "length"))
+
+    @staticmethod
+    def _read_prompt_rows(s: Sequence, result: StepResult, row: int, n: int) -> int:
+        """Read the `n` prompt rows from `row` on; returns the index of the row after them.
+
+        For a `scored` request their logits are kept; for prompt_logprobs, the score of the prompt token after each.
+        """
+        if n:
+            assert result.logits is not None, "the device was asked for logits and gave none"
+            if s.request.scored:
+                s.logits.append(result.logits[row : row + n])
+            else:
+                top = s.request.params.prompt_logprobs or 0
+                following = s.prompt[s.prompt_rows_read + 1 : s.prompt_rows_read + 1 + n]
+                s.prompt_scores += [sampling.score(result.logits[row + i], t, top) for i, t in enumerate(following)]
+            s.prompt_rows_read += n
+        return row + n
+
+    def _append(self, s: Sequence, result: StepResult, row: int) -> None:
+        """Append the token sampled from one row and emit its event.
+
+        End the sequence if it is finished or the row is invalid.
+        """
+        token, logprob = int(result.tokens[row]), float(result.logprobs[row])
+        if token < 0:
+            why = f"the logits after {s.length} tokens hold no finite value that may be drawn, or NaN"
+            return self.live.emit(self.live.end(s, "error", Fault("request", why)))
+        scored, p = Scored(token, logprob), s.request.params
+        if (p.logprobs or p.logprob_token_ids) and result.logits is not None:
+            scored = sampling.score(result.logits[row], token, p.logprobs, p.logprob_token_ids)
+        s.suspect, s.device_losses = False, 0
+        s.first_token = self.clock.now if s.first_token is None else s.first_token
+        s.output.append(token)
+        if s.penalties:
+            s.penalties.push(token)
+        s.logprobs.append(logprob)
+        self.counts.output_tokens += 1
+        try:
+            reason = self._finish_reason(s, token)
+        except Exception as e:  # the stop checker or matcher of this request failed; no other request is affected
+            fault = Fault("request", f"reading token {token} failed: {e}")
+            return self.live.emit(self.live.end(s, "error", fault, scored))
+        self.live.emit(self.live.end(s, reason, None, scored) if reason else Event(s.request.id, s.index, scored))
+
+    def _finish_reason(self, s: Sequence, token: int) -> FinishReason | None:
+        """The finish reason if the sequence ends with `token`, its latest token; None if it continues.
+
+        Raises ValueError if the grammar does not allow the token.
+        """
+        p = s.request.params
+        if token in s.request.eos_ids and not p.ignore_eos:
+            return "stop"
+        if token in p.stop_token_ids or (s.stop_checker is not None and s.stop_checker(token)):
+            return "stop"
+        if s.matcher is not None and not s.matcher.advance(token):
+            raise ValueError("the grammar does not allow it")
+        full = s.length > self.context  # the token has no position at which to compute the next one
+        return "length" if full or len(s.output) == p.max_tokens else None

@@ -1,0 +1,99 @@
+"""Latency estimator for admission control: predicts the duration of a request from recent steps and requests.
+
+Callers pass measured seconds in; the estimator reads no clock.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+STEP_DECAY = 0.98  # each step multiplies the weights of earlier ones by this: a window of about 50 steps
+QUANTILE = 0.9  # both quantiles below are 90th percentiles
+SLOWDOWN_STRIDE = 0.02  # step size of the slowdown, in its logarithm
+LENGTH_STRIDE = 0.05  # step size of the output length, in its logarithm
+LENGTH_MARGIN = 4.0  # the expected output length is at most this many times `output_length`
+SLOWDOWN_MIN, SLOWDOWN_MAX = 1 / 8, 8.0
+
+
+@dataclass
+class LatencyEstimator:
+    """Models a step's time as `seconds_per_step + seconds_per_token * tokens`.
+
+    Both coefficients are fitted by weighted least squares over the latest steps and are not below 0. While all steps
+    have the same number of tokens, the cost of a token cannot be fitted and is taken as 0: the model learns from
+    requests that it wrongly admits, never from those it wrongly refuses.
+
+    Two 90th percentiles are tracked by stochastic approximation (Robbins and Monro, 1951): `output_length`, in tokens,
+    since most outputs end well before max_tokens; and `slowdown`, the ratio of measured to estimated time of a request,
+    which covers bursts and preemption. The slowdown changes slowly, because a request is observed only when it ends.
+    """
+
+    slowdown: float = 1.0
+    output_length: float = math.inf  # until the first request has ended
+    weight: float = 0.0  # sum of the weights of all steps
+    mean_tokens: float = 0.0  # weighted means over steps: token rows, tokens sampled, seconds
+    mean_sampled: float = 0.0
+    mean_seconds: float = 0.0
+    tokens_squared: float = 0.0  # weighted sums over steps of squares and products, about the means
+    tokens_by_seconds: float = 0.0
+
+    def observe_step(self, tokens: int, sampled: int, seconds: float) -> None:
+        """Update the model with a step that computed `tokens` token rows and sampled `sampled` tokens."""
+        self.weight = STEP_DECAY * self.weight + 1
+        ahead, more = tokens - self.mean_tokens, seconds - self.mean_seconds
+        share = 1 / self.weight
+        self.mean_tokens += share * ahead
+        self.mean_seconds += share * more
+        self.mean_sampled += share * (sampled - self.mean_sampled)
+        self.tokens_squared = STEP_DECAY * self.tokens_squared + (1 - share) * ahead * ahead
+        self.tokens_by_seconds = STEP_DECAY * self.tokens_by_seconds + (1 - share) * ahead * more
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Slope of the fit: seconds each token row adds to a step."""
+        if self.tokens_squared <= 0 or self.tokens_by_seconds <= 0:
+            return 0.0
+        return min(self.tokens_by_seconds / self.tokens_squared, self.mean_seconds / self.mean_tokens)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Intercept of the fit: seconds of a step that do not depend on its tokens."""
+        return self.mean_seconds - self.seconds_per_token * self.mean_tokens
+
+    def estimate(self, prefill_tokens: int, output_tokens: float, sequences: int) -> float:
+        """Estimated seconds to prefill `prefill_tokens` and then sample `output_tokens` for each of `sequences`.
+
+        Assumes that each step samples one token a sequence, with as many prefill rows a sampled token as in recent
+        steps.
+        """
+        rows = sequences * self.mean_tokens / self.mean_sampled if self.mean_sampled else 0
+        return self.seconds_per_token * prefill_tokens + output_tokens * (
+            self.seconds_per_step + self.seconds_per_token * rows
+        )
+
+    def output_tokens(self, max_tokens: int) -> float:
+        """Expected output length in tokens: `max_tokens`, or less if recent outputs were far shorter."""
+        return min(max_tokens, LENGTH_MARGIN * self.output_length)
+
+    def observe_output(self, tokens: int) -> None:
+        """Update the 90th percentile of output lengths with an output of `tokens` tokens."""
+        if self.output_length < math.inf:
+            self.output_length = _moved(self.output_length, LENGTH_STRIDE, tokens > self.output_length)
+        else:
+            self.output_length = tokens
+
+    def percentile_90(self, estimate: float) -> float:
+        """Estimated seconds within which 9 of 10 requests end whose plain estimate is `estimate` seconds."""
+        return self.slowdown * estimate
+
+    def observe_request(self, estimate: float, seconds: float) -> None:
+        """Update the slowdown with a request that took `seconds` and had been estimated at `estimate` seconds."""
+        if estimate > 0:
+            moved = _moved(self.slowdown, SLOWDOWN_STRIDE, seconds > self.percentile_90(estimate))
+            self.slowdown = min(max(moved, SLOWDOWN_MIN), SLOWDOWN_MAX)
+
+
+def _moved(quantile: float, stride: float, above: bool) -> float:
+    """The tracked 90th percentile after one more observation: moved up if the observation is above it, else down."""
+    return quantile * math.exp(stride * (QUANTILE if above else QUANTILE - 1))

@@ -1,0 +1,163 @@
+"""The launch stage: starts device steps for scheduled sequences, and finds the sequence that makes a step fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from intaglio.batch import GREEDY, Chunk, bind
+from intaglio.devices import CompletedStep, DeviceLost, Executable, PendingStep, StepRequest, StepResult
+from intaglio.runtime import sampling
+from intaglio.runtime.live_requests import LiveRequests
+from intaglio.runtime.request import Fault
+from intaglio.runtime.scheduler import ScheduledSequence
+from intaglio.runtime.sequence import Sequence
+from intaglio.runtime.stats import Counts
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A step that is running on the device: its sequences, the token rows (chunk) of each, and the pending result.
+
+    retried: this is the second attempt of a step with a single sequence.
+    """
+
+    scheduled: list[ScheduledSequence]
+    chunks: list[Chunk]
+    pending: PendingStep
+    retried: bool = False
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A launch that the device has completed: its sequences, their chunks and the result."""
+
+    scheduled: list[ScheduledSequence]
+    chunks: list[Chunk]
+    result: StepResult
+
+
+class Launcher:
+    """Runs scheduled sequences on the device.
+
+    Attributes:
+        before_launch: callback just before each launch, or None.
+        under_way: launches that have not been completed, oldest first.
+        in_flight: the sequences of all launches that were under way when the device was lost.
+    """
+
+    def __init__(self, executable: Executable, live: LiveRequests, counts: Counts) -> None:
+        self.executable, self.live, self.counts = executable, live, counts
+        self.before_launch: Callable[[], None] | None = None
+        self.under_way: list[Launch] = []
+        self.in_flight: list[Sequence] = []
+
+    def forget(self) -> None:
+        """Drop all launches under way, as their device is lost."""
+        for launch in self.under_way.copy():
+            self._remove(launch)
+
+    def run(self, scheduled: list[ScheduledSequence], retried: bool = False) -> Iterator[Completed]:
+        """Launch a step and wait for it. Yields one Completed, or several if the step failed and was split."""
+        if launch := self.launch(scheduled, retried):
+            yield from self.complete(launch)
+
+    def launch(self, scheduled: list[ScheduledSequence], retried: bool = False) -> Launch | None:
+        """Start one step with these sequences. Returns None if no sequence is left, because their grammars failed."""
+        ready = [(one, chunk) for one in scheduled if (chunk := self.chunk(one))]
+        if not ready:
+            return None
+        chunks = [chunk for _, chunk in ready]
+        logits = any(one.sequence.wants_logits for one, _ in ready)
+        launch = Launch([one for one, _ in ready], chunks, self.start(chunks, logits), retried)
+        self.under_way.append(launch)
+        for one in launch.scheduled:
+            one.sequence.in_flight = True
+        return launch
+
+    def complete(self, launch: Launch) -> Iterator[Completed]:
+        """Wait for a launch and yield it as Completed. If it failed, yield the launches of its retries instead.
+
+        A failed step has changed no state. Its sequences are launched again in two halves, and so on down to single
+        sequences. A single sequence that fails is launched once more without drafts, since a draft may be the cause; if
+        it fails again it ends with a fault. Raises DeviceLost.
+        """
+        try:
+            result = launch.pending.result()
+        except DeviceLost:
+            self.in_flight = [one.sequence for other in self.under_way for one in other.scheduled]
+            raise
+        except Exception as e:  # whatever the device raised
+            self.counts.faults["step"] += 1
+            self._remove(launch)
+            yield from self._retry(launch, e)
+        else:
+            self._remove(launch)
+            yield Completed(launch.scheduled, launch.chunks, result)
+
+    def _remove(self, launch: Launch) -> None:
+        """Remove a launch from those under way; its sequences are not in flight any more."""
+        self.under_way.remove(launch)
+        for one in launch.scheduled:
+            one.sequence.in_flight = False
+
+    def _retry(self, launch: Launch, error: Exception) -> Iterator[Completed]:
+        """Launch a failed step again: in two halves, or its only sequence once more without drafts.
+
+        Sequences that were aborted meanwhile are left out. A single sequence that has already been retried ends with a
+        fault.
+        """
+        scheduled = [one for one in launch.scheduled if one.sequence.state != "ended"]  # others were aborted meanwhile
+        half = len(scheduled) // 2
+        if not scheduled:
+            return
+        if len(scheduled) < len(launch.scheduled):
+            yield from self.run(scheduled)
+        elif half:
+            yield from self.run(scheduled[:half])
+            yield from self.run(scheduled[half:])
+        elif not launch.retried:
+            yield from self.run([replace(scheduled[0], drafts=())], retried=True)
+        else:
+            fault = Fault("step", f"the step failed: {type(error).__name__}: {error}")
+            self.live.emit(self.live.end(scheduled[0].sequence, "error", fault))
+
+    def start(self, chunks: list[Chunk], logits: bool = False) -> PendingStep:
+        """Combine the chunks to a Batch and launch it. If that raises, the error is in the returned step's result."""
+        try:
+            batch = bind(chunks, self.executable.state.page_tokens)
+            if self.before_launch:
+                self.before_launch()
+            return self.executable.launch(StepRequest(batch, logits=logits))
+        except Exception as e:
+            return CompletedStep(e)
+
+    def step(self, chunks: list[Chunk]) -> StepResult:
+        """Run one step with these chunks and wait for its result."""
+        return self.start(chunks).result()
+
+    def chunk(self, scheduled: ScheduledSequence) -> Chunk | None:
+        """The token rows of a scheduled sequence with their sampling inputs.
+
+        Returns None if the sequence's grammar failed; the sequence has then ended with a fault.
+        """
+        s, start = scheduled.sequence, scheduled.sequence.computed
+        stop = start + scheduled.num_tokens
+        try:
+            tokens = [*s.tokens(start, stop), *scheduled.drafts]
+            scores = range(max(start, s.prompt_rows_read), min(stop, s.prompt_rows_wanted))
+            samplings = sampling.sampling_rows(s, scheduled.drafts) if scheduled.samples else []
+        except Exception as e:  # a matcher is the caller's code
+            self.live.emit(self.live.end(s, "error", Fault("request", f"the grammar failed: {e}")))
+            return None
+        rows = [*(at - start for at in scores), *range(len(tokens) - len(samplings), len(tokens))]
+        return Chunk(
+            tokens, start, s.blocks, rows, [GREEDY] * len(scores) + samplings, (s.state_slot, s.next_state_slot)
+        )  # fmt: skip
+
+
+def launch_groups(scheduled: list[ScheduledSequence]) -> list[list[ScheduledSequence]]:
+    """Split a step into launches: all sequences in one, except suspects of a device loss, which get one each."""
+    batched = [s for s in scheduled if not s.sequence.suspect]
+    suspects = [[s] for s in scheduled if s.sequence.suspect]
+    return [batched, *suspects] if batched else suspects

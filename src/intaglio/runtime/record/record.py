@@ -1,0 +1,202 @@
+"""RecordedEngine: an engine that writes a journal of its calls and external inputs, for deterministic replay.
+
+An engine has four external inputs: clock, random numbers, executable and restart. The Recorder wraps them and keeps
+the clock's readings, the last random number, and whether each launch and restart succeeded. replay.py supplies these
+and runs the steps again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from intaglio.devices import Executable, PendingStep, StepRequest, StepResult
+from intaglio.runtime.engine import Engine, Rng
+from intaglio.runtime.record.journal import write_engine, write_event, write_failure
+from intaglio.runtime.request import Event, Refused, Request, RequestError
+from intaglio.runtime.request_fields import write_request
+from intaglio.runtime.resumption import Resumption
+from intaglio.runtime.sequence import Sequence
+
+Journal = Callable[[dict[str, Any]], None]
+
+
+class Recorder:
+    """Collects the external inputs that an engine reads between two journal entries.
+
+    Attributes:
+        readings: clock readings, in seconds.
+        launches: for each launch its failure as text, or None if it succeeded.
+        restarts: for each restart of the device whether it succeeded; "kept": and has the K/V of the lost device.
+        seed: the last random number drawn.
+    """
+
+    def __init__(self) -> None:
+        self.readings: list[float] = []
+        self.launches: list[str | None] = []
+        self.restarts: list[bool | str] = []
+        self.seed = 0
+
+    def clock(self, inner: Callable[[], float]) -> Callable[[], float]:
+        """Wrap a clock so that its readings are recorded."""
+
+        def read() -> float:
+            self.readings.append(inner())
+            return self.readings[-1]
+
+        return read
+
+    def executable(self, inner: Executable) -> Executable:
+        """Wrap an executable so that the outcome of each launch is recorded."""
+        return RecordedExecutable(inner, self.launches)
+
+    def restart(self, inner: Callable[[], Executable]) -> Callable[[], Executable]:
+        """Wrap a restart so that its outcome is recorded, and the executables it returns are wrapped too."""
+
+        def load() -> Executable:
+            self.restarts.append(False)
+            executable = self.executable(inner())
+            self.restarts[-1] = "kept" if executable.state_kept else True
+            return executable
+
+        return load
+
+    def rng(self, inner: Rng) -> Rng:
+        """Wrap a random number generator so that its last number is recorded."""
+        return RecordedRng(inner, self)
+
+    def take_readings(self) -> list[float]:
+        """Return and clear the clock readings."""
+        readings = self.readings.copy()
+        self.readings.clear()
+        return readings
+
+    def take_outcomes(self) -> dict[str, Any]:
+        """Return and clear the outcomes of launches and restarts."""
+        outcomes = {"launches": self.launches.copy(), "restarts": self.restarts.copy()}
+        self.launches.clear()
+        self.restarts.clear()
+        return outcomes
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """A launched step whose outcome is appended to `launches` when its result is read: the failure as text, or None."""
+
+    inner: PendingStep
+    launches: list[str | None]
+
+    def done(self) -> bool:
+        """True if result() returns at once."""
+        return self.inner.done()
+
+    def result(self) -> StepResult:
+        """Wait for the step, record its outcome, and return the result or raise the step's error."""
+        try:
+            result = self.inner.result()
+        except Exception as e:
+            self.launches.append(write_failure(e))
+            raise
+        self.launches.append(None)
+        return result
+
+
+class RecordedExecutable(Executable):
+    """Runs steps on the executable `inner` and appends each outcome to `launches`: the failure as text, or None."""
+
+    def __init__(self, inner: Executable, launches: list[str | None]) -> None:
+        self.inner, self.launches = inner, launches
+        self.program, self.state, self.state_kept = inner.program, inner.state, inner.state_kept
+        self.depth = inner.depth
+
+    def launch(self, request: StepRequest) -> PendingStep:
+        return RecordedStep(self.inner.launch(request), self.launches)
+
+    def unwrapped(self) -> Executable:
+        return self.inner.unwrapped()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class RecordedRng:
+    """Draws random numbers from `inner` and stores the latest in the recorder."""
+
+    def __init__(self, inner: Rng, recorder: Recorder) -> None:
+        self.inner, self.recorder = inner, recorder
+
+    def getrandbits(self, k: int, /) -> int:
+        """A random number of `k` bits from `inner`, which is recorded."""
+        self.recorder.seed = self.inner.getrandbits(k)
+        return self.recorder.seed
+
+
+class RecordedEngine(Engine):
+    """An Engine that journals its construction and each call of add, suspend, resume, step, abort and drain.
+
+    Entries are JSON-serialisable; replay() reads them. If add raises RequestError or Refused, its entry has that
+    error's name. A call that raises any other error writes no entry.
+    """
+
+    def __init__(
+        self,
+        executable: Executable,
+        *,
+        journal: Journal,
+        clock: Callable[[], float],
+        rng: Rng,
+        restart: Callable[[], Executable] | None = None,
+        **options: Any,
+    ) -> None:
+        self.journal, self.recorder = journal, (recorder := Recorder())
+        super().__init__(
+            recorder.executable(executable), clock=recorder.clock(clock), rng=recorder.rng(rng),
+            restart=recorder.restart(restart) if restart else None, **options,
+        )  # fmt: skip
+        self._write("engine", **write_engine(self))
+
+    def add(self, request: Request) -> list[Sequence]:
+        try:
+            sequences = super().add(request)
+        except (RequestError, Refused) as e:
+            self._write_add(request, type(e).__name__)
+            raise
+        self._write_add(request, None)
+        return sequences
+
+    def suspend(self, id: str) -> Resumption | None:
+        resumption = super().suspend(id)
+        self._write("suspend", id=id)
+        return resumption
+
+    def resume(self, resumption: Resumption) -> list[Sequence]:
+        try:
+            sequences = super().resume(resumption)
+        except (RequestError, Refused) as e:
+            self._write("resume", resumption=resumption.as_dict(), refused=type(e).__name__)
+            raise
+        self._write("resume", resumption=resumption.as_dict(), refused=None)
+        return sequences
+
+    def step(self) -> list[Event]:
+        events = super().step()
+        outcomes = self.recorder.take_outcomes()
+        self._write("step", **outcomes, events=[write_event(e) for e in events])
+        return events
+
+    def abort(self, id: str) -> list[Event]:
+        events = super().abort(id)
+        self._write("abort", id=id, events=[write_event(e) for e in events])
+        return events
+
+    def drain(self) -> None:
+        super().drain()
+        self._write("drain")
+
+    def _write_add(self, request: Request, refused: str | None) -> None:
+        seed = self.recorder.seed if request.params.seed is None else request.params.seed
+        self._write("add", request=write_request(request, seed), refused=refused)
+
+    def _write(self, do: str, **facts: Any) -> None:
+        self.journal({"do": do, "clock": self.recorder.take_readings(), **facts})

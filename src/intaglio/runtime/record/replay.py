@@ -1,0 +1,219 @@
+"""Replay of a journal: the same requests at the same times, with a device failure wherever one was recorded.
+
+The caller reads the entries from a file.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from intaglio.devices import DeviceError, Executable, PendingStep, StepRequest, StepResult
+from intaglio.runtime.engine import Engine
+from intaglio.runtime.record.journal import Entry, read_failure, write_engine, write_event
+from intaglio.runtime.request import Refused, Request, RequestError
+from intaglio.runtime.request_fields import read_request
+from intaglio.runtime.resumption import Resumption
+
+
+class JournalError(ValueError):
+    """Raised for a journal that does not begin with an engine, or was recorded on another Program or pool size."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Outcome of a replay.
+
+    Attributes:
+        steps: number of steps run.
+        requests: number of requests added, refused ones included.
+        tokens: number of tokens generated.
+        faults: number of launches that the journal records as failed.
+        divergence: the first difference from the journal, as text; None if there is none.
+    """
+
+    steps: int
+    requests: int
+    tokens: int
+    faults: int  # launches that failed in the journal
+    divergence: str | None
+
+
+class ReplayedExecutable(Executable):
+    """Runs each step on `inner` when its result is read, or raises the failure that the journal records for it."""
+
+    def __init__(
+        self, inner: Executable, launches: deque[str | None], depth: int = 1, state_kept: bool = False
+    ) -> None:
+        self.inner, self.depth, self.state_kept, self.launches = inner, depth, state_kept, launches
+        self.program, self.state = inner.program, inner.state
+
+    def launch(self, request: StepRequest) -> PendingStep:
+        return ReplayedStep(self, request)
+
+
+@dataclass(frozen=True)
+class ReplayedStep:
+    """A launched step that runs when its result is read, because failures are recorded in that order."""
+
+    executable: ReplayedExecutable
+    request: StepRequest
+
+    def done(self) -> bool:
+        """Always False: the step runs only when its result is read."""
+        return False
+
+    def result(self) -> StepResult:
+        """Run the step and return its result, or raise the recorded failure."""
+        launches = self.executable.launches
+        failure = launches.popleft() if launches else "this launch is not in the journal"
+        if failure is not None:
+            raise read_failure(failure)
+        return self.executable.inner.step(self.request)
+
+
+class RecordedSeeds:
+    """Replaces the engine's random source: recorded requests carry their seeds, so drawing a number is an error."""
+
+    def getrandbits(self, k: int, /) -> int:
+        """Raise JournalError: a recorded request must have a seed."""
+        raise JournalError("the journal has a request without a seed")
+
+
+def replay(
+    entries: Iterable[Entry], load: Callable[[], Executable], revive: Callable[[Request], Request] = lambda r: r
+) -> Replayed:
+    """Replay a journal on executables from `load()`, stopping at the first difference.
+
+    revive: function from a recorded Request to one with its `stop_checker` and `matcher` recreated. Raises JournalError
+    if the journal does not begin with an engine, or the executable has another Program or pool size.
+    """
+    player = Player(load, revive)
+    for number, entry in enumerate(entries):
+        if difference := player.play(entry):
+            where = f"entry {number}, step {player.steps} ({entry['do']}): "
+            return player.replayed(where + difference)
+    return player.replayed(None)
+
+
+class Player:
+    """Applies journal entries to an engine whose clock, executable and restart return the recorded values."""
+
+    def __init__(self, load: Callable[[], Executable], revive: Callable[[Request], Request]) -> None:
+        self.load, self.revive = load, revive
+        self.readings: deque[float] = deque()
+        self.launches: deque[str | None] = deque()
+        self.restarts: deque[bool | str] = deque()
+        self.engine: Engine | None = None
+        self.depth = 1
+        self.steps = self.requests = self.tokens = self.faults = 0
+
+    def play(self, entry: Entry) -> str | None:
+        """Apply one entry. Returns a description of how the engine differs from the journal; None if it does not."""
+        self.readings.extend(entry.get("clock", ()))
+        self.launches.extend(entry.get("launches", ()))
+        self.restarts.extend(entry.get("restarts", ()))
+        self.faults += sum(failure is not None for failure in entry.get("launches", ()))
+        return self._do(entry) or self._left_over()
+
+    def replayed(self, divergence: str | None) -> Replayed:
+        """The Replayed so far, with this divergence."""
+        return Replayed(self.steps, self.requests, self.tokens, self.faults, divergence)
+
+    def clock(self) -> float:
+        """The next recorded clock reading in seconds; 0 if none is left, after which the events will differ."""
+        return self.readings.popleft() if self.readings else 0.0
+
+    def restart(self) -> Executable:
+        """The replacement for a lost executable: another one, or the same one if the journal says that K/V was kept.
+
+        Raises DeviceError if the recorded restart failed, or none is left.
+        """
+        outcome = self.restarts.popleft() if self.restarts else False
+        if not outcome:
+            raise DeviceError("the recorded restart failed")
+        if outcome == "kept":
+            assert self.engine and isinstance(self.engine.executable, ReplayedExecutable)
+            return ReplayedExecutable(self.engine.executable.inner, self.launches, self.depth, state_kept=True)
+        return ReplayedExecutable(self.load(), self.launches, self.depth)
+
+    def _do(self, entry: Entry) -> str | None:
+        do = entry["do"]
+        if do == "engine":
+            self.engine = self._begin(entry)
+            return None
+        if self.engine is None:
+            raise JournalError(f"the journal begins with {do!r}; it must begin with an engine")
+        if do == "add":
+            request = read_request(entry["request"])
+            return self._admit(entry, request.id, lambda engine: engine.add(self.revive(request)))
+        if do == "suspend":
+            self.engine.suspend(entry["id"])
+            return None
+        if do == "resume":
+            read = Resumption.from_dict(entry["resumption"])
+            here = replace(read, numerics=self.engine.numerics)  # a journal may be replayed on another device
+            return self._admit(
+                entry, read.request.id, lambda engine: engine.resume(replace(here, request=self.revive(read.request)))
+            )
+        if do == "drain":
+            self.engine.drain()
+            return None
+        self.steps += do == "step"
+        events = self.engine.step() if do == "step" else self.engine.abort(entry["id"])
+        self.tokens += sum(e.token is not None for e in events)
+        return _difference([write_event(e) for e in events], entry["events"])
+
+    def _begin(self, entry: Entry) -> Engine:
+        self.depth = entry.get("depth", 1)
+        executable = ReplayedExecutable(self.load(), self.launches, self.depth)
+        engine = Engine(executable, clock=self.clock, rng=RecordedSeeds(), restart=self.restart, **entry["options"])
+        here = write_engine(engine)
+        for name in ("program", "pages", "page_tokens", "slots"):
+            if here[name] != entry.get(name, 0):
+                raise JournalError(
+                    f"the journal was recorded with {name} {entry.get(name, 0)}, this engine has {here[name]}; "
+                    "open the same model"
+                )
+        return engine
+
+    def _admit(self, entry: Entry, id: str, admit: Callable[[Engine], object]) -> str | None:
+        """Add or resume a request. Returns how its admission differs from the journal; None if it does not."""
+        assert self.engine
+        self.requests += 1
+        refused = None
+        try:
+            admit(self.engine)
+        except (RequestError, Refused) as e:
+            refused = type(e).__name__
+        if refused == entry["refused"]:
+            return None
+        return f"{id} was {_admission(entry['refused'])}, now {_admission(refused)}"
+
+    def _left_over(self) -> str | None:
+        """A description of the entry's recorded inputs that the engine did not read; None if it read all."""
+        left = {
+            "clock readings": len(self.readings),
+            "launches": len(self.launches),
+            "restarts": len(self.restarts),
+        }
+        more = [f"{n} {what}" for what, n in left.items() if n]
+        return f"the journal has {', '.join(more)} more" if more else None
+
+
+def _admission(refused: str | None) -> str:
+    return f"refused with {refused}" if refused else "admitted"
+
+
+def _difference(now: list[list[Any]], then: list[list[Any]]) -> str | None:
+    """The first difference between the replay's events (`now`) and the journal's (`then`), as text.
+
+    None without one.
+    """
+    for a, b in zip(now, then, strict=False):
+        if a != b:
+            recorded, replayed = ("request {}, choice {}, token {}, end {}".format(*event) for event in (b, a))
+            return f"recorded: {recorded}; replayed: {replayed}"
+    return None if len(now) == len(then) else f"{len(then)} events recorded, {len(now)} replayed"

@@ -1,0 +1,92 @@
+"""The recovery stage: replaces a lost device, and ends a sequence that loses it again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from intaglio.batch import Chunk
+from intaglio.devices import DeviceLost, Executable, ReplacementRefused
+from intaglio.runtime.launcher import Launcher
+from intaglio.runtime.live_requests import LiveRequests
+from intaglio.runtime.request import Fault
+from intaglio.runtime.scheduler import Scheduler
+from intaglio.runtime.stats import Counts
+
+MAX_DEVICE_LOSSES_PER_SEQUENCE = 2  # steps with only this sequence, no token between
+
+
+class Recovery:
+    """Replaces a lost device and ends a sequence that keeps losing it.
+
+    `restart` loads the same Program again on another device. It is tried `max_restarts` times for each loss; if all
+    fail, every sequence ends in error, and `failed` has the reason.
+    """
+
+    def __init__(
+        self, launcher: Launcher, live: LiveRequests, scheduler: Scheduler, counts: Counts,
+        restart: Callable[[], Executable] | None, max_restarts: int,
+    ) -> None:  # fmt: skip
+        self.launcher, self.live, self.scheduler, self.counts = launcher, live, scheduler, counts
+        self.restart, self.max_restarts = restart, max_restarts
+        self.failed: str | None = None
+        self.attempts = ""  # what became of the last attempts
+
+    def recover(self, lost: DeviceLost) -> None:
+        """Replace the lost device.
+
+        All running sequences are preempted, to be recomputed from their token ids, unless the new device has the K/V of
+        the lost one: a step writes K/V only where nothing was computed, so what was computed before is as it was.
+
+        The sequences in the launch that lost the device become suspects: each runs in a step of its own, without
+        drafts, until it has sampled a token. A suspect that loses the device twice before that ends in error. If the
+        device cannot be replaced, all sequences end in error.
+        """
+        self.counts.faults["worker"] += 1
+        why = f"the device was lost: {lost}"
+        self.blame(why)
+        self.launcher.forget()
+        if not self.replace_device():
+            why = self.failed = f"{why}; {self.attempts}"
+            self.scheduler.preempt_all()
+            for s in self.live.sequences():
+                self.live.emit(self.live.end(s, "error", Fault("worker", why)))
+
+    def blame(self, why: str) -> None:
+        """Mark the sequences of the launch that lost the device as suspects.
+
+        A sequence that was alone in a launch that lost the device, for the second time without a token between, ends in
+        error.
+        """
+        in_flight = self.launcher.in_flight
+        for s in in_flight:
+            s.suspect = True
+            s.device_losses += len(in_flight) == 1
+            if s.device_losses == MAX_DEVICE_LOSSES_PER_SEQUENCE and s.state != "ended":
+                self.live.emit(self.live.end(s, "error", Fault("worker", f"{why}, in a step with this request only")))
+
+    def probe(self) -> Chunk:
+        """A chunk of one token that writes only to a block and a state slot that no sequence needs."""
+        slot = self.scheduler.spare_slot()
+        return Chunk([0], 0, [self.scheduler.spare_block()], [0], state=(-1, slot))
+
+    def replace_device(self) -> bool:
+        """Start another device and run a step of one token on it; False if no attempt succeeds.
+
+        A refused replacement ends the attempts.
+        """
+        self.attempts = "nothing replaces it"
+        for attempt in range(self.max_restarts if self.restart else 0):
+            try:
+                assert self.restart
+                self.launcher.executable = executable = self.restart()
+                if not executable.state_kept:
+                    self.scheduler.preempt_all()
+                self.launcher.step([self.probe()])
+            except Exception as e:  # whatever starting a device, or its first step, can raise
+                self.attempts = f"attempt {attempt + 1} of {self.max_restarts} to replace it failed too: {e}"
+                if isinstance(e, ReplacementRefused):
+                    return False
+                continue
+            self.counts.restarts += 1
+            return True
+        return False

@@ -1,0 +1,285 @@
+"""Renders conversations to prompt text: messages, tools and variables in the form that the chat template expects.
+
+Templates that take no tools get them as text, by a plain default, and calls and their results as text too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from intaglio.llm import LLM
+from intaglio.models import Tokenizer, TokenizerError
+from intaglio.server.markup import (
+    HERMES,
+    PLAIN,
+    Form,
+    OutputStyle,
+    begins_inside,
+    form_of,
+    parameters,
+    takes_tools,
+    thinking_of,
+)
+from intaglio.server.problem import Problem
+from intaglio.server.protocol import Conversation, Message, RefusalPart
+
+ContentFormat = Literal["text", "parts", "none"]
+_formats: dict[str, ContentFormat] = {}  # by template
+PROBE = "Qzx7probe"  # a text that no template holds
+DEFAULT_TOOLS = """You may call these functions:
+{tools}
+To call one, answer with a line <tool_call>{{"name": NAME, "arguments": {{...}}}}</tool_call> for each call."""
+
+
+@dataclass
+class Rendered:
+    """A rendered prompt, the OutputStyle for parsing the output, and the names of request fields without effect."""
+
+    text: str
+    style: OutputStyle
+    ignored: list[str] = field(default_factory=list)
+
+
+def render(llm: LLM, body: Conversation, choice: Any = None, **wishes: Any) -> Rendered:
+    """Render a conversation to prompt text with the model's chat template.
+
+    choice: the request's tool_choice. wishes: template variables that are only hints, such as reasoning_effort; those
+    that the template does not read are listed in Rendered.ignored. Raises Problem if the model has no chat template, or
+    if the template does not read a field that would change the answer.
+    """
+    tokenizer = llm.model.tokenizer
+    tools = body.tools or []
+    template = tokenizer.template_for(bool(tools)) if tokenizer else None
+    if tokenizer is None or template is None:
+        why = f"{llm.model.path.name} has no chat template"
+        raise Problem(400, f"{why}; use /v1/completions, or serve it with --chat-template FILE", param="messages")
+    form, native = form_of(template), takes_tools(template)
+    if tools and native and form is None and choice in (None, "auto"):
+        why = "tools is not supported with tool_choice auto: the model's chat template has no known tool-call format"
+        raise Problem(400, f"{why}; use tool_choice required, or a function's name", param="tools")
+    form = form or (PLAIN if native else HERMES)
+    out = Rendered("", OutputStyle())
+    variables = _variables(template, body, wishes, out)
+    messages = [_message(i, m, template, form, out) for i, m in enumerate(body.messages)]
+    if native and tools:
+        variables["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
+    elif not native:
+        shown = [tool.model_dump(exclude_none=True) for tool in tools] if choice != "none" else []
+        messages = _as_text(messages, shown)
+    content = content_format(tokenizer, template, variables)
+    if content == "parts":
+        messages = [_in_parts(m) for m in messages]
+    elif content == "none":
+        raise Problem(400, "the model's chat template leaves out the text of user messages", param="messages")
+    out.text = _chat(tokenizer, messages, body, variables)
+    _check_roles(body.messages, out.text)
+    thinking, harmony = thinking_of(template), form.name == "harmony"
+    reading = form if tools and choice != "none" else None
+    known = parameters(tools) if reading else {}
+    out.style = OutputStyle(reading, thinking, begins_inside(out.text, thinking), harmony=harmony, tools=known)
+    return out
+
+
+def _variables(template: str, body: Conversation, wishes: Mapping[str, Any], out: Rendered) -> dict[str, Any]:
+    """The variables for the chat template: those of chat_template_kwargs, `documents`, and the `wishes` that it reads.
+
+    Adds the names of unread wishes to out.ignored. Raises Problem if chat_template_kwargs has a variable that the
+    server sets or that the template does not read.
+    """
+    given: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    reserved = sorted({"messages", "tools", "documents", "add_generation_prompt"} & given.keys())
+    if reserved:
+        raise Problem(400, f"chat_template_kwargs: {reserved[0]} is set by the request itself", param=reserved[0])
+    if body.documents is not None:
+        given["documents"] = body.documents
+    if unread := sorted(name for name in given if not reads(template, name)):
+        raise Problem(400, f"{unread[0]} is not supported: the model's chat template does not read it", param=unread[0])
+    for name, value in wishes.items():
+        if value is None:
+            continue
+        if reads(template, name):
+            given.setdefault(name, value)
+        elif name == "reasoning_effort" and reads(template, "enable_thinking"):
+            given.setdefault("enable_thinking", value != "none")
+        else:
+            out.ignored.append(name)
+    return given
+
+
+def reads(template: str, name: str) -> bool:
+    """True if the template contains `name` as a whole word."""
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+
+
+def _message(i: int, m: Message, template: str, form: Form, out: Rendered) -> dict[str, Any]:
+    """Message number `i` as a dict for the chat template: content as plain text, tool-call arguments as objects.
+
+    Fields outside the API are passed on if the template reads them; the names of the others go to out.ignored.
+    """
+    data: dict[str, Any] = {"role": "system" if m.role == "developer" else m.role}
+    content = m.content
+    if isinstance(content, list):
+        content = "\n".join(part.refusal if isinstance(part, RefusalPart) else part.text for part in content)
+    if content is None:
+        content = m.refusal if m.refusal else "" if m.role == "assistant" else None
+    if content is None:
+        raise Problem(400, f"messages.{i}.content is missing", param=f"messages.{i}.content")
+    data["content"] = content
+    if m.name is not None:
+        data["name"] = m.name
+    reasoning = m.reasoning_content if m.reasoning_content is not None else m.reasoning
+    if reasoning:
+        data |= {"reasoning_content": reasoning, "reasoning": reasoning}
+        if re.search(r"\.thinking\b|\[['\"]thinking['\"]\]", template):
+            data["thinking"] = "\n".join(text for text in (reasoning, content if m.tool_calls else "") if text)
+            data["content"] = "" if m.tool_calls else content
+    if m.tool_calls:
+        data["tool_calls"] = [_call(i, call, form) for call in m.tool_calls]
+    if m.tool_call_id is not None:
+        data["tool_call_id"] = _short(m.tool_call_id) if form.short_ids else m.tool_call_id
+    for name, value in (m.model_extra or {}).items():
+        if name in ("audio", "function_call"):
+            why = f"messages.{i}.{name} is not supported here; leave it out"
+            raise Problem(400, f"{why}, and use tool_calls" if name == "function_call" else why, param=name)
+        if reads(template, name):
+            data[name] = value
+        else:
+            out.ignored.append(f"messages.{i}.{name}")
+    return data
+
+
+def _call(i: int, call: Any, form: Form) -> dict[str, Any]:
+    """A tool call of an earlier message as a dict for the chat template: arguments as an object instead of JSON text.
+
+    i: the message's number, for the error. Raises Problem if the arguments are not JSON.
+    """
+    try:
+        arguments = json.loads(call.function.arguments) if call.function.arguments.strip() else {}
+    except (ValueError, RecursionError):
+        where = f"messages.{i}.tool_calls"
+        raise Problem(400, f"{where}: the arguments of {call.id} are not JSON", param=where) from None
+    id = {"id": _short(call.id) if form.short_ids else call.id} if call.id is not None else {}
+    return {**id, "type": "function", "function": {"name": call.function.name, "arguments": arguments or {}}}
+
+
+def _short(id: str) -> str:
+    """A tool-call id cut or padded to nine letters and digits, as Mistral's templates require."""
+    return re.sub("[^a-zA-Z0-9]", "", id)[-9:].rjust(9, "0")
+
+
+def _as_text(messages: list[dict[str, Any]], tools: Sequence[Any]) -> list[dict[str, Any]]:
+    """Messages for a chat template that takes no tools, with tool calls and results written into the text.
+
+    The list of tools is added to the system message, which is created if it is missing.
+    """
+    out: list[dict[str, Any]] = []
+    for m in messages:
+        m = dict(m)
+        if m["role"] == "tool":
+            m = {"role": "user", "content": f"<tool_response>\n{m['content']}\n</tool_response>"}
+            if out and out[-1]["role"] == "user" and out[-1]["content"].endswith("</tool_response>"):
+                out[-1] = {"role": "user", "content": f"{out[-1]['content']}\n{m['content']}"}
+                continue
+        elif calls := m.pop("tool_calls", None):
+            written = [f"<tool_call>{json.dumps(c['function'], ensure_ascii=False)}</tool_call>" for c in calls]
+            m["content"] = "\n".join([*([m["content"]] if m["content"] else []), *written])
+        out.append(m)
+    if tools:
+        listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+        text = DEFAULT_TOOLS.format(tools=listed)
+        if out[0]["role"] == "system":
+            out[0] = {**out[0], "content": f"{out[0]['content']}\n\n{text}"}
+        else:
+            out.insert(0, {"role": "system", "content": text})
+    return out
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def content_format(tokenizer: Tokenizer, template: str, variables: Mapping[str, Any]) -> ContentFormat:
+    """The form in which a chat template accepts a message's content: "text", or "parts" (a list of typed parts).
+
+    "none": neither form appears in the prompt. The result is found by rendering a test message, and cached per
+    template.
+    """
+    if template not in _formats:
+        _formats[template] = _probe(tokenizer, {"tools": variables["tools"]} if "tools" in variables else {})
+    return _formats[template]
+
+
+def _probe(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> ContentFormat:
+    parts = [{"type": "text", "text": PROBE}]
+    refused = 0
+    given: tuple[tuple[ContentFormat, Any], ...] = (("text", PROBE), ("parts", parts))
+    for form, content in given:
+        try:
+            if PROBE in tokenizer.chat([{"role": "user", "content": content}], **variables):
+                return form
+        except TokenizerError:  # a template may ask for more than one message
+            refused += 1
+    return "text" if refused else "none"
+
+
+def _chat(tokenizer: Tokenizer, messages: list[dict[str, Any]], body: Conversation, variables: dict[str, Any]) -> str:
+    """Render the conversation with the chat template; with continue_final_message, cut after the last message's text.
+
+    If the template refuses a system message that the server has added (the list of tools), its text is put in front of
+    the first user message.
+    """
+    cut = bool(body.continue_final_message)
+    if cut and body.add_generation_prompt:
+        why = "continue_final_message and add_generation_prompt exclude each other; leave one out"
+        raise Problem(400, why, param="continue_final_message")
+    prompt = not cut and body.add_generation_prompt is not False
+    try:
+        text = tokenizer.chat(messages, add_generation_prompt=prompt, **variables)
+    except TokenizerError:
+        merged = _without_system(messages)
+        if merged is None or body.messages[0].role in ("system", "developer"):
+            raise
+        text = tokenizer.chat(merged, add_generation_prompt=prompt, **variables)
+    return _open_final_message(text, body.messages[-1]) if cut else text
+
+
+def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """The messages with the system text moved to the front of the first user message.
+
+    None if the messages do not begin with a system and a user message, both with text content.
+    """
+    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
+        return None
+    if not all(isinstance(m["content"], str) for m in messages[:2]):
+        return None
+    content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+    return [{**messages[1], "content": content}, *messages[2:]]
+
+
+def _open_final_message(text: str, message: Message) -> str:
+    """The prompt cut right after the final message's text, so that the model continues this message. Raises Problem."""
+    content = message.content if isinstance(message.content, str) else "".join(
+        part.text for part in message.content or () if not isinstance(part, RefusalPart)
+    )  # fmt: skip
+    wanted = content if text.rfind(content) >= 0 else content.strip()
+    at = text.rfind(wanted)
+    if not wanted.strip() or at < 0:
+        why = "continue_final_message: the final message has no text that the chat template writes as it stands"
+        raise Problem(400, why, param="continue_final_message")
+    return text[: at + len(wanted)]
+
+
+def _check_roles(messages: Sequence[Message], text: str) -> None:
+    """Raise Problem if a message has a role outside OpenAI's five and its text does not appear in the prompt `text`."""
+    for i, m in enumerate(messages):
+        if m.role in ("system", "developer", "user", "assistant", "tool"):
+            continue
+        parts = [m.content] if isinstance(m.content, str) else [p.text for p in m.content or () if p.type == "text"]
+        if any(part.strip() not in text for part in parts):
+            known = "'system', 'developer', 'user', 'assistant', 'tool'"
+            why = f"messages.{i}.role is {m.role!r}, which the model's chat template leaves out; allowed: {known}"
+            raise Problem(400, why, param=f"messages.{i}.role")

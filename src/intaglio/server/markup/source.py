@@ -1,0 +1,165 @@
+"""The text of a model's output as it arrives (Source), and the parts that parsers make of it.
+
+Parsers are generators over a Source. They yield a part when it is certain and None when they need more text. Once
+`source.last` is set no more text comes, and they must not yield None. A parser's result is its return value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+Role = Literal["content", "reasoning"]
+Tools = Mapping[str, Mapping[str, Any]]  # name of a tool to the JSON schema of its arguments
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """A piece of content, or of reasoning."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class CallStart:
+    """The beginning of a tool call. `id` is None if the format has no ids."""
+
+    name: str
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """A piece of JSON text of the arguments of the latest call."""
+
+    text: str
+
+
+Part = TextDelta | CallStart | CallArguments
+Steps = Generator[Part | None, None, T]
+Pieces = Generator[str | None, None, T]  # of parsers that yield text
+
+
+class Source:
+    """Buffer of a model's output for parsers.
+
+    `held`: text that no parser has consumed yet. `taken`: text consumed since the last mark(). `last`: no more text
+    comes.
+    """
+
+    def __init__(self) -> None:
+        self.held, self.taken, self.last = "", "", False
+
+    def take(self, n: int) -> str:
+        """Consume the first `n` characters and return them."""
+        text, self.held = self.held[:n], self.held[n:]
+        self.taken += text
+        return text
+
+    def mark(self) -> None:
+        """Clear `taken`, which records the text consumed from now on."""
+        self.taken = ""
+
+    def waits_for(self, *marks: str) -> bool:
+        """True if more text may come and the held text is the incomplete beginning of one of the marks."""
+        return not self.last and any(m != self.held and m.startswith(self.held) for m in marks)
+
+    def safe(self, *marks: str) -> int:
+        """Number of leading held characters that cannot be part of a mark whose end has not arrived yet."""
+        if self.last:
+            return len(self.held)
+        tails = (n for m in marks for n in range(1, len(m)) if self.held.endswith(m[:n]))
+        return len(self.held) - max(tails, default=0)
+
+
+Reading = Callable[[Source, str, Tools], Steps[bool]]  # parses calls after an opener; True if one has begun
+
+
+def some(s: Source, n: int = 1) -> Generator[None, None, bool]:
+    """Wait until `n` characters are held. Returns False if the text ends earlier."""
+    while len(s.held) < n and not s.last:
+        yield None
+    return len(s.held) >= n
+
+
+def blanks(s: Source) -> Generator[None, None, bool]:
+    """Consume white space. Returns True if other text follows, False if the output ends."""
+    while True:
+        s.take(len(s.held) - len(s.held.lstrip()))
+        if s.held or s.last:
+            return bool(s.held)
+        yield None
+
+
+def skip(s: Source, *marks: str, over: str = " \n\r\t") -> Generator[None, None, str | None]:
+    """Consume the longest of the marks that the text begins with, and any characters of `over` in front of it.
+
+    Returns the mark; None, with nothing consumed, if the text begins with none of them.
+    """
+    while True:
+        text = s.held.lstrip(over)
+        if s.last or (text and not any(m != text and m.startswith(text) for m in marks)):
+            break
+        yield None
+    found = max((m for m in marks if text.startswith(m)), key=len, default=None)
+    if found:
+        s.take(len(s.held) - len(text) + len(found))
+    return found
+
+
+def until(s: Source, *marks: str) -> Generator[None, None, tuple[str, str | None]]:
+    """Consume the text up to and including the first of the marks. Returns (text before the mark, mark).
+
+    If no mark comes, returns (all remaining text, None).
+    """
+    while True:
+        found = first(s, *marks)
+        if found:
+            text = s.take(s.held.find(found))
+            s.take(len(found))
+            return text, found
+        if s.last:
+            return s.take(len(s.held)), None
+        yield None
+
+
+def first(s: Source, *marks: str) -> str | None:
+    """The mark that occurs first in the held text, the longest of several at one position; None if none occurs."""
+    places = [(at, -len(m), m) for m in marks if (at := s.held.find(m)) >= 0]
+    return min(places)[2] if places else None
+
+
+def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
+    """Run a parser that yields text, and append the pieces to `into`. Returns the parser's return value."""
+    while True:
+        try:
+            piece = next(steps)
+        except StopIteration as e:
+            result: T = e.value
+            return result
+        if piece is None:
+            yield None
+        else:
+            into.append(piece)
+
+
+def called(steps: Pieces[T], start: CallStart, began: bool = False) -> Steps[tuple[bool, T]]:
+    """Run a parser of arguments and yield its pieces as CallArguments, after `start` before the first piece.
+
+    began: `start` has already been yielded. Returns (True if the call was begun, the parser's return value).
+    """
+    while True:
+        try:
+            piece = next(steps)
+        except StopIteration as e:
+            return began, e.value
+        if piece is None:
+            yield None
+            continue
+        if not began:
+            yield start
+            began = True
+        yield CallArguments(piece)

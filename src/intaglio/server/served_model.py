@@ -1,0 +1,77 @@
+"""ServedModel: one model of a server, with its engine's driver, its metrics and its vocabulary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from intaglio.llm import LLM
+from intaglio.server.driver import Driver
+from intaglio.server.metrics import Metrics
+from intaglio.server.problem import Problem
+from intaglio.server.vocabulary import Vocabulary
+
+
+class ServedModel:
+    """A model under the name that clients request, with its engine's driver. Created and used on the event loop.
+
+    defaults: SamplingParams fields used where a request leaves them out.
+    """
+
+    def __init__(self, name: str, llm: LLM, metrics: Metrics, defaults: Mapping[str, Any]) -> None:
+        self.name, self.llm, self.defaults = name, llm, defaults
+        facts = {"block_size": str(llm.state.page_tokens), "num_gpu_blocks": str(llm.state.pages)}
+        series = metrics.add_model(name, lambda: self.driver.snapshot, facts, llm.clock if llm.modelled else None)
+        self.driver = Driver(llm.engine, series.watch)
+        self.vocabulary = Vocabulary(llm.model.tokenizer)
+
+    @property
+    def broken(self) -> str | None:
+        """Why the model can no longer serve requests (engine crashed, device lost); None while it can."""
+        if self.driver.crash is not None:
+            return f"the engine crashed: {self.driver.crash}"
+        return self.driver.snapshot.gauges.failed
+
+    def hanging(self, seconds: float) -> str | None:
+        """A message if the engine's current step has taken at least `seconds`; else None."""
+        s = self.driver.snapshot
+        silent = time.monotonic() - s.beat
+        return None if s.idle or silent < seconds else f"the engine has been in one step for {silent:.0f} s"
+
+    def refusal(self) -> Problem | None:
+        """The Problem that a request for this model would get now; None if it would be admitted."""
+        if self.broken:
+            return Problem(503, self.broken, code="failed", retry_after=1)
+        waiting, most = self.driver.snapshot.gauges.waiting, self.llm.admission.max_waiting
+        if waiting >= most:
+            why = f"{waiting} choices are waiting, max_waiting is {most}"
+            return Problem(503, why, code="queue_full", retry_after=1)
+        return None
+
+    def card(self, created: int) -> dict[str, Any]:
+        """This model's object in the list that GET /v1/models returns."""
+        model = self.llm.model
+        facts = {"id": self.name, "object": "model", "created": created, "owned_by": "intaglio"}
+        return {**facts, "root": model.path.name, "parent": None, "max_model_len": model.program.context}
+
+    def state(self, since: int) -> dict[str, Any]:
+        """Figures for the status page and GET /state: queue, K/V cache, totals, and steps numbered above `since`."""
+        s, tokenizer = self.driver.snapshot, self.llm.model.tokenizer
+        steps = [r for r in list(self.driver.steps) if r.number > since]
+        return {
+            "model": self.name,
+            "chat": bool(tokenizer and tokenizer.template),
+            "context": self.llm.model.program.context,
+            "clock": self.llm.clock(),
+            "modelled": self.llm.modelled,
+            "running": s.gauges.running,
+            "waiting": s.gauges.waiting,
+            "blocks": s.gauges.blocks,
+            "blocks_held": s.gauges.blocks_held,
+            "blocks_cached": s.gauges.blocks_cached,
+            "output_tokens": s.counts.output_tokens,
+            "computed_tokens": s.counts.computed_tokens,
+            "draining": s.gauges.draining,
+            "steps": [[r.number, r.began, r.seconds, r.prefill_tokens, r.decode_tokens, r.sequences] for r in steps],
+        }

@@ -1,0 +1,67 @@
+"""The L2 of a simulated chip: which lines of HBM it holds. Least recently used lines are evicted; writes stay in it."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from intaglio.silicon.memory import Region
+
+LINE = 128  # bytes
+
+
+class Cache:
+    """A cache of `size` bytes. It persists between launches, as the L2 of a chip does."""
+
+    def __init__(self, size: float) -> None:
+        self.lines = int(size // LINE)
+        self.held = 0  # lines
+        self.now = 0  # number of the latest access
+        self.last_use = np.zeros(0, np.int64)  # of each line, the number of its latest access; 0: not in the cache
+        self.dirty = np.zeros(0, bool)
+        self.uses: deque[np.ndarray] = deque()  # the lines of each access, oldest first
+        self.oldest = 1  # number of the access at the left of `uses`
+
+    def access(self, region: Region, writes: bool) -> float:
+        """Bytes that an access moves to and from HBM: lines that it reads and misses, and written lines it evicts."""
+        if not region.nbytes:
+            return 0.0
+        if not self.lines:
+            return float(region.nbytes)
+        lines = lines_of(region)
+        if lines[-1] >= len(self.last_use):
+            more = int(lines[-1]) + 1
+            self.last_use = np.concatenate([self.last_use, np.zeros(more, np.int64)])
+            self.dirty = np.concatenate([self.dirty, np.zeros(more, bool)])
+        self.now += 1
+        missed = int((self.last_use[lines] == 0).sum())
+        self.last_use[lines] = self.now
+        self.uses.append(lines)
+        self.held += missed
+        self.dirty[lines] |= writes
+        fetched = 0.0 if writes else missed / len(lines) * region.nbytes
+        return fetched + self._evict() * LINE
+
+    def _evict(self) -> int:
+        """Evict least recently used lines down to the size of the cache; returns how many of them were written."""
+        written = 0
+        while self.held > self.lines and len(self.uses) > 1:
+            lines = self.uses.popleft()
+            gone = lines[self.last_use[lines] == self.oldest]
+            self.oldest += 1
+            written += int(self.dirty[gone].sum())
+            self.last_use[gone], self.dirty[gone] = 0, False
+            self.held -= len(gone)
+        return written
+
+
+def lines_of(region: Region) -> np.ndarray:
+    """Numbers of the lines that a region touches, ascending."""
+    low, high = region.span
+    if region.rows == 1 or region.stride - region.row_bytes < LINE:
+        return np.arange(low // LINE, (high - 1) // LINE + 1)
+    starts = region.address + np.arange(region.rows) * region.stride
+    first, last = starts // LINE, (starts + region.row_bytes - 1) // LINE
+    grid = first[:, None] + np.arange(int((last - first).max()) + 1)
+    return np.unique(grid[grid <= last[:, None]])

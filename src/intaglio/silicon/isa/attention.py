@@ -1,0 +1,208 @@
+"""Instructions of flash attention: online softmax on the vector lanes, and the fused attention engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.chips import Target
+from intaglio.silicon.isa.cycles import attend_cycles, softmax_cycles, vector_cycles
+from intaglio.silicon.isa.instruction import Cost, Instruction, Shapes
+from intaglio.silicon.memory import CoreMemory, Region
+
+MASKED = np.float32(-np.inf)
+
+
+def visible(scores: np.ndarray, query: int, pack: int, key: int, keys: int, window: int) -> np.ndarray:
+    """Attention mask [rows, n], True where a score counts: causal, within the window (0: none), and j < keys.
+
+    Row r is the query at position query + r // pack; column j is the key at position key + j.
+    """
+    distance = query + np.arange(len(scores))[:, None] // pack - (key + np.arange(scores.shape[1])[None, :])
+    exists = np.arange(scores.shape[1])[None, :] < keys
+    return (distance >= 0) & exists & ((distance < window) if window else True)
+
+
+def capped(s: np.ndarray, softcap: float) -> np.ndarray:
+    """Attention scores after softcapping, softcap * tanh(s / softcap); unchanged if `softcap` is 0."""
+    return softcap * np.tanh(s / softcap) if softcap else s
+
+
+def masked(i: Any, s: np.ndarray) -> np.ndarray:
+    """Attention scores [rows, n] (float64) from the products `s` of queries and keys, by the fields of instruction `i`.
+
+    Products are scaled, capped, multiplied by the temperature 1 + temper * ln(1 + floor((position + 1) / every)) of
+    the query's position (with `from_zero`, without the + 1), biased by slope * (key position - query position), and
+    masked with -inf.
+    """
+    s = capped(s * i.scale, i.softcap)
+    position = i.query + np.arange(len(s))[:, None] // i.pack
+    if i.temper:
+        s = s * (1 + i.temper * np.log1p((position + (not i.from_zero)) // i.every))
+    s = s + i.slope * (i.key + np.arange(s.shape[1])[None, :] - position)
+    return np.where(visible(s, i.query, i.pack, i.key, i.keys, i.window), s, MASKED)
+
+
+def online_softmax(
+    s: np.ndarray,
+    m: np.ndarray,
+    l: np.ndarray,  # noqa: E741
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """One step of the online softmax over scores `s` [rows, n], from the running maximum m and sum l [rows, 1].
+
+    Returns p [rows, n] (unnormalised weights), the new m and l, and alpha [rows, 1], the factor that rescales sums made
+    with the old m. Source: Milakov & Gimelshein 2018.
+    """
+    new_m = np.maximum(m, s.max(axis=1, keepdims=True))
+    base = np.where(np.isfinite(new_m), new_m, 0)
+    p = np.exp(s - base)
+    alpha = np.exp(np.where(np.isfinite(m), m - base, MASKED))
+    return p, new_m, l * alpha + p.sum(axis=1, keepdims=True), alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softmax(Instruction, engine="VEC", opcode=0x38):
+    """One step of the online softmax (Milakov & Gimelshein 2018): p = exp(softcap(scores * scale) + mask - new m).
+
+    Updates the running maximum m and sum l; alpha is the factor that rescales sums made with the old m. scores f32 [q,
+    n] in accumulators; m, l, alpha f32 [q, 1]. Row r is the query at position query + r // pack; column j is the key at
+    position key + j, and is masked if j >= keys. With `temper`, scores are multiplied by 1 + temper * ln(1 +
+    floor((position + 1) / every)), with `from_zero` without the + 1. slope * (key position - query position) is added.
+    """
+
+    p: Region
+    m: Region
+    l: Region  # noqa: E741
+    alpha: Region
+    scores: Region
+    scale: float
+    softcap: float = 0.0
+    query: int = 0
+    pack: int = 1
+    key: int = 0
+    keys: int = 0
+    window: int = 0
+    temper: float = 0.0
+    every: int = 1
+    from_zero: bool = False
+    slope: float = 0.0
+    writes = ("p", "m", "l", "alpha")
+    updates = ("m", "l")
+
+    def shapes(self) -> Shapes:
+        state = dict.fromkeys(("m", "l", "alpha"), ("q", 1))
+        return {"scores": ("q", "n"), "p": ("q", "n"), **state}
+
+    def run(self, mem: CoreMemory) -> None:
+        s = masked(self, mem.read64(self.scores))
+        results = online_softmax(s, *self._state(mem))
+        for region, value in zip((self.p, self.m, self.l, self.alpha), results, strict=True):
+            mem.write(region, value)
+
+    def _state(self, mem: CoreMemory) -> tuple[np.ndarray, np.ndarray]:
+        return mem.read64(self.m), mem.read64(self.l)
+
+    def cost(self, target: Target) -> Cost:
+        n = self.scores.rows * self.scores.cols
+        return Cost(cycles=float(softmax_cycles(target.chip, n, self.softcap > 0)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescale(Instruction, engine="VEC", opcode=0x39):
+    """acc = acc * alpha, in FP32; acc [q, n], alpha f32 [q, 1]."""
+
+    acc: Region
+    alpha: Region
+    writes = ("acc",)
+    updates = ("acc",)
+
+    def shapes(self) -> Shapes:
+        return {"acc": ("q", "n"), "alpha": ("q", 1)}
+
+    def run(self, mem: CoreMemory) -> None:
+        mem.write(self.acc, mem.read(self.acc) * mem.read32(self.alpha))
+
+    def cost(self, target: Target) -> Cost:
+        return Cost(cycles=float(vector_cycles(target.chip, self.acc.rows * self.acc.cols)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(Instruction, engine="VEC", opcode=0x3A):
+    """dst [q, d] = attention of q queries, merged from `parts` partial results over different keys, in ascending order.
+
+    Part i occupies rows i * q .. (i + 1) * q of sums [parts * q, d], m and l [parts * q, 1]; it is rescaled to the
+    largest m of all parts. dst is the sum of sums over the sum of l.
+    """
+
+    dst: Region
+    sums: Region
+    m: Region
+    l: Region  # noqa: E741
+    parts: int = 1
+    writes = ("dst",)
+
+    def shapes(self) -> Shapes:
+        rows = self.parts * self.dst.rows
+        return {"dst": ("q", "d"), "sums": (rows, "d"), "m": (rows, 1), "l": (rows, 1)}
+
+    def run(self, mem: CoreMemory) -> None:
+        o, m, length = (mem.read64(r).reshape(self.parts, self.dst.rows, -1) for r in (self.sums, self.m, self.l))
+        largest = m.max(axis=0)
+        weight = np.exp(m - np.where(np.isfinite(largest), largest, 0))
+        numerator = np.zeros((self.dst.rows, self.dst.cols))
+        denominator = np.zeros((self.dst.rows, 1))
+        for i in range(self.parts):
+            numerator, denominator = numerator + o[i] * weight[i], denominator + length[i] * weight[i]
+        mem.write(self.dst, numerator / denominator)
+
+    def cost(self, target: Target) -> Cost:
+        n = self.parts * self.dst.rows
+        return Cost(cycles=float(vector_cycles(target.chip, 2 * n * self.dst.cols, n)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attend(Instruction, engine="ATT", opcode=0x40):
+    """One tile of keys for one tile of queries: Matmul, Softmax, Rescale and Matmul fused.
+
+    Updates sums f32 [rows, dv] and m, l f32 [rows, 1] from q [rows, d], k [n, d] and v [n, dv]. The weights p are
+    rounded to v's format before the second product. The other fields are those of Softmax.
+    """
+
+    sums: Region
+    m: Region
+    l: Region  # noqa: E741
+    q: Region
+    k: Region
+    v: Region
+    scale: float
+    softcap: float = 0.0
+    query: int = 0
+    pack: int = 1
+    key: int = 0
+    keys: int = 0
+    window: int = 0
+    temper: float = 0.0
+    every: int = 1
+    from_zero: bool = False
+    slope: float = 0.0
+    writes = ("sums", "m", "l")
+    updates = ("sums", "m", "l")
+
+    def shapes(self) -> Shapes:
+        state: Shapes = {"sums": ("rows", "dv"), "m": ("rows", 1), "l": ("rows", 1)}
+        return {"q": ("rows", "d"), "k": ("n", "d"), "v": ("n", "dv"), **state}
+
+    def run(self, mem: CoreMemory) -> None:
+        s = masked(self, (mem.read64(self.q) @ mem.read64(self.k).T).astype(np.float32).astype(np.float64))
+        p, m, length, alpha = online_softmax(s, mem.read64(self.m), mem.read64(self.l))
+        p = p.astype(formats.ELEMENTS[self.v.format][1]).astype(np.float64)
+        mem.write(self.sums, mem.read64(self.sums) * alpha + p @ mem.read64(self.v))
+        mem.write(self.m, m)
+        mem.write(self.l, length)
+
+    def cost(self, target: Target) -> Cost:
+        rows, n = self.q.rows, self.k.rows
+        return Cost(cycles=float(attend_cycles(target, rows, n, self.q.cols, self.v.cols, self.k.format)))

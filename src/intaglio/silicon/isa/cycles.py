@@ -1,0 +1,68 @@
+"""Cycles of one core's engines: the matrix array, the vector lanes, the fused attention engine.
+
+Sizes are numbers or NumPy arrays that broadcast, so that one call evaluates every tiling of a product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.chips import ChipSpec, Target
+
+
+def matmul_cycles(target: Target, m: Any, n: Any, k: Any, format: str) -> Any:
+    """Cycles of one core's matrix array for [m, k] times [k, n] in `format`.
+
+    The longer of: multiply-accumulates, with m, n, k rounded up to the array's shape; and operand bytes, written to
+    SRAM once and read once. Divided by the library's efficiency, KernelLibrary.mxu_efficiency.
+    """
+    chip = target.chip
+    am, an, ak = chip.array_shape
+    macs = np.ceil(m / am) * am * (np.ceil(n / an) * an) * (np.ceil(k / ak) * ak)
+    operands = 2 * (m + n) * k * formats.bits(chip.runs_as(format)) / 8
+    cycles = np.maximum(macs / chip.mac_rate(format), operands / chip.sram_bytes_per_cycle)
+    return cycles / target.library.mxu_efficiency
+
+
+def vector_cycles(chip: ChipSpec, ops: Any, exps: Any = 0) -> Any:
+    """Cycles of one core's vector lanes for `ops` FP32 operations and `exps` exponentials."""
+    return ops / chip.vec_lanes + exps / chip.exp_lanes
+
+
+def norm_cycles(chip: ChipSpec, n: Any) -> Any:
+    """Cycles of a norm of n values: two passes of two operations each, with a tree reduction across the lanes."""
+    return vector_cycles(chip, 4 * n) + 2 * np.log2(chip.vec_lanes)
+
+
+SOFTMAX_OPS = 5  # scale and mask, maximum, subtract, sum, convert
+
+
+def softmax_cycles(chip: ChipSpec, n: Any, capped: bool = False) -> Any:
+    """Cycles of the vector lanes for a softmax step over n scores.
+
+    capped: with softcap, which adds one exponential and two operations per score.
+    """
+    return vector_cycles(chip, (SOFTMAX_OPS + 2 * capped) * n, n * (1 + capped))
+
+
+def attend_cycles(target: Target, rows: Any, n: Any, d: Any, dv: Any, format: str) -> Any:
+    """Cycles of the fused attention engine for `rows` queries and n keys of width d, values of width dv.
+
+    The engine multiplies on the matrix array, which holds queries and sums while keys and values stream through it; its
+    own lanes turn scores into weights at the same time. The longest of the three determines the time.
+    """
+    chip = target.chip
+    macs = rows * n * (d + dv) / chip.mac_rate(format) / target.library.mxu_efficiency
+    streamed = n * (d + dv) * formats.bits(chip.runs_as(format)) / 8 / chip.sram_bytes_per_cycle
+    return np.maximum(np.maximum(macs, streamed), rows * n / max(1, chip.att_lanes))
+
+
+def sample_cycles(chip: ChipSpec, n: Any, filtered: Any) -> Any:
+    """Cycles to sample from n logits: four operations and one exponential a logit.
+
+    With `filtered` (top-k or top-p), a bisection for the threshold makes 32 more passes.
+    """
+    return vector_cycles(chip, (4 + 32 * filtered) * n, n)

@@ -1,0 +1,173 @@
+"""Instructions that move bytes: from HBM to a core (DMA), from a core to HBM (OUT), and between chips (NET)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from intaglio.chips import ChipSpec, Target
+from intaglio.silicon.isa.instruction import Cost, Instruction, Shapes
+from intaglio.silicon.memory import CoreMemory, MachineError, Region
+
+
+def hbm_cost(chip: ChipSpec, r: Region, store: bool) -> Cost:
+    """Cost of a transfer of `r` between HBM and a core. A load has HBM's latency; a store has none (posted write)."""
+    return Cost(bytes=r.nbytes, resource="hbm", latency_s=0.0 if store else chip.constants.hbm_latency_s)
+
+
+def check_within(what: str, ids: np.ndarray, count: int, of: Region) -> None:
+    """Raise MachineError if an id is outside 0 .. count - 1.
+
+    what: words for the message, such as "gathers row". of: region that the ids refer to.
+    """
+    bad = ids[(ids < 0) | (ids >= count)]
+    if len(bad):
+        raise MachineError(f"{what} {bad[0]} of {of}, which has {count}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load(Instruction, engine="DMA", opcode=0x10):
+    """dst = src, a copy from HBM; both have the same shape and format."""
+
+    dst: Region
+    src: Region
+    hbm = ("src",)
+    writes = ("dst",)
+
+    def shapes(self) -> Shapes:
+        return {"dst": ("m", "n"), "src": ("m", "n")}
+
+    def run(self, mem: CoreMemory) -> None:
+        mem.write(self.dst, mem.read(self.src))
+
+    def cost(self, target: Target) -> Cost:
+        return hbm_cost(target.chip, self.src, store=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gather(Instruction, engine="DMA", opcode=0x11):
+    """dst[i] = table[index[0, i]]: rows by index, such as embeddings or K/V slots; index i32 [1, n].
+
+    Raises MachineError for an index outside the table.
+    """
+
+    dst: Region
+    table: Region
+    index: Region
+    hbm = ("table",)
+    writes = ("dst",)
+
+    def shapes(self) -> Shapes:
+        return {"dst": ("m", "n"), "table": ("rows", "n"), "index": (1, "m")}
+
+    def run(self, mem: CoreMemory) -> None:
+        ids = mem.read(self.index)[0]
+        check_within("gathers row", ids, self.table.rows, self.table)
+        for i, row in enumerate(ids.tolist()):
+            mem.write(self.dst.part(slice(i, i + 1)), mem.read(self.table.part(slice(row, row + 1))))
+
+    def cost(self, target: Target) -> Cost:
+        return hbm_cost(target.chip, self.dst, store=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fill(Instruction, engine="DMA", opcode=0x12):
+    """Set every element of dst to `value`."""
+
+    dst: Region
+    value: float = 0.0
+    writes = ("dst",)
+
+    def shapes(self) -> Shapes:
+        return {}
+
+    def run(self, mem: CoreMemory) -> None:
+        mem.write(self.dst, np.full((self.dst.rows, self.dst.cols), self.value, np.float32))
+
+    def cost(self, target: Target) -> Cost:
+        return Cost(cycles=self.dst.nbytes / target.chip.sram_bytes_per_cycle)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store(Instruction, engine="OUT", opcode=0x18):
+    """dst = src, a copy to HBM, rounded to dst's format; both have the same shape."""
+
+    dst: Region
+    src: Region
+    hbm = ("dst",)
+    writes = ("dst",)
+
+    def shapes(self) -> Shapes:
+        return {"dst": ("m", "n"), "src": ("m", "n")}
+
+    def run(self, mem: CoreMemory) -> None:
+        mem.write(self.dst, mem.read(self.src))
+
+    def cost(self, target: Target) -> Cost:
+        return hbm_cost(target.chip, self.dst, store=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scatter(Instruction, engine="OUT", opcode=0x19):
+    """table[index[0, i]] = src[i]: rows by index, such as new keys into their K/V slots; index i32 [1, n].
+
+    Raises MachineError for an index outside the table.
+    """
+
+    table: Region
+    src: Region
+    index: Region
+    hbm = ("table",)
+    writes = ("table",)
+
+    def shapes(self) -> Shapes:
+        return {"table": ("rows", "n"), "src": ("m", "n"), "index": (1, "m")}
+
+    def run(self, mem: CoreMemory) -> None:
+        ids = mem.read(self.index)[0]
+        check_within("scatters to row", ids, self.table.rows, self.table)
+        values = mem.read(self.src)
+        for i, row in enumerate(ids.tolist()):
+            mem.write(self.table.part(slice(row, row + 1)), values[i : i + 1])
+
+    def cost(self, target: Target) -> Cost:
+        return hbm_cost(target.chip, self.src, store=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Send(Instruction, engine="NET", opcode=0x50):
+    """Send src to the chip `peer` with `tag`. Finished when the last byte has left the chip."""
+
+    src: Region
+    peer: int
+    tag: int = 0
+    writes = ()
+
+    def shapes(self) -> Shapes:
+        return {}
+
+    def run(self, mem: CoreMemory) -> None:
+        mem.read(self.src)  # raises for unwritten bytes; the machine delivers the message
+
+    def cost(self, target: Target) -> Cost:
+        return Cost(bytes=self.src.nbytes, resource="link")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receive(Instruction, engine="NET", opcode=0x51):
+    """dst = the message that the chip `peer` sent with `tag`. Starts when the message has arrived."""
+
+    dst: Region
+    peer: int
+    tag: int = 0
+    writes = ("dst",)
+
+    def shapes(self) -> Shapes:
+        return {}
+
+    def run(self, mem: CoreMemory) -> None:
+        """Leaves memory unchanged: the machine writes dst from the message."""
+
+    def cost(self, target: Target) -> Cost:
+        return Cost(latency_s=target.library.link_latency_s)

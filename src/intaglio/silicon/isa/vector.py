@@ -1,0 +1,222 @@
+"""Instructions of the vector lanes: format conversion, elementwise arithmetic, norms, rotary position embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.chips import Target
+from intaglio.ops.elementwise import evaluate
+from intaglio.silicon.isa.cycles import norm_cycles, vector_cycles
+from intaglio.silicon.isa.instruction import Cost, Instruction, Shapes, Steps
+from intaglio.silicon.isa.matrix import EXP_CALLS
+from intaglio.silicon.isa.transfer import check_within
+from intaglio.silicon.memory import CoreMemory, Region
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(Instruction, engine="VEC", opcode=0x31):
+    """dst = src rounded to dst's format."""
+
+    dst: Region
+    src: Region
+    writes = ("dst",)
+
+    def shapes(self) -> Shapes:
+        return {"dst": ("m", "n"), "src": ("m", "n")}
+
+    def run(self, mem: CoreMemory) -> None:
+        mem.write(self.dst, mem.read(self.src))
+
+    def cost(self, target: Target) -> Cost:
+        return Cost(cycles=float(vector_cycles(target.chip, self.src.rows * self.src.cols)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantise(Instruction, engine="VEC", opcode=0x32):
+    """codes [m, k] and scale f32 [m, 1]: x f32 [m, k] quantised with one scale a row.
+
+    codes in e4m3: as formats.quantise to fp8row. codes in int8: as formats.quantise_rows for activations; with
+    `for_cache`, as formats.quantise to int8row, whose scales are rounded to bf16.
+    """
+
+    codes: Region
+    scale: Region
+    x: Region
+    for_cache: bool = False
+    writes = ("codes", "scale")
+
+    def shapes(self) -> Shapes:
+        return {"x": ("m", "k"), "codes": ("m", "k"), "scale": ("m", 1)}
+
+    def run(self, mem: CoreMemory) -> None:
+        x = mem.read32(self.x)
+        if self.for_cache or self.codes.format == "e4m3":
+            q = formats.quantise(x, "fp8row" if self.codes.format == "e4m3" else "int8row")
+            codes, scales = q.codes, q.scales[:, :1]
+        else:
+            codes, scales = formats.quantise_rows(x, self.x.cols)
+            codes = codes[:, 0]
+        mem.write(self.codes, codes)
+        mem.write(self.scale, scales)
+
+    def cost(self, target: Target) -> Cost:
+        return Cost(cycles=float(vector_cycles(target.chip, 3 * self.x.rows * self.x.cols)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dequantise(Instruction, engine="VEC", opcode=0x36):
+    """dst f32 [m, k] = codes [m, k] times the scales [m, ceil(k / group)] of their groups of `group` columns."""
+
+    dst: Region
+    codes: Region
+    scales: Region
+    group: int
+    writes = ("dst",)
+
+    def shapes(self) -> Shapes:
+        return {"dst": ("m", "k"), "codes": ("m", "k"), "scales": ("m", -(-self.codes.cols // max(1, self.group)))}
+
+    def run(self, mem: CoreMemory) -> None:
+        spread = np.repeat(mem.read32(self.scales), self.group, axis=1)[:, : self.codes.cols]
+        mem.write(self.dst, mem.read32(self.codes) * spread)
+
+    def cost(self, target: Target) -> Cost:
+        return Cost(cycles=float(vector_cycles(target.chip, 2 * self.codes.rows * self.codes.cols)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Permute(Instruction, engine="VEC", opcode=0x37):
+    """dst[:, j] = src[:, order[0, j]], f32; order i32 [1, n]. Raises MachineError for a column outside src."""
+
+    dst: Region
+    src: Region
+    order: Region
+    writes = ("dst",)
+
+    def shapes(self) -> Shapes:
+        return {"dst": ("m", "n"), "src": ("m", "columns"), "order": (1, "n")}
+
+    def run(self, mem: CoreMemory) -> None:
+        order = mem.read(self.order)[0]
+        check_within("takes column", order, self.src.cols, self.src)
+        mem.write(self.dst, mem.read32(self.src)[:, order])
+
+    def cost(self, target: Target) -> Cost:
+        return Cost(cycles=float(vector_cycles(target.chip, self.dst.rows * self.dst.cols)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map(Instruction, engine="VEC", opcode=0x33):
+    """dst = an elementwise expression over a, b, c, given as a stack program (postfix).
+
+    a, b, c are f32 of one shape; b and c may have one column, which is broadcast.
+    """
+
+    dst: Region
+    a: Region
+    b: Region | None = None
+    c: Region | None = None
+    steps: Steps = ()
+    writes = ("dst",)
+
+    def shapes(self) -> Shapes:
+        wide: Shapes = {name: ("m", "n") for name in ("b", "c")}
+        column: Shapes = {name: ("m", 1) for name in wide if (r := getattr(self, name)) is not None and r.cols == 1}
+        return {"dst": ("m", "n"), "a": ("m", "n"), **wide, **column}
+
+    def run(self, mem: CoreMemory) -> None:
+        value = evaluate(self.steps, lambda name: mem.read32(getattr(self, name)))
+        mem.write(self.dst, np.broadcast_to(value, (self.dst.rows, self.dst.cols)))
+
+    def cost(self, target: Target) -> Cost:
+        n = self.dst.rows * self.dst.cols
+        ops = sum(step in ("call", "binary") for step, _ in self.steps) or 1
+        exps = sum(value in EXP_CALLS for step, value in self.steps if step == "call")
+        return Cost(cycles=float(vector_cycles(target.chip, ops * n, exps * n)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(Instruction, engine="VEC", opcode=0x34):
+    """dst = normalised(x) * (weight + offset) + bias + residual, as in the op `norm`.
+
+    x f32 [m, groups * span]: each run of `span` columns is normalised by itself. weight, bias [1, span].
+    """
+
+    dst: Region
+    x: Region
+    weight: Region | None = None
+    bias: Region | None = None
+    residual: Region | None = None
+    norm: Literal["rms", "layer", "l2", "none"] = "rms"
+    eps: float = 1e-6
+    offset: float = 0.0
+    span: int = 0
+    writes = ("dst",)
+
+    def shapes(self) -> Shapes:
+        width = max(1, self.x.cols // max(1, self.span)) * self.span
+        tile = dict.fromkeys(("x", "dst", "residual"), ("m", width))
+        return {**tile, "weight": (1, self.span), "bias": (1, self.span)}
+
+    def run(self, mem: CoreMemory) -> None:
+        x = mem.read64(self.x).reshape(self.x.rows, self.x.cols // self.span, self.span)
+        if self.norm == "layer":
+            x = x - x.mean(axis=-1, keepdims=True)
+        squares = (x * x).sum(axis=-1, keepdims=True)
+        y = x if self.norm == "none" else x / np.sqrt(squares / (1 if self.norm == "l2" else self.span) + self.eps)
+        if self.weight is not None:
+            y = y * (mem.read32(self.weight) + np.float32(self.offset))
+        if self.bias is not None:
+            y = y + mem.read32(self.bias)
+        y = y.reshape(self.x.rows, self.x.cols).astype(np.float32)
+        mem.write(self.dst, y if self.residual is None else y + mem.read(self.residual))
+
+    def cost(self, target: Target) -> Cost:
+        return Cost(cycles=float(norm_cycles(target.chip, self.x.rows * self.x.cols)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope(Instruction, engine="VEC", opcode=0x35):
+    """dst = x with rotary position embedding, as in the op `rope`: pairs of each head rotated by position * frequency.
+
+    x f32 [m, heads * head_dim], positions i32 [1, m], frequencies f32 [1, pairs]. The rotated values are multiplied by
+    `factor`. With `trailing`, the rotated pairs are the last of each head, otherwise the first.
+    """
+
+    dst: Region
+    x: Region
+    positions: Region
+    frequencies: Region
+    head_dim: int
+    style: Literal["half", "interleaved"] = "half"
+    factor: float = 1.0
+    trailing: bool = False
+    writes = ("dst",)
+
+    def shapes(self) -> Shapes:
+        width = max(1, self.x.cols // max(1, self.head_dim)) * self.head_dim
+        pairs = min(self.frequencies.cols, self.head_dim // 2)
+        return {"x": ("m", width), "dst": ("m", width), "positions": (1, "m"), "frequencies": (1, pairs)}
+
+    def run(self, mem: CoreMemory) -> None:
+        x = mem.read32(self.x).reshape(self.x.rows, -1, self.head_dim)
+        angle = mem.read32(self.positions).T * mem.read32(self.frequencies)
+        cos = (np.cos(angle.astype(np.float64)) * self.factor).astype(np.float32)[:, None, :]
+        sin = (np.sin(angle.astype(np.float64)) * self.factor).astype(np.float32)[:, None, :]
+        n = cos.shape[2]
+        low = self.head_dim - 2 * n if self.trailing else 0
+        mid, high = low + n, low + 2 * n
+        half = self.style == "half"
+        first, second = (slice(low, mid), slice(mid, high)) if half else (slice(low, high, 2), slice(low + 1, high, 2))
+        y = x.copy()
+        y[..., first] = x[..., first] * cos - x[..., second] * sin
+        y[..., second] = x[..., second] * cos + x[..., first] * sin
+        mem.write(self.dst, y.reshape(self.x.rows, -1))
+
+    def cost(self, target: Target) -> Cost:
+        sines = 2 * self.frequencies.cols * self.x.rows  # a sine or cosine takes as long as an exponential
+        return Cost(cycles=float(vector_cycles(target.chip, 3 * self.x.rows * self.x.cols, sines)))

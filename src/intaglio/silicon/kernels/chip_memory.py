@@ -1,0 +1,141 @@
+"""ChipMemory: the HBM of one simulated chip, with tensors in it by name, which kernels read and write.
+
+Also helpers with which kernels write streams: dealing jobs to cores, slicing ranges, loading tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.chips import ChipSpec, Target
+from intaglio.formats import E4M3, Quantised
+from intaglio.ops import Value
+from intaglio.silicon import isa
+from intaglio.silicon.machine import Machine, RunResult, l2_of
+from intaglio.silicon.memory import MachineError, Memory, Region
+from intaglio.silicon.stream import Heap, Stream, StreamBuilder
+
+FORMAT_OF = {dtype: name for name, dtype in formats.PLAIN.items()}
+Job = TypeVar("Job")
+
+
+@dataclass(frozen=True)
+class QuantisedRegion:
+    """A quantised tensor in HBM: codes [N, K], and its scales [N, G] also transposed; G = K / group."""
+
+    codes: Region
+    scales: Region  # [N, G]
+    scales_t: Region  # [G, N]
+    group: int
+
+    @property
+    def scale_columns(self) -> int:
+        """Columns of an operand x in int8 that share a scale: whole groups, at least formats.SPAN values."""
+        return self.group * -(-formats.SPAN // self.group)
+
+
+def codes_of(w: Region | QuantisedRegion) -> Region:
+    """The region of a quantised tensor's codes, or of another tensor's values."""
+    return w.codes if isinstance(w, QuantisedRegion) else w
+
+
+class ChipMemory:
+    """HBM of one chip with tensors by name. A vector is stored as one row, a K/V cache as one row per slot and head.
+
+    With `values` False it only assigns addresses: streams that run on it are timed and compute nothing.
+    """
+
+    def __init__(self, target: Target, values: bool = True) -> None:
+        self.target, self.chip, self.values = target, target.chip, values
+        self.hbm, self.heap, self.l2 = Memory("hbm", None), Heap(), l2_of(target)
+        self.regions: dict[str, Region | QuantisedRegion] = {}
+
+    def put(self, name: str, value: Value, bits: int = 8) -> None:
+        """Store a value under a name. `bits`: width of integer codes, if the value is quantised to integers."""
+        if isinstance(value, Quantised):
+            value = Quantised(as_matrix(value.codes), as_matrix(value.scales), value.group)
+            codes = self._write(value.codes, "e4m3" if value.codes.dtype == E4M3 else f"int{bits}")
+            scales, scales_t = (self._write(v, "f32") for v in (value.scales, value.scales.T))
+            self.regions[name] = QuantisedRegion(codes, scales, scales_t, value.group)
+            return
+        self.regions[name] = self._write(as_matrix(value), FORMAT_OF[value.dtype])
+
+    def _write(self, matrix: np.ndarray, format: str) -> Region:
+        rows, cols = matrix.shape
+        region = self.heap.allocate(rows, cols, format)
+        if self.values:
+            self.hbm.write(region, matrix)
+        return region
+
+    def allocate(self, name: str, rows: int, cols: int, format: str) -> Region:
+        """Allocate an unwritten [rows, cols] matrix for a result under a name."""
+        region = self.heap.allocate(rows, cols, format)
+        self.regions[name] = region
+        return region
+
+    def region(self, name: str) -> Region:
+        """The region of an unquantised tensor. Raises MachineError for a quantised one."""
+        region = self.regions[name]
+        if isinstance(region, QuantisedRegion):
+            raise MachineError(f"{name} is quantised; this kernel takes an unquantised tensor")
+        return region
+
+    def codes(self, name: str) -> Region:
+        """The region of a quantised tensor's codes, or of another tensor's values."""
+        return codes_of(self.regions[name])
+
+    def scales(self, name: str) -> Region | None:
+        """The region of a quantised tensor's scales, one row per row of codes; None if the tensor is not quantised."""
+        region = self.regions[name]
+        return region.scales if isinstance(region, QuantisedRegion) else None
+
+    def optional_region(self, name: str | None) -> Region | None:
+        """region(name); None if `name` is None."""
+        return None if name is None else self.region(name)
+
+    def read(self, name: str) -> np.ndarray:
+        """Values [rows, cols] of an unquantised tensor."""
+        return self.hbm.read(self.region(name))
+
+    def put_indices(self, values: Sequence[int] | np.ndarray) -> Region:
+        """Store indices for Gather or Scatter and return their region, i32 [1, n].
+
+        Hardware would get them with the batch.
+        """
+        return self._write(np.asarray(values, np.int32).reshape(1, -1), "i32")
+
+    def put_floats(self, values: np.ndarray) -> Region:
+        """Store numbers and return their region, f32 [1, n]."""
+        return self._write(values.astype(np.float32).reshape(1, -1), "f32")
+
+    def run(self, streams: Sequence[Stream]) -> RunResult:
+        """Execute instruction streams on this chip alone and return the result. Raises MachineError."""
+        return Machine(self.target, {0: self.hbm} if self.values else None, l2={0: self.l2}).run(streams)
+
+
+def as_matrix(value: np.ndarray) -> np.ndarray:
+    """A two-dimensional view of an array: a vector becomes one row; leading dimensions are merged into the rows."""
+    return value.reshape(1, -1) if value.ndim == 1 else value.reshape(-1, value.shape[-1])
+
+
+def deal_jobs(chip: ChipSpec, jobs: Sequence[Job], site: str) -> Iterator[tuple[StreamBuilder, list[Job]]]:
+    """Deal jobs round-robin to the chip's cores. Yields (StreamBuilder, jobs) for each core that has any."""
+    for core in range(min(len(jobs), chip.cores)):
+        yield StreamBuilder(site), list(jobs[core :: chip.cores])
+
+
+def slices(n: int, step: int) -> list[slice]:
+    """Slices of length `step` that cover 0 .. n - 1; the last may be shorter."""
+    return [slice(i, min(n, i + step)) for i in range(0, n, step)]
+
+
+def load(k: StreamBuilder, tile: Region, src: Region) -> Region:
+    """Emit a Load of `src` into the front of `tile`; returns the part of the tile that it fills."""
+    part = tile.shaped(src.rows, src.cols)
+    k.emit(isa.Load(dst=part, src=src))
+    return part

@@ -1,0 +1,472 @@
+"""Chip kernels of the collectives and of send/recv: timing over one network, and streams for all chips of a group.
+
+Times are those of the schedules of intaglio.collectives, with their steps and contention for links, plus what the chip
+or its library adds: start-up, efficiency of the links, copies through HBM. Bytes are those of the whole tensor, as
+nccl-tests counts them.
+
+Streams use schedules that sum in order of rank, so that results equal the op's bit for bit. run_collective() writes and
+executes those of all chips together, so its caller passes the operands of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from math import floor, inf, log2
+
+import numpy as np
+
+from intaglio import collectives, formats
+from intaglio.batch import shared_rows
+from intaglio.chips import ChipError, ChipSpec, Target
+from intaglio.collectives import Schedule, Slot, Step, Topology
+from intaglio.collectives.clock import chunk_bytes
+from intaglio.ops import AllGather, AllReduce, AllToAll, Grouped, Recv, ReduceScatter, Send
+from intaglio.silicon import isa
+from intaglio.silicon.kernels.chip_memory import ChipMemory, slices
+from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
+from intaglio.silicon.machine import Machine, RunResult
+from intaglio.silicon.memory import Region
+from intaglio.silicon.sizes import BatchSizes
+from intaglio.silicon.stream import Ring, Stream, StreamBuilder
+from intaglio.silicon.timing import Timing
+
+OPS = collectives.COLLECTIVES
+BYTES_PER_SUMMED_BYTE = 3.0  # memory traffic of a reduction: two bytes read, one written
+DIRECT = ("all_to_all", "send")  # collectives that do not run as rings
+MAX_SIMULATED_RANKS = 16  # schedules of more ranks are extrapolated, see schedule_seconds()
+SIZES_PER_OCTAVE = 8  # chunk sizes at which schedules are simulated; between them times are interpolated
+MIN_LATENCY_S = 1e-12  # chunk sizes are measured in bytes that a link carries in one latency, so that must not be 0
+ROWS, COLS = 16, 256  # of a tile, at most
+SUM = (("operand", "a"), ("operand", "b"), ("binary", "+"))
+
+
+@chip_kernel(AllReduce, AllGather, ReduceScatter, AllToAll)
+@dataclass(frozen=True)
+class CollectiveKernel(ChipKernel):
+    """Timing of a collective over `ranks` chips; run_collective() writes its streams."""
+
+    kind: str
+    rows: int | str  # of the whole tensor
+    width: int  # of the whole tensor
+    bits: int  # a value on the links
+    ranks: int
+
+    @classmethod
+    def of(cls, op: Grouped, t: Tensors) -> CollectiveKernel:
+        whole = op.inputs[0] if isinstance(op, ReduceScatter | AllToAll) else op.outputs[0]
+        rows, width = t[whole].shape
+        return cls(op.kind, rows, int(width), formats.bits(op.wire), len(op.group))
+
+    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+        moved = sizes.rows_of(self.rows) * self.width * self.bits // 8
+        return collective_timing(target, self.kind, self.ranks, moved)
+
+    @classmethod
+    def unsupported(cls, op: Grouped, t: Tensors) -> str | None:
+        return f"op {op.kind} at {op.site}: a collective runs on all chips of its group together, see run_collective()"
+
+
+@chip_kernel(Send)
+@dataclass(frozen=True)
+class SendKernel(CollectiveKernel):
+    """Timing of a message [rows, width] from one chip to another, as a collective of two chips."""
+
+    @classmethod
+    def of(cls, op: Send, t: Tensors) -> SendKernel:  # type: ignore[override]
+        rows, width = t[op.x].shape
+        return cls(op.kind, rows, int(width), formats.bits(op.wire), 2)
+
+    @classmethod
+    def unsupported(cls, op: Send | Recv, t: Tensors) -> str | None:  # type: ignore[override]
+        return f"op {op.kind} at {op.site}: a message runs on two chips together, see run_collective()"
+
+
+@chip_kernel(Recv)
+@dataclass(frozen=True)
+class RecvKernel(ChipKernel):
+    """Timing of a receive: zero seconds, since a message is timed at its sender."""
+
+    @classmethod
+    def of(cls, op: Recv, t: Tensors) -> RecvKernel:
+        return cls()
+
+    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+        return Timing(0.0)
+
+    @classmethod
+    def unsupported(cls, op: Recv, t: Tensors) -> str | None:
+        return SendKernel.unsupported(op, t)
+
+
+@dataclass(frozen=True)
+class Network:
+    """The network of a group of chips with unit links, whose bandwidth and latency are both 1."""
+
+    kind: str  # topology of the chip's links
+    ranks: int
+    local: float  # bandwidth of a chip's local copies and sums, over that of a link
+
+    def topology(self, ranks: int) -> Topology:
+        """Topology of `ranks` ranks with unit links.
+
+        On a torus, rings run in both directions and, from nine chips on, in both dimensions, each with an equal part of
+        the payload. They are modelled as one ring whose link has the bandwidth of all of them, see links_used().
+        """
+        make = {"k44": collectives.bipartite, "switch": collectives.switch, "torus": collectives.ring}[self.kind]
+        return make(ranks, 1.0, 1.0)
+
+
+def links_used(chip: ChipSpec, op: str, chips: int) -> int:
+    """How many links of a chip one link of the modelled topology stands for.
+
+    On a switch all of them. On k44 one, since each leads to another chip. On a torus two in each dimension that the
+    group spans; half of that for all_to_all and send, whose routes use both directions of the ring.
+    """
+    if chip.links.topology == "k44":
+        return 1
+    if chip.links.topology == "torus":
+        return min(chip.links.count, 2 if chips < 9 else 4) // (2 if op in DIRECT else 1)
+    return chip.links.count
+
+
+def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
+    """Names of the algorithms among which the fastest is chosen.
+
+    If the library has only rings, on a torus, and in groups of more than MAX_SIMULATED_RANKS: ring, or direct for
+    all_to_all and send. Otherwise all that fit the number of chips; two_step only on k44.
+    """
+    found = collectives.algorithms(op, chips)
+    topology = target.chip.links.topology
+    if target.library.algorithms == "ring" or topology == "torus" or chips > MAX_SIMULATED_RANKS:
+        return [name for name in found if name == ("direct" if op in DIRECT else "ring")]
+    return [name for name in found if topology == "k44" or name != "two_step"]
+
+
+def simulated_ranks(network: Network, op: str) -> int:
+    """Number of ranks in the simulated schedule: at most MAX_SIMULATED_RANKS, but all for all_to_all on a torus.
+
+    There the load of a link grows with the square of the ranks, so that times cannot be extrapolated linearly.
+    """
+    every_rank = network.kind == "torus" and op == "all_to_all"
+    return network.ranks if every_rank else min(network.ranks, MAX_SIMULATED_RANKS)
+
+
+@lru_cache(maxsize=65536)
+def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
+    """Seconds of a schedule on unit links with chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes; size None: 0 bytes."""
+    s = collectives.schedule(op, algorithm, ranks)
+    chunk = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
+    return collectives.seconds(s, network.topology(ranks), [chunk] * s.chunks, network.local)
+
+
+def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: float) -> float:
+    """unit_seconds() for chunks of `chunk` bytes, by linear interpolation between the simulated sizes, 9 % apart.
+
+    The error is 0.2 %, or up to 15 % where transfers change their order at a link between the two sizes.
+    """
+    size = floor(log2(chunk) * SIZES_PER_OCTAVE) if chunk > 2.0**-SIZES_PER_OCTAVE else None
+    low = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
+    above = -SIZES_PER_OCTAVE * SIZES_PER_OCTAVE if size is None else size + 1
+    high = 2.0 ** (above / SIZES_PER_OCTAVE)
+    a, b = unit_seconds(network, ranks, op, algorithm, size), unit_seconds(network, ranks, op, algorithm, above)
+    return a + (b - a) * (chunk - low) / (high - low)
+
+
+def chunk_fraction(network: Network, op: str, algorithm: str) -> float:
+    """Size of one chunk as a fraction of the tensor's size."""
+    ranks = simulated_ranks(network, op)
+    return chunk_bytes(collectives.schedule(op, algorithm, ranks), 1.0)[0] * ranks / network.ranks
+
+
+def schedule_seconds(network: Network, op: str, algorithm: str, link: float, latency: float, moved: float) -> float:
+    """Seconds of a schedule for a tensor of `moved` bytes over links of `link` bytes/s and `latency` seconds.
+
+    Scaled from unit links: in units of the latency, the time depends only on a chunk's bytes relative to those that a
+    link carries in one latency. Schedules of more than MAX_SIMULATED_RANKS ranks are extrapolated: with chunks of one
+    size, a ring, and all_to_all on a switch, take the same time longer for each further rank (tested), so two
+    simulations suffice.
+    """
+    latency = max(latency, MIN_LATENCY_S)
+    chunk = moved * chunk_fraction(network, op, algorithm) / link / latency
+    if simulated_ranks(network, op) == network.ranks:
+        return latency * _interpolated(network, network.ranks, op, algorithm, chunk)
+    most, few = MAX_SIMULATED_RANKS, MAX_SIMULATED_RANKS // 2
+    half, whole = (_interpolated(network, n, op, algorithm, chunk) for n in (few, most))
+    return latency * (whole + (whole - half) * (network.ranks - most) / (most - few))
+
+
+@lru_cache(maxsize=4096)
+def link_traffic(network: Network, op: str, algorithm: str) -> float:
+    """Bytes that leave a chip, forwarded ones included, per byte of the tensor; mean over chips."""
+    ranks = simulated_ranks(network, op)
+    s, topology = collectives.schedule(op, algorithm, ranks), network.topology(ranks)
+    hops = sum(link.src < ranks for i in s.steps if i.kind == "send" for link in topology.route(i.rank, i.peer))
+    senders = 1 if op == "send" else ranks
+    # A rank sends equally much to each other rank, which extrapolates to more ranks.
+    return hops * chunk_fraction(network, op, algorithm) / senders * (network.ranks - 1) / (ranks - 1)
+
+
+@lru_cache(maxsize=65536)
+def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing:
+    """Timing of a collective of a tensor of `moved` bytes over `chips` chips, with the fastest algorithm and protocol.
+
+    Raises ChipError for an unknown collective, and for more chips than one network connects.
+    """
+    chip = target.chip
+    if op not in OPS:
+        raise ChipError(f"unknown collective {op!r}; use one of {', '.join(OPS)}")
+    if chips > chip.links.max_chips:
+        raise ChipError(f"{op} over {chips} chips: one network of {chip.name} connects at most {chip.links.max_chips}")
+    if chips < 2:
+        return Timing(0.0)
+    lib = target.library
+    bandwidth = links_used(chip, op, chips) * chip.links.bytes_per_s
+    best: tuple[float, str, str, Network] | None = None
+    for p in lib.protocols:
+        if p.max_bytes_per_chip and moved / chips > p.max_bytes_per_chip:
+            continue
+        in_switch = op == "all_reduce" and chip.switch_reduces and chips >= lib.switch_reduce_min_chips
+        link = bandwidth * (switch_speedup(chips) if in_switch else 1.0)
+        link *= p.bandwidth_fraction
+        local = inf if lib.through_hbm else chip.l2_rate / BYTES_PER_SUMMED_BYTE / link
+        network = Network(chip.links.topology, chips, local)
+        handshakes = chips - 2 if op == "all_to_all" and lib.peer_handshakes else 0
+        for algorithm in candidate_algorithms(target, op, chips):
+            start = lib.barrier_s * p.barrier_factor + lib.link_latency_s * p.latency_factor * handshakes
+            if lib.through_hbm:
+                start += moved * hbm_traffic(op, algorithm, chips) / chip.hbm_rate / p.bandwidth_fraction
+            seconds = start + schedule_seconds(
+                network, op, algorithm, link, lib.link_latency_s * p.latency_factor, moved
+            )
+            if best is None or seconds < best[0]:
+                best = seconds, p.name, algorithm, network
+    assert best is not None
+    seconds, protocol, algorithm, network = best
+    sent = moved * link_traffic(network, op, algorithm)
+    steps = round(schedule_seconds(network, op, algorithm, 1.0, 1.0, 0.0))
+    choice = f"{algorithm}, {protocol}, {steps} steps"
+    busy = {"NET": sent / group_bytes_per_s(chip, chips)}
+    return Timing(seconds, busy, 0.0, 0.0, sent, choice=choice, steps=steps)
+
+
+@lru_cache(maxsize=4096)
+def hbm_traffic(op: str, algorithm: str, ranks: int) -> float:
+    """Bytes of inputs and outputs that a chip's steps read and write in HBM, per byte of the tensor.
+
+    A library that copies through HBM does so before and after each transfer. Intermediate chunks stay in its buffers.
+    """
+    s = collectives.schedule(op, algorithm, min(ranks, MAX_SIMULATED_RANKS))
+    slots = [slot for step in s.steps for slot in (*step.reads(), step.dst) if slot and slot.buffer != "tmp"]
+    return len(slots) * chunk_bytes(s, 1.0)[0] / s.ranks
+
+
+def switch_speedup(chips: int) -> float:
+    """Factor by which in-network reduction (NVLink SHARP) raises the effective bandwidth of an all_reduce.
+
+    For P chips a byte crosses a chip's link 1 + 2 / P times, instead of 2 (P - 1) / P times in a ring.
+    """
+    return 2 * (chips - 1) / chips / (1 + 2 / chips)
+
+
+def group_bytes_per_s(chip: ChipSpec, chips: int) -> float:
+    """Bytes/s over all links of a chip that lead to chips of its group."""
+    count = max(1, chips // 2) if chip.links.topology == "k44" else links_used(chip, "all_reduce", chips)
+    return count * chip.links.bytes_per_s
+
+
+@dataclass(frozen=True)
+class ChunkRegions:
+    """Regions in HBM of one chip's input and output chunks, by chunk number."""
+
+    inputs: Mapping[int, Region]
+    outputs: Mapping[int, Region]
+
+
+@dataclass(frozen=True)
+class ChunkTile:
+    """Rows and columns of one chunk that are processed together, the same on every chip."""
+
+    chunk: int
+    rows: slice
+    cols: slice
+    first_tag: int  # tag of its first message
+
+
+class CollectiveBuilder:
+    """Builds the stream of one core of one chip for its tiles of a collective.
+
+    Each tile buffer comes from a ring of two, so that the next tile can start while this one is being stored.
+    """
+
+    def __init__(self, op: Grouped | Send, chip: int, regions: ChunkRegions, tile: tuple[int, int]) -> None:
+        self.builder = StreamBuilder(op.site, chip)
+        self.wire, self.regions, self.tile = op.wire, regions, tile
+        self.rings: dict[tuple[int, str], Ring] = {}
+        self.used = 0
+        self.values: dict[Slot, Region] = {}
+
+    def buffer(self, rows: int, cols: int, format: str) -> Region:
+        """Allocate a tile buffer for the current chunk tile. The n-th buffers of all chunk tiles share a ring."""
+        self.used += 1
+        key = self.used, format
+        if key not in self.rings:
+            self.rings[key] = self.builder.ring(2, *self.tile, format)
+        return self.rings[key].next().shaped(rows, cols)
+
+    def in_wire_format(self, tile: Region) -> Region:
+        """The tile rounded to the wire format, in which it is sent; the tile itself if it has that format."""
+        if tile.format == self.wire:
+            return tile
+        rounded = self.buffer(tile.rows, tile.cols, self.wire)
+        self.builder.emit(isa.Convert(dst=rounded, src=tile))
+        return rounded
+
+    def value(self, slot: Slot, part: ChunkTile) -> Region:
+        """The tile buffer that holds a slot's value. An input chunk is loaded from HBM at its first use."""
+        if slot not in self.values:
+            src = self.regions.inputs[slot.number].part(part.rows, part.cols)
+            tile = self.buffer(src.rows, src.cols, src.format)
+            self.builder.emit(isa.Load(dst=tile, src=src))
+            self.values[slot] = self.in_wire_format(tile)
+        return self.values[slot]
+
+    def set_value(self, slot: Slot, tile: Region, part: ChunkTile) -> None:
+        """Record `tile` as the value of a slot, and store it to HBM if the slot is an output chunk."""
+        self.values[slot] = self.in_wire_format(tile) if slot.buffer == "out" else tile
+        if slot.buffer == "out":
+            dst = self.regions.outputs[slot.number].part(part.rows, part.cols)
+            self.builder.emit(isa.Store(dst=dst, src=self.values[slot]))
+
+    def emit_steps(self, steps: Sequence[Step], job: ChunkTile) -> None:
+        """Emit this chip's steps of the schedule for one chunk tile."""
+        self.used, self.values = 0, {}
+        shape = job.rows.stop - job.rows.start, job.cols.stop - job.cols.start
+        for step in steps:
+            tag = job.first_tag + step.tag
+            if step.kind == "send" and step.src:
+                self.builder.emit(isa.Send(src=self.value(step.src, job), peer=step.peer, tag=tag))
+            elif step.kind == "recv" and step.dst:
+                tile = self.buffer(*shape, self.wire)
+                self.builder.emit(isa.Receive(dst=tile, peer=step.peer, tag=tag))
+                self.set_value(step.dst, tile, job)
+            elif step.kind == "copy" and step.src and step.dst:
+                self.set_value(step.dst, self.value(step.src, job), job)
+            elif step.src and step.add and step.dst:
+                a, b = self.value(step.src, job), self.value(step.add, job)
+                total = self.buffer(*shape, "f32")
+                self.builder.emit(isa.Map(dst=total, a=a, b=b, steps=SUM))
+                self.set_value(step.dst, total, job)
+
+
+class CollectiveRun:
+    """One execution of a collective: the memory of every chip, with its input "x" and its output "out"."""
+
+    def __init__(self, op: Grouped | Send, target: Target, parts: Sequence[np.ndarray]) -> None:
+        self.op, self.target, self.n = op, target, len(parts)
+        self.memories = [ChipMemory(target) for _ in parts]
+        for memory, part in zip(self.memories, parts, strict=True):
+            memory.put("x", part.astype(np.float32))
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The schedule to execute: one that sums in order of rank."""
+        return collectives.schedule(self.op.kind, "one_shot" if isinstance(self.op, AllReduce) else "direct", self.n)
+
+    @cached_property
+    def regions(self) -> list[ChunkRegions]:
+        """The input and output chunk regions of each chip, by the schedule's chunk numbers. Allocates the outputs."""
+        n, x = self.n, [memory.region("x") for memory in self.memories]
+        total, runs = x[0].rows, [shared_rows(x[0].rows, i, n) for i in range(n)]
+        rows = [slice(run.start, run.stop) for run in runs]
+        match self.op:
+            case AllReduce():
+                outs = [memory.allocate("out", total, x[0].cols, "f32") for memory in self.memories]
+                return [ChunkRegions({0: a}, {0: b}) for a, b in zip(x, outs, strict=True)]
+            case Send():
+                out = self.memories[-1].allocate("out", total, x[0].cols, "f32")
+                return [ChunkRegions({0: x[0]}, {}), ChunkRegions({}, {0: out})]
+            case ReduceScatter():
+                outs = [
+                    b.allocate("out", len(run), x[0].cols, "f32") for b, run in zip(self.memories, runs, strict=True)
+                ]
+                return [ChunkRegions({c: a.part(rows[c]) for c in range(n)}, {i: outs[i]}) for i, a in enumerate(x)]
+            case AllToAll():
+                ends = np.cumsum([0, *(a.cols for a in x)]).tolist()
+                outs = [
+                    b.allocate("out", len(run), ends[-1], "f32") for b, run in zip(self.memories, runs, strict=True)
+                ]
+                return [
+                    ChunkRegions(
+                        {i * n + to: a.part(rows[to]) for to in range(n)},
+                        {g * n + i: outs[i].part(cols=slice(ends[g], ends[g + 1])) for g in range(n)},
+                    )
+                    for i, a in enumerate(x)
+                ]
+            case AllGather(tokens=along):
+                ends = np.cumsum([0, *(a.rows if along else a.cols for a in x)]).tolist()
+                tall, wide = (ends[-1], x[0].cols) if along else (total, ends[-1])
+                outs = [memory.allocate("out", tall, wide, "f32") for memory in self.memories]
+                cuts = [slice(a, b) for a, b in pairwise(ends)]
+                return [
+                    ChunkRegions(
+                        {i: a}, {c: outs[i].part(s) if along else outs[i].part(cols=s) for c, s in enumerate(cuts)}
+                    )
+                    for i, a in enumerate(x)
+                ]
+
+    def chunk_tiles(self) -> list[ChunkTile]:
+        """All chunks cut into tiles of at most the size of `tile`."""
+        found: list[ChunkTile] = []
+        messages = sum(step.kind == "send" for step in self.schedule.steps)
+        chunks = {c: r for regions in self.regions for c, r in regions.inputs.items()}
+        for c, region in sorted(chunks.items()):
+            for rows in slices(region.rows, self.tile[0]):
+                for cols in slices(region.cols, self.tile[1]):
+                    found.append(ChunkTile(c, rows, cols, len(found) * messages))
+        return found
+
+    @cached_property
+    def tile(self) -> tuple[int, int]:
+        """(rows, columns) of the tile buffers, chosen so that all rings of a core fit SRAM."""
+        widest, rows = max(r.cols for regions in self.regions for r in regions.inputs.values()), ROWS
+        cols = min(COLS, max(1, widest))
+        buffers = 2 * (3 * self.n + 2)  # rings of two: parts, sums, and each in the wire format
+        while rows > 1 and rows * cols * 4 * buffers > self.target.chip.sram_bytes:
+            rows //= 2
+        return rows, cols
+
+    def streams(self) -> list[Stream]:
+        """The instruction streams of all chips. Chunk tiles are dealt round-robin to the cores, alike on every chip."""
+        tiles, steps = self.chunk_tiles(), dict[tuple[int, int], list[Step]]()
+        for step in self.schedule.steps:
+            steps.setdefault((step.rank, step.chunk), []).append(step)
+        out = []
+        for chip, regions in enumerate(self.regions):
+            for core in range(min(len(tiles), self.target.chip.cores)):
+                builder = CollectiveBuilder(self.op, chip, regions, self.tile)
+                for tile in tiles[core :: self.target.chip.cores]:
+                    builder.emit_steps(steps.get((chip, tile.chunk), []), tile)
+                out.append(builder.builder.stream())
+        return out
+
+    def run(self) -> tuple[list[np.ndarray], RunResult]:
+        """Execute the streams. Returns (output of each chip that has one, time and counters of the run)."""
+        streams = self.streams()
+        memories = {chip: memory.hbm for chip, memory in enumerate(self.memories)}
+        result = Machine(self.target, memories).run(streams)
+        outputs = [memory.read("out") for memory, r in zip(self.memories, self.regions, strict=True) if r.outputs]
+        return outputs, result
+
+
+def run_collective(
+    target: Target, op: Grouped | Send, parts: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], RunResult]:
+    """Execute a collective on the simulator, with the streams of all its chips.
+
+    parts: the input f32 [rows, width] of each rank of the group; for a send, the sender's input and an empty array.
+    Returns the output of each chip that has one, and the time and counters of the run.
+    """
+    return CollectiveRun(op, target, parts).run()

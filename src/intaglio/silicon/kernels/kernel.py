@@ -1,0 +1,156 @@
+"""ChipKernel: base class of chip kernels, and their registry by op class, which other packages can extend.
+
+A kernel instance holds all that the time of an op depends on apart from the batch. Equal instances (such as those of a
+model's layers) are timed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.batch import Batch
+from intaglio.chips import ChipError, Target
+from intaglio.ops import Op, Tensor
+from intaglio.silicon.kernels.chip_memory import ChipMemory
+from intaglio.silicon.memory import MachineError
+from intaglio.silicon.sizes import BatchSizes
+from intaglio.silicon.stream import Stream
+from intaglio.silicon.timing import Timing
+
+Tensors = Mapping[str, Tensor]
+CHIP_KERNELS: dict[type[Op], type[ChipKernel]] = {}
+K = TypeVar("K", bound="type[ChipKernel]")
+
+
+@dataclass(frozen=True)
+class ChipKernel:
+    """Base class of chip kernels: frozen dataclasses with the sizes and formats that an op's time depends on.
+
+    A subclass defines of() and time(). It also defines streams() if the simulator can execute the op, and unsupported()
+    if streams() does not support all that the op can express.
+    """
+
+    @classmethod
+    def of(cls, op: Any, t: Tensors) -> ChipKernel:
+        """The kernel instance of an op; `t` maps tensor names to the Tensors of its Program."""
+        raise NotImplementedError(f"{cls.__name__} must define of()")
+
+    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+        """Timing of the op in a step of these sizes.
+
+        resident: its weights were prefetched, so they are not read from HBM.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define time()")
+
+    @classmethod
+    def unsupported(cls, op: Any, t: Tensors) -> str | None:
+        """The reason why streams() does not support this op, for an error message; None if it does."""
+        return None
+
+    @classmethod
+    def streams(cls, mem: ChipMemory, op: Any, t: Tensors, batch: Batch) -> list[Stream]:
+        """Write the op's instruction streams, one for each core that has work.
+
+        `mem` holds the operands; regions for the results are allocated in it.
+        """
+        raise NotImplementedError(f"{cls.__name__} must define streams()")
+
+
+def chip_kernel(*ops: type[Op]) -> Callable[[K], K]:
+    """Class decorator: register the class as the chip kernel of these op classes. Raises TypeError if one is taken."""
+
+    def register(kernel: K) -> K:
+        for op in ops:
+            if op in CHIP_KERNELS:
+                raise TypeError(f"op {op.kind} has a chip kernel already: {CHIP_KERNELS[op].__name__}")
+            CHIP_KERNELS[op] = kernel
+        return kernel
+
+    return register
+
+
+def kernel_class(op: Op) -> type[ChipKernel]:
+    """The kernel class of an op. Raises ChipError, with how to register one, if the op has none."""
+    if type(op) not in CHIP_KERNELS:
+        known = ", ".join(sorted(k.kind for k in CHIP_KERNELS))
+        register = f"register one with @intaglio.silicon.chip_kernel({type(op).__name__})"
+        raise ChipError(f"op {op.kind} at {op.site} has no chip kernel; there are kernels for {known}; {register}")
+    return CHIP_KERNELS[type(op)]
+
+
+@lru_cache(maxsize=65536)
+def timing(kernel: ChipKernel, target: Target, sizes: BatchSizes, resident: bool = False) -> Timing:
+    """The Timing that kernel.time() returns, cached."""
+    return kernel.time(target, sizes, resident)
+
+
+@dataclass(frozen=True)
+class WorkKernel(ChipKernel):
+    """A kernel timed by the op's work(), for ops without a formula of their own.
+
+    Its time is launch overhead, HBM latency, and the longer of FLOPs at the rate of `engine` (VEC: the vector lanes,
+    MXU: the matrix array in bf16) and bytes at HBM's rate.
+    """
+
+    op: Op
+    tensors: tuple[Tensor, ...]
+    engine: ClassVar[str] = "VEC"
+
+    @classmethod
+    def of(cls, op: Op, t: Tensors) -> WorkKernel:
+        """The kernel of an op.
+
+        Tensors get the names t0, t1, and so on, and the site is dropped, so that similar ops have equal kernels.
+        """
+        short = {name: f"t{i}" for i, name in enumerate(dict.fromkeys((*op.inputs, *op.outputs)))}
+        tensors = tuple(Tensor(by, t[name].shape, t[name].format, t[name].role) for name, by in short.items())
+        return cls(replace(op.rename(short), site=""), tensors)
+
+    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+        chip, library = target.chip, target.library
+        work = self.op.work({t.name: t for t in self.tensors}, sizes.batch())
+        array = self.engine == "MXU"
+        rate = (
+            chip.peak_flops("bf16") * library.mxu_efficiency if array else chip.cores * chip.vec_lanes * chip.clock_hz
+        )
+        moved = work.bytes - (work.weight_bytes if resident else 0)
+        busy = {self.engine: work.flops / rate, "HBM": moved / chip.hbm_rate}
+        seconds = library.launch_s + chip.constants.hbm_latency_s + max(busy.values())
+        flops = float(work.flops) if array else 0.0  # Timing.flops counts only the matrix array's
+        return Timing(seconds, busy, moved, moved, flops=flops, weight_bytes=float(work.weight_bytes))
+
+
+def unsupported_reason(op: Op, t: Tensors) -> str | None:
+    """The reason why no chip kernel can execute this op, for an error message; None if one can."""
+    try:
+        kernel = kernel_class(op)
+    except ChipError as e:
+        return str(e)
+    if kernel.streams.__func__ is ChipKernel.streams.__func__:  # type: ignore[attr-defined]
+        return kernel.unsupported(op, t) or f"op {op.kind} at {op.site}: {kernel.__name__} does not define streams()"
+    for name in op.inputs:
+        has_minima = t[name].format in ("q4_k", "q5_k")  # no instruction subtracts a group's minimum
+        if t[name].role == "weight" and (has_minima or formats.get(t[name].format).published):
+            taken = ", ".join((*formats.PLAIN, formats.SCALED))
+            return f"weight {name} of {op.site} is {t[name].format}; chip kernels take {taken}"
+    return kernel.unsupported(op, t)
+
+
+def run_op(board: ChipMemory, op: Op, t: Tensors, batch: Batch) -> dict[str, np.ndarray]:
+    """Execute one op on the simulator and return its results by tensor name.
+
+    `board`: the chip's memory, which holds the operands. Raises MachineError if no kernel supports the op.
+    """
+    if why := unsupported_reason(op, t):
+        raise MachineError(why)
+    shapes = {name: [batch.sizes[d] if isinstance(d, str) else d for d in t[name].shape] for name in op.outputs}
+    for name, dims in shapes.items():
+        board.allocate(name, dims[0] if len(dims) > 1 else 1, dims[-1], t[name].format)
+    board.run(kernel_class(op).streams(board, op, t, batch))
+    return {name: board.read(name).reshape(dims) for name, dims in shapes.items()}

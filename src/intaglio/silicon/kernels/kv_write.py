@@ -1,0 +1,93 @@
+"""Chip kernel of the op `kv_write`: writes a step's keys and values to their slots of the K/V cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from intaglio import formats
+from intaglio.batch import Batch
+from intaglio.chips import Target
+from intaglio.ops import KvWrite
+from intaglio.silicon import isa
+from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
+from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
+from intaglio.silicon.kernels.rows import ROWS
+from intaglio.silicon.sizes import BatchSizes
+from intaglio.silicon.stream import Stream
+from intaglio.silicon.timing import Timing
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Numbers of heads, head widths and formats of an attention layer."""
+
+    heads: int  # query heads
+    kv_heads: int
+    head_dim: int  # width of a query and of a key
+    v_dim: int  # width of a value
+    window: int = 0  # keys that a query sees at most; 0: all
+    bits: int = 16  # of a cached key or value
+    softcap: bool = False
+
+    @property
+    def group(self) -> int:
+        """Number of query heads that share one K/V head."""
+        return self.heads // self.kv_heads
+
+
+@chip_kernel(KvWrite)
+@dataclass(frozen=True)
+class KvWriteKernel(ChipKernel):
+    """Timing and streams of `kv_write`: rows are rounded to the cache's format and scattered, head by head."""
+
+    heads: Heads
+
+    @classmethod
+    def of(cls, op: KvWrite, t: Tensors) -> KvWriteKernel:
+        keys, values = t[op.k_cache], t[op.v_cache]
+        kv_heads, d, dv = int(keys.shape[2]), int(keys.shape[3]), int(values.shape[3])
+        return cls(Heads(kv_heads, kv_heads, d, dv, bits=formats.bits(keys.format)))
+
+    def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
+        return kv_write_timing(target, sizes.tokens, self.heads)
+
+    @classmethod
+    def streams(cls, mem: ChipMemory, op: KvWrite, t: Tensors, batch: Batch) -> list[Stream]:
+        pairs = [
+            (mem.region(x), mem.codes(name), mem.scales(name)) for x, name in ((op.k, op.k_cache), (op.v, op.v_cache))
+        ]
+        width = max(source.cols for source, *_ in pairs)
+        step = max(1, min(ROWS, mem.chip.sram_bytes // (64 * width)))
+        jobs = [(source, cache, scales, rows) for source, cache, scales in pairs for rows in slices(source.rows, step)]
+        streams = []
+        for k, mine in deal_jobs(mem.chip, jobs, op.site):
+            raw, index, scale = k.ring(2, step, width), k.ring(2, 1, step * width, "i32"), k.ring(2, step * width, 1)
+            rounded = {cache: k.ring(2, step, width, cache.format) for _, cache, _ in pairs}
+            for source, cache, scales, rows in mine:
+                a, heads = load(k, raw.next(), source.part(rows)), source.cols // cache.cols
+                y = rounded[cache].next().shaped(a.rows * heads, cache.cols)
+                where = batch.slots[rows, None].astype(np.int64) * heads + np.arange(heads)
+                at = load(k, index.next(), mem.put_indices(where.reshape(-1)))
+                if scales is None:
+                    k.emit(isa.Convert(dst=y, src=a.shaped(y.rows, y.cols)))
+                else:
+                    z = scale.next().shaped(y.rows, 1)
+                    k.emit(isa.Quantise(codes=y, scale=z, x=a.shaped(y.rows, y.cols), for_cache=True))
+                    k.emit(isa.Scatter(table=scales, src=z, index=at))
+                k.emit(isa.Scatter(table=cache, src=y, index=at))
+            streams.append(k.stream())
+        return streams
+
+
+def kv_write_timing(target: Target, tokens: int, h: Heads) -> Timing:
+    """Timing of writing keys and values of `tokens` tokens to their slots, one row of one head at a time."""
+    chip, library = target.chip, target.library
+    moved = tokens * h.kv_heads * (h.head_dim + h.v_dim) * (2 + h.bits / 8)
+    # Cycles to round one value: by the kernel, or by the vector lanes, two operations each, before a DMA scatter.
+    value_cycles = library.kv_quant_cycles or 2 / chip.vec_lanes
+    cycles = 2 * library.kv_row_cycles + (value_cycles * (h.head_dim + h.v_dim) if h.bits < 16 else 0)
+    stores = tokens * h.kv_heads * cycles / chip.cores / chip.clock_hz
+    seconds = library.launch_s + chip.constants.hbm_latency_s + max(moved / chip.hbm_rate, stores)
+    return Timing(seconds, {"OUT": stores, "HBM": moved / chip.hbm_rate}, moved, moved, choice="row scatter")

@@ -1,0 +1,45 @@
+"""Detects cores of one chip that access the same bytes of HBM in one run, where at least one of them writes.
+
+Nothing orders cores within a run: counters and waits belong to one core. So such a program is refused in whichever
+order the accesses happen. The check needs values, since the rows of Gather and Scatter depend on them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+MANY = -1
+
+
+class SharedHbm:
+    """Record of accesses to a chip's HBM: for each byte the core that wrote it in this run, and the core that read it.
+
+    MANY: several cores.
+    """
+
+    def __init__(self) -> None:
+        self.writer, self.reader = np.zeros(0, np.int16), np.zeros(0, np.int16)  # core + 1, 0: none
+
+    def access(self, core: int, indices: np.ndarray, writes: bool) -> str:
+        """Record that `core` reads or writes the bytes `indices`. Returns the conflicting access of another core.
+
+        It is "writes" or "reads", what another core does with one of these bytes; "" if there is no conflict.
+        """
+        if not indices.size:
+            return ""
+        missing = int(indices.max()) + 1 - len(self.writer)
+        if missing > 0:
+            self.writer, self.reader = (
+                np.concatenate([v, np.zeros(missing + len(v), np.int16)]) for v in (self.writer, self.reader)
+            )
+        me = core + 1
+        wrote = self.writer[indices]
+        if ((wrote != 0) & (wrote != me)).any():
+            return "writes"
+        read = self.reader[indices]
+        others = (read != 0) & (read != me)
+        if writes:
+            self.writer[indices] = me
+            return "reads" if others.any() else ""
+        self.reader[indices] = np.where(others, MANY, me)
+        return ""

@@ -1,0 +1,78 @@
+"""BatchSizes: token, row and sequence counts of a batch, which are all that modelled time depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from intaglio.batch import Batch, Chunk, Sizes, bind
+
+BLOCK = 32  # tokens a K/V block in the batch that batch() makes
+ChunkCounts = tuple[tuple[int, int, int], ...]  # (queries, keys up to and including them, number of such sequences)
+
+
+def count_chunks(q_len: Sequence[int], context_len: Sequence[int]) -> ChunkCounts:
+    """(q_len, context_len, number of sequences that have both) for each distinct pair in a batch."""
+    pairs, counts = np.unique(np.stack([q_len, context_len], axis=1), axis=0, return_counts=True)
+    return tuple((int(q), int(c), int(n)) for (q, c), n in zip(pairs, counts, strict=True))
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Sizes of a batch: tokens, rows whose logits are wanted, and the queries and keys of its sequences."""
+
+    tokens: int
+    rows: int
+    sequences: ChunkCounts
+    filtered: bool = False  # whether any row is sampled with top-k or top-p
+
+    @property
+    def sizes(self) -> Sizes:
+        """The values of the symbolic dimensions T, S and R."""
+        return Sizes(T=self.tokens, S=sum(n for *_, n in self.sequences), R=self.rows)
+
+    def halves(self) -> tuple[BatchSizes, BatchSizes]:
+        """The batch split into two halves, whose tokens and rows differ by at most one.
+
+        Each half gets half of the sequences with equal queries and keys. If their number is odd, the last sequence is
+        split in the middle of its queries; the first half gets the earlier ones.
+        """
+        parts: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] = ([], [])
+        surplus = 0  # tokens of the first half beyond those of the second: -1, 0 or 1
+        for q, keys, n in self.sequences:
+            early = (q + 1) // 2 if surplus <= 0 else q // 2
+            halves = (
+                ((q, keys, n // 2), (early, keys - (q - early), n % 2)),
+                ((q, keys, n // 2), (q - early, keys, n % 2)),
+            )
+            for part, added in zip(parts, halves, strict=True):
+                part.extend(p for p in added if p[0] and p[2])
+            surplus += n % 2 * (2 * early - q)
+        tokens = [sum(q * n for q, _, n in part) for part in parts]
+        more = int(tokens[1] > tokens[0])  # the half with more tokens takes the odd row
+        rows = ((self.rows + 1 - more) // 2, (self.rows + more) // 2)
+        a, b = (BatchSizes(t, r, tuple(part), self.filtered) for t, r, part in zip(tokens, rows, parts, strict=True))
+        return a, b
+
+    def rows_of(self, dim: int | str) -> int:
+        """The size of a tensor dimension: `dim` itself, or the value of its symbol."""
+        return self.sizes[dim] if isinstance(dim, str) else dim
+
+    def batch(self) -> Batch:
+        """A Batch of these sizes with all token ids 0, for the work() of ops."""
+        rows_left, used, chunks = self.rows, 0, list[Chunk]()
+        for q, keys, n in self.sequences:
+            for _ in range(n):
+                rows, blocks = min(q, rows_left), -(-keys // BLOCK)
+                chunks.append(Chunk([0] * q, keys - q, range(used, used + blocks), range(q - rows, q)))
+                rows_left, used = rows_left - rows, used + blocks
+        return bind(chunks, BLOCK)
+
+
+def sizes_of(batch: Batch) -> BatchSizes:
+    """The BatchSizes of a Batch."""
+    filtered = any(s.temperature > 0 and (s.top_k or s.top_p < 1) for s in batch.sampling)
+    counts = count_chunks(batch.q_len.tolist(), batch.context_len.tolist())
+    return BatchSizes(len(batch.tokens), len(batch.rows), counts, filtered)

@@ -1,0 +1,118 @@
+"""The tile language: a StreamBuilder with which a kernel allocates tiles and emits instructions in program order.
+
+The builder derives the waits between engines: an instruction waits for the last writer of each tile it reads, and for
+the last readers of each tile it overwrites. A Ring of tiles gives double buffering: an instruction that overwrites a
+tile of the ring waits for the readers of that tile and for nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from intaglio.silicon.isa import ENGINES, Instruction
+from intaglio.silicon.memory import Region, dense
+
+ALIGN = 64  # bytes: alignment of tiles and of tensors in HBM
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The instructions of one core in program order. Each engine executes its own in this order."""
+
+    site: str
+    instructions: tuple[Instruction, ...]
+    chip: int = 0
+
+
+@dataclass
+class Ring:
+    """A circular buffer of equal tiles, so that one can be loaded while another is in use."""
+
+    tiles: tuple[Region, ...]
+    used: int = 0
+
+    def next(self) -> Region:
+        """The next tile of the ring; after the last comes the first again."""
+        self.used += 1
+        return self.tiles[(self.used - 1) % len(self.tiles)]
+
+
+@dataclass
+class LastAccess:
+    """The last write of a tile, as (engine, instruction number), and the reads since, by engine."""
+
+    writer: tuple[int, int] | None = None
+    readers: dict[int, int] = field(default_factory=dict)
+
+
+class StreamBuilder:
+    """Builds the stream of one core. Tiles are allocated from the start of each memory space and never freed."""
+
+    def __init__(self, site: str, chip: int = 0) -> None:
+        self.site, self.chip = site, chip
+        self.top = {"sram": 0, "acc": 0}
+        self.instructions: list[Instruction] = []
+        self.count = [0] * len(ENGINES)
+        self.accesses: dict[tuple[str, int], LastAccess] = {}  # by space and number of the tile (HBM: by address)
+        self.tiles: dict[str, list[tuple[int, int]]] = {"sram": [], "acc": []}  # first and last address + 1
+
+    def tile(self, rows: int, cols: int, format: str = "f32", space: str = "sram") -> Region:
+        """Allocate a [rows, cols] tile in SRAM or in the accumulators.
+
+        It may lie beyond the core's memory; the machine refuses the first instruction that touches it there.
+        """
+        region = dense(space, self.top[space], rows, cols, format)
+        self.top[space] += -(-region.nbytes // ALIGN) * ALIGN
+        self.tiles[space].append(region.span)
+        return region
+
+    def ring(self, depth: int, rows: int, cols: int, format: str = "f32", space: str = "sram") -> Ring:
+        """Allocate a Ring of `depth` tiles [rows, cols]."""
+        return Ring(tuple(self.tile(rows, cols, format, space) for _ in range(depth)))
+
+    def emit(self, instruction: Instruction) -> None:
+        """Append an instruction, with waits for the instructions whose results it needs or overwrites."""
+        engine = ENGINES.index(instruction.engine)
+        need = [0] * len(ENGINES)
+        reads = [self._last_access(r) for r in instruction.regions(written=False)]
+        writes = [self._last_access(r) for r in instruction.regions(written=True)]
+        for access in (*reads, *writes):
+            if access.writer is not None:
+                need[access.writer[0]] = max(need[access.writer[0]], access.writer[1])
+        for access in writes:
+            for other, n in access.readers.items():
+                need[other] = max(need[other], n)
+        self.count[engine] += 1
+        number = self.count[engine]
+        for access in reads:
+            access.readers[engine] = number
+        for access in writes:
+            access.writer, access.readers = (engine, number), {}
+        # The waits include the instruction's own engine: it starts instructions in order, but the result of a load
+        # becomes visible only after HBM's latency.
+        self.instructions.append(replace(instruction, wait=tuple(need)))
+
+    def _last_access(self, region: Region) -> LastAccess:
+        """The LastAccess record of the tile that contains `region`; for a region in HBM, that of its address."""
+        low, high = region.span
+        if region.space == "hbm":
+            return self.accesses.setdefault(("hbm", low), LastAccess())
+        tile = next((i for i, (a, b) in enumerate(self.tiles[region.space]) if a <= low and high <= b), -1 - low)
+        return self.accesses.setdefault((region.space, tile), LastAccess())
+
+    def stream(self) -> Stream:
+        """The Stream of all instructions emitted so far."""
+        return Stream(self.site, tuple(self.instructions), self.chip)
+
+
+class Heap:
+    """Bump allocator of HBM: gives each tensor an aligned address and never frees."""
+
+    def __init__(self) -> None:
+        self.top = 0
+
+    def allocate(self, rows: int, cols: int, format: str) -> Region:
+        """Allocate a contiguous [rows, cols] matrix and return its region."""
+        region = dense("hbm", self.top, rows, cols, format)
+        self.top += -(-max(1, region.nbytes) // ALIGN) * ALIGN
+        return region

@@ -1,1 +1,0 @@
-"""Tools: measuring and checking what the rest runs. May know every room; only the command line knows them."""

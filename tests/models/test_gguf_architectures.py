@@ -1,0 +1,106 @@
+"""Every architecture of llama.cpp that there is a port for: a tiny checkpoint under its names gives the same logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support.gguf_files import ARCHITECTURES as WRITTEN
+from support.gguf_files import write
+from support.published import logits, typical
+from support.tiny import FAMILIES, MIXTURES, MSCALE, error, tiny, truth
+
+from intaglio.models import Checkpoint
+from intaglio.models.files.gguf.architectures import ARCHITECTURES
+
+gguf = pytest.importorskip("gguf")
+# What a file has no key for: llama.cpp has these values built in, those of the released models.
+BUILT_IN = {
+    "mistral": {"sliding_window": None},
+    "mixtral": {"sliding_window": None},
+    "gemma2": {"query_pre_attn_scalar": 32},
+    "gemma3": {"query_pre_attn_scalar": 32},
+    "smollm3": {"use_sliding_window": False},
+    "qwen2moe": {"mlp_only_layers": []},
+    "qwen3moe": {"decoder_sparse_step": 1},
+    "gptoss": {"swiglu_limit": 7.0},
+    "phimoe": {"router_jitter_noise": 0.01},
+    "llama4": {"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1},
+    "deepseekv2": {"rope_parameters": {**MSCALE, "mscale": 0.7}},
+    "hunyuan_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "cohere": {"attention_bias": False},
+    "dots1": {"sliding_window": None},
+    "ernie4_5_moe": {"use_bias": False},
+    "olmo": {"attention_bias": False},
+    "starcoder2": {"sliding_window": None},
+    "deepseekv3": {"rope_parameters": {**MSCALE, "mscale": 0.7}, "attention_bias": False},
+}
+OTHERS = [
+    "gemma", "cohere", "seed_oss", "arcee", "hunyuan_dense", "ernie4_5", "exaone4", "nemotron", "starcoder2",
+    "dots1", "ernie4_5_moe", "olmo",
+]  # fmt: skip
+SAME_AS = {"mistral3": "llama", "qwen2vl": "qwen2", "qwen3vl": "qwen3", "qwen3vlmoe": "qwen3moe"}
+TOKENS = list(range(40))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES, *OTHERS])
+def test_architecture(tmp_path, family):
+    """Sums of up to 1000 products in float32 in another order than transformers': 1000 * 2^-24, and some layers."""
+    path = tiny(family, tmp_path / "source", **BUILT_IN.get(family, {}))
+    file, _, wanted = write(path, tmp_path / "out")
+    assert {f"{n}" for n in wanted if "norm" in n} <= Checkpoint.open(file).names
+    assert error(logits(file, "reference", tokens=TOKENS), truth(path, TOKENS)) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("gptoss", "MXFP4"), ("qwen3moe", "Q8_0"), ("granitemoe", "Q5_1"), ("llama4", "IQ4_NL"), ("deepseekv3", "Q8_0")],
+)
+def test_quantised_experts(tmp_path, family, kind):
+    """Experts of a stack are read one by one, in their blocks; latents' up-projections become bf16."""
+    widths = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    if family == "deepseekv3":
+        widths = {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "moe_intermediate_size": 64,
+                  "q_lora_rank": 32}  # fmt: skip
+    if family == "qwen3moe":
+        widths["moe_intermediate_size"] = 64
+    path = tiny(family, tmp_path / "source", **{**widths, **BUILT_IN.get(family, {})})
+    file, plain, _ = write(path, tmp_path / "out", lambda name: kind if "exps" in name or "_b." in name else "F32")
+    c = Checkpoint.open(file)
+    names = [n for n in c.names if ".experts." in n and n.endswith("weight")]
+    wanted = {"MXFP4": "mxfp4", "Q8_0": "int8g32f16", "IQ4_NL": "int8g32f16", "Q5_1": "bf16"}[kind]
+    assert names and {c.format(n) for n in names} == {wanted}
+    for device in ("reference", "host"):
+        assert typical(logits(file, device), truth(plain, TOKENS)) < 0.05
+
+
+def test_gemma_with_quantised_embeddings(tmp_path):
+    """Embeddings are times sqrt(hidden) as it is, where no format of values rounds it."""
+    path = tiny("gemma3", tmp_path / "source", **BUILT_IN["gemma3"])
+    file, plain, _ = write(path, tmp_path / "out", "Q8_0")
+    for device in ("reference", "host"):
+        assert typical(logits(file, device), truth(plain, TOKENS)) < 0.05
+
+
+def test_predictors_are_left_out(tmp_path):
+    """GLM-4.5 has a layer more in the file, which predicts the token after the next."""
+    path = tiny("glm4moe", tmp_path / "source", **BUILT_IN.get("glm4moe", {}))
+
+    def more(w):
+        w.add_uint32("glm4moe.block_count", 5)
+        w.add_uint32("glm4moe.nextn_predict_layers", 1)
+        w.add_tensor("blk.4.nextn.eh_proj.weight", np.ones((64, 128), np.float32))
+        w.add_tensor("blk.4.attn_norm.weight", np.ones(64, np.float32))
+
+    file, _, _ = write(path, tmp_path / "out", extra=more, leave_out=("block_count",))
+    assert error(logits(file, "reference", tokens=TOKENS), truth(path, TOKENS)) < 2e-4
+
+
+def test_a_correction_bias_makes_a_deepseek_v3(tmp_path):
+    """Converters write expert_gating_func only where config.json names the function."""
+    path = tiny("deepseekv3", tmp_path / "source", **BUILT_IN["deepseekv3"])
+    file, _, _ = write(path, tmp_path / "out", leave_out=("expert_gating_func",))
+    assert error(logits(file, "reference", tokens=TOKENS), truth(path, TOKENS)) < 2e-4
+
+
+def test_all_architectures_are_written_here():
+    assert set(ARCHITECTURES) == set(WRITTEN.values()) | set(SAME_AS)
