@@ -14,6 +14,7 @@ from intaglio.cli import options as o
 from intaglio.cli.load import find
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import out, print_json, say, table
+from intaglio.debugging.automatic import AutoPort, port_automatically
 from intaglio.debugging.porting import PortingError, investigate
 from intaglio.debugging.replay import replay_journal
 
@@ -23,13 +24,24 @@ if TYPE_CHECKING:
 
 def port(
     target: Annotated[str, typer.Argument(help="A checkpoint folder, or a model type of transformers.")],
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Derive the port from the model's behaviour, verify it and print its file.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", callback=o.in_existing_folder, help="With --auto: the file to write."),
+    ] = None,
 ) -> None:
     """Find the port that fits an architecture and print its row of the table, or what is missing.
 
     Needs torch and transformers.
     """
+    if output and not auto:
+        raise ValueError("--output goes with --auto, which writes a port file")
     try:
         with progress_bar(f"reading {target}") as progress:
+            if auto:
+                return _show_automatic(port_automatically(target, progress), output)
             findings = investigate(target, progress)
     except PortingError as e:
         raise ValueError(str(e)) from None
@@ -37,6 +49,20 @@ def port(
         say(line)
     if not findings.trials[0].fits:
         raise typer.Exit(1)
+    return None
+
+
+def _show_automatic(made: AutoPort, output: Path | None) -> None:
+    """Print an automatic port and its verification, or write it to a file; exit code 1 if it is not verified."""
+    for line in str(made).splitlines():
+        say(line)
+    if not made.verified:
+        raise typer.Exit(1)
+    if output:
+        output.write_text(made.text, encoding="utf-8")
+        say(f"written to {output}; a file in src/intaglio/models/ports/ is part of the table")
+    else:
+        print(made.text, end="")
 
 
 def check(

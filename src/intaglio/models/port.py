@@ -75,23 +75,31 @@ class Ported:
     ignored: tuple[str, ...] = ()
 
 
-def port(checkpoint: Checkpoint, context: int | None = None, name: str | None = None) -> Program:
+def port(
+    checkpoint: Checkpoint, context: int | None = None, name: str | None = None, family: Family | None = None
+) -> Program:
     """The Program of a checkpoint, for positions below `context`.
 
     The default context is the model's own limit; with LongRoPE or dynamic NTK scaling, the length up to which its rope
-    table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter. Raises
+    table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter. family: a
+    row to use in place of the table's. Raises
     PortError for an architecture that is not ported, a setting that is not implemented, or tensors that do not match
     config.json.
     """
-    ported = port_checkpoint(checkpoint, context, name)
+    ported = port_checkpoint(checkpoint, context, name, family)
     if ported.notes:
         warnings.warn("; ".join([f"{checkpoint.path}: {ported.notes[0]}", *ported.notes[1:]]), stacklevel=2)
     return ported.program
 
 
-def port_checkpoint(checkpoint: Checkpoint, context: int | None = None, name: str | None = None) -> Ported:
+def port_checkpoint(
+    checkpoint: Checkpoint, context: int | None = None, name: str | None = None, family: Family | None = None
+) -> Ported:
     """Port a checkpoint as port() does, and report the use of config keys and tensors. Issues no warning."""
-    family, said_by = _family(checkpoint.config, str(checkpoint.path))
+    if family is None:
+        family, said_by = _family(checkpoint.config, str(checkpoint.path))
+    else:
+        said_by = "the row given"
     if checkpoint.config_name != "config.json":
         said_by = f"{checkpoint.config_name}: general.architecture"
     stored = {n: checkpoint.format(n) for n in checkpoint.names}

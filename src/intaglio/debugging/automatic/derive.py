@@ -1,0 +1,280 @@
+"""Derives a port: traces variants of the tiny model, writes the port file, and verifies it against transformers."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intaglio.batch import Chunk, bind
+from intaglio.debugging.automatic.expressions import Variant
+from intaglio.debugging.automatic.flatten import flatten, text
+from intaglio.debugging.automatic.layers import model_facts
+from intaglio.debugging.automatic.tiny import LAYERS, OTHER_SIZES, TinyModels
+from intaglio.debugging.automatic.trace import Unmatched, record
+from intaglio.debugging.automatic.writing import Unsolved, turned, write_port
+from intaglio.debugging.check import check
+from intaglio.debugging.porting import PortingError, read_config
+from intaglio.devices import StateSpec, StepRequest, open_device
+from intaglio.models import Checkpoint, CheckpointError, Family, PortError, port
+from intaglio.progress import Progress, silent
+
+PROMPT, STEPS = 53, 8  # tokens of a verification: at once, then one by one
+LIMIT = 1e-4  # of max |ours - theirs| / max |theirs|, float32
+USUAL = (  # keys that ports read by these names
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+    "vocab_size", "hidden_act", "intermediate_size",
+)  # fmt: skip
+SHOWN = 4  # variants of the configuration whose logits are compared, besides the first
+
+
+@dataclass(frozen=True)
+class AutoPort:
+    """The result of an automatic port.
+
+    Attributes:
+        architecture: name in config.json.
+        text: the port file; "" if the model was not matched.
+        deviations: {variant: largest deviation of its logits in prefill and decode}.
+        refused: {switch: why the port refuses it}.
+        failure: a paragraph that names what was not matched; "" for a verified port.
+    """
+
+    architecture: str
+    text: str
+    deviations: Mapping[str, float]
+    refused: Mapping[str, str]
+    failure: str
+
+    @property
+    def verified(self) -> bool:
+        """True if the port's logits are those of transformers in every variant tried."""
+        return bool(self.text) and not self.failure
+
+    def __str__(self) -> str:
+        lines = [f"{self.architecture}: {'verified' if self.verified else 'not ported'}"]
+        lines += [f"  {name}: logits differ by {gap:.1e}" for name, gap in self.deviations.items()]
+        lines += [f"  refuses {switch}: {why}" for switch, why in self.refused.items()]
+        return "\n".join([*lines, *([self.failure] if self.failure else [])])
+
+
+def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
+    """Derive, write and verify the port of an architecture. Raises PortingError if its model cannot be built.
+
+    target: a checkpoint folder, or a model type of transformers. The table of ports is not read.
+    """
+    config = read_config(target)
+    tiny = TinyModels(config)
+    progress(0, 0, f"tracing a tiny {tiny.architecture}")
+    try:
+        first = _variant(tiny, {})
+    except Unmatched as e:
+        return AutoPort(tiny.architecture, "", {}, {}, paragraph(tiny.architecture, e))
+    variants, refused, lines = _variants(tiny, first, progress)
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        tiny.save(tiny.build(), base)
+        about = _about(tiny, first, base)
+        while True:
+            try:
+                made = write_port(tiny.architecture, tiny.model_type, variants, lines, _stored(base, first), about)
+                break
+            except Unsolved as e:
+                if e.variant is None or e.variant is first:
+                    return AutoPort(tiny.architecture, "", {}, refused, f"{tiny.architecture}: {e}.")
+                variants = [v for v in variants if v is not e.variant]
+                key, new = next(iter(e.variant.changes.items()))
+                refused[f"{key}={new!r}"] = str(e)
+                lines.append(_refusal(tiny, key, new, str(e)))
+        family = load_port(made)
+        return _verify(tiny, family, made, variants, refused, Path(folder), progress)
+
+
+def paragraph(architecture: str, e: Unmatched) -> str:
+    """A paragraph that says what of a model is missing here."""
+    return (
+        f"{architecture} is not ported: the module {e.module} has {e.missing}, for which no op or field of Decoder is "
+        f"there. The nearest is {e.nearest}. Add it to models/decoder/ (docs/adding-a-model.md), or port by hand."
+    )
+
+
+def load_port(text: str) -> Family:
+    """The row of a port file given as text."""
+    space: dict[str, Any] = {"__name__": "port"}
+    exec(compile(text, "<port>", "exec"), space)  # text that this package wrote
+    family = space["FAMILIES"][0]
+    assert isinstance(family, Family)
+    return family
+
+
+def _variant(tiny: TinyModels, changes: dict[str, Any]) -> Variant:
+    """Trace one variant of the tiny model. Raises Unmatched, PortingError."""
+    model = tiny.build(**changes)
+    tokens = np.random.default_rng(0).integers(3, 250, 61).tolist()
+    try:
+        trace = record(model, tokens)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as e:
+        raise PortingError(f"the tiny {tiny.model_type} with {changes or 'small sizes'} does not run: {e}") from e
+    facts = flatten(model_facts(trace))
+    config = dict(trace.config)
+    config |= {usual: config[own] for usual, own in aliases(tiny).items() if config.get(own) is not None}
+    return Variant(config, changes, facts)
+
+
+def aliases(tiny: TinyModels) -> dict[str, str]:
+    """Family.aliases: the names that this configuration has for usual keys."""
+    return {k: own for k, own in tiny.own.items() if k in USUAL and k not in tiny.usual and own in tiny.usual}
+
+
+def _variants(tiny: TinyModels, first: Variant, progress: Progress) -> tuple[list[Variant], dict[str, str], list[str]]:
+    """(traced variants, refused switches with the reason, lines of the port file that refuse them)."""
+    trials: list[dict[str, Any]] = [{k: v for k, v in OTHER_SIZES.items() if k in _sized(tiny)}]
+    trials += [{k: x} for k, values in tiny.switches().items() for x in values]
+    trials += [{"tie_word_embeddings": not first.facts["tied"]}] if "tie_word_embeddings" in tiny.usual else []
+    if "layer_types" in tiny.usual and tiny.usual.get("sliding_window") and tiny.usual.get("layer_types"):
+        trials.append({"layer_types": (["sliding_attention", "full_attention", "full_attention"] * LAYERS)[:LAYERS]})
+    if "head_dim" in tiny.usual:
+        trials.append({"head_dim": None})
+    if "n_group" in tiny.usual:
+        trials.append({"n_group": 2, "topk_group": 1})
+    out, refused, lines = [first], dict[str, str](), list[str]()
+    for at, changes in enumerate(trials):
+        progress(at, len(trials), f"tracing {', '.join(f'{k}={v}' for k, v in list(changes.items())[:2])}")
+        try:
+            v = _variant(tiny, changes)
+        except PortingError:
+            continue  # transformers refuses this combination
+        except Unmatched as e:
+            if len(changes) > 1:
+                raise PortingError(paragraph(tiny.architecture, e)) from e
+            (key, new), *_ = changes.items()
+            refused[f"{key}={new!r}"] = str(e)
+            lines.append(_refusal(tiny, key, new, str(e)))
+            continue
+        if len(changes) > 1 or v.facts != first.facts or "layer_types" in changes:
+            out.append(v)
+    return out, refused, lines
+
+
+def _sized(tiny: TinyModels) -> set[str]:
+    return {k for k in OTHER_SIZES if tiny.key(k) in tiny.settings()}
+
+
+def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
+    """A line of the port file that refuses a value of a key."""
+    usual = {**tiny.usual, **tiny.settings()}.get(key)
+    short = re.sub(r"[\"\\\n{}]", "", why)[:70]
+    if new and not usual:
+        return f'c.refuse("{key}", why="{short}")'
+    raised = f"raise PortError(f\"config.json: {key}={{c.get('{key}')!r}} is not ported: {short}\")"
+    return f'if c.get("{key}") != {text(usual)}:\n        {raised}'
+
+
+def _saved(folder: Path, module: str) -> str:
+    """The name under which a checkpoint has a module's weight, without ".weight": its own, or that of an equal one."""
+    found = Checkpoint.open(folder)
+    if f"{module}.weight" in found.names or not module:
+        return module
+    outer = [n.removesuffix(".weight") for n in found.names if "layers." not in n and n.endswith(".weight")]
+    heads = [n for n in outer if len(found.shape(f"{n}.weight")) == 2 and "emb" in n and n.count(".") == 0]
+    return heads[0] if len(heads) == 1 else module
+
+
+def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
+    """What the port file says beside the facts."""
+    import transformers
+
+    rope = tiny.usual.get("rope_parameters") or {}
+    defaults = {k: v for k, v in tiny.usual.items() if isinstance(v, str | int | float) and k not in tiny.derived}
+    if isinstance(rope, Mapping) and "rope_theta" in rope:
+        defaults |= {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+    defaults |= {usual: tiny.usual[own] for usual, own in aliases(tiny).items() if tiny.usual.get(own) is not None}
+    head = _saved(folder, str(first.facts.get("head", "")))
+    outer = "" if first.facts["prefix"].startswith("model.") else first.facts["prefix"].removesuffix("model.")
+    title = re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "", tiny.architecture)
+    return {
+        "version": transformers.__version__, "defaults": defaults, "aliases": aliases(tiny), "title": title,
+        "head": "" if head in ("", outer + "lm_head") else head, "vocabulary": 'c.whole("vocab_size")',
+    }  # fmt: skip
+
+
+def _stored(folder: Path, first: Variant) -> str:
+    """The name of the form in which the checkpoint holds experts: NAMED, NUMBERED, STACKED or TRANSPOSED."""
+    m = first.facts.get("mixture")
+    if not m:
+        return ""
+    names = Checkpoint.open(folder).names
+    if any(n.endswith("experts.gate_up_proj") for n in names):
+        return "TRANSPOSED" if m["turned"] else "STACKED"
+    if any(re.search(r"experts\.0\.gate_proj\.weight$", n) for n in names):
+        return "NAMED"
+    found = next((n for n in names if re.search(r"experts\.0\.w1\.weight$", n)), None)
+    if found:
+        block = re.search(r"layers\.\d+\.(.*)\.experts", found)
+        m["saved_block"] = block[1] if block else m["block"]
+        return "NUMBERED"
+    raise PortingError(f"the checkpoint holds experts as {sorted(n for n in names if 'experts' in n)[:2]}")
+
+
+def _verify(
+    tiny: TinyModels, family: Family, text: str, variants: list[Variant], refused: dict[str, str], folder: Path,
+    progress: Progress,
+) -> AutoPort:  # fmt: skip
+    """Compare the port with transformers: logits in each variant whose facts differ, and the first one site by site."""
+    deviations, failure = dict[str, float](), ""
+    for v in variants[: 2 * SHOWN]:
+        name = ", ".join(f"{k}={x!r}" for k, x in list(v.changes.items())[:2]) or "small sizes"
+        name = _brief(v) or name
+        progress(len(deviations), len(variants), f"verifying {name}")
+        path = folder / f"variant{len(deviations)}"
+        model = tiny.build(**v.changes)
+        tiny.save(model, path)
+        try:
+            deviations[name] = deviation(path, family, model)
+        except (PortError, CheckpointError) as e:
+            failure = failure or f"with {name} the port does not load: {e}"
+            continue
+        if deviations[name] > LIMIT:
+            failure = failure or f"with {name} logits differ by {deviations[name]:.1e}, more than {LIMIT:g}"
+    if not failure:
+        report = check(folder / "variant0", program=port(Checkpoint.open(folder / "variant0"), 61, family=family))
+        failure = "" if report.ok else f"first difference at {report.first_bad}: {report.cause}"
+    return AutoPort(tiny.architecture, text, deviations, refused, failure)
+
+
+def _brief(v: Variant) -> str:
+    rope = v.changes.get("rope_parameters") or {}
+    return ", ".join(f"{k} {rope[k]}" for k in ("rope_type", "rope_theta", "partial_rotary_factor") if k in rope)
+
+
+def deviation(path: Path, family: Family, model: Any) -> float:
+    """The largest deviation of logits in prefill and decode, float32, of a port from the model itself."""
+    import torch
+
+    checkpoint = Checkpoint.open(path)
+    program = port(checkpoint, PROMPT + STEPS + 3, family=family)
+    tokens = np.random.default_rng(1).integers(3, 250, PROMPT + STEPS).tolist()
+    with torch.no_grad():
+        wanted = model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
+    pages = -(-len(tokens) // 16)
+    state = StateSpec(pages, 16, 2 * program.recurrent)
+    ex = open_device("reference").load(program, checkpoint, state)
+
+    def run(ids: list[int], at: int) -> np.ndarray:
+        chunk = Chunk(ids, at, list(range(pages)), range(len(ids)), state=state.pair(0, 0))
+        got = ex.step(StepRequest(bind([chunk], 16), logits=True)).logits
+        assert got is not None
+        return got
+
+    rows = [run(tokens[:PROMPT], 0), *(run([tokens[i]], i) for i in range(PROMPT, len(tokens)))]
+    made = np.concatenate(rows)
+    gap = float(np.abs(made - wanted).max() / np.abs(wanted).max())
+    return gap if np.isfinite(gap) else float("inf")
+
+
+__all__ = ["AutoPort", "deviation", "load_port", "port_automatically", "turned"]

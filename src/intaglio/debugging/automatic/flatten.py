@@ -1,0 +1,224 @@
+"""Flattens the facts of a traced model to values of Decoder's fields, and says where its weights are in the checkpoint.
+
+A value may be a Code: text of an expression in the port file, because it depends on sizes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from intaglio.debugging.automatic.rotation import Rotation
+from intaglio.debugging.automatic.trace import Unmatched
+
+Facts = dict[str, Any]
+SAME_IN_ALL = {  # facts of each layer that Decoder says once for all layers, and the field's name
+    "heads": "heads", "o_bias": "o_bias", "softcap": "attn_softcap",
+}  # fmt: skip
+SPLIT = 'split((("q_proj", heads // kv_heads * head_dim), ("k_proj", head_dim), ("v_proj", head_dim)), "{source}")'
+
+
+class Code(str):
+    """Text of an expression, written into the port file as it is."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def text(x: Any) -> str:
+    """A value as it is written into a port file: repr() with double quotes."""
+    if isinstance(x, Code):
+        return str(x)
+    if isinstance(x, str):
+        return '"' + x.replace('"', "'") + '"'
+    if isinstance(x, dict):
+        return "{" + ", ".join(f"{text(k)}: {text(v)}" for k, v in x.items()) + "}"
+    if isinstance(x, tuple):
+        return "(" + ", ".join(text(v) for v in x) + ("," if len(x) == 1 else "") + ")"
+    return repr(float(x)) if isinstance(x, float) else repr(x)
+
+
+def flatten(f: Facts) -> Facts:
+    """The fields of Decoder as traced, with `layers` as lists, one value a layer. Raises Unmatched."""
+    layers = f["layers"]
+    first = _agree([{k: v for k, v in z["attn"].items() if k not in PER_LAYER} for z in layers], f["list"])
+    around = _agree(
+        [{k: z[k] for k in ("attention", "norms", "parallel", "residual_scale")} for z in layers], f["list"]
+    )
+    dense = [z["mlp"]["dense"] for z in layers if "dense" in z["mlp"]]
+    mixed = [z["mlp"]["mixture"] for z in layers if "mixture" in z["mlp"]]
+    mlp = _agree(dense, f["list"]) if dense else {}
+    moe = _agree(_routed(mixed, f["list"]), f["list"]) if mixed else {}
+    norm, eps, offset, weight, bias = f["norm"]
+    if len(set(first["biases"])) > 1:
+        raise Unmatched(f["list"], "a bias on some of q, k and v only", "qkv_bias")
+    prefix = f["list"].rpartition(".")[0]
+    prefix = f"{prefix}." if prefix else ""
+    out: Facts = {
+        "vocabulary": f["vocabulary"], "hidden": f["hidden"], "heads": first["heads"], "kv_heads": first["kv_heads"],
+        "head_dim": first["head_dim"], "eps": eps, "tied": f["tied"], "norm": norm, "norm_offset": offset,
+        "norm_weight": weight, "norm_bias": bias, "qk_norm": first["qk_norm"], "qkv_bias": first["biases"][0],
+        "o_bias": first["o_bias"], "sinks": first["sinks"], "attn_softcap": first["softcap"],
+        "final_softcap": f["final_softcap"], "embed_scale": f["embed_scale"], "logit_scale": f["logit_scale"],
+        "residual_scale": around["residual_scale"], "parallel": around["parallel"], "head_bias": f["head_bias"],
+        "attn_gate": first["gate"], "activation": (mlp or moe)["activation"], "prefix": prefix,
+        "head": f["head"],
+        "value_dim": 0 if first["value_dim"] == first["head_dim"] else first["value_dim"],
+        "window": [z["attn"]["window"] for z in layers], "chunk": [z["attn"]["chunk"] for z in layers],
+        "rope": [z["attn"]["rope"] for z in layers], "sparse": ["mixture" in z["mlp"] for z in layers],
+    }  # fmt: skip
+    out["scale"] = _one_scale([z["attn"]["scale"] for z in layers], f["list"])
+    norms = dict(around["norms"])
+    if first["inner_norm"]:
+        norms["attn.inner_norm"] = first["inner_norm"]
+    if mlp.get("inner_norm"):
+        norms["mlp.inner_norm"] = mlp["inner_norm"]
+    out["norms"] = norms
+    if f["positions"]:
+        out["positions"] = f["positions"]["rows"] - f["positions"]["first"]
+    if mlp:
+        out |= {"intermediate": mlp["width"], "gated": mlp["gated"], "mlp_bias": mlp["bias"]}
+    blocks = {z["block"] for z in layers if "dense" in z["mlp"]} or {z["block"] for z in layers}
+    if len(blocks) > 1:
+        raise Unmatched(f["list"], f"MLPs called {', '.join(sorted(blocks))}", "Decoder.block")
+    block = blocks.pop()
+    if block not in ("mlp", ""):
+        out["block"] = block
+    fused, sources = _sources(f, first, mlp, around["attention"], block, prefix)
+    out |= {"fused": fused, "sources": sources}
+    if f["final_norm"] != f"{prefix}norm":
+        if f["final_norm"] and not f["final_norm"].startswith(prefix):
+            raise Unmatched(f["final_norm"], "a final norm outside the model of the layers", "final_norm")
+        out["final_norm"] = f["final_norm"].removeprefix(prefix)
+    return out | ({"mixture": _mixture(moe, next(z["block"] for z in layers if "mixture" in z["mlp"]))} if moe else {})
+
+
+def _routed(mixed: list[Facts], name: str) -> list[Facts]:
+    """The mixtures with the routing that all layers may have: a layer's tokens may not tell two ways apart."""
+    ways = [w for w in mixed[0]["routing"] if all(any(_same_way(w, x) for x in m["routing"]) for m in mixed)]
+    if not ways:
+        raise Unmatched(name, "experts chosen by other rules in other layers", "Mixture.route")
+    return [{k: v for k, v in m.items() if k != "routing"} | ways[0] for m in mixed]
+
+
+def _same_way(a: Facts, b: Facts) -> bool:
+    return all(_equal(a[k], b[k]) for k in a)
+
+
+PER_LAYER = ("window", "chunk", "rope", "scale")
+
+
+def _agree(tables: list[Facts], name: str) -> Facts:
+    """The one table that all are equal to. Raises Unmatched naming what differs."""
+    for i, table in enumerate(tables):
+        for k, v in table.items():
+            if not _equal(v, tables[0].get(k)):
+                raise Unmatched(
+                    f"{name}.{i}", f"{k}={v!r} where layers before have {tables[0].get(k)!r}", "the fields of Layer"
+                )
+    return tables[0]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return bool(np.isclose(a, b, rtol=1e-4))
+    return bool(a == b)
+
+
+def _one_scale(scales: list[float], name: str) -> float:
+    if not np.allclose(scales, scales[0], rtol=1e-5):
+        raise Unmatched(name, f"attention scales {', '.join(f'{s:.4g}' for s in scales)} by layer", "Layer.scale")
+    return scales[0]
+
+
+def _linear(usual: str, own: str, transposed: bool) -> dict[str, str]:
+    """Rules of Decoder.sources for one linear."""
+    if transposed:
+        return {f"{usual}.weight": f"{own}.weight|T", f"{usual}.bias": f"{own}.bias"}
+    return {usual: own} if usual != own else {}
+
+
+def _sources(
+    f: Facts, attn: Facts, mlp: Facts, attention: str, block: str, prefix: str
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """(Decoder.fused, Decoder.sources): the modules that have other names than Llama's, or hold several weights."""
+    fused, out = [], dict[str, Any]()
+    layers, embed = f["list"].removeprefix(prefix), f["embedding"].removeprefix(prefix)
+    out |= {"embed_tokens": embed} if embed != "embed_tokens" else {}
+    out |= {"layers": layers} if layers != "layers" else {}
+    if f["positions"]:
+        own, first = f["positions"]["name"].removeprefix(prefix), f["positions"]["first"]
+        if first:
+            parts = f'parts_of("{own}.weight", ({first}, positions))[1]'
+            out["embed_positions.weight"] = Code(parts)
+        elif own != "embed_positions":
+            out["embed_positions"] = own
+    names = attn["names"]
+    if attn["layout"] == "rows":
+        fused.append("qkv_proj")
+        out |= _linear("self_attn.qkv_proj", f"{attention}.{names[0]}", attn["transposed"])
+    elif attn["layout"] == "groups":
+        if attn["transposed"]:
+            raise Unmatched(attention, "q, k and v of each head in one transposed matrix", "split()")
+        out["**qkv"] = Code(SPLIT.format(source=f"{attention}.{names[0]}"))
+    else:
+        for usual, own in zip(("q_proj", "k_proj", "v_proj"), names, strict=True):
+            out |= _linear(f"self_attn.{usual}", f"{attention}.{own}", attn["transposed"])
+    out |= _linear("self_attn.o_proj", f"{attention}.{attn['o_name']}", attn["o_transposed"])
+    for usual, own in zip(("q_norm", "k_norm"), attn["qk_names"], strict=False):
+        if attn["qk_norm"] != "unit" and own != usual:
+            out[f"self_attn.{usual}"] = f"{attention}.{own}"
+    if attention != "self_attn":
+        out["self_attn"] = attention
+    if mlp:
+        at, usual = (f"{block}." if block else ""), block or "mlp"
+        if mlp["fused"] and mlp["swapped"]:
+            own = f"{at}{mlp['names'][0]}.weight"
+            up, gate = (f'parts_of("{own}", (intermediate, intermediate))[{i}]' for i in (0, 1))
+            out |= {f"{usual}.gate_proj.weight": Code(gate), f"{usual}.up_proj.weight": Code(up)}
+        elif mlp["fused"]:
+            fused.append("gate_up_proj")
+            out |= _linear(f"{usual}.gate_up_proj", at + mlp["names"][0], mlp["transposed"])
+        else:
+            for part, own in zip(("gate_proj", "up_proj") if mlp["gated"] else ("up_proj",), mlp["names"], strict=True):
+                out |= _linear(f"{usual}.{part}", at + own, mlp["transposed"])
+        out |= _linear(f"{usual}.down_proj", at + mlp["down"], mlp["transposed"])
+    return tuple(fused), {k: v for k, v in out.items() if k != v}
+
+
+def _mixture(m: Facts, block: str) -> Facts:
+    """The fields of Mixture. `stored` says how the experts' parameters lie in the module."""
+    shared = m["shared"]
+    out: Facts = {
+        "count": m["count"], "top": m["top"], "width": m["width"], "block": block, "router": m["router"],
+        "router_bias": m["router_bias"], "correction": m["correction"], "route": dict(m["route"]),
+        "route_scale": m["route_scale"], "inside": m["inside"], "turned": m["turned"], "experts": m["experts"],
+        "shared": 0, "shared_source": "shared_experts", "shared_gate": m["shared_gate"], "activation": m["activation"],
+    }  # fmt: skip
+    if shared:
+        usual = ("gate_proj", "up_proj") if shared["gated"] else ("up_proj",)
+        if shared["names"] != usual or shared["down"] != "down_proj" or shared["transposed"]:
+            raise Unmatched(
+                f"{block}.{shared['place']}", f"a shared expert of {', '.join(shared['names'])}", "gate_proj, up_proj"
+            )
+        out |= {"shared": shared["width"], "shared_source": shared["place"], "shared_bias": shared["bias"]}
+    return out
+
+
+def rope_kinds(ropes: list[Rotation]) -> list[int]:
+    """The number of each layer's rotation among those that differ; -1 for a layer that turns nothing."""
+    seen: list[Rotation] = []
+    out = []
+    for r in ropes:
+        if not r.dim:
+            out.append(-1)
+            continue
+        at = next(
+            (i for i, s in enumerate(seen) if s.dim == r.dim and np.allclose(s.angles, r.angles, rtol=1e-3)), None
+        )
+        if at is None:
+            at = len(seen)
+            seen.append(r)
+        out.append(at)
+    return out

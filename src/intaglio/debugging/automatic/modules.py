@@ -1,0 +1,141 @@
+"""What single modules compute: linears, and norms with their kind, epsilon, offset, weight and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from intaglio.debugging.automatic.trace import Call, Trace, Unmatched, same
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A call of a linear.
+
+    Attributes:
+        name: of the module.
+        transposed: its weight is stored as [inputs, outputs].
+        bias: it has one.
+        x: argument [tokens, inputs].
+        y: result [tokens, outputs].
+    """
+
+    name: str
+    transposed: bool
+    bias: bool
+    x: np.ndarray
+    y: np.ndarray
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A call of a norm.
+
+    Attributes:
+        name: of the module.
+        kind: rms, layer or l2, as the op norm has it.
+        eps: added to the mean square.
+        offset: added to the weight.
+        weight, bias: it has one.
+        x: argument, and y: result, of one shape; the last dimension is normed.
+    """
+
+    name: str
+    kind: str
+    eps: float
+    offset: float
+    weight: bool
+    bias: bool
+    x: np.ndarray
+    y: np.ndarray
+
+    @property
+    def family(self) -> tuple[str, float, float, bool, bool]:
+        """What Decoder says of all norms at once."""
+        return self.kind, self.eps, self.offset, self.weight, self.bias
+
+
+def linears(t: Trace, under: str) -> Iterator[Linear]:
+    """Yield the linears called below a module, in order of return."""
+    for call in t.below(under):
+        w = t.weight(call.name)
+        if w is None or w.ndim != 2 or call.x.dtype.kind != "f":
+            continue
+        x, b = call.x.reshape(-1, call.x.shape[-1]), t.weight(call.name, "bias")
+        for transposed in (False, True):
+            m = w if transposed else w.T
+            if x.shape[1] == m.shape[0] and call.y.size == len(x) * m.shape[1]:
+                made = x @ m + (0 if b is None else b)
+                if same(made, call.y):
+                    yield Linear(call.name, transposed, b is not None, x, call.y.reshape(len(x), -1))
+                    break
+
+
+def norms(t: Trace, under: str) -> list[Norm]:
+    """The norms called below a module (at any depth), in order of return.
+
+    A norm is a module without children, with vectors for parameters or none, whose result is a normed argument.
+    """
+    calls = t.below(under) if under else t.calls
+    parents = {c.name.rpartition(".")[0] for c in calls}
+    found = []
+    for call in calls:
+        if call.name in parents or call.x.dtype.kind != "f" or call.x.shape != call.y.shape:
+            continue
+        if (norm := norm_of(t, call)) is not None:
+            found.append(norm)
+    return found
+
+
+def norm_of(t: Trace, call: Call) -> Norm | None:
+    """The norm that a call computes, found by what it does to its argument; None if it computes something else."""
+    own = {n.rpartition(".")[2]: v for n, v in t.parameters.items() if n.rpartition(".")[0] == call.name}
+    if any(v.ndim > 1 for v in own.values()):
+        return None
+    w, b = own.get("weight"), own.get("bias")
+    if any(v is not None and v.shape[-1] != call.x.shape[-1] for v in (w, b)):
+        return None
+    x, y = call.x.astype(np.float64), call.y.astype(np.float64)
+    shift = 0.0 if b is None else b.astype(np.float64)
+    for kind in ("rms", "layer", "l2"):
+        centred = x - x.mean(axis=-1, keepdims=True) if kind == "layer" else x
+        squares = (centred**2).sum(axis=-1, keepdims=True) / (1 if kind == "l2" else x.shape[-1])
+        for offset in (0.0, 1.0) if w is not None else (0.0,):
+            scale = 1.0 if w is None else w.astype(np.float64) + offset
+            if same(centred / np.sqrt(squares) * scale + shift, y, 2e-2):
+                eps = _eps(t, call.name, kind, scale, shift, x.shape)
+                if same(centred / np.sqrt(squares + eps) * scale + shift, y, 1e-4):
+                    return Norm(call.name, kind, eps, offset, w is not None, b is not None, call.x, call.y)
+    return None
+
+
+def _eps(
+    t: Trace, name: str, kind: str, scale: np.ndarray | float, shift: np.ndarray | float, shape: tuple[int, ...]
+) -> float:
+    """A norm's epsilon, measured: for small arguments it decides the result. Two significant digits."""
+    x = np.random.default_rng(0).standard_normal(shape) * 2e-3
+    if kind == "l2":
+        x /= shape[-1] ** 0.5
+    y = (t.probe(name, x.astype(np.float32)) - shift) / scale
+    centred = x - x.mean(axis=-1, keepdims=True) if kind == "layer" else x
+    squares = (centred**2).sum(axis=-1) / (1 if kind == "l2" else shape[-1])
+    ratio = (centred * y).sum(axis=-1) / (centred**2).sum(axis=-1)  # 1 / sqrt(squares + eps)
+    eps = float(np.median(1 / ratio**2 - squares))
+    return float(f"{eps:.1e}") if eps > 1e-9 else 0.0
+
+
+def one_family(found: list[Norm]) -> Norm:
+    """One of the norms, if all are of a kind. Raises Unmatched naming the first that differs."""
+    first = found[0]
+    for n in found:
+        if n.family != first.family:
+            say = [
+                f"{x.kind} norm, eps {x.eps:g}, offset {x.offset:g}, weight {x.weight}, bias {x.bias}"
+                for x in (n, first)
+            ]
+            raise Unmatched(
+                n.name, f"a {say[0]}, where {first.name} is a {say[1]}", "Decoder's norm, one for all sites"
+            )
+    return first
