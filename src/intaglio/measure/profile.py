@@ -177,8 +177,7 @@ def _sample(watch: Stopwatch, steps: Sequence[Batch], timed: bool) -> Sample:
 def _sites(
     executable: Executable, steps: Sequence[Batch], samples: Sequence[Sample], roofs: Roofs | None
 ) -> tuple[Site, ...]:
-    """A Site for each folded site, in the order of the Program: median seconds of the samples, and bounds of `steps`.
-    """
+    """A Site for each folded site, in the order of the Program, with median seconds of the samples and its bound."""
     count = Counter(fold(op.site) for op in executable.program.ops)
     bounds = dict.fromkeys(count, Bound())
     for batch in steps if roofs else ():
