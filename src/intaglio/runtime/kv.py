@@ -14,7 +14,7 @@ Key = tuple[Parent, tuple[int, ...]]  # a block in the prefix tree: its parent, 
 
 
 class KvError(RuntimeError):
-    """An allocation larger than what is available, or a release of a block that is not held."""
+    """Raised for an allocation larger than what is available, or a release of a block that is not held."""
 
 
 class BlockPool:
@@ -51,7 +51,7 @@ class BlockPool:
 
     @property
     def available(self) -> int:
-        """Blocks that can be allocated: free or evictable."""
+        """Number of blocks that can be allocated: free or evictable."""
         return len(self.free) + len(self.evictable)
 
     def blocks_for(self, tokens: int) -> int:
@@ -59,7 +59,10 @@ class BlockPool:
         return -(-tokens // self.block_size)
 
     def allocate(self, n: int) -> list[int]:
-        """Take `n` blocks, with a refcount of 1 each. Raises KvError, taking none, if fewer are available."""
+        """Take `n` blocks, with a refcount of 1 each, and return their numbers.
+
+        Raises KvError, taking none, if fewer are available.
+        """
         if n > self.available:
             raise KvError(f"{n} blocks requested, {self.available} of {self.total} are available")
         blocks = [self.free.pop() if self.free else self._evict() for _ in range(n)]
@@ -92,7 +95,10 @@ class BlockPool:
                     self.free.append(block)
 
     def find_prefix(self, tokens: TokenIds, salt: str | None) -> list[int]:
-        """The blocks of the longest cached prefix of `tokens`, whole blocks only. Changes no refcount."""
+        """The numbers of the blocks of the longest cached prefix of `tokens`, whole blocks only.
+
+        Changes no refcount.
+        """
         blocks: list[int] = []
         parent: Parent = salt
         for at in range(0, len(tokens) - self.block_size + 1, self.block_size):
@@ -106,9 +112,8 @@ class BlockPool:
     def add_to_prefix_cache(self, block: int, parent: Parent, tokens: TokenIds) -> int:
         """Add a full block to the tree as a child of the node `parent` (or of the salt, for a first block).
 
-        Returns its node.
-
-        If another block is already there with the same tokens, that block stays and its node is returned.
+        Returns the number of its node. If another block is already there with the same tokens, that block stays
+        and its node is returned.
         """
         self._check_held(block)
         key = (parent, tuple(tokens))
@@ -129,7 +134,7 @@ class BlockPool:
         self.evictable, self.index, self.nodes = {}, {}, {}
 
     def _evict(self) -> int:
-        """Remove the evictable block that was released earliest from the prefix cache, and return it."""
+        """Remove the evictable block that was released earliest from the prefix cache, and return its number."""
         block = next(iter(self.evictable))
         del self.evictable[block]
         del self.index[self.nodes.pop(block)[1]]
