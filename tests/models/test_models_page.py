@@ -29,7 +29,8 @@ def test_data_and_page_are_fresh(script):
     if data["transformers"] != transformers.__version__:
         pytest.skip(f"the list is of transformers {data['transformers']}, installed is {transformers.__version__}")
     found = {name: row["deviation"] for name, row in data["architectures"].items() if "deviation" in row}
-    assert data == script.gather(found), "run python scripts/models.py"
+    derived = {name: row["automatic"] for name, row in data["architectures"].items() if "automatic" in row}
+    assert data == script.gather(found, derived), "run python scripts/models.py"
     assert script.PAGE.read_text() == script.page(data), "run python scripts/models.py"
 
 
@@ -40,6 +41,13 @@ def test_every_architecture_is_ported_and_measured_or_has_a_reason(script):
             assert 0 < row.get("deviation", 1e-9) < 2e-4, name
         else:
             assert row["reason"], name
+
+
+def test_automatic_ports_are_within_the_limit(script):
+    derived = [
+        row["automatic"] for row in json.loads(script.DATA.read_text())["architectures"].values() if "automatic" in row
+    ]
+    assert len(derived) >= 30 and max(derived) < 1e-4
 
 
 def test_command():

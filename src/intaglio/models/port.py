@@ -182,8 +182,9 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
     target = where if where != "config.json" else kind or named
     raise PortError(
         f"{what} is not ported.{seen} `intaglio models --all` lists what is, and for what is not the reason; "
-        f"`intaglio port {target}` tries every port on a tiny model of this architecture and names the nearest, from "
-        "which docs/adding-a-model.md makes a port"
+        f"`intaglio port {target} --auto` derives a port from its class in transformers and verifies it, or names what "
+        f"is missing; `intaglio port {target}` tries every port on a tiny model of this architecture and names the "
+        "nearest, from which docs/adding-a-model.md makes a port"
     )
 
 

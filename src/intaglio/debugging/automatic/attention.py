@@ -136,6 +136,8 @@ def _projections(t: Trace, rec: Attention, readers: list[Linear], found: list[No
             f |= {"rope": turn, "layout": layout, "names": tuple(_relative(s.name, rec.name) for s in source)}
             f |= {"transposed": source[0].transposed, "biases": tuple(s.bias for s in source)}
             f["qk_norm"], used = _qk_norm(rec, pq, pk, late)
+            if f["qk_norm"] == "late" and not turn.dim:
+                f["qk_norm"] = "head"  # without rope the order does not matter
             f["qk_names"] = tuple(_relative(n.name, rec.name) for n in used)
             return used
     raise Unmatched(

@@ -15,8 +15,8 @@ from intaglio.batch import Chunk, bind
 from intaglio.debugging.automatic.expressions import Variant
 from intaglio.debugging.automatic.flatten import flatten, text
 from intaglio.debugging.automatic.layers import model_facts
-from intaglio.debugging.automatic.tiny import LAYERS, OTHER_SIZES, TinyModels
-from intaglio.debugging.automatic.trace import Unmatched, record
+from intaglio.debugging.automatic.tiny import LAYERS, OTHER_SIZES, SIZES, TinyModels
+from intaglio.debugging.automatic.trace import Trace, Unmatched, record
 from intaglio.debugging.automatic.writing import Unsolved, turned, write_port
 from intaglio.debugging.check import check
 from intaglio.debugging.porting import PortingError, read_config
@@ -72,7 +72,7 @@ def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
     tiny = TinyModels(config)
     progress(0, 0, f"tracing a tiny {tiny.architecture}")
     try:
-        first = _variant(tiny, {})
+        first = _first(tiny)
     except Unmatched as e:
         return AutoPort(tiny.architecture, "", {}, {}, paragraph(tiny.architecture, e))
     variants, refused, lines = _variants(tiny, first, progress)
@@ -112,6 +112,18 @@ def load_port(text: str) -> Family:
     return family
 
 
+def _first(tiny: TinyModels) -> Variant:
+    """Trace the tiny model; where its heads must have hidden_size / heads columns, with such heads."""
+    try:
+        return _variant(tiny, {})
+    except PortingError:
+        if not tiny.has("head_dim"):
+            raise
+        tiny.without.add("head_dim")
+        tiny.given[tiny.key("head_dim")] = SIZES["hidden_size"] // SIZES["num_attention_heads"]
+        return _variant(tiny, {})
+
+
 def _variant(tiny: TinyModels, changes: dict[str, Any]) -> Variant:
     """Trace one variant of the tiny model. Raises Unmatched, PortingError."""
     model = tiny.build(**changes)
@@ -121,9 +133,19 @@ def _variant(tiny: TinyModels, changes: dict[str, Any]) -> Variant:
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as e:
         raise PortingError(f"the tiny {tiny.model_type} with {changes or 'small sizes'} does not run: {e}") from e
     facts = flatten(model_facts(trace))
+    facts["ignored"] = _ignored(trace, facts["prefix"])
     config = dict(trace.config)
     config |= {usual: config[own] for usual, own in aliases(tiny).items() if config.get(own) is not None}
     return Variant(config, changes, facts)
+
+
+def _ignored(trace: Trace, prefix: str) -> tuple[str, ...]:
+    """Family.ignored: beginnings of the names of modules that a run of text does not call."""
+    head = trace.head
+    inside = [re.search(r"\.\d+\.(\w+)\.", f"{m}.") for m in trace.uncalled() if m != head and m.startswith(prefix)]
+    own = {m[1] for m in inside if m}
+    used = {part for c in trace.calls for part in c.name.split(".")}
+    return tuple(f"*.{name}." for name in sorted(own - used))
 
 
 def aliases(tiny: TinyModels) -> dict[str, str]:
@@ -138,7 +160,7 @@ def _variants(tiny: TinyModels, first: Variant, progress: Progress) -> tuple[lis
     trials += [{"tie_word_embeddings": not first.facts["tied"]}] if "tie_word_embeddings" in tiny.usual else []
     if "layer_types" in tiny.usual and tiny.usual.get("sliding_window") and tiny.usual.get("layer_types"):
         trials.append({"layer_types": (["sliding_attention", "full_attention", "full_attention"] * LAYERS)[:LAYERS]})
-    if "head_dim" in tiny.usual:
+    if "head_dim" in tiny.usual and "head_dim" not in tiny.without:
         trials.append({"head_dim": None})
     if "n_group" in tiny.usual:
         trials.append({"n_group": 2, "topk_group": 1})

@@ -104,6 +104,7 @@ def candidates(wanted: Sequence[Any], variants: Sequence[Variant]) -> Iterator[s
             yield f'int(c.get("{key}", 0))'
         for key in numbers:
             yield f'4 * c.whole("{key}")'
+            yield f'c.whole("{key}") // 2'
             for other in ("num_shared_experts", "n_shared_experts", "moe_num_shared_experts"):
                 if other in config:
                     yield f'c.whole("{key}") * int(c.get("{other}", 0))'

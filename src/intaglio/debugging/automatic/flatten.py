@@ -75,6 +75,8 @@ def flatten(f: Facts) -> Facts:
     if mlp.get("inner_norm"):
         norms["mlp.inner_norm"] = mlp["inner_norm"]
     out["norms"] = norms
+    if f["embed_norm"]:
+        out |= {"embed_norm": f["embed_norm"].removeprefix(prefix), "embed_norm_first": f["embed_norm_first"]}
     if f["positions"]:
         out["positions"] = f["positions"]["rows"] - f["positions"]["first"]
     if mlp:

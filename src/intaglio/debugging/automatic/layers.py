@@ -19,8 +19,8 @@ def model_facts(t: Trace) -> Facts:
     name = _layer_list(t)
     calls = [_called(t, f"{name}.{i}") for i in range(t.lists[name])]
     f: Facts = {"list": name, "embedding": t.embedding, "layers": [], "hidden": calls[0].x.shape[-1], "head": t.head}
-    kinds: list[Norm] = []
-    f |= _embedding(t, calls[0].x)
+    start, kinds = _embedding(t, calls[0].x, name)
+    f |= start
     for i, call in enumerate(calls):
         if i and not same(call.x, calls[i - 1].y):
             raise Unmatched(call.name, "an input that is not the result of the layer before", "the residual")
@@ -52,23 +52,36 @@ def _called(t: Trace, name: str) -> Call:
     return found[0]
 
 
-def _embedding(t: Trace, x: np.ndarray) -> Facts:
-    """Scale of the token embedding, and learned positions: what the first layer's input is made of."""
+def _embedding(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
+    """(facts, norms) of the embeddings: what the first layer's input is made of."""
     table = t.weight(t.embedding)
     assert table is not None
     rows = table[np.asarray(t.tokens)]
-    f: Facts = {"vocabulary": len(table), "embed_scale": 1.0, "positions": None}
+    f: Facts = {"vocabulary": len(table), "embed_norm": "", "embed_norm_first": False}
     if rows.shape[1] != x.shape[-1]:
         raise Unmatched(t.embedding, "an embedding narrower than the residual", "embed_width")
+    if (found := _summed(t, x, rows)) is not None:
+        return f | found, []
+    for n in norms(t, "", layers):
+        if n.x.shape == x.shape and same(n.y, x) and (found := _summed(t, n.x, rows)) is not None:
+            return f | found | {"embed_norm": n.name}, [n]
+        if n.x.shape == x.shape and (found := _summed(t, x, n.y)) and found["embed_scale"] == 1 and same(n.x, rows):
+            return f | found | {"embed_norm": n.name, "embed_norm_first": bool(found["positions"])}, [n]
+    what = "something else than a scale, learned positions and a norm done to the embeddings"
+    raise Unmatched(t.embedding, what, "embed, positions and embed_norm")
+
+
+def _summed(t: Trace, x: np.ndarray, rows: np.ndarray) -> Facts | None:
+    """Facts of x as the scaled rows of the embedding plus learned positions; None if it is something else."""
     if (found := factors(x, rows)) is not None:
-        return f | {"embed_scale": found[0]}
+        return {"embed_scale": found[0], "positions": None}
     for name, p in t.parameters.items():
         if p.ndim == 2 and p.shape[1] == x.shape[-1] and name != f"{t.embedding}.weight":
             for first in range(0, min(3, len(p) - len(x) + 1)):
                 if (found := factors(x, rows, p[first : first + len(x)])) is not None and found[1] == 1:
                     at = {"name": name.removesuffix(".weight"), "first": first, "rows": len(p)}
-                    return f | {"embed_scale": found[0], "positions": at}
-    raise Unmatched(t.embedding, "something else than a scale and learned positions done to the embeddings", "embed")
+                    return {"embed_scale": found[0], "positions": at}
+    return None
 
 
 def _layer(t: Trace, call: Call) -> tuple[Facts, list[Norm]]:
@@ -157,15 +170,13 @@ def _residuals(
             n["mlp.norm"] = before
         return _added(call, call.x, (branch, end), parallel=True)
     found = factors(source, call.x, branch)
-    if found is not None:
+    if found is not None and (before is None or factors(call.y, source, end) is not None):
         if before is not None:
             n["mlp.norm"] = before
         f = _added(call, source, (end,), parallel=False)
         if found[0] != 1 or abs(found[1] - f["residual_scale"]) > 1e-5:
             raise Unmatched(call.name, f"a residual added as {found[0]:g} a + {found[1]:g} b", "residual_scale")
         return f
-    if before is not None and (found := factors(before.x, call.x, branch)) == (1.0, 1.0):
-        n["attn.add_norm"] = before
     for add in own:
         if same(add.y, read) and factors(add.x, call.x, branch) == (1.0, 1.0):
             n["attn.add_norm"] = add
@@ -188,7 +199,7 @@ def _added(call: Call, x: np.ndarray, branches: tuple[np.ndarray, ...], parallel
 
 def _head(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
     """(facts, norms) of what follows the last layer."""
-    outside = [n for n in norms(t, "") if not n.name.startswith(f"{layers}.") and n.x.shape == x.shape]
+    outside = [n for n in norms(t, "", layers) if n.x.shape == x.shape]
     final = next((n for n in outside if same(n.x, x)), None)
     y = final.y if final is not None else x
     w, b = t.weight(t.head), t.weight(t.head, "bias")

@@ -188,7 +188,10 @@ def _shared(t: Trace, under: str, call: Call, x: np.ndarray, result: np.ndarray)
     own = [n for n in linears(t, under) if not n.name.startswith(f"{call.name}.")]
     places = {n.name.rpartition(".")[0] for n in own if same(n.x, x) and n.name.rpartition(".")[0] != under}
     for place in places:
-        f, y = dense_facts(t, [n for n in own if n.name.startswith(f"{place}.")], x, place)
+        try:
+            f, y = dense_facts(t, [n for n in own if n.name.startswith(f"{place}.")], x, place)
+        except Unmatched:
+            continue  # a router
         f["place"] = _short(place, under)
         if same(call.y + y.reshape(call.y.shape), result.reshape(call.y.shape), 1e-4):
             return {"shared": f, "shared_gate": ""}

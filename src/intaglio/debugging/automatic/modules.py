@@ -73,18 +73,21 @@ def linears(t: Trace, under: str) -> Iterator[Linear]:
                     break
 
 
-def norms(t: Trace, under: str) -> list[Norm]:
-    """The norms called below a module (at any depth), in order of return.
+def norms(t: Trace, under: str, but: str = "") -> list[Norm]:
+    """The norms called below a module (at any depth) but not below the module `but`, in order of return.
 
     A norm is a module without children, with vectors for parameters or none, whose result is a normed argument.
     """
     calls = t.below(under) if under else t.calls
+    calls = [c for c in calls if not but or not c.name.startswith(f"{but}.")]
     parents = {c.name.rpartition(".")[0] for c in calls}
     found = []
     for call in calls:
         if call.name in parents or call.x.dtype.kind != "f" or call.x.shape != call.y.shape:
             continue
-        if (norm := norm_of(t, call)) is not None:
+        if id(call) not in t.norms:
+            t.norms[id(call)] = norm_of(t, call)
+        if (norm := t.norms[id(call)]) is not None:
             found.append(norm)
     return found
 

@@ -39,6 +39,17 @@ YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
 LARGEST = 5_000_000  # parameters of a tiny model
 
 
+def parameters(make: Any, config: Any) -> int:
+    """The number of parameters of a model that `make` builds; 0 if it cannot be built without memory."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in make(config, attn_implementation="eager").parameters())
+    except TypeError:
+        return 0
+
+
 class TinyModels:
     """Builds tiny models of one architecture.
 
@@ -71,6 +82,7 @@ class TinyModels:
         self.own = dict(getattr(self.kind, "attribute_map", None) or {})  # usual name of a key: the one it has here
         self.given = {k: v for k, v in inner.items() if k in self.usual and k not in (*DERIVED, "dtype", "torch_dtype")}
         self.model_class = getattr(transformers, self.architecture, None)
+        self.without: set[str] = set()  # keys that this architecture does not take at other values
 
     def key(self, name: str) -> str:
         """The name that a key has in this configuration."""
@@ -82,7 +94,7 @@ class TinyModels:
 
     def settings(self, **changes: Any) -> dict[str, Any]:
         """The keys of the tiny configuration."""
-        sizes = {self.key(k): v for k, v in SIZES.items() if self.has(k) and self._sized(k)}
+        sizes = {self.key(k): v for k, v in SIZES.items() if self.has(k) and self._sized(k) and k not in self.without}
         tokens = {k: v for k, v in TOKENS.items() if k in self.usual}
         eps = {k: EPS for k in self.usual if "eps" in k and isinstance(self.usual[k], float)}
         return {**self.given, **sizes, **tokens, **eps, **{self.key(k): v for k, v in changes.items()}}
@@ -90,7 +102,13 @@ class TinyModels:
     def _sized(self, key: str) -> bool:
         """True if the tiny model needs its own value of a size: not for a window that is off, nor groups of experts."""
         value = self.given.get(self.key(key), self.usual.get(self.key(key)))
-        return value is not None or key in ("num_key_value_heads", "n_inner", "head_dim")
+        return value is not None or key in (
+            "num_key_value_heads",
+            "n_inner",
+            "head_dim",
+            "n_routed_experts",
+            "num_experts_per_tok",
+        )
 
     def config(self, **changes: Any) -> Any:
         """A configuration object of the tiny model. Raises PortingError naming the keys if it is refused."""
@@ -109,8 +127,7 @@ class TinyModels:
             transformers.AutoModelForCausalLM.from_config if self.model_class is None else self.model_class._from_config
         )
         try:
-            with torch.device("meta"):
-                count = sum(p.numel() for p in made(config, attn_implementation="eager").parameters())
+            count = parameters(made, config)
             if count > LARGEST:
                 raise ValueError(f"it has {count:,} parameters, of sizes that the tiny model does not set")
             torch.manual_seed(0)

@@ -86,6 +86,7 @@ class Trace:
         inner: name of the inner model (all but the head).
         config: the model's configuration as a table.
         probe: function (module name, x) -> the module's result for other values.
+        norms: the norms recognised, by the identity of their call; kept by modules.py.
     """
 
     tokens: Sequence[int]
@@ -97,7 +98,14 @@ class Trace:
     embedding: str = ""
     head: str = ""
     config: dict[str, Any] = field(default_factory=dict)
-    probe: Callable[[str, np.ndarray], np.ndarray] = lambda name, x: x
+    probe: Callable[[str, np.ndarray], np.ndarray] = field(default_factory=lambda: lambda name, x: x)
+    norms: dict[int, Any] = field(default_factory=dict)
+
+    def uncalled(self) -> list[str]:
+        """Modules with parameters that the run did not call, such as cross-attention; not those inside others."""
+        called = {c.name for c in self.calls}
+        held = {n.rpartition(".")[0] for n in self.parameters}
+        return sorted(m for m in held if m not in called and not any(c.startswith(f"{m}.") for c in called))
 
     def below(self, name: str) -> list[Call]:
         """The calls of a module's descendants."""

@@ -22,14 +22,16 @@ USUAL: dict[str, Any] = {  # fields that are left out when they have this value
     "norm_offset": 0.0, "norm_weight": True, "norm_bias": False, "parallel": False, "qk_norm": "", "qkv_bias": False,
     "o_bias": False, "mlp_bias": False, "gated": True, "fused": (), "head_bias": False, "sinks": False, "block": "mlp",
     "attn_softcap": 0.0, "final_softcap": 0.0, "embed_scale": 1.0, "attn_gate": "", "residual_scale": 1.0,
-    "logit_scale": 1.0, "value_dim": 0, "final_norm": "norm",
+    "logit_scale": 1.0, "value_dim": 0, "embed_norm": "", "embed_norm_first": False, "final_norm": "norm",
 }  # fmt: skip
 STORED = {"NAMED": NAMED, "NUMBERED": NUMBERED, "STACKED": STACKED, "TRANSPOSED": TRANSPOSED}
 SPARSE = (
     "False", "True", 'i >= c.whole("first_k_dense_replace")', 'i >= int(c.get("first_k_dense_replace", 0))',
     'c.get("mlp_layer_types")[i] == "sparse"',
     'i not in c.get("mlp_only_layers", []) and (i + 1) % c.whole("decoder_sparse_step") == 0',
-    'i in c.get("moe_layers", [])', 'i >= int(c.get("num_dense_layers", 0))',
+    'i in c.get("moe_layers", [])',
+    'c.get("moe_layer_start_index", 0) <= i <= c.get("moe_layer_end_index", -1) % c.whole("num_hidden_layers")',
+    'i >= int(c.get("num_dense_layers", 0))',
 )  # fmt: skip
 TURNED = (
     "True", 'kind == "sliding_attention"', 'bool(c.get("no_rope_layers")[i])', 'kind == "full_attention"',
@@ -111,7 +113,8 @@ def write_port(
     sources = [v.facts["sources"] for v in variants]
     merged: dict[str, Any] = {}
     for table_ in sources:
-        if any(k in merged and merged[k] != v for k, v in table_.items()):
+        whole = {k for k in table_ if k.startswith("**")} == {k for k in sources[0] if k.startswith("**")}
+        if not whole or any(k in merged and merged[k] != v for k, v in table_.items()):
             raise Unsolved("the names of the checkpoint's tensors differ", differing("sources", variants))
         merged |= table_
     t.sources = merged
@@ -351,6 +354,7 @@ def _file(t: Text, architecture: str, kind: str, function: str, first: dict[str,
     row += [] if prefix == "model." else [f"prefixes={text((prefix,))}"]
     embed = first["sources"].get("embed_tokens")
     row += [f"tops={text((embed,))}"] if embed else []
+    row += [f"ignored={text(first['ignored'])}"] if first["ignored"] else []
     row += [f"aliases={text(about['aliases'])}"] if about["aliases"] else []
     inner = "".join(f"\n        {x}," for x in row)
     describe = (
