@@ -217,7 +217,10 @@ def decay(
 def convolved(
     w: Writer, at: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
 ) -> str:
-    """Write a short convolution and silu. Returns the name of the result's tensor. Arguments as for short_conv()."""
+    """Write a short convolution and silu. Returns the name of the result's tensor.
+
+    Arguments as for short_conv().
+    """
     y = short_conv(w, at + "conv", source, x, width, taps, bias, part)
     return w.b.op(Map, at + "conv_act", y, expr="silu(a)")
 

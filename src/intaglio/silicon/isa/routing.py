@@ -128,7 +128,7 @@ class SparseMix(Instruction, engine="VEC", opcode=0x3E):
 class Weigh(Instruction, engine="VEC", opcode=0x3F):
     """Scale routing weights: dst = x * scale, x f32 [m, k]; with `normalise`, x is first divided by its row's sum.
 
-    To the sum 1e-20 is added. It is computed in float64 and rounded once to FP32.
+    1e-20 is added to the sum, which is computed in float64 and rounded once to FP32.
     """
 
     dst: Region
