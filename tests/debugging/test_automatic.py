@@ -29,7 +29,6 @@ def no_ports(monkeypatch):
     ("kind", "says"),
     [
         ("arcee", ['activation=c.activation("hidden_act")', "gated=False", 'qkv_bias=c.flag("attention_bias")']),
-        ("nanochat", ['embed_norm="norm"', "norm_weight=False"]),
         ("olmo2", ["attn.post_norm", "mlp.post_norm", 'qk_norm="flat"']),
     ],
 )
