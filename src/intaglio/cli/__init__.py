@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from intaglio import __version__
-from intaglio.cli import bench, bench_serve, debugging, demo, generate, hosts, program, serve, silicon
+from intaglio.cli import bench, bench_serve, debugging, demo, generate, hosts, program, serve, silicon, simulate_serving
 from intaglio.cli.group import Bench, Group
 from intaglio.plugins import load_plugins
 
@@ -45,6 +45,7 @@ for command in (
     serve.serve,
     hosts.agent,
     silicon.simulate,
+    simulate_serving.simulate_serving,
     silicon.chips,
     silicon.libraries,
     silicon.isa,

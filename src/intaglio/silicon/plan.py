@@ -46,12 +46,15 @@ def exposed_seconds(seconds: Sequence[tuple[float, float]], is_collective: Seque
     while b < n:
         second = a == n
         if b < a < n:
-            first_start = max(a_ready, links_free if is_collective[a] else compute_free)
-            second_start = max(b_ready, links_free if is_collective[b] else compute_free)
+            free = links_free if is_collective[a] else compute_free
+            first_start = a_ready if a_ready > free else free
+            free = links_free if is_collective[b] else compute_free
+            second_start = b_ready if b_ready > free else free
             second = second_start < first_start or (second_start == first_start and second_left[b] < first_left[a])
         i, ready, last = (b, b_ready, b_last) if second else (a, a_ready, a_last)
         collective = is_collective[i]
-        start = max(ready, links_free if collective else compute_free)
+        free = links_free if collective else compute_free
+        start = ready if ready > free else free
         end = start + seconds[i][second]
         if collective:
             last = i
