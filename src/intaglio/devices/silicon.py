@@ -41,9 +41,10 @@ VALUES = ("host", "reference", "oracle", CHIP, NONE)
 
 
 class ChipExecutable(BlockingExecutable):
-    """Computes values by executing chip instructions, with the chip kernel of every op. Slow; for checking kernels.
+    """An executable that computes values by executing chip instructions, with the chip kernel of every op.
 
-    Raises DeviceError naming an op that no chip kernel supports, before any weight is read.
+    It is slow, and is for checking kernels. Raises DeviceError naming an op that no chip kernel supports, before
+    any weight is read.
     """
 
     def __init__(self, program: Program, weights: Weights, state: StateSpec, target: Target) -> None:
@@ -60,7 +61,7 @@ class ChipExecutable(BlockingExecutable):
         self.loaded_bytes = self.memory.heap.top  # end of weights, constants and caches
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step. `timed` is ignored: SiliconExecutable models the time."""
+        """Run one step and return its StepResult. `timed` is ignored: SiliconExecutable models the time."""
         batch, taps = request.batch, request.taps
         check_batch(self.program, self.state, batch)
         memory, t = self.memory, self.program.tensors
@@ -165,7 +166,7 @@ class SiliconExecutable(Executable):
 
 
 class SiliconDevice(Device):
-    """A simulated chip: models the time of steps on a Target.
+    """A simulated chip as a device: models the time of steps on a Target.
 
     Args:
         chip: name of a preset, which comes with its own kernel library, or a Target.
