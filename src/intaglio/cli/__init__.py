@@ -45,13 +45,13 @@ for command in (
     serve.serve,
     hosts.agent,
     silicon.simulate,
-    simulate_serving.simulate_serving,
     silicon.chips,
     silicon.libraries,
     silicon.isa,
     silicon.validate,
 ):
     app.command()(command)
+app.command("simulate-serving")(simulate_serving.simulate_serving)
 app.command(context_settings={"allow_interspersed_args": False, "allow_extra_args": True})(hosts.launch)
 benches.command("model")(bench.bench)
 benches.command("serve")(bench_serve.bench_serve)
