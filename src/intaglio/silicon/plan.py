@@ -24,13 +24,13 @@ from intaglio.silicon.timing import Timing
 
 
 def exposed_seconds(seconds: Sequence[tuple[float, float]], is_collective: Sequence[bool]) -> dict[int, float]:
-    """Exposed time of each collective with dual-batch overlap: seconds in which no compute hides it.
+    """A dict from each collective's index to its exposed time with dual-batch overlap.
 
-    Two halves of the batch alternate: one computes while the other communicates. `seconds` (of the first and of the
-    second half) and `is_collective` have an item for each op. Each half runs its ops in order, and the second half is
-    never ahead of the first. If both could compute, the one closer to its next collective does, which keeps the links
-    busy. Returns seconds by index of the collective: time in which neither half computes counts for the collective that
-    is waited for.
+    Exposed time is the seconds in which no compute hides the collective. Two halves of the batch alternate: one
+    computes while the other communicates. `seconds` (of the first and of the second half) and `is_collective` have
+    an item for each op. Each half runs its ops in order, and the second half is never ahead of the first. If both
+    could compute, the one closer to its next collective does, which keeps the links busy. Time in which neither
+    half computes counts for the collective that is waited for.
     """
     n = len(seconds)
     first_left, second_left = [0.0] * (n + 1), [0.0] * (n + 1)  # seconds of compute from an op to the next collective
@@ -109,9 +109,10 @@ class Plan:
 
     @classmethod
     def of(cls, stages: Sequence[Program], target: Target) -> tuple[Plan, ...]:
-        """One Plan for each pipeline stage, from the Program of one rank of each stage.
+        """A tuple with one Plan for each pipeline stage, from the Program of one rank of each stage.
 
-        Raises ChipError if a rank's weights exceed a chip's HBM, or if the chip lists an unknown extra instruction.
+        Raises ChipError if a rank's weights exceed a chip's HBM, or if the chip lists an unknown extra
+        instruction.
         """
         check_extra_instructions(target.chip)
         plans, chip = tuple(cls(p, target) for p in stages), target.chip
