@@ -19,7 +19,7 @@ class KvError(RuntimeError):
 
 @dataclass(frozen=True)
 class CachedBlock:
-    """A block in the prefix cache: its name, its parent's name (see BlockNames), and its own token ids."""
+    """Entry of a block in the prefix cache: its name, its parent's name (see BlockNames), and its own token ids."""
 
     name: str
     parent: str
@@ -136,11 +136,11 @@ class BlockPool:
         return name
 
     def name(self, block: int) -> str:
-        """Name of a block that find_prefix() returned."""
+        """The name (see BlockNames) of a block that find_prefix() returned."""
         return self.cached[block].name
 
     def snapshot(self) -> BlockSnapshot:
-        """The blocks in the prefix cache now."""
+        """The BlockSnapshot of the blocks that are in the prefix cache now."""
         return self.events.snapshot(self.names.scope, self.block_size, self.index)
 
     def reset_prefix_cache(self) -> None:
