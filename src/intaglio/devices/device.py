@@ -244,11 +244,13 @@ class DeviceFacts:
         isa: name of the CPU instruction set.
         threads: number of CPU threads.
         memory: bytes.
+        build: hash of the compiled code that computes results.
     """
 
     isa: str | None = None
     threads: int | None = None
     memory: int | None = None
+    build: str | None = None
 
 
 class Device(ABC):
