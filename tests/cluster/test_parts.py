@@ -68,13 +68,11 @@ def test_turns_of_a_conversation_share_their_beginning_and_salts_do_not() -> Non
     assert not set(job({"messages": turns, "model": "other"}).keys) & set(second.keys)
 
 
-@given(
-    st.recursive(
-        st.none() | st.integers() | st.text() | st.booleans(),
-        lambda v: st.lists(v) | st.dictionaries(st.sampled_from(["role", "content", "a"]), v),
-    ),
-    st.sampled_from(["prompt", "messages", "n", "max_tokens", "timeout"]),
-)
+plain = st.none() | st.integers() | st.text() | st.booleans()
+values = st.recursive(plain, lambda v: st.lists(v) | st.dictionaries(st.sampled_from(["role", "content", "a"]), v))
+
+
+@given(values, st.sampled_from(["prompt", "messages", "n", "max_tokens", "timeout"]))
 def test_any_body_gives_a_job(value: Any, name: str) -> None:
     one = job({"prompt": "a", name: value} if name != "messages" else {name: value})
     assert one.prompt_tokens >= 1 and one.output_tokens >= 1 and one.choices >= 1

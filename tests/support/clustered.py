@@ -127,7 +127,13 @@ def send(url: str, path: str, body: dict[str, Any]) -> list[Any]:
     assert events[-1] == "[DONE]", text
     chunks = [json.loads(event) for event in events[:-1]]
     assert len({c["id"] for c in chunks}) == len({c["created"] for c in chunks}) == 1, text
-    return [plain(c) for c in chunks]
+    return by_choice([plain(c) for c in chunks])
+
+
+def by_choice(chunks: list[Any]) -> list[Any]:
+    """The chunks' choices by number, since choices may take turns in any way, and the last usage."""
+    choices = sorted((c for chunk in chunks for c in chunk["choices"]), key=lambda c: c["index"])
+    return [chunks[0]["model"], chunks[0].get("prompt_token_ids"), choices, chunks[-1].get("usage")]
 
 
 def plain(value: Any) -> Any:

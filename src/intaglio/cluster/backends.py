@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -67,12 +66,11 @@ class Backends:
 
     async def attach(self, name: str, link: Link) -> None:
         """Take up a replica's link and wait for its first load report. Raises LinkLost."""
-        life = uuid.uuid4().hex
         self.links[name] = link
         self.finished.setdefault(name, deque(maxlen=1024))
         link.on_lost = lambda: self._lost(name, link)
-        await self._poll_once(name, link, life)
-        self._polls[name] = asyncio.ensure_future(self._poll(name, link, life))
+        await self._poll_once(name, link)
+        self._polls[name] = asyncio.ensure_future(self._poll(name, link))
         self.pump()
 
     def drain(self, name: str) -> int:
@@ -109,11 +107,11 @@ class Backends:
         self.on_lost(name)
         self.pump()
 
-    async def _poll(self, name: str, link: Link, life: str) -> None:
+    async def _poll(self, name: str, link: Link) -> None:
         try:
             while True:
                 await asyncio.sleep(POLL)
-                await self._poll_once(name, link, life)
+                await self._poll_once(name, link)
                 self.pump()
         except TimeoutError:
             log.error("replica %s has not answered for %.0f s and counts as lost", name, self.silence)
@@ -121,7 +119,7 @@ class Backends:
         except LinkLost:
             pass
 
-    async def _poll_once(self, name: str, link: Link, life: str) -> None:
+    async def _poll_once(self, name: str, link: Link) -> None:
         index = self.router.replicas[name].index
         after = -1 if index.stale else index.sequence
         asked = {"do": "load", "incarnation": index.incarnation, "after": after}
@@ -130,7 +128,7 @@ class Backends:
             log.error("replica %s cannot serve any more: %s", name, load["failed"])
             raise TimeoutError
         if name in self.router.replicas:
-            self.router.ready(name, load.get("incarnation") or life)
+            self.router.ready(name, load["incarnation"])
             self.router.report(name, read_report(load))
             apply_blocks(index, load)
 

@@ -198,6 +198,12 @@ async def load_report(model: ServedModel, incarnation: str, after: int) -> dict[
     }  # fmt: skip
 
     def inspect(engine: Engine) -> dict[str, Any]:
-        return {"per_step": engine.latency.seconds_per_step, "per_token": engine.latency.seconds_per_token}
+        pace = {"per_step": engine.latency.seconds_per_step, "per_token": engine.latency.seconds_per_token}
+        own = engine.pool.events.incarnation
+        events = engine.block_events(after) if incarnation == own else None
+        if events is not None:
+            return {**pace, "incarnation": own, "events": [(e.sequence, e.kind, e.name) for e in events]}
+        snapshot = engine.block_snapshot()
+        return {**pace, "incarnation": own, "sequence": snapshot.sequence, "snapshot": snapshot.names}
 
     return {**report, **await Inspect.ask(model.driver, inspect)}

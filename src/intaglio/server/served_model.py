@@ -40,7 +40,8 @@ class ServedModel:
 
     def block_names(self, prompt: Sequence[int], salt: str | None) -> dict[str, Any]:
         """`block_size` of the K/V cache, and `names` of the whole blocks of a prompt with this cache salt."""
-        return {"block_size": self.llm.state.page_tokens, "names": []}
+        names = self.driver.engine.block_names
+        return {"block_size": names.block_size, "names": names.of(prompt, salt)}
 
     def hanging(self, seconds: float) -> str | None:
         """An error message if the engine's current step has taken at least `seconds`; None otherwise."""
