@@ -85,7 +85,7 @@ class RelayedAnswer(Answer):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = self.prompts[0].request
-        head = {"made_by": self.model.identity, "tokens": sum(len(p.request.prompt) for p in self.prompts)}
+        head = {"made_by": self.model.identity, "tokens": len(request.prompt)}
         await send({"type": HEAD, "head": {**head, **self.model.block_names(request.prompt, request.salt)}})
         await super().__call__(scope, receive, send)
 

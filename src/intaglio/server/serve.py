@@ -100,6 +100,7 @@ class QuietServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """Install nothing."""
         yield
 
 
