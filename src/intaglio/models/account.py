@@ -42,7 +42,7 @@ OTHER_FILES = (  # patterns of names, and why a file is not read
 
 @dataclass(frozen=True)
 class TensorFate:
-    """What became of one tensor of a file: the Program's weights made from it, or the reason why it is ignored."""
+    """The use made of one tensor of a file: the Program's weights made from it, or the reason why it is ignored."""
 
     name: str
     file: str
@@ -150,6 +150,9 @@ def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
         how = (name, e.file.name, e.dtype, e.shape, e.stop - e.start)
         if name in used:
             yield TensorFate(*how, "used", tuple(dict.fromkeys(used[name])), formats[name])
+            continue
+        if ported.scales.get(name) and name not in ported.unused:
+            yield TensorFate(*how, "used", ported.scales[name], "f32")
             continue
         why = ported.unused.get(name) or ported.unused.get(whole.get(name, ""))
         if not why and name.endswith("weight_shape"):
