@@ -27,9 +27,10 @@ from intaglio.devices.processes.connections import (
     meet,
     stop_accepting,
 )
+from intaglio.devices.processes.forkserver import ForkServer
 from intaglio.devices.processes.group import LOAD_TIMEOUT, Place, Processes, RankStart
 from intaglio.devices.processes.job import Job
-from intaglio.devices.processes.kept import KeptState
+from intaglio.devices.processes.kept import KeptImages, KeptState
 from intaglio.devices.processes.link import Link, LinkLost
 from intaglio.devices.processes.messages import Reader, pack, text
 from intaglio.devices.ranks import share_cores
@@ -45,12 +46,17 @@ WAIT = 3600.0  # seconds; then it waits again
 class PackedJob(Job):
     """A job as the message that came from the coordinator."""
 
-    def __init__(self, message: np.ndarray) -> None:
+    def __init__(self, message: np.ndarray, modules: list[str]) -> None:
         object.__setattr__(self, "message", message)
+        object.__setattr__(self, "needed", modules)
 
     def parts(self) -> list[np.ndarray]:
         """The message itself."""
         return [vars(self)["message"]]
+
+    def modules(self) -> list[str]:
+        """Those that came with the message."""
+        return list(vars(self)["needed"])
 
 
 class Port:
@@ -115,16 +121,23 @@ class Port:
 
 
 class HostGroup:
-    """The ranks of this host in one epoch of a group. Sends the coordinator what they answer."""
+    """The ranks of this host in one epoch of a group. Sends the coordinator what they answer.
 
-    def __init__(self, link: Link, port: Port, message: bytes) -> None:
-        self.link, self.port = link, port
+    images: packed weights of an earlier group.
+    """
+
+    def __init__(
+        self, link: Link, port: Port, server: ForkServer, message: bytes, images: KeptImages | None = None
+    ) -> None:
+        self.link, self.port, self.server = link, port, server
         self.processes: Processes | None = None
         self.stopped = threading.Event()
         r = Reader(memoryview(message))
         facts: Any = r.text(int(r.array(np.int64, 1)[0]))
         self.facts = facts
-        self.jobs = [PackedJob(r.array(np.uint8, size)) for size in self.facts["sizes"]]
+        self.jobs = [PackedJob(r.array(np.uint8, size), facts["modules"]) for size in facts["sizes"]]
+        alike = images and len(images.files) == len(self.jobs)
+        self.images = images if images and alike else KeptImages(len(self.jobs))
         port.begin(self.facts["epoch"])
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -166,8 +179,9 @@ class HostGroup:
         starts = [RankStart(job, own) for job, own in zip(self.jobs, cores, strict=True)]
         try:
             processes = Processes(
-                starts, True, f["step_timeout"], f["silence"], "process", KeptState(len(starts)), f["slots"], place
-            )
+                starts, True, f["step_timeout"], f["silence"], "process", KeptState(len(starts)), self.images,
+                f["slots"], place, self.server,
+            )  # fmt: skip
         finally:
             for own in sockets.values():
                 for s in own.values():
@@ -235,7 +249,7 @@ class Agent:
     ) -> None:
         self.rendezvous, self.given, self.silence = rendezvous, token, silence
         self.name = name or socket.gethostname()
-        self.stopping = threading.Event()
+        self.stopping, self.server = threading.Event(), ForkServer()
         self.link: Link | None = None
 
     def serve(self, once: bool = False) -> None:
@@ -274,6 +288,7 @@ class Agent:
         port = Port(host, check_binding(host, self.given))
         link = self.link = Link(s, key, True, self.silence)
         group: HostGroup | None = None
+        images: KeptImages | None = None
         try:
             cores = len(os.sched_getaffinity(0))
             link.send(frames.HELLO, text({"name": self.name, "cores": cores, "address": port.address}).tobytes())
@@ -284,7 +299,9 @@ class Agent:
                 elif kind in (frames.START, frames.STOP):
                     if group:
                         group.stop()
-                    group = HostGroup(link, port, message) if kind == frames.START else None
+                        images = group.images
+                    start = kind == frames.START
+                    group = HostGroup(link, port, self.server, message, images) if start else None
         except LinkLost:
             pass
         finally:

@@ -155,7 +155,7 @@ class HostsExecutable(PostedExecutable):
                 "epoch": epoch, "of": len(mesh.programs), "ranks": ranks, "addresses": others,
                 "sizes": [len(m) for m in messages], "slots": self.slots, "threads": max(1, agent.cores // each),
                 "step_timeout": step_timeout,
-                "silence": silence,
+                "silence": silence, "modules": sorted({m for job in own for m in job.modules()}),
             })  # fmt: skip
             parts = [np.array([len(facts)], np.int64), facts, *(np.frombuffer(m, np.uint8) for m in messages)]
             self.send(agent, frames.START, pack(parts))
