@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import secrets
 import warnings
 from collections import abc, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from intaglio import __version__
 from intaglio.compiler import Layout
 from intaglio.devices import (
     Device,
@@ -35,6 +37,7 @@ from intaglio.models import Transcript
 from intaglio.program import MeshProgram
 from intaglio.progress import Progress, silent
 from intaglio.runtime import (
+    BlockScope,
     Engine,
     RecordedEngine,
     Refused,
@@ -181,6 +184,10 @@ class LLM:
             self.load(progress), clock=self.clock, rng=random.Random(), max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, max_waiting=max_waiting, max_drafts=max_drafts,
             numerics=" ".join(filter(None, (device, inner.facts().isa, layout))),
+            scope=BlockScope(
+                weights=self.model.checkpoint.identity(), version=f"{__version__} {inner.facts().build or ''}".strip()
+            ),
+            incarnation=secrets.token_hex(8),
             restart=self.reload if isinstance(self.device, WorkerDevice | RanksDevice | HostsDevice) else None,
         )  # fmt: skip
         self.admission = self.engine.admission

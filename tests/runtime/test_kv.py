@@ -34,7 +34,7 @@ def test_prefix_hits_have_equal_tokens_from_the_start(total: int, rng: random.Ra
             pool.release(known)
             continue
         blocks = known + pool.allocate(fresh)
-        parent: int | str | None = pool.node(known[-1]) if known else salt
+        parent = pool.name(known[-1]) if known else pool.names.root(salt)
         for at in range(len(known), len(blocks)):
             holds[blocks[at]] = (salt, tokens[: (at + 1) * SIZE])
             parent = pool.add_to_prefix_cache(blocks[at], parent, tokens[at * SIZE : (at + 1) * SIZE])
@@ -50,7 +50,7 @@ def test_eviction_is_lru_and_takes_children_before_parents() -> None:
     pool = BlockPool(4, SIZE)
 
     def keep(tokens: list[int]) -> list[int]:
-        blocks, parent = pool.allocate(len(tokens) // SIZE), None
+        blocks, parent = pool.allocate(len(tokens) // SIZE), pool.names.root()
         for at, block in enumerate(blocks):
             parent = pool.add_to_prefix_cache(block, parent, tokens[at * SIZE : (at + 1) * SIZE])
         return blocks
@@ -71,9 +71,10 @@ def test_eviction_is_lru_and_takes_children_before_parents() -> None:
 def test_duplicate_block_keeps_the_first_and_both_can_be_extended() -> None:
     pool = BlockPool(4, SIZE)
     a, b, c = pool.allocate(3)
-    node = pool.add_to_prefix_cache(a, None, [1, 2, 3])
-    assert pool.add_to_prefix_cache(b, None, [1, 2, 3]) == node and pool.find_prefix([1, 2, 3], None) == [a]
-    pool.add_to_prefix_cache(c, node, [4, 5, 6])
+    root = pool.names.root()
+    name = pool.add_to_prefix_cache(a, root, [1, 2, 3])
+    assert pool.add_to_prefix_cache(b, root, [1, 2, 3]) == name and pool.find_prefix([1, 2, 3], None) == [a]
+    pool.add_to_prefix_cache(c, name, [4, 5, 6])
     assert pool.find_prefix([1, 2, 3, 4, 5, 6, 7], None) == [a, c] and pool.find_prefix([4, 5, 6], None) == []
     pool.release([b])
     assert b in pool.free
@@ -81,7 +82,7 @@ def test_duplicate_block_keeps_the_first_and_both_can_be_extended() -> None:
     pool.reset_prefix_cache()
     assert pool.available == len(pool.free) == 4 and pool.find_prefix([1, 2, 3], None) == []
     with pytest.raises(KvError, match="not held"):
-        pool.add_to_prefix_cache(a, None, [1, 2, 3])
+        pool.add_to_prefix_cache(a, root, [1, 2, 3])
 
 
 def test_blocks_of_another_salt_are_not_found() -> None:

@@ -79,7 +79,7 @@ def test_blocks_are_not_shared() -> None:
     for i in range(2):
         add(engine, request(f"r{i}", range(20), max_tokens=2, n=2))
         run_checked(engine)
-    assert engine.counts.cached_tokens == 0 and not engine.pool.nodes
+    assert engine.counts.cached_tokens == 0 and not engine.pool.cached
 
 
 def test_drafts_are_refused() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from intaglio.runtime import (
     Admission,
+    BlockNames,
     Engine,
     EngineLoad,
     Event,
@@ -60,11 +61,13 @@ def allocate_held_block(engine: Engine) -> None:
 
 
 def share_blocks_across_salts(engine: Engine) -> None:
-    find, add = engine.pool.find_prefix, engine.pool.add_to_prefix_cache
-    engine.pool.find_prefix = lambda tokens, salt: find(tokens, None)  # type: ignore[method-assign]
-    engine.pool.add_to_prefix_cache = lambda block, parent, tokens: add(  # type: ignore[method-assign]
-        block, None if isinstance(parent, str) else parent, tokens
-    )
+    """Salts are left out of the names of blocks."""
+
+    class Unsalted(BlockNames):
+        def root(self, salt: str | None = None) -> str:
+            return super().root()
+
+    engine.pool.names = Unsalted(**vars(engine.pool.names))
 
 
 def match_blocks_by_hash_only(engine: Engine) -> None:
@@ -95,7 +98,7 @@ def match_blocks_without_prefix(engine: Engine) -> None:
         return blocks
 
     pool.find_prefix = broken  # type: ignore[method-assign]
-    pool.add_to_prefix_cache = lambda block, parent, tokens: add(block, None, tokens)  # type: ignore[method-assign]
+    pool.add_to_prefix_cache = lambda block, parent, tokens: add(block, pool.names.root(), tokens)  # type: ignore[method-assign]
 
 
 def cache_partial_block(engine: Engine) -> None:

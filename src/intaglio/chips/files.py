@@ -21,10 +21,10 @@ SHEET_TOLERANCE = 0.01  # relative, between a data sheet's rounded FLOP/s and 2 
 
 
 def read_chip(path: Path) -> tuple[ChipSpec, str]:
-    """(chip, name of its default kernel library) of a chip file.
+    """Read a chip file. Returns (chip, name of the kernel library that is its default).
 
-    Raises ChipError, naming the file and the key, for an unknown key, a value of the wrong type, an invalid chip, or a
-    peak rate that differs by more than 1 % from the file's `[sheet_flops]`.
+    Raises ChipError, naming the file and the key, for an unknown key, a value of the wrong type, an invalid chip,
+    or a peak rate that differs by more than 1 % from the file's `[sheet_flops]`.
     """
     table = merged(path, "chips")
     sheet, library = table.pop("sheet_flops", {}), table.pop("library", None)
@@ -55,7 +55,7 @@ def read_library(path: Path) -> KernelLibrary:
 
 
 def reasons_of(path: Path, kind: type[Any], table: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """(field, reason) for each entry in the table `[reasons]` of a file. Raises ChipError for an unknown field."""
+    """The table `[reasons]` of a file as pairs (field, reason). Raises ChipError for a field that `kind` lacks."""
     fields = [f.name for f in dataclasses.fields(kind)]
     for name in table["reasons"]:
         if name not in fields:
@@ -82,7 +82,7 @@ def tiles_of(path: Path, entry: Any) -> list[tuple[int, int]]:
 
 
 def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file's contents as a table, with missing values, and the reasons for them, taken from its base.
+    """The table of a chip or library file, with missing values, and the reasons for them, taken from the file's base.
 
     folder: of the shipped files, where a base is looked up too. above: files that name this one as their base, to
     detect a cycle. Raises ChipError for a file that cannot be read, is not TOML, or has an invalid base.
@@ -135,7 +135,10 @@ def built(path: Path, kind: type[Any], table: Mapping[str, Any], inside: str = "
 
 
 def typed(what: str, value: Any, kind: Any) -> Any:
-    """A TOML value as type `kind`: lists become tuples, integers floats. Raises ChipError if the type does not fit."""
+    """A TOML value converted to type `kind`: lists become tuples, integers floats.
+
+    what: name of the value for the error. Raises ChipError if the type does not fit.
+    """
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
         inner = get_args(kind)
         if inner[-1] is Ellipsis:
@@ -150,7 +153,7 @@ def typed(what: str, value: Any, kind: Any) -> Any:
 
 
 def wanted(kind: Any) -> str:
-    """Description of a field's type, for error messages."""
+    """Description of a field's type as text, for error messages."""
     inner = get_args(kind)
     if get_origin(kind) is tuple and inner[-1] is Ellipsis:
         return f"a list, each of it {wanted(inner[0])}"

@@ -99,7 +99,7 @@ class KernelLibrary:
 
 
 def check(library: KernelLibrary) -> None:
-    """Raise ChipError, naming the field, if a value is outside its range."""
+    """Raise ChipError, naming the field, if a value of a library is outside its range; return nothing otherwise."""
 
     def refuse(bad: bool, why: str) -> None:
         if bad:

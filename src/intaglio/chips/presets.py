@@ -29,7 +29,7 @@ def chip(name: str) -> ChipSpec:
 
 
 def chip_with_library(name: str) -> tuple[ChipSpec, str]:
-    """(the chip that chip(name) returns, name of its default kernel library). Raises ChipError."""
+    """(chip, name of its default kernel library), from a chip's name or file. Raises ChipError as chip() does."""
     if name.endswith(".toml"):
         return read_chip(Path(name))
     load_plugins()

@@ -133,7 +133,7 @@ class ChipSpec:
 
 
 def check(spec: ChipSpec) -> None:
-    """Raise ChipError, naming field and value, if values are outside their range or contradict each other."""
+    """Raise ChipError, naming field and value, if a chip's values are out of range or contradict each other."""
 
     def refuse(bad: bool, why: str) -> None:
         if bad:

@@ -49,7 +49,7 @@ class Target:
         return getattr(getattr(self.chip, inside) if inside else self.chip, field)
 
     def parse(self, name: str, text: str) -> Any:
-        """Parse the text of a field's value for `changed()`.
+        """The value that `text` stands for, in the type of the field `name`, ready for changed().
 
         The text is a number such as 8e12, true or false, a word, numbers with commas, or a TOML list. Raises
         ChipError, with the present value as the example, for text of another type.
@@ -95,7 +95,7 @@ KINDS = {"chip": {**get_type_hints(ChipSpec), **INSIDE}, "library": get_type_hin
 
 
 def example(value: Any) -> str:
-    """A field's value written as parse() accepts it."""
+    """A field's value as text that Target.parse() accepts."""
     match value:
         case bool():
             return str(value).lower()

@@ -1,6 +1,7 @@
-"""Compares the closed form of `linear` with the simulator, which executes the kernel's instructions without values.
+"""Compares two models of the time of a matrix product: the closed form of `linear`, and the simulator.
 
-`intaglio simulate` times ops by closed forms. This measures how far each is from the streams that compute the values.
+The simulator executes the chip kernel's instructions without values. `intaglio simulate` times ops by closed forms;
+this module measures how far each is from the streams of instructions that compute the values.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class Agreement:
 
 
 def compare(on: Target, p: Product) -> Agreement:
-    """Time one product both ways. Not counted: rounding x, a launch of its own that the closed form does not model."""
+    """Time one product by both models. Returns an Agreement with the seconds of each.
+
+    Rounding x is not counted: it is a launch of its own that the closed form does not model.
+    """
     memory = ChipMemory(on, values=False)
     memory.allocate("x", p.m, p.k, "f32")
     memory.allocate("y", p.m, p.n, "f32")
@@ -66,7 +70,10 @@ def compare(on: Target, p: Product) -> Agreement:
 
 
 def random_products(rng: np.random.Generator, on: Target, count: int) -> list[Product]:
-    """Products of 1 to 2,048 rows, 128 to 8,192 columns and K of 256 to 8,192, in bf16 or, if the chip has it, FP8."""
+    """A list of `count` random Products of 1 to 2,048 rows, 128 to 8,192 columns and K of 256 to 8,192.
+
+    Their formats are bf16 or, if the chip has it, FP8.
+    """
     kinds = [("bf16", "bf16"), *([("fp8row", "fp8row")] if "e4m3" in dict(on.chip.macs) else [])]
     out = []
     for _ in range(count):

@@ -32,7 +32,7 @@ class MemoryUse:
         return self.total <= self.hbm
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields and total as plain values for JSON."""
+        """A dict of the fields and the total, as plain values for JSON."""
         return {**{f"{name}_bytes": n for name, n in asdict(self).items()}, "total_bytes": self.total}
 
     def __str__(self) -> str:
@@ -43,11 +43,11 @@ class MemoryUse:
 
 
 def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int) -> MemoryUse:
-    """Memory of a chip that runs `program`, the Program of one rank of a pipeline stage.
+    """The MemoryUse of a chip that runs `program`, the Program of one rank of a pipeline stage.
 
-    It counts weights; the K/V cache of the sequences of `step`, in blocks of BLOCK tokens, and two slots of recurrent
-    state for each, all of it for each of the `micro_batches` that the pipeline has in flight; and the buffers of one
-    step's temps. hbm: bytes of the chip's HBM.
+    It counts weights; the K/V cache of the sequences of `step`, in blocks of BLOCK tokens, and two slots of
+    recurrent state for each, all of it for each of the `micro_batches` that the pipeline has in flight; and the
+    buffers of one step's temps. hbm: bytes of the chip's HBM.
     """
     blocks = sum(-(-keys // BLOCK) * n for _, keys, n in step.sequences)
     sequences = sum(n for *_, n in step.sequences)

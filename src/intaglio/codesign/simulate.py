@@ -39,15 +39,15 @@ CHANGES: dict[str, dict[str, float]] = {  # changes that what_helps() tries: fie
 
 
 def cards() -> dict[str, Path]:
-    """Paths of the model configs that ship with the package, by name."""
+    """A dict from name to path of the model configs (config.json) that ship with the package."""
     return {path.stem: path for path in sorted(CARDS.glob("*.json"))}
 
 
 def ported(model: str, context: int | None) -> Program:
-    """The Program of a model: a checkpoint folder, a config.json, or the name of a shipped config.
+    """The Program of a model, whole and not yet compiled.
 
-    context: largest context length; None for the model's own. Raises ValueError if there is no such model, or if the
-    file is not a JSON object.
+    model: a checkpoint folder, a config.json, or the name of a shipped config. context: largest context length;
+    None for the model's own. Raises ValueError if there is no such model, or if the file is not a JSON object.
     """
     path = Path(model)
     if path.is_dir():
@@ -77,23 +77,26 @@ class Serving:
     batch: int = 1
 
     def prefill(self) -> BatchSizes:
-        """Sizes of a step with only the prompts of `batch` requests."""
+        """BatchSizes of a step with only the prompts of `batch` requests."""
         return BatchSizes(self.input * self.batch, self.batch, ((self.input, self.input, self.batch),))
 
     def decode(self) -> BatchSizes:
-        """Sizes of a step with only the decoding requests of the steady state, all at the average context length."""
+        """BatchSizes of a step with only the decoding requests of the steady state.
+
+        All have the average context length.
+        """
         n = self.batch * (self.output - 1)
         return BatchSizes(n, n, ((1, self.input + self.output // 2, n),))
 
     def mixed(self) -> BatchSizes:
-        """Sizes of a step in the steady state: the prompts of starting requests and all decoding requests."""
+        """BatchSizes of a step in the steady state: the prompts of starting requests and all decoding requests."""
         a, b = self.prefill(), self.decode()
         return BatchSizes(a.tokens + b.tokens, a.rows + b.rows, (*a.sequences, *b.sequences))
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Result of simulating one kind of step on all chips."""
+    """Result of simulating one kind of step (prefill, decode or mixed) on all chips."""
 
     name: str
     stages: tuple[Timeline, ...]  # of one rank of each pipeline stage
@@ -114,7 +117,7 @@ class Phase:
 
     @property
     def slowest(self) -> Timeline:
-        """The timeline of the slowest stage."""
+        """The Timeline of the slowest pipeline stage."""
         return max(self.stages, key=lambda t: t.seconds)
 
     @property
@@ -129,7 +132,7 @@ class Phase:
         return sum(sum(t.joules().values()) for t in self.stages) / len(self.stages) / self.period
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as plain values for JSON."""
+        """A dict of the result, as plain values for JSON."""
         return {
             "phase": self.name, "step_seconds": self.period, "latency_seconds": self.latency,
             "tokens_per_s": self.tokens / self.period, "new_tokens_per_s": self.new / self.period,
@@ -151,12 +154,12 @@ class Simulation:
 
     @classmethod
     def of(cls, programs: Sequence[Program], target: Target, layout: str) -> Simulation:
-        """The simulation of the Programs that stages() returns. Raises ChipError if a chip's weights exceed its HBM."""
+        """The Simulation of Programs as stages() returns them. Raises ChipError if a chip's weights exceed its HBM."""
         plans = Plan.of(programs, target)
         return cls(target, plans, Layout.parse(layout).ranks, main_format(plans), tuple(programs))
 
     def memory(self, s: Serving) -> MemoryUse:
-        """Memory of the chip that needs the most, in the steady state of the load.
+        """The MemoryUse of the chip that needs the most, in the steady state of the load.
 
         A pipeline of N stages has N steps in flight, each with its own requests.
         """
@@ -172,10 +175,9 @@ class Simulation:
         return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
 
     def check(self, s: Serving) -> None:
-        """Check that the chips can hold a load.
+        """Raise ChipError, with the largest batch that fits, if the chips cannot hold a load. Returns nothing.
 
-        Raises ChipError, with the largest batch that fits, if they cannot, and ValueError for requests longer than the
-        model's context.
+        Raises ValueError for requests longer than the model's context.
         """
         context, asked = self.programs[0].context, s.input + s.output
         if asked > context:
@@ -197,15 +199,15 @@ class Simulation:
         )
 
     def phase(self, name: str, sizes: BatchSizes, new: int) -> Phase:
-        """Simulate a step with a batch of these sizes that yields `new` tokens. name: of the returned Phase."""
+        """Simulate a step with a batch of these sizes that yields `new` tokens. Returns the Phase, called `name`."""
         timelines = tuple(plan.run(sizes) for plan in self.plans)
         return Phase(name, timelines, sizes.tokens + new, new, self.format, self.chips)
 
     def phases(self, s: Serving, progress: Progress = silent) -> list[Phase]:
         """Simulate prefill alone, decode alone, and the mixed step of the steady state. Returns a Phase for each.
 
-        A Phase counts all prompt tokens, and one new token for each row sampled. Raises ChipError if the chips cannot
-        hold the load.
+        A Phase counts all prompt tokens, and one new token for each row sampled. Raises ChipError if the chips
+        cannot hold the load.
         """
         self.check(s)
         progress(0, 3, "timing prefill")
@@ -221,7 +223,7 @@ class Simulation:
 
 
 def main_format(plans: Sequence[Plan]) -> str:
-    """The format in which most FLOPs are done; shares of peak refer to the peak in this format."""
+    """Name of the format in which the plans do most of their FLOPs, to whose peak shares of peak refer."""
     total: dict[str, float] = {}
     for plan in plans:
         for e in plan.run(BatchSizes(1, 1, ((1, 1, 1),))).ops:
@@ -232,7 +234,10 @@ def main_format(plans: Sequence[Plan]) -> str:
 def what_helps(
     programs: Sequence[Program], target: Target, layout: str, s: Serving, progress: Progress = silent
 ) -> list[tuple[str, float]]:
-    """(name, speed-up of the mixed step) of each change in CHANGES made alone, best first; 1.0: no effect."""
+    """Pairs (change, speed-up) for each hardware or software change in CHANGES made alone, the best first.
+
+    The speed-up is the mixed step's time before over its time after; 1.0 means no effect.
+    """
     progress(0, 0, "timing the chip as it is")
     base = Simulation.of(programs, target, layout).phases(s)[-1].period
     out = []
@@ -252,7 +257,7 @@ class LayoutResult:
     gain: float  # speed-up by the change
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as plain values for JSON."""
+        """A dict of the result, as plain values for JSON."""
         return {"layout": self.layout, **self.mixed.as_dict(), "helps_most": self.change, "gain": self.gain}
 
 
@@ -260,7 +265,7 @@ def compare_layouts(
     model: str, target: Target, layouts: Sequence[str], s: Serving, weights: str, kv_format: str, activations: str,
     progress: Progress = silent,
 ) -> list[LayoutResult]:  # fmt: skip
-    """Simulate the mixed step of a serving load with each layout; one LayoutResult each.
+    """Simulate the mixed step of a serving load with each layout. Returns a LayoutResult for each, in the given order.
 
     weights, kv_format, activations: formats as for `intaglio simulate`.
     """
@@ -274,7 +279,7 @@ def compare_layouts(
 
 
 def scaled(value: Any, by: float) -> Any:
-    """A number multiplied by `by`; of a table of rates by format, every rate."""
+    """`value` times `by`: a number, or a table of rates by format with every rate multiplied."""
     if isinstance(value, tuple):
         return tuple((f, int(rate * by)) for f, rate in value)
     return type(value)(value * by)

@@ -34,7 +34,7 @@ ATTEND_LAUNCHES = 3  # kernels of one attention call: rope and cache write, offs
 
 
 def integers(row: Row, *names: str) -> list[int]:
-    """Columns `names` of a row as integers."""
+    """The values of the columns `names` of a row, as integers."""
     return [int(row[name]) for name in names]
 
 
@@ -136,7 +136,7 @@ class Record:
 
 
 def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
-    """{(chip, table): rows} of every file `<chip>_<table>.csv` in the folder.
+    """Read every file `<chip>_<table>.csv` of a folder. Returns {(chip, table): rows}, a row being a dict by column.
 
     Raises ValueError for an unknown chip or table, and if there is no such file.
     """
@@ -161,21 +161,22 @@ def dtype_of(row: Row) -> str:
 
 
 def predict(on: Target, table: str, rows: Iterable[Row]) -> np.ndarray:
-    """Modelled microseconds of each row of a table."""
+    """Modelled microseconds of each row of a table, as an array [rows]."""
     return np.array([TABLES[table](on, row) for row in rows]) * 1e6
 
 
 def measured(rows: Sequence[Row]) -> np.ndarray:
-    """Measured microseconds of each row."""
+    """Measured microseconds of each row, as an array [rows]."""
     return np.array([float(row["us"]) for row in rows])
 
 
 def validate(
     folder: Path, split: str | None = None, min_us: float = 0.0, worst: int = 5, progress: Progress = silent
 ) -> list[Record]:
-    """A Record for every chip, table and dtype in the folder.
+    """Compare modelled with measured times. Returns a Record for every chip, table and number format in the folder.
 
-    Only rows of this split (None: all) that took at least `min_us` microseconds; with the `worst` worst rows of each.
+    Only rows of this split (None: all) that took at least `min_us` microseconds count; a Record lists its `worst`
+    rows with the largest errors.
     """
     out = []
     progress(0, 0, f"reading {folder}")
@@ -191,7 +192,7 @@ def validate(
 
 
 def record(name: str, table: str, dtype: str, rows: Sequence[Row], predicted: np.ndarray, worst: int) -> Record:
-    """The Record of predictions (microseconds) for rows."""
+    """The Record that compares predictions (microseconds, one for each row) with the rows' measurements."""
     us = measured(rows)
     error = (predicted / us - 1) * 100
     far = np.argsort(-np.abs(error))[:worst]
@@ -208,7 +209,7 @@ def words(row: Row) -> str:
 
 
 def as_dict(r: Record) -> dict[str, Any]:
-    """A Record as plain values for JSON, rounded to three digits."""
+    """A dict of a Record's fields, as plain values for JSON, rounded to three digits."""
     return {
         "chip": r.chip, "table": r.table, "dtype": r.dtype, "rows": r.rows,
         "median_abs_error_pct": round(r.median, 3), "mean_abs_error_pct": round(r.mean, 3),

@@ -1,7 +1,8 @@
-"""Collective algorithms as schedules: ring, recursive halving, direct, two-step, hierarchical.
+"""Collective algorithms as schedules: ring, recursive halving, direct, two-step, hierarchical, one-shot.
 
-Every reduction has a fixed order. Building blocks reduce-scatter or all-gather chunks within a group of ranks;
-collectives are composed of them. This module knows no topology; clock.choose() picks an algorithm for one.
+Every reduction has a fixed order. The scatter_ and gather_ functions add a reduce-scatter or an all-gather within a
+group of ranks to a ScheduleBuilder; schedule() composes collectives of them. This module knows no topology;
+clock.choose() picks an algorithm for one.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ def output_slot(rank: int, chunk: int) -> Slot:
 
 
 def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add a direct reduce-scatter: every rank sends each owner its chunks; the owner adds them in the group's order.
+    """Add to `w` a direct reduce-scatter: every rank sends each owner its chunks, and the owner adds them.
 
-    own(i): chunks of the group's i-th rank. src, dst: slots of a chunk on a rank, before and after.
+    Returns nothing. The owner adds in the group's order. own(i): numbers of the chunks that the group's i-th rank
+    owns, whose sums it gets. src, dst: functions (rank, chunk) -> Slot, which give the slots before and after the
+    reduce-scatter.
     """
     for i, owner in enumerate(group):
         for c in own(i):
@@ -42,7 +45,7 @@ def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Plac
 
 
 def fold(w: ScheduleBuilder, rank: int, chunk: int, parts: Sequence[Slot], dst: Slot) -> None:
-    """Add steps on `rank` that compute dst = ((parts[0] + parts[1]) + parts[2]) + ..."""
+    """Add to `w` steps on `rank` that compute dst = ((parts[0] + parts[1]) + parts[2]) + ... from the slots `parts`."""
     if len(parts) == 1:
         w.copy(rank, chunk, dst, parts[0])
     left = parts[0]
@@ -53,7 +56,7 @@ def fold(w: ScheduleBuilder, rank: int, chunk: int, parts: Sequence[Slot], dst: 
 
 
 def gather_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add a direct all-gather: every rank sends its chunks to all others, beginning with its successor.
+    """Add to `w` a direct all-gather: every rank sends its chunks to all others, beginning with its successor.
 
     own, src, dst: as in scatter_direct().
     """
@@ -66,7 +69,7 @@ def gather_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place
 
 
 def copy_own(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add copies of each rank's own chunks from their source slots to their destination slots, where these differ."""
+    """Add to `w` copies of each rank's own chunks from their source to their destination slots, where these differ."""
     for i, rank in enumerate(group):
         for c in own(i):
             if src(rank, c) != dst(rank, c):
@@ -74,9 +77,10 @@ def copy_own(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst
 
 
 def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add a ring reduce-scatter of P - 1 rounds. A chunk's sum travels from its owner's successor around to its owner.
+    """Add to `w` a ring reduce-scatter of P - 1 rounds, P ranks.
 
-    own, src, dst: as in scatter_direct().
+    A chunk's sum travels from its owner's successor around the ring to its owner. own, src, dst: as in
+    scatter_direct().
     """
     n = len(group)
     held: dict[tuple[int, int], Slot] = {}
@@ -93,9 +97,10 @@ def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place,
 
 
 def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add a ring all-gather of P - 1 rounds; in each, a rank sends the next rank what it received in the last round.
+    """Add to `w` a ring all-gather of P - 1 rounds, P ranks.
 
-    own, src, dst: as in scatter_direct().
+    In each round a rank sends the next rank what it received in the round before. own, src, dst: as in
+    scatter_direct().
     """
     n = len(group)
     for k in range(n - 1):
@@ -107,15 +112,19 @@ def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, 
 
 
 def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add a recursive-halving reduce-scatter: log2 P rounds, in which partners exchange the halves they will not own.
+    """Add to `w` a recursive-halving reduce-scatter: in log2 P rounds, partners exchange the halves they will not own.
 
-    The distance between partners halves each round. A sum takes the lower rank's operand first.
+    The distance between partners halves each round. A sum takes the lower rank's operand first. own, src, dst: as
+    in scatter_direct().
     """
     n = len(group)
     held: dict[tuple[int, int], Slot] = {}
 
     def mine(i: int, distance: int) -> list[int]:
-        """The chunks owned by the aligned block of `distance` ranks that contains rank i."""
+        """Numbers of the chunks that rank i's block of ranks owns.
+
+        Blocks are `distance` ranks, from a multiple of it.
+        """
         first = i // distance * distance
         return [c for j in range(first, first + distance) for c in own(j)]
 
@@ -136,7 +145,7 @@ def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
 
 
 def gather_doubling(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add a recursive-doubling all-gather: log2 P rounds, in which partners exchange all they have.
+    """Add to `w` a recursive-doubling all-gather: log2 P rounds, in which partners exchange all they have.
 
     The distance between partners doubles each round. own, src, dst: as in scatter_direct().
     """
@@ -151,10 +160,11 @@ def gather_doubling(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
 
 
 def scatter_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add a reduce-scatter for two sides of h ranks that are linked only to the opposite side.
+    """Add to `w` a reduce-scatter for two sides of h ranks, each rank linked only to the ranks of the other side.
 
-    Each owner's share has h chunks. Its k-th chunk is relayed by the k-th rank of the opposite side, which adds the
-    contributions of the owner's side and its own, and sends the sum to the owner. gather_two_step is the reverse.
+    Each owner owns h chunks. Its k-th chunk is relayed by the k-th rank of the opposite side, which adds the
+    contributions of the owner's side and its own, and sends the sum to the owner. own, src, dst: as in
+    scatter_direct().
     """
     h = len(group) // 2
     sides = (group[:h], group[h:])
@@ -178,9 +188,10 @@ def scatter_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pl
 
 
 def gather_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add an all-gather for two sides of h ranks that are linked only to the opposite side.
+    """Add to `w` an all-gather for two sides of h ranks, each rank linked only to the ranks of the other side.
 
     Each rank sends its chunks to the opposite side, whose k-th rank forwards the k-th of them to the sender's side.
+    own, src, dst: as in scatter_direct().
     """
     h = len(group) // 2
     sides = (group[:h], group[h:])
@@ -206,7 +217,7 @@ BLOCKS = {
 
 
 def _by_block(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add an all_reduce, reduce_scatter or all_gather that treats all ranks as one group."""
+    """Add to `w` an all_reduce, reduce_scatter or all_gather that treats all ranks as one group; `node` is not used."""
     scatter, gather = BLOCKS[algorithm]
     group, each = range(w.ranks), w.chunks // w.ranks
 
@@ -221,7 +232,10 @@ def _by_block(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _one_shot(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add a one-shot all_reduce: every rank sends its whole input to all others, and each adds all in rank order."""
+    """Add to `w` a one-shot all_reduce: every rank sends its whole input to all others, and each adds all of them.
+
+    The order of the sum is by rank.
+    """
     for receiver in range(w.ranks):
         got = [input_slot(receiver, 0) if sender == receiver else w.temp(receiver) for sender in range(w.ranks)]
         for k in range(1, w.ranks):
@@ -231,10 +245,10 @@ def _one_shot(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _hierarchical(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add a two-level collective for nodes of `node` ranks.
+    """Add to `w` a two-level collective for nodes of `node` ranks.
 
-    Reduce-scatter inside each node, then across nodes among ranks with the same local rank; all-gather in the reverse
-    order.
+    A reduce-scatter runs inside each node, then one across nodes among ranks with the same local rank; all-gathers
+    run in the reverse order.
     """
     count = w.ranks // node
     inside = [range(n * node, (n + 1) * node) for n in range(count)]
@@ -264,16 +278,16 @@ def _hierarchical(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _itself(group: Sequence[int]) -> Own:
-    """The ownership in which each rank of the group owns the one chunk with its own number."""
+    """The function own(i), as in scatter_direct(): the group's i-th rank owns the chunk with its own rank number."""
     return lambda i: (group[i],)
 
 
 def _exchange(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add an all_to_all by the algorithm direct, ring or two_step.
+    """Add to `w` an all_to_all by the algorithm direct, ring or two_step.
 
-    direct: one transfer for each pair of ranks. ring: rank by rank along the ring, in the shorter direction. two_step:
-    directly to the opposite side; to a rank's own side in h parts, the k-th relayed by the k-th rank of the opposite
-    side.
+    direct: one transfer for each pair of ranks. ring: rank by rank along the ring, in the shorter direction.
+    two_step: directly to the opposite side; to a rank's own side in h parts, the k-th relayed by the k-th rank of
+    the opposite side.
     """
     n, parts = w.ranks, w.chunks // w.ranks**2
     h, paths = n // 2, list[tuple[int, list[int]]]()
@@ -293,7 +307,7 @@ def _exchange(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _relay(w: ScheduleBuilder, chunk: int, path: Sequence[int]) -> None:
-    """Add steps that move a chunk along `path`, rank by rank."""
+    """Add to `w` the steps that move a chunk along the ranks `path`, one after the other."""
     at = input_slot(path[0], chunk)
     for a, b in pairwise(path):
         into = output_slot(b, chunk) if b == path[-1] else w.temp(b)
@@ -349,7 +363,10 @@ for _collective in ("all_gather", "reduce_scatter"):
 
 
 def algorithms(collective: str, ranks: int, node: int = 0) -> list[str]:
-    """Names of the algorithms for `collective` that support `ranks` ranks in nodes of `node` ranks (0: no nodes)."""
+    """A list of the names of the algorithms for `collective` that support `ranks` ranks.
+
+    node: ranks in a node, for algorithms with two levels; 0: no nodes.
+    """
     if collective not in TABLE:
         raise ScheduleError(f"unknown collective {collective!r}; supported: {', '.join(COLLECTIVES)}")
     return [name for name, (_, fits, _) in TABLE[collective].items() if fits(ranks, node)]

@@ -78,15 +78,15 @@ class _Run:
         return now * TICK
 
     def count_down(self, step: int, now: int) -> None:
-        """Mark one dependency of `step` as met at tick `now`. If it was the last, queue the step."""
+        """Mark one dependency of `step` as met at tick `now`. If it was the last, queue the step. Returns nothing."""
         self.waits[step] -= 1
         if self.waits[step] == 0:
             heapq.heappush(self.events, (now, BEGIN, step))
 
     def begin(self, i: int, now: int) -> None:
-        """Start step `i`, or queue it at the first busy link or rank that it needs.
+        """Start step `i` at tick `now`, or queue it at the first busy link or rank that it needs. Returns nothing.
 
-        A send only makes its recv ready.
+        A send takes no time itself; it only marks a dependency of its recv as met.
         """
         step, size = self.steps[i], self.sizes[self.steps[i].chunk]
         if step.kind == "send":
@@ -107,7 +107,7 @@ class _Run:
 
 
 def ticks(seconds: float) -> int:
-    """A time in seconds converted to a whole number of ticks, rounded."""
+    """A time in seconds as a whole number of the time model's ticks, rounded."""
     return round(seconds / TICK)
 
 

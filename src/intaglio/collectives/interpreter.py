@@ -12,12 +12,12 @@ from intaglio.collectives.schedule import Schedule, ScheduleError, Slot
 def execute(
     s: Schedule, inputs: Sequence[Mapping[int, np.ndarray]], order: Iterable[int] | None = None
 ) -> list[dict[int, np.ndarray]]:
-    """Execute a schedule. Inputs and outputs are one dict per rank, from chunk number to array.
+    """Execute a schedule. Takes and returns one dict per rank, from the number of a chunk to its array.
 
-    Sums keep the arrays' dtype.
+    Inputs are by input chunk, outputs by output chunk; sums keep the arrays' dtype.
 
-    order: indices of all steps in execution order, by default schedule order; the result does not depend on it. Raises
-    ScheduleError for a missing chunk, and for a step that runs before one it depends on.
+    order: indices of all steps in execution order, by default schedule order; the result does not depend on it.
+    Raises ScheduleError for a missing chunk, and for a step that runs before one it depends on.
     """
     memory: list[dict[Slot, np.ndarray]] = []
     for rank, chunks in enumerate(inputs):
@@ -60,7 +60,7 @@ def cut(x: np.ndarray, parts: int) -> list[np.ndarray]:
 
 
 def join(chunks: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Concatenate chunks along the last axis in order of their numbers; the inverse of cut()."""
+    """Concatenate chunks along the last axis in order of their numbers into one array; the inverse of cut()."""
     return np.concatenate([chunks[c] for c in sorted(chunks)], axis=-1)
 
 

@@ -1,7 +1,8 @@
 """Static verification of schedules: paired transfers, no deadlock, no data hazards, each contribution summed once.
 
-Rules yield messages of what is wrong. Chunks are traced symbolically, as sums of the ranks' inputs, which also gives
-the order of every sum.
+A rule is a function that yields one message for each violation it finds in a schedule, and nothing for a valid one;
+check() runs them all. Chunks are traced symbolically, as sums of the ranks' inputs, which also gives the order of every
+sum.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ Sum = int | tuple["Sum", "Sum"]  # a rank's contribution, or left + right
 
 
 def steps_well_formed(s: Schedule) -> Iterator[str]:
-    """Rule: each step has a known kind, valid rank and chunk numbers, and the slots that its kind needs."""
+    """Yield a message for each step with an unknown kind, an invalid rank or chunk number, or a wrong set of slots.
+
+    A step that writes to an input slot is reported too.
+    """
     needs = {"copy": (True, False, True), "reduce": (True, True, True), "send": (True, False, False),
              "recv": (False, False, True)}  # fmt: skip
     for step in s.steps:
@@ -30,9 +34,9 @@ def steps_well_formed(s: Schedule) -> Iterator[str]:
 
 
 def transfers_paired(s: Schedule) -> Iterator[str]:
-    """Rule: each send has one later recv with the same tag and chunk, and the two name each other as peers.
+    """Yield a message for each send without exactly one later recv of the same tag and chunk, and for each stray recv.
 
-    The recvs between two ranks are in the order of the sends.
+    The two must name each other as peers, and the recvs between two ranks must be in the order of the sends.
     """
     sends, recvs = ({}, {})  # type: tuple[dict[int, int], dict[int, int]]
     last: dict[tuple[int, int], int] = {}
@@ -58,7 +62,11 @@ def transfers_paired(s: Schedule) -> Iterator[str]:
 
 
 def no_deadlock(s: Schedule) -> Iterator[str]:
-    """Rule: the graph of dependencies has no cycle, even if every send blocks until its recv is ready."""
+    """Yield a message for each step that can never run, because it waits for a cycle of dependencies.
+
+    A send and its recv count as one step here, so a schedule passes only if it runs even when every send blocks
+    until its recv is ready.
+    """
     pair: dict[int, int] = {}
     node = list(range(len(s.steps)))  # a send and its recv share a node
     for i, step in enumerate(s.steps):
@@ -83,9 +91,10 @@ def no_deadlock(s: Schedule) -> Iterator[str]:
 
 
 def hazards_ordered(s: Schedule) -> Iterator[str]:
-    """Rule: a read depends on the last write of its slot.
+    """Yield a message for each access to a slot that is not ordered after the earlier accesses it conflicts with.
 
-    A write depends on the slot's earlier reads and last write.
+    A read must depend on the last write of its slot; a write on the slot's last write and the reads since. Reads of
+    slots that nothing has written, and dependencies on other than earlier steps of the same rank, are reported too.
     """
     writes: dict[tuple[int, Slot], int] = {}
     reads: dict[tuple[int, Slot], list[int]] = {}
@@ -110,7 +119,10 @@ def hazards_ordered(s: Schedule) -> Iterator[str]:
 
 
 def every_contribution_summed_once(s: Schedule) -> Iterator[str]:
-    """Rule: every rank gets its output chunks; each sums every contribution once, in the same order on all ranks."""
+    """Yield a message for each output chunk that a rank does not get, or gets with a contribution missing or repeated.
+
+    A chunk that is summed in different orders on different ranks is reported too.
+    """
     held = trace(s)
     alike: dict[int, Sum] = {}
     for rank in range(s.ranks):
@@ -127,7 +139,7 @@ def every_contribution_summed_once(s: Schedule) -> Iterator[str]:
 
 
 def contributors(s: Schedule, chunk: int) -> range:
-    """Numbers of the ranks whose inputs are summed in an output chunk."""
+    """Numbers of the ranks whose inputs are summed in output chunk `chunk`, as a range."""
     if s.collective in ("all_reduce", "reduce_scatter"):
         return range(s.ranks)
     owner = next(r for r in range(s.ranks) if chunk in s.inputs(r))
@@ -135,7 +147,10 @@ def contributors(s: Schedule, chunk: int) -> range:
 
 
 def trace(s: Schedule) -> dict[tuple[int, Slot], tuple[int, Sum]]:
-    """Run a schedule symbolically in schedule order: for each (rank, slot) its final (chunk, sum of ranks' inputs)."""
+    """Run a schedule symbolically, in schedule order. Returns {(rank, slot): (chunk, sum)} after the last step.
+
+    A sum is a rank's number (that rank's input), or a pair (left, right) of sums that are added.
+    """
     held: dict[tuple[int, Slot], tuple[int, Sum]] = {}
     in_flight: dict[int, tuple[int, Sum]] = {}
     for rank in range(s.ranks):
@@ -158,7 +173,7 @@ def trace(s: Schedule) -> dict[tuple[int, Slot], tuple[int, Sum]]:
 
 
 def leaves(sum: Sum) -> list[int]:
-    """The ranks whose inputs a symbolic sum adds, from left to right."""
+    """The ranks whose inputs a symbolic sum (see trace()) adds, as a list from left to right."""
     found, rest = [], [sum]
     while rest:
         top = rest.pop()
@@ -179,7 +194,10 @@ RULES: tuple[Callable[[Schedule], Iterator[str]], ...] = (
 
 
 def check(s: Schedule) -> None:
-    """Raise ScheduleError if a schedule breaks a rule. Rules run in order, since later ones assume the earlier ones."""
+    """Raise ScheduleError with the messages of the first rule that a schedule breaks; return nothing if it is valid.
+
+    Rules run in order, since later ones assume the earlier ones.
+    """
     for rule in RULES:
         wrong = list(rule(s))
         if wrong:
@@ -189,10 +207,10 @@ def check(s: Schedule) -> None:
 
 
 def order(s: Schedule) -> str:
-    """How the schedule orders its sums: "rank", "tree" or "chunk".
+    """How a schedule orders its sums: the string "rank", "tree" or "chunk".
 
-    rank: every chunk is summed as ((0 + 1) + 2) + ... tree: every chunk by the same tree. chunk: by different trees, so
-    the bits of a sum depend on the position of the value in the payload.
+    rank: every chunk is summed as ((0 + 1) + 2) + ... tree: every chunk by the same tree. chunk: by different
+    trees, so the bits of a sum depend on the position of the value in the payload.
     """
     held = trace(s)
     sums = {held[rank, Slot("out", c)][1] for rank in range(s.ranks) for c in s.outputs(rank)}

@@ -98,7 +98,10 @@ class Schedule:
 
 
 class ScheduleBuilder:
-    """Builds a schedule step by step. Derives dependencies from the slots that steps read and write."""
+    """Builds a Schedule step by step: each method adds steps, done() returns the schedule.
+
+    It derives each step's dependencies from the slots that steps read and write.
+    """
 
     def __init__(self, collective: str, algorithm: str, ranks: int, chunks: int) -> None:
         self.names = (collective, algorithm)
@@ -114,15 +117,15 @@ class ScheduleBuilder:
         return Slot("tmp", self.temps[rank] - 1)
 
     def copy(self, rank: int, chunk: int, dst: Slot, src: Slot) -> None:
-        """Add a step dst = src on `rank`."""
+        """Add the step `dst = src` for a chunk on `rank`. Returns nothing."""
         self._add(Step("copy", rank, chunk, src=src, dst=dst))
 
     def reduce(self, rank: int, chunk: int, dst: Slot, src: Slot, add: Slot) -> None:
-        """Add a step dst = src + add on `rank`."""
+        """Add the step `dst = src + add` for a chunk on `rank`. Returns nothing."""
         self._add(Step("reduce", rank, chunk, src=src, add=add, dst=dst))
 
     def move(self, chunk: int, sender: int, src: Slot, receiver: int, dst: Slot) -> None:
-        """Add a send of `src` on rank `sender` and its recv into `dst` on rank `receiver`."""
+        """Add a send of `src` on rank `sender` and its recv into `dst` on rank `receiver`. Returns nothing."""
         self._add(Step("send", sender, chunk, src=src, peer=receiver, tag=self.tags))
         self._add(Step("recv", receiver, chunk, dst=dst, peer=sender, tag=self.tags))
         self.tags += 1

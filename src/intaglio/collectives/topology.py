@@ -58,7 +58,7 @@ class Topology:
         return {}
 
     def _steps_to(self, goal: int) -> dict[int, int]:
-        """Number of links on the shortest path to `goal`, by vertex; without vertices that cannot reach it."""
+        """{vertex: number of links on its shortest path to `goal`}, without vertices that cannot reach it."""
         if goal not in self._distances:
             into: dict[int, list[int]] = {}
             for link in self.links:
@@ -127,9 +127,10 @@ def switch(ranks: int, bandwidth: float, latency: float) -> Topology:
 
 
 def nodes(count: int, ranks: int, inside: tuple[float, float], across: tuple[float, float]) -> Topology:
-    """`count` nodes of `ranks` ranks: a switch in each node, and one port a rank to a switch that connects all nodes.
+    """A topology of `count` nodes with `ranks` ranks each, which two kinds of switches connect.
 
-    inside, across: (bandwidth, latency from rank to rank) in a node and between nodes.
+    Each node has a switch of its own, and every rank has one port to a switch that connects all nodes. inside,
+    across: (bandwidth in bytes/s, latency in seconds from rank to rank) in a node and between nodes.
     """
     total = count * ranks
     local = _links([(i, total + 1 + i // ranks) for i in range(total)], inside[0], inside[1] / 2)

@@ -34,14 +34,14 @@ DEVICES: dict[str, str] = {}  # "module:class" by name
 
 
 def register_device(name: str, where: str) -> None:
-    """Register a Device class, written "module:class", under a name for open_device()."""
+    """Register a Device class, written "module:class", under a name for open_device(). Returns nothing."""
     DEVICES[name] = where
 
 
 def open_device(name: str, **options: object) -> Device:
-    """Create the device registered under `name`; `options` are arguments of its class.
+    """Create and return the Device registered under `name`; `options` are arguments of its class.
 
-    Raises DeviceError if there is none.
+    Raises DeviceError if no device has that name.
     """
     load_plugins()
     if name not in DEVICES:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 
 
 class Clock(ABC):
-    """Interface of clocks: seconds from an arbitrary start.
+    """Interface of clocks. Calling a clock returns its time in seconds from an arbitrary start.
 
     `modelled` is True for the seconds of a simulated chip, which only its steps advance.
     """
@@ -16,7 +16,7 @@ class Clock(ABC):
 
     @abstractmethod
     def __call__(self) -> float:
-        """The current time in seconds."""
+        """The clock's present time in seconds."""
 
     @abstractmethod
     def wait_until(self, seconds: float) -> None:

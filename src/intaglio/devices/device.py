@@ -32,7 +32,10 @@ class DeviceLost(DeviceError):
 
 
 class Weights(Protocol):
-    """Interface of weight sources: arrays [rows, ...] in their stored type (perhaps mapped files) or quantised."""
+    """Interface of weight sources: read(name) returns a checkpoint tensor.
+
+    A tensor is an array [rows, ...] in its stored type (perhaps a view of a mapped file), or a quantised matrix.
+    """
 
     def read(self, name: str) -> Value:
         """The values of a checkpoint tensor."""
@@ -66,9 +69,10 @@ class StateSpec:
     slots: int = 0
 
     def pair(self, sequence: int, steps: int) -> tuple[int, int]:
-        """`Chunk.state` of a sequence in its step number `steps`, for callers that use slots without an engine.
+        """(slot to read, slot to write) of a sequence in its step number `steps`, as `Chunk.state` takes them.
 
-        Sequence i alternates between slots 2 i and 2 i + 1.
+        For callers that use slots without an engine. Sequence i alternates between slots 2 i and 2 i + 1; in
+        step 0 the slot to read is -1, for none. NO_STATE if there are no slots.
         """
         if not self.slots:
             return NO_STATE
@@ -78,7 +82,7 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class StepRequest:
-    """What an executable should run in one step.
+    """What an executable should run and return in one step.
 
     Attributes:
         batch: the arrays of the step.
@@ -135,7 +139,7 @@ class PendingStep(Protocol):
         """True if the step has ended, so that result() does not wait."""
 
     def result(self) -> StepResult:
-        """Wait for the step and return its result, or raise the error that ended it."""
+        """Wait for the step to end and return its StepResult, or raise the error that ended it."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class CompletedStep:
         return True
 
     def result(self) -> StepResult:
-        """The result. Raises the error if the step failed."""
+        """The StepResult. Raises the error if the step failed."""
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
@@ -165,10 +169,10 @@ class Executable(ABC):
 
     @abstractmethod
     def launch(self, request: StepRequest) -> PendingStep:
-        """Start a step and return it. Errors are raised by the returned step's result()."""
+        """Start a step and return it as a PendingStep. Errors are raised by its result()."""
 
     def step(self, request: StepRequest) -> StepResult:
-        """Run a step to its end and return its result."""
+        """Run a step to its end and return its StepResult, or raise the error that ended it."""
         return self.launch(request).result()
 
     def unwrapped(self) -> Executable:
@@ -176,7 +180,7 @@ class Executable(ABC):
         return self
 
     def close(self) -> None:  # noqa: B027 (most hold nothing)
-        """Release what the executable holds outside this process, such as child processes. Most hold nothing."""
+        """Release what the executable holds outside this process, such as child processes; most hold nothing."""
 
 
 class BlockingExecutable(Executable):
@@ -184,7 +188,7 @@ class BlockingExecutable(Executable):
 
     @abstractmethod
     def run(self, request: StepRequest) -> StepResult:
-        """Compute a step and return its result."""
+        """Compute a step and return its StepResult."""
 
     def launch(self, request: StepRequest) -> PendingStep:
         try:
@@ -206,14 +210,18 @@ class RankExecutable(BlockingExecutable):
 
     @abstractmethod
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
-        """Generator of one step that yields at each collective, where the caller exchanges data between ranks."""
+        """Generator of one step that yields at each collective and returns the StepResult.
+
+        It yields (collective op, this rank's input) and is resumed with this rank's output, which the caller
+        has computed from the inputs of all ranks.
+        """
 
     def run(self, request: StepRequest) -> StepResult:
         return run_single_rank(self.program, self.run_until_collective(request))
 
 
 def run_single_rank(program: Program, steps: CollectiveSteps) -> StepResult:
-    """Run the step of a Program without collectives and return its result.
+    """Run the step of a Program without collectives to its end and return its StepResult.
 
     Raises DeviceError if it reaches a collective.
     """
@@ -230,17 +238,19 @@ def run_single_rank(program: Program, steps: CollectiveSteps) -> StepResult:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """Properties of a device; None if not applicable.
+    """Properties of a device. A property that the device does not have is None.
 
     Attributes:
         isa: name of the CPU instruction set.
         threads: number of CPU threads.
         memory: bytes.
+        build: hash of the compiled code that computes results.
     """
 
     isa: str | None = None
     threads: int | None = None
     memory: int | None = None
+    build: str | None = None
 
 
 class Device(ABC):
@@ -255,7 +265,7 @@ class Device(ABC):
     clock: Clock = WallClock()
 
     def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
-        """Load a Program, or the Programs of all ranks of a mesh.
+        """Load a Program, or the Programs of all ranks of a mesh, with its weights. Returns the Executable.
 
         Raises ProgramError for a Program that breaks a rule, DeviceError if the device cannot run it.
         """
@@ -268,23 +278,23 @@ class Device(ABC):
     def reload(
         self, lost: Executable, program: Program | MeshProgram, weights: Weights, state: StateSpec
     ) -> Executable:
-        """Load a replacement for the executable `lost`, whose device is gone, with the same Programs and weights.
+        """Load a replacement for the executable `lost`, whose device is gone. Returns the new Executable.
 
-        The replacement's `state_kept` is True if it has the K/V cache of `lost`. Raises what load() raises, and
-        ReplacementRefused if its results would have other bits.
+        Programs and weights are those of `lost`. The replacement's `state_kept` is True if it has the K/V cache
+        of `lost`. Raises what load() raises, and ReplacementRefused if its results would have other bits.
         """
         return self.load(program, weights, state)
 
     @abstractmethod
     def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
-        """Load one Program: a whole model, or one rank of a mesh."""
+        """Load one Program, a whole model or one rank of a mesh. Returns the Executable."""
 
     def recipe(self) -> Recipe:
         """The Recipe with which another process makes an equal device. Classes with arguments override it."""
         return f"{type(self).__module__}:{type(self).__qualname__}", {}
 
     def facts(self) -> DeviceFacts:
-        """Properties of the device, for reports and for choosing sizes."""
+        """The DeviceFacts of this device, for reports and for choosing sizes."""
         return DeviceFacts()
 
 
@@ -300,7 +310,10 @@ def limits(program: Program, state: StateSpec) -> dict[str, int]:
 
 
 def check_batch(program: Program, state: StateSpec, batch: Batch) -> None:
-    """Raise DeviceError naming the value out of range if a batch does not fit the Program or the K/V cache."""
+    """Raise DeviceError naming the value out of range if a batch does not fit the Program or the K/V cache.
+
+    Returns nothing.
+    """
     if batch.block_size != state.page_tokens:
         raise DeviceError(f"the batch has {batch.block_size} tokens per page, the state {state.page_tokens}")
     below = limits(program, state) | {"row": len(batch.tokens)}

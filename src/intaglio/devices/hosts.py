@@ -1,4 +1,4 @@
-"""HostsDevice: a mesh with its ranks on several hosts, each of which runs an agent."""
+"""HostsDevice: runs a mesh with its ranks on several hosts, through an agent on each."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from intaglio.program import MeshProgram, Program, verify_mesh
 
 
 class HostsDevice(Device):
-    """Ranks on several hosts, an equal number on each, in the order in which their agents came.
+    """A device that runs the ranks of a mesh on several hosts, an equal number on each.
 
-    Agents beyond `hosts` are spares. The weights must be at the same path on every host.
+    Hosts get their ranks in the order in which their agents connected. Agents beyond `hosts` are spares. The
+    weights must be at the same path on every host.
 
     Args:
-        rendezvous: where the agents connect.
-        hosts: how many of them a group needs.
+        rendezvous: the coordinator's listening socket and its agents.
+        hosts: number of hosts that a group of ranks needs.
         isa: as for HostDevice; the same on all hosts.
         cache: as for HostDevice.
-        patience: seconds to wait for the hosts.
+        patience: seconds to wait for the agents.
         step_timeout: as for RanksDevice.
         silence: as for RanksDevice.
     """
@@ -44,10 +45,10 @@ class HostsDevice(Device):
         return self.whole.facts()
 
     def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
-        """Start the ranks on the hosts and load there.
+        """Start the ranks on the hosts and load a mesh there. Returns the Executable.
 
-        Raises ProgramError, and DeviceError if the ranks cannot be dealt out evenly, hosts are missing or loading
-        fails.
+        Raises ProgramError for Programs that break a rule, and DeviceError if the ranks cannot be divided
+        evenly among the hosts, hosts are missing, or loading fails.
         """
         return self.reload(None, program, weights, state)
 

@@ -33,14 +33,20 @@ from intaglio.program import MeshProgram, Program, verify_mesh
 
 
 class MeshExecutable(BlockingExecutable):
-    """The executables of all ranks of a mesh, as one. `program` is the last rank's, which computes the logits."""
+    """The executables of all ranks of a mesh, used as one.
+
+    `program` is that of the last rank, which computes the logits.
+    """
 
     def __init__(self, ranks: Sequence[RankExecutable], state: StateSpec) -> None:
         self.ranks, self.state = ranks, state
         self.program = ranks[-1].program
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step of every rank. Rank r's tapped value is returned under `site@r`; timings are sums over ranks."""
+        """Run one step of every rank and return one StepResult.
+
+        Rank r's tapped value is returned under `site@r`; timings are sums over ranks.
+        """
         check_batch(self.program, self.state, request.batch)
         return merge_ranks(MeshStep([rank.run_until_collective(request) for rank in self.ranks]).run())
 
@@ -59,7 +65,10 @@ class MeshStep:
         self.messages: dict[tuple[int, int], deque[np.ndarray]] = {}  # by (sender, receiver)
 
     def run(self) -> list[StepResult]:
-        """Run all ranks to their end and return their results in order of rank. Raises DeviceError if they deadlock."""
+        """Run all ranks to their end and return their StepResults in order of rank.
+
+        Raises DeviceError if they deadlock.
+        """
         for rank in range(len(self.ranks)):
             self.resume(rank, None)
         while self.waiting:
@@ -73,7 +82,7 @@ class MeshStep:
         return [self.results[rank] for rank in range(len(self.ranks))]
 
     def resume(self, rank: int, output: np.ndarray | None) -> None:
-        """Run a rank to its next collective or its end.
+        """Run a rank to its next collective or its end. Returns nothing.
 
         `output`: this rank's result of its last collective, or None.
         """
@@ -84,7 +93,10 @@ class MeshStep:
             self.results[rank] = end.value
 
     def exchange(self, rank: int) -> None:
-        """Run the collective at which `rank` waits, if its peers are ready for it; otherwise do nothing."""
+        """Run the collective at which `rank` waits, if its peers are ready for it; otherwise do nothing.
+
+        Returns nothing.
+        """
         op, x = self.waiting[rank]
         if isinstance(op, Send):
             assert x is not None
@@ -101,12 +113,15 @@ class MeshStep:
                     self.resume(r, output)
 
     def _positions(self) -> tuple[int, list[str]]:
-        """(number of waiting ranks, sites where they wait). A deadlock is detected by its not changing."""
+        """(number of waiting ranks, sites where they wait).
+
+        If a round of the main loop does not change it, ranks are deadlocked.
+        """
         return len(self.waiting), [op.site for op, _ in self.waiting.values()]
 
 
 def run_collective(op: Grouped, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Run a collective on the inputs of its ranks, in order of rank. Returns each rank's output.
+    """Run a collective on the inputs of its ranks, in order of rank. Returns a list of each rank's output.
 
     Sums are in order of rank, so that the bits equal those of op.exchange().
     """

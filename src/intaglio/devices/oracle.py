@@ -32,7 +32,10 @@ STALE = 0xA4093822299F31D0  # the content of a slot before the first write
 
 
 def mix(x: int) -> int:
-    """Finaliser of murmur3 (Appleby 2011): a bijection of 64-bit integers; every output bit depends on all input."""
+    """The finaliser of murmur3 (Appleby 2011) of x: a bijection of 64-bit integers.
+
+    Every bit of the result depends on every bit of x.
+    """
     x = ((x ^ (x >> 33)) * 0xFF51AFD7ED558CCD) & MASK
     x = ((x ^ (x >> 33)) * 0xC4CEB9FE1A85EC53) & MASK
     return x ^ (x >> 33)
@@ -44,7 +47,7 @@ def link(previous: int, token: int) -> int:
 
 
 def draw(links: Sequence[int], vocabulary: int, sampling: Sampling) -> int:
-    """The token that follows a sequence whose K/V slots hold `links`; -1 if the mask allows no token id.
+    """The token id that follows a sequence whose K/V slots hold `links`; -1 if the mask allows no token id.
 
     Depends on every link and its position, on every edit and on the mask.
     """
@@ -61,7 +64,7 @@ def draw(links: Sequence[int], vocabulary: int, sampling: Sampling) -> int:
 
 
 def expected(ids: Sequence[int], vocabulary: int, sampling: Sampling = GREEDY) -> int:
-    """The token that must follow the token ids, computed without a K/V cache for tests to compare with."""
+    """The token id that must follow the token ids `ids`, computed without a K/V cache for tests to compare with."""
     links, previous = [], START
     for token in ids:
         previous = link(previous, token)
@@ -78,14 +81,14 @@ class OracleExecutable(BlockingExecutable):
         self.states = np.full(state.slots, STALE, np.uint64)
 
     def _slots(self, batch: Batch, s: int) -> np.ndarray:
-        """K/V slots of all tokens of sequence `s` in order of position, from the block table."""
+        """K/V slots of all tokens of sequence `s` in order of position, looked up in the block table, as an array."""
         at = np.arange(int(batch.context_len[s]))
         return batch.block_table[s, at // batch.block_size] * batch.block_size + at % batch.block_size
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step: every chunk is written before any row is sampled. Taps and timings are empty.
+        """Run one step and return its StepResult. Every chunk is written before any row is sampled.
 
-        `chain` is each row's recurrent state: what a slot holds, advanced by the chunk's tokens up to the row.
+        Taps and timings are empty.
         """
         batch = request.batch
         check_batch(self.program, self.state, batch)

@@ -17,7 +17,10 @@ SILENCE = 0.7  # seconds without a sign of life after which a stopped process co
 
 
 def share_cores(cores: Sequence[int], ranks: int, threads: int) -> list[tuple[int, ...]]:
-    """Core numbers for each rank: `threads` neighbouring cores each, or () (any core) if there are too few for all."""
+    """A tuple of core numbers for each rank: `threads` neighbouring cores, or () if there are too few for all.
+
+    () means that the rank may run on any core.
+    """
     if ranks * threads > len(cores):
         return [()] * ranks
     return [tuple(cores[r * threads : (r + 1) * threads]) for r in range(ranks)]
@@ -50,9 +53,9 @@ class RanksDevice(Device):
         return self.whole.facts()
 
     def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
-        """Start a process for each rank and load its Program there. A mesh of one rank runs in this process.
+        """Start a process for each rank and load its Program there. Returns the Executable.
 
-        Raises ProgramError and the errors of GroupExecutable.
+        A mesh of one rank runs in this process. Raises ProgramError and the errors of GroupExecutable.
         """
         return self.reload(None, program, weights, state)
 

@@ -1,4 +1,4 @@
-"""Recipes: how another process makes an equal object, written as the function's name and its arguments."""
+"""Recipes: a Recipe is (name of a function, its keyword arguments), by which another process makes an equal object."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Recipe = tuple[str, Mapping[str, Any]]  # "module:name" of what makes it, and it
 
 @runtime_checkable
 class HasRecipe(Protocol):
-    """Interface of objects that another process can recreate."""
+    """Interface of objects that another process can recreate from a Recipe."""
 
     def recipe(self) -> Recipe:
         """The Recipe that makes an equal object."""
@@ -25,6 +25,9 @@ def named(where: str) -> Any:
 
 
 def make(recipe: Recipe) -> object:
-    """Make the object of a recipe. Raises the errors of importing the module and of calling the function."""
+    """Call the function of a recipe and return the object it makes.
+
+    Raises the errors of importing the module and of calling the function.
+    """
     where, arguments = recipe
     return named(where)(**arguments)

@@ -32,7 +32,7 @@ class ReferenceExecutable(RankExecutable):
         self.held |= {t.name: zeroed_state(t, state) for t in program.of_role("state")}
 
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
-        """Generator of one step, op by op, that yields at each collective."""
+        """Generator of one step, op by op, that yields at each collective and returns the StepResult."""
         batch, taps = request.batch, request.taps
         check_batch(self.program, self.state, batch)
         v: dict[str, Value] = {**self.held, "tokens": batch.tokens, "positions": batch.positions, "rows": batch.rows}

@@ -38,9 +38,10 @@ VALUES = ("host", "reference", "oracle", CHIP)
 
 
 class ChipExecutable(BlockingExecutable):
-    """Computes values by executing chip instructions, with the chip kernel of every op. Slow; for checking kernels.
+    """An executable that computes values by executing chip instructions, with the chip kernel of every op.
 
-    Raises DeviceError naming an op that no chip kernel supports, before any weight is read.
+    It is slow, and is for checking kernels. Raises DeviceError naming an op that no chip kernel supports, before
+    any weight is read.
     """
 
     def __init__(self, program: Program, weights: Weights, state: StateSpec, target: Target) -> None:
@@ -57,7 +58,7 @@ class ChipExecutable(BlockingExecutable):
         self.loaded_bytes = self.memory.heap.top  # end of weights, constants and caches
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step. `timed` is ignored: SiliconExecutable models the time."""
+        """Run one step and return its StepResult. `timed` is ignored: SiliconExecutable models the time."""
         batch, taps = request.batch, request.taps
         check_batch(self.program, self.state, batch)
         memory, t = self.memory, self.program.tensors
@@ -82,10 +83,10 @@ class ChipExecutable(BlockingExecutable):
 
 
 class SiliconExecutable(BlockingExecutable):
-    """Takes values from another executable and models the time of each step.
+    """An executable that takes the values of each step from another executable and models the step's time.
 
-    `timelines`: of the last step, one for each pipeline stage. A step passes through the stages one after the other,
-    since the next step needs its tokens.
+    `timelines`: of the last step, one for each pipeline stage. A step passes through the stages one after the
+    other, since the next step needs its tokens.
     """
 
     def __init__(self, inner: Executable, plans: Sequence[Plan], clock: VirtualClock) -> None:
@@ -94,7 +95,10 @@ class SiliconExecutable(BlockingExecutable):
         self.timelines: tuple[Timeline, ...] = ()
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step and advance the clock by its modelled time; with `timed`, return modelled seconds by site."""
+        """Run one step, advance the clock by its modelled time, and return its StepResult.
+
+        With `timed` the result has modelled seconds by site.
+        """
         result = self.inner.step(replace(request, timed=False))
         sizes = sizes_of(request.batch)
         self.timelines = tuple(plan.run(sizes) for plan in self.plans)
@@ -105,7 +109,7 @@ class SiliconExecutable(BlockingExecutable):
 
 
 class SiliconDevice(Device):
-    """A simulated chip: models the time of steps on a Target.
+    """A simulated chip as a device: models the time of steps on a Target.
 
     Args:
         chip: name of a preset, which comes with its own kernel library, or a Target.

@@ -1,4 +1,4 @@
-"""Weights from arrays in memory, assembly of weights from checkpoint tensors, and zeroed state."""
+"""Sources of weights (arrays in memory; a wrapper that reports progress), assembly of a weight, and zeroed state."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def zeroed_state(tensor: Tensor, state: StateSpec) -> Value:
 
 
 def check_slots(tensor: Tensor, state: StateSpec) -> None:
-    """Raise DeviceError if a tensor is recurrent state and `state` has fewer than the two slots a sequence needs."""
+    """Raise DeviceError if a tensor is recurrent state and `state` has fewer than two slots, which a sequence needs."""
     if tensor.shape[0] == "N" and state.slots < 2:
         raise DeviceError(
             f"{tensor.name} is recurrent state, {tensor.type}, and the StateSpec has {state.slots} slots; give it two "
@@ -112,7 +112,7 @@ def check_slots(tensor: Tensor, state: StateSpec) -> None:
 
 
 def assemble(tensor: Tensor, weights: Weights) -> Value:
-    """The values of a weight in its declared format, joined from its checkpoint tensors.
+    """The values of a weight in its declared format, put together from the checkpoint tensors that it is read from.
 
     Raises DeviceError if their shapes do not fit.
     """
@@ -135,10 +135,10 @@ def assemble(tensor: Tensor, weights: Weights) -> Value:
 
 
 def _joined(parts: list[Quantised], shape: tuple[int, ...]) -> Quantised:
-    """Join quantised parts, in the format that the checkpoint has, to one matrix or stack of the given shape."""
+    """Quantised parts joined, in the format that the checkpoint has, to one matrix or stack of the given shape."""
 
     def join(arrays: list[np.ndarray]) -> np.ndarray:
-        """Join the arrays along rows."""
+        """The arrays joined along rows."""
         return np.concatenate([x.reshape(-1, x.shape[-1]) for x in arrays])
 
     whole = parts[0].holding({name: join([x.arrays[name] for x in parts]) for name in parts[0].arrays})

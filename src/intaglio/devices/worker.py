@@ -13,10 +13,10 @@ from intaglio.program import MeshProgram, Program
 
 
 class WorkerDevice(Device):
-    """Runs each executable of another device in a child process of its own.
+    """A device that runs each executable of another device in a child process.
 
-    silence: as for RanksDevice. Raises DeviceError for a device with a modelled clock, because steps in a child process
-    would not advance it.
+    silence: as for RanksDevice. Raises DeviceError for a device with a modelled clock, because steps in a child
+    process would not advance it.
     """
 
     name = "worker"
@@ -30,9 +30,9 @@ class WorkerDevice(Device):
         return self.inner.facts()
 
     def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
-        """Start a child process and load the Program there. `weights` must be ArrayWeights or have a recipe().
+        """Start a child process and load the Program there. Returns the Executable.
 
-        Errors of the device are raised as DeviceError.
+        `weights` must be ArrayWeights or have a recipe(). Errors of the device are raised as DeviceError.
         """
         programs, layout = ((program,), "") if isinstance(program, Program) else (program.programs, program.layout)
         job = Job(self.inner.recipe(), programs, layout, weights, state)

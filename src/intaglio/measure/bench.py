@@ -89,7 +89,7 @@ class Row:
         return None if self.bound_seconds is None else self.bound_seconds / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields and `share`, as plain values for JSON."""
+        """A dict of the fields and `share`, as plain values for JSON."""
         return {**asdict(self), "share": self.share}
 
 
@@ -116,7 +116,10 @@ def measured_roofs(device: Device) -> Roofs | str:
 
 
 def read_stream(facts: DeviceFacts, megabytes: int) -> float:
-    """Measure the bytes/s at which a CPU device reads a working set of `megabytes`: the best of several tries."""
+    """Measure and return the bytes/s at which a CPU device reads a working set of `megabytes`.
+
+    The best of several tries.
+    """
     native = import_module("intaglio._native")
     return float(native.read_bandwidth(facts.threads, megabytes, isa=facts.isa))
 
@@ -132,7 +135,7 @@ def bench(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Measure prefill and decode at each size. Overwrites the executable's K/V cache.
+    """Measure prefill and decode at each size. Returns a Row for each. Overwrites the executable's K/V cache.
 
     Raises BenchError if a size does not fit.
 
@@ -143,7 +146,7 @@ def bench(
         sequences: numbers of sequences run together.
         runs: runs of which medians are taken.
         max_batch_tokens: token rows of a prefill step.
-        clock: seconds.
+        clock: function that returns the time in seconds.
         progress: called before each step.
     """
     context = executable.program.context
@@ -185,7 +188,7 @@ class Stopwatch:
         self.total += runs * sum(_cost(batch) for batch in steps)
 
     def times(self, steps: Sequence[Batch]) -> list[float]:
-        """Run the steps and return the seconds that each took."""
+        """Run the steps in order. Returns the seconds that each took, as a list."""
         return [self.step(StepRequest(batch))[0] for batch in steps]
 
     def step(self, request: StepRequest) -> tuple[float, StepResult]:
@@ -198,7 +201,7 @@ class Stopwatch:
         return seconds, result
 
     def report(self, what: str) -> None:
-        """Report the progress so far with the description `what`."""
+        """Call the progress function with the progress so far and the description `what`. Returns nothing."""
         self.progress(self.done, self.total, what)
 
 
@@ -238,7 +241,7 @@ def _blocks(executable: Executable, sequence: int, length: int) -> range:
 
 
 def prefill_steps(executable: Executable, count: int, length: int, budget: int) -> Iterator[Batch]:
-    """The prefill steps of `count` prompts of `length` random tokens. Each step is filled up to `budget` tokens."""
+    """Yield the Batches that prefill `count` prompts of `length` random tokens, each filled up to `budget` tokens."""
     rng = random.Random(0)
     chunks: list[Chunk] = []
     room = budget
@@ -301,7 +304,10 @@ def moved(work: Work) -> int:
 
 
 def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound]:
-    """The Bound of each site in one step of `batch`. Bandwidth is that for the working set of the whole step."""
+    """A dict from site to its Bound in one step of `batch`.
+
+    The bandwidth is that for the working set of the whole step.
+    """
     work = program.work(batch)
     bandwidth = roofs.bandwidth(1 << (sum(map(moved, work.values())) >> 20).bit_length())
     return {
@@ -311,7 +317,7 @@ def site_bounds(program: Program, batch: Batch, roofs: Roofs) -> dict[str, Bound
 
 
 def _format(program: Program, op: Op) -> str:
-    """The format of an op's multiplications: an integer weight's own, else the format that x is rounded to."""
+    """Name of the format of an op's multiplications: an integer weight's own, else the format that x is rounded to."""
     if not isinstance(op, Linear):
         return "f32"
     return program.tensors[op.w].format if op.x_format == "int8" else op.x_format

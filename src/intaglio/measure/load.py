@@ -83,13 +83,14 @@ class Server:
 
     @property
     def headers(self) -> dict[str, str]:
-        """HTTP headers of each request."""
+        """A dict of the HTTP headers of each request."""
         return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
     def body(self, request: LoadRequest, rng: random.Random) -> dict[str, Any]:
-        """JSON body of a request: greedy, streamed, with a prompt of random words of about the requested length.
+        """The JSON body of a request as a dict: greedy, streamed, with a prompt of about the requested length.
 
-        Prompts differ from their first word on, so that the prefix cache does not shorten them.
+        The prompt is random words. Prompts differ from their first word on, so that the prefix cache does not
+        shorten them.
         """
         words = rng.choices(WORDS, k=max(1, round(request.prompt / self.tokens_per_word) - 1))
         body = {
@@ -100,7 +101,7 @@ class Server:
 
 
 async def probe(server: Server) -> None:
-    """Ask the server for its model's name and context, and measure the number of tokens per word.
+    """Set the server's `model`, `context` and `tokens_per_word` from what it answers. Returns nothing.
 
     Raises ValueError if the server does not answer as OpenAI's API does, OSError if it cannot be reached.
     """
@@ -140,9 +141,9 @@ async def load(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Send every request at its time, at most `concurrency` open at once. Call probe() first.
+    """Send every request at its time, at most `concurrency` open at once (None: no limit). Call probe() first.
 
-    Returns the outcomes in the order of the requests. seed: of the prompts.
+    Returns the Outcomes in the order of the requests. seed: of the prompts.
     """
     rng = random.Random(seed)
     gate = asyncio.Semaphore(concurrency or max(1, len(requests)))
@@ -211,7 +212,7 @@ async def _send(session: Any, server: Server, request: LoadRequest, body: bytes,
 def load_modelled(
     llm: LLM, requests: Sequence[LoadRequest], seed: int = 0, progress: Progress = silent
 ) -> list[Outcome]:
-    """Run the load on a silicon LLM, in the modelled time of its chips. Returns the outcomes in the order they ended.
+    """Run the load on a silicon LLM, in the modelled time of its chips. Returns the Outcomes in the order they ended.
 
     Requests arrive by the chips' clock, which jumps ahead while the engine is idle.
     """
@@ -269,7 +270,7 @@ class Summary:
 
 
 def summarise(answers: Sequence[Outcome], deadline: float) -> Summary:
-    """Statistics of at least one outcome. `deadline`: seconds within which a response counts for goodput.
+    """The Summary of at least one outcome. `deadline`: seconds within which a response counts for goodput.
 
     Failed requests count towards the duration, not towards latencies or tokens.
     """
@@ -290,6 +291,6 @@ def summarise(answers: Sequence[Outcome], deadline: float) -> Summary:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean and percentiles of the values, by the names mean, p50, p90 and p99."""
+    """A dict with the mean and percentiles of the values, by the names mean, p50, p90 and p99."""
     p50, p90, p99 = np.percentile(values, (50, 90, 99))
     return {"mean": float(np.mean(values)), "p50": float(p50), "p90": float(p90), "p99": float(p99)}

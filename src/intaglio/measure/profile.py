@@ -105,7 +105,7 @@ class Profile:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, shares and worst sites, as plain values for JSON."""
+        """A dict of the fields, shares and worst sites, as plain values for JSON."""
         sites = [{**asdict(s), "lost": s.lost, "share": s.share} for s in self.sites]
         worst = [{"site": s.site, "lost": s.lost, "text": self.gap(s)} for s in self.worst]
         return {**asdict(self), "sites": sites, "outside_share": self.outside_share, "worst": worst}
@@ -120,7 +120,7 @@ class Sample:
 
 
 def fold(site: str) -> str:
-    """The site with its layer number replaced by *: layers.3.mlp.down_proj becomes layers.*.mlp.down_proj."""
+    """A site's name with its layer number replaced by *: layers.3.mlp.down_proj becomes layers.*.mlp.down_proj."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", site)
 
 
@@ -135,7 +135,7 @@ def profile(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
 ) -> list[Profile]:
-    """Profile prefill, then decode; one Profile each. Overwrites the executable's K/V cache.
+    """Profile prefill, then decode. Returns the two Profiles in this order. Overwrites the executable's K/V cache.
 
     `progress` is called before each step. Raises BenchError if a size does not fit.
     """
@@ -164,7 +164,7 @@ def profile(
 
 
 def _sample(watch: Stopwatch, steps: Sequence[Batch], timed: bool) -> Sample:
-    """Run the steps of a phase once and return their timings. timed: whether sites are timed too."""
+    """Run the steps of a phase once and return their timings as a Sample. timed: whether sites are timed too."""
     wall, sites = 0.0, Counter[str]()
     for batch in steps:
         seconds, result = watch.step(StepRequest(batch, timed=timed))
@@ -177,7 +177,7 @@ def _sample(watch: Stopwatch, steps: Sequence[Batch], timed: bool) -> Sample:
 def _sites(
     executable: Executable, steps: Sequence[Batch], samples: Sequence[Sample], roofs: Roofs | None
 ) -> tuple[Site, ...]:
-    """Median seconds of the samples and bounds of `steps`, by folded site, in the order of the Program."""
+    """A Site for each folded site, in the order of the Program, with median seconds of the samples and its bound."""
     count = Counter(fold(op.site) for op in executable.program.ops)
     bounds = dict.fromkeys(count, Bound())
     for batch in steps if roofs else ():

@@ -41,7 +41,10 @@ class RankTimes:
 
 
 def timed_decode(executable: Executable, sequences: int, runs: int) -> list[StepResult]:
-    """Results of `runs` times DECODE_STEPS timed decode steps after short prompts. Overwrites the K/V cache."""
+    """Run `runs` times DECODE_STEPS timed decode steps after short prompts. Returns the StepResult of each step.
+
+    Overwrites the K/V cache.
+    """
     length = max(1, min(8, executable.program.context - DECODE_STEPS))
     steps = [
         executable.step(StepRequest(batch, timed=True))
@@ -51,7 +54,7 @@ def timed_decode(executable: Executable, sequences: int, runs: int) -> list[Step
 
 
 def rank_times(mesh: MeshProgram, steps: Sequence[StepResult]) -> list[RankTimes]:
-    """The times of each rank of a mesh in several steps."""
+    """The RankTimes of each rank of a mesh, in order of rank, from the results of several steps."""
     waits = [waited(mesh, step.rank_timings) for step in steps]
     collectives = [{op.site for op in p.ops if isinstance(op, Collective)} for p in mesh.programs]
     found = []
@@ -66,7 +69,7 @@ def rank_times(mesh: MeshProgram, steps: Sequence[StepResult]) -> list[RankTimes
 
 
 def waited(mesh: MeshProgram, timings: Timings) -> list[defaultdict[int, float]]:
-    """For each rank, the seconds in a step that it waited for other ranks, by the number of the other rank."""
+    """For each rank, the seconds of a step that it waited for other ranks: a dict by the number of the other rank."""
     found = [defaultdict[int, float](float) for _ in mesh.programs]
     for rank, program in enumerate(mesh.programs):
         for op in program.ops:

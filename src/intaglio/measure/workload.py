@@ -25,7 +25,7 @@ class Trace:
 
     @property
     def most(self) -> int:
-        """A context length in tokens, prompt and output, that all but about 1 in 100 requests stay below."""
+        """The context length in tokens (prompt and output together) that all but about 1 in 100 requests stay below."""
         return self.prompt[10] + self.output[10]
 
 
@@ -98,5 +98,5 @@ def draw(
 
 
 def _lengths(knots: Sequence[int], n: int, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """`n` lengths drawn from quantiles at SHARES, multiplied by `scale`."""
+    """`n` lengths in tokens, drawn from the quantiles `knots` at SHARES and multiplied by `scale`, as an array [n]."""
     return np.maximum(1, np.rint(scale * np.interp(rng.random(n), SHARES, knots))).astype(int)

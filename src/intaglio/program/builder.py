@@ -44,7 +44,7 @@ class Builder:
         return self._add(Tensor(name, ("P", "B", heads, head_dim), format, "state"))
 
     def state(self, name: str, *shape: int) -> str:
-        """Add recurrent state f32 [N, *shape]: an item of `shape` per slot."""
+        """Declare recurrent state f32 [N, *shape], an item of `shape` for each of N slots. Returns its name."""
         return self._add(Tensor(name, ("N", *shape), "f32", "state"))
 
     def view(self, name: str, base: str, start: int, stop: int) -> str:
@@ -67,7 +67,7 @@ class Builder:
         return op.outputs[0] if results else ""
 
     def done(self) -> Program:
-        """The Program built so far, verified. Raises ProgramError."""
+        """The Program built so far, verified. Raises ProgramError naming the rule that it breaks."""
         program = Program(self.name, tuple(self.ops), self.tensors, self.context)
         verify(program)
         return program

@@ -73,9 +73,10 @@ class CollectiveMatcher:
         self.messages: dict[tuple[int, int], deque[Send]] = {}  # sent but not received, by (sender, receiver)
 
     def run(self) -> Iterator[str]:
-        """Yield messages: the first mismatch, or if a deadlock occurs, the collective at which each rank waits.
+        """Run all ranks' collectives.
 
-        Sends that are never received are reported too.
+        Yield a message for the first mismatch, or for each rank that waits in a deadlock. Sends that are never
+        received are reported too.
         """
         rank = idle = 0
         while idle < len(self.programs):
@@ -98,7 +99,8 @@ class CollectiveMatcher:
     def advance(self, rank: int) -> str | None:
         """Run the next collective of `rank`.
 
-        Returns None if it must wait, "" if it was run, else the mismatch as a message.
+        Returns None if it must wait for a peer, "" if it has run, else the mismatch as a message that names
+        ranks and sites.
         """
         op = self.queues[rank][0]
         if isinstance(op, Send):
@@ -123,7 +125,7 @@ class CollectiveMatcher:
     def receive(self, rank: int, op: Recv) -> str | None:
         """Match `op` with the oldest message sent to `rank`.
 
-        Returns None if there is none, "" if it fits, else the mismatch.
+        Returns None if there is no message yet, "" if it fits, else the mismatch as a message.
         """
         messages = self.messages.get((op.peer, rank))
         if not messages:
@@ -139,7 +141,7 @@ class CollectiveMatcher:
 
 
 def _terms(p: Program, op: Collective) -> Hashable:
-    """The properties of a collective (kind, shape, wire format) that must be equal on all its peers."""
+    """One hashable value of what must be equal on all peers of a collective: kind, shape, wire format."""
     if isinstance(op, Send):
         return p.tensors[op.x].shape, op.wire
     if isinstance(op, Recv):

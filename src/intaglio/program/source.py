@@ -190,7 +190,7 @@ def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
 
 
 def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
-    """Apply the steps to an array that is not quantised."""
+    """The array after the steps, for an array that is not quantised."""
     for step in steps:
         if step[0] == "g":
             continue
@@ -220,8 +220,8 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
 def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
     """Yield (tensor name, values) as read() does, but quantised tensors in several runs of rows, to save memory.
 
-    runs: yields the runs of a tensor by name. A tensor comes whole if a step transposes it or divides its first
-    dimension.
+    A tensor's name comes once for each of its runs. runs: yields the runs of a tensor by name. A tensor comes whole
+    if a step transposes it or divides its first dimension.
     """
     for name, steps in expand(source):
         at = 0

@@ -1,6 +1,7 @@
-"""The verifier: rules that every Program must satisfy. Each rule is a function that yields messages of what is wrong.
+"""The verifier: rules that every Program must satisfy.
 
-Shapes are checked by the ops' own `shapes()`.
+A rule is a function that yields one message for each violation it finds, and nothing for a valid Program; verify() runs
+them all. Shapes are checked by the ops' own `shapes()`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ Rule = Callable[[Program], Iterator[str]]
 
 
 def names_resolve(p: Program) -> Iterator[str]:
-    """Yield names used by ops or views that are not in the table, and tensors listed under another name."""
+    """Yield a message for each name that the table of tensors lacks, and each tensor listed under another name.
+
+    Names are those that ops and views use.
+    """
     for key, t in p.tensors.items():
         if key != t.name:
             yield f"the table lists {t.name!r} under {key!r}"
@@ -29,7 +33,10 @@ def names_resolve(p: Program) -> Iterator[str]:
 
 
 def tensors_well_formed(p: Program) -> Iterator[str]:
-    """Yield tensors with an unknown role, format or dimension, constants without values, weights without a source."""
+    """Yield a message for each tensor that is declared wrongly.
+
+    That is an unknown role, format or dimension, a constant without values, or a weight without a source.
+    """
     for t in p.tensors.values():
         if t.role not in ROLES:
             yield f"{t.name} has role {t.role!r}; use one of {', '.join(ROLES)}"
@@ -46,7 +53,7 @@ def tensors_well_formed(p: Program) -> Iterator[str]:
 
 
 def sites_unique(p: Program) -> Iterator[str]:
-    """Yield sites that more than one op has."""
+    """Yield a message for each site that more than one op has."""
     seen: set[str] = set()
     for op in p.ops:
         if op.site in seen:
@@ -55,7 +62,10 @@ def sites_unique(p: Program) -> Iterator[str]:
 
 
 def faces_present(p: Program) -> Iterator[str]:
-    """Yield ops that are not registered or lack shapes(), reference() or work() (collectives: exchange())."""
+    """Yield a message for each op that is not registered or lacks shapes(), reference() or work().
+
+    A collective needs exchange() in place of reference().
+    """
     for op in p.ops:
         if REGISTRY.get(op.kind) is not type(op):
             yield f"{op.site}: op {op.kind!r} is not registered; known ops are {', '.join(sorted(REGISTRY))}"
@@ -65,7 +75,7 @@ def faces_present(p: Program) -> Iterator[str]:
 
 
 def shapes_agree(p: Program) -> Iterator[str]:
-    """Yield ops that refuse their operands, and results declared with another type than the op computes."""
+    """Yield a message for each op that refuses its operands, and each result declared as another type than computed."""
     for op in p.ops:
         try:
             for name, (shape, format) in op.shapes(p.tensors).items():
@@ -77,7 +87,10 @@ def shapes_agree(p: Program) -> Iterator[str]:
 
 
 def written_before_read(p: Program) -> Iterator[str]:
-    """Yield temps and outputs that are read before they are written, or not written exactly once; writes of others."""
+    """Yield a message for each temp or output that is read before it is written, or not written exactly once.
+
+    An op's result that is a view, or neither a temp nor an output, is reported too.
+    """
     written: set[str] = set()
     for op in p.ops:
         for name in op.inputs:
@@ -97,7 +110,7 @@ def written_before_read(p: Program) -> Iterator[str]:
 
 
 def views_inside(p: Program) -> Iterator[str]:
-    """Yield views that are not a range of columns of a temp, or whose base is itself a view."""
+    """Yield a message for each view that is not a range of columns of a temp, or whose base is itself a view."""
     for t in p.tensors.values():
         if t.view:
             base, start = p.tensors[t.view[0]], t.view[1]
@@ -109,10 +122,10 @@ def views_inside(p: Program) -> Iterator[str]:
 
 
 def state_kept(p: Program) -> Iterator[str]:
-    """Yield uses of state by operands not declared for it, and of other tensors by operands declared for it.
+    """Yield a message for each state used by an operand not declared for state, or other tensor by one that is.
 
-    Also reads of state before this step's values are written to it, and recurrent state that is updated twice or has no
-    dimension N.
+    Also for reads of state before this step's values are written to it, and for recurrent state that is updated
+    twice or has no dimension N.
     """
     written: set[str] = set()
     for op in p.ops:
@@ -135,7 +148,7 @@ def state_kept(p: Program) -> Iterator[str]:
 
 
 def buffers_apart(p: Program) -> Iterator[str]:
-    """Yield temps that overwrite a temp of the same buffer which a later op still reads."""
+    """Yield a message for each temp that overwrites a temp of the same buffer which a later op still reads."""
     last = {p.base(name): i for i, op in enumerate(p.ops) for name in (*op.outputs, *op.inputs)}
     holder: dict[int, str] = {}
     for i, op in enumerate(p.ops):
@@ -150,7 +163,10 @@ def buffers_apart(p: Program) -> Iterator[str]:
 
 
 def collectives_placed(p: Program) -> Iterator[str]:
-    """Yield collectives whose group leaves the mesh or lacks the own rank, and send or recv to no other rank."""
+    """Yield a message for each collective that does not fit the mesh.
+
+    Its group must lie inside the mesh and contain this rank; a send or recv must name another rank of it.
+    """
     if not 0 <= p.rank < p.mesh:
         yield f"rank {p.rank} is outside a mesh of {p.mesh}"
     for op in p.ops:
@@ -175,7 +191,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def verify(program: Program) -> None:
-    """Check every rule in order. Raises ProgramError listing the faults of the first rule that is broken."""
+    """Raise ProgramError, listing the faults of the first rule that is broken; return nothing for a valid Program."""
     for rule in RULES:
         wrong = list(rule(program))
         if wrong:

@@ -1,6 +1,8 @@
 """The runtime: requests, K/V block pool, scheduler, and the engine that runs them on a device step by step."""
 
 from intaglio.runtime.admission import Admission, EngineLoad
+from intaglio.runtime.block_events import BlockEvent, BlockEvents, BlockSnapshot
+from intaglio.runtime.block_names import BlockNames, BlockScope
 from intaglio.runtime.engine import Engine
 from intaglio.runtime.invariants import check_invariants
 from intaglio.runtime.kv import BlockPool, KvError
@@ -24,9 +26,9 @@ from intaglio.runtime.sequence import Sequence
 from intaglio.runtime.stats import Counts, Gauges, StepRecord
 
 __all__ = [
-    "Admission", "BlockPool", "Counts", "Engine", "EngineLoad", "Event", "Fault", "Gauges", "Grammar", "JournalError",
-    "KvError", "Matcher", "ParamsError", "RecordedEngine", "Refused", "Replayed", "Request", "RequestError",
-    "Resumption", "SamplingParams", "ScheduledSequence", "Scheduler", "Scored", "Sequence", "StepRecord",
-    "SuspendedChoice", "Usage",
+    "Admission", "BlockEvent", "BlockEvents", "BlockNames", "BlockPool", "BlockScope", "BlockSnapshot", "Counts",
+    "Engine", "EngineLoad", "Event", "Fault", "Gauges", "Grammar", "JournalError", "KvError", "Matcher", "ParamsError",
+    "RecordedEngine", "Refused", "Replayed", "Request", "RequestError", "Resumption", "SamplingParams",
+    "ScheduledSequence", "Scheduler", "Scored", "Sequence", "StepRecord", "SuspendedChoice", "Usage",
     "check_invariants", "replay",
 ]  # fmt: skip

@@ -13,8 +13,11 @@ from dataclasses import replace
 from typing import Protocol
 
 from intaglio.devices import DeviceLost, Executable
+from intaglio.program import Program
 from intaglio.runtime.accounting import Accounting
 from intaglio.runtime.admission import Admission, EngineLoad
+from intaglio.runtime.block_events import BlockEvent, BlockEvents, BlockSnapshot
+from intaglio.runtime.block_names import BlockNames, BlockScope
 from intaglio.runtime.clock import MonotonicClock
 from intaglio.runtime.kv import BlockPool
 from intaglio.runtime.latency import LatencyEstimator
@@ -52,6 +55,8 @@ class Engine:
         restart: loads the same Program again after the device was lost.
         numerics: what decides the bits of results besides the Program, such as "host avx2 tp2": device, instruction set
             and layout. A request suspended on another engine is resumed only if both have the same.
+        scope: weights and version for the names of K/V blocks; the engine fills in the rest.
+        incarnation: text that is different for each start of an engine; block events carry it.
         max_restarts: attempts for each loss; when all have failed, every sequence ends in error and `failed` has the
             reason.
     """
@@ -69,6 +74,8 @@ class Engine:
         restart: Callable[[], Executable] | None = None,
         max_restarts: int = 5,
         numerics: str = "",
+        scope: BlockScope | None = None,
+        incarnation: str = "",
     ) -> None:
         bounds = {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences, "max_waiting": max_waiting}
         for name, value in bounds.items():
@@ -83,7 +90,15 @@ class Engine:
         context, size = self.program.context, self.state.page_tokens
         self.clock, self.rng = MonotonicClock(clock), rng
         self.counts, self.latency = Counts(), LatencyEstimator()
-        self.pool, self.slots = BlockPool(self.state.pages, size), SlotPool(self.state.slots)
+        self.scope = replace(
+            scope or BlockScope(),
+            program=self.program.hash,
+            kv_format=kv_formats(self.program),
+            numerics=numerics,
+            block_size=size,
+        )
+        self.pool = BlockPool(self.state.pages, size, self.scope.digest, BlockEvents(incarnation))
+        self.slots = SlotPool(self.state.slots)
         self.admission = Admission(
             context=context, vocabulary=self.program.vocabulary, num_blocks=self.pool.total, block_size=size,
             max_waiting=max_waiting, max_batch_tokens=max_batch_tokens,
@@ -229,6 +244,19 @@ class Engine:
             len(pool.evictable), self.draining, self.failed,
         )  # fmt: skip
 
+    @property
+    def block_names(self) -> BlockNames:
+        """Computes the names of this engine's K/V blocks from token ids."""
+        return self.pool.names
+
+    def block_events(self, after: int) -> list[BlockEvent] | None:
+        """Events of the prefix cache after number `after`; None if they are not kept: take a snapshot then."""
+        return self.pool.events.after(after)
+
+    def block_snapshot(self) -> BlockSnapshot:
+        """The blocks in the prefix cache now, with the number of the last event."""
+        return self.pool.snapshot()
+
     def _admit(
         self, request: Request, seed: int, choices: abc.Sequence[int], resumption: Resumption | None = None
     ) -> list[Sequence]:
@@ -288,3 +316,8 @@ class Engine:
             self.last_step = StepRecord(self.counts.steps, began, seconds, prefill, decode, len(scheduled), sampled)
             self.latency.observe_step(prefill + decode, sampled, seconds)
         self.counts.preemptions = self.scheduler.preemptions
+
+
+def kv_formats(program: Program) -> str:
+    """Formats of a Program's K/V caches, such as "bf16"; several are separated by spaces."""
+    return " ".join(sorted({t.format for t in program.of_role("state") if t.shape[0] == "P"}))

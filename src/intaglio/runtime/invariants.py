@@ -39,21 +39,20 @@ def slots_conserved(e: Engine) -> Iterator[str]:
 def prefix_cache_sound(e: Engine) -> Iterator[str]:
     """Yield inconsistencies of the prefix cache.
 
-    Index and nodes must agree, evictable blocks must be in it and free blocks must not, and a held block in it must be
-    stored under the tokens that its sequence has there.
+    Index and cached blocks must agree, evictable blocks must be in it and free blocks must not, and a held block in it
+    must have the name of the tokens that its sequence has up to its end.
     """
     pool = e.pool
-    if {key: block for block, (_, key) in pool.nodes.items()} != pool.index:
-        yield "the prefix index and the blocks' nodes disagree"
-    if known := set(pool.free) & pool.nodes.keys():
+    if {cached.name: block for block, cached in pool.cached.items()} != pool.index:
+        yield "the prefix index and the cached blocks disagree"
+    if known := set(pool.free) & pool.cached.keys():
         yield f"free blocks {sorted(known)} are in the prefix index"
-    if unknown := pool.evictable.keys() - pool.nodes.keys():
+    if unknown := pool.evictable.keys() - pool.cached.keys():
         yield f"evictable blocks {sorted(unknown)} are not in the prefix index"
     for choices in e.requests.values():
         for s in choices:
-            for at, block in enumerate(s.blocks):
-                tokens = s.tokens(at * pool.block_size, (at + 1) * pool.block_size)
-                if block in pool.nodes and pool.nodes[block][1][1] != tuple(tokens):
+            for block, name in zip(s.blocks, pool.names.chain(s.tokens(0, s.length), s.salt), strict=False):
+                if block in pool.cached and pool.cached[block].name != name:
                     yield f"block {block} of request {s.request.id} is in the prefix index under other tokens"
 
 

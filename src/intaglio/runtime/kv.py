@@ -6,15 +6,24 @@ Handles block numbers and token ids only; the K/V data is on the device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+from intaglio.runtime.block_events import BlockEvents, BlockSnapshot
+from intaglio.runtime.block_names import BlockNames
 from intaglio.runtime.request import TokenIds
-
-Parent = int | str | None  # the node of the block before; for the first block of a sequence, the salt
-Key = tuple[Parent, tuple[int, ...]]  # a block in the prefix tree: its parent, and its own tokens
 
 
 class KvError(RuntimeError):
     """An allocation larger than what is available, or a release of a block that is not held."""
+
+
+@dataclass(frozen=True)
+class CachedBlock:
+    """A block in the prefix cache: its name, its parent's name (see BlockNames), and its own token ids."""
+
+    name: str
+    parent: str
+    tokens: tuple[int, ...]
 
 
 class BlockPool:
@@ -23,21 +32,27 @@ class BlockPool:
     A block is free; held, by as many sequences as its refcount says; or evictable: held by none, its content kept in
     the prefix cache until the block is needed.
 
-    The prefix cache is a tree: a full block is a node under the node of the block before it, by its own token ids. The
-    index compares the token ids themselves, not hashes, and node numbers are never reused, so a block is found only for
-    exactly the same tokens from the start of the sequence. Sequences of different salts have different trees.
+    The prefix cache is a tree: a full block is a child of the block before it. Blocks are found by their names, 256-bit
+    hashes over all tokens from the start of the sequence and the salt (see BlockNames). So a block is found only for
+    exactly the same tokens, and sequences of different salts share none.
+
+    Args:
+        total: number of blocks.
+        block_size: tokens in a block.
+        scope: digest of the BlockScope for the names.
+        events: records what is added to and removed from the prefix cache.
     """
 
-    def __init__(self, total: int, block_size: int) -> None:
+    def __init__(self, total: int, block_size: int, scope: str = "", events: BlockEvents | None = None) -> None:
         if total < 1:
             raise KvError(f"a pool of {total} blocks holds nothing; give it at least 1")
-        self.block_size = block_size
+        self.block_size, self.names = block_size, BlockNames(scope, block_size)
+        self.events = events or BlockEvents()
         self.refcounts = [0] * total
         self.free = list(range(total - 1, -1, -1))  # a stack: block 0 is allocated first, then the block freed last
         self.evictable: dict[int, None] = {}  # in order of release: the first is evicted first
-        self.index: dict[Key, int] = {}  # the prefix tree: the block at each key
-        self.nodes: dict[int, tuple[int, Key]] = {}  # by block in the prefix tree: its node and its key
-        self.last_node = 0
+        self.index: dict[str, int] = {}  # block in the prefix cache, by name
+        self.cached: dict[int, CachedBlock] = {}  # by block in the prefix cache
 
     @property
     def total(self) -> int:
@@ -80,13 +95,13 @@ class BlockPool:
         """Decrement the refcount of each of a sequence's `blocks`.
 
         At 0 a block becomes evictable if it is in the prefix cache, else free. Later blocks are evicted first, so a
-        node is never evicted before its children.
+        block is never evicted before its children.
         """
         for block in reversed(blocks):
             self._check_held(block)
             self.refcounts[block] -= 1
             if self.refcounts[block] == 0:
-                if block in self.nodes:
+                if block in self.cached:
                     self.evictable[block] = None
                 else:
                     self.free.append(block)
@@ -94,45 +109,47 @@ class BlockPool:
     def find_prefix(self, tokens: TokenIds, salt: str | None) -> list[int]:
         """The blocks of the longest cached prefix of `tokens`, whole blocks only. Changes no refcount."""
         blocks: list[int] = []
-        parent: Parent = salt
-        for at in range(0, len(tokens) - self.block_size + 1, self.block_size):
-            block = self.index.get((parent, tuple(tokens[at : at + self.block_size])))
+        for name in self.names.chain(tokens, salt):
+            block = self.index.get(name)
             if block is None:
                 break
             blocks.append(block)
-            parent = self.nodes[block][0]
         return blocks
 
-    def add_to_prefix_cache(self, block: int, parent: Parent, tokens: TokenIds) -> int:
-        """Add a full block to the tree as a child of the node `parent` (or of the salt, for a first block).
+    def add_to_prefix_cache(self, block: int, parent: str, tokens: TokenIds) -> str:
+        """Add a full block to the tree as a child of the block named `parent` (for a first block, `names.root()`).
 
-        Returns its node.
-
-        If another block is already there with the same tokens, that block stays and its node is returned.
+        Returns its name. If another block of that name is already there, that block stays.
         """
         self._check_held(block)
-        key = (parent, tuple(tokens))
-        if key in self.index:
-            return self.nodes[self.index[key]][0]
-        self.last_node += 1
-        self.index[key] = block
-        self.nodes[block] = (self.last_node, key)
-        return self.last_node
+        name = self.names.child(parent, tokens)
+        if name not in self.index:
+            self.index[name] = block
+            self.cached[block] = CachedBlock(name, parent, tuple(tokens))
+            self.events.stored(name, parent)
+        return name
 
-    def node(self, block: int) -> int:
-        """Number of the prefix-cache node of a block that find_prefix() returned."""
-        return self.nodes[block][0]
+    def name(self, block: int) -> str:
+        """Name of a block that find_prefix() returned."""
+        return self.cached[block].name
+
+    def snapshot(self) -> BlockSnapshot:
+        """The blocks in the prefix cache now."""
+        return self.events.snapshot(self.names.scope, self.block_size, self.index)
 
     def reset_prefix_cache(self) -> None:
         """Empty the prefix cache: evictable blocks become free at once, held blocks when they are released."""
         self.free += self.evictable
-        self.evictable, self.index, self.nodes = {}, {}, {}
+        self.evictable, self.index, self.cached = {}, {}, {}
+        self.events.cleared()
 
     def _evict(self) -> int:
         """Remove the evictable block that was released earliest from the prefix cache, and return it."""
         block = next(iter(self.evictable))
         del self.evictable[block]
-        del self.index[self.nodes.pop(block)[1]]
+        name = self.cached.pop(block).name
+        del self.index[name]
+        self.events.removed(name)
         return block
 
     def _check_held(self, block: int) -> None:

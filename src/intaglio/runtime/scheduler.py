@@ -62,7 +62,7 @@ class Scheduler:
         (self.running if sequence.state == "running" else self.waiting).remove(sequence)
         self.pool.release(sequence.blocks)
         self.slots.release(sequence.slots)
-        sequence.blocks, sequence.indexed_blocks, sequence.prefix_node = [], 0, None
+        sequence.blocks, sequence.indexed_blocks, sequence.prefix_name = [], 0, None
         sequence.slots, sequence.state_slot = [], -1
 
     def preempt(self, sequence: Sequence) -> None:
@@ -158,7 +158,7 @@ class Scheduler:
         sequence.blocks = known + self.pool.allocate(fresh)
         sequence.computed = len(known) * self.pool.block_size
         sequence.indexed_blocks = len(known)
-        sequence.prefix_node = self.pool.node(known[-1]) if known else None
+        sequence.prefix_name = self.pool.name(known[-1]) if known else None
         return sequence
 
     def allocate(self, sequence: Sequence) -> bool:
@@ -185,9 +185,9 @@ class Scheduler:
         size, pool = self.pool.block_size, self.pool
         while self.shares_blocks and (sequence.indexed_blocks + 1) * size <= sequence.computed:
             at = sequence.indexed_blocks * size
-            parent = sequence.prefix_node if sequence.indexed_blocks else sequence.salt
+            parent = sequence.prefix_name or pool.names.root(sequence.salt)
             block, tokens = sequence.blocks[sequence.indexed_blocks], sequence.tokens(at, at + size)
-            sequence.prefix_node = pool.add_to_prefix_cache(block, parent, tokens)
+            sequence.prefix_name = pool.add_to_prefix_cache(block, parent, tokens)
             sequence.indexed_blocks += 1
         needed = pool.blocks_for(sequence.length)
         pool.release(sequence.blocks[needed:])

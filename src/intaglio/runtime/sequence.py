@@ -49,7 +49,7 @@ class Sequence:
     slots: list[int] = field(default_factory=list)  # its two slots of recurrent state; [] if the model has none
     state_slot: int = -1  # the slot that holds its recurrent state; -1: none yet
     indexed_blocks: int = 0  # leading blocks that are in the prefix cache
-    prefix_node: int | None = None  # node of the last of them in the prefix tree
+    prefix_name: str | None = None  # name of the last of them
     cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first step
     preemptions: int = 0
     in_flight: bool = False  # it is in a launch that has not been completed

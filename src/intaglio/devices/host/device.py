@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from functools import cache
 from pathlib import Path
 
 from intaglio import _native
@@ -15,6 +17,12 @@ from intaglio.program import Program, verify
 def isa_names() -> list[str]:
     """Names of the instruction sets that this build has kernels for and this machine can run, best first."""
     return list(_native.isas())
+
+
+@cache
+def build_hash() -> str:
+    """Hash of the compiled part of this package. Another build may compute other bits."""
+    return hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()
 
 
 class HostDevice(Device):
@@ -55,7 +63,8 @@ class HostDevice(Device):
         return f"{__name__}:HostDevice", {"threads": self.threads, "isa": self.isa, "cache": cache}
 
     def facts(self) -> DeviceFacts:
-        return DeviceFacts(self.isa, self.threads, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return DeviceFacts(self.isa, self.threads, memory, build_hash())
 
     def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
         """Translate the ops and pack the weights.

@@ -107,9 +107,10 @@ class HostExecutable(RankExecutable):
         return self.native.planning_seconds
 
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
-        """Generator of one step. Ops between two stops are one native call, which releases Python's GIL.
+        """Generator of one step that yields at each collective and returns the StepResult.
 
-        It yields at collectives, and runs ops with Python kernels itself.
+        Ops between two stops are one native call, which releases Python's GIL. Ops with Python kernels run
+        inside it.
         """
         batch, step = request.batch, self._begin(request)
         for stop in self.layout.stops:
@@ -132,7 +133,10 @@ class HostExecutable(RankExecutable):
         return StepResult(step.tokens, step.logprobs, step.logits, step.taken, timings)
 
     def _begin(self, request: StepRequest) -> _Step:
-        """Check and plan a step, and allocate its result arrays. Raises DeviceError for a batch out of range."""
+        """Check and plan a step, and return a _Step with its result arrays allocated.
+
+        Raises DeviceError for a batch out of range.
+        """
         batch = request.batch
         if batch.block_size != self.state.page_tokens:
             check_batch(self.program, self.state, batch)

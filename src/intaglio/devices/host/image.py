@@ -29,7 +29,7 @@ WORTH = 64 << 20  # least bytes of packed weights that cache="auto" keeps: fewer
 
 
 def default_folder() -> Path:
-    """The folder of cache="auto": $INTAGLIO_CACHE or ~/.cache/intaglio/packed."""
+    """The folder that cache="auto" stands for: $INTAGLIO_CACHE or ~/.cache/intaglio/packed."""
     return Path(os.environ.get("INTAGLIO_CACHE") or "~/.cache/intaglio/packed").expanduser()
 
 
@@ -63,7 +63,10 @@ def offsets(weights: Mapping[str, _native.Weight]) -> tuple[dict[str, int], int]
 
 
 def gather(weights: Mapping[str, _native.Weight]) -> None:
-    """Place all matrices, still empty, in one memory region, since single ones are often smaller than a huge page."""
+    """Place all matrices, still empty, in one memory region, since single ones are often smaller than a huge page.
+
+    Returns nothing.
+    """
     found, end = offsets(weights)
     region = _native.Region(end)
     for name, weight in weights.items():

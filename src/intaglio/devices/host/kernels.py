@@ -59,7 +59,7 @@ class NativeKernel:
 
 @dataclass(frozen=True)
 class PythonKernel:
-    """A Python function that computes an op between two native calls of a step."""
+    """A Python function that computes an op between two native calls of a step, as a host kernel."""
 
     function: PythonFunction
 
@@ -68,7 +68,7 @@ KERNELS: dict[type[Op], NativeKernel | PythonKernel] = {}
 
 
 def plain_attributes(op: Op) -> Attributes:
-    """The op's attributes by name, as they are."""
+    """A dict of the op's attributes by name, as they are."""
     return {name: getattr(op, name) for name in op.named("attribute")}
 
 
@@ -102,7 +102,7 @@ def _register(op_class: type[Op], kernel: NativeKernel | PythonKernel) -> None:
 
 
 def kernel_of(op: Op) -> NativeKernel | PythonKernel:
-    """The host kernel of an op. Raises DeviceError naming an op that has none."""
+    """The NativeKernel or PythonKernel of an op. Raises DeviceError naming an op that has none."""
     if type(op) not in KERNELS:
         raise DeviceError(
             f"{op.site}: the host has no kernel for op {op.kind}; rebuild the native module if csrc/ops/ has one, or "
@@ -112,19 +112,22 @@ def kernel_of(op: Op) -> NativeKernel | PythonKernel:
 
 
 def map_attributes(op: Map) -> Attributes:
-    """Attributes of a map: its expression in postfix order, as numbers and names (operands, operators, functions)."""
+    """A dict of the attributes of a map: its expression in postfix order, as numbers and names.
+
+    Names are of operands, operators and functions.
+    """
     return {"expr": [value for _, value in postfix(op.expr)]}
 
 
 def collective_attributes(op: Collective) -> Attributes:
-    """Attributes of a collective: its own, and its site, which errors name."""
+    """A dict of the attributes of a collective: its own, and its site, which errors name."""
     return {"site": op.site, **plain_attributes(op)}
 
 
 def embed_attributes(op: Embed) -> Attributes:
-    """Attributes of an embed: its scale, and the batch array (tokens or positions) that selects the rows.
+    """A dict of the attributes of an embed: its scale, and the name of the batch array that selects the rows.
 
-    Raises DeviceError for any other array.
+    Raises DeviceError for any other array than tokens or positions.
     """
     if op.tokens not in ("tokens", "positions"):
         raise DeviceError(f"{op.site}: the host's embed takes tokens or positions, not {op.tokens}")

@@ -37,7 +37,7 @@ class PackedMatrix:
     columns: int
 
     def make(self) -> _native.Weight:
-        """Allocate the native weight, without values."""
+        """A new native weight of this shape, allocated without values."""
         return _native.Weight(self.packing.family, self.rows, self.columns, self.packing.group, self.packing.glu)
 
 
@@ -118,10 +118,10 @@ class HostLayout:
 
     @classmethod
     def of(cls, program: Program, native_collectives: bool = False) -> HostLayout:
-        """Derive the layout of a Program.
+        """The HostLayout derived from a Program.
 
-        native_collectives: collectives are native ops, for a rank with a communicator. Raises DeviceError naming an op
-        without a host kernel, or state that both native and Python code use.
+        native_collectives: collectives are native ops, for a rank with a communicator. Raises DeviceError
+        naming an op without a host kernel, or state that both native and Python code use.
         """
         stops_at = () if native_collectives else (Collective,)
         kernels = [None if isinstance(op, stops_at) else kernel_of(op) for op in program.ops]
@@ -161,7 +161,7 @@ def _check_state(program: Program, both: frozenset[str]) -> None:
 
 
 def packing_of(t: Tensor, glu: bool) -> Packing:
-    """The Packing of a weight."""
+    """The Packing of a weight. glu: the weight is packed together with its gate or up."""
     fmt = formats.get(t.format)
     return Packing(fmt.family, fmt.group_of(int(t.shape[-1])) if fmt.grouped else 0, glu)
 
@@ -202,7 +202,7 @@ def buffer_key(t: Tensor) -> str | int:
 
 
 def _buffers(program: Program) -> dict[str | int, Buffer]:
-    """Sizes of the buffers of a step, by buffer_key()."""
+    """A dict of the sizes of the buffers of a step (Buffer), by buffer_key()."""
     buffers = dict[str | int, Buffer]()
     for t in program.tensors.values():
         if t.role in ("temp", "output") and not t.view:

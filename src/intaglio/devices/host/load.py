@@ -63,11 +63,10 @@ def load(
     native: _native.Executable, program: Program, layout: HostLayout, weights: Weights, state: StateSpec, threads: int,
     cache: str | Path | None, image_file: int | None = None,
 ) -> Loaded:  # fmt: skip
-    """Fill a native executable: declare its tensors, pack its weights, create its ops.
+    """Fill a native executable: declare its tensors, pack its weights, create its ops. Returns a Loaded.
 
-    `cache` and `image_file` are as for HostDevice.
-
-    Raises DeviceError for weights of the wrong shape or type, and for ops that the kernels cannot run.
+    cache, image_file: as for HostDevice. Raises DeviceError for weights of the wrong shape or type, and for ops that
+    the kernels cannot run.
     """
     matrices = {name: matrix.make() for name, matrix in layout.matrices.items()}
     image.gather(matrices)
@@ -124,7 +123,7 @@ def _image(
 
 
 def _arrays(program: Program, layout: HostLayout, weights: Weights, state: StateSpec) -> dict[str, Value]:
-    """Weights, constants and zeroed state for Python kernels by name, in the form that Op.reference() takes."""
+    """A dict of weights, constants and zeroed state for Python kernels, by name, as Op.reference() takes them."""
     found: dict[str, Value] = {}
     for t in (program.tensors[name] for name in sorted(layout.arrays)):
         if t.role == "weight":

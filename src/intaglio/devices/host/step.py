@@ -19,9 +19,8 @@ from intaglio.program import Program
 class Draws:
     """Sampling parameters of all rows in native form.
 
-    Reused while they are unchanged, because building them takes 40 us.
-
-    It takes so long because after a step the CPU caches hold only weights.
+    They are reused while they are unchanged, because building them takes 40 us: after a step the CPU caches hold
+    only weights.
     """
 
     ways: tuple[Sampling, ...]
@@ -29,7 +28,7 @@ class Draws:
 
     @classmethod
     def of(cls, ways: tuple[Sampling, ...]) -> Draws:
-        """Convert the sampling parameters of all rows to native form."""
+        """The Draws of the sampling parameters of all rows, converted to native form."""
         numbers = [(s.temperature, s.top_p, s.min_p, s.top_k) for s in ways]
         seeds = [s.seed & 0xFFFFFFFFFFFFFFFF for s in ways]
         return cls(
@@ -61,9 +60,9 @@ class Timings(Mapping[str, float]):
 
 
 def edits_of(sampling: Sequence[Sampling], vocabulary: int) -> _native.Edits | None:
-    """Logit edits and masks of all rows as flat arrays; None if no row has any.
+    """Logit edits and masks of all rows as flat arrays in native form; None if no row has any.
 
-    Raises DeviceError if they do not fit.
+    Raises DeviceError if they do not fit the vocabulary.
     """
     if all(s.edits is None and s.mask is None for s in sampling):
         return None
@@ -90,7 +89,7 @@ def edits_of(sampling: Sequence[Sampling], vocabulary: int) -> _native.Edits | N
 def taps_of(
     program: Program, ids: Mapping[str, int], batch: Batch, sites: Collection[str]
 ) -> tuple[dict[str, np.ndarray], list[tuple[int, int, np.ndarray]]]:
-    """({site: result array}, copies for native code) of the tapped sites and views.
+    """({site: result array}, copies for native code) for the tapped sites and views.
 
     A copy is (number of the op after which to copy, number of the tensor, array).
     """

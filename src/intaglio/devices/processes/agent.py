@@ -1,7 +1,8 @@
-"""Agent: runs the ranks of one host for a coordinator on another.
+"""Agent: the process on a host that starts the ranks of this host for a coordinator on another.
 
-It connects to the coordinator and does what that says: start a group of ranks, run steps, stop. If the connection is
-lost, it ends the ranks and connects again. Its own port takes only connections between ranks, with the token.
+It connects to the coordinator and follows its frames: start a group of ranks, run a step, stop the group. If the
+connection is lost, it ends the ranks and connects again. The agent also listens on a port of its own, which takes only
+connections from ranks of other hosts that know the token.
 """
 
 from __future__ import annotations
@@ -44,23 +45,23 @@ WAIT = 3600.0  # seconds; then it waits again
 
 
 class PackedJob(Job):
-    """A job as the message that came from the coordinator."""
+    """A Job that is kept as the bytes that came from the coordinator, for a child process to read."""
 
     def __init__(self, message: np.ndarray, modules: list[str]) -> None:
         object.__setattr__(self, "message", message)
         object.__setattr__(self, "needed", modules)
 
     def parts(self) -> list[np.ndarray]:
-        """The message itself."""
+        """The arrays of the message: the coordinator's bytes, as one uint8 array."""
         return [vars(self)["message"]]
 
     def modules(self) -> list[str]:
-        """Those that came with the message."""
+        """The module names that came with the message."""
         return list(vars(self)["needed"])
 
 
 class Port:
-    """Takes connections from ranks of other hosts, and keeps each until its rank is started."""
+    """A listening socket for ranks of other hosts. It keeps each connection until take() asks for it."""
 
     def __init__(self, host: str, token: bytes) -> None:
         self.token, self.listener = token, listen(host)
@@ -71,12 +72,12 @@ class Port:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where ranks connect."""
+        """The (host, port) at which ranks of other hosts connect."""
         host, port = self.listener.getsockname()[:2]
         return host, port
 
     def begin(self, epoch: int) -> None:
-        """Close what was kept for other epochs, and refuse earlier ones from now on."""
+        """Close the kept connections of epochs before `epoch`, and refuse connections of such epochs from now on."""
         with self.news:
             self.epoch = epoch
             for key in [key for key in self.arrived if key[0] != epoch]:
@@ -84,7 +85,10 @@ class Port:
                     self.arrived.pop(key).close()
 
     def take(self, epoch: int, rank: int, peer: int) -> socket.socket:
-        """The connection from `peer` to `rank`. Raises ConnectionRefused if none comes."""
+        """Wait for the connection from rank `peer` to this host's rank `rank`, and return its socket.
+
+        Raises ConnectionRefused if none comes within MEET_TIMEOUT seconds.
+        """
         key = (epoch, rank, peer)
         with self.news:
             if not self.news.wait_for(lambda: key in self.arrived, MEET_TIMEOUT):
@@ -92,7 +96,7 @@ class Port:
             return self.arrived.pop(key)
 
     def close(self) -> None:
-        """Take no more connections."""
+        """Stop listening, and close the connections that were not taken."""
         stop_accepting(self.listener)
         self.begin(1 << 33)
 
@@ -121,9 +125,9 @@ class Port:
 
 
 class HostGroup:
-    """The ranks of this host in one epoch of a group. Sends the coordinator what they answer.
+    """The ranks of this host in one epoch of a group, and the thread that sends their results to the coordinator.
 
-    images: packed weights of an earlier group.
+    message: the coordinator's START frame. images: packed weights of an earlier group.
     """
 
     def __init__(
@@ -143,7 +147,7 @@ class HostGroup:
         self.thread.start()
 
     def post(self, message: bytes) -> None:
-        """Hand a step to the ranks: 8 bytes with its number, and the request."""
+        """Start a step on this host's ranks. message: 8 bytes with the step's number, then the request."""
         if self.processes:
             number = int.from_bytes(message[:8], "big")
             board = self.processes.requests[number % self.facts["slots"]]
@@ -151,14 +155,14 @@ class HostGroup:
             self.processes.segment.post(number + 1)
 
     def stop(self) -> None:
-        """End the ranks."""
+        """Abort the ranks' group and wait until their processes have ended."""
         self.stopped.set()
         if self.processes:
             self.processes.segment.abort(-1, "", "the coordinator ended the group")
         self.thread.join()
 
     def send(self, kind: int, message: bytes) -> None:
-        """Send the coordinator a frame of this epoch."""
+        """Send the coordinator a frame that begins with this group's epoch. Raises LinkLost."""
         self.link.send(kind, int(self.facts["epoch"]).to_bytes(8, "big") + message)
 
     def _run(self) -> None:
@@ -204,7 +208,10 @@ class HostGroup:
                 number += 1
 
     def _connect(self, addresses: Mapping[int, tuple[str, int]]) -> dict[int, dict[int, socket.socket]]:
-        """Connect each rank of this host with each of the others; the lower rank of a pair connects."""
+        """Connect each rank of this host with each rank in `addresses`. Returns {own rank: {other rank: socket}}.
+
+        The lower rank of a pair connects, the higher accepts. Raises OSError.
+        """
         made: dict[int, dict[int, socket.socket]] = {rank: {} for rank in self.facts["ranks"]}
         pairs = [(rank, peer) for rank in made for peer in addresses]
         try:
@@ -222,18 +229,18 @@ class HostGroup:
 
 
 def ends_of(sockets: Mapping[int, socket.socket]) -> dict[int, int]:
-    """Descriptors by rank."""
+    """A dict from rank to the file descriptor of its socket."""
     return {rank: s.fileno() for rank, s in sockets.items()}
 
 
 def pack_messages(messages: list[bytes]) -> bytes:
-    """Several messages as one."""
+    """One message that contains several; unpack_messages() takes it apart."""
     sizes = np.array([len(messages), *map(len, messages)], np.int64)
     return pack([sizes, *(np.frombuffer(m, np.uint8) for m in messages)])
 
 
 def unpack_messages(message: bytes) -> list[memoryview]:
-    """The messages that pack_messages() joined."""
+    """The list of messages that pack_messages() put into one, as copies."""
     r = Reader(memoryview(message))
     count = int(r.array(np.int64, 1)[0])
     sizes = np.frombuffer(message, np.int64, count, 8).tolist()
@@ -242,7 +249,12 @@ def unpack_messages(message: bytes) -> list[memoryview]:
 
 
 class Agent:
-    """The agent of this host. `rendezvous`: where the coordinator listens. token: None only on loopback."""
+    """The agent of this host: serve() connects to the coordinator and runs ranks for it.
+
+    rendezvous: (host, port) where the coordinator listens. token: the shared secret; None is allowed only on
+    loopback. name: of this host in messages, by default the host name. silence: seconds without a byte after which
+    the connection counts as lost.
+    """
 
     def __init__(
         self, rendezvous: tuple[str, int], token: bytes | None, name: str = "", silence: float = frames.SILENCE
@@ -253,9 +265,10 @@ class Agent:
         self.link: Link | None = None
 
     def serve(self, once: bool = False) -> None:
-        """Serve the coordinator, and connect again whenever it is lost, until stop(); `once`: until it is lost.
+        """Serve the coordinator, and connect again whenever the connection is lost, until stop() is called.
 
-        Raises ConnectionRefused if the coordinator does not take this agent, ValueError for a missing token.
+        once: return when the first connection is lost. Raises ConnectionRefused if the coordinator refuses this
+        agent TRIES times in a row, ValueError for a missing or too short token.
         """
         refused = 0
         while not self.stopping.is_set():
@@ -273,7 +286,7 @@ class Agent:
                 return
 
     def stop(self) -> None:
-        """End the ranks and serve no more."""
+        """End this host's ranks and make serve() return."""
         self.stopping.set()
         if self.link:
             self.link.close()
@@ -283,7 +296,7 @@ class Agent:
         return check_binding(host, self.given)
 
     def _session(self, s: socket.socket, key: bytes) -> None:
-        """Do what the coordinator says until the connection is lost."""
+        """Follow the coordinator's frames until the connection is lost, then end the ranks."""
         host = s.getsockname()[0]
         port = Port(host, check_binding(host, self.given))
         link = self.link = Link(s, key, True, self.silence)

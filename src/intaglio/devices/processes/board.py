@@ -18,7 +18,7 @@ LENGTH = 8  # bytes in front of the message, which hold its length
 
 
 class Board:
-    """One message in a memory file. Each process maps as much of the file as it needs.
+    """One message in a memory file that processes share. Each process maps as much of the file as it needs.
 
     file: descriptor of an existing file; None creates one, which exists until the last process has closed it.
     """
@@ -28,7 +28,7 @@ class Board:
         self.map: mmap.mmap | None = None
 
     def write(self, parts: Sequence[np.ndarray]) -> None:
-        """Replace the message by these arrays."""
+        """Replace the message by the bytes of these arrays, each padded to a multiple of 8 bytes. Returns nothing."""
         size = size_of(parts)
         room = self._mapped(LENGTH + size, grow=True)
         room[:LENGTH] = size.to_bytes(LENGTH, "little")
@@ -39,7 +39,10 @@ class Board:
             at += -(-raw.nbytes // 8) * 8
 
     def read(self) -> memoryview:
-        """A view of the message, valid until the next write()."""
+        """The message as a memoryview, valid until the next write().
+
+        Raises MessageError if the file is too short for it.
+        """
         size = int.from_bytes(self._mapped(LENGTH, grow=False)[:LENGTH], "little")
         return memoryview(self._mapped(LENGTH + size, grow=False))[LENGTH : LENGTH + size]
 

@@ -25,11 +25,11 @@ POST_WAIT = 3600.0  # seconds; then it waits again
 
 
 class Rank:
-    """The rank that a child process runs.
+    """The rank that a child process runs: run() loads its job and runs the steps.
 
-    files: the segment, the end of the pipe, the K/V cache, the packed weights, and the boards: of the job, of the
-    requests, and as many of this rank's results. joins: its device takes part in collectives. sockets: connections to
-    ranks of other hosts.
+    files: descriptors of the shared segment, the pipe to the parent, the K/V cache, the packed weights, and the boards:
+    of the job, of the requests, and as many of this rank's results. joins: its device takes part in collectives.
+    sockets: descriptors of connections to ranks of other hosts, by rank.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Rank:
         threading.Thread(target=end_with, args=(pipe,), daemon=True).start()
 
     def run(self) -> None:
-        """Load, then run posted steps until the group is aborted."""
+        """Load the job, then run posted steps until the group is aborted. Returns nothing."""
         try:
             executable, facts = self.load()
         except Exception as e:  # whatever loading can raise is an answer
@@ -67,7 +67,7 @@ class Rank:
             self.segment.complete(self.rank, done)
 
     def load(self) -> tuple[Executable, RankFacts]:
-        """Open the device and load the program of this rank."""
+        """Open the device and load the Program of this rank. Returns (executable, facts for the parent)."""
         options: dict[str, object] = {}
         if self.joins:
             communicator = _native.Communicator(self.segment, self.rank, self.sockets)
@@ -82,10 +82,10 @@ class Rank:
         return executable, RankFacts(job.device.facts().isa or "", executable.program.hash, in_file)
 
     def step(self, executable: Executable, reader: RequestReader, number: int) -> None:
-        """Run step `number` and write its result.
+        """Run step `number` and write its result to the board of this rank. Returns nothing.
 
-        A process that is alone answers with an error. In a group of several ranks an error aborts the group, because
-        the other ranks would wait for this one forever.
+        A process that is alone answers with an error. In a group of several ranks an error aborts the group,
+        because the other ranks would wait for this one forever.
         """
         slot = number % len(self.requests)
         try:
@@ -103,7 +103,7 @@ class Rank:
 
 
 def end_with(pipe: int) -> None:
-    """End this process when the other end of the pipe is closed."""
+    """End this process when the other end of `pipe` is closed, which happens when the parent dies."""
     os.read(pipe, 1)
     os._exit(0)
 

@@ -25,7 +25,7 @@ LOOPBACK_TOKEN = b"anyone on this machine may connect"  # where no other host ca
 
 
 class ConnectionRefused(ConnectionError):
-    """Raised for a peer that does not know the token, or belongs to another group or epoch."""
+    """Raised when a connection fails because a peer is refused, does not know the token, or closes it early."""
 
 
 def proof(token: bytes, role: bytes, challenge: bytes, hello: bytes) -> bytes:
@@ -34,23 +34,26 @@ def proof(token: bytes, role: bytes, challenge: bytes, hello: bytes) -> bytes:
 
 
 def check_token(token: bytes) -> None:
-    """Raise ValueError if the token is shorter than 16 bytes, so that it could be guessed."""
+    """Raise ValueError if the token is shorter than 16 bytes, because it could be guessed. Returns nothing."""
     if len(token) < 16:
         raise ValueError(f"the token has {len(token)} bytes; use 16 or more random ones")
 
 
 def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
-    """A listening socket for peers. Port 0: any free port."""
+    """A TCP socket that listens at `host` for peers. port 0: any free port."""
     return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
 def connect(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int) -> socket.socket:
-    """Connect as `rank` to rank `peer`, which listens at `address`. Raises OSError, ConnectionRefused among them."""
+    """Connect as `rank` to rank `peer`, which listens at `address`, and return the authenticated socket.
+
+    Raises OSError, of which ConnectionRefused is a kind.
+    """
     return introduce(address, token, epoch, rank, peer)[0]
 
 
 def introduce(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int) -> tuple[socket.socket, bytes]:
-    """As connect(); also returns the key of the session, which only both ends know."""
+    """Connect as connect() does. Returns (socket, session key); only the two ends know the key."""
     check_token(token)
     s = socket.create_connection(address, timeout=TIMEOUT)
     try:
@@ -68,7 +71,10 @@ def introduce(address: tuple[str, int], token: bytes, epoch: int, rank: int, pee
 
 @dataclass(frozen=True)
 class Peer:
-    """Who connected: its rank, the rank it wants, and its epoch. key: of the session, which only both ends know."""
+    """The other end of an accepted connection: its rank, the rank `to` that it asked for, its epoch and the key.
+
+    key: of the session; only the two ends know it.
+    """
 
     rank: int
     to: int
@@ -77,9 +83,9 @@ class Peer:
 
 
 def accept(listener: socket.socket, token: bytes, epoch: int, rank: int) -> tuple[int, socket.socket]:
-    """The next peer that connects to `rank`: its number and the connection.
+    """Wait for the next peer that connects to `rank`. Returns (the peer's rank, socket).
 
-    Raises ConnectionRefused for one that is refused, and OSError; the listener can be used again.
+    Raises ConnectionRefused for a peer that is refused, and OSError; the listener can be used again.
     """
 
     def check(peer: Peer) -> None:
@@ -94,7 +100,7 @@ def accept(listener: socket.socket, token: bytes, epoch: int, rank: int) -> tupl
 
 
 def accepted(listener: socket.socket) -> Iterator[tuple[socket.socket, str]]:
-    """Yield each connection to a listener with the address that it comes from, until the listener is closed."""
+    """Yield (socket, address of the other end) for each connection to a listener, until the listener is closed."""
     while True:
         try:
             s, address = listener.accept()
@@ -114,9 +120,11 @@ def stop_accepting(listener: socket.socket) -> None:
 
 
 def meet(s: socket.socket, where: str, token: bytes, check: Callable[[Peer], None]) -> Peer:
-    """Who has connected from `where`. check: raises ConnectionRefused for one that is not wanted.
+    """Authenticate a connection that came from address `where`. Returns the Peer at its other end.
 
-    Raises ConnectionRefused, after closing the connection.
+    check: function that raises ConnectionRefused for a peer that is not wanted. Raises ConnectionRefused, after
+    closing the connection, if the peer is not wanted, does not know the token or does not answer in TIMEOUT
+    seconds.
     """
     try:
         s.settimeout(TIMEOUT)
@@ -142,7 +150,10 @@ def meet(s: socket.socket, where: str, token: bytes, check: Callable[[Peer], Non
 
 
 def check_binding(host: str, token: bytes | None) -> bytes:
-    """The token to use at an address. Raises ValueError for an address outside loopback without a token."""
+    """The token to use for connections at the address `host`: the given one, or on loopback without one a fixed one.
+
+    Raises ValueError for an address outside loopback without a token, and for a token that is too short.
+    """
     if token is None:
         if not ipaddress.ip_address(host).is_loopback:
             raise ValueError(f"{host} can be reached from other hosts; give --token-file with 16 or more random bytes")
@@ -152,7 +163,10 @@ def check_binding(host: str, token: bytes | None) -> bytes:
 
 
 def receive(s: socket.socket, size: int) -> bytes:
-    """Receive exactly `size` bytes. Raises ConnectionRefused if the peer closes the connection before."""
+    """Receive exactly `size` bytes and return them.
+
+    Raises ConnectionRefused if the peer closes the connection earlier.
+    """
     got = b""
     while len(got) < size:
         if not (part := s.recv(size - len(got))):
@@ -164,7 +178,7 @@ def receive(s: socket.socket, size: int) -> bytes:
 def join(
     listener: socket.socket, addresses: Mapping[int, tuple[str, int]], token: bytes, epoch: int, rank: int
 ) -> dict[int, int]:
-    """Connect `rank` with each rank in `addresses`. Returns socket descriptors by rank, which the caller must close.
+    """Connect `rank` with each rank in `addresses`. Returns {rank: socket descriptor}; the caller must close them.
 
     The lower rank of a pair connects, the higher accepts. Peers that are refused are ignored. Raises OSError.
     """

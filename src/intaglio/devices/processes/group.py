@@ -60,7 +60,7 @@ def start_child(argument: str, files: Sequence[int], server: ForkServer | None, 
 
 @dataclass(frozen=True)
 class RankStart:
-    """How to start a rank's process. cores: numbers of the cores it may run on; (): all."""
+    """The job of one rank's process, and the numbers of the CPU cores it may run on; (): all."""
 
     job: Job
     cores: tuple[int, ...] = ()
@@ -68,9 +68,9 @@ class RankStart:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the ranks of this host are in a group: their numbers, of how many, in which epoch.
+    """Position of this host's ranks in a group: their numbers, the group's size `of`, and its epoch.
 
-    sockets: for each of them, descriptors of its connections to ranks of other hosts, by rank.
+    sockets: for each of these ranks, descriptors of its connections to ranks of other hosts, by rank.
     """
 
     ranks: tuple[int, ...]
@@ -80,11 +80,12 @@ class Place:
 
 
 class Processes:
-    """The child processes of a group and the memory they share. It knows nothing of steps.
+    """The child processes of this host's ranks of a group, and the memory they share. It knows nothing of steps.
 
-    joins: the ranks take part in collectives together. silence: seconds without a sign of life after which a process
-    counts as hung. what: noun for a process in error messages. server: forks the processes; without one they are
-    started.
+    joins: the ranks take part in collectives together. silence: seconds without a sign of life after which a
+    process counts as hung. what: noun for a process in error messages. kept: the K/V caches. images: the packed
+    weights. slots: number of messages for requests and of results of a rank that the memory holds. place: None if all
+    ranks are on this host. server: forks the processes; without one they are started.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class Processes:
         return any(p.returncode is None or spoils_memory(p.returncode) for p in self.processes)
 
     def lost(self, cause: str) -> DeviceLost:
-        """Kill all processes, and return the DeviceLost to raise, with `cause` and the exit statuses."""
+        """Kill all processes. Returns the DeviceLost to raise, with `cause` and the exit statuses in its message."""
         pids = [p.pid for p in self.processes]
         self.close()
         codes = ", ".join(f"{self.what} {pid}: {p.returncode}" for pid, p in zip(pids, self.processes, strict=True))
@@ -209,7 +210,7 @@ def watch(segment: _native.Segment, pids: Mapping[int, int], wake: int, silence:
 
 
 def is_stopped(pid: int) -> bool:
-    """True if a process was stopped by a signal or a debugger."""
+    """True if a signal or a debugger has stopped the process; False if it runs or does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "Tt"
     except OSError:
@@ -217,13 +218,12 @@ def is_stopped(pid: int) -> bool:
 
 
 class GroupExecutable(PostedExecutable):
-    """A Program loaded in the processes of a group. `pids`: process ids by rank.
+    """A Program loaded in the processes of a group, one process for each rank. `pids`: process ids by rank.
 
-    joins: the ranks are one mesh, with a communicator each; otherwise there is one process, which loads whatever its
-    job says. replaces: the lost group in whose place this one is. server: as for Processes.
-
-    Raises DeviceError with what loading raised, DeviceLost if a process ends meanwhile, ReplacementRefused if the ranks
-    would give other bits than those before.
+    joins: the ranks are one mesh, with a communicator each; otherwise there is one process, which loads whatever
+    its job says. replaces: the lost group that this group replaces. server: as for Processes. Raises DeviceError with
+    the message of the error that loading raised, DeviceLost if a process ends meanwhile, ReplacementRefused if results
+    would have other bits than those of the group replaced.
     """
 
     def __init__(
@@ -278,12 +278,12 @@ class GroupExecutable(PostedExecutable):
             raise DeviceLost(f"the {self.processes.what} is gone")
 
     def close(self) -> None:
-        """Kill the processes, and let go of the K/V cache and the packed weights."""
+        """Kill the processes, and drop this group's hold on the K/V cache and the packed weights. Returns nothing."""
         self.processes.close()
         self.kept = self.images = None
 
     def _wait(self, steps: int, timeout: float) -> None:
-        """Wait until all ranks have completed `steps` steps.
+        """Wait until all ranks have completed `steps` steps. Returns nothing.
 
         Raises DeviceLost after `timeout` seconds or if a process ends.
         """

@@ -1,4 +1,4 @@
-"""The coordinator's side of ranks on several hosts: the agents that have come, and a group of their ranks."""
+"""The coordinator's side of ranks on several hosts: the agents that have connected, and the executable they run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ Handler = Callable[["HostAgent", int, int | None, bytes], None]  # agent, kind o
 
 
 class HostAgent:
-    """An agent that has connected. cores: of its host. address: where its ranks take connections."""
+    """The coordinator's end of the connection to one host's agent.
+
+    cores: number of CPU cores of its host. address: (host, port) where its ranks take connections from other ranks.
+    handler: function called with each frame from the agent.
+    """
 
     def __init__(self, link: Link) -> None:
         kind, message = link.receive()
@@ -47,11 +51,14 @@ class HostAgent:
 
     @property
     def alive(self) -> bool:
-        """True as long as the connection is there."""
+        """True until the connection to the agent is lost."""
         return not self.link.closed.is_set()
 
     def run(self) -> None:
-        """Call the handler with each frame from the agent until the connection is lost, then once with LOST."""
+        """Call the handler with each frame from the agent until the connection is lost, then once with kind LOST.
+
+        Returns nothing.
+        """
         try:
             while True:
                 kind, message = self.link.receive()
@@ -63,7 +70,11 @@ class HostAgent:
 
 
 class Rendezvous:
-    """Where agents connect. token: None only on loopback. Raises ValueError for another address without one."""
+    """The listening socket of the coordinator, and the agents that have connected to it.
+
+    token: the shared secret; None is allowed only on loopback. silence: seconds without a byte after which an agent
+    counts as lost. Raises ValueError for an address outside loopback without a token.
+    """
 
     def __init__(self, host: str, port: int, token: bytes | None, silence: float = frames.SILENCE) -> None:
         self.token, self.silence = check_binding(socket.gethostbyname(host), token), silence
@@ -74,12 +85,15 @@ class Rendezvous:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens."""
+        """The (host, port) at which the coordinator listens."""
         host, port = self.listener.getsockname()[:2]
         return host, port
 
     def wait(self, hosts: int, seconds: float) -> list[HostAgent]:
-        """The first agents that are there, by name. Raises DeviceError if fewer than `hosts` come in time."""
+        """The `hosts` agents that connected first, as a list in that order. Waits up to `seconds` for them.
+
+        Raises DeviceError if fewer are connected by then.
+        """
         with self.news:
             there = self.news.wait_for(lambda: len(self._alive()) >= hosts, seconds)
             if not there:
@@ -91,7 +105,7 @@ class Rendezvous:
             return self._alive()[:hosts]
 
     def close(self) -> None:
-        """Let go of all agents."""
+        """Stop listening and close the connections to all agents."""
         stop_accepting(self.listener)
         for agent in self.agents:
             agent.link.close()
@@ -115,15 +129,16 @@ class Rendezvous:
 
 
 def check_wants_coordinator(peer: Peer) -> None:
-    """Raises ConnectionRefused for a rank that came to the wrong port."""
+    """Raise ConnectionRefused for a peer that asked for a rank instead of the coordinator. Returns nothing."""
     if peer.to != COORDINATOR:
         raise ConnectionRefused(f"rank {peer.rank} wants rank {peer.to}; this is the coordinator")
 
 
 class HostsExecutable(PostedExecutable):
-    """A Program loaded in the ranks of several hosts, an equal run of ranks on each.
+    """A Program loaded in the ranks of several hosts, the same number of consecutive ranks on each.
 
-    Raises DeviceError with what loading raised, DeviceLost if a host or a rank is lost meanwhile.
+    Raises DeviceError with the message of the error that loading raised, DeviceLost if a host or a rank is lost
+    meanwhile, ReplacementRefused if results would have other bits than those of the group `replaces`.
     """
 
     def __init__(
@@ -173,7 +188,10 @@ class HostsExecutable(PostedExecutable):
             raise
 
     def take(self, agent: HostAgent, kind: int, message: bytes) -> None:
-        """Take a frame from an agent."""
+        """Handle a frame from an agent: keep the answer to a step, or end the group if ranks are lost.
+
+        Returns nothing.
+        """
         with self.news:
             if kind == frames.LOST:
                 self.fail(f"host {agent.name}: {message.decode(errors='replace')}")
@@ -183,14 +201,14 @@ class HostsExecutable(PostedExecutable):
             self.news.notify_all()
 
     def send(self, agent: HostAgent, kind: int, message: bytes) -> None:
-        """Send a frame to an agent; if that fails, the group is lost."""
+        """Send a frame to an agent; if that fails, end the group. Returns nothing."""
         try:
             agent.link.send(kind, message)
         except LinkLost as e:
             self.fail(f"host {agent.name}: {e}")
 
     def fail(self, why: str) -> None:
-        """End the group, on all hosts."""
+        """End the group on all hosts for the reason `why`, which later steps raise as DeviceLost. Returns nothing."""
         with self.news:
             if not self.failed:
                 self.failed = why
@@ -213,11 +231,14 @@ class HostsExecutable(PostedExecutable):
         return merged([read_result(message) for message in self._wait(number, self.step_timeout)])
 
     def close(self) -> None:
-        """End the ranks on all hosts; the agents stay."""
+        """End the ranks on all hosts; the agents stay connected. Returns nothing."""
         self.fail("the group is closed")
 
     def _wait(self, number: int, seconds: float) -> list[memoryview]:
-        """What each rank answered to a step. Raises DeviceLost."""
+        """The answers of all ranks to step `number`, as messages in order of rank. Waits up to `seconds`.
+
+        Raises DeviceLost if the group has ended or not all ranks answer in time.
+        """
         with self.news:
             if not self.news.wait_for(lambda: self.answered(number), seconds):
                 self.fail(f"no answer in {seconds:g} s")
@@ -227,7 +248,7 @@ class HostsExecutable(PostedExecutable):
 
 
 def release(agents: Sequence[HostAgent], handle: Handler) -> None:
-    """Tell agents to end their ranks, unless these belong to another group by now."""
+    """Tell the agents that still serve the group of `handle` to end their ranks. Returns nothing."""
     for agent in agents:
         if agent.handler is handle:
             agent.handler = None

@@ -1,4 +1,4 @@
-"""Job: what a child process loads, as a message: Programs as text, the device and the weights as recipes or arrays."""
+"""Job: the message with what a child process is to load: Programs as text, device and weights as recipes or arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from intaglio.program import MeshProgram, Program, parse_program
 
 @dataclass(frozen=True)
 class Job:
-    """What a child process loads. programs: the Program of one rank, or of all ranks of a mesh."""
+    """What a child process is to load: device, Programs, weights and state.
+
+    programs: the Program of one rank, or of all ranks of a mesh. layout: that by which the model was sharded, such
+    as tp4.
+    """
 
     device: Recipe
     programs: tuple[Program, ...]
@@ -29,7 +33,10 @@ class Job:
     state: StateSpec
 
     def parts(self) -> list[np.ndarray]:
-        """The arrays of the message. Raises DeviceError if the weights are neither arrays nor have a recipe."""
+        """The arrays of the message that carries this job; read_job() reads it.
+
+        Raises DeviceError if the weights are neither arrays nor have a recipe.
+        """
         arrays: list[np.ndarray] = []
         held: object
         if isinstance(self.weights, ArrayWeights):
@@ -45,7 +52,7 @@ class Job:
         return [np.array([len(content)], np.int64), content, *(arrays or [NONE])]
 
     def modules(self) -> list[str]:
-        """Modules that loading needs: those of the recipes."""
+        """A list of the modules that loading imports: those of the recipes."""
         recipes = [self.device, *([self.weights.recipe()] if isinstance(self.weights, HasRecipe) else [])]
         return [where.partition(":")[0] for where, _ in recipes]
 
@@ -71,7 +78,7 @@ class RankFacts:
 
 
 def read_facts(message: memoryview) -> RankFacts | str:
-    """The facts in a rank's answer to its job; the error's text if loading failed."""
+    """Read a rank's answer to its job. Returns its RankFacts, or the error's text if loading failed."""
     r = Reader(message)
     failed, size = r.array(np.int64, 2).tolist()
     if failed:
@@ -81,7 +88,11 @@ def read_facts(message: memoryview) -> RankFacts | str:
 
 
 def check_facts(ranks: Sequence[RankFacts], earlier: Sequence[RankFacts] | None) -> None:
-    """Raises DeviceError if ranks have unlike instruction sets, and ReplacementRefused if these are not as before."""
+    """Raise an error if the ranks of a group would not compute the bits that are expected. Returns nothing.
+
+    Raises DeviceError if the ranks have different instruction sets, and ReplacementRefused if the number of ranks,
+    an instruction set or a Program differs from `earlier`, the facts of the group that this one replaces.
+    """
     for rank, facts in enumerate(ranks):
         if facts.isa != ranks[0].isa:
             raise DeviceError(
@@ -113,7 +124,10 @@ class OpenJob:
 
 
 def read_job(message: memoryview, **options: object) -> OpenJob:
-    """Read a job from a message, and open its device and weights. options: further arguments for the device."""
+    """Read a Job from a message, open its device and weights, and return them as an OpenJob.
+
+    options: further arguments for the device.
+    """
     r = Reader(message)
     content: Any = r.text(int(r.array(np.int64, 1)[0]))
     programs = tuple(parse_program(p) for p in content["programs"])
@@ -129,7 +143,7 @@ def read_job(message: memoryview, **options: object) -> OpenJob:
 
 
 def _described(value: Value, arrays: list[np.ndarray]) -> object:
-    """JSON description of a value: type and shape of an array, or the fields of a quantised matrix.
+    """A description of a value for JSON: [type, shape] of an array, or a dict of the fields of a quantised matrix.
 
     The arrays themselves are appended to `arrays`.
     """

@@ -37,11 +37,14 @@ class KeptImages:
 
 
 def close_all(files: Sequence[int]) -> None:
-    """Close these file descriptors."""
+    """Close these file descriptors. Returns nothing."""
     for file in files:
         os.close(file)
 
 
 def spoils_memory(returncode: int | None) -> bool:
-    """True if this exit status means that the process crashed by itself and may have written to wrong addresses."""
+    """True if an exit status means that the process crashed by itself and may have written to wrong addresses.
+
+    returncode: as of subprocess.Popen; None while the process runs.
+    """
     return returncode is not None and -returncode in CRASHES

@@ -23,14 +23,15 @@ SILENCE = 0.8  # seconds without a byte after which a host counts as gone
 
 
 class LinkLost(ConnectionError):
-    """The other host is gone, silent, or sent what is no frame."""
+    """Raised if the other host is gone or silent, or sent bytes that are not a valid frame."""
 
 
 class Link:
-    """One end of a connection between two hosts. Any thread may send; one receives.
+    """One end of a connection between two hosts that carries frames. Any thread may send; one receives.
 
-    key: of the session. connected: this end made the connection. silence: seconds without a byte, in either direction,
-    after which the other end counts as gone; a slow one still sends bytes.
+    key: of the session. connected: True on the side that opened the connection. silence: seconds without a byte, in
+    either direction, after which the other end counts as gone. A heartbeat is sent every INTERVAL seconds, so a
+    host that is only slow does not count as gone.
     """
 
     def __init__(self, s: socket.socket, key: bytes, connected: bool, silence: float = SILENCE) -> None:
@@ -44,7 +45,7 @@ class Link:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def send(self, kind: int, payload: bytes = b"") -> None:
-        """Send a frame. Raises LinkLost, ValueError for a payload that is too long."""
+        """Send a frame. Raises LinkLost if it cannot be sent, ValueError for a payload longer than LONGEST bytes."""
         if len(payload) > LONGEST:
             raise ValueError(f"a frame of {len(payload)} bytes; at most {LONGEST} are allowed")
         with self.lock:
@@ -59,7 +60,10 @@ class Link:
                 raise LinkLost(f"nothing can be sent: {e}") from e
 
     def receive(self) -> tuple[int, bytes]:
-        """The next frame that is no heartbeat: its kind and payload. Raises LinkLost, after closing the link."""
+        """Wait for the next frame other than a heartbeat. Returns (kind, payload).
+
+        Raises LinkLost, after closing the link, if nothing comes for `silence` seconds or a frame is not valid.
+        """
         try:
             while True:
                 head = self._take(HEAD.size)
@@ -79,7 +83,7 @@ class Link:
             raise
 
     def close(self) -> None:
-        """End the connection; both ends notice."""
+        """Close the connection, which ends send() and receive() at both ends with LinkLost."""
         self.closed.set()
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
@@ -108,7 +112,7 @@ class Link:
 
 
 def mac(key: bytes, head: bytes, payload: bytes) -> bytes:
-    """The authentication code of a frame."""
+    """The authentication code of a frame: the 32 bytes of HMAC-SHA256 over head and payload."""
     code = hmac.new(key, head, "sha256")
     code.update(payload)
     return code.digest()

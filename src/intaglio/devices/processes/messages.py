@@ -39,7 +39,10 @@ class Reader:
         self.message, self.at = message, 0
 
     def array(self, dtype: np.dtype | type, count: int) -> np.ndarray:
-        """The next array, of `count` values, as a view. Raises MessageError if the message is too short."""
+        """The next array of `count` values, as a view of the message.
+
+        Raises MessageError if the message is too short.
+        """
         size = np.dtype(dtype).itemsize * count
         if count < 0 or self.at + size > len(self.message):
             raise MessageError(f"a message of {len(self.message)} bytes ends before {count} values at {self.at}")
@@ -48,7 +51,7 @@ class Reader:
         return found
 
     def text(self, size: int) -> object:
-        """The value of the next `size` bytes, which are JSON; None if size is 0."""
+        """The value that the next `size` bytes stand for, which are JSON; None if size is 0."""
         return json.loads(self.array(np.uint8, size).tobytes()) if size else None
 
 
@@ -58,7 +61,7 @@ def text(value: object) -> np.ndarray:
 
 
 def request_parts(request: StepRequest) -> list[np.ndarray]:
-    """The arrays of the message for a step request, in order."""
+    """A list of the arrays that make up the message for a step request, in order."""
     batch = request.batch
     taps = text(list(request.taps)) if request.taps else NONE
     parameters = np.empty(len(batch.sampling), PARAMETERS)
@@ -90,7 +93,7 @@ class RequestReader:
         self.bytes, self.sampling = b"", tuple[Sampling, ...]()
 
     def read(self, message: memoryview) -> StepRequest:
-        """The step request in a message. The batch's `numbers` is a view of the message."""
+        """The StepRequest in a message. The batch's `numbers` is a view of the message."""
         r = Reader(message)
         t, s, rows, columns, block_size, several, words, flags, taps = r.array(np.int64, 9).tolist()
         numbers = r.array(np.int32, numbers_size(t, s, rows, columns))
@@ -121,7 +124,7 @@ def _edits(r: Reader, n: int) -> Edits:
 
 
 def result_parts(result: StepResult) -> list[np.ndarray]:
-    """The arrays of the message for a step's result, in order."""
+    """A list of the arrays that make up the message for a step's result, in order."""
     wide = result.logits
     facts = NONE
     if result.taps or result.timings:
@@ -134,13 +137,16 @@ def result_parts(result: StepResult) -> list[np.ndarray]:
 
 
 def error_parts(error: Exception) -> list[np.ndarray]:
-    """The arrays of the message that takes the place of a result when a step fails."""
+    """A list of the arrays of the message that takes the place of a result when a step fails."""
     content = text(f"{type(error).__name__}: {error}")
     return [np.array([1, len(content), 0, 0, 0], np.int64), content]
 
 
 def read_result(message: memoryview) -> StepResult | str:
-    """The result in a message, its arrays copied; the error's text if the step failed."""
+    """Read a rank's answer to a step.
+
+    Returns the StepResult, its arrays copied, or the error's text if the step failed.
+    """
     r = Reader(message)
     failed, size, drawn, rows, width = r.array(np.int64, 5).tolist()
     facts = r.text(size)
@@ -156,7 +162,7 @@ def read_result(message: memoryview) -> StepResult | str:
 
 
 def size_of(parts: Sequence[np.ndarray]) -> int:
-    """Bytes of a message that consists of these arrays."""
+    """Number of bytes of a message that consists of these arrays."""
     return sum(-(-x.nbytes // 8) * 8 for x in parts)
 
 

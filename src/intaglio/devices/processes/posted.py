@@ -1,4 +1,4 @@
-"""PostedExecutable: an executable whose steps run in other processes and are answered in the order of posting."""
+"""PostedExecutable: an executable whose steps run in other processes, which answer in the order of posting."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SLOTS = 4  # one more than the steps that may be under way; a longer pipeline ha
 
 @dataclass
 class PostedStep:
-    """A step that was posted. Results arrive in the order of posting."""
+    """A step that was posted to other processes. Results arrive in the order of posting."""
 
     executable: PostedExecutable
     number: int
@@ -37,16 +37,17 @@ class PostedStep:
         return self.completed is not None or self.executable.answered(self.number)
 
     def result(self) -> StepResult:
-        """Wait for the step and return its result, or raise the error that ended it."""
+        """Wait for the step to end and return its StepResult, or raise the error that ended it."""
         self.executable.receive_until(self)
         assert self.completed
         return self.completed.result()
 
 
 class PostedExecutable(Executable):
-    """Posts steps and receives their results. The first thing posted, number 0, is the load.
+    """Base class of executables that post steps to other processes and receive their results.
 
-    checks: a request is checked here, because a rank that refuses alone would take the group down.
+    The first thing posted, number 0, is the load. depth: number of pipeline stages. checks: check each request in
+    this process, because a rank that raised an error alone would end the group.
     """
 
     def __init__(self, depth: int, checks: bool) -> None:
@@ -57,7 +58,7 @@ class PostedExecutable(Executable):
 
     @abstractmethod
     def post(self, request: Sequence[np.ndarray], number: int) -> None:
-        """Hand step `number` to all ranks."""
+        """Send the request of step `number` to all ranks. Returns nothing."""
 
     @abstractmethod
     def answered(self, number: int) -> bool:
@@ -65,14 +66,14 @@ class PostedExecutable(Executable):
 
     @abstractmethod
     def receive(self, number: int) -> StepResult:
-        """Wait for the results of step `number` and return them as one."""
+        """Wait for the ranks' results of step `number` and return them merged into one StepResult."""
 
     @abstractmethod
     def check_alive(self) -> None:
-        """Raise DeviceLost if the group has ended."""
+        """Raise DeviceLost if the group has ended. Returns nothing."""
 
     def launch(self, request: StepRequest) -> PendingStep:
-        """Post a step to all ranks and return it.
+        """Post a step to all ranks and return it as a PendingStep.
 
         Its result() raises DeviceError for a batch that does not fit, DeviceLost if the group has ended.
         """
@@ -92,7 +93,7 @@ class PostedExecutable(Executable):
         return step
 
     def receive_until(self, step: PostedStep) -> None:
-        """Receive results in order until `step` has its own."""
+        """Receive results in order until `step` has its own, which is stored in `step.completed`. Returns nothing."""
         while step.completed is None:
             first = self.pending.popleft()
             try:
@@ -102,9 +103,9 @@ class PostedExecutable(Executable):
 
 
 def merged(results: Sequence[StepResult | str]) -> StepResult:
-    """The results of all ranks as one, as merge_ranks() makes it; of a single rank, its own.
+    """The results of all ranks as one StepResult, made by merge_ranks(); of a single rank, its own.
 
-    Raises DeviceError with the first error.
+    A text in place of a result is an error of that rank; DeviceError is raised with the first.
     """
     for result in results:
         if isinstance(result, str):

@@ -1,0 +1,15 @@
+"""Routing of requests to replicas: cost estimates, prefix index, fair queue. Pure: callers pass the time in."""
+
+from intaglio.router.fairness import FairQueue
+from intaglio.router.index import BlocksCleared, BlocksRemoved, BlocksStored, CacheEvent, CacheIndex, PromptMemory
+from intaglio.router.job import Job, Refusal
+from intaglio.router.placement import POLICIES, Estimate, Policy, estimate
+from intaglio.router.prefix import CHUNK_BYTES, prefix_keys
+from intaglio.router.replica import Assigned, LoadReport, Pace, Replica, ReplicaState
+from intaglio.router.router import Limits, Placement, Router
+
+__all__ = [
+    "CHUNK_BYTES", "POLICIES", "Assigned", "BlocksCleared", "BlocksRemoved", "BlocksStored", "CacheEvent", "CacheIndex",
+    "Estimate", "FairQueue", "Job", "Limits", "LoadReport", "Pace", "Placement", "Policy", "PromptMemory", "Refusal",
+    "Replica", "ReplicaState", "Router", "estimate", "prefix_keys",
+]  # fmt: skip

@@ -1,0 +1,110 @@
+"""FairQueue: waiting jobs by priority, and within a priority by tenant in proportion to weights.
+
+The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): each tenant has a
+counter of the tokens it was served, divided by its weight, and the tenant with the lowest counter is next. A tenant
+that was away does not save up: on its return its counter is raised to the lowest of those that wait.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from intaglio.router.job import Job
+
+Entry = tuple[int, int, Job]  # priority, arrival number, job
+
+
+@dataclass
+class Tenant:
+    """A tenant's weight, its counter (tokens served / weight) and its waiting jobs in order."""
+
+    weight: float
+    counter: float = 0.0
+    waiting: list[Entry] = field(default_factory=list)
+
+
+class FairQueue:
+    """Waiting jobs of all tenants. weights: by tenant, above 0; a tenant not named has weight 1."""
+
+    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+        for name, weight in (weights or {}).items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"the weight of tenant {name!r} is {weight}; allowed: a finite number above 0")
+        self.weights = dict(weights or {})
+        self.tenants: dict[str, Tenant] = {}
+        self._arrivals = 0
+        self._floor = 0.0  # counter at which the last job was taken
+
+    def __len__(self) -> int:
+        return sum(len(t.waiting) for t in self.tenants.values())
+
+    def push(self, job: Job) -> None:
+        """Add a job behind those of its tenant and priority."""
+        tenant = self._tenant(job.tenant)
+        if not tenant.waiting:
+            others = [t.counter for t in self.tenants.values() if t.waiting]
+            tenant.counter = max(tenant.counter, min(others, default=self._floor))
+        self._arrivals += 1
+        insort(tenant.waiting, (job.priority, self._arrivals, job), key=lambda entry: entry[:2])
+
+    def order(self) -> Iterator[Job]:
+        """The waiting jobs in the order in which they should be placed. Do not change the queue meanwhile."""
+        heads = {name: 0 for name, t in self.tenants.items() if t.waiting}
+        counters = {name: self.tenants[name].counter for name in heads}
+
+        def rank(name: str) -> tuple[int, float, int]:
+            priority, arrival, _ = self.tenants[name].waiting[heads[name]]
+            return priority, counters[name], arrival
+
+        while heads:
+            name = min(heads, key=rank)
+            tenant = self.tenants[name]
+            job = tenant.waiting[heads[name]][2]
+            yield job
+            counters[name] += job.tokens / tenant.weight
+            heads[name] += 1
+            if heads[name] == len(tenant.waiting):
+                del heads[name]
+
+    def take(self, job: Job) -> None:
+        """Remove a job that is placed now, and charge its tenant for its prompt and expected output."""
+        tenant = self._tenant(job.tenant)
+        self._floor = max(self._floor, tenant.counter)
+        self.discard(job)
+        tenant.counter += job.tokens / tenant.weight
+
+    def discard(self, job: Job) -> None:
+        """Remove a job without a charge."""
+        tenant = self._tenant(job.tenant)
+        tenant.waiting = [entry for entry in tenant.waiting if entry[2].id != job.id]
+        self._forget_idle()
+
+    def settle(self, job: Job, output_tokens: int) -> None:
+        """Correct the charge of a job that was taken and has ended after `output_tokens` tokens, over all choices."""
+        tenant = self._tenant(job.tenant)
+        tenant.counter += (output_tokens - job.output_tokens * job.choices) / tenant.weight
+        self._forget_idle()
+
+    def share(self, tenant: str, total: int) -> int:
+        """How many of `total` places in the queue the tenant may hold, at least 1.
+
+        Places are divided by weight among the tenants that wait and one more of weight 1 that may come.
+        """
+        own = self._tenant(tenant).weight
+        others = sum(t.weight for name, t in self.tenants.items() if t.waiting and name != tenant)
+        return max(1, int(total * own / (own + others + 1.0)))
+
+    def waiting(self, tenant: str) -> int:
+        """Number of a tenant's waiting jobs."""
+        return len(self.tenants[tenant].waiting) if tenant in self.tenants else 0
+
+    def _tenant(self, name: str) -> Tenant:
+        return self.tenants.setdefault(name, Tenant(self.weights.get(name, 1.0), self._floor))
+
+    def _forget_idle(self) -> None:
+        """Drop tenants that wait for nothing and whose counter gives them no place behind others."""
+        lowest = min((t.counter for t in self.tenants.values() if t.waiting), default=self._floor)
+        for name in [n for n, t in self.tenants.items() if not t.waiting and t.counter <= lowest]:
+            del self.tenants[name]

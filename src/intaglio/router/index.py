@@ -1,0 +1,165 @@
+"""Index of the K/V blocks that a replica has cached, and the memory that maps prompt text to block names.
+
+Two sources of knowledge, both bounded:
+
+- Confirmed: block names from the replica's events (stored, removed, cleared), which carry the incarnation of the
+  replica's cache and a sequence number. After a gap the confirmed set is discarded until a snapshot arrives.
+- Assumed: prefixes of the prompts that the router itself sent to the replica. They cover the time until the events
+  arrive and are all there is while the index is stale. They expire.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from intaglio.router.prefix import CHUNK_BYTES
+
+ASSUMED_SECONDS = 10.0  # how long an assumed prefix counts where events confirm what is cached
+ASSUMED_MAX = 1 << 14  # prefix keys that are assumed for one replica; the oldest are dropped
+MEMORY_MAX = 1 << 17  # prefix keys whose block names are known
+TOKENS_PER_CHUNK = CHUNK_BYTES / 4.0  # until the first prompt's true length is known
+
+
+@dataclass(frozen=True)
+class BlocksStored:
+    """These blocks can be reused now."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BlocksRemoved:
+    """These blocks were evicted."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BlocksCleared:
+    """The cache was emptied."""
+
+
+CacheEvent = BlocksStored | BlocksRemoved | BlocksCleared
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What is known of the text up to a prefix key: its number of tokens, and the name of its last whole block.
+
+    name: None if the text is shorter than a block, or the replica gave no names.
+    """
+
+    tokens: int
+    name: str | None
+
+
+class PromptMemory:
+    """Maps prefix keys of prompt text to token counts and K/V block names, as replicas reported them.
+
+    A replica reports a prompt's token count and the names of its whole blocks. They are spread over the prompt's keys
+    in proportion to the text, so the position of a block in the text is an estimate; its name is exact.
+    """
+
+    def __init__(self, limit: int = MEMORY_MAX) -> None:
+        self.limit, self.tokens_per_chunk = limit, TOKENS_PER_CHUNK
+        self._prefixes: OrderedDict[bytes, Prefix] = OrderedDict()
+
+    def learn(self, keys: Sequence[bytes], tokens: int, names: Sequence[str], block_size: int) -> None:
+        """Record a prompt's length in tokens and the names of its whole blocks of `block_size` tokens."""
+        if not keys:
+            return
+        per_chunk = tokens / len(keys)
+        self.tokens_per_chunk += 0.1 * (per_chunk - self.tokens_per_chunk)
+        for i, key in enumerate(keys, 1):
+            upto = min(tokens, int(i * per_chunk))
+            block = min(len(names), upto // block_size) - 1
+            self._prefixes[key] = Prefix(upto, names[block] if block >= 0 else None)
+            self._prefixes.move_to_end(key)
+        while len(self._prefixes) > self.limit:
+            self._prefixes.popitem(last=False)
+
+    def find(self, key: bytes) -> Prefix | None:
+        """What is known of the text up to this key; None if it was never reported, or long ago."""
+        return self._prefixes.get(key)
+
+    def estimate_tokens(self, keys: Sequence[bytes]) -> int:
+        """Estimated number of tokens of a prompt with these keys."""
+        for i in range(len(keys) - 1, -1, -1):
+            if known := self.find(keys[i]):
+                return known.tokens + int((len(keys) - 1 - i) * self.tokens_per_chunk)
+        return int(len(keys) * self.tokens_per_chunk)
+
+
+class CacheIndex:
+    """The cached blocks of one replica. `stale`: events were missed, so a snapshot is needed.
+
+    `events` becomes True with the first event or snapshot; until then assumed prefixes do not expire by time.
+    """
+
+    def __init__(self) -> None:
+        self.incarnation: str | None = None
+        self.sequence = 0  # of the last event applied
+        self.stale = True
+        self.events = False
+        self.names: set[str] = set()
+        self._assumed: OrderedDict[bytes, float] = OrderedDict()  # prefix key: when it was sent, seconds
+
+    def restarted(self, incarnation: str) -> None:
+        """Note the incarnation of the replica's cache. A new one has cached nothing."""
+        if incarnation != self.incarnation:
+            self.incarnation, self.sequence, self.stale = incarnation, 0, True
+            self.names.clear()
+            self._assumed.clear()
+
+    def apply(self, incarnation: str, sequence: int, event: CacheEvent) -> None:
+        """Apply event number `sequence` of the cache's incarnation. A repeated event is ignored; a gap makes it stale.
+
+        The first event of an incarnation has number 1.
+        """
+        self.restarted(incarnation)
+        if self.events and sequence <= self.sequence:
+            return
+        if sequence != self.sequence + 1:
+            self.stale = True
+            self.names.clear()
+        elif sequence == 1:
+            self.stale = False
+        self.events, self.sequence = True, sequence
+        if self.stale:
+            return
+        match event:
+            case BlocksStored(names):
+                self.names.update(names)
+            case BlocksRemoved(names):
+                self.names.difference_update(names)
+            case BlocksCleared():
+                self.names.clear()
+                self._assumed.clear()
+
+    def snapshot(self, incarnation: str, sequence: int, names: Iterable[str]) -> None:
+        """Replace the confirmed blocks by a snapshot taken after event number `sequence`; an older one is ignored."""
+        self.restarted(incarnation)
+        if sequence < self.sequence:
+            return
+        self.names, self.sequence, self.stale, self.events = set(names), sequence, False, True
+
+    def assume(self, keys: Sequence[bytes], now: float) -> None:
+        """Note that a prompt with these keys was sent to the replica, which will cache it."""
+        for key in keys:
+            self._assumed[key] = now
+            self._assumed.move_to_end(key)
+        while len(self._assumed) > ASSUMED_MAX:
+            self._assumed.popitem(last=False)
+
+    def cached_tokens(self, keys: Sequence[bytes], memory: PromptMemory, now: float) -> int:
+        """Estimated tokens of the longest prefix of a prompt with these keys that the replica has cached."""
+        for i in range(len(keys) - 1, -1, -1):
+            known = memory.find(keys[i])
+            if known and known.name is not None and not self.stale and known.name in self.names:
+                return known.tokens
+            sent = self._assumed.get(keys[i])
+            if sent is not None and (self.stale or not self.events or now - sent <= ASSUMED_SECONDS):
+                return known.tokens if known else int((i + 1) * memory.tokens_per_chunk)
+        return 0

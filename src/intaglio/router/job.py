@@ -1,0 +1,50 @@
+"""Job: a request as the router sees it, and Refusal: why it is not admitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request to place on a replica.
+
+    Attributes:
+        id: unique among live requests.
+        keys: prefix keys of the prompt (see prefix.py).
+        prompt_tokens: tokens of the prompt, estimated from its length.
+        output_tokens: expected tokens of one choice's output, at most max_tokens.
+        choices: sequences that the request runs.
+        tenant: whose share of the service it uses.
+        priority: a lower number is placed first.
+        deadline: time in seconds by which it must have ended; None: no limit.
+        start_by: time in seconds by which it must have been placed; None: no limit.
+    """
+
+    id: str
+    keys: tuple[bytes, ...] = ()
+    prompt_tokens: int = 1
+    output_tokens: int = 16
+    choices: int = 1
+    tenant: str = ""
+    priority: int = 0
+    deadline: float | None = None
+    start_by: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the request is charged for: its prompt and the expected output of all choices."""
+        return self.prompt_tokens + self.output_tokens * self.choices
+
+
+class Refusal(Exception):
+    """Raised for a job that is not admitted.
+
+    reason: full (too many jobs wait), late (it would miss its deadline), unavailable (no replica serves). retry_after:
+    seconds after which to retry.
+    """
+
+    def __init__(self, reason: Literal["full", "late", "unavailable"], message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.reason, self.retry_after = reason, retry_after

@@ -1,0 +1,64 @@
+"""Placement policies: which replica a job goes to.
+
+cache-aware: the replica with the lowest cost, which is the estimated time to the job's end, plus the time that its
+prefill takes from the other jobs there. round-robin: the replica that was used least recently, for comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from intaglio.router.index import PromptMemory
+from intaglio.router.job import Job
+from intaglio.router.replica import Replica
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job would cost on a replica: cached and uncached prompt tokens, seconds to its first token and its end."""
+
+    replica: Replica
+    cached: int
+    uncached: int
+    first_token: float
+    end: float
+
+    @property
+    def cost(self) -> float:
+        """Seconds until the job ends, and once more the seconds of its own prefill.
+
+        The second term stands for the other jobs of the replica, whose steps the prefill lengthens. Without it, jobs
+        leave their cached prefix for a small gain of their own, and all jobs together compute more.
+        """
+        return self.end + self.uncached * self.replica.report.pace.per_token
+
+
+Policy = Callable[[Sequence[Estimate]], Estimate]
+
+
+def estimate(replica: Replica, job: Job, memory: PromptMemory, now: float, ahead: int = 0) -> Estimate:
+    """Estimate a job on a replica: prefill of what is not cached, behind the jobs before it, then decode.
+
+    ahead: prompt tokens of queued jobs that will go to this replica before this one. The last prompt token is always
+    computed, because its logits are needed.
+    """
+    cached = min(replica.index.cached_tokens(job.keys, memory, now), job.prompt_tokens - 1)
+    uncached = job.prompt_tokens - cached
+    pace = replica.report.pace
+    first = pace.per_step + pace.per_token * (replica.prefill_tokens + ahead + uncached)
+    step = pace.per_step + pace.per_token * (replica.sequences + job.choices)
+    return Estimate(replica, cached, uncached, first, first + job.output_tokens * step)
+
+
+def lowest_cost(estimates: Sequence[Estimate]) -> Estimate:
+    """The estimate with the lowest cost; among equals the replica used least recently."""
+    return min(estimates, key=lambda e: (e.cost, e.replica.last_placed))
+
+
+def take_turns(estimates: Sequence[Estimate]) -> Estimate:
+    """The estimate of the replica used least recently of those with room, whatever its load and cache."""
+    return min(estimates, key=lambda e: (not e.replica.has_room, e.replica.last_placed))
+
+
+POLICIES: Mapping[str, Policy] = {"cache-aware": lowest_cost, "round-robin": take_turns}

@@ -1,0 +1,96 @@
+"""Replica: the router's view of one replica, from its reports and from what the router itself has sent to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from intaglio.router.index import CacheIndex
+from intaglio.router.job import Job
+
+PREFILL_STEPS = 4  # a replica is given prefill work for this many steps at a time
+ReplicaState = Literal["starting", "ready", "draining", "dead"]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Step-time model of a replica: a step of T token rows takes per_step + T * per_token seconds.
+
+    measured: False for the values used before the replica has reported any.
+    """
+
+    per_step: float = 0.02
+    per_token: float = 0.001
+    measured: bool = False
+
+    @classmethod
+    def fitted(cls, per_step: float, per_token: float) -> Pace:
+        """The pace from a replica's fit, in seconds.
+
+        While the replica has only decoded, at one batch size, the fit has no slope. A token then counts as 1/32 of a
+        step, since with a slope of 0 a cached prefix would seem to save nothing.
+        """
+        if per_step <= 0 and per_token <= 0:
+            return cls()
+        return cls(per_step, per_token or per_step / 32, measured=True)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """A replica's own figures. Counts are of choices; `prompt_tokens` and the other totals are since its start."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    draining: bool = False
+    pace: Pace = Pace()
+    max_sequences: int = 256
+    max_batch_tokens: int = 512
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass
+class Assigned:
+    """A job on a replica. prefill: prompt tokens that the replica still has to compute, 0 from its first token on."""
+
+    job: Job
+    prefill: int
+    started: bool = False
+
+
+@dataclass
+class Replica:
+    """One replica: its state, its last report, its cache index and the jobs the router has placed on it."""
+
+    name: str
+    state: ReplicaState = "starting"
+    report: LoadReport = LoadReport()
+    index: CacheIndex = field(default_factory=CacheIndex)
+    jobs: dict[str, Assigned] = field(default_factory=dict)
+    last_placed: int = 0  # number of the last placement; breaks ties, so that equal replicas take turns
+    failures: int = 0  # requests it lost by dying
+
+    @property
+    def placeable(self) -> bool:
+        """True if new jobs may be placed on it."""
+        return self.state == "ready" and not self.report.draining
+
+    @property
+    def has_room(self) -> bool:
+        """True if it may be given one more job now. One without jobs always may."""
+        if not self.placeable:
+            return False
+        free = self.sequences < self.report.max_sequences
+        return not self.jobs or (free and self.prefill_tokens < PREFILL_STEPS * self.report.max_batch_tokens)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens of placed jobs that are still to be computed."""
+        return sum(a.prefill for a in self.jobs.values())
+
+    @property
+    def sequences(self) -> int:
+        """Choices of the jobs placed on it."""
+        return sum(a.job.choices for a in self.jobs.values())

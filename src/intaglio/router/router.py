@@ -1,0 +1,235 @@
+"""Router: admits jobs, queues them fairly and places each on a replica.
+
+It does no input or output and reads no clock: every method takes `now` in seconds, and callers act on what it returns.
+Jobs wait in the router, not in a replica, once a replica has enough prefill work for its next steps. So a tenant's
+burst does not stand in front of other tenants, and a job is placed when most is known.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from intaglio.router.fairness import FairQueue
+from intaglio.router.index import PromptMemory
+from intaglio.router.job import Job, Refusal
+from intaglio.router.placement import POLICIES, Estimate, estimate
+from intaglio.router.replica import Assigned, LoadReport, Replica
+
+SCANNED = 64  # queued jobs that are considered at a time
+RETRY_MIN, RETRY_MAX = 1.0, 60.0  # bounds of Retry-After, seconds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_queued: jobs that may wait in the router."""
+
+    max_queued: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.max_queued < 1:
+            raise ValueError(f"max_queued is {self.max_queued}; allowed: 1 or more")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A job and the replica it goes to, with the estimate on which that was decided."""
+
+    job: Job
+    replica: str
+    estimate: Estimate
+
+
+class Router:
+    """Queue and placement of jobs over replicas.
+
+    policy: a name in POLICIES. weights: tenants' shares (see FairQueue).
+    """
+
+    def __init__(
+        self, policy: str = "cache-aware", limits: Limits | None = None, weights: Mapping[str, float] | None = None
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"the routing policy is {policy!r}; allowed: {', '.join(POLICIES)}")
+        self.policy, self.limits = policy, limits or Limits()
+        self.replicas: dict[str, Replica] = {}
+        self.queue = FairQueue(weights)
+        self.memory = PromptMemory()
+        self.refused: Counter[str] = Counter()  # jobs, by reason
+        self.placements = 0
+        self.cached_tokens = 0  # prompt tokens that placements expected to find cached
+        self._where: dict[str, str] = {}  # job id: its replica
+
+    # Replicas
+
+    def add_replica(self, name: str) -> Replica:
+        """Add a replica, which is given jobs once it is ready. Raises ValueError if the name is in use."""
+        if name in self.replicas:
+            raise ValueError(f"there is a replica {name!r} already; every replica needs its own name")
+        self.replicas[name] = Replica(name)
+        return self.replicas[name]
+
+    def ready(self, name: str, incarnation: str) -> None:
+        """A replica accepts requests. incarnation: of its K/V cache; a new one has cached nothing."""
+        replica = self.replicas[name]
+        if replica.state != "draining":
+            replica.state = "ready"
+        replica.index.restarted(incarnation)
+
+    def report(self, name: str, report: LoadReport) -> None:
+        """Update a replica's own figures."""
+        self.replicas[name].report = report
+
+    def drain(self, name: str) -> list[Job]:
+        """Place no more jobs on a replica. Returns its jobs, which the caller may move with lost() and resubmit()."""
+        self.replicas[name].state = "draining"
+        return [a.job for a in self.replicas[name].jobs.values()]
+
+    def died(self, name: str) -> list[Job]:
+        """A replica is gone. Returns the jobs it had, in the order of their placement; they are no longer placed."""
+        replica = self.replicas[name]
+        replica.state = "dead"
+        jobs = [a.job for a in replica.jobs.values()]
+        replica.failures += len(jobs)
+        for job in jobs:
+            self._unplace(job.id)
+        return jobs
+
+    def restarting(self, name: str) -> None:
+        """A dead replica is started again."""
+        self.replicas[name].state = "starting"
+
+    def remove_replica(self, name: str) -> None:
+        """Forget a replica that has no jobs. Raises ValueError if it has."""
+        if jobs := self.replicas[name].jobs:
+            raise ValueError(f"replica {name!r} has {len(jobs)} requests; drain it first")
+        del self.replicas[name]
+
+    # Jobs
+
+    def submit(self, job: Job, now: float) -> None:
+        """Queue a job. Raises Refusal, with the time to wait before a retry, rather than let it wait in vain."""
+        try:
+            self._admit(job, now)
+        except Refusal as refusal:
+            self.refused[refusal.reason] += 1
+            raise
+        self.queue.push(job)
+
+    def resubmit(self, job: Job) -> None:
+        """Queue a job again whose replica died or drains. It was admitted, so it is not refused."""
+        self._unplace(job.id)
+        self.queue.push(job)
+
+    def dispatch(self, now: float) -> list[Placement]:
+        """Place queued jobs, in fair order, on replicas that have room. Call it after every change."""
+        placed: list[Placement] = []
+        if not self.queue or not any(r.has_room for r in self.replicas.values()):
+            return placed
+        ahead: Counter[str] = Counter()  # prompt tokens of jobs that wait for a full replica
+        for job in list(islice(self.queue.order(), SCANNED)):
+            best = self._choose(job, now, ahead)
+            if best is None:
+                break
+            if best.replica.has_room:
+                placed.append(self._place(job, best, now))
+            else:
+                ahead[best.replica.name] += best.uncached
+        return placed
+
+    def started(self, id: str, tokens: int, names: tuple[str, ...] = (), block_size: int = 1) -> None:
+        """A placed job's first token has come: its prompt of `tokens` tokens is computed and in these blocks."""
+        if assigned := self._assigned(id):
+            assigned.started, assigned.prefill = True, 0
+            self.memory.learn(assigned.job.keys, tokens, names, block_size)
+
+    def ended(self, job: Job, output_tokens: int) -> None:
+        """A placed job has ended, or was cancelled, after `output_tokens` output tokens over all choices."""
+        if self._unplace(job.id):
+            self.queue.settle(job, output_tokens)
+        else:
+            self.queue.discard(job)
+
+    def expired(self, now: float) -> list[Job]:
+        """Remove and return the queued jobs that have waited too long, or whose deadline has passed."""
+        late = [job for job in self.queue.order() if now >= _earliest(job.start_by, job.deadline)]
+        for job in late:
+            self.queue.discard(job)
+            self.refused["late"] += 1
+        return late
+
+    def where(self, id: str) -> str | None:
+        """Name of the replica on which a job is placed; None if it waits or is unknown."""
+        return self._where.get(id)
+
+    # Inside
+
+    def _admit(self, job: Job, now: float) -> None:
+        alive = [r for r in self.replicas.values() if r.placeable]
+        if not alive:
+            if not any(r.state in ("starting", "dead") for r in self.replicas.values()):
+                raise Refusal("unavailable", "no replica serves; start one with `intaglio cluster scale`", RETRY_MAX)
+            raise Refusal("unavailable", "no replica is ready yet; retry later", RETRY_MIN)
+        most, waiting = self.limits.max_queued, len(self.queue)
+        wait = self._queue_seconds(alive)
+        own = self.queue.share(job.tenant, most)
+        if waiting >= most:
+            raise Refusal("full", f"{waiting} requests wait, max_queued is {most}; retry later", _retry(wait))
+        if waiting >= most // 2 and self.queue.waiting(job.tenant) >= own:
+            why = f"{waiting} requests wait, {own} of them this tenant's, which is its share of {most}; retry later"
+            raise Refusal("full", why, _retry(wait))
+        if _earliest(job.start_by, job.deadline) == float("inf") or not all(r.report.pace.measured for r in alive):
+            return
+        best = min((estimate(r, job, self.memory, now) for r in alive), key=lambda e: e.end)
+        if job.start_by is not None and now + wait > job.start_by:
+            over = now + wait - job.start_by
+            raise Refusal("late", f"it would wait {wait:.1f} s, {over:.1f} s too long; retry later", _retry(over))
+        if job.deadline is not None and now + wait + best.end > job.deadline:
+            over = now + wait + best.end - job.deadline
+            why = f"it would take {wait + best.end:.1f} s, {over:.1f} s more than its timeout; retry later"
+            raise Refusal("late", why, _retry(over))
+
+    def _queue_seconds(self, alive: list[Replica]) -> float:
+        """Estimated seconds until the jobs that wait now have been placed: their prefill over all replicas' pace."""
+        tokens = sum(job.prompt_tokens for job in self.queue.order())
+        return tokens / sum(1 / max(r.report.pace.per_token, 1e-9) for r in alive)
+
+    def _choose(self, job: Job, now: float, ahead: Mapping[str, int]) -> Estimate | None:
+        """The estimate of the replica that the policy chooses; None if no replica may be given jobs."""
+        options = [
+            estimate(r, job, self.memory, now, ahead.get(r.name, 0)) for r in self.replicas.values() if r.placeable
+        ]
+        return POLICIES[self.policy](options) if options else None
+
+    def _place(self, job: Job, on: Estimate, now: float) -> Placement:
+        self.queue.take(job)
+        self.placements += 1
+        replica = on.replica
+        replica.jobs[job.id] = Assigned(job, on.uncached)
+        replica.last_placed = self.placements
+        replica.index.assume(job.keys, now)
+        self.cached_tokens += on.cached
+        self._where[job.id] = replica.name
+        return Placement(job, replica.name, on)
+
+    def _assigned(self, id: str) -> Assigned | None:
+        name = self._where.get(id)
+        return self.replicas[name].jobs.get(id) if name is not None else None
+
+    def _unplace(self, id: str) -> bool:
+        """Take a job off its replica. Returns False if it was on none."""
+        name = self._where.pop(id, None)
+        if name is None:
+            return False
+        del self.replicas[name].jobs[id]
+        return True
+
+
+def _retry(seconds: float) -> float:
+    return min(max(seconds, RETRY_MIN), RETRY_MAX)
+
+
+def _earliest(*times: float | None) -> float:
+    return min((t for t in times if t is not None), default=float("inf"))

@@ -1,0 +1,81 @@
+"""Names of K/V blocks: a hash over everything that decides the bits of a block's keys and values.
+
+A block has the same name in every engine, process and run that would compute the same bits for it. So a router can
+tell which blocks an engine has, and a block that was kept on disk can be used again. Nothing here needs an engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import blake2b
+
+import numpy as np
+
+NAME_BYTES = 32  # 256 bits: nobody finds two blocks of one name, not even on purpose
+
+
+def digest(content: bytes) -> str:
+    """Hash of some bytes, in 64 hexadecimal digits."""
+    return blake2b(content, digest_size=NAME_BYTES).hexdigest()
+
+
+@dataclass(frozen=True)
+class BlockScope:
+    """What decides the bits of all K/V blocks of an engine, apart from tokens and salt.
+
+    Attributes:
+        program: hash of the Program.
+        weights: identity of the weights (see devices.Weights); "" if unknown.
+        kv_format: formats of the K/V cache, such as "bf16".
+        numerics: device, instruction set and layout, such as "host avx2 tp2".
+        block_size: tokens in a block.
+        version: of this package and its compiled part.
+    """
+
+    program: str = ""
+    weights: str = ""
+    kv_format: str = ""
+    numerics: str = ""
+    block_size: int = 0
+    version: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of all fields, in 64 hexadecimal digits."""
+        return digest(json.dumps(asdict(self), sort_keys=True).encode())
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """Computes names of blocks, which are 64 hexadecimal digits.
+
+    Attributes:
+        scope: digest of the BlockScope.
+        block_size: tokens in a block.
+    """
+
+    scope: str
+    block_size: int
+
+    def root(self, salt: str | None = None) -> str:
+        """The parent's name of a first block: a hash over scope and salt. A salt is never the same as none."""
+        end = b"" if salt is None else b"salt " + salt.encode("utf-8", "surrogatepass")
+        return digest(b"root " + self.scope.encode() + b" " + end)
+
+    def child(self, parent: str, tokens: Sequence[int]) -> str:
+        """The name of the block with these `block_size` token ids, after the block named `parent`."""
+        return digest(parent.encode() + b" " + np.asarray(tokens, "<i8").tobytes())
+
+    def chain(self, tokens: Sequence[int], salt: str | None = None) -> Iterator[str]:
+        """Yield the names of the full blocks of a sequence of token ids, from its start."""
+        name = self.root(salt)
+        for at in range(0, len(tokens) - self.block_size + 1, self.block_size):
+            name = self.child(name, tokens[at : at + self.block_size])
+            yield name
+
+    def of(self, tokens: Sequence[int], salt: str | None = None) -> list[str]:
+        """The names of the full blocks of a sequence of token ids, from its start."""
+        return list(self.chain(tokens, salt))
