@@ -109,7 +109,7 @@ def end_with(pipe: int) -> None:
 
 
 def run(argument: str, files: Sequence[int]) -> None:
-    """Run a rank, and end this process.
+    """Run a rank, and end this process. Does not return.
 
     argument: JSON of its number, whether it joins in collectives, the timeout of one in seconds, core numbers ([]: all)
     and the ranks of other hosts. files: descriptors as for Rank, and then those of the connections to these ranks.
@@ -125,6 +125,8 @@ def run(argument: str, files: Sequence[int]) -> None:
 
 
 def main() -> None:
-    """Run a rank in a process that was started for it. Arguments: those of run(); descriptors separated by commas."""
+    """Run a rank in a process that was started for it. Does not return.
+
+    Arguments: those of run(); descriptors separated by commas."""
     argument, files = sys.argv[1:]
     run(argument, [int(f) for f in files.split(",")])

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from intaglio.devices.processes.kept import close_all
 from intaglio.devices.recipe import named
@@ -38,21 +38,8 @@ class ForkServerError(OSError):
     """Raised if the fork server is gone or cannot fork."""
 
 
-class ChildProcess(Protocol):
-    """What a child process offers, forked or started: as subprocess.Popen."""
-
-    pid: int
-
-    @property
-    def returncode(self) -> int | None: ...
-
-    def kill(self) -> None: ...
-
-    def wait(self) -> int | None: ...
-
-
 def child_environment() -> dict[str, str]:
-    """Environment variables for a Python child process that imports this same package."""
+    """A dict of environment variables for a Python child process that imports this same package."""
     source = str(Path(__file__).parents[3])
     return {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
 
@@ -65,13 +52,13 @@ class ForkedProcess:
         self.returncode: int | None = None
 
     def kill(self) -> None:
-        """Send SIGKILL, unless the process is known to have ended."""
+        """Send SIGKILL, unless the process is known to have ended. Returns nothing."""
         if self.file >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.file, signal.SIGKILL)
 
     def wait(self) -> int | None:
-        """Wait until the process has ended. None if the server, which knows how it ended, is gone."""
+        """Wait until the process has ended. Returns its returncode; None if the server, which knows it, is gone."""
         if self.file >= 0:
             select.select([self.file], [], [])
             with suppress(ForkServerError):
@@ -79,6 +66,9 @@ class ForkedProcess:
             os.close(self.file)
             self.file = -1
         return self.returncode
+
+
+ChildProcess = ForkedProcess | subprocess.Popen[bytes]
 
 
 class ForkServer:
@@ -91,7 +81,7 @@ class ForkServer:
         self.stop: Callable[[], object] = int
 
     def fork(self, target: str, argument: str, files: Sequence[int], modules: Iterable[str] = ()) -> ForkedProcess:
-        """Fork a child that calls target(argument, descriptors) and then ends.
+        """Fork a child that calls target(argument, descriptors) and then ends. Returns its ForkedProcess.
 
         The child has this process's environment variables and folder, and is in a session of its own. If the server is
         gone or does not answer, another is started.
@@ -132,7 +122,7 @@ class ForkServer:
         return int(answer["status"])
 
     def close(self) -> None:
-        """End the server, and the children that are left."""
+        """End the server, and the children that are left. Returns nothing."""
         self.stop()
         self.socket = self.process = None
 
@@ -175,7 +165,7 @@ class ForkServer:
 
 
 def end(s: socket.socket, process: subprocess.Popen[bytes]) -> None:
-    """End a fork server, which ends by itself when its socket is closed, unless it hangs."""
+    """End a fork server, which ends by itself when its socket is closed, unless it hangs: then it is killed. Returns nothing."""
     s.close()
     try:
         process.wait(END_TIMEOUT)
@@ -185,7 +175,7 @@ def end(s: socket.socket, process: subprocess.Popen[bytes]) -> None:
 
 
 def send(s: socket.socket, message: object, files: Sequence[int] = ()) -> None:
-    """Send a message, as JSON, with descriptors. Raises OSError if the other end is gone."""
+    """Send a message, as JSON, with descriptors. Returns nothing. Raises OSError if the other end is gone."""
     text = json.dumps(message).encode()
     if files:
         socket.send_fds(s, [text], files, socket.MSG_NOSIGNAL)
@@ -204,7 +194,10 @@ class Server:
             self.poll.register(file, select.POLLIN)
 
     def run(self) -> None:
-        """Answer requests until the parent closes the connection or ends; then kill the children that are left."""
+        """Answer requests until the parent closes the connection or ends; then kill the children that are left.
+
+        Returns nothing.
+        """
         try:
             while all(file != self.parent for file, _ in self.poll.poll()):
                 message, files, _, _ = socket.recv_fds(self.socket, BUFFER, MOST_FILES)
@@ -216,7 +209,7 @@ class Server:
                 os.kill(pid, signal.SIGKILL)
 
     def answer(self, request: dict[str, Any], files: list[int]) -> None:
-        """Do what one request says, and answer it."""
+        """Do what one request says, and answer it. Returns nothing."""
         if "import" in request:
             prepare(request["import"])
             send(self.socket, {})
@@ -228,7 +221,7 @@ class Server:
             self.fork(files)
 
     def status(self, pid: int) -> dict[str, object]:
-        """How a child ended."""
+        """The answer that says how a child ended, or why that is not known."""
         try:
             found, status = os.waitpid(pid, os.WNOHANG)
         except ChildProcessError as e:
@@ -239,7 +232,7 @@ class Server:
         return {"status": status}
 
     def fork(self, files: list[int]) -> None:
-        """Fork a child as the file that came first says, and answer with its process id and pidfd."""
+        """Fork a child as the file that came first says, and answer with its process id and pidfd. Returns nothing."""
         try:
             threads = len(os.listdir("/proc/self/task"))
             if threads > 1:  # a lock that one of them holds would stay locked in the child
@@ -259,7 +252,7 @@ class Server:
 
 
 def prepare(modules: Iterable[str]) -> None:
-    """Import modules that are not imported yet."""
+    """Import modules that are not imported yet. Returns nothing."""
     new = [module for module in modules if module not in sys.modules]
     for module in new:
         with suppress(Exception):  # the child will raise it where it can be reported
@@ -270,7 +263,7 @@ def prepare(modules: Iterable[str]) -> None:
 
 
 def become(files: Sequence[int]) -> None:
-    """In a child: call the target, and end. files: the request, and the target's descriptors."""
+    """In a child: call the target, and end. Does not return. files: the request, and the target's descriptors."""
     try:
         os.setsid()  # a Ctrl-C is for the parent, which drains first
         with os.fdopen(files[0], "rb", closefd=False) as f:
