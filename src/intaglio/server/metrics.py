@@ -61,16 +61,16 @@ class Metrics:
         self.registry.register(EngineCollector(self.models))
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """All metrics in Prometheus' text format, as bytes."""
         return generate_latest(self.registry)
 
     def add_model(
         self, name: str, look: Callable[[], Snapshot], facts: dict[str, str], clock: Callable[[], float] | None = None
     ) -> ModelMetrics:
-        """Add a model's series and return them.
+        """Add a model's series and return them as ModelMetrics.
 
-        look: returns the engine's latest Snapshot. facts: properties of the K/V cache, as labels of cache_config_info.
-        clock: the engine's modelled clock in seconds; None if its times are measured.
+        look: returns the engine's latest Snapshot. facts: properties of the K/V cache, as labels of
+        cache_config_info. clock: the engine's modelled clock in seconds; None if its times are measured.
         """
         labels = dict(zip(LABELS, (name, "0"), strict=True))
         histograms = {title: family.labels(**labels) for title, family in self.families.items()}
