@@ -127,6 +127,7 @@ def run(argument: str, files: Sequence[int]) -> None:
 def main() -> None:
     """Run a rank in a process that was started for it. Does not return.
 
-    Arguments: those of run(); descriptors separated by commas."""
+    Arguments: those of run(); descriptors separated by commas.
+    """
     argument, files = sys.argv[1:]
     run(argument, [int(f) for f in files.split(",")])

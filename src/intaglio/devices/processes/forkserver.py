@@ -165,7 +165,7 @@ class ForkServer:
 
 
 def end(s: socket.socket, process: subprocess.Popen[bytes]) -> None:
-    """End a fork server, which ends by itself when its socket is closed, unless it hangs: then it is killed. Returns nothing."""
+    """End a fork server, which ends by itself when its socket is closed; kill it if it hangs. Returns nothing."""
     s.close()
     try:
         process.wait(END_TIMEOUT)
