@@ -24,7 +24,8 @@ from intaglio.devices import DeviceError, DeviceLost, HostsDevice
 from intaglio.devices.processes.agent import Agent, Port
 from intaglio.devices.processes.connections import ConnectionRefused, connect, introduce
 from intaglio.devices.processes.hosts import HostsExecutable, Rendezvous
-from intaglio.devices.processes.link import HEAD, HELLO, LONGEST, STEP, Link, LinkLost, mac
+from intaglio.devices.processes.link import HEAD, LONGEST, Link, LinkLost, mac
+from intaglio.devices.processes.membership import HELLO, STEP
 from intaglio.llm import LLM
 from intaglio.runtime import Grammar, SamplingParams
 
@@ -102,12 +103,12 @@ def test_a_rank_that_dies_on_another_host_is_replaced(tmp_path: Path, rendezvous
 
 
 def children() -> set[int]:
-    """Processes of ranks that this process has started."""
+    """Processes of ranks that this process's fork servers have forked."""
     found = set[int]()
     for p in psutil.Process().children():
         with suppress(psutil.Error):  # it has ended
-            if "processes.child" in " ".join(p.cmdline()):
-                found.add(p.pid)
+            if "processes.forkserver" in " ".join(p.cmdline()):
+                found |= {child.pid for child in p.children()}
     return found
 
 
@@ -132,7 +133,7 @@ def test_without_the_token_nobody_gets_in(rendezvous: Rendezvous) -> None:
             Agent((address, 1), None).serve()
     with pytest.raises(ValueError, match="the token has 5 bytes"):
         Rendezvous("127.0.0.1", 0, b"short")
-    assert not rendezvous.agents
+    assert not rendezvous.roster.members
 
 
 def test_malformed_frames_leave_both_ports_serving(rendezvous: Rendezvous) -> None:
@@ -273,7 +274,7 @@ def test_a_pulled_cable_between_two_hosts_changes_no_stream(tmp_path: Path) -> N
         executable = there.engine.executable
         assert isinstance(executable, HostsExecutable)
         until = time.monotonic() + PATIENT
-        while not executable.failed and time.monotonic() < until:
+        while not executable.epoch.failed and time.monotonic() < until:
             time.sleep(0.01)
         with pytest.raises(DeviceLost, match="its connection is lost|nothing can be sent"):
             executable.check_alive()

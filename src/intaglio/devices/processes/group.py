@@ -28,6 +28,7 @@ from intaglio.devices.processes.board import Board
 from intaglio.devices.processes.forkserver import ChildProcess, ForkServer, ForkServerError, child_environment
 from intaglio.devices.processes.job import Job, RankFacts, check_facts, read_facts
 from intaglio.devices.processes.kept import KeptImages, KeptState, spoils_memory
+from intaglio.devices.processes.membership import BeatWatch
 from intaglio.devices.processes.messages import read_result
 from intaglio.devices.processes.posted import PostedExecutable, merged
 from intaglio.program import MeshProgram
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 LOAD_TIMEOUT = 3600.0  # seconds; a load may read and pack hundreds of gigabytes
 RING_BYTES = 1 << 19  # of each ring: half of what a core's second-level cache holds, more than most messages
 TICK = 0.05  # seconds between two looks at the signs of life
-PATIENCE = 10  # times the allowed silence has a process that is not stopped: other processes may have the cores
 CHILD = "intaglio.devices.processes.child"
 TARGET = f"{CHILD}:run"
 START = f"from {CHILD} import main; main()"
@@ -188,7 +188,7 @@ def watch(segment: _native.Segment, pids: Mapping[int, int], wake: int, silence:
             continue
         names[file] = f"{what} {pid} of rank {rank}"
         poll.register(file, select.POLLIN)
-    seen, ticks = dict.fromkeys(pids, 0), dict.fromkeys(pids, 0)
+    beats = BeatWatch(tuple(pids), silence, TICK)
     try:
         while True:
             ready = [file for file, _ in poll.poll(int(TICK * 1000))]
@@ -197,13 +197,11 @@ def watch(segment: _native.Segment, pids: Mapping[int, int], wake: int, silence:
             for file in ready:
                 segment.abort(-1, "", f"{names[file]} exited")
                 poll.unregister(file)
-            for rank, pid in () if ready else pids.items():
-                beats = segment.beats(rank)
-                ticks[rank] = ticks[rank] + 1 if beats == seen[rank] and beats else 0
-                seen[rank] = beats
-                quiet = ticks[rank] * TICK
-                if quiet >= silence and (quiet >= PATIENCE * silence or is_stopped(pid)):
-                    segment.abort(-1, "", f"{what} {pid} of rank {rank} hangs: no sign of life in {quiet:.2g} s")
+            if not ready:
+                counts = {rank: segment.beats(rank) for rank in pids}
+                for rank, quiet in beats.look(counts, lambda rank: is_stopped(pids[rank])).items():
+                    why = f"{what} {pids[rank]} of rank {rank} hangs: no sign of life in {quiet:.2g} s"
+                    segment.abort(-1, "", why)
     finally:
         for file in names:
             os.close(file)
