@@ -40,9 +40,9 @@ KINDS = (
 )  # fmt: skip
 HARMLESS = {"slow", "late"}  # no loss may come of these
 HOSTS, EACH = 2, 1  # hosts in a group, and ranks on each
-TICK, COMPUTE, STEP_TIMEOUT, PATIENCE = 0.05, 0.03, 3.0, 10.0  # seconds
-HEAL = 3.0  # seconds; from then on there are no faults
-SETTLED = HEAL + 2.5  # from then on no group may fail
+TICK, COMPUTE, STEP_TIMEOUT, PATIENCE = 0.1, 0.03, 3.0, 10.0  # seconds
+HEAL = 2.5  # seconds; from then on there are no faults
+SETTLED = HEAL + 2.0  # from then on no group may fail
 LATEST = SETTLED + 4.0  # by then everything has ended
 EXIT_NOTICED, SILENCE_NOTICED = 0.5, 1.0  # seconds
 
@@ -318,6 +318,7 @@ class GroupWorld:
         self.pauses, self.late, self.repeats = dict[str, float](), False, False
         self.incarnation, self.serving, self.died = 0, False, False
         self.losses = 0
+        self.struck = dict[str, float]()  # when a fault last struck a host
         self.groups = list[CheckedGroup]()  # all there were, so that none is collected at a moment that chance decides
         self.current: CheckedGroup | None = None
         self.live, self.ended = dict[str, Sequence](), dict[str, str]()
@@ -333,7 +334,7 @@ class GroupWorld:
             self.at(0.01 * i, host.connect)
         for _ in range(self.rng.randint(1, 4)):
             self.at(self.rng.uniform(0.2, HEAL - 0.2), lambda: self.disturb(self.rng.choice(self.kinds)))
-        for _ in range(self.rng.randint(2, 5)):
+        for _ in range(self.rng.randint(1, 4)):
             self.at(self.rng.uniform(0, HEAL), self.ask)
         self.at(HEAL, self.heal)
         self.at(SETTLED, self.ask)
@@ -435,6 +436,7 @@ class GroupWorld:
     def disturb(self, kind: str) -> None:
         name = self.rng.choice(list(self.hosts))
         host, seconds = self.hosts[name], self.rng.uniform(0.1, 2.0)
+        self.struck[name] = self.now
         self.log(f"{kind}: {name}, {seconds:.2f} s")
         until = min(self.now + seconds, HEAL)
         lasts = until - self.now > SILENCE_NOTICED + 0.1
@@ -488,12 +490,11 @@ class GroupWorld:
         if name not in self.members_of(group.epoch.number, self.incarnation):
             return
         incarnation, began = self.incarnation, self.now
+        self.struck[name] = began
 
         def check() -> None:
-            disturbed = (
-                self.late or self.incarnation != incarnation or not self.serving or self.pauses_since(began, kind)
-            )
-            if not group.epoch.failed and not disturbed:
+            disturbed = self.late or self.incarnation != incarnation or not self.serving or self.struck[name] > began
+            if not group.epoch.failed and not disturbed and not self.pauses_since(began, kind):
                 raise Violation(f"{kind} of {name} is not noticed in {seconds} s")
 
         self.after(seconds, check)
@@ -523,7 +524,7 @@ class GroupWorld:
         rng, id = self.rng, f"r{self.asked}"
         prompt = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 9))]
         params = SamplingParams(
-            max_tokens=rng.randint(1, 8), temperature=rng.choice((0.0, 0.9)), seed=rng.randrange(99), ignore_eos=True
+            max_tokens=rng.randint(1, 6), temperature=rng.choice((0.0, 0.9)), seed=rng.randrange(99), ignore_eos=True
         )
         self.log(f"ask {id} {prompt} {params.max_tokens}")
         self.waiting.append(Request(id, prompt, params))
@@ -617,7 +618,7 @@ class GroupWorld:
         if self.live or len(self.ended) != self.asked or self.ended[f"r{self.asked}"] != "length":
             raise Violation(f"{self.asked} requests, ended are {self.ended}")
         self.engine.executable.close()
-        self.advance(2.0, lambda: False)
+        self.advance(1.2, lambda: False)
         left = [f"epoch {r.epoch} on {h.name}" for h in self.hosts.values() for r in h.started if r.running]
         if left:
             raise Violation(f"ranks are left running: {left}")
