@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from os import _exit as end_process
 from pathlib import Path
 
 
@@ -26,7 +27,7 @@ def leave(argument: str, files: Sequence[int]) -> None:
     code = int(argument)
     if code < 0:
         os.kill(os.getpid(), -code)
-    os._exit(code)
+    end_process(code)
 
 
 def fail(argument: str, files: Sequence[int]) -> None:
