@@ -11,7 +11,10 @@ __all__ = ["LLM", "Grammar", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """Import a name of __all__ on first use, so that `import intaglio` loads neither NumPy nor the native module."""
+    """The object called `name` of __all__, imported on first use. Raises AttributeError for another name.
+
+    So `import intaglio` loads neither NumPy nor the native module.
+    """
     if name == "LLM":
         from intaglio.llm import LLM
 

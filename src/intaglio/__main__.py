@@ -15,7 +15,7 @@ CUT_OFF = 128 + signal.SIGPIPE
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line and end the process with its exit code."""
     try:
         from intaglio.cli import app
 

@@ -55,7 +55,10 @@ SHARE = re.compile(r"T:(\d+)/(\d+)")  # one rank's run of the token rows: rank a
 
 
 def shared_rows(rows: int, share: int, shares: int) -> range:
-    """Token rows of rank `share` when `rows` are divided into `shares` near-equal runs, none longer than the first."""
+    """The range of token rows of rank `share` when `rows` are divided into `shares` near-equal runs.
+
+    No run is longer than the first.
+    """
     return range(-(-rows * share // shares), -(-rows * (share + 1) // shares))
 
 
@@ -71,7 +74,7 @@ class Sizes(dict[str, int]):
 
 @dataclass(frozen=True)
 class Chunk:
-    """The tokens of one sequence in a step, at positions start, start + 1, ...
+    """The tokens of one sequence in a step, at positions start, start + 1, ...; input of bind().
 
     Attributes:
         tokens: token ids to compute.
@@ -181,7 +184,7 @@ class Batch:
 
 
 def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
-    """Combine the chunks, one per sequence, to one Batch. block_size: tokens in a K/V block.
+    """Combine the chunks, one per sequence, to one Batch and return it. block_size: tokens in a K/V block.
 
     Raises BatchError for an empty chunk, too few blocks, a row out of range, two tokens with the same K/V slot, or
     slots of recurrent state that do not fit together.

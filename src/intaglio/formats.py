@@ -104,7 +104,7 @@ class Format:
 
     @property
     def element(self) -> str:
-        """Name in ELEMENTS of the format of one value without its scale.
+        """The name, in ELEMENTS, of the format of one value without its scale.
 
         For formats with zeros, minima or scales as published it is the format's own name, since no matrix array
         multiplies their codes.
@@ -172,7 +172,7 @@ def get(name: str) -> Format:
 
 
 def element(name: str) -> str:
-    """The format of one value without its scale: e4m3 for fp8row, int8 for int8g128, bf16 for bf16.
+    """The name of the format of one value without its scale: e4m3 for fp8row, int8 for int8g128, bf16 for bf16.
 
     Names of ELEMENTS are returned as they are, and so are formats that the chips here convert before they multiply:
     those with zeros or minima, or only read from checkpoints, such as uint4g32, q4_k and int8rowf32.
@@ -181,7 +181,7 @@ def element(name: str) -> str:
 
 
 def bits(name: str) -> int:
-    """Bits of one value of a format or of an element format, without scales."""
+    """Number of bits of one value of a format or of an element format, without scales."""
     return ELEMENTS[name][0] if name in ELEMENTS else get(name).bits
 
 
@@ -262,7 +262,7 @@ class Quantised:
 
 
 def in_groups(x: np.ndarray, group: int) -> np.ndarray:
-    """Reshape [N, K] to [N, ceil(K / group), group], zero padded."""
+    """`x` [N, K] as an array [N, ceil(K / group), group], padded with zeros."""
     n, k = x.shape
     padded = np.zeros((n, -(-k // group) * group), np.float32)
     padded[:, :k] = x
@@ -270,7 +270,7 @@ def in_groups(x: np.ndarray, group: int) -> np.ndarray:
 
 
 def quantise(x: np.ndarray, name: str) -> Quantised:
-    """Quantise weights [N, K] to the format `name`: symmetric (no zeros or minima), except q4_k.
+    """A Quantised of weights [N, K] in the format `name`: symmetric (no zeros or minima), except q4_k.
 
     - int8: the value of largest magnitude maps to 127 or -127, codes are -127..127.
     - int4: that value maps to -8, so that all sixteen codes are used (as in llama.cpp's Q4_0), codes are -8..7.
@@ -280,8 +280,8 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
       most 6. Codes are twice the value, -12..12, so that they are whole numbers, and scales half.
     - q4_k: scale and minimum of least squared error among those tried, see _q4_k(). K is a multiple of 256.
 
-    A group (or row with one scale) that holds NaN or infinity gets a NaN scale, so every result that uses it is NaN. So
-    does a block of q4_k with a value above 2^20, the largest that its units reach.
+    A group (or row with one scale) that holds NaN or infinity gets a NaN scale, so every result that uses it is
+    NaN. So does a block of q4_k with a value above 2^20, the largest that its units reach.
     """
     fmt = get(name)
     if not fmt.grouped or fmt.published:
@@ -359,10 +359,11 @@ def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
 
 
 def quantise_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize activations [T, K] to int8: codes int8 [T, G, group], scales float32 [T, G], G = ceil(K / group).
+    """Quantise activations [T, K] to int8.
 
-    As many groups as make SPAN values share a scale, max|x| / 127 in float32. codes = rint(x * (127 / max|x|)), ties to
-    even; zeros where max|x| < TINY.
+    Returns (codes int8 [T, G, group], scales float32 [T, G]), G = ceil(K / group). As many groups as make SPAN
+    values share a scale, max|x| / 127 in float32. codes = rint(x * (127 / max|x|)), ties to even; zeros where
+    max|x| < TINY.
     """
     groups = in_groups(np.asarray(x, np.float32), group)
     parts = -(-SPAN // group)
@@ -452,7 +453,7 @@ def _lines(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _sum(x: np.ndarray) -> np.ndarray:
-    """Sum over the first axis in ascending order."""
+    """The sum of x over its first axis, added in ascending order."""
     return reduce(np.add, x)
 
 

@@ -216,7 +216,7 @@ class LLM:
         return self.machine.shared(self.device.load(self.mesh, weights, self.state))
 
     def reload(self) -> Executable:
-        """What the engine's executable was, once more, after that was lost."""
+        """Load the model once more in place of the engine's executable, which was lost. Returns the new executable."""
         lost = self.engine.executable
         return self.machine.shared(self.device.reload(lost, self.mesh, self.model.checkpoint, self.state))
 
@@ -231,10 +231,11 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue each prompt (text or token ids; one or a list of them) in one batch.
 
-        `params` is one SamplingParams for all prompts or one per prompt; None is SamplingParams(). Returns outputs in
-        the order of the prompts, `n` per prompt. Without a tokenizer, prompts are token ids and texts are empty.
-        `progress` is called after each step with the tokens generated so far and those allowed in all. Raises
-        RequestError or ParamsError, naming the prompt's index, before anything runs.
+        Returns a list of RequestOutputs. They are in the order of the prompts, `n` per prompt. `params` is one
+        SamplingParams for all prompts or one per prompt; None is SamplingParams(). Without a tokenizer, prompts
+        are token ids and texts are empty. `progress` is called after each step with the tokens generated so far
+        and those allowed in all. Raises RequestError or ParamsError, naming the prompt's index, before anything
+        runs.
         """
         several = _as_list(prompts)
         each = _params_each(params, len(several))
@@ -244,7 +245,10 @@ class LLM:
         return [self._output(s, t) for s, t in zip(made, transcripts, strict=True)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Continue one prompt and yield its text as it is generated. Closing the iterator aborts the request."""
+        """Continue one prompt and yield a Delta for each new part of its text.
+
+        Closing the iterator aborts the request.
+        """
         request, transcripts = self.prepare(prompt, params or SamplingParams(), name="prompt 0")
         if len(transcripts) > 1:
             raise RequestError(f"n is {len(transcripts)}; a stream has one choice")
@@ -284,11 +288,14 @@ class LLM:
             self.engine.abort(request.id)
 
     def chat(self, messages: abc.Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> RequestOutput:
-        """The model's answer to messages [{"role": "user", "content": ...}, ...], rendered with its chat template."""
+        """Answer the messages [{"role": "user", "content": ...}, ...] with the model's chat template.
+
+        Returns a RequestOutput.
+        """
         return self.generate([self.chat_prompt(messages)], params)[0]
 
     def chat_prompt(self, messages: abc.Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins."""
+        """A list of the token ids of a conversation, up to where the assistant's answer begins."""
         return self.model.chat_prompt(messages)
 
     def use_chat_template(self, source: str) -> None:
@@ -299,7 +306,10 @@ class LLM:
         self.model = self.model.with_chat_template(source)
 
     def logits(self, sequences: abc.Sequence[TokenIds]) -> list[np.ndarray]:
-        """Float32 logits [tokens, vocabulary] of each sequence of token ids. Row i predicts the token after token i."""
+        """A list of the float32 logits [tokens, vocabulary] of each sequence of token ids.
+
+        Row i predicts the token after token i.
+        """
         named = [(f"sequence {i}", ids) for i, ids in enumerate(sequences)]
         requests = [self.prepare(ids, SamplingParams(), name=name, scored=True)[0] for name, ids in named]
         made = self._finish(requests)
@@ -342,7 +352,7 @@ class LLM:
 
 
 def state_spec(mesh: MeshProgram, kv_tokens: int | None, max_sequences: int, machine: Machine) -> StateSpec:
-    """Size of the state to allocate: recurrent state for `max_sequences`, and K/V cache for `kv_tokens` tokens.
+    """The StateSpec to allocate: recurrent state for `max_sequences`, and K/V cache for `kv_tokens` tokens.
 
     Recurrent state takes up to half of the memory that the machine grants one model. The default of `kv_tokens` is
     KV_TOKENS or one whole context, whichever is more, but no more than fits the rest of that memory.
@@ -375,7 +385,7 @@ def _tier(folder: str | Path | None, budget: int, scope: BlockScope, journal: st
 
 
 def _layout(layout: str | None, chips: int | None) -> Layout:
-    """The layout to use; without `layout`, tensor parallelism over `chips`.
+    """The Layout to use: `layout` or, without it, tensor parallelism over `chips`.
 
     Raises DeviceError if ranks and chips differ.
     """

@@ -35,11 +35,11 @@ class Machine:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of K/V cache that one model may hold."""
+        """Number of bytes of K/V cache that one model may hold."""
         return int(self.memory * KV_SHARE) // self.models
 
     def shared(self, executable: Executable) -> Executable:
-        """The executable, wrapped to take turns with those of other models; as it is if there is only one model."""
+        """An executable that runs `executable` in turns with those of other models; itself if there is one model."""
         return executable if self.models == 1 else SharedExecutable(executable, self.turn)
 
 

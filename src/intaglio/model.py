@@ -57,9 +57,10 @@ class Model:
         cls, path: str | Path | None = None, weights: str = "auto", kv_format: str = "auto",
         context: int | None = None, revision: str | None = None, progress: Progress = silent,
     ) -> Model:  # fmt: skip
-        """Open a checkpoint: a folder in Hugging Face's layout, a GGUF file, or a hub id, which is downloaded.
+        """Open and compile a checkpoint and return the Model.
 
-        Raises ValueError (CheckpointError, PortError, TokenizerError, ...) saying what is wrong.
+        It is a folder in Hugging Face's layout, a GGUF file, or a hub id, which is downloaded. Raises
+        ValueError (CheckpointError, PortError, TokenizerError, ...) saying what is wrong.
 
         Args:
             path: the folder, GGUF file or hub id (owner/name, owner/name:Q4_K_M); None is the bundled model.
@@ -82,13 +83,16 @@ class Model:
         return cls(path, name, checkpoint, ported, program, weights, kv_format, tokenizer, eos_ids, grammars)
 
     def sharded(self, layout: str | None) -> MeshProgram:
-        """The Programs of all ranks of a layout such as tp4pp2; None gives the one Program of one rank."""
+        """The MeshProgram with the Programs of all ranks of a layout such as tp4pp2; None: with one whole Program."""
         if layout is None:
             return MeshProgram((self.program,))
         return build_mesh(self.ported, layout, self.weights, self.kv_format)
 
     def stages(self, layout: Layout) -> tuple[Program, ...]:
-        """One rank's Program of each pipeline stage, for chips whose links carry bf16; () for a layout of one rank."""
+        """A tuple with one rank's Program of each pipeline stage, for chips whose links carry bf16.
+
+        () for a layout of one rank.
+        """
         if layout.ranks == 1:
             return ()
         return build_stages(self.ported, layout, self.weights, self.kv_format, wire="bf16")
@@ -117,7 +121,7 @@ class Model:
         return Request(id, ids, params, stop_checker=lambda index: transcripts[index].push, **fields), transcripts
 
     def encode(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
-        """Token ids of a prompt. Raises RequestError or TokenizerError, which call it `name`."""
+        """A list of the token ids of a prompt. Raises RequestError or TokenizerError, which call it `name`."""
         if isinstance(prompt, str):
             if not prompt:
                 raise RequestError(f"{name} is empty; give at least one character, or token ids")
@@ -131,16 +135,16 @@ class Model:
         return [int(t) for t in prompt]
 
     def spellings(self, word: str) -> list[tuple[int, ...]]:
-        """The token ids of a word in its two spellings: at the beginning of a text, and after a space.
+        """A list of the token ids of a word in its two spellings: at the beginning of a text, and after a space.
 
-        Equal ones count once.
+        If the two are equal, the list has one.
         """
         encode = self.needed_tokenizer().encode
         found = [tuple(encode(text, special=False)) for text in (word, f" {word.lstrip()}")]
         return [ids for ids in dict.fromkeys(found) if ids]
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins."""
+        """A list of the token ids of a conversation, up to where the assistant's answer begins."""
         tokenizer = self.needed_tokenizer()
         ids = tokenizer.encode(tokenizer.chat(messages), special=False)
         tokenizer.check_ids(ids, self.program.vocabulary, "the conversation")

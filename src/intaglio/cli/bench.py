@@ -109,7 +109,7 @@ def profile(
 
 
 def rank_table(ranks: Sequence[RankTimes]) -> Table:
-    """The table of ranks that `intaglio profile --layout` prints."""
+    """The table of ranks that `intaglio profile --layout` prints, to be printed by a rich console."""
     headers = ("rank", "ops\nms", "in collectives\nms", "of these waiting\nms", "for\nrank")
     lines = []
     for r in ranks:

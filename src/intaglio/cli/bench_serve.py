@@ -121,7 +121,7 @@ def bench_serve(
 
 
 def latencies(s: Summary, clock: str) -> Table:
-    """Table of latencies in milliseconds. `clock`, "measured" or "modelled", is in its heading."""
+    """A table of latencies in milliseconds. `clock`, "measured" or "modelled", is in its heading."""
     shown = [name for name in ROWS if name in s.times]
     rows = [(ROWS[name], *(f"{s.times[name][k] * 1e3:,.3f}" for k in FIGURES)) for name in shown]
     headers = (f"latency, {clock}", *(f"{figure}\nms" for figure in FIGURES))

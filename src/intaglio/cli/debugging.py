@@ -73,7 +73,7 @@ def check(
 
 
 def site_table(report: Report) -> Table:
-    """Table of errors by site; without the columns that would be empty."""
+    """The table of errors by site that `intaglio check` prints, without the columns that would be empty."""
     headers = ["site", "error", "allowed"]
     columns = [
         [r.site for r in report.rows],

@@ -19,7 +19,10 @@ TokenFile = Annotated[
 
 
 def read_token(file: Path | None) -> bytes | None:
-    """The token in a file, without white space around it. Raises ValueError if it is too short."""
+    """The token in a file as bytes, without white space around it; None if `file` is None.
+
+    Raises ValueError if it is too short.
+    """
     if file is None:
         return None
     token = file.read_bytes().strip()
@@ -29,7 +32,7 @@ def read_token(file: Path | None) -> bytes | None:
 
 
 def read_address(text: str) -> tuple[str, int]:
-    """HOST:PORT. Raises ValueError."""
+    """(host, port) from a text HOST:PORT. Raises ValueError for another text."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"--rendezvous {text}: wanted HOST:PORT, such as 10.0.0.1:{PORT}")
@@ -77,7 +80,7 @@ def launch(
 
 
 def agent_command(name: str, rendezvous: str, token_file: Path | None) -> list[str]:
-    """What starts an agent on a host: over SSH, or here for localhost."""
+    """The command line, a list of words, that starts an agent on the host `name`: over SSH, or here for localhost."""
     options = ["agent", "--rendezvous", rendezvous, "--once"]
     options += [] if token_file is None else ["--token-file", str(token_file.absolute())]
     if name in ("localhost", "127.0.0.1"):

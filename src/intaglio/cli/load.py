@@ -1,4 +1,4 @@
-"""Opens or compiles the model that a command names."""
+"""Functions by which commands open, find or compile the model that the user names, with a progress bar."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_llm(
     no_cache: bool = False, layout: str | None = None, in_process: bool = False,
     revision: str | None = None,
 ) -> LLM:  # fmt: skip
-    """Load a model as an LLM, with a progress bar. Arguments as of LLM."""
+    """Load a model and return it as an LLM, with a progress bar. Arguments as of LLM."""
     with progress_bar(f"loading {model or 'the bundled model'}") as progress:
         from intaglio.llm import LLM
 

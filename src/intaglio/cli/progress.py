@@ -21,7 +21,7 @@ console = Stream(stderr=True)  # quiet with --json
 
 
 def quiet_with_json(as_json: bool) -> bool:
-    """Callback of --json: switches the progress bar off, since a script reads the output.
+    """Callback of the option --json: switch the progress bar off, since a script reads the output.
 
     Returns the option's value.
     """
@@ -72,5 +72,5 @@ def progress_bar(what: str) -> Iterator[Progress]:
 
 
 def interrupted() -> None:
-    """After Ctrl-C, print "interrupted" over the ^C that the terminal has shown."""
+    """Print "interrupted" over the ^C that the terminal has shown after Ctrl-C."""
     typer.echo("\rinterrupted", err=True)

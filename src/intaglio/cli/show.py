@@ -36,10 +36,10 @@ def say(text: str) -> None:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, style: str = "") -> Table:
-    """A table that fits 80 columns.
+    """A rich table that fits 80 columns.
 
-    A header may have a second line with the unit, after a newline. The first `words` columns hold text and are wrapped;
-    the others hold numbers and are not.
+    A header may have a second line with the unit, after a newline. The first `words` columns hold text and are
+    wrapped; the others hold numbers and are not.
     """
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, style=style)
     for i, header in enumerate(headers):
@@ -54,7 +54,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1,
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:
-    """A table of two columns, names and values; the values are wrapped."""
+    """A rich table of two columns, names and values; the values are wrapped."""
     shown = Table.grid(padding=(0, 2))
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")
@@ -69,7 +69,7 @@ def print_json(value: Any) -> None:
 
 
 def summary(p: Program) -> dict[str, Any]:
-    """A Program's name, hash and sizes, as plain values for JSON."""
+    """A dict of a Program's name, hash and sizes, as plain values for JSON."""
     size, count = Counter[str](), Counter[str]()
     for t in p.of_role("weight"):
         size[t.format] += t.nbytes({})

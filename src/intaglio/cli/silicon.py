@@ -91,7 +91,10 @@ def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
 
 
 def used(p: Phase) -> tuple[str, ...]:
-    """Cells of the columns USED, in percent of the peak: FLOP/s of all chips, HBM and links of the slowest stage."""
+    """Cells (texts) of the columns USED, in percent of the peak.
+
+    FLOP/s are those of all chips; HBM and links those of the slowest stage.
+    """
     return tuple(f"{v:.0%}" for v in (p.flops_share, p.slowest.hbm_share(), p.slowest.link_share()))
 
 

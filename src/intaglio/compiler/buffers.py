@@ -12,13 +12,11 @@ from intaglio.program import Program
 
 
 def plan_buffers(p: Program) -> Program:
-    """Assign each temp a buffer by one linear scan over the ops (as register allocation does).
+    """The Program with a buffer assigned to each temp, by one linear scan over the ops (as register allocation does).
 
-    Views use their base's buffer.
-
-    An op's results never share a buffer with its operands. Temps of T rows and of R rows have separate buffers, since
-    the two counts vary independently. A temp takes the narrowest free buffer that is wide enough, else the widest free
-    one, which is widened, else a new one.
+    Views use their base's buffer. An op's results never share a buffer with its operands. Temps of T rows and of R
+    rows have separate buffers, since the two counts vary independently. A temp takes the narrowest free buffer that
+    is wide enough, else the widest free one, which is widened, else a new one.
     """
     last = {p.base(name): i for i, op in enumerate(p.ops) for name in (*op.outputs, *op.inputs)}
     widths: list[int] = []
@@ -56,7 +54,7 @@ class Buffer:
 
 
 def buffers(p: Program) -> dict[str | int, Buffer]:
-    """The size of each buffer by its number, and of each temp without one by its name."""
+    """A dict from a buffer's number to its size (a Buffer); temps without a buffer are listed by their names."""
     sizes: dict[str | int, Buffer] = {}
     for t in p.of_role("temp"):
         if not t.view:

@@ -20,30 +20,34 @@ Absorb = Callable[[Map, str, Op, Mapping[str, Tensor]], Op | None]  # (map, oper
 
 
 def fuse_glu(p: Program) -> Program:
-    """Fuse the map activation(gate) * up over the two halves of a linear's result into that linear, as its `glu`."""
+    """The Program with each map activation(gate) * up over the halves of a linear's result fused into that linear.
+
+    The linear then has the attribute `glu`.
+    """
     return _fuse_maps(p, _glu)
 
 
 def fuse_epilogues(p: Program) -> Program:
-    """Fuse a scale, an activation or a residual addition after a linear into that linear."""
+    """The Program with each scale, activation or residual addition after a linear fused into that linear."""
     return _fuse_maps(p, _epilogue)
 
 
 def fuse_residual_norm(p: Program) -> Program:
-    """Fuse the addition of a residual to a norm's result into that norm."""
+    """The Program with each addition of a residual to a norm's result fused into that norm."""
     return _fuse_maps(p, _residual_norm)
 
 
 def fuse_residual_experts(p: Program) -> Program:
-    """Fuse the addition of a residual to the experts' result into the experts op."""
+    """The Program with each addition of a residual to the experts' result fused into the experts op."""
     return _fuse_maps(p, _residual_experts)
 
 
 def _fuse_maps(p: Program, absorb: Absorb) -> Program:
-    """Fuse each map into the op that computes one of its operands, if `absorb` can and nothing else reads that operand.
+    """The Program with each map fused into the op that computes one of its operands, where `absorb` can do it.
 
-    The fused op takes the map's place in the order, because only there are all the map's operands written. It keeps its
-    own site and the name of its own result, unless the map wrote an output.
+    A map is fused only if nothing else reads that operand. The fused op takes the map's place in the order, because
+    only there are all the map's operands written. It keeps its own site and the name of its own result, unless the
+    map wrote an output.
     """
     tensors = dict(p.tensors)
     reads = Counter(p.base(name) for op in p.ops for name in op.inputs)

@@ -13,7 +13,7 @@ ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # gate before up
 
 
 def merge_projections(p: Program) -> Program:
-    """Merge linears of one block that have the same input and equal attributes.
+    """The Program with linears of one block that have the same input and equal attributes merged into one linear.
 
     Their results become views of one result.
     """
@@ -39,7 +39,7 @@ def _can_merge(p: Program, op: Linear, reads: Counter[str]) -> bool:
 
 
 def _key(p: Program, op: Linear) -> Hashable:
-    """Key that is equal for linears that can be merged: block, input, formats and scale."""
+    """A key that is equal for linears that can be merged: block, input, formats and scale."""
     block = op.site.rpartition(".")[0]
     bias = op.bias and p.tensors[op.bias].format
     return block, op.x, p.tensors[op.w].format, bias, op.x_format, op.scale

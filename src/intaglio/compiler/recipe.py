@@ -60,9 +60,10 @@ def build(
     check: bool = False,
     report: Callable[[str], object] | list[str] | None = None,
 ) -> Program:
-    """Compile a Program for a device. Verified at the end and, with `check`, after every pass.
+    """Compile a Program for a device and return the compiled Program, verified.
 
-    Raises FormatError for an unknown format and ProgramError, naming the pass, for a Program that breaks a rule.
+    With `check` it is verified after every pass too. Raises FormatError for an unknown format and ProgramError,
+    naming the pass, for a Program that breaks a rule.
 
     Args:
         program: as ported.
@@ -94,10 +95,10 @@ def build_mesh(
     wire: str = "f32",
     check: bool = False,
 ) -> MeshProgram:
-    """Compile and shard a Program: the Programs of all ranks of a layout such as tp4pp2.
+    """Compile and shard a Program: return the MeshProgram with the Programs of all ranks of a layout such as tp4pp2.
 
-    wire: format to which values are rounded before they travel between ranks. Weight formats are set before sharding,
-    so that shares are quantised as the whole weight would be. Raises the errors of build() and shard().
+    wire: format to which values are rounded before they travel between ranks. Weight formats are set before
+    sharding, so that shares are quantised as the whole weight would be. Raises the errors of build() and shard().
     """
     whole = build(program, weights, kv_format, passes=WHOLE, check=check)
     ranks = shard(whole, layout, wire, _coded(program, whole))
@@ -134,7 +135,7 @@ def _verify(program: Program, when: str) -> None:
 
 
 def _changes(before: Program, after: Program) -> Iterator[str]:
-    """Yield descriptions of what a pass changed: ops by kind, formats, tensors removed, buffers."""
+    """Yield a line of text for each kind of change that a pass made: ops by kind, formats, tensors removed, buffers."""
     old, new = (Counter(op.kind for op in p.ops) for p in (before, after))
     counts = [f"{old[kind]} {kind}s -> {new[kind]}" for kind in sorted(old | new) if old[kind] != new[kind]]
     known = set(before.ops)

@@ -16,10 +16,10 @@ LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 def stage_of(p: Program, stages: int) -> list[int]:
-    """The pipeline stage of each op. Stages have near-equal numbers of consecutive layers.
+    """The number of the pipeline stage of each op, as a list. Stages have near-equal numbers of consecutive layers.
 
-    Ops before all layers are in the first stage, ops after them in the last. Raises LayoutError with fewer layers than
-    stages.
+    Ops before all layers are in the first stage, ops after them in the last. Raises LayoutError with fewer layers
+    than stages.
     """
     numbers = [int(match[1]) if (match := LAYER.match(op.site)) else None for op in p.ops]
     layers = max((n for n in numbers if n is not None), default=-1) + 1
@@ -78,6 +78,6 @@ def _moved(op: Op, layout: Layout, stage: int) -> Op:
 
 
 def _tensors(p: Program, ops: list[Op]) -> dict[str, Tensor]:
-    """The table of tensors for these ops: all inputs, and the tensors that the ops name."""
+    """A dict of the tensors for these ops: all inputs, and the tensors that the ops name."""
     named = {x for op in ops for name in (*op.inputs, *op.outputs) for x in (name, p.base(name))}
     return {name: t for name, t in p.tensors.items() if t.role == "input" or name in named}

@@ -75,10 +75,10 @@ def _output_heads(p: Program, products: list[Op]) -> set[str]:
 
 
 def fitted(name: str, *weights: Tensor) -> str:
-    """The format `name` with groups that fit the columns (K) of all these weights.
+    """The name of the format `name` with groups that fit the columns (K) of all these weights.
 
-    A format with groups of 128 gets the largest of 128, 96, 64, 32 that divides K, since padding would be stored and
-    multiplied too; if none does it stays `name`. q4_k becomes int4g32 unless 256 divides K.
+    A format with groups of 128 gets the largest of 128, 96, 64, 32 that divides K, since padding would be stored
+    and multiplied too; if none does it stays `name`. q4_k becomes int4g32 unless 256 divides K.
     """
     fmt, k = formats.get(name), gcd(*(int(w.shape[-1]) for w in weights))
     if name == "q4_k" and k % formats.BLOCK:
@@ -99,10 +99,10 @@ def _full_name(weights: str) -> str:
 
 
 def set_activation_format(p: Program, activations: str = "auto") -> Program:
-    """Set the format of activations that are multiplied with FP8 weights; "auto" changes nothing.
+    """The Program with activations that are multiplied with FP8 weights in another format; "auto" changes nothing.
 
-    activations="fp8" rounds them to FP8 with one scale per row (fp8row). Raises FormatError for another name, or if no
-    product has FP8 weights.
+    activations="fp8" rounds them to FP8 with one scale per row (fp8row). Raises FormatError for another name, or if
+    no product has FP8 weights.
     """
     if activations == "auto":
         return p

@@ -32,11 +32,12 @@ def bisect(
     path: str | Path, runs: Sequence[str], seed: int = 0, programs: Sequence[Program] | None = None,
     progress: Progress = silent,
 ) -> Report:  # fmt: skip
-    """Compare two runs, each written device or device:weights, on random tokens drawn from `seed`.
+    """Compare two runs, each written device or device:weights, on random tokens drawn from `seed`. Returns the Report.
 
     The first run is taken as correct. Sites that both Programs have are compared, in the order of the second.
     Tolerances are those of check(), which allow for rounding in float32 only; with a lossy weight format, the first
-    site out of tolerance is where quantization begins to matter. programs: the two Programs, instead of compiling them.
+    site out of tolerance is where quantization begins to matter. programs: the two Programs, instead of compiling
+    them.
     """
     if len(runs) != 2:
         raise CheckError(f"bisect takes two runs, such as reference,host:int8; got {','.join(runs)!r}")

@@ -1,7 +1,7 @@
 """Finds the likely cause of a difference from transformers at a site.
 
-Undoes each common mistake of an op, computes the op again, and reports the mistake whose correction gives transformers'
-value. Whether a site differs is decided by check.
+For each common mistake of an op (an omitted bias, a wrong epsilon), computes the op again without that mistake. A
+mistake is reported if its correction gives transformers' value. check.py decides whether a site differs.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _result(p: Program, site: str) -> str:
 
 
 def _chain(p: Program, name: str, good: set[str]) -> list[Op]:
-    """The ops that compute the tensor `name` from correct sites, in order.
+    """A list of the ops that compute the tensor `name` from correct sites, in order.
 
     For a K/V cache, the ops that wrote it count.
     """
@@ -79,9 +79,9 @@ def _chain(p: Program, name: str, good: set[str]) -> list[Op]:
 
 
 def rerun(scene: Scene, chain: list[Op], changed: Mapping[str, Op], name: str) -> np.ndarray | None:
-    """The value of the tensor `name` when the ops of `chain` run again, some replaced by those in `changed` (by site).
+    """The value of the tensor `name` when the ops of `chain` run again, some of them replaced by those in `changed`.
 
-    None if an op refuses its operands.
+    changed: ops by site. None if an op refuses its operands.
     """
     p, v = scene.program, dict(scene.values)
     for n in {n for op in chain for n in op.inputs if p.tensors.get(n) and p.tensors[n].role == "state"}:
@@ -100,7 +100,7 @@ def rerun(scene: Scene, chain: list[Op], changed: Mapping[str, Op], name: str) -
 
 
 def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
-    """Yield common mistakes of an op, each as (description of the mistake, the op without it)."""
+    """Yield (description of a mistake, the op without it) for each common mistake of an op."""
     kinds: dict[type, Callable[..., Iterator[tuple[str, Op]]]] = {
         Rope: _rope, Norm: _norm, Linear: _linear, Attend: _attend, Map: _map, Route: _route, Experts: _experts,
     }  # fmt: skip

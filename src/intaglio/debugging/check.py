@@ -98,7 +98,7 @@ class Report:
     against: str = "transformers"
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values, for JSON."""
+        """A dict of the fields, as plain values for JSON."""
         return {**asdict(self), "rows": [{**asdict(r), "ok": r.ok, "ratio": r.ratio} for r in self.rows]}
 
     @property
@@ -164,10 +164,10 @@ def check(
     program: Program | None = None,
     progress: Progress = silent,
 ) -> Report:
-    """Compare a checkpoint's Program with transformers on one prompt.
+    """Compare a checkpoint's Program with transformers on one prompt. Returns the Report.
 
-    A site's tolerance is 8 * eps * sqrt(K) * sqrt(n) with eps = 2^-23, K the longest sum so far (one rounding error of
-    random sign per term) and n the number of ops so far (whose errors add up likewise).
+    A site's tolerance is 8 * eps * sqrt(K) * sqrt(n) with eps = 2^-23, K the longest sum so far (one rounding error
+    of random sign per term) and n the number of ops so far (whose errors add up likewise).
 
     Args:
         path: the checkpoint folder.
@@ -213,10 +213,10 @@ def check(
 
 
 def scene_of(p: Program, checkpoint: Checkpoint, batch: Batch) -> Scene:
-    """Run the batch (one sequence) with NumPy and return every tensor's value.
+    """Run the batch (one sequence) with NumPy and return the Scene, which has every tensor's value.
 
-    The Scene also has the vectors of the checkpoint that the Program does not read, because a bias that the port
-    leaves out is a likely cause of a difference.
+    It also has the vectors of the checkpoint that the Program does not read, because a bias that the port leaves
+    out is a likely cause of a difference.
     """
     state = StateSpec(int(batch.block_table.shape[1]), PAGE, 2 * p.recurrent)
     held = ReferenceExecutable(p, checkpoint, state).held
@@ -264,7 +264,7 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def tolerances(p: Program, tokens: int) -> dict[str, float]:
-    """The tolerance of each site, as check() defines it. A view has the tolerance of its base."""
+    """A dict from site to its tolerance, as check() defines it. A view has the tolerance of its base."""
     out: dict[str, float] = {}
     longest = 1
     for n, op in enumerate(p.ops, start=1):

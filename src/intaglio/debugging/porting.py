@@ -74,7 +74,10 @@ class Findings:
 
 
 def read_config(target: str) -> dict[str, Any]:
-    """A target's configuration: a folder's config.json, or transformers' defaults of a model type such as qwen3_moe."""
+    """A dict of a target's configuration: a folder's config.json, or transformers' defaults of a model type.
+
+    A model type is a name such as qwen3_moe.
+    """
     path = Path(target)
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -99,7 +102,7 @@ def read_config(target: str) -> dict[str, Any]:
 
 
 def build_tiny(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Write a random model of this architecture with small sizes to `folder`. Returns its config.
+    """Write a random model of this architecture with small sizes to `folder`. Returns its config as a dict.
 
     Raises PortingError if transformers cannot build it.
     """
@@ -135,7 +138,10 @@ def build_tiny(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def try_port(folder: Path, config: Mapping[str, Any], architecture: str) -> Trial:
-    """Check the tiny model in `folder` with the port of `architecture`, whatever the model's own is."""
+    """Check the tiny model in `folder` with the port of `architecture`, and return the Trial.
+
+    The port is used whatever the model's own architecture is.
+    """
     from intaglio.debugging.check import check
     from intaglio.models import Checkpoint, CheckpointError, PortError
     from intaglio.models import port as port_checkpoint
@@ -152,7 +158,7 @@ def try_port(folder: Path, config: Mapping[str, Any], architecture: str) -> Tria
 
 
 def investigate(target: str, progress: Progress = silent) -> Findings:
-    """Try every port on a tiny model of the target's architecture. Raises PortingError.
+    """Try every port on a tiny model of the target's architecture and return the Findings. Raises PortingError.
 
     target: a checkpoint folder, or a model type of transformers.
     """

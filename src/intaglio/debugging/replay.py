@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a journal file.
+    """Yield the entries of a journal file, each a dict.
 
-    An incomplete last line, which a killed process leaves, is skipped. Raises ValueError for any other line that is no
-    entry.
+    An incomplete last line, which a killed process leaves, is skipped. Raises ValueError for any other line that is
+    no entry.
     """
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -37,7 +37,7 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 def replay_journal(
     path: Path, model: Path | None = None, device: str | None = None, progress: Progress = silent
 ) -> Replayed:
-    """Run a journal again. model, device: used instead of those that the journal names.
+    """Run a journal again and return the Replayed. model, device: used instead of those that the journal names.
 
     Raises ValueError if the file is not a journal or the model is not the recorded one.
     """

@@ -263,7 +263,7 @@ def prefill_steps(executable: Executable, count: int, length: int, budget: int) 
 
 
 def decode_steps(executable: Executable, count: int, length: int) -> Iterator[Batch]:
-    """The decode steps after prompts of `length` tokens; each has one token of each of `count` sequences."""
+    """Yield the Batches of the decode steps after prompts of `length` tokens; each has a token of `count` sequences."""
     for k in range(DECODE_STEPS):
         token = k % executable.program.vocabulary
         chunks = [

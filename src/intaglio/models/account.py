@@ -102,7 +102,7 @@ class Account:
     notes: tuple[str, ...]
 
     def table(self) -> dict[str, Any]:
-        """The account as plain values for JSON."""
+        """A dict of the account's fields, as plain values for JSON."""
         return {
             "path": self.path, "architecture": self.architecture, "models": self.models, "said_by": self.said_by,
             "quantised_by": self.quantised_by or None, "context": self.context, "vocabulary": self.vocabulary,

@@ -63,7 +63,7 @@ class Settings(dict[str, Any]):
         return f"{self.at}.{key}" if self.at else key
 
     def unread(self) -> Iterator[tuple[str, Any]]:
-        """(key, value) of each key in the file that has not been read."""
+        """Yield (path, value) of each key in the file that has not been read."""
         return ((key, value) for key, value in self.given.items() if key not in self.seen)
 
 
@@ -140,7 +140,7 @@ class Config:
         return value
 
     def refuse(self, *keys: str, why: str) -> None:
-        """Raise PortError if any of these keys has a value other than false, 0 or empty."""
+        """Raise PortError, with the reason `why`, if any of these keys has a value other than false, 0 or empty."""
         for key in keys:
             if self.get(key) not in (None, False, 0, {}):
                 raise PortError(f"config.json: {key}={self.get(key)!r} is not supported: {why}")
@@ -155,11 +155,11 @@ class Config:
     def layer_types(
         self, every: int = 0, usual: Sequence[str] | None = None, known: Sequence[str] = LAYER_TYPES
     ) -> list[str]:
-        """The attention type of each layer, "full_attention" or another value of the key `layer_types`.
+        """The attention type of each layer, as a list: "full_attention" or another value of the key `layer_types`.
 
-        Without that key: `usual`; if that is not given, full attention in each `every`-th layer and a sliding window in
-        the others; every=0: all full. Raises PortError for a type that is not in `known`, and for another number of
-        types than num_hidden_layers.
+        Without that key: `usual`; if that is not given, full attention in each `every`-th layer and a sliding
+        window in the others; every=0: all full. Raises PortError for a type that is not in `known`, and for
+        another number of types than num_hidden_layers.
         """
         n = self.whole("num_hidden_layers")
         usual = usual or ["sliding_attention" if every and (i + 1) % every else "full_attention" for i in range(n)]

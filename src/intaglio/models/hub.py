@@ -68,17 +68,17 @@ def locate(name: str | Path, revision: str | None = None, progress: Progress = s
 
 
 def hub_id(name: str | Path) -> str | None:
-    """`name` as a string if it has the form of a hub id and no such path exists; else None."""
+    """`name` as a string if it has the form of a hub id and no such path exists; None otherwise."""
     return str(name) if HUB_ID.fullmatch(str(name)) and not Path(name).exists() else None
 
 
 def choose_files(repo: str, files: Iterable[str], tag: str | None, read: Callable[[str], Any]) -> list[str]:
-    """The files of a repository that are read: those of its text and settings, and the weights of one format.
+    """The list of a repository's files to download: those of its text and settings, and the weights of one format.
 
-    Weights are, in this order: those that `transformers_weights` of config.json names; model.safetensors; the shards of
-    model.safetensors.index.json; the only *.safetensors file; the only GGUF model, or that of `tag`, by default Q4_K_M.
-    With a tag, GGUF files come first. A split GGUF model has all its parts. Of a repository that is something else,
-    such as an adapter, only the file that says so: the reader of folders then refuses it by name.
+    Weights are, in this order: those that `transformers_weights` of config.json names; model.safetensors; the
+    shards of model.safetensors.index.json; the only *.safetensors file; the only GGUF model, or that of `tag`, by
+    default Q4_K_M. With a tag, GGUF files come first. A split GGUF model has all its parts. Of a repository that is
+    something else, such as an adapter, only the file that says so: the reader of folders then refuses it by name.
 
     Args:
         repo: name of the repository in errors.
@@ -109,7 +109,7 @@ def choose_files(repo: str, files: Iterable[str], tag: str | None, read: Callabl
 
 
 def _safetensors(repo: str, files: list[str], read: Callable[[str], Any]) -> list[str]:
-    """The safetensors files to read, with the index if there is one.
+    """A list of the safetensors files to read, with the index if there is one.
 
     [] if the repository has none in its top folder.
     """

@@ -176,10 +176,11 @@ class Fate:
 
 
 def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str) -> list[Fate]:
-    """A Fate for each key of config.json, and for each key of nested tables (rope_parameters) that the port reads.
+    """A list with a Fate for each key of config.json, and for each key of nested tables that the port reads.
 
-    Raises PortError if a key has another value than the one that the port computes (`family.fixed`), or if no code
-    reads a key whose name suggests that it changes results and the model brings code of its own (`auto_map`).
+    Nested tables are those such as rope_parameters. Raises PortError if a key has another value than the one that
+    the port computes (`family.fixed`), or if no code reads a key whose name suggests that it changes results and
+    the model brings code of its own (`auto_map`).
     """
     inner = config.get("text_config")
     own = isinstance(inner, Mapping) and bool(inner)
@@ -199,10 +200,10 @@ def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str
 
 
 def judge_quantisation(q: Settings, where: str, taken: bool) -> list[Fate]:
-    """A Fate for each key of the quantisation settings. where: the file and key that hold them.
+    """A list with a Fate for each key of the quantisation settings. where: the file and key that hold them.
 
-    `taken`: whether any matrix is read by them. Raises PortError for a setting that nothing reads and that may change
-    what codes mean.
+    `taken`: whether any matrix is read by them. Raises PortError for a setting that nothing reads and that may
+    change what codes mean.
     """
     file, _, at = where.partition(": ")
     out = []

@@ -90,7 +90,10 @@ def port(checkpoint: Checkpoint, context: int | None = None, name: str | None = 
 
 
 def port_checkpoint(checkpoint: Checkpoint, context: int | None = None, name: str | None = None) -> Ported:
-    """Port a checkpoint as port() does, and report the use of config keys and tensors. Issues no warning."""
+    """Port a checkpoint as port() does, and return the Program with a report of config keys and tensors, as Ported.
+
+    Issues no warning.
+    """
     family, said_by = _family(checkpoint.config, str(checkpoint.path))
     if checkpoint.config_name != "config.json":
         said_by = f"{checkpoint.config_name}: general.architecture"
@@ -365,7 +368,7 @@ def _why(missing: list[str], ported: Ported, checkpoint: Checkpoint) -> str:
 
 
 def _predictors(config: Mapping[str, Any], prefix: str) -> list[str]:
-    """Name prefixes of the multi-token prediction layers, which follow the last layer of the model."""
+    """A list of the name prefixes of the multi-token prediction layers, which follow the last layer of the model."""
     n, more = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
     return [*(f"{prefix}layers.{i}." for i in range(n, n + more)), "mtp.", "model.mtp."]
 

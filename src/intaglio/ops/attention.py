@@ -25,15 +25,15 @@ def cache_heads(op: Op, t: Tensors, name: str) -> tuple[int, int]:
 
 
 def token_bytes(cache: Tensor) -> int:
-    """Bytes of one token in a K or V cache."""
+    """Number of bytes of one token in a K or V cache."""
     return formats.get(cache.format).nbytes(int(cache.shape[2]), int(cache.shape[3]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class KvWrite(Op, kind="kv_write"):
-    """cache[slot of t] = k[t], v[t], rounded to the cache's format. k, v f32 [T, kv heads * head_dim].
+    """Op that stores keys and values: cache[slot of t] = k[t], v[t], rounded to the cache's format.
 
-    An int8row cache has one scale per token and head.
+    k, v f32 [T, kv heads * head_dim]. An int8row cache has one scale per token and head.
     """
 
     k: str = operand()
@@ -69,10 +69,10 @@ class KvWrite(Op, kind="kv_write"):
 
 @dataclass(frozen=True, kw_only=True)
 class Attend(Op, kind="attend"):
-    """softmax(softcap(q k^T * scale) + mask) v over the K/V pages of each sequence; causal.
+    """Op for attention over the K/V pages of each sequence: softmax(softcap(q k^T * scale) + mask) v, causal.
 
-    q f32 [T, heads * head_dim]; caches [P, B, kv heads, head_dim]; out f32 [T, heads * v head_dim]. Query head h reads
-    kv head h // (heads / kv heads). Scores and sums are in float32 or wider.
+    q f32 [T, heads * head_dim]; caches [P, B, kv heads, head_dim]; out f32 [T, heads * v head_dim]. Query head h
+    reads kv head h // (heads / kv heads). Scores and sums are in float32 or wider.
 
     Attributes:
         window: a query at position i sees positions max(0, i - window + 1) .. i; 0 sees all.

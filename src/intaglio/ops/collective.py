@@ -27,7 +27,7 @@ class Collective(Op):
     wire: str = "f32"
 
     def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Compute the output of each rank of the group from the inputs of all, both in the group's order."""
+        """A list of the output of each rank of the group, from the inputs of all ranks; both in the group's order."""
         raise NotImplementedError
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
@@ -47,7 +47,7 @@ class Collective(Op):
 
 
 def check_group(op: Op, group: tuple[int, ...]) -> None:
-    """Raise OpError unless `group` is a non-empty tuple of ranks in ascending order."""
+    """Raise OpError unless `group` is a non-empty tuple of ranks in ascending order; return nothing."""
     fits = len(group) > 0 and tuple(sorted(set(group))) == group and group[0] >= 0
     op.check(fits, f"group={group}; wanted ranks in ascending order, each once")
 
@@ -78,7 +78,7 @@ class AllReduce(Collective, kind="all_reduce"):
         return [self.carried(total)] * len(parts)
 
     def work(self, t: Tensors, batch: Batch) -> Work:
-        """FLOPs and bytes of one rank.
+        """The Work (FLOPs and bytes) of one rank.
 
         Link bytes are those received: reduce-scatter, then all-gather, which is 2 (p-1)/p of x for p ranks.
         """
@@ -148,10 +148,10 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
         return [self.carried(rows) for rows in split_rows(total, len(parts))]
 
     def work(self, t: Tensors, batch: Batch) -> Work:
-        """FLOPs and bytes of one rank.
+        """The Work (FLOPs and bytes) of one rank.
 
-        Link bytes are those received: this rank's rows of x from the p-1 other ranks, which is (p-1)/p of x for p
-        ranks.
+        Link bytes are those received: this rank's rows of x from the p-1 other ranks, which is (p-1)/p of x for
+        p ranks.
         """
         own, p = self.link_bytes(t, self.out, batch), len(self.group)
         sums = (p - 1) * (t[self.out].nbytes(batch.sizes) // 4)
@@ -160,10 +160,11 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
 
 @dataclass(frozen=True, kw_only=True)
 class AllToAll(Collective, kind="all_to_all"):
-    """Exchange a share of the columns for a share of the rows.
+    """Op with which a group of ranks changes from columns of all rows to all columns of some rows.
 
-    out on the `share`-th rank of `group` = its run of token rows of all columns, side by side in the order of `group`,
-    rounded to `wire`. x f32 [T, own], out f32 [T:share/n, width] for n ranks; `width` is the sum of their columns.
+    out on the `share`-th rank of `group` = its run of token rows of all columns, side by side in the order of
+    `group`, rounded to `wire`. x f32 [T, own], out f32 [T:share/n, width] for n ranks; `width` is the sum of their
+    columns.
     """
 
     x: str = operand()
@@ -205,7 +206,7 @@ def check_share(op: Op, share: int, group: tuple[int, ...]) -> None:
 
 
 def split_rows(x: np.ndarray, ranks: int) -> list[np.ndarray]:
-    """The rows of x divided into one run for each rank, in order."""
+    """A list of the rows of x divided into one run for each rank, in order, as views."""
     runs = [shared_rows(len(x), i, ranks) for i in range(ranks)]
     return [x[run.start : run.stop] for run in runs]
 

@@ -22,13 +22,13 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def gelu_tanh(x: np.ndarray) -> np.ndarray:
-    """GELU, tanh form: x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) (Hendrycks & Gimpel 2016)."""
+    """GELU of x, in its tanh form: x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) (Hendrycks & Gimpel 2016)."""
     wide = x.astype(np.float64)
     return (0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))).astype(np.float32)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """GELU: x * Phi(x), with Phi from the error function."""
+    """GELU of x: x * Phi(x), with Phi from the error function."""
     wide = x.astype(np.float64)
     return (0.5 * wide * (1 + np.vectorize(erf, otypes=[np.float64])(wide / np.sqrt(2)))).astype(np.float32)
 
@@ -52,10 +52,11 @@ Steps = tuple[tuple[str, float | str], ...]  # an expression in postfix order, s
 
 @cache
 def postfix(expr: str) -> Steps:
-    """Parse an expression to steps of a stack machine, such as ("operand", "a"), ("number", 0.5), ("call", "silu").
+    """Parse an expression.
 
-    Binary operators are ("binary", "+"). Operands are a, b, c; operators + - * /; functions those of FUNCTIONS. Raises
-    OpError for anything else.
+    Returns steps of a stack machine, such as ("operand", "a"), ("number", 0.5), ("call", "silu"). Binary operators
+    are ("binary", "+"). Operands are a, b, c; operators + - * /; functions those of FUNCTIONS. Raises OpError for
+    any other expression.
     """
 
     def walk(node: ast.expr) -> list[tuple[str, float | str]]:
@@ -83,7 +84,10 @@ def postfix(expr: str) -> Steps:
 
 
 def evaluate(steps: Steps, operand: Callable[[str], np.ndarray]) -> np.ndarray:
-    """The value of an expression in float32. steps: from postfix(). operand(name): returns the value of a, b or c."""
+    """The value of an expression as a float32 array. operand(name): returns the value of a, b or c.
+
+    steps: from postfix().
+    """
     stack: list[np.ndarray] = []
     for step, value in steps:
         if step == "operand":

@@ -26,7 +26,10 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def best(key: np.ndarray, count: int) -> np.ndarray:
-    """Column indices of the `count` largest values of each row, largest first; ties go to the lowest index."""
+    """Column indices of the `count` largest values of each row, as an array [rows, count], largest first.
+
+    Ties go to the lowest index.
+    """
     return np.argsort(-key, axis=-1, kind="stable")[..., :count]
 
 
@@ -257,7 +260,7 @@ class Experts(Op, kind="experts"):
         return (act * (up + np.float32(self.shift))).astype(np.float32)
 
     def work(self, t: Tensors, batch: Batch) -> Work:
-        """FLOPs and bytes of one step.
+        """The Work (FLOPs and bytes) of one step.
 
         Weights count for the experts that even routing touches: E * (1 - (1 - top / E)^T).
         """

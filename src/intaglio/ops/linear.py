@@ -17,10 +17,10 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
 
 
 def x_format(weight: str, exact: bool = False) -> str:
-    """The format that x is rounded to before a product with weights of format `weight`.
+    """The name of the format that x is rounded to before a product with weights of format `weight`.
 
-    int8 for integer codes, bf16 for bf16 and other quantized weights, else f32. `exact`: f32 wherever the weights allow
-    it.
+    int8 for integer codes, bf16 for bf16 and other quantized weights, else f32. `exact`: f32 wherever the weights
+    allow it.
     """
     fmt = formats.get(weight)
     if fmt.integer:

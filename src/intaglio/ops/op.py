@@ -131,7 +131,7 @@ def operand(
     keys: bool = False,
     up: str = "",
 ) -> Any:
-    """Declare a dataclass field that names a tensor the op reads, or state that it updates.
+    """A dataclass field that declares a tensor which the op reads, or state that it updates.
 
     Raises TypeError for an unknown use or access.
 
@@ -158,7 +158,7 @@ def operand(
 
 
 def result(optional: bool = False) -> Any:
-    """Declare a dataclass field that names a tensor the op writes."""
+    """A dataclass field that declares a tensor which the op writes."""
     return field(default=None, metadata={"is": "result"}) if optional else field(metadata={"is": "result"})
 
 
@@ -192,7 +192,7 @@ class Op:
         REGISTRY[kind] = cls
 
     def shapes(self, t: Tensors) -> Results:
-        """Check the operands and return {result: (shape, format)}. Raises OpError."""
+        """Check the operands and return {result name: (shape, format)}. Raises OpError."""
         raise NotImplementedError
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
@@ -203,7 +203,7 @@ class Op:
         raise NotImplementedError
 
     def work(self, t: Tensors, batch: Batch) -> Work:
-        """FLOPs and bytes of one step with this batch."""
+        """The Work (FLOPs and bytes) of one step with this batch."""
         raise NotImplementedError
 
     @classmethod
@@ -225,7 +225,7 @@ class Op:
     @classmethod
     @cache
     def fields_where(cls, **facts: Any) -> tuple[str, ...]:
-        """Names of the operand fields declared with all of these facts, such as use="matrix" or access="write"."""
+        """A tuple of the names of the operand fields declared with all of these facts, such as use="matrix"."""
         return tuple(
             f.name for f in fields(cls) if "use" in f.metadata and all(f.metadata[k] == v for k, v in facts.items())
         )
@@ -275,7 +275,7 @@ class Op:
         return replace(self, **change) if change else self
 
     def check(self, ok: bool, what: str) -> None:
-        """Raise OpError naming this op's site unless `ok`."""
+        """Raise OpError with this op's site and the text `what` unless `ok`; return nothing."""
         if not ok:
             raise OpError(f"{self.site} ({self.kind}): {what}")
 

@@ -1,4 +1,4 @@
-"""What ops with recurrent state share: the state's shape rule, and each sequence's tokens with its state.
+"""Helpers that ops with recurrent state share: the state's shape rule, and each sequence's tokens with its state.
 
 An op reads a sequence's state from slot `state_from`, and writes the state after the step's tokens to slot `state_to`.
 The state is float32 and advances token by token, so it does not depend on how a prompt was cut into steps.
@@ -21,9 +21,9 @@ def check_state(op: Op, t: Tensors, name: str, *shape: int) -> None:
 
 
 def sequences(v: Mapping[str, Value], name: str, batch: Batch) -> Iterator[tuple[slice, np.ndarray]]:
-    """The token rows of each sequence, and its state, a float32 copy, zero for a sequence that has none yet.
+    """Yield (token rows, state) of each sequence: a slice, and a float32 copy of its state, zeros if it has none yet.
 
-    What the caller leaves in the copy is written to the sequence's slot `state_to`.
+    After each item, the copy as the caller has left it is written to the sequence's slot `state_to`.
     """
     held = v[name]
     assert isinstance(held, np.ndarray), f"state {name} is a plain array"
@@ -35,10 +35,10 @@ def sequences(v: Mapping[str, Value], name: str, batch: Batch) -> Iterator[tuple
 
 
 def state_bytes(t: Tensors, name: str, batch: Batch) -> int:
-    """Bytes of state read and written in a step: one slot of each for every sequence."""
+    """Number of bytes of state read and written in a step: one slot of each for every sequence."""
     return 2 * len(batch.q_len) * t[name].nbytes({"N": 1})
 
 
 def softplus(x: np.ndarray) -> np.ndarray:
-    """ln(1 + e^x) in float64."""
+    """ln(1 + e^x) of x, computed in float64 and returned as such."""
     return np.logaddexp(0, x.astype(np.float64))

@@ -41,7 +41,7 @@ def kept_mass(logits: np.ndarray, s: Sampling) -> np.ndarray:
 
 
 def edited(logits: np.ndarray, s: Sampling) -> np.ndarray:
-    """The logits from which a row is sampled, float32 [vocabulary]: edits applied, -inf where the mask has a 0."""
+    """The logits from which a row is sampled, float32 [vocabulary]: edits applied, and -inf where the mask has a 0."""
     if s.edits is not None:
         at, scale, add = s.edits.ids, s.edits.scale, s.edits.add
         x = logits[at]
@@ -54,7 +54,7 @@ def edited(logits: np.ndarray, s: Sampling) -> np.ndarray:
 
 
 def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
-    """Sample one token id from float32 logits [vocabulary]. -1 if a logit is NaN or no allowed logit is finite.
+    """The token id sampled from float32 logits [vocabulary]; -1 if a logit is NaN or no allowed logit is finite.
 
     Of equal largest logits, greedy takes the lower id. Otherwise the id at which the cumulative mass, in ascending
     order of id, passes uniform(seed, position) of the total.

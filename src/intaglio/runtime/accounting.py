@@ -1,4 +1,4 @@
-"""The account stage: applies the result of a launch to its sequences, token by token."""
+"""The account stage of a step: applies the result of a launch to its sequences, token by token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class Accounting:
         self.live, self.scheduler, self.clock, self.counts, self.context = live, scheduler, clock, counts, context
 
     def account(self, done: Completed) -> None:
-        """Apply a completed launch to all of its sequences. Events get the time read from the clock at the start."""
+        """Apply a completed launch to all of its sequences. Events get the time read from the clock at the start.
+
+        Returns nothing.
+        """
         self.clock.read()
         row = 0
         for scheduled, chunk in zip(done.scheduled, done.chunks, strict=True):
@@ -35,11 +38,11 @@ class Accounting:
             row += len(chunk.rows)
 
     def account_sequence(self, scheduled: ScheduledSequence, chunk: Chunk, result: StepResult, row: int) -> None:
-        """Apply one sequence's rows of the result to it, emit its events and count its drafts. Returns None.
+        """Apply one sequence's rows of the result to it, emit its events and count its drafts. Returns nothing.
 
-        Its rows begin at `row`: one for each prompt position whose logits the request wants, then, if it samples, one
-        for the next token and one for each draft. Sampled tokens are appended up to and including the first that
-        differs from its draft or ends the sequence.
+        Its rows begin at `row`: one for each prompt position whose logits the request wants, then, if it
+        samples, one for the next token and one for each draft. Sampled tokens are appended up to and including
+        the first that differs from its draft or ends the sequence.
         """
         s, drafts = scheduled.sequence, scheduled.drafts
         sampled = 1 + len(drafts) if scheduled.samples else 0

@@ -48,7 +48,7 @@ class Admission:
     max_batch_tokens: int
 
     def check(self, request: Request) -> None:
-        """Raise RequestError if the engine can never serve the request.
+        """Raise RequestError if the engine can never serve the request; return nothing otherwise.
 
         The message gives the value and the allowed range.
         """

@@ -229,7 +229,7 @@ class Engine:
         return events
 
     def load(self) -> EngineLoad:
-        """Snapshot of the work queued and running, for Admission."""
+        """The EngineLoad: a snapshot of the work queued and running, for Admission."""
         live, waiting = self.live.sequences(), self.scheduler.waiting
         return EngineLoad(
             waiting=len(waiting), waiting_tokens=sum(s.remaining for s in waiting), live=len(live),
@@ -238,7 +238,7 @@ class Engine:
         )  # fmt: skip
 
     def gauges(self) -> Gauges:
-        """Current queue and K/V cache gauges."""
+        """The current Gauges of queues and K/V cache."""
         waiting, pool = self.scheduler.waiting, self.pool
         return Gauges(
             len(self.scheduler.running), len(waiting), sum(s.length for s in waiting), pool.total, pool.held,

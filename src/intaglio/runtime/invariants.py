@@ -1,4 +1,7 @@
-"""Engine invariants, which hold between any two steps. Tests check them after every step."""
+"""Engine invariants, which hold between any two steps. Tests check them after every step.
+
+Each invariant is a function that yields one line of text for each violation; check_invariants() runs them all.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from intaglio.runtime.slots import PER_SEQUENCE
 
 
 def blocks_conserved(e: Engine) -> Iterator[str]:
-    """Yield violations: each block must be free, evictable or held; its refcount must be its number of holders."""
+    """Yield a text for each K/V block that is not free, evictable or held, or whose refcount is wrong.
+
+    The refcount must be the number of sequences that hold the block.
+    """
     pool, free = e.pool, set(e.pool.free)
     holders = Counter(b for choices in e.requests.values() for s in choices for b in s.blocks)
     held = {b for b, count in enumerate(pool.refcounts) if count}
@@ -24,7 +30,10 @@ def blocks_conserved(e: Engine) -> Iterator[str]:
 
 
 def slots_conserved(e: Engine) -> Iterator[str]:
-    """Every slot of recurrent state is free or held by one running sequence, whose state is in a slot of its own."""
+    """Yield a text for each slot of recurrent state that is neither free nor held by exactly one running sequence.
+
+    The state of a running sequence must be in a slot that it holds.
+    """
     held = [slot for choices in e.requests.values() for s in choices for slot in s.slots]
     if sorted([*e.slots.free, *held]) != list(range(e.slots.total)):
         yield f"free slots {sorted(e.slots.free)} and held slots {sorted(held)} are not {e.slots.total} slots"
@@ -37,7 +46,7 @@ def slots_conserved(e: Engine) -> Iterator[str]:
 
 
 def prefix_cache_sound(e: Engine) -> Iterator[str]:
-    """Yield inconsistencies of the prefix cache.
+    """Yield a text for each inconsistency of the prefix cache.
 
     Index and cached blocks must agree, evictable blocks must be in it and free blocks must not, and a held block in it
     must have the name of the tokens that its sequence has up to its end.
@@ -57,7 +66,7 @@ def prefix_cache_sound(e: Engine) -> Iterator[str]:
 
 
 def sequences_conserved(e: Engine) -> Iterator[str]:
-    """Yield violations of: received choices = refused + admitted, and admitted = finished + suspended + live.
+    """Yield a text if received choices are not refused + admitted, or admitted not finished + suspended + live.
 
     Each live sequence must also be in the queue of its state, and the queues in order.
     """
@@ -76,9 +85,9 @@ def sequences_conserved(e: Engine) -> Iterator[str]:
 
 
 def queues_bounded(e: Engine) -> Iterator[str]:
-    """Yield violations of the queues' limits: max_sequences running.
+    """Yield a text for each queue that is over its limit.
 
-    Max_waiting waiting, beside preempted sequences.
+    At most max_sequences run and max_waiting wait; preempted sequences do not count as waiting.
     """
     scheduler, most = e.scheduler, e.admission.max_waiting
     if len(scheduler.running) > scheduler.max_sequences:
@@ -88,9 +97,10 @@ def queues_bounded(e: Engine) -> Iterator[str]:
 
 
 def progress_sound(e: Engine) -> Iterator[str]:
-    """Yield inconsistent sequences: only running ones may hold blocks, which must have room for the tokens computed.
+    """Yield a text for each sequence with inconsistent progress.
 
-    A live sequence must have at least one token left to compute.
+    Only running sequences may hold blocks, which must have room for the tokens computed. A live sequence must have
+    at least one token left to compute.
     """
     for choices in e.requests.values():
         for s in choices:
@@ -111,7 +121,7 @@ INVARIANTS = (
 
 
 def check_invariants(engine: Engine) -> None:
-    """Raise AssertionError with a line for each violation of the invariants; return if there is none."""
+    """Raise AssertionError with a line for each violation of the invariants; return nothing if there is none."""
     wrong = [w for invariant in INVARIANTS for w in invariant(engine)]
     if wrong:
         raise AssertionError("engine invariants broken:\n  " + "\n  ".join(wrong))

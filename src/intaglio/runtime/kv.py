@@ -14,7 +14,7 @@ from intaglio.runtime.request import TokenIds
 
 
 class KvError(RuntimeError):
-    """An allocation larger than what is available, or a release of a block that is not held."""
+    """Raised for an allocation larger than what is available, or a release of a block that is not held."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class BlockPool:
 
     @property
     def available(self) -> int:
-        """Blocks that can be allocated: free or evictable."""
+        """Number of blocks that can be allocated: free or evictable."""
         return len(self.free) + len(self.evictable)
 
     def blocks_for(self, tokens: int) -> int:
@@ -74,7 +74,10 @@ class BlockPool:
         return -(-tokens // self.block_size)
 
     def allocate(self, n: int) -> list[int]:
-        """Take `n` blocks, with a refcount of 1 each. Raises KvError, taking none, if fewer are available."""
+        """Take `n` blocks, with a refcount of 1 each, and return their numbers.
+
+        Raises KvError, taking none, if fewer are available.
+        """
         if n > self.available:
             raise KvError(f"{n} blocks requested, {self.available} of {self.total} are available")
         blocks = [self.free.pop() if self.free else self._evict() for _ in range(n)]
@@ -107,7 +110,10 @@ class BlockPool:
                     self.free.append(block)
 
     def find_prefix(self, tokens: TokenIds, salt: str | None) -> list[int]:
-        """The blocks of the longest cached prefix of `tokens`, whole blocks only. Changes no refcount."""
+        """The numbers of the blocks of the longest cached prefix of `tokens`, whole blocks only.
+
+        Changes no refcount.
+        """
         blocks: list[int] = []
         for name in self.names.chain(tokens, salt):
             block = self.index.get(name)
@@ -144,7 +150,7 @@ class BlockPool:
         self.events.cleared()
 
     def _evict(self) -> int:
-        """Remove the evictable block that was released earliest from the prefix cache, and return it."""
+        """Remove the evictable block that was released earliest from the prefix cache, and return its number."""
         block = next(iter(self.evictable))
         del self.evictable[block]
         name = self.cached.pop(block).name

@@ -1,4 +1,4 @@
-"""The launch stage: starts device steps for scheduled sequences, and finds the sequence that makes a step fail."""
+"""The launch stage of a step: starts device steps for scheduled sequences; finds the one that makes a step fail."""
 
 from __future__ import annotations
 
@@ -150,7 +150,10 @@ class Launcher:
             raise
 
     def start(self, chunks: list[Chunk], logits: bool = False) -> PendingStep:
-        """Combine the chunks to a Batch and launch it. If that raises, the error is in the returned step's result."""
+        """Combine the chunks to a Batch and launch it. Returns the PendingStep.
+
+        If launching raises, the error is in the returned step's result.
+        """
         try:
             batch = bind(chunks, self.executable.state.page_tokens)
             if self.before_launch:
@@ -160,11 +163,11 @@ class Launcher:
             return CompletedStep(e)
 
     def step(self, chunks: list[Chunk]) -> StepResult:
-        """Run one step with these chunks and wait for its result."""
+        """Run one step with these chunks, wait for it and return its StepResult."""
         return self.start(chunks).result()
 
     def chunk(self, scheduled: ScheduledSequence) -> Chunk | None:
-        """The token rows of a scheduled sequence with their sampling inputs.
+        """The Chunk of a scheduled sequence: its token rows with their sampling inputs.
 
         Returns None if the sequence's grammar failed; the sequence has then ended with a fault.
         """
@@ -184,7 +187,7 @@ class Launcher:
 
 
 def launch_groups(scheduled: list[ScheduledSequence]) -> list[list[ScheduledSequence]]:
-    """Split a step into launches: all sequences in one, except suspects of a device loss, which get one each."""
+    """A step's sequences split into launches: all in one, except suspects of a device loss, which get one each."""
     batched = [s for s in scheduled if not s.sequence.suspect]
     suspects = [[s] for s in scheduled if s.sequence.suspect]
     return [batched, *suspects] if batched else suspects

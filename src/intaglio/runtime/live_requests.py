@@ -34,7 +34,7 @@ class LiveRequests:
             self.next_deadline = min(self.next_deadline, s.deadline())
 
     def sequences(self) -> list[Sequence]:
-        """All sequences that have not ended, by request in order of arrival."""
+        """A list of all sequences that have not ended, by request in order of arrival."""
         return [s for choices in self.by_id.values() for s in choices if s.state != "ended"]
 
     def of(self, id: str) -> list[Sequence]:
@@ -42,14 +42,14 @@ class LiveRequests:
         return [s for s in self.by_id.get(id, []) if s.state != "ended"]
 
     def expire(self, now: float) -> None:
-        """End every sequence whose deadline has passed."""
+        """End every sequence whose deadline has passed. Their last events are emitted."""
         if now >= self.next_deadline:
             for s in [s for s in self.sequences() if s.deadline() <= now]:
                 self.emit(self.end(s, "deadline"))
             self.next_deadline = min((s.deadline() for s in self.sequences()), default=math.inf)
 
     def end(self, s: Sequence, reason: FinishReason, fault: Fault | None = None, scored: Scored | None = None) -> Event:
-        """End a sequence, free its blocks and return its last event. scored: the event's token, or None."""
+        """End a sequence, free its blocks and return its last Event. scored: the event's token, or None."""
         now = self.clock.now
         if reason in ("stop", "length"):
             self.scheduler.update_blocks(s)

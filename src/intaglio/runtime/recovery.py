@@ -1,4 +1,4 @@
-"""The recovery stage: replaces a lost device, and ends a sequence that loses it again and again."""
+"""The recovery stage of a step: replaces a lost device, and ends a sequence that loses it again and again."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ class Recovery:
         self.attempts = ""  # what became of the last attempts
 
     def recover(self, lost: DeviceLost) -> None:
-        """Replace the lost device.
+        """Replace the lost device. Returns nothing.
 
-        All running sequences are preempted, to be recomputed from their token ids, unless the new device has the K/V of
-        the lost one: a step writes K/V only where nothing was computed, so what was computed before is as it was.
+        All running sequences are preempted, to be recomputed from their token ids, unless the new device has
+        the K/V of the lost one: a step writes K/V only where nothing was computed, so what was computed before
+        is as it was.
 
-        The sequences in the launch that lost the device become suspects: each runs in a step of its own, without
-        drafts, until it has sampled a token. A suspect that loses the device twice before that ends in error. If the
-        device cannot be replaced, all sequences end in error.
+        The sequences in the launch that lost the device become suspects: each runs in a step of its own,
+        without drafts, until it has sampled a token. A suspect that loses the device twice before that ends in
+        error. If the device cannot be replaced, all sequences end in error.
         """
         self.counts.faults["worker"] += 1
         why = f"the device was lost: {lost}"
@@ -70,7 +71,7 @@ class Recovery:
         return Chunk([0], 0, [self.scheduler.spare_block()], [0], state=(-1, slot))
 
     def replace_device(self) -> bool:
-        """Start another device and run a step of one token on it; False if no attempt succeeds.
+        """Start another device and run a step of one token on it. Returns False if no attempt succeeds, else True.
 
         A refused replacement ends the attempts.
         """

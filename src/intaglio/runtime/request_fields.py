@@ -10,7 +10,7 @@ from intaglio.runtime.request import Grammar, Request, SamplingParams
 
 
 def write_request(request: Request, seed: int) -> dict[str, Any]:
-    """Fields of a request: all but its functions (stop_checker, matcher), with the `seed` that it runs with."""
+    """A dict of a request's fields but its functions (stop_checker, matcher), with the `seed` that it runs with."""
     bare = replace(request, stop_checker=None, matcher=None, params=replace(request.params, seed=seed))
     fields = asdict(bare)
     del fields["stop_checker"], fields["matcher"]
@@ -18,7 +18,7 @@ def write_request(request: Request, seed: int) -> dict[str, Any]:
 
 
 def read_request(table: Mapping[str, Any]) -> Request:
-    """The Request that write_request() wrote as fields.
+    """The Request with the fields that write_request() returned.
 
     stop_checker and matcher are None: only the caller can recreate them.
     """

@@ -100,7 +100,10 @@ class Resumption:
             sequence.prompt_rows_read = sequence.prompt_rows_wanted
 
     def as_dict(self) -> dict[str, Any]:
-        """The Resumption as JSON-serialisable fields, without the request's functions. from_dict() reads it."""
+        """A dict of the Resumption's JSON-serialisable fields, without the request's functions.
+
+        from_dict() reads it.
+        """
         request = write_request(self.request, self.request.params.seed or 0)
         choices = [{"index": c.index, "output": [*c.output], "logprobs": [*c.logprobs]} for c in self.choices]
         return {"request": request, "choices": choices, "program": self.program, "numerics": self.numerics}

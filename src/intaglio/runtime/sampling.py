@@ -27,7 +27,7 @@ def edits(p: SamplingParams, prompt: TokenIds, output: TokenIds) -> Edits | None
 
 
 def sampling_rows(s: Sequence, drafts: TokenIds) -> list[Sampling]:
-    """Sampling inputs of each row that samples: the row of the last token, then the row of each draft token."""
+    """A list of the sampling inputs of each row that samples: of the last token, then of each draft token."""
     p, rows = s.request.params, list[Sampling]()
     if s.matcher is None and s.token_filter is None and not p.edits_logits:
         return [s.base_sampling] * (len(drafts) + 1)
@@ -47,7 +47,7 @@ def sampling_rows(s: Sequence, drafts: TokenIds) -> list[Sampling]:
 
 
 def score(logits: np.ndarray, token: int, top: int, ids: TokenIds = ()) -> Scored:
-    """Log-probability and rank of a token, and the `top` likeliest tokens, from one row of logits [vocabulary].
+    """A token's Scored, from one row of logits [vocabulary]: log-probability, rank, and the `top` likeliest tokens.
 
     Log-probabilities are those of the row's softmax. Of equal logits the lower id comes first. ids: if given, these
     tokens are scored instead of the likeliest.

@@ -82,7 +82,7 @@ class Scheduler:
             self.preempt(sequence)
 
     def spare_block(self) -> int:
-        """Number of a block that no sequence holds and that is not in the prefix cache afterwards.
+        """Number of a block that no sequence holds and that is not in the prefix cache when this returns.
 
         Frees the blocks of rejected drafts; while no block is available, preempts the last running sequence.
         """
@@ -95,16 +95,16 @@ class Scheduler:
         return block
 
     def spare_slot(self) -> int:
-        """A slot of recurrent state whose content nobody needs; -1 if the model has none. Only while no step runs.
+        """Number of a slot of recurrent state whose content nobody needs; -1 if the model has none.
 
-        It is free, or the slot that the last running sequence writes next.
+        Only while no step runs. It is free, or the slot that the last running sequence writes next.
         """
         if self.slots.total:
             return self.slots.free[-1] if self.slots.free else self.running[-1].next_state_slot
         return -1
 
     def schedule(self, parts: int = 1) -> list[ScheduledSequence]:
-        """Choose the sequences of the next step, with at most `max_batch_tokens` tokens.
+        """A list of the sequences of the next step, with at most `max_batch_tokens` tokens in all.
 
         Sequences in flight are left out. parts: number of steps among which all sequences are divided, in equal
         numbers. Returns [] only if no sequence is left that is not in flight.
@@ -130,16 +130,14 @@ class Scheduler:
     def start_next(self) -> Sequence | None:
         """Move the first waiting sequence to running, with blocks for all its tokens.
 
-        Returns it, or None if it cannot start.
+        Returns it, or None if it cannot start. It cannot start if none waits, if `max_sequences` are running,
+        if it is a further choice of a request whose prompt is still being computed (whose blocks it will
+        share), or if too few blocks are available. Later sequences never overtake it.
 
-        It cannot start if none waits, if `max_sequences` are running, if it is a further choice of a request whose
-        prompt is still being computed (whose blocks it will share), if too few blocks are available, or while blocks
-        for it are loaded from a tier. Later sequences never overtake it. Raises DeviceLost if the device is lost while
-        it takes loaded blocks.
-
-        Blocks found in the prefix cache are shared, and those after them loaded from a tier that has them, unless
-        logits of the prompt are wanted: then the whole prompt is computed. The last token is always computed, because
-        its logits are needed.
+        Nor does it start while blocks for it are loaded from a tier. Blocks found in the prefix cache are shared, and
+        those after them loaded from a tier that has them, unless logits of the prompt are wanted: then the whole
+        prompt is computed. The last token is always computed, because its logits are needed. Raises DeviceLost if the
+        device is lost while it takes loaded blocks.
         """
         if not self.waiting or len(self.running) >= self.max_sequences:
             return None
@@ -179,8 +177,8 @@ class Scheduler:
     def allocate(self, sequence: Sequence) -> bool:
         """Give a running sequence blocks for all its tokens; if there are too few, preempt the last running sequences.
 
-        Sequences in flight are not preempted. Returns False if this sequence itself was preempted, or has to wait for
-        later ones that are in flight.
+        Sequences in flight are not preempted. Returns True if it has the blocks; False if this sequence itself
+        was preempted, or has to wait for later ones that are in flight.
         """
         while (missing := self.pool.blocks_for(sequence.length) - len(sequence.blocks)) > self.pool.available:
             last = next(s for s in reversed(self.running) if not s.in_flight)

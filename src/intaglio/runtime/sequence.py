@@ -129,7 +129,7 @@ class Sequence:
         return self.arrived + min((t for t in (queue, r.timeout) if t is not None), default=float("inf"))
 
     def propose_drafts(self, max_drafts: int) -> list[int]:
-        """Up to `max_drafts` draft tokens by prompt lookup, cut before the first that the grammar does not allow."""
+        """A list of up to `max_drafts` draft tokens by prompt lookup, cut before the first that the grammar forbids."""
         drafts = self.lookup.propose(self.tokens(0, self.length), max_drafts)
         if self.matcher:
             allowed = list(takewhile(self.matcher.advance, drafts))
@@ -138,7 +138,7 @@ class Sequence:
         return drafts
 
     def usage(self, now: float) -> Usage:
-        """Token counts and times of the sequence, which ends at time `now` (seconds)."""
+        """The Usage (token counts and times) of the sequence, which ends at time `now` (seconds)."""
         return Usage(
             len(self.prompt), self.cached_tokens, len(self.output), self.preemptions, self.arrived, self.started,
             self.first_token, now,

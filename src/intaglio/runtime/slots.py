@@ -13,7 +13,7 @@ PER_SEQUENCE = 2  # slots of a running sequence
 
 
 class SlotError(RuntimeError):
-    """An allocation larger than what is free, or a release of a slot that is not held."""
+    """Raised for an allocation larger than what is free, or a release of a slot that is not held."""
 
 
 class SlotPool:
@@ -31,7 +31,10 @@ class SlotPool:
         return self.total // PER_SEQUENCE
 
     def allocate(self) -> list[int]:
-        """The slots of one more sequence; none if the model has no such state. Raises SlotError if too few are free."""
+        """The numbers of the slots of one more sequence; [] if the model has no such state.
+
+        Raises SlotError if too few are free.
+        """
         if not self.total:
             return []
         if len(self.free) < PER_SEQUENCE:

@@ -57,7 +57,7 @@ class TokenFilter:
 
 
 def pack(flags: np.ndarray) -> np.ndarray:
-    """Boolean flags [multiple of 32] as a bit mask uint32 [len / 32], the lowest bit first."""
+    """A bit mask uint32 [len / 32] of boolean flags [multiple of 32], the lowest bit first."""
     return np.packbits(flags, bitorder="little").view(np.uint32)
 
 

@@ -1,4 +1,4 @@
-"""OpenAI response bodies, built from the deltas of the engine: stream chunks, whole choices, usage."""
+"""OpenAI response bodies, built from the engine's deltas (ChoiceDelta): stream chunks, whole choices, usage."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Choice(Protocol):
     rank: Rank
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one engine delta. Returns the chunk to stream, or None if the client would see nothing new."""
+        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new."""
 
     def whole(self) -> dict[str, Any]:
-        """The complete choice as JSON fields, for a response that is not streamed."""
+        """The complete choice as a dict of JSON fields, for a response that is not streamed."""
 
 
 def reason(update: ChoiceDelta) -> str | None:
-    """The finish_reason that the response shows; None while the choice is still generated.
+    """The finish_reason, a string, that the response shows; None while the choice is still generated.
 
-    "deadline" extends OpenAI's values: the output up to the deadline is returned. Raises Problem if the choice ended in
-    an error or was aborted, or if its deadline passed before its first token.
+    "deadline" extends OpenAI's values: the output up to the deadline is returned. Raises Problem if the choice
+    ended in an error or was aborted, or if its deadline passed before its first token.
     """
     match update.finish_reason:
         case "error":
@@ -68,7 +68,7 @@ class CompletionChoice:
         self.rank = Rank()
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one engine delta. Returns the chunk to stream, or None if the client would see nothing new."""
+        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new."""
         self.reason, self.stop_reason = reason(update), update.stop_reason
         first = not self.ids
         self.rank.add(update.scored)
@@ -99,7 +99,7 @@ class CompletionChoice:
         return chunk
 
     def whole(self) -> dict[str, Any]:
-        """The complete choice as JSON fields, with prompt log-probabilities and token ids if requested."""
+        """The complete choice as a dict of JSON fields, with prompt log-probabilities and token ids if requested."""
         asked = bool(self.body.return_token_ids)
         return {
             **self._as_dict(self.text, self.scores),
@@ -173,9 +173,10 @@ class Rank:
 
 
 def best(choices: Sequence[Choice], n: int, of: int) -> list[dict[str, Any]]:
-    """JSON of the choices to return for best_of: of each prompt's `of` choices the `n` likeliest, numbered from 0.
+    """A list of the JSON dicts of the choices to return for best_of, numbered from 0.
 
-    `choices` has `of` entries for each prompt, in the order of the prompts. If n equals `of`, their order stays.
+    These are the `n` likeliest of each prompt's `of` choices. `choices` has `of` entries for each prompt, in the
+    order of the prompts. If n equals `of`, their order stays.
     """
     kept: list[Choice] = []
     for i in range(0, len(choices), of):
@@ -185,7 +186,7 @@ def best(choices: Sequence[Choice], n: int, of: int) -> list[dict[str, Any]]:
 
 
 def prompt_scores(scores: Sequence[Scored], n: int, vocabulary: Vocabulary) -> list[Any]:
-    """The prompt_logprobs of vLLM: one entry per prompt token; None for the first, which has no log-probability.
+    """A list with vLLM's prompt_logprobs: one entry per prompt token; None for the first, which has no score.
 
     An entry maps token ids to logprob, rank and text: the `n` likeliest tokens and the prompt's own.
     """
@@ -222,7 +223,7 @@ class ChatChoice:
         self.rank = Rank()
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one engine delta. Returns the chunk to stream, or None if the client would see nothing new."""
+        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new."""
         self.reason, self.stop_reason = reason(update), update.stop_reason
         self.rank.add(update.scored)
         if update.prompt is not None and self.body.prompt_logprobs is not None:
@@ -249,7 +250,7 @@ class ChatChoice:
         return {**chunk, "token_ids": ids} if self.body.return_token_ids else chunk
 
     def whole(self) -> dict[str, Any]:
-        """The complete choice as JSON fields: message, finish reason, log-probabilities and token ids."""
+        """The complete choice as a dict of JSON fields: message, finish reason, log-probabilities and token ids."""
         content = self.said["content"]
         message: dict[str, Any] = {"role": "assistant", "content": content if content or not self.calls else None}
         if self.said["reasoning"]:
@@ -318,7 +319,7 @@ class Envelope:
         self.head: dict[str, Any] = {"id": id, "object": kind, "created": int(time.time()), "model": model}
 
     def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, with_usage: bool) -> dict[str, Any]:
-        """One chunk of a stream. `with_usage`: include the field `usage`, which may be null.
+        """One chunk of a stream, as a dict. `with_usage`: include the field `usage`, which may be null.
 
         The first chunk also has the fields given to the constructor as `first`.
         """
@@ -328,21 +329,22 @@ class Envelope:
         return {**body, "usage": usage} if with_usage else body
 
     def whole(self, choices: list[dict[str, Any]], usage: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """The response body of a request that is not streamed. `more`: further fields."""
+        """The response body, a dict, of a request that is not streamed. `more`: further fields."""
         return {**self.head, "choices": choices, "usage": usage, **more}
 
 
 def usage_so_far(submission: Submission, output: int) -> dict[str, Any]:
-    """OpenAI's `usage` of a request that is still running, after `output` generated tokens."""
+    """OpenAI's `usage` object, a dict, of a request that is still running, after `output` generated tokens."""
     prompt = sum(len(p.request.prompt) for p in submission.prompts)
     return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
 
 def usage(submission: Submission, generated: bool, reasoning: int | None = None) -> dict[str, Any]:
-    """OpenAI's `usage` of a finished request. A prompt counts once, even if several choices are generated from it.
+    """OpenAI's `usage` object, a dict, of a finished request.
 
-    generated: False if the request only scored its prompt; completion_tokens is then 0. reasoning: number of output
-    tokens that are reasoning; None for a model that does not reason, which leaves out completion_tokens_details.
+    A prompt counts once, even if several choices are generated from it. generated: False if the request only scored
+    its prompt; completion_tokens is then 0. reasoning: number of output tokens that are reasoning; None for a model
+    that does not reason, which leaves out completion_tokens_details.
     """
     all = [u for u in submission.usages if u]
     prompt = sum(len(p.request.prompt) for p in submission.prompts)
@@ -358,7 +360,7 @@ def usage(submission: Submission, generated: bool, reasoning: int | None = None)
 
 
 def modelled(submission: Submission, by: str) -> dict[str, Any]:
-    """Modelled times of a finished request on simulated chips, in seconds; `by` names the chips.
+    """A dict of the modelled times of a finished request on simulated chips, in seconds; `by` names the chips.
 
     Time to first token (the earliest choice), mean time per output token after the first, and total (the latest
     choice).

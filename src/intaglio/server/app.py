@@ -76,7 +76,7 @@ def build(service: Service) -> ASGIApp:
 
 
 def _unrouted(scope: Scope, error: HTTPException) -> Problem:
-    """The response to an unknown path (404) or method (405)."""
+    """The Problem to send for an unknown path (404) or method (405)."""
     where = f"{scope['method']} {scope['path']}"
     what = {404: f"{where}: there is no such path", 405: f"{where}: the path does not take this method"}
     return Problem(error.status_code, what[error.status_code], headers=dict(error.headers or {}))
@@ -150,7 +150,7 @@ class Api:
     # Generation
 
     async def chat(self, request: Request) -> ASGIApp:
-        """POST /v1/chat/completions: the response, as a stream or whole."""
+        """POST /v1/chat/completions. Returns the Answer that sends the response, as a stream or whole."""
         body = await self._body(request, ChatRequest)
         id = f"chatcmpl-{uuid.uuid4().hex}"
         model = self.service.find(body.model)
@@ -162,7 +162,7 @@ class Api:
         return Answer(model, body, [prompt], choices, envelope, reading.ignored)
 
     async def complete(self, request: Request) -> ASGIApp:
-        """POST /v1/completions: the response, as a stream or whole."""
+        """POST /v1/completions. Returns the Answer that sends the response, as a stream or whole."""
         body = await self._body(request, CompletionRequest)
         id = f"cmpl-{uuid.uuid4().hex}"
         model = self.service.find(body.model)
@@ -182,14 +182,14 @@ class Api:
         return await self.service.prepare(how, model.llm, body, id, settings)
 
     async def embed(self, request: Request) -> Response:
-        """POST /v1/embeddings: always an error response, because no model here computes embeddings."""
+        """POST /v1/embeddings. Always raises Problem (400), because no model here computes embeddings."""
         model = self.service.find((await self._body(request, EmbeddingRequest)).model)
         raise Problem(400, f"{model.name} generates text; it gives no embeddings", param="model", code="unsupported")
 
     # Tokenizer
 
     async def tokenize(self, request: Request) -> Response:
-        """POST /tokenize: the token ids of a text or of a conversation."""
+        """POST /tokenize. Returns the response with the token ids of a text or of a conversation."""
         raw = await self._read(request)
         chat = re.search(rb'"messages"\s*:', raw)
         body: TokenizeChat | TokenizeText = self._parse(raw, TokenizeChat) if chat else self._parse(raw, TokenizeText)
@@ -207,7 +207,7 @@ class Api:
         return encode(model.llm, render(model.llm, body).text, special=False)
 
     async def detokenize(self, request: Request) -> Response:
-        """POST /detokenize: the text of token ids."""
+        """POST /detokenize. Returns the response with the text of token ids."""
         body = await self._body(request, DetokenizeRequest)
         model = self.service.find(body.model)
         top = model.llm.model.program.vocabulary - 1
@@ -224,34 +224,34 @@ class Api:
     # Models and status
 
     async def models(self, request: Request) -> Response:
-        """GET /v1/models: the list of served models."""
+        """GET /v1/models. Returns the response with the list of served models."""
         return Json({"object": "list", "data": [m.card(self.service.started) for m in self.service.models.values()]})
 
     async def model(self, request: Request) -> Response:
-        """GET /v1/models/NAME: one served model; 404 if there is none of that name."""
+        """GET /v1/models/NAME. Returns the response with one served model; 404 if there is none of that name."""
         return Json(self.service.find(request.path_params["name"]).card(self.service.started))
 
     async def health(self, request: Request) -> Response:
-        """GET /health: 200 while the process works."""
+        """GET /health. Returns a response with status 200 while the process works, and else 503."""
         why = self.service.alive()
         return Json({"status": why or "ok"}, 503 if why else 200)
 
     async def version(self, request: Request) -> Response:
-        """GET /version: the version of the package."""
+        """GET /version. Returns the response with the version of the package."""
         return Json({"version": __version__})
 
     async def ready(self, request: Request) -> Response:
-        """GET /ready: 200 if a request for some model would be admitted now."""
+        """GET /ready. Returns a response with status 200 if a model would admit a request now; else raises Problem."""
         if refusal := self.service.ready():
             raise refusal
         return Json({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:
-        """GET /metrics in Prometheus' text format."""
+        """GET /metrics. Returns the response with all metrics in Prometheus' text format."""
         return Response(self.service.metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def state(self, request: Request) -> Response:
-        """GET /state: queue, K/V cache and recent steps of each model, as JSON for the status page."""
+        """GET /state. Returns the response with queue, K/V cache and recent steps of each model, as JSON."""
         since = request.query_params.get("since", "0")
         if not re.fullmatch("[0-9]{1,18}", since, re.ASCII):
             raise Problem(400, f"since is {since!r}; allowed: the number of a step", param="since")
@@ -259,11 +259,11 @@ class Api:
         return Json({**self.service.find(name).state(int(since)), "models": list(self.service.models)})
 
     async def openapi(self, request: Request) -> Response:
-        """GET /openapi.json: the OpenAPI description of the server."""
+        """GET /openapi.json. Returns the response with the OpenAPI description of the server."""
         return Json(openapi.describe(tuple(self.service.models)))
 
     async def page(self, request: Request) -> Response:
-        """GET /: the status page as HTML."""
+        """GET /. Returns the response with the status page as HTML."""
         html = files("intaglio.server").joinpath("page.html").read_bytes()
         return Response(html, media_type="text/html", headers={"content-security-policy": PAGE})
 
@@ -283,10 +283,9 @@ class Api:
         return body
 
     async def _read(self, request: Request) -> bytes:
-        """The request's body.
+        """The request's body as bytes.
 
         Raises Problem 415 unless it is application/json, 408 if it comes too slowly, 413 if it is too long.
-
         Only application/json is accepted because browsers send it to another origin only if CORS allows that.
         """
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -398,10 +397,10 @@ def _public_id(id: str, body: GenerationRequest) -> str:
 
 
 def _weight(error: Any) -> tuple[bool, bool, int]:
-    """Sort key of pydantic's errors; the largest is reported.
+    """The sort key of one of pydantic's errors; the error with the largest key is reported.
 
-    A value may match one of several models of a union. The errors of the model that matched furthest have the largest
-    key.
+    A value may match one of several models of a union. The errors of the model that matched furthest have the
+    largest key.
     """
     kind = error["type"]
     return kind == "extra_forbidden", not kind.endswith("_type"), len(error["loc"])

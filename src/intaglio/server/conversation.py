@@ -45,11 +45,11 @@ class Rendered:
 
 
 def render(llm: LLM, body: Conversation, choice: Any = None, **wishes: Any) -> Rendered:
-    """Render a conversation to prompt text with the model's chat template.
+    """Render a conversation with the model's chat template. Returns a Rendered, which has the prompt's text.
 
-    choice: the request's tool_choice. wishes: template variables that are only hints, such as reasoning_effort; those
-    that the template does not read are listed in Rendered.ignored. Raises Problem if the model has no chat template, or
-    if the template does not read a field that would change the answer.
+    choice: the request's tool_choice. wishes: template variables that are only hints, such as reasoning_effort;
+    those that the template does not read are listed in Rendered.ignored. Raises Problem if the model has no chat
+    template, or if the template does not read a field that would change the answer.
     """
     tokenizer = llm.model.tokenizer
     tools = body.tools or []
@@ -85,7 +85,7 @@ def render(llm: LLM, body: Conversation, choice: Any = None, **wishes: Any) -> R
 
 
 def _variables(template: str, body: Conversation, wishes: Mapping[str, Any], out: Rendered) -> dict[str, Any]:
-    """The variables for the chat template: those of chat_template_kwargs, `documents`, and the `wishes` that it reads.
+    """A dict of variables for the chat template: chat_template_kwargs, `documents`, and the `wishes` that it reads.
 
     Adds the names of unread wishes to out.ignored. Raises Problem if chat_template_kwargs has a variable that the
     server sets or that the template does not read.
@@ -172,7 +172,7 @@ def _short(id: str) -> str:
 
 
 def _as_text(messages: list[dict[str, Any]], tools: Sequence[Any]) -> list[dict[str, Any]]:
-    """Messages for a chat template that takes no tools, with tool calls and results written into the text.
+    """A list of the messages for a chat template without tools, with tool calls and results written into the text.
 
     The list of tools is added to the system message, which is created if it is missing.
     """
@@ -203,10 +203,10 @@ def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def content_format(tokenizer: Tokenizer, template: str, variables: Mapping[str, Any]) -> ContentFormat:
-    """The form in which a chat template accepts a message's content: "text", or "parts" (a list of typed parts).
+    """The form in which a chat template accepts a message's content: "text", "parts" or "none".
 
-    "none": neither form appears in the prompt. The result is found by rendering a test message, and cached per
-    template.
+    "parts" is a list of typed parts. "none": neither form appears in the prompt. The result is found by rendering a
+    test message, and cached per template.
     """
     if template not in _formats:
         _formats[template] = _probe(tokenizer, {"tools": variables["tools"]} if "tools" in variables else {})
@@ -227,10 +227,10 @@ def _probe(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> ContentFormat:
 
 
 def _chat(tokenizer: Tokenizer, messages: list[dict[str, Any]], body: Conversation, variables: dict[str, Any]) -> str:
-    """Render the conversation with the chat template; with continue_final_message, cut after the last message's text.
+    """Render the conversation with the chat template and return the text of the prompt.
 
-    If the template refuses a system message that the server has added (the list of tools), its text is put in front of
-    the first user message.
+    With continue_final_message it is cut after the last message's text. If the template refuses a system message
+    that the server has added (the list of tools), its text is put in front of the first user message.
     """
     cut = bool(body.continue_final_message)
     if cut and body.add_generation_prompt:

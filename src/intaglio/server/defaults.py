@@ -14,7 +14,7 @@ FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # tho
 
 
 def sampling_defaults(folder: Path, source: str = "auto") -> dict[str, Any]:
-    """SamplingParams fields of a checkpoint's generation_config.json; {} if it has none.
+    """A dict of SamplingParams fields from a checkpoint's generation_config.json; {} if it has none.
 
     source: auto (in the checkpoint's folder), none (no defaults), or another folder or file. Raises ParamsError or
     CheckpointError, naming the file.

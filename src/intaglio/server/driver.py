@@ -145,7 +145,10 @@ class Submission:
                 self.admitted.set_result(None)
 
     async def deltas(self) -> AsyncIterator[list[ChoiceDelta]]:
-        """Yield lists of the deltas that arrived since the previous list, until every choice has ended."""
+        """Yield lists of the ChoiceDeltas that arrived since the previous list, until every choice has ended.
+
+        An async iterator, used on the event loop.
+        """
         while self.open or self._deltas:
             await self._arrived.wait()
             self._arrived.clear()

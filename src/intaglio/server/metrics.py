@@ -62,14 +62,14 @@ class Metrics:
         self.registry.register(EngineCollector(self.models))
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """All metrics in Prometheus' text format, as bytes."""
         return generate_latest(self.registry)
 
     def add_model(
         self, name: str, look: Callable[[], Snapshot], facts: dict[str, str], clock: Callable[[], float] | None = None,
         tier: TierCounts | None = None,
     ) -> ModelMetrics:  # fmt: skip
-        """Add a model's series and return them.
+        """Add a model's series and return them as ModelMetrics.
 
         look: returns the engine's latest Snapshot. facts: properties of the K/V cache, as labels of cache_config_info.
         clock: the engine's modelled clock in seconds; None if its times are measured. tier: counts of the tier that

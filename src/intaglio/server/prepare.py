@@ -55,7 +55,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Reading:
-    """How to turn a request's output into its response.
+    """The way to turn a request's output into its response.
 
     Attributes:
         style: how to parse the text of a chat into reasoning, content and tool calls.
@@ -73,7 +73,7 @@ class Reading:
 def prepare_completion(
     llm: LLM, body: CompletionRequest, id: str, settings: Settings
 ) -> tuple[list[Prepared], list[Reading]]:
-    """The engine requests of a completion, one for each prompt, and a Reading for each.
+    """(a Prepared for each prompt of a completion, which holds its engine request; a Reading for each), two lists.
 
     Raises Problem, or an error that as_problem() converts to one.
     """
@@ -123,7 +123,7 @@ def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[
 
 
 def prepare_chat(llm: LLM, body: ChatRequest, id: str, settings: Settings) -> tuple[Prepared, Reading]:
-    """The engine request of a chat, and a Reading for its output.
+    """(the Prepared of a chat, which holds its engine request; the Reading for its output).
 
     Raises Problem, or an error that as_problem() converts to one.
     """
@@ -164,7 +164,7 @@ def prepare_chat(llm: LLM, body: ChatRequest, id: str, settings: Settings) -> tu
 
 
 def hints(body: GenerationRequest) -> list[str]:
-    """Names of the request's fields that are accepted but have no effect."""
+    """A list of the names of the request's fields that are accepted but have no effect."""
     return [
         name for name in HINTS if name in body.model_fields_set and body.model_dump(include={name})[name] is not None
     ]
@@ -186,7 +186,7 @@ def candidates(body: GenerationRequest) -> int:
 
 
 def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
-    """Token ids of a text. special: include the special tokens that the tokenizer adds, such as BOS.
+    """A list of the token ids of a text. special: include the special tokens that the tokenizer adds, such as BOS.
 
     Raises Problem if the model has no tokenizer.
     """
@@ -196,9 +196,10 @@ def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
 
 
 def _truncated(llm: LLM, body: GenerationRequest, ids: list[int], asked: int | None) -> list[int]:
-    """The prompt cut to truncate_prompt_tokens tokens; -1 means as many as fit beside `asked` output tokens.
+    """The prompt's token ids, cut to truncate_prompt_tokens tokens.
 
-    The end of the prompt is kept, or with truncation_side "right" its beginning.
+    -1 means as many as fit beside `asked` output tokens. The end of the prompt is kept, or with truncation_side
+    "right" its beginning.
     """
     most = body.truncate_prompt_tokens
     if most is None:
@@ -272,7 +273,7 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
 
 
 def _max_tokens(llm: LLM, prompt: int, asked: int | None, name: str) -> int:
-    """The request's max_tokens: `asked`, or as many as the context has room for if that is None.
+    """Number of output tokens that the request may have: `asked`; None: as many as the context has room for.
 
     prompt: number of prompt tokens. name: the request's field, for the error. Raises Problem if there is not enough
     room.
@@ -288,9 +289,10 @@ def _max_tokens(llm: LLM, prompt: int, asked: int | None, name: str) -> int:
 
 
 def _params(body: GenerationRequest, settings: Settings, **more: Any) -> SamplingParams:
-    """Sampling parameters of a request. `more`: parameters that the caller has computed.
+    """The SamplingParams of a request. `more`: parameters that the caller has computed.
 
-    A field that the request leaves out has the checkpoint's default, else OpenAI's: temperature 1, no top-k, no top-p.
+    A field that the request leaves out has the checkpoint's default, else OpenAI's: temperature 1, no top-k, no
+    top-p.
     """
     given = body.model_dump(include=SAME, exclude_none=True)
     if body.prompt_logprobs is not None:
@@ -305,7 +307,10 @@ def _params(body: GenerationRequest, settings: Settings, **more: Any) -> Samplin
 
 
 def _options(body: GenerationRequest, limits: Limits) -> dict[str, Any]:
-    """Arguments for Request: priority, cache salt, and the shorter of client's and server's timeouts, in seconds."""
+    """A dict of arguments for Request: priority, cache salt, and timeouts in seconds.
+
+    A timeout is the shorter of the client's and the server's.
+    """
     return {
         "priority": body.priority or 0,
         "salt": body.cache_salt,

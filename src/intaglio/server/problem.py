@@ -43,7 +43,7 @@ class Problem(Exception):
             self.headers["retry-after"] = str(max(1, math.ceil(retry_after)))
 
     def as_dict(self) -> dict[str, Any]:
-        """The response body in OpenAI's error format."""
+        """The response body, as a dict in OpenAI's error format."""
         kind = KINDS[self.status]
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code or kind}}
 
@@ -75,7 +75,7 @@ def fault_problem(fault: Fault) -> Problem:
 
 
 def dumps(value: Any) -> bytes:
-    """`value` as compact UTF-8 JSON. Raises ValueError for NaN and infinities, which JSON does not have."""
+    """`value` as compact JSON, in UTF-8 bytes. Raises ValueError for NaN and infinities, which JSON does not have."""
     return ENCODER.encode(value).encode()
 
 
@@ -85,7 +85,7 @@ class Json(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """The body as bytes."""
+        """The response body: `content` as JSON in bytes."""
         return dumps(content)
 
     def __init__(self, content: Any, status_code: int = 200, headers: dict[str, str] | None = None) -> None:

@@ -149,7 +149,7 @@ class Shutdown:
         self.service, self.code = service, 0
 
     def on_signal(self) -> None:
-        """Handle SIGTERM or SIGINT: the first drains, the second aborts all requests."""
+        """Handle SIGTERM or SIGINT: the first drains, the second aborts all requests. Returns nothing."""
         if self.service.draining:
             log.warning("second signal: aborting all requests")
             self.code = 1

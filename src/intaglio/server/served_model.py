@@ -36,7 +36,7 @@ class ServedModel:
         return self.driver.snapshot.gauges.failed
 
     def hanging(self, seconds: float) -> str | None:
-        """A message if the engine's current step has taken at least `seconds`; else None."""
+        """An error message if the engine's current step has taken at least `seconds`; None otherwise."""
         s = self.driver.snapshot
         silent = time.monotonic() - s.beat
         return None if s.idle or silent < seconds else f"the engine has been in one step for {silent:.0f} s"
@@ -52,13 +52,13 @@ class ServedModel:
         return None
 
     def card(self, created: int) -> dict[str, Any]:
-        """This model's object in the list that GET /v1/models returns."""
+        """This model's object, a dict, in the list that GET /v1/models returns."""
         model = self.llm.model
         facts = {"id": self.name, "object": "model", "created": created, "owned_by": "intaglio"}
         return {**facts, "root": model.path.name, "parent": None, "max_model_len": model.program.context}
 
     def state(self, since: int) -> dict[str, Any]:
-        """Figures for the status page and GET /state: queue, K/V cache, totals, and steps numbered above `since`."""
+        """A dict of figures for GET /state: queue, K/V cache, totals, and the steps numbered above `since`."""
         s, tokenizer = self.driver.snapshot, self.llm.model.tokenizer
         steps = [r for r in list(self.driver.steps) if r.number > since]
         return {

@@ -80,7 +80,7 @@ class Service:
         self._preparing.shutdown(wait=False, cancel_futures=True)
 
     def find(self, name: str | None) -> ServedModel:
-        """The model that a request names, or the only model if `name` is None.
+        """The ServedModel that a request names, or the only model if `name` is None.
 
         Raises Problem if there is no such model.
         """
@@ -94,7 +94,7 @@ class Service:
 
     @property
     def broken(self) -> str | None:
-        """Why no model can serve requests any more; None if at least one can."""
+        """The reason why no model can serve requests any more, as text; None if at least one can."""
         reasons = [model.broken for model in self.models.values()]
         return self._join(reasons) if all(reasons) else None
 

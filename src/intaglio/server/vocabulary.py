@@ -31,7 +31,7 @@ class Vocabulary:
         self.piece = lru_cache(1 << 16)(self._piece)
 
     def name(self, id: int) -> str:
-        r"""The token's text, or if its bytes are not whole characters, OpenAI's form bytes:\xf0\x9f."""
+        r"""The token's text; if its bytes are not whole characters, OpenAI's form of them, such as bytes:\xf0\x9f."""
         text, raw = self.piece(id)
         try:
             raw.decode()
@@ -70,14 +70,17 @@ class Offsets:
         self.output = tokenizer.stream(prompt, hidden) if tokenizer else None
 
     def of_prompt(self, id: int) -> int:
-        """Place of the next prompt token. Call it for the prompt's tokens in order."""
+        """The place, in characters, of the next prompt token. Call it for the prompt's tokens in order."""
         at, self.count = self.at, self.count + 1
         if self.prompt and self.count > self.prefix:
             self.at += len(self.prompt.push(id))
         return at
 
     def of_output(self, id: int) -> int:
-        """Place of the next output token. Call it for the output's tokens in order, after the prompt's."""
+        """The place, in characters, of the next output token.
+
+        Call it for the output's tokens in order, after the prompt's.
+        """
         if self.prompt:
             self.at, self.prompt = self.at + len(self.prompt.end()), None
         at = self.at

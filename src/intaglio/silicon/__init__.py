@@ -1,4 +1,4 @@
-"""Simulated chips: instruction set, kernels written in tiles, and a simulator that executes and times them.
+"""Simulated chips: instruction set, chip kernels in tiles, a simulator that executes and times them, and timing plans.
 
 `chip_kernel` registers the kernel class of an op; other packages register kernels for their own ops with it. See
 docs/adding-an-op.md.

@@ -24,7 +24,10 @@ class Cache:
         self.oldest = 1  # number of the access at the left of `uses`
 
     def access(self, region: Region, writes: bool) -> float:
-        """Bytes that an access moves to and from HBM: lines that it reads and misses, and written lines it evicts."""
+        """Record an access. Returns the bytes that it moves from and to HBM.
+
+        These are the lines that it reads and misses, and written lines that are evicted.
+        """
         if not region.nbytes:
             return 0.0
         if not self.lines:
@@ -57,7 +60,7 @@ class Cache:
 
 
 def lines_of(region: Region) -> np.ndarray:
-    """Numbers of the lines that a region touches, ascending."""
+    """The numbers of the cache lines that a region touches, as an ascending array."""
     low, high = region.span
     if region.rows == 1 or region.stride - region.row_bytes < LINE:
         return np.arange(low // LINE, (high - 1) // LINE + 1)

@@ -24,12 +24,12 @@ def location(stream: Stream, i: Instruction) -> str:
 
 
 def describe_waits(i: Instruction) -> str:
-    """Text with the counters that an instruction waits for, such as "DMA to finish 3"; "" if none."""
+    """Text for an error: the counters that an instruction waits for, such as "DMA to finish 3"; "" if none."""
     return ", ".join(f"{ENGINES[e]} to finish {n}" for e, n in enumerate(i.wait) if n)
 
 
 def check(target: Target, stream: Stream) -> None:
-    """Raise MachineError, naming site, engine and instruction, for the first fault of a stream."""
+    """Raise MachineError, naming site, engine and instruction, for the first fault of a stream. Returns nothing."""
     for i in stream.instructions:
         if why := refusal(i, target) or overflow(target, i):
             raise MachineError(f"{location(stream, i)}: {why}")
@@ -74,7 +74,7 @@ def overflow(target: Target, i: Instruction) -> str:
 
 
 def stored_and_loaded(stream: Stream) -> Iterator[Region]:
-    """The regions of HBM that a stream writes and of which it also reads at least a part."""
+    """The regions of HBM that a stream writes and at least partly reads too, as an iterator."""
     loaded = {r for i in stream.instructions for r in i.regions(False) if r.space == "hbm"}
     stored = {r for i in stream.instructions for r in i.regions(True) if r.space == "hbm"}
     if stored and loaded:
@@ -84,12 +84,10 @@ def stored_and_loaded(stream: Stream) -> Iterator[Region]:
 
 
 def ordered(stream: Stream) -> Iterator[tuple[int, int, Instruction]]:
-    """Yield (engine, number, instruction) in the stream's order, as far as waits allow.
+    """Yield (engine, number, instruction) in an order in which each instruction follows all that it waits for.
 
-    Numbers count from 1 per engine.
-
-    Each instruction follows all that it waits for. Raises MachineError (deadlock) if there is no such order: a wait for
-    a number that the stream never reaches, or a cycle.
+    Otherwise the order is the stream's. Numbers count from 1 per engine. Raises MachineError (deadlock) if there is
+    no such order: a wait for a number that the stream never reaches, or a cycle.
     """
     queues: list[list[tuple[int, Instruction]]] = [[] for _ in ENGINES]  # with each one's place in the stream
     for place, i in enumerate(stream.instructions):
@@ -117,14 +115,14 @@ def ordered(stream: Stream) -> Iterator[tuple[int, int, Instruction]]:
 
 @dataclass(frozen=True)
 class Blocked:
-    """An engine that cannot continue: words that say what it waits for, and the engine that would have to do that."""
+    """An engine that cannot continue: a text that says what it waits for, and the engine that would have to act."""
 
     what: str
     waits_for: Hashable | None  # None: nothing could ever finish it
 
 
 def cycle(blocked: Mapping[Hashable, Blocked]) -> str:
-    """Words that name the engines that wait for each other in a cycle, or the chain up to one that nothing can release.
+    """Text that names the engines that wait for each other in a cycle, or the chain up to one that cannot be released.
 
     Follows the first engine of `blocked`, which is not empty.
     """
@@ -153,9 +151,7 @@ class Entry:
     last: dict[tuple[int, bool], tuple[int, int]] = field(default_factory=dict)
 
     def unordered(self, engine: int, writes: bool, known: list[int]) -> tuple[int, int, bool] | None:
-        """(engine, number, whether it writes) of the latest access that races with an access by `engine`.
-
-        None without one.
+        """(engine, number, whether it writes) of the latest access that races with an access by `engine`; else None.
 
         known: by engine, the number of its instructions that have certainly finished.
         """

@@ -79,7 +79,7 @@ class Transfer:
 
 
 def l2_of(target: Target) -> Cache:
-    """An empty L2 of a chip, with the part of it that the library's kernels can use."""
+    """A new, empty Cache for a chip's L2, as large as the part of it that the library's kernels can use."""
     return Cache(target.chip.l2_bytes * target.library.l2_usable)
 
 
@@ -87,8 +87,8 @@ class Machine:
     """Simulator of one chip, or of several of one kind that exchange messages.
 
     `hbm` maps a chip's number to its memory. If it is None, instructions are timed but no values are computed. With
-    `spans`, the result lists every executed instruction.
-    `l2`: the L2 of each chip as earlier launches left it; None: empty.
+    `spans`, the result lists every executed instruction. `l2`: the L2 of each chip as earlier launches left it;
+    None: empty.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class Machine:
         self.l2 = l2 if l2 is not None else defaultdict(lambda: l2_of(target))
 
     def run(self, streams: Sequence[Stream]) -> RunResult:
-        """Execute the streams, one per core, until all have ended. Returns the modelled time and counters.
+        """Execute the streams, one per core, until all have ended. Returns a RunResult: modelled time and counters.
 
-        Raises MachineError, naming site, engine and instruction, for more streams than cores, for what check() refuses,
-        for a read of unwritten bytes, for cores that access the same bytes of HBM, and for a deadlock between cores or
-        chips.
+        Raises MachineError, naming site, engine and instruction, for more streams than cores, for what check()
+        refuses, for a read of unwritten bytes, for cores that access the same bytes of HBM, and for a deadlock
+        between cores or chips.
         """
         most = max((sum(s.chip == c for s in streams) for c in {s.chip for s in streams}), default=0)
         if most > self.chip.cores:
@@ -146,7 +146,7 @@ class Machine:
         return Core(stream, CoreMemory(hbm, sram, acc, watch), queues)
 
     def _accessor(self, core: int, region: Region, writes: bool) -> str:
-        """In words, another core of the same chip and its started instruction that accessed a region."""
+        """Text that names another core of the same chip and its started instruction that accessed a region."""
         chip = self.cores[core].stream.chip
         for c, other in enumerate(self.cores):
             if c == core or other.stream.chip != chip:
@@ -181,10 +181,10 @@ class Machine:
                 self._end(core, engine, self.cores[core].free_at[engine], cost)
 
     def _rates(self) -> list[float]:
-        """Bytes/s of each transfer in flight.
+        """A list of the bytes/s of each transfer in flight.
 
-        The transfers of a chip share its links, its L2, and those that miss the L2 its HBM, equally; the port of a core
-        limits each. HBM is passed by `hbm_bytes` of a transfer's bytes.
+        The transfers of a chip share its links, its L2, and those that miss the L2 its HBM, equally; the port
+        of a core limits each. HBM is passed by `hbm_bytes` of a transfer's bytes.
         """
         users: dict[tuple[str, int], int] = defaultdict(int)
         for t in self.transfers:
@@ -304,7 +304,7 @@ class Machine:
             raise MachineError(f"deadlock: {cycle(blocked)}")
 
     def _blocked(self, c: int, i: Instruction) -> Blocked:
-        """What the instruction `i` of core `c` waits for."""
+        """The Blocked record of instruction `i` of core `c`: what it waits for."""
         core = self.cores[c]
         what = f"chip {core.stream.chip}, core {c}, {location(core.stream, i)} waits for "
         for e, n in enumerate(i.wait):

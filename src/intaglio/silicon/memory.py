@@ -37,12 +37,12 @@ class Region:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row, without the gap to the next."""
+        """Number of bytes of one row, without the gap to the next."""
         return -(-self.cols * formats.bits(self.format) // 8)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows, without gaps."""
+        """Number of bytes of all rows, without gaps."""
         return self.rows * self.row_bytes
 
     @property
@@ -97,7 +97,10 @@ class Memory:
         self.written = np.zeros(len(self.bytes), bool)
 
     def byte_indices(self, r: Region) -> np.ndarray:
-        """Indices of a region's bytes, [rows, row_bytes]. Raises MachineError if the region ends outside the space."""
+        """Indices of a region's bytes in the memory space, as an array [rows, row_bytes].
+
+        Raises MachineError if the region ends outside the space.
+        """
         low, high = r.span
         if self.size is not None and (low < 0 or high > self.size):
             raise MachineError(f"{r} ends at byte {high}; {self.space} has {self.size}")
@@ -107,7 +110,7 @@ class Memory:
         return r.address + np.arange(r.rows)[:, None] * r.stride + np.arange(r.row_bytes)[None, :]
 
     def read(self, r: Region) -> np.ndarray:
-        """Values [rows, cols] in the dtype of the region's format (4-bit values as int8).
+        """The values of a region, as an array [rows, cols] in the dtype of the region's format (4-bit values as int8).
 
         Raises MachineError if a byte of the region was never written, or lies outside the space.
         """

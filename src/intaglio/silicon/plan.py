@@ -21,13 +21,13 @@ from intaglio.silicon.timeline import OpSpan, Timeline
 
 
 def exposed_seconds(seconds: Sequence[tuple[float, float]], is_collective: Sequence[bool]) -> dict[int, float]:
-    """Exposed time of each collective with dual-batch overlap: seconds in which no compute hides it.
+    """A dict from each collective's index to its exposed time with dual-batch overlap.
 
-    Two halves of the batch alternate: one computes while the other communicates. `seconds` (of the first and of the
-    second half) and `is_collective` have an item for each op. Each half runs its ops in order, and the second half is
-    never ahead of the first. If both could compute, the one closer to its next collective does, which keeps the links
-    busy. Returns seconds by index of the collective: time in which neither half computes counts for the collective that
-    is waited for.
+    Exposed time is the seconds in which no compute hides the collective. Two halves of the batch alternate: one
+    computes while the other communicates. `seconds` (of the first and of the second half) and `is_collective` have
+    an item for each op. Each half runs its ops in order, and the second half is never ahead of the first. If both
+    could compute, the one closer to its next collective does, which keeps the links busy. Time in which neither
+    half computes counts for the collective that is waited for.
     """
     to_collective = [(0.0, 0.0)] * (len(seconds) + 1)  # of each half, seconds of compute from an op to the next one
     for i in reversed(range(len(seconds))):
@@ -74,9 +74,10 @@ class Plan:
 
     @classmethod
     def of(cls, stages: Sequence[Program], target: Target) -> tuple[Plan, ...]:
-        """One Plan for each pipeline stage, from the Program of one rank of each stage.
+        """A tuple with one Plan for each pipeline stage, from the Program of one rank of each stage.
 
-        Raises ChipError if a rank's weights exceed a chip's HBM, or if the chip lists an unknown extra instruction.
+        Raises ChipError if a rank's weights exceed a chip's HBM, or if the chip lists an unknown extra
+        instruction.
         """
         check_extra_instructions(target.chip)
         plans, chip = tuple(cls(p, target) for p in stages), target.chip
@@ -89,7 +90,8 @@ class Plan:
     def run(self, sizes: BatchSizes) -> Timeline:
         """The Timeline of one step with a batch of these sizes.
 
-        With a library that has dual-batch overlap, the timeline of the batch in two halves if that is faster.
+        With a library that has dual-batch overlap, it is the timeline of the batch in two halves if that is
+        faster.
         """
         whole = self.schedule(sizes)
         communicates = any(span.timing.link_bytes for span in whole.ops)

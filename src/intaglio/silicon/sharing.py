@@ -12,18 +12,19 @@ MANY = -1
 
 
 class SharedHbm:
-    """Record of accesses to a chip's HBM: for each byte the core that wrote it in this run, and the core that read it.
+    """Record of accesses to a chip's HBM in one run: for each byte, the core that wrote it and the core that read it.
 
-    MANY: several cores.
+    The number MANY stands for several cores.
     """
 
     def __init__(self) -> None:
         self.writer, self.reader = np.zeros(0, np.int16), np.zeros(0, np.int16)  # core + 1, 0: none
 
     def access(self, core: int, indices: np.ndarray, writes: bool) -> str:
-        """Record that `core` reads or writes the bytes `indices`. Returns the conflicting access of another core.
+        """Record that `core` reads or writes the bytes `indices`.
 
-        It is "writes" or "reads", what another core does with one of these bytes; "" if there is no conflict.
+        Returns the conflicting access of another core, "" if none. It is "writes" or "reads": what another core
+        does with one of these bytes.
         """
         if not indices.size:
             return ""

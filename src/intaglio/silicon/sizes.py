@@ -14,7 +14,7 @@ ChunkCounts = tuple[tuple[int, int, int], ...]  # (queries, keys up to and inclu
 
 
 def count_chunks(q_len: Sequence[int], context_len: Sequence[int]) -> ChunkCounts:
-    """(q_len, context_len, number of sequences that have both) for each distinct pair in a batch."""
+    """A tuple of (q_len, context_len, number of sequences that have both) for each distinct pair in a batch."""
     pairs, counts = np.unique(np.stack([q_len, context_len], axis=1), axis=0, return_counts=True)
     return tuple((int(q), int(c), int(n)) for (q, c), n in zip(pairs, counts, strict=True))
 
@@ -30,7 +30,7 @@ class BatchSizes:
 
     @property
     def sizes(self) -> Sizes:
-        """The values of the symbolic dimensions T, S and R."""
+        """A dict of the values of the symbolic dimensions T, S and R."""
         return Sizes(T=self.tokens, S=sum(n for *_, n in self.sequences), R=self.rows)
 
     def halves(self) -> tuple[BatchSizes, BatchSizes]:

@@ -57,7 +57,7 @@ class StreamBuilder:
         self.tiles: dict[str, list[tuple[int, int]]] = {"sram": [], "acc": []}  # first and last address + 1
 
     def tile(self, rows: int, cols: int, format: str = "f32", space: str = "sram") -> Region:
-        """Allocate a [rows, cols] tile in SRAM or in the accumulators.
+        """Allocate a [rows, cols] tile in SRAM or in the accumulators and return its region.
 
         It may lie beyond the core's memory; the machine refuses the first instruction that touches it there.
         """
@@ -67,11 +67,14 @@ class StreamBuilder:
         return region
 
     def ring(self, depth: int, rows: int, cols: int, format: str = "f32", space: str = "sram") -> Ring:
-        """Allocate a Ring of `depth` tiles [rows, cols]."""
+        """Allocate and return a Ring of `depth` tiles [rows, cols]."""
         return Ring(tuple(self.tile(rows, cols, format, space) for _ in range(depth)))
 
     def emit(self, instruction: Instruction) -> None:
-        """Append an instruction, with waits for the instructions whose results it needs or overwrites."""
+        """Append an instruction, with waits for the instructions whose results it needs or overwrites.
+
+        Returns nothing.
+        """
         engine = ENGINES.index(instruction.engine)
         need = [0] * len(ENGINES)
         reads = [self._last_access(r) for r in instruction.regions(written=False)]

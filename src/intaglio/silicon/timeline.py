@@ -51,7 +51,7 @@ class Timeline:
         return max((e.end for e in self.ops), default=0.0)
 
     def busy(self) -> dict[str, float]:
-        """Seconds that each engine and memory was in use, by name."""
+        """A dict of the seconds that each engine and memory was in use, by name."""
         out: dict[str, float] = defaultdict(float)
         for e in self.ops:
             for engine, seconds in e.timing.busy.items():
@@ -59,10 +59,10 @@ class Timeline:
         return dict(out)
 
     def spent_on(self) -> dict[str, float]:
-        """Seconds of the step by bottleneck; they sum to the step's time.
+        """A dict of the seconds of the step by bottleneck; they sum to the step's time.
 
-        An op's busy time counts for the engine or memory that bounds it, or for what it stalled on; the rest of its
-        time counts as "launch, ramps and tails".
+        An op's busy time counts for the engine or memory that bounds it, or for what it stalled on; the rest of
+        its time counts as "launch, ramps and tails".
         """
         out: dict[str, float] = defaultdict(float)
         for e in self.ops:
@@ -78,7 +78,7 @@ class Timeline:
         return ENGINE_NAMES.get(engine, engine), seconds
 
     def totals(self) -> Timing:
-        """The Timings of all ops added."""
+        """The sum of the Timings of all ops, as one Timing."""
         return sum((e.timing for e in self.ops), Timing(0.0))
 
     def flops_share(self, format: str) -> float:
@@ -95,7 +95,7 @@ class Timeline:
         return self.totals().link_bytes / (self.seconds * rate) if self.seconds and rate else 0.0
 
     def joules(self) -> dict[str, float]:
-        """Estimated energy by consumer: arithmetic, bytes of each memory and of the links, idle power."""
+        """A dict of the estimated joules by consumer: arithmetic, bytes of each memory and of the links, idle power."""
         energy, total = self.chip.energy, self.totals()
         macs: dict[str, float] = defaultdict(float)
         for e in self.ops:
@@ -110,14 +110,14 @@ class Timeline:
         }
 
     def by_kind(self) -> dict[str, float]:
-        """Seconds by kind of op, largest first."""
+        """A dict of the seconds of the step by kind of op, largest first."""
         out: dict[str, float] = defaultdict(float)
         for e in self.ops:
             out[e.kind] += e.seconds
         return dict(sorted(out.items(), key=lambda item: -item[1]))
 
     def report(self, format: str) -> str:
-        """One line for a user: bottlenecks, shares of the peak in `format`, bytes, and seconds by kind of op."""
+        """One line of text for a user: bottlenecks, shares of the peak in `format`, bytes, seconds by kind of op."""
         if not self.ops:
             return "the step has no ops"
         total, seconds = self.totals(), self.seconds
@@ -139,7 +139,7 @@ class Timeline:
         return "; ".join([*parts, f"time by op: {kinds}"])
 
     def as_dict(self, format: str) -> dict[str, Any]:
-        """The figures of report() as plain values for JSON."""
+        """A dict of the figures of report(), as plain values for JSON."""
         total = self.totals()
         return {
             "seconds": self.seconds, "flops": total.flops, "hbm_bytes": total.hbm_bytes, "link_bytes": total.link_bytes,
@@ -171,14 +171,14 @@ def chrome_trace(chips: Sequence[Timeline]) -> str:
 
 
 def metadata_event(name: str, pid: int, tid: int, value: str) -> dict[str, Any]:
-    """A trace event that names a process or a row."""
+    """A trace event, as a dict, that names a process or a row."""
     return {"ph": "M", "name": name, "pid": pid, "tid": tid, "args": {"name": value}}
 
 
 def duration_event(
     name: str, kind: str, pid: int, tid: int, start: float, seconds: float, args: dict[str, Any]
 ) -> dict[str, Any]:
-    """A trace event with a start and a duration in seconds (written in microseconds)."""
+    """A trace event, as a dict, with a start and a duration in seconds (written in microseconds)."""
     return {
         "ph": "X", "name": name, "cat": kind, "pid": pid, "tid": tid, "ts": start * 1e6, "dur": seconds * 1e6,
         "args": args,

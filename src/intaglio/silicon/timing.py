@@ -67,7 +67,7 @@ def pipeline(n: Any, load_s: Any, work_s: Any, latency_s: Any, depth: Any) -> An
 
 
 def fraction_held(need: float, capacity: float) -> float:
-    """Fraction of `need` bytes that a memory of `capacity` bytes still holds when an op reads them again.
+    """The fraction, 0 to 1, of `need` bytes that a memory of `capacity` bytes still holds when they are read again.
 
     1 up to the capacity, 0 from twice the capacity on, linear between: time grows without a jump where a tensor
     outgrows the L2. The width of the transition is an assumption.

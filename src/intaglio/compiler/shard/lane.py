@@ -97,10 +97,10 @@ class Lane:
         return as_ or name
 
     def slab(self, name: str, stacks: Share, parts: Sequence[Share] = (), part: int = 0, axis: int = 0) -> None:
-        """Add this lane's part of a stack of matrices [E, ...], such as the weights of experts.
+        """Add this lane's part of a stack of matrices [E, ...], such as the weights of experts. Returns nothing.
 
-        stacks: the matrices to take. parts: every lane's rows or columns along `axis` of each matrix; part: the index
-        of this lane's in `parts`; without `parts` the matrices are whole.
+        stacks: the matrices to take. parts: every lane's rows or columns along `axis` of each matrix; part: the
+        index of this lane's in `parts`; without `parts` the matrices are whole.
         """
         t = self.p.tensors[name]
         t = self.fitted(t, parts, axis) if parts else t
@@ -235,7 +235,7 @@ def rule_of(op: Op) -> Rule:
 
 
 def cut_source(t: Tensor, share: Share, axis: int, length: int) -> tuple[str, ...]:
-    """The sources of one lane's share of the weight `t`: one for each run of indices along `axis`.
+    """The sources of one lane's share of the weight `t`, as a tuple: one for each run of indices along `axis`.
 
     length: size of the axis. () for state, which has no source. Raises LayoutError for a weight that is joined from
     several tensors, and for a cut inside a block of its format.

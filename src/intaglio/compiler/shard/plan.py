@@ -9,9 +9,10 @@ from intaglio.program import Program
 
 
 def make_plan(p: Program, layout: Layout) -> Plan:
-    """Every lane's share of each result that is split, by the result's name.
+    """The plan of a Program: a dict from each result that is split among lanes to every lane's share of its columns.
 
-    Attention is split by heads, an MLP by its intermediate columns, logits by vocabulary, the embedding by its columns.
+    Attention is split by heads, an MLP by its intermediate columns, logits by vocabulary, the embedding by its
+    columns.
     """
     plan: Plan = {}
     for op in p.ops:
@@ -31,9 +32,9 @@ def make_plan(p: Program, layout: Layout) -> Plan:
 
 
 def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
-    """Plan an attention op: divide query heads evenly among tp lanes, each with the kv heads that they read.
+    """Add an attention op's shares to `plan`: query heads divided evenly among tp lanes, with the kv heads they read.
 
-    Adds the shares of its projections and caches to `plan`. Raises LayoutError if tp does not fit the number of heads.
+    These are the shares of its projections and caches. Raises LayoutError if tp does not fit the number of heads.
     """
     lanes, kv = layout.tp, int(p.tensors[op.k_cache].shape[2])
     if not (kv % lanes == 0 or (lanes % kv == 0 and op.heads % lanes == 0)):
@@ -77,9 +78,9 @@ def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
 
 
 def roots(p: Program, name: str, through: tuple[type[Op], ...]) -> set[str] | None:
-    """Names of the Linear results from which `name` is computed by elementwise ops and ops of the types `through`.
+    """The set of names of the Linear results from which `name` is computed; None if it depends on anything else.
 
-    Views of Linear results count as such. None if `name` depends on anything else.
+    Only elementwise ops and ops of the types `through` may lie between. Views of Linear results count as such.
     """
     op = p.producer(name)
     if isinstance(op, Linear):
@@ -91,7 +92,7 @@ def roots(p: Program, name: str, through: tuple[type[Op], ...]) -> set[str] | No
 
 
 def plan_joint(p: Program, out: str, plan: Plan) -> None:
-    """Plan a Linear that is read through views: split it if all its views are split and together cover it without gaps.
+    """Add to `plan` the shares of a Linear that is read through views, if all views are split and cover it.
 
     Otherwise neither it nor its views are split, since a lane might be left without columns of one of them.
     """

@@ -14,10 +14,10 @@ BLOCKS = (128, 64, 32)  # columns kept together where there are enough of them: 
 
 
 def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
-    """Divide `width` columns into one near-equal run for each lane, in order.
+    """Divide `width` columns among lanes. Returns a near-equal run of columns (Share) for each lane, in order.
 
-    Runs end at multiples of the first of `blocks` that divides `width` and gives every lane at least one block; at any
-    column if none does.
+    Runs end at multiples of the first of `blocks` that divides `width` and gives every lane at least one block; at
+    any column if none does.
     """
     block = next((b for b in blocks if width % b == 0 and width // b >= lanes), 1)
     ends = [width // block * i // lanes * block for i in range(lanes + 1)]
@@ -25,21 +25,22 @@ def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
 
 
 def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
-    """Divide a weight's columns among lanes, in order, without splitting a block of its format.
+    """Divide a weight's columns among lanes without splitting a block of its format.
 
-    Blocks larger than 128 (K-quants have 256) may leave one lane with a block more than another.
+    Returns a Share for each lane, in order. Blocks larger than 128 (K-quants have 256) may leave one lane with a
+    block more than another.
     """
     block = formats.get(weight.format).block
     return cut(int(weight.shape[-1]), lanes, (block, *BLOCKS) if block > BLOCKS[0] else BLOCKS)
 
 
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
-    """Shares of heads converted to shares of columns, with `by` columns per head."""
+    """The shares of columns that shares of heads stand for, with `by` columns per head, as a list."""
     return [tuple(range(r.start * by, r.stop * by) for r in share) for share in shares]
 
 
 def heads_of(share: Share, head_dim: int) -> Share:
-    """A share of columns converted to a share of heads; the inverse of scaled()."""
+    """The share of heads that a share of columns stands for; the inverse of scaled()."""
     return tuple(range(r.start // head_dim, r.stop // head_dim) for r in share)
 
 
@@ -49,7 +50,7 @@ def width_of(share: Share) -> int:
 
 
 def partners(shares: Sequence[Share], lane: int) -> tuple[int, ...]:
-    """The lanes with which `lane` gathers, in order of their columns; together they hold every column once.
+    """The lanes with which `lane` gathers, as a tuple in order of their columns; together they hold every column once.
 
     Where several lanes hold the same share (kv heads are copied when there are more lanes than kv heads), the n-th
     holder of each share gathers with the n-th holders of the others.

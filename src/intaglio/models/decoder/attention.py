@@ -10,7 +10,7 @@ from intaglio.ops import Attend, KvWrite, Map, Norm, Rope
 
 
 def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Write the attention ops of layer `i`. Returns the name of the result."""
+    """Write the attention ops of layer `i`. Returns the name of the result's tensor."""
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
     kv_heads, head_dim = layer.kv_heads or d.kv_heads, layer.head_dim or d.head_dim
     value_dim = d.value_dim or head_dim
@@ -58,12 +58,15 @@ def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
 
 
 def clip(limit: float) -> str:
-    """Expression (of the op `map`) that clips its operand a to -limit .. limit."""
+    """The expression, for the op `map`, that clips its operand a to -limit .. limit."""
     return f"relu(a + {limit!r}) - relu(a - {limit!r}) - {limit!r}"
 
 
 def _qk_norms(w: Writer, at: str, source: str, q: str, k: str, head_dim: int) -> tuple[str, str]:
-    """Write the norms of queries and keys, if the model has any. Returns the names of the (normed) q and k."""
+    """Write the norms of queries and keys, if the model has any.
+
+    Returns the names of the tensors with the normed q and k. Without norms these are `q` and `k` themselves.
+    """
     d = w.d
     if d.qk_norm == "unit":
         how: dict[str, Any] = {"eps": d.eps, "group": head_dim}

@@ -145,15 +145,16 @@ class Mixture:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """The description of a decoder-only transformer.
+    """Description of a decoder-only transformer, from which write() makes its Program.
 
-    A softcap of 0 is none. `qk_norm` is "" (none), "head" (over each head), "late" (the same, but after
-    rope), "flat" (over all heads as one row) or "unit" (over each head, without a weight, after rope, in layers with
+    A softcap of 0 is none. `qk_norm` is "" (none), "head" (over each head), "late" (the same, but after rope),
+    "flat" (over all heads as one row) or "unit" (over each head, without a weight, after rope, in layers with
     rope). Layers without rope scale their queries by `temper` (see the op attend).
 
     The blocks name checkpoint tensors as Llama does. `sources` maps parts of those names to what the checkpoint has
-    instead, with the steps of program/source.py where the checkpoint stores the tensor in another form. A part is one
-    or more whole segments between dots, such as `mlp.up_proj` or `self_attn.q_proj.weight`; rules apply in order.
+    instead, with the steps of program/source.py where the checkpoint stores the tensor in another form. A part is
+    one or more whole segments between dots, such as `mlp.up_proj` or `self_attn.q_proj.weight`; rules apply in
+    order.
     """
 
     vocabulary: int
@@ -243,7 +244,7 @@ class Decoder:
 
 
 def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict[str, Any]:
-    """Arguments for Decoder that all families read from the same config keys, checked against each other.
+    """A dict of arguments for Decoder that all families read from the same config keys, checked against each other.
 
     act, eps: config keys of the activation and of the norms' epsilon, whose names differ. Raises PortError.
     """
@@ -272,7 +273,7 @@ def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict
 
 
 def layer_norm_sizes(c: Config, eps: str) -> dict[str, Any]:
-    """Arguments for Decoder of models before rope: LayerNorms and linears with biases, an MLP without a gate.
+    """A dict of arguments for Decoder, for models before rope: LayerNorms, linears with biases, an MLP without a gate.
 
     As many K/V heads as heads, of hidden_size / heads columns. eps: as for sizes(). Raises PortError.
     """
@@ -289,7 +290,7 @@ def window(c: Config, kind: str) -> int:
 
 
 def uniform_layers(c: Config, s: Mapping[str, Any], context: int) -> dict[str, Any]:
-    """The arguments `layers` and `ropes` of Decoder for a model whose layers share one rope table.
+    """A dict of the arguments `layers` and `ropes` of Decoder, for a model whose layers share one rope table.
 
     s: the arguments from sizes(). Windows follow the key layer_types.
     """

@@ -14,7 +14,7 @@ from intaglio.ops import Attend, HeadLinear, KvWrite, Norm, Rope
 
 
 def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
-    """Write the attention ops of layer `i`. Returns the name of the result."""
+    """Write the attention ops of layer `i`. Returns the name of the result's tensor."""
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
     turn = d.ropes[layer.rope]
     how: dict[str, Any] = {"style": turn.style, "factor": turn.factor}
@@ -39,7 +39,10 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
 
 
 def _queries(w: Writer, m: Latent, at: str, source: str, x: str) -> str:
-    """Write the queries [T, heads * (nope + rope)], compressed to q_rank columns first if q_rank is not 0."""
+    """Write the queries [T, heads * (nope + rope)], compressed to q_rank columns first if q_rank is not 0.
+
+    Returns the name of their tensor.
+    """
     width = w.d.heads * (m.nope + m.rope)
     if not m.q_rank:
         return w.linear(at + "q_proj", x, width, w.d.hidden, source + "q_proj")
@@ -49,5 +52,5 @@ def _queries(w: Writer, m: Latent, at: str, source: str, x: str) -> str:
 
 
 def _norm(w: Writer, m: Latent, site: str, x: str, width: int, source: str) -> str:
-    """Write the RMS norm of a latent. Returns the name of the result."""
+    """Write the RMS norm of a latent. Returns the name of the result's tensor."""
     return w.b.op(Norm, site, x, weight=w.weight(site, "weight", (width,), source), eps=m.eps)

@@ -1,6 +1,6 @@
-"""Descriptions of the blocks with recurrent state that replace attention in a layer. recurrent.py writes their ops.
+"""Descriptions of the blocks with recurrent state ("mixers") that replace attention in a layer; plain data.
 
-Each has a field `block`, the name of its module in the checkpoint.
+recurrent.py writes their ops. Each class has a field `block`, the name of the block's module in the checkpoint.
 """
 
 from __future__ import annotations

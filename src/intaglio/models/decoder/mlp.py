@@ -10,7 +10,7 @@ from intaglio.ops import Experts, Map, Route
 def write_dense(w: Writer, at: str, source: str, x: str, width: int, bias: bool, fused: str = "gate_up_proj") -> str:
     """Write an MLP of inner width `width` at site `at`, with a gate if the model has one.
 
-    Returns the name of the result.
+    Returns the name of the result's tensor.
     """
     d = w.d
     if d.gated:
@@ -30,7 +30,8 @@ def write_dense(w: Writer, at: str, source: str, x: str, width: int, bias: bool,
 def _xielu(w: Writer, at: str, source: str, x: str, up: str) -> str:
     """Write xIELU (Huang & Schlag 2024) of `up`: p u^2 + u / 2 above 0, and n (e^u - 1 - u) + u / 2 below.
 
-    p = softplus(alpha_p) and n = 1/2 + softplus(alpha_n) are learned, one of each in a layer.
+    Returns the name of the result's tensor. p = softplus(alpha_p) and n = 1/2 + softplus(alpha_n) are learned, one
+    of each in a layer.
     """
     b, act = w.b, source + "act_fn."
     p = b.op(Map, at + "act.p", w.scalar(at + "act.alpha_p", x, act + "alpha_p"), expr="softplus(a)")
@@ -41,7 +42,7 @@ def _xielu(w: Writer, at: str, source: str, x: str, up: str) -> str:
 
 
 def write_mixture(w: Writer, m: Mixture, i: int, x: str) -> str:
-    """Write the mixture of experts of layer `i`. Returns the name of the result."""
+    """Write the mixture of experts of layer `i`. Returns the name of the result's tensor."""
     b, at, source = w.b, f"layers.{i}.mlp.", f"{w.d.prefix}layers.{i}.{m.block}."
     logits = w.linear(at + "router", x, m.count, w.d.hidden, source + m.router, m.router_bias)
     bias = w.tensor(at + "router.correction", (m.count,), source + m.correction) if m.correction else None
@@ -67,7 +68,7 @@ def write_mixture(w: Writer, m: Mixture, i: int, x: str) -> str:
 
 
 def _shared(w: Writer, m: Mixture, i: int, x: str, y: str) -> str:
-    """Write the shared expert and its sum with the routed experts' result `y`. Returns the name of the sum."""
+    """Write the shared expert and its sum with the routed experts' result `y`. Returns the name of the sum's tensor."""
     at, source = f"layers.{i}.mlp.shared.", f"{w.d.prefix}layers.{i}.{m.block}.{m.shared_source}."
     shared = write_dense(w, at, source, x, m.shared, bias=m.shared_bias, fused="")
     if not m.shared_gate:

@@ -17,10 +17,10 @@ from intaglio.program.source import parts_of
 
 
 def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
-    """Write the mixer `m` of layer `i`, which reads x. Returns the name of the result.
+    """Write the mixer `m` of layer `i`, which reads x. Returns the name of the result's tensor.
 
-    The functions below do the same for one type of mixer. at, source: prefixes of the names of its sites in the Program
-    and of its modules in the checkpoint.
+    The functions below do the same for one type of mixer. at, source: prefixes of the names of its sites in the
+    Program and of its modules in the checkpoint.
     """
     at, source = f"layers.{i}.{m.block}.", f"{w.d.prefix}layers.{i}.{m.block}."
     match m:
@@ -39,7 +39,7 @@ def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
 
 
 def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
-    """Write a gated short convolution."""
+    """Write the ops of a gated short convolution. Arguments and result as for write_mixer()."""
     b, n = w.b, w.d.hidden
     joint = w.linear(at + "in_proj", x, 3 * n, n, source + "in_proj", m.bias)
     gate, out, value = w.views(joint, {at + "b": n, at + "c": n, at + "x": n})
@@ -50,7 +50,7 @@ def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
 
 
 def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
-    """Write a Mamba-2 block."""
+    """Write the ops of a Mamba-2 block. Arguments and result as for write_mixer()."""
     b, inner, group = w.b, m.heads * m.head_dim, m.groups * m.state
     wide = inner + 2 * group
     joint = w.linear(at + "in_proj", x, inner + wide + m.heads, w.d.hidden, source + "in_proj", m.bias)
@@ -79,7 +79,10 @@ def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
 
 
 def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) -> str:
-    """Write the gate and the norm of a Mamba-2 block, in the order of `m.norm`. Returns the name of the result."""
+    """Write the gate and the norm of a Mamba-2 block, in the order of `m.norm`.
+
+    Returns the name of the result's tensor.
+    """
     inner = m.heads * m.head_dim
     if m.norm != "first":
         y = w.b.op(Map, at + "gated", y, b=gate, expr="a * silu(b)")
@@ -90,7 +93,7 @@ def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) 
 
 
 def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
-    """Write a Mamba block."""
+    """Write the ops of a Mamba block. Arguments and result as for write_mixer()."""
     b, n = w.b, m.inner
     joint = w.linear(at + "in_proj", x, 2 * n, w.d.hidden, source + "in_proj", m.bias)
     value, gate = w.views(joint, {at + "value": n, at + "gate": n})
@@ -114,7 +117,7 @@ def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
 
 
 def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
-    """Write a gated delta net."""
+    """Write the ops of a gated delta net. Arguments and result as for write_mixer()."""
     b, key, value = w.b, m.key_heads * m.keys, m.heads * m.values
     y, gate, beta, step = (fused_inputs if m.fused else inputs)(w, m, at, source, x)
     y = convolved(w, at, source + "conv1d", y, 2 * key + value, m.taps, bias=False)
@@ -133,7 +136,7 @@ def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
 
 
 def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
-    """Write a block of Griffin."""
+    """Write the ops of a block of Griffin. Arguments and result as for write_mixer()."""
     b, n, dim = w.b, m.width, m.width // m.heads
     y = w.linear(at + "linear_y", x, n, w.d.hidden, source + "linear_y", bias=True)
     y = b.op(Map, at + "y_act", y, expr=f"{w.d.activation}(a)")
@@ -151,7 +154,7 @@ def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
 
 
 def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) -> str:
-    """Write lightning attention."""
+    """Write the ops of lightning attention. Arguments and result as for write_mixer()."""
     b, n, dim = w.b, m.heads * m.head_dim, m.head_dim
     y = w.joined(at + "qkv_proj", x, 3 * n, parts_of(f"{source}qkv_proj.weight", (dim, dim, dim)))
     y = b.op(Map, at + "qkv_act", y, expr=f"{w.d.activation}(a)")
@@ -169,7 +172,7 @@ def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) 
 def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
     """Write the input projections of a gated delta net.
 
-    Returns the names of [q, k and v side by side; gate; beta; step].
+    Returns the names of four tensors: q, k and v side by side; gate; beta; step.
     """
     value = m.heads * m.values
     widths = {"qkv": 2 * m.key_heads * m.keys + value, "z": value, "b": m.heads, "a": m.heads}
@@ -177,10 +180,10 @@ def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
 
 
 def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Write the same projections as inputs(), from the two fused weights of Qwen3-Next.
+    """Write the same projections as inputs(), from the two fused weights of Qwen3-Next, and return the same names.
 
-    in_proj_qkvz has the rows of q, k, v and gate of the first key head, then those of the next; in_proj_ba the rows of
-    beta and step in the same way.
+    in_proj_qkvz has the rows of q, k, v and gate of the first key head, then those of the next; in_proj_ba the rows
+    of beta and step in the same way.
     """
     shared = m.heads // m.key_heads  # value heads of a key head
     value = shared * m.values
@@ -199,7 +202,7 @@ def decay(
 ) -> tuple[str, str]:
     """Write the op decay with the checkpoint's A_log and dt_bias.
 
-    Returns the names of (step sizes, log decays), [T, heads] each.
+    Returns the names of two tensors: step sizes and log decays, [T, heads] each.
     """
     rate = w.tensor(at + "rate", (heads,), source + "A_log", plain=True)
     bias = w.tensor(at + "dt_bias", (heads,), source + "dt_bias", plain=True)
@@ -210,7 +213,7 @@ def decay(
 def convolved(
     w: Writer, at: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
 ) -> str:
-    """Write a short convolution and silu. Arguments as for short_conv(). Returns the name of the result."""
+    """Write a short convolution and silu. Returns the name of the result's tensor. Arguments as for short_conv()."""
     y = short_conv(w, at + "conv", source, x, width, taps, bias, part)
     return w.b.op(Map, at + "conv_act", y, expr="silu(a)")
 
@@ -218,7 +221,7 @@ def convolved(
 def short_conv(
     w: Writer, site: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
 ) -> str:
-    """Write a short convolution of `width` channels, with its state. Returns the name of the result.
+    """Write a short convolution of `width` channels, with its state. Returns the name of the result's tensor.
 
     source: the module. part: (first channel, number of channels of the module), if these are not all of them.
     """

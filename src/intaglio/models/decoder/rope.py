@@ -33,11 +33,11 @@ class Table:
 
 
 def parameters(c: Config, kind: str = "", theta: str = "rope_theta", scaled: bool = True) -> Settings:
-    """The rope settings of layers of type `kind`, in the form of `rope_parameters`.
+    """The rope settings of layers of type `kind`, as a Settings table in the form of `rope_parameters`.
 
-    theta: the key of the base in the older form of config.json. scaled: whether the older form's rope_scaling applies
-    to these layers. As in transformers 5, a rope_scaling that is set replaces a flat rope_parameters, and overrides
-    keys of the full_attention settings of one per layer type.
+    theta: the key of the base in the older form of config.json. scaled: whether the older form's rope_scaling
+    applies to these layers. As in transformers 5, a rope_scaling that is set replaces a flat rope_parameters, and
+    overrides keys of the full_attention settings of one per layer type.
     """
     flat, nested = c.get("rope_parameters", {}), ""
     if not isinstance(flat, Mapping):
@@ -72,7 +72,7 @@ def parameters(c: Config, kind: str = "", theta: str = "rope_theta", scaled: boo
 
 
 def _lay_over(c: Config, out: Settings, scaling: Settings) -> None:
-    """Override rope settings `out` with those of rope_scaling."""
+    """Copy the keys of rope_scaling (`scaling`) into the rope settings `out`, which are changed in place."""
     for key in scaling:
         out[key] = scaling[key]
     if "type" in scaling and "rope_type" not in scaling:
@@ -134,7 +134,10 @@ def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "hal
 
 
 def powers(p: Mapping[str, Any], dim: int) -> np.ndarray:
-    """theta^(2i / dim) for each i < dim / 2, in float32, correctly rounded; within 1 ulp of torch's float32 result."""
+    """theta^(2i / dim) for each i < dim / 2, as a float32 array [dim / 2], correctly rounded.
+
+    It is within 1 ulp of torch's float32 result.
+    """
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     return (float(p["rope_theta"]) ** exponents.astype(np.float64)).astype(np.float32)
 
@@ -228,7 +231,10 @@ def _longrope(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[
 
 
 def _proportional(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """Gemma 4: the frequencies of whole heads, of which only the first part turns; the other pairs have frequency 0."""
+    """(frequencies, attention factor) of Gemma 4's rope, in which only the first part of a head rotates.
+
+    The frequencies are those of whole heads; the pairs that do not rotate have frequency 0.
+    """
     turned = int(p["partial_rotary_factor"] * dim // 2)
     frequencies = np.float32(1) / powers(p, dim) / np.float32(p.get("factor") or 1.0)
     return np.where(np.arange(dim // 2) < turned, frequencies, np.float32(0)), 1.0

@@ -38,9 +38,10 @@ def write(w: Writer) -> Program:
 
 
 def _per_layer(w: Writer, x: str) -> str:
-    """Write the per-layer inputs of Gemma 4, [T, layers * per_layer]. Returns their name.
+    """Write the per-layer inputs of Gemma 4, [T, layers * per_layer]. Returns the name of their tensor.
 
-    They are the sum of rows of a second embedding, chosen by the tokens, and a normed projection of the embeddings x.
+    They are the sum of rows of a second embedding, chosen by the tokens, and a normed projection of the embeddings
+    x.
     """
     d, b, width = w.d, w.b, len(w.d.layers) * w.d.per_layer
     table = w.weight("per_layer.embed", "weight", (d.per_layer_rows, width), d.prefix + "embed_tokens_per_layer")
@@ -52,9 +53,9 @@ def _per_layer(w: Writer, x: str) -> str:
 
 
 def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
-    """Write the branch of layer `i` that is gated with the layer's columns of `inputs`. Returns x plus the branch.
+    """Write the branch of layer `i` that is gated with the layer's columns of `inputs`.
 
-    branch = norm(proj(activation(gate(x)) * columns)).
+    Returns the name of the tensor with x plus the branch. branch = norm(proj(activation(gate(x)) * columns)).
     """
     d, b, at, source, n = w.d, w.b, f"layers.{i}.per_layer.", f"{w.d.prefix}layers.{i}.", w.d.per_layer
     mine = b.view(at + "input", inputs, i * n, (i + 1) * n)
@@ -66,7 +67,10 @@ def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
 
 
 def _embedding(w: Writer) -> str:
-    """Write the sum of the embeddings of token, position and token type, its norm and projection. Returns its name."""
+    """Write the sum of the embeddings of token, position and token type, its norm and projection.
+
+    Returns the name of the result's tensor.
+    """
     d, b, width = w.d, w.b, w.d.embed_width or w.d.hidden
     table = w.weight("embed", "weight", (d.vocabulary, width), d.table or d.prefix + "embed_tokens")
     scale = _root(w, d.hidden, table) if d.root_scaled else d.embed_scale
@@ -91,13 +95,19 @@ def _embedding(w: Writer) -> str:
 
 
 def _root(w: Writer, width: int, table: str) -> float:
-    """sqrt(width), by which rows of an embedding are multiplied, rounded to the table's format unless it has groups."""
+    """The factor sqrt(width) by which rows of an embedding are multiplied.
+
+    It is rounded to the format of the weight `table`, unless that format has groups.
+    """
     root, format = np.array(width**0.5, np.float32), w.b.tensors[table].format
     return float(root if formats.get(format).grouped else formats.round_to(root, format))
 
 
 def _layer(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Write one layer: attention or mixer, and MLP, with norms and residual additions. Returns the result's name."""
+    """Write one layer: attention or mixer, and MLP, with norms and residual additions.
+
+    Returns the name of the result's tensor.
+    """
     start = read = x
     if layer.attention:
         read = w.layer_norm(i, "attn.norm", x)
@@ -118,7 +128,7 @@ def _layer(w: Writer, i: int, layer: Layer, x: str) -> str:
 def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
     """Write the attention of a layer, latent or grouped-query, and the mixer that replaces it or is added to it.
 
-    Returns the name of the result.
+    Returns the name of the result's tensor.
     """
     if layer.mixer:
         y = write_mixer(w, layer.mixer, i, x)
@@ -130,7 +140,7 @@ def _attention(w: Writer, i: int, layer: Layer, x: str) -> str:
 
 
 def _mlp(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Write a layer's MLP, dense or a mixture of experts. Returns the name of the result."""
+    """Write a layer's MLP, dense or a mixture of experts. Returns the name of the result's tensor."""
     d = w.d
     if layer.sparse and d.mixture:
         return write_mixture(w, d.mixture, i, x)
@@ -140,7 +150,10 @@ def _mlp(w: Writer, i: int, layer: Layer, x: str) -> str:
 
 
 def _head(w: Writer, x: str) -> None:
-    """Write row selection, final norm, the dense layer before the head, logits, softcap and sampling."""
+    """Write row selection, final norm, the dense layer before the head, logits, softcap and sampling.
+
+    Returns nothing.
+    """
     d, b, width = w.d, w.b, w.d.head_dense or w.d.hidden
     x = b.op(Select, "select", x, "rows")
     if d.final_norm:

@@ -16,7 +16,7 @@ from intaglio.program.source import names
 
 
 class Writer:
-    """Program builder with methods for the parts of a Decoder's layers.
+    """Program builder with methods for the parts of a Decoder's layers; each returns the name of the tensor it adds.
 
     Args:
         d: the model's description.
@@ -36,7 +36,7 @@ class Writer:
         self.cache = "f32" if format(names(table)[0]) == "f32" else "bf16"
 
     def weight(self, site: str, what: str, shape: tuple[int, ...], source: str) -> str:
-        """Add the weight or bias (`what`) of the checkpoint module `source` to the Program as a weight of `site`."""
+        """Add the weight or bias (`what`) of the checkpoint module `source` as a weight of `site`. Returns its name."""
         found = self.d.source(f"{source}.{what}")
         return self.b.weight(f"{site}.{what}", shape, found, self.format(names(found)[0]))
 
@@ -55,7 +55,10 @@ class Writer:
         return self.b.weight(name, shape, source, "bf16" if plain and formats.get(format).grouped else format)
 
     def stack(self, name: str, shape: tuple[int, int, int], source: str) -> str:
-        """Add all experts' matrices as one weight of `shape`. orders() adds the order of their columns."""
+        """Add all experts' matrices as one weight of `shape`.
+
+        Returns its name. orders() adds the order of their columns.
+        """
         source = self.d.source(source)
         return self.b.weight(name, shape, source, self.format(names(source)[0]))
 
@@ -75,7 +78,7 @@ class Writer:
         return self.b.weight(name, shape, source, "i32") if any(runs[0]) else None
 
     def constant(self, name: str, values: Sequence[float]) -> str:
-        """Add a small vector that is part of the Program, once for all layers."""
+        """Add a small vector whose values are part of the Program, once for all layers. Returns its name."""
         return name if name in self.b.tensors else self.b.const(name, values)
 
     def scalar(self, site: str, x: str, source: str) -> str:
@@ -87,7 +90,7 @@ class Writer:
         return self.b.op(Norm, site, zeros, bias=self.tensor(f"{site}.value", (1,), source), norm="none")
 
     def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False) -> str:
-        """Write a linear [rows, cols] of the module `source`. Returns the name of the result."""
+        """Write a linear [rows, cols] of the module `source`. Returns the name of the result's tensor."""
         w = self.weight(site, "weight", (rows, cols), source)
         b = self.weight(site, "bias", (rows,), source) if bias else None
         x = self.in_order(site, x, cols, f"{source}.weight")
@@ -96,7 +99,7 @@ class Writer:
     def joined(self, site: str, x: str, rows: int, sources: Sequence[str]) -> str:
         """Write a linear whose weight is joined from `sources`: parts of one module's weight, `rows` rows in all.
 
-        Returns the name of the result.
+        Returns the name of the result's tensor.
         """
         found = [self.d.source(source) for source in sources]
         w = self.b.weight(f"{site}.weight", (rows, self.d.hidden), found, self.format(names(found[0])[0]))
@@ -116,11 +119,14 @@ class Writer:
         return self.permuted[x, order] if order else x
 
     def x_format(self, w: str) -> str:
-        """The format that x is rounded to before a product with weight `w`: f32 if the weight's format allows it."""
+        """The name of the format that x is rounded to before a product with weight `w`.
+
+        It is f32 if the weight's format allows it.
+        """
         return x_format(self.b.tensors[w].format, exact=True)
 
     def norm(self, site: str, x: str, width: int, source: str, group: int = 0) -> str:
-        """Write a norm of the kind that the model uses. Returns the name of the result.
+        """Write a norm of the kind that the model uses. Returns the name of the result's tensor.
 
         group: columns of each group that is normed by itself; 0: the whole row.
         """
@@ -130,15 +136,19 @@ class Writer:
         return self.b.op(Norm, site, x, weight=w, bias=bias, norm=d.norm, eps=d.eps, offset=d.norm_offset, group=group)
 
     def layer_norm(self, i: int, which: str, x: str) -> str:
-        """Write the norm at site `which` of layer i. Returns x itself if the family has no norm there."""
+        """Write the norm at site `which` of layer i.
+
+        Returns the name of the result's tensor; x itself if there is no norm.
+        """
         source = self.d.norms.get(which) if which not in self.d.layers[i].without else None
         at = f"{self.d.prefix}layers.{i}.{source}"
         return self.norm(f"layers.{i}.{which}", x, self.d.hidden, at) if source else x
 
     def parts(self, at: str, source: str, x: str, widths: Mapping[str, int], fused: str, bias: bool) -> list[str]:
-        """Write linears that read the same x, given as {name: width}. Returns the names of their results.
+        """Write linears that read the same x, given as {name: width}. Returns the names of their results' tensors.
 
-        If the checkpoint stores them fused as `fused`, one linear is written, and a view of its result for each.
+        If the checkpoint stores them fused as `fused`, one linear is written, and a view of its result for
+        each.
         """
         if fused not in self.d.fused:
             return [self.linear(at + n, x, w, self.d.hidden, source + n, bias) for n, w in widths.items()]
@@ -154,11 +164,11 @@ class Writer:
         return out
 
     def scaled(self, site: str, x: str, by: float) -> str:
-        """Write x times the number `by`. Returns the name of the result; x itself if `by` is 1."""
+        """Write x times the number `by`. Returns the name of the result's tensor; x itself if `by` is 1."""
         return x if by == 1 else self.b.op(Map, site, x, expr=f"a * {by!r}")
 
     def add(self, site: str, x: str, branch: str, mix: tuple[float, float] = (1.0, 1.0)) -> str:
-        """Write the sum of the residual x and a branch. Returns its name.
+        """Write the sum of the residual x and a branch. Returns the name of its tensor.
 
         mix: factors of x and branch; (1, 1): the branch is multiplied by the model's residual_scale.
         """

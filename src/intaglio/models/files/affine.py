@@ -1,6 +1,7 @@
-"""Matrices whose zeros are not whole numbers: value = code * scale + bias in MLX (Metal), (code - zero) * scale in HQQ.
+"""Quantised matrices whose zeros are not whole numbers: those of MLX (Metal) and HQQ.
 
-No format here has such zeros, so these matrices become bf16, rounded to nearest: 16 bits per value in memory.
+value = code * scale + bias in MLX, (code - zero) * scale in HQQ. No format here has such zeros, so these matrices
+become bf16, rounded to nearest: 16 bits per value in memory.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ HQQ_STATE = (
 
 
 def mlx(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """MLX's quantised matrices by name, embedding tables included.
+    """A dict of MLX's quantised matrices by name, embedding tables included.
 
-    weight U32 [N, K bits / 32]; scales and biases [N, K / group]. The settings have a table, or false, under the name
-    of a module that differs. Modes mxfp4, nvfp4 and mxfp8 have U8 scales and no biases, and keep their codes. Raises
-    PortError for sizes that do not fit.
+    weight U32 [N, K bits / 32]; scales and biases [N, K / group]. The settings have a table, or false, under the
+    name of a module that differs. Modes mxfp4, nvfp4 and mxfp8 have U8 scales and no biases, and keep their codes.
+    Raises PortError for sizes that do not fit.
     """
     bias = "qbiases" if any(n.endswith(".qbiases") for n in stored.dtypes) else "biases"
     out: dict[str, Coded] = {}
@@ -113,10 +114,11 @@ def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, gr
 
 
 def hqq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """HQQ's quantised matrices by name: (code - zero) * scale, with groups along rows (axis 1) or columns (axis 0).
+    """A dict of HQQ's quantised matrices by name: (code - zero) * scale, with groups along rows or columns.
 
-    A word of W_q holds one code from each of several runs of rows of the grouped matrix, the first run in the highest
-    bits. Raises PortError for scales that are quantised too.
+    Groups are along rows for axis 1, along columns for axis 0. A word of W_q holds one code from each of several
+    runs of rows of the grouped matrix, the first run in the highest bits. Raises PortError for scales that are
+    quantised too.
     """
     out = {}
     for base in bases(stored, ".W_q"):

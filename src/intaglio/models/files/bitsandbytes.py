@@ -20,10 +20,10 @@ KINDS = ("nf4", "fp4")
 
 
 def bitsandbytes(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """The quantised matrices of a bitsandbytes checkpoint by name.
+    """A dict of the quantised matrices of a bitsandbytes checkpoint by name.
 
-    LLM.int8 keeps its codes: weight I8 [N, K] times SCB / 127 by row. NF4 and FP4 become bf16, rounded to nearest, as
-    bitsandbytes dequantises them for products in bf16. Raises PortError for a state that is not complete.
+    LLM.int8 keeps its codes: weight I8 [N, K] times SCB / 127 by row. NF4 and FP4 become bf16, rounded to nearest,
+    as bitsandbytes dequantises them for products in bf16. Raises PortError for a state that is not complete.
     """
     out: dict[str, Coded] = {}
     for kind in KINDS:

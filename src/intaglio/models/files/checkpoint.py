@@ -63,7 +63,7 @@ def find_nonfinite(x: np.ndarray, dtype: str) -> tuple[tuple[int, ...], int] | N
 
 
 def _note_cost(c: Checkpoint) -> list[str]:
-    """A note, if codes that no format here holds make the model much larger in memory than in its files."""
+    """[a note] if codes that no format here holds make the model much larger in memory than in its files, else []."""
     wide = {n: x for n, x in c.coded.items() if x.format in PLAIN.values()}
     stored = sum(c.entries[part].stop - c.entries[part].start for part in {p for x in wide.values() for p in x.parts})
     held = sum(formats.get(x.format).nbytes(prod(x.shape[:-1]), x.shape[-1]) for x in wide.values())
@@ -108,10 +108,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Open a checkpoint folder or GGUF file. Raises CheckpointError.
+        """Open a checkpoint folder or GGUF file and return the Checkpoint. Raises CheckpointError.
 
-        Reads config.json and the files' headers, but no tensor except column orders (act-order), where a format has
-        them.
+        Reads config.json and the files' headers, but no tensor except column orders (act-order), where a format
+        has them.
         """
         path = Path(path)
         if gguf := find_gguf(path):
@@ -165,7 +165,7 @@ class Checkpoint:
         return self.entries[name]
 
     def dtype(self, name: str) -> str:
-        """The stored type as the header writes it: F32, BF16, F16, ..."""
+        """The stored type of a tensor as the file's header writes it: F32, BF16, F16, ..."""
         return self.entry(name).dtype
 
     def format(self, name: str) -> str:
@@ -177,7 +177,10 @@ class Checkpoint:
 
     @property
     def orders(self) -> set[str]:
-        """Names of the act-order permutations (g_idx), one per matrix that has one; Programs read those they need."""
+        """The set of names of the act-order permutations (g_idx), one for each matrix that has one.
+
+        A Program reads those it needs.
+        """
         return {name for name, c in self.coded.items() if c.format == "i32"}
 
     def order(self, name: str) -> str:
@@ -248,7 +251,10 @@ class Checkpoint:
             self._map(e.file).madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def identity(self) -> str:
-        """Hash over each file's header, size and modification time; it does not depend on the folder's path."""
+        """A hash over each file's header, size and modification time, as text.
+
+        It does not depend on the folder's path.
+        """
         digest = hashlib.sha256()
         for file in sorted({e.file for e in self.entries.values()}):
             with file.open("rb") as f:

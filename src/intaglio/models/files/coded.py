@@ -32,7 +32,7 @@ class Part:
     each: int = 1
 
     def cut(self, x: np.ndarray, rows: slice) -> np.ndarray:
-        """The part of the tensor `x` for matrix rows `rows`.
+        """The part of the stored tensor `x` that belongs to the matrix rows `rows`, as a view.
 
         Ends of `rows` are multiples of `each`, or the matrix's end.
         """
@@ -69,7 +69,11 @@ class Coded:
         return lcm(self.whole, *(part.each for part in self.parts.values()))
 
     def read(self, reader: Reader, rows: slice | None = None) -> Value:
-        """Read the matrix, or a slice of its rows: start and stop are multiples of `step`, or the end."""
+        """Read and decode the matrix, or a slice of its rows, and return its values or codes.
+
+        rows: start and stop are multiples of `step`, or the end. reader: returns the values of a stored tensor
+        by name.
+        """
         run = rows or slice(0, self.shape[0])
         value = self.decode(lambda name: self.parts[name].cut(reader(name), run))
         return replace(value, format=self.format, turned=self.turned) if isinstance(value, Quantised) else value
@@ -85,7 +89,7 @@ class Stored:
 
 
 def bases(stored: Stored, suffix: str) -> list[str]:
-    """The tensor names that end in `suffix`, with the suffix removed."""
+    """A list of the tensor names that end in `suffix`, with the suffix removed."""
     return [n.removesuffix(suffix) for n in stored.dtypes if n.endswith(suffix)]
 
 
@@ -155,7 +159,7 @@ def fields(x: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
 
 
 def words_of(count: int, bits: int) -> tuple[int, ...]:
-    """The numbers of 32-bit words that hold `count` codes: (packed without gaps, with whole codes in each word)."""
+    """The two numbers of 32-bit words that hold `count` codes: (packed without gaps, with whole codes in each word)."""
     return -(-count * bits // 32), -(-count // (32 // bits))
 
 

@@ -103,7 +103,7 @@ def _usual_strategy(w: Mapping[str, Any]) -> str:
 
 
 def compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """Quantised matrices of a checkpoint by name, each decoded by the scheme of its module's config group."""
+    """A dict of a checkpoint's quantised matrices by name, each decoded by the scheme of its module's config group."""
     _check(q)
     groups = [
         (tuple((isinstance(g, Mapping) and g.get("targets")) or ("Linear",)), Scheme.read(str(name), g))
@@ -135,7 +135,7 @@ def compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
 
 
 def _check(q: Mapping[str, Any]) -> None:
-    """Raise PortError for settings that change the meaning of codes in a way that is not supported."""
+    """Raise PortError for settings that change the meaning of codes in a way that is not supported; return nothing."""
     named = str(q.get("format") or "")
     if named.startswith(UNREAD_FORMATS):
         raise PortError(

@@ -25,7 +25,7 @@ from intaglio.models.files.coded import (
 
 
 def fp8(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """FP8 matrices of a checkpoint by name.
+    """A dict of the FP8 matrices of a checkpoint by name.
 
     weight E4M3 [N, K], with weight_scale_inv [N / a, K / b] per block of a x b, or weight_scale per row or tensor.
     """
@@ -104,10 +104,11 @@ def mxfp4_matrix(stored: Stored, codes: str, scale: str) -> Coded:
 
 
 def mxfp4(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """MXFP4 matrices of a checkpoint by name, stored as gpt-oss does: name_blocks and name_scales.
+    """A dict of the MXFP4 matrices of a checkpoint by name, stored as gpt-oss does: name_blocks and name_scales.
 
-    name_blocks U8 [E, N, K / 32, 16] has two E2M1 codes a byte, the lower nibble first; name_scales U8 [E, N, K / 32]
-    has powers of two with a bias of 127. Without quantisation these matrices are published transposed, as [E, K, N].
+    name_blocks U8 [E, N, K / 32, 16] has two E2M1 codes a byte, the lower nibble first; name_scales U8 [E, N, K /
+    32] has powers of two with a bias of 127. Without quantisation these matrices are published transposed, as [E,
+    K, N].
     """
     out = {}
     for base in bases(stored, "_blocks"):

@@ -47,7 +47,10 @@ class Found:
 
 
 def find_files(path: Path, config: Mapping[str, Any]) -> Found:
-    """Find the tensors of a folder. Raises CheckpointError that lists the folder's files if none can be read."""
+    """The tensors of a folder and the files they are in, as a Found.
+
+    Raises CheckpointError that lists the folder's files if none can be read.
+    """
     decides = deciding_file(config, lambda name: (path / name).exists(), lambda name: read_json(path / name))
     if decides is None:
         found = _only_file(path)
@@ -120,7 +123,7 @@ def _file(path: Path, name: str, said_by: str) -> dict[str, Entry]:
 
 
 def _shards(path: Path, index: str) -> Found:
-    """All tensors of the files that an index names, also those that the index does not list."""
+    """A Found with all tensors of the files that an index names, also those tensors that the index does not list."""
     if not (path / index).exists():
         raise CheckpointError(f"{path / 'config.json'} names the index {index}, which is missing; download it")
     table = read_json(path / index)
@@ -151,7 +154,7 @@ def _same(a: Entry, b: Entry) -> bool:
 
 
 def _only_file(path: Path) -> Found:
-    """The tensors of a folder's only safetensors file; files known not to hold a model do not count.
+    """A Found with the tensors of a folder's only safetensors file; files known not to hold a model do not count.
 
     Raises CheckpointError if there is none, or more than one.
     """

@@ -52,7 +52,7 @@ class Entry:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises CheckpointError naming the file and the line that does not parse."""
+    """The JSON object in a file, as a dict. Raises CheckpointError naming the file and the line that does not parse."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
@@ -63,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """{tensor name: Entry} of a safetensors file. Raises CheckpointError.
+    """A dict from tensor name to Entry of a safetensors file. Raises CheckpointError.
 
     The file has 8 bytes of length, a JSON header, then data without gaps or overlaps.
     """

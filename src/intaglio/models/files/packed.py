@@ -41,11 +41,12 @@ Codes = Callable[[Reader], np.ndarray]
 
 
 def gptq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> dict[str, Coded]:
-    """GPTQ matrices of a checkpoint by name: codes of 2, 3, 4 or 8 bits, packed along K into int32 words.
+    """A dict of the GPTQ matrices of a checkpoint by name: codes of 2, 3, 4 or 8 bits, packed along K into int32.
 
-    qweight I32 [K bits / 32, N]; qzeros I32 [G, N bits / 32], zero points minus one, except in v2; scales F16 [G, N];
-    g_idx I32 [K], the group of each column, in any order with act-order. Codes of 2 and 3 bits are kept in 4. `dynamic`
-    overrides bits and group_size for modules whose names match a pattern. Raises PortError for other layouts.
+    qweight I32 [K bits / 32, N]; qzeros I32 [G, N bits / 32], zero points minus one, except in v2; scales F16 [G,
+    N]; g_idx I32 [K], the group of each column, in any order with act-order. Codes of 2 and 3 bits are kept in 4.
+    `dynamic` overrides bits and group_size for modules whose names match a pattern. Raises PortError for other
+    layouts.
     """
     version = q.get("checkpoint_format") or q.get("format") or "gptq"
     version = "marlin" if q.get("is_marlin_format") else version
@@ -100,7 +101,7 @@ def _check_three_bits(stored: Stored, base: str, symmetric: Any) -> None:
 
 
 def auto_round(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """AutoRound's matrices by name: packed as in GPTQ, AWQ or MLX, or floats with scales beside them.
+    """A dict of AutoRound's matrices by name: packed as in GPTQ, AWQ or MLX, or floats with scales beside them.
 
     `extra_config` overrides bits and group_size by a module's name, or by a pattern. Raises PortError for a packing
     that is not supported.
@@ -154,10 +155,11 @@ def _extra(extra: Mapping[str, Any], base: str) -> Mapping[str, Any]:
 
 
 def awq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> dict[str, Coded]:
-    """AWQ matrices of a checkpoint by name: 4- or 8-bit codes packed along N into int32 words, ordered by AWQ_ORDERS.
+    """A dict of the AWQ matrices of a checkpoint by name: 4- or 8-bit codes packed along N into int32 words.
 
-    qweight I32 [K, N bits / 32]; qzeros I32 [G, N bits / 32]; scales F16 [G, N]. extra: settings of modules, as in
-    AutoRound's extra_config. Raises PortError for a layout that is not supported.
+    Codes in a word are ordered by AWQ_ORDERS. qweight I32 [K, N bits / 32]; qzeros I32 [G, N bits / 32]; scales F16
+    [G, N]. extra: settings of modules, as in AutoRound's extra_config. Raises PortError for a layout that is not
+    supported.
     """
     usual, version = q.get("bits") or q.get("w_bit"), str(q.get("version") or "gemm")
     if version.lower() not in AWQ_VERSIONS or q.get("zero_point") is False:

@@ -17,12 +17,12 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register_family(*families: Family) -> None:
-    """Add rows to the table, replacing rows of the same architecture."""
+    """Add rows to the table, replacing rows of the same architecture. Returns nothing."""
     _FAMILIES.update((family.architecture, family) for family in families)
 
 
 def families() -> dict[str, Family]:
-    """{name in config.json: Family} of the ported architectures, those of plugins included."""
+    """A dict from an architecture's name in config.json to its Family, those of plugins included."""
     load_plugins()
     return _FAMILIES
 

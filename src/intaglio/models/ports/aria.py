@@ -16,7 +16,7 @@ SOURCES = ("experts.fc1.weight|T|r0:{i}/{2i}", "experts.fc1.weight|T|r{i}:{2i}/{
 
 
 def aria_text(c: Config, context: int) -> Decoder:
-    """The decoder of Aria."""
+    """The Decoder that describes Aria, from config.json, for up to `context` positions."""
     s, bias = sizes(c), c.flag("attention_bias")
     m = Mixture(
         count=c.whole("moe_num_experts"), top=c.whole("moe_topk"), width=s["intermediate"], router="router",

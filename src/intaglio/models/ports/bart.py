@@ -32,7 +32,7 @@ OFFSET = 2  # rows of the table of positions before that of position 0
 
 
 def fields(c: Config, offset: int = OFFSET) -> dict[str, Any]:
-    """Arguments of Decoder that all of these models share, from config.json.
+    """A dict of arguments for Decoder that all of these models share, from config.json.
 
     Norms are after each addition, and the embeddings are normed. offset: row of position 0 in the table of learned
     positions.
@@ -50,23 +50,23 @@ def fields(c: Config, offset: int = OFFSET) -> dict[str, Any]:
 
 
 def sinusoid(width: int) -> tuple[float, ...]:
-    """The frequencies of Vaswani et al. 2017: 10000^(-2i / width)."""
+    """The frequencies of Vaswani et al. 2017 as a tuple: 10000^(-2i / width) for each pair i of columns."""
     return tuple(float(x) for x in (10000.0 ** (-2 * np.arange(width // 2) / width)).astype(np.float32))
 
 
 def bart(c: Config, context: int) -> Decoder:
-    """Describe the decoder of BART, run alone, as a Decoder."""
+    """The Decoder that describes the decoder of BART, run alone,."""
     return Decoder(**fields(c))
 
 
 def mvp(c: Config, context: int) -> Decoder:
-    """Describe the decoder of MVP, run alone, as a Decoder."""
+    """The Decoder that describes the decoder of MVP, run alone,."""
     c.refuse("use_prompt", why="prompts that precede the keys of each layer are not ported")
     return bart(c, context)
 
 
 def trocr(c: Config, context: int) -> Decoder:
-    """Describe the decoder of TrOCR, run alone, as a Decoder."""
+    """The Decoder that describes the decoder of TrOCR, run alone,."""
     if not c.flag("use_learned_position_embeddings"):
         raise PortError(
             "config.json: use_learned_position_embeddings=False is not ported, nor does transformers 5 load it"
@@ -78,42 +78,42 @@ def trocr(c: Config, context: int) -> Decoder:
 
 
 def blenderbot_small(c: Config, context: int) -> Decoder:
-    """The decoder of Blenderbot-Small: embeddings are normed before positions are added."""
+    """The Decoder for Blenderbot-Small, from config.json: embeddings are normed before positions are added."""
     return Decoder(**fields(c, offset=0), embed_norm_first=True)
 
 
 def marian(c: Config, context: int) -> Decoder:
-    """The decoder of Marian: sinusoids, no norm of the embeddings."""
+    """The Decoder that describes Marian, from config.json: sinusoids, no norm of the embeddings."""
     s = fields(c) | {"positions": 0, "embed_norm": ""}
     s["vocabulary"] = c.whole("decoder_vocab_size", s["vocabulary"])
     return Decoder(**s, sinusoid=sinusoid(s["hidden"]))
 
 
 def before(c: Config, offset: int = 0) -> dict[str, Any]:
-    """The arguments of fields() for models with norms before the branches and at the end, and none of embeddings."""
+    """A dict as from fields(), for models with norms before the branches and at the end, and none of embeddings."""
     s = fields(c, offset) | {"norms": BEFORE, "final_norm": "norm", "embed_norm": ""}
     s["sources"] |= {"norm": "layer_norm"}
     return s
 
 
 def mbart(c: Config, context: int) -> Decoder:
-    """Describe the decoder of mBART, run alone, as a Decoder."""
+    """The Decoder that describes the decoder of mBART, run alone,."""
     return Decoder(**before(c, OFFSET) | {"embed_norm": "layernorm_embedding"})
 
 
 def blenderbot(c: Config, context: int) -> Decoder:
-    """Describe the decoder of Blenderbot, run alone, as a Decoder."""
+    """The Decoder that describes the decoder of Blenderbot, run alone,."""
     return Decoder(**before(c))
 
 
 def pegasus(c: Config, context: int) -> Decoder:
-    """Describe the decoder of Pegasus, run alone, as a Decoder."""
+    """The Decoder that describes the decoder of Pegasus, run alone,."""
     s = before(c) | {"positions": 0}
     return Decoder(**s, sinusoid=sinusoid(s["hidden"]))
 
 
 def bigbird_pegasus(c: Config, context: int) -> Decoder:
-    """Describe the decoder of BigBird-Pegasus, run alone, as a Decoder."""
+    """The Decoder that describes the decoder of BigBird-Pegasus, run alone,."""
     bias = c.flag("use_bias")
     s = before(c) | {"qkv_bias": bias, "o_bias": bias}
     s["sources"] |= {"norm": "layernorm_embedding"}
@@ -123,7 +123,10 @@ def bigbird_pegasus(c: Config, context: int) -> Decoder:
 def row(
     kind: str, architecture: str, models: str, describe: Callable[[Config, int], Decoder], **defaults: Any
 ) -> Family:
-    """A row of the table; `defaults` are those that differ from BART's."""
+    """The Family (row of the table) of a decoder of this kind.
+
+    `defaults`: defaults of config keys that differ from BART's.
+    """
     positions = () if describe not in (pegasus, marian) else ("model.decoder.embed_positions.",)  # computed here
     return Family(
         architecture, f"{models}: the decoder alone", {**BART, **defaults}, describe, model_types=(kind,),

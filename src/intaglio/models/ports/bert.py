@@ -38,7 +38,7 @@ LM_HEAD = {"head_dense": "lm_head.dense", "head_norm": "lm_head.layer_norm", f"{
 
 
 def encoder(c: Config) -> dict[str, Any]:
-    """Arguments of Decoder that all of these models share, from config.json. Norms are after each addition.
+    """A dict of arguments for Decoder that all of these models share, from config.json. Norms are after each addition.
 
     Raises PortError unless is_decoder is set: without it, every token attends to the tokens after it.
     """
@@ -56,14 +56,17 @@ def encoder(c: Config) -> dict[str, Any]:
 
 
 def git(c: Config, context: int) -> Decoder:
-    """The decoder of GIT: a BERT without token types that is always causal; images are not ported."""
+    """The Decoder that describes GIT: a BERT without token types that is always causal; images are not ported."""
     c.table["is_decoder"] = True
     s = encoder(c) | {"head_dense": 0, "token_types": 0}
     return Decoder(**s, head="output", sources={**NAMES, **AFTER})
 
 
 def numbered(c: Config) -> None:
-    """Shorten the context by pad_token_id + 1: the number of position 0 in these models' table of positions."""
+    """Lower the config's max_position_embeddings by pad_token_id + 1, the row of position 0 in the table.
+
+    Changes `c` in place. Raises PortError if no position is left.
+    """
     rows, first = c.whole("max_position_embeddings"), int(c.get("pad_token_id", 0)) + 1
     if first >= rows:
         raise PortError(
@@ -74,18 +77,18 @@ def numbered(c: Config) -> None:
 
 
 def bert(c: Config, context: int) -> Decoder:
-    """The decoder of BERT."""
+    """The Decoder that describes BERT, from config.json, for up to `context` positions."""
     return Decoder(**encoder(c), head=CLS, sources={**NAMES, **AFTER, **CLS_HEAD})
 
 
 def ernie(c: Config, context: int) -> Decoder:
-    """The decoder of ERNIE 1 to 3."""
+    """The Decoder that describes ERNIE 1 to 3, from config.json, for up to `context` positions."""
     c.refuse("use_task_id", why="embeddings of task types are not ported")
     return bert(c, context)
 
 
 def big_bird(c: Config, context: int) -> Decoder:
-    """The decoder of BigBird with full attention."""
+    """The Decoder that describes BigBird with full attention, from config.json, for up to `context` positions."""
     kind = c.get("attention_type")
     if kind != "original_full":
         raise PortError(
@@ -98,19 +101,19 @@ def big_bird(c: Config, context: int) -> Decoder:
 
 
 def bert_generation(c: Config, context: int) -> Decoder:
-    """The decoder of BertGeneration: no token types, no dense layer before the head."""
+    """The Decoder that describes BertGeneration, from config.json: no token types, no dense layer before the head."""
     return Decoder(**encoder(c) | {"head_dense": 0, "token_types": 0}, head=LM, sources={**NAMES, **AFTER, **LM_HEAD})
 
 
 def megatron(c: Config, context: int) -> Decoder:
-    """The decoder of Megatron-BERT: norms before the branches and at the end."""
+    """The Decoder that describes Megatron-BERT, from config.json: norms before the branches and at the end."""
     s = encoder(c) | {"norms": BEFORE, "final_norm": "norm", "embed_norm": ""}
     sources = {**NAMES, "attention_norm": "attention.ln", "mlp_norm": "ln", "norm": "encoder.ln", **CLS_HEAD}
     return Decoder(**s, head=CLS, sources=sources)
 
 
 def electra(c: Config, context: int) -> Decoder:
-    """The decoder of Electra's generator, whose embeddings may be narrower."""
+    """The Decoder that describes Electra's generator, whose embeddings may be narrower than the model."""
     s, width = encoder(c), c.whole("embedding_size")
     s |= {"head_dense": width, "head_activation": "gelu", "embed_width": width if width != s["hidden"] else 0}
     sources = {
@@ -121,7 +124,7 @@ def electra(c: Config, context: int) -> Decoder:
 
 
 def rembert(c: Config, context: int) -> Decoder:
-    """The decoder of RemBERT: embedding and head have widths of their own."""
+    """The Decoder that describes RemBERT, from config.json: embedding and head have widths of their own."""
     s = encoder(c) | {"embed_width": c.whole("input_embedding_size"), "head_dense": c.whole("output_embedding_size")}
     sources = {
         **NAMES, **AFTER, "embed_proj": "encoder.embedding_hidden_mapping_in", "head_dense": "cls.predictions.dense",
@@ -131,7 +134,7 @@ def rembert(c: Config, context: int) -> Decoder:
 
 
 def roformer(c: Config, context: int) -> Decoder:
-    """The decoder of RoFormer: queries and keys are rotated, pairs interleaved."""
+    """The Decoder that describes RoFormer, from config.json: queries and keys are rotated, pairs interleaved."""
     c.refuse("rotary_value", why="values are not rotated here")
     s, width = encoder(c) | {"positions": 0}, c.get("embedding_size") or c.whole("hidden_size")
     s |= {"ropes": {"rope": Table(sinusoid(s["head_dim"]), style="interleaved")}}
@@ -140,27 +143,27 @@ def roformer(c: Config, context: int) -> Decoder:
 
 
 def counted(c: Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """(arguments of Decoder, its sources) of models whose positions count from pad_token_id + 1."""
+    """(arguments for Decoder, its `sources`), two dicts, for models whose positions count from pad_token_id + 1."""
     s, table = encoder(c) | {"head_activation": "gelu"}, "embeddings.position_embeddings.weight"
     first = int(c.get("pad_token_id", 0)) + 1
     return s, {**NAMES, **LM_HEAD, table: parts_of(table, (first, s["positions"]))[1]}
 
 
 def roberta(c: Config, context: int) -> Decoder:
-    """The decoder of RoBERTa."""
+    """The Decoder that describes RoBERTa, from config.json, for up to `context` positions."""
     s, sources = counted(c)
     return Decoder(**s, head=LM, sources={**sources, **AFTER})
 
 
 def roberta_prelayernorm(c: Config, context: int) -> Decoder:
-    """The decoder of RoBERTa-PreLayerNorm: norms before the branches and at the end."""
+    """The Decoder that describes RoBERTa-PreLayerNorm, from config.json: norms before the branches and at the end."""
     s, sources = counted(c)
     sources |= {"attention_norm": "attention.LayerNorm", "mlp_norm": "intermediate.LayerNorm", "norm": "LayerNorm"}
     return Decoder(**s | {"norms": BEFORE, "final_norm": "norm"}, head=LM, sources=sources)
 
 
 def xlm_roberta_xl(c: Config, context: int) -> Decoder:
-    """The decoder of XLM-RoBERTa-XL: norms before the branches and at the end, none of the embeddings."""
+    """The Decoder that describes XLM-RoBERTa-XL: norms before the branches and at the end, none of the embeddings."""
     s, sources = counted(c)
     sources |= {
         "attention_norm": "attention.self_attn_layer_norm", "mlp_norm": "LayerNorm", "norm": "encoder.LayerNorm"
@@ -169,7 +172,7 @@ def xlm_roberta_xl(c: Config, context: int) -> Decoder:
 
 
 def row(architecture: str, kind: str, models: str, describe: Any, defaults: dict[str, Any], prefix: str) -> Family:
-    """A row of the table; `prefix` is the module of the encoder."""
+    """The Family (row of the table) of a BERT-like architecture. `prefix`: the module of the encoder."""
     return Family(
         architecture, models, defaults, describe, model_types=(kind,), prefixes=(f"{prefix}.",),
         tops=("embeddings.word_embeddings",), prepare=numbered if defaults["pad_token_id"] == 1 else None,

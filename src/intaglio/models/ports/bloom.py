@@ -23,9 +23,10 @@ MPT = {
 
 
 def slopes(heads: int) -> tuple[float, ...]:
-    """The slopes of BLOOM and Falcon: a geometric series for a power of 2 of heads, every second of the next for more.
+    """The ALiBi slopes of each head, as BLOOM and Falcon order them.
 
-    Computed in float32, as transformers does.
+    A geometric series for a power of 2 of heads; for more heads, every second slope of the next power's series
+    follows. Computed in float32, as transformers does.
     """
     whole = 2 ** math.floor(math.log2(heads))
 
@@ -37,7 +38,7 @@ def slopes(heads: int) -> tuple[float, ...]:
 
 
 def fields(c: Config) -> dict[str, Any]:
-    """Arguments of Decoder that both share, from config.json."""
+    """A dict of arguments for Decoder that both share, from config.json."""
     c.table |= {"num_key_value_heads": None, "head_dim": None, "intermediate_size": 4 * c.whole("hidden_size")}
     return sizes(c, eps="layer_norm_epsilon") | {
         "norm": "layer", "gated": False, "ropes": {}, "layers": (Layer(""),) * c.whole("num_hidden_layers"),
@@ -46,7 +47,7 @@ def fields(c: Config) -> dict[str, Any]:
 
 
 def bloom(c: Config, context: int) -> Decoder:
-    """The decoder of BLOOM."""
+    """The Decoder that describes BLOOM, from config.json, for up to `context` positions."""
     c.refuse("apply_residual_connection_post_layernorm", why="the port adds to the residual before its norm")
     s = fields(c)
     each = s["head_dim"]
@@ -62,7 +63,10 @@ def bloom(c: Config, context: int) -> Decoder:
 
 
 def mpt(c: Config, context: int) -> Decoder:
-    """The decoder of MPT. Its slopes are ordered otherwise than BLOOM's if heads are no power of 2."""
+    """The Decoder that describes MPT.
+
+    Its slopes have another order than BLOOM's if the number of heads is no power of 2.
+    """
     attention, s = c.settings("attn_config"), fields(c)
     for key, wanted in (("attn_type", "multihead_attention"), ("prefix_lm", False), ("qk_ln", False), ("alibi", True)):
         if (value := attention.get(key, wanted)) != wanted:

@@ -22,13 +22,13 @@ XGLM = {
 
 
 def fields(c: Config) -> dict[str, Any]:
-    """Arguments of Decoder that both share, from config.json."""
+    """A dict of arguments for Decoder that both share, from config.json."""
     c.refuse("add_cross_attention", why="a decoder alone attends to no encoder")
     return layer_norm_sizes(c, "layer_norm_epsilon") | {"head": "lm_head"}
 
 
 def ctrl(c: Config, context: int) -> Decoder:
-    """The decoder of CTRL."""
+    """The Decoder that describes CTRL, from config.json, for up to `context` positions."""
     s = fields(c)
     sources = {
         "embed_tokens": "w", "norm": "layernorm", "layers": "h", "input_layernorm": "layernorm1",
@@ -42,7 +42,7 @@ def ctrl(c: Config, context: int) -> Decoder:
 
 
 def xglm(c: Config, context: int) -> Decoder:
-    """The decoder of XGLM, whose position i has the sinusoids of i + 2."""
+    """The Decoder that describes XGLM, whose position i has the sinusoids of i + 2."""
     c.table["layer_norm_epsilon"] = 1e-5  # torch's default
     pad = int(c.get("pad_token_id", 0))
     if pad > 1:

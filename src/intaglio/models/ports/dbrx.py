@@ -14,7 +14,7 @@ DEFAULTS = {
 
 
 def dbrx(c: Config, context: int) -> Decoder:
-    """The decoder of DBRX."""
+    """The Decoder that describes DBRX, from config.json, for up to `context` positions."""
     attention, ffn = c.settings("attn_config"), c.settings("ffn_config")
     act = ffn.get("ffn_act_fn") or {"name": "silu"}
     power = ffn.get("moe_normalize_expert_weights", 1.0)

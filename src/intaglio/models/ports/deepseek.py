@@ -29,7 +29,7 @@ del V3["topk_method"]
 
 
 def latent(c: Config, context: int, style: str) -> dict[str, Any]:
-    """Arguments of Decoder for latent attention: widths, rope table, and the scale, which yarn changes."""
+    """A dict of arguments for Decoder for latent attention: widths, rope table, and the scale, which yarn changes."""
     c.table |= {"head_dim": None, "num_key_value_heads": None}  # heads have no separate keys
     s, rope = sizes(c), parameters(c)
     ranks = int(c.get("q_lora_rank", 0)), c.whole("kv_lora_rank")
@@ -61,7 +61,7 @@ def experts(c: Config, **route: Any) -> Mixture:
 
 
 def deepseek_v2(c: Config, context: int) -> Decoder:
-    """Describe DeepSeek-V2 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes DeepSeek-V2, from config.json, for up to `context` positions."""
     c.refuse("norm_topk_prob", why="transformers' DeepSeek-V2 does not divide the weights by their sum")
     c.refuse("mlp_bias", why="the port's MLPs have no bias")
     if c.get("topk_method") == "greedy":
@@ -71,7 +71,7 @@ def deepseek_v2(c: Config, context: int) -> Decoder:
 
 
 def deepseek_v3(c: Config, context: int) -> Decoder:
-    """Describe DeepSeek-V3 and Kimi-K2 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes DeepSeek-V3 and Kimi-K2, from config.json, for up to `context` positions."""
     style = "interleaved" if c.flag("rope_interleave") else "half"
     m = experts(c, score="sigmoid", group_best=2, normalise=c.flag("norm_topk_prob"))
     return sparse(
@@ -80,13 +80,13 @@ def deepseek_v3(c: Config, context: int) -> Decoder:
 
 
 def youtu(c: Config, context: int) -> Decoder:
-    """Describe Youtu-LLM as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Youtu-LLM, from config.json, for up to `context` positions."""
     style = "interleaved" if c.flag("rope_interleave") else "half"
     return Decoder(**latent(c, context, style))
 
 
 def minicpm3(c: Config, context: int) -> Decoder:
-    """Describe MiniCPM3 as a Decoder: latent attention, scaled embeddings, residual branches and logits."""
+    """The Decoder that describes MiniCPM3: latent attention, scaled embeddings, residual branches and logits."""
     if c.get("v_head_dim") is None:
         c.table["v_head_dim"] = c.whole("hidden_size") // c.whole("num_attention_heads")
     s = latent(c, context, "half") | {"scale": (c.whole("qk_nope_head_dim") + c.whole("qk_rope_head_dim")) ** -0.5}
@@ -98,7 +98,7 @@ def minicpm3(c: Config, context: int) -> Decoder:
 
 
 def axk1(c: Config, context: int) -> Decoder:
-    """Describe A.X K1 as a Decoder: DeepSeek-V3 with a norm after each mixture of experts."""
+    """The Decoder that describes A.X K1: DeepSeek-V3 with a norm after each mixture of experts."""
     n, first, every = c.whole("num_hidden_layers"), int(c.get("first_k_dense_replace", 1)), c.get("moe_layer_freq", 1)
     kinds = c.get("mlp_layer_types") or ["sparse" if i >= first and i % every == 0 else "dense" for i in range(n)]
     d = deepseek_v3(c, context)

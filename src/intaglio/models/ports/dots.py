@@ -15,7 +15,7 @@ DEFAULTS = {
 
 
 def dots1(c: Config, context: int) -> Decoder:
-    """Describe dots.llm1 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes dots.llm1, from config.json, for up to `context` positions."""
     n, first = c.whole("num_hidden_layers"), int(c.get("max_window_layers"))
     if not c.get("layer_types"):
         slides = bool(c.get("sliding_window"))

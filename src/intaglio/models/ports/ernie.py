@@ -25,7 +25,7 @@ MOE = {
 
 
 def common(c: Config, context: int) -> dict[str, Any]:
-    """Arguments of Decoder that ERNIE 4.5's dense and MoE models share."""
+    """A dict of arguments for Decoder that ERNIE 4.5's dense and MoE models share."""
     c.refuse("layer_types", "sliding_window", why="ERNIE 4.5 has full attention in every layer")
     s, bias = sizes(c), c.flag("use_bias")
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, style="interleaved")}
@@ -34,12 +34,12 @@ def common(c: Config, context: int) -> dict[str, Any]:
 
 
 def ernie4_5(c: Config, context: int) -> Decoder:
-    """Describe ERNIE 4.5 dense as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes ERNIE 4.5 dense, from config.json, for up to `context` positions."""
     return Decoder(**common(c, context))
 
 
 def ernie4_5_moe(c: Config, context: int) -> Decoder:
-    """Describe ERNIE 4.5 with experts as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes ERNIE 4.5 with experts, from config.json, for up to `context` positions."""
     width = c.whole("moe_intermediate_size")
     m = Mixture(
         count=c.whole("num_experts"), top=c.whole("num_experts_per_tok"), width=width, sources=NAMED,

@@ -17,7 +17,10 @@ DEFAULTS = {
 
 
 def falcon(c: Config, context: int) -> Decoder:
-    """The decoder of Falcon: ALiBi or rope, and one, a few or all heads of keys and values, as config.json says."""
+    """The Decoder that describes Falcon, from config.json, for up to `context` positions.
+
+    It has ALiBi or rope, and one, a few or all heads of keys and values, as config.json says.
+    """
     new, bias = c.flag("new_decoder_architecture"), c.flag("bias")
     one = c.flag("multi_query") and not new
     own = c.get("num_kv_heads")

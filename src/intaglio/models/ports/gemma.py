@@ -28,7 +28,7 @@ GEMMA3 = {
 
 
 def gemma(c: Config, every: int) -> dict[str, Any]:
-    """Arguments of Decoder that Gemma 2 and 3 share. every: each `every`-th layer has full attention."""
+    """A dict of arguments for Decoder that Gemma 2 and 3 share. every: each `every`-th layer has full attention."""
     c.refuse("use_bidirectional_attention", why="attention is causal here")
     c.table["layer_types"] = c.layer_types(every)
     s, bias = sizes(c, act="hidden_activation"), c.flag("attention_bias")
@@ -38,13 +38,13 @@ def gemma(c: Config, every: int) -> dict[str, Any]:
 
 
 def gemma2(c: Config, context: int) -> Decoder:
-    """Describe Gemma 2 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Gemma 2, from config.json, for up to `context` positions."""
     s = gemma(c, every=2)
     return Decoder(**s, **uniform_layers(c, s, context), attn_softcap=float(c.get("attn_logit_softcapping") or 0))
 
 
 def gemma3(c: Config, context: int) -> Decoder:
-    """Describe Gemma 3 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Gemma 3, from config.json, for up to `context` positions."""
     c.refuse("attn_logit_softcapping", why="Gemma3Attention in transformers reads the key but does not apply it")
     s = gemma(c, every=c.whole("sliding_window_pattern"))
     full = parameters(c, "full_attention")
@@ -57,7 +57,7 @@ def gemma3(c: Config, context: int) -> Decoder:
 
 
 def gemma1(c: Config, context: int) -> Decoder:
-    """Describe Gemma 1 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Gemma 1, from config.json, for up to `context` positions."""
     c.refuse("use_bidirectional_attention", why="attention is causal here")
     c.refuse("layer_types", "sliding_window", why="Gemma 1 has full attention in every layer")
     if (
@@ -70,7 +70,7 @@ def gemma1(c: Config, context: int) -> Decoder:
 
 
 def vaultgemma(c: Config, context: int) -> Decoder:
-    """Describe VaultGemma as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes VaultGemma, from config.json, for up to `context` positions."""
     s = gemma(c, every=2) | {"norms": {"attn.norm": "input_layernorm", "mlp.norm": "pre_feedforward_layernorm"}}
     return Decoder(**s, **uniform_layers(c, s, context), attn_softcap=float(c.get("attn_logit_softcapping") or 0))
 

@@ -23,7 +23,7 @@ ROPES = {
 
 
 def gemma4(c: Config, context: int) -> Decoder:
-    """The decoder of Gemma 4."""
+    """The Decoder that describes Gemma 4, from config.json, for up to `context` positions."""
     if c.get("use_bidirectional_attention") not in (None, "vision"):  # text is causal there
         c.refuse("use_bidirectional_attention", why="attention is causal here")
     c.refuse("num_kv_shared_layers", why="layers that read the keys and values of others are not ported")

@@ -33,10 +33,10 @@ NORMS = {"attn.norm": "ln_1", "mlp.norm": "ln_2"}
 
 
 def split(parts: tuple[tuple[str, int], ...], source: str, transposed: bool = False) -> dict[str, str]:
-    """Rules (for Decoder.sources) for projections that the checkpoint stores in one tensor `source`.
+    """A dict of rules (for Decoder.sources) for projections that the checkpoint stores in one tensor `source`.
 
-    Its rows are blocks in which the parts (name, width) follow one another; several blocks, one per head for example,
-    if it has more rows than the widths make up. transposed: the tensor is stored as [columns, rows].
+    Its rows are blocks in which the parts (name, width) follow one another; several blocks, one per head for
+    example, if it has more rows than the widths make up. transposed: the tensor is stored as [columns, rows].
     """
     widths = [width for _, width in parts]
     weights = parts_of(f"{source}.weight{'|T' if transposed else ''}", widths)
@@ -48,7 +48,7 @@ def split(parts: tuple[tuple[str, int], ...], source: str, transposed: bool = Fa
 
 
 def common(c: Config) -> dict[str, Any]:
-    """Arguments of Decoder that models with GPT-2's config keys share."""
+    """A dict of arguments for Decoder that models with GPT-2's config keys share."""
     c.refuse("add_cross_attention", why="a decoder alone attends to no encoder")
     c.table["intermediate_size"] = c.get("n_inner") or 4 * c.whole("hidden_size")
     c.table["num_key_value_heads"] = None
@@ -57,7 +57,7 @@ def common(c: Config) -> dict[str, Any]:
 
 
 def gpt2(c: Config, context: int) -> Decoder:
-    """Describe GPT-2 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes GPT-2, from config.json, for up to `context` positions."""
     s = common(c) | {"ropes": {}, "qkv_bias": True, "o_bias": True}
     if not c.flag("scale_attn_weights"):
         s["scale"] = 1.0
@@ -75,7 +75,7 @@ def gpt2(c: Config, context: int) -> Decoder:
 
 
 def gpt_bigcode(c: Config, context: int) -> Decoder:
-    """Describe GPT-BigCode as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes GPT-BigCode, from config.json, for up to `context` positions."""
     s = common(c) | {"ropes": {}, "qkv_bias": True, "o_bias": True}
     if not c.flag("scale_attn_weights"):
         s["scale"] = 1.0
@@ -93,7 +93,7 @@ def gpt_bigcode(c: Config, context: int) -> Decoder:
 
 
 def gpt_neo(c: Config, context: int) -> Decoder:
-    """Describe GPT-Neo as a Decoder, from config.json: windows in every second layer by default, scores not scaled."""
+    """The Decoder for GPT-Neo, from config.json: windows in every second layer by default, scores not scaled."""
     kinds = [kind for block, times in c.get("attention_types") for kind in list(block) * times]
     c.table["n_inner"] = c.get("intermediate_size")
     s = common(c) | {"ropes": {}, "o_bias": True, "scale": 1.0}
@@ -111,7 +111,7 @@ def gpt_neo(c: Config, context: int) -> Decoder:
 
 
 def rotary(c: Config, s: dict[str, Any], context: int) -> dict[str, Any]:
-    """Arguments of Decoder for GPT-J's rope: the first rotary_dim columns of a head are rotated, interleaved.
+    """A dict of arguments for Decoder with GPT-J's rope: the first rotary_dim columns of a head, interleaved.
 
     s: the arguments so far.
     """
@@ -128,14 +128,14 @@ MLP = {"mlp.up_proj": "mlp.fc_in", "mlp.down_proj": "mlp.fc_out"}
 
 
 def gptj(c: Config, context: int) -> Decoder:
-    """Describe GPT-J as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes GPT-J, from config.json, for up to `context` positions."""
     s = common(c)
     sources = {**NAMES, "self_attn.o_proj": "attn.out_proj", "self_attn": "attn", **MLP}
     return Decoder(**s | rotary(c, s, context), sources=sources)
 
 
 def codegen(c: Config, context: int) -> Decoder:
-    """Describe CodeGen as a Decoder, from config.json: q, v and k of four groups of heads in one tensor."""
+    """The Decoder that describes CodeGen, from config.json: q, v and k of four groups of heads in one tensor."""
     s = common(c)
     if s["heads"] % 4:
         raise PortError(f"config.json: n_head={s['heads']}; CodeGen keeps q, v and k in four equal groups of heads")
@@ -145,7 +145,7 @@ def codegen(c: Config, context: int) -> Decoder:
 
 
 def gpt_neox(c: Config, context: int) -> Decoder:
-    """Describe GPT-NeoX as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes GPT-NeoX, from config.json, for up to `context` positions."""
     c.table["num_key_value_heads"] = None
     s, bias = sizes(c, eps="layer_norm_eps"), c.flag("attention_bias")
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, partial=True)}
@@ -162,7 +162,7 @@ def gpt_neox(c: Config, context: int) -> Decoder:
 
 
 def gpt_neox_japanese(c: Config, context: int) -> Decoder:
-    """The decoder of GPT-NeoX-Japanese: no biases but the last layer's after attention."""
+    """The Decoder for GPT-NeoX-Japanese, from config.json: no biases but the last layer's after attention."""
     c.table["intermediate_size"] = int(c.whole("hidden_size") * c.real("intermediate_multiple_size"))
     d = gpt_neox(c, context)
     last = replace(d.layers[-1], o_bias=True)
@@ -173,7 +173,7 @@ def gpt_neox_japanese(c: Config, context: int) -> Decoder:
 
 
 def openai_gpt(c: Config, context: int) -> Decoder:
-    """The decoder of the first GPT: norms after each addition, none at the end."""
+    """The Decoder that describes the first GPT, from config.json: norms after each addition, none at the end."""
     if c.get("hidden_act") == "gelu":
         c.table["hidden_act"] = "gelu_new"  # as transformers reads it here
     d = gpt2(c, context)

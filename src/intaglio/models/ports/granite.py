@@ -23,7 +23,7 @@ STACKS = ("input_linear.weight|r0:{i}/{2i}", "input_linear.weight|r{i}:{2i}/{2i}
 
 
 def granite(c: Config, context: int) -> Decoder:
-    """Describe Granite 3 dense as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Granite 3 dense, from config.json, for up to `context` positions."""
     s, bias = sizes(c), c.flag("attention_bias")
     s["scale"] = c.real("attention_multiplier")
     s |= {"embed_scale": c.real("embedding_multiplier"), "residual_scale": c.real("residual_multiplier")}
@@ -32,7 +32,7 @@ def granite(c: Config, context: int) -> Decoder:
 
 
 def granitemoe(c: Config, context: int) -> Decoder:
-    """Describe Granite 3 MoE as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Granite 3 MoE, from config.json, for up to `context` positions."""
     m = Mixture(
         count=c.whole("num_local_experts"), top=c.whole("num_experts_per_tok"), width=c.whole("intermediate_size"),
         block="block_sparse_moe", router="router.layer", sources=STACKS, route={"score": "chosen"},
@@ -41,7 +41,7 @@ def granitemoe(c: Config, context: int) -> Decoder:
 
 
 def hyperclovax(c: Config, context: int) -> Decoder:
-    """Describe HyperCLOVA X as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes HyperCLOVA X, from config.json, for up to `context` positions."""
     if not c.get("attention_multiplier"):
         c.table["attention_multiplier"] = sizes(c)["head_dim"] ** -0.5
     d = replace(granite(c, context), logit_scale=c.real("logits_scaling"))  # here a factor, in Granite a divisor
@@ -50,7 +50,7 @@ def hyperclovax(c: Config, context: int) -> Decoder:
 
 
 def granitemoeshared(c: Config, context: int) -> Decoder:
-    """Describe Granite MoE with a shared expert as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Granite MoE with a shared expert, from config.json, for up to `context` positions."""
     d, width = granitemoe(c, context), int(c.get("shared_intermediate_size", 0))
     assert d.mixture
     both, of = "shared_mlp.input_linear.weight", 2 * width
@@ -83,7 +83,7 @@ def swash(c: Config, d: Decoder, context: int) -> Decoder:
 
 
 def granite_swa(c: Config, context: int) -> Decoder:
-    """Describe Granite Swash dense as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Granite Swash dense, from config.json, for up to `context` positions."""
     kinds = c.table.pop("layer_types", None)
     d = granite(c, context)
     c.table["layer_types"] = kinds
@@ -91,7 +91,7 @@ def granite_swa(c: Config, context: int) -> Decoder:
 
 
 def granitemoe_swa(c: Config, context: int) -> Decoder:
-    """Describe Granite Swash with experts as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Granite Swash with experts, from config.json, for up to `context` positions."""
     kinds = c.table.pop("layer_types", None)
     d = granitemoeshared(c, context)
     c.table["layer_types"] = kinds

@@ -14,7 +14,7 @@ DEFAULTS = {
 
 
 def helium(c: Config, context: int) -> Decoder:
-    """Describe Helium 1 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Helium 1, from config.json, for up to `context` positions."""
     s = sizes(c)
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, style="interleaved")}
     s["layers"] = (Layer(),) * c.whole("num_hidden_layers")

@@ -22,7 +22,7 @@ SOURCES = {
 
 
 def common(c: Config, context: int) -> dict[str, Any]:
-    """Arguments of Decoder that HunYuan's dense and MoE models share."""
+    """A dict of arguments for Decoder that HunYuan's dense and MoE models share."""
     s, rope, bias = sizes(c), parameters(c), c.flag("attention_bias")
     if rope["rope_type"] == "dynamic" and rope.get("alpha"):  # a larger base for all lengths
         d = s["head_dim"]
@@ -33,12 +33,12 @@ def common(c: Config, context: int) -> dict[str, Any]:
 
 
 def dense(c: Config, context: int) -> Decoder:
-    """Describe HunYuan dense as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes HunYuan dense, from config.json, for up to `context` positions."""
     return Decoder(**common(c, context))
 
 
 def same(c: Config, key: str) -> int:
-    """The value of a count that the config may list by layer. Raises PortError if layers differ."""
+    """The value of a count that the config may list by layer, as one integer. Raises PortError if layers differ."""
     value = c.get(key)
     if isinstance(value, list):
         if len(set(value)) != 1:
@@ -48,7 +48,7 @@ def same(c: Config, key: str) -> int:
 
 
 def moe(c: Config, context: int) -> Decoder:
-    """Describe HunYuan MoE as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes HunYuan MoE, from config.json, for up to `context` positions."""
     s = common(c, context)
     m = Mixture(
         count=same(c, "num_experts"), top=same(c, "num_experts_per_tok"), width=s["intermediate"], sources=NAMED,
@@ -58,7 +58,7 @@ def moe(c: Config, context: int) -> Decoder:
 
 
 def hy_v3(c: Config, context: int) -> Decoder:
-    """Describe Hy3 as a Decoder, from config.json, for up to `context` positions.
+    """The Decoder that describes Hy3, from config.json, for up to `context` positions.
 
     Norms on each head of q and k before rope; experts routed by sigmoid with a bias.
     """

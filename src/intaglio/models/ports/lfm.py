@@ -16,14 +16,14 @@ SOURCES = {
 
 
 def kinds(c: Config) -> list[str]:
-    """The type of each layer, conv or full_attention. Raises PortError for another."""
+    """A list of the type of each layer, conv or full_attention. Raises PortError for another type in config.json."""
     n, full = c.whole("num_hidden_layers"), c.get("full_attn_idxs")
     usual = ["full_attention" if full is None or i in full else "conv" for i in range(n)]
     return c.layer_types(usual=usual, known=("conv", "full_attention"))
 
 
 def lfm2(c: Config, context: int) -> Decoder:
-    """The decoder of LFM2."""
+    """The Decoder that describes LFM2, from config.json, for up to `context` positions."""
     if c.get("tie_embedding") is not None:
         c.table["tie_word_embeddings"] = c.flag("tie_embedding")
     c.table["hidden_act"] = "silu"
@@ -43,7 +43,7 @@ def lfm2(c: Config, context: int) -> Decoder:
 
 
 def lfm2_moe(c: Config, context: int) -> Decoder:
-    """The decoder of LFM2-MoE: experts routed by sigmoid in all layers but the first."""
+    """The Decoder that describes LFM2-MoE, from config.json: experts routed by sigmoid in all layers but the first."""
     d = lfm2(c, context)
     m = Mixture(
         count=c.whole("num_experts"), top=c.whole("num_experts_per_tok"), width=c.whole("moe_intermediate_size"),

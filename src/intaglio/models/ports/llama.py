@@ -21,7 +21,7 @@ DEFAULTS = {
 
 
 def llama(c: Config, context: int) -> Decoder:
-    """Describe Llama 2 and 3 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Llama 2 and 3, from config.json, for up to `context` positions."""
     s, bias = sizes(c), c.flag("attention_bias")
     # transformers' Llama reads no layer_types and no window; a config that has them wants another class
     c.refuse("layer_types", "sliding_window", why="LlamaForCausalLM has full attention in every layer")
@@ -30,7 +30,7 @@ def llama(c: Config, context: int) -> Decoder:
 
 
 def llama4(c: Config, context: int) -> Decoder:
-    """Describe Llama 4 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Llama 4, from config.json, for up to `context` positions."""
     s, bias, n = sizes(c), c.flag("attention_bias"), c.whole("num_hidden_layers")
     width, step, every = s["intermediate"], c.whole("interleave_moe_layer_step"), c.whole("no_rope_layer_interval")
     turned = c.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(n)]
@@ -57,7 +57,7 @@ def llama4(c: Config, context: int) -> Decoder:
 
 
 def cwm(c: Config, context: int) -> Decoder:
-    """Describe Code World Model as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Code World Model, from config.json, for up to `context` positions."""
     n = c.whole("num_hidden_layers")
     if not c.get("layer_types"):
         c.table["layer_types"] = ["sliding_attention" if i % 4 else "full_attention" for i in range(n)]
@@ -66,7 +66,7 @@ def cwm(c: Config, context: int) -> Decoder:
 
 
 def mllama(c: Config, context: int) -> Decoder:
-    """Describe Llama 3.2 Vision as a Decoder: layers that attend to an image are skipped where there is none.
+    """The Decoder that describes Llama 3.2 Vision: layers that attend to an image are skipped where there is none.
 
     The embedding has 8 rows more than the vocabulary, of tokens that stand for images.
     """

@@ -11,7 +11,10 @@ from intaglio.models.ports.family import Family
 
 
 def plain(c: Config, context: int, mixer: Mixer) -> Decoder:
-    """A decoder of layers that have only `mixer`."""
+    """The Decoder of a model whose layers have only the recurrent block `mixer`, without attention or MLP.
+
+    Raises PortError for another activation than silu.
+    """
     if c.activation() != "silu":
         raise PortError(f"config.json: hidden_act={c.get('hidden_act')!r}; Mamba is ported with silu")
     hidden = c.whole("hidden_size")
@@ -26,7 +29,7 @@ def plain(c: Config, context: int, mixer: Mixer) -> Decoder:
 
 
 def limits(c: Config, key: str = "time_step_limit") -> dict[str, Any]:
-    """The limits of the step as fields of a mixer; an upper limit of infinity is none."""
+    """A dict of the limits of the step as fields of a mixer. An upper limit of infinity is left out."""
     low, high = c.get(key, (0.0, float("inf")))
     unlimited = isinstance(high, dict) or high == float("inf")  # transformers writes {"__float__": "Infinity"}
     return {"low": float(low), "high": 0.0 if unlimited else float(high)}
@@ -39,13 +42,13 @@ def check_groups(c: Config, heads: str, groups: str) -> None:
 
 
 def rank_of(c: Config, key: str) -> int:
-    """Columns of the step before dt_proj, from config key `key`; "auto": hidden_size / 16, rounded up."""
+    """Number of columns of the step before dt_proj, from config key `key`; "auto": hidden_size / 16, rounded up."""
     rank = c.get(key, "auto")
     return -(-c.whole("hidden_size") // 16) if rank == "auto" else int(rank)
 
 
 def mamba2(c: Config, context: int) -> Decoder:
-    """The decoder of Mamba-2."""
+    """The Decoder that describes Mamba-2, from config.json, for up to `context` positions."""
     heads, dim = c.whole("num_heads"), c.whole("head_dim")
     if heads * dim != int(c.real("expand") * c.whole("hidden_size")):
         raise PortError(f"config.json: num_heads={heads} of head_dim={dim} are not expand * hidden_size columns")
@@ -60,7 +63,7 @@ def mamba2(c: Config, context: int) -> Decoder:
 
 
 def scan(c: Config, **more: Any) -> ScanMixer:
-    """The block of Mamba and FalconMamba."""
+    """The ScanMixer (recurrent block) of Mamba and FalconMamba, from config.json. more: fields that differ."""
     inner = c.whole("intermediate_size", int(c.real("expand") * c.whole("hidden_size")))
     return ScanMixer(
         inner=inner, state=c.whole("state_size"), rank=rank_of(c, "time_step_rank"), taps=c.whole("conv_kernel"),
@@ -70,12 +73,12 @@ def scan(c: Config, **more: Any) -> ScanMixer:
 
 
 def mamba(c: Config, context: int) -> Decoder:
-    """The decoder of Mamba."""
+    """The Decoder that describes Mamba, from config.json, for up to `context` positions."""
     return plain(c, context, scan(c))
 
 
 def falcon_mamba(c: Config, context: int) -> Decoder:
-    """The decoder of FalconMamba: norms without weights on step, B and C."""
+    """The Decoder that describes FalconMamba, from config.json: norms without weights on step, B and C."""
     return plain(c, context, scan(c, eps=c.real("mixer_rms_eps")))
 
 

@@ -18,7 +18,7 @@ DEFAULTS = {
 
 
 def minimax_m2(c: Config, context: int) -> Decoder:
-    """Describe MiniMax-M2 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes MiniMax-M2, from config.json, for up to `context` positions."""
     s, rope = sizes(c), parameters(c)
     turned = c.get("rotary_dim")  # released configs give the width; transformers reads the share of the head
     if turned and "partial_rotary_factor" not in c.get("rope_parameters", {}):
@@ -34,18 +34,21 @@ def minimax_m2(c: Config, context: int) -> Decoder:
 
 
 def minimax(c: Config, context: int) -> Decoder:
-    """The decoder of MiniMax-01."""
+    """The Decoder that describes MiniMax-01, from config.json, for up to `context` positions."""
     s, n = sizes(c), c.whole("num_hidden_layers")
     heads = s["heads"]
 
     def lightning(i: int) -> LightningMixer:
-        """The block of layer i; its decays are those of ALiBi's slopes, less in later layers."""
+        """The LightningMixer of layer i.
+
+        Its decays are ALiBi's slopes times a factor that falls with the layer's number.
+        """
         factor = 1 - i / (n - 1 + 1e-5) + 1e-5
         rates = tuple(-(2 ** (-8 * (h + 1) / heads)) * factor for h in range(heads))
         return LightningMixer(heads=heads, head_dim=s["head_dim"], rates=rates)
 
     def mix(kind: str) -> tuple[float, float]:
-        """Factors of residual and branch."""
+        """(factor of the residual, factor of the branch) for branches of this kind, from config.json."""
         return c.real(f"{kind}_alpha_factor"), c.real(f"{kind}_beta_factor")
 
     known = ("linear_attention", "full_attention")

@@ -17,7 +17,7 @@ DEFAULTS = {
 
 
 def mistral(c: Config, context: int) -> Decoder:
-    """Describe Mistral as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Mistral, from config.json, for up to `context` positions."""
     c.refuse(
         "layer_types", why="MistralForCausalLM has one window for all layers; MinistralForCausalLM has layer_types"
     )
@@ -25,7 +25,7 @@ def mistral(c: Config, context: int) -> Decoder:
 
 
 def ministral(c: Config, context: int) -> Decoder:
-    """Describe Ministral as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Ministral, from config.json, for up to `context` positions."""
     if c.get("sliding_window") and not c.get("layer_types"):
         c.table["layer_types"] = ["sliding_attention"] * c.whole("num_hidden_layers")
     s = sizes(c)
@@ -33,7 +33,7 @@ def ministral(c: Config, context: int) -> Decoder:
 
 
 def ministral3(c: Config, context: int) -> Decoder:
-    """The decoder of Ministral 3: queries are scaled by a temperature that grows with the position."""
+    """The Decoder that describes Ministral 3: queries are scaled by a temperature that grows with the position."""
     if c.get("rope_parameters") is None and c.get("rope_scaling") is None:
         c.table["rope_parameters"] = YARN
     if c.get("sliding_window"):
@@ -46,7 +46,7 @@ def ministral3(c: Config, context: int) -> Decoder:
 
 
 def mixtral(c: Config, context: int) -> Decoder:
-    """Describe Mixtral as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Mixtral, from config.json, for up to `context` positions."""
     if c.get("sliding_window"):
         c.table["layer_types"] = ["sliding_attention"] * c.whole("num_hidden_layers")
     s = sizes(c)

@@ -17,7 +17,10 @@ DEFAULTS = {
 
 
 def modernbert(c: Config, context: int) -> Decoder:
-    """The decoder of ModernBERT. A window of `local_attention` to both sides is half of that looking back."""
+    """The Decoder that describes ModernBERT.
+
+    A window of `local_attention` to both sides is half of that looking back.
+    """
     n, every = c.whole("num_hidden_layers"), c.whole("global_attn_every_n_layers")
     if c.get("layer_types") is None:
         c.table["layer_types"] = ["sliding_attention" if i % every else "full_attention" for i in range(n)]

@@ -17,7 +17,7 @@ DEFAULTS = {
 
 
 def nemotron(c: Config, context: int) -> Decoder:
-    """Describe Nemotron as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Nemotron, from config.json, for up to `context` positions."""
     s, bias = sizes(c, eps="norm_eps"), c.flag("attention_bias")
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, partial=True)}
     s["layers"] = (Layer(),) * c.whole("num_hidden_layers")
@@ -26,7 +26,7 @@ def nemotron(c: Config, context: int) -> Decoder:
 
 
 def arcee(c: Config, context: int) -> Decoder:
-    """Describe Arcee as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Arcee, from config.json, for up to `context` positions."""
     c.refuse("layer_types", "sliding_window", why="ArceeForCausalLM has full attention in every layer")
     s, bias = sizes(c), c.flag("attention_bias")
     s |= {**uniform_layers(c, s, context), "qkv_bias": bias, "o_bias": bias, "mlp_bias": c.flag("mlp_bias")}
@@ -34,7 +34,7 @@ def arcee(c: Config, context: int) -> Decoder:
 
 
 def jais2(c: Config, context: int) -> Decoder:
-    """Describe Jais 2 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Jais 2, from config.json, for up to `context` positions."""
     c.refuse("layer_types", "sliding_window", why="Jais2ForCausalLM has full attention in every layer")
     s, bias = sizes(c, eps="layer_norm_eps"), c.flag("attention_bias")
     s |= {**uniform_layers(c, s, context), "qkv_bias": bias, "o_bias": bias, "mlp_bias": c.flag("mlp_bias")}

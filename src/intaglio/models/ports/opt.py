@@ -21,7 +21,7 @@ BIOGPT = {
 
 
 def common(c: Config) -> dict[str, Any]:
-    """Arguments of Decoder that OPT and BioGPT share."""
+    """A dict of arguments for Decoder that OPT and BioGPT share."""
     c.table["layer_norm_eps"] = 1e-5  # torch's default, not in the config
     s = layer_norm_sizes(c, "layer_norm_eps")
     sources = {
@@ -35,7 +35,7 @@ def common(c: Config) -> dict[str, Any]:
 
 
 def opt(c: Config, context: int) -> Decoder:
-    """Describe OPT as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes OPT, from config.json, for up to `context` positions."""
     if not c.flag("do_layer_norm_before"):
         raise PortError("config.json: do_layer_norm_before=False is not ported: norms after each addition (OPT-350m)")
     c.refuse("_remove_final_layer_norm", why="the port has a final norm")
@@ -50,7 +50,7 @@ def opt(c: Config, context: int) -> Decoder:
 
 
 def biogpt(c: Config, context: int) -> Decoder:
-    """Describe BioGPT as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes BioGPT, from config.json, for up to `context` positions."""
     s = common(c)
     s["head"] = "output_projection"
     if c.flag("scale_embedding"):

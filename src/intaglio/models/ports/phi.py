@@ -18,7 +18,7 @@ DEFAULTS = {
 
 
 def phi3(c: Config, context: int) -> Decoder:
-    """Describe Phi-3, Phi-3.5 and Phi-4 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Phi-3, Phi-3.5 and Phi-4, from config.json, for up to `context` positions."""
     s, rope = sizes(c), parameters(c)
     if rope["rope_type"] in ("su", "yarn"):  # names early checkpoints gave longrope
         rope["rope_type"] = "longrope"
@@ -29,7 +29,7 @@ def phi3(c: Config, context: int) -> Decoder:
 
 
 def phimoe(c: Config, context: int) -> Decoder:
-    """Describe Phi-3.5-MoE as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Phi-3.5-MoE, from config.json, for up to `context` positions."""
     s, bias, rope = sizes(c), c.flag("attention_bias"), parameters(c)
     if c.whole("num_experts_per_tok") != 2:
         raise PortError(f"config.json: num_experts_per_tok={c.get('num_experts_per_tok')}; SparseMixer chooses 2")
@@ -48,7 +48,7 @@ def phimoe(c: Config, context: int) -> Decoder:
 
 
 def phi(c: Config, context: int) -> Decoder:
-    """Describe Phi-1, 1.5 and 2 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Phi-1, 1.5 and 2, from config.json, for up to `context` positions."""
     s = sizes(c, eps="layer_norm_eps")
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, partial=True)}
     s |= {"layers": (Layer(),) * c.whole("num_hidden_layers"), "norm": "layer", "norm_bias": True, "head_bias": True}

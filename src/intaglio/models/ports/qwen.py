@@ -20,7 +20,10 @@ DEFAULTS = {
 
 
 def windowed(c: Config) -> None:
-    """Set layer_types: a window in the layers from max_window_layers on if use_sliding_window is set, else none."""
+    """Set `layer_types` of the config, if it has none: a window in layers from max_window_layers on, if switched on.
+
+    The switch is use_sliding_window; without it all layers have full attention.
+    """
     n = c.whole("num_hidden_layers")
     first = int(c.get("max_window_layers")) if c.flag("use_sliding_window") else n
     if not c.get("layer_types"):
@@ -28,21 +31,21 @@ def windowed(c: Config) -> None:
 
 
 def qwen2(c: Config, context: int) -> Decoder:
-    """Describe Qwen2 and Qwen2.5 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Qwen2 and Qwen2.5, from config.json, for up to `context` positions."""
     windowed(c)
     s = sizes(c)
     return Decoder(**s, **uniform_layers(c, s, context), norms=PRE, qkv_bias=True)
 
 
 def qwen3(c: Config, context: int) -> Decoder:
-    """Describe Qwen3 dense as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Qwen3 dense, from config.json, for up to `context` positions."""
     windowed(c)
     s, bias = sizes(c), c.flag("attention_bias")
     return Decoder(**s, **uniform_layers(c, s, context), norms=PRE, qk_norm="head", qkv_bias=bias, o_bias=bias)
 
 
 def mixture(c: Config, **shared: Any) -> Mixture:
-    """The mixture of experts of Qwen2-MoE and Qwen3-MoE. shared: arguments of Mixture for a shared expert."""
+    """The Mixture (of experts) of Qwen2-MoE and Qwen3-MoE. shared: arguments of Mixture for a shared expert."""
     return Mixture(
         count=c.whole("num_local_experts", c.get("num_experts")),  # transformers writes either name
         top=c.whole("num_experts_per_tok"), width=c.whole("moe_intermediate_size"),
@@ -57,7 +60,7 @@ def place_experts(c: Config, d: Decoder) -> Decoder:
 
 
 def qwen2_moe(c: Config, context: int) -> Decoder:
-    """Describe Qwen2-MoE as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Qwen2-MoE, from config.json, for up to `context` positions."""
     windowed(c)
     s = sizes(c)
     m = mixture(
@@ -70,7 +73,7 @@ def qwen2_moe(c: Config, context: int) -> Decoder:
 
 
 def qwen3_moe(c: Config, context: int) -> Decoder:
-    """Describe Qwen3-MoE as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Qwen3-MoE, from config.json, for up to `context` positions."""
     c.refuse("use_sliding_window", why="Qwen3-MoE is ported with full attention")
     c.table["sliding_window"] = None
     s, bias = sizes(c), c.flag("attention_bias")
@@ -91,7 +94,7 @@ QWEN3_MOE = {
 
 
 def mellum(c: Config, context: int) -> Decoder:
-    """Describe Mellum 2 as a Decoder, from config.json: a rope for layers with a window and one for full ones."""
+    """The Decoder that describes Mellum 2, from config.json: a rope for layers with a window and one for full ones."""
     n = c.whole("num_hidden_layers")
     sparse_layers = c.get("mlp_layer_types") or ["sparse"] * n
     s, bias = sizes(c), c.flag("attention_bias")
@@ -107,7 +110,7 @@ def mellum(c: Config, context: int) -> Decoder:
 
 
 def flint(c: Config, context: int) -> Decoder:
-    """Describe Flint as a Decoder, from config.json, for up to `context` positions.
+    """The Decoder that describes Flint, from config.json, for up to `context` positions.
 
     Attention sinks; rope in layers with a window only; experts routed by sigmoid.
     """

@@ -13,7 +13,10 @@ from intaglio.program.source import parts_of
 
 
 def mixer(c: Config, fused: bool) -> DeltaMixer:
-    """The gated delta net."""
+    """The DeltaMixer (gated delta net) of the family, from config.json.
+
+    fused: projections are stored as in Qwen3-Next.
+    """
     keys, values = c.whole("linear_num_key_heads"), c.whole("linear_num_value_heads")
     if values % keys:
         raise PortError(f"config.json: linear_num_value_heads={values} is not a multiple of {keys} key heads")
@@ -24,7 +27,10 @@ def mixer(c: Config, fused: bool) -> DeltaMixer:
 
 
 def describe(c: Config, context: int, fused: bool, **more: Any) -> Decoder:
-    """The decoder of the family, without experts. `fused`: projections are stored as in Qwen3-Next."""
+    """The Decoder that describes a model of this family without its experts. fused: as for mixer().
+
+    more: arguments of Decoder that differ.
+    """
     if c.activation() != "silu":
         raise PortError(f"config.json: hidden_act={c.get('hidden_act')!r}; gated delta nets are ported with silu")
     c.refuse("attention_bias", why="gated attention is ported without biases")
@@ -43,7 +49,7 @@ def describe(c: Config, context: int, fused: bool, **more: Any) -> Decoder:
 
 
 def experts(c: Config) -> Mixture:
-    """The mixture, with a gated shared expert."""
+    """The Mixture (of experts) of the family, with a gated shared expert."""
     return Mixture(
         count=c.whole("num_local_experts", c.get("num_experts")), top=c.whole("num_experts_per_tok"),
         width=c.whole("moe_intermediate_size"), sources=NAMED,
@@ -54,17 +60,17 @@ def experts(c: Config) -> Mixture:
 
 
 def qwen3_next(c: Config, context: int) -> Decoder:
-    """The decoder of Qwen3-Next."""
+    """The Decoder that describes Qwen3-Next, from config.json, for up to `context` positions."""
     return place_experts(c, describe(c, context, fused=True, mixture=experts(c)))
 
 
 def qwen3_5(c: Config, context: int) -> Decoder:
-    """The decoder of Qwen3.5 dense; for text its rope has one position per token."""
+    """The Decoder that describes Qwen3.5 dense, from config.json; for text its rope has one position per token."""
     return describe(c, context, fused=False)
 
 
 def qwen3_5_moe(c: Config, context: int) -> Decoder:
-    """The decoder of Qwen3.5 with experts."""
+    """The Decoder that describes Qwen3.5 with experts, from config.json, for up to `context` positions."""
     c.table.setdefault("intermediate_size", c.whole("moe_intermediate_size"))  # no layer is dense
     return sparse(describe(c, context, fused=False, mixture=experts(c)))
 

@@ -21,9 +21,10 @@ KINDS = {
 
 
 def kinds(c: Config, found: Sequence[str]) -> list[str]:
-    """The type of each layer (a value of KINDS), of the types `found` in the config under newer or older names.
+    """A list of the type of each layer (a value of KINDS).
 
-    Raises PortError for an unknown type, or if they are not num_hidden_layers.
+    `found`: the types in the config, which have older names too. Raises PortError for an unknown type, or if they
+    are not num_hidden_layers.
     """
     n = c.whole("num_hidden_layers", len(found))
     if len(found) != n or (unknown := {*found} - KINDS.keys()):
@@ -33,7 +34,7 @@ def kinds(c: Config, found: Sequence[str]) -> list[str]:
 
 
 def ssm(c: Config, inner: int, **more: Any) -> SsmMixer:
-    """The Mamba-2 block of Bamba, Granite 4 and Falcon-H1, from config.json.
+    """The SsmMixer (Mamba-2 block) of Bamba, Granite 4 and Falcon-H1, from config.json.
 
     inner: columns of x. more: fields of SsmMixer that differ. Raises PortError for heads that do not fit.
     """
@@ -53,7 +54,7 @@ def ssm(c: Config, inner: int, **more: Any) -> SsmMixer:
 
 
 def bamba(c: Config, context: int) -> Decoder:
-    """The decoder of Bamba."""
+    """The Decoder that describes Bamba, from config.json, for up to `context` positions."""
     s = sizes(c)
     full = c.get("attn_layer_indices") or []
     usual = ["full_attention" if i in full else "linear_attention" for i in range(c.whole("num_hidden_layers"))]
@@ -67,7 +68,7 @@ def bamba(c: Config, context: int) -> Decoder:
 
 
 def granite_hybrid(c: Config, context: int) -> Decoder:
-    """The decoder of Granite 4: experts beside a shared MLP, or that MLP alone."""
+    """The Decoder that describes Granite 4, from config.json: experts beside a shared MLP, or that MLP alone."""
     width, count = c.whole("shared_intermediate_size"), int(c.get("num_local_experts", 0))
     s = sizes(c)
     s |= {"scale": c.real("attention_multiplier"), "embed_scale": c.real("embedding_multiplier")}
@@ -94,7 +95,10 @@ def granite_hybrid(c: Config, context: int) -> Decoder:
 
 
 def falcon_h1(c: Config, context: int) -> Decoder:
-    """The decoder of Falcon-H1: attention and Mamba-2 side by side in each layer, with multipliers throughout."""
+    """The Decoder that describes Falcon-H1, from config.json, for up to `context` positions.
+
+    Attention and Mamba-2 are side by side in each layer, with multipliers throughout.
+    """
     s = sizes(c)
     c.refuse("attention_bias", why="its projections are scaled, which is not ported with biases")
     inner = c.get("mamba_d_ssm") or int(c.real("mamba_expand") * s["hidden"])
@@ -114,7 +118,7 @@ def falcon_h1(c: Config, context: int) -> Decoder:
 
 
 def jamba(c: Config, context: int) -> Decoder:
-    """The decoder of Jamba: Mamba blocks, attention without positions, and experts in some layers."""
+    """The Decoder that describes Jamba: Mamba blocks, attention without positions, and experts in some layers."""
     s, n = sizes(c), c.whole("num_hidden_layers")
     mixer = ScanMixer(
         inner=int(c.real("mamba_expand") * s["hidden"]), state=c.whole("mamba_d_state"),
@@ -136,7 +140,7 @@ def jamba(c: Config, context: int) -> Decoder:
 
 
 def nemotron_h(c: Config, context: int) -> Decoder:
-    """The decoder of Nemotron-H: each layer is a Mamba-2 block, attention without positions, or an MLP."""
+    """The Decoder that describes Nemotron-H: each layer is a Mamba-2 block, attention without positions, or an MLP."""
     pattern = c.get("hybrid_override_pattern")
     letters = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
     found = c.get("layers_block_type") or c.get("layer_types") or [letters.get(x, x) for x in pattern or "ME*-"]

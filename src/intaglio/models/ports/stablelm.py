@@ -23,7 +23,7 @@ PERSIMMON = {
 
 
 def stablelm(c: Config, context: int) -> Decoder:
-    """Describe StableLM as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes StableLM, from config.json, for up to `context` positions."""
     c.refuse("qk_layernorm", why="a LayerNorm with weights of each head is not ported")
     c.table["head_dim"] = None
     s, parallel = sizes(c, eps="layer_norm_eps"), c.flag("use_parallel_residual")
@@ -33,7 +33,7 @@ def stablelm(c: Config, context: int) -> Decoder:
 
 
 def starcoder2(c: Config, context: int) -> Decoder:
-    """Describe StarCoder 2 as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes StarCoder 2, from config.json, for up to `context` positions."""
     s, bias = sizes(c, eps="norm_epsilon"), c.flag("use_bias")
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context)}
     slide = c.whole("sliding_window") if c.get("sliding_window") else 0
@@ -44,7 +44,7 @@ def starcoder2(c: Config, context: int) -> Decoder:
 
 
 def persimmon(c: Config, context: int) -> Decoder:
-    """Describe Persimmon as a Decoder, from config.json, for up to `context` positions."""
+    """The Decoder that describes Persimmon, from config.json, for up to `context` positions."""
     c.table |= {"head_dim": None, "num_key_value_heads": None}
     s = sizes(c, eps="layer_norm_eps")
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, partial=True)}

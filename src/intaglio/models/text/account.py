@@ -63,7 +63,7 @@ OWN_WAY = "a way of generating that is transformers' own; requests say how their
 
 
 def judge_tokenizer(path: Path) -> list[Fate]:
-    """The Fate (used or ignored, and why) of each key in a folder's tokenizer files and generation_config.json."""
+    """A list with the Fate (used or ignored) of each key in a folder's tokenizer files and generation_config.json."""
     out: list[Fate] = []
     held = {name: read_json(path / name) for name in FILES if name.endswith(".json") and (path / name).exists()}
     modern = "added_tokens_decoder" in held.get("tokenizer_config.json", {})

@@ -44,7 +44,10 @@ class TokenizerFiles:
 
 
 def read_files(path: Path) -> TokenizerFiles:
-    """Read a checkpoint folder's tokenizer. Raises TokenizerError naming the file that is missing or damaged."""
+    """Read a checkpoint folder's tokenizer and config files and return their contents as TokenizerFiles.
+
+    Raises TokenizerError naming the file that is missing or damaged.
+    """
     if not (path / "tokenizer.json").exists():
         other = sorted(f.name for f in path.glob("*token*")) if path.is_dir() else []
         hint = f"; {path} has {', '.join(other)}: convert with transformers' AutoTokenizer" if other else ""

@@ -31,11 +31,11 @@ HELD = 16  # ids held back at most: a character has 4 bytes, so that many withou
 
 @dataclass
 class Stream:
-    """Streaming decoder of one sequence: `push(token)` returns the text that is now certain, `end()` the rest.
+    """Streaming decoder of one sequence's tokens to text.
 
-    A token's text may depend on its neighbours, so each call decodes a short tail of the ids with and without the new
-    ones and returns the difference. Text that ends inside a character is held back. hidden: ids that leave no text;
-    None: all special tokens.
+    push(token) returns the text that is now certain, end() the rest. A token's text may depend on its neighbours,
+    so each call decodes a short tail of the ids with and without the new ones and returns the difference. Text that
+    ends inside a character is held back. hidden: ids that leave no text; None: all special tokens.
     """
 
     tokenizer: Tokenizer
@@ -116,9 +116,10 @@ class Tokenizer:
         return (self.templates.get(TOOLS) if tools else None) or self.templates.get(DEFAULT) or None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of a text. special: add the special tokens that the tokenizer adds to a text, such as bos.
+        """A list of the token ids of a text.
 
-        The text of a special token, where it occurs in `text`, becomes that token.
+        The text of a special token, where it occurs in `text`, becomes that token. special: add the special
+        tokens that the tokenizer adds to a text, such as bos.
         """
         return list(self.inner.encode(text, add_special_tokens=special).ids)
 
@@ -149,7 +150,7 @@ class Tokenizer:
         return replace(self, templates={DEFAULT: source})
 
     def fits(self, vocabulary: int) -> None:
-        """Raise TokenizerError if a token of the base vocabulary has an id of `vocabulary` or above.
+        """Raise TokenizerError if a token of the base vocabulary has an id of `vocabulary` or above; return nothing.
 
         Added tokens, such as those for images, may have higher ids: check_ids() refuses a prompt that uses one.
         """
@@ -172,10 +173,10 @@ class Tokenizer:
             )
 
     def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """Render a chat to prompt text with the checkpoint's template. `extra`: further variables, such as tools.
+        """Render a chat with the checkpoint's template and return the prompt's text.
 
-        Encode the text with special=False, since templates write bos themselves. Raises TokenizerError if there is no
-        template, or if it refuses these messages.
+        `extra`: further variables, such as tools. Encode the text with special=False, since templates write bos
+        themselves. Raises TokenizerError if there is no template, or if it refuses these messages.
         """
         template = self.template_for(tools=extra.get("tools") is not None)
         if template is None and self.templates:
@@ -231,7 +232,7 @@ def _eos(named: Any, usual: int | None) -> tuple[int, ...]:
 
 @cache
 def _compiled(source: str) -> jinja2.Template:
-    """Compile a chat template in the sandbox that transformers uses: same settings, filters and functions."""
+    """The compiled chat template, in the sandbox that transformers uses: same settings, filters and functions."""
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )

@@ -18,7 +18,7 @@ Entry = Mapping[str, Any]
 
 
 def write_engine(engine: Engine) -> dict[str, Any]:
-    """Journal fields of an engine: Program hash, sizes of the state and options.
+    """A dict of the journal fields of an engine: Program hash, sizes of the state and options.
 
     Replay compares them with its own engine's.
     """
@@ -38,7 +38,7 @@ def write_event(event: Event) -> list[Any]:
 
 
 def write_failure(error: Exception) -> str:
-    """The error of a failed launch as text, for the journal."""
+    """Text of the error of a failed launch, for the journal."""
     return f"lost: {error}" if isinstance(error, DeviceLost) else f"{type(error).__name__}: {error}"
 
 

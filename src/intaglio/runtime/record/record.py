@@ -39,7 +39,7 @@ class Recorder:
         self.seed = 0
 
     def clock(self, inner: Callable[[], float]) -> Callable[[], float]:
-        """Wrap a clock so that its readings are recorded."""
+        """A clock that reads the clock `inner` and records its readings."""
 
         def read() -> float:
             self.readings.append(inner())
@@ -48,11 +48,11 @@ class Recorder:
         return read
 
     def executable(self, inner: Executable) -> Executable:
-        """Wrap an executable so that the outcome of each launch is recorded."""
+        """An executable that runs on `inner` and records the outcome of each launch."""
         return RecordedExecutable(inner, self.launches)
 
     def restart(self, inner: Callable[[], Executable]) -> Callable[[], Executable]:
-        """Wrap a restart so that its outcome is recorded, and the executables it returns are wrapped too."""
+        """A restart that calls `inner` and records its outcome, and the launches of the executables it returns."""
 
         def load() -> Executable:
             self.restarts.append(False)
@@ -63,17 +63,17 @@ class Recorder:
         return load
 
     def rng(self, inner: Rng) -> Rng:
-        """Wrap a random number generator so that its last number is recorded."""
+        """A random number generator that draws from `inner` and records the last number."""
         return RecordedRng(inner, self)
 
     def take_readings(self) -> list[float]:
-        """Return and clear the clock readings."""
+        """The clock readings since the last call, in seconds; they are cleared."""
         readings = self.readings.copy()
         self.readings.clear()
         return readings
 
     def take_outcomes(self) -> dict[str, Any]:
-        """Return and clear the outcomes of launches and restarts."""
+        """The outcomes of launches and restarts since the last call, as journal fields; they are cleared."""
         outcomes = {"launches": self.launches.copy(), "restarts": self.restarts.copy()}
         self.launches.clear()
         self.restarts.clear()

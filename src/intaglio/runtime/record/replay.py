@@ -85,10 +85,10 @@ class RecordedSeeds:
 def replay(
     entries: Iterable[Entry], load: Callable[[], Executable], revive: Callable[[Request], Request] = lambda r: r
 ) -> Replayed:
-    """Replay a journal on executables from `load()`, stopping at the first difference.
+    """Replay a journal on executables from `load()`, stopping at the first difference. Returns the Replayed.
 
-    revive: function from a recorded Request to one with its `stop_checker` and `matcher` recreated. Raises JournalError
-    if the journal does not begin with an engine, or the executable has another Program or pool size.
+    revive: function from a recorded Request to one with its `stop_checker` and `matcher` recreated. Raises
+    JournalError if the journal does not begin with an engine, or the executable has another Program or pool size.
     """
     player = Player(load, revive)
     for number, entry in enumerate(entries):
@@ -208,10 +208,7 @@ def _admission(refused: str | None) -> str:
 
 
 def _difference(now: list[list[Any]], then: list[list[Any]]) -> str | None:
-    """The first difference between the replay's events (`now`) and the journal's (`then`), as text.
-
-    None without one.
-    """
+    """Text of the first difference between the replay's events (`now`) and the journal's (`then`); None without one."""
     for a, b in zip(now, then, strict=False):
         if a != b:
             recorded, replayed = ("request {}, choice {}, token {}, end {}".format(*event) for event in (b, a))

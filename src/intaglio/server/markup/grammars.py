@@ -82,7 +82,7 @@ def call_grammar(
 
 
 def after_reasoning(thinking: Thinking, special: Mapping[str, int]) -> str:
-    """Lark grammar of an output that begins inside reasoning: any text, the mark that ends it, and then @answer.
+    """The Lark grammar, as text, of an output that begins inside reasoning: any text, its end mark, then @answer.
 
     @answer stands for the grammar of the answer. special: the tokenizer's special tokens by text.
     """
@@ -92,7 +92,7 @@ def after_reasoning(thinking: Thinking, special: Mapping[str, int]) -> str:
 
 
 def after_analysis(special: Mapping[str, int]) -> str:
-    """Lark grammar of a harmony output: messages on the channel analysis, and then @answer as the final message."""
+    """The Lark grammar, as text, of a harmony output: messages on the channel analysis, then a final one, @answer."""
     m = {text: _mark(text, special) for text in harmony.MARKS}
     channel, message, start = m[harmony.CHANNEL], m[harmony.MESSAGE], m[harmony.START]
     return "\n".join(

@@ -14,7 +14,10 @@ MARKS = (CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
 
 
 def harmony(s: Source, tools: Tools) -> Steps[None]:
-    """Parse a whole output in harmony format. The output may begin inside a message whose header is in the prompt."""
+    """Parse a whole output in harmony format and yield its parts.
+
+    The output may begin inside a message whose header is in the prompt.
+    """
     role: Role = "content"
     while True:
         while s.waits_for(*MARKS, " to="):

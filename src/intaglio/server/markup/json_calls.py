@@ -127,10 +127,10 @@ def _members(s: Source, depth: int, begin: str, end: str) -> Pieces[bool]:
 
 
 def call(s: Source, known: Tools | None = None) -> Steps[bool]:
-    """Parse one call, {"name": ..., "arguments": ...}; other keys are skipped.
+    """Parse one call, {"name": ..., "arguments": ...}, and yield its parts. Other keys are skipped.
 
-    known: if given, the name must be one of these tools. Returns True if a call was begun, even if its arguments are
-    cut off.
+    known: if given, the name must be one of these tools. Returns True if a call was begun, even if its arguments
+    are cut off.
     """
     if not (yield from blanks(s)) or s.held[0] != "{":
         return False
@@ -179,9 +179,9 @@ def call(s: Source, known: Tools | None = None) -> Steps[bool]:
 
 
 def arguments(s: Source) -> Pieces[bool]:
-    """Parse a call's arguments and yield them as the text of a JSON object; null becomes {}.
+    """Parse a call's arguments and yield them as pieces of the text of a JSON object; null becomes {}.
 
-    Accepts an object, null, or a string that contains an object. Returns False for anything else.
+    Accepts an object, null, or a string that contains an object. Returns True for these, False for anything else.
     """
     if not (yield from blanks(s)):
         return False
@@ -203,9 +203,10 @@ def arguments(s: Source) -> Pieces[bool]:
 
 
 def calls(s: Source, known: Tools | None = None, joined: str = "") -> Steps[bool]:
-    """Parse one call or a JSON list of calls. Returns True if at least one was begun.
+    """Parse one call or a JSON list of calls, and yield their parts. Returns True if at least one was begun.
 
-    known: tools that a call may name; None: any. joined: separator of several calls outside a list; "": only one call.
+    known: tools that a call may name; None: any. joined: separator of several calls outside a list; "": only one
+    call.
     """
     if not (yield from blanks(s)):
         return False
@@ -245,9 +246,9 @@ def _text(text: str) -> Pieces[bool]:
 
 
 def plain(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse calls without delimiters around them: JSON objects separated by `;`, or a JSON list.
+    """Parse calls without delimiters around them, and yield their parts. Returns True if a call was begun.
 
-    Returns True if a call was begun.
+    They are JSON objects separated by `;`, or a JSON list.
     """
     return (yield from calls(s, None if opener else tools, ";"))
 
@@ -267,7 +268,7 @@ def enclosed(end: str, *more: str) -> Reading:
 
 
 def peek_call(s: Source) -> Generator[None, None, bool]:
-    """True if another call follows, on the next line or after a comma; consumes what separates it from the last."""
+    """Consume what separates another call from the last: a line break or a comma. Returns False if no call follows."""
     while not s.last and not s.held.lstrip(" \n,"):
         yield None
     text = s.held.lstrip(" \n,")

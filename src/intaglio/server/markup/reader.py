@@ -61,7 +61,7 @@ class Reader:
         self.ended = False
 
     def feed(self, text: str, last: bool = False) -> list[Part]:
-        """Add text and return the parts that are now certain.
+        """Add text and return a list of the parts that are now certain.
 
         `last`: no more text follows, so all the rest is returned.
         """
@@ -190,5 +190,5 @@ def begins_inside(prompt: str, thinking: Thinking | None) -> bool:
 
 
 def parameters(tools: list[Tool]) -> dict[str, dict[str, Any]]:
-    """{tool name: JSON schema of its arguments}."""
+    """A dict from a tool's name to the JSON schema of its arguments."""
     return {t.function.name: t.function.parameters or {"type": "object"} for t in tools}

@@ -188,7 +188,7 @@ def raw(s: Source, mark: str, follow: tuple[str, ...]) -> Pieces[bool]:
 
 
 def types(schema: Any, root: Mapping[str, Any]) -> set[str]:
-    """The JSON types that an argument's schema allows; {"string"} if it names none.
+    """The set of JSON types that an argument's schema allows; {"string"} if it names none.
 
     root: schema that $ref points into.
     """
@@ -214,7 +214,7 @@ def types(schema: Any, root: Mapping[str, Any]) -> set[str]:
 
 
 def typed(text: str, kinds: set[str]) -> Any:
-    """Convert an argument's text to a value of one of the JSON types `kinds`, or return the text if none fits."""
+    """An argument's text as a value of one of the JSON types `kinds`; the text itself if it fits none."""
     text = text.strip() if kinds != {"string"} else text
     for parse in (json.loads, ast.literal_eval):
         try:

@@ -32,7 +32,7 @@ def capped(s: np.ndarray, softcap: float) -> np.ndarray:
 
 
 def masked(i: Any, s: np.ndarray) -> np.ndarray:
-    """Attention scores [rows, n] (float64) from the products `s` of queries and keys, by the fields of instruction `i`.
+    """Attention scores [rows, n] in float64 of the products `s` of queries and keys, by the fields of instruction `i`.
 
     Products are scaled, capped, multiplied by the temperature 1 + temper * ln(1 + floor((position + 1) / every)) of
     the query's position (with `from_zero`, without the + 1), biased by slope * (key position - query position), and
@@ -67,10 +67,11 @@ def online_softmax(
 class Softmax(Instruction, engine="VEC", opcode=0x38):
     """One step of the online softmax (Milakov & Gimelshein 2018): p = exp(softcap(scores * scale) + mask - new m).
 
-    Updates the running maximum m and sum l; alpha is the factor that rescales sums made with the old m. scores f32 [q,
-    n] in accumulators; m, l, alpha f32 [q, 1]. Row r is the query at position query + r // pack; column j is the key at
-    position key + j, and is masked if j >= keys. With `temper`, scores are multiplied by 1 + temper * ln(1 +
-    floor((position + 1) / every)), with `from_zero` without the + 1. slope * (key position - query position) is added.
+    Updates the running maximum m and sum l; alpha is the factor that rescales sums made with the old m. scores f32
+    [q, n] in accumulators; m, l, alpha f32 [q, 1]. Row r is the query at position query + r // pack; column j is
+    the key at position key + j, and is masked if j >= keys. With `temper`, scores are multiplied by 1 + temper *
+    ln(1 + floor((position + 1) / every)), with `from_zero` without the + 1. slope * (key position - query position)
+    is added.
     """
 
     p: Region

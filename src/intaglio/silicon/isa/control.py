@@ -13,7 +13,7 @@ from intaglio.silicon.memory import CoreMemory, MachineError, Region
 
 @dataclass(frozen=True, kw_only=True)
 class Check(Instruction, engine="SEQ", opcode=0x60):
-    """Trap (MachineError) if `src` holds NaN or infinity."""
+    """Raise a trap (MachineError) if `src` holds NaN or infinity."""
 
     src: Region
     writes = ()

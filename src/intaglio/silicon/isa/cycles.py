@@ -1,4 +1,4 @@
-"""Cycles of one core's engines: the matrix array, the vector lanes, the fused attention engine.
+"""Cycle counts of one core's engines: the matrix array, the vector lanes, the fused attention engine.
 
 Sizes are numbers or NumPy arrays that broadcast, so that one call evaluates every tiling of a product.
 """
@@ -14,7 +14,7 @@ from intaglio.chips import ChipSpec, Target
 
 
 def matmul_cycles(target: Target, m: Any, n: Any, k: Any, format: str) -> Any:
-    """Cycles of one core's matrix array for [m, k] times [k, n] in `format`.
+    """Number of cycles of one core's matrix array for [m, k] times [k, n] in `format`.
 
     The longer of: multiply-accumulates, with m, n, k rounded up to the array's shape; and operand bytes, written to
     SRAM once and read once. Divided by the library's efficiency, KernelLibrary.mxu_efficiency.

@@ -78,18 +78,18 @@ class Instruction:
         raise NotImplementedError
 
     def cost(self, target: Target) -> Cost:
-        """The cost of the instruction on a target."""
+        """The Cost of the instruction on a target."""
         raise NotImplementedError
 
     def shapes(self) -> Shapes:
-        """The (rows, columns) that each region field must have; those not named may have any.
+        """{region field: (rows, columns)} that the region fields must have; those not named may have any shape.
 
         A string stands for a size that is equal wherever it occurs in this instruction.
         """
         raise NotImplementedError
 
     def regions(self, written: bool) -> Iterator[Region]:
-        """The memory regions that the instruction writes (written=True) or reads."""
+        """The memory regions that the instruction writes (written=True) or reads, as an iterator."""
         for name in region_fields(type(self)):
             r = getattr(self, name)
             if r is not None and (
@@ -162,7 +162,10 @@ def _unpack(kind: Any, word: bytes, offset: int) -> tuple[Any, int]:
 
 
 def encode(i: Instruction) -> bytes:
-    """Encode an instruction in WORD bytes: opcode, wait counters, then the fields in order. Raises MachineError."""
+    """The WORD bytes that encode an instruction: opcode, wait counters, then the fields in order.
+
+    Raises MachineError.
+    """
     word = struct.pack(f"<B{len(ENGINES)}I", i.opcode, *i.wait)
     word += b"".join(_pack(kind, getattr(i, name)) for name, kind in own_fields(type(i)))
     if len(word) > WORD:
@@ -171,7 +174,7 @@ def encode(i: Instruction) -> bytes:
 
 
 def decode(word: bytes) -> Instruction:
-    """Decode an instruction from WORD bytes. Raises MachineError for an unknown opcode."""
+    """The instruction that WORD bytes encode. Raises MachineError for an unknown opcode."""
     opcode, *wait = struct.unpack_from(f"<B{len(ENGINES)}I", word)
     if opcode not in OPCODES:
         raise MachineError(f"unknown opcode {opcode:#x}; known: {', '.join(f'{code:#x}' for code in sorted(OPCODES))}")
@@ -202,7 +205,10 @@ def _text(value: Any) -> str:
 
 
 def assemble(line: str) -> Instruction:
-    """Parse a line that disassemble() wrote. Raises MachineError for an unknown instruction or field."""
+    """The instruction that a line of disassemble() stands for.
+
+    Raises MachineError for an unknown instruction or field.
+    """
     head, _, after = line.partition(" after ")
     _, name, *parts = head.split()
     if name not in REGISTRY:

@@ -41,7 +41,7 @@ bytes from row to row, and number format ({formats}).
 
 
 def page() -> str:
-    """The page in Markdown, ordered by engine and opcode."""
+    """The text of docs/isa.md in Markdown, ordered by engine and opcode."""
     what = "; ".join(f"{e} ({ENGINE_ROLES[e]})" for e in ENGINES)
     out = [
         HEAD.format(engines=len(ENGINES), what=what, word=WORD, spaces=", ".join(SPACES), formats=", ".join(FORMATS))
@@ -55,7 +55,7 @@ def page() -> str:
 
 
 def section(cls: type[Instruction]) -> str:
-    """Markdown section of one instruction: name, opcode, docstring, table of fields."""
+    """The Markdown section of one instruction, as text: name, opcode, docstring, table of fields."""
     meaning = " ".join((cls.__doc__ or "").split())
     default = {f.name: f.default for f in fields(cls)}
     rows = [
@@ -76,7 +76,7 @@ def type_name(kind: Any) -> str:
 
 
 def access_or_default(cls: type[Instruction], name: str, kind: Any, default: Any) -> str:
-    """Last column of the table: for a region "read", "written" or "updated" (both); for another field its default."""
+    """Text of the table's last column: for a region "read", "written" or "updated" (both), else the field's default."""
     if kind is Region or Region in get_args(kind):
         return ("updated" if name in cls.updates else "written") if name in cls.writes else "read"
     return "" if default is MISSING or default == () else f"`{default}`" if default != "" else "none"

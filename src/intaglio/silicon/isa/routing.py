@@ -19,7 +19,10 @@ from intaglio.silicon.memory import CoreMemory, MachineError, Region
 
 
 def rounds_cycles(chip: ChipSpec, n: Any, rounds: int, rows: int) -> Any:
-    """Cycles of `rounds` maximum searches over n values in `rows` rows: one compare a value, a tree reduction a row."""
+    """Number of cycles of `rounds` maximum searches over n values in `rows` rows.
+
+    Each search takes one compare for each value and a tree reduction for each row.
+    """
     return rounds * (vector_cycles(chip, n) + rows / chip.vec_lanes * np.log2(chip.vec_lanes))
 
 
@@ -181,7 +184,7 @@ class Group(Instruction, engine="VEC", opcode=0x49):
         mem.write(self.counts, np.bincount(ids, minlength=held + 1)[None, :held])
 
     def cost(self, target: Target) -> Cost:
-        """Cycles of a counting sort: count, prefix sum, then write each index to its expert's rows."""
+        """The Cost of a counting sort: count, prefix sum, then write each index to its expert's rows."""
         return Cost(cycles=float(vector_cycles(target.chip, 4 * self.ids.cols + 2 * self.counts.cols)))
 
 

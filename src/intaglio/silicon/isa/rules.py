@@ -1,4 +1,4 @@
-"""Rules for single instructions: a chip refuses those it does not have, wrong memories and wrong shapes."""
+"""Rules for single instructions: a chip refuses an instruction that it lacks, or with a wrong memory or shape."""
 
 from __future__ import annotations
 

@@ -65,5 +65,8 @@ class SoftmaxStep(Instruction, engine="VEC", opcode=0x3B):
 
 
 def step_cycles(chip: ChipSpec, n: Any, capped: bool = False) -> Any:
-    """Cycles for n scores. Rescaling the sums takes none: the accumulators' write port does it at the same time."""
+    """Number of cycles for n scores.
+
+    Rescaling the sums takes none: the accumulators' write port does it at the same time.
+    """
     return vector_cycles(chip, (PASS_OPS + 2 * capped) * n, n * (1 + capped))

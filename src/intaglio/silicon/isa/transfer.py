@@ -12,7 +12,10 @@ from intaglio.silicon.memory import CoreMemory, MachineError, Region
 
 
 def hbm_cost(chip: ChipSpec, r: Region, store: bool) -> Cost:
-    """Cost of a transfer of `r` between HBM and a core. A load has HBM's latency; a store has none (posted write)."""
+    """The Cost of a transfer of `r` between HBM and a core.
+
+    A load has HBM's latency; a store has none (posted write).
+    """
     return Cost(bytes=r.nbytes, resource="hbm", latency_s=0.0 if store else chip.constants.hbm_latency_s)
 
 

@@ -1,6 +1,7 @@
 """Chip kernels: one file for each op, with a class that times the op on a chip and writes its instruction streams.
 
-Importing this package imports every module in it, so that each registers its kernel.
+kernel.py has their base class and registry; product.py, rows.py, tiled.py and chip_memory.py what several kernels
+share. Importing this package imports every module in it, so that each registers its kernel.
 """
 
 from importlib import import_module

@@ -32,7 +32,10 @@ from intaglio.silicon.timing import Timing
 @chip_kernel(Attend)
 @dataclass(frozen=True)
 class AttendKernel(ChipKernel):
-    """Timing and instruction streams of `attend`. A job is a tile of queries of one head of one sequence."""
+    """Chip kernel of `attend`: timing and instruction streams.
+
+    A job is a tile of queries of one head of one sequence.
+    """
 
     heads: Heads
 
@@ -215,7 +218,7 @@ def decode_seconds(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, 
 
 @lru_cache(maxsize=16384)
 def attend_timing(target: Target, h: Heads, batch: ChunkCounts) -> Timing:
-    """Timing of one `attend` over all chunks of a batch: those with several queries first, then those with one."""
+    """The Timing of one `attend` over all chunks of a batch: those with several queries first, then those with one."""
     chip, lib = target.chip, target.library
     prefill, decode = tuple(p for p in batch if p[0] > 1), tuple(p for p in batch if p[0] == 1)
     seconds, compute, choices = lib.launch_s + chip.constants.hbm_latency_s, 0.0, []
@@ -248,7 +251,10 @@ def scored_pairs(q: int, keys: int, window: int) -> float:
 
 
 def largest_tile(target: Target, d: int, dv: int, keys: int) -> tuple[int, int]:
-    """Queries and keys (at most `keys`) of the largest tile that fits accumulators (sums, scores) and SRAM (rings)."""
+    """(queries, keys) of the largest tile that fits accumulators (sums, scores) and SRAM (rings).
+
+    keys: upper limit of its keys.
+    """
     chip, rows = target.chip, max(target.library.query_tiles)
     while rows > 1 or keys > 1:
         sram = 4 * (rows * (d + 2 * dv + 2 * keys + 64) + keys * (3 * d + 3 * dv + 4))
@@ -282,10 +288,10 @@ def key_parts(op: Attend) -> list[str]:
 
 
 def query_tiles(op: Attend, batch: Batch, s: int, rows: int) -> list[slice]:
-    """The queries of sequence `s`, as slices of at most `rows`.
+    """A list of the queries of sequence `s`, as slices of at most `rows`.
 
-    With chunked attention (op.chunk) no tile crosses a chunk boundary, so that all queries of a tile see the same first
-    key.
+    With chunked attention (op.chunk) no tile crosses a chunk boundary, so that all queries of a tile see the same
+    first key.
     """
     n, end = int(batch.q_len[s]), int(batch.context_len[s])
     edges = [i for i in range(1, n) if op.chunk and (end - n + i) % op.chunk == 0]
@@ -294,7 +300,7 @@ def query_tiles(op: Attend, batch: Batch, s: int, rows: int) -> list[slice]:
 
 
 def slots_of(batch: Batch, s: int, span: slice) -> np.ndarray:
-    """K/V slots of the positions `span` of sequence `s`, int64."""
+    """The K/V slots of the positions `span` of sequence `s`, an int64 array."""
     at = np.arange(span.start, span.stop)
     return batch.block_table[s, at // batch.block_size].astype(np.int64) * batch.block_size + at % batch.block_size
 
@@ -353,7 +359,7 @@ def attend_tile(
     mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, op: Attend, q: Region,
     state: tuple[Region, Region, Region], keys: Region, values: Region, how: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Emit the instructions for one tile of keys, which update `state` (the regions of sums, m, l).
+    """Emit the instructions for one tile of keys, which update `state` (the regions of sums, m, l). Returns nothing.
 
     These are Attend on a chip with the fused engine, else Matmul, Softmax, Rescale (or SoftmaxStep), Matmul. `how`:
     position fields of the instructions.

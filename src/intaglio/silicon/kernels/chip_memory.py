@@ -56,7 +56,7 @@ class ChipMemory:
         self.regions: dict[str, Region | QuantisedRegion] = {}
 
     def put(self, name: str, value: Value, bits: int = 8) -> None:
-        """Store a value under a name. `bits`: width of integer codes, if the value is quantised to integers."""
+        """Store a value in HBM under a name. `bits`: width of integer codes, if the value is quantised to integers."""
         if isinstance(value, Quantised):
             value = Quantised(as_matrix(value.codes), as_matrix(value.scales), value.group)
             codes = self._write(value.codes, "e4m3" if value.codes.dtype == E4M3 else f"int{bits}")
@@ -73,7 +73,7 @@ class ChipMemory:
         return region
 
     def allocate(self, name: str, rows: int, cols: int, format: str) -> Region:
-        """Allocate an unwritten [rows, cols] matrix for a result under a name."""
+        """Allocate an unwritten [rows, cols] matrix for a result under a name, and return its region."""
         region = self.heap.allocate(rows, cols, format)
         self.regions[name] = region
         return region
@@ -99,7 +99,7 @@ class ChipMemory:
         return None if name is None else self.region(name)
 
     def read(self, name: str) -> np.ndarray:
-        """Values [rows, cols] of an unquantised tensor."""
+        """The values of an unquantised tensor, as an array [rows, cols]."""
         return self.hbm.read(self.region(name))
 
     def put_indices(self, values: Sequence[int] | np.ndarray) -> Region:
@@ -114,7 +114,7 @@ class ChipMemory:
         return self._write(values.astype(np.float32).reshape(1, -1), "f32")
 
     def run(self, streams: Sequence[Stream]) -> RunResult:
-        """Execute instruction streams on this chip alone and return the result. Raises MachineError."""
+        """Execute instruction streams on this chip alone and return the RunResult. Raises MachineError."""
         return Machine(self.target, {0: self.hbm} if self.values else None, l2={0: self.l2}).run(streams)
 
 

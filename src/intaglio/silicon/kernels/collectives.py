@@ -46,7 +46,7 @@ SUM = (("operand", "a"), ("operand", "b"), ("binary", "+"))
 @chip_kernel(AllReduce, AllGather, ReduceScatter, AllToAll)
 @dataclass(frozen=True)
 class CollectiveKernel(ChipKernel):
-    """Timing of a collective over `ranks` chips; run_collective() writes its streams."""
+    """Chip kernel of a collective over `ranks` chips: its timing. run_collective() writes its streams."""
 
     kind: str
     rows: int | str  # of the whole tensor
@@ -72,7 +72,7 @@ class CollectiveKernel(ChipKernel):
 @chip_kernel(Send)
 @dataclass(frozen=True)
 class SendKernel(CollectiveKernel):
-    """Timing of a message [rows, width] from one chip to another, as a collective of two chips."""
+    """Chip kernel of `send`: timing of a message [rows, width] between two chips, as a collective of the two."""
 
     @classmethod
     def of(cls, op: Send, t: Tensors) -> SendKernel:  # type: ignore[override]
@@ -87,7 +87,7 @@ class SendKernel(CollectiveKernel):
 @chip_kernel(Recv)
 @dataclass(frozen=True)
 class RecvKernel(ChipKernel):
-    """Timing of a receive: zero seconds, since a message is timed at its sender."""
+    """Chip kernel of `recv`: timing of zero seconds, since a message is timed at its sender."""
 
     @classmethod
     def of(cls, op: Recv, t: Tensors) -> RecvKernel:
@@ -120,7 +120,7 @@ class Network:
 
 
 def links_used(chip: ChipSpec, op: str, chips: int) -> int:
-    """How many links of a chip one link of the modelled topology stands for.
+    """Number of links of a chip that one link of the modelled topology stands for.
 
     On a switch all of them. On k44 one, since each leads to another chip. On a torus two in each dimension that the
     group spans; half of that for all_to_all and send, whose routes use both directions of the ring.
@@ -211,9 +211,10 @@ def link_traffic(network: Network, op: str, algorithm: str) -> float:
 
 @lru_cache(maxsize=65536)
 def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing:
-    """Timing of a collective of a tensor of `moved` bytes over `chips` chips, with the fastest algorithm and protocol.
+    """The Timing of a collective of a tensor of `moved` bytes over `chips` chips, by the fastest algorithm.
 
-    Raises ChipError for an unknown collective, and for more chips than one network connects.
+    The fastest protocol is used too. Raises ChipError for an unknown collective, and for more chips than one
+    network connects.
     """
     chip = target.chip
     if op not in OPS:
@@ -372,7 +373,7 @@ class CollectiveRun:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The schedule to execute: one that sums in order of rank."""
+        """The Schedule to execute: one that sums in order of rank."""
         return collectives.schedule(self.op.kind, "one_shot" if isinstance(self.op, AllReduce) else "direct", self.n)
 
     @cached_property

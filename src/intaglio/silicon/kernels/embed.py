@@ -19,7 +19,7 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Embed)
 @dataclass(frozen=True)
 class EmbedKernel(RowsKernel):
-    """Timing and streams of `embed`: gathers rows in the table's format, converts them to f32 and scales them."""
+    """Chip kernel of `embed`: gathers rows in the table's format, converts them to f32 and scales them."""
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Embed, t: Tensors, batch: Batch) -> list[Stream]:

@@ -39,7 +39,7 @@ SCALED = (("operand", "a"), ("operand", "b"), ("binary", "*"))
 @chip_kernel(Experts)
 @dataclass(frozen=True)
 class ExpertsKernel(ChipKernel):
-    """Timing and streams of `experts` on a chip that holds `held` experts [inner, hidden]. Timed with even routing."""
+    """Chip kernel of `experts` on a chip that holds `held` experts [inner, hidden]. Timed with even routing."""
 
     top: int
     held: int
@@ -110,11 +110,11 @@ class TileMenu:
 
 
 def tile_menu(library: KernelLibrary, tokens: int, experts: int, eight_bit: bool) -> TileMenu:
-    """The tiles that the library's kernel chooses from, for a step of `tokens` tokens.
+    """The TileMenu that the library's kernel chooses from, for a step of `tokens` tokens.
 
     A statically scheduled chip chooses the best of all, and so does a kernel tuned for 8-bit formats. A serving
-    engine's bf16 kernel follows a heuristic: vLLM's get_default_config, of an older version ("by_experts") or of 0.17
-    ("by_tokens").
+    engine's bf16 kernel follows a heuristic: vLLM's get_default_config, of an older version ("by_experts") or of
+    0.17 ("by_tokens").
     """
     if eight_bit or library.expert_tiles == "best":
         return TileMenu(library.expert_rows, library.expert_columns, library.burst_bytes)
@@ -127,7 +127,7 @@ def tile_menu(library: KernelLibrary, tokens: int, experts: int, eight_bit: bool
 def grouped_timing(
     target: Target, tokens: int, counts: np.ndarray, n: int, k: int, x_format: str, w_format: str, w_bits: float
 ) -> Timing:
-    """Timing of one grouped product: counts[e] rows [k] times w[e] [n, k], for every expert e with rows."""
+    """The Timing of one grouped product: counts[e] rows [k] times w[e] [n, k], for every expert e with rows."""
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
     run = max(chip.runs_as(x_format), chip.runs_as(w_format), key=formats.bits)
     widened = w_format == "e4m3" and lib.fp8_dequant_ops > 0  # FP8 weights are converted to BF16 in software
@@ -180,10 +180,11 @@ def experts_timing(
     target: Target, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
     x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True,
 ) -> Timing:  # fmt: skip
-    """Timing of a layer of routed experts on one rank, which holds experts with `counts` rows each.
+    """The Timing of a layer of routed experts on one rank, which holds experts with `counts` rows each.
 
-    The bf16 kernels of activation and combination process all tokens * top_k routed rows, those of 8-bit formats only
-    the rank's own. `w_bits`: bits a weight with its scales, 0 for those of `w_format`. `gated`: experts have a gate.
+    The bf16 kernels of activation and combination process all tokens * top_k routed rows, those of 8-bit formats
+    only the rank's own. `w_bits`: bits a weight with its scales, 0 for those of `w_format`. `gated`: experts have a
+    gate.
     """
     chip, lib, sides = target.chip, target.library, 2 if gated else 1
     w_bits = w_bits or formats.bits(w_format)
@@ -220,7 +221,7 @@ class GatheredOperands(Operands):
         self.factors: Region | None = None
 
     def select_rows(self, rows: Region, weights: Region | None, weight_rows: Region) -> None:
-        """From now on gather the rows of x numbered in `rows` [1, n].
+        """Set the rows of x that are gathered from now on: those numbered in `rows` [1, n].
 
         With `weights` [N, 1], each is multiplied by the weight whose row is given in `weight_rows`.
         """
@@ -246,7 +247,7 @@ Block = tuple[int, slice]  # an expert, and a slice of the rows sorted by expert
 
 
 def blocks(counts: np.ndarray, rows: int) -> list[Block]:
-    """(expert, slice of at most `rows` rows) pairs that cover the rows sorted by expert.
+    """A list of (expert, slice of at most `rows` rows) that cover the rows sorted by expert.
 
     counts: rows of each expert.
     """

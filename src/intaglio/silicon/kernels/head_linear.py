@@ -20,7 +20,7 @@ from intaglio.silicon.timing import Timing
 @chip_kernel(HeadLinear)
 @dataclass(frozen=True)
 class HeadLinearKernel(ChipKernel):
-    """Timing and streams of `head_linear`; timed as one product with heads * n columns."""
+    """Chip kernel of `head_linear`: timing and streams; timed as one product with heads * n columns."""
 
     rows: int | str
     heads: int

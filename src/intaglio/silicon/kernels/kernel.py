@@ -42,7 +42,7 @@ class ChipKernel:
         raise NotImplementedError(f"{cls.__name__} must define of()")
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
-        """Timing of the op in a step of these sizes.
+        """The Timing of the op in a step of these sizes.
 
         resident: its weights were prefetched, so they are not read from HBM.
         """
@@ -55,7 +55,7 @@ class ChipKernel:
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Any, t: Tensors, batch: Batch) -> list[Stream]:
-        """Write the op's instruction streams, one for each core that has work.
+        """Write the op's instruction streams and return them, one for each core that has work.
 
         `mem` holds the operands; regions for the results are allocated in it.
         """
@@ -63,7 +63,10 @@ class ChipKernel:
 
 
 def chip_kernel(*ops: type[Op]) -> Callable[[K], K]:
-    """Class decorator: register the class as the chip kernel of these op classes. Raises TypeError if one is taken."""
+    """Decorator that registers a class as the chip kernel of these op classes.
+
+    Raises TypeError if one of them has a kernel.
+    """
 
     def register(kernel: K) -> K:
         for op in ops:
@@ -92,10 +95,10 @@ def timing(kernel: ChipKernel, target: Target, sizes: BatchSizes, resident: bool
 
 @dataclass(frozen=True)
 class WorkKernel(ChipKernel):
-    """A kernel timed by the op's work(), for ops without a formula of their own.
+    """A chip kernel timed by the op's work(), for ops without a formula of their own.
 
-    Its time is launch overhead, HBM latency, and the longer of FLOPs at the rate of `engine` (VEC: the vector lanes,
-    MXU: the matrix array in bf16) and bytes at HBM's rate.
+    Its time is launch overhead, HBM latency, and the longer of FLOPs at the rate of `engine` (VEC: the vector
+    lanes, MXU: the matrix array in bf16) and bytes at HBM's rate.
     """
 
     op: Op
@@ -104,9 +107,10 @@ class WorkKernel(ChipKernel):
 
     @classmethod
     def of(cls, op: Op, t: Tensors) -> WorkKernel:
-        """The kernel of an op.
+        """The WorkKernel of an op.
 
-        Tensors get the names t0, t1, and so on, and the site is dropped, so that similar ops have equal kernels.
+        Tensors get the names t0, t1, and so on, and the site is dropped, so that similar ops have equal
+        kernels.
         """
         short = {name: f"t{i}" for i, name in enumerate(dict.fromkeys((*op.inputs, *op.outputs)))}
         tensors = tuple(Tensor(by, t[name].shape, t[name].format, t[name].role) for name, by in short.items())

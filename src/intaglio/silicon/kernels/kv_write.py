@@ -40,7 +40,7 @@ class Heads:
 @chip_kernel(KvWrite)
 @dataclass(frozen=True)
 class KvWriteKernel(ChipKernel):
-    """Timing and streams of `kv_write`: rows are rounded to the cache's format and scattered, head by head."""
+    """Chip kernel of `kv_write`: rows are rounded to the cache's format and scattered, head by head."""
 
     heads: Heads
 
@@ -82,7 +82,7 @@ class KvWriteKernel(ChipKernel):
 
 
 def kv_write_timing(target: Target, tokens: int, h: Heads) -> Timing:
-    """Timing of writing keys and values of `tokens` tokens to their slots, one row of one head at a time."""
+    """The Timing of writing keys and values of `tokens` tokens to their slots, one row of one head at a time."""
     chip, library = target.chip, target.library
     moved = tokens * h.kv_heads * (h.head_dim + h.v_dim) * (2 + h.bits / 8)
     # Cycles to round one value: by the kernel, or by the vector lanes, two operations each, before a DMA scatter.

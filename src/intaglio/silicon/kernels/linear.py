@@ -23,7 +23,7 @@ from intaglio.silicon.timing import Timing
 @chip_kernel(Linear)
 @dataclass(frozen=True)
 class LinearKernel(ChipKernel):
-    """Timing and streams of x [rows, k] @ w.T [k, n]; for a GLU pair (gate, up), n counts the rows of both."""
+    """Chip kernel of `linear`: x [rows, k] @ w.T [k, n]; for a GLU pair (gate, up), n counts the rows of both."""
 
     rows: int | str
     n: int

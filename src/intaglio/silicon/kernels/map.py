@@ -20,10 +20,10 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Map)
 @dataclass(frozen=True)
 class MapKernel(RowsKernel):
-    """Timing and streams of `map`: one Map instruction for each tile of rows.
+    """Chip kernel of `map`: one Map instruction for each tile of rows.
 
-    Its time counts one operation for each function call and binary operator and, if there is a call, one exponential
-    per value.
+    Its time counts one operation for each function call and binary operator and, if there is a call, one
+    exponential per value.
     """
 
     expr: str = "a"

@@ -17,7 +17,7 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Permute)
 @dataclass(frozen=True)
 class PermuteKernel(RowsKernel):
-    """Timing and streams of `permute` in tiles of rows; each core loads the order of columns once."""
+    """Chip kernel of `permute`, in tiles of rows; each core loads the order of columns once."""
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Permute, t: Tensors, batch: Batch) -> list[Stream]:

@@ -25,7 +25,7 @@ from intaglio.silicon.timing import Timing, waves
 
 @lru_cache(maxsize=64)
 def choices(tiles: tuple[tuple[int, int], ...], split_k: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All combinations of tile and K split, as three arrays: tile rows, tile columns, K splits."""
+    """All combinations of tile and K split, as three arrays of equal length: tile rows, tile columns, K splits."""
     grid = np.array([(m, n, s) for m, n in tiles for s in split_k], float)
     return grid[:, 0], grid[:, 1], grid[:, 2]
 
@@ -63,11 +63,11 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
 
 def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float,
                  glu: bool = False, resident: bool = False) -> dict[str, Any]:  # fmt: skip
-    """Times of x [m, k] @ w.T [k, n] with every choice of tile and K split, as arrays with an item for each choice.
+    """A dict of the times of x [m, k] @ w.T [k, n], as arrays with an item for each choice of tile and K split.
 
-    m, n, k are numbers or arrays [..., 1]. `resident`: the weights were prefetched, so HBM reads none. Keys: seconds,
-    hbm and weights (bytes), jobs, steps (of one job), work and drain (seconds), stage (bytes), ring (stages in flight),
-    depth (K values of a step), run (format), tile.
+    m, n, k are numbers or arrays [..., 1]. `resident`: the weights were prefetched, so HBM reads none. Keys:
+    seconds, hbm and weights (bytes), jobs, steps (of one job), work and drain (seconds), stage (bytes), ring
+    (stages in flight), depth (K values of a step), run (format), tile.
     """
     chip, lib = target.chip, target.library
     latency_s = chip.constants.hbm_latency_s
@@ -115,10 +115,10 @@ def linear_timing(
     target: Target, m: int, n: int, k: int, x_format: str = "bf16", w_format: str = "bf16", w_bits: float = 0.0,
     out_bytes: float = 2.0, glu: bool = False, resident: bool = False,
 ) -> Timing:  # fmt: skip
-    """Timing of x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
+    """The Timing of x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
-    w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. resident: the
-    weights were prefetched, so they are not read from HBM.
+    w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. resident:
+    the weights were prefetched, so they are not read from HBM.
     """
     chip = target.chip
     w = time_choices(target, m, n, k, x_format, w_format, w_bits or formats.bits(w_format), out_bytes, glu, resident)
@@ -210,10 +210,11 @@ class Operands:
 
 
 def k_steps(w: Region | QuantisedRegion, k: int, tk: int, whole_rows: bool) -> list[tuple[slice, list[slice]]]:
-    """Steps over K as (slice of x to load at once, its sub-slices, each multiplied by one Matmul).
+    """The steps over K, a list of (slice of x to load at once, its sub-slices, each multiplied by one Matmul).
 
-    A quantised w is multiplied one group at a time, since each has its own scales. One scale of x covers formats.SPAN
-    values, so groups smaller than that are loaded SPAN values at a time. With `whole_rows` all of K is loaded at once.
+    A quantised w is multiplied one group at a time, since each has its own scales. One scale of x covers
+    formats.SPAN values, so groups smaller than that are loaded SPAN values at a time. With `whole_rows` all of K is
+    loaded at once.
     """
     if not isinstance(w, QuantisedRegion):
         inner = [slice(d.start, d.stop) for d in slices(k, tk)]
@@ -234,6 +235,6 @@ def tile_shape(
 
 
 def bits_per_value(tensor: Tensor) -> float:
-    """Bits per value of a weight, scales included."""
+    """Number of bits per value of a weight, scales included; may be a fraction."""
     rows, cols = prod(int(d) for d in tensor.shape[:-1]), int(tensor.shape[-1])
     return formats.get(tensor.format).nbytes(rows, cols) * 8 / (rows * cols)

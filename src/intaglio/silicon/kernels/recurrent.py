@@ -1,4 +1,7 @@
-"""Chip kernels of the ops with recurrent state: timed by their work. They do not execute: no instruction does that."""
+"""Chip kernels of the ops with recurrent state. They model the time by the op's work, and cannot be executed.
+
+No instruction of the simulated chips advances a recurrent state.
+"""
 
 from __future__ import annotations
 
@@ -11,4 +14,4 @@ from intaglio.silicon.kernels.kernel import WorkKernel, chip_kernel
 @chip_kernel(Decay, LinearAttention, RgLru, SelectiveScan, ShortConv)
 @dataclass(frozen=True)
 class RecurrentKernel(WorkKernel):
-    """Timing of an op with recurrent state by its FLOPs on the vector lanes and its bytes."""
+    """Chip kernel of an op with recurrent state: timed by its FLOPs on the vector lanes and its bytes."""

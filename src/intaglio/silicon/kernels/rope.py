@@ -20,7 +20,7 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Rope)
 @dataclass(frozen=True)
 class RopeKernel(RowsKernel):
-    """Timing and streams of `rope` in tiles of rows; each core loads positions and frequencies once."""
+    """Chip kernel of `rope`, in tiles of rows; each core loads positions and frequencies once."""
 
     def cycles(self, chip: ChipSpec, n: int) -> float:
         return float(vector_cycles(chip, 3 * n, n))

@@ -18,7 +18,7 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Route)
 @dataclass(frozen=True)
 class RouteKernel(RowsKernel):
-    """Timing and streams of `route`: for each row of logits the scores, the top-k experts, and their weights."""
+    """Chip kernel of `route`: for each row of logits the scores, the top-k experts, and their weights."""
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Route, t: Tensors, batch: Batch) -> list[Stream]:

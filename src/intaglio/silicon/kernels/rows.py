@@ -20,9 +20,10 @@ ROWS = 16  # of an elementwise tile, at most; fewer if rows are long
 
 
 def elementwise(target: Target, rows: int, width: int, operands: int, cycles: float) -> Timing:
-    """Timing of a kernel that moves `operands` matrices [rows, width] once and computes for `cycles` core cycles.
+    """The Timing of a kernel that moves `operands` matrices [rows, width] once and computes for `cycles` core cycles.
 
-    cycles: total over all cores. The matrices are in the L2 as far as they fit, see fraction_held(), otherwise in HBM.
+    cycles: total over all cores. The matrices are in the L2 as far as they fit, see fraction_held(), otherwise in
+    HBM.
     """
     chip, library = target.chip, target.library
     moved = float(rows * width * operands * library.activation_bytes)
@@ -35,7 +36,7 @@ def elementwise(target: Target, rows: int, width: int, operands: int, cycles: fl
 
 @dataclass(frozen=True)
 class RowsKernel(ChipKernel):
-    """Base class of kernels that read or write `operands` matrices [rows, width] once.
+    """Base class of chip kernels that read or write `operands` matrices [rows, width] once.
 
     A subclass may define cycles().
     """
@@ -51,7 +52,7 @@ class RowsKernel(ChipKernel):
         return cls(shape[0], int(shape[-1]) if len(shape) > 1 else 1, operands)
 
     def cycles(self, chip: ChipSpec, n: int) -> float:
-        """Cycles of one core's vector lanes for n values; by default one operation per value."""
+        """Number of cycles of one core's vector lanes for n values; by default one operation per value."""
         return float(vector_cycles(chip, n))
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
@@ -63,7 +64,7 @@ class RowsKernel(ChipKernel):
 
 
 def by_rows(mem: ChipMemory, site: str, rows: int, widths: Sequence[int], body: Any) -> list[Stream]:
-    """Write streams that process `rows` rows in tiles dealt to the cores.
+    """Write and return streams that process `rows` rows in tiles dealt to the cores.
 
     body(builder, rings, rows): emits the instructions of one tile. `rings` has a ring of two f32 tiles for each of
     `widths` columns.
@@ -81,7 +82,7 @@ def by_rows(mem: ChipMemory, site: str, rows: int, widths: Sequence[int], body: 
 def load_once(
     k: StreamBuilder, mem: ChipMemory, held: dict[StreamBuilder, list[Region | None]], names: Sequence[str | None]
 ) -> list[Region | None]:
-    """Tiles with the small operands `names`, None for a missing one.
+    """A list of the tiles with the small operands `names`, None for a missing one.
 
     They are loaded at a core's first call and kept in `held`.
     """

@@ -27,7 +27,7 @@ FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed")  # fields of Samplin
 @chip_kernel(Sample)
 @dataclass(frozen=True)
 class SampleKernel(ChipKernel):
-    """Timing and streams of `sample` over logits [rows, vocabulary]; a core samples one row at a time."""
+    """Chip kernel of `sample` over logits [rows, vocabulary]; a core samples one row at a time."""
 
     rows: int | str
     vocabulary: int

@@ -17,7 +17,7 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Select)
 @dataclass(frozen=True)
 class SelectKernel(RowsKernel):
-    """Timing and streams of `select`: gathers the rows whose logits are wanted."""
+    """Chip kernel of `select`: gathers the rows whose logits are wanted."""
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Select, t: Tensors, batch: Batch) -> list[Stream]:

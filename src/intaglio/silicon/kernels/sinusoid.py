@@ -19,7 +19,7 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Sinusoid)
 @dataclass(frozen=True)
 class SinusoidKernel(RowsKernel):
-    """Rotates rows of ones and zeros, which gives cosines and sines."""
+    """Chip kernel of `sinusoid`: rotates rows of ones and zeros, which gives cosines and sines."""
 
     def cycles(self, chip: ChipSpec, n: int) -> float:
         return float(vector_cycles(chip, n, n))

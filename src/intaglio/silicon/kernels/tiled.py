@@ -23,7 +23,7 @@ DRAIN_PART = 8  # a tile is drained in pieces whose buffers take at most this pa
 
 
 def scale_columns(w: Region | QuantisedRegion, k: int) -> int:
-    """Columns of x [m, k] that share a scale: QuantisedRegion.scale_columns of w; all `k` if w has no groups."""
+    """Number of columns of x [m, k] that share a scale: QuantisedRegion.scale_columns of w; `k` if w has no groups."""
     return min(k, w.scale_columns) if isinstance(w, QuantisedRegion) else k
 
 
@@ -33,9 +33,10 @@ def groups_in(w: Region | QuantisedRegion, depth: int) -> int:
 
 
 def rounded(mem: ChipMemory, site: str, x: Region, x_format: str, span: int) -> tuple[Region, Region | None]:
-    """Round x f32 [m, k] to `x_format` in a launch of its own: codes [m, k], and scales f32 [m, G] or None.
+    """Round x f32 [m, k] to `x_format` in a launch of its own. Returns (codes [m, k], scales f32 [m, G] or None).
 
-    int8 has a scale for each `span` columns, fp8row one for each row; bf16 and f32 have none, and f32 is not rounded.
+    int8 has a scale for each `span` columns, fp8row one for each row; bf16 and f32 have none, and f32 is not
+    rounded.
     """
     if x_format == "f32":
         return x, None
@@ -117,7 +118,7 @@ class TiledProduct:
         self.column_scales = [k.ring(cut.stages, groups, cut.columns) if groups else None for _ in range(sides)]
 
     def steps(self) -> list[slice]:
-        """The steps over K. None crosses a border of the columns of x that share a scale."""
+        """The steps over K, as slices. None of them crosses a border of the columns of x that share a scale."""
         return [
             slice(outer.start + piece.start, outer.start + piece.stop)
             for outer in slices(self.x.cols, self.span) for piece in slices(outer.stop - outer.start, self.cut.depth)
@@ -142,7 +143,10 @@ class TiledProduct:
     def groups(
         self, side: int, part: slice, step: slice, held: dict[int, tuple[slice, Region]]
     ) -> list[tuple[slice, Region | None]]:
-        """The runs of a step's columns that share scales of w, each with these scales; loads scales not yet held."""
+        """A list of (columns, scales of w or None) for each run of a step's columns that shares scales.
+
+        Loads the scales that are not in `held` yet.
+        """
         ring = self.column_scales[side]
         if not isinstance(self.w, QuantisedRegion) or ring is None:
             return [(slice(0, step.stop - step.start), None)]

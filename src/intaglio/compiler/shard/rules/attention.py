@@ -11,14 +11,14 @@ from intaglio.ops import Attend, KvWrite
 
 @sharding_rule(KvWrite)
 def kv_write(lane: Lane, op: KvWrite) -> None:
-    """Rule of kv_write: write this lane's heads of keys and values if the caches are split by heads, else all heads."""
+    """Append kv_write to the lane's Program, for this lane's heads if the caches are split by heads, else for all."""
     names = {x: x if c in lane.plan else lane.whole(x) for x, c in ((op.k, op.k_cache), (op.v, op.v_cache))}
     lane.add(op.rename(names))
 
 
 @sharding_rule(Attend)
 def attend(lane: Lane, op: Attend) -> None:
-    """Rule of attend: compute this lane's heads if q is split by heads, else all heads."""
+    """Append attend to the lane's Program, for this lane's heads if q is split by heads, else for all heads."""
     shares, whole = lane.shares.get(op.q), lane.p.tensors
     if not shares:
         return lane.add_whole(op)

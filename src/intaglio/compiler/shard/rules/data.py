@@ -10,16 +10,17 @@ from intaglio.ops import AllToAll, Embed, Op, Permute, Route, Sample, Select, Si
 
 @sharding_rule(Route, Sample, Select, Sinusoid)
 def whole(lane: Lane, op: Op) -> None:
-    """Rule of ops that every lane runs on whole operands."""
+    """Append an op to the lane's Program on whole operands, so that every lane computes all of it."""
     lane.add_whole(op)
 
 
 @sharding_rule(Embed)
 def embed(lane: Lane, op: Embed) -> None:
-    """Rule of embed: each lane looks up its columns of the table, and an all_gather joins them.
+    """Append embed to the lane's Program, for this lane's columns of the table, and an all_gather that joins them.
 
-    An all_gather of rows moves half the bytes of the all_reduce that a table split by vocabulary needs. With sequence
-    parallelism an all_to_all gives each lane all columns of its own rows, which moves 1 / tp of those bytes.
+    An all_gather of rows moves half the bytes of the all_reduce that a table split by vocabulary needs. With
+    sequence parallelism an all_to_all gives each lane all columns of its own rows, which moves 1 / tp of those
+    bytes.
     """
     shares = lane.plan[op.out]
     own = replace(op, w=lane.own(op, op.w, shares, axis=1))
@@ -33,7 +34,7 @@ def embed(lane: Lane, op: Embed) -> None:
 
 @sharding_rule(Permute)
 def permute(lane: Lane, op: Permute) -> None:
-    """Rule of permute: run on this lane's token rows, else on whole operands, since it moves columns."""
+    """Append permute to the lane's Program, on this lane's token rows, else on whole operands, as it moves columns."""
     if not lane.has_token_rows(op):
         return lane.add_whole(op)
     lane.keep(op.order)

@@ -12,9 +12,9 @@ from intaglio.ops import Experts
 
 @sharding_rule(Experts)
 def experts(lane: Lane, op: Experts) -> None:
-    """Rule of experts: divide them among the ep lanes, and the intermediate columns of each among the tp lanes.
+    """Append experts to the lane's Program, for this lane's share of them, and an all_reduce of the partial sums.
 
-    An all_reduce adds the partial sums.
+    Experts are divided among the ep lanes, and the intermediate columns of each among the tp lanes.
     """
     layout, at = lane.layout, divmod(lane.lane, lane.layout.tp)
     count, inner, _ = map(int, lane.p.tensors[op.gate].shape)

@@ -12,7 +12,7 @@ from intaglio.ops import HeadLinear, Linear
 
 @sharding_rule(Linear)
 def linear(lane: Lane, op: Linear) -> None:
-    """Rule of linear: row parallel if x is split, column parallel if the plan splits the result, otherwise whole.
+    """Append linear to the lane's Program: row parallel if x is split, column parallel if the plan says so, or whole.
 
     Row parallel: each lane computes a partial sum over its columns of x, and an all_reduce adds the sums. Column
     parallel: each lane computes its columns of the result.
@@ -37,7 +37,7 @@ def linear(lane: Lane, op: Linear) -> None:
 
 @sharding_rule(HeadLinear)
 def head_linear(lane: Lane, op: HeadLinear) -> None:
-    """Rule of head_linear: compute this lane's heads if x is split by heads, else all heads."""
+    """Append head_linear to the lane's Program, for this lane's heads if x is split by heads, else for all heads."""
     shares, heads = lane.shares.get(op.x), int(lane.p.tensors[op.w].shape[0])
     if not shares:
         return lane.add_whole(op)

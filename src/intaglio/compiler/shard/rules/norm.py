@@ -10,9 +10,10 @@ from intaglio.ops import Norm
 
 @sharding_rule(Norm)
 def norm(lane: Lane, op: Norm) -> None:
-    """Rule of norm: run on this lane's token rows; on its columns if each head is normed by itself; or on whole rows.
+    """Append norm to the lane's Program: on this lane's token rows, on its columns, or on whole rows.
 
-    Before a norm over whole rows a split x is gathered, and this lane keeps a view of its own columns of the result.
+    On its columns if each head is normed by itself. Before a norm over whole rows a split x is gathered, and this
+    lane keeps a view of its own columns of the result.
     """
     if lane.has_token_rows(op):
         for name in (op.weight, op.bias):

@@ -65,7 +65,7 @@ class Architecture:
     shift: float = 0.0
 
     def name(self, part: str) -> str | None:
-        """The name in transformers, without `.weight`, of a part that llama.cpp calls `part`; None without one."""
+        """The name in transformers, without `.weight`, of what llama.cpp calls `part`; None if there is none."""
         return self.names.get(part) or COMMON.get(part)
 
 

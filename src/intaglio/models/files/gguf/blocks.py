@@ -265,12 +265,12 @@ BLOCKS: dict[str, Blocks] = {
 
 
 def known_types() -> str:
-    """The names of the types that can be read, as text for error messages."""
+    """A text that lists the block types that can be read, for error messages."""
     return ", ".join((*PLAIN, *BLOCKS))
 
 
 def decode_rows(kind: str, raw: np.ndarray) -> Value:
-    """Decode a matrix of type `kind` from its bytes [rows, bytes per row]."""
+    """The matrix of type `kind` whose bytes are `raw`, uint8 [rows, bytes per row]. Quantised, or an array in bf16."""
     own = BLOCKS[kind]
     return own.decode(raw.reshape(len(raw), -1, own.bytes))
 

@@ -15,7 +15,10 @@ SIGMOID = 2  # expert_gating_func
 
 
 def base(m: Metadata, norm: str = "rms") -> dict[str, Any]:
-    """Config keys that all families share. norm: "rms" or "layer", the normalisation whose epsilon the file has."""
+    """A dict of the config keys that all families share.
+
+    norm: "rms" or "layer", the normalisation whose epsilon the file has.
+    """
     eps = m.real("attention.layer_norm_rms_epsilon" if norm == "rms" else "attention.layer_norm_epsilon")
     return {
         "vocab_size": m.tables.shape("model.embed_tokens.weight")[0], "hidden_size": m.hidden,
@@ -35,10 +38,10 @@ def pretrained(m: Metadata) -> int:
 
 
 def scaling(m: Metadata) -> dict[str, Any] | None:
-    """rope_scaling in the form of config.json; None if rope is not scaled.
+    """The value of the config key rope_scaling, as a dict; None if rope is not scaled.
 
-    Files have a scaling type with its numbers, or frequency factors per pair of columns (llama3, longrope), or, older
-    ones, rope.scale_linear alone.
+    Files have a scaling type with its numbers, or frequency factors per pair of columns (llama3, longrope), or,
+    older ones, rope.scale_linear alone.
     """
     kind = str(m.get("rope.scaling.type", "none"))
     factor = m.real("rope.scaling.factor", m.real("rope.scale_linear", 1.0))
@@ -65,7 +68,7 @@ def scaling(m: Metadata) -> dict[str, Any] | None:
 
 
 def partial(m: Metadata) -> dict[str, Any]:
-    """The fraction of each head's columns that rope rotates."""
+    """A dict with the config key partial_rotary_factor: the fraction of each head's columns that rope rotates."""
     return {"partial_rotary_factor": m.whole("rope.dimension_count", m.head_dim) / m.head_dim}
 
 
@@ -79,7 +82,7 @@ def whole_heads(m: Metadata) -> None:
 
 
 def experts(m: Metadata) -> dict[str, Any]:
-    """Config keys with the sizes of a mixture of experts.
+    """A dict of the config keys with the sizes of a mixture of experts.
 
     GGUF stores each expert's matrices separately, even where transformers fuses them.
     """
@@ -92,7 +95,7 @@ def experts(m: Metadata) -> dict[str, Any]:
 
 
 def llama(m: Metadata) -> dict[str, Any]:
-    """Config of Llama, or of Mixtral if there are experts.
+    """The keys of config.json, as a dict, for Llama, or of Mixtral if there are experts.
 
     Queries, keys and values have biases if the file has them.
     """
@@ -107,13 +110,13 @@ def llama(m: Metadata) -> dict[str, Any]:
 
 
 def mistral3(m: Metadata) -> dict[str, Any]:
-    """Config of Mistral 3, whose text model is a Llama."""
+    """The keys of config.json, as a dict, for Mistral 3, whose text model is a Llama."""
     m.refuse("attention.temperature_scale", "queries are not scaled by their position here")
     return llama(m)
 
 
 def llama4(m: Metadata) -> dict[str, Any]:
-    """Config of Llama 4.
+    """The keys of config.json, as a dict, for Llama 4.
 
     The attention chunk, temperature and temperature floor are not in the metadata: llama.cpp hard-codes these values.
     """
@@ -130,7 +133,7 @@ def llama4(m: Metadata) -> dict[str, Any]:
 
 
 def qwen(model: str) -> Any:
-    """A function that returns the config of dense Qwen2 or Qwen3, for the architecture `model`."""
+    """A function from metadata to the config (a dict) of dense Qwen2 or Qwen3, for the architecture `model`."""
 
     def describe(m: Metadata) -> dict[str, Any]:
         whole_heads(m)
@@ -140,7 +143,7 @@ def qwen(model: str) -> Any:
 
 
 def qwen_moe(model: str, normalised: bool) -> Any:
-    """A function that returns the config of Qwen2-MoE or Qwen3-MoE, for the architecture `model`.
+    """A function from metadata to the config (a dict) of Qwen2-MoE or Qwen3-MoE, for the architecture `model`.
 
     normalised: the router's top-k weights are divided by their sum.
     """
@@ -173,7 +176,7 @@ def _scale(m: Metadata, largest: int) -> float:
 
 
 def gemma2(m: Metadata) -> dict[str, Any]:
-    """Config of Gemma 2."""
+    """The keys of config.json, as a dict, for Gemma 2."""
     whole_heads(m)
     caps = {
         "attn_logit_softcapping": m.real("attn_logit_softcapping", 50.0),
@@ -186,7 +189,7 @@ def gemma2(m: Metadata) -> dict[str, Any]:
 
 
 def gemma3(m: Metadata) -> dict[str, Any]:
-    """Config of Gemma 3's text model."""
+    """The keys of config.json, as a dict, for Gemma 3's text model."""
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
     return base(m) | {
@@ -198,7 +201,7 @@ def gemma3(m: Metadata) -> dict[str, Any]:
 
 
 def phi3(m: Metadata) -> dict[str, Any]:
-    """Config of Phi-3 and Phi-4."""
+    """The keys of config.json, as a dict, for Phi-3 and Phi-4."""
     return base(m) | partial(m) | {
         "architectures": ["Phi3ForCausalLM"], "sliding_window": m.whole("attention.sliding_window", 0) or None,
         "original_max_position_embeddings": pretrained(m),
@@ -206,7 +209,7 @@ def phi3(m: Metadata) -> dict[str, Any]:
 
 
 def phimoe(m: Metadata) -> dict[str, Any]:
-    """Config of Phi-3.5-MoE."""
+    """The keys of config.json, as a dict, for Phi-3.5-MoE."""
     whole_heads(m)
     c = base(m) | experts(m) | {
         "architectures": ["PhimoeForCausalLM"], "lm_head_bias": "lm_head.bias" in m.tables.names,
@@ -220,7 +223,10 @@ def phimoe(m: Metadata) -> dict[str, Any]:
 
 
 def granite(model: str) -> Any:
-    """A function that returns the config of Granite, dense or with experts, for the architecture `model`."""
+    """A function from metadata to the config (a dict) of Granite, dense or with experts.
+
+    model: the architecture's name.
+    """
 
     def describe(m: Metadata) -> dict[str, Any]:
         whole_heads(m)
@@ -235,7 +241,7 @@ def granite(model: str) -> Any:
 
 
 def olmo2(m: Metadata) -> dict[str, Any]:
-    """Config of OLMo 2, or of OLMo 3 if the file has a sliding window."""
+    """The keys of config.json, as a dict, for OLMo 2, or of OLMo 3 if the file has a sliding window."""
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
     if not window:
@@ -246,14 +252,14 @@ def olmo2(m: Metadata) -> dict[str, Any]:
 
 
 def olmoe(m: Metadata) -> dict[str, Any]:
-    """Config of OLMoE."""
+    """The keys of config.json, as a dict, for OLMoE."""
     whole_heads(m)
     width = m.whole("feed_forward_length")
     return base(m) | experts(m) | {"architectures": ["OlmoeForCausalLM"], "intermediate_size": width}
 
 
 def cohere2(m: Metadata) -> dict[str, Any]:
-    """Config of Cohere 2 (Command R7B, Command A)."""
+    """The keys of config.json, as a dict, for Cohere 2 (Command R7B, Command A)."""
     whole_heads(m)
     return base(m, norm="layer") | {
         "architectures": ["Cohere2ForCausalLM"], "logit_scale": m.real("logit_scale"),
@@ -262,7 +268,10 @@ def cohere2(m: Metadata) -> dict[str, Any]:
 
 
 def plain(model: str) -> Any:
-    """A function that returns the config of architecture `model`; its port has its differences from Llama built in."""
+    """A function from metadata to the config (a dict) of architecture `model`.
+
+    For architectures whose port has its differences from Llama built in.
+    """
 
     def describe(m: Metadata) -> dict[str, Any]:
         whole_heads(m)
@@ -276,7 +285,7 @@ def plain(model: str) -> Any:
 
 
 def command_r(m: Metadata) -> dict[str, Any]:
-    """Config of Cohere 1 (Command R, Aya)."""
+    """The keys of config.json, as a dict, for Cohere 1 (Command R, Aya)."""
     whole_heads(m)
     return base(m, norm="layer") | {
         "architectures": ["CohereForCausalLM"], "logit_scale": m.real("logit_scale"), "rope_scaling": None,
@@ -285,7 +294,10 @@ def command_r(m: Metadata) -> dict[str, Any]:
 
 
 def exaone4(m: Metadata) -> dict[str, Any]:
-    """Config of EXAONE 4: if it has a sliding window, every fourth layer has full attention, without rope."""
+    """The keys of config.json, as a dict, for EXAONE 4.
+
+    If it has a sliding window, every fourth layer has full attention, without rope.
+    """
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
     return base(m) | {
@@ -295,7 +307,7 @@ def exaone4(m: Metadata) -> dict[str, Any]:
 
 
 def nemotron(m: Metadata) -> dict[str, Any]:
-    """Config of Nemotron-3 and Nemotron-4."""
+    """The keys of config.json, as a dict, for Nemotron-3 and Nemotron-4."""
     c = base(m, norm="layer") | partial(m)
     return c | {
         "architectures": ["NemotronForCausalLM"], "norm_eps": c["layer_norm_eps"],
@@ -304,7 +316,10 @@ def nemotron(m: Metadata) -> dict[str, Any]:
 
 
 def starcoder2(m: Metadata) -> dict[str, Any]:
-    """Config of StarCoder 2, with full attention in every layer as in llama.cpp: its context is within the window."""
+    """The keys of config.json, as a dict, for StarCoder 2.
+
+    Every layer has full attention, as in llama.cpp: the model's context is within the window.
+    """
     whole_heads(m)
     c = base(m, norm="layer")
     return c | {
@@ -314,7 +329,7 @@ def starcoder2(m: Metadata) -> dict[str, Any]:
 
 
 def smollm3(m: Metadata) -> dict[str, Any]:
-    """Config of SmolLM3, which has no rope in every fourth layer."""
+    """The keys of config.json, as a dict, for SmolLM3, which has no rope in every fourth layer."""
     whole_heads(m)
     return base(m) | {
         "architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [int((i + 1) % 4 != 0) for i in range(m.layers)],
@@ -323,7 +338,7 @@ def smollm3(m: Metadata) -> dict[str, Any]:
 
 
 def glm4(m: Metadata) -> dict[str, Any]:
-    """Config of GLM-4-0414. Raises PortError for GLM-4V."""
+    """The keys of config.json, as a dict, for GLM-4-0414. Raises PortError for GLM-4V."""
     m.refuse("rope.dimension_sections", "GLM-4V keeps queries and keys in another order")
     return base(m) | partial(m) | {"architectures": ["Glm4ForCausalLM"]}
 
@@ -340,14 +355,14 @@ def _groups(m: Metadata) -> dict[str, Any]:
 
 
 def glm4_moe(m: Metadata) -> dict[str, Any]:
-    """Config of GLM-4.5."""
+    """The keys of config.json, as a dict, for GLM-4.5."""
     return base(m) | partial(m) | experts(m) | _groups(m) | {
         "architectures": ["Glm4MoeForCausalLM"], "use_qk_norm": m.has("self_attn.q_norm.weight"),
     }  # fmt: skip
 
 
 def gpt_oss(m: Metadata) -> dict[str, Any]:
-    """Config of gpt-oss, which has a sliding window in every other layer."""
+    """The keys of config.json, as a dict, for gpt-oss, which has a sliding window in every other layer."""
     c = base(m) | experts(m)
     if c["rope_scaling"]:
         c["rope_scaling"]["truncate"] = False  # no key; so are the released models
@@ -359,13 +374,16 @@ def gpt_oss(m: Metadata) -> dict[str, Any]:
 
 
 def dots1(m: Metadata) -> dict[str, Any]:
-    """dots.llm1."""
+    """The keys of config.json, as a dict, for dots.llm1."""
     whole_heads(m)
     return base(m) | experts(m) | _groups(m) | {"architectures": ["Dots1ForCausalLM"], "sliding_window": None}
 
 
 def ernie4_5_moe(m: Metadata) -> dict[str, Any]:
-    """ERNIE 4.5 with experts; which layers have them is read off their tensors."""
+    """The keys of config.json, as a dict, for ERNIE 4.5 with experts.
+
+    Which layers have them is read off their tensors.
+    """
     whole_heads(m)
     mixed = [i for i in range(m.layers) if m.has("mlp.gate.weight", i)]
     if not mixed or mixed != list(range(mixed[0], mixed[-1] + 1)):
@@ -381,20 +399,20 @@ def ernie4_5_moe(m: Metadata) -> dict[str, Any]:
 
 
 def olmo(m: Metadata) -> dict[str, Any]:
-    """OLMo (2024)."""
+    """The keys of config.json, as a dict, for OLMo (2024)."""
     whole_heads(m)
     clip = m.real("attention.clamp_kqv", 0.0)
     return base(m, norm="layer") | {"architectures": ["OlmoForCausalLM"], "clip_qkv": clip or None}
 
 
 def minimax_m2(m: Metadata) -> dict[str, Any]:
-    """Config of MiniMax-M2."""
+    """The keys of config.json, as a dict, for MiniMax-M2."""
     c = base(m) | partial(m) | experts(m)
     return c | {"architectures": ["MiniMaxM2ForCausalLM"], "intermediate_size": c["moe_intermediate_size"]}
 
 
 def deepseek2(m: Metadata) -> dict[str, Any]:
-    """Config of DeepSeek-V3 if a sigmoid scores the experts, else of DeepSeek-V2.
+    """The keys of config.json, as a dict, for DeepSeek-V3 if a sigmoid scores the experts, else of DeepSeek-V2.
 
     Heads are attention.key_length_mla wide if the file has this key; attention.key_length is then the latent's width.
     There is no key for mscale: all released models have it equal to mscale_all_dim, of which yarn_log_multiplier is a

@@ -88,7 +88,10 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Open a GGUF file with all its parts. `path`: as find_gguf() returns it. Raises CheckpointError."""
+    """Open a GGUF file with all its parts and return the GgufFile. Raises CheckpointError.
+
+    path: as find_gguf() returns it.
+    """
     facts = path.stat()
     return _opened(path, facts.st_size, facts.st_mtime_ns)
 

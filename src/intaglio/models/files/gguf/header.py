@@ -92,7 +92,7 @@ class _Cursor:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
-    """(metadata by key, tensors in order) of one file. Raises HeaderError."""
+    """(metadata by key, list of tensors in order) of one file. Raises HeaderError."""
     size = path.stat().st_size
     if size < 24:
         raise HeaderError(f"it has {size} bytes; a header has 24 at least")

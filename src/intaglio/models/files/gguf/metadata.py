@@ -34,7 +34,10 @@ class Metadata:
         return self.file.get(f"{self.file.architecture}.{key}", default)
 
     def one(self, key: str, default: Any = None) -> Any:
-        """A value that may be stored per layer but must be the same in all. Raises PortError if layers differ."""
+        """The value of a key that may be stored per layer but must be the same in all layers; `default` if absent.
+
+        Raises PortError if layers differ.
+        """
         value = self.get(key, default)
         if not isinstance(value, list):
             return value
@@ -88,10 +91,10 @@ class Metadata:
         return f"model.layers.{layer}.{name}" in self.tables.names
 
     def sliding(self, period: int) -> list[str]:
-        """The attention type of each layer, as layer_types in config.json.
+        """The attention type of each layer, as a list in the form of layer_types in config.json.
 
-        The file's pattern is a list of flags by layer, or a number: the last of each run of that many layers is full.
-        Without a pattern that number is `period`.
+        The file's pattern is a list of flags by layer, or a number: the last of each run of that many layers is
+        full. Without a pattern that number is `period`.
         """
         pattern = self.get("attention.sliding_window_pattern", period)
         if not isinstance(pattern, list):

@@ -163,7 +163,10 @@ def _run(p: Place, first: int, count: int) -> Place:
 
 
 def _special(file: GgufFile) -> dict[str, Any]:
-    """Config keys of special token ids. Ids that end a turn or a message are added to the ids that end a sequence."""
+    """A dict of the config keys of special token ids.
+
+    Ids that end a turn or a message are added to the ids that end a sequence.
+    """
     ends = (file.get(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot", "eom"))
     eos = list(dict.fromkeys(int(i) for i in ends if i is not None))
     bos, pad = (file.get(f"tokenizer.ggml.{n}_token_id") for n in ("bos", "padding"))

@@ -112,7 +112,7 @@ class Tables:
     def add_joined(self, name: str, places: Sequence[Place], shape: tuple[int, ...], join: Any) -> None:
         """Add a matrix of plain values that is joined from several tensors.
 
-        join: takes their values as float32 and returns the matrix as float32.
+        join: function that takes their values as float32 and returns the matrix as float32.
         """
         at = [self._blocks(f"{name} {i}", p) for i, p in enumerate(places)]
         formats = {format_of(p) for p in places}
@@ -133,7 +133,7 @@ class Tables:
 
 
 def format_of(p: Place) -> str:
-    """The number format that a tensor has after reading."""
+    """The name of the number format that a tensor has after reading."""
     return PLAIN[p.kind] if p.kind in PLAIN else BLOCKS[p.kind].format
 
 
@@ -142,7 +142,7 @@ def _values(x: np.ndarray, p: Place) -> Value:
 
 
 def in_order(x: np.ndarray, head: int) -> np.ndarray:
-    """Rows of Q or K reordered from interleaved to half rope order. head: rows of a head."""
+    """Rows of Q or K as an array, reordered from interleaved to half rope order. head: rows of a head."""
     return np.ascontiguousarray(x.reshape(-1, head // 2, 2, *x.shape[1:]).swapaxes(1, 2)).reshape(x.shape)
 
 

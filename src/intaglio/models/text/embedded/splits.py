@@ -16,12 +16,15 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 
 
 def _cl100k(digits: str) -> str:
-    """GPT-4's split pattern. digits: quantifier of a run of digits, such as {1,3}; "": single digits."""
+    """The regular expression of GPT-4's split.
+
+    digits: quantifier of a run of digits, such as {1,3}; "": single digits.
+    """
     return rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}"
 
 
 def _o200k(end: str, digits: str, less: str = "", tail: str = r"[\r\n/]*") -> str:
-    """GPT-4o's split pattern, in which a word begins with capitals.
+    """The regular expression of GPT-4o's split, in which a word begins with capitals.
 
     end: pattern after a word. digits: quantifier of a run of digits; "": single digits. less: set operation that
     excludes characters from words. tail: pattern after punctuation.

@@ -79,7 +79,7 @@ class _Vocabulary:
 
 @lru_cache(maxsize=2)
 def read_tokenizer(file: GgufFile) -> Embedded | None:
-    """Rebuild the tokenizer of a GGUF file; None if the file has none.
+    """Rebuild the tokenizer of a GGUF file and return it as Embedded; None if the file has none.
 
     Raises CheckpointError if its kind is not supported.
     """
@@ -138,7 +138,7 @@ def _ends(v: _Vocabulary) -> tuple[int, ...]:
 
 
 def _bpe(v: _Vocabulary) -> Tokenizer:
-    """Byte-level BPE tokenizer (as GPT-2's) from the file's tokens and merges.
+    """A byte-level BPE tokenizer (as GPT-2's) made from the file's tokens and merges.
 
     How text is split before merging follows from tokenizer.ggml.pre. Raises CheckpointError if that is not known.
     """
@@ -188,7 +188,7 @@ def _sentencepiece(v: _Vocabulary) -> Tokenizer:
 
 
 def merges_of(known: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """BPE merges of a SentencePiece vocabulary, in order of preference: every split of a token into two tokens.
+    """A list of the BPE merges of a SentencePiece vocabulary: every split of a token into two tokens, best first.
 
     Ordered by the token's score; for equal scores the longest left part comes first, then the longest right part.
     """
