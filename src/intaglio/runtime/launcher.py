@@ -47,6 +47,7 @@ class Launcher:
         before_launch: callback just before each launch, or None.
         under_way: launches that have not been completed, oldest first.
         in_flight: the sequences of all launches that were under way when the device was lost.
+        lost_in_step: the last loss of the device was noticed in a step, not while K/V blocks were moved.
     """
 
     def __init__(self, executable: Executable, live: LiveRequests, counts: Counts) -> None:
@@ -54,6 +55,7 @@ class Launcher:
         self.before_launch: Callable[[], None] | None = None
         self.under_way: list[Launch] = []
         self.in_flight: list[Sequence] = []
+        self.lost_in_step = True
 
     def forget(self) -> None:
         """Drop all launches under way, as their device is lost."""
@@ -86,7 +88,7 @@ class Launcher:
         it fails again it ends with a fault. Raises DeviceLost.
         """
         try:
-            with self._noting_loss():
+            with self._noting_loss(in_step=True):
                 result = launch.pending.result()
         except DeviceLost:
             raise
@@ -141,12 +143,13 @@ class Launcher:
             self.executable.write_blocks(blocks, contents)
 
     @contextmanager
-    def _noting_loss(self) -> Iterator[None]:
+    def _noting_loss(self, in_step: bool = False) -> Iterator[None]:
         """If the device is lost inside, note the sequences in flight."""
         try:
             yield
         except DeviceLost:
             self.in_flight = [one.sequence for other in self.under_way for one in other.scheduled]
+            self.lost_in_step = in_step
             raise
 
     def start(self, chunks: list[Chunk], logits: bool = False) -> PendingStep:

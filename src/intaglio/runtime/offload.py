@@ -111,7 +111,8 @@ class Offload:
     def started(self, blocks: list[int]) -> None:
         """Tell the tier that a sequence starts with these cached blocks."""
         if self.connector and blocks:
-            self.connector.touch([self.pool.name(block) for block in blocks])
+            # a loaded block is not in the prefix cache if another of its name is
+            self.connector.touch([self.pool.name(block) for block in blocks if block in self.pool.cached])
 
     def stored(self, block: int) -> None:
         """Note that a block was added to the prefix cache; save() saves it."""
