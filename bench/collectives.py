@@ -1,10 +1,9 @@
-"""All-reduce between two processes by shared memory, beside gloo (torch.distributed) in one run, and the floors: a
-message there and back, and a copy into shared memory and out of it.
+"""All-reduce between two processes over shared memory, beside gloo (torch.distributed) in one run, and lower bounds.
 
     python bench/collectives.py [--rounds 2000] [--json]
 
-Gloo and the communicator take turns in the same two processes, pinned to a core each. A figure is the median of the
-rounds.
+The bounds are the time of a message there and back, and of a copy into shared memory and out. Gloo and the communicator
+take turns in the same two processes, pinned to a core each. A figure is the median of the rounds.
 """
 
 from __future__ import annotations

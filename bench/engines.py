@@ -1,6 +1,6 @@
-"""The engines under comparison behind one face: load, prefill, decode and logits; each lives in a process of its own.
+"""Intaglio, llama.cpp and PyTorch behind one interface (load, prefill, decode, logits), each in a process of its own.
 
-A time is of the work alone: batches are laid out beforehand, caches are filled beforehand, results are waited for.
+Used by bench/host.py. Batches are laid out and caches filled before the clock starts, and results are waited for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The host device against llama.cpp and PyTorch: one random checkpoint, the same threads, turns taken at every row.
+"""Speed of the host device compared with llama.cpp and PyTorch, on one random checkpoint with the same threads.
 
-All numbers are measured here, medians over the runs; ratios above 1 mean that Intaglio is faster or smaller. A ratio is
-the median of the runs' ratios: a shared machine's memory may be half as fast again for some seconds, and then not.
+The engines take turns at every row. All numbers are measured, medians over the runs; ratios above 1 mean that Intaglio
+is faster or smaller. A ratio is the median of the runs' ratios, because the memory speed of a shared machine varies by
+half for seconds at a time.
 """
 
 from __future__ import annotations

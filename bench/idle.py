@@ -1,4 +1,7 @@
-"""A device that takes no time, so that what is left is what drives it. In a file of its own for a worker to import."""
+"""IdleDevice: a device whose steps take no time, so that a measurement shows the time of the code that drives it.
+
+Used by bench/runtime.py; in a module of its own so that a worker process can import it.
+"""
 
 from __future__ import annotations
 

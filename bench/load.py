@@ -1,7 +1,8 @@
-"""A server under more than it can carry, for minutes: whether anything grows without bound, whether what it admits is
-in time or ends with a reason, and whether it stays reachable meanwhile. Exit code 1 if not.
+"""Overload test of a server: keeps it for minutes at more requests than it can answer. Exit code 1 if a check fails.
 
-First it sees how many requests a second the server answers; then so many times that come, by a Poisson process.
+Checks that nothing grows without bound, that each admitted request ends in time or with a reason, and that the server
+stays reachable. First measures how many requests per second the server answers; then sends a multiple of that rate,
+with arrivals by a Poisson process.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What engine and server add to the device's own step: decode steps of the same batch on the device alone, in an
-engine, and in a server whose clients, in a process of their own, stream. All times are measured here.
+"""Time that engine and server add to the device's own step, measured for decode steps of the same batch.
 
-The three take turns, for the machine is not the same from minute to minute; what is printed are medians of what the
-rounds say. "waits" is what passes between two steps in the server, "slower" how much longer the device then takes.
+The batch runs on the device alone, in an engine, and in a server whose clients stream in a process of their own. The
+three take turns, because the machine's speed changes from minute to minute; medians over the rounds are printed.
+"waits": time between two steps in the server. "slower": how much longer the device's step takes there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What planning a step costs on the host, alone and on two ranks: for sizes planned before, and for new ones.
+"""Time of planning a step on the host, alone and on two ranks: for sizes that were planned before, and for new sizes.
 
-The model is the bundled one. All numbers are measured here; a mesh's are sums over its ranks.
+The model is the bundled one. All numbers are measured; those of a mesh are sums over its ranks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the weight formats cost in quality, ours beside llama.cpp's: errors of random layers, bits per byte of a model.
+"""Errors of weight formats, beside llama.cpp's formats: relative error of random layers, bits per byte of a model.
 
 The model is the bundled one, on text it was not trained on; lower is better everywhere.
 """

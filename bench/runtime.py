@@ -1,7 +1,7 @@
-"""What the engine itself costs: decode steps on a device that takes no time, and what a worker process adds.
+"""Time of the engine itself: decode steps on a device that takes no time, and what a worker process adds.
 
-All numbers are measured here, medians over the steps; how requests are drawn or looked at makes a difference, so each
-way is a row.
+All numbers are measured, medians over the steps. There is a row for each kind of sampling parameters and each way to
+read the events, since both change the time.
 """
 
 from __future__ import annotations

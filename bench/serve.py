@@ -1,7 +1,7 @@
-"""This server and llama.cpp's own, on the same random checkpoint, formats of the same bits, the same threads and the
-same requests, a closed loop of lengths as in a public trace. All times are measured here, by one client.
+"""Throughput and latency of this server and of llama.cpp's llama-server, under the same requests.
 
-Each server runs alone, in turn, as often as asked; what is printed are medians.
+Both serve the same random checkpoint with formats of equal bits and the same number of threads. Requests are a closed
+loop with lengths as in a public trace, timed by one client. Each server runs alone, in turn; medians are printed.
 """
 
 from __future__ import annotations

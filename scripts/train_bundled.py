@@ -1,8 +1,8 @@
-"""Trains the model that Intaglio carries with it: a 5 M parameter Llama on the Python standard library.
+"""Trains the model that ships with Intaglio: a 5 M parameter Llama on the Python standard library.
 
-Uses torch, transformers and tokenizers, which running Intaglio never needs. The learning-rate schedule follows the
-wall clock, so a run always ends on time with its cosine complete; for the same reason two runs agree closely, not
-bit for bit. With glibc, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=40000000000 spares page faults: an eighth faster.
+Uses torch, transformers and tokenizers, which running Intaglio never needs. The learning-rate schedule follows the wall
+clock, so a run always ends on time with its cosine complete; for the same reason two runs agree closely, not bit for
+bit. With glibc, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=40000000000 spares page faults: an eighth faster.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Python API on the reference device: what it returns, what it refuses, and that nothing depends on company."""
+"""The Python API (LLM) on the reference device: results, errors, and independence of results from the batch."""
 
 from __future__ import annotations
 

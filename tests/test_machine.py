@@ -1,4 +1,4 @@
-"""What models of one process share: threads by turns, memory in equal parts."""
+"""Machine: models of one process share its threads by turns and its memory in equal parts."""
 
 from __future__ import annotations
 

@@ -1,3 +1,4 @@
+// The collectives of a communicator, and its waits, which end at a deadline or by the abort word.
 #include "comm/communicator.h"
 
 #include <poll.h>

@@ -1,3 +1,4 @@
+// Unit tests of communicators and segments: sums and their bits, deadlines, aborts, killed processes, bad messages.
 #include "comm/communicator.h"
 
 #include <signal.h>

@@ -1,3 +1,4 @@
+// The segment of a group: layout of the shared memory, bells (futex), the abort word, and counters of steps.
 #include "comm/segment.h"
 
 #include <sys/stat.h>

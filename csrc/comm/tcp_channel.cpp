@@ -1,3 +1,4 @@
+// The TCP channel: queues of bytes to and from a non-blocking socket.
 #include "comm/tcp_channel.h"
 
 #include <fcntl.h>

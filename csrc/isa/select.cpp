@@ -1,3 +1,4 @@
+// Detects which instruction sets the CPU supports, and finds the table of kernels of one by its name.
 #include "isa/select.h"
 
 #include <stdexcept>

@@ -1,3 +1,4 @@
+// Unit tests of Grouped: rows sorted by matrix, and slices that cover each unit of work once.
 #include "ops/grouped.h"
 
 #include <random>

@@ -1,3 +1,4 @@
+// The table of format names, and the parser of names such as int8g128.
 #include "pack/format.h"
 
 #include <map>

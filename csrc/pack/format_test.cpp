@@ -1,3 +1,4 @@
+// Unit tests of the parser of format names.
 #include "pack/format.h"
 
 #include "test/check.h"

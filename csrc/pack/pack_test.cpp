@@ -1,3 +1,4 @@
+// Unit tests of packing: packed weights read back as the rows or codes that they were packed from.
 #include <cmath>
 #include <cstring>
 #include <numeric>

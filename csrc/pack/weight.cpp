@@ -1,3 +1,4 @@
+// PackedWeight: packs rows or codes with several threads, and places its memory in a region of another owner.
 #include "pack/weight.h"
 
 #include <stdexcept>

@@ -1,3 +1,4 @@
+// Executable: creation of tensors and ops, planning of a step, and its run from one stop to the next.
 #include "run/executable.h"
 
 #include <sys/stat.h>

@@ -1,3 +1,4 @@
+// Memory: mmap of anonymous memory and of files, aligned for huge pages.
 #include "run/memory.h"
 
 #include <sys/mman.h>

@@ -1,3 +1,4 @@
+// The registry of op kinds, and OpArgs: typed and checked access to the operands and attributes of an op.
 #include "run/op.h"
 
 #include <typeinfo>

@@ -1,3 +1,4 @@
+// Planner: adds an op's phases to a plan. PlanCache: keeps the plans that were used last.
 #include "run/plan.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// Unit tests of Planner and PlanCache: chunks, tails, segments, memory, eviction.
 #include "run/plan.h"
 
 #include "isa/select.h"

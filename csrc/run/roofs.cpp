@@ -1,3 +1,4 @@
+// Measurement of read bandwidth and of the matrix kernels' FLOP/s.
 #include "run/roofs.h"
 
 #include <algorithm>

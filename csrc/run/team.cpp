@@ -1,3 +1,4 @@
+// The thread team: how threads take tasks, steal tasks from each other, wait and sleep.
 #include "run/team.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// Unit tests of the thread team: each task runs once, phases run in order, exceptions reach the caller.
 #include <atomic>
 #include <vector>
 

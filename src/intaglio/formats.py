@@ -253,7 +253,7 @@ class Quantised:
         return replace(self, **changes)
 
     def matrix(self, e: int) -> Quantised:
-        """Matrix number `e` of a stack."""
+        """Matrix number `e` of a stack, as a Quantised of its own."""
         return self.each(lambda x: x[e])
 
     def stacked(self, shape: tuple[int, ...]) -> Quantised:
@@ -315,10 +315,10 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
 
 
 def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """For groups [n, G, group], the scales [n, G] of least squared error among five candidates.
+    """The scales [n, G] of least squared error among five candidates, for groups [n, G, group].
 
-    The candidates map the value farthest from 0 to the end of the codes, or to one or two steps beside it. csrc/pack/
-    does the same, to the bit.
+    The candidates map the value farthest from 0 to the end of the codes, or to one or two steps beside it.
+    csrc/pack/ does the same, to the bit.
     """
     end, step = ENDS[fmt.family]
     reach = np.abs(farthest) if end > 0 else farthest
@@ -385,16 +385,18 @@ ZERO = np.float32(0)
 
 
 def _q4_k(x: np.ndarray) -> Quantised:
-    """Quantise float32 [N, K] to q4_k: codes, 6-bit scales and minima, and f16 units. Non-finite blocks become NaN.
+    """Quantise float32 [N, K] to a Quantised in q4_k: codes, 6-bit scales and minima, and f16 units.
 
-    1. For each group, fit lines by least squares through codes from 16 ranges (the group's own, its ends moved inwards
-    by up to a step), and keep the best line. 2. The units are the largest scale and minimum over 63, rounded up, so
-    that every scale is within reach. 3. Each group takes, of the three nearest scales and for each the three nearest
-    minima, the pair of least squared error.
+    Non-finite blocks become NaN.
 
-    csrc/isa/scales.inl does the same in the same order, to the bit. llama.cpp searches likewise (ggml-quants.c), but
-    moves one end only, weighs large values more, and takes the nearest scale and minimum without a second search.
-    Raises FormatError if K is not a multiple of 256.
+    1. For each group, fit lines by least squares through codes from 16 ranges (the group's own, its ends moved
+    inwards by up to a step), and keep the best line. 2. The units are the largest scale and minimum over 63,
+    rounded up, so that every scale is within reach. 3. Each group takes, of the three nearest scales and for each
+    the three nearest minima, the pair of least squared error.
+
+    csrc/isa/scales.inl does the same in the same order, to the bit. llama.cpp searches likewise (ggml-quants.c),
+    but moves one end only, weighs large values more, and takes the nearest scale and minimum without a second
+    search. Raises FormatError if K is not a multiple of 256.
     """
     n, k = x.shape
     if k % BLOCK:

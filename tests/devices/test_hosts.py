@@ -1,4 +1,4 @@
-"""Ranks on several hosts: two agents on this machine as two hosts, or in network namespaces; the bits of the mesh."""
+"""Ranks on several hosts: two agents on this machine, or in network namespaces, give the same bits as the mesh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections between ranks of unlike hosts: only with the token, whatever else comes to the port; the same bits."""
+"""Connections between ranks of several hosts: refused without the token, robust to any bytes at the port, same bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks as processes: the bits of the mesh in one process; every end is DeviceLost, and leaves nothing behind."""
+"""Ranks as processes: the same bits as the mesh in one process; failures are DeviceLost and leave nothing behind."""
 
 from __future__ import annotations
 

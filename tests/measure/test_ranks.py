@@ -1,4 +1,4 @@
-"""Times of ranks: who waited for whom follows from the time in each collective, and the trace has a track a rank."""
+"""Times of ranks: waiting times derived from the time in each collective, and a trace with a track for each rank."""
 
 from __future__ import annotations
 

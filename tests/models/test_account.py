@@ -1,5 +1,4 @@
-"""The account of a checkpoint: every tensor and every key of its files once, with what became of it, for every family
-and with leftovers; and what the command prints."""
+"""The account of a checkpoint lists each tensor and key once, for every family and with unused ones; the command."""
 
 from __future__ import annotations
 

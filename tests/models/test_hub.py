@@ -1,3 +1,5 @@
+"""Models by hub id: files that are downloaded, cache, offline use, errors; against a hub in this process."""
+
 import json
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Stop strings, special tokens and characters that are cut in two, as the tokens of an output become text."""
+"""Transcript: stop strings, special tokens and characters split between tokens, as an output's tokens become text."""
 
 from __future__ import annotations
 

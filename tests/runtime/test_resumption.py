@@ -1,4 +1,4 @@
-"""Requests that move: suspended at any moment and resumed on another engine, they give the tokens they would have."""
+"""Suspended requests resumed on another engine at any moment: they give the tokens that they would have given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""min_tokens, allowed_token_ids and bad words: what may be drawn, against their definitions."""
+"""min_tokens, allowed_token_ids and bad_words: the token ids that may be sampled, compared with their definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log-probabilities as JSON can carry them."""
+"""Response bodies: log-probabilities that are infinite or NaN become numbers that JSON can hold."""
 
 from __future__ import annotations
 

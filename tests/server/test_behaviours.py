@@ -1,4 +1,4 @@
-"""Behaviours that tests of vLLM's server hold it to, and that hold here: bounds, refusals, counts, streams."""
+"""Behaviours of vLLM's server that its own tests require, checked on this server: bounds, refusals, counts, streams."""
 
 from __future__ import annotations
 

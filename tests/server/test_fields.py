@@ -1,4 +1,4 @@
-"""Fields of requests beyond the first ones: what each does, against LLM or its definition, and what only hints."""
+"""Request fields beyond OpenAI's basic ones: the effect of each, compared with LLM or its definition; and hints."""
 
 from __future__ import annotations
 

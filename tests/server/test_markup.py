@@ -1,4 +1,4 @@
-"""Reasoning and tool calls read out of streamed text: however it is cut, the same comes out, and no text is lost."""
+"""Reasoning and tool calls parsed from streamed text: any division into pieces gives the same parts, without loss."""
 
 from __future__ import annotations
 

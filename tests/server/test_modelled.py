@@ -1,4 +1,4 @@
-"""A model served in a chip's time: tokens are those of the host, seconds those of the machine that models the chip."""
+"""A model served on a simulated chip: tokens equal the host's, times equal those of the timing model."""
 
 from __future__ import annotations
 

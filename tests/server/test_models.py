@@ -1,4 +1,4 @@
-"""Two models in one server: each answers for itself, under its own name."""
+"""Two models in one server: requests reach the model that they name, and limits and metrics are separate."""
 
 from __future__ import annotations
 

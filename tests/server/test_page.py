@@ -1,4 +1,4 @@
-"""The page at /: it needs nothing from elsewhere; in a headless Chromium, where there is one, it streams and shows."""
+"""The page at /: it loads nothing from other hosts, and in a headless Chromium, if there is one, streams an answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One thread alone touches the engine of a served model."""
+"""Threads of a server: only the driver's thread calls the engine of a served model."""
 
 from __future__ import annotations
 

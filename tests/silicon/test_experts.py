@@ -1,4 +1,4 @@
-"""Chip kernels of route and experts against the ops' reference(), on random shapes, formats and chips."""
+"""Chip kernels of route and experts compared with the ops' reference(), on random shapes, formats and chips."""
 
 from __future__ import annotations
 

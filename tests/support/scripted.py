@@ -1,4 +1,4 @@
-"""A model that says what a test tells it to, token by token, whatever its weights. Not a test: tests import it."""
+"""A model that outputs the tokens a test gives it, whatever its weights. Not a test: tests import it."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, A
 
 
 def built(path: Path, kind: type[Any], table: Mapping[str, Any], inside: str = "") -> Any:
-    """Construct the dataclass `kind` from a table of a file.
+    """An instance of the dataclass `kind` with the values of a table of a file.
 
     Raises ChipError for an unknown or missing field or a wrong type.
     """

@@ -181,7 +181,7 @@ def print_head(llm: LLM, runs: int) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """Parse a comma-separated list of whole numbers: '128,512' gives [128, 512]. Raises ValueError."""
+    """A list of the whole numbers in a comma-separated text: '128,512' gives [128, 512]. Raises ValueError."""
     try:
         return [int(n) for n in text.split(",")]
     except ValueError:

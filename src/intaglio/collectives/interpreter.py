@@ -50,10 +50,10 @@ def execute(
 
 
 def cut(x: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Split the last axis into `parts` views of near-equal width; some are empty if the axis is shorter.
+    """A list of `parts` views of x of near-equal width along its last axis; some are empty if the axis is shorter.
 
-    The split is by columns, so that the chunk of a value, and so its summation order, does not depend on the number of
-    rows.
+    The split is by columns, so that the chunk of a value, and so its summation order, does not depend on the number
+    of rows.
     """
     n = x.shape[-1]
     return [x[..., n * i // parts : n * (i + 1) // parts] for i in range(parts)]

@@ -263,7 +263,10 @@ def prefill_steps(executable: Executable, count: int, length: int, budget: int) 
 
 
 def decode_steps(executable: Executable, count: int, length: int) -> Iterator[Batch]:
-    """Yield the Batches of the decode steps after prompts of `length` tokens; each has a token of `count` sequences."""
+    """Yield the Batches of the decode steps after prompts of `length` tokens, each with one token per sequence.
+
+    count: number of sequences.
+    """
     for k in range(DECODE_STEPS):
         token = k % executable.program.vocabulary
         chunks = [

@@ -16,9 +16,10 @@ from intaglio.devices.processes import child_environment
 
 @contextmanager
 def started(words: list[str]) -> Iterator[str]:
-    """Start `intaglio serve` with these arguments on a free port. Yields its address up to and with /v1.
+    """Start `intaglio serve` with these arguments on a free port. Yields its address, up to and with /v1.
 
-    The server is stopped at the end of the block. Raises ValueError with its output if it does not start.
+    A context manager: the server is stopped at the end of the block. Raises ValueError with its output if it does
+    not start.
     """
     command = [sys.executable, "-m", "intaglio", "serve", *words, "--port", "0"]
     with tempfile.TemporaryFile("w+") as said:
@@ -37,6 +38,6 @@ def started(words: list[str]) -> Iterator[str]:
 
 
 def serve_words(model: Path | None, **options: Any) -> list[str]:
-    """Arguments for `intaglio serve`: the model, and an option for each keyword that is not None."""
+    """A list of arguments for `intaglio serve`: the model, and an option for each keyword that is not None."""
     given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items() if value is not None]
     return [*([str(model)] if model else []), *(word for pair in given for word in pair)]

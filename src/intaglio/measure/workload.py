@@ -65,7 +65,10 @@ def trace(name: str) -> Trace:
 
 
 def fitting(t: Trace, context: int | None) -> float:
-    """Factor, at most 1, that scales the trace's lengths so that 99 of 100 requests fit the context; 1 without one."""
+    """The factor, at most 1, by which the trace's lengths are scaled so that 99 of 100 requests fit the context.
+
+    1 if `context` is None.
+    """
     return min(1.0, context / t.most) if context else 1.0
 
 

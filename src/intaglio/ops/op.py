@@ -237,12 +237,12 @@ class Op:
 
     @property
     def reads_state(self) -> tuple[str, ...]:
-        """State tensors that this op reads."""
+        """Names of the state tensors that this op reads."""
         return self.operands(*STATE, access="read")
 
     @property
     def writes_state(self) -> tuple[str, ...]:
-        """State tensors that this op writes: pages in place, slots by reading one and writing another."""
+        """Names of the state tensors that this op writes: pages in place, slots by reading one and writing another."""
         return (*self.operands("pages", access="write"), *self.operands("slots"))
 
     @property

@@ -40,5 +40,5 @@ def state_bytes(t: Tensors, name: str, batch: Batch) -> int:
 
 
 def softplus(x: np.ndarray) -> np.ndarray:
-    """ln(1 + e^x) of x, computed in float64 and returned as such."""
+    """ln(1 + e^x) of x, as float64."""
     return np.logaddexp(0, x.astype(np.float64))

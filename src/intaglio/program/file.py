@@ -16,7 +16,7 @@ def save(program: Program, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> Program:
-    """Read a Program from a file in text form and verify it.
+    """Read a file in text form, verify the Program in it and return it.
 
     Raises ProgramError naming the line that fails to parse, or the rule that is broken.
     """

@@ -94,7 +94,7 @@ class _Parser:
 
 
 def parse_program(text: str) -> Program:
-    """Parse a Program's text form, without verifying it. Raises ProgramError with the line's number."""
+    """The Program that a text form stands for, not verified. Raises ProgramError with the number of a wrong line."""
     load_plugins()
     lines = text.splitlines()
     head = re.fullmatch(r"program (\S+) context=(\d+) mesh=(\d+) rank=(\d+)", lines[0].strip()) if lines else None

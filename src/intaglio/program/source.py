@@ -73,7 +73,7 @@ def names(source: str) -> list[str]:
 
 
 def _cut(step: str, length: int) -> tuple[int, int, int, int]:
-    """Parse a cut such as r0:1/2 to (axis, first, last, of): of every `of` indices keep first..last - 1.
+    """Parse a cut such as r0:1/2. Returns (axis, first, last, of): of every `of` indices keep first..last - 1.
 
     length: size of the axis, which `of` must divide. Raises ProgramError for a step that is no cut.
     """
@@ -111,7 +111,7 @@ def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ..
 
 
 def take(x: Value, steps: tuple[str, ...]) -> Value:
-    """Apply a source's steps to a tensor, without a copy where possible.
+    """The tensor after a source's steps, without a copy where possible.
 
     Quantized values stay quantized, unless a step would split a group: then they become float32 first.
     """
@@ -125,9 +125,10 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
 
 
 def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
-    """Apply the steps to the codes and scales of a quantised tensor.
+    """The quantised tensor after the steps, which are applied to its codes and scales.
 
-    None if that is impossible: a step splits groups or stacks rows, or its transposition differs from how it is stored.
+    None if that is impossible: a step splits groups or stacks rows, or its transposition differs from how it is
+    stored.
     """
     if steps.count("T") != x.turned or any(s.startswith("h") for s in steps):
         return None
@@ -165,7 +166,7 @@ def _regrouped(x: Quantised, group: int) -> Quantised:
 
 
 def _cut_rows(x: Quantised, step: str) -> Quantised:
-    """Cut the columns of a tensor with one scale per row; the shorter rows keep their scales."""
+    """The tensor with its columns cut by `step`, for one scale per row; the shorter rows keep their scales."""
     codes = _moved(x.codes, (step,))
     group = formats.get(x.format).group_of(codes.shape[-1])
     count = -(-codes.shape[-1] // group)

@@ -2,7 +2,8 @@
 
 The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): each tenant has a
 counter of the tokens it was served, divided by its weight, and the tenant with the lowest counter is next. A tenant
-that was away does not save up: on its return its counter is raised to the lowest of those that wait.
+gains nothing by an idle time: when it returns, its counter is raised to the lowest of the tenants that have waiting
+jobs.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class FairQueue:
         return sum(len(t.waiting) for t in self.tenants.values())
 
     def push(self, job: Job) -> None:
-        """Add a job behind those of its tenant and priority."""
+        """Add a job behind the other jobs of its tenant and priority."""
         tenant = self._tenant(job.tenant)
         if not tenant.waiting:
             others = [t.counter for t in self.tenants.values() if t.waiting]
@@ -50,7 +51,7 @@ class FairQueue:
         insort(tenant.waiting, (job.priority, self._arrivals, job), key=lambda entry: entry[:2])
 
     def order(self) -> Iterator[Job]:
-        """The waiting jobs in the order in which they should be placed. Do not change the queue meanwhile."""
+        """Yield the waiting jobs in the order in which they should be placed. Do not change the queue meanwhile."""
         heads = {name: 0 for name, t in self.tenants.items() if t.waiting}
         counters = {name: self.tenants[name].counter for name in heads}
 
@@ -76,7 +77,7 @@ class FairQueue:
         tenant.counter += job.tokens / tenant.weight
 
     def discard(self, job: Job) -> None:
-        """Remove a job without a charge."""
+        """Remove a job and charge its tenant nothing."""
         tenant = self._tenant(job.tenant)
         tenant.waiting = [entry for entry in tenant.waiting if entry[2].id != job.id]
         self._forget_idle()
@@ -88,7 +89,7 @@ class FairQueue:
         self._forget_idle()
 
     def share(self, tenant: str, total: int) -> int:
-        """How many of `total` places in the queue the tenant may hold, at least 1.
+        """Number of the `total` places in the queue that the tenant may hold, at least 1.
 
         Places are divided by weight among the tenants that wait and one more of weight 1 that may come.
         """

@@ -1,11 +1,11 @@
-"""Index of the K/V blocks that a replica has cached, and the memory that maps prompt text to block names.
+"""CacheIndex: the K/V blocks that a replica has cached. PromptMemory: from prompt text to the names of its blocks.
 
-Two sources of knowledge, both bounded:
+The index has two sources, both bounded:
 
 - Confirmed: block names from the replica's events (stored, removed, cleared), which carry the incarnation of the
   replica's cache and a sequence number. After a gap the confirmed set is discarded until a snapshot arrives.
 - Assumed: prefixes of the prompts that the router itself sent to the replica. They cover the time until the events
-  arrive and are all there is while the index is stale. They expire.
+  arrive, and are the only source while the index is stale. They expire.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ TOKENS_PER_CHUNK = CHUNK_BYTES / 4.0  # until the first prompt's true length is 
 
 @dataclass(frozen=True)
 class BlocksStored:
-    """These blocks can be reused now."""
+    """Event: these blocks were added to a replica's prefix cache and can be reused from now on."""
 
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class BlocksRemoved:
-    """These blocks were evicted."""
+    """Event: these blocks were evicted from a replica's prefix cache."""
 
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class BlocksCleared:
-    """The cache was emptied."""
+    """Event: a replica's prefix cache was emptied."""
 
 
 CacheEvent = BlocksStored | BlocksRemoved | BlocksCleared
@@ -46,7 +46,7 @@ CacheEvent = BlocksStored | BlocksRemoved | BlocksCleared
 
 @dataclass(frozen=True)
 class Prefix:
-    """What is known of the text up to a prefix key: its number of tokens, and the name of its last whole block.
+    """Record about the text up to a prefix key: its number of tokens, and the name of its last whole block.
 
     name: None if the text is shorter than a block, or the replica gave no names.
     """
@@ -81,7 +81,7 @@ class PromptMemory:
             self._prefixes.popitem(last=False)
 
     def find(self, key: bytes) -> Prefix | None:
-        """What is known of the text up to this key; None if it was never reported, or long ago."""
+        """The Prefix recorded for the text up to this key; None if none was reported, or only long ago."""
         return self._prefixes.get(key)
 
     def estimate_tokens(self, keys: Sequence[bytes]) -> int:

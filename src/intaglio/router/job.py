@@ -1,4 +1,4 @@
-"""Job: a request as the router sees it, and Refusal: why it is not admitted."""
+"""Job: a request as the router sees it, and Refusal: the error of a job that is not admitted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Placement policies: which replica a job goes to.
+"""Placement policies: functions that choose the replica of a job.
 
 cache-aware: the replica with the lowest cost, which is the estimated time to the job's end, plus the time that its
 prefill takes from the other jobs there. round-robin: the replica that was used least recently, for comparison.
@@ -16,7 +16,7 @@ from intaglio.router.replica import Replica
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job would cost on a replica: cached and uncached prompt tokens, seconds to its first token and its end."""
+    """Estimated cost of a job on a replica: cached and uncached prompt tokens, seconds to its first token and end."""
 
     replica: Replica
     cached: int
@@ -38,10 +38,10 @@ Policy = Callable[[Sequence[Estimate]], Estimate]
 
 
 def estimate(replica: Replica, job: Job, memory: PromptMemory, now: float, ahead: int = 0) -> Estimate:
-    """Estimate a job on a replica: prefill of what is not cached, behind the jobs before it, then decode.
+    """The Estimate of a job on a replica: prefill of what is not cached, behind the jobs before it, then decode.
 
-    ahead: prompt tokens of queued jobs that will go to this replica before this one. The last prompt token is always
-    computed, because its logits are needed.
+    ahead: prompt tokens of queued jobs that will go to this replica before this one. The last prompt token is
+    always computed, because its logits are needed.
     """
     cached = min(replica.index.cached_tokens(job.keys, memory, now), job.prompt_tokens - 1)
     uncached = job.prompt_tokens - cached

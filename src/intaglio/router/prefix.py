@@ -14,7 +14,7 @@ KEY_BYTES = 8
 
 
 def prefix_keys(salt: bytes, pieces: Iterable[bytes]) -> tuple[bytes, ...]:
-    """One key for each whole chunk of CHUNK_BYTES of the joined `pieces`. Key i covers the first i + 1 chunks.
+    """A tuple with one key for each whole chunk of CHUNK_BYTES of the joined `pieces`. Key i covers chunks 0 to i.
 
     salt: what must be equal besides the text for K/V to be shared, such as the model and the request's cache salt.
     """

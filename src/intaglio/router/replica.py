@@ -25,10 +25,11 @@ class Pace:
 
     @classmethod
     def fitted(cls, per_step: float, per_token: float) -> Pace:
-        """The pace from a replica's fit, in seconds.
+        """The Pace with a replica's fitted step time: seconds per step and per token.
 
-        While the replica has only decoded, at one batch size, the fit has no slope. A token then counts as 1/32 of a
-        step, since with a slope of 0 a cached prefix would seem to save nothing.
+        While the replica has only decoded, at one batch size, the fit has no slope. A token then counts as 1/32
+        of a step, since with a slope of 0 a cached prefix would seem to save nothing. Without a fit: the
+        default Pace.
         """
         if per_step <= 0 and per_token <= 0:
             return cls()
@@ -37,7 +38,10 @@ class Pace:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """A replica's own figures. Counts are of choices; `prompt_tokens` and the other totals are since its start."""
+    """Figures that a replica reports about itself.
+
+    Counts are of choices; `prompt_tokens` and the other totals are since its start.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -74,12 +78,12 @@ class Replica:
 
     @property
     def placeable(self) -> bool:
-        """True if new jobs may be placed on it."""
+        """True if new jobs may be placed on the replica: it is ready and not draining."""
         return self.state == "ready" and not self.report.draining
 
     @property
     def has_room(self) -> bool:
-        """True if it may be given one more job now. One without jobs always may."""
+        """True if the replica may be given one more job now. A ready replica without jobs always may."""
         if not self.placeable:
             return False
         free = self.sequences < self.report.max_sequences
@@ -87,10 +91,10 @@ class Replica:
 
     @property
     def prefill_tokens(self) -> int:
-        """Prompt tokens of placed jobs that are still to be computed."""
+        """Number of prompt tokens of placed jobs that are still to be computed."""
         return sum(a.prefill for a in self.jobs.values())
 
     @property
     def sequences(self) -> int:
-        """Choices of the jobs placed on it."""
+        """Number of choices of the jobs placed on the replica."""
         return sum(a.job.choices for a in self.jobs.values())

@@ -1,8 +1,8 @@
 """Router: admits jobs, queues them fairly and places each on a replica.
 
-It does no input or output and reads no clock: every method takes `now` in seconds, and callers act on what it returns.
-Jobs wait in the router, not in a replica, once a replica has enough prefill work for its next steps. So a tenant's
-burst does not stand in front of other tenants, and a job is placed when most is known.
+It does no input or output and reads no clock: callers pass the time `now` in seconds, and act on what methods return.
+Jobs wait in the router, not in a replica, once a replica has enough prefill work for its next steps. So many jobs of
+one tenant do not delay those of others, and a job is placed as late as possible, when the router knows the most.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RETRY_MIN, RETRY_MAX = 1.0, 60.0  # bounds of Retry-After, seconds
 
 @dataclass(frozen=True)
 class Limits:
-    """max_queued: jobs that may wait in the router."""
+    """Limits of a router. max_queued: most jobs that may wait in it."""
 
     max_queued: int = 1024
 
@@ -35,7 +35,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Placement:
-    """A job and the replica it goes to, with the estimate on which that was decided."""
+    """A job and the name of the replica it goes to, with the Estimate by which that was decided."""
 
     job: Job
     replica: str
@@ -43,9 +43,9 @@ class Placement:
 
 
 class Router:
-    """Queue and placement of jobs over replicas.
+    """Queue of jobs, and their placement on replicas.
 
-    policy: a name in POLICIES. weights: tenants' shares (see FairQueue).
+    policy: a name in POLICIES. weights: tenants' shares (see FairQueue). Raises ValueError for an unknown policy.
     """
 
     def __init__(
@@ -65,30 +65,36 @@ class Router:
     # Replicas
 
     def add_replica(self, name: str) -> Replica:
-        """Add a replica, which is given jobs once it is ready. Raises ValueError if the name is in use."""
+        """Add a replica and return its Replica. It is given jobs once it is ready.
+
+        Raises ValueError if the name is in use.
+        """
         if name in self.replicas:
             raise ValueError(f"there is a replica {name!r} already; every replica needs its own name")
         self.replicas[name] = Replica(name)
         return self.replicas[name]
 
     def ready(self, name: str, incarnation: str) -> None:
-        """A replica accepts requests. incarnation: of its K/V cache; a new one has cached nothing."""
+        """Note that a replica accepts requests. incarnation: of its K/V cache; a new one has cached nothing."""
         replica = self.replicas[name]
         if replica.state != "draining":
             replica.state = "ready"
         replica.index.restarted(incarnation)
 
     def report(self, name: str, report: LoadReport) -> None:
-        """Update a replica's own figures."""
+        """Store a replica's latest LoadReport."""
         self.replicas[name].report = report
 
     def drain(self, name: str) -> list[Job]:
-        """Place no more jobs on a replica. Returns its jobs, which the caller may move with lost() and resubmit()."""
+        """Place no more jobs on a replica. Returns its jobs, which the caller may pass to resubmit() to move them."""
         self.replicas[name].state = "draining"
         return [a.job for a in self.replicas[name].jobs.values()]
 
     def died(self, name: str) -> list[Job]:
-        """A replica is gone. Returns the jobs it had, in the order of their placement; they are no longer placed."""
+        """Note that a replica is gone.
+
+        Returns the jobs it had, in the order of their placement; they are no longer placed.
+        """
         replica = self.replicas[name]
         replica.state = "dead"
         jobs = [a.job for a in replica.jobs.values()]
@@ -98,11 +104,11 @@ class Router:
         return jobs
 
     def restarting(self, name: str) -> None:
-        """A dead replica is started again."""
+        """Note that a dead replica is being started again."""
         self.replicas[name].state = "starting"
 
     def remove_replica(self, name: str) -> None:
-        """Forget a replica that has no jobs. Raises ValueError if it has."""
+        """Forget a replica. Raises ValueError if it has jobs."""
         if jobs := self.replicas[name].jobs:
             raise ValueError(f"replica {name!r} has {len(jobs)} requests; drain it first")
         del self.replicas[name]
@@ -110,7 +116,7 @@ class Router:
     # Jobs
 
     def submit(self, job: Job, now: float) -> None:
-        """Queue a job. Raises Refusal, with the time to wait before a retry, rather than let it wait in vain."""
+        """Queue a job, or raise Refusal, with the seconds after which to retry, if it cannot be served in time."""
         try:
             self._admit(job, now)
         except Refusal as refusal:
@@ -119,12 +125,15 @@ class Router:
         self.queue.push(job)
 
     def resubmit(self, job: Job) -> None:
-        """Queue a job again whose replica died or drains. It was admitted, so it is not refused."""
+        """Queue a job again whose replica died or drains. It was admitted before, so it is not refused."""
         self._unplace(job.id)
         self.queue.push(job)
 
     def dispatch(self, now: float) -> list[Placement]:
-        """Place queued jobs, in fair order, on replicas that have room. Call it after every change."""
+        """Place queued jobs, in fair order, on replicas that have room. Returns the Placements made, in order.
+
+        Call it after every change.
+        """
         placed: list[Placement] = []
         if not self.queue or not any(r.has_room for r in self.replicas.values()):
             return placed
@@ -140,13 +149,16 @@ class Router:
         return placed
 
     def started(self, id: str, tokens: int, names: tuple[str, ...] = (), block_size: int = 1) -> None:
-        """A placed job's first token has come: its prompt of `tokens` tokens is computed and in these blocks."""
+        """Note that a placed job's first token has come: its prompt of `tokens` tokens is computed.
+
+        names: of the blocks that hold the prompt, of `block_size` tokens each.
+        """
         if assigned := self._assigned(id):
             assigned.started, assigned.prefill = True, 0
             self.memory.learn(assigned.job.keys, tokens, names, block_size)
 
     def ended(self, job: Job, output_tokens: int) -> None:
-        """A placed job has ended, or was cancelled, after `output_tokens` output tokens over all choices."""
+        """Note that a job has ended, or was cancelled, after `output_tokens` output tokens over all choices."""
         if self._unplace(job.id):
             self.queue.settle(job, output_tokens)
         else:
@@ -192,7 +204,7 @@ class Router:
             raise Refusal("late", why, _retry(over))
 
     def _queue_seconds(self, alive: list[Replica]) -> float:
-        """Estimated seconds until the jobs that wait now have been placed: their prefill over all replicas' pace."""
+        """Estimated seconds until the jobs that wait now have been placed, from the prefill pace of all replicas."""
         tokens = sum(job.prompt_tokens for job in self.queue.order())
         return tokens / sum(1 / max(r.report.pace.per_token, 1e-9) for r in alive)
 

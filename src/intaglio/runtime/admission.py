@@ -113,7 +113,7 @@ class Admission:
 
     @staticmethod
     def _estimates(request: Request, load: EngineLoad) -> tuple[float, float]:
-        """Estimated seconds until the request ends: (under this load, on an idle engine)."""
+        """(estimated seconds until the request ends under this load, the same on an idle engine)."""
         prompt, n = len(request.prompt), request.params.n
         outputs = 0.0 if request.scored else load.latency.output_tokens(request.params.max_tokens)
         beside = load.latency.estimate(load.prefill_tokens + prompt, outputs, load.live + n)

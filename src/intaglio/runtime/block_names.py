@@ -20,7 +20,7 @@ NAME_BYTES = 32  # 256 bits: nobody finds two blocks of one name, not even on pu
 
 
 def digest(content: bytes) -> str:
-    """Hash of some bytes, in 64 hexadecimal digits."""
+    """The hash of some bytes, as 64 hexadecimal digits."""
     return blake2b(content, digest_size=NAME_BYTES).hexdigest()
 
 
@@ -54,7 +54,7 @@ class BlockScope:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of all fields, in 64 hexadecimal digits."""
+        """The hash of all fields, as 64 hexadecimal digits."""
         return digest(json.dumps(asdict(self), sort_keys=True).encode())
 
 
@@ -71,7 +71,10 @@ class BlockNames:
     block_size: int
 
     def root(self, salt: str | None = None) -> str:
-        """The parent's name of a first block: a hash over scope and salt. A salt is never the same as none."""
+        """The name that stands for the parent of a first block: a hash over scope and salt.
+
+        A salt is never the same as none.
+        """
         end = b"" if salt is None else b"salt " + salt.encode("utf-8", "surrogatepass")
         return digest(b"root " + self.scope.encode() + b" " + end)
 
@@ -87,5 +90,5 @@ class BlockNames:
             yield name
 
     def of(self, tokens: Sequence[int], salt: str | None = None) -> list[str]:
-        """The names of the full blocks of a sequence of token ids, from its start."""
+        """A list of the names of the full blocks of a sequence of token ids, from its start."""
         return list(self.chain(tokens, salt))

@@ -125,7 +125,7 @@ class Engine:
 
     @property
     def requests(self) -> dict[str, list[Sequence]]:
-        """Live requests: request id to the sequences of all its choices."""
+        """A dict of the live requests: request id to the sequences of all its choices."""
         return self.live.by_id
 
     @property
@@ -272,7 +272,10 @@ class Engine:
     def _admit(
         self, request: Request, seed: int, choices: abc.Sequence[int], resumption: Resumption | None = None
     ) -> list[Sequence]:
-        """Check and queue these choices of a request, with the output of a resumption if there is one."""
+        """Check and queue these choices of a request, and return a Sequence for each.
+
+        resumption: if given, the choices go on after its output.
+        """
         n = len(choices)
         self.counts.received += n
         try:
@@ -292,9 +295,10 @@ class Engine:
         return sequences
 
     def _sequences(self, request: Request, seed: int, choices: abc.Sequence[int], estimate: float) -> list[Sequence]:
-        """Create one Sequence for each of these choices of the request. Choice i samples with seed + i.
+        """Create and return one Sequence for each of these choices of the request. Choice i samples with seed + i.
 
-        estimate: seconds until the request ends. Raises RequestError if the caller's stop checker or matcher fails.
+        estimate: seconds until the request ends. Raises RequestError if the caller's stop checker or matcher
+        fails.
         """
         now, first = self.clock.read(), self.counts.admitted
         try:

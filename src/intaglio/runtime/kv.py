@@ -136,11 +136,11 @@ class BlockPool:
         return name
 
     def name(self, block: int) -> str:
-        """Name of a block that find_prefix() returned."""
+        """The name (see BlockNames) of a block that find_prefix() returned."""
         return self.cached[block].name
 
     def snapshot(self) -> BlockSnapshot:
-        """The blocks in the prefix cache now."""
+        """The BlockSnapshot of the blocks that are in the prefix cache now."""
         return self.events.snapshot(self.names.scope, self.block_size, self.index)
 
     def reset_prefix_cache(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Counts:
-    """Total counts since the engine was created."""
+    """Numbers of steps, choices, faults and tokens since the engine was created; comments on the fields define each."""
 
     steps: int = 0
     received: int = 0  # choices: refused + admitted

@@ -30,7 +30,7 @@ class ServedModel:
 
     @property
     def broken(self) -> str | None:
-        """Why the model can no longer serve requests (engine crashed, device lost); None while it can."""
+        """The reason why the model can no longer serve requests (engine crashed, device lost); None while it can."""
         if self.driver.crash is not None:
             return f"the engine crashed: {self.driver.crash}"
         return self.driver.snapshot.gauges.failed

@@ -1,7 +1,7 @@
-"""What the scripts of all clients ask: each runs with a client's own packages, against a server at sys.argv[1].
+"""Conversation that every client's script runs, with the client's own packages, against the server at sys.argv[1].
 
 The server's model greets; asked with the tool get_weather, it calls it for Paris; given the tool's result, it answers
-SUNNY. With a schema it writes whatever matches.
+SUNNY. With a schema it writes any text that matches.
 """
 
 from __future__ import annotations

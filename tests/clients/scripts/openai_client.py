@@ -1,4 +1,4 @@
-"""The official client."""
+"""The official openai client: chat, streams, tools and structured output."""
 
 import json
 

@@ -21,7 +21,7 @@ def isa_names() -> list[str]:
 
 @cache
 def build_hash() -> str:
-    """Hash of the compiled part of this package. Another build may compute other bits."""
+    """A hash, as text, of the compiled part of this package. Another build may compute other bits."""
     return hashlib.sha256(Path(_native.__file__).read_bytes()).hexdigest()
 
 
@@ -63,7 +63,7 @@ class HostDevice(Device):
         return DeviceFacts(self.isa, self.threads, memory, build_hash())
 
     def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
-        """Translate the ops and pack the weights.
+        """Translate the ops and pack the weights. Returns the Executable.
 
         Raises DeviceError for a page size that the kernels do not support, and for an op without a host kernel.
         """

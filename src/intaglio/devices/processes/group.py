@@ -1,8 +1,8 @@
 """GroupExecutable: a process for each rank, which together are one Executable.
 
-The parent writes each request once, to memory that all ranks map; the last rank's result comes back the same way. A
-thread of the parent watches the processes: one that exits, or shows no sign of life for `silence` seconds, aborts the
-group, which ends every rank's step. Whatever ends a group is DeviceLost; the engine then loads another.
+The parent writes each request once, to memory that all ranks map; each rank's results come back the same way. A thread
+of the parent watches the processes: one that exits, or shows no sign of life for `silence` seconds, aborts the group,
+which ends every rank's step. Whatever ends a group is raised as DeviceLost; the engine then loads another.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def _lay_over(c: Config, out: Settings, scaling: Settings) -> None:
 
 
 def lengths(c: Config) -> tuple[int, int, bool]:
-    """(default context, longest context, True if rope differs beyond the default), from length and rope scaling.
+    """(default context in tokens, longest context, True if the rope table differs for contexts beyond the default).
 
     - YaRN: factor * original length, if that is more than max_position_embeddings.
     - LongRoPE: by default the original length, up to which its short factors apply. One Program has one table, and the

@@ -184,7 +184,7 @@ def _only_file(path: Path) -> Found:
 
 
 def not_a_model(name: str) -> str:
-    """What a safetensors file of this name holds instead of a model, in words; "" if it may be a model."""
+    """Words for what a safetensors file of this name holds if it is no model, such as "a LoRA adapter"; else ""."""
     for start, what in (
         ("consolidated", "the model in Mistral's own layout"), ("adapter_", "a LoRA adapter"),
         ("optimizer", "an optimizer's state"), ("mtp", "layers that predict tokens further ahead"),

@@ -78,7 +78,7 @@ class RecordedSeeds:
     """Replaces the engine's random source: recorded requests carry their seeds, so drawing a number is an error."""
 
     def getrandbits(self, k: int, /) -> int:
-        """Raise JournalError: a recorded request must have a seed."""
+        """Always raise JournalError: a recorded request must have a seed."""
         raise JournalError("the journal has a request without a seed")
 
 

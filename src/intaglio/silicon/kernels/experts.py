@@ -265,7 +265,7 @@ def expert_rows(e: int, n: int, columns: slice) -> slice:
 
 
 def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region, Region, Region]) -> list[Stream]:
-    """Stream that sorts the routed rows by expert, on one core.
+    """A list with the stream that sorts the routed rows by expert, on one core.
 
     ids: i32 [1, n], the expert of each routed row. out: regions for order, tokens and counts, as Group writes them.
     """

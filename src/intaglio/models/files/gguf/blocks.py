@@ -47,17 +47,17 @@ def _nibbles(bytes: np.ndarray) -> np.ndarray:
 
 
 def _q8_0(b: np.ndarray) -> Quantised:
-    """Decode Q8_0 blocks of 32 values: f16 scale, 32 signed bytes."""
+    """Decode Q8_0 blocks [rows, blocks, bytes] of 32 values to their matrix: f16 scale, 32 signed bytes."""
     return Quantised(_joined(_words(b[..., 2:], np.int8)), _joined(_halves(b, 0)), 32)
 
 
 def _q4_0(b: np.ndarray) -> Quantised:
-    """Decode Q4_0 blocks of 32 values: f16 scale, 16 bytes with two 4-bit codes each, stored plus 8."""
+    """Decode Q4_0 blocks of 32 values to their matrix: f16 scale, 16 bytes with two 4-bit codes each, stored plus 8."""
     return Quantised(_joined(_nibbles(b[..., 2:]).astype(np.int8) - np.int8(8)), _joined(_halves(b, 0)), 32)
 
 
 def _q5_0(b: np.ndarray) -> Quantised:
-    """Decode Q5_0 blocks of 32 values: f16 scale, 4 bytes of fifth bits, 16 bytes of low 4 bits.
+    """Decode Q5_0 blocks of 32 values to their matrix: f16 scale, 4 bytes of fifth bits, 16 bytes of low 4 bits.
 
     Codes are stored plus 16.
     """
@@ -67,21 +67,27 @@ def _q5_0(b: np.ndarray) -> Quantised:
 
 
 def _iq4_nl(b: np.ndarray) -> Quantised:
-    """Decode IQ4_NL blocks of 32 values: f16 scale, 16 bytes with two 4-bit indices each into the codebook IQ4."""
+    """Decode IQ4_NL blocks of 32 values to their matrix.
+
+    Layout: f16 scale, 16 bytes with two 4-bit indices each into the codebook IQ4.
+    """
     return Quantised(_joined(IQ4[_nibbles(b[..., 2:])]), _joined(_halves(b, 0)), 32)
 
 
 def _mxfp4(b: np.ndarray) -> Quantised:
-    """Decode MXFP4 blocks of 32 values: exponent (bias 127) of a power of two, 16 bytes with two E2M1 codes each."""
+    """Decode MXFP4 blocks of 32 values to their matrix.
+
+    Layout: exponent (bias 127) of a power of two, 16 bytes with two E2M1 codes each.
+    """
     scales = np.ldexp(np.float32(0.5), b[..., :1].astype(np.int32) - 127).astype(np.float32)
     return Quantised(_joined(TWICE_E2M1[_nibbles(b[..., 1:])]), _joined(scales), 32)
 
 
 def _iq4_xs(b: np.ndarray) -> Quantised:
-    """Decode IQ4_XS blocks of 256 values, which are 8 runs of 32.
+    """Decode IQ4_XS blocks of 256 values, which are 8 runs of 32, to their matrix.
 
-    Layout: f16 d; 6-bit scales stored plus 32 (2 bytes with the high 2 bits, 4 bytes with the low 4 bits of each); 128
-    bytes with two 4-bit indices each into the codebook IQ4, run by run.
+    Layout: f16 d; 6-bit scales stored plus 32 (2 bytes with the high 2 bits, 4 bytes with the low 4 bits of each);
+    128 bytes with two 4-bit indices each into the codebook IQ4, run by run.
     """
     high = _words(b[..., 2:4], np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     low = np.stack([b[..., 4:8] & 15, b[..., 4:8] >> 4], axis=-1).reshape(*b.shape[:-1], 8)
@@ -91,10 +97,10 @@ def _iq4_xs(b: np.ndarray) -> Quantised:
 
 
 def _q4_k(b: np.ndarray) -> Quantised:
-    """Decode Q4_K blocks of 256 values, which are 8 runs of 32. value = d * scale * code - dmin * minimum.
+    """Decode Q4_K blocks of 256 values, which are 8 runs of 32, to their matrix.
 
-    Layout: f16 d and dmin; 12 bytes with a 6-bit scale and a 6-bit minimum for each run; 128 bytes with two 4-bit codes
-    each.
+    value = d * scale * code - dmin * minimum. Layout: f16 d and dmin; 12 bytes with a 6-bit scale and a 6-bit
+    minimum for each run; 128 bytes with two 4-bit codes each.
     """
     low, mid, high = (b[..., 4 + 4 * i : 8 + 4 * i] for i in range(3))
     scales = np.concatenate([low & 63, (high & 15) | ((low >> 2) & 48)], axis=-1).astype(np.float32)
@@ -109,7 +115,7 @@ def _q4_k(b: np.ndarray) -> Quantised:
 
 
 def _q5_k(b: np.ndarray) -> Quantised:
-    """Decode Q5_K blocks of 256 values: as Q4_K, with 32 bytes of fifth bits before the low 4 bits.
+    """Decode Q5_K blocks of 256 values to their matrix: as Q4_K, with 32 bytes of fifth bits before the low 4 bits.
 
     Bit i of these bytes belongs to run i.
     """
@@ -119,7 +125,7 @@ def _q5_k(b: np.ndarray) -> Quantised:
 
 
 def _q6_k(b: np.ndarray) -> Quantised:
-    """Decode Q6_K blocks of 256 values, which are 16 runs of 16. Codes are stored plus 32.
+    """Decode Q6_K blocks of 256 values, which are 16 runs of 16, to their matrix. Codes are stored plus 32.
 
     Layout: 128 bytes with the low 4 bits of codes, 64 bytes with the high 2 bits, 16 signed scales, f16 d.
     """
@@ -132,10 +138,10 @@ def _q6_k(b: np.ndarray) -> Quantised:
 
 
 def _q3_k(b: np.ndarray) -> Quantised:
-    """Decode Q3_K blocks of 256 values, which are 16 runs of 16. Codes of 3 bits are stored plus 4.
+    """Decode Q3_K blocks of 256 values, which are 16 runs of 16, to their matrix. Codes of 3 bits are stored plus 4.
 
-    Layout: 32 bytes of high bits, of which bit i belongs to the i-th 32 values; 64 bytes with the low 2 bits of codes;
-    12 bytes of 6-bit scales stored plus 32; f16 d.
+    Layout: 32 bytes of high bits, of which bit i belongs to the i-th 32 values; 64 bytes with the low 2 bits of
+    codes; 12 bytes of 6-bit scales stored plus 32; f16 d.
     """
     bits = b[..., None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1
     pairs = b[..., 32:96].reshape(*b.shape[:-1], 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8) & 3
