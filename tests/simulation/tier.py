@@ -41,7 +41,7 @@ class SimulatedTier:
     def __init__(self, world: World, seed: int) -> None:
         self.world, self.rng, self.counts = world, random.Random(f"tier {seed}"), TierCounts()
         self.forgets = self.rng.choice((0.1, 0.3, 0.5))  # chance, in each step, that the engine's pool is emptied
-        self.slow, self.loss = self.rng.choice((0.0, 0.1, 1.0)), self.rng.choice((0.0, 0.1, 0.4))
+        self.slow, self.loss = self.rng.choice((0.0, 0.5, 1.0)), self.rng.choice((0.0, 0.1, 0.4))
         self.held: dict[str, tuple[BlockKey, np.ndarray]] = {}
         self.salts: dict[str, str | None] = {}  # by name of a block, or of a root
         self.loaded: dict[bytes, str | None] = {}  # by content of the last load: its salt
@@ -67,7 +67,7 @@ class SimulatedTier:
             assert own == key and content.nbytes == block_bytes, "a block under the name of another"
             contents.append(content)
             self.loaded[content.tobytes()] = self.salts[key.name]
-        delay = self.rng.choice((0.0, 0.5, 1.5, 10.0)) if self.rng.random() < self.slow else 0.0
+        delay = self.rng.choice((0.5, 1.5, 1.9, 10.0)) if self.rng.random() < self.slow else 0.0
         return SimulatedLoad(self.world, self.world.now + delay, contents)
 
     def save(self, key: BlockKey, content: np.ndarray) -> None:

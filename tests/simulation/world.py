@@ -43,7 +43,8 @@ from simulation.tier import SimulatedTier
 
 PROGRAM = smallest_program()
 ORACLE = open_device("oracle")
-TIERED = 0.5  # of the seeds whose model has a prefix cache; their engines keep no journal
+MOVES_LOST = 5  # times as often as in a step is the device lost while K/V blocks are moved
+TIERED = 0.6  # of the seeds whose model has a prefix cache; their engines keep no journal
 MOST_STEPS = 4000
 MOST_MOVES = 30
 HEALTHY_STEPS = 30  # plus two per prompt or output token, which bounds recomputation after preemption in practice
@@ -170,7 +171,7 @@ class FaultyDevice(Executable):
         """Take some time to move K/V blocks. Raises DeviceError or DeviceLost by the world's faults."""
         if self.known:
             raise Violation("a device that was lost is called again")
-        if self.lost is None and self.rng.random() < self.world.faults.lost:
+        if self.lost is None and self.rng.random() < MOVES_LOST * self.world.faults.lost:
             self.lost = DeviceLost("its process died")
         if self.lost:
             self.known = True
@@ -264,6 +265,9 @@ class World:
                 self.move(self.rng.choice(list(self.engine.requests)))
             if self.tier and self.tier.rng.random() < self.tier.forgets:
                 self.engine.pool.reset_prefix_cache()
+            loading = self.engine.offload.loading
+            if loading and loading.sequence.state == "waiting" and self.may_move and self.rng.random() < 0.2:
+                self.move(loading.sequence.request.id)  # it goes to the end of the queue
             self.rules.before_step()
             self.take(self.engine.step())
             self.rules.after_step()
