@@ -33,11 +33,11 @@ class Target:
                 )
 
     def with_chip(self, **changes: Any) -> Target:
-        """A copy with fields of the chip changed, as by chips.replace(). Raises ChipError."""
+        """A copy of the target with fields of the chip changed, as by chips.replace(). Raises ChipError."""
         return Target(replace(self.chip, **changes), self.library)
 
     def with_library(self, **changes: Any) -> Target:
-        """A copy with fields of the library changed, as by chips.replace_library(). Raises ChipError."""
+        """A copy of the target with fields of the library changed, as by chips.replace_library(). Raises ChipError."""
         return Target(self.chip, replace_library(self.library, **changes))
 
     def get(self, name: str) -> Any:
@@ -78,7 +78,7 @@ class Target:
         raise ChipError(f"{name}={text}; wanted {wanted(kind)}, such as {example(self.get(name))}")
 
     def changed(self, changes: Mapping[str, Any]) -> Target:
-        """A copy with fields changed, by names such as `chip.hbm_bytes_per_s` and `library.launch_s`.
+        """A copy of the target with fields changed, by names such as `chip.hbm_bytes_per_s` and `library.launch_s`.
 
         Raises ChipError for an unknown name, and for values that are invalid.
         """

@@ -14,7 +14,7 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of one chip's HBM that a serving load needs, by use."""
+    """Bytes of one chip's HBM that a serving load needs: for weights, K/V cache and activations."""
 
     weights: int
     kv: int  # keys and values of all requests in flight

@@ -98,7 +98,7 @@ def ring(ranks: int, bandwidth: float, latency: float) -> Topology:
 
 
 def full(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A fully connected topology: a link between any two ranks. bandwidth: of one link."""
+    """A fully connected topology: a link between any two ranks. bandwidth: bytes/s of one link."""
     pairs = [(i, j) for i in range(ranks) for j in range(i)]
     return Topology(f"full({ranks})", ranks, _links(pairs, bandwidth, latency))
 
@@ -122,7 +122,10 @@ def torus(rows: int, columns: int, bandwidth: float, latency: float) -> Topology
 
 
 def switch(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A non-blocking switch with one port per rank. latency: seconds from rank to rank. bandwidth: of one port."""
+    """A topology with one non-blocking switch and one port per rank.
+
+    latency: seconds from rank to rank. bandwidth: bytes/s of one port.
+    """
     return Topology(f"switch({ranks})", ranks, _links([(i, ranks) for i in range(ranks)], bandwidth, latency / 2))
 
 

@@ -41,7 +41,7 @@ class CheckError(RuntimeError):
 
 @dataclass(frozen=True)
 class Row:
-    """The comparison at one site.
+    """Comparison of the values at one site with the expected ones.
 
     Attributes:
         site: the site's name.

@@ -38,7 +38,7 @@ class Weights(Protocol):
     """
 
     def read(self, name: str) -> Value:
-        """The values of a checkpoint tensor."""
+        """The values of a checkpoint tensor: an array [rows, ...] in its stored type, or a quantised matrix."""
 
     def strips(self, name: str) -> Iterator[Value]:
         """Yield the values of a checkpoint tensor in runs of rows (first dimension), one run in memory at a time."""
@@ -226,7 +226,7 @@ CollectiveSteps = Generator[tuple[Collective, np.ndarray | None], np.ndarray | N
 
 
 class RankExecutable(BlockingExecutable):
-    """Base class of executables that can be one rank of a mesh."""
+    """Base class of executables that can be one rank of a mesh: their steps stop at collectives."""
 
     @abstractmethod
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:

@@ -42,7 +42,7 @@ OTHER_FILES = (  # patterns of names, and why a file is not read
 
 @dataclass(frozen=True)
 class TensorFate:
-    """What became of one tensor of a file: the Program's weights made from it, or the reason why it is ignored."""
+    """The use made of one tensor of a file: the Program's weights made from it, or the reason why it is ignored."""
 
     name: str
     file: str

@@ -63,7 +63,7 @@ class Settings(dict[str, Any]):
         return f"{self.at}.{key}" if self.at else key
 
     def unread(self) -> Iterator[tuple[str, Any]]:
-        """Yield (path, value) of each key in the file that has not been read."""
+        """Yield (key, value) of each key in the file that has not been read."""
         return ((key, value) for key, value in self.given.items() if key not in self.seen)
 
 

@@ -54,10 +54,10 @@ def check_group(op: Op, group: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class AllReduce(Collective, kind="all_reduce"):
-    """out on every rank of `group` = the sum of their x, in float32, in the order of `group`: ((x0 + x1) + x2) + ...
+    """Op that sums over ranks: out on every rank of `group` = ((x0 + x1) + x2) + ..., in the order of `group`.
 
-    x, out f32 [rows, width]. Each x is rounded to `wire` before it is added, and the sum before it is sent to the
-    ranks.
+    x, out f32 [rows, width]. Sums are in float32. Each x is rounded to `wire` before it is added, and the sum
+    before it is sent to the ranks.
     """
 
     x: str = operand()
@@ -89,11 +89,11 @@ class AllReduce(Collective, kind="all_reduce"):
 
 @dataclass(frozen=True, kw_only=True)
 class AllGather(Collective, kind="all_gather"):
-    """out on every rank of `group` = the columns of their x side by side, in the order of `group`, rounded to `wire`.
+    """Op that joins columns: out on every rank of `group` = the columns of their x, in the order of `group`.
 
-    x f32 [rows, own], out f32 [rows, width]; `width` is the sum of the ranks' columns, whose numbers may differ. With
-    `tokens`, out = their rows, one rank after the other: x f32 [T:i/n, width] on the i-th of n ranks, out f32 [T,
-    width].
+    Values are rounded to `wire`. x f32 [rows, own], out f32 [rows, width]; `width` is the sum of the ranks'
+    columns, whose numbers may differ. With `tokens`, out = their rows, one rank after the other: x f32 [T:i/n,
+    width] on the i-th of n ranks, out f32 [T, width].
     """
 
     x: str = operand()
@@ -124,9 +124,10 @@ class AllGather(Collective, kind="all_gather"):
 
 @dataclass(frozen=True, kw_only=True)
 class ReduceScatter(Collective, kind="reduce_scatter"):
-    """out on the `share`-th rank of `group` = its run of token rows of the sum that all_reduce computes.
+    """Op that sums over ranks and splits the sum by rows.
 
-    x f32 [T, width], out f32 [T:share/n, width] for n ranks; see batch.shared_rows().
+    out on the `share`-th rank of `group` = its run of token rows of the sum that all_reduce computes. x f32 [T,
+    width], out f32 [T:share/n, width] for n ranks; see batch.shared_rows().
     """
 
     x: str = operand()
@@ -213,7 +214,7 @@ def split_rows(x: np.ndarray, ranks: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True, kw_only=True)
 class Send(Collective, kind="send"):
-    """Send x, f32 [rows, width], to rank `peer`, rounded to `wire`.
+    """Op that sends x, f32 [rows, width], to rank `peer`, rounded to `wire`.
 
     The n-th send to a peer is received by its n-th recv from this rank.
     """
@@ -236,7 +237,7 @@ class Send(Collective, kind="send"):
 
 @dataclass(frozen=True, kw_only=True)
 class Recv(Collective, kind="recv"):
-    """out = the value that rank `peer` sends, f32 [rows, width].
+    """Op that receives: out = the value that rank `peer` sends, f32 [rows, width].
 
     `rows` is T (all tokens), a share of them such as T:1/4, or R (rows to sample).
     """

@@ -14,10 +14,11 @@ from intaglio.ops.recurrence import check_state, sequences, state_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class ShortConv(Op, kind="short_conv"):
-    """out[t, c] = bias[c] + the sum over j < k of w[c, j] * x[t - k + 1 + j, c]; x is 0 before the sequence's start.
+    """Op for a causal convolution over the last k tokens of a sequence, with one filter for each channel.
 
-    x, out f32 [T, channels]; w [channels, k], k >= 2; bias [channels]. The state of a sequence is its last k - 1 rows
-    of x, oldest first: state f32 [N, k - 1, channels]. In Mamba (Gu & Dao 2023), LFM2 and gated delta nets.
+    out[t, c] = bias[c] + the sum over j < k of w[c, j] * x[t - k + 1 + j, c]; x is 0 before the sequence's start.
+    x, out f32 [T, channels]; w [channels, k], k >= 2; bias [channels]. The state of a sequence is its last k - 1
+    rows of x, oldest first: state f32 [N, k - 1, channels]. In Mamba (Gu & Dao 2023), LFM2 and gated delta nets.
     """
 
     x: str = operand()

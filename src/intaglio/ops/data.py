@@ -14,7 +14,10 @@ from intaglio.ops.op import Op, Results, Tensors, Value, Work, array, operand, r
 
 @dataclass(frozen=True, kw_only=True)
 class Embed(Op, kind="embed"):
-    """out[t] = w[tokens[t]] * scale. tokens int32 [T], w [vocabulary, width] in any format, out f32 [T, width]."""
+    """Op that looks up rows of a table: out[t] = w[tokens[t]] * scale.
+
+    tokens int32 [T], w [vocabulary, width] in any format, out f32 [T, width].
+    """
 
     tokens: str = operand("index")
     w: str = operand("table")
@@ -61,9 +64,10 @@ class Select(Op, kind="select"):
 
 @dataclass(frozen=True, kw_only=True)
 class Permute(Op, kind="permute"):
-    """out[t, j] = x[t, order[j]]. x f32 [rows, width], order i32 [width], out as x.
+    """Op that puts columns in another order: out[t, j] = x[t, order[j]].
 
-    Weights quantized with act-order (GPTQ) store their columns sorted by quantization group; Permute sorts x to match.
+    x f32 [rows, width], order i32 [width], out as x. Weights quantized with act-order (GPTQ) store their columns
+    sorted by quantization group; Permute sorts x to match.
     """
 
     x: str = operand()

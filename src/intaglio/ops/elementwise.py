@@ -104,7 +104,7 @@ def evaluate(steps: Steps, operand: Callable[[str], np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Map(Op, kind="map"):
-    """out = expr(a, b, c) element by element in float32. Example: "silu(a) * b".
+    """Op that evaluates an expression for each element in float32: out = expr(a, b, c). Example: "silu(a) * b".
 
     a and out have one shape. b and c have that shape too, or one column, which is broadcast to all columns.
     """

@@ -52,16 +52,17 @@ def sparsemixer(logits: np.ndarray, count: int, jitter: float) -> tuple[np.ndarr
 
 @dataclass(frozen=True, kw_only=True)
 class Route(Op, kind="route"):
-    """The `top` experts of each token, best first, and their weights.
+    """Op that chooses the `top` experts of each token, best first, and computes their weights.
 
     logits f32 [T, E], bias [E]; weights f32 [T, top], ids i32 [T, top]. All in float32.
 
-    1. Score: softmax, sigmoid or sqrt_softplus (sqrt(ln(1 + e^l))) of the logits; `chosen` is a softmax over the logits
-    of the chosen experts only; `sparsemixer` is the function of that name, with `jitter`. 2. Choice: the experts with
-    the largest score + bias; the bias affects only the choice (DeepSeek-V3). Without a bias the logits decide, which
-    rank alike. Ties go to the lowest index. With `groups`, the experts form that many equal groups, and only experts of
-    the `kept_groups` best groups can be chosen; a group is rated by the sum of its `group_best` highest values. 3.
-    Weights: the scores, divided by their sum if `normalise`, times `scale`.
+    1. Score: softmax, sigmoid or sqrt_softplus (sqrt(ln(1 + e^l))) of the logits; `chosen` is a softmax over the
+    logits of the chosen experts only; `sparsemixer` is the function of that name, with `jitter`. 2. Choice: the
+    experts with the largest score + bias; the bias affects only the choice (DeepSeek-V3). Without a bias experts
+    are ordered by their logits, which gives the same order as their scores. Ties go to the lowest index. With
+    `groups`, the experts form that many equal groups, and only experts of the `kept_groups` best groups can be
+    chosen; a group is rated by the sum of its `group_best` highest values. 3. Weights: the scores, divided by their
+    sum if `normalise`, times `scale`.
     """
 
     logits: str = operand(exact=True)
@@ -278,7 +279,7 @@ class Experts(Op, kind="experts"):
 
 
 def expert(w: Value, e: int) -> Value:
-    """Matrix `e` of a stack, which is an array [E, N, K] or quantised."""
+    """Matrix number `e` of a stack of matrices `w`, as an array [N, K] or, if the stack is quantised, a Quantised."""
     return w.matrix(e) if isinstance(w, Quantised) else w[e]
 
 

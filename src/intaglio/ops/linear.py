@@ -64,10 +64,10 @@ def product(x: np.ndarray, w: Value, x_format: str) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Op, kind="linear"):
-    """out = activation((x @ w.T + bias) * scale) + residual.
+    """Op for a matrix product with what follows it: out = activation((x @ w.T + bias) * scale) + residual.
 
-    x f32 [rows, K], w [N, K] in any weight format, out f32 [rows, N]. Products are summed in float32 or wider; integer
-    products are exact within a group.
+    x f32 [rows, K], w [N, K] in any weight format, out f32 [rows, N]. Products are summed in float32 or wider;
+    integer products are exact within a group.
 
     Attributes:
         x_format: format to which x is rounded before the product: f32 or bf16 for plain and fp8 weights, also fp8row
@@ -126,11 +126,11 @@ class Linear(Op, kind="linear"):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadLinear(Op, kind="head_linear"):
-    """Each head of x times its own matrix: out[t, h] = w[h] @ x[t, h, :K], then the head's columns beyond K unchanged.
+    """Op that multiplies each head of x by a matrix of its own: out[t, h] = w[h] @ x[t, h, :K].
 
-    x f32 [T, heads * (K + rest)], w [heads, N, K] in a plain format, out f32 [T, heads * (N + rest)]. Maps queries of
-    latent attention into the latent space, and attention results out of it (DeepSeek-V2, 2.1.2). Sums in float32 or
-    wider.
+    The head's columns beyond K follow unchanged. x f32 [T, heads * (K + rest)], w [heads, N, K] in a plain format,
+    out f32 [T, heads * (N + rest)]. Maps queries of latent attention into the latent space, and attention results
+    out of it (DeepSeek-V2, 2.1.2). Sums in float32 or wider.
     """
 
     x: str = operand()

@@ -14,11 +14,11 @@ from intaglio.ops.recurrence import check_state, sequences, softplus, state_byte
 
 @dataclass(frozen=True, kw_only=True)
 class Decay(Op, kind="decay"):
-    """Step sizes and log decays of a recurrence: step = clamp(softplus(x + bias)), decay = -exp(rate[head]) * step.
+    """Op that computes the step sizes and log decays of a recurrence.
 
-    x f32 [T, width], bias [width], rate [heads], width a multiple of heads: the columns of a head lie side by side.
-    step and decay f32 [T, width]. Mamba-2 (Dao & Gu 2024), where x is dt and rate A_log; gated delta nets (Yang et al.
-    2024).
+    step = clamp(softplus(x + bias)), decay = -exp(rate[head]) * step. x f32 [T, width], bias [width], rate [heads],
+    width a multiple of heads: the columns of a head lie side by side. step and decay f32 [T, width]. Mamba-2 (Dao &
+    Gu 2024), where x is dt and rate A_log; gated delta nets (Yang et al. 2024).
 
     Attributes:
         low: steps below it become `low`.

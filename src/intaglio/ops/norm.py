@@ -18,12 +18,12 @@ KINDS = ("rms", "layer", "l2", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class Norm(Op, kind="norm"):
-    """out = normalised(x) * (weight + offset) + bias + residual, all float32.
+    """Op that normalises rows: out = normalised(x) * (weight + offset) + bias + residual, all float32.
 
     rms: x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019). layer: (x - mean) / sqrt(var + eps) (Ba et al. 2016).
-    l2: x / sqrt(sum(x^2) + eps). none: x itself. x [rows, width]; `group` > 0 normalises each run of that many columns
-    by itself; weight and bias are then [group] long, or [width]. `offset` is 1 where the checkpoint stores weight - 1
-    (Gemma).
+    l2: x / sqrt(sum(x^2) + eps). none: x itself. x [rows, width]; `group` > 0 normalises each run of that many
+    columns by itself; weight and bias are then [group] long, or [width]. `offset` is 1 where the checkpoint stores
+    weight - 1 (Gemma).
     """
 
     x: str = operand()

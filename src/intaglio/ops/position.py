@@ -18,12 +18,12 @@ STYLES = ("half", "interleaved")
 
 @dataclass(frozen=True, kw_only=True)
 class Rope(Op, kind="rope"):
-    """Rotate pairs of columns of each head of x by position * frequency (Su et al. 2021), and scale by `factor`.
+    """Op that rotates pairs of columns of each head by position * frequency (Su et al. 2021), and scales by `factor`.
 
-    x f32 [T, heads * head_dim], positions int32 [T], frequencies f32 [rotary_dim / 2] (a const). The first rotary_dim
-    columns of a head are rotated (with `trailing` the last), the others are copied. Style half pairs column i with i +
-    rotary_dim / 2 (as transformers' rotate_half); interleaved pairs 2i with 2i + 1. The angle is a float32 product;
-    `factor` scales cos and sin (the attention factor of longrope and yarn).
+    x f32 [T, heads * head_dim], positions int32 [T], frequencies f32 [rotary_dim / 2] (a const). The first
+    rotary_dim columns of a head are rotated (with `trailing` the last), the others are copied. Style half pairs
+    column i with i + rotary_dim / 2 (as transformers' rotate_half); interleaved pairs 2i with 2i + 1. The angle is
+    a float32 product; `factor` scales cos and sin (the attention factor of longrope and yarn).
     """
 
     x: str = operand()
@@ -68,9 +68,10 @@ class Rope(Op, kind="rope"):
 
 @dataclass(frozen=True, kw_only=True)
 class Sinusoid(Op, kind="sinusoid"):
-    """out[t] = [sin(p * frequencies), cos(p * frequencies)] with p = positions[t] + first (Vaswani et al. 2017, 3.5).
+    """Op for sinusoidal positions: out[t] = [sin(p * frequencies), cos(p * frequencies)], p = positions[t] + first.
 
-    positions int32 [T], frequencies f32 [width / 2] (a const), out f32 [T, width]. The angle is a float32 product.
+    positions int32 [T], frequencies f32 [width / 2] (a const), out f32 [T, width]. The angle is a float32 product
+    (Vaswani et al. 2017, 3.5).
     """
 
     positions: str = operand("index")

@@ -72,11 +72,11 @@ def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Op, kind="sample"):
-    """tokens[r] sampled from logits[r] with the batch's Sampling of row r, at the position that the token will take.
+    """Op that samples tokens[r] from logits[r] with the batch's Sampling of row r, at the position of the token.
 
-    logits f32 [R, vocabulary], tokens int32 [R], logprobs f32 [R]. logprobs[r] is the token's natural log-probability
-    under the softmax of the unedited logits. A row with a NaN, or whose largest logit is not finite before or after
-    edits and mask, gives token -1 and logprob NaN.
+    logits f32 [R, vocabulary], tokens int32 [R], logprobs f32 [R]. logprobs[r] is the token's natural
+    log-probability under the softmax of the unedited logits. A row with a NaN, or whose largest logit is not finite
+    before or after edits and mask, gives token -1 and logprob NaN.
     """
 
     logits: str = operand()

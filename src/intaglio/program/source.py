@@ -191,7 +191,7 @@ def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
 
 
 def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
-    """The array after the steps, for an array that is not quantised."""
+    """The array x after a source's steps (transposition, cuts, stacking), for an array that is not quantised."""
     for step in steps:
         if step[0] == "g":
             continue

@@ -114,9 +114,10 @@ class CacheIndex:
             self._assumed.clear()
 
     def apply(self, incarnation: str, sequence: int, event: CacheEvent) -> None:
-        """Apply event number `sequence` of the cache's incarnation. A repeated event is ignored; a gap makes it stale.
+        """Apply event number `sequence` of the cache's incarnation.
 
-        The first event of an incarnation has number 1.
+        A repeated event is ignored; after a gap the index is stale. The first event of an incarnation has
+        number 1.
         """
         self.restarted(incarnation)
         if self.events and sequence <= self.sequence:
@@ -154,7 +155,7 @@ class CacheIndex:
             self._assumed.popitem(last=False)
 
     def cached_tokens(self, keys: Sequence[bytes], memory: PromptMemory, now: float) -> int:
-        """Estimated tokens of the longest prefix of a prompt with these keys that the replica has cached."""
+        """Estimated number of tokens of a prompt's longest prefix that the replica has cached. keys: the prompt's."""
         for i in range(len(keys) - 1, -1, -1):
             known = memory.find(keys[i])
             if known and known.name is not None and not self.stale and known.name in self.names:

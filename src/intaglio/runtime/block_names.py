@@ -26,7 +26,7 @@ def digest(content: bytes) -> str:
 
 @dataclass(frozen=True)
 class BlockScope:
-    """What decides the bits of all K/V blocks of an engine, apart from tokens and salt.
+    """Everything that decides the bits of all K/V blocks of an engine, apart from tokens and salt.
 
     Attributes:
         program: hash of the Program.

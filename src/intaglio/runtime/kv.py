@@ -19,7 +19,7 @@ class KvError(RuntimeError):
 
 @dataclass(frozen=True)
 class CachedBlock:
-    """A block in the prefix cache: its name, its parent's name (see BlockNames), and its own token ids."""
+    """Entry of a block in the prefix cache: its name, its parent's name (see BlockNames), and its own token ids."""
 
     name: str
     parent: str

@@ -81,11 +81,11 @@ class Launcher:
         return launch
 
     def complete(self, launch: Launch) -> Iterator[Completed]:
-        """Wait for a launch and yield it as Completed. If it failed, yield the launches of its retries instead.
+        """Wait for a launch and yield a Completed. If it failed, yield a Completed for each of its retries instead.
 
-        A failed step has changed no state. Its sequences are launched again in two halves, and so on down to single
-        sequences. A single sequence that fails is launched once more without drafts, since a draft may be the cause; if
-        it fails again it ends with a fault. Raises DeviceLost.
+        A failed step has changed no state. Its sequences are launched again in two halves, and so on down to
+        single sequences. A single sequence that fails is launched once more without drafts, since a draft may
+        be the cause; if it fails again it ends with a fault. Raises DeviceLost.
         """
         try:
             with self._noting_loss(in_step=True):

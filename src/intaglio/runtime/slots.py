@@ -17,7 +17,10 @@ class SlotError(RuntimeError):
 
 
 class SlotPool:
-    """`total` slots, numbered from 0, each free or held. A pool of 0 slots is that of a model without such state."""
+    """Pool of `total` slots of recurrent state, numbered from 0, each free or held.
+
+    A model without recurrent state has a pool of 0 slots.
+    """
 
     def __init__(self, total: int) -> None:
         if total and total < PER_SEQUENCE:

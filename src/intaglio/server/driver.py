@@ -117,7 +117,7 @@ class ActiveRequest:
 
 
 class Submission:
-    """The prompts of one HTTP request, admitted together or not at all.
+    """The prompts of one HTTP request, which the engine admits together or not at all.
 
     Used on the event loop; the engine's thread only reads `prompts` and `n`.
     """

@@ -82,7 +82,7 @@ class Metrics:
 
 
 class ModelMetrics:
-    """Histograms of one model, and the functions from which its counters and gauges are read."""
+    """Latency histograms of one model, and the functions that EngineCollector calls for its counters and gauges."""
 
     def __init__(
         self, labels: dict[str, str], histograms: dict[str, Histogram], look: Callable[[], Snapshot],

@@ -47,7 +47,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the server adds to every request of a model: timeouts, and the checkpoint's sampling defaults."""
+    """Settings that the server adds to every request of a model: timeouts, and the checkpoint's sampling defaults."""
 
     limits: Limits = Limits()
     defaults: Mapping[str, Any] = field(default_factory=dict)

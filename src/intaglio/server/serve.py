@@ -80,7 +80,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _between(self) -> bool:
-        """True if no request is being answered or waits to be."""
+        """True if the connection has no request that is being answered or waits for its answer."""
         return self.cycle is None or (self.cycle.response_complete and not self.pipeline)
 
     def _close(self) -> None:

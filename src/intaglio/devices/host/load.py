@@ -197,7 +197,7 @@ class _Loader:
     def _fill(self, t: Tensor, home: Home, name: str, x: Value, at: int) -> int:
         """Pack the values `x` of one checkpoint tensor into weight `t`, from its row `at` on.
 
-        Returns the row after the last.
+        Returns the number of the row after the last one packed.
         """
         held, total = list(x.shape), math.prod(x.shape[:-1])
         if len(held) < 2 or held[-1] != t.shape[-1] or at + total > math.prod(map(int, t.shape[:-1])):

@@ -63,10 +63,7 @@ def clip(limit: float) -> str:
 
 
 def _qk_norms(w: Writer, at: str, source: str, q: str, k: str, head_dim: int) -> tuple[str, str]:
-    """Write the norms of queries and keys, if the model has any.
-
-    Returns the names of the tensors with the normed q and k. Without norms these are `q` and `k` themselves.
-    """
+    """Write the norms of queries and keys, for a model that has them. Returns the names of the two normed tensors."""
     d = w.d
     if d.qk_norm == "unit":
         how: dict[str, Any] = {"eps": d.eps, "group": head_dim}

@@ -39,7 +39,10 @@ def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
 
 
 def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a gated short convolution. Arguments and result as for write_mixer()."""
+    """Write the ops of a gated short convolution. Returns the name of the result's tensor.
+
+    Arguments as for write_mixer().
+    """
     b, n = w.b, w.d.hidden
     joint = w.linear(at + "in_proj", x, 3 * n, n, source + "in_proj", m.bias)
     gate, out, value = w.views(joint, {at + "b": n, at + "c": n, at + "x": n})
@@ -50,7 +53,7 @@ def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
 
 
 def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a Mamba-2 block. Arguments and result as for write_mixer()."""
+    """Write the ops of a Mamba-2 block. Returns the name of the result's tensor. Arguments as for write_mixer()."""
     b, inner, group = w.b, m.heads * m.head_dim, m.groups * m.state
     wide = inner + 2 * group
     joint = w.linear(at + "in_proj", x, inner + wide + m.heads, w.d.hidden, source + "in_proj", m.bias)
@@ -93,7 +96,7 @@ def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) 
 
 
 def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a Mamba block. Arguments and result as for write_mixer()."""
+    """Write the ops of a Mamba block. Returns the name of the result's tensor. Arguments as for write_mixer()."""
     b, n = w.b, m.inner
     joint = w.linear(at + "in_proj", x, 2 * n, w.d.hidden, source + "in_proj", m.bias)
     value, gate = w.views(joint, {at + "value": n, at + "gate": n})
@@ -117,7 +120,7 @@ def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
 
 
 def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a gated delta net. Arguments and result as for write_mixer()."""
+    """Write the ops of a gated delta net. Returns the name of the result's tensor. Arguments as for write_mixer()."""
     b, key, value = w.b, m.key_heads * m.keys, m.heads * m.values
     y, gate, beta, step = (fused_inputs if m.fused else inputs)(w, m, at, source, x)
     y = convolved(w, at, source + "conv1d", y, 2 * key + value, m.taps, bias=False)
@@ -136,7 +139,7 @@ def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
 
 
 def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a block of Griffin. Arguments and result as for write_mixer()."""
+    """Write the ops of a block of Griffin. Returns the name of the result's tensor. Arguments as for write_mixer()."""
     b, n, dim = w.b, m.width, m.width // m.heads
     y = w.linear(at + "linear_y", x, n, w.d.hidden, source + "linear_y", bias=True)
     y = b.op(Map, at + "y_act", y, expr=f"{w.d.activation}(a)")
@@ -154,7 +157,7 @@ def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
 
 
 def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of lightning attention. Arguments and result as for write_mixer()."""
+    """Write the ops of lightning attention. Returns the name of the result's tensor. Arguments as for write_mixer()."""
     b, n, dim = w.b, m.heads * m.head_dim, m.head_dim
     y = w.joined(at + "qkv_proj", x, 3 * n, parts_of(f"{source}qkv_proj.weight", (dim, dim, dim)))
     y = b.op(Map, at + "qkv_act", y, expr=f"{w.d.activation}(a)")
@@ -180,10 +183,11 @@ def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
 
 
 def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Write the same projections as inputs(), from the two fused weights of Qwen3-Next, and return the same names.
+    """Write the input projections of a gated delta net from the two fused weights of Qwen3-Next.
 
-    in_proj_qkvz has the rows of q, k, v and gate of the first key head, then those of the next; in_proj_ba the rows
-    of beta and step in the same way.
+    Returns the names of four tensors, as inputs() does: q, k and v side by side; gate; beta; step. in_proj_qkvz has
+    the rows of q, k, v and gate of the first key head, then those of the next; in_proj_ba the rows of beta and step
+    in the same way.
     """
     shared = m.heads // m.key_heads  # value heads of a key head
     value = shared * m.values
@@ -213,7 +217,10 @@ def decay(
 def convolved(
     w: Writer, at: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
 ) -> str:
-    """Write a short convolution and silu. Returns the name of the result's tensor. Arguments as for short_conv()."""
+    """Write a short convolution and silu. Returns the name of the result's tensor.
+
+    Arguments as for short_conv().
+    """
     y = short_conv(w, at + "conv", source, x, width, taps, bias, part)
     return w.b.op(Map, at + "conv_act", y, expr="silu(a)")
 

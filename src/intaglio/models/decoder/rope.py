@@ -82,11 +82,15 @@ def _lay_over(c: Config, out: Settings, scaling: Settings) -> None:
 def lengths(c: Config) -> tuple[int, int, bool]:
     """(default context in tokens, longest context, True if the rope table differs for contexts beyond the default).
 
-    - YaRN: factor * original length, if that is more than max_position_embeddings.
-    - LongRoPE: by default the original length, up to which its short factors apply. One Program has one table, and the
-      long factors would change short sequences too.
-    - Dynamic NTK: likewise by default the length without scaling.
-    - Linear scaling that max_position_embeddings does not include: up to factor times it.
+    The default context is:
+
+    - YaRN: factor * original length, if that is more than max_position_embeddings. It is the longest context
+      too.
+    - LongRoPE: the original length, up to which its short factors apply. One Program has one table, and the long
+      factors would change short sequences too. The longest context is max_position_embeddings.
+    - Dynamic NTK: the length without scaling; the longest context is factor times that.
+    - Linear: max_position_embeddings; the longest context is factor times that.
+    - Otherwise, and for scaling that differs by layer type, both are max_position_embeddings.
     """
     n = c.whole("max_position_embeddings")
     scaling = c.get("rope_scaling") or c.get("rope_parameters") or {}

@@ -29,7 +29,7 @@ def plain(c: Config, context: int, mixer: Mixer) -> Decoder:
 
 
 def limits(c: Config, key: str = "time_step_limit") -> dict[str, Any]:
-    """A dict of the limits of the step as fields of a mixer. An upper limit of infinity is left out."""
+    """A dict of the limits of the step as the fields `low` and `high` of a mixer. An upper limit of infinity is 0."""
     low, high = c.get(key, (0.0, float("inf")))
     unlimited = isinstance(high, dict) or high == float("inf")  # transformers writes {"__float__": "Infinity"}
     return {"low": float(low), "high": 0.0 if unlimited else float(high)}
@@ -63,7 +63,7 @@ def mamba2(c: Config, context: int) -> Decoder:
 
 
 def scan(c: Config, **more: Any) -> ScanMixer:
-    """The ScanMixer (recurrent block) of Mamba and FalconMamba, from config.json. more: fields that differ."""
+    """The ScanMixer (recurrent block) of Mamba and FalconMamba, from config.json. more: further fields of it."""
     inner = c.whole("intermediate_size", int(c.real("expand") * c.whole("hidden_size")))
     return ScanMixer(
         inner=inner, state=c.whole("state_size"), rank=rank_of(c, "time_step_rank"), taps=c.whole("conv_kernel"),

@@ -36,7 +36,7 @@ def kinds(c: Config, found: Sequence[str]) -> list[str]:
 def ssm(c: Config, inner: int, **more: Any) -> SsmMixer:
     """The SsmMixer (Mamba-2 block) of Bamba, Granite 4 and Falcon-H1, from config.json.
 
-    inner: columns of x. more: fields of SsmMixer that differ. Raises PortError for heads that do not fit.
+    inner: columns of x. more: fields of SsmMixer that override these. Raises PortError for heads that do not fit.
     """
     heads = c.whole("mamba_n_heads")
     if inner % heads or c.get("mamba_d_head") not in (None, "auto", inner // heads):

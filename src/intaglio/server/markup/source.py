@@ -17,7 +17,7 @@ Tools = Mapping[str, Mapping[str, Any]]  # name of a tool to the JSON schema of 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """A piece of content, or of reasoning."""
+    """A piece of text of the output, of the content or of the reasoning by its role."""
 
     role: Role
     text: str

@@ -113,7 +113,7 @@ class Softmax(Instruction, engine="VEC", opcode=0x38):
 
 @dataclass(frozen=True, kw_only=True)
 class Rescale(Instruction, engine="VEC", opcode=0x39):
-    """acc = acc * alpha, in FP32; acc [q, n], alpha f32 [q, 1]."""
+    """Multiply accumulators by a factor for each row: acc = acc * alpha, in FP32; acc [q, n], alpha f32 [q, 1]."""
 
     acc: Region
     alpha: Region
@@ -132,10 +132,10 @@ class Rescale(Instruction, engine="VEC", opcode=0x39):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Instruction, engine="VEC", opcode=0x3A):
-    """dst [q, d] = attention of q queries, merged from `parts` partial results over different keys, in ascending order.
+    """Merge partial attention results over different keys: dst [q, d] = attention of q queries, from `parts` parts.
 
-    Part i occupies rows i * q .. (i + 1) * q of sums [parts * q, d], m and l [parts * q, 1]; it is rescaled to the
-    largest m of all parts. dst is the sum of sums over the sum of l.
+    Parts are merged in ascending order. Part i occupies rows i * q .. (i + 1) * q of sums [parts * q, d], m and l
+    [parts * q, 1]; it is rescaled to the largest m of all parts. dst is the sum of sums over the sum of l.
     """
 
     dst: Region
@@ -166,7 +166,7 @@ class Merge(Instruction, engine="VEC", opcode=0x3A):
 
 @dataclass(frozen=True, kw_only=True)
 class Attend(Instruction, engine="ATT", opcode=0x40):
-    """One tile of keys for one tile of queries: Matmul, Softmax, Rescale and Matmul fused.
+    """Attention of one tile of queries to one tile of keys: Matmul, Softmax, Rescale and Matmul fused.
 
     Updates sums f32 [rows, dv] and m, l f32 [rows, 1] from q [rows, d], k [n, d] and v [n, dv]. The weights p are
     rounded to v's format before the second product. The other fields are those of Softmax.

@@ -24,11 +24,11 @@ EXP_CALLS = ("silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "exp", "softplus")
 
 @dataclass(frozen=True, kw_only=True)
 class Matmul(Instruction, engine="MXU", opcode=0x20):
-    """acc = (a @ b.T) * row_scale * col_scale, added to acc if `accumulate`.
+    """Multiply tiles: acc = (a @ b.T) * row_scale * col_scale, added to acc if `accumulate`.
 
-    a [m, k], b [n, k], acc f32 [m, n], row_scale f32 [m, 1], col_scale f32 [1, n]. With `by_rows`, b is [k, n] and is
-    not transposed. The sum over k is computed in float64, rounded once to FP32, and added to acc in FP32. Operands in
-    two formats run at the rate of the wider format.
+    a [m, k], b [n, k], acc f32 [m, n], row_scale f32 [m, 1], col_scale f32 [1, n]. With `by_rows`, b is [k, n] and
+    is not transposed. The sum over k is computed in float64, rounded once to FP32, and added to acc in FP32.
+    Operands in two formats run at the rate of the wider format.
     """
 
     acc: Region

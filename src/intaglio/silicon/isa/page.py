@@ -67,7 +67,7 @@ def section(cls: type[Instruction]) -> str:
 
 
 def type_name(kind: Any) -> str:
-    """Description of a field's type, for the table."""
+    """Text that describes the type of a field, for a column of the page's table."""
     if kind is Region or Region in get_args(kind):
         return "region" if kind is Region else "region or none"
     if get_origin(kind) is Literal:

@@ -28,7 +28,7 @@ def rounds_cycles(chip: ChipSpec, n: Any, rounds: int, rows: int) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Instruction, engine="VEC", opcode=0x3C):
-    """dst = router scores of x f32 [m, n]: softmax over each row, or sigmoid or sqrt(ln(1 + e^x)) of each value.
+    """Compute router scores: dst = softmax of each row of x f32 [m, n], or sigmoid or sqrt(ln(1 + e^x)) of each value.
 
     Computed in float64 and rounded once to dst's format.
     """
@@ -57,11 +57,11 @@ class Score(Instruction, engine="VEC", opcode=0x3C):
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Instruction, engine="VEC", opcode=0x3D):
-    """ids i32 [m, k] = the k columns with the highest key + bias in each row; selected f32 [m, k] = `values` there.
+    """Choose the best columns: ids i32 [m, k] = the k columns with the highest key + bias in each row.
 
-    Highest first; ties go to the lowest column. key, values f32 [m, n], bias f32 [1, n]. With `groups` (group-limited
-    routing), the columns form that many equal groups, and only the `kept_groups` groups with the largest sum of their
-    `group_best` highest entries take part.
+    selected f32 [m, k] = `values` there. Highest first; ties go to the lowest column. key, values f32 [m, n], bias
+    f32 [1, n]. With `groups` (group-limited routing), the columns form that many equal groups, and only the
+    `kept_groups` groups with the largest sum of their `group_best` highest entries take part.
     """
 
     ids: Region
@@ -101,7 +101,7 @@ class TopK(Instruction, engine="VEC", opcode=0x3D):
 
 @dataclass(frozen=True, kw_only=True)
 class SparseMix(Instruction, engine="VEC", opcode=0x3E):
-    """ids i32 and weights f32 [m, k] from router logits x f32 [m, n] by SparseMixer, as in the op `route`."""
+    """Choose experts by SparseMixer, as the op `route`: ids i32, weights f32 [m, k] from router logits x f32 [m, n]."""
 
     ids: Region
     weights: Region
@@ -126,9 +126,9 @@ class SparseMix(Instruction, engine="VEC", opcode=0x3E):
 
 @dataclass(frozen=True, kw_only=True)
 class Weigh(Instruction, engine="VEC", opcode=0x3F):
-    """dst = x * scale, x f32 [m, k]; with `normalise`, x is first divided by its row's sum + 1e-20.
+    """Scale routing weights: dst = x * scale, x f32 [m, k]; with `normalise`, x is first divided by its row's sum.
 
-    The sum is computed in float64 and rounded once to FP32.
+    1e-20 is added to the sum, which is computed in float64 and rounded once to FP32.
     """
 
     dst: Region
@@ -190,10 +190,10 @@ class Group(Instruction, engine="VEC", opcode=0x49):
 
 @dataclass(frozen=True, kw_only=True)
 class Combine(Instruction, engine="VEC", opcode=0x4A):
-    """dst[i] = sum over j of parts[i * top + j] * weights[i, j], plus residual[i].
+    """Sum the experts' results of each token: dst[i] = residual[i] + sum over j of parts[i * top + j] * weights[i, j].
 
-    parts f32 [m * top, n], weights f32 [m, top] (none: all 1), residual f32 [m, n]. Products are rounded to FP32; their
-    sum, j ascending, is computed in float64 and rounded once.
+    parts f32 [m * top, n], weights f32 [m, top] (none: all 1), residual f32 [m, n]. Products are rounded to FP32;
+    their sum, j ascending, is computed in float64 and rounded once.
     """
 
     dst: Region

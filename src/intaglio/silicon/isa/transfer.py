@@ -31,7 +31,7 @@ def check_within(what: str, ids: np.ndarray, count: int, of: Region) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Load(Instruction, engine="DMA", opcode=0x10):
-    """dst = src, a copy from HBM; both have the same shape and format."""
+    """Copy from HBM to a core: dst = src; both have the same shape and format."""
 
     dst: Region
     src: Region
@@ -50,7 +50,7 @@ class Load(Instruction, engine="DMA", opcode=0x10):
 
 @dataclass(frozen=True, kw_only=True)
 class Gather(Instruction, engine="DMA", opcode=0x11):
-    """dst[i] = table[index[0, i]]: rows by index, such as embeddings or K/V slots; index i32 [1, n].
+    """Copy rows by index from HBM, such as embeddings or K/V slots: dst[i] = table[index[0, i]]; index i32 [1, n].
 
     Raises MachineError for an index outside the table.
     """
@@ -94,7 +94,7 @@ class Fill(Instruction, engine="DMA", opcode=0x12):
 
 @dataclass(frozen=True, kw_only=True)
 class Store(Instruction, engine="OUT", opcode=0x18):
-    """dst = src, a copy to HBM, rounded to dst's format; both have the same shape."""
+    """Copy from a core to HBM: dst = src, rounded to dst's format; both have the same shape."""
 
     dst: Region
     src: Region
@@ -113,7 +113,7 @@ class Store(Instruction, engine="OUT", opcode=0x18):
 
 @dataclass(frozen=True, kw_only=True)
 class Scatter(Instruction, engine="OUT", opcode=0x19):
-    """table[index[0, i]] = src[i]: rows by index, such as new keys into their K/V slots; index i32 [1, n].
+    """Copy rows by index to HBM, such as new keys into their K/V slots: table[index[0, i]] = src[i]; index i32 [1, n].
 
     Raises MachineError for an index outside the table.
     """
@@ -159,7 +159,7 @@ class Send(Instruction, engine="NET", opcode=0x50):
 
 @dataclass(frozen=True, kw_only=True)
 class Receive(Instruction, engine="NET", opcode=0x51):
-    """dst = the message that the chip `peer` sent with `tag`. Starts when the message has arrived."""
+    """Receive a message: dst = what the chip `peer` sent with `tag`. Starts when the message has arrived."""
 
     dst: Region
     peer: int

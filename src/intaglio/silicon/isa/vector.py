@@ -19,7 +19,7 @@ from intaglio.silicon.memory import CoreMemory, Region
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(Instruction, engine="VEC", opcode=0x31):
-    """dst = src rounded to dst's format."""
+    """Convert to another format: dst = src rounded to dst's format."""
 
     dst: Region
     src: Region
@@ -37,7 +37,7 @@ class Convert(Instruction, engine="VEC", opcode=0x31):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantise(Instruction, engine="VEC", opcode=0x32):
-    """codes [m, k] and scale f32 [m, 1]: x f32 [m, k] quantised with one scale a row.
+    """Quantise x f32 [m, k] with one scale a row: codes [m, k] and scale f32 [m, 1].
 
     codes in e4m3: as formats.quantise to fp8row. codes in int8: as formats.quantise_rows for activations; with
     `for_cache`, as formats.quantise to int8row, whose scales are rounded to bf16.
@@ -69,7 +69,10 @@ class Quantise(Instruction, engine="VEC", opcode=0x32):
 
 @dataclass(frozen=True, kw_only=True)
 class Dequantise(Instruction, engine="VEC", opcode=0x36):
-    """dst f32 [m, k] = codes [m, k] times the scales [m, ceil(k / group)] of their groups of `group` columns."""
+    """Multiply codes by their scales: dst f32 [m, k] = codes [m, k] * scales [m, ceil(k / group)].
+
+    A scale is of `group` columns.
+    """
 
     dst: Region
     codes: Region
@@ -90,7 +93,10 @@ class Dequantise(Instruction, engine="VEC", opcode=0x36):
 
 @dataclass(frozen=True, kw_only=True)
 class Permute(Instruction, engine="VEC", opcode=0x37):
-    """dst[:, j] = src[:, order[0, j]], f32; order i32 [1, n]. Raises MachineError for a column outside src."""
+    """Put columns in another order: dst[:, j] = src[:, order[0, j]], f32; order i32 [1, n].
+
+    Raises MachineError for a column outside src.
+    """
 
     dst: Region
     src: Region
@@ -111,7 +117,7 @@ class Permute(Instruction, engine="VEC", opcode=0x37):
 
 @dataclass(frozen=True, kw_only=True)
 class Map(Instruction, engine="VEC", opcode=0x33):
-    """dst = an elementwise expression over a, b, c, given as a stack program (postfix).
+    """Evaluate an elementwise expression over a, b, c, given as a stack program (postfix), into dst.
 
     a, b, c are f32 of one shape; b and c may have one column, which is broadcast.
     """
@@ -141,7 +147,7 @@ class Map(Instruction, engine="VEC", opcode=0x33):
 
 @dataclass(frozen=True, kw_only=True)
 class Norm(Instruction, engine="VEC", opcode=0x34):
-    """dst = normalised(x) * (weight + offset) + bias + residual, as in the op `norm`.
+    """Normalise rows, as in the op `norm`: dst = normalised(x) * (weight + offset) + bias + residual.
 
     x f32 [m, groups * span]: each run of `span` columns is normalised by itself. weight, bias [1, span].
     """
@@ -181,10 +187,10 @@ class Norm(Instruction, engine="VEC", opcode=0x34):
 
 @dataclass(frozen=True, kw_only=True)
 class Rope(Instruction, engine="VEC", opcode=0x35):
-    """dst = x with rotary position embedding, as in the op `rope`: pairs of each head rotated by position * frequency.
+    """Rotate pairs of columns of each head of x by position * frequency, as in the op `rope`, into dst.
 
-    x f32 [m, heads * head_dim], positions i32 [1, m], frequencies f32 [1, pairs]. The rotated values are multiplied by
-    `factor`. With `trailing`, the rotated pairs are the last of each head, otherwise the first.
+    x f32 [m, heads * head_dim], positions i32 [1, m], frequencies f32 [1, pairs]. The rotated values are multiplied
+    by `factor`. With `trailing`, the rotated pairs are the last of each head, otherwise the first.
     """
 
     dst: Region

@@ -345,7 +345,7 @@ class CollectiveBuilder:
             self.builder.emit(isa.Store(dst=dst, src=self.values[slot]))
 
     def emit_steps(self, steps: Sequence[Step], job: ChunkTile) -> None:
-        """Emit this chip's steps of the schedule for one chunk tile."""
+        """Emit the instructions of this chip's steps of the schedule, for one chunk tile."""
         self.used, self.values = 0, {}
         shape = job.rows.stop - job.rows.start, job.cols.stop - job.cols.start
         for step in steps:
@@ -422,7 +422,7 @@ class CollectiveRun:
                 ]
 
     def chunk_tiles(self) -> list[ChunkTile]:
-        """All chunks cut into tiles of at most the size of `tile`."""
+        """A list of all chunks, cut into ChunkTiles of at most the size that tile() gives."""
         found: list[ChunkTile] = []
         messages = sum(step.kind == "send" for step in self.schedule.steps)
         chunks = {c: r for regions in self.regions for c, r in regions.inputs.items()}

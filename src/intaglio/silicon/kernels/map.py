@@ -34,7 +34,7 @@ class MapKernel(RowsKernel):
 
     @property
     def operations(self) -> int:
-        """Number of operations per value: function calls, binary operators, and the store."""
+        """Number of vector operations per value: one per function call and binary operator, and one for the store."""
         return 1 + sum(step in ("call", "binary") for step, _ in postfix(self.expr))
 
     def cycles(self, chip: ChipSpec, n: int) -> float:

@@ -175,7 +175,7 @@ class Operands:
     def rounded_x(self, rows: slice, depth: slice) -> tuple[Region, Region | None]:
         """Load x[rows, depth] and round it to the op's x_format.
 
-        Returns (tile, row scales, or None if it is not quantised).
+        Returns (tile, row scales); the scales are None if x is not quantised.
         """
         raw = self.load_x(rows, depth)
         if self.rounded is None:
@@ -189,7 +189,7 @@ class Operands:
         return part, scale
 
     def load_w(self, w: Region | QuantisedRegion, columns: slice, depth: slice) -> tuple[Region, Region | None]:
-        """Load w[columns, depth]. Returns (tile, column scales, or None if w is not quantised)."""
+        """Load w[columns, depth]. Returns (tile, column scales); the scales are None if w is not quantised."""
         if not isinstance(w, QuantisedRegion):
             return load(self.k, self.columns.next(), w.part(columns, depth)), None
         assert self.column_scales is not None
@@ -198,7 +198,10 @@ class Operands:
         return codes, load(self.k, self.column_scales.next(), w.scales_t.part(slice(group, group + 1), columns))
 
     def multiply(self, rows: slice, sides: Sequence[tuple[Region, Region | QuantisedRegion, slice]]) -> None:
-        """Emit acc = x[rows] @ w[columns].T over all of K, for each (acc, w, columns) of `sides`."""
+        """Emit the instructions for acc = x[rows] @ w[columns].T over all of K, for each item of `sides`.
+
+        sides: (acc, w, columns) for each product with the same rows of x.
+        """
         for depth, groups in k_steps(sides[0][1], self.x.cols, self.tk, self.whole_rows):
             a, row_scale = self.rounded_x(rows, depth)
             for group in groups:

@@ -125,7 +125,10 @@ class TiledProduct:
         ]  # fmt: skip
 
     def multiply(self, rows: slice, accs: Sequence[Region], columns: Sequence[slice]) -> None:
-        """Emit acc = x[rows] @ w[columns].T over all of K, for each side's accumulator and columns of w."""
+        """Emit the instructions for acc = x[rows] @ w[columns].T over all of K.
+
+        accs, columns: an accumulator and a run of columns of w; two of each for a GLU pair (gate, up).
+        """
         factor, held = None, dict[int, tuple[slice, Region]]()
         for step in self.steps():
             a = load(self.k, self.x_tiles.next(), self.x.part(rows, step))

@@ -25,7 +25,10 @@ WORTH = 1 << 30  # bytes: a file that takes so much more in memory is worth a wa
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], Tables]:
-    """(config, tensors) of the model in a GGUF file and its further parts. Raises CheckpointError and PortError."""
+    """(config as a dict, tensors as Tables) of the model in a GGUF file and its further parts.
+
+    Raises CheckpointError and PortError.
+    """
     file = open_gguf(path)
     own = ARCHITECTURES.get(file.architecture)
     if own is None:
