@@ -26,7 +26,8 @@ FLOORS = (  # from the lowest up; rooms of one floor do not import each other
     ("runtime",),
     ("model", "machine", "tiers", "router"),
     ("llm",),
-    ("server", "debugging", "measure", "codesign"),
+    ("server", "debugging", "measure"),
+    ("codesign",),
     ("cli",),
     ("__main__",),
 )

@@ -7,6 +7,7 @@ template <Fmt C>
 inline F load_cache(const void* p, int64_t i) {
   if constexpr (C == Fmt::BF16) return load_bf16((const uint16_t*)p + i);
   else if constexpr (C == Fmt::I8) return to_float(load_i8((const int8_t*)p + i));
+  else if constexpr (C == Fmt::FP8) return load_e4m3_row((const uint8_t*)p + i);
   else return load((const float*)p + i);
 }
 
@@ -125,15 +126,15 @@ void add_slope(float slope, int64_t at, float* s, int begin, int end) {
   for (int i = begin; i < end; i++) s[i] += slope * float(i - at);
 }
 
-// Turns scores [begin, end) into weights in place: scale, softcap, times `temperature`, the linear bias of `slope` for a query
+// Turns scores [begin, end) into weights in place: times `scale`, softcap, times `temperature`, the linear bias of `slope` for a query
 // at `at`, mask outside [low, high), p = exp(s - max). Returns the maximum in top and the sum of weights in total.
-void softmax_row(const AttendArgs& a, float temperature, float slope, int64_t at, float* s, int begin, int end, int low, int high, float* top, float* total) {
+void softmax_row(const AttendArgs& a, float scale, float temperature, float slope, int64_t at, float* s, int begin, int end, int low, int high, float* top, float* total) {
   for (int i = begin; i < low; i++) s[i] = -INFINITY;
   for (int i = high; i < end; i++) s[i] = -INFINITY;
   F peak = set(-INFINITY);
   for (int i = begin; i < end; i += F::N) {
     F x = load(s + i);
-    F y = x * set(a.scale);
+    F y = x * set(scale);
     if (a.softcap > 0) y = if_less(x, set(-3e38f), x, tanh(y / set(a.softcap)) * set(a.softcap));
     if (temperature != 1) y = y * set(temperature);
     store(s + i, y);
@@ -193,6 +194,7 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
                             prefetch_part(blocks[i + kFar], next, r, c, int(to - from), NV * F::N, a.head_dim));
     });
   }
+  const float scale = C == Fmt::FP8 ? a.scale * a.k_scale[a.one_head ? 0 : q.kv_head] : a.scale;
   for (int r = 0; r < rows; r++) {
     int64_t position = q.position + r / share;
     int64_t own = std::max(low, a.reach.first(position)), stop = std::min(high, position + 1);
@@ -200,7 +202,7 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
     const float slope = a.slopes ? a.slopes[q.kv_head * share + r % share] : 0.0f;
     float* s = scratch + r * kSplit;
     if (own < stop)
-      softmax_row(a, temperature, slope, position - start, s, int(begin - start), int(end - start), int(own - start), int(stop - start), top + r, total + r);
+      softmax_row(a, scale, temperature, slope, position - start, s, int(begin - start), int(end - start), int(own - start), int(stop - start), top + r, total + r);
     else
       std::memset(s + (begin - start), 0, size_t(end - begin) * 4);
   }
@@ -246,6 +248,7 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
 void attend_split(const AttendArgs& a, const Query& q, int64_t split, float* scratch, float* top, float* total, float* acc) {
   if (a.format == Fmt::BF16) split_of<Fmt::BF16>(a, q, split, scratch, top, total, acc);
   else if (a.format == Fmt::I8) split_of<Fmt::I8>(a, q, split, scratch, top, total, acc);
+  else if (a.format == Fmt::FP8) split_of<Fmt::FP8>(a, q, split, scratch, top, total, acc);
   else split_of<Fmt::F32>(a, q, split, scratch, top, total, acc);
 }
 

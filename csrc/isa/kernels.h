@@ -145,8 +145,9 @@ struct VisibleKeys {
   bool operator==(const VisibleKeys&) const = default;
 };
 
-// Layout of the cache: K [pages][kv_heads][head_dim][page], V [pages][kv_heads][page][v_stride], in F32, BF16 or I8. I8 codes
-// are signed; those of each page and head are followed by the scales of its tokens, [page] bf16.
+// Layout of the cache: K [pages][kv_heads][head_dim][page], V [pages][kv_heads][page][v_stride], in F32, BF16, I8 or FP8. I8
+// codes are signed; those of each page and head are followed by the scales of its tokens, [page] bf16. FP8 (E4M3) has a scale
+// for each head, which the op holds.
 constexpr int64_t cache_bytes(Fmt format) { return format == Fmt::F32 ? 4 : format == Fmt::BF16 ? 2 : 1; }  // of a value
 // Bytes of one page of one head: `width` values a token, and their scales.
 constexpr int64_t block_bytes(Fmt format, int64_t width, int64_t page) {
@@ -168,6 +169,7 @@ struct AttendArgs {
   const float *sinks, *slopes;
   float temper, temper_every;
   int temper_from;
+  const float *k_scale, *v_scale;  // of an FP8 cache: [heads of the cache]
 
   int64_t block_bytes(int64_t width) const { return intaglio::block_bytes(format, width, page); }
 };

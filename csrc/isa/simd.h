@@ -134,6 +134,13 @@ inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to
   w[0] = {_mm512_unpacklo_epi8(low, high)};
   w[1] = {_mm512_unpackhi_epi8(low, high)};
 }
+// Sixteen E4M3 codes as floats, exactly: as f16 their bits are the value / 256. NaN is set by its own bits.
+inline F load_e4m3_row(const uint8_t* p) {
+  const __m256i code = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), all = _mm256_and_si256(code, _mm256_set1_epi16(127));
+  const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(all, _mm256_set1_epi16(127)), _mm256_set1_epi16(0x7e00));
+  const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(code, all), 8);
+  return {_mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(all, 7), sign), nan)), _mm512_set1_ps(256))};
+}
 inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
 #elif defined(__AVX2__)
@@ -228,6 +235,13 @@ inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to
     w[half + 2] = {words_of_e4m3(_mm256_unpackhi_epi8(code, zero))};
   }
 }
+// Eight E4M3 codes as floats, exactly: as f16 their bits are the value / 256. NaN is set by its own bits.
+inline F load_e4m3_row(const uint8_t* p) {
+  const __m128i code = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)), all = _mm_and_si128(code, _mm_set1_epi16(127));
+  const __m128i nan = _mm_and_si128(_mm_cmpeq_epi16(all, _mm_set1_epi16(127)), _mm_set1_epi16(0x7e00));
+  const __m128i sign = _mm_slli_epi16(_mm_xor_si128(code, all), 8);
+  return {_mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(_mm_or_si128(_mm_slli_epi16(all, 7), sign), nan)), _mm256_set1_ps(256))};
+}
 inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
 
 #else
@@ -312,6 +326,7 @@ inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to
     w[row / F::N].v[row % F::N] = int32_t(uint32_t(e4m3_as_bf16(code[0])) | uint32_t(e4m3_as_bf16(code[1])) << 16);
   }
 }
+inline F load_e4m3_row(const uint8_t* p) { F r; EACH r.v[i] = from_bf16(e4m3_as_bf16(p[i])); return r; }
 inline F to_float(I a) { F r; EACH r.v[i] = float(a.v[i]); return r; }
 #undef EACH
 

@@ -9,24 +9,31 @@ namespace {
 
 constexpr int kMaxHead = 1024;
 
+// The scales of the cache of an op's operand, one for each head: 1 where the op has none.
+std::vector<float> head_scales(OpArgs& a, const char* operand, const Cache& c) {
+  const float* given = a.optional_vector(operand);
+  return given ? std::vector<float>(given, given + c.heads) : std::vector<float>(size_t(c.heads), 1.0f);
+}
+
 int padded_head(int head_dim) { return (head_dim + 15) / 16 * 16; }
 
 // Writes keys to columns of a page ([head_dim][page]) and values to rows ([page][v_stride]).
 class KvWrite : public OpKernel {
  public:
   explicit KvWrite(OpArgs& a)
-      : context_(a.context), rows_{&a.rows("k"), &a.rows("v")}, caches_{&a.cache("k_cache"), &a.cache("v_cache")} {
+      : context_(a.context), rows_{&a.rows("k"), &a.rows("v")}, caches_{&a.cache("k_cache"), &a.cache("v_cache")},
+        scales_{head_scales(a, "k_scale", *caches_[0]), head_scales(a, "v_scale", *caches_[1])} {
     for (const Cache* c : caches_)
       if (c->head_dim > kMaxHead) throw std::invalid_argument("a head of " + std::to_string(c->head_dim) + " values; the host supports heads of up to 1024");
   }
   void plan(Planner& p) override { p.rows(p.in().t, rows_[0]->cols); }
   void run(int, int64_t begin, int64_t end, Scratch&) override {
     for (int64_t t = begin; t < end; t++)
-      for (size_t which = 0; which < 2; which++) write(t, *rows_[which], *caches_[which]);
+      for (size_t which = 0; which < 2; which++) write(t, *rows_[which], *caches_[which], scales_[which]);
   }
 
  private:
-  void write(int64_t t, const Tensor& x, const Cache& c) const {
+  void write(int64_t t, const Tensor& x, const Cache& c, const std::vector<float>& scales) const {
     const int64_t tokens = context_.page, page = context_.in.slots[t] / tokens, at = context_.in.slots[t] % tokens;
     const int64_t width = c.keys ? c.head_dim : c.stride, first = c.keys ? at : at * width, step = c.keys ? tokens : 1;
     for (int64_t h = 0; h < c.heads; h++) {
@@ -39,6 +46,10 @@ class KvWrite : public OpKernel {
         put((float*)to, from, [](float f) { return f; });
       } else if (c.format == Fmt::BF16) {
         put((uint16_t*)to, from, to_bf16);
+      } else if (c.format == Fmt::FP8) {
+        uint8_t codes[kMaxHead];
+        encode_e4m3(from, c.head_dim, scales[size_t(h)], codes);
+        put(to, codes, [](uint8_t code) { return code; });
       } else {
         int8_t codes[kMaxHead];
         ((uint16_t*)(to + width * tokens))[at] = encode_row(from, c.head_dim, codes);
@@ -50,6 +61,7 @@ class KvWrite : public OpKernel {
   const Context& context_;
   const Tensor* rows_[2];
   const Cache* caches_[2];
+  const std::vector<float> scales_[2];  // of FP8 caches
 };
 
 // A task of attention: some tokens of one sequence, for one K/V head, over one split of their keys or over all of them.
@@ -136,7 +148,8 @@ class Attend : public OpKernel {
   enum Part { Splits, Merges };
   explicit Attend(OpArgs& a)
       : context_(a.context), q_(a.rows("q")), out_(a.rows("out")), k_(a.cache("k_cache")), v_(a.cache("v_cache")),
-        rope_(a.optional_cache("rope_cache")), sinks_(a.optional_vector("sinks")), slopes_(a.optional_vector("slopes")), heads_(int(a.integer("heads"))),
+        rope_(a.optional_cache("rope_cache")), sinks_(a.optional_vector("sinks")), slopes_(a.optional_vector("slopes")),
+        k_scale_(head_scales(a, "k_scale", k_)), v_scale_(head_scales(a, "v_scale", v_)), heads_(int(a.integer("heads"))),
         scale_(a.number("scale")), softcap_(a.number("softcap")), temper_(a.number("temper")),
         temper_every_(a.number("temper_every")), temper_from_(int(a.integer("temper_from"))), tasks_(shared_tasks(a)) {}
 
@@ -154,7 +167,7 @@ class Attend : public OpKernel {
     const AttendArgs a{q_.row(0), out_.row(0), q_.ld, out_.ld, heads_, tasks_.kv_heads, k_.head_dim, v_.head_dim, tasks_.v_stride,
                        context_.page, tasks_.reach, scale_, softcap_, k_.format, k_.memory.data(),
                        latent ? nullptr : v_.memory.data(), rope_ ? rope_->memory.data() : nullptr, rope_ ? rope_->head_dim : 0,
-                       latent, k_.heads == 1, sinks_, slopes_, temper_, temper_every_, temper_from_};
+                       latent, k_.heads == 1, sinks_, slopes_, temper_, temper_every_, temper_from_, k_scale_.data(), v_scale_.data()};
     for (int64_t i = begin; i < end; i++)
       if (part == Merges) merge(a, t.merges[size_t(i)], mine);
       else if (t.tasks[size_t(i)].split < 0) attend_whole(a, t.tasks[size_t(i)], mine);
@@ -205,6 +218,7 @@ class Attend : public OpKernel {
   }
   static void finish(const AttendArgs& a, const Query& q, const SoftmaxState& all) {
     const int64_t share = a.heads / a.kv_heads;
+    const float scale = a.format == Fmt::FP8 ? a.v_scale[a.one_head ? 0 : q.kv_head] : 1.0f;
     for (int64_t r = 0; r < q.tokens * share; r++) {
       float* out = a.out + (q.first_row + r / share) * a.ld_out + (q.kv_head * share + r % share) * a.v_dim;
       float weight = 1, whole = all.total[r];
@@ -212,7 +226,7 @@ class Attend : public OpKernel {
         const float sink = a.sinks[q.kv_head * share + r % share], most = std::max(all.top[r], sink);
         weight = std::exp(all.top[r] - most), whole = whole * weight + std::exp(sink - most);
       }
-      for (int64_t d = 0; d < a.v_dim; d++) out[d] = all.acc[r * a.v_stride + d] * weight / whole;
+      for (int64_t d = 0; d < a.v_dim; d++) out[d] = all.acc[r * a.v_stride + d] * weight / whole * scale;
     }
   }
 
@@ -220,6 +234,7 @@ class Attend : public OpKernel {
   const Tensor &q_, &out_;
   const Cache &k_, &v_, *rope_;
   const float *sinks_, *slopes_;
+  std::vector<float> k_scale_, v_scale_;  // of FP8 caches
   int heads_;
   float scale_, softcap_, temper_, temper_every_;
   int temper_from_;

@@ -12,7 +12,7 @@ const std::map<std::string, Fmt>& codes() {
   static const std::map<std::string, Fmt> names = {
       {"f32", Fmt::F32}, {"f16", Fmt::F16}, {"bf16", Fmt::BF16}, {"int8", Fmt::I8}, {"uint8", Fmt::U8},
       {"int4", Fmt::I4}, {"uint4", Fmt::U4}, {"mxfp4", Fmt::MX4}, {"nvfp4", Fmt::NV4}, {"q4_k", Fmt::K4}, {"q5_k", Fmt::K5}, {"q6_k", Fmt::K6},
-      {"fp8", Fmt::FP8}};
+      {"fp8", Fmt::FP8}, {"e4m3", Fmt::FP8}};
   return names;
 }
 

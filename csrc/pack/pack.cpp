@@ -487,6 +487,13 @@ uint16_t encode_row(const float* x, int64_t n, int8_t* codes) {
   return to_bf16(scale);
 }
 
+void encode_e4m3(const float* x, int64_t n, float scale, uint8_t* codes) {
+  for (int64_t i = 0; i < n; i++) {
+    const float v = std::min(448.0f, std::max(-448.0f, x[i] / scale));
+    codes[i] = std::isfinite(x[i]) ? to_e4m3(v) : 127;
+  }
+}
+
 void pack_coded(const Weight& w, const CodedRows& rows, int64_t first, int64_t count, int64_t begin, int64_t end) {
   const int64_t groups = (w.k + w.group - 1) / w.group;
   const StoredCodes kept(w.fmt);

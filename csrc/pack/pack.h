@@ -26,6 +26,8 @@ void pack_rows(const Weight& w, const void* rows, Source type, int64_t first, in
 uint16_t to_bf16(float f);  // nearest, ties to even; NaN stays NaN
 // Quantises a row of n values to int8row: writes its codes and returns its scale in bf16, NaN if a value is not finite.
 uint16_t encode_row(const float* x, int64_t n, int8_t* codes);
+// Encodes n values / scale as E4M3, clipped to -448..448; a value that is not finite becomes NaN.
+void encode_e4m3(const float* x, int64_t n, float scale, uint8_t* codes);
 // Packs rows [first, first + count) of codes as they are. Each thread calls it with its own range of panels.
 void pack_coded(const Weight& w, const CodedRows& rows, int64_t first, int64_t count, int64_t begin_panel, int64_t end_panel);
 // Dequantises one row to float32 [k]: an embedding lookup.

@@ -31,6 +31,7 @@ ROW = -1  # `group` of formats with one scale per row
 
 TINY = np.float32(2.0**-120)  # groups whose largest value is below this become zeros: 1 / scale would overflow
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+CACHED = "e4m3"  # a plain format that only K/V caches are stored in
 E2M1 = np.dtype(ml_dtypes.float4_e2m1fn)
 
 ELEMENTS = {  # formats of a single value, as memories hold them and matrix arrays multiply them: bits, NumPy type
@@ -92,13 +93,13 @@ class Format:
     @property
     def published(self) -> bool:
         """True if the format is only read from checkpoints; quantise() does not produce it."""
-        return self.family not in (*PLAIN, "int8", "int4", "fp8", "int8row", "fp8row", "mxfp4", "q4_k")
+        return self.family not in (*PLAIN, CACHED, "int8", "int4", "fp8", "int8row", "fp8row", "mxfp4", "q4_k")
 
     @property
     def dtype(self) -> np.dtype:
         """NumPy type of a plain format's values, or of a grouped format's codes (one code a byte)."""
         if not self.grouped:
-            return PLAIN[self.name]
+            return ELEMENTS[self.name][1]
         kind = np.uint8 if self.name.startswith("uint8") else np.int8
         return np.dtype(kind) if self.integer else E4M3
 
@@ -142,18 +143,20 @@ class Format:
 def get(name: str) -> Format:
     """The format called `name`. Raises FormatError if there is none.
 
-    Formats that quantise() produces: f32, bf16, f16, i32; int8, int4 and fp8 (E4M3) in groups, written int8g128,
-    fp8g128 and so on; int8row and fp8row with one scale per row; mxfp4 (OCP: E2M1 in groups of 32 that share a power of
-    two); q4_k. Scales of integers are bf16, which has the full float32 range, and codes are chosen against the rounded
-    scale; fp8 has float32 scales, as published checkpoints do.
+    Plain formats: f32, bf16, f16, i32, and e4m3, which only K/V caches are stored in.
+
+    Formats that quantise() produces: int8, int4 and fp8 (E4M3) in groups, written int8g128, fp8g128 and so on; int8row
+    and fp8row with one scale per row; mxfp4 (OCP: E2M1 in groups of 32 that share a power of two); q4_k. Scales of
+    integers are bf16, which has the full float32 range, and codes are chosen against the rounded scale; fp8 has float32
+    scales, as published checkpoints do.
 
     Formats that are only read from checkpoints: int4 or int8 with scales in f16 or f32 (int4g32f16, int8rowf32);
     uint4g128, uint8g128f16, uint8row and so on, with one zero per group, stored in a byte; nvfp4 (NVIDIA's: E2M1 in
     groups of 16, whose scale is an E4M3 value times a float32 factor of the row); llama.cpp's q5_k and q6_k.
     The 6-bit and 8-bit scales of q4_k, q5_k and q6_k are multiples of one f16 unit per block.
     """
-    if name in PLAIN:
-        return Format(name, PLAIN[name].itemsize * 8)
+    if name in PLAIN or name == CACHED:
+        return Format(name, ELEMENTS[name][0])
     if name in ("mxfp4", "q4_k"):
         return Format(name, 4, 32, 16)
     if name == "nvfp4":
@@ -188,6 +191,12 @@ def bits(name: str) -> int:
 def round_to(x: np.ndarray, name: str) -> np.ndarray:
     """`x` rounded (to nearest, ties to even) to the plain format `name`, returned as float32 of the same shape."""
     return x.astype(get(name).dtype).astype(np.float32)
+
+
+def to_e4m3(x: np.ndarray, scale: float | np.ndarray = 1) -> np.ndarray:
+    """`x` / `scale` as E4M3: clipped to -448..448, rounded to nearest, ties to even; NaN if `x` is not finite."""
+    y = np.asarray(x, np.float32) / np.asarray(scale, np.float32)
+    return np.where(np.isfinite(x), np.clip(y, -448, 448), np.float32(np.nan)).astype(E4M3)
 
 
 @dataclass(frozen=True)

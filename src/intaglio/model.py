@@ -65,7 +65,7 @@ class Model:
         Args:
             path: the folder, GGUF file or hub id (owner/name, owner/name:Q4_K_M); None is the bundled model.
             weights: auto (as stored), f32, bf16, fp8, int8, int4 or a full name such as q4_k.
-            kv_format: auto (f32 for f32 weights, else bf16), f32, bf16 or int8.
+            kv_format: auto (f32 for f32 weights, else bf16), f32, bf16, int8 or fp8.
             context: positions to compile for; by default the model's own.
             revision: of a hub id: branch, tag or commit.
             progress: called with the bytes downloaded, if any are.

@@ -164,7 +164,7 @@ def test_views_are_read_without_a_copy(rng: np.random.Generator) -> None:
     hold(bench.run(y), 4 * EPS * 12)
 
 
-@pytest.mark.parametrize("cache", ["f32", "bf16", "int8row"])
+@pytest.mark.parametrize("cache", ["f32", "bf16", "int8row", "e4m3"])
 @pytest.mark.parametrize("trial", range(6))
 def test_attend(cache: str, trial: int, rng: np.random.Generator) -> None:
     """GQA, MQA, MHA; head sizes 80, 96 and odd ones; window and softcap; contexts across splits of 512."""
@@ -176,9 +176,11 @@ def test_attend(cache: str, trial: int, rng: np.random.Generator) -> None:
     v = bench.matrix("v", length, kv_heads * v_dim)
     q = bench.matrix("q", length, kv_heads * share * head_dim)
     caches = [bench.b.cache(n, kv_heads, d, cache) for n, d in (("k_cache", head_dim), ("v_cache", v_dim))]
-    bench.b.op(KvWrite, "kv_write", bench.x, v, *caches)
+    own = {n: bench.b.const(n, rng.uniform(0.002, 0.02, kv_heads).tolist()) for n in ("k_scale", "v_scale")}
+    scales = own if rng.random() < 0.7 else {}
+    bench.b.op(KvWrite, "kv_write", bench.x, v, *caches, **scales)
     y = bench.b.op(
-        Attend, "y", q, *caches, heads=kv_heads * share, scale=head_dim**-0.5, window=window, softcap=softcap
+        Attend, "y", q, *caches, heads=kv_heads * share, scale=head_dim**-0.5, window=window, softcap=softcap, **scales
     )
     pages = [int(p) for p in rng.permutation(64)[: -(-length // PAGE)]]
     results = bench.run(y, bind([Chunk(range(length), 0, pages, [0])], PAGE))

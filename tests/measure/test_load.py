@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import intaglio.cli
 from intaglio.llm import LLM
-from intaglio.measure.load import Outcome, Server, load, load_modelled, probe, summarise
+from intaglio.measure.load import Outcome, Server, load, probe, summarise
+from intaglio.measure.modelled import load_modelled
 from intaglio.measure.workload import SHARES, TRACES, LoadRequest, arrivals, draw, fitting, trace
 
 N = 20_000

@@ -104,7 +104,7 @@ MODELOPT = {
 def test_model_optimizer(tmp_path, algo, beside):
     """In quantization_config, or in hf_quant_config.json beside it."""
     encode, formats, more = MODELOPT[algo]
-    own = {"quant_algo": algo, "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"], **more}
+    own = {"quant_algo": algo, "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"], **more}
     config = {"quant_method": "modelopt", "producer": {"name": "modelopt"}, **own}
     coded, plain, values = quantised(tiny("llama", tmp_path / "source", **SIZES), tmp_path, encode, config)
     if beside:

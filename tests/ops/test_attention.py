@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -45,12 +47,43 @@ def test_kv_write_int8() -> None:
         assert not own[name].codes[[0, 3]].any()
 
 
+def test_kv_write_e4m3() -> None:
+    """Divided by the scale of the head, clipped, rounded; attention multiplies the codes with the scale again."""
+    own = {n: np.zeros((4, 4, 2, 3), formats.E4M3) for n in "kv"}
+    k, v = random(0, 5, 6), random(1, 5, 6)
+    k[0, 0], k[1, 3], v[2, 5], v[3, 0] = 1e9, -1e9, np.nan, np.inf
+    scales = {"ks": np.array([0.25, 2], np.float32), "vs": np.array([3, 0.5], np.float32)}
+    op = KvWrite(site="s", k="a", v="b", k_cache="k", v_cache="v", k_scale="ks", v_scale="vs")
+    op.reference({"a": k, "b": v, **own, **scales}, BATCH)
+    for name, new, by in (("k", k, scales["ks"]), ("v", v, scales["vs"])):
+        for t, slot in enumerate([4, 5, 6, 8, 9]):
+            got = own[name][slot // 4, slot % 4].astype(np.float64)
+            for h, head in enumerate(new[t].reshape(2, 3).astype(np.float64)):
+                for x, code in zip(head / by[h], got[h], strict=True):
+                    if not np.isfinite(x):
+                        assert np.isnan(code)
+                    elif abs(x) > 448:
+                        assert code == np.sign(x) * 448
+                    else:  # half a step: 2^-4 of the value, or 2^-10 where values are subnormal
+                        assert abs(code - x) <= max(abs(x) * 2.0**-4, 2.0**-10)
+    fields = {"site": "a", "q": "q", "k_cache": "k", "v_cache": "v", "out": "y", "heads": 2, "scale": 1.0}
+    q, held = random(2, 5, 6), {n: np.nan_to_num(c.astype(np.float32)) for n, c in own.items()}
+    plain = {n: c * scales[f"{n}s"][:, None] for n, c in held.items()}
+    held = {n: c.astype(formats.E4M3) for n, c in held.items()}
+    scaled = Attend(**fields, k_scale="ks", v_scale="vs").reference({"q": q, **held, **scales}, BATCH)["y"]
+    np.testing.assert_allclose(scaled, Attend(**fields).reference({"q": q, **plain}, BATCH)["y"], rtol=1e-6)
+
+
 def test_kv_write_refuses() -> None:
     op = KvWrite(site="s", k="k", v="v", k_cache="k_cache", v_cache="v_cache")
     own = {"k": "f32[T, 6]", "v": "f32[T, 6]", "k_cache": "f32[P, B, 2, 3]", "v_cache": "bf16[P, B, 2, 3]"}
     refuses(op, r"v is f32\[T, 8\] but v_cache holds 2 heads of 3", **{**own, "v": "f32[T, 8]"})
+    scaled = replace(op, k_scale="s")
+    refuses(scaled, r"s is f32\[3\]; wanted \[2\]", **own, s="f32[3]")
     for bad in ("f16[P, B, 2, 3]", "f32[P, B, 6]", "f32[B, P, 2, 3]", "f32[P, B, S, 3]"):
-        refuses(op, r"a cache is \[P, B, heads, head_dim\] in f32 or bf16 or int8row", **{**own, "k_cache": bad})
+        refuses(
+            op, r"a cache is \[P, B, heads, head_dim\] in f32 or bf16 or int8row or e4m3", **{**own, "k_cache": bad}
+        )
 
 
 def test_kv_write_work() -> None:

@@ -158,15 +158,18 @@ def test_permute(chip: str, seed: int) -> None:
 
 
 @FEW
-@given(chip=CHIP, seed=SEED, fmt=st.sampled_from(["f32", "bf16", "int8row"]))
+@given(chip=CHIP, seed=SEED, fmt=st.sampled_from(["f32", "bf16", "int8row", "e4m3"]))
 def test_kv_write(chip: str, seed: int, fmt: str) -> None:
     rng = np.random.default_rng(seed)
     batch, heads, d = some_batch(rng), int(rng.integers(1, 4)), int(rng.integers(1, 20))
-    op = KvWrite(site="w", k="k", v="v", k_cache="kc", v_cache="vc")
+    scales, given = head_scales(rng, heads)
+    op = KvWrite(site="w", k="k", v="v", k_cache="kc", v_cache="vc", **given)
     tensors = {n: Tensor(n, ("T", heads * d), "f32", "temp") for n in "kv"}
+    tensors |= {n: Tensor(n, (heads,), "f32", "const", values=tuple(x)) for n, x in scales.items()}
     tensors |= {n: Tensor(n, ("P", "B", heads, d), fmt, "state") for n in ("kc", "vc")}
     caches = {n: cache(rng, fmt, heads, d) for n in ("kc", "vc")}
     values: dict[str, Value] = {n: normal(rng, len(batch.tokens), heads * d) for n in "kv"} | caches
+    values |= scales
     _, memory = run_kernel(CHIPS[chip], op, tensors, values, batch)
     op.reference(values, batch)
     for n, held in caches.items():
@@ -175,6 +178,12 @@ def test_kv_write(chip: str, seed: int, fmt: str) -> None:
         scales = memory.scales(n)
         if isinstance(held, Quantised) and scales is not None:
             np.testing.assert_array_equal(memory.hbm.read(scales).reshape(held.scales.shape), held.scales)
+
+
+def head_scales(rng: np.random.Generator, heads: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Scales of an e4m3 cache, and the operands that name them; in one of four cases an op has none."""
+    scales = {n: rng.uniform(0.002, 0.02, heads).astype(np.float32) for n in ("ks", "vs")}
+    return scales, {"k_scale": "ks", "v_scale": "vs"} if rng.random() < 0.75 else {}
 
 
 def cache(rng: np.random.Generator, fmt: str, heads: int, d: int) -> Value:
@@ -188,25 +197,27 @@ def cache(rng: np.random.Generator, fmt: str, heads: int, d: int) -> Value:
 
 @FEW
 @given(chip=CHIP, seed=SEED, window=st.sampled_from([0, 5]), softcap=st.sampled_from([0.0, 3.0]),
-       fmt=st.sampled_from(["f32", "bf16", "int8row"]))  # fmt: skip
+       fmt=st.sampled_from(["f32", "bf16", "int8row", "e4m3"]))  # fmt: skip
 def test_attend(chip: str, seed: int, window: int, softcap: float, fmt: str) -> None:
     rng = np.random.default_rng(seed)
     batch = batch_of(rng, [(1, int(rng.integers(0, 150))), (int(rng.integers(2, 9)), int(rng.integers(0, 9)))])
     kv, group, d, dv = (int(rng.integers(1, 4)) for _ in range(4))
     d, dv = 8 * d, 8 * dv
+    scales, given = head_scales(rng, kv)
     op = Attend(site="a", q="q", k_cache="kc", v_cache="vc", out="y", heads=kv * group, scale=d**-0.5, window=window,
-                softcap=softcap, temper=0.3 * (seed % 2), temper_every=5)  # fmt: skip
+                softcap=softcap, **given, temper=0.3 * (seed % 2), temper_every=5)  # fmt: skip
     tensors = [Tensor("q", ("T", kv * group * d), "f32", "temp"), Tensor("kc", ("P", "B", kv, d), fmt, "state"),
-               Tensor("vc", ("P", "B", kv, dv), fmt, "state")]  # fmt: skip
+               Tensor("vc", ("P", "B", kv, dv), fmt, "state"),
+               *(Tensor(n, (kv,), "f32", "const", values=tuple(x)) for n, x in scales.items())]  # fmt: skip
     values: dict[str, Value] = {"q": normal(rng, len(batch.tokens), kv * group * d), "kc": cache(rng, fmt, kv, d),
-                                "vc": cache(rng, fmt, kv, dv)}  # fmt: skip
+                                "vc": cache(rng, fmt, kv, dv), **scales}  # fmt: skip
     # the fused engine rounds attention weights to the cache's format; matrix array and vector lanes use FP32
     rounding = 2.0**-8 if CHIPS[chip].chip.att_lanes and fmt == "bf16" else 0
     compare(chip, op, tensors, values, batch, rounding + 64 * EPS)
 
 
 @FEW
-@given(chip=CHIP, seed=SEED, chunk=st.sampled_from([0, 3, 16]), fmt=st.sampled_from(["f32", "bf16", "int8row"]),
+@given(chip=CHIP, seed=SEED, chunk=st.sampled_from([0, 3, 16]), fmt=st.sampled_from(["f32", "bf16", "int8row", "e4m3"]),
        sinks=st.sampled_from(["", "f32", "bf16"]), latent=st.booleans(), slopes=st.booleans())  # fmt: skip
 def test_attend_with_chunks_sinks_slopes_and_latent_caches(
     chip: str, seed: int, chunk: int, fmt: str, sinks: str, latent: bool, slopes: bool

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from intaglio import __version__
-from intaglio.cli import bench, bench_serve, debugging, demo, generate, hosts, program, serve, silicon
+from intaglio.cli import bench, bench_serve, debugging, demo, generate, hosts, program, serve, silicon, simulate_serving
 from intaglio.cli.group import Bench, Group
 from intaglio.plugins import load_plugins
 
@@ -51,6 +51,7 @@ for command in (
     silicon.validate,
 ):
     app.command()(command)
+app.command("simulate-serving")(simulate_serving.simulate_serving)
 app.command(context_settings={"allow_interspersed_args": False, "allow_extra_args": True})(hosts.launch)
 benches.command("model")(bench.bench)
 benches.command("serve")(bench_serve.bench_serve)

@@ -64,6 +64,7 @@ def bench_serve(
     except ImportError:
         raise ValueError("bench serve needs aiohttp: pip install 'intaglio[serve]'") from None
     from intaglio.measure import load as client
+    from intaglio.measure.modelled import load_modelled
     from intaglio.measure.workload import draw, fitting, trace
 
     t = trace(workload)
@@ -86,7 +87,7 @@ def bench_serve(
         by, planned = drawn(llm.model.program.context)
         began = time.perf_counter()
         with progress_bar("running the load") as progress:
-            answers = client.load_modelled(llm, planned, seed, progress)
+            answers = load_modelled(llm, planned, seed, concurrency, progress)
         where = str(llm.modelled)
     else:
         words = serve_words(model, device=device, weights=weights, threads=threads, context=context)

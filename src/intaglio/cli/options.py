@@ -54,7 +54,7 @@ Weights = Annotated[
     str, typer.Option(help="Format of the weights: auto (as stored), f32, bf16, fp8, int8, int4, q4_k, mxfp4.")
 ]
 KvFormat = Annotated[
-    str, typer.Option("--kv", help="Format of the KV cache: auto (as the weights ask), f32, bf16, int8.")
+    str, typer.Option("--kv", help="Format of the KV cache: auto (as the weights ask), f32, bf16, int8, fp8.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the host device. Default: all cores.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Positions to compile for. Default: the model's own.")]

@@ -58,3 +58,16 @@ def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int)
         activations=sum(step.rows_of(b.rows) * b.row_bytes for b in buffers(program).values()),
         hbm=hbm,
     )
+
+
+def pages_that_fit(program: Program, use: MemoryUse, slots: int) -> int:
+    """Number of K/V blocks of BLOCK tokens that fit beside the weights, the activations and `slots` slots of state.
+
+    use: of the same Program with an empty K/V cache. 0 or less if none fits. Blocks of a Program without K/V are
+    counted as one byte each.
+    """
+    state = program.of_role("state")
+    held = sum(t.nbytes({"N": slots, "B": BLOCK, "P": 0}) for t in state)
+    page = sum(t.nbytes({"P": 1, "B": BLOCK, "N": 0}) for t in state)
+    free = use.hbm - use.weights - use.activations - held
+    return free // max(1, page)

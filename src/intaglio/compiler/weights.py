@@ -6,13 +6,13 @@ from dataclasses import replace
 from math import gcd
 
 from intaglio import formats
-from intaglio.ops import Linear, Op, Tensor, x_format
+from intaglio.ops import Attend, KvWrite, Linear, Op, Tensor, x_format
 from intaglio.program import Program
 
 SHORT = {"int8": "int8g128", "int4": "int4g32", "fp8": "fp8g128"}
 PLAIN = ("f32", "bf16", "f16")
 MATRICES = ("matrix", "stack")  # uses of weights that are multiplied, in any format
-KV_FORMATS = {"f32": "f32", "bf16": "bf16", "int8": "int8row"}
+KV_FORMATS = {"f32": "f32", "bf16": "bf16", "int8": "int8row", "fp8": "e4m3"}
 HEAD = "int8g128"  # the narrowest format of the output head, whose error goes straight into the logits
 
 
@@ -21,7 +21,8 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
 
     - weights="auto" leaves weights as stored.
     - kv_format="auto" makes caches f32 with weights="f32", and leaves them as the port made them with weights="auto" or
-      "f16". With all other weights it makes them bf16.
+      "f16". With all other weights it leaves e4m3, which only a checkpoint asks for, and makes others bf16.
+    - Scales of caches (k_scale, v_scale) stay in ops whose cache is e4m3, and are removed from others.
     - Short names (SHORT) choose groups that fit each weight; a q4_k weight whose rows are not whole blocks of 256
       becomes int4g32, which has as many bits.
     - Where `weights` is a 4-bit format, the weight that yields the logits (tied to the embedding or not) gets HEAD
@@ -53,11 +54,21 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
         raise formats.FormatError(f"kv_format={kv_format!r}: use auto, {', '.join(KV_FORMATS)}")
     if kv or name not in ("auto", "f16"):
         caches = {cache for op in p.ops for cache in op.operands("pages", access="write")}
+        if not kv and name != "f32":
+            caches = {cache for cache in caches if p.tensors[cache].format != formats.CACHED}
         chosen |= dict.fromkeys(caches, kv or ("f32" if name == "f32" else "bf16"))
     tensors = {n: replace(t, format=chosen.get(n, t.format)) for n, t in p.tensors.items()}
     rounded = {op.site: x_format(tensors[op.operands(*MATRICES)[0]].format) for op in products}
     ops = (replace(op, x_format=rounded[op.site]) if op.site in rounded else op for op in p.ops)  # type: ignore[call-arg]
-    return p.with_ops(ops, tensors)
+    return p.with_ops([_with_scales(op, tensors) for op in ops], tensors)
+
+
+def _with_scales(op: Op, tensors: dict[str, Tensor]) -> Op:
+    """The op without the scales of caches whose format has no use for them."""
+    if not isinstance(op, (KvWrite, Attend)):
+        return op
+    k, v = (tensors[cache].format == formats.CACHED for cache in (op.k_cache, op.v_cache))
+    return replace(op, k_scale=op.k_scale if k else None, v_scale=op.v_scale if v else None)
 
 
 def _table_formats(p: Program, name: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ An engine with this clock schedules, times out and reports as it would on that h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,10 +16,12 @@ from intaglio.devices import open_device
 from intaglio.devices.clock import VirtualClock
 from intaglio.devices.device import (
     BlockingExecutable,
+    CompletedStep,
     Device,
     DeviceError,
     DeviceFacts,
     Executable,
+    PendingStep,
     StateSpec,
     StepRequest,
     StepResult,
@@ -30,11 +32,12 @@ from intaglio.devices.weights import assemble, zeroed_state
 from intaglio.program import Program, verify
 from intaglio.silicon.kernels import ChipMemory, run_op, unsupported_reason
 from intaglio.silicon.plan import Plan
-from intaglio.silicon.sizes import sizes_of
+from intaglio.silicon.sizes import BatchSizes, sizes_of
 from intaglio.silicon.timeline import Timeline
 
 CHIP = "chip"  # values are computed by chip instructions
-VALUES = ("host", "reference", "oracle", CHIP)
+NONE = "none"  # no values are computed: every token id is 0
+VALUES = ("host", "reference", "oracle", CHIP, NONE)
 
 
 class ChipExecutable(BlockingExecutable):
@@ -46,7 +49,7 @@ class ChipExecutable(BlockingExecutable):
 
     def __init__(self, program: Program, weights: Weights, state: StateSpec, target: Target) -> None:
         if why := next(filter(None, (unsupported_reason(op, program.tensors) for op in program.ops)), None):
-            others = ", ".join(v for v in VALUES if v != CHIP)
+            others = ", ".join(v for v in VALUES if v not in (CHIP, NONE))
             raise DeviceError(f"{program.name}: {why}; to model only its time, use values from {others}")
         self.program, self.state, self.memory = program, state, ChipMemory(target)
         for t in program.of_role("weight"):
@@ -82,30 +85,84 @@ class ChipExecutable(BlockingExecutable):
         return StepResult(out["next_tokens"], out["logprobs"], out["logits"] if request.logits else None, taken)
 
 
-class SiliconExecutable(BlockingExecutable):
-    """An executable that takes the values of each step from another executable and models the step's time.
+class TimeOnlyExecutable(BlockingExecutable):
+    """Computes no values: the next token of every row is id 0. For studies of time alone, however large the model."""
 
-    `timelines`: of the last step, one for each pipeline stage. A step passes through the stages one after the
-    other, since the next step needs its tokens.
-    """
-
-    def __init__(self, inner: Executable, plans: Sequence[Plan], clock: VirtualClock) -> None:
-        self.inner, self.plans, self.clock = inner, plans, clock
-        self.program, self.state = inner.program, inner.state
-        self.timelines: tuple[Timeline, ...] = ()
+    def __init__(self, program: Program, state: StateSpec) -> None:
+        self.program, self.state = program, state
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step, advance the clock by its modelled time, and return its StepResult.
+        """Return token id 0 and log-probability 0 for each row. Raises DeviceError if logits or taps are asked for."""
+        if request.logits or request.taps:
+            raise DeviceError(f"values={NONE!r} computes no logits and no taps; use another value, such as host")
+        rows = len(request.batch.rows)
+        return StepResult(np.zeros(rows, np.int32), np.zeros(rows, np.float32))
 
-        With `timed` the result has modelled seconds by site.
+
+@dataclass(frozen=True)
+class ModelledStep:
+    """A step whose values are known, and which ends when the clock shows `end` seconds."""
+
+    outcome: StepResult
+    end: float
+    clock: VirtualClock
+
+    def done(self) -> bool:
+        """True if the clock has reached the step's end."""
+        return self.clock() >= self.end
+
+    def result(self) -> StepResult:
+        """Set the clock forward to the step's end, unless it is later, and return the step's result."""
+        self.clock.wait_until(self.end)
+        return self.outcome
+
+
+class SiliconExecutable(Executable):
+    """Takes values from another executable and models the time of each step.
+
+    The chips of a pipeline's stages work on different steps at a time: a stage starts a step when the stage before has
+    ended it and when it has ended the step before itself.
+
+    Attributes:
+        overhead_s: seconds of the host that a launch takes before the first stage can start it.
+        joules: estimated energy of all steps so far, summed over one chip of each stage, without what chips draw
+            between steps.
+        busy_s: seconds of all steps so far, summed over the stages.
+    """
+
+    def __init__(
+        self, inner: Executable, plans: Sequence[Plan], clock: VirtualClock, overhead_s: float = 0.0
+    ) -> None:  # fmt: skip
+        self.inner, self.plans, self.clock, self.overhead_s = inner, plans, clock, overhead_s
+        self.program, self.state, self.depth = inner.program, inner.state, len(plans)
+        self.free_at = [0.0] * len(plans)  # when each stage has ended its steps so far
+        self.joules, self.busy_s, self.last_sizes = 0.0, 0.0, BatchSizes(0, 0, ())
+
+    @property
+    def timelines(self) -> tuple[Timeline, ...]:
+        """The timelines of the last step, one for each pipeline stage."""
+        return tuple(plan.run(self.last_sizes) for plan in self.plans)
+
+    def launch(self, request: StepRequest) -> PendingStep:
+        """Start a step and return it. Its result() sets the clock to the step's end.
+
+        With `timed`, the result has modelled seconds by site.
         """
-        result = self.inner.step(replace(request, timed=False))
-        sizes = sizes_of(request.batch)
-        self.timelines = tuple(plan.run(sizes) for plan in self.plans)
-        self.clock.seconds += sum(t.seconds for t in self.timelines)
-        if not request.timed:
-            return result
-        return replace(result, timings={e.site: e.seconds for t in self.timelines for e in t.ops})
+        try:
+            result = self.inner.step(replace(request, timed=False))
+        except Exception as e:
+            return CompletedStep(e)
+        self.last_sizes = sizes_of(request.batch)
+        self.clock.seconds += self.overhead_s
+        end = self.clock()
+        for stage, plan in enumerate(self.plans):
+            seconds, joules = plan.cost(self.last_sizes)
+            end = self.free_at[stage] = max(end, self.free_at[stage]) + seconds
+            self.joules += joules
+            self.busy_s += seconds
+        if request.timed:
+            result = replace(result, timings={e.site: e.seconds for t in self.timelines for e in t.ops})
+        return ModelledStep(result, end, self.clock)
 
 
 class SiliconDevice(Device):
@@ -113,9 +170,11 @@ class SiliconDevice(Device):
 
     Args:
         chip: name of a preset, which comes with its own kernel library, or a Target.
-        values: name of the device that computes the values (see VALUES), always of the whole Program.
+        values: what computes the values (see VALUES), always of the whole Program: a device, the chip's instructions
+            ("chip"), or nothing ("none").
         stages: if several chips share a model, one rank's Program per pipeline stage. These are timed instead of the
             loaded Program; the ranks of a stage take equal time.
+        overhead_s: seconds of the host before each step.
         options: arguments for the device that computes the values.
     """
 
@@ -123,12 +182,13 @@ class SiliconDevice(Device):
 
     def __init__(
         self, chip: str | Target = "sohu", values: str = "host", stages: Sequence[Program] = (),
-        **options: object,
+        overhead_s: float = 0.0, **options: object,
     ) -> None:  # fmt: skip
         if values not in VALUES:
             raise DeviceError(f"values={values!r}; use one of {', '.join(VALUES)}")
         self.target = target(chip) if isinstance(chip, str) else chip
         self.values, self.stages, self.options = values, tuple(stages), options
+        self.overhead_s = overhead_s
         self.clock: VirtualClock = VirtualClock()
 
     def facts(self) -> DeviceFacts:
@@ -138,6 +198,8 @@ class SiliconDevice(Device):
         verify(program)
         if self.values == CHIP:
             inner: Executable = ChipExecutable(program, weights, state, self.target)
+        elif self.values == NONE:
+            inner = TimeOnlyExecutable(program, state)
         else:
             inner = open_device(self.values, **self.options).load(program, weights, state)
-        return SiliconExecutable(inner, Plan.of(self.stages or (program,), self.target), self.clock)
+        return SiliconExecutable(inner, Plan.of(self.stages or (program,), self.target), self.clock, self.overhead_s)

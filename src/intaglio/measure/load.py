@@ -1,4 +1,4 @@
-"""Load generator: sends requests to a server with the OpenAI API and times them, or runs them in modelled time.
+"""Load generator: sends requests to a server with the OpenAI API, times them, and summarises what came back.
 
 Times are seconds from a request's scheduled arrival, so a client that is late does not make the server look faster.
 """
@@ -10,19 +10,15 @@ import itertools
 import json
 import random
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from intaglio.measure.workload import LoadRequest
 from intaglio.progress import Progress, silent
-from intaglio.runtime import Refused, SamplingParams
-
-if TYPE_CHECKING:
-    from intaglio.llm import LLM
 
 REQUEST_TIMEOUT = 3600.0  # seconds; a server that never answers must not block the client for ever
 WORDS = ("the", "of", "and", "to", "in", "is", "was", "for", "that", "with", "as", "by", "at", "from", "his", "it")
@@ -207,50 +203,6 @@ async def _send(session: Any, server: Server, request: LoadRequest, body: bytes,
     output = usage.get("completion_tokens", len(stamps))  # without usage: one token per text
     prompt = usage.get("prompt_tokens", request.prompt)
     return Outcome(request, start, end, stamps[0] if stamps else None, gaps, prompt, output, error)
-
-
-def load_modelled(
-    llm: LLM, requests: Sequence[LoadRequest], seed: int = 0, progress: Progress = silent
-) -> list[Outcome]:
-    """Run the load on a silicon LLM, in the modelled time of its chips. Returns the Outcomes in the order they ended.
-
-    Requests arrive by the chips' clock, which jumps ahead while the engine is idle.
-    """
-    engine, clock, rng = llm.engine, llm.clock, random.Random(seed)
-    began, pending = clock(), deque(requests)
-    running: dict[str, tuple[LoadRequest, list[float]]] = {}
-    done: list[Outcome] = []
-    while pending or running:
-        progress(
-            len(done),
-            len(requests),
-            f"{len(done)} of {len(requests)} requests ended, {clock() - began:,.1f} s modelled",
-        )
-        if not running and pending:
-            clock.wait_until(began + pending[0].at)
-        while pending and began + pending[0].at <= clock():
-            planned = pending.popleft()
-            ids = [rng.randrange(llm.model.program.vocabulary) for _ in range(planned.prompt)]
-            request, _ = llm.prepare(ids, SamplingParams(max_tokens=planned.output, ignore_eos=True))
-            try:
-                engine.add(request)
-                running[request.id] = planned, []
-            except Refused as e:
-                done.append(Outcome(planned, planned.at, 0.0, error=e.reason))
-        for event in engine.step():
-            planned, stamps = running[event.request]
-            if event.scored:
-                stamps.append(clock() - began - planned.at)
-            if event.usage:
-                del running[event.request]
-                error = event.finish_reason if event.finish_reason in ("error", "abort", "deadline") else None
-                gaps = tuple(b - a for a, b in itertools.pairwise(stamps))
-                end, used = clock() - began - planned.at, event.usage
-                first = stamps[0] if stamps else None
-                done.append(
-                    Outcome(planned, planned.at, end, first, gaps, used.prompt_tokens, used.output_tokens, error)
-                )
-    return done
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,9 @@ def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
         if name in used:
             yield TensorFate(*how, "used", tuple(dict.fromkeys(used[name])), formats[name])
             continue
+        if ported.scales.get(name) and name not in ported.unused:
+            yield TensorFate(*how, "used", ported.scales[name], "f32")
+            continue
         why = ported.unused.get(name) or ported.unused.get(whole.get(name, ""))
         if not why and name.endswith("weight_shape"):
             why = "the shape of a packed matrix, which its codes and scales have too"

@@ -199,17 +199,21 @@ def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str
     return out
 
 
-def judge_quantisation(q: Settings, where: str, taken: bool) -> list[Fate]:
+def judge_quantisation(q: Settings, where: str, taken: bool, cache: str = "") -> list[Fate]:
     """A list with a Fate for each key of the quantisation settings. where: the file and key that hold them.
 
-    `taken`: whether any matrix is read by them. Raises PortError for a setting that nothing reads and that may
-    change what codes mean.
+    `taken`: whether any matrix is read by them. cache: the key that asks for an E4M3 K/V cache; "": none. Raises
+    PortError for a setting that nothing reads and that may change what codes mean.
     """
     file, _, at = where.partition(": ")
     out = []
     for key, value in q.given.items():
         path = f"{at}.{key}" if at else key
-        if key in q.seen and taken:
+        if key == cache:
+            out.append(Fate(file, path, "used", "asks for a K/V cache in FP8 (E4M3); --kv bf16 makes it bf16"))
+        elif key in QUANTISED and key.startswith("kv_cache"):
+            out.append(Fate(file, path, "ignored", QUANTISED[key]))
+        elif key in q.seen and taken:
             out.append(Fate(file, path, "used", "says how matrices are quantised"))
         elif not taken:
             out.append(Fate(file, path, "ignored", "no tensor of the checkpoint is quantised so"))

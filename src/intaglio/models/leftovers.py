@@ -16,7 +16,7 @@ BY_NAME = {  # what a name ends with, or is, and why its tensor has no use
     r"rotary_(pos_)?emb\.(\w+_)?(inv_freq|cos_cached|sin_cached)$":
         "a table of rope that older versions saved; computed here",
     r"\.(k|v|kv|q|prob|prob_output|k_cache|v_cache|kv_cache)_(scale|zero_point)$":
-        "a scale of the K/V cache or of scores; the cache has formats of its own here",
+        "a scale of queries, of attention weights, or of a K/V cache in another format; none is rounded so here",
     r"\.(input|output|activation)_(scale|zero_point|scale_ub|global_scale)$|\.input_scale_ub$|\.act_scales?$":
         "a scale of activations; they are rounded here by their own values, if at all",
     r"\.self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)$":

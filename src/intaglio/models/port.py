@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from intaglio import formats
 from intaglio.models.config import Config, PortError
 from intaglio.models.decoder import NAMED, NAMED_BIASES, NUMBERED, STACKED, Decoder, write
 from intaglio.models.decoder.rope import lengths
+from intaglio.models.files.cache_scales import CacheScales, read_cache_scales
 from intaglio.models.files.checkpoint import PLAIN, Checkpoint
 from intaglio.models.keys import Fate, judge_config, judge_quantisation
 from intaglio.models.leftovers import judge_tensor
@@ -63,6 +65,7 @@ class Ported:
         unused: tensors without a use by name, with the reason.
         notes: messages for the user.
         ignored: how names of tensors begin that belong to parts not ported.
+        scales: for each tensor that is a scale of the K/V cache, the constants of the Program that hold it.
     """
 
     program: Program
@@ -73,6 +76,7 @@ class Ported:
     unused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     ignored: tuple[str, ...] = ()
+    scales: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def port(checkpoint: Checkpoint, context: int | None = None, name: str | None = None) -> Program:
@@ -99,9 +103,12 @@ def port_checkpoint(checkpoint: Checkpoint, context: int | None = None, name: st
         said_by = f"{checkpoint.config_name}: general.architecture"
     stored = {n: checkpoint.format(n) for n in checkpoint.names}
     prefix = _prefix(family, stored.keys())
+    scales = read_cache_scales(
+        checkpoint.entries, checkpoint.read_entry, checkpoint.quantisation, prefix, bool(checkpoint.coded)
+    )
     c = _config(family, checkpoint.config)
     notes = list(checkpoint.notes)
-    layout = _layout(checkpoint, prefix, notes)
+    layout = _layout(checkpoint, prefix, scales, notes)
 
     def format(source: str) -> str:
         if stored.get(source, "f32"):
@@ -111,10 +118,16 @@ def port_checkpoint(checkpoint: Checkpoint, context: int | None = None, name: st
     title = name or re.sub(r"\s+", "-", checkpoint.path.resolve().name)
     program = _program(family, c, context, title, layout, format, checkpoint.order, notes)
     keys = judge_config(c, family, checkpoint.config, checkpoint.config_name)
-    keys += judge_quantisation(checkpoint.quantisation, checkpoint.quantised_by, bool(checkpoint.coded))
+    keys += judge_quantisation(
+        checkpoint.quantisation, checkpoint.quantised_by, bool(checkpoint.coded), scales.asked_by
+    )
     if checkpoint.config_name == "config.json":  # that of a GGUF file is written by its reader
         notes += [fate.note for fate in keys if fate.note]
     ported = Ported(program, family, said_by, keys, c.whole("num_hidden_layers"), notes=notes)
+    for source, layer in scales.sources.items():
+        ported.scales[source] = tuple(n for n in program.tensors if re.fullmatch(rf"layers\.{layer}\..*[kv]_scale", n))
+        if not scales.asked_by:
+            ported.unused[source] = "a scale of an FP8 K/V cache, for which the settings do not ask; --kv fp8 uses it"
     ported.ignored = (*family.ignored, *c.ignored)
     _match(ported, checkpoint, prefix)
     return ported
@@ -214,16 +227,17 @@ def _config(family: Family, config: Mapping[str, Any]) -> Config:
     return c
 
 
-def _layout(checkpoint: Checkpoint, prefix: str, notes: list[str]) -> Callable[[Decoder], Decoder]:
+def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: list[str]) -> Callable[[Decoder], Decoder]:
     """A function that adapts a Decoder to the checkpoint's tensors.
 
-    It sets the prefix of their names, whether the output head is the embedding, and how experts are stored. Adds to
-    `notes`.
+    It sets the prefix of their names, the K/V cache, whether the output head is the embedding, and how experts are
+    stored. Adds to `notes`.
     """
     names = checkpoint.names
 
     def apply(d: Decoder) -> Decoder:
-        d = replace(d, prefix=prefix)
+        cache = formats.CACHED if scales.asked_by else ""
+        d = replace(d, prefix=prefix, cache=cache, cache_scales=scales.layers)
         if d.head and not d.tied and f"{d.head}.weight" not in names and "lm_head.weight" in names:
             d = replace(d, head="lm_head")  # as transformers 5 names every head
         embed, head = d.source(f"{prefix}embed_tokens.weight"), d.source(f"{d.head_source}.weight")
@@ -316,7 +330,7 @@ def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
     bias = program.tensors["lm_head.bias"].source[0] if "lm_head.bias" in program.tensors else ""
     predictors = tuple(_predictors(checkpoint.config, prefix))
     extra = []
-    for name in sorted(checkpoint.names - wanted.keys() - checkpoint.orders):
+    for name in sorted(checkpoint.names - wanted.keys() - checkpoint.orders - ported.scales.keys()):
         if name.startswith(predictors):
             ported.unused[name] = "a layer that only predicts tokens further ahead"
         elif any(fnmatchcase(name, f"{start}*") for start in ported.ignored):

@@ -12,7 +12,7 @@ from intaglio.batch import Batch
 from intaglio.formats import Quantised
 from intaglio.ops.op import Op, Results, Tensor, Tensors, Value, Work, array, operand, result
 
-CACHE_FORMATS = ("f32", "bf16", "int8row")
+CACHE_FORMATS = ("f32", "bf16", "int8row", "e4m3")
 
 
 def cache_heads(op: Op, t: Tensors, name: str) -> tuple[int, int]:
@@ -33,23 +33,31 @@ def token_bytes(cache: Tensor) -> int:
 class KvWrite(Op, kind="kv_write"):
     """Op that stores keys and values: cache[slot of t] = k[t], v[t], rounded to the cache's format.
 
-    k, v f32 [T, kv heads * head_dim]. An int8row cache has one scale per token and head.
+    k, v f32 [T, kv heads * head_dim]. An int8row cache has one scale per token and head. An e4m3 cache holds x / scale,
+    clipped to -448..448, where the scale is that of its head; a value that is not finite becomes NaN.
+
+    Attributes:
+        k_scale: [heads of k_cache], the scales of an e4m3 cache, which other formats do not use; None: 1.
+        v_scale: [heads of v_cache], likewise.
     """
 
     k: str = operand()
     v: str = operand()
     k_cache: str = operand("pages", access="write")
     v_cache: str = operand("pages", access="write")
+    k_scale: str | None = operand("vector", optional=True)
+    v_scale: str | None = operand("vector", optional=True)
 
     def shapes(self, t: Tensors) -> Results:
-        for x, cache in ((self.k, self.k_cache), (self.v, self.v_cache)):
+        for x, cache, scale in self._writes():
             heads, head_dim = cache_heads(self, t, cache)
+            self.vector(t, scale, heads)
             width = self.token_columns(t, x)
             self.check(width == heads * head_dim, f"{x} is {t[x].type} but {cache} holds {heads} heads of {head_dim}")
         return {}
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
-        for x, name in ((self.k, self.k_cache), (self.v, self.v_cache)):
+        for x, name, scale in self._writes():
             cache = v[name]
             held = cache.codes if isinstance(cache, Quantised) else cache
             page, at = batch.slots // held.shape[1], batch.slots % held.shape[1]
@@ -58,8 +66,14 @@ class KvWrite(Op, kind="kv_write"):
                 q = formats.quantise(new.reshape(-1, held.shape[3]), "int8row")
                 cache.scales[page, at] = q.scales.reshape(*new.shape[:2], 1)
                 new = q.codes.reshape(new.shape)
+            elif held.dtype == formats.E4M3:
+                new = formats.to_e4m3(new, 1 if scale is None else array(v, scale).astype(np.float32)[:, None])
             held[page, at] = new.astype(held.dtype)
         return {}
+
+    def _writes(self) -> tuple[tuple[str, str, str | None], ...]:
+        """(operand, its cache, its scales) for keys and for values."""
+        return (self.k, self.k_cache, self.k_scale), (self.v, self.v_cache, self.v_scale)
 
     def work(self, t: Tensors, batch: Batch) -> Work:
         read = t[self.k].nbytes(batch.sizes) + t[self.v].nbytes(batch.sizes)
@@ -83,6 +97,8 @@ class Attend(Op, kind="attend"):
         sinks: [heads], scores of an extra key that every query sees and whose value is zero (gpt-oss).
         slopes: [heads], linear biases by distance (ALiBi, Press et al. 2021): slope * (key position - query position)
             is added to a score after softcap and temper.
+        k_scale: [kv heads], multiplied with the codes of k_cache and rope_cache if they are e4m3; None: 1.
+        v_scale: [kv heads], multiplied with the codes of v_cache if it is e4m3; None: 1.
         temper: scores of a query at position i are multiplied by 1 + temper * ln(1 + floor((i + temper_from) /
             temper_every)); temper_from is 1 in Llama 4 and 0 in Ministral 3.
     """
@@ -93,6 +109,8 @@ class Attend(Op, kind="attend"):
     rope_cache: str | None = operand("pages", keys=True, optional=True)
     sinks: str | None = operand("vector", optional=True)
     slopes: str | None = operand("vector", optional=True)
+    k_scale: str | None = operand("vector", optional=True)
+    v_scale: str | None = operand("vector", optional=True)
     out: str = result()
     heads: int
     scale: float
@@ -122,6 +140,8 @@ class Attend(Op, kind="attend"):
         self.check(self.temper_from in (0, 1), f"temper_from={self.temper_from}; wanted 0 or 1")
         self.vector(t, self.sinks, self.heads)
         self.vector(t, self.slopes, self.heads)
+        self.vector(t, self.k_scale, kv_heads)
+        self.vector(t, self.v_scale, kv_heads)
         return {self.out: (("T", self.heads * v_dim), "f32")}
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
@@ -131,9 +151,10 @@ class Attend(Op, kind="attend"):
         for s in range(len(batch.first_row)):
             n, context = int(batch.q_len[s]), int(batch.context_len[s])
             blocks = batch.block_table[s, : -(-context // batch.block_size)]
-            k, val = (self._gather(v, c, blocks, context) for c in (self.k_cache, self.v_cache))
+            k = self._gather(v, self.k_cache, self.k_scale, blocks, context)
+            val = self._gather(v, self.v_cache, self.v_scale, blocks, context)
             if self.rope_cache is not None:
-                k = np.concatenate([k, self._gather(v, self.rope_cache, blocks, context)], axis=-1)
+                k = np.concatenate([k, self._gather(v, self.rope_cache, self.k_scale, blocks, context)], axis=-1)
             repeat = self.heads // k.shape[1]
             k, val = np.repeat(k, repeat, axis=1), np.repeat(val, repeat, axis=1)
             first, at = int(batch.first_row[s]), np.arange(context - n, context)
@@ -172,11 +193,14 @@ class Attend(Op, kind="attend"):
         return p / (p.sum(axis=-1, keepdims=True) + np.exp(sink - top))
 
     @staticmethod
-    def _gather(v: Mapping[str, Value], name: str, blocks: np.ndarray, context: int) -> np.ndarray:
-        """A sequence's cache in order of position: float64 [context, kv heads, head_dim]."""
+    def _gather(v: Mapping[str, Value], name: str, scale: str | None, blocks: np.ndarray, context: int) -> np.ndarray:
+        """A sequence's cache in order of position, dequantised: float64 [context, kv heads, head_dim]."""
         cache = v[name]
         pages = cache.rows(blocks) if isinstance(cache, Quantised) else cache[blocks]
-        return pages.reshape(-1, *pages.shape[2:])[:context].astype(np.float64)
+        out = pages.reshape(-1, *pages.shape[2:])[:context].astype(np.float64)
+        if pages.dtype == formats.E4M3 and scale is not None:
+            out *= array(v, scale).astype(np.float64)[:, None]
+        return out
 
     def work(self, t: Tensors, batch: Batch) -> Work:
         caches = {n for n in (self.k_cache, self.v_cache, self.rope_cache) if n is not None}  # latents are read once

@@ -10,6 +10,8 @@ layers) are timed once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 from intaglio import formats
 from intaglio.chips import ChipError, Target
@@ -17,7 +19,8 @@ from intaglio.program import Program
 from intaglio.silicon.isa.rules import check_extra_instructions
 from intaglio.silicon.kernels import kernel_class, timing
 from intaglio.silicon.sizes import BatchSizes
-from intaglio.silicon.timeline import OpSpan, Timeline
+from intaglio.silicon.timeline import OpSpan, Timeline, joules
+from intaglio.silicon.timing import Timing
 
 
 def exposed_seconds(seconds: Sequence[tuple[float, float]], is_collective: Sequence[bool]) -> dict[int, float]:
@@ -29,33 +32,64 @@ def exposed_seconds(seconds: Sequence[tuple[float, float]], is_collective: Seque
     could compute, the one closer to its next collective does, which keeps the links busy. Time in which neither
     half computes counts for the collective that is waited for.
     """
-    to_collective = [(0.0, 0.0)] * (len(seconds) + 1)  # of each half, seconds of compute from an op to the next one
-    for i in reversed(range(len(seconds))):
-        first, second = (a + b for a, b in zip(seconds[i], to_collective[i + 1], strict=True))
-        to_collective[i] = (0.0, 0.0) if is_collective[i] else (first, second)
-    n, next_op, ready = len(seconds), [0, 0], [0.0, 0.0]  # of each half: its next op, and when that can start
-    last_collective = [-1, -1]  # of each half
-    free_at = [0.0, 0.0]  # [compute, links]
+    n = len(seconds)
+    first_left, second_left = [0.0] * (n + 1), [0.0] * (n + 1)  # seconds of compute from an op to the next collective
+    for i in range(n - 1, -1, -1):
+        if not is_collective[i]:
+            first_left[i] = seconds[i][0] + first_left[i + 1]
+            second_left[i] = seconds[i][1] + second_left[i + 1]
+    a = b = 0  # the next op of the first and of the second half
+    a_ready = b_ready = 0.0  # when they can start
+    a_last = b_last = -1  # last collective of each half
+    compute_free = links_free = 0.0
     exposed = {i: 0.0 for i, collective in enumerate(is_collective) if collective}
-    while next_op[1] < n:
-        half, (i, j) = 0, next_op
-        if i == n:
-            half = 1
-        elif j < i:
-            first, second = max(ready[0], free_at[is_collective[i]]), max(ready[1], free_at[is_collective[j]])
-            half = 1 if second < first or (second == first and to_collective[j][1] < to_collective[i][0]) else 0
-        i = next_op[half]
+    while b < n:
+        second = a == n
+        if b < a < n:
+            free = links_free if is_collective[a] else compute_free
+            first_start = a_ready if a_ready > free else free
+            free = links_free if is_collective[b] else compute_free
+            second_start = b_ready if b_ready > free else free
+            second = second_start < first_start or (second_start == first_start and second_left[b] < first_left[a])
+        i, ready, last = (b, b_ready, b_last) if second else (a, a_ready, a_last)
         collective = is_collective[i]
-        start = max(ready[half], free_at[collective])
+        free = links_free if collective else compute_free
+        start = ready if ready > free else free
+        end = start + seconds[i][second]
         if collective:
-            last_collective[half] = i
-        elif last_collective[half] >= 0:
-            exposed[last_collective[half]] += start - free_at[0]
-        ready[half] = free_at[collective] = start + seconds[i][half]
-        next_op[half] = i + 1
-    if last_collective[1] >= 0:
-        exposed[last_collective[1]] += max(0.0, ready[1] - free_at[0])
+            last = i
+            links_free = end
+        else:
+            if last >= 0:
+                exposed[last] += start - compute_free
+            compute_free = end
+        if second:
+            b, b_ready, b_last = i + 1, end, last
+        else:
+            a, a_ready, a_last = i + 1, end, last
+    if b_last >= 0:
+        exposed[b_last] += max(0.0, b_ready - compute_free)
     return exposed
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When each op of one step ends.
+
+    Attributes:
+        timings: of each distinct kernel of the Plan, alone.
+        ends: seconds from the start of the step to the end of each op.
+        stalled: whether each op waited for its weights.
+    """
+
+    timings: tuple[Timing, ...]
+    ends: tuple[float, ...]
+    stalled: tuple[bool, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Modelled time of the step in seconds."""
+        return self.ends[-1] if self.ends else 0.0
 
 
 class Plan:
@@ -67,6 +101,7 @@ class Plan:
         numbers = {kernel: i for i, kernel in enumerate(dict.fromkeys(kernels))}
         self.kernels = tuple(numbers)  # distinct kernels
         self.numbers = [numbers[kernel] for kernel in kernels]  # of each op: the index of its kernel
+        self.counts = [self.numbers.count(n) for n in range(len(self.kernels))]  # of each kernel: the ops that have it
         self.weight_bytes = sum(w.nbytes({}) for w in program.of_role("weight"))
         for w in program.of_role("weight"):
             if len(w.shape) > 1:
@@ -88,48 +123,68 @@ class Plan:
         return plans
 
     def run(self, sizes: BatchSizes) -> Timeline:
-        """The Timeline of one step with a batch of these sizes.
+        """The Timeline of one step with a batch of these sizes."""
+        done, spans, start = self.fastest(sizes), list[OpSpan](), 0.0
+        for op, number, end, stalled in zip(self.program.ops, self.numbers, done.ends, done.stalled, strict=True):
+            spans.append(OpSpan(op.site, op.kind, start, end, done.timings[number], "HBM" if stalled else ""))
+            start = end
+        return Timeline(self.target.chip, tuple(spans))
 
-        With a library that has dual-batch overlap, it is the timeline of the batch in two halves if that is
-        faster.
+    def cost(self, sizes: BatchSizes) -> tuple[float, float]:
+        """(modelled seconds, estimated joules on this chip) of one step: those of run(sizes), without its Timeline."""
+        done = self.fastest(sizes)
+        kernels = list(zip(done.timings, self.counts, strict=True))
+        return done.seconds, sum(joules(self.target.chip, kernels, done.seconds).values())
+
+    def fastest(self, sizes: BatchSizes) -> Schedule:
+        """The Schedule of one step.
+
+        With a library that has dual-batch overlap, that of the batch in two halves if it is faster.
         """
         whole = self.schedule(sizes)
-        communicates = any(span.timing.link_bytes for span in whole.ops)
+        communicates = any(t.link_bytes for t in whole.timings)
         if not self.target.library.dual_batch_overlap or not communicates or sizes.tokens < 2:
             return whole
-        return min(whole, self.schedule(sizes, sizes.halves()), key=lambda t: t.seconds)
+        return min(whole, self.schedule(sizes, sizes.halves()), key=lambda s: s.seconds)
 
-    def schedule(self, sizes: BatchSizes, halves: Sequence[BatchSizes] = ()) -> Timeline:
-        """The Timeline of a step, op after op, of the whole batch or of its two `halves`.
+    def schedule(self, sizes: BatchSizes, halves: Sequence[BatchSizes] = ()) -> Schedule:
+        """The Schedule of a step, op after op, of the whole batch or of its two `halves`.
 
         With halves, an op takes the seconds of both and a collective its exposed seconds; HBM delivers the weights once
         for both.
         """
-        spans: list[OpSpan] = []
         chip, library = self.target.chip, self.target.library
-        now, fetched_at = 0.0, 0.0  # fetched_at: when HBM has delivered all weights requested so far
         prefetches = library.prefetches_weights
-        # Weights are prefetched at most this many seconds ahead: as many as the L2 can hold.
-        ahead = chip.l2_bytes * library.l2_usable / chip.hbm_rate if prefetches else 0.0
-        alone = [timing(kernel, self.target, sizes) for kernel in self.kernels]
+        alone = tuple(timing(kernel, self.target, sizes) for kernel in self.kernels)
         parts = [
             [timing(kernel, self.target, part, prefetches) for kernel in self.kernels] for part in halves or (sizes,)
         ]
-        seconds = [sum(t.seconds for t in each) for each in zip(*parts, strict=True)]
-        exposed: dict[int, float] = {}
+        by_kernel = [sum(t.seconds for t in each) for each in zip(*parts, strict=True)]
+        seconds = [by_kernel[n] for n in self.numbers]
         if halves:
             first, second = parts
-            pairs = [(first[n].seconds, second[n].seconds) for n in self.numbers]
-            exposed = exposed_seconds(pairs, [alone[n].link_bytes > 0 for n in self.numbers])
-        for i, (op, number) in enumerate(zip(self.program.ops, self.numbers, strict=True)):
-            t = alone[number]
-            end, stalled_on = now + exposed.get(i, seconds[number]), ""
-            if prefetches and t.weight_bytes:
-                fetched_at = max(fetched_at, now - ahead) + t.weight_bytes / chip.hbm_rate
-                if fetched_at > end:
-                    end, stalled_on = fetched_at, "HBM"
-            elif prefetches and t.hbm_bytes:
-                fetched_at = max(fetched_at, now) + t.hbm_bytes / chip.hbm_rate
-            spans.append(OpSpan(op.site, op.kind, now, end, t, stalled_on))
+            pairs = [(first[n].seconds, second[n].seconds) for n in range(len(self.kernels))]
+            collective = [t.link_bytes > 0 for t in alone]
+            exposed = exposed_seconds([pairs[n] for n in self.numbers], [collective[n] for n in self.numbers])
+            for i, exposed_s in exposed.items():
+                seconds[i] = exposed_s
+        if not prefetches:
+            return Schedule(alone, tuple(accumulate(seconds)), (False,) * len(seconds))
+        # Weights are prefetched at most this many seconds ahead: as many as the L2 can hold.
+        ahead = chip.l2_bytes * library.l2_usable / chip.hbm_rate
+        weights_s = [t.weight_bytes / chip.hbm_rate for t in alone]
+        other_s = [0.0 if t.weight_bytes else t.hbm_bytes / chip.hbm_rate for t in alone]
+        now, fetched_at = 0.0, 0.0  # fetched_at: when HBM has delivered all that was requested so far
+        ends, stalled = list[float](), list[bool]()
+        for number, taken in zip(self.numbers, seconds, strict=True):
+            end, late = now + taken, False
+            if weights_s[number]:
+                fetched_at = max(fetched_at, now - ahead) + weights_s[number]
+                late = fetched_at > end
+                end = fetched_at if late else end
+            elif other_s[number]:
+                fetched_at = max(fetched_at, now) + other_s[number]
+            ends.append(end)
+            stalled.append(late)
             now = end
-        return Timeline(chip, tuple(spans))
+        return Schedule(alone, tuple(ends), tuple(stalled))

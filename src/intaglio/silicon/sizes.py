@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class BatchSizes:
     sequences: ChunkCounts
     filtered: bool = False  # whether any row is sampled with top-k or top-p
 
-    @property
+    @cached_property
     def sizes(self) -> Sizes:
         """A dict of the values of the symbolic dimensions T, S and R."""
         return Sizes(T=self.tokens, S=sum(n for *_, n in self.sequences), R=self.rows)

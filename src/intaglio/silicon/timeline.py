@@ -96,18 +96,7 @@ class Timeline:
 
     def joules(self) -> dict[str, float]:
         """A dict of the estimated joules by consumer: arithmetic, bytes of each memory and of the links, idle power."""
-        energy, total = self.chip.energy, self.totals()
-        macs: dict[str, float] = defaultdict(float)
-        for e in self.ops:
-            macs[e.timing.format] += e.timing.flops / 2
-        arithmetic = sum(n * energy.mac * formats.bits(f) / 16 for f, n in macs.items())
-        return {
-            "arithmetic": arithmetic,
-            "HBM": total.hbm_bytes * energy.hbm_byte,
-            "L2": total.l2_bytes * energy.l2_byte,
-            "links": total.link_bytes * energy.link_byte,
-            "idle": energy.idle_w * self.seconds,
-        }
+        return joules(self.chip, [(e.timing, 1) for e in self.ops], self.seconds)
 
     def by_kind(self) -> dict[str, float]:
         """A dict of the seconds of the step by kind of op, largest first."""
@@ -147,6 +136,22 @@ class Timeline:
             "busy_seconds": self.busy(), "spent_on": self.spent_on(), "joules": self.joules(),
             "seconds_by_op": self.by_kind(), "report": self.report(format),
         }  # fmt: skip
+
+
+def joules(chip: ChipSpec, kernels: Sequence[tuple[Timing, int]], seconds: float) -> dict[str, float]:
+    """A dict of the estimated joules of a step of `seconds` on one chip, by consumer.
+
+    Consumers are arithmetic, the bytes of each memory and of the links, and idle power. kernels: (Timing, how often it
+    runs).
+    """
+    energy = chip.energy
+    return {
+        "arithmetic": sum(n * t.flops / 2 * energy.mac * formats.bits(t.format) / 16 for t, n in kernels),
+        "HBM": sum(n * t.hbm_bytes for t, n in kernels) * energy.hbm_byte,
+        "L2": sum(n * t.l2_bytes for t, n in kernels) * energy.l2_byte,
+        "links": sum(n * t.link_bytes for t, n in kernels) * energy.link_byte,
+        "idle": energy.idle_w * seconds,
+    }
 
 
 def chrome_trace(chips: Sequence[Timeline]) -> str:

@@ -37,7 +37,8 @@ def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
     v = w.scaled(at + "v_scale", v, d.value_scale)
     k_cache = b.cache(at + "k_cache", kv_heads, head_dim, w.cache)
     v_cache = b.cache(at + "v_cache", kv_heads, value_dim, w.cache)
-    b.op(KvWrite, at + "kv_write", k, v, k_cache, v_cache)
+    scales = w.cache_scales(i, at, kv_heads)
+    b.op(KvWrite, at + "kv_write", k, v, k_cache, v_cache, **scales)
     how = {
         "heads": d.heads, "scale": d.scale * layer.scale, "window": layer.window, "chunk": layer.chunk,
         "softcap": d.attn_softcap,
@@ -48,7 +49,7 @@ def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
         how["sinks"] = w.tensor(at + "sinks", (d.heads,), source + "sinks")
     if d.temper and (d.temper_all or not layer.rope):
         how |= {"temper": d.temper, "temper_every": d.temper_every, "temper_from": d.temper_from}
-    a = b.op(Attend, at + "attend", q, k_cache, v_cache, **how)
+    a = b.op(Attend, at + "attend", q, k_cache, v_cache, **how, **scales)
     if d.attn_gate:
         gate = w.linear(at + "gate", x, d.heads * value_dim, d.hidden, source + d.attn_gate)
         a = b.op(Map, at + "gated", a, b=gate, expr="a * sigmoid(b)")

@@ -225,6 +225,9 @@ class Decoder:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     prefix: str = "model."
+    cache: str = ""  # format of the K/V cache; "": f32 if the embedding is, else bf16
+    # scales of an E4M3 cache's keys and values by layer: one, or one per K/V head
+    cache_scales: Mapping[int, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
     table: str = ""  # the module that holds the embedding, if it is not embed_tokens
     final_norm: str = "norm"  # the module of the norm before the head; empty: none
     head: str = ""  # the module of the head, if it is not lm_head beside the inner model

@@ -27,13 +27,14 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
     k = b.view(at + "k_pe", both, m.rank, m.rank + m.rope)
     k = b.op(Rope, at + "k_rope", k, "positions", table, head_dim=m.rope, **how)
     latents, ropes = b.cache(at + "latent_cache", 1, m.rank, w.cache), b.cache(at + "rope_cache", 1, m.rope, w.cache)
-    b.op(KvWrite, at + "kv_write", c, k, latents, ropes)
+    scales = dict.fromkeys(names := w.cache_scales(i, at, 1), names.get("k_scale", ""))  # one cache, of keys and values
+    b.op(KvWrite, at + "kv_write", c, k, latents, ropes, **scales)
     each = m.nope + m.value  # rows of a head in the up-projection: keys, then values
     up = source + "kv_b_proj.weight"
     keys = w.tensor(at + "k_up", (d.heads, m.rank, m.nope), f"{up}|h{d.heads}|r0:{m.nope}/{each}|T", plain=True)
     values = w.tensor(at + "v_up", (d.heads, m.value, m.rank), f"{up}|h{d.heads}|r{m.nope}:{each}/{each}", plain=True)
     q = b.op(HeadLinear, at + "absorb", q, keys)
-    a = b.op(Attend, at + "attend", q, latents, latents, rope_cache=ropes, heads=d.heads, scale=d.scale)
+    a = b.op(Attend, at + "attend", q, latents, latents, rope_cache=ropes, heads=d.heads, scale=d.scale, **scales)
     a = b.op(HeadLinear, at + "v_proj", a, values)
     return w.linear(at + "o_proj", a, d.hidden, d.heads * m.value, source + "o_proj", d.o_bias)
 

@@ -33,7 +33,7 @@ class Writer:
         self.permuted: dict[tuple[str, str], str] = {}  # {(x, order): x in that order}
         self.b = Builder(name, context)
         table = d.source(f"{d.table or d.prefix + 'embed_tokens'}.weight")
-        self.cache = "f32" if format(names(table)[0]) == "f32" else "bf16"
+        self.cache = d.cache or ("f32" if format(names(table)[0]) == "f32" else "bf16")
 
     def weight(self, site: str, what: str, shape: tuple[int, ...], source: str) -> str:
         """Add the weight or bias (`what`) of the checkpoint module `source` as a weight of `site`. Returns its name."""
@@ -80,6 +80,20 @@ class Writer:
     def constant(self, name: str, values: Sequence[float]) -> str:
         """Add a small vector whose values are part of the Program, once for all layers. Returns its name."""
         return name if name in self.b.tensors else self.b.const(name, values)
+
+    def cache_scales(self, i: int, at: str, heads: int) -> dict[str, str]:
+        """Add the scales of layer `i`'s K/V cache, if the model has any: {k_scale: name, v_scale: name}.
+
+        heads: K/V heads. Raises PortError for another number of scales than one, or one per head.
+        """
+        out = {}
+        for field, values in zip(("k_scale", "v_scale"), self.d.cache_scales.get(i, ()), strict=False):
+            if len(values) not in (1, heads):
+                raise PortError(
+                    f"{at}{field} has {len(values)} values for {heads} K/V heads; wanted one, or one per head"
+                )
+            out[field] = self.b.const(f"{at}{field}", values if len(values) == heads else values * heads)
+        return out
 
     def scalar(self, site: str, x: str, source: str) -> str:
         """Write a [rows of x, 1] operand filled with the one value of the checkpoint's tensor `source`.

@@ -19,7 +19,10 @@ from intaglio.silicon.memory import CoreMemory, Region
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(Instruction, engine="VEC", opcode=0x31):
-    """Convert to another format: dst = src rounded to dst's format."""
+    """Convert to another format: dst = src rounded to dst's format.
+
+    To e4m3: clipped to -448..448, and NaN where src is not finite.
+    """
 
     dst: Region
     src: Region
@@ -29,7 +32,8 @@ class Convert(Instruction, engine="VEC", opcode=0x31):
         return {"dst": ("m", "n"), "src": ("m", "n")}
 
     def run(self, mem: CoreMemory) -> None:
-        mem.write(self.dst, mem.read(self.src))
+        clips = self.dst.format == "e4m3"
+        mem.write(self.dst, formats.to_e4m3(mem.read32(self.src)) if clips else mem.read(self.src))
 
     def cost(self, target: Target) -> Cost:
         return Cost(cycles=float(vector_cycles(target.chip, self.src.rows * self.src.cols)))

@@ -22,7 +22,7 @@ from intaglio.silicon.isa.cycles import attend_cycles, matmul_cycles, softmax_cy
 from intaglio.silicon.isa.softmax_step import NAME, step_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
-from intaglio.silicon.kernels.kv_write import Heads
+from intaglio.silicon.kernels.kv_write import Heads, emit_head_scales
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes, ChunkCounts
 from intaglio.silicon.stream import Stream, StreamBuilder
@@ -77,7 +77,7 @@ class AttendKernel(ChipKernel):
                 for keys in slices(position + part.rows - low, step):
                     span = slice(low + keys.start, low + keys.stop)
                     slots = slots_of(batch, s, span) * kv_heads + h // (op.heads // kv_heads)
-                    k_tile, v_tile = gather_kv(mem, k, tiles, op, slots)
+                    k_tile, v_tile = gather_kv(mem, k, tiles, op, slots, h // (op.heads // kv_heads))
                     how = {"query": position, "key": span.start, "keys": span.stop - span.start, "slope": slope}
                     attend_tile(mem, k, tiles, op, part, (sums, m, length), k_tile, v_tile, how)
                 y = tiles.out.next().shaped(part.rows, dv)
@@ -277,9 +277,10 @@ class AttendTiles:
         self.keys, self.values = k.ring(2, keys, d, format), k.ring(2, keys, dv, format)
         self.index = k.ring(2, 1, max(rows, keys), "i32")
         self.sink = None if sinks == "f32" else k.tile(rows, 1, sinks)
-        if format == "int8":  # codes and scales are loaded, and dequantised to FP32 keys and values
+        if format in ("int8", "e4m3"):  # codes and scales are loaded, and dequantised to FP32 keys and values
             self.codes, self.scales = k.ring(2, keys, max(d, dv), format), k.ring(2, keys, 1)
             self.keys, self.values = k.ring(2, keys, d), k.ring(2, keys, dv)
+            self.heads = k.ring(2, 1, keys, "i32")
 
 
 def key_parts(op: Attend) -> list[str]:
@@ -329,27 +330,33 @@ def init_softmax(
 
 
 def gather_kv(
-    mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, op: Attend, slots: np.ndarray
+    mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, op: Attend, slots: np.ndarray, head: int
 ) -> tuple[Region, Region]:
     """Gather a tile of keys and a tile of values from the cache rows `slots`. Returns (keys, values).
 
-    Both are dequantised if the cache is quantised.
+    Both are dequantised if the cache is quantised. head: the K/V head, which has one scale if the cache is e4m3.
     """
     index = load(k, tiles.index.next(), mem.put_indices(slots))
     out = []
-    for ring, names in ((tiles.keys, key_parts(op)), (tiles.values, [op.v_cache])):
+    for ring, names, own in (
+        (tiles.keys, key_parts(op), op.k_scale),
+        (tiles.values, [op.v_cache], op.v_scale),
+    ):
         whole = ring.next().shaped(len(slots), sum(mem.codes(name).cols for name in names))
         done = 0
         for name in names:
             cache, scales = mem.codes(name), mem.scales(name)
             tile = whole.part(cols=slice(done, done + cache.cols))
             done += cache.cols
-            if scales is None:
+            if scales is None and cache.format != "e4m3":
                 k.emit(isa.Gather(dst=tile, table=cache, index=index))
                 continue
             codes, scale = tiles.codes.next().shaped(len(slots), cache.cols), tiles.scales.next().shaped(len(slots), 1)
             k.emit(isa.Gather(dst=codes, table=cache, index=index))
-            k.emit(isa.Gather(dst=scale, table=scales, index=index))
+            if scales is not None:
+                k.emit(isa.Gather(dst=scale, table=scales, index=index))
+            else:
+                emit_head_scales(mem, k, tiles.heads, scale, own, np.full(len(slots), head))
             k.emit(isa.Dequantise(dst=tile, codes=codes, scales=scale, group=cache.cols))
         out.append(whole)
     return out[0], out[1]

@@ -20,7 +20,7 @@ from intaglio.silicon.machine import Machine, RunResult, l2_of
 from intaglio.silicon.memory import MachineError, Memory, Region
 from intaglio.silicon.stream import Heap, Stream, StreamBuilder
 
-FORMAT_OF = {dtype: name for name, dtype in formats.PLAIN.items()}
+FORMAT_OF = {dtype: name for name, dtype in formats.PLAIN.items()} | {E4M3: "e4m3"}
 Job = TypeVar("Job")
 
 

@@ -10,13 +10,17 @@ from intaglio import formats
 from intaglio.batch import Batch
 from intaglio.chips import Target
 from intaglio.ops import KvWrite
+from intaglio.ops.elementwise import postfix
 from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
 from intaglio.silicon.kernels.rows import ROWS
+from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
-from intaglio.silicon.stream import Stream
+from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 from intaglio.silicon.timing import Timing
+
+QUOTIENT = postfix("a / b")
 
 
 @dataclass(frozen=True)
@@ -56,22 +60,29 @@ class KvWriteKernel(ChipKernel):
     @classmethod
     def streams(cls, mem: ChipMemory, op: KvWrite, t: Tensors, batch: Batch) -> list[Stream]:
         pairs = [
-            (mem.region(x), mem.codes(name), mem.scales(name)) for x, name in ((op.k, op.k_cache), (op.v, op.v_cache))
+            (mem.region(x), mem.codes(name), mem.scales(name), own)
+            for x, name, own in ((op.k, op.k_cache, op.k_scale), (op.v, op.v_cache, op.v_scale))
         ]
         width = max(source.cols for source, *_ in pairs)
         step = max(1, min(ROWS, mem.chip.sram_bytes // (64 * width)))
-        jobs = [(source, cache, scales, rows) for source, cache, scales in pairs for rows in slices(source.rows, step)]
+        jobs = [(*pair, rows) for pair in pairs for rows in slices(pair[0].rows, step)]
         streams = []
         for k, mine in deal_jobs(mem.chip, jobs, op.site):
             raw, index, scale = k.ring(2, step, width), k.ring(2, 1, step * width, "i32"), k.ring(2, step * width, 1)
-            rounded = {cache: k.ring(2, step, width, cache.format) for _, cache, _ in pairs}
-            for source, cache, scales, rows in mine:
+            rounded = {cache: k.ring(2, step, width, cache.format) for _, cache, *_ in pairs}
+            divided, order = k.ring(2, step, width), k.ring(2, 1, step * width, "i32")
+            for source, cache, scales, own, rows in mine:
                 a, heads = load(k, raw.next(), source.part(rows)), source.cols // cache.cols
                 y = rounded[cache].next().shaped(a.rows * heads, cache.cols)
                 where = batch.slots[rows, None].astype(np.int64) * heads + np.arange(heads)
                 at = load(k, index.next(), mem.put_indices(where.reshape(-1)))
                 if scales is None:
-                    k.emit(isa.Convert(dst=y, src=a.shaped(y.rows, y.cols)))
+                    x = a.shaped(y.rows, y.cols)
+                    if own is not None and cache.format == "e4m3":
+                        z, x = scale.next().shaped(y.rows, 1), divided.next().shaped(y.rows, y.cols)
+                        emit_head_scales(mem, k, order, z, own, np.tile(np.arange(heads), a.rows))
+                        k.emit(isa.Map(dst=x, a=a.shaped(y.rows, y.cols), b=z, steps=QUOTIENT))
+                    k.emit(isa.Convert(dst=y, src=x))
                 else:
                     z = scale.next().shaped(y.rows, 1)
                     k.emit(isa.Quantise(codes=y, scale=z, x=a.shaped(y.rows, y.cols), for_cache=True))
@@ -79,6 +90,20 @@ class KvWriteKernel(ChipKernel):
                 k.emit(isa.Scatter(table=cache, src=y, index=at))
             streams.append(k.stream())
         return streams
+
+
+def emit_head_scales(
+    mem: ChipMemory, k: StreamBuilder, ring: Ring, dst: Region, name: str | None, heads: np.ndarray
+) -> None:
+    """Emit the load of the scales of an e4m3 cache into `dst`, f32 [n, 1]: for each row that of its head, or 1.
+
+    ring: tiles for the indices. name: the op's operand of scales, or None.
+    """
+    if name is None:
+        k.emit(isa.Fill(dst=dst, value=1.0))
+        return
+    scales, index = mem.region(name), load(k, ring.next().shaped(1, len(heads)), mem.put_indices(heads))
+    k.emit(isa.Gather(dst=dst, table=scales.shaped(scales.cols, 1), index=index))
 
 
 def kv_write_timing(target: Target, tokens: int, h: Heads) -> Timing:

@@ -13,7 +13,11 @@ from intaglio.ops import Attend, KvWrite
 def kv_write(lane: Lane, op: KvWrite) -> None:
     """Append kv_write to the lane's Program, for this lane's heads if the caches are split by heads, else for all."""
     names = {x: x if c in lane.plan else lane.whole(x) for x, c in ((op.k, op.k_cache), (op.v, op.v_cache))}
-    lane.add(op.rename(names))
+    scales = {}
+    for field, c in (("k_scale", op.k_cache), ("v_scale", op.v_cache)):
+        if scale := getattr(op, field):
+            scales[field] = lane.own(op, scale, lane.plan[c], axis=0) if c in lane.plan else lane.whole(scale)
+    lane.add(replace(op.rename(names), **scales))
 
 
 @sharding_rule(Attend)
@@ -26,6 +30,7 @@ def attend(lane: Lane, op: Attend) -> None:
     heads = [heads_of(share, head_dim) for share in shares]
     sinks = lane.own(op, op.sinks, heads, axis=0) if op.sinks else None
     slopes = lane.own(op, op.slopes, heads, axis=0) if op.slopes else None
-    return lane.add_split(
-        replace(op, heads=width_of(heads[lane.lane]), sinks=sinks, slopes=slopes), scaled(heads, v_dim)
-    )
+    kept = lane.plan.get(op.k_cache)  # this lane's heads of the caches; none: all
+    k, v = (lane.own(op, s, kept, axis=0) if kept and s else s for s in (op.k_scale, op.v_scale))
+    part = replace(op, heads=width_of(heads[lane.lane]), sinks=sinks, slopes=slopes, k_scale=k, v_scale=v)
+    return lane.add_split(part, scaled(heads, v_dim))

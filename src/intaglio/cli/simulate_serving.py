@@ -1,0 +1,151 @@
+"""`intaglio simulate-serving`: a whole server under load, in the modelled time of chips."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from intaglio.chips import target
+from intaglio.cli import options as o
+from intaglio.cli.bench_serve import latencies
+from intaglio.cli.progress import progress_bar
+from intaglio.cli.show import out, say, table
+from intaglio.cli.silicon import LibraryName, changed
+
+if TYPE_CHECKING:
+    from intaglio.codesign.serving import ServingResult
+    from intaglio.measure.workload import LoadRequest
+
+HEADERS = (
+    "chip", "layout", "TTFT\nms", "TPOT\nms", "a user\ntokens/s", "a chip\ntokens/s", "power\nW/chip", "tokens/J",
+    "within\nlimits",
+)  # fmt: skip
+
+
+def simulate_serving(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, config.json, or a card such as llama-3-70b.")],
+    chip_name: Annotated[
+        str, typer.Option("--chip", help="A name (see intaglio chips) or NAME.toml; several with commas are compared.")
+    ] = "sohu",
+    library_name: LibraryName = None,
+    layout: Annotated[str, typer.Option(help="Such as tp8; several with commas are compared.")] = "tp1",
+    workload: Annotated[
+        str | None,
+        typer.Option(help="Lengths of a trace: code, conversation, document. Default: --input, --output."),
+    ] = None,
+    input: Annotated[int, typer.Option(min=1, help="Prompt tokens of a request.")] = 2048,
+    output: Annotated[int, typer.Option(min=1, help="New tokens of a request.")] = 128,
+    requests: Annotated[int | None, typer.Option(min=1, help="How many. Default: four for each that is open.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests open at once. Default: any number with --rate, else 16.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests that arrive a second. Default: each when another ends.")
+    ] = None,
+    ramp: Annotated[
+        float | None,
+        typer.Option(help="Seconds in which the first ones start. Default: what one takes; 0: all at once."),
+    ] = None,
+    cv: Annotated[float, typer.Option(help="Of the gaps between requests: 1 is Poisson, more comes in bursts.")] = 1.0,
+    ttft: Annotated[float | None, typer.Option(help="Limit of the time to the first token, in ms.")] = None,
+    tpot: Annotated[float | None, typer.Option(help="Limit of the time per token after it, in ms.")] = None,
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step; longer prompts are cut.")] = 2048,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 256,
+    memory_share: Annotated[float, typer.Option(help="Of a chip's HBM that may be filled.")] = 0.9,
+    step_overhead: Annotated[float, typer.Option(help="Microseconds of the host before each step.")] = 0.0,
+    request_overhead: Annotated[float, typer.Option(help="Milliseconds before each first token.")] = 0.0,
+    weights: o.Weights = "auto",
+    kv_format: o.KvFormat = "auto",
+    activations: Annotated[str, typer.Option(help="auto, or fp8: FP8 rows before FP8 weights.")] = "auto",
+    set_field: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a field: chip.FIELD=value or library.FIELD=value.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed sends the same requests.")] = 0,
+    as_json: o.Json = False,
+) -> None:
+    """Serve a load with the engine in the modelled time of chips: latencies, throughput, goodput, power.
+
+    No token is computed, so a model of any size runs here. Times are those of `intaglio simulate`.
+    """
+    from intaglio.codesign.serving import EngineSettings, Limits, ramped, request_seconds
+    from intaglio.codesign.serving import simulate_serving as serve_load
+    from intaglio.codesign.simulate import ported, stages
+
+    settings = EngineSettings(
+        max_batch_tokens, max_sequences, memory_share, step_overhead / 1e6, request_overhead / 1e3
+    )  # fmt: skip
+    none = float("inf")
+    limits = Limits(none if ttft is None else ttft / 1e3, none if tpot is None else tpot / 1e3)
+    concurrency = 16 if concurrency is None and rate is None else concurrency
+    program = ported(model, None)
+    count = requests or (4 * concurrency if concurrency else 100)
+    planned = planned_load(workload, count, none if rate is None else rate, cv, input, output, program.context, seed)
+    began, rows, found = time.perf_counter(), [], []
+    for name, each in itertools.product(chip_name.split(","), layout.split(",")):
+        on = changed(target(name, library_name), set_field)
+        with progress_bar(f"{name} {each}: compiling {program.name}") as progress:
+            compiled = stages(program, each, weights, kv_format, activations)
+            load = planned
+            if rate is None and concurrency:
+                spread = request_seconds(compiled, on, planned[0], concurrency) if ramp is None else ramp
+                load = ramped(planned, concurrency, spread)
+            done = serve_load(
+                program, compiled, on, each, load, settings, limits, concurrency, seed, progress
+            )  # fmt: skip
+        rows.append(cells(on.chip.name, each, done))
+        found.append((on, each, done))
+    took = time.perf_counter() - began
+    if as_json:
+        facts = {"model": program.name, "clock": "modelled"}
+        print(json.dumps([
+            {**facts, "chip": on.chip.name, "library": on.library.name, "layout": each, **done.as_dict()}
+            for on, each, done in found
+        ], indent=2))  # fmt: skip
+        return
+    arrivals = "one as another ends" if rate is None else f"{rate:g} requests/s, cv {cv:g}"
+    lengths = f"{workload} lengths" if workload else f"{input:,} + {output:,} tokens"
+    open_at_once = f"at most {concurrency} open" if concurrency else "any number open"
+    say(f"{program.name}: {len(planned):,} requests of {lengths}, {arrivals}, {open_at_once}")
+    if len(found) == 1:
+        summary = found[0][2].summary
+        out.print(latencies(summary, "modelled"))
+        tokens = f"{summary.prompt_tokens_per_s:,.0f} prompt and {summary.output_tokens_per_s:,.0f} output tokens/s"
+        failed = ", ".join(f"{n} x {what}" for what, n in sorted(summary.errors.items()))
+        say(f"{summary.requests_per_s:,.2f} requests/s, {tokens}" + (f"; failed: {failed}" if failed else ""))
+    out.print(table(HEADERS, rows))
+    for on, each, done in found:
+        kept = f"K/V cache of {done.kv_tokens:,} tokens, {done.preemptions:,} preemptions"
+        assumed = f"{on.library.name} kernels, launch {on.library.launch_s * 1e6:.2g} us"
+        say(f"{on.chip.name} {each}: {done.steps:,} steps; {kept}; {assumed}")
+    modelled = sum(done.summary.seconds for _, _, done in found)
+    say(f"{modelled:,.1f} s modelled, {took:,.1f} s here. All times are modelled; TTFT and TPOT are means.")
+
+
+def planned_load(
+    workload: str | None, count: int, rate: float, cv: float, input: int, output: int, context: int, seed: int
+) -> list[LoadRequest]:
+    """The requests of a load: of a trace's lengths scaled to the context, or all of `input` and `output` tokens."""
+    import numpy as np
+
+    from intaglio.measure.workload import LoadRequest, arrivals, draw, fitting, trace
+
+    if workload:
+        t = trace(workload)
+        return draw(t, count, rate, cv, fitting(t, context), context, seed)
+    at = arrivals(count, rate, cv, np.random.default_rng(seed))
+    return [LoadRequest(float(seconds), input, output) for seconds in at]
+
+
+def cells(chip: str, layout: str, done: ServingResult) -> tuple[str, ...]:
+    """A row of the table with HEADERS."""
+    mean = {name: done.summary.times.get(name, {}).get("mean", float("nan")) for name in ("ttft", "tpot")}
+    return (
+        chip, layout, f"{mean['ttft'] * 1e3:,.1f}", f"{mean['tpot'] * 1e3:,.2f}",
+        f"{1 / mean['tpot']:,.0f}" if mean["tpot"] else "-",
+        f"{done.output_tokens_per_s_per_chip:,.0f}", f"{done.watts_per_chip:,.0f}",
+        f"{done.output_tokens_per_joule:,.2f}", f"{done.within_limits:.0%}",
+    )  # fmt: skip

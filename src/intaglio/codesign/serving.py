@@ -1,0 +1,239 @@
+"""Serving in virtual time: the engine and scheduler that serve real requests, on the modelled clock of chips.
+
+No values are computed, so a model of any size runs. What a step takes is what `Simulation` says; what happens between
+steps (arrivals, queues, chunked prefill, preemption) is the engine itself.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from intaglio.chips import ChipError, Target
+from intaglio.codesign.memory import memory_use, pages_that_fit
+from intaglio.compiler import Layout
+from intaglio.devices import StateSpec
+from intaglio.devices.silicon import NONE, SiliconDevice, SiliconExecutable
+from intaglio.measure.load import Outcome, Summary, summarise
+from intaglio.measure.modelled import run_load
+from intaglio.measure.workload import LoadRequest
+from intaglio.program import Program
+from intaglio.progress import Progress, silent
+from intaglio.runtime import Engine, Request, SamplingParams
+from intaglio.silicon.plan import Plan
+from intaglio.silicon.sizes import BLOCK, BatchSizes
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How the engine is run.
+
+    Attributes:
+        max_batch_tokens: token rows of a step; a longer prompt is prefilled in chunks.
+        max_sequences: sequences that run at once.
+        memory_share: fraction of a chip's HBM that weights, activations and K/V cache may fill.
+        step_overhead_s: seconds of the host between one step and the next that the chips wait for.
+        request_overhead_s: seconds of the host for each request outside the engine, such as HTTP and tokenizer; they
+            are added to the time to first token.
+    """
+
+    max_batch_tokens: int = 2048
+    max_sequences: int = 256
+    memory_share: float = 0.9
+    step_overhead_s: float = 0.0
+    request_overhead_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.memory_share <= 1:
+            raise ValueError(f"memory_share is {self.memory_share:g}; allowed: above 0, up to 1")
+        for name in ("step_overhead_s", "request_overhead_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name):g}; allowed: 0 or more seconds")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Largest acceptable latencies of a request in seconds: to the first token, and per token after it (means)."""
+
+    ttft: float = float("inf")
+    tpot: float = float("inf")
+
+    def met_by(self, outcome: Outcome) -> bool:
+        """True if the response is complete and within both limits."""
+        if outcome.error is not None or outcome.first is None:
+            return False
+        return outcome.first <= self.ttft and (outcome.each or 0.0) <= self.tpot
+
+
+@dataclass(frozen=True)
+class ServingResult:
+    """The outcome of a load in virtual time.
+
+    Attributes:
+        summary: latencies and rates.
+        chips: that served it.
+        within_limits: fraction of all requests that met the limits.
+        goodput: requests per second that met the limits.
+        joules: estimated energy of all chips during steps and between them.
+        steps: engine steps.
+        preemptions: sequences that were put back because the K/V cache was full.
+        kv_tokens: tokens that the K/V cache holds.
+    """
+
+    summary: Summary
+    chips: int
+    within_limits: float
+    goodput: float
+    joules: float
+    steps: int
+    preemptions: int
+    kv_tokens: int
+
+    @property
+    def output_tokens_per_s_per_chip(self) -> float:
+        """Output tokens per second of the whole load, divided by the number of chips."""
+        return self.summary.output_tokens_per_s / self.chips
+
+    @property
+    def watts_per_chip(self) -> float:
+        """Estimated mean power of a chip over the whole load, in watts."""
+        return self.joules / self.summary.seconds / self.chips
+
+    @property
+    def output_tokens_per_joule(self) -> float:
+        """Output tokens for each joule of all chips."""
+        return self.summary.output_tokens_per_s * self.summary.seconds / self.joules
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as plain values for JSON."""
+        figures = asdict(self)
+        figures["summary"]["deadline"] = None  # JSON has no infinity
+        return {
+            **figures, "output_tokens_per_s_per_chip": self.output_tokens_per_s_per_chip,
+            "watts_per_chip": self.watts_per_chip, "output_tokens_per_joule": self.output_tokens_per_joule,
+        }  # fmt: skip
+
+
+def state_of(stages: Sequence[Program], target: Target, settings: EngineSettings) -> StateSpec:
+    """The K/V cache and recurrent state that fit beside weights and activations on every chip.
+
+    stages: one rank's Program of each pipeline stage. Raises ChipError if there is no room for one whole block.
+    """
+    hbm, slots = int(target.chip.hbm_bytes * settings.memory_share), 0
+    if any(t.shape[0] == "N" for p in stages for t in p.of_role("state")):
+        slots = 2 * settings.max_sequences
+    tokens = settings.max_batch_tokens
+    step = BatchSizes(tokens, min(tokens, settings.max_sequences), ())
+    most = settings.max_sequences * -(-stages[0].context // BLOCK)  # more are never used
+    pages = min(most, *(pages_that_fit(p, memory_use(p, step, 1, hbm), slots) for p in stages))
+    if pages < 1:
+        worst = max((memory_use(p, step, 1, hbm) for p in stages), key=lambda use: use.total)
+        raise ChipError(
+            f"{target.chip.name}: no room for a K/V cache: {worst}, of which {settings.memory_share:.0%} may be used. "
+            "Use more chips, a smaller format or fewer tokens a step"
+        )
+    return StateSpec(pages, BLOCK, slots)
+
+
+def ramped(requests: Sequence[LoadRequest], concurrency: int, seconds: float) -> list[LoadRequest]:
+    """The requests with the first `concurrency` of them spread evenly over `seconds`, and the others at its end.
+
+    Without it, requests of one length that all start at once would stay in step with each other.
+    """
+    return [
+        replace(r, at=seconds * min(1.0, i / concurrency)) for i, r in enumerate(requests)
+    ]  # fmt: skip
+
+
+def request_seconds(stages: Sequence[Program], target: Target, request: LoadRequest, concurrency: int) -> float:
+    """Estimated seconds from a request's start to its end, with `concurrency` such requests open.
+
+    Its prefill, and a decode step of all for each token after the first; without queues and the prefills of others.
+    """
+    n, keys = concurrency, request.prompt + request.output // 2
+    prefill = BatchSizes(request.prompt, 1, ((request.prompt, request.prompt, 1),))
+    decode = BatchSizes(n, n, ((1, keys, n),))
+    once, step = (sum(plan.cost(s)[0] for plan in Plan.of(stages, target)) for s in (prefill, decode))
+    return once + (request.output - 1) * step
+
+
+def simulate_serving(
+    program: Program, stages: Sequence[Program], target: Target, layout: str, requests: Sequence[LoadRequest],
+    settings: EngineSettings, limits: Limits, concurrency: int | None = None, seed: int = 0,
+    progress: Progress = silent,
+) -> ServingResult:  # fmt: skip
+    """Run a load on the engine with the modelled times of chips.
+
+    Args:
+        program: the whole model, as `ported()` returns it.
+        stages: one rank's compiled Program of each pipeline stage, as `stages()` returns them.
+        target: chip and kernel library.
+        layout: such as tp8 or tp4pp2.
+        requests: arrival times and lengths.
+        settings: of the engine.
+        limits: latencies that a good response keeps.
+        concurrency: requests open at once; None for any number.
+        seed: of the prompts' token ids, which are random, so that no prompt shares a prefix with another.
+        progress: called as requests end.
+
+    Raises ChipError if weights and K/V cache do not fit, ValueError for a request longer than the context.
+    """
+    longest = max(requests, key=lambda r: r.prompt + r.output)
+    if longest.prompt + longest.output > program.context:
+        raise ValueError(
+            f"a request of {longest.prompt:,} + {longest.output:,} tokens; the context of {program.name} is "
+            f"{program.context:,}; scale the lengths down"
+        )
+    device = SiliconDevice(target, values=NONE, stages=stages, overhead_s=settings.step_overhead_s)
+    state = state_of(stages, target, settings)
+    executable = device.load_program(program, NoWeights(), state)
+    assert isinstance(executable, SiliconExecutable)
+    engine = Engine(
+        executable, clock=device.clock, rng=random.Random(seed), max_batch_tokens=settings.max_batch_tokens,
+        max_sequences=settings.max_sequences, max_waiting=len(requests),
+    )  # fmt: skip
+    rng, vocabulary = np.random.default_rng(seed), program.vocabulary
+
+    def request_of(planned: LoadRequest) -> Request:
+        ids = rng.integers(0, vocabulary, planned.prompt).tolist()
+        return Request(str(engine.counts.received), ids, SamplingParams(max_tokens=planned.output))
+
+    outcomes = run_load(engine, device.clock, requests, request_of, concurrency, progress)
+    return result(outcomes, engine, executable, target, Layout.parse(layout), settings, limits)
+
+
+class NoWeights:
+    """A source of weights for an executable that reads none. Every method raises AssertionError."""
+
+    def read(self, name: str) -> Any:
+        """Raise AssertionError."""
+        raise AssertionError(f"{name} is read, though no values are computed")
+
+    strips = release = read
+
+    def identity(self) -> str | None:
+        """None: the values have no identity."""
+        return None
+
+
+def result(
+    outcomes: Sequence[Outcome], engine: Engine, executable: SiliconExecutable, target: Target, layout: Layout,
+    settings: EngineSettings, limits: Limits,
+) -> ServingResult:  # fmt: skip
+    """The ServingResult of outcomes whose times do not have the overhead of a request outside the engine yet."""
+    added = settings.request_overhead_s
+    later = [replace(o, end=o.end + added, first=None if o.first is None else o.first + added) for o in outcomes]
+    summary = summarise(later, float("inf"))
+    good = sum(map(limits.met_by, later))
+    stages = len(executable.plans)
+    ranks_per_stage = layout.ranks // stages
+    idle_s = summary.seconds * stages - executable.busy_s
+    joules = ranks_per_stage * (executable.joules + max(0.0, idle_s) * target.chip.energy.idle_w)
+    return ServingResult(
+        summary, layout.ranks, good / len(later), good / summary.seconds, joules, engine.counts.steps,
+        engine.counts.preemptions, engine.pool.total * executable.state.page_tokens,
+    )  # fmt: skip

@@ -1,0 +1,96 @@
+"""Runs a load on an engine in the modelled time of simulated chips."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from intaglio.devices.clock import Clock
+from intaglio.measure.load import Outcome
+from intaglio.measure.workload import LoadRequest
+from intaglio.progress import Progress, silent
+from intaglio.runtime import Engine, Event, Refused, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from intaglio.llm import LLM
+
+FAILED = ("error", "abort", "deadline")  # finish reasons of a response that is not complete
+
+
+@dataclass
+class Running:
+    """A request that the engine has: what was planned, its start in seconds, and the times of its tokens from then."""
+
+    planned: LoadRequest
+    start: float
+    stamps: list[float] = field(default_factory=list)
+
+    def ended(self, event: Event, end: float) -> Outcome:
+        """The outcome, from the request's last event. end: seconds from the request's start."""
+        assert event.usage
+        error = event.finish_reason if event.finish_reason in FAILED else None
+        gaps = tuple(b - a for a, b in itertools.pairwise(self.stamps))
+        first, used = self.stamps[0] if self.stamps else None, event.usage
+        return Outcome(self.planned, self.start, end, first, gaps, used.prompt_tokens, used.output_tokens, error)
+
+
+def run_load(
+    engine: Engine,
+    clock: Clock,
+    requests: Sequence[LoadRequest],
+    request_of: Callable[[LoadRequest], Request],
+    concurrency: int | None = None,
+    progress: Progress = silent,
+) -> list[Outcome]:
+    """Run a load on an engine whose steps advance `clock`. Returns the outcomes in the order in which they ended.
+
+    A request is given to the engine at its time, and with `concurrency` not before fewer than so many are open; its
+    times then count from that moment. The clock jumps ahead while the engine is idle. request_of: makes the engine's
+    request, whose id must be new.
+    """
+    began, pending, most = clock(), deque(requests), concurrency or math.inf
+    running: dict[str, Running] = {}
+    done: list[Outcome] = []
+    while pending or running:
+        what = f"{len(done)} of {len(requests)} requests ended, {clock() - began:,.1f} s modelled"
+        progress(len(done), len(requests), what)
+        if not running:
+            clock.wait_until(began + pending[0].at)
+        while pending and len(running) < most and began + pending[0].at <= clock():
+            planned = pending.popleft()
+            request, start = request_of(planned), planned.at if concurrency is None else clock() - began
+            try:
+                engine.add(request)
+                running[request.id] = Running(planned, start)
+            except Refused as e:
+                done.append(Outcome(planned, start, 0.0, error=e.reason))
+        for event in engine.step():
+            one = running[event.request]
+            if event.scored:
+                one.stamps.append(clock() - began - one.start)
+            if event.usage:
+                del running[event.request]
+                done.append(one.ended(event, clock() - began - one.start))
+    return done
+
+
+def load_modelled(
+    llm: LLM,
+    requests: Sequence[LoadRequest],
+    seed: int = 0,
+    concurrency: int | None = None,
+    progress: Progress = silent,
+) -> list[Outcome]:
+    """Run the load on a silicon LLM, in the modelled time of its chips, as run_load() does. seed: of the prompts."""
+    rng, vocabulary = random.Random(seed), llm.model.program.vocabulary
+
+    def request_of(planned: LoadRequest) -> Request:
+        ids = [rng.randrange(vocabulary) for _ in range(planned.prompt)]
+        return llm.prepare(ids, SamplingParams(max_tokens=planned.output, ignore_eos=True))[0]
+
+    return run_load(llm.engine, llm.clock, requests, request_of, concurrency, progress)

@@ -1,0 +1,92 @@
+"""The K/V cache that a quantised checkpoint asks for: its format, and the scale of each layer's keys and values.
+
+As published for vLLM: an E4M3 cache holds key / k_scale and value / v_scale.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from intaglio.models.config import CheckpointError, Settings
+
+SCALE = re.compile(
+    r"(?:layers|h|blocks)\.(\d+)\.(?:.*(?:attn|attention|mixer)\.(?:.*\.)?)?"
+    r"(?:(k|v|kv)_(?:cache_)?scale|(k|v)_proj\.output_scale)$"
+)
+KEYS = ("kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_group", "kv_cache_quant_config")
+
+
+@dataclass
+class CacheScales:
+    """Scales of an E4M3 K/V cache.
+
+    Attributes:
+        asked_by: the key of the quantisation settings that asks for an E4M3 cache; "": none does.
+        layers: for each layer that has them, the scales of keys and of values: one, or one per K/V head.
+        sources: the tensors that they were read from, with their layer.
+    """
+
+    asked_by: str = ""
+    layers: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
+
+
+def read_cache_scales(
+    names: Iterable[str], read: Callable[[str], np.ndarray], q: Settings, prefix: str, coded: bool
+) -> CacheScales:
+    """The CacheScales of a checkpoint.
+
+    A layer with a scale of keys or of values alone takes it for both, and a scale of 0 or less counts as 1, as in vLLM.
+    Raises CheckpointError for a scale that is not finite.
+
+    Args:
+        names: the checkpoint's tensors.
+        read: reads one of them.
+        q: the settings that say how matrices are quantised.
+        prefix: how names of the decoder's tensors begin.
+        coded: the checkpoint has quantised matrices. Without any, and without scales, the settings are a leftover.
+    """
+    found: dict[int, dict[str, tuple[float, ...]]] = {}
+    out = CacheScales()
+    for name in sorted(names):
+        match = SCALE.match(name.removeprefix(prefix)) if name.startswith(prefix) else None
+        if match is None or (match[3] and not _of_cache(q)):
+            continue
+        values = np.asarray(read(name), np.float32).reshape(-1)
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{name} is {values[~np.isfinite(values)][0]}: a scale of the K/V cache is a finite number"
+            )
+        scales = tuple(float(x) if x > 0 else 1.0 for x in values)
+        out.sources[name] = int(match[1])
+        found.setdefault(int(match[1]), {})[match[2] or match[3]] = scales
+    for layer, own in found.items():
+        k, v, both = own.get("k"), own.get("v"), own.get("kv")
+        out.layers[layer] = (k or both or v or (1.0,), v or both or k or (1.0,))
+    if coded or found:
+        out.asked_by = _of_cache(q)
+    return out
+
+
+def _of_cache(q: Settings) -> str:
+    """The key of the quantisation settings that asks for an E4M3 K/V cache; "": none does."""
+    scheme, algo = q.get("kv_cache_scheme"), q.get("kv_cache_quant_algo")
+    if isinstance(scheme, Mapping):
+        if scheme.get("type", "float") == "float" and scheme.get("num_bits", 8) == 8:
+            return "kv_cache_scheme"
+    elif isinstance(scheme, str) and scheme.lower() in ("static", "fp8", "fp8_e4m3"):  # AutoFP8
+        return "kv_cache_scheme"
+    if isinstance(algo, str) and algo.lower() in ("fp8", "fp8_e4m3"):
+        return "kv_cache_quant_algo"
+    export = q.get("export")  # Quark
+    group = export.get("kv_cache_group") if isinstance(export, Mapping) else q.get("kv_cache_group")
+    own = q.get("kv_cache_quant_config")
+    if group and isinstance(own, Mapping) and own:
+        outputs = [c.get("output_tensors") for c in own.values() if isinstance(c, Mapping)]
+        if outputs and all(isinstance(o, Mapping) and o.get("dtype") == "fp8_e4m3" for o in outputs):
+            return "kv_cache_quant_config"
+    return ""
