@@ -111,7 +111,7 @@ def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ..
 
 
 def take(x: Value, steps: tuple[str, ...]) -> Value:
-    """The tensor after a source's steps, without a copy where possible.
+    """The tensor x after the steps that a weight's source lists (see this module), without a copy where possible.
 
     Quantized values stay quantized, unless a step would split a group: then they become float32 first.
     """

@@ -38,7 +38,7 @@ class Penalties:
             self.scale[row] = self.p.repetition_penalty
 
     def edits(self) -> Edits:
-        """The logit edits to apply before the next token is sampled."""
+        """The Edits (penalties and biases by token id) to apply to the logits before the next token is sampled."""
         n, p = len(self.row), self.p
         add = self.bias[:n] - p.presence_penalty * (self.counts[:n] > 0) - p.frequency_penalty * self.counts[:n]
         return Edits(self.ids[:n].copy(), self.scale[:n].copy(), add.astype(np.float32))
