@@ -27,7 +27,7 @@ FLOORS = (  # from the lowest up; rooms of one floor do not import each other
     ("model", "machine", "tiers", "router"),
     ("llm",),
     ("server", "debugging", "measure"),
-    ("codesign",),
+    ("codesign", "cluster"),
     ("cli",),
     ("__main__",),
 )

@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from intaglio import __version__
-from intaglio.cli import bench, bench_serve, debugging, demo, generate, hosts, program, serve, silicon, simulate_serving
+from intaglio.cli import (
+    bench,
+    bench_serve,
+    cluster,
+    debugging,
+    demo,
+    generate,
+    hosts,
+    program,
+    serve,
+    silicon,
+    simulate_serving,
+)
 from intaglio.cli.group import Bench, Group
 from intaglio.plugins import load_plugins
 
@@ -56,3 +68,4 @@ app.command(context_settings={"allow_interspersed_args": False, "allow_extra_arg
 benches.command("model")(bench.bench)
 benches.command("serve")(bench_serve.bench_serve)
 app.add_typer(benches, name="bench")
+app.add_typer(cluster.cluster, name="cluster")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -68,6 +69,10 @@ def serve(
     journal: Annotated[
         Path | None,
         typer.Option(callback=o.in_existing_folder, help="Write all that happens there, for `intaglio replay`."),
+    ] = None,
+    control: Annotated[
+        Path | None,
+        typer.Option(callback=o.in_existing_folder, help="Unix socket for a router. The server ends with its stdin."),
     ] = None,
 ) -> None:
     """Serve one model or several over OpenAI's HTTP API, with a page at / and metrics at /metrics.
@@ -133,7 +138,9 @@ def serve(
                 print(f"{name}: sampling defaults of its generation_config.json: {text}", flush=True)
         print(f"serving {', '.join(llms)} at {address}{times}", flush=True)
 
-    code = uvloop.run(run(llms, options, listener, announce))
+    if control:
+        end_with_stdin()
+    code = uvloop.run(run(llms, options, listener, announce, control=control))
     for llm in llms.values():
         if llm.tier:
             llm.tier.close()
@@ -141,6 +148,17 @@ def serve(
     sys.stderr.flush()
     logging.shutdown()
     os._exit(code)  # an engine told twice to end may still be in a step, and must not keep the process
+
+
+def end_with_stdin() -> None:
+    """End this process as soon as its standard input ends, which tells that the process that started it is gone."""
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, name="stdin", daemon=True).start()
 
 
 def read_template(path: Path) -> str:

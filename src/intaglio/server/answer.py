@@ -314,9 +314,12 @@ def finite(logprob: float) -> float:
 class Envelope:
     """A response's fields outside `choices`: id, object, created and model. All chunks of a stream have the same."""
 
-    def __init__(self, kind: str, id: str, model: str, first: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, kind: str, id: str, model: str, first: dict[str, Any] | None = None, created: int | None = None
+    ) -> None:
         self.kind, self.first = kind, first or {}
-        self.head: dict[str, Any] = {"id": id, "object": kind, "created": int(time.time()), "model": model}
+        when = int(time.time()) if created is None else created
+        self.head: dict[str, Any] = {"id": id, "object": kind, "created": when, "model": model}
 
     def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, with_usage: bool) -> dict[str, Any]:
         """One chunk of a stream, as a dict. `with_usage`: include the field `usage`, which may be null.

@@ -7,7 +7,7 @@ import hmac
 import logging
 import re
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -21,11 +21,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from intaglio import __version__
 from intaglio.server import openapi
-from intaglio.server.answer import ChatChoice, Choice, CompletionChoice, Envelope, best, modelled, usage, usage_so_far
+from intaglio.server.answer import ChatChoice, Choice, CompletionChoice, Envelope
 from intaglio.server.conversation import render
-from intaglio.server.driver import Prepared, Submission
+from intaglio.server.delivery import Answer, ClientDisconnected
+from intaglio.server.driver import Prepared
 from intaglio.server.prepare import Settings, encode, prepare_chat, prepare_completion
-from intaglio.server.problem import Json, Problem, as_problem, dumps
+from intaglio.server.problem import Json, Problem, as_problem
 from intaglio.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -36,6 +37,7 @@ from intaglio.server.protocol import (
     TokenizeText,
     error_message,
 )
+from intaglio.server.relay import Relay, RelayedAnswer
 from intaglio.server.served_model import ServedModel
 from intaglio.server.service import Service
 
@@ -45,7 +47,6 @@ PUBLIC_PATHS = frozenset(  # no API key, no limit of requests
     ("/", "/health", "/ping", "/ready", "/version", "/metrics", "/openapi.json")
 )
 PAGE = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-DONE = b"data: [DONE]\n\n"
 
 
 def build(service: Service) -> ASGIApp:
@@ -137,10 +138,6 @@ class Guard:
             raise Problem(429, why, code="too_many_requests", retry_after=1, headers={"connection": "close"})
 
 
-class ClientDisconnected(Exception):
-    """Raised when the client has closed its connection before the response was complete."""
-
-
 class Api:
     """The HTTP handlers, one method per endpoint."""
 
@@ -152,27 +149,42 @@ class Api:
     async def chat(self, request: Request) -> ASGIApp:
         """POST /v1/chat/completions. Returns the Answer that sends the response, as a stream or whole."""
         body = await self._body(request, ChatRequest)
-        id = f"chatcmpl-{uuid.uuid4().hex}"
+        relay = _relay(request)
+        id = f"chatcmpl-{relay.id if relay else uuid.uuid4().hex}"
         model = self.service.find(body.model)
         prompt, reading = await self._prepare(prepare_chat, model, body, id)
         n = prompt.request.params.n
         choices = [ChatChoice(i, prompt, body, reading, model.vocabulary) for i in range(n)]
         first = {"prompt_token_ids": list(prompt.request.prompt)} if body.return_token_ids else None
-        envelope = Envelope("chat.completion", _public_id(id, body), model.name, first)
-        return Answer(model, body, [prompt], choices, envelope, reading.ignored)
+        created = relay.created if relay else None
+        envelope = Envelope("chat.completion", _public_id(id, body), model.name, first, created)
+        return self._answer(relay, model, body, [prompt], choices, envelope, reading.ignored)
 
     async def complete(self, request: Request) -> ASGIApp:
         """POST /v1/completions. Returns the Answer that sends the response, as a stream or whole."""
         body = await self._body(request, CompletionRequest)
-        id = f"cmpl-{uuid.uuid4().hex}"
+        relay = _relay(request)
+        id = f"cmpl-{relay.id if relay else uuid.uuid4().hex}"
         model = self.service.find(body.model)
         prompts, readings = await self._prepare(prepare_completion, model, body, id)
         choices: list[Choice] = []
         for prompt, reading in zip(prompts, readings, strict=True):
             for _ in range(prompt.request.params.n):
                 choices.append(CompletionChoice(len(choices), prompt, body, reading, model.vocabulary))
-        envelope = Envelope("text_completion", _public_id(id, body), model.name)
-        return Answer(model, body, prompts, choices, envelope, readings[0].ignored)
+        created = relay.created if relay else None
+        envelope = Envelope("text_completion", _public_id(id, body), model.name, None, created)
+        return self._answer(relay, model, body, prompts, choices, envelope, readings[0].ignored)
+
+    @staticmethod
+    def _answer(
+        relay: Relay | None, model: ServedModel, body: Any, prompts: list[Prepared], choices: list[Any],
+        envelope: Envelope, ignored: Sequence[str],
+    ) -> Answer:  # fmt: skip
+        """The response; through a router, one that another replica can go on with."""
+        if relay is None:
+            return Answer(model, body, prompts, choices, envelope, ignored)
+        prompts = relay.prepared(prompts, model.identity)
+        return RelayedAnswer(model, body, prompts, choices, envelope, ignored, relay.deltas)
 
     async def _prepare(self, how: Callable[..., Any], model: ServedModel, body: BaseModel, id: str) -> Any:
         refusal = self.service.admitting(model)
@@ -311,81 +323,10 @@ class Api:
 CLOSE = {"connection": "close"}
 
 
-class Answer:
-    """ASGI response to a generation request: submits its prompts, then sends the output whole or as a stream.
-
-    If the client disconnects, the request is cancelled in the engine.
-    """
-
-    def __init__(
-        self, model: ServedModel, body: ChatRequest | CompletionRequest, prompts: list[Prepared], choices: list[Any],
-        envelope: Envelope, ignored: Sequence[str],
-    ) -> None:  # fmt: skip
-        self.model, self.body, self.prompts, self.choices, self.envelope = model, body, prompts, choices, envelope
-        self.headers = {"x-ignored-fields": ", ".join(ignored)} if ignored else {}
-        if body.stream_options is not None and not body.stream:
-            raise Problem(400, "stream_options goes with stream=true", param="stream_options")
-        if body.prompt_logprobs is not None and body.stream:
-            raise Problem(400, "prompt_logprobs does not go with stream=true", param="prompt_logprobs")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self.model.driver.submitted(self.prompts) as submission:
-            await _while_connected(receive, self._answer(submission, scope, receive, send))
-
-    async def _answer(self, submission: Submission, scope: Scope, receive: Receive, send: Send) -> None:
-        await submission.admitted
-        if self.body.stream:
-            return await self._stream(submission, send)
-        async for deltas in submission.deltas():
-            for delta in deltas:
-                self.choices[delta.choice].feed(delta)
-        choices = best(self.choices, self.body.n or 1, submission.n)
-        more: dict[str, Any] = {}
-        if isinstance(self.body, ChatRequest):
-            ids = self.envelope.first.get("prompt_token_ids")
-            more = {"prompt_logprobs": self.choices[0].prompt_scores, "prompt_token_ids": ids}
-        whole = self.envelope.whole(choices, self._usage(submission), **more)
-        await Json(whole, headers=self.headers)(scope, receive, send)
-
-    async def _stream(self, submission: Submission, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        headers += [(name.encode(), value.encode()) for name, value in self.headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        options = self.body.stream_options
-        with_usage = bool(options and options.include_usage)
-        each = with_usage and bool(options and options.continuous_usage_stats)
-        output = 0
-        try:
-            async for deltas in submission.deltas():
-                events = []
-                for delta in deltas:
-                    output += delta.scored is not None
-                    if choice := self.choices[delta.choice].feed(delta):
-                        so_far = usage_so_far(submission, output * self._generates) if each else None
-                        events.append(_event(self.envelope.chunk([choice], so_far, with_usage)))
-                if events:
-                    await self._send(send, b"".join(events))
-        except Problem as problem:  # the status line has been sent, so the error goes into the stream
-            return await self._send(send, _event(problem.as_dict()) + DONE, more=False)
-        end = _event(self.envelope.chunk([], self._usage(submission), True)) if with_usage else b""
-        await self._send(send, end + DONE, more=False)
-
-    @staticmethod
-    async def _send(send: Send, body: bytes, more: bool = True) -> None:
-        await send({"type": "http.response.body", "body": body, "more_body": more})
-
-    @property
-    def _generates(self) -> bool:
-        """True if the request generates tokens; False if it only scores the prompt (max_tokens is 0)."""
-        return self.body.max_tokens != 0
-
-    def _usage(self, submission: Submission) -> dict[str, Any]:
-        chats = [choice for choice in self.choices if isinstance(choice, ChatChoice)]
-        reasons = any(choice.style.thinking or choice.style.harmony for choice in chats)
-        reasoning = sum(choice.reasoning_tokens for choice in chats) if reasons else None
-        counts = usage(submission, self._generates, reasoning)
-        by = self.model.llm.modelled
-        return {**counts, "modelled": modelled(submission, by)} if by else counts
+def _relay(request: Request) -> Relay | None:
+    """What a router has added to the request; None if it came over HTTP."""
+    relay: Relay | None = request.scope.get("relay")
+    return relay
 
 
 def _public_id(id: str, body: GenerationRequest) -> str:
@@ -404,28 +345,3 @@ def _weight(error: Any) -> tuple[bool, bool, int]:
     """
     kind = error["type"]
     return kind == "extra_forbidden", not kind.endswith("_type"), len(error["loc"])
-
-
-def _event(value: Any) -> bytes:
-    return b"data: " + dumps(value) + b"\n\n"
-
-
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work`; if the client disconnects first, cancel it and raise ClientDisconnected."""
-    doing = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise ClientDisconnected
-        await doing
-    finally:
-        for task in (doing, leaving):
-            task.cancel()
-        await asyncio.gather(doing, leaving, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    """Wait until the client disconnects."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -14,11 +14,12 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from intaglio.models import Transcript
 from intaglio.runtime import (
@@ -30,8 +31,10 @@ from intaglio.runtime import (
     Refused,
     Request,
     RequestError,
+    Resumption,
     Scored,
     StepRecord,
+    SuspendedChoice,
     Usage,
 )
 from intaglio.runtime.request import FinishReason
@@ -90,7 +93,24 @@ class Halt:
     """Message: abort all requests and end the thread."""
 
 
-Message = Submit | Cancel | Drain | Halt
+@dataclass(frozen=True)
+class Inspect:
+    """Message: call a function with the engine, in the engine's thread, and give its result to the future."""
+
+    function: Callable[[Engine], Any]
+    result: asyncio.Future[Any]
+
+    @classmethod
+    async def ask(cls, driver: Driver, function: Callable[[Engine], Any]) -> Any:
+        """The result of `function(engine)`. Raises Refused if the engine has ended."""
+        if driver.ended.is_set():
+            raise Refused("failed", ENDED, None)
+        message = cls(function, asyncio.get_running_loop().create_future())
+        driver.send(message)
+        return await message.result
+
+
+Message = Submit | Cancel | Drain | Halt | Inspect
 
 
 @dataclass(frozen=True)
@@ -119,15 +139,19 @@ class ActiveRequest:
 class Submission:
     """The prompts of one HTTP request, which the engine admits together or not at all.
 
-    Used on the event loop; the engine's thread only reads `prompts` and `n`.
+    Used on the event loop; the engine's thread only reads `prompts`, `n` and `earlier`.
+
+    earlier: deltas of output that another engine has generated; this one goes on after it.
     """
 
-    def __init__(self, prompts: list[Prepared]) -> None:
-        self.prompts = prompts
+    def __init__(self, prompts: list[Prepared], earlier: Sequence[ChoiceDelta] = ()) -> None:
+        self.prompts, self.earlier = prompts, earlier
         self.n = prompts[0].request.params.n
-        self.open = len(prompts) * self.n  # choices that have not ended
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.usages: list[Usage | None] = [None] * self.open
+        self.usages: list[Usage | None] = [None for _ in range(len(prompts) * self.n)]
+        for delta in earlier:
+            self.usages[delta.choice] = delta.usage or self.usages[delta.choice]
+        self.open = len(self.usages) - sum(d.finish_reason is not None for d in earlier)  # choices not ended
         self._deltas: deque[ChoiceDelta] = deque()
         self._arrived = asyncio.Event()
 
@@ -143,6 +167,28 @@ class Submission:
                 self.admitted.set_exception(update)
             else:
                 self.admitted.set_result(None)
+
+    def unfinished(self, prompt: int) -> list[SuspendedChoice]:
+        """The choices of a prompt that have not ended, with their output so far."""
+        first = prompt * self.n
+        mine = [[d for d in self.earlier if d.choice == first + i] for i in range(self.n)]
+        return [
+            SuspendedChoice(
+                i, tuple(d.scored.token for d in ds if d.scored), tuple(d.scored.logprob for d in ds if d.scored)
+            )
+            for i, ds in enumerate(mine)
+            if not any(d.finish_reason for d in ds)
+        ]
+
+    def check_text(self, prompt: int, choices: Sequence[SuspendedChoice]) -> None:
+        """Raise RequestError if the text of these choices is not what was sent for the same tokens before."""
+        for choice in choices:
+            sent = "".join(d.text for d in self.earlier if d.choice == prompt * self.n + choice.index)
+            text = self.prompts[prompt].transcripts[choice.index].settled(False)
+            if text != sent:
+                raise RequestError(
+                    f"choice {choice.index} cannot be continued: its text is {text!r}, sent was {sent!r}"
+                )
 
     async def deltas(self) -> AsyncIterator[list[ChoiceDelta]]:
         """Yield lists of the ChoiceDeltas that arrived since the previous list, until every choice has ended.
@@ -208,14 +254,15 @@ class Driver:
         self._inbox.put(message)
 
     @contextmanager
-    def submitted(self, prompts: list[Prepared]) -> Iterator[Submission]:
+    def submitted(self, prompts: list[Prepared], earlier: Sequence[ChoiceDelta] = ()) -> Iterator[Submission]:
         """Context manager that submits prompts to the engine and yields their Submission.
 
-        On exit it cancels the choices that have not ended. Raises Refused if the engine has ended.
+        earlier: see Submission. On exit it cancels the choices that have not ended. Raises Refused if the engine has
+        ended.
         """
         if self.ended.is_set():
             raise Refused("failed", ENDED, None)
-        submission = Submission(prompts)
+        submission = Submission(prompts, earlier)
         self.send(Submit(submission))
         try:
             yield submission
@@ -258,6 +305,8 @@ class Driver:
                     self._submit(submission)
                 case Cancel(submission):
                     self._abort(submission)
+                case Inspect():
+                    self._inspect(message)
                 case Drain():
                     self.engine.drain()
                 case Halt():
@@ -266,13 +315,24 @@ class Driver:
                         self._abort(submission)
                     return
 
+    def _inspect(self, message: Inspect) -> None:
+        try:
+            value = message.function(self.engine)
+        except Exception as e:
+            self._call(_settle, message.result, None, e)
+        else:
+            self._call(_settle, message.result, value, None)
+
     def _submit(self, submission: Submission) -> None:
         """Add all prompts to the engine, or none if one is refused."""
         n = submission.n
         try:
             for i, prompt in enumerate(submission.prompts):
-                self.engine.add(prompt.request)
-                self._active[prompt.request.id] = ActiveRequest(submission, i * n, set(range(n)))
+                if not (choices := submission.unfinished(i)):
+                    continue
+                self._add(prompt.request, choices)
+                self._active[prompt.request.id] = ActiveRequest(submission, i * n, {c.index for c in choices})
+                submission.check_text(i, choices)
         except (Refused, RequestError) as e:
             for id in [id for id, a in self._active.items() if a.submission is submission]:
                 del self._active[id]
@@ -280,6 +340,13 @@ class Driver:
             self._updates.append((submission, e))
         else:
             self._updates.append((submission, Admitted()))
+
+    def _add(self, request: Request, choices: list[SuspendedChoice]) -> None:
+        """Queue a request in the engine, after the output of its choices if there is any."""
+        if len(choices) == request.params.n and not any(c.output for c in choices):
+            self.engine.add(request)
+        else:
+            self.engine.resume(Resumption(request, tuple(choices), self.engine.program.hash, self.engine.numerics))
 
     def _abort(self, submission: Submission) -> None:
         for prompt in submission.prompts:
@@ -355,10 +422,22 @@ class Driver:
         """Runs on the event loop when the engine's thread has ended: refuse the submissions still in the inbox."""
         self.ended.set()
         while not self._inbox.empty():
-            if isinstance(message := self._inbox.get(), Submit):
+            message = self._inbox.get()
+            if isinstance(message, Submit):
                 message.submission.put(Refused("failed", ENDED, None))
+            elif isinstance(message, Inspect):
+                _settle(message.result, None, Refused("failed", ENDED, None))
 
     def _deliver(self, updates: list[Update], step: StepRecord | None) -> None:
         for submission, update in updates:
             submission.put(update)
         self.watch(updates, step)
+
+
+def _settle(future: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
+    if future.done():  # its waiter was cancelled
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(value)

@@ -8,7 +8,8 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -16,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from intaglio.llm import LLM
 from intaglio.server.app import build
+from intaglio.server.control import control_channel
 from intaglio.server.service import Options, Service
 
 log = logging.getLogger("intaglio.server")
@@ -93,21 +95,23 @@ class Connection(HttpToolsProtocol):
             self.loop.call_later(self.write_timeout, self.transport.abort)
 
 
-class _Uvicorn(uvicorn.Server):
+class QuietServer(uvicorn.Server):
     """A uvicorn server without signal handlers: serve() installs its own."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """Install nothing."""
         yield
 
 
 async def serve(
     llms: Mapping[str, LLM], options: Options, listener: socket.socket, announce: Callable[[Service], None],
-    signals: bool = True,
+    signals: bool = True, control: Path | None = None,
 ) -> int:  # fmt: skip
     """Serve the models, by name, until a signal or a failure. Returns the exit code.
 
-    `announce` is called once requests are accepted. `signals`: handle SIGTERM and SIGINT.
+    `announce` is called once requests are accepted. `signals`: handle SIGTERM and SIGINT. `control`: Unix socket for a
+    router (see control.py).
 
     The first SIGTERM or SIGINT drains the server: admitted requests run to their end, new ones are refused, exit code
     0. The second aborts all requests, exit code 1. The exit code is also 1 if no model can serve requests any more.
@@ -115,11 +119,12 @@ async def serve(
     service = Service(llms, options)
     timeouts = {"write_timeout": options.write_timeout, "read_timeout": options.read_timeout}
     connection = type("Connection", (Connection,), timeouts)
+    app = build(service)
     config = uvicorn.Config(
-        build(service), http=connection, ws="none", lifespan="off", log_config=None, access_log=False,
+        app, http=connection, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, proxy_headers=False, timeout_graceful_shutdown=int(CLOSE_TIMEOUT), backlog=4096,
     )  # fmt: skip
-    server = _Uvicorn(config)
+    server = QuietServer(config)
     shutdown = Shutdown(service)
     loop = asyncio.get_running_loop()
     if signals:
@@ -130,8 +135,9 @@ async def serve(
     try:
         while not server.started and not serving.done():
             await asyncio.sleep(POLL_INTERVAL / 10)
-        announce(service)
-        await shutdown.wait(serving)
+        async with control_channel(app, service, control) if control else nullcontext():
+            announce(service)
+            await shutdown.wait(serving)
     finally:
         server.should_exit = True
         await asyncio.wait({serving}, timeout=2 * CLOSE_TIMEOUT)

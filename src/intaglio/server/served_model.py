@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from intaglio.llm import LLM
@@ -34,6 +34,16 @@ class ServedModel:
         if self.driver.crash is not None:
             return f"the engine crashed: {self.driver.crash}"
         return self.driver.snapshot.gauges.failed
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """(Program hash, numerics): what decides the bits of results."""
+        return self.driver.engine.program.hash, self.driver.engine.numerics
+
+    def block_names(self, prompt: Sequence[int], salt: str | None) -> dict[str, Any]:
+        """`block_size` of the K/V cache, and `names` of the whole blocks of a prompt with this cache salt."""
+        names = self.driver.engine.block_names
+        return {"block_size": names.block_size, "names": names.of(prompt, salt)}
 
     def hanging(self, seconds: float) -> str | None:
         """An error message if the engine's current step has taken at least `seconds`; None otherwise."""

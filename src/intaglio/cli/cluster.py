@@ -1,0 +1,152 @@
+"""`intaglio cluster`: several replicas of a model on this machine, behind one router."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from intaglio.cli import options as o
+from intaglio.cli.group import Group
+
+cluster = typer.Typer(cls=Group, no_args_is_help=True, help="Several replicas of a model behind one address.")
+Name = Annotated[str, typer.Option("--name", help="Of the cluster, if several run here.")]
+RAY = "--ray is not supported yet: replicas run as processes of this machine; leave it out"
+
+
+@cluster.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
+def up(
+    context: typer.Context,
+    model: o.Model = None,
+    replicas: Annotated[int, typer.Option(min=1, max=64, help="Processes that serve the model.")] = 2,
+    layout: o.Layout = None,
+    device: o.Device = "host",
+    weights: o.Weights = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each replica. Default: an equal share of the cores.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="INTAGLIO_API_KEY", help="Ask for this key; may be given several times.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="Placement of requests: cache-aware or round-robin.")] = "cache-aware",
+    weight: Annotated[
+        list[str] | None, typer.Option(metavar="TENANT=W", help="A tenant's share; 1 where not given.")
+    ] = None,
+    max_queued: Annotated[int, typer.Option(min=1, help="Requests that may wait in the router; beyond: 429.")] = 1024,
+    timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds a request gets in all.")] = 600.0,
+    queue_timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds it may wait for its start.")] = 120.0,
+    name: Name = "default",
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster. Not supported yet.")] = None,
+) -> None:
+    """Serve a model by several replicas behind one address, until Ctrl-C or `intaglio cluster down`.
+
+    Arguments after -- go to each replica's `intaglio serve`, such as -- --kv-tokens 8192.
+    """
+    if ray is not None:
+        raise ValueError(RAY)
+    try:
+        import uvloop
+
+        from intaglio.cluster.admin import cluster_folder
+        from intaglio.cluster.front import FrontOptions
+        from intaglio.cluster.prompt import TimeLimits
+        from intaglio.cluster.run import ClusterOptions, run_cluster
+        from intaglio.server.serve import listen, raise_file_limit
+    except ImportError as e:
+        raise ValueError(f"the cluster needs {e.name}: pip install 'intaglio[serve]'") from None
+    raise_file_limit()
+    folder = cluster_folder(name)
+    share = threads or max(1, len(os.sched_getaffinity(0)) // replicas)
+    given: dict[str, Any] = {"layout": layout, "device": device, "weights": weights, "timeout": timeout}
+    given["threads"] = share if device == "host" else threads
+    given["queue-timeout"] = queue_timeout
+    words = [str(model)] if model else []
+    words += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+    options = ClusterOptions(
+        (*words, "--max-open", "100000", *context.args), replicas, policy, read_weights(weight or []), max_queued,
+        FrontOptions(tuple(api_key or ()), TimeLimits(timeout, queue_timeout)),
+    )  # fmt: skip
+    listener = listen(host, port)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listener.getsockname()[1]}"
+    print(f"starting {replicas} replicas; their logs are in {folder}", flush=True)
+    code = uvloop.run(
+        run_cluster(options, listener, folder, lambda _: print(f"serving {replicas} replicas at {address}", flush=True))
+    )
+    sys.stdout.flush()
+    raise typer.Exit(code)
+
+
+@cluster.command()
+def status(name: Name = "default", as_json: o.Json = False) -> None:
+    """Show the replicas with their state and load."""
+    show(_ask(name, {"do": "status"}), as_json)
+
+
+@cluster.command()
+def drain(
+    replica: Annotated[str, typer.Argument(help="Such as r0; see status.")],
+    restart: Annotated[bool, typer.Option("--restart", help="Start it again afterwards.")] = False,
+    name: Name = "default",
+) -> None:
+    """Move a replica's requests to the others, which go on with them, and stop it."""
+    moved = _ask(name, {"do": "drain", "replica": replica, "restart": restart})
+    print(f"{replica} had {moved} requests; it is {'started again' if restart else 'stopped'}")
+
+
+@cluster.command()
+def scale(
+    replicas: Annotated[int, typer.Argument(min=1, max=64, help="How many replicas there should be.")],
+    name: Name = "default",
+) -> None:
+    """Start replicas, or drain and stop some, until there are as many as given."""
+    show(_ask(name, {"do": "scale", "replicas": replicas}), False)
+
+
+@cluster.command()
+def down(name: Name = "default") -> None:
+    """Stop the cluster. Requests that run are ended."""
+    _ask(name, {"do": "down"})
+    print(f"cluster {name} is stopping")
+
+
+def show(state: dict[str, Any], as_json: bool) -> None:
+    """Print a cluster's state as a table or as JSON."""
+    if as_json:
+        print(json.dumps(state))
+        return
+    print(f"{'replica':8} {'pid':>8} {'state':9} {'requests':>8} {'running':>7} {'waiting':>7} {'K/V used':>8} "
+          f"{'restarts':>8}")  # fmt: skip
+    for r in state["replicas"]:
+        print(
+            f"{r['name']:8} {r['pid']:>8} {r['state']:9} {r['requests']:>8} {r['running']:>7} {r['waiting']:>7} "
+            f"{r['kv_usage']:>8.0%} {r['restarts']:>8}"
+        )
+    print(f"{state['queued']} requests wait in the router")
+
+
+def read_weights(words: list[str]) -> dict[str, float]:
+    """Tenants' weights from words such as a=2. Raises ValueError."""
+    weights = {}
+    for word in words:
+        tenant, equals, value = word.rpartition("=")
+        try:
+            weights[tenant] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"--weight {word}: write TENANT=W, such as batch=0.5")
+    return weights
+
+
+def _ask(name: str, command: dict[str, Any]) -> Any:
+    from intaglio.cluster.admin import ask
+
+    return ask(name, command)

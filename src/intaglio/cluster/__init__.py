@@ -1,0 +1,1 @@
+"""A router process before several replicas: HTTP front, replica processes, administration. Placement is in `router`."""

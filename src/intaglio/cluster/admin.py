@@ -1,0 +1,107 @@
+"""Administration of a running cluster: a folder that only its user may enter, with a Unix socket for commands.
+
+A command is one line of JSON, {"do": NAME, ...}; the answer is one line, {"ok": ...} or {"error": TEXT}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import socket
+import stat
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+SOCKET = "admin.sock"
+SOCKET_PATH_MAX = 100  # bytes of a Unix socket's path; Linux allows 107
+Command = Callable[[dict[str, Any]], Awaitable[Any]]
+
+
+def cluster_folder(name: str) -> Path:
+    """The folder of a cluster, created with mode 0700 if it is missing.
+
+    Raises ValueError for a name that is no plain word, or if the folder is another user's or open to others.
+    """
+    if not re.fullmatch(r"[\w.-]{1,32}", name, re.ASCII) or name.startswith("."):
+        raise ValueError(f"the cluster's name is {name!r}; allowed: up to 32 letters, digits, '_', '-' and '.'")
+    base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"intaglio-{os.getuid()}"
+    folder = base / name
+    for path in (base, folder):
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise ValueError(f"{path} is not a folder of this user alone; remove it, or set XDG_RUNTIME_DIR")
+    if len(os.fsencode(folder / SOCKET)) > SOCKET_PATH_MAX:
+        raise ValueError(f"{folder} is too long for a Unix socket; set XDG_RUNTIME_DIR to a shorter path")
+    return folder
+
+
+def ask(name: str, command: dict[str, Any], timeout: float = 900.0) -> Any:
+    """Send a command to the running cluster `name` and return its answer. Raises ValueError if there is none."""
+    path = cluster_folder(name) / SOCKET
+    with socket.socket(socket.AF_UNIX) as s:
+        s.settimeout(timeout)
+        try:
+            s.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise ValueError(f"no cluster {name!r} runs here; start one with `intaglio cluster up`") from None
+        s.sendall(json.dumps(command).encode() + b"\n")
+        answer = b"".join(iter(lambda: s.recv(1 << 16), b""))
+    if not answer:
+        raise ValueError(f"cluster {name!r} ended before it answered")
+    table = json.loads(answer)
+    if "error" in table:
+        raise ValueError(table["error"])
+    return table["ok"]
+
+
+@asynccontextmanager
+async def administration(folder: Path, commands: dict[str, Command]) -> AsyncIterator[None]:
+    """Answer commands on the socket of a cluster's folder until the block ends.
+
+    Raises ValueError if another cluster is running there.
+    """
+    path = folder / SOCKET
+    if path.exists():
+        with socket.socket(socket.AF_UNIX) as s:
+            if s.connect_ex(str(path)) == 0:
+                raise ValueError(f"a cluster {folder.name!r} runs already; end it with `intaglio cluster down`")
+        path.unlink()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            answer = await _answer(commands, await reader.readline())
+            writer.write(json.dumps(answer).encode() + b"\n")
+            await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    mask = os.umask(0o177)
+    try:
+        server = await asyncio.start_unix_server(connected, path)
+    finally:
+        os.umask(mask)
+    try:
+        yield
+    finally:
+        server.close()
+        path.unlink(missing_ok=True)
+
+
+async def _answer(commands: dict[str, Command], line: bytes) -> dict[str, Any]:
+    try:
+        command = json.loads(line)
+        handler = commands[command["do"]]
+    except (ValueError, KeyError, TypeError):
+        return {"error": f"{line[:100]!r} is no command; there are {', '.join(commands)}"}
+    try:
+        return {"ok": await handler(command)}
+    except Exception as e:
+        return {"error": str(e) or type(e).__name__}

@@ -1,0 +1,204 @@
+"""Backends: the Router with its links to replicas. Hands out placements, polls loads, notices lost replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from intaglio.cluster.link import Call, Link, LinkLost
+from intaglio.router import (
+    BlocksCleared,
+    BlocksRemoved,
+    BlocksStored,
+    CacheEvent,
+    CacheIndex,
+    Job,
+    LoadReport,
+    Pace,
+    Placement,
+    Refusal,
+    Router,
+)
+
+log = logging.getLogger("intaglio.cluster")
+POLL = 0.2  # seconds between load reports of a replica
+TICK = 0.05  # seconds between looks for requests that have waited too long
+OUTPUT_FIRST, OUTPUT_SHARE = 64.0, 0.05  # mean output length in tokens: first guess, weight of the next request
+
+
+class Backends:
+    """Links to replicas, and the requests that wait for one or run on one.
+
+    silence: seconds without a load report after which a replica counts as lost, though its process lives.
+    """
+
+    def __init__(self, router: Router, silence: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.router, self.silence, self.clock = router, silence, clock
+        self.links: dict[str, Link] = {}
+        self.calls: dict[str, Call] = {}  # by job id, those on a replica
+        self.waiting: dict[str, asyncio.Future[Placement]] = {}  # by job id
+        self.output_tokens = OUTPUT_FIRST  # mean over late requests
+        self.moves: Counter[str] = Counter()  # by cause: lost, drained, refused
+        self.finished: dict[str, deque[tuple[float, float, float]]] = {}  # by replica: end, TTFT, seconds of requests
+        self.on_lost: Callable[[str], None] = lambda name: None
+        self._polls: dict[str, asyncio.Task[None]] = {}
+        self._ticking: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start looking for requests that have waited too long."""
+        self._ticking = asyncio.ensure_future(self._tick())
+
+    async def close(self) -> None:
+        """Close all links."""
+        tasks = [*self._polls.values(), *([self._ticking] if self._ticking else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for link in list(self.links.values()):
+            await link.close()
+
+    # Replicas
+
+    async def attach(self, name: str, link: Link) -> None:
+        """Take up a replica's link and wait for its first load report. Raises LinkLost."""
+        self.links[name] = link
+        self.finished.setdefault(name, deque(maxlen=1024))
+        link.on_lost = lambda: self._lost(name, link)
+        await self._poll_once(name, link)
+        self._polls[name] = asyncio.ensure_future(self._poll(name, link))
+        self.pump()
+
+    def drain(self, name: str) -> int:
+        """Place nothing more on a replica and move its requests, if another can take them. Returns their number."""
+        jobs = self.router.drain(name)
+        if any(r.placeable for r in self.router.replicas.values()):
+            for job in jobs:
+                if call := self.calls.get(job.id):
+                    call.move()
+        return len(jobs)
+
+    def leaving(self, name: str) -> bool:
+        """True if a replica drains and others can take its requests."""
+        others = any(r.placeable for r in self.router.replicas.values())
+        return self.router.replicas[name].state == "draining" and others
+
+    async def emptied(self, name: str, timeout: float) -> bool:
+        """Wait until a replica has no requests, at most `timeout` seconds. Returns whether it has none."""
+        ends = self.clock() + timeout
+        while (replica := self.router.replicas.get(name)) and replica.jobs and self.clock() < ends:
+            await asyncio.sleep(TICK)
+        return not (replica and replica.jobs)
+
+    def _lost(self, name: str, link: Link) -> None:
+        if self.links.get(name) is not link:
+            return
+        del self.links[name]
+        if poll := self._polls.pop(name, None):
+            poll.cancel()
+        if name in self.router.replicas:
+            jobs = self.router.died(name)
+            if jobs:
+                log.warning("replica %s was lost with %d requests, which go on elsewhere", name, len(jobs))
+        self.on_lost(name)
+        self.pump()
+
+    async def _poll(self, name: str, link: Link) -> None:
+        try:
+            while True:
+                await asyncio.sleep(POLL)
+                await self._poll_once(name, link)
+                self.pump()
+        except TimeoutError:
+            log.error("replica %s has not answered for %.0f s and counts as lost", name, self.silence)
+            link.abort()
+        except LinkLost:
+            pass
+
+    async def _poll_once(self, name: str, link: Link) -> None:
+        index = self.router.replicas[name].index
+        after = -1 if index.stale else index.sequence
+        asked = {"do": "load", "incarnation": index.incarnation, "after": after}
+        load = await link.ask(asked, self.silence)
+        if load.get("failed"):
+            log.error("replica %s cannot serve any more: %s", name, load["failed"])
+            raise TimeoutError
+        if name in self.router.replicas:
+            self.router.ready(name, load["incarnation"])
+            self.router.report(name, read_report(load))
+            apply_blocks(index, load)
+
+    # Requests
+
+    async def place(self, job: Job, again: bool = False) -> Placement:
+        """Wait until a job is placed. again: it was placed before, and is admitted in any case. Raises Refusal."""
+        if again:
+            job = replace(job, start_by=None)
+            self.router.resubmit(job)
+        else:
+            self.router.submit(job, self.clock())
+        placed = self.waiting[job.id] = asyncio.get_running_loop().create_future()
+        self.pump()
+        try:
+            return await placed
+        except asyncio.CancelledError:
+            self.router.ended(job, 0)
+            raise
+        finally:
+            self.waiting.pop(job.id, None)
+
+    def pump(self) -> None:
+        """Place what can be placed now."""
+        for placement in self.router.dispatch(self.clock()):
+            waiter = self.waiting.get(placement.job.id)
+            if waiter is None or waiter.done():  # its client has left
+                self.router.ended(placement.job, 0)
+            else:
+                waiter.set_result(placement)
+
+    def first_token(self, job: Job, head: dict[str, Any]) -> None:
+        """A job's first token has come. head: facts of its prompt, from the replica."""
+        self.router.started(job.id, head.get("tokens", job.prompt_tokens), tuple(head.get("names", ())),
+                            head.get("block_size", 1))  # fmt: skip
+        self.pump()
+
+    def ended(self, job: Job, output_tokens: int) -> None:
+        """A job has ended, or its client has left."""
+        self.router.ended(job, output_tokens)
+        if output_tokens:
+            self.output_tokens += OUTPUT_SHARE * (output_tokens / job.choices - self.output_tokens)
+        self.pump()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            for job in self.router.expired(self.clock()):
+                waiter = self.waiting.get(job.id)
+                if waiter and not waiter.done():
+                    waiter.set_exception(Refusal("late", "no replica had room for it in its time", 1.0))
+            self.pump()
+
+
+def read_report(load: dict[str, Any]) -> LoadReport:
+    """The LoadReport in a replica's answer to "load"."""
+    names = (
+        "running", "waiting", "kv_usage", "draining", "max_sequences", "max_batch_tokens", "prompt_tokens",
+        "cached_tokens", "output_tokens",
+    )  # fmt: skip
+    pace = Pace.fitted(load["per_step"], load["per_token"])
+    return LoadReport(pace=pace, **{name: load[name] for name in names})
+
+
+def apply_blocks(index: CacheIndex, load: dict[str, Any]) -> None:
+    """Apply the block events or the snapshot in a replica's answer to "load"."""
+    if (snapshot := load.get("snapshot")) is not None:
+        index.snapshot(load["incarnation"], load["sequence"], snapshot)
+    for sequence, kind, name in load.get("events", ()):
+        event: CacheEvent = BlocksCleared()
+        if kind != "cleared":
+            event = BlocksStored((name,)) if kind == "stored" else BlocksRemoved((name,))
+        index.apply(load["incarnation"], sequence, event)

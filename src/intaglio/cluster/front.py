@@ -1,0 +1,228 @@
+"""ASGI application of the router: OpenAI's endpoints over all replicas, health, metrics and the cluster's state."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from intaglio.cluster.backends import Backends
+from intaglio.cluster.link import LinkLost
+from intaglio.cluster.metrics import RouterMetrics
+from intaglio.cluster.prompt import TimeLimits, make_job
+from intaglio.cluster.relayed import RelayedRequest
+from intaglio.server.delivery import ClientDisconnected
+from intaglio.server.problem import Json, Problem
+
+log = logging.getLogger("intaglio.cluster")
+GENERATE = frozenset(("/v1/chat/completions", "/v1/completions"))
+PASSED_ON = frozenset(("/tokenize", "/detokenize", "/v1/embeddings", "/v1/models", "/openapi.json", "/version"))
+PUBLIC = frozenset(("/health", "/ping", "/ready", "/version", "/metrics", "/openapi.json"))  # no API key
+PASSED_HEADERS = ("content-type",)
+TENANT = "x-tenant-id"
+
+
+@dataclass(frozen=True)
+class FrontOptions:
+    """Options of the front; times in seconds, sizes in bytes.
+
+    keys: accepted API keys; empty: none is needed. With keys, a client's tenant is its key: key0 is the first.
+    """
+
+    keys: tuple[str, ...] = ()
+    limits: TimeLimits = field(default_factory=TimeLimits)
+    max_body: int = 8 << 20
+    max_open: int = 4096
+    read_timeout: float = 30.0
+
+
+class Front:
+    """The application. `state` returns the cluster's state for GET /cluster."""
+
+    def __init__(self, backends: Backends, options: FrontOptions, state: Callable[[], dict[str, Any]]) -> None:
+        self.backends, self.options, self.state = backends, options, state
+        self.metrics = RouterMetrics(backends)
+        self.open = 0
+        self.draining = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        given = headers.get("x-request-id", "")
+        id = given if re.fullmatch(r"[\w.-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
+        started = False
+
+        async def send_marked(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                kept = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
+                message["headers"] = [*kept, (b"x-request-id", id.encode())]
+            await send(message)
+
+        counted = scope["path"] not in PUBLIC
+        self.open += counted
+        try:
+            await self._serve(scope, headers, id, receive, send_marked)
+        except ClientDisconnected:
+            log.info("%s: the client has disconnected", id)
+        except Problem as problem:
+            if started:
+                raise
+            await problem.response()(scope, receive, send_marked)
+        except Exception as e:
+            log.error("%s: %s %s failed", id, scope["method"], scope["path"], exc_info=e)
+            if started:
+                raise
+            await Problem(500, f"internal error; the log has it under {id}").response()(scope, receive, send_marked)
+        finally:
+            self.open -= counted
+
+    async def _serve(self, scope: Scope, headers: dict[str, str], id: str, receive: Receive, send: Send) -> None:
+        path, method = scope["path"], scope["method"]
+        tenant = self._tenant(path, headers)
+        if path in GENERATE and method == "POST":
+            return await self._generate(path, headers, id, tenant, receive, send)
+        if path in PASSED_ON or path.startswith("/v1/models/"):
+            return await self._pass_on(scope, headers, receive, send)
+        await self._own(path, method)(scope, receive, send)
+
+    def _own(self, path: str, method: str) -> Response:
+        """The response to a path that the router answers itself."""
+        if method not in ("GET", "HEAD") and path in (*PUBLIC, *GENERATE, "/cluster"):
+            raise Problem(405, f"{method} {path}: the path does not take this method")
+        match path:
+            case "/metrics":
+                return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
+            case "/health" | "/ping" | "/ready":
+                ready = any(r.placeable for r in self.backends.router.replicas.values())
+                return Json({"status": "ok" if ready else "no replica is ready"}, 200 if ready else 503)
+            case "/cluster":
+                return Json(self.state())
+        if path in GENERATE:
+            raise Problem(405, f"{method} {path}: the path does not take this method")
+        raise Problem(404, f"{method} {path}: there is no such path")
+
+    def _tenant(self, path: str, headers: dict[str, str]) -> str:
+        """The tenant of a request. Raises Problem 401 without a valid key, 429 if too many requests are open."""
+        keys = self.options.keys
+        tenant = headers.get(TENANT, "")
+        if keys and path not in PUBLIC:
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            sent = key.strip().encode() if scheme.lower() == "bearer" else b""
+            matches = [hmac.compare_digest(sent, k.encode()) for k in keys]
+            if not any(matches):
+                why = "a valid API key is needed: Authorization: Bearer KEY"
+                raise Problem(401, why, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+            tenant = f"key{matches.index(True)}"
+        if self.open > self.options.max_open and path not in PUBLIC:
+            why = f"{self.options.max_open} requests are open already; retry later"
+            raise Problem(429, why, code="too_many_requests", retry_after=1)
+        return tenant
+
+    async def _generate(
+        self, path: str, headers: dict[str, str], id: str, tenant: str, receive: Receive, send: Send
+    ) -> None:
+        raw = await self._read(receive)
+        body = _parse(raw)
+        backends = self.backends
+        self.metrics.incoming(str(body.get("model", ""))[:64])
+        if self.draining:
+            raise Problem(503, "the cluster is shutting down and admits no requests", code="draining", retry_after=1)
+        job = make_job(
+            uuid.uuid4().hex, body, backends.router.memory, backends.clock(), self.options.limits, tenant,
+            backends.output_tokens,
+        )  # fmt: skip
+        passed = [(name, headers[name]) for name in PASSED_HEADERS if name in headers] + [("x-request-id", id)]
+        request = RelayedRequest(backends, job, path, passed, raw, body.get("stream") is True)
+        doing = asyncio.ensure_future(request.run(send))
+        leaving = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not doing.done():
+                raise ClientDisconnected
+            await doing
+        finally:
+            for task in (doing, leaving):
+                task.cancel()
+            await asyncio.gather(doing, leaving, return_exceptions=True)
+            self.metrics.ended(request)
+
+    async def _pass_on(self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send) -> None:
+        """Pass a request that generates nothing to some replica that serves."""
+        raw = await self._read(receive)
+        passed = [(name, headers[name]) for name in PASSED_HEADERS if name in headers]
+        request = {
+            "do": "request", "method": scope["method"], "path": scope["path"], "headers": passed,
+            "query": scope["query_string"].decode("latin-1"),
+        }  # fmt: skip
+        for name, replica in sorted(self.backends.router.replicas.items(), key=lambda item: len(item[1].jobs)):
+            if not replica.placeable or name not in self.backends.links:
+                continue
+            try:
+                start, body = await self._collect(name, request, raw)
+            except LinkLost:
+                continue
+            pairs = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in start["headers"]]
+            await send({"type": "http.response.start", "status": start["status"], "headers": pairs})
+            await send({"type": "http.response.body", "body": body})
+            return
+        raise Problem(503, "no replica is ready; retry later", code="unavailable", retry_after=1)
+
+    async def _collect(self, name: str, request: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], bytes]:
+        call = self.backends.links[name].call(request, raw)
+        try:
+            start, body = await call.frame()
+            header, whole = start, bytearray(body)
+            while not header.get("end"):
+                header, body = await call.frame()
+                whole += body
+            if "status" not in start:
+                raise LinkLost("the replica failed")
+            return start, bytes(whole)
+        finally:
+            call.close()
+
+    async def _read(self, receive: Receive) -> bytes:
+        """The request's body. Raises Problem 408 if it comes too slowly, 413 if it is too long."""
+        raw, most = bytearray(), self.options.max_body
+        try:
+            async with asyncio.timeout(self.options.read_timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnected
+                    raw += message.get("body", b"")
+                    if len(raw) > most:
+                        why = f"the body has more than {most} bytes, which is the limit"
+                        raise Problem(413, why, headers={"connection": "close"})
+                    if not message.get("more_body", False):
+                        return bytes(raw)
+        except TimeoutError:
+            why = f"the body was not received in {self.options.read_timeout:g} s"
+            raise Problem(408, why, headers={"connection": "close"}) from None
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    """The body's fields; {} if it is no JSON object, which the replica will refuse."""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Wait until the client disconnects."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,112 @@
+"""Link: the router's connection to one replica's control channel (see server/control.py)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from intaglio.server.control import pack, read_frame
+
+Frame = tuple[dict[str, Any], bytes]
+
+
+class LinkLost(ConnectionError):
+    """Raised for a call whose replica has closed the connection, most likely because its process has ended."""
+
+
+class Moved(Exception):
+    """Raised for a call that is to go on at another replica, because this one drains."""
+
+
+class Call:
+    """One call in progress: its frames in order."""
+
+    def __init__(self, link: Link, number: int) -> None:
+        self.link, self.number = link, number
+        self.frames: asyncio.Queue[Frame | Exception] = asyncio.Queue()
+
+    async def frame(self) -> Frame:
+        """The next frame. Raises LinkLost, or Moved after move()."""
+        got = await self.frames.get()
+        if isinstance(got, Exception):
+            raise got
+        return got
+
+    def move(self) -> None:
+        """Make frame() raise Moved after the frames that have arrived."""
+        self.frames.put_nowait(Moved())
+
+    def close(self) -> None:
+        """Forget the call. The replica is told to cancel it, unless it has ended."""
+        if self.link.calls.pop(self.number, None) and not self.link.lost:
+            self.link.write({"call": self.number, "do": "cancel"})
+
+
+class Link:
+    """A connection to a replica. Many calls share it. `on_lost` is called once when it ends."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+        self.calls: dict[int, Call] = {}
+        self.lost = False
+        self.on_lost: Callable[[], None] = lambda: None
+        self._numbers = 0
+        self._reading = asyncio.ensure_future(self._read(reader))
+
+    @classmethod
+    async def connect(cls, path: Path) -> Link:
+        """Connect to the control socket at `path`. Raises OSError."""
+        return cls(*await asyncio.open_unix_connection(path))
+
+    def call(self, header: dict[str, Any], body: bytes = b"") -> Call:
+        """Start a call. Raises LinkLost."""
+        if self.lost:
+            raise LinkLost("the connection to the replica has ended")
+        self._numbers += 1
+        call = self.calls[self._numbers] = Call(self, self._numbers)
+        self.write({"call": self._numbers, **header}, body)
+        return call
+
+    async def ask(self, header: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """The one frame that answers a call. Raises LinkLost, or TimeoutError after `timeout` seconds."""
+        call = self.call(header)
+        try:
+            async with asyncio.timeout(timeout):
+                return (await call.frame())[0]
+        finally:
+            self.calls.pop(call.number, None)
+
+    def write(self, header: dict[str, Any], body: bytes = b"") -> None:
+        """Send a frame."""
+        self.writer.write(pack(header, body))
+
+    def abort(self) -> None:
+        """Close the connection to a replica that does not answer; its calls raise LinkLost soon after."""
+        self.writer.transport.abort()
+
+    async def close(self) -> None:
+        """Close the connection; its calls raise LinkLost."""
+        self.writer.close()
+        self._reading.cancel()
+        await asyncio.gather(self._reading, return_exceptions=True)
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                header, body = await read_frame(reader)
+                number = header.pop("call")
+                if call := self.calls.get(number):
+                    if header.get("end"):
+                        del self.calls[number]
+                    call.frames.put_nowait((header, body))
+        except (asyncio.IncompleteReadError, ConnectionError, ValueError):
+            pass
+        finally:
+            self.lost = True
+            self.writer.close()
+            for call in self.calls.values():
+                call.frames.put_nowait(LinkLost("the replica has ended"))
+            self.calls.clear()
+            self.on_lost()

@@ -1,0 +1,99 @@
+"""ReplicaProcess: one `intaglio serve` process of a cluster, with its control socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from intaglio.cluster.link import Link
+from intaglio.devices.processes import child_environment
+
+STARTING = 600.0  # seconds that a replica may take to load its model
+STOPPING = 10.0  # seconds between SIGTERM and SIGKILL
+LOOK = 0.02  # seconds between looks for the control socket
+TAIL = 2000  # characters of a log that an error shows
+
+
+class ReplicaFailed(ValueError):
+    """Raised for a replica process that ended before it served."""
+
+
+class ReplicaProcess:
+    """A replica's process. It ends with its standard input, and so with this process, however that ends.
+
+    words: arguments of `intaglio serve`. folder: for its control socket and its log.
+    """
+
+    def __init__(self, name: str, words: list[str], folder: Path) -> None:
+        self.name, self.words, self.folder = name, words, folder
+        self.log = folder / f"{name}.log"
+        self.process: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id; None before the start."""
+        return self.process.pid if self.process else None
+
+    @property
+    def ended(self) -> bool:
+        """True if there is no process, or it has ended."""
+        return self.process is None or self.process.returncode is not None
+
+    async def start(self) -> Link:
+        """Start the process and connect to it once it serves. Raises ReplicaFailed with the end of its log."""
+        socket = self.folder / f"{self.name}-{secrets.token_hex(4)}.sock"
+        words = [sys.executable, "-m", "intaglio", "serve", *self.words, "--port", "0", "--control", str(socket)]
+        environment = {**child_environment(), "INTAGLIO_API_KEY": secrets.token_hex(16)}
+        with self.log.open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *words, stdin=asyncio.subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        try:
+            async with asyncio.timeout(STARTING):
+                while not self.ended:
+                    if socket.exists():
+                        try:
+                            link = await Link.connect(socket)
+                            socket.unlink()  # nobody else is to connect, and the process may be killed
+                            return link
+                        except ConnectionRefusedError:
+                            pass  # bound, and not listening yet
+                    await asyncio.sleep(LOOK)
+        except BaseException:
+            self.kill()
+            raise
+        raise ReplicaFailed(f"replica {self.name} did not start: {self._tail()}")
+
+    async def wait(self) -> int:
+        """Wait until the process has ended. Returns its exit code."""
+        assert self.process
+        return await self.process.wait()
+
+    async def stop(self) -> None:
+        """End the process: SIGTERM, and after STOPPING seconds SIGKILL."""
+        if self.process is None:
+            return
+        if not self.ended:
+            self.process.terminate()
+            try:
+                await asyncio.wait_for(self.process.wait(), STOPPING)
+            except TimeoutError:
+                self.kill()
+                await self.process.wait()
+        if self.process.stdin:
+            self.process.stdin.close()
+
+    def kill(self) -> None:
+        """End the process and all that it started, at once."""
+        if self.process:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def _tail(self) -> str:
+        text = self.log.read_text(errors="replace").strip()
+        return text[-TAIL:] or "it said nothing"

@@ -1,0 +1,193 @@
+"""RelayedRequest: one generation request through the router, over as many replicas as it takes.
+
+The router keeps the deltas of everything that it has passed on. If the replica dies or drains, it sends the request to
+another with these deltas, and passes on what follows. What cannot go on ends with an error, never silently.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from typing import Any
+
+from starlette.types import Send
+
+from intaglio.cluster.backends import POLL, Backends
+from intaglio.cluster.link import Call, LinkLost, Moved
+from intaglio.router import Job, Refusal
+from intaglio.server.problem import Problem, dumps
+
+MAX_LOSSES = 3  # replicas that may die under a request; one that kills replicas must not kill them all
+MAX_REFUSALS = 8  # replicas that may refuse it, because they drain or are full
+MOVABLE = frozenset(("shutdown", "draining", "failed", "queue_full", "late", "too_many_requests"))
+DONE = b"data: [DONE]\n\n"
+
+
+class RelayedRequest:
+    """A request to a path with a raw body, as a Job.
+
+    began: seconds by the clock of `backends` at which it came. `output_tokens`: those passed on so far.
+    """
+
+    def __init__(
+        self, backends: Backends, job: Job, path: str, headers: list[tuple[str, str]], raw: bytes, stream: bool
+    ) -> None:
+        self.backends, self.job, self.path, self.headers, self.raw = backends, job, path, headers, raw
+        self.stream = stream
+        self.began = backends.clock()
+        self.created, self.seed = int(time.time()), random.getrandbits(62)
+        self.deltas: list[Any] = []
+        self.head: dict[str, Any] = {}
+        self.output_tokens = 0
+        self.first: float | None = None  # when its first token came
+        self.started = False  # the response has begun
+        self.announced = False  # its first token on the present replica has come
+        self.losses = self.refusals = 0
+        self.replica = ""
+        self.status = 0
+
+    async def run(self, send: Send) -> None:
+        """Serve the request to its end. Raises Problem if nothing has been sent yet."""
+        again = False
+        try:
+            while not await self._attempt(send, again):
+                again = True
+        except Problem as problem:
+            if not self.started:
+                raise
+            await self._fail(send, problem)
+
+    async def _attempt(self, send: Send, again: bool) -> bool:
+        """Run it on one replica. Returns True if it has ended, False if it is to go on at another."""
+        try:
+            placement = await self.backends.place(self.job, again)
+        except Refusal as e:
+            raise as_problem(e) from None
+        self.replica, self.announced = placement.replica, False
+        going_on = False
+        try:
+            ended = await self._pass_on(self._call(), send)
+            going_on = not ended
+        except LinkLost:
+            self.losses += 1
+            self.backends.moves["lost"] += 1
+            if self.losses >= MAX_LOSSES:
+                why = f"{self.losses} replicas ended while they worked on this request"
+                raise Problem(503, why, code="replica_lost", retry_after=1) from None
+            going_on, ended = True, False
+        except Moved:
+            self.backends.moves["drained"] += 1
+            going_on, ended = True, False
+        finally:
+            if call := self.backends.calls.pop(self.job.id, None):
+                call.close()
+            if not going_on:
+                self.backends.ended(self.job, self.output_tokens)
+        return ended
+
+    def _call(self) -> Call:
+        link = self.backends.links.get(self.replica)
+        if link is None:
+            raise LinkLost("the replica has ended")
+        if self.backends.leaving(self.replica):
+            raise Moved
+        relay = {
+            "id": self.job.id, "created": self.created, "seed": self.seed,
+            "waited": self.backends.clock() - self.began, "made_by": self.head.get("made_by"), "deltas": self.deltas,
+        }  # fmt: skip
+        header = {"do": "request", "method": "POST", "path": self.path, "headers": self.headers, "relay": relay}
+        call = self.backends.calls[self.job.id] = link.call(header, self.raw)
+        return call
+
+    async def _pass_on(self, call: Call, send: Send) -> bool:
+        """Pass a replica's frames on to the client. Returns True at the end, False if it refuses the request."""
+        start: dict[str, Any] | None = None
+        while True:
+            header, body = await call.frame()
+            if head := header.get("head"):
+                self.head = self.head or head
+                continue
+            if header.get("over"):
+                raise LinkLost("the replica failed")
+            status = header.get("status")
+            if status is not None and status != 200:
+                return await self._refused(call, header, send)
+            if status == 200:
+                start = _start(200, header["headers"])
+            if start and not self.started and (self.stream or header.get("end")):  # a whole response comes at once
+                self.status, self.started = 200, True
+                await send(start)
+            if deltas := header.get("deltas"):
+                self._keep(deltas)
+            if header.get("code") in MOVABLE:
+                self._count_refusal(f"the replica ended it: {header['code']}")
+                return False
+            if body or header.get("end"):
+                await send({"type": "http.response.body", "body": body, "more_body": not header.get("end")})
+            if header.get("end"):
+                return True
+
+    def _keep(self, deltas: list[Any]) -> None:
+        self.deltas += deltas
+        tokens = sum(1 for d in deltas if len(d) > 2 and d[2])
+        if tokens and not self.output_tokens:
+            self.first = self.backends.clock()
+        if tokens and not self.announced:
+            self.announced = True
+            self.backends.first_token(self.job, self.head)
+        self.output_tokens += tokens
+
+    async def _refused(self, call: Call, header: dict[str, Any], send: Send) -> bool:
+        """Read an error response. Returns False if another replica may take the request; else passes the error on."""
+        whole, part = bytearray(), header
+        while not part.get("end"):
+            part, body = await call.frame()
+            whole += body
+        error = _error(bytes(whole))
+        if header["status"] in (429, 503) and error.get("code") in MOVABLE and self.refusals < MAX_REFUSALS:
+            self._count_refusal(error.get("message", ""))
+            await asyncio.sleep(POLL)  # until the replica's next report tells that it drains or is full
+            return False
+        if self.started:
+            problem = Problem(503, error.get("message", "it could not be continued"), code="cannot_continue")
+            await self._fail(send, problem)
+            return True
+        self.status, self.started = header["status"], True
+        await send(_start(header["status"], header["headers"]))
+        await send({"type": "http.response.body", "body": bytes(whole), "more_body": False})
+        return True
+
+    def _count_refusal(self, why: str) -> None:
+        """Count a refusal. Raises Problem after MAX_REFUSALS."""
+        self.refusals += 1
+        self.backends.moves["refused"] += 1
+        if self.refusals > MAX_REFUSALS:
+            raise Problem(503, why, code="unavailable", retry_after=1)
+
+    async def _fail(self, send: Send, problem: Problem) -> None:
+        """End a response that has begun with an error event."""
+        body = b"data: " + dumps(problem.as_dict()) + b"\n\n" + DONE if self.stream else b""
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def as_problem(refusal: Refusal) -> Problem:
+    """The HTTP error for a refused job: 429 if the client may retry, 503 if no replica serves."""
+    if refusal.reason == "unavailable":
+        return Problem(503, str(refusal), code="unavailable", retry_after=refusal.retry_after)
+    code = "queue_full" if refusal.reason == "full" else "late"
+    return Problem(429, str(refusal), code=code, retry_after=refusal.retry_after)
+
+
+def _start(status: int, headers: list[list[str]]) -> dict[str, Any]:
+    pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+    return {"type": "http.response.start", "status": status, "headers": pairs}
+
+
+def _error(body: bytes) -> dict[str, Any]:
+    try:
+        error = json.loads(body)["error"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return error if isinstance(error, dict) else {}

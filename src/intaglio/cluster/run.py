@@ -1,0 +1,114 @@
+"""Runs a cluster in this process: the router's HTTP server, its replicas, its administration, its shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from intaglio.cluster.admin import administration
+from intaglio.cluster.backends import Backends
+from intaglio.cluster.cluster import Cluster
+from intaglio.cluster.front import Front, FrontOptions
+from intaglio.router import Limits, Router
+from intaglio.server.serve import CLOSE_TIMEOUT, POLL_INTERVAL, Connection, QuietServer
+
+log = logging.getLogger("intaglio.cluster")
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """What a cluster runs: arguments of `intaglio serve` for each replica, and the router's options."""
+
+    words: tuple[str, ...]
+    replicas: int = 2
+    policy: str = "cache-aware"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    max_queued: int = 1024
+    front: FrontOptions = field(default_factory=FrontOptions)
+
+
+async def run_cluster(
+    options: ClusterOptions, listener: socket.socket, folder: Path, announce: Callable[[Cluster], None]
+) -> int:
+    """Run until SIGINT, SIGTERM or the command `down`. Returns the exit code.
+
+    `announce` is called once all replicas serve. The first signal lets running requests end, the second ends them.
+    Raises ReplicaFailed if a replica does not start.
+    """
+    router = Router(options.policy, Limits(options.max_queued), options.weights)
+    backends = Backends(router)
+    cluster = Cluster(backends, list(options.words), folder)
+    front = Front(backends, options.front, cluster.state)
+    ending, ended = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (ended if ending.is_set() else ending).set()
+        front.draining = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    async with administration(folder, _commands(cluster, ended)):
+        starting = asyncio.ensure_future(cluster.start(options.replicas))
+        stopping = [asyncio.ensure_future(event.wait()) for event in (ending, ended)]
+        try:
+            await asyncio.wait({starting, *stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                return 130
+            await starting
+            await _serve(front, listener, lambda: announce(cluster), ending, ended)
+        finally:
+            for task in (starting, *stopping):
+                task.cancel()
+            await asyncio.gather(starting, *stopping, return_exceptions=True)
+            await cluster.stop()
+    return 0
+
+
+async def _serve(
+    front: Front, listener: socket.socket, announce: Callable[[], None], ending: asyncio.Event, ended: asyncio.Event
+) -> None:
+    """Serve HTTP until `ended` is set, or `ending` and no request is open."""
+    config = uvicorn.Config(
+        front, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
+        server_header=False, proxy_headers=False, timeout_graceful_shutdown=int(CLOSE_TIMEOUT), backlog=4096,
+    )  # fmt: skip
+    server = QuietServer(config)
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(POLL_INTERVAL / 10)
+    announce()
+    try:
+        while not serving.done() and not ended.is_set() and not (ending.is_set() and front.open == 0):
+            await asyncio.sleep(POLL_INTERVAL)
+    finally:
+        server.should_exit = True
+        if ended.is_set():
+            server.force_exit = True
+        await asyncio.wait({serving}, timeout=2 * CLOSE_TIMEOUT)
+
+
+def _commands(cluster: Cluster, ended: asyncio.Event) -> dict[str, Any]:
+    async def status(_: dict[str, Any]) -> Any:
+        return cluster.state()
+
+    async def drain(command: dict[str, Any]) -> Any:
+        return await cluster.drain(command["replica"], bool(command.get("restart")))
+
+    async def scale(command: dict[str, Any]) -> Any:
+        await cluster.scale(command["replicas"])
+        return cluster.state()
+
+    async def down(_: dict[str, Any]) -> Any:
+        ended.set()
+        return None
+
+    return {"status": status, "drain": drain, "scale": scale, "down": down}

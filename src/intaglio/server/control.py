@@ -1,0 +1,209 @@
+"""Control channel of a replica: a Unix socket on which a router sends requests and reads the engine's state.
+
+Many calls share one connection. A frame is a header, JSON, and a body, bytes, with their lengths before them. Calls:
+
+    {"call": N, "do": "request", "method", "path", "headers", "relay"}, body: the request's body
+        Answered by frames {"call": N, "status", "headers"}, then {"call": N, "deltas"} with parts of the response, the
+        last with "end".
+    {"call": N, "do": "cancel"}
+    {"call": N, "do": "load", "incarnation", "after"}: figures, and the block events after number `after`
+
+Requests pass through the same ASGI application as those over HTTP. The socket's folder decides who may connect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp, Message
+
+from intaglio.runtime import Engine
+from intaglio.server.driver import Inspect
+from intaglio.server.relay import NOTE, Relay, encode, write_delta
+from intaglio.server.served_model import ServedModel
+from intaglio.server.service import Service
+
+log = logging.getLogger("intaglio.server")
+LENGTHS = struct.Struct("!II")
+FRAME_MAX = 1 << 28  # bytes of a frame's header or body
+
+
+def pack(header: dict[str, Any], body: bytes = b"") -> bytes:
+    """One frame."""
+    head = encode(header)
+    return LENGTHS.pack(len(head), len(body)) + head + body
+
+
+async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
+    """(header, body) of the next frame. Raises IncompleteReadError at the end, ValueError for what is no frame."""
+    head, body = LENGTHS.unpack(await reader.readexactly(LENGTHS.size))
+    if max(head, body) > FRAME_MAX:
+        raise ValueError(f"a frame has {max(head, body)} bytes; allowed: up to {FRAME_MAX}")
+    content = await reader.readexactly(head + body)
+    return json.loads(content[:head]), content[head:]
+
+
+@asynccontextmanager
+async def control_channel(app: ASGIApp, service: Service, path: Path) -> AsyncIterator[None]:
+    """Serve the control channel at `path`, which only this user may connect to, until the block ends."""
+    connections: set[Connection] = set()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(app, service, writer)
+        connections.add(connection)
+        try:
+            await connection.run(reader)
+        finally:
+            connections.discard(connection)
+
+    mask = os.umask(0o177)
+    try:
+        server = await asyncio.start_unix_server(connected, path)
+    finally:
+        os.umask(mask)
+    try:
+        yield
+    finally:
+        server.close()
+        for connection in list(connections):
+            connection.close()
+        path.unlink(missing_ok=True)  # the router has done so once it is connected
+
+
+class Connection:
+    """One router's connection: its calls in progress, each a task. All are cancelled when the connection ends."""
+
+    def __init__(self, app: ASGIApp, service: Service, writer: asyncio.StreamWriter) -> None:
+        self.app, self.service, self.writer = app, service, writer
+        self.calls: dict[int, Call] = {}
+
+    async def run(self, reader: asyncio.StreamReader) -> None:
+        """Read frames until the connection ends."""
+        try:
+            while True:
+                header, body = await read_frame(reader)
+                self._handle(header, body)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except (ValueError, KeyError) as e:
+            log.error("control channel: %r is no call; the connection is closed", e)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Cancel all calls and close the connection."""
+        for call in list(self.calls.values()):
+            call.disconnect()
+        self.writer.close()
+
+    def write(self, header: dict[str, Any], body: bytes = b"") -> None:
+        """Send a frame, unless the connection is closed."""
+        if not self.writer.is_closing():
+            self.writer.write(pack(header, body))
+
+    def _handle(self, header: dict[str, Any], body: bytes) -> None:
+        number = header["call"]
+        match header["do"]:
+            case "request":
+                call = self.calls[number] = Call(self, number, header, body)
+                call.task.add_done_callback(lambda _: self.calls.pop(number, None))
+            case "cancel" if number in self.calls:
+                self.calls[number].disconnect()
+            case "load":
+                task = asyncio.ensure_future(self._load(header))
+                task.add_done_callback(lambda t: t.cancelled() or t.exception())
+
+    async def _load(self, header: dict[str, Any]) -> None:
+        model = next(iter(self.service.models.values()))
+        self.write({"call": header["call"], **await load_report(model, header["incarnation"], header["after"])})
+
+
+class Call:
+    """A request from the router, passed to the application as if it had come over HTTP."""
+
+    def __init__(self, connection: Connection, number: int, header: dict[str, Any], body: bytes) -> None:
+        self.connection, self.number, self.body = connection, number, body
+        self.left = asyncio.Event()
+        self.read = False
+        self.deltas: list[Any] = []
+        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in header["headers"]]
+        headers += [(b"authorization", b"Bearer " + key.encode()) for key in connection.service.options.keys[:1]]
+        self.scope: dict[str, Any] = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": header["method"],
+            "scheme": "http", "path": header["path"], "raw_path": header["path"].encode(), "root_path": "",
+            "query_string": header.get("query", "").encode("latin-1"), "headers": headers, "server": None,
+            "client": None, "state": {},
+        }  # fmt: skip
+        if header.get("relay"):
+            self.scope["relay"] = Relay.from_dict(header["relay"])
+        self.task = asyncio.ensure_future(self._run())
+
+    def disconnect(self) -> None:
+        """Tell the application that the client has gone."""
+        self.left.set()
+
+    async def _run(self) -> None:
+        try:
+            await self.connection.app(self.scope, self._receive, self._send)
+        except Exception as e:
+            log.error("control channel: %s failed", self.scope["path"], exc_info=e)
+        self.connection.write({"call": self.number, "end": True, "over": True})
+
+    async def _receive(self) -> Message:
+        if not self.read:
+            self.read = True
+            return {"type": "http.request", "body": self.body, "more_body": False}
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        header: dict[str, Any] = {"call": self.number}
+        match message["type"]:
+            case "http.response.start":
+                names = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message["headers"]]
+                header |= {"status": message["status"], "headers": names}
+            case "http.response.body":
+                if not message.get("more_body", False):
+                    header["end"] = True
+                if message.get("code"):
+                    header["code"] = message["code"]
+            case "relay.head":
+                header["head"] = message["head"]
+            case kind:
+                assert kind == NOTE, kind
+        if deltas := message.get("deltas"):
+            header["deltas"] = [write_delta(d) for d in deltas]
+        self.connection.write(header, message.get("body", b""))
+
+
+async def load_report(model: ServedModel, incarnation: str, after: int) -> dict[str, Any]:
+    """Figures of a model's engine, and its block events after number `after`, or a snapshot if they are not kept.
+
+    incarnation: the one that `after` counts in.
+    """
+    snapshot, admission = model.driver.snapshot, model.llm.admission
+    report: dict[str, Any] = {
+        "running": snapshot.gauges.running, "waiting": snapshot.gauges.waiting, "kv_usage": snapshot.gauges.kv_usage,
+        "draining": snapshot.gauges.draining, "failed": model.broken, "max_batch_tokens": admission.max_batch_tokens,
+        "max_sequences": model.driver.engine.scheduler.max_sequences, "prompt_tokens": snapshot.counts.prompt_tokens,
+        "cached_tokens": snapshot.counts.cached_tokens, "output_tokens": snapshot.counts.output_tokens,
+    }  # fmt: skip
+
+    def inspect(engine: Engine) -> dict[str, Any]:
+        pace = {"per_step": engine.latency.seconds_per_step, "per_token": engine.latency.seconds_per_token}
+        own = engine.pool.events.incarnation
+        events = engine.block_events(after) if incarnation == own else None
+        if events is not None:
+            return {**pace, "incarnation": own, "events": [(e.sequence, e.kind, e.name) for e in events]}
+        snapshot = engine.block_snapshot()
+        return {**pace, "incarnation": own, "sequence": snapshot.sequence, "snapshot": snapshot.names}
+
+    return {**report, **await Inspect.ask(model.driver, inspect)}

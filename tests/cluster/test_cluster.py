@@ -1,0 +1,183 @@
+"""A cluster of real processes: the answers are those of one undisturbed server, whatever happens to replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from support.clustered import Clustered, asked, clustered, plain, send
+from support.served import TEST_TIMEOUT_S, TOOLS, Served, served, wait_for
+
+from intaglio.cluster.admin import ask, cluster_folder
+from intaglio.cluster.process import ReplicaFailed, ReplicaProcess
+from intaglio.model import BUNDLED
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model, called tiny, with a chat template that takes tools."""
+    path = tmp_path_factory.mktemp("cluster") / "tiny"
+    path.mkdir()
+    for file in BUNDLED.iterdir():
+        (path / file.name).symlink_to(file)
+    (path / "chat_template.jinja").write_text(TOOLS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clustered]:
+    with clustered(folder, tmp_path_factory.mktemp("c"), 3) as c:
+        yield c
+        c.wait_ready()
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Iterator[Served]:
+    with served(folder, {"device": "host"}) as s:
+        yield s
+
+
+def compare(cluster: Clustered, alone: Served, requests: list[tuple[str, dict[str, Any]]], trouble: Any) -> None:
+    """Send requests to the cluster while `trouble` is made, and compare all answers with those of one server."""
+    with ThreadPoolExecutor(12) as pool:
+        answers = [pool.submit(send, cluster.url, *request) for request in requests]
+        trouble()
+        got = [answer.result() for answer in answers]
+        wanted = list(pool.map(lambda request: send(alone.url, *request), requests))
+    for request, mine, theirs in zip(requests, got, wanted, strict=True):
+        assert mine == theirs, request
+
+
+def test_killed_and_drained_replicas_change_no_answer(cluster: Clustered, alone: Served) -> None:
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    print(f"{seed=}")
+
+    def trouble() -> None:
+        time.sleep(0.2)
+        cluster.kill("r0")
+        time.sleep(0.3)
+        cluster.ask("drain", replica="r1", restart=True)
+        cluster.kill("r2")
+
+    compare(cluster, alone, [asked(rng, i) for i in range(40)], trouble)
+    cluster.wait_ready()
+    assert {name: r["restarts"] for name, r in cluster.replicas().items()} == {"r0": 1, "r1": 0, "r2": 1}
+    assert cluster.metric('intaglio:router_moves_total{cause="lost"}') > 0
+
+
+def long(seed: int, **more: Any) -> tuple[str, dict[str, Any]]:
+    """A stream of 400 tokens, if the text does not end before."""
+    body = {"model": "tiny", "prompt": "abc", "max_tokens": 400, "ignore_eos": True, "seed": seed, "stream": True}
+    return "/v1/completions", {**body, **more}
+
+
+def test_a_drained_replicas_streams_move_and_it_is_gone(cluster: Clustered, alone: Served) -> None:
+    before = cluster.metric('intaglio:router_moves_total{cause="drained"}')
+
+    def trouble() -> None:
+        wait_for(lambda: [*cluster.replicas().values()][-1]["requests"] > 0)  # the one that will go
+        cluster.ask("scale", replicas=2)
+
+    compare(cluster, alone, [long(seed, max_tokens=900) for seed in range(12)], trouble)
+    assert cluster.metric('intaglio:router_moves_total{cause="drained"}') > before
+    assert [r["state"] for r in cluster.replicas().values()] == ["ready"] * 2
+
+
+def test_a_client_that_leaves_frees_its_replica(cluster: Clustered) -> None:
+    path, body = long(1, max_tokens=900)
+    with httpx.stream("POST", cluster.url + path, json=body, timeout=TEST_TIMEOUT_S) as r:
+        lines = r.iter_lines()  # kept, because httpx closes the response with its iterator
+        assert next(lines).startswith("data: {")
+        assert sum(r["requests"] for r in cluster.replicas().values()) == 1
+    cluster.wait_ready()
+    wait_for(lambda: not any(r["running"] for r in cluster.replicas().values()))
+
+
+def test_errors_are_the_replicas_own(cluster: Clustered, alone: Served) -> None:
+    for path, body in (
+        ("/v1/completions", {"model": "tiny", "prompt": "a", "temperature": 9}),
+        ("/v1/completions", {"model": "other", "prompt": "a"}),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [], "stream": True}),
+        ("/v1/completions", {"model": "tiny", "prompt": "a b c " * 1000, "max_tokens": 8}),
+        ("/v1/completions", [1]),
+    ):
+        mine, theirs = (httpx.post(u + path, json=body, timeout=TEST_TIMEOUT_S) for u in (cluster.url, alone.url))
+        assert (mine.status_code, mine.json()) == (theirs.status_code, theirs.json()), body
+    assert httpx.post(f"{cluster.url}/v1/completions", content=b"{").status_code in (400, 415)
+    assert httpx.get(f"{cluster.url}/nothing").status_code == 404
+    assert httpx.get(f"{cluster.url}/v1/completions").status_code == 405
+    late = httpx.post(f"{cluster.url}/v1/completions", json=long(1, timeout=0.001, stream=False)[1])
+    if late.status_code == 200:
+        assert late.json()["choices"][0]["finish_reason"] == "deadline"
+    else:
+        assert late.status_code in (429, 503) and late.headers["retry-after"]
+
+
+def test_other_endpoints_come_from_a_replica(cluster: Clustered, alone: Served) -> None:
+    mine, theirs = (httpx.get(f"{url}/v1/models").json() for url in (cluster.url, alone.url))
+    assert plain(mine) == plain(theirs)
+    text = {"model": "tiny", "prompt": "hello"}
+    assert httpx.post(f"{cluster.url}/tokenize", json=text).json() == alone.post("/tokenize", text).json()
+    assert httpx.get(f"{cluster.url}/health").json() == {"status": "ok"}
+    assert {r["name"] for r in httpx.get(f"{cluster.url}/cluster").json()["replicas"]} == set(cluster.replicas())
+
+
+def test_metrics_have_values_for_each_replica(cluster: Clustered) -> None:
+    send(cluster.url, *long(5, max_tokens=3))
+    assert cluster.metric('vllm:num_incoming_requests_total{model="tiny"}') > 0
+    for name in cluster.replicas():
+        assert cluster.metric(f'vllm:healthy_pods_total{{server="{name}"}}') == 1
+        assert cluster.metric(f'vllm:num_requests_running{{server="{name}"}}') == 0
+
+
+def test_a_conversation_goes_where_its_beginning_is_cached(cluster: Clustered) -> None:
+    text = "a conversation with a beginning of its own. " * 6
+    path, body = long(3, prompt=text, max_tokens=4, stream=False)
+    counts = []
+    for _ in range(4):
+        answer = httpx.post(cluster.url + path, json=body, timeout=TEST_TIMEOUT_S).json()
+        counts.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+    assert counts[0] < counts[1] and counts[1:] == [counts[1]] * 3  # found at once, and then each time
+
+
+def test_commands_refuse_what_cannot_be(cluster: Clustered) -> None:
+    with pytest.raises(ValueError, match="no replica 'r99'"):
+        cluster.ask("drain", replica="r99")
+    with pytest.raises(ValueError, match="allowed: 1 to 64"):
+        cluster.ask("scale", replicas=0)
+    with pytest.raises(ValueError, match="is no command"):
+        cluster.ask("dance")
+    with pytest.raises(ValueError, match="no cluster 'other' runs"):
+        ask("other", {"do": "status"})
+    assert os.stat(cluster_folder("test")).st_mode & 0o777 == 0o700
+
+
+def test_a_killed_router_leaves_no_replica(folder: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+        cluster = Clustered(folder, tmp_path, 1)
+        children = cluster.descendants()
+        assert children
+        cluster.process.send_signal(signal.SIGKILL)
+        cluster.process.wait()
+        wait_for(lambda: not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children))
+        with pytest.raises(ValueError, match="no cluster 'test' runs"):
+            cluster.ask("status")
+
+
+def test_a_model_that_does_not_load_is_reported(tmp_path: Path) -> None:
+    process = ReplicaProcess("r0", [str(tmp_path / "nothing")], tmp_path)
+    with pytest.raises(ReplicaFailed, match="replica r0 did not start: .*nothing"):
+        asyncio.run(process.start())
+    assert process.ended

@@ -1,0 +1,162 @@
+"""The parts of a cluster without processes: deltas on the wire, jobs read from bodies, links, administration."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from intaglio.cli.cluster import read_weights
+from intaglio.cluster.admin import administration, ask, cluster_folder
+from intaglio.cluster.link import Link, LinkLost, Moved
+from intaglio.cluster.prompt import TimeLimits, make_job
+from intaglio.router import PromptMemory
+from intaglio.runtime import Fault, Scored, Usage
+from intaglio.server.control import pack, read_frame
+from intaglio.server.driver import ChoiceDelta
+from intaglio.server.relay import encode, read_delta, write_delta
+
+reals = st.floats(allow_nan=False)
+scores = st.builds(
+    Scored, st.integers(0, 9), reals, st.lists(st.tuples(st.integers(0, 9), reals), max_size=3).map(tuple),
+    st.none() | st.integers(1, 9),
+)  # fmt: skip
+deltas = st.builds(
+    ChoiceDelta, st.integers(0, 9), st.text(), st.none() | scores, st.none() | st.sampled_from(["stop", "length"]),
+    st.none() | st.builds(Fault, st.just("request"), st.text()),
+    st.none() | st.builds(Usage, *[st.integers(0, 9)] * 4, reals, st.none() | reals, st.none() | reals, reals),
+    st.none() | st.lists(scores, max_size=2).map(tuple), st.none() | st.text() | st.integers(0, 9),
+)  # fmt: skip
+
+
+@given(deltas)
+def test_a_delta_survives_the_wire(delta: ChoiceDelta) -> None:
+    assert read_delta(json.loads(encode(write_delta(delta)))) == delta
+
+
+def test_a_probability_of_zero_survives_too() -> None:
+    delta = ChoiceDelta(0, "", Scored(1, -math.inf))
+    assert read_delta(json.loads(encode(write_delta(delta)))) == delta
+
+
+def job(body: dict[str, Any], memory: PromptMemory | None = None) -> Any:
+    return make_job("id", body, memory or PromptMemory(), 100.0, TimeLimits(60.0, 10.0), "t", 50.0)
+
+
+def test_a_job_has_what_the_body_says() -> None:
+    one = job({"prompt": "a" * 1000, "max_tokens": 7, "n": 2, "priority": -3, "timeout": 5, "queue_timeout": 99})
+    assert (one.output_tokens, one.choices, one.priority, one.deadline, one.start_by) == (7, 2, -3, 105.0, 110.0)
+    assert len(one.keys) == 7 and 200 <= one.prompt_tokens <= 300
+    assert job({"prompt": ["a", "b", "c"], "n": 2}).choices == 6
+    assert job({"prompt": [1, 2, 3] * 40}).prompt_tokens == 120
+    assert job({"prompt": "a"}).output_tokens == 16 and job({"messages": []}).output_tokens == 50
+
+
+def test_turns_of_a_conversation_share_their_beginning_and_salts_do_not() -> None:
+    turns = [{"role": r, "content": c * 200} for r, c in (("system", "s"), ("user", "u"), ("assistant", "a"))]
+    first, second = job({"messages": turns[:2]}), job({"messages": turns})
+    assert len(first.keys) >= 3 and second.keys[: len(first.keys)] == first.keys
+    assert not set(job({"messages": turns, "cache_salt": "x"}).keys) & set(second.keys)
+    assert not set(job({"messages": turns, "model": "other"}).keys) & set(second.keys)
+
+
+plain = st.none() | st.integers() | st.text() | st.booleans()
+values = st.recursive(plain, lambda v: st.lists(v) | st.dictionaries(st.sampled_from(["role", "content", "a"]), v))
+
+
+@given(values, st.sampled_from(["prompt", "messages", "n", "max_tokens", "timeout"]))
+def test_any_body_gives_a_job(value: Any, name: str) -> None:
+    one = job({"prompt": "a", name: value} if name != "messages" else {name: value})
+    assert one.prompt_tokens >= 1 and one.output_tokens >= 1 and one.choices >= 1
+
+
+def test_calls_share_a_link_until_it_ends(tmp_path: Path) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen = [await read_frame(reader) for _ in range(3)]
+        for header, body in reversed(seen):
+            writer.write(pack({"call": header["call"], "part": 1}, body))
+        writer.write(pack({"call": seen[0][0]["call"], "end": True}))
+        await read_frame(reader)  # the cancelled call
+        writer.close()
+
+    async def main() -> None:
+        path = tmp_path / "s"
+        async with await asyncio.start_unix_server(serve, path):
+            link = await Link.connect(path)
+            lost = []
+            link.on_lost = lambda: lost.append(True)
+            calls = [link.call({"do": "x"}, bytes([i])) for i in range(3)]
+            for i, call in enumerate(calls):
+                assert await call.frame() == ({"part": 1}, bytes([i]))
+            assert await calls[0].frame() == ({"end": True}, b"")
+            calls[1].move()
+            with pytest.raises(Moved):
+                await calls[1].frame()
+            calls[1].close()
+            with pytest.raises(LinkLost):
+                await calls[2].frame()
+            assert link.lost and lost == [True] and not link.calls
+            with pytest.raises(LinkLost):
+                link.call({})
+
+    asyncio.run(main())
+
+
+def test_commands_are_answered_and_the_socket_is_ours_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    folder = cluster_folder("one")
+    (folder / "admin.sock").touch()  # left by a cluster that was killed
+    started, done = threading.Event(), threading.Event()
+
+    async def double(command: dict[str, Any]) -> Any:
+        return 2 * command["value"]
+
+    async def run() -> None:
+        async with administration(folder, {"double": double}):
+            assert os.stat(folder / "admin.sock").st_mode & 0o777 == 0o600
+            with pytest.raises(ValueError, match="runs already"):
+                async with administration(folder, {}):
+                    pass
+            started.set()
+            await asyncio.to_thread(done.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    assert started.wait(60)
+    try:
+        assert ask("one", {"do": "double", "value": 4}) == 8
+        with pytest.raises(ValueError, match="there are double"):
+            ask("one", {"do": "halve"})
+        with pytest.raises(ValueError, match="value"):
+            ask("one", {"do": "double"})
+    finally:
+        done.set()
+        thread.join()
+    assert not (folder / "admin.sock").exists()
+    with pytest.raises(ValueError, match="no cluster 'one' runs"):
+        ask("one", {"do": "double"})
+
+
+def test_a_folder_open_to_others_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    cluster_folder("one").chmod(0o755)
+    with pytest.raises(ValueError, match="not a folder of this user alone"):
+        cluster_folder("one")
+    for name in ("", "a/b", "..", "x" * 40):
+        with pytest.raises(ValueError, match="the cluster's name"):
+            cluster_folder(name)
+
+
+def test_weights_are_read() -> None:
+    assert read_weights(["a=2", "b=c=0.5"]) == {"a": 2.0, "b=c": 0.5}
+    for word in ("a", "a=", "a=x"):
+        with pytest.raises(ValueError, match="TENANT=W"):
+            read_weights([word])

@@ -1,0 +1,144 @@
+"""A cluster of real processes, started by `intaglio cluster up`, and requests of many kinds for it. Used by tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from support.served import TEST_TIMEOUT_S, prompt, wait_for
+
+from intaglio.cluster.admin import ask
+from intaglio.devices.processes import child_environment
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string", "maxLength": 12}},
+          "required": ["a", "b"], "additionalProperties": False}  # fmt: skip
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": SCHEMA}}
+
+
+class Clustered:
+    """A running cluster. `name` is for its commands; they and the processes share a folder of the test's own."""
+
+    def __init__(self, folder: Path, runtime: Path, replicas: int, *words: str) -> None:
+        self.name = "test"
+        self.output = runtime / "output.log"
+        command = [
+            sys.executable, "-m", "intaglio", "cluster", "up", str(folder), "--replicas", str(replicas), "--port", "0",
+            "--name", self.name, *words,
+        ]  # fmt: skip
+        environment = {**child_environment(), "XDG_RUNTIME_DIR": str(runtime)}
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        wait_for(lambda: "serving" in self.said() or self.process.poll() is not None)
+        found = re.search(r"replicas at (http://\S+)", self.said())
+        assert found, self.said()
+        self.url = found[1]
+
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def ask(self, do: str, **more: Any) -> Any:
+        return ask(self.name, {"do": do, **more}, TEST_TIMEOUT_S)
+
+    def replicas(self) -> dict[str, dict[str, Any]]:
+        return {r["name"]: r for r in self.ask("status")["replicas"]}
+
+    def kill(self, name: str) -> None:
+        os.kill(self.replicas()[name]["pid"], signal.SIGKILL)
+
+    def wait_ready(self) -> None:
+        """Wait until every replica serves, and nothing is in progress."""
+        wait_for(lambda: all(r["state"] == "ready" and not r["requests"] for r in self.replicas().values()))
+        assert self.ask("status")["queued"] == 0
+
+    def metric(self, line: str) -> float:
+        text = httpx.get(f"{self.url}/metrics", timeout=TEST_TIMEOUT_S).text
+        return float(next(row for row in text.splitlines() if row.startswith(line)).rsplit(" ", 1)[1])
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+@contextmanager
+def clustered(folder: Path, runtime: Path, replicas: int, *words: str) -> Iterator[Clustered]:
+    """A cluster; checks at its end that it leaves no process and no socket."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(runtime))
+        cluster = Clustered(folder, runtime, replicas, *words)
+        children = cluster.descendants()
+        try:
+            yield cluster
+            children += cluster.descendants() if cluster.process.poll() is None else []
+        finally:
+            cluster.process.send_signal(signal.SIGINT)
+            cluster.process.wait(TEST_TIMEOUT_S)
+        wait_for(lambda: not any(c.is_running() and c.status() != psutil.STATUS_ZOMBIE for c in children))
+        assert not list(runtime.rglob("*.sock"))
+
+
+def asked(rng: random.Random, i: int) -> tuple[str, dict[str, Any]]:
+    """(path, body) of a request of kind `i`, each with a seed."""
+    shared = "the same beginning of many prompts, long enough for some blocks. " * 3
+    body: dict[str, Any] = {"model": "tiny", "seed": rng.randrange(2**40), "temperature": 0.8, "stream": i % 2 == 0}
+    if body["stream"] and rng.random() < 0.5:
+        body["stream_options"] = {"include_usage": True, "continuous_usage_stats": rng.random() < 0.5}
+    chat = [{"role": "system", "content": shared}, {"role": "user", "content": prompt(rng, 20)}]
+    match i // 2 % 5:
+        case 0:
+            return "/v1/completions", {
+                **body, "prompt": shared + prompt(rng, 9), "max_tokens": 150, "ignore_eos": True, "logprobs": 2,
+            }  # fmt: skip
+        case 1:
+            return "/v1/chat/completions", {
+                **body, "messages": chat, "max_tokens": 60, "n": 3, "stop": ["e", "qq"], "logprobs": True,
+                "top_logprobs": 2, "min_tokens": 20, "presence_penalty": 0.4,
+            }  # fmt: skip
+        case 2:
+            form = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
+            return "/v1/chat/completions", {**body, "messages": chat, "max_tokens": 60, "response_format": form}
+        case 3:
+            return "/v1/chat/completions", {
+                **body, "messages": chat, "max_tokens": 60, "tools": [TOOL], "tool_choice": "required",
+            }  # fmt: skip
+    more = {"echo": True, "return_token_ids": True} if body["stream"] else {"best_of": 3, "n": 2, "prompt_logprobs": 1}
+    prompts = [prompt(rng, 30) for _ in range(2)]
+    return "/v1/completions", {**body, "prompt": prompts, "max_tokens": 80, "ignore_eos": True, **more}
+
+
+def send(url: str, path: str, body: dict[str, Any]) -> list[Any]:
+    """Send a request. Returns its chunks, or its one response, without what differs between equal answers."""
+    with httpx.stream("POST", url + path, json=body, timeout=TEST_TIMEOUT_S) as r:
+        text = r.read().decode()
+        assert r.status_code == 200, text
+    if not body["stream"]:
+        return [plain(json.loads(text))]
+    events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert events[-1] == "[DONE]", text
+    chunks = [json.loads(event) for event in events[:-1]]
+    assert len({c["id"] for c in chunks}) == len({c["created"] for c in chunks}) == 1, text
+    return by_choice([plain(c) for c in chunks])
+
+
+def by_choice(chunks: list[Any]) -> list[Any]:
+    """The chunks' choices by number, since choices may take turns in any way, and the last usage."""
+    choices = sorted((c for chunk in chunks for c in chunk["choices"]), key=lambda c: c["index"])
+    return [chunks[0]["model"], chunks[0].get("prompt_token_ids"), choices, chunks[-1].get("usage")]
+
+
+def plain(value: Any) -> Any:
+    """A response without ids, times and counts of cached tokens."""
+    if isinstance(value, dict):
+        kept = {k: plain(v) for k, v in value.items() if k not in ("id", "created", "prompt_tokens_details")}
+        return {**kept, "id": "call"} if value.get("type") == "function" and value.get("id") else kept
+    return [plain(v) for v in value] if isinstance(value, list) else value
