@@ -233,6 +233,15 @@ NB_MODULE(_native, m) {
       .def("copy_in", [](Session& s, int tensor, nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> values) {
              s.executable.copy_in(tensor, int64_t(values.shape(0)), values.data());
            }, "tensor"_a, "values"_a)
+      .def_prop_ro("page_bytes", [](const Session& s) { return s.executable.page_bytes(); })
+      .def("read_page", [](const Session& s, int64_t page, nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
+             if (int64_t(out.size()) != s.executable.page_bytes()) throw std::invalid_argument("a page has page_bytes bytes");
+             s.executable.read_page(page, out.data());
+           }, "page"_a, "out"_a)
+      .def("write_page", [](Session& s, int64_t page, nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> from) {
+             if (int64_t(from.size()) != s.executable.page_bytes()) throw std::invalid_argument("a page has page_bytes bytes");
+             s.executable.write_page(page, from.data());
+           }, "page"_a, "values"_a)
       .def_prop_ro("plans", [](const Session& s) { return s.executable.plans(); })
       .def_prop_ro("planning_seconds", [](const Session& s) { return s.executable.planning_seconds(); });
 }

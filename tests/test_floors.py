@@ -24,7 +24,7 @@ FLOORS = (  # from the lowest up; rooms of one floor do not import each other
     ("compiler", "models", "silicon"),
     ("devices",),
     ("runtime",),
-    ("model", "machine", "router"),
+    ("model", "machine", "tiers", "router"),
     ("llm",),
     ("server", "debugging", "measure"),
     ("codesign", "cluster"),

@@ -69,6 +69,38 @@ int Executable::add_cache(int64_t pages, int heads, int head_dim, Fmt format, bo
   return add(std::move(t));
 }
 
+int64_t Executable::page_bytes() const {
+  int64_t total = 0;
+  for (const Tensor& t : tensors_)
+    if (t.cache) total += t.cache->page_bytes(context_.page);
+  return total;
+}
+
+void Executable::read_page(int64_t page, uint8_t* out) const {
+  check_page(page);
+  for (const Tensor& t : tensors_) {
+    if (!t.cache) continue;
+    const int64_t bytes = t.cache->page_bytes(context_.page);
+    std::memcpy(out, t.cache->memory.data() + page * bytes, size_t(bytes));
+    out += bytes;
+  }
+}
+
+void Executable::write_page(int64_t page, const uint8_t* from) {
+  check_page(page);
+  for (const Tensor& t : tensors_) {
+    if (!t.cache) continue;
+    const int64_t bytes = t.cache->page_bytes(context_.page);
+    std::memcpy(t.cache->memory.data() + page * bytes, from, size_t(bytes));
+    from += bytes;
+  }
+}
+
+void Executable::check_page(int64_t page) const {
+  if (page < 0 || page >= limits_.block)
+    throw std::out_of_range("page " + std::to_string(page) + " is outside 0.." + std::to_string(limits_.block - 1));
+}
+
 int Executable::add_states(int64_t slots, int64_t floats) {
   const int64_t bytes = slots * floats * 4 + kAlign;
   Tensor t;

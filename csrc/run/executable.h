@@ -49,6 +49,12 @@ class Executable {
   void copy_out(int tensor, int64_t rows, void* out) const;
   void copy_in(int tensor, int64_t rows, const void* from);
 
+  // The contents of pages of K/V cache, all caches in the order in which they were added, as they lie in memory.
+  // page_bytes() is their size. Not during a step. Throw out_of_range for a page that is not there.
+  int64_t page_bytes() const;
+  void read_page(int64_t page, uint8_t* out) const;
+  void write_page(int64_t page, const uint8_t* from);
+
   // Number of plans made, and total seconds spent on making and finding plans.
   int64_t plans() const { return plans_; }
   double planning_seconds() const { return planning_seconds_; }
@@ -64,6 +70,7 @@ class Executable {
   };
 
   int add(Tensor t);
+  void check_page(int64_t page) const;
   Memory part_of_cache_file(int64_t bytes);
   void check(const StepInputs& in) const;
   std::vector<int64_t> key(bool timed) const;

@@ -126,6 +126,30 @@ TEST(attention_needs_a_new_plan_when_its_splits_change) {
   CHECK_EQUAL(step(300, 1000), 3);  // divided by queries, so positions do not matter
 }
 
+TEST(pages_of_all_caches_are_copied_out_and_in) {
+  Executable e(*kernels_of("scalar"), 1, 16, {4, 64, 16 * 3, 3}), other(*kernels_of("scalar"), 1, 16, {4, 64, 16 * 3, 3});
+  for (Executable* x : {&e, &other}) x->add_cache(3, 2, 8, Fmt::F32, true), x->add_cache(3, 2, 8, Fmt::I8, false);
+  const int64_t bytes = 2 * 16 * 8 * 4 + 2 * 16 * (16 + 2);  // of values a token are stored 16, and a scale
+  CHECK_EQUAL(e.page_bytes(), bytes);
+  for (int64_t page = 0; page < 3; page++) {
+    std::vector<uint8_t> values(size_t(bytes), uint8_t(page + 1)), read(size_t(bytes), uint8_t(0));
+    for (size_t i = 0; i < values.size(); i++) values[i] = uint8_t(values[i] * 31 + i);
+    e.write_page(page, values.data());
+    e.read_page(page, read.data());
+    CHECK(read == values);
+    other.write_page(2 - page, read.data());
+  }
+  for (int64_t page = 0; page < 3; page++) {
+    std::vector<uint8_t> a(size_t(bytes), uint8_t(0)), b(size_t(bytes), uint8_t(0));
+    e.read_page(page, a.data());
+    other.read_page(2 - page, b.data());
+    CHECK(a == b);
+  }
+  std::vector<uint8_t> any(size_t(bytes), uint8_t(0));
+  CHECK_THROWS(std::out_of_range, e.read_page(3, any.data()), "page 3 is outside 0..2");
+  CHECK_THROWS(std::out_of_range, e.write_page(-1, any.data()), "page -1 is outside 0..2");
+}
+
 TEST(batches_beyond_the_limits_are_refused) {
   Small s(1);
   Sizes sizes({1}, {1});

@@ -35,6 +35,9 @@ struct Cache {
   Fmt format;
   int heads, head_dim, stride;
   bool keys;  // laid out as [head_dim][page]
+
+  // Bytes of a page of `page` tokens, all heads.
+  int64_t page_bytes(int page) const { return heads * block_bytes(format, keys ? head_dim : stride, page); }
 };
 
 // Recurrent state: `stride` floats for each of some slots. A step reads slot state_from[s] of a sequence and writes slot

@@ -172,6 +172,16 @@ class Executable:
     def copy_out(self, tensor: int, out: np.ndarray) -> None: ...
     def copy_in(self, tensor: int, values: np.ndarray) -> None: ...
     @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all K/V caches."""
+
+    def read_page(self, page: int, out: np.ndarray) -> None:
+        """Copy a page to a uint8 array [page_bytes]. Raises IndexError for a page that is not there."""
+
+    def write_page(self, page: int, values: np.ndarray) -> None:
+        """Copy a uint8 array [page_bytes] to a page. Raises IndexError for a page that is not there."""
+
+    @property
     def plans(self) -> int: ...
     @property
     def planning_seconds(self) -> float: ...

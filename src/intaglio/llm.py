@@ -47,8 +47,10 @@ from intaglio.runtime import (
     Sequence,
 )
 from intaglio.runtime.request import TokenIds
+from intaglio.tiers import DiskTier
 
 PAGE_TOKENS = 32
+KV_CACHE_BYTES = 8 << 30  # of the directory of K/V blocks
 KV_TOKENS = 32768  # tokens of K/V cache by default, if the context is no longer than that
 
 Params = SamplingParams | abc.Sequence[SamplingParams] | None
@@ -122,6 +124,9 @@ class LLM:
         chip: with device silicon, the chip whose times are modelled; the host computes the values.
         chips: with device silicon, the number of chips that share the model, by `layout` or else tensor parallel.
         machine: threads and memory shared with other models; it then gives the threads.
+        kv_cache_dir: a directory that keeps K/V blocks beyond this process, made if it is not there. A later engine of
+            the same model loads them instead of computing them; several engines may use the directory.
+        kv_cache_bytes: bytes of all files there; the least recently used are deleted for others.
         revision: of a hub id: branch, tag or commit, by default main.
         progress: called as progress(done, total, what) while the model loads (see `intaglio.progress`).
     """
@@ -149,6 +154,8 @@ class LLM:
         chip: str | None = None,
         chips: int | None = None,
         machine: Machine | None = None,
+        kv_cache_dir: str | Path | None = None,
+        kv_cache_bytes: int = KV_CACHE_BYTES,
         revision: str | None = None,
         progress: Progress = silent,
     ) -> None:
@@ -179,14 +186,19 @@ class LLM:
             "device": device, "weights": weights, "context": context, "kv_tokens": self.state.pages * PAGE_TOKENS,
             "kv_format": kv_format, "layout": layout, "chip": chip, "chips": chips,
         }  # fmt: skip
+        facts = inner.facts()
+        numerics = " ".join(filter(None, (device, facts.isa, layout)))
+        scope = BlockScope.of(
+            self.mesh.last, PAGE_TOKENS, numerics, self.model.checkpoint.identity(),
+            " ".join(filter(None, (__version__, facts.build))),
+        )  # fmt: skip
+        self.tier = _tier(kv_cache_dir, kv_cache_bytes, scope, journal)
         engine = partial(RecordedEngine, journal=_journal(journal, self.model.path, opened)) if journal else Engine
         self.engine: Engine = engine(
             self.load(progress), clock=self.clock, rng=random.Random(), max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, max_waiting=max_waiting, max_drafts=max_drafts,
-            numerics=" ".join(filter(None, (device, inner.facts().isa, layout))),
-            scope=BlockScope(
-                weights=self.model.checkpoint.identity(), version=f"{__version__} {inner.facts().build or ''}".strip()
-            ),
+            numerics=numerics,
+            scope=scope, connector=self.tier,
             incarnation=secrets.token_hex(8),
             restart=self.reload if isinstance(self.device, WorkerDevice | RanksDevice | HostsDevice) else None,
         )  # fmt: skip
@@ -207,6 +219,12 @@ class LLM:
         """Load the model once more in place of the engine's executable, which was lost. Returns the new executable."""
         lost = self.engine.executable
         return self.machine.shared(self.device.reload(lost, self.mesh, self.model.checkpoint, self.state))
+
+    def close(self) -> None:
+        """Write the K/V blocks that wait to be kept, and end the device's processes. Nothing runs afterwards."""
+        if self.tier:
+            self.tier.close()
+        self.engine.executable.close()
 
     def generate(
         self, prompts: Prompt | abc.Sequence[Prompt], params: Params = None, progress: Progress = silent
@@ -353,6 +371,17 @@ def state_spec(mesh: MeshProgram, kv_tokens: int | None, max_sequences: int, mac
     tokens = min(max(mesh.last.context, KV_TOKENS), granted // max(1, token)) if kv_tokens is None else kv_tokens
     pages = tokens // PAGE_TOKENS if kv_tokens is None else -(-tokens // PAGE_TOKENS)
     return StateSpec(max(1, pages), PAGE_TOKENS, slots)
+
+
+def _tier(folder: str | Path | None, budget: int, scope: BlockScope, journal: str | Path | None) -> DiskTier | None:
+    """The tier that keeps K/V blocks in `folder`; None without one. Raises RequestError for options that do not fit."""
+    if folder is None:
+        return None
+    if budget < 1:
+        raise RequestError(f"kv_cache_bytes is {budget}; allowed: 1 or more")
+    if journal:
+        raise RequestError("a journal does not record which K/V blocks were loaded; leave out journal or kv_cache_dir")
+    return DiskTier(Path(folder), budget, scope)
 
 
 def _layout(layout: str | None, chips: int | None) -> Layout:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
+
+import numpy as np
 
 from intaglio.devices import BlockingExecutable, DeviceError, Executable, StepRequest, StepResult
 
@@ -50,6 +53,18 @@ class SharedExecutable(BlockingExecutable):
     def run(self, request: StepRequest) -> StepResult:
         with self.turn:
             return self.inner.step(request)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.inner.block_bytes
+
+    def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        with self.turn:
+            return self.inner.read_blocks(blocks)
+
+    def write_blocks(self, blocks: Sequence[int], contents: np.ndarray) -> None:
+        with self.turn:
+            self.inner.write_blocks(blocks, contents)
 
     def unwrapped(self) -> Executable:
         return self.inner.unwrapped()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -98,6 +99,17 @@ def test_release_drops_the_pages(tmp_path):
     c.release("y")
     assert resident(file) < 1 << 20
     assert c.read("x")[-1] == 1
+
+
+def test_identity_tells_files_of_equal_size_and_time_from_each_other(tmp_path):
+    """Such as two fine-tunes in images that set all times to the same."""
+    rng, identities = np.random.default_rng(0), []
+    first, second = (rng.standard_normal((300, 1000)).astype(np.float32) for _ in range(2))
+    for name, values in (("one", first), ("other", second), ("again", second)):
+        made = folder(tmp_path / name, raw({"a": values}))
+        os.utime(made / "model.safetensors", (1, 1))
+        identities.append(Checkpoint.open(made).identity())
+    assert identities[0] != identities[1] == identities[2]
 
 
 def test_warns_once_of_nan_and_inf(tmp_path):

@@ -12,9 +12,8 @@ import pytest
 
 RUNTIME = Path(__file__).resolve().parent.parent.parent / "src" / "intaglio" / "runtime"
 ALLOWED = {  # modules that the runtime may import; others have clocks, randomness, threads or files
-    "__future__", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib", "heapq", "intaglio",
-    "itertools", "json",
-    "math", "numpy", "typing",
+    "__future__", "bisect", "collections", "contextlib", "dataclasses", "enum", "functools", "hashlib", "heapq",
+    "intaglio", "itertools", "json", "math", "numpy", "typing",
 }  # fmt: skip
 AMBIENT = {"open", "input", "print", "exec", "eval", "__import__", "breakpoint", "exit"}
 UNSTABLE = {"hash", "id"}  # their values differ from run to run

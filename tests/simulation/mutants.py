@@ -6,11 +6,14 @@ The simulation must find every one; if one goes unnoticed, a rule is missing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from intaglio.devices import DeviceError, DeviceLost
 from intaglio.runtime import (
     Admission,
+    BlockKey,
     BlockNames,
     Engine,
     EngineLoad,
@@ -528,6 +531,105 @@ def resume_ended_choices(engine: Engine) -> None:
     engine.suspend = broken  # type: ignore[method-assign]
 
 
+def load_blocks_in_reverse(engine: Engine) -> None:
+    """Loaded contents are written to their sequence's blocks in the wrong order."""
+    device = engine.offload.device
+    assert device
+    write = device.write_blocks
+    device.write_blocks = lambda blocks, contents: write(blocks, contents[::-1])  # type: ignore[method-assign]
+
+
+def count_more_blocks_than_were_loaded(engine: Engine) -> None:
+    """A sequence goes on as if one more block had been loaded."""
+    fill = engine.offload.fill
+
+    def broken(sequence: Sequence, cached: int, blocks: list[int]) -> int:
+        loaded = fill(sequence, cached, blocks)
+        most = (sequence.length - 1) // engine.pool.block_size - cached
+        return min(loaded + 1, most) if loaded else 0
+
+    engine.offload.fill = broken  # type: ignore[method-assign]
+
+
+def ignore_refusal_of_loaded_blocks(engine: Engine) -> None:
+    """Blocks count as loaded though the device refused them."""
+    device = engine.offload.device
+    assert device
+    write = device.write_blocks
+
+    def broken(blocks: list[int], contents: Any) -> None:
+        with suppress(DeviceError):
+            write(blocks, contents)
+
+    device.write_blocks = broken  # type: ignore[method-assign]
+
+
+def give_load_to_another_sequence(engine: Engine) -> None:
+    """A load that was begun for one sequence is used for the next that starts."""
+    ready = engine.offload.ready
+
+    def broken(sequence: Sequence, cached: int, wait: bool) -> bool:
+        if engine.offload.loading:
+            engine.offload.loading = replace(engine.offload.loading, sequence=sequence)
+        return ready(sequence, cached, wait)
+
+    engine.offload.ready = broken  # type: ignore[method-assign]
+
+
+def save_blocks_before_they_are_computed(engine: Engine) -> None:
+    """A block is saved with the contents it has when its sequence starts."""
+    start = engine.scheduler.start_next
+
+    def broken() -> Sequence | None:
+        s, connector = start(), engine.offload.connector
+        if s and connector and len(s.blocks) > 1:
+            size, names = engine.pool.block_size, engine.pool.names
+            tokens = s.tokens(0, size)
+            root = names.root(s.salt)
+            key = BlockKey(names.child(root, tokens), root, tuple(tokens))
+            connector.save(key, engine.launcher.read_blocks(s.blocks[:1])[0])
+        return s
+
+    engine.scheduler.start_next = broken  # type: ignore[method-assign]
+
+
+def forget_blocks_after_failed_load(engine: Engine) -> None:
+    """The blocks of a sequence for which the device was lost while it took loaded blocks stay held."""
+    release, device = engine.pool.release, engine.offload.device
+    assert device
+    write, lost = device.write_blocks, [False]
+
+    def broken_write(blocks: list[int], contents: Any) -> None:
+        try:
+            write(blocks, contents)
+        except DeviceLost:
+            lost[0] = True
+            raise
+
+    def broken_release(blocks: list[int]) -> None:
+        if not lost[0]:
+            release(blocks)
+        lost[0] = False
+
+    device.write_blocks = broken_write  # type: ignore[method-assign]
+    engine.pool.release = broken_release  # type: ignore[method-assign]
+
+
+def wait_for_a_load_for_ever(engine: Engine) -> None:
+    """A load that never comes keeps its sequence waiting."""
+    engine.offload.timeout = 1e9
+    connector = engine.offload.connector
+    if connector:
+        load = connector.load
+
+        def broken(keys: Any, block_bytes: int) -> Any:
+            began = load(keys, block_bytes)
+            began.until = 1e12  # type: ignore[attr-defined]
+            return began
+
+        connector.load = broken  # type: ignore[method-assign]
+
+
 MUTANTS: tuple[Mutant, ...] = (
     skip_refcount_decrement,
     free_shared_block_at_first_release,
@@ -575,4 +677,11 @@ MUTANTS: tuple[Mutant, ...] = (
     restart_timeouts_on_resumption,
     keep_blocks_on_suspension,
     resume_ended_choices,
+    load_blocks_in_reverse,
+    count_more_blocks_than_were_loaded,
+    ignore_refusal_of_loaded_blocks,
+    give_load_to_another_sequence,
+    save_blocks_before_they_are_computed,
+    forget_blocks_after_failed_load,
+    wait_for_a_load_for_ever,
 )

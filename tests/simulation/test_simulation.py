@@ -35,7 +35,7 @@ def test_seeds_cover_all_outcomes() -> None:
     wanted = {
         "stop", "length", "abort", "deadline", "error", "full", "late", "draining", "invalid", "request fault",
         "step fault", "worker fault", "preemptions", "hits", "restarts", "accepted drafts", "rejected drafts", "healed",
-        "engine failed", "pipelines", "kept", "suspensions",
+        "engine failed", "pipelines", "kept", "suspensions", "tier hits", "tier misses", "tier corrupt", "tier late",
     }  # fmt: skip
     seen: Counter[str] = Counter()
     for seed in range(800):
@@ -52,6 +52,9 @@ def test_seeds_cover_all_outcomes() -> None:
             "accepted drafts": c.accepted_tokens, "rejected drafts": c.draft_tokens - c.accepted_tokens,
             "engine failed": world.engine.failed is not None,
         })  # fmt: skip
+        if world.tier:
+            t = world.tier.counts
+            seen += Counter({f"tier {name}": getattr(t, name) for name in ("hits", "misses", "corrupt", "late")})
     pytest.fail(f"rare or never seen: {[k for k in wanted if seen[k] < 20]}")
 
 

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,12 @@ from intaglio.runtime import (
 )
 from intaglio.runtime.sampling import edits
 from simulation.options import KILLER, PLAIN, POISON, ClientRequest, Faults, Options, draw_options, draw_request
+from simulation.tier import SimulatedTier
 
 PROGRAM = smallest_program()
 ORACLE = open_device("oracle")
+MOVES_LOST = 5  # times as often as in a step is the device lost while K/V blocks are moved
+TIERED = 0.6  # of the seeds whose model has a prefix cache; their engines keep no journal
 MOST_STEPS = 4000
 MOST_MOVES = 30
 HEALTHY_STEPS = 30  # plus two per prompt or output token, which bounds recomputation after preemption in practice
@@ -142,6 +146,39 @@ class FaultyDevice(Executable):
             raise Violation(f"{len(self.under_way)} steps are under way on {self.depth} stages")
         return self.under_way[-1]
 
+    @property
+    def block_bytes(self) -> int:
+        return self.inner.block_bytes
+
+    def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        self.fail_or_move()
+        return self.inner.read_blocks(blocks)
+
+    def write_blocks(self, blocks: Sequence[int], contents: np.ndarray) -> None:
+        tier, salts, rng = self.world.tier, self.world.rules.salts, self.rng
+        assert tier
+        try:
+            self.fail_or_move()
+        except DeviceError:
+            if rng.random() < 0.5:  # it had begun to write
+                self.inner.write_blocks(blocks[:1], contents[:1])
+            raise
+        self.inner.write_blocks(blocks, contents)
+        salts.update({b: tier.loaded.get(x.tobytes(), "of no load") for b, x in zip(blocks, contents, strict=True)})
+        self.world.log(f"blocks {list(blocks)} are loaded")
+
+    def fail_or_move(self) -> None:
+        """Take some time to move K/V blocks. Raises DeviceError or DeviceLost by the world's faults."""
+        if self.known:
+            raise Violation("a device that was lost is called again")
+        if self.lost is None and self.rng.random() < MOVES_LOST * self.world.faults.lost:
+            self.lost = DeviceLost("its process died")
+        if self.lost:
+            self.known = True
+            raise self.lost
+        if self.rng.random() < self.world.faults.fail:
+            raise DeviceError("it burns")
+
     def fail_or_step(self, request: StepRequest) -> StepResult:
         batch = request.batch
         world, rng, faults = self.world, self.world.rng, self.world.faults
@@ -179,10 +216,15 @@ class World:
         self.heap: list[tuple[float, int, Callable[[], None]]] = []
         self.pushed = 0
         o = self.options
-        self.engine: Engine = RecordedEngine(
+        tiered = not o.slots and random.Random(f"tiered {seed}").random() < TIERED
+        self.tier = SimulatedTier(self, seed) if tiered else None
+        kind: Any = (
+            partial(Engine, connector=self.tier) if tiered else partial(RecordedEngine, journal=self.journal.append)
+        )
+        self.engine: Engine = kind(
             FaultyDevice(self), clock=lambda: self.now + self.skew, rng=random.Random(seed), restart=self._restart,
             max_batch_tokens=o.max_batch_tokens, max_sequences=o.max_sequences, max_waiting=o.max_waiting,
-            max_drafts=o.max_drafts, max_restarts=o.max_restarts, journal=self.journal.append,
+            max_drafts=o.max_drafts, max_restarts=o.max_restarts,
         )  # fmt: skip
         self.client_requests: dict[str, ClientRequest] = {}  # of what was admitted and has not ended
         self.asked_to_abort: set[str] = set()
@@ -221,6 +263,11 @@ class World:
                 self.log(f"the clock is off by {self.skew:.4f}")
             if self.may_move and self.engine.requests and self.rng.random() < self.options.moves:
                 self.move(self.rng.choice(list(self.engine.requests)))
+            if self.tier and self.tier.rng.random() < self.tier.forgets:
+                self.engine.pool.reset_prefix_cache()
+            loading = self.engine.offload.loading
+            if loading and loading.sequence.state == "waiting" and self.may_move and self.rng.random() < 0.2:
+                self.move(loading.sequence.request.id)  # it goes to the end of the queue
             self.rules.before_step()
             self.take(self.engine.step())
             self.rules.after_step()
@@ -313,6 +360,8 @@ class World:
     def _heal(self) -> None:
         self.log("everything is healed")
         self.faults = Faults()
+        if self.tier:
+            self.tier.heal()
         self.healed = True
         plain = SamplingParams(max_tokens=3)
         probe = ClientRequest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,27 @@ def in_existing_folder(param: typer.CallbackParam, path: Path | None) -> Path | 
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"{param.opts[0]} {path}: there is no folder {path.parent}; create it, or give another path")
     return path
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 8GiB, 500MB or 1048576. Raises ValueError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt]?)(i?)b)?\s*", text, re.IGNORECASE)
+    size = 0
+    if match:
+        number, prefix, binary = match[1], (match[2] or "").lower(), match[3]
+        size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+    if size < 1:
+        raise ValueError(f"{text!r} is not a size in bytes; write such as 8GiB, 500MB or 1048576")
+    return size
+
+
+def checked_size(param: typer.CallbackParam, text: str) -> str:
+    """Callback of an option for a size in bytes: returns the text. Raises ValueError if parse_size() would."""
+    try:
+        parse_size(text)
+    except ValueError as e:
+        raise ValueError(f"{param.opts[0]}: {e}") from None
+    return text
 
 
 Model = Annotated[

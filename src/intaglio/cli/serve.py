@@ -60,6 +60,12 @@ def serve(
             help="Sampling defaults: auto (the checkpoint's generation_config.json), none (OpenAI's), or a file."
         ),
     ] = "auto",
+    kv_cache_dir: Annotated[
+        Path | None, typer.Option(help="Keep KV blocks there, for this server's next start and for others.")
+    ] = None,
+    kv_cache_size: Annotated[
+        str, typer.Option(callback=o.checked_size, help="Most bytes of --kv-cache-dir, such as 500MB or 8GiB.")
+    ] = "8GiB",
     journal: Annotated[
         Path | None,
         typer.Option(callback=o.in_existing_folder, help="Write all that happens there, for `intaglio replay`."),
@@ -108,6 +114,7 @@ def serve(
                 hosts=HOSTS.get(),
                 max_sequences=max_sequences,
                 max_batch_tokens=max_batch_tokens, max_waiting=max_waiting, max_drafts=max_drafts, machine=machine,
+                kv_cache_dir=kv_cache_dir, kv_cache_bytes=o.parse_size(kv_cache_size),
                 revision=revision, progress=prefixed(progress, name),
             )  # fmt: skip
     if template is not None:
@@ -134,6 +141,9 @@ def serve(
     if control:
         end_with_stdin()
     code = uvloop.run(run(llms, options, listener, announce, control=control))
+    for llm in llms.values():
+        if llm.tier:
+            llm.tier.close()
     sys.stdout.flush()
     sys.stderr.flush()
     logging.shutdown()

@@ -171,6 +171,26 @@ class Executable(ABC):
     def launch(self, request: StepRequest) -> PendingStep:
         """Start a step and return it as a PendingStep. Errors are raised by its result()."""
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one K/V block over all layers; 0 if this executable cannot read or write blocks."""
+        return 0
+
+    def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        """The contents of K/V blocks, uint8 [blocks, block_bytes], after all steps launched so far.
+
+        The bytes mean the same to every executable of equal Programs, device, instruction set and build. Raises
+        DeviceError for a block that is not there, or if block_bytes is 0.
+        """
+        raise DeviceError(f"{type(self).__name__} cannot read K/V blocks")
+
+    def write_blocks(self, blocks: Sequence[int], contents: np.ndarray) -> None:
+        """Replace the contents of K/V blocks by what read_blocks() gave, before all steps launched later.
+
+        Raises as read_blocks() does.
+        """
+        raise DeviceError(f"{type(self).__name__} cannot write K/V blocks")
+
     def step(self, request: StepRequest) -> StepResult:
         """Run a step to its end and return its StepResult, or raise the error that ended it."""
         return self.launch(request).result()
@@ -296,6 +316,18 @@ class Device(ABC):
     def facts(self) -> DeviceFacts:
         """The DeviceFacts of this device, for reports and for choosing sizes."""
         return DeviceFacts()
+
+
+def check_blocks(state: StateSpec, block_bytes: int, blocks: Sequence[int], contents: np.ndarray | None = None) -> None:
+    """Raise DeviceError for a block that is not there, or contents that are not uint8 [blocks, block_bytes]."""
+    if blocks and not 0 <= min(blocks) <= max(blocks) < state.pages:
+        bad = next(b for b in blocks if not 0 <= b < state.pages)
+        raise DeviceError(f"block {bad} is outside 0..{state.pages - 1}")
+    if contents is not None and (contents.dtype != np.uint8 or contents.shape != (len(blocks), block_bytes)):
+        raise DeviceError(
+            f"contents of {len(blocks)} blocks are {contents.dtype} {list(contents.shape)}; they must be uint8 "
+            f"[{len(blocks)}, {block_bytes}]"
+        )
 
 
 def limits(program: Program, state: StateSpec) -> dict[str, int]:

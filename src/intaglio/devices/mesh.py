@@ -24,6 +24,7 @@ from intaglio.devices.device import (
     StepResult,
     Weights,
     check_batch,
+    check_blocks,
     merge_ranks,
 )
 from intaglio.devices.recipe import Recipe, make
@@ -49,6 +50,21 @@ class MeshExecutable(BlockingExecutable):
         """
         check_batch(self.program, self.state, request.batch)
         return merge_ranks(MeshStep([rank.run_until_collective(request) for rank in self.ranks]).run())
+
+    @property
+    def block_bytes(self) -> int:
+        sizes = [rank.block_bytes for rank in self.ranks]
+        return sum(sizes) if all(sizes) else 0
+
+    def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        return np.concatenate([rank.read_blocks(blocks) for rank in self.ranks], axis=1)
+
+    def write_blocks(self, blocks: Sequence[int], contents: np.ndarray) -> None:
+        check_blocks(self.state, self.block_bytes, blocks, contents)
+        at = 0
+        for rank in self.ranks:
+            rank.write_blocks(blocks, contents[:, at : at + rank.block_bytes])
+            at += rank.block_bytes
 
 
 class MeshStep:

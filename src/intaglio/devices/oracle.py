@@ -22,6 +22,7 @@ from intaglio.devices.device import (
     StepResult,
     Weights,
     check_batch,
+    check_blocks,
 )
 from intaglio.ops.sample import uniform
 from intaglio.program import Program
@@ -79,6 +80,18 @@ class OracleExecutable(BlockingExecutable):
         self.program, self.state = program, state
         self.links = np.full(state.pages * state.page_tokens, STALE, np.uint64)
         self.states = np.full(state.slots, STALE, np.uint64)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.state.page_tokens * self.links.itemsize
+
+    def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        check_blocks(self.state, self.block_bytes, blocks)
+        return self.links.reshape(self.state.pages, -1)[list(blocks)].view(np.uint8)
+
+    def write_blocks(self, blocks: Sequence[int], contents: np.ndarray) -> None:
+        check_blocks(self.state, self.block_bytes, blocks, contents)
+        self.links.reshape(self.state.pages, -1)[list(blocks)] = np.ascontiguousarray(contents).view(np.uint64)
 
     def _slots(self, batch: Batch, s: int) -> np.ndarray:
         """K/V slots of all tokens of sequence `s` in order of position, looked up in the block table, as an array."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,8 +17,10 @@ from intaglio.devices.device import (
     StepResult,
     Weights,
     check_batch,
+    check_blocks,
 )
 from intaglio.devices.weights import assemble, zeroed_state
+from intaglio.formats import Quantised
 from intaglio.ops import Collective, Value
 from intaglio.program import Program, verify
 
@@ -30,6 +33,28 @@ class ReferenceExecutable(RankExecutable):
         self.held: dict[str, Value] = {t.name: assemble(t, weights) for t in program.of_role("weight")}
         self.held |= {t.name: np.array(t.values, np.float32) for t in program.of_role("const")}
         self.held |= {t.name: zeroed_state(t, state) for t in program.of_role("state")}
+
+    @property
+    def block_bytes(self) -> int:
+        return sum(x[0].nbytes for x in self._pages())
+
+    def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        check_blocks(self.state, self.block_bytes, blocks)
+        pages = [b"".join(x[block].tobytes() for x in self._pages()) for block in blocks]
+        return np.frombuffer(b"".join(pages), np.uint8).reshape(len(blocks), self.block_bytes)
+
+    def write_blocks(self, blocks: Sequence[int], contents: np.ndarray) -> None:
+        check_blocks(self.state, self.block_bytes, blocks, contents)
+        at = 0
+        for x in self._pages():
+            part = contents[:, at : at + x[0].nbytes]
+            x[list(blocks)] = np.ascontiguousarray(part).view(x.dtype).reshape(len(blocks), *x.shape[1:])
+            at += x[0].nbytes
+
+    def _pages(self) -> list[np.ndarray]:
+        """The arrays of all K/V caches, [pages, ...] each, in the order of the Program."""
+        caches = [self.held[t.name] for t in self.program.of_role("state") if t.shape[0] == "P"]
+        return [a for x in caches for a in (x.arrays.values() if isinstance(x, Quantised) else (x,))]
 
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
         """Generator of one step, op by op, that yields at each collective and returns the StepResult."""

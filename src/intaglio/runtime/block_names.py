@@ -14,6 +14,8 @@ from hashlib import blake2b
 
 import numpy as np
 
+from intaglio.program import Program
+
 NAME_BYTES = 32  # 256 bits: nobody finds two blocks of one name, not even on purpose
 
 
@@ -41,6 +43,14 @@ class BlockScope:
     numerics: str = ""
     block_size: int = 0
     version: str = ""
+
+    @classmethod
+    def of(
+        cls, program: Program, block_size: int, numerics: str = "", weights: str = "", version: str = ""
+    ) -> BlockScope:
+        """The scope of a Program's blocks."""
+        formats = sorted({t.format for t in program.of_role("state") if t.shape[0] == "P"})
+        return cls(program.hash, weights, " ".join(formats), numerics, block_size, version)
 
     @cached_property
     def digest(self) -> str:

@@ -13,16 +13,17 @@ from dataclasses import replace
 from typing import Protocol
 
 from intaglio.devices import DeviceLost, Executable
-from intaglio.program import Program
 from intaglio.runtime.accounting import Accounting
 from intaglio.runtime.admission import Admission, EngineLoad
 from intaglio.runtime.block_events import BlockEvent, BlockEvents, BlockSnapshot
 from intaglio.runtime.block_names import BlockNames, BlockScope
 from intaglio.runtime.clock import MonotonicClock
+from intaglio.runtime.connector import Connector
 from intaglio.runtime.kv import BlockPool
 from intaglio.runtime.latency import LatencyEstimator
 from intaglio.runtime.launcher import Launcher, launch_groups
 from intaglio.runtime.live_requests import LiveRequests
+from intaglio.runtime.offload import Offload
 from intaglio.runtime.recovery import Recovery
 from intaglio.runtime.request import Event, Refused, Request, RequestError
 from intaglio.runtime.resumption import Resumption
@@ -55,7 +56,9 @@ class Engine:
         restart: loads the same Program again after the device was lost.
         numerics: what decides the bits of results besides the Program, such as "host avx2 tp2": device, instruction set
             and layout. A request suspended on another engine is resumed only if both have the same.
-        scope: weights and version for the names of K/V blocks; the engine fills in the rest.
+        scope: for the names of K/V blocks; None: that of Program and `numerics`, of weights that nobody knows.
+        connector: a tier that keeps K/V blocks outside the engine; None if there is none. If the model or the device
+            cannot use it, the tier is told so and not used.
         incarnation: text that is different for each start of an engine; block events carry it.
         max_restarts: attempts for each loss; when all have failed, every sequence ends in error and `failed` has the
             reason.
@@ -76,6 +79,7 @@ class Engine:
         numerics: str = "",
         scope: BlockScope | None = None,
         incarnation: str = "",
+        connector: Connector | None = None,
     ) -> None:
         bounds = {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences, "max_waiting": max_waiting}
         for name, value in bounds.items():
@@ -90,25 +94,21 @@ class Engine:
         context, size = self.program.context, self.state.page_tokens
         self.clock, self.rng = MonotonicClock(clock), rng
         self.counts, self.latency = Counts(), LatencyEstimator()
-        self.scope = replace(
-            scope or BlockScope(),
-            program=self.program.hash,
-            kv_format=kv_formats(self.program),
-            numerics=numerics,
-            block_size=size,
-        )
+        self.scope = scope or BlockScope.of(self.program, size, numerics)
         self.pool = BlockPool(self.state.pages, size, self.scope.digest, BlockEvents(incarnation))
         self.slots = SlotPool(self.state.slots)
         self.admission = Admission(
             context=context, vocabulary=self.program.vocabulary, num_blocks=self.pool.total, block_size=size,
             max_waiting=max_waiting, max_batch_tokens=max_batch_tokens,
         )  # fmt: skip
+        self.offload = Offload(self._usable(connector, executable), self.pool, self.clock)
         self.scheduler = Scheduler(
             self.pool, self.slots, context=context, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences,
-            max_drafts=max_drafts,
+            max_drafts=max_drafts, offload=self.offload,
         )  # fmt: skip
         self.live = LiveRequests(self.scheduler, self.clock, self.latency, self.counts)
         self.launcher = Launcher(executable, self.live, self.counts)
+        self.offload.device = self.launcher
         self.accounting = Accounting(self.live, self.scheduler, self.clock, self.counts, context)
         self.recovery = Recovery(self.launcher, self.live, self.scheduler, self.counts, restart, max_restarts)
         self.numerics, self.draining = numerics, False
@@ -187,6 +187,7 @@ class Engine:
             collected += self.submit(began)
             if self.launcher.under_way:
                 collected += self.collect()
+            self.offload.save()
         except DeviceLost as lost:
             self.recovery.recover(lost)
         self._close_step(collected, began)
@@ -243,6 +244,17 @@ class Engine:
             len(self.scheduler.running), len(waiting), sum(s.length for s in waiting), pool.total, pool.held,
             len(pool.evictable), self.draining, self.failed,
         )  # fmt: skip
+
+    def _usable(self, connector: Connector | None, executable: Executable) -> Connector | None:
+        """The connector if this model and device can use one, else None, and the connector is told why."""
+        why = ""
+        if self.state.slots:
+            why = f"{self.program.name} has recurrent state, so it has no prefix cache"
+        elif not executable.block_bytes:
+            why = f"{type(executable.unwrapped()).__name__} cannot read or write K/V blocks"
+        if connector and why:
+            connector.say("off", f"K/V blocks are not kept outside the engine: {why}")
+        return None if why else connector
 
     @property
     def block_names(self) -> BlockNames:
@@ -320,8 +332,3 @@ class Engine:
             self.last_step = StepRecord(self.counts.steps, began, seconds, prefill, decode, len(scheduled), sampled)
             self.latency.observe_step(prefill + decode, sampled, seconds)
         self.counts.preemptions = self.scheduler.preemptions
-
-
-def kv_formats(program: Program) -> str:
-    """Formats of a Program's K/V caches, such as "bf16"; several are separated by spaces."""
-    return " ".join(sorted({t.format for t in program.of_role("state") if t.shape[0] == "P"}))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from intaglio.batch import GREEDY, Chunk, bind
 from intaglio.devices import CompletedStep, DeviceLost, Executable, PendingStep, StepRequest, StepResult
@@ -44,6 +47,7 @@ class Launcher:
         before_launch: callback just before each launch, or None.
         under_way: launches that have not been completed, oldest first.
         in_flight: the sequences of all launches that were under way when the device was lost.
+        lost_in_step: the last loss of the device was noticed in a step, not while K/V blocks were moved.
     """
 
     def __init__(self, executable: Executable, live: LiveRequests, counts: Counts) -> None:
@@ -51,6 +55,7 @@ class Launcher:
         self.before_launch: Callable[[], None] | None = None
         self.under_way: list[Launch] = []
         self.in_flight: list[Sequence] = []
+        self.lost_in_step = True
 
     def forget(self) -> None:
         """Drop all launches under way, as their device is lost."""
@@ -83,9 +88,9 @@ class Launcher:
         be the cause; if it fails again it ends with a fault. Raises DeviceLost.
         """
         try:
-            result = launch.pending.result()
+            with self._noting_loss(in_step=True):
+                result = launch.pending.result()
         except DeviceLost:
-            self.in_flight = [one.sequence for other in self.under_way for one in other.scheduled]
             raise
         except Exception as e:  # whatever the device raised
             self.counts.faults["step"] += 1
@@ -121,6 +126,31 @@ class Launcher:
         else:
             fault = Fault("step", f"the step failed: {type(error).__name__}: {error}")
             self.live.emit(self.live.end(scheduled[0].sequence, "error", fault))
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a K/V block on the device; 0 if it cannot read or write blocks."""
+        return self.executable.block_bytes
+
+    def read_blocks(self, blocks: list[int]) -> np.ndarray:
+        """The contents of K/V blocks, uint8 [blocks, block_bytes]. Raises DeviceError, DeviceLost."""
+        with self._noting_loss():
+            return self.executable.read_blocks(blocks)
+
+    def write_blocks(self, blocks: list[int], contents: np.ndarray) -> None:
+        """Replace the contents of K/V blocks. Raises DeviceError, DeviceLost."""
+        with self._noting_loss():
+            self.executable.write_blocks(blocks, contents)
+
+    @contextmanager
+    def _noting_loss(self, in_step: bool = False) -> Iterator[None]:
+        """If the device is lost inside, note the sequences in flight."""
+        try:
+            yield
+        except DeviceLost:
+            self.in_flight = [one.sequence for other in self.under_way for one in other.scheduled]
+            self.lost_in_step = in_step
+            raise
 
     def start(self, chunks: list[Chunk], logits: bool = False) -> PendingStep:
         """Combine the chunks to a Batch and launch it. Returns the PendingStep.

@@ -59,10 +59,11 @@ class Recovery:
         error.
         """
         in_flight = self.launcher.in_flight
+        alone = len(in_flight) == 1 and self.launcher.lost_in_step
         for s in in_flight:
             s.suspect = True
-            s.device_losses += len(in_flight) == 1
-            if s.device_losses == MAX_DEVICE_LOSSES_PER_SEQUENCE and s.state != "ended":
+            s.device_losses += alone
+            if alone and s.device_losses == MAX_DEVICE_LOSSES_PER_SEQUENCE and s.state != "ended":
                 self.live.emit(self.live.end(s, "error", Fault("worker", f"{why}, in a step with this request only")))
 
     def probe(self) -> Chunk:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass, replace
 
+from intaglio.devices import DeviceLost
 from intaglio.runtime.kv import BlockPool
+from intaglio.runtime.offload import Offload
 from intaglio.runtime.sequence import Sequence
 from intaglio.runtime.slots import SlotPool
 
@@ -42,9 +44,9 @@ class Scheduler:
 
     def __init__(
         self, pool: BlockPool, slots: SlotPool, *, context: int, max_batch_tokens: int, max_sequences: int,
-        max_drafts: int,
+        max_drafts: int, offload: Offload,
     ) -> None:  # fmt: skip
-        self.pool, self.slots, self.context = pool, slots, context
+        self.pool, self.slots, self.offload, self.context = pool, slots, offload, context
         self.max_batch_tokens, self.max_drafts = max_batch_tokens, max_drafts
         self.shares_blocks = not slots.total
         self.max_sequences = max_sequences if self.shares_blocks else min(max_sequences, slots.sequences)
@@ -132,8 +134,10 @@ class Scheduler:
         if it is a further choice of a request whose prompt is still being computed (whose blocks it will
         share), or if too few blocks are available. Later sequences never overtake it.
 
-        Blocks found in the prefix cache are shared, unless logits of the prompt are wanted: then the whole
-        prompt is computed. The last token is always computed, because its logits are needed.
+        Nor does it start while blocks for it are loaded from a tier. Blocks found in the prefix cache are shared, and
+        those after them loaded from a tier that has them, unless logits of the prompt are wanted: then the whole
+        prompt is computed. The last token is always computed, because its logits are needed. Raises DeviceLost if the
+        device is lost while it takes loaded blocks.
         """
         if not self.waiting or len(self.running) >= self.max_sequences:
             return None
@@ -146,17 +150,28 @@ class Scheduler:
         known = self.pool.find_prefix(tokens, sequence.salt)
         self.pool.share(known)
         fresh = self.pool.blocks_for(sequence.length) - len(known)
-        if fresh > self.pool.available:
+        may_load = bool(tokens)
+        if fresh > self.pool.available or (
+            may_load and not self.offload.ready(sequence, len(known), wait=not self.running)
+        ):
             self.pool.release(known)
             return None
+        blocks = known + self.pool.allocate(fresh)
+        try:
+            loaded = self.offload.fill(sequence, len(known), blocks) if may_load else 0
+        except DeviceLost:
+            self.pool.release(blocks)
+            raise
         self.waiting.pop(0)
         insort(self.running, sequence, key=lambda s: s.order)
         sequence.state = "running"
         sequence.slots = self.slots.allocate()
-        sequence.blocks = known + self.pool.allocate(fresh)
-        sequence.computed = len(known) * self.pool.block_size
+        sequence.blocks = blocks
+        sequence.computed = (len(known) + loaded) * self.pool.block_size
         sequence.indexed_blocks = len(known)
         sequence.prefix_name = self.pool.name(known[-1]) if known else None
+        self.update_blocks(sequence)
+        self.offload.started(blocks[: len(known) + loaded])
         return sequence
 
     def allocate(self, sequence: Sequence) -> bool:
@@ -187,6 +202,8 @@ class Scheduler:
             block, tokens = sequence.blocks[sequence.indexed_blocks], sequence.tokens(at, at + size)
             sequence.prefix_name = pool.add_to_prefix_cache(block, parent, tokens)
             sequence.indexed_blocks += 1
+            if pool.index[sequence.prefix_name] == block:
+                self.offload.stored(block)
         needed = pool.blocks_for(sequence.length)
         pool.release(sequence.blocks[needed:])
         del sequence.blocks[needed:]

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from intaglio.runtime import StepRecord, Usage
+from intaglio.runtime import StepRecord, TierCounts, Usage
 from intaglio.server.driver import ChoiceDelta, Snapshot, Update
 
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
@@ -24,6 +24,7 @@ LABELS = ("model_name", "engine")  # vLLM's; there is one engine a model
 REASONS = ("stop", "length", "abort", "deadline", "error")
 REFUSALS = ("full", "late", "draining", "failed", "invalid")
 FAULTS = ("request", "step", "worker")
+TIER_EVENTS = ("hits", "misses", "corrupt", "late", "saved", "dropped", "evicted", "errors")
 ByLabel = Mapping[tuple[str, ...], float]  # values by the values of further labels
 HISTOGRAMS = {
     "time_to_first_token_seconds": ("From arrival to the first token.", FIRST),
@@ -65,16 +66,18 @@ class Metrics:
         return generate_latest(self.registry)
 
     def add_model(
-        self, name: str, look: Callable[[], Snapshot], facts: dict[str, str], clock: Callable[[], float] | None = None
-    ) -> ModelMetrics:
+        self, name: str, look: Callable[[], Snapshot], facts: dict[str, str], clock: Callable[[], float] | None = None,
+        tier: TierCounts | None = None,
+    ) -> ModelMetrics:  # fmt: skip
         """Add a model's series and return them as ModelMetrics.
 
-        look: returns the engine's latest Snapshot. facts: properties of the K/V cache, as labels of
-        cache_config_info. clock: the engine's modelled clock in seconds; None if its times are measured.
+        look: returns the engine's latest Snapshot. facts: properties of the K/V cache, as labels of cache_config_info.
+        clock: the engine's modelled clock in seconds; None if its times are measured. tier: counts of the tier that
+        keeps its K/V blocks, if there is one.
         """
         labels = dict(zip(LABELS, (name, "0"), strict=True))
         histograms = {title: family.labels(**labels) for title, family in self.families.items()}
-        self.models.append(ModelMetrics(labels, histograms, look, facts, clock))
+        self.models.append(ModelMetrics(labels, histograms, look, facts, clock, tier))
         return self.models[-1]
 
 
@@ -83,9 +86,10 @@ class ModelMetrics:
 
     def __init__(
         self, labels: dict[str, str], histograms: dict[str, Histogram], look: Callable[[], Snapshot],
-        facts: dict[str, str], clock: Callable[[], float] | None,
+        facts: dict[str, str], clock: Callable[[], float] | None, tier: TierCounts | None,
     ) -> None:  # fmt: skip
         self.labels, self.histograms, self.look, self.facts, self.clock = labels, histograms, look, facts, clock
+        self.tier = tier
         self._last: dict[tuple[str, int], float] = {}  # time of the last token of each running choice
         self._step = 0
 
@@ -172,6 +176,7 @@ class EngineCollector(Collector):
         }
         for name, (text, read) in totals.items():
             yield _counter(name, text, [(m, {(): read(s.counts)}) for m, s in seen])
+        yield from self._tiers()
         by_label = {
             "vllm:request_success": ("Choices ended, by reason.", "finished_reason", REASONS, lambda c: c.finished),
             "intaglio:requests_refused": ("Choices refused, by reason.", "reason", REFUSALS, lambda c: c.refused),
@@ -179,6 +184,31 @@ class EngineCollector(Collector):
         }
         for name, (text, label, values, read) in by_label.items():
             yield _counter(name, text, [(m, {(v,): read(s.counts)[v] for v in values}) for m, s in seen], label)
+
+    def _tiers(self) -> Iterator[Metric]:
+        """Metrics of the tiers that keep K/V blocks; none if no model has one."""
+        tiers = [(m, m.tier) for m in self.models if m.tier]
+        if not tiers:
+            return
+        sizes = [int(m.facts["block_size"]) for m, _ in tiers]
+        text = "Prompt tokens looked up in the K/V tier."
+        asked: list[tuple[ModelMetrics, ByLabel]] = [
+            (m, {(): (t.hits + t.misses + t.late) * size}) for (m, t), size in zip(tiers, sizes, strict=True)
+        ]
+        yield _counter("vllm:external_prefix_cache_queries", text, asked)
+        hits: list[tuple[ModelMetrics, ByLabel]] = [
+            (m, {(): t.hits * size}) for (m, t), size in zip(tiers, sizes, strict=True)
+        ]
+        yield _counter("vllm:external_prefix_cache_hits", "Prompt tokens loaded from there.", hits)
+        events: list[tuple[ModelMetrics, ByLabel]] = [
+            (m, {(event,): getattr(t, event) for event in TIER_EVENTS}) for m, t in tiers
+        ]
+        yield _counter("intaglio:kv_tier_blocks", "Blocks of the K/V tier, by what became of them.", events, "event")
+        moved: list[tuple[ModelMetrics, ByLabel]] = [
+            (m, {("load",): t.loaded_bytes, ("save",): t.saved_bytes}) for m, t in tiers
+        ]
+        yield _counter("intaglio:kv_tier_bytes", "Bytes loaded from and saved in the K/V tier.", moved, "direction")
+        yield _gauge("intaglio:kv_tier_held_bytes", "Bytes in the K/V tier.", [(m, t.held_bytes) for m, t in tiers])
 
 
 def _gauge(name: str, text: str, values: list[tuple[ModelMetrics, float]]) -> Metric:

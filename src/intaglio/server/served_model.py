@@ -22,7 +22,9 @@ class ServedModel:
     def __init__(self, name: str, llm: LLM, metrics: Metrics, defaults: Mapping[str, Any]) -> None:
         self.name, self.llm, self.defaults = name, llm, defaults
         facts = {"block_size": str(llm.state.page_tokens), "num_gpu_blocks": str(llm.state.pages)}
-        series = metrics.add_model(name, lambda: self.driver.snapshot, facts, llm.clock if llm.modelled else None)
+        tier = llm.tier.counts if llm.tier else None
+        clock = llm.clock if llm.modelled else None
+        series = metrics.add_model(name, lambda: self.driver.snapshot, facts, clock, tier)
         self.driver = Driver(llm.engine, series.watch)
         self.vocabulary = Vocabulary(llm.model.tokenizer)
 

@@ -6,7 +6,7 @@ A step is one native call, interrupted at collectives and at ops with Python ker
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from intaglio.devices.device import (
     StepResult,
     Weights,
     check_batch,
+    check_blocks,
     limits,
 )
 from intaglio.devices.host.layout import HostLayout, Stop, columns_of
@@ -90,11 +91,31 @@ class HostExecutable(RankExecutable):
         loaded = load(self.native, program, self.layout, weights, state, threads, cache, image_file)
         self.ids, self.matrices, self.image, self._arrays = loaded.ids, loaded.matrices, loaded.image, loaded.arrays
         self.packed_bytes = sum(matrix.nbytes for matrix in self.matrices.values())
-        in_python = any(program.tensors[name].role == "state" for name in self.layout.arrays)
-        self.state_in_file = state_file is not None and not in_python
+        self._python_state = any(program.tensors[name].role == "state" for name in self.layout.arrays)
+        self.state_in_file = state_file is not None and not self._python_state
         self._sites = [op.site for op in program.ops]
         self._drawn = [self.ids[name] for name in ("next_tokens", "logprobs") if name in self.ids]
         self._draws = Draws.of(())
+
+    @property
+    def block_bytes(self) -> int:
+        return 0 if self._python_state else self.native.page_bytes
+
+    def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        if self._python_state:
+            return super().read_blocks(blocks)
+        check_blocks(self.state, self.block_bytes, blocks)
+        contents = np.empty((len(blocks), self.block_bytes), np.uint8)
+        for block, content in zip(blocks, contents, strict=True):
+            self.native.read_page(block, content)
+        return contents
+
+    def write_blocks(self, blocks: Sequence[int], contents: np.ndarray) -> None:
+        if self._python_state:
+            return super().write_blocks(blocks, contents)
+        check_blocks(self.state, self.block_bytes, blocks, contents)
+        for block, content in zip(blocks, contents, strict=True):
+            self.native.write_page(block, np.ascontiguousarray(content))
 
     @property
     def plans(self) -> int:

@@ -13,11 +13,19 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from intaglio import _native
 from intaglio.devices.device import Executable
 from intaglio.devices.processes.board import Board
 from intaglio.devices.processes.job import RankFacts, read_job
-from intaglio.devices.processes.messages import RequestReader, error_parts, result_parts
+from intaglio.devices.processes.messages import (
+    RequestReader,
+    contents_parts,
+    error_parts,
+    read_blocks_request,
+    result_parts,
+)
 from intaglio.plugins import load_plugins
 
 BEAT = 0.05  # seconds between two signs of life
@@ -79,7 +87,9 @@ class Rank:
         in_file = getattr(executable, "state_in_file", False)
         os.close(self.state_file)
         os.close(self.image_file)
-        return executable, RankFacts(job.device.facts().isa or "", executable.program.hash, in_file)
+        return executable, RankFacts(
+            job.device.facts().isa or "", executable.program.hash, in_file, executable.block_bytes
+        )
 
     def step(self, executable: Executable, reader: RequestReader, number: int) -> None:
         """Run step `number` and write its result to the board of this rank. Returns nothing.
@@ -89,10 +99,7 @@ class Rank:
         """
         slot = number % len(self.requests)
         try:
-            request = reader.read(self.requests[slot].read())
-            last = self.rank == self.segment.ranks - 1
-            result = executable.step(request if last else replace(request, logits=False))
-            parts = result_parts(result)
+            parts = self.answer(executable, reader, self.requests[slot].read())
         except Exception as e:  # whatever a device can raise
             if not self.alone:
                 if not isinstance(e, _native.CommunicatorError):
@@ -100,6 +107,16 @@ class Rank:
                 os._exit(1)
             parts = error_parts(e)
         self.results[slot].write(parts)
+
+    def answer(self, executable: Executable, reader: RequestReader, message: memoryview) -> list[np.ndarray]:
+        """Run a step, or move K/V blocks, as a message asks. Returns the arrays of the answer."""
+        if moved := read_blocks_request(message, self.rank):
+            if moved.contents is None:
+                return contents_parts(executable.read_blocks(moved.blocks))
+            executable.write_blocks(moved.blocks, moved.contents)
+            return contents_parts(None)
+        request, last = reader.read(message), self.rank == self.segment.ranks - 1
+        return result_parts(executable.step(request if last else replace(request, logits=False)))
 
 
 def end_with(pipe: int) -> None:

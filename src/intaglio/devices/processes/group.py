@@ -23,14 +23,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from intaglio.devices.device import DeviceError, DeviceLost, StepResult
+from intaglio.devices.device import DeviceError, DeviceLost
 from intaglio.devices.processes.board import Board
 from intaglio.devices.processes.forkserver import ChildProcess, ForkServer, ForkServerError, child_environment
 from intaglio.devices.processes.job import Job, RankFacts, check_facts, read_facts
 from intaglio.devices.processes.kept import KeptImages, KeptState, spoils_memory
 from intaglio.devices.processes.membership import BeatWatch
-from intaglio.devices.processes.messages import read_result
-from intaglio.devices.processes.posted import PostedExecutable, merged
+from intaglio.devices.processes.posted import PostedExecutable
 from intaglio.program import MeshProgram
 
 if TYPE_CHECKING:
@@ -293,6 +292,6 @@ class GroupExecutable(PostedExecutable):
         if p.segment.aborted:
             raise p.lost(p.segment.abort_reason())
 
-    def receive(self, number: int) -> StepResult:
+    def replies(self, number: int) -> list[memoryview]:
         self._wait(number + 1, self.step_timeout)
-        return merged([read_result(boards[number % self.slots].read()) for boards in self.processes.results])
+        return [boards[number % self.slots].read() for boards in self.processes.results]

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from intaglio.devices.device import DeviceError, DeviceLost, StateSpec, StepResult
+from intaglio.devices.device import DeviceError, DeviceLost, StateSpec
 from intaglio.devices.processes import link as frames
 from intaglio.devices.processes import membership
 from intaglio.devices.processes.agent import COORDINATOR, unpack_messages
@@ -28,8 +28,8 @@ from intaglio.devices.processes.group import EPOCHS, LOAD_TIMEOUT
 from intaglio.devices.processes.job import Job, RankFacts, check_facts, read_facts
 from intaglio.devices.processes.link import Link, LinkLost
 from intaglio.devices.processes.membership import Epoch, Roster
-from intaglio.devices.processes.messages import pack, read_result, text
-from intaglio.devices.processes.posted import PostedExecutable, merged
+from intaglio.devices.processes.messages import pack, text
+from intaglio.devices.processes.posted import PostedExecutable
 from intaglio.program import MeshProgram
 
 Handler = Callable[["HostAgent", int, int | None, bytes], None]  # agent, kind of frame, epoch, message
@@ -231,8 +231,8 @@ class HostsExecutable(PostedExecutable):
         if self.epoch.failed:
             raise DeviceLost(self.epoch.failed)
 
-    def receive(self, number: int) -> StepResult:
-        return merged([read_result(message) for message in self._wait(number, self.step_timeout)])
+    def replies(self, number: int) -> list[memoryview]:
+        return self._wait(number, self.step_timeout)
 
     def close(self) -> None:
         """End the ranks on all hosts; the agents stay connected. Returns nothing."""

@@ -70,10 +70,11 @@ class RankFacts:
     isa: str
     program: str
     state_in_file: bool = False
+    block_bytes: int = 0
 
     def parts(self) -> list[np.ndarray]:
         """The arrays of the message that carries these facts; read_facts() reads it."""
-        content = text([self.isa, self.program, self.state_in_file])
+        content = text([self.isa, self.program, self.state_in_file, self.block_bytes])
         return [np.array([0, len(content)], np.int64), content]
 
 

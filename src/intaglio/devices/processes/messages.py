@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -80,6 +81,60 @@ def request_parts(request: StepRequest) -> list[np.ndarray]:
     for e in edits:
         parts += [e.ids.astype(np.int32), e.scale.astype(np.float32), e.add.astype(np.float32)]
     return [*parts, *(mask.astype(np.uint32) for mask in masks)]
+
+
+READ, WRITE = 4, 8  # in the flags of a request: it moves K/V blocks, and runs no step
+
+
+@dataclass(frozen=True)
+class BlocksRequest:
+    """A request to read K/V blocks, or to write them. contents: uint8 [blocks, bytes] of this rank; None to read."""
+
+    blocks: list[int]
+    contents: np.ndarray | None
+
+
+def blocks_parts(
+    blocks: Sequence[int], contents: np.ndarray | None = None, rank_bytes: Sequence[int] = ()
+) -> list[np.ndarray]:
+    """The arrays of the message for a request to read blocks, or to write `contents` to them.
+
+    contents: uint8 [blocks, bytes], of which each rank takes its `rank_bytes` columns.
+    """
+    flags = READ if contents is None else WRITE
+    head = np.array([len(blocks), len(rank_bytes), 0, 0, 0, 0, 0, flags, 0], np.int64)
+    parts = [head, np.array(blocks, np.int64), np.array(rank_bytes, np.int64)]
+    if contents is not None:
+        ends = np.cumsum(rank_bytes)[:-1]
+        parts += [np.ascontiguousarray(part) for part in np.split(contents, ends, axis=1)]
+    return parts
+
+
+def read_blocks_request(message: memoryview, rank: int) -> BlocksRequest | None:
+    """The request to move blocks in a message, as it is for one rank; None if the message is a step."""
+    r = Reader(message)
+    blocks, ranks, _, _, _, _, _, flags, _ = r.array(np.int64, 9).tolist()
+    if not flags & (READ | WRITE):
+        return None
+    numbers, sizes = r.array(np.int64, blocks).tolist(), r.array(np.int64, ranks).tolist()
+    if flags & READ:
+        return BlocksRequest(numbers, None)
+    parts = [r.array(np.uint8, blocks * size) for size in sizes]
+    return BlocksRequest(numbers, parts[rank].reshape(blocks, sizes[rank]))
+
+
+def contents_parts(contents: np.ndarray | None) -> list[np.ndarray]:
+    """The arrays of the message that answers a request to move blocks. contents: those read, or None."""
+    rows, width = (0, 0) if contents is None else contents.shape
+    head = np.array([0, 0, rows, width, 0], np.int64)
+    return [head] if contents is None else [head, contents]
+
+
+def read_contents(message: memoryview) -> np.ndarray | str:
+    """The contents in an answer, uint8 [blocks, bytes], copied; the error's text if the request failed."""
+    r = Reader(message)
+    failed, _, rows, width, _ = r.array(np.int64, 5).tolist()
+    return str(read_result(message)) if failed else r.array(np.uint8, rows * width).reshape(rows, width).copy()
 
 
 class RequestReader:

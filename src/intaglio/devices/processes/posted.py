@@ -17,10 +17,13 @@ from intaglio.devices.device import (
     StepRequest,
     StepResult,
     check_batch,
+    check_blocks,
     merge_ranks,
 )
-from intaglio.devices.processes.messages import request_parts
+from intaglio.devices.processes.job import RankFacts
+from intaglio.devices.processes.messages import blocks_parts, read_contents, read_result, request_parts
 
+MESSAGE_BYTES = 16 << 20  # of K/V blocks in one message
 SLOTS = 4  # one more than the steps that may be under way; a longer pipeline has more
 
 
@@ -50,6 +53,8 @@ class PostedExecutable(Executable):
     this process, because a rank that raised an error alone would end the group.
     """
 
+    facts: list[RankFacts]
+
     def __init__(self, depth: int, checks: bool) -> None:
         self.depth, self.checks = depth, checks
         self.slots = max(SLOTS, depth + 1)
@@ -65,8 +70,8 @@ class PostedExecutable(Executable):
         """True if all ranks have completed step `number`, or never will because the group has ended."""
 
     @abstractmethod
-    def receive(self, number: int) -> StepResult:
-        """Wait for the ranks' results of step `number` and return them merged into one StepResult."""
+    def replies(self, number: int) -> list[memoryview]:
+        """Wait for each rank's answer to post `number`, and return the answers in order of rank. Raises DeviceLost."""
 
     @abstractmethod
     def check_alive(self) -> None:
@@ -92,12 +97,48 @@ class PostedExecutable(Executable):
         self.posted += 1
         return step
 
+    @property
+    def block_bytes(self) -> int:
+        sizes = [facts.block_bytes for facts in self.facts]
+        return sum(sizes) if all(sizes) else 0
+
+    def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        if not self.block_bytes:
+            return super().read_blocks(blocks)
+        check_blocks(self.state, self.block_bytes, blocks)
+        each = max(1, MESSAGE_BYTES // self.block_bytes)
+        runs = [self._move(blocks_parts(blocks[i : i + each])) for i in range(0, len(blocks), each)]
+        found = [np.concatenate(ranks, axis=1) for ranks in runs]
+        return np.concatenate(found) if found else np.empty((0, self.block_bytes), np.uint8)
+
+    def write_blocks(self, blocks: Sequence[int], contents: np.ndarray) -> None:
+        if not self.block_bytes:
+            return super().write_blocks(blocks, contents)
+        check_blocks(self.state, self.block_bytes, blocks, contents)
+        sizes, each = [facts.block_bytes for facts in self.facts], max(1, MESSAGE_BYTES // self.block_bytes)
+        for i in range(0, len(blocks), each):
+            self._move(blocks_parts(blocks[i : i + each], contents[i : i + each], sizes))
+
+    def _move(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Post a request to move blocks after all steps, and return each rank's contents. Raises DeviceError."""
+        while self.pending:
+            self.receive_until(self.pending[0])
+        self.check_alive()
+        number, self.posted = self.posted, self.posted + 1
+        self.post(parts, number)
+        found = [read_contents(message) for message in self.replies(number)]
+        for contents in found:
+            if isinstance(contents, str):
+                raise DeviceError(contents)
+        return [contents for contents in found if isinstance(contents, np.ndarray)]
+
     def receive_until(self, step: PostedStep) -> None:
         """Receive results in order until `step` has its own, which is stored in `step.completed`. Returns nothing."""
         while step.completed is None:
             first = self.pending.popleft()
             try:
-                first.completed = CompletedStep(self.receive(first.number))
+                answers = self.replies(first.number)
+                first.completed = CompletedStep(merged([read_result(message) for message in answers]))
             except Exception as e:
                 first.completed = CompletedStep(e)
 

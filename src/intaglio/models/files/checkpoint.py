@@ -39,6 +39,7 @@ CHUNK = 1 << 18  # values checked at a time: 0.5 to 1 MB, so that the second loo
 STRIP = 1 << 18  # codes made at a time, at least: with what they are made of they take 1 to 3 MB
 ROWS = 128  # a run has a multiple of these: whole blocks of scales, and whole panels of those who pack them
 WORTH = 1 << 30  # bytes: matrices that take so much more in memory than in the file are worth a note
+IDENTITY_SAMPLES, IDENTITY_BYTES = 256, 4096  # of each file, evenly spread
 GGUF_HEAD = 1 << 20  # bytes of a GGUF file that tell it from others: its metadata, or the most of it
 
 
@@ -251,9 +252,10 @@ class Checkpoint:
             self._map(e.file).madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def identity(self) -> str:
-        """A hash over each file's header, size and modification time, as text.
+        """A hash over each file's header, size, modification time and samples of its contents, as text.
 
-        It does not depend on the folder's path.
+        It does not depend on the folder's path. Contents are sampled because copies and images of several fine-tunes of
+        one model may have the same sizes and times.
         """
         digest = hashlib.sha256()
         for file in sorted({e.file for e in self.entries.values()}):
@@ -262,6 +264,9 @@ class Checkpoint:
                 length = GGUF_HEAD if head.startswith(b"GGUF") else int.from_bytes(head, "little")
                 digest.update(head + f.read(length))
                 facts = os.fstat(f.fileno())
+                for i in range(IDENTITY_SAMPLES):
+                    f.seek(facts.st_size * i // IDENTITY_SAMPLES)
+                    digest.update(f.read(IDENTITY_BYTES))
             digest.update(f"{facts.st_size} {facts.st_mtime_ns}".encode())
         return digest.hexdigest()
 

@@ -1,0 +1,96 @@
+"""The connector interface: how an engine keeps K/V blocks outside its own pool and gets them back.
+
+Close to vLLM's KVConnector, and smaller: look up, load, save. What is behind it (files, memory that engines share,
+another machine) is a tier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class BlockKey:
+    """A K/V block with all that its name is made of.
+
+    Attributes:
+        name: its name (see BlockNames).
+        parent: its parent's name.
+        tokens: its token ids.
+    """
+
+    name: str
+    parent: str
+    tokens: tuple[int, ...]
+
+
+@dataclass
+class TierCounts:
+    """Total counts of a tier. A miss, a corrupt or a late block is computed instead.
+
+    Attributes:
+        hits: blocks that were loaded into an engine's pool.
+        misses: blocks that were wanted and not there.
+        corrupt: blocks that were there and failed a check: checksum, length, name, or another model's.
+        late: blocks that were given up because loading took too long.
+        saved: blocks that were written.
+        dropped: blocks that were not saved because earlier ones were still being written.
+        evicted: blocks that were deleted for others.
+        errors: reads and writes that the system refused, such as for a full disk.
+        loaded_bytes: bytes of the hits.
+        saved_bytes: bytes of the blocks that were written.
+        held_bytes: bytes in the tier, as last seen; a gauge.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    corrupt: int = 0
+    late: int = 0
+    saved: int = 0
+    dropped: int = 0
+    evicted: int = 0
+    errors: int = 0
+    loaded_bytes: int = 0
+    saved_bytes: int = 0
+    held_bytes: int = 0
+
+
+class Load(Protocol):
+    """Interface of blocks that are being loaded."""
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to so many seconds. Returns True if the load has ended."""
+
+    def blocks(self) -> list[np.ndarray]:
+        """The contents of the leading blocks that were there and passed all checks, each uint8 [block_bytes].
+
+        Only after the load has ended.
+        """
+
+
+class Connector(Protocol):
+    """Interface of a tier. Its methods do not wait for a disk or a network, and raise nothing.
+
+    counts: an engine counts hits, misses and late blocks, the tier itself the rest.
+    """
+
+    counts: TierCounts
+
+    def lookup(self, names: Sequence[str]) -> int:
+        """How many of the blocks are probably there, counted from the first up to the first that is not."""
+
+    def load(self, keys: Sequence[BlockKey], block_bytes: int) -> Load:
+        """Begin to load blocks of so many bytes each."""
+
+    def save(self, key: BlockKey, content: np.ndarray) -> None:
+        """Keep a block. `content`, uint8 [block_bytes], belongs to the tier from now on."""
+
+    def touch(self, names: Sequence[str]) -> None:
+        """Tell that blocks, each the parent of the next, are in use, so that others are evicted first."""
+
+    def say(self, kind: str, what: str) -> None:
+        """Tell the operator, once for each kind."""

@@ -1,0 +1,166 @@
+"""The offload stage: saves full K/V blocks through a connector, and loads those that a sequence can start with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from intaglio.devices import DeviceError, DeviceLost
+from intaglio.runtime.clock import MonotonicClock
+from intaglio.runtime.connector import BlockKey, Connector, Load
+from intaglio.runtime.kv import BlockPool
+from intaglio.runtime.sequence import Sequence
+
+LOAD_TIMEOUT = 2.0  # seconds; then the blocks are computed
+POLL = 0.05  # seconds that a wait for a load may take when nothing else can run
+
+
+class BlockDevice(Protocol):
+    """Interface of the device whose blocks are moved: an Executable, or the launcher of one."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a K/V block."""
+
+    def read_blocks(self, blocks: list[int]) -> np.ndarray:
+        """The contents of blocks, uint8 [blocks, block_bytes]."""
+
+    def write_blocks(self, blocks: list[int], contents: np.ndarray) -> None:
+        """Replace the contents of blocks."""
+
+
+@dataclass(frozen=True)
+class SequenceLoad:
+    """A load for a waiting sequence. first: number of the first block that is loaded; began: seconds."""
+
+    sequence: Sequence
+    first: int
+    keys: tuple[BlockKey, ...]
+    load: Load
+    began: float
+
+
+class Offload:
+    """Moves blocks between an engine's pool and a tier. Without a connector it does nothing.
+
+    Only blocks of the prefix cache are saved, and each once it is full. Loading is for one sequence at a time, the
+    first that waits; while it lasts, running sequences go on. What fails or comes late is computed instead.
+
+    timeout: seconds by the engine's clock that a load may take. device: set before the first step.
+    """
+
+    def __init__(
+        self, connector: Connector | None, pool: BlockPool, clock: MonotonicClock, timeout: float = LOAD_TIMEOUT
+    ) -> None:
+        self.connector, self.pool, self.clock, self.timeout = connector, pool, clock, timeout
+        self.device: BlockDevice | None = None
+        self.loading: SequenceLoad | None = None
+        self.unsaved: list[int] = []  # blocks added to the prefix cache since the last save()
+
+    def ready(self, sequence: Sequence, cached: int, wait: bool) -> bool:
+        """True if a waiting sequence may start; False while blocks for it are being loaded. Begins the load if needed.
+
+        Args:
+            sequence: the first that waits.
+            cached: number of its leading blocks that are in the prefix cache.
+            wait: nothing else can run, so wait for the load a little.
+        """
+        if not self.connector:
+            return True
+        if self.loading and self.loading.sequence is not sequence:
+            self.loading = None  # it was aborted, or another goes before it
+        if not self.loading:
+            self.loading = self._begin(sequence, cached)
+        if not self.loading or self.loading.load.wait(POLL if wait else 0.0):
+            return True
+        if self.clock.read() - self.loading.began <= self.timeout:
+            return False
+        self.connector.counts.late += len(self.loading.keys)
+        self.connector.say("late", f"loading K/V blocks took more than {self.timeout:g} s; they are computed instead")
+        self.loading = None
+        return True
+
+    def fill(self, sequence: Sequence, cached: int, blocks: list[int]) -> int:
+        """Write the contents loaded for a sequence to its blocks, those after its `cached` leading ones.
+
+        Returns the number of blocks filled. Raises DeviceLost.
+        """
+        done, self.loading = self.loading, None
+        if not self.connector or not self.device or not done or done.sequence is not sequence:
+            return 0
+        counts, found = self.connector.counts, done.load.blocks()
+        counts.misses += len(done.keys) - len(found)
+        # while it was loading, the prefix cache may have come to hold more of the prompt, or less
+        contents = found[cached - done.first :] if done.first <= cached else []
+        if not contents:
+            return 0
+        try:
+            self.device.write_blocks(blocks[cached : cached + len(contents)], np.stack(contents))
+        except DeviceLost:
+            raise
+        except DeviceError as e:
+            self.connector.say("device", f"the device did not take loaded K/V blocks, which are computed: {e}")
+            counts.errors += 1
+            return 0
+        counts.hits += len(contents)
+        counts.loaded_bytes += sum(x.nbytes for x in contents)
+        return len(contents)
+
+    def started(self, blocks: list[int]) -> None:
+        """Tell the tier that a sequence starts with these cached blocks."""
+        if self.connector and blocks:
+            # a loaded block is not in the prefix cache if another of its name is
+            self.connector.touch([self.pool.name(block) for block in blocks if block in self.pool.cached])
+
+    def stored(self, block: int) -> None:
+        """Note that a block was added to the prefix cache; save() saves it."""
+        if self.connector:
+            self.unsaved.append(block)
+
+    def save(self) -> None:
+        """Read the blocks added to the prefix cache from the device and hand them to the tier. Raises DeviceLost."""
+        noted, self.unsaved = self.unsaved, []
+        if not self.connector or not self.device or not noted:
+            return
+        blocks = [
+            b for b in dict.fromkeys(noted) if b in self.pool.cached and not self.connector.lookup([self.pool.name(b)])
+        ]
+        if not blocks:
+            return
+        try:
+            contents = self.device.read_blocks(blocks)
+        except DeviceLost:
+            raise
+        except DeviceError as e:
+            self.connector.say("device", f"the device did not give K/V blocks to save: {e}")
+            self.connector.counts.errors += 1
+            return
+        for block, content in zip(blocks, contents, strict=True):
+            self.connector.save(self._key(block), content)
+
+    def _key(self, block: int) -> BlockKey:
+        cached = self.pool.cached[block]
+        return BlockKey(cached.name, cached.parent, cached.tokens)
+
+    def _begin(self, sequence: Sequence, cached: int) -> SequenceLoad | None:
+        """Begin to load the blocks after the `cached` first ones. None if the tier has none of them.
+
+        The sequence's last token is always computed, so the block that it would complete is not loaded.
+        """
+        assert self.connector and self.device
+        size = self.pool.block_size
+        tokens, salt = sequence.tokens(0, sequence.length - 1), sequence.salt
+        parents = [self.pool.names.root(salt), *self.pool.names.of(tokens, salt)]
+        wanted = [
+            BlockKey(parents[i + 1], parents[i], tuple(tokens[i * size : (i + 1) * size]))
+            for i in range(cached, len(parents) - 1)
+        ]
+        there = self.connector.lookup([key.name for key in wanted])
+        self.connector.counts.misses += len(wanted) - there
+        if not there:
+            return None
+        keys = tuple(wanted[:there])
+        load = self.connector.load(keys, self.device.block_bytes)
+        return SequenceLoad(sequence, cached, keys, load, self.clock.read())

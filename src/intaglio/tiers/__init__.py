@@ -1,0 +1,6 @@
+"""Tiers: where K/V blocks are kept outside an engine's pool. Each is a Connector of the runtime."""
+
+from intaglio.tiers.block_file import BlockFileError
+from intaglio.tiers.disk import DiskTier
+
+__all__ = ["BlockFileError", "DiskTier"]

@@ -1,0 +1,64 @@
+"""The file of one K/V block: a header with everything that the block's name is made of, the contents, a checksum.
+
+Layout: MAGIC, the header's length (4 bytes, little-endian), the header (JSON), the contents, and a SHA-256 over all
+before it. A reader knows what the header has to be, byte for byte, so a file of another model, format, instruction
+set, version or place in a prompt is never taken for its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from intaglio.runtime import BlockKey, BlockScope
+
+MAGIC = b"intaglio K/V 1\n\n"
+CHECKSUM = hashlib.sha256().digest_size
+
+
+class BlockFileError(ValueError):
+    """Raised for a file that is not the block that was asked for, or not as it was written."""
+
+
+def head_of(scope: BlockScope, key: BlockKey, block_bytes: int) -> bytes:
+    """The file's bytes before the contents."""
+    facts = {"scope": asdict(scope), "name": key.name, "parent": key.parent, "tokens": key.tokens, "bytes": block_bytes}
+    header = json.dumps(facts, sort_keys=True).encode()
+    return MAGIC + len(header).to_bytes(4, "little") + header
+
+
+def file_bytes(scope: BlockScope, key: BlockKey, content: np.ndarray) -> list[bytes | memoryview]:
+    """The parts of a block's file, in order. content: uint8 [block_bytes]."""
+    head, body = head_of(scope, key, content.nbytes), np.ascontiguousarray(content).data
+    checksum = hashlib.sha256(head)
+    checksum.update(body)
+    return [head, body, checksum.digest()]
+
+
+def read_block(file: Path, scope: BlockScope, key: BlockKey, block_bytes: int) -> np.ndarray:
+    """The contents of a block's file, uint8 [block_bytes].
+
+    Raises BlockFileError, saying what is wrong, if the file is not exactly what file_bytes() gives for this block, and
+    OSError if it cannot be read.
+    """
+    head = head_of(scope, key, block_bytes)
+    with file.open("rb", buffering=0) as f:
+        size, wanted = os.fstat(f.fileno()).st_size, len(head) + block_bytes + CHECKSUM
+        held = np.empty(min(size, wanted), np.uint8)
+        at = 0
+        while at < len(held) and (got := f.readinto(held[at:].data)):
+            at += got
+    if at < len(MAGIC) or held[: len(MAGIC)].tobytes() != MAGIC:
+        raise BlockFileError(f"{file} does not begin as a K/V block of this version")
+    if size != wanted or at != wanted:
+        raise BlockFileError(f"{file} has {size} bytes; this block has {wanted}")
+    if hashlib.sha256(held[:-CHECKSUM].data).digest() != held[-CHECKSUM:].tobytes():
+        raise BlockFileError(f"the checksum of {file} is wrong")
+    if held[: len(head)].tobytes() != head:
+        raise BlockFileError(f"{file} is another block, or of another model, format, instruction set or version")
+    return held[len(head) : -CHECKSUM]

@@ -1,0 +1,125 @@
+"""BlockDirectory: files of K/V blocks in a folder, with a budget in bytes and LRU eviction.
+
+Several engines, in one process or several, may use the same folder. Files appear under their names only when they are
+whole; modification times are the times of last use.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+SUFFIX, PARTIAL = ".kv", ".part"
+PARTIAL_SECONDS = 600.0  # age at which a partial file is deleted: the process that wrote it was killed
+RESCAN = 16  # look at all files again after each 1 / RESCAN of the budget: other engines write too
+ROOM = 32  # when over the budget, delete down to 1 / ROOM below it
+NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True)
+class HeldFile:
+    """A file in the directory: when it was last used (ns since the epoch), its path and its size in bytes."""
+
+    used: int
+    path: str
+    size: int
+
+
+class BlockDirectory:
+    """The files of a folder, which is made if it is not there. One thread writes; any thread may read.
+
+    budget: bytes of all files together. Others that use the same folder count their own bytes, so together they may
+    exceed the budget by 1/16 each for a while.
+    """
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self.folder, self.budget = folder, budget
+        self.held: int | None = None  # bytes of all files, as far as known; None: not looked yet
+        self.written = 0  # bytes since all files were looked at
+
+    def file(self, name: str) -> Path:
+        """The path of a block's file."""
+        return self.folder / name[:2] / f"{name}{SUFFIX}"
+
+    def has(self, name: str) -> bool:
+        """True if a block's file is there, whatever is in it."""
+        return os.path.exists(self.file(name))
+
+    def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
+        """Write a block's file, and delete the least recently used ones if the budget is exceeded.
+
+        Returns the number of files deleted. Raises OSError if the file cannot be written; nothing is left of it then.
+        """
+        if self.held is None:
+            self.scan()
+        file, size = self.file(name), sum(len(part) for part in parts)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{name[:16]}.{os.getpid()}.{next(NUMBERS)}{PARTIAL}")
+        try:
+            with partial.open("wb", buffering=0) as f:
+                for part in parts:
+                    rest = memoryview(part)
+                    while rest:
+                        rest = rest[f.write(rest) :]
+            partial.replace(file)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+        self.held = (self.held or 0) + size
+        self.written += size
+        return self.evict() if self.held > self.budget or self.written > self.budget // RESCAN else 0
+
+    def remove(self, name: str) -> None:
+        """Delete a block's file, if it is there and may be deleted."""
+        with suppress(OSError):
+            self.file(name).unlink()
+
+    def touch(self, names: Sequence[str]) -> None:
+        """Note that blocks, each the parent of the next, are used now. A parent counts as used after its child."""
+        now = time.time_ns()
+        for depth, name in enumerate(names):
+            with suppress(OSError):
+                os.utime(self.file(name), ns=(now, now - 1000 * depth))
+
+    def scan(self) -> list[HeldFile]:
+        """Look at all files. Returns them, and deletes what killed processes left half written."""
+        found, now = list[HeldFile](), time.time()
+        for folder in [entry.path for entry in entries(self.folder) if len(entry.name) == 2]:
+            for entry in entries(folder):
+                with suppress(OSError):  # deleted meanwhile
+                    facts = entry.stat()
+                    if entry.name.endswith(SUFFIX):
+                        found.append(HeldFile(facts.st_mtime_ns, entry.path, facts.st_size))
+                    elif entry.name.endswith(PARTIAL) and now - facts.st_mtime > PARTIAL_SECONDS:
+                        os.unlink(entry.path)
+        self.held, self.written = sum(f.size for f in found), 0
+        return found
+
+    def evict(self) -> int:
+        """Delete the least recently used files if all together exceed the budget. Returns the number deleted."""
+        files, deleted = sorted(self.scan(), key=lambda f: (f.used, f.path)), 0
+        assert self.held is not None
+        if self.held > self.budget:
+            for file in files:
+                if self.held <= self.budget - self.budget // ROOM:
+                    break
+                with suppress(OSError):
+                    os.unlink(file.path)
+                    deleted += 1
+                self.held -= file.size
+        return deleted
+
+
+def entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """The entries of a folder; [] if it cannot be read."""
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except OSError:
+        return []

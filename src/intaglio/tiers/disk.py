@@ -1,0 +1,157 @@
+"""DiskTier: keeps K/V blocks in a directory, which survives restarts and which several engines may share.
+
+On a file system in memory (/dev/shm) it is a pool that all engines of a host share.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from intaglio.runtime import BlockKey, BlockScope, TierCounts
+from intaglio.tiers.block_file import BlockFileError, file_bytes, read_block
+from intaglio.tiers.directory import BlockDirectory
+
+QUEUE_BYTES = 256 << 20  # of blocks that wait to be written; more are not saved
+RETRY = 30.0  # seconds without writing after the system refused to write
+
+
+class DiskLoad:
+    """Blocks that a thread reads from a directory."""
+
+    def __init__(self) -> None:
+        self.ended, self.contents = threading.Event(), list[np.ndarray]()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to so many seconds. Returns True if the load has ended."""
+        return self.ended.wait(seconds)
+
+    def blocks(self) -> list[np.ndarray]:
+        """The contents of the leading blocks that passed all checks."""
+        return self.contents
+
+
+class DiskTier:
+    """A Connector that keeps blocks as files, read by one thread and written by another.
+
+    What cannot be read or written, or fails a check, is counted and said once; a file that fails a check is deleted.
+
+    Args:
+        folder: the directory, made if it is not there.
+        budget: bytes that all files there may have.
+        scope: of the engine's blocks; blocks of another are never given.
+        report: called with what the operator should know, once for each kind; by default it is a warning.
+    """
+
+    def __init__(
+        self, folder: Path, budget: int, scope: BlockScope, report: Callable[[str], None] = warnings.warn
+    ) -> None:
+        self.directory, self.scope, self.report, self.counts = (
+            BlockDirectory(folder, budget),
+            scope,
+            report,
+            TierCounts(),
+        )
+        self.reader, self.writer = (ThreadPoolExecutor(1, f"intaglio-kv-{name}") for name in ("reader", "writer"))
+        self.queued = 0  # bytes
+        self.closed = False
+        self.writes_from = 0.0  # time.monotonic() before which nothing is written
+        self.said, self.lock = set[str](), threading.Lock()
+
+    def lookup(self, names: Sequence[str]) -> int:
+        """How many of the blocks have files, counted from the first up to the first that has none."""
+        for at, name in enumerate(names):
+            if not self.directory.has(name):
+                return at
+        return len(names)
+
+    def load(self, keys: Sequence[BlockKey], block_bytes: int) -> DiskLoad:
+        """Begin to read blocks."""
+        load = DiskLoad()
+        if self.closed:
+            load.ended.set()
+        else:
+            self.reader.submit(self._read, load, list(keys), block_bytes)
+        return load
+
+    def save(self, key: BlockKey, content: np.ndarray) -> None:
+        """Write a block, some time later, unless too many bytes wait or the system refused to write a moment ago."""
+        with self.lock:
+            if self.closed or self.queued + content.nbytes > QUEUE_BYTES or time.monotonic() < self.writes_from:
+                self.counts.dropped += 1
+                return
+            self.queued += content.nbytes
+        self.writer.submit(self._write, key, content)
+
+    def touch(self, names: Sequence[str]) -> None:
+        """Note that blocks are in use, so that others are deleted first."""
+        if not self.closed:
+            self.writer.submit(self.directory.touch, list(names))
+
+    def say(self, kind: str, what: str) -> None:
+        """Report a text, if it is the first of its kind."""
+        with self.lock:
+            if kind in self.said:
+                return
+            self.said.add(kind)
+        self.report(what)
+
+    def flush(self) -> None:
+        """Wait until all blocks handed over so far are written."""
+        self.writer.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Write what waits to be written, and end the threads. The engine must not be in a step."""
+        self.closed = True
+        self.reader.shutdown()
+        self.writer.shutdown()
+
+    def _read(self, load: DiskLoad, keys: list[BlockKey], block_bytes: int) -> None:
+        try:
+            for key in keys:
+                content = self._read_one(key, block_bytes)
+                if content is None:
+                    return
+                load.contents.append(content)
+        finally:
+            load.ended.set()
+
+    def _read_one(self, key: BlockKey, block_bytes: int) -> np.ndarray | None:
+        """A block's contents; None if it is not there, or not as it should be."""
+        try:
+            return read_block(self.directory.file(key.name), self.scope, key, block_bytes)
+        except FileNotFoundError:
+            return None  # deleted since the lookup
+        except BlockFileError as e:
+            self.counts.corrupt += 1
+            self.directory.remove(key.name)
+            self.say("corrupt", f"a K/V block cannot be used and is computed: {e}; further ones are only counted")
+        except OSError as e:
+            self.counts.errors += 1
+            self.say("read", f"K/V blocks in {self.directory.folder} cannot be read and are computed: {e.strerror}")
+        return None
+
+    def _write(self, key: BlockKey, content: np.ndarray) -> None:
+        try:
+            if time.monotonic() >= self.writes_from and not self.directory.has(key.name):
+                self.counts.evicted += self.directory.write(key.name, file_bytes(self.scope, key, content))
+                self.counts.saved += 1
+                self.counts.saved_bytes += content.nbytes
+        except OSError as e:
+            self.counts.errors += 1
+            self.writes_from = time.monotonic() + RETRY
+            self.say(
+                "write",
+                f"K/V blocks cannot be saved in {self.directory.folder}: {e.strerror}; the engine goes on without, and "
+                f"tries again every {RETRY:g} s",
+            )
+        finally:
+            self.counts.held_bytes = self.directory.held or 0
+            with self.lock:
+                self.queued -= content.nbytes

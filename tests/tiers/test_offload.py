@@ -1,0 +1,152 @@
+"""The offload stage of the engine: what is loaded, what is given up, and what stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from support.serving import oracle_engine, request, run_checked, truth
+
+from intaglio.devices import DeviceError, DeviceLost
+from intaglio.runtime import BlockKey, Engine, TierCounts, check_invariants
+
+SIZE = 4
+
+
+class Shelf:
+    """A Connector that keeps blocks in a dict. ready: whether loads have ended."""
+
+    def __init__(self) -> None:
+        self.counts, self.held, self.said = TierCounts(), dict[str, tuple[BlockKey, np.ndarray]](), list[str]()
+        self.ready, self.loads, self.touched = True, 0, list[str]()
+        self.contents: list[np.ndarray] = []
+
+    def lookup(self, names: Sequence[str]) -> int:
+        return next((at for at, name in enumerate(names) if name not in self.held), len(names))
+
+    def load(self, keys: Sequence[BlockKey], block_bytes: int) -> Shelf:
+        self.loads += 1
+        self.contents = [self.held[key.name][1] for key in keys]
+        return self
+
+    def wait(self, seconds: float) -> bool:
+        return self.ready
+
+    def blocks(self) -> list[np.ndarray]:
+        return self.contents
+
+    def save(self, key: BlockKey, content: np.ndarray) -> None:
+        assert key.name not in self.held, "saved twice"
+        self.held[key.name] = (key, content)
+
+    def touch(self, names: Sequence[str]) -> None:
+        self.touched = list(names)
+
+    def say(self, kind: str, what: str) -> None:
+        self.said.append(what)
+
+
+def engine_on(shelf: Shelf, **options: Any) -> Engine:
+    return oracle_engine(pages=40, page_tokens=SIZE, connector=shelf, **options)
+
+
+def filled() -> Shelf:
+    """A shelf with the blocks of a prompt of 30 tokens and its answer."""
+    shelf = Shelf()
+    ask(engine_on(shelf), list(range(30)))
+    assert len(shelf.held) == 8 and not shelf.said
+    return shelf
+
+
+def ask(engine: Engine, prompt: list[int], id: str = "r", **options: Any) -> int:
+    """Run a request to its end and check its output. Returns its cached tokens."""
+    [s] = engine.add(request(id, prompt, **{"max_tokens": 5, **options}))
+    run_checked(engine)
+    assert s.output == truth(s) and s.finish_reason == "length"
+    return s.cached_tokens
+
+
+def test_blocks_after_those_in_the_pool_are_loaded() -> None:
+    shelf = filled()
+    engine = engine_on(shelf)
+    ask(engine, [*range(9), 80], "first", max_tokens=1)
+    assert engine.block_snapshot().names == tuple(engine.block_names.of(range(8)))
+    hits = shelf.counts.hits
+    assert ask(engine, list(range(30)), "second") == 28
+    assert (hits, shelf.counts.hits) == (2, 7) and shelf.loads == 2
+    assert shelf.touched == engine.block_names.of(range(28))
+
+
+def test_logits_of_the_prompt_and_last_token_are_computed() -> None:
+    shelf = filled()
+    assert ask(engine_on(shelf), list(range(30)), prompt_logprobs=1) == 0 and shelf.loads == 0
+    assert ask(engine_on(shelf), list(range(28))) == 24  # not the block that the last token completes
+
+
+def test_running_sequences_go_on_during_a_load_and_a_late_one_is_computed() -> None:
+    shelf = filled()
+    engine = engine_on(shelf)
+    engine.offload.timeout = 60.0  # the clock advances by 1 at each reading
+    [running] = engine.add(request("running", [90, 91], max_tokens=40))
+    engine.step()
+    shelf.ready = False
+    [waiting] = engine.add(request("waiting", range(30), max_tokens=5))
+    before = len(running.output)
+    for _ in range(6):
+        engine.step()
+        check_invariants(engine)
+    assert len(running.output) == before + 6 and waiting.state == "waiting" and shelf.loads == 1
+    run_checked(engine)
+    assert (
+        (shelf.counts.late, shelf.counts.hits) == (7, 0) and len(shelf.said) == 1 and "took more than" in shelf.said[0]
+    )
+    assert [running.output, waiting.output] == [truth(running), truth(waiting)] and waiting.cached_tokens == 0
+
+
+def test_load_of_an_aborted_request_is_not_given_to_another() -> None:
+    shelf = filled()
+    engine = engine_on(shelf)
+    shelf.ready = False
+    engine.add(request("gone", range(30), max_tokens=5))
+    engine.step()
+    engine.abort("gone")
+    shelf.ready = True
+    assert ask(engine, [50, *range(29)], "other") == 0
+    assert engine.pool.held == 0
+
+
+def test_device_that_refuses_loaded_blocks_computes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = filled()
+    engine = engine_on(shelf)
+
+    def refuse(*_: object) -> None:
+        raise DeviceError("no room")
+
+    monkeypatch.setattr(engine.executable, "write_blocks", refuse)
+    assert ask(engine, list(range(30))) == 0
+    assert shelf.counts.errors == 1 and shelf.counts.hits == 0 and "no room" in shelf.said[0]
+
+
+@pytest.mark.parametrize("call", ["read_blocks", "write_blocks"])
+def test_device_lost_while_blocks_are_moved_is_replaced_and_blames_nobody(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    shelf = filled()
+    engine = engine_on(shelf)
+    engine.recovery.restart = lambda: engine.executable
+    real, left = getattr(engine.executable, call), [3]
+
+    def lose(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise DeviceLost("planted")
+        return real(*arguments)
+
+    monkeypatch.setattr(engine.executable, call, lose)
+    prompt = list(range(30)) if call == "write_blocks" else list(range(40, 70))
+    [s] = engine.add(request("r", prompt, max_tokens=12))
+    run_checked(engine)
+    assert s.output == truth(s) and s.finish_reason == "length" and s.device_losses == 0
+    assert engine.counts.restarts == engine.counts.faults["worker"] == 3 and engine.pool.held == 0
