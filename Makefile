@@ -22,9 +22,10 @@ test: .venv/test.stamp
 clients: .venv/test.stamp .venv-clients/stamp .venv-clients-llama-index/stamp
 	$(BIN)/pytest -n 2 tests/clients
 
-# The engine under simulated faults; nightly with SEEDS=100000.
+# The engine, and groups of ranks on several hosts, under simulated faults; nightly with SEEDS=100000.
 simulate: .venv/test.stamp
 	PYTHONPATH=tests $(BIN)/python -m simulation --seeds $(SEEDS)
+	PYTHONPATH=tests $(BIN)/python -m simulation --groups --seeds $(SEEDS)
 
 # The server under requests generated from its own description.
 fuzz: .venv/test.stamp

@@ -66,7 +66,7 @@ class Format:
         bits: bits of one value, without scales.
         group: 0 for plain formats, else the number of values along a row that share a scale (ROW: the whole row).
         scale_bits: bits of scale, zero and minimum per group.
-        row_bits: bits of the factor of a row's scales.
+        row_bits: bits of a factor that each row has, by which its scales are multiplied; 0 if rows have none.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from intaglio.devices import DeviceError, DeviceLost, HostsDevice
 from intaglio.devices.processes.agent import Agent, Port
 from intaglio.devices.processes.connections import ConnectionRefused, connect, introduce
 from intaglio.devices.processes.hosts import HostsExecutable, Rendezvous
-from intaglio.devices.processes.link import HEAD, HELLO, LONGEST, STEP, Link, LinkLost, mac
-from intaglio.llm import LLM
+from intaglio.devices.processes.link import HEAD, LONGEST, Link, LinkLost, mac
+from intaglio.devices.processes.membership import HELLO, STEP
+from intaglio.llm import LLM, RequestOutput
 from intaglio.runtime import Grammar, SamplingParams
 
 TOKEN = b"a token of 16 or more bytes"
@@ -37,6 +39,7 @@ PARAMS = [
     SamplingParams(max_tokens=16, ignore_eos=True),
     SamplingParams(max_tokens=8, seed=5, temperature=1.0, grammar=Grammar("regex", "(a|b)+")),
 ]
+NAMESPACES = itertools.count()
 OPTIONS = {"kv_tokens": 256, "max_drafts": 2}
 
 
@@ -102,12 +105,12 @@ def test_a_rank_that_dies_on_another_host_is_replaced(tmp_path: Path, rendezvous
 
 
 def children() -> set[int]:
-    """Processes of ranks that this process has started."""
+    """Processes of ranks that this process's fork servers have forked."""
     found = set[int]()
     for p in psutil.Process().children():
         with suppress(psutil.Error):  # it has ended
-            if "processes.child" in " ".join(p.cmdline()):
-                found.add(p.pid)
+            if "processes.forkserver" in " ".join(p.cmdline()):
+                found |= {child.pid for child in p.children()}
     return found
 
 
@@ -132,7 +135,7 @@ def test_without_the_token_nobody_gets_in(rendezvous: Rendezvous) -> None:
             Agent((address, 1), None).serve()
     with pytest.raises(ValueError, match="the token has 5 bytes"):
         Rendezvous("127.0.0.1", 0, b"short")
-    assert not rendezvous.agents
+    assert not rendezvous.roster.members
 
 
 def test_malformed_frames_leave_both_ports_serving(rendezvous: Rendezvous) -> None:
@@ -230,7 +233,7 @@ def namespace(stack: ExitStack) -> Iterator[tuple[str, str, str]]:
     """A network namespace that is joined to this one by a pair of links: its name, this end's address and link."""
     if os.getuid() or not shutil.which("ip"):
         pytest.skip("network namespaces need root and the command ip")
-    number = os.getpid() % 60000
+    number = (16 * os.getpid() + next(NAMESPACES)) % 60000  # a link of an earlier one may still be there
     name, near, far = f"intaglio{number}", f"in{number}a", f"in{number}b"
     block = f"10.{200 + number // 256 % 50}.{number % 256}"
     try:
@@ -253,12 +256,12 @@ def namespace(stack: ExitStack) -> Iterator[tuple[str, str, str]]:
     yield name, f"{block}.1", near
 
 
-def test_a_pulled_cable_between_two_hosts_changes_no_stream(tmp_path: Path) -> None:
-    tiny("llama", tmp_path / "model")
+@contextmanager
+def two_hosts(tmp_path: Path, silence: float) -> Iterator[tuple[str, str, str, LLM]]:
+    """An LLM on this host and on one in a namespace: the namespace, this end's address and link, and the LLM."""
     (tmp_path / "token").write_bytes(TOKEN)
-    wanted = LLM(tmp_path / "model", layout="pp2", in_process=True, kv_tokens=128).generate(PROMPTS, PARAMS)
     with ExitStack() as stack, namespace(stack) as (name, here, cable):
-        meeting = Rendezvous(here, 0, TOKEN, 2.0)
+        meeting = Rendezvous(here, 0, TOKEN, silence)
         stack.callback(meeting.close)
         command = [sys.executable, "-m", "intaglio", "agent", "--rendezvous", f"{here}:{meeting.address[1]}"]
         command += ["--token-file", str(tmp_path / "token")]
@@ -268,16 +271,72 @@ def test_a_pulled_cable_between_two_hosts_changes_no_stream(tmp_path: Path) -> N
             stack.callback(process.kill)
         device = HostsDevice(meeting, 2, cache=None, patience=PATIENT)
         there = LLM(tmp_path / "model", layout="pp2", kv_tokens=128, hosts=device)
+        yield name, here, cable, there
+        there.engine.executable.close()
+
+
+def undisturbed(tmp_path: Path) -> list[RequestOutput]:
+    """The outputs of the model in one process."""
+    tiny("llama", tmp_path / "model")
+    return LLM(tmp_path / "model", layout="pp2", in_process=True, kv_tokens=128).generate(PROMPTS, PARAMS)
+
+
+def pull(name: str, here: str, cable: str) -> Callable[[], None]:
+    """Pull the cable. Returns what puts it back."""
+    ip("link", "set", cable, "down")
+    return lambda: ip("link", "set", cable, "up")
+
+
+def swallow_there(name: str, here: str, cable: str) -> Callable[[], None]:
+    """Swallow what the other host sends: its neighbour has another hardware address. Returns what ends that."""
+    far = [cable[:-1] + "b", "nud"]
+    ip("-n", name, "neigh", "replace", here, "lladdr", "02:00:00:00:00:01", "dev", *far, "permanent")
+    return lambda: ip("-n", name, "neigh", "del", here, "dev", far[0])
+
+
+def swallow_here(name: str, here: str, cable: str) -> Callable[[], None]:
+    """Swallow what this host sends. Returns what ends that."""
+    other = here[: here.rindex(".")] + ".2"
+    ip("neigh", "replace", other, "lladdr", "02:00:00:00:00:01", "dev", cable, "nud", "permanent")
+    return lambda: ip("neigh", "del", other, "dev", cable)
+
+
+@pytest.mark.parametrize("cut", [pull, swallow_there, swallow_here], ids=lambda f: f.__name__)
+def test_a_host_that_is_cut_off_changes_no_stream(
+    tmp_path: Path, cut: Callable[[str, str, str], Callable[[], None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = undisturbed(tmp_path)
+    with two_hosts(tmp_path, 2.0) as (name, here, cable, there):
         assert there.generate(PROMPTS, PARAMS) == wanted
-        ip("link", "set", cable, "down")
         executable = there.engine.executable
         assert isinstance(executable, HostsExecutable)
-        until = time.monotonic() + PATIENT
-        while not executable.failed and time.monotonic() < until:
+        mend, began = cut(name, here, cable), time.monotonic()
+        while not executable.epoch.failed and time.monotonic() < began + PATIENT:
             time.sleep(0.01)
+        with capsys.disabled():
+            print(f" noticed after {time.monotonic() - began:.2f} s ", end="")
         with pytest.raises(DeviceLost, match="its connection is lost|nothing can be sent"):
             executable.check_alive()
-        ip("link", "set", cable, "up")
+        mend()
         assert there.generate(PROMPTS, PARAMS) == wanted
         assert there.engine.counts.restarts >= 1
-        there.engine.executable.close()
+
+
+def test_a_slow_link_is_not_taken_for_a_dead_host(tmp_path: Path) -> None:
+    """10 Mbit/s in both directions."""
+    wanted = undisturbed(tmp_path)
+    if not shutil.which("tc"):
+        pytest.skip("a slow link needs the command tc")
+    with two_hosts(tmp_path, 2.0) as (name, _here, cable, there):
+        slow = ["root", "tbf", "rate", "10mbit", "burst", "32kbit", "latency", "400ms"]
+        for words in (
+            ["qdisc", "add", "dev", cable, *slow],
+            ["-n", name, "qdisc", "add", "dev", cable[:-1] + "b", *slow],
+        ):
+            try:
+                subprocess.run(["tc", *words], check=True, capture_output=True)
+            except subprocess.CalledProcessError as e:
+                pytest.skip(f"links cannot be slowed here: {e.stderr.decode().strip()}")
+        for _ in range(3):
+            assert there.generate(PROMPTS, PARAMS) == wanted
+        assert there.engine.counts.restarts == 0 and not there.engine.executable.epoch.failed  # type: ignore[attr-defined]

@@ -45,6 +45,7 @@ from intaglio.devices.ranks import share_cores
 from intaglio.llm import LLM
 from intaglio.models import Checkpoint, port
 from intaglio.ops import AllReduce
+from intaglio.program.source import names
 from intaglio.runtime import Engine, Grammar, Refused, Request, SamplingParams
 
 PAGE, STATE = 16, StateSpec(6, 16)
@@ -200,6 +201,53 @@ def test_streams_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     assert counts.restarts == 1 and there.engine.executable.state_kept
     assert counts.preemptions == here.engine.counts.preemptions == 0  # nothing was recomputed
     there.engine.executable.close()
+
+
+@pytest.mark.parametrize("crash", [signal.SIGKILL, signal.SIGABRT])
+def test_a_replacement_maps_the_packed_weights(tmp_path: Path, crash: signal.Signals) -> None:
+    """The checkpoint could no longer be read, and the bits are the same; whatever happened to the K/V cache."""
+    c = open_tiny("qwen3", tmp_path)
+    mesh, device = build_mesh(port(c), "tp2"), RanksDevice(2, cache=None, silence=PATIENT)
+    first = device.load(mesh, c, STATE)
+    wanted = first.step(StepRequest(one_token(), logits=True)).logits
+    assert isinstance(first, GroupExecutable) and wanted is not None
+    weights = tmp_path / "qwen3" / "model.safetensors"
+    matrices = [t.source for p in mesh.programs for t in p.tensors.values() if t.role == "weight" and len(t.shape) == 2]
+    stat, zeroed = weights.stat(), bytearray(weights.read_bytes())
+    for name in {name for sources in matrices for source in sources for name in names(source)}:
+        entry = c.entry(name)
+        zeroed[entry.start : entry.stop] = bytes(entry.stop - entry.start)
+    weights.write_bytes(zeroed)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.kill(first.pids[0], crash)
+    with pytest.raises(DeviceLost):
+        while True:
+            first.step(StepRequest(one_token()))
+    second = device.reload(first, mesh, c, STATE)
+    np.testing.assert_array_equal(second.step(StepRequest(one_token(), logits=True)).logits, wanted)
+    other = RanksDevice(2, cache=None, silence=PATIENT).load(mesh, c, STATE)
+    assert (other.step(StepRequest(one_token(), logits=True)).logits != wanted).any()  # what packing again would give
+    for group in (second, other):
+        group.close()
+
+
+def test_a_group_without_its_server_is_replaced_by_recomputing(tmp_path: Path) -> None:
+    c = open_tiny("llama", tmp_path)
+    mesh = build_mesh(port(c), "tp2")
+    device = RanksDevice(2, cache=None, silence=PATIENT)
+    first = device.load(mesh, c, STATE)
+    assert isinstance(first, GroupExecutable) and device.server.process
+    os.kill(device.server.process.pid, signal.SIGKILL)
+    os.kill(first.pids[0], signal.SIGKILL)
+    assert all(gone(pid) for pid in first.pids[:1])
+    first.processes.close()
+    assert first.processes.spoilt() and [p.returncode for p in first.processes.processes] == [None, None]
+    second = device.reload(first, mesh, c, STATE)
+    assert isinstance(second, GroupExecutable) and not second.state_kept
+    os.kill(second.pids[0], signal.SIGKILL)
+    second.processes.close()
+    assert [p.returncode for p in second.processes.processes] == [-signal.SIGKILL] * 2
+    device.server.close()
 
 
 def test_a_pipeline_has_a_step_under_way_for_each_stage(tmp_path: Path) -> None:

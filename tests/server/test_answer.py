@@ -1,4 +1,4 @@
-"""Response bodies: log-probabilities that are infinite or NaN become numbers that JSON can hold."""
+"""Response bodies: log-probabilities that are NaN, or below MIN_LOGPROB, become MIN_LOGPROB, which JSON can hold."""
 
 from __future__ import annotations
 

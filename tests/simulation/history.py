@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from intaglio.runtime import Engine
+from simulation.groups import GroupWorld
 from simulation.rules import Rules
 from simulation.world import Violation, World
 
@@ -20,6 +21,24 @@ def play(seed: int, plant: Callable[[Engine], None] | None = None) -> tuple[list
     except (Violation, Exception) as e:  # an engine that raises where it should not is a violation too
         return world.lines, e
     return world.lines, None
+
+
+def play_group(seed: int) -> tuple[list[str], BaseException | None]:
+    """As play(), of a seed of a group of ranks on several hosts."""
+    world = GroupWorld(seed)
+    try:
+        world.run()
+    except (Violation, Exception) as e:
+        return world.lines, e
+    return world.lines, None
+
+
+def group_failure(seed: int) -> str | None:
+    """As failure(), of a seed of a group of ranks."""
+    _, wrong = play_group(seed)
+    first = str(wrong).splitlines()[0] if str(wrong) else ""
+    again = f"PYTHONPATH=tests python -m simulation --groups --seed {seed}"
+    return f"{type(wrong).__name__}: {first}  <- {again}" if wrong else None
 
 
 def failure(seed: int) -> str | None:

@@ -86,9 +86,9 @@ class StepRequest:
 
     Attributes:
         batch: the arrays of the step.
-        logits: return logits f32 [R, vocabulary].
-        taps: sites whose first result to return.
-        timed: return seconds by site.
+        logits: whether to return logits f32 [R, vocabulary].
+        taps: the sites whose first result is returned.
+        timed: whether to return seconds by site.
     """
 
     batch: Batch

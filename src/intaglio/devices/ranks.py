@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from intaglio.devices.device import Device, DeviceFacts, Executable, StateSpec, Weights
+from intaglio.devices.processes.forkserver import ForkServer
 from intaglio.devices.processes.group import GroupExecutable, RankStart
 from intaglio.devices.processes.job import Job
 from intaglio.program import MeshProgram, Program, verify_mesh
@@ -46,7 +47,7 @@ class RanksDevice(Device):
         from intaglio.devices.host import HostDevice  # needs the compiled part, as other devices do not
 
         self.whole: HostDevice = HostDevice(threads, isa, cache=cache)
-        self.step_timeout, self.silence = step_timeout, silence
+        self.step_timeout, self.silence, self.server = step_timeout, silence, ForkServer()
 
     def facts(self) -> DeviceFacts:
         return self.whole.facts()
@@ -77,7 +78,7 @@ class RanksDevice(Device):
         earlier = lost.unwrapped() if lost else None
         return GroupExecutable(
             starts, True, self.step_timeout, self.silence,
-            replaces=earlier if isinstance(earlier, GroupExecutable) else None,
+            replaces=earlier if isinstance(earlier, GroupExecutable) else None, server=self.server,
         )  # fmt: skip
 
     def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:

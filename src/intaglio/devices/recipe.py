@@ -18,12 +18,16 @@ class HasRecipe(Protocol):
         """The Recipe that makes an equal object."""
 
 
+def named(where: str) -> Any:
+    """The object called "module:name". Raises the errors of importing the module."""
+    module, _, name = where.partition(":")
+    return reduce(getattr, name.split("."), import_module(module))
+
+
 def make(recipe: Recipe) -> object:
     """Call the function of a recipe and return the object it makes.
 
     Raises the errors of importing the module and of calling the function.
     """
     where, arguments = recipe
-    module, _, name = where.partition(":")
-    maker: Any = reduce(getattr, name.split("."), import_module(module))
-    return maker(**arguments)
+    return named(where)(**arguments)

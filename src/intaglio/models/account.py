@@ -199,7 +199,7 @@ def _files(checkpoint: Checkpoint) -> Iterator[Fate]:
             yield Fate(name, "", "used", "says which files hold the model")
         elif name in ("config.json", checkpoint.quantised_by.split(":")[0]):
             yield Fate(name, "", "used", "describes the model")
-        elif name in FILES:
+        elif name in FILES and not (name == "tokenizer.model" and (path / "tokenizer.json").exists()):
             yield Fate(name, "", "used", FILES[name])
         elif name in BESIDE:
             yield Fate(

@@ -90,7 +90,8 @@ def choose_files(repo: str, files: Iterable[str], tag: str | None, read: Callabl
         HubError: there are no weights that can be read, or several and no rule chooses one.
     """
     files = sorted(files)
-    small = [f for f in files if f in SMALL or (f.startswith(TEMPLATES) and f.endswith(".jinja"))]
+    unread = {"tokenizer.model"} if "tokenizer.json" in files else set()
+    small = [f for f in files if f in SMALL - unread or (f.startswith(TEMPLATES) and f.endswith(".jinja"))]
     if tag is None and "config.json" in files and (weights := _safetensors(repo, files, read)):
         return small + weights
     if models := _gguf_models(files):

@@ -16,7 +16,7 @@ from intaglio.program.verify import verify
 
 @dataclass(frozen=True)
 class MeshProgram:
-    """The Programs of all ranks that share a model, in order of rank; a single rank's is an ordinary Program.
+    """The Programs of all ranks that share a model, in order of rank. There may be a single rank.
 
     `layout`: the layout by which the model was sharded, as text such as tp4; empty for one rank.
     """

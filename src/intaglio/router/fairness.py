@@ -1,9 +1,9 @@
 """FairQueue: waiting jobs by priority, and within a priority by tenant in proportion to weights.
 
 The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): each tenant has a
-counter of the tokens it was served, divided by its weight, and the tenant with the lowest counter is next. A tenant
-gains nothing by an idle time: when it returns, its counter is raised to the lowest of the tenants that have waiting
-jobs.
+counter of the tokens it is charged, divided by its weight, and the tenant with the lowest counter is next. A job is
+charged its prompt and expected output when it is taken, and what it really had at its end. A tenant gains nothing by an
+idle time: when it returns, its counter is raised to the lowest of the tenants that have waiting jobs.
 """
 
 from __future__ import annotations

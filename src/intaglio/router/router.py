@@ -209,7 +209,10 @@ class Router:
         return tokens / sum(1 / max(r.report.pace.per_token, 1e-9) for r in alive)
 
     def _choose(self, job: Job, now: float, ahead: Mapping[str, int]) -> Estimate | None:
-        """The estimate of the replica that the policy chooses; None if no replica may be given jobs."""
+        """The Estimate of the job on the replica that the policy chooses; None if no replica may be given jobs.
+
+        ahead: prompt tokens to compute for jobs that wait for a replica and come first, by replica.
+        """
         options = [
             estimate(r, job, self.memory, now, ahead.get(r.name, 0)) for r in self.replicas.values() if r.placeable
         ]

@@ -37,6 +37,8 @@ class HostDevice(Device):
             ranks must begin each step.
         state_file: a memory file that holds the K/V cache of the one Program that is loaded, so that it outlives this
             process. What it holds is taken over.
+        image_file: a memory file for the packed weights of the one Program that is loaded, if they are not in `cache`.
+            If it holds them already, they are mapped instead of packed.
     """
 
     name = "host"
@@ -44,8 +46,10 @@ class HostDevice(Device):
     def __init__(
         self, threads: int | None = None, isa: str | None = None, *, cache: str | Path | None = "auto",
         communicator: _native.Communicator | None = None, state_file: int | None = None,
+        image_file: int | None = None,
     ) -> None:  # fmt: skip
-        self.cache, self.communicator, self.state_file = cache, communicator, state_file
+        self.cache, self.communicator = cache, communicator
+        self.state_file, self.image_file = state_file, image_file
         self.threads = threads or len(os.sched_getaffinity(0))
         self.isa = isa or os.environ.get("INTAGLIO_ISA") or isa_names()[0]
         if not 1 <= self.threads <= 256:
@@ -54,7 +58,7 @@ class HostDevice(Device):
             raise DeviceError(f"instruction set {self.isa!r} is not available; there are {', '.join(isa_names())}")
 
     def recipe(self) -> Recipe:
-        """The Recipe of an equal device without communicator and state file, which only the rank itself can have."""
+        """The Recipe of an equal device without communicator and memory files, which only the rank itself can have."""
         cache = None if self.cache is None else str(self.cache)
         return f"{__name__}:HostDevice", {"threads": self.threads, "isa": self.isa, "cache": cache}
 
@@ -72,5 +76,13 @@ class HostDevice(Device):
         if state.page_tokens % multiple or state.page_tokens < multiple:
             raise DeviceError(f"page_tokens={state.page_tokens}; the host needs a multiple of {multiple}, such as 32")
         return HostExecutable(
-            program, weights, state, self.threads, self.isa, self.cache, self.communicator, self.state_file
+            program,
+            weights,
+            state,
+            self.threads,
+            self.isa,
+            self.cache,
+            self.communicator,
+            self.state_file,
+            self.image_file,
         )

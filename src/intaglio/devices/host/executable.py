@@ -78,6 +78,7 @@ class HostExecutable(RankExecutable):
         cache: str | Path | None,
         communicator: _native.Communicator | None = None,
         state_file: int | None = None,
+        image_file: int | None = None,
     ) -> None:
         self.program, self.state, self.threads, self.isa = program, state, threads, isa
         self.native = _native.Executable(isa, threads, state.page_tokens, tuple(limits(program, state).values()))
@@ -86,7 +87,7 @@ class HostExecutable(RankExecutable):
         if state_file is not None:
             self.native.keep_caches_in(state_file)
         self.layout = HostLayout.of(program, native_collectives=communicator is not None)
-        loaded = load(self.native, program, self.layout, weights, state, threads, cache)
+        loaded = load(self.native, program, self.layout, weights, state, threads, cache, image_file)
         self.ids, self.matrices, self.image, self._arrays = loaded.ids, loaded.matrices, loaded.image, loaded.arrays
         self.packed_bytes = sum(matrix.nbytes for matrix in self.matrices.values())
         in_python = any(program.tensors[name].role == "state" for name in self.layout.arrays)

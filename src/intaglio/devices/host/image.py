@@ -1,7 +1,7 @@
-"""Packed weights on disk: one file with all matrices of a Program, mapped by every process that runs it.
+"""Packed weights as a file, on disk or in memory: all matrices of a Program, mapped by every process that runs it.
 
-A file is complete or absent: it is written under a temporary name, flushed, and then renamed. Its header is a function
-of its key and its matrices, so a header that differs in any byte means other weights or a damaged file.
+A file on disk is complete or absent: it is written under a temporary name, flushed, and then renamed. Its header is a
+function of its key and its matrices, so a header that differs in any byte means other weights or a damaged file.
 """
 
 from __future__ import annotations
@@ -73,6 +73,49 @@ def gather(weights: Mapping[str, _native.Weight]) -> None:
         weight.place(region, found[name])
 
 
+class MemoryImage:
+    """Packed matrices in a memory file that outlives this process, as a context manager; used as Image.
+
+    The header is written last, so a file whose process died while it packed is packed again.
+    """
+
+    def __init__(self, file: int, key: str, weights: Mapping[str, _native.Weight]) -> None:
+        self.file, self.weights, self.ready = file, weights, False
+        self.header, self.offsets, self.size = lay_out(key, weights)
+
+    def __enter__(self) -> MemoryImage:
+        held = os.fstat(self.file).st_size
+        self.ready = held == self.size and os.pread(self.file, len(self.header), 0) == self.header
+        if not self.ready:
+            os.ftruncate(self.file, 0)
+            os.ftruncate(self.file, self.size)
+        place(self.file, self.size, not self.ready, self.weights, self.offsets, len(self.header))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None and not self.ready:
+            place(self.file, self.size, False, self.weights, self.offsets, len(self.header))
+            os.pwrite(self.file, self.header, 0)
+
+
+def lay_out(key: str, weights: Mapping[str, _native.Weight]) -> tuple[bytes, dict[str, int], int]:
+    """(header of an image, offsets of the matrices from its end, total size)."""
+    found, end = offsets(weights)
+    table = {name: [found[name], w.nbytes] for name, w in weights.items()}
+    header = MAGIC + json.dumps({"key": key, "matrices": table}).encode() + b"\n"
+    header = header.ljust(-(-len(header) // PAGE) * PAGE, b"\0")
+    return header, found, len(header) + end
+
+
+def place(
+    file: int, size: int, writable: bool, weights: Mapping[str, _native.Weight], at: Mapping[str, int], first: int
+) -> None:
+    """Map an image into memory and place the matrices in it. at: offsets from `first`."""
+    region = _native.Region(file, size, writable)
+    for name, weight in weights.items():
+        weight.place(region, first + at[name])
+
+
 class Image:
     """A file that holds the packed matrices `weights`, as a context manager.
 
@@ -86,15 +129,7 @@ class Image:
         self._part: Path | None = None
         self._file = -1
         self._keeper: threading.Thread | None = None
-        self._lay_out(key)
-
-    def _lay_out(self, key: str) -> None:
-        """Compute the file's header, its total size, and the matrices' offsets from the end of the header."""
-        self.offsets, end = offsets(self.weights)
-        table = {name: [self.offsets[name], w.nbytes] for name, w in self.weights.items()}
-        header = MAGIC + json.dumps({"key": key, "matrices": table}).encode() + b"\n"
-        self.header = header.ljust(-(-len(header) // PAGE) * PAGE, b"\0")
-        self.size = len(self.header) + end
+        self.header, self.offsets, self.size = lay_out(key, weights)
 
     def __enter__(self) -> Image:
         try:
@@ -122,9 +157,7 @@ class Image:
 
     def _map(self, writable: bool) -> None:
         """Map the file into memory and place the matrices in it."""
-        region = _native.Region(self._file, self.size, writable)
-        for name, weight in self.weights.items():
-            weight.place(region, len(self.header) + self.offsets[name])
+        place(self._file, self.size, writable, self.weights, self.offsets, len(self.header))
 
     def _open(self) -> bool:
         """Map the existing file. Returns False if there is none or it is not valid."""

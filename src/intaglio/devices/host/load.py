@@ -50,7 +50,7 @@ class Loaded:
         ids: number of each tensor in the native executable.
         matrices: packed weights by name.
         arrays: weights, constants and state for Python kernels, by name.
-        image: the file with the packed weights, or None.
+        image: the file on disk with the packed weights, or None.
     """
 
     ids: Mapping[str, int]
@@ -61,16 +61,16 @@ class Loaded:
 
 def load(
     native: _native.Executable, program: Program, layout: HostLayout, weights: Weights, state: StateSpec, threads: int,
-    cache: str | Path | None,
+    cache: str | Path | None, image_file: int | None = None,
 ) -> Loaded:  # fmt: skip
     """Fill a native executable: declare its tensors, pack its weights, create its ops. Returns a Loaded.
 
-    cache: as for HostDevice. Raises DeviceError for weights of the wrong shape or type, and for ops that the
-    kernels cannot run.
+    cache, image_file: as for HostDevice. Raises DeviceError for weights of the wrong shape or type, and for ops that
+    the kernels cannot run.
     """
     matrices = {name: matrix.make() for name, matrix in layout.matrices.items()}
     image.gather(matrices)
-    kept = _image(program, layout, matrices, weights, cache)
+    kept = _image(program, layout, matrices, weights, cache, image_file)
     with kept or nullcontext():
         loader = _Loader(native, program, layout, weights, state, threads, matrices, kept is not None and kept.ready)
         ids = {t.name: loader.declare(t) for t in program.tensors.values() if loader.is_native(t)}
@@ -79,7 +79,9 @@ def load(
             native.stop()
         else:
             add_op(native, op, ids)
-    return Loaded(ids, matrices, _arrays(program, layout, weights, state), kept)
+    return Loaded(
+        ids, matrices, _arrays(program, layout, weights, state), kept if isinstance(kept, image.Image) else None
+    )
 
 
 def add_op(native: _native.Executable, op: Op, ids: Mapping[str, int]) -> None:
@@ -98,10 +100,11 @@ def add_op(native: _native.Executable, op: Op, ids: Mapping[str, int]) -> None:
 
 def _image(
     program: Program, layout: HostLayout, matrices: Mapping[str, _native.Weight], weights: Weights,
-    cache: str | Path | None,
-) -> image.Image | None:  # fmt: skip
-    """The file on disk for the packed matrices; None if they are not to be kept there."""
-    if cache is None or (cache == "auto" and sum(w.nbytes for w in matrices.values()) < image.WORTH):
+    cache: str | Path | None, file: int | None,
+) -> image.Image | image.MemoryImage | None:  # fmt: skip
+    """The file, on disk or in memory, for the packed matrices; None if they are not to be kept."""
+    on_disk = cache is not None and (cache != "auto" or sum(w.nbytes for w in matrices.values()) >= image.WORTH)
+    if not on_disk and file is None:
         return None
     identity = weights.identity()
     if identity is None:
@@ -112,7 +115,10 @@ def _image(
         kept_as = [packing.family, packing.group, packing.glu]
         facts.append([name, t.type, t.source, kept_as, image.packing_hash(packing.family, packing.group, packing.glu)])
     key = hashlib.sha256(json.dumps([identity, facts]).encode()).hexdigest()
-    folder = image.default_folder() if cache == "auto" else Path(cache)
+    if not on_disk:
+        assert file is not None
+        return image.MemoryImage(file, key, matrices)
+    folder = image.default_folder() if cache in ("auto", None) else Path(cache)
     return image.Image(folder, program.name, key, matrices)
 
 

@@ -4,7 +4,8 @@ job.py: what a process loads. messages.py: steps and results as bytes. board.py:
 the main loop of a child process. group.py: the group of processes as one Executable.
 """
 
-from intaglio.devices.processes.group import GroupExecutable, RankStart, child_environment
+from intaglio.devices.processes.forkserver import ForkServer, child_environment
+from intaglio.devices.processes.group import GroupExecutable, RankStart
 from intaglio.devices.processes.job import Job
 
-__all__ = ["GroupExecutable", "Job", "RankStart", "child_environment"]
+__all__ = ["ForkServer", "GroupExecutable", "Job", "RankStart", "child_environment"]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from intaglio.devices.processes import link as frames
+from intaglio.devices.processes import membership
 from intaglio.devices.processes.connections import (
     ConnectionRefused,
     Peer,
@@ -28,10 +29,12 @@ from intaglio.devices.processes.connections import (
     meet,
     stop_accepting,
 )
+from intaglio.devices.processes.forkserver import ForkServer
 from intaglio.devices.processes.group import LOAD_TIMEOUT, Place, Processes, RankStart
 from intaglio.devices.processes.job import Job
-from intaglio.devices.processes.kept import KeptState
+from intaglio.devices.processes.kept import KeptImages, KeptState
 from intaglio.devices.processes.link import Link, LinkLost
+from intaglio.devices.processes.membership import Session
 from intaglio.devices.processes.messages import Reader, pack, text
 from intaglio.devices.ranks import share_cores
 
@@ -46,12 +49,17 @@ WAIT = 3600.0  # seconds; then it waits again
 class PackedJob(Job):
     """A Job that is kept as the bytes that came from the coordinator, for a child process to read."""
 
-    def __init__(self, message: np.ndarray) -> None:
+    def __init__(self, message: np.ndarray, modules: list[str]) -> None:
         object.__setattr__(self, "message", message)
+        object.__setattr__(self, "needed", modules)
 
     def parts(self) -> list[np.ndarray]:
         """The arrays of the message: the coordinator's bytes, as one uint8 array."""
         return [vars(self)["message"]]
+
+    def modules(self) -> list[str]:
+        """The module names that came with the message."""
+        return list(vars(self)["needed"])
 
 
 class Port:
@@ -78,16 +86,24 @@ class Port:
                 if key[0] < epoch:
                     self.arrived.pop(key).close()
 
-    def take(self, epoch: int, rank: int, peer: int) -> socket.socket:
+    def take(self, epoch: int, rank: int, peer: int, stopped: threading.Event | None = None) -> socket.socket:
         """Wait for the connection from rank `peer` to this host's rank `rank`, and return its socket.
 
-        Raises ConnectionRefused if none comes within MEET_TIMEOUT seconds.
+        stopped: ends the wait, with wake(). Raises ConnectionRefused if none comes within MEET_TIMEOUT seconds.
         """
+        ended = stopped.is_set if stopped else bool
         key = (epoch, rank, peer)
         with self.news:
-            if not self.news.wait_for(lambda: key in self.arrived, MEET_TIMEOUT):
+            if not self.news.wait_for(lambda: key in self.arrived or ended(), MEET_TIMEOUT):
                 raise ConnectionRefused(f"rank {peer} did not connect to rank {rank} in {MEET_TIMEOUT:g} s")
+            if ended():
+                raise ConnectionRefused("the group has ended")
             return self.arrived.pop(key)
+
+    def wake(self) -> None:
+        """Let take() look again whether its group has ended. Returns nothing."""
+        with self.news:
+            self.news.notify_all()
 
     def close(self) -> None:
         """Stop listening, and close the connections that were not taken."""
@@ -121,17 +137,21 @@ class Port:
 class HostGroup:
     """The ranks of this host in one epoch of a group, and the thread that sends their results to the coordinator.
 
-    message: the coordinator's START frame.
+    message: the coordinator's START frame. images: packed weights of an earlier group.
     """
 
-    def __init__(self, link: Link, port: Port, message: bytes) -> None:
-        self.link, self.port = link, port
+    def __init__(
+        self, link: Link, port: Port, server: ForkServer, message: bytes, images: KeptImages | None = None
+    ) -> None:
+        self.link, self.port, self.server = link, port, server
         self.processes: Processes | None = None
         self.stopped = threading.Event()
         r = Reader(memoryview(message))
         facts: Any = r.text(int(r.array(np.int64, 1)[0]))
         self.facts = facts
-        self.jobs = [PackedJob(r.array(np.uint8, size)) for size in self.facts["sizes"]]
+        self.jobs = [PackedJob(r.array(np.uint8, size), facts["modules"]) for size in facts["sizes"]]
+        alike = images and len(images.files) == len(self.jobs)
+        self.images = images if images and alike else KeptImages(len(self.jobs))
         port.begin(self.facts["epoch"])
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -147,6 +167,7 @@ class HostGroup:
     def stop(self) -> None:
         """Abort the ranks' group and wait until their processes have ended."""
         self.stopped.set()
+        self.port.wake()
         if self.processes:
             self.processes.segment.abort(-1, "", "the coordinator ended the group")
         self.thread.join()
@@ -160,7 +181,7 @@ class HostGroup:
             try:
                 self._serve()
             except Exception as e:  # whatever starting ranks can raise
-                self.send(frames.LOST, f"{type(e).__name__}: {e}".encode())
+                self.send(membership.LOST, f"{type(e).__name__}: {e}".encode())
             finally:
                 if self.processes:
                     self.processes.close()
@@ -173,8 +194,9 @@ class HostGroup:
         starts = [RankStart(job, own) for job, own in zip(self.jobs, cores, strict=True)]
         try:
             processes = Processes(
-                starts, True, f["step_timeout"], f["silence"], "process", KeptState(len(starts)), f["slots"], place
-            )
+                starts, True, f["step_timeout"], f["silence"], "process", KeptState(len(starts)), self.images,
+                f["slots"], place, self.server,
+            )  # fmt: skip
         finally:
             for own in sockets.values():
                 for s in own.values():
@@ -188,11 +210,11 @@ class HostGroup:
             done = segment.wait_completed(number + 1, LOAD_TIMEOUT if number == 0 else WAIT)
             if segment.aborted:
                 if not self.stopped.is_set():
-                    self.send(frames.LOST, segment.abort_reason().encode())
+                    self.send(membership.LOST, segment.abort_reason().encode())
                 return
             if done:
                 messages = [bytes(boards[number % f["slots"]].read()) for boards in processes.results]
-                kind = frames.RESULT if number else frames.LOADED
+                kind = membership.RESULT if number else membership.LOADED
                 self.send(kind, number.to_bytes(8, "big") + pack_messages(messages))
                 number += 1
 
@@ -208,7 +230,7 @@ class HostGroup:
                 if rank < peer:
                     made[rank][peer] = connect(addresses[peer], self.port.token, self.facts["epoch"], rank, peer)
                 else:
-                    made[rank][peer] = self.port.take(self.facts["epoch"], rank, peer)
+                    made[rank][peer] = self.port.take(self.facts["epoch"], rank, peer, self.stopped)
         except BaseException:
             for own in made.values():
                 for s in own.values():
@@ -250,7 +272,7 @@ class Agent:
     ) -> None:
         self.rendezvous, self.given, self.silence = rendezvous, token, silence
         self.name = name or socket.gethostname()
-        self.stopping = threading.Event()
+        self.stopping, self.server = threading.Event(), ForkServer()
         self.link: Link | None = None
 
     def serve(self, once: bool = False) -> None:
@@ -272,7 +294,8 @@ class Agent:
                 continue
             self._session(s, key)
             if once:
-                return
+                break
+        self.server.close()
 
     def stop(self) -> None:
         """End this host's ranks and make serve() return."""
@@ -289,22 +312,23 @@ class Agent:
         host = s.getsockname()[0]
         port = Port(host, check_binding(host, self.given))
         link = self.link = Link(s, key, True, self.silence)
-        group: HostGroup | None = None
+        images: KeptImages | None = None
+
+        def start(message: bytes) -> HostGroup:
+            nonlocal images
+            group = HostGroup(link, port, self.server, message, images)
+            images = group.images
+            return group
+
+        session = Session(start)
         try:
             cores = len(os.sched_getaffinity(0))
-            link.send(frames.HELLO, text({"name": self.name, "cores": cores, "address": port.address}).tobytes())
+            link.send(membership.HELLO, text({"name": self.name, "cores": cores, "address": port.address}).tobytes())
             while True:
-                kind, message = link.receive()
-                if kind == frames.STEP and group:
-                    group.post(message)
-                elif kind in (frames.START, frames.STOP):
-                    if group:
-                        group.stop()
-                    group = HostGroup(link, port, message) if kind == frames.START else None
+                session.take(*link.receive())
         except LinkLost:
             pass
         finally:
             link.close()
-            if group:
-                group.stop()
+            session.end()
             port.close()

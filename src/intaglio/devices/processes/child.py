@@ -5,6 +5,7 @@ The process ends when its parent does, which closes the other end of a pipe.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -26,15 +27,15 @@ POST_WAIT = 3600.0  # seconds; then it waits again
 class Rank:
     """The rank that a child process runs: run() loads its job and runs the steps.
 
-    files: descriptors of the shared segment, the pipe to the parent, the K/V cache, and the boards: of the job, of
-    the requests, and as many of this rank's results. joins: its device takes part in collectives. sockets:
-    descriptors of connections to ranks of other hosts, by rank.
+    files: descriptors of the shared segment, the pipe to the parent, the K/V cache, the packed weights, and the boards:
+    of the job, of the requests, and as many of this rank's results. joins: its device takes part in collectives.
+    sockets: descriptors of connections to ranks of other hosts, by rank.
     """
 
     def __init__(
         self, rank: int, joins: bool, timeout: float, files: Sequence[int], sockets: Mapping[int, int]
     ) -> None:
-        segment, pipe, self.state_file, job, *boards = files
+        segment, pipe, self.state_file, self.image_file, job, *boards = files
         self.rank, self.joins, self.timeout, self.sockets = rank, joins, timeout, dict(sockets)
         self.segment = _native.Segment(segment)
         self.alone = self.segment.ranks == 1
@@ -71,12 +72,13 @@ class Rank:
         if self.joins:
             communicator = _native.Communicator(self.segment, self.rank, self.sockets)
             communicator.timeout = self.timeout
-            options |= {"communicator": communicator, "state_file": self.state_file}
+            options |= {"communicator": communicator, "state_file": self.state_file, "image_file": self.image_file}
         load_plugins()
         job = read_job(self.job.read(), **options)
         executable = job.device.load(job.program, job.weights, job.state)
         in_file = getattr(executable, "state_in_file", False)
         os.close(self.state_file)
+        os.close(self.image_file)
         return executable, RankFacts(job.device.facts().isa or "", executable.program.hash, in_file)
 
     def step(self, executable: Executable, reader: RequestReader, number: int) -> None:
@@ -106,17 +108,26 @@ def end_with(pipe: int) -> None:
     os._exit(0)
 
 
-def main() -> None:
-    """Run a rank.
+def run(argument: str, files: Sequence[int]) -> None:
+    """Run a rank, and end this process. Does not return.
 
-    Arguments: rank, joins (1 or 0), timeout of a collective in seconds, core numbers or "", sockets to
-    ranks of other hosts as RANK:DESCRIPTOR or "", descriptors.
+    argument: JSON of its number, whether it joins in collectives, the timeout of one in seconds, core numbers ([]: all)
+    and the ranks of other hosts. files: descriptors as for Rank, and then those of the connections to these ranks.
     """
-    rank, joins, timeout, cores, peers, files = sys.argv[1:]
+    rank, joins, timeout, cores, peers = json.loads(argument)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # it ends with its parent, which may still have streams to finish
     if cores:
-        os.sched_setaffinity(0, map(int, cores.split(",")))
-    sockets = {int(peer): int(file) for peer, file in (p.split(":") for p in peers.split(",") if p)}
-    Rank(int(rank), joins == "1", float(timeout), [int(f) for f in files.split(",")], sockets).run()
+        os.sched_setaffinity(0, cores)
+    own = len(files) - len(peers)
+    Rank(rank, joins, timeout, files[:own], dict(zip(peers, files[own:], strict=True))).run()
     os._exit(0)  # without the destructors, which would wait for threads
+
+
+def main() -> None:
+    """Run a rank in a process that was started for it. Does not return.
+
+    Arguments: those of run(); descriptors separated by commas.
+    """
+    argument, files = sys.argv[1:]
+    run(argument, [int(f) for f in files.split(",")])

@@ -8,13 +8,15 @@ which ends every rank's step. Whatever ends a group is raised as DeviceLost; the
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import select
 import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +25,10 @@ import numpy as np
 
 from intaglio.devices.device import DeviceError, DeviceLost, StepResult
 from intaglio.devices.processes.board import Board
+from intaglio.devices.processes.forkserver import ChildProcess, ForkServer, ForkServerError, child_environment
 from intaglio.devices.processes.job import Job, RankFacts, check_facts, read_facts
-from intaglio.devices.processes.kept import KeptState, spoils_memory
+from intaglio.devices.processes.kept import KeptImages, KeptState, spoils_memory
+from intaglio.devices.processes.membership import BeatWatch
 from intaglio.devices.processes.messages import read_result
 from intaglio.devices.processes.posted import PostedExecutable, merged
 from intaglio.program import MeshProgram
@@ -35,16 +39,23 @@ if TYPE_CHECKING:
 LOAD_TIMEOUT = 3600.0  # seconds; a load may read and pack hundreds of gigabytes
 RING_BYTES = 1 << 19  # of each ring: half of what a core's second-level cache holds, more than most messages
 TICK = 0.05  # seconds between two looks at the signs of life
-PATIENCE = 10  # times the allowed silence has a process that is not stopped: other processes may have the cores
-START = "from intaglio.devices.processes.child import main; main()"
+CHILD = "intaglio.devices.processes.child"
+TARGET = f"{CHILD}:run"
+START = f"from {CHILD} import main; main()"
 EPOCHS = itertools.count(1)
 ELSEWHERE = 1 << 62  # steps that ranks of other hosts count as having completed here
 
 
-def child_environment() -> dict[str, str]:
-    """A dict of environment variables for a Python child process that imports this same package."""
-    source = str(Path(__file__).parents[3])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+def start_child(argument: str, files: Sequence[int], server: ForkServer | None, modules: Iterable[str]) -> ChildProcess:
+    """Start a process that calls child.run(argument, files): forked by `server` if there is one and it can."""
+    if server:
+        with suppress(ForkServerError):
+            return server.fork(TARGET, argument, files, modules)
+    return subprocess.Popen(
+        [sys.executable, "-c", START, argument, ",".join(map(str, files))],
+        env=child_environment(), pass_fds=files, stdin=subprocess.DEVNULL,
+        start_new_session=True,  # a Ctrl-C is for the parent, which drains first
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,13 +83,14 @@ class Processes:
     """The child processes of this host's ranks of a group, and the memory they share. It knows nothing of steps.
 
     joins: the ranks take part in collectives together. silence: seconds without a sign of life after which a
-    process counts as hung. what: noun for a process in error messages. kept: the K/V caches. slots: number of
-    messages for requests and of results of a rank that the memory holds. place: None if all ranks are on this host.
+    process counts as hung. what: noun for a process in error messages. kept: the K/V caches. images: the packed
+    weights. slots: number of messages for requests and of results of a rank that the memory holds. place: None if all
+    ranks are on this host. server: forks the processes; without one they are started.
     """
 
     def __init__(
         self, ranks: Sequence[RankStart], joins: bool, step_timeout: float, silence: float, what: str, kept: KeptState,
-        slots: int, place: Place | None = None,
+        images: KeptImages, slots: int, place: Place | None = None, server: ForkServer | None = None,
     ) -> None:  # fmt: skip
         from intaglio import _native  # only a process with a group needs the compiled part
 
@@ -96,7 +108,7 @@ class Processes:
         self.results = [[Board() for _ in range(slots)] for _ in ranks]
         jobs = [Board() for _ in ranks]
         theirs, mine = os.pipe()
-        self.pipe, self.processes = mine, list[subprocess.Popen[bytes]]()
+        self.pipe, self.processes = mine, list[ChildProcess]()
         self.wake = os.eventfd(0)
         self.closed = False
         self.watcher: threading.Thread | None = None
@@ -105,14 +117,10 @@ class Processes:
                 jobs[i].write(start.job.parts())
                 sockets = place.sockets.get(rank, {})
                 boards = (jobs[i], *self.requests, *self.results[i])
-                files = [segment_file, theirs, kept.files[i], *(b.file for b in boards)]
-                arguments = [str(rank), str(int(joins)), repr(step_timeout), ",".join(map(str, start.cores))]
-                peers = ",".join(f"{peer}:{file}" for peer, file in sockets.items())
-                self.processes.append(subprocess.Popen(
-                    [sys.executable, "-c", START, *arguments, peers, ",".join(map(str, files))],
-                    env=child_environment(), pass_fds=[*files, *sockets.values()], stdin=subprocess.DEVNULL,
-                    start_new_session=True,  # a Ctrl-C is for the parent, which drains first
-                ))  # fmt: skip
+                files = [segment_file, theirs, kept.files[i], images.files[i], *(b.file for b in boards)]
+                argument = json.dumps([rank, joins, step_timeout, start.cores, list(sockets)])
+                modules = {CHILD, *start.job.modules()}
+                self.processes.append(start_child(argument, [*files, *sockets.values()], server, modules))
         except BaseException:
             self.close()
             raise
@@ -143,8 +151,8 @@ class Processes:
             board.close()
 
     def spoilt(self) -> bool:
-        """True if a process ended in a way that may have damaged the memory that it shares with others."""
-        return any(spoils_memory(p.returncode) for p in self.processes)
+        """True if a process may have damaged the memory that it shares: it crashed, or nobody knows how it ended."""
+        return any(p.returncode is None or spoils_memory(p.returncode) for p in self.processes)
 
     def lost(self, cause: str) -> DeviceLost:
         """Kill all processes. Returns the DeviceLost to raise, with `cause` and the exit statuses in its message."""
@@ -180,7 +188,7 @@ def watch(segment: _native.Segment, pids: Mapping[int, int], wake: int, silence:
             continue
         names[file] = f"{what} {pid} of rank {rank}"
         poll.register(file, select.POLLIN)
-    seen, ticks = dict.fromkeys(pids, 0), dict.fromkeys(pids, 0)
+    beats = BeatWatch(tuple(pids), silence, TICK)
     try:
         while True:
             ready = [file for file, _ in poll.poll(int(TICK * 1000))]
@@ -189,13 +197,11 @@ def watch(segment: _native.Segment, pids: Mapping[int, int], wake: int, silence:
             for file in ready:
                 segment.abort(-1, "", f"{names[file]} exited")
                 poll.unregister(file)
-            for rank, pid in () if ready else pids.items():
-                beats = segment.beats(rank)
-                ticks[rank] = ticks[rank] + 1 if beats == seen[rank] and beats else 0
-                seen[rank] = beats
-                quiet = ticks[rank] * TICK
-                if quiet >= silence and (quiet >= PATIENCE * silence or is_stopped(pid)):
-                    segment.abort(-1, "", f"{what} {pid} of rank {rank} hangs: no sign of life in {quiet:.2g} s")
+            if not ready:
+                counts = {rank: segment.beats(rank) for rank in pids}
+                for rank, quiet in beats.look(counts, lambda rank: is_stopped(pids[rank])).items():
+                    why = f"{what} {pids[rank]} of rank {rank} hangs: no sign of life in {quiet:.2g} s"
+                    segment.abort(-1, "", why)
     finally:
         for file in names:
             os.close(file)
@@ -213,14 +219,14 @@ class GroupExecutable(PostedExecutable):
     """A Program loaded in the processes of a group, one process for each rank. `pids`: process ids by rank.
 
     joins: the ranks are one mesh, with a communicator each; otherwise there is one process, which loads whatever
-    its job says. replaces: the lost group that this group replaces. Raises DeviceError with the message of the
-    error that loading raised, DeviceLost if a process ends meanwhile, ReplacementRefused if results would have
-    other bits than those of the group replaced.
+    its job says. replaces: the lost group that this group replaces. server: as for Processes. Raises DeviceError with
+    the message of the error that loading raised, DeviceLost if a process ends meanwhile, ReplacementRefused if results
+    would have other bits than those of the group replaced.
     """
 
     def __init__(
         self, ranks: Sequence[RankStart], joins: bool, step_timeout: float, silence: float, what: str = "process",
-        replaces: GroupExecutable | None = None,
+        replaces: GroupExecutable | None = None, server: ForkServer | None = None,
     ) -> None:  # fmt: skip
         job = ranks[-1].job
         self.program, self.state, self.step_timeout = job.programs[-1], job.state, step_timeout
@@ -232,7 +238,12 @@ class GroupExecutable(PostedExecutable):
         self.kept: KeptState | None = kept or KeptState(len(ranks))
         if replaces and not kept:
             replaces.kept = None  # its memory is free before this group has its own
-        self.processes = Processes(ranks, joins, step_timeout, silence, what, self.kept, self.slots)
+        images = replaces.images if replaces else None
+        images = images if images and len(images.files) == len(ranks) else KeptImages(len(ranks))
+        self.images: KeptImages | None = images
+        self.processes = Processes(
+            ranks, joins, step_timeout, silence, what, self.kept, images, self.slots, None, server
+        )
         self.pids = [p.pid for p in self.processes.processes]
         weakref.finalize(self, self.processes.close)
         self.processes.segment.post(1)
@@ -265,9 +276,9 @@ class GroupExecutable(PostedExecutable):
             raise DeviceLost(f"the {self.processes.what} is gone")
 
     def close(self) -> None:
-        """Kill the processes, and drop this group's hold on the K/V cache. Returns nothing."""
+        """Kill the processes, and drop this group's hold on the K/V cache and the packed weights. Returns nothing."""
         self.processes.close()
-        self.kept = None
+        self.kept = self.images = None
 
     def _wait(self, steps: int, timeout: float) -> None:
         """Wait until all ranks have completed `steps` steps. Returns nothing.

@@ -13,6 +13,7 @@ import numpy as np
 
 from intaglio.devices.device import DeviceError, DeviceLost, StateSpec, StepResult
 from intaglio.devices.processes import link as frames
+from intaglio.devices.processes import membership
 from intaglio.devices.processes.agent import COORDINATOR, unpack_messages
 from intaglio.devices.processes.connections import (
     ConnectionRefused,
@@ -26,6 +27,7 @@ from intaglio.devices.processes.connections import (
 from intaglio.devices.processes.group import EPOCHS, LOAD_TIMEOUT
 from intaglio.devices.processes.job import Job, RankFacts, check_facts, read_facts
 from intaglio.devices.processes.link import Link, LinkLost
+from intaglio.devices.processes.membership import Epoch, Roster
 from intaglio.devices.processes.messages import pack, read_result, text
 from intaglio.devices.processes.posted import PostedExecutable, merged
 from intaglio.program import MeshProgram
@@ -42,7 +44,7 @@ class HostAgent:
 
     def __init__(self, link: Link) -> None:
         kind, message = link.receive()
-        if kind != frames.HELLO:
+        if kind != membership.HELLO:
             raise LinkLost(f"a frame of kind {kind} came before the greeting")
         facts = json.loads(message)
         self.link, self.name, self.cores = link, str(facts["name"]), int(facts["cores"])
@@ -61,12 +63,19 @@ class HostAgent:
         """
         try:
             while True:
-                kind, message = self.link.receive()
-                if self.handler:
-                    self.handler(self, kind, int.from_bytes(message[:8], "big"), message[8:])
+                self.take(*self.link.receive())
         except LinkLost as e:
-            if self.handler:
-                self.handler(self, frames.LOST, None, f"its connection is lost: {e}".encode())
+            self.lose(e)
+
+    def take(self, kind: int, message: bytes) -> None:
+        """Call the handler with a frame from the agent. Returns nothing."""
+        if self.handler:
+            self.handler(self, kind, int.from_bytes(message[:8], "big"), message[8:])
+
+    def lose(self, why: LinkLost) -> None:
+        """Call the handler with kind LOST, because the connection is lost. Returns nothing."""
+        if self.handler:
+            self.handler(self, membership.LOST, None, f"its connection is lost: {why}".encode())
 
 
 class Rendezvous:
@@ -79,7 +88,7 @@ class Rendezvous:
     def __init__(self, host: str, port: int, token: bytes | None, silence: float = frames.SILENCE) -> None:
         self.token, self.silence = check_binding(socket.gethostbyname(host), token), silence
         self.listener = listen(host, port)
-        self.agents: list[HostAgent] = []
+        self.roster: Roster[HostAgent] = Roster()
         self.news = threading.Condition()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -95,24 +104,19 @@ class Rendezvous:
         Raises DeviceError if fewer are connected by then.
         """
         with self.news:
-            there = self.news.wait_for(lambda: len(self._alive()) >= hosts, seconds)
-            if not there:
-                names = ", ".join(a.name for a in self._alive()) or "none"
+            if not self.news.wait_for(lambda: bool(self.roster.choose(hosts)), seconds):
+                names = ", ".join(a.name for a in self.roster.alive()) or "none"
                 raise DeviceError(
                     f"{hosts} hosts are wanted, there are after {seconds:g} s: {names}; run on each other host: "
                     f"intaglio agent --rendezvous HOST:{self.address[1]} --token-file FILE"
                 )
-            return self._alive()[:hosts]
+            return self.roster.choose(hosts)
 
     def close(self) -> None:
         """Stop listening and close the connections to all agents."""
         stop_accepting(self.listener)
-        for agent in self.agents:
+        for agent in self.roster.members:
             agent.link.close()
-
-    def _alive(self) -> list[HostAgent]:
-        self.agents = [a for a in self.agents if a.alive]
-        return self.agents
 
     def _run(self) -> None:
         for s, where in accepted(self.listener):
@@ -123,7 +127,7 @@ class Rendezvous:
             peer = meet(s, where, self.token, check_wants_coordinator)
             agent = HostAgent(Link(s, peer.key, False, self.silence))
             with self.news:
-                self.agents.append(agent)
+                self.roster.add(agent)
                 self.news.notify_all()
             agent.run()
 
@@ -138,25 +142,25 @@ class HostsExecutable(PostedExecutable):
     """A Program loaded in the ranks of several hosts, the same number of consecutive ranks on each.
 
     Raises DeviceError with the message of the error that loading raised, DeviceLost if a host or a rank is lost
-    meanwhile, ReplacementRefused if results would have other bits than those of the group `replaces`.
+    meanwhile, ReplacementRefused if results would have other bits than those of the group `replaces`. news: what it
+    waits on, and `epoch`: its number; tests pass their own.
     """
 
     def __init__(
         self, agents: Sequence[HostAgent], mesh: MeshProgram, jobs: Sequence[Sequence[Job]], state: StateSpec,
         step_timeout: float, silence: float,
-        replaces: HostsExecutable | None = None,
+        replaces: HostsExecutable | None = None, news: threading.Condition | None = None, epoch: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(mesh.stages, True)
         self.agents, self.program, self.state, self.step_timeout = list(agents), mesh.last, state, step_timeout
-        self.news, self.failed = threading.Condition(), ""
-        self.answers: dict[int, dict[HostAgent, list[memoryview]]] = {0: {}}  # by step
+        self.news = news or threading.Condition()
+        self.epoch: Epoch[HostAgent, list[memoryview]] = Epoch(next(EPOCHS) if epoch is None else epoch, agents)
         each = len(mesh.programs) // len(agents)
         runs = [tuple(range(i * each, (i + 1) * each)) for i in range(len(agents))]
-        epoch = next(EPOCHS)
         me = weakref.ref(self)
 
         def handle(agent: HostAgent, kind: int, of: int | None, message: bytes) -> None:
-            if (group := me()) and of in (None, epoch):  # others come from a group that has ended
+            if (group := me()) and group.epoch.concerns(of):  # others come from a group that has ended
                 group.take(agent, kind, message)
 
         self.handle = handle
@@ -167,13 +171,14 @@ class HostsExecutable(PostedExecutable):
             messages = [pack(job.parts()) for job in own]
             others = {r: a.address for a, run in zip(agents, runs, strict=True) if a is not agent for r in run}
             facts = text({
-                "epoch": epoch, "of": len(mesh.programs), "ranks": ranks, "addresses": others,
+                "epoch": self.epoch.number, "of": len(mesh.programs), "ranks": ranks, "addresses": others,
                 "sizes": [len(m) for m in messages], "slots": self.slots, "threads": max(1, agent.cores // each),
                 "step_timeout": step_timeout,
-                "silence": silence,
+                "silence": silence, "modules": sorted({m for job in own for m in job.modules()}),
             })  # fmt: skip
             parts = [np.array([len(facts)], np.int64), facts, *(np.frombuffer(m, np.uint8) for m in messages)]
-            self.send(agent, frames.START, pack(parts))
+            if not self.epoch.failed:  # those that had started were told to stop
+                self.send(agent, membership.START, pack(parts))
         self.facts = list[RankFacts]()
         for rank, message in enumerate(self._wait(0, LOAD_TIMEOUT)):
             found = read_facts(message)
@@ -193,11 +198,11 @@ class HostsExecutable(PostedExecutable):
         Returns nothing.
         """
         with self.news:
-            if kind == frames.LOST:
+            if kind == membership.LOST:
                 self.fail(f"host {agent.name}: {message.decode(errors='replace')}")
-            elif kind in (frames.LOADED, frames.RESULT):
+            elif kind in (membership.LOADED, membership.RESULT):
                 number = int.from_bytes(message[:8], "big")
-                self.answers.setdefault(number, {})[agent] = unpack_messages(message[8:])
+                self.epoch.answer(agent, number, unpack_messages(message[8:]))
             self.news.notify_all()
 
     def send(self, agent: HostAgent, kind: int, message: bytes) -> None:
@@ -210,22 +215,21 @@ class HostsExecutable(PostedExecutable):
     def fail(self, why: str) -> None:
         """End the group on all hosts for the reason `why`, which later steps raise as DeviceLost. Returns nothing."""
         with self.news:
-            if not self.failed:
-                self.failed = why
+            if self.epoch.fail(why):
                 release(self.agents, self.handle)
             self.news.notify_all()
 
     def post(self, request: Sequence[np.ndarray], number: int) -> None:
         message = number.to_bytes(8, "big") + pack(request)
         for agent in self.agents:
-            self.send(agent, frames.STEP, message)
+            self.send(agent, membership.STEP, message)
 
     def answered(self, number: int) -> bool:
-        return bool(self.failed) or len(self.answers.get(number, ())) == len(self.agents)
+        return bool(self.epoch.failed) or self.epoch.complete(number)
 
     def check_alive(self) -> None:
-        if self.failed:
-            raise DeviceLost(self.failed)
+        if self.epoch.failed:
+            raise DeviceLost(self.epoch.failed)
 
     def receive(self, number: int) -> StepResult:
         return merged([read_result(message) for message in self._wait(number, self.step_timeout)])
@@ -243,8 +247,7 @@ class HostsExecutable(PostedExecutable):
             if not self.news.wait_for(lambda: self.answered(number), seconds):
                 self.fail(f"no answer in {seconds:g} s")
             self.check_alive()
-            found = self.answers.pop(number)
-        return [message for agent in self.agents for message in found[agent]]
+            return [message for messages in self.epoch.take(number) for message in messages]
 
 
 def release(agents: Sequence[HostAgent], handle: Handler) -> None:
@@ -253,4 +256,4 @@ def release(agents: Sequence[HostAgent], handle: Handler) -> None:
         if agent.handler is handle:
             agent.handler = None
             with suppress(LinkLost):
-                agent.link.send(frames.STOP)
+                agent.link.send(membership.STOP)

@@ -51,6 +51,11 @@ class Job:
         })  # fmt: skip
         return [np.array([len(content)], np.int64), content, *(arrays or [NONE])]
 
+    def modules(self) -> list[str]:
+        """A list of the modules that loading imports: those of the recipes."""
+        recipes = [self.device, *([self.weights.recipe()] if isinstance(self.weights, HasRecipe) else [])]
+        return [where.partition(":")[0] for where, _ in recipes]
+
 
 @dataclass(frozen=True)
 class RankFacts:

@@ -1,4 +1,4 @@
-"""KeptState: K/V caches of a group's ranks in memory that the parent process holds, so that they outlive the ranks."""
+"""Memory of a group's ranks that the parent process holds, so that it outlives them: K/V caches and packed weights."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ class KeptState:
 
     def __init__(self, ranks: int) -> None:
         self.files = [os.memfd_create("intaglio-state") for _ in range(ranks)]
+        weakref.finalize(self, close_all, tuple(self.files))
+
+
+class KeptImages:
+    """A memory file for each rank that holds its packed weights, unless they are cached on disk.
+
+    The files exist until the last group that uses them is gone. A replacement maps them instead of packing again. They
+    are mapped read-only once they are packed, so that a rank that crashes does not damage them.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.files = [os.memfd_create("intaglio-image") for _ in range(ranks)]
         weakref.finalize(self, close_all, tuple(self.files))
 
 

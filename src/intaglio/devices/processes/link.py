@@ -10,14 +10,15 @@ import hmac
 import socket
 import struct
 import threading
+import time
 from contextlib import suppress
 
 from intaglio.devices.processes.connections import proof
+from intaglio.devices.processes.membership import BEAT, FrameOrder, OutOfOrder, Silence
 
 HEAD = struct.Struct("!IBQ")  # bytes of the payload, kind, number of the frame
 MAC = 32  # bytes
 LONGEST = 1 << 30  # bytes of a payload
-BEAT, HELLO, START, LOADED, STEP, RESULT, LOST, STOP = range(8)  # kinds
 INTERVAL = 0.1  # seconds between two heartbeats
 SILENCE = 0.8  # seconds without a byte after which a host counts as gone
 
@@ -35,10 +36,10 @@ class Link:
     """
 
     def __init__(self, s: socket.socket, key: bytes, connected: bool, silence: float = SILENCE) -> None:
-        self.socket, self.silence = s, silence
+        self.socket, self.silence = s, Silence(silence, time.monotonic())
         keys = [proof(key, way, b"", b"") for way in (b"from who connected", b"to who connected")]
         self.send_key, self.receive_key = keys if connected else reversed(keys)
-        self.sent = self.received = 0
+        self.order = FrameOrder()
         self.lock, self.closed = threading.Lock(), threading.Event()
         s.settimeout(silence)
         s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -49,8 +50,7 @@ class Link:
         if len(payload) > LONGEST:
             raise ValueError(f"a frame of {len(payload)} bytes; at most {LONGEST} are allowed")
         with self.lock:
-            head = HEAD.pack(len(payload), kind, self.sent)
-            self.sent += 1
+            head = HEAD.pack(len(payload), kind, self.order.next_number())
             left = memoryview(head + payload + mac(self.send_key, head, payload))
             try:
                 while left:
@@ -73,9 +73,10 @@ class Link:
                 payload = self._take(size)
                 if not hmac.compare_digest(self._take(MAC), mac(self.receive_key, head, payload)):
                     raise LinkLost("a frame came that the other end did not send")
-                if number != self.received:
-                    raise LinkLost(f"frame {number} came, {self.received} was due")
-                self.received += 1
+                try:
+                    self.order.check(number)
+                except OutOfOrder as e:
+                    raise LinkLost(str(e)) from e
                 if kind != BEAT:
                     return kind, payload
         except BaseException:
@@ -97,11 +98,14 @@ class Link:
             try:
                 n = self.socket.recv_into(memoryview(got)[at:])
             except TimeoutError:
-                raise LinkLost(f"nothing came in {self.silence:g} s") from None
+                if self.silence.left(time.monotonic()) > 0:
+                    continue
+                raise LinkLost(f"nothing came in {self.silence.allowed:g} s") from None
             except OSError as e:
                 raise LinkLost(str(e)) from e
             if not n:
                 raise LinkLost("the other end closed the connection")
+            self.silence.heard(time.monotonic())
             at += n
         return bytes(got)
 

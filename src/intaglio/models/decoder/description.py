@@ -247,9 +247,10 @@ class Decoder:
 
 
 def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict[str, Any]:
-    """A dict of arguments for Decoder that all families read from the same config keys, checked against each other.
+    """A dict of those arguments for Decoder that most families read from the same config keys.
 
-    act, eps: config keys of the activation and of the norms' epsilon, whose names differ. Raises PortError.
+    act, eps: the config's key for the activation and for the norms' epsilon; families name these differently. Raises
+    PortError if the numbers of heads do not divide.
     """
     hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
     kv_heads = c.whole("num_key_value_heads", heads)

@@ -219,7 +219,8 @@ def _yarn(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.n
 def _longrope(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
     """(frequencies, attention factor) of LongRoPE (Ding et al. 2024), with one divisor per pair of columns.
 
-    The attention factor is sqrt(1 + ln(factor) / ln(pretrained length)).
+    Divisors are the config's long_factor if `context` exceeds the pretrained length, else its short_factor. The
+    attention factor is the config's; by default sqrt(1 + ln(factor) / ln(pretrained length)), or 1 if factor <= 1.
     """
     pretrained = p["original_max_position_embeddings"]
     short, long = p["short_factor"], p["long_factor"]
@@ -235,9 +236,9 @@ def _longrope(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[
 
 
 def _proportional(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor) of Gemma 4's rope, in which only the first part of a head rotates.
+    """(frequencies, attention factor 1) of Gemma 4's rope, in which only the first pairs of a head's columns rotate.
 
-    The frequencies are those of whole heads; the pairs that do not rotate have frequency 0.
+    Frequencies are computed for the whole width of a head and divided by the config's factor; the other pairs have 0.
     """
     turned = int(p["partial_rotary_factor"] * dim // 2)
     frequencies = np.float32(1) / powers(p, dim) / np.float32(p.get("factor") or 1.0)

@@ -104,7 +104,7 @@ def _root(w: Writer, width: int, table: str) -> float:
 
 
 def _layer(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Write one layer: attention or mixer, and MLP, with norms and residual additions.
+    """Write one layer: attention, mixer or both, then the MLP, each if the layer has it, with norms and residuals.
 
     Returns the name of the result's tensor.
     """

@@ -143,7 +143,10 @@ def roformer(c: Config, context: int) -> Decoder:
 
 
 def counted(c: Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """(arguments for Decoder, its `sources`), two dicts, for models whose positions count from pad_token_id + 1."""
+    """Two dicts for models such as RoBERTa, whose position ids begin at pad_token_id + 1.
+
+    They are the arguments for Decoder without `sources`, and its argument `sources`.
+    """
     s, table = encoder(c) | {"head_activation": "gelu"}, "embeddings.position_embeddings.weight"
     first = int(c.get("pad_token_id", 0)) + 1
     return s, {**NAMES, **LM_HEAD, table: parts_of(table, (first, s["positions"]))[1]}

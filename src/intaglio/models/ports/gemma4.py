@@ -1,4 +1,4 @@
-"""Gemma 4 (text): norms before and after each branch, wider heads in full layers, embeddings of each layer.
+"""Gemma 4 (text): norms before and after each branch, wider heads in full layers, per-layer embeddings.
 
 Not ported: keys and values shared between layers (E2B, E4B) and experts (26B-A4B).
 """

@@ -15,7 +15,8 @@ from intaglio.program.source import parts_of
 def mixer(c: Config, fused: bool) -> DeltaMixer:
     """The DeltaMixer (gated delta net) of the family, from config.json.
 
-    fused: projections are stored as in Qwen3-Next.
+    fused: one weight holds queries, keys, values and gate, and another beta and step (Qwen3-Next); False: they are
+    stored apart (Qwen3.5).
     """
     keys, values = c.whole("linear_num_key_heads"), c.whole("linear_num_value_heads")
     if values % keys:

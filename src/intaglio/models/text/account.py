@@ -11,7 +11,8 @@ from intaglio.models.keys import NEUTRAL, Fate
 from intaglio.models.text.files import NAMED
 
 FILES = {
-    "tokenizer.json": "the tokenizer", "tokenizer_config.json": "special tokens and chat templates",
+    "tokenizer.json": "the tokenizer", "tokenizer.model": "the tokenizer, as there is no tokenizer.json",
+    "tokenizer_config.json": "special tokens and chat templates",
     "special_tokens_map.json": "special tokens, as older versions name them", "added_tokens.json":
     "added tokens, as older versions list them", "generation_config.json": "ends of sequence and sampling defaults",
     "chat_template.jinja": "the chat template", "chat_template.json": "the chat template of an older processor",
@@ -26,6 +27,7 @@ USED = {
     "additional_special_tokens",
     "fix_mistral_regex", *NAMED,
 }  # fmt: skip
+REBUILT = ("add_bos_token", "add_eos_token", "legacy", "tokenizer_class")  # read if there is no tokenizer.json
 CODED = "a setting of transformers' Python classes; tokenizer.json says how text is split"
 BATCHES = "for batches and their lengths; prompts are neither cut nor padded here"
 CONFIG = {
@@ -66,10 +68,14 @@ def judge_tokenizer(path: Path) -> list[Fate]:
     """A list with the Fate (used or ignored) of each key in a folder's tokenizer files and generation_config.json."""
     out: list[Fate] = []
     held = {name: read_json(path / name) for name in FILES if name.endswith(".json") and (path / name).exists()}
+    rebuilt = "tokenizer.json" not in held
     modern = "added_tokens_decoder" in held.get("tokenizer_config.json", {})
     for name, table in held.items():
         for key, value in table.items():
-            out.append(_judge(name, key, value, modern))
+            if rebuilt and name == "tokenizer_config.json" and key in REBUILT:
+                out.append(Fate(name, key, "used", "says how the tokenizer of tokenizer.model is used"))
+            else:
+                out.append(_judge(name, key, value, modern))
     out += _templates(path)
     return out
 

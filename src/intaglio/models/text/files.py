@@ -1,11 +1,12 @@
 """A tokenizer's files, read in the same order as transformers.
 
-tokenizer.json, the tokens added beside it, the named special tokens, and the chat templates. account() says how each
-key is used; encoding is in tokenizer.py.
+tokenizer.json, or tokenizer.model in its absence; the tokens added beside it, the named special tokens, and the chat
+templates. account() says how each key is used; encoding is in tokenizer.py.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ import tokenizers
 
 from intaglio.models.config import CheckpointError
 from intaglio.models.files.header import read_json
+from intaglio.models.text.sentencepiece import NAME as SENTENCEPIECE
+from intaglio.models.text.sentencepiece import SentencePieceError, build_tokenizer, read_model, surround
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TEMPLATES = "additional_chat_templates"
@@ -48,24 +51,31 @@ def read_files(path: Path) -> TokenizerFiles:
 
     Raises TokenizerError naming the file that is missing or damaged.
     """
-    if not (path / "tokenizer.json").exists():
+    plain = (path / "tokenizer.json").exists()
+    if not plain and not (path / SENTENCEPIECE).exists():
         other = sorted(f.name for f in path.glob("*token*")) if path.is_dir() else []
         hint = f"; {path} has {', '.join(other)}: convert with transformers' AutoTokenizer" if other else ""
         raise TokenizerError(f"{path / 'tokenizer.json'} is missing: download it{hint}")
     try:
-        inner = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         config, model, generation = (
             _optional(path / f) for f in ("tokenizer_config.json", "config.json", "generation_config.json")
         )
         special = _named(path, config)
+        if plain:
+            inner = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        else:
+            inner, config = _rebuilt(path, config, special)
         _add_tokens(path, inner, config, special)
+        if not plain:
+            surround(inner, special, config)
         templates = _templates(path, config)
-    except CheckpointError as e:
+    except (CheckpointError, SentencePieceError) as e:
         raise TokenizerError(str(e)) from None
     except TokenizerError:
         raise
     except Exception as e:  # the library raises bare Exception
-        raise TokenizerError(f"{path / 'tokenizer.json'} cannot be read: {e}; download it again") from None
+        name = "tokenizer.json" if plain else SENTENCEPIECE
+        raise TokenizerError(f"{path / name} cannot be read: {e}; download it again") from None
     inner.no_truncation()  # both are for batches in training, and would cut or pad prompts
     inner.no_padding()
     inner.encode_special_tokens = bool(config.get("split_special_tokens"))
@@ -76,6 +86,29 @@ def read_files(path: Path) -> TokenizerFiles:
             ".save_pretrained(folder)"
         )
     return TokenizerFiles(inner, special, templates, {**model, **generation})
+
+
+def _rebuilt(
+    path: Path, config: dict[str, Any], special: dict[str, str]
+) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """(the tokenizer of tokenizer.model, tokenizer_config.json with its added tokens as this tokenizer takes them).
+
+    Adds the model's unk, bos and eos to `special` where no file names them.
+    """
+    model = read_model(path / SENTENCEPIECE)
+    for name, text in model.special.items():
+        special.setdefault(name, text)
+    if "bos_token" in special and "add_bos_token" not in config:
+        warnings.warn(
+            f"{path} has no add_bos_token in tokenizer_config.json: as in transformers 5, {special['bos_token']} is "
+            "not put in front of a text; if the model wants it, set add_bos_token to true",
+            stacklevel=4,
+        )
+    added = config.get("added_tokens_decoder")
+    if model.dummy_prefix and isinstance(added, Mapping):  # each run of text between them gets a prefix of its own
+        own = {id: {**t, "normalized": False} if isinstance(t, Mapping) else t for id, t in added.items()}
+        return build_tokenizer(model, config), {**config, "added_tokens_decoder": own}
+    return build_tokenizer(model, config), config
 
 
 def _optional(path: Path) -> dict[str, Any]:

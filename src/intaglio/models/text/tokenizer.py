@@ -23,7 +23,7 @@ import tokenizers
 from intaglio.models.config import CheckpointError
 from intaglio.models.files.gguf import find_gguf, open_gguf
 from intaglio.models.text.embedded import Embedded, read_tokenizer
-from intaglio.models.text.files import DEFAULT, TOOLS, TokenizerError, read_files
+from intaglio.models.text.files import DEFAULT, SENTENCEPIECE, TOOLS, TokenizerError, read_files
 
 REPLACEMENT = "\ufffd"
 HELD = 16  # ids held back at most: a character has 4 bytes, so that many without an end are not UTF-8 at all
@@ -198,12 +198,13 @@ class Tokenizer:
 
 
 def has_tokenizer(path: Path) -> bool:
-    """True if a checkpoint (folder or GGUF file) has a tokenizer: tokenizer.json, or one inside the GGUF file.
+    """True if a checkpoint has a tokenizer: tokenizer.json or tokenizer.model in the folder, or one in the GGUF file.
 
     Raises TokenizerError if the GGUF file or its tokenizer cannot be read, if a part of the file is missing, or if the
     folder holds several GGUF models.
     """
-    return (path / "tokenizer.json").exists() or _embedded(path) is not None
+    beside = any((path / name).exists() for name in ("tokenizer.json", SENTENCEPIECE))
+    return beside or _embedded(path) is not None
 
 
 def _embedded(path: Path) -> Embedded | None:

@@ -1,4 +1,4 @@
-"""Replay of a journal: the same requests at the same times, with a device failure wherever one was recorded.
+"""Replay of a journal: the same requests, clock readings and device failures, up to the first event that differs.
 
 The caller reads the entries from a file.
 """

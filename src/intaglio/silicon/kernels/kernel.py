@@ -98,7 +98,8 @@ class WorkKernel(ChipKernel):
     """A chip kernel timed by the op's work(), for ops without a formula of their own.
 
     Its time is launch overhead, HBM latency, and the longer of FLOPs at the rate of `engine` (VEC: the vector
-    lanes, MXU: the matrix array in bf16) and bytes at HBM's rate.
+    lanes, MXU: the matrix array in bf16, at the library's efficiency) and bytes at HBM's rate. Weights that are
+    resident are not read from HBM.
     """
 
     op: Op

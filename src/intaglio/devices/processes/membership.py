@@ -1,0 +1,195 @@
+"""Membership of a group of ranks on several hosts: what its coordinator and agents decide, and nothing else.
+
+There are no threads, sockets or clocks here: the callers pass in what happened and what time it is. hosts.py, agent.py,
+link.py and group.py act on the decisions; tests/simulation drives the same classes with simulated networks and clocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, Protocol, TypeVar
+
+BEAT, HELLO, START, LOADED, STEP, RESULT, LOST, STOP = range(8)  # kinds of frames
+PATIENCE = 10  # times the allowed silence has a process that is not stopped: other processes may have the cores
+
+
+class OutOfOrder(ValueError):
+    """Raised for a frame that is not the next one: others were left out, or it came twice."""
+
+
+class FrameOrder:
+    """Sequence numbers of the frames of one link, one count for each direction."""
+
+    def __init__(self) -> None:
+        self.sent = self.received = 0
+
+    def next_number(self) -> int:
+        """Take the number of the next frame to send, and return it."""
+        self.sent += 1
+        return self.sent - 1
+
+    def check(self, number: int) -> None:
+        """Count a frame that has come. Returns nothing. Raises OutOfOrder if its number is not the next one."""
+        if number != self.received:
+            raise OutOfOrder(f"frame {number} came, {self.received} was due")
+        self.received += 1
+
+
+class Silence:
+    """How long the other end of a link has been silent. allowed: seconds after which it counts as gone."""
+
+    def __init__(self, allowed: float, now: float) -> None:
+        self.allowed, self.last = allowed, now
+
+    def heard(self, now: float) -> None:
+        """Note that bytes came. Returns nothing."""
+        self.last = now
+
+    def left(self, now: float) -> float:
+        """Seconds until the other end counts as gone; 0 or less if it does."""
+        return self.last + self.allowed - now
+
+
+class BeatWatch:
+    """Finds ranks that hang by their heartbeats, which ranks count up in shared memory.
+
+    Silence is counted in looks, not by a clock: a pause of the whole machine, in which nobody looks, adds at most one.
+    It is counted from the first beat on, so a rank that is still starting is not silent.
+
+    Args:
+        ranks: their numbers.
+        silence: seconds after which a rank hangs if its process is stopped. One that is not stopped has PATIENCE times
+            as long.
+        tick: seconds between two looks.
+    """
+
+    def __init__(self, ranks: Sequence[int], silence: float, tick: float) -> None:
+        self.silence, self.tick = silence, tick
+        self.seen, self.ticks = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0)
+
+    def look(self, beats: Mapping[int, int], stopped: Callable[[int], bool]) -> dict[int, float]:
+        """The ranks that hang, with their seconds of silence, as a dict.
+
+        Args:
+            beats: heartbeats so far, by rank.
+            stopped: True if a rank's process is stopped by a signal or a debugger.
+        """
+        found = dict[int, float]()
+        for rank, count in beats.items():
+            self.ticks[rank] = self.ticks[rank] + 1 if count == self.seen[rank] and count else 0
+            self.seen[rank] = count
+            quiet = self.ticks[rank] * self.tick
+            if quiet >= self.silence and (quiet >= PATIENCE * self.silence or stopped(rank)):
+                found[rank] = quiet
+        return found
+
+
+class HasLife(Protocol):
+    """Interface of a member of a Roster."""
+
+    @property
+    def alive(self) -> bool:
+        """True until the connection to it is lost."""
+
+
+Member = TypeVar("Member", bound=HasLife)
+Answer = TypeVar("Answer")
+
+
+class Roster(Generic[Member]):
+    """The agents that are connected to a coordinator, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.members: list[Member] = []
+
+    def add(self, member: Member) -> None:
+        """Add an agent that has connected. Returns nothing."""
+        self.members.append(member)
+
+    def alive(self) -> list[Member]:
+        """The agents that are connected, as a list. The others are forgotten."""
+        self.members = [m for m in self.members if m.alive]
+        return self.members
+
+    def choose(self, count: int) -> list[Member]:
+        """The agents that form the next group: those that came first; [] if there are fewer than `count`."""
+        there = self.alive()
+        return there[:count] if len(there) >= count else []
+
+
+class Epoch(Generic[Member, Answer]):
+    """What a coordinator knows about one epoch of a group.
+
+    A step is complete when all members have answered it. The first failure ends the epoch for good: whatever comes
+    later, or from another epoch, is dropped.
+
+    Args:
+        number: of the epoch.
+        members: agents of the hosts in the order of their ranks.
+    """
+
+    def __init__(self, number: int, members: Sequence[Member]) -> None:
+        self.number, self.members = number, list(members)
+        self.failed = ""
+        self.answers: dict[int, dict[Member, Answer]] = {}  # by step; step 0 is the load
+
+    def concerns(self, epoch: int | None) -> bool:
+        """True if a frame of this epoch number is for this group. None: a frame about the link, whatever the epoch."""
+        return epoch is None or epoch == self.number
+
+    def answer(self, member: Member, step: int, answer: Answer) -> None:
+        """Note a member's answer to a step. Returns nothing."""
+        if not self.failed and member in self.members:
+            self.answers.setdefault(step, {})[member] = answer
+
+    def fail(self, why: str) -> bool:
+        """End the epoch. Returns True if it had not ended before."""
+        first = not self.failed
+        self.failed = self.failed or why
+        return first
+
+    def complete(self, step: int) -> bool:
+        """True if all members have answered a step."""
+        return len(self.answers.get(step, ())) == len(self.members)
+
+    def take(self, step: int) -> list[Answer]:
+        """The answers to a complete step in the order of the ranks, as a list. They are forgotten here."""
+        found = self.answers.pop(step)
+        return [found[member] for member in self.members]
+
+
+class HostRanks(Protocol):
+    """Interface of the ranks of one host in one epoch."""
+
+    def post(self, message: bytes) -> None:
+        """Hand a step to the ranks. Returns nothing."""
+
+    def stop(self) -> None:
+        """End the ranks. Returns nothing; then they have ended."""
+
+
+class Session:
+    """What an agent does for one coordinator. At most one epoch's ranks run at a time.
+
+    start: starts the ranks that a message describes, and returns their HostRanks. What an earlier epoch left has ended
+    before.
+    """
+
+    def __init__(self, start: Callable[[bytes], HostRanks]) -> None:
+        self.start = start
+        self.ranks: HostRanks | None = None
+
+    def take(self, kind: int, message: bytes) -> None:
+        """Do what a frame from the coordinator says: start ranks, hand them a step, or end them. Returns nothing."""
+        if kind == STEP and self.ranks:
+            self.ranks.post(message)
+        elif kind in (START, STOP):
+            self.end()
+            if kind == START:
+                self.ranks = self.start(message)
+
+    def end(self) -> None:
+        """End the ranks, because the coordinator says so or the link to it is lost. Returns nothing."""
+        if self.ranks:
+            ranks, self.ranks = self.ranks, None
+            ranks.stop()
