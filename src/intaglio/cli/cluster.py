@@ -66,10 +66,13 @@ def up(
     given: dict[str, Any] = {"layout": layout, "device": device, "weights": weights, "timeout": timeout}
     given["threads"] = share if device == "host" else threads
     given["queue-timeout"] = queue_timeout
+    more = list(context.args)
+    if model is not None and str(model).startswith("--"):  # no model was given, and this stood after --
+        more, model = [str(model), *more], None
     words = [str(model)] if model else []
     words += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
     options = ClusterOptions(
-        (*words, "--max-open", "100000", *context.args), replicas, policy, read_weights(weight or []), max_queued,
+        (*words, "--max-open", "100000", *more), replicas, policy, read_weights(weight or []), max_queued,
         FrontOptions(tuple(api_key or ()), TimeLimits(timeout, queue_timeout)),
     )  # fmt: skip
     listener = listen(host, port)
