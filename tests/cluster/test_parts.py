@@ -13,15 +13,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.served import TEST_TIMEOUT_S, served, wait_for
 
 from intaglio.cli.cluster import read_weights
 from intaglio.cluster.admin import administration, ask, cluster_folder
+from intaglio.cluster.backends import Backends, apply_blocks, read_report
 from intaglio.cluster.link import Link, LinkLost, Moved
 from intaglio.cluster.prompt import TimeLimits, make_job
-from intaglio.router import PromptMemory
+from intaglio.router import CacheIndex, PromptMemory, Router
 from intaglio.runtime import Fault, Scored, Usage
-from intaglio.server.control import pack, read_frame
-from intaglio.server.driver import ChoiceDelta
+from intaglio.server.control import load_report, pack, read_frame
+from intaglio.server.driver import ChoiceDelta, Inspect
 from intaglio.server.relay import encode, read_delta, write_delta
 
 reals = st.floats(allow_nan=False)
@@ -106,6 +108,47 @@ def test_calls_share_a_link_until_it_ends(tmp_path: Path) -> None:
             assert link.lost and lost == [True] and not link.calls
             with pytest.raises(LinkLost):
                 link.call({})
+
+    asyncio.run(main())
+
+
+def test_a_load_report_does_not_wait_for_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a healthy replica whose steps are long would count as lost."""
+    monkeypatch.setattr("intaglio.server.control.ENGINE_WAIT", 0.05)
+    with served(None) as s:
+        [model], go, index = s.service.models.values(), threading.Event(), CacheIndex()
+
+        def report() -> dict[str, Any]:
+            answer = asyncio.run_coroutine_threadsafe(load_report(model, index.incarnation, -1, 300.0), s.loop)
+            return answer.result(TEST_TIMEOUT_S)
+
+        model.driver.send(Inspect(lambda _: go.wait(TEST_TIMEOUT_S), s.loop.create_future()))
+        try:
+            load = report()
+        finally:
+            go.set()
+        assert read_report(load).max_sequences > 0 and not load["failed"]
+        assert "snapshot" not in load and "events" not in load
+        apply_blocks(index, load)
+        assert index.stale
+        wait_for(lambda: "snapshot" in report())
+
+
+def test_a_replica_that_ends_right_after_its_first_report_does_not_count_as_ready() -> None:
+    class Ended:
+        lost = False
+
+        async def ask(self, header: dict[str, Any], timeout: float) -> dict[str, Any]:
+            self.lost = True  # its connection ends before the answer is read
+            return {}
+
+    async def main() -> None:
+        router = Router()
+        router.add_replica("r0")
+        link: Any = Ended()
+        with pytest.raises(LinkLost):
+            await Backends(router).attach("r0", link)
+        assert not router.replicas["r0"].placeable
 
     asyncio.run(main())
 

@@ -28,6 +28,7 @@ from intaglio.router import (
 log = logging.getLogger("intaglio.cluster")
 POLL = 0.2  # seconds between load reports of a replica
 TICK = 0.05  # seconds between looks for requests that have waited too long
+FINISHED_KEPT = 1 << 16  # ended requests of a replica that are kept for its rates and averages
 OUTPUT_FIRST, OUTPUT_SHARE = 64.0, 0.05  # mean output length in tokens: first guess, weight of the next request
 
 
@@ -67,7 +68,7 @@ class Backends:
     async def attach(self, name: str, link: Link) -> None:
         """Take up a replica's link and wait for its first load report. Raises LinkLost."""
         self.links[name] = link
-        self.finished.setdefault(name, deque(maxlen=1024))
+        self.finished.setdefault(name, deque(maxlen=FINISHED_KEPT))
         link.on_lost = lambda: self._lost(name, link)
         await self._poll_once(name, link)
         self._polls[name] = asyncio.ensure_future(self._poll(name, link))
@@ -124,6 +125,8 @@ class Backends:
         after = -1 if index.stale else index.sequence
         asked = {"do": "load", "incarnation": index.incarnation, "after": after}
         load = await link.ask(asked, self.silence)
+        if link.lost:  # after the answer and before it was read here
+            raise LinkLost("the replica has ended")
         if load.get("failed"):
             log.error("replica %s cannot serve any more: %s", name, load["failed"])
             raise TimeoutError

@@ -34,6 +34,7 @@ from intaglio.server.service import Service
 log = logging.getLogger("intaglio.server")
 LENGTHS = struct.Struct("!II")
 FRAME_MAX = 1 << 28  # bytes of a frame's header or body
+ENGINE_WAIT = 1.0  # seconds that a load report waits for the engine, which answers between steps
 
 
 def pack(header: dict[str, Any], body: bytes = b"") -> bytes:
@@ -122,8 +123,9 @@ class Connection:
                 task.add_done_callback(lambda t: t.cancelled() or t.exception())
 
     async def _load(self, header: dict[str, Any]) -> None:
-        model = next(iter(self.service.models.values()))
-        self.write({"call": header["call"], **await load_report(model, header["incarnation"], header["after"])})
+        model, longest = next(iter(self.service.models.values())), self.service.options.step_timeout
+        report = await load_report(model, header["incarnation"], header["after"], longest)
+        self.write({"call": header["call"], **report})
 
 
 class Call:
@@ -184,26 +186,34 @@ class Call:
         self.connection.write(header, message.get("body", b""))
 
 
-async def load_report(model: ServedModel, incarnation: str, after: int) -> dict[str, Any]:
+async def load_report(model: ServedModel, incarnation: str | None, after: int, step_timeout: float) -> dict[str, Any]:
     """Figures of a model's engine, and its block events after number `after`, or a snapshot if they are not kept.
 
-    incarnation: the one that `after` counts in.
+    While the engine is in a step of more than ENGINE_WAIT seconds, the report has neither events nor a snapshot.
+
+    incarnation: the one that `after` counts in; None: of none. step_timeout: seconds of a step after which the engine
+    counts as failed.
     """
-    snapshot, admission = model.driver.snapshot, model.llm.admission
+    snapshot, admission, engine = model.driver.snapshot, model.llm.admission, model.driver.engine
+    own = engine.pool.events.incarnation
     report: dict[str, Any] = {
         "running": snapshot.gauges.running, "waiting": snapshot.gauges.waiting, "kv_usage": snapshot.gauges.kv_usage,
-        "draining": snapshot.gauges.draining, "failed": model.broken, "max_batch_tokens": admission.max_batch_tokens,
-        "max_sequences": model.driver.engine.scheduler.max_sequences, "prompt_tokens": snapshot.counts.prompt_tokens,
-        "cached_tokens": snapshot.counts.cached_tokens, "output_tokens": snapshot.counts.output_tokens,
+        "draining": snapshot.gauges.draining, "failed": model.broken or model.hanging(step_timeout),
+        "max_batch_tokens": admission.max_batch_tokens, "max_sequences": engine.scheduler.max_sequences,
+        "prompt_tokens": snapshot.counts.prompt_tokens, "cached_tokens": snapshot.counts.cached_tokens,
+        "output_tokens": snapshot.counts.output_tokens, "per_step": engine.latency.seconds_per_step,
+        "per_token": engine.latency.seconds_per_token, "incarnation": own,
     }  # fmt: skip
 
-    def inspect(engine: Engine) -> dict[str, Any]:
-        pace = {"per_step": engine.latency.seconds_per_step, "per_token": engine.latency.seconds_per_token}
-        own = engine.pool.events.incarnation
+    def blocks(engine: Engine) -> dict[str, Any]:
         events = engine.block_events(after) if incarnation == own else None
         if events is not None:
-            return {**pace, "incarnation": own, "events": [(e.sequence, e.kind, e.name) for e in events]}
+            return {"events": [(e.sequence, e.kind, e.name) for e in events]}
         snapshot = engine.block_snapshot()
-        return {**pace, "incarnation": own, "sequence": snapshot.sequence, "snapshot": snapshot.names}
+        return {"sequence": snapshot.sequence, "snapshot": snapshot.names}
 
-    return {**report, **await Inspect.ask(model.driver, inspect)}
+    try:
+        async with asyncio.timeout(ENGINE_WAIT):
+            return {**report, **await Inspect.ask(model.driver, blocks)}
+    except TimeoutError:
+        return report
