@@ -221,6 +221,34 @@ def test_every_job_leaves_the_queue_once(jobs: list[tuple[str, int, int]]) -> No
     assert len(queue) == 0 and all(not t.waiting for t in queue.tenants.values())
 
 
+def test_a_tenant_with_one_waiting_job_at_a_time_is_charged_too() -> None:
+    queue = FairQueue()
+    for i in range(100):
+        queue.push(Job(f"a{i}", (), 84, tenant="a"))  # 100 tokens with the output
+    taken, i = {"a": 0, "b": 0}, 0
+    while taken["a"] < 5000:
+        if not queue.waiting("b"):
+            queue.push(Job(f"b{i}", (), 984, tenant="b"))
+            i += 1
+        head = next(queue.order())
+        queue.take(head)
+        queue.settle(head, head.output_tokens)
+        taken[head.tenant] += head.tokens
+    assert abs(taken["a"] - taken["b"]) <= 2000
+
+
+def test_tenants_that_never_return_are_forgotten() -> None:
+    queue = FairQueue()
+    for i in range(3000):
+        one = Job(str(i), (), 100 + i, tenant=f"user {i}")
+        queue.push(one)
+        assert next(queue.order()) == one
+        queue.take(one)
+        queue.settle(one, one.output_tokens)
+        assert len(queue.tenants) <= 1025
+    assert "user 2999" in queue.tenants
+
+
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_weight_must_be_above_zero(weight: float) -> None:
     with pytest.raises(ValueError, match="weight of tenant 'a'"):

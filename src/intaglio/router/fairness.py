@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from intaglio.router.job import Job
 
+IDLE_MAX = 1024  # tenants that wait for nothing and whose counters are kept
 Entry = tuple[int, int, Job]  # priority, arrival number, job
 
 
@@ -24,6 +25,10 @@ class Tenant:
     weight: float
     counter: float = 0.0
     waiting: list[Entry] = field(default_factory=list)
+
+    def remove(self, job: Job) -> None:
+        """Remove a job from those that wait, if it is there."""
+        self.waiting = [entry for entry in self.waiting if entry[2].id != job.id]
 
 
 class FairQueue:
@@ -50,6 +55,10 @@ class FairQueue:
         self._arrivals += 1
         insort(tenant.waiting, (job.priority, self._arrivals, job), key=lambda entry: entry[:2])
 
+    def jobs(self) -> Iterator[Job]:
+        """Yield the waiting jobs in any order. Do not change the queue meanwhile."""
+        return (entry[2] for tenant in self.tenants.values() for entry in tenant.waiting)
+
     def order(self) -> Iterator[Job]:
         """Yield the waiting jobs in the order in which they should be placed. Do not change the queue meanwhile."""
         heads = {name: 0 for name, t in self.tenants.items() if t.waiting}
@@ -73,13 +82,13 @@ class FairQueue:
         """Remove a job that is placed now, and charge its tenant for its prompt and expected output."""
         tenant = self._tenant(job.tenant)
         self._floor = max(self._floor, tenant.counter)
-        self.discard(job)
+        tenant.remove(job)
         tenant.counter += job.tokens / tenant.weight
+        self._forget_idle()
 
     def discard(self, job: Job) -> None:
         """Remove a job and charge its tenant nothing."""
-        tenant = self._tenant(job.tenant)
-        tenant.waiting = [entry for entry in tenant.waiting if entry[2].id != job.id]
+        self._tenant(job.tenant).remove(job)
         self._forget_idle()
 
     def settle(self, job: Job, output_tokens: int) -> None:
@@ -105,7 +114,16 @@ class FairQueue:
         return self.tenants.setdefault(name, Tenant(self.weights.get(name, 1.0), self._floor))
 
     def _forget_idle(self) -> None:
-        """Drop tenants that wait for nothing and whose counter gives them no place behind others."""
+        """Drop tenants that wait for nothing and whose counter gives them no place behind others.
+
+        Of the rest, those with the lowest counters are dropped too if more than IDLE_MAX wait for nothing.
+        """
         lowest = min((t.counter for t in self.tenants.values() if t.waiting), default=self._floor)
-        for name in [n for n, t in self.tenants.items() if not t.waiting and t.counter <= lowest]:
+        idle = [name for name, t in self.tenants.items() if not t.waiting]
+        for name in [name for name in idle if self.tenants[name].counter <= lowest]:
             del self.tenants[name]
+        kept = [name for name in idle if name in self.tenants]
+        if len(kept) > IDLE_MAX:
+            kept.sort(key=lambda name: self.tenants[name].counter)
+            for name in kept[: len(kept) - IDLE_MAX // 2]:
+                del self.tenants[name]

@@ -166,7 +166,7 @@ class Router:
 
     def expired(self, now: float) -> list[Job]:
         """Remove and return the queued jobs that have waited too long, or whose deadline has passed."""
-        late = [job for job in self.queue.order() if now >= _earliest(job.start_by, job.deadline)]
+        late = [job for job in self.queue.jobs() if now >= _earliest(job.start_by, job.deadline)]
         for job in late:
             self.queue.discard(job)
             self.refused["late"] += 1
@@ -205,7 +205,7 @@ class Router:
 
     def _queue_seconds(self, alive: list[Replica]) -> float:
         """Estimated seconds until the jobs that wait now have been placed, from the prefill pace of all replicas."""
-        tokens = sum(job.prompt_tokens for job in self.queue.order())
+        tokens = sum(job.prompt_tokens for job in self.queue.jobs())
         return tokens / sum(1 / max(r.report.pace.per_token, 1e-9) for r in alive)
 
     def _choose(self, job: Job, now: float, ahead: Mapping[str, int]) -> Estimate | None:
