@@ -55,6 +55,11 @@ def test_refusals_name_the_module_what_is_missing_and_the_nearest(kind, module, 
     assert module in made.failure and missing in made.failure and nearest in made.failure
 
 
+def test_layers_that_the_tiny_model_has_not_are_named():
+    made = port_automatically("lfm2")
+    assert not made.verified and made.text == "" and "layer_types may be conv" in made.failure
+
+
 def test_the_command_writes_a_port_file(tmp_path):
     path = tmp_path / "starcoder.py"
     result = CliRunner().invoke(app, ["port", "starcoder2", "--auto", "-o", str(path)])

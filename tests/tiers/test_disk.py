@@ -191,7 +191,18 @@ def test_least_recently_used_files_are_deleted_and_children_before_parents(tmp_p
     assert [i for i, name in enumerate(names) if directory.has(name)] == [0, 1, 11]
 
 
+def test_directory_is_made_for_its_user_only_and_an_existing_one_keeps_its_mode(tmp_path: Path) -> None:
+    for name, mode in (("new", 0o700), ("shared", 0o750)):
+        folder = tmp_path / name
+        if name == "shared":
+            folder.mkdir()
+            folder.chmod(mode)
+        BlockDirectory(folder, 1000).write("ab" * 32, [b"x"])
+        assert folder.stat().st_mode & 0o777 == mode
+
+
 def test_budget_holds_with_two_engines_on_one_directory(tmp_path: Path) -> None:
+    print(f"TEST_SEED={SEED}")
     budget, rng = 24000, random.Random(SEED)
     pairs = [tier_of(tmp_path, budget=budget) for _ in range(2)]
     engines = [engine_on(tier) for tier, _ in pairs]

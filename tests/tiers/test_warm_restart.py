@@ -34,6 +34,7 @@ def prompts(llm: LLM) -> list[list[int]]:
 def outcomes(llm: LLM) -> tuple[list[tuple[list[int], list[float]]], int]:
     """Tokens and log-probabilities of the prompts, some greedy and some drawn, and their cached tokens in all."""
     engine, made = llm.engine, []
+    engine.offload.timeout = 120.0  # seconds; a machine that is stopped for a while must not fail the test
     for i, prompt in enumerate(prompts(llm)):
         params = SamplingParams(max_tokens=12, temperature=0.8 * (i % 2), seed=i, ignore_eos=True)
         made += engine.add(Request(f"{i}", prompt, params, llm.model.eos_ids))

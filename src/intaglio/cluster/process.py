@@ -50,6 +50,7 @@ class ReplicaProcess:
         words = [sys.executable, "-m", "intaglio", "serve", *self.words, "--port", "0", "--control", str(socket)]
         environment = {**child_environment(), "INTAGLIO_API_KEY": secrets.token_hex(16)}
         with self.log.open("ab") as log:
+            begins = log.tell()
             self.process = await asyncio.create_subprocess_exec(
                 *words, stdin=asyncio.subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
             )
@@ -67,7 +68,7 @@ class ReplicaProcess:
         except BaseException:
             self.kill()
             raise
-        raise ReplicaFailed(f"replica {self.name} did not start: {self._tail()}")
+        raise ReplicaFailed(f"replica {self.name} did not start: {self._tail(begins)}")
 
     async def wait(self) -> int:
         """Wait until the process has ended. Returns its exit code."""
@@ -94,6 +95,9 @@ class ReplicaProcess:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
-    def _tail(self) -> str:
-        text = self.log.read_text(errors="replace").strip()
+    def _tail(self, begins: int) -> str:
+        """The end of what the log has from byte `begins` on; earlier starts wrote what is before."""
+        with self.log.open("rb") as log:
+            log.seek(begins)
+            text = log.read().decode(errors="replace").strip()
         return text[-TAIL:] or "it said nothing"

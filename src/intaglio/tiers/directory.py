@@ -31,7 +31,7 @@ class HeldFile:
 
 
 class BlockDirectory:
-    """The files of a folder, which is made if it is not there. One thread writes; any thread may read.
+    """The files of a folder, which is made, for this user only, if it is not there. One thread writes; any thread may read.
 
     budget: bytes of all files together. Others that use the same folder count their own bytes, so together they may
     exceed the budget by 1/16 each for a while.
@@ -58,7 +58,8 @@ class BlockDirectory:
         if self.held is None:
             self.scan()
         file, size = self.file(name), sum(len(part) for part in parts)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file.parent.mkdir(exist_ok=True)
         partial = file.with_name(f".{name[:16]}.{os.getpid()}.{next(NUMBERS)}{PARTIAL}")
         try:
             with partial.open("wb", buffering=0) as f:

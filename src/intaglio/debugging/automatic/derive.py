@@ -75,6 +75,9 @@ def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
         first = _first(tiny)
     except Unmatched as e:
         return AutoPort(tiny.architecture, "", {}, {}, paragraph(tiny.architecture, e))
+    if untraced := tiny.untraced_layer_types():
+        why = f"its layer_types may be {', '.join(untraced)}, which the tiny model has not: such layers were not traced"
+        return AutoPort(tiny.architecture, "", {}, {}, f"{tiny.architecture} is not ported: {why}.")
     variants, refused, lines = _variants(tiny, first, progress)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"

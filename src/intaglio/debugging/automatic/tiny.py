@@ -29,6 +29,7 @@ OTHER_SIZES: dict[str, Any] = {  # a second set
 }  # fmt: skip
 TOKENS = {"pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
 DERIVED = ("layer_types", "mlp_layer_types", "no_rope_layers", "moe_layers", "qk_head_dim", "layers_block_type")
+OTHER_LAYERS = ("conv", "linear_attention", "indexed_attention", "hybrid", "chunked_attention")  # of layer_types
 TRAINING = ("dropout", "pdrop", "initializer", "init_std", "aux", "jitter", "_coef", "layerdrop", "z_loss", "token_id")
 OUTPUTS = (
     "use_cache", "output_", "return_dict", "is_encoder_decoder", "add_cross_attention", "is_decoder", "torchscript",
@@ -116,6 +117,20 @@ class TinyModels:
             return self.kind(**json.loads(json.dumps(self.settings(**changes))))
         except Exception as e:
             raise PortingError(f"transformers refuses a {self.model_type} with {changes or 'small sizes'}: {e}") from e
+
+    def untraced_layer_types(self) -> list[str]:
+        """The values of layer_types with which a layer has modules of classes that the tiny model has nowhere."""
+        if "layer_types" not in self.usual:
+            return []
+        known, found = {type(m) for m in self.build().modules()}, list[str]()
+        for kind in OTHER_LAYERS:
+            try:
+                other = self.build(layer_types=[kind] + ["full_attention"] * (LAYERS - 1))
+            except PortingError:
+                continue  # the architecture has no such layer
+            if {type(m) for m in other.modules()} - known:
+                found.append(kind)
+        return found
 
     def build(self, **changes: Any) -> Any:
         """A random model. Raises PortingError if transformers cannot build it."""
