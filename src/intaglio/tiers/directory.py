@@ -31,7 +31,9 @@ class HeldFile:
 
 
 class BlockDirectory:
-    """The files of a folder, which is made, for this user only, if it is not there. One thread writes; any thread may read.
+    """The files of a folder, which is made, for this user only, if it is not there.
+
+    One thread writes; any thread may read.
 
     budget: bytes of all files together. Others that use the same folder count their own bytes, so together they may
     exceed the budget by 1/16 each for a while.
