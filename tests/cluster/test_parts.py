@@ -24,7 +24,8 @@ from intaglio.router import CacheIndex, PromptMemory, Router
 from intaglio.runtime import Fault, Scored, Usage
 from intaglio.server.control import load_report, pack, read_frame
 from intaglio.server.driver import ChoiceDelta, Inspect
-from intaglio.server.relay import encode, read_delta, write_delta
+from intaglio.server.problem import Problem
+from intaglio.server.relay import Relay, encode, read_delta, write_delta
 
 reals = st.floats(allow_nan=False)
 scores = st.builds(
@@ -132,6 +133,18 @@ def test_a_load_report_does_not_wait_for_a_long_step(monkeypatch: pytest.MonkeyP
         apply_blocks(index, load)
         assert index.stale
         wait_for(lambda: "snapshot" in report())
+
+
+def test_output_is_continued_only_by_the_same_program_numerics_weights_and_version() -> None:
+    made_by = ("program", "host avx2", "weights")
+    relay = Relay("id", 1, 2, made_by=made_by)
+    assert Relay.from_dict(json.loads(encode(relay.as_dict()))) == relay
+    assert relay.prepared([], made_by) == [] == Relay("id", 1, 2).prepared([], made_by)
+    for at, why in ((0, "other bits"), (1, "other bits"), (2, "other weights")):
+        other = [*made_by]
+        other[at] = "x"
+        with pytest.raises(Problem, match=why):
+            relay.prepared([], (other[0], other[1], other[2]))
 
 
 def test_a_replica_that_ends_right_after_its_first_report_does_not_count_as_ready() -> None:

@@ -95,7 +95,8 @@ class RelayedRequest:
             raise Moved
         relay = {
             "id": self.job.id, "created": self.created, "seed": self.seed,
-            "waited": self.backends.clock() - self.began, "made_by": self.head.get("made_by"), "deltas": self.deltas,
+            "waited": self.backends.clock() - self.began,
+            "made_by": self.head.get("made_by") if self.deltas else None, "deltas": self.deltas,
         }  # fmt: skip
         header = {"do": "request", "method": "POST", "path": self.path, "headers": self.headers, "relay": relay}
         call = self.backends.calls[self.job.id] = link.call(header, self.raw)
@@ -107,7 +108,7 @@ class RelayedRequest:
         while True:
             header, body = await call.frame()
             if head := header.get("head"):
-                self.head = self.head or head
+                self.head = self.head if self.deltas else head
                 continue
             if header.get("over"):
                 raise LinkLost("the replica failed")

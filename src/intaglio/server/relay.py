@@ -34,7 +34,7 @@ class Relay:
         created: Unix time of the response, seconds.
         seed: used if the request has none, so that every replica draws the same tokens.
         waited: seconds that the request has spent in the router and on other replicas.
-        made_by: (Program hash, numerics) of the replica that made the deltas; None if there are none.
+        made_by: ServedModel.identity of the replica that made the deltas; None if there are none.
         deltas: the output so far.
     """
 
@@ -42,7 +42,7 @@ class Relay:
     created: int
     seed: int
     waited: float = 0.0
-    made_by: tuple[str, str] | None = None
+    made_by: tuple[str, str, str] | None = None
     deltas: tuple[ChoiceDelta, ...] = ()
 
     @classmethod
@@ -56,14 +56,15 @@ class Relay:
         """The Relay as JSON-serialisable fields."""
         return {**vars(self), "deltas": [write_delta(d) for d in self.deltas]}
 
-    def prepared(self, prompts: list[Prepared], engine: tuple[str, str]) -> list[Prepared]:
+    def prepared(self, prompts: list[Prepared], engine: tuple[str, str, str]) -> list[Prepared]:
         """The prompts with the router's seed and the time that is left.
 
-        engine: (Program hash, numerics) of this replica. Raises Problem if it would not give the same bits.
+        engine: ServedModel.identity of this replica. Raises Problem if it would not give the same bits.
         """
         if self.made_by is not None and self.made_by != engine:
             why = f"it was begun by {self.made_by[1]} and Program {self.made_by[0][:12]}, this replica is {engine[1]}"
-            raise Problem(503, f"{why} and Program {engine[0][:12]}, which gives other bits", code="cannot_continue")
+            other = "has other weights or another version" if self.made_by[:2] == engine[:2] else "gives other bits"
+            raise Problem(503, f"{why} and Program {engine[0][:12]}, which {other}", code="cannot_continue")
         begun = any(delta.scored for delta in self.deltas)
         out = []
         for i, prompt in enumerate(prompts):

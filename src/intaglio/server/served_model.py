@@ -36,9 +36,10 @@ class ServedModel:
         return self.driver.snapshot.gauges.failed
 
     @property
-    def identity(self) -> tuple[str, str]:
-        """(Program hash, numerics): what decides the bits of results."""
-        return self.driver.engine.program.hash, self.driver.engine.numerics
+    def identity(self) -> tuple[str, str, str]:
+        """(Program hash, numerics, digest of the BlockScope with weights and version): what decides result bits."""
+        engine = self.driver.engine
+        return engine.program.hash, engine.numerics, engine.scope.digest
 
     def block_names(self, prompt: Sequence[int], salt: str | None) -> dict[str, Any]:
         """`block_size` of the K/V cache, and `names` of the whole blocks of a prompt with this cache salt."""
