@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.served import TEST_TIMEOUT_S, served, wait_for
+from typer.testing import CliRunner
 
+from intaglio.cli import app
 from intaglio.cli.cluster import read_weights
 from intaglio.cluster.admin import administration, ask, cluster_folder
 from intaglio.cluster.backends import Backends, apply_blocks, read_report
@@ -209,6 +211,13 @@ def test_a_folder_open_to_others_is_refused(tmp_path: Path, monkeypatch: pytest.
     for name in ("", "a/b", "..", "x" * 40):
         with pytest.raises(ValueError, match="the cluster's name"):
             cluster_folder(name)
+
+
+@pytest.mark.parametrize("command", ["serve", "cluster up"])
+def test_an_empty_key_is_refused_since_all_clients_have_it(command: str) -> None:
+    result = CliRunner().invoke(app, [*command.split(), "/no/such/model", "--api-key", "a", "--api-key", ""])
+    assert result.exit_code != 0
+    assert "--api-key is empty; give a key" in str(result.exception) + result.output
 
 
 def test_weights_are_read() -> None:

@@ -31,9 +31,7 @@ def up(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    api_key: Annotated[
-        list[str] | None, typer.Option(envvar="INTAGLIO_API_KEY", help="Ask for this key; may be given several times.")
-    ] = None,
+    api_key: o.ApiKeys = None,
     policy: Annotated[str, typer.Option(help="Placement of requests: cache-aware or round-robin.")] = "cache-aware",
     weight: Annotated[
         list[str] | None, typer.Option(metavar="TENANT=W", help="A tenant's share; 1 where not given.")

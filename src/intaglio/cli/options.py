@@ -42,9 +42,25 @@ def checked_size(param: typer.CallbackParam, text: str) -> str:
     return text
 
 
+def checked_keys(param: typer.CallbackParam, keys: list[str] | None) -> list[str] | None:
+    """Callback of an option for API keys: returns the keys.
+
+    Raises ValueError for an empty key, which all clients have.
+    """
+    if keys and not all(key.strip() for key in keys):
+        raise ValueError(f"{param.opts[0]} is empty; give a key, or leave the option out to ask for none")
+    return keys
+
+
 Model = Annotated[
     Path | None,
     typer.Argument(help="Checkpoint folder, GGUF file or hub id (owner/name). Default: the bundled model."),
+]
+ApiKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        envvar="INTAGLIO_API_KEY", callback=checked_keys, help="Ask for this key; may be given several times."
+    ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit. Default: main.")]
 Device = Annotated[

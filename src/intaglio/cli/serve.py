@@ -27,9 +27,7 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    api_key: Annotated[
-        list[str] | None, typer.Option(envvar="INTAGLIO_API_KEY", help="Ask for this key; may be given several times.")
-    ] = None,
+    api_key: o.ApiKeys = None,
     name: Annotated[str | None, typer.Option(help="Name in the API of the only model. Default: its folder's.")] = None,
     revision: o.Revision = None,
     device: o.Device = "host",
