@@ -20,7 +20,7 @@ from intaglio.cluster.link import LinkLost
 from intaglio.cluster.metrics import RouterMetrics
 from intaglio.cluster.prompt import TimeLimits, make_job
 from intaglio.cluster.relayed import RelayedRequest
-from intaglio.server.delivery import ClientDisconnected
+from intaglio.server.delivery import ClientDisconnected, while_connected
 from intaglio.server.problem import Json, Problem
 
 log = logging.getLogger("intaglio.cluster")
@@ -145,17 +145,9 @@ class Front:
         )  # fmt: skip
         passed = [(name, headers[name]) for name in PASSED_HEADERS if name in headers] + [("x-request-id", id)]
         request = RelayedRequest(backends, job, path, passed, raw, body.get("stream") is True)
-        doing = asyncio.ensure_future(request.run(send))
-        leaving = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not doing.done():
-                raise ClientDisconnected
-            await doing
+            await while_connected(receive, request.run(send))
         finally:
-            for task in (doing, leaving):
-                task.cancel()
-            await asyncio.gather(doing, leaving, return_exceptions=True)
             self.metrics.ended(request)
 
     async def _pass_on(self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send) -> None:
@@ -220,9 +212,3 @@ def _parse(raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
-
-
-async def _disconnected(receive: Receive) -> None:
-    """Wait until the client disconnects."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -17,12 +17,12 @@ from starlette.types import Send
 from intaglio.cluster.backends import POLL, Backends
 from intaglio.cluster.link import Call, LinkLost, Moved
 from intaglio.router import Job, Refusal
+from intaglio.server.delivery import DONE
 from intaglio.server.problem import Problem, dumps
 
 MAX_LOSSES = 3  # replicas that may die under a request; one that kills replicas must not kill them all
 MAX_REFUSALS = 8  # replicas that may refuse it, because they drain or are full
 MOVABLE = frozenset(("shutdown", "draining", "failed", "queue_full", "late", "too_many_requests"))
-DONE = b"data: [DONE]\n\n"
 
 
 class RelayedRequest:

@@ -43,7 +43,7 @@ class Answer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.model.driver.submitted(self.prompts, self.earlier) as submission:
-            await _while_connected(receive, self._answer(submission, scope, receive, send))
+            await while_connected(receive, self._answer(submission, scope, receive, send))
 
     async def _answer(self, submission: Submission, scope: Scope, receive: Receive, send: Send) -> None:
         await submission.admitted
@@ -117,8 +117,8 @@ def _event(value: Any) -> bytes:
     return b"data: " + dumps(value) + b"\n\n"
 
 
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work`; if the client disconnects first, cancel it and raise ClientDisconnected."""
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`; if the client disconnects first, cancel it and raise ClientDisconnected. Returns nothing."""
     doing = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(receive))
     try:
