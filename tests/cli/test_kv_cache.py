@@ -66,8 +66,11 @@ def test_killed_server_answers_warm_with_the_same_tokens(tmp_path: Path) -> None
         cold, until = ask(url), time.monotonic() + TIMEOUT_S
         while metrics(url)["intaglio:kv_tier_blocks_total saved"] < 9 and time.monotonic() < until:
             time.sleep(0.05)
-    with killed_server(*words) as url:
-        warm, seen = ask(url), metrics(url)
+    for _ in range(5):
+        with killed_server(*words) as url:
+            warm, seen = ask(url), metrics(url)
+        if not seen["intaglio:kv_tier_blocks_total late"]:  # on a busy machine a load may take too long, and is left
+            break
     assert warm["choices"] == cold["choices"] and (cold["cached"], warm["cached"]) == (0, 288)
     assert seen["vllm:external_prefix_cache_hits_total"] == seen["vllm:external_prefix_cache_queries_total"] == 288
     assert seen["intaglio:kv_tier_blocks_total hits"] == 9 and seen["intaglio:kv_tier_blocks_total corrupt"] == 0

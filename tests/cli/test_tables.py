@@ -40,12 +40,21 @@ LINES = {
         "{folder} --input 9 --output 5 --what-helps", "{folder} --layout tp2,pp2 --input 9 --output 5",
         "llama-3-8b --input 700 --output 100 --set chip.clock_hz=1e6",
     ),
+    "simulate-serving": (
+        "{folder} --chip sohu,h100_sxm --input 9 --output 5 --requests 4",
+        "{folder} --input 9 --output 5 --rate 100 --requests 4",
+    ),
     "chips": ("", *CHIPS),
     "libraries": ("", *LIBRARIES),
     "isa": ("",),
     "validate": ("{tables}",),
     "agent": (),  # nothing is printed; tests/devices/test_hosts.py runs these two
     "launch": (),
+    "cluster up": (),  # these need a cluster that runs; tests/cluster has one
+    "cluster status": (),
+    "cluster drain": (),
+    "cluster scale": (),
+    "cluster down": (),
 }  # fmt: skip
 CASES = [(command, line) for command, lines in LINES.items() for line in lines]
 QUICK = {"chips", "libraries", "isa", "models"}

@@ -64,7 +64,7 @@ def test_killed_and_drained_replicas_change_no_answer(cluster: Clustered, alone:
     print(f"{seed=}")
 
     def trouble() -> None:
-        time.sleep(0.2)
+        wait_for(lambda: cluster.replicas()["r0"]["requests"] > 0)
         cluster.kill("r0")
         time.sleep(0.3)
         cluster.ask("drain", replica="r1", restart=True)

@@ -44,6 +44,7 @@ from intaglio.devices.processes.messages import (
 from intaglio.devices.ranks import share_cores
 from intaglio.llm import LLM
 from intaglio.models import Checkpoint, port
+from intaglio.models.files.checkpoint import IDENTITY_BYTES, IDENTITY_SAMPLES
 from intaglio.ops import AllReduce
 from intaglio.program.source import names
 from intaglio.runtime import Engine, Grammar, Refused, Request, SamplingParams
@@ -56,8 +57,8 @@ CASES = [(f, layout) for f in FAMILIES for layout in ("tp2", "tp2pp2")] + [(f, "
 FEW = [("qwen3", "tp2pp2"), (next(iter(MIXTURES)), "ep2")]
 
 
-def open_tiny(family: str, folder: Path) -> Checkpoint:
-    return Checkpoint.open(tiny(family, folder / family))
+def open_tiny(family: str, folder: Path, **sizes: int) -> Checkpoint:
+    return Checkpoint.open(tiny(family, folder / family, **sizes))
 
 
 def start(checkpoint: Checkpoint, layout: str = "tp2", **options: float) -> GroupExecutable:
@@ -205,20 +206,27 @@ def test_streams_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("crash", [signal.SIGKILL, signal.SIGABRT])
 def test_a_replacement_maps_the_packed_weights(tmp_path: Path, crash: signal.Signals) -> None:
-    """The checkpoint could no longer be read, and the bits are the same; whatever happened to the K/V cache."""
-    c = open_tiny("qwen3", tmp_path)
+    """The checkpoint could no longer be read, and the bits are the same; whatever happened to the K/V cache.
+
+    What is sampled for the identity of the weights stays, for other weights would be packed again.
+    """
+    c = open_tiny("qwen3", tmp_path, hidden_size=256, intermediate_size=1024)
     mesh, device = build_mesh(port(c), "tp2"), RanksDevice(2, cache=None, silence=PATIENT)
     first = device.load(mesh, c, STATE)
     wanted = first.step(StepRequest(one_token(), logits=True)).logits
     assert isinstance(first, GroupExecutable) and wanted is not None
-    weights = tmp_path / "qwen3" / "model.safetensors"
+    weights, identity = tmp_path / "qwen3" / "model.safetensors", c.identity()
     matrices = [t.source for p in mesh.programs for t in p.tensors.values() if t.role == "weight" and len(t.shape) == 2]
     stat, zeroed = weights.stat(), bytearray(weights.read_bytes())
     for name in {name for sources in matrices for source in sources for name in names(source)}:
         entry = c.entry(name)
         zeroed[entry.start : entry.stop] = bytes(entry.stop - entry.start)
+    for i in range(IDENTITY_SAMPLES):
+        sampled = slice(start := stat.st_size * i // IDENTITY_SAMPLES, start + IDENTITY_BYTES)
+        zeroed[sampled] = weights.read_bytes()[sampled]
     weights.write_bytes(zeroed)
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert c.identity() == identity
     os.kill(first.pids[0], crash)
     with pytest.raises(DeviceLost):
         while True:

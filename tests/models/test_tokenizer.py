@@ -184,7 +184,7 @@ def test_files_missing_or_damaged(tmp_path):
     with pytest.raises(TokenizerError, match=r"tokenizer.json is missing"):
         Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer.model").write_text("")
-    with pytest.raises(TokenizerError, match=r"has tokenizer.model: convert"):
+    with pytest.raises(TokenizerError, match=r"tokenizer.model is no SentencePiece model, or a damaged one"):
         Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match="cannot be read"):
