@@ -436,6 +436,8 @@ class GroupWorld:
     def disturb(self, kind: str) -> None:
         name = self.rng.choice(list(self.hosts))
         host, seconds = self.hosts[name], self.rng.uniform(0.1, 2.0)
+        if host.dead and kind in ("kill", "hang", "agent dies", "power off", "pause"):
+            return  # nothing runs there that could fail
         self.struck[name] = self.now
         self.log(f"{kind}: {name}, {seconds:.2f} s")
         until = min(self.now + seconds, HEAL)
