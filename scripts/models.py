@@ -155,7 +155,6 @@ def derive(names: list[str]) -> dict[str, float]:
     import importlib
 
     from intaglio.debugging.automatic import port_automatically
-    from intaglio.debugging.porting import PortingError
 
     importlib.import_module("intaglio.models.port").families = dict  # no port is in view
     out: dict[str, float] = {}
@@ -165,8 +164,8 @@ def derive(names: list[str]) -> dict[str, float]:
         for kind in kinds:
             try:
                 made = port_automatically(kind)
-            except (PortingError, ValueError, RuntimeError, IndexError, ImportError) as e:
-                print(f"{kind}: {str(e).splitlines()[0]}", flush=True)
+            except Exception as e:
+                print(f"{kind}: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}", flush=True)
                 continue
             print(str(made).replace("\n", "; "), flush=True)
             if made.verified and made.architecture == name:

@@ -93,6 +93,9 @@ def read_config(target: str) -> dict[str, Any]:
         config = transformers.AutoConfig.for_model(target)
     except ValueError:
         raise PortingError(f"{target!r} is neither a folder nor a model type that transformers knows") from None
+    except Exception as e:  # its own checks of a configuration raise errors of several kinds
+        why = " ".join(str(e).split())
+        raise PortingError(f"transformers refuses its own default configuration of {target!r}: {why}") from e
     inner = config.get_text_config()
     mapping = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     named = mapping.get(inner.model_type) or mapping.get(target)
