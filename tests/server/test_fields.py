@@ -50,6 +50,9 @@ def test_hints_are_taken_and_named(server: Served) -> None:
     asked = {"messages": [{**USER[0], "extra": 1}], "max_tokens": 3, "verbosity": "low"}
     response = server.post("/v1/chat/completions", asked)
     assert response.status_code == 200 and response.headers["x-ignored-fields"] == "verbosity, messages.0.extra"
+    asked = {"messages": [{**USER[0], "\u6c34\r\nx": 1}], "max_tokens": 3}  # a name that a header cannot hold as it is
+    response = server.post("/v1/chat/completions", asked)
+    assert response.status_code == 200 and response.headers["x-ignored-fields"] == "messages.0.%E6%B0%B4%0D%0Ax"
 
 
 def test_null_is_the_same_as_nothing(server: Served) -> None:

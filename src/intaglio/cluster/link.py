@@ -62,7 +62,7 @@ class Link:
 
     def call(self, header: dict[str, Any], body: bytes = b"") -> Call:
         """Start a call. Raises LinkLost."""
-        if self.lost:
+        if self.lost or self.writer.is_closing():
             raise LinkLost("the connection to the replica has ended")
         self._numbers += 1
         call = self.calls[self._numbers] = Call(self, self._numbers)
@@ -79,8 +79,9 @@ class Link:
             self.calls.pop(call.number, None)
 
     def write(self, header: dict[str, Any], body: bytes = b"") -> None:
-        """Send a frame."""
-        self.writer.write(pack(header, body))
+        """Send a frame. Nothing is sent if the connection has ended; the calls then raise LinkLost soon after."""
+        if not self.writer.is_closing():  # uvloop raises RuntimeError where asyncio drops the bytes
+            self.writer.write(pack(header, body))
 
     def abort(self) -> None:
         """Close the connection to a replica that does not answer; its calls raise LinkLost soon after."""

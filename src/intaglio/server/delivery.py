@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from starlette.types import Receive, Scope, Send
 
@@ -15,6 +16,7 @@ from intaglio.server.protocol import ChatRequest, CompletionRequest
 from intaglio.server.served_model import ServedModel
 
 DONE = b"data: [DONE]\n\n"
+SAFE = "/[]()@:*"  # characters besides letters, digits and _.-~ that a header's names keep
 
 
 class ClientDisconnected(Exception):
@@ -34,7 +36,8 @@ class Answer:
         envelope: Envelope, ignored: Sequence[str], earlier: Sequence[ChoiceDelta] = (),
     ) -> None:  # fmt: skip
         self.model, self.body, self.prompts, self.choices, self.envelope = model, body, prompts, choices, envelope
-        self.headers = {"x-ignored-fields": ", ".join(ignored)} if ignored else {}
+        # names are the client's own; percent-encoded, for a header holds only printable ASCII
+        self.headers = {"x-ignored-fields": ", ".join(quote(name, safe=SAFE) for name in ignored)} if ignored else {}
         self.earlier = earlier
         if body.stream_options is not None and not body.stream:
             raise Problem(400, "stream_options goes with stream=true", param="stream_options")
