@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import hmac
 import json
 import logging
 import re
@@ -21,6 +19,7 @@ from intaglio.cluster.metrics import RouterMetrics
 from intaglio.cluster.prompt import TimeLimits, make_job
 from intaglio.cluster.relayed import RelayedRequest
 from intaglio.server.delivery import ClientDisconnected, while_connected
+from intaglio.server.incoming import check_key, read_body
 from intaglio.server.problem import Json, Problem
 
 log = logging.getLogger("intaglio.cluster")
@@ -118,13 +117,7 @@ class Front:
         keys = self.options.keys
         tenant = headers.get(TENANT, "")
         if keys and path not in PUBLIC:
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            sent = key.strip().encode() if scheme.lower() == "bearer" else b""
-            matches = [hmac.compare_digest(sent, k.encode()) for k in keys]
-            if not any(matches):
-                why = "a valid API key is needed: Authorization: Bearer KEY"
-                raise Problem(401, why, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-            tenant = f"key{matches.index(True)}"
+            tenant = f"key{check_key(keys, headers.get('authorization', ''))}"
         if self.open > self.options.max_open and path not in PUBLIC:
             why = f"{self.options.max_open} requests are open already; retry later"
             raise Problem(429, why, code="too_many_requests", retry_after=1)
@@ -133,7 +126,7 @@ class Front:
     async def _generate(
         self, path: str, headers: dict[str, str], id: str, tenant: str, receive: Receive, send: Send
     ) -> None:
-        raw = await self._read(receive)
+        raw = await read_body(receive, self.options.max_body, self.options.read_timeout)
         body = _parse(raw)
         backends = self.backends
         self.metrics.incoming(str(body.get("model", ""))[:64])
@@ -152,7 +145,7 @@ class Front:
 
     async def _pass_on(self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send) -> None:
         """Pass a request that generates nothing to some replica that serves."""
-        raw = await self._read(receive)
+        raw = await read_body(receive, self.options.max_body, self.options.read_timeout)
         passed = [(name, headers[name]) for name in PASSED_HEADERS if name in headers]
         request = {
             "do": "request", "method": scope["method"], "path": scope["path"], "headers": passed,
@@ -184,25 +177,6 @@ class Front:
             return start, bytes(whole)
         finally:
             call.close()
-
-    async def _read(self, receive: Receive) -> bytes:
-        """The request's body. Raises Problem 408 if it comes too slowly, 413 if it is too long."""
-        raw, most = bytearray(), self.options.max_body
-        try:
-            async with asyncio.timeout(self.options.read_timeout):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientDisconnected
-                    raw += message.get("body", b"")
-                    if len(raw) > most:
-                        why = f"the body has more than {most} bytes, which is the limit"
-                        raise Problem(413, why, headers={"connection": "close"})
-                    if not message.get("more_body", False):
-                        return bytes(raw)
-        except TimeoutError:
-            why = f"the body was not received in {self.options.read_timeout:g} s"
-            raise Problem(408, why, headers={"connection": "close"}) from None
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import hmac
 import logging
 import re
 import uuid
@@ -25,6 +23,7 @@ from intaglio.server.answer import ChatChoice, Choice, CompletionChoice, Envelop
 from intaglio.server.conversation import render
 from intaglio.server.delivery import Answer, ClientDisconnected
 from intaglio.server.driver import Prepared
+from intaglio.server.incoming import CLOSE, check_key, read_body
 from intaglio.server.prepare import Settings, encode, prepare_chat, prepare_completion
 from intaglio.server.problem import Json, Problem, as_problem
 from intaglio.server.protocol import (
@@ -127,12 +126,7 @@ class Guard:
     def _admit(self, request: Request) -> None:
         options = self.service.options
         if options.keys and request.method != "OPTIONS":
-            scheme, _, key = request.headers.get("authorization", "").partition(" ")
-            given = key.strip().encode() if scheme.lower() == "bearer" else b""
-            if not any([hmac.compare_digest(given, k.encode()) for k in options.keys]):
-                headers = {"www-authenticate": "Bearer"}
-                why = "a valid API key is needed: Authorization: Bearer KEY"
-                raise Problem(401, why, code="invalid_api_key", headers=headers)
+            check_key(options.keys, request.headers.get("authorization", ""))
         if self.service.open > options.max_open:
             why = f"{options.max_open} requests are open already; retry later"
             raise Problem(429, why, code="too_many_requests", retry_after=1, headers={"connection": "close"})
@@ -303,24 +297,8 @@ class Api:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             raise Problem(415, f"the content type is {kind or 'missing'}; allowed: application/json", headers=CLOSE)
-        most, seconds = self.service.options.max_body, self.service.options.read_timeout
-        length = request.headers.get("content-length", "0")
-        raw = bytearray()
-        try:
-            async with asyncio.timeout(seconds):
-                while int(length) <= most and len(raw) <= most:
-                    message = await request.receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientDisconnected
-                    raw += message.get("body", b"")
-                    if not message.get("more_body", False) and len(raw) <= most:
-                        return bytes(raw)
-        except TimeoutError:
-            raise Problem(408, f"the body was not received in {seconds:g} s", headers=CLOSE) from None
-        raise Problem(413, f"the body has more than {most} bytes, which is the limit", headers=CLOSE)
-
-
-CLOSE = {"connection": "close"}
+        options, length = self.service.options, int(request.headers.get("content-length", "0"))
+        return await read_body(request.receive, options.max_body, options.read_timeout, length)
 
 
 def _relay(request: Request) -> Relay | None:

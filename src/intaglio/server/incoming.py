@@ -1,0 +1,49 @@
+"""What a server does with a request before it looks at the content: check the API key, receive the body."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Sequence
+
+from starlette.types import Receive
+
+from intaglio.server.delivery import ClientDisconnected
+from intaglio.server.problem import Problem
+
+CLOSE = {"connection": "close"}
+
+
+def check_key(keys: Sequence[str], authorization: str) -> int:
+    """The index in `keys` of the API key that a request's Authorization header holds.
+
+    All keys are compared, so that the time taken does not tell which one matched. Raises Problem 401 if none does.
+    """
+    scheme, _, key = authorization.partition(" ")
+    given = key.strip().encode() if scheme.lower() == "bearer" else b""
+    matches = [hmac.compare_digest(given, k.encode()) for k in keys]
+    if not any(matches):
+        why = "a valid API key is needed: Authorization: Bearer KEY"
+        raise Problem(401, why, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+    return matches.index(True)
+
+
+async def read_body(receive: Receive, most: int, seconds: float, announced: int = 0) -> bytes:
+    """The body of a request.
+
+    most: largest size in bytes. announced: the size by the Content-Length header; if it is too large, nothing is read.
+    Raises Problem 408 if the body takes longer than `seconds`, 413 if it is too large, and ClientDisconnected.
+    """
+    raw = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            while announced <= most and len(raw) <= most:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnected
+                raw += message.get("body", b"")
+                if not message.get("more_body", False) and len(raw) <= most:
+                    return bytes(raw)
+    except TimeoutError:
+        raise Problem(408, f"the body was not received in {seconds:g} s", headers=CLOSE) from None
+    raise Problem(413, f"the body has more than {most} bytes, which is the limit", headers=CLOSE)
