@@ -37,7 +37,7 @@ def prefill(tokens: int, step: int) -> Batch:
 def measure(
     executable: Executable, ranks: Sequence[HostExecutable], batches: Callable[[int], Batch], steps: int
 ) -> tuple[float, float, int]:
-    """Median seconds of a step, seconds of planning a step, plans made."""
+    """(median seconds of a step, mean seconds of planning per step, number of plans made), a tuple."""
     executable.step(StepRequest(batches(0)))
     plans, planning = sum(r.plans for r in ranks), sum(r.planning_seconds for r in ranks)
     times = []

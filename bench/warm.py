@@ -72,7 +72,7 @@ def ask(address: str, prompt: list[int]) -> tuple[float, list[str]]:
 
 
 def metric(address: str, name: str) -> float:
-    """Sum of a metric's series."""
+    """The sum of a metric's values over all its labels, as the server's /metrics shows them now."""
     with urllib.request.urlopen(f"http://{address}/metrics") as r:
         lines = r.read().decode().splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))

@@ -42,6 +42,13 @@ LibraryName = Annotated[
         "--library", help="Its kernels: a name (see intaglio libraries) or a file, NAME.toml. Default: the chip's own."
     ),
 ]
+SimulatedModel = Annotated[str, typer.Argument(help="Checkpoint folder, config.json, or a card such as llama-3-70b.")]
+InputTokens = Annotated[int, typer.Option(min=1, help="Prompt tokens of a request.")]
+OutputTokens = Annotated[int, typer.Option(min=1, help="New tokens of a request.")]
+Activations = Annotated[str, typer.Option(help="auto, or fp8: FP8 rows before FP8 weights.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a field: chip.FIELD=value or library.FIELD=value.")
+]
 ChipName = Annotated[str, typer.Option("--chip", help="A name (see intaglio chips) or a file, NAME.toml.")]
 
 
@@ -113,7 +120,7 @@ def by_layout(found: Sequence[LayoutResult]) -> None:
 
 
 def simulate(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, config.json, or a card such as llama-3-70b.")],
+    model: SimulatedModel,
     chip_name: ChipName = "sohu",
     library_name: LibraryName = None,
     chips: Annotated[int, typer.Option(min=1, help="Chips; with --layout they must be as many as its ranks.")] = 1,
@@ -121,15 +128,13 @@ def simulate(
         str | None,
         typer.Option(help="Such as tp4pp2; several with commas are compared. Default: tensor parallel over all chips."),
     ] = None,
-    input: Annotated[int, typer.Option(min=1, help="Prompt tokens of a request.")] = 2048,
-    output: Annotated[int, typer.Option(min=1, help="New tokens of a request.")] = 128,
+    input: InputTokens = 2048,
+    output: OutputTokens = 128,
     batch: Annotated[int, typer.Option(min=1, help="Requests that start in every step.")] = 1,
     weights: o.Weights = "auto",
     kv_format: o.KvFormat = "auto",
-    activations: Annotated[str, typer.Option(help="auto, or fp8: FP8 rows before FP8 weights.")] = "auto",
-    set_field: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a field: chip.FIELD=value or library.FIELD=value.")
-    ] = None,
+    activations: Activations = "auto",
+    set_field: Changes = None,
     trace: Annotated[
         Path | None,
         typer.Option(callback=o.in_existing_folder, help="Write the mixed step for Perfetto (Chrome trace JSON)."),

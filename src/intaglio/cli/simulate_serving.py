@@ -14,7 +14,15 @@ from intaglio.cli import options as o
 from intaglio.cli.bench_serve import latencies
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import out, say, table
-from intaglio.cli.silicon import LibraryName, changed
+from intaglio.cli.silicon import (
+    Activations,
+    Changes,
+    InputTokens,
+    LibraryName,
+    OutputTokens,
+    SimulatedModel,
+    changed,
+)
 
 if TYPE_CHECKING:
     from intaglio.codesign.serving import ServingResult
@@ -27,7 +35,7 @@ HEADERS = (
 
 
 def simulate_serving(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, config.json, or a card such as llama-3-70b.")],
+    model: SimulatedModel,
     chip_name: Annotated[
         str, typer.Option("--chip", help="A name (see intaglio chips) or NAME.toml; several with commas are compared.")
     ] = "sohu",
@@ -37,8 +45,8 @@ def simulate_serving(
         str | None,
         typer.Option(help="Lengths of a trace: code, conversation, document. Default: --input, --output."),
     ] = None,
-    input: Annotated[int, typer.Option(min=1, help="Prompt tokens of a request.")] = 2048,
-    output: Annotated[int, typer.Option(min=1, help="New tokens of a request.")] = 128,
+    input: InputTokens = 2048,
+    output: OutputTokens = 128,
     requests: Annotated[int | None, typer.Option(min=1, help="How many. Default: four for each that is open.")] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests open at once. Default: any number with --rate, else 16.")
@@ -60,10 +68,8 @@ def simulate_serving(
     request_overhead: Annotated[float, typer.Option(help="Milliseconds before each first token.")] = 0.0,
     weights: o.Weights = "auto",
     kv_format: o.KvFormat = "auto",
-    activations: Annotated[str, typer.Option(help="auto, or fp8: FP8 rows before FP8 weights.")] = "auto",
-    set_field: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a field: chip.FIELD=value or library.FIELD=value.")
-    ] = None,
+    activations: Activations = "auto",
+    set_field: Changes = None,
     seed: Annotated[int, typer.Option(help="The same seed sends the same requests.")] = 0,
     as_json: o.Json = False,
 ) -> None:

@@ -129,9 +129,10 @@ def state_of(stages: Sequence[Program], target: Target, settings: EngineSettings
     tokens = settings.max_batch_tokens
     step = BatchSizes(tokens, min(tokens, settings.max_sequences), ())
     most = settings.max_sequences * -(-stages[0].context // BLOCK)  # more are never used
-    pages = min(most, *(pages_that_fit(p, memory_use(p, step, 1, hbm), slots) for p in stages))
+    uses = [memory_use(p, step, 1, hbm) for p in stages]
+    pages = min(most, *(pages_that_fit(p, use, slots) for p, use in zip(stages, uses, strict=True)))
     if pages < 1:
-        worst = max((memory_use(p, step, 1, hbm) for p in stages), key=lambda use: use.total)
+        worst = max(uses, key=lambda use: use.total)
         raise ChipError(
             f"{target.chip.name}: no room for a K/V cache: {worst}, of which {settings.memory_share:.0%} may be used. "
             "Use more chips, a smaller format or fewer tokens a step"
@@ -144,9 +145,7 @@ def ramped(requests: Sequence[LoadRequest], concurrency: int, seconds: float) ->
 
     Without it, requests of one length that all start at once would stay in step with each other.
     """
-    return [
-        replace(r, at=seconds * min(1.0, i / concurrency)) for i, r in enumerate(requests)
-    ]  # fmt: skip
+    return [replace(r, at=seconds * min(1.0, i / concurrency)) for i, r in enumerate(requests)]
 
 
 def request_seconds(stages: Sequence[Program], target: Target, request: LoadRequest, concurrency: int) -> float:

@@ -116,7 +116,7 @@ def _full(call: Call, name: str, under: str) -> str:
 
 
 def _hidden(block: Call, like: np.ndarray) -> np.ndarray:
-    """The argument of a block that has the residual's shape."""
+    """The first float argument of a block that has the shape of the residual. Raises Unmatched without one."""
     found = [x for x in block.inputs if x.shape == like.shape and x.dtype.kind == "f"]
     if not found:
         raise Unmatched(block.name, "no argument of the residual's shape", "attention of hidden_size columns")

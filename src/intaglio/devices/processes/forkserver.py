@@ -221,7 +221,7 @@ class Server:
             self.fork(files)
 
     def status(self, pid: int) -> dict[str, object]:
-        """The answer that says how a child ended, or why that is not known."""
+        """The reply to a status request: {"status": wait status of the child}, or {"error": why there is none}."""
         try:
             found, status = os.waitpid(pid, os.WNOHANG)
         except ChildProcessError as e:

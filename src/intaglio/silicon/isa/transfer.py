@@ -12,7 +12,7 @@ from intaglio.silicon.memory import CoreMemory, MachineError, Region
 
 
 def hbm_cost(chip: ChipSpec, r: Region, store: bool) -> Cost:
-    """The Cost of a transfer of `r` between HBM and a core.
+    """The Cost of a transfer of the region `r` between HBM and a core.
 
     A load has HBM's latency; a store has none (posted write).
     """
