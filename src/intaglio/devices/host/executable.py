@@ -59,7 +59,7 @@ class _Step:
 
 
 class HostExecutable(RankExecutable):
-    """A Program as native ops with packed weights and zeroed state.
+    """A Program as native ops with packed weights, K/V cache and recurrent state.
 
     Attributes:
         layout: packing and buffers, derived from the Program.

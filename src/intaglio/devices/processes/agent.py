@@ -89,7 +89,8 @@ class Port:
     def take(self, epoch: int, rank: int, peer: int, stopped: threading.Event | None = None) -> socket.socket:
         """Wait for the connection from rank `peer` to this host's rank `rank`, and return its socket.
 
-        stopped: ends the wait, with wake(). Raises ConnectionRefused if none comes within MEET_TIMEOUT seconds.
+        stopped: if it is set, wake() ends the wait. Raises ConnectionRefused in that case, and if no connection comes
+        within MEET_TIMEOUT seconds.
         """
         ended = stopped.is_set if stopped else bool
         key = (epoch, rank, peer)

@@ -75,7 +75,7 @@ class Rank:
             self.segment.complete(self.rank, done)
 
     def load(self) -> tuple[Executable, RankFacts]:
-        """Open the device and load the Program of this rank. Returns (executable, facts for the parent)."""
+        """Open the device and load the Program of this rank. Returns (executable, RankFacts for the parent)."""
         options: dict[str, object] = {}
         if self.joins:
             communicator = _native.Communicator(self.segment, self.rank, self.sockets)

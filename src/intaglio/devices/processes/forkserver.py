@@ -184,7 +184,7 @@ def send(s: socket.socket, message: object, files: Sequence[int] = ()) -> None:
 
 
 class Server:
-    """What the fork server's process does. parent: the process with which it ends."""
+    """The fork server's side of the connection: run() answers requests. parent: id of the process it ends with."""
 
     def __init__(self, s: socket.socket, parent: int) -> None:
         self.socket, self.children = s, set[int]()

@@ -46,7 +46,10 @@ ELSEWHERE = 1 << 62  # steps that ranks of other hosts count as having completed
 
 
 def start_child(argument: str, files: Sequence[int], server: ForkServer | None, modules: Iterable[str]) -> ChildProcess:
-    """Start a process that calls child.run(argument, files): forked by `server` if there is one and it can."""
+    """Start a process that calls child.run(argument, files), and return it.
+
+    A ForkedProcess if there is a server that can fork, else a subprocess.Popen. modules: that the server imports before.
+    """
     if server:
         with suppress(ForkServerError):
             return server.fork(TARGET, argument, files, modules)

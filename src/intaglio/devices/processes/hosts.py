@@ -142,8 +142,8 @@ class HostsExecutable(PostedExecutable):
     """A Program loaded in the ranks of several hosts, the same number of consecutive ranks on each.
 
     Raises DeviceError with the message of the error that loading raised, DeviceLost if a host or a rank is lost
-    meanwhile, ReplacementRefused if results would have other bits than those of the group `replaces`. news: what it
-    waits on, and `epoch`: its number; tests pass their own.
+    meanwhile, ReplacementRefused if results would have other bits than those of the group `replaces`. news: condition
+    that is notified of answers. epoch: number of this group. Tests pass their own news and epoch.
     """
 
     def __init__(

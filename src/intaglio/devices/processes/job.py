@@ -65,6 +65,7 @@ class RankFacts:
         isa: instruction set; "" if the device has none.
         program: hash of the rank's Program.
         state_in_file: True if the whole K/V cache is in the file that the parent keeps.
+        block_bytes: bytes of one K/V block on this rank; 0 if blocks cannot be read or written.
     """
 
     isa: str

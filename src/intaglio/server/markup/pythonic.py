@@ -111,7 +111,7 @@ def _argument_end(text: str) -> int | None:
 
 
 def _keywords(text: str) -> dict[str, Any] | None:
-    """{key: value} of the text of one keyword argument; {} for an empty text, None if it is anything else."""
+    """A dict {name: value} parsed from the text of one keyword argument; {} for an empty text, None for any other."""
     try:
         node = ast.parse(f"f({text})", mode="eval").body
         assert isinstance(node, ast.Call)

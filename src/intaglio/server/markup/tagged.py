@@ -134,8 +134,8 @@ def _call(s: Source, way: Tags, end: str, tools: Tools) -> Steps[bool]:
 def _argument(s: Source, way: Tags, kinds: set[str], follow: tuple[str, ...]) -> Pieces[bool]:
     """Parse one argument's value and yield it as JSON text; strings piece by piece, other values when complete.
 
-    kinds: JSON types that the tool's schema allows. follow: tags of which one must come after the value's closing tag.
-    Returns False if the closing tag never comes.
+    kinds: JSON types that the tool's schema allows. follow: tags that may come after the value's closing tag.
+    Returns True, or False if the closing tag never comes.
     """
     if kinds == {"string"}:
         yield '"'
@@ -156,9 +156,10 @@ def _argument(s: Source, way: Tags, kinds: set[str], follow: tuple[str, ...]) ->
 
 
 def raw(s: Source, mark: str, follow: tuple[str, ...]) -> Pieces[bool]:
-    """Yield the text up to a closing tag `mark` that one of `follow` comes after, so that the text may contain `mark`.
+    """Yield the text before the closing tag `mark`, in pieces.
 
-    One line break at each end of the text is removed. Returns True, or False if such a closing tag never comes.
+    The text itself may contain `mark`: it closes only before one of `follow` or the end of the output. One line break
+    at each end of the text is removed. Returns True, or False if the closing tag never comes.
     """
     while not s.held and not s.last:
         yield None
