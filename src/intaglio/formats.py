@@ -290,7 +290,8 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
     - q4_k: scale and minimum of least squared error among those tried, see _q4_k(). K is a multiple of 256.
 
     A group (or row with one scale) that holds NaN or infinity gets a NaN scale, so every result that uses it is
-    NaN. So does a block of q4_k with a value above 2^20, the largest that its units reach.
+    NaN. So does a block of q4_k with a value above 2^20, the largest that its units reach. Raises FormatError for a
+    format without scales, one that is only read from checkpoints, and q4_k with another K.
     """
     fmt = get(name)
     if not fmt.grouped or fmt.published:

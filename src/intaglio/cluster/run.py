@@ -38,7 +38,7 @@ class ClusterOptions:
 async def run_cluster(
     options: ClusterOptions, listener: socket.socket, folder: Path, announce: Callable[[Cluster], None]
 ) -> int:
-    """Run until SIGINT, SIGTERM or the command `down`. Returns the exit code.
+    """Run until SIGINT, SIGTERM or the command `down`. Returns the exit code: 130 if it ends before all serve, else 0.
 
     `announce` is called once all replicas serve. The first signal lets running requests end, the second ends them.
     Raises ReplicaFailed if a replica does not start.

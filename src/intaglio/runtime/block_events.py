@@ -83,7 +83,7 @@ class BlockEvents:
         self._add("cleared")
 
     def after(self, sequence: int) -> list[BlockEvent] | None:
-        """The events after number `sequence`, oldest first.
+        """A list of the events after number `sequence`, oldest first.
 
         Returns None if some of them are not kept any more, or `sequence` is not one of this incarnation: the reader
         then needs a new snapshot.

@@ -59,7 +59,7 @@ class Relay:
     def prepared(self, prompts: list[Prepared], engine: tuple[str, str, str]) -> list[Prepared]:
         """A list of the prompts, with their timeouts shortened by `waited`, and the router's seed where they have none.
 
-        engine: ServedModel.identity of this replica. Raises Problem 503 if it differs from `made_by`, since this replica
+        engine: ServedModel.identity of this replica. Raises Problem 503 if it differs from `made_by`: this replica
         could then not continue the output bit for bit.
         """
         if self.made_by is not None and self.made_by != engine:

@@ -40,7 +40,7 @@ class Span:
 
 @dataclass
 class RunResult:
-    """Modelled time and counters of one run of the machine, summed over cores."""
+    """Modelled time of one run of the machine, and counters summed over its cores."""
 
     seconds: float = 0.0  # until the last instruction ended
     busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # engine -> seconds in use

@@ -48,7 +48,8 @@ ELSEWHERE = 1 << 62  # steps that ranks of other hosts count as having completed
 def start_child(argument: str, files: Sequence[int], server: ForkServer | None, modules: Iterable[str]) -> ChildProcess:
     """Start a process that calls child.run(argument, files), and return it.
 
-    A ForkedProcess if there is a server that can fork, else a subprocess.Popen. modules: that the server imports before.
+    It is a ForkedProcess if there is a server that can fork, else a subprocess.Popen. modules: names of modules that
+    the server imports before.
     """
     if server:
         with suppress(ForkServerError):

@@ -135,8 +135,8 @@ class RecordedRng:
 class RecordedEngine(Engine):
     """An Engine that journals its construction and each call of add, suspend, resume, step, abort and drain.
 
-    Entries are JSON-serialisable; replay() reads them. If add raises RequestError or Refused, its entry has that
-    error's name. A call that raises any other error writes no entry.
+    Entries are JSON-serialisable; replay() reads them. If add or resume raises RequestError or Refused, its entry has
+    that error's name. A call that raises any other error writes no entry.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ class Replayed:
 
     Attributes:
         steps: number of steps run.
-        requests: number of requests added, refused ones included.
+        requests: number of requests added or resumed, refused ones included.
         tokens: number of tokens generated.
         faults: number of launches that the journal records as failed.
         divergence: the first difference from the journal, as text; None if there is none.

@@ -78,7 +78,7 @@ class Instruction:
         raise NotImplementedError
 
     def cost(self, target: Target) -> Cost:
-        """The Cost of the instruction on a target."""
+        """The Cost of the instruction on a target. Raises ChipError for operands of a format that the chip lacks."""
         raise NotImplementedError
 
     def shapes(self) -> Shapes:
