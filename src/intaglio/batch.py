@@ -249,10 +249,9 @@ def _check_states(before: list[int], after: list[int]) -> None:
 
 
 def _check(i: int, c: Chunk, block_size: int) -> None:
-    """Raise BatchError if chunk number `i` is invalid by itself.
+    """Raise BatchError if chunk number `i` is empty, has too few blocks, or has a row out of range.
 
-    It is if it is empty, or if its blocks are too few, a row is out of range, its state slots do not fit its start, or
-    the number of its Samplings is wrong.
+    Also if its state slots do not fit its start, or if the number of its Samplings is wrong.
     """
     n = len(c.tokens)
     if n == 0:

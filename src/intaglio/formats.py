@@ -248,7 +248,7 @@ class Quantised:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays that are present, by field name. The same row index selects the same matrix row in each."""
+        """A dict of the arrays that are present, by field name. One row index selects the same matrix row in each."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: x for name, x in named.items() if isinstance(x, np.ndarray)}
 

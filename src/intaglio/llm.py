@@ -234,8 +234,7 @@ class LLM:
         Returns a list of RequestOutputs. They are in the order of the prompts, `n` per prompt. `params` is one
         SamplingParams for all prompts or one per prompt; None is SamplingParams(). Without a tokenizer, prompts
         are token ids and texts are empty. `progress` is called after each step with the tokens generated so far
-        and those allowed in all. Raises RequestError or ParamsError, naming the prompt's index, before anything
-        runs.
+        and those allowed in all. Raises the errors of prepare(), naming the prompt's index, before anything runs.
         """
         several = _as_list(prompts)
         each = _params_each(params, len(several))
@@ -260,7 +259,7 @@ class LLM:
         """(Request for `engine.add()`, one Transcript per choice). May be called from any thread.
 
         `options` are fields of Request (id, priority, timeout, ...) and `special`, the special tokens that stay in the
-        text. Raises RequestError or TokenizerError, which call the prompt `name`.
+        text. Raises RequestError, TokenizerError or GrammarError, which call the prompt `name`.
         """
         id = options.pop("id", None) or f"r{next(self._numbers)}"
         request, transcripts = self.model.request(prompt, params, id, name, **options)

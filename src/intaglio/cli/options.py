@@ -22,7 +22,7 @@ def in_existing_folder(param: typer.CallbackParam, path: Path | None) -> Path | 
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 8GiB, 500MB or 1048576. Raises ValueError."""
+    """Number of bytes of a size such as 8GiB, 500MB or 1048576. Raises ValueError for another text, and for 0."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt]?)(i?)b)?\s*", text, re.IGNORECASE)
     size = 0
     if match:

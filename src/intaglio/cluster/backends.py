@@ -164,7 +164,7 @@ class Backends:
             self.waiting.pop(job.id, None)
 
     def pump(self) -> None:
-        """Place what can be placed now."""
+        """Place the queued jobs that can be placed now."""
         for placement in self.router.dispatch(self.clock()):
             waiter = self.waiting.get(placement.job.id)
             if waiter is None or waiter.done():  # its client has left

@@ -29,7 +29,7 @@ class TimeLimits:
 def make_job(
     id: str, body: dict[str, Any], memory: PromptMemory, now: float, limits: TimeLimits, tenant: str, output: float
 ) -> Job:
-    """The Job of a generation request. now: seconds. output: mean output length of late, in tokens."""
+    """The Job of a generation request. now: seconds. output: mean output length of recent requests, in tokens."""
     salt = json.dumps([body.get("model"), body.get("cache_salt")]).encode()
     pieces = list(_pieces(body))
     keys = prefix_keys(salt, pieces)

@@ -102,7 +102,7 @@ class StepResult:
     """The result of a step.
 
     Attributes:
-        tokens: int32 [R]; -1: the row has no finite logit.
+        tokens: int32 [R]; -1: the row has NaN, or no finite logit that may be drawn.
         logprobs: f32 [R], the log-probabilities of `tokens`.
         logits: f32 [R, vocabulary] if requested, else None.
         taps: the tapped tensors by site.

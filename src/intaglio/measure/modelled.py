@@ -24,7 +24,7 @@ FAILED = ("error", "abort", "deadline")  # finish reasons of a response that is 
 
 @dataclass
 class Running:
-    """A request that the engine has: what was planned, its start in seconds, and the times of its tokens from then."""
+    """A request that the engine has: what was planned, its start, and the seconds from its start to each token."""
 
     planned: LoadRequest
     start: float

@@ -94,7 +94,7 @@ class BlockEvents:
         return [self.last[i] for i in range(len(self.last) - missing, len(self.last))]
 
     def snapshot(self, scope: str, block_size: int, names: Iterable[str]) -> BlockSnapshot:
-        """The snapshot of a prefix cache with these blocks, after the last event."""
+        """The BlockSnapshot of a prefix cache that has the blocks `names` after the last event."""
         return BlockSnapshot(self.incarnation, self.sequence, scope, block_size, tuple(names))
 
     def _add(self, kind: Literal["stored", "removed", "cleared"], name: str = "", parent: str = "") -> None:

@@ -48,7 +48,7 @@ class BlockScope:
     def of(
         cls, program: Program, block_size: int, numerics: str = "", weights: str = "", version: str = ""
     ) -> BlockScope:
-        """The scope of a Program's blocks."""
+        """The BlockScope of a Program's blocks."""
         formats = sorted({t.format for t in program.of_role("state") if t.shape[0] == "P"})
         return cls(program.hash, weights, " ".join(formats), numerics, block_size, version)
 

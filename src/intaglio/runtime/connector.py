@@ -73,7 +73,9 @@ class Load(Protocol):
 
 
 class Connector(Protocol):
-    """Interface of a tier. Its methods do not wait for a disk or a network, and raise nothing.
+    """Interface of a tier, a store of K/V blocks outside the engine.
+
+    Its methods do not wait for a disk or a network, and raise nothing.
 
     counts: an engine counts hits, misses and late blocks, the tier itself the rest.
     """

@@ -139,7 +139,7 @@ class Engine:
         return self.recovery.failed
 
     def add(self, request: Request) -> list[Sequence]:
-        """Queue a request. Returns one sequence per choice, which callers may read while the engine extends it.
+        """Queue a request. Returns a list with one Sequence per choice, which callers may read while it is extended.
 
         Raises RequestError if the request can never be served or its id is in use, and Refused, with the time after
         which to retry, if it cannot be served now.
@@ -156,7 +156,7 @@ class Engine:
         return Resumption.of(left, now, self.program.hash, self.numerics) if left else None
 
     def resume(self, resumption: Resumption) -> list[Sequence]:
-        """Queue a suspended request, which goes on after its output so far. Returns a sequence per unfinished choice.
+        """Queue a suspended request, which goes on after its output. Returns a Sequence per unfinished choice, a list.
 
         If the request needs a stop checker or a matcher, it must have new ones, which are given the output. Raises
         RequestError if this engine would not give the same bits, and the errors of add().
@@ -167,7 +167,7 @@ class Engine:
         return self._admit(request, seed, [c.index for c in resumption.choices], resumption)
 
     def abort(self, id: str) -> list[Event]:
-        """End all choices of a request now. Returns their last events; [] if no such request is live."""
+        """End all choices of a request now. Returns a list of their last Events; [] if no such request is live."""
         self.clock.read()
         return [self.live.end(s, "abort") for s in self.live.of(id)]
 
@@ -176,7 +176,7 @@ class Engine:
         self.draining = True
 
     def step(self) -> list[Event]:
-        """Run one step of as many sequences as fit: decodes and prefill chunks. Returns its events; [] when idle.
+        """Run one step of as many sequences as fit: decodes and prefill chunks. Returns its Events; [] when idle.
 
         On a pipeline of N stages, launch until N steps (micro-batches) are under way, then wait for the oldest.
         """
@@ -215,14 +215,14 @@ class Engine:
         return collected
 
     def collect(self) -> list[ScheduledSequence]:
-        """Wait for the oldest launch and account for it. Returns the launch's sequences. Raises DeviceLost."""
+        """Wait for the oldest launch and account for it. Returns its ScheduledSequences, a list. Raises DeviceLost."""
         launch = self.launcher.under_way[0]
         for done in self.launcher.complete(launch):
             self.accounting.account(done)
         return launch.scheduled
 
     def run(self) -> list[Event]:
-        """Run steps until no request is left. Returns all events in order."""
+        """Run steps until no request is left. Returns a list of all Events in order."""
         events: list[Event] = []
         while not self.idle:
             events += self.step()

@@ -74,7 +74,7 @@ class BlockPool:
         return -(-tokens // self.block_size)
 
     def allocate(self, n: int) -> list[int]:
-        """Take `n` blocks, with a refcount of 1 each, and return their numbers.
+        """Take `n` blocks, with a refcount of 1 each, and return a list of their numbers.
 
         Raises KvError, taking none, if fewer are available.
         """
@@ -110,7 +110,7 @@ class BlockPool:
                     self.free.append(block)
 
     def find_prefix(self, tokens: TokenIds, salt: str | None) -> list[int]:
-        """The numbers of the blocks of the longest cached prefix of `tokens`, whole blocks only.
+        """A list of the numbers of the blocks of the longest cached prefix of `tokens`, whole blocks only.
 
         Changes no refcount.
         """

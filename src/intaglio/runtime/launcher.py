@@ -193,7 +193,10 @@ class Launcher:
 
 
 def launch_groups(scheduled: list[ScheduledSequence]) -> list[list[ScheduledSequence]]:
-    """A step's sequences split into launches: all in one, except suspects of a device loss, which get one each."""
+    """A list of the launches of a step, each a list of sequences.
+
+    All sequences are in one launch, except suspects of a device loss, which have one each.
+    """
     batched = [s for s in scheduled if not s.sequence.suspect]
     suspects = [[s] for s in scheduled if s.sequence.suspect]
     return [batched, *suspects] if batched else suspects

@@ -168,7 +168,7 @@ def _call(i: int, call: Any, form: Form) -> dict[str, Any]:
 
 
 def _short(id: str) -> str:
-    """A tool-call id cut or padded to nine letters and digits, as Mistral's templates require."""
+    """The last nine letters and digits of a tool-call id, padded with zeros, as Mistral's templates require."""
     return re.sub("[^a-zA-Z0-9]", "", id)[-9:].rjust(9, "0")
 
 

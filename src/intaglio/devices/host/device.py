@@ -15,7 +15,7 @@ from intaglio.program import Program, verify
 
 
 def isa_names() -> list[str]:
-    """Names of the instruction sets that this build has kernels for and this machine can run, best first."""
+    """A list of the instruction sets that this build has kernels for and this machine can run, best first."""
     return list(_native.isas())
 
 

@@ -130,8 +130,8 @@ class HostExecutable(RankExecutable):
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
         """Generator of one step that yields at each collective and returns the StepResult.
 
-        Ops between two stops are one native call, which releases Python's GIL. Ops with Python kernels run
-        inside it.
+        Ops between two stops are one native call, which releases Python's GIL. Ops with Python kernels run between
+        native calls.
         """
         batch, step = request.batch, self._begin(request)
         for stop in self.layout.stops:

@@ -110,7 +110,7 @@ def lay_out(key: str, weights: Mapping[str, _native.Weight]) -> tuple[bytes, dic
 def place(
     file: int, size: int, writable: bool, weights: Mapping[str, _native.Weight], at: Mapping[str, int], first: int
 ) -> None:
-    """Map an image into memory and place the matrices in it. at: offsets from `first`."""
+    """Map an image into memory and place the matrices in it. at: offsets in bytes from byte `first` of the file."""
     region = _native.Region(file, size, writable)
     for name, weight in weights.items():
         weight.place(region, first + at[name])

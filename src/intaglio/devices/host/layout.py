@@ -53,7 +53,7 @@ class Home:
 
     Attributes:
         matrix: name of the packed matrix.
-        first: the row there at which the weight begins.
+        first: row of the packed matrix at which the weight begins.
         rows: rows of the weight; for a stack, rows of each matrix.
         step: for a stack, the distance in rows from one matrix to the next.
     """

@@ -246,7 +246,7 @@ def ends_of(sockets: Mapping[int, socket.socket]) -> dict[int, int]:
 
 
 def pack_messages(messages: list[bytes]) -> bytes:
-    """One message that contains several; unpack_messages() takes it apart."""
+    """The bytes of one message that contains several; unpack_messages() takes it apart."""
     sizes = np.array([len(messages), *map(len, messages)], np.int64)
     return pack([sizes, *(np.frombuffer(m, np.uint8) for m in messages)])
 

@@ -120,7 +120,10 @@ class PostedExecutable(Executable):
             self._move(blocks_parts(blocks[i : i + each], contents[i : i + each], sizes))
 
     def _move(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Post a request to move blocks after all steps, and return each rank's contents. Raises DeviceError."""
+        """Post a request to read or write blocks after all steps, and return a list of each rank's contents.
+
+        Raises DeviceError if a rank fails.
+        """
         while self.pending:
             self.receive_until(self.pending[0])
         self.check_alive()

@@ -28,7 +28,8 @@ class Recorder:
     Attributes:
         readings: clock readings, in seconds.
         launches: for each launch its failure as text, or None if it succeeded.
-        restarts: for each restart of the device whether it succeeded; "kept": and has the K/V of the lost device.
+        restarts: for each restart of the device True if it succeeded, "kept" if the new device also has the K/V of
+            the lost one, else False.
         seed: the last random number drawn.
     """
 

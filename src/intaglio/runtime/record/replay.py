@@ -127,7 +127,7 @@ class Player:
         return self.readings.popleft() if self.readings else 0.0
 
     def restart(self) -> Executable:
-        """The replacement for a lost executable: another one, or the same one if the journal says that K/V was kept.
+        """The replacement for a lost executable: a new one, or the same again if the journal says that K/V was kept.
 
         Raises DeviceError if the recorded restart failed, or none is left.
         """

@@ -50,7 +50,7 @@ def mistral(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def deepseek(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse DeepSeek's calls and yield their parts. Returns True if one was begun.
+    """Parse DeepSeek's calls and yield their parts. Returns True if a call was begun.
 
     V3 and R1 write `function<sep>NAME`, a line break and a fenced JSON block; V3.1 writes `NAME<sep>{...}`.
     """
@@ -74,9 +74,9 @@ def deepseek(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def kimi(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse Kimi-K2's calls, `functions.NAME:NUMBER<sep>{...}`, and yield their parts. Returns True if one was begun.
+    """Parse Kimi-K2's calls, `functions.NAME:NUMBER<sep>{...}`, and yield their parts.
 
-    All text before <sep> is the call's id; the function's name is the middle part of it.
+    All text before <sep> is the call's id; NAME is the function's name. Returns True if a call was begun.
     """
     m, began = KIMI, False
     while opener == m["call"] or (yield from skip(s, m["call"])):

@@ -158,8 +158,9 @@ def _argument(s: Source, way: Tags, kinds: set[str], follow: tuple[str, ...]) ->
 def raw(s: Source, mark: str, follow: tuple[str, ...]) -> Pieces[bool]:
     """Yield the text before the closing tag `mark`, in pieces.
 
-    The text itself may contain `mark`: it closes only before one of `follow` or the end of the output. One line break
-    at each end of the text is removed. Returns True, or False if the closing tag never comes.
+    The text itself may contain `mark`: only a `mark` before one of `follow`, or at the end of the output, is the
+    closing tag. One line break at each end of the text is removed. Returns True, or False if the closing tag never
+    comes.
     """
     while not s.held and not s.last:
         yield None
