@@ -183,8 +183,8 @@ class Machine:
     def _rates(self) -> list[float]:
         """A list of the bytes/s of each transfer in flight.
 
-        The transfers of a chip share its links, its L2, and those that miss the L2 its HBM, equally; the port
-        of a core limits each. HBM is passed by `hbm_bytes` of a transfer's bytes.
+        Transfers of a chip share its links and its L2 equally, and those that miss the L2 also share HBM. The port
+        of its core limits each. Only `hbm_bytes` of a transfer's bytes pass HBM.
         """
         users: dict[tuple[str, int], int] = defaultdict(int)
         for t in self.transfers:

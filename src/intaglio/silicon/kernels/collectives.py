@@ -423,7 +423,7 @@ class CollectiveRun:
                 ]
 
     def chunk_tiles(self) -> list[ChunkTile]:
-        """A list of all chunks, cut into ChunkTiles of at most the size that tile() gives."""
+        """A list of all chunks, cut into ChunkTiles of at most the size `tile`."""
         found: list[ChunkTile] = []
         messages = sum(step.kind == "send" for step in self.schedule.steps)
         chunks = {c: r for regions in self.regions for c, r in regions.inputs.items()}
@@ -444,7 +444,7 @@ class CollectiveRun:
         return rows, cols
 
     def streams(self) -> list[Stream]:
-        """The instruction streams of all chips. Chunk tiles are dealt round-robin to the cores, alike on every chip."""
+        """A list of the Streams of all chips. Chunk tiles are dealt round-robin to the cores, alike on every chip."""
         tiles, steps = self.chunk_tiles(), dict[tuple[int, int], list[Step]]()
         for step in self.schedule.steps:
             steps.setdefault((step.rank, step.chunk), []).append(step)
