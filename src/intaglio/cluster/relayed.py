@@ -103,7 +103,11 @@ class RelayedRequest:
         return call
 
     async def _pass_on(self, call: Call, send: Send) -> bool:
-        """Pass a replica's frames on to the client. Returns True at the end, False if it refuses the request."""
+        """Pass a replica's frames on to the client.
+
+        Returns True once the response is sent, False if another replica may take the request.
+        Raises LinkLost if the replica fails.
+        """
         start: dict[str, Any] | None = None
         while True:
             header, body = await call.frame()

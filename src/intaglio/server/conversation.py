@@ -250,7 +250,7 @@ def _chat(tokenizer: Tokenizer, messages: list[dict[str, Any]], body: Conversati
 
 
 def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """The messages with the system text moved to the front of the first user message.
+    """A list of the messages with the system text moved to the front of the first user message.
 
     None if the messages do not begin with a system and a user message, both with text content.
     """

@@ -120,7 +120,7 @@ class BlockDirectory:
 
 
 def entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """The entries of a folder; [] if it cannot be read."""
+    """A list of the entries of a folder; [] if it cannot be read."""
     try:
         with os.scandir(folder) as found:
             return list(found)

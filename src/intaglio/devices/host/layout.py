@@ -119,7 +119,7 @@ class HostLayout:
 
     @cached_property
     def stopped(self) -> frozenset[int]:
-        """Numbers of the ops at which native code stops."""
+        """The set of the numbers of the ops at which native code stops."""
         return frozenset(stop.at for stop in self.stops)
 
     @classmethod

@@ -54,11 +54,11 @@ class PackedJob(Job):
         object.__setattr__(self, "needed", modules)
 
     def parts(self) -> list[np.ndarray]:
-        """The arrays of the message: the coordinator's bytes, as one uint8 array."""
+        """A list with the one array of the message, the coordinator's bytes as uint8."""
         return [vars(self)["message"]]
 
     def modules(self) -> list[str]:
-        """The module names that came with the message."""
+        """A list of the module names that came with the message."""
         return list(vars(self)["needed"])
 
 

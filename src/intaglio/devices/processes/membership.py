@@ -89,7 +89,7 @@ class HasLife(Protocol):
 
     @property
     def alive(self) -> bool:
-        """True until the connection to it is lost."""
+        """True until the connection to the member is lost."""
 
 
 Member = TypeVar("Member", bound=HasLife)

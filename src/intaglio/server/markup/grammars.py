@@ -141,7 +141,7 @@ def _by_name(tools: Tools, write: Any, start: str) -> tuple[Literal["lark"], str
 
 
 def _object(tools: Tools, keys: tuple[str, str], extra: dict[str, Any]) -> dict[str, Any]:
-    """JSON schema of a call as an object: `keys` are the names of its tool-name and arguments fields.
+    """The JSON schema, a dict, of a call as an object. keys: names of its tool-name field and its arguments field.
 
     extra: further required properties. Each tool's argument schema goes to $defs; references inside it are adjusted.
     """

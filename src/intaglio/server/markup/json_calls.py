@@ -127,7 +127,7 @@ def _members(s: Source, depth: int, begin: str, end: str) -> Pieces[bool]:
 
 
 def call(s: Source, known: Tools | None = None) -> Steps[bool]:
-    """Parse one call, {"name": ..., "arguments": ...}, and yield its parts. Other keys are skipped.
+    """Parse one call, {"name": ..., "arguments": ...}, and yield it as Parts. Other keys are skipped.
 
     known: if given, the name must be one of these tools. Returns True if a call was begun, even if its arguments
     are cut off.
@@ -203,7 +203,7 @@ def arguments(s: Source) -> Pieces[bool]:
 
 
 def calls(s: Source, known: Tools | None = None, joined: str = "") -> Steps[bool]:
-    """Parse one call or a JSON list of calls, and yield their parts. Returns True if at least one was begun.
+    """Parse one call or a JSON list of calls, and yield them as Parts. Returns True if at least one was begun.
 
     known: tools that a call may name; None: any. joined: separator of several calls outside a list; "": only one
     call.
@@ -246,7 +246,7 @@ def _text(text: str) -> Pieces[bool]:
 
 
 def plain(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse calls without delimiters around them, and yield their parts. Returns True if a call was begun.
+    """Parse calls without delimiters around them, and yield them as Parts. Returns True if a call was begun.
 
     The calls are JSON objects separated by `;`, or a JSON list. Without an opener they must name one of `tools`.
     """

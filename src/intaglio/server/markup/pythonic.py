@@ -31,7 +31,7 @@ def pythonic(*ends: str) -> Reading:
 
 
 def _python(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse a bracketed list of Python calls, or one call per line. Returns True if a call was begun."""
+    """Parse Python calls, in a bracketed list or one per line, and yield Parts. Returns True if a call was begun."""
     if s.held[0] == "[":
         while re.fullmatch(r"\[\s*", s.held) and not s.last:
             yield None

@@ -135,7 +135,7 @@ class Reader:
         return True
 
     def _content(self, gap: bool) -> Steps[None]:
-        """Parse content and tool calls to the end of the output and yield their parts.
+        """Parse content and tool calls to the end of the output and yield them as Parts.
 
         `gap`: skip line breaks first (they follow reasoning).
         """

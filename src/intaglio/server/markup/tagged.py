@@ -85,9 +85,9 @@ def tagged(end: str, *ways: Tags) -> Reading:
 
 
 def _way(s: Source, ways: tuple[Tags, ...]) -> Generator[None, None, Tags | None]:
-    """Consume the opening tag of the next call and return the Tags it belongs to; None if no call follows.
+    """Consume the opening tag of the next call and return the Tags of `ways` that have it.
 
-    If the text begins with none of the opening tags, Tags without an opening tag are returned, if `ways` has some.
+    If the text begins with none of the opening tags, returns the Tags that need none, or None if `ways` has no such.
     """
     marks = [w.begin for w in ways if w.begin]
     found = (yield from skip(s, *marks)) if marks else None
