@@ -76,7 +76,7 @@ async def run_cluster(
 async def _serve(
     front: Front, listener: socket.socket, announce: Callable[[], None], ending: asyncio.Event, ended: asyncio.Event
 ) -> None:
-    """Serve HTTP until `ended` is set, or `ending` and no request is open."""
+    """Serve HTTP until `ended` is set, or until `ending` is set and no request is open. Returns nothing."""
     config = uvicorn.Config(
         front, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, proxy_headers=False, timeout_graceful_shutdown=int(CLOSE_TIMEOUT), backlog=4096,

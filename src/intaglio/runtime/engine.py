@@ -38,7 +38,7 @@ class Rng(Protocol):
     """Interface of the random source that seeds requests without a seed; random.Random satisfies it."""
 
     def getrandbits(self, k: int, /) -> int:
-        """A random number of `k` bits."""
+        """A random integer of `k` bits."""
 
 
 class Engine:

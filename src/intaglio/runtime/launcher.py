@@ -147,7 +147,7 @@ class Launcher:
 
     @contextmanager
     def _noting_loss(self, in_step: bool = False) -> Iterator[None]:
-        """Context manager that notes the sequences in flight if the device is lost inside; DeviceLost goes on."""
+        """Context manager that notes the sequences in flight if its block raises DeviceLost, and lets that pass."""
         try:
             yield
         except DeviceLost:

@@ -284,7 +284,7 @@ class GroupExecutable(PostedExecutable):
         self.kept = self.images = None
 
     def _wait(self, steps: int, timeout: float) -> None:
-        """Wait until all ranks have completed `steps` steps. Returns nothing.
+        """Wait until all ranks have answered `steps` requests, the load included. Returns nothing.
 
         Raises DeviceLost after `timeout` seconds or if a process ends.
         """

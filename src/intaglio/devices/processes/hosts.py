@@ -239,7 +239,7 @@ class HostsExecutable(PostedExecutable):
         self.fail("the group is closed")
 
     def _wait(self, number: int, seconds: float) -> list[memoryview]:
-        """The answers of all ranks to step `number`, as messages in order of rank. Waits up to `seconds`.
+        """A list of all ranks' answers to request `number`, as bytes in order of rank. Waits up to `seconds`.
 
         Raises DeviceLost if the group has ended or not all ranks answer in time.
         """
