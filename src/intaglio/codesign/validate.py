@@ -35,7 +35,7 @@ UNGATED = ((2688, 1856), (1024, 2688), (2048, 5120))  # (hidden, inner) of Nemot
 
 
 def integers(row: Row, *names: str) -> list[int]:
-    """The values of the columns `names` of a row, as integers."""
+    """A list of the values of the columns `names` of a row, as integers."""
     return [int(row[name]) for name in names]
 
 
