@@ -54,7 +54,7 @@ class AttendKernel(ChipKernel):
         return attend_timing(target, self.heads, sizes.sequences)
 
     @classmethod
-    def unsupported(cls, op: Attend, t: Tensors) -> str | None:  # type: ignore[override]
+    def unsupported(cls, op: Attend, t: Tensors) -> str | None:
         if op.chosen is not None:
             return f"{op.site}: chip kernels do not attend to chosen positions (an indexer); run this model on the host"
         return None
