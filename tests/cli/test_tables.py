@@ -48,6 +48,7 @@ LINES = {
     "libraries": ("", *LIBRARIES),
     "isa": ("",),
     "validate": ("{tables}",),
+    "calibrate": (),  # writes files; tests/silicon/test_calibrate.py runs it
     "agent": (),  # nothing is printed; tests/devices/test_hosts.py runs these two
     "launch": (),
     "cluster up": (),  # these need a cluster that runs; tests/cluster has one
