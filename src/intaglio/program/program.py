@@ -49,7 +49,7 @@ class Program:
         head = f"program {self.name} context={self.context} mesh={self.mesh} rank={self.rank}"
         return print_text(head, self.ops, self.tensors, fold)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """SHA-256 of the text form, as hex digits."""
         return hashlib.sha256(str(self).encode()).hexdigest()
