@@ -12,7 +12,7 @@ PER_SEQUENCE = 2  # slots of a running sequence: its state, and where the next s
 
 
 class SlotError(RuntimeError):
-    """Raised for an allocation larger than what is available, or a release of a slot that is not held."""
+    """Raised for a pool too small for one sequence, if no slot is available, or for a slot that is not held."""
 
 
 class SlotPool:
