@@ -125,8 +125,8 @@ class Scheduler:
             if n <= budget and len(scheduled) < most and sequence.state == "running" and self.allocate(sequence):
                 scheduled.append(ScheduledSequence(sequence, n, decodes=True))
                 budget -= n
-        done = {id(one.sequence) for one in scheduled}
-        for sequence in [s for s in self.running if s.remaining > 1 and not s.in_flight and id(s) not in done]:
+        done = {one.sequence.arrival for one in scheduled}
+        for sequence in [s for s in self.running if s.remaining > 1 and not s.in_flight and s.arrival not in done]:
             if len(scheduled) < most:
                 budget = self._schedule_chunk(scheduled, sequence, budget)
         while budget and len(scheduled) < most and (started := self.start_next()):
