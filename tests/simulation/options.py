@@ -81,7 +81,7 @@ def draw_options(rng: random.Random) -> Options:
         faults = Faults()
     page_tokens = rng.choice((1, 2, 4, 8))
     heal = rng.uniform(0, 40) if rng.random() < 0.5 else None
-    slots = rng.choice((0, 0, 0, 2, 5, 9, 128))
+    slots = rng.choice((0, 0, 0, 0, 2, 5, 9, 128))
     return Options(
         pages=rng.randint(max(2, 12 // page_tokens), 12 + 24 // page_tokens),
         page_tokens=page_tokens,
