@@ -71,6 +71,9 @@ class Load(Protocol):
         Only after the load has ended.
         """
 
+    def cancel(self) -> None:
+        """Tell that the blocks are not wanted any more, so that what is not read yet is not read."""
+
 
 class Connector(Protocol):
     """Interface of a tier. Its methods do not wait for a disk or a network, and raise nothing.

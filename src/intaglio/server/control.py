@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,8 +24,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
-from intaglio.runtime import Engine
+from intaglio.runtime import Engine, Refused
 from intaglio.server.driver import Inspect
+from intaglio.server.private_socket import private_socket
 from intaglio.server.relay import NOTE, Relay, encode, write_delta
 from intaglio.server.served_model import ServedModel
 from intaglio.server.service import Service
@@ -65,11 +65,7 @@ async def control_channel(app: ASGIApp, service: Service, path: Path) -> AsyncIt
         finally:
             connections.discard(connection)
 
-    mask = os.umask(0o177)
-    try:
-        server = await asyncio.start_unix_server(connected, path)
-    finally:
-        os.umask(mask)
+    server = await asyncio.start_unix_server(connected, sock=private_socket(path))
     try:
         yield
     finally:
@@ -124,7 +120,11 @@ class Connection:
 
     async def _load(self, header: dict[str, Any]) -> None:
         model, longest = next(iter(self.service.models.values())), self.service.options.step_timeout
-        report = await load_report(model, header["incarnation"], header["after"], longest)
+        try:
+            report = await load_report(model, header["incarnation"], header["after"], longest)
+        except Exception as e:  # such as an engine that has ended; the router is to know at once
+            log.error("control channel: no load report", exc_info=None if isinstance(e, Refused) else e)
+            report = {"failed": model.broken or str(e) or type(e).__name__}
         self.write({"call": header["call"], **report})
 
 
@@ -203,6 +203,7 @@ async def load_report(model: ServedModel, incarnation: str | None, after: int, s
         "prompt_tokens": snapshot.counts.prompt_tokens, "cached_tokens": snapshot.counts.cached_tokens,
         "output_tokens": snapshot.counts.output_tokens, "per_step": engine.latency.seconds_per_step,
         "per_token": engine.latency.seconds_per_token, "incarnation": own,
+        "tier": dict(vars(model.llm.tier.counts)) if model.llm.tier else {},
     }  # fmt: skip
 
     def blocks(engine: Engine) -> dict[str, Any]:
