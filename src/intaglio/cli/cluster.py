@@ -181,7 +181,7 @@ def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:
 
 
 def read_weights(words: list[str]) -> dict[str, float]:
-    """Tenants' weights from words such as a=2. Raises ValueError."""
+    """A dict {tenant: weight} from words such as a=2. Raises ValueError for a word of another form."""
     weights = {}
     for word in words:
         tenant, equals, value = word.rpartition("=")

@@ -22,7 +22,7 @@ MODELS_MAX = 64  # different values of the label `model`, which clients choose
 
 
 class RouterMetrics:
-    """The router's registry."""
+    """Prometheus registry of the router."""
 
     def __init__(self, backends: Backends) -> None:
         self.backends, self.registry = backends, CollectorRegistry()
@@ -38,7 +38,7 @@ class RouterMetrics:
         self.registry.register(RouterCollector(backends))
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format. Those of replicas that are gone for good are dropped."""
+        """All metrics in Prometheus' text format, as bytes. Those of replicas that are gone for good are dropped."""
         gone = {pair for pair in self._observed if pair[0] and pair[0] not in self.backends.router.replicas}
         for pair in gone:
             self._latency.remove(*pair)

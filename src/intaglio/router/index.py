@@ -159,7 +159,7 @@ class CacheIndex:
             self._assumed.popitem(last=False)
 
     def cached_tokens(self, keys: Sequence[bytes], memory: PromptMemory, now: float) -> int:
-        """Estimated number of tokens of a prompt's longest prefix that the replica has cached. keys: the prompt's."""
+        """Estimated number of tokens of the longest cached prefix of a prompt with these keys; 0 if none is cached."""
         low, high, tokens = 0, len(keys), 0  # keys[:low] are cached, and have `tokens` tokens
         while low < high:
             middle = (low + high) // 2
