@@ -122,12 +122,11 @@ class RelayedRequest:
             header, body = await call.frame()
             if head := header.get("head"):
                 self.head = self.head if self.deltas else head
-                continue
             if header.get("over"):
                 raise LinkLost("the replica failed")
             status = header.get("status")
             if status is not None and status != 200:
-                return await self._refused(call, header, send)
+                return await self._refused(call, header, body, send)
             if status == 200:
                 start = _start(200, header["headers"])
             if start and not self.started and (self.stream or header.get("end")):  # a whole response comes at once
@@ -153,12 +152,12 @@ class RelayedRequest:
             self.backends.first_token(self.job, self.head)
         self.output_tokens += tokens
 
-    async def _refused(self, call: Call, header: dict[str, Any], send: Send) -> bool:
+    async def _refused(self, call: Call, header: dict[str, Any], body: bytes, send: Send) -> bool:
         """Read an error response. Returns False if another replica may take the request.
 
         Otherwise sends the error to the client and returns True.
         """
-        whole, part = bytearray(), header
+        whole, part = bytearray(body), header
         while not part.get("end"):
             part, body = await call.frame()
             whole += body

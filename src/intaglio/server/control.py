@@ -4,7 +4,7 @@ Many calls share one connection. A frame is a header, JSON, and a body, bytes, w
 
     {"call": N, "do": "request", "method", "path", "headers", "relay"}, body: the request's body
         Answered by frames {"call": N, "status", "headers"}, then {"call": N, "deltas"} with parts of the response, the
-        last with "end".
+        last with "end". One frame may have the fields of several.
     {"call": N, "do": "cancel"}
     {"call": N, "do": "load", "incarnation", "after"}: figures, and the block events after number `after`
 
@@ -141,7 +141,7 @@ class Call:
         self.connection, self.number, self.body = connection, number, body
         self.left = asyncio.Event()
         self.read = False
-        self.deltas: list[Any] = []
+        self.held: dict[str, Any] = {}  # fields for the next frame: each frame wakes the router, while the engine works
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in header["headers"]]
         headers += [(b"authorization", b"Bearer " + key.encode()) for key in connection.service.options.keys[:1]]
         self.scope: dict[str, Any] = {
@@ -173,18 +173,22 @@ class Call:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Message) -> None:
-        header: dict[str, Any] = {"call": self.number}
+        header, self.held = {"call": self.number, **self.held}, {}
         match message["type"]:
             case "http.response.start":
                 names = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message["headers"]]
                 header |= {"status": message["status"], "headers": names}
+                if any(name == "content-length" for name, _ in names):  # the body follows at once
+                    self.held = header
+                    return
             case "http.response.body":
                 if not message.get("more_body", False):
                     header["end"] = True
                 if message.get("code"):
                     header["code"] = message["code"]
             case "relay.head":
-                header["head"] = message["head"]
+                self.held = {"head": message["head"]}
+                return
             case kind:
                 assert kind == NOTE, kind
         if deltas := message.get("deltas"):
