@@ -117,6 +117,7 @@ class Network:
         """
         make = {
             "k44": collectives.bipartite,
+            "mesh": collectives.full,
             "switch": collectives.switch,
             "torus": collectives.ring,
             "pcie_tree": collectives.switch,
@@ -127,9 +128,12 @@ class Network:
 def links_used(chip: ChipSpec, op: str, chips: int) -> int:
     """Number of links of a chip that one link of the modelled topology stands for.
 
-    On a switch all of them. On k44 one, since each leads to another chip. On a torus two in each dimension that the
-    group spans; half of that for all_to_all and send, whose routes use both directions of the ring.
+    On a switch all of them. On k44 one, since each leads to another chip. On a mesh those between two chips. On a torus
+    two in each dimension that the group spans; half of that for all_to_all and send, whose routes use both directions
+    of the ring.
     """
+    if chip.links.topology == "mesh":
+        return chip.links.count // (chip.links.max_chips - 1)
     if chip.links.topology == "k44":
         return 1
     if chip.links.topology == "torus":
@@ -285,8 +289,8 @@ def switch_speedup(chips: int) -> float:
 
 def group_bytes_per_s(chip: ChipSpec, chips: int) -> float:
     """Bytes/s over all links of a chip that lead to chips of its group."""
-    count = max(1, chips // 2) if chip.links.topology == "k44" else links_used(chip, "all_reduce", chips)
-    return count * chip.links.bytes_per_s * host_share(chip, chips)
+    peers = {"k44": max(1, chips // 2), "mesh": chips - 1}.get(chip.links.topology, 1)
+    return peers * links_used(chip, "all_reduce", chips) * chip.links.bytes_per_s * host_share(chip, chips)
 
 
 @dataclass(frozen=True)
