@@ -64,30 +64,38 @@ def estimate(times: StepTimes, s: QueueSettings, input: int, output: int, concur
         n = max(1, round(decoding))
         overhead = s.step_s + s.sequence_s * n
         plain, plain_j = times.cost(n, context) if output > 1 else (0.0, 0.0)
-        budget = max(1, s.max_batch_tokens - (-(-n // copies) if s.mixed and output > 1 else 0))
-        parts = -(-input // budget)  # chunks of a prompt
-        chunk, together = -(-input // parts), max(1, budget // input) * copies if parts == 1 else copies
-        together = max(1, min(together, round(n / rounds) or 1))  # prompts of one step
-        chunks = [(chunk, min(input, (chunk * (parts + 1)) // 2), together)]
+        budget = max(1, s.max_batch_tokens - (-(-n // copies) if s.mixed and output > 1 else 0)) * copies
+        wanted = n * input / rounds  # prompt tokens for each step that decodes
+        whole = budget // input
+        if wanted >= 0.9 * budget:  # every step is full
+            rest = budget - whole * input
+            chunks = [(input, input, whole)] if whole else []
+            chunks += [(min(rest, input), (input + rest) // 2, 1)] if rest else []
+            parts = input / budget  # steps of a prompt
+        else:
+            cut = -(-input // (budget // copies))
+            together = max(1, min(whole, round(wanted / input))) if cut == 1 else 1
+            chunk = -(-input // cut)
+            chunks = [(chunk, min(input, (chunk * (cut + 1)) // 2), together)]
+            parts = cut / together
+        prompts = sum(m for *_, m in chunks)
         mixed, mixed_j = times.cost(n if s.mixed and output > 1 else 0, context, chunks)
-        mixed_s, plain_s = mixed + overhead + s.sequence_s * together, plain + overhead
-        share = n * parts / together / rounds  # steps with prompts for each step that decodes
+        mixed_s, plain_s = mixed + overhead + s.sequence_s * prompts, plain + overhead
+        share = n * parts / rounds  # steps with prompts for each step that decodes
         if s.mixed and output > 1:
-            limit = rounds * together / parts  # sequences that decode if every step has prompts
+            limit = rounds / parts  # sequences that decode if every step has prompts
             busy = min(1.0, share)
             step, step_j = (1 - busy) * plain_s + busy * mixed_s, (1 - busy) * plain_j + busy * mixed_j
             tpot, ready = step, min(slots, limit)
         else:
             busy = share * mixed_s / (share * mixed_s + (plain_s if output > 1 else 0.0))
             tpot, step_j, ready = plain_s + share * mixed_s, plain_j + share * mixed_j, slots
-        prefill = parts * mixed_s * (1 + busy / 2) + (1 - busy) * plain_s / 2
-        rate = n / (rounds * tpot) if output > 1 else together / (parts * mixed_s)
+        prefill = max(1.0, parts) * mixed_s * (1 + busy / 2) + (1 - busy) * plain_s / 2
+        rate = n / (rounds * tpot) if output > 1 else 1 / (parts * mixed_s)
         decoding = 0.5 * decoding + 0.5 * max(1.0, min(ready, slots - rate * prefill))
-    if output == 1:
-        rate, step_j, tpot = min(rate, slots / prefill), mixed_j / together * parts * rate * tpot, tpot
     waiting = concurrency - decoding if output > 1 else concurrency
     ttft = max(prefill, waiting / rate) + s.request_s + s.prompt_token_s * input + s.admission_steps * tpot
-    watts = step_j / tpot if output > 1 else mixed_j * rate * parts / together
+    watts = step_j / tpot if output > 1 else mixed_j / mixed_s
     return Estimate(ttft, tpot if output > 1 else 0.0, rate * output, watts, decoding)
 
 
@@ -244,14 +252,16 @@ class Candidate:
         best, low, high = None, 0, 1
         while high <= most:
             found = self.estimated(high, budget)
-            if not found.within or (best and found.tokens_per_s < 1.01 * best.tokens_per_s):
+            if not found.within:
+                break
+            if best and found.tokens_per_s < 1.01 * best.tokens_per_s:
                 break
             best, low, high = found, high, high * 2
         high = min(high, most + 1)
         while best is not None and high - low > max(1, low // 16):
             middle = (low + high) // 2
             found = self.estimated(middle, budget)
-            if found.within:
+            if found.within and found.tokens_per_s > 1.005 * best.tokens_per_s:
                 best, low = found, middle
             else:
                 high = middle

@@ -73,7 +73,8 @@ class Server:
     @classmethod
     def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
         """Compile a model, whole as ported() returns it. Raises LayoutError and FormatError."""
-        plain = how.activations if how.activations != "weights" else "auto"
+        eight = "fp8" if how.weights.startswith("fp8") else "auto"
+        plain = eight if how.activations == "weights" else how.activations
         own = stages(program, str(placement.attention), how.weights, how.kv, plain)
         rows = "weights" if how.activations == "weights" else "auto"
         routed = any(isinstance(op, Experts) for op in program.ops)
@@ -238,7 +239,11 @@ class StepTimes:
         """(seconds, joules of one chip) of stage i; tokens: those of all copies."""
         if not own.tokens:
             return 0.0, 0.0
-        if self.overlaps and self.server.stages is self.server.experts and self.server.rows == "auto":
+        if (
+            self.overlaps
+            and self.server.stages is self.server.experts
+            and not (self.width and self.server.rows != "auto")
+        ):
             return self.plans[i].cost(own)
         flat = BatchSizes(own.tokens, own.rows, tuple((q, q, n) for q, _, n in own.sequences))
         everything = BatchSizes(tokens, tokens, ((tokens, tokens, 1),))
