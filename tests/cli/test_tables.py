@@ -40,7 +40,7 @@ LINES = {
         "{folder} --input 9 --output 5 --what-helps", "{folder} --layout tp2,pp2 --input 9 --output 5",
         "llama-3-8b --input 700 --output 100 --set chip.clock_hz=1e6",
         "{folder} --chip sohu,h100_sxm --layout tp1,dp2tp2 --input 9 --output 5 --concurrency 4,1024 --ttft 1",
-        "{folder} --chip h100_sxm --layout tp1,dp2tp1 --input 9 --output 5 --tpot 20 --find --max-batch-tokens 64 --ttft 3",
+        "{folder} --chip h100_sxm --layout tp1,dp2tp1 --input 9 --output 5 --find --max-batch-tokens 64 --ttft 3",
     ),
     "simulate-serving": (
         "{folder} --chip sohu,h100_sxm --input 9 --output 5 --requests 4",

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from intaglio.codesign.steps import StepTimes
+from intaglio.codesign.steps import Costs
 from intaglio.measure.load import Outcome
 from intaglio.measure.workload import LoadRequest
 
@@ -73,7 +73,7 @@ class QueueResult:
 class Queue:
     """The state of a server under load, with a method for each kind of event."""
 
-    def __init__(self, times: StepTimes, settings: QueueSettings, prefills: bool = True) -> None:
+    def __init__(self, times: Costs, settings: QueueSettings, prefills: bool = True) -> None:
         self.times, self.settings, self.prefills = times, settings, prefills
         self.now, self.counter, self.steps, self.joules, self.busy_s = 0.0, 0, 0, 0.0, 0.0
         self.waiting, self.prefilling = deque[Queued](), deque[Queued]()
@@ -182,7 +182,7 @@ class Queue:
 
 
 def serve(
-    times: StepTimes, settings: QueueSettings, requests: Sequence[LoadRequest], concurrency: int | None = None
+    times: Costs, settings: QueueSettings, requests: Sequence[LoadRequest], concurrency: int | None = None
 ) -> QueueResult:  # fmt: skip
     """Serve a load and return the QueueResult.
 

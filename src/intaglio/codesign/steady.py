@@ -15,7 +15,7 @@ from intaglio.chips import ChipError, Target
 from intaglio.codesign.placement import Placement
 from intaglio.codesign.queue import QueueSettings, serve
 from intaglio.codesign.serving import Limits, ramped
-from intaglio.codesign.steps import Formats, Server, StepTimes
+from intaglio.codesign.steps import Costs, Formats, Server, StepTimes
 from intaglio.compiler import LayoutError
 from intaglio.measure.workload import LoadRequest
 from intaglio.program import Program
@@ -46,7 +46,7 @@ class Estimate:
     decoding: float
 
 
-def estimate(times: StepTimes, s: QueueSettings, input: int, output: int, concurrency: int) -> Estimate:
+def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrency: int) -> Estimate:
     """The Estimate with `concurrency` requests open, each of `input` prompt and `output` new tokens.
 
     A request holds one of the engine's sequences while its prompt is computed and while it decodes. Prompts share steps

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from intaglio.chips import ChipError, Target
 from intaglio.codesign.memory import memory_use, pages_that_fit
@@ -132,6 +132,15 @@ def weights_of(p: Program, of_experts: bool) -> set[str]:
     return routed if of_experts else {w.name for w in p.of_role("weight")} - routed
 
 
+class Costs(Protocol):
+    """What a queue needs to know of a server: the copies of its attention, and what its steps cost."""
+
+    copies: int
+
+    def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
+        """(seconds, joules of all chips of the server) of a step of so many decoding sequences, and of prompts."""
+
+
 @dataclass(frozen=True)
 class Part:
     """Kernels of one pipeline stage that run `count` times in a step."""
@@ -197,6 +206,8 @@ class StepTimes:
         x = kernel.x_format
         if self.server.rows == "weights" and w in ("e4m3", "e2m1", "int8"):
             x = w if w in dict(self.target.chip.macs) else "bf16"
+        elif self.server.rows == "weights" and w == "int4":
+            x = "bf16"  # only the weights are narrow
         self.target.chip.runs_as(w)  # raises ChipError if the arrays do not take the format
         return replace(kernel, w_format=w, x_format=x)
 
