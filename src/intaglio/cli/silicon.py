@@ -23,6 +23,7 @@ from intaglio.chips import (
     target,
 )
 from intaglio.cli import options as o
+from intaglio.cli.apart import apart_table
 from intaglio.cli.fields import described
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import facts, out, say, table
@@ -147,6 +148,16 @@ def simulate(
         str | None, typer.Option(help="Requests open at once, such as 64 or 16,64,256: the steady state of a server.")
     ] = None,
     find: Annotated[bool, typer.Option("--find", help="Search for the load and chunk size that serve best.")] = False,
+    prefill: Annotated[
+        str | None, typer.Option(help="Layouts of servers that only compute prompts, with --decode and --concurrency.")
+    ] = None,
+    decode: Annotated[
+        str | None, typer.Option(help="Layouts of servers that only decode, one for each of --prefill.")
+    ] = None,
+    experts_format: Annotated[
+        str,
+        typer.Option(help="Format of routed experts, such as nvfp4, with --concurrency or --find. Default: --weights."),
+    ] = "",
     by: Annotated[str, typer.Option(help="What --find maximises: tokens/s a watt or a chip.")] = "watt",
     ttft: Annotated[float | None, typer.Option(help="Limit of the time to the first token, in ms.")] = None,
     tpot: Annotated[float | None, typer.Option(help="Limit of the time per token after it, in ms.")] = None,
@@ -185,16 +196,27 @@ def simulate(
 
         none, engine = float("inf"), EngineSettings(memory_share=memory_share, step_overhead_s=step_overhead / 1e6)
         limits = Limits(none if ttft is None else ttft / 1e3, none if tpot is None else tpot / 1e3)
-        how = Formats(weights, kv_format, activations)
+        how = Formats(weights, kv_format, activations, experts_format)
         added = QueueSettings(0, step_s=engine.step_overhead_s)
         asked = Question(ported(model, None), how, input, output, limits, memory_share, settings=added)
         targets = [changed(target(name, library_name), set_field) for name in chip_name.split(",")]
         layouts = layout.split(",") if layout else [f"tp{chips}"]
-        many = whole_numbers("--concurrency", concurrency) if concurrency else []
-        steady_table(asked, targets, layouts, many, max_batch_tokens, find, by, as_json)
+        apart = prefill or decode
+        if apart and not (prefill and decode and concurrency and not find and not layout and len(targets) == 1):
+            raise ValueError("--prefill goes with --decode, --concurrency and one chip, without --layout and --find")
+        counts = whole_numbers("--concurrency", concurrency) if concurrency else []
+        if prefill and decode:
+            apart_table(
+                asked, targets[0], prefill.split(","), decode.split(","), counts, max_batch_tokens or 8192, as_json
+            )
+            return
+        steady_table(asked, targets, layouts, counts, max_batch_tokens, find, by, as_json)
         return
-    if ttft is not None or tpot is not None or max_batch_tokens or "," in chip_name:
-        raise ValueError("limits, --max-batch-tokens and several chips go with --concurrency or --find")
+    if ttft or tpot or max_batch_tokens or prefill or decode or experts_format or "," in chip_name:
+        raise ValueError(
+            "limits, --max-batch-tokens, --prefill, --decode, --experts-format and several chips go with --concurrency "
+            "or --find"
+        )
     layout, serving = layout or f"tp{chips}", Serving(input, output, batch)
     on = changed(target(chip_name, library_name), set_field)
     many = {Layout.parse(each).ranks for each in layout.split(",")}

@@ -71,7 +71,10 @@ class QueueResult:
 
 
 class Queue:
-    """The state of a server under load, with a method for each kind of event."""
+    """The state of a server under load, with a method for each kind of event.
+
+    prefills: False for a server to which prompts come computed: their first token counts from their admission.
+    """
 
     def __init__(self, times: Costs, settings: QueueSettings, prefills: bool = True) -> None:
         self.times, self.settings, self.prefills = times, settings, prefills
@@ -103,11 +106,16 @@ class Queue:
                 return
             one = self.waiting.popleft()
             self.held += one.length
-            self.prefilling.append(one)
+            if self.prefills:
+                self.prefilling.append(one)
+            else:
+                self.start_decoding(one)
 
     def take_steps(self, until: float) -> None:
         """Take the next step, or all alike steps up to the next event or to `until` seconds."""
         n = len(self.running)
+        if not n and not self.prefilling:
+            return
         if self.prefilling:
             self._mixed_step(n)
             return

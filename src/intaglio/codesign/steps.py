@@ -201,7 +201,7 @@ class StepTimes:
     def _kernel(self, kernel: Any) -> ChipKernel:
         """The kernel, with activations in the format of its weights if the server's `rows` says so."""
         if not isinstance(kernel, LinearKernel | ExpertsKernel):
-            return kernel  # type: ignore[no-any-return]
+            return kernel
         w = "e2m1" if kernel.w_format == "nvfp4" else kernel.w_format
         x = kernel.x_format
         if self.server.rows == "weights" and w in ("e4m3", "e2m1", "int8"):
