@@ -3,8 +3,9 @@
     python scripts/fit_engines.py serving.csv --rows 60
 
 For each engine, rows of dense models are served in virtual time once, without these additions. As they are linear in
-a request's tokens and in the time of a step, the constants with the least median error follow from the residuals: request_s, prompt_token_s and admission_steps of src/intaglio/data/engines/NAME.toml. It prints them; the test half
-judges them (`intaglio validate-serving serving.csv --split test`).
+a request's tokens and in the time of a step, the constants with the least error follow from the residuals: request_s,
+prompt_token_s and admission_steps of src/intaglio/data/engines/NAME.toml. It prints them; the test half judges them
+(`intaglio validate-serving serving.csv --split test`).
 """
 
 from __future__ import annotations
