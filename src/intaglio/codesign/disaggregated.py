@@ -130,8 +130,10 @@ def serve_apart(apart: Apart, request: LoadRequest, concurrency: int, turns: int
     rate = (len(middle) - 1) * request.output / max(1e-9, middle[-1][0] - middle[0][0])
     end = max(q.now for q in (*first, *second))
     idle_w = [x.target.chip.energy.idle_w * x.server.placement.chips for x in (apart.prefill, apart.decode)]
-    shares = [sum(q.busy_s for q in qs) / len(qs) / end for qs in (first, second)]
+    prefill_busy, decode_busy = (sum(q.busy_s for q in qs) / len(qs) / end for qs in (first, second))
     joules = sum(q.joules for q in (*first, *second))
-    watts = joules / end + sum(w * max(0.0, 1 - share) for w, share in zip(idle_w, shares, strict=True))
-    means = statistics.fmean(t for _, t, _ in middle), statistics.fmean(e for *_, e in middle)
-    return ApartResult(concurrency, *means, rate, watts, *shares, apart.chips)
+    watts = joules / end + sum(
+        w * max(0.0, 1 - share) for w, share in zip(idle_w, (prefill_busy, decode_busy), strict=True)
+    )
+    ttft, tpot = statistics.fmean(t for _, t, _ in middle), statistics.fmean(e for *_, e in middle)
+    return ApartResult(concurrency, ttft, tpot, rate, watts, prefill_busy, decode_busy, apart.chips)
