@@ -313,7 +313,7 @@ def test_recurrent_model_does_not_use_the_tier_and_says_so(tmp_path: Path) -> No
     ask(engine, list(range(30)))
     tier.close()
     assert reports == [
-        "K/V blocks are not kept outside the engine: smallest has recurrent state, so it has no prefix cache"
+        "K/V blocks are not kept outside the engine: smallest has recurrent state, which is not kept with them"
     ]
     assert not list(tmp_path.iterdir())
 
