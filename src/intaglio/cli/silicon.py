@@ -354,18 +354,23 @@ def isa(
 
 
 def validate(
-    folder: Annotated[Path, typer.Argument(help="Holds <chip>_<table>.csv.")],
+    folder: Annotated[Path, typer.Argument(help="Holds <chip>_<table>.csv, or <chip>/<engine>_<table>.csv.")],
     split: Annotated[str | None, typer.Option(help="Only rows of this split: fit or test. Default: all.")] = None,
     min_us: Annotated[float, typer.Option(help="Only rows that took at least so many microseconds.")] = 0.0,
     worst: Annotated[int, typer.Option(help="Worst cases to show of each table.")] = 3,
     as_json: o.Json = False,
 ) -> None:
     """Compare predicted with measured kernel times of real chips."""
+    from intaglio.codesign.engines import validate_engines
     from intaglio.codesign.validate import as_dict
     from intaglio.codesign.validate import validate as run_validate
 
-    with progress_bar(f"reading {folder}") as progress:
-        records = run_validate(folder, split, min_us, worst, progress)
+    left: list[str] = []
+    if any(folder.glob("*/*.csv")) and not any(folder.glob("*.csv")):
+        records, left = validate_engines(folder, min_us, worst)
+    else:
+        with progress_bar(f"reading {folder}") as progress:
+            records = run_validate(folder, split, min_us, worst, progress)
     if as_json:
         print(json.dumps([as_dict(r) for r in records], indent=2))
         return
@@ -378,4 +383,6 @@ def validate(
     for r in records:
         for row, us, predicted in r.worst:
             say(f"{r.chip} {r.table} {row}: measured {us:,.1f} us, predicted {predicted:,.1f} us")
+    for line in left:
+        say(line)
     say("error: |predicted - measured| / measured. bias: the mean of the same with its sign.")
