@@ -51,6 +51,7 @@ LINES = {
     "libraries": ("", *LIBRARIES),
     "isa": ("",),
     "validate": ("{tables}",),
+    "calibrate": (),  # writes files; tests/silicon/test_calibrate.py runs it
     "validate-serving": ("{servers}",),
     "agent": (),  # nothing is printed; tests/devices/test_hosts.py runs these two
     "launch": (),

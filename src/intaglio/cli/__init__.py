@@ -10,6 +10,7 @@ from intaglio import __version__
 from intaglio.cli import (
     bench,
     bench_serve,
+    calibrate,
     cluster,
     debugging,
     demo,
@@ -62,6 +63,7 @@ for command in (
     silicon.libraries,
     silicon.isa,
     silicon.validate,
+    calibrate.calibrate,
 ):
     app.command()(command)
 app.command("simulate-serving")(simulate_serving.simulate_serving)
