@@ -1,7 +1,7 @@
-"""Reads tables of serving engines' kernels, `<chip>/<engine>_<table>.csv`, as rows of the tables that validate.py models.
+"""Reads tables of serving engines' kernels, `<chip>/<engine>_<table>.csv`, as rows of the tables of validate.py.
 
-Column kernel_source names the kernel that ran; errors are reported by it. The chip's own kernel library is modelled, with
-the benchmark's conditions; tables and formats that the closed forms do not express are named, not skipped in silence.
+Column kernel_source names the kernel that ran; errors are reported by it. The chip's own kernel library is modelled,
+with the benchmark's conditions. Tables and formats that the closed forms do not express are named.
 """
 
 from __future__ import annotations
