@@ -16,7 +16,10 @@ CACHE_FORMATS = ("f32", "bf16", "int8row", "e4m3")
 
 
 def cache_heads(op: Op, t: Tensors, name: str) -> tuple[int, int]:
-    """(heads, head_dim) of a K or V cache, a state tensor [P, B, heads, head_dim]. Raises OpError for another shape."""
+    """(heads, head_dim) of a K or V cache, a state tensor [P, B, heads, head_dim].
+
+    Raises OpError for another shape or format.
+    """
     s = t[name]
     fixed = all(isinstance(d, int) for d in s.shape[2:])
     ok = len(s.shape) == 4 and s.shape[:2] == ("P", "B") and fixed and s.format in CACHE_FORMATS
@@ -37,7 +40,7 @@ class KvWrite(Op, kind="kv_write"):
     clipped to -448..448, where the scale is that of its head; a value that is not finite becomes NaN.
 
     Attributes:
-        k_scale: [heads of k_cache], the scales of an e4m3 cache, which other formats do not use; None: 1.
+        k_scale: [heads of k_cache], the scales of an e4m3 cache; other formats do not use them. None means 1.
         v_scale: [heads of v_cache], likewise.
     """
 
@@ -72,7 +75,7 @@ class KvWrite(Op, kind="kv_write"):
         return {}
 
     def _writes(self) -> tuple[tuple[str, str, str | None], ...]:
-        """(operand, its cache, its scales) for keys and for values."""
+        """Two triples of tensor names, for keys and for values: (operand, its cache, its scales or None)."""
         return (self.k, self.k_cache, self.k_scale), (self.v, self.v_cache, self.v_scale)
 
     def work(self, t: Tensors, batch: Batch) -> Work:
@@ -85,8 +88,8 @@ class KvWrite(Op, kind="kv_write"):
 class Attend(Op, kind="attend"):
     """Op for attention over the K/V pages of each sequence: softmax(softcap(q k^T * scale) + mask) v, causal.
 
-    q f32 [T, heads * head_dim]; caches [P, B, kv heads, head_dim]; out f32 [T, heads * v head_dim]. Query head h
-    reads kv head h // (heads / kv heads). Scores and sums are in float32 or wider.
+    q f32 [T, heads * head_dim]; K and V caches [P, B, kv heads, head_dim]; out f32 [T, heads * v head_dim]. Query head
+    h reads kv head h // (heads / kv heads). Scores and sums are in float32 or wider.
 
     Attributes:
         window: a query at position i sees positions max(0, i - window + 1) .. i; 0 sees all.
@@ -171,7 +174,7 @@ class Attend(Op, kind="attend"):
         return {self.out: np.concatenate(out).astype(np.float32)}
 
     def first_seen(self, at: np.ndarray) -> np.ndarray:
-        """The first position that each query attends to, for queries at positions `at`."""
+        """The first position that each query attends to, as an array like `at`, the positions of the queries."""
         if self.chunk:
             return at // self.chunk * self.chunk
         return np.maximum(0, at - self.window + 1) if self.window else np.zeros_like(at)
