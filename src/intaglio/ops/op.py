@@ -260,7 +260,7 @@ class Op:
     def interleaved(self) -> tuple[str, ...]:
         """Names of weights whose gate and up rows a device stores alternately, so that one pass computes both.
 
-        By default those of `gates` that are packed.
+        By default the weights of `gates` that a device packs for products.
         """
         packed = self.operands(*WEIGHT_MATRICES)
         return tuple(n for pair in self.gates.items() for n in pair if n in packed)

@@ -23,9 +23,8 @@ def check_state(op: Op, t: Tensors, name: str, *shape: int) -> None:
 def sequences(v: Mapping[str, Value], name: str, batch: Batch) -> Iterator[tuple[slice, np.ndarray]]:
     """Yield (token rows, state) of each sequence: a slice of the step's tokens, and a float32 array.
 
-    The array is a copy of the sequence's state, or zeros if it has none yet.
-
-    The caller changes it in place to the new state, which is then written to the sequence's slot `state_to`.
+    The array is a copy of the sequence's state, or zeros if it has none yet. The caller changes it in place to the new
+    state, which is then written to the sequence's slot `state_to`.
     """
     held = v[name]
     assert isinstance(held, np.ndarray), f"state {name} is a plain array"

@@ -18,8 +18,8 @@ class Linear:
         name: of the module.
         transposed: True if its weight is stored as [inputs, outputs].
         bias: True if it has one.
-        x: argument [tokens, inputs].
-        y: result [tokens, outputs].
+        x: its argument [tokens, inputs].
+        y: its result [tokens, outputs].
     """
 
     name: str

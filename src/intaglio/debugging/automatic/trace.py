@@ -39,12 +39,12 @@ class Call:
 
     @property
     def x(self) -> np.ndarray:
-        """The first argument."""
+        """The first tensor argument of the call, an array."""
         return self.inputs[0]
 
     @property
     def y(self) -> np.ndarray:
-        """The first result."""
+        """The first tensor result of the call, an array."""
         return self.outputs[0]
 
 

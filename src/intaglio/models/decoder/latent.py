@@ -14,7 +14,7 @@ from intaglio.ops import Attend, HeadLinear, KvWrite, Norm, Rope
 
 
 def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
-    """Write the attention ops of layer `i`. Returns the name of the result's tensor."""
+    """Write the latent attention of layer `i`, which reads x. Returns the name of the result's tensor."""
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
     turn = d.ropes[layer.rope]
     how: dict[str, Any] = {"style": turn.style, "factor": turn.factor}

@@ -44,7 +44,7 @@ def latent(c: Config, context: int, style: str) -> dict[str, Any]:
 
 
 def experts(c: Config, **route: Any) -> Mixture:
-    """The mixture of experts of DeepSeek-V2 and V3. Shared experts are written as one wide MLP.
+    """The Mixture (of experts) of DeepSeek-V2 and V3. Shared experts are written as one wide MLP.
 
     route: attributes of the op `route`.
     """
@@ -61,7 +61,10 @@ def experts(c: Config, **route: Any) -> Mixture:
 
 
 def deepseek_v2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes DeepSeek-V2, from config.json, for up to `context` positions."""
+    """The Decoder that describes DeepSeek-V2, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("norm_topk_prob", why="transformers' DeepSeek-V2 does not divide the weights by their sum")
     c.refuse("mlp_bias", why="the port's MLPs have no bias")
     if c.get("topk_method") == "greedy":

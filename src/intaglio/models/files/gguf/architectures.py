@@ -55,7 +55,7 @@ class Architecture:
     Attributes:
         describe: function from the metadata to the keys of config.json.
         names: transformers' tensor names, by llama.cpp's part of a name.
-        permuted: True if rows of Q and K are in interleaved rope order.
+        permuted: True if the file has rows of Q and K in interleaved rope order.
         shift: offset that the converter added to norm weights.
     """
 
