@@ -186,8 +186,8 @@ class Batch:
 def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
     """Combine the chunks, one per sequence, to one Batch and return it. block_size: tokens in a K/V block.
 
-    Raises BatchError for an empty chunk, too few blocks, a row out of range, two tokens with the same K/V slot, or
-    slots of recurrent state that do not fit together.
+    Raises BatchError without chunks, and for an empty chunk, too few blocks, a row out of range, a wrong number of
+    Samplings, two tokens with the same K/V slot, or slots of recurrent state that do not fit together.
     """
     if not chunks:
         raise BatchError("a batch needs at least one chunk")
@@ -249,7 +249,10 @@ def _check_states(before: list[int], after: list[int]) -> None:
 
 
 def _check(i: int, c: Chunk, block_size: int) -> None:
-    """Raise BatchError if chunk number `i` is empty, has too few blocks or a row out of range."""
+    """Raise BatchError if chunk number `i` is empty, has too few blocks, or has a row out of range.
+
+    Also if its state slots do not fit its start, or if the number of its Samplings is wrong.
+    """
     n = len(c.tokens)
     if n == 0:
         raise BatchError(f"chunk {i} has no tokens")

@@ -248,7 +248,7 @@ class Quantised:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays that are present, by field name. The same row index selects the same matrix row in each."""
+        """A dict of the arrays that are present, by field name. One row index selects the same matrix row in each."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: x for name, x in named.items() if isinstance(x, np.ndarray)}
 
@@ -283,14 +283,15 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
 
     - int8: the value of largest magnitude maps to 127 or -127, codes are -127..127.
     - int4: that value maps to -8, so that all sixteen codes are used (as in llama.cpp's Q4_0), codes are -8..7.
-    - int8 and int4 in groups take, of that scale and four beside it, the one of least squared error, see _searched().
+    - int8 and int4 in groups try that scale and four near it, and take that of least squared error, see _searched().
     - fp8: max|w| maps to 448, the largest E4M3 value.
     - mxfp4: the power of two that brings max|w| into 4..8 (OCP Microscaling Formats 1.0, 6.3), rounded to E2M1 and at
       most 6. Codes are twice the value, -12..12, so that they are whole numbers, and scales half.
     - q4_k: scale and minimum of least squared error among those tried, see _q4_k(). K is a multiple of 256.
 
     A group (or row with one scale) that holds NaN or infinity gets a NaN scale, so every result that uses it is
-    NaN. So does a block of q4_k with a value above 2^20, the largest that its units reach.
+    NaN. So does a block of q4_k with a value above 2^20, the largest that its units reach. Raises FormatError for a
+    format without scales, one that is only read from checkpoints, and q4_k with another K.
     """
     fmt = get(name)
     if not fmt.grouped or fmt.published:

@@ -206,7 +206,7 @@ class LLM:
         self._numbers = itertools.count(1)
 
     def load(self, progress: Progress = silent) -> Executable:
-        """Load the model once more on its device, or on all ranks of its layout, and return the executable."""
+        """Load the model on its device, or on all ranks of its layout, and return the new Executable."""
         progress(0, 0, "loading the weights")
         weights: Weights = self.model.checkpoint
         if not isinstance(
@@ -234,8 +234,7 @@ class LLM:
         Returns a list of RequestOutputs. They are in the order of the prompts, `n` per prompt. `params` is one
         SamplingParams for all prompts or one per prompt; None is SamplingParams(). Without a tokenizer, prompts
         are token ids and texts are empty. `progress` is called after each step with the tokens generated so far
-        and those allowed in all. Raises RequestError or ParamsError, naming the prompt's index, before anything
-        runs.
+        and those allowed in all. Raises the errors of prepare(), naming the prompt's index, before anything runs.
         """
         several = _as_list(prompts)
         each = _params_each(params, len(several))
@@ -247,7 +246,7 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Continue one prompt and yield a Delta for each new part of its text.
 
-        Closing the iterator aborts the request.
+        Closing the iterator aborts the request. Raises RequestError if params.n is not 1, and the errors of prepare().
         """
         request, transcripts = self.prepare(prompt, params or SamplingParams(), name="prompt 0")
         if len(transcripts) > 1:
@@ -260,7 +259,7 @@ class LLM:
         """(Request for `engine.add()`, one Transcript per choice). May be called from any thread.
 
         `options` are fields of Request (id, priority, timeout, ...) and `special`, the special tokens that stay in the
-        text. Raises RequestError or TokenizerError, which call the prompt `name`.
+        text. Raises RequestError, TokenizerError or GrammarError, which call the prompt `name`.
         """
         id = options.pop("id", None) or f"r{next(self._numbers)}"
         request, transcripts = self.model.request(prompt, params, id, name, **options)
@@ -308,7 +307,8 @@ class LLM:
     def logits(self, sequences: abc.Sequence[TokenIds]) -> list[np.ndarray]:
         """A list of the float32 logits [tokens, vocabulary] of each sequence of token ids.
 
-        Row i predicts the token after token i.
+        Row i predicts the token after token i. Raises RequestError for a sequence that does not fit, DeviceError if the
+        device fails.
         """
         named = [(f"sequence {i}", ids) for i, ids in enumerate(sequences)]
         requests = [self.prepare(ids, SamplingParams(), name=name, scored=True)[0] for name, ids in named]
@@ -355,7 +355,8 @@ def state_spec(mesh: MeshProgram, kv_tokens: int | None, max_sequences: int, mac
     """The StateSpec to allocate: recurrent state for `max_sequences`, and K/V cache for `kv_tokens` tokens.
 
     Recurrent state takes up to half of the memory that the machine grants one model. The default of `kv_tokens` is
-    KV_TOKENS or one whole context, whichever is more, but no more than fits the rest of that memory.
+    KV_TOKENS or one whole context, whichever is more, but no more than fits the rest of that memory. Raises
+    RequestError if `kv_tokens` is below 1.
     """
     if kv_tokens is not None and kv_tokens < 1:
         raise RequestError(f"kv_tokens is {kv_tokens}; allowed: 1 or more")

@@ -21,7 +21,7 @@ class PluginError(ValueError):
 
 
 def load_plugins() -> tuple[str, ...]:
-    """Import the installed plugins, each once per process. Returns their names in order.
+    """Import the installed plugins, each once per process. Returns a tuple of their names in alphabetical order.
 
     Called before a family, chip, kernel library, device or op is looked up by name. Raises PluginError naming the
     plugin, its module and the error.

@@ -55,7 +55,7 @@ def read_library(path: Path) -> KernelLibrary:
 
 
 def reasons_of(path: Path, kind: type[Any], table: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The table `[reasons]` of a file as pairs (field, reason). Raises ChipError for a field that `kind` lacks."""
+    """The table `[reasons]` of a file as a tuple of (field, reason). Raises ChipError for a field `kind` lacks."""
     fields = [f.name for f in dataclasses.fields(kind)]
     for name in table["reasons"]:
         if name not in fields:
@@ -64,7 +64,7 @@ def reasons_of(path: Path, kind: type[Any], table: Mapping[str, Any]) -> tuple[t
 
 
 def tiles_of(path: Path, entry: Any) -> list[tuple[int, int]]:
-    """The result tiles (rows, columns) that one entry of `tiles` in a library file stands for.
+    """A list of the result tiles (rows, columns) that one entry of `tiles` in a library file stands for.
 
     An entry is a pair [rows, columns], or a grid: all pairs of its `rows` and `columns` that have at most `max_values`
     values, and with `transposed = true` also the pairs (columns, rows). Raises ChipError for another entry.

@@ -23,7 +23,7 @@ for _path in sorted((DATA / "chips").glob("*.toml")):
 def chip(name: str) -> ChipSpec:
     """The chip called `name` (shipped or of a plugin), or read from the file `name` (*.toml).
 
-    Raises ChipError for an unknown name, with the known ones.
+    Raises ChipError for an unknown name, with the known ones, and for an invalid file.
     """
     return chip_with_library(name)[0]
 
@@ -41,7 +41,7 @@ def chip_with_library(name: str) -> tuple[ChipSpec, str]:
 def library(name: str) -> KernelLibrary:
     """The kernel library called `name` (shipped or of a plugin), or read from the file `name` (*.toml).
 
-    Raises ChipError for an unknown name, with the known ones.
+    Raises ChipError for an unknown name, with the known ones, and for an invalid file.
     """
     if name.endswith(".toml"):
         return read_library(Path(name))

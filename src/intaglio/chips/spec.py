@@ -98,7 +98,7 @@ class ChipSpec:
         check(self)
 
     def mac_rate(self, format: str) -> int:
-        """Multiply-accumulates per cycle of one core for operands in `format`."""
+        """Multiply-accumulates per cycle of one core for operands in `format`. Raises ChipError as runs_as() does."""
         return dict(self.macs)[self.runs_as(format)]
 
     def runs_as(self, format: str) -> str:
@@ -113,7 +113,7 @@ class ChipSpec:
         raise ChipError(f"{self.name} has no matrix rate for {format}; it has {', '.join(rates)}")
 
     def peak_flops(self, format: str) -> float:
-        """Peak dense FLOP/s of the chip in `format`."""
+        """Peak dense FLOP/s of the chip in `format`. Raises ChipError as runs_as() does."""
         return 2.0 * self.cores * self.clock_hz * self.mac_rate(format)
 
     @property

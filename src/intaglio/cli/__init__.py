@@ -28,7 +28,7 @@ benches = typer.Typer(cls=Bench, help="Measure a model's prefill and decode, or 
 
 
 def show_version(value: bool) -> None:
-    """Callback of --version: prints the version and exits."""
+    """Callback of --version: if the option is given, print the version and exit. Returns nothing."""
     if value:
         print(f"intaglio {__version__}")
         raise typer.Exit

@@ -134,7 +134,7 @@ def show(state: dict[str, Any], as_json: bool) -> None:
 
 
 def read_weights(words: list[str]) -> dict[str, float]:
-    """Tenants' weights from words such as a=2. Raises ValueError."""
+    """A dict {tenant: weight} from words such as a=2. Raises ValueError for a word of another form."""
     weights = {}
     for word in words:
         tenant, equals, value = word.rpartition("=")

@@ -109,7 +109,7 @@ def read_turn() -> str | None:
 def stream(llm: LLM, prompt: str | list[int], params: SamplingParams, echo: str = "") -> tuple[str, str]:
     """Print `echo` and the continuation of the prompt as it is generated, then its speed on stderr.
 
-    Returns (text, finish reason).
+    Returns (text, finish reason). Raises DeviceError if the output ends in an error.
     """
     clock = llm.clock
     text, tokens, reason, start = "", 0, "", clock()

@@ -57,7 +57,7 @@ def compile_rank(
     model: Path | None, layout: str, rank: int, weights: str, kv_format: str, context: int | None, raw: bool,
     revision: str | None = None,
 ) -> Program:  # fmt: skip
-    """The Program of one rank of a layout, as sharded if `raw`, else compiled."""
+    """The Program of one rank of a layout, as sharded if `raw`, else compiled. Raises ValueError for other ranks."""
     from intaglio.compiler import build_mesh, shard
 
     ported = compile_model(model, weights, kv_format, context, [], raw=True, revision=revision)

@@ -22,7 +22,7 @@ def in_existing_folder(param: typer.CallbackParam, path: Path | None) -> Path | 
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 8GiB, 500MB or 1048576. Raises ValueError."""
+    """Number of bytes of a size such as 8GiB, 500MB or 1048576. Raises ValueError for another text, and for 0."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt]?)(i?)b)?\s*", text, re.IGNORECASE)
     size = 0
     if match:
@@ -45,7 +45,7 @@ def checked_size(param: typer.CallbackParam, text: str) -> str:
 def checked_keys(param: typer.CallbackParam, keys: list[str] | None) -> list[str] | None:
     """Callback of an option for API keys: returns the keys.
 
-    Raises ValueError for an empty key, which all clients have.
+    Raises ValueError for an empty key, which a client without a key would match.
     """
     if keys and not all(key.strip() for key in keys):
         raise ValueError(f"{param.opts[0]} is empty; give a key, or leave the option out to ask for none")

@@ -50,9 +50,10 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Progress]:
-    """Show a progress bar on stderr during the block and erase it at the end. Yields the callback that updates it.
+    """Context manager that shows a progress bar on stderr during the block. Yields the callback that updates it.
 
-    It begins with the description `what` and an unknown total. Without a terminal, or with --json, nothing is shown.
+    The bar begins with the description `what` and an unknown total, and is erased at the end. Without a terminal, or
+    with --json, nothing is shown.
     """
     if not console.is_terminal or console.quiet:
         yield silent

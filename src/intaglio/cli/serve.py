@@ -168,9 +168,10 @@ def read_template(path: Path) -> str:
 
 
 def named_folders(models: list[str], name: str | None) -> dict[str, Path | None]:
-    """Models by name in the API, from arguments such as NAME=FOLDER, FOLDER or owner/name.
+    """A dict from name in the API to the model's path, from arguments such as NAME=FOLDER, FOLDER or owner/name.
 
-    `name` is the name of the only model. Raises ValueError.
+    Without arguments the path is None, which stands for the bundled model. name: name of the only model. Raises
+    ValueError for an empty name, one that is used twice, and `name` for several models.
     """
     from intaglio.model import BUNDLED
     from intaglio.models.hub import hub_id

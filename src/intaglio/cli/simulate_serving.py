@@ -134,7 +134,7 @@ def simulate_serving(
 def planned_load(
     workload: str | None, count: int, rate: float, cv: float, input: int, output: int, context: int, seed: int
 ) -> list[LoadRequest]:
-    """The requests of a load: of a trace's lengths scaled to the context, or all of `input` and `output` tokens."""
+    """A list of the requests of a load: a trace's lengths scaled to the context, or all `input` and `output` tokens."""
     import numpy as np
 
     from intaglio.measure.workload import LoadRequest, arrivals, draw, fitting, trace
@@ -147,7 +147,7 @@ def planned_load(
 
 
 def cells(chip: str, layout: str, done: ServingResult) -> tuple[str, ...]:
-    """A row of the table with HEADERS."""
+    """The texts of one row of the table, a cell for each of HEADERS."""
     mean = {name: done.summary.times.get(name, {}).get("mean", float("nan")) for name in ("ttft", "tpot")}
     return (
         chip, layout, f"{mean['ttft'] * 1e3:,.1f}", f"{mean['tpot'] * 1e3:,.2f}",

@@ -25,7 +25,8 @@ Command = Callable[[dict[str, Any]], Awaitable[Any]]
 def cluster_folder(name: str) -> Path:
     """The folder of a cluster, created with mode 0700 if it is missing.
 
-    Raises ValueError for a name that is no plain word, or if the folder is another user's or open to others.
+    Raises ValueError for a name that is no plain word, a path too long for a Unix socket, and a folder that is another
+    user's or open to others.
     """
     if not re.fullmatch(r"[\w.-]{1,32}", name, re.ASCII) or name.startswith("."):
         raise ValueError(f"the cluster's name is {name!r}; allowed: up to 32 letters, digits, '_', '-' and '.'")
@@ -42,7 +43,11 @@ def cluster_folder(name: str) -> Path:
 
 
 def ask(name: str, command: dict[str, Any], timeout: float = 900.0) -> Any:
-    """Send a command to the running cluster `name` and return its answer. Raises ValueError if there is none."""
+    """Send a command to the running cluster `name` and return its answer, a JSON value.
+
+    Raises ValueError if no such cluster runs, if it ends before it answers, or if the command fails; TimeoutError after
+    `timeout` seconds.
+    """
     path = cluster_folder(name) / SOCKET
     with socket.socket(socket.AF_UNIX) as s:
         s.settimeout(timeout)
@@ -62,9 +67,9 @@ def ask(name: str, command: dict[str, Any], timeout: float = 900.0) -> Any:
 
 @asynccontextmanager
 async def administration(folder: Path, commands: dict[str, Command]) -> AsyncIterator[None]:
-    """Answer commands on the socket of a cluster's folder until the block ends.
+    """Async context manager that answers commands on the socket of a cluster's folder until the block ends.
 
-    Raises ValueError if another cluster is running there.
+    commands: function by name. Raises ValueError if another cluster is running there.
     """
     path = folder / SOCKET
     if path.exists():

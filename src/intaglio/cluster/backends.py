@@ -55,7 +55,7 @@ class Backends:
         self._ticking = asyncio.ensure_future(self._tick())
 
     async def close(self) -> None:
-        """Close all links."""
+        """Stop polling the replicas and close all links."""
         tasks = [*self._polls.values(), *([self._ticking] if self._ticking else [])]
         for task in tasks:
             task.cancel()
@@ -66,7 +66,10 @@ class Backends:
     # Replicas
 
     async def attach(self, name: str, link: Link) -> None:
-        """Take up a replica's link and wait for its first load report. Raises LinkLost."""
+        """Take up a replica's link and wait for its first load report.
+
+        Raises LinkLost, or TimeoutError if the replica does not answer or says that it cannot serve.
+        """
         self.links[name] = link
         self.finished.setdefault(name, deque(maxlen=FINISHED_KEPT))
         link.on_lost = lambda: self._lost(name, link)
@@ -75,7 +78,10 @@ class Backends:
         self.pump()
 
     def drain(self, name: str) -> int:
-        """Place nothing more on a replica and move its requests, if another can take them. Returns their number."""
+        """Place nothing more on a replica, and move its requests if another can take them.
+
+        Returns the number of its requests, moved or not.
+        """
         jobs = self.router.drain(name)
         if any(r.placeable for r in self.router.replicas.values()):
             for job in jobs:
@@ -89,7 +95,7 @@ class Backends:
         return self.router.replicas[name].state == "draining" and others
 
     async def emptied(self, name: str, timeout: float) -> bool:
-        """Wait until a replica has no requests, at most `timeout` seconds. Returns whether it has none."""
+        """Wait until a replica has no requests, at most `timeout` seconds. Returns True if it has none."""
         ends = self.clock() + timeout
         while (replica := self.router.replicas.get(name)) and replica.jobs and self.clock() < ends:
             await asyncio.sleep(TICK)
@@ -138,7 +144,10 @@ class Backends:
     # Requests
 
     async def place(self, job: Job, again: bool = False) -> Placement:
-        """Wait until a job is placed. again: it was placed before, and is admitted in any case. Raises Refusal."""
+        """Queue a job, wait until it is placed, and return the Placement. Raises Refusal if it is not admitted.
+
+        again: it was placed before, and is admitted in any case.
+        """
         if again:
             job = replace(job, start_by=None)
             self.router.resubmit(job)
@@ -155,7 +164,7 @@ class Backends:
             self.waiting.pop(job.id, None)
 
     def pump(self) -> None:
-        """Place what can be placed now."""
+        """Place the queued jobs that can be placed now."""
         for placement in self.router.dispatch(self.clock()):
             waiter = self.waiting.get(placement.job.id)
             if waiter is None or waiter.done():  # its client has left
@@ -164,13 +173,13 @@ class Backends:
                 waiter.set_result(placement)
 
     def first_token(self, job: Job, head: dict[str, Any]) -> None:
-        """A job's first token has come. head: facts of its prompt, from the replica."""
+        """Note that a job's first token has come. head: facts of its prompt, from the replica."""
         self.router.started(job.id, head.get("tokens", job.prompt_tokens), tuple(head.get("names", ())),
                             head.get("block_size", 1))  # fmt: skip
         self.pump()
 
     def ended(self, job: Job, output_tokens: int) -> None:
-        """A job has ended, or its client has left."""
+        """Note that a job has ended, or that its client has left."""
         self.router.ended(job, output_tokens)
         if output_tokens:
             self.output_tokens += OUTPUT_SHARE * (output_tokens / job.choices - self.output_tokens)

@@ -78,7 +78,7 @@ class Cluster:
         await self.backends.close()
 
     def state(self) -> dict[str, Any]:
-        """The replicas with their state, load and restarts, and the router's queue, as JSON fields."""
+        """A dict for JSON: the replicas with their state, load and restarts, and the router's queue and counts."""
         router = self.backends.router
         replicas = []
         for name, process in self.processes.items():
@@ -158,6 +158,6 @@ class Cluster:
                 process.kill()
 
     def _lost(self, name: str) -> None:
-        """The connection to a replica has ended: so must its process, which the supervisor then starts again."""
+        """Kill the process of a replica whose connection has ended. The supervisor then starts it again."""
         if (process := self.processes.get(name)) and name not in self._leaving and not self.stopping:
             process.kill()

@@ -45,7 +45,7 @@ class FrontOptions:
 
 
 class Front:
-    """The application. `state` returns the cluster's state for GET /cluster."""
+    """The ASGI application of the router. state: function that returns the cluster's state for GET /cluster."""
 
     def __init__(self, backends: Backends, options: FrontOptions, state: Callable[[], dict[str, Any]]) -> None:
         self.backends, self.options, self.state = backends, options, state
@@ -97,7 +97,7 @@ class Front:
         await self._own(path, method)(scope, receive, send)
 
     def _own(self, path: str, method: str) -> Response:
-        """The response to a path that the router answers itself."""
+        """The response to a path that the router answers itself. Raises Problem 404 or 405 for any other request."""
         if method not in ("GET", "HEAD") and path in (*PUBLIC, *GENERATE, "/cluster"):
             raise Problem(405, f"{method} {path}: the path does not take this method")
         match path:
@@ -113,7 +113,10 @@ class Front:
         raise Problem(404, f"{method} {path}: there is no such path")
 
     def _tenant(self, path: str, headers: dict[str, str]) -> str:
-        """The tenant of a request. Raises Problem 401 without a valid key, 429 if too many requests are open."""
+        """Name of a request's tenant: "key0" and so on by API key; without keys, the header x-tenant-id or "".
+
+        Raises Problem 401 without a valid key, 429 if too many requests are open.
+        """
         keys = self.options.keys
         tenant = headers.get(TENANT, "")
         if keys and path not in PUBLIC:
@@ -144,7 +147,10 @@ class Front:
             self.metrics.ended(request)
 
     async def _pass_on(self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send) -> None:
-        """Pass a request that generates nothing to some replica that serves."""
+        """Pass a request that generates nothing to the replica with the fewest jobs, and send its response.
+
+        Raises Problem 503 if no replica serves.
+        """
         raw = await read_body(receive, self.options.max_body, self.options.read_timeout)
         passed = [(name, headers[name]) for name in PASSED_HEADERS if name in headers]
         request = {

@@ -28,7 +28,7 @@ class Call:
         self.frames: asyncio.Queue[Frame | Exception] = asyncio.Queue()
 
     async def frame(self) -> Frame:
-        """The next frame. Raises LinkLost, or Moved after move()."""
+        """The next frame, as (header, body). Raises LinkLost, or Moved after move()."""
         got = await self.frames.get()
         if isinstance(got, Exception):
             raise got
@@ -57,11 +57,11 @@ class Link:
 
     @classmethod
     async def connect(cls, path: Path) -> Link:
-        """Connect to the control socket at `path`. Raises OSError."""
+        """Connect to the control socket at `path` and return the Link. Raises OSError."""
         return cls(*await asyncio.open_unix_connection(path))
 
     def call(self, header: dict[str, Any], body: bytes = b"") -> Call:
-        """Start a call. Raises LinkLost."""
+        """Start a call and return it. Raises LinkLost."""
         if self.lost or self.writer.is_closing():
             raise LinkLost("the connection to the replica has ended")
         self._numbers += 1
@@ -70,7 +70,10 @@ class Link:
         return call
 
     async def ask(self, header: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """The one frame that answers a call. Raises LinkLost, or TimeoutError after `timeout` seconds."""
+        """Start a call that one frame answers, and return that frame's header, a dict.
+
+        Raises LinkLost, or TimeoutError after `timeout` seconds.
+        """
         call = self.call(header)
         try:
             async with asyncio.timeout(timeout):

@@ -21,7 +21,7 @@ MODELS_MAX = 64  # different values of the label `model`, which clients choose
 
 
 class RouterMetrics:
-    """The router's registry."""
+    """Prometheus registry of the router."""
 
     def __init__(self, backends: Backends) -> None:
         self.backends, self.registry = backends, CollectorRegistry()
@@ -36,7 +36,7 @@ class RouterMetrics:
         self.registry.register(RouterCollector(backends))
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """All metrics in Prometheus' text format, as bytes."""
         return generate_latest(self.registry)
 
     def incoming(self, model: str) -> None:

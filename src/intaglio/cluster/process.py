@@ -45,7 +45,10 @@ class ReplicaProcess:
         return self.process is None or self.process.returncode is not None
 
     async def start(self) -> Link:
-        """Start the process and connect to it once it serves. Raises ReplicaFailed with the end of its log."""
+        """Start the process, connect to it once it serves, and return the Link.
+
+        Raises ReplicaFailed with the end of its log if it ends before, TimeoutError after STARTING seconds.
+        """
         socket = self.folder / f"{self.name}-{secrets.token_hex(4)}.sock"
         words = [sys.executable, "-m", "intaglio", "serve", *self.words, "--port", "0", "--control", str(socket)]
         environment = {**child_environment(), "INTAGLIO_API_KEY": secrets.token_hex(16)}
@@ -96,7 +99,7 @@ class ReplicaProcess:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def _tail(self, begins: int) -> str:
-        """The end of what the log has from byte `begins` on; earlier starts wrote what is before."""
+        """The last TAIL characters of the log from byte `begins` on, where the present start begins."""
         with self.log.open("rb") as log:
             log.seek(begins)
             text = log.read().decode(errors="replace").strip()

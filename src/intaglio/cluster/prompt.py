@@ -20,7 +20,7 @@ TOKEN_BYTES = 4  # of a token id in the text of a prompt that is given as ids
 
 @dataclass(frozen=True)
 class TimeLimits:
-    """Seconds that a request gets in all and may wait, unless it asks for less; None: no limit."""
+    """Seconds that a request may take in all, and until its start, unless it asks for less; None: no limit."""
 
     timeout: float | None = 600.0
     queue_timeout: float | None = 120.0
@@ -29,7 +29,7 @@ class TimeLimits:
 def make_job(
     id: str, body: dict[str, Any], memory: PromptMemory, now: float, limits: TimeLimits, tenant: str, output: float
 ) -> Job:
-    """The Job of a generation request. now: seconds. output: mean output length of late, in tokens."""
+    """The Job of a generation request. now: seconds. output: mean output length of recent requests, in tokens."""
     salt = json.dumps([body.get("model"), body.get("cache_salt")]).encode()
     pieces = list(_pieces(body))
     keys = prefix_keys(salt, pieces)
@@ -50,7 +50,7 @@ def make_job(
 
 
 def _pieces(body: dict[str, Any]) -> Iterator[bytes]:
-    """The prompt's text in pieces, what is common to most requests first. Of several prompts, the first."""
+    """Yield the text of the prompt in pieces: of a chat the tools, then each message. Of several prompts, the first."""
     if "prompt" in body:
         prompt = body["prompt"]
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):

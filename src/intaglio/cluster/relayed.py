@@ -26,7 +26,7 @@ MOVABLE = frozenset(("shutdown", "draining", "failed", "queue_full", "late", "to
 
 
 class RelayedRequest:
-    """A request to a path with a raw body, as a Job.
+    """One generation request of a client: its Job, path, headers and raw body. run() serves it.
 
     began: seconds by the clock of `backends` at which it came. `output_tokens`: those passed on so far.
     """
@@ -49,7 +49,7 @@ class RelayedRequest:
         self.status = 0
 
     async def run(self, send: Send) -> None:
-        """Serve the request to its end. Raises Problem if nothing has been sent yet."""
+        """Serve the request to its end. If it fails, raise Problem, or end a response that has begun with the error."""
         again = False
         try:
             while not await self._attempt(send, again):
@@ -60,7 +60,7 @@ class RelayedRequest:
             await self._fail(send, problem)
 
     async def _attempt(self, send: Send, again: bool) -> bool:
-        """Run it on one replica. Returns True if it has ended, False if it is to go on at another."""
+        """Run the request on one replica. Returns True if it has ended, False if it is to go on at another replica."""
         try:
             placement = await self.backends.place(self.job, again)
         except Refusal as e:
@@ -103,7 +103,11 @@ class RelayedRequest:
         return call
 
     async def _pass_on(self, call: Call, send: Send) -> bool:
-        """Pass a replica's frames on to the client. Returns True at the end, False if it refuses the request."""
+        """Pass a replica's frames on to the client.
+
+        Returns True once the response is sent, False if another replica may take the request.
+        Raises LinkLost if the replica fails.
+        """
         start: dict[str, Any] | None = None
         while True:
             header, body = await call.frame()
@@ -141,7 +145,10 @@ class RelayedRequest:
         self.output_tokens += tokens
 
     async def _refused(self, call: Call, header: dict[str, Any], send: Send) -> bool:
-        """Read an error response. Returns False if another replica may take the request; else passes the error on."""
+        """Read an error response. Returns False if another replica may take the request.
+
+        Otherwise sends the error to the client and returns True.
+        """
         whole, part = bytearray(), header
         while not part.get("end"):
             part, body = await call.frame()
@@ -168,7 +175,7 @@ class RelayedRequest:
             raise Problem(503, why, code="unavailable", retry_after=1)
 
     async def _fail(self, send: Send, problem: Problem) -> None:
-        """End a response that has begun with an error event."""
+        """End a response that has begun; if it is a stream, with an error event."""
         body = b"data: " + dumps(problem.as_dict()) + b"\n\n" + DONE if self.stream else b""
         await send({"type": "http.response.body", "body": body, "more_body": False})
 

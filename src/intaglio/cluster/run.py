@@ -38,7 +38,7 @@ class ClusterOptions:
 async def run_cluster(
     options: ClusterOptions, listener: socket.socket, folder: Path, announce: Callable[[Cluster], None]
 ) -> int:
-    """Run until SIGINT, SIGTERM or the command `down`. Returns the exit code.
+    """Run until SIGINT, SIGTERM or the command `down`. Returns the exit code: 130 if it ends before all serve, else 0.
 
     `announce` is called once all replicas serve. The first signal lets running requests end, the second ends them.
     Raises ReplicaFailed if a replica does not start.
@@ -76,7 +76,7 @@ async def run_cluster(
 async def _serve(
     front: Front, listener: socket.socket, announce: Callable[[], None], ending: asyncio.Event, ended: asyncio.Event
 ) -> None:
-    """Serve HTTP until `ended` is set, or `ending` and no request is open."""
+    """Serve HTTP until `ended` is set, or until `ending` is set and no request is open. Returns nothing."""
     config = uvicorn.Config(
         front, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, proxy_headers=False, timeout_graceful_shutdown=int(CLOSE_TIMEOUT), backlog=4096,

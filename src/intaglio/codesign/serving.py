@@ -109,7 +109,7 @@ class ServingResult:
         return self.summary.output_tokens_per_s * self.summary.seconds / self.joules
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as plain values for JSON."""
+        """A dict of the result, as plain values for JSON."""
         figures = asdict(self)
         figures["summary"]["deadline"] = None  # JSON has no infinity
         return {
@@ -119,9 +119,10 @@ class ServingResult:
 
 
 def state_of(stages: Sequence[Program], target: Target, settings: EngineSettings) -> StateSpec:
-    """The K/V cache and recurrent state that fit beside weights and activations on every chip.
+    """The StateSpec that fits beside weights and activations on every chip.
 
-    stages: one rank's Program of each pipeline stage. Raises ChipError if there is no room for one whole block.
+    It has no more K/V blocks than `max_sequences` whole contexts need. stages: one rank's Program of each pipeline
+    stage. Raises ChipError if there is no room for one whole block.
     """
     hbm, slots = int(target.chip.hbm_bytes * settings.memory_share), 0
     if any(t.shape[0] == "N" for p in stages for t in p.of_role("state")):
@@ -141,9 +142,10 @@ def state_of(stages: Sequence[Program], target: Target, settings: EngineSettings
 
 
 def ramped(requests: Sequence[LoadRequest], concurrency: int, seconds: float) -> list[LoadRequest]:
-    """The requests with the first `concurrency` of them spread evenly over `seconds`, and the others at its end.
+    """A list of the requests with new arrival times: the first `concurrency` spread evenly over `seconds`.
 
-    Without it, requests of one length that all start at once would stay in step with each other.
+    The others arrive at the end of that time. Requests of one length that all start at once would otherwise stay in
+    step with each other.
     """
     return [replace(r, at=seconds * min(1.0, i / concurrency)) for i, r in enumerate(requests)]
 
@@ -165,7 +167,7 @@ def simulate_serving(
     settings: EngineSettings, limits: Limits, concurrency: int | None = None, seed: int = 0,
     progress: Progress = silent,
 ) -> ServingResult:  # fmt: skip
-    """Run a load on the engine with the modelled times of chips.
+    """Run a load on the engine with the modelled times of chips. Returns the ServingResult.
 
     Args:
         program: the whole model, as `ported()` returns it.
@@ -206,7 +208,7 @@ def simulate_serving(
 
 
 class NoWeights:
-    """A source of weights for an executable that reads none. Every method raises AssertionError."""
+    """A source of weights for an executable that reads none: read(), strips() and release() raise AssertionError."""
 
     def read(self, name: str) -> Any:
         """Raise AssertionError."""
@@ -215,7 +217,7 @@ class NoWeights:
     strips = release = read
 
     def identity(self) -> str | None:
-        """None: the values have no identity."""
+        """Always None: there are no values to identify."""
         return None
 
 

@@ -60,7 +60,7 @@ def ported(model: str, context: int | None) -> Program:
 
 
 def stages(program: Program, layout: str, weights: str, kv_format: str, activations: str) -> tuple[Program, ...]:
-    """The compiled Program of one rank of each pipeline stage.
+    """A tuple with the compiled Program of one rank of each pipeline stage.
 
     The other ranks of a stage have Programs of equal shapes.
     """
@@ -204,10 +204,10 @@ class Simulation:
         return Phase(name, timelines, sizes.tokens + new, new, self.format, self.chips)
 
     def phases(self, s: Serving, progress: Progress = silent) -> list[Phase]:
-        """Simulate prefill alone, decode alone, and the mixed step of the steady state. Returns a Phase for each.
+        """Simulate prefill alone, decode alone, and the mixed step of the steady state. Returns a list of their Phases.
 
-        A Phase counts all prompt tokens, and one new token for each row sampled. Raises ChipError if the chips
-        cannot hold the load.
+        If requests have one output token, it has the prefill alone. A Phase counts all prompt tokens, and one new token
+        for each row sampled. Raises the errors of check().
         """
         self.check(s)
         progress(0, 3, "timing prefill")
@@ -223,7 +223,7 @@ class Simulation:
 
 
 def main_format(plans: Sequence[Plan]) -> str:
-    """Name of the format in which the plans do most of their FLOPs, to whose peak shares of peak refer."""
+    """Name of the format in which the plans do most of their FLOPs. Shares of peak FLOP/s refer to its peak."""
     total: dict[str, float] = {}
     for plan in plans:
         for e in plan.run(BatchSizes(1, 1, ((1, 1, 1),))).ops:
@@ -234,7 +234,7 @@ def main_format(plans: Sequence[Plan]) -> str:
 def what_helps(
     programs: Sequence[Program], target: Target, layout: str, s: Serving, progress: Progress = silent
 ) -> list[tuple[str, float]]:
-    """Pairs (change, speed-up) for each hardware or software change in CHANGES made alone, the best first.
+    """A list of (change, speed-up) for each hardware or software change in CHANGES made alone, the best first.
 
     The speed-up is the mixed step's time before over its time after; 1.0 means no effect.
     """

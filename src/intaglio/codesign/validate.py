@@ -34,7 +34,7 @@ ATTEND_LAUNCHES = 3  # kernels of one attention call: rope and cache write, offs
 
 
 def integers(row: Row, *names: str) -> list[int]:
-    """The values of the columns `names` of a row, as integers."""
+    """A list of the values of the columns `names` of a row, as integers."""
     return [int(row[name]) for name in names]
 
 

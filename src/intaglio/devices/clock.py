@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 class Clock(ABC):
     """Interface of clocks. Calling a clock returns its time in seconds from an arbitrary start.
 
-    `modelled` is True for the seconds of a simulated chip, which only its steps advance.
+    `modelled` is True for the seconds of a simulated chip, which only its steps and wait_until() advance.
     """
 
     modelled: bool

@@ -72,7 +72,7 @@ class StateSpec:
         """(slot to read, slot to write) of a sequence in its step number `steps`, as `Chunk.state` takes them.
 
         For callers that use slots without an engine. Sequence i alternates between slots 2 i and 2 i + 1; in
-        step 0 the slot to read is -1, for none. NO_STATE if there are no slots.
+        step 0 the slot to read is -1, for none. (-1, -1) if there are no slots.
         """
         if not self.slots:
             return NO_STATE
@@ -102,12 +102,12 @@ class StepResult:
     """The result of a step.
 
     Attributes:
-        tokens: int32 [R]; -1: the row has no finite logit.
-        logprobs: f32 [R].
+        tokens: int32 [R]; -1: the row has NaN, or no finite logit that may be drawn.
+        logprobs: f32 [R], the log-probabilities of `tokens`.
         logits: f32 [R, vocabulary] if requested, else None.
         taps: the tapped tensors by site.
-        timings: seconds by site if requested.
-        rank_timings: of a mesh, the same for each rank.
+        timings: seconds by site if requested, else empty.
+        rank_timings: of a mesh, such a mapping for each rank if requested.
     """
 
     tokens: np.ndarray
@@ -263,7 +263,7 @@ class DeviceFacts:
     Attributes:
         isa: name of the CPU instruction set.
         threads: number of CPU threads.
-        memory: bytes.
+        memory: size of its memory in bytes.
         build: hash of the compiled code that computes results.
     """
 
@@ -331,7 +331,10 @@ def check_blocks(state: StateSpec, block_bytes: int, blocks: Sequence[int], cont
 
 
 def limits(program: Program, state: StateSpec) -> dict[str, int]:
-    """Upper limits of a batch's token ids, positions, slots, blocks and state slots by name. Values must be below."""
+    """A dict of limits for the values of a batch: token id, position, slot, block and state slot.
+
+    Values must be below the limit.
+    """
     return {
         "token id": program.vocabulary or np.iinfo(np.int32).max,
         "position": program.context,

@@ -48,7 +48,7 @@ class HostsDevice(Device):
         """Start the ranks on the hosts and load a mesh there. Returns the Executable.
 
         Raises ProgramError for Programs that break a rule, and DeviceError if the ranks cannot be divided
-        evenly among the hosts, hosts are missing, or loading fails.
+        evenly among the hosts, hosts are missing, or loading fails. Raises DeviceLost if a host is lost meanwhile.
         """
         return self.reload(None, program, weights, state)
 

@@ -129,9 +129,9 @@ class MeshStep:
                     self.resume(r, output)
 
     def _positions(self) -> tuple[int, list[str]]:
-        """(number of waiting ranks, sites where they wait).
+        """(number of waiting ranks, list of the sites where they wait).
 
-        If a round of the main loop does not change it, ranks are deadlocked.
+        If a round of the main loop does not change this pair, the ranks are deadlocked.
         """
         return len(self.waiting), [op.site for op, _ in self.waiting.values()]
 

@@ -121,7 +121,7 @@ class OracleExecutable(BlockingExecutable):
         return StepResult(tokens, np.zeros(len(tokens), np.float32), self._logits(tokens) if request.logits else None)
 
     def _states(self, batch: Batch) -> list[int]:
-        """The recurrent state after each token row; [] without slots. Reads slots `state_from`, writes `state_to`."""
+        """A list of the recurrent state after each token row; [] without slots. Updates the slots too."""
         if not len(self.states):
             return []
         rows = []

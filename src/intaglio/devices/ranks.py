@@ -17,7 +17,7 @@ SILENCE = 0.7  # seconds without a sign of life after which a stopped process co
 
 
 def share_cores(cores: Sequence[int], ranks: int, threads: int) -> list[tuple[int, ...]]:
-    """A tuple of core numbers for each rank: `threads` neighbouring cores, or () if there are too few for all.
+    """A list with a tuple of core numbers for each rank: `threads` neighbouring cores, or () if there are too few.
 
     () means that the rank may run on any core.
     """

@@ -19,7 +19,7 @@ class HasRecipe(Protocol):
 
 
 def named(where: str) -> Any:
-    """The object called "module:name". Raises the errors of importing the module."""
+    """The object called "module:name". Raises ImportError or AttributeError if there is none."""
     module, _, name = where.partition(":")
     return reduce(getattr, name.split("."), import_module(module))
 

@@ -140,7 +140,7 @@ class SiliconExecutable(Executable):
 
     @property
     def timelines(self) -> tuple[Timeline, ...]:
-        """The timelines of the last step, one for each pipeline stage."""
+        """A tuple of the Timelines of the last step, one for each pipeline stage."""
         return tuple(plan.run(self.last_sizes) for plan in self.plans)
 
     def launch(self, request: StepRequest) -> PendingStep:

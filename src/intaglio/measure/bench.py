@@ -135,9 +135,9 @@ def bench(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Measure prefill and decode at each size. Returns a Row for each. Overwrites the executable's K/V cache.
+    """Measure prefill and decode at each size. Returns a list with two Rows for each size, in this order.
 
-    Raises BenchError if a size does not fit.
+    Overwrites the executable's K/V cache. Raises BenchError if a size does not fit.
 
     Args:
         executable: the loaded Program.
@@ -211,7 +211,10 @@ def _cost(batch: Batch) -> int:
 
 
 def check_size(executable: Executable, count: int, length: int, runs: int) -> None:
-    """Raise BenchError unless `count` sequences of `length` tokens, with their decode steps, fit the executable."""
+    """Raise BenchError unless `count` sequences of `length` tokens, with their decode steps, fit the executable.
+
+    Raises it too if `count`, `length` or `runs` is below 1.
+    """
     program, state = executable.program, executable.state
     longest = program.context - DECODE_STEPS
     if longest < 1:

@@ -24,7 +24,7 @@ FAILED = ("error", "abort", "deadline")  # finish reasons of a response that is 
 
 @dataclass
 class Running:
-    """A request that the engine has: what was planned, its start in seconds, and the times of its tokens from then."""
+    """A request that the engine has: what was planned, its start, and the seconds from its start to each token."""
 
     planned: LoadRequest
     start: float
@@ -49,9 +49,9 @@ def run_load(
 ) -> list[Outcome]:
     """Run a load on an engine whose steps advance `clock`. Returns the outcomes in the order in which they ended.
 
-    A request is given to the engine at its time, and with `concurrency` not before fewer than so many are open; its
-    times then count from that moment. The clock jumps ahead while the engine is idle. request_of: makes the engine's
-    request, whose id must be new.
+    A request is given to the engine at its time. With `concurrency` it also waits until fewer requests than that are
+    open, and its times count from the moment when it is given. The clock jumps ahead while the engine is idle.
+    request_of: makes the engine's request, whose id must be new.
     """
     began, pending, most = clock(), deque(requests), concurrency or math.inf
     running: dict[str, Running] = {}
@@ -86,7 +86,10 @@ def load_modelled(
     concurrency: int | None = None,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Run the load on a silicon LLM, in the modelled time of its chips, as run_load() does. seed: of the prompts."""
+    """Run a load on a silicon LLM in the modelled time of its chips. Returns what run_load() does.
+
+    seed: of the prompts, which are random token ids.
+    """
     rng, vocabulary = random.Random(seed), llm.model.program.vocabulary
 
     def request_of(planned: LoadRequest) -> Request:

@@ -30,8 +30,8 @@ class RankTimes:
     Attributes:
         rank: its number.
         seconds: in all ops.
-        collectives: of these in collectives.
-        waited: of these waiting, by the rank for which it waited.
+        collectives: of `seconds`, those in collectives.
+        waited: of `collectives`, those in which it waited for another rank, by that rank's number.
     """
 
     rank: int
@@ -69,7 +69,7 @@ def rank_times(mesh: MeshProgram, steps: Sequence[StepResult]) -> list[RankTimes
 
 
 def waited(mesh: MeshProgram, timings: Timings) -> list[defaultdict[int, float]]:
-    """For each rank, the seconds of a step that it waited for other ranks: a dict by the number of the other rank."""
+    """A list with a dict for each rank: {number of another rank: seconds of the step that it waited for that rank}."""
     found = [defaultdict[int, float](float) for _ in mesh.programs]
     for rank, program in enumerate(mesh.programs):
         for op in program.ops:

@@ -75,7 +75,8 @@ def fitting(t: Trace, context: int | None) -> float:
 def arrivals(n: int, rate: float, cv: float, rng: np.random.Generator) -> np.ndarray:
     """Arrival times in seconds [n]. Gaps are gamma distributed with mean 1 / rate and coefficient of variation `cv`.
 
-    A cv of 1 is a Poisson process; above it, requests arrive in bursts. With an infinite rate all arrive at once.
+    A cv of 1 is a Poisson process; above it, requests arrive in bursts. With an infinite rate all arrive at 0. Raises
+    ValueError unless rate and cv are above 0.
     """
     if not rate > 0 or not cv > 0:
         raise ValueError(f"rate is {rate} and cv is {cv}; allowed: above 0")
@@ -87,7 +88,7 @@ def arrivals(n: int, rate: float, cv: float, rng: np.random.Generator) -> np.nda
 def draw(
     t: Trace, n: int, rate: float, cv: float = 1.0, scale: float = 1.0, context: int | None = None, seed: int = 0
 ) -> list[LoadRequest]:
-    """`n` requests in order of arrival, with lengths multiplied by `scale` and cut to fit `context`.
+    """A list of `n` LoadRequests in order of arrival, with lengths multiplied by `scale` and cut to fit `context`.
 
     rate, cv: of the arrivals, as in arrivals().
     """

@@ -20,7 +20,7 @@ Entry = tuple[int, int, Job]  # priority, arrival number, job
 
 @dataclass
 class Tenant:
-    """A tenant's weight, its counter (tokens served / weight) and its waiting jobs in order."""
+    """A tenant's weight, its counter (tokens charged / weight) and its waiting jobs in order."""
 
     weight: float
     counter: float = 0.0
@@ -32,7 +32,10 @@ class Tenant:
 
 
 class FairQueue:
-    """Waiting jobs of all tenants. weights: by tenant, above 0; a tenant not named has weight 1."""
+    """Waiting jobs of all tenants. weights: by tenant; a tenant not named has weight 1.
+
+    Raises ValueError for a weight that is not a finite number above 0.
+    """
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         for name, weight in (weights or {}).items():
@@ -114,9 +117,10 @@ class FairQueue:
         return self.tenants.setdefault(name, Tenant(self.weights.get(name, 1.0), self._floor))
 
     def _forget_idle(self) -> None:
-        """Drop tenants that wait for nothing and whose counter gives them no place behind others.
+        """Drop tenants without waiting jobs whose counters are not above the lowest of those with waiting jobs.
 
-        Of the rest, those with the lowest counters are dropped too if more than IDLE_MAX wait for nothing.
+        If more than IDLE_MAX tenants without waiting jobs are left, half of that number is kept: those with the highest
+        counters.
         """
         lowest = min((t.counter for t in self.tenants.values() if t.waiting), default=self._floor)
         idle = [name for name, t in self.tenants.items() if not t.waiting]

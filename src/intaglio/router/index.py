@@ -155,7 +155,7 @@ class CacheIndex:
             self._assumed.popitem(last=False)
 
     def cached_tokens(self, keys: Sequence[bytes], memory: PromptMemory, now: float) -> int:
-        """Estimated number of tokens of a prompt's longest prefix that the replica has cached. keys: the prompt's."""
+        """Estimated number of tokens of the longest cached prefix of a prompt with these keys; 0 if none is cached."""
         for i in range(len(keys) - 1, -1, -1):
             known = memory.find(keys[i])
             if known and known.name is not None and not self.stale and known.name in self.names:

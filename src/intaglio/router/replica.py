@@ -57,7 +57,7 @@ class LoadReport:
 
 @dataclass
 class Assigned:
-    """A job on a replica. prefill: prompt tokens that the replica still has to compute, 0 from its first token on."""
+    """A job on a replica. prefill: prompt tokens that it still has to compute. started: the first token has come."""
 
     job: Job
     prefill: int

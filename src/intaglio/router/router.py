@@ -24,7 +24,7 @@ RETRY_MIN, RETRY_MAX = 1.0, 60.0  # bounds of Retry-After, seconds
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a router. max_queued: most jobs that may wait in it."""
+    """Limits of a router. max_queued: most jobs that may wait in it. Raises ValueError if it is below 1."""
 
     max_queued: int = 1024
 
@@ -75,7 +75,10 @@ class Router:
         return self.replicas[name]
 
     def ready(self, name: str, incarnation: str) -> None:
-        """Note that a replica accepts requests. incarnation: of its K/V cache; a new one has cached nothing."""
+        """Note that a replica accepts requests; one that drains goes on draining.
+
+        incarnation: of its K/V cache; a new one has cached nothing.
+        """
         replica = self.replicas[name]
         if replica.state != "draining":
             replica.state = "ready"
@@ -165,7 +168,7 @@ class Router:
             self.queue.discard(job)
 
     def expired(self, now: float) -> list[Job]:
-        """Remove and return the queued jobs that have waited too long, or whose deadline has passed."""
+        """Remove the queued jobs that have waited too long, or whose deadline has passed. Returns a list of them."""
         late = [job for job in self.queue.jobs() if now >= _earliest(job.start_by, job.deadline)]
         for job in late:
             self.queue.discard(job)
@@ -234,7 +237,7 @@ class Router:
         return self.replicas[name].jobs.get(id) if name is not None else None
 
     def _unplace(self, id: str) -> bool:
-        """Take a job off its replica. Returns False if it was on none."""
+        """Take a job off its replica. Returns True, or False if it was on none."""
         name = self._where.pop(id, None)
         if name is None:
             return False

@@ -83,7 +83,7 @@ class BlockEvents:
         self._add("cleared")
 
     def after(self, sequence: int) -> list[BlockEvent] | None:
-        """The events after number `sequence`, oldest first.
+        """A list of the events after number `sequence`, oldest first.
 
         Returns None if some of them are not kept any more, or `sequence` is not one of this incarnation: the reader
         then needs a new snapshot.
@@ -94,7 +94,7 @@ class BlockEvents:
         return [self.last[i] for i in range(len(self.last) - missing, len(self.last))]
 
     def snapshot(self, scope: str, block_size: int, names: Iterable[str]) -> BlockSnapshot:
-        """The snapshot of a prefix cache with these blocks, after the last event."""
+        """The BlockSnapshot of a prefix cache that has the blocks `names` after the last event."""
         return BlockSnapshot(self.incarnation, self.sequence, scope, block_size, tuple(names))
 
     def _add(self, kind: Literal["stored", "removed", "cleared"], name: str = "", parent: str = "") -> None:

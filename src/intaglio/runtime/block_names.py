@@ -48,7 +48,7 @@ class BlockScope:
     def of(
         cls, program: Program, block_size: int, numerics: str = "", weights: str = "", version: str = ""
     ) -> BlockScope:
-        """The scope of a Program's blocks."""
+        """The BlockScope of a Program's blocks."""
         formats = sorted({t.format for t in program.of_role("state") if t.shape[0] == "P"})
         return cls(program.hash, weights, " ".join(formats), numerics, block_size, version)
 
@@ -73,7 +73,7 @@ class BlockNames:
     def root(self, salt: str | None = None) -> str:
         """The name that stands for the parent of a first block: a hash over scope and salt.
 
-        A salt is never the same as none.
+        The empty salt gives another name than None.
         """
         end = b"" if salt is None else b"salt " + salt.encode("utf-8", "surrogatepass")
         return digest(b"root " + self.scope.encode() + b" " + end)

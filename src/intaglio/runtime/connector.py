@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class BlockKey:
-    """A K/V block with all that its name is made of.
+    """A K/V block's name, and what the name is computed from.
 
     Attributes:
         name: its name (see BlockNames).
@@ -63,17 +63,19 @@ class Load(Protocol):
     """Interface of blocks that are being loaded."""
 
     def wait(self, seconds: float) -> bool:
-        """Wait up to so many seconds. Returns True if the load has ended."""
+        """Wait up to `seconds` for the load to end. Returns True if it has ended."""
 
     def blocks(self) -> list[np.ndarray]:
-        """The contents of the leading blocks that were there and passed all checks, each uint8 [block_bytes].
+        """A list of the contents of the leading blocks that the tier had and that passed all checks.
 
-        Only after the load has ended.
+        Each is uint8 [block_bytes]. Call it only after the load has ended.
         """
 
 
 class Connector(Protocol):
-    """Interface of a tier. Its methods do not wait for a disk or a network, and raise nothing.
+    """Interface of a tier, a store of K/V blocks outside the engine.
+
+    Its methods do not wait for a disk or a network, and raise nothing.
 
     counts: an engine counts hits, misses and late blocks, the tier itself the rest.
     """
@@ -81,16 +83,16 @@ class Connector(Protocol):
     counts: TierCounts
 
     def lookup(self, names: Sequence[str]) -> int:
-        """How many of the blocks are probably there, counted from the first up to the first that is not."""
+        """Number of leading blocks that the tier probably holds. names: the blocks, each the parent of the next."""
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> Load:
-        """Begin to load blocks of so many bytes each."""
+        """Begin to load blocks of `block_bytes` bytes each, and return the Load."""
 
     def save(self, key: BlockKey, content: np.ndarray) -> None:
-        """Keep a block. `content`, uint8 [block_bytes], belongs to the tier from now on."""
+        """Save a block; the tier may drop it. `content`, uint8 [block_bytes], belongs to the tier from now on."""
 
     def touch(self, names: Sequence[str]) -> None:
-        """Tell that blocks, each the parent of the next, are in use, so that others are evicted first."""
+        """Note that these blocks, each the parent of the next, are in use, so that other blocks are evicted first."""
 
     def say(self, kind: str, what: str) -> None:
-        """Tell the operator, once for each kind."""
+        """Tell the operator the message `what`, once for each `kind`."""

@@ -20,9 +20,9 @@ class PromptLookup:
         self.indexed = 0  # tokens of the list that are in the index
 
     def propose(self, tokens: Sequence[int], max_drafts: int) -> list[int]:
-        """A list of up to `max_drafts` draft tokens: those that followed the latest earlier match of the last n-gram.
+        """A list of up to `max_drafts` draft tokens: those that followed the latest earlier match of the last n tokens.
 
-        [] if the n-gram has not occurred before.
+        n is the largest from NGRAM_MIN to NGRAM_MAX that has a match; [] if none has.
         """
         first = self.indexed + 1 if self.indexed else max(1, len(tokens) - PROMPT_TOKENS_INDEXED_MAX)
         for end in range(first, len(tokens)):  # not those at the end: they would match themselves

@@ -38,7 +38,7 @@ class Rng(Protocol):
     """Interface of the random source that seeds requests without a seed; random.Random satisfies it."""
 
     def getrandbits(self, k: int, /) -> int:
-        """A random number of `k` bits."""
+        """A random integer of `k` bits."""
 
 
 class Engine:
@@ -56,7 +56,7 @@ class Engine:
         restart: loads the same Program again after the device was lost.
         numerics: what decides the bits of results besides the Program, such as "host avx2 tp2": device, instruction set
             and layout. A request suspended on another engine is resumed only if both have the same.
-        scope: for the names of K/V blocks; None: that of Program and `numerics`, of weights that nobody knows.
+        scope: for the names of K/V blocks; None: made from the Program and `numerics`, with unknown weights.
         connector: a tier that keeps K/V blocks outside the engine; None if there is none. If the model or the device
             cannot use it, the tier is told so and not used.
         incarnation: text that is different for each start of an engine; block events carry it.
@@ -139,7 +139,7 @@ class Engine:
         return self.recovery.failed
 
     def add(self, request: Request) -> list[Sequence]:
-        """Queue a request. Returns one sequence per choice, which callers may read while the engine extends it.
+        """Queue a request. Returns a list with one Sequence per choice, which callers may read while it is extended.
 
         Raises RequestError if the request can never be served or its id is in use, and Refused, with the time after
         which to retry, if it cannot be served now.
@@ -148,7 +148,7 @@ class Engine:
         return self._admit(request, seed, range(request.params.n))
 
     def suspend(self, id: str) -> Resumption | None:
-        """Take a request out of the engine. Returns what resume() needs to continue it, here or on another engine.
+        """Take a request out of the engine. Returns the Resumption for resume(), here or on another engine.
 
         Its sequences end without an event. Returns None if no such request is live.
         """
@@ -156,10 +156,10 @@ class Engine:
         return Resumption.of(left, now, self.program.hash, self.numerics) if left else None
 
     def resume(self, resumption: Resumption) -> list[Sequence]:
-        """Queue a suspended request, which goes on after its output so far. Returns a sequence for each of its choices.
+        """Queue a suspended request, which goes on after its output. Returns a Sequence per unfinished choice, a list.
 
-        Its request must have a stop checker and a matcher that have seen no token yet, if it needs them; they are given
-        the output. Raises RequestError if this engine would not give the same bits, and as add() does.
+        If the request needs a stop checker or a matcher, it must have new ones, which are given the output. Raises
+        RequestError if this engine would not give the same bits, and the errors of add().
         """
         request = resumption.request
         seed = request.params.seed
@@ -167,7 +167,7 @@ class Engine:
         return self._admit(request, seed, [c.index for c in resumption.choices], resumption)
 
     def abort(self, id: str) -> list[Event]:
-        """End all choices of a request now. Returns their last events; [] if no such request is live."""
+        """End all choices of a request now. Returns a list of their last Events; [] if no such request is live."""
         self.clock.read()
         return [self.live.end(s, "abort") for s in self.live.of(id)]
 
@@ -176,7 +176,7 @@ class Engine:
         self.draining = True
 
     def step(self) -> list[Event]:
-        """Run one step of as many sequences as fit: decodes and prefill chunks. Returns its events; [] when idle.
+        """Run one step of as many sequences as fit: decodes and prefill chunks. Returns its Events; [] when idle.
 
         On a pipeline of N stages, launch until N steps (micro-batches) are under way, then wait for the oldest.
         """
@@ -196,8 +196,8 @@ class Engine:
     def submit(self, now: float) -> list[ScheduledSequence]:
         """Schedule and launch steps until as many are under way as the executable has stages.
 
-        A suspect of a device loss is launched with nothing else under way. Returns the sequences of launches that were
-        collected to make that so.
+        While a sequence is suspected of a device loss, at most one launch is under way. Returns a list of the sequences
+        of the launches that it waited for, [] if it did not wait.
         """
         collected: list[ScheduledSequence] = []
         depth = self.executable.depth
@@ -215,14 +215,14 @@ class Engine:
         return collected
 
     def collect(self) -> list[ScheduledSequence]:
-        """Wait for the oldest launch and account for it. Returns the launch's sequences. Raises DeviceLost."""
+        """Wait for the oldest launch and account for it. Returns its ScheduledSequences, a list. Raises DeviceLost."""
         launch = self.launcher.under_way[0]
         for done in self.launcher.complete(launch):
             self.accounting.account(done)
         return launch.scheduled
 
     def run(self) -> list[Event]:
-        """Run steps until no request is left. Returns all events in order."""
+        """Run steps until no request is left. Returns a list of all Events in order."""
         events: list[Event] = []
         while not self.idle:
             events += self.step()
@@ -258,15 +258,15 @@ class Engine:
 
     @property
     def block_names(self) -> BlockNames:
-        """Computes the names of this engine's K/V blocks from token ids."""
+        """The BlockNames of this engine, which computes the names of its K/V blocks from token ids."""
         return self.pool.names
 
     def block_events(self, after: int) -> list[BlockEvent] | None:
-        """Events of the prefix cache after number `after`; None if they are not kept: take a snapshot then."""
+        """A list of the prefix cache's events after number `after`; None if some are not kept: take a snapshot then."""
         return self.pool.events.after(after)
 
     def block_snapshot(self) -> BlockSnapshot:
-        """The blocks in the prefix cache now, with the number of the last event."""
+        """The BlockSnapshot of the prefix cache now."""
         return self.pool.snapshot()
 
     def _admit(

@@ -48,8 +48,8 @@ def slots_conserved(e: Engine) -> Iterator[str]:
 def prefix_cache_sound(e: Engine) -> Iterator[str]:
     """Yield a text for each inconsistency of the prefix cache.
 
-    Index and cached blocks must agree, evictable blocks must be in it and free blocks must not, and a held block in it
-    must have the name of the tokens that its sequence has up to its end.
+    Its index and its table of blocks must agree. Evictable blocks must be in the prefix cache, free blocks must not. A
+    held block in the prefix cache must have the name that follows from the tokens of its sequence.
     """
     pool = e.pool
     if {cached.name: block for block, cached in pool.cached.items()} != pool.index:

@@ -14,7 +14,7 @@ from intaglio.runtime.request import TokenIds
 
 
 class KvError(RuntimeError):
-    """Raised for an allocation larger than what is available, or a release of a block that is not held."""
+    """Raised for a pool without blocks, an allocation larger than what is available, or a block that is not held."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class BlockPool:
         return -(-tokens // self.block_size)
 
     def allocate(self, n: int) -> list[int]:
-        """Take `n` blocks, with a refcount of 1 each, and return their numbers.
+        """Take `n` blocks, with a refcount of 1 each, and return a list of their numbers.
 
         Raises KvError, taking none, if fewer are available.
         """
@@ -86,7 +86,7 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Increment the refcount of each of `blocks`, all of them held or evictable."""
+        """Increment the refcount of each of `blocks`. Raises KvError for a block that is neither held nor evictable."""
         for block in blocks:
             if block in self.evictable:
                 del self.evictable[block]
@@ -110,7 +110,7 @@ class BlockPool:
                     self.free.append(block)
 
     def find_prefix(self, tokens: TokenIds, salt: str | None) -> list[int]:
-        """The numbers of the blocks of the longest cached prefix of `tokens`, whole blocks only.
+        """A list of the numbers of the blocks of the longest cached prefix of `tokens`, whole blocks only.
 
         Changes no refcount.
         """
@@ -136,7 +136,7 @@ class BlockPool:
         return name
 
     def name(self, block: int) -> str:
-        """The name (see BlockNames) of a block that find_prefix() returned."""
+        """The name (see BlockNames) of a block in the prefix cache."""
         return self.cached[block].name
 
     def snapshot(self) -> BlockSnapshot:

@@ -64,8 +64,8 @@ class LatencyEstimator:
     def estimate(self, prefill_tokens: int, output_tokens: float, sequences: int) -> float:
         """Estimated seconds to prefill `prefill_tokens` and then sample `output_tokens` for each of `sequences`.
 
-        Assumes that each step samples one token a sequence, with as many prefill rows a sampled token as in recent
-        steps.
+        Assumes that each step samples one token per sequence, and that steps have as many token rows per sampled token
+        as recent steps had.
         """
         rows = sequences * self.mean_tokens / self.mean_sampled if self.mean_sampled else 0
         return self.seconds_per_token * prefill_tokens + output_tokens * (

@@ -68,7 +68,10 @@ class Launcher:
             yield from self.complete(launch)
 
     def launch(self, scheduled: list[ScheduledSequence], retried: bool = False) -> Launch | None:
-        """Start one step with these sequences. Returns None if no sequence is left, because their grammars failed."""
+        """Start one step with these sequences and return its Launch.
+
+        Sequences whose grammar failed are left out. Returns None if no sequence is left.
+        """
         ready = [(one, chunk) for one in scheduled if (chunk := self.chunk(one))]
         if not ready:
             return None
@@ -144,7 +147,7 @@ class Launcher:
 
     @contextmanager
     def _noting_loss(self, in_step: bool = False) -> Iterator[None]:
-        """If the device is lost inside, note the sequences in flight."""
+        """Context manager that notes the sequences in flight if its block raises DeviceLost, and lets that pass."""
         try:
             yield
         except DeviceLost:
@@ -190,7 +193,10 @@ class Launcher:
 
 
 def launch_groups(scheduled: list[ScheduledSequence]) -> list[list[ScheduledSequence]]:
-    """A step's sequences split into launches: all in one, except suspects of a device loss, which get one each."""
+    """A list of the launches of a step, each a list of sequences.
+
+    All sequences are in one launch, except suspects of a device loss, which have one each.
+    """
     batched = [s for s in scheduled if not s.sequence.suspect]
     suspects = [[s] for s in scheduled if s.sequence.suspect]
     return [batched, *suspects] if batched else suspects

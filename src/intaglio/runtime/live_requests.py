@@ -65,7 +65,7 @@ class LiveRequests:
         return Event(s.request.id, s.index, scored, reason, fault, s.usage(now))
 
     def release(self, id: str) -> list[Sequence]:
-        """Take a request out, with no event. Returns its sequences that have not ended, whose blocks are freed."""
+        """Take a request out, with no event, and free its blocks. Returns its sequences that had not ended, a list."""
         left = self.of(id)
         for s in left:
             self.scheduler.update_blocks(s)
@@ -80,7 +80,7 @@ class LiveRequests:
         self.events.append(event)
 
     def take_events(self) -> list[Event]:
-        """The events emitted since the last call, in order."""
+        """A list of the Events emitted since the last call, in order."""
         events, self.events = self.events, []
         return events
 

@@ -145,7 +145,9 @@ class Offload:
         return BlockKey(cached.name, cached.parent, cached.tokens)
 
     def _begin(self, sequence: Sequence, cached: int) -> SequenceLoad | None:
-        """Begin to load the blocks after the `cached` first ones. None if the tier has none of them.
+        """Begin to load the blocks after the first `cached` ones, and return the SequenceLoad.
+
+        None if the tier does not have the first of them.
 
         The sequence's last token is always computed, so the block that it would complete is not loaded.
         """

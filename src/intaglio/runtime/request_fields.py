@@ -10,7 +10,7 @@ from intaglio.runtime.request import Grammar, Request, SamplingParams
 
 
 def write_request(request: Request, seed: int) -> dict[str, Any]:
-    """A dict of a request's fields but its functions (stop_checker, matcher), with the `seed` that it runs with."""
+    """A dict of a request's fields except its functions (stop_checker, matcher). seed: the seed that it runs with."""
     bare = replace(request, stop_checker=None, matcher=None, params=replace(request.params, seed=seed))
     fields = asdict(bare)
     del fields["stop_checker"], fields["matcher"]

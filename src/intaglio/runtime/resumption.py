@@ -23,7 +23,7 @@ class SuspendedChoice:
     Attributes:
         index: number of the choice.
         output: token ids.
-        logprobs: one natural log-probability an output token.
+        logprobs: one natural log-probability per output token.
     """
 
     index: int

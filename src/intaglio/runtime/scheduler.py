@@ -97,7 +97,7 @@ class Scheduler:
     def spare_slot(self) -> int:
         """Number of a slot of recurrent state whose content nobody needs; -1 if the model has none.
 
-        Only while no step runs. It is free, or the slot that the last running sequence writes next.
+        Call it only while no step runs. The slot is a free one, or the one that the last running sequence writes next.
         """
         if self.slots.total:
             return self.slots.free[-1] if self.slots.free else self.running[-1].next_state_slot
@@ -177,8 +177,8 @@ class Scheduler:
     def allocate(self, sequence: Sequence) -> bool:
         """Give a running sequence blocks for all its tokens; if there are too few, preempt the last running sequences.
 
-        Sequences in flight are not preempted. Returns True if it has the blocks; False if this sequence itself
-        was preempted, or has to wait for later ones that are in flight.
+        Sequences in flight are not preempted. Returns True if the sequence has the blocks; False if it was itself
+        preempted, or has to wait for later sequences that are in flight.
         """
         while (missing := self.pool.blocks_for(sequence.length) - len(sequence.blocks)) > self.pool.available:
             last = next(s for s in reversed(self.running) if not s.in_flight)

@@ -13,7 +13,7 @@ PER_SEQUENCE = 2  # slots of a running sequence
 
 
 class SlotError(RuntimeError):
-    """Raised for an allocation larger than what is free, or a release of a slot that is not held."""
+    """Raised for a pool too small for one sequence, if too few slots are free, or for a slot that is not held."""
 
 
 class SlotPool:
@@ -34,7 +34,7 @@ class SlotPool:
         return self.total // PER_SEQUENCE
 
     def allocate(self) -> list[int]:
-        """The numbers of the slots of one more sequence; [] if the model has no such state.
+        """Take the slots of one more sequence and return a list of their numbers; [] if the model has no such state.
 
         Raises SlotError if too few are free.
         """

@@ -24,7 +24,10 @@ class Choice(Protocol):
     rank: Rank
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new."""
+        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new.
+
+        Raises Problem in the cases of reason().
+        """
 
     def whole(self) -> dict[str, Any]:
         """The complete choice as a dict of JSON fields, for a response that is not streamed."""
@@ -68,7 +71,10 @@ class CompletionChoice:
         self.rank = Rank()
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new."""
+        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new.
+
+        Raises Problem in the cases of reason().
+        """
         self.reason, self.stop_reason = reason(update), update.stop_reason
         first = not self.ids
         self.rank.add(update.scored)
@@ -156,7 +162,10 @@ def _no_scores() -> dict[str, list[Any]]:
 
 
 class Rank:
-    """Running mean of a choice's token log-probabilities, the order of best_of. `sum` and `tokens` are kept."""
+    """Running mean of a choice's token log-probabilities, by which best_of ranks choices.
+
+    `sum`: sum of the log-probabilities. `tokens`: their number.
+    """
 
     def __init__(self) -> None:
         self.sum, self.tokens = 0.0, 0
@@ -223,7 +232,10 @@ class ChatChoice:
         self.rank = Rank()
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
-        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new."""
+        """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new.
+
+        Raises Problem in the cases of reason().
+        """
         self.reason, self.stop_reason = reason(update), update.stop_reason
         self.rank.add(update.scored)
         if update.prompt is not None and self.body.prompt_logprobs is not None:
@@ -366,7 +378,7 @@ def modelled(submission: Submission, by: str) -> dict[str, Any]:
     """A dict of the modelled times of a finished request on simulated chips, in seconds; `by` names the chips.
 
     Time to first token (the earliest choice), mean time per output token after the first, and total (the latest
-    choice).
+    choice). A time is None if the request generated too few tokens to have it.
     """
     all = [u for u in submission.usages if u]
     begun = [(u, u.first_token) for u in all if u.first_token is not None]

@@ -174,7 +174,7 @@ class Api:
         relay: Relay | None, model: ServedModel, body: Any, prompts: list[Prepared], choices: list[Any],
         envelope: Envelope, ignored: Sequence[str],
     ) -> Answer:  # fmt: skip
-        """The response; through a router, one that another replica can go on with."""
+        """The Answer for a request that came over HTTP, or the RelayedAnswer for one that a router sent."""
         if relay is None:
             return Answer(model, body, prompts, choices, envelope, ignored)
         prompts = relay.prepared(prompts, model.identity)
@@ -257,7 +257,11 @@ class Api:
         return Response(self.service.metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def state(self, request: Request) -> Response:
-        """GET /state. Returns the response with queue, K/V cache and recent steps of each model, as JSON."""
+        """GET /state. Returns the response, as JSON: queue, K/V cache and steps of one model, and the names of all.
+
+        The query's `model` names the model (default: the first). Only steps after number `since` are included. Raises
+        Problem if either is invalid.
+        """
         since = request.query_params.get("since", "0")
         if not re.fullmatch("[0-9]{1,18}", since, re.ASCII):
             raise Problem(400, f"since is {since!r}; allowed: the number of a step", param="since")
@@ -302,13 +306,13 @@ class Api:
 
 
 def _relay(request: Request) -> Relay | None:
-    """What a router has added to the request; None if it came over HTTP."""
+    """The Relay of a request that a router sent, with its id and earlier output; None for a request over HTTP."""
     relay: Relay | None = request.scope.get("relay")
     return relay
 
 
 def _public_id(id: str, body: GenerationRequest) -> str:
-    """The response's id: the server's own, or its prefix with the client's request_id.
+    """The response's id: `id`, or the prefix of `id` and the request_id that the client gave.
 
     The engine never sees request_id.
     """

@@ -38,13 +38,16 @@ ENGINE_WAIT = 1.0  # seconds that a load report waits for the engine, which answ
 
 
 def pack(header: dict[str, Any], body: bytes = b"") -> bytes:
-    """One frame."""
+    """The bytes of one frame with this header and body."""
     head = encode(header)
     return LENGTHS.pack(len(head), len(body)) + head + body
 
 
 async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
-    """(header, body) of the next frame. Raises IncompleteReadError at the end, ValueError for what is no frame."""
+    """The next frame as (header, body).
+
+    Raises IncompleteReadError if the stream ends, ValueError if the bytes are not a frame.
+    """
     head, body = LENGTHS.unpack(await reader.readexactly(LENGTHS.size))
     if max(head, body) > FRAME_MAX:
         raise ValueError(f"a frame has {max(head, body)} bytes; allowed: up to {FRAME_MAX}")
@@ -54,7 +57,10 @@ async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], byte
 
 @asynccontextmanager
 async def control_channel(app: ASGIApp, service: Service, path: Path) -> AsyncIterator[None]:
-    """Serve the control channel at `path`, which only this user may connect to, until the block ends."""
+    """Async context manager that serves the control channel at `path` until the block ends.
+
+    Only processes of this user may connect.
+    """
     connections: set[Connection] = set()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -87,7 +93,7 @@ class Connection:
         self.calls: dict[int, Call] = {}
 
     async def run(self, reader: asyncio.StreamReader) -> None:
-        """Read frames until the connection ends."""
+        """Read frames and start or cancel their calls, until the connection ends."""
         try:
             while True:
                 header, body = await read_frame(reader)
@@ -187,12 +193,13 @@ class Call:
 
 
 async def load_report(model: ServedModel, incarnation: str | None, after: int, step_timeout: float) -> dict[str, Any]:
-    """Figures of a model's engine, and its block events after number `after`, or a snapshot if they are not kept.
+    """A dict of figures of a model's engine, with its K/V block events after number `after`.
 
-    While the engine is in a step of more than ENGINE_WAIT seconds, the report has neither events nor a snapshot.
+    If these events are no longer kept, or are of another incarnation, a snapshot of the blocks takes their place. If
+    the engine does not answer within ENGINE_WAIT seconds, the dict has neither events nor a snapshot.
 
-    incarnation: the one that `after` counts in; None: of none. step_timeout: seconds of a step after which the engine
-    counts as failed.
+    incarnation: the start of the K/V cache in which `after` counts; None: the caller knows none. step_timeout: seconds
+    of a step after which the engine counts as failed.
     """
     snapshot, admission, engine = model.driver.snapshot, model.llm.admission, model.driver.engine
     own = engine.pool.events.incarnation

@@ -118,7 +118,8 @@ def reads(template: str, name: str) -> bool:
 def _message(i: int, m: Message, template: str, form: Form, out: Rendered) -> dict[str, Any]:
     """Message number `i` as a dict for the chat template: content as plain text, tool-call arguments as objects.
 
-    Fields outside the API are passed on if the template reads them; the names of the others go to out.ignored.
+    Fields outside the API are passed on if the template reads them; the names of the others go to out.ignored. Raises
+    Problem if the content is missing, or for a field that is not supported.
     """
     data: dict[str, Any] = {"role": "system" if m.role == "developer" else m.role}
     content = m.content
@@ -167,7 +168,7 @@ def _call(i: int, call: Any, form: Form) -> dict[str, Any]:
 
 
 def _short(id: str) -> str:
-    """A tool-call id cut or padded to nine letters and digits, as Mistral's templates require."""
+    """The last nine letters and digits of a tool-call id, padded with zeros, as Mistral's templates require."""
     return re.sub("[^a-zA-Z0-9]", "", id)[-9:].rjust(9, "0")
 
 
@@ -206,7 +207,7 @@ def content_format(tokenizer: Tokenizer, template: str, variables: Mapping[str, 
     """The form in which a chat template accepts a message's content: "text", "parts" or "none".
 
     "parts" is a list of typed parts. "none": neither form appears in the prompt. The result is found by rendering a
-    test message, and cached per template.
+    test message, and cached per template. If the template refuses the test message, it is "text".
     """
     if template not in _formats:
         _formats[template] = _probe(tokenizer, {"tools": variables["tools"]} if "tools" in variables else {})
@@ -229,8 +230,9 @@ def _probe(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> ContentFormat:
 def _chat(tokenizer: Tokenizer, messages: list[dict[str, Any]], body: Conversation, variables: dict[str, Any]) -> str:
     """Render the conversation with the chat template and return the text of the prompt.
 
-    With continue_final_message it is cut after the last message's text. If the template refuses a system message
-    that the server has added (the list of tools), its text is put in front of the first user message.
+    With continue_final_message the prompt is cut after the last message's text. The template may refuse a system
+    message that the server has added (the list of tools); that text is then put in front of the first user message.
+    Raises Problem if the message cannot be continued, TokenizerError if the template refuses the conversation.
     """
     cut = bool(body.continue_final_message)
     if cut and body.add_generation_prompt:
@@ -248,7 +250,7 @@ def _chat(tokenizer: Tokenizer, messages: list[dict[str, Any]], body: Conversati
 
 
 def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """The messages with the system text moved to the front of the first user message.
+    """A list of the messages with the system text moved to the front of the first user message.
 
     None if the messages do not begin with a system and a user message, both with text content.
     """
@@ -261,7 +263,10 @@ def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | No
 
 
 def _open_final_message(text: str, message: Message) -> str:
-    """The prompt cut right after the final message's text, so that the model continues this message. Raises Problem."""
+    """The prompt cut right after the final message's text, so that the model continues this message.
+
+    Raises Problem if the message has no text, or if the prompt does not contain it.
+    """
     content = message.content if isinstance(message.content, str) else "".join(
         part.text for part in message.content or () if not isinstance(part, RefusalPart)
     )  # fmt: skip

@@ -28,7 +28,7 @@ class Answer:
 
     If the client disconnects, the request is cancelled in the engine.
 
-    earlier: the deltas of the request so far, if it was begun on another replica. The output goes on after them.
+    earlier: the deltas that another replica has sent for this request. The output goes on after them.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class Answer:
         await self._send(send, end + DONE, (), more=False)
 
     async def _note(self, send: Send, deltas: Sequence[ChoiceDelta]) -> None:
-        """Called with the deltas of a response that is not streamed. Does nothing."""
+        """Called with the deltas of a response that is not streamed. Does nothing here; a subclass may send them."""
 
     async def _send(self, send: Send, body: bytes, deltas: Sequence[ChoiceDelta], more: bool = True) -> None:
-        """Send the chunks of a stream that these deltas made."""
+        """Send `body`: the chunks of a stream that `deltas` made. more: False if it ends the stream."""
         if body:
             await send({"type": "http.response.body", "body": body, "more_body": more})
 

@@ -95,14 +95,17 @@ class Halt:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Message: call a function with the engine, in the engine's thread, and give its result to the future."""
+    """Message: call `function(engine)` in the engine's thread, and give its result or exception to `result`."""
 
     function: Callable[[Engine], Any]
     result: asyncio.Future[Any]
 
     @classmethod
     async def ask(cls, driver: Driver, function: Callable[[Engine], Any]) -> Any:
-        """The result of `function(engine)`. Raises Refused if the engine has ended."""
+        """Call `function(engine)` in the engine's thread and return its result.
+
+        Raises Refused if the engine has ended, and what the function raises.
+        """
         if driver.ended.is_set():
             raise Refused("failed", ENDED, None)
         message = cls(function, asyncio.get_running_loop().create_future())
@@ -141,7 +144,7 @@ class Submission:
 
     Used on the event loop; the engine's thread only reads `prompts`, `n` and `earlier`.
 
-    earlier: deltas of output that another engine has generated; this one goes on after it.
+    earlier: deltas of output that another engine has generated. The driver's engine continues after them.
     """
 
     def __init__(self, prompts: list[Prepared], earlier: Sequence[ChoiceDelta] = ()) -> None:
@@ -169,7 +172,10 @@ class Submission:
                 self.admitted.set_result(None)
 
     def unfinished(self, prompt: int) -> list[SuspendedChoice]:
-        """The choices of a prompt that have not ended, with their output so far."""
+        """A list of a prompt's choices that do not end in `earlier`, each with its output in `earlier`.
+
+        prompt: the prompt's number.
+        """
         first = prompt * self.n
         mine = [[d for d in self.earlier if d.choice == first + i] for i in range(self.n)]
         return [
@@ -181,7 +187,7 @@ class Submission:
         ]
 
     def check_text(self, prompt: int, choices: Sequence[SuspendedChoice]) -> None:
-        """Raise RequestError if the text of these choices is not what was sent for the same tokens before."""
+        """Raise RequestError if the decoded text of one of these choices differs from its text in `earlier`."""
         for choice in choices:
             sent = "".join(d.text for d in self.earlier if d.choice == prompt * self.n + choice.index)
             text = self.prompts[prompt].transcripts[choice.index].settled(False)
@@ -342,7 +348,7 @@ class Driver:
             self._updates.append((submission, Admitted()))
 
     def _add(self, request: Request, choices: list[SuspendedChoice]) -> None:
-        """Queue a request in the engine, after the output of its choices if there is any."""
+        """Queue a request in the engine, as a Resumption if choices have output already or have ended."""
         if len(choices) == request.params.n and not any(c.output for c in choices):
             self.engine.add(request)
         else:
@@ -419,7 +425,7 @@ class Driver:
     # On the event loop
 
     def _end(self) -> None:
-        """Runs on the event loop when the engine's thread has ended: refuse the submissions still in the inbox."""
+        """Refuse the messages still in the inbox. Runs on the event loop when the engine's thread has ended."""
         self.ended.set()
         while not self._inbox.empty():
             message = self._inbox.get()

@@ -186,7 +186,7 @@ class EngineCollector(Collector):
             yield _counter(name, text, [(m, {(v,): read(s.counts)[v] for v in values}) for m, s in seen], label)
 
     def _tiers(self) -> Iterator[Metric]:
-        """Metrics of the tiers that keep K/V blocks; none if no model has one."""
+        """Yield the metrics of the tiers that keep K/V blocks; none if no model has a tier."""
         tiers = [(m, m.tier) for m in self.models if m.tier]
         if not tiers:
             return

@@ -73,7 +73,9 @@ class Reading:
 def prepare_completion(
     llm: LLM, body: CompletionRequest, id: str, settings: Settings
 ) -> tuple[list[Prepared], list[Reading]]:
-    """(a Prepared for each prompt of a completion, which holds its engine request; a Reading for each), two lists.
+    """(prepared, readings), two lists with one entry per prompt of a completion.
+
+    A Prepared holds the engine's request; a Reading says how to turn its output into the response.
 
     Raises Problem, or an error that as_problem() converts to one.
     """
@@ -109,7 +111,7 @@ def prepare_completion(
 def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[int]) -> tuple[str, int]:
     """(text, prefix) for `echo`: the prompt's text, and how many tokens at its beginning that text leaves out.
 
-    ("", 0) if the request does not ask for echo.
+    ("", 0) if the request does not ask for echo. Raises Problem if token ids cannot be decoded without a tokenizer.
     """
     if not body.echo:
         return "", 0
@@ -123,7 +125,9 @@ def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[
 
 
 def prepare_chat(llm: LLM, body: ChatRequest, id: str, settings: Settings) -> tuple[Prepared, Reading]:
-    """(the Prepared of a chat, which holds its engine request; the Reading for its output).
+    """(prepared, reading) of a chat.
+
+    The Prepared holds the engine's request; the Reading says how to turn its output into the response.
 
     Raises Problem, or an error that as_problem() converts to one.
     """
@@ -199,7 +203,7 @@ def _truncated(llm: LLM, body: GenerationRequest, ids: list[int], asked: int | N
     """The prompt's token ids, cut to truncate_prompt_tokens tokens.
 
     -1 means as many as fit beside `asked` output tokens. The end of the prompt is kept, or with truncation_side
-    "right" its beginning.
+    "right" its beginning. Without truncate_prompt_tokens nothing is cut. Raises Problem if it is 0.
     """
     most = body.truncate_prompt_tokens
     if most is None:
@@ -212,9 +216,9 @@ def _truncated(llm: LLM, body: GenerationRequest, ids: list[int], asked: int | N
 
 
 def _forced(body: ChatRequest, tools: list[Tool]) -> dict[str, dict[str, Any]]:
-    """The tools of which tool_choice forces one to be called, as {name: argument schema}; {} if calls are optional.
+    """The tools that a forced tool call may name, as {name: argument schema}; {} if tool_choice forces no call.
 
-    Raises Problem if tool_choice names no tool of the request.
+    Raises Problem if the request has no tools, or if tool_choice names none of them.
     """
     choice = body.tool_choice
     if choice in (None, "auto", "none"):
@@ -234,7 +238,7 @@ def _forced(body: ChatRequest, tools: list[Tool]) -> dict[str, dict[str, Any]]:
 def _grammar(form: ResponseFormat | None, structured: StructuredOutputs | None) -> Grammar | None:
     """The grammar that response_format or structured_outputs asks for; None without either.
 
-    Raises Problem if both do.
+    Raises Problem if they ask for more than one, or if response_format's type and its json_schema do not agree.
     """
     asked: list[Grammar] = []
     if form and form.type == "json_object":
@@ -292,7 +296,7 @@ def _params(body: GenerationRequest, settings: Settings, **more: Any) -> Samplin
     """The SamplingParams of a request. `more`: parameters that the caller has computed.
 
     A field that the request leaves out has the checkpoint's default, else OpenAI's: temperature 1, no top-k, no
-    top-p.
+    top-p. Raises ParamsError, or Problem if best_of is invalid.
     """
     given = body.model_dump(include=SAME, exclude_none=True)
     if body.prompt_logprobs is not None:

@@ -53,7 +53,10 @@ class Problem(Exception):
 
 
 def as_problem(error: Exception) -> Problem | None:
-    """The Problem (400, 429 or 503) for an exception that means an invalid or refused request; None for any other."""
+    """The Problem for an exception; a Problem is returned itself.
+
+    400, 429 or 503 for an exception that means an invalid or refused request; None for any other exception.
+    """
     match error:
         case Problem():
             return error

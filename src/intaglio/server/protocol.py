@@ -25,7 +25,7 @@ HINTS = (
 
 
 class Body(BaseModel):
-    """Base class of request bodies: strict types, unknown fields are refused."""
+    """Base class of request bodies: strict types; unknown fields are refused unless they are null."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -53,13 +53,14 @@ class Relay:
         return cls(table["id"], table["created"], table["seed"], table["waited"], made_by, deltas)
 
     def as_dict(self) -> dict[str, Any]:
-        """The Relay as JSON-serialisable fields."""
+        """The Relay as a dict for JSON."""
         return {**vars(self), "deltas": [write_delta(d) for d in self.deltas]}
 
     def prepared(self, prompts: list[Prepared], engine: tuple[str, str, str]) -> list[Prepared]:
-        """The prompts with the router's seed and the time that is left.
+        """A list of the prompts, with their timeouts shortened by `waited`, and the router's seed where they have none.
 
-        engine: ServedModel.identity of this replica. Raises Problem if it would not give the same bits.
+        engine: ServedModel.identity of this replica. Raises Problem 503 if it differs from `made_by`: this replica
+        could then not continue the output bit for bit.
         """
         if self.made_by is not None and self.made_by != engine:
             why = f"it was begun by {self.made_by[1]} and Program {self.made_by[0][:12]}, this replica is {engine[1]}"
@@ -124,7 +125,7 @@ def read_delta(values: Sequence[Any]) -> ChoiceDelta:
 
 
 def encode(value: Any) -> bytes:
-    """`value` as compact JSON; infinities and NaN as Python's json writes and reads them."""
+    """`value` as compact JSON in bytes. Infinities and NaN are written as Infinity and NaN, which json.loads reads."""
     return json.dumps(value, separators=(",", ":")).encode()
 
 

@@ -100,7 +100,7 @@ class QuietServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Install nothing."""
+        """Context manager that installs no signal handlers."""
         yield
 
 
@@ -114,7 +114,8 @@ async def serve(
     router (see control.py).
 
     The first SIGTERM or SIGINT drains the server: admitted requests run to their end, new ones are refused, exit code
-    0. The second aborts all requests, exit code 1. The exit code is also 1 if no model can serve requests any more.
+    0. The second aborts all requests, exit code 1. The exit code is also 1 if the HTTP server fails, or if no model can
+    serve requests any more.
     """
     service = Service(llms, options)
     timeouts = {"write_timeout": options.write_timeout, "read_timeout": options.read_timeout}

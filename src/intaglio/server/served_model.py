@@ -37,12 +37,15 @@ class ServedModel:
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """(Program hash, numerics, digest of the BlockScope with weights and version): what decides result bits."""
+        """(hash of the Program, name of its numerics, digest of its BlockScope, which includes weights and version).
+
+        Replicas of equal identity give bitwise equal results.
+        """
         engine = self.driver.engine
         return engine.program.hash, engine.numerics, engine.scope.digest
 
     def block_names(self, prompt: Sequence[int], salt: str | None) -> dict[str, Any]:
-        """`block_size` of the K/V cache, and `names` of the whole blocks of a prompt with this cache salt."""
+        """A dict: `block_size` of the K/V cache in tokens, and `names`, a list for the whole blocks of the prompt."""
         names = self.driver.engine.block_names
         return {"block_size": names.block_size, "names": names.of(prompt, salt)}
 

@@ -40,7 +40,7 @@ class Span:
 
 @dataclass
 class RunResult:
-    """Modelled time and counters of one run of the machine, summed over cores."""
+    """Modelled time of one run of the machine, and counters summed over its cores."""
 
     seconds: float = 0.0  # until the last instruction ended
     busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # engine -> seconds in use
@@ -183,8 +183,8 @@ class Machine:
     def _rates(self) -> list[float]:
         """A list of the bytes/s of each transfer in flight.
 
-        The transfers of a chip share its links, its L2, and those that miss the L2 its HBM, equally; the port
-        of a core limits each. HBM is passed by `hbm_bytes` of a transfer's bytes.
+        Transfers of a chip share its links and its L2 equally, and those that miss the L2 also share HBM. The port
+        of its core limits each. Only `hbm_bytes` of a transfer's bytes pass HBM.
         """
         users: dict[tuple[str, int], int] = defaultdict(int)
         for t in self.transfers:

@@ -84,7 +84,7 @@ class Region:
 
 
 def dense(space: str, address: int, rows: int, cols: int, format: str) -> Region:
-    """A contiguous region: no gap between rows."""
+    """The contiguous [rows, cols] Region at `address`, without gaps between rows."""
     return Region(space, address, rows, cols, -(-cols * formats.bits(format) // 8), format)
 
 

@@ -77,7 +77,7 @@ class Schedule:
     """When each op of one step ends.
 
     Attributes:
-        timings: of each distinct kernel of the Plan, alone.
+        timings: the Timing of each distinct kernel of the Plan, as if it ran alone.
         ends: seconds from the start of the step to the end of each op.
         stalled: whether each op waited for its weights.
     """
@@ -93,7 +93,10 @@ class Schedule:
 
 
 class Plan:
-    """A Program prepared for timing on one target: a kernel for each op, where equal kernels are one object."""
+    """A Program prepared for timing on one target: a kernel for each op, where equal kernels are one object.
+
+    Raises ChipError if an op has no chip kernel, or if the chip's arrays do not take the format of a weight.
+    """
 
     def __init__(self, program: Program, target: Target) -> None:
         self.program, self.target = program, target
@@ -111,7 +114,7 @@ class Plan:
     def of(cls, stages: Sequence[Program], target: Target) -> tuple[Plan, ...]:
         """A tuple with one Plan for each pipeline stage, from the Program of one rank of each stage.
 
-        Raises ChipError if a rank's weights exceed a chip's HBM, or if the chip lists an unknown extra
+        Raises ChipError as Plan does, and if a rank's weights exceed a chip's HBM, or the chip lists an unknown extra
         instruction.
         """
         check_extra_instructions(target.chip)

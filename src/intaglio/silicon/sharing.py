@@ -23,8 +23,8 @@ class SharedHbm:
     def access(self, core: int, indices: np.ndarray, writes: bool) -> str:
         """Record that `core` reads or writes the bytes `indices`.
 
-        Returns the conflicting access of another core, "" if none. It is "writes" or "reads": what another core
-        does with one of these bytes.
+        Returns "writes" or "reads", what another core has done with one of these bytes, if the two accesses
+        conflict; else "".
         """
         if not indices.size:
             return ""

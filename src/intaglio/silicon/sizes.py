@@ -15,7 +15,7 @@ ChunkCounts = tuple[tuple[int, int, int], ...]  # (queries, keys up to and inclu
 
 
 def count_chunks(q_len: Sequence[int], context_len: Sequence[int]) -> ChunkCounts:
-    """A tuple of (q_len, context_len, number of sequences that have both) for each distinct pair in a batch."""
+    """A tuple with (q_len, context_len, number of sequences that have both) for each distinct pair in a batch."""
     pairs, counts = np.unique(np.stack([q_len, context_len], axis=1), axis=0, return_counts=True)
     return tuple((int(q), int(c), int(n)) for (q, c), n in zip(pairs, counts, strict=True))
 
@@ -35,7 +35,7 @@ class BatchSizes:
         return Sizes(T=self.tokens, S=sum(n for *_, n in self.sequences), R=self.rows)
 
     def halves(self) -> tuple[BatchSizes, BatchSizes]:
-        """The batch split into two halves, whose tokens and rows differ by at most one.
+        """A pair of the BatchSizes of the batch's two halves, whose tokens and rows differ by at most one.
 
         Each half gets half of the sequences with equal queries and keys. If their number is odd, the last sequence is
         split in the middle of its queries; the first half gets the earlier ones.

@@ -33,7 +33,7 @@ def head_of(scope: BlockScope, key: BlockKey, block_bytes: int) -> bytes:
 
 
 def file_bytes(scope: BlockScope, key: BlockKey, content: np.ndarray) -> list[bytes | memoryview]:
-    """The parts of a block's file, in order. content: uint8 [block_bytes]."""
+    """A list of the parts of a block's file, in order: head, contents, checksum. content: uint8 [block_bytes]."""
     head, body = head_of(scope, key, content.nbytes), np.ascontiguousarray(content).data
     checksum = hashlib.sha256(head)
     checksum.update(body)

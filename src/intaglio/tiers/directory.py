@@ -91,7 +91,7 @@ class BlockDirectory:
                 os.utime(self.file(name), ns=(now, now - 1000 * depth))
 
     def scan(self) -> list[HeldFile]:
-        """Look at all files. Returns them, and deletes what killed processes left half written."""
+        """Look at all files. Returns a list of the HeldFile of each block, and deletes old partial files."""
         found, now = list[HeldFile](), time.time()
         for folder in [entry.path for entry in entries(self.folder) if len(entry.name) == 2]:
             for entry in entries(folder):
@@ -120,7 +120,7 @@ class BlockDirectory:
 
 
 def entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """The entries of a folder; [] if it cannot be read."""
+    """A list of the entries of a folder; [] if it cannot be read."""
     try:
         with os.scandir(folder) as found:
             return list(found)

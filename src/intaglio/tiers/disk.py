@@ -29,11 +29,11 @@ class DiskLoad:
         self.ended, self.contents = threading.Event(), list[np.ndarray]()
 
     def wait(self, seconds: float) -> bool:
-        """Wait up to so many seconds. Returns True if the load has ended."""
+        """Wait up to `seconds` for the load to end. Returns True if it has ended."""
         return self.ended.wait(seconds)
 
     def blocks(self) -> list[np.ndarray]:
-        """The contents of the leading blocks that passed all checks."""
+        """A list of the contents of the leading blocks that passed all checks, each uint8 [block_bytes]."""
         return self.contents
 
 
@@ -65,14 +65,14 @@ class DiskTier:
         self.said, self.lock = set[str](), threading.Lock()
 
     def lookup(self, names: Sequence[str]) -> int:
-        """How many of the blocks have files, counted from the first up to the first that has none."""
+        """Number of leading blocks that have files. names: the blocks, each the parent of the next."""
         for at, name in enumerate(names):
             if not self.directory.has(name):
                 return at
         return len(names)
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> DiskLoad:
-        """Begin to read blocks."""
+        """Begin to read blocks of `block_bytes` bytes each, and return the DiskLoad."""
         load = DiskLoad()
         if self.closed:
             load.ended.set()

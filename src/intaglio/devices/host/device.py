@@ -15,7 +15,7 @@ from intaglio.program import Program, verify
 
 
 def isa_names() -> list[str]:
-    """Names of the instruction sets that this build has kernels for and this machine can run, best first."""
+    """A list of the instruction sets that this build has kernels for and this machine can run, best first."""
     return list(_native.isas())
 
 
@@ -69,7 +69,8 @@ class HostDevice(Device):
     def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
         """Translate the ops and pack the weights. Returns the Executable.
 
-        Raises DeviceError for a page size that the kernels do not support, and for an op without a host kernel.
+        Raises ProgramError for a Program that breaks a rule. Raises DeviceError for a page size that the kernels do not
+        support, an op without a host kernel, and weights of the wrong shape or type.
         """
         verify(program)
         multiple = _native.PAGE_MULTIPLE

@@ -59,7 +59,7 @@ class _Step:
 
 
 class HostExecutable(RankExecutable):
-    """A Program as native ops with packed weights and zeroed state.
+    """A Program as native ops with packed weights, K/V cache and recurrent state.
 
     Attributes:
         layout: packing and buffers, derived from the Program.
@@ -130,8 +130,8 @@ class HostExecutable(RankExecutable):
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
         """Generator of one step that yields at each collective and returns the StepResult.
 
-        Ops between two stops are one native call, which releases Python's GIL. Ops with Python kernels run
-        inside it.
+        Ops between two stops are one native call, which releases Python's GIL. Ops with Python kernels run between
+        native calls.
         """
         batch, step = request.batch, self._begin(request)
         for stop in self.layout.stops:

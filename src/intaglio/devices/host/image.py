@@ -99,7 +99,7 @@ class MemoryImage:
 
 
 def lay_out(key: str, weights: Mapping[str, _native.Weight]) -> tuple[bytes, dict[str, int], int]:
-    """(header of an image, offsets of the matrices from its end, total size)."""
+    """(header of an image, {matrix: offset from the header's end}, total size); offset and size in bytes."""
     found, end = offsets(weights)
     table = {name: [found[name], w.nbytes] for name, w in weights.items()}
     header = MAGIC + json.dumps({"key": key, "matrices": table}).encode() + b"\n"
@@ -110,7 +110,7 @@ def lay_out(key: str, weights: Mapping[str, _native.Weight]) -> tuple[bytes, dic
 def place(
     file: int, size: int, writable: bool, weights: Mapping[str, _native.Weight], at: Mapping[str, int], first: int
 ) -> None:
-    """Map an image into memory and place the matrices in it. at: offsets from `first`."""
+    """Map an image into memory and place the matrices in it. at: offsets in bytes from byte `first` of the file."""
     region = _native.Region(file, size, writable)
     for name, weight in weights.items():
         weight.place(region, first + at[name])
@@ -160,7 +160,7 @@ class Image:
         place(self._file, self.size, writable, self.weights, self.offsets, len(self.header))
 
     def _open(self) -> bool:
-        """Map the existing file. Returns False if there is none or it is not valid."""
+        """Map the existing file. Returns True, or False if there is none or it is not valid."""
         try:
             self._file = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:

@@ -21,7 +21,13 @@ from intaglio.program import Program
 
 @dataclass(frozen=True)
 class Packing:
-    """How a weight matrix is packed: family and group of its format; `glu`: rows of gate and up alternate."""
+    """How a weight matrix is packed.
+
+    Attributes:
+        family: of the weight's format; formats of one family are packed alike.
+        group: number of columns that share a scale; 0 if the format has no groups.
+        glu: rows of gate and up alternate.
+    """
 
     family: str
     group: int
@@ -47,7 +53,7 @@ class Home:
 
     Attributes:
         matrix: name of the packed matrix.
-        first: the row there at which the weight begins.
+        first: row of the packed matrix at which the weight begins.
         rows: rows of the weight; for a stack, rows of each matrix.
         step: for a stack, the distance in rows from one matrix to the next.
     """
@@ -113,7 +119,7 @@ class HostLayout:
 
     @cached_property
     def stopped(self) -> frozenset[int]:
-        """Numbers of the ops at which native code stops."""
+        """The set of the numbers of the ops at which native code stops."""
         return frozenset(stop.at for stop in self.stops)
 
     @classmethod
@@ -161,7 +167,7 @@ def _check_state(program: Program, both: frozenset[str]) -> None:
 
 
 def packing_of(t: Tensor, glu: bool) -> Packing:
-    """The Packing of a weight. glu: the weight is packed together with its gate or up."""
+    """The Packing of a weight. glu: rows of gate and up alternate in the packed matrix."""
     fmt = formats.get(t.format)
     return Packing(fmt.family, fmt.group_of(int(t.shape[-1])) if fmt.grouped else 0, glu)
 

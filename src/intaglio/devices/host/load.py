@@ -102,7 +102,10 @@ def _image(
     program: Program, layout: HostLayout, matrices: Mapping[str, _native.Weight], weights: Weights,
     cache: str | Path | None, file: int | None,
 ) -> image.Image | image.MemoryImage | None:  # fmt: skip
-    """The file, on disk or in memory, for the packed matrices; None if they are not to be kept."""
+    """The Image on disk or MemoryImage for the packed matrices.
+
+    None if they are not to be kept, or if the weights have no identity.
+    """
     on_disk = cache is not None and (cache != "auto" or sum(w.nbytes for w in matrices.values()) >= image.WORTH)
     if not on_disk and file is None:
         return None

@@ -54,11 +54,11 @@ class PackedJob(Job):
         object.__setattr__(self, "needed", modules)
 
     def parts(self) -> list[np.ndarray]:
-        """The arrays of the message: the coordinator's bytes, as one uint8 array."""
+        """A list with the one array of the message, the coordinator's bytes as uint8."""
         return [vars(self)["message"]]
 
     def modules(self) -> list[str]:
-        """The module names that came with the message."""
+        """A list of the module names that came with the message."""
         return list(vars(self)["needed"])
 
 
@@ -89,7 +89,8 @@ class Port:
     def take(self, epoch: int, rank: int, peer: int, stopped: threading.Event | None = None) -> socket.socket:
         """Wait for the connection from rank `peer` to this host's rank `rank`, and return its socket.
 
-        stopped: ends the wait, with wake(). Raises ConnectionRefused if none comes within MEET_TIMEOUT seconds.
+        stopped: if it is set, wake() ends the wait. Raises ConnectionRefused in that case, and if no connection comes
+        within MEET_TIMEOUT seconds.
         """
         ended = stopped.is_set if stopped else bool
         key = (epoch, rank, peer)
@@ -245,7 +246,7 @@ def ends_of(sockets: Mapping[int, socket.socket]) -> dict[int, int]:
 
 
 def pack_messages(messages: list[bytes]) -> bytes:
-    """One message that contains several; unpack_messages() takes it apart."""
+    """The bytes of one message that contains several; unpack_messages() takes it apart."""
     sizes = np.array([len(messages), *map(len, messages)], np.int64)
     return pack([sizes, *(np.frombuffer(m, np.uint8) for m in messages)])
 

@@ -35,8 +35,8 @@ POST_WAIT = 3600.0  # seconds; then it waits again
 class Rank:
     """The rank that a child process runs: run() loads its job and runs the steps.
 
-    files: descriptors of the shared segment, the pipe to the parent, the K/V cache, the packed weights, and the boards:
-    of the job, of the requests, and as many of this rank's results. joins: its device takes part in collectives.
+    files: descriptors of the shared segment, the pipe to the parent, the K/V cache, the packed weights, the board of
+    the job, the boards of requests, and as many boards of results. joins: its device takes part in collectives.
     sockets: descriptors of connections to ranks of other hosts, by rank.
     """
 
@@ -75,7 +75,7 @@ class Rank:
             self.segment.complete(self.rank, done)
 
     def load(self) -> tuple[Executable, RankFacts]:
-        """Open the device and load the Program of this rank. Returns (executable, facts for the parent)."""
+        """Open the device and load the Program of this rank. Returns (executable, RankFacts for the parent)."""
         options: dict[str, object] = {}
         if self.joins:
             communicator = _native.Communicator(self.segment, self.rank, self.sockets)
@@ -109,7 +109,7 @@ class Rank:
         self.results[slot].write(parts)
 
     def answer(self, executable: Executable, reader: RequestReader, message: memoryview) -> list[np.ndarray]:
-        """Run a step, or move K/V blocks, as a message asks. Returns the arrays of the answer."""
+        """Run a step, or read or write K/V blocks, as a message asks. Returns a list of the arrays of the answer."""
         if moved := read_blocks_request(message, self.rank):
             if moved.contents is None:
                 return contents_parts(executable.read_blocks(moved.blocks))
@@ -128,8 +128,9 @@ def end_with(pipe: int) -> None:
 def run(argument: str, files: Sequence[int]) -> None:
     """Run a rank, and end this process. Does not return.
 
-    argument: JSON of its number, whether it joins in collectives, the timeout of one in seconds, core numbers ([]: all)
-    and the ranks of other hosts. files: descriptors as for Rank, and then those of the connections to these ranks.
+    argument: a JSON list of the rank's number, whether it takes part in collectives, their timeout in seconds, the core
+    numbers it may use ([]: all) and the ranks of other hosts. files: descriptors as for Rank, then those of the
+    connections to these ranks.
     """
     rank, joins, timeout, cores, peers = json.loads(argument)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -133,7 +133,10 @@ class ForkServer:
         return self._ask({"files": len(files)}, files, TIMEOUT)
 
     def _ask(self, request: object, files: Sequence[int], timeout: float) -> tuple[dict[str, Any], list[int]]:
-        """The server's answer and its descriptors; a server that gives none is ended."""
+        """(answer, descriptors) of the server to a request.
+
+        Raises ForkServerError, after ending the server, if it does not answer within `timeout` seconds.
+        """
         if self.socket is None:
             raise ForkServerError("the fork server is not running")
         try:
@@ -184,7 +187,7 @@ def send(s: socket.socket, message: object, files: Sequence[int] = ()) -> None:
 
 
 class Server:
-    """What the fork server's process does. parent: the process with which it ends."""
+    """The fork server's side of the connection: run() answers requests. parent: id of the process it ends with."""
 
     def __init__(self, s: socket.socket, parent: int) -> None:
         self.socket, self.children = s, set[int]()
@@ -252,7 +255,7 @@ class Server:
 
 
 def prepare(modules: Iterable[str]) -> None:
-    """Import modules that are not imported yet. Returns nothing."""
+    """Import modules that are not imported yet. Errors are ignored: the child meets them again and reports them."""
     new = [module for module in modules if module not in sys.modules]
     for module in new:
         with suppress(Exception):  # the child will raise it where it can be reported

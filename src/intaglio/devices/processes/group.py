@@ -46,7 +46,11 @@ ELSEWHERE = 1 << 62  # steps that ranks of other hosts count as having completed
 
 
 def start_child(argument: str, files: Sequence[int], server: ForkServer | None, modules: Iterable[str]) -> ChildProcess:
-    """Start a process that calls child.run(argument, files): forked by `server` if there is one and it can."""
+    """Start a process that calls child.run(argument, files), and return it.
+
+    It is a ForkedProcess if there is a server that can fork, else a subprocess.Popen. modules: names of modules that
+    the server imports before.
+    """
     if server:
         with suppress(ForkServerError):
             return server.fork(TARGET, argument, files, modules)
@@ -280,7 +284,7 @@ class GroupExecutable(PostedExecutable):
         self.kept = self.images = None
 
     def _wait(self, steps: int, timeout: float) -> None:
-        """Wait until all ranks have completed `steps` steps. Returns nothing.
+        """Wait until all ranks have answered `steps` requests, the load included. Returns nothing.
 
         Raises DeviceLost after `timeout` seconds or if a process ends.
         """

@@ -142,8 +142,8 @@ class HostsExecutable(PostedExecutable):
     """A Program loaded in the ranks of several hosts, the same number of consecutive ranks on each.
 
     Raises DeviceError with the message of the error that loading raised, DeviceLost if a host or a rank is lost
-    meanwhile, ReplacementRefused if results would have other bits than those of the group `replaces`. news: what it
-    waits on, and `epoch`: its number; tests pass their own.
+    meanwhile, ReplacementRefused if results would have other bits than those of the group `replaces`. news: condition
+    that is notified of answers. epoch: number of this group. Tests pass their own news and epoch.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class HostsExecutable(PostedExecutable):
         self.fail("the group is closed")
 
     def _wait(self, number: int, seconds: float) -> list[memoryview]:
-        """The answers of all ranks to step `number`, as messages in order of rank. Waits up to `seconds`.
+        """A list of all ranks' answers to request `number`, as bytes in order of rank. Waits up to `seconds`.
 
         Raises DeviceLost if the group has ended or not all ranks answer in time.
         """

@@ -33,7 +33,7 @@ class Job:
     state: StateSpec
 
     def parts(self) -> list[np.ndarray]:
-        """The arrays of the message that carries this job; read_job() reads it.
+        """A list of the arrays of the message that carries this job; read_job() reads it.
 
         Raises DeviceError if the weights are neither arrays nor have a recipe.
         """
@@ -65,6 +65,7 @@ class RankFacts:
         isa: instruction set; "" if the device has none.
         program: hash of the rank's Program.
         state_in_file: True if the whole K/V cache is in the file that the parent keeps.
+        block_bytes: bytes of one K/V block on this rank; 0 if blocks cannot be read or written.
     """
 
     isa: str
@@ -73,7 +74,7 @@ class RankFacts:
     block_bytes: int = 0
 
     def parts(self) -> list[np.ndarray]:
-        """The arrays of the message that carries these facts; read_facts() reads it."""
+        """A list of the arrays of the message that carries these facts; read_facts() reads it."""
         content = text([self.isa, self.program, self.state_in_file, self.block_bytes])
         return [np.array([0, len(content)], np.int64), content]
 

@@ -36,7 +36,7 @@ class FrameOrder:
 
 
 class Silence:
-    """How long the other end of a link has been silent. allowed: seconds after which it counts as gone."""
+    """Tells how long the other end of a link may still be silent. allowed: seconds after which it counts as gone."""
 
     def __init__(self, allowed: float, now: float) -> None:
         self.allowed, self.last = allowed, now
@@ -89,7 +89,7 @@ class HasLife(Protocol):
 
     @property
     def alive(self) -> bool:
-        """True until the connection to it is lost."""
+        """True until the connection to the member is lost."""
 
 
 Member = TypeVar("Member", bound=HasLife)
@@ -118,7 +118,7 @@ class Roster(Generic[Member]):
 
 
 class Epoch(Generic[Member, Answer]):
-    """What a coordinator knows about one epoch of a group.
+    """The coordinator's record of one epoch of a group: the members' answers, and why the epoch ended.
 
     A step is complete when all members have answered it. The first failure ends the epoch for good: whatever comes
     later, or from another epoch, is dropped.
@@ -165,14 +165,14 @@ class HostRanks(Protocol):
         """Hand a step to the ranks. Returns nothing."""
 
     def stop(self) -> None:
-        """End the ranks. Returns nothing; then they have ended."""
+        """End the ranks, and wait until they have ended. Returns nothing."""
 
 
 class Session:
-    """What an agent does for one coordinator. At most one epoch's ranks run at a time.
+    """An agent's work for one coordinator: take() follows its frames. The ranks of at most one epoch run at a time.
 
-    start: starts the ranks that a message describes, and returns their HostRanks. What an earlier epoch left has ended
-    before.
+    start: function that starts the ranks that a message describes and returns their HostRanks. It is called when the
+    ranks of an earlier epoch have ended.
     """
 
     def __init__(self, start: Callable[[bytes], HostRanks]) -> None:

@@ -97,7 +97,7 @@ class BlocksRequest:
 def blocks_parts(
     blocks: Sequence[int], contents: np.ndarray | None = None, rank_bytes: Sequence[int] = ()
 ) -> list[np.ndarray]:
-    """The arrays of the message for a request to read blocks, or to write `contents` to them.
+    """A list of the arrays of the message for a request to read blocks, or to write `contents` to them.
 
     contents: uint8 [blocks, bytes], of which each rank takes its `rank_bytes` columns.
     """
@@ -111,7 +111,7 @@ def blocks_parts(
 
 
 def read_blocks_request(message: memoryview, rank: int) -> BlocksRequest | None:
-    """The request to move blocks in a message, as it is for one rank; None if the message is a step."""
+    """The BlocksRequest in a message, with the contents of this rank; None if the message asks for a step."""
     r = Reader(message)
     blocks, ranks, _, _, _, _, _, flags, _ = r.array(np.int64, 9).tolist()
     if not flags & (READ | WRITE):
@@ -124,7 +124,7 @@ def read_blocks_request(message: memoryview, rank: int) -> BlocksRequest | None:
 
 
 def contents_parts(contents: np.ndarray | None) -> list[np.ndarray]:
-    """The arrays of the message that answers a request to move blocks. contents: those read, or None."""
+    """A list of the arrays of the message that answers a BlocksRequest. contents: those read; None after a write."""
     rows, width = (0, 0) if contents is None else contents.shape
     head = np.array([0, 0, rows, width, 0], np.int64)
     return [head] if contents is None else [head, contents]

@@ -47,10 +47,10 @@ class PostedStep:
 
 
 class PostedExecutable(Executable):
-    """Base class of executables that post steps to other processes and receive their results.
+    """Base class of executables that post requests to other processes and receive their results.
 
-    The first thing posted, number 0, is the load. depth: number of pipeline stages. checks: check each request in
-    this process, because a rank that raised an error alone would end the group.
+    A request is a step, or a transfer of K/V blocks; number 0 is the load. depth: number of pipeline stages. checks:
+    check each step in this process, because a rank that raised an error alone would end the group.
     """
 
     facts: list[RankFacts]
@@ -63,15 +63,15 @@ class PostedExecutable(Executable):
 
     @abstractmethod
     def post(self, request: Sequence[np.ndarray], number: int) -> None:
-        """Send the request of step `number` to all ranks. Returns nothing."""
+        """Send request `number`, as arrays, to all ranks. Returns nothing."""
 
     @abstractmethod
     def answered(self, number: int) -> bool:
-        """True if all ranks have completed step `number`, or never will because the group has ended."""
+        """True if all ranks have answered request `number`, or never will because the group has ended."""
 
     @abstractmethod
     def replies(self, number: int) -> list[memoryview]:
-        """Wait for each rank's answer to post `number`, and return the answers in order of rank. Raises DeviceLost."""
+        """Wait for all ranks' answers to request `number`, and return them as a list by rank. Raises DeviceLost."""
 
     @abstractmethod
     def check_alive(self) -> None:
@@ -120,7 +120,10 @@ class PostedExecutable(Executable):
             self._move(blocks_parts(blocks[i : i + each], contents[i : i + each], sizes))
 
     def _move(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Post a request to move blocks after all steps, and return each rank's contents. Raises DeviceError."""
+        """Post a request to read or write blocks after all steps, and return a list of each rank's contents.
+
+        Raises DeviceError if a rank fails.
+        """
         while self.pending:
             self.receive_until(self.pending[0])
         self.check_alive()

@@ -28,7 +28,8 @@ class Recorder:
     Attributes:
         readings: clock readings, in seconds.
         launches: for each launch its failure as text, or None if it succeeded.
-        restarts: for each restart of the device whether it succeeded; "kept": and has the K/V of the lost device.
+        restarts: for each restart of the device True if it succeeded, "kept" if the new device also has the K/V of
+            the lost one, else False.
         seed: the last random number drawn.
     """
 
@@ -135,8 +136,8 @@ class RecordedRng:
 class RecordedEngine(Engine):
     """An Engine that journals its construction and each call of add, suspend, resume, step, abort and drain.
 
-    Entries are JSON-serialisable; replay() reads them. If add raises RequestError or Refused, its entry has that
-    error's name. A call that raises any other error writes no entry.
+    Entries are JSON-serialisable; replay() reads them. If add or resume raises RequestError or Refused, its entry has
+    that error's name. A call that raises any other error writes no entry.
     """
 
     def __init__(

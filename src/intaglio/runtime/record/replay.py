@@ -28,7 +28,7 @@ class Replayed:
 
     Attributes:
         steps: number of steps run.
-        requests: number of requests added, refused ones included.
+        requests: number of requests added or resumed, refused ones included.
         tokens: number of tokens generated.
         faults: number of launches that the journal records as failed.
         divergence: the first difference from the journal, as text; None if there is none.
@@ -127,7 +127,7 @@ class Player:
         return self.readings.popleft() if self.readings else 0.0
 
     def restart(self) -> Executable:
-        """The replacement for a lost executable: another one, or the same one if the journal says that K/V was kept.
+        """The replacement for a lost executable: a new one, or the same again if the journal says that K/V was kept.
 
         Raises DeviceError if the recorded restart failed, or none is left.
         """

@@ -110,7 +110,7 @@ def _mark(text: str, special: Mapping[str, int]) -> str:
 
 
 def _until(rule: str, end: str, special: Mapping[str, int]) -> str:
-    """A Lark rule named `rule`: any text up to and including the first delimiter `end`."""
+    """The text of a Lark rule named `rule`: any text up to and including the first delimiter `end`."""
     if end in special:
         return f"{rule}: /(?s:.*)/ {_mark(end, special)}"
     literal = re.escape(end).replace("/", r"\/")
@@ -123,7 +123,7 @@ def _optional(marks: Sequence[str], special: Mapping[str, int]) -> str:
 
 
 def _many(several: bool, rule: str = "start") -> str:
-    """Lark rule named `rule` for one `call`; with `several`, for 1 to MAX_FORCED_CALLS calls, one on each line."""
+    """The text of a Lark rule named `rule`: one `call`; with `several`, 1 to MAX_FORCED_CALLS calls, one a line."""
     return f'{rule}: call ("\\n" call){{0,{MAX_FORCED_CALLS - 1}}}' if several else f"{rule}: call"
 
 
@@ -141,7 +141,7 @@ def _by_name(tools: Tools, write: Any, start: str) -> tuple[Literal["lark"], str
 
 
 def _object(tools: Tools, keys: tuple[str, str], extra: dict[str, Any]) -> dict[str, Any]:
-    """JSON schema of a call as an object: `keys` are the names of its tool-name and arguments fields.
+    """The JSON schema, a dict, of a call as an object. keys: names of its tool-name field and its arguments field.
 
     extra: further required properties. Each tool's argument schema goes to $defs; references inside it are adjusted.
     """
@@ -164,7 +164,10 @@ def _list(schema: dict[str, Any], most: int = MAX_FORCED_CALLS) -> dict[str, Any
 
 
 def moved(schema: Any, root: str) -> Any:
-    """A copy of a JSON schema that is now nested at the pointer `root`: its references "#..." become `root`...."""
+    """A copy of a JSON schema for its new place in another schema, the JSON pointer `root`.
+
+    Each reference "#REST" becomes `root` followed by REST.
+    """
     if isinstance(schema, list):
         return [moved(item, root) for item in schema]
     if not isinstance(schema, Mapping):

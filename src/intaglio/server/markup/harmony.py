@@ -14,7 +14,7 @@ MARKS = (CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
 
 
 def harmony(s: Source, tools: Tools) -> Steps[None]:
-    """Parse a whole output in harmony format and yield its parts.
+    """Parse a whole output in harmony format and yield it as Parts (text, call starts, arguments).
 
     The output may begin inside a message whose header is in the prompt.
     """

@@ -127,7 +127,7 @@ def _members(s: Source, depth: int, begin: str, end: str) -> Pieces[bool]:
 
 
 def call(s: Source, known: Tools | None = None) -> Steps[bool]:
-    """Parse one call, {"name": ..., "arguments": ...}, and yield its parts. Other keys are skipped.
+    """Parse one call, {"name": ..., "arguments": ...}, and yield it as Parts. Other keys are skipped.
 
     known: if given, the name must be one of these tools. Returns True if a call was begun, even if its arguments
     are cut off.
@@ -181,7 +181,7 @@ def call(s: Source, known: Tools | None = None) -> Steps[bool]:
 def arguments(s: Source) -> Pieces[bool]:
     """Parse a call's arguments and yield them as pieces of the text of a JSON object; null becomes {}.
 
-    Accepts an object, null, or a string that contains an object. Returns True for these, False for anything else.
+    Accepts an object, null, or a string that is empty or contains one of them. Returns True for these, else False.
     """
     if not (yield from blanks(s)):
         return False
@@ -203,7 +203,7 @@ def arguments(s: Source) -> Pieces[bool]:
 
 
 def calls(s: Source, known: Tools | None = None, joined: str = "") -> Steps[bool]:
-    """Parse one call or a JSON list of calls, and yield their parts. Returns True if at least one was begun.
+    """Parse one call or a JSON list of calls, and yield them as Parts. Returns True if at least one was begun.
 
     known: tools that a call may name; None: any. joined: separator of several calls outside a list; "": only one
     call.
@@ -246,9 +246,9 @@ def _text(text: str) -> Pieces[bool]:
 
 
 def plain(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse calls without delimiters around them, and yield their parts. Returns True if a call was begun.
+    """Parse calls without delimiters around them, and yield them as Parts. Returns True if a call was begun.
 
-    They are JSON objects separated by `;`, or a JSON list.
+    The calls are JSON objects separated by `;`, or a JSON list. Without an opener they must name one of `tools`.
     """
     return (yield from calls(s, None if opener else tools, ";"))
 
@@ -268,7 +268,10 @@ def enclosed(end: str, *more: str) -> Reading:
 
 
 def peek_call(s: Source) -> Generator[None, None, bool]:
-    """Consume what separates another call from the last: a line break or a comma. Returns False if no call follows."""
+    """Consume the spaces, line breaks and commas before another call.
+
+    Returns False, with nothing consumed, if no call follows.
+    """
     while not s.last and not s.held.lstrip(" \n,"):
         yield None
     text = s.held.lstrip(" \n,")

@@ -20,10 +20,10 @@ ACTION, END_ACTION = "<|START_ACTION|>", "<|END_ACTION|>"
 
 
 def mistral(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse Mistral's calls and yield their parts: a JSON list, or `name[ARGS]{...}` after each opener.
+    """Parse Mistral's calls and yield them as Parts. Returns True if a call was begun.
 
-    The second form is that of tokenizer v11 and later. The list may also come without an opener. Returns True if a
-    call was begun.
+    They are a JSON list, or from tokenizer v11 on `name[ARGS]{...}` after each opener. The list may also come without
+    an opener.
     """
     if not (yield from blanks(s)):
         return False
@@ -50,7 +50,7 @@ def mistral(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def deepseek(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse DeepSeek's calls and yield their parts. Returns True if one was begun.
+    """Parse DeepSeek's calls and yield them as Parts. Returns True if a call was begun.
 
     V3 and R1 write `function<sep>NAME`, a line break and a fenced JSON block; V3.1 writes `NAME<sep>{...}`.
     """
@@ -74,9 +74,9 @@ def deepseek(s: Source, opener: str, tools: Tools) -> Steps[bool]:
 
 
 def kimi(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse Kimi-K2's calls, `functions.NAME:NUMBER<sep>{...}`, and yield their parts. Returns True if one was begun.
+    """Parse Kimi-K2's calls, `functions.NAME:NUMBER<sep>{...}`, and yield them as Parts.
 
-    All text before <sep> is the call's id; the function's name is the middle part of it.
+    All text before <sep> is the call's id; NAME is the function's name. Returns True if a call was begun.
     """
     m, began = KIMI, False
     while opener == m["call"] or (yield from skip(s, m["call"])):

@@ -31,7 +31,7 @@ def pythonic(*ends: str) -> Reading:
 
 
 def _python(s: Source, opener: str, tools: Tools) -> Steps[bool]:
-    """Parse a bracketed list of Python calls, or one call per line. Returns True if one was begun."""
+    """Parse Python calls, in a bracketed list or one per line, and yield Parts. Returns True if a call was begun."""
     if s.held[0] == "[":
         while re.fullmatch(r"\[\s*", s.held) and not s.last:
             yield None
@@ -111,7 +111,7 @@ def _argument_end(text: str) -> int | None:
 
 
 def _keywords(text: str) -> dict[str, Any] | None:
-    """{key: value} of the text of one keyword argument; {} for an empty text, None if it is anything else."""
+    """A dict {name: value} parsed from the text of one keyword argument; {} for an empty text, None for any other."""
     try:
         node = ast.parse(f"f({text})", mode="eval").body
         assert isinstance(node, ast.Call)

@@ -108,7 +108,7 @@ class Reader:
     def _reasoning(self) -> Steps[bool]:
         """Parse reasoning at the beginning of the output.
 
-        Returns True if there was some, False if none begins there.
+        Returns True if there was reasoning, else False.
         """
         s, thinking = self.source, self.style.thinking
         assert thinking
@@ -135,7 +135,7 @@ class Reader:
         return True
 
     def _content(self, gap: bool) -> Steps[None]:
-        """Parse content and tool calls to the end of the output and yield their parts.
+        """Parse content and tool calls to the end of the output and yield them as Parts.
 
         `gap`: skip line breaks first (they follow reasoning).
         """
@@ -171,9 +171,9 @@ class Reader:
             yield None
 
     def _call(self, opener: str, form: Form) -> Steps[bool]:
-        """Parse calls after `opener`, or at the beginning of the text if it is "". Returns True if one was begun.
+        """Parse calls after `opener`, or at the beginning of the text if it is "". Returns True if a call was begun.
 
-        If none was begun, the text consumed becomes content.
+        If no call was begun, the text consumed becomes content.
         """
         s = self.source
         if not opener:

@@ -17,7 +17,7 @@ Tools = Mapping[str, Mapping[str, Any]]  # name of a tool to the JSON schema of 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """A piece of text of the output, of the content or of the reasoning by its role."""
+    """A piece of output text. `role`: "content" or "reasoning"."""
 
     role: Role
     text: str
@@ -25,7 +25,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class CallStart:
-    """The beginning of a tool call. `id` is None if the format has no ids."""
+    """The beginning of a tool call. `id` is None if the output has no id for the call."""
 
     name: str
     id: str | None = None
@@ -64,7 +64,7 @@ class Source:
         self.taken = ""
 
     def waits_for(self, *marks: str) -> bool:
-        """True if more text may come and the held text is the incomplete beginning of one of the marks."""
+        """True if more text may come and the held text, which may be empty, is an incomplete beginning of a mark."""
         return not self.last and any(m != self.held and m.startswith(self.held) for m in marks)
 
     def safe(self, *marks: str) -> int:

@@ -85,9 +85,9 @@ def tagged(end: str, *ways: Tags) -> Reading:
 
 
 def _way(s: Source, ways: tuple[Tags, ...]) -> Generator[None, None, Tags | None]:
-    """Consume the opening tag of the next call and return the Tags it belongs to; None if no call follows.
+    """Consume the opening tag of the next call and return the Tags of `ways` that have it.
 
-    If the text begins with none of the opening tags, Tags without an opening tag are returned, if `ways` has some.
+    If the text begins with none of the opening tags, returns the Tags that need none, or None if `ways` has no such.
     """
     marks = [w.begin for w in ways if w.begin]
     found = (yield from skip(s, *marks)) if marks else None
@@ -134,8 +134,8 @@ def _call(s: Source, way: Tags, end: str, tools: Tools) -> Steps[bool]:
 def _argument(s: Source, way: Tags, kinds: set[str], follow: tuple[str, ...]) -> Pieces[bool]:
     """Parse one argument's value and yield it as JSON text; strings piece by piece, other values when complete.
 
-    kinds: JSON types that the tool's schema allows. follow: tags of which one must come after the value's closing tag.
-    Returns False if the closing tag never comes.
+    kinds: JSON types that the tool's schema allows. follow: tags that may come after the value's closing tag.
+    Returns True, or False if the closing tag never comes.
     """
     if kinds == {"string"}:
         yield '"'
@@ -156,9 +156,11 @@ def _argument(s: Source, way: Tags, kinds: set[str], follow: tuple[str, ...]) ->
 
 
 def raw(s: Source, mark: str, follow: tuple[str, ...]) -> Pieces[bool]:
-    """Yield the text up to a closing tag `mark` that one of `follow` comes after, so that the text may contain `mark`.
+    """Yield the text before the closing tag `mark`, in pieces.
 
-    One line break at each end of the text is removed. Returns True, or False if such a closing tag never comes.
+    The text itself may contain `mark`: only a `mark` before one of `follow`, or at the end of the output, is the
+    closing tag. One line break at each end of the text is removed. Returns True, or False if the closing tag never
+    comes.
     """
     while not s.held and not s.last:
         yield None

@@ -78,7 +78,7 @@ class Instruction:
         raise NotImplementedError
 
     def cost(self, target: Target) -> Cost:
-        """The Cost of the instruction on a target."""
+        """The Cost of the instruction on a target. Raises ChipError for operands of a format that the chip lacks."""
         raise NotImplementedError
 
     def shapes(self) -> Shapes:
@@ -110,7 +110,7 @@ REGION_FIELDS: dict[int, tuple[str, ...]] = {}
 
 
 def own_fields(cls: type[Instruction]) -> tuple[tuple[str, Any], ...]:
-    """(name, type) of all fields but `wait`, in the order in which they are encoded."""
+    """A tuple of (name, type) for each field but `wait`, in the order in which they are encoded."""
     if cls.opcode not in FIELDS:
         hints = typing.get_type_hints(cls)
         FIELDS[cls.opcode] = tuple((f.name, hints[f.name]) for f in fields(cls) if f.name != "wait")
@@ -118,7 +118,7 @@ def own_fields(cls: type[Instruction]) -> tuple[tuple[str, Any], ...]:
 
 
 def region_fields(cls: type[Instruction]) -> tuple[str, ...]:
-    """Names of the fields that hold a Region or None."""
+    """A tuple of the names of the fields that hold a Region or None."""
     if cls.opcode not in REGION_FIELDS:
         named = own_fields(cls)
         REGION_FIELDS[cls.opcode] = tuple(n for n, kind in named if kind is Region or Region in get_args(kind))

@@ -130,7 +130,7 @@ def deal_jobs(chip: ChipSpec, jobs: Sequence[Job], site: str) -> Iterator[tuple[
 
 
 def slices(n: int, step: int) -> list[slice]:
-    """Slices of length `step` that cover 0 .. n - 1; the last may be shorter."""
+    """A list of slices of length `step` that cover 0 .. n - 1; the last may be shorter."""
     return [slice(i, min(n, i + step)) for i in range(0, n, step)]
 
 

@@ -133,10 +133,11 @@ def links_used(chip: ChipSpec, op: str, chips: int) -> int:
 
 
 def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
-    """Names of the algorithms among which the fastest is chosen.
+    """A list of the names of the algorithms among which the fastest is chosen.
 
-    If the library has only rings, on a torus, and in groups of more than MAX_SIMULATED_RANKS: ring, or direct for
-    all_to_all and send. Otherwise all that fit the number of chips; two_step only on k44.
+    It is ["ring"], or ["direct"] for all_to_all and send, in three cases: the library has only rings, the topology is a
+    torus, or the group has more than MAX_SIMULATED_RANKS chips. Otherwise it has all algorithms that fit the number of
+    chips; two_step only on k44.
     """
     found = collectives.algorithms(op, chips)
     topology = target.chip.links.topology
@@ -213,8 +214,8 @@ def link_traffic(network: Network, op: str, algorithm: str) -> float:
 def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing:
     """The Timing of a collective of a tensor of `moved` bytes over `chips` chips, by the fastest algorithm.
 
-    The fastest protocol is used too. Raises ChipError for an unknown collective, and for more chips than one
-    network connects.
+    The fastest protocol is used too. A single chip takes 0 seconds. Raises ChipError for an unknown collective, and
+    for more chips than one network connects.
     """
     chip = target.chip
     if op not in OPS:
@@ -381,7 +382,7 @@ class CollectiveRun:
 
     @cached_property
     def regions(self) -> list[ChunkRegions]:
-        """The input and output chunk regions of each chip, by the schedule's chunk numbers. Allocates the outputs."""
+        """A list of the ChunkRegions of each chip, by the schedule's chunk numbers. Allocates the outputs."""
         n, x = self.n, [memory.region("x") for memory in self.memories]
         total, runs = x[0].rows, [shared_rows(x[0].rows, i, n) for i in range(n)]
         rows = [slice(run.start, run.stop) for run in runs]
@@ -422,7 +423,7 @@ class CollectiveRun:
                 ]
 
     def chunk_tiles(self) -> list[ChunkTile]:
-        """A list of all chunks, cut into ChunkTiles of at most the size that tile() gives."""
+        """A list of all chunks, cut into ChunkTiles of at most the size `tile`."""
         found: list[ChunkTile] = []
         messages = sum(step.kind == "send" for step in self.schedule.steps)
         chunks = {c: r for regions in self.regions for c, r in regions.inputs.items()}
@@ -443,7 +444,7 @@ class CollectiveRun:
         return rows, cols
 
     def streams(self) -> list[Stream]:
-        """The instruction streams of all chips. Chunk tiles are dealt round-robin to the cores, alike on every chip."""
+        """A list of the Streams of all chips. Chunk tiles are dealt round-robin to the cores, alike on every chip."""
         tiles, steps = self.chunk_tiles(), dict[tuple[int, int], list[Step]]()
         for step in self.schedule.steps:
             steps.setdefault((step.rank, step.chunk), []).append(step)
@@ -457,7 +458,7 @@ class CollectiveRun:
         return out
 
     def run(self) -> tuple[list[np.ndarray], RunResult]:
-        """Execute the streams. Returns (output of each chip that has one, time and counters of the run)."""
+        """Execute the streams. Returns (list of the outputs of the chips that have one, RunResult)."""
         streams = self.streams()
         memories = {chip: memory.hbm for chip, memory in enumerate(self.memories)}
         result = Machine(self.target, memories).run(streams)
@@ -471,6 +472,6 @@ def run_collective(
     """Execute a collective on the simulator, with the streams of all its chips.
 
     parts: the input f32 [rows, width] of each rank of the group; for a send, the sender's input and an empty array.
-    Returns the output of each chip that has one, and the time and counters of the run.
+    Returns (list of the outputs of the chips that have one, RunResult with the time and counters).
     """
     return CollectiveRun(op, target, parts).run()

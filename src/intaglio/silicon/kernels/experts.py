@@ -72,9 +72,9 @@ class ExpertsKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Experts, t: Tensors, batch: Batch) -> list[Stream]:
-        """Streams of the last of four launches.
+        """A list of the Streams of the last of four launches.
 
-        The first three are executed here, since each launch needs the results before.
+        The first three are executed here, since each launch needs the results of the one before.
 
         1. Sort the routed rows by expert. 2. Gate and up over gathered tokens. 3. Down, scattered back to the order of
         routing, with zeros for rows of experts that other chips hold. 4. The weighted sum of each token's rows.
@@ -284,7 +284,7 @@ def sort_by_expert(mem: ChipMemory, op: Experts, ids: Region, out: tuple[Region,
 def gate_up(
     mem: ChipMemory, op: Experts, sizes: np.ndarray, order: Region, tokens: Region, out: Region
 ) -> list[Stream]:
-    """Streams that compute out = act(gate(x)) * up(x), each row with its own expert.
+    """A list of Streams that compute out = act(gate(x)) * up(x), each row with its own expert.
 
     out [rows, inner] has the rows sorted by expert.
     """
@@ -311,7 +311,7 @@ def gate_up(
 
 
 def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[Stream]:
-    """Streams that set rows of `out` to zero: those listed in `rows` [1, n], whose experts other chips hold."""
+    """A list of Streams that set to zero the rows of `out` listed in `rows` [1, n], whose experts other chips hold."""
     step = max(1, min(ROWS, mem.chip.sram_bytes // (8 * out.cols)))
     streams = []
     for k, mine in deal_jobs(mem.chip, slices(rows.cols, step), op.site):
@@ -325,7 +325,7 @@ def zero_rows(mem: ChipMemory, op: Experts, rows: Region, out: Region) -> list[S
 
 
 def down(mem: ChipMemory, op: Experts, sizes: np.ndarray, order: Region, x: Region, out: Region) -> list[Stream]:
-    """Streams that compute the down product, each row with its own expert.
+    """A list of Streams that compute the down product, each row with its own expert.
 
     x is sorted by expert, `out` in routing order.
     """
@@ -352,7 +352,7 @@ Bias = tuple[Region | None, Region | None]  # [experts, n] in HBM, and a tile fo
 
 
 def biases(mem: ChipMemory, k: StreamBuilder, names: Sequence[str | None], tn: int) -> list[Bias]:
-    """(region in HBM, tile of `tn` columns) for each bias in `names`; (None, None) for a missing one."""
+    """A list of (region in HBM, tile of `tn` columns) for each bias in `names`; (None, None) for a missing bias."""
     return [(r, k.tile(1, tn, r.format) if r else None) for r in map(mem.optional_region, names)]
 
 
@@ -364,7 +364,7 @@ def bias_of(
 
 
 def combine(mem: ChipMemory, op: Experts, parts: Region) -> list[Stream]:
-    """Streams that sum each token's rows of `parts`, times their routing weights, and add the residual."""
+    """A list of Streams that sum each token's rows of `parts`, times their routing weights, and add the residual."""
     out, top, residual = mem.region(op.out), mem.region(op.ids).cols, mem.optional_region(op.residual)
     width = min(COMBINE_COLUMNS, out.cols)
     step = max(1, min(ROWS, mem.chip.sram_bytes // (3 * 4 * width * (top + 2))))

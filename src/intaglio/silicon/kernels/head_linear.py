@@ -41,7 +41,7 @@ class HeadLinearKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: HeadLinear, t: Tensors, batch: Batch) -> list[Stream]:
-        """Streams that compute each head's product in tiles, as `linear` does.
+        """A list of Streams that compute each head's product in tiles, as `linear` does.
 
         Columns of a head beyond K are copied.
         """

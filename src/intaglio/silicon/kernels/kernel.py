@@ -55,7 +55,7 @@ class ChipKernel:
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Any, t: Tensors, batch: Batch) -> list[Stream]:
-        """Write the op's instruction streams and return them, one for each core that has work.
+        """Write the op's instructions. Returns a list with one Stream for each core that has work.
 
         `mem` holds the operands; regions for the results are allocated in it.
         """
@@ -148,7 +148,7 @@ def unsupported_reason(op: Op, t: Tensors) -> str | None:
 
 
 def run_op(board: ChipMemory, op: Op, t: Tensors, batch: Batch) -> dict[str, np.ndarray]:
-    """Execute one op on the simulator and return its results by tensor name.
+    """Execute one op on the simulator and return a dict of its results by tensor name.
 
     `board`: the chip's memory, which holds the operands. Raises MachineError if no kernel supports the op.
     """

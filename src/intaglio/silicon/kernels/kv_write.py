@@ -95,9 +95,9 @@ class KvWriteKernel(ChipKernel):
 def emit_head_scales(
     mem: ChipMemory, k: StreamBuilder, ring: Ring, dst: Region, name: str | None, heads: np.ndarray
 ) -> None:
-    """Emit the load of the scales of an e4m3 cache into `dst`, f32 [n, 1]: for each row that of its head, or 1.
+    """Emit instructions that fill `dst`, f32 [n, 1], with the scale of each row's head in an e4m3 cache.
 
-    ring: tiles for the indices. name: the op's operand of scales, or None.
+    ring: tiles for the indices. name: the op's operand of scales; None: all scales are 1. heads: the head of each row.
     """
     if name is None:
         k.emit(isa.Fill(dst=dst, value=1.0))

@@ -48,7 +48,7 @@ class LinearKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Linear, t: Tensors, batch: Batch) -> list[Stream]:
-        """Streams of the product, with the tiles of the closed form; a first launch rounds x and is executed here.
+        """A list of the product's Streams, in the tiles of the closed form. A first launch, executed here, rounds x.
 
         Tiles of the result are dealt to the cores. A tile's product runs over K with rings of both operands; Drain then
         applies bias, activation and residual. A GLU pair uses two accumulators of half the columns each.
@@ -81,8 +81,8 @@ def drain(
 ) -> None:  # fmt: skip
     """Emit what follows the product of one tile: loads of bias and residual, Drain, and the Store of the result.
 
-    accs: one accumulator, or two of a GLU pair. extra: a tile for the bias of each; parts: its columns. rings: tiles of
-    some rows of the result and of the residual, one after the other.
+    accs: one accumulator, or two of a GLU pair. extra: a tile for the bias of each accumulator. parts: the columns of
+    each bias. rings: tiles of a few rows of the result and of the residual, since a tile is drained piece by piece.
     """
     biases: list[Region | None] = [None, None]
     for j, (tile, part) in enumerate(zip(extra, parts, strict=False)):

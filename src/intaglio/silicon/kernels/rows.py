@@ -64,7 +64,7 @@ class RowsKernel(ChipKernel):
 
 
 def by_rows(mem: ChipMemory, site: str, rows: int, widths: Sequence[int], body: Any) -> list[Stream]:
-    """Write and return streams that process `rows` rows in tiles dealt to the cores.
+    """A list of Streams that process `rows` rows in tiles dealt to the cores.
 
     body(builder, rings, rows): emits the instructions of one tile. `rings` has a ring of two f32 tiles for each of
     `widths` columns.
