@@ -108,7 +108,7 @@ def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
 
 
 def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, op without it) for a rope op: pairing style, rotated columns, attention factor, frequencies."""
+    """Yield (mistake, corrected op) for a rope op: pairing style, rotated columns, attention factor, frequencies."""
     other = "half" if op.style == "interleaved" else "interleaved"
     yield f"the wrong rope style: pairs are {other}, not {op.style}", replace(op, style=other)
     end = "last" if not op.trailing else "first"
@@ -121,7 +121,7 @@ def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
 
 
 def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, op without it) for a norm: offset, kind, eps, weight, residual."""
+    """Yield (mistake, corrected op) for a norm: offset, kind, eps, weight, residual."""
     offset = 1.0 - op.offset
     yield f"the norm's offset: the weight is stored as weight - {offset:.0f}", replace(op, offset=offset)
     for kind in ("rms", "layer", "l2") if op.norm != "none" else ():
@@ -138,7 +138,7 @@ def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
 
 
 def _linear(scene: Scene, op: Linear) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, op without it) for a linear: bias, weight, scale, activation."""
+    """Yield (mistake, corrected op) for a linear: bias, weight, scale, activation."""
     if op.bias is not None:
         yield "a bias that does not belong there", replace(op, bias=None)
     else:
@@ -167,7 +167,7 @@ def _turned(scene: Scene, op: Linear) -> Op:
 
 
 def _attend(scene: Scene, op: Attend) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, op without it) for attention: window, chunk, softcap, scale, sinks, temperature."""
+    """Yield (mistake, corrected op) for attention: window, chunk, softcap, scale, sinks, temperature."""
     length = len(scene.batch.tokens)
     windows = [w for w in (0, op.window - 1, op.window + 1, *range(1, length)) if w >= 0 and w != op.window]
     for w in dict.fromkeys(windows):
@@ -192,7 +192,7 @@ def _attend(scene: Scene, op: Attend) -> Iterator[tuple[str, Op]]:
 
 
 def _map(scene: Scene, op: Map) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, op without it) for an elementwise op: operands swapped, activation, residual scale."""
+    """Yield (mistake, corrected op) for an elementwise op: operands swapped, activation, residual scale."""
     if op.b is not None and op.c is None:
         yield "gate and up are swapped" if "(a)" in op.expr else "operands are swapped", replace(op, a=op.b, b=op.a)
     for old in FUNCTIONS:
@@ -208,7 +208,7 @@ def _map(scene: Scene, op: Map) -> Iterator[tuple[str, Op]]:
 
 
 def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, op without it) for expert routing: normalisation, score, bias, scale, groups."""
+    """Yield (mistake, corrected op) for expert routing: normalisation, score, bias, scale, groups."""
     does = "are not" if op.normalise else "are"
     yield f"the wrong renormalisation: weights {does} divided by their sum", replace(op, normalise=not op.normalise)
     for score in ("softmax", "sigmoid", "chosen"):
@@ -231,7 +231,7 @@ def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
 
 
 def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, op without it) for experts: such as activation, clamp or transposed matrices."""
+    """Yield (mistake, corrected op) for experts, such as activation, clamp or transposed matrices."""
     yield "gate and up of the experts are swapped", replace(op, gate=op.up, up=op.gate)
     for act in SPARE:
         if act != op.activation:

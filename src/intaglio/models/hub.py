@@ -170,7 +170,10 @@ class _Repository:
         self.why = ""  # why the hub cannot be reached
 
     def fetch(self, tag: str | None, progress: Progress) -> Path:
-        """Download the files to read, if the cache lacks them. Returns their folder in the cache, or the GGUF file."""
+        """Download the files to read, if the cache lacks them. Returns their folder in the cache, or the GGUF file.
+
+        Raises HubError.
+        """
         progress(0, 0, f"looking up {self.repo}")
         sizes = self._sizes()
         if sizes is None:

@@ -17,7 +17,7 @@ Facts = dict[str, Any]
 def attention_facts(t: Trace, rec: Attention, x: np.ndarray, result: np.ndarray) -> tuple[Facts, list[Norm]]:
     """Find out what an attention block computes that reads x and yields `result`. Raises Unmatched.
 
-    Returns (facts, the norms of queries and keys). facts: a dict of its sizes, projections, norms, rope, scale, mask
+    Returns (dict of properties, list of the norms of q and k). Properties: sizes, projections, norms, rope, scale, mask
     and gate.
     """
     own = list(linears(t, rec.name))
@@ -129,9 +129,9 @@ def _layouts(readers: list[Linear], rec: Attention) -> Iterator[tuple[str, list[
 
 
 def _projections(t: Trace, rec: Attention, readers: list[Linear], found: list[Norm], f: Facts) -> list[Norm]:
-    """Add the layout of the projections, the norms of queries and keys and the rope to the facts `f`.
+    """Add the layout of the projections, the norms of queries and keys and the rope to the properties `f`.
 
-    Returns the norms. A factor on the queries is multiplied into f["scale"]. Raises Unmatched.
+    Returns a list of the norms. A factor on the queries is multiplied into f["scale"]. Raises Unmatched.
     """
     q, k, late = rec.q, rec.k, [_late(found, x) for x in (rec.q, rec.k)]
     if late[0] is not None and late[1] is not None:

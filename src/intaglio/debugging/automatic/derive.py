@@ -222,7 +222,7 @@ def _saved(folder: Path, module: str) -> str:
 
 
 def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
-    """{version, defaults, aliases, title, head, vocabulary}: what the port file needs besides the facts."""
+    """{version, defaults, aliases, title, head, vocabulary}: what the port file needs besides the traced properties."""
     import transformers
 
     rope = tiny.usual.get("rope_parameters") or {}
@@ -242,8 +242,8 @@ def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
 def _stored(folder: Path, first: Variant) -> str:
     """The name of the form in which the checkpoint holds experts, such as STACKED; "" without experts.
 
-    The forms are NAMED, NUMBERED, STACKED and TRANSPOSED of models.decoder. For NUMBERED, "saved_block" is added to the
-    facts of the mixture. Raises PortingError for another form.
+    The forms are NAMED, NUMBERED, STACKED and TRANSPOSED of models.decoder. For NUMBERED, "saved_block" is added to
+    first.facts["mixture"]. Raises PortingError for another form.
     """
     m = first.facts.get("mixture")
     if not m:

@@ -40,7 +40,7 @@ def text(x: Any) -> str:
 
 
 def flatten(f: Facts) -> Facts:
-    """The values of Decoder's fields, as a dict, from the facts of a model (see model_facts()).
+    """The values of Decoder's fields, as a dict, from the properties of a traced model (see model_facts()).
 
     window, chunk, rope and sparse are lists with one value per layer. Raises Unmatched if layers differ in anything
     else.
@@ -101,7 +101,7 @@ def flatten(f: Facts) -> Facts:
 
 
 def _routed(mixed: list[Facts], name: str) -> list[Facts]:
-    """The facts of all layers' mixtures, with `routing` replaced by the first way of routing that fits every layer.
+    """The properties of all layers' mixtures, with `routing` replaced by the first way that fits all.
 
     Several ways can fit one layer, because its few tokens do not tell them apart. Raises Unmatched if none fits all.
     """
@@ -200,7 +200,7 @@ def _sources(
 
 
 def _mixture(m: Facts, block: str) -> Facts:
-    """A dict of the values of Mixture's fields from the facts `m` of a mixture.
+    """A dict of the values of Mixture's fields from the properties `m` of a traced mixture.
 
     It also has how experts' parameters lie in their module (`turned`, `inside`, `experts`) and `route_scale`. Raises
     Unmatched for a shared expert with other linears.

@@ -15,7 +15,10 @@ Facts = dict[str, Any]
 
 
 def model_facts(t: Trace) -> Facts:
-    """A dict of all facts of a traced model, `layers` among them. Raises Unmatched for what Decoder cannot express."""
+    """A dict of the properties of a traced model, with one dict per layer in its list `layers`.
+
+    Raises Unmatched for what Decoder cannot express.
+    """
     name = _layer_list(t)
     calls = [_called(t, f"{name}.{i}") for i in range(t.lists[name])]
     f: Facts = {"list": name, "embedding": t.embedding, "layers": [], "hidden": calls[0].x.shape[-1], "head": t.head}
@@ -53,7 +56,7 @@ def _called(t: Trace, name: str) -> Call:
 
 
 def _embedding(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
-    """(facts, norms) of the embeddings, from which the first layer's input x is computed. Raises Unmatched."""
+    """(dict of properties, list of Norms) of the embeddings, which give the first layer's input x. Raises Unmatched."""
     table = t.weight(t.embedding)
     assert table is not None
     rows = table[np.asarray(t.tokens)]
@@ -85,7 +88,7 @@ def _summed(t: Trace, x: np.ndarray, rows: np.ndarray) -> Facts | None:
 
 
 def _layer(t: Trace, call: Call) -> tuple[Facts, list[Norm]]:
-    """(facts, norms) of one layer. Raises Unmatched."""
+    """(dict of properties, list of Norms) of one layer. Raises Unmatched for what Decoder cannot express."""
     here = [a for a in t.attention if a.name.startswith(f"{call.name}.")]
     if len(here) != 1:
         what = "no attention" if not here else f"{len(here)} calls of attention"
@@ -137,7 +140,7 @@ def _before(n: dict[str, Norm], site: str, own: list[Norm], x: np.ndarray, call:
 
 
 def _mlp(t: Trace, call: Call, attention: str) -> tuple[Facts, str, np.ndarray, np.ndarray]:
-    """(facts, name of the module within the layer, input, result) of a layer's MLP or experts. Raises Unmatched."""
+    """(dict of properties, name within the layer, input, result) of a layer's MLP or experts. Raises Unmatched."""
     inside = f"{attention}."
     own = [z for z in linears(t, call.name) if not z.name.startswith(inside)]
     experts = experts_call(t, call.name)
@@ -205,7 +208,7 @@ def _added(call: Call, x: np.ndarray, branches: tuple[np.ndarray, ...], parallel
 
 
 def _head(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
-    """(facts, norms) of what follows the last layer: final norm, output head, softcap, scale. Raises Unmatched."""
+    """(dict of properties, list of Norms) of final norm, output head, softcap and scale. Raises Unmatched."""
     outside = [n for n in norms(t, "", layers) if n.x.shape == x.shape]
     final = next((n for n in outside if same(n.x, x)), None)
     y = final.y if final is not None else x

@@ -20,7 +20,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 def dense_facts(t: Trace, own: list[Linear], x: np.ndarray, under: str) -> tuple[Facts, np.ndarray]:
-    """(facts, result) of the dense MLP that reads x and consists of linears among `own`. Raises Unmatched."""
+    """(dict of properties, result) of the dense MLP that reads x, found among the linears `own`. Raises Unmatched."""
     readers = [n for n in own if same(n.x, x)]
     downs = [n for n in own if n.y.size == x.size and not any(n is r for r in readers)]
     if not readers or not downs:
@@ -47,7 +47,10 @@ def _short(name: str, under: str) -> str:
 
 
 def _forms(readers: list[Linear], inner: np.ndarray) -> Iterator[Facts]:
-    """Yield facts of each form of MLP whose inner value is `inner`: gated, gated with one linear, or without a gate."""
+    """Yield a dict of properties for each form of MLP that gives the inner value `inner`.
+
+    The forms are: gated by two linears, gated by one linear that holds gate and up, and without a gate.
+    """
     y = inner.reshape(len(readers[0].y), -1)
     for act in ACTIVATIONS:
         fn = FUNCTIONS[act]
@@ -79,7 +82,10 @@ def experts_call(t: Trace, under: str) -> Call | None:
 
 
 def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Facts:
-    """A dict of the facts of a mixture of experts in the module `under` that reads x. Raises Unmatched."""
+    """A dict of the properties of the mixture of experts `under` that reads x: experts, routing, shared expert.
+
+    Raises Unmatched for what Mixture cannot express.
+    """
     call = experts_call(t, under)
     assert call is not None
     ids = next(a for a in call.inputs if a.dtype.kind == "i")
@@ -187,7 +193,10 @@ def _route(
 
 
 def _shared(t: Trace, under: str, call: Call, x: np.ndarray, result: np.ndarray) -> Facts:
-    """{"shared": facts of the shared expert or None, "shared_gate": name of its gate or ""}. Raises Unmatched."""
+    """{"shared": dict of its properties or None, "shared_gate": name of its gate or ""} of the shared expert.
+
+    Raises Unmatched if the module adds anything else to the experts' result.
+    """
     none: Facts = {"shared": None, "shared_gate": ""}
     if same(call.y, result):
         return none

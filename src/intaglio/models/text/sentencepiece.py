@@ -65,7 +65,10 @@ class SentencePiece:
 
     @property
     def special(self) -> dict[str, str]:
-        """{unk_token, bos_token, eos_token: text} of those of these pieces that the model has."""
+        """{name: text} of the unknown, bos and eos pieces, as far as the model has them.
+
+        The names are unk_token, bos_token and eos_token.
+        """
         out = {}
         for name, number, usual in (("unk_token", 40, 0), ("bos_token", 41, 1), ("eos_token", 42, 2)):
             id = _signed(self.trainer.get(number, usual))

@@ -30,7 +30,7 @@ class Metadata:
         return self.whole("block_count") - self.whole("nextn_predict_layers", 0)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key of the architecture; `default` if the file does not have it."""
+        """The value of a key without the architecture's prefix; `default` if the file does not have it."""
         return self.file.get(f"{self.file.architecture}.{key}", default)
 
     def one(self, key: str, default: Any = None) -> Any:
