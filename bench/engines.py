@@ -1,6 +1,7 @@
 """Intaglio, llama.cpp and PyTorch behind one interface (load, prefill, decode, logits), each in a process of its own.
 
-Used by bench/host.py. Batches are laid out and caches filled before the clock starts, and results are waited for.
+Used by bench/host.py and bench/recurrent.py. Batches are laid out and caches filled before the clock starts, and
+results are waited for.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ PAGE_TOKENS = 32
 PACKED = "packed"  # where Intaglio keeps packed weights, inside the checkpoint's folder
 PEER_BATCH = 2048  # llama.cpp's default n_batch: longer prompts are handed over in such pieces
 ENGINES = ("intaglio", "llama.cpp", "torch")
+STATELESS = StateSpec(0, PAGE_TOKENS)  # no recurrent state
 
 
 class Engine(Protocol):
@@ -70,13 +72,16 @@ def pages_each(length: int) -> int:
     return -(-length // PAGE_TOKENS)
 
 
-def prefill_batches(ids: Sequence[int], first_page: int = 0, every: bool = False) -> Iterator[Batch]:
+def prefill_batches(
+    ids: Sequence[int], first_page: int = 0, every: bool = False, state: StateSpec = STATELESS, sequence: int = 0
+) -> Iterator[Batch]:
     """The steps of one prompt; the logits of its last token are wanted, or those of every token."""
     pages = range(first_page, first_page + pages_each(len(ids)))
-    for at in range(0, len(ids), STEP_TOKENS):
+    for step, at in enumerate(range(0, len(ids), STEP_TOKENS)):
         part = ids[at : at + STEP_TOKENS]
         last = range(len(part) - 1, len(part)) if at + len(part) == len(ids) else range(0)
-        yield bind([Chunk(part, at, pages, range(len(part)) if every else last)], PAGE_TOKENS)
+        rows, slots = range(len(part)) if every else last, state.pair(sequence, step)
+        yield bind([Chunk(part, at, pages, rows, state=slots)], PAGE_TOKENS)
 
 
 def decode_token(step: int, sequence: int, sequences: int) -> int:
@@ -84,14 +89,23 @@ def decode_token(step: int, sequence: int, sequences: int) -> int:
     return step * sequences + sequence
 
 
-def decode_batches(lengths: Sequence[int], steps: int) -> Iterator[Batch]:
-    """`steps` steps of all contexts together, each in pages of its own."""
+def decode_batches(lengths: Sequence[int], steps: int, state: StateSpec = STATELESS) -> Iterator[Batch]:
+    """`steps` steps of all contexts together, each in pages of its own.
+
+    Each step reads the recurrent state after the prompt, which it leaves as it was, and writes the other slot.
+    """
     each = [pages_each(n + steps) for n in lengths]
     firsts = np.cumsum([0, *each])
     for k in range(steps):
         yield bind(
             [
-                Chunk([decode_token(k, s, len(lengths))], n + k, range(first, first + count), (0,))
+                Chunk(
+                    [decode_token(k, s, len(lengths))],
+                    n + k,
+                    range(first, first + count),
+                    (0,),
+                    state=state.pair(s, -(-n // STEP_TOKENS)),
+                )
                 for s, (n, first, count) in enumerate(zip(lengths, firsts, each, strict=False))
             ],
             PAGE_TOKENS,
@@ -107,16 +121,15 @@ class Intaglio:
 
     def __init__(self, folder: Path, format: str, threads: int, room: Sequence[int]) -> None:
         self.folder, self.format, self.threads = folder, format, threads
-        self.pages = sum(map(pages_each, room))
+        self.pages, self.sequences = sum(map(pages_each, room)), len(room)
 
     def load(self) -> None:
         from intaglio.devices.host import HostDevice
 
         os.environ["INTAGLIO_CACHE"] = str(self.folder / PACKED)
         program = compiled(self.folder, self.format)
-        self.executable = HostDevice(self.threads).load(
-            program, Checkpoint.open(self.folder), StateSpec(self.pages, PAGE_TOKENS)
-        )
+        self.state = StateSpec(self.pages, PAGE_TOKENS, 2 * self.sequences if program.recurrent else 0)
+        self.executable = HostDevice(self.threads).load(program, Checkpoint.open(self.folder), self.state)
 
     def settle(self) -> None:
         image = getattr(self.executable, "image", None)
@@ -127,15 +140,17 @@ class Intaglio:
         return int(self.executable.packed_bytes)
 
     def prefill(self, tokens: int) -> float:
-        return self._seconds(list(prefill_batches(prompt(tokens, self.executable.program.vocabulary))))
+        ids = prompt(tokens, self.executable.program.vocabulary)
+        return self._seconds(list(prefill_batches(ids, state=self.state)))
 
     def fill(self, lengths: Sequence[int], steps: int) -> None:
         page = 0
-        for n in lengths:
-            for batch in prefill_batches(prompt(n, self.executable.program.vocabulary), page):
+        for sequence, n in enumerate(lengths):
+            ids = prompt(n, self.executable.program.vocabulary)
+            for batch in prefill_batches(ids, page, state=self.state, sequence=sequence):
                 self.executable.step(StepRequest(batch))
             page += pages_each(n + steps)
-        self.steps = list(decode_batches(lengths, steps))
+        self.steps = list(decode_batches(lengths, steps, self.state))
 
     def decode(self) -> float:
         self.executable.step(StepRequest(self.steps[0]))
@@ -154,7 +169,8 @@ class Intaglio:
         return {site: float(np.mean(found[ids])) for site, ids in sites.items()}
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        steps = [self.executable.step(StepRequest(batch, logits=True)) for batch in prefill_batches(ids, every=True)]
+        batches = prefill_batches(ids, every=True, state=self.state)
+        steps = [self.executable.step(StepRequest(batch, logits=True)) for batch in batches]
         return np.concatenate([step.logits for step in steps if step.logits is not None])
 
     def _seconds(self, steps: Sequence[Batch]) -> float:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 DATA, PAGE = ROOT / "src/intaglio/data/architectures.json", ROOT / "docs/models.md"
 
 RECURRENT = "recurrent blocks (state-space layers, linear attention or short convolutions) of a form that is not ported"
-SPARSE = "sparse attention: an indexer chooses the positions that a query sees"
+SPARSE = "sparse attention of a form that is not ported: an indexer chooses the positions that a query sees"
 AUDIO = "audio tokens or an audio encoder"
 LOOPED = "layers that run more than once, with keys and values of each pass"
 GEMMA3N = "several residual streams (AltUp), and keys and values shared between layers"
@@ -34,8 +34,8 @@ REASONS: dict[str, tuple[str, ...]] = {
         "Zamba2ForCausalLM", "ZambaForCausalLM", "ZayaForCausalLM", "xLSTMForCausalLM",
     ),
     SPARSE: (
-        "AXK2ForCausalLM", "DeepseekV32ForCausalLM", "DeepseekV4ForCausalLM", "Dots3NoteForCausalLM",
-        "GlmMoeDsaForCausalLM", "HYV4ForCausalLM", "MiniMaxM3VLForCausalLM",
+        "AXK2ForCausalLM", "DeepseekV4ForCausalLM", "Dots3NoteForCausalLM", "HYV4ForCausalLM",
+        "MiniMaxM3VLForCausalLM",
     ),
     AUDIO: (
         "MossTranscribeDiarizeForConditionalGeneration", "MoshiForCausalLM", "MusicgenForCausalLM",

@@ -154,6 +154,17 @@ void softmax_row(const AttendArgs& a, float scale, float temperature, float slop
   *total = sum(sums);
 }
 
+// Masks the scores of the positions [low, high) that are not among the ascending ones in `chosen`, where score 0 is that of
+// position `start`. Returns false if none of them is.
+bool keep_chosen(const int32_t* chosen, int64_t count, int64_t start, int64_t low, int64_t high, float* s) {
+  const int32_t *end = chosen + count, *next = std::lower_bound(chosen, end, int32_t(low));
+  if (next == end || *next >= high) return false;
+  for (int64_t i = low; i < high; i++)
+    if (next != end && *next == i) next++;
+    else s[i - start] = -INFINITY;
+  return true;
+}
+
 template <Fmt C>
 void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch, float* top, float* total, float* acc) {
   const int share = a.heads / a.kv_heads, rows = q.tokens * share;
@@ -201,7 +212,8 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
     const float temperature = a.temper == 0 ? 1.0f : float(1 + a.temper * std::log1p(std::floor(double(position + a.temper_from) / a.temper_every)));
     const float slope = a.slopes ? a.slopes[q.kv_head * share + r % share] : 0.0f;
     float* s = scratch + r * kSplit;
-    if (own < stop)
+    const bool seen = own < stop && (!a.chosen || keep_chosen(a.chosen + (q.first_row + r / share) * a.ld_chosen, a.count, start, own, stop, s));
+    if (seen)
       softmax_row(a, scale, temperature, slope, position - start, s, int(begin - start), int(end - start), int(own - start), int(stop - start), top + r, total + r);
     else
       std::memset(s + (begin - start), 0, size_t(end - begin) * 4);
@@ -264,4 +276,36 @@ void attend_merge(int64_t rows, int64_t width, float* top, float* total, float* 
       store(acc + r * width + d, load(acc + r * width + d) * s1 + load(a2 + r * width + d) * s2);
     top[r] = m;
   }
+}
+
+// The scores of all positions below `seen` for one token: see ChooseKeys in ops/indexer.py. Each product is one chain of
+// additions over head_dim, each score one over heads. scores: whole pages.
+template <Fmt C>
+void score_keys_of(const IndexArgs& a, const int32_t* blocks, const float* q, const float* weights, int64_t seen, float* scores) {
+  constexpr int NV = 16 / F::N;
+  const int64_t bytes = block_bytes(C, a.head_dim, a.page);
+  for (int64_t page = 0; page * a.page < seen; page++) {
+    const char* block = (const char*)a.keys + blocks[page] * bytes;
+    const uint16_t* scales = (const uint16_t*)(block + int64_t(a.head_dim) * a.page * cache_bytes(C));
+    for (int64_t at = 0; at < a.page; at += 16) {
+      F total[NV];
+      EACH_OF for (int v = 0; v < NV; v++) total[v] = set(0);
+      for (int h = 0; h < a.heads; h++) {
+        float one[16];
+        const float* row = q + int64_t(h) * a.head_dim;
+        float* out = one;
+        score_tile<C, 1, NV>(&row, block + at * cache_bytes(C), scales + at, a.page, a.head_dim, {nullptr, nullptr, 0}, &out, {nullptr, 0});
+        EACH_OF for (int v = 0; v < NV; v++)
+          total[v] = fma(max(set(0), load(one + v * F::N) * set(a.scale)), set(weights[h]), total[v]);
+      }
+      EACH_OF for (int v = 0; v < NV; v++) store(scores + page * a.page + at + v * F::N, total[v]);
+    }
+  }
+}
+
+void score_keys(const IndexArgs& a, const int32_t* blocks, const float* q, const float* weights, int64_t seen, float* scores) {
+  if (a.format == Fmt::BF16) score_keys_of<Fmt::BF16>(a, blocks, q, weights, seen, scores);
+  else if (a.format == Fmt::I8) score_keys_of<Fmt::I8>(a, blocks, q, weights, seen, scores);
+  else if (a.format == Fmt::FP8) score_keys_of<Fmt::FP8>(a, blocks, q, weights, seen, scores);
+  else score_keys_of<Fmt::F32>(a, blocks, q, weights, seen, scores);
 }

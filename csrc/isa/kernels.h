@@ -12,6 +12,7 @@ enum class Act : int { None, Silu, Gelu, GeluTanh, Relu, Relu2, Sigmoid, Tanh, E
 constexpr float kTiny = 0x1p-120f;  // formats.TINY: a group whose values are below it becomes zeros, since 1 / scale overflows
 
 constexpr int kPanel = 32;     // weight rows in a panel: two 512-bit vectors of FP32
+constexpr int kMostLanes = 16;  // floats in a vector, at most
 constexpr int kSpan = 128;     // activations that share one scale; more if a weight group is larger, as spans hold whole groups
 constexpr int kMaxSpan = 1024;
 constexpr int kTried = 5;      // candidate scales that quantisation to integers tries for a group
@@ -170,8 +171,17 @@ struct AttendArgs {
   float temper, temper_every;
   int temper_from;
   const float *k_scale, *v_scale;  // of an FP8 cache: [heads of the cache]
+  const int32_t* chosen;           // the positions that each token attends to, ascending; null: all
+  int64_t ld_chosen, count;        // count: columns of `chosen`
 
   int64_t block_bytes(int64_t width) const { return intaglio::block_bytes(format, width, page); }
+};
+
+struct IndexArgs {  // of the op choose_keys
+  const void* keys;  // cache of one head
+  Fmt format;
+  int heads, head_dim, page;
+  float scale;
 };
 
 struct Query {  // query rows of one attention task: consecutive tokens of one sequence, for one K/V head
@@ -198,6 +208,55 @@ struct MapArgs {
   const float* numbers;
 };
 
+// Layout of recurrent state in a slot. Blocks of kColumns columns, each of which is read from first to last; the last block of
+// a head or row is narrower if its columns are no multiple of kColumns.
+//   short_conv        [taps - 1][channels], the oldest token first
+//   linear_attention  [heads][blocks of values][keys][values of the block]
+//   selective_scan    [blocks of channels][n][channels of the block]; its rates too
+//   rg_lru            [channels]
+constexpr int kColumns = 32;
+
+struct StateRun {  // token rows first .. first + count - 1 of one sequence, and its state
+  int64_t first, count;
+  const float* from;  // the state before them, or null: zeros
+  float* to;          // the state after them, other memory than `from`
+};
+
+struct ConvArgs {
+  const float *w, *bias;  // w: [taps][width]
+  int64_t taps, width;
+};
+
+struct DecayArgs {
+  const float *rates, *bias;  // rates: [width], the log decays of a step of 1
+  int64_t width;
+  float low, high;
+};
+
+// The op linear_attention, as defined by LinearAttention in ops/linear_attention.py. by_key: `decay` has a column per key.
+struct StateAttentionArgs {
+  const float *q, *k, *v, *decay, *beta, *rates, *skip;
+  float* out;
+  int64_t ld_q, ld_k, ld_v, ld_decay, ld_beta, ld_out, keys, values, share;
+  bool delta, by_key;
+  float scale;
+
+  int64_t scratch() const { return 2 * (keys + kMostLanes) + keys * kColumns; }  // floats
+};
+
+struct ScanArgs {
+  const float *x, *step, *b, *c, *rates, *skip;  // rates: log decays of a step of 1
+  float* out;
+  int64_t ld_x, ld_step, ld_b, ld_c, ld_out, channels, n;
+};
+
+struct LruArgs {
+  const float *x, *input_gate, *decay_gate, *input_bias, *decay_bias, *rates;
+  float* out;
+  const int32_t* positions;
+  int64_t ld_x, ld_input, ld_decay, ld_out, channels;
+};
+
 // Quantised K4 block of one row: value = code * sizes[g] * unit - lows[g] * low_unit in group g. unit is NaN if a value is
 // not finite or too large for the format.
 struct LineBlock {
@@ -216,6 +275,8 @@ struct Kernels {
   void (*attend_split)(const AttendArgs& a, const Query& q, int64_t split, float* scratch, float* top, float* total, float* acc);
   // Merges the next split (t2, l2, a2) into the running state. Called in ascending order of splits.
   void (*attend_merge)(int64_t rows, int64_t width, float* top, float* total, float* acc, const float* t2, const float* l2, const float* a2);
+  // Scores of the positions below `seen` of a token's sequence, whole pages of them, by the op choose_keys.
+  void (*score_keys)(const IndexArgs& a, const int32_t* blocks, const float* q, const float* weights, int64_t seen, float* scores);
   void (*route_row)(const RouteArgs& a, int64_t row, float* scratch);
   void (*combine_row)(const float* const* rows, const float* weights, int64_t count, const float* residual, float* out, int64_t n);
   // The largest of n logits; NaN if any is NaN.
@@ -226,6 +287,13 @@ struct Kernels {
   // Quantisation at load: the best of kTried candidate scales for a group; scales and minima of a K4 block.
   float (*choose_scale)(const float* x, int64_t count, const float* tried, float lowest, float highest);
   void (*choose_lines)(const float* x, LineBlock* block);
+  // Ops with recurrent state. conv_row: one token; x: its taps rows of the input, the oldest first, null before the sequence's
+  // start. The others: all tokens of a sequence, for one head (with scratch) or for kColumns channels from `first`.
+  void (*conv_row)(const ConvArgs& a, const float* const* x, float* out);
+  void (*decay_row)(const DecayArgs& a, const float* x, float* step, float* decay);
+  void (*attend_state)(const StateAttentionArgs& a, const StateRun& run, int64_t head, float* scratch);
+  void (*scan_channels)(const ScanArgs& a, const StateRun& run, int64_t first);
+  void (*lru_channels)(const LruArgs& a, const StateRun& run, int64_t first);
 };
 
 const Kernels* kernels_scalar();

@@ -11,6 +11,7 @@ namespace intaglio::ISA {
 #include "attention.inl"
 #include "experts.inl"
 #include "scales.inl"
+#include "recurrent.inl"
 
 float read_stream(const float* p, int64_t n) {
   F a[8];
@@ -24,8 +25,8 @@ float read_stream(const float* p, int64_t n) {
 #define NAME_OF(x) #x
 #define NAME(x) NAME_OF(x)
 constexpr Kernels kTable = {NAME(ISA), prepare_row, linear_unit, norm_row, map_row,
-                            attend_split, attend_merge, route_row, combine_row, largest_logit, weigh, read_stream, scales::choose_scale,
-                            scales::choose_lines};
+                            attend_split, attend_merge, score_keys, route_row, combine_row, largest_logit, weigh, read_stream, scales::choose_scale,
+                            scales::choose_lines, conv_row, decay_row, attend_state, scan_channels, lru_channels};
 
 }  // namespace intaglio::ISA
 

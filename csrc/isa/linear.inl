@@ -384,13 +384,6 @@ void product_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const u
   }
 }
 
-inline F softplus(F x) {  // max(x, 0) + ln(1 + e^-|x|); rare, so value by value
-  float t[F::N];
-  store(t, x);
-  for (float& v : t) v = std::max(v, 0.0f) + std::log1p(std::exp(-std::abs(v)));
-  return load(t);
-}
-
 inline F activate(Act act, F x) {
   switch (act) {
     case Act::None: return x;

@@ -65,6 +65,7 @@ inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F sqrt(F a) { return {_mm512_sqrt_ps(a.v)}; }
 inline F round(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline F if_less(F a, F b, F yes, F no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
@@ -162,6 +163,7 @@ inline F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline F min(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline F sqrt(F a) { return {_mm256_sqrt_ps(a.v)}; }
 inline F round(F a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline F if_less(F a, F b, F yes, F no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
@@ -264,6 +266,7 @@ inline F operator/(F a, F b) { EACH a.v[i] /= b.v[i]; return a; }
 inline F fma(F a, F b, F c) { EACH c.v[i] += a.v[i] * b.v[i]; return c; }
 inline F max(F a, F b) { EACH b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return b; }
 inline F min(F a, F b) { EACH b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return b; }
+inline F sqrt(F a) { EACH a.v[i] = std::sqrt(a.v[i]); return a; }
 inline F round(F a) { EACH a.v[i] = std::nearbyintf(a.v[i]); return a; }
 inline F if_less(F a, F b, F yes, F no) { EACH no.v[i] = a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; return no; }
 inline F power_of_two(F n) { EACH n.v[i] = std::bit_cast<float>((int32_t(n.v[i]) + 127) << 23); return n; }
@@ -347,6 +350,16 @@ inline float largest(F a) {
 }
 inline F abs(F a) { return max(a, set(0) - a); }
 
+// e^r for |r| <= ln(2) / 2: 1 + r + r^2 p (Cephes expf). Returns p.
+inline F exp_tail(F r) {
+  F p = set(1.9875691500e-4f);
+  p = fma(p, r, set(1.3981999507e-3f));
+  p = fma(p, r, set(8.3334519073e-3f));
+  p = fma(p, r, set(4.1665795894e-2f));
+  p = fma(p, r, set(1.6666665459e-1f));
+  return fma(p, r, set(5.0000001201e-1f));
+}
+
 // exp to 2 ulp (Cephes expf); 0 below -87.33, so that a masked score has weight 0. max and min return their second operand if
 // either is NaN, so the order of their operands keeps NaN.
 inline F exp(F x) {
@@ -354,14 +367,21 @@ inline F exp(F x) {
   F n = round(c * set(1.44269504f));
   F r = fma(n, set(-0.693359375f), c);
   r = fma(n, set(2.12194440e-4f), r);
-  F p = set(1.9875691500e-4f);
-  p = fma(p, r, set(1.3981999507e-3f));
-  p = fma(p, r, set(8.3334519073e-3f));
-  p = fma(p, r, set(4.1665795894e-2f));
-  p = fma(p, r, set(1.6666665459e-1f));
-  p = fma(p, r, set(5.0000001201e-1f));
-  p = fma(p, r * r, r + set(1.0f));
+  F p = fma(exp_tail(r), r * r, r + set(1.0f));
   return if_less(x, set(-87.33f), set(0), p * power_of_two(n));
+}
+// e^x - 1, to a few ulp also near 0.
+inline F expm1(F x) { return if_less(abs(x), set(0.34657359f), fma(exp_tail(x), x * x, x), exp(x) - set(1)); }
+// ln(1 + e^x), to a few ulp: max(x, 0) + ln(1 + e), where e = e^-|x|. ln(1 + e) = 2 artanh(s), s = e / (2 + e) <= 1 / 3.
+inline F softplus(F x) {
+  F e = exp(set(0) - abs(x)), s = e / (set(2) + e), z = s * s, p = set(1.0f / 15);
+  p = fma(p, z, set(1.0f / 13));
+  p = fma(p, z, set(1.0f / 11));
+  p = fma(p, z, set(1.0f / 9));
+  p = fma(p, z, set(1.0f / 7));
+  p = fma(p, z, set(1.0f / 5));
+  p = fma(p, z, set(1.0f / 3));
+  return max(set(0), x) + set(2) * fma(s * z, p, s);
 }
 inline F sigmoid(F x) { return set(1) / (set(1) + exp(set(0) - x)); }
 inline F silu(F x) { return x / (set(1) + exp(set(0) - x)); }

@@ -29,7 +29,7 @@ class KvWrite : public OpKernel {
   void plan(Planner& p) override { p.rows(p.in().t, rows_[0]->cols); }
   void run(int, int64_t begin, int64_t end, Scratch&) override {
     for (int64_t t = begin; t < end; t++)
-      for (size_t which = 0; which < 2; which++) write(t, *rows_[which], *caches_[which], scales_[which]);
+      for (size_t which = 0; which < (caches_[0] == caches_[1] ? 1 : 2); which++) write(t, *rows_[which], *caches_[which], scales_[which]);
   }
 
  private:
@@ -151,7 +151,8 @@ class Attend : public OpKernel {
         rope_(a.optional_cache("rope_cache")), sinks_(a.optional_vector("sinks")), slopes_(a.optional_vector("slopes")),
         k_scale_(head_scales(a, "k_scale", k_)), v_scale_(head_scales(a, "v_scale", v_)), heads_(int(a.integer("heads"))),
         scale_(a.number("scale")), softcap_(a.number("softcap")), temper_(a.number("temper")),
-        temper_every_(a.number("temper_every")), temper_from_(int(a.integer("temper_from"))), tasks_(shared_tasks(a)) {}
+        temper_every_(a.number("temper_every")), temper_from_(int(a.integer("temper_from"))), chosen_(a.optional_rows("chosen")),
+        tasks_(shared_tasks(a)) {}
 
   void plan(Planner& p) override {
     const Tasks& t = p.plan().of<Tasks>(tasks_);
@@ -167,7 +168,8 @@ class Attend : public OpKernel {
     const AttendArgs a{q_.row(0), out_.row(0), q_.ld, out_.ld, heads_, tasks_.kv_heads, k_.head_dim, v_.head_dim, tasks_.v_stride,
                        context_.page, tasks_.reach, scale_, softcap_, k_.format, k_.memory.data(),
                        latent ? nullptr : v_.memory.data(), rope_ ? rope_->memory.data() : nullptr, rope_ ? rope_->head_dim : 0,
-                       latent, k_.heads == 1, sinks_, slopes_, temper_, temper_every_, temper_from_, k_scale_.data(), v_scale_.data()};
+                       latent, k_.heads == 1, sinks_, slopes_, temper_, temper_every_, temper_from_, k_scale_.data(), v_scale_.data(),
+                       chosen_ ? chosen_->integers(0) : nullptr, chosen_ ? chosen_->ld : 0, chosen_ ? chosen_->cols : 0};
     for (int64_t i = begin; i < end; i++)
       if (part == Merges) merge(a, t.merges[size_t(i)], mine);
       else if (t.tasks[size_t(i)].split < 0) attend_whole(a, t.tasks[size_t(i)], mine);
@@ -238,6 +240,7 @@ class Attend : public OpKernel {
   int heads_;
   float scale_, softcap_, temper_, temper_every_;
   int temper_from_;
+  const Tensor* chosen_;
   AttentionTasks& tasks_;
 };
 

@@ -14,61 +14,65 @@ int64_t sequence_of(const StepInputs& in, int64_t row) {
   return std::upper_bound(in.first_row, in.first_row + in.s, int32_t(row)) - in.first_row - 1;
 }
 
+// All tokens of sequence s, with its state.
+StateRun run_of(const StepInputs& in, const States& state, int64_t s) {
+  return {in.first_row[s], in.q_len[s], in.state_from[s] < 0 ? nullptr : state.slot(in.state_from[s]), state.slot(in.state_to[s])};
+}
+
+// A task for kPart channels of each token.
 class ShortConv : public OpKernel {
  public:
   explicit ShortConv(OpArgs& a)
-      : in_(a.context.in), x_(a.rows("x")), out_(a.rows("out")), bias_(a.optional_vector("bias")), state_(a.states("state")),
-        taps_(state_.stride / x_.cols + 1) {
+      : kernels_(a.context.kernels), in_(a.context.in), x_(a.rows("x")), out_(a.rows("out")), bias_(a.optional_vector("bias")),
+        state_(a.states("state")), taps_(state_.stride / x_.cols + 1), parts_((x_.cols + kPart - 1) / kPart) {
     const std::vector<float>& w = a.vector("w");
     w_.resize(w.size());
     for (int64_t c = 0; c < x_.cols; c++)
-      for (int64_t j = 0; j < taps_; j++) w_[size_t(j * x_.cols + c)] = w[size_t(c * taps_ + j)];
+      for (int64_t j = 0; j < taps_; j++) w_[size_t(taps_ * first_of(c / kPart) + j * width_of(c / kPart) + c % kPart)] = w[size_t(c * taps_ + j)];
   }
-  void plan(Planner& p) override { p.rows(out_.rows(), out_.cols * taps_); }
+  void plan(Planner& p) override { p.rows(out_.rows() * parts_, std::min(x_.cols, kPart) * taps_); }
   void run(int, int64_t begin, int64_t end, Scratch&) override {
-    for (int64_t t = begin; t < end; t++) {
-      const int64_t s = sequence_of(in_, t), at = t - in_.first_row[s];
-      convolve(t, s, at);
-      if (at == in_.q_len[s] - 1) keep(t, s, at);
+    std::vector<const float*> inputs(size_t(taps_), nullptr);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t t = i / parts_, first = first_of(i % parts_), s = sequence_of(in_, t), at = t - in_.first_row[s];
+      const ConvArgs a{w_.data() + taps_ * first, bias_ ? bias_ + first : nullptr, taps_, width_of(i % parts_)};
+      for (int64_t j = 0; j < taps_; j++) inputs[size_t(j)] = input(t, s, at, taps_ - 1 - j, first);
+      kernels_.conv_row(a, inputs.data(), out_.row(t) + first);
+      if (at == in_.q_len[s] - 1) keep(inputs, s, first, a.width);
     }
   }
 
  private:
-  // The input `back` tokens before row t, which is number `at` of sequence s in this step; null before the sequence's start.
-  const float* input(int64_t t, int64_t s, int64_t at, int64_t back) const {
-    if (back <= at) return x_.row(t - back);
-    return in_.state_from[s] < 0 ? nullptr : state_.slot(in_.state_from[s]) + (taps_ - 1 + at - back) * x_.cols;
+  static constexpr int64_t kPart = 1024;
+  static int64_t first_of(int64_t part) { return part * kPart; }
+  int64_t width_of(int64_t part) const { return std::min(kPart, x_.cols - first_of(part)); }
+
+  // The input `back` tokens before row t, which is number `at` of sequence s in this step, from column `first`; null before the
+  // sequence's start.
+  const float* input(int64_t t, int64_t s, int64_t at, int64_t back, int64_t first) const {
+    if (back <= at) return x_.row(t - back) + first;
+    return in_.state_from[s] < 0 ? nullptr : state_.slot(in_.state_from[s]) + (taps_ - 1 + at - back) * x_.cols + first;
   }
-  void convolve(int64_t t, int64_t s, int64_t at) const {
-    float* out = out_.row(t);
-    const int64_t n = x_.cols;
-    if (bias_) std::memcpy(out, bias_, size_t(n) * 4);
-    else std::fill(out, out + n, 0.0f);
-    for (int64_t j = 0; j < taps_; j++) {
-      const float *x = input(t, s, at, taps_ - 1 - j), *w = w_.data() + j * n;
-      if (x)
-        for (int64_t c = 0; c < n; c++) out[c] += w[c] * x[c];
-    }
-  }
-  // Writes the state after row t, the last of sequence s.
-  void keep(int64_t t, int64_t s, int64_t at) const {
+  // Writes the state after the last token of sequence s, whose inputs these are.
+  void keep(const std::vector<const float*>& inputs, int64_t s, int64_t first, int64_t width) const {
     for (int64_t j = 0; j < taps_ - 1; j++) {
-      const float* x = input(t, s, at, taps_ - 2 - j);
-      float* to = state_.slot(in_.state_to[s]) + j * x_.cols;
-      if (x) std::memcpy(to, x, size_t(x_.cols) * 4);
-      else std::fill(to, to + x_.cols, 0.0f);
+      const float* x = inputs[size_t(j + 1)];
+      float* to = state_.slot(in_.state_to[s]) + j * x_.cols + first;
+      if (x) std::memcpy(to, x, size_t(width) * 4);
+      else std::fill(to, to + width, 0.0f);
     }
   }
 
+  const Kernels& kernels_;
   const StepInputs& in_;
   const Tensor &x_, &out_;
   const float* bias_;
   const States& state_;
-  int64_t taps_;
-  std::vector<float> w_;  // [taps][channels]
+  int64_t taps_, parts_;
+  std::vector<float> w_;  // [parts][taps][channels of the part]
 };
 
-float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
+float softplus(float x) { return std::max(x, 0.0f) + std::log1p(std::exp(-std::abs(x))); }
 
 // The log decays -exp(rate) of a step of size 1.
 std::vector<float> log_decays(const std::vector<float>& rates) {
@@ -81,145 +85,99 @@ std::vector<float> log_decays(const std::vector<float>& rates) {
 class Decay : public OpKernel {
  public:
   explicit Decay(OpArgs& a)
-      : x_(a.rows("x")), step_(a.rows("step")), decay_(a.rows("decay")), bias_(a.optional_vector("bias")), low_(a.number("low")),
-        high_(a.number("high")), rates_(log_decays(a.vector("rate"))), span_(x_.cols / int64_t(rates_.size())) {}
-  void plan(Planner& p) override { p.rows(x_.rows(), x_.cols * 16); }
+      : kernels_(a.context.kernels), x_(a.rows("x")), step_(a.rows("step")), decay_(a.rows("decay")), bias_(a.optional_vector("bias")),
+        low_(a.number("low")), high_(a.number("high")) {
+    const std::vector<float> rates = log_decays(a.vector("rate"));
+    for (float rate : rates) rates_.insert(rates_.end(), size_t(x_.cols) / rates.size(), rate);
+  }
+  void plan(Planner& p) override { p.rows(x_.rows(), x_.cols * 8); }
   void run(int, int64_t begin, int64_t end, Scratch&) override {
-    for (int64_t t = begin; t < end; t++)
-      for (int64_t c = 0; c < x_.cols; c++) {
-        float step = std::max(low_, softplus(x_.row(t)[c] + (bias_ ? bias_[c] : 0.0f)));
-        if (high_ > 0) step = std::min(high_, step);
-        step_.row(t)[c] = step, decay_.row(t)[c] = rates_[size_t(c / span_)] * step;
-      }
+    const DecayArgs a{rates_.data(), bias_, x_.cols, low_, high_};
+    for (int64_t t = begin; t < end; t++) kernels_.decay_row(a, x_.row(t), step_.row(t), decay_.row(t));
   }
 
  private:
+  const Kernels& kernels_;
   const Tensor &x_, &step_, &decay_;
   const float* bias_;
   float low_, high_;
-  std::vector<float> rates_;
-  int64_t span_;
+  std::vector<float> rates_;  // of each column
 };
-
-// Calls advance(t, from, to) for each token row t of sequence s, in order. `from` is the state before the token, null if it is
-// zero; `to` is the state after it, which may be the same memory.
-template <typename F>
-void each_token(const StepInputs& in, const States& state, int64_t s, F&& advance) {
-  const float* from = in.state_from[s] < 0 ? nullptr : state.slot(in.state_from[s]);
-  float* to = state.slot(in.state_to[s]);
-  for (int64_t t = in.first_row[s]; t < in.first_row[s] + in.q_len[s]; t++, from = to) advance(t, from, to);
-}
 
 // A task for each head of each sequence.
 class LinearAttention : public OpKernel {
  public:
   explicit LinearAttention(OpArgs& a)
-      : in_(a.context.in), q_(a.rows("q")), k_(a.rows("k")), v_(a.rows("v")), out_(a.rows("out")), decay_(a.optional_rows("decay")),
-        beta_(a.optional_rows("beta")), rates_(a.optional_vector("rates")), skip_(a.optional_vector("skip")), state_(a.states("state")),
-        heads_(a.integer("heads")), values_(v_.cols / heads_), keys_(state_.stride / heads_ / values_),
-        share_(heads_ / (k_.cols / keys_)), delta_(a.flag("delta")), by_key_(decay_ && decay_->cols > heads_), scale_(a.number("scale")) {}
+      : kernels_(a.context.kernels), in_(a.context.in), q_(a.rows("q")), k_(a.rows("k")), v_(a.rows("v")), out_(a.rows("out")),
+        decay_(a.optional_rows("decay")), beta_(a.optional_rows("beta")), state_(a.states("state")), heads_(a.integer("heads")) {
+    const int64_t values = v_.cols / heads_, keys = state_.stride / heads_ / values;
+    args_.rates = a.optional_vector("rates"), args_.skip = a.optional_vector("skip");
+    args_.keys = keys, args_.values = values, args_.share = heads_ / (k_.cols / keys);
+    args_.delta = a.flag("delta"), args_.by_key = decay_ && decay_->cols > heads_, args_.scale = a.number("scale");
+  }
   void plan(Planner& p) override {
-    p.floats(values_ + keys_);
+    p.floats(args_.scratch());
     p.phase(0, p.in().s * heads_, 1);
   }
   void run(int, int64_t begin, int64_t end, Scratch& mine) override {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t s = i / heads_, h = i % heads_, at = h * keys_ * values_, columns = by_key_ ? keys_ : 1;
-      float* kept = mine.floats + values_;
-      each_token(in_, state_, s, [&](int64_t t, const float* from, float* to) {
-        for (int64_t c = 0; c < columns; c++) kept[c] = std::exp(decay_ ? decay_->row(t)[h * columns + c] : rates_[h]);
-        advance(t, h, kept, from ? from + at : nullptr, to + at, mine.floats);
-      });
-    }
+    StateAttentionArgs a = args_;
+    a.q = q_.row(0), a.ld_q = q_.ld, a.k = k_.row(0), a.ld_k = k_.ld, a.v = v_.row(0), a.ld_v = v_.ld;
+    a.out = out_.row(0), a.ld_out = out_.ld;
+    if (decay_) a.decay = decay_->row(0), a.ld_decay = decay_->ld;
+    if (beta_) a.beta = beta_->row(0), a.ld_beta = beta_->ld;
+    for (int64_t i = begin; i < end; i++) kernels_.attend_state(a, run_of(in_, state_, i / heads_), i % heads_, mine.floats);
   }
 
  private:
-  // One token of one head: S = kept S; u = beta (v - S^T k) or beta v; S = S + k u^T; out = scale S^T q + skip v. `from` is the
-  // state before, null if it is zero; it may be `to`. u: scratch [values].
-  void advance(int64_t t, int64_t h, const float* kept, const float* from, float* to, float* u) const {
-    const int64_t n = values_;
-    const float *q = q_.row(t) + h / share_ * keys_, *k = k_.row(t) + h / share_ * keys_, *v = v_.row(t) + h * n;
-    const float beta = beta_ ? beta_->row(t)[h] : 1.0f, skip = skip_ ? skip_[h] : 0.0f;
-    float* out = out_.row(t) + h * n;
-    std::fill(u, u + n, 0.0f);
-    for (int64_t i = 0; i < keys_; i++) {
-      const float now = kept[by_key_ ? i : 0], key = k[i];
-      float* s = to + i * n;
-      if (!from) std::fill(s, s + n, 0.0f);
-      else if (delta_)
-        for (int64_t j = 0; j < n; j++) s[j] = from[i * n + j] * now, u[j] += s[j] * key;
-      else
-        for (int64_t j = 0; j < n; j++) s[j] = from[i * n + j] * now;
-    }
-    for (int64_t j = 0; j < n; j++) u[j] = (v[j] - u[j]) * beta, out[j] = 0;
-    for (int64_t i = 0; i < keys_; i++) {
-      const float key = k[i], query = q[i];
-      float* s = to + i * n;
-      for (int64_t j = 0; j < n; j++) s[j] += key * u[j], out[j] += s[j] * query;
-    }
-    for (int64_t j = 0; j < n; j++) out[j] = out[j] * scale_ + v[j] * skip;
-  }
-
+  const Kernels& kernels_;
   const StepInputs& in_;
   const Tensor &q_, &k_, &v_, &out_, *decay_, *beta_;
-  const float *rates_, *skip_;
   const States& state_;
-  int64_t heads_, values_, keys_, share_;
-  bool delta_, by_key_;
-  float scale_;
+  int64_t heads_;
+  StateAttentionArgs args_{};
 };
 
-constexpr int64_t kChannels = 64;  // channels of a task
-
-// A recurrence whose channels do not depend on one another: a task for kChannels of them of each sequence.
+// A recurrence whose channels do not depend on one another: a task for kColumns of them of each sequence.
 class ChannelScan : public OpKernel {
  public:
-  explicit ChannelScan(OpArgs& a) : in_(a.context.in), x_(a.rows("x")), out_(a.rows("out")), state_(a.states("state")) {}
-  void plan(Planner& p) override { p.phase(0, p.in().s * runs(), 1); }
-  void run(int, int64_t begin, int64_t end, Scratch&) override {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t first = i % runs() * kChannels, last = std::min(x_.cols, first + kChannels);
-      each_token(in_, state_, i / runs(), [&](int64_t t, const float* from, float* to) { advance(t, first, last, from, to); });
-    }
-  }
+  explicit ChannelScan(OpArgs& a)
+      : kernels_(a.context.kernels), in_(a.context.in), x_(a.rows("x")), out_(a.rows("out")), state_(a.states("state")) {}
+  void plan(Planner& p) override { p.phase(0, p.in().s * blocks(), p.in().t == p.in().s ? p.chunk(p.in().s * blocks()) : 1); }
 
  protected:
-  // One token of channels [first, last). `from` and `to` as for each_token().
-  virtual void advance(int64_t t, int64_t first, int64_t last, const float* from, float* to) const = 0;
+  int64_t blocks() const { return (x_.cols + kColumns - 1) / kColumns; }
+  // Calls advance(tokens of a sequence, first channel) for each task.
+  template <typename F>
+  void each_block(int64_t begin, int64_t end, F&& advance) const {
+    for (int64_t i = begin; i < end; i++) advance(run_of(in_, state_, i / blocks()), i % blocks() * kColumns);
+  }
 
+  const Kernels& kernels_;
   const StepInputs& in_;
   const Tensor &x_, &out_;
-
- private:
-  int64_t runs() const { return (x_.cols + kChannels - 1) / kChannels; }
   const States& state_;
 };
 
 class SelectiveScan : public ChannelScan {
  public:
   explicit SelectiveScan(OpArgs& a)
-      : ChannelScan(a), step_(a.rows("step")), b_(a.rows("b")), c_(a.rows("c")),
-        skip_(a.vector("skip").data()), rates_(log_decays(a.vector("rate"))) {}
+      : ChannelScan(a), step_(a.rows("step")), b_(a.rows("b")), c_(a.rows("c")), skip_(a.vector("skip").data()) {
+    const std::vector<float> rates = log_decays(a.vector("rate"));
+    rates_.reserve(rates.size());
+    for (int64_t first = 0; first < x_.cols; first += kColumns)
+      for (int64_t i = 0; i < b_.cols; i++)
+        for (int64_t c = first; c < std::min(x_.cols, first + kColumns); c++) rates_.push_back(rates[size_t(c * b_.cols + i)]);
+  }
+  void run(int, int64_t begin, int64_t end, Scratch&) override {
+    const ScanArgs a{x_.row(0), step_.row(0), b_.row(0), c_.row(0), rates_.data(), skip_, out_.row(0),
+                     x_.ld, step_.ld, b_.ld, c_.ld, out_.ld, x_.cols, b_.cols};
+    each_block(begin, end, [&](const StateRun& run, int64_t first) { kernels_.scan_channels(a, run, first); });
+  }
 
  private:
-  void advance(int64_t t, int64_t first, int64_t last, const float* from, float* to) const override {
-    for (int64_t c = first; c < last; c++) advance_one(t, c, from, to);
-  }
-  void advance_one(int64_t t, int64_t channel, const float* from, float* to) const {
-    const int64_t n = b_.cols, at = channel * n;
-    const float step = softplus(step_.row(t)[channel]), x = x_.row(t)[channel], *rate = rates_.data() + at, *b = b_.row(t), *c = c_.row(t);
-    float y = skip_[channel] * x;
-    for (int64_t i = 0; i < n; i++) {
-      const float held = from ? std::exp(rate[i] * step) * from[at + i] : 0.0f;
-      to[at + i] = held + step * x * b[i];
-      y += to[at + i] * c[i];
-    }
-    out_.row(t)[channel] = y;
-  }
-
   const Tensor &step_, &b_, &c_;
   const float* skip_;
-  std::vector<float> rates_;
+  std::vector<float> rates_;  // log decays of a step of 1, in the order of the state
 };
 
 class RgLru : public ChannelScan {
@@ -229,18 +187,13 @@ class RgLru : public ChannelScan {
         decay_bias_(a.vector("decay_bias").data()) {
     for (float rate : a.vector("rate")) rates_.push_back(-8.0f * softplus(rate));
   }
+  void run(int, int64_t begin, int64_t end, Scratch&) override {
+    const LruArgs a{x_.row(0), input_.row(0), decay_.row(0), input_bias_, decay_bias_, rates_.data(), out_.row(0),
+                    in_.positions, x_.ld, input_.ld, decay_.ld, out_.ld, x_.cols};
+    each_block(begin, end, [&](const StateRun& run, int64_t first) { kernels_.lru_channels(a, run, first); });
+  }
 
  private:
-  void advance(int64_t t, int64_t first, int64_t last, const float* from, float* to) const override {
-    for (int64_t c = first; c < last; c++) {
-      const float log = rates_[size_t(c)] * sigmoid(decay_.row(t)[c] + decay_bias_[c]);
-      const float kept = std::exp(log), scale = in_.positions[t] ? std::sqrt(-std::expm1(2 * log)) : 1.0f;
-      const float x = x_.row(t)[c] * sigmoid(input_.row(t)[c] + input_bias_[c]) * scale;
-      to[c] = out_.row(t)[c] = from ? kept * from[c] + x : x;
-    }
-  }
-  static float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
-
   const Tensor &input_, &decay_;
   const float *input_bias_, *decay_bias_;
   std::vector<float> rates_;

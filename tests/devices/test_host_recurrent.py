@@ -63,7 +63,8 @@ def hold(out: dict[str, list[Mapping[str, np.ndarray]]], bound: float) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_short_conv(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    rows, width, taps = 40, int(rng.integers(1, 70)), int(rng.integers(2, 6))
+    rows, taps = 40, int(rng.integers(2, 6))
+    width = int(rng.integers(1, 70) if seed % 2 else rng.integers(1000, 1100))  # around the 1,024 channels of a task
     bench = Bench(rng, rows, width)
     w = bench.weight("w", rng.normal(size=(width, taps)))
     more = {"bias": bench.weight("bias", rng.normal(size=width))} if rng.random() < 0.5 else {}
@@ -88,7 +89,7 @@ def test_decay(seed: int) -> None:
 def test_linear_attention(seed: int) -> None:
     """All forms: with and without the delta rule, decays by head, by key column and constant, groups of keys."""
     rng = np.random.default_rng(seed)
-    groups, share, keys, values = (int(rng.integers(1, most)) for most in (4, 4, 20, 20))
+    groups, share, keys, values = (int(rng.integers(1, most)) for most in (4, 4, 40, 80))  # blocks of 32 values
     heads, delta, form = groups * share, bool(seed % 2), seed % 3
     bench = Bench(rng, 40, groups * keys)
     k = bench.b.op(Norm, "k", bench.matrix("k_in", 40, groups * keys), norm="l2", group=keys)
@@ -130,6 +131,54 @@ def test_rg_lru(seed: int) -> None:
     bench.b.op(RgLru, "lru", bench.x, *gates, *vectors, bench.b.state("state", width))
     # the root of 1 - a^2 loses digits where a is near 1: a relative error of e in ln a is one of e / 2 in it
     hold(run(bench, steps(rng, 40), ["lru"]), 56 * 16 * EPS)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_bits_depend_neither_on_cuts_nor_on_company(isa: str) -> None:
+    """Every op with state: a sequence at once and alone, and cut at random beside others, with 1 and 2 threads."""
+    seed = int(np.random.default_rng().integers(2**32))
+    rng = np.random.default_rng(seed)
+    rows, keys, values, heads = 30, int(rng.integers(1, 40)), int(rng.integers(1, 80)), 2
+    bench = Bench(rng, rows, heads * values)
+    b, x, width = bench.b, bench.x, heads * values
+    w = bench.weight("w", rng.normal(size=(width, 4)))
+    b.op(ShortConv, "conv", x, w, b.state("conv_state", 3, width))
+    k = b.op(Norm, "k", bench.matrix("k_in", rows, keys), norm="l2")
+    q = bench.matrix("q", rows, keys)
+    for site, columns, delta in (("by_head", heads, True), ("by_key", heads * keys, True), ("plain", heads, False)):
+        rate = bench.weight(f"{site}.rate", rng.normal(size=heads))
+        b.op(Decay, f"{site}.step", bench.matrix(f"{site}.dt", rows, columns), rate)
+        how: dict[str, Any] = {"decay": f"{site}.step.decay", "delta": delta, "heads": heads}
+        b.op(LinearAttention, site, q, k, x, b.state(f"{site}.state", heads, keys, values), **how)
+    step, narrow = bench.matrix("step", rows, width), [bench.matrix(n, rows, 5) for n in "bc"]
+    vectors = bench.weight("rate", rng.normal(size=(width, 5))), bench.weight("skip", rng.normal(size=width))
+    b.op(SelectiveScan, "scan", x, step, *narrow, *vectors, b.state("scan_state", width, 5))
+    gates = [bench.weight(n, rng.normal(size=width)) for n in ("lru_rate", "lru_i", "lru_r")]
+    b.op(RgLru, "lru", x, step, step, *gates, b.state("lru_state", width))
+    sites = ["conv", "by_head", "by_key", "plain", "scan", "lru"]
+    program, weights = finish(bench), ArrayWeights(bench.arrays)
+    whole = HostDevice(1, isa).load(program, weights, STATE)
+    chunk = Chunk(range(rows), 0, range(8), [0], state=STATE.pair(0, 0))
+    want = whole.step(StepRequest(bind([chunk], PAGE), taps=sites)).taps
+    for threads in (1, 2):
+        ex = HostDevice(threads, isa).load(program, weights, STATE)
+        at = [0, 0]
+        got: dict[str, list[np.ndarray]] = {site: [] for site in sites}
+        for count in range(rows):
+            ends = [min(rows, start + int(rng.integers(1, 9))) for start in at]
+            chunks = [
+                Chunk(range(start, end), start, range(8 * s, 8 * s + 8), [0], state=STATE.pair(s, count))
+                for s, (start, end) in enumerate(zip(at, ends, strict=True))
+                if end > start
+            ]
+            if not chunks:
+                break
+            taps = ex.step(StepRequest(bind(chunks, PAGE), taps=sites)).taps
+            for site in sites:
+                got[site].append(taps[site][: ends[0] - at[0]])
+            at = ends
+        for site in sites:
+            np.testing.assert_array_equal(np.concatenate(got[site]), want[site], err_msg=f"seed {seed}, {site}")
 
 
 def test_norm_by_group_with_a_weight_per_column() -> None:

@@ -69,6 +69,19 @@ MORE: dict[str, dict[str, Any]] = {
         "v_head_dim": 20, "num_key_value_heads": 4, "moe_intermediate_size": 48, "n_routed_experts": 8,
         "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1,
     },
+    "deepseek_v32": {
+        "class": "DeepseekV32", "kv_lora_rank": 40, "q_lora_rank": 36, "qk_nope_head_dim": 24, "qk_rope_head_dim": 12,
+        "v_head_dim": 20, "num_key_value_heads": 4, "moe_intermediate_size": 48, "n_routed_experts": 8,
+        "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "attention_bias": True,
+        "index_topk": 11, "index_head_dim": 20, "index_n_heads": 8,
+    },
+    "glm_moe_dsa": {
+        "class": "GlmMoeDsa", "kv_lora_rank": 40, "q_lora_rank": 36, "qk_nope_head_dim": 24, "qk_rope_head_dim": 12,
+        "v_head_dim": 20, "num_key_value_heads": 4, "moe_intermediate_size": 48, "n_routed_experts": 8,
+        "num_experts_per_tok": 3, "index_topk": 13, "index_head_dim": 16, "index_n_heads": 6,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "indexer_types": ["full", "shared", "full", "shared"],
+    },
     "mimo_v2_flash": {
         "class": "MiMoV2Flash", "head_dim": 24, "v_head_dim": 20, "num_key_value_heads": 1, "sliding_window": 20,
         "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 3,

@@ -12,6 +12,7 @@ from intaglio.ops.conv import ShortConv
 from intaglio.ops.data import Embed, Permute, Select
 from intaglio.ops.elementwise import Map
 from intaglio.ops.experts import Experts, Route
+from intaglio.ops.indexer import ChooseKeys
 from intaglio.ops.linear import HeadLinear, Linear, x_format
 from intaglio.ops.linear_attention import Decay, LinearAttention
 from intaglio.ops.norm import Norm
@@ -21,10 +22,10 @@ from intaglio.ops.sample import Sample
 from intaglio.ops.selective_scan import RgLru, SelectiveScan
 
 __all__ = [
-    "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "AllToAll", "Attend", "Collective", "Decay", "Embed", "Experts",
-    "Grouped", "HeadLinear", "KvWrite", "Linear", "LinearAttention", "Map", "Norm", "Op", "OpError", "Permute", "Recv",
-    "ReduceScatter", "RgLru", "Rope", "Route", "Sample", "Select", "SelectiveScan", "Send", "ShortConv", "Sinusoid",
-    "Tensor", "Value", "Work", "x_format",
+    "REGISTRY", "SYMBOLS", "AllGather", "AllReduce", "AllToAll", "Attend", "ChooseKeys", "Collective", "Decay",
+    "Embed", "Experts", "Grouped", "HeadLinear", "KvWrite", "Linear", "LinearAttention", "Map", "Norm", "Op",
+    "OpError", "Permute", "Recv", "ReduceScatter", "RgLru", "Rope", "Route", "Sample", "Select", "SelectiveScan",
+    "Send", "ShortConv", "Sinusoid", "Tensor", "Value", "Work", "x_format",
 ]  # fmt: skip
 
 for _module in iter_modules(__path__):

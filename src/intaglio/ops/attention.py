@@ -32,12 +32,30 @@ def token_bytes(cache: Tensor) -> int:
     return formats.get(cache.format).nbytes(int(cache.shape[2]), int(cache.shape[3]))
 
 
+def gather_cache(v: Mapping[str, Value], name: str, scale: str | None, blocks: np.ndarray, context: int) -> np.ndarray:
+    """A sequence's cache in order of position, dequantised: float64 [context, kv heads, head_dim]."""
+    cache = v[name]
+    pages = cache.rows(blocks) if isinstance(cache, Quantised) else cache[blocks]
+    out = pages.reshape(-1, *pages.shape[2:])[:context].astype(np.float64)
+    if pages.dtype == formats.E4M3 and scale is not None:
+        out *= array(v, scale).astype(np.float64)[:, None]
+    return out
+
+
+def _listed(chosen: np.ndarray, context: int) -> np.ndarray:
+    """Boolean mask [queries, context]: True for the positions in the query's row of `chosen`; -1 is no position."""
+    mask = np.zeros((len(chosen), context + 1), bool)
+    np.put_along_axis(mask, chosen.astype(np.int64), True, axis=1)  # -1 marks the column that is cut off
+    return mask[:, :context]
+
+
 @dataclass(frozen=True, kw_only=True)
 class KvWrite(Op, kind="kv_write"):
     """Op that stores keys and values: cache[slot of t] = k[t], v[t], rounded to the cache's format.
 
     k, v f32 [T, kv heads * head_dim]. An int8row cache has one scale per token and head. An e4m3 cache holds x / scale,
-    clipped to -448..448, where the scale is that of its head; a value that is not finite becomes NaN.
+    clipped to -448..448, where the scale is that of its head; a value that is not finite becomes NaN. A cache of keys
+    alone (of choose_keys) is given as both caches, with v = k.
 
     Attributes:
         k_scale: [heads of k_cache], the scales of an e4m3 cache; other formats do not use them. None means 1.
@@ -75,12 +93,13 @@ class KvWrite(Op, kind="kv_write"):
         return {}
 
     def _writes(self) -> tuple[tuple[str, str, str | None], ...]:
-        """Two triples of tensor names, for keys and for values: (operand, its cache, its scales or None)."""
-        return (self.k, self.k_cache, self.k_scale), (self.v, self.v_cache, self.v_scale)
+        """A tuple of (operand, its cache, its scales or None) for keys and for values; one entry if both are equal."""
+        keys, values = (self.k, self.k_cache, self.k_scale), (self.v, self.v_cache, self.v_scale)
+        return (keys,) if keys[:2] == values[:2] else (keys, values)
 
     def work(self, t: Tensors, batch: Batch) -> Work:
-        read = t[self.k].nbytes(batch.sizes) + t[self.v].nbytes(batch.sizes)
-        written = len(batch.tokens) * (token_bytes(t[self.k_cache]) + token_bytes(t[self.v_cache]))
+        read = sum(t[x].nbytes(batch.sizes) for x, _, _ in self._writes())
+        written = len(batch.tokens) * sum(token_bytes(t[cache]) for _, cache, _ in self._writes())
         return Work(0, 0, written, read)
 
 
@@ -102,6 +121,8 @@ class Attend(Op, kind="attend"):
             is added to a score after softcap and temper.
         k_scale: [kv heads], multiplied with the codes of k_cache and rope_cache if they are e4m3; None: 1.
         v_scale: [kv heads], multiplied with the codes of v_cache if it is e4m3; None: 1.
+        chosen: i32 [T, any number], the positions that each token attends to, ascending, after places of -1 (the op
+            choose_keys); None: all that window and chunk let it see.
         temper: scores of a query at position i are multiplied by 1 + temper * ln(1 + floor((i + temper_from) /
             temper_every)); temper_from is 1 in Llama 4 and 0 in Ministral 3.
     """
@@ -114,6 +135,7 @@ class Attend(Op, kind="attend"):
     slopes: str | None = operand("vector", optional=True)
     k_scale: str | None = operand("vector", optional=True)
     v_scale: str | None = operand("vector", optional=True)
+    chosen: str | None = operand("index", optional=True)
     out: str = result()
     heads: int
     scale: float
@@ -141,6 +163,10 @@ class Attend(Op, kind="attend"):
         self.check(one, f"window={self.window}, chunk={self.chunk}; give one of them, not below 0")
         self.check(self.temper_every >= 1, f"temper_every={self.temper_every}; wanted 1 or more")
         self.check(self.temper_from in (0, 1), f"temper_from={self.temper_from}; wanted 0 or 1")
+        if self.chosen is not None:
+            index = t[self.chosen]
+            ok = index.format == "i32" and len(index.shape) == 2 and index.shape[0] == "T"
+            self.check(ok, f"{self.chosen} is {index.type}; wanted i32[T, positions]")
         self.vector(t, self.sinks, self.heads)
         self.vector(t, self.slopes, self.heads)
         self.vector(t, self.k_scale, kv_heads)
@@ -154,10 +180,10 @@ class Attend(Op, kind="attend"):
         for s in range(len(batch.first_row)):
             n, context = int(batch.q_len[s]), int(batch.context_len[s])
             blocks = batch.block_table[s, : -(-context // batch.block_size)]
-            k = self._gather(v, self.k_cache, self.k_scale, blocks, context)
-            val = self._gather(v, self.v_cache, self.v_scale, blocks, context)
+            k = gather_cache(v, self.k_cache, self.k_scale, blocks, context)
+            val = gather_cache(v, self.v_cache, self.v_scale, blocks, context)
             if self.rope_cache is not None:
-                k = np.concatenate([k, self._gather(v, self.rope_cache, self.k_scale, blocks, context)], axis=-1)
+                k = np.concatenate([k, gather_cache(v, self.rope_cache, self.k_scale, blocks, context)], axis=-1)
             repeat = self.heads // k.shape[1]
             k, val = np.repeat(k, repeat, axis=1), np.repeat(val, repeat, axis=1)
             first, at = int(batch.first_row[s]), np.arange(context - n, context)
@@ -169,7 +195,10 @@ class Attend(Op, kind="attend"):
             if self.slopes is not None:
                 slopes = array(v, self.slopes).astype(np.float64)[:, None, None]
                 score = score + slopes * (np.arange(context)[None, :] - at[:, None])
-            p = self._weights(np.where(self._hidden(at, context), -np.inf, score), v)
+            hidden = self._hidden(at, context)
+            if self.chosen is not None:
+                hidden |= ~_listed(array(v, self.chosen)[first : first + n], context)
+            p = self._weights(np.where(hidden, -np.inf, score), v)
             out.append(np.einsum("hqk,khd->qhd", p, val).reshape(n, -1))
         return {self.out: np.concatenate(out).astype(np.float32)}
 
@@ -195,16 +224,6 @@ class Attend(Op, kind="attend"):
         p = np.exp(score - top)
         return p / (p.sum(axis=-1, keepdims=True) + np.exp(sink - top))
 
-    @staticmethod
-    def _gather(v: Mapping[str, Value], name: str, scale: str | None, blocks: np.ndarray, context: int) -> np.ndarray:
-        """A sequence's cache in order of position, dequantised: float64 [context, kv heads, head_dim]."""
-        cache = v[name]
-        pages = cache.rows(blocks) if isinstance(cache, Quantised) else cache[blocks]
-        out = pages.reshape(-1, *pages.shape[2:])[:context].astype(np.float64)
-        if pages.dtype == formats.E4M3 and scale is not None:
-            out *= array(v, scale).astype(np.float64)[:, None]
-        return out
-
     def work(self, t: Tensors, batch: Batch) -> Work:
         caches = {n for n in (self.k_cache, self.v_cache, self.rope_cache) if n is not None}  # latents are read once
         row = sum(token_bytes(t[n]) for n in caches)
@@ -213,7 +232,10 @@ class Attend(Op, kind="attend"):
         for c, m in zip(batch.context_len, batch.q_len, strict=True):
             at = np.arange(int(c) - int(m), int(c))
             first = self.first_seen(at)
-            seen += int((at + 1 - first).sum())
-            reach += int(c) - int(first[0])  # keys that any query of the chunk sees
-        temp = t[self.q].nbytes(batch.sizes) + t[self.out].nbytes(batch.sizes)
+            each = at + 1 - first
+            if self.chosen is not None:
+                each = np.minimum(each, int(t[self.chosen].shape[1]))
+            seen += int(each.sum())
+            reach += min(int(c) - int(first[0]), int(each.sum()))  # keys that any query of the chunk sees, at most
+        temp = sum(t[n].nbytes(batch.sizes) for n in (self.q, self.out, self.chosen) if n is not None)
         return Work(2 * self.heads * width * seen, 0, row * reach, temp)

@@ -101,7 +101,7 @@ def flatten(f: Facts) -> Facts:
 
 
 def _routed(mixed: list[Facts], name: str) -> list[Facts]:
-    """The properties of all layers' mixtures, with `routing` replaced by the first way that fits all.
+    """A list of the properties of each layer's mixture, with `routing` replaced by the first way that fits all.
 
     Several ways can fit one layer, because its few tokens do not tell them apart. Raises Unmatched if none fits all.
     """

@@ -14,6 +14,7 @@ from intaglio.models.decoder.description import (
     SUM,
     TRANSPOSED,
     Decoder,
+    Indexer,
     Latent,
     Layer,
     Mixture,
@@ -29,6 +30,7 @@ from intaglio.models.decoder.writer import Writer
 
 __all__ = [
     "BEFORE", "GLM", "NAMED", "NAMED_BIASES", "NUMBERED", "ONE", "POST", "PRE", "SANDWICH", "STACKED", "SUM",
-    "TRANSPOSED", "ConvMixer", "Decoder", "DeltaMixer", "Latent", "Layer", "LightningMixer", "LruMixer", "Mixture",
-    "ScanMixer", "SsmMixer", "Writer", "layer_norm_sizes", "sizes", "sparse", "uniform_layers", "window", "write",
+    "TRANSPOSED", "ConvMixer", "Decoder", "DeltaMixer", "Indexer", "Latent", "Layer", "LightningMixer", "LruMixer",
+    "Mixture", "ScanMixer", "SsmMixer", "Writer", "layer_norm_sizes", "sizes", "sparse", "uniform_layers", "window",
+    "write",
 ]  # fmt: skip

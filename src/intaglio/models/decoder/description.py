@@ -52,6 +52,7 @@ class Layer:
         attention: the layer has attention or a mixer.
         mlp: the layer has an MLP or experts.
         mix: factors on the residual and on attention's result where the two are added.
+        shares_index: attention uses the positions chosen in the last layer before that has an indexer (see Latent).
     """
 
     rope: str = "rope"
@@ -71,6 +72,24 @@ class Layer:
     attention: bool = True
     mlp: bool = True
     mix: tuple[float, float] = (1.0, 1.0)
+    shares_index: bool = False
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """The indexer of sparse attention (DeepSeek-V3.2), which chooses the positions that a query attends to.
+
+    Attributes:
+        heads: number of its heads.
+        head_dim: columns of a head, of which the first have rope.
+        top: number of positions that it chooses for each query.
+        style: how rope pairs columns, "half" or "interleaved".
+    """
+
+    heads: int
+    head_dim: int
+    top: int
+    style: str = "half"
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,7 @@ class Latent:
         rope: of the part of a head with rope.
         value: of a head's value.
         eps: of the norms of the latents.
+        indexer: chooses the positions that queries attend to; None: all. Needs compressed queries.
     """
 
     q_rank: int
@@ -92,6 +112,7 @@ class Latent:
     rope: int
     value: int
     eps: float = 1e-6
+    indexer: Indexer | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

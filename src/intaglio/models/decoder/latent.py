@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from intaglio.models.decoder.description import Latent, Layer
+from intaglio.models.decoder.description import Indexer, Latent, Layer
 from intaglio.models.decoder.writer import Writer
-from intaglio.ops import Attend, HeadLinear, KvWrite, Norm, Rope
+from intaglio.ops import Attend, ChooseKeys, HeadLinear, KvWrite, Norm, Rope
 
 
 def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
@@ -19,7 +19,8 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
     turn = d.ropes[layer.rope]
     how: dict[str, Any] = {"style": turn.style, "factor": turn.factor}
     table = f"{layer.rope}.frequencies"
-    q = _queries(w, m, at, source, x)
+    narrow = _compressed_queries(w, m, at, source, x) if m.q_rank else ""
+    q = _queries(w, m, at, source, x, narrow)
     q = b.op(Rope, at + "q_rope", q, "positions", table, head_dim=m.nope + m.rope, trailing=True, **how)
     both = w.linear(at + "kv_a_proj", x, m.rank + m.rope, d.hidden, source + "kv_a_proj_with_mqa", d.o_bias)
     c = b.view(at + "latent", both, 0, m.rank)
@@ -34,22 +35,56 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
     keys = w.tensor(at + "k_up", (d.heads, m.rank, m.nope), f"{up}|h{d.heads}|r0:{m.nope}/{each}|T", plain=True)
     values = w.tensor(at + "v_up", (d.heads, m.value, m.rank), f"{up}|h{d.heads}|r{m.nope}:{each}/{each}", plain=True)
     q = b.op(HeadLinear, at + "absorb", q, keys)
+    if m.indexer:
+        scales["chosen"] = _shared_index(w, i) if layer.shares_index else _indexer(w, m, m.indexer, i, layer, x, narrow)
     a = b.op(Attend, at + "attend", q, latents, latents, rope_cache=ropes, heads=d.heads, scale=d.scale, **scales)
     a = b.op(HeadLinear, at + "v_proj", a, values)
     return w.linear(at + "o_proj", a, d.hidden, d.heads * m.value, source + "o_proj", d.o_bias)
 
 
-def _queries(w: Writer, m: Latent, at: str, source: str, x: str) -> str:
-    """Write the queries [T, heads * (nope + rope)], compressed to q_rank columns first if q_rank is not 0.
+def _compressed_queries(w: Writer, m: Latent, at: str, source: str, x: str) -> str:
+    """Write the compressed queries [T, q_rank] and their norm. Returns the name of the result's tensor."""
+    x = w.linear(at + "q_a_proj", x, m.q_rank, w.d.hidden, source + "q_a_proj", w.d.o_bias)
+    return _norm(w, m, at + "q_norm", x, m.q_rank, source + "q_a_layernorm")
+
+
+def _queries(w: Writer, m: Latent, at: str, source: str, x: str, narrow: str) -> str:
+    """Write the queries [T, heads * (nope + rope)] from their latent `narrow`, or from x if there is none ("").
 
     Returns the name of their tensor.
     """
     width = w.d.heads * (m.nope + m.rope)
-    if not m.q_rank:
+    if not narrow:
         return w.linear(at + "q_proj", x, width, w.d.hidden, source + "q_proj")
-    x = w.linear(at + "q_a_proj", x, m.q_rank, w.d.hidden, source + "q_a_proj", w.d.o_bias)
-    x = _norm(w, m, at + "q_norm", x, m.q_rank, source + "q_a_layernorm")
-    return w.linear(at + "q_b_proj", x, width, m.q_rank, source + "q_b_proj")
+    return w.linear(at + "q_b_proj", narrow, width, m.q_rank, source + "q_b_proj")
+
+
+def _indexer(w: Writer, m: Latent, index: Indexer, i: int, layer: Layer, x: str, narrow: str) -> str:
+    """Write the indexer of layer `i`, with a cache of its own keys. Returns the name of the tensor of chosen positions.
+
+    narrow: the latent of the queries, from which the indexer's queries are projected.
+    """
+    b, at, n = w.b, f"layers.{i}.attn.indexer.", index.head_dim
+    source, turn = f"{w.d.prefix}layers.{i}.self_attn.indexer.", w.d.ropes[layer.rope]
+    how: dict[str, Any] = {"style": index.style, "factor": turn.factor, "head_dim": n}
+    table = f"{layer.rope}.frequencies"
+    q = w.linear(at + "q_proj", narrow, index.heads * n, m.q_rank, source + "wq_b")
+    q = b.op(Rope, at + "q_rope", q, "positions", table, **how)
+    k = w.linear(at + "k_proj", x, n, w.d.hidden, source + "wk")
+    weight, bias = (w.weight(at + "k_norm", what, (n,), source + "k_norm") for what in ("weight", "bias"))
+    k = b.op(Norm, at + "k_norm", k, weight=weight, bias=bias, norm="layer", eps=1e-6)
+    k = b.op(Rope, at + "k_rope", k, "positions", table, **how)
+    cache = b.cache(at + "cache", 1, n, w.cache)
+    b.op(KvWrite, at + "kv_write", k, k, cache, cache)
+    weights = w.linear(at + "weights", x, index.heads, w.d.hidden, source + "weights_proj")
+    scale = (n * index.heads) ** -0.5  # 1 / sqrt(n) of the products, and 1 / sqrt(heads) of the weights
+    return b.op(ChooseKeys, at + "choose", q, weights, cache, heads=index.heads, top=index.top, scale=scale)
+
+
+def _shared_index(w: Writer, i: int) -> str:
+    """The name of the tensor of positions that are chosen by the last indexer before layer `i`."""
+    last = max(j for j, layer in enumerate(w.d.layers[:i]) if not layer.shares_index)
+    return f"layers.{last}.attn.indexer.choose"
 
 
 def _norm(w: Writer, m: Latent, site: str, x: str, width: int, source: str) -> str:

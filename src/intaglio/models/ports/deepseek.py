@@ -1,16 +1,17 @@
-"""DeepSeek-V2 and V3, and Kimi-K2, which is a V3: latent attention, dense first layers, then routed and shared experts.
+"""DeepSeek-V2, V3 and V3.2, Kimi-K2, which is a V3, and GLM-5: latent attention, dense layers, then routed experts.
 
 V2 routes by softmax, V3 by sigmoid with a bias that only affects the choice; both may restrict the choice to the best
-groups of experts.
+groups of experts. In V3.2 and GLM-5 an indexer chooses the positions that a query attends to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from intaglio.models.config import Config
-from intaglio.models.decoder import NAMED, PRE, Decoder, Latent, Layer, Mixture, sizes, sparse
+from intaglio.models.config import Config, PortError
+from intaglio.models.decoder import NAMED, PRE, Decoder, Indexer, Latent, Layer, Mixture, sizes, sparse
 from intaglio.models.decoder.rope import mscale, parameters, table
 from intaglio.models.ports.family import Family
 
@@ -82,6 +83,50 @@ def deepseek_v3(c: Config, context: int) -> Decoder:
     )
 
 
+def indexed(c: Config, context: int, style: str, shared: Sequence[bool]) -> Decoder:
+    """The Decoder that describes a DeepSeek-V3 with an indexer, for up to `context` positions.
+
+    style: of the indexer's rope. shared: for each layer, True if it uses the indexer of a layer before it. Raises
+    PortError for settings that are not ported.
+    """
+    d, n = deepseek_v3(c, context), c.whole("num_hidden_layers")
+    if unknown := {*(c.get("layer_types") or ())} - {"indexed_attention"}:
+        raise PortError(f"config.json: layer_types {sorted(unknown)} are not ported: known is indexed_attention")
+    dense = min(n, int(c.get("first_k_dense_replace", 0)))
+    kinds = c.get("mlp_layer_types") or ["dense"] * dense + ["sparse"] * (n - dense)
+    if len(shared) != n or len(kinds) != n or shared[0]:
+        raise PortError(
+            f"config.json: the indexer is given for {len(shared)} layers and mlp_layer_types for {len(kinds)} of {n}, "
+            "and layer 0 needs an indexer of its own"
+        )
+    top = min(c.whole("index_topk"), context)
+    index = Indexer(c.whole("index_n_heads"), c.whole("index_head_dim"), top, style)
+    layers = tuple(
+        Layer(sparse=kind == "sparse", shares_index=share) for kind, share in zip(kinds, shared, strict=True)
+    )
+    assert d.latent
+    return replace(d, layers=layers, latent=replace(d.latent, indexer=index))
+
+
+def deepseek_v32(c: Config, context: int) -> Decoder:
+    """The Decoder that describes DeepSeek-V3.2, from config.json, for up to `context` positions."""
+    return indexed(c, context, "half", [False] * c.whole("num_hidden_layers"))
+
+
+def glm_dsa(c: Config, context: int) -> Decoder:
+    """The Decoder that describes GLM-5, from config.json: some layers share the indexer of a layer before them.
+
+    Raises PortError for settings that are not ported.
+    """
+    found = c.get("indexer_types") or c.get("index_topk_pattern")
+    if found is None:
+        every, first = max(int(c.get("index_topk_freq", 1)), 1), int(c.get("index_skip_topk_offset", 2))
+        found = ["SF"[max(i - first + 1, 0) % every == 0] for i in range(c.whole("num_hidden_layers"))]
+    if unknown := set(found) - {"full", "shared", "F", "S"}:
+        raise PortError(f"config.json: indexer types {sorted(unknown)} are not ported: known are full and shared")
+    return indexed(c, context, "interleaved", [kind in ("shared", "S") for kind in found])
+
+
 def youtu(c: Config, context: int) -> Decoder:
     """The Decoder that describes Youtu-LLM, from config.json, for up to `context` positions."""
     style = "interleaved" if c.flag("rope_interleave") else "half"
@@ -122,6 +167,14 @@ MINICPM3 = {
     "scale_depth": 1.4, "dim_model_base": 256, "num_attention_heads": 40, "hidden_size": 2560,
     "tie_word_embeddings": True,
 }  # fmt: skip
+V32 = {
+    **V3, "max_position_embeddings": 163840, "index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64,
+}  # fmt: skip
+GLM_DSA = {
+    **V32, "max_position_embeddings": 202752, "rms_norm_eps": 1e-5, "n_group": 1, "topk_group": 1,
+    "q_lora_rank": 2048, "qk_nope_head_dim": 192, "v_head_dim": 256, "index_n_heads": 32,
+}  # fmt: skip
+CHOICE = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)}
 YOUTU = {
     **V2, "max_position_embeddings": 131072, "rope_theta": 10000.0, "rope_interleave": True, "tie_word_embeddings": True
 }  # fmt: skip
@@ -158,4 +211,6 @@ FAMILIES = (
             "rope_interleave": (True, False),
         },
     ),
+    Family("DeepseekV32ForCausalLM", "DeepSeek-V3.2", V32, deepseek_v32, model_types=("deepseek_v32",), fixed=CHOICE),
+    Family("GlmMoeDsaForCausalLM", "GLM-5", GLM_DSA, glm_dsa, model_types=("glm_moe_dsa",), fixed=CHOICE),
 )

@@ -43,13 +43,21 @@ class AttendKernel(ChipKernel):
     def of(cls, op: Attend, t: Tensors) -> AttendKernel:
         keys, values = t[op.k_cache], t[op.v_cache]
         d = sum(int(t[name].shape[3]) for name in key_parts(op))
-        # With chunked attention a query sees at most `chunk` keys: timed as a sliding window of that many keys.
-        window, bits = op.window or op.chunk, formats.bits(keys.format)
+        # With chunked attention a query sees at most `chunk` keys, with an indexer those that it chose: timed as a
+        # sliding window of that many keys.
+        chosen = int(t[op.chosen].shape[1]) if op.chosen else 0
+        window, bits = op.window or op.chunk or chosen, formats.bits(keys.format)
         kv_heads, dv = int(keys.shape[2]), int(values.shape[3])
         return cls(Heads(op.heads, kv_heads, d, dv, window, bits, bool(op.softcap)))
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
         return attend_timing(target, self.heads, sizes.sequences)
+
+    @classmethod
+    def unsupported(cls, op: Attend, t: Tensors) -> str | None:
+        if op.chosen is not None:
+            return f"{op.site}: chip kernels do not attend to chosen positions (an indexer); run this model on the host"
+        return None
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Attend, t: Tensors, batch: Batch) -> list[Stream]:

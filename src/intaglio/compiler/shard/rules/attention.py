@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from intaglio.compiler.shard.lane import Lane, sharding_rule
 from intaglio.compiler.shard.shares import heads_of, scaled, width_of
-from intaglio.ops import Attend, KvWrite
+from intaglio.ops import Attend, ChooseKeys, KvWrite
 
 
 @sharding_rule(KvWrite)
@@ -32,5 +32,14 @@ def attend(lane: Lane, op: Attend) -> None:
     slopes = lane.own(op, op.slopes, heads, axis=0) if op.slopes else None
     kept = lane.plan.get(op.k_cache)  # this lane's heads of the caches; none: all
     k, v = (lane.own(op, s, kept, axis=0) if kept and s else s for s in (op.k_scale, op.v_scale))
-    part = replace(op, heads=width_of(heads[lane.lane]), sinks=sinks, slopes=slopes, k_scale=k, v_scale=v)
+    chosen = lane.whole(op.chosen) if op.chosen else None  # all heads attend to the same positions
+    part = replace(
+        op, chosen=chosen, heads=width_of(heads[lane.lane]), sinks=sinks, slopes=slopes, k_scale=k, v_scale=v
+    )
     return lane.add_split(part, scaled(heads, v_dim))
+
+
+@sharding_rule(ChooseKeys)
+def choose_keys(lane: Lane, op: ChooseKeys) -> None:
+    """Append choose_keys to the lane's Program, with all heads and the whole cache of keys on every lane."""
+    lane.add_whole(op)

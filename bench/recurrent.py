@@ -1,0 +1,160 @@
+"""Speed of models with recurrent state on the host device, beside the machine's roofs and PyTorch with transformers.
+
+Shapes of about a billion active weights: gated delta nets with experts as in Qwen3-Next, and Mamba-2 blocks as in
+Granite 4, each with some layers of attention. Random weights in bfloat16. Engines take turns; medians are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from engines import Worker, compiled, decode_batches, missing, pages_each, prefill_batches, prompt
+from host import HEAD, Result, bound, difference, machine, megabytes, moved, say, table, take_turns, versions
+
+from intaglio.batch import Batch
+from intaglio.devices import StateSpec
+from intaglio.devices.host import HostDevice
+from intaglio.measure.bench import Roofs, measured_roofs, read_stream
+from intaglio.ops import Experts
+from intaglio.program import Program
+
+FORMAT = "bf16"
+PROMPT, CONTEXT, STEPS = 512, 128, 9  # tokens of the prefill; tokens before decoding; steps of a decode sample
+AGREE = 32  # tokens whose logits are compared
+STATE = StateSpec(pages_each(PROMPT), slots=2)
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-next": {  # 8 of 48 layers, 32 of 512 experts
+        "class": "Qwen3Next", "num_hidden_layers": 8, "num_experts": 32, "num_experts_per_tok": 10,
+        "hidden_size": 2048, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 151936,
+    },
+    "granite-4": {  # 28 of 40 layers of Granite-4.0-H-1B
+        "class": "GraniteMoeHybrid", "num_hidden_layers": 28, "hidden_size": 1536, "num_local_experts": 0,
+        "shared_intermediate_size": 4096, "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 100352,
+        "layer_types": (["linear_attention"] * 9 + ["full_attention"]) * 2 + ["linear_attention"] * 8,
+        "mamba_n_heads": 48, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_expand": 2,
+        "embedding_multiplier": 12.0, "logits_scaling": 6.0, "residual_multiplier": 0.22,
+        "attention_multiplier": 0.0078125, "tie_word_embeddings": True,
+    },
+    "tiny": {  # for trying the script
+        "class": "Qwen3Next", "num_hidden_layers": 4, "num_experts": 8, "num_experts_per_tok": 3, "hidden_size": 128,
+        "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
+}  # fmt: skip
+
+
+def write_checkpoint(folder: Path, shape: str) -> None:
+    """Write the shape's checkpoint in `folder` with transformers, unless it is there already."""
+    if (folder / "done").exists():
+        return
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    keys = dict(SHAPES[shape])
+    name = keys.pop("class")
+    config = getattr(transformers, f"{name}Config")(**keys)
+    torch.set_default_dtype(torch.bfloat16)
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+    (folder / "done").touch()
+
+
+def batches(phase: str) -> Iterator[Batch]:
+    """The steps of one sample's unit: a whole prompt, or one decode step."""
+    return prefill_batches([0] * PROMPT, state=STATE) if phase == "prefill" else decode_batches([CONTEXT], 1, STATE)
+
+
+def active(program: Program) -> tuple[int, int]:
+    """(weights that one token is multiplied with, bytes of recurrent state that it reads and writes)."""
+    work = program.work(next(iter(batches("decode"))))
+    flops = sum(w.flops for op in program.ops if (w := work[op.site]).weight_bytes)
+    slots = [t for t in program.tensors.values() if t.role == "state" and t.shape[0] == "N"]
+    return flops // 2, 2 * sum(t.nbytes({"N": 1}) for t in slots)
+
+
+def measure(args: argparse.Namespace, shape: str, folder: Path, engines: Sequence[str]) -> list[Result]:
+    """The results of one shape, printed as a table."""
+    say(f"{shape}: checkpoint in {folder}")
+    write_checkpoint(folder, shape)
+    device, program = HostDevice(args.threads), compiled(folder, FORMAT)
+    measured = measured_roofs(device)
+    assert isinstance(measured, Roofs)
+    weights, state = active(program)
+    labels = {"decode": f"decode batch 1 at {CONTEXT}", "prefill": f"prefill {PROMPT}"}
+    results, answers, touched = [], {}, {}
+    with contextlib.ExitStack() as stack:
+        room = [PROMPT + STEPS]
+        workers = [stack.enter_context(Worker(n, folder, FORMAT, args.threads, room)) for n in engines]
+        for w in workers:
+            say(f"  loading {w.name}")
+            w("load")
+            w("settle")
+            answers[w.name] = w("logits", prompt(AGREE, program.vocabulary))
+        for phase, label in labels.items():
+            say(f"  {label}")
+            for w in workers if phase == "decode" else ():
+                w("fill", [CONTEXT], STEPS)
+                if w.name == "intaglio" and any(isinstance(op, Experts) for op in program.ops):
+                    touched = w("touched")
+            size = megabytes(max(moved(program, batch) for batch in batches(phase)))
+            stream = partial(read_stream, device.facts(), size)
+            method, more = ("decode", ()) if phase == "decode" else ("prefill", (PROMPT,))
+            samples, streams = take_turns(workers, method, *more, runs=args.runs, stream=stream)
+            result = Result(shape, FORMAT, label, "tok/s", 1 if phase == "decode" else PROMPT, samples)
+            for rate in streams:
+                roofs = replace(measured, bandwidth=lambda _, rate=rate: rate)
+                step = touched if phase == "decode" else {}
+                seconds, result.bound_by = bound(program, batches(phase), roofs, step)
+                result.bounds.append(seconds)
+            results.append(result)
+    print(f"\n{shape}: {weights / 1e9:.2f}e9 weights a token, {state / 1e6:.0f} MB of recurrent state a step, bf16, "
+          f"{args.threads} threads; read stream {measured.bandwidth(512) / 1e9:.1f} GB/s")  # fmt: skip
+    print(table(HEAD, [r.cells() for r in results]))
+    if len(answers) > 1:
+        apart = difference(*answers.values())
+        print(f"logits after {AGREE} tokens, relative difference of {' and '.join(answers)}: {apart:.3f}", flush=True)
+        assert np.isfinite(apart)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["qwen3-next", "granite-4"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dir", type=Path, help="keep checkpoints here and use them again; default: a temporary one")
+    parser.add_argument("--json", type=Path, help="write all samples to this file")
+    args = parser.parse_args()
+    print(f"{machine()}; {platform.platform()}; {', '.join(f'{k} {v}' for k, v in versions().items())}")
+    print(f"processes that wanted a core in the last minute, before the start: {os.getloadavg()[0]:.1f}")
+    if package := missing("torch"):
+        parser.error(f"{package} is not installed (pip install -e '.[test,bench]'); it writes the checkpoints")
+    print("llama.cpp: left out, this script writes no GGUF file of these architectures")
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() if args.dir is None else contextlib.nullcontext(args.dir) as root:
+        for shape in args.shape:
+            folder = Path(root) / shape
+            folder.mkdir(parents=True, exist_ok=True)
+            results += measure(args, shape, folder, ["intaglio", "torch"])
+    if args.json:
+        args.json.write_text(json.dumps([asdict(r) for r in results], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
