@@ -33,7 +33,9 @@ GGUF_NAMES = {  # of a layer's tensors
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate": "ffn_gate_inp",
 }  # fmt: skip
 EXPERT = re.compile(r"(model\.layers\.(\d+)\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
-PEER_FORMATS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+FILES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")  # GGUF files that both engines read
+OURS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # formats here, and those of llama.cpp beside them
+PEER_FORMATS = {**OURS, **{kind: kind for kind in FILES}}
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,11 @@ def write_tokenizer(folder: Path) -> Path:
 
 def gguf_path(folder: Path, kind: str) -> Path:
     return folder / f"model.{kind}.gguf"
+
+
+def opened(folder: Path, format: str) -> Checkpoint:
+    """The folder's checkpoint, or its GGUF file if `format` names one of FILES."""
+    return Checkpoint.open(gguf_path(folder, format) if format in FILES else folder)
 
 
 def write_gguf(folder: Path, kind: str, threads: int) -> Path:

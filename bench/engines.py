@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from checkpoints import PEER_FORMATS, gguf_path, llama_api
+from checkpoints import FILES, PEER_FORMATS, gguf_path, llama_api, opened
 
 from intaglio.batch import Batch, Chunk, bind
 from intaglio.compiler import build
 from intaglio.devices import StateSpec, StepRequest
-from intaglio.models import Checkpoint, port
+from intaglio.models import port
 from intaglio.ops import Experts, Route
 from intaglio.program import Program
 
@@ -113,7 +113,7 @@ def decode_batches(lengths: Sequence[int], steps: int, state: StateSpec = STATEL
 
 
 def compiled(folder: Path, format: str) -> Program:
-    return build(port(Checkpoint.open(folder)), format)
+    return build(port(opened(folder, format)), "auto" if format in FILES else format)
 
 
 class Intaglio:
@@ -129,7 +129,7 @@ class Intaglio:
         os.environ["INTAGLIO_CACHE"] = str(self.folder / PACKED)
         program = compiled(self.folder, self.format)
         self.state = StateSpec(self.pages, PAGE_TOKENS, 2 * self.sequences if program.recurrent else 0)
-        self.executable = HostDevice(self.threads).load(program, Checkpoint.open(self.folder), self.state)
+        self.executable = HostDevice(self.threads).load(program, opened(self.folder, self.format), self.state)
 
     def settle(self) -> None:
         image = getattr(self.executable, "image", None)

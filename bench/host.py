@@ -27,7 +27,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from checkpoints import PEER_FORMATS, SHAPES, write_gguf, write_random
+from checkpoints import FILES, OURS, PEER_FORMATS, SHAPES, write_gguf, write_random
 from engines import ENGINES, PACKED, Worker, compiled, decode_batches, missing, pages_each, prefill_batches, prompt
 
 from intaglio.batch import Batch
@@ -38,7 +38,10 @@ from intaglio.program import Program
 
 OFFSETS = (0, 32, -32, 16, -16, 48, -48, 64, -64)  # of the contexts in a batch from 128 tokens
 FULL = {"int8": "int8g128", "int4": "int4g32"}
-SHARE = {"bf16": 1.0, "int8": 0.56, "int4": 0.36}  # of bf16's bytes, roughly, to see what fits in memory together
+CODES = {**FULL, "Q8_0": "int8g32f16", "Q6_K": "q6_k", "Q5_K_M": "q5_k", "Q4_K_M": "q4_k"}  # of most matrices
+SHARE = {  # of bf16's bytes, roughly, to see what fits in memory together
+    "bf16": 1.0, "int8": 0.56, "int4": 0.36, "Q8_0": 0.56, "Q6_K": 0.44, "Q5_K_M": 0.4, "Q4_K_M": 0.36,
+}  # fmt: skip
 LARGE = ("8b", "moe")
 PHASES = ("prefill", "decode", "busy", "memory")
 MEMORY = {
@@ -418,14 +421,18 @@ def measure_shape(args: argparse.Namespace, shape: str, folder: Path, engines: S
         chosen = [e for e in engines if e != "torch" or format == "bf16"]
         if "llama.cpp" in chosen:
             write_gguf(folder, PEER_FORMATS[format], args.threads)
+        elif format in FILES:
+            print(f"\n{shape}, {format}: left out, llama.cpp's quantiser writes the file")
+            continue
         measured = measured_roofs(device)
         assert isinstance(measured, Roofs)
-        full = FULL.get(format, format)
-        roofs = f"read stream {measured.bandwidth(512) / 1e9:.1f} GB/s, matrix {measured.peak(full) / 1e9:,.0f} GFLOP/s"
+        full, peak = FULL.get(format, format), measured.peak(CODES.get(format, format))
+        roofs = f"read stream {measured.bandwidth(512) / 1e9:.1f} GB/s, matrix {peak / 1e9:,.0f} GFLOP/s"
         session = Session(args, shape, format, folder, chosen)
         session.measure(measured)
         plain = session.answers if format == "bf16" else plain
-        print(f"\n{shape}, {full} against {PEER_FORMATS[format]}, {args.threads} threads; roofs: {roofs}")
+        what = f"file {format} in both" if format in FILES else f"{full} against {PEER_FORMATS[format]}"
+        print(f"\n{shape}, {what}, {args.threads} threads; roofs: {roofs}")
         print(table(HEAD, [r.cells() for r in session.results]))
         print(session.agreement(plain), flush=True)
         results += session.results
@@ -435,7 +442,7 @@ def measure_shape(args: argparse.Namespace, shape: str, folder: Path, engines: S
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["135m", "1b"])
-    parser.add_argument("--format", nargs="+", choices=list(PEER_FORMATS), default=list(PEER_FORMATS))
+    parser.add_argument("--format", nargs="+", choices=list(PEER_FORMATS), default=list(OURS))
     parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from checkpoints import PEER_FORMATS, SHAPES, write_gguf, write_random, write_tokenizer
+from checkpoints import OURS, PEER_FORMATS, SHAPES, write_gguf, write_random, write_tokenizer
 
 from intaglio.measure.load import Server, Summary, load, probe, summarise
 from intaglio.measure.server import serve_words, started
@@ -105,7 +105,7 @@ def compare(a: argparse.Namespace, folder: Path, kind: str) -> Iterator[dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="135m")
-    parser.add_argument("--format", nargs="*", choices=PEER_FORMATS, default=["int8", "bf16"])
+    parser.add_argument("--format", nargs="*", choices=OURS, default=["int8", "bf16"])
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's llama-server")
     parser.add_argument("--llama-python", help="a Python that has llama-cpp-python[server]")
     parser.add_argument("--workload", default="conversation")

@@ -29,6 +29,7 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 64}
 BIASES = {"attention_bias": True, "mlp_bias": True, "rope_parameters": None}
 LIMITS = {"F32": 2e-4, "F16": 0.02, "BF16": 0.02}  # of formats that are values: K and V in bf16 but for the first
+CODED = 0.1  # of codes: x is rounded to 1 / 254 of the largest of 128 values in each of some 14 products
 ROUNDED = ("Q4_1", "Q5_1", "Q2_K", "IQ2_XS", "IQ2_S", "IQ1_M")  # that become bf16
 BITS = {"Q5_0": 8.5, "Q3_K": 6.57, "IQ4_NL": 8.5, "MXFP4": 4.5}  # in memory, where codes are wider than in the file
 
@@ -51,7 +52,7 @@ def test_types(tmp_path, kind):
         np.testing.assert_array_equal(values(got), rounded)
     truths = truth(plain, list(range(40)))
     for device in ("reference", "host"):
-        assert typical(logits(file, device), truths) < LIMITS.get(kind, 0.02 if kind in ROUNDED else 0.05)
+        assert typical(logits(file, device), truths) < LIMITS.get(kind, 0.02 if kind in ROUNDED else CODED)
     matrix = c.format("model.layers.0.mlp.up_proj.weight")
     assert {c.format(n) for n, x in wanted.items() if x.ndim == 2} == {matrix}
     held = open_device("host").load(build(port(c)), c, StateSpec(4, 16)).packed_bytes

@@ -90,6 +90,7 @@ def test_tokens_are_those_of_sentencepiece(tmp_path, trained, sort):
         {"tokenizer_class": "TokenizersBackend"},
         {"tokenizer_class": "PreTrainedTokenizerFast", "legacy": False, "add_bos_token": True, "add_eos_token": True},
         {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True},
+        {"tokenizer_class": "LlamaTokenizer", "legacy": True},
         {"added_tokens_decoder": {
             "2999": {"content": "<|turn|>", "special": False}, "3000": {"content": "<|more|>", "special": True},
         }, "add_bos_token": True},

@@ -21,9 +21,20 @@ ARCHITECTURES = {  # model_type -> llama.cpp's
     "gpt_oss": "gpt-oss", "minimax_m2": "minimax-m2", "llama4_text": "llama4", "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2", "gemma": "gemma", "cohere": "command-r", "seed_oss": "seed_oss", "arcee": "arcee",
     "hunyuan_v1_dense": "hunyuan-dense", "ernie4_5": "ernie4_5", "exaone4": "exaone4", "nemotron": "nemotron",
-    "starcoder2": "starcoder2", "dots1": "dots1", "ernie4_5_moe": "ernie4_5-moe", "olmo": "olmo",
+    "starcoder2": "starcoder2", "dots1": "dots1", "ernie4_5_moe": "ernie4_5-moe", "olmo": "olmo", "gpt2": "gpt2",
+    "gpt_bigcode": "starcoder", "gpt_neox": "gptneox", "falcon": "falcon", "phi": "phi2", "stablelm": "stablelm",
+    "bloom": "bloom", "mpt": "mpt", "glm": "chatglm", "hunyuan_v1_moe": "hunyuan-moe", "afmoe": "afmoe",
+    "minicpm3": "minicpm3", "lfm2": "lfm2", "lfm2_moe": "lfm2moe",
+}  # fmt: skip
+USUAL = {  # Llama's name of a config key, by those of others
+    "n_embd": "hidden_size", "d_model": "hidden_size", "n_layer": "num_hidden_layers", "n_layers": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
+    "n_positions": "max_position_embeddings", "max_seq_len": "max_position_embeddings",
+    "seq_length": "max_position_embeddings", "layer_norm_epsilon": "layer_norm_eps", "moe_topk": "num_experts_per_tok",
 }  # fmt: skip
 PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "arcee", "olmo")
+FOURFOLD = ("gpt2", "gpt_bigcode", "falcon", "bloom", "mpt")  # whose inner width is four times the outer by default
+WHOLE_QKV = ("gptneox", "bloom", "falcon")  # whose q, k and v converters put one after another
 BLOCK_BYTES = {  # of 256 values (IQ4_NL: 32), where the f16 scales are; types that the library reads but does not write
     "Q2_K": (84, (80, 82)), "Q3_K": (110, (108,)), "Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)), "Q6_K": (210, (208,)),
     "IQ4_NL": (18, (0,)), "IQ4_XS": (136, (0,)), "IQ3_S": (110, (0,)), "IQ3_XXS": (98, (0,)), "IQ2_XXS": (66, (0,)),
@@ -83,7 +94,7 @@ def write(
     import gguf
     import safetensors.numpy
 
-    config = json.loads((path / "config.json").read_text())
+    config = usual(json.loads((path / "config.json").read_text()))
     arrays = safetensors.numpy.load_file(path / "model.safetensors")
     arch = ARCHITECTURES[config["model_type"]]
     folder.mkdir(exist_ok=True)
@@ -115,6 +126,20 @@ def write(
     safetensors.numpy.save_file({n: np.ascontiguousarray(x) for n, x in plain.items()},
                                 folder / "plain" / "model.safetensors", {"format": "pt"})  # fmt: skip
     return folder / "model.gguf", folder / "plain", plain
+
+
+def usual(c: dict[str, Any]) -> dict[str, Any]:
+    """The config with the keys that Llama has, and the inner width that older models leave out."""
+    c = {**c, **{own: c[other] for other, own in USUAL.items() if c.get(other) is not None}}
+    if c["model_type"] == "falcon" and not c["new_decoder_architecture"]:
+        c["num_key_value_heads"] = 1 if c["multi_query"] else c["num_attention_heads"]
+    if c["model_type"] == "gpt_bigcode":
+        c["num_key_value_heads"] = 1
+    if c["model_type"] in ("gpt2", "gpt_neox", "bloom", "mpt"):
+        c["num_key_value_heads"] = None
+    if c["model_type"] in FOURFOLD:
+        c["intermediate_size"] = c.get("ffn_hidden_size") or c.get("n_inner") or 4 * c["hidden_size"]
+    return {"max_position_embeddings": 256} | {k: x for k, x in c.items() if x is not None}
 
 
 def _add(w: Any, key: str, value: Any) -> None:
@@ -205,6 +230,28 @@ def metadata(c: Mapping[str, Any], arch: str) -> dict[str, Any]:
                    float(c["routed_scaling_factor"]), "expert_weights_norm": c["norm_topk_prob"]}  # fmt: skip
         case "deepseek2":
             own = _latent(c, rope)
+        case "gptneox" | "stablelm":
+            own = {"use_parallel_residual": c["use_parallel_residual"]}
+        case "mpt":
+            clip = c["attn_config"].get("clip_qkv")
+            own = {"attention.max_alibi_bias": 8.0, "attention.clamp_kqv": clip, "attention.layer_norm_epsilon": 1e-5}
+        case "hunyuan-moe":
+            own = {"expert_feed_forward_length": c["intermediate_size"],
+                   "expert_shared_feed_forward_length": c["intermediate_size"]}  # fmt: skip
+        case "afmoe":
+            own = {"expert_shared_count": c["num_shared_experts"], "leading_dense_block_count": c["num_dense_layers"],
+                   "expert_weights_norm": True, "expert_weights_scale": float(c["route_scale"]),
+                   "attention.sliding_window": c["sliding_window"]}  # fmt: skip
+        case "lfm2" | "lfm2moe":
+            kinds = c["layer_types"]
+            own = {"attention.head_count_kv": [c["num_key_value_heads"] * (k != "conv") for k in kinds],
+                   "attention.layer_norm_rms_epsilon": c["norm_eps"], "attention.layer_norm_epsilon": None,
+                   "shortconv.l_cache": c["conv_L_cache"], "leading_dense_block_count": c.get("num_dense_layers"),
+                   "expert_gating_func": 2 if experts else None}  # fmt: skip
+        case "minicpm3":
+            own = {"attention.q_lora_rank": c["q_lora_rank"], "attention.kv_lora_rank": c["kv_lora_rank"],
+                   "attention.key_length": c["qk_nope_head_dim"] + c["qk_rope_head_dim"],
+                   "attention.value_length": None, "rope.dimension_count": c["qk_rope_head_dim"]}  # fmt: skip
     return out | own
 
 
@@ -238,7 +285,7 @@ def converted(arrays: Values, c: Mapping[str, Any], arch: str) -> Iterator[Conve
             yield name, permuted(x, heads), lambda y, n=name, h=heads: {n: in_halves(y, h)}
         elif arch.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
             yield name, x + np.float32(1), lambda y, n=name: {n: y - np.float32(1)}
-        elif "kv_b_proj" in name:
+        elif "kv_b_proj" in name and arch == "deepseek2":
             yield from _latent_halves(name, x, c)
         elif "experts." in name and "shared" not in name:
             yield from _fused(name, x, arch)
@@ -248,14 +295,40 @@ def converted(arrays: Values, c: Mapping[str, Any], arch: str) -> Iterator[Conve
                 yield at, part, lambda y, name=name, i=i: _into(arrays, name, np.split(arrays[name], 2, axis=1), i, y)
         elif name.endswith("shared_expert_gate.weight"):
             yield name, x[0], lambda y, n=name: {n: y[None]}
+        elif arch in WHOLE_QKV and "query_key_value" in name:
+            full = name.removeprefix("transformer.") if arch == "bloom" else name
+            yield full, grouped(x, c), lambda y, n=name: {n: ungrouped(y, c)}
+        elif name.endswith("conv.conv.weight"):
+            yield name, x[:, 0], lambda y, n=name: {n: y[:, None]}
+        elif arch == "gpt2" and ".c_" in name and x.ndim == 2:
+            yield name, np.ascontiguousarray(x.T), lambda y, n=name: {n: np.ascontiguousarray(y.T)}
         else:
             full = name + ".weight" if name.endswith("sinks") else name
+            if name.endswith("expert_bias"):
+                full = name + ".bias"
+            if arch == "bloom":
+                full = name.removeprefix("transformer.")
             if name.endswith("e_score_correction_bias"):
                 full = name.replace("_bias", ".bias")
             yield full, x, lambda y, n=name: {n: y}
     for name, parts in stacks.items():
         own = [n for _, n in sorted(parts)]
+        name = name.removeprefix("model.") if arch == "lfm2moe" else name
         yield name, np.stack([arrays[n] for n in own]), lambda y, own=own: dict(zip(own, y, strict=True))
+
+
+def grouped(x: np.ndarray, c: Mapping[str, Any]) -> np.ndarray:
+    """Rows of queries, then of keys, then of values, where transformers has them group of heads by group of heads."""
+    kv = c.get("num_key_value_heads") or c["num_attention_heads"]
+    each = x.reshape(kv, c["num_attention_heads"] // kv + 2, -1, *x.shape[1:])
+    parts = [each[:, :-2], each[:, -2], each[:, -1]]
+    return np.concatenate([p.reshape(-1, *x.shape[1:]) for p in parts])
+
+
+def ungrouped(x: np.ndarray, c: Mapping[str, Any]) -> np.ndarray:
+    """And back."""
+    rows = np.arange(len(x)).astype(np.float32)
+    return np.ascontiguousarray(x[np.argsort(grouped(rows, c))])
 
 
 def _into(arrays: Values, name: str, halves: list[np.ndarray], i: int, y: np.ndarray) -> Values:

@@ -63,6 +63,14 @@ def texts(count: int, seed: int) -> list[str]:
     return out
 
 
+AFMOE = (  # digits in threes from the end, Asian scripts, and the last of DeepSeek's patterns
+    r"\p{N}{1,3}(?=(?:\p{N}{3})*$)|\p{N}{1,3}(?=(?:\p{N}{3})*\P{N})",
+    "[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0e7f"
+    "\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+",
+    DEEPSEEK[-1],
+)
+
+
 def _split(*patterns: str, digits: str = "") -> Any:
     own: list[Any] = [pre_tokenizers.Split(Regex(p), "isolated") for p in patterns]
     if digits:
@@ -101,6 +109,7 @@ BYTE_LEVEL: dict[str, tuple[Callable[[], Any], bool, bool]] = {  # pre-tokenizer
     "deepseek-v3": (lambda: _split(*DEEPSEEK), False, False),
     "deepseek-coder": (lambda: _split(*CODER, digits="last"), False, False),
     "falcon": (_falcon, False, False),
+    "afmoe": (lambda: _split(*AFMOE), False, False),
 }
 OWN_CLASSES = {"qwen2": "Qwen2Tokenizer", "gpt-2": "GPT2Tokenizer", "command-r": "CohereTokenizer"}
 

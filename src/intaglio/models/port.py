@@ -110,7 +110,7 @@ def port_checkpoint(
     if checkpoint.config_name != "config.json":
         said_by = f"{checkpoint.config_name}: general.architecture"
     stored = {n: checkpoint.format(n) for n in checkpoint.names}
-    prefix = _prefix(family, stored.keys())
+    prefix = "model." if _llama_names(checkpoint) else _prefix(family, stored.keys())
     scales = read_cache_scales(
         checkpoint.entries, checkpoint.read_entry, checkpoint.quantisation, prefix, bool(checkpoint.coded)
     )
@@ -237,6 +237,11 @@ def _config(family: Family, config: Mapping[str, Any]) -> Config:
     return c
 
 
+def _llama_names(checkpoint: Checkpoint) -> bool:
+    """True if the reader of a GGUF file has named the tensors as Decoder names them, one for each matrix."""
+    return checkpoint.config_name != "config.json" and bool(checkpoint.config.get("llama_names"))
+
+
 def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: list[str]) -> Callable[[Decoder], Decoder]:
     """A function that takes a Decoder and returns a copy adapted to the checkpoint's tensors.
 
@@ -248,6 +253,8 @@ def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: lis
     def apply(d: Decoder) -> Decoder:
         cache = formats.CACHED if scales.asked_by else ""
         d = replace(d, prefix=prefix, cache=cache, cache_scales=scales.layers)
+        if _llama_names(checkpoint):
+            d = replace(d, sources={}, head="")
         if d.head and not d.tied and f"{d.head}.weight" not in names and "lm_head.weight" in names:
             d = replace(d, head="lm_head")  # as transformers 5 names every head
         embed, head = d.source(f"{prefix}embed_tokens.weight"), d.source(f"{d.head_source}.weight")

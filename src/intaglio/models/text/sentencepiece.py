@@ -158,9 +158,10 @@ def _signed(value: int) -> int:
 def build_tokenizer(model: SentencePiece, config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a SentencePiece model. config: tokenizer_config.json.
 
-    Read from config: `legacy`, added_tokens_decoder (names for pieces) and tokenizer_class. With legacy=true, each run
-    of text between added tokens begins with a space; else the first run only. It is false by default for the classes in
-    LLAMA, as in transformers 5. Raises SentencePieceError for a class with ids of its own.
+    Read from config: `legacy`, added_tokens_decoder (names for pieces) and tokenizer_class. With legacy=true, a space
+    is put in front of each run of text between added tokens; else in front of the first run only, unless it begins with
+    a space. It is false by default for the classes in LLAMA, as in transformers 5. Raises SentencePieceError for a
+    class with ids of its own.
     """
     named = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     if named.removesuffix("Tokenizer") in RENUMBERED:
@@ -174,10 +175,10 @@ def build_tokenizer(model: SentencePiece, config: Mapping[str, Any]) -> Tokenize
     user = [pieces[i] for i, kind in enumerate(model.kinds) if kind == USER_DEFINED]
     split = [] if llama else user
     inner = Tokenizer(_model(model, pieces, bool(split)))
-    inner.normalizer = _normalizer(model, legacy)
+    inner.normalizer = _normalizer(model, prepend=legacy and not llama)
     steps: list[pre_tokenizers.PreTokenizer] = []
-    if model.dummy_prefix and not legacy:
-        steps.append(pre_tokenizers.Metaspace(SPACE, "first", split=False))
+    if model.dummy_prefix and (llama or not legacy):
+        steps.append(pre_tokenizers.Metaspace(SPACE, "always" if legacy else "first", split=False))
     if split:  # SentencePiece never merges them with others
         longest = sorted(split, key=len, reverse=True)
         steps.append(pre_tokenizers.Split(Regex("|".join(map(re.escape, longest))), "isolated"))
@@ -232,8 +233,8 @@ def _model(model: SentencePiece, pieces: list[str], whole: bool) -> models.Model
     )  # fmt: skip
 
 
-def _normalizer(model: SentencePiece, legacy: bool) -> normalizers.Normalizer:
-    """SentencePiece's normalisation, in its order: character map, white space, prefix."""
+def _normalizer(model: SentencePiece, prepend: bool) -> normalizers.Normalizer:
+    """SentencePiece's normalisation, in its order: character map, white space, prefix (if `prepend`)."""
     steps: list[normalizers.Normalizer] = []
     if charsmap := model.normalizer.get(2):
         steps.append(normalizers.Precompiled(charsmap))
@@ -241,6 +242,6 @@ def _normalizer(model: SentencePiece, legacy: bool) -> normalizers.Normalizer:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if model.normalizer.get(5, 1):  # escape_whitespaces
         steps.append(normalizers.Replace(" ", SPACE))
-    if model.dummy_prefix and legacy:
+    if model.dummy_prefix and prepend:
         steps.append(normalizers.Prepend(SPACE))
     return normalizers.Sequence(steps)

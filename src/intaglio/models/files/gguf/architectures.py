@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from intaglio.models.files.gguf import config
+from intaglio.models.files.gguf import config, config_gpt
 from intaglio.models.files.gguf.metadata import Metadata
 
 PROJECTIONS = ("gate", "up", "down")
@@ -57,12 +57,21 @@ class Architecture:
         names: transformers' tensor names, by llama.cpp's part of a name.
         permuted: True if the file has rows of Q and K in interleaved rope order.
         shift: offset that the converter added to norm weights.
+        variants: names that replace others in a file that has a tensor with this part of a name.
     """
 
     describe: Callable[[Metadata], dict[str, Any]]
     names: Mapping[str, str] = field(default_factory=mlp)
     permuted: bool = False
     shift: float = 0.0
+    variants: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def variant(self, parts: Collection[str]) -> Architecture:
+        """A copy of the Architecture for a file in whose tensor names `parts` occur, with no variants left."""
+        names = dict(self.names)
+        for part, others in self.variants.items():
+            names |= others if part in parts else {}
+        return replace(self, names=names, variants={})
 
     def name(self, part: str) -> str | None:
         """The name in transformers, without `.weight`, of what llama.cpp calls `part`; None if there is none."""
@@ -71,6 +80,13 @@ class Architecture:
 
 MIXTRAL = mixture("block_sparse_moe", own="w")
 UP_DOWN = {"ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}  # an MLP without a gate
+LFM2 = {
+    "token_embd_norm": "model.embedding_norm", "attn_norm": "operator_norm", "ffn_norm": "ffn_norm",
+    "attn_q_norm": "self_attn.q_layernorm", "attn_k_norm": "self_attn.k_layernorm",
+    "attn_output": "self_attn.out_proj", "ffn_gate": "feed_forward.w1", "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2", "shortconv.conv": "conv.conv", "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj",
+}  # fmt: skip
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(config.llama, mlp() | MIXTRAL, permuted=True),
     "mistral3": Architecture(config.mistral3, mlp() | MIXTRAL, permuted=True),
@@ -147,6 +163,38 @@ ARCHITECTURES: dict[str, Architecture] = {
     "minimax-m2": Architecture(
         config.minimax_m2, mixture("block_sparse_moe", own="w", correction="e_score_correction_bias")
     ),
+    "gpt2": Architecture(
+        config_gpt.gpt2, UP_DOWN | {"position_embd": "model.embed_positions", "attn_norm": "ln_1", "ffn_norm": "ln_2"}
+    ),
+    "starcoder": Architecture(
+        config_gpt.starcoder,
+        UP_DOWN | {"position_embd": "model.embed_positions", "attn_norm": "ln_1", "ffn_norm": "ln_2"},
+    ),
+    "gptneox": Architecture(config_gpt.gptneox, UP_DOWN),
+    "falcon": Architecture(
+        config_gpt.falcon, UP_DOWN, variants={"attn_norm_2": {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"}}
+    ),
+    "phi2": Architecture(config_gpt.phi2, UP_DOWN),
+    "stablelm": Architecture(config_gpt.stablelm),
+    "bloom": Architecture(config_gpt.bloom, UP_DOWN | {"token_embd_norm": "model.word_embeddings_layernorm"}),
+    "mpt": Architecture(config_gpt.mpt, UP_DOWN | {"attn_norm": "norm_1", "ffn_norm": "norm_2"}),
+    "chatglm": Architecture(config.chatglm, {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}),
+    "hunyuan-moe": Architecture(
+        config.hunyuan_moe,
+        mixture(router="gate.wg", shared="shared_mlp")
+        | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+    ),
+    "afmoe": Architecture(
+        config.afmoe,
+        mlp() | mixture(router="router.gate", shared="shared_experts", correction="expert_bias")
+        | {
+            "attn_gate": "self_attn.gate_proj", "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_mlp_layernorm", "post_ffw_norm": "post_mlp_layernorm",
+        },
+    ),
+    "lfm2": Architecture(config.lfm2, LFM2),
+    "lfm2moe": Architecture(config.lfm2_moe, LFM2 | mixture("feed_forward", own="w", correction="expert_bias")),
+    "minicpm3": Architecture(config.minicpm3, mlp() | LATENT),
     "deepseek2": Architecture(
         config.deepseek2,
         mlp() | LATENT | mixture(shared="shared_experts", correction="gate.e_score_correction_bias"),

@@ -412,6 +412,63 @@ def minimax_m2(m: Metadata) -> dict[str, Any]:
     return c | {"architectures": ["MiniMaxM2ForCausalLM"], "intermediate_size": c["moe_intermediate_size"]}
 
 
+def chatglm(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for ChatGLM3 and GLM-4-9B of 2024."""
+    return base(m) | partial(m) | {"architectures": ["GlmForCausalLM"]}
+
+
+def hunyuan_moe(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Hunyuan-A13B. Its base of rope is stored as scaled by alpha."""
+    whole_heads(m)
+    c = base(m) | experts(m)
+    return c | {"architectures": ["HunYuanMoEV1ForCausalLM"], "intermediate_size": c["moe_intermediate_size"]}
+
+
+def afmoe(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for AFMoE. llama.cpp multiplies embeddings by sqrt(hidden) always."""
+    whole_heads(m)
+    return base(m) | experts(m) | {
+        "architectures": ["AfmoeForCausalLM"], "sliding_window": m.whole("attention.sliding_window"),
+        "layer_types": m.sliding(4), "num_dense_layers": m.whole("leading_dense_block_count", 0),
+        "num_shared_experts": m.whole("expert_shared_count", 0), "mup_enabled": True,
+        "route_scale": m.real("expert_weights_scale", 0.0) or 1.0, "route_norm": m.flag("expert_weights_norm"),
+    }  # fmt: skip
+
+
+def lfm2(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for LFM2, whose layers without K/V heads have a convolution instead."""
+    whole_heads(m)
+    c = base(m)
+    kinds = ["full_attention" if n else "conv" for n in m.kv_heads_by_layer]
+    return c | {
+        "architectures": ["Lfm2ForCausalLM"], "layer_types": kinds, "norm_eps": c["rms_norm_eps"],
+        "conv_L_cache": m.whole("shortconv.l_cache"),
+        "conv_bias": any(m.has("conv.conv.bias", i) for i in range(m.layers)),
+        "block_auto_adjust_ff_dim": False,
+    }  # fmt: skip
+
+
+def lfm2_moe(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for LFM2 with experts."""
+    dense = m.whole("leading_dense_block_count", 0)
+    return lfm2(m) | experts(m) | {
+        "architectures": ["Lfm2MoeForCausalLM"], "num_dense_layers": dense, "norm_topk_prob": True,
+        "use_expert_bias": m.has("feed_forward.expert_bias", dense),
+        "routed_scaling_factor": m.real("expert_weights_scale", 0.0) or 1.0,
+    }  # fmt: skip
+
+
+def minicpm3(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for MiniCPM3. llama.cpp has the scales of embeddings and depth built in."""
+    rope, key = m.whole("rope.dimension_count"), m.whole("attention.key_length")
+    return base(m) | {
+        "architectures": ["MiniCPM3ForCausalLM"], "q_lora_rank": m.whole("attention.q_lora_rank"),
+        "kv_lora_rank": m.whole("attention.kv_lora_rank"), "qk_rope_head_dim": rope, "qk_nope_head_dim": key - rope,
+        "v_head_dim": m.whole("attention.value_length", m.hidden // m.heads), "head_dim": None,
+        "attention_bias": False, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256,
+    }  # fmt: skip
+
+
 def deepseek2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for DeepSeek-V3 if a sigmoid scores the experts, else for DeepSeek-V2.
 

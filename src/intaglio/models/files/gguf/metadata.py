@@ -79,8 +79,20 @@ class Metadata:
 
     @property
     def kv_heads(self) -> int:
-        """Number of K/V heads; the number of heads if absent."""
-        return self.whole("attention.head_count_kv", self.heads)
+        """Number of K/V heads, of the layers that have attention; the number of heads if absent."""
+        return max(self.kv_heads_by_layer)
+
+    @property
+    def kv_heads_by_layer(self) -> list[int]:
+        """Number of K/V heads of each layer, 0 in those without attention.
+
+        Raises PortError if other layers differ.
+        """
+        value = self.get("attention.head_count_kv", self.heads)
+        own = list(map(int, value[: self.layers] if isinstance(value, list) else [value] * self.layers))
+        if len({n for n in own if n}) != 1:
+            self.one("attention.head_count_kv")
+        return own
 
     @property
     def head_dim(self) -> int:

@@ -18,7 +18,7 @@ from intaglio.models.files.gguf.metadata import Metadata
 from intaglio.models.files.gguf.tensors import Place, Tables, place_of, summed
 
 FACTORS = {"rope_freqs": "freqs", "rope_factors_long": "long", "rope_factors_short": "short"}
-UNNAMED = ("e_score_correction_bias", "sinks")  # whose names have no `.weight` or `.bias` after them
+UNNAMED = ("e_score_correction_bias", "expert_bias", "sinks")  # whose names have no `.weight` or `.bias` after them
 EXPERT = re.compile(r"ffn_(gate|up|down)\.(\d+)")  # old files keep a mixture's matrices one by one
 DERIVED = ("attn_rot_embd",)  # frequencies that follow from the metadata
 WORTH = 1 << 30  # bytes: a file that takes so much more in memory is worth a warning
@@ -34,7 +34,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Tables]:
     if own is None:
         known = ", ".join(ARCHITECTURES)
         raise PortError(f"{path}: architecture {file.architecture!r} is not read; known are {known}")
-    reader = _Reader(file, own)
+    reader = _Reader(file, own.variant({part_of(t.name) for _, t in file.tensors}))
     for part, t in file.tensors:
         reader.add(part, t)
     if "model.embed_tokens.weight" not in reader.tables.names:
@@ -44,6 +44,12 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Tables]:
     config |= _special(file)
     _note_cost(file)
     return config, reader.tables
+
+
+def part_of(name: str) -> str:
+    """What llama.cpp calls a tensor, without the number of its layer and without .weight or .bias."""
+    words = name.split(".")
+    return ".".join(words[2 if words[0] == "blk" else 0 : -1])
 
 
 class _Reader:
@@ -60,7 +66,7 @@ class _Reader:
         if in_layer and int(words[1]) >= self.meta.layers:
             return  # predictors of tokens further ahead
         at = f"model.layers.{words[1]}." if in_layer else ""
-        own, suffix = ".".join(words[2 if in_layer else 0 : -1]), words[-1]
+        own, suffix = part_of(t.name), words[-1]
         if own in FACTORS:
             self.meta.factors[FACTORS[own]] = np.fromfile(part, "<f4", t.shape[0], offset=t.start).tolist()
         elif own in ("attn_k_b", "attn_v_b"):
@@ -93,6 +99,8 @@ class _Reader:
             heads = meta.heads if own == "attn_q" else meta.kv_heads
         if name.endswith("shared_expert_gate"):
             p = p.cut(0, (1, p.shape[-1]))
+        elif own == "shortconv.conv" and suffix == "weight":  # a channel's taps, as PyTorch keeps them
+            p = p.cut(0, (p.shape[0], 1, p.shape[-1]))
         norm = own.endswith("norm") and suffix == "weight"
         full = name if name.endswith(UNNAMED) else f"{name}.{suffix}"
         self.tables.add(full, p, heads, self.own.shift if norm else 0.0)

@@ -57,6 +57,9 @@ DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     rf"""| ?[\p{{P}}\p{{S}}]+[\r\n]*|{SPACES}"""
 )
+THREES = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"  # digits in threes, counted from the last
+ASIAN = "4E00-9FFF 3400-4DBF 8C48-FAFF 3040-30FF FF65-FF9F 2F00-2FDF E40-E7F E80-EFF 1780-17FF 1000-109F AA60-AA7F "
+ASIAN += "A9E0-A9FF AC00-D7AF 1100-11FF"
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ _GPT2_NFC = Splits(gpt2=True, nfc=True)
 _STARCODER = Splits(digits="first", gpt2=True)
 _O200K = Splits((_o200k(f"{CONTRACTION}?", "{1,3}"),))
 _DEEPSEEK3 = Splits((r"\p{N}{1,3}", KANA, DEEPSEEK3))
+_AFMOE = Splits((THREES, f"[{_points(ASIAN)}]+", DEEPSEEK3))
 _KIMI = _o200k(f"{CONTRACTION}?", "{1,3}", r"&&[^\p{Han}]", r"[\r\n]*")
 _LLM = (r"[\r\n]", rf"\s?[{_points(_CASED)}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", HAN)
 _MARKED = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
@@ -114,6 +118,7 @@ _NAMES: tuple[tuple[str, Splits], ...] = (
     ("gpt-4o llama4 kanana2 minimax-m2", _O200K),
     ("tekken", Splits((_o200k("", ""),), whole=True)),
     ("deepseek-v3 hunyuan-dense joyai-llm", _DEEPSEEK3),
+    ("afmoe", _AFMOE),
     ("deepseek-llm", Splits(_LLM, digits="last")),
     ("deepseek-coder", Splits((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN), digits="last")),
     ("kimi-k2", Splits((rf"[\p{{Han}}]+|{_KIMI}",))),

@@ -1,0 +1,88 @@
+"""Converts the metadata of a GGUF file to the keys of config.json, for GPT-2 and models whose layers resemble it.
+
+transformers names the tensors of these in many ways. Here they are named as Decoder names them (the key llama_names).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from intaglio.models.config import PortError
+from intaglio.models.files.gguf.config import base, partial, whole_heads
+from intaglio.models.files.gguf.metadata import Metadata
+
+
+def common(m: Metadata, model: str) -> dict[str, Any]:
+    """A dict of the config keys that the models of this module share. model: the architecture's name."""
+    c = base(m, norm="layer")
+    return c | {"architectures": [model], "llama_names": True, "layer_norm_epsilon": c["layer_norm_eps"]}
+
+
+def gpt2(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for GPT-2. Scores are divided by the root of the head's width only."""
+    return common(m, "GPT2LMHeadModel") | {"n_inner": m.whole("feed_forward_length")}
+
+
+def starcoder(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for StarCoder 1, whose heads share one head of keys and values, or none."""
+    if m.kv_heads not in (1, m.heads):
+        raise PortError(
+            f"{m.file.path}: attention.head_count_kv={m.kv_heads}; StarCoder has 1 or as many as heads ({m.heads})"
+        )
+    c = common(m, "GPTBigCodeForCausalLM") | {"n_inner": m.whole("feed_forward_length")}
+    return c | {"multi_query": m.kv_heads == 1 and m.heads > 1}
+
+
+def gptneox(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for GPT-NeoX and Pythia."""
+    parallel = m.flag("use_parallel_residual", True)
+    return common(m, "GPTNeoXForCausalLM") | partial(m) | {"use_parallel_residual": parallel}
+
+
+def falcon(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Falcon, with one norm a layer, or with two (Falcon 40B).
+
+    Files hold no Falcon with ALiBi.
+    """
+    whole_heads(m)
+    two, kv = m.has("ln_attn.weight"), m.kv_heads
+    new = two or 1 < kv < m.heads
+    return common(m, "FalconForCausalLM") | {
+        "new_decoder_architecture": new, "num_ln_in_parallel_attn": 2 if two else 1, "num_kv_heads": kv,
+        "multi_query": kv == 1, "parallel_attn": True, "alibi": False, "bias": m.has("self_attn.q_proj.bias"),
+        "ffn_hidden_size": m.whole("feed_forward_length"),
+    }  # fmt: skip
+
+
+def phi2(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Phi-1, 1.5 and 2."""
+    return common(m, "PhiForCausalLM") | partial(m)
+
+
+def stablelm(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for StableLM. If layers have one norm, both branches read it."""
+    c = common(m, "StableLmForCausalLM") | partial(m)
+    return c | {
+        "use_parallel_residual": not m.has("post_attention_layernorm.weight"), "use_qkv_bias": c["attention_bias"],
+        "qk_layernorm": m.has("self_attn.q_norm.weight"),
+    }  # fmt: skip
+
+
+def bloom(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for BLOOM."""
+    _alibi(m, 8.0)
+    return common(m, "BloomForCausalLM")
+
+
+def mpt(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for MPT. Raises PortError for one without ALiBi."""
+    _alibi(m, 0.0)
+    attention = {"clip_qkv": m.real("attention.clamp_kqv", 0.0) or None, "qk_ln": m.has("self_attn.q_norm.weight")}
+    return common(m, "MptForCausalLM") | {"attn_config": attention, "no_bias": not m.has("self_attn.o_proj.bias")}
+
+
+def _alibi(m: Metadata, default: float) -> None:
+    """Raise PortError unless the largest slope exponent of ALiBi is 8. default: where the file has no such key."""
+    largest = m.real("attention.max_alibi_bias", default)
+    if largest != 8:
+        raise PortError(f"{m.file.path}: attention.max_alibi_bias={largest} is not ported; wanted 8")
