@@ -37,6 +37,7 @@ from intaglio.models import Transcript
 from intaglio.program import MeshProgram
 from intaglio.progress import Progress, silent
 from intaglio.runtime import (
+    CHECKPOINT_BLOCKS,
     BlockScope,
     Engine,
     RecordedEngine,
@@ -52,6 +53,7 @@ from intaglio.tiers import DiskTier
 PAGE_TOKENS = 32
 KV_CACHE_BYTES = 8 << 30  # of the directory of K/V blocks
 KV_TOKENS = 32768  # tokens of K/V cache by default, if the context is no longer than that
+STATE_CHECKPOINTS = 1024  # recurrent states kept for the prefix cache by default, if there is memory for them
 
 Params = SamplingParams | abc.Sequence[SamplingParams] | None
 
@@ -112,8 +114,10 @@ class LLM:
         max_batch_tokens: token rows of a step.
         max_sequences: sequences that run at once, fewer if the memory for recurrent state has no room for them.
         max_waiting: sequences that wait.
-        max_drafts: draft tokens per sequence and step; 0 switches speculative decoding off. Must be 0 for a model with
-            recurrent state.
+        max_drafts: draft tokens per sequence and step; 0 switches speculative decoding off.
+        state_cache_bytes: of a model with recurrent state: bytes of states kept for the prefix cache, beside those of
+            running sequences. None: an eighth of the memory for K/V, but no more than STATE_CHECKPOINTS states. 0: such
+            a model has no prefix cache.
         cache: where the host keeps packed weights for the next start: a folder, "auto" or None (see HostDevice).
         worker: run the device in a child process, which is replaced when it dies.
         journal: a file that records all requests and device outcomes, for `intaglio replay`.
@@ -145,6 +149,7 @@ class LLM:
         max_sequences: int = 256,
         max_waiting: int = 1024,
         max_drafts: int = 0,
+        state_cache_bytes: int | None = None,
         cache: str | Path | None = "auto",
         worker: bool = False,
         journal: str | Path | None = None,
@@ -181,10 +186,11 @@ class LLM:
         elif hosts:
             raise DeviceError("several hosts need device host and a layout of several ranks, such as tp2 or pp2")
         self.clock = inner.clock
-        self.state = state_spec(self.mesh, kv_tokens, max_sequences, self.machine)
+        self.state, max_sequences = state_spec(self.mesh, kv_tokens, max_sequences, state_cache_bytes, self.machine)
         opened = {
             "device": device, "weights": weights, "context": context, "kv_tokens": self.state.pages * PAGE_TOKENS,
-            "kv_format": kv_format, "layout": layout, "chip": chip, "chips": chips,
+            "kv_format": kv_format, "layout": layout, "chip": chip, "chips": chips, "max_sequences": max_sequences,
+            "state_cache_bytes": state_cache_bytes,
         }  # fmt: skip
         facts = inner.facts()
         numerics = " ".join(filter(None, (device, facts.isa, layout)))
@@ -197,7 +203,7 @@ class LLM:
         self.engine: Engine = engine(
             self.load(progress), clock=self.clock, rng=random.Random(), max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, max_waiting=max_waiting, max_drafts=max_drafts,
-            numerics=numerics,
+            checkpoint_blocks=0 if state_cache_bytes == 0 else CHECKPOINT_BLOCKS, numerics=numerics,
             scope=scope, connector=self.tier,
             incarnation=secrets.token_hex(8),
             restart=self.reload if isinstance(self.device, WorkerDevice | RanksDevice | HostsDevice) else None,
@@ -351,15 +357,19 @@ class LLM:
         return RequestOutput(s.prompt, transcript.text, s.output, s.logprobs, s.finish_reason, error)
 
 
-def state_spec(mesh: MeshProgram, kv_tokens: int | None, max_sequences: int, machine: Machine) -> StateSpec:
-    """The StateSpec to allocate: recurrent state for `max_sequences`, and K/V cache for `kv_tokens` tokens.
+def state_spec(
+    mesh: MeshProgram, kv_tokens: int | None, max_sequences: int, state_cache_bytes: int | None, machine: Machine
+) -> tuple[StateSpec, int]:
+    """(the StateSpec to allocate, how many sequences may run at once).
 
-    Recurrent state takes up to half of the memory that the machine grants one model. The default of `kv_tokens` is
-    KV_TOKENS or one whole context, whichever is more, but no more than fits the rest of that memory. Raises
-    RequestError if `kv_tokens` is below 1.
+    Recurrent state of `max_sequences` takes up to half of the memory that the machine grants one model, and states kept
+    for the prefix cache `state_cache_bytes` or up to an eighth. The default of `kv_tokens` is KV_TOKENS or one whole
+    context, whichever is more, but no more than fits the rest of that memory. Raises RequestError for a size below what
+    is allowed.
     """
-    if kv_tokens is not None and kv_tokens < 1:
-        raise RequestError(f"kv_tokens is {kv_tokens}; allowed: 1 or more")
+    for name, value, least in (("kv_tokens", kv_tokens, 1), ("state_cache_bytes", state_cache_bytes, 0)):
+        if value is not None and value < least:
+            raise RequestError(f"{name} is {value}; allowed: {least} or more")
     state = [t for program in mesh.programs for t in program.of_role("state")]
     slot, token = (
         sum(t.nbytes({"P": 1, "B": 1, "N": 1}) for t in state if (t.shape[0] == "N") == recurrent)
@@ -367,11 +377,14 @@ def state_spec(mesh: MeshProgram, kv_tokens: int | None, max_sequences: int, mac
     )
     granted, slots = machine.kv_bytes, 0
     if slot:
-        slots = max(2, min(2 * max_sequences, granted // 2 // slot))
-        granted -= slots * slot
+        running = max(2, min(2 * max_sequences, granted // 2 // slot))
+        kept = min(STATE_CHECKPOINTS, granted // 8 // slot)
+        granted -= (running + kept) * slot
+        slots = running + (kept if state_cache_bytes is None else state_cache_bytes // slot)
+        max_sequences = running // 2
     tokens = min(max(mesh.last.context, KV_TOKENS), granted // max(1, token)) if kv_tokens is None else kv_tokens
     pages = tokens // PAGE_TOKENS if kv_tokens is None else -(-tokens // PAGE_TOKENS)
-    return StateSpec(max(1, pages), PAGE_TOKENS, slots)
+    return StateSpec(max(1, pages), PAGE_TOKENS, slots), max_sequences
 
 
 def _tier(folder: str | Path | None, budget: int, scope: BlockScope, journal: str | Path | None) -> DiskTier | None:

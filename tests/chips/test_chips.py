@@ -46,6 +46,7 @@ def test_replace_changes_fields_of_nested_parts() -> None:
             "k44 connects 8 chips with 4 links each",
         ),
         ({"count": 0}, "max_chips=8 but 0 links; one chip cannot reach another"),
+        ({"topology": "mesh"}, "count=4 links to 7 other chips; a mesh needs equally many to each"),
         ({"topology": "none"}, "max_chips=8 but topology 'none'"),
         ({"topology": "ether"}, "topology 'ether'; use one of switch"),
         ({"cores": 0}, "cores=0; allowed: 1 to 1e"),

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from intaglio.cli import app
 from intaglio.cli.options import parse_size
+from intaglio.cli.serve import state_cache_bytes
 
 TIMEOUT_S = 120.0
 
@@ -96,5 +97,12 @@ def test_sizes(text: str, size: int) -> None:
 @pytest.mark.parametrize("text", ["", "8 apples", "-1", "0", "GiB", "8Gi", "0.5"])
 def test_what_is_no_size_is_refused_before_anything_is_loaded(text: str) -> None:
     result = CliRunner().invoke(app, ["serve", "/no/such/model", "--kv-cache-dir", "d", f"--kv-cache-size={text}"])
+    assert result.exit_code != 0
+    assert "is not a size in bytes" in str(result.exception) + result.output
+
+
+def test_state_cache_size() -> None:
+    assert [state_cache_bytes(text) for text in ("auto", "0", "2KiB")] == [None, 0, 2048]
+    result = CliRunner().invoke(app, ["serve", "/no/such/model", "--state-cache-size", "some"])
     assert result.exit_code != 0
     assert "is not a size in bytes" in str(result.exception) + result.output

@@ -108,7 +108,7 @@ def test_what_is_printed_fits_the_terminal(
         assert "…" not in text  # rich's mark for what it has cut
         if command not in UNWRAPPED:
             assert [x for x in text.splitlines() if len(x) > width] == []
-        assert command != "chips" or line or len(text.splitlines()) < 30  # it was 60 with a column a word wide
+        assert command != "chips" or line or len(text.splitlines()) < 3 * len(CHIPS)  # six a chip with a narrow column
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import math
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,8 @@ from intaglio.cluster.backends import Backends, apply_blocks, read_report
 from intaglio.cluster.link import Link, LinkLost, Moved
 from intaglio.cluster.prompt import TimeLimits, make_job
 from intaglio.router import CacheIndex, PromptMemory, Router
-from intaglio.runtime import Fault, Scored, Usage
-from intaglio.server.control import load_report, pack, read_frame
+from intaglio.runtime import Fault, Refused, Scored, Usage
+from intaglio.server.control import control_channel, load_report, pack, read_frame
 from intaglio.server.driver import ChoiceDelta, Inspect
 from intaglio.server.problem import Problem
 from intaglio.server.relay import Relay, encode, read_delta, write_delta
@@ -135,6 +136,27 @@ def test_a_load_report_does_not_wait_for_a_long_step(monkeypatch: pytest.MonkeyP
         apply_blocks(index, load)
         assert index.stale
         wait_for(lambda: "snapshot" in report())
+
+
+def test_a_load_report_of_an_engine_that_has_ended_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the router would wait until its silence counts as a loss."""
+
+    async def ended(*_: Any) -> dict[str, Any]:
+        raise Refused("failed", "the engine has ended and admits no requests", None)
+
+    async def main() -> dict[str, Any]:
+        model = SimpleNamespace(broken=None)
+        service: Any = SimpleNamespace(models={"tiny": model}, options=SimpleNamespace(step_timeout=300.0))
+        app: Any = None
+        async with control_channel(app, service, tmp_path / "s"):
+            link = await Link.connect(tmp_path / "s")
+            try:
+                return await link.ask({"do": "load", "incarnation": None, "after": -1}, TEST_TIMEOUT_S)
+            finally:
+                await link.close()
+
+    monkeypatch.setattr("intaglio.server.control.load_report", ended)
+    assert asyncio.run(main())["failed"] == "the engine has ended and admits no requests"
 
 
 def test_output_is_continued_only_by_the_same_program_numerics_weights_and_version() -> None:

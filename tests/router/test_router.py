@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from support.routed import CHUNK, SimReplica, Simulation
 from intaglio.router import (
     CHUNK_BYTES,
     POLICIES,
-    Assigned,
     BlocksCleared,
     BlocksRemoved,
     BlocksStored,
@@ -276,7 +276,7 @@ def test_a_long_queue_outweighs_a_cached_prefix() -> None:
     router.submit(job("first", 1, 2), 0.0)
     [first] = router.dispatch(0.0)
     for i in range(4):
-        router.replicas[first.replica].jobs[f"extra{i}"] = Assigned(job(f"extra{i}", 5, 6, 7, 8), 136)
+        router.replicas[first.replica].assign(job(f"extra{i}", 5, 6, 7, 8), 136)
     router.submit(job("second", 1, 2), 1.0)
     [second] = router.dispatch(1.0)
     assert second.replica != first.replica
@@ -465,3 +465,121 @@ def test_a_burst_of_one_tenant_does_not_delay_another() -> None:
     result = simulate(trace, "cache-aware").run()
     mean = {t: sum(s for id, s in result.first.items() if id[0] == t) / n for t, n in (("a", 200), ("b", 5))}
     assert mean["b"] * 4 < mean["a"]
+
+
+# What a decision costs, moved jobs, and prefill apart from decode
+
+
+class CountingMemory(PromptMemory):
+    """A PromptMemory that counts look-ups."""
+
+    looked = 0
+
+    def find(self, key: bytes) -> Any:
+        self.looked += 1
+        return super().find(key)
+
+
+def test_a_decision_does_not_walk_over_all_keys_of_the_waiting_jobs() -> None:
+    router, n = router_of(3), 1000
+    router.memory = memory = CountingMemory()
+    for i in range(40):
+        keys = tuple(f"{i} {k}".encode() for k in range(n))
+        router.submit(Job(f"j{i}", keys, n * CHUNK), 0.0)
+    router.dispatch(0.0)
+    assert len(router.queue) == 40 - 3  # each fills a replica
+    router.started(next(iter(router.replicas["r0"].jobs)), n * CHUNK, tuple(map(str, range(n))), CHUNK)
+    memory.looked = 0
+    router.dispatch(1.0)
+    assert 0 < memory.looked <= 37 * 3 * 11  # by bisection
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.data())
+def test_the_longest_cached_prefix_is_that_of_a_walk_over_all(chunks: list[int], data: st.DataObject) -> None:
+    """Of prompts that were sent, and blocks of which some were evicted, children before parents."""
+    memory, index, now = PromptMemory(), CacheIndex(), 100.0
+    index.snapshot("life", 0, ())
+    names = dict[bytes, str]()
+    prompts = [chunks, *data.draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), max_size=4))]
+    for i, prompt in enumerate(prompts):
+        keys = keys_of(*prompt)
+        if data.draw(st.booleans()):
+            names |= {key: key.hex() for key in keys}
+            memory.learn(keys, CHUNK * len(keys), [key.hex() for key in keys], CHUNK)
+            kept = data.draw(st.integers(0, len(keys)))
+            index.names |= {key.hex() for key in keys[:kept]}
+        if data.draw(st.booleans()):
+            index.assume(keys, data.draw(st.sampled_from([80.0, 90.5 + i])))
+    keys = keys_of(*chunks)
+    single = [index.cached_tokens(keys[:n], memory, now) for n in range(1, len(keys) + 1)]
+    assert index.cached_tokens(keys, memory, now) == max(single)
+
+
+def test_a_moved_job_is_charged_once() -> None:
+    router = router_of(2)
+    one = Job("a0", (), 100, 10, tenant="a")
+    router.submit(one, 0.0)
+    [placed] = router.dispatch(0.0)
+    router.died(placed.replica)
+    router.resubmit(one)
+    [again] = router.dispatch(1.0)
+    assert again.replica != placed.replica and router.queue.tenants["a"].counter == 110
+    router.ended(one, 4)
+    assert router.queue.tenants["a"].counter == 104 and not router.queue.charged
+
+
+def test_a_moved_job_that_waits_in_vain_has_its_output_charged() -> None:
+    router = router_of(1)
+    one = Job("a0", (), 100, 10, tenant="a", deadline=5.0)
+    router.submit(one, 0.0)
+    router.dispatch(0.0)
+    router.died("r0")
+    router.resubmit(one)
+    assert router.expired(6.0) == [one]
+    router.ended(one, 3)
+    assert router.queue.tenants["a"].counter == 103 and not router.queue.charged
+
+
+def apart(prefill: int = 1, decode: int = 2) -> Router:
+    router = Router()
+    for role, n in (("prefill", prefill), ("decode", decode)):
+        for i in range(n):
+            name = f"{role[0]}{i}"
+            router.add_replica(name, "prefill" if role == "prefill" else "decode")
+            router.ready(name, f"{name}.0")
+            router.report(name, LoadReport(pace=PACE))
+    return router
+
+
+def test_a_prompt_is_computed_on_a_prefill_replica_and_goes_on_at_a_decode_replica() -> None:
+    router = apart()
+    one = job("one", 1, 2, 3)
+    assert router.wants_prefill(one, 0.0)
+    router.submit(replace(one, stage="prefill"), 0.0)
+    [first] = router.dispatch(0.0)
+    assert first.replica == "p0"
+    handed = replace(one, handed=96)
+    assert not router.wants_prefill(handed, 0.1)
+    router.resubmit(handed)
+    [second] = router.dispatch(0.1)
+    assert second.replica in ("d0", "d1") and second.estimate.cached == 96 and not router.replicas["p0"].jobs
+    router.ended(handed, 16)
+    assert router.queue.tenants == {} or router.queue.tenants[""].counter <= one.tokens  # charged once
+    router.submit(job("two", 1, 2, 3), 1.0)
+    [warm] = router.dispatch(1.0)
+    assert warm.replica == second.replica and not router.wants_prefill(job("three", 1, 2, 3), 1.0)
+
+
+def test_without_one_side_the_other_does_all() -> None:
+    router = apart()
+    router.died("p0")
+    assert not router.wants_prefill(job("one", 1, 2, 3), 0.0)
+    router.restarting("p0")
+    router.ready("p0", "p0.1")
+    for name in ("d0", "d1"):
+        router.died(name)
+    assert not router.wants_prefill(job("one", 1, 2, 3), 0.0)
+    router.submit(job("one", 1, 2, 3), 0.0)
+    assert [p.replica for p in router.dispatch(0.0)] == ["p0"]
+    assert not apart(0, 2).wants_prefill(job("one", 1, 2, 3), 0.0)
+    assert not apart().wants_prefill(Job("short", (), 40), 0.0)

@@ -1,13 +1,16 @@
-"""Models with recurrent state on the host device: the same tokens and bits alone, together, preempted and in chunks.
+"""Models with recurrent state on the host device: the same tokens and bits however requests are run.
 
-Steps that fail after their work, and workers that are killed, change nothing either.
+200 requests alone, together, preempted, cut at random, speculated, from the prefix cache, resumed on other engines, and
+with steps that fail after their work. Workers that are killed change nothing either.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +19,58 @@ from support.tiny import VOCABULARY, tiny
 
 from intaglio import LLM, SamplingParams
 from intaglio.devices import DeviceError, StepRequest
-from intaglio.runtime import Engine, Request, check_invariants
+from intaglio.runtime import Engine, Request, Resumption, check_invariants
 
 pytest.importorskip("transformers")
 SEED = int(os.environ.get("TEST_SEED", random.SystemRandom().randrange(2**32)))
 Case = tuple[list[int], SamplingParams]
 Outcome = tuple[list[int], list[float]]
-FEW = ("lfm2", "qwen3_next", "mamba2", "falcon_h1", "jamba")  # all ops, alone and beside attention
+FEW = {"mamba2": 200, "qwen3_next": 200, "lfm2": 200, "falcon_h1": 20, "jamba": 20}  # requests of each
+TWO: dict[str, Any] = {"num_hidden_layers": 2}  # layers, to save time
+LAYERS = {
+    "mamba2": TWO,
+    "qwen3_next": {**TWO, "layer_types": ["linear_attention", "full_attention"], "mlp_only_layers": []},
+    "lfm2": {**TWO, "layer_types": ["conv", "full_attention"]},
+}
 
 
-def cases(rng: random.Random) -> list[Case]:
-    """Requests with prompts of 1 to 60 tokens, greedy and sampled. The first two need a second K/V block each."""
+def cases(rng: random.Random, count: int) -> list[Case]:
+    """Requests of four groups whose prompts begin alike, greedy and sampled. The first two need a second K/V block."""
+    prefixes = [[rng.randrange(VOCABULARY) for _ in range(n)] for n in (1, 29, 40, 70)]
     grows = SamplingParams(max_tokens=12, ignore_eos=True)
     found = [([rng.randrange(VOCABULARY) for _ in range(30)], grows) for _ in range(2)]
-    for _ in range(16):
-        prompt = [rng.randrange(VOCABULARY) for _ in range(rng.choice((1, 2, 5, 20, 60)))]
-        options: dict[str, Any] = {"max_tokens": rng.randint(1, 12), "ignore_eos": True}
+    for _ in range(count - 2):
+        prompt = rng.choice(prefixes) + [rng.randrange(VOCABULARY) for _ in range(rng.choice((0, 1, 2, 9)))]
+        options: dict[str, Any] = {"max_tokens": rng.randint(1, 7), "ignore_eos": True}
         if rng.random() < 0.6:
             options |= {"temperature": rng.uniform(0.3, 1.5), "seed": rng.getrandbits(60)}
         found.append((prompt, SamplingParams(**options)))
     return found
 
 
-def outcomes(engine: Engine, several: list[Case], before_step: Any = lambda: None) -> list[Outcome]:
-    """The results of all requests run together."""
-    made = [s for i, (prompt, params) in enumerate(several) for s in engine.add(Request(f"{i}", prompt, params))]
+class Drafts:
+    """Proposes the tokens that will come, and sometimes a wrong one."""
+
+    def __init__(self, rng: random.Random, prompt: list[int], output: list[int]) -> None:
+        self.rng, self.tokens = rng, [*prompt, *output]
+
+    def propose(self, tokens: Sequence[int], most: int) -> list[int]:
+        right = self.tokens[len(tokens) : len(tokens) + most]
+        return [t if self.rng.random() < 0.7 else self.rng.randrange(VOCABULARY) for t in right]
+
+
+def outcomes(
+    engine: Engine, several: list[Case], before_step: Callable[[], object] = lambda: None,
+    drafts: tuple[random.Random, list[Outcome]] | None = None, shared: bool = True,
+) -> list[Outcome]:  # fmt: skip
+    """The results of all requests run together. shared: they may share a prefix."""
+    made = [
+        s for i, (prompt, params) in enumerate(several)
+        for s in engine.add(Request(f"{i}", prompt, params, salt=None if shared else f"{i}"))
+    ]  # fmt: skip
+    if drafts:
+        for s, (output, _) in zip(made, drafts[1], strict=True):
+            s.lookup = Drafts(drafts[0], s.prompt, output)  # type: ignore[assignment]
     while not engine.idle:
         before_step()
         engine.step()
@@ -49,19 +79,51 @@ def outcomes(engine: Engine, several: list[Case], before_step: Any = lambda: Non
     return [(s.output, s.logprobs) for s in made]
 
 
+def moved(engines: list[Engine], several: list[Case], rng: random.Random) -> list[Outcome]:
+    """The results of all requests, each of which is suspended and resumed on another engine at random."""
+    at = dict[str, Any]()
+    for i, (prompt, params) in enumerate(several):
+        [at[f"{i}"]] = rng.choice(engines).add(Request(f"{i}", prompt, params))
+    while not all(engine.idle for engine in engines):
+        for engine in engines:
+            engine.step()
+            for id in [id for id in engine.requests if rng.random() < 0.2]:
+                text = json.dumps(engine.suspend(id).as_dict())  # type: ignore[union-attr]
+                [at[id]] = rng.choice(engines).resume(Resumption.from_dict(json.loads(text)))
+            if rng.random() < 0.1:
+                check_invariants(engine)
+    return [(at[f"{i}"].output, at[f"{i}"].logprobs) for i in range(len(several))]
+
+
+def failing(engine: Engine, rng: random.Random) -> Engine:
+    """The engine with steps that fail after their work; not those of one sequence, which would end at the second."""
+    run = engine.executable.run  # type: ignore[attr-defined]
+
+    def fails(step: StepRequest) -> Any:
+        result = run(step)
+        if rng.random() < 0.3 and len(step.batch.q_len) > 1:
+            raise DeviceError("planted, after the work")
+        return result
+
+    engine.executable.run = fails  # type: ignore[attr-defined]
+    return engine
+
+
 @pytest.mark.parametrize("family", FEW)
 def test_tokens_do_not_depend_on_company(tmp_path: Path, family: str) -> None:
     print(f"TEST_SEED={SEED}")
-    rng, path = random.Random(SEED), tiny(family, tmp_path / family)
-    several = cases(rng)
+    rng, path = random.Random(SEED), tiny(family, tmp_path / family, **LAYERS.get(family, {}))
+    several = cases(rng, FEW[family])
 
     def engine(**options: Any) -> Engine:
-        return LLM(path, threads=2, cache=None, **options).engine
+        return LLM(path, threads=1, cache=None, **options).engine
 
-    alone = engine()
+    alone = engine(state_cache_bytes=0)
     want = [outcome for case in several for outcome in outcomes(alone, [case])]
+    assert alone.counts.cached_tokens == alone.counts.preemptions == 0
+
     together = engine()
-    assert outcomes(together, several) == want
+    assert outcomes(together, several, shared=False) == want
     assert together.counts.preemptions == together.counts.cached_tokens == 0
 
     small = engine(kv_tokens=96, max_batch_tokens=48)
@@ -71,29 +133,33 @@ def test_tokens_do_not_depend_on_company(tmp_path: Path, family: str) -> None:
     cut = engine()
 
     def resize() -> None:
-        cut.scheduler.max_batch_tokens = rng.choice((1, 3, 7, 40, 300))
+        cut.scheduler.max_batch_tokens = rng.choice((3, 7, 40, 300))
 
     assert outcomes(cut, several, resize) == want
 
-    failing = engine(max_sequences=5)
-    run = failing.executable.run  # type: ignore[attr-defined]
+    speculated = engine(max_drafts=3)
+    assert outcomes(speculated, several, drafts=(rng, want), shared=False) == want
+    assert 0 < speculated.counts.accepted_tokens < speculated.counts.draft_tokens
 
-    def fails(step: StepRequest) -> Any:
-        result = run(step)
-        if rng.random() < 0.3 and len(step.batch.q_len) > 1:  # a single sequence that fails twice would end
-            raise DeviceError("planted, after the work")
-        return result
+    cached = engine(max_sequences=8)
+    assert outcomes(cached, several) == want
+    assert cached.counts.cached_tokens > (0.2 * cached.counts.prompt_tokens if len(several) == 200 else 0)
 
-    failing.executable.run = fails  # type: ignore[attr-defined]
-    assert outcomes(failing, several) == want
-    assert failing.counts.faults["step"] > 0
+    at_once = failing(engine(max_sequences=5, kv_tokens=256, max_drafts=2), rng)
+    assert outcomes(at_once, several, drafts=(rng, want)) == want
+    counts = at_once.counts
+    assert min(counts.faults["step"], counts.cached_tokens, counts.accepted_tokens) > 0
+
+    engines = [engine(), engine(max_drafts=3, kv_tokens=160), engine(max_batch_tokens=24, state_cache_bytes=0)]
+    assert moved(engines, several, rng) == want
+    assert sum(one.counts.suspended for one in engines) > 0
 
 
 def test_worker_killed(tmp_path: Path) -> None:
     rng, path = random.Random(SEED), tiny("lfm2", tmp_path / "lfm2")
-    several = cases(rng)
+    several = cases(rng, 16)
     want = outcomes(LLM(path, threads=2, cache=None).engine, several)
-    engine, step = LLM(path, threads=2, cache=None, worker=True, max_sequences=6).engine, iter(range(10**6))
+    engine, step = LLM(path, threads=2, cache=None, worker=True, max_sequences=4).engine, iter(range(10**6))
 
     def kill() -> None:
         if next(step) in (2, 9):
@@ -107,10 +173,11 @@ def test_worker_killed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["pp2", "tp2"])
 def test_ranks_as_processes(tmp_path: Path, layout: str) -> None:
     rng, path = random.Random(SEED), tiny("lfm2", tmp_path / "lfm2")
-    several = cases(rng)
+    several = cases(rng, 16)
     want = outcomes(LLM(path, threads=2, cache=None, layout=layout, in_process=True).engine, several)
-    ranks = LLM(path, threads=2, cache=None, layout=layout).engine
-    assert outcomes(ranks, several) == want
+    ranks = LLM(path, threads=2, cache=None, layout=layout, max_drafts=2, max_sequences=4).engine
+    assert outcomes(ranks, several, drafts=(rng, want)) == want
+    assert ranks.counts.cached_tokens > 0
     ranks.executable.close()
     if layout == "pp2":
         assert want == outcomes(LLM(path, threads=2, cache=None).engine, several)

@@ -8,30 +8,58 @@ import pytest
 from support.serving import add, oracle_engine, request, run_checked, truth
 
 from intaglio.devices import DeviceError, StepRequest
-from intaglio.runtime import Engine, RequestError, Sequence
+from intaglio.runtime import Engine, Sequence
 from intaglio.runtime.slots import SlotError, SlotPool
 
 
-def test_pool_hands_out_pairs_and_refuses_what_it_lacks() -> None:
-    pool = SlotPool(5)
-    first, second = pool.allocate(), pool.allocate()
-    assert pool.sequences == 2 and sorted([*first, *second]) == [0, 1, 2, 3]
-    with pytest.raises(SlotError, match="2 slots requested, 1 of 5 are free"):
+def test_pool_hands_out_slots_and_refuses_what_it_lacks() -> None:
+    pool = SlotPool(3)
+    assert pool.sequences == 1 and [pool.allocate() for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(SlotError, match="a slot is requested, and sequences hold all 3"):
         pool.allocate()
-    pool.release(first)
-    assert pool.allocate() == first[::-1]
+    pool.share(1)
+    pool.release(1)
+    assert not pool.free
+    pool.release(1)
+    assert pool.allocate() == 1
 
 
-@pytest.mark.parametrize("slots", [[0], [7], [-1]])
-def test_pool_refuses_to_release_what_is_not_held(slots: list[int]) -> None:
-    with pytest.raises(SlotError, match=rf"slot {slots[0]} is not held"):
-        SlotPool(4).release(slots)
+@pytest.mark.parametrize("slot", [0, 7, -2])
+def test_pool_refuses_to_release_what_is_not_held(slot: int) -> None:
+    with pytest.raises(SlotError, match=rf"slot {slot} is not held"):
+        SlotPool(4).release(slot)
 
 
 def test_pool_of_one_slot_is_refused_and_an_empty_one_gives_none() -> None:
     with pytest.raises(SlotError, match="1 slots of recurrent state; give 2 or more"):
         SlotPool(1)
-    assert SlotPool(0).allocate() == []
+    assert SlotPool(0).allocate() == -1
+
+
+def test_checkpoints_are_evicted_in_order_of_their_release() -> None:
+    pool = SlotPool(3)
+    for name in "abc":
+        assert pool.keep(pool.allocate(), name)
+    for slot in (1, 0, 2):
+        pool.release(slot)
+    assert pool.checkpoints == {"a": 0, "b": 1, "c": 2} and not pool.free
+    pool.share(1)
+    assert [pool.allocate(), pool.allocate()] == [0, 2]
+    assert pool.checkpoints == {"b": 1}
+    with pytest.raises(SlotError):
+        pool.allocate()
+
+
+def test_a_dropped_checkpoint_is_free_once_nobody_holds_it() -> None:
+    pool = SlotPool(2)
+    slot = pool.allocate()
+    assert pool.keep(slot, "a") and not pool.keep(slot, "b")
+    pool.drop("a")
+    pool.drop("unknown")
+    assert not pool.checkpoints and slot not in pool.free
+    pool.release(slot)
+    assert slot in pool.free
+    assert pool.keep(pool.allocate(), "a") and not pool.keep(pool.allocate(), "a")
 
 
 def requests(engine: Engine) -> list[Sequence]:
@@ -72,16 +100,3 @@ def test_tokens_are_right_if_every_second_step_fails_after_its_work() -> None:
     run_checked(engine)
     assert engine.counts.faults["step"] > 5
     assert [s.output for s in made] == [truth(s) for s in made]
-
-
-def test_blocks_are_not_shared() -> None:
-    engine = oracle_engine(pages=40, slots=8)
-    for i in range(2):
-        add(engine, request(f"r{i}", range(20), max_tokens=2, n=2))
-        run_checked(engine)
-    assert engine.counts.cached_tokens == 0 and not engine.pool.cached
-
-
-def test_drafts_are_refused() -> None:
-    with pytest.raises(RequestError, match=r"max_drafts is 2, but smallest has recurrent state.*allowed: 0"):
-        oracle_engine(slots=4, max_drafts=2)

@@ -420,8 +420,8 @@ def advance_state_of_failed_step(engine: Engine) -> None:
 
     def launch_broken(scheduled: list[ScheduledSequence], retried: bool = False) -> Launch | None:
         for s in (one.sequence for one in scheduled):
-            if s in failed and s.computed:
-                s.state_slot = s.next_state_slot
+            if s in failed and s.computed and s.state_slot >= 0:
+                s.state_slot, s.next_state_slot = s.next_state_slot, s.state_slot
         failed.update(one.sequence for one in scheduled)
         return launch(scheduled, retried)
 
@@ -435,15 +435,8 @@ def advance_state_of_failed_step(engine: Engine) -> None:
 
 def leave_state_after_step(engine: Engine) -> None:
     """After its second step a sequence goes on from the state after its first."""
-    account = engine.accounting.account_sequence
-
-    def broken(one: ScheduledSequence, chunk: Any, result: Any, row: int) -> None:
-        before = one.sequence.state_slot
-        account(one, chunk, result, row)
-        if before >= 0 and one.sequence.slots:
-            one.sequence.state_slot = before
-
-    engine.accounting.account_sequence = broken  # type: ignore[method-assign]
+    move = engine.scheduler.move_state
+    engine.scheduler.move_state = lambda s: move(s) if s.state_slot < 0 else None  # type: ignore[method-assign]
 
 
 def keep_state_on_preemption(engine: Engine) -> None:
@@ -456,8 +449,8 @@ def keep_state_on_preemption(engine: Engine) -> None:
 
     def start_broken() -> Sequence | None:
         s = start()
-        if s in kept and s is not None and s.slots:
-            s.state_slot, s.computed = s.slots[0], 1
+        if s in kept and s is not None and s.next_state_slot >= 0 and not s.computed:
+            s.state_slot, s.next_state_slot, s.computed = s.next_state_slot, engine.slots.allocate(), 1
         return s
 
     engine.scheduler.preempt = preempt_broken  # type: ignore[method-assign]
@@ -465,17 +458,131 @@ def keep_state_on_preemption(engine: Engine) -> None:
 
 
 def share_state_slots(engine: Engine) -> None:
-    """Sequences that run at once may hold the same slots."""
-    pool, allocate = engine.slots, engine.slots.allocate
+    """Sequences that run at once may write the same slot."""
+    pool, allocate, running = engine.slots, engine.slots.allocate, engine.scheduler.running
 
-    def broken() -> list[int]:
-        slots = allocate()
-        if slots and len(engine.scheduler.running) > 1:
-            pool.free += slots
-            return list(engine.scheduler.running[0].slots) or slots
-        return slots
+    def broken() -> int:
+        if len(running) > 1 and running[0].next_state_slot >= 0:
+            pool.share(running[0].next_state_slot)
+            return running[0].next_state_slot
+        return allocate()
 
     pool.allocate = broken  # type: ignore[method-assign]
+
+
+def keep_state_of_rejected_drafts(engine: Engine) -> None:
+    """After a rejected draft a sequence goes on from the state that has read it."""
+    settle = engine.accounting.settle_state
+    engine.accounting.settle_state = lambda s, start, rejected: settle(s, start, False)  # type: ignore[method-assign]
+
+
+def step_accepted_drafts_twice(engine: Engine) -> None:
+    """After a rejected draft the accepted tokens are computed again from the state that has read them."""
+    settle = engine.accounting.settle_state
+
+    def broken(s: Sequence, start: int, rejected: bool) -> None:
+        settle(s, start, rejected)
+        if rejected and start:
+            engine.scheduler.move_state(s)
+
+    engine.accounting.settle_state = broken  # type: ignore[method-assign]
+
+
+def keep_state_after_border(engine: Engine) -> None:
+    """The state of a step that ends after a border is kept as the one at the border."""
+    keep, checkpoints = engine.scheduler.checkpoints.keep, engine.scheduler.checkpoints
+
+    def broken(s: Sequence) -> None:
+        if checkpoints.on and s.computed % engine.pool.block_size and s.prefix_name in engine.pool.index:
+            engine.slots.drop(str(s.prefix_name))
+            engine.slots.keep(s.state_slot, str(s.prefix_name))
+        keep(s)
+
+    checkpoints.keep = broken  # type: ignore[method-assign]
+
+
+def skip_blocks_after_checkpoint(engine: Engine) -> None:
+    """A sequence starts after all of its cached blocks, with the state of an earlier border."""
+    checkpoints, usable = engine.scheduler.checkpoints, engine.scheduler.checkpoints.usable
+    start, deepest = checkpoints.start, [""]
+
+    def broken_usable(known: list[int]) -> int:
+        n = usable(known)
+        deepest[0] = engine.pool.name(known[n - 1]) if n else ""
+        return len(known) if n else 0
+
+    def broken_start(s: Sequence, found: int) -> None:
+        name = s.prefix_name
+        s.prefix_name = name and (deepest[0] or name)
+        start(s, found)
+        s.prefix_name = name
+
+    checkpoints.usable, checkpoints.start = broken_usable, broken_start  # type: ignore[method-assign,assignment]
+
+
+def overwrite_checkpoints(engine: Engine) -> None:
+    """The slot of an evicted checkpoint is written, but the checkpoint is still found."""
+    pool, allocate = engine.slots, engine.slots.allocate
+
+    def broken() -> int:
+        before = dict(pool.checkpoints)
+        slot = allocate()
+        for name in before.keys() - pool.checkpoints.keys():
+            pool.checkpoints[name] = slot
+        return slot
+
+    pool.allocate = broken  # type: ignore[method-assign]
+
+
+def free_shared_state_at_first_release(engine: Engine) -> None:
+    """A state from which several sequences start becomes free when the first of them has moved on."""
+    pool, release = engine.slots, engine.slots.release
+
+    def broken(slot: int) -> None:
+        if slot >= 0:
+            pool.refcounts[slot] = 1
+        release(slot)
+
+    pool.release = broken  # type: ignore[method-assign]
+
+
+def leak_state_of_started_sequence(engine: Engine) -> None:
+    """The checkpoint from which a sequence started stays held."""
+    move, release, slots = engine.scheduler.move_state, engine.slots.release, engine.slots
+
+    def broken(s: Sequence) -> None:
+        slots.release = lambda slot: None if slot in slots.named else release(slot)  # type: ignore[method-assign]
+        move(s)
+        slots.release = release  # type: ignore[method-assign]
+
+    engine.scheduler.move_state = broken  # type: ignore[method-assign]
+
+
+def keep_checkpoint_of_evicted_block(engine: Engine) -> None:
+    """A checkpoint stays when the block before its border leaves the prefix cache."""
+    engine.pool.dropped = lambda name: None
+
+
+def share_checkpoints_across_salts(engine: Engine) -> None:
+    """A sequence starts from any state at its border, whatever the salt of the tokens that made it."""
+    checkpoints, keep, start = engine.scheduler.checkpoints, engine.slots.keep, engine.scheduler.checkpoints.start
+    seen: dict[tuple[int, ...], int] = {}
+
+    def broken_keep(slot: int, name: str) -> bool:
+        for s in engine.scheduler.running:
+            if s.state_slot == slot:
+                seen[tuple(s.tokens(0, s.computed))] = slot
+        return keep(slot, name)
+
+    def broken_start(s: Sequence, found: int) -> None:
+        start(s, found)
+        other = seen.get(tuple(s.tokens(0, s.computed)))
+        if s.state_slot >= 0 and other in engine.slots.named and other != s.state_slot:
+            engine.slots.share(other)
+            engine.slots.release(s.state_slot)
+            s.state_slot = other
+
+    engine.slots.keep, checkpoints.start = broken_keep, broken_start  # type: ignore[method-assign]
 
 
 def change_seed_on_resumption(engine: Engine) -> None:
@@ -672,6 +779,15 @@ MUTANTS: tuple[Mutant, ...] = (
     leave_state_after_step,
     keep_state_on_preemption,
     share_state_slots,
+    keep_state_of_rejected_drafts,
+    step_accepted_drafts_twice,
+    keep_state_after_border,
+    skip_blocks_after_checkpoint,
+    overwrite_checkpoints,
+    free_shared_state_at_first_release,
+    leak_state_of_started_sequence,
+    keep_checkpoint_of_evicted_block,
+    share_checkpoints_across_salts,
     change_seed_on_resumption,
     forget_last_token_on_suspension,
     restart_timeouts_on_resumption,

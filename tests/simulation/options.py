@@ -43,6 +43,7 @@ class Options:
     max_sequences: int
     max_waiting: int
     max_drafts: int
+    checkpoint_blocks: int  # of recurrent state; 0: no prefix cache beside it
     max_restarts: int
     keeps: bool  # K/V can outlive a device
     depth: int  # stages of the device's pipeline
@@ -80,7 +81,7 @@ def draw_options(rng: random.Random) -> Options:
         faults = Faults()
     page_tokens = rng.choice((1, 2, 4, 8))
     heal = rng.uniform(0, 40) if rng.random() < 0.5 else None
-    slots = rng.choice((0, 0, 0, 2, 5, 128))
+    slots = rng.choice((0, 0, 0, 0, 2, 5, 9, 128))
     return Options(
         pages=rng.randint(max(2, 12 // page_tokens), 12 + 24 // page_tokens),
         page_tokens=page_tokens,
@@ -88,7 +89,8 @@ def draw_options(rng: random.Random) -> Options:
         max_batch_tokens=rng.choice((1, 2, 3, 5, 8, 16, 64)),
         max_sequences=rng.choice((1, 2, 3, 8, 64)),
         max_waiting=rng.choice((3, 6, 64)),
-        max_drafts=0 if slots else rng.choice((0, 0, 1, 3)),
+        max_drafts=rng.choice((0, 0, 1, 3)),
+        checkpoint_blocks=rng.choice((0, 1, 2, 5)) if slots else 32,
         max_restarts=rng.choice((3, 5)),
         keeps=rng.random() < 0.5,
         depth=rng.choice((1, 1, 2, 3)),

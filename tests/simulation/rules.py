@@ -89,6 +89,7 @@ class Rules:
         self.finished: Counter[str] = Counter()
         self.tokens = self.asked = self.refusals = 0
         self.salts: dict[int, str | None] = {}  # by block: the salt of the tokens last written to it
+        self.state_salts: dict[int, str | None] = {}  # by slot of recurrent state: the same
         self.running: set[int] = set()
         self.probe = "never asked"
         self.restarts = 0  # restarts since a step last completed
@@ -175,16 +176,22 @@ class Rules:
         self.running = {id(s) for s in self.engine.scheduler.running}
 
     def before_launch(self, batch: Batch) -> list[Reader]:
-        """Check a batch: within limits, before deadlines, and without K/V of another salt. Returns its choices."""
+        """Check a batch: within limits, before deadlines, and without K/V or state of another salt.
+
+        Returns its choices.
+        """
         o = self.world.options
         if batch.tokens.tolist() == [0] and not self.engine.pool.refcounts[block := int(batch.block_table[0, 0])]:
             self.salts[block] = "written by a test"  # the test step of a new device
+            self.state_salts[int(batch.state_to[0])] = "written by a test"
             return []
         if len(batch.tokens) > o.max_batch_tokens or len(batch.q_len) > o.max_sequences:
             raise Violation(f"a step of {len(batch.tokens)} tokens of {len(batch.q_len)} sequences")
         owners = {s.blocks[-1]: s for s in self.engine.scheduler.running}
         launched: list[Reader] = []
-        for row, n, context in zip(batch.block_table.tolist(), batch.q_len, batch.context_len, strict=True):
+        states = zip(batch.state_from.tolist(), batch.state_to.tolist(), strict=True)
+        per_sequence = zip(batch.block_table.tolist(), batch.q_len, batch.context_len, states, strict=True)
+        for row, n, context, (state, next_state) in per_sequence:
             held = [b for b in row if b >= 0]
             s = owners.get(held[-1])
             if s is None or s.blocks != held:
@@ -199,6 +206,9 @@ class Rules:
                     self.salts[block] = s.request.salt
                 elif self.salts.get(block, s) != s.request.salt:
                     raise Violation(f"{s.request.id} of salt {s.request.salt} reads block {block} of another salt")
+            if state >= 0 and self.state_salts[state] != s.request.salt:
+                raise Violation(f"{s.request.id} of salt {s.request.salt} reads state {state} of another salt")
+            self.state_salts[next_state] = s.request.salt
         return launched
 
     def after_launch(self, launched: list[Reader], wrong: DeviceError | None, alone: bool) -> None:

@@ -35,7 +35,8 @@ def test_seeds_cover_all_outcomes() -> None:
     wanted = {
         "stop", "length", "abort", "deadline", "error", "full", "late", "draining", "invalid", "request fault",
         "step fault", "worker fault", "preemptions", "hits", "restarts", "accepted drafts", "rejected drafts", "healed",
-        "engine failed", "pipelines", "kept", "suspensions", "tier hits", "tier misses", "tier corrupt", "tier late",
+        "engine failed", "pipelines", "kept", "suspensions", "state hits",
+        "accepted beside state", "rejected beside state", "tier hits", "tier misses", "tier corrupt", "tier late",
     }  # fmt: skip
     seen: Counter[str] = Counter()
     for seed in range(800):
@@ -52,6 +53,11 @@ def test_seeds_cover_all_outcomes() -> None:
             "accepted drafts": c.accepted_tokens, "rejected drafts": c.draft_tokens - c.accepted_tokens,
             "engine failed": world.engine.failed is not None,
         })  # fmt: skip
+        if world.options.slots:
+            seen += Counter({
+                "state hits": c.cached_tokens, "accepted beside state": c.accepted_tokens,
+                "rejected beside state": c.draft_tokens - c.accepted_tokens,
+            })  # fmt: skip
         if world.tier:
             t = world.tier.counts
             seen += Counter({f"tier {name}": getattr(t, name) for name in ("hits", "misses", "corrupt", "late")})

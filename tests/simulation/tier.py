@@ -34,6 +34,10 @@ class SimulatedLoad:
         """What arrived."""
         return self.contents
 
+    def cancel(self) -> None:
+        """The blocks are not wanted any more: they never arrive."""
+        self.until = float("inf")
+
 
 class SimulatedTier:
     """A Connector that keeps blocks by name, and loses, damages, delays and drops some of them."""

@@ -224,7 +224,7 @@ class World:
         self.engine: Engine = kind(
             FaultyDevice(self), clock=lambda: self.now + self.skew, rng=random.Random(seed), restart=self._restart,
             max_batch_tokens=o.max_batch_tokens, max_sequences=o.max_sequences, max_waiting=o.max_waiting,
-            max_drafts=o.max_drafts, max_restarts=o.max_restarts,
+            max_drafts=o.max_drafts, checkpoint_blocks=o.checkpoint_blocks, max_restarts=o.max_restarts,
         )  # fmt: skip
         self.client_requests: dict[str, ClientRequest] = {}  # of what was admitted and has not ended
         self.asked_to_abort: set[str] = set()

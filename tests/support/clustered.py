@@ -28,14 +28,17 @@ TOOL = {"type": "function", "function": {"name": "look_up", "parameters": SCHEMA
 
 
 class Clustered:
-    """A running cluster. `name` is for its commands; they and the processes share a folder of the test's own."""
+    """A running cluster. `name` is for its commands; they and the processes share a folder of the test's own.
+
+    replicas: 0 if the words say how many there are.
+    """
 
     def __init__(self, folder: Path, runtime: Path, replicas: int, *words: str) -> None:
         self.name = "test"
         self.output = runtime / "output.log"
         command = [
-            sys.executable, "-m", "intaglio", "cluster", "up", str(folder), "--replicas", str(replicas), "--port", "0",
-            "--name", self.name, *words,
+            sys.executable, "-m", "intaglio", "cluster", "up", str(folder), "--port", "0", "--name", self.name,
+            *(["--replicas", str(replicas)] if replicas else []), *words,
         ]  # fmt: skip
         environment = {**child_environment(), "XDG_RUNTIME_DIR": str(runtime)}
         with self.output.open("w") as output:

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -312,6 +313,54 @@ def test_recurrent_model_does_not_use_the_tier_and_says_so(tmp_path: Path) -> No
     ask(engine, list(range(30)))
     tier.close()
     assert reports == [
-        "K/V blocks are not kept outside the engine: smallest has recurrent state, so it has no prefix cache"
+        "K/V blocks are not kept outside the engine: smallest has recurrent state, which is not kept with them"
     ]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_load_that_is_cancelled_reads_no_further_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier, _ = tier_of(tmp_path)
+    keys = [key_of(i, 0, 0, 0) for i in range(20)]
+    for key in keys:
+        tier.save(key, CONTENT)
+    tier.flush()
+    reached, go, read = threading.Event(), threading.Event(), list[str]()
+
+    def slow(file: Path, scope: BlockScope, key: BlockKey, size: int) -> np.ndarray:
+        read.append(key.name)
+        reached.set()
+        assert go.wait(120)
+        return read_block(file, scope, key, size)
+
+    monkeypatch.setattr("intaglio.tiers.disk.read_block", slow)
+    load = tier.load(keys, CONTENT.nbytes)
+    assert reached.wait(120)
+    load.cancel()
+    go.set()
+    assert load.wait(120) and read == [keys[0].name] and len(load.blocks()) == 1
+    tier.close()
+
+
+def test_a_tier_may_be_closed_while_blocks_are_saved_and_loaded(tmp_path: Path) -> None:
+    for _ in range(20):
+        tier, reports = tier_of(tmp_path)
+        begun, failed = threading.Barrier(2), list[BaseException]()
+
+        def use(tier: DiskTier = tier, begun: threading.Barrier = begun, failed: list[BaseException] = failed) -> None:
+            begun.wait()
+            try:
+                for i in range(50):
+                    tier.save(key_of(i, 1, 1, 1), CONTENT)
+                    tier.load([KEY], CONTENT.nbytes)
+                    tier.touch([KEY.name])
+            except BaseException as e:
+                failed.append(e)
+
+        thread = threading.Thread(target=use)
+        thread.start()
+        begun.wait()
+        tier.close()
+        thread.join()
+        assert not failed and not reports
+        tier.flush()  # of a closed tier: nothing waits
+        assert tier.load([KEY], CONTENT.nbytes).wait(0)

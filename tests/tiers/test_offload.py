@@ -20,7 +20,7 @@ class Shelf:
 
     def __init__(self) -> None:
         self.counts, self.held, self.said = TierCounts(), dict[str, tuple[BlockKey, np.ndarray]](), list[str]()
-        self.ready, self.loads, self.touched = True, 0, list[str]()
+        self.ready, self.loads, self.touched, self.cancelled = True, 0, list[str](), 0
         self.contents: list[np.ndarray] = []
 
     def lookup(self, names: Sequence[str]) -> int:
@@ -36,6 +36,9 @@ class Shelf:
 
     def blocks(self) -> list[np.ndarray]:
         return self.contents
+
+    def cancel(self) -> None:
+        self.cancelled += 1
 
     def save(self, key: BlockKey, content: np.ndarray) -> None:
         assert key.name not in self.held, "saved twice"
@@ -103,6 +106,7 @@ def test_running_sequences_go_on_during_a_load_and_a_late_one_is_computed() -> N
         (shelf.counts.late, shelf.counts.hits) == (7, 0) and len(shelf.said) == 1 and "took more than" in shelf.said[0]
     )
     assert [running.output, waiting.output] == [truth(running), truth(waiting)] and waiting.cached_tokens == 0
+    assert shelf.cancelled == 1  # else a slow disk would go on reading what nobody waits for
 
 
 def test_load_of_an_aborted_request_is_not_given_to_another() -> None:
@@ -114,7 +118,7 @@ def test_load_of_an_aborted_request_is_not_given_to_another() -> None:
     engine.abort("gone")
     shelf.ready = True
     assert ask(engine, [50, *range(29)], "other") == 0
-    assert engine.pool.held == 0
+    assert engine.pool.held == 0 and shelf.cancelled == 1
 
 
 def test_device_that_refuses_loaded_blocks_computes_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from intaglio.chips.kernel_record import KernelRecord
 from intaglio.chips.library import KernelLibrary, Protocol
 from intaglio.chips.spec import PARTS, ChipError, ChipSpec
 
 DATA = Path(__file__).parent.parent / "data"
+FIXED = ("name", "description", "kernels", "reasons", "protocols")  # fields that a record of a kernel cannot change
 SHEET_TOLERANCE = 0.01  # relative, between a data sheet's rounded FLOP/s and 2 * cores * clock * multiply-accumulates
 
 
@@ -51,7 +53,31 @@ def read_library(path: Path) -> KernelLibrary:
         table["protocols"] = tuple(built(path, Protocol, p, "protocols.") for p in protocols)
     if isinstance(table.get("tiles"), list):
         table["tiles"] = tuple(sorted({tile for entry in table["tiles"] for tile in tiles_of(path, entry)}))
+    if isinstance(table.get("kernels"), list):
+        table["kernels"] = tuple(record_of(path, entry) for entry in table["kernels"])
     return built(path, KernelLibrary, {"name": path.stem, **table, "reasons": reasons_of(path, KernelLibrary, table)})
+
+
+def record_of(path: Path, entry: Mapping[str, Any]) -> KernelRecord:
+    """The KernelRecord of one table `[[kernels]]`: its own fields, and fields of KernelLibrary that it changes.
+
+    Raises ChipError for an unknown field, a missing one or a wrong type.
+    """
+    own = {f.name for f in dataclasses.fields(KernelRecord)} - {"changes"}
+    hints = get_type_hints(KernelLibrary)
+    where = f"kernels.{entry.get('kernel', '?')}."
+    changes = {}
+    for name, value in entry.items():
+        if name in own:
+            continue
+        if name not in hints or name in FIXED:
+            known = ", ".join([*own, *(n for n in hints if n not in FIXED)])
+            raise ChipError(f"{path}: unknown field {where}{name}; known: {known}")
+        if name == "tiles":
+            value = sorted({tile for each in value for tile in tiles_of(path, each)})
+        changes[name] = typed(f"{path}: {where}{name}", value, hints[name])
+    given = {name: value for name, value in entry.items() if name in own}
+    return built(path, KernelRecord, {**given, "changes": tuple(changes.items())}, where)
 
 
 def reasons_of(path: Path, kind: type[Any], table: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -109,6 +135,8 @@ def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, A
     for name in PARTS:
         if isinstance(table.get(name), dict) and isinstance(below.get(name), dict):
             out[name] = below[name] | table[name]
+    if "kernels" in table and "kernels" in below:  # a file's own kernels come first, those of its base after them
+        out["kernels"] = table["kernels"] + below["kernels"]
     kept = {field: why for field, why in below["reasons"].items() if out.get(field) == below.get(field)}
     out["reasons"] = kept | table.get("reasons", {})
     return out
@@ -139,6 +167,8 @@ def typed(what: str, value: Any, kind: Any) -> Any:
 
     what: name of the value for the error. Raises ChipError if the type does not fit.
     """
+    if kind is Any:
+        return value
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
         inner = get_args(kind)
         if inner[-1] is Ellipsis:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from intaglio.chips import ranges
+from intaglio.chips.kernel_record import OPS, KernelRecord
 from intaglio.chips.spec import ChipError
 
 
@@ -35,6 +36,8 @@ class KernelLibrary:
 
     name: str
     description: str  # one line, for listings
+    generation: str = ""  # of chips that it was written for, such as hopper
+    engine: str = ""  # serving engine whose kernels they are, such as vllm; "": no particular one
 
     # All kernels
     launch_s: float  # launch overhead: from the end of a kernel to the first instruction of the next
@@ -43,6 +46,7 @@ class KernelLibrary:
     dual_batch_overlap: bool = False  # a batch may run as two halves that overlap compute and links, if that is faster
     activation_bytes: int = 2  # bytes of a value between ops; kernels keep it in bf16
     l2_usable: float = 0.8  # fraction of the L2 that can hold an op's operands
+    l2_multicast: float = 1.0  # cores that get a line for each read of the L2, if they need the same; part of its rate
     burst_bytes: int = 128  # bytes of one HBM access; also the bytes of K loaded in one step
     half_burst_cost: float = 1.3  # bytes moved for each byte of rows that are half a burst long
 
@@ -59,6 +63,7 @@ class KernelLibrary:
     min_query_rows: int = 16  # query rows that the matrix array processes at least
     softmax_overlap: float = 0.0  # fraction of the softmax that overlaps with products of other rows
     pack_gqa: bool = False  # query heads that share a K/V head share a tile of queries
+    pack_windowed: bool = True  # decode kernels pack query heads also with a sliding window; False: one head a job
     # Numbers of parts into which a decode context may be split.
     kv_splits: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     split_mha: bool = False  # contexts are also split if each query head has its own K/V head
@@ -66,6 +71,7 @@ class KernelLibrary:
     decode_jobs: int = 2  # decode jobs that run on a core at a time
     decode_stages: int = 2  # tiles of keys and values in flight, at most
     window_min_keys: int = 256  # keys that a decode kernel reads at least, with a sliding window
+    kv_native: bool = False  # 8-bit keys and values are multiplied as such; otherwise they are converted to bf16 first
     kv_dequant_ops: int = 8  # operations to convert an 8-bit value to bf16: unpack, convert twice, scale, pack, move
     kv_row_cycles: int = 40  # core cycles to store one row of one head in the cache: address, wait, store
     kv_quant_cycles: float = 0.7  # core cycles to quantise a value to 8 bits; 0: the vector lanes do it
@@ -78,8 +84,12 @@ class KernelLibrary:
     expert_stages: int = 4  # operand tiles in flight, at most
     vector_load_values: int = 16  # rows of expert weights must be a multiple of it to be read by vector loads
     unaligned_row_cost: float = 4.0  # bytes moved for each byte of other rows
-    fp8_dequant_ops: int = 25  # operations to convert an FP8 expert weight to BF16 in software; 0: FP8 is multiplied
-    fp8_overfetch: float = 5.0  # bytes moved for each byte of such weights, which are read byte by byte
+    experts_native: bool = True  # 8-bit experts with 8-bit activations are multiplied as such; False: in bf16
+    fp8_dequant_ops: int = 3  # operations to convert an FP8 expert weight to BF16, if the product is in BF16
+    fp8_load_bytes_per_cycle: float = 0.0  # of such weights, that a core loads at most; 0: as fast as they arrive
+    fp8_overfetch: float = 1.0  # bytes moved from the L2 for each byte of such weights
+    expert_all_rows: bool = False  # activation and combination process all routed rows, also those of other ranks
+    expert_fused_activation: bool = False  # the gate/up product applies the activation before it stores its result
     routing_launches: int = 3  # kernels of routing: scores and top-k; counting; sorting
     routing_ops: int = 8  # operations for each routing score: softmax, top-k, counting
 
@@ -92,10 +102,26 @@ class KernelLibrary:
     peer_handshakes: bool = True  # an all_to_all makes a handshake with each peer in turn
     switch_reduce_min_chips: int = 8  # chips from which a switch that can reduce does so
 
+    kernels: tuple[KernelRecord, ...] = ()  # kernels that differ from the fields above; the first that fits is used
     reasons: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # (field, source of its value)
 
     def __post_init__(self) -> None:
         check(self)
+
+    def record(self, op: str, format: str = "", head_dim: int = 0, kernel: str = "") -> KernelRecord | None:
+        """The record of the kernel that runs such a call; None if the library's own fields describe it.
+
+        kernel: name of a record; "" for the one that is chosen by default. Raises ChipError for a name that no record
+        has.
+        """
+        if kernel and not any(r.kernel == kernel for r in self.kernels):
+            known = ", ".join(dict.fromkeys(r.kernel for r in self.kernels)) or "none"
+            raise ChipError(f"library {self.name!r} has no kernel {kernel!r}; it has {known}")
+        return next((r for r in self.kernels if r.serves(op, format, head_dim, kernel)), None)
+
+    def with_record(self, record: KernelRecord | None) -> KernelLibrary:
+        """This library as one kernel of it: the record's values in place of its own, and no other kernels."""
+        return dataclasses.replace(self, kernels=(), **dict(record.changes if record else ()))
 
 
 def check(library: KernelLibrary) -> None:
@@ -115,12 +141,21 @@ def check(library: KernelLibrary) -> None:
     for name, allowed in (("expert_tiles", EXPERT_TILES), ("algorithms", ALGORITHMS)):
         value = getattr(library, name)
         refuse(value not in allowed, f"{name}={value!r}; use one of {', '.join(allowed)}")
+    for record in library.kernels:
+        refuse(record.op not in OPS, f"kernels.op={record.op!r}; use one of {', '.join(OPS)}")
+        library.with_record(record)
 
 
 def replace_library(library: KernelLibrary, **changes: Any) -> KernelLibrary:
-    """A copy of `library` with fields changed. Raises ChipError for an unknown field or a value outside its range."""
+    """A copy of `library` with fields changed, for all its kernels: also where a record had another value.
+
+    Raises ChipError for an unknown field or a value outside its range.
+    """
     fields = [f.name for f in dataclasses.fields(KernelLibrary)]
     for name in changes:
         if name not in fields:
             raise ChipError(f"a kernel library has no field {name!r}; it has {', '.join(fields)}")
-    return dataclasses.replace(library, **changes)
+    kept = tuple(
+        dataclasses.replace(r, changes=tuple((f, v) for f, v in r.changes if f not in changes)) for r in library.kernels
+    )
+    return dataclasses.replace(library, **{"kernels": kept, **changes})

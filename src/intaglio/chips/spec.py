@@ -32,13 +32,15 @@ class Links:
     """Links of one chip to its peers.
 
     Topologies: switch (every pair of chips at full rate), k44 (complete bipartite: each of four chips linked to the
-    four of the other side), torus (neighbours in two dimensions), none.
+    four of the other side), mesh (each pair of chips linked, all with equally many links), torus (neighbours in two
+    dimensions), pcie_tree (chips that share the bridges of one host), none.
     """
 
     count: int
     bytes_per_s: float  # of one link, in each direction
     topology: str
     max_chips: int  # that one network connects
+    host_links: float = 0.0  # of a pcie_tree: links at full rate that the host's bridges carry together
 
     @property
     def chip_bytes_per_s(self) -> float:
@@ -46,7 +48,7 @@ class Links:
         return self.count * self.bytes_per_s
 
 
-TOPOLOGIES = ("switch", "k44", "torus", "none")
+TOPOLOGIES = ("switch", "k44", "mesh", "torus", "pcie_tree", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,10 @@ def check(spec: ChipSpec) -> None:
         most > 1 and links.topology == "none", f"max_chips={most} but topology 'none'; one chip cannot reach another"
     )
     refuse(most > 1 and count < 1, f"max_chips={most} but {count} links; one chip cannot reach another")
+    tree = links.topology == "pcie_tree"
+    refuse(tree and links.host_links <= 0, f"host_links={links.host_links}; a pcie_tree needs more than 0")
+    wrong = links.topology == "mesh" and (most < 2 or count % (most - 1) != 0)
+    refuse(wrong, f"count={count} links to {most - 1} other chips; a mesh needs equally many to each, max_chips >= 2")
     wrong = links.topology == "k44" and (most != 8 or count < 4)
     refuse(wrong, f"k44 connects 8 chips with 4 links each; got max_chips={most}, count={count}")
 

@@ -6,6 +6,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, get_origin, get_type_hints
 
 from intaglio.chips.files import typed, wanted
@@ -40,6 +41,10 @@ class Target:
         """A copy of the target with fields of the library changed, as by chips.replace_library(). Raises ChipError."""
         return Target(self.chip, replace_library(self.library, **changes))
 
+    def kernel(self, op: str, format: str = "", head_dim: int = 0, name: str = "") -> Target:
+        """The chip with one kernel of its library: the one that runs such a call, see KernelLibrary.record()."""
+        return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
+
     def get(self, name: str) -> Any:
         """The value of the field `chip.FIELD` or `library.FIELD`. Raises ChipError for an unknown name."""
         part, field = split(name)
@@ -58,7 +63,7 @@ class Target:
         if part == "chip" and field in PARTS:
             inside = ", ".join(f"chip.{n}" for n in get_type_hints(PARTS[field]))
             raise ChipError(f"{name} has parts; give one of them: {inside}")
-        if field in ("reasons", "protocols"):
+        if field in ("reasons", "protocols", "kernels"):
             raise ChipError(f"{name} is a table; write it in a {part} file, see docs/codesign.md")
         kind = KINDS[part][field]
         if kind is str:
@@ -87,6 +92,12 @@ class Target:
             part, field = split(name)
             parts[part][field] = value
         return Target(replace(self.chip, **parts["chip"]), replace_library(self.library, **parts["library"]))
+
+
+@lru_cache(maxsize=4096)
+def one_kernel(on: Target, op: str, format: str, head_dim: int, name: str) -> Target:
+    """Target.kernel(), with a cache. Raises ChipError for a name that no record of the library has."""
+    return Target(on.chip, on.library.with_record(on.library.record(op, format, head_dim, name)))
 
 
 INSIDE = {name: kind for part in PARTS.values() for name, kind in get_type_hints(part).items()}

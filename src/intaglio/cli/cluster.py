@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
-from typing import Annotated, Any
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from intaglio.cli import options as o
 from intaglio.cli.group import Group
 
+if TYPE_CHECKING:
+    from intaglio.router import Role
+
 cluster = typer.Typer(cls=Group, no_args_is_help=True, help="Several replicas of a model behind one address.")
 Name = Annotated[str, typer.Option("--name", help="Of the cluster, if several run here.")]
+BLOCKS_BYTES = 8 << 30  # most bytes of the K/V blocks that prefill replicas hand over
 RAY = "--ray is not supported yet: replicas run as processes of this machine; leave it out"
 
 
@@ -22,7 +31,15 @@ RAY = "--ray is not supported yet: replicas run as processes of this machine; le
 def up(
     context: typer.Context,
     model: o.Model = None,
-    replicas: Annotated[int, typer.Option(min=1, max=64, help="Processes that serve the model.")] = 2,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Processes that serve the model. Default: 2.")
+    ] = None,
+    prefill: Annotated[
+        int | None, typer.Option(min=1, max=32, help="Replicas that compute prompts for those of --decode.")
+    ] = None,
+    decode: Annotated[
+        int | None, typer.Option(min=1, max=32, help="Replicas that generate; with --prefill, in place of --replicas.")
+    ] = None,
     layout: o.Layout = None,
     device: o.Device = "host",
     weights: o.Weights = "auto",
@@ -51,16 +68,18 @@ def up(
     try:
         import uvloop
 
-        from intaglio.cluster.admin import cluster_folder
+        from intaglio.cluster.admin import blocks_folder, cluster_folder
         from intaglio.cluster.front import FrontOptions
         from intaglio.cluster.prompt import TimeLimits
         from intaglio.cluster.run import ClusterOptions, run_cluster
         from intaglio.server.serve import listen, raise_file_limit
     except ImportError as e:
         raise ValueError(f"the cluster needs {e.name}: pip install 'intaglio[serve]'") from None
+    roles = read_roles(replicas, prefill, decode)
+    total = sum(roles.values())
     raise_file_limit()
     folder = cluster_folder(name)
-    share = threads or max(1, len(os.sched_getaffinity(0)) // replicas)
+    share = threads or max(1, len(os.sched_getaffinity(0)) // total)
     given: dict[str, Any] = {"layout": layout, "device": device, "weights": weights, "timeout": timeout}
     given["threads"] = share if device == "host" else threads
     given["queue-timeout"] = queue_timeout
@@ -70,17 +89,23 @@ def up(
     words = [str(model)] if model else []
     words += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
     options = ClusterOptions(
-        (*words, "--max-open", "100000", *more), replicas, policy, read_weights(weight or []), max_queued,
+        (*words, "--max-open", "100000", *more), roles, policy, read_weights(weight or []), max_queued,
         FrontOptions(tuple(api_key or ()), TimeLimits(timeout, queue_timeout)),
     )  # fmt: skip
     listener = listen(host, port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
-    print(f"starting {replicas} replicas; their logs are in {folder}", flush=True)
-    code = uvloop.run(
-        run_cluster(options, listener, folder, lambda _: print(f"serving {replicas} replicas at {address}", flush=True))
-    )
+    print(f"starting {total} replicas; their logs are in {folder}", flush=True)
+    own = prefill is not None and not any(word.split("=")[0] == "--kv-cache-dir" for word in more)
+    with blocks_folder(folder) if own else nullcontext() as blocks:
+        if blocks:
+            options = replace(options, words=(*options.words, *blocks_words(blocks, more)))
+        code = uvloop.run(
+            run_cluster(
+                options, listener, folder, lambda _: print(f"serving {total} replicas at {address}", flush=True)
+            )
+        )
     sys.stdout.flush()
     raise typer.Exit(code)
 
@@ -105,10 +130,13 @@ def drain(
 @cluster.command()
 def scale(
     replicas: Annotated[int, typer.Argument(min=1, max=64, help="How many replicas there should be.")],
+    role: Annotated[
+        str | None, typer.Option(help="Of the replicas: prefill or decode, where these are apart. Default: decode.")
+    ] = None,
     name: Name = "default",
 ) -> None:
     """Start replicas, or drain and stop some, until there are as many as given."""
-    show(_ask(name, {"do": "scale", "replicas": replicas}), False)
+    show(_ask(name, {"do": "scale", "replicas": replicas, "role": role}), False)
 
 
 @cluster.command()
@@ -123,14 +151,33 @@ def show(state: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(state))
         return
-    print(f"{'replica':8} {'pid':>8} {'state':9} {'requests':>8} {'running':>7} {'waiting':>7} {'K/V used':>8} "
-          f"{'restarts':>8}")  # fmt: skip
+    print(f"{'replica':7} {'role':7} {'pid':>7} {'state':8} {'requests':>8} {'running':>7} {'waiting':>7} "
+          f"{'K/V used':>8} {'restarts':>8}")  # fmt: skip
     for r in state["replicas"]:
         print(
-            f"{r['name']:8} {r['pid']:>8} {r['state']:9} {r['requests']:>8} {r['running']:>7} {r['waiting']:>7} "
-            f"{r['kv_usage']:>8.0%} {r['restarts']:>8}"
+            f"{r['name']:7} {r['role']:7} {r['pid']:>7} {r['state']:8} {r['requests']:>8} {r['running']:>7} "
+            f"{r['waiting']:>7} {r['kv_usage']:>8.0%} {r['restarts']:>8}"
         )
     print(f"{state['queued']} requests wait in the router")
+
+
+def read_roles(replicas: int | None, prefill: int | None, decode: int | None) -> dict[Role, int]:
+    """The number of replicas by role, from the options of `up`. Raises ValueError for a wrong combination."""
+    if prefill is None and decode is None:
+        return {"mixed": replicas or 2}
+    if prefill is None or decode is None:
+        raise ValueError("--prefill and --decode go together; give both, or --replicas alone")
+    if replicas is not None:
+        raise ValueError("--replicas does not go with --prefill and --decode, which tell how many there are")
+    return {"prefill": prefill, "decode": decode}
+
+
+def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:
+    """Options of `intaglio serve` for the K/V blocks in `folder`, of at most half of what is free there."""
+    words = ["--kv-cache-dir", str(folder)]
+    if not any(word.split("=")[0] == "--kv-cache-size" for word in given):
+        words += ["--kv-cache-size", str(min(BLOCKS_BYTES, shutil.disk_usage(folder).free // 2))]
+    return words
 
 
 def read_weights(words: list[str]) -> dict[str, float]:

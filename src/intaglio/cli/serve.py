@@ -17,6 +17,20 @@ from intaglio.cli.progress import progress_bar
 from intaglio.progress import prefixed
 
 
+def state_cache_bytes(text: str) -> int | None:
+    """Bytes of --state-cache-size, None for auto. Raises ValueError."""
+    return None if text == "auto" else 0 if text == "0" else o.parse_size(text)
+
+
+def checked_state_cache(param: typer.CallbackParam, text: str) -> str:
+    """Callback of --state-cache-size: returns the text. Raises ValueError if state_cache_bytes() would."""
+    try:
+        state_cache_bytes(text)
+    except ValueError as e:
+        raise ValueError(f"{param.opts[0]}: {e}, or auto, or 0") from None
+    return text
+
+
 def serve(
     models: Annotated[
         list[str] | None,
@@ -44,6 +58,13 @@ def serve(
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one step.")] = 512,
     max_waiting: Annotated[int, typer.Option(min=1, help="Choices that may wait; beyond: 429.")] = 256,
     max_drafts: Annotated[int, typer.Option(min=0, help="Tokens guessed a step; 0: no speculation.")] = 0,
+    state_cache_size: Annotated[
+        str,
+        typer.Option(
+            callback=checked_state_cache,
+            help="Most bytes of recurrent states kept for the prefix cache, such as 2GiB; 0: none are. Default: auto.",
+        ),
+    ] = "auto",
     max_open: Annotated[int, typer.Option(min=1, help="Requests open at once; beyond: 429.")] = 1024,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 8 << 20,
     timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds a request gets in all.")] = 600.0,
@@ -112,7 +133,8 @@ def serve(
                 hosts=HOSTS.get(),
                 max_sequences=max_sequences,
                 max_batch_tokens=max_batch_tokens, max_waiting=max_waiting, max_drafts=max_drafts, machine=machine,
-                kv_cache_dir=kv_cache_dir, kv_cache_bytes=o.parse_size(kv_cache_size),
+                state_cache_bytes=state_cache_bytes(state_cache_size), kv_cache_dir=kv_cache_dir,
+                kv_cache_bytes=o.parse_size(kv_cache_size),
                 revision=revision, progress=prefixed(progress, name),
             )  # fmt: skip
     if template is not None:

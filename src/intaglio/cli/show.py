@@ -30,6 +30,9 @@ class Stream(Console):
 out, err = Stream(), Stream(stderr=True)
 
 
+LONGEST_NAME = 20  # characters
+
+
 def say(text: str) -> None:
     """Print prose, wrapped at the width of a terminal; unwrapped if the output is a file or pipe."""
     out.print(text, markup=False, soft_wrap=not out.is_terminal)
@@ -39,13 +42,16 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1,
     """A rich table that fits 80 columns.
 
     A header may have a second line with the unit, after a newline. The first `words` columns hold text and are
-    wrapped; the others hold numbers and are not.
+    wrapped; the others hold numbers and are not. Names of at most LONGEST_NAME characters in the first column are
+    not wrapped if another column of text can give way.
     """
+    rows = list(rows)
+    names = words > 1 and all(len(row[0]) <= LONGEST_NAME and " " not in row[0] for row in rows)
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, style=style)
     for i, header in enumerate(headers):
         longest = max(map(len, header.split()), default=0)
         if i < words:
-            shown.add_column(Text(header), overflow="fold", min_width=longest)
+            shown.add_column(Text(header), overflow="fold", no_wrap=names and i == 0, min_width=longest)
         else:
             shown.add_column(Text(header), justify="right", no_wrap=True, min_width=longest)
     for row in rows:

@@ -22,8 +22,9 @@ from intaglio.chips import (
     library,
     target,
 )
+from intaglio.chips.kernel_record import WIDEST, KernelRecord
 from intaglio.cli import options as o
-from intaglio.cli.fields import described
+from intaglio.cli.fields import described, quantity
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import facts, out, say, table
 from intaglio.program import Program
@@ -196,10 +197,20 @@ def simulate(
 
 def print_fields(spec: ChipSpec | KernelLibrary, before: Sequence[tuple[str, str]] = ()) -> None:
     """Print the pairs `before`, all fields of a chip or a kernel library, and the sources of their values."""
-    fields = {field: value for field, value in asdict(spec).items() if field != "reasons"}
+    fields = {field: value for field, value in asdict(spec).items() if field not in ("reasons", "kernels")}
     out.print(facts([*before, *described(fields)]))
     if spec.reasons:
         out.print(table(("field", "where its value is from"), spec.reasons, words=2))
+
+
+def kernel_facts(record: KernelRecord) -> tuple[str, str]:
+    """A pair of texts: (the op of a kernel; its name, the calls it is chosen for, its values and their reason)."""
+    least, most = record.head_dims
+    width = f"head width {least} to {most}" if most < WIDEST else f"head width from {least}" if least else ""
+    calls = ", ".join(part for part in (*record.formats, width) if part) or "all calls"
+    values = ", ".join(f"{field} {quantity(field, value)}" for field, value in record.changes)
+    chosen = "" if record.default else ", only on request"
+    return record.op, f"{record.kernel}, for {calls}{chosen}: {values}\n{record.why}"
 
 
 def chips(
@@ -237,6 +248,9 @@ def libraries(
         return
     if name is not None:
         print_fields(shown[0])
+        if shown[0].kernels:
+            out.print("\nKernels with values of their own")
+            out.print(facts([kernel_facts(record) for record in shown[0].kernels]))
         return
     chips = [", ".join(c for c, own in DEFAULT_LIBRARY.items() if own == lib.name) for lib in shown]
     rows = [(lib.name, lib.description, of) for lib, of in zip(shown, chips, strict=True)]

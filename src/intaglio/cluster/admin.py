@@ -9,15 +9,20 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from intaglio.server.private_socket import private_socket
+
 SOCKET = "admin.sock"
+BLOCKS = "blocks"  # link to the folder of K/V blocks
+SHM = "/dev/shm"  # a file system in memory
 SOCKET_PATH_MAX = 100  # bytes of a Unix socket's path; Linux allows 107
 Command = Callable[[dict[str, Any]], Awaitable[Any]]
 
@@ -34,12 +39,40 @@ def cluster_folder(name: str) -> Path:
     folder = base / name
     for path in (base, folder):
         path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        if not _is_ours(path):
             raise ValueError(f"{path} is not a folder of this user alone; remove it, or set XDG_RUNTIME_DIR")
     if len(os.fsencode(folder / SOCKET)) > SOCKET_PATH_MAX:
         raise ValueError(f"{folder} is too long for a Unix socket; set XDG_RUNTIME_DIR to a shorter path")
     return folder
+
+
+@contextmanager
+def blocks_folder(cluster: Path) -> Iterator[Path]:
+    """A new folder for the K/V blocks that the replicas of a cluster hand to each other, removed at the block's end.
+
+    It is in memory where the system has /dev/shm. `cluster` is the cluster's folder, which keeps a link to it: if the
+    router is killed, the next one removes what was left.
+    """
+    link = cluster / BLOCKS
+    if link.is_symlink() and _is_ours(left := link.readlink()):
+        shutil.rmtree(left, ignore_errors=True)
+    link.unlink(missing_ok=True)
+    blocks = Path(tempfile.mkdtemp(prefix=f"intaglio-{cluster.name}-", dir=SHM if os.access(SHM, os.W_OK) else None))
+    link.symlink_to(blocks)
+    try:
+        yield blocks
+    finally:
+        link.unlink(missing_ok=True)
+        shutil.rmtree(blocks, ignore_errors=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """True if the path is a folder, no link, that only this user may enter."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
 
 
 def ask(name: str, command: dict[str, Any], timeout: float = 900.0) -> Any:
@@ -88,11 +121,7 @@ async def administration(folder: Path, commands: dict[str, Command]) -> AsyncIte
         finally:
             writer.close()
 
-    mask = os.umask(0o177)
-    try:
-        server = await asyncio.start_unix_server(connected, path)
-    finally:
-        os.umask(mask)
+    server = await asyncio.start_unix_server(connected, sock=private_socket(path))
     try:
         yield
     finally:

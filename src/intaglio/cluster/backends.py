@@ -32,6 +32,10 @@ FINISHED_KEPT = 1 << 16  # ended requests of a replica that are kept for its rat
 OUTPUT_FIRST, OUTPUT_SHARE = 64.0, 0.05  # mean output length in tokens: first guess, weight of the next request
 
 
+class ReplicaBroken(Exception):
+    """Raised for a replica that reports that it cannot serve any more."""
+
+
 class Backends:
     """Links to replicas, and the requests that wait for one or run on one.
 
@@ -45,6 +49,7 @@ class Backends:
         self.waiting: dict[str, asyncio.Future[Placement]] = {}  # by job id
         self.output_tokens = OUTPUT_FIRST  # mean over late requests
         self.moves: Counter[str] = Counter()  # by cause: lost, drained, refused
+        self.prefills: Counter[str] = Counter()  # prompts given to prefill replicas, by what came of it
         self.finished: dict[str, deque[tuple[float, float, float]]] = {}  # by replica: end, TTFT, seconds of requests
         self.on_lost: Callable[[str], None] = lambda name: None
         self._polls: dict[str, asyncio.Task[None]] = {}
@@ -75,6 +80,13 @@ class Backends:
         link.on_lost = lambda: self._lost(name, link)
         await self._poll_once(name, link)
         self._polls[name] = asyncio.ensure_future(self._poll(name, link))
+        self.pump()
+
+    def forget(self, name: str) -> None:
+        """Forget a replica that has ended for good. Its requests, if it still has some, go on elsewhere."""
+        self.router.died(name)
+        self.router.remove_replica(name)
+        self.finished.pop(name, None)
         self.pump()
 
     def drain(self, name: str) -> int:
@@ -120,11 +132,16 @@ class Backends:
                 await asyncio.sleep(POLL)
                 await self._poll_once(name, link)
                 self.pump()
-        except TimeoutError:
-            log.error("replica %s has not answered for %.0f s and counts as lost", name, self.silence)
-            link.abort()
         except LinkLost:
             pass
+        except Exception as e:
+            if isinstance(e, TimeoutError):
+                log.error("replica %s has not answered for %.0f s and counts as lost", name, self.silence)
+            elif isinstance(e, ReplicaBroken):
+                log.error("replica %s cannot serve any more and counts as lost: %s", name, e)
+            else:
+                log.error("replica %s counts as lost: its load report cannot be used", name, exc_info=e)
+            link.abort()
 
     async def _poll_once(self, name: str, link: Link) -> None:
         index = self.router.replicas[name].index
@@ -134,8 +151,7 @@ class Backends:
         if link.lost:  # after the answer and before it was read here
             raise LinkLost("the replica has ended")
         if load.get("failed"):
-            log.error("replica %s cannot serve any more: %s", name, load["failed"])
-            raise TimeoutError
+            raise ReplicaBroken(load["failed"])
         if name in self.router.replicas:
             self.router.ready(name, load["incarnation"])
             self.router.report(name, read_report(load))
@@ -147,6 +163,7 @@ class Backends:
         """Queue a job, wait until it is placed, and return the Placement. Raises Refusal if it is not admitted.
 
         again: it was placed before, and is admitted in any case.
+        The caller calls ended() at the end in any case.
         """
         if again:
             job = replace(job, start_by=None)
@@ -157,9 +174,6 @@ class Backends:
         self.pump()
         try:
             return await placed
-        except asyncio.CancelledError:
-            self.router.ended(job, 0)
-            raise
         finally:
             self.waiting.pop(job.id, None)
 
@@ -167,9 +181,7 @@ class Backends:
         """Place the queued jobs that can be placed now."""
         for placement in self.router.dispatch(self.clock()):
             waiter = self.waiting.get(placement.job.id)
-            if waiter is None or waiter.done():  # its client has left
-                self.router.ended(placement.job, 0)
-            else:
+            if waiter is not None and not waiter.done():  # else its client has left, and ended() follows
                 waiter.set_result(placement)
 
     def first_token(self, job: Job, head: dict[str, Any]) -> None:
@@ -188,11 +200,17 @@ class Backends:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
-            for job in self.router.expired(self.clock()):
-                waiter = self.waiting.get(job.id)
-                if waiter and not waiter.done():
-                    waiter.set_exception(Refusal("late", "no replica had room for it in its time", 1.0))
-            self.pump()
+            try:
+                self._expire()
+                self.pump()
+            except Exception as e:
+                log.error("placing requests failed; it is tried again", exc_info=e)
+
+    def _expire(self) -> None:
+        for job in self.router.expired(self.clock()):
+            waiter = self.waiting.get(job.id)
+            if waiter and not waiter.done():
+                waiter.set_exception(Refusal("late", "no replica had room for it in its time", 1.0))
 
 
 def read_report(load: dict[str, Any]) -> LoadReport:
@@ -202,7 +220,7 @@ def read_report(load: dict[str, Any]) -> LoadReport:
         "cached_tokens", "output_tokens",
     )  # fmt: skip
     pace = Pace.fitted(load["per_step"], load["per_token"])
-    return LoadReport(pace=pace, **{name: load[name] for name in names})
+    return LoadReport(pace=pace, tier=load["tier"], **{name: load[name] for name in names})
 
 
 def apply_blocks(index: CacheIndex, load: dict[str, Any]) -> None:

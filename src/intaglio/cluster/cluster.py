@@ -5,47 +5,66 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from intaglio.cluster.backends import Backends
 from intaglio.cluster.link import LinkLost
 from intaglio.cluster.process import ReplicaFailed, ReplicaProcess
+from intaglio.router import Role
 
 log = logging.getLogger("intaglio.cluster")
 BACKOFF_FIRST, BACKOFF_MAX = 0.1, 10.0  # seconds before a replica that ended is started again
 DRAIN_TIMEOUT = 600.0  # seconds that a drained replica's last requests may take
+TIDY = 10.0  # seconds between looks at the lengths of logs
 MAX_REPLICAS = 64
+INITIALS: Mapping[Role, str] = {"mixed": "r", "prefill": "p", "decode": "d"}
 
 
 class Cluster:
-    """Replicas r0, r1, ... of one model. words: arguments of `intaglio serve` for each."""
+    """Replicas of one model, named by role: r0, r1, ..., or p0, ... and d0, ... where prefill and decode are apart.
+
+    words: arguments of `intaglio serve` for each.
+    """
 
     def __init__(self, backends: Backends, words: list[str], folder: Path) -> None:
         self.backends, self.words, self.folder = backends, words, folder
         self.processes: dict[str, ReplicaProcess] = {}
         self.restarts: dict[str, int] = {}
+        self.roles: tuple[Role, ...] = ("mixed",)
         self.since = time.time()
         self.stopping = False
         self._supervisors: dict[str, asyncio.Task[None]] = {}
         self._leaving: set[str] = set()
-        self._numbers = 0
+        self._tidying: asyncio.Task[None] | None = None
+        self._numbers: Counter[Role] = Counter()
         self._changing = asyncio.Lock()
         backends.on_lost = self._lost
 
-    async def start(self, replicas: int) -> None:
-        """Start replicas and wait until all serve. Raises ReplicaFailed if one does not start."""
+    async def start(self, replicas: Mapping[Role, int]) -> None:
+        """Start replicas, by role, and wait until all serve. Raises ReplicaFailed if one does not start."""
+        self.roles = tuple(replicas)
         self.backends.start()
+        self._tidying = asyncio.ensure_future(self._tidy())
         async with self._changing:
-            await self._grow(replicas)
+            await self._grow([role for role, n in replicas.items() for _ in range(n)])
 
-    async def scale(self, replicas: int) -> None:
-        """Start or drain replicas until there are as many. Raises ValueError for a number outside 1..MAX_REPLICAS."""
+    async def scale(self, replicas: int, role: Role | None = None) -> None:
+        """Start or drain replicas of a role until there are as many.
+
+        role: by default that of the replicas that generate. Raises ValueError for a number outside 1..MAX_REPLICAS, and
+        for a role that the cluster does not have.
+        """
         if not 1 <= replicas <= MAX_REPLICAS:
             raise ValueError(f"{replicas} replicas; allowed: 1 to {MAX_REPLICAS}")
         async with self._changing:
-            names = [name for name in self.processes if name not in self._leaving]
-            await self._grow(replicas - len(names))
+            role = role or next(r for r in self.roles if r != "prefill")
+            if role not in self.roles:
+                raise ValueError(f"the cluster has no {role} replicas; allowed: {', '.join(self.roles)}")
+            names = [name for name in self.processes if self.backends.router.replicas[name].role == role]
+            await self._grow([role] * (replicas - len(names)))
             for name in reversed(names[replicas:]):
                 await self._remove(name)
 
@@ -62,15 +81,16 @@ class Cluster:
                 raise ValueError(
                     f"no other replica than {name} takes requests; start one with `intaglio cluster scale`"
                 )
+            role = self.backends.router.replicas[name].role
             moved = await self._remove(name)
             if restart:
-                await self._add(name)
+                await self._add(name, role)
             return moved
 
     async def stop(self) -> None:
         """Stop all replicas at once."""
         self.stopping = True
-        tasks = list(self._supervisors.values())
+        tasks = [*self._supervisors.values(), *([self._tidying] if self._tidying else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -87,37 +107,38 @@ class Cluster:
                 continue
             report = view.report
             replicas.append({
-                "name": name, "pid": process.pid, "state": view.state, "requests": len(view.jobs),
+                "name": name, "role": view.role, "pid": process.pid, "state": view.state, "requests": len(view.jobs),
                 "running": report.running, "waiting": report.waiting, "kv_usage": report.kv_usage,
                 "cached_tokens": report.cached_tokens, "prompt_tokens": report.prompt_tokens,
                 "output_tokens": report.output_tokens, "restarts": self.restarts.get(name, 0),
             })  # fmt: skip
         return {
             "replicas": replicas, "queued": len(router.queue), "policy": router.policy,
-            "moves": dict(self.backends.moves), "refused": dict(router.refused), "seconds": time.time() - self.since,
+            "moves": dict(self.backends.moves), "prefills": dict(self.backends.prefills),
+            "refused": dict(router.refused), "seconds": time.time() - self.since,
         }  # fmt: skip
 
-    async def _grow(self, more: int) -> None:
-        names = []
-        for _ in range(more):
-            names.append(f"r{self._numbers}")
-            self._numbers += 1
-        results = await asyncio.gather(*(self._add(name) for name in names), return_exceptions=True)
+    async def _grow(self, roles: Sequence[Role]) -> None:
+        """Start one more replica for each of these roles."""
+        names: dict[str, Role] = {}
+        for role in roles:
+            names[f"{INITIALS[role]}{self._numbers[role]}"] = role
+            self._numbers[role] += 1
+        results = await asyncio.gather(*(self._add(*one) for one in names.items()), return_exceptions=True)
         errors = [r for r in results if isinstance(r, BaseException)]
         if errors:
             raise errors[0]
 
-    async def _add(self, name: str) -> None:
+    async def _add(self, name: str, role: Role) -> None:
         """Start a replica and wait until it serves. Forgets it and raises ReplicaFailed if it does not."""
-        self.backends.router.add_replica(name)
+        self.backends.router.add_replica(name, role)
         process = self.processes[name] = ReplicaProcess(name, self.words, self.folder)
         try:
             await self.backends.attach(name, await process.start())
         except BaseException:
             process.kill()
             del self.processes[name]
-            self.backends.router.died(name)
-            self.backends.router.remove_replica(name)
+            self.backends.forget(name)
             raise
         self._supervisors[name] = asyncio.ensure_future(self._supervise(name, process))
 
@@ -133,29 +154,47 @@ class Cluster:
             await self.processes.pop(name).stop()
             if link := self.backends.links.get(name):
                 await link.close()
-            self.backends.router.died(name)
-            self.backends.router.remove_replica(name)
+            self.backends.forget(name)
+            self.restarts.pop(name, None)
         finally:
             self._leaving.discard(name)
         return moved
 
     async def _supervise(self, name: str, process: ReplicaProcess) -> None:
-        """Start the process again whenever it has ended."""
+        """Start the process again whenever it has ended, unless the replica is being removed."""
         wait = BACKOFF_FIRST
         while True:
             code = await process.wait()
-            process.kill()
+            if name in self._leaving:  # else it would be given requests again while it is removed
+                log.error("replica %s ended with exit code %s while it was drained", name, code)
+                return
             log.error("replica %s ended with exit code %s; it is started again", name, code)
             self.restarts[name] = self.restarts.get(name, 0) + 1
             await asyncio.sleep(wait)
-            self.backends.router.restarting(name)
+            if name in self._leaving:
+                return
             try:
+                self.backends.router.restarting(name)
                 await self.backends.attach(name, await process.start())
                 wait = BACKOFF_FIRST
-            except (ReplicaFailed, LinkLost, TimeoutError, OSError) as e:
+            except Exception as e:
                 wait = min(2 * wait, BACKOFF_MAX)
-                log.error("replica %s could not be started: %s; next attempt in %.1f s", name, e, wait)
+                known = isinstance(e, ReplicaFailed | LinkLost | TimeoutError | OSError)
+                log.error(
+                    "replica %s could not be started: %s; next attempt in %.1f s", name, e or type(e).__name__, wait,
+                    exc_info=None if known else e,
+                )  # fmt: skip
                 process.kill()
+
+    async def _tidy(self) -> None:
+        """Keep the replicas' logs short."""
+        while True:
+            await asyncio.sleep(TIDY)
+            for process in self.processes.values():
+                try:
+                    process.trim_log()
+                except OSError as e:
+                    log.error("%s cannot be shortened: %s", process.log, e)
 
     def _lost(self, name: str) -> None:
         """Kill the process of a replica whose connection has ended. The supervisor then starts it again."""

@@ -104,6 +104,8 @@ class Front:
             case "/metrics":
                 return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
             case "/health" | "/ping" | "/ready":
+                if self.draining and path == "/ready":
+                    return Json({"status": "the cluster is shutting down"}, 503)
                 ready = any(r.placeable for r in self.backends.router.replicas.values())
                 return Json({"status": "ok" if ready else "no replica is ready"}, 200 if ready else 503)
             case "/cluster":
@@ -173,14 +175,7 @@ class Front:
     async def _collect(self, name: str, request: dict[str, Any], raw: bytes) -> tuple[dict[str, Any], bytes]:
         call = self.backends.links[name].call(request, raw)
         try:
-            start, body = await call.frame()
-            header, whole = start, bytearray(body)
-            while not header.get("end"):
-                header, body = await call.frame()
-                whole += body
-            if "status" not in start:
-                raise LinkLost("the replica failed")
-            return start, bytes(whole)
+            return await call.whole()
         finally:
             call.close()
 

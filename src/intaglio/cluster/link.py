@@ -34,6 +34,17 @@ class Call:
             raise got
         return got
 
+    async def whole(self) -> tuple[dict[str, Any], bytes]:
+        """The header of a response, and all of its body. Raises LinkLost, also if the replica failed, and Moved."""
+        start, body = await self.frame()
+        header, whole = start, bytearray(body)
+        while not header.get("end"):
+            header, body = await self.frame()
+            whole += body
+        if "status" not in start:
+            raise LinkLost("the replica failed")
+        return start, bytes(whole)
+
     def move(self) -> None:
         """Make frame() raise Moved after the frames that have arrived."""
         self.frames.put_nowait(Moved())

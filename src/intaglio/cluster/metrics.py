@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from intaglio.cluster.backends import Backends
+from intaglio.cluster.prefill import PREFILLS
 from intaglio.cluster.relayed import RelayedRequest
 from intaglio.router import Replica
 
@@ -26,6 +27,7 @@ class RouterMetrics:
     def __init__(self, backends: Backends) -> None:
         self.backends, self.registry = backends, CollectorRegistry()
         self._models: set[str] = set()
+        self._observed: set[tuple[str, str]] = set()  # labels of the latencies: replica, status
         self._incoming = Counter(
             "vllm:num_incoming_requests", "Requests that came to the router.", ["model"], registry=self.registry
         )
@@ -36,7 +38,11 @@ class RouterMetrics:
         self.registry.register(RouterCollector(backends))
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format, as bytes."""
+        """All metrics in Prometheus' text format, as bytes. Those of replicas that are gone for good are dropped."""
+        gone = {pair for pair in self._observed if pair[0] and pair[0] not in self.backends.router.replicas}
+        for pair in gone:
+            self._latency.remove(*pair)
+        self._observed -= gone
         return generate_latest(self.registry)
 
     def incoming(self, model: str) -> None:
@@ -49,7 +55,9 @@ class RouterMetrics:
         """Observe a request that has ended."""
         now = self.backends.clock()
         seconds = now - request.began
-        self._latency.labels(request.replica, str(request.status or "none")).observe(seconds)
+        labels = request.replica, str(request.status or "none")
+        self._latency.labels(*labels).observe(seconds)
+        self._observed.add(labels)
         if request.replica in self.backends.finished and request.first is not None:
             self.backends.finished[request.replica].append((now, request.first - request.began, seconds))
 
@@ -101,6 +109,14 @@ class RouterCollector(Collector):
         for r in replicas:
             losses.add_metric([r.name], r.failures)
         yield losses
+        tiers = CounterMetricFamily(
+            "intaglio:kv_tier_blocks", "K/V blocks of the replica's --kv-cache-dir.", labels=["server", "event"]
+        )
+        for r in replicas:
+            for event, count in r.report.tier.items():
+                if not event.endswith("_bytes"):
+                    tiers.add_metric([r.name, event], count)
+        yield tiers
         yield GaugeMetricFamily("intaglio:router_queued", "Requests that wait in the router.", len(router.queue))
         yield CounterMetricFamily(
             "intaglio:router_cached_tokens", "Prompt tokens expected cached.", router.cached_tokens
@@ -109,6 +125,7 @@ class RouterCollector(Collector):
         for name, text, label, counts, values in (
             ("intaglio:router_refused", "Requests refused.", "reason", router.refused, ("full", "late", "unavailable")),
             ("intaglio:router_moves", "Requests moved.", "cause", backends.moves, ("lost", "drained", "refused")),
+            ("intaglio:router_prefills", "Prompts given to prefill replicas.", "result", backends.prefills, PREFILLS),
         ):
             counter = CounterMetricFamily(name, text, labels=[label])
             for value in values:

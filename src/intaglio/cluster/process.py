@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shutil
 import signal
 import sys
 from contextlib import suppress
@@ -17,6 +18,7 @@ STARTING = 600.0  # seconds that a replica may take to load its model
 STOPPING = 10.0  # seconds between SIGTERM and SIGKILL
 LOOK = 0.02  # seconds between looks for the control socket
 TAIL = 2000  # characters of a log that an error shows
+LOG_BYTES = 8 << 20  # a log that is longer is moved to NAME.log.1, in place of the one there
 
 
 class ReplicaFailed(ValueError):
@@ -33,6 +35,7 @@ class ReplicaProcess:
         self.name, self.words, self.folder = name, words, folder
         self.log = folder / f"{name}.log"
         self.process: asyncio.subprocess.Process | None = None
+        self._group_ended = True  # the process has ended, and what it had started has been killed
 
     @property
     def pid(self) -> int | None:
@@ -57,6 +60,7 @@ class ReplicaProcess:
             self.process = await asyncio.create_subprocess_exec(
                 *words, stdin=asyncio.subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
             )
+            self._group_ended = False
         try:
             async with asyncio.timeout(STARTING):
                 while not self.ended:
@@ -74,9 +78,11 @@ class ReplicaProcess:
         raise ReplicaFailed(f"replica {self.name} did not start: {self._tail(begins)}")
 
     async def wait(self) -> int:
-        """Wait until the process has ended. Returns its exit code."""
+        """Wait until the process has ended, and kill what it has left running. Returns its exit code."""
         assert self.process
-        return await self.process.wait()
+        code = await self.process.wait()
+        self.kill()
+        return code
 
     async def stop(self) -> None:
         """End the process: SIGTERM, and after STOPPING seconds SIGKILL."""
@@ -85,22 +91,37 @@ class ReplicaProcess:
         if not self.ended:
             self.process.terminate()
             try:
-                await asyncio.wait_for(self.process.wait(), STOPPING)
+                await asyncio.wait_for(self.wait(), STOPPING)
             except TimeoutError:
                 self.kill()
-                await self.process.wait()
+                await self.wait()
         if self.process.stdin:
             self.process.stdin.close()
 
     def kill(self) -> None:
-        """End the process and all that it started, at once."""
-        if self.process:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        """End the process and all that it started, at once.
+
+        Does nothing once it has been called after the process's end: the system may then give the number of the process
+        group to another.
+        """
+        if self.process is None or self._group_ended:
+            return
+        self._group_ended = self.ended
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def trim_log(self) -> None:
+        """Move the log to NAME.log.1 if it has more than LOG_BYTES. Raises OSError.
+
+        It is copied and emptied, since the process goes on writing to the same file, always at its end.
+        """
+        if self.log.exists() and self.log.stat().st_size > LOG_BYTES:
+            shutil.copyfile(self.log, self.log.with_name(f"{self.log.name}.1"))
+            os.truncate(self.log, 0)
 
     def _tail(self, begins: int) -> str:
         """The last TAIL characters of the log from byte `begins` on, where the present start begins."""
         with self.log.open("rb") as log:
-            log.seek(begins)
+            log.seek(begins if begins <= log.seek(0, os.SEEK_END) else 0)  # trimmed since
             text = log.read().decode(errors="replace").strip()
         return text[-TAIL:] or "it said nothing"

@@ -16,13 +16,15 @@ from starlette.types import Send
 
 from intaglio.cluster.backends import POLL, Backends
 from intaglio.cluster.link import Call, LinkLost, Moved
+from intaglio.cluster.prefill import prefill
 from intaglio.router import Job, Refusal
 from intaglio.server.delivery import DONE
 from intaglio.server.problem import Problem, dumps
 
 MAX_LOSSES = 3  # replicas that may die under a request; one that kills replicas must not kill them all
-MAX_REFUSALS = 8  # replicas that may refuse it, because they drain or are full
+MAX_REFUSALS = 8  # times that it may be refused, because replicas drain or are full
 MOVABLE = frozenset(("shutdown", "draining", "failed", "queue_full", "late", "too_many_requests"))
+BUSY = frozenset(("queue_full", "late", "too_many_requests"))  # a replica serves, and has too much to do
 
 
 class RelayedRequest:
@@ -50,14 +52,24 @@ class RelayedRequest:
 
     async def run(self, send: Send) -> None:
         """Serve the request to its end. If it fails, raise Problem, or end a response that has begun with the error."""
-        again = False
         try:
+            again = await self._prefill()
             while not await self._attempt(send, again):
                 again = True
         except Problem as problem:
             if not self.started:
                 raise
             await self._fail(send, problem)
+        finally:
+            self.backends.ended(self.job, self.output_tokens)
+
+    async def _prefill(self) -> bool:
+        """Have the prompt computed by a prefill replica, if that is wanted. Returns whether the job has been placed."""
+        try:
+            self.job, placed = await prefill(self.backends, self.job, lambda: self._header(prefill=True), self.raw)
+        except Refusal as e:
+            raise as_problem(e) from None
+        return placed
 
     async def _attempt(self, send: Send, again: bool) -> bool:
         """Run the request on one replica. Returns True if it has ended, False if it is to go on at another replica."""
@@ -66,26 +78,20 @@ class RelayedRequest:
         except Refusal as e:
             raise as_problem(e) from None
         self.replica, self.announced = placement.replica, False
-        going_on = False
         try:
-            ended = await self._pass_on(self._call(), send)
-            going_on = not ended
+            return await self._pass_on(self._call(), send)
         except LinkLost:
             self.losses += 1
             self.backends.moves["lost"] += 1
             if self.losses >= MAX_LOSSES:
                 why = f"{self.losses} replicas ended while they worked on this request"
                 raise Problem(503, why, code="replica_lost", retry_after=1) from None
-            going_on, ended = True, False
         except Moved:
             self.backends.moves["drained"] += 1
-            going_on, ended = True, False
         finally:
             if call := self.backends.calls.pop(self.job.id, None):
                 call.close()
-            if not going_on:
-                self.backends.ended(self.job, self.output_tokens)
-        return ended
+        return False
 
     def _call(self) -> Call:
         link = self.backends.links.get(self.replica)
@@ -93,14 +99,17 @@ class RelayedRequest:
             raise LinkLost("the replica has ended")
         if self.backends.leaving(self.replica):
             raise Moved
+        call = self.backends.calls[self.job.id] = link.call(self._header(), self.raw)
+        return call
+
+    def _header(self, prefill: bool = False) -> dict[str, Any]:
+        """The header of a call for the output that follows what has been passed on, or for the prompt's K/V alone."""
         relay = {
             "id": self.job.id, "created": self.created, "seed": self.seed,
             "waited": self.backends.clock() - self.began,
-            "made_by": self.head.get("made_by") if self.deltas else None, "deltas": self.deltas,
+            "made_by": self.head.get("made_by") if self.deltas else None, "deltas": self.deltas, "prefill": prefill,
         }  # fmt: skip
-        header = {"do": "request", "method": "POST", "path": self.path, "headers": self.headers, "relay": relay}
-        call = self.backends.calls[self.job.id] = link.call(header, self.raw)
-        return call
+        return {"do": "request", "method": "POST", "path": self.path, "headers": self.headers, "relay": relay}
 
     async def _pass_on(self, call: Call, send: Send) -> bool:
         """Pass a replica's frames on to the client.
@@ -113,12 +122,11 @@ class RelayedRequest:
             header, body = await call.frame()
             if head := header.get("head"):
                 self.head = self.head if self.deltas else head
-                continue
             if header.get("over"):
                 raise LinkLost("the replica failed")
             status = header.get("status")
             if status is not None and status != 200:
-                return await self._refused(call, header, send)
+                return await self._refused(call, header, body, send)
             if status == 200:
                 start = _start(200, header["headers"])
             if start and not self.started and (self.stream or header.get("end")):  # a whole response comes at once
@@ -127,7 +135,7 @@ class RelayedRequest:
             if deltas := header.get("deltas"):
                 self._keep(deltas)
             if header.get("code") in MOVABLE:
-                self._count_refusal(f"the replica ended it: {header['code']}")
+                self._count_refusal(f"the replica ended it: {header['code']}", header["code"])
                 return False
             if body or header.get("end"):
                 await send({"type": "http.response.body", "body": body, "more_body": not header.get("end")})
@@ -144,18 +152,20 @@ class RelayedRequest:
             self.backends.first_token(self.job, self.head)
         self.output_tokens += tokens
 
-    async def _refused(self, call: Call, header: dict[str, Any], send: Send) -> bool:
+    async def _refused(self, call: Call, header: dict[str, Any], body: bytes, send: Send) -> bool:
         """Read an error response. Returns False if another replica may take the request.
 
         Otherwise sends the error to the client and returns True.
         """
-        whole, part = bytearray(), header
+        whole, part = bytearray(body), header
         while not part.get("end"):
             part, body = await call.frame()
             whole += body
         error = _error(bytes(whole))
-        if header["status"] in (429, 503) and error.get("code") in MOVABLE and self.refusals < MAX_REFUSALS:
-            self._count_refusal(error.get("message", ""))
+        code = error.get("code") or ""
+        movable = header["status"] in (429, 503) and code in MOVABLE
+        if movable and (self._patient(code) or self.refusals < MAX_REFUSALS):
+            self._count_refusal(error.get("message", ""), code)
             await asyncio.sleep(POLL)  # until the replica's next report tells that it drains or is full
             return False
         if self.started:
@@ -167,12 +177,22 @@ class RelayedRequest:
         await send({"type": "http.response.body", "body": bytes(whole), "more_body": False})
         return True
 
-    def _count_refusal(self, why: str) -> None:
-        """Count a refusal. Raises Problem after MAX_REFUSALS."""
-        self.refusals += 1
+    def _patient(self, code: str | None) -> bool:
+        """True for a request with output so far that is refused because replicas are busy.
+
+        It was admitted, so it is tried again until its deadline, however often it is refused.
+        """
+        return bool(self.deltas) and code in BUSY and self.job.deadline is not None
+
+    def _count_refusal(self, why: str, code: str) -> None:
+        """Count a refusal. Raises Problem after MAX_REFUSALS; for a patient request, after its deadline."""
         self.backends.moves["refused"] += 1
-        if self.refusals > MAX_REFUSALS:
-            raise Problem(503, why, code="unavailable", retry_after=1)
+        if not self._patient(code):
+            self.refusals += 1
+            if self.refusals > MAX_REFUSALS:
+                raise Problem(503, why, code="unavailable", retry_after=1)
+        elif self.job.deadline is not None and self.backends.clock() >= self.job.deadline:
+            raise Problem(503, f"its timeout is over; to the last attempt the answer was: {why}", code="late")
 
     async def _fail(self, send: Send, problem: Problem) -> None:
         """End a response that has begun; if it is a stream, with an error event."""

@@ -17,7 +17,7 @@ from intaglio.cluster.admin import administration
 from intaglio.cluster.backends import Backends
 from intaglio.cluster.cluster import Cluster
 from intaglio.cluster.front import Front, FrontOptions
-from intaglio.router import Limits, Router
+from intaglio.router import Limits, Role, Router
 from intaglio.server.serve import CLOSE_TIMEOUT, POLL_INTERVAL, Connection, QuietServer
 
 log = logging.getLogger("intaglio.cluster")
@@ -25,10 +25,10 @@ log = logging.getLogger("intaglio.cluster")
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """What a cluster runs: arguments of `intaglio serve` for each replica, and the router's options."""
+    """What a cluster runs: arguments of `intaglio serve` for each replica, replicas by role, the router's options."""
 
     words: tuple[str, ...]
-    replicas: int = 2
+    replicas: Mapping[Role, int] = field(default_factory=lambda: {"mixed": 2})
     policy: str = "cache-aware"
     weights: Mapping[str, float] = field(default_factory=dict)
     max_queued: int = 1024
@@ -104,7 +104,7 @@ def _commands(cluster: Cluster, ended: asyncio.Event) -> dict[str, Any]:
         return await cluster.drain(command["replica"], bool(command.get("restart")))
 
     async def scale(command: dict[str, Any]) -> Any:
-        await cluster.scale(command["replicas"])
+        await cluster.scale(command["replicas"], command.get("role"))
         return cluster.state()
 
     async def down(_: dict[str, Any]) -> Any:

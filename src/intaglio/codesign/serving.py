@@ -195,7 +195,7 @@ def simulate_serving(
     assert isinstance(executable, SiliconExecutable)
     engine = Engine(
         executable, clock=device.clock, rng=random.Random(seed), max_batch_tokens=settings.max_batch_tokens,
-        max_sequences=settings.max_sequences, max_waiting=len(requests),
+        max_sequences=settings.max_sequences, max_waiting=len(requests), checkpoint_blocks=0,
     )  # fmt: skip
     rng, vocabulary = np.random.default_rng(seed), program.vocabulary
 

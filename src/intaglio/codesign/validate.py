@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from intaglio import formats
 from intaglio.chips import CHIPS, Target, target
+from intaglio.codesign.conditions import conditions
 from intaglio.progress import Progress, counted, silent
 from intaglio.silicon.kernels.attend import attend_timing
 from intaglio.silicon.kernels.collectives import collective_timing
@@ -28,9 +30,8 @@ FORMAT = {"bfloat16": "bf16", "float16": "f16", "fp8": "e4m3", "int8": "int8"}
 COLLECTIVE = {"alltoall": "all_to_all"}
 QUANTISE_LAUNCHES = 3  # kernels before an FP8 product: find the largest value, compute the scale, round
 QUANTISE_BYTES = 8.0  # bytes that they move for each value of a bf16 activation
+QUANTISE_HELD = 4.0  # bytes of the L2 that a value takes meanwhile: bf16, the 8-bit result, and lines of other data
 UNGATED = ((2688, 1856), (1024, 2688), (2048, 5120))  # (hidden, inner) of Nemotron 3's experts: relu2, no gate
-OLDER = ("a100_sxm", "l40s", "tpu_v5e", "tpu_v6e")  # chips whose experts follow the older version of the benchmark
-ATTEND_LAUNCHES = 3  # kernels of one attention call: rope and cache write, offsets, attention
 
 
 def integers(row: Row, *names: str) -> list[int]:
@@ -45,10 +46,12 @@ def matmul(on: Target, row: Row) -> float:
     """
     m, n, k = integers(row, "m", "n", "k")
     format = FORMAT[row["dtype"]]
-    seconds = linear_timing(on, m, n, k, format, format).seconds
+    copies = conditions(on.library).weight_copies * n * k * formats.bits(format) / 8
+    warm = copies <= on.chip.l2_bytes * on.library.l2_usable
+    seconds = linear_timing(on, m, n, k, format, format, resident=warm).seconds
     if format not in ("bf16", "f16"):
         launch = (QUANTISE_LAUNCHES - 1) * on.library.launch_s
-        seconds += launch + elementwise_seconds(on, m * k * QUANTISE_BYTES)
+        seconds += launch + elementwise_seconds(on, m * k * QUANTISE_BYTES, m * k * QUANTISE_HELD)
     return seconds
 
 
@@ -60,8 +63,9 @@ def attention(on: Target, row: Row) -> float:
     h = Heads(heads, kv, d, d, window, 8 if row["kv_dtype"] == "fp8" else 16)
     tokens = batch * q
     first = kv_write_timing(on, tokens, h).seconds + tokens * (2 * heads + 2 * kv) * d * 2 / on.chip.hbm_rate
-    rest = (ATTEND_LAUNCHES - 2) * on.library.launch_s
-    return first + rest + attend_timing(on, h, ((q, before + q, batch),)).seconds
+    how = conditions(on.library)
+    rest = (how.attention_launches - 2) * on.library.launch_s
+    return first + rest + attend_timing(on, h, ((q, before + q, batch),), how.warm_cache).seconds
 
 
 def collective(on: Target, row: Row) -> float:
@@ -75,11 +79,15 @@ def experts(on: Target, row: Row) -> float:
     tokens, hidden, inner, top_k, n, tp, ep = integers(
         row, "tokens", "hidden", "intermediate", "top_k", "n_experts", "tp", "ep"
     )
-    older = on.chip.name in OLDER  # the older benchmark gave every model's experts a gate
+    how = conditions(on.library)
+    older = how.older_experts  # the older benchmark gave every model's experts a gate
     counts = expert_rows(tokens, top_k, n, ep, row["load"], in_order=older)
     format, gated = FORMAT[row["dtype"]], older or (hidden, inner) not in UNGATED
     inner = max(1, inner // tp)
-    return experts_timing(on, tokens, top_k, counts, n, hidden, inner, format, format, gated=gated).seconds
+    kernel = how.expert_kernels.get(row["dtype"], "")
+    kernel = kernel if any(r.kernel == kernel for r in on.library.kernels) else ""  # another library on the chip
+    layer = on, tokens, top_k, counts, n, hidden, inner, format, format
+    return experts_timing(*layer, gated=gated, kernel=kernel).seconds
 
 
 def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: bool) -> tuple[int, ...]:

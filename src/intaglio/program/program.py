@@ -49,9 +49,9 @@ class Program:
         head = f"program {self.name} context={self.context} mesh={self.mesh} rank={self.rank}"
         return print_text(head, self.ops, self.tensors, fold)
 
-    @property
+    @cached_property
     def hash(self) -> str:
-        """SHA-256 of the text form, as hex digits."""
+        """SHA-256 of the text form, as hex digits. Kept, since a server needs it with each relayed request."""
         return hashlib.sha256(str(self).encode()).hexdigest()
 
     @property

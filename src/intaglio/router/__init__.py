@@ -5,11 +5,11 @@ from intaglio.router.index import BlocksCleared, BlocksRemoved, BlocksStored, Ca
 from intaglio.router.job import Job, Refusal
 from intaglio.router.placement import POLICIES, Estimate, Policy, estimate
 from intaglio.router.prefix import CHUNK_BYTES, prefix_keys
-from intaglio.router.replica import Assigned, LoadReport, Pace, Replica, ReplicaState
-from intaglio.router.router import Limits, Placement, Router
+from intaglio.router.replica import Assigned, LoadReport, Pace, Replica, ReplicaState, Role
+from intaglio.router.router import PREFILL_MIN, Limits, Placement, Router
 
 __all__ = [
-    "CHUNK_BYTES", "POLICIES", "Assigned", "BlocksCleared", "BlocksRemoved", "BlocksStored", "CacheEvent", "CacheIndex",
-    "Estimate", "FairQueue", "Job", "Limits", "LoadReport", "Pace", "Placement", "Policy", "PromptMemory", "Refusal",
-    "Replica", "ReplicaState", "Router", "estimate", "prefix_keys",
+    "CHUNK_BYTES", "POLICIES", "PREFILL_MIN", "Assigned", "BlocksCleared", "BlocksRemoved", "BlocksStored",
+    "CacheEvent", "CacheIndex", "Estimate", "FairQueue", "Job", "Limits", "LoadReport", "Pace", "Placement", "Policy",
+    "PromptMemory", "Refusal", "Replica", "ReplicaState", "Role", "Router", "estimate", "prefix_keys",
 ]  # fmt: skip

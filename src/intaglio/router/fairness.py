@@ -2,8 +2,9 @@
 
 The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): each tenant has a
 counter of the tokens it is charged, divided by its weight, and the tenant with the lowest counter is next. A job is
-charged its prompt and expected output when it is taken, and what it really had at its end. A tenant gains nothing by an
-idle time: when it returns, its counter is raised to the lowest of the tenants that have waiting jobs.
+charged its prompt and expected output when it is first taken, and what it really had at its end. A job that is queued
+again, because its replica died, is not charged again. A tenant gains nothing by an idle time: when it returns, its
+counter is raised to the lowest of the tenants that have waiting jobs.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class FairQueue:
                 raise ValueError(f"the weight of tenant {name!r} is {weight}; allowed: a finite number above 0")
         self.weights = dict(weights or {})
         self.tenants: dict[str, Tenant] = {}
+        self.charged: set[str] = set()  # ids of the jobs that were taken and have not ended
         self._arrivals = 0
         self._floor = 0.0  # counter at which the last job was taken
 
@@ -76,26 +78,37 @@ class FairQueue:
             tenant = self.tenants[name]
             job = tenant.waiting[heads[name]][2]
             yield job
-            counters[name] += job.tokens / tenant.weight
+            counters[name] += 0 if job.id in self.charged else job.tokens / tenant.weight
             heads[name] += 1
             if heads[name] == len(tenant.waiting):
                 del heads[name]
 
     def take(self, job: Job) -> None:
-        """Remove a job that is placed now, and charge its tenant for its prompt and expected output."""
+        """Remove a job that is placed now, and charge its tenant for its prompt and expected output.
+
+        A job that was taken before and has not ended is not charged again.
+        """
         tenant = self._tenant(job.tenant)
-        self._floor = max(self._floor, tenant.counter)
         tenant.remove(job)
-        tenant.counter += job.tokens / tenant.weight
+        if job.id not in self.charged:
+            self._floor = max(self._floor, tenant.counter)
+            tenant.counter += job.tokens / tenant.weight
+            self.charged.add(job.id)
         self._forget_idle()
 
     def discard(self, job: Job) -> None:
-        """Remove a job and charge its tenant nothing."""
+        """Remove a job from those that wait, without a charge."""
         self._tenant(job.tenant).remove(job)
         self._forget_idle()
 
     def settle(self, job: Job, output_tokens: int) -> None:
-        """Correct the charge of a job that was taken and has ended after `output_tokens` tokens, over all choices."""
+        """Correct the charge of a job that has ended after `output_tokens` tokens, over all choices.
+
+        Does nothing for a job that was never taken, or has been settled.
+        """
+        if job.id not in self.charged:
+            return
+        self.charged.remove(job.id)
         tenant = self._tenant(job.tenant)
         tenant.counter += (output_tokens - job.output_tokens * job.choices) / tenant.weight
         self._forget_idle()

@@ -6,10 +6,15 @@ The index has two sources, both bounded:
   replica's cache and a sequence number. After a gap the confirmed set is discarded until a snapshot arrives.
 - Assumed: prefixes of the prompts that the router itself sent to the replica. They cover the time until the events
   arrive, and are the only source while the index is stale. They expire.
+
+If a prefix is known or cached, so are the shorter ones: a replica evicts a block before its parent, and what is dropped
+here is dropped from the longest prefix on. So the longest cached prefix is found by bisection, not by a walk over all
+keys of the prompt.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -72,11 +77,11 @@ class PromptMemory:
             return
         per_chunk = tokens / len(keys)
         self.tokens_per_chunk += 0.1 * (per_chunk - self.tokens_per_chunk)
-        for i, key in enumerate(keys, 1):
+        for i in range(len(keys), 0, -1):  # the longest prefix first, so that it is dropped first
             upto = min(tokens, int(i * per_chunk))
             block = min(len(names), upto // block_size) - 1
-            self._prefixes[key] = Prefix(upto, names[block] if block >= 0 else None)
-            self._prefixes.move_to_end(key)
+            self._prefixes[keys[i - 1]] = Prefix(upto, names[block] if block >= 0 else None)
+            self._prefixes.move_to_end(keys[i - 1])
         while len(self._prefixes) > self.limit:
             self._prefixes.popitem(last=False)
 
@@ -86,10 +91,9 @@ class PromptMemory:
 
     def estimate_tokens(self, keys: Sequence[bytes]) -> int:
         """Estimated number of tokens of a prompt with these keys."""
-        for i in range(len(keys) - 1, -1, -1):
-            if known := self.find(keys[i]):
-                return known.tokens + int((len(keys) - 1 - i) * self.tokens_per_chunk)
-        return int(len(keys) * self.tokens_per_chunk)
+        n = bisect_left(keys, True, key=lambda key: self.find(key) is None)  # leading keys that are known
+        known = self.find(keys[n - 1]) if n else None
+        return (known.tokens if known else 0) + int((len(keys) - n) * self.tokens_per_chunk)
 
 
 class CacheIndex:
@@ -148,7 +152,7 @@ class CacheIndex:
 
     def assume(self, keys: Sequence[bytes], now: float) -> None:
         """Note that a prompt with these keys was sent to the replica, which will cache it."""
-        for key in keys:
+        for key in reversed(keys):  # the longest prefix first, so that it is dropped first
             self._assumed[key] = now
             self._assumed.move_to_end(key)
         while len(self._assumed) > ASSUMED_MAX:
@@ -156,11 +160,27 @@ class CacheIndex:
 
     def cached_tokens(self, keys: Sequence[bytes], memory: PromptMemory, now: float) -> int:
         """Estimated number of tokens of the longest cached prefix of a prompt with these keys; 0 if none is cached."""
-        for i in range(len(keys) - 1, -1, -1):
-            known = memory.find(keys[i])
-            if known and known.name is not None and not self.stale and known.name in self.names:
-                return known.tokens
-            sent = self._assumed.get(keys[i])
-            if sent is not None and (self.stale or not self.events or now - sent <= ASSUMED_SECONDS):
-                return known.tokens if known else int((i + 1) * memory.tokens_per_chunk)
-        return 0
+        low, high, tokens = 0, len(keys), 0  # keys[:low] are cached, and have `tokens` tokens
+        while low < high:
+            middle = (low + high) // 2
+            found = self._tokens_at(keys[middle], middle + 1, memory, now)
+            if found is None:
+                high = middle
+            else:
+                low, tokens = middle + 1, found
+        return tokens
+
+    def _tokens_at(self, key: bytes, number: int, memory: PromptMemory, now: float) -> int | None:
+        """Tokens of the prefix with this key, the prompt's key number `number`; None if it is not cached.
+
+        0 for a prefix that is shorter than a block: whether longer ones are cached is not known from it.
+        """
+        known = memory.find(key)
+        sent = self._assumed.get(key)
+        if sent is not None and (self.stale or not self.events or now - sent <= ASSUMED_SECONDS):
+            return known.tokens if known else int(number * memory.tokens_per_chunk)
+        if known is None or self.stale:
+            return None
+        if known.name is None:
+            return 0
+        return known.tokens if known.name in self.names else None

@@ -20,6 +20,8 @@ class Job:
         priority: a lower number is placed first.
         deadline: time in seconds by which it must have ended; None: no limit.
         start_by: time in seconds by which it must have been placed; None: no limit.
+        stage: "all": the request runs on the replica it is placed on; "prefill": only its prompt is computed there.
+        handed: prompt tokens whose K/V another replica has computed, and which every replica can load.
     """
 
     id: str
@@ -31,6 +33,8 @@ class Job:
     priority: int = 0
     deadline: float | None = None
     start_by: float | None = None
+    stage: Literal["all", "prefill"] = "all"
+    handed: int = 0
 
     @property
     def tokens(self) -> int:

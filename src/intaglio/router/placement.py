@@ -41,14 +41,16 @@ def estimate(replica: Replica, job: Job, memory: PromptMemory, now: float, ahead
     """The Estimate of a job on a replica: prefill of what is not cached, behind the jobs before it, then decode.
 
     ahead: prompt tokens of queued jobs that will go to this replica before this one. The last prompt token is
-    always computed, because its logits are needed.
+    always computed, because its logits are needed. A job of stage prefill ends with its first token.
     """
-    cached = min(replica.index.cached_tokens(job.keys, memory, now), job.prompt_tokens - 1)
+    cached = max(job.handed, replica.index.cached_tokens(job.keys, memory, now))
+    cached = min(cached, job.prompt_tokens - 1)
     uncached = job.prompt_tokens - cached
     pace = replica.report.pace
     first = pace.per_step + pace.per_token * (replica.prefill_tokens + ahead + uncached)
     step = pace.per_step + pace.per_token * (replica.sequences + job.choices)
-    return Estimate(replica, cached, uncached, first, first + job.output_tokens * step)
+    steps = 0 if job.stage == "prefill" else job.output_tokens
+    return Estimate(replica, cached, uncached, first, first + steps * step)
 
 
 def lowest_cost(estimates: Sequence[Estimate]) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,7 @@ from intaglio.router.job import Job
 
 PREFILL_STEPS = 4  # a replica is given prefill work for this many steps at a time
 ReplicaState = Literal["starting", "ready", "draining", "dead"]
+Role = Literal["mixed", "prefill", "decode"]  # of a replica: which stages of requests it is given
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Pace:
 class LoadReport:
     """Figures that a replica reports about itself.
 
-    Counts are of choices; `prompt_tokens` and the other totals are since its start.
+    Counts are of choices; `prompt_tokens` and the other totals are since its start. tier: counts of its K/V tier by
+    name (see TierCounts); {} without one.
     """
 
     running: int = 0
@@ -53,6 +56,7 @@ class LoadReport:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    tier: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,10 +73,13 @@ class Replica:
     """One replica: its state, its last report, its cache index and the jobs the router has placed on it."""
 
     name: str
+    role: Role = "mixed"
     state: ReplicaState = "starting"
     report: LoadReport = LoadReport()
     index: CacheIndex = field(default_factory=CacheIndex)
-    jobs: dict[str, Assigned] = field(default_factory=dict)
+    jobs: dict[str, Assigned] = field(default_factory=dict)  # changed by the methods below only
+    prefill_tokens: int = 0  # prompt tokens of its jobs that are still to be computed
+    sequences: int = 0  # choices of its jobs
     last_placed: int = 0  # number of the last placement; breaks ties, so that equal replicas take turns
     failures: int = 0  # requests it lost by dying
 
@@ -89,12 +96,21 @@ class Replica:
         free = self.sequences < self.report.max_sequences
         return not self.jobs or (free and self.prefill_tokens < PREFILL_STEPS * self.report.max_batch_tokens)
 
-    @property
-    def prefill_tokens(self) -> int:
-        """Number of prompt tokens of placed jobs that are still to be computed."""
-        return sum(a.prefill for a in self.jobs.values())
+    def assign(self, job: Job, prefill: int) -> None:
+        """Add a job with `prefill` prompt tokens to compute."""
+        self.jobs[job.id] = Assigned(job, prefill)
+        self.prefill_tokens += prefill
+        self.sequences += job.choices
 
-    @property
-    def sequences(self) -> int:
-        """Number of choices of the jobs placed on the replica."""
-        return sum(a.job.choices for a in self.jobs.values())
+    def started(self, id: str) -> Job:
+        """Note that a job's prompt is computed. Returns the job."""
+        assigned = self.jobs[id]
+        self.prefill_tokens -= assigned.prefill
+        assigned.started, assigned.prefill = True, 0
+        return assigned.job
+
+    def release(self, id: str) -> None:
+        """Remove a job."""
+        assigned = self.jobs.pop(id)
+        self.prefill_tokens -= assigned.prefill
+        self.sequences -= assigned.job.choices

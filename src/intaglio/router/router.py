@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from intaglio.router.fairness import FairQueue
 from intaglio.router.index import PromptMemory
 from intaglio.router.job import Job, Refusal
 from intaglio.router.placement import POLICIES, Estimate, estimate
-from intaglio.router.replica import Assigned, LoadReport, Replica
+from intaglio.router.replica import LoadReport, Replica, Role
 
 SCANNED = 64  # queued jobs that are considered at a time
+PREFILL_MIN = 64  # prompt tokens to compute from which a prefill replica does it; fewer disturb a decode replica little
 RETRY_MIN, RETRY_MAX = 1.0, 60.0  # bounds of Retry-After, seconds
 
 
@@ -64,14 +65,14 @@ class Router:
 
     # Replicas
 
-    def add_replica(self, name: str) -> Replica:
-        """Add a replica and return its Replica. It is given jobs once it is ready.
+    def add_replica(self, name: str, role: Role = "mixed") -> Replica:
+        """Add a replica and return its Replica. It is given jobs, those of its role, once it is ready.
 
         Raises ValueError if the name is in use.
         """
         if name in self.replicas:
             raise ValueError(f"there is a replica {name!r} already; every replica needs its own name")
-        self.replicas[name] = Replica(name)
+        self.replicas[name] = Replica(name, role)
         return self.replicas[name]
 
     def ready(self, name: str, incarnation: str) -> None:
@@ -128,7 +129,10 @@ class Router:
         self.queue.push(job)
 
     def resubmit(self, job: Job) -> None:
-        """Queue a job again whose replica died or drains. It was admitted before, so it is not refused."""
+        """Queue a job again whose replica died or drains.
+
+        It was admitted before, so it is not refused, and its tenant is not charged again.
+        """
         self._unplace(job.id)
         self.queue.push(job)
 
@@ -144,7 +148,7 @@ class Router:
         for job in list(islice(self.queue.order(), SCANNED)):
             best = self._choose(job, now, ahead)
             if best is None:
-                break
+                continue
             if best.replica.has_room:
                 placed.append(self._place(job, best, now))
             else:
@@ -156,16 +160,17 @@ class Router:
 
         names: of the blocks that hold the prompt, of `block_size` tokens each.
         """
-        if assigned := self._assigned(id):
-            assigned.started, assigned.prefill = True, 0
-            self.memory.learn(assigned.job.keys, tokens, names, block_size)
+        if (name := self._where.get(id)) is not None:
+            self.memory.learn(self.replicas[name].started(id).keys, tokens, names, block_size)
 
     def ended(self, job: Job, output_tokens: int) -> None:
-        """Note that a job has ended, or was cancelled, after `output_tokens` output tokens over all choices."""
-        if self._unplace(job.id):
-            self.queue.settle(job, output_tokens)
-        else:
+        """Note that a job has ended, or was cancelled, after `output_tokens` output tokens over all choices.
+
+        Also for a job that expired() has returned; one that was placed before is then charged for its output.
+        """
+        if not self._unplace(job.id):
             self.queue.discard(job)
+        self.queue.settle(job, output_tokens)
 
     def expired(self, now: float) -> list[Job]:
         """Remove the queued jobs that have waited too long, or whose deadline has passed. Returns a list of them."""
@@ -175,14 +180,35 @@ class Router:
             self.refused["late"] += 1
         return late
 
+    def wants_prefill(self, job: Job, now: float) -> bool:
+        """True if the job's prompt should be computed by a prefill replica, before the job goes to a decode replica.
+
+        That is if there are both, and the best decode replica would have PREFILL_MIN tokens or more to compute.
+        """
+        if not self._takers(replace(job, stage="prefill")):
+            return False
+        decoders = [r for r in self._takers(job) if r.role != "prefill"]
+        options = [estimate(r, job, self.memory, now) for r in decoders]
+        return bool(options) and POLICIES[self.policy](options).uncached >= PREFILL_MIN
+
     def where(self, id: str) -> str | None:
         """Name of the replica on which a job is placed; None if it waits or is unknown."""
         return self._where.get(id)
 
     # Inside
 
-    def _admit(self, job: Job, now: float) -> None:
+    def _takers(self, job: Job) -> list[Replica]:
+        """The replicas that may be given the job now.
+
+        Prefill replicas take whole requests only if no other replica takes any.
+        """
         alive = [r for r in self.replicas.values() if r.placeable]
+        if job.stage == "prefill":
+            return [r for r in alive if r.role == "prefill"]
+        return [r for r in alive if r.role != "prefill"] or alive
+
+    def _admit(self, job: Job, now: float) -> None:
+        alive = self._takers(job)
         if not alive:
             if not any(r.state in ("starting", "dead") for r in self.replicas.values()):
                 raise Refusal("unavailable", "no replica serves; start one with `intaglio cluster scale`", RETRY_MAX)
@@ -216,32 +242,26 @@ class Router:
 
         ahead: prompt tokens to compute for jobs that wait for a replica and come first, by replica.
         """
-        options = [
-            estimate(r, job, self.memory, now, ahead.get(r.name, 0)) for r in self.replicas.values() if r.placeable
-        ]
+        options = [estimate(r, job, self.memory, now, ahead.get(r.name, 0)) for r in self._takers(job)]
         return POLICIES[self.policy](options) if options else None
 
     def _place(self, job: Job, on: Estimate, now: float) -> Placement:
         self.queue.take(job)
         self.placements += 1
         replica = on.replica
-        replica.jobs[job.id] = Assigned(job, on.uncached)
+        replica.assign(job, on.uncached)
         replica.last_placed = self.placements
         replica.index.assume(job.keys, now)
         self.cached_tokens += on.cached
         self._where[job.id] = replica.name
         return Placement(job, replica.name, on)
 
-    def _assigned(self, id: str) -> Assigned | None:
-        name = self._where.get(id)
-        return self.replicas[name].jobs.get(id) if name is not None else None
-
     def _unplace(self, id: str) -> bool:
         """Take a job off its replica. Returns True, or False if it was on none."""
         name = self._where.pop(id, None)
         if name is None:
             return False
-        del self.replicas[name].jobs[id]
+        self.replicas[name].release(id)
         return True
 
 

@@ -3,6 +3,7 @@
 from intaglio.runtime.admission import Admission, EngineLoad
 from intaglio.runtime.block_events import BlockEvent, BlockEvents, BlockSnapshot
 from intaglio.runtime.block_names import BlockNames, BlockScope
+from intaglio.runtime.checkpoints import CHECKPOINT_BLOCKS
 from intaglio.runtime.connector import BlockKey, Connector, Load, TierCounts
 from intaglio.runtime.engine import Engine
 from intaglio.runtime.invariants import check_invariants
@@ -27,10 +28,10 @@ from intaglio.runtime.sequence import Sequence
 from intaglio.runtime.stats import Counts, Gauges, StepRecord
 
 __all__ = [
-    "Admission", "BlockEvent", "BlockEvents", "BlockKey", "BlockNames", "BlockPool", "BlockScope", "BlockSnapshot",
-    "Connector", "Counts", "Engine", "EngineLoad", "Event", "Fault", "Gauges", "Grammar", "JournalError", "KvError",
-    "Load", "Matcher", "ParamsError", "RecordedEngine", "Refused", "Replayed", "Request", "RequestError", "Resumption",
-    "SamplingParams", "ScheduledSequence", "Scheduler", "Scored", "Sequence", "StepRecord", "SuspendedChoice",
-    "TierCounts", "Usage",
+    "CHECKPOINT_BLOCKS", "Admission", "BlockEvent", "BlockEvents", "BlockKey", "BlockNames", "BlockPool", "BlockScope",
+    "BlockSnapshot", "Connector", "Counts", "Engine", "EngineLoad", "Event", "Fault", "Gauges", "Grammar",
+    "JournalError", "KvError", "Load", "Matcher", "ParamsError", "RecordedEngine", "Refused", "Replayed", "Request",
+    "RequestError", "Resumption", "SamplingParams", "ScheduledSequence", "Scheduler", "Scored", "Sequence",
+    "StepRecord", "SuspendedChoice", "TierCounts", "Usage",
     "check_invariants", "replay",
 ]  # fmt: skip

@@ -44,10 +44,9 @@ class Accounting:
         samples, one for the next token and one for each draft. Sampled tokens are appended up to and including
         the first that differs from its draft or ends the sequence.
         """
-        s, drafts = scheduled.sequence, scheduled.drafts
-        sampled = 1 + len(drafts) if scheduled.samples else 0
+        s, drafts, start = scheduled.sequence, scheduled.drafts, scheduled.sequence.computed
+        sampled, accepted = 1 + len(drafts) if scheduled.samples else 0, 0
         s.computed += scheduled.num_tokens
-        s.state_slot = s.next_state_slot
         row = self._read_prompt_rows(s, result, row, len(chunk.rows) - sampled)
         if sampled and s.request.params.prompt_logprobs is not None and not s.output:
             self.live.emit(Event(s.request.id, s.index, prompt=tuple(s.prompt_scores)))
@@ -56,13 +55,30 @@ class Accounting:
             self._append(s, result, row + i)
             if s.state == "ended" or i == len(drafts) or s.output[-1] != drafts[i]:
                 break
-            self.counts.accepted_tokens += 1
+            accepted += 1
+        self.counts.accepted_tokens += accepted
         self.counts.drafts += bool(drafts)
         self.counts.draft_tokens += len(drafts)
         if s.state != "ended":
+            self.settle_state(s, start, rejected=accepted < len(drafts))
             self.scheduler.update_blocks(s)
+            self.scheduler.checkpoints.keep(s)
             if s.request.scored and s.remaining == 0:
                 self.live.emit(self.live.end(s, "length"))
+
+    def settle_state(self, s: Sequence, start: int, rejected: bool) -> None:
+        """After a step that began at position `start`: move the sequence's recurrent state, if the model has any.
+
+        If drafts were `rejected`, the step has written a state that has read them. The sequence then keeps the state
+        that it had at `start`, and computes the tokens since then again in its next step.
+        """
+        if s.next_state_slot < 0:
+            return
+        if rejected:
+            s.computed, s.rerun = start, s.computed - start
+        else:
+            s.rerun = max(0, s.rerun - (s.computed - start))
+            self.scheduler.move_state(s)
 
     @staticmethod
     def _read_prompt_rows(s: Sequence, result: StepResult, row: int, n: int) -> int:

@@ -71,6 +71,9 @@ class Load(Protocol):
         Each is uint8 [block_bytes]. Call it only after the load has ended.
         """
 
+    def cancel(self) -> None:
+        """Tell that the blocks are not wanted any more, so that what is not read yet is not read."""
+
 
 class Connector(Protocol):
     """Interface of a tier, a store of K/V blocks outside the engine.

@@ -17,6 +17,7 @@ from intaglio.runtime.accounting import Accounting
 from intaglio.runtime.admission import Admission, EngineLoad
 from intaglio.runtime.block_events import BlockEvent, BlockEvents, BlockSnapshot
 from intaglio.runtime.block_names import BlockNames, BlockScope
+from intaglio.runtime.checkpoints import CHECKPOINT_BLOCKS
 from intaglio.runtime.clock import MonotonicClock
 from intaglio.runtime.connector import Connector
 from intaglio.runtime.kv import BlockPool
@@ -51,8 +52,9 @@ class Engine:
         max_batch_tokens: token rows of a step.
         max_sequences: sequences that run at once.
         max_waiting: sequences that wait.
-        max_drafts: draft tokens per sequence and step; 0 switches speculative decoding off. Must be 0 for a model with
-            recurrent state, which a rejected draft would have advanced.
+        max_drafts: draft tokens per sequence and step; 0 switches speculative decoding off.
+        checkpoint_blocks: of a model with recurrent state: K/V blocks between the positions of a long prompt at which
+            the state is kept for the prefix cache (see Checkpoints); 0: such a model has no prefix cache.
         restart: loads the same Program again after the device was lost.
         numerics: what decides the bits of results besides the Program, such as "host avx2 tp2": device, instruction set
             and layout. A request suspended on another engine is resumed only if both have the same.
@@ -74,6 +76,7 @@ class Engine:
         max_sequences: int = 256,
         max_waiting: int = 1024,
         max_drafts: int = 0,
+        checkpoint_blocks: int = CHECKPOINT_BLOCKS,
         restart: Callable[[], Executable] | None = None,
         max_restarts: int = 5,
         numerics: str = "",
@@ -85,12 +88,10 @@ class Engine:
         for name, value in bounds.items():
             if value < 1:
                 raise RequestError(f"{name} is {value}; allowed: 1 or more")
+        for name, value in {"max_drafts": max_drafts, "checkpoint_blocks": checkpoint_blocks}.items():
+            if value < 0:
+                raise RequestError(f"{name} is {value}; allowed: 0 or more")
         self.program, self.state = executable.program, executable.state
-        if max_drafts and self.state.slots:
-            raise RequestError(
-                f"max_drafts is {max_drafts}, but {self.program.name} has recurrent state, which a rejected draft "
-                "would have advanced; allowed: 0"
-            )
         context, size = self.program.context, self.state.page_tokens
         self.clock, self.rng = MonotonicClock(clock), rng
         self.counts, self.latency = Counts(), LatencyEstimator()
@@ -104,7 +105,7 @@ class Engine:
         self.offload = Offload(self._usable(connector, executable), self.pool, self.clock)
         self.scheduler = Scheduler(
             self.pool, self.slots, context=context, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences,
-            max_drafts=max_drafts, offload=self.offload,
+            max_drafts=max_drafts, offload=self.offload, checkpoint_blocks=checkpoint_blocks,
         )  # fmt: skip
         self.live = LiveRequests(self.scheduler, self.clock, self.latency, self.counts)
         self.launcher = Launcher(executable, self.live, self.counts)
@@ -249,7 +250,7 @@ class Engine:
         """The connector if this model and device can use one, else None, and the connector is told why."""
         why = ""
         if self.state.slots:
-            why = f"{self.program.name} has recurrent state, so it has no prefix cache"
+            why = f"{self.program.name} has recurrent state, which is not kept with them"
         elif not executable.block_bytes:
             why = f"{type(executable.unwrapped()).__name__} cannot read or write K/V blocks"
         if connector and why:
@@ -324,8 +325,8 @@ class Engine:
         """If anything ran, count the step, record it as last_step and update the latency estimator. began: seconds."""
         if scheduled:
             seconds = self.clock.read() - began
-            decode = sum(1 + len(one.drafts) for one in scheduled if one.num_tokens == 1)
-            prefill = sum(one.num_tokens for one in scheduled if one.num_tokens > 1)
+            decode = sum(one.num_tokens + len(one.drafts) for one in scheduled if one.decodes)
+            prefill = sum(one.num_tokens for one in scheduled if not one.decodes)
             sampled = sum(e.scored is not None for e in self.live.events)
             self.counts.steps += 1
             self.counts.computed_tokens += prefill + decode

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 from intaglio.runtime.engine import Engine
-from intaglio.runtime.slots import PER_SEQUENCE
 
 
 def blocks_conserved(e: Engine) -> Iterator[str]:
@@ -30,19 +29,43 @@ def blocks_conserved(e: Engine) -> Iterator[str]:
 
 
 def slots_conserved(e: Engine) -> Iterator[str]:
-    """Yield a text for each slot of recurrent state that is neither free nor held by exactly one running sequence.
+    """Yield a text for each slot of recurrent state that is not free, evictable or held, or whose refcount is wrong.
 
-    The state of a running sequence must be in a slot that it holds.
+    A running sequence holds the slot that it writes next, which nobody else needs, and once it has computed tokens one
+    with its state.
     """
-    held = [slot for choices in e.requests.values() for s in choices for slot in s.slots]
-    if sorted([*e.slots.free, *held]) != list(range(e.slots.total)):
-        yield f"free slots {sorted(e.slots.free)} and held slots {sorted(held)} are not {e.slots.total} slots"
-    for choices in e.requests.values():
-        for s in choices:
-            if len(s.slots) != (PER_SEQUENCE if e.slots.total and s.state == "running" else 0):
-                yield f"{s.request.id} is {s.state} with slots {s.slots}"
-            if s.state == "running" and e.slots.total and (s.state_slot in s.slots) != (s.computed > 0):
-                yield f"{s.request.id} has computed {s.computed} tokens and its state in slot {s.state_slot}"
+    pool, held = e.slots, Counter[int]()
+    for s in (s for choices in e.requests.values() for s in choices):
+        running = s.state == "running" and pool.total > 0
+        if (s.next_state_slot >= 0) != running or (s.state_slot >= 0) != (running and s.computed > 0):
+            slots = s.state_slot, s.next_state_slot
+            yield f"{s.request.id} is {s.state}, has computed {s.computed} tokens and holds slots {slots}"
+        if running and (pool.refcounts[s.next_state_slot] != 1 or s.next_state_slot in pool.named):
+            yield f"{s.request.id} writes slot {s.next_state_slot}, which others need"
+        held.update(slot for slot in (s.state_slot, s.next_state_slot) if slot >= 0)
+    free = set(pool.free)
+    for slot, count in enumerate(pool.refcounts):
+        if count != held[slot]:
+            yield f"slot {slot} has refcount {count} and {held[slot]} holders"
+        if (slot in free) + (slot in pool.evictable) + (count > 0) != 1 or len(free) != len(pool.free):
+            yield f"slot {slot} is not one of free, evictable and held"
+
+
+def checkpoints_sound(e: Engine) -> Iterator[str]:
+    """Yield a text for each inconsistency of the checkpoints of recurrent state.
+
+    Names and slots must agree, evictable slots must be checkpoints and free ones must not, and each checkpoint must
+    stand at the end of a block in the prefix cache.
+    """
+    slots = e.slots
+    if {name: slot for slot, name in slots.named.items()} != slots.checkpoints:
+        yield "the checkpoints by name and by slot disagree"
+    if known := set(slots.free) & slots.named.keys():
+        yield f"free slots {sorted(known)} are checkpoints"
+    if unknown := slots.evictable.keys() - slots.named.keys():
+        yield f"evictable slots {sorted(unknown)} are no checkpoints"
+    if lost := slots.checkpoints.keys() - e.pool.index.keys():
+        yield f"{len(lost)} checkpoints stand at the end of blocks that are not in the prefix cache"
 
 
 def prefix_cache_sound(e: Engine) -> Iterator[str]:
@@ -114,6 +137,7 @@ INVARIANTS = (
     blocks_conserved,
     slots_conserved,
     prefix_cache_sound,
+    checkpoints_sound,
     sequences_conserved,
     queues_bounded,
     progress_sound,

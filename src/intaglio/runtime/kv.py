@@ -5,7 +5,7 @@ Handles block numbers and token ids only; the K/V data is on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from intaglio.runtime.block_events import BlockEvents, BlockSnapshot
@@ -41,6 +41,9 @@ class BlockPool:
         block_size: tokens in a block.
         scope: digest of the BlockScope for the names.
         events: records what is added to and removed from the prefix cache.
+
+    Attributes:
+        dropped: called with the name of each block that leaves the prefix cache.
     """
 
     def __init__(self, total: int, block_size: int, scope: str = "", events: BlockEvents | None = None) -> None:
@@ -48,6 +51,7 @@ class BlockPool:
             raise KvError(f"a pool of {total} blocks holds nothing; give it at least 1")
         self.block_size, self.names = block_size, BlockNames(scope, block_size)
         self.events = events or BlockEvents()
+        self.dropped: Callable[[str], None] = lambda name: None
         self.refcounts = [0] * total
         self.free = list(range(total - 1, -1, -1))  # a stack: block 0 is allocated first, then the block freed last
         self.evictable: dict[int, None] = {}  # in order of release: the first is evicted first
@@ -146,8 +150,10 @@ class BlockPool:
     def reset_prefix_cache(self) -> None:
         """Empty the prefix cache: evictable blocks become free at once, held blocks when they are released."""
         self.free += self.evictable
-        self.evictable, self.index, self.cached = {}, {}, {}
+        names, self.evictable, self.index, self.cached = list(self.index), {}, {}, {}
         self.events.cleared()
+        for name in names:
+            self.dropped(name)
 
     def _evict(self) -> int:
         """Remove the evictable block that was released earliest from the prefix cache, and return its number."""
@@ -156,6 +162,7 @@ class BlockPool:
         name = self.cached.pop(block).name
         del self.index[name]
         self.events.removed(name)
+        self.dropped(name)
         return block
 
     def _check_held(self, block: int) -> None:

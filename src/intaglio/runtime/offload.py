@@ -70,7 +70,7 @@ class Offload:
         if not self.connector:
             return True
         if self.loading and self.loading.sequence is not sequence:
-            self.loading = None  # it was aborted, or another goes before it
+            self._give_up()  # it was aborted, or another goes before it
         if not self.loading:
             self.loading = self._begin(sequence, cached)
         if not self.loading or self.loading.load.wait(POLL if wait else 0.0):
@@ -79,7 +79,7 @@ class Offload:
             return False
         self.connector.counts.late += len(self.loading.keys)
         self.connector.say("late", f"loading K/V blocks took more than {self.timeout:g} s; they are computed instead")
-        self.loading = None
+        self._give_up()
         return True
 
     def fill(self, sequence: Sequence, cached: int, blocks: list[int]) -> int:
@@ -88,7 +88,10 @@ class Offload:
         Returns the number of blocks filled. Raises DeviceLost.
         """
         done, self.loading = self.loading, None
-        if not self.connector or not self.device or not done or done.sequence is not sequence:
+        if not self.connector or not self.device or not done:
+            return 0
+        if done.sequence is not sequence:
+            done.load.cancel()
             return 0
         counts, found = self.connector.counts, done.load.blocks()
         counts.misses += len(done.keys) - len(found)
@@ -139,6 +142,12 @@ class Offload:
             return
         for block, content in zip(blocks, contents, strict=True):
             self.connector.save(self._key(block), content)
+
+    def _give_up(self) -> None:
+        """Cancel the load: its blocks are not used."""
+        if self.loading:
+            self.loading.load.cancel()
+        self.loading = None
 
     def _key(self, block: int) -> BlockKey:
         cached = self.pool.cached[block]

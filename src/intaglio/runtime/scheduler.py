@@ -10,6 +10,7 @@ from bisect import insort
 from dataclasses import dataclass, replace
 
 from intaglio.devices import DeviceLost
+from intaglio.runtime.checkpoints import CHECKPOINT_BLOCKS, Checkpoints
 from intaglio.runtime.kv import BlockPool
 from intaglio.runtime.offload import Offload
 from intaglio.runtime.sequence import Sequence
@@ -23,6 +24,7 @@ class ScheduledSequence:
     sequence: Sequence
     num_tokens: int
     drafts: tuple[int, ...] = ()
+    decodes: bool = False  # it is a decode, not a part of a prompt
 
     @property
     def samples(self) -> bool:
@@ -38,18 +40,20 @@ class Scheduler:
     preempted for a waiting one of better priority. A sequence never preempts one before it, and admission checks that
     the pool can hold any single sequence, so the first running sequence always finishes.
 
-    Of a model with recurrent state, no more sequences run than `slots` has slots for, and blocks are not shared: a
-    cached block would need the state as it was at the block's end.
+    Of a model with recurrent state, no more sequences run than `slots` has slots for. Blocks are shared up to a border
+    at which the state was kept (see Checkpoints). If a draft is rejected, the state stays as it was before that step,
+    and the next step computes the accepted tokens again.
     """
 
     def __init__(
         self, pool: BlockPool, slots: SlotPool, *, context: int, max_batch_tokens: int, max_sequences: int,
-        max_drafts: int, offload: Offload,
+        max_drafts: int, offload: Offload, checkpoint_blocks: int = CHECKPOINT_BLOCKS,
     ) -> None:  # fmt: skip
         self.pool, self.slots, self.offload, self.context = pool, slots, offload, context
         self.max_batch_tokens, self.max_drafts = max_batch_tokens, max_drafts
-        self.shares_blocks = not slots.total
-        self.max_sequences = max_sequences if self.shares_blocks else min(max_sequences, slots.sequences)
+        self.checkpoints = Checkpoints(pool, slots, checkpoint_blocks)
+        self.shares_blocks = self.checkpoints.on or not slots.total
+        self.max_sequences = min(max_sequences, slots.sequences) if slots.total else max_sequences
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -63,14 +67,15 @@ class Scheduler:
         """Take a sequence out of its queue and free its blocks and state slots."""
         (self.running if sequence.state == "running" else self.waiting).remove(sequence)
         self.pool.release(sequence.blocks)
-        self.slots.release(sequence.slots)
+        self.slots.release(sequence.state_slot)
+        self.slots.release(sequence.next_state_slot)
         sequence.blocks, sequence.indexed_blocks, sequence.prefix_name = [], 0, None
-        sequence.slots, sequence.state_slot = [], -1
+        sequence.state_slot = sequence.next_state_slot = -1
 
     def preempt(self, sequence: Sequence) -> None:
         """Move a running sequence back to waiting, to be recomputed from its first token."""
         self.remove(sequence)
-        sequence.computed = 0
+        sequence.computed = sequence.rerun = 0
         sequence.preemptions += 1
         self.preemptions += 1
         self.add(sequence)
@@ -97,11 +102,13 @@ class Scheduler:
     def spare_slot(self) -> int:
         """Number of a slot of recurrent state whose content nobody needs; -1 if the model has none.
 
-        Call it only while no step runs. The slot is a free one, or the one that the last running sequence writes next.
+        Only while no step runs. It is available, or the slot that the last running sequence writes next.
         """
-        if self.slots.total:
-            return self.slots.free[-1] if self.slots.free else self.running[-1].next_state_slot
-        return -1
+        if self.slots.free or self.slots.evictable:
+            slot = self.slots.allocate()
+            self.slots.release(slot)
+            return slot
+        return self.running[-1].next_state_slot if self.slots.total else -1
 
     def schedule(self, parts: int = 1) -> list[ScheduledSequence]:
         """A list of the sequences of the next step, with at most `max_batch_tokens` tokens in all.
@@ -112,15 +119,14 @@ class Scheduler:
         scheduled: list[ScheduledSequence] = []
         self._preempt_for_priority()
         most = -(-min(len(self.running) + len(self.waiting), self.max_sequences) // parts)
-        for sequence in [s for s in self.running if s.remaining == 1 and not s.in_flight]:
-            if (
-                len(scheduled) < min(self.max_batch_tokens, most)
-                and sequence.state == "running"
-                and self.allocate(sequence)
-            ):
-                scheduled.append(ScheduledSequence(sequence, 1))
-        budget = self.max_batch_tokens - len(scheduled)
-        for sequence in [s for s in self.running if s.remaining > 1 and not s.in_flight]:
+        budget = self.max_batch_tokens
+        for sequence in [s for s in self.running if s.decoding and not s.in_flight]:
+            n = sequence.remaining
+            if n <= budget and len(scheduled) < most and sequence.state == "running" and self.allocate(sequence):
+                scheduled.append(ScheduledSequence(sequence, n, decodes=True))
+                budget -= n
+        done = {one.sequence.arrival for one in scheduled}
+        for sequence in [s for s in self.running if s.remaining > 1 and not s.in_flight and s.arrival not in done]:
             if len(scheduled) < most:
                 budget = self._schedule_chunk(scheduled, sequence, budget)
         while budget and len(scheduled) < most and (started := self.start_next()):
@@ -134,20 +140,21 @@ class Scheduler:
         if it is a further choice of a request whose prompt is still being computed (whose blocks it will
         share), or if too few blocks are available. Later sequences never overtake it.
 
-        Nor does it start while blocks for it are loaded from a tier. Blocks found in the prefix cache are shared, and
-        those after them loaded from a tier that has them, unless logits of the prompt are wanted: then the whole
-        prompt is computed. The last token is always computed, because its logits are needed. Raises DeviceLost if the
-        device is lost while it takes loaded blocks.
+        Nor does it start while blocks for it are loaded from a tier. Blocks found in the prefix cache are shared (of a
+        model with recurrent state, those up to the deepest checkpoint), and those after them loaded from a tier that
+        has them, unless logits of the prompt are wanted: then the whole prompt is computed. The last token is always
+        computed, because its logits are needed. Raises DeviceLost if the device is lost while it takes loaded blocks.
         """
         if not self.waiting or len(self.running) >= self.max_sequences:
             return None
         sequence = self.waiting[0]
         siblings = (s for s in self.running if s.request is sequence.request)
-        if self.shares_blocks and sequence.index and any(s.remaining > 1 for s in siblings):
+        if self.shares_blocks and sequence.index and any(s.remaining > 1 and not s.decoding for s in siblings):
             return None
         whole = sequence.prompt_rows_read < sequence.prompt_rows_wanted  # needs logits of the prompt: compute all of it
         tokens = sequence.tokens(0, sequence.length - 1) if self.shares_blocks and not whole else []
-        known = self.pool.find_prefix(tokens, sequence.salt)
+        found = self.pool.find_prefix(tokens, sequence.salt)
+        known = found[: self.checkpoints.usable(found)]
         self.pool.share(known)
         fresh = self.pool.blocks_for(sequence.length) - len(known)
         may_load = bool(tokens)
@@ -165,11 +172,11 @@ class Scheduler:
         self.waiting.pop(0)
         insort(self.running, sequence, key=lambda s: s.order)
         sequence.state = "running"
-        sequence.slots = self.slots.allocate()
         sequence.blocks = blocks
         sequence.computed = (len(known) + loaded) * self.pool.block_size
         sequence.indexed_blocks = len(known)
         sequence.prefix_name = self.pool.name(known[-1]) if known else None
+        self.checkpoints.start(sequence, len(found))
         self.update_blocks(sequence)
         self.offload.started(blocks[: len(known) + loaded])
         return sequence
@@ -190,10 +197,15 @@ class Scheduler:
         sequence.blocks += self.pool.allocate(max(0, missing))
         return True
 
+    def move_state(self, sequence: Sequence) -> None:
+        """After a step: the slot that it wrote is the sequence's recurrent state, and the next step writes another."""
+        self.slots.release(sequence.state_slot)
+        sequence.state_slot, sequence.next_state_slot = sequence.next_state_slot, self.slots.allocate()
+
     def update_blocks(self, sequence: Sequence) -> None:
         """After a step: add newly full blocks to the prefix cache, and free the blocks of rejected drafts.
 
-        Without prefix cache (recurrent state) no block is added.
+        Without prefix cache no block is added.
         """
         size, pool = self.pool.block_size, self.pool
         while self.shares_blocks and (sequence.indexed_blocks + 1) * size <= sequence.computed:
@@ -208,15 +220,14 @@ class Scheduler:
         pool.release(sequence.blocks[needed:])
         del sequence.blocks[needed:]
 
-    @staticmethod
-    def _schedule_chunk(scheduled: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
-        """Append as many of the sequence's tokens to `scheduled` as the budget allows.
+    def _schedule_chunk(self, scheduled: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
+        """Append as many of the sequence's tokens to `scheduled` as the budget allows, up to its next border.
 
         Returns the remaining budget in tokens.
         """
-        num_tokens = min(budget, sequence.remaining)
+        num_tokens = self.checkpoints.cut(sequence, min(budget, sequence.remaining))
         if num_tokens:
-            scheduled.append(ScheduledSequence(sequence, num_tokens))
+            scheduled.append(ScheduledSequence(sequence, num_tokens, decodes=sequence.decoding))
         return budget - num_tokens
 
     def _preempt_for_priority(self) -> None:
@@ -235,11 +246,16 @@ class Scheduler:
                 self.preempt(worse.pop())
 
     def _add_drafts(self, scheduled: list[ScheduledSequence], budget: int) -> list[ScheduledSequence]:
-        """The scheduled sequences with draft tokens added within `budget` tokens. Drafts never preempt a sequence."""
+        """The scheduled sequences with draft tokens added within `budget` tokens. Drafts never preempt a sequence.
+
+        Rejected drafts make a sequence with recurrent state compute the step's other rows again. If these are more
+        than `max_drafts` already, it gets no drafts, so that its state moves on.
+        """
         drafted = []
         for one in scheduled:
             sequence, drafts = one.sequence, tuple[int, ...]()
-            if one.samples and not sequence.suspect:
+            bounded = not self.slots.total or one.num_tokens - 1 <= self.max_drafts
+            if one.samples and bounded and not sequence.suspect:
                 room = (len(sequence.blocks) + self.pool.available) * self.pool.block_size
                 free = min(room, sequence.max_kv_tokens(self.context)) - sequence.length
                 most = min(self.max_drafts, budget, free)

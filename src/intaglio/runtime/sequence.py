@@ -46,8 +46,12 @@ class Sequence:
     prompt_scores: list[Scored] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose K/V is in the blocks, and which the recurrent state has read
-    slots: list[int] = field(default_factory=list)  # its two slots of recurrent state; [] if the model has none
     state_slot: int = -1  # the slot that holds its recurrent state; -1: none yet
+    next_state_slot: int = -1  # the slot to which its next step writes it; -1: the model has none
+    rerun: int = 0  # tokens after `computed` that are computed again, as drafts after them were rejected
+    borders: set[int] = field(default_factory=set)  # positions in its prompt at which its recurrent state is kept
+    prefill_end: int = 0  # number of its tokens when it started; from there on its steps are not cut at borders
+    checkpoint: str | None = None  # name of the block at whose end its state was last kept while it decoded
     indexed_blocks: int = 0  # leading blocks that are in the prefix cache
     prefix_name: str | None = None  # name of the last of them
     cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first step
@@ -91,9 +95,9 @@ class Sequence:
         return self.length - self.computed
 
     @property
-    def next_state_slot(self) -> int:
-        """The slot to which its next step writes its recurrent state; -1 if the model has none."""
-        return next((slot for slot in self.slots if slot != self.state_slot), -1)
+    def decoding(self) -> bool:
+        """True if its next step can sample a token, and all of its other rows are computed again, if there are any."""
+        return self.remaining - self.rerun == 1
 
     @property
     def prompt_rows_wanted(self) -> int:

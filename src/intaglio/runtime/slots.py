@@ -1,52 +1,108 @@
-"""Allocator of the slots of recurrent state. Handles slot numbers only; the state is on the device.
+"""Allocator of the slots of recurrent state, with checkpoints. Handles slot numbers only; the state is on the device.
 
-A running sequence holds two slots. A step reads the slot of its state before the step and writes the other one, and the
-sequence's state moves to the other slot only when the step has completed. So a step that fails, or is retried in
-halves, never advances a state twice.
+A step reads the slot of a sequence's state before the step and writes another one, and the sequence's state moves to
+the other slot only when the step has completed. So a step that fails, or is retried in halves, never advances a state
+twice, and a slot that a sequence reads is never changed. A checkpoint is such a slot that is kept under the name of the
+block at whose end the state stood; any number of sequences may start from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-PER_SEQUENCE = 2  # slots of a running sequence
+PER_SEQUENCE = 2  # slots of a running sequence: its state, and where the next step writes
 
 
 class SlotError(RuntimeError):
-    """Raised for a pool too small for one sequence, if too few slots are free, or for a slot that is not held."""
+    """Raised for a pool too small for one sequence, if no slot is available, or for a slot that is not held."""
 
 
 class SlotPool:
-    """Pool of `total` slots of recurrent state, numbered from 0, each free or held.
+    """Pool of `total` slots of recurrent state, numbered from 0, with reference counts and checkpoints.
 
-    A model without recurrent state has a pool of 0 slots.
+    A slot is free; held, by as many sequences as its refcount says; or evictable: held by none, its content kept as a
+    checkpoint until the slot is needed. A model without recurrent state has a pool of 0 slots.
+
+    Attributes:
+        refcounts: number of sequences that hold each slot.
+        free: a stack; slot 0 is allocated first, then the slot freed last.
+        evictable: in order of release; the first is evicted first.
+        checkpoints: slot by the name of the block at whose end its state stands (see BlockNames).
+        named: the reverse.
     """
 
     def __init__(self, total: int) -> None:
         if total and total < PER_SEQUENCE:
             raise SlotError(f"{total} slots of recurrent state; give {PER_SEQUENCE} or more for each running sequence")
-        self.total = total
-        self.free = list(range(total - 1, -1, -1))  # a stack: slot 0 is allocated first
+        self.refcounts = [0] * total
+        self.free = list(range(total - 1, -1, -1))
+        self.evictable: dict[int, None] = {}
+        self.checkpoints: dict[str, int] = {}
+        self.named: dict[int, str] = {}
+
+    @property
+    def total(self) -> int:
+        """Number of slots."""
+        return len(self.refcounts)
 
     @property
     def sequences(self) -> int:
         """Number of sequences that can run at once."""
         return self.total // PER_SEQUENCE
 
-    def allocate(self) -> list[int]:
-        """Take the slots of one more sequence and return a list of their numbers; [] if the model has no such state.
+    def allocate(self) -> int:
+        """Take a slot, with a refcount of 1, and return its number; -1 if the model has no recurrent state.
 
-        Raises SlotError if too few are free.
+        Evicts the checkpoint released earliest if no slot is free. Raises SlotError if none is available.
         """
         if not self.total:
-            return []
-        if len(self.free) < PER_SEQUENCE:
-            raise SlotError(f"{PER_SEQUENCE} slots requested, {len(self.free)} of {self.total} are free")
-        return [self.free.pop() for _ in range(PER_SEQUENCE)]
+            return -1
+        if not self.free:
+            if not self.evictable:
+                raise SlotError(f"a slot is requested, and sequences hold all {self.total}")
+            self.drop(self.named[next(iter(self.evictable))])
+        slot = self.free.pop()
+        self.refcounts[slot] = 1
+        return slot
 
-    def release(self, slots: Sequence[int]) -> None:
-        """Free the slots of a sequence."""
-        for slot in slots:
-            if not 0 <= slot < self.total or slot in self.free:
-                raise SlotError(f"slot {slot} is not held: released twice, or not from this pool of {self.total}")
-            self.free.append(slot)
+    def share(self, slot: int) -> None:
+        """Increment the refcount of a slot that is held or evictable."""
+        if slot in self.evictable:
+            del self.evictable[slot]
+        else:
+            self._check_held(slot)
+        self.refcounts[slot] += 1
+
+    def release(self, slot: int) -> None:
+        """Decrement the refcount of a slot; -1 is none. At 0 it becomes evictable if it is a checkpoint, else free."""
+        if slot == -1:
+            return
+        self._check_held(slot)
+        self.refcounts[slot] -= 1
+        if self.refcounts[slot] == 0:
+            if slot in self.named:
+                self.evictable[slot] = None
+            else:
+                self.free.append(slot)
+
+    def keep(self, slot: int, name: str) -> bool:
+        """Keep a held slot as the checkpoint at the end of block `name`.
+
+        Returns False, and keeps nothing, if there is a checkpoint of that name.
+        """
+        self._check_held(slot)
+        if name in self.checkpoints or slot in self.named:
+            return False
+        self.checkpoints[name], self.named[slot] = slot, name
+        return True
+
+    def drop(self, name: str) -> None:
+        """Forget the checkpoint of that name, if there is one. Its slot becomes free, if no sequence holds it."""
+        slot = self.checkpoints.pop(name, None)
+        if slot is not None:
+            del self.named[slot]
+            if slot in self.evictable:
+                del self.evictable[slot]
+                self.free.append(slot)
+
+    def _check_held(self, slot: int) -> None:
+        if not 0 <= slot < self.total or self.refcounts[slot] == 0:
+            raise SlotError(f"slot {slot} is not held: released twice, or not from this pool of {self.total}")

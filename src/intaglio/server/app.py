@@ -24,6 +24,7 @@ from intaglio.server.conversation import render
 from intaglio.server.delivery import Answer, ClientDisconnected
 from intaglio.server.driver import Prepared
 from intaglio.server.incoming import CLOSE, check_key, read_body
+from intaglio.server.prefill import Prefill
 from intaglio.server.prepare import Settings, encode, prepare_chat, prepare_completion
 from intaglio.server.problem import Json, Problem, as_problem
 from intaglio.server.protocol import (
@@ -173,11 +174,13 @@ class Api:
     def _answer(
         relay: Relay | None, model: ServedModel, body: Any, prompts: list[Prepared], choices: list[Any],
         envelope: Envelope, ignored: Sequence[str],
-    ) -> Answer:  # fmt: skip
-        """The Answer for a request that came over HTTP, or the RelayedAnswer for one that a router sent."""
+    ) -> ASGIApp:  # fmt: skip
+        """The Answer for a request that came over HTTP; the RelayedAnswer or Prefill for one that a router sent."""
         if relay is None:
             return Answer(model, body, prompts, choices, envelope, ignored)
         prompts = relay.prepared(prompts, model.identity)
+        if relay.prefill:
+            return Prefill(model, prompts)
         return RelayedAnswer(model, body, prompts, choices, envelope, ignored, relay.deltas)
 
     async def _prepare(self, how: Callable[..., Any], model: ServedModel, body: BaseModel, id: str) -> Any:

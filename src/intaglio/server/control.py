@@ -4,7 +4,7 @@ Many calls share one connection. A frame is a header, JSON, and a body, bytes, w
 
     {"call": N, "do": "request", "method", "path", "headers", "relay"}, body: the request's body
         Answered by frames {"call": N, "status", "headers"}, then {"call": N, "deltas"} with parts of the response, the
-        last with "end".
+        last with "end". One frame may have the fields of several.
     {"call": N, "do": "cancel"}
     {"call": N, "do": "load", "incarnation", "after"}: figures, and the block events after number `after`
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,8 +24,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
-from intaglio.runtime import Engine
+from intaglio.runtime import Engine, Refused
 from intaglio.server.driver import Inspect
+from intaglio.server.private_socket import private_socket
 from intaglio.server.relay import NOTE, Relay, encode, write_delta
 from intaglio.server.served_model import ServedModel
 from intaglio.server.service import Service
@@ -71,11 +71,7 @@ async def control_channel(app: ASGIApp, service: Service, path: Path) -> AsyncIt
         finally:
             connections.discard(connection)
 
-    mask = os.umask(0o177)
-    try:
-        server = await asyncio.start_unix_server(connected, path)
-    finally:
-        os.umask(mask)
+    server = await asyncio.start_unix_server(connected, sock=private_socket(path))
     try:
         yield
     finally:
@@ -130,7 +126,11 @@ class Connection:
 
     async def _load(self, header: dict[str, Any]) -> None:
         model, longest = next(iter(self.service.models.values())), self.service.options.step_timeout
-        report = await load_report(model, header["incarnation"], header["after"], longest)
+        try:
+            report = await load_report(model, header["incarnation"], header["after"], longest)
+        except Exception as e:  # such as an engine that has ended; the router is to know at once
+            log.error("control channel: no load report", exc_info=None if isinstance(e, Refused) else e)
+            report = {"failed": model.broken or str(e) or type(e).__name__}
         self.write({"call": header["call"], **report})
 
 
@@ -141,7 +141,7 @@ class Call:
         self.connection, self.number, self.body = connection, number, body
         self.left = asyncio.Event()
         self.read = False
-        self.deltas: list[Any] = []
+        self.held: dict[str, Any] = {}  # fields for the next frame: each frame wakes the router, while the engine works
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in header["headers"]]
         headers += [(b"authorization", b"Bearer " + key.encode()) for key in connection.service.options.keys[:1]]
         self.scope: dict[str, Any] = {
@@ -173,18 +173,22 @@ class Call:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Message) -> None:
-        header: dict[str, Any] = {"call": self.number}
+        header, self.held = {"call": self.number, **self.held}, {}
         match message["type"]:
             case "http.response.start":
                 names = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message["headers"]]
                 header |= {"status": message["status"], "headers": names}
+                if any(name == "content-length" for name, _ in names):  # the body follows at once
+                    self.held = header
+                    return
             case "http.response.body":
                 if not message.get("more_body", False):
                     header["end"] = True
                 if message.get("code"):
                     header["code"] = message["code"]
             case "relay.head":
-                header["head"] = message["head"]
+                self.held = {"head": message["head"]}
+                return
             case kind:
                 assert kind == NOTE, kind
         if deltas := message.get("deltas"):
@@ -210,6 +214,7 @@ async def load_report(model: ServedModel, incarnation: str | None, after: int, s
         "prompt_tokens": snapshot.counts.prompt_tokens, "cached_tokens": snapshot.counts.cached_tokens,
         "output_tokens": snapshot.counts.output_tokens, "per_step": engine.latency.seconds_per_step,
         "per_token": engine.latency.seconds_per_token, "incarnation": own,
+        "tier": dict(vars(model.llm.tier.counts)) if model.llm.tier else {},
     }  # fmt: skip
 
     def blocks(engine: Engine) -> dict[str, Any]:

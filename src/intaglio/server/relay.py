@@ -36,6 +36,7 @@ class Relay:
         waited: seconds that the request has spent in the router and on other replicas.
         made_by: ServedModel.identity of the replica that made the deltas; None if there are none.
         deltas: the output so far.
+        prefill: only compute the prompt, for another replica that generates (see prefill.py).
     """
 
     id: str
@@ -44,13 +45,14 @@ class Relay:
     waited: float = 0.0
     made_by: tuple[str, str, str] | None = None
     deltas: tuple[ChoiceDelta, ...] = ()
+    prefill: bool = False
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Relay:
         """The Relay that as_dict() wrote."""
         made_by = tuple(table["made_by"]) if table["made_by"] else None
         deltas = tuple(read_delta(d) for d in table["deltas"])
-        return cls(table["id"], table["created"], table["seed"], table["waited"], made_by, deltas)
+        return cls(table["id"], table["created"], table["seed"], table["waited"], made_by, deltas, table["prefill"])
 
     def as_dict(self) -> dict[str, Any]:
         """The Relay as a dict for JSON."""

@@ -49,6 +49,11 @@ class ServedModel:
         names = self.driver.engine.block_names
         return {"block_size": names.block_size, "names": names.of(prompt, salt)}
 
+    @property
+    def saves_blocks(self) -> bool:
+        """True if the engine saves K/V blocks to a tier."""
+        return self.driver.engine.offload.connector is not None
+
     def hanging(self, seconds: float) -> str | None:
         """An error message if the engine's current step has taken at least `seconds`; None otherwise."""
         s = self.driver.snapshot

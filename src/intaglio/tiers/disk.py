@@ -26,7 +26,7 @@ class DiskLoad:
     """Blocks that a thread reads from a directory."""
 
     def __init__(self) -> None:
-        self.ended, self.contents = threading.Event(), list[np.ndarray]()
+        self.ended, self.cancelled, self.contents = threading.Event(), threading.Event(), list[np.ndarray]()
 
     def wait(self, seconds: float) -> bool:
         """Wait up to `seconds` for the load to end. Returns True if it has ended."""
@@ -35,6 +35,10 @@ class DiskLoad:
     def blocks(self) -> list[np.ndarray]:
         """A list of the contents of the leading blocks that passed all checks, each uint8 [block_bytes]."""
         return self.contents
+
+    def cancel(self) -> None:
+        """Read no further block."""
+        self.cancelled.set()
 
 
 class DiskTier:
@@ -74,10 +78,11 @@ class DiskTier:
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> DiskLoad:
         """Begin to read blocks of `block_bytes` bytes each, and return the DiskLoad."""
         load = DiskLoad()
-        if self.closed:
-            load.ended.set()
-        else:
-            self.reader.submit(self._read, load, list(keys), block_bytes)
+        with self.lock:  # close() may be called in another thread
+            if self.closed:
+                load.ended.set()
+            else:
+                self.reader.submit(self._read, load, list(keys), block_bytes)
         return load
 
     def save(self, key: BlockKey, content: np.ndarray) -> None:
@@ -87,12 +92,13 @@ class DiskTier:
                 self.counts.dropped += 1
                 return
             self.queued += content.nbytes
-        self.writer.submit(self._write, key, content)
+            self.writer.submit(self._write, key, content)
 
     def touch(self, names: Sequence[str]) -> None:
         """Note that blocks are in use, so that others are deleted first."""
-        if not self.closed:
-            self.writer.submit(self.directory.touch, list(names))
+        with self.lock:
+            if not self.closed:
+                self.writer.submit(self.directory.touch, list(names))
 
     def say(self, kind: str, what: str) -> None:
         """Report a text, if it is the first of its kind."""
@@ -104,17 +110,23 @@ class DiskTier:
 
     def flush(self) -> None:
         """Wait until all blocks handed over so far are written."""
-        self.writer.submit(lambda: None).result()
+        with self.lock:
+            written = None if self.closed else self.writer.submit(lambda: None)
+        if written:
+            written.result()
 
     def close(self) -> None:
         """Write what waits to be written, and end the threads. The engine must not be in a step."""
-        self.closed = True
+        with self.lock:
+            self.closed = True
         self.reader.shutdown()
         self.writer.shutdown()
 
     def _read(self, load: DiskLoad, keys: list[BlockKey], block_bytes: int) -> None:
         try:
             for key in keys:
+                if load.cancelled.is_set():
+                    return
                 content = self._read_one(key, block_bytes)
                 if content is None:
                     return

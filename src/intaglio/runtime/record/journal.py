@@ -26,7 +26,7 @@ def write_engine(engine: Engine) -> dict[str, Any]:
     options = {
         "max_batch_tokens": scheduler.max_batch_tokens, "max_sequences": scheduler.max_sequences,
         "max_waiting": engine.admission.max_waiting, "max_drafts": scheduler.max_drafts,
-        "max_restarts": engine.recovery.max_restarts,
+        "max_restarts": engine.recovery.max_restarts, "checkpoint_blocks": scheduler.checkpoints.every,
     }  # fmt: skip
     state = {"pages": engine.state.pages, "page_tokens": engine.state.page_tokens, "slots": engine.state.slots}
     return {"program": engine.program.hash, **state, "depth": engine.executable.depth, "options": options}

@@ -169,7 +169,8 @@ class Player:
     def _begin(self, entry: Entry) -> Engine:
         self.depth = entry.get("depth", 1)
         executable = ReplayedExecutable(self.load(), self.launches, self.depth)
-        engine = Engine(executable, clock=self.clock, rng=RecordedSeeds(), restart=self.restart, **entry["options"])
+        options = {"checkpoint_blocks": 0, **entry["options"]}  # old journals have none
+        engine = Engine(executable, clock=self.clock, rng=RecordedSeeds(), restart=self.restart, **options)
         here = write_engine(engine)
         for name in ("program", "pages", "page_tokens", "slots"):
             if here[name] != entry.get(name, 0):

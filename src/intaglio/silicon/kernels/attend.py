@@ -26,7 +26,7 @@ from intaglio.silicon.kernels.kv_write import Heads, emit_head_scales
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes, ChunkCounts
 from intaglio.silicon.stream import Stream, StreamBuilder
-from intaglio.silicon.timing import Timing
+from intaglio.silicon.timing import Timing, fraction_held
 
 
 @chip_kernel(Attend)
@@ -104,18 +104,22 @@ def tile_seconds(target: Target, h: Heads, rows: Any) -> Any:
     rows, keys = np.maximum(lib.min_query_rows, rows), lib.key_tile
     if chip.att_lanes:
         return attend_cycles(target, rows, keys, h.head_dim, h.v_dim, "bf16") / chip.clock_hz
-    products = matmul_cycles(target, rows, keys, h.head_dim, "bf16") + matmul_cycles(
-        target, rows, h.v_dim, keys, "bf16"
-    )
+    run = product_format(target, h)
+    products = matmul_cycles(target, rows, keys, h.head_dim, run) + matmul_cycles(target, rows, h.v_dim, keys, run)
     step = step_cycles if NAME in chip.extra_instructions else softmax_cycles
     softmax = step(chip, rows * keys, h.softcap) * (1 - lib.softmax_overlap)
     return (products + softmax) / chip.clock_hz
 
 
+def product_format(target: Target, h: Heads) -> str:
+    """Format in which a kernel multiplies queries by keys, and weights by values."""
+    return "e4m3" if h.bits == 8 and target.library.kv_native else "bf16"
+
+
 def widen_seconds(target: Target, h: Heads) -> float:
     """Seconds to convert one tile of 8-bit keys and values to bf16 on the vector lanes; 0 if none is needed."""
     chip, values = target.chip, target.library.key_tile * (h.head_dim + h.v_dim)
-    needed = h.bits < 16 and not chip.att_lanes
+    needed = h.bits < 16 and not chip.att_lanes and product_format(target, h) == "bf16"
     return float(vector_cycles(chip, target.library.kv_dequant_ops * values)) / chip.clock_hz if needed else 0.0
 
 
@@ -191,27 +195,30 @@ def decode_keys(library: KernelLibrary, h: Heads, keys: int) -> int:
     return min(keys, max(h.window, library.window_min_keys)) if h.window else keys
 
 
-def decode_seconds(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, float, int]:
+def decode_seconds(target: Target, h: Heads, part: ChunkCounts, cached: float) -> tuple[float, float, int]:
     """(seconds, of which compute seconds, number of context splits) for the chunks with one query.
 
-    part: (1, keys, number of sequences) of each distinct chunk.
+    part: (1, keys, number of sequences) of each distinct chunk. cached: fraction of the keys and values in the L2.
     """
     chip, lib, best = target.chip, target.library, (np.inf, 0.0, 1)
     latency_s = chip.constants.hbm_latency_s
     tiles = np.array([-(-decode_keys(lib, h, keys) // lib.key_tile) for _, keys, _ in part], float)
-    n = np.array([count * h.kv_heads for _, _, count in part], float)
-    rows = 2.0 ** np.ceil(np.log2(max(lib.min_query_rows, h.group)))
+    group = h.group if lib.pack_windowed or not h.window else 1  # query heads of a job
+    alone = h.group // group  # jobs that read the same keys: HBM delivers them once, the L2 to each
+    n = np.array([count * h.kv_heads * alone for _, _, count in part], float)
+    rows = 2.0 ** np.ceil(np.log2(max(lib.min_query_rows, group)))
     work = float(tile_seconds(target, h, rows))
     tile_bytes = lib.key_tile * (h.head_dim + h.v_dim) * h.bits / 8 * burst_overfetch(lib, h)
     slots = chip.cores * lib.decode_jobs
     ring = max(2.0, min(float(lib.decode_stages), chip.sram_bytes // (2 * tile_bytes)))
-    results = float(n.sum()) * h.group * h.v_dim * 4
-    for parts in lib.kv_splits if h.group > 1 or lib.split_mha else (1,):
+    results = float(n.sum()) * group * h.v_dim * 4
+    for parts in lib.kv_splits if group > 1 or lib.split_mha else (1,):
         per = np.ceil(tiles / parts)
         count = n * np.ceil(tiles / per)
         active = min(float(count.sum()), slots)
         per_core = max(1.0, active / chip.cores)  # jobs on one core take turns
-        load = max(tile_bytes * active / chip.hbm_rate, tile_bytes * per_core / chip.port_rate)
+        memory = max(tile_bytes * active / alone * (1 - cached) / chip.hbm_rate, tile_bytes * active / chip.l2_rate)
+        load = max(memory, tile_bytes * per_core / chip.port_rate)
         widen = widen_seconds(target, h) * per_core
         loaded = max(load, widen) if two_jobs_fit(target, h) else load + widen
         period = max(loaded, work * per_core, (load + work + latency_s) / ring)
@@ -225,23 +232,29 @@ def decode_seconds(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, 
 
 
 @lru_cache(maxsize=16384)
-def attend_timing(target: Target, h: Heads, batch: ChunkCounts) -> Timing:
-    """The Timing of one `attend` over all chunks of a batch: those with several queries first, then those with one."""
+def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = False, kernel: str = "") -> Timing:
+    """The Timing of one `attend` over all chunks of a batch: those with several queries first, then those with one.
+
+    warm: keys and values are in the L2, as far as they fit; kernel: a record of the library by name, "" for its choice.
+    """
     chip, lib = target.chip, target.library
+    format = "bf16" if h.bits == 16 else "e4m3"
+    on = {phase: target.kernel(phase, format, h.head_dim, kernel) for phase in ("prefill", "decode")}
     prefill, decode = tuple(p for p in batch if p[0] > 1), tuple(p for p in batch if p[0] == 1)
     seconds, compute, choices = lib.launch_s + chip.constants.hbm_latency_s, 0.0, []
-    if prefill:
-        added, worked = prefill_seconds(target, h, prefill)
-        seconds, compute = seconds + added, compute + worked
-        choices.append(f"{sum(q * n for q, _, n in prefill):,} queries in tiles")
-    if decode:
-        added, worked, splits = decode_seconds(target, h, decode)
-        seconds, compute = seconds + added, compute + worked
-        choices.append(f"{sum(n for *_, n in decode):,} single queries, {splits} context splits")
     tokens = sum(q * n for q, _, n in batch)
     read = sum(n * (decode_keys(lib, h, k) if q == 1 else min(k, q + h.window) if h.window else k) for q, k, n in batch)
     cache = read * h.kv_heads * (h.head_dim + h.v_dim) * h.bits / 8
-    hbm = cache + tokens * h.heads * (h.head_dim + h.v_dim) * 2
+    cached = fraction_held(cache, chip.l2_bytes * lib.l2_usable) if warm else 0.0
+    if prefill:
+        added, worked = prefill_seconds(on["prefill"], h, prefill)
+        seconds, compute = seconds + added, compute + worked
+        choices.append(f"{sum(q * n for q, _, n in prefill):,} queries in tiles")
+    if decode:
+        added, worked, splits = decode_seconds(on["decode"], h, decode, cached)
+        seconds, compute = seconds + added, compute + worked
+        choices.append(f"{sum(n for *_, n in decode):,} single queries, {splits} context splits")
+    hbm = cache * (1 - cached) + tokens * h.heads * (h.head_dim + h.v_dim) * 2
     pairs = sum(n * scored_pairs(q, k, h.window) for q, k, n in batch)
     flops = 2.0 * h.heads * (h.head_dim + h.v_dim) * pairs
     seconds = max(seconds, lib.launch_s + hbm / chip.hbm_rate)

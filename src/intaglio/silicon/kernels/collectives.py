@@ -115,21 +115,35 @@ class Network:
         On a torus, rings run in both directions and, from nine chips on, in both dimensions, each with an equal part of
         the payload. They are modelled as one ring whose link has the bandwidth of all of them, see links_used().
         """
-        make = {"k44": collectives.bipartite, "switch": collectives.switch, "torus": collectives.ring}[self.kind]
+        make = {
+            "k44": collectives.bipartite,
+            "mesh": collectives.full,
+            "switch": collectives.switch,
+            "torus": collectives.ring,
+            "pcie_tree": collectives.switch,
+        }[self.kind]
         return make(ranks, 1.0, 1.0)
 
 
 def links_used(chip: ChipSpec, op: str, chips: int) -> int:
     """Number of links of a chip that one link of the modelled topology stands for.
 
-    On a switch all of them. On k44 one, since each leads to another chip. On a torus two in each dimension that the
-    group spans; half of that for all_to_all and send, whose routes use both directions of the ring.
+    On a switch all of them. On k44 one, since each leads to another chip. On a mesh those between two chips. On a torus
+    two in each dimension that the group spans; half of that for all_to_all and send, whose routes use both directions
+    of the ring.
     """
+    if chip.links.topology == "mesh":
+        return chip.links.count // (chip.links.max_chips - 1)
     if chip.links.topology == "k44":
         return 1
     if chip.links.topology == "torus":
         return min(chip.links.count, 2 if chips < 9 else 4) // (2 if op in DIRECT else 1)
     return chip.links.count
+
+
+def host_share(chip: ChipSpec, chips: int) -> float:
+    """Fraction of its links' rate that a chip reaches when all of a group send: below 1 only on a pcie_tree."""
+    return min(1.0, chip.links.host_links / chips) if chip.links.topology == "pcie_tree" else 1.0
 
 
 def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
@@ -225,7 +239,7 @@ def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing
     if chips < 2:
         return Timing(0.0)
     lib = target.library
-    bandwidth = links_used(chip, op, chips) * chip.links.bytes_per_s
+    bandwidth = links_used(chip, op, chips) * chip.links.bytes_per_s * host_share(chip, chips)
     best: tuple[float, str, str, Network] | None = None
     for p in lib.protocols:
         if p.max_bytes_per_chip and moved / chips > p.max_bytes_per_chip:
@@ -275,8 +289,8 @@ def switch_speedup(chips: int) -> float:
 
 def group_bytes_per_s(chip: ChipSpec, chips: int) -> float:
     """Bytes/s over all links of a chip that lead to chips of its group."""
-    count = max(1, chips // 2) if chip.links.topology == "k44" else links_used(chip, "all_reduce", chips)
-    return count * chip.links.bytes_per_s
+    peers = {"k44": max(1, chips // 2), "mesh": chips - 1}.get(chip.links.topology, 1)
+    return peers * links_used(chip, "all_reduce", chips) * chip.links.bytes_per_s * host_share(chip, chips)
 
 
 @dataclass(frozen=True)

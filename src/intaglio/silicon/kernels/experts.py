@@ -93,11 +93,15 @@ class ExpertsKernel(ChipKernel):
         return combine(mem, op, parts)
 
 
-def elementwise_seconds(target: Target, moved: float) -> float:
-    """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included."""
+def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
+    """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
+
+    held: bytes of its operands, all of which are in the L2 if they fit; 0: they are `moved`, each being moved once. No
+    core reads what another reads too, so the L2 delivers as much as it does without multicast.
+    """
     chip, library = target.chip, target.library
-    rate = chip.l2_rate if moved < chip.l2_bytes * library.l2_usable else chip.hbm_rate
-    return library.launch_s + moved / rate
+    fits = (held or moved) < chip.l2_bytes * library.l2_usable
+    return library.launch_s + moved / (chip.l2_rate / library.l2_multicast if fits else chip.hbm_rate)
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,13 @@ class TileMenu:
     step_bytes: int
 
 
-def tile_menu(library: KernelLibrary, tokens: int, experts: int, eight_bit: bool) -> TileMenu:
+def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
     """The TileMenu that the library's kernel chooses from, for a step of `tokens` tokens.
 
-    A statically scheduled chip chooses the best of all, and so does a kernel tuned for 8-bit formats. A serving
-    engine's bf16 kernel follows a heuristic: vLLM's get_default_config, of an older version ("by_experts") or of
-    0.17 ("by_tokens").
+    "best": all of the library's tiles, as with a static schedule or a kernel tuned for each size. Others follow a
+    heuristic, vLLM's get_default_config, of an older version ("by_experts") or of 0.17 ("by_tokens").
     """
-    if eight_bit or library.expert_tiles == "best":
+    if library.expert_tiles == "best":
         return TileMenu(library.expert_rows, library.expert_columns, library.burst_bytes)
     if library.expert_tiles == "by_experts":
         return TileMenu((16,), (32,), 128) if tokens <= experts else TileMenu((64,), (64,), 64)
@@ -130,19 +133,23 @@ def grouped_timing(
     """The Timing of one grouped product: counts[e] rows [k] times w[e] [n, k], for every expert e with rows."""
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
     run = max(chip.runs_as(x_format), chip.runs_as(w_format), key=formats.bits)
-    widened = w_format == "e4m3" and lib.fp8_dequant_ops > 0  # FP8 weights are converted to BF16 in software
-    tiles = tile_menu(lib, tokens, len(counts), formats.bits(run) < 16)
+    run = run if lib.experts_native else "bf16"
+    widened = w_format == "e4m3" and run == "bf16"  # FP8 weights are converted to BF16 by the vector lanes
+    tiles = tile_menu(lib, tokens, len(counts))
     counts = counts[counts > 0]
     if not len(counts):
         return Timing(lib.launch_s)
     x_bits, tk = formats.bits(x_format), step_depth(target, formats.bits(run)) * tiles.step_bytes // lib.burst_bytes
     steps = -(-k // tk)
     overfetch: float = lib.half_burst_cost if tiles.step_bytes == lib.burst_bytes // 2 else 1.0
-    overfetch = lib.fp8_overfetch if widened else lib.unaligned_row_cost if k % lib.vector_load_values else overfetch
+    overfetch = lib.unaligned_row_cost if k % lib.vector_load_values else overfetch
     weights = len(counts) * n * k * w_bits / 8 * overfetch
     if widened:  # blocks of 128 by 128 weights share a scale and are read whole
-        run = "bf16"
+        overfetch = lib.fp8_overfetch
         weights *= -(-n // SCALE_BLOCK) * SCALE_BLOCK / n * -(-k // SCALE_BLOCK) * SCALE_BLOCK / k
+    loaded = 0.0
+    if widened and lib.fp8_load_bytes_per_cycle:
+        loaded = weights / (lib.fp8_load_bytes_per_cycle * chip.cores * chip.clock_hz)
     best: tuple[float, Timing] | None = None
     for rows in tiles.rows:
         for columns in tiles.columns:
@@ -164,7 +171,8 @@ def grouped_timing(
             edge = latency_s + float(vector_cycles(chip, rows * columns)) / chip.clock_hz
             total = float(counts.sum())
             hbm = weights + total * (k * x_bits / 8 + n * 2)
-            seconds = max(rounds * steps * period + edge * np.ceil(rounds / per_core), hbm / chip.hbm_rate)
+            computed = rounds * steps * period + edge * np.ceil(rounds / per_core)
+            seconds = max(computed, hbm / chip.hbm_rate, loaded)
             seconds += lib.launch_s + latency_s
             busy = {"MXU": jobs * steps * work / chip.cores, "HBM": hbm / chip.hbm_rate}
             choice = f"blocks of {rows}x{columns} for {len(counts)} experts"
@@ -178,7 +186,7 @@ def grouped_timing(
 @lru_cache(maxsize=4096)
 def experts_timing(
     target: Target, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
-    x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True,
+    x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True, kernel: str = "",
 ) -> Timing:  # fmt: skip
     """The Timing of a layer of routed experts on one rank, which holds experts with `counts` rows each.
 
@@ -186,10 +194,12 @@ def experts_timing(
     only the rank's own. `w_bits`: bits a weight with its scales, 0 for those of `w_format`. `gated`: experts have a
     gate.
     """
+    run = max(x_format, w_format, key=formats.bits)
+    target = target.kernel("experts", run, name=kernel)
     chip, lib, sides = target.chip, target.library, 2 if gated else 1
     w_bits = w_bits or formats.bits(w_format)
     held = np.array(counts)
-    rows = float(held.sum()) if formats.bits(x_format) < 16 else tokens * top_k
+    rows = tokens * top_k if lib.expert_all_rows else float(held.sum())
     score = float(vector_cycles(chip, lib.routing_ops * tokens * n_experts)) / chip.cores / chip.clock_hz
     routing = Timing(lib.routing_launches * lib.launch_s + score, {"VEC": score})
     eight_bit = formats.bits(x_format) < 16
@@ -197,12 +207,13 @@ def experts_timing(
     if eight_bit:  # quantise the inputs: read 2 bytes, write 1
         parts.append(Timing(elementwise_seconds(target, tokens * hidden * 3.0)))
     parts.append(grouped_timing(target, tokens, held, sides * inner, hidden, x_format, w_format, w_bits))
-    parts.append(Timing(elementwise_seconds(target, rows * inner * 2.0 * (sides + 1))))
-    if eight_bit:
+    if not lib.expert_fused_activation:
+        parts.append(Timing(elementwise_seconds(target, rows * inner * 2.0 * (sides + 1))))
+    if eight_bit and not lib.expert_fused_activation:
         parts.append(Timing(elementwise_seconds(target, rows * inner * 3.0)))
     parts.append(grouped_timing(target, tokens, held, hidden, inner, x_format, w_format, w_bits))
     elsewhere = tokens * top_k - float(held.sum())
-    if elsewhere > 0 and not eight_bit:  # rows of experts that other ranks hold are set to zero
+    if elsewhere > 0 and lib.expert_all_rows:  # rows of experts that other ranks hold are set to zero
         parts.append(Timing(elsewhere * (sides * inner + hidden) * 2 / chip.hbm_rate))
     parts.append(Timing(elementwise_seconds(target, rows * hidden * 2.0 + tokens * hidden * 2.0)))
     return sum(parts[1:], parts[0])

@@ -1,0 +1,32 @@
+"""KernelRecord: one kernel of a library, with the fields in which it differs from the library's other kernels.
+
+A library has one value a field, but vendors have several kernels for an op, by format and head width. A record names
+such a kernel, the calls it is chosen for, and its own values of the library's fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+OPS = ("products", "prefill", "decode", "experts", "collectives")  # `attend` has one record for each of its two phases
+WIDEST = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelRecord:
+    """A kernel for one op: when it is chosen, and the library fields that it changes."""
+
+    op: str  # one of OPS
+    kernel: str  # its name, as profilers and measured tables give it
+    why: str  # source of the values, or the reason for them
+    changes: tuple[tuple[str, Any], ...]  # (field of KernelLibrary, value)
+    formats: tuple[str, ...] = ()  # of weights, or of keys and values; empty: every format
+    head_dims: tuple[int, int] = (0, WIDEST)  # least and largest head width
+    default: bool = True  # chosen for calls that fit it; False: only if asked for by name
+
+    def serves(self, op: str, format: str, head_dim: int, kernel: str) -> bool:
+        """True if the record is for this op, format and head width, and is the kernel asked for ("": the default)."""
+        least, most = self.head_dims
+        fits = self.op == op and (not self.formats or format in self.formats) and least <= head_dim <= most
+        return fits and (self.kernel == kernel if kernel else self.default)

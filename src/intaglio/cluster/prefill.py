@@ -1,0 +1,69 @@
+"""Prefill apart from decode: has a prefill replica compute a prompt before the request goes to a decode replica.
+
+The prefill replica saves K/V blocks, while it computes, where all replicas of the cluster load them from. What fails
+here only costs time: the decode replica loads the blocks that are there and computes the rest, with the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from intaglio.cluster.backends import Backends
+from intaglio.cluster.link import LinkLost, Moved
+from intaglio.router import Job
+
+ATTEMPTS = 3  # prefill replicas that are tried
+PREFILLS = ("handed", "empty", "lost", "drained", "refused")  # what comes of an attempt; empty: no block is kept
+
+
+async def prefill(backends: Backends, job: Job, header: Callable[[], dict[str, Any]], raw: bytes) -> tuple[Job, bool]:
+    """Have a prompt computed by a prefill replica, if there is one and enough to compute.
+
+    header: makes the header of the call. raw: the request's body. Returns the job with the tokens that were
+    handed over, and whether it has been placed. Raises Refusal if it is not admitted.
+    """
+    placed = False
+    for _ in range(ATTEMPTS):
+        if not backends.router.wants_prefill(job, backends.clock()):
+            break
+        placement = await backends.place(replace(job, stage="prefill"), placed)
+        placed = True
+        try:
+            found = await _computed(backends, job, placement.replica, header(), raw)
+        except LinkLost:
+            backends.prefills["lost"] += 1
+            continue
+        except Moved:
+            backends.prefills["drained"] += 1
+            continue
+        if found is None:
+            backends.prefills["refused"] += 1
+            break
+        backends.prefills["handed" if found["handed"] else "empty"] += 1
+        return replace(job, prompt_tokens=max(1, found["tokens"]), handed=found["handed"]), placed
+    return job, placed
+
+
+async def _computed(
+    backends: Backends, job: Job, replica: str, header: dict[str, Any], raw: bytes
+) -> dict[str, Any] | None:
+    """The replica's answer: the prompt's tokens, and those handed over. None if it answers with an error.
+
+    Raises LinkLost and Moved.
+    """
+    link = backends.links.get(replica)
+    if link is None:
+        raise LinkLost("the replica has ended")
+    if backends.leaving(replica):
+        raise Moved
+    call = backends.calls[job.id] = link.call(header, raw)
+    try:
+        start, whole = await call.whole()
+    finally:
+        backends.calls.pop(job.id, None)
+        call.close()
+    found: dict[str, Any] | None = json.loads(whole) if start["status"] == 200 else None
+    return found

@@ -1,0 +1,38 @@
+"""Conditions under which a table of kernel latencies was measured, as data: data/benchmarks.toml.
+
+A benchmark repeats one call: its keys and values stay in a large L2, and so do the copies of a small weight. It also
+runs helper kernels that a served step does not. Validation applies the conditions; simulated serving does not.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from intaglio.chips import KernelLibrary
+from intaglio.chips.files import DATA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """How the calls of a generation's tables were repeated, and which kernels ran where the table does not say."""
+
+    weight_copies: int  # of a product's weights, used in turn
+    attention_launches: int  # kernels of one attention call: cache write, preparation, attention
+    warm_cache: bool  # keys and values are in the L2, as far as they fit
+    older_experts: bool  # every expert has a gate, and rows left over by rounding go to the first experts
+    expert_kernels: dict[str, str] = field(default_factory=dict)  # format -> kernel of the library, if not its default
+
+
+@lru_cache
+def table() -> dict[str, Any]:
+    """The file data/benchmarks.toml."""
+    return tomllib.loads((DATA / "benchmarks.toml").read_text(encoding="utf-8"))
+
+
+def conditions(library: KernelLibrary) -> Conditions:
+    """The conditions of tables of chips of this library's generation; those of `default` for an unknown one."""
+    found = table()
+    return Conditions(**{k: v for k, v in (found["default"] | found.get(library.generation, {})).items() if k != "why"})

@@ -1,0 +1,106 @@
+"""Prefix caching of recurrent state: at which block borders it is kept, and from which one a sequence starts.
+
+The K/V blocks before a border can be used only together with the state at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+from intaglio.runtime.kv import BlockPool
+from intaglio.runtime.sequence import Sequence
+from intaglio.runtime.slots import SlotPool
+
+CHECKPOINT_BLOCKS = 32  # blocks between the checkpoints of a long prompt
+
+
+class Checkpoints:
+    """Keeps the state of sequences at block borders as checkpoints in the slots, and finds them again.
+
+    A state exists only at the end of a step, so prompts are cut there. The borders of a prompt are:
+
+    1. every `every` blocks, counted from position 0;
+    2. where another sequence branched off: the end of the K/V blocks found in the prefix cache, if the state there was
+       not kept (Pan et al. 2024, Marconi);
+    3. the last border before the prompt's last token.
+
+    While a sequence decodes, steps are not cut: its state is kept whenever a step ends at a border, in place of the one
+    kept at the border before, unless that is one of the first kind.
+
+    Args:
+        pool: the K/V blocks. Dropping a block from the prefix cache drops the checkpoint at its end.
+        slots: of recurrent state.
+        every: blocks between checkpoints; 0: no state is kept or found.
+    """
+
+    def __init__(self, pool: BlockPool, slots: SlotPool, every: int) -> None:
+        self.pool, self.slots, self.every = pool, slots, every
+        pool.dropped = slots.drop
+
+    @property
+    def on(self) -> bool:
+        """True if states are kept: the model has recurrent state, and `every` is above 0."""
+        return bool(self.slots.total and self.every)
+
+    def usable(self, known: Many[int]) -> int:
+        """How many of the leading blocks `known`, found in the prefix cache, a sequence can start after.
+
+        All of them if the model has no recurrent state, else those up to the deepest border with a checkpoint.
+        """
+        if not self.slots.total:
+            return len(known)
+        deepest = (at for at in range(len(known), 0, -1) if self.pool.name(known[at - 1]) in self.slots.checkpoints)
+        return next(deepest, 0)
+
+    def start(self, sequence: Sequence, found: int) -> None:
+        """Give a sequence its slots: the checkpoint after its cached blocks, and one to write to. Plan its borders.
+
+        Its `computed` and `prefix_name` are set. found: number of leading blocks that the prefix cache had.
+        """
+        size = self.pool.block_size
+        if sequence.prefix_name and self.slots.total:
+            sequence.state_slot = self.slots.checkpoints[sequence.prefix_name]
+            self.slots.share(sequence.state_slot)
+        sequence.next_state_slot = self.slots.allocate()
+        last = (sequence.length - 1) // size
+        sequence.borders = {found * size, last * size} if self.on else set()
+        sequence.prefill_end = sequence.length
+
+    def cut(self, sequence: Sequence, tokens: int) -> int:
+        """How many of the sequence's next `tokens` tokens a step may compute: up to the next border of its prompt."""
+        start, stop = sequence.computed, sequence.computed + tokens
+        if not self.on or start >= sequence.prefill_end:
+            return tokens
+        step = self.every * self.pool.block_size
+        borders = [b for b in sequence.borders if start < b < stop]
+        regular = (start // step + 1) * step
+        if regular < min(stop, sequence.prefill_end):
+            borders.append(regular)
+        return min([*borders, stop]) - start
+
+    def keep(self, sequence: Sequence) -> None:
+        """After a step: keep the sequence's state if it stands at a border."""
+        at, size = sequence.computed, self.pool.block_size
+        name = sequence.prefix_name
+        if (
+            not self.on
+            or at % size
+            or name is None
+            or name not in self.pool.index
+            or at != sequence.indexed_blocks * size
+        ):
+            return
+        regular = at % (self.every * size) == 0
+        decoded = at >= sequence.prefill_end
+        if not (regular or decoded or at in sequence.borders):
+            return
+        if self.slots.keep(sequence.state_slot, name) and decoded and not regular:
+            if sequence.checkpoint:
+                self.supersede(sequence.checkpoint)
+            sequence.checkpoint = name
+
+    def supersede(self, name: str) -> None:
+        """Drop the checkpoint of a border that a later one of the same sequence replaces, if no sequence holds it."""
+        slot = self.slots.checkpoints.get(name)
+        if slot in self.slots.evictable:
+            self.slots.drop(name)

@@ -1,0 +1,68 @@
+"""Facts of kernel libraries in the closed forms: native 8-bit kernels, packing, warm caches, shared PCIe bridges."""
+
+from __future__ import annotations
+
+import pytest
+
+from intaglio.chips import ChipError, target
+from intaglio.silicon.kernels.attend import attend_timing
+from intaglio.silicon.kernels.collectives import collective_timing
+from intaglio.silicon.kernels.experts import experts_timing
+from intaglio.silicon.kernels.kv_write import Heads
+
+B200, H100, L40S = target("b200_sxm"), target("h100_sxm"), target("l40s")
+
+
+@pytest.mark.parametrize("name", ["h100_sxm", "b200_sxm", "l40s"])
+def test_fp8_experts_are_faster_than_bf16_except_by_the_kernel_that_converts_them(name: str) -> None:
+    layer = 512, 8, (32,) * 128, 128, 4096, 1536
+    bf16, fp8 = (experts_timing(target(name), *layer, f, f).seconds for f in ("bf16", "e4m3"))
+    assert fp8 < bf16
+    if name == "h100_sxm":
+        slow = experts_timing(target(name), *layer, "e4m3", "e4m3", kernel="flashinfer_cutlass_per_tensor").seconds
+        assert slow > 1.5 * bf16
+
+
+def test_native_8_bit_attention_is_faster_than_with_conversion() -> None:
+    h = Heads(32, 8, 128, 128, bits=8)
+    for q in (1, 2048):
+        native = attend_timing(B200, h, ((q, 8192, 8),)).seconds
+        converted = attend_timing(B200.with_library(kv_native=False), h, ((q, 8192, 8),)).seconds
+        assert native < converted
+
+
+def test_a_head_width_without_a_kernel_falls_back() -> None:
+    seconds = {d: attend_timing(B200, Heads(32, 8, d, d, bits=8), ((2048, 2048, 8),)).seconds for d in (128, 192)}
+    assert seconds[192] > 4 * seconds[128]
+
+
+def test_a_warm_cache_is_no_slower_and_large_caches_are_not_warm() -> None:
+    h = Heads(32, 8, 128, 128)
+    small, large = ((1, 2048, 4),), ((1, 8192, 64),)
+    assert attend_timing(B200, h, small, warm=True).seconds < attend_timing(B200, h, small).seconds
+    assert attend_timing(B200, h, large, warm=True).seconds == attend_timing(B200, h, large).seconds
+
+
+def test_a_window_keeps_heads_from_being_packed_on_ada() -> None:
+    windowed, packed = Heads(32, 4, 128, 128, window=4096), L40S.with_library(pack_windowed=True)
+    assert (
+        attend_timing(L40S, windowed, ((1, 4096, 64),)).seconds
+        > attend_timing(packed, windowed, ((1, 4096, 64),)).seconds
+    )
+    plain = Heads(32, 4, 128, 128)
+    assert attend_timing(L40S, plain, ((1, 4096, 64),)) == attend_timing(packed, plain, ((1, 4096, 64),))
+
+
+def test_cards_of_a_pcie_tree_share_the_hosts_bridges() -> None:
+    moved = 1 << 28
+    two, four, eight = (collective_timing(L40S, "all_reduce", n, moved).seconds for n in (2, 4, 8))
+    assert four > 2 * two and eight > 1.8 * four
+    with pytest.raises(ChipError, match=r"host_links=0.*; a pcie_tree needs more than 0"):
+        L40S.with_chip(host_links=0.0)
+
+
+def test_all_reduce_in_the_switch_is_a_fact_of_the_library() -> None:
+    faster = B200.with_library(switch_reduce_min_chips=8)
+    assert collective_timing(faster, "all_reduce", 8, 1 << 28).seconds < 0.9 * (
+        collective_timing(B200, "all_reduce", 8, 1 << 28).seconds
+    )

@@ -1,0 +1,121 @@
+"""Replicas of a cluster without processes: a control socket that answers as a test says. Used by tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from intaglio.cluster.backends import Backends
+from intaglio.cluster.cluster import Cluster
+from intaglio.cluster.link import Link
+from intaglio.router import Role, Router
+from intaglio.server.control import pack, read_frame
+
+LOAD = {
+    "running": 0, "waiting": 0, "kv_usage": 0.0, "draining": False, "failed": None, "max_batch_tokens": 512,
+    "max_sequences": 256, "prompt_tokens": 0, "cached_tokens": 0, "output_tokens": 0, "per_step": 0.01,
+    "per_token": 0.001, "incarnation": "life", "tier": {}, "sequence": 0, "snapshot": [],
+}  # fmt: skip
+Answer = Callable[[dict[str, Any], Callable[..., None]], None]
+
+
+class FakedProcess:
+    """Stands for a ReplicaProcess.
+
+    load: makes the answer to a load call. answer: called with the header of a request and a function that sends a frame
+    of the response. before_start: called before each start.
+    """
+
+    load: Callable[[], dict[str, Any]] = staticmethod(lambda: dict(LOAD))
+    answer: Answer = staticmethod(lambda header, send: None)
+    before_start: Callable[[FakedProcess], None] = staticmethod(lambda process: None)
+
+    def __init__(self, name: str, words: list[str], folder: Path) -> None:
+        self.name, self.folder, self.pid, self.starts, self.kills = name, folder, 1, 0, 0
+        self.log = folder / f"{name}.log"
+        self.server: asyncio.Server | None = None
+        self.writers: list[asyncio.StreamWriter] = []
+        self.over = asyncio.Event()
+
+    async def start(self) -> Link:
+        self.starts += 1
+        self.before_start(self)
+        self.over.clear()
+        path = self.folder / f"{self.name}.{self.starts}"
+        self.server = await asyncio.start_unix_server(self._connected, path)
+        return await Link.connect(path)
+
+    async def wait(self) -> int:
+        await self.over.wait()
+        return -9
+
+    async def stop(self) -> None:
+        self.end()
+
+    def kill(self) -> None:
+        self.kills += 1
+        self.end()
+
+    def end(self) -> None:
+        """End as a process does that is killed."""
+        if self.server:
+            self.server.close()
+        for writer in self.writers:
+            writer.transport.abort()
+        self.over.set()
+
+    def trim_log(self) -> None:
+        pass
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.append(writer)
+        try:
+            while True:
+                header, _ = await read_frame(reader)
+                call = header["call"]
+                if header["do"] == "load":
+                    writer.write(pack({"call": call, **self.load()}))
+                elif header["do"] == "request":
+                    self.answer(
+                        header, lambda fields, body=b"", call=call: writer.write(pack({"call": call, **fields}, body))
+                    )
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+
+
+@asynccontextmanager
+async def faked(
+    folder: Path, patch: pytest.MonkeyPatch, replicas: dict[Role, int], **how: Any
+) -> AsyncIterator[Cluster]:
+    """A cluster of FakedProcesses with these attributes, whose load is read every 10 ms."""
+    kind = type("Process", (FakedProcess,), {name: staticmethod(f) for name, f in how.items()})
+    patch.setattr("intaglio.cluster.cluster.ReplicaProcess", kind)
+    patch.setattr("intaglio.cluster.backends.POLL", 0.01)
+    patch.setattr("intaglio.cluster.relayed.POLL", 0.001)
+    cluster = Cluster(Backends(Router()), [], folder)
+    try:
+        await cluster.start(replicas)
+        yield cluster
+    finally:
+        await cluster.stop()
+
+
+async def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+    """Wait until a condition holds."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def run(test: Awaitable[None]) -> None:
+    """Run a test's coroutine."""
+
+    async def whole() -> None:
+        await test
+
+    asyncio.run(whole())
