@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from support.gguf_files import ARCHITECTURES as WRITTEN
@@ -9,7 +11,7 @@ from support.gguf_files import write
 from support.published import logits, typical
 from support.tiny import FAMILIES, MIXTURES, MSCALE, error, tiny, truth
 
-from intaglio.models import Checkpoint
+from intaglio.models import Checkpoint, PortError
 from intaglio.models.files.gguf.architectures import ARCHITECTURES
 
 gguf = pytest.importorskip("gguf")
@@ -110,6 +112,18 @@ def test_a_correction_bias_makes_a_deepseek_v3(tmp_path):
     path = tiny("deepseekv3", tmp_path / "source", **BUILT_IN["deepseekv3"])
     file, _, _ = write(path, tmp_path / "out", leave_out=("expert_gating_func",))
     assert error(logits(file, "reference", tokens=TOKENS), truth(path, TOKENS)) < 2e-4
+
+
+@pytest.mark.parametrize("family", ["afmoe", "glm4moe", "lfm2_moe"])
+def test_another_score_of_experts_is_refused(tmp_path, family):
+    """llama.cpp scores experts as the file says; these ports have a sigmoid."""
+    path = tiny(family, tmp_path / "source", **BUILT_IN.get(family, {}))
+    arch = WRITTEN[json.loads((path / "config.json").read_text())["model_type"]]
+    leave = ("expert_gating_func",)
+    more = {"extra": lambda w: w.add_uint32(f"{arch}.expert_gating_func", 1), "leave_out": leave}
+    file, _, _ = write(path, tmp_path / "out", **more)
+    with pytest.raises(PortError, match="expert_gating_func=1 is not ported; wanted 2"):
+        Checkpoint.open(file)
 
 
 def test_all_architectures_are_written_here():

@@ -357,6 +357,7 @@ def _groups(m: Metadata) -> dict[str, Any]:
 
 def glm4_moe(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for GLM-4.5."""
+    m.fixed("expert_gating_func", SIGMOID)
     return base(m) | partial(m) | experts(m) | _groups(m) | {
         "architectures": ["Glm4MoeForCausalLM"], "use_qk_norm": m.has("self_attn.q_norm.weight"),
     }  # fmt: skip
@@ -377,6 +378,7 @@ def gpt_oss(m: Metadata) -> dict[str, Any]:
 def dots1(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for dots.llm1."""
     whole_heads(m)
+    m.fixed("expert_gating_func", SIGMOID)
     return base(m) | experts(m) | _groups(m) | {"architectures": ["Dots1ForCausalLM"], "sliding_window": None}
 
 
@@ -408,6 +410,7 @@ def olmo(m: Metadata) -> dict[str, Any]:
 
 def minimax_m2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for MiniMax-M2."""
+    m.fixed("expert_gating_func", SIGMOID)
     c = base(m) | partial(m) | experts(m)
     return c | {"architectures": ["MiniMaxM2ForCausalLM"], "intermediate_size": c["moe_intermediate_size"]}
 
@@ -427,6 +430,7 @@ def hunyuan_moe(m: Metadata) -> dict[str, Any]:
 def afmoe(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for AFMoE. llama.cpp multiplies embeddings by sqrt(hidden) always."""
     whole_heads(m)
+    m.fixed("expert_gating_func", SIGMOID)
     return base(m) | experts(m) | {
         "architectures": ["AfmoeForCausalLM"], "sliding_window": m.whole("attention.sliding_window"),
         "layer_types": m.sliding(4), "num_dense_layers": m.whole("leading_dense_block_count", 0),
@@ -450,6 +454,7 @@ def lfm2(m: Metadata) -> dict[str, Any]:
 
 def lfm2_moe(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for LFM2 with experts."""
+    m.fixed("expert_gating_func", SIGMOID)
     dense = m.whole("leading_dense_block_count", 0)
     return lfm2(m) | experts(m) | {
         "architectures": ["Lfm2MoeForCausalLM"], "num_dense_layers": dense, "norm_topk_prob": True,

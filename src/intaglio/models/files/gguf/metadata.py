@@ -64,6 +64,13 @@ class Metadata:
             raise CheckpointError(f"{self.file.path} lacks {self.file.architecture}.{key}; the file is incomplete")
         return value
 
+    def fixed(self, key: str, wanted: int) -> None:
+        """Raise PortError if the key is present with another value than the one that the port computes."""
+        if self.get(key, wanted) != wanted:
+            raise PortError(
+                f"{self.file.path}: {self.file.architecture}.{key}={self.get(key)!r} is not ported; wanted {wanted}"
+            )
+
     def refuse(self, key: str, why: str) -> None:
         """Raise PortError if the key is present and not 0, False or []."""
         if self.get(key) not in (None, 0, False, []):
