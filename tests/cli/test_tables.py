@@ -39,6 +39,9 @@ LINES = {
     "simulate": (
         "{folder} --input 9 --output 5 --what-helps", "{folder} --layout tp2,pp2 --input 9 --output 5",
         "llama-3-8b --input 700 --output 100 --set chip.clock_hz=1e6",
+        "{folder} --chip sohu,h100_sxm --layout tp1,dp2tp2 --input 9 --output 5 --concurrency 4,1024 --ttft 1",
+        "{folder} --chip h100_sxm --prefill tp1,2xtp1 --decode tp2,tp1 --input 9 --output 5 --concurrency 4",
+        "{folder} --chip h100_sxm --layout tp1,dp2tp1 --input 9 --output 5 --find --max-batch-tokens 64 --ttft 3",
     ),
     "simulate-serving": (
         "{folder} --chip sohu,h100_sxm --input 9 --output 5 --requests 4",
@@ -48,6 +51,8 @@ LINES = {
     "libraries": ("", *LIBRARIES),
     "isa": ("",),
     "validate": ("{tables}",),
+    "calibrate": (),  # writes files; tests/silicon/test_calibrate.py runs it
+    "validate-serving": ("{servers}",),
     "agent": (),  # nothing is printed; tests/devices/test_hosts.py runs these two
     "launch": (),
     "cluster up": (),  # these need a cluster that runs; tests/cluster has one
@@ -56,6 +61,11 @@ LINES = {
     "cluster scale": (),
     "cluster down": (),
 }  # fmt: skip
+SERVERS = """\
+backend,model_path,system,mode,isl,osl,gemm_quant_mode,moe_quant_mode,tp_size,silicon_ttft_ms,silicon_tpot_ms,concurrency
+vllm,meta-llama/Llama-3.1-8B-Instruct,h100_sxm,agg,128,8,,,1,50,8,2
+sglang,zai/Unknown,h100_sxm,agg,128,8,fp8,fp8,1,50,8,2
+"""
 CASES = [(command, line) for command, lines in LINES.items() for line in lines]
 QUICK = {"chips", "libraries", "isa", "models"}
 UNWRAPPED = {"disasm", "generate", "chat"}  # the text of a Program parses back; that of a model is its own
@@ -77,7 +87,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (at / "measured").mkdir()
     rows = "m,n,k,dtype,us,split\n" + "".join(f"{m},4096,4096,bfloat16,{m},fit\n" for m in (64, 4096))
     (at / "measured" / "h100_sxm_matmul.csv").write_text(rows)
-    return {"folder": folder, "journal": at / "journal", "tables": at / "measured"}
+    (at / "servers.csv").write_text(SERVERS)
+    places = {"folder": folder, "journal": at / "journal", "tables": at / "measured"}
+    return {**places, "servers": at / "servers.csv"}
 
 
 def run(places: dict[str, Path], command: str, line: str, terminal: bool) -> Result:

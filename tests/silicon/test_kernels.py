@@ -16,6 +16,7 @@ from intaglio.formats import Quantised
 from intaglio.ops import (
     REGISTRY,
     Attend,
+    ChooseKeys,
     Embed,
     Experts,
     HeadLinear,
@@ -317,3 +318,14 @@ def test_unsupported_formats_and_column_orders_are_refused() -> None:
     tensors = {n: Tensor(n, (4, 8, 8), "f32", "weight") for n in experts.inputs}
     assert "e: chip kernels do not permute columns of experts" in str(unsupported_reason(experts, tensors))
     assert unsupported_reason(replace(experts, order=None), tensors) is None
+
+
+def test_indexers_and_chosen_positions_are_refused() -> None:
+    op = Attend(site="a", q="q", k_cache="k", v_cache="v", chosen="c", out="y", heads=2, scale=1.0)
+    cache = {n: Tensor(n, ("P", "B", 2, 3), "f32", "state") for n in "kv"}
+    tensors = cache | {"q": Tensor("q", ("T", 6), "f32", "temp"), "c": Tensor("c", ("T", 2), "i32", "temp")}
+    assert "a: chip kernels do not attend to chosen positions" in str(unsupported_reason(op, tensors))
+    assert unsupported_reason(replace(op, chosen=None), tensors) is None
+    index = ChooseKeys(site="i", q="q", weights="w", cache="k", chosen="c", heads=3, top=2)
+    why = "op choose_keys at i: ChooseKeysKernel does not define streams()"
+    assert why in str(unsupported_reason(index, {**tensors, "w": Tensor("w", ("T", 3), "f32", "temp")}))

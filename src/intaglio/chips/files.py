@@ -32,6 +32,7 @@ def read_chip(path: Path) -> tuple[ChipSpec, str]:
     sheet, library = table.pop("sheet_flops", {}), table.pop("library", None)
     if not isinstance(library, str):
         raise ChipError(f"{path}: library={library!r}; give the name of the chip's default kernel library")
+    library = str(path.parent / library) if library.endswith(".toml") else library
     for name, kind in PARTS.items():
         if isinstance(table.get(name), dict):
             table[name] = built(path, kind, table[name], f"{name}.")

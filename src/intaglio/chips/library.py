@@ -96,6 +96,7 @@ class KernelLibrary:
     # Collectives
     barrier_s: float  # start-up of a collective: a barrier among all its chips
     link_latency_s: float  # latency of one step of a collective: signal, wait, and copy of zero bytes
+    link_efficiency: float = 1.0  # fraction of the links' bandwidth that long transfers reach
     protocols: tuple[Protocol, ...]
     algorithms: str = "ring"  # ring: rings, and direct all_to_all; all: the fastest schedule that fits the chips
     through_hbm: bool = True  # each step copies through HBM, not overlapped with the links
@@ -131,7 +132,7 @@ def check(library: KernelLibrary) -> None:
         if bad:
             raise ChipError(f"library {library.name!r}: {why}")
 
-    for name in ("mxu_efficiency", "grouped_mxu_efficiency", "l2_usable"):
+    for name in ("mxu_efficiency", "grouped_mxu_efficiency", "l2_usable", "link_efficiency"):
         value = getattr(library, name)
         refuse(not 0 < value <= 1, f"{name}={value}; it must be above 0 and at most 1")
     refuse(not library.tiles, "tiles is empty; give at least one (rows, columns)")

@@ -10,6 +10,7 @@ from intaglio import __version__
 from intaglio.cli import (
     bench,
     bench_serve,
+    calibrate,
     cluster,
     debugging,
     demo,
@@ -19,6 +20,7 @@ from intaglio.cli import (
     serve,
     silicon,
     simulate_serving,
+    validate_serving,
 )
 from intaglio.cli.group import Bench, Group
 from intaglio.plugins import load_plugins
@@ -28,7 +30,7 @@ benches = typer.Typer(cls=Bench, help="Measure a model's prefill and decode, or 
 
 
 def show_version(value: bool) -> None:
-    """Callback of --version: if the option is given, print the version and exit. Returns nothing."""
+    """Callback of --version: prints the version and exits."""
     if value:
         print(f"intaglio {__version__}")
         raise typer.Exit
@@ -61,9 +63,11 @@ for command in (
     silicon.libraries,
     silicon.isa,
     silicon.validate,
+    calibrate.calibrate,
 ):
     app.command()(command)
 app.command("simulate-serving")(simulate_serving.simulate_serving)
+app.command("validate-serving")(validate_serving.validate_serving)
 app.command(context_settings={"allow_interspersed_args": False, "allow_extra_args": True})(hosts.launch)
 benches.command("model")(bench.bench)
 benches.command("serve")(bench_serve.bench_serve)

@@ -24,9 +24,11 @@ from intaglio.chips import (
 )
 from intaglio.chips.kernel_record import WIDEST, KernelRecord
 from intaglio.cli import options as o
+from intaglio.cli.apart import apart_table
 from intaglio.cli.fields import described, quantity
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import facts, out, say, table
+from intaglio.cli.steady import steady_table
 from intaglio.program import Program
 
 if TYPE_CHECKING:
@@ -46,7 +48,10 @@ LibraryName = Annotated[
 SimulatedModel = Annotated[str, typer.Argument(help="Checkpoint folder, config.json, or a card such as llama-3-70b.")]
 InputTokens = Annotated[int, typer.Option(min=1, help="Prompt tokens of a request.")]
 OutputTokens = Annotated[int, typer.Option(min=1, help="New tokens of a request.")]
-Activations = Annotated[str, typer.Option(help="auto, or fp8: FP8 rows before FP8 weights.")]
+Activations = Annotated[
+    str,
+    typer.Option(help="auto; fp8: FP8 rows before FP8 weights; with --concurrency or --find also weights: as these."),
+]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", help="Change a field: chip.FIELD=value or library.FIELD=value.")
 ]
@@ -65,6 +70,14 @@ def changed(on: Target, changes: list[str] | None) -> Target:
             raise ValueError(f"--set {change!r}; wanted field=value, such as chip.hbm_bytes_per_s=8e12")
         values[field] = on.parse(field, text)
     return on.changed(values)
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """The whole numbers of a text such as 16,64. Raises ValueError, naming the option, for others and those below 1."""
+    found = text.split(",")
+    if not all(n.strip().isdecimal() and int(n) for n in found):
+        raise ValueError(f"{option} {text!r}; wanted whole numbers of 1 or more, such as 64 or 16,64")
+    return [int(n) for n in found]
 
 
 def modelled(program: Program, chip_name: str = "sohu") -> str:
@@ -122,13 +135,39 @@ def by_layout(found: Sequence[LayoutResult]) -> None:
 
 def simulate(
     model: SimulatedModel,
-    chip_name: ChipName = "sohu",
+    chip_name: Annotated[
+        str,
+        typer.Option("--chip", help="A name (see intaglio chips) or NAME.toml; with --concurrency or --find several."),
+    ] = "sohu",
     library_name: LibraryName = None,
     chips: Annotated[int, typer.Option(min=1, help="Chips; with --layout they must be as many as its ranks.")] = 1,
     layout: Annotated[
         str | None,
         typer.Option(help="Such as tp4pp2; several with commas are compared. Default: tensor parallel over all chips."),
     ] = None,
+    concurrency: Annotated[
+        str | None, typer.Option(help="Requests open at once, such as 64 or 16,64,256: the steady state of a server.")
+    ] = None,
+    find: Annotated[bool, typer.Option("--find", help="Search for the load and chunk size that serve best.")] = False,
+    prefill: Annotated[
+        str | None, typer.Option(help="Layouts of servers that only compute prompts, with --decode and --concurrency.")
+    ] = None,
+    decode: Annotated[
+        str | None, typer.Option(help="Layouts of servers that only decode, one for each of --prefill.")
+    ] = None,
+    experts_format: Annotated[
+        str,
+        typer.Option(help="Format of routed experts, such as nvfp4, with --concurrency or --find. Default: --weights."),
+    ] = "",
+    by: Annotated[str, typer.Option(help="What --find maximises: tokens/s a watt or a chip.")] = "watt",
+    ttft: Annotated[float | None, typer.Option(help="Limit of the time to the first token, in ms.")] = None,
+    tpot: Annotated[float | None, typer.Option(help="Limit of the time per token after it, in ms.")] = None,
+    max_batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a step; longer prompts are cut. Default: 2048; --find tries some."),
+    ] = None,
+    memory_share: Annotated[float, typer.Option(help="Of a chip's HBM that may be filled.")] = 0.9,
+    step_overhead: Annotated[float, typer.Option(help="Microseconds of the host before each step.")] = 0.0,
     input: InputTokens = 2048,
     output: OutputTokens = 128,
     batch: Annotated[int, typer.Option(min=1, help="Requests that start in every step.")] = 1,
@@ -148,6 +187,37 @@ def simulate(
     from intaglio.compiler import Layout
     from intaglio.silicon.timeline import chrome_trace
 
+    if concurrency or find:
+        if trace or helps or batch != 1:
+            raise ValueError("--concurrency and --find take neither --batch, --trace nor --what-helps")
+        from intaglio.codesign.queue import QueueSettings
+        from intaglio.codesign.serving import EngineSettings, Limits
+        from intaglio.codesign.steady import Question
+        from intaglio.codesign.steps import Formats
+
+        none, engine = float("inf"), EngineSettings(memory_share=memory_share, step_overhead_s=step_overhead / 1e6)
+        limits = Limits(none if ttft is None else ttft / 1e3, none if tpot is None else tpot / 1e3)
+        how = Formats(weights, kv_format, activations, experts_format)
+        added = QueueSettings(0, step_s=engine.step_overhead_s)
+        asked = Question(ported(model, None), how, input, output, limits, memory_share, settings=added)
+        targets = [changed(target(name, library_name), set_field) for name in chip_name.split(",")]
+        layouts = layout.split(",") if layout else [f"tp{chips}"]
+        apart = prefill or decode
+        if apart and not (prefill and decode and concurrency and not find and not layout and len(targets) == 1):
+            raise ValueError("--prefill goes with --decode, --concurrency and one chip, without --layout and --find")
+        counts = whole_numbers("--concurrency", concurrency) if concurrency else []
+        if prefill and decode:
+            apart_table(
+                asked, targets[0], prefill.split(","), decode.split(","), counts, max_batch_tokens or 8192, as_json
+            )
+            return
+        steady_table(asked, targets, layouts, counts, max_batch_tokens, find, by, as_json)
+        return
+    if ttft or tpot or max_batch_tokens or prefill or decode or experts_format or "," in chip_name:
+        raise ValueError(
+            "limits, --max-batch-tokens, --prefill, --decode, --experts-format and several chips go with --concurrency "
+            "or --find"
+        )
     layout, serving = layout or f"tp{chips}", Serving(input, output, batch)
     on = changed(target(chip_name, library_name), set_field)
     many = {Layout.parse(each).ranks for each in layout.split(",")}

@@ -239,7 +239,7 @@ def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing
     if chips < 2:
         return Timing(0.0)
     lib = target.library
-    bandwidth = links_used(chip, op, chips) * chip.links.bytes_per_s * host_share(chip, chips)
+    bandwidth = links_used(chip, op, chips) * chip.links.bytes_per_s * host_share(chip, chips) * lib.link_efficiency
     best: tuple[float, str, str, Network] | None = None
     for p in lib.protocols:
         if p.max_bytes_per_chip and moved / chips > p.max_bytes_per_chip:

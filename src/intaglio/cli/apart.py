@@ -1,0 +1,89 @@
+"""Tables of `intaglio simulate` for prefill and decode on servers of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from intaglio.chips import Target
+from intaglio.cli.progress import progress_bar
+from intaglio.cli.show import out, say, table
+
+if TYPE_CHECKING:
+    from intaglio.codesign.disaggregated import ApartResult
+    from intaglio.codesign.steady import Question
+
+HEADERS = (
+    "prefill", "decode", "open", "TTFT\nms", "TPOT\nms", "a user\ntok/s", "a chip\ntok/s", "tok/J", "W/\nchip",
+    "busy\nP/D",
+)  # fmt: skip
+WIDTH = 40  # characters of the longest bar
+
+
+def apart_table(
+    question: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], concurrency: Sequence[int],
+    budget: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Print latencies and rates of each pair of prefill and decode layouts at each concurrency, and a bar for each.
+
+    budget: tokens of a prefill step of one copy. Raises ValueError if the lists are not of one length.
+    """
+    from intaglio.codesign.disaggregated import Apart, serve_apart
+    from intaglio.codesign.placement import Placement
+    from intaglio.codesign.queue import QueueSettings
+    from intaglio.codesign.steps import Server, StepTimes
+    from intaglio.measure.workload import LoadRequest
+
+    if len(prefill) != len(decode):
+        raise ValueError(f"{len(prefill)} layouts of --prefill and {len(decode)} of --decode; give as many of each")
+    q = question
+    found: list[tuple[str, str, ApartResult]] = []
+    with progress_bar(f"compiling {q.program.name}") as progress:
+        kinds = {
+            text: StepTimes(Server.of(q.program, Placement.parse(text), q.formats), on)
+            for text in dict.fromkeys((*prefill, *decode))
+        }
+        for first, second in zip(prefill, decode, strict=True):
+            a, b = kinds[first], kinds[second]
+            sizes = (
+                QueueSettings(a.server.kv_tokens(on, q.memory_share, budget, 256), budget, 256 * a.copies),
+                QueueSettings(b.server.kv_tokens(on, q.memory_share, 1024, 1024), budget, 1024 * b.copies),
+            )
+            for n in concurrency:
+                progress(len(found), len(prefill) * len(concurrency), f"{first} {second}: {n} requests open")
+                done = serve_apart(Apart(a, b, *sizes), LoadRequest(0.0, q.input, q.output), n)
+                found.append((first, second, done))
+    if as_json:
+        facts = {"model": q.program.name, "chip": on.chip.name, "library": on.library.name, "clock": "modelled"}
+        rows = [{"prefill": first, "decode": second, **r.as_dict()} for first, second, r in found]
+        print(json.dumps({**facts, "results": rows}, indent=2))
+        return
+    say(f"{q.program.name} on {on.chip.name}: requests of {q.input:,} + {q.output:,} tokens, prefill and decode apart")
+    out.print(table(HEADERS, [cells(first, second, r) for first, second, r in found], words=2))
+    most = max(r.tokens_per_s / r.chips for *_, r in found)
+    for *_, r in found:
+        rate = r.tokens_per_s / r.chips
+        say(f"{'#' * max(1, round(WIDTH * rate / most)):<{WIDTH}} {rate:,.0f} tok/s a chip, {1 / r.tpot:,.0f} a user")
+    within = [x for x in found if x[2].ttft <= q.limits.ttft and x[2].tpot <= q.limits.tpot]
+    if within:
+        first, second, r = max(within, key=lambda x: x[2].tokens_per_s / x[2].chips)
+        say(
+            f"Most output per chip within the limits: {first} and {second} with {r.concurrency:,} open, {r.chips} chips"
+        )
+    else:
+        say("No row keeps the limits: allow longer latencies, other layouts, or fewer open requests.")
+    say(
+        f"Assumed: {on.library.name} kernels, launch {on.library.launch_s * 1e6:.2g} us; K/V travels over a chip's "
+        f"links at {on.chip.links.chip_bytes_per_s / 1e9:,.0f} GB/s; even routing of experts; no time of the host. All "
+        "times and watts are modelled; TTFT and TPOT are means, and TTFT ends when the decode server has the K/V."
+    )
+
+
+def cells(first: str, second: str, r: ApartResult) -> tuple[str, ...]:
+    """A row of the table with HEADERS."""
+    return (
+        first, second, f"{r.concurrency:,}", f"{r.ttft * 1e3:,.0f}", f"{r.tpot * 1e3:,.1f}", f"{1 / r.tpot:,.0f}",
+        f"{r.tokens_per_s / r.chips:,.0f}", f"{r.tokens_per_s / r.watts:,.2f}", f"{r.watts / r.chips:,.0f}",
+        f"{r.prefill_busy:.0%}/{r.decode_busy:.0%}",
+    )  # fmt: skip

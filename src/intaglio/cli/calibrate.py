@@ -1,0 +1,77 @@
+"""`intaglio calibrate`: fit a chip's few constants, and facts of its kernel library, to measured kernel times."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intaglio.chips import ChipError, target
+from intaglio.cli import options as o
+from intaglio.cli.progress import progress_bar
+from intaglio.cli.show import out, say, table
+from intaglio.cli.silicon import LibraryName
+
+
+def calibrate(
+    tables: Annotated[list[Path], typer.Argument(help="CSV files with the columns of intaglio validate's tables.")],
+    chip_name: Annotated[str, typer.Option("--chip", help="Where the fit starts: a name or a file, NAME.toml.")],
+    library_name: LibraryName = None,
+    points: Annotated[int, typer.Option(min=0, help="Rows of each table and format to fit to; 0: all.")] = 24,
+    folds: Annotated[int, typer.Option(min=2, help="Parts for the cross-validation.")] = 4,
+    min_us: Annotated[float, typer.Option(help="Only rows that took at least so many microseconds.")] = 20.0,
+    name: Annotated[str | None, typer.Option(help="Name of the files to write. Default: CHIP_calibrated.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder to write them to.")] = Path(),
+    seed: Annotated[int, typer.Option(help="Of the draw of the parts.")] = 0,
+    as_json: o.Json = False,
+) -> None:
+    """Fit a chip and its kernel library to a few measured kernel times; write files for --chip and --library."""
+    from intaglio.codesign.calibrate import by_table, samples
+    from intaglio.codesign.calibrate import calibrate as run
+    from intaglio.codesign.written import write
+
+    rows = {}
+    for path in tables:
+        with path.open(newline="") as f:
+            rows[str(path)] = list(csv.DictReader(f))
+    data = samples(by_table(rows), min_us)
+    if not data:
+        raise ValueError(f"no row took {min_us:g} us or more; give --min-us")
+    base, library_base = Path(chip_name).stem, Path(library_name or target(chip_name).library.name).stem
+    if chip_name.endswith(".toml") and Path(chip_name).parent.resolve() != output.resolve():
+        raise ChipError(f"the new files name {chip_name} as their base; write them beside it, with --output")
+    start, name = target(chip_name, library_name), name or f"{base}_calibrated"
+    with progress_bar("calibrating") as progress:
+        found = run(start, data, points, folds, seed, progress)
+    why = f"found by intaglio calibrate from {sum(f.rows for f in found.crossed)} measured rows"
+    written = write(output, name, found.on, start, base, library_base, why)
+    if as_json:
+        kept = {k: v for k, v in vars(found).items() if k not in ("on", "crossed", "rest")}
+        errors = {k: [asdict(f) for f in getattr(found, k)] for k in ("crossed", "rest")}
+        print(json.dumps({**kept, **errors, "files": [str(p) for p in written]}, indent=2))
+        return
+    out.print(
+        table(("constant", "before", "fitted"), [(n, f"{a:.4g}", f"{b:.4g}") for n, (a, b) in found.constants.items()])
+    )
+    say(f"kept of the fit, since it predicts rows that were left out best: {found.kept}")
+    for fact, value in found.facts.items():
+        say(f"fact: {fact}: {value}")
+    for title, fits in (("cross-validated", found.crossed), ("rows not used", found.rest)):
+        shown = [
+            (f.table, f.dtype, f"{f.rows:,}", *(f"{v:.1f}%" for v in (f.before, f.median)),
+             f"{f.low:.1f}-{f.high:.1f}%", f"{f.mean:.1f}%")
+            for f in fits
+        ]  # fmt: skip
+        if shown:
+            headers = ("table", "format", "rows", "median\nbefore", "median\nafter", "95 %\ninterval", "mean\nafter")
+            say(f"errors, {title}:")
+            out.print(table(headers, shown, words=2))
+    if found.wanted:
+        say("measure next, since the fits of the parts disagree most on them:")
+        for of, row, spread in found.wanted:
+            say(f"{of} {row}: {spread:.1f}%")
+    say(f"wrote {written[0]} and {written[1]}; use them with --chip {written[0]}")

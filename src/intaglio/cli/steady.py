@@ -1,0 +1,104 @@
+"""Tables of `intaglio simulate` for a constant number of open requests: latencies, rates, power, memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from intaglio.chips import Target
+from intaglio.cli.progress import progress_bar
+from intaglio.cli.show import out, say, table
+
+if TYPE_CHECKING:
+    from intaglio.codesign.steady import Design, Question
+
+HEADERS = (
+    "chip", "layout", "open", "TTFT\nms", "TPOT\nms", "a user\ntok/s", "a chip\ntok/s", "all\ntok/s", "tok/J",
+    "W/\nchip", "W+KV\nGB",
+)  # fmt: skip
+BY = ("watt", "chip")
+
+
+def steady_table(
+    question: Question, targets: Sequence[Target], layouts: Sequence[str], concurrency: Sequence[int],
+    budget: int | None, find: bool, by: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Print the designs of every chip and layout: at each concurrency, or with `find` the best that keeps the limits.
+
+    budget: tokens of a step; None: 2048, and with `find` several. Raises ValueError if no design is possible.
+    """
+    from intaglio.codesign import steady
+
+    if by not in BY:
+        raise ValueError(f"--by {by}; use one of {', '.join(BY)}")
+    designs: list[Design] = []
+    with progress_bar(f"compiling {question.program.name}") as progress:
+        asked, refused = steady.candidates(question, targets, layouts, progress)
+        if find:
+            designs = steady.find(asked, (budget,) if budget else steady.BUDGETS, by, progress=progress)
+        else:
+            for i, one in enumerate(asked):
+                progress(i, len(asked), f"{one.on.chip.name} {one.server.placement}: timing steps")
+                for n in concurrency:
+                    of_one = -(-n // one.server.placement.replicas)
+                    try:
+                        designs.append(one.estimated(of_one, budget or 2048))
+                    except ValueError as e:
+                        refused.append((one.on.chip.name, str(one.server.placement), str(e)))
+    if as_json:
+        left_out = [{"chip": chip, "layout": layout, "reason": why} for chip, layout, why in refused]
+        facts = {"model": question.program.name, "clock": "modelled", "refused": left_out}
+        print(json.dumps({**facts, "designs": [d.as_dict() for d in designs]}, indent=2, allow_nan=False))
+        return
+    what = f"{question.program.name}: requests of {question.input:,} + {question.output:,} tokens"
+    limits = [
+        f"{name} up to {value * 1e3:,.4g} ms"
+        for name, value in (("TTFT", question.limits.ttft), ("TPOT", question.limits.tpot))
+        if value < float("inf")
+    ]
+    say(f"{what}; {' and '.join(limits) or 'no limits'}")
+    if designs:
+        out.print(table(HEADERS, [cells(d) for d in designs], words=2))
+    for chip, layout, why in refused:
+        say(f"{chip} {layout} is left out: {why}")
+    if find:
+        conclude(question, designs, by)
+    for on in targets:
+        assumed = f"{on.library.name} kernels, launch {on.library.launch_s * 1e6:.2g} us"
+        has = f"{on.chip.hbm_bytes / 1e9:,.0f} GB, TDP {on.chip.tdp_w:,.0f} W"
+        say(f"{on.chip.name}: {assumed}, {has}; {on.chip.description}")
+    added = question.settings
+    say(
+        f"Assumed: {added.step_s * 1e6:,.3g} us of the host a step, {added.sequence_s * 1e6:,.3g} us more a sequence, "
+        f"{added.request_s * 1e3:,.3g} ms a request; {question.memory_share:.0%} of HBM; even routing of experts. "
+        "All times and watts are modelled; TTFT and TPOT are means."
+    )
+    if not find:
+        say("Figures are a closed form of the steady state; *: beyond a limit. simulate-serving runs the queue.")
+
+
+def conclude(question: Question, designs: Sequence[Design], by: str) -> None:
+    """Print which design the search recommends, or that none keeps the limits."""
+    kept = [d for d in designs if d.within]
+    if not kept:
+        say("No design keeps the limits: allow longer latencies, more chips, or fewer bits.")
+        return
+    best = kept[0]
+    figure = f"{best.per_watt:,.3g} tokens/s per W" if by == "watt" else f"{best.per_chip:,.0f} tokens/s per chip"
+    say(
+        f"Recommended: {best.placement.chips} x {best.chip}, {best.placement}, {best.concurrency:,} requests open, "
+        f"{best.max_batch_tokens:,} tokens a step: {figure}, TTFT {best.ttft * 1e3:,.0f} ms, "
+        f"TPOT {best.tpot * 1e3:,.1f} ms"
+    )
+    say("Rows marked q were confirmed by the queue in virtual time; the others are estimates; *: beyond a limit.")
+
+
+def cells(d: Design) -> tuple[str, ...]:
+    """A row of the table with HEADERS."""
+    mark = ("q" if d.confirmed else "") + ("" if d.within else "*")
+    return (
+        d.chip, str(d.placement), f"{d.concurrency:,}{mark}", f"{d.ttft * 1e3:,.0f}", f"{d.tpot * 1e3:,.1f}",
+        f"{d.per_user:,.0f}", f"{d.per_chip:,.0f}", f"{d.tokens_per_s:,.0f}", f"{d.per_watt:,.2f}",
+        f"{d.watts / d.placement.chips:,.0f}", f"{d.weight_bytes / 1e9:,.0f}+{d.kv_bytes / 1e9:,.0f}",
+    )  # fmt: skip

@@ -1,0 +1,437 @@
+"""Fits constants and facts of a chip and its kernel library to a small table of measured kernel latencies.
+
+Few parameters are fitted: of the chip the latency of HBM and the efficiencies of HBM and L2; launch overhead; one
+efficiency for each family of kernels; start, step and reached bandwidth of collectives. Facts of the library (tiles,
+native 8-bit kernels, fusions) are chosen among the alternatives of FACTS by likelihood. Errors are those of rows that
+were left out of the fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, log
+from typing import Any
+
+import numpy as np
+
+from intaglio.chips import LIBRARIES, ChipError, Target
+from intaglio.chips.kernel_record import WIDEST, KernelRecord
+from intaglio.codesign.validate import Row, dtype_of, measured, predict
+from intaglio.progress import Progress, silent
+
+# table -> the family of kernels whose own parameters and facts it shows
+FAMILY = {
+    "matmul": "products", "attention_prefill": "prefill", "attention_decode": "decode", "experts": "experts",
+    "collectives": "collectives",
+}  # fmt: skip
+CONSTANTS: dict[str, tuple[str, ...]] = {  # family ("": every family) -> constants
+    "": ("chip.hbm_efficiency", "chip.l2_efficiency", "library.launch_s", "chip.hbm_latency_s"),
+    "products": ("library.mxu_efficiency",),
+    "prefill": ("prefill.mxu_efficiency",),
+    "decode": ("decode.mxu_efficiency",),
+    "experts": ("library.grouped_mxu_efficiency",),
+    "collectives": ("library.barrier_s", "library.link_efficiency", "library.link_latency_s", "chip.host_links"),
+}
+FACTS: dict[str, dict[str, tuple[Any, ...]]] = {  # family -> field of its records -> alternatives
+    "products": {"matmul_stages": (4, 8)},
+    "prefill": {
+        "kv_native": (False, True), "pack_gqa": (False, True), "query_tiles": ((64,), (64, 128), (128, 256), (256,)),
+        "key_tile": (64, 128), "softmax_overlap": (0.0, 0.5, 0.7),
+    },
+    "decode": {
+        "kv_native": (False, True), "split_mha": (False, True), "merge_launch": (False, True),
+        "pack_windowed": (False, True), "key_tile": (64, 128), "half_burst_cost": (1.0, 1.3),
+    },
+    "experts": {
+        "experts_native": (False, True), "expert_tiles": ("best", "by_experts", "by_tokens"),
+        "expert_fused_activation": (False, True), "expert_all_rows": (False, True), "routing_launches": (1, 3),
+    },
+    "collectives": {"switch_reduce_min_chips": (8, 16)},
+}  # fmt: skip
+WHY = "found by intaglio calibrate"
+ANY_WIDTH = (0, WIDEST)
+# Fitted after all others: they act on the same rows as a family's efficiency, and on fewer
+LATER = {"chip.l2_efficiency": 1, "library.launch_s": 2, "chip.hbm_latency_s": 3}
+PRODUCTS_WEIGHT = 4.0  # of their samples, in the choice of constants of every family
+PRIOR_WIDTH = 0.2  # standard deviation of the logarithm of a constant about the value of the chip that it starts from
+FACT_GAIN = 5.0  # log-likelihood that another fact must gain, since it adds a parameter
+LEAST_SPREAD = 0.01  # of a table's errors; a better fit than that is within the noise of measurements
+STEPS = (0.3, 0.12, 0.05)  # relative steps of the search, one for each round
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Measured rows of one table and number format, with their microseconds."""
+
+    table: str
+    dtype: str
+    rows: tuple[Row, ...]
+    us: np.ndarray
+
+    def part(self, index: np.ndarray) -> Sample:
+        """The sample of the rows numbered in `index`."""
+        return Sample(self.table, self.dtype, tuple(self.rows[i] for i in index), self.us[index])
+
+    def errors(self, on: Target) -> np.ndarray:
+        """log(predicted / measured) of each row."""
+        return np.log(predict(on, self.table, self.rows) / self.us)
+
+
+def samples(tables: Mapping[str, Sequence[Row]], min_us: float) -> list[Sample]:
+    """A Sample of each table and number format, with its rows of at least `min_us` microseconds.
+
+    Of collectives every row counts, since their start-up is what small ones measure.
+    """
+    out = []
+    for table, rows in tables.items():
+        for dtype in sorted({dtype_of(r) for r in rows}):
+            least = 0.0 if table == "collectives" else min_us
+            mine = [r for r in rows if dtype_of(r) == dtype and float(r["us"]) >= least]
+            if mine:
+                out.append(Sample(table, dtype, tuple(mine), measured(mine)))
+    return out
+
+
+def chosen(sample: Sample, points: int) -> np.ndarray:
+    """Indices of `points` rows at even quantiles of the latency; of all rows if 0 or too many."""
+    order = np.argsort(sample.us, kind="stable")
+    if not points or points >= len(order):
+        return order
+    return order[np.round(np.linspace(0, len(order) - 1, points)).astype(int)]
+
+
+def value_of(on: Target, name: str) -> Any:
+    """The value of a parameter: `chip.FIELD`, `library.FIELD`, or `FAMILY.FIELD` of the family's kernels."""
+    part, field = name.split(".")
+    if part in ("chip", "library"):
+        return on.get(name)
+    return getattr(on.kernel(part, "bf16", 128).library, field)
+
+
+def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
+    """A copy of the target with a parameter changed. For `FAMILY.FIELD` every kernel of the family gets the value.
+
+    Numbers of CONSTANTS are changed in proportion in each kernel, so that kernels keep their ratio. format: only
+    kernels of calls in this format are changed. Raises ChipError for a value out of range.
+    """
+    part, field = name.split(".")
+    if part == "chip":
+        return on.changed({name: value})
+    if part == "library":
+        return Target(on.chip, dataclasses.replace(on.library, **{field: value}))
+    factor = value / value_of(on, name) if name in CONSTANTS[part] else None
+    formats, records = (format,) if format else (), list[KernelRecord]()
+    whole = False
+    for r in on.library.kernels:
+        mine = r.op == part and (not format or not r.formats or format in r.formats)
+        if mine and format and r.formats != formats:  # the record serves other formats too, which keep its values
+            records.append(dataclasses.replace(r, formats=formats, changes=merged(r, field, value)))
+            records.append(r)
+        elif mine:
+            own = dict(r.changes).get(field, getattr(on.library, field))
+            new = value if factor is None else min(own * factor, 1.0)
+            records.append(dataclasses.replace(r, changes=merged(r, field, new)))
+        else:
+            records.append(r)
+        whole |= mine and r.default and r.head_dims == ANY_WIDTH and (not r.formats or r.formats == formats)
+    if not whole:
+        changes = ((field, value),)
+        records.append(KernelRecord(op=part, kernel="calibrated", why=WHY, changes=changes, formats=formats))
+    return Target(on.chip, dataclasses.replace(on.library, kernels=tuple(records)))
+
+
+def merged(record: KernelRecord, field: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    """The changes of a record with one more field."""
+    return tuple({**dict(record.changes), field: value}.items())
+
+
+def spread(errors: np.ndarray) -> float:
+    """Spread of logarithmic errors: half of median plus mean of their sizes, so that few rows do not decide."""
+    size = np.minimum(np.abs(errors), 2.0)
+    return max(LEAST_SPREAD, float(np.median(size) + size.mean()) / 2)
+
+
+class Search:
+    """A search for the most likely target, from one to start with, for given samples.
+
+    The errors of a sample are taken to follow a Laplace distribution of unknown spread; constants have a log-normal
+    prior about their values at the start.
+    """
+
+    def __init__(self, start: Target, data: Sequence[Sample]) -> None:
+        for family in ("prefill", "decode"):  # with a value of their own, so that those of products do not change them
+            if any(FAMILY[s.table] == family for s in data):
+                name = f"{family}.mxu_efficiency"
+                start = with_value(start, name, value_of(start, name))
+        self.start, self.on, self.data = start, start, data
+        self.costs = [self.cost(start, s) for s in data]
+        self.prior = dict.fromkeys(self.parameters(), 0.0)
+        self.facts: dict[str, Any] = {}
+
+    def parameters(self) -> list[str]:
+        """Names of the constants that the samples can tell."""
+        families = {FAMILY[s.table] for s in self.data}
+        names = [
+            n for f, many in CONSTANTS.items() if f in families or (not f and families != {"collectives"}) for n in many
+        ]
+        tree = self.start.chip.links.topology == "pcie_tree"
+        names = [n for n in names if n != "chip.host_links" or tree]
+        return sorted(names, key=lambda n: LATER.get(n, 0))
+
+    @staticmethod
+    def cost(on: Target, sample: Sample) -> float:
+        """Negative log-likelihood of a sample, but for a constant; inf if the target cannot run it."""
+        try:
+            return len(sample.rows) * log(spread(sample.errors(on)))
+        except (ChipError, ZeroDivisionError):
+            return inf
+
+    def affected(self, name: str) -> list[int]:
+        """Numbers of the samples whose predictions a constant changes; of every family: all but collectives."""
+        family = next(f for f, many in CONSTANTS.items() if name in many)
+        return [
+            i for i, s in enumerate(self.data)
+            if (FAMILY[s.table] == family if family else FAMILY[s.table] != "collectives")
+        ]  # fmt: skip
+
+    def weight(self, number: int, common: bool) -> float:
+        """Weight of a sample in the choice of a constant: products decide on those of every family.
+
+        The closed form of products is the most exact, so what their rows say of memories and launches is least biased.
+        """
+        return PRODUCTS_WEIGHT if common and self.data[number].table == "matmul" else 1.0
+
+    def attempt(
+        self, other: Target, numbers: Sequence[int], prior: float = 0.0, least: float = 1e-6, common: bool = False
+    ) -> bool:
+        """Take `other` if its cost, with `prior` added, is lower by more than `least`; True if it was taken."""
+        costs = {i: self.cost(other, self.data[i]) for i in numbers}
+        if sum((c - self.costs[i]) * self.weight(i, common) for i, c in costs.items()) + prior > -least:
+            return False
+        self.on = other
+        for i, cost in costs.items():
+            self.costs[i] = cost
+        return True
+
+    def constant(self, name: str, step: float) -> None:
+        """Move one constant up or down by a relative step, for as long as that helps."""
+        at_start = float(value_of(self.start, name))
+        for factor in (1 + step, 1 / (1 + step)):
+            while True:
+                now = float(value_of(self.on, name))
+                value = min(now * factor, 1.0) if name.endswith("efficiency") else now * factor
+                prior = (log(value / at_start) / PRIOR_WIDTH) ** 2 / 2 if at_start > 0 else 0.0
+                if value == now or at_start <= 0:
+                    break
+                try:
+                    other = with_value(self.on, name, value)
+                except ChipError:
+                    break
+                if not self.attempt(other, self.affected(name), prior - self.prior[name], common=name in CONSTANTS[""]):
+                    break
+                self.prior[name] = prior
+
+    def choose_facts(self) -> None:
+        """Try every alternative of every fact that the samples can tell; keep one that is clearly more likely.
+
+        First all facts of a family together, as each shipped library has them; then each alone. Those of attention and
+        experts are chosen for each format, since kernels differ by it.
+        """
+        for i, sample in enumerate(self.data):
+            family = FAMILY[sample.table]
+            format = {"fp8": "e4m3", "bfloat16": "bf16", "float16": "f16", "int8": "int8"}.get(sample.dtype, "")
+            by_format = family in ("prefill", "decode", "experts")
+            numbers = [i] if by_format else [j for j, s in enumerate(self.data) if FAMILY[s.table] == family]
+            menus: list[dict[str, Any]] = []
+            for other in LIBRARIES.values():
+                kernel = other.with_record(other.record(family, format, 128))
+                menus.append({field: getattr(kernel, field) for field in FACTS[family]})
+            menus += [{field: value} for field, values in FACTS[family].items() for value in values]
+            if any(r.op == family and not r.default for r in self.on.library.kernels):
+                kept = tuple(r for r in self.on.library.kernels if r.op != family or r.default)
+                on = Target(self.on.chip, dataclasses.replace(self.on.library, kernels=kept))
+                if self.attempt(on, numbers, least=FACT_GAIN):
+                    self.facts[f"{family} ({sample.dtype})"] = "the library's default kernel"
+            for menu in menus:
+                on, changed = self.on, {}
+                try:
+                    for field, value in menu.items():
+                        name = f"{family}.{field}" if by_format else f"library.{field}"
+                        now = getattr(on.kernel(family, format, 128).library, field)
+                        if now != value:
+                            on = with_value(on, name, value, format if by_format else "")
+                            changed[f"{family}.{field} ({sample.dtype})"] = value
+                except ChipError:
+                    continue
+                if changed and self.attempt(on, numbers, least=FACT_GAIN * min(len(changed), 2)):
+                    self.facts |= changed
+
+    def run(self, facts: bool, progress: Progress = silent, name: str = "") -> Target:
+        """The most likely target that was found, after a round of the search for each of STEPS.
+
+        facts: facts of the library are chosen too, not only constants.
+        """
+        for number, step in enumerate(STEPS):
+            progress(number, len(STEPS), name)
+            if facts and number < len(STEPS) - 1:
+                self.choose_facts()
+            for constant in self.parameters():
+                self.constant(constant, step)
+        return self.on
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Errors of one table and format on rows left out of the fit, in per cent, with 95 % confidence intervals."""
+
+    table: str
+    dtype: str
+    rows: int
+    before: float  # median error of the chip that the fit started from
+    median: float
+    low: float
+    high: float
+    mean: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The fitted target, its errors by cross-validation and on rows not used, and rows to measure next."""
+
+    on: Target
+    kept: str  # what of the fit was kept, because it predicts rows that were left out best
+    constants: dict[str, tuple[float, float]]  # name -> (value at the start, fitted value)
+    facts: dict[str, Any]  # facts that differ from the start
+    crossed: list[Fitted]  # each fold of the rows used is predicted by a fit to the others
+    rest: list[Fitted]  # rows that were not used at all
+    wanted: list[tuple[str, str, float]]  # (table, row in words, spread of its predictions in per cent)
+
+
+def fitted(sample: Sample, before: np.ndarray, errors: np.ndarray, rng: np.random.Generator) -> Fitted:
+    """The Fitted of a sample from log(predicted / measured) before and after, with an interval by bootstrap."""
+    size = np.abs(np.expm1(errors)) * 100
+    draws = np.median(size[rng.integers(0, len(size), (1000, len(size)))], axis=1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    first = float(np.median(np.abs(np.expm1(before))) * 100)
+    return Fitted(
+        sample.table, sample.dtype, len(size), first, float(np.median(size)), float(low), float(high),
+        float(size.mean()),
+    )  # fmt: skip
+
+
+def calibrate(
+    start: Target, data: Sequence[Sample], points: int = 24, folds: int = 4, seed: int = 0, progress: Progress = silent
+) -> Calibration:
+    """Fit a target to at most `points` rows of each sample, and report errors on rows that the fit did not see.
+
+    Raises ValueError if a sample has fewer rows than folds.
+    """
+    rng = np.random.default_rng(seed)
+    numbers = [chosen(s, points) for s in data]
+    used = [s.part(i) for s, i in zip(data, numbers, strict=True)]
+    for s in used:
+        if len(s.rows) < folds:
+            raise ValueError(f"{s.table} {s.dtype}: {len(s.rows)} rows; {folds} folds need at least as many")
+    turns = [rng.permutation(len(s.rows)) % folds for s in used]
+    before = [s.errors(start) for s in used]
+    trials: dict[bool | None, tuple[list[np.ndarray], list[Target]]] = {None: (before, [start])}
+    for facts in (False, True):
+        trials[facts] = left_out(start, used, turns, folds, facts, progress)
+    # What generalises best: the start as it is, fitted constants, or fitted constants and facts
+    best = min(trials, key=lambda t: sum(len(e) * log(spread(e)) for e in trials[t][0]))
+    errors, others = trials[best]
+    search = Search(start, used)
+    on = start if best is None else search.run(best, progress, "fit to all rows")
+    rest = []
+    for s, i in zip(data, numbers, strict=True):
+        left = np.setdiff1d(np.arange(len(s.rows)), i)
+        if len(left):
+            part = s.part(left)
+            rest.append(fitted(part, part.errors(start), part.errors(on), rng))
+    crossed = [fitted(s, b, e, rng) for s, b, e in zip(used, before, errors, strict=True)]
+    constants = {n: (float(value_of(start, n)), float(value_of(on, n))) for n in search.parameters()}
+    kept = {None: "nothing", False: "constants", True: "constants and facts"}[best]
+    return Calibration(on, kept, constants, search.facts, crossed, rest, wanted(used, others, rng))
+
+
+def left_out(
+    start: Target, used: Sequence[Sample], turns: Sequence[np.ndarray], folds: int, facts: bool, progress: Progress
+) -> tuple[list[np.ndarray], list[Target]]:
+    """(log errors of each sample's rows, each by a fit to the other folds; the fitted target of each fold)."""
+    errors, others = [np.zeros(len(s.rows)) for s in used], []
+    for fold in range(folds):
+        kept = [s.part(np.flatnonzero(t != fold)) for s, t in zip(used, turns, strict=True)]
+        what = f"{'constants and facts' if facts else 'constants'}, fold {fold + 1} of {folds}"
+        others.append(Search(start, kept).run(facts, progress, what))
+        for s, t, e in zip(used, turns, errors, strict=True):
+            left = np.flatnonzero(t == fold)
+            e[left] = s.part(left).errors(others[-1])
+    return errors, others
+
+
+def wanted(data: Sequence[Sample], fits: Sequence[Target], rng: np.random.Generator) -> list[tuple[str, str, float]]:
+    """For each sample three new rows on whose times the fits of the folds disagree most: (table, row, spread in %).
+
+    Candidates combine the columns of two measured rows of the sample.
+    """
+    out = []
+    for s in data:
+        known = {key(r) for r in s.rows}
+        columns = [c for c in s.rows[0] if c not in ("us", "split")]
+        candidates: dict[tuple[str, ...], Row] = {}
+        for _ in range(20 if len(s.rows) > 1 else 0):
+            a, b = (s.rows[int(i)] for i in rng.integers(0, len(s.rows), 2))
+            size = next(c for c in ("m", "tokens", "batch", "bytes") if c in a)
+            row = {c: (b if c == size else a)[c] for c in columns}
+            if "elements" in row and row["bytes"] != a["bytes"]:
+                row["elements"] = b["elements"]
+            if key(row) not in known:
+                candidates[key(row)] = row
+        rows = list(candidates.values())
+        if rows:
+            times = np.log([predict(on, s.table, rows) for on in fits])
+            apart = np.expm1(times.std(axis=0)) * 100
+            for i in np.argsort(-apart)[:3]:
+                text = " ".join(f"{c}={v}" for c, v in rows[i].items())
+                out.append((s.table, text, float(apart[i])))
+    return out
+
+
+def key(row: Row) -> tuple[str, ...]:
+    """The values of a row that describe its call."""
+    return tuple(v for c, v in row.items() if c not in ("us", "split"))
+
+
+def table_of(columns: Sequence[str]) -> str:
+    """Name of the table that has these columns, a key of FAMILY. Raises ValueError if none has."""
+    marks = {"top_k": "experts", "n_chips": "collectives", "query_len": "attention", "k": "matmul"}
+    found = next((table for mark, table in marks.items() if mark in columns), None)
+    if found is None or "us" not in columns:
+        raise ValueError(
+            f"columns {', '.join(columns)}; wanted those of a table of intaglio validate, with the latency in us"
+        )
+    return found
+
+
+def by_table(files: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
+    """The rows of all files by table; of attention, rows with one new token a sequence are decode.
+
+    files: rows by path. Raises ValueError for a file without rows or with other columns.
+    """
+    out: dict[str, list[Row]] = {}
+    for path, rows in files.items():
+        if not rows:
+            raise ValueError(f"{path} has no rows")
+        try:
+            table = table_of(list(rows[0]))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        for row in rows:
+            phase = table
+            if table == "attention":
+                decode = int(row["query_len"]) == 1 and int(row["context_len"]) > 0
+                phase = "attention_decode" if decode else "attention_prefill"
+            out.setdefault(phase, []).append(row)
+    return out

@@ -1,0 +1,139 @@
+"""Prefill and decode on servers of their own, in virtual time: some servers compute prompts, others decode.
+
+A prompt goes to the prefill server with the fewest prompt tokens waiting. Its K/V then travels over the chips' links to
+the decode server with the fewest requests, where it waits for room; the first token counts from there.
+"""
+
+from __future__ import annotations
+
+import heapq
+import statistics
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Any
+
+from intaglio.codesign.queue import Queue, QueueSettings
+from intaglio.codesign.steps import StepTimes
+from intaglio.measure.workload import LoadRequest
+
+NEVER = float("inf")
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Two kinds of servers: step times and settings of one server of each. Replicas are those of the placements."""
+
+    prefill: StepTimes
+    decode: StepTimes
+    prefill_settings: QueueSettings
+    decode_settings: QueueSettings
+
+    @property
+    def chips(self) -> int:
+        """Chips of all servers."""
+        return self.prefill.server.placement.chips + self.decode.server.placement.chips
+
+    def transfer_s(self, tokens: int) -> float:
+        """Seconds in which the K/V of a prompt of so many tokens reaches its decode server.
+
+        Every chip of a copy of attention sends its part over its own links at once.
+        """
+        links = self.prefill.target.chip.links
+        latency = self.prefill.target.library.link_latency_s
+        return latency + tokens * self.prefill.server.kv_bytes_per_token / max(1.0, links.chip_bytes_per_s)
+
+
+@dataclass(frozen=True)
+class ApartResult:
+    """Means of the middle of a load. Times are in seconds, rates of all servers.
+
+    Attributes:
+        concurrency: requests open at once.
+        ttft, tpot: mean latencies.
+        tokens_per_s: output tokens per second.
+        watts: of all chips.
+        prefill_busy, decode_busy: fraction of the time in which servers of the kind compute.
+        chips: of all servers.
+    """
+
+    concurrency: int
+    ttft: float
+    tpot: float
+    tokens_per_s: float
+    watts: float
+    prefill_busy: float
+    decode_busy: float
+    chips: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as plain values for JSON."""
+        per = {
+            "tokens_per_s_per_chip": self.tokens_per_s / self.chips,
+            "tokens_per_joule": self.tokens_per_s / self.watts,
+        }
+        return {**vars(self), **per}
+
+
+def serve_apart(apart: Apart, request: LoadRequest, concurrency: int, turns: int = 4) -> ApartResult:
+    """Keep `concurrency` equal requests open until `turns` for each have ended. Returns the ApartResult.
+
+    The first ones are spread over the time that one takes. Raises ValueError for a request that a cache cannot hold,
+    or for one without a second token.
+    """
+    if request.output < 2:
+        raise ValueError("requests of one new token never reach a decode server; give 2 or more output tokens")
+    first = [Queue(apart.prefill, apart.prefill_settings) for _ in range(apart.prefill.server.placement.replicas)]
+    second = [
+        Queue(apart.decode, apart.decode_settings, prefills=False)
+        for _ in range(apart.decode.server.placement.replicas)
+    ]
+    alone = apart.prefill.cost(0, 1, [(request.prompt, request.prompt, 1)])[0]
+    each = max(1, concurrency // len(second))
+    spread = alone + request.output * apart.decode.cost(each, request.prompt + request.output / 2)[0]
+    total = turns * concurrency
+    arrivals = deque(spread * i / concurrency for i in range(concurrency))
+    sent, moving, number = 0, list[tuple[float, int, float]](), 0
+    ended: list[tuple[float, float, float]] = []  # (end, TTFT, TPOT)
+    seen = {id(q): 0 for q in (*first, *second)}
+    while len(ended) < total:
+        busy = [q for q in (*first, *second) if q.open]
+        now = min((q.now for q in busy), default=NEVER)
+        next_in, next_move = arrivals[0] if arrivals and sent < total else NEVER, moving[0][0] if moving else NEVER
+        if min(next_in, next_move) <= now:
+            if next_in <= next_move:
+                arrivals.popleft()
+                sent += 1
+                queue = min(first, key=lambda q: (q.open, q.now))
+                queue.now = max(queue.now, next_in) if not queue.open else queue.now
+                queue.add(replace(request, at=next_in, output=1), next_in)
+            else:
+                at, _, start = heapq.heappop(moving)
+                queue = min(second, key=lambda q: (q.open, q.now))
+                queue.now = max(queue.now, at) if not queue.open else queue.now
+                queue.add(request, start)
+            continue
+        queue = min(busy, key=lambda q: q.now)
+        others = min((q.now for q in first if q.open and q is not queue), default=NEVER)
+        queue.admit()
+        queue.take_steps(min(next_in, next_move, others) if queue in second else NEVER)
+        for o in queue.done[seen[id(queue)] :]:
+            if queue in first:
+                number += 1
+                heapq.heappush(moving, (queue.now + apart.transfer_s(request.prompt), number, o.start))
+            else:
+                ended.append((queue.now, o.first or 0.0, o.each or 0.0))
+                arrivals.append(queue.now)
+        seen[id(queue)] = len(queue.done)
+    ended.sort()
+    low, high = total // turns, total - total // turns
+    middle = ended[low:high]
+    rate = (len(middle) - 1) * request.output / max(1e-9, middle[-1][0] - middle[0][0])
+    end = max(q.now for q in (*first, *second))
+    idle_w = [x.target.chip.energy.idle_w * x.server.placement.chips for x in (apart.prefill, apart.decode)]
+    prefill_busy, decode_busy = (sum(q.busy_s for q in qs) / len(qs) / end for qs in (first, second))
+    joules = sum(q.joules for q in (*first, *second))
+    watts = joules / end + sum(
+        w * max(0.0, 1 - share) for w, share in zip(idle_w, (prefill_busy, decode_busy), strict=True)
+    )
+    ttft, tpot = statistics.fmean(t for _, t, _ in middle), statistics.fmean(e for *_, e in middle)
+    return ApartResult(concurrency, ttft, tpot, rate, watts, prefill_busy, decode_busy, apart.chips)

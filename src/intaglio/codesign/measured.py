@@ -1,0 +1,235 @@
+"""Measured servers against the queue: rows of a table of measured latencies, each served in virtual time.
+
+A row names a model, a chip, a serving engine, formats, a layout, lengths and the number of requests kept open. The
+requests all start at once, ten for each that is open, as the load generators of such tables do.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import isqrt
+from pathlib import Path
+from random import Random
+
+from intaglio.chips import CHIPS, target
+from intaglio.codesign.engines import EngineProfile, EngineTimes, engine
+from intaglio.codesign.placement import Placement
+from intaglio.codesign.queue import serve
+from intaglio.codesign.simulate import ported
+from intaglio.codesign.steps import Formats, Server, StepTimes
+from intaglio.compiler import Layout
+from intaglio.measure.workload import LoadRequest
+from intaglio.program import Program
+from intaglio.progress import Progress, silent
+
+MODELS = {  # the end of a row's model_path -> card
+    "Llama-3.1-70B": "llama-3.1-70b", "Llama-3.1-8B-Instruct": "llama-3.1-8b", "Qwen3-32B": "qwen3-32b",
+    "Qwen3-32B-NVFP4": "qwen3-32b", "DeepSeek-R1": "deepseek-v3", "DeepSeek-V3": "deepseek-v3",
+    "DeepSeek-R1-NVFP4": "deepseek-v3", "DeepSeek-V3.1-NVFP4": "deepseek-v3", "MiniMax-M2.5": "minimax-m2",
+    "gpt-oss-120b": "gpt-oss-120b", "Qwen3.5-397B-A17B": "qwen3.5-397b-a17b", "Qwen3-235B-A22B-FP8": "qwen3-235b-a22b",
+    "Kimi-K2.5": "kimi-k2",
+}  # fmt: skip
+MIXTURES = {card for card in MODELS.values() if not card.startswith(("llama", "qwen3-32b"))}
+FORMATS = {"": "bf16", "fp8": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4", "int4_wo": "int4"}
+TURNS = 10  # requests for each that is open
+MOST_REQUESTS = 3000
+SPREAD = (1024, 8192)  # prompts of these lengths are drawn from 80 to 100 % of them, and so are their responses
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured point: its columns, and what they say. Times are in seconds."""
+
+    columns: dict[str, str]
+
+    def number(self, name: str) -> int:
+        """A column as a whole number, 0 if it is empty."""
+        return int(float(self.columns.get(name) or 0))
+
+    @property
+    def card(self) -> str | None:
+        """Name of the model's card; None if there is none."""
+        return MODELS.get(self.columns["model_path"].split("/")[-1])
+
+    @property
+    def concurrency(self) -> int:
+        """Requests kept open."""
+        return self.number("concurrency") or self.number("batch_size")
+
+    @property
+    def ttft(self) -> float:
+        """Measured time to the first token."""
+        return float(self.columns["silicon_ttft_ms"]) / 1e3
+
+    @property
+    def tpot(self) -> float:
+        """Measured time per token after it."""
+        return float(self.columns["silicon_tpot_ms"]) / 1e3
+
+    @property
+    def group(self) -> str:
+        """dense, mixture or disaggregated."""
+        if self.columns["mode"] != "agg":
+            return "disaggregated"
+        return "mixture" if self.card in MIXTURES else "dense"
+
+    @property
+    def split(self) -> str:
+        """Which half a row belongs to, fit or test: the same for all rows that ask the same question."""
+        asked = [v for k, v in sorted(self.columns.items()) if not k.startswith("silicon")]
+        return ("fit", "test")[zlib.crc32("|".join(asked).encode()) % 2]
+
+    def refusal(self) -> str | None:
+        """The reason why this row cannot be expressed; None if it can."""
+        if self.card is None:
+            return f"no card of {self.columns['model_path']}"
+        if self.columns["system"] not in CHIPS:
+            return f"no chip {self.columns['system']}"
+        if self.columns["mode"] != "agg":
+            return "prefill and decode apart"
+        if not self.concurrency:
+            return "neither concurrency nor batch size"
+        return None
+
+    def formats(self, profile: EngineProfile) -> Formats:
+        """The Formats in which the engine holds the model."""
+        gemm, moe = (FORMATS[self.columns[f"{name}_quant_mode"]] for name in ("gemm", "moe"))
+        kv = profile.kv if gemm != "bf16" else "auto"
+        if self.card == "gpt-oss-120b" and moe == "nvfp4":
+            return Formats("bf16", kv, "weights", "mxfp4")
+        if self.card in MIXTURES and moe in ("nvfp4", "int4"):
+            return Formats("bf16", kv, "weights", moe)  # published so: only experts have four bits
+        return Formats(gemm, kv, "weights", moe if self.card in MIXTURES else "")
+
+    def placement(self, phase: str = "") -> Placement:
+        """The Placement of the chips. phase: "", "prefill_" or "decode_"."""
+        sizes = [max(1, self.number(phase + name)) for name in ("tp_size", "pp_size", "attention_dp_size")]
+        (tp, pp, dp), expert = sizes, [max(1, self.number(f"{phase}moe_{w}_size")) for w in ("tp", "ep")]
+        if self.card not in MIXTURES:
+            return Placement(Layout(tp=tp, pp=pp), replicas=dp)
+        lanes = expert[0] * expert[1]
+        if not phase and (lanes > 8 or (tp > 1 and dp > 1)):
+            # tp or dp times ep: the same measurements stand in the table with tp8, ep8 and with tp64, moe 8 x 8
+            n = isqrt(lanes)
+            tp, dp, expert = (1, n, [1, n]) if dp > 1 else (n, 1, [1, n])
+        experts = Layout(tp=expert[0], ep=expert[1])
+        if dp == 1 and expert == [tp, 1]:
+            return Placement(Layout(tp=tp, pp=pp))
+        return Placement(Layout(tp=tp, pp=pp), dp, experts)
+
+    def load(self) -> list[LoadRequest]:
+        """The requests: all at once, with lengths as the load generator draws them."""
+        n, isl, osl = self.concurrency, self.number("isl"), self.number("osl")
+        count = max(2 * n, min(TURNS * n, MOST_REQUESTS))
+        if isl not in SPREAD or osl not in SPREAD:
+            return [LoadRequest(0.0, isl, osl)] * count
+        rng = Random(n)
+        return [
+            LoadRequest(0.0, rng.randint(isl * 8 // 10, isl), rng.randint(osl * 8 // 10, osl)) for _ in range(count)
+        ]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A row with the modelled latencies, in seconds; or the reason why there are none."""
+
+    row: Row
+    ttft: float = 0.0
+    tpot: float = 0.0
+    refused: str = ""
+
+    @property
+    def errors(self) -> tuple[float, float]:
+        """Relative errors of TTFT and TPOT, with their signs."""
+        return self.ttft / self.row.ttft - 1, self.tpot / self.row.tpot - 1
+
+
+def rows(path: Path) -> list[Row]:
+    """The rows of a table. Raises ValueError if columns are missing."""
+    with path.open(newline="", encoding="utf-8") as file:
+        found = [Row(columns) for columns in csv.DictReader(file)]
+    wanted = ("backend", "model_path", "system", "mode", "isl", "osl", "silicon_ttft_ms", "silicon_tpot_ms")
+    if not found or not set(wanted) <= set(found[0].columns):
+        raise ValueError(f"{path}: wanted rows with columns {', '.join(wanted)}")
+    return found
+
+
+@lru_cache(maxsize=64)
+def whole(card: str) -> Program:
+    """The Program of a card, whole."""
+    return ported(card, None)
+
+
+@lru_cache(maxsize=64)
+def times(
+    card: str, chip: str, placement: Placement, how: Formats, library: tuple[tuple[str, object], ...]
+) -> StepTimes:
+    """The StepTimes of a server; equal servers share a table."""
+    on = target(chip)
+    return StepTimes(Server.of(whole(card), placement, how), on.with_library(**dict(library)) if library else on)
+
+
+def compare(row: Row, profile: EngineProfile) -> Compared:
+    """Serve a row's load in virtual time."""
+    if why := row.refusal():
+        return Compared(row, refused=why)
+    try:
+        assert row.card
+        own = times(
+            row.card, row.columns["system"], row.placement(), row.formats(profile), tuple(profile.library.items())
+        )
+        kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, 256)
+        done = serve(EngineTimes(own, profile), profile.settings(kv, own.copies), row.load(), row.concurrency)
+    except ValueError as e:  # it does not fit: ChipError, LayoutError, or a request longer than the cache
+        return Compared(row, refused=str(e).split(";")[0])
+    first = statistics.fmean(o.first or 0.0 for o in done.outcomes)
+    return Compared(row, first, statistics.fmean(o.each or 0.0 for o in done.outcomes))
+
+
+def compare_all(
+    found: Sequence[Row], profiles: Callable[[str], EngineProfile] = engine, progress: Progress = silent
+) -> Iterator[Compared]:
+    """compare() of each row, in an order that compiles each server once. profiles: of an engine's name."""
+    cached: dict[str, EngineProfile] = {}
+    ordered = sorted(found, key=lambda r: (r.card or "", [r.columns.get(c) or "" for c in sorted(r.columns)]))
+    for i, row in enumerate(ordered):
+        progress(i, len(found), f"{row.columns['backend']} {row.columns['model_path']} on {row.columns['system']}")
+        name = row.columns["backend"]
+        if name not in cached:
+            cached[name] = profiles(name)
+        yield compare(row, cached[name])
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Errors of the rows of one engine and group, as fractions of the measured times."""
+
+    engine: str
+    group: str
+    rows: int
+    tpot: float  # median of |error|
+    ttft: float
+    tpot_bias: float  # median of the error with its sign
+    ttft_bias: float
+    worst: tuple[Compared, ...] = field(default=(), repr=False)  # by TPOT
+
+
+def agreements(compared: Sequence[Compared]) -> list[Agreement]:
+    """An Agreement for each engine and group, and for all engines of a group; refused rows are left out."""
+    out = []
+    good = [c for c in compared if not c.refused]
+    keys = sorted({(c.row.columns["backend"], c.row.group) for c in good})
+    for name, group in [*keys, *(("all", group) for group in sorted({g for _, g in keys}))]:
+        mine = [c for c in good if c.row.group == group and name in ("all", c.row.columns["backend"])]
+        first, each = [[c.errors[i] for c in mine] for i in (0, 1)]
+        worst = tuple(sorted(mine, key=lambda c: -abs(c.errors[1]))[:3])
+        medians = (statistics.median(map(abs, each)), statistics.median(map(abs, first)))
+        out.append(
+            Agreement(name, group, len(mine), *medians, statistics.median(each), statistics.median(first), worst)
+        )
+    return out

@@ -1,0 +1,86 @@
+"""Placement: how the chips of a serving system share a model, in the words of serving engines.
+
+A Placement is some replicas of one server. In a server each of `copies` copies of the attention layers serves its own
+requests (data-parallel attention), while all of the server's chips share the experts.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from intaglio.compiler import Layout, LayoutError
+
+GRAMMAR = (
+    "a layout such as tp8 or tp4pp2; replicas of it, dp2tp4; experts shared by all chips, tp8/ep8 or, with "
+    "data-parallel attention, dp8/ep8 or dp4tp2/tp2ep4; and several such servers, 8x(dp8/ep8)"
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Chips of a serving system.
+
+    Attributes:
+        attention: layout of one copy of everything but routed experts.
+        copies: such copies in a server, each with its own requests; 1 without data-parallel attention.
+        experts: layout of the routed experts over all chips of a server; None: as `attention` says.
+        replicas: servers, which share nothing.
+    """
+
+    attention: Layout
+    copies: int = 1
+    experts: Layout | None = None
+    replicas: int = 1
+
+    def __post_init__(self) -> None:
+        if self.copies > 1 and self.experts is None:
+            raise LayoutError(f"{self.copies} copies of attention without a layout of the experts; wanted {GRAMMAR}")
+        if self.experts is not None:
+            have, want = self.experts.lanes, self.attention.lanes * self.copies
+            if have != want or self.experts.pp > 1 or self.experts.sp:
+                raise LayoutError(
+                    f"experts on {self.experts.ranks} chips, but a pipeline stage of the server has {want}; "
+                    f"the experts' tp times ep must be {want}"
+                )
+
+    @classmethod
+    def parse(cls, text: str) -> Placement:
+        """The Placement of a text: GRAMMAR says which there are. Raises LayoutError for others."""
+        outer = re.fullmatch(r"(?:(\d+)x)?\(?([^()]+)\)?", text.strip())
+        if outer is None or (text.count("("), text.count(")")) not in ((0, 0), (1, 1)):
+            raise LayoutError(f"layout {text!r}; wanted {GRAMMAR}")
+        replicas, inner = int(outer[1] or 1), outer[2]
+        before, slash, after = inner.partition("/")
+        found = re.match(r"dp(\d+)", before)
+        copies = int(found[1]) if found else 1
+        rest = before[found.end() :] if found else before
+        if not replicas or not copies or (found and not rest and not slash):
+            raise LayoutError(f"layout {text!r}; wanted {GRAMMAR}")
+        attention = Layout.parse(rest or "tp1")
+        if not slash:
+            return cls(attention, replicas=replicas * copies)
+        return cls(attention, copies, Layout.parse(after), replicas)
+
+    @property
+    def chips_per_server(self) -> int:
+        """Chips of one replica."""
+        return self.attention.ranks * self.copies
+
+    @property
+    def chips(self) -> int:
+        """Chips of all replicas."""
+        return self.chips_per_server * self.replicas
+
+    @property
+    def plain(self) -> bool:
+        """True if a Layout says all but the number of replicas."""
+        return self.experts is None
+
+    def __str__(self) -> str:
+        many = f"dp{self.copies}" if self.copies > 1 else ""
+        inner = many + ("" if many and self.attention == Layout() else str(self.attention))
+        if self.experts is None:
+            return (f"dp{self.replicas}" if self.replicas > 1 else "") + inner
+        whole = f"{inner}/{self.experts}"
+        return f"{self.replicas}x({whole})" if self.replicas > 1 else whole

@@ -1,0 +1,209 @@
+"""A server's queue in virtual time, event by event: arrivals, chunked prefill, decoding, a full K/V cache.
+
+It is the policy of the engine (`intaglio.runtime`) without its requests' tokens: between two events (a request
+arrives, a prompt ends, a response ends) all steps are alike and are taken together.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from intaglio.codesign.steps import Costs
+from intaglio.measure.load import Outcome
+from intaglio.measure.workload import LoadRequest
+
+LEAP = 256  # steps that are taken together, at most
+
+
+@dataclass(frozen=True)
+class QueueSettings:
+    """How a server's engine is run. Times are in seconds.
+
+    Attributes:
+        kv_tokens: tokens that the K/V cache holds; a request is admitted if its prompt and whole response fit.
+        max_batch_tokens: tokens of a step of each copy of attention; a longer prompt is prefilled in chunks.
+        max_sequences: sequences that run at once, of all copies.
+        mixed: chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
+        step_s: of the host for each step, which the chips wait for.
+        sequence_s: of the host for each sequence of a step.
+        request_s: of the host for each request before its first token, outside the engine's steps.
+        prompt_token_s: the same for each token of its prompt.
+        admission_steps: steps that a request waits for before it is admitted.
+    """
+
+    kv_tokens: int
+    max_batch_tokens: int = 2048
+    max_sequences: int = 256
+    mixed: bool = True
+    step_s: float = 0.0
+    sequence_s: float = 0.0
+    request_s: float = 0.0
+    prompt_token_s: float = 0.0
+    admission_steps: float = 0.0
+
+
+@dataclass
+class Queued:
+    """A request in the server: when it started, how much of its prompt is done, and when its first token came."""
+
+    planned: LoadRequest
+    start: float
+    done: int = 0
+    first: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return self.planned.prompt + self.planned.output
+
+
+@dataclass(frozen=True)
+class QueueResult:
+    """What became of a load: outcomes in the order in which they ended, steps, joules, and seconds in steps."""
+
+    outcomes: tuple[Outcome, ...]
+    steps: int
+    joules: float
+    busy_s: float
+
+
+class Queue:
+    """The state of a server under load, with a method for each kind of event.
+
+    prefills: False for a server to which prompts come computed: their first token counts from their admission.
+    """
+
+    def __init__(self, times: Costs, settings: QueueSettings, prefills: bool = True) -> None:
+        self.times, self.settings, self.prefills = times, settings, prefills
+        self.now, self.counter, self.steps, self.joules, self.busy_s = 0.0, 0, 0, 0.0, 0.0
+        self.waiting, self.prefilling = deque[Queued](), deque[Queued]()
+        self.running: list[tuple[int, int, Queued]] = []  # (counter at which it ends, tie, request)
+        self.keys, self.held, self.number = 0, 0, 0  # keys of all running ones; tokens of K/V reserved
+        self.done: list[Outcome] = []
+
+    @property
+    def open(self) -> int:
+        """Requests that have not ended."""
+        return len(self.waiting) + len(self.prefilling) + len(self.running)
+
+    def add(self, request: LoadRequest, start: float) -> None:
+        """A request arrives. Raises ValueError if its K/V cache could never fit."""
+        if request.prompt + request.output > self.settings.kv_tokens:
+            raise ValueError(
+                f"a request of {request.prompt:,} + {request.output:,} tokens; the K/V cache holds "
+                f"{self.settings.kv_tokens:,}; use more chips, a smaller format or shorter requests"
+            )
+        self.waiting.append(Queued(request, start))
+
+    def admit(self) -> None:
+        """Move requests from the waiting line to prefill while sequences and K/V cache allow."""
+        s = self.settings
+        while self.waiting and len(self.prefilling) + len(self.running) < s.max_sequences:
+            if self.held + self.waiting[0].length > s.kv_tokens:
+                return
+            one = self.waiting.popleft()
+            self.held += one.length
+            if self.prefills:
+                self.prefilling.append(one)
+            else:
+                self.start_decoding(one)
+
+    def take_steps(self, until: float) -> None:
+        """Take the next step, or all alike steps up to the next event or to `until` seconds."""
+        n = len(self.running)
+        if not n and not self.prefilling:
+            return
+        if self.prefilling:
+            self._mixed_step(n)
+            return
+        context, ends = self.keys / n, self.running[0][0] - self.counter
+        count = min(ends, LEAP)
+        if until < float("inf"):
+            first = self._overhead(n) + self.times.cost(n, context)[0]
+            count = max(1, min(count, int((until - self.now) / first) + 1))
+        seconds, joules = self.times.cost(n, context + count / 2)
+        self._advance(n, seconds, joules, count)
+
+    def _overhead(self, sequences: int) -> float:
+        return self.settings.step_s + self.settings.sequence_s * sequences
+
+    def _mixed_step(self, n: int) -> None:
+        s, decoding = self.settings, n if self.settings.mixed else 0
+        copies = self.times.copies
+        budget = s.max_batch_tokens * copies - decoding
+        longest = s.max_batch_tokens - -(-decoding // copies)  # of one copy
+        chunks: dict[tuple[int, int], int] = {}
+        ended: list[Queued] = []
+        for one in self.prefilling:
+            q = min(one.planned.prompt - one.done, budget, longest)
+            if q < 1:
+                break
+            one.done += q
+            budget -= q
+            chunks[q, one.done] = chunks.get((q, one.done), 0) + 1
+            if one.done == one.planned.prompt:
+                ended.append(one)
+            else:
+                break
+        context = self.keys / n if n else 1
+        seconds, joules = self.times.cost(decoding, context, [(q, keys, m) for (q, keys), m in chunks.items()])
+        for one in ended:
+            self.prefilling.remove(one)
+        self._advance(decoding, seconds, joules, 1, sum(chunks.values()))
+        for one in ended:
+            self.start_decoding(one)
+
+    def start_decoding(self, one: Queued) -> None:
+        """A prompt has been computed: its first token is there."""
+        one.first = self.now
+        if one.planned.output == 1:
+            self._end(one)
+            return
+        self.number += 1
+        self.keys += one.planned.prompt + 1
+        heapq.heappush(self.running, (self.counter + one.planned.output - 1, self.number, one))
+
+    def _advance(self, decoding: int, seconds: float, joules: float, count: int, prompts: int = 0) -> None:
+        self.now += count * (seconds + self._overhead(decoding + prompts))
+        self.joules += count * joules
+        self.busy_s += count * seconds
+        self.steps += count
+        if decoding:
+            self.counter += count
+            self.keys += count * decoding
+        while self.running and self.running[0][0] <= self.counter:
+            one = heapq.heappop(self.running)[2]
+            self.keys -= one.length
+            self._end(one)
+
+    def _end(self, one: Queued) -> None:
+        self.held -= one.length
+        s, planned = self.settings, one.planned
+        each = (self.now - one.first) / max(1, planned.output - 1)
+        added = s.request_s + s.prompt_token_s * planned.prompt + s.admission_steps * each
+        first, end = one.first - one.start + added, self.now - one.start + added
+        gaps = ((end - first) / (planned.output - 1),) if planned.output > 1 else ()
+        self.done.append(Outcome(planned, one.start, end, first, gaps, planned.prompt, planned.output))
+
+
+def serve(
+    times: Costs, settings: QueueSettings, requests: Sequence[LoadRequest], concurrency: int | None = None
+) -> QueueResult:  # fmt: skip
+    """Serve a load and return the QueueResult.
+
+    requests: by time of arrival. concurrency: requests open at once; a request's times then count from the moment at
+    which it is sent. None: any number. Raises ValueError for a request that the K/V cache cannot hold.
+    """
+    queue, pending, most = Queue(times, settings), deque(requests), concurrency or len(requests)
+    while pending or queue.open:
+        if not queue.open:
+            queue.now = max(queue.now, pending[0].at)
+        while pending and queue.open < most and pending[0].at <= queue.now:
+            one = pending.popleft()
+            queue.add(one, one.at if concurrency is None else queue.now)
+        queue.admit()
+        queue.take_steps(pending[0].at if pending and queue.open < most else float("inf"))
+    return QueueResult(tuple(queue.done), queue.steps, queue.joules, queue.busy_s)

@@ -1,0 +1,337 @@
+"""The steady state of a server under a constant number of open requests, in closed form; and a search over designs.
+
+An estimate takes a few steps' times. The search compares many designs by it and confirms the best by the queue itself
+(`codesign.queue`), whose figures are the ones to report.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from intaglio.chips import ChipError, Target
+from intaglio.codesign.placement import Placement
+from intaglio.codesign.queue import QueueSettings, serve
+from intaglio.codesign.serving import Limits, ramped
+from intaglio.codesign.steps import Costs, Formats, Server, StepTimes
+from intaglio.compiler import LayoutError
+from intaglio.measure.workload import LoadRequest
+from intaglio.program import Program
+from intaglio.progress import Progress, silent
+
+MOST = 4096  # requests of one server that the search keeps open, at most
+TURNS = 4  # requests for each that is open, in the queue that confirms
+KEEP = 3  # of the best estimates, that the queue confirms
+BUDGETS = (512, 2048, 8192)  # tokens of a step that the search tries
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A server's steady state. Times are in seconds, rates of one server.
+
+    Attributes:
+        ttft: mean time to the first token, waiting included.
+        tpot: mean time per token after it.
+        tokens_per_s: output tokens per second.
+        joules_per_s: of all chips of the server.
+        decoding: sequences that decode at a time, mean.
+    """
+
+    ttft: float
+    tpot: float
+    tokens_per_s: float
+    joules_per_s: float
+    decoding: float
+
+
+def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrency: int) -> Estimate:
+    """The Estimate with `concurrency` requests open, each of `input` prompt and `output` new tokens.
+
+    A request holds one of the engine's sequences while its prompt is computed and while it decodes. Prompts share steps
+    with decoding sequences (or stop them, if `s.mixed` is False), so a step takes the longer time of the two kinds as
+    often as prompts need it. If prompts need more than every step, fewer sequences decode. Requests that find no
+    sequence or no K/V cache wait, as long as Little's law says. Raises ValueError if not one request fits.
+    """
+    slots = min(concurrency, s.max_sequences, s.kv_tokens // (input + output))
+    if slots < 1:
+        raise ValueError(f"a request of {input:,} + {output:,} tokens; the K/V cache holds {s.kv_tokens:,}")
+    copies, context = times.copies, input + output / 2
+    rounds = max(1, output - 1)  # decode steps of a request
+    decoding = float(slots)
+    for _ in range(6):
+        n = max(1, round(decoding))
+        overhead = s.step_s + s.sequence_s * n
+        plain, plain_j = times.cost(n, context) if output > 1 else (0.0, 0.0)
+        budget = max(1, s.max_batch_tokens - (-(-n // copies) if s.mixed and output > 1 else 0)) * copies
+        wanted = n * input / rounds  # prompt tokens for each step that decodes
+        whole = budget // input
+        if wanted >= 0.9 * budget:  # every step is full
+            rest = budget - whole * input
+            chunks = [(input, input, whole)] if whole else []
+            chunks += [(min(rest, input), (input + rest) // 2, 1)] if rest else []
+            parts = input / budget  # steps of a prompt
+        else:
+            cut = -(-input // (budget // copies))
+            together = max(1, min(whole, round(wanted / input))) if cut == 1 else 1
+            chunk = -(-input // cut)
+            chunks = [(chunk, min(input, (chunk * (cut + 1)) // 2), together)]
+            parts = cut / together
+        prompts = sum(m for *_, m in chunks)
+        mixed, mixed_j = times.cost(n if s.mixed and output > 1 else 0, context, chunks)
+        mixed_s, plain_s = mixed + overhead + s.sequence_s * prompts, plain + overhead
+        share = n * parts / rounds  # steps with prompts for each step that decodes
+        if s.mixed and output > 1:
+            limit = rounds / parts  # sequences that decode if every step has prompts
+            busy = min(1.0, share)
+            step, step_j = (1 - busy) * plain_s + busy * mixed_s, (1 - busy) * plain_j + busy * mixed_j
+            tpot, ready = step, min(slots, limit)
+        else:
+            busy = share * mixed_s / (share * mixed_s + (plain_s if output > 1 else 0.0))
+            tpot, step_j, ready = plain_s + share * mixed_s, plain_j + share * mixed_j, slots
+        prefill = max(1.0, parts) * mixed_s * (1 + busy / 2) + (1 - busy) * plain_s / 2
+        rate = n / (rounds * tpot) if output > 1 else 1 / (parts * mixed_s)
+        decoding = 0.5 * decoding + 0.5 * max(1.0, min(ready, slots - rate * prefill))
+    waiting = concurrency - decoding if output > 1 else concurrency
+    ttft = max(prefill, waiting / rate) + s.request_s + s.prompt_token_s * input + s.admission_steps * tpot
+    watts = step_j / tpot if output > 1 else mixed_j / mixed_s
+    return Estimate(ttft, tpot if output > 1 else 0.0, rate * output, watts, decoding)
+
+
+@dataclass(frozen=True)
+class Design:
+    """A serving system that was looked at: chips, placement, load, and what it does. Times are in seconds.
+
+    Attributes:
+        chip: name of the chip.
+        library: name of its kernels.
+        placement: how the chips share the model.
+        concurrency: requests open at once, of all replicas.
+        max_batch_tokens: tokens of a step of each copy of attention.
+        ttft: mean time to the first token.
+        tpot: mean time per token after it.
+        tokens_per_s: output tokens per second of all replicas.
+        watts: of all chips, mean.
+        weight_bytes: of the chip that has the most.
+        kv_bytes: of that chip's K/V cache when all open requests have half of their response.
+        kv_tokens: tokens of K/V that one server holds.
+        confirmed: whether the figures are those of the queue; False: of the estimate.
+        within: whether both limits are kept.
+    """
+
+    chip: str
+    library: str
+    placement: Placement
+    concurrency: int
+    max_batch_tokens: int
+    ttft: float
+    tpot: float
+    tokens_per_s: float
+    watts: float
+    weight_bytes: float
+    kv_bytes: float
+    kv_tokens: int
+    confirmed: bool = False
+    within: bool = True
+
+    @property
+    def per_chip(self) -> float:
+        """Output tokens per second per chip."""
+        return self.tokens_per_s / self.placement.chips
+
+    @property
+    def per_watt(self) -> float:
+        """Output tokens per second per watt, which is output tokens per joule."""
+        return self.tokens_per_s / self.watts if self.watts else 0.0
+
+    @property
+    def per_user(self) -> float:
+        """Tokens per second that one response gets; 0 for responses of one token."""
+        return 1 / self.tpot if self.tpot else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The design as plain values for JSON."""
+        own = {name: value for name, value in vars(self).items() if name != "placement"}
+        return {
+            **own, "layout": str(self.placement), "chips": self.placement.chips,
+            "tokens_per_s_per_chip": self.per_chip, "tokens_per_s_per_user": self.per_user,
+            "tokens_per_joule": self.per_watt, "watts_per_chip": self.watts / self.placement.chips,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: a model's load, limits, and what the engine adds.
+
+    Attributes:
+        program: the whole model.
+        formats: of weights, K/V and activations.
+        input, output: tokens of a request.
+        limits: of the mean latencies.
+        memory_share: fraction of a chip's HBM that may be filled.
+        max_sequences: sequences of a server that run at once.
+        settings: overheads of the engine; its sizes are set for each design.
+    """
+
+    program: Program
+    formats: Formats
+    input: int
+    output: int
+    limits: Limits = field(default_factory=Limits)
+    memory_share: float = 0.9
+    max_sequences: int = MOST
+    settings: QueueSettings = field(default_factory=lambda: QueueSettings(0))
+
+    def __post_init__(self) -> None:
+        if self.input + self.output > self.program.context:
+            raise ValueError(
+                f"requests of {self.input:,} + {self.output:,} tokens; the context of {self.program.name} is "
+                f"{self.program.context:,}; ask for shorter ones"
+            )
+
+
+class Candidate:
+    """One chip and placement of a question, ready for estimates."""
+
+    def __init__(self, question: Question, server: Server, on: Target) -> None:
+        self.question, self.server, self.on = question, server, on
+        self.times = StepTimes(server, on)
+
+    def settings(self, budget: int) -> QueueSettings:
+        """The QueueSettings with `budget` tokens a step. Raises ChipError if no K/V cache fits."""
+        q = self.question
+        kv = self.server.kv_tokens(self.on, q.memory_share, budget, min(q.max_sequences, 256))
+        return replace(q.settings, kv_tokens=kv, max_batch_tokens=budget, max_sequences=q.max_sequences)
+
+    def design(self, concurrency: int, budget: int, seen: Estimate, confirmed: bool) -> Design:
+        """The Design of one server's figures: those of all replicas. concurrency: of one server."""
+        p, q, kv_tokens = self.server.placement, self.question, self.settings(budget).kv_tokens
+        held = min(kv_tokens, concurrency * (q.input + q.output / 2)) / p.copies
+        within = seen.ttft <= q.limits.ttft and seen.tpot <= q.limits.tpot
+        return Design(
+            self.on.chip.name, self.on.library.name, p, concurrency * p.replicas, budget, seen.ttft, seen.tpot,
+            seen.tokens_per_s * p.replicas, seen.joules_per_s * p.replicas, self.server.weight_bytes,
+            held * self.server.kv_bytes_per_token, kv_tokens, confirmed, within,
+        )  # fmt: skip
+
+    def estimated(self, concurrency: int, budget: int) -> Design:
+        """The Design by the closed form. concurrency: of one server. Raises ValueError if no request fits."""
+        q = self.question
+        seen = estimate(self.times, self.settings(budget), q.input, q.output, concurrency)
+        return self.design(concurrency, budget, seen, confirmed=False)
+
+    def queued(self, concurrency: int, budget: int, turns: int = TURNS) -> Design:
+        """The Design by the queue of one server. concurrency: of one server; turns: requests for each open one."""
+        q, settings = self.question, self.settings(budget)
+        if q.input + q.output > settings.kv_tokens:
+            raise ValueError(f"a request of {q.input:,} + {q.output:,} tokens; K/V holds {settings.kv_tokens:,}")
+        one = estimate(self.times, settings, q.input, q.output, concurrency)
+        spread = one.ttft + one.tpot * (q.output - 1)
+        load = ramped([LoadRequest(0.0, q.input, q.output)] * (turns * concurrency), concurrency, spread)
+        done = serve(self.times, settings, load, concurrency)
+        # The rate is that of the middle of the load, without the ramp at its start and the thinning at its end.
+        ends = sorted(o.start + o.end for o in done.outcomes)
+        low, high = len(ends) // turns, max(len(ends) // turns + 1, len(ends) - len(ends) // turns)
+        rate = (high - low) / (ends[high - 1] - ends[low - 1 if low else 0] or 1e-9)
+        middle = sorted(done.outcomes, key=lambda o: o.start + o.end)[low:high]
+        total = max(ends)
+        idle = max(0.0, total - done.busy_s) * self.on.chip.energy.idle_w * self.server.placement.chips_per_server
+        seen = Estimate(
+            statistics.fmean(o.first or 0.0 for o in middle),
+            statistics.fmean(o.each or 0.0 for o in middle),
+            rate * q.output, (done.joules + idle) / total, one.decoding,
+        )  # fmt: skip
+        return self.design(concurrency, budget, seen, confirmed=True)
+
+    def largest(self, budget: int, most: int) -> Design | None:
+        """The estimated Design with the most requests open that keeps the limits; None if one alone breaks them.
+
+        Found by doubling and bisection, since latencies grow with the load. It stops where more requests only wait.
+        """
+        best, low, high = None, 0, 1
+        while high <= most:
+            found = self.estimated(high, budget)
+            if not found.within:
+                break
+            if best and found.tokens_per_s < 1.01 * best.tokens_per_s:
+                break
+            best, low, high = found, high, high * 2
+        high = min(high, most + 1)
+        while best is not None and high - low > max(1, low // 16):
+            middle = (low + high) // 2
+            found = self.estimated(middle, budget)
+            if found.within and found.tokens_per_s > 1.005 * best.tokens_per_s:
+                best, low = found, middle
+            else:
+                high = middle
+        return best
+
+
+def candidates(
+    question: Question, targets: Sequence[Target], layouts: Sequence[str], progress: Progress = silent
+) -> tuple[list[Candidate], list[tuple[str, str, str]]]:
+    """A Candidate for each chip and layout that can hold the model, and (chip, layout, reason) for each that cannot."""
+    out: list[Candidate] = []
+    refused: list[tuple[str, str, str]] = []
+    for layout in layouts:
+        placement = Placement.parse(layout)
+        progress(len(out) + len(refused), len(targets) * len(layouts), f"{layout}: compiling {question.program.name}")
+        try:
+            server = Server.of(question.program, placement, question.formats)
+        except LayoutError as e:
+            refused += [(on.chip.name, layout, str(e)) for on in targets]
+            continue
+        for on in targets:
+            try:
+                one = Candidate(question, server, on)
+                one.settings(min(BUDGETS))
+                out.append(one)
+            except ChipError as e:
+                refused.append((on.chip.name, layout, str(e)))
+    return out, refused
+
+
+def find(
+    asked: Sequence[Candidate], budgets: Iterable[int] = BUDGETS, by: str = "watt", keep: int = KEEP,
+    progress: Progress = silent,
+) -> list[Design]:  # fmt: skip
+    """The best Design of each candidate within its limits, the best first; the first `keep` confirmed by the queue.
+
+    budgets: tokens of a step to try. by: "watt" (output tokens per second per watt) or "chip" (per chip). A candidate
+    that keeps the limits with no load is left out. A confirmed design whose queue breaks a limit gets fewer requests.
+    """
+    value: Callable[[Design], float] = lambda d: d.per_watt if by == "watt" else d.per_chip  # noqa: E731
+    best: list[tuple[Design, Candidate]] = []
+    for i, one in enumerate(asked):
+        progress(i, len(asked), f"{one.on.chip.name} {one.server.placement}: searching")
+        tried: list[Design] = []
+        for budget in budgets:
+            try:
+                found = one.largest(budget, MOST)
+            except (ChipError, ValueError):  # no room for steps of so many tokens
+                continue
+            if found:
+                tried.append(found)
+        if tried:
+            best.append((max(tried, key=value), one))
+    best.sort(key=lambda pair: -value(pair[0]))
+    out = []
+    for i, (design, one) in enumerate(best):
+        if i < keep:
+            progress(i, keep, f"{design.chip} {design.placement}: the queue of {design.concurrency} requests")
+            design = confirm(one, design)
+        out.append(design)
+    first = sorted((d for d in out[:keep] if d.within), key=lambda d: -value(d))
+    return [*first, *out[keep:], *(d for d in out[:keep] if not d.within)]
+
+
+def confirm(one: Candidate, design: Design) -> Design:
+    """The design by the queue, with as many requests open as keep the limits there, 10 % fewer at each try."""
+    concurrency = design.concurrency // design.placement.replicas
+    for _ in range(12):
+        seen = one.queued(concurrency, design.max_batch_tokens)
+        if seen.within or concurrency == 1:
+            return seen
+        concurrency = max(1, int(concurrency * 0.9))
+    return seen

@@ -1,0 +1,321 @@
+"""StepTimes: the modelled time of any step of a server, from a table that is filled as steps are asked for.
+
+The table has the steps' exact times (those of the chip's kernels) at certain numbers of decoding sequences and context
+lengths, about 9 % apart; times between them are interpolated. `StepTimes.exact()` is the time without the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+from intaglio.chips import ChipError, Target
+from intaglio.codesign.memory import memory_use, pages_that_fit
+from intaglio.codesign.placement import Placement
+from intaglio.codesign.simulate import stages
+from intaglio.ops import Experts
+from intaglio.program import Program
+from intaglio.silicon.kernels import ChipKernel, kernel_class, timing
+from intaglio.silicon.kernels.attend import AttendKernel
+from intaglio.silicon.kernels.collectives import collective_timing
+from intaglio.silicon.kernels.experts import ExpertsKernel
+from intaglio.silicon.kernels.linear import LinearKernel
+from intaglio.silicon.plan import Plan
+from intaglio.silicon.sizes import BLOCK, BatchSizes
+from intaglio.silicon.timeline import joules
+from intaglio.silicon.timing import Timing
+
+PER_OCTAVE = 8  # entries of the table between one number and its double
+Chunks = tuple[tuple[int, int, int], ...]  # (new tokens, keys up to and including them, prompts with both)
+WIRE = 2  # bytes a value that travels between chips
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Number formats of a served model, as `intaglio simulate` takes them.
+
+    Attributes:
+        weights: of matrices.
+        kv: of the K/V cache.
+        activations: auto, fp8, or "weights": the format of the weights, where the chip's arrays multiply it.
+        experts: of the matrices of routed experts; "" for that of `weights`.
+    """
+
+    weights: str = "auto"
+    kv: str = "auto"
+    activations: str = "auto"
+    experts: str = ""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A model compiled for one server of a Placement: one rank's Program of each pipeline stage.
+
+    Attributes:
+        program: the whole model.
+        placement: how chips share it.
+        stages: Programs of everything but routed experts; of those too if they have neither layout nor format of their
+            own.
+        experts: Programs with the routed experts' own layout and format; `stages` if they have none.
+        rows: "auto", or "weights": activations are rounded to the format of the weights that they are multiplied
+            with, where the chip's arrays multiply it.
+    """
+
+    program: Program
+    placement: Placement
+    stages: tuple[Program, ...]
+    experts: tuple[Program, ...]
+    rows: str = "auto"
+
+    @classmethod
+    def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
+        """Compile a model, whole as ported() returns it. Raises LayoutError and FormatError."""
+        eight = "fp8" if how.weights.startswith("fp8") else "auto"
+        plain = eight if how.activations == "weights" else how.activations
+        own = stages(program, str(placement.attention), how.weights, how.kv, plain)
+        rows = "weights" if how.activations == "weights" else "auto"
+        routed = any(isinstance(op, Experts) for op in program.ops)
+        if placement.experts is not None and not routed:
+            raise ChipError(
+                f"{program.name} has no experts; for copies of a whole model leave out /{placement.experts}"
+            )
+        layout = placement.attention if placement.experts is None else replace(placement.experts, pp=len(own))
+        weights = how.experts or how.weights
+        if not routed or (layout, weights) == (placement.attention, how.weights):
+            return cls(program, placement, own, own, rows)
+        return cls(program, placement, own, stages(program, str(layout), weights, how.kv, "auto"), rows)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of weights of the chip that has the most."""
+        return max(
+            sum(p.tensors[w].nbytes({}) for w in weights_of(p, False))
+            + sum(e.tensors[w].nbytes({}) for w in weights_of(e, True))
+            for p, e in zip(self.stages, self.experts, strict=True)
+        )
+
+    def kv_tokens(self, target: Target, share: float, max_tokens: int, max_sequences: int) -> int:
+        """Tokens of K/V of one server that fit beside weights and activations in a share of each chip's HBM.
+
+        max_tokens, max_sequences: of a step of one copy. Raises ChipError if not even one block fits.
+        """
+        hbm = int(target.chip.hbm_bytes * share)
+        step = BatchSizes(max_tokens, min(max_tokens, max_sequences), ())
+        slots = 2 * max_sequences if any(t.shape[0] == "N" for p in self.stages for t in p.of_role("state")) else 0
+        most = max_sequences * -(-self.program.context // BLOCK)
+        pages = most
+        for p in self.stages:
+            use = memory_use(p, step, 1, hbm)
+            use = type(use)(self.weight_bytes, use.kv, use.activations, use.hbm)
+            fit = pages_that_fit(p, use, slots)
+            if fit < 1:
+                raise ChipError(
+                    f"{target.chip.name}, {self.placement}: no room for a K/V cache: {use}, of which {share:.0%} may "
+                    "be used. Use more chips, a smaller format or fewer tokens a step"
+                )
+            pages = min(pages, fit)
+        return pages * BLOCK * self.placement.copies
+
+    @cached_property
+    def kv_bytes_per_token(self) -> float:
+        """Bytes of K/V that a token adds to the chip that gets the most, without recurrent state."""
+        two, one = ({"P": n, "B": BLOCK, "N": 0} for n in (2, 1))
+        return max(sum(t.nbytes(two) - t.nbytes(one) for t in p.of_role("state")) for p in self.stages) / BLOCK
+
+
+def weights_of(p: Program, of_experts: bool) -> set[str]:
+    """Names of the weights that ops of kind `experts` read, or all others."""
+    routed = {n for op in p.ops if isinstance(op, Experts) for n in op.inputs if p.tensors[n].role == "weight"}
+    return routed if of_experts else {w.name for w in p.of_role("weight")} - routed
+
+
+class Costs(Protocol):
+    """What a queue needs to know of a server: the copies of its attention, and what its steps cost."""
+
+    copies: int
+
+    def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
+        """(seconds, joules of all chips of the server) of a step of so many decoding sequences, and of prompts."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Kernels of one pipeline stage that run `count` times in a step."""
+
+    kernel: ChipKernel
+    count: int
+    shared: bool  # with the tokens of all copies (experts); False: with those of one
+
+
+@dataclass
+class StepTimes:
+    """The modelled seconds and joules of steps of one server on a target.
+
+    Attributes:
+        server: the compiled model.
+        target: chip and kernel library.
+        overlaps: whether the library prefetches weights or hides collectives; a step then takes what Plan says.
+    """
+
+    server: Server
+    target: Target
+    tables: dict[tuple[object, ...], tuple[float, float]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        library, self.copies = self.target.library, self.server.placement.copies
+        self.overlaps = library.prefetches_weights or library.dual_batch_overlap
+        if self.server.weight_bytes > self.target.chip.hbm_bytes:
+            raise ChipError(
+                f"{self.server.weight_bytes / 1e9:,.1f} GB of weights a chip; {self.target.chip.name} has "
+                f"{self.target.chip.hbm_bytes / 1e9:,.3g} GB of HBM; use more chips or fewer bits"
+            )
+        self.count = len(self.server.stages)
+        self.parts = [self._parts(*pair) for pair in zip(self.server.stages, self.server.experts, strict=True)]
+        routed = [[op for op in p.ops if isinstance(op, Experts)] for p in self.server.stages]
+        self.exchanges = [len(ops) for ops in routed]
+        widths = [
+            int(p.tensors[op.outputs[0]].shape[-1])
+            for p, ops in zip(self.server.stages, routed, strict=True)
+            for op in ops
+        ]
+        self.width = max(widths, default=0)
+        self.chips_per_stage = self.server.placement.chips_per_server // self.count
+
+    @cached_property
+    def plans(self) -> tuple[Plan, ...]:
+        """Plans of the stages, for libraries that overlap ops."""
+        return Plan.of(self.server.stages, self.target)
+
+    def _parts(self, own: Program, experts: Program) -> list[Part]:
+        counts: dict[tuple[ChipKernel, bool], int] = {}
+        for p, routed in ((own, False), (experts, True)):
+            for op in p.ops:
+                if isinstance(op, Experts) == routed:
+                    key = self._kernel(kernel_class(op).of(op, p.tensors)), routed
+                    counts[key] = counts.get(key, 0) + 1
+        return [Part(kernel, n, shared) for (kernel, shared), n in counts.items()]
+
+    def _kernel(self, kernel: Any) -> ChipKernel:
+        """The kernel, with activations in the format of its weights if the server's `rows` says so."""
+        if not isinstance(kernel, LinearKernel | ExpertsKernel):
+            return kernel
+        w = "e2m1" if kernel.w_format == "nvfp4" else kernel.w_format
+        x = kernel.x_format
+        if self.server.rows == "weights" and w in ("e4m3", "e2m1", "int8"):
+            x = w if w in dict(self.target.chip.macs) else "bf16"
+        elif self.server.rows == "weights" and w == "int4":
+            x = "bf16"  # only the weights are narrow
+        self.target.chip.runs_as(w)  # raises ChipError if the arrays do not take the format
+        return replace(kernel, w_format=w, x_format=x)
+
+    def exact(self, decoding: int, context: int, chunks: Chunks = ()) -> tuple[float, float]:
+        """(seconds, joules of all chips of the server) of one step.
+
+        decoding: sequences that get one token each. context: keys of each. chunks: of prompts. Sequences are spread
+        evenly over the copies of attention and the micro-batches of the pipeline.
+        """
+        n = self.count
+        own, everything = self._sizes(decoding, context, chunks)
+        with_chunks = [self._stage(i, own, everything) for i in range(n)]
+        ranks = self.chips_per_stage
+        seconds, spent = sum(s for s, _ in with_chunks), sum(j for _, j in with_chunks)
+        if n > 1 and decoding:  # the other micro-batches only decode
+            plain = [self._stage(i, *self._sizes(decoding, context, ())) for i in range(n)]
+            slowest = max(s for s, _ in plain)
+            seconds = max(seconds, (n - 1) * slowest + max(s for s, _ in with_chunks))
+            spent += (n - 1) * sum(j for _, j in plain)
+        return seconds, spent * ranks
+
+    def _sizes(self, decoding: int, context: int, chunks: Chunks) -> tuple[BatchSizes, int]:
+        """The BatchSizes of the copy with the most tokens, and the tokens of all copies."""
+        stages = self.count
+        each, ranks = -(-decoding // (self.copies * stages)), [0] * self.copies
+        lists: list[dict[tuple[int, int], int]] = [{} for _ in ranks]
+        for q, keys, n in sorted(chunks, reverse=True):
+            for _ in range(n):
+                i = ranks.index(min(ranks))
+                ranks[i] += q
+                lists[i][q, keys] = lists[i].get((q, keys), 0) + 1
+        heavy = ranks.index(max(ranks))
+        mine = tuple((q, keys, n) for (q, keys), n in lists[heavy].items())
+        sequences = (((1, context, each),) if each else ()) + mine
+        tokens = each + sum(q * n for q, _, n in mine)
+        total = min(self.copies * tokens, -(-decoding // stages) + sum(q * n for q, _, n in chunks))
+        return BatchSizes(tokens, each + sum(n for *_, n in mine), sequences), max(tokens, total)
+
+    def _stage(self, i: int, own: BatchSizes, tokens: int) -> tuple[float, float]:
+        """(seconds, joules of one chip) of stage i; tokens: those of all copies."""
+        if not own.tokens:
+            return 0.0, 0.0
+        if (
+            self.overlaps
+            and self.server.stages is self.server.experts
+            and not (self.width and self.server.rows != "auto")
+        ):
+            return self.plans[i].cost(own)
+        flat = BatchSizes(own.tokens, own.rows, tuple((q, q, n) for q, _, n in own.sequences))
+        everything = BatchSizes(tokens, tokens, ((tokens, tokens, 1),))
+        done: list[tuple[Timing, int]] = []
+        for part in self.parts[i]:
+            sizes = everything if part.shared else own if isinstance(part.kernel, AttendKernel) else flat
+            done.append((timing(part.kernel, self.target, sizes), part.count))
+        if self.copies > 1 and self.exchanges[i]:
+            done.append((self._exchange(tokens), self.exchanges[i]))
+        seconds = sum(t.seconds * n for t, n in done)
+        return seconds, sum(joules(self.target.chip, done, seconds).values())
+
+    def _exchange(self, tokens: int) -> Timing:
+        """The Timing of bringing each layer's rows of all copies to all chips, and their results back."""
+        chips, moved = self.chips_per_stage, tokens * self.width * WIRE
+        return collective_timing(self.target, "all_gather", chips, moved) + collective_timing(
+            self.target, "reduce_scatter", chips, moved
+        )
+
+    def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
+        """(seconds, joules) of one step as exact() gives them, from the table.
+
+        A step that only decodes is interpolated between four entries; one with chunks takes the nearest entry, at
+        context lengths and chunks of multiples of 1/8 of their leading power of two.
+        """
+        if not chunks:
+            if not decoding:
+                return 0.0, 0.0
+            (d0, d1, u), (c0, c1, v) = around(decoding, self.copies * self.count), around(context, 16)
+            corners = ((d0, c0, (1 - u) * (1 - v)), (d0, c1, (1 - u) * v), (d1, c0, u * (1 - v)), (d1, c1, u * v))
+            parts = [(self._entry(d, c, ()), w) for d, c, w in corners if w]
+            return sum(w * s for (s, _), w in parts), sum(w * j for (_, j), w in parts)
+        tokens = sum(q * n for q, _, n in chunks)
+        rounded = tuple((nearest(q, 16), nearest(max(q, keys), 16), n) for q, keys, n in chunks)
+        seconds, spent = self._entry(nearest(decoding, 4) if decoding else 0, nearest(context, 16), rounded)
+        scale = (tokens + decoding) / (sum(q * n for q, _, n in rounded) + (nearest(decoding, 4) if decoding else 0))
+        return seconds * scale, spent * scale
+
+    def _entry(self, decoding: int, context: int, chunks: Chunks) -> tuple[float, float]:
+        key = (decoding, context, chunks)
+        if key not in self.tables:
+            self.tables[key] = self.exact(decoding, context, chunks)
+        return self.tables[key]
+
+
+def around(x: float, step: int) -> tuple[int, int, float]:
+    """(entry at or below x, entry above, fraction of the way) in a table with PER_OCTAVE entries an octave.
+
+    Entries up to PER_OCTAVE * step are the multiples of `step`; up to `step` itself, all whole numbers.
+    """
+    if x <= step:
+        low = max(1, math.floor(x))
+        return low, low + 1, min(1.0, max(0.0, x - low))
+    width = step
+    while width * PER_OCTAVE * 2 <= x:
+        width *= 2
+    low = int(x // width) * width
+    return low, low + width, (x - low) / width
+
+
+def nearest(x: float, step: int) -> int:
+    """The entry of the table that is nearest to x."""
+    low, high, way = around(x, step)
+    return high if way > 0.5 else low

@@ -1,0 +1,89 @@
+"""Writes chip files and kernel library files (TOML) with what differs from the chip and library they are based on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from intaglio.chips import ChipError, ChipSpec, KernelLibrary, Target
+from intaglio.chips.kernel_record import KernelRecord
+from intaglio.chips.spec import PARTS
+
+UNWRITTEN = ("name", "description", "reasons", "kernels", "protocols")
+
+
+def toml(value: Any) -> str:
+    """A value as TOML text. Raises TypeError for a type that chip and library files do not have."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value)
+        case str():
+            return json.dumps(value)
+        case tuple() | list():
+            return f"[{', '.join(toml(v) for v in value)}]"
+    raise TypeError(f"{value!r} cannot be written to a chip or library file")
+
+
+def differences(new: Any, old: Any) -> dict[str, Any]:
+    """The fields of a dataclass whose values differ from those of `old`, names and nested parts left out."""
+    fields = [f.name for f in dataclasses.fields(new) if f.name not in (*UNWRITTEN, *PARTS)]
+    return {name: getattr(new, name) for name in fields if getattr(new, name) != getattr(old, name)}
+
+
+def chip_text(new: ChipSpec, old: ChipSpec, base: str, library: str, why: str) -> str:
+    """Text of a chip file with base `base`, the library file `library`, and the values in which `new` differs."""
+    lines = [
+        f"description = {toml(f'{old.description}, calibrated')}",
+        f"base = {toml(base)}",
+        f"library = {toml(library)}",
+    ]
+    reasons = differences(new, old)
+    lines += ["", *(f"{name} = {toml(value)}" for name, value in reasons.items())]
+    for part in PARTS:
+        changed = differences(getattr(new, part), getattr(old, part))
+        if changed:
+            reasons[part] = changed
+            lines += ["", f"[{part}]", *(f"{name} = {toml(value)}" for name, value in changed.items())]
+    return "\n".join([*lines, *reasons_text(reasons, why), ""])
+
+
+def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) -> str:
+    """Text of a library file with base `base`: the fields in which `new` differs, and all kernels if one differs.
+
+    Its kernels come before those of the base, so that they are chosen.
+    """
+    changed = differences(new, old)
+    lines = [f"description = {toml(f'{old.description}, calibrated')}", f"base = {toml(base)}", ""]
+    lines += [f"{name} = {toml(value)}" for name, value in changed.items()]
+    lines += reasons_text(changed, why)
+    for record in new.kernels if new.kernels != old.kernels else ():
+        lines += ["", "[[kernels]]", *record_lines(record)]
+    return "\n".join([*lines, ""])
+
+
+def record_lines(record: KernelRecord) -> list[str]:
+    """The lines of a table `[[kernels]]`."""
+    own = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "changes"}
+    return [f"{name} = {toml(value)}" for name, value in {**own, **dict(record.changes)}.items()]
+
+
+def reasons_text(changed: dict[str, Any], why: str) -> list[str]:
+    """The lines of the table `[reasons]`, with the same reason for each field; none if nothing changed."""
+    return ["", "[reasons]", *(f"{name} = {toml(why)}" for name in changed)] if changed else []
+
+
+def write(
+    folder: Path, name: str, new: Target, old: Target, base: str, library_base: str, why: str
+) -> tuple[Path, Path]:
+    """Write `folder/NAME.toml` and `folder/NAME_library.toml`; returns their paths. Raises ChipError if one exists."""
+    chip_file, library_file = folder / f"{name}.toml", folder / f"{name}_library.toml"
+    for path in (chip_file, library_file):
+        if path.exists():
+            raise ChipError(f"{path} exists; remove it, or choose another --name")
+    chip_file.write_text(chip_text(new.chip, old.chip, base, library_file.name, why), encoding="utf-8")
+    library_file.write_text(library_text(new.library, old.library, library_base, why), encoding="utf-8")
+    return chip_file, library_file

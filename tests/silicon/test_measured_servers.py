@@ -1,0 +1,123 @@
+"""Rows of measured servers: what they mean, what cannot be expressed, and their comparison; servers apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from intaglio.chips import ChipError, target
+from intaglio.codesign.disaggregated import Apart, serve_apart
+from intaglio.codesign.engines import EngineProfile, EngineTimes, engine, engines
+from intaglio.codesign.measured import Row, agreements, compare_all, rows
+from intaglio.codesign.placement import Placement
+from intaglio.codesign.queue import QueueSettings
+from intaglio.codesign.simulate import ported
+from intaglio.codesign.steps import Formats, Server, StepTimes
+from intaglio.measure.workload import LoadRequest
+
+POINT = {
+    "backend": "vllm", "model_path": "meta-llama/Llama-3.1-8B-Instruct", "system": "h100_sxm", "mode": "agg",
+    "isl": "128", "osl": "8", "gemm_quant_mode": "", "moe_quant_mode": "", "tp_size": "1", "pp_size": "1",
+    "attention_dp_size": "", "moe_tp_size": "1", "moe_ep_size": "1", "silicon_ttft_ms": "50", "silicon_tpot_ms": "8",
+    "concurrency": "2", "batch_size": "",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def times() -> StepTimes:
+    return StepTimes(Server.of(ported("llama-3-8b", None), Placement.parse("tp1"), Formats()), target("h100_sxm"))
+
+
+def row(**columns: str) -> Row:
+    return Row({**POINT, **columns})
+
+
+def test_layouts_of_rows() -> None:
+    """Columns (tp, dp, moe tp, moe ep) and the placement that they mean for a mixture of experts."""
+    for sizes, meant in (
+        (("8", "1", "8", "1"), "tp8"), (("8", "1", "1", "8"), "tp8/ep8"), (("64", "1", "8", "8"), "tp8/ep8"),
+        (("1", "64", "8", "8"), "dp8/ep8"), (("1", "8", "1", "8"), "dp8/ep8"), (("4", "4", "1", "16"), "dp4/ep4"),
+        (("2", "2", "1", "4"), "dp2/ep2"), (("4", "", "2", "2"), "tp4/tp2ep2"), (("16", "1", "4", "4"), "tp4/ep4"),
+    ):  # fmt: skip
+        names = ("tp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size")
+        found = row(model_path="deepseek-ai/DeepSeek-R1", **dict(zip(names, sizes, strict=True)))
+        assert (str(found.placement()), found.group) == (meant, "mixture")
+    dense = row(tp_size="4", attention_dp_size="2")
+    assert (str(dense.placement()), dense.group) == ("dp2tp4", "dense")
+
+
+def test_formats_of_rows() -> None:
+    vllm, trt = engine("vllm"), engine("trtllm")
+    assert row().formats(vllm) == Formats("bf16", "auto", "weights")
+    assert row(gemm_quant_mode="fp8").formats(trt) == Formats("fp8", trt.kv, "weights")
+    four = {"gemm_quant_mode": "nvfp4", "moe_quant_mode": "nvfp4"}
+    assert row(model_path="x/Kimi-K2.5", **four).formats(vllm) == Formats("bf16", vllm.kv, "weights", "nvfp4")
+    assert row(model_path="x/gpt-oss-120b", **four).formats(vllm).experts == "mxfp4"
+
+
+def test_rows_that_cannot_be_expressed(tmp_path: Path) -> None:
+    assert row().refusal() is None
+    for columns, why in (
+        ({"model_path": "zhipuai/GLM-5"}, "no card of zhipuai/GLM-5"), ({"system": "none"}, "no chip none"),
+        ({"mode": "disagg"}, "prefill and decode apart"), ({"concurrency": ""}, "neither concurrency nor batch size"),
+    ):  # fmt: skip
+        assert row(**columns).refusal() == why
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="wanted rows with columns backend"):
+        rows(tmp_path / "t.csv")
+
+
+def test_a_row_is_compared_with_the_queue() -> None:
+    """A profile's additions come in full on top of the kernels' times; rows of equal questions are in one half."""
+    plain = EngineProfile(name="x", description="", max_batch_tokens=512)
+    slow = EngineProfile(name="x", description="", max_batch_tokens=512, step_s=0.01, request_s=0.5)
+    other = row(silicon_ttft_ms="70")
+    assert other.split == row().split
+    asked = [row(), other, row(mode="disagg")]
+    fast, late = (list(compare_all(asked, lambda _, p=p: p)) for p in (plain, slow))  # type: ignore[misc]
+    good = [c for c in fast if not c.refused]
+    assert len(good) == 2 and good[0].tpot == good[1].tpot
+    worse = [c for c in late if not c.refused]
+    assert worse[0].tpot == pytest.approx(good[0].tpot + 0.01, rel=1e-6)
+    assert worse[0].ttft > good[0].ttft + 0.51 * 0.999
+    found = agreements(fast)
+    assert [(a.engine, a.group, a.rows) for a in found] == [("vllm", "dense", 2), ("all", "dense", 2)]
+    assert found[0].tpot == pytest.approx(abs(good[0].tpot / 0.008 - 1))
+
+
+def test_profiles(times: StepTimes, tmp_path: Path) -> None:
+    assert {"vllm", "sglang", "trtllm"} <= set(engines())
+    for name in engines():
+        profile = engine(name)
+        assert EngineTimes(times, profile).cost(4, 100.0)[0] > 0
+    graphs = EngineProfile(name="x", description="", graph_launch_s=0.0, decode_factor=2.0)
+    seconds = times.cost(4, 100.0)[0]
+    launches = sum(part.count for part in times.parts[0]) * times.target.library.launch_s
+    assert EngineTimes(times, graphs).cost(4, 100.0)[0] == pytest.approx(2 * (seconds - min(launches, 0.9 * seconds)))
+    with pytest.raises(ValueError, match="no serving engine 'x'; known are"):
+        engine("x")
+    (tmp_path / "e.toml").write_text('description = ""\nstep = 1\n')
+    with pytest.raises(ChipError, match="unknown step; a profile has"):
+        engine(str(tmp_path / "e.toml"))
+    with pytest.raises(ValueError, match="step_s is -1"):
+        EngineProfile(name="x", description="", step_s=-1.0)
+
+
+def test_prefill_and_decode_apart(times: StepTimes) -> None:
+    """One request: its prompt, the journey of its K/V, its decode steps; more decode servers serve more."""
+    two = StepTimes(Server.of(times.server.program, Placement.parse("dp2tp1"), Formats()), times.target)
+    settings = QueueSettings(100_000, 2048, 64)
+    request = LoadRequest(0.0, 800, 40)
+    alone = serve_apart(Apart(times, times, settings, settings), request, 1)
+    prompt = times.cost(0, 1, [(800, 800, 1)])[0]
+    moved = 800 * times.server.kv_bytes_per_token / times.target.chip.links.chip_bytes_per_s
+    assert times.server.kv_bytes_per_token == 2 * 2 * 8 * 128 * 32
+    assert alone.ttft == pytest.approx(prompt + moved + times.target.library.link_latency_s, rel=1e-6)
+    assert alone.tpot == pytest.approx(times.cost(1, 820.0)[0], rel=0.02)
+    assert alone.chips == 2
+    few = serve_apart(Apart(times, times, settings, settings), request, 24)
+    many = serve_apart(Apart(times, two, settings, settings), request, 24)
+    assert many.chips == 3 and many.tpot < few.tpot and many.tokens_per_s > few.tokens_per_s
+    with pytest.raises(ValueError, match="one new token never reach a decode server"):
+        serve_apart(Apart(times, times, settings, settings), LoadRequest(0.0, 800, 1), 1)
