@@ -77,7 +77,7 @@ def copy_own(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst
 
 
 def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` a ring reduce-scatter of P - 1 rounds, P ranks.
+    """Add to `w` a ring reduce-scatter: P - 1 rounds for P ranks.
 
     A chunk's sum travels from its owner's successor around the ring to its owner. own, src, dst: as in
     scatter_direct().
@@ -97,7 +97,7 @@ def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place,
 
 
 def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` a ring all-gather of P - 1 rounds, P ranks.
+    """Add to `w` a ring all-gather: P - 1 rounds for P ranks.
 
     In each round a rank sends the next rank what it received in the round before. own, src, dst: as in
     scatter_direct().
@@ -121,9 +121,9 @@ def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
     held: dict[tuple[int, int], Slot] = {}
 
     def mine(i: int, distance: int) -> list[int]:
-        """Numbers of the chunks that rank i's block of ranks owns.
+        """A list of the chunks that are owned by the ranks of rank i's block.
 
-        Blocks are `distance` ranks, from a multiple of it.
+        A block has `distance` ranks, and the first is a multiple of `distance`.
         """
         first = i // distance * distance
         return [c for j in range(first, first + distance) for c in own(j)]
@@ -365,7 +365,7 @@ for _collective in ("all_gather", "reduce_scatter"):
 def algorithms(collective: str, ranks: int, node: int = 0) -> list[str]:
     """A list of the names of the algorithms for `collective` that support `ranks` ranks.
 
-    node: ranks in a node, for algorithms with two levels; 0: no nodes.
+    node: ranks in a node, for algorithms with two levels; 0: no nodes. Raises ScheduleError for an unknown collective.
     """
     if collective not in TABLE:
         raise ScheduleError(f"unknown collective {collective!r}; supported: {', '.join(COLLECTIVES)}")
@@ -376,7 +376,7 @@ def algorithms(collective: str, ranks: int, node: int = 0) -> list[str]:
 def schedule(collective: str, algorithm: str, ranks: int, node: int = 0) -> Schedule:
     """The schedule of `collective` with `algorithm`. `node`: ranks in a node, for "hierarchical".
 
-    Raises ScheduleError if there is no such algorithm for this number of ranks.
+    Raises ScheduleError if there is no such collective, or no such algorithm for this number of ranks.
     """
     if ranks < 1:
         raise ScheduleError(f"ranks={ranks}; allowed: 1 or more")

@@ -18,7 +18,7 @@ from intaglio.collectives.topology import Topology
 
 
 def chunk_bytes(s: Schedule, nbytes: float) -> list[float]:
-    """Bytes of each chunk of a schedule, all equal, for a payload of `nbytes`.
+    """A list of the bytes of each chunk of a schedule, all equal, for a payload of `nbytes`.
 
     nbytes: size of one rank's input (all_reduce, reduce_scatter, all_to_all, send) or output (all_gather).
     """
@@ -45,7 +45,9 @@ FREE, END, BEGIN = 0, 1, 2  # events: a link or rank becomes free, a step ends, 
 class _Run:
     """Event-driven simulation of one schedule.
 
-    `waits`: number of unmet dependencies of each step. `busy`: the tick at which a link or a rank becomes free.
+    Attributes:
+        waits: number of unmet dependencies of each step.
+        busy: the tick at which a link (by its number) or a rank (by -1 - rank) becomes free.
     """
 
     def __init__(self, s: Schedule, topology: Topology, sizes: Sequence[float], local: float) -> None:
@@ -116,8 +118,8 @@ def choose(
 ) -> tuple[Schedule, float]:
     """The fastest schedule for a payload of `nbytes` on a topology. Returns (schedule, modelled seconds).
 
-    ordered: consider only schedules that sum all values in the same order, by rank or by one tree, so that no bit
-    depends on the position of a value in the payload.
+    node, local: as for schedule() and seconds(). ordered: consider only schedules that sum all values in the same
+    order, by rank or by one tree, so that no bit depends on the position of a value in the payload.
     """
     best: tuple[Schedule, float] | None = None
     for algorithm in algorithms(collective, topology.ranks, node):

@@ -14,7 +14,7 @@ def execute(
 ) -> list[dict[int, np.ndarray]]:
     """Execute a schedule. Takes and returns one dict per rank, from the number of a chunk to its array.
 
-    Inputs are by input chunk, outputs by output chunk; sums keep the arrays' dtype.
+    The dicts have the chunks of Schedule.inputs() and Schedule.outputs(). Sums keep the arrays' dtype.
 
     order: indices of all steps in execution order, by default schedule order; the result does not depend on it.
     Raises ScheduleError for a missing chunk, and for a step that runs before one it depends on.
@@ -65,12 +65,12 @@ def join(chunks: Mapping[int, np.ndarray]) -> np.ndarray:
 
 
 def all_reduce(s: Schedule, x: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Run an all_reduce schedule on one array per rank, all of the same shape. Returns the sum for each rank."""
+    """Run an all_reduce schedule on one array per rank, all of one shape. Returns a list: the sum for each rank."""
     return [join(got) for got in execute(s, [dict(enumerate(cut(a, s.chunks))) for a in x])]
 
 
 def reduce_scatter(s: Schedule, x: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Run a reduce_scatter schedule on arrays x[sender][receiver]. Returns for each receiver the sum over senders.
+    """Run a reduce_scatter schedule on arrays x[sender][receiver]. Returns a list: each receiver's sum over senders.
 
     The arrays for one receiver have the same shape.
     """
@@ -80,7 +80,7 @@ def reduce_scatter(s: Schedule, x: Sequence[Sequence[np.ndarray]]) -> list[np.nd
 
 
 def all_gather(s: Schedule, x: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-    """Run an all_gather schedule on one array per rank, of any shapes. Returns for each rank the list of all arrays."""
+    """Run an all_gather schedule on one array per rank, of any shapes. Returns y[rank]: the list of all arrays."""
     each = s.chunks // s.ranks
     inputs = [{r * each + i: c for i, c in enumerate(cut(part, each))} for r, part in enumerate(x)]
     runs = [range(r * each, (r + 1) * each) for r in range(s.ranks)]

@@ -210,7 +210,7 @@ def order(s: Schedule) -> str:
     """How a schedule orders its sums: the string "rank", "tree" or "chunk".
 
     rank: every chunk is summed as ((0 + 1) + 2) + ... tree: every chunk by the same tree. chunk: by different
-    trees, so the bits of a sum depend on the position of the value in the payload.
+    trees, so the bits of a sum depend on the position of the value in the payload. A collective without sums is "rank".
     """
     held = trace(s)
     sums = {held[rank, Slot("out", c)][1] for rank in range(s.ranks) for c in s.outputs(rank)}

@@ -49,7 +49,7 @@ class Step(NamedTuple):
     after: tuple[int, ...] = ()
 
     def reads(self) -> Iterator[Slot]:
-        """The slots that the step reads: `src`, and for a reduce `add`."""
+        """Yield the slots that the step reads: `src`, and for a reduce `add`."""
         yield from (slot for slot in (self.src, self.add) if slot)
 
     def __str__(self) -> str:
@@ -98,9 +98,9 @@ class Schedule:
 
 
 class ScheduleBuilder:
-    """Builds a Schedule step by step: each method adds steps, done() returns the schedule.
+    """Builds a Schedule step by step: copy(), reduce() and move() add steps, done() returns the schedule.
 
-    It derives each step's dependencies from the slots that steps read and write.
+    The dependencies of each step are derived from the slots that the steps read and write.
     """
 
     def __init__(self, collective: str, algorithm: str, ranks: int, chunks: int) -> None:

@@ -74,7 +74,10 @@ class Topology:
         return self._distances[goal]
 
     def route(self, src: int, dst: int) -> tuple[Link, ...]:
-        """The links of a shortest route from rank `src` to rank `dst`. Pairs are spread over equally short routes."""
+        """The links of a shortest route from rank `src` to rank `dst`, as a tuple in order.
+
+        Different pairs of ranks are spread over equally short routes.
+        """
         if (src, dst) not in self._routes:
             steps, at, path = self._steps_to(dst), src, list[Link]()
             while at != dst:
@@ -92,13 +95,13 @@ def _links(pairs: Iterable[tuple[int, int]], bandwidth: float, latency: float) -
 
 
 def ring(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A ring topology: each rank linked to the next, the last to the first."""
+    """A ring topology: each rank linked to the next, the last to the first. bandwidth: bytes/s. latency: seconds."""
     pairs = [(i, (i + 1) % ranks) for i in range(ranks if ranks > 2 else ranks - 1)]
     return Topology(f"ring({ranks})", ranks, _links(pairs, bandwidth, latency))
 
 
 def full(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A fully connected topology: a link between any two ranks. bandwidth: bytes/s of one link."""
+    """A fully connected topology: a link between any two ranks. bandwidth: bytes/s of one link. latency: seconds."""
     pairs = [(i, j) for i in range(ranks) for j in range(i)]
     return Topology(f"full({ranks})", ranks, _links(pairs, bandwidth, latency))
 
@@ -106,7 +109,7 @@ def full(ranks: int, bandwidth: float, latency: float) -> Topology:
 def bipartite(ranks: int, bandwidth: float, latency: float) -> Topology:
     """A complete bipartite topology: each rank of the first half linked to each of the second.
 
-    bandwidth: of one link.
+    bandwidth: bytes/s of one link. latency: seconds.
     """
     half = ranks // 2
     pairs = [(i, j) for i in range(half) for j in range(half, ranks)]
@@ -114,7 +117,10 @@ def bipartite(ranks: int, bandwidth: float, latency: float) -> Topology:
 
 
 def torus(rows: int, columns: int, bandwidth: float, latency: float) -> Topology:
-    """A 2-D torus topology: a grid with wrap-around links. Rank = row * columns + column."""
+    """A 2-D torus topology: a grid with wrap-around links. Rank = row * columns + column.
+
+    bandwidth: bytes/s of one link. latency: seconds.
+    """
     at = [[i * columns + j for j in range(columns)] for i in range(rows)]
     across = [(at[i][j], at[i][(j + 1) % columns]) for i in range(rows) for j in range(columns if columns > 1 else 0)]
     down = [(at[i][j], at[(i + 1) % rows][j]) for i in range(rows if rows > 1 else 0) for j in range(columns)]

@@ -65,7 +65,7 @@ def buffers(p: Program) -> dict[str | int, Buffer]:
 
 
 def bytes_per_row(p: Program) -> int:
-    """Bytes per row of all buffers together."""
+    """Sum of the bytes per row of all buffers (see buffers())."""
     return sum(b.row_bytes for b in buffers(p).values())
 
 

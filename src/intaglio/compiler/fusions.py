@@ -46,8 +46,8 @@ def _fuse_maps(p: Program, absorb: Absorb) -> Program:
     """The Program with each map fused into the op that computes one of its operands, where `absorb` can do it.
 
     A map is fused only if nothing else reads that operand. The fused op takes the map's place in the order, because
-    only there are all the map's operands written. It keeps its own site and the name of its own result, unless the
-    map wrote an output.
+    only there are all the map's operands written. It keeps its own site and the name of its own result; if the map
+    wrote an output of the Program, it gets the map's result name. absorb: returns the fused op, or None.
     """
     tensors = dict(p.tensors)
     reads = Counter(p.base(name) for op in p.ops for name in op.inputs)
@@ -118,9 +118,10 @@ def _glu(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
 
 
 def _epilogue(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """The linear with the map's residual, activation and scale fused into it; None if the map does anything else.
+    """The linear with the map's residual, activation and scale fused into it; None if that is not possible.
 
-    The expression is matched from the outside in: `residual + activation(scale * x)`, each part optional.
+    The expression is matched from the outside in: `residual + activation(scale * x)`, each part optional. It is
+    not possible if the map does anything else, or if the linear has a residual or an activation already that conflicts.
     """
     others = [name for name in m.inputs if name != x]
     if not isinstance(linear, Linear) or x != linear.out or linear.residual is not None or len(others) > 1:

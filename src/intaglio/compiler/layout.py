@@ -33,7 +33,7 @@ class Layout:
     def parse(cls, text: str) -> Layout:
         """The Layout of a text such as tp4, pp2, tp4pp2, tp2ep4 or, with sequence parallelism, tp4sp.
 
-        Raises LayoutError.
+        Raises LayoutError for any other text, and for sp without tp or with ep.
         """
         ways = text.removesuffix("sp")
         found = re.findall(r"([a-z]+)(\d+)", ways)

@@ -46,9 +46,9 @@ def _key(p: Program, op: Linear) -> Hashable:
 
 
 def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str]) -> Linear:
-    """The linear that replaces the linears of `group`.
+    """The linear that replaces the linears of `group`. Updates `tensors`.
 
-    In `tensors`, one joined weight replaces theirs, and their results become views of the new linear's result.
+    In `tensors`, one joined weight replaces their weights, and their results become views of the new linear's result.
     """
     first = group[0]
     leaves = {op.site.rpartition(".")[2]: op for op in group}
@@ -76,7 +76,7 @@ def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str])
 def _join(tensors: dict[str, Tensor], parts: Sequence[str], place: str, name: str, rows: int) -> None:
     """Replace the weights `parts` in `tensors` by one weight `name` of `rows` rows that has all their sources.
 
-    It takes the position of the weight `place` in the table.
+    The new weight takes the position of the weight `place` in the table.
     """
     sources = tuple(s for part in parts for s in tensors[part].source)
     whole = replace(tensors[place], name=name, shape=(rows, *tensors[place].shape[1:]), source=sources)

@@ -21,7 +21,7 @@ from intaglio.program import MeshProgram, Program, ProgramError, verify, verify_
 
 
 class Pass(NamedTuple):
-    """One entry of the recipe. `run`: function from a Program to an equivalent one."""
+    """A pass of the recipe: its name, the function `run` from a Program to an equivalent one, and its reason `why`."""
 
     name: str
     run: Callable[..., Program]
@@ -62,8 +62,7 @@ def build(
 ) -> Program:
     """Compile a Program for a device and return the compiled Program, verified.
 
-    With `check` it is verified after every pass too. Raises FormatError for an unknown format and ProgramError,
-    naming the pass, for a Program that breaks a rule.
+    Raises FormatError for an unknown format, and ProgramError if the compiled Program breaks a rule.
 
     Args:
         program: as ported.
@@ -72,7 +71,7 @@ def build(
         kv_format: auto (f32 for f32 weights, else what the checkpoint asks for, or bf16), f32, bf16, int8 (one scale
             per token and head) or fp8 (E4M3, with the checkpoint's scales of each layer, or 1).
         passes: the passes to run, in order.
-        check: verify after every pass.
+        check: verify after every pass too; the ProgramError then names the pass.
         report: called with, or extended by, one line per pass.
     """
     say = report.append if isinstance(report, list) else report
@@ -99,7 +98,8 @@ def build_mesh(
     """Compile and shard a Program: return the MeshProgram with the Programs of all ranks of a layout such as tp4pp2.
 
     wire: format to which values are rounded before they travel between ranks. Weight formats are set before
-    sharding, so that shares are quantised as the whole weight would be. Raises the errors of build() and shard().
+    sharding, so that shares are quantised as the whole weight would be. Raises the errors of build(), shard() and
+    verify_mesh().
     """
     whole = build(program, weights, kv_format, passes=WHOLE, check=check)
     ranks = shard(whole, layout, wire, _coded(program, whole))
@@ -111,7 +111,7 @@ def build_mesh(
 def build_stages(
     program: Program, layout: str | Layout, weights: str = "auto", kv_format: str = "auto", *, wire: str = "f32"
 ) -> tuple[Program, ...]:
-    """The Program of one rank of each pipeline stage, in order; otherwise like build_mesh().
+    """The Program of the first rank of each pipeline stage, as a tuple. Arguments and errors as for build_mesh().
 
     The ranks of a stage are alike, so one of them is enough to model time.
     """
@@ -128,7 +128,7 @@ def _coded(ported: Program, whole: Program) -> set[str]:
 
 
 def _verify(program: Program, when: str) -> None:
-    """Verify a Program. `when` is put in front of the error's message."""
+    """Verify a Program. Raises ProgramError, with `when` in front of the message."""
     try:
         verify(program)
     except ProgramError as e:

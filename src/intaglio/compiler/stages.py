@@ -71,7 +71,7 @@ def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> 
 
 
 def _moved(op: Op, layout: Layout, stage: int) -> Op:
-    """The op with the lanes of its group, if it is a collective, replaced by the ranks of this stage."""
+    """The op; in a collective of a group of lanes, the lanes are replaced by their ranks in this stage."""
     if isinstance(op, Grouped):
         return replace(op, group=tuple(layout.rank(stage, lane) for lane in op.group))
     return op

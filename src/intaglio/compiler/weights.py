@@ -64,7 +64,7 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
 
 
 def _with_scales(op: Op, tensors: dict[str, Tensor]) -> Op:
-    """The op without the scales of caches whose format has no use for them."""
+    """The op without the scales of its caches that are not e4m3; other ops than kv_write and attend unchanged."""
     if not isinstance(op, (KvWrite, Attend)):
         return op
     k, v = (tensors[cache].format == formats.CACHED for cache in (op.k_cache, op.v_cache))
@@ -110,10 +110,10 @@ def _full_name(weights: str) -> str:
 
 
 def set_activation_format(p: Program, activations: str = "auto") -> Program:
-    """The Program with activations that are multiplied with FP8 weights in another format; "auto" changes nothing.
+    """The Program with another format for the inputs of linears with FP8 weights; "auto" changes nothing.
 
     activations="fp8" rounds them to FP8 with one scale per row (fp8row). Raises FormatError for another name, or if
-    no product has FP8 weights.
+    no linear has FP8 weights.
     """
     if activations == "auto":
         return p

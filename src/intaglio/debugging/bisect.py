@@ -21,7 +21,10 @@ from intaglio.progress import Progress, silent
 
 
 def parse(run: str) -> tuple[str, str]:
-    """(device, weights) of a run such as "host:int8"; weights are "auto" if left out."""
+    """(device, weights) of a run such as "host:int8"; weights are "auto" if left out.
+
+    Raises CheckError for an unknown device.
+    """
     device, _, weights = run.partition(":")
     if device not in DEVICES or device == "oracle":
         raise CheckError(f"{run!r}: wanted device or device:weights, such as host:int8; devices are host, reference")
@@ -37,7 +40,7 @@ def bisect(
     The first run is taken as correct. Sites that both Programs have are compared, in the order of the second.
     Tolerances are those of check(), which allow for rounding in float32 only; with a lossy weight format, the first
     site out of tolerance is where quantization begins to matter. programs: the two Programs, instead of compiling
-    them.
+    them. Raises CheckError unless there are two runs with known devices.
     """
     if len(runs) != 2:
         raise CheckError(f"bisect takes two runs, such as reference,host:int8; got {','.join(runs)!r}")

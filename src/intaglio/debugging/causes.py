@@ -28,8 +28,8 @@ class Scene:
     Attributes:
         program: the Program.
         batch: the batch of the step.
-        values: values of all tensors after the step by name, K/V caches included.
-        spare: weights of the checkpoint that the Program does not read, by name.
+        values: values after the step by name: all tensors of the Program, K/V caches included, and those of `spare`.
+        spare: vectors of the checkpoint that the Program does not read, by name.
     """
 
     program: Program
@@ -60,14 +60,14 @@ def explain(scene: Scene, site: str, theirs: np.ndarray, good: set[str]) -> str:
 
 
 def _result(p: Program, site: str) -> str:
-    """Name of the tensor that is computed at a site."""
+    """Name of the tensor that is computed at a site: the first result of its op, or the site's own name."""
     return next((op.outputs[0] for op in p.ops if op.site == site and op.outputs), site)
 
 
 def _chain(p: Program, name: str, good: set[str]) -> list[Op]:
-    """A list of the ops that compute the tensor `name` from correct sites, in order.
+    """A list of the ops that compute the tensor `name` from values of the correct sites `good`, in order.
 
-    For a K/V cache, the ops that wrote it count.
+    If one of these ops reads a K/V cache, the ops that wrote the cache are in the list.
     """
     wanted, seen = {p.base(name)}, []
     for op in reversed(p.ops):
@@ -81,7 +81,7 @@ def _chain(p: Program, name: str, good: set[str]) -> list[Op]:
 def rerun(scene: Scene, chain: list[Op], changed: Mapping[str, Op], name: str) -> np.ndarray | None:
     """The value of the tensor `name` when the ops of `chain` run again, some of them replaced by those in `changed`.
 
-    changed: ops by site. None if an op refuses its operands.
+    changed: ops by site. Returns None if an op refuses its operands.
     """
     p, v = scene.program, dict(scene.values)
     for n in {n for op in chain for n in op.inputs if p.tensors.get(n) and p.tensors[n].role == "state"}:
@@ -100,7 +100,7 @@ def rerun(scene: Scene, chain: list[Op], changed: Mapping[str, Op], name: str) -
 
 
 def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
-    """Yield (description of a mistake, the op without it) for each common mistake of an op."""
+    """Yield (description of a mistake, the op without it) for each common mistake in this kind of op."""
     kinds: dict[type, Callable[..., Iterator[tuple[str, Op]]]] = {
         Rope: _rope, Norm: _norm, Linear: _linear, Attend: _attend, Map: _map, Route: _route, Experts: _experts,
     }  # fmt: skip
@@ -108,7 +108,7 @@ def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
 
 
 def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, op without it) for a rope op: pairing style, rotated columns, attention factor, frequencies."""
+    """Yield (mistake, corrected op) for a rope op: pairing style, rotated columns, attention factor, frequencies."""
     other = "half" if op.style == "interleaved" else "interleaved"
     yield f"the wrong rope style: pairs are {other}, not {op.style}", replace(op, style=other)
     end = "last" if not op.trailing else "first"
@@ -121,7 +121,7 @@ def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
 
 
 def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, op without it) for a norm: offset, kind, eps, weight, residual."""
+    """Yield (mistake, corrected op) for a norm: offset, kind, eps, weight, residual."""
     offset = 1.0 - op.offset
     yield f"the norm's offset: the weight is stored as weight - {offset:.0f}", replace(op, offset=offset)
     for kind in ("rms", "layer", "l2") if op.norm != "none" else ():
@@ -138,7 +138,7 @@ def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
 
 
 def _linear(scene: Scene, op: Linear) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, op without it) for a linear: bias, weight, scale, activation."""
+    """Yield (mistake, corrected op) for a linear: bias, weight, scale, activation."""
     if op.bias is not None:
         yield "a bias that does not belong there", replace(op, bias=None)
     else:
@@ -157,7 +157,7 @@ def _linear(scene: Scene, op: Linear) -> Iterator[tuple[str, Op]]:
 
 
 def _turned(scene: Scene, op: Linear) -> Op:
-    """The linear with its weight transposed. The transposed weight is added to the scene's values."""
+    """The linear with its weight transposed. The transposed weight is added to the scene's values, if not quantised."""
     values = scene.values
     assert isinstance(values, dict)
     w = values[op.w]
@@ -167,7 +167,7 @@ def _turned(scene: Scene, op: Linear) -> Op:
 
 
 def _attend(scene: Scene, op: Attend) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, op without it) for attention: window, chunk, softcap, scale, sinks, temperature."""
+    """Yield (mistake, corrected op) for attention: window, chunk, softcap, scale, sinks, temperature."""
     length = len(scene.batch.tokens)
     windows = [w for w in (0, op.window - 1, op.window + 1, *range(1, length)) if w >= 0 and w != op.window]
     for w in dict.fromkeys(windows):
@@ -192,7 +192,7 @@ def _attend(scene: Scene, op: Attend) -> Iterator[tuple[str, Op]]:
 
 
 def _map(scene: Scene, op: Map) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, op without it) for an elementwise op: operands swapped, activation, residual scale."""
+    """Yield (mistake, corrected op) for an elementwise op: operands swapped, activation, residual scale."""
     if op.b is not None and op.c is None:
         yield "gate and up are swapped" if "(a)" in op.expr else "operands are swapped", replace(op, a=op.b, b=op.a)
     for old in FUNCTIONS:
@@ -208,7 +208,7 @@ def _map(scene: Scene, op: Map) -> Iterator[tuple[str, Op]]:
 
 
 def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, op without it) for expert routing: normalisation, score, bias, scale, groups."""
+    """Yield (mistake, corrected op) for expert routing: normalisation, score, bias, scale, groups."""
     does = "are not" if op.normalise else "are"
     yield f"the wrong renormalisation: weights {does} divided by their sum", replace(op, normalise=not op.normalise)
     for score in ("softmax", "sigmoid", "chosen"):
@@ -231,7 +231,7 @@ def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
 
 
 def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, op without it) for experts: gate and up swapped, activation, clamp, transposed matrices."""
+    """Yield (mistake, corrected op) for experts, such as activation, clamp or transposed matrices."""
     yield "gate and up of the experts are swapped", replace(op, gate=op.up, up=op.gate)
     for act in SPARE:
         if act != op.activation:
@@ -251,7 +251,10 @@ def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
 
 
 def _turned_stack(scene: Scene, op: Experts, which: str) -> Op:
-    """The experts op with the matrices `which` (gate, up or down) transposed. They are added to the scene's values."""
+    """The experts op with the matrices `which` (gate, up or down) transposed.
+
+    The transposed matrices, if not quantised, are added to the scene's values.
+    """
     values, name = scene.values, getattr(op, which)
     assert isinstance(values, dict)
     w = values[name]
@@ -261,7 +264,7 @@ def _turned_stack(scene: Scene, op: Experts, which: str) -> Op:
 
 
 def _alike(scene: Scene, weight: str) -> list[str]:
-    """Up to 12 other weights of the same shape, nearest in the table of tensors first."""
+    """A list of the names of up to 12 other weights of the same shape, nearest in the table of tensors first."""
     tensors = scene.program.tensors
     names = [t.name for t in scene.program.of_role("weight")]
     at = names.index(weight) if weight in names else 0
@@ -270,13 +273,16 @@ def _alike(scene: Scene, weight: str) -> list[str]:
 
 
 def _spare(scene: Scene, op: Op, ending: str) -> list[str]:
-    """Names that end with `ending` of checkpoint tensors in the op's layer that the Program does not read."""
+    """A list of names in scene.spare that end with `ending` and belong to the op's layer.
+
+    For an op outside the layers, the names of all layers.
+    """
     layer = ".".join(op.site.split(".")[:2]) + "."
     return [n for n in scene.spare if n.endswith(ending) and (layer in n or not op.site.startswith("layers."))]
 
 
 def describe(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """A description of a difference that no variant explains, such as a factor, a bias or the tokens that differ."""
+    """Describe, as text, a difference that no variant explains, such as a factor, a bias or the tokens that differ."""
     bad = ~np.isfinite(ours)
     if bad.any():
         first = int(np.flatnonzero(bad.any(axis=1))[0])

@@ -36,7 +36,7 @@ TOKENS = 61  # prime, so that no number of heads equals it
 
 
 class CheckError(RuntimeError):
-    """Raised for a check that cannot run. The message says what is missing and how to get it."""
+    """Raised for a check that cannot run. The message says what is missing or wrong, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ class Report:
         program: name of the Program.
         device: device it ran on.
         tokens: number of prompt tokens.
-        rows: the comparison at each site, in the order of the Program.
+        rows: the comparison at each site, in the order of the Program, then that of the logits.
         first_bad: the first site out of tolerance, or None.
         logits: relative error of the logits.
         ok: True if no site is out of tolerance.
-        cause: the likely cause of the first difference, as text.
+        cause: the likely cause of the first difference, as text; "" if there is none.
         origin: a sentence that says where the first NaN or infinity appears; "" if there is none.
-        against: what the Program was compared with.
+        against: name of what the Program was compared with.
     """
 
     program: str
@@ -108,7 +108,7 @@ class Report:
 
     @property
     def conclusion(self) -> list[str]:
-        """Lines of text that say whether the two runs agree, and if not, where they first differ and why."""
+        """A list of lines of text that say whether the two runs agree, and if not, where they first differ and why."""
         end = "agrees at every site" if self.ok else f"parts from {self.against} at {self.first_bad}"
         lines = [f"{end}; logits differ by {self.logits:.2e}"]
         lines += [f"likely cause: {self.cause}"] if self.cause else []
@@ -126,7 +126,7 @@ class Report:
 
 
 def reference_model(path: str | Path, dtype: str = "float32") -> Any:
-    """The transformers model of a checkpoint with eager attention.
+    """The transformers model of a checkpoint in the torch type `dtype`, with eager attention, ready for inference.
 
     Raises CheckError if torch or transformers is missing.
     """
@@ -167,14 +167,15 @@ def check(
     """Compare a checkpoint's Program with transformers on one prompt. Returns the Report.
 
     A site's tolerance is 8 * eps * sqrt(K) * sqrt(n) with eps = 2^-23, K the longest sum so far (one rounding error
-    of random sign per term) and n the number of ops so far (whose errors add up likewise).
+    of random sign per term) and n the number of ops so far (whose errors add up likewise). Raises CheckError if torch
+    or transformers is missing.
 
     Args:
         path: the checkpoint folder.
         device: device to check.
-        tokens: token ids of the prompt, or the number of random ones.
-        seed: of the random tokens.
-        program: by default the port's.
+        tokens: token ids of the prompt, or the number of random token ids.
+        seed: of the random token ids.
+        program: by default the one that the checkpoint's port makes.
         progress: called before each stage.
     """
     checkpoint = Checkpoint.open(path)
@@ -215,7 +216,7 @@ def check(
 def scene_of(p: Program, checkpoint: Checkpoint, batch: Batch) -> Scene:
     """Run the batch (one sequence) with NumPy and return the Scene, which has every tensor's value.
 
-    It also has the vectors of the checkpoint that the Program does not read, because a bias that the port leaves
+    The Scene also has the vectors of the checkpoint that the Program does not read, because a bias that the port leaves
     out is a likely cause of a difference.
     """
     state = StateSpec(int(batch.block_table.shape[1]), PAGE, 2 * p.recurrent)
@@ -251,7 +252,7 @@ def first_nonfinite(scene: Scene) -> str:
 
 
 def wide_cache(p: Program) -> Program:
-    """The Program with all K/V caches stored in float32."""
+    """The Program with all K/V caches and recurrent state stored in float32."""
     tensors = {n: replace(t, format="f32") if t.role == "state" else t for n, t in p.tensors.items()}
     return p.with_ops(p.ops, tensors)
 
@@ -264,7 +265,7 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def tolerances(p: Program, tokens: int) -> dict[str, float]:
-    """A dict from site to its tolerance, as check() defines it. A view has the tolerance of its base."""
+    """{site or name of a view: tolerance}, as check() defines it. A view has the tolerance of its base."""
     out: dict[str, float] = {}
     longest = 1
     for n, op in enumerate(p.ops, start=1):
@@ -278,7 +279,7 @@ def tolerances(p: Program, tokens: int) -> dict[str, float]:
 def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Run transformers on the tokens. Returns ({site: value, float32 [tokens, width]}, logits).
 
-    Only sites of the Program that a transformers module computes have a value.
+    Only sites of the Program that are the input or output of a transformers module, or its K/V cache, have a value.
     """
     import torch
     from transformers import DynamicCache
@@ -329,14 +330,14 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
 
 
 def _tensor_of(module: Any, out: Any) -> Any:
-    """The tensor of a module's output that belongs to its site: the first of a tuple, or Llama 4's router's second."""
+    """The tensor in a module's output that its site computes: of a tuple the first, of Llama 4's router the second."""
     if not isinstance(out, tuple):
         return out
     return out[1] if type(module).__name__ == "Llama4Router" else out[0]
 
 
 def module_of(model: Any, p: Program, op: Op) -> Any:
-    """The transformers module that holds the weight of `op`; None if there is none."""
+    """The transformers module that holds the weight of `op`, for experts that of all experts; None if there is none."""
     if op.site == "lm_head":
         return model.get_output_embeddings()
     weight = op.weight if isinstance(op, Norm) else op.w if isinstance(op, Linear | Embed) else None

@@ -38,7 +38,7 @@ class Trial:
         architecture: the port's architecture.
         sites: number of correct sites before the first difference.
         fits: True if there is no difference.
-        why: the difference, or the reason why the port does not apply.
+        why: the difference, or the reason why the port does not apply; "" if it fits.
     """
 
     architecture: str
@@ -49,13 +49,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Findings:
-    """Result of trying all ports.
+    """Result of trying the ports on an architecture.
 
     Attributes:
         architecture: the target's architecture.
-        known: True if the table of ports has it.
-        trials: one for each port, best first.
-        row: the row of the table for a port that fits; "" if none does.
+        known: True if the table of ports has the architecture.
+        trials: one for each port, best first; if `known`, only that of the architecture's own port.
+        row: source text of a row for the table of ports, made from the port that fits; "" if `known` or if none fits.
     """
 
     architecture: str
@@ -76,7 +76,7 @@ class Findings:
 def read_config(target: str) -> dict[str, Any]:
     """A dict of a target's configuration: a folder's config.json, or transformers' defaults of a model type.
 
-    A model type is a name such as qwen3_moe.
+    A model type is a name such as qwen3_moe. Raises PortingError if the configuration cannot be had.
     """
     path = Path(target)
     if path.is_dir():
@@ -161,9 +161,10 @@ def try_port(folder: Path, config: Mapping[str, Any], architecture: str) -> Tria
 
 
 def investigate(target: str, progress: Progress = silent) -> Findings:
-    """Try every port on a tiny model of the target's architecture and return the Findings. Raises PortingError.
+    """Try ports on a tiny model of the target's architecture and return the Findings. Raises PortingError.
 
-    target: a checkpoint folder, or a model type of transformers.
+    If the table has the architecture, only its own port is tried, else every port. target: a checkpoint folder, or a
+    model type of transformers.
     """
     from intaglio.models import families
 

@@ -37,9 +37,10 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 def replay_journal(
     path: Path, model: Path | None = None, device: str | None = None, progress: Progress = silent
 ) -> Replayed:
-    """Run a journal again and return the Replayed. model, device: used instead of those that the journal names.
+    """Run a journal's steps again and return how they compare with the recorded ones (a Replayed).
 
-    Raises ValueError if the file is not a journal or the model is not the recorded one.
+    model, device: used instead of those that the journal names. Raises ValueError if the file is not a journal or the
+    model is not the recorded one.
     """
     from intaglio.llm import LLM
     from intaglio.runtime import replay as run_again
@@ -64,7 +65,7 @@ def _reported(entries: Iterator[dict[str, Any]], total: int, progress: Progress)
 
 
 def _revived(llm: LLM, r: Request) -> Request:
-    """The request with its stop checker and grammar matcher recreated."""
+    """The request with its stop checker and grammar matcher recreated, if it has stop strings or a grammar."""
     if not (r.params.stop or r.params.grammar):
         return r
     whole, _ = llm.prepare(r.prompt, r.params)

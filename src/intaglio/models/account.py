@@ -42,7 +42,19 @@ OTHER_FILES = (  # patterns of names, and why a file is not read
 
 @dataclass(frozen=True)
 class TensorFate:
-    """The use made of one tensor of a file: the Program's weights made from it, or the reason why it is ignored."""
+    """The use made of one tensor of a file.
+
+    Attributes:
+        name: its name.
+        file: name of its file.
+        dtype: its stored type, such as BF16.
+        shape: its stored shape.
+        bytes: its bytes in the file.
+        fate: "used" or "ignored".
+        becomes: names of the Program's weights made from it; () if ignored.
+        format: number format of the first of these weights; "" if ignored.
+        why: the reason why it is ignored; "" if used.
+    """
 
     name: str
     file: str
@@ -57,7 +69,16 @@ class TensorFate:
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors whose names differ only in layer and expert numbers: count, what they become, bytes in memory."""
+    """Used tensors whose names differ only in layer and expert numbers.
+
+    Attributes:
+        tensors: their name, with * for such a number.
+        count: number of tensors.
+        dtype: their stored type.
+        becomes: names of the Program's weights made from them, likewise with *.
+        format: number format of these weights.
+        bytes: bytes of these weights in memory.
+    """
 
     tensors: str
     count: int
@@ -77,7 +98,7 @@ class Account:
         models: the released models of this architecture.
         said_by: the file and key that name the architecture.
         quantised_by: the file and key that say how matrices are quantised; "": they are not.
-        context: default context length in tokens.
+        context: context length in tokens of the ported Program.
         vocabulary: number of token ids.
         bytes: bytes of the weights in memory.
         tensors: each tensor of the files.
@@ -163,7 +184,7 @@ def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
 
 
 def _groups(ported: Ported, checkpoint: Checkpoint, tensors: tuple[TensorFate, ...]) -> Iterator[Group]:
-    """Yield the used tensors in groups whose names are equal when numbers are replaced by *.
+    """Yield the used tensors as a Group for each set of names that are equal when numbers are replaced by *.
 
     The bytes of a weight made of several tensors are counted in the first group that has one of them.
     """

@@ -78,7 +78,7 @@ class Config:
         seen: the keys that were read.
         parts: tables inside the file whose keys are recorded one by one.
         replaced: for a key that another one overrides, the reason.
-        ignored: how names of tensors begin that this config makes parts not ported, as Family.ignored.
+        ignored: prefixes of names of tensors that are not read because of this config; as Family.ignored.
     """
 
     def __init__(self, table: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -98,7 +98,7 @@ class Config:
     def settings(self, key: str, inner: str = "") -> Settings:
         """A copy of the table at `key`, or of the table `inner` inside it; empty if there is none.
 
-        Its keys are recorded one by one. Raises PortError if the value is not a table.
+        Reads of its keys are recorded, too. Raises PortError if the value is not a table.
         """
         value = self.get(key, {})
         at = key
@@ -115,7 +115,10 @@ class Config:
         return out
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """The value of a key that is a count: an integer of 1 or more. Raises PortError for anything else."""
+        """The value of a key that is a count: an integer of 1 or more. Raises PortError for anything else.
+
+        default: the value if the key has none; without it that raises PortError too.
+        """
         value = self.get(key, default)
         if value is None:
             raise PortError(f"config.json lacks {key!r}, which this family needs")
@@ -124,7 +127,10 @@ class Config:
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        """The value of a key that is a finite number above 0. Raises PortError for anything else."""
+        """The value of a key that is a finite number above 0. Raises PortError for anything else.
+
+        default: as for whole().
+        """
         value = self.get(key, default)
         if value is None:
             raise PortError(f"config.json lacks {key!r}, which this family needs")
@@ -140,7 +146,7 @@ class Config:
         return value
 
     def refuse(self, *keys: str, why: str) -> None:
-        """Raise PortError, with the reason `why`, if any of these keys has a value other than false, 0 or empty."""
+        """Raise PortError, with the reason `why`, if any of these keys has a value other than false, 0 or {}."""
         for key in keys:
             if self.get(key) not in (None, False, 0, {}):
                 raise PortError(f"config.json: {key}={self.get(key)!r} is not supported: {why}")

@@ -41,7 +41,7 @@ class HubError(CheckpointError):
 def locate(name: str | Path, revision: str | None = None, progress: Progress = silent) -> Path:
     """The path of the checkpoint that `name` means, downloaded if it is a hub id.
 
-    A path that exists is returned as it is, also if it has the form of a hub id; so is a name that has not that form.
+    A path that exists is returned as it is, also if it has the form of a hub id; so is a name without that form.
 
     Args:
         name: a path, or a hub id: owner/name, or owner/name:TAG for the GGUF file of the quantisation TAG (Q4_K_M).
@@ -49,7 +49,8 @@ def locate(name: str | Path, revision: str | None = None, progress: Progress = s
         progress: called as progress(bytes done, bytes in all, what).
 
     Raises:
-        HubError: the repository or what is wanted of it is not there, or cannot be downloaded.
+        HubError: the repository or the files wanted are not there or cannot be downloaded; `revision` is given for a
+            path; or the huggingface_hub library is missing.
     """
     path = Path(name)
     match = HUB_ID.fullmatch(str(name))
@@ -112,7 +113,8 @@ def choose_files(repo: str, files: Iterable[str], tag: str | None, read: Callabl
 def _safetensors(repo: str, files: list[str], read: Callable[[str], Any]) -> list[str]:
     """A list of the safetensors files to read, with the index if there is one.
 
-    [] if the repository has none in its top folder.
+    [] if the repository has none in its top folder. Raises HubError if a file that is named is missing, or if several
+    files have no index.
     """
     decides = deciding_file(read("config.json"), files.__contains__, read)
     if decides is not None:
@@ -131,7 +133,7 @@ def _safetensors(repo: str, files: list[str], read: Callable[[str], Any]) -> lis
 
 
 def _gguf_models(files: list[str]) -> dict[str, list[str]]:
-    """GGUF models of a repository: the path of each model's first part to the paths of all its parts."""
+    """{path of the first part: list of the paths of all parts} of each GGUF model in a repository."""
     models: dict[str, list[str]] = {}
     for f in files:
         name = f.rpartition("/")[2]
@@ -168,7 +170,10 @@ class _Repository:
         self.why = ""  # why the hub cannot be reached
 
     def fetch(self, tag: str | None, progress: Progress) -> Path:
-        """Download the files to read, if the cache lacks them. Returns their folder in the cache, or the GGUF file."""
+        """Download the files to read, if the cache lacks them. Returns their folder in the cache, or the GGUF file.
+
+        Raises HubError.
+        """
         progress(0, 0, f"looking up {self.repo}")
         sizes = self._sizes()
         if sizes is None:
@@ -242,7 +247,10 @@ class _Repository:
         return _opened([folder / f for f in chosen], chosen)
 
     def _download(self, file: str, done: int = 0, total: int = 0, progress: Progress = silent) -> Path:
-        """The path in the cache of one file of the repository; downloads it, or its rest, if it is not all there."""
+        """The path in the cache of one file of the repository; downloads it, or its rest, if it is not all there.
+
+        Raises HubError if the download fails, or the repository was changed meanwhile.
+        """
         from huggingface_hub import errors, hf_hub_download
 
         bar = _bar(done, total, f"downloading {file}", progress)

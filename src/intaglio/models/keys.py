@@ -202,8 +202,8 @@ def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str
 def judge_quantisation(q: Settings, where: str, taken: bool, cache: str = "") -> list[Fate]:
     """A list with a Fate for each key of the quantisation settings. where: the file and key that hold them.
 
-    `taken`: whether any matrix is read by them. cache: the key that asks for an E4M3 K/V cache; "": none. Raises
-    PortError for a setting that nothing reads and that may change what codes mean.
+    taken: True if the checkpoint has matrices quantised by these settings. cache: the key that asks for an E4M3 K/V
+    cache; "": none. Raises PortError for a setting that nothing reads and that may change what codes mean.
     """
     file, _, at = where.partition(": ")
     out = []
@@ -235,7 +235,10 @@ def judge_quantisation(q: Settings, where: str, taken: bool, cache: str = "") ->
 def _judge(
     c: Config, family: Family, config: Mapping[str, Any], file: str, key: str, path: str, value: Any
 ) -> Iterator[Fate]:
-    """Yield the Fate of a key and, if its value is a table whose keys were recorded one by one, the Fates of those."""
+    """Yield the Fate of a key and, if its value is a table that the port read by keys, the Fates of the table's keys.
+
+    Raises PortError as judge_config().
+    """
     if key in c.replaced:
         note = f"{path} is ignored: {c.replaced[key]}" if "no effect" in c.replaced[key] else ""
         yield Fate(file, path, "ignored", c.replaced[key], note)

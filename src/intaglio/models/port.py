@@ -60,12 +60,12 @@ class Ported:
         program: the Program as ported, before compilation.
         family: the family whose port was used.
         architecture_from: the file and key that named the architecture.
-        keys: the use made of each key of config.json.
+        keys: the use made of each key of config.json and of the quantisation settings.
         layers: number of layers.
         unused: tensors without a use by name, with the reason.
         notes: messages for the user.
-        ignored: how names of tensors begin that belong to parts not ported.
-        scales: for each tensor that is a scale of the K/V cache, the constants of the Program that hold it.
+        ignored: prefixes of the names of tensors that belong to parts not ported.
+        scales: {name of a tensor that is a scale of the K/V cache: names of the Program's constants that hold it}.
     """
 
     program: Program
@@ -85,9 +85,9 @@ def port(
     """The Program of a checkpoint, for positions below `context`.
 
     The default context is the model's own limit; with LongRoPE or dynamic NTK scaling, the length up to which its rope
-    table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter. family: a
-    row to use in place of the table's. Raises
-    PortError for an architecture that is not ported, a setting that is not implemented, or tensors that do not match
+    table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter. name: of
+    the Program; None: the folder's. family: a row to use in place of the table's. Raises PortError for an architecture
+    that is not ported, a setting that is not implemented, a context out of range, or tensors that do not match
     config.json.
     """
     ported = port_checkpoint(checkpoint, context, name, family)
@@ -101,7 +101,7 @@ def port_checkpoint(
 ) -> Ported:
     """Port a checkpoint as port() does, and return the Program with a report of config keys and tensors, as Ported.
 
-    Issues no warning.
+    Issues no warning. Raises PortError.
     """
     if family is None:
         family, said_by = _family(checkpoint.config, str(checkpoint.path))
@@ -146,7 +146,8 @@ def port_config(
 ) -> Program:
     """The Program of a model given only by its config.json, without weights.
 
-    format: number format of all weights; None: the config's dtype, bf16 if it has none.
+    format: number format of all weights; None: the config's dtype, bf16 if it has none. Raises PortError as port(), and
+    for a config with quantisation settings.
     """
     family, _ = _family(config, "config.json")
     inner = {**config.get("text_config", {}), **config}
@@ -242,10 +243,10 @@ def _llama_names(checkpoint: Checkpoint) -> bool:
 
 
 def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: list[str]) -> Callable[[Decoder], Decoder]:
-    """A function that adapts a Decoder to the checkpoint's tensors.
+    """A function that takes a Decoder and returns a copy adapted to the checkpoint's tensors.
 
-    It sets the prefix of their names, the K/V cache, whether the output head is the embedding, and how experts are
-    stored. Adds to `notes`.
+    The copy has the prefix of their names, the K/V cache's format and scales, whether the output head is the embedding,
+    and how experts are stored. The function may add to `notes`.
     """
     names = checkpoint.names
 
@@ -294,8 +295,8 @@ def _program(
 ) -> Program:
     """The Program that a family's port writes for a config, with `context` positions.
 
-    layout: adapts the Decoder to the tensors. format, order: as for Writer. Raises PortError for a context out of
-    range.
+    layout: function that adapts the Decoder to the tensors. format, order: as for Writer. Raises PortError for a
+    context out of range.
     """
     usual, limit, differs = lengths(c)
     length = context or usual

@@ -16,7 +16,10 @@ CACHE_FORMATS = ("f32", "bf16", "int8row", "e4m3")
 
 
 def cache_heads(op: Op, t: Tensors, name: str) -> tuple[int, int]:
-    """(heads, head_dim) of a K or V cache, a state tensor [P, B, heads, head_dim]. Raises OpError for another shape."""
+    """(heads, head_dim) of a K or V cache, a state tensor [P, B, heads, head_dim].
+
+    Raises OpError for another shape or format.
+    """
     s = t[name]
     fixed = all(isinstance(d, int) for d in s.shape[2:])
     ok = len(s.shape) == 4 and s.shape[:2] == ("P", "B") and fixed and s.format in CACHE_FORMATS
@@ -40,7 +43,7 @@ def gather_cache(v: Mapping[str, Value], name: str, scale: str | None, blocks: n
 
 
 def _listed(chosen: np.ndarray, context: int) -> np.ndarray:
-    """Boolean mask [queries, context] of the positions that each row of `chosen` lists; -1 lists none."""
+    """Boolean mask [queries, context]: True for the positions in the query's row of `chosen`; -1 is no position."""
     mask = np.zeros((len(chosen), context + 1), bool)
     np.put_along_axis(mask, chosen.astype(np.int64), True, axis=1)  # -1 marks the column that is cut off
     return mask[:, :context]
@@ -55,7 +58,7 @@ class KvWrite(Op, kind="kv_write"):
     alone (of choose_keys) is given as both caches, with v = k.
 
     Attributes:
-        k_scale: [heads of k_cache], the scales of an e4m3 cache, which other formats do not use; None: 1.
+        k_scale: [heads of k_cache], the scales of an e4m3 cache; other formats do not use them. None means 1.
         v_scale: [heads of v_cache], likewise.
     """
 
@@ -90,7 +93,7 @@ class KvWrite(Op, kind="kv_write"):
         return {}
 
     def _writes(self) -> tuple[tuple[str, str, str | None], ...]:
-        """(operand, its cache, its scales) for keys and for values; once if they are the same."""
+        """A tuple of (operand, its cache, its scales or None) for keys and for values; one entry if both are equal."""
         keys, values = (self.k, self.k_cache, self.k_scale), (self.v, self.v_cache, self.v_scale)
         return (keys,) if keys[:2] == values[:2] else (keys, values)
 
@@ -104,8 +107,8 @@ class KvWrite(Op, kind="kv_write"):
 class Attend(Op, kind="attend"):
     """Op for attention over the K/V pages of each sequence: softmax(softcap(q k^T * scale) + mask) v, causal.
 
-    q f32 [T, heads * head_dim]; caches [P, B, kv heads, head_dim]; out f32 [T, heads * v head_dim]. Query head h
-    reads kv head h // (heads / kv heads). Scores and sums are in float32 or wider.
+    q f32 [T, heads * head_dim]; K and V caches [P, B, kv heads, head_dim]; out f32 [T, heads * v head_dim]. Query head
+    h reads kv head h // (heads / kv heads). Scores and sums are in float32 or wider.
 
     Attributes:
         window: a query at position i sees positions max(0, i - window + 1) .. i; 0 sees all.
@@ -200,7 +203,7 @@ class Attend(Op, kind="attend"):
         return {self.out: np.concatenate(out).astype(np.float32)}
 
     def first_seen(self, at: np.ndarray) -> np.ndarray:
-        """The first position that each query attends to, for queries at positions `at`."""
+        """The first position that each query attends to, as an array like `at`, the positions of the queries."""
         if self.chunk:
             return at // self.chunk * self.chunk
         return np.maximum(0, at - self.window + 1) if self.window else np.zeros_like(at)

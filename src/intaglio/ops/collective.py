@@ -20,14 +20,18 @@ WIRES = ("f32", "bf16", "f16")  # formats that values may be rounded to before t
 
 
 class Collective(Op):
-    """Base class of collectives. They define exchange() instead of reference(), which one rank alone cannot compute."""
+    """Base class of collectives.
+
+    A collective defines exchange(), which takes the values of all ranks, instead of reference(), which takes one
+    rank's values only.
+    """
 
     faces: ClassVar[tuple[str, ...]] = ("shapes", "exchange", "work")
     has_effect: ClassVar[bool] = True
     wire: str = "f32"
 
     def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """A list of the output of each rank of the group, from the inputs of all ranks; both in the group's order."""
+        """A list of the outputs of all ranks of the group, from their inputs `parts`; both in the group's order."""
         raise NotImplementedError
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
@@ -47,7 +51,7 @@ class Collective(Op):
 
 
 def check_group(op: Op, group: tuple[int, ...]) -> None:
-    """Raise OpError unless `group` is a non-empty tuple of ranks in ascending order; return nothing."""
+    """Raise OpError unless `group` is a non-empty tuple of different ranks in ascending order; return nothing."""
     fits = len(group) > 0 and tuple(sorted(set(group))) == group and group[0] >= 0
     op.check(fits, f"group={group}; wanted ranks in ascending order, each once")
 
@@ -91,9 +95,9 @@ class AllReduce(Collective, kind="all_reduce"):
 class AllGather(Collective, kind="all_gather"):
     """Op that joins columns: out on every rank of `group` = the columns of their x, in the order of `group`.
 
-    Values are rounded to `wire`. x f32 [rows, own], out f32 [rows, width]; `width` is the sum of the ranks'
-    columns, whose numbers may differ. With `tokens`, out = their rows, one rank after the other: x f32 [T:i/n,
-    width] on the i-th of n ranks, out f32 [T, width].
+    Values are rounded to `wire`. x f32 [rows, c], where c may differ from rank to rank; out f32 [rows, width], where
+    `width` is the sum of c over the ranks. With `tokens`, the op joins rows instead, in the order of `group`: x f32
+    [T:i/n, width] on the i-th of n ranks, out f32 [T, width].
     """
 
     x: str = operand()
@@ -161,11 +165,11 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
 
 @dataclass(frozen=True, kw_only=True)
 class AllToAll(Collective, kind="all_to_all"):
-    """Op with which a group of ranks changes from columns of all rows to all columns of some rows.
+    """Op that exchanges parts among ranks: each rank has some columns of all rows, and gets all columns of some rows.
 
-    out on the `share`-th rank of `group` = its run of token rows of all columns, side by side in the order of
-    `group`, rounded to `wire`. x f32 [T, own], out f32 [T:share/n, width] for n ranks; `width` is the sum of their
-    columns.
+    out on the `share`-th rank of `group` = this rank's run of token rows from the x of every rank, side by side in the
+    order of `group`, rounded to `wire`. x f32 [T, c], where c may differ from rank to rank; out f32 [T:share/n, width]
+    for n ranks, where `width` is the sum of c over the ranks.
     """
 
     x: str = operand()
@@ -197,7 +201,7 @@ Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # collectives in whi
 
 
 def shares_of(ranks: int) -> list[str]:
-    """The row dimensions ("T:0/4", ...) of tensors that `ranks` ranks split along tokens, in order of rank."""
+    """The row dimension on each rank of a tensor that `ranks` ranks split along tokens: ["T:0/4", "T:1/4", ...]."""
     return [f"T:{i}/{ranks}" for i in range(ranks)]
 
 
@@ -207,7 +211,7 @@ def check_share(op: Op, share: int, group: tuple[int, ...]) -> None:
 
 
 def split_rows(x: np.ndarray, ranks: int) -> list[np.ndarray]:
-    """A list of the rows of x divided into one run for each rank, in order, as views."""
+    """The rows of x divided among ranks: a list of one view of x for each rank, in order."""
     runs = [shared_rows(len(x), i, ranks) for i in range(ranks)]
     return [x[run.start : run.stop] for run in runs]
 

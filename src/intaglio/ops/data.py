@@ -43,7 +43,7 @@ class Embed(Op, kind="embed"):
 
 @dataclass(frozen=True, kw_only=True)
 class Select(Op, kind="select"):
-    """out[r] = x[rows[r]]. x f32 [T, width], rows int32 [R], out f32 [R, width]."""
+    """Op that selects rows: out[r] = x[rows[r]]. x f32 [T, width], rows int32 [R], out f32 [R, width]."""
 
     x: str = operand()
     rows: str = operand("index")

@@ -52,11 +52,10 @@ Steps = tuple[tuple[str, float | str], ...]  # an expression in postfix order, s
 
 @cache
 def postfix(expr: str) -> Steps:
-    """Parse an expression.
+    """Parse an expression such as "silu(a) * b". Returns its steps in postfix order, as a tuple of pairs.
 
-    Returns steps of a stack machine, such as ("operand", "a"), ("number", 0.5), ("call", "silu"). Binary operators
-    are ("binary", "+"). Operands are a, b, c; operators + - * /; functions those of FUNCTIONS. Raises OpError for
-    any other expression.
+    The pairs are ("operand", "a"), ("number", 0.5), ("call", "silu") and ("binary", "+"). Operands are a, b, c;
+    operators + - * /; functions those of FUNCTIONS. Raises OpError for any other expression.
     """
 
     def walk(node: ast.expr) -> list[tuple[str, float | str]]:
@@ -84,9 +83,9 @@ def postfix(expr: str) -> Steps:
 
 
 def evaluate(steps: Steps, operand: Callable[[str], np.ndarray]) -> np.ndarray:
-    """The value of an expression as a float32 array. operand(name): returns the value of a, b or c.
+    """The value of an expression as a float32 array, or as a float32 number if it has no operand.
 
-    steps: from postfix().
+    steps: from postfix(). operand: function from the name a, b or c to that operand's value.
     """
     stack: list[np.ndarray] = []
     for step, value in steps:

@@ -34,7 +34,7 @@ def best(key: np.ndarray, count: int) -> np.ndarray:
 
 
 def sparsemixer(logits: np.ndarray, count: int, jitter: float) -> tuple[np.ndarray, np.ndarray]:
-    """(expert ids, weights) by SparseMixer at inference (Liu et al. 2024).
+    """(expert ids, weights), both [rows, count], by SparseMixer at inference (Liu et al. 2024).
 
     Experts are chosen one after the other, each time the one with the largest remaining logit m. Its weight is its
     softmax over the remaining experts whose logit l is near m: (m - l) / max(|l|, m) <= 2 * jitter.
@@ -54,15 +54,15 @@ def sparsemixer(logits: np.ndarray, count: int, jitter: float) -> tuple[np.ndarr
 class Route(Op, kind="route"):
     """Op that chooses the `top` experts of each token, best first, and computes their weights.
 
-    logits f32 [T, E], bias [E]; weights f32 [T, top], ids i32 [T, top]. All in float32.
+    logits f32 [T, E], bias [E]; weights f32 [T, top], ids i32 [T, top].
 
     1. Score: softmax, sigmoid or sqrt_softplus (sqrt(ln(1 + e^l))) of the logits; `chosen` is a softmax over the
     logits of the chosen experts only; `sparsemixer` is the function of that name, with `jitter`. 2. Choice: the
-    experts with the largest score + bias; the bias affects only the choice (DeepSeek-V3). Without a bias experts
-    are ordered by their logits, which gives the same order as their scores. Ties go to the lowest index. With
+    experts with the largest score + bias; the bias affects only the choice (DeepSeek-V3). Without a bias, experts
+    are ordered by their logits, or by their scores if `group_best` is above 1. Ties go to the lowest index. With
     `groups`, the experts form that many equal groups, and only experts of the `kept_groups` best groups can be
     chosen; a group is rated by the sum of its `group_best` highest values. 3. Weights: the scores, divided by their
-    sum if `normalise`, times `scale`.
+    sum (plus FLOOR, 1e-20) if `normalise`, times `scale`.
     """
 
     logits: str = operand(exact=True)
@@ -125,7 +125,7 @@ class Route(Op, kind="route"):
         return scores if self.group_best > 1 else logits
 
     def _open(self, key: np.ndarray) -> np.ndarray:
-        """The key with minus infinity for experts outside the kept groups."""
+        """`key` [T, E] (see _key()) with minus infinity for experts outside the kept groups."""
         if not self.groups:
             return key
         runs = key.reshape(len(key), self.groups, key.shape[1] // self.groups)
@@ -140,15 +140,15 @@ class Route(Op, kind="route"):
 
 @dataclass(frozen=True, kw_only=True)
 class Experts(Op, kind="experts"):
-    """out[t] = sum over j of weights[t, j] * expert ids[t, j] (x[t]), j ascending, plus the residual.
+    """Op that applies each token's experts: out[t] = sum over j of weights[t, j] * expert_e(x[t]) + residual[t].
 
-    An expert is down @ (activation(gate @ x) * (up @ x)). x f32 [T, K], weights f32 [T, top], ids i32 [T, top]; gate
-    and up [E, I, K] in one weight format, down [E, N, I]; gate_bias and up_bias [E, I], both or neither; down_bias [E,
-    N]; residual and out f32 [T, N]. Sums of products are in float32 or wider.
+    e is ids[t, j]. An expert is down @ (activation(gate @ x) * (up @ x)). x f32 [T, K], weights f32 [T, top], ids i32
+    [T, top]; gate and up [E, I, K] in one weight format, down [E, N, I]; gate_bias and up_bias [E, I], both or neither;
+    down_bias [E, N]; residual and out f32 [T, N]. Sums of products are in float32 or wider.
 
     Attributes:
-        order: i32 [E, K], the column order of gate and up of each expert (GPTQ's act-order): x[order[e]] is multiplied
-            with expert e.
+        order: i32 [E, K], the column order of gate and up of each expert (GPTQ's act-order): expert e is multiplied
+            with x[t, order[e]].
         down_order: i32 [E, I], likewise for down.
         x_format: format to which x and the inner row are rounded before each product, as in linear.
         limit: above 0, caps gate at `limit` and up at +-limit (gpt-oss: 7). The inner row is activation(alpha * gate) /
@@ -254,7 +254,7 @@ class Experts(Op, kind="experts"):
         return (y if bias is None else y + array(v, bias)[e]).astype(np.float32)
 
     def _glu(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-        """The inner row of an expert from its gate and up products."""
+        """The inner row of an expert (see `limit`) from its gate and up products, all f32 [rows, I]."""
         if self.limit:
             gate, up = np.minimum(gate, np.float32(self.limit)), np.clip(up, -self.limit, self.limit)
         act = FUNCTIONS[self.activation](np.float32(self.alpha) * gate) / np.float32(self.alpha)

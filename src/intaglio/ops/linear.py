@@ -17,7 +17,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
 
 
 def x_format(weight: str, exact: bool = False) -> str:
-    """The name of the format that x is rounded to before a product with weights of format `weight`.
+    """The name of the format to which x is rounded before a product with weights of format `weight`.
 
     int8 for integer codes, bf16 for bf16 and other quantized weights, else f32. `exact`: f32 wherever the weights
     allow it.
@@ -39,7 +39,10 @@ def check_x_format(op: Op, t: Tensors, w: str, x_format: str) -> None:
 
 
 def product(x: np.ndarray, w: Value, x_format: str) -> np.ndarray:
-    """The product x [rows, K] @ w.T with the declared rounding of x; float64 [rows, N]."""
+    """The product x @ w.T, float64 [rows, N], with x [rows, K] first rounded to `x_format`.
+
+    w: [N, K]. For weights of integer codes x is always rounded to int8.
+    """
     if isinstance(w, Quantised) and w.codes.dtype == formats.E4M3:
         w = w.rows(slice(None))
     if isinstance(w, Quantised):
@@ -87,7 +90,7 @@ class Linear(Op, kind="linear"):
 
     @property
     def interleaved(self) -> tuple[str, ...]:
-        """The weight with rows [gate; up] if `glu` is set, else nothing."""
+        """(name of w,) if `glu` is set, which makes its rows [gate; up]; else ()."""
         return (self.w,) if self.glu else ()
 
     def shapes(self, t: Tensors) -> Results:

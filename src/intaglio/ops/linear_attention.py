@@ -58,16 +58,16 @@ class Decay(Op, kind="decay"):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearAttention(Op, kind="linear_attention"):
-    """A recurrence over a matrix S [K, V] of state per head, advanced by each token in turn.
+    """Op for a recurrence over a matrix S [K, V] of state per head, which each token in turn updates.
 
-    1. S = exp(decay) * S, row by row if decay has a column per key column;
+    1. S = exp(decay) * S, with a decay per row of S if `decay` has heads * K columns;
     2. u = beta * (v - S^T k) with `delta`, else beta * v; beta is 1 if there is none;
     3. S = S + k u^T;
     4. out = scale * S^T q + skip * v.
 
-    q, k f32 [T, groups * K], v f32 [T, heads * V], decay f32 [T, heads] or [T, heads * K] (natural logs, or `rates`
-    [heads] for all tokens), beta f32 [T, heads], skip [heads], state f32 [N, heads, K, V], out f32 [T, heads * V].
-    Head h reads group h // (heads / groups) of q and k.
+    q, k f32 [T, groups * K], v f32 [T, heads * V], decay f32 [T, heads] or [T, heads * K] (natural logs; or
+    instead `rates` [heads], the same for all tokens), beta f32 [T, heads], skip [heads], state f32 [N, heads, K, V],
+    out f32 [T, heads * V]. Head h reads group h // (heads / groups) of q and k.
 
     Mamba-2 (Dao & Gu 2024): q is C, k is B, v is x, beta the step, skip D. Gated delta rule (Yang et al. 2024): delta;
     Kimi delta attention: delta with a decay per key column. Lightning attention (Qin et al. 2024): rates.

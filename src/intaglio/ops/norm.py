@@ -18,7 +18,7 @@ KINDS = ("rms", "layer", "l2", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class Norm(Op, kind="norm"):
-    """Op that normalises rows: out = normalised(x) * (weight + offset) + bias + residual, all float32.
+    """Op that normalises rows: out = normalised(x) * (weight + offset) + bias + residual, float32 [rows, width].
 
     rms: x / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019). layer: (x - mean) / sqrt(var + eps) (Ba et al. 2016).
     l2: x / sqrt(sum(x^2) + eps). none: x itself. x [rows, width]; `group` > 0 normalises each run of that many

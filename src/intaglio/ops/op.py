@@ -48,10 +48,10 @@ class Tensor:
         shape: numbers and symbolic dims (SYMBOLS, shares such as T:1/4).
         format: number format.
         role: one of ROLES.
-        source: checkpoint tensors that make up a weight, joined along dim 0.
-        view: (base, first column) of a temp that is a range of another's columns.
-        values: the numbers of a const.
-        buffer: number of the memory buffer planned for a temp.
+        source: sources of a weight (see program/source.py), joined along dim 0; () for other roles.
+        view: (base, first column) of a temp that is a range of columns of the temp `base`; else None.
+        values: the numbers of a const; () for other roles.
+        buffer: number of the memory buffer planned for a temp; None if none is.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Tensor:
         return f"{self.format}[{', '.join(map(str, self.shape))}]"
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
-        """Bytes of the array, with symbolic dims bound by `sizes`."""
+        """Bytes of the array. sizes: the value of each symbolic dim of its shape."""
         dims = [sizes[d] if isinstance(d, str) else d for d in self.shape]
         cols = dims[-1] if dims else 1
         return formats.get(self.format).nbytes(int(np.prod(dims[:-1], dtype=np.int64)), cols)
@@ -88,7 +88,7 @@ class Work:
         weight_bytes: bytes of weights read.
         state_bytes: bytes of K/V cache and recurrent state read or written.
         temp_bytes: bytes of activations read and written.
-        link_bytes: bytes that other ranks must send it (for a send: that it must send).
+        link_bytes: bytes that this rank receives from other ranks (for the op send: that it sends).
     """
 
     flops: int = 0
@@ -133,7 +133,7 @@ def operand(
 ) -> Any:
     """A dataclass field that declares a tensor which the op reads, or state that it updates.
 
-    Raises TypeError for an unknown use or access.
+    Raises TypeError for an unknown use or access, or an access that does not fit the use.
 
     Args:
         use: what the op does with the tensor, one of USES. Compiler passes and devices derive packing, formats, cache
@@ -158,7 +158,7 @@ def operand(
 
 
 def result(optional: bool = False) -> Any:
-    """A dataclass field that declares a tensor which the op writes."""
+    """A dataclass field that declares a tensor which the op writes. optional: the field may be None."""
     return field(default=None, metadata={"is": "result"}) if optional else field(metadata={"is": "result"})
 
 
@@ -192,7 +192,7 @@ class Op:
         REGISTRY[kind] = cls
 
     def shapes(self, t: Tensors) -> Results:
-        """Check the operands and return {result name: (shape, format)}. Raises OpError."""
+        """Check the operands and return {result name: (shape, format)}. Raises OpError if they do not fit."""
         raise NotImplementedError
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
@@ -209,7 +209,7 @@ class Op:
     @classmethod
     @cache
     def named(cls, *kinds: str) -> tuple[str, ...]:
-        """Names of the fields of these kinds: operand, optional, result, or attribute."""
+        """Names of the fields of these kinds: operand, optional (operand), result, or attribute. `site` has no kind."""
         return tuple(f.name for f in fields(cls) if f.name != "site" and f.metadata.get("is", "attribute") in kinds)
 
     @property
@@ -237,12 +237,12 @@ class Op:
 
     @property
     def reads_state(self) -> tuple[str, ...]:
-        """Names of the state tensors that this op reads."""
+        """Names of the K/V caches that this op reads. Recurrent state is in writes_state, since the op updates it."""
         return self.operands(*STATE, access="read")
 
     @property
     def writes_state(self) -> tuple[str, ...]:
-        """Names of the state tensors that this op writes: pages in place, slots by reading one and writing another."""
+        """Names of the state tensors that this op writes: K/V caches, and recurrent state."""
         return (*self.operands("pages", access="write"), *self.operands("slots"))
 
     @property
@@ -252,7 +252,7 @@ class Op:
 
     @property
     def gates(self) -> dict[str, str]:
-        """{gate: up}, names of the two weights (or biases) of each gated product."""
+        """{name of the gate: name of the up} of the two weights, or two biases, of each gated product."""
         pairs = [(n, f.metadata["up"]) for f in fields(self) if (n := f.name) and f.metadata.get("up")]
         return {gate: up for a, b in pairs if (gate := getattr(self, a)) and (up := getattr(self, b))}
 
@@ -260,7 +260,7 @@ class Op:
     def interleaved(self) -> tuple[str, ...]:
         """Names of weights whose gate and up rows a device stores alternately, so that one pass computes both.
 
-        By default those of `gates` that are packed.
+        By default the weights of `gates` that a device packs for products.
         """
         packed = self.operands(*WEIGHT_MATRICES)
         return tuple(n for pair in self.gates.items() for n in pair if n in packed)
@@ -280,14 +280,17 @@ class Op:
             raise OpError(f"{self.site} ({self.kind}): {what}")
 
     def rows_cols(self, t: Tensors, name: str) -> tuple[Dim, int]:
-        """(rows, columns) of a float matrix operand. Raises OpError unless its columns are a number."""
+        """(rows, columns) of an operand.
+
+        `rows` may be a symbol such as "T". Raises OpError unless it is a matrix and `columns` is a number.
+        """
         x = t[name]
         ok = len(x.shape) == 2 and isinstance(x.shape[1], int)
         self.check(ok, f"{name} is {x.type}; wanted a matrix [rows, columns] with a fixed number of columns")
         return x.shape[0], int(x.shape[1])
 
     def token_columns(self, t: Tensors, name: str) -> int:
-        """Number of columns of a matrix operand with one row per token of the step. Raises OpError for other rows."""
+        """Number of columns of an operand [T, columns], with a row per token. Raises OpError for another shape."""
         rows, columns = self.rows_cols(t, name)
         self.check(rows == "T", f"{name} is {t[name].type}; wanted a row for every token, [T, {columns}]")
         return columns
@@ -306,7 +309,7 @@ class Op:
     def moved(self, t: Tensors, batch: Batch, flops: int, *, leave: tuple[str, ...] = ()) -> Work:
         """The Work of an op with `flops` operations that reads each operand and writes each result once.
 
-        leave: names of operands whose bytes are not counted.
+        State is not counted. leave: names of other tensors whose bytes are not counted.
         """
         total = {"weight": 0, "temp": 0}
         for name in (*self.inputs, *self.outputs):
@@ -317,7 +320,7 @@ class Op:
 
 
 def array(v: Mapping[str, Value], name: str) -> np.ndarray:
-    """The value of a plain operand as float32."""
+    """The value `v[name]` as a float32 array. It must not be quantised (AssertionError)."""
     x = v[name]
     assert isinstance(x, np.ndarray), f"{name} is quantised where a plain array is wanted"
     return x.astype(np.float32, copy=False)

@@ -21,9 +21,10 @@ def check_state(op: Op, t: Tensors, name: str, *shape: int) -> None:
 
 
 def sequences(v: Mapping[str, Value], name: str, batch: Batch) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yield (token rows, state) of each sequence: a slice, and a float32 copy of its state, zeros if it has none yet.
+    """Yield (token rows, state) of each sequence: a slice of the step's tokens, and a float32 array.
 
-    After each item, the copy as the caller has left it is written to the sequence's slot `state_to`.
+    The array is a copy of the sequence's state, or zeros if it has none yet. The caller changes it in place to the new
+    state, which is then written to the sequence's slot `state_to`.
     """
     held = v[name]
     assert isinstance(held, np.ndarray), f"state {name} is a plain array"
@@ -35,7 +36,7 @@ def sequences(v: Mapping[str, Value], name: str, batch: Batch) -> Iterator[tuple
 
 
 def state_bytes(t: Tensors, name: str, batch: Batch) -> int:
-    """Number of bytes of state read and written in a step: one slot of each for every sequence."""
+    """Bytes of state read and written in a step: for each sequence one slot is read and one is written."""
     return 2 * len(batch.q_len) * t[name].nbytes({"N": 1})
 
 

@@ -22,10 +22,10 @@ def uniform(seed: int, position: int) -> float:
 
 
 def kept_mass(logits: np.ndarray, s: Sampling) -> np.ndarray:
-    """exp((l - max) / temperature) of the ids that pass the filters, 0 for the others; float64 [vocabulary].
+    """Sampling weight of each id, float64 [vocabulary]: exp((l - max) / temperature), or 0 if the filters drop the id.
 
-    Filters in the order of transformers' generate(): temperature, top-k, top-p (over the ids that top-k kept), min-p.
-    Ties go to the lower id.
+    Filters in the order of transformers' generate(), after temperature (above 0): top-k, top-p (over the ids that top-k
+    kept), min-p. Ties go to the lower id.
     """
     wide = logits.astype(np.float64)
     p = np.exp((wide - wide.max()) / s.temperature)
@@ -54,10 +54,12 @@ def edited(logits: np.ndarray, s: Sampling) -> np.ndarray:
 
 
 def draw(logits: np.ndarray, s: Sampling, position: int) -> int:
-    """The token id sampled from float32 logits [vocabulary]; -1 if a logit is NaN or no allowed logit is finite.
+    """The token id sampled from float32 logits [vocabulary]; -1 if the logits are unusable.
 
-    Of equal largest logits, greedy takes the lower id. Otherwise the id at which the cumulative mass, in ascending
-    order of id, passes uniform(seed, position) of the total.
+    They are if one is NaN, or if the largest is infinite before or after edits and mask.
+
+    Greedy (temperature 0) takes the lower id of equal largest logits. Otherwise it is the id at which the cumulative
+    mass, in ascending order of id, passes uniform(seed, position) of the total.
     """
     if np.isnan(logits).any() or not np.isfinite(logits.max()):
         return -1

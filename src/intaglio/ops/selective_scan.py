@@ -15,12 +15,13 @@ from intaglio.ops.recurrence import check_state, sequences, softplus, state_byte
 
 @dataclass(frozen=True, kw_only=True)
 class SelectiveScan(Op, kind="selective_scan"):
-    """The selective state space of Mamba (Gu & Dao 2023), by token and channel c.
+    """Op for the selective state space of Mamba (Gu & Dao 2023).
 
-    dt = softplus(step[c]); h[n] = exp(-exp(rate[c, n]) * dt) * h[n] + dt * x[c] * b[n];
-    out[c] = skip[c] * x[c] + the sum over n of h[n] * c[n].
+    For each token and channel i:
+    dt = softplus(step[i]); h[i, n] = exp(-exp(rate[i, n]) * dt) * h[i, n] + dt * x[i] * b[n];
+    out[i] = skip[i] * x[i] + the sum over n of h[i, n] * c[n].
 
-    x, step, out f32 [T, channels]; b, c f32 [T, n]; rate [channels, n] (A_log); skip [channels] (D); state f32
+    x, step, out f32 [T, channels]; b, c f32 [T, n]; rate [channels, n] (A_log); skip [channels] (D); the state h f32
     [N, channels, n].
     """
 
@@ -60,13 +61,14 @@ class SelectiveScan(Op, kind="selective_scan"):
 
 @dataclass(frozen=True, kw_only=True)
 class RgLru(Op, kind="rg_lru"):
-    """The real-gated linear recurrent unit of Griffin (De et al. 2024, section 2.4), by token and channel.
+    """Op for the real-gated linear recurrent unit of Griffin (De et al. 2024, section 2.4).
 
+    For each token and channel:
     a = exp(-8 * softplus(rate) * sigmoid(decay_gate + decay_bias));
     h = a * h + sqrt(1 - a^2) * x * sigmoid(input_gate + input_bias); out = h.
 
     At position 0 the factor sqrt(1 - a^2) is 1. x, input_gate, decay_gate, out f32 [T, channels]; rate, input_bias,
-    decay_bias [channels]; state f32 [N, channels].
+    decay_bias [channels]; the state h f32 [N, channels].
     """
 
     x: str = operand()

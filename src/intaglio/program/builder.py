@@ -29,7 +29,7 @@ class Builder:
     def weight(self, name: str, shape: Shape, source: str | Sequence[str], format: str = "f32") -> str:
         """Declare a weight. Returns its name.
 
-        `source`: the checkpoint tensor, or several to be joined along dimension 0.
+        source: the source of the weight (see program/source.py), or several to be joined along dimension 0.
         """
         names = (source,) if isinstance(source, str) else tuple(source)
         return self._add(Tensor(name, tuple(shape), format, "weight", source=names))
@@ -44,7 +44,7 @@ class Builder:
         return self._add(Tensor(name, ("P", "B", heads, head_dim), format, "state"))
 
     def state(self, name: str, *shape: int) -> str:
-        """Declare recurrent state f32 [N, *shape], an item of `shape` for each of N slots. Returns its name."""
+        """Declare recurrent state f32 [N, *shape], an array of `shape` for each of N slots. Returns its name."""
         return self._add(Tensor(name, ("N", *shape), "f32", "state"))
 
     def view(self, name: str, base: str, start: int, stop: int) -> str:
@@ -55,7 +55,8 @@ class Builder:
     def op(self, cls: type[Op], site: str, *operands: str | None, role: str = "temp", **fields: Any) -> str:
         """Append an op of class `cls` at `site`. Returns the name of its first result, or "" if it has none.
 
-        operands: the required operands in order. fields: optional operands, attributes, and names of results.
+        operands: the required operands in order. role: of the results. fields: optional operands, attributes, and names
+        of results. Raises OpError if the operands do not fit.
         """
         results = cls.named("result")
         names = {r: fields.pop(r, site if i == 0 else f"{site}.{r}") for i, r in enumerate(results)}

@@ -10,7 +10,7 @@ from intaglio.program.verify import verify
 
 
 def save(program: Program, path: str | Path) -> None:
-    """Verify the Program and write its text form to a file."""
+    """Verify the Program and write its text form to a file. Raises ProgramError naming the rule that it breaks."""
     verify(program)
     Path(path).write_text(str(program))
 

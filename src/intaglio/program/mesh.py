@@ -31,7 +31,7 @@ class MeshProgram:
 
     @property
     def stages(self) -> int:
-        """Number of pipeline stages. A rank that receives from another rank is one stage after it."""
+        """Number of pipeline stages. A rank that receives (op recv) from a lower rank is one stage after it."""
         stage = list[int]()
         for program in self.programs:
             before = [op.peer for op in program.ops if isinstance(op, Recv) and op.peer < len(stage)]
@@ -42,7 +42,7 @@ class MeshProgram:
 def verify_mesh(mesh: MeshProgram) -> None:
     """Verify each rank's Program, then all together. Raises ProgramError naming ranks and sites.
 
-    Ranks must be in order and have one context, and each collective must be matched by its peers.
+    Ranks must be in order, with one name and one context, and each collective must be matched by its peers.
     """
     for program in mesh.programs:
         verify(program)
@@ -52,7 +52,7 @@ def verify_mesh(mesh: MeshProgram) -> None:
 
 
 def _misplaced(mesh: MeshProgram) -> Iterator[str]:
-    """Yield the Programs whose rank, name or context does not fit their place in the mesh, as messages."""
+    """Yield a message for each Program whose rank or mesh size is wrong, or whose name or context is not rank 0's."""
     first, n = mesh.programs[0], len(mesh.programs)
     for i, p in enumerate(mesh.programs):
         if (p.mesh, p.rank) != (n, i):
@@ -141,7 +141,10 @@ class CollectiveMatcher:
 
 
 def _terms(p: Program, op: Collective) -> Hashable:
-    """One hashable value of what must be equal on all peers of a collective: kind, shape, wire format."""
+    """The properties of a collective that must be equal on all its peers, as one hashable value.
+
+    They are shape and wire format, and, except for send and recv, kind and site.
+    """
     if isinstance(op, Send):
         return p.tensors[op.x].shape, op.wire
     if isinstance(op, Recv):

@@ -15,7 +15,7 @@ from intaglio.program.text import BARE
 
 
 class _Parser:
-    """Parser of the text form, line by line. It keeps the current section, which prefixes names with a leading dot."""
+    """Parser of the text form, line by line. The current section is put before names that begin with a dot."""
 
     def __init__(self) -> None:
         self.section = ""
@@ -94,7 +94,10 @@ class _Parser:
 
 
 def parse_program(text: str) -> Program:
-    """The Program that a text form stands for, not verified. Raises ProgramError with the number of a wrong line."""
+    """Parse the text form of a Program. Returns the Program, not verified.
+
+    Raises ProgramError with the number of the first wrong line.
+    """
     load_plugins()
     lines = text.splitlines()
     head = re.fullmatch(r"program (\S+) context=(\d+) mesh=(\d+) rank=(\d+)", lines[0].strip()) if lines else None

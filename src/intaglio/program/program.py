@@ -61,11 +61,11 @@ class Program:
 
     @property
     def recurrent(self) -> bool:
-        """True if the Program has recurrent state, state in slots."""
+        """True if the Program has recurrent state (a state tensor [N, ...])."""
         return any(t.shape[0] == "N" for t in self.of_role("state"))
 
     def of_role(self, role: str) -> list[Tensor]:
-        """All tensors of a role: weight, const, state, input, output or temp."""
+        """A list of all tensors of a role: weight, const, state, input, output or temp."""
         return [t for t in self.tensors.values() if t.role == role]
 
     def with_ops(self, ops: Iterable[Op], tensors: Mapping[str, Tensor]) -> Program:
@@ -78,7 +78,7 @@ class Program:
         return view[0] if view else name
 
     def uses(self, name: str) -> list[Op]:
-        """The ops that read `name`."""
+        """A list of the ops that read `name` itself; ops that read a view of it are not included."""
         return self._readers.get(name, [])
 
     def producer(self, name: str) -> Op | None:
@@ -98,5 +98,5 @@ class Program:
         return {name: op for op in reversed(self.ops) for name in op.outputs}
 
     def work(self, batch: Batch) -> dict[str, Work]:
-        """FLOPs and bytes of one step, by site of the op."""
+        """{site: Work} of every op for one step: its FLOPs and bytes."""
         return {op.site: op.work(self.tensors, batch) for op in self.ops}

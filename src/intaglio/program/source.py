@@ -36,7 +36,7 @@ AXES = {"r": -2, "c": -1, "s": -3}
 
 
 def expand(source: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield (name, steps) of each checkpoint tensor in a source."""
+    """Yield (name, steps) of each checkpoint tensor in a source. steps: a tuple such as ("T", "r0:1/2")."""
     name, *steps = source.split("|")
     run = RUN.search(name)
     numbers = range(int(run[1]), int(run[2]) + 1) if run else [None]
@@ -50,7 +50,10 @@ def is_run(source: str) -> bool:
 
 
 def narrowed(source: str, numbers: range) -> str:
-    """The source of part of a run of tensors. `numbers`: which of them, counted from 0 at the run's first tensor."""
+    """The source of the tensors `numbers` of a run of tensors, counted from 0 at the run's first tensor.
+
+    Example: experts.{4..7} with range(1, 3) becomes experts.{5..6}.
+    """
     run = RUN.search(source)
     assert run, f"{source} is no run"
     first = int(run[1])
@@ -58,24 +61,25 @@ def narrowed(source: str, numbers: range) -> str:
 
 
 def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
-    """The sources of parts of `source` with these sizes, which follow one another along its rows or columns.
+    """A list of the sources of consecutive parts of `source`, with these sizes along its rows or columns.
 
-    axis: "r" for rows, "c" for columns. An axis longer than the sizes make up consists of several blocks of such parts;
-    each of the sources then has its part of every block.
+    axis: "r" for rows, "c" for columns. If the axis is n times as long as the sum of the sizes, it consists of n blocks
+    that are divided alike, and each source has its part of every block.
     """
     starts, of = [sum(sizes[:i]) for i in range(len(sizes))], sum(sizes)
     return [f"{source}|{axis}{start}:{start + size}/{of}" for start, size in zip(starts, sizes, strict=True)]
 
 
 def names(source: str) -> list[str]:
-    """Names of the checkpoint tensors in a source."""
+    """A list of the names of the checkpoint tensors in a source."""
     return [name for name, _ in expand(source)]
 
 
 def _cut(step: str, length: int) -> tuple[int, int, int, int]:
     """Parse a cut such as r0:1/2. Returns (axis, first, last, of): of every `of` indices keep first..last - 1.
 
-    length: size of the axis, which `of` must divide. Raises ProgramError for a step that is no cut.
+    axis: -2 for rows, -1 for columns, -3 for matrices of a stack. length: size of the axis, which `of` must divide.
+    Raises ProgramError for a step that is no cut or does not fit the length.
     """
     match = CUT.fullmatch(step)
     if not match:
@@ -87,7 +91,7 @@ def _cut(step: str, length: int) -> tuple[int, int, int, int]:
 
 
 def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ...]:
-    """The shape that a tensor of shape `shape` has after the steps."""
+    """The shape that a tensor of this shape has after the steps. Raises ProgramError for a step that does not fit."""
     for step in steps:
         if step[0] == "g":
             continue
@@ -113,7 +117,8 @@ def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ..
 def take(x: Value, steps: tuple[str, ...]) -> Value:
     """The tensor x after the steps that a weight's source lists (see this module), without a copy where possible.
 
-    Quantized values stay quantized, unless a step would split a group: then they become float32 first.
+    Quantized values stay quantized, unless a step would split a group, divide rows into a stack (hN), or transpose
+    otherwise than the tensor is stored: then they become float32 first.
     """
     if isinstance(x, Quantised):
         coded = _coded(x, steps)
@@ -127,8 +132,8 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
 def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
     """The quantised tensor after the steps, which are applied to its codes and scales.
 
-    None if that is impossible: a step splits groups or stacks rows, or its transposition differs from how it is
-    stored.
+    None if that is impossible: a step splits a group or divides rows into a stack (hN), or the steps transpose
+    otherwise than the tensor is stored.
     """
     if steps.count("T") != x.turned or any(s.startswith("h") for s in steps):
         return None
@@ -149,12 +154,15 @@ def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
 
 
 def _unit_run(x: Quantised) -> int:
-    """The number of columns that share a unit of the scales: a block, or the whole row."""
+    """The number of columns whose scales share a unit (Quantised.units): a block of 256, or the whole row."""
     return formats.BLOCK if formats.get(x.format).block == formats.BLOCK else x.codes.shape[-1]
 
 
 def _regrouped(x: Quantised, group: int) -> Quantised:
-    """The tensor in smaller groups of `group` columns, with each scale repeated. Codes and values do not change."""
+    """The tensor in smaller groups of `group` columns, with each scale repeated. Codes and values do not change.
+
+    Raises ProgramError unless `group` divides the tensor's group and its scales have no units.
+    """
     if x.group % group or x.units is not None:
         raise ProgramError(f"groups of {x.group} cannot become groups of {group}; wanted a divisor of {x.group}")
     count = -(-x.codes.shape[-1] // group)
@@ -166,7 +174,7 @@ def _regrouped(x: Quantised, group: int) -> Quantised:
 
 
 def _cut_rows(x: Quantised, step: str) -> Quantised:
-    """The tensor with its columns cut by `step`, for one scale per row; the shorter rows keep their scales."""
+    """The tensor with its columns cut by `step`. It has one scale per row, and the cut rows keep their scales."""
     codes = _moved(x.codes, (step,))
     group = formats.get(x.format).group_of(codes.shape[-1])
     count = -(-codes.shape[-1] // group)
@@ -219,10 +227,11 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
 
 
 def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
-    """Yield (tensor name, values) as read() does, but quantised tensors in several runs of rows, to save memory.
+    """Yield (tensor name, values) of each tensor in a source, its steps applied, in several runs of rows.
 
-    A tensor's name comes once for each of its runs. runs: yields the runs of a tensor by name. A tensor comes whole
-    if a step transposes it or divides its first dimension.
+    Reading run by run saves memory. A tensor's name is yielded once for each of its runs. A quantised matrix is yielded
+    whole if a step transposes it, and any quantised tensor if a step divides its rows into a stack (hN). read: function
+    from a name to the whole tensor. runs: function from a name to the runs of the tensor.
     """
     for name, steps in expand(source):
         at = 0
@@ -253,6 +262,9 @@ def _kept(ids: np.ndarray, steps: Sequence[str]) -> np.ndarray:
 
 
 def read(source: str, reader: Reader) -> Iterator[tuple[str, Value]]:
-    """Yield (tensor name, values) of each tensor in a source, its steps applied. reader: returns a tensor by name."""
+    """Yield (tensor name, values) of each tensor in a source, its steps applied.
+
+    reader: function from a name to a tensor.
+    """
     for name, steps in expand(source):
         yield name, take(reader(name), steps)

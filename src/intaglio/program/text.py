@@ -73,7 +73,7 @@ def _op_line(op: Op, tensors: Tensors, section: str) -> str:
 
 
 def _sections(ops: Sequence[Op], tensors: Tensors) -> Iterator[tuple[str, list[str]]]:
-    """Yield (section, lines) in order. A section declares its weights and state, then lists its ops and views.
+    """Yield (section, lines of text) in order. A section declares its weights and state, then lists its ops and views.
 
     Sections are layers such as "layers.3", and "" for everything outside layers.
     """

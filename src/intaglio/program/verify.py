@@ -75,7 +75,7 @@ def faces_present(p: Program) -> Iterator[str]:
 
 
 def shapes_agree(p: Program) -> Iterator[str]:
-    """Yield a message for each op that refuses its operands, and each result declared as another type than computed."""
+    """Yield a message for each op that refuses its operands, and each result declared with another shape or format."""
     for op in p.ops:
         try:
             for name, (shape, format) in op.shapes(p.tensors).items():
@@ -110,7 +110,7 @@ def written_before_read(p: Program) -> Iterator[str]:
 
 
 def views_inside(p: Program) -> Iterator[str]:
-    """Yield a message for each view that is not a range of columns of a temp, or whose base is itself a view."""
+    """Yield a message for each view that is not a range of columns of a temp in its format, or is a view of a view."""
     for t in p.tensors.values():
         if t.view:
             base, start = p.tensors[t.view[0]], t.view[1]
@@ -122,10 +122,11 @@ def views_inside(p: Program) -> Iterator[str]:
 
 
 def state_kept(p: Program) -> Iterator[str]:
-    """Yield a message for each state used by an operand not declared for state, or other tensor by one that is.
+    """Yield a message for each wrong use of a state tensor by an op.
 
-    Also for reads of state before this step's values are written to it, and for recurrent state that is updated
-    twice or has no dimension N.
+    Wrong are: state as an operand that is not declared for state, another tensor as an operand that is; a read of a
+    K/V cache before this step's values are written to it; recurrent state that is updated twice or whose first
+    dimension is not N.
     """
     written: set[str] = set()
     for op in p.ops:
@@ -163,9 +164,9 @@ def buffers_apart(p: Program) -> Iterator[str]:
 
 
 def collectives_placed(p: Program) -> Iterator[str]:
-    """Yield a message for each collective that does not fit the mesh.
+    """Yield a message for each collective that does not fit the mesh, and for a rank outside the mesh.
 
-    Its group must lie inside the mesh and contain this rank; a send or recv must name another rank of it.
+    Its group must lie inside the mesh and contain this rank; a send or recv must name another rank of the mesh.
     """
     if not 0 <= p.rank < p.mesh:
         yield f"rank {p.rank} is outside a mesh of {p.mesh}"

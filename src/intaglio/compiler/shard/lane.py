@@ -22,7 +22,7 @@ class Lane:
         shares: every lane's share of each result that is split by columns.
         split: names of results of which each lane has only a run of token rows (sequence parallelism).
         wholes: for each split result that has been gathered, the name of its gathered copy.
-        views: views of the whole Program by their base.
+        views: lists of the views in the whole Program, by the name of their base.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class Lane:
         self.tensors[name] = t
 
     def fitted(self, t: Tensor, shares: Sequence[Share], axis: int) -> Tensor:
-        """The weight `t`, regrouped so that cutting its columns into `shares` splits no quantisation group.
+        """The weight `t`, if needed with smaller groups, so that cutting its columns into `shares` splits no group.
 
-        Smaller groups keep the checkpoint's codes; a split group would have to be dequantised and quantised again.
-        Raises LayoutError if no group size fits.
+        Only weights whose codes come from a checkpoint are changed. Smaller groups keep these codes; a split group
+        would have to be dequantised and quantised again. Raises LayoutError if no group size fits.
         """
         fmt = formats.get(t.format)
         if t.name not in self.coded or axis != len(t.shape) - 1 or fmt.group <= 0:
@@ -144,7 +144,10 @@ class Lane:
         return self.keep(name, shares, axis, own if len(self.p.uses(name)) > 1 else "")
 
     def whole(self, name: str) -> str:
-        """Name of the operand `name` as a whole tensor on this lane. If it is split, an all_gather is added first."""
+        """Name of the operand `name` as a whole tensor on this lane.
+
+        If it is split, an all_gather is added first. If it is a weight, it is added to the lane's tensors.
+        """
         t = self.p.tensors[name]
         if t.role == "weight":
             return self.keep(name)
@@ -161,7 +164,8 @@ class Lane:
     def total(self, site: str, x: str, out: str, group: tuple[int, ...]) -> None:
         """Add an all_reduce that sums the partial results `x` of the lanes in `group` into `out`.
 
-        With sequence parallelism it is a reduce_scatter, and this lane gets the sum of its own token rows.
+        With sequence parallelism it is a reduce_scatter, which gives this lane its own token rows of the sum, if all
+        lanes are in `group` and `out` is a temp with a row per token.
         """
         t = self.p.tensors[out]
         if self.layout.sp and t.shape[0] == "T" and t.role == "temp" and len(group) == self.layout.lanes:
@@ -181,7 +185,7 @@ class Lane:
         self.add(op.rename({name: self.whole(name) for name in op.inputs}))
 
     def add_split(self, op: Op, shares: list[Share]) -> None:
-        """Append an op whose result is split by columns as in `shares`. If it is an output, it is gathered."""
+        """Append an op whose result is split by columns as in `shares`. An output of the Program is gathered, too."""
         if self.p.tensors[op.outputs[0]].role == "output":
             self.add_gathered(op, shares)
         else:

@@ -35,12 +35,12 @@ def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
 
 
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
-    """The shares of columns that shares of heads stand for, with `by` columns per head, as a list."""
+    """A list of shares of columns from shares of heads, with `by` columns per head."""
     return [tuple(range(r.start * by, r.stop * by) for r in share) for share in shares]
 
 
 def heads_of(share: Share, head_dim: int) -> Share:
-    """The share of heads that a share of columns stands for; the inverse of scaled()."""
+    """The share of heads to which a share of columns belongs; the inverse of scaled()."""
     return tuple(range(r.start // head_dim, r.stop // head_dim) for r in share)
 
 

@@ -15,7 +15,11 @@ Facts = dict[str, Any]
 
 
 def attention_facts(t: Trace, rec: Attention, x: np.ndarray, result: np.ndarray) -> tuple[Facts, list[Norm]]:
-    """(facts, norms of queries and keys) of an attention block that reads x and yields `result`. Raises Unmatched."""
+    """Find out what an attention block computes that reads x and yields `result`. Raises Unmatched.
+
+    Returns (dict of properties, list of the norms of q and k). Properties: sizes, projections, norms, rope, scale, mask
+    and gate.
+    """
     own = list(linears(t, rec.name))
     readers = [n for n in own if same(n.x, x)]
     out = next((n for n in own if same(n.y, result)), None)
@@ -36,7 +40,10 @@ def _relative(name: str, under: str) -> str:
 
 
 def _scores(t: Trace, rec: Attention) -> Facts:
-    """Scale, softcap, sinks, window and chunk: those with which softmax attention gives the traced result."""
+    """The scale, softcap, sinks, window and chunk with which softmax attention gives the traced result, as a dict.
+
+    Raises Unmatched if there are none.
+    """
     heads, n = rec.q.shape[:2]
     seen = np.tri(n, dtype=bool) if rec.mask is None else rec.mask > -1e30
     window, chunk = visible(seen, rec.name)
@@ -64,7 +71,7 @@ def _scores(t: Trace, rec: Attention) -> Facts:
 
 
 def visible(seen: np.ndarray, name: str) -> tuple[int, int]:
-    """(window, chunk) of a mask [tokens, tokens]; 0 for none. Raises Unmatched for another mask."""
+    """(window, chunk) of a mask, bool [tokens, tokens]; 0 for none. Raises Unmatched for another mask."""
     n = len(seen)
     at, to = np.arange(n)[:, None], np.arange(n)[None]
     causal = to <= at
@@ -80,7 +87,10 @@ def visible(seen: np.ndarray, name: str) -> tuple[int, int]:
 
 
 def _after(t: Trace, rec: Attention, x: np.ndarray, out: Linear, readers: list[Linear], found: list[Norm]) -> Facts:
-    """What lies between attention and the output projection: nothing, a norm, or a gate."""
+    """{"gate": name, "inner_norm": name} of what lies between attention and the output projection; "" for none.
+
+    Raises Unmatched if something else lies between them.
+    """
     f: Facts = {"gate": "", "inner_norm": ""}
     held = rec.out
     gated = [g for g in readers if g.y.shape == held.shape and same(held / (1 + np.exp(-g.y)), out.x, 1e-4)]
@@ -95,7 +105,11 @@ def _after(t: Trace, rec: Attention, x: np.ndarray, out: Linear, readers: list[L
 
 
 def _layouts(readers: list[Linear], rec: Attention) -> Iterator[tuple[str, list[Linear], list[np.ndarray]]]:
-    """Yield (layout, linears, [q, k, v] as [tokens, heads, columns]) of the ways in which projections may lie."""
+    """Yield (layout, linears, [q, k, v]) for each way in which the linears `readers` may hold the projections.
+
+    layout: "separate" (three linears), "rows" (one linear with the rows of q, then k, then v) or "groups" (one linear
+    with q, k and v of one K/V head after the other). q, k, v: arrays [tokens, heads, columns].
+    """
     (h, n, d), g, e = rec.q.shape, rec.k.shape[0], rec.v.shape[-1]
     widths = (h * d, g * d, g * e)
     for a in readers:
@@ -115,7 +129,10 @@ def _layouts(readers: list[Linear], rec: Attention) -> Iterator[tuple[str, list[
 
 
 def _projections(t: Trace, rec: Attention, readers: list[Linear], found: list[Norm], f: Facts) -> list[Norm]:
-    """Add the layout of the projections, the norms of queries and keys and the rope to the facts. Returns the norms."""
+    """Add the layout of the projections, the norms of queries and keys and the rope to the properties `f`.
+
+    Returns a list of the norms. A factor on the queries is multiplied into f["scale"]. Raises Unmatched.
+    """
     q, k, late = rec.q, rec.k, [_late(found, x) for x in (rec.q, rec.k)]
     if late[0] is not None and late[1] is not None:
         q, k = (_by_head(n.x, x.shape) for n, x in zip(late, (rec.q, rec.k), strict=True) if n)
@@ -147,24 +164,24 @@ def _projections(t: Trace, rec: Attention, readers: list[Linear], found: list[No
 
 
 def _by_head(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A norm's value as [heads, tokens, head_dim]."""
+    """A norm's argument or result x as [heads, tokens, head_dim], which is `shape`."""
     if x.shape == shape:
         return x
     return x.reshape(shape[1], shape[0], shape[2]).swapaxes(0, 1)
 
 
 def _late(found: list[Norm], x: np.ndarray) -> Norm | None:
-    """The norm whose result is x [heads, tokens, head_dim], one head at a time."""
+    """The norm that norms each head by itself and has the result x [heads, tokens, head_dim]; None if there is none."""
     return next((n for n in found if n.y.size == x.size and n.x.ndim == 3 and same(_by_head(n.y, x.shape), x)), None)
 
 
 def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
-    """The norm that reads a projection's result y [tokens, heads, head_dim], flat or by head."""
+    """The norm that reads a projection's result y [tokens, heads, head_dim] in any shape; None if there is none."""
     return next((n for n in found if same(n.x, y) or same(n.x, y.swapaxes(0, 1))), None)
 
 
 def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | None:
-    """The factor on queries beside the rotation of the keys; None if queries are turned otherwise."""
+    """The factor by which queries are scaled besides the keys' rotation `turn`; None if they are rotated otherwise."""
     length = [np.linalg.norm(x.astype(np.float64), axis=-1) for x in (before, after)]
     last = [float(np.linalg.norm(x[..., -1].astype(np.float64))) for x in (before, after)]  # not turned, if a part is
     whole = float(length[1].sum() / max(length[0].sum(), 1e-30)) / (turn.factor if turn.dim else 1.0)
@@ -177,7 +194,10 @@ def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | Non
 
 
 def _qk_norm(rec: Attention, q: Norm | None, k: Norm | None, late: list[Norm | None]) -> tuple[str, list[Norm]]:
-    """(value of Decoder.qk_norm, the norms). Raises Unmatched for norms before rope and after it."""
+    """(value of Decoder.qk_norm, [norm of q, norm of k]); ("", []) without norms.
+
+    Raises Unmatched for norms both before and after rope.
+    """
     if late[0] is not None and late[1] is not None:
         if q is not None:
             raise Unmatched(rec.name, "norms of queries and keys before rope and after it", "qk_norm")

@@ -38,11 +38,11 @@ class AutoPort:
     """The result of an automatic port.
 
     Attributes:
-        architecture: name in config.json.
-        text: the port file; "" if the model was not matched.
-        deviations: {variant: largest deviation of its logits in prefill and decode}.
-        refused: {switch: why the port refuses it}.
-        failure: a paragraph that names what was not matched; "" for a verified port.
+        architecture: its name in config.json.
+        text: the source text of the port file; "" if none could be written.
+        deviations: {description of a variant: deviation() of the port for it}.
+        refused: {setting, as key=value: why the port refuses it}.
+        failure: text that says what was not matched or differs; "" for a verified port.
     """
 
     architecture: str
@@ -53,7 +53,7 @@ class AutoPort:
 
     @property
     def verified(self) -> bool:
-        """True if the port's logits are those of transformers in every variant tried."""
+        """True if a port was written, and all its comparisons with transformers were within tolerance."""
         return bool(self.text) and not self.failure
 
     def __str__(self) -> str:
@@ -64,9 +64,10 @@ class AutoPort:
 
 
 def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
-    """Derive, write and verify the port of an architecture. Raises PortingError if its model cannot be built.
+    """Derive the port of an architecture, verify it against transformers, and return the AutoPort.
 
-    target: a checkpoint folder, or a model type of transformers. The table of ports is not read.
+    target: a checkpoint folder, or a model type of transformers. The table of ports is not read. Raises PortingError if
+    a tiny model of the architecture cannot be built, run or described.
     """
     config = read_config(target)
     tiny = TinyModels(config)
@@ -99,7 +100,7 @@ def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
 
 
 def paragraph(architecture: str, e: Unmatched) -> str:
-    """A paragraph that says what of a model is missing here."""
+    """A paragraph for users: which module of a model has no counterpart here, and what the nearest op or field is."""
     return (
         f"{architecture} is not ported: the module {e.module} has {e.missing}, for which no op or field of Decoder is "
         f"there. The nearest is {e.nearest}. Add it to models/decoder/ (docs/adding-a-model.md), or port by hand."
@@ -107,7 +108,7 @@ def paragraph(architecture: str, e: Unmatched) -> str:
 
 
 def load_port(text: str) -> Family:
-    """The row of a port file given as text."""
+    """Execute a port file, given as text, and return its Family (its row of the table of ports)."""
     space: dict[str, Any] = {"__name__": "port"}
     exec(compile(text, "<port>", "exec"), space)  # text that this package wrote
     family = space["FAMILIES"][0]
@@ -116,7 +117,10 @@ def load_port(text: str) -> Family:
 
 
 def _first(tiny: TinyModels) -> Variant:
-    """Trace the tiny model; where its heads must have hidden_size / heads columns, with such heads."""
+    """Trace the tiny model with small sizes. Returns the Variant. Raises Unmatched, PortingError.
+
+    If transformers refuses the small head_dim, heads get hidden_size / heads columns.
+    """
     try:
         return _variant(tiny, {})
     except PortingError:
@@ -128,7 +132,7 @@ def _first(tiny: TinyModels) -> Variant:
 
 
 def _variant(tiny: TinyModels, changes: dict[str, Any]) -> Variant:
-    """Trace one variant of the tiny model. Raises Unmatched, PortingError."""
+    """Trace the tiny model with the config keys `changes`. Returns the Variant. Raises Unmatched, PortingError."""
     model = tiny.build(**changes)
     tokens = np.random.default_rng(0).integers(3, 250, 61).tolist()
     try:
@@ -143,7 +147,7 @@ def _variant(tiny: TinyModels, changes: dict[str, Any]) -> Variant:
 
 
 def _ignored(trace: Trace, prefix: str) -> tuple[str, ...]:
-    """Family.ignored: beginnings of the names of modules that a run of text does not call."""
+    """The value of Family.ignored: a pattern such as *.cross_attn. for each part of a layer that text does not use."""
     head = trace.head
     inside = [re.search(r"\.\d+\.(\w+)\.", f"{m}.") for m in trace.uncalled() if m != head and m.startswith(prefix)]
     own = {m[1] for m in inside if m}
@@ -152,12 +156,16 @@ def _ignored(trace: Trace, prefix: str) -> tuple[str, ...]:
 
 
 def aliases(tiny: TinyModels) -> dict[str, str]:
-    """Family.aliases: the names that this configuration has for usual keys."""
+    """The value of Family.aliases: {usual name of a key: its name in this configuration}."""
     return {k: own for k, own in tiny.own.items() if k in USUAL and k not in tiny.usual and own in tiny.usual}
 
 
 def _variants(tiny: TinyModels, first: Variant, progress: Progress) -> tuple[list[Variant], dict[str, str], list[str]]:
-    """(traced variants, refused switches with the reason, lines of the port file that refuse them)."""
+    """Trace the tiny model with other sizes and settings. Raises PortingError.
+
+    Returns (`first` and the variants whose facts may differ from it, {refused setting: reason}, lines of the port file
+    that refuse these settings).
+    """
     trials: list[dict[str, Any]] = [{k: v for k, v in OTHER_SIZES.items() if k in _sized(tiny)}]
     trials += [{k: x} for k, values in tiny.switches().items() for x in values]
     trials += [{"tie_word_embeddings": not first.facts["tied"]}] if "tie_word_embeddings" in tiny.usual else []
@@ -191,7 +199,7 @@ def _sized(tiny: TinyModels) -> set[str]:
 
 
 def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
-    """A line of the port file that refuses a value of a key."""
+    """Source text for the port file that refuses the value `new` of a key."""
     usual = {**tiny.usual, **tiny.settings()}.get(key)
     short = re.sub(r"[\"\\\n{}]", "", why)[:70]
     if new and not usual:
@@ -201,7 +209,10 @@ def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
 
 
 def _saved(folder: Path, module: str) -> str:
-    """The name under which a checkpoint has a module's weight, without ".weight": its own, or that of an equal one."""
+    """The name under which a checkpoint has a module's weight, without ".weight".
+
+    If it has no such weight, the name of its only embedding table at top level (a tied head); else `module`.
+    """
     found = Checkpoint.open(folder)
     if f"{module}.weight" in found.names or not module:
         return module
@@ -211,7 +222,7 @@ def _saved(folder: Path, module: str) -> str:
 
 
 def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
-    """What the port file says beside the facts."""
+    """{version, defaults, aliases, title, head, vocabulary}: what the port file needs besides the traced properties."""
     import transformers
 
     rope = tiny.usual.get("rope_parameters") or {}
@@ -229,7 +240,11 @@ def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
 
 
 def _stored(folder: Path, first: Variant) -> str:
-    """The name of the form in which the checkpoint holds experts: NAMED, NUMBERED, STACKED or TRANSPOSED."""
+    """The name of the form in which the checkpoint holds experts, such as STACKED; "" without experts.
+
+    The forms are NAMED, NUMBERED, STACKED and TRANSPOSED of models.decoder. For NUMBERED, "saved_block" is added to
+    first.facts["mixture"]. Raises PortingError for another form.
+    """
     m = first.facts.get("mixture")
     if not m:
         return ""
@@ -250,7 +265,10 @@ def _verify(
     tiny: TinyModels, family: Family, text: str, variants: list[Variant], refused: dict[str, str], folder: Path,
     progress: Progress,
 ) -> AutoPort:  # fmt: skip
-    """Compare the port with transformers: logits in each variant whose facts differ, and the first one site by site."""
+    """Compare the port with transformers and return the AutoPort.
+
+    Compared are the logits of the first 2 * SHOWN variants, then the first variant site by site.
+    """
     deviations, failure = dict[str, float](), ""
     for v in variants[: 2 * SHOWN]:
         name = ", ".join(f"{k}={x!r}" for k, x in list(v.changes.items())[:2]) or "small sizes"
@@ -278,7 +296,10 @@ def _brief(v: Variant) -> str:
 
 
 def deviation(path: Path, family: Family, model: Any) -> float:
-    """The largest deviation of logits in prefill and decode, float32, of a port from the model itself."""
+    """The deviation max |ours - theirs| / max |theirs| of a port's logits in prefill and decode; infinity for NaN.
+
+    path: checkpoint of the transformers model `model`.
+    """
     import torch
 
     checkpoint = Checkpoint.open(path)

@@ -32,7 +32,13 @@ MISSING = object()
 
 @dataclass(frozen=True)
 class Variant:
-    """One configuration of the tiny model: its keys, what was changed in it, and the flat facts traced."""
+    """One configuration of the tiny model and what was traced with it.
+
+    Attributes:
+        config: its config.json.
+        changes: the keys in which it differs from the first variant.
+        facts: the values of Decoder's fields, from flatten().
+    """
 
     config: dict[str, Any]
     changes: dict[str, Any]
@@ -40,7 +46,7 @@ class Variant:
 
 
 def value(expression: str, variant: Variant) -> Any:
-    """What an expression of the port file gives for a variant; MISSING if it raises an error."""
+    """The value of an expression of the port file for a variant; MISSING if evaluating it raises an error."""
     c = Config(variant.config, {})
     known = {k: variant.facts[k] for k in NAMES if k in variant.facts}
     try:
@@ -50,12 +56,12 @@ def value(expression: str, variant: Variant) -> Any:
 
 
 def fits(expression: str, wanted: Sequence[Any], variants: Sequence[Variant]) -> bool:
-    """True if an expression gives the wanted value in every variant."""
+    """True if an expression gives the wanted value in every variant. wanted: one value for each of `variants`."""
     return all(equal(value(expression, v), w) for v, w in zip(variants, wanted, strict=True))
 
 
 def equal(a: Any, b: Any) -> bool:
-    """True if two values are the same, floats within 1e-4."""
+    """True if two values are the same, or numbers within 1e-4 of each other (relative). False if `a` is MISSING."""
     if a is MISSING:
         return False
     if isinstance(a, bool) or isinstance(b, bool):
@@ -66,7 +72,11 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def solve(field: str, variants: Sequence[Variant], usual: Any = MISSING) -> str | None:
-    """An expression for a field; "" if it always has its usual value; None if nothing found fits every variant."""
+    """Source text of an expression that gives a field's value in every variant.
+
+    "" if the value is always `usual`; None if no expression tried fits every variant. field: a key of Variant.facts, or
+    several with dots, such as mixture.width.
+    """
     wanted = [_get(v.facts, field) for v in variants]
     if usual is not MISSING and all(equal(w, usual) for w in wanted):
         return ""
@@ -86,7 +96,7 @@ def _get(facts: Facts, field: str) -> Any:
 
 
 def candidates(wanted: Sequence[Any], variants: Sequence[Variant]) -> Iterator[str]:
-    """Yield expressions over single keys, and over two sizes, that may give values such as these."""
+    """Yield expressions over one or two keys of config.json that may give the values `wanted`, as source text."""
     first, config = wanted[0], variants[0].config
     if isinstance(first, bool):
         for key, v in config.items():

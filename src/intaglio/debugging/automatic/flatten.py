@@ -20,14 +20,14 @@ SPLIT = 'split((("q_proj", heads // kv_heads * head_dim), ("k_proj", head_dim), 
 
 
 class Code(str):
-    """Text of an expression, written into the port file as it is."""
+    """Source text of an expression, which text() writes into the port file without quotes."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 def text(x: Any) -> str:
-    """A value as it is written into a port file: repr() with double quotes."""
+    """A value as source text of a port file: its repr(), with double quotes; a Code as it is."""
     if isinstance(x, Code):
         return str(x)
     if isinstance(x, str):
@@ -40,7 +40,11 @@ def text(x: Any) -> str:
 
 
 def flatten(f: Facts) -> Facts:
-    """The fields of Decoder as traced, with `layers` as lists, one value a layer. Raises Unmatched."""
+    """The values of Decoder's fields, as a dict, from the properties of a traced model (see model_facts()).
+
+    window, chunk, rope and sparse are lists with one value per layer. Raises Unmatched if layers differ in anything
+    else.
+    """
     layers = f["layers"]
     first = _agree([{k: v for k, v in z["attn"].items() if k not in PER_LAYER} for z in layers], f["list"])
     around = _agree(
@@ -97,7 +101,10 @@ def flatten(f: Facts) -> Facts:
 
 
 def _routed(mixed: list[Facts], name: str) -> list[Facts]:
-    """The mixtures with the routing that all layers may have: a layer's tokens may not tell two ways apart."""
+    """A list of the properties of each layer's mixture, with `routing` replaced by the first way that fits all.
+
+    Several ways can fit one layer, because its few tokens do not tell them apart. Raises Unmatched if none fits all.
+    """
     ways = [w for w in mixed[0]["routing"] if all(any(_same_way(w, x) for x in m["routing"]) for m in mixed)]
     if not ways:
         raise Unmatched(name, "experts chosen by other rules in other layers", "Mixture.route")
@@ -112,7 +119,7 @@ PER_LAYER = ("window", "chunk", "rope", "scale")
 
 
 def _agree(tables: list[Facts], name: str) -> Facts:
-    """The one table that all are equal to. Raises Unmatched naming what differs."""
+    """The first of `tables`, if all are equal. Raises Unmatched naming what differs. name: of the list of layers."""
     for i, table in enumerate(tables):
         for k, v in table.items():
             if not _equal(v, tables[0].get(k)):
@@ -135,7 +142,7 @@ def _one_scale(scales: list[float], name: str) -> float:
 
 
 def _linear(usual: str, own: str, transposed: bool) -> dict[str, str]:
-    """Rules of Decoder.sources for one linear."""
+    """Entries of Decoder.sources for one linear with the name `own` in the checkpoint; {} if that is the usual name."""
     if transposed:
         return {f"{usual}.weight": f"{own}.weight|T", f"{usual}.bias": f"{own}.bias"}
     return {usual: own} if usual != own else {}
@@ -144,7 +151,10 @@ def _linear(usual: str, own: str, transposed: bool) -> dict[str, str]:
 def _sources(
     f: Facts, attn: Facts, mlp: Facts, attention: str, block: str, prefix: str
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """(Decoder.fused, Decoder.sources): the modules that have other names than Llama's, or hold several weights."""
+    """Values of (Decoder.fused, Decoder.sources).
+
+    They list the modules that hold several weights, and those whose names are not Llama's. Raises Unmatched.
+    """
     fused, out = [], dict[str, Any]()
     layers, embed = f["list"].removeprefix(prefix), f["embedding"].removeprefix(prefix)
     out |= {"embed_tokens": embed} if embed != "embed_tokens" else {}
@@ -190,7 +200,11 @@ def _sources(
 
 
 def _mixture(m: Facts, block: str) -> Facts:
-    """The fields of Mixture. `stored` says how the experts' parameters lie in the module."""
+    """A dict of the values of Mixture's fields from the properties `m` of a traced mixture.
+
+    It also has how experts' parameters lie in their module (`turned`, `inside`, `experts`) and `route_scale`. Raises
+    Unmatched for a shared expert with other linears.
+    """
     shared = m["shared"]
     out: Facts = {
         "count": m["count"], "top": m["top"], "width": m["width"], "block": block, "router": m["router"],
@@ -209,7 +223,7 @@ def _mixture(m: Facts, block: str) -> Facts:
 
 
 def rope_kinds(ropes: list[Rotation]) -> list[int]:
-    """The number of each layer's rotation among those that differ; -1 for a layer that turns nothing."""
+    """A list: for each layer the number of its rotation among the different ones, from 0; -1 for no rope."""
     seen: list[Rotation] = []
     out = []
     for r in ropes:

@@ -15,7 +15,10 @@ Facts = dict[str, Any]
 
 
 def model_facts(t: Trace) -> Facts:
-    """All facts of a traced model. Raises Unmatched at the first part that has no counterpart here."""
+    """A dict of the properties of a traced model, with one dict per layer in its list `layers`.
+
+    Raises Unmatched for what Decoder cannot express.
+    """
     name = _layer_list(t)
     calls = [_called(t, f"{name}.{i}") for i in range(t.lists[name])]
     f: Facts = {"list": name, "embedding": t.embedding, "layers": [], "hidden": calls[0].x.shape[-1], "head": t.head}
@@ -34,7 +37,7 @@ def model_facts(t: Trace) -> Facts:
 
 
 def _layer_list(t: Trace) -> str:
-    """Name of the list of decoder layers: the longest one whose members map the residual to the residual."""
+    """Name of the list of decoder layers: the longest list of modules with attention in it. Raises Unmatched."""
     attended = {a.name for a in t.attention}
     lists = [n for n in t.lists if any(a.startswith(f"{n}.0.") or f"{n}.1." in a for a in attended)]
     if not t.attention:
@@ -53,7 +56,7 @@ def _called(t: Trace, name: str) -> Call:
 
 
 def _embedding(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
-    """(facts, norms) of the embeddings: what the first layer's input is made of."""
+    """(dict of properties, list of Norms) of the embeddings, which give the first layer's input x. Raises Unmatched."""
     table = t.weight(t.embedding)
     assert table is not None
     rows = table[np.asarray(t.tokens)]
@@ -72,7 +75,7 @@ def _embedding(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]
 
 
 def _summed(t: Trace, x: np.ndarray, rows: np.ndarray) -> Facts | None:
-    """Facts of x as the scaled rows of the embedding plus learned positions; None if it is something else."""
+    """{embed_scale, positions} if x is the scaled embeddings `rows`, with learned positions or without; else None."""
     if (found := factors(x, rows)) is not None:
         return {"embed_scale": found[0], "positions": None}
     for name, p in t.parameters.items():
@@ -85,7 +88,7 @@ def _summed(t: Trace, x: np.ndarray, rows: np.ndarray) -> Facts | None:
 
 
 def _layer(t: Trace, call: Call) -> tuple[Facts, list[Norm]]:
-    """(facts, norms) of one layer."""
+    """(dict of properties, list of Norms) of one layer. Raises Unmatched for what Decoder cannot express."""
     here = [a for a in t.attention if a.name.startswith(f"{call.name}.")]
     if len(here) != 1:
         what = "no attention" if not here else f"{len(here)} calls of attention"
@@ -124,7 +127,10 @@ def _hidden(block: Call, like: np.ndarray) -> np.ndarray:
 
 
 def _before(n: dict[str, Norm], site: str, own: list[Norm], x: np.ndarray, call: Call) -> None:
-    """Add the norm before attention, if there is one, to n."""
+    """Add the norm before attention, if there is one, to `n` under `site`.
+
+    x: what attention reads. Raises Unmatched if it is neither the residual nor a norm of it.
+    """
     if same(x, call.x):
         return
     found = next((z for z in own if same(z.y, x)), None)
@@ -134,7 +140,7 @@ def _before(n: dict[str, Norm], site: str, own: list[Norm], x: np.ndarray, call:
 
 
 def _mlp(t: Trace, call: Call, attention: str) -> tuple[Facts, str, np.ndarray, np.ndarray]:
-    """(facts, module relative to the layer, input, result) of a layer's MLP or experts."""
+    """(dict of properties, name within the layer, input, result) of a layer's MLP or experts. Raises Unmatched."""
     inside = f"{attention}."
     own = [z for z in linears(t, call.name) if not z.name.startswith(inside)]
     experts = experts_call(t, call.name)
@@ -159,7 +165,11 @@ def _mlp(t: Trace, call: Call, attention: str) -> tuple[Facts, str, np.ndarray, 
 def _residuals(
     call: Call, n: dict[str, Norm], own: list[Norm], read: np.ndarray, branch: np.ndarray, end: np.ndarray
 ) -> Facts:
-    """How attention's and the MLP's branch are added to the residual. Adds the norm before the MLP to n."""
+    """{parallel, residual_scale}: how the results of attention and MLP are added to the residual. Raises Unmatched.
+
+    Adds the norms found on the way (before the MLP, or after an addition) to `n`. read: what the MLP reads. branch,
+    end: the results of attention and of the MLP.
+    """
     before = next((z for z in own if same(z.y, read)), None)
     source = before.x if before is not None else read
     start = n.get("attn.norm")
@@ -190,7 +200,7 @@ def _residuals(
 
 
 def _added(call: Call, x: np.ndarray, branches: tuple[np.ndarray, ...], parallel: bool) -> Facts:
-    """Facts of the sum that is the layer's result. Raises Unmatched if it is another function."""
+    """{parallel, residual_scale} of a layer whose result is x + residual_scale * sum of branches. Raises Unmatched."""
     found = factors(call.y, x, *branches)
     if found is None or found[0] != 1 or max(found[1:]) - min(found[1:]) > 1e-5:
         raise Unmatched(call.name, "a result that is not the residual plus its branches", "residual additions")
@@ -198,7 +208,7 @@ def _added(call: Call, x: np.ndarray, branches: tuple[np.ndarray, ...], parallel
 
 
 def _head(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
-    """(facts, norms) of what follows the last layer."""
+    """(dict of properties, list of Norms) of final norm, output head, softcap and scale. Raises Unmatched."""
     outside = [n for n in norms(t, "", layers) if n.x.shape == x.shape]
     final = next((n for n in outside if same(n.x, x)), None)
     y = final.y if final is not None else x

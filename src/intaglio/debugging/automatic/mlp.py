@@ -20,7 +20,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 def dense_facts(t: Trace, own: list[Linear], x: np.ndarray, under: str) -> tuple[Facts, np.ndarray]:
-    """(facts, result) of a dense MLP among the linears `own` that reads x. Raises Unmatched."""
+    """(dict of properties, result) of the dense MLP that reads x, found among the linears `own`. Raises Unmatched."""
     readers = [n for n in own if same(n.x, x)]
     downs = [n for n in own if n.y.size == x.size and not any(n is r for r in readers)]
     if not readers or not downs:
@@ -47,7 +47,10 @@ def _short(name: str, under: str) -> str:
 
 
 def _forms(readers: list[Linear], inner: np.ndarray) -> Iterator[Facts]:
-    """Yield the forms of MLP whose inner value the linears give: gated, gated with one linear, or without a gate."""
+    """Yield a dict of properties for each form of MLP that gives the inner value `inner`.
+
+    The forms are: gated by two linears, gated by one linear that holds gate and up, and without a gate.
+    """
     y = inner.reshape(len(readers[0].y), -1)
     for act in ACTIVATIONS:
         fn = FUNCTIONS[act]
@@ -67,7 +70,10 @@ def _forms(readers: list[Linear], inner: np.ndarray) -> Iterator[Facts]:
 
 
 def experts_call(t: Trace, under: str) -> Call | None:
-    """The call of a module of stacked experts: it has matrices in stacks, and chosen experts among its arguments."""
+    """The call of the module of stacked experts below `under`; None if there is none.
+
+    Such a module has stacks of matrices, and the ids of the chosen experts among its arguments.
+    """
     for call in t.below(under):
         stacks = [v for n, v in t.parameters.items() if n.rpartition(".")[0] == call.name and v.ndim == 3]
         if len(stacks) >= 2 and any(x.dtype.kind == "i" for x in call.inputs):
@@ -76,7 +82,10 @@ def experts_call(t: Trace, under: str) -> Call | None:
 
 
 def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Facts:
-    """The facts of a mixture of experts in the module `under` that reads x. Raises Unmatched."""
+    """A dict of the properties of the mixture of experts `under` that reads x: experts, routing, shared expert.
+
+    Raises Unmatched for what Mixture cannot express.
+    """
     call = experts_call(t, under)
     assert call is not None
     ids = next(a for a in call.inputs if a.dtype.kind == "i")
@@ -89,7 +98,7 @@ def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Fa
 
 
 def _expert(t: Trace, call: Call, ids: np.ndarray, weights: np.ndarray) -> Facts:
-    """Count, width, layout and activation of stacked experts: those that give the call's result."""
+    """The count, width, layout and activation of experts that give the call's result, as a dict. Raises Unmatched."""
     own = {n.rpartition(".")[2]: v for n, v in t.parameters.items() if n.rpartition(".")[0] == call.name}
     joined, down = own.get("gate_up_proj"), own.get("down_proj")
     if joined is None or down is None:
@@ -119,7 +128,10 @@ def _expert(t: Trace, call: Call, ids: np.ndarray, weights: np.ndarray) -> Facts
 
 
 def _routing(t: Trace, under: str, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, count: int) -> Facts:
-    """The routers and attributes of the op route that give the traced choice and weights: all that do."""
+    """{"routing": a list of all routers and attributes of the op route that give the traced ids and weights}.
+
+    Raises Unmatched if there are none.
+    """
     routers, found = {}, list[Facts]()
     for name, w in t.parameters.items():
         module, _, what = name.rpartition(".")
@@ -150,7 +162,7 @@ def _routing(t: Trace, under: str, x: np.ndarray, ids: np.ndarray, weights: np.n
 
 
 def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
-    """Yield attributes of the op route to try."""
+    """Yield dicts of attributes of the op route to try. corrected: with a correction bias."""
     groups, kept = int(t.config.get("n_group") or 0), int(t.config.get("topk_group") or 0)
     for grouped in (False, *([True] if groups > 1 else [])):
         for score in ("softmax", "sigmoid", *(() if corrected or grouped else ("chosen",))):
@@ -166,7 +178,7 @@ def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
 def _route(
     logits: np.ndarray, bias: np.ndarray | None, how: Facts, ids: np.ndarray, weights: np.ndarray
 ) -> float | None:
-    """The factor on the weights that the op route gives with these attributes; None if choice or weights differ."""
+    """The factor from the weights of the op route with attributes `how` to the traced weights; None if none fits."""
     op = Route(
         site="route", logits="logits", bias="bias" if bias is not None else None, weights="weights", ids="ids",
         top=ids.shape[1], **how,
@@ -181,7 +193,10 @@ def _route(
 
 
 def _shared(t: Trace, under: str, call: Call, x: np.ndarray, result: np.ndarray) -> Facts:
-    """The shared expert: what the block adds to the routed experts' result."""
+    """{"shared": dict of its properties or None, "shared_gate": name of its gate or ""} of the shared expert.
+
+    Raises Unmatched if the module adds anything else to the experts' result.
+    """
     none: Facts = {"shared": None, "shared_gate": ""}
     if same(call.y, result):
         return none

@@ -16,10 +16,10 @@ class Linear:
 
     Attributes:
         name: of the module.
-        transposed: its weight is stored as [inputs, outputs].
-        bias: it has one.
-        x: argument [tokens, inputs].
-        y: result [tokens, outputs].
+        transposed: True if its weight is stored as [inputs, outputs].
+        bias: True if it has one.
+        x: its argument [tokens, inputs].
+        y: its result [tokens, outputs].
     """
 
     name: str
@@ -36,10 +36,12 @@ class Norm:
     Attributes:
         name: of the module.
         kind: rms, layer or l2, as the op norm has it.
-        eps: added to the mean square.
+        eps: added to the mean square (rms), the variance (layer) or the sum of squares (l2).
         offset: added to the weight.
-        weight, bias: it has one.
-        x: argument, and y: result, of one shape; the last dimension is normed.
+        weight: True if it has one.
+        bias: True if it has one.
+        x: its argument, normed along the last dimension.
+        y: its result, in the shape of x.
     """
 
     name: str
@@ -53,12 +55,12 @@ class Norm:
 
     @property
     def family(self) -> tuple[str, float, float, bool, bool]:
-        """What Decoder says of all norms at once."""
+        """(kind, eps, offset, weight, bias), which Decoder has once for all norms of a model."""
         return self.kind, self.eps, self.offset, self.weight, self.bias
 
 
 def linears(t: Trace, under: str) -> Iterator[Linear]:
-    """Yield the linears called below a module, in order of return."""
+    """Yield a Linear for each call of a linear below the module `under`, in the order in which the calls ended."""
     for call in t.below(under):
         w = t.weight(call.name)
         if w is None or w.ndim != 2 or call.x.dtype.kind != "f":
@@ -74,9 +76,9 @@ def linears(t: Trace, under: str) -> Iterator[Linear]:
 
 
 def norms(t: Trace, under: str, but: str = "") -> list[Norm]:
-    """The norms called below a module (at any depth) but not below the module `but`, in order of return.
+    """A list of the norms called below the module `under` but not below `but`, in the order in which the calls ended.
 
-    A norm is a module without children, with vectors for parameters or none, whose result is a normed argument.
+    A norm is a module without children, with vectors for parameters or none, whose result is its argument normed.
     """
     calls = t.below(under) if under else t.calls
     calls = [c for c in calls if not but or not c.name.startswith(f"{but}.")]
@@ -117,7 +119,7 @@ def norm_of(t: Trace, call: Call) -> Norm | None:
 def _eps(
     t: Trace, name: str, kind: str, scale: np.ndarray | float, shift: np.ndarray | float, shape: tuple[int, ...]
 ) -> float:
-    """A norm's epsilon, measured: for small arguments it decides the result. Two significant digits."""
+    """A norm's epsilon, to two significant digits, measured with small arguments; 0.0 if it is below 1e-9."""
     x = np.random.default_rng(0).standard_normal(shape) * 2e-3
     if kind == "l2":
         x /= shape[-1] ** 0.5
@@ -130,7 +132,7 @@ def _eps(
 
 
 def one_family(found: list[Norm]) -> Norm:
-    """One of the norms, if all are of a kind. Raises Unmatched naming the first that differs."""
+    """The first norm, if all have the same Norm.family. Raises Unmatched naming the first that differs."""
     first = found[0]
     for n in found:
         if n.family != first.family:

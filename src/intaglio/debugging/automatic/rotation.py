@@ -14,10 +14,10 @@ class Rotation:
     """A rotary embedding as observed.
 
     Attributes:
-        dim: columns of a head that turn, the first ones; 0: none.
-        style: half or interleaved, as in rope tables.
-        factor: scale of the turned columns.
-        angles: radians per position of each pair.
+        dim: number of columns of a head that are rotated, from the first; 0: none.
+        style: half or interleaved, as in the op rope.
+        factor: scale of the rotated columns.
+        angles: radians per position of each pair of columns.
     """
 
     dim: int = 0
@@ -27,9 +27,10 @@ class Rotation:
 
 
 def observe_rotation(before: np.ndarray, after: np.ndarray) -> Rotation | None:
-    """The rotation that takes `before` to `after` [heads, tokens, head_dim]; None if it is no rotation by position.
+    """The Rotation from `before` to `after`, both [heads, tokens, head_dim]; None if it is no rotation by position.
 
-    Pairs that are interleaved in `before` may lie by halves in `after`: scores do not depend on the order of columns.
+    Pairs of columns that are interleaved in `before` may be half a head apart in `after`, since attention scores do not
+    depend on the order of columns.
     """
     if same(before, after):
         return Rotation()
@@ -43,7 +44,7 @@ def observe_rotation(before: np.ndarray, after: np.ndarray) -> Rotation | None:
 
 
 def _pairs(x: np.ndarray, style: str) -> np.ndarray:
-    """The pairs of columns as complex numbers."""
+    """The pairs of columns of x [..., n] as complex numbers [..., n / 2]. style: half, else interleaved."""
     wide = x.astype(np.float64)
     half = wide.shape[-1] // 2
     if style == "half":
@@ -52,7 +53,7 @@ def _pairs(x: np.ndarray, style: str) -> np.ndarray:
 
 
 def _turned(before: np.ndarray, after: np.ndarray, style: str) -> tuple[float, tuple[float, ...]] | None:
-    """(factor, angle of each pair) if `after` is `before` turned by an angle proportional to the position."""
+    """(factor, angle per position of each pair) if `after` is `before` rotated in proportion to position; else None."""
     if before.shape[-1] % 2:
         return None
     a, b = _pairs(before, style), _pairs(after, "half" if style == "sorted" else style)

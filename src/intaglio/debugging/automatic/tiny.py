@@ -41,7 +41,7 @@ LARGEST = 5_000_000  # parameters of a tiny model
 
 
 def parameters(make: Any, config: Any) -> int:
-    """The number of parameters of a model that `make` builds; 0 if it cannot be built without memory."""
+    """The number of parameters of the model make(config); 0 if it cannot be built on torch's meta device."""
     import torch
 
     try:
@@ -52,7 +52,7 @@ def parameters(make: Any, config: Any) -> int:
 
 
 class TinyModels:
-    """Builds tiny models of one architecture.
+    """Builds tiny transformers models of one architecture with random weights.
 
     Args:
         config: the target's config.json, or transformers' defaults of its type.
@@ -86,22 +86,22 @@ class TinyModels:
         self.without: set[str] = set()  # keys that this architecture does not take at other values
 
     def key(self, name: str) -> str:
-        """The name that a key has in this configuration."""
+        """The name in this configuration of a key with the usual name `name`."""
         return self.own.get(name, name)
 
     def has(self, name: str) -> bool:
-        """True if the configuration has such a key."""
+        """True if the configuration has a key with the usual name `name`."""
         return self.key(name) in self.usual
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        """The keys of the tiny configuration."""
+        """The tiny configuration, as a dict: the target's values with small sizes, then `changes`."""
         sizes = {self.key(k): v for k, v in SIZES.items() if self.has(k) and self._sized(k) and k not in self.without}
         tokens = {k: v for k, v in TOKENS.items() if k in self.usual}
         eps = {k: EPS for k in self.usual if "eps" in k and isinstance(self.usual[k], float)}
         return {**self.given, **sizes, **tokens, **eps, **{self.key(k): v for k, v in changes.items()}}
 
     def _sized(self, key: str) -> bool:
-        """True if the tiny model needs its own value of a size: not for a window that is off, nor groups of experts."""
+        """True if the tiny model sets the size `key`. A size that is None in the target (off) mostly stays None."""
         value = self.given.get(self.key(key), self.usual.get(self.key(key)))
         return value is not None or key in (
             "num_key_value_heads",
@@ -112,14 +112,14 @@ class TinyModels:
         )
 
     def config(self, **changes: Any) -> Any:
-        """A configuration object of the tiny model. Raises PortingError naming the keys if it is refused."""
+        """The transformers configuration of the tiny model with `changes`. Raises PortingError if it is refused."""
         try:
             return self.kind(**json.loads(json.dumps(self.settings(**changes))))
         except Exception as e:
             raise PortingError(f"transformers refuses a {self.model_type} with {changes or 'small sizes'}: {e}") from e
 
     def untraced_layer_types(self) -> list[str]:
-        """The values of layer_types with which a layer has modules of classes that the tiny model has nowhere."""
+        """A list of the values of layer_types whose layers have modules of classes that are not in the tiny model."""
         if "layer_types" not in self.usual:
             return []
         known, found = {type(m) for m in self.build().modules()}, list[str]()
@@ -133,7 +133,7 @@ class TinyModels:
         return found
 
     def build(self, **changes: Any) -> Any:
-        """A random model. Raises PortingError if transformers cannot build it."""
+        """A tiny transformers model with random weights. Raises PortingError if transformers cannot build it."""
         import torch
         import transformers
 
@@ -166,11 +166,11 @@ class TinyModels:
         return model
 
     def save(self, model: Any, folder: Path) -> None:
-        """Write a checkpoint of the model."""
+        """Write a checkpoint of the model to `folder`."""
         model.save_pretrained(folder)
 
     def switches(self) -> dict[str, list[Any]]:
-        """{key: other values worth trying} of the configuration: flags turned, numbers changed."""
+        """{key: list of other values to try} of the configuration, such as inverted flags and changed numbers."""
         table = self.settings()
         out: dict[str, list[Any]] = {}
         sizes = {self.key(k) for k in SIZES}

@@ -16,11 +16,11 @@ NEAR = 2e-5  # relative difference below which two traced values count as equal
 
 
 class Unmatched(ValueError):
-    """Raised for a part of a model that the vocabulary of Decoder does not express.
+    """Raised for a part of a model that the fields of Decoder cannot express.
 
     Attributes:
         module: name of the transformers module.
-        missing: what it computes that has no op or field here.
+        missing: what the module computes that has no op or field here.
         nearest: the nearest op or field.
     """
 
@@ -31,7 +31,7 @@ class Unmatched(ValueError):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its tensor arguments and results, without the batch dimension of 1."""
+    """One call of the module `name`: its tensor arguments and results, without the batch dimension of 1."""
 
     name: str
     inputs: tuple[np.ndarray, ...]
@@ -39,12 +39,12 @@ class Call:
 
     @property
     def x(self) -> np.ndarray:
-        """The first argument."""
+        """The first tensor argument of the call, an array."""
         return self.inputs[0]
 
     @property
     def y(self) -> np.ndarray:
-        """The first result."""
+        """The first tensor result of the call, an array."""
         return self.outputs[0]
 
 
@@ -54,7 +54,9 @@ class Attention:
 
     Attributes:
         name: of the attention module.
-        q: queries [heads, tokens, head_dim]; k, v: keys and values, likewise with the K/V heads.
+        q: queries [heads, tokens, head_dim].
+        k: keys [kv heads, tokens, head_dim].
+        v: values [kv heads, tokens, value_dim].
         mask: what is added to the scores [tokens, tokens], or None.
         out: the result [tokens, heads * value_dim].
         scale: the factor on the scores.
@@ -73,20 +75,20 @@ class Attention:
 
 @dataclass
 class Trace:
-    """All calls of one run.
+    """The values of all modules in one run of a model.
 
     Attributes:
-        calls: in order of return.
+        tokens: token ids of the prompt.
+        calls: of modules, in the order in which they ended.
         attention: calls of the attention function, in order.
         logits: [tokens, vocabulary].
         parameters: {name: value} of parameters and buffers.
         lists: {name of a list of modules: its length}.
         embedding: name of the module of the token embedding.
-        head: name of the module of the output head.
-        inner: name of the inner model (all but the head).
-        config: the model's configuration as a table.
-        probe: function (module name, x) -> the module's result for other values.
-        norms: the norms recognised, by the identity of their call; kept by modules.py.
+        head: name of the module of the output head; "" if there is none.
+        config: the model's configuration as a dict.
+        probe: function (module name, x) that runs the module on x and returns its result.
+        norms: the Norm, or None, of each call looked at so far, by id(call); filled by modules.py.
     """
 
     tokens: Sequence[int]
@@ -102,13 +104,13 @@ class Trace:
     norms: dict[int, Any] = field(default_factory=dict)
 
     def uncalled(self) -> list[str]:
-        """Modules with parameters that the run did not call, such as cross-attention; not those inside others."""
+        """Sorted names of modules that own parameters but were not called, nor was any module inside them."""
         called = {c.name for c in self.calls}
         held = {n.rpartition(".")[0] for n in self.parameters}
         return sorted(m for m in held if m not in called and not any(c.startswith(f"{m}.") for c in called))
 
     def below(self, name: str) -> list[Call]:
-        """The calls of a module's descendants."""
+        """A list of the calls of the modules inside the module `name`, at any depth."""
         return [c for c in self.calls if c.name.startswith(f"{name}.")]
 
     def of(self, name: str) -> Call | None:
@@ -116,7 +118,7 @@ class Trace:
         return next((c for c in self.calls if c.name == name), None)
 
     def weight(self, name: str, what: str = "weight") -> np.ndarray | None:
-        """A parameter of a module, or None."""
+        """The parameter `what` of a module; None if it has none."""
         return self.parameters.get(f"{name}.{what}")
 
 
@@ -167,9 +169,9 @@ def record(model: Any, tokens: Sequence[int]) -> Trace:
 
 
 def _watch_attention(trace: Trace, modules: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
-    """Replace eager_attention_forward of the model's files by one that records its arguments.
+    """Replace transformers' eager_attention_forward by a function that also adds each call to trace.attention.
 
-    Returns the functions replaced, by module of Python.
+    Returns {name of a Python module: its original function}.
     """
     import torch
 
@@ -208,7 +210,7 @@ def _watch_attention(trace: Trace, modules: Mapping[str, Any], names: Mapping[in
 
 
 def same(a: np.ndarray, b: np.ndarray, near: float = NEAR) -> bool:
-    """True if two arrays have equally many values and differ by less than `near` of their size."""
+    """True if two arrays have equally many values and ||a - b|| <= near * ||b||. Shapes may differ."""
     if a.size != b.size:
         return False
     x, y = a.reshape(-1).astype(np.float64), b.reshape(-1).astype(np.float64)
@@ -216,7 +218,7 @@ def same(a: np.ndarray, b: np.ndarray, near: float = NEAR) -> bool:
 
 
 def factors(y: np.ndarray, *terms: np.ndarray) -> tuple[float, ...] | None:
-    """The numbers f for which y is the sum of f * term, or None if there are none. Close to 1 they are exactly 1."""
+    """A number f for each term, such that y is the sum of f * term; None if there are none. f near 1 is exactly 1."""
     if any(t.size != y.size for t in terms):
         return None
     a = np.stack([t.reshape(-1).astype(np.float64) for t in terms], axis=1)

@@ -42,7 +42,7 @@ class Unsolved(ValueError):
     """Raised when no expression gives a field's value in all variants.
 
     Attributes:
-        variant: the first variant whose value is another than the first one's; None if sizes alone decide.
+        variant: the first variant with one changed key whose value differs from the first variant's, or None.
     """
 
     def __init__(self, what: str, variant: Variant | None) -> None:
@@ -52,7 +52,14 @@ class Unsolved(ValueError):
 
 @dataclass
 class Text:
-    """The parts of a port file."""
+    """The parts of a port file, as source text.
+
+    Attributes:
+        body: lines of the describing function, before its return.
+        fields: expression of each field of Decoder, by its name.
+        sources: entries of Decoder.sources.
+        imports: names to import.
+    """
 
     body: list[str] = field(default_factory=list)
     fields: dict[str, str] = field(default_factory=dict)
@@ -61,7 +68,7 @@ class Text:
 
 
 def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
-    """The expression of a field. Raises Unsolved."""
+    """Source text of the expression of a field; "" if it always has the value `usual`. Raises Unsolved."""
     found = solve(name, variants, usual)
     if found is None:
         raise Unsolved(f"no expression over config.json gives {name}", differing(name, variants))
@@ -69,7 +76,7 @@ def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
 
 
 def differing(name: str, variants: Sequence[Variant]) -> Variant | None:
-    """The first variant, among those with one changed key, whose value of a field is not that of the first variant."""
+    """The first variant with one changed key in which a field differs from the first variant; None if there is none."""
 
     def get(v: Variant) -> Any:
         x: Any = v.facts
@@ -89,9 +96,10 @@ def write_port(
     stored: str,
     about: dict[str, Any],
 ) -> str:
-    """The text of the port file. Raises Unsolved naming the field.
+    """The source text of the port file. Raises Unsolved naming the field that no expression gives.
 
-    stored: name of the form in which the checkpoint holds experts. about: version of transformers, defaults, aliases.
+    kind: model type. refusals: lines that refuse settings. stored: name of the form in which the checkpoint holds
+    experts. about: title, version of transformers, defaults, aliases, head, vocabulary.
     """
     t, first = Text(), variants[0].facts
     function = re.sub(r"\W", "_", kind)
@@ -124,7 +132,10 @@ def write_port(
 
 
 def _by_layer(candidates: Sequence[str], wanted: list[list[Any]], variants: Sequence[Variant]) -> str | None:
-    """The first expression over `c`, `i` and `kind` that gives each layer's value in every variant."""
+    """The first of `candidates` that gives each layer's value in every variant; None if none does.
+
+    They are expressions over `c` (the config), `i` (the layer's number) and `kind` (its layer type).
+    """
     for expression in candidates:
         if all(_each(expression, v, w) for v, w in zip(variants, wanted, strict=True)):
             return expression
@@ -150,7 +161,7 @@ def _each(expression: str, v: Variant, wanted: list[Any]) -> bool:
 
 
 def _layers(t: Text, variants: Sequence[Variant]) -> None:
-    """Add the rope tables and the layers to the text."""
+    """Add the rope tables and the layers to the text. Raises Unsolved."""
     numbers = [k for k, x in variants[0].config.items() if "window" in k or "local_attention" in k]
     own = [f'int(c.get("{k}", 0))' for k in numbers]
     own += [f'c.whole("{k}") if kind == "sliding_attention" else 0' for k in numbers]
@@ -192,7 +203,10 @@ REQUIRED = (
 
 
 def _rope(t: Text, variants: Sequence[Variant], turns: list[list[int]]) -> str:
-    """Add the rope tables. Returns the layer's argument `rope`: an expression, or "" for the usual one."""
+    """Add the rope tables to the text. Raises Unsolved.
+
+    Returns the source text of Layer's argument `rope`; "" for the default. turns: rope_kinds() of each variant.
+    """
     if all(max(x) < 0 for x in turns):
         t.body.append("ropes: dict[str, Table] = {}")
         t.imports.add("Table")
@@ -234,13 +248,13 @@ def _other(lists: list[list[Any]], variants: Sequence[Variant]) -> Variant | Non
 
 
 def turned(settings: Any, share: float) -> Any:
-    """Rope settings of which `share` of each head turns."""
+    """The rope settings, changed in place so that `share` of the columns of each head is rotated."""
     settings["partial_rotary_factor"] = share + 1e-4
     return settings
 
 
 def _tables(call: str, v: Variant, _: None) -> bool:
-    """True if the rope tables that an expression gives for a variant have the angles traced in its layers."""
+    """True if the rope tables that the expression `call` gives for a variant have the angles traced in its layers."""
     c = Config(v.config, {})
     try:
         kinds = _kinds(c)
@@ -264,14 +278,14 @@ def _tables(call: str, v: Variant, _: None) -> bool:
 
 
 def alike(made: Table, seen: Rotation) -> bool:
-    """True if a rope table turns as traced."""
+    """True if a rope table has the angles, style and factor of a traced rotation."""
     a, b = np.array(made.frequencies), np.array(seen.angles)
     near = len(a) == len(b) and bool(np.allclose(a, b, rtol=2e-3, atol=1e-6))
     return near and made.style == seen.style and abs(made.factor - seen.factor) < 1e-4
 
 
 def _mixture(t: Text, variants: Sequence[Variant], stored: str) -> None:
-    """Add the mixture of experts to the text."""
+    """Add the mixture of experts to the text. Raises Unsolved."""
     m = variants[0].facts["mixture"]
     if stored == "NUMBERED":  # saved under a name of its own
         for v in variants:
@@ -317,7 +331,7 @@ def _sources(t: Text) -> Iterator[str]:
 
 
 def _file(t: Text, architecture: str, kind: str, function: str, first: dict[str, Any], about: dict[str, Any]) -> str:
-    """Put the parts together."""
+    """The source text of the port file, put together from its parts."""
     sources = list(_sources(t))
     if sources:
         t.body.append("sources = {\n        " + "\n        ".join(sources) + "\n    }")
@@ -373,5 +387,5 @@ def _assigned(t: Text, name: str) -> bool:
 
 
 def solve_vocabulary(about: dict[str, Any]) -> str:
-    """The expression of the vocabulary's size."""
+    """Source text of the expression of the vocabulary's size."""
     return str(about["vocabulary"])

@@ -10,7 +10,7 @@ from intaglio.ops import Attend, KvWrite, Map, Norm, Rope
 
 
 def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Write the attention ops of layer `i`. Returns the name of the result's tensor."""
+    """Write the attention of layer `i`, which reads x. Returns the name of the result's tensor."""
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
     kv_heads, head_dim = layer.kv_heads or d.kv_heads, layer.head_dim or d.head_dim
     value_dim = d.value_dim or head_dim

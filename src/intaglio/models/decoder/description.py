@@ -48,11 +48,11 @@ class Layer:
         without: sites of norms that this layer does not have.
         width: inner width of the dense MLP; 0: the Decoder's.
         mixer: a block with recurrent state in place of attention; None: attention.
-        beside: attention too beside the mixer, both results are added (Falcon-H1).
+        beside: the layer has attention beside the mixer, and their results are added (Falcon-H1).
         attention: the layer has attention or a mixer.
         mlp: the layer has an MLP or experts.
         mix: factors on the residual and on attention's result where the two are added.
-        shares_index: attention reads the positions that the indexer of the last layer before it that has one chose.
+        shares_index: attention uses the positions chosen in the last layer before that has an indexer (see Latent).
     """
 
     rope: str = "rope"
@@ -77,12 +77,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Indexer:
-    """The indexer of sparse attention (DeepSeek-V3.2): it chooses the positions that a query attends to.
+    """The indexer of sparse attention (DeepSeek-V3.2), which chooses the positions that a query attends to.
 
     Attributes:
         heads: number of its heads.
-        head_dim: columns of its heads, of which the first have rope.
-        top: positions that it chooses.
+        head_dim: columns of a head, of which the first have rope.
+        top: number of positions that it chooses for each query.
         style: how rope pairs columns, "half" or "interleaved".
     """
 
@@ -135,6 +135,8 @@ class Mixture:
         shared: inner width of the shared expert, which takes every token; 0: none.
         shared_source: name of its module.
         shared_gate: name of a linear; the shared expert's result is multiplied by the sigmoid of its output. "": none.
+        shared_bias: the shared expert's linears have biases.
+        join: expression for the op map that joins the routed experts' result (a) and the shared expert's (b).
     """
 
     count: int
@@ -170,7 +172,7 @@ class Decoder:
 
     A softcap of 0 is none. `qk_norm` is "" (none), "head" (over each head), "late" (the same, but after rope),
     "flat" (over all heads as one row) or "unit" (over each head, without a weight, after rope, in layers with
-    rope). Layers without rope scale their queries by `temper` (see the op attend).
+    rope). `temper` scales the queries (see the op attend) in layers without rope or, with `temper_all`, in all layers.
 
     The blocks name checkpoint tensors as Llama does. `sources` maps parts of those names to what the checkpoint has
     instead, with the steps of program/source.py where the checkpoint stores the tensor in another form. A part is
@@ -271,7 +273,7 @@ def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict
     """A dict of those arguments for Decoder that most families read from the same config keys.
 
     act, eps: the config's key for the activation and for the norms' epsilon; families name these differently. Raises
-    PortError if the numbers of heads do not divide.
+    PortError for a missing or wrong value, and if the numbers of heads do not divide.
     """
     hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
     kv_heads = c.whole("num_key_value_heads", heads)

@@ -14,7 +14,7 @@ from intaglio.ops import Attend, ChooseKeys, HeadLinear, KvWrite, Norm, Rope
 
 
 def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
-    """Write the attention ops of layer `i`. Returns the name of the result's tensor."""
+    """Write the latent attention of layer `i`, which reads x. Returns the name of the result's tensor."""
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
     turn = d.ropes[layer.rope]
     how: dict[str, Any] = {"style": turn.style, "factor": turn.factor}
@@ -43,7 +43,7 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
 
 
 def _compressed_queries(w: Writer, m: Latent, at: str, source: str, x: str) -> str:
-    """Write the normed latent of the queries [T, q_rank]. Returns the name of its tensor."""
+    """Write the compressed queries [T, q_rank] and their norm. Returns the name of the result's tensor."""
     x = w.linear(at + "q_a_proj", x, m.q_rank, w.d.hidden, source + "q_a_proj", w.d.o_bias)
     return _norm(w, m, at + "q_norm", x, m.q_rank, source + "q_a_layernorm")
 
@@ -60,7 +60,7 @@ def _queries(w: Writer, m: Latent, at: str, source: str, x: str, narrow: str) ->
 
 
 def _indexer(w: Writer, m: Latent, index: Indexer, i: int, layer: Layer, x: str, narrow: str) -> str:
-    """Write the indexer of layer `i`, with a cache of its own keys. Returns the name of the positions it chooses.
+    """Write the indexer of layer `i`, with a cache of its own keys. Returns the name of the tensor of chosen positions.
 
     narrow: the latent of the queries, from which the indexer's queries are projected.
     """
@@ -82,7 +82,7 @@ def _indexer(w: Writer, m: Latent, index: Indexer, i: int, layer: Layer, x: str,
 
 
 def _shared_index(w: Writer, i: int) -> str:
-    """The name of the positions that the last indexer before layer `i` chose."""
+    """The name of the tensor of positions that are chosen by the last indexer before layer `i`."""
     last = max(j for j, layer in enumerate(w.d.layers[:i]) if not layer.shares_index)
     return f"layers.{last}.attn.indexer.choose"
 

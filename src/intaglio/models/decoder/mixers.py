@@ -29,7 +29,7 @@ class SsmMixer:
     Attributes:
         heads: number of heads.
         head_dim: columns of x per head.
-        groups: heads of a group share B and C.
+        groups: number of groups of heads; the heads of a group share B and C.
         state: columns of B and C per group.
         taps: tokens that the convolution reads.
         eps: epsilon of the norm.
@@ -116,7 +116,7 @@ class LruMixer:
 
     Attributes:
         width: columns of the recurrence.
-        heads: blocks of columns, each with matrices of its own for the gates.
+        heads: number of blocks of columns, each with matrices of its own for the gates.
         taps: tokens that the convolution reads.
     """
 

@@ -36,8 +36,8 @@ def parameters(c: Config, kind: str = "", theta: str = "rope_theta", scaled: boo
     """The rope settings of layers of type `kind`, as a Settings table in the form of `rope_parameters`.
 
     theta: the key of the base in the older form of config.json. scaled: whether the older form's rope_scaling
-    applies to these layers. As in transformers 5, a rope_scaling that is set replaces a flat rope_parameters, and
-    overrides keys of the full_attention settings of one per layer type.
+    applies to these layers. As in transformers 5, a rope_scaling that is set replaces rope_parameters or, if these
+    are given per layer type, overrides single keys of them. Raises PortError for settings that are missing or wrong.
     """
     flat, nested = c.get("rope_parameters", {}), ""
     if not isinstance(flat, Mapping):
@@ -117,7 +117,7 @@ def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "hal
     LongRoPE's long factors are chosen if `context`, the length that the Program is compiled for, exceeds the pretrained
     length; dynamic NTK's base is that of a sequence of `context` tokens. transformers chooses by the longest sequence
     in the batch; then a sequence's logits would depend on the batch, and keys written earlier would have other
-    frequencies than later ones.
+    frequencies than later ones. Raises PortError for settings that are missing, wrong or not supported.
     """
     kind, part = p["rope_type"], p["partial_rotary_factor"]
     if kind not in TYPES:
@@ -184,7 +184,7 @@ def _llama3(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np
 def mscale(factor: float, by: float = 1.0) -> float:
     """YaRN's attention scale 0.1 * by * ln(factor) + 1, for a context `factor` times the pretrained one.
 
-    1 for factor <= 1.
+    The scale is 1 for factor <= 1.
     """
     return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
 

@@ -16,7 +16,7 @@ from intaglio.program.source import names
 
 
 class Writer:
-    """Program builder with methods for the parts of a Decoder's layers; each returns the name of the tensor it adds.
+    """Program builder with methods for the parts of a Decoder's layers. Most return the name of the tensor they add.
 
     Args:
         d: the model's description.
@@ -82,7 +82,7 @@ class Writer:
         return name if name in self.b.tensors else self.b.const(name, values)
 
     def cache_scales(self, i: int, at: str, heads: int) -> dict[str, str]:
-        """Add the scales of layer `i`'s K/V cache, if the model has any: {k_scale: name, v_scale: name}.
+        """Add the scales of layer `i`'s K/V cache, if the model has any: {k_scale: name, v_scale: name}; else {}.
 
         heads: K/V heads. Raises PortError for another number of scales than one, or one per head.
         """

@@ -34,9 +34,9 @@ HQQ_STATE = (
 def mlx(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """A dict of MLX's quantised matrices by name, embedding tables included.
 
-    weight U32 [N, K bits / 32]; scales and biases [N, K / group]. The settings have a table, or false, under the
-    name of a module that differs. Modes mxfp4, nvfp4 and mxfp8 have U8 scales and no biases, and keep their codes.
-    Raises PortError for sizes that do not fit.
+    weight U32 [N, K bits / 32]; scales and biases [N, K / group]. Settings of single
+    modules are in a table under the module's name. Affine codes become bf16. Modes mxfp4, nvfp4 and mxfp8 have U8
+    scales and no biases, and keep their codes. Raises PortError for sizes that do not fit.
     """
     bias = "qbiases" if any(n.endswith(".qbiases") for n in stored.dtypes) else "biases"
     out: dict[str, Coded] = {}
@@ -65,7 +65,10 @@ def mlx(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
 
 
 def _experts(base: str, count: int, whole: Coded) -> dict[str, Coded]:
-    """The matrices of MLX's stack `base` of `count` experts (`switch_mlp`), by each expert's name in transformers."""
+    """The matrices of MLX's stack `base` of `count` experts (`switch_mlp`), as {name in transformers: matrix}.
+
+    Raises PortError for another stack than switch_mlp.
+    """
     block, _, own = base.partition(".switch_mlp.")
     if not own:
         raise PortError(f"{base}.weight is a stack of {count} matrices; only those of switch_mlp are read")
@@ -114,11 +117,11 @@ def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, gr
 
 
 def hqq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """A dict of HQQ's quantised matrices by name: (code - zero) * scale, with groups along rows or columns.
+    """A dict of HQQ's quantised matrices by name: (code - zero) * scale, in bf16, with groups along rows or columns.
 
     Groups are along rows for axis 1, along columns for axis 0. A word of W_q holds one code from each of several
     runs of rows of the grouped matrix, the first run in the highest bits. Raises PortError for scales that are
-    quantised too.
+    quantised too, an incomplete state, and an unknown packing.
     """
     out = {}
     for base in bases(stored, ".W_q"):

@@ -23,7 +23,8 @@ def bitsandbytes(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """A dict of the quantised matrices of a bitsandbytes checkpoint by name.
 
     LLM.int8 keeps its codes: weight I8 [N, K] times SCB / 127 by row. NF4 and FP4 become bf16, rounded to nearest,
-    as bitsandbytes dequantises them for products in bf16. Raises PortError for a state that is not complete.
+    as bitsandbytes dequantises them for products in bf16. Raises PortError for a state that is
+    not complete, codes tiled for a GPU, and a checkpoint without quantised matrices.
     """
     out: dict[str, Coded] = {}
     for kind in KINDS:
@@ -56,10 +57,11 @@ def _eight_bits(stored: Stored, base: str) -> Coded:
 
 
 def _four_bits(stored: Stored, name: str, kind: str) -> Coded:
-    """The NF4 or FP4 matrix `name`. Its weight is bytes of two codes, the higher nibble first, of row after row.
+    """The NF4 or FP4 matrix `name`, whose tensor has two codes in each byte, the higher nibble first, row by row.
 
-    absmax F32, one for each block; or U8, indices of nested_quant_map F32 [256], times nested_absmax F32 of each nested
-    block, plus an offset in the state. quant_map F32 [16]: the values of the codes.
+    quant_map F32 [16] has the values of the codes, and absmax F32 a factor for each block of codes. Or absmax is
+    quantised too: U8 indices into nested_quant_map F32 [256], whose values are multiplied by nested_absmax F32 of each
+    nested block, plus an offset in the state. Raises PortError for tensors that are missing or do not fit.
     """
     at = name + STATE + kind
     state = json.loads(bytes(stored.read(at)))

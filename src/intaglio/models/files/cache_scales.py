@@ -26,8 +26,8 @@ class CacheScales:
 
     Attributes:
         asked_by: the key of the quantisation settings that asks for an E4M3 cache; "": none does.
-        layers: for each layer that has them, the scales of keys and of values: one, or one per K/V head.
-        sources: the tensors that they were read from, with their layer.
+        layers: {layer: (scales of keys, scales of values)}; each has one scale, or one per K/V head.
+        sources: {name of a tensor that scales were read from: its layer}.
     """
 
     asked_by: str = ""
@@ -38,17 +38,17 @@ class CacheScales:
 def read_cache_scales(
     names: Iterable[str], read: Callable[[str], np.ndarray], q: Settings, prefix: str, coded: bool
 ) -> CacheScales:
-    """The CacheScales of a checkpoint.
+    """Read the scales of a checkpoint's E4M3 K/V cache and return them as CacheScales.
 
     A layer with a scale of keys or of values alone takes it for both, and a scale of 0 or less counts as 1, as in vLLM.
     Raises CheckpointError for a scale that is not finite.
 
     Args:
-        names: the checkpoint's tensors.
-        read: reads one of them.
+        names: names of the checkpoint's tensors.
+        read: function from a name to the tensor.
         q: the settings that say how matrices are quantised.
-        prefix: how names of the decoder's tensors begin.
-        coded: the checkpoint has quantised matrices. Without any, and without scales, the settings are a leftover.
+        prefix: prefix of the names of the decoder's tensors.
+        coded: True if the checkpoint has quantised matrices. Without any, and without scales, `asked_by` is "".
     """
     found: dict[int, dict[str, tuple[float, ...]]] = {}
     out = CacheScales()

@@ -46,7 +46,7 @@ GGUF_HEAD = 1 << 20  # bytes of a GGUF file that tell it from others: its metada
 def find_nonfinite(x: np.ndarray, dtype: str) -> tuple[tuple[int, ...], int] | None:
     """(index of the first, number) of the NaN and infinite values in `x`; None if there are none.
 
-    Decided by exponent bits, without float arithmetic.
+    dtype: the stored type of x. Types other than F32, BF16 and F16 are not checked: None.
     """
     if dtype not in EXPONENTS:
         return None
@@ -109,10 +109,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Open a checkpoint folder or GGUF file and return the Checkpoint. Raises CheckpointError.
+        """Open a checkpoint folder or GGUF file and return the Checkpoint. Raises CheckpointError or PortError.
 
-        Reads config.json and the files' headers, but no tensor except column orders (act-order), where a format
-        has them.
+        Reads config.json and the files' headers, but no tensors except small ones that say how matrices are stored,
+        such as column orders (act-order).
         """
         path = Path(path)
         if gguf := find_gguf(path):
@@ -140,17 +140,17 @@ class Checkpoint:
 
     @property
     def notes(self) -> list[str]:
-        """Notes for the user about ignored or unusual files."""
+        """A list of notes for the user about ignored or unusual files."""
         return self.found.notes
 
     @property
     def unlisted(self) -> list[str]:
-        """Names of the weight files in the folder that are not read."""
+        """A list of the names of the weight files in the folder that are not read."""
         return self.found.unlisted
 
     @property
     def architecture(self) -> str:
-        """The model class that config.json names, such as LlamaForCausalLM."""
+        """The model class that config.json names, such as LlamaForCausalLM. Raises CheckpointError if it names none."""
         named = self.config.get("architectures")
         if not (isinstance(named, list) and named and isinstance(named[0], str)):
             raise CheckpointError(f"{self.path / 'config.json'} has architectures={named!r}; wanted a list of one name")
@@ -166,7 +166,10 @@ class Checkpoint:
         return self.entries[name]
 
     def dtype(self, name: str) -> str:
-        """The stored type of a tensor as the file's header writes it: F32, BF16, F16, ..."""
+        """The stored type of a tensor as the file's header writes it: F32, BF16, F16, ...
+
+        Raises CheckpointError if the files have no tensor of that name.
+        """
         return self.entry(name).dtype
 
     def format(self, name: str) -> str:
@@ -189,7 +192,10 @@ class Checkpoint:
         return self.coded[name].order if name in self.coded else ""
 
     def read(self, name: str) -> Value:
-        """The tensor as a read-only view of the file, or as codes and scales if it is quantised."""
+        """The tensor as a read-only view of the file; a quantised matrix as codes and scales, or decoded to bf16.
+
+        Raises CheckpointError if there is no such tensor, or its type cannot be read.
+        """
         return self.coded[name].read(self.read_entry) if name in self.coded else self.read_entry(name)
 
     def strips(self, name: str) -> Iterator[Value]:
@@ -205,7 +211,7 @@ class Checkpoint:
             yield c.read(self.read_entry, slice(first, min(first + step, rows)))
 
     def read_entry(self, name: str) -> np.ndarray:
-        """The values of one tensor as stored. The first read warns if it holds NaN or infinity."""
+        """The values of one tensor as stored, as a view of the file. The first read warns of NaN and infinity in it."""
         e, x = self.entry(name), self._array(name)
         if name not in self.checked:
             self.checked.add(name)
@@ -224,7 +230,7 @@ class Checkpoint:
     def equal(self, a: str, b: str) -> bool:
         """True if two tensors hold equal values, whatever their types. Quantised ones never count as equal.
 
-        They are read in runs, up to the first difference.
+        The tensors are read in runs, up to the first difference.
         """
         if a in self.coded or b in self.coded or self.shape(a) != self.shape(b):
             return False

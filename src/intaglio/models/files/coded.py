@@ -65,7 +65,7 @@ class Coded:
 
     @property
     def step(self) -> int:
-        """Number of rows of which the ends of a partial read must be multiples."""
+        """Start and end of a partial read must be multiples of this number of rows (or the matrix's end)."""
         return lcm(self.whole, *(part.each for part in self.parts.values()))
 
     def read(self, reader: Reader, rows: slice | None = None) -> Value:
@@ -180,7 +180,7 @@ def by_group(groups: np.ndarray) -> np.ndarray:
 def find_order(
     stored: Stored, index: str, name: str, group: int, known: dict[bytes, str], out: dict[str, Coded]
 ) -> str:
-    """Name of the tensor that sorts a matrix's columns by group (act-order); "" if they are sorted already.
+    """Name of the tensor that sorts a matrix's columns by group (act-order); "" if they need no sorting.
 
     Matrices with equal orders share the first one's name, which `known` records: those that multiply the same input
     were ordered by the same activations. Each matrix's own order is also added to `out` as `name`, for stacks of

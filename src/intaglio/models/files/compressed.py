@@ -45,7 +45,16 @@ UNREAD_FORMATS = ("sparse", "marlin")  # beginnings of names
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weights of a group of modules are quantised (an entry of config_groups)."""
+    """How the weights of a group of modules are quantised (an entry of config_groups).
+
+    Attributes:
+        bits: bits of a code.
+        type: "int" or "float".
+        strategy: what has a scale: tensor, channel (a row), group or block.
+        group: columns that share a scale; -1: the whole row.
+        symmetric: True if there are no zero points.
+        block: rows and columns of a block; () without blocks.
+    """
 
     bits: int
     type: str
@@ -103,7 +112,10 @@ def _usual_strategy(w: Mapping[str, Any]) -> str:
 
 
 def compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """A dict of a checkpoint's quantised matrices by name, each decoded by the scheme of its module's config group."""
+    """A dict of a checkpoint's quantised matrices by name, each decoded by the scheme of its module's config group.
+
+    Raises PortError for a scheme that is not supported, or tensors that do not fit it.
+    """
     _check(q)
     groups = [
         (tuple((isinstance(g, Mapping) and g.get("targets")) or ("Linear",)), Scheme.read(str(name), g))

@@ -28,6 +28,7 @@ def fp8(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """A dict of the FP8 matrices of a checkpoint by name.
 
     weight E4M3 [N, K], with weight_scale_inv [N / a, K / b] per block of a x b, or weight_scale per row or tensor.
+    Raises PortError as fp8_matrix().
     """
     return {
         name: fp8_matrix(stored, name, q.get("weight_block_size") or (0, 0))
@@ -39,8 +40,8 @@ def fp8(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
 def fp8_matrix(stored: Stored, name: str, block: Sequence[int]) -> Coded:
     """The E4M3 matrix `name`, with scales per block of rows x columns (`block`), per row, or one for all.
 
-    The shape of the stored scales decides. Scales in U8 or F8_E8M0 are powers of two. Raises PortError if their shape
-    fits none of the three.
+    The shape of the stored scales decides. Scales in U8 or F8_E8M0 are powers of two. Raises PortError if there
+    are no scales, or their shape fits none of the three.
     """
     rows, columns = block
     scale = next((s for s in (name + "_scale_inv", name + "_scale") if s in stored.dtypes), None)
@@ -96,7 +97,10 @@ def nvfp4_matrix(stored: Stored, codes: str, scale: str, factor: str, divides: b
 
 
 def mxfp4_matrix(stored: Stored, codes: str, scale: str) -> Coded:
-    """The MXFP4 matrix of `codes`, U8 [N, K / 2] with two E2M1 in each byte, and `scale`, [N, K / 32] powers of 2."""
+    """The MXFP4 matrix of `codes`, U8 [N, K / 2] with two E2M1 in each byte, and `scale`, [N, K / 32] powers of 2.
+
+    Raises PortError for other shapes of the scales.
+    """
     n, half = stored.shapes[codes]
     if stored.shapes[scale] != (n, -(-half // 16)):
         raise PortError(f"{scale} is {list(stored.shapes[scale])}; MXFP4 of {n} rows has {[n, -(-half // 16)]}")
@@ -108,7 +112,7 @@ def mxfp4(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
 
     name_blocks U8 [E, N, K / 32, 16] has two E2M1 codes a byte, the lower nibble first; name_scales U8 [E, N, K /
     32] has powers of two with a bias of 127. Without quantisation these matrices are published transposed, as [E,
-    K, N].
+    K, N]. Raises PortError for name_blocks of another shape.
     """
     out = {}
     for base in bases(stored, "_blocks"):

@@ -49,7 +49,7 @@ class Found:
 def find_files(path: Path, config: Mapping[str, Any]) -> Found:
     """The tensors of a folder and the files they are in, as a Found.
 
-    Raises CheckpointError that lists the folder's files if none can be read.
+    Raises CheckpointError if there is no file to read, or one that is named is missing or damaged.
     """
     decides = deciding_file(config, lambda name: (path / name).exists(), lambda name: read_json(path / name))
     if decides is None:
@@ -73,14 +73,14 @@ def deciding_file(
 ) -> str | None:
     """The file that has the tensors, or the index (*.index.json) that lists theirs, in transformers' order.
 
-    That which `transformers_weights` of the config names; model.safetensors; model.safetensors.index.json. None if
-    there is none of them: then the only safetensors file counts. An index that lists model.safetensors as one of
-    several shards comes before it.
+    The order is: the file that `transformers_weights` of the config names; model.safetensors, unless the index lists it
+    as one of several shards; the index model.safetensors.index.json. None if there is none of them; find_files() then
+    takes the only safetensors file.
 
     Args:
         config: the checkpoint's config.json.
         has: True if the checkpoint has a file of that name.
-        read: the JSON object of a file that it has.
+        read: function from the name of such a file to its JSON object.
     """
     named = config.get("transformers_weights")
     if isinstance(named, str) and named:
@@ -123,7 +123,10 @@ def _file(path: Path, name: str, said_by: str) -> dict[str, Entry]:
 
 
 def _shards(path: Path, index: str) -> Found:
-    """A Found with all tensors of the files that an index names, also those tensors that the index does not list."""
+    """A Found with all tensors of the files that an index names, also those tensors that the index does not list.
+
+    Raises CheckpointError if a file is missing, or two files have different tensors of one name.
+    """
     if not (path / index).exists():
         raise CheckpointError(f"{path / 'config.json'} names the index {index}, which is missing; download it")
     table = read_json(path / index)

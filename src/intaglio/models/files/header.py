@@ -42,7 +42,7 @@ HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
 
 @dataclass(frozen=True)
 class Entry:
-    """Place of one tensor: its file, dtype and shape, and its bytes start..stop in the file."""
+    """Place of one tensor: its file, dtype and shape, and its bytes start .. stop - 1 in the file."""
 
     file: Path
     dtype: str
@@ -90,7 +90,10 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _entry(path: Path, name: str, item: Any, base: int, size: int) -> Entry:
-    """The Entry of one item of a header, checked by itself. base: file offset of the data. size: bytes of the file."""
+    """The Entry of one item of a header. Raises CheckpointError if it is damaged or lies outside the file.
+
+    base: file offset of the data. size: bytes of the file.
+    """
     try:
         dtype, shape = str(item["dtype"]), tuple(int(d) for d in item["shape"])
         start, stop = (int(x) for x in item["data_offsets"])

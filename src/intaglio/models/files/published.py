@@ -28,8 +28,8 @@ FINDERS = {
 def find_coded(stored: Stored, q: Settings, where: str = "config.json") -> tuple[dict[str, Coded], set[str]]:
     """(quantised matrices by their name without quantisation, names of the tensors that they are made of).
 
-    The second also has activation scales. q: the quantisation settings. where: the file and key that hold them, for
-    errors. Raises PortError.
+    The names include those of activation scales. Both are empty if nothing is quantised. q: the quantisation settings.
+    where: the file and key that hold them, for errors. Raises PortError.
     """
     method = method_of(q, where)
     if (

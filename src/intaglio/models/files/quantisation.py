@@ -63,7 +63,7 @@ def find_quantisation(path: Path, config: Mapping[str, Any]) -> tuple[Settings, 
 
 
 def method_of(q: Settings, where: str) -> str:
-    """The quantisation method: one of METHODS, or "modelopt"; "" if there are no settings.
+    """The quantisation method: one of METHODS, or "modelopt"; "" if no matrices are quantised.
 
     Raises PortError, naming the method, for any other.
     """

@@ -32,7 +32,7 @@ def scaled(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     FP8: E4M3 [N, K] with one scale, one per row, or one per 128 x 128. MXFP8: E4M3 with U8 [N, K / 32], powers of
     two. MXFP4: U8 [N, K / 2] with the same scales. NVFP4: U8 [N, K / 2], scales E4M3 [N, K / 16], times
     weight_scale_2 or divided by weight_global_scale, F32. INT8: I8 [N, K] with one scale or one per row. Raises
-    PortError for any other.
+    PortError for any other, and for methods that rotate or scale activations.
     """
     if "rotation" in json.dumps(q.get("algo_config") or ""):
         raise PortError("config.json: quantization_config.algo_config: rotations of activations are not computed here")

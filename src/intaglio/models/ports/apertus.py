@@ -18,7 +18,10 @@ LLAMA3 = {
 
 
 def apertus(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Apertus, from config.json, for up to `context` positions."""
+    """The Decoder that describes Apertus, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     if c.get("hidden_act") != "xielu":
         raise PortError(f"config.json: hidden_act={c.get('hidden_act')!r} is not ported; wanted xielu")
     if c.get("rope_parameters") is None and c.get("rope_scaling") is None:
@@ -32,7 +35,10 @@ def apertus(c: Config, context: int) -> Decoder:
 
 
 def apertus1p5(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Apertus 1.5 (text), from config.json, for up to `context` positions."""
+    """The Decoder that describes Apertus 1.5 (text), from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("output_vocab_size", why="a head with fewer rows than the embedding is not ported")
     return apertus(c, context)
 

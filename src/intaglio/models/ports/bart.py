@@ -32,10 +32,10 @@ OFFSET = 2  # rows of the table of positions before that of position 0
 
 
 def fields(c: Config, offset: int = OFFSET) -> dict[str, Any]:
-    """A dict of arguments for Decoder that all of these models share, from config.json.
+    """A dict of arguments for Decoder that all models of this file share, from config.json.
 
     Norms are after each addition, and the embeddings are normed. offset: row of position 0 in the table of learned
-    positions.
+    positions. Raises PortError for a model with an encoder.
     """
     c.refuse("is_encoder_decoder", why="only the decoder alone is ported; save it from the ForCausalLM class")
     c.table["layer_norm_eps"] = 1e-5  # torch's default
@@ -55,18 +55,24 @@ def sinusoid(width: int) -> tuple[float, ...]:
 
 
 def bart(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the decoder of BART, run alone,."""
+    """The Decoder that describes BART's decoder, from config.json, without attention to an encoder."""
     return Decoder(**fields(c))
 
 
 def mvp(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the decoder of MVP, run alone,."""
+    """The Decoder that describes MVP's decoder, from config.json, without attention to an encoder.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("use_prompt", why="prompts that precede the keys of each layer are not ported")
     return bart(c, context)
 
 
 def trocr(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the decoder of TrOCR, run alone,."""
+    """The Decoder that describes TrOCR's decoder, from config.json, without attention to an encoder.
+
+    Raises PortError for settings that are not ported.
+    """
     if not c.flag("use_learned_position_embeddings"):
         raise PortError(
             "config.json: use_learned_position_embeddings=False is not ported, nor does transformers 5 load it"
@@ -97,23 +103,23 @@ def before(c: Config, offset: int = 0) -> dict[str, Any]:
 
 
 def mbart(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the decoder of mBART, run alone,."""
+    """The Decoder that describes mBART's decoder, from config.json, without attention to an encoder."""
     return Decoder(**before(c, OFFSET) | {"embed_norm": "layernorm_embedding"})
 
 
 def blenderbot(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the decoder of Blenderbot, run alone,."""
+    """The Decoder that describes Blenderbot's decoder, from config.json, without attention to an encoder."""
     return Decoder(**before(c))
 
 
 def pegasus(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the decoder of Pegasus, run alone,."""
+    """The Decoder that describes Pegasus's decoder, from config.json, without attention to an encoder."""
     s = before(c) | {"positions": 0}
     return Decoder(**s, sinusoid=sinusoid(s["hidden"]))
 
 
 def bigbird_pegasus(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the decoder of BigBird-Pegasus, run alone,."""
+    """The Decoder that describes BigBird-Pegasus's decoder, from config.json, without attention to an encoder."""
     bias = c.flag("use_bias")
     s = before(c) | {"qkv_bias": bias, "o_bias": bias}
     s["sources"] |= {"norm": "layernorm_embedding"}
@@ -123,7 +129,7 @@ def bigbird_pegasus(c: Config, context: int) -> Decoder:
 def row(
     kind: str, architecture: str, models: str, describe: Callable[[Config, int], Decoder], **defaults: Any
 ) -> Family:
-    """The Family (row of the table) of a decoder of this kind.
+    """The Family (row of the table) of a decoder of the model type `kind`.
 
     `defaults`: defaults of config keys that differ from BART's.
     """

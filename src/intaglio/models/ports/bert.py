@@ -38,9 +38,10 @@ LM_HEAD = {"head_dense": "lm_head.dense", "head_norm": "lm_head.layer_norm", f"{
 
 
 def encoder(c: Config) -> dict[str, Any]:
-    """A dict of arguments for Decoder that all of these models share, from config.json. Norms are after each addition.
+    """A dict of arguments for Decoder that all models of this file share, from config.json.
 
-    Raises PortError unless is_decoder is set: without it, every token attends to the tokens after it.
+    Norms are after each addition. Raises PortError unless is_decoder is set: without it, every token attends to the
+    tokens after it.
     """
     if not c.flag("is_decoder"):
         raise PortError(
@@ -82,13 +83,19 @@ def bert(c: Config, context: int) -> Decoder:
 
 
 def ernie(c: Config, context: int) -> Decoder:
-    """The Decoder that describes ERNIE 1 to 3, from config.json, for up to `context` positions."""
+    """The Decoder that describes ERNIE 1 to 3, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("use_task_id", why="embeddings of task types are not ported")
     return bert(c, context)
 
 
 def big_bird(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BigBird with full attention, from config.json, for up to `context` positions."""
+    """The Decoder that describes BigBird with full attention, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     kind = c.get("attention_type")
     if kind != "original_full":
         raise PortError(
@@ -134,7 +141,10 @@ def rembert(c: Config, context: int) -> Decoder:
 
 
 def roformer(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RoFormer, from config.json: queries and keys are rotated, pairs interleaved."""
+    """The Decoder that describes RoFormer, from config.json: queries and keys are rotated, pairs interleaved.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("rotary_value", why="values are not rotated here")
     s, width = encoder(c) | {"positions": 0}, c.get("embedding_size") or c.whole("hidden_size")
     s |= {"ropes": {"rope": Table(sinusoid(s["head_dim"]), style="interleaved")}}

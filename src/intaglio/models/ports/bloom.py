@@ -25,8 +25,8 @@ MPT = {
 def slopes(heads: int) -> tuple[float, ...]:
     """The ALiBi slopes of each head, as BLOOM and Falcon order them.
 
-    A geometric series for a power of 2 of heads; for more heads, every second slope of the next power's series
-    follows. Computed in float32, as transformers does.
+    They are a geometric series if the number of heads is a power of 2. Otherwise the series of the next lower power is
+    followed by every second slope of the next higher one's. Computed in float32, as transformers does.
     """
     whole = 2 ** math.floor(math.log2(heads))
 
@@ -38,7 +38,7 @@ def slopes(heads: int) -> tuple[float, ...]:
 
 
 def fields(c: Config) -> dict[str, Any]:
-    """A dict of arguments for Decoder that both share, from config.json."""
+    """A dict of arguments for Decoder that BLOOM and MPT share, from config.json."""
     c.table |= {"num_key_value_heads": None, "head_dim": None, "intermediate_size": 4 * c.whole("hidden_size")}
     return sizes(c, eps="layer_norm_epsilon") | {
         "norm": "layer", "gated": False, "ropes": {}, "layers": (Layer(""),) * c.whole("num_hidden_layers"),
@@ -47,7 +47,10 @@ def fields(c: Config) -> dict[str, Any]:
 
 
 def bloom(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BLOOM, from config.json, for up to `context` positions."""
+    """The Decoder that describes BLOOM, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("apply_residual_connection_post_layernorm", why="the port adds to the residual before its norm")
     s = fields(c)
     each = s["head_dim"]
@@ -63,9 +66,10 @@ def bloom(c: Config, context: int) -> Decoder:
 
 
 def mpt(c: Config, context: int) -> Decoder:
-    """The Decoder that describes MPT.
+    """The Decoder that describes MPT, from config.json, for up to `context` positions.
 
-    Its slopes have another order than BLOOM's if the number of heads is no power of 2.
+    Its ALiBi slopes have another order than BLOOM's if the number of heads is no power of 2. Raises PortError for
+    settings that are not ported.
     """
     attention, s = c.settings("attn_config"), fields(c)
     for key, wanted in (("attn_type", "multihead_attention"), ("prefix_lm", False), ("qk_ln", False), ("alibi", True)):

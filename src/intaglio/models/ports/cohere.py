@@ -20,7 +20,10 @@ DEFAULTS = {
 
 
 def cohere2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Cohere 2, from config.json, for up to `context` positions."""
+    """The Decoder that describes Cohere 2, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("use_qk_norm", why="transformers' Cohere2 has no q and k norms")
     s, bias = sizes(c, eps="layer_norm_eps"), c.flag("attention_bias")
     ropes = {"rope": table(c, parameters(c), s["head_dim"], context, style="interleaved")}
@@ -33,7 +36,10 @@ def cohere2(c: Config, context: int) -> Decoder:
 
 
 def cohere(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Cohere 1, from config.json, for up to `context` positions."""
+    """The Decoder that describes Cohere 1, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("use_qk_norm", why="a LayerNorm with weights of each head is not ported")
     c.refuse("layer_types", "sliding_window", why="CohereForCausalLM has full attention in every layer")
     c.table["layer_types"] = ["full_attention"] * c.whole("num_hidden_layers")
@@ -42,7 +48,10 @@ def cohere(c: Config, context: int) -> Decoder:
 
 
 def cohere2_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the mixture of experts of Cohere 2: dense first layers, which may all have rope."""
+    """The Decoder that describes the mixture of experts of Cohere 2: dense first layers, which may all have rope.
+
+    Raises PortError for settings that are not ported.
+    """
     n, dense = c.whole("num_hidden_layers"), int(c.get("first_k_dense_replace", 0))
     prefix, every = c.whole("prefix_dense_sliding_window_pattern"), c.whole("sliding_window_pattern")
     if c.get("layer_types") is None:
@@ -78,7 +87,10 @@ def cohere2_moe(c: Config, context: int) -> Decoder:
 
 
 def compass(c: Config, context: int) -> Decoder:
-    """The Decoder for the text model of Cohere's vision models: layers without rope are null in its settings."""
+    """The Decoder for the text model of Cohere's vision models.
+
+    Layers whose type has no rope_parameters have no rope.
+    """
     if c.get("layer_types") is None:
         c.table["layer_types"] = ["full_attention"] * c.whole("num_hidden_layers")
     c.table["head_dim"] = None

@@ -22,7 +22,10 @@ XGLM = {
 
 
 def fields(c: Config) -> dict[str, Any]:
-    """A dict of arguments for Decoder that both share, from config.json."""
+    """A dict of arguments for Decoder that CTRL and XGLM share, from config.json.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("add_cross_attention", why="a decoder alone attends to no encoder")
     return layer_norm_sizes(c, "layer_norm_epsilon") | {"head": "lm_head"}
 
@@ -42,7 +45,10 @@ def ctrl(c: Config, context: int) -> Decoder:
 
 
 def xglm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes XGLM, whose position i has the sinusoids of i + 2."""
+    """The Decoder that describes XGLM, whose position i has the sinusoids of i + 2.
+
+    Raises PortError for settings that are not ported.
+    """
     c.table["layer_norm_epsilon"] = 1e-5  # torch's default
     pad = int(c.get("pad_token_id", 0))
     if pad > 1:

@@ -14,7 +14,10 @@ DEFAULTS = {
 
 
 def dbrx(c: Config, context: int) -> Decoder:
-    """The Decoder that describes DBRX, from config.json, for up to `context` positions."""
+    """The Decoder that describes DBRX, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     attention, ffn = c.settings("attn_config"), c.settings("ffn_config")
     act = ffn.get("ffn_act_fn") or {"name": "silu"}
     power = ffn.get("moe_normalize_expert_weights", 1.0)

@@ -45,7 +45,7 @@ def latent(c: Config, context: int, style: str) -> dict[str, Any]:
 
 
 def experts(c: Config, **route: Any) -> Mixture:
-    """The mixture of experts of DeepSeek-V2 and V3. Shared experts are written as one wide MLP.
+    """The Mixture (of experts) of DeepSeek-V2 and V3. Shared experts are written as one wide MLP.
 
     route: attributes of the op `route`.
     """
@@ -62,7 +62,10 @@ def experts(c: Config, **route: Any) -> Mixture:
 
 
 def deepseek_v2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes DeepSeek-V2, from config.json, for up to `context` positions."""
+    """The Decoder that describes DeepSeek-V2, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("norm_topk_prob", why="transformers' DeepSeek-V2 does not divide the weights by their sum")
     c.refuse("mlp_bias", why="the port's MLPs have no bias")
     if c.get("topk_method") == "greedy":
@@ -83,7 +86,8 @@ def deepseek_v3(c: Config, context: int) -> Decoder:
 def indexed(c: Config, context: int, style: str, shared: Sequence[bool]) -> Decoder:
     """The Decoder that describes a DeepSeek-V3 with an indexer, for up to `context` positions.
 
-    style: of the indexer's rope. shared: the layers without an indexer of their own, from the first layer on.
+    style: of the indexer's rope. shared: for each layer, True if it uses the indexer of a layer before it. Raises
+    PortError for settings that are not ported.
     """
     d, n = deepseek_v3(c, context), c.whole("num_hidden_layers")
     if unknown := {*(c.get("layer_types") or ())} - {"indexed_attention"}:
@@ -110,7 +114,10 @@ def deepseek_v32(c: Config, context: int) -> Decoder:
 
 
 def glm_dsa(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GLM-5, from config.json: some layers share the indexer of a layer before them."""
+    """The Decoder that describes GLM-5, from config.json: some layers share the indexer of a layer before them.
+
+    Raises PortError for settings that are not ported.
+    """
     found = c.get("indexer_types") or c.get("index_topk_pattern")
     if found is None:
         every, first = max(int(c.get("index_topk_freq", 1)), 1), int(c.get("index_skip_topk_offset", 2))

@@ -25,7 +25,10 @@ MOE = {
 
 
 def common(c: Config, context: int) -> dict[str, Any]:
-    """A dict of arguments for Decoder that ERNIE 4.5's dense and MoE models share."""
+    """A dict of arguments for Decoder that ERNIE 4.5's dense and MoE models share.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("layer_types", "sliding_window", why="ERNIE 4.5 has full attention in every layer")
     s, bias = sizes(c), c.flag("use_bias")
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, style="interleaved")}

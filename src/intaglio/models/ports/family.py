@@ -15,18 +15,18 @@ class Family:
     """One ported architecture: a row of the table.
 
     Attributes:
-        architecture: name in config.json.
+        architecture: its name in config.json.
         models: the released models of this architecture.
         defaults: values of config keys that config.json may leave out.
         describe: function (Config, context length in tokens) -> Decoder.
         prefixes: possible prefixes of the decoder's tensor names.
         ignored: prefixes of the names of tensors that are not read, such as a vision tower's; * matches any text.
-        writer: writes linears, norms and other common parts; a family with ops of its own gives a subclass.
+        writer: class that writes linears, norms and other common parts; a family with ops of its own gives a subclass.
         model_types: values of model_type in config.json for which transformers uses this architecture.
         fixed: keys that describe() need not read, with the only values that it implements.
         aliases: this family's names of config keys, by the names that Llama has for them.
-        prepare: changes values of the config before the context length is read from them, or None.
-        tops: names of modules; the prefix in use is the one after which the checkpoint has one of them.
+        prepare: function that changes values of the Config before the context length is read from it, or None.
+        tops: names of modules; of `prefixes`, the one that the checkpoint has in front of such a name is in use.
     """
 
     architecture: str

@@ -28,7 +28,10 @@ GEMMA3 = {
 
 
 def gemma(c: Config, every: int) -> dict[str, Any]:
-    """A dict of arguments for Decoder that Gemma 2 and 3 share. every: each `every`-th layer has full attention."""
+    """A dict of arguments for Decoder that Gemma 2 and 3 share. every: each `every`-th layer has full attention.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("use_bidirectional_attention", why="attention is causal here")
     c.table["layer_types"] = c.layer_types(every)
     s, bias = sizes(c, act="hidden_activation"), c.flag("attention_bias")
@@ -44,7 +47,10 @@ def gemma2(c: Config, context: int) -> Decoder:
 
 
 def gemma3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Gemma 3, from config.json, for up to `context` positions."""
+    """The Decoder that describes Gemma 3, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("attn_logit_softcapping", why="Gemma3Attention in transformers reads the key but does not apply it")
     s = gemma(c, every=c.whole("sliding_window_pattern"))
     full = parameters(c, "full_attention")
@@ -57,7 +63,10 @@ def gemma3(c: Config, context: int) -> Decoder:
 
 
 def gemma1(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Gemma 1, from config.json, for up to `context` positions."""
+    """The Decoder that describes Gemma 1, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("use_bidirectional_attention", why="attention is causal here")
     c.refuse("layer_types", "sliding_window", why="Gemma 1 has full attention in every layer")
     if (

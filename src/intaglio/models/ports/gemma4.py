@@ -23,7 +23,10 @@ ROPES = {
 
 
 def gemma4(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Gemma 4, from config.json, for up to `context` positions."""
+    """The Decoder that describes Gemma 4, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     if c.get("use_bidirectional_attention") not in (None, "vision"):  # text is causal there
         c.refuse("use_bidirectional_attention", why="attention is causal here")
     c.refuse("num_kv_shared_layers", why="layers that read the keys and values of others are not ported")

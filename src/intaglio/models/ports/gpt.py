@@ -48,7 +48,10 @@ def split(parts: tuple[tuple[str, int], ...], source: str, transposed: bool = Fa
 
 
 def common(c: Config) -> dict[str, Any]:
-    """A dict of arguments for Decoder that models with GPT-2's config keys share."""
+    """A dict of arguments for Decoder that models with GPT-2's config keys share.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("add_cross_attention", why="a decoder alone attends to no encoder")
     c.table["intermediate_size"] = c.get("n_inner") or 4 * c.whole("hidden_size")
     c.table["num_key_value_heads"] = None
@@ -93,7 +96,10 @@ def gpt_bigcode(c: Config, context: int) -> Decoder:
 
 
 def gpt_neo(c: Config, context: int) -> Decoder:
-    """The Decoder for GPT-Neo, from config.json: windows in every second layer by default, scores not scaled."""
+    """The Decoder for GPT-Neo, from config.json: windows in every second layer by default, scores not scaled.
+
+    Raises PortError for settings that are not ported.
+    """
     kinds = [kind for block, times in c.get("attention_types") for kind in list(block) * times]
     c.table["n_inner"] = c.get("intermediate_size")
     s = common(c) | {"ropes": {}, "o_bias": True, "scale": 1.0}
@@ -135,7 +141,10 @@ def gptj(c: Config, context: int) -> Decoder:
 
 
 def codegen(c: Config, context: int) -> Decoder:
-    """The Decoder that describes CodeGen, from config.json: q, v and k of four groups of heads in one tensor."""
+    """The Decoder that describes CodeGen, from config.json: q, v and k of four groups of heads in one tensor.
+
+    Raises PortError for settings that are not ported.
+    """
     s = common(c)
     if s["heads"] % 4:
         raise PortError(f"config.json: n_head={s['heads']}; CodeGen keeps q, v and k in four equal groups of heads")

@@ -16,7 +16,7 @@ SOURCES = {
 
 
 def kinds(c: Config) -> list[str]:
-    """A list of the type of each layer, conv or full_attention. Raises PortError for another type in config.json."""
+    """A list of the type of each layer, conv or full_attention. Raises PortError for another type or number."""
     n, full = c.whole("num_hidden_layers"), c.get("full_attn_idxs")
     usual = ["full_attention" if full is None or i in full else "conv" for i in range(n)]
     return c.layer_types(usual=usual, known=("conv", "full_attention"))
@@ -43,7 +43,7 @@ def lfm2(c: Config, context: int) -> Decoder:
 
 
 def lfm2_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes LFM2-MoE, from config.json: experts routed by sigmoid in all layers but the first."""
+    """The Decoder that describes LFM2-MoE, from config.json: experts in layers from num_dense_layers on."""
     d = lfm2(c, context)
     m = Mixture(
         count=c.whole("num_experts"), top=c.whole("num_experts_per_tok"), width=c.whole("moe_intermediate_size"),

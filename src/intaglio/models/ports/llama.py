@@ -21,7 +21,10 @@ DEFAULTS = {
 
 
 def llama(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Llama 2 and 3, from config.json, for up to `context` positions."""
+    """The Decoder that describes Llama 2 and 3, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     s, bias = sizes(c), c.flag("attention_bias")
     # transformers' Llama reads no layer_types and no window; a config that has them wants another class
     c.refuse("layer_types", "sliding_window", why="LlamaForCausalLM has full attention in every layer")

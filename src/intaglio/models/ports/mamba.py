@@ -48,7 +48,10 @@ def rank_of(c: Config, key: str) -> int:
 
 
 def mamba2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Mamba-2, from config.json, for up to `context` positions."""
+    """The Decoder that describes Mamba-2, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     heads, dim = c.whole("num_heads"), c.whole("head_dim")
     if heads * dim != int(c.real("expand") * c.whole("hidden_size")):
         raise PortError(f"config.json: num_heads={heads} of head_dim={dim} are not expand * hidden_size columns")

@@ -17,7 +17,10 @@ DEFAULTS = {
 
 
 def mistral(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Mistral, from config.json, for up to `context` positions."""
+    """The Decoder that describes Mistral, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse(
         "layer_types", why="MistralForCausalLM has one window for all layers; MinistralForCausalLM has layer_types"
     )

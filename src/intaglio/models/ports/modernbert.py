@@ -17,9 +17,10 @@ DEFAULTS = {
 
 
 def modernbert(c: Config, context: int) -> Decoder:
-    """The Decoder that describes ModernBERT.
+    """The Decoder that describes ModernBERT as a decoder, from config.json, for up to `context` positions.
 
-    A window of `local_attention` to both sides is half of that looking back.
+    Its window is half of `local_attention`, which counts tokens to both sides. Raises PortError for settings that are
+    not ported.
     """
     n, every = c.whole("num_hidden_layers"), c.whole("global_attn_every_n_layers")
     if c.get("layer_types") is None:

@@ -16,7 +16,10 @@ DEFAULTS = {
 
 
 def nanochat(c: Config, context: int) -> Decoder:
-    """The Decoder that describes NanoChat, from config.json, for up to `context` positions."""
+    """The Decoder that describes NanoChat, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("layer_types", "sliding_window", why="NanoChat has full attention in every layer")
     s, bias = sizes(c), c.flag("attention_bias")
     forward = table(c, parameters(c), s["head_dim"], context)

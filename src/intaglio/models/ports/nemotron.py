@@ -26,7 +26,10 @@ def nemotron(c: Config, context: int) -> Decoder:
 
 
 def arcee(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Arcee, from config.json, for up to `context` positions."""
+    """The Decoder that describes Arcee, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("layer_types", "sliding_window", why="ArceeForCausalLM has full attention in every layer")
     s, bias = sizes(c), c.flag("attention_bias")
     s |= {**uniform_layers(c, s, context), "qkv_bias": bias, "o_bias": bias, "mlp_bias": c.flag("mlp_bias")}
@@ -34,7 +37,10 @@ def arcee(c: Config, context: int) -> Decoder:
 
 
 def jais2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Jais 2, from config.json, for up to `context` positions."""
+    """The Decoder that describes Jais 2, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("layer_types", "sliding_window", why="Jais2ForCausalLM has full attention in every layer")
     s, bias = sizes(c, eps="layer_norm_eps"), c.flag("attention_bias")
     s |= {**uniform_layers(c, s, context), "qkv_bias": bias, "o_bias": bias, "mlp_bias": c.flag("mlp_bias")}

@@ -39,7 +39,10 @@ def olmo3(c: Config, context: int) -> Decoder:
 
 
 def olmoe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes OLMoE, from config.json, for up to `context` positions."""
+    """The Decoder that describes OLMoE, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("clip_qkv", why="clipped queries, keys and values are not ported")
     s, bias = sizes(c), c.flag("attention_bias")
     m = Mixture(

@@ -35,7 +35,10 @@ def common(c: Config) -> dict[str, Any]:
 
 
 def opt(c: Config, context: int) -> Decoder:
-    """The Decoder that describes OPT, from config.json, for up to `context` positions."""
+    """The Decoder that describes OPT, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     if not c.flag("do_layer_norm_before"):
         raise PortError("config.json: do_layer_norm_before=False is not ported: norms after each addition (OPT-350m)")
     c.refuse("_remove_final_layer_norm", why="the port has a final norm")

@@ -29,7 +29,10 @@ def phi3(c: Config, context: int) -> Decoder:
 
 
 def phimoe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Phi-3.5-MoE, from config.json, for up to `context` positions."""
+    """The Decoder that describes Phi-3.5-MoE, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     s, bias, rope = sizes(c), c.flag("attention_bias"), parameters(c)
     if c.whole("num_experts_per_tok") != 2:
         raise PortError(f"config.json: num_experts_per_tok={c.get('num_experts_per_tok')}; SparseMixer chooses 2")

@@ -73,7 +73,10 @@ def qwen2_moe(c: Config, context: int) -> Decoder:
 
 
 def qwen3_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen3-MoE, from config.json, for up to `context` positions."""
+    """The Decoder that describes Qwen3-MoE, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("use_sliding_window", why="Qwen3-MoE is ported with full attention")
     c.table["sliding_window"] = None
     s, bias = sizes(c), c.flag("attention_bias")

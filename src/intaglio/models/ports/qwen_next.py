@@ -13,10 +13,10 @@ from intaglio.program.source import parts_of
 
 
 def mixer(c: Config, fused: bool) -> DeltaMixer:
-    """The DeltaMixer (gated delta net) of the family, from config.json.
+    """The DeltaMixer (gated delta net) of Qwen3-Next and Qwen3.5, from config.json.
 
     fused: one weight holds queries, keys, values and gate, and another beta and step (Qwen3-Next); False: they are
-    stored apart (Qwen3.5).
+    stored apart (Qwen3.5). Raises PortError for numbers of heads that do not divide.
     """
     keys, values = c.whole("linear_num_key_heads"), c.whole("linear_num_value_heads")
     if values % keys:
@@ -28,9 +28,9 @@ def mixer(c: Config, fused: bool) -> DeltaMixer:
 
 
 def describe(c: Config, context: int, fused: bool, **more: Any) -> Decoder:
-    """The Decoder that describes a model of this family without its experts. fused: as for mixer().
+    """The Decoder that describes Qwen3-Next or Qwen3.5, from config.json, without experts unless `more` has a mixture.
 
-    more: arguments of Decoder that differ.
+    fused: as for mixer(). more: further arguments of Decoder. Raises PortError for settings that are not ported.
     """
     if c.activation() != "silu":
         raise PortError(f"config.json: hidden_act={c.get('hidden_act')!r}; gated delta nets are ported with silu")
@@ -50,7 +50,7 @@ def describe(c: Config, context: int, fused: bool, **more: Any) -> Decoder:
 
 
 def experts(c: Config) -> Mixture:
-    """The Mixture (of experts) of the family, with a gated shared expert."""
+    """The Mixture (of experts) of Qwen3-Next and Qwen3.5, with a gated shared expert."""
     return Mixture(
         count=c.whole("num_local_experts", c.get("num_experts")), top=c.whole("num_experts_per_tok"),
         width=c.whole("moe_intermediate_size"), sources=NAMED,

@@ -14,7 +14,10 @@ NORMS = {"attn.norm": "temporal_pre_norm", "mlp.norm": "channel_pre_norm"}
 
 
 def recurrent_gemma(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RecurrentGemma, from config.json, for up to `context` positions."""
+    """The Decoder that describes RecurrentGemma, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     s, n = sizes(c, act="hidden_activation"), c.whole("num_hidden_layers")
     width = c.whole("lru_width", s["hidden"])
     if width % s["heads"]:

@@ -14,7 +14,10 @@ DEFAULTS = {
 
 
 def seed_oss(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Seed-OSS, from config.json, for up to `context` positions."""
+    """The Decoder that describes Seed-OSS, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("layer_types", "sliding_window", why="Seed-OSS has full attention in every layer")
     s = sizes(c)
     s |= {"qkv_bias": c.flag("attention_bias"), "o_bias": c.flag("attention_out_bias")}

@@ -23,8 +23,8 @@ KINDS = {
 def kinds(c: Config, found: Sequence[str]) -> list[str]:
     """A list of the type of each layer (a value of KINDS).
 
-    `found`: the types in the config, which have older names too. Raises PortError for an unknown type, or if they
-    are not num_hidden_layers.
+    `found`: the types in the config, which have older names too. Raises PortError for an unknown type, or if their
+    number is not num_hidden_layers.
     """
     n = c.whole("num_hidden_layers", len(found))
     if len(found) != n or (unknown := {*found} - KINDS.keys()):
@@ -97,7 +97,8 @@ def granite_hybrid(c: Config, context: int) -> Decoder:
 def falcon_h1(c: Config, context: int) -> Decoder:
     """The Decoder that describes Falcon-H1, from config.json, for up to `context` positions.
 
-    Attention and Mamba-2 are side by side in each layer, with multipliers throughout.
+    Attention and Mamba-2 are side by side in each layer, with multipliers throughout. Raises PortError for settings
+    that are not ported.
     """
     s = sizes(c)
     c.refuse("attention_bias", why="its projections are scaled, which is not ported with biases")
@@ -140,7 +141,10 @@ def jamba(c: Config, context: int) -> Decoder:
 
 
 def nemotron_h(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Nemotron-H: each layer is a Mamba-2 block, attention without positions, or an MLP."""
+    """The Decoder that describes Nemotron-H: each layer is a Mamba-2 block, attention without positions, or an MLP.
+
+    Raises PortError for settings that are not ported.
+    """
     pattern = c.get("hybrid_override_pattern")
     letters = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
     found = c.get("layers_block_type") or c.get("layer_types") or [letters.get(x, x) for x in pattern or "ME*-"]

@@ -23,7 +23,10 @@ PERSIMMON = {
 
 
 def stablelm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes StableLM, from config.json, for up to `context` positions."""
+    """The Decoder that describes StableLM, from config.json, for up to `context` positions.
+
+    Raises PortError for settings that are not ported.
+    """
     c.refuse("qk_layernorm", why="a LayerNorm with weights of each head is not ported")
     c.table["head_dim"] = None
     s, parallel = sizes(c, eps="layer_norm_eps"), c.flag("use_parallel_residual")

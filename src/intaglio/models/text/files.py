@@ -35,9 +35,9 @@ class TokenizerFiles:
 
     Attributes:
         inner: the tokenizer with all its tokens.
-        special: text of the named special tokens (bos_token, ...).
+        special: texts of the named special tokens, by name such as bos_token.
         templates: chat templates by name.
-        model: config.json, overridden by generation_config.json.
+        model: keys of config.json, overridden by generation_config.json.
     """
 
     inner: tokenizers.Tokenizer
@@ -49,7 +49,7 @@ class TokenizerFiles:
 def read_files(path: Path) -> TokenizerFiles:
     """Read a checkpoint folder's tokenizer and config files and return their contents as TokenizerFiles.
 
-    Raises TokenizerError naming the file that is missing or damaged.
+    Raises TokenizerError naming the file that is missing, damaged or not supported.
     """
     plain = (path / "tokenizer.json").exists()
     if not plain and not (path / SENTENCEPIECE).exists():
@@ -91,9 +91,10 @@ def read_files(path: Path) -> TokenizerFiles:
 def _rebuilt(
     path: Path, config: dict[str, Any], special: dict[str, str]
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """(the tokenizer of tokenizer.model, tokenizer_config.json with its added tokens as this tokenizer takes them).
+    """Rebuild the tokenizer of tokenizer.model. Returns (the tokenizer, the tokenizer_config.json to use with it).
 
-    Adds the model's unk, bos and eos to `special` where no file names them.
+    In this config, added tokens are set to match the text before it is normalised, where that matters. Adds the model's
+    unk, bos and eos to `special` where no file names them. Raises SentencePieceError.
     """
     model = read_model(path / SENTENCEPIECE)
     for name, text in model.special.items():
@@ -119,7 +120,7 @@ def _named(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """{name: text} of the named special tokens, such as bos_token.
 
     Where tokenizer_config.json has no added_tokens_decoder (before transformers 4.33), special_tokens_map.json
-    overrides it.
+    overrides it. Raises TokenizerError for a token without text.
     """
     held = {k: config[k] for k in NAMED if config.get(k)}
     if "added_tokens_decoder" not in config:
@@ -131,7 +132,7 @@ def _named(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
 def _text(path: Path, name: str, token: Any) -> str:
     """The text of a special token, which files write as a string or as an object with `content`.
 
-    Raises TokenizerError.
+    Raises TokenizerError for anything else.
     """
     text = token.get("content") if isinstance(token, Mapping) else token
     if not isinstance(text, str):
@@ -175,13 +176,16 @@ def _add_tokens(path: Path, inner: tokenizers.Tokenizer, config: Mapping[str, An
 
 
 def _texts(path: Path, tokens: Any) -> list[str]:
-    """Texts of extra special tokens, from a list of tokens or an object {name: token}."""
+    """A list of the texts of extra special tokens, from a list of tokens or an object {name: token}."""
     held = tokens.values() if isinstance(tokens, Mapping) else tokens
     return [_text(path, "extra_special_tokens", t) for t in held]
 
 
 def _listed(path: Path, config: Mapping[str, Any], special: set[str]) -> tuple[dict[int, tokenizers.AddedToken], str]:
-    """({id: added token}, name of the file that lists them). `special`: texts to be marked as special tokens."""
+    """({id: added token}, name of the file that lists them). `special`: texts to be marked as special tokens.
+
+    Raises TokenizerError for an entry without id or text.
+    """
     if "added_tokens_decoder" in config:
         out = {}
         for id, token in (config["added_tokens_decoder"] or {}).items():
@@ -209,7 +213,8 @@ def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """{name: chat template} of a checkpoint folder.
 
     From chat_template.jinja and the files of additional_chat_templates; if there are none, from tokenizer_config.json
-    (one template, or a list with names); else from an old processor's chat_template.json.
+    (one template, or a list with names); else from an old processor's chat_template.json. {} if there are none. Raises
+    TokenizerError for an unnamed template.
     """
     files = {f.stem: f for f in sorted((path / TEMPLATES).glob("*.jinja"))}
     if (path / "chat_template.jinja").exists():

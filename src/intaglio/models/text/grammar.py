@@ -20,7 +20,7 @@ JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_se
 
 
 class GrammarError(ValueError):
-    """Raised for a grammar that cannot be compiled, at all or for this model."""
+    """Raised for a grammar that cannot be compiled or followed, and if the llguidance library is missing."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Grammars:
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def matcher(self, kind: str, source: str, before: str = "") -> GrammarMatcher:
-        """A matcher in the initial state. Raises GrammarError for an invalid source.
+        """A GrammarMatcher in the initial state. Raises GrammarError if the grammar cannot be used.
 
         Args:
             kind: json_schema, regex or lark.
@@ -119,6 +119,6 @@ class GrammarMatcher:
         return bool(self.inner.try_consume_tokens([token]) == 1)
 
     def rollback(self, n: int) -> None:
-        """Undo the last `n` tokens."""
+        """Undo the last `n` tokens. Raises GrammarError if that is not possible."""
         if n and not self.inner.rollback(n):
             raise GrammarError(f"{n} tokens cannot be taken back: {self.inner.get_error().strip()}")

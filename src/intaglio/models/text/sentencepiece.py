@@ -65,7 +65,10 @@ class SentencePiece:
 
     @property
     def special(self) -> dict[str, str]:
-        """Texts of the unknown, bos and eos pieces that the model has, by the names of tokenizer_config.json."""
+        """{name: text} of the unknown, bos and eos pieces, as far as the model has them.
+
+        The names are unk_token, bos_token and eos_token.
+        """
         out = {}
         for name, number, usual in (("unk_token", 40, 0), ("bos_token", 41, 1), ("eos_token", 42, 2)):
             id = _signed(self.trainer.get(number, usual))
@@ -112,7 +115,7 @@ def read_model(path: Path) -> SentencePiece:
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """Yield (field number, value) of each field of a protobuf message: int, float or bytes.
 
-    Raises ValueError or IndexError for bytes that are no message.
+    Raises ValueError, IndexError or struct.error for bytes that are no message.
     """
     at = 0
     while at < len(data):
@@ -155,10 +158,10 @@ def _signed(value: int) -> int:
 def build_tokenizer(model: SentencePiece, config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a SentencePiece model. config: tokenizer_config.json.
 
-    Read from config: `legacy` (true: each run of text between added tokens begins with a space, not the first alone;
-    false by default for LlamaTokenizer, as in transformers 5, where a run that begins with a space gets no other),
-    added_tokens_decoder (names for pieces) and tokenizer_class. Raises SentencePieceError for a class with ids of its
-    own.
+    Read from config: `legacy`, added_tokens_decoder (names for pieces) and tokenizer_class. With legacy=true, a space
+    is put in front of each run of text between added tokens; else in front of the first run only, unless it begins with
+    a space. It is false by default for the classes in LLAMA, as in transformers 5. Raises SentencePieceError for a
+    class with ids of its own.
     """
     named = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     if named.removesuffix("Tokenizer") in RENUMBERED:
@@ -204,7 +207,7 @@ def surround(inner: Tokenizer, special: Mapping[str, str], config: Mapping[str, 
 
 
 def _renamed(model: SentencePiece, config: Mapping[str, Any]) -> list[str]:
-    """The pieces, with the names that added_tokens_decoder gives to some ids, such as to unused pieces."""
+    """A list of the model's pieces, some renamed as added_tokens_decoder of config says, such as unused ones."""
     pieces = list(model.pieces)
     for id, token in (config.get("added_tokens_decoder") or {}).items():
         text = token.get("content") if isinstance(token, Mapping) else None

@@ -133,7 +133,7 @@ class Tokenizer:
         return {t.content: id for id, t in self.inner.get_added_tokens_decoder().items() if t.special}
 
     def stream(self, ids: Iterable[int] = (), hidden: Set[int] | None = None) -> Stream:
-        """A streaming decoder for the tokens that follow `ids` (the prompt), whose own text is not returned.
+        """A Stream that decodes the tokens which follow `ids` (the prompt); the prompt's text is not returned.
 
         A character that begins in the prompt and ends after it is returned whole. hidden: ids that leave no text; None:
         all special tokens.
@@ -142,7 +142,7 @@ class Tokenizer:
         return Stream(self, seen, len(seen), max(0, len(seen) - 6), hidden)
 
     def with_template(self, source: str) -> Tokenizer:
-        """A copy of the tokenizer with another chat template. Raises TokenizerError if it does not parse."""
+        """A copy of the tokenizer with only this chat template. Raises TokenizerError if it does not parse."""
         try:
             _compiled(source)
         except jinja2.TemplateError as e:
@@ -176,7 +176,7 @@ class Tokenizer:
         """Render a chat with the checkpoint's template and return the prompt's text.
 
         `extra`: further variables, such as tools. Encode the text with special=False, since templates write bos
-        themselves. Raises TokenizerError if there is no template, or if it refuses these messages.
+        themselves. Raises TokenizerError if there is no template or message, or if the template refuses these messages.
         """
         template = self.template_for(tools=extra.get("tools") is not None)
         if template is None and self.templates:
@@ -208,9 +208,9 @@ def has_tokenizer(path: Path) -> bool:
 
 
 def _embedded(path: Path) -> Embedded | None:
-    """The tokenizer in a GGUF file; None for a folder with tokenizer.json or without a GGUF file.
+    """The tokenizer in a GGUF file; None if it has none, and for a folder with tokenizer.json or without a GGUF file.
 
-    Raises TokenizerError.
+    Raises TokenizerError if the file or its tokenizer cannot be read.
     """
     if (path / "tokenizer.json").exists():
         return None
@@ -226,7 +226,7 @@ def _first(*ids: Any) -> int | None:
 
 
 def _eos(named: Any, usual: int | None) -> tuple[int, ...]:
-    """All ids that end a sequence: `named` in the configuration (an id, a list or None), and `usual`."""
+    """A tuple of all ids that end a sequence: `named` in the configuration (an id, a list or None), and `usual`."""
     listed = named if isinstance(named, list) else [] if named is None else [named]
     return tuple(dict.fromkeys([*(int(i) for i in listed), *([] if usual is None else [usual])]))
 

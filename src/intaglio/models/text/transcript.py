@@ -68,7 +68,7 @@ class Transcript:
             self._append(self.decoder.end())
 
     def settled(self, ended: bool) -> str:
-        """The text, not returned before, that can no longer change: without an end that may become a stop string.
+        """The text, not returned before, that can no longer change. An end that may become a stop string is held back.
 
         ended: the output has ended, so all remaining text is returned.
         """

@@ -41,5 +41,5 @@ def attend(lane: Lane, op: Attend) -> None:
 
 @sharding_rule(ChooseKeys)
 def choose_keys(lane: Lane, op: ChooseKeys) -> None:
-    """Append the whole op: every lane scores all positions with all heads, and has the whole cache of keys."""
+    """Append choose_keys to the lane's Program, with all heads and the whole cache of keys on every lane."""
     lane.add_whole(op)

@@ -15,6 +15,7 @@ def experts(lane: Lane, op: Experts) -> None:
     """Append experts to the lane's Program, for this lane's share of them, and an all_reduce of the partial sums.
 
     Experts are divided among the ep lanes, and the intermediate columns of each among the tp lanes.
+    Raises LayoutError if there are too few for the layout, or if tp would split the column order of a down matrix.
     """
     layout, at = lane.layout, divmod(lane.lane, lane.layout.tp)
     count, inner, _ = map(int, lane.p.tensors[op.gate].shape)

@@ -15,7 +15,7 @@ def linear(lane: Lane, op: Linear) -> None:
     """Append linear to the lane's Program: row parallel if x is split, column parallel if the plan says so, or whole.
 
     Row parallel: each lane computes a partial sum over its columns of x, and an all_reduce adds the sums. Column
-    parallel: each lane computes its columns of the result.
+    parallel: each lane computes its columns of the result. Raises LayoutError for a linear fused with glu.
     """
     if op.glu:
         raise LayoutError(f"{op.site} is fused with its activation; shard a Program before it is fused")

@@ -55,7 +55,7 @@ class Architecture:
     Attributes:
         describe: function from the metadata to the keys of config.json.
         names: transformers' tensor names, by llama.cpp's part of a name.
-        permuted: True if rows of Q and K are in interleaved rope order.
+        permuted: True if the file has rows of Q and K in interleaved rope order.
         shift: offset that the converter added to norm weights.
         variants: names that replace others in a file that has a tensor with this part of a name.
     """
@@ -67,7 +67,7 @@ class Architecture:
     variants: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def variant(self, parts: Collection[str]) -> Architecture:
-        """The Architecture for a file whose tensors have these parts of names."""
+        """A copy of the Architecture for a file in whose tensor names `parts` occur, with no variants left."""
         names = dict(self.names)
         for part, others in self.variants.items():
             names |= others if part in parts else {}

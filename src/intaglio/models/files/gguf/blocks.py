@@ -208,7 +208,10 @@ def _iq1_s(b: np.ndarray) -> np.ndarray:
 
 
 def _dequantised(kind: str, b: np.ndarray) -> np.ndarray:
-    """Values float32 [rows, columns] of blocks [rows, blocks, bytes], decoded by the gguf library."""
+    """Values float32 [rows, columns] of blocks [rows, blocks, bytes], decoded by the gguf library.
+
+    Raises PortError if the library is not installed.
+    """
     try:
         import gguf
     except ImportError:

@@ -41,7 +41,7 @@ def scaling(m: Metadata) -> dict[str, Any] | None:
     """The value of the config key rope_scaling, as a dict; None if rope is not scaled.
 
     Files have a scaling type with its numbers, or frequency factors per pair of columns (llama3, longrope), or,
-    older ones, rope.scale_linear alone.
+    older ones, rope.scale_linear alone. Raises PortError for another scaling type.
     """
     kind = str(m.get("rope.scaling.type", "none"))
     factor = m.real("rope.scaling.factor", m.real("rope.scale_linear", 1.0))
@@ -95,9 +95,10 @@ def experts(m: Metadata) -> dict[str, Any]:
 
 
 def llama(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Llama, or of Mixtral if there are experts.
+    """The keys of config.json, as a dict, for Llama and models like it.
 
-    Queries, keys and values have biases if the file has them.
+    That is Mixtral if there are experts, or Qwen2 if q, k and v have biases but the output projection has none. Raises
+    PortError if rope rotates only part of each head.
     """
     whole_heads(m)
     c = base(m)
@@ -241,7 +242,7 @@ def granite(model: str) -> Any:
 
 
 def olmo2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for OLMo 2, or of OLMo 3 if the file has a sliding window."""
+    """The keys of config.json, as a dict, for OLMo 2, or for OLMo 3 if the file has a sliding window."""
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
     if not window:
@@ -384,7 +385,7 @@ def dots1(m: Metadata) -> dict[str, Any]:
 def ernie4_5_moe(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for ERNIE 4.5 with experts.
 
-    Which layers have them is read off their tensors.
+    The layers with experts are those with a router's tensor. Raises PortError unless they are one run of layers.
     """
     whole_heads(m)
     mixed = [i for i in range(m.layers) if m.has("mlp.gate.weight", i)]
@@ -474,7 +475,7 @@ def minicpm3(m: Metadata) -> dict[str, Any]:
 
 
 def deepseek2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for DeepSeek-V3 if a sigmoid scores the experts, else of DeepSeek-V2.
+    """The keys of config.json, as a dict, for DeepSeek-V3 if a sigmoid scores the experts, else for DeepSeek-V2.
 
     Heads are attention.key_length_mla wide if the file has this key; attention.key_length is then the latent's width.
     There is no key for mscale: all released models have it equal to mscale_all_dim, of which yarn_log_multiplier is a

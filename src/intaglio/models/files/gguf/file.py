@@ -25,7 +25,7 @@ class GgufFile:
         path: the first part.
         parts: all parts, in order.
         fields: metadata of the first part by key.
-        tensors: (part, place in it) of each tensor.
+        tensors: (path of its part, Tensor) for each tensor.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class GgufFile:
 
     @property
     def types(self) -> dict[str, int]:
-        """Number of values that are stored in each tensor type, by the type's name."""
+        """{name of a tensor type: number of values that are stored in it}."""
         found: dict[str, int] = {}
         for _, t in self.tensors:
             found[t.kind] = found.get(t.kind, 0) + prod(t.shape)

@@ -40,7 +40,7 @@ class HeaderError(ValueError):
 
 @dataclass(frozen=True)
 class Tensor:
-    """Name, type and place of a tensor: `shape` with rows first, bytes `start` .. `stop` of the file.
+    """Name, type and place of a tensor: `shape` with rows first, bytes `start` .. `stop` - 1 of the file.
 
     A tensor of an unknown type has the type's number as its kind, and size 0.
     """
@@ -92,7 +92,7 @@ class _Cursor:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
-    """(metadata by key, list of tensors in order) of one file. Raises HeaderError."""
+    """({key: metadata value}, list of Tensors in order) of one file. Raises HeaderError."""
     size = path.stat().st_size
     if size < 24:
         raise HeaderError(f"it has {size} bytes; a header has 24 at least")

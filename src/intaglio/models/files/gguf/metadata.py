@@ -30,7 +30,7 @@ class Metadata:
         return self.whole("block_count") - self.whole("nextn_predict_layers", 0)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key of the architecture; `default` if the file does not have it."""
+        """The value of a key without the architecture's prefix; `default` if the file does not have it."""
         return self.file.get(f"{self.file.architecture}.{key}", default)
 
     def one(self, key: str, default: Any = None) -> Any:
@@ -112,8 +112,8 @@ class Metadata:
     def sliding(self, period: int) -> list[str]:
         """The attention type of each layer, as a list in the form of layer_types in config.json.
 
-        The file's pattern is a list of flags by layer, or a number: the last of each run of that many layers is
-        full. Without a pattern that number is `period`.
+        The file's pattern is a list of flags by layer (true: sliding), or a number n: the last of each n layers has
+        full attention, the others slide. Without a pattern n is `period`. With n = 0 all layers have full attention.
         """
         pattern = self.get("attention.sliding_window_pattern", period)
         if not isinstance(pattern, list):

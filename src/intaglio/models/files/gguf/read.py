@@ -168,7 +168,7 @@ class _Reader:
 
 
 def _run(p: Place, first: int, count: int) -> Place:
-    """The place of `count` values of a vector, from number `first` on."""
+    """The Place of `count` values of the vector at `p`, from number `first` on."""
     each = p.row_bytes // prod(p.shape)
     return Place(p.file, p.kind, (count,), p.start + first * each)
 

@@ -57,7 +57,7 @@ class Place:
         return self.start + prod(self.shape[:-1]) * self.row_bytes
 
     def cut(self, first: int, shape: tuple[int, ...]) -> Place:
-        """The place of the part of shape `shape` that starts at row `first`."""
+        """The Place of the part of shape `shape` that starts at row `first`."""
         return Place(self.file, self.kind, shape, self.start + first * self.row_bytes)
 
 

@@ -81,7 +81,7 @@ class _Vocabulary:
 def read_tokenizer(file: GgufFile) -> Embedded | None:
     """Rebuild the tokenizer of a GGUF file and return it as Embedded; None if the file has none.
 
-    Raises CheckpointError if its kind is not supported.
+    Raises CheckpointError if its kind is not supported, or if it is damaged.
     """
 
     def get(key: str, default: Any = None) -> Any:
@@ -111,7 +111,7 @@ def read_tokenizer(file: GgufFile) -> Embedded | None:
 
 
 def _add_tokens(inner: Tokenizer, v: _Vocabulary, architecture: str) -> None:
-    """Add control tokens and user-defined tokens, which are matched in a text before it is split."""
+    """Add to `inner` control tokens and user-defined tokens, which are matched in a text before it is split."""
     strips = architecture in ("phi3", "phi2")  # their tokens swallow the white space after them; the flag is not kept
     kept = ("<unk>", "<s>", "<|endoftext|>")
     control = v.of_kind(CONTROL)
@@ -128,7 +128,7 @@ def _templates(file: GgufFile) -> dict[str, str]:
 
 
 def _ends(v: _Vocabulary) -> tuple[int, ...]:
-    """Ids that end a sequence: the file's eos, eot and eom tokens, and control tokens with a name in ENDS."""
+    """A tuple of ids that end a sequence: the file's eos, eot and eom tokens, and control tokens listed in ENDS."""
     named = [i for name in ("eos", "eot", "eom") if (i := v.id(name)) is not None]
     control = v.of_kind(CONTROL)
     found = [control[t] for t in ENDS if t in control]
@@ -140,7 +140,8 @@ def _ends(v: _Vocabulary) -> tuple[int, ...]:
 def _bpe(v: _Vocabulary) -> Tokenizer:
     """A byte-level BPE tokenizer (as GPT-2's) made from the file's tokens and merges.
 
-    How text is split before merging follows from tokenizer.ggml.pre. Raises CheckpointError if that is not known.
+    How text is split before merging follows from tokenizer.ggml.pre. Raises CheckpointError if that is not known, or if
+    the file has no merges.
     """
     name = v.get("pre")
     if name is None:
@@ -168,7 +169,7 @@ def _bpe(v: _Vocabulary) -> Tokenizer:
 
 
 def _sentencepiece(v: _Vocabulary) -> Tokenizer:
-    """SentencePiece BPE tokenizer, with merges in the order of the tokens' scores.
+    """A SentencePiece BPE tokenizer, with merges in the order of the tokens' scores.
 
     If the vocabulary has byte tokens, a character without a token becomes the tokens of its bytes.
     """
@@ -202,7 +203,7 @@ def merges_of(known: Mapping[str, int], scores: Sequence[float]) -> list[tuple[s
 
 
 def _unigram(v: _Vocabulary) -> Tokenizer:
-    """SentencePiece Unigram tokenizer: the most likely pieces, after the file's own normalisation."""
+    """A SentencePiece Unigram tokenizer: the most likely pieces, after the file's own normalisation."""
     unknown = v.id("unknown", 2)
     inner = Tokenizer(
         models.Unigram([*zip(v.tokens, map(float, v.scores), strict=True)], unknown, bool(v.of_kind(BYTE)))
@@ -221,7 +222,7 @@ def _unigram(v: _Vocabulary) -> Tokenizer:
 
 
 def _wordpiece(v: _Vocabulary) -> Tokenizer:
-    """BERT's WordPiece tokenizer.
+    """A WordPiece tokenizer, as BERT's.
 
     GGUF marks the first piece of a word with U+2581; here, as in BERT, the other pieces begin with "##".
     """
