@@ -26,7 +26,7 @@ def test_errors_are_reported_by_kernel_and_the_rest_is_named(tmp_path: Path) -> 
     assert [r.median for r in records] == pytest.approx([0, 50])
     assert left == [
         "h100_sxm vllm_gdn: this table is not expressed by the closed forms",
-        "h100_sxm vllm_gemm: 1 rows in formats other than bfloat16, fp8, int8 are not expressed",
+        "h100_sxm vllm_gemm: 1 rows are not in a format expressed: bfloat16, fp8, int8",
     ]
     done = CliRunner().invoke(app, ["validate", str(tmp_path), "--min-us", "1"])
     assert done.exit_code == 0 and "not expressed by the closed forms" in " ".join(done.output.split())

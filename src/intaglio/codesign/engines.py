@@ -58,9 +58,8 @@ def validate_engines(folder: Path, min_us: float, worst: int) -> tuple[list[Reco
             rows = [r for r in csv.DictReader(f) if float(r["us"]) >= min_us]
         found = [translated(table, r) for r in rows]
         if None in found:
-            left.append(
-                f"{path.parent.name} {path.stem}: {found.count(None)} rows in formats other than {', '.join(FORMATS)}"
-            )
+            others = f"{found.count(None)} rows are not in a format expressed: {', '.join(FORMATS)}"
+            left.append(f"{path.parent.name} {path.stem}: {others}")
         kept = [r for r in found if r is not None]
         records += by_kernel(path.parent.name, path.stem, COLUMNS[table][0], kept, worst)
     return records, left
