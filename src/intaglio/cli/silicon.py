@@ -361,7 +361,7 @@ def validate(
     as_json: o.Json = False,
 ) -> None:
     """Compare predicted with measured kernel times of real chips."""
-    from intaglio.codesign.engines import validate_engines
+    from intaglio.codesign.engine_tables import validate_engines
     from intaglio.codesign.validate import as_dict
     from intaglio.codesign.validate import validate as run_validate
 

@@ -1,78 +1,109 @@
-"""Reads tables of serving engines' kernels, `<chip>/<engine>_<table>.csv`, as rows of the tables of validate.py.
-
-Column kernel_source names the kernel that ran; errors are reported by it. The chip's own kernel library is modelled,
-with the benchmark's conditions. Tables and formats that the closed forms do not express are named.
-"""
+"""EngineProfile: what a serving engine adds to the steps of a chip, as data. The profiles are data/engines/*.toml."""
 
 from __future__ import annotations
 
-import csv
+import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from intaglio.chips import CHIPS, ChipError, target
-from intaglio.codesign.validate import Record, Row, predict, record
+from intaglio.chips import ChipError, Target
+from intaglio.codesign.queue import QueueSettings
+from intaglio.codesign.steps import StepTimes
 
-ENGINES = ("vllm", "sglang", "trtllm")
-FORMATS = ("bfloat16", "fp8", "int8")
-COLUMNS = {  # table of an engine -> (table of validate.py, its columns -> those of the engine's table)
-    "gemm": ("matmul", {"dtype": "gemm_dtype", "m": "m", "n": "n", "k": "k"}),
-    "context_attention": ("attention_prefill", {
-        "kv_dtype": "kv_cache_dtype", "batch": "batch_size", "query_len": "isl", "context_len": "step",
-        "n_heads": "num_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "window": "window_size",
-    }),
-    "moe": ("experts", {
-        "dtype": "moe_dtype", "tokens": "num_tokens", "hidden": "hidden_size", "intermediate": "inter_size",
-        "top_k": "topk", "n_experts": "num_experts", "tp": "moe_tp_size", "ep": "moe_ep_size", "load": "distribution",
-    }),
-}  # fmt: skip
-COLUMNS["generation_attention"] = "attention_decode", COLUMNS["context_attention"][1]
+ENGINES = Path(__file__).resolve().parent.parent / "data" / "engines"
 
 
-def translated(table: str, row: Row) -> dict[str, str] | None:
-    """The row as one of validate.py's table, with its kernel; None if its format is not expressed there."""
-    _, columns = COLUMNS[table]
-    out = {name: row[theirs] for name, theirs in columns.items()}
-    if (out.get("dtype") or out["kv_dtype"]) not in FORMATS:
-        return None
-    if out.get("n_kv_heads") == "0":  # as many as query heads
-        out["n_kv_heads"] = out["n_heads"]
-    return {**out, "us": row["us"], "kernel": row["kernel_source"]}
+@dataclass(frozen=True, kw_only=True)
+class EngineProfile:
+    """How a serving engine runs steps. Times are in seconds.
 
-
-def validate_engines(folder: Path, min_us: float, worst: int) -> tuple[list[Record], list[str]]:
-    """(a Record of each chip, engine's table and kernel; a line for each table or format that is not expressed).
-
-    folder: holds `<chip>/<engine>_<table>.csv`. Raises ValueError if it has no such file.
+    Attributes:
+        name: of the engine.
+        description: one line, for listings.
+        max_batch_tokens: tokens of a step of one copy of attention.
+        max_sequences: sequences that run at once.
+        mixed: prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
+        kv: format of the K/V cache with 8-bit and 4-bit weights.
+        step_s: of the host for each step.
+        sequence_s: of the host for each sequence of a step.
+        request_s: of the host for each request: HTTP, tokenizer, first text.
+        prompt_token_s: of the host for each token of a prompt.
+        admission_steps: steps that a request waits for before it is admitted.
+        graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph).
+        decode_factor: seconds of a step that only decodes, for each second of its kernels alone.
+        prefill_factor: the same of a step with prompts.
+        library: fields of the chip's kernel library in which the engine's own kernels differ.
+        reasons: (field, source of its value).
     """
-    records, left = list[Record](), list[str]()
-    paths = [p for p in sorted(folder.glob("*/*.csv")) if p.parent.name in CHIPS and p.stem.split("_")[0] in ENGINES]
-    if not paths:
-        raise ValueError(f"{folder} holds no <chip>/<engine>_<table>.csv; engines are {', '.join(ENGINES)}")
-    for path in paths:
-        table = path.stem.partition("_")[2]
-        if table not in COLUMNS:
-            left.append(f"{path.parent.name} {path.stem}: this table is not expressed by the closed forms")
-            continue
-        with path.open(newline="") as f:
-            rows = [r for r in csv.DictReader(f) if float(r["us"]) >= min_us]
-        found = [translated(table, r) for r in rows]
-        if None in found:
-            others = f"{found.count(None)} rows are not in a format expressed: {', '.join(FORMATS)}"
-            left.append(f"{path.parent.name} {path.stem}: {others}")
-        kept = [r for r in found if r is not None]
-        records += by_kernel(path.parent.name, path.stem, COLUMNS[table][0], kept, worst)
-    return records, left
+
+    name: str
+    description: str
+    max_batch_tokens: int = 8192
+    max_sequences: int = 1024
+    mixed: bool = True
+    kv: str = "auto"
+    step_s: float = 0.0
+    sequence_s: float = 0.0
+    request_s: float = 0.0
+    prompt_token_s: float = 0.0
+    admission_steps: float = 0.0
+    graph_launch_s: float = 0.0
+    decode_factor: float = 1.0
+    prefill_factor: float = 1.0
+    library: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < float("inf"):
+                raise ValueError(f"engine {self.name}: {one.name} is {value}; allowed: 0 or more")
+        for name in ("max_batch_tokens", "max_sequences", "decode_factor", "prefill_factor"):
+            if not getattr(self, name):
+                raise ValueError(f"engine {self.name}: {name} is 0; allowed: above 0")
+
+    def on(self, target: Target) -> Target:
+        """The target with the engine's own kernels. Raises ChipError for a field that a library does not have."""
+        return target.with_library(**self.library) if self.library else target
+
+    def settings(self, kv_tokens: int, copies: int = 1) -> QueueSettings:
+        """The QueueSettings of a server of the engine, with `copies` copies of attention."""
+        return QueueSettings(
+            kv_tokens, self.max_batch_tokens, self.max_sequences * copies, self.mixed, self.step_s, self.sequence_s,
+            self.request_s, self.prompt_token_s, self.admission_steps,
+        )  # fmt: skip
 
 
-def by_kernel(chip: str, name: str, table: str, rows: Sequence[dict[str, str]], worst: int) -> list[Record]:
-    """A Record of each kernel and format among the rows of one table."""
-    out = []
-    for kernel, dtype in sorted({(r["kernel"], r.get("dtype") or r["kv_dtype"]) for r in rows}):
-        mine = [r for r in rows if (r["kernel"], r.get("dtype") or r["kv_dtype"]) == (kernel, dtype)]
-        try:
-            times = predict(target(chip), table, mine)
-        except ChipError as error:
-            raise ChipError(f"{chip} {name} {kernel}: {error}") from None
-        out.append(record(chip, f"{name} {kernel}", dtype, mine, times, worst))
-    return out
+class EngineTimes:
+    """Step times as an engine has them: those of the chip's kernels, with the profile's launches and factors."""
+
+    def __init__(self, times: StepTimes, profile: EngineProfile) -> None:
+        self.times, self.profile, self.copies = times, profile, times.copies
+        saved = max(0.0, times.target.library.launch_s - profile.graph_launch_s)
+        self.saved_s = saved * sum(part.count for parts in times.parts for part in parts)
+
+    def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
+        """(seconds, joules of all chips of the server) of one step, as StepTimes.cost()."""
+        seconds, joules = self.times.cost(decoding, context, chunks)
+        if chunks:
+            return seconds * self.profile.prefill_factor, joules
+        return (seconds - min(self.saved_s, 0.9 * seconds)) * self.profile.decode_factor, joules
+
+
+def engines() -> dict[str, Path]:
+    """A dict from name to file of the profiles that ship with the package."""
+    return {path.stem: path for path in sorted(ENGINES.glob("*.toml"))}
+
+
+def engine(name: str) -> EngineProfile:
+    """The EngineProfile of a name, or of a file NAME.toml. Raises ValueError, ChipError for unknown fields."""
+    path = Path(name) if name.endswith(".toml") else engines().get(name)
+    if path is None or not path.is_file():
+        raise ValueError(f"there is no serving engine {name!r}; known are {', '.join(engines())}, or give a NAME.toml")
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    known = {one.name for one in fields(EngineProfile)} - {"name"}
+    if unknown := sorted(set(table) - known):
+        raise ChipError(f"{path}: unknown {', '.join(unknown)}; a profile has {', '.join(sorted(known))}")
+    return EngineProfile(name=path.stem, **table)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from intaglio.chips import target
 from intaglio.cli import app
-from intaglio.codesign.engines import validate_engines
+from intaglio.codesign.engine_tables import validate_engines
 from intaglio.silicon.kernels.product import linear_timing
 
 
