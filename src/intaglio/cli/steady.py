@@ -71,7 +71,7 @@ def steady_table(
     added = question.settings
     say(
         f"Assumed: {added.step_s * 1e6:,.3g} us of the host a step, {added.sequence_s * 1e6:,.3g} us more a sequence, "
-        f"{added.request_s * 1e3:,.3g} ms a request; {question.memory_share:.0%} of HBM; even routing of experts. "
+        f"{added.request_s * 1e3:,.3g} ms a request; {question.memory_share:.0%} of HBM; random routing of experts. "
         "All times and watts are modelled; TTFT and TPOT are means."
     )
     if not find:

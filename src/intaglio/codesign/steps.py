@@ -316,6 +316,6 @@ def around(x: float, step: int) -> tuple[int, int, float]:
 
 
 def nearest(x: float, step: int) -> int:
-    """The entry of the table that is nearest to x."""
+    """The point nearest to x of the grid that around() describes; the lower one of two equally near points."""
     low, high, way = around(x, step)
     return high if way > 0.5 else low

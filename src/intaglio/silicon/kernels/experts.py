@@ -39,7 +39,7 @@ SCALED = (("operand", "a"), ("operand", "b"), ("binary", "*"))
 @chip_kernel(Experts)
 @dataclass(frozen=True)
 class ExpertsKernel(ChipKernel):
-    """Chip kernel of `experts` on a chip that holds `held` experts [inner, hidden]. Timed with even routing."""
+    """Chip kernel of `experts` on a chip that holds `held` experts [inner, hidden]. Timed with random routing."""
 
     top: int
     held: int
@@ -58,10 +58,8 @@ class ExpertsKernel(ChipKernel):
         return cls(top, held, op.of or held, hidden, inner, x_format, *w)
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
-        n, rows = self.experts, sizes.tokens * self.top
-        even = np.full(n, rows // n) + (np.arange(n) < rows % n)
-        counts = tuple(even[: self.held].tolist())
-        how = n, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits
+        counts = expected_rows(sizes.tokens, self.top, self.experts, self.held)
+        how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits
         return experts_timing(target, sizes.tokens, self.top, counts, *how)
 
     @classmethod
@@ -91,6 +89,17 @@ class ExpertsKernel(ChipKernel):
         mem.run(zero_rows(mem, op, order.part(cols=slice(int(sizes.sum()), n)), parts))
         mem.run(down(mem, op, sizes, order, hidden, parts))
         return combine(mem, op, parts)
+
+
+def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, ...]:
+    """Rows of each of the `held` experts of a chip, if every token chooses `top` of all experts at random.
+
+    The expected number of rows, at least 1, is spread evenly over the expected number of experts that have any:
+    held (1 - (1 - top / experts) ** tokens).
+    """
+    rows = max(1, round(tokens * top * held / experts))
+    active = min(rows, max(1, round(held * (1 - (1 - top / experts) ** tokens))))
+    return tuple(rows // active + (i < rows % active) for i in range(active)) + (0,) * (held - active)
 
 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
