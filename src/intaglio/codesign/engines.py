@@ -81,6 +81,7 @@ class EngineTimes:
 
     def __init__(self, times: StepTimes, profile: EngineProfile) -> None:
         self.times, self.profile, self.copies = times, profile, times.copies
+        self.server, self.target = times.server, times.target
         saved = max(0.0, times.target.library.launch_s - profile.graph_launch_s)
         self.saved_s = saved * sum(part.count for parts in times.parts for part in parts)
 
