@@ -91,10 +91,20 @@ def test_profiles(times: StepTimes, tmp_path: Path) -> None:
     for name in engines():
         profile = engine(name)
         assert EngineTimes(times, profile).cost(4, 100.0)[0] > 0
-    graphs = EngineProfile(name="x", description="", graph_launch_s=0.0, decode_factor=2.0)
     seconds = times.cost(4, 100.0)[0]
+    assert EngineTimes(times, EngineProfile(name="x", description="")).cost(4, 100.0)[0] == seconds
+    graphs = EngineProfile(name="x", description="", graph_launch_s=0.0, decode_factor=2.0)
     launches = sum(part.count for part in times.parts[0]) * times.target.library.launch_s
-    assert EngineTimes(times, graphs).cost(4, 100.0)[0] == pytest.approx(2 * (seconds - min(launches, 0.9 * seconds)))
+    assert EngineTimes(times, graphs).cost(4, 100.0)[0] <= 2 * (seconds - launches)
+    chunk = [(64, 64, 1)]
+    assert EngineTimes(times, graphs).cost(4, 100.0, chunk) == times.cost(4, 100.0, chunk)
+    here = {"hopper": {"small_reduce_s": 2e-6}, "blackwell": {"small_reduce_s": 3e-6}}
+    own = EngineProfile(name="x", description="", generations=here, library={"barrier_s": 1e-6})
+    assert own.on(times.target).library.small_reduce_s == 2e-6
+    assert own.on(target("b200_sxm")).library.small_reduce_s == 3e-6
+    assert own.on(target("a100_sxm")).library.barrier_s == 1e-6
+    with pytest.raises(ValueError, match="engine x: unknown fusion mystery; known: add_norm"):
+        EngineProfile(name="x", description="", fusions=("mystery",))
     with pytest.raises(ValueError, match="no serving engine 'x'; known are"):
         engine("x")
     (tmp_path / "e.toml").write_text('description = ""\nstep = 1\n')

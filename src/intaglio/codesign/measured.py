@@ -16,7 +16,7 @@ from math import isqrt
 from pathlib import Path
 from random import Random
 
-from intaglio.chips import CHIPS, target
+from intaglio.chips import CHIPS, Target, target
 from intaglio.codesign.engines import EngineProfile, EngineTimes, engine
 from intaglio.codesign.placement import Placement
 from intaglio.codesign.queue import serve
@@ -166,12 +166,9 @@ def whole(card: str) -> Program:
 
 
 @lru_cache(maxsize=64)
-def times(
-    card: str, chip: str, placement: Placement, how: Formats, library: tuple[tuple[str, object], ...]
-) -> StepTimes:
-    """The StepTimes of a server; equal servers share a table."""
-    on = target(chip)
-    return StepTimes(Server.of(whole(card), placement, how), on.with_library(**dict(library)) if library else on)
+def times(card: str, on: Target, placement: Placement, how: Formats, fusions: tuple[str, ...]) -> StepTimes:
+    """The StepTimes of a server, with random routing; equal servers share a table."""
+    return StepTimes(Server.of(whole(card), placement, how), on, fusions, random_routing=True)
 
 
 def compare(row: Row, profile: EngineProfile) -> Compared:
@@ -180,9 +177,8 @@ def compare(row: Row, profile: EngineProfile) -> Compared:
         return Compared(row, refused=why)
     try:
         assert row.card
-        own = times(
-            row.card, row.columns["system"], row.placement(), row.formats(profile), tuple(profile.library.items())
-        )
+        on = profile.on(target(row.columns["system"]))
+        own = times(row.card, on, row.placement(), row.formats(profile), tuple(profile.fusions))
         kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, 256)
         done = serve(EngineTimes(own, profile), profile.settings(kv, own.copies), row.load(), row.concurrency)
     except ValueError as e:  # it does not fit: ChipError, LayoutError, or a request longer than the cache
