@@ -60,7 +60,8 @@ def test_rows_that_cannot_be_expressed(tmp_path: Path) -> None:
     assert row().refusal() is None
     for columns, why in (
         ({"model_path": "zhipuai/GLM-5"}, "no card of zhipuai/GLM-5"), ({"system": "none"}, "no chip none"),
-        ({"mode": "disagg"}, "prefill and decode apart"), ({"concurrency": ""}, "neither concurrency nor batch size"),
+        ({"mode": "disagg"}, "the number of prefill or decode servers is not given"),
+        ({"concurrency": ""}, "neither concurrency nor batch size"),
     ):  # fmt: skip
         assert row(**columns).refusal() == why
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
@@ -86,15 +87,35 @@ def test_a_row_is_compared_with_the_queue() -> None:
     assert found[0].tpot == pytest.approx(abs(good[0].tpot / 0.008 - 1))
 
 
+def test_a_row_with_prefill_and_decode_apart() -> None:
+    """Each kind has its layout and its number of servers; more decode servers give a shorter TPOT."""
+    sizes = {f"{p}_{name}": "1" for p in ("prefill", "decode") for name in ("num_workers", "tp_size", "pp_size")}
+    one, two = row(mode="disagg", **sizes), row(mode="disagg", **{**sizes, "decode_num_workers": "2"})
+    assert one.group == "disaggregated" and str(two.placement("decode_")) == "dp2tp1"
+    profile = EngineProfile(name="x", description="", request_s=0.5)
+    slow, fast = compare_all([one, two], lambda _: profile)
+    assert not slow.refused and fast.tpot < slow.tpot and slow.ttft > 0.5
+
+
 def test_profiles(times: StepTimes, tmp_path: Path) -> None:
     assert {"vllm", "sglang", "trtllm"} <= set(engines())
     for name in engines():
         profile = engine(name)
         assert EngineTimes(times, profile).cost(4, 100.0)[0] > 0
-    graphs = EngineProfile(name="x", description="", graph_launch_s=0.0, decode_factor=2.0)
     seconds = times.cost(4, 100.0)[0]
+    assert EngineTimes(times, EngineProfile(name="x", description="")).cost(4, 100.0)[0] == seconds
+    graphs = EngineProfile(name="x", description="", graph_launch_s=0.0, decode_factor=2.0)
     launches = sum(part.count for part in times.parts[0]) * times.target.library.launch_s
-    assert EngineTimes(times, graphs).cost(4, 100.0)[0] == pytest.approx(2 * (seconds - min(launches, 0.9 * seconds)))
+    assert EngineTimes(times, graphs).cost(4, 100.0)[0] <= 2 * (seconds - launches)
+    chunk = [(64, 64, 1)]
+    assert EngineTimes(times, graphs).cost(4, 100.0, chunk) == times.cost(4, 100.0, chunk)
+    here = {"hopper": {"small_reduce_s": 2e-6}, "blackwell": {"small_reduce_s": 3e-6}}
+    own = EngineProfile(name="x", description="", generations=here, library={"barrier_s": 1e-6})
+    assert own.on(times.target).library.small_reduce_s == 2e-6
+    assert own.on(target("b200_sxm")).library.small_reduce_s == 3e-6
+    assert own.on(target("a100_sxm")).library.barrier_s == 1e-6
+    with pytest.raises(ValueError, match="engine x: unknown fusion mystery; known: add_norm"):
+        EngineProfile(name="x", description="", fusions=("mystery",))
     with pytest.raises(ValueError, match="no serving engine 'x'; known are"):
         engine("x")
     (tmp_path / "e.toml").write_text('description = ""\nstep = 1\n')

@@ -102,6 +102,8 @@ class KernelLibrary:
     through_hbm: bool = True  # each step copies through HBM, not overlapped with the links
     peer_handshakes: bool = True  # an all_to_all makes a handshake with each peer in turn
     switch_reduce_min_chips: int = 8  # chips from which a switch that can reduce does so
+    small_reduce_s: float = 0.0  # start-up of a serving engine's own one- and two-shot all_reduce; 0: it has none
+    small_reduce_efficiency: float = 1.0  # fraction of the links' bandwidth that it reaches
 
     kernels: tuple[KernelRecord, ...] = ()  # kernels that differ from the fields above; the first that fits is used
     reasons: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # (field, source of its value)
@@ -132,7 +134,7 @@ def check(library: KernelLibrary) -> None:
         if bad:
             raise ChipError(f"library {library.name!r}: {why}")
 
-    for name in ("mxu_efficiency", "grouped_mxu_efficiency", "l2_usable", "link_efficiency"):
+    for name in ("mxu_efficiency", "grouped_mxu_efficiency", "l2_usable", "link_efficiency", "small_reduce_efficiency"):
         value = getattr(library, name)
         refuse(not 0 < value <= 1, f"{name}={value}; it must be above 0 and at most 1")
     refuse(not library.tiles, "tiles is empty; give at least one (rows, columns)")

@@ -26,7 +26,7 @@ NATURAL: Range = (1, 1e9)
 AMOUNT: Range = (0, 1e9)
 SECONDS: Range = (0, 1)
 LIBRARY: dict[str, Range] = {
-    **dict.fromkeys(("launch_s", "barrier_s", "link_latency_s", "softmax_overlap"), SECONDS),
+    **dict.fromkeys(("launch_s", "barrier_s", "link_latency_s", "small_reduce_s", "softmax_overlap"), SECONDS),
     **dict.fromkeys(
         (
             "activation_bytes", "burst_bytes", "tiles", "split_k", "matmul_stages", "key_tile", "query_tiles",

@@ -44,7 +44,6 @@ class Apart:
         latency = self.prefill.target.library.link_latency_s
         return latency + tokens * self.prefill.server.kv_bytes_per_token / max(1.0, links.chip_bytes_per_s)
 
-
     def spread(self, request: LoadRequest, concurrency: int) -> list[float]:
         """Seconds at which the first requests of a load start: evenly over the time that one such request takes."""
         alone = self.prefill.cost(0, 1, [(request.prompt, request.prompt, 1)])[0]

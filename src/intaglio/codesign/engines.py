@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.chips import ChipError, Target
+from intaglio.codesign.fusions import FUSIONS
 from intaglio.codesign.queue import QueueSettings
 from intaglio.codesign.steps import StepTimes
 
@@ -31,10 +32,12 @@ class EngineProfile:
         request_s: of the host for each request: HTTP, tokenizer, first text.
         prompt_token_s: of the host for each token of a prompt.
         admission_steps: steps that a request waits for before it is admitted.
-        graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph).
+        graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph); None: the library's.
         decode_factor: seconds of a step that only decodes, for each second of its kernels alone.
         prefill_factor: the same of a step with prompts.
+        fusions: ops that the engine launches together, names of intaglio.codesign.fusions.FUSIONS.
         library: fields of the chip's kernel library in which the engine's own kernels differ.
+        generations: the same for one generation of chips, such as hopper, by its name.
         reasons: (field, source of its value).
     """
 
@@ -49,10 +52,12 @@ class EngineProfile:
     request_s: float = 0.0
     prompt_token_s: float = 0.0
     admission_steps: float = 0.0
-    graph_launch_s: float = 0.0
+    graph_launch_s: float | None = None
     decode_factor: float = 1.0
     prefill_factor: float = 1.0
+    fusions: tuple[str, ...] = ()
     library: dict[str, Any] = field(default_factory=dict)
+    generations: dict[str, dict[str, Any]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -60,13 +65,16 @@ class EngineProfile:
             value = getattr(self, one.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < float("inf"):
                 raise ValueError(f"engine {self.name}: {one.name} is {value}; allowed: 0 or more")
+        if unknown := sorted(set(self.fusions) - set(FUSIONS)):
+            raise ValueError(f"engine {self.name}: unknown fusion {', '.join(unknown)}; known: {', '.join(FUSIONS)}")
         for name in ("max_batch_tokens", "max_sequences", "decode_factor", "prefill_factor"):
             if not getattr(self, name):
                 raise ValueError(f"engine {self.name}: {name} is 0; allowed: above 0")
 
     def on(self, target: Target) -> Target:
         """The target with the engine's own kernels. Raises ChipError for a field that a library does not have."""
-        return target.with_library(**self.library) if self.library else target
+        changes = {**self.library, **self.generations.get(target.library.generation, {})}
+        return target.with_library(**changes) if changes else target
 
     def settings(self, kv_tokens: int, copies: int = 1) -> QueueSettings:
         """The QueueSettings of a server of the engine, with `copies` copies of attention."""
@@ -82,15 +90,16 @@ class EngineTimes:
     def __init__(self, times: StepTimes, profile: EngineProfile) -> None:
         self.times, self.profile, self.copies = times, profile, times.copies
         self.server, self.target = times.server, times.target
-        saved = max(0.0, times.target.library.launch_s - profile.graph_launch_s)
-        self.saved_s = saved * sum(part.count for parts in times.parts for part in parts)
+        launch = profile.graph_launch_s
+        self.graphs = times if launch is None else times.on(times.target.with_library(launch_s=launch))
 
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
         """(seconds, joules of all chips of the server) of one step, as StepTimes.cost()."""
-        seconds, joules = self.times.cost(decoding, context, chunks)
         if chunks:
+            seconds, joules = self.times.cost(decoding, context, chunks)
             return seconds * self.profile.prefill_factor, joules
-        return (seconds - min(self.saved_s, 0.9 * seconds)) * self.profile.decode_factor, joules
+        seconds, joules = self.graphs.cost(decoding, context)
+        return seconds * self.profile.decode_factor, joules
 
 
 def engines() -> dict[str, Path]:
@@ -107,4 +116,4 @@ def engine(name: str) -> EngineProfile:
     known = {one.name for one in fields(EngineProfile)} - {"name"}
     if unknown := sorted(set(table) - known):
         raise ChipError(f"{path}: unknown {', '.join(unknown)}; a profile has {', '.join(sorted(known))}")
-    return EngineProfile(name=path.stem, **table)
+    return EngineProfile(name=path.stem, **{**table, "fusions": tuple(table.get("fusions", ()))})

@@ -17,7 +17,7 @@ from math import isqrt
 from pathlib import Path
 from random import Random
 
-from intaglio.chips import CHIPS, target
+from intaglio.chips import CHIPS, Target, target
 from intaglio.codesign.disaggregated import Apart, run_apart
 from intaglio.codesign.engines import EngineProfile, EngineTimes, engine
 from intaglio.codesign.placement import Placement
@@ -92,6 +92,8 @@ class Row:
             return f"no card of {self.columns['model_path']}"
         if self.columns["system"] not in CHIPS:
             return f"no chip {self.columns['system']}"
+        if self.group == "disaggregated" and not all(self.number(f"{p}_num_workers") for p in ("prefill", "decode")):
+            return "the number of prefill or decode servers is not given"
         if not self.concurrency:
             return "neither concurrency nor batch size"
         return None
@@ -167,12 +169,9 @@ def whole(card: str) -> Program:
 
 
 @lru_cache(maxsize=64)
-def times(
-    card: str, chip: str, placement: Placement, how: Formats, library: tuple[tuple[str, object], ...]
-) -> StepTimes:
-    """The StepTimes of a server; equal servers share a table."""
-    on = target(chip)
-    return StepTimes(Server.of(whole(card), placement, how), on.with_library(**dict(library)) if library else on)
+def times(card: str, on: Target, placement: Placement, how: Formats, fusions: tuple[str, ...]) -> StepTimes:
+    """The StepTimes of a server, with random routing; equal servers share a table."""
+    return StepTimes(Server.of(whole(card), placement, how), on, fusions, random_routing=True)
 
 
 def compare(row: Row, profile: EngineProfile) -> Compared:
@@ -196,8 +195,8 @@ def compare(row: Row, profile: EngineProfile) -> Compared:
 def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[EngineTimes, QueueSettings]:
     """Step times and settings of a row's server; of those that prefill or decode if phase is prefill_ or decode_."""
     assert row.card
-    library = tuple(profile.library.items())
-    own = times(row.card, row.columns["system"], row.placement(phase), row.formats(profile), library)
+    on = profile.on(target(row.columns["system"]))
+    own = times(row.card, on, row.placement(phase), row.formats(profile), tuple(profile.fusions))
     kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, 256)
     return EngineTimes(own, profile), profile.settings(kv, own.copies)
 

@@ -13,16 +13,18 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from intaglio.chips import ChipError, Target
+from intaglio.codesign.fusions import fused_kernels
 from intaglio.codesign.memory import memory_use, pages_that_fit
 from intaglio.codesign.placement import Placement
 from intaglio.codesign.simulate import stages
 from intaglio.ops import Experts
 from intaglio.program import Program
-from intaglio.silicon.kernels import ChipKernel, kernel_class, timing
+from intaglio.silicon.kernels import ChipKernel, timing
 from intaglio.silicon.kernels.attend import AttendKernel
 from intaglio.silicon.kernels.collectives import collective_timing
 from intaglio.silicon.kernels.experts import ExpertsKernel
 from intaglio.silicon.kernels.linear import LinearKernel
+from intaglio.silicon.kernels.rows import RowsKernel
 from intaglio.silicon.plan import Plan
 from intaglio.silicon.sizes import BLOCK, BatchSizes
 from intaglio.silicon.timeline import joules
@@ -30,6 +32,7 @@ from intaglio.silicon.timing import Timing
 
 PER_OCTAVE = 8  # entries of the table between one number and its double
 Chunks = tuple[tuple[int, int, int], ...]  # (new tokens, keys up to and including them, prompts with both)
+NARROW = ("e4m3", "e2m1", "int8")  # formats to which rows are rounded before a product
 WIRE = 2  # bytes a value that travels between chips
 
 
@@ -157,12 +160,17 @@ class StepTimes:
     Attributes:
         server: the compiled model.
         target: chip and kernel library.
+        fusions: ops that are launched together, names of FUSIONS.
+        random_routing: routers choose experts at random; False: evenly.
         overlaps: whether the library prefetches weights or hides collectives; a step then takes what Plan says.
     """
 
     server: Server
     target: Target
+    fusions: tuple[str, ...] = ()
+    random_routing: bool = False
     tables: dict[tuple[object, ...], tuple[float, float]] = field(default_factory=dict, repr=False)
+    others: dict[Target, StepTimes] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         library, self.copies = self.target.library, self.server.placement.copies
@@ -184,6 +192,14 @@ class StepTimes:
         self.width = max(widths, default=0)
         self.chips_per_stage = self.server.placement.chips_per_server // self.count
 
+    def on(self, target: Target) -> StepTimes:
+        """The StepTimes of the same server on another target; equal ones share a table."""
+        if target == self.target:
+            return self
+        if target not in self.others:
+            self.others[target] = StepTimes(self.server, target, self.fusions, self.random_routing)
+        return self.others[target]
+
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
         """Plans of the stages, for libraries that overlap ops."""
@@ -191,11 +207,15 @@ class StepTimes:
 
     def _parts(self, own: Program, experts: Program) -> list[Part]:
         counts: dict[tuple[ChipKernel, bool], int] = {}
-        for p, routed in ((own, False), (experts, True)):
-            for op in p.ops:
-                if isinstance(op, Experts) == routed:
-                    key = self._kernel(kernel_class(op).of(op, p.tensors)), routed
-                    counts[key] = counts.get(key, 0) + 1
+        routed = [ExpertsKernel.of(op, experts.tensors) for op in experts.ops if isinstance(op, Experts)]
+        for kernels, shared in ((fused_kernels(own, self.fusions), False), (routed, True)):
+            for kernel in kernels:
+                key = self._kernel(kernel), shared
+                counts[key] = counts.get(key, 0) + 1
+                linear = key[0]
+                if isinstance(linear, LinearKernel) and linear.x_format in NARROW and "quantise" in self.fusions:
+                    rounding = RowsKernel(linear.rows, linear.k, 2), False
+                    counts[rounding] = counts.get(rounding, 0) + 1
         return [Part(kernel, n, shared) for (kernel, shared), n in counts.items()]
 
     def _kernel(self, kernel: Any) -> ChipKernel:
@@ -208,8 +228,11 @@ class StepTimes:
             x = w if w in dict(self.target.chip.macs) else "bf16"
         elif self.server.rows == "weights" and w == "int4":
             x = "bf16"  # only the weights are narrow
+        elif self.server.rows == "weights" and x == "f32":
+            x = "bf16"  # routers: only their sums are in float32
         self.target.chip.runs_as(w)  # raises ChipError if the arrays do not take the format
-        return replace(kernel, w_format=w, x_format=x)
+        kernel = replace(kernel, w_format=w, x_format=x)
+        return replace(kernel, random=self.random_routing) if isinstance(kernel, ExpertsKernel) else kernel
 
     def exact(self, decoding: int, context: int, chunks: Chunks = ()) -> tuple[float, float]:
         """(seconds, joules of all chips of the server) of one step.
@@ -254,6 +277,7 @@ class StepTimes:
             self.overlaps
             and self.server.stages is self.server.experts
             and not (self.width and self.server.rows != "auto")
+            and not self.fusions
         ):
             return self.plans[i].cost(own)
         flat = BatchSizes(own.tokens, own.rows, tuple((q, q, n) for q, _, n in own.sequences))

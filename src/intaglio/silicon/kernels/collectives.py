@@ -40,6 +40,7 @@ MAX_SIMULATED_RANKS = 16  # schedules of more ranks are extrapolated, see schedu
 SIZES_PER_OCTAVE = 8  # chunk sizes at which schedules are simulated; between them times are interpolated
 MIN_LATENCY_S = 1e-12  # chunk sizes are measured in bytes that a link carries in one latency, so that must not be 0
 ROWS, COLS = 16, 256  # of a tile, at most
+SECOND_SHOT = 0.5  # start-up of the second step of an engine's two-shot all_reduce, over that of the first
 SUM = (("operand", "a"), ("operand", "b"), ("binary", "+"))
 
 
@@ -263,6 +264,13 @@ def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing
     seconds, protocol, algorithm, network = best
     sent = moved * link_traffic(network, op, algorithm)
     steps = round(schedule_seconds(network, op, algorithm, 1.0, 1.0, 0.0))
+    if op == "all_reduce" and lib.small_reduce_s:
+        for name, count, times in (("one_shot", 1, chips - 1), ("two_shot", 2, 2 * (chips - 1) / chips)):
+            own = lib.small_reduce_s * (1 + (count - 1) * SECOND_SHOT) + times * moved / (
+                links_used(chip, op, chips) * chip.links.bytes_per_s * host_share(chip, chips)
+            ) / lib.small_reduce_efficiency  # fmt: skip
+            if own < seconds:
+                seconds, sent, steps, algorithm, protocol = own, times * moved, count, name, "engine"
     choice = f"{algorithm}, {protocol}, {steps} steps"
     busy = {"NET": sent / group_bytes_per_s(chip, chips)}
     return Timing(seconds, busy, 0.0, 0.0, sent, choice=choice, steps=steps)
