@@ -1,4 +1,7 @@
-"""The router's parts: prefix keys, index, fair queue, placement, admission; and the whole in virtual time."""
+"""The router's parts: prefix keys, index, fair queue, placement, admission; and the whole in virtual time.
+
+Long because each part is held to a slow reference that is written here.
+"""
 
 from __future__ import annotations
 

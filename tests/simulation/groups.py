@@ -2,7 +2,7 @@
 
 What runs is the shipped code: the engine, HostsExecutable, HostAgent, and the decisions in membership.py. Networks,
 processes, heartbeats and the clock are simulated. A rank's result comes from the oracle, and carries in a tap which
-coordinator, epoch, step and rank it is from.
+coordinator, epoch, step and rank it is from. Long because one clock drives networks, processes and clients together.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Planted bugs (mutants): each replaces one stage or public method of an engine by one that is wrong in one way.
 
-The simulation must find every one; if one goes unnoticed, a rule is missing.
+The simulation must find every one; if one goes unnoticed, a rule is missing. Long because it is a list of them.
 """
 
 from __future__ import annotations
