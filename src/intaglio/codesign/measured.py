@@ -177,6 +177,7 @@ def compare(row: Row, profile: EngineProfile) -> Compared:
         return Compared(row, refused=why)
     try:
         assert row.card
+        profile = profile.of(row.columns.get("backend_version") or "")
         on = profile.on(target(row.columns["system"]))
         own = times(row.card, on, row.placement(), row.formats(profile), tuple(profile.fusions))
         kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, 256)
