@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +25,11 @@ STATE = {"replicas": [REPLICA, {**REPLICA, "name": "d0", "role": "decode", "kv_u
 
 
 @pytest.fixture
-def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """The commands that a cluster called default has been given."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    short = tempfile.TemporaryDirectory()  # tmp_path may be too long for a Unix socket
+    monkeypatch.setenv("XDG_RUNTIME_DIR", short.name)
+    folder = cluster_folder("default")
     commands: list[dict[str, Any]] = []
     answers = {"status": STATE, "scale": STATE, "drain": 3, "down": None}
     started, done = threading.Event(), threading.Event()
@@ -38,7 +41,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict
         return answers[command["do"]]
 
     async def run() -> None:
-        async with administration(cluster_folder("default"), dict.fromkeys(answers, answer)):
+        async with administration(folder, dict.fromkeys(answers, answer)):
             started.set()
             await asyncio.to_thread(done.wait)
 
@@ -48,6 +51,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict
     yield commands
     done.set()
     thread.join()
+    short.cleanup()
 
 
 def said(*words: str) -> str:

@@ -60,7 +60,8 @@ def test_rows_that_cannot_be_expressed(tmp_path: Path) -> None:
     assert row().refusal() is None
     for columns, why in (
         ({"model_path": "zhipuai/GLM-5"}, "no card of zhipuai/GLM-5"), ({"system": "none"}, "no chip none"),
-        ({"mode": "disagg"}, "prefill and decode apart"), ({"concurrency": ""}, "neither concurrency nor batch size"),
+        ({"mode": "disagg"}, "the number of prefill or decode servers is not given"),
+        ({"concurrency": ""}, "neither concurrency nor batch size"),
     ):  # fmt: skip
         assert row(**columns).refusal() == why
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
@@ -84,6 +85,16 @@ def test_a_row_is_compared_with_the_queue() -> None:
     found = agreements(fast)
     assert [(a.engine, a.group, a.rows) for a in found] == [("vllm", "dense", 2), ("all", "dense", 2)]
     assert found[0].tpot == pytest.approx(abs(good[0].tpot / 0.008 - 1))
+
+
+def test_a_row_with_prefill_and_decode_apart() -> None:
+    """Each kind has its layout and its number of servers; more decode servers give a shorter TPOT."""
+    sizes = {f"{p}_{name}": "1" for p in ("prefill", "decode") for name in ("num_workers", "tp_size", "pp_size")}
+    one, two = row(mode="disagg", **sizes), row(mode="disagg", **{**sizes, "decode_num_workers": "2"})
+    assert one.group == "disaggregated" and str(two.placement("decode_")) == "dp2tp1"
+    profile = EngineProfile(name="x", description="", request_s=0.5)
+    slow, fast = compare_all([one, two], lambda _: profile)
+    assert not slow.refused and fast.tpot < slow.tpot and slow.ttft > 0.5
 
 
 def test_profiles(times: StepTimes, tmp_path: Path) -> None:

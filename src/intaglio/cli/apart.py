@@ -75,8 +75,8 @@ def apart_table(
         say("No row keeps the limits: allow longer latencies, other layouts, or fewer open requests.")
     say(
         f"Assumed: {on.library.name} kernels, launch {on.library.launch_s * 1e6:.2g} us; K/V travels over a chip's "
-        f"links at {on.chip.links.chip_bytes_per_s / 1e9:,.0f} GB/s; even routing of experts; no time of the host. All "
-        "times and watts are modelled; TTFT and TPOT are means, and TTFT ends when the decode server has the K/V."
+        f"links at {on.chip.links.chip_bytes_per_s / 1e9:,.0f} GB/s; random routing of experts; no time of the host. "
+        "All times and watts are modelled; TTFT and TPOT are means, and TTFT ends when the decode server has the K/V."
     )
 
 

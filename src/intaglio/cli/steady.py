@@ -71,7 +71,7 @@ def steady_table(
     added = question.settings
     say(
         f"Assumed: {added.step_s * 1e6:,.3g} us of the host a step, {added.sequence_s * 1e6:,.3g} us more a sequence, "
-        f"{added.request_s * 1e3:,.3g} ms a request; {question.memory_share:.0%} of HBM; even routing of experts. "
+        f"{added.request_s * 1e3:,.3g} ms a request; {question.memory_share:.0%} of HBM; random routing of experts. "
         "All times and watts are modelled; TTFT and TPOT are means."
     )
     if not find:
@@ -94,11 +94,16 @@ def conclude(question: Question, designs: Sequence[Design], by: str) -> None:
     say("Rows marked q were confirmed by the queue in virtual time; the others are estimates; *: beyond a limit.")
 
 
+def whole(x: float) -> str:
+    """A number without decimals, in millions (M) from a million on."""
+    return f"{x:,.0f}" if x < 1e6 else f"{x / 1e6:,.1f}M"
+
+
 def cells(d: Design) -> tuple[str, ...]:
     """A row of the table with HEADERS."""
     mark = ("q" if d.confirmed else "") + ("" if d.within else "*")
     return (
-        d.chip, str(d.placement), f"{d.concurrency:,}{mark}", f"{d.ttft * 1e3:,.0f}", f"{d.tpot * 1e3:,.1f}",
-        f"{d.per_user:,.0f}", f"{d.per_chip:,.0f}", f"{d.tokens_per_s:,.0f}", f"{d.per_watt:,.2f}",
+        d.chip, str(d.placement), f"{d.concurrency:,}{mark}", whole(d.ttft * 1e3), f"{d.tpot * 1e3:,.1f}",
+        f"{d.per_user:,.0f}", whole(d.per_chip), whole(d.tokens_per_s), f"{d.per_watt:,.4g}",
         f"{d.watts / d.placement.chips:,.0f}", f"{d.weight_bytes / 1e9:,.0f}+{d.kv_bytes / 1e9:,.0f}",
     )  # fmt: skip

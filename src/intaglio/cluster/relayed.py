@@ -64,7 +64,11 @@ class RelayedRequest:
             self.backends.ended(self.job, self.output_tokens)
 
     async def _prefill(self) -> bool:
-        """Have the prompt computed by a prefill replica, if that is wanted. Returns whether the job has been placed."""
+        """Have a prefill replica compute the prompt, if that is wanted.
+
+        Returns True if the router has placed the job on one, even if it failed there: the job is then not admitted a
+        second time. False if no prefill replica was wanted.
+        """
         try:
             self.job, placed = await prefill(self.backends, self.job, lambda: self._header(prefill=True), self.raw)
         except Refusal as e:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import heapq
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from intaglio.codesign.engines import EngineTimes
 from intaglio.codesign.queue import Queue, QueueSettings
 from intaglio.codesign.steps import StepTimes
 from intaglio.measure.workload import LoadRequest
@@ -23,8 +25,8 @@ NEVER = float("inf")
 class Apart:
     """Two kinds of servers: step times and settings of one server of each. Replicas are those of the placements."""
 
-    prefill: StepTimes
-    decode: StepTimes
+    prefill: StepTimes | EngineTimes
+    decode: StepTimes | EngineTimes
     prefill_settings: QueueSettings
     decode_settings: QueueSettings
 
@@ -41,6 +43,13 @@ class Apart:
         links = self.prefill.target.chip.links
         latency = self.prefill.target.library.link_latency_s
         return latency + tokens * self.prefill.server.kv_bytes_per_token / max(1.0, links.chip_bytes_per_s)
+
+    def spread(self, request: LoadRequest, concurrency: int) -> list[float]:
+        """Seconds at which the first requests of a load start: evenly over the time that one such request takes."""
+        alone = self.prefill.cost(0, 1, [(request.prompt, request.prompt, 1)])[0]
+        each = max(1, concurrency // self.decode.server.placement.replicas)
+        taken = alone + request.output * self.decode.cost(each, request.prompt + request.output / 2)[0]
+        return [taken * i / concurrency for i in range(concurrency)]
 
 
 @dataclass(frozen=True)
@@ -74,40 +83,48 @@ class ApartResult:
         return {**vars(self), **per}
 
 
-def serve_apart(apart: Apart, request: LoadRequest, concurrency: int, turns: int = 4) -> ApartResult:
-    """Keep `concurrency` equal requests open until `turns` for each have ended. Returns the ApartResult.
+@dataclass
+class ApartRun:
+    """Servers that have served a load: both kinds of queues, and (end, TTFT, TPOT) of each request as it ended."""
 
-    The first ones are spread over the time that one takes. Raises ValueError for a request that a cache cannot hold,
-    or for one without a second token.
+    prefill: list[Queue]
+    decode: list[Queue]
+    ended: list[tuple[float, float, float]]
+
+
+def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[float]) -> ApartRun:
+    """Serve all requests, in order, and return the ApartRun.
+
+    arrivals: seconds at which the first ones are sent, ascending; each later one is sent when one has ended. Raises
+    ValueError for a request that a cache cannot hold, or for one without a second token.
     """
-    if request.output < 2:
+    if min(r.output for r in requests) < 2:
         raise ValueError("requests of one new token never reach a decode server; give 2 or more output tokens")
     first = [Queue(apart.prefill, apart.prefill_settings) for _ in range(apart.prefill.server.placement.replicas)]
     second = [
         Queue(apart.decode, apart.decode_settings, prefills=False)
         for _ in range(apart.decode.server.placement.replicas)
     ]
-    alone = apart.prefill.cost(0, 1, [(request.prompt, request.prompt, 1)])[0]
-    each = max(1, concurrency // len(second))
-    spread = alone + request.output * apart.decode.cost(each, request.prompt + request.output / 2)[0]
-    total = turns * concurrency
-    arrivals = deque(spread * i / concurrency for i in range(concurrency))
-    sent, moving, number = 0, list[tuple[float, int, float]](), 0
-    ended: list[tuple[float, float, float]] = []  # (end, TTFT, TPOT)
+    free, unsent = deque(arrivals), deque(requests)
+    whole: dict[int, LoadRequest] = {}  # id of the prompt's part of a request -> the request
+    moving, number = list[tuple[float, int, float, LoadRequest]](), 0  # (arrival of its K/V, tie, start, request)
+    ended: list[tuple[float, float, float]] = []
     seen = {id(q): 0 for q in (*first, *second)}
-    while len(ended) < total:
+    while len(ended) < len(requests):
         busy = [q for q in (*first, *second) if q.open]
         now = min((q.now for q in busy), default=NEVER)
-        next_in, next_move = arrivals[0] if arrivals and sent < total else NEVER, moving[0][0] if moving else NEVER
+        next_in, next_move = free[0] if free and unsent else NEVER, moving[0][0] if moving else NEVER
         if min(next_in, next_move) <= now:
             if next_in <= next_move:
-                arrivals.popleft()
-                sent += 1
+                free.popleft()
+                request = unsent.popleft()
                 queue = min(first, key=lambda q: (q.open, q.now))
                 queue.now = max(queue.now, next_in) if not queue.open else queue.now
-                queue.add(replace(request, at=next_in, output=1), next_in)
+                prompt = replace(request, at=next_in, output=1)
+                whole[id(prompt)] = request
+                queue.add(prompt, next_in)
             else:
-                at, _, start = heapq.heappop(moving)
+                at, _, start, request = heapq.heappop(moving)
                 queue = min(second, key=lambda q: (q.open, q.now))
                 queue.now = max(queue.now, at) if not queue.open else queue.now
                 queue.add(request, start)
@@ -119,12 +136,23 @@ def serve_apart(apart: Apart, request: LoadRequest, concurrency: int, turns: int
         for o in queue.done[seen[id(queue)] :]:
             if queue in first:
                 number += 1
-                heapq.heappush(moving, (queue.now + apart.transfer_s(request.prompt), number, o.start))
+                at = queue.now + apart.transfer_s(o.request.prompt)
+                heapq.heappush(moving, (at, number, o.start, whole[id(o.request)]))
             else:
                 ended.append((queue.now, o.first or 0.0, o.each or 0.0))
-                arrivals.append(queue.now)
+                free.append(queue.now)
         seen[id(queue)] = len(queue.done)
-    ended.sort()
+    return ApartRun(first, second, ended)
+
+
+def serve_apart(apart: Apart, request: LoadRequest, concurrency: int, turns: int = 4) -> ApartResult:
+    """Keep `concurrency` equal requests open until `turns` for each have ended. Returns the ApartResult.
+
+    The first ones are spread over the time that one takes. Raises ValueError as run_apart() does.
+    """
+    total = turns * concurrency
+    run = run_apart(apart, [request] * total, apart.spread(request, concurrency))
+    first, second, ended = run.prefill, run.decode, sorted(run.ended)
     low, high = total // turns, total - total // turns
     middle = ended[low:high]
     rate = (len(middle) - 1) * request.output / max(1e-9, middle[-1][0] - middle[0][0])

@@ -108,6 +108,7 @@ class EngineTimes:
 
     def __init__(self, times: StepTimes, profile: EngineProfile) -> None:
         self.times, self.profile, self.copies = times, profile, times.copies
+        self.server, self.target = times.server, times.target
         launch = profile.graph_launch_s
         self.graphs = times if launch is None else times.on(times.target.with_library(launch_s=launch))
 

@@ -1,7 +1,8 @@
 """Measured servers against the queue: rows of a table of measured latencies, each served in virtual time.
 
 A row names a model, a chip, a serving engine, formats, a layout, lengths and the number of requests kept open. The
-requests all start at once, ten for each that is open, as the load generators of such tables do.
+requests all start at once, ten for each that is open, as the load generators of such tables do. With prefill and
+decode apart they start one after another, and the first of each that is open does not count.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from pathlib import Path
 from random import Random
 
 from intaglio.chips import CHIPS, Target, target
+from intaglio.codesign.disaggregated import Apart, run_apart
 from intaglio.codesign.engines import EngineProfile, EngineTimes, engine
 from intaglio.codesign.placement import Placement
-from intaglio.codesign.queue import serve
+from intaglio.codesign.queue import QueueSettings, serve
 from intaglio.codesign.simulate import ported
 from intaglio.codesign.steps import Formats, Server, StepTimes
 from intaglio.compiler import Layout
@@ -90,8 +92,8 @@ class Row:
             return f"no card of {self.columns['model_path']}"
         if self.columns["system"] not in CHIPS:
             return f"no chip {self.columns['system']}"
-        if self.columns["mode"] != "agg":
-            return "prefill and decode apart"
+        if self.group == "disaggregated" and not all(self.number(f"{p}_num_workers") for p in ("prefill", "decode")):
+            return "the number of prefill or decode servers is not given"
         if not self.concurrency:
             return "neither concurrency nor batch size"
         return None
@@ -110,8 +112,9 @@ class Row:
         """The Placement of the chips. phase: "", "prefill_" or "decode_"."""
         sizes = [max(1, self.number(phase + name)) for name in ("tp_size", "pp_size", "attention_dp_size")]
         (tp, pp, dp), expert = sizes, [max(1, self.number(f"{phase}moe_{w}_size")) for w in ("tp", "ep")]
+        workers = max(1, self.number(f"{phase}num_workers")) if phase else 1
         if self.card not in MIXTURES:
-            return Placement(Layout(tp=tp, pp=pp), replicas=dp)
+            return Placement(Layout(tp=tp, pp=pp), replicas=dp * workers)
         lanes = expert[0] * expert[1]
         if not phase and (lanes > 8 or (tp > 1 and dp > 1)):
             # tp or dp times ep: the same measurements stand in the table with tp8, ep8 and with tp64, moe 8 x 8
@@ -119,8 +122,8 @@ class Row:
             tp, dp, expert = (1, n, [1, n]) if dp > 1 else (n, 1, [1, n])
         experts = Layout(tp=expert[0], ep=expert[1])
         if dp == 1 and expert == [tp, 1]:
-            return Placement(Layout(tp=tp, pp=pp))
-        return Placement(Layout(tp=tp, pp=pp), dp, experts)
+            return Placement(Layout(tp=tp, pp=pp), replicas=workers)
+        return Placement(Layout(tp=tp, pp=pp), dp, experts, workers)
 
     def load(self) -> list[LoadRequest]:
         """The requests: all at once, with lengths as the load generator draws them."""
@@ -167,25 +170,42 @@ def whole(card: str) -> Program:
 
 @lru_cache(maxsize=64)
 def times(card: str, on: Target, placement: Placement, how: Formats, fusions: tuple[str, ...]) -> StepTimes:
-    """The StepTimes of a server, with random routing; equal servers share a table."""
-    return StepTimes(Server.of(whole(card), placement, how), on, fusions, random_routing=True)
+    """The StepTimes of a server; equal servers share a table."""
+    return StepTimes(Server.of(whole(card), placement, how), on, fusions)
 
 
 def compare(row: Row, profile: EngineProfile) -> Compared:
     """Serve a row's load in virtual time."""
     if why := row.refusal():
         return Compared(row, refused=why)
+    profile = profile.of(row.columns.get("backend_version") or "")
     try:
-        assert row.card
-        profile = profile.of(row.columns.get("backend_version") or "")
-        on = profile.on(target(row.columns["system"]))
-        own = times(row.card, on, row.placement(), row.formats(profile), tuple(profile.fusions))
-        kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, 256)
-        done = serve(EngineTimes(own, profile), profile.settings(kv, own.copies), row.load(), row.concurrency)
+        if row.group == "disaggregated":
+            apart, load = apart_of(row, profile), row.load()
+            whole_one = LoadRequest(0.0, row.number("isl"), row.number("osl"))
+            ended = run_apart(apart, load, apart.spread(whole_one, row.concurrency)).ended[row.concurrency :]
+            return Compared(row, statistics.fmean(t for _, t, _ in ended), statistics.fmean(e for *_, e in ended))
+        on, settings = server_of(row, profile)
+        done = serve(on, settings, row.load(), row.concurrency)
     except ValueError as e:  # it does not fit: ChipError, LayoutError, or a request longer than the cache
         return Compared(row, refused=str(e).split(";")[0])
     first = statistics.fmean(o.first or 0.0 for o in done.outcomes)
     return Compared(row, first, statistics.fmean(o.each or 0.0 for o in done.outcomes))
+
+
+def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[EngineTimes, QueueSettings]:
+    """Step times and settings of a row's server; of those that prefill or decode if phase is prefill_ or decode_."""
+    assert row.card
+    on = profile.on(target(row.columns["system"]))
+    own = times(row.card, on, row.placement(phase), row.formats(profile), tuple(profile.fusions))
+    kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, 256)
+    return EngineTimes(own, profile), profile.settings(kv, own.copies)
+
+
+def apart_of(row: Row, profile: EngineProfile) -> Apart:
+    """The servers of a row of mode disagg. Raises ValueError for what does not fit."""
+    (first, one), (second, two) = (server_of(row, profile, phase) for phase in ("prefill_", "decode_"))
+    return Apart(first, second, one, two)
 
 
 def compare_all(

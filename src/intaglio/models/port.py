@@ -311,9 +311,9 @@ def _program(
 
 
 def _long_note(length: int, usual: int, limit: int) -> str:
-    """A note for the user about a model whose rope table depends on the context. length: of the Program.
+    """A warning, as text, about a model whose rope table depends on the context.
 
-    usual: default context; limit: longest context.
+    length: the context of the Program; usual: the default context; limit: the longest one. All in tokens.
     """
     if length > usual:
         return (

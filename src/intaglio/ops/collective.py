@@ -130,8 +130,9 @@ class AllGather(Collective, kind="all_gather"):
 class ReduceScatter(Collective, kind="reduce_scatter"):
     """Op that sums over ranks and splits the sum by rows.
 
-    out on the `share`-th rank of `group` = its run of token rows of the sum that all_reduce computes. x f32 [T,
-    width], out f32 [T:share/n, width] for n ranks; see batch.shared_rows().
+    out on the `share`-th rank of `group` = its run of token rows of the sum that all_reduce computes, rounded as
+    `wire` says. x f32 [T, width]; out f32 [rows of this rank, width], written T:share/n for n ranks, see
+    batch.shared_rows().
     """
 
     x: str = operand()

@@ -263,7 +263,7 @@ class Experts(Op, kind="experts"):
     def work(self, t: Tensors, batch: Batch) -> Work:
         """The Work (FLOPs and bytes) of one step.
 
-        Weights count for the experts that even routing touches: E * (1 - (1 - top / E)^T).
+        Weights count for the experts that random routing is expected to touch: E * (1 - (1 - top / E)^T).
         """
         tokens, top = len(batch.tokens), int(t[self.ids].shape[1])
         experts = int(t[self.gate].shape[0])

@@ -55,8 +55,8 @@ class Recovery:
     def blame(self, why: str) -> None:
         """Mark the sequences of the launch that lost the device as suspects.
 
-        A sequence that was alone in a launch that lost the device, for the second time without a token between, ends in
-        error.
+        A sequence that was alone in two launches that lost the device, with no token sampled between them, ends in
+        error; `why` is the error's text.
         """
         in_flight = self.launcher.in_flight
         alone = len(in_flight) == 1 and self.launcher.lost_in_step

@@ -231,9 +231,10 @@ class Scheduler:
         return budget - num_tokens
 
     def _preempt_for_priority(self) -> None:
-        """Preempt running sequences whose priority is worse than the first waiting one's, from the last up.
+        """Preempt running sequences of worse priority than the first waiting one, from the last up, until it fits.
 
-        Nothing is preempted if that would not free enough blocks for the waiting sequence.
+        Sequences of a launch under way are not touched. Nothing is preempted if that would not free enough blocks for
+        the waiting sequence.
         """
         if not self.waiting:
             return

@@ -122,9 +122,10 @@ class Blocked:
 
 
 def cycle(blocked: Mapping[Hashable, Blocked]) -> str:
-    """Text that names the engines that wait for each other in a cycle, or the chain up to one that cannot be released.
+    """Text that names the engines that wait for each other in a cycle, found from the first engine of `blocked`.
 
-    Follows the first engine of `blocked`, which is not empty.
+    If there is no cycle it names the engine, at the end of the first one's chain of waits, for which nothing could ever
+    come. The other blocked engines are counted. `blocked` is not empty.
     """
     node: Hashable | None = next(iter(blocked))
     path: list[Hashable] = []

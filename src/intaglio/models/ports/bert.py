@@ -169,7 +169,10 @@ def roberta(c: Config, context: int) -> Decoder:
 
 
 def roberta_prelayernorm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RoBERTa-PreLayerNorm, from config.json: norms before the branches and at the end."""
+    """The Decoder that describes RoBERTa-PreLayerNorm, from config.json: norms before the branches and at the end.
+
+    Raises PortError unless the config sets is_decoder.
+    """
     s, sources = counted(c)
     sources |= {"attention_norm": "attention.LayerNorm", "mlp_norm": "intermediate.LayerNorm", "norm": "LayerNorm"}
     return Decoder(**s | {"norms": BEFORE, "final_norm": "norm"}, head=LM, sources=sources)

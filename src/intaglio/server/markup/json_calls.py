@@ -127,10 +127,10 @@ def _members(s: Source, depth: int, begin: str, end: str) -> Pieces[bool]:
 
 
 def call(s: Source, known: Tools | None = None) -> Steps[bool]:
-    """Parse one call, {"name": ..., "arguments": ...}, and yield it as Parts. Other keys are skipped.
+    """Parse one call, {"name": ..., "arguments": ...}, and yield it as Parts.
 
-    known: if given, the name must be one of these tools. Returns True if a call was begun, even if its arguments
-    are cut off.
+    Without `known`, keys that a call does not have are skipped. With it, the name must be one of these tools, and such
+    a key ends the call. Returns True if a call was begun, even if its arguments are cut off.
     """
     if not (yield from blanks(s)) or s.held[0] != "{":
         return False

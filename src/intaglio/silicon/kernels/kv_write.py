@@ -25,7 +25,7 @@ QUOTIENT = postfix("a / b")
 
 @dataclass(frozen=True)
 class Heads:
-    """Numbers of heads, head widths and formats of an attention layer."""
+    """Numbers of heads, head widths, window and bits of a cached value of an attention layer."""
 
     heads: int  # query heads
     kv_heads: int

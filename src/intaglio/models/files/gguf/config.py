@@ -319,7 +319,8 @@ def nemotron(m: Metadata) -> dict[str, Any]:
 def starcoder2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for StarCoder 2.
 
-    Every layer has full attention, as in llama.cpp: the model's context is within the window.
+    Every layer has full attention, as in llama.cpp: GGUF files do not record the window of the published models
+    (4,096 tokens), so logits of longer sequences differ from transformers'.
     """
     whole_heads(m)
     c = base(m, norm="layer")
