@@ -2,10 +2,10 @@
 
     python scripts/fit_engines.py serving.csv --rows 60
 
-For each engine, rows of all models are served in virtual time once, without these additions. As they are linear in
-a request's tokens and in the time of a step, the constants with the least error follow from the residuals: step_s from
-the times per token; request_s, prompt_token_s and admission_steps from those to the first. They belong in
-src/intaglio/data/engines/NAME.toml. It prints them; the test half judges them
+For each engine, and for its older releases, rows of all models are served in virtual time once, without these
+additions. As they are linear in a request's tokens and in the time of a step, the constants with the least error follow
+from the residuals: step_s from the times per token; request_s, prompt_token_s and admission_steps from those to the
+first. They belong in src/intaglio/data/engines/NAME.toml. It prints them; the test half judges them
 (`intaglio validate-serving serving.csv --split test`).
 """
 
@@ -47,20 +47,23 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=60, help="of each engine, evenly spread over its rows")
     parser.add_argument("--engine", choices=list(engines()), help="only this one")
     asked = parser.parse_args()
-    for name in [asked.engine] if asked.engine else engines():
+    for name, old in itertools.product([asked.engine] if asked.engine else engines(), (False, True)):
         mine = [
             r for r in rows(asked.table)
             if r.columns["backend"] == name and r.split == "fit" and not r.refusal()
+            and engine(name).is_older(r.columns["backend_version"]) == old
         ]  # fmt: skip
+        if not mine:
+            continue
         mine = [mine[i * len(mine) // asked.rows] for i in range(asked.rows)] if len(mine) > asked.rows else mine
-        plain = replace(engine(name), step_s=0.0, request_s=0.0, prompt_token_s=0.0, admission_steps=0.0)
+        plain = replace(engine(name), older={}, step_s=0.0, request_s=0.0, prompt_token_s=0.0, admission_steps=0.0)
         found = [c for c in compare_all(mine, lambda _, p=plain: p) if not c.refused]  # type: ignore[misc]
         step = min(STEP_S, key=lambda s: step_error(found, s))
         grid = itertools.product([step], REQUEST_S, PROMPT_TOKEN_S, ADMISSION_STEPS)
         best = min(grid, key=lambda x: error(found, *x))[1:]
         tpot = f"{step_error(found, 0.0):.3f} -> {step_error(found, step):.3f}"
         before, after = error(found, step, 0.0, 0.0, 0.0), error(found, step, *best)
-        print(f"{name}: {len(found)} rows, TPOT {tpot}, TTFT {before:.3f} -> {after:.3f}")
+        print(f"{name}{', older' if old else ''}: {len(found)} rows, TPOT {tpot}, TTFT {before:.3f} -> {after:.3f}")
         print(
             f"step_s = {step:g}\nrequest_s = {best[0]:g}\nprompt_token_s = {best[1]:g}\nadmission_steps = {best[2]:g}",
             flush=True,

@@ -15,7 +15,7 @@ from intaglio.codesign.steps import Formats, Server, StepTimes
 from intaglio.program import Program
 from intaglio.silicon.kernels import ChipKernel
 from intaglio.silicon.kernels.collectives import CollectiveKernel, collective_timing
-from intaglio.silicon.kernels.experts import random_counts
+from intaglio.silicon.kernels.experts import expected_rows
 from intaglio.silicon.sizes import BatchSizes
 
 ON = target("h100_sxm")
@@ -81,18 +81,15 @@ def test_kernels_of_their_own() -> None:
 
 
 def test_random_routing() -> None:
-    """Rows are as many as routed; experts with rows as many as expected of independent tokens, within sampling."""
-    assert random_counts(1, 8, 256) == (0,) * 248 + (1,) * 8
-    assert random_counts(5, 4, 4) == (5,) * 4
+    """Rows are as many as routed; experts with rows as many as expected of independent tokens."""
+    assert expected_rows(5, 4, 4, 4) == (5,) * 4
     for _ in range(20):
         experts = random.choice((32, 128, 256, 512))
-        top, tokens = random.randint(1, 8), random.randint(1, 4096)
-        counts = random_counts(tokens, top, experts)
-        assert list(counts) == sorted(counts) and len(counts) == experts
-        spread = (tokens * top / experts) ** 0.5 + 1  # of one expert; quantiles at midpoints miss a part of the tails
-        assert abs(sum(counts) - tokens * top) <= 0.1 * experts * spread
-        touched = experts * (1 - (1 - top / experts) ** tokens)
-        assert abs(sum(c > 0 for c in counts) - touched) <= 1
+        top, tokens, chips = random.randint(1, 8), random.randint(1, 4096), random.choice((1, 2, 4, 8))
+        held = experts // chips
+        counts = expected_rows(tokens, top, experts, held)
+        assert len(counts) == held and sum(counts) == max(1, round(tokens * top / chips))
+        assert abs(sum(c > 0 for c in counts) - held * (1 - (1 - top / experts) ** tokens)) <= 1
 
 
 def test_an_engines_own_all_reduce() -> None:

@@ -114,6 +114,13 @@ def test_profiles(times: StepTimes, tmp_path: Path) -> None:
     assert own.on(times.target).library.small_reduce_s == 2e-6
     assert own.on(target("b200_sxm")).library.small_reduce_s == 3e-6
     assert own.on(target("a100_sxm")).library.barrier_s == 1e-6
+    late = EngineProfile(name="x", description="", older={"before": "1.1", "step_s": 0.5})
+    steps = [late.of(release).step_s for release in ("1.0.0rc3", "", "1.1.0rc2.post2", "1.2", "nightly-5b8c")]
+    assert steps == [0.5, 0.5, 0, 0, 0]
+    assert late.of("1.0").settings(1).step_s == 0.5 and own.of("") == own
+    for older in ({"step_s": 1.0}, {"before": "1.1", "mystery": 1}):
+        with pytest.raises(ChipError, match="engine x: older has .*; wanted before = a release"):
+            EngineProfile(name="x", description="", older=older)
     with pytest.raises(ValueError, match="engine x: unknown fusion mystery; known: add_norm"):
         EngineProfile(name="x", description="", fusions=("mystery",))
     with pytest.raises(ValueError, match="no serving engine 'x'; known are"):

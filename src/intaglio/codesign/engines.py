@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class EngineProfile:
         fusions: ops that the engine launches together, names of intaglio.codesign.fusions.FUSIONS.
         library: fields of the chip's kernel library in which the engine's own kernels differ.
         generations: the same for one generation of chips, such as hopper, by its name.
+        older: fields that differ in releases before the one that `before` names, such as 0.14.
         reasons: (field, source of its value).
     """
 
@@ -58,6 +60,7 @@ class EngineProfile:
     fusions: tuple[str, ...] = ()
     library: dict[str, Any] = field(default_factory=dict)
     generations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    older: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,11 +68,27 @@ class EngineProfile:
             value = getattr(self, one.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < float("inf"):
                 raise ValueError(f"engine {self.name}: {one.name} is {value}; allowed: 0 or more")
+        known = {one.name for one in fields(self)} - {"name", "description", "older", "reasons"} | {"before"}
+        if self.older and (not set(self.older) <= known or not numbers(str(self.older.get("before", "")))):
+            raise ChipError(
+                f"engine {self.name}: older has {self.older}; wanted before = a release, and {sorted(known)}"
+            )
         if unknown := sorted(set(self.fusions) - set(FUSIONS)):
             raise ValueError(f"engine {self.name}: unknown fusion {', '.join(unknown)}; known: {', '.join(FUSIONS)}")
         for name in ("max_batch_tokens", "max_sequences", "decode_factor", "prefill_factor"):
             if not getattr(self, name):
                 raise ValueError(f"engine {self.name}: {name} is 0; allowed: above 0")
+
+    def is_older(self, release: str) -> bool:
+        """True if a release comes before older["before"]. An unnamed one does; one without a number does not."""
+        if not self.older:
+            return False
+        return not release or () < numbers(release) < numbers(self.older["before"])
+
+    def of(self, release: str) -> EngineProfile:
+        """The profile of a release, such as 0.17.0; "" for an unnamed one."""
+        changes = {k: v for k, v in self.older.items() if k != "before"} if self.is_older(release) else {}
+        return replace(self, **changes, older={})
 
     def on(self, target: Target) -> Target:
         """The target with the engine's own kernels. Raises ChipError for a field that a library does not have."""
@@ -100,6 +119,12 @@ class EngineTimes:
             return seconds * self.profile.prefill_factor, joules
         seconds, joules = self.graphs.cost(decoding, context)
         return seconds * self.profile.decode_factor, joules
+
+
+def numbers(release: str) -> tuple[int, ...]:
+    """The numbers with which the name of a release starts: (1, 2, 0) of 1.2.0rc6; () if it starts with none."""
+    found = re.match(r"\d+(\.\d+)*", release)
+    return tuple(int(n) for n in found[0].split(".")) if found else ()
 
 
 def engines() -> dict[str, Path]:

@@ -170,14 +170,15 @@ def whole(card: str) -> Program:
 
 @lru_cache(maxsize=64)
 def times(card: str, on: Target, placement: Placement, how: Formats, fusions: tuple[str, ...]) -> StepTimes:
-    """The StepTimes of a server, with random routing; equal servers share a table."""
-    return StepTimes(Server.of(whole(card), placement, how), on, fusions, random_routing=True)
+    """The StepTimes of a server; equal servers share a table."""
+    return StepTimes(Server.of(whole(card), placement, how), on, fusions)
 
 
 def compare(row: Row, profile: EngineProfile) -> Compared:
     """Serve a row's load in virtual time."""
     if why := row.refusal():
         return Compared(row, refused=why)
+    profile = profile.of(row.columns.get("backend_version") or "")
     try:
         if row.group == "disaggregated":
             apart, load = apart_of(row, profile), row.load()

@@ -161,14 +161,12 @@ class StepTimes:
         server: the compiled model.
         target: chip and kernel library.
         fusions: ops that are launched together, names of FUSIONS.
-        random_routing: routers choose experts at random; False: evenly.
         overlaps: whether the library prefetches weights or hides collectives; a step then takes what Plan says.
     """
 
     server: Server
     target: Target
     fusions: tuple[str, ...] = ()
-    random_routing: bool = False
     tables: dict[tuple[object, ...], tuple[float, float]] = field(default_factory=dict, repr=False)
     others: dict[Target, StepTimes] = field(default_factory=dict, repr=False)
 
@@ -197,7 +195,7 @@ class StepTimes:
         if target == self.target:
             return self
         if target not in self.others:
-            self.others[target] = StepTimes(self.server, target, self.fusions, self.random_routing)
+            self.others[target] = StepTimes(self.server, target, self.fusions)
         return self.others[target]
 
     @cached_property
@@ -231,8 +229,7 @@ class StepTimes:
         elif self.server.rows == "weights" and x == "f32":
             x = "bf16"  # routers: only their sums are in float32
         self.target.chip.runs_as(w)  # raises ChipError if the arrays do not take the format
-        kernel = replace(kernel, w_format=w, x_format=x)
-        return replace(kernel, random=self.random_routing) if isinstance(kernel, ExpertsKernel) else kernel
+        return replace(kernel, w_format=w, x_format=x)
 
     def exact(self, decoding: int, context: int, chunks: Chunks = ()) -> tuple[float, float]:
         """(seconds, joules of all chips of the server) of one step.

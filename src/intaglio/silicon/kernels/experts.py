@@ -39,10 +39,7 @@ SCALED = (("operand", "a"), ("operand", "b"), ("binary", "*"))
 @chip_kernel(Experts)
 @dataclass(frozen=True)
 class ExpertsKernel(ChipKernel):
-    """Chip kernel of `experts` on a chip that holds `held` experts [inner, hidden].
-
-    Timed with even routing on the chip with the most rows, or with `random` routing on an average chip.
-    """
+    """Chip kernel of `experts` on a chip that holds `held` experts [inner, hidden]. Timed with random routing."""
 
     top: int
     held: int
@@ -52,7 +49,6 @@ class ExpertsKernel(ChipKernel):
     x_format: str
     w_format: str
     w_bits: float  # bits a weight, scales included
-    random: bool = False
 
     @classmethod
     def of(cls, op: Experts, t: Tensors) -> ExpertsKernel:
@@ -62,13 +58,8 @@ class ExpertsKernel(ChipKernel):
         return cls(top, held, op.of or held, hidden, inner, x_format, *w)
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
-        n, rows = self.experts, sizes.tokens * self.top
-        even = np.full(n, rows // n) + (np.arange(n) < rows % n)
-        counts = tuple(even[: self.held].tolist())
-        if self.random:
-            every = random_counts(sizes.tokens, self.top, n)
-            counts = tuple(every[int((i + 0.5) * n / self.held)] for i in range(self.held))
-        how = n, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits
+        counts = expected_rows(sizes.tokens, self.top, self.experts, self.held)
+        how = self.experts, self.hidden, self.inner, self.x_format, self.w_format, self.w_bits
         return experts_timing(target, sizes.tokens, self.top, counts, *how)
 
     @classmethod
@@ -100,21 +91,15 @@ class ExpertsKernel(ChipKernel):
         return combine(mem, op, parts)
 
 
-@lru_cache(maxsize=4096)
-def random_counts(tokens: int, top: int, experts: int) -> tuple[int, ...]:
-    """Rows of each expert, ascending, if each token chooses `top` experts at random.
+def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, ...]:
+    """Rows of each of the `held` experts of a chip, if every token chooses `top` of all experts at random.
 
-    An expert's rows are binomial, B(tokens, top / experts); expert i of n has their quantile (i + 1/2) / n. With few
-    tokens several choose the same expert, so that fewer experts have rows than with even routing.
+    The expected number of rows, at least 1, is spread evenly over the expected number of experts that have any:
+    held (1 - (1 - top / experts) ** tokens).
     """
-    p = top / experts
-    if p >= 1:
-        return (tokens,) * experts
-    most = min(tokens, int(tokens * p + 12 * (tokens * p) ** 0.5 + 12))
-    k = np.arange(most)
-    ratios = np.log((tokens - k) / (k + 1)) + np.log(p / (1 - p))
-    below = np.cumsum(np.exp(tokens * np.log1p(-p) + np.concatenate(([0.0], np.cumsum(ratios)))))
-    return tuple(np.searchsorted(below, (np.arange(experts) + 0.5) / experts * below[-1]).tolist())
+    rows = max(1, round(tokens * top * held / experts))
+    active = min(rows, max(1, round(held * (1 - (1 - top / experts) ** tokens))))
+    return tuple(rows // active + (i < rows % active) for i in range(active)) + (0,) * (held - active)
 
 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
