@@ -586,3 +586,24 @@ def test_without_one_side_the_other_does_all() -> None:
     assert [p.replica for p in router.dispatch(0.0)] == ["p0"]
     assert not apart(0, 2).wants_prefill(job("one", 1, 2, 3), 0.0)
     assert not apart().wants_prefill(Job("short", (), 40), 0.0)
+
+
+def test_jobs_that_wait_for_a_prefill_replica_go_elsewhere_if_none_is_left() -> None:
+    router = apart(1, 1)
+    for i in range(20):
+        router.submit(Job(f"j{i}", (), 512, stage="prefill"), 0.0)
+    assert {p.replica for p in router.dispatch(0.0)} == {"p0"}
+    for moved in router.drain("p0"):
+        router.resubmit(moved)
+    assert {p.replica for p in router.dispatch(0.1)} == {"d0"}
+
+
+def test_waiting_prompts_hold_up_no_decode_replica() -> None:
+    """Neither in order, however many prompts wait, nor in the time that a request for a decode replica would wait."""
+    router = apart(1, 1)
+    for i in range(100):
+        router.submit(Job(f"j{i}", (), 8000, stage="prefill"), 0.0)
+    router.dispatch(0.0)
+    router.submit(Job("handed", (), 8000, handed=7999), 0.1)
+    assert [(p.job.id, p.replica) for p in router.dispatch(0.1)] == [("handed", "d0")]
+    router.submit(Job("short", (), 20, start_by=5.0), 0.2)

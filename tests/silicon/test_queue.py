@@ -153,6 +153,22 @@ def test_the_closed_form_is_close_to_the_queue(times: StepTimes) -> None:
         assert form.ttft == pytest.approx(statistics.fmean(o.first or 0.0 for o in middle), rel=0.7)
 
 
+def test_a_closed_form_is_never_above_the_rate_of_prefill(times: StepTimes) -> None:
+    for prompt, output in ((8000, 128), (2000, 20)):
+        chunks = [(1024, (prompt + 1024) // 2, 1)]
+        most = 1024 / times.cost(0, 1.0, chunks)[0] / prompt * output
+        for open_ in (100, 1000, 4000):
+            assert estimate(times, QueueSettings(10**8, 1024, 4096), prompt, output, open_).tokens_per_s < 1.1 * most
+
+
+def test_every_copy_of_attention_prefills_a_long_prompt(mixture: Server) -> None:
+    """A prompt longer than a step's tokens does not keep the other copies waiting."""
+    shared = StepTimes(mixture, target("h200_sxm"))
+    load = [LoadRequest(0.0, 800, 1)] * 8
+    done = serve(shared, QueueSettings(10**6, 200), load)
+    assert done.steps == -(-8 // shared.copies) * 4
+
+
 def test_the_search_keeps_the_limits(times: StepTimes) -> None:
     loose, tight = (
         Candidate(Question(times.server.program, Formats(), 500, 100, Limits(tpot=tpot)), times.server, times.target)

@@ -31,13 +31,13 @@ LIBRARY: dict[str, Range] = {
         (
             "activation_bytes", "burst_bytes", "tiles", "split_k", "matmul_stages", "key_tile", "query_tiles",
             "fused_query_tiles", "min_query_rows", "kv_splits", "decode_jobs", "decode_stages", "window_min_keys",
-            "expert_rows", "expert_columns", "expert_stages", "vector_load_values",
+            "expert_rows", "expert_columns", "expert_stages", "vector_load_values", "l2_multicast",
         ),
         NATURAL,
     ),
     **dict.fromkeys(
         (  "half_burst_cost", "kv_dequant_ops", "kv_row_cycles", "kv_quant_cycles", "unaligned_row_cost",
-            "fp8_dequant_ops", "fp8_load_bytes_per_cycle", "fp8_overfetch", "l2_multicast",
+            "fp8_dequant_ops", "fp8_load_bytes_per_cycle", "fp8_overfetch",
             "routing_launches", "routing_ops", "switch_reduce_min_chips",
         ),
         AMOUNT,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 HEADERS = (
     "prefill", "decode", "open", "TTFT\nms", "TPOT\nms", "a user\ntok/s", "a chip\ntok/s", "tok/J", "W/\nchip",
-    "busy\nP/D",
+    "busy\nP/D %",
 )  # fmt: skip
 WIDTH = 40  # characters of the longest bar
 
@@ -85,5 +85,5 @@ def cells(first: str, second: str, r: ApartResult) -> tuple[str, ...]:
     return (
         first, second, f"{r.concurrency:,}", f"{r.ttft * 1e3:,.0f}", f"{r.tpot * 1e3:,.1f}", f"{1 / r.tpot:,.0f}",
         f"{r.tokens_per_s / r.chips:,.0f}", f"{r.tokens_per_s / r.watts:,.2f}", f"{r.watts / r.chips:,.0f}",
-        f"{r.prefill_busy:.0%}/{r.decode_busy:.0%}",
+        f"{100 * r.prefill_busy:.0f}/{100 * r.decode_busy:.0f}",
     )  # fmt: skip

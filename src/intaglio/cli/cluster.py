@@ -155,7 +155,7 @@ def show(state: dict[str, Any], as_json: bool) -> None:
           f"{'K/V used':>8} {'restarts':>8}")  # fmt: skip
     for r in state["replicas"]:
         print(
-            f"{r['name']:7} {r['role']:7} {r['pid']:>7} {r['state']:8} {r['requests']:>8} {r['running']:>7} "
+            f"{r['name']:7} {r['role']:7} {r['pid'] or '-':>7} {r['state']:8} {r['requests']:>8} {r['running']:>7} "
             f"{r['waiting']:>7} {r['kv_usage']:>8.0%} {r['restarts']:>8}"
         )
     print(f"{state['queued']} requests wait in the router")

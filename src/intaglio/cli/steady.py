@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 HEADERS = (
     "chip", "layout", "open", "TTFT\nms", "TPOT\nms", "a user\ntok/s", "a chip\ntok/s", "all\ntok/s", "tok/J",
-    "W/\nchip", "W+KV\nGB",
+    "W+KV\nGB",
 )  # fmt: skip
 BY = ("watt", "chip")
 
@@ -105,5 +105,5 @@ def cells(d: Design) -> tuple[str, ...]:
     return (
         d.chip, str(d.placement), f"{d.concurrency:,}{mark}", whole(d.ttft * 1e3), f"{d.tpot * 1e3:,.1f}",
         f"{d.per_user:,.0f}", whole(d.per_chip), whole(d.tokens_per_s), f"{d.per_watt:,.4g}",
-        f"{d.watts / d.placement.chips:,.0f}", f"{d.weight_bytes / 1e9:,.0f}+{d.kv_bytes / 1e9:,.0f}",
+        f"{d.weight_bytes / 1e9:,.0f}+{d.kv_bytes / 1e9:,.0f}",
     )  # fmt: skip

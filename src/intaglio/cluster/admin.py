@@ -51,8 +51,9 @@ def blocks_folder(cluster: Path) -> Iterator[Path]:
     """A new folder for the K/V blocks that the replicas of a cluster hand to each other, removed at the block's end.
 
     It is in memory where the system has /dev/shm. `cluster` is the cluster's folder, which keeps a link to it: if the
-    router is killed, the next one removes what was left.
+    router is killed, the next one removes what was left. Raises ValueError if a cluster of this folder is running.
     """
+    refuse_running(cluster)
     link = cluster / BLOCKS
     if link.is_symlink() and _is_ours(left := link.readlink()):
         shutil.rmtree(left, ignore_errors=True)
@@ -64,6 +65,13 @@ def blocks_folder(cluster: Path) -> Iterator[Path]:
     finally:
         link.unlink(missing_ok=True)
         shutil.rmtree(blocks, ignore_errors=True)
+
+
+def refuse_running(cluster: Path) -> None:
+    """Raise ValueError if a cluster answers on the socket of this folder; return nothing otherwise."""
+    with socket.socket(socket.AF_UNIX) as s:
+        if s.connect_ex(str(cluster / SOCKET)) == 0:
+            raise ValueError(f"a cluster {cluster.name!r} runs already; end it with `intaglio cluster down`")
 
 
 def _is_ours(path: Path) -> bool:
@@ -105,11 +113,8 @@ async def administration(folder: Path, commands: dict[str, Command]) -> AsyncIte
     commands: function by name. Raises ValueError if another cluster is running there.
     """
     path = folder / SOCKET
-    if path.exists():
-        with socket.socket(socket.AF_UNIX) as s:
-            if s.connect_ex(str(path)) == 0:
-                raise ValueError(f"a cluster {folder.name!r} runs already; end it with `intaglio cluster down`")
-        path.unlink()
+    refuse_running(folder)
+    path.unlink(missing_ok=True)
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

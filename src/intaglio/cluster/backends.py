@@ -32,7 +32,7 @@ FINISHED_KEPT = 1 << 16  # ended requests of a replica that are kept for its rat
 OUTPUT_FIRST, OUTPUT_SHARE = 64.0, 0.05  # mean output length in tokens: first guess, weight of the next request
 
 
-class ReplicaBroken(Exception):
+class ReplicaBroken(ValueError):
     """Raised for a replica that reports that it cannot serve any more."""
 
 

@@ -50,7 +50,7 @@ class ReplicaProcess:
     async def start(self) -> Link:
         """Start the process, connect to it once it serves, and return the Link.
 
-        Raises ReplicaFailed with the end of its log if it ends before, TimeoutError after STARTING seconds.
+        Raises ReplicaFailed with the end of its log if it ends before, or after STARTING seconds.
         """
         socket = self.folder / f"{self.name}-{secrets.token_hex(4)}.sock"
         words = [sys.executable, "-m", "intaglio", "serve", *self.words, "--port", "0", "--control", str(socket)]
@@ -72,6 +72,10 @@ class ReplicaProcess:
                         except ConnectionRefusedError:
                             pass  # bound, and not listening yet
                     await asyncio.sleep(LOOK)
+        except TimeoutError:
+            self.kill()
+            why = f"replica {self.name} did not serve within {STARTING:.0f} s: {self._tail(begins)}"
+            raise ReplicaFailed(why) from None
         except BaseException:
             self.kill()
             raise

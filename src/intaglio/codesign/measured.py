@@ -94,6 +94,9 @@ class Row:
             return f"no chip {self.columns['system']}"
         if self.group == "disaggregated" and not all(self.number(f"{p}_num_workers") for p in ("prefill", "decode")):
             return "the number of prefill or decode servers is not given"
+        for name in ("gemm_quant_mode", "moe_quant_mode"):
+            if self.columns[name] not in FORMATS:
+                return f"{name} {self.columns[name]!r} has no format here; known are {', '.join(filter(None, FORMATS))}"
         if not self.concurrency:
             return "neither concurrency nor batch size"
         return None
@@ -156,7 +159,10 @@ def rows(path: Path) -> list[Row]:
     """The rows of a table. Raises ValueError if columns are missing."""
     with path.open(newline="", encoding="utf-8") as file:
         found = [Row(columns) for columns in csv.DictReader(file)]
-    wanted = ("backend", "model_path", "system", "mode", "isl", "osl", "silicon_ttft_ms", "silicon_tpot_ms")
+    wanted = (
+        "backend", "model_path", "system", "mode", "isl", "osl", "gemm_quant_mode", "moe_quant_mode", "silicon_ttft_ms",
+        "silicon_tpot_ms",
+    )  # fmt: skip
     if not found or not set(wanted) <= set(found[0].columns):
         raise ValueError(f"{path}: wanted rows with columns {', '.join(wanted)}")
     return found

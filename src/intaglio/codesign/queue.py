@@ -137,6 +137,7 @@ class Queue:
         longest = s.max_batch_tokens - -(-decoding // copies)  # of one copy
         chunks: dict[tuple[int, int], int] = {}
         ended: list[Queued] = []
+        partial = 0  # prompts that do not end in this step, at most one for each copy
         for one in self.prefilling:
             q = min(one.planned.prompt - one.done, budget, longest)
             if q < 1:
@@ -146,7 +147,9 @@ class Queue:
             chunks[q, one.done] = chunks.get((q, one.done), 0) + 1
             if one.done == one.planned.prompt:
                 ended.append(one)
-            else:
+                continue
+            partial += 1
+            if partial == copies:
                 break
         context = self.keys / n if n else 1
         seconds, joules = self.times.cost(decoding, context, [(q, keys, m) for (q, keys), m in chunks.items()])

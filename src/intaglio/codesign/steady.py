@@ -23,6 +23,7 @@ from intaglio.progress import Progress, silent
 
 MOST = 4096  # requests of one server that the search keeps open, at most
 TURNS = 4  # requests for each that is open, in the queue that confirms
+ROUNDS = 40  # of the fixed point for the number of sequences that decode
 KEEP = 3  # of the best estimates, that the queue confirms
 BUDGETS = (512, 2048, 8192)  # tokens of a step that the search tries
 
@@ -60,14 +61,16 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
     copies, context = times.copies, input + output / 2
     rounds = max(1, output - 1)  # decode steps of a request
     decoding = float(slots)
-    for _ in range(6):
+    for _ in range(ROUNDS):
         n = max(1, round(decoding))
         overhead = s.step_s + s.sequence_s * n
         plain, plain_j = times.cost(n, context) if output > 1 else (0.0, 0.0)
         budget = max(1, s.max_batch_tokens - (-(-n // copies) if s.mixed and output > 1 else 0)) * copies
         wanted = n * input / rounds  # prompt tokens for each step that decodes
         whole = budget // input
-        if wanted >= 0.9 * budget:  # every step is full
+        if wanted >= 0.9 * budget and input > budget // copies:  # every step is full, of a chunk for each copy
+            chunks, parts = [(budget // copies, (input + budget // copies) // 2, copies)], input / budget
+        elif wanted >= 0.9 * budget:  # every step is full
             rest = budget - whole * input
             chunks = [(input, input, whole)] if whole else []
             chunks += [(min(rest, input), (input + rest) // 2, 1)] if rest else []
@@ -91,7 +94,8 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
             busy = share * mixed_s / (share * mixed_s + (plain_s if output > 1 else 0.0))
             tpot, step_j, ready = plain_s + share * mixed_s, plain_j + share * mixed_j, slots
         prefill = max(1.0, parts) * mixed_s * (1 + busy / 2) + (1 - busy) * plain_s / 2
-        rate = n / (rounds * tpot) if output > 1 else 1 / (parts * mixed_s)
+        most = 1 / (parts * mixed_s)  # requests per second if every step computes prompts
+        rate = min(n / (rounds * tpot), most) if output > 1 else most
         decoding = 0.5 * decoding + 0.5 * max(1.0, min(ready, slots - rate * prefill))
     waiting = concurrency - decoding if output > 1 else concurrency
     ttft = max(prefill, waiting / rate) + s.request_s + s.prompt_token_s * input + s.admission_steps * tpot
@@ -201,7 +205,7 @@ class Candidate:
     def settings(self, budget: int) -> QueueSettings:
         """The QueueSettings with `budget` tokens a step. Raises ChipError if no K/V cache fits."""
         q = self.question
-        kv = self.server.kv_tokens(self.on, q.memory_share, budget, min(q.max_sequences, 256))
+        kv = self.server.kv_tokens(self.on, q.memory_share, budget, min(q.max_sequences, 256), q.max_sequences)
         return replace(q.settings, kv_tokens=kv, max_batch_tokens=budget, max_sequences=q.max_sequences)
 
     def design(self, concurrency: int, budget: int, seen: Estimate, confirmed: bool) -> Design:
@@ -287,7 +291,7 @@ def candidates(
                 one = Candidate(question, server, on)
                 one.settings(min(BUDGETS))
                 out.append(one)
-            except ChipError as e:
+            except (LayoutError, ChipError) as e:
                 refused.append((on.chip.name, layout, str(e)))
     return out, refused
 

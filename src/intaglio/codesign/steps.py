@@ -100,15 +100,18 @@ class Server:
             for p, e in zip(self.stages, self.experts, strict=True)
         )
 
-    def kv_tokens(self, target: Target, share: float, max_tokens: int, max_sequences: int) -> int:
+    def kv_tokens(
+        self, target: Target, share: float, max_tokens: int, max_sequences: int, open_sequences: int | None = None
+    ) -> int:
         """Tokens of K/V of one server that fit beside weights and activations in a share of each chip's HBM.
 
-        max_tokens, max_sequences: of a step of one copy. Raises ChipError if not even one block fits.
+        max_tokens, max_sequences: of a step of one copy. open_sequences: at most as many tokens as so many contexts
+        have; None: max_sequences. Raises ChipError if not even one block fits.
         """
         hbm = int(target.chip.hbm_bytes * share)
         step = BatchSizes(max_tokens, min(max_tokens, max_sequences), ())
         slots = 2 * max_sequences if any(t.shape[0] == "N" for p in self.stages for t in p.of_role("state")) else 0
-        most = max_sequences * -(-self.program.context // BLOCK)
+        most = (open_sequences or max_sequences) * -(-self.program.context // BLOCK)
         pages = most
         for p in self.stages:
             use = memory_use(p, step, 1, hbm)

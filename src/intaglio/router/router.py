@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 from intaglio.router.fairness import FairQueue
@@ -145,7 +145,9 @@ class Router:
         if not self.queue or not any(r.has_room for r in self.replicas.values()):
             return placed
         ahead: Counter[str] = Counter()  # prompt tokens of jobs that wait for a full replica
-        for job in list(islice(self.queue.order(), SCANNED)):
+        stages = sorted({job.stage for job in self.queue.jobs()})  # a stage is not held up by jobs of the other
+        first = [job for s in stages for job in islice((j for j in self.queue.order() if j.stage == s), SCANNED)]
+        for job in first:
             best = self._choose(job, now, ahead)
             if best is None:
                 continue
@@ -185,7 +187,7 @@ class Router:
 
         That is if there are both, and the best decode replica would have PREFILL_MIN tokens or more to compute.
         """
-        if not self._takers(replace(job, stage="prefill")):
+        if not any(r.placeable and r.role == "prefill" for r in self.replicas.values()):
             return False
         decoders = [r for r in self._takers(job) if r.role != "prefill"]
         options = [estimate(r, job, self.memory, now) for r in decoders]
@@ -200,11 +202,12 @@ class Router:
     def _takers(self, job: Job) -> list[Replica]:
         """The replicas that may be given the job now.
 
-        Prefill replicas take whole requests only if no other replica takes any.
+        Prefill replicas take whole requests only if no other replica takes any. A job that waits for a prefill replica
+        goes to any other if none is left.
         """
         alive = [r for r in self.replicas.values() if r.placeable]
         if job.stage == "prefill":
-            return [r for r in alive if r.role == "prefill"]
+            return [r for r in alive if r.role == "prefill"] or alive
         return [r for r in alive if r.role != "prefill"] or alive
 
     def _admit(self, job: Job, now: float) -> None:
@@ -214,7 +217,7 @@ class Router:
                 raise Refusal("unavailable", "no replica serves; start one with `intaglio cluster scale`", RETRY_MAX)
             raise Refusal("unavailable", "no replica is ready yet; retry later", RETRY_MIN)
         most, waiting = self.limits.max_queued, len(self.queue)
-        wait = self._queue_seconds(alive)
+        wait = self._queue_seconds(alive, job.stage)
         own = self.queue.share(job.tenant, most)
         if waiting >= most:
             raise Refusal("full", f"{waiting} requests wait, max_queued is {most}; retry later", _retry(wait))
@@ -232,9 +235,9 @@ class Router:
             why = f"it would take {wait + best.end:.1f} s, {over:.1f} s more than its timeout; retry later"
             raise Refusal("late", why, _retry(over))
 
-    def _queue_seconds(self, alive: list[Replica]) -> float:
-        """Estimated seconds until the jobs that wait now have been placed, from the prefill pace of all replicas."""
-        tokens = sum(job.prompt_tokens for job in self.queue.jobs())
+    def _queue_seconds(self, alive: list[Replica], stage: str) -> float:
+        """Estimated seconds until the jobs of a stage that wait now have been placed, by the replicas' prefill pace."""
+        tokens = sum(job.prompt_tokens - job.handed for job in self.queue.jobs() if job.stage == stage)
         return tokens / sum(1 / max(r.report.pace.per_token, 1e-9) for r in alive)
 
     def _choose(self, job: Job, now: float, ahead: Mapping[str, int]) -> Estimate | None:
