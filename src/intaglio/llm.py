@@ -378,9 +378,9 @@ def state_spec(
     granted, slots = machine.kv_bytes, 0
     if slot:
         running = max(2, min(2 * max_sequences, granted // 2 // slot))
-        kept = min(STATE_CHECKPOINTS, granted // 8 // slot)
-        granted -= (running + kept) * slot
-        slots = running + (kept if state_cache_bytes is None else state_cache_bytes // slot)
+        kept = min(STATE_CHECKPOINTS, granted // 8 // slot) if state_cache_bytes is None else state_cache_bytes // slot
+        granted = max(0, granted - (running + kept) * slot)
+        slots = running + kept
         max_sequences = running // 2
     tokens = min(max(mesh.last.context, KV_TOKENS), granted // max(1, token)) if kv_tokens is None else kv_tokens
     pages = tokens // PAGE_TOKENS if kv_tokens is None else -(-tokens // PAGE_TOKENS)

@@ -12,6 +12,7 @@ import pytest
 from support.tiny import OTHERS, architecture, compare, compare_sharded, drawn, error, tiny
 
 from intaglio.batch import Chunk, bind
+from intaglio.compiler import LayoutError, build_mesh
 from intaglio.devices import StateSpec, StepRequest, open_device
 from intaglio.models import Checkpoint, port, port_config
 
@@ -27,6 +28,13 @@ def test_logits(tmp_path, family):
     errors = compare(path, "host", program=port(Checkpoint.open(path)), steps=8)
     assert max(errors.values()) < LIMIT, errors
     compare_sharded(path, LIMIT)
+
+
+def test_layers_that_share_positions_stay_in_one_stage(tmp_path):
+    path = tiny("glm_moe_dsa", tmp_path / "shared", indexer_types=["full", "shared", "shared", "full"])
+    compare_sharded(path, LIMIT)
+    with pytest.raises(LayoutError, match="pp=4 leaves a stage of .* without layers"):
+        build_mesh(port(Checkpoint.open(path)), "pp4")
 
 
 def test_falcon_with_linear_biases(tmp_path):

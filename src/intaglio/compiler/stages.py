@@ -18,18 +18,29 @@ LAYER = re.compile(r"layers\.(\d+)\.")
 def stage_of(p: Program, stages: int) -> list[int]:
     """The number of the pipeline stage of each op, as a list. Stages have near-equal numbers of consecutive layers.
 
-    Ops before all layers are in the first stage, ops after them in the last. Raises LayoutError with fewer layers
-    than stages.
+    Ops before all layers are in the first stage, ops after them in the last. A layer that attends to positions chosen
+    in an earlier layer is in the stage of that layer: only activations are sent. Raises LayoutError if a stage would
+    have no layers.
     """
     numbers = [int(match[1]) if (match := LAYER.match(op.site)) else None for op in p.ops]
     layers = max((n for n in numbers if n is not None), default=-1) + 1
     if layers < stages and stages > 1:
         raise LayoutError(f"pp={stages} stages, but {p.name} has {layers} layers; use pp{max(layers, 1)} or less")
+    maker = {name: n for op, n in zip(p.ops, numbers, strict=True) for name in op.outputs}
+    home = list(range(layers))  # the layer in whose stage a layer is
+    for op, n in zip(p.ops, numbers, strict=True):
+        for name in map(p.base, op.inputs):
+            if n is not None and (m := maker.get(name)) is not None and p.tensors[name].format == "i32":
+                home[n] = min(home[n], home[m])
     found, last = [], max((i for i, n in enumerate(numbers) if n is not None), default=0)
     stage = 0
     for i, n in enumerate(numbers):
-        stage = stages - 1 if i > last else stage if n is None else n * stages // layers
+        stage = stages - 1 if i > last else stage if n is None else home[n] * stages // layers
         found.append(stage)
+    if stages > 1 and len(set(found)) < stages:
+        raise LayoutError(
+            f"pp={stages} leaves a stage of {p.name} without layers, since layers stay with their indexer"
+        )
     return found
 
 

@@ -70,6 +70,10 @@ class KvWrite(Op, kind="kv_write"):
     v_scale: str | None = operand("vector", optional=True)
 
     def shapes(self, t: Tensors) -> Results:
+        same = self.k_cache != self.v_cache or (self.k, self.k_scale) == (self.v, self.v_scale)
+        self.check(
+            same, f"{self.k_cache} is both caches; k and v must then be the same tensor, and so must their scales"
+        )
         for x, cache, scale in self._writes():
             heads, head_dim = cache_heads(self, t, cache)
             self.vector(t, scale, heads)

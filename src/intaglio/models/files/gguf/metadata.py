@@ -99,6 +99,9 @@ class Metadata:
         own = list(map(int, value[: self.layers] if isinstance(value, list) else [value] * self.layers))
         if len({n for n in own if n}) != 1:
             self.one("attention.head_count_kv")
+            raise PortError(
+                f"{self.file.path}: attention.head_count_kv is {value} in {self.layers} layers; one needs heads"
+            )
         return own
 
     @property
