@@ -172,6 +172,15 @@ def test_bench_counts_work_against_the_roofs(folder: str) -> None:
         (("build", "{folder}", "-o", "{folder}"), "{folder}: Is a directory"),
         (("serve", "{folder}", "--journal", "/nowhere/x"), "--journal /nowhere/x: there is no folder /nowhere"),
         (("simulate", "llama-3-70b", "--trace", "/nowhere/x"), "--trace /nowhere/x: there is no folder /nowhere"),
+        (
+            ("simulate", "llama-3-8b", "--by", "chip"),
+            "--step-overhead and several chips go with --concurrency or --find",
+        ),
+        (("simulate", "llama-3-8b", "--find", "--concurrency", "4"), "leave --concurrency out"),
+        (
+            ("simulate", "llama-3-8b", "--chips", "4", "--layout", "tp2", "--concurrency", "4"),
+            "--chips 4 but layout tp2 has another number of chips",
+        ),
         (("simulate", "{folder}/list.json"), "{folder}/list.json holds a JSON list; wanted an object"),
         (("simulate", "{folder}/broken.json"), "{folder}/broken.json is not JSON"),
         (("bench", "{folder}", "--context", "5"), "a context of 5 tokens is too short to measure: 16 of them"),

@@ -164,7 +164,7 @@ def simulate(
     tpot: Annotated[float | None, typer.Option(help="Limit of the time per token after it, in ms.")] = None,
     max_batch_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of a step; longer prompts are cut. Default: 2048; --find tries some."),
+        typer.Option(min=1, help="Tokens of a step. Default: 2048, with --prefill 8192; --find tries some."),
     ] = None,
     memory_share: Annotated[float, typer.Option(help="Of a chip's HBM that may be filled.")] = 0.9,
     step_overhead: Annotated[float, typer.Option(help="Microseconds of the host before each step.")] = 0.0,
@@ -190,6 +190,7 @@ def simulate(
     if concurrency or find:
         if trace or helps or batch != 1:
             raise ValueError("--concurrency and --find take neither --batch, --trace nor --what-helps")
+        from intaglio.codesign.placement import Placement
         from intaglio.codesign.queue import QueueSettings
         from intaglio.codesign.serving import EngineSettings, Limits
         from intaglio.codesign.steady import Question
@@ -205,18 +206,25 @@ def simulate(
         apart = prefill or decode
         if apart and not (prefill and decode and concurrency and not find and not layout and len(targets) == 1):
             raise ValueError("--prefill goes with --decode, --concurrency and one chip, without --layout and --find")
+        if find and concurrency:
+            raise ValueError("--find searches the number of open requests; leave --concurrency out")
+        if apart and (step_overhead or by != "watt"):
+            raise ValueError("--prefill and --decode take neither --step-overhead nor --by")
         counts = whole_numbers("--concurrency", concurrency) if concurrency else []
         if prefill and decode:
             apart_table(
                 asked, targets[0], prefill.split(","), decode.split(","), counts, max_batch_tokens or 8192, as_json
             )
             return
+        if chips != 1 and (others := [each for each in layouts if Placement.parse(each).chips != chips]):
+            raise ValueError(f"--chips {chips} but layout {', '.join(others)} has another number of chips")
         steady_table(asked, targets, layouts, counts, max_batch_tokens, find, by, as_json)
         return
-    if ttft or tpot or max_batch_tokens or prefill or decode or experts_format or "," in chip_name:
+    options = (ttft, tpot, max_batch_tokens, prefill, decode, experts_format, step_overhead)
+    if any(options) or "," in chip_name or by != "watt" or memory_share != 0.9:
         raise ValueError(
-            "limits, --max-batch-tokens, --prefill, --decode, --experts-format and several chips go with --concurrency "
-            "or --find"
+            "limits, --max-batch-tokens, --prefill, --decode, --experts-format, --by, --memory-share, --step-overhead "
+            "and several chips go with --concurrency or --find"
         )
     layout, serving = layout or f"tp{chips}", Serving(input, output, batch)
     on = changed(target(chip_name, library_name), set_field)
