@@ -16,24 +16,12 @@ import httpx
 import psutil
 import pytest
 from support.clustered import Clustered, asked, clustered, plain, send
-from support.served import TEST_TIMEOUT_S, TOOLS, Served, served, wait_for
+from support.served import TEST_TIMEOUT_S, Served, wait_for
 
 from intaglio.cluster.admin import ask, cluster_folder
 from intaglio.cluster.process import ReplicaFailed, ReplicaProcess
-from intaglio.model import BUNDLED
 
 REQUESTS = int(os.environ.get("CLUSTER_REQUESTS", "24"))  # 500 takes some minutes
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model, called tiny, with a chat template that takes tools."""
-    path = tmp_path_factory.mktemp("cluster") / "tiny"
-    path.mkdir()
-    for file in BUNDLED.iterdir():
-        (path / file.name).symlink_to(file)
-    (path / "chat_template.jinja").write_text(TOOLS)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +29,6 @@ def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with clustered(folder, tmp_path_factory.mktemp("c"), 3) as c:
         yield c
         c.wait_ready()
-
-
-@pytest.fixture(scope="module")
-def alone(folder: Path) -> Iterator[Served]:
-    with served(folder, {"device": "host"}) as s:
-        yield s
 
 
 def compare(cluster: Clustered, alone: Served, requests: list[tuple[str, dict[str, Any]]], trouble: Any) -> None:

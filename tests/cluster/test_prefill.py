@@ -9,21 +9,9 @@ from pathlib import Path
 
 import pytest
 from support.clustered import Clustered, asked, clustered, send
-from support.served import TOOLS, Served, served, wait_for
+from support.served import Served, wait_for
 
 from intaglio.cluster.admin import BLOCKS, cluster_folder
-from intaglio.model import BUNDLED
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model, called tiny, with a chat template that takes tools."""
-    path = tmp_path_factory.mktemp("apart") / "tiny"
-    path.mkdir()
-    for file in BUNDLED.iterdir():
-        (path / file.name).symlink_to(file)
-    (path / "chat_template.jinja").write_text(TOOLS)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +23,6 @@ def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield c
         c.wait_ready()
     assert not blocks.exists()
-
-
-@pytest.fixture(scope="module")
-def alone(folder: Path) -> Iterator[Served]:
-    with served(folder, {"device": "host"}) as s:
-        yield s
 
 
 def tier(cluster: Clustered, event: str, *names: str) -> float:

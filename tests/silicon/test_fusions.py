@@ -68,7 +68,7 @@ def test_one_all_reduce_for_routed_and_shared_experts() -> None:
 
 
 def test_kernels_of_their_own() -> None:
-    """Activations and rounding are kernels beside the products of a dense model."""
+    """With "glu" or "quantise", activations or the rounding of rows are kernels of their own in a dense model."""
     server = Server.of(
         ported("llama-3-8b", None), Placement(Placement.parse("tp1").attention), Formats("fp8", "auto", "fp8")
     )

@@ -81,7 +81,7 @@ def apart_table(
 
 
 def cells(first: str, second: str, r: ApartResult) -> tuple[str, ...]:
-    """A row of the table with HEADERS."""
+    """The texts of one row of the table, in the order of HEADERS."""
     return (
         first, second, f"{r.concurrency:,}", f"{r.ttft * 1e3:,.0f}", f"{r.tpot * 1e3:,.1f}", f"{1 / r.tpot:,.0f}",
         f"{r.tokens_per_s / r.chips:,.0f}", f"{r.tokens_per_s / r.watts:,.2f}", f"{r.watts / r.chips:,.0f}",

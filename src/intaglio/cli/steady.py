@@ -79,7 +79,7 @@ def steady_table(
 
 
 def conclude(question: Question, designs: Sequence[Design], by: str) -> None:
-    """Print which design the search recommends, or that none keeps the limits."""
+    """Print the design that serves most by the measure `by`, or that no design keeps the limits."""
     kept = [d for d in designs if d.within]
     if not kept:
         say("No design keeps the limits: allow longer latencies, more chips, or fewer bits.")
@@ -100,7 +100,7 @@ def whole(x: float) -> str:
 
 
 def cells(d: Design) -> tuple[str, ...]:
-    """A row of the table with HEADERS."""
+    """The texts of one row of the table, in the order of HEADERS."""
     mark = ("q" if d.confirmed else "") + ("" if d.within else "*")
     return (
         d.chip, str(d.placement), f"{d.concurrency:,}{mark}", whole(d.ttft * 1e3), f"{d.tpot * 1e3:,.1f}",

@@ -115,7 +115,9 @@ class Front:
         raise Problem(404, f"{method} {path}: there is no such path")
 
     def _tenant(self, path: str, headers: dict[str, str]) -> str:
-        """Name of a request's tenant: "key0" and so on by API key; without keys, the header x-tenant-id or "".
+        """The name of a request's tenant, as text.
+
+        With API keys it is "key" and the number of the request's key from 0; without, the header x-tenant-id, or "".
 
         Raises Problem 401 without a valid key, 429 if too many requests are open.
         """

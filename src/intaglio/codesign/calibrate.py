@@ -18,7 +18,7 @@ import numpy as np
 
 from intaglio.chips import LIBRARIES, ChipError, Target
 from intaglio.chips.kernel_record import WIDEST, KernelRecord
-from intaglio.codesign.validate import Row, dtype_of, measured, predict
+from intaglio.codesign.validate import FORMAT, Row, dtype_of, measured, predict
 from intaglio.progress import Progress, silent
 
 # table -> the family of kernels whose own parameters and facts it shows
@@ -241,7 +241,7 @@ class Search:
         """
         for i, sample in enumerate(self.data):
             family = FAMILY[sample.table]
-            format = {"fp8": "e4m3", "bfloat16": "bf16", "float16": "f16", "int8": "int8"}.get(sample.dtype, "")
+            format = FORMAT.get(sample.dtype, "")
             by_format = family in ("prefill", "decode", "experts")
             numbers = [i] if by_format else [j for j, s in enumerate(self.data) if FAMILY[s.table] == family]
             menus: list[dict[str, Any]] = []
@@ -324,8 +324,9 @@ def fitted(sample: Sample, before: np.ndarray, errors: np.ndarray, rng: np.rando
 def calibrate(
     start: Target, data: Sequence[Sample], points: int = 24, folds: int = 4, seed: int = 0, progress: Progress = silent
 ) -> Calibration:
-    """Fit a target to at most `points` rows of each sample, and report errors on rows that the fit did not see.
+    """The Calibration of a target: constants and facts fitted to at most `points` rows of each sample (0: to all).
 
+    Its errors are of rows that were left out of a fit: by cross-validation in `folds` parts, and of rows not used.
     Raises ValueError if a sample has fewer rows than folds.
     """
     rng = np.random.default_rng(seed)

@@ -208,22 +208,22 @@ class Candidate:
         kv = self.server.kv_tokens(self.on, q.memory_share, budget, min(q.max_sequences, 256), q.max_sequences)
         return replace(q.settings, kv_tokens=kv, max_batch_tokens=budget, max_sequences=q.max_sequences)
 
-    def design(self, concurrency: int, budget: int, seen: Estimate, confirmed: bool) -> Design:
-        """The Design of one server's figures: those of all replicas. concurrency: of one server."""
-        p, q, kv_tokens = self.server.placement, self.question, self.settings(budget).kv_tokens
-        held = min(kv_tokens, concurrency * (q.input + q.output / 2)) / p.copies
+    def design(self, concurrency: int, settings: QueueSettings, seen: Estimate, confirmed: bool) -> Design:
+        """The Design of all replicas, from the figures of one server. concurrency: of one server."""
+        p, q = self.server.placement, self.question
+        held = min(settings.kv_tokens, concurrency * (q.input + q.output / 2)) / p.copies
         within = seen.ttft <= q.limits.ttft and seen.tpot <= q.limits.tpot
         return Design(
-            self.on.chip.name, self.on.library.name, p, concurrency * p.replicas, budget, seen.ttft, seen.tpot,
-            seen.tokens_per_s * p.replicas, seen.joules_per_s * p.replicas, self.server.weight_bytes,
-            held * self.server.kv_bytes_per_token, kv_tokens, confirmed, within,
+            self.on.chip.name, self.on.library.name, p, concurrency * p.replicas, settings.max_batch_tokens, seen.ttft,
+            seen.tpot, seen.tokens_per_s * p.replicas, seen.joules_per_s * p.replicas, self.server.weight_bytes,
+            held * self.server.kv_bytes_per_token, settings.kv_tokens, confirmed, within,
         )  # fmt: skip
 
     def estimated(self, concurrency: int, budget: int) -> Design:
         """The Design by the closed form. concurrency: of one server. Raises ValueError if no request fits."""
-        q = self.question
-        seen = estimate(self.times, self.settings(budget), q.input, q.output, concurrency)
-        return self.design(concurrency, budget, seen, confirmed=False)
+        q, settings = self.question, self.settings(budget)
+        seen = estimate(self.times, settings, q.input, q.output, concurrency)
+        return self.design(concurrency, settings, seen, confirmed=False)
 
     def queued(self, concurrency: int, budget: int, turns: int = TURNS) -> Design:
         """The Design by the queue of one server. concurrency: of one server; turns: requests for each open one."""
@@ -235,18 +235,18 @@ class Candidate:
         load = ramped([LoadRequest(0.0, q.input, q.output)] * (turns * concurrency), concurrency, spread)
         done = serve(self.times, settings, load, concurrency)
         # The rate is that of the middle of the load, without the ramp at its start and the thinning at its end.
-        ends = sorted(o.start + o.end for o in done.outcomes)
+        ended = sorted(done.outcomes, key=lambda o: o.start + o.end)
+        ends = [o.start + o.end for o in ended]
         low, high = len(ends) // turns, max(len(ends) // turns + 1, len(ends) - len(ends) // turns)
         rate = (high - low) / (ends[high - 1] - ends[low - 1 if low else 0] or 1e-9)
-        middle = sorted(done.outcomes, key=lambda o: o.start + o.end)[low:high]
-        total = max(ends)
+        middle, total = ended[low:high], ends[-1]
         idle = max(0.0, total - done.busy_s) * self.on.chip.energy.idle_w * self.server.placement.chips_per_server
         seen = Estimate(
             statistics.fmean(o.first or 0.0 for o in middle),
             statistics.fmean(o.each or 0.0 for o in middle),
             rate * q.output, (done.joules + idle) / total, one.decoding,
         )  # fmt: skip
-        return self.design(concurrency, budget, seen, confirmed=True)
+        return self.design(concurrency, settings, seen, confirmed=True)
 
     def largest(self, budget: int, most: int) -> Design | None:
         """The estimated Design with the most requests open that keeps the limits; None if one alone breaks them.

@@ -111,11 +111,9 @@ class Server:
         hbm = int(target.chip.hbm_bytes * share)
         step = BatchSizes(max_tokens, min(max_tokens, max_sequences), ())
         slots = 2 * max_sequences if any(t.shape[0] == "N" for p in self.stages for t in p.of_role("state")) else 0
-        most = (open_sequences or max_sequences) * -(-self.program.context // BLOCK)
-        pages = most
+        pages = (open_sequences or max_sequences) * -(-self.program.context // BLOCK)
         for p in self.stages:
-            use = memory_use(p, step, 1, hbm)
-            use = type(use)(self.weight_bytes, use.kv, use.activations, use.hbm)
+            use = replace(memory_use(p, step, 1, hbm), weights=self.weight_bytes)
             fit = pages_that_fit(p, use, slots)
             if fit < 1:
                 raise ChipError(

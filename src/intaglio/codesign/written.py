@@ -52,9 +52,9 @@ def chip_text(new: ChipSpec, old: ChipSpec, base: str, library: str, why: str) -
 
 
 def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) -> str:
-    """Text of a library file with base `base`: the fields in which `new` differs, and all kernels if one differs.
+    """Text of a library file whose base is `base`: the fields of `new` that differ from those of `old`.
 
-    Its kernels come before those of the base, so that they are chosen.
+    If any kernel differs, all kernels of `new` are in it. They come before those of the base, so that they are chosen.
     """
     changed = differences(new, old)
     lines = [f"description = {toml(f'{old.description}, calibrated')}", f"base = {toml(base)}", ""]

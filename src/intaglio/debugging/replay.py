@@ -37,7 +37,7 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 def replay_journal(
     path: Path, model: Path | None = None, device: str | None = None, progress: Progress = silent
 ) -> Replayed:
-    """Run a journal's steps again and return how they compare with the recorded ones (a Replayed).
+    """Run a journal's steps again. Returns a Replayed, which says how they compare with the recorded steps.
 
     model, device: used instead of those that the journal names. Raises ValueError if the file is not a journal or the
     model is not the recorded one.

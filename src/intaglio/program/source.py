@@ -174,7 +174,7 @@ def _regrouped(x: Quantised, group: int) -> Quantised:
 
 
 def _cut_rows(x: Quantised, step: str) -> Quantised:
-    """The tensor with its columns cut by `step`. It has one scale per row, and the cut rows keep their scales."""
+    """A copy of `x`, which has one scale per row, with its columns cut by `step`. Each row keeps its scale."""
     codes = _moved(x.codes, (step,))
     group = formats.get(x.format).group_of(codes.shape[-1])
     count = -(-codes.shape[-1] // group)
@@ -227,11 +227,11 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
 
 
 def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
-    """Yield (tensor name, values) of each tensor in a source, its steps applied, in several runs of rows.
+    """Yield (tensor name, values) of the tensors of a source, after its steps, a run of consecutive rows at a time.
 
-    Reading run by run saves memory. A tensor's name is yielded once for each of its runs. A quantised matrix is yielded
-    whole if a step transposes it, and any quantised tensor if a step divides its rows into a stack (hN). read: function
-    from a name to the whole tensor. runs: function from a name to the runs of the tensor.
+    A run at a time needs less memory than the whole tensor. A tensor's name is yielded once for each of its runs. A
+    quantised matrix is yielded whole if a step transposes it, and any quantised tensor if a step divides its rows into
+    a stack (hN). read: function from a name to the whole tensor. runs: function from a name to the runs of the tensor.
     """
     for name, steps in expand(source):
         at = 0

@@ -164,7 +164,10 @@ def _projections(t: Trace, rec: Attention, readers: list[Linear], found: list[No
 
 
 def _by_head(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A norm's argument or result x as [heads, tokens, head_dim], which is `shape`."""
+    """The values of a norm's argument or result, rearranged to `shape`, which is [heads, tokens, head_dim].
+
+    x: of that shape, or the same number of values by token.
+    """
     if x.shape == shape:
         return x
     return x.reshape(shape[1], shape[0], shape[2]).swapaxes(0, 1)

@@ -68,9 +68,10 @@ class Transcript:
             self._append(self.decoder.end())
 
     def settled(self, ended: bool) -> str:
-        """The text, not returned before, that can no longer change. An end that may become a stop string is held back.
+        """The text that can no longer change and was not returned by an earlier call.
 
-        ended: the output has ended, so all remaining text is returned.
+        Characters at the end that may be the beginning of a stop string are held back. ended: the output has ended, so
+        all remaining text is returned.
         """
         tails = (n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
         end = len(self.text) - (0 if ended or self.include_stop else max(tails, default=0))

@@ -43,8 +43,8 @@ class AttendKernel(ChipKernel):
     def of(cls, op: Attend, t: Tensors) -> AttendKernel:
         keys, values = t[op.k_cache], t[op.v_cache]
         d = sum(int(t[name].shape[3]) for name in key_parts(op))
-        # With chunked attention a query sees at most `chunk` keys, with an indexer those that it chose: timed as a
-        # sliding window of that many keys.
+        # With chunked attention a query sees at most `chunk` keys, with an indexer only the chosen ones. Both are timed
+        # as a sliding window of so many keys.
         chosen = int(t[op.chosen].shape[1]) if op.chosen else 0
         window, bits = op.window or op.chunk or chosen, formats.bits(keys.format)
         kv_heads, dv = int(keys.shape[2]), int(values.shape[3])
