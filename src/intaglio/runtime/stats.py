@@ -32,7 +32,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Gauges:
-    """Current queue and K/V cache gauges."""
+    """Current gauges of the queue, the K/V cache and the pool of recurrent state."""
 
     running: int
     waiting: int
@@ -40,6 +40,9 @@ class Gauges:
     blocks: int
     blocks_held: int
     blocks_cached: int  # evictable: held by no sequence, kept in the prefix cache
+    slots: int  # of recurrent state; 0 for a model without
+    slots_held: int
+    checkpoints: int  # evictable slots, kept for the prefix cache
     draining: bool
     failed: str | None
 
