@@ -157,9 +157,9 @@ class Engine:
         return Resumption.of(left, now, self.program.hash, self.numerics) if left else None
 
     def resume(self, resumption: Resumption) -> list[Sequence]:
-        """Queue a suspended request, which goes on after its output. Returns a Sequence per unfinished choice, a list.
+        """Queue a suspended request, to go on after its output. Returns a list of a Sequence per unfinished choice.
 
-        If the request needs a stop checker or a matcher, it must have new ones, which are given the output. Raises
+        The request's stop checkers and matchers must be new ones; the engine passes the output so far to them. Raises
         RequestError if this engine would not give the same bits, and the errors of add().
         """
         request = resumption.request
@@ -216,7 +216,7 @@ class Engine:
         return collected
 
     def collect(self) -> list[ScheduledSequence]:
-        """Wait for the oldest launch and account for it. Returns its ScheduledSequences, a list. Raises DeviceLost."""
+        """Wait for the oldest launch and apply its results. Returns its ScheduledSequences. Raises DeviceLost."""
         launch = self.launcher.under_way[0]
         for done in self.launcher.complete(launch):
             self.accounting.account(done)

@@ -91,9 +91,10 @@ class Offload:
         return True
 
     def fill(self, sequence: Sequence, cached: int, blocks: list[int]) -> int:
-        """Write the contents loaded for a sequence to its blocks, those after its `cached` leading ones.
+        """Write the contents loaded for a sequence to its blocks, from index `cached` on. Returns the number written.
 
-        Returns the number of blocks filled. Raises DeviceLost.
+        cached: number of the sequence's leading blocks that are in the prefix cache. blocks: numbers of all its blocks.
+        Raises DeviceLost.
         """
         done, self.loading = self.loading, None
         if not self.connector or not self.device or not done:
