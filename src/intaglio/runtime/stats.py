@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Counts:
-    """Numbers of steps, choices, faults and tokens since the engine was created; comments on the fields define each."""
+    """Totals of an engine since its creation: steps, tokens, drafts, restarts; choices by outcome; faults by kind."""
 
     steps: int = 0
     received: int = 0  # choices: refused + admitted
@@ -32,7 +32,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Gauges:
-    """Current gauges of the queue, the K/V cache and the pool of recurrent state."""
+    """Current numbers of an engine: running and waiting sequences, tokens of the waiting ones, K/V blocks, slots of state.
+
+    `blocks`: all; `blocks_held`: by sequences; `blocks_cached`: evictable, held by none. `draining`: no request is
+    admitted. `failed`: why the engine cannot serve, or None.
+    """
 
     running: int
     waiting: int
@@ -54,7 +58,10 @@ class Gauges:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step: its number, start time and duration in seconds by the engine's clock, and its numbers of tokens."""
+    """One step: its number, start time and duration in seconds by the engine's clock, and its numbers of tokens.
+
+    `decode_tokens` includes drafts; `sequences`: how many were in the step; `output_tokens`: tokens sampled and kept.
+    """
 
     number: int
     began: float
