@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from intaglio.chips import Target
 from intaglio.cli.progress import progress_bar
-from intaglio.cli.show import out, say, table
+from intaglio.cli.show import out, say, table, whole
 
 if TYPE_CHECKING:
     from intaglio.codesign.disaggregated import ApartResult
@@ -92,7 +92,7 @@ def apart_table(
 def cells(first: str, second: str, r: ApartResult) -> tuple[str, ...]:
     """One row of the table: a text for each of HEADERS. first, second: layouts of the prefill and decode servers."""
     return (
-        first, second, f"{r.concurrency:,}", f"{r.ttft * 1e3:,.0f}", f"{r.tpot * 1e3:,.1f}", f"{1 / r.tpot:,.0f}",
-        f"{r.tokens_per_s / r.chips:,.0f}", f"{r.tokens_per_s / r.watts:,.2f}", f"{r.watts / r.chips:,.0f}",
+        first, second, f"{r.concurrency:,}", whole(r.ttft * 1e3), f"{r.tpot * 1e3:,.1f}", f"{1 / r.tpot:,.0f}",
+        whole(r.tokens_per_s / r.chips), f"{r.tokens_per_s / r.watts:,.2f}", f"{r.watts / r.chips:,.0f}",
         f"{100 * r.prefill_busy:.0f}/{100 * r.decode_busy:.0f}",
     )  # fmt: skip

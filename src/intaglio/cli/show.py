@@ -69,6 +69,11 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Table:
     return shown
 
 
+def whole(x: float) -> str:
+    """A number as text without decimals; from a million on in millions with one decimal (1.5M)."""
+    return f"{x:,.0f}" if x < 1e6 else f"{x / 1e6:,.1f}M"
+
+
 def print_json(value: Any) -> None:
     """Print a value as indented JSON."""
     print(json.dumps(value, indent=2))

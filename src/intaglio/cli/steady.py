@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from intaglio.chips import Target
 from intaglio.cli.progress import progress_bar
-from intaglio.cli.show import out, say, table
+from intaglio.cli.show import out, say, table, whole
 
 if TYPE_CHECKING:
     from intaglio.codesign.steady import Design, Question
@@ -106,11 +106,6 @@ def conclude(question: Question, designs: Sequence[Design], by: str) -> None:
         f"TPOT {best.tpot * 1e3:,.1f} ms"
     )
     say("Rows marked q were confirmed by the queue in virtual time; the others are estimates; *: beyond a limit.")
-
-
-def whole(x: float) -> str:
-    """A number as text without decimals; from a million on in millions with one decimal (1.5M)."""
-    return f"{x:,.0f}" if x < 1e6 else f"{x / 1e6:,.1f}M"
 
 
 def cells(d: Design) -> tuple[str, ...]:
