@@ -239,11 +239,11 @@ class Engine:
         )  # fmt: skip
 
     def gauges(self) -> Gauges:
-        """The current Gauges of queues and K/V cache."""
-        waiting, pool = self.scheduler.waiting, self.pool
+        """The current Gauges."""
+        waiting, pool, slots = self.scheduler.waiting, self.pool, self.slots
         return Gauges(
             len(self.scheduler.running), len(waiting), sum(s.length for s in waiting), pool.total, pool.held,
-            len(pool.evictable), self.draining, self.failed,
+            len(pool.evictable), slots.total, slots.held, len(slots.evictable), self.draining, self.failed,
         )  # fmt: skip
 
     def _usable(self, connector: Connector | None, executable: Executable) -> Connector | None:

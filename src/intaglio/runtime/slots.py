@@ -45,6 +45,11 @@ class SlotPool:
         return len(self.refcounts)
 
     @property
+    def held(self) -> int:
+        """Number of slots that sequences hold."""
+        return self.total - len(self.free) - len(self.evictable)
+
+    @property
     def sequences(self) -> int:
         """Number of sequences that can run at once."""
         return self.total // PER_SEQUENCE

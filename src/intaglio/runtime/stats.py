@@ -32,7 +32,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Gauges:
-    """Current numbers of an engine: running and waiting sequences, tokens of the waiting ones, K/V blocks.
+    """Current numbers of an engine: running and waiting sequences, tokens of the waiting ones, K/V blocks, slots of state.
 
     `blocks`: all; `blocks_held`: by sequences; `blocks_cached`: evictable, held by none. `draining`: no request is
     admitted. `failed`: why the engine cannot serve, or None.
@@ -44,6 +44,9 @@ class Gauges:
     blocks: int
     blocks_held: int
     blocks_cached: int  # evictable: held by no sequence, kept in the prefix cache
+    slots: int  # of recurrent state; 0 for a model without
+    slots_held: int
+    checkpoints: int  # evictable slots, kept for the prefix cache
     draining: bool
     failed: str | None
 
