@@ -25,7 +25,7 @@ class GrammarError(ValueError):
 
 @dataclass
 class Grammars:
-    """Compiles grammars for one tokenizer and a model of `vocabulary` tokens; caches the latest ones. Thread-safe."""
+    """Compiles grammars for one tokenizer and a model of `vocabulary` token ids; caches the latest. Thread-safe."""
 
     tokenizer: Tokenizer
     vocabulary: int
