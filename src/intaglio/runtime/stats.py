@@ -35,8 +35,8 @@ class Gauges:
     """Current numbers of an engine: sequences, K/V blocks and slots of recurrent state.
 
     `waiting_tokens`: tokens of the waiting sequences. `blocks`, `slots`: all; `blocks_held`, `slots_held`: by
-    sequences; `blocks_cached`, `checkpoints`: evictable, held by none. `draining`: no request is admitted. `failed`: why
-    the engine cannot serve, or None.
+    sequences; `blocks_cached`, `checkpoints`: evictable, held by none. `draining`: no request is admitted.
+    `failed`: why the engine cannot serve, or None.
     """
 
     running: int
