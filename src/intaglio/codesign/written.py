@@ -88,9 +88,7 @@ def new_files(folder: Path, name: str) -> tuple[Path, Path]:
     return paths
 
 
-def write(
-    files: tuple[Path, Path], new: Target, old: Target, base: str, library_base: str, why: str
-) -> None:
+def write(files: tuple[Path, Path], new: Target, old: Target, base: str, library_base: str, why: str) -> None:
     """Write the chip's and the library's file: what differs between the targets `new` and `old`.
 
     files: their paths, see new_files(). base, library_base: names or files of the chip and library that `old` is of.

@@ -32,10 +32,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Gauges:
-    """Current numbers of an engine: running and waiting sequences, tokens of the waiting ones, K/V blocks, slots of state.
+    """Current numbers of an engine: sequences, K/V blocks and slots of recurrent state.
 
-    `blocks`: all; `blocks_held`: by sequences; `blocks_cached`: evictable, held by none. `draining`: no request is
-    admitted. `failed`: why the engine cannot serve, or None.
+    `waiting_tokens`: tokens of the waiting sequences. `blocks`, `slots`: all; `blocks_held`, `slots_held`: by
+    sequences; `blocks_cached`, `checkpoints`: evictable, held by none. `draining`: no request is admitted.
+    `failed`: why the engine cannot serve, or None.
     """
 
     running: int
