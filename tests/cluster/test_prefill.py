@@ -26,7 +26,7 @@ def collector() -> Iterator[TraceCollector]:
 @pytest.fixture(scope="module")
 def cluster(folder: Path, collector: TraceCollector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clustered]:
     runtime = tmp_path_factory.mktemp("c")
-    words = "--prefill", "1", "--decode", "2", "--threads", "1", "--otlp-traces-endpoint", collector.url
+    words = "--prefill", "1", "--decode", "2", "--threads", "1", "--otlp-endpoint", collector.url
     with clustered(folder, runtime, 0, *words) as c:
         blocks = (cluster_folder("test") / BLOCKS).readlink()
         assert blocks.is_dir()

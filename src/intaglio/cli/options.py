@@ -66,7 +66,7 @@ ApiKeys = Annotated[
     ),
 ]
 TracesEndpoint = Annotated[
-    str | None, typer.Option(help="Send OpenTelemetry traces there (OTLP over HTTP): http://localhost:4318/v1/traces.")
+    str | None, typer.Option(help="URL of a collector for OpenTelemetry traces (OTLP over HTTP).")
 ]
 Revision = Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit. Default: main.")]
 Device = Annotated[

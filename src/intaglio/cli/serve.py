@@ -91,7 +91,7 @@ def serve(
     kv_cache_size: Annotated[
         str, typer.Option(callback=o.checked_size, help="Most bytes of --kv-cache-dir, such as 500MB or 8GiB.")
     ] = "8GiB",
-    otlp_traces_endpoint: o.TracesEndpoint = None,
+    otlp_endpoint: o.TracesEndpoint = None,
     journal: Annotated[
         Path | None,
         typer.Option(callback=o.in_existing_folder, help="Write all that happens there, for `intaglio replay`."),
@@ -131,7 +131,7 @@ def serve(
         raise ValueError(f"--revision {revision} is for one model, here are {len(folders)}; leave it out")
     template = read_template(chat_template) if chat_template else None
     machine = Machine(threads, models=len(folders)) if len(folders) > 1 else None
-    tracing = Tracing(otlp_traces_endpoint, "intaglio") if otlp_traces_endpoint else None
+    tracing = Tracing(otlp_endpoint, "intaglio") if otlp_endpoint else None
     listener = listen(host, port)
     llms = {}
     for name, folder in folders.items():
