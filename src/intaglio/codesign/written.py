@@ -76,14 +76,24 @@ def reasons_text(changed: dict[str, Any], why: str) -> list[str]:
     return ["", "[reasons]", *(f"{name} = {toml(why)}" for name in changed)] if changed else []
 
 
-def write(
-    folder: Path, name: str, new: Target, old: Target, base: str, library_base: str, why: str
-) -> tuple[Path, Path]:
-    """Write `folder/NAME.toml` and `folder/NAME_library.toml`; returns their paths. Raises ChipError if one exists."""
-    chip_file, library_file = folder / f"{name}.toml", folder / f"{name}_library.toml"
-    for path in (chip_file, library_file):
+def new_files(folder: Path, name: str) -> tuple[Path, Path]:
+    """The paths of the chip's and the library's file, folder/NAME.toml and folder/NAME_library.toml, to be written.
+
+    Raises ChipError if one of them exists.
+    """
+    paths = folder / f"{name}.toml", folder / f"{name}_library.toml"
+    for path in paths:
         if path.exists():
             raise ChipError(f"{path} exists; remove it, or choose another --name")
+    return paths
+
+
+def write(files: tuple[Path, Path], new: Target, old: Target, base: str, library_base: str, why: str) -> None:
+    """Write the chip's and the library's file: what differs between the targets `new` and `old`.
+
+    files: their paths, see new_files(). base, library_base: names or files of the chip and library that `old` is of.
+    why: the reason that the files give for each value.
+    """
+    chip_file, library_file = files
     chip_file.write_text(chip_text(new.chip, old.chip, base, library_file.name, why), encoding="utf-8")
     library_file.write_text(library_text(new.library, old.library, library_base, why), encoding="utf-8")
-    return chip_file, library_file
