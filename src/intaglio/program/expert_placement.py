@@ -105,9 +105,9 @@ def balance(load: np.ndarray, ranks: int, each: int) -> Ranks:
 
     load: tokens of each expert, f64 [experts]; experts <= ranks * each, each <= experts. Copies of an expert are on
     different ranks and share its load equally. Copies are dealt out in order of load, each to the least loaded rank
-    with room, as in EPLB. Then experts of the most and the least loaded rank are exchanged while that makes the two more
-    equal. In the end their loads differ by no more than the load of the heaviest copy: as long as they differ by more,
-    some pair of the experts that only one of the two holds can be exchanged.
+    with room, as in EPLB. Then experts of the most and the least loaded rank are exchanged while that makes the two
+    more equal. In the end their loads differ by no more than the load of the heaviest copy: as long as they differ by
+    more, some pair of the experts that only one of the two holds can be exchanged.
     """
     load = np.asarray(load, np.float64)
     copies = replicate(load, ranks * each, ranks)

@@ -1,7 +1,7 @@
 """Chip kernels of the collectives and of send/recv: timing over one network, and streams for all chips of a group.
 
 Times are those of the schedules of intaglio.collectives, with their steps and contention for links, plus what the chip
-or its library adds: start-up, link efficiency, copies through HBM. Bytes are those of the whole tensor, as in nccl-tests.
+or its library adds: start-up, link efficiency, copies through HBM. Bytes are of the whole tensor, as in nccl-tests.
 
 Streams use schedules that sum in order of rank, so that results equal the op's bit for bit. run_collective() writes and
 executes those of all chips together, so its caller passes the operands of all.
