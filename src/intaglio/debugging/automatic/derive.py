@@ -324,7 +324,7 @@ def _brief(v: Variant) -> str:
 
 
 def deviation(path: Path, family: Family, model: Any) -> float:
-    """max |ours - theirs| / max |theirs| of a port's logits in prefill and decode; infinity if one is NaN.
+    """Error max |ours - theirs| / max |theirs| of a port's logits in prefill and decode; infinity if one is NaN.
 
     path: a checkpoint of the transformers model `model`. family: the port.
     """
