@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from math import floor, inf, log2
+from typing import ClassVar
 
 import numpy as np
 
@@ -49,6 +50,7 @@ SUM = (("operand", "a"), ("operand", "b"), ("binary", "+"))
 class CollectiveKernel(ChipKernel):
     """Chip kernel of a collective over `ranks` chips: its timing. run_collective() writes its streams."""
 
+    by_sequence: ClassVar[bool] = False
     kind: str
     rows: int | str  # of the whole tensor
     width: int  # of the whole tensor
@@ -89,6 +91,8 @@ class SendKernel(CollectiveKernel):
 @dataclass(frozen=True)
 class RecvKernel(ChipKernel):
     """Chip kernel of `recv`: timing of zero seconds, since a message is timed at its sender."""
+
+    by_sequence: ClassVar[bool] = False
 
     @classmethod
     def of(cls, op: Recv, t: Tensors) -> RecvKernel:
