@@ -92,8 +92,6 @@ class SendKernel(CollectiveKernel):
 class RecvKernel(ChipKernel):
     """Chip kernel of `recv`: timing of zero seconds, since a message is timed at its sender."""
 
-    by_sequence: ClassVar[bool] = False
-
     @classmethod
     def of(cls, op: Recv, t: Tensors) -> RecvKernel:
         return cls()
@@ -255,13 +253,12 @@ def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing
         local = inf if lib.through_hbm else chip.l2_rate / BYTES_PER_SUMMED_BYTE / link
         network = Network(chip.links.topology, chips, local)
         handshakes = chips - 2 if op == "all_to_all" and lib.peer_handshakes else 0
+        latency = lib.link_latency_s * p.latency_factor
         for algorithm in candidate_algorithms(target, op, chips):
-            start = lib.barrier_s * p.barrier_factor + lib.link_latency_s * p.latency_factor * handshakes
+            start = lib.barrier_s * p.barrier_factor + latency * handshakes
             if lib.through_hbm:
                 start += moved * hbm_traffic(op, algorithm, chips) / chip.hbm_rate / p.bandwidth_fraction
-            seconds = start + schedule_seconds(
-                network, op, algorithm, link, lib.link_latency_s * p.latency_factor, moved
-            )
+            seconds = start + schedule_seconds(network, op, algorithm, link, latency, moved)
             if best is None or seconds < best[0]:
                 best = seconds, p.name, algorithm, network
     assert best is not None
