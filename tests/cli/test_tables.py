@@ -46,6 +46,7 @@ LINES = {
     "simulate-serving": (
         "{folder} --chip sohu,h100_sxm --input 9 --output 5 --requests 4",
         "{folder} --input 9 --output 5 --rate 100 --requests 4",
+        "{folder} --layout dp2tp1 --input 9 --output 5 --rate 100 --requests 4 --route round-robin",
     ),
     "chips": ("", *CHIPS),
     "libraries": ("", *LIBRARIES),

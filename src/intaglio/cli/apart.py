@@ -82,9 +82,13 @@ def apart_table(
         )
     else:
         say("No row keeps the limits: allow longer latencies, other layouts, or fewer open requests.")
+    crosses = {apart.crosses_nodes for apart in (Apart(kinds[a], kinds[b], *sizes) for a, b, _ in found)}
+    links = on.chip.links
+    ways = {True: ("adapter to other nodes", links.node_bytes_per_s), False: ("links", links.chip_bytes_per_s)}
+    travels = " or ".join(f"{name} at {rate / 1e9:,.0f} GB/s" for name, rate in map(ways.get, sorted(crosses)))
     say(
         f"Assumed: {on.library.name} kernels, launch {on.library.launch_s * 1e6:.2g} us; K/V travels over a chip's "
-        f"links at {on.chip.links.chip_bytes_per_s / 1e9:,.0f} GB/s; random routing of experts; no time of the host. "
+        f"{travels}; random routing of experts; no time of the host. "
         "All times and watts are modelled; TTFT and TPOT are means, and TTFT ends when the decode server has the K/V."
     )
 

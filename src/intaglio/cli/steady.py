@@ -40,6 +40,7 @@ def steady_table(
     layout.
     """
     from intaglio.codesign import steady
+    from intaglio.codesign.placement import Placement
 
     if by not in BY:
         raise ValueError(f"--by {by}; use one of {', '.join(BY)}")
@@ -78,7 +79,10 @@ def steady_table(
     for on in targets:
         assumed = f"{on.library.name} kernels, launch {on.library.launch_s * 1e6:.2g} us"
         has = f"{on.chip.hbm_bytes / 1e9:,.0f} GB, TDP {on.chip.tdp_w:,.0f} W"
-        say(f"{on.chip.name}: {assumed}, {has}; {on.chip.description}")
+        links = on.chip.links
+        beyond = any(Placement.parse(each).chips_per_server > links.max_chips for each in layouts)
+        nodes = f"nodes of {links.max_chips}, {links.node_bytes_per_s / 1e9:,.0f} GB/s a chip between them; "
+        say(f"{on.chip.name}: {assumed}, {has}; {nodes if beyond else ''}{on.chip.description}")
     added = question.settings
     say(
         f"Assumed: {added.step_s * 1e6:,.3g} us of the host a step, {added.sequence_s * 1e6:,.3g} us more a sequence, "
