@@ -220,7 +220,8 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
     assert row.card
     on = profile.on(target(row.columns["system"]))
     own = times(row.card, on, row.placement(phase), row.formats(profile), tuple(profile.fusions))
-    kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, 256)
+    sequences = max(1, min(256, row.concurrency))  # engines keep recurrent state for those that run
+    kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, sequences)
     return EngineTimes(own, profile), profile.settings(kv, own.copies)
 
 
