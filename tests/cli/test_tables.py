@@ -53,7 +53,7 @@ LINES = {
     "isa": ("",),
     "validate": ("{tables}",),
     "calibrate": (),  # writes files; tests/silicon/test_calibrate.py runs it
-    "validate-serving": ("{servers}", "{servers} --ranking"),
+    "validate-serving": ("{servers}", "{servers} --ranking --closed-form"),
     "agent": (),  # nothing is printed; tests/devices/test_hosts.py runs these two
     "launch": (),
     "cluster up": (),  # these need a cluster that runs; tests/cluster has one
