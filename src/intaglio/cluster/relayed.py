@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import time
 from typing import Any
@@ -21,6 +22,7 @@ from intaglio.router import Job, Refusal
 from intaglio.server.delivery import DONE
 from intaglio.server.problem import Problem, dumps
 
+log = logging.getLogger("intaglio.cluster")
 MAX_LOSSES = 3  # replicas that may die under a request; one that kills replicas must not kill them all
 MAX_REFUSALS = 8  # times that it may be refused, because replicas drain or are full
 MOVABLE = frozenset(("shutdown", "draining", "failed", "queue_full", "late", "too_many_requests"))
@@ -84,7 +86,8 @@ class RelayedRequest:
         self.replica, self.announced = placement.replica, False
         try:
             return await self._pass_on(self._call(), send)
-        except LinkLost:
+        except LinkLost as e:
+            log.info("request %s has lost replica %s: %s", self.job.id, self.replica, e)
             self.losses += 1
             self.backends.moves["lost"] += 1
             if self.losses >= MAX_LOSSES:

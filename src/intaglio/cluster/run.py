@@ -17,7 +17,8 @@ from intaglio.cluster.admin import administration
 from intaglio.cluster.backends import Backends
 from intaglio.cluster.cluster import Cluster
 from intaglio.cluster.front import Front, FrontOptions
-from intaglio.router import Limits, Role, Router
+from intaglio.cluster.process import Launched
+from intaglio.router import Autoscaler, Limits, Role, Router
 from intaglio.server.serve import CLOSE_TIMEOUT, POLL_INTERVAL, Connection, QuietServer
 
 log = logging.getLogger("intaglio.cluster")
@@ -25,10 +26,14 @@ log = logging.getLogger("intaglio.cluster")
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """What a cluster runs: arguments of `intaglio serve` for each replica, replicas by role, the router's options."""
+    """What a cluster runs: maker of a replica's process, number of replicas by role, the router's options.
 
-    words: tuple[str, ...]
+    most: replicas up to which it is autoscaled; None: it is not.
+    """
+
+    launch: Callable[[str], Launched]
     replicas: Mapping[Role, int] = field(default_factory=lambda: {"mixed": 2})
+    most: int | None = None
     policy: str = "cache-aware"
     weights: Mapping[str, float] = field(default_factory=dict)
     max_queued: int = 1024
@@ -45,7 +50,8 @@ async def run_cluster(
     """
     router = Router(options.policy, Limits(options.max_queued), options.weights)
     backends = Backends(router)
-    cluster = Cluster(backends, list(options.words), folder)
+    autoscaler = Autoscaler(sum(options.replicas.values()), options.most) if options.most else None
+    cluster = Cluster(backends, options.launch, autoscaler)
     front = Front(backends, options.front, cluster.state)
     ending, ended = asyncio.Event(), asyncio.Event()
 
