@@ -18,6 +18,7 @@ from support.faked import LOAD, FakedProcess, faked, run, until
 from intaglio.cluster.admin import blocks_folder
 from intaglio.cluster.cluster import Cluster
 from intaglio.cluster.front import Front, FrontOptions
+from intaglio.cluster.link import Link, LinkLost
 from intaglio.cluster.metrics import RouterMetrics
 from intaglio.cluster.process import LOG_BYTES, ReplicaProcess
 from intaglio.cluster.relayed import RelayedRequest
@@ -141,6 +142,31 @@ def test_a_stream_that_busy_replicas_refuse_goes_on_until_its_deadline(
             assert await relayed(cluster, 600.0) == b"ab"
             assert cluster.backends.moves["refused"] == replica.refusals + 1
 
+    run(test())
+
+
+def test_a_replica_that_ended_before_it_had_the_request_is_no_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, failures = Link.call, 5  # as after a failed write, until the end of the connection is read
+
+    def closing(link: Link, header: dict[str, Any], body: bytes = b"") -> Any:
+        nonlocal failures
+        if header["do"] == "request" and failures:
+            failures -= 1
+            raise LinkLost("the connection to the replica has ended")
+        return call(link, header, body)
+
+    def answer(header: dict[str, Any], send: Any) -> None:
+        send({"status": 200, "headers": []})
+        send({"end": True}, b"a")
+
+    async def test() -> None:
+        async with faked(tmp_path, monkeypatch, {"mixed": 1}, answer=answer) as cluster:
+            assert await relayed(cluster, 600.0) == b"a"
+            assert cluster.backends.moves == {"refused": 5}
+
+    monkeypatch.setattr(Link, "call", closing)
     run(test())
 
 

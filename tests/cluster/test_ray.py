@@ -151,14 +151,17 @@ def test_a_layout_that_no_node_can_hold_and_no_cluster_are_refused(nodes: Nodes)
         launcher.close()
 
 
-def test_a_killed_router_leaves_no_replica_and_no_rank(folder: Path, nodes: Nodes, tmp_path: Path) -> None:
+def test_a_killed_router_leaves_no_replica_and_no_rank(
+    folder: Path, cluster: Clustered, nodes: Nodes, tmp_path: Path
+) -> None:
+    cluster.ask("scale", replicas=1)  # so that a node has two free CPUs
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-        cluster = Clustered(folder, tmp_path, 1, "--ray", nodes.ray.address, "--layout", "tp2", "--threads", "2")
-        [replica] = cluster.replicas().values()
+        other = Clustered(folder, tmp_path, 1, "--ray", nodes.ray.address, "--layout", "tp2", "--threads", "2")
+        [replica] = other.replicas().values()
         ranks = [child.pid for child in psutil.Process(replica["pid"]).children(recursive=True)]
         assert len(ranks) >= 2
-        send(cluster.url, *long(1, max_tokens=5))
-        cluster.process.send_signal(signal.SIGKILL)
-        cluster.process.wait(TEST_TIMEOUT_S)
+        send(other.url, *long(1, max_tokens=5))
+        other.process.send_signal(signal.SIGKILL)
+        other.process.wait(TEST_TIMEOUT_S)
     wait_for(lambda: not any(map(runs, [replica["pid"], *ranks])))

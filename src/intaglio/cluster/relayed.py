@@ -85,7 +85,16 @@ class RelayedRequest:
             raise as_problem(e) from None
         self.replica, self.announced = placement.replica, False
         try:
-            return await self._pass_on(self._call(), send)
+            call = self._call()
+        except Moved:
+            self.backends.moves["drained"] += 1
+            return False
+        except LinkLost as e:  # it ended before it had the request, and the router is about to notice
+            self._count_refusal(f"replica {self.replica} cannot be reached: {e}", "failed")
+            await asyncio.sleep(POLL)
+            return False
+        try:
+            return await self._pass_on(call, send)
         except LinkLost as e:
             log.info("request %s has lost replica %s: %s", self.job.id, self.replica, e)
             self.losses += 1
