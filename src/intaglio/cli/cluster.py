@@ -59,6 +59,7 @@ def up(
     max_queued: Annotated[int, typer.Option(min=1, help="Requests that may wait in the router; beyond: 429.")] = 1024,
     timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds a request gets in all.")] = 600.0,
     queue_timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds it may wait for its start.")] = 120.0,
+    otlp_endpoint: o.TracesEndpoint = None,
     name: Name = "default",
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Run the replicas on this Ray cluster; auto: the one here.")
@@ -77,6 +78,7 @@ def up(
         from intaglio.cluster.prompt import TimeLimits
         from intaglio.cluster.run import ClusterOptions, run_cluster
         from intaglio.server.serve import listen, raise_file_limit
+        from intaglio.server.tracing import Tracing
     except ImportError as e:
         raise ValueError(f"the cluster needs {e.name}: pip install 'intaglio[serve]'") from None
     roles, most = read_roles(replicas, prefill, decode)
@@ -94,10 +96,11 @@ def up(
     share = threads or cores
     given: dict[str, Any] = {"layout": layout, "device": device, "weights": weights, "timeout": timeout}
     given["threads"] = share if device == "host" else threads
-    given["queue-timeout"] = queue_timeout
+    given["queue-timeout"], given["otlp-endpoint"] = queue_timeout, otlp_endpoint
     words = [str(model)] if model else []
     words += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
     words += ["--max-open", "100000", *more]
+    tracing = Tracing(otlp_endpoint, "intaglio-router") if otlp_endpoint else None
     listener = listen(host, port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     shown = f"[{host}]" if ":" in host else host
@@ -113,7 +116,7 @@ def up(
             nodes.prepare(words, ranks_of(layout), share)
         options = ClusterOptions(
             launch, roles, most, policy, read_weights(weight or []), max_queued,
-            FrontOptions(tuple(api_key or ()), TimeLimits(timeout, queue_timeout)),
+            FrontOptions(tuple(api_key or ()), TimeLimits(timeout, queue_timeout), tracing=tracing),
         )  # fmt: skip
         try:
             code = uvloop.run(
@@ -124,6 +127,8 @@ def up(
         finally:
             if nodes:
                 nodes.close()
+    if tracing:
+        tracing.close()
     sys.stdout.flush()
     raise typer.Exit(code)
 
@@ -140,7 +145,7 @@ def drain(
     restart: Annotated[bool, typer.Option("--restart", help="Start it again afterwards.")] = False,
     name: Name = "default",
 ) -> None:
-    """Move a replica's requests to the others, which go on with them, and stop it."""
+    """Move a replica's requests to other replicas, which continue them, and stop it."""
     moved = _ask(name, {"do": "drain", "replica": replica, "restart": restart})
     print(f"{replica} had {moved} requests; it is {'started again' if restart else 'stopped'}")
 
@@ -219,7 +224,11 @@ def connect_ray(address: str, name: str) -> RayLauncher:
 
 
 def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:
-    """Options of `intaglio serve` for the K/V blocks in `folder`, of at most half of what is free there."""
+    """Arguments of `intaglio serve` with which replicas keep K/V blocks in `folder`, as a list.
+
+    given: arguments that the user gives; --kv-cache-size among them is left as it is. Otherwise the size is half of the
+    disk's free space, at most BLOCKS_BYTES (8 GiB).
+    """
     words = ["--kv-cache-dir", str(folder)]
     if not any(word.split("=")[0] == "--kv-cache-size" for word in given):
         words += ["--kv-cache-size", str(min(BLOCKS_BYTES, shutil.disk_usage(folder).free // 2))]
@@ -227,7 +236,7 @@ def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:
 
 
 def read_weights(words: list[str]) -> dict[str, float]:
-    """A dict {tenant: weight} from words such as a=2. Raises ValueError for a word of another form."""
+    """A dict {tenant: weight} from texts such as a=2. Raises ValueError for any other text."""
     weights = {}
     for word in words:
         tenant, equals, value = word.rpartition("=")

@@ -11,8 +11,8 @@ from pathlib import Path
 def private_socket(path: Path) -> socket.socket:
     """A Unix socket bound to `path` that only this user may connect to. It does not listen yet.
 
-    Nobody can connect before it listens, so there is no moment at which others can. A socket that a killed process left
-    at the path is replaced. Raises OSError that names the path if a process listens there, or if it is no socket.
+    Its permissions are set before it listens, so that other users can never connect. A socket that a killed process
+    left at the path is replaced. Raises OSError that names the path if a process listens there, or if it is no socket.
     """
     bound = socket.socket(socket.AF_UNIX)
     try:
