@@ -26,6 +26,7 @@ from intaglio.chips.kernel_record import WIDEST, KernelRecord
 from intaglio.cli import options as o
 from intaglio.cli.apart import apart_table
 from intaglio.cli.fields import described, quantity
+from intaglio.cli.plot import check_path
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import facts, out, say, table
 from intaglio.cli.steady import steady_table
@@ -157,12 +158,16 @@ def simulate(
     concurrency: Annotated[
         str | None, typer.Option(help="Requests open at once, such as 64 or 16,64,256: the steady state of a server.")
     ] = None,
-    find: Annotated[bool, typer.Option("--find", help="Search for the load and chunk size that serve best.")] = False,
+    find: Annotated[
+        bool, typer.Option("--find", help="Search for the load and chunk size, or numbers of servers, that serve best.")
+    ] = False,
     prefill: Annotated[
-        str | None, typer.Option(help="Layouts of servers that only compute prompts, with --decode and --concurrency.")
+        str | None,
+        typer.Option(help="Layouts of servers that only compute prompts, with --decode and --concurrency or --find."),
     ] = None,
     decode: Annotated[
-        str | None, typer.Option(help="Layouts of servers that only decode, one for each of --prefill.")
+        str | None,
+        typer.Option(help="Layouts of servers that only decode, one for each of --prefill; with --find any number."),
     ] = None,
     experts_format: Annotated[
         str,
@@ -188,6 +193,10 @@ def simulate(
         Path | None,
         typer.Option(callback=o.in_existing_folder, help="Write the mixed step for Perfetto (Chrome trace JSON)."),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(callback=o.in_existing_folder, help="Write a chart as SVG, with --concurrency or --find."),
+    ] = None,
     helps: Annotated[bool, typer.Option("--what-helps", help="Which single change of the chip helps most.")] = False,
     as_json: o.Json = False,
 ) -> None:
@@ -196,6 +205,7 @@ def simulate(
     from intaglio.compiler import Layout
     from intaglio.silicon.timeline import chrome_trace
 
+    check_path(plot)
     if concurrency or find:
         if trace or helps or batch != 1:
             raise ValueError("--concurrency and --find take neither --batch, --trace nor --what-helps")
@@ -213,8 +223,10 @@ def simulate(
         targets = [changed(target(name, library_name), set_field) for name in chip_name.split(",")]
         layouts = layout.split(",") if layout else [f"tp{chips}"]
         apart = prefill or decode
-        if apart and not (prefill and decode and concurrency and not find and not layout and len(targets) == 1):
-            raise ValueError("--prefill goes with --decode, --concurrency and one chip, without --layout and --find")
+        if apart and not (prefill and decode and not layout and len(targets) == 1):
+            raise ValueError("--prefill goes with --decode, --concurrency or --find, and one chip, without --layout")
+        if apart and find and chips < 2:
+            raise ValueError("--prefill with --find shares out --chips between both kinds of servers; give 2 or more")
         if find and concurrency:
             raise ValueError("--find searches the number of open requests; leave --concurrency out")
         if apart and (step_overhead or by != "watt"):
@@ -222,18 +234,26 @@ def simulate(
         counts = whole_numbers("--concurrency", concurrency) if concurrency else []
         if prefill and decode:
             apart_table(
-                asked, targets[0], prefill.split(","), decode.split(","), counts, max_batch_tokens or 8192, as_json
+                asked,
+                targets[0],
+                prefill.split(","),
+                decode.split(","),
+                counts,
+                max_batch_tokens or 8192,
+                as_json,
+                plot,
+                chips,
             )
             return
         if chips != 1 and (others := [each for each in layouts if Placement.parse(each).chips != chips]):
             raise ValueError(f"--chips {chips} but layout {', '.join(others)} has another number of chips")
-        steady_table(asked, targets, layouts, counts, max_batch_tokens, find, by, as_json)
+        steady_table(asked, targets, layouts, counts, max_batch_tokens, find, by, as_json, plot)
         return
-    options = (ttft, tpot, max_batch_tokens, prefill, decode, experts_format, step_overhead)
+    options = (ttft, tpot, max_batch_tokens, prefill, decode, experts_format, step_overhead, plot)
     if any(options) or "," in chip_name or by != "watt" or memory_share != 0.9:
         raise ValueError(
-            "limits, --max-batch-tokens, --prefill, --decode, --experts-format, --by, --memory-share, --step-overhead "
-            "and several chips go with --concurrency or --find"
+            "limits, --max-batch-tokens, --prefill, --decode, --experts-format, --by, --memory-share, --step-overhead, "
+            "--plot and several chips go with --concurrency or --find"
         )
     layout, serving = layout or f"tp{chips}", Serving(input, output, batch)
     on = changed(target(chip_name, library_name), set_field)
