@@ -20,6 +20,7 @@ from intaglio.cluster.prefill import prefill
 from intaglio.router import Job, Refusal
 from intaglio.server.delivery import DONE
 from intaglio.server.problem import Problem, dumps
+from intaglio.server.tracing import span, trace_headers
 
 MAX_LOSSES = 3  # replicas that may die under a request; one that kills replicas must not kill them all
 MAX_REFUSALS = 8  # times that it may be refused, because replicas drain or are full
@@ -89,12 +90,14 @@ class RelayedRequest:
         again: as for Backends.place(). Raises Problem if the router refuses the job, or after MAX_LOSSES lost replicas.
         """
         try:
-            placement = await self.backends.place(self.job, again)
+            with span("wait for a replica"):
+                placement = await self.backends.place(self.job, again)
         except Refusal as e:
             raise as_problem(e) from None
         self.replica, self.announced = placement.replica, False
         try:
-            return await self._pass_on(self._call(), send)
+            with span("generate", replica=self.replica, earlier_tokens=self.output_tokens):
+                return await self._pass_on(self._call(), send)
         except LinkLost:
             self.losses += 1
             self.backends.moves["lost"] += 1
@@ -118,16 +121,17 @@ class RelayedRequest:
         return call
 
     def _header(self, prefill: bool = False) -> dict[str, Any]:
-        """The header of a call to a replica, with what has been passed on so far; the replica computes what follows.
+        """The header of a call to a replica, which has the deltas passed on so far; the replica computes the rest.
 
-        prefill: the replica computes only the K/V of the prompt.
+        prefill: True if the replica should compute only the K/V of the prompt.
         """
         relay = {
             "id": self.job.id, "created": self.created, "seed": self.seed,
             "waited": self.backends.clock() - self.began,
             "made_by": self.head.get("made_by") if self.deltas else None, "deltas": self.deltas, "prefill": prefill,
         }  # fmt: skip
-        return {"do": "request", "method": "POST", "path": self.path, "headers": self.headers, "relay": relay}
+        headers = [*self.headers, *trace_headers()]
+        return {"do": "request", "method": "POST", "path": self.path, "headers": headers, "relay": relay}
 
     async def _pass_on(self, call: Call, send: Send) -> bool:
         """Pass a replica's frames on to the client.
@@ -197,9 +201,10 @@ class RelayedRequest:
         return True
 
     def _patient(self, code: str | None) -> bool:
-        """True if a request that a replica refuses with `code` is tried again until its deadline, however often.
+        """True if a refused request is tried again until its deadline, however often it is refused.
 
-        It is for a request with output so far and a deadline, when replicas are only busy: it was admitted before.
+        That is a request with output so far and a deadline, if `code`, the code of the refusal, says that the replica
+        is busy.
         """
         return bool(self.deltas) and code in BUSY and self.job.deadline is not None
 
