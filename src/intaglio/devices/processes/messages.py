@@ -94,13 +94,13 @@ def experts_parts(action: str, layers: Mapping[str, Ranks] | None = None) -> lis
     action: "loads", "load", "loaded" or "switch", as the methods of Executable. layers: of load_experts().
     """
     content = text([action, layers or {}])
-    return [np.array([len(content), 0, 0, 0, 0, 0, 0, EXPERTS, 0], np.int64), content]
+    return [np.array([len(content), 0, 0, 0, 0, 0, 0, 0, EXPERTS, 0], np.int64), content]
 
 
 def read_experts_request(message: memoryview) -> tuple[str, dict[str, Ranks]] | None:
     """(action, layers) of a request about experts; None if the message asks for anything else."""
     r = Reader(message)
-    size, _, _, _, _, _, _, flags, _ = r.array(np.int64, 9).tolist()
+    size, _, _, _, _, _, _, _, flags, _ = r.array(np.int64, 10).tolist()
     if not flags & EXPERTS:
         return None
     content: Any = r.text(size)
