@@ -192,8 +192,7 @@ class Backends:
     def first_token(self, job: Job, head: dict[str, Any]) -> None:
         """Tell the router that a job's first token has come, so that its prompt is computed.
 
-        head: facts of the prompt from the replica: `tokens`, their number; `names` of its K/V blocks; their
-        `block_size`.
+        head: facts of the prompt from the replica: number of `tokens`, `names` of the K/V blocks, `block_size`.
         """
         self.router.started(job.id, head.get("tokens", job.prompt_tokens), tuple(head.get("names", ())),
                             head.get("block_size", 1))  # fmt: skip
