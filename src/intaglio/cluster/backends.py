@@ -183,7 +183,7 @@ class Backends:
             self.waiting.pop(job.id, None)
 
     def pump(self) -> None:
-        """Place the queued jobs that can be placed now."""
+        """Place the queued jobs that can be placed now, and wake the tasks that wait for them in place()."""
         for placement in self.router.dispatch(self.clock()):
             waiter = self.waiting.get(placement.job.id)
             if waiter is not None and not waiter.done():  # else its client has left, and ended() follows
