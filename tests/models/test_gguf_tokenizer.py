@@ -16,6 +16,7 @@ from support.gguf_vocab import (
     CONTROL,
     add_vocabulary,
     byte_level,
+    gemma4,
     sentencepiece,
     texts,
     unigram,
@@ -36,6 +37,7 @@ SORTS = {
     **{pre: lambda seed, pre=pre: byte_level(pre, seed) for pre in BYTE_LEVEL},
     "sentencepiece": lambda seed: sentencepiece(True, seed),
     "sentencepiece without a space": lambda seed: sentencepiece(False, seed),
+    "gemma4": gemma4,
     "unigram": unigram,
     "wordpiece": wordpiece,
 }

@@ -86,23 +86,23 @@ class Metadata:
 
     @property
     def kv_heads(self) -> int:
-        """Number of K/V heads, of the layers that have attention; the number of heads if absent."""
-        return max(self.kv_heads_by_layer)
+        """Number of K/V heads, of the layers that have attention; the number of heads if absent.
 
-    @property
-    def kv_heads_by_layer(self) -> list[int]:
-        """Number of K/V heads of each layer, 0 in those without attention.
-
-        Raises PortError if other layers differ.
+        Raises PortError if these layers differ.
         """
-        value = self.get("attention.head_count_kv", self.heads)
-        own = list(map(int, value[: self.layers] if isinstance(value, list) else [value] * self.layers))
+        own = self.kv_heads_by_layer
         if len({n for n in own if n}) != 1:
             self.one("attention.head_count_kv")
             raise PortError(
-                f"{self.file.path}: attention.head_count_kv is {value} in {self.layers} layers; one needs heads"
+                f"{self.file.path}: attention.head_count_kv is {own} in {self.layers} layers; one needs heads"
             )
-        return own
+        return max(own)
+
+    @property
+    def kv_heads_by_layer(self) -> list[int]:
+        """Number of K/V heads of each layer, 0 in those without attention."""
+        value = self.get("attention.head_count_kv", self.heads)
+        return list(map(int, value[: self.layers] if isinstance(value, list) else [value] * self.layers))
 
     @property
     def head_dim(self) -> int:
