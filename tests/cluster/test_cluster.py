@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,11 @@ def test_a_drained_replicas_streams_move_and_it_is_gone(cluster: Clustered, alon
     before = cluster.metric('intaglio:router_moves_total{cause="drained"}')
 
     def trouble() -> None:
-        wait_for(lambda: [*cluster.replicas().values()][-1]["requests"] > 0)  # the one that will go
-        cluster.ask("scale", replicas=2)
+        with ExitStack() as streams:
+            while not [*cluster.replicas().values()][-1]["requests"]:  # the one that will go
+                path, body = long(7, max_tokens=900)
+                streams.enter_context(httpx.stream("POST", cluster.url + path, json=body, timeout=TEST_TIMEOUT_S))
+            cluster.ask("scale", replicas=2)
 
     compare(cluster, alone, [long(seed, max_tokens=600) for seed in range(6)], trouble)
     assert cluster.metric('intaglio:router_moves_total{cause="drained"}') > before

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from intaglio.chips import Target
 from intaglio.cli.progress import progress_bar
-from intaglio.cli.show import out, say, table
+from intaglio.cli.show import out, say, table, whole
 
 if TYPE_CHECKING:
     from intaglio.codesign.disaggregated import ApartResult
@@ -27,7 +27,16 @@ def apart_table(
 ) -> None:  # fmt: skip
     """Print latencies and rates of each pair of prefill and decode layouts at each concurrency, and a bar for each.
 
-    budget: tokens of a prefill step of one copy. Raises ValueError if the lists are not of one length.
+    Args:
+        question: the model and its load.
+        on: chip and kernel library of all servers.
+        prefill: layouts of prefill servers.
+        decode: layouts of decode servers; the i-th works with the i-th of `prefill`.
+        concurrency: numbers of requests open at once.
+        budget: most tokens of a step of one copy of attention (see Placement).
+        as_json: print JSON instead of a table.
+
+    Raises ValueError if the lists differ in length, LayoutError for a wrong layout, ChipError if a model does not fit.
     """
     from intaglio.codesign.disaggregated import Apart, serve_apart
     from intaglio.codesign.placement import Placement
@@ -81,9 +90,9 @@ def apart_table(
 
 
 def cells(first: str, second: str, r: ApartResult) -> tuple[str, ...]:
-    """The texts of one row of the table, in the order of HEADERS."""
+    """One row of the table: a text for each of HEADERS. first, second: layouts of the prefill and decode servers."""
     return (
-        first, second, f"{r.concurrency:,}", f"{r.ttft * 1e3:,.0f}", f"{r.tpot * 1e3:,.1f}", f"{1 / r.tpot:,.0f}",
-        f"{r.tokens_per_s / r.chips:,.0f}", f"{r.tokens_per_s / r.watts:,.2f}", f"{r.watts / r.chips:,.0f}",
+        first, second, f"{r.concurrency:,}", whole(r.ttft * 1e3), f"{r.tpot * 1e3:,.1f}", f"{1 / r.tpot:,.0f}",
+        whole(r.tokens_per_s / r.chips), f"{r.tokens_per_s / r.watts:,.2f}", f"{r.watts / r.chips:,.0f}",
         f"{100 * r.prefill_busy:.0f}/{100 * r.decode_busy:.0f}",
     )  # fmt: skip

@@ -162,7 +162,10 @@ def show(state: dict[str, Any], as_json: bool) -> None:
 
 
 def read_roles(replicas: int | None, prefill: int | None, decode: int | None) -> dict[Role, int]:
-    """The number of replicas by role, from the options of `up`. Raises ValueError for a wrong combination."""
+    """A dict {role: number of replicas}, from the options of `up`: role mixed, or prefill and decode.
+
+    Raises ValueError for --prefill without --decode, the reverse, and either together with --replicas.
+    """
     if prefill is None and decode is None:
         return {"mixed": replicas or 2}
     if prefill is None or decode is None:
@@ -173,7 +176,11 @@ def read_roles(replicas: int | None, prefill: int | None, decode: int | None) ->
 
 
 def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:
-    """Options of `intaglio serve` for the K/V blocks in `folder`, of at most half of what is free there."""
+    """Arguments of `intaglio serve` with which replicas keep K/V blocks in `folder`, as a list.
+
+    given: arguments that the user gives; --kv-cache-size among them is left as it is. Otherwise the size is half of the
+    disk's free space, at most BLOCKS_BYTES (8 GiB).
+    """
     words = ["--kv-cache-dir", str(folder)]
     if not any(word.split("=")[0] == "--kv-cache-size" for word in given):
         words += ["--kv-cache-size", str(min(BLOCKS_BYTES, shutil.disk_usage(folder).free // 2))]
@@ -181,7 +188,7 @@ def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:
 
 
 def read_weights(words: list[str]) -> dict[str, float]:
-    """A dict {tenant: weight} from words such as a=2. Raises ValueError for a word of another form."""
+    """A dict {tenant: weight} from texts such as a=2. Raises ValueError for any other text."""
     weights = {}
     for word in words:
         tenant, equals, value = word.rpartition("=")

@@ -18,12 +18,18 @@ from intaglio.progress import prefixed
 
 
 def state_cache_bytes(text: str) -> int | None:
-    """Bytes of --state-cache-size, None for auto. Raises ValueError."""
+    """The number of bytes that the text of --state-cache-size stands for; None for "auto", 0 for "0".
+
+    Raises ValueError for a text that is no size.
+    """
     return None if text == "auto" else 0 if text == "0" else o.parse_size(text)
 
 
 def checked_state_cache(param: typer.CallbackParam, text: str) -> str:
-    """Callback of --state-cache-size: returns the text. Raises ValueError if state_cache_bytes() would."""
+    """Callback of --state-cache-size: returns the text unchanged.
+
+    Raises ValueError, naming the option, for a text that state_cache_bytes() refuses.
+    """
     try:
         state_cache_bytes(text)
     except ValueError as e:
@@ -171,7 +177,10 @@ def serve(
 
 
 def end_with_stdin() -> None:
-    """End this process as soon as its standard input ends, which tells that the process that started it is gone."""
+    """Start a thread that ends this process, with exit code 1, as soon as its standard input ends.
+
+    The input is a pipe from the process that started this one, and ends when that process does.
+    """
 
     def wait() -> None:
         while os.read(0, 4096):
@@ -182,7 +191,7 @@ def end_with_stdin() -> None:
 
 
 def read_template(path: Path) -> str:
-    """The text of a chat template file. Raises ValueError naming the file."""
+    """The text of a chat template file. Raises ValueError, naming the file, if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -190,10 +199,14 @@ def read_template(path: Path) -> str:
 
 
 def named_folders(models: list[str], name: str | None) -> dict[str, Path | None]:
-    """A dict from name in the API to the model's path, from arguments such as NAME=FOLDER, FOLDER or owner/name.
+    """A dict from the name of each model in the API to its path, in the order given.
 
-    Without arguments the path is None, which stands for the bundled model. name: name of the only model. Raises
-    ValueError for an empty name, one that is used twice, and `name` for several models.
+    Args:
+        models: arguments NAME=MODEL, or MODEL alone, which is named after its folder or hub id. None given: the bundled
+            model, whose path is None.
+        name: name of the only model, or None.
+
+    Raises ValueError for an empty name, a name that is used twice, and `name` with several models.
     """
     from intaglio.model import BUNDLED
     from intaglio.models.hub import hub_id

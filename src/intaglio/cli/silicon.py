@@ -59,9 +59,9 @@ ChipName = Annotated[str, typer.Option("--chip", help="A name (see intaglio chip
 
 
 def changed(on: Target, changes: list[str] | None) -> Target:
-    """The target with fields replaced. A change is written `chip.field=value` or `library.field=value`.
+    """A copy of a target with fields replaced. changes: texts `chip.FIELD=VALUE` or `library.FIELD=VALUE`; None: none.
 
-    Raises ChipError for an unknown field or a value out of range, ValueError for a change without "=".
+    Raises ChipError for an unknown field or a wrong value, ValueError for a text without "=".
     """
     values: dict[str, Any] = {}
     for change in changes or ():
@@ -73,7 +73,10 @@ def changed(on: Target, changes: list[str] | None) -> Target:
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
-    """The whole numbers of a text such as 16,64. Raises ValueError, naming the option, for others and those below 1."""
+    """The whole numbers of a text such as 16,64, as a list.
+
+    Raises ValueError, naming the option `option`, for any other text and for numbers below 1.
+    """
     found = text.split(",")
     if not all(n.strip().isdecimal() and int(n) for n in found):
         raise ValueError(f"{option} {text!r}; wanted whole numbers of 1 or more, such as 64 or 16,64")
@@ -81,7 +84,10 @@ def whole_numbers(option: str, text: str) -> list[int]:
 
 
 def modelled(program: Program, chip_name: str = "sohu") -> str:
-    """Two lines of text with the modelled time of a prefill and of a decode step on a preset chip."""
+    """Two lines of text: the modelled time of a prefill, and of the decode step after it, on a preset chip.
+
+    The prompt has 256 tokens, or what the context holds less one.
+    """
     from intaglio.silicon.plan import Plan
     from intaglio.silicon.sizes import BatchSizes
 
@@ -102,7 +108,10 @@ LAYOUTS = ("tp8", "tp4pp2", "tp2pp4", "pp8")  # of eight chips
 
 
 def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
-    """Print the modelled speed of Llama-3-70B on eight `sohu` chips, as docs/sohu.md describes."""
+    """Print the modelled speed of Llama-3-70B on eight `sohu` chips, as docs/sohu.md describes.
+
+    layouts: how the eight chips share the model; each gives one row.
+    """
     from intaglio.codesign.simulate import Serving, compare_layouts
 
     formats = ("fp8row", "int8", "fp8")  # weights, keys and values, rows
@@ -112,9 +121,9 @@ def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
 
 
 def used(p: Phase) -> tuple[str, ...]:
-    """Cells (texts) of the columns USED, in percent of the peak.
+    """The cells of the columns USED: percent of peak FLOP/s, HBM bandwidth and link bandwidth that a step uses.
 
-    FLOP/s are those of all chips; HBM and links those of the slowest stage.
+    FLOP/s are those of all chips; HBM and links are those of the slowest pipeline stage.
     """
     return tuple(f"{v:.0%}" for v in (p.flops_share, p.slowest.hbm_share(), p.slowest.link_share()))
 
@@ -274,7 +283,7 @@ def simulate(
 
 
 def print_fields(spec: ChipSpec | KernelLibrary, before: Sequence[tuple[str, str]] = ()) -> None:
-    """Print the pairs `before`, all fields of a chip or a kernel library, and the sources of their values."""
+    """Print the pairs `before`, then all fields of a chip or kernel library, then the source of each value."""
     fields = {field: value for field, value in asdict(spec).items() if field not in ("reasons", "kernels")}
     out.print(facts([*before, *described(fields)]))
     if spec.reasons:
@@ -282,7 +291,7 @@ def print_fields(spec: ChipSpec | KernelLibrary, before: Sequence[tuple[str, str
 
 
 def kernel_facts(record: KernelRecord) -> tuple[str, str]:
-    """A pair of texts: (the op of a kernel; its name, the calls it is chosen for, its values and their reason)."""
+    """(op of a kernel record, text with the kernel's name, the calls it is chosen for, its values and their source)."""
     least, most = record.head_dims
     width = f"head width {least} to {most}" if most < WIDEST else f"head width from {least}" if least else ""
     calls = ", ".join(part for part in (*record.formats, width) if part) or "all calls"
@@ -336,7 +345,7 @@ def libraries(
 
 
 def first_sentence(text: str) -> str:
-    """The text up to its first full stop; dots of a range such as `a .. b` do not count."""
+    """The text up to its first full stop. The dots of a range such as `a .. b` are no full stops."""
     return re.split(r"(?<![. ])\. ", " ".join(text.split()))[0]
 
 

@@ -134,7 +134,18 @@ def simulate_serving(
 def planned_load(
     workload: str | None, count: int, rate: float, cv: float, input: int, output: int, context: int, seed: int
 ) -> list[LoadRequest]:
-    """A list of the requests of a load: a trace's lengths scaled to the context, or all `input` and `output` tokens."""
+    """The requests of a load, as a list of `count` LoadRequests with their arrival times.
+
+    Args:
+        workload: a trace whose lengths are drawn, scaled to fit `context`; None: all have `input` and `output` tokens.
+        count: number of requests.
+        rate: requests per second, on average.
+        cv: coefficient of variation of the gaps between arrivals; 1 is Poisson.
+        input: prompt tokens of each, without a workload.
+        output: new tokens of each, without a workload.
+        context: the model's largest context.
+        seed: of the draws.
+    """
     import numpy as np
 
     from intaglio.measure.workload import LoadRequest, arrivals, draw, fitting, trace
@@ -147,7 +158,7 @@ def planned_load(
 
 
 def cells(chip: str, layout: str, done: ServingResult) -> tuple[str, ...]:
-    """The texts of one row of the table, a cell for each of HEADERS."""
+    """One row of the table: a text for each of HEADERS. chip, layout: their names."""
     mean = {name: done.summary.times.get(name, {}).get("mean", float("nan")) for name in ("ttft", "tpot")}
     return (
         chip, layout, f"{mean['ttft'] * 1e3:,.1f}", f"{mean['tpot'] * 1e3:,.2f}",

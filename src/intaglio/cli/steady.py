@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from intaglio.chips import Target
 from intaglio.cli.progress import progress_bar
-from intaglio.cli.show import out, say, table
+from intaglio.cli.show import out, say, table, whole
 
 if TYPE_CHECKING:
     from intaglio.codesign.steady import Design, Question
@@ -26,7 +26,18 @@ def steady_table(
 ) -> None:  # fmt: skip
     """Print the designs of every chip and layout: at each concurrency, or with `find` the best that keeps the limits.
 
-    budget: tokens of a step; None: 2048, and with `find` several. Raises ValueError if no design is possible.
+    Args:
+        question: the model, its load and the limits.
+        targets: chips with their libraries.
+        layouts: how chips share the model; each is a candidate on every target.
+        concurrency: numbers of requests open at once; not used with `find`.
+        budget: most tokens of a step of a copy of attention; None: 2048, and with `find` several are tried.
+        find: search for the best load of each candidate.
+        by: "watt" or "chip": what `find` maximises output tokens per second for.
+        as_json: print JSON instead of tables.
+
+    A candidate that cannot run is printed with the reason. Raises ValueError for another `by`, LayoutError for a wrong
+    layout.
     """
     from intaglio.codesign import steady
 
@@ -79,7 +90,10 @@ def steady_table(
 
 
 def conclude(question: Question, designs: Sequence[Design], by: str) -> None:
-    """Print the design that serves most by the measure `by`, or that no design keeps the limits."""
+    """Print the first of `designs` that keeps the limits as the recommended one, or that none does.
+
+    designs: the best first. by: "watt" or "chip", the measure that is printed.
+    """
     kept = [d for d in designs if d.within]
     if not kept:
         say("No design keeps the limits: allow longer latencies, more chips, or fewer bits.")
@@ -94,13 +108,8 @@ def conclude(question: Question, designs: Sequence[Design], by: str) -> None:
     say("Rows marked q were confirmed by the queue in virtual time; the others are estimates; *: beyond a limit.")
 
 
-def whole(x: float) -> str:
-    """A number without decimals, in millions (M) from a million on."""
-    return f"{x:,.0f}" if x < 1e6 else f"{x / 1e6:,.1f}M"
-
-
 def cells(d: Design) -> tuple[str, ...]:
-    """The texts of one row of the table, in the order of HEADERS."""
+    """One row of the table: a text for each of HEADERS."""
     mark = ("q" if d.confirmed else "") + ("" if d.within else "*")
     return (
         d.chip, str(d.placement), f"{d.concurrency:,}{mark}", whole(d.ttft * 1e3), f"{d.tpot * 1e3:,.1f}",

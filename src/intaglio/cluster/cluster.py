@@ -24,9 +24,12 @@ INITIALS: Mapping[Role, str] = {"mixed": "r", "prefill": "p", "decode": "d"}
 
 
 class Cluster:
-    """Replicas of one model, named by role: r0, r1, ..., or p0, ... and d0, ... where prefill and decode are apart.
+    """Replica processes of one model: r0, r1, ..., or p0, ... and d0, ... where prefill and decode are apart.
 
-    words: arguments of `intaglio serve` for each.
+    Args:
+        backends: the router with its links to the replicas.
+        words: arguments of `intaglio serve` for each replica.
+        folder: for the replicas' sockets and logs.
     """
 
     def __init__(self, backends: Backends, words: list[str], folder: Path) -> None:
@@ -44,7 +47,10 @@ class Cluster:
         backends.on_lost = self._lost
 
     async def start(self, replicas: Mapping[Role, int]) -> None:
-        """Start replicas, by role, and wait until all serve. Raises ReplicaFailed if one does not start."""
+        """Start replicas and wait until all serve. replicas: how many of each role.
+
+        Raises ReplicaFailed if one does not start.
+        """
         self.roles = tuple(replicas)
         self.backends.start()
         self._tidying = asyncio.ensure_future(self._tidy())
@@ -52,10 +58,10 @@ class Cluster:
             await self._grow([role for role, n in replicas.items() for _ in range(n)])
 
     async def scale(self, replicas: int, role: Role | None = None) -> None:
-        """Start or drain replicas of a role until there are as many.
+        """Start or drain replicas of a role until the cluster has `replicas` of that role.
 
-        role: by default that of the replicas that generate. Raises ValueError for a number outside 1..MAX_REPLICAS, and
-        for a role that the cluster does not have.
+        role: None is mixed, or decode where prefill and decode are apart. Raises ValueError for a number outside
+        1..MAX_REPLICAS and for a role that the cluster does not have, ReplicaFailed if a replica does not start.
         """
         if not 1 <= replicas <= MAX_REPLICAS:
             raise ValueError(f"{replicas} replicas; allowed: 1 to {MAX_REPLICAS}")
@@ -69,9 +75,10 @@ class Cluster:
                 await self._remove(name)
 
     async def drain(self, name: str, restart: bool = False) -> int:
-        """Move a replica's requests to others and stop it; start it again if `restart`. Returns how many it had.
+        """Move a replica's requests to other replicas and stop it; start it again if `restart`.
 
-        Raises ValueError if there is no such replica, or no other to take its requests.
+        Returns how many requests it had. Raises ValueError if there is no such replica or no other to take its
+        requests, ReplicaFailed if it does not start again.
         """
         async with self._changing:
             if name not in self.processes or name in self._leaving:
@@ -119,7 +126,7 @@ class Cluster:
         }  # fmt: skip
 
     async def _grow(self, roles: Sequence[Role]) -> None:
-        """Start one more replica for each of these roles."""
+        """Start one more replica for each of `roles`, all at once. Raises the first error if any does not start."""
         names: dict[str, Role] = {}
         for role in roles:
             names[f"{INITIALS[role]}{self._numbers[role]}"] = role
@@ -130,7 +137,10 @@ class Cluster:
             raise errors[0]
 
     async def _add(self, name: str, role: Role) -> None:
-        """Start a replica and wait until it serves. Forgets it and raises ReplicaFailed if it does not."""
+        """Start a replica and wait until it serves.
+
+        If it does not, it is removed, and the error, such as ReplicaFailed, is raised.
+        """
         self.backends.router.add_replica(name, role)
         process = self.processes[name] = ReplicaProcess(name, self.words, self.folder)
         try:
@@ -161,7 +171,7 @@ class Cluster:
         return moved
 
     async def _supervise(self, name: str, process: ReplicaProcess) -> None:
-        """Start the process again whenever it has ended, unless the replica is being removed."""
+        """Restart a replica's process each time it ends. Runs until cancelled, or until the replica is removed."""
         wait = BACKOFF_FIRST
         while True:
             code = await process.wait()
@@ -187,7 +197,7 @@ class Cluster:
                 process.kill()
 
     async def _tidy(self) -> None:
-        """Keep the replicas' logs short."""
+        """Move replicas' logs aside when they become long (see ReplicaProcess.trim_log()). Runs until cancelled."""
         while True:
             await asyncio.sleep(TIDY)
             for process in self.processes.values():
@@ -197,6 +207,9 @@ class Cluster:
                     log.error("%s cannot be shortened: %s", process.log, e)
 
     def _lost(self, name: str) -> None:
-        """Kill the process of a replica whose connection has ended. The supervisor then starts it again."""
+        """Kill the process of a replica whose connection has ended, so that _supervise() starts it again.
+
+        Nothing happens while the replica is removed or the cluster stops.
+        """
         if (process := self.processes.get(name)) and name not in self._leaving and not self.stopping:
             process.kill()

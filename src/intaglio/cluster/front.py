@@ -32,9 +32,14 @@ TENANT = "x-tenant-id"
 
 @dataclass(frozen=True)
 class FrontOptions:
-    """Options of the front; times in seconds, sizes in bytes.
+    """Options of the router's HTTP application.
 
-    keys: accepted API keys; empty: none is needed. With keys, a client's tenant is its key: key0 is the first.
+    Attributes:
+        keys: accepted API keys; empty: no key is needed. A client's tenant is then key0, key1, ... by its key.
+        limits: how long a request may take and wait.
+        max_body: most bytes of a request's body.
+        max_open: most requests open at once; beyond it, 429.
+        read_timeout: seconds within which a body must arrive.
     """
 
     keys: tuple[str, ...] = ()
@@ -45,7 +50,7 @@ class FrontOptions:
 
 
 class Front:
-    """The ASGI application of the router. state: function that returns the cluster's state for GET /cluster."""
+    """The router's ASGI application. state: function that returns the cluster's state, for GET /cluster."""
 
     def __init__(self, backends: Backends, options: FrontOptions, state: Callable[[], dict[str, Any]]) -> None:
         self.backends, self.options, self.state = backends, options, state
@@ -97,7 +102,10 @@ class Front:
         await self._own(path, method)(scope, receive, send)
 
     def _own(self, path: str, method: str) -> Response:
-        """The response to a path that the router answers itself. Raises Problem 404 or 405 for any other request."""
+        """The response of the router itself to a path, such as /health, /metrics or /cluster.
+
+        Raises Problem 405 for a method that a known path does not take, 404 for an unknown path.
+        """
         if method not in ("GET", "HEAD") and path in (*PUBLIC, *GENERATE, "/cluster"):
             raise Problem(405, f"{method} {path}: the path does not take this method")
         match path:
@@ -115,11 +123,10 @@ class Front:
         raise Problem(404, f"{method} {path}: there is no such path")
 
     def _tenant(self, path: str, headers: dict[str, str]) -> str:
-        """The name of a request's tenant, as text.
+        """The name of a request's tenant: key0, key1, ... by its API key if one is needed, else header x-tenant-id.
 
-        With API keys it is "key" and the number of the request's key from 0; without, the header x-tenant-id, or "".
-
-        Raises Problem 401 without a valid key, 429 if too many requests are open.
+        "" without that header. Raises Problem 401 without a valid key, 429 if too many requests are open. Neither
+        applies to the paths in PUBLIC.
         """
         keys = self.options.keys
         tenant = headers.get(TENANT, "")
@@ -151,9 +158,9 @@ class Front:
             self.metrics.ended(request)
 
     async def _pass_on(self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send) -> None:
-        """Pass a request that generates nothing to the replica with the fewest jobs, and send its response.
+        """Pass a request that generates nothing to a replica, and send the replica's response.
 
-        Raises Problem 503 if no replica serves.
+        Replicas are tried in order of their number of jobs, the fewest first. Raises Problem 503 if none answers.
         """
         raw = await read_body(receive, self.options.max_body, self.options.read_timeout)
         passed = [(name, headers[name]) for name in PASSED_HEADERS if name in headers]
@@ -183,7 +190,7 @@ class Front:
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
-    """The body's fields; {} if it is no JSON object, which the replica will refuse."""
+    """The fields of a request's body, as a dict; {} if the body is no JSON object, which the replica refuses."""
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):

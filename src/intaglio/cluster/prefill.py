@@ -20,10 +20,11 @@ PREFILLS = ("handed", "empty", "lost", "drained", "refused")  # what comes of an
 
 
 async def prefill(backends: Backends, job: Job, header: Callable[[], dict[str, Any]], raw: bytes) -> tuple[Job, bool]:
-    """Have a prompt computed by a prefill replica, if there is one and enough to compute.
+    """Have a prefill replica compute a job's prompt, if the cluster has one and enough of the prompt is not cached.
 
-    header: makes the header of the call. raw: the request's body. Returns the job with the tokens that were
-    handed over, and whether it has been placed. Raises Refusal if it is not admitted.
+    header: function that makes the header of the call. raw: the request's body. Returns (the job, with the prompt's
+    length and the number of tokens handed over if a replica computed it; whether the job has been placed on a replica).
+    Up to ATTEMPTS replicas are tried. Raises Refusal if the job is not admitted, or not placed in its time.
     """
     placed = False
     for _ in range(ATTEMPTS):
@@ -50,9 +51,10 @@ async def prefill(backends: Backends, job: Job, header: Callable[[], dict[str, A
 async def _computed(
     backends: Backends, job: Job, replica: str, header: dict[str, Any], raw: bytes
 ) -> dict[str, Any] | None:
-    """The replica's answer: the prompt's tokens, and those handed over. None if it answers with an error.
+    """Have `replica` compute the prompt and return its answer; None if the answer is an error.
 
-    Raises LinkLost and Moved.
+    The answer is {"tokens": tokens of the prompt, "handed": those whose K/V other replicas can load}. Raises LinkLost
+    if it is lost, Moved if it is being drained.
     """
     link = backends.links.get(replica)
     if link is None:

@@ -22,13 +22,16 @@ LOG_BYTES = 8 << 20  # a log that is longer is moved to NAME.log.1, in place of 
 
 
 class ReplicaFailed(ValueError):
-    """Raised for a replica process that ended before it served."""
+    """Raised for a replica process that ended, or did not serve in time, when it was started."""
 
 
 class ReplicaProcess:
-    """A replica's process. It ends with its standard input, and so with this process, however that ends.
+    """The process of one replica. It ends when this process does, however that ends: its standard input ends too.
 
-    words: arguments of `intaglio serve`. folder: for its control socket and its log.
+    Args:
+        name: of the replica.
+        words: arguments of `intaglio serve`.
+        folder: for its control socket and its log.
     """
 
     def __init__(self, name: str, words: list[str], folder: Path) -> None:
@@ -39,18 +42,19 @@ class ReplicaProcess:
 
     @property
     def pid(self) -> int | None:
-        """Process id; None before the start."""
+        """Process id; None before start()."""
         return self.process.pid if self.process else None
 
     @property
     def ended(self) -> bool:
-        """True if there is no process, or it has ended."""
+        """True if the process has ended, or was never started."""
         return self.process is None or self.process.returncode is not None
 
     async def start(self) -> Link:
         """Start the process, connect to it once it serves, and return the Link.
 
-        Raises ReplicaFailed with the end of its log if it ends before, or after STARTING seconds.
+        Raises ReplicaFailed, with the end of the log, if the process ends first or does not serve within STARTING
+        seconds.
         """
         socket = self.folder / f"{self.name}-{secrets.token_hex(4)}.sock"
         words = [sys.executable, "-m", "intaglio", "serve", *self.words, "--port", "0", "--control", str(socket)]
@@ -82,14 +86,14 @@ class ReplicaProcess:
         raise ReplicaFailed(f"replica {self.name} did not start: {self._tail(begins)}")
 
     async def wait(self) -> int:
-        """Wait until the process has ended, and kill what it has left running. Returns its exit code."""
+        """Wait until the process has ended, and kill what it had started and left running. Returns its exit code."""
         assert self.process
         code = await self.process.wait()
         self.kill()
         return code
 
     async def stop(self) -> None:
-        """End the process: SIGTERM, and after STOPPING seconds SIGKILL."""
+        """End the process with SIGTERM, or after STOPPING seconds with SIGKILL, and wait until it has ended."""
         if self.process is None:
             return
         if not self.ended:
@@ -103,10 +107,10 @@ class ReplicaProcess:
             self.process.stdin.close()
 
     def kill(self) -> None:
-        """End the process and all that it started, at once.
+        """Kill the process and all that it started (its process group) with SIGKILL.
 
-        Does nothing once it has been called after the process's end: the system may then give the number of the process
-        group to another.
+        After the process has ended, only the first call does so. The system may give the group's number to another
+        process later.
         """
         if self.process is None or self._group_ended:
             return
@@ -115,16 +119,19 @@ class ReplicaProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def trim_log(self) -> None:
-        """Move the log to NAME.log.1 if it has more than LOG_BYTES. Raises OSError.
+        """Move the content of the log to NAME.log.1 if it is longer than LOG_BYTES. Raises OSError.
 
-        It is copied and emptied, since the process goes on writing to the same file, always at its end.
+        The log is copied and then emptied, because the process has it open and goes on appending to it.
         """
         if self.log.exists() and self.log.stat().st_size > LOG_BYTES:
             shutil.copyfile(self.log, self.log.with_name(f"{self.log.name}.1"))
             os.truncate(self.log, 0)
 
     def _tail(self, begins: int) -> str:
-        """The last TAIL characters of the log from byte `begins` on, where the present start begins."""
+        """The last TAIL characters that the process has logged since its start; a remark if there are none.
+
+        begins: length of the log in bytes at that start.
+        """
         with self.log.open("rb") as log:
             log.seek(begins if begins <= log.seek(0, os.SEEK_END) else 0)  # trimmed since
             text = log.read().decode(errors="replace").strip()

@@ -11,17 +11,21 @@ WAYS = {"tp": "tensor parallel", "ep": "experts", "pp": "pipeline"}
 
 
 class LayoutError(ProgramError):
-    """Raised for a layout that cannot be parsed, or by which a Program cannot be sharded."""
+    """Raised for a text that is no layout, and for a layout that does not fit a Program."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism: `pp` pipeline stages, each shared by tp * ep lanes (ranks that hold the same layers).
+    """Degrees of parallelism. The ranks of one pipeline stage are its lanes, tp * ep of them, and hold the same layers.
 
-    Attention heads are divided among `tp` lanes; experts among `ep`, and each expert's columns among `tp`; everything
-    else among all lanes. lane = expert index * tp + head index, and rank = stage * lanes + lane, so the ranks of a
-    stage are neighbours. `sp` (sequence parallelism): norms and other ops between two all_reduces are split along
-    tokens.
+    rank = stage * lanes + lane, so the ranks of a stage are neighbours; lane = expert index * tp + head index.
+
+    Attributes:
+        tp: lanes among which attention heads, and the columns of each expert, are divided. Everything else is divided
+            among all lanes.
+        ep: groups of lanes among which experts are divided.
+        pp: pipeline stages.
+        sp: sequence parallelism: norms and other ops between two all_reduces are split along tokens.
     """
 
     tp: int = 1
@@ -55,7 +59,7 @@ class Layout:
 
     @property
     def lanes(self) -> int:
-        """Number of ranks in one stage, tp * ep."""
+        """Number of lanes, the ranks of one pipeline stage: tp * ep."""
         return self.tp * self.ep
 
     @property
@@ -64,7 +68,7 @@ class Layout:
         return self.lanes * self.pp
 
     def rank(self, stage: int, lane: int) -> int:
-        """Number of the rank at position `lane` of pipeline stage `stage`."""
+        """Number of the rank that is lane number `lane` of pipeline stage number `stage`, from 0."""
         return stage * self.lanes + lane
 
     def __str__(self) -> str:

@@ -44,9 +44,9 @@ class MeshExecutable(BlockingExecutable):
         self.program = ranks[-1].program
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step of every rank and return one StepResult.
+        """Run one step of every rank. Returns one StepResult: the last rank's, with the timings of all ranks added up.
 
-        Rank r's tapped value is returned under `site@r`; timings are sums over ranks.
+        The value that rank r computes at a tapped site is named `site@r`. Raises DeviceError for a batch out of range.
         """
         check_batch(self.program, self.state, request.batch)
         return merge_ranks(MeshStep([rank.run_until_collective(request) for rank in self.ranks]).run())
@@ -70,8 +70,8 @@ class MeshExecutable(BlockingExecutable):
 class MeshStep:
     """A step of all ranks in progress.
 
-    `waiting`: by rank, the collective at which it waits and its input. `messages`: tensors sent and not yet received,
-    by (sender, receiver).
+    `waiting`: for each rank that is not done, (collective at which it waits, the rank's input). `messages`: tensors
+    sent and not yet received, by (sender, receiver).
     """
 
     def __init__(self, ranks: Sequence[CollectiveSteps]) -> None:
@@ -98,9 +98,9 @@ class MeshStep:
         return [self.results[rank] for rank in range(len(self.ranks))]
 
     def resume(self, rank: int, output: np.ndarray | None) -> None:
-        """Run a rank to its next collective or its end. Returns nothing.
+        """Run a rank up to its next collective or its end.
 
-        `output`: this rank's result of its last collective, or None.
+        `output`: the rank's result of the collective at which it waits; None to begin.
         """
         self.waiting.pop(rank, None)
         try:
@@ -109,10 +109,7 @@ class MeshStep:
             self.results[rank] = end.value
 
     def exchange(self, rank: int) -> None:
-        """Run the collective at which `rank` waits, if its peers are ready for it; otherwise do nothing.
-
-        Returns nothing.
-        """
+        """Run the collective at which `rank` waits, if its peers wait there, too; otherwise do nothing."""
         op, x = self.waiting[rank]
         if isinstance(op, Send):
             assert x is not None
@@ -131,7 +128,7 @@ class MeshStep:
     def _positions(self) -> tuple[int, list[str]]:
         """(number of waiting ranks, list of the sites where they wait).
 
-        If a round of the main loop does not change this pair, the ranks are deadlocked.
+        If an attempt to run each rank's collective leaves this unchanged, the ranks are deadlocked.
         """
         return len(self.waiting), [op.site for op, _ in self.waiting.values()]
 

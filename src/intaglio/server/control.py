@@ -38,15 +38,15 @@ ENGINE_WAIT = 1.0  # seconds that a load report waits for the engine, which answ
 
 
 def pack(header: dict[str, Any], body: bytes = b"") -> bytes:
-    """The bytes of one frame with this header and body."""
+    """The bytes of one frame of the control channel: the lengths of header and body, the header as JSON, the body."""
     head = encode(header)
     return LENGTHS.pack(len(head), len(body)) + head + body
 
 
 async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
-    """The next frame as (header, body).
+    """Read the next frame of the control channel. Returns (header, body).
 
-    Raises IncompleteReadError if the stream ends, ValueError if the bytes are not a frame.
+    Raises IncompleteReadError if the stream ends; ValueError if the bytes are not a frame or the frame is too large.
     """
     head, body = LENGTHS.unpack(await reader.readexactly(LENGTHS.size))
     if max(head, body) > FRAME_MAX:
@@ -57,7 +57,7 @@ async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], byte
 
 @asynccontextmanager
 async def control_channel(app: ASGIApp, service: Service, path: Path) -> AsyncIterator[None]:
-    """Async context manager that serves the control channel at `path` until the block ends.
+    """Async context manager that serves the control channel on the Unix socket `path` until the block ends.
 
     Only processes of this user may connect.
     """
@@ -82,14 +82,17 @@ async def control_channel(app: ASGIApp, service: Service, path: Path) -> AsyncIt
 
 
 class Connection:
-    """One router's connection: its calls in progress, each a task. All are cancelled when the connection ends."""
+    """One router's connection to the control channel, with its calls (requests) in progress, each in a task.
+
+    When the connection ends, all its calls are cancelled.
+    """
 
     def __init__(self, app: ASGIApp, service: Service, writer: asyncio.StreamWriter) -> None:
         self.app, self.service, self.writer = app, service, writer
         self.calls: dict[int, Call] = {}
 
     async def run(self, reader: asyncio.StreamReader) -> None:
-        """Read frames and start or cancel their calls, until the connection ends."""
+        """Read the router's frames, and start or cancel calls as they say, until the connection ends."""
         try:
             while True:
                 header, body = await read_frame(reader)
@@ -135,7 +138,7 @@ class Connection:
 
 
 class Call:
-    """A request from the router, passed to the application as if it had come over HTTP."""
+    """One call of a router: a request that is passed to the ASGI application as if it had come over HTTP."""
 
     def __init__(self, connection: Connection, number: int, header: dict[str, Any], body: bytes) -> None:
         self.connection, self.number, self.body = connection, number, body
@@ -155,7 +158,7 @@ class Call:
         self.task = asyncio.ensure_future(self._run())
 
     def disconnect(self) -> None:
-        """Tell the application that the client has gone."""
+        """Tell the application that the client has disconnected, which cancels this call's request."""
         self.left.set()
 
     async def _run(self) -> None:
@@ -197,13 +200,14 @@ class Call:
 
 
 async def load_report(model: ServedModel, incarnation: str | None, after: int, step_timeout: float) -> dict[str, Any]:
-    """A dict of figures of a model's engine, with its K/V block events after number `after`.
+    """Figures of a model's engine, as a dict, and the events of its K/V blocks with numbers above `after`.
 
-    If these events are no longer kept, or are of another incarnation, a snapshot of the blocks takes their place. If
-    the engine does not answer within ENGINE_WAIT seconds, the dict has neither events nor a snapshot.
+    incarnation: the incarnation of the K/V cache to which `after` belongs; None if the caller knows none. If it is not
+    the cache's current one, or if the events are no longer kept, the dict has a snapshot of the blocks instead. If the
+    engine does not answer within ENGINE_WAIT seconds, it has neither events nor a snapshot.
 
-    incarnation: the start of the K/V cache in which `after` counts; None: the caller knows none. step_timeout: seconds
-    of a step after which the engine counts as failed.
+    step_timeout: seconds of a step after which the engine is reported as failed. Raises Refused if the engine has
+    ended.
     """
     snapshot, admission, engine = model.driver.snapshot, model.llm.admission, model.driver.engine
     own = engine.pool.events.incarnation

@@ -46,7 +46,7 @@ HISTOGRAMS = {
 class Metrics:
     """Prometheus registry of one server; every series has the label model_name.
 
-    modelled: times are of simulated chips, so their histograms are named intaglio:modelled_*.
+    modelled: times are of simulated chips, so histograms of times are named intaglio:modelled_* instead of vllm:*.
     """
 
     def __init__(self, modelled: bool = False) -> None:
@@ -94,7 +94,10 @@ class ModelMetrics:
         self._step = 0
 
     def watch(self, updates: list[Update], step: StepRecord | None) -> None:
-        """Observe one step: the deltas it produced and its record, which is None if the engine has run no step yet."""
+        """Add one step to the histograms: its new deltas and its record.
+
+        step: the latest step, which may have been counted already; None if the engine has run no step yet.
+        """
         observe = self.histograms
         if step and step.number > self._step:
             self._step = step.number
@@ -147,6 +150,9 @@ class EngineCollector(Collector):
             "vllm:num_requests_waiting": ("Choices waiting to run.", lambda g: g.waiting),
             "vllm:kv_cache_usage_perc": ("Share of KV blocks held; 1 is all.", lambda g: g.kv_usage),
             "intaglio:kv_blocks_cached": ("KV blocks kept for their content alone.", lambda g: g.blocks_cached),
+            "intaglio:state_slots": ("Slots of recurrent state.", lambda g: g.slots),
+            "intaglio:state_slots_held": ("Of these, held by sequences.", lambda g: g.slots_held),
+            "intaglio:state_checkpoints": ("Of these, kept for the prefix cache alone.", lambda g: g.checkpoints),
             "intaglio:draining": ("Whether nothing more is admitted.", lambda g: int(g.draining)),
         }  # fmt: skip
         seen = [(m, m.look()) for m in self.models]

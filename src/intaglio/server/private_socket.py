@@ -10,7 +10,7 @@ from pathlib import Path
 def private_socket(path: Path) -> socket.socket:
     """A Unix socket bound to `path` that only this user may connect to. It does not listen yet.
 
-    Nobody can connect before it listens, so there is no moment at which others can.
+    Its permissions are set before it listens, so that other users can never connect. Raises OSError.
     """
     bound = socket.socket(socket.AF_UNIX)
     try:

@@ -82,14 +82,11 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _between(self) -> bool:
-        """True if the connection has no request that is being answered or waits for its answer."""
+        """True if the connection is idle: no request is being answered or waits for its answer."""
         return self.cycle is None or (self.cycle.response_complete and not self.pipeline)
 
     def _close(self) -> None:
-        """Close the connection unless a request is in progress.
-
-        Abort it if closing takes longer than `write_timeout`.
-        """
+        """Close the connection if it is idle; abort it if closing takes longer than `write_timeout` seconds."""
         if self._between and not self.transport.is_closing():
             self.transport.close()
             self.loop.call_later(self.write_timeout, self.transport.abort)
@@ -150,7 +147,7 @@ async def serve(
 
 
 class Shutdown:
-    """Decides when the server ends and with which exit code (`code`)."""
+    """Decides when the server ends, and with which process exit code (`code`)."""
 
     def __init__(self, service: Service) -> None:
         self.service, self.code = service, 0
@@ -182,9 +179,9 @@ class Shutdown:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket bound to host and port. Call it before loading models, so that a port in use fails early.
+    """A TCP socket bound to host and port, on which the server listens later.
 
-    Raises OSError that names the address.
+    Call it before loading models, so that a port in use fails early. Raises OSError that names the address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)

@@ -37,15 +37,19 @@ class ServedModel:
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """(hash of the Program, name of its numerics, digest of its BlockScope, which includes weights and version).
+        """What must be equal in two replicas for bitwise equal results, as three texts.
 
-        Replicas of equal identity give bitwise equal results.
+        They are the hash of the Program, the name of its numerics, and the digest of its BlockScope, which includes the
+        weights and the version of the package.
         """
         engine = self.driver.engine
         return engine.program.hash, engine.numerics, engine.scope.digest
 
     def block_names(self, prompt: Sequence[int], salt: str | None) -> dict[str, Any]:
-        """A dict: `block_size` of the K/V cache in tokens, and `names`, a list for the whole blocks of the prompt."""
+        """A dict for the router: `block_size`, tokens per K/V block; `names`, the cache key of each full prompt block.
+
+        salt: the request's cache salt.
+        """
         names = self.driver.engine.block_names
         return {"block_size": names.block_size, "names": names.of(prompt, salt)}
 
@@ -61,7 +65,10 @@ class ServedModel:
         return None if s.idle or silent < seconds else f"the engine has been in one step for {silent:.0f} s"
 
     def refusal(self) -> Problem | None:
-        """The Problem that a request for this model would get now; None if it would be admitted."""
+        """The Problem (503) that a request for this model would get now: the engine has failed or its queue is full.
+
+        None if the model would admit a request. Does not look at whether the server is draining.
+        """
         if self.broken:
             return Problem(503, self.broken, code="failed", retry_after=1)
         waiting, most = self.driver.snapshot.gauges.waiting, self.llm.admission.max_waiting

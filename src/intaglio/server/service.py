@@ -70,7 +70,7 @@ class Service:
         self._send(Drain())
 
     def halt(self) -> None:
-        """Abort all requests and stop the engines' threads."""
+        """Abort all requests and end the engines' threads."""
         self.draining = True
         self._send(Halt())
 

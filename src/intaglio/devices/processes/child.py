@@ -35,9 +35,9 @@ POST_WAIT = 3600.0  # seconds; then it waits again
 class Rank:
     """The rank that a child process runs: run() loads its job and runs the steps.
 
-    files: descriptors of the shared segment, the pipe to the parent, the K/V cache, the packed weights, the board of
-    the job, the boards of requests, and as many boards of results. joins: its device takes part in collectives.
-    sockets: descriptors of connections to ranks of other hosts, by rank.
+    joins: its device takes part in collectives. timeout: of a collective, in seconds. files: descriptors of the shared
+    segment, the pipe to the parent, the K/V cache, the packed weights, the board with the job, the boards for requests
+    and as many boards for results. sockets: descriptors of connections to ranks of other hosts, by rank.
     """
 
     def __init__(
@@ -129,8 +129,8 @@ def run(argument: str, files: Sequence[int]) -> None:
     """Run a rank, and end this process. Does not return.
 
     argument: a JSON list of the rank's number, whether it takes part in collectives, their timeout in seconds, the core
-    numbers it may use ([]: all) and the ranks of other hosts. files: descriptors as for Rank, then those of the
-    connections to these ranks.
+    numbers it may use ([]: all) and the ranks of other hosts. files: the descriptors that the class Rank takes, then
+    those of the connections to ranks of other hosts.
     """
     rank, joins, timeout, cores, peers = json.loads(argument)
     for number in (signal.SIGTERM, signal.SIGINT):

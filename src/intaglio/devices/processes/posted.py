@@ -50,7 +50,7 @@ class PostedExecutable(Executable):
     """Base class of executables that post requests to other processes and receive their results.
 
     A request is a step, or a transfer of K/V blocks; number 0 is the load. depth: number of pipeline stages. checks:
-    check each step in this process, because a rank that raised an error alone would end the group.
+    check each step in this process first, because an error that only one rank raises would end the group.
     """
 
     facts: list[RankFacts]
@@ -120,9 +120,9 @@ class PostedExecutable(Executable):
             self._move(blocks_parts(blocks[i : i + each], contents[i : i + each], sizes))
 
     def _move(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Post a request to read or write blocks after all steps, and return a list of each rank's contents.
+        """Post a request to read or write blocks, after all steps have ended. Returns a list of each rank's contents.
 
-        Raises DeviceError if a rank fails.
+        parts: the arrays of the request's message. Raises DeviceError if a rank fails.
         """
         while self.pending:
             self.receive_until(self.pending[0])
@@ -136,7 +136,7 @@ class PostedExecutable(Executable):
         return [contents for contents in found if isinstance(contents, np.ndarray)]
 
     def receive_until(self, step: PostedStep) -> None:
-        """Receive results in order until `step` has its own, which is stored in `step.completed`. Returns nothing."""
+        """Receive results in order up to that of `step`, which is stored in `step.completed`."""
         while step.completed is None:
             first = self.pending.popleft()
             try:

@@ -12,10 +12,10 @@ from intaglio.ops import Experts
 
 @sharding_rule(Experts)
 def experts(lane: Lane, op: Experts) -> None:
-    """Append experts to the lane's Program, for this lane's share of them, and an all_reduce of the partial sums.
+    """Append experts to the lane's Program: this lane's share of the experts, and an all_reduce of the partial sums.
 
-    Experts are divided among the ep lanes, and the intermediate columns of each among the tp lanes.
-    Raises LayoutError if there are too few for the layout, or if tp would split the column order of a down matrix.
+    Experts are divided among the ep groups of lanes, and the intermediate columns of each among tp lanes. Raises
+    LayoutError if there are too few for the layout, or if tp would split the column order of a down matrix.
     """
     layout, at = lane.layout, divmod(lane.lane, lane.layout.tp)
     count, inner, _ = map(int, lane.p.tensors[op.gate].shape)
