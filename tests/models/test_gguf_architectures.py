@@ -12,7 +12,7 @@ from support.gguf_files import write
 from support.published import logits, typical
 from support.tiny import FAMILIES, MIXTURES, MSCALE, error, tiny, truth
 
-from intaglio.models import Checkpoint, PortError, port
+from intaglio.models import Checkpoint, PortError, account, port
 from intaglio.models.files.gguf import open_gguf
 from intaglio.models.files.gguf.architectures import ARCHITECTURES, REFUSED
 
@@ -71,6 +71,12 @@ def test_architecture(tmp_path, family):
     opened = Checkpoint.open(file)
     assert opened.config.get("llama_names") or {n for n in wanted if "norm" in n} <= opened.names
     assert error(logits(file, "reference", tokens=TOKENS), truth(plain, TOKENS)) < 2e-4
+    a, stored = account(file), open_gguf(file)
+    assert [t.name for t in a.tensors] == [t.name for _, t in stored.tensors]
+    assert all(t.becomes for t in a.tensors) and not [k.note for k in a.keys if k.note]
+    assert [k.key for k in a.keys] == list(stored.fields)
+    weights = {t.name for t in port(opened, 32).of_role("weight") if ".act." not in t.name}  # xIELU's are metadata
+    assert weights <= {b for t in a.tensors for b in t.becomes}
 
 
 @pytest.mark.parametrize(
@@ -153,6 +159,24 @@ def test_what_no_port_computes_is_refused(tmp_path, family, key, value, says):
     file, _, _ = write(path, tmp_path / "out", **more)
     with pytest.raises(PortError, match=says):
         port(Checkpoint.open(file))
+
+
+def test_a_key_that_nothing_reads_is_reported(tmp_path):
+    """And attention that is not causal is refused; a key that is off is not worth a word."""
+    path = tiny("llama", tmp_path / "source")
+
+    def more(w):
+        w.add_float32("llama.attention.sharpness", 3.0)
+        w.add_bool("llama.attention.blurred", False)
+
+    file, _, _ = write(path, tmp_path / "out", extra=more)
+    with pytest.warns(UserWarning, match="llama.attention.sharpness=3.0 is ignored: nothing here reads it"):
+        port(Checkpoint.open(file))
+    noted = [k.key for k in account(file).keys if k.note]
+    assert noted == ["llama.attention.sharpness"]
+    file, _, _ = write(path, tmp_path / "other", extra=lambda w: w.add_bool("llama.attention.causal", False))
+    with pytest.raises(PortError, match="attention.causal=False is not ported"):
+        Checkpoint.open(file)
 
 
 def test_experts_beside_an_mlp_are_refused(tmp_path):

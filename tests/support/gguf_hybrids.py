@@ -186,7 +186,8 @@ def metadata(c: Mapping[str, Any], arch: str) -> dict[str, Any]:
             "attention.key_length": None, "attention.value_length": None, "ssm.state_size": c["state_size"],
             "attention.layer_norm_rms_epsilon": c["layer_norm_epsilon"], "ssm.conv_kernel": c["conv_kernel"],
             "ssm.dt_b_c_rms": c["model_type"] == "falcon_mamba" if arch == "mamba" else None,
-            "context_length": 1 << 20, "rope.dimension_count": None,
+            "context_length": 1 << 20, "rope.dimension_count": None, "rope.freq_base": None,
+            "attention.layer_norm_epsilon": None,
         }  # fmt: skip
     if arch == "jamba":
         return {

@@ -208,6 +208,9 @@ def olmo2(m: Metadata) -> dict[str, Any]:
     window = m.whole("attention.sliding_window", 0)
     if not window:
         return base(m) | {"architectures": ["Olmo2ForCausalLM"]}
+    one, other = m.real("rope.freq_base", 10000.0), m.get("rope.freq_base_swa")
+    if other not in (None, one):
+        raise PortError(f"{m.file.path}: rope.freq_base_swa={other} is not ported; wanted rope.freq_base, {one}")
     return base(m) | {
         "architectures": ["Olmo3ForCausalLM"], "sliding_window": window, "layer_types": m.sliding(4),
     }  # fmt: skip
@@ -342,11 +345,11 @@ def apertus(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Apertus. The two numbers of a layer's activation become tensors."""
     whole_heads(m)
     for key, (wanted, gap) in XIELU.items():
-        found = m.file.get(f"xielu.{key}", [wanted])
+        found = m.whole_key(f"xielu.{key}", [wanted])
         if any(abs(x - wanted) > gap for x in found):
             raise PortError(f"{m.file.path}: xielu.{key}={found} is not ported; wanted {wanted} in each layer")
     for key in ("alpha_p", "alpha_n"):
-        values = m.file.get(f"xielu.{key}", [])
+        values = m.whole_key(f"xielu.{key}", [])
         if len(values) < m.layers:
             raise PortError(f"{m.file.path}: xielu.{key} has {len(values)} values; wanted one for each layer")
         for i in range(m.layers):

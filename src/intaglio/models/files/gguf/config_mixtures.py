@@ -11,9 +11,9 @@ from intaglio.models.files.gguf.metadata import Metadata
 
 def groups(m: Metadata) -> dict[str, Any]:
     """A dict of the config keys of routing in groups, shared experts and dense layers, as DeepSeek-V3 names them."""
-    count = m.whole("expert_group_count", 1)
+    count, used = m.whole("expert_group_count", 1), m.whole("expert_group_used_count", 1)
     return {
-        "n_group": count, "topk_group": m.whole("expert_group_used_count", 1) if count > 1 else 1,
+        "n_group": count, "topk_group": used if count > 1 else 1,
         "routed_scaling_factor": m.real("expert_weights_scale", 0.0) or 1.0,
         "n_shared_experts": m.whole("expert_shared_count"), "norm_topk_prob": m.flag("expert_weights_norm"),
         "first_k_dense_replace": m.whole("leading_dense_block_count", 0),

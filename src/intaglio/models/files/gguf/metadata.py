@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from intaglio.models.config import CheckpointError, PortError
@@ -18,11 +18,13 @@ class Metadata:
         file: the file.
         tables: the file's tensors.
         factors: rope frequency factors "freqs", "long" and "short", if the file has them.
+        seen: the whole keys that were read.
     """
 
     file: GgufFile
     tables: Tables
     factors: dict[str, list[float]]
+    seen: set[str] = field(default_factory=set)
 
     @property
     def layers(self) -> int:
@@ -31,7 +33,12 @@ class Metadata:
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key without the architecture's prefix; `default` if the file does not have it."""
-        return self.file.get(f"{self.file.architecture}.{key}", default)
+        return self.whole_key(f"{self.file.architecture}.{key}", default)
+
+    def whole_key(self, key: str, default: Any = None) -> Any:
+        """The value of a key that does not begin with the architecture; `default` if the file does not have it."""
+        self.seen.add(key)
+        return self.file.get(key, default)
 
     def one(self, key: str, default: Any = None) -> Any:
         """The value of a key that may be stored per layer; `default` if the file does not have it.

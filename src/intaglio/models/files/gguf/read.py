@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from intaglio.models.config import CheckpointError, PortError
 from intaglio.models.files.gguf.architectures import ARCHITECTURES, PROJECTIONS, REFUSED, Architecture
 from intaglio.models.files.gguf.file import GgufFile, open_gguf
 from intaglio.models.files.gguf.header import Tensor
+from intaglio.models.files.gguf.keys import KeyFate, judge_keys
 from intaglio.models.files.gguf.metadata import Metadata
 from intaglio.models.files.gguf.tensors import Place, Tables, place_of, summed
 
@@ -27,8 +29,25 @@ DERIVED = ("attn_rot_embd",)  # frequencies that follow from the metadata
 WORTH = 1 << 30  # bytes: a file that takes so much more in memory is worth a warning
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], Tables]:
-    """(config as a dict, tensors as Tables) of the model in a GGUF file and its further parts.
+@dataclass(frozen=True)
+class GgufModel:
+    """The model in a GGUF file and its further parts.
+
+    Attributes:
+        file: the open file.
+        config: its settings in the form of config.json.
+        tables: its tensors by transformers' names.
+        keys: the use made of each metadata key.
+    """
+
+    file: GgufFile
+    config: dict[str, Any]
+    tables: Tables
+    keys: tuple[KeyFate, ...]
+
+
+def read_gguf(path: Path) -> GgufModel:
+    """The GgufModel in a GGUF file and its further parts.
 
     Raises CheckpointError for a damaged or incomplete file, PortError for an architecture or tensor that is not
     supported.
@@ -46,10 +65,19 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Tables]:
     if "model.embed_tokens.weight" not in reader.tables.names:
         raise CheckpointError(f"{path} has no token_embd.weight; it holds no whole model")
     reader.join_latent()
+    if reader.meta.get("attention.causal") is False:
+        raise PortError(f"{path}: {file.architecture}.attention.causal=False is not ported: attention is causal here")
     config = own.describe(reader.meta)
     config |= _special(file)
     _note_cost(file)
-    return config, reader.tables
+    return GgufModel(file, config, reader.tables, tuple(judge_keys(file, reader.meta.seen)))
+
+
+def use_of(file: GgufFile, name: str) -> str:
+    """What a tensor that becomes no weight is for, by its name in the file: "factors" of rope, "derived" or "ahead"."""
+    if part_of(name) in FACTORS:
+        return "factors"
+    return "derived" if part_of(name) in DERIVED else "ahead"
 
 
 def part_of(name: str) -> str:
