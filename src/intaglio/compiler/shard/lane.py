@@ -118,7 +118,7 @@ class Lane:
         for which, share in ((0, stacks), (axis, parts[part] if parts else ())):
             if share:
                 shape = (*t.shape[:which], width_of(share), *t.shape[which + 1 :])
-                t = replace(t, shape=shape, source=cut_source(t, share, which, int(t.shape[which])))
+                t = replace(t, shape=shape, source=cut_source(t, share, which, int(t.shape[which]), which > 0))
         self.tensors[name] = t
 
     def fitted(self, t: Tensor, shares: Sequence[Share], axis: int) -> Tensor:
@@ -172,8 +172,10 @@ class Lane:
             self.gather(f"{name}.all_gather", name, self.wholes[name], self.shares[name], int(t.shape[1]))
         return self.wholes.get(name, name)
 
-    def total(self, site: str, x: str, out: str, group: tuple[int, ...]) -> None:
-        """Add an all_reduce that sums the partial results `x` of the lanes in `group` into `out`. site: the op's.
+    def total(self, site: str, x: str, out: str, group: tuple[int, ...], slots: int = 1) -> None:
+        """Add an all_reduce that sums the partial results `x` of the lanes in `group` into `out`.
+
+        site: the op's. slots: as for AllReduce.
 
         With sequence parallelism it is a reduce_scatter, which gives this lane its own token rows of the sum, if all
         lanes are in `group` and `out` is a temp with a row per token.
@@ -184,7 +186,7 @@ class Lane:
                 ReduceScatter(site=f"{site}.reduce_scatter", x=x, out=out, group=group, share=self.lane, wire=self.wire)
             )
         else:
-            self.add(AllReduce(site=f"{site}.all_reduce", x=x, out=out, group=group, wire=self.wire))
+            self.add(AllReduce(site=f"{site}.all_reduce", x=x, out=out, group=group, wire=self.wire, slots=slots))
 
     def gather(self, site: str, x: str, out: str, shares: Sequence[Share], width: int) -> None:
         """Add an all_gather of the columns of `x`, which are split as `shares` says, into `out` of `width` columns.
@@ -252,13 +254,14 @@ def rule_of(op: Op) -> Rule:
     return RULES[type(op)]
 
 
-def cut_source(t: Tensor, share: Share, axis: int, length: int) -> tuple[str, ...]:
+def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = False) -> tuple[str, ...]:
     """The checkpoint sources of one lane's share of the weight `t`, as a tuple: one for each run of indices in `share`.
 
-    axis: the axis that is cut. length: its size. () for a tensor without source, such as state. Raises LayoutError for
-    a weight that is joined from several tensors, and for a cut inside a block of its format.
+    axis: the axis that is cut. length: its size. each: cut each of several sources, which must be joined along another
+    axis. () for a tensor without source, such as state. Raises LayoutError for a weight that is otherwise joined from
+    several tensors, and for a cut inside a block of its format.
     """
-    if len(t.source) > 1:
+    if len(t.source) > 1 and not each:
         raise LayoutError(
             f"weight {t.name} is joined from {len(t.source)} tensors; shard a Program before it is merged"
         )
