@@ -44,6 +44,7 @@ BUILT_IN = {
     "minicpm3": {"dim_model_base": 256, "v_head_dim": 16},
     "lfm2": {"block_auto_adjust_ff_dim": False},
     "deepseekv3": {"rope_parameters": {**MSCALE, "mscale": 0.7}, "attention_bias": False},
+    "deepseek_v32": {"attention_bias": False},
     "mamba": {"intermediate_size": 128, "expand": 2},
     "falcon_mamba": {"intermediate_size": 128, "mixer_rms_eps": 1e-5},
     "mamba2": {"time_step_limit": [0.0, float("inf")]},
@@ -57,7 +58,7 @@ OTHERS = [
     "phi", "stablelm", "stablelm_parallel", "bloom", "bloom_six_heads", "mpt", "mpt_six_heads", "glm", "hunyuan_moe",
     "afmoe", "minicpm3", "lfm2", "lfm2_moe", "mamba", "falcon_mamba", "mamba2", "jamba", "falcon_h1",
     "granitemoehybrid", "granitemoehybrid_dense", "nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe", "gemma4",
-    "gemma4_keys", "exaone_moe", "apertus", "dbrx", "bitnet", "mimo_v2_flash",
+    "gemma4_keys", "glm_moe_dsa", "deepseek_v32", "jais2", "exaone_moe", "apertus", "dbrx", "bitnet", "mimo_v2_flash",
 ]  # fmt: skip
 SAME_AS = {"mistral3": "llama", "qwen2vl": "qwen2", "qwen3vl": "qwen3", "qwen3vlmoe": "qwen3moe"}
 TOKENS = list(range(40))

@@ -110,7 +110,8 @@ def write(
         extra(w)
     draw, plain = np.random.default_rng(seed), dict(arrays)
     names = gguf.get_tensor_name_map(
-        next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), config["num_hidden_layers"]
+        next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == hybrids.NAMED_AS.get(arch, arch)),
+        config["num_hidden_layers"],
     )
     for name, x, back in converted(arrays, config, arch):
         full = name if name.startswith(("rope_", "blk.")) else names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -237,6 +238,8 @@ def metadata(c: Mapping[str, Any], arch: str) -> dict[str, Any]:
                    float(c["routed_scaling_factor"]), "expert_weights_norm": c["norm_topk_prob"]}  # fmt: skip
         case "deepseek2":
             own = _latent(c, rope)
+        case "glm-dsa" | "deepseek32":
+            own = _latent(c, rope) | hybrids.metadata(c, arch)
         case "gptneox" | "stablelm":
             own = {"use_parallel_residual": c["use_parallel_residual"]}
         case "mpt":
@@ -265,7 +268,7 @@ def metadata(c: Mapping[str, Any], arch: str) -> dict[str, Any]:
 
 
 def _latent(c: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
-    heat, third = rope.get("mscale_all_dim"), c["model_type"] == "deepseek_v3"
+    heat, third = rope.get("mscale_all_dim"), c["model_type"] != "deepseek_v2"
     rank, turned = c["kv_lora_rank"], c["qk_rope_head_dim"]
     return {
         "attention.head_count_kv": 1, "attention.q_lora_rank": c.get("q_lora_rank"), "attention.kv_lora_rank": rank,
@@ -298,7 +301,7 @@ def converted(arrays: Values, c: Mapping[str, Any], arch: str) -> Iterator[Conve
             yield name, permuted(x, heads), lambda y, n=name, h=heads: {n: in_halves(y, h)}
         elif arch in hybrids.SHIFTED and name.endswith("norm.weight"):
             yield name, x + np.float32(1), lambda y, n=name: {n: y - np.float32(1)}
-        elif "kv_b_proj" in name and arch == "deepseek2":
+        elif "kv_b_proj" in name and arch in ("deepseek2", "glm-dsa", "deepseek32"):
             yield from _latent_halves(name, x, c)
         elif "experts." in name and "shared" not in name:
             yield from _fused(name, x, arch)

@@ -13,8 +13,10 @@ ARCHITECTURES = {  # model_type -> llama.cpp's
     "mamba": "mamba", "falcon_mamba": "mamba", "mamba2": "mamba2", "jamba": "jamba", "falcon_h1": "falcon-h1",
     "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h", "qwen3_next": "qwen3next",
     "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe", "gemma4_text": "gemma4", "exaone_moe": "exaone-moe",
-    "apertus": "apertus", "dbrx": "dbrx", "bitnet": "bitnet", "mimo_v2_flash": "mimo2",
+    "glm_moe_dsa": "glm-dsa", "deepseek_v32": "deepseek32", "jais2": "jais2", "apertus": "apertus", "dbrx": "dbrx",
+    "bitnet": "bitnet", "mimo_v2_flash": "mimo2",
 }  # fmt: skip
+NAMED_AS = {"deepseek32": "glm-dsa"}  # architectures that the library does not know, and one with the same names
 SCANS, TILED = ("mamba", "jamba"), ("qwen35", "qwen35moe")
 HEADS = ("mamba2", "falcon-h1", "granitehybrid", "nemotron_h")  # with Mamba-2 blocks
 DELTA = ("qwen3next", *TILED)
@@ -251,6 +253,11 @@ def _others(c: Mapping[str, Any], arch: str, slides: list[int]) -> dict[str, Any
             "attention.sliding_window_pattern": list(map(bool, slides)), "expert_shared_count": c["num_shared_experts"],
             "expert_weights_scale": float(c["routed_scaling_factor"]), "expert_weights_norm": c["norm_topk_prob"],
             "leading_dense_block_count": 1, "expert_gating_func": 2, "nextn_predict_layers": 0,
+        }  # fmt: skip
+    if arch in ("glm-dsa", "deepseek32"):
+        return {
+            "attention.indexer.head_count": c["index_n_heads"], "attention.indexer.key_length": c["index_head_dim"],
+            "attention.indexer.top_k": c["index_topk"], "leading_dense_block_count": 1,
         }  # fmt: skip
     if arch == "dbrx":
         ffn, attention = c["ffn_config"], c["attn_config"]

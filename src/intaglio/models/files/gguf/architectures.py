@@ -12,6 +12,10 @@ from intaglio.models.files.gguf.tensors import Place, Tables
 
 Change = Callable[[Tables, Metadata, str, Place], None]
 
+INDEXER = {
+    "indexer.k_norm": "self_attn.indexer.k_norm", "indexer.proj": "self_attn.indexer.weights_proj",
+    "indexer.attn_k": "self_attn.indexer.wk", "indexer.attn_q_b": "self_attn.indexer.wq_b",
+}  # fmt: skip
 PROJECTIONS = ("gate", "up", "down")
 COMMON = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
@@ -119,6 +123,9 @@ OLDER_NORMS = {"ffn_norm": "pre_ff_layernorm", "output_norm": "model.final_layer
 EXPERTS_BESIDE = (
     "experts beside the dense MLP (Gemma 4 26B-A4B) are not ported; run the model from safetensors elsewhere"
 )
+
+
+SPARSE = mlp() | LATENT | INDEXER | mixture(shared="shared_experts", correction="gate.e_score_correction_bias")
 
 
 def block(name: str, names: Mapping[str, str]) -> dict[str, str]:
@@ -247,6 +254,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         config_mixtures.deepseek2,
         mlp() | LATENT | mixture(shared="shared_experts", correction="gate.e_score_correction_bias"),
     ),
+    "glm-dsa": Architecture(config_mixtures.indexed("GlmMoeDsaForCausalLM"), SPARSE),
+    "deepseek32": Architecture(config_mixtures.indexed("DeepseekV32ForCausalLM"), SPARSE),
+    "jais2": Architecture(config.jais2, UP_DOWN),
     "mamba": Architecture(
         config_recurrent.mamba,
         block("mixer", SCAN) | {"attn_norm": "norm", "output_norm": "model.norm_f"}, changes={"ssm_a": recurrent.rates},

@@ -273,6 +273,14 @@ def nemotron(m: Metadata) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def jais2(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Jais 2."""
+    whole_heads(m)
+    return base(m, norm="layer") | {
+        "architectures": ["Jais2ForCausalLM"], "mlp_bias": m.has("mlp.up_proj.bias"),
+    }  # fmt: skip
+
+
 def starcoder2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for StarCoder 2.
 

@@ -173,6 +173,25 @@ def deepseek2(m: Metadata) -> dict[str, Any]:
     return c
 
 
+def indexed(model: str) -> Any:
+    """A function from metadata to the config (a dict) of DeepSeek-V3.2 or GLM-5, for the architecture `model`.
+
+    Layers without the tensors of an indexer share that of a layer before.
+    """
+
+    def describe(m: Metadata) -> dict[str, Any]:
+        m.fixed("expert_gating_func", SIGMOID)
+        own = [m.has("self_attn.indexer.wk.weight", i) for i in range(m.layers)]
+        return deepseek2(m) | {
+            "architectures": [model], "index_n_heads": m.whole("attention.indexer.head_count"),
+            "index_head_dim": m.whole("attention.indexer.key_length"),
+            "index_topk": m.whole("attention.indexer.top_k"),
+            "indexer_types": ["full" if has else "shared" for has in own],
+        }  # fmt: skip
+
+    return describe
+
+
 def exaone_moe(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for K-EXAONE. Layers with full attention have no rope."""
     whole_heads(m)
