@@ -19,6 +19,7 @@
 #include "isa/select.h"
 #include "run/executable.h"
 #include "run/roofs.h"
+#include "timeline/timeline.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -166,6 +167,8 @@ NB_MODULE(_native, m) {
   m.attr("PAGE_MULTIPLE") = kPageMultiple;
   m.def("isas", &isas);
   m.def("op_kinds", &op_kinds);
+  m.def("exposed_seconds", &exposed_seconds, "numbers"_a, "first"_a, "second"_a, "collective"_a);
+  m.def("prefetched_ends", &prefetched_ends, "numbers"_a, "seconds"_a, "weights"_a, "others"_a, "ahead"_a);
   m.def("read_bandwidth", [](int threads, int megabytes, int runs, const std::string& isa) {
           nb::gil_scoped_release unlocked;
           return read_bandwidth(threads, megabytes, runs, *kernels_of(isa));

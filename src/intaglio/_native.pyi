@@ -14,6 +14,25 @@ def isas() -> list[str]:
 def op_kinds() -> list[str]:
     """Kinds of op that have a native kernel."""
 
+def exposed_seconds(
+    numbers: Sequence[int], first: Sequence[float], second: Sequence[float], collective: Sequence[bool]
+) -> list[float]:
+    """Exposed seconds of each op of a modelled step with dual-batch overlap; 0 for ops that compute.
+
+    numbers: the kernel of each op. first, second: seconds of each kernel in both halves of the batch. collective:
+    whether each kernel is a collective. Raises ValueError if the lists do not fit together.
+    """
+
+def prefetched_ends(
+    numbers: Sequence[int], seconds: Sequence[float], weights: Sequence[float], others: Sequence[float], ahead: float
+) -> tuple[list[float], list[bool]]:
+    """(end of each op in seconds, whether it waited for its weights) if weights are prefetched.
+
+    numbers: the kernel of each op. seconds: of each op. weights, others: seconds in which HBM delivers each kernel's
+    weights, or its other bytes. ahead: weights arrive at most so many seconds before their op. Raises ValueError if
+    the lists do not fit together.
+    """
+
 def read_bandwidth(threads: int, megabytes: int = 512, runs: int = 5, isa: str = ...) -> float:
     """Measured bytes/s of a streaming read of `megabytes` MiB; the best of `runs` passes."""
 
