@@ -63,6 +63,9 @@ class Weight:
         threads: int,
     ) -> None: ...
     def place(self, region: Region, offset: int) -> None: ...
+    def take(self, other: Weight) -> None:
+        """Take the image of another weight of the same shape and format. Raises ValueError for another shape."""
+
     def unpack(self, row: int, out: np.ndarray) -> None: ...
     def image(self) -> bytes: ...
     @property
@@ -188,6 +191,13 @@ class Executable:
     def advance(self, outs: list[tuple[int, np.ndarray]]) -> int:
         """Run the ops up to the next stop and return its number, or the number of ops; then copy tensors out."""
 
+    def expert_tokens(self, op: int) -> list[int]:
+        """Tokens routed to each expert of op number `op` so far. Raises ValueError for an op without experts."""
+
+    def place_experts(self, op: int, held: list[int], copy: list[int], copies: list[int]) -> None:
+        """Replace these attributes of an op `experts`."""
+
+    def set_vector(self, tensor: int, values: np.ndarray) -> None: ...
     def copy_out(self, tensor: int, out: np.ndarray) -> None: ...
     def copy_in(self, tensor: int, values: np.ndarray) -> None: ...
     @property
