@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from intaglio.cli import options as o
 from intaglio.cli.load import HOSTS
 from intaglio.cli.progress import progress_bar
 from intaglio.progress import prefixed
+
+if TYPE_CHECKING:
+    from intaglio.server.control_tcp import TcpAddress
 
 
 def state_cache_bytes(text: str) -> int | None:
@@ -35,6 +38,30 @@ def checked_state_cache(param: typer.CallbackParam, text: str) -> str:
     except ValueError as e:
         raise ValueError(f"{param.opts[0]}: {e}, or auto, or 0") from None
     return text
+
+
+def checked_control(param: typer.CallbackParam, text: str | None) -> str | None:
+    """Callback of --control: returns the text. Raises ValueError if there is no such folder, or no token."""
+    if text is not None and text.startswith("tcp://"):
+        try:
+            control_address(text)
+        except ValueError as e:
+            raise ValueError(f"{param.opts[0]}: {e}") from None
+    elif text is not None:
+        o.in_existing_folder(param, Path(text))
+    return text
+
+
+def control_address(text: str | None) -> Path | TcpAddress | None:
+    """The address that --control names. Raises ValueError for a wrong address, and for TCP without a token."""
+    if text is None or not text.startswith("tcp://"):
+        return None if text is None else Path(text)
+    from intaglio.server.control_tcp import TOKEN_VARIABLE, TcpAddress
+
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token is None:
+        raise ValueError(f"{text} needs a token; set {TOKEN_VARIABLE} to 16 or more random characters")
+    return TcpAddress.parse(text, token)
 
 
 def serve(
@@ -71,6 +98,9 @@ def serve(
             help="Most bytes of recurrent states kept for the prefix cache, such as 2GiB; 0: none are. Default: auto.",
         ),
     ] = "auto",
+    window_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Tokens of KV in layers with a window; 0: all. Default: auto.")
+    ] = None,
     max_open: Annotated[int, typer.Option(min=1, help="Requests open at once; beyond: 429.")] = 1024,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 8 << 20,
     timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds a request gets in all.")] = 600.0,
@@ -97,8 +127,13 @@ def serve(
         typer.Option(callback=o.in_existing_folder, help="Write all that happens there, for `intaglio replay`."),
     ] = None,
     control: Annotated[
-        Path | None,
-        typer.Option(callback=o.in_existing_folder, help="Unix socket for a router. The server ends with its stdin."),
+        str | None,
+        typer.Option(
+            metavar="PATH|tcp://HOST:PORT",
+            callback=checked_control,
+            help="Unix socket, or address with the token in INTAGLIO_CONTROL_TOKEN, for a router. "
+            "The server ends with its stdin.",
+        ),
     ] = None,
 ) -> None:
     """Serve one model or several over OpenAI's HTTP API, with a page at / and metrics at /metrics.
@@ -142,8 +177,8 @@ def serve(
                 hosts=HOSTS.get(),
                 max_sequences=max_sequences,
                 max_batch_tokens=max_batch_tokens, max_waiting=max_waiting, max_drafts=max_drafts, machine=machine,
-                state_cache_bytes=state_cache_bytes(state_cache_size), kv_cache_dir=kv_cache_dir,
-                kv_cache_bytes=o.parse_size(kv_cache_size),
+                state_cache_bytes=state_cache_bytes(state_cache_size), window_tokens=window_tokens,
+                kv_cache_dir=kv_cache_dir, kv_cache_bytes=o.parse_size(kv_cache_size),
                 revision=revision, progress=prefixed(progress, name),
             )  # fmt: skip
     if template is not None:
@@ -169,7 +204,7 @@ def serve(
 
     if control:
         end_with_stdin()
-    code = uvloop.run(run(llms, options, listener, announce, control=control))
+    code = uvloop.run(run(llms, options, listener, announce, control=control_address(control)))
     for llm in llms.values():
         if llm.tier:
             llm.tier.close()
