@@ -13,8 +13,8 @@ from math import inf
 
 from intaglio.chips import Target
 
-SIMULATED = 32  # rounds that are followed at most; further ones take as long as PERIOD rounds from round MIDDLE on
-MIDDLE, PERIOD = 14, 12
+SIMULATED = 5  # rounds that are followed at most, in depths of the ring; further ones take as long as those between
+STEADY = 2, 4  # these two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +50,13 @@ class TileLoop:
         if self.jobs <= 0:
             return 0.0
         full, rest = divmod(self.jobs, target.chip.cores)
-        core = _Core(self, target, min(full, SIMULATED), rest)
+        most, (start, end) = SIMULATED * max(4, self.depth), (n * max(4, self.depth) for n in STEADY)
+        core = _Core(self, target, min(full, most), rest)
         seconds = core.run()
-        if full <= SIMULATED:
+        if full <= most:
             return seconds
-        period = (core.stored_at[MIDDLE + PERIOD] - core.stored_at[MIDDLE]) / PERIOD
-        return seconds + (full - SIMULATED) * period
+        period = (core.stored_at[end] - core.stored_at[start]) / (end - start)
+        return seconds + (full - most) * period
 
 
 class _Core:

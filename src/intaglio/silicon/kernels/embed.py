@@ -60,7 +60,7 @@ class EmbedKernel(RowsKernel):
 
         def body(k: StreamBuilder, rings: list[Ring], rows: slice, columns: slice) -> None:
             if k not in held:
-                held[k] = k.ring(2, 1, scales)
+                held[k] = k.ring(len(rings[0].tiles), 1, scales)
             index = load_indices(k, mem, indices, ids, rows.start)
             raw = replace(rings[0].next(), format=codes.format).shaped(1, codes.cols)
             y, z = (r.next().shaped(1, codes.cols) for r in rings[1:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, ClassVar, Self
 
 from intaglio import formats
@@ -23,6 +24,7 @@ from intaglio.silicon.tile_loop import TileLoop, gather_phases, l2_phases
 from intaglio.silicon.timing import Timing
 
 INDEX_BYTES = 4
+MOST_TILES = 16  # of a ring
 ROWS = 16  # rows of a tile of other kernels that load rows, at most
 
 
@@ -45,10 +47,16 @@ def loop_timing(target: Target, loop: TileLoop, reads: float, writes: float, gat
     return Timing(seconds, {k: s for k, s in busy.items() if s or k == "VEC"}, hbm, moved)
 
 
-def ring_depth(target: Target, columns: Sequence[int], held: float = 0.0) -> int:
-    """Tiles of each ring: 2, or 1 if SRAM does not fit two rows of these FP32 columns beside `held` bytes."""
-    two = sum(2 * (-(-4 * c // ALIGN) * ALIGN) for c in columns)
-    return 2 if two + held <= target.chip.sram_bytes else 1
+def ring_depth(target: Target, columns: Sequence[int], load: float, held: float = 0.0) -> int:
+    """Tiles of each ring: enough that loads of `load` bytes hide HBM's latency, 2 to MOST_TILES, or what SRAM fits.
+
+    columns: FP32 columns of a tile of each ring; held: bytes of SRAM that are taken.
+    """
+    chip = target.chip
+    in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)
+    wanted = max(2, min(MOST_TILES, 1 + ceil(in_flight / max(1.0, load))))
+    row = sum(-(-4 * c // ALIGN) * ALIGN for c in columns)
+    return max(1, min(wanted, int((chip.sram_bytes - held) // row)))
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,12 @@ class RowsKernel(ChipKernel):
         """Number of jobs of one row, each with an equal part of its columns."""
         return 1
 
+    def depth(self, target: Target) -> int:
+        """Number of tiles of each ring, see ring_depth()."""
+        parts = self.parts()
+        columns = [-(-c // parts) for c in self.columns()]
+        return ring_depth(target, columns, self.load_bytes(target.library) / parts, self.vector_bytes)
+
     def cycles(self, chip: ChipSpec, n: int) -> float:
         """Number of cycles of one core's vector lanes for n values of a row; by default one operation per value."""
         return float(vector_cycles(chip, n))
@@ -104,8 +118,7 @@ class RowsKernel(ChipKernel):
         gathers = -(-rows // target.chip.cores) if self.gathered else 0
         loop = TileLoop(
             jobs=rows * parts, load=load / parts, store=store / parts, work_s=cycles / target.chip.clock_hz,
-            depth=ring_depth(target, [-(-c // parts) for c in self.columns()], self.vector_bytes),
-            once=self.vector_bytes + gathers * INDEX_BYTES, in_place=self.in_place,
+            depth=self.depth(target), once=self.vector_bytes + gathers * INDEX_BYTES, in_place=self.in_place,
         )  # fmt: skip
         return loop_timing(target, loop, rows * load, rows * store, self.gathered)
 
@@ -124,7 +137,7 @@ def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Seq
     """
     parts = kernel.parts()
     step = -(-columns[-1] // parts)
-    depth = ring_depth(mem.target, [min(c, step) if parts > 1 else c for c in columns], kernel.vector_bytes)
+    depth = kernel.depth(mem.target)
     jobs = [(r, c) for r in slices(rows, 1) for c in slices(columns[-1], step)]
     streams = []
     if kernel.gathered:

@@ -48,7 +48,7 @@ class SampleKernel(ChipKernel):
         logits = float(self.vocabulary * target.library.activation_bytes)
         loop = TileLoop(
             jobs=rows, load=logits, work_s=cycles / target.chip.clock_hz, store=RESULT_BYTES,
-            depth=ring_depth(target, [self.vocabulary]),
+            depth=ring_depth(target, [self.vocabulary], logits),
         )  # fmt: skip
         return loop_timing(target, loop, rows * logits, rows * RESULT_BYTES)
 
@@ -56,7 +56,10 @@ class SampleKernel(ChipKernel):
     def streams(cls, mem: ChipMemory, op: Sample, t: Tensors, batch: Batch) -> list[Stream]:
         logits, tokens, logprobs = mem.region(op.logits), mem.region(op.tokens), mem.region(op.logprobs)
         position = (batch.positions[batch.rows] + 1).tolist()
-        depth, streams = ring_depth(mem.target, [logits.cols]), []
+        depth, streams = (
+            ring_depth(mem.target, [logits.cols], float(logits.cols * mem.target.library.activation_bytes)),
+            [],
+        )
         for k, mine in deal_jobs(mem.chip, range(logits.rows), op.site):
             row, token, logprob = k.ring(depth, 1, logits.cols), k.ring(2, 1, 1, "i32"), k.ring(2, 1, 1)
             load_edits = edit_loader(mem, k, [batch.sampling[r] for r in mine])
