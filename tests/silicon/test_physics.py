@@ -1,6 +1,8 @@
-"""Modelled steps keep to the laws of physics on random chips, models, layouts and loads; scripts/physics.py runs more."""
+"""Physics of modelled steps on random chips, models, layouts and loads; scripts/physics.py runs more of them."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,8 +19,6 @@ def test_rates_resources_chips_and_loads(number: int) -> None:
 
 def test_a_violation_is_named() -> None:
     """A timeline that is a thousand times too fast breaks the bounds of its busiest resources."""
-    from dataclasses import replace
-
     d = draw(np.random.default_rng())
     (line, *_) = timelines(d.programs, d.on, sizes(4, 100, 64))
     fast = replace(line, ops=tuple(replace(e, start=e.start / 1e6, end=e.end / 1e6) for e in line.ops))

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import inf
 
 from intaglio.chips import Target
 
-SIMULATED = 5  # rounds that are followed at most, in depths of the ring; further ones take as long as those between
-STEADY = 2, 4  # these two
+SIMULATED = 3  # rounds that are followed at most, in depths of the ring; further ones take as long as those between
+STEADY = 1, 2  # these two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +51,21 @@ class TileLoop:
         if self.jobs <= 0:
             return 0.0
         full, rest = divmod(self.jobs, target.chip.cores)
-        most, (start, end) = SIMULATED * max(4, self.depth), (n * max(4, self.depth) for n in STEADY)
-        core = _Core(self, target, min(full, most), rest)
-        seconds = core.run()
-        if full <= most:
-            return seconds
-        period = (core.stored_at[end] - core.stored_at[start]) / (end - start)
-        return seconds + (full - most) * period
+        most = SIMULATED * max(6, self.depth)
+        if full < most or (full == most and not rest):
+            return _Core(self, target, full, rest).run()
+        seconds, period = steady(replace(self, jobs=most * target.chip.cores), target)
+        alone = min(period, self.work_s) if rest else 0.0  # the cores that have one more job share the memories' rates
+        return seconds + (full - most) * period + max(alone, period * rest / target.chip.cores)
+
+
+@lru_cache(maxsize=4096)
+def steady(loop: TileLoop, target: Target) -> tuple[float, float]:
+    """(seconds of a loop of SIMULATED depths of the ring, seconds of each further round of jobs)."""
+    core = _Core(loop, target, loop.jobs // target.chip.cores, 0)
+    start, end = (n * max(6, loop.depth) for n in STEADY)
+    seconds = core.run()
+    return seconds, (core.stored_at[end] - core.stored_at[start]) / (end - start)
 
 
 class _Core:
@@ -97,6 +106,7 @@ class _Core:
         storing: int | None = None
         work_ends = inf
         worked = stored = 0
+        known: dict[tuple[int, ...], tuple[float, float]] = {}  # rates() by which transfers run, of how many cores
         while stored < count:
             if loading is None and next_load < count:
                 free = stored if loop.in_place else worked
@@ -112,7 +122,10 @@ class _Core:
             if storing is None and next_store < worked:
                 storing, store_left = next_store, loop.store
                 next_store += 1
-            load_rate, store_rate = self.rates(loading, storing)
+            state = tuple(0 if job is None else 1 + (job < self.full) for job in (loading, storing))
+            if state not in known:
+                known[state] = self.rates(loading, storing)
+            load_rate, store_rate = known[state]
             load_ends = now + load_left / load_rate if loading is not None else inf
             store_ends = now + store_left / store_rate if storing is not None else inf
             waits = visible[next_work] if next_work < len(visible) and visible[next_work] > now else inf
