@@ -12,20 +12,28 @@ from intaglio.codesign.agreement import compare
 from intaglio.codesign.kernel_cases import CASES, Case, batch_of, case, temp
 from intaglio.ops import Linear, Tensor
 from intaglio.silicon.cache import LINE, Cache, lines_of
+from intaglio.silicon.kernels import kernel_class
 from intaglio.silicon.kernels.rows import RowsKernel
 from intaglio.silicon.memory import Region, dense
-from intaglio.silicon.sizes import BatchSizes
+from intaglio.silicon.sizes import BatchSizes, sizes_of
 
 BY_ROWS = ("norm", "rope", "map", "embed", "select", "permute", "route", "sinusoid", "sample")
 
 
 @pytest.mark.parametrize("kind", BY_ROWS)
 def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str) -> None:
-    """On any chip; most calls agree within 1 %. Where operands outgrow the L2, its evictions are approximated."""
+    """On any chip, within 5 % if the operands fit the L2; otherwise its evictions are approximated."""
     rng = np.random.default_rng()
     on = target(str(rng.choice(sorted(CHIPS))))
     found = [compare(on, CASES[kind](rng, on)) for _ in range(2)]
-    assert all(0.7 < a.ratio < 1.4 for a in found), found
+    for a in found:
+        op, tensors = a.case.op, a.case.tensors
+        fits = kernel_class(op).of(op, tensors).time(on.with_library(activation_bytes=4), sizes_of(a.case.batch), False)
+        assert (0.4 < a.ratio < 2.5) if fits.hbm_bytes else abs(a.ratio - 1) < 0.05, (
+            on.chip.name,
+            a.ratio,
+            a.case.words,
+        )
 
 
 def product(on: Target, m: int, n: int, k: int, format: str = "bf16") -> Case:

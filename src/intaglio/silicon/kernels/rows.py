@@ -91,11 +91,15 @@ class RowsKernel(ChipKernel):
         """Number of jobs of one row, each with an equal part of its columns."""
         return 1
 
+    def held_bytes(self) -> float:
+        """Bytes of SRAM that a core keeps from its first job to its last."""
+        return self.vector_bytes
+
     def depth(self, target: Target) -> int:
         """Number of tiles of each ring, see ring_depth()."""
         parts = self.parts()
         columns = [-(-c // parts) for c in self.columns()]
-        return ring_depth(target, columns, self.load_bytes(target.library) / parts, self.vector_bytes)
+        return ring_depth(target, columns, self.load_bytes(target.library) / parts, self.held_bytes())
 
     def cycles(self, chip: ChipSpec, n: int) -> float:
         """Number of cycles of one core's vector lanes for n values of a row; by default one operation per value."""

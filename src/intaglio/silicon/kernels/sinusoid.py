@@ -28,6 +28,9 @@ class SinusoidKernel(RowsKernel):
         shift = map_cycles(chip, FIRST, 1)  # of the position
         return shift + float(vector_cycles(chip, 3 * n, n))
 
+    def held_bytes(self) -> float:
+        return self.vector_bytes + 4 * self.width  # a row of ones and zeros
+
     def columns(self) -> tuple[int, ...]:
         return 1, self.width
 
