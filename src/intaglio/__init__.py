@@ -11,9 +11,9 @@ __all__ = ["LLM", "Grammar", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """The object called `name` of __all__, imported on first use. Raises AttributeError for another name.
+    """The public object `name` of the package (LLM, Grammar or SamplingParams), imported on first use.
 
-    So `import intaglio` loads neither NumPy nor the native module.
+    `import intaglio` alone thus loads neither NumPy nor the native module. Raises AttributeError for any other name.
     """
     if name == "LLM":
         from intaglio.llm import LLM

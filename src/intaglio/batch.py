@@ -15,15 +15,19 @@ import numpy as np
 
 
 class BatchError(ValueError):
-    """Raised for chunks that cannot form a batch, such as an empty one or two tokens with the same K/V slot."""
+    """Raised for chunks that cannot form a batch: an empty chunk, for example, or two tokens with the same K/V slot."""
 
 
 @dataclass(frozen=True, eq=False)
 class Edits:
-    """Changes to a row's logits before sampling: penalties and logit bias.
+    """Changes to a row's logits before sampling: penalties and logit bias, for k token ids.
 
-    At each of `ids`, logit l becomes (l / scale if l > 0 else l * scale) + add, in float32. ids int32 [k], distinct;
-    scale, add f32 [k].
+    The logit l of an edited id becomes (l / scale if l > 0 else l * scale) + add, in float32.
+
+    Attributes:
+        ids: token ids, all different, int32 [k].
+        scale: one for each of `ids`, float32 [k].
+        add: one for each of `ids`, float32 [k].
     """
 
     ids: np.ndarray
@@ -33,10 +37,17 @@ class Edits:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters of one row. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off.
+    """Sampling parameters of one row.
 
-    `edits` are applied first, then `mask`, uint32 [(vocabulary + 31) // 32]: ids whose bit (lowest first) is 0 cannot
-    be drawn.
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: 0 switches this filter off.
+        top_p: 1 switches this filter off.
+        min_p: 0 switches this filter off.
+        seed: of the random numbers, which depend on seed and position only.
+        edits: changes to the logits, made before `mask` is applied; None: no changes.
+        mask: uint32 [(vocabulary + 31) // 32], one bit for each token id, the lowest bit first. An id whose bit is 0
+            cannot be drawn. None: every id can.
     """
 
     temperature: float = 0.0
@@ -55,15 +66,19 @@ SHARE = re.compile(r"T:(\d+)/(\d+)")  # one rank's run of the token rows: rank a
 
 
 def shared_rows(rows: int, share: int, shares: int) -> range:
-    """The range of token rows of rank `share` when `rows` are divided into `shares` near-equal runs.
+    """The range of token rows that rank number `share` holds if `rows` token rows are divided among `shares` ranks.
 
-    No run is longer than the first.
+    The runs differ by at most one row, and none is longer than that of rank 0.
     """
     return range(-(-rows * share // shares), -(-rows * (share + 1) // shares))
 
 
 class Sizes(dict[str, int]):
-    """Dict of the values of symbolic dimensions, which also computes sizes of shares of the tokens, such as T:1/4."""
+    """Sizes of symbolic dimensions by name: a dict that also knows the sizes of ranks' shares of T.
+
+    `T:1/4` is the number of token rows that rank 1 of 4 holds (see shared_rows()). Raises KeyError for a name it does
+    not have.
+    """
 
     def __missing__(self, dim: str) -> int:
         match = SHARE.fullmatch(dim)
@@ -74,16 +89,17 @@ class Sizes(dict[str, int]):
 
 @dataclass(frozen=True)
 class Chunk:
-    """The tokens of one sequence in a step, at positions start, start + 1, ...; input of bind().
+    """The tokens of one sequence that a step computes, at positions start, start + 1, ...; input of bind().
 
     Attributes:
         tokens: token ids to compute.
-        start: position of the first of them.
-        blocks: all K/V blocks of the sequence in order, those of earlier steps included.
+        start: position of the first of `tokens`.
+        blocks: numbers of all K/V blocks of the sequence, in order, those of earlier steps included.
         rows: offsets into `tokens` of the rows whose logits are wanted.
         sampling: parameters for all these rows, or one per row.
-        state: slots of recurrent state: the one that holds the sequence's state before these tokens (-1 if it has none
-            yet, at start 0), and another one, to which the state after them is written.
+        state: (slot that is read, slot that is written) of recurrent state. The first holds the state before these
+            tokens; -1 at start 0, where there is none. The second gets the state after them. (-1, -1) for a model
+            without such state.
     """
 
     tokens: Sequence[int]
@@ -95,16 +111,20 @@ class Chunk:
 
 
 def numbers_size(t: int, s: int, r: int, columns: int) -> int:
-    """Length of `Batch.numbers` for T tokens, S sequences, R rows and a block table of `columns`."""
+    """Length of `Batch.numbers` for t token rows, s sequences, r sampled rows and `columns` columns of block_table."""
     return PER_TOKEN * t + PER_SEQUENCE * s + r + s * columns
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Arrays of one step: T token rows, S sequences, R rows to sample.
+    """The arrays of one step: T token rows, S sequences, R rows to sample. bind() makes it.
 
-    All arrays are views of one int32 array, `numbers`, in this order: tokens, positions, slots, first_row, q_len,
-    context_len, state_from, state_to, rows, block_table.
+    Attributes:
+        numbers: one int32 array of which the other arrays are views, in this order: tokens, positions, slots,
+            first_row, q_len, context_len, state_from, state_to, rows, block_table.
+        counts: (T, S, R, number of columns of block_table).
+        block_size: tokens in a K/V block.
+        sampling: R Samplings, one per row to sample.
     """
 
     numbers: np.ndarray
@@ -129,44 +149,44 @@ class Batch:
 
     @cached_property
     def first_row(self) -> np.ndarray:
-        """Index of each sequence's first token row, int32 [S]."""
+        """Index, among the T token rows, of each sequence's first token row, int32 [S]."""
         return self._per_sequence(0)
 
     @cached_property
     def q_len(self) -> np.ndarray:
-        """Number of each sequence's token rows in this step, int32 [S]."""
+        """Number of token rows that each sequence has in this step, int32 [S]."""
         return self._per_sequence(1)
 
     @cached_property
     def context_len(self) -> np.ndarray:
-        """Number of each sequence's tokens up to and including this step, int32 [S]."""
+        """Number of each sequence's tokens from its start to the end of this step, int32 [S]."""
         return self._per_sequence(2)
 
     @cached_property
     def state_from(self) -> np.ndarray:
-        """int32 [S]: slot of each sequence's recurrent state before this step; -1: none yet, the state is zero."""
+        """Slot of each sequence's recurrent state before this step, int32 [S]; -1: none, the state is zero."""
         return self._per_sequence(3)
 
     @cached_property
     def state_to(self) -> np.ndarray:
-        """int32 [S]: slot to which each sequence's recurrent state after this step is written; -1: none."""
+        """Slot to which each sequence's recurrent state after this step is written, int32 [S]; -1: none is written."""
         return self._per_sequence(4)
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """Token rows whose logits are wanted, int32 [R]."""
+        """Indices of the token rows whose logits are wanted, int32 [R]."""
         start = self._rows_start
         return self.numbers[start : start + self.counts[2]]
 
     @cached_property
     def block_table(self) -> np.ndarray:
-        """Each sequence's K/V blocks, padded with -1, int32 [S, columns]."""
+        """Numbers of each sequence's K/V blocks in order, padded with -1, int32 [S, columns]."""
         _, s, r, columns = self.counts
         return self.numbers[self._rows_start + r :].reshape(s, columns)
 
     @property
     def sizes(self) -> Sizes:
-        """The values of the symbolic dimensions (T, S, R and shares of T) in this batch."""
+        """The sizes of the symbolic dimensions in this batch: T, S, R, and ranks' shares of T."""
         t, s, r, _ = self.counts
         return Sizes(T=t, S=s, R=r)
 
@@ -184,10 +204,11 @@ class Batch:
 
 
 def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
-    """Combine the chunks, one per sequence, to one Batch and return it. block_size: tokens in a K/V block.
+    """Combine chunks, one per sequence, into one Batch and return it. block_size: tokens in a K/V block.
 
-    Raises BatchError without chunks, and for an empty chunk, too few blocks, a row out of range, a wrong number of
-    Samplings, two tokens with the same K/V slot, or slots of recurrent state that do not fit together.
+    Raises BatchError without chunks; for a chunk that is empty, has too few blocks, a row out of range, a wrong number
+    of Samplings, or a state slot that does not fit its start; for two tokens with the same K/V slot; and if a slot of
+    recurrent state is written twice, or read and written.
     """
     if not chunks:
         raise BatchError("a batch needs at least one chunk")
@@ -220,7 +241,10 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
 
 
 def _same_slot(slots: list[int], first_row: list[int], block_size: int) -> str:
-    """The error message for two tokens with the same K/V slot."""
+    """The error message for two tokens with the same K/V slot, naming their chunks.
+
+    slots: K/V slot of each token. first_row: index of each chunk's first token.
+    """
     seen: dict[int, int] = {}
     for at, slot in enumerate(slots):
         if slot in seen:
@@ -234,7 +258,10 @@ def _same_slot(slots: list[int], first_row: list[int], block_size: int) -> str:
 
 
 def _check_states(before: list[int], after: list[int]) -> None:
-    """Raise BatchError if a slot of recurrent state is written twice, or read and written, in one step."""
+    """Raise BatchError if a slot of recurrent state is written twice, or read and written, in one step.
+
+    before, after: the slots that the sequences read and write; -1: none.
+    """
     written = [slot for slot in after if slot >= 0]
     if not written:
         return
@@ -249,9 +276,10 @@ def _check_states(before: list[int], after: list[int]) -> None:
 
 
 def _check(i: int, c: Chunk, block_size: int) -> None:
-    """Raise BatchError if chunk number `i` is empty, has too few blocks, or has a row out of range.
+    """Raise BatchError if a chunk cannot be run. `i` is the chunk's number, for the message.
 
-    Also if its state slots do not fit its start, or if the number of its Samplings is wrong.
+    Refused are: a chunk without tokens; positions outside its blocks; a recurrent state to read at start 0, or none at
+    a later start; a row outside its tokens; another number of Samplings than rows.
     """
     n = len(c.tokens)
     if n == 0:

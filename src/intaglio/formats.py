@@ -54,7 +54,7 @@ ELEMENT_OF = {"fp8": "e4m3", "fp8row": "e4m3", "int8row": "int8", "mxfp4": "e2m1
 
 
 class FormatError(ValueError):
-    """Raised for an unknown format name, and for a value that a format cannot hold."""
+    """Raised for an unknown format name, and for a use that a format does not support."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Format:
     Attributes:
         name: such as bf16 or int8g128.
         bits: bits of one value, without scales.
-        group: 0 for plain formats, else the number of values along a row that share a scale (ROW: the whole row).
-        scale_bits: bits of scale, zero and minimum per group.
-        row_bits: bits of a factor that each row has, by which its scales are multiplied; 0 if rows have none.
+        group: number of values along a row that share a scale; 0 for plain formats, ROW (-1) for one scale per row.
+        scale_bits: bits of scale, zero and minimum together, per group.
+        row_bits: bits of a factor per row that multiplies the row's scales (nvfp4); 0 if there is none.
     """
 
     name: str
@@ -77,17 +77,17 @@ class Format:
 
     @property
     def grouped(self) -> bool:
-        """True if values have scales (groups of values, or whole rows)."""
+        """True if values have scales, one for a group of values or for a whole row."""
         return self.group != 0
 
     @property
     def family(self) -> str:
-        """The name without the group size: int8 for int8g128, fp8row for fp8row, bf16 for bf16."""
+        """The format's name without the group size: int8 for int8g128, fp8row for fp8row, bf16 for bf16."""
         return re.sub(r"(?<=\d)g\d+", "", self.name)
 
     @property
     def integer(self) -> bool:
-        """True if codes are whole numbers, so that products with int8 activations are summed exactly."""
+        """True for formats with scales and whole-number codes, whose products with int8 are summed exactly."""
         return self.grouped and not self.name.startswith("fp8")
 
     @property
@@ -97,7 +97,7 @@ class Format:
 
     @property
     def dtype(self) -> np.dtype:
-        """NumPy type of a plain format's values, or of a grouped format's codes (one code a byte)."""
+        """NumPy type of a plain format's values, or of the codes of a format with scales (one code a byte)."""
         if not self.grouped:
             return ELEMENTS[self.name][1]
         kind = np.uint8 if self.name.startswith("uint8") else np.int8
@@ -105,36 +105,32 @@ class Format:
 
     @property
     def element(self) -> str:
-        """The name, in ELEMENTS, of the format of one value without its scale.
-
-        For formats with zeros, minima or scales as published it is the format's own name, since no matrix array
-        multiplies their codes.
-        """
+        """Name of the format of a single value without its scale; if ELEMENTS has none, the format's own name."""
         return ELEMENT_OF.get(self.family, self.family if self.family in ELEMENTS else self.name)
 
     @property
     def lowest(self) -> int:
-        """The smallest code of a format with whole-number codes; it is stored as bits 0."""
+        """The smallest code that a checkpoint's integers in this format have: 0 if unsigned, else -2^(bits - 1)."""
         return 0 if self.name in ("q4_k", "q5_k") or self.name.startswith("uint") else -(1 << (self.bits - 1))
 
     @property
     def block(self) -> int:
-        """Number of values along a row that must stay together; 0 for plain formats.
+        """Number of values along a row that a cut must not separate; 0 for plain formats, ROW (-1) for a whole row.
 
-        These are the values of a group or, where groups' scales share a unit, of all these groups.
+        These are the values that share a scale or, in formats whose scales are multiples of a unit, that unit.
         """
         return BLOCK if self.name in ("q4_k", "q5_k", "q6_k") else self.group
 
     def group_of(self, cols: int) -> int:
-        """Number of values that share a scale in a row of `cols` values.
+        """Number of values that share a scale in a row of `cols` values; 0 for plain formats.
 
-        If one scale spans the row, the row is cut into equal runs of at most CHUNK values, a multiple of 32, with equal
-        scales.
+        With one scale per row, it is the length of the equal runs into which the row is cut: a multiple of 32, at most
+        CHUNK (1024). All runs of a row have equal scales.
         """
         return self.group if self.group != ROW else -(-cols // -(-cols // CHUNK) // 32) * 32
 
     def nbytes(self, rows: int, cols: int) -> int:
-        """Bytes that a [rows, cols] matrix takes in this format, with its scales."""
+        """Bytes that a [rows, cols] matrix takes in this format, scales, zeros and minima included."""
         scales = -(-cols // self.group_of(cols)) * self.scale_bits if self.grouped else 0
         return -(-rows * (cols * self.bits + scales + self.row_bits) // 8)
 
@@ -175,16 +171,16 @@ def get(name: str) -> Format:
 
 
 def element(name: str) -> str:
-    """The name of the format of one value without its scale: e4m3 for fp8row, int8 for int8g128, bf16 for bf16.
+    """The name of the format of a single value, without its scale: e4m3 for fp8row, int8 for int8g128, bf16 for bf16.
 
-    Names of ELEMENTS are returned as they are, and so are formats that the chips here convert before they multiply:
-    those with zeros or minima, or only read from checkpoints, such as uint4g32, q4_k and int8rowf32.
+    A name in ELEMENTS is returned as it is. So is a format whose codes no chip here multiplies directly: one with zeros
+    or minima, or only read from checkpoints (uint4g32, q4_k, int8rowf32). Raises FormatError for other names.
     """
     return name if name in ELEMENTS else get(name).element
 
 
 def bits(name: str) -> int:
-    """Number of bits of one value of a format or of an element format, without scales."""
+    """Bits of one value, without scales, of a format or element format. Raises FormatError for an unknown name."""
     return ELEMENTS[name][0] if name in ELEMENTS else get(name).bits
 
 
@@ -194,28 +190,30 @@ def round_to(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def to_e4m3(x: np.ndarray, scale: float | np.ndarray = 1) -> np.ndarray:
-    """`x` / `scale` as E4M3: clipped to -448..448, rounded to nearest, ties to even; NaN if `x` is not finite."""
+    """`x` / `scale` as an array of E4M3 (ml_dtypes.float8_e4m3fn), in the shape of x / scale.
+
+    Quotients are clipped to -448..448 and rounded to nearest, ties to even. Where `x` is not finite the result is NaN.
+    """
     y = np.asarray(x, np.float32) / np.asarray(scale, np.float32)
     return np.where(np.isfinite(x), np.clip(y, -448, 448), np.float32(np.nan)).astype(E4M3)
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantized matrix: value = (code - zero) * scale - minimum.
+    """A quantized matrix [N, K]: value = (code - zero) * scale - minimum.
 
     A stack of matrices has one more dimension in front of all arrays.
 
     Attributes:
         codes: [N, K], whole numbers of one byte, or E4M3.
-        scales: float32 [N, ceil(K / group)]. Scales that are whole multiples of a unit are given multiplied out, which
-            is exact.
+        scales: float32 [N, ceil(K / group)], already multiplied by their unit or row factor.
         group: values along a row that share a scale.
-        zeros: whole numbers, shaped as the scales, or None.
-        minima: float32, shaped as the scales, or None.
-        units: float32 [N, K / block], the units of the scales, or [N, 1], the factors of nvfp4's, or None.
-        low_units: float32 [N, K / block], the units of the minima, or None.
-        format: name of the format, if one name describes all arrays.
-        turned: True if the arrays stand for the transposed matrix; checkpoints without quantization hold it as [K, N].
+        zeros: whole numbers, shaped as the scales; None if all are 0.
+        minima: float32, shaped as the scales; None if all are 0.
+        units: None, or float32 of which the scales are multiples: [N, K / 256] in q4_k, q5_k, q6_k, or [N, 1] in nvfp4.
+        low_units: None, or float32 [N, K / 256] of which the minima are multiples.
+        format: name of the format; "" if no one name describes all arrays.
+        turned: True if the arrays are those of the transposed matrix, [K, N] in checkpoints without quantization.
     """
 
     codes: np.ndarray
@@ -230,12 +228,12 @@ class Quantised:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix, transposed if it is `turned`."""
+        """Shape of the matrix: that of `codes`, with the last two sizes swapped if `turned`."""
         s = self.codes.shape
         return (*s[:-2], s[-1], s[-2]) if self.turned else s
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
-        """The rows `ids`, dequantized, as float32 [n, K]."""
+        """The rows `ids` of the stored arrays, dequantized, as float32 [n, K]."""
         values = self.codes[ids].astype(np.float32)
         if self.zeros is not None:
             values -= self.spread(self.zeros[ids])
@@ -243,12 +241,12 @@ class Quantised:
         return values if self.minima is None else values - self.spread(self.minima[ids])
 
     def spread(self, x: np.ndarray) -> np.ndarray:
-        """Values per group [..., groups] repeated to one per column [..., K]."""
+        """An array with one value per group, [..., groups], repeated to one value per column, [..., K]."""
         return np.repeat(x, self.group, axis=-1)[..., : self.codes.shape[-1]]
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """A dict of the arrays that are present, by field name. One row index selects the same matrix row in each."""
+        """A dict from field name to array, without fields that are None. Each has one row per row of the matrix."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: x for name, x in named.items() if isinstance(x, np.ndarray)}
 
@@ -257,21 +255,21 @@ class Quantised:
         return self.holding({name: f(x) for name, x in self.arrays.items()})
 
     def holding(self, arrays: Mapping[str, np.ndarray]) -> Quantised:
-        """A copy with these arrays, by field name, instead of its own."""
+        """A copy with the given arrays, by field name, in place of the present ones."""
         changes: dict[str, Any] = dict(arrays)
         return replace(self, **changes)
 
     def matrix(self, e: int) -> Quantised:
-        """Matrix number `e` of a stack, as a Quantised of its own."""
+        """Matrix number `e` of a stack, from 0, as a Quantised without the stack's dimension."""
         return self.each(lambda x: x[e])
 
     def stacked(self, shape: tuple[int, ...]) -> Quantised:
-        """The same rows as a stack of matrices of shape `shape`, [E, N, K]."""
+        """A copy as a stack of matrices. shape: [E, N, K], of the same rows; each array becomes [E, N, ...]."""
         return self.each(lambda x: x.reshape(*shape[:-1], -1))
 
 
 def in_groups(x: np.ndarray, group: int) -> np.ndarray:
-    """`x` [N, K] as an array [N, ceil(K / group), group], padded with zeros."""
+    """`x` [N, K] as a float32 array [N, ceil(K / group), group]; the last group of a row is padded with zeros."""
     n, k = x.shape
     padded = np.zeros((n, -(-k // group) * group), np.float32)
     padded[:, :k] = x
@@ -289,9 +287,9 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
       most 6. Codes are twice the value, -12..12, so that they are whole numbers, and scales half.
     - q4_k: scale and minimum of least squared error among those tried, see _q4_k(). K is a multiple of 256.
 
-    A group (or row with one scale) that holds NaN or infinity gets a NaN scale, so every result that uses it is
-    NaN. So does a block of q4_k with a value above 2^20, the largest that its units reach. Raises FormatError for a
-    format without scales, one that is only read from checkpoints, and q4_k with another K.
+    A group that holds NaN or infinity gets a NaN scale, so all its values are NaN; so does a block of q4_k with a value
+    above 2^20. Groups of only |w| < 2^-120 become 0, except in q4_k. Raises FormatError for an unknown format, one
+    without scales, one that is only read from checkpoints, and q4_k if 256 does not divide K.
     """
     fmt = get(name)
     if not fmt.grouped or fmt.published:
@@ -325,10 +323,10 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
 
 
 def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """The scales [n, G] of least squared error among five candidates, for groups [n, G, group].
+    """The scales of least squared error among five candidates, float32 [n, G], for groups [n, G, group].
 
-    The candidates map the value farthest from 0 to the end of the codes, or to one or two steps beside it.
-    csrc/pack/ does the same, to the bit.
+    The candidates map `farthest`, the value farthest from 0 in each group [n, G], to the end of the codes or to one or
+    two steps beside it. `scales` are the first, and stay where 0 or NaN. csrc/pack/ does the same, to the bit.
     """
     end, step = ENDS[fmt.family]
     reach = np.abs(farthest) if end > 0 else farthest
@@ -343,7 +341,7 @@ def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt:
 
 
 def _error(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """Squared errors [n, G], summed in 32 lanes per group, then the lanes pairwise, as the SIMD code does."""
+    """Squared error of each group under its scale, float32 [n, G]; summed in 32 lanes, then pairwise, as in SIMD."""
     off = groups - _nearest_codes(groups, scales, fmt) * scales[:, :, None]
     with np.errstate(over="ignore"):  # squares of values beyond 2^64 become infinity, which is never the least error
         parts = _sum((off * off).reshape(*scales.shape, -1, 32).transpose(2, 3, 0, 1))
@@ -353,13 +351,13 @@ def _error(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
 
 
 def _nearest_codes(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """The nearest codes of groups [n, G, group] under scales [n, G]; 0 where the scale is 0."""
+    """The codes nearest to the values of groups [n, G, group] under scales [n, G]; 0 where the scale is 0 or NaN."""
     inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales != 0)
     return _codes(groups * np.nan_to_num(inverse)[:, :, None], fmt)
 
 
 def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
-    """Values that have been divided by their scale, rounded to the nearest codes, ties to even."""
+    """The codes nearest to `x`, values already divided by their scale; ties to even, clipped to the codes of `fmt`."""
     if fmt.family == "mxfp4":
         return (np.clip(x / 2, -6, 6).astype(E2M1).astype(np.float32) * 2).astype(np.int8)
     if not fmt.integer:
@@ -369,11 +367,10 @@ def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
 
 
 def quantise_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Quantise activations [T, K] to int8.
+    """Quantise activations [T, K] to int8. Returns (codes int8 [T, G, group], scales float32 [T, G]).
 
-    Returns (codes int8 [T, G, group], scales float32 [T, G]), G = ceil(K / group). As many groups as make SPAN
-    values share a scale, max|x| / 127 in float32. codes = rint(x * (127 / max|x|)), ties to even; zeros where
-    max|x| < TINY.
+    G = ceil(K / group). A scale is max|x| / 127 over as many groups as make SPAN (128) values, in float32, and repeated
+    for each of them. Codes are rint(x * (127 / max|x|)), ties to even; all 0 where max|x| < TINY (2^-120).
     """
     groups = in_groups(np.asarray(x, np.float32), group)
     parts = -(-SPAN // group)
@@ -397,16 +394,15 @@ ZERO = np.float32(0)
 def _q4_k(x: np.ndarray) -> Quantised:
     """Quantise float32 [N, K] to a Quantised in q4_k: codes, 6-bit scales and minima, and f16 units.
 
-    Non-finite blocks become NaN.
+    1. For each group, fit lines by least squares through codes from 16 ranges (the group's own, its ends moved inwards
+       by up to a step), and keep the best line.
+    2. The units are the largest scale and minimum over 63, rounded up, so that every scale is within reach.
+    3. Each group takes, of the three nearest scales and for each the three nearest minima, the pair of least squared
+       error.
 
-    1. For each group, fit lines by least squares through codes from 16 ranges (the group's own, its ends moved
-    inwards by up to a step), and keep the best line. 2. The units are the largest scale and minimum over 63,
-    rounded up, so that every scale is within reach. 3. Each group takes, of the three nearest scales and for each
-    the three nearest minima, the pair of least squared error.
-
-    csrc/isa/scales.inl does the same in the same order, to the bit. llama.cpp searches likewise (ggml-quants.c),
-    but moves one end only, weighs large values more, and takes the nearest scale and minimum without a second
-    search. Raises FormatError if K is not a multiple of 256.
+    Blocks with NaN, infinity or a value above 2^20 become NaN. csrc/isa/scales.inl does the same in the same order, to
+    the bit. llama.cpp searches likewise (ggml-quants.c), but moves one end only, weighs large values more, and takes
+    the nearest scale and minimum without a second search. Raises FormatError if 256 does not divide K.
     """
     n, k = x.shape
     if k % BLOCK:
@@ -436,9 +432,9 @@ def _q4_k(x: np.ndarray) -> Quantised:
 
 
 def _lines(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Least-squares fit x ~ scale * code - offset of each group; the best of 16 code ranges.
+    """Fit a line x ~ scale * code - offset to each group by least squares, and keep the best of 16 code ranges.
 
-    x: [32, groups...], one column per group. Returns (scale, offset, mean code); scale and offset are >= 0.
+    x: [32, groups...], one column per group. Returns (scale >= 0, offset >= 0, mean code), each [groups...].
     """
     low, mean = np.minimum(x.min(axis=0), 0), _sum(x) / 32
     reach = x.max(axis=0) - low
@@ -470,22 +466,22 @@ def _sum(x: np.ndarray) -> np.ndarray:
 
 
 def _quotient(x: np.ndarray, y: np.ndarray, least: np.float32 = ZERO) -> np.ndarray:
-    """Quotient x / y, or 0 where y is not above `least`."""
+    """The quotient x / y of each pair of elements; 0 where y is not above `least`."""
     return np.divide(x, y, out=np.zeros_like(x), where=y > least)
 
 
 def _unit(sizes: np.ndarray) -> np.ndarray:
-    """The f16 unit of each block's scales [..., 8], as [..., 1]: 63 units must reach the largest scale."""
+    """The f16 unit of each block's 8 scales or minima, [..., 8] to [..., 1]: the least of which 63 suffice for all."""
     unit = sizes.max(axis=-1, keepdims=True) / SIZES
     half = unit.astype(np.float16)
     return np.where(half < unit, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
 
 
 def _steps(sizes: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """Scales or minima as the nearest whole numbers of units, 0..63."""
+    """Scales or minima divided by their unit, rounded to the nearest whole number and clipped to 0..63 (float32)."""
     return np.rint(np.clip(_quotient(sizes, np.broadcast_to(unit, sizes.shape)), 0, SIZES))
 
 
 def _nearest(x: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
-    """The nearest q4_k codes of values [32, ...] under these scales and minima; 0 where the scale is 0."""
+    """The q4_k codes 0..15 nearest to values [32, ...] under these scales and minima [...]; 0 where the scale is 0."""
     return np.rint(np.clip((x + minimum) * _quotient(np.ones_like(scale), scale), 0, STEPS))

@@ -60,16 +60,16 @@ Params = SamplingParams | abc.Sequence[SamplingParams] | None
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """The output of one prompt.
+    """The output for one choice of a prompt.
 
     Attributes:
         prompt_token_ids: the prompt as token ids.
-        text: the generated text.
+        text: the generated text; "" without a tokenizer.
         token_ids: the generated tokens.
-        logprobs: one natural log-probability per generated token, under the unfiltered distribution.
+        logprobs: natural log-probability of each generated token, under the softmax of the unchanged logits.
         finish_reason: stop (end of sequence, or a stop string, before which `text` ends), length, error, abort or
             deadline.
-        error: what failed, if finish_reason is error.
+        error: what failed, if finish_reason is error; else None.
     """
 
     prompt_token_ids: list[int]
@@ -82,13 +82,13 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Delta:
-    """The new part of a streamed output. Only the last Delta has a finish_reason.
+    """The new part of a streamed output.
 
     Attributes:
-        text: text that can no longer change (a partial character or a possible stop string is held back).
+        text: new text that can no longer change. A partial character or a possible stop string is held back.
         token_ids: the new tokens.
-        finish_reason: as in RequestOutput.
-        error: what failed, if finish_reason is error.
+        finish_reason: as in RequestOutput, in the last Delta; None in all others.
+        error: what failed, if finish_reason is error; else None.
     """
 
     text: str
@@ -107,17 +107,18 @@ class LLM:
         path: a checkpoint folder in Hugging Face's layout, a GGUF file or a hub id; None is the bundled model.
         device: host, reference, oracle or silicon.
         weights: weight format, as for Model.open().
-        threads: CPU threads of the host device.
+        threads: CPU threads of the host device; by default those of `machine`, or one per core.
         context: positions to compile for, as for Model.open().
-        kv_tokens: tokens of K/V cache for all sequences together.
+        kv_tokens: tokens of K/V cache for all sequences together. None: 32,768 or one whole context, whichever is more,
+            but no more than fit the memory.
         kv_format: K/V cache format, as for Model.open().
-        max_batch_tokens: token rows of a step.
-        max_sequences: sequences that run at once, fewer if the memory for recurrent state has no room for them.
-        max_waiting: sequences that wait.
-        max_drafts: draft tokens per sequence and step; 0 switches speculative decoding off.
-        state_cache_bytes: of a model with recurrent state: bytes of states kept for the prefix cache, beside those of
-            running sequences. None: an eighth of the memory for K/V, but no more than STATE_CHECKPOINTS states. 0: such
-            a model has no prefix cache.
+        max_batch_tokens: most token rows of a step.
+        max_sequences: most sequences that run at once; fewer if the memory for recurrent state has no room for them.
+        max_waiting: most sequences that wait.
+        max_drafts: most draft tokens per sequence and step; 0 switches speculative decoding off.
+        state_cache_bytes: only for a model with recurrent state: bytes of states kept for the prefix cache, beside
+            those of running sequences. None: an eighth of the memory for K/V, but no more than STATE_CHECKPOINTS
+            states. 0: such a model has no prefix cache.
         cache: where the host keeps packed weights for the next start: a folder, "auto" or None (see HostDevice).
         worker: run the device in a child process, which is replaced when it dies.
         journal: a file that records all requests and device outcomes, for `intaglio replay`.
@@ -130,7 +131,7 @@ class LLM:
         machine: threads and memory shared with other models; it then gives the threads.
         kv_cache_dir: a directory that keeps K/V blocks beyond this process, made if it is not there. A later engine of
             the same model loads them instead of computing them; several engines may use the directory.
-        kv_cache_bytes: bytes of all files there; the least recently used are deleted for others.
+        kv_cache_bytes: most bytes of all files in `kv_cache_dir`; the least recently used are deleted for new ones.
         revision: of a hub id: branch, tag or commit, by default main.
         progress: called as progress(done, total, what) while the model loads (see `intaglio.progress`).
     """
@@ -222,12 +223,12 @@ class LLM:
         return self.machine.shared(self.device.load(self.mesh, weights, self.state))
 
     def reload(self) -> Executable:
-        """Load the model once more in place of the engine's executable, which was lost. Returns the new executable."""
+        """Load the model again after its executable was lost. Returns the new executable."""
         lost = self.engine.executable
         return self.machine.shared(self.device.reload(lost, self.mesh, self.model.checkpoint, self.state))
 
     def close(self) -> None:
-        """Write the K/V blocks that wait to be kept, and end the device's processes. Nothing runs afterwards."""
+        """Write the K/V blocks that still wait for it to `kv_cache_dir`, and end the device's processes."""
         if self.tier:
             self.tier.close()
         self.engine.executable.close()
@@ -235,12 +236,17 @@ class LLM:
     def generate(
         self, prompts: Prompt | abc.Sequence[Prompt], params: Params = None, progress: Progress = silent
     ) -> list[RequestOutput]:
-        """Continue each prompt (text or token ids; one or a list of them) in one batch.
+        """Continue each prompt (text or token ids; one or a list of them), all in one batch where they fit.
 
-        Returns a list of RequestOutputs. They are in the order of the prompts, `n` per prompt. `params` is one
-        SamplingParams for all prompts or one per prompt; None is SamplingParams(). Without a tokenizer, prompts
-        are token ids and texts are empty. `progress` is called after each step with the tokens generated so far
-        and those allowed in all. Raises the errors of prepare(), naming the prompt's index, before anything runs.
+        Returns a list of RequestOutputs in the order of the prompts, `params.n` for each prompt.
+
+        Args:
+            prompts: without a tokenizer they are token ids, and the texts of the outputs are empty.
+            params: one SamplingParams for all prompts, or one per prompt; None is SamplingParams().
+            progress: called after each step with the tokens generated so far and the most that all may generate.
+
+        Raises, before anything runs: the errors of prepare(), naming the prompt's index, and RequestError for another
+        number of params than of prompts. Raises Refused if the engine has failed.
         """
         several = _as_list(prompts)
         each = _params_each(params, len(several))
@@ -252,7 +258,8 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Continue one prompt and yield a Delta for each new part of its text.
 
-        Closing the iterator aborts the request. Raises RequestError if params.n is not 1, and the errors of prepare().
+        params None is SamplingParams(). Closing the iterator aborts the request. Raises RequestError if params.n is not
+        1, and the errors of prepare().
         """
         request, transcripts = self.prepare(prompt, params or SamplingParams(), name="prompt 0")
         if len(transcripts) > 1:
@@ -262,10 +269,10 @@ class LLM:
     def prepare(
         self, prompt: Prompt, params: SamplingParams, name: str = "the prompt", **options: Any
     ) -> tuple[Request, list[Transcript]]:
-        """(Request for `engine.add()`, one Transcript per choice). May be called from any thread.
+        """(the Request for `engine.add()`, a list of Transcripts, one per choice). May be called from any thread.
 
         `options` are fields of Request (id, priority, timeout, ...) and `special`, the special tokens that stay in the
-        text. Raises RequestError, TokenizerError or GrammarError, which call the prompt `name`.
+        text. Raises RequestError, TokenizerError or GrammarError; the message calls the prompt `name`.
         """
         id = options.pop("id", None) or f"r{next(self._numbers)}"
         request, transcripts = self.model.request(prompt, params, id, name, **options)
@@ -295,23 +302,26 @@ class LLM:
     def chat(self, messages: abc.Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> RequestOutput:
         """Answer the messages [{"role": "user", "content": ...}, ...] with the model's chat template.
 
-        Returns a RequestOutput.
+        Returns a RequestOutput. Raises the errors of chat_prompt() and generate().
         """
         return self.generate([self.chat_prompt(messages)], params)[0]
 
     def chat_prompt(self, messages: abc.Sequence[Mapping[str, str]]) -> list[int]:
-        """A list of the token ids of a conversation, up to where the assistant's answer begins."""
+        """Token ids of a conversation in the chat template, up to where the assistant's answer begins.
+
+        Arguments and errors are those of Model.chat_prompt().
+        """
         return self.model.chat_prompt(messages)
 
     def use_chat_template(self, source: str) -> None:
         """Render conversations with this Jinja template from now on.
 
-        Raises TokenizerError if it does not parse, or there is no tokenizer.
+        Raises TokenizerError if the template does not parse, or if there is no tokenizer.
         """
         self.model = self.model.with_chat_template(source)
 
     def logits(self, sequences: abc.Sequence[TokenIds]) -> list[np.ndarray]:
-        """A list of the float32 logits [tokens, vocabulary] of each sequence of token ids.
+        """The logits at every position of sequences of token ids: float32 [tokens, vocabulary] for each.
 
         Row i predicts the token after token i. Raises RequestError for a sequence that does not fit, DeviceError if the
         device fails.
@@ -325,9 +335,10 @@ class LLM:
         return [np.concatenate(s.logits) for s in made]
 
     def _finish(self, requests: abc.Sequence[Request], progress: Progress = silent) -> list[Sequence]:
-        """Run all requests to their end, as many at a time as the engine admits. Returns their sequences in order.
+        """Run all requests to their end, as many at a time as the engine admits.
 
-        If it is interrupted, the remaining requests are aborted.
+        Returns their sequences, in the order of the requests. Raises Refused if the engine refuses a request for
+        another reason than a full queue. On any exception the remaining requests are aborted.
         """
         made: list[Sequence] = []
         pending = deque(requests)
@@ -360,12 +371,13 @@ class LLM:
 def state_spec(
     mesh: MeshProgram, kv_tokens: int | None, max_sequences: int, state_cache_bytes: int | None, machine: Machine
 ) -> tuple[StateSpec, int]:
-    """(the StateSpec to allocate, how many sequences may run at once).
+    """(the StateSpec to allocate, how many sequences may run at once): what fits the memory of one model.
 
-    Recurrent state of `max_sequences` takes up to half of the memory that the machine grants one model, and states kept
-    for the prefix cache `state_cache_bytes` or up to an eighth. The default of `kv_tokens` is KV_TOKENS or one whole
-    context, whichever is more, but no more than fits the rest of that memory. Raises RequestError for a size below what
-    is allowed.
+    The machine grants one model `machine.kv_bytes`. Recurrent state gets up to half of them, two slots a sequence, and
+    fewer sequences run if `max_sequences` do not fit. States kept for the prefix cache get `state_cache_bytes`, or if
+    that is None up to an eighth. K/V gets `kv_tokens`, even beyond that memory. None: KV_TOKENS or one whole context,
+    whichever is more, but no more than the rest holds. Raises RequestError if `kv_tokens` is below 1 or
+    `state_cache_bytes` below 0.
     """
     for name, value, least in (("kv_tokens", kv_tokens, 1), ("state_cache_bytes", state_cache_bytes, 0)):
         if value is not None and value < least:
@@ -388,7 +400,10 @@ def state_spec(
 
 
 def _tier(folder: str | Path | None, budget: int, scope: BlockScope, journal: str | Path | None) -> DiskTier | None:
-    """The tier that keeps K/V blocks in `folder`; None without one. Raises RequestError for options that do not fit."""
+    """The DiskTier that keeps K/V blocks in `folder`, of at most `budget` bytes; None if `folder` is None.
+
+    Raises RequestError for a budget below 1, and together with a journal.
+    """
     if folder is None:
         return None
     if budget < 1:
@@ -399,9 +414,9 @@ def _tier(folder: str | Path | None, budget: int, scope: BlockScope, journal: st
 
 
 def _layout(layout: str | None, chips: int | None) -> Layout:
-    """The Layout to use: `layout` or, without it, tensor parallelism over `chips`.
+    """The Layout to use: `layout` or, without it, tensor parallelism over `chips` (None: one chip).
 
-    Raises DeviceError if ranks and chips differ.
+    Raises LayoutError for a text that is no layout, and DeviceError if its ranks are not `chips`.
     """
     found = Layout.parse(layout or f"tp{chips or 1}")
     if chips not in (None, found.ranks):
@@ -410,9 +425,10 @@ def _layout(layout: str | None, chips: int | None) -> Layout:
 
 
 def _journal(path: str | Path, model: Path, options: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
-    """A function that appends an entry to a journal file as a line of JSON.
+    """Create a journal file and return a function that appends an entry to it as a line of JSON.
 
-    A full disk ends the journal with a warning.
+    The first entry names the model and the LLM's options. If a write fails, such as on a full disk, the function warns
+    and writes nothing more. Raises OSError if the file cannot be created.
     """
     file: TextIO | None = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 (open as long as the engine lives)
 
@@ -439,7 +455,10 @@ def _as_list(prompts: Any) -> list[Prompt]:
 
 
 def _params_each(params: Params, n: int) -> list[SamplingParams]:
-    """A list of `n` SamplingParams, one per prompt; None becomes the defaults."""
+    """A list of `n` SamplingParams, one per prompt; None becomes the defaults.
+
+    Raises RequestError if `params` is a list of another length.
+    """
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * n
     if len(params) != n:

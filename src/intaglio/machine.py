@@ -17,12 +17,14 @@ class Machine:
     """The CPU threads and memory of this process, shared by its models.
 
     Models take turns, one step at a time, each with all threads, because two thread teams on the same cores would slow
-    each other down. Each model may hold an equal part of a quarter of the memory as K/V cache.
+    each other down. A quarter of the memory is for K/V caches, in equal parts for the models.
 
     Args:
         threads: CPU threads of a step; by default one per core this process may use.
         memory: bytes; by default all of this machine's.
         models: how many models share the machine.
+
+    Raises DeviceError if `memory` or `models` is below 1.
     """
 
     def __init__(self, threads: int | None = None, memory: int | None = None, models: int = 1) -> None:
@@ -35,16 +37,19 @@ class Machine:
 
     @property
     def kv_bytes(self) -> int:
-        """Number of bytes of K/V cache that one model may hold."""
+        """Most bytes of K/V cache that one model may hold."""
         return int(self.memory * KV_SHARE) // self.models
 
     def shared(self, executable: Executable) -> Executable:
-        """An executable that runs `executable` in turns with those of other models; itself if there is one model."""
+        """An executable that runs `executable` in turns with other models; for one model `executable` itself."""
         return executable if self.models == 1 else SharedExecutable(executable, self.turn)
 
 
 class SharedExecutable(BlockingExecutable):
-    """An executable that runs a step of `inner` only while no other executable with the same lock `turn` runs one."""
+    """An executable that runs `inner` only while it holds `turn`, a lock that the models of a machine share.
+
+    So no two models run a step, or copy K/V blocks, at the same time.
+    """
 
     def __init__(self, inner: Executable, turn: threading.Lock) -> None:
         self.inner, self.turn = inner, turn

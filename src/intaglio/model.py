@@ -26,12 +26,12 @@ Prompt = str | TokenIds
 class Model:
     """A checkpoint compiled to a Program, with its tokenizer and grammars; independent of the device it runs on.
 
-    Immutable but for compiled grammars, which are cached behind a lock, so any thread may use it.
+    Immutable except for compiled grammars, which are cached behind a lock, so any thread may use it.
 
     Attributes:
         path: the checkpoint folder or GGUF file.
-        name: the name of the folder, or the hub id.
-        checkpoint: its tensors and configuration.
+        name: the name of the folder or file, or the hub id.
+        checkpoint: tensors and configuration.
         ported: the Program as ported, before compilation.
         program: the Program compiled for one rank.
         weights: the weight format requested.
@@ -57,15 +57,15 @@ class Model:
         cls, path: str | Path | None = None, weights: str = "auto", kv_format: str = "auto",
         context: int | None = None, revision: str | None = None, progress: Progress = silent,
     ) -> Model:  # fmt: skip
-        """Open and compile a checkpoint and return the Model.
+        """Open and compile a checkpoint, and return the Model. A hub id is downloaded first.
 
-        It is a folder in Hugging Face's layout, a GGUF file, or a hub id, which is downloaded. Raises
-        ValueError (CheckpointError, PortError, TokenizerError, ...) saying what is wrong.
+        Raises ValueError (HubError, CheckpointError, PortError, TokenizerError, ...) saying what is wrong.
 
         Args:
-            path: the folder, GGUF file or hub id (owner/name, owner/name:Q4_K_M); None is the bundled model.
+            path: a folder in Hugging Face's layout, a GGUF file or a hub id (owner/name, owner/name:Q4_K_M); None is
+                the bundled model.
             weights: auto (as stored), f32, bf16, fp8, int8, int4 or a full name such as q4_k.
-            kv_format: auto (f32 for f32 weights, else bf16), f32, bf16, int8 or fp8.
+            kv_format: f32, bf16, int8, fp8, or auto: f32 for f32 weights, else what the checkpoint asks for, else bf16.
             context: positions to compile for; by default the model's own.
             revision: of a hub id: branch, tag or commit.
             progress: called with the bytes downloaded, if any are.
@@ -83,15 +83,18 @@ class Model:
         return cls(path, name, checkpoint, ported, program, weights, kv_format, tokenizer, eos_ids, grammars)
 
     def sharded(self, layout: str | None) -> MeshProgram:
-        """The MeshProgram with the Programs of all ranks of a layout such as tp4pp2; None: with one whole Program."""
+        """The MeshProgram of all ranks of a layout such as tp4pp2; None: of one rank with the whole Program.
+
+        Raises the errors of build_mesh().
+        """
         if layout is None:
             return MeshProgram((self.program,))
         return build_mesh(self.ported, layout, self.weights, self.kv_format)
 
     def stages(self, layout: Layout) -> tuple[Program, ...]:
-        """A tuple with one rank's Program of each pipeline stage, for chips whose links carry bf16.
+        """The Program of one rank of each pipeline stage, as a tuple; () for a layout of one rank.
 
-        () for a layout of one rank.
+        For simulated chips: what ranks send to each other is rounded to bf16.
         """
         if layout.ranks == 1:
             return ()
@@ -101,10 +104,10 @@ class Model:
         self, prompt: Prompt, params: SamplingParams, id: str, name: str = "the prompt",
         special: Container[str] = (), **options: Any,
     ) -> tuple[Request, list[Transcript]]:  # fmt: skip
-        """(Request for an engine, one Transcript per choice).
+        """(the Request for an engine, a list of Transcripts, one per choice).
 
-        `special`: special tokens that stay in the text. `options` are fields of Request such as priority and timeout.
-        Raises RequestError, TokenizerError or GrammarError, which call the prompt `name`.
+        special: special tokens that stay in the text. options: fields of Request, such as priority and timeout. Raises
+        RequestError, TokenizerError or GrammarError; the message calls the prompt `name`.
         """
         ids = self.encode(prompt, name)
         tokenizer = self.needed_tokenizer() if params.stop or params.bad_words else self.tokenizer
@@ -121,7 +124,11 @@ class Model:
         return Request(id, ids, params, stop_checker=lambda index: transcripts[index].push, **fields), transcripts
 
     def encode(self, prompt: Prompt, name: str = "the prompt") -> list[int]:
-        """A list of the token ids of a prompt. Raises RequestError or TokenizerError, which call it `name`."""
+        """The token ids of a prompt, as a list; token ids are returned as ints.
+
+        Raises RequestError for an empty text and for ids that are not whole numbers, TokenizerError for text without a
+        tokenizer, or with tokens that the model lacks. The message calls the prompt `name`.
+        """
         if isinstance(prompt, str):
             if not prompt:
                 raise RequestError(f"{name} is empty; give at least one character, or token ids")
@@ -135,23 +142,30 @@ class Model:
         return [int(t) for t in prompt]
 
     def spellings(self, word: str) -> list[tuple[int, ...]]:
-        """A list of the token ids of a word in its two spellings: at the beginning of a text, and after a space.
+        """The token ids of a word at the beginning of a text, and after a space, as a list of tuples.
 
-        If the two are equal, the list has one.
+        A spelling equal to the first, or without tokens, is left out. Raises TokenizerError without a tokenizer.
         """
         encode = self.needed_tokenizer().encode
         found = [tuple(encode(text, special=False)) for text in (word, f" {word.lstrip()}")]
         return [ids for ids in dict.fromkeys(found) if ids]
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """A list of the token ids of a conversation, up to where the assistant's answer begins."""
+        """The token ids of a conversation in the chat template, up to where the assistant's answer begins, as a list.
+
+        messages: dicts with `role` and `content`. Raises TokenizerError without a tokenizer or chat template, for no
+        messages, and for messages that the template refuses.
+        """
         tokenizer = self.needed_tokenizer()
         ids = tokenizer.encode(tokenizer.chat(messages), special=False)
         tokenizer.check_ids(ids, self.program.vocabulary, "the conversation")
         return ids
 
     def with_chat_template(self, source: str) -> Model:
-        """A copy of the model with another chat template (Jinja source). Raises TokenizerError if it does not parse."""
+        """A copy of the model with another chat template (Jinja source).
+
+        Raises TokenizerError if the template does not parse, or if there is no tokenizer.
+        """
         tokenizer = self.needed_tokenizer().with_template(source)
         return replace(self, tokenizer=tokenizer)
 
@@ -164,7 +178,10 @@ class Model:
         return self.tokenizer
 
     def _matcher(self, params: SamplingParams) -> Callable[[int], Matcher] | None:
-        """A function from a choice's index to its grammar matcher; None if the request has no grammar."""
+        """A function from a choice's index to a new grammar matcher; None if `params` has no grammar.
+
+        Raises TokenizerError without a tokenizer, GrammarError for a grammar that cannot be used.
+        """
         if params.grammar is None:
             return None
         self.needed_tokenizer()
@@ -174,9 +191,9 @@ class Model:
 
 
 def _open_tokenizer(path: Path, vocabulary: int) -> Tokenizer | None:
-    """The folder's tokenizer; None if it has none.
+    """The Tokenizer of a checkpoint folder or GGUF file; None if it has none.
 
-    Raises TokenizerError if its vocabulary does not fit the model.
+    vocabulary: number of the model's logits. Raises TokenizerError if the tokenizer cannot be read, or has more tokens.
     """
     if not has_tokenizer(path):
         return None

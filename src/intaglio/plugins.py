@@ -21,10 +21,10 @@ class PluginError(ValueError):
 
 
 def load_plugins() -> tuple[str, ...]:
-    """Import the installed plugins, each once per process. Returns a tuple of their names in alphabetical order.
+    """Import the installed plugins that INTAGLIO_PLUGINS allows, each once per process.
 
-    Called before a family, chip, kernel library, device or op is looked up by name. Raises PluginError naming the
-    plugin, its module and the error.
+    Returns a tuple of the names of all plugins imported so far, in alphabetical order. Called before a family, chip,
+    kernel library, device or op is looked up by name. Raises PluginError naming the plugin, its module and the error.
     """
     for point in _chosen():
         if point.name in _loaded:
@@ -44,7 +44,7 @@ def load_plugins() -> tuple[str, ...]:
 
 @cache  # reading the metadata of all installed packages takes some 10 ms
 def _chosen() -> tuple[EntryPoint, ...]:
-    """The entry points of `intaglio.plugins` that INTAGLIO_PLUGINS allows, in order of name."""
+    """The installed entry points of the group `intaglio.plugins` that INTAGLIO_PLUGINS allows, in order of name."""
     names = os.environ.get("INTAGLIO_PLUGINS")
     allowed = None if names is None else {name.strip() for name in names.split(",")}
     points = sorted(entry_points(group=GROUP), key=lambda point: point.name)

@@ -22,14 +22,17 @@ def silent(done: float, total: float, what: str) -> None:
 
 
 def prefixed(progress: Progress, name: str) -> Progress:
-    """A Progress callback that puts `name` in front of each description, for operations on several things."""
+    """A Progress callback that calls `progress` with `name` and a colon in front of the description.
+
+    For an operation on several things, each with its name.
+    """
     return lambda done, total, what: progress(done, total, f"{name}: {what}")
 
 
 def counted(items: Sequence[T], progress: Progress, what: Callable[[T], str]) -> Iterator[T]:
-    """Yield the items in order and report progress before each, with what(item) as the description.
+    """Yield the items in order, and call `progress` before each: (items done, number of items, what(item)).
 
-    The last item is reported as complete at the end.
+    what: function that describes an item. After the last item, `progress` is called with all items done.
     """
     for done, item in enumerate(items):
         progress(done, len(items), what(item))

@@ -32,6 +32,8 @@ def test_states_are_kept_at_regular_borders_and_at_the_last_one() -> None:
     engine, prompt = oracle_engine(slots=12, checkpoint_blocks=3), list(range(39))
     run(engine, "r", prompt)
     assert kept(engine, prompt) == [12, 24, 36]
+    gauges = engine.gauges()
+    assert (gauges.slots, gauges.slots_held, gauges.checkpoints) == (12, 0, 3)
     other = [*range(100, 122)]
     engine = oracle_engine(slots=12, checkpoint_blocks=3)
     run(engine, "r", [t % 90 for t in other])

@@ -23,10 +23,10 @@ SHEET_TOLERANCE = 0.01  # relative, between a data sheet's rounded FLOP/s and 2 
 
 
 def read_chip(path: Path) -> tuple[ChipSpec, str]:
-    """Read a chip file. Returns (chip, name of the kernel library that is its default).
+    """Read a chip file. Returns (ChipSpec, name or file of the chip's default kernel library).
 
-    Raises ChipError, naming the file and the key, for an unknown key, a value of the wrong type, an invalid chip,
-    or a peak rate that differs by more than 1 % from the file's `[sheet_flops]`.
+    Raises ChipError naming the file, and where it can the key: for a file that merged() refuses, an unknown key, a
+    wrong type, an invalid chip, a missing `library`, or a peak rate that differs by more than 1 % from `[sheet_flops]`.
     """
     table = merged(path, "chips")
     sheet, library = table.pop("sheet_flops", {}), table.pop("library", None)
@@ -47,7 +47,10 @@ def read_chip(path: Path) -> tuple[ChipSpec, str]:
 
 
 def read_library(path: Path) -> KernelLibrary:
-    """The kernel library of a library file. Raises ChipError as read_chip() does."""
+    """Read a kernel library file and return the KernelLibrary.
+
+    Raises ChipError naming the file: for one that merged() refuses, an unknown key, a wrong type or an invalid value.
+    """
     table = merged(path, "libraries")
     protocols = table.get("protocols")
     if isinstance(protocols, list):
@@ -60,9 +63,10 @@ def read_library(path: Path) -> KernelLibrary:
 
 
 def record_of(path: Path, entry: Mapping[str, Any]) -> KernelRecord:
-    """The KernelRecord of one table `[[kernels]]`: its own fields, and fields of KernelLibrary that it changes.
+    """The KernelRecord of one table `[[kernels]]` of a library file.
 
-    Raises ChipError for an unknown field, a missing one or a wrong type.
+    entry: fields of KernelRecord, and fields of KernelLibrary whose values differ for this kernel. Raises ChipError for
+    an unknown field, a missing one, a wrong type, or a field that a kernel cannot change (FIXED).
     """
     own = {f.name for f in dataclasses.fields(KernelRecord)} - {"changes"}
     hints = get_type_hints(KernelLibrary)
@@ -82,7 +86,10 @@ def record_of(path: Path, entry: Mapping[str, Any]) -> KernelRecord:
 
 
 def reasons_of(path: Path, kind: type[Any], table: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """The table `[reasons]` of a file as a tuple of (field, reason). Raises ChipError for a field `kind` lacks."""
+    """The section `[reasons]` of a chip or library file, as a tuple of (field, source of its value).
+
+    table: the whole file. Raises ChipError for a field that the class `kind` does not have.
+    """
     fields = [f.name for f in dataclasses.fields(kind)]
     for name in table["reasons"]:
         if name not in fields:
@@ -91,10 +98,11 @@ def reasons_of(path: Path, kind: type[Any], table: Mapping[str, Any]) -> tuple[t
 
 
 def tiles_of(path: Path, entry: Any) -> list[tuple[int, int]]:
-    """A list of the result tiles (rows, columns) that one entry of `tiles` in a library file stands for.
+    """The result tiles of one entry of `tiles` in a library file, as a list of (rows, columns).
 
-    An entry is a pair [rows, columns], or a grid: all pairs of its `rows` and `columns` that have at most `max_values`
-    values, and with `transposed = true` also the pairs (columns, rows). Raises ChipError for another entry.
+    An entry is one tile, [rows, columns], or a grid. A grid is a table of lists `rows` and `columns`, and stands for
+    all pairs of them. With `transposed = true` it has the pairs (columns, rows) too, and with `max_values` only pairs
+    of at most so many values. Raises ChipError for any other entry.
     """
     if isinstance(entry, list):
         if len(entry) != 2:
@@ -109,10 +117,16 @@ def tiles_of(path: Path, entry: Any) -> list[tuple[int, int]]:
 
 
 def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The table of a chip or library file, with missing values, and the reasons for them, taken from the file's base.
+    """The content of a chip or library file as a dict, with what it lacks taken from the file that `base` names.
 
-    folder: of the shipped files, where a base is looked up too. above: files that name this one as their base, to
-    detect a cycle. Raises ChipError for a file that cannot be read, is not TOML, or has an invalid base.
+    The reasons of values from the base are kept, `[sheet_flops]` is not taken over, and the base's kernels come after
+    the file's own. Raises ChipError for a file that cannot be read or is not TOML, for a base that does not exist, and
+    for bases in a circle.
+
+    Args:
+        path: the file.
+        folder: "chips" or "libraries": the shipped files among which a base is looked up, after the file's own folder.
+        above: files whose base, directly or not, is this one.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -144,9 +158,10 @@ def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, A
 
 
 def built(path: Path, kind: type[Any], table: Mapping[str, Any], inside: str = "") -> Any:
-    """An instance of the dataclass `kind` with the values of a table of a file.
+    """An instance of the dataclass `kind` with the values of a file's table.
 
-    Raises ChipError for an unknown or missing field or a wrong type.
+    inside: prefix of the fields' names in errors, such as "links.". Raises ChipError, naming the file, for an unknown
+    or missing field, a wrong type, or values that `kind` refuses.
     """
     hints = get_type_hints(kind)
     required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
@@ -164,9 +179,9 @@ def built(path: Path, kind: type[Any], table: Mapping[str, Any], inside: str = "
 
 
 def typed(what: str, value: Any, kind: Any) -> Any:
-    """A TOML value converted to type `kind`: lists become tuples, integers floats.
+    """A TOML value as a value of the type `kind`: a list becomes a tuple, and an integer a float where `kind` is float.
 
-    what: name of the value for the error. Raises ChipError if the type does not fit.
+    what: name of the value, for the error. Raises ChipError if the type does not fit.
     """
     if kind is Any:
         return value
@@ -184,7 +199,7 @@ def typed(what: str, value: Any, kind: Any) -> Any:
 
 
 def wanted(kind: Any) -> str:
-    """Description of a field's type as text, for error messages."""
+    """A type in words, for error messages: "a whole number" for int, "[a text, a number]" for tuple[str, float]."""
     inner = get_args(kind)
     if get_origin(kind) is tuple and inner[-1] is Ellipsis:
         return f"a list, each of it {wanted(inner[0])}"

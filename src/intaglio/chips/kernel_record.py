@@ -15,7 +15,7 @@ WIDEST = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRecord:
-    """A kernel for one op: when it is chosen, and the library fields that it changes."""
+    """A kernel of a library: the calls for which it is chosen, and its own values of fields of KernelLibrary."""
 
     op: str  # one of OPS
     kernel: str  # its name, as profilers and measured tables give it
@@ -26,7 +26,10 @@ class KernelRecord:
     default: bool = True  # chosen for calls that fit it; False: only if asked for by name
 
     def serves(self, op: str, format: str, head_dim: int, kernel: str) -> bool:
-        """True if the record is for this op, format and head width, and is the kernel asked for ("": the default)."""
+        """True if this kernel runs a call of `op` with operands in `format` and heads of `head_dim` columns.
+
+        kernel: the kernel that is asked for by name; "": none is, and only kernels with `default` serve the call.
+        """
         least, most = self.head_dims
         fits = self.op == op and (not self.formats or format in self.formats) and least <= head_dim <= most
         return fits and (self.kernel == kernel if kernel else self.default)

@@ -17,7 +17,7 @@ from intaglio.chips.spec import ChipError
 
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol of a collective library, such as NCCL's LL, LL128 and Simple."""
+    """A protocol of a collective library, such as NCCL's LL, LL128 and Simple: its start-up, latency and bandwidth."""
 
     name: str
     barrier_factor: float  # start-up time of a collective, in multiples of KernelLibrary.barrier_s
@@ -32,7 +32,11 @@ ALGORITHMS = ("ring", "all")
 
 @dataclass(frozen=True, kw_only=True)
 class KernelLibrary:
-    """The kernels of one vendor on one generation of chips. Efficiencies are fractions, above 0 and at most 1."""
+    """The kernels of one vendor on one generation of chips: what decides their times, apart from the chip.
+
+    Efficiencies are fractions, above 0 and at most 1. Fields that end in `_s` are seconds. Raises ChipError for a value
+    outside its range.
+    """
 
     name: str
     description: str  # one line, for listings
@@ -112,10 +116,10 @@ class KernelLibrary:
         check(self)
 
     def record(self, op: str, format: str = "", head_dim: int = 0, kernel: str = "") -> KernelRecord | None:
-        """The record of the kernel that runs such a call; None if the library's own fields describe it.
+        """The first record that serves a call; None if the library's own fields describe the kernel.
 
-        kernel: name of a record; "" for the one that is chosen by default. Raises ChipError for a name that no record
-        has.
+        op, format, head_dim: the call, as in KernelRecord.serves(). kernel: name of the kernel that is asked for; "":
+        the default. Raises ChipError for a name that no record has.
         """
         if kernel and not any(r.kernel == kernel for r in self.kernels):
             known = ", ".join(dict.fromkeys(r.kernel for r in self.kernels)) or "none"
@@ -123,7 +127,10 @@ class KernelLibrary:
         return next((r for r in self.kernels if r.serves(op, format, head_dim, kernel)), None)
 
     def with_record(self, record: KernelRecord | None) -> KernelLibrary:
-        """This library as one kernel of it: the record's values in place of its own, and no other kernels."""
+        """The library reduced to one kernel: a copy with the record's values in its fields, and without records.
+
+        record: None for the kernel that the library's own fields describe.
+        """
         return dataclasses.replace(self, kernels=(), **dict(record.changes if record else ()))
 
 
@@ -150,9 +157,10 @@ def check(library: KernelLibrary) -> None:
 
 
 def replace_library(library: KernelLibrary, **changes: Any) -> KernelLibrary:
-    """A copy of `library` with fields changed, for all its kernels: also where a record had another value.
+    """A copy of `library` with new values for the fields `changes`, which then hold for all of its kernels.
 
-    Raises ChipError for an unknown field or a value outside its range.
+    A kernel record's own value of such a field is dropped. Raises ChipError for an unknown field or a value outside its
+    range.
     """
     fields = [f.name for f in dataclasses.fields(KernelLibrary)]
     for name in changes:

@@ -22,15 +22,15 @@ for _path in sorted((DATA / "chips").glob("*.toml")):
 
 
 def chip(name: str) -> ChipSpec:
-    """The chip called `name` (shipped or of a plugin), or read from the file `name` (*.toml).
+    """The ChipSpec called `name`, shipped or of a plugin, or read from the file `name` if it ends in .toml.
 
-    Raises ChipError for an unknown name, with the known ones, and for an invalid file.
+    Raises ChipError for an unknown name, listing the known ones, and for an invalid file.
     """
     return chip_with_library(name)[0]
 
 
 def chip_with_library(name: str) -> tuple[ChipSpec, str]:
-    """(chip, name of its default kernel library), from a chip's name or file. Raises ChipError as chip() does."""
+    """(the ChipSpec, name of its default kernel library) of a chip's name or file. Raises ChipError as chip() does."""
     if name.endswith(".toml"):
         return read_chip(Path(name))
     load_plugins()
@@ -40,9 +40,9 @@ def chip_with_library(name: str) -> tuple[ChipSpec, str]:
 
 
 def library(name: str) -> KernelLibrary:
-    """The kernel library called `name` (shipped or of a plugin), or read from the file `name` (*.toml).
+    """The KernelLibrary called `name`, shipped or of a plugin, or read from the file `name` if it ends in .toml.
 
-    Raises ChipError for an unknown name, with the known ones, and for an invalid file.
+    Raises ChipError for an unknown name, listing the known ones, and for an invalid file.
     """
     if name.endswith(".toml"):
         return read_library(Path(name))

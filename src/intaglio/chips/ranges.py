@@ -18,7 +18,10 @@ CHIP: dict[str, Range] = {
     "port_bytes_per_cycle": RATE, "l2_bytes": (0, 1e18), "l2_bytes_per_cycle": RATE, "hbm_bytes": BYTES,
     "hbm_bytes_per_s": (1, 1e18), "tdp_w": (1e-3, 1e6),
 }  # fmt: skip
-LINKS: dict[str, Range] = {"count": (0, 1e6), "bytes_per_s": (0, 1e18), "max_chips": (0, 1e9), "host_links": (0, 1e6)}
+LINKS: dict[str, Range] = {
+    "count": (0, 1e6), "bytes_per_s": (0, 1e18), "max_chips": (0, 1e9), "host_links": (0, 1e6),
+    "node_bytes_per_s": (0, 1e18), "node_latency_s": (0, 1),
+}  # fmt: skip
 ENERGY: dict[str, Range] = {name: (0, 1) for name in ("mac", "hbm_byte", "l2_byte", "link_byte")} | {"idle_w": (0, 1e6)}
 CONSTANTS: dict[str, Range] = {"hbm_latency_s": (0, 1)}
 
@@ -46,9 +49,10 @@ LIBRARY: dict[str, Range] = {
 
 
 def outside(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> str:
-    """Error text for the first value that is NaN or outside its range; "" if there is none.
+    """Error text for the first of `values` that is NaN or outside its range; "" if none is.
 
-    Every number of a tuple is checked, and an empty tuple is outside.
+    ranges: (least, most) by name; every name is in `values`. All numbers in a tuple are checked; an empty tuple is an
+    error.
     """
     for name, (least, most) in ranges.items():
         value = values[name]
@@ -64,5 +68,5 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def number(value: float) -> str:
-    """A bound of a range as text, such as 1,000 or 0.5; from 1e6 on such as 1e+12."""
+    """A bound of a range as text: 1,000 or 0.5, and with an exponent from a million on (1e+12)."""
     return f"{value:g}" if value >= 1e6 or 0 < value < 1 else f"{value:,.0f}"

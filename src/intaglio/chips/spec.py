@@ -20,7 +20,7 @@ class ChipError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """Properties of the memories that data sheets do not give. Efficiencies are fractions of the data sheet's rate."""
+    """Properties of a chip's memories that data sheets do not give. Efficiencies are fractions of their rates."""
 
     hbm_latency_s: float  # from a request to HBM until the bytes are in SRAM
     hbm_efficiency: float  # fraction of HBM bandwidth that long streams reach
@@ -29,22 +29,31 @@ class Constants:
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """Links of one chip to its peers.
+    """Links of one chip to other chips.
 
-    Topologies: switch (every pair of chips at full rate), k44 (complete bipartite: each of four chips linked to the
-    four of the other side), mesh (each pair of chips linked, all with equally many links), torus (neighbours in two
-    dimensions), pcie_tree (chips that share the bridges of one host), none.
+    Values of `topology`:
+
+    - switch: every pair of chips at full rate.
+    - k44: complete bipartite, each of four chips linked to the four of the other side.
+    - mesh: every pair of chips linked, all pairs by equally many links.
+    - torus: neighbours in two dimensions.
+    - pcie_tree: chips that share the PCIe bridges of one host.
+    - none: no links.
+
+    Chips that one such network connects are a node. A second network, with one adapter a chip, may join nodes.
     """
 
     count: int
     bytes_per_s: float  # of one link, in each direction
     topology: str
     max_chips: int  # that one network connects
+    node_bytes_per_s: float = 0.0  # of a chip's adapter to chips of other nodes, each way; 0: nothing joins nodes
+    node_latency_s: float = 0.0  # of one step of a collective between nodes
     host_links: float = 0.0  # of a pcie_tree: links at full rate that the host's bridges carry together
 
     @property
     def chip_bytes_per_s(self) -> float:
-        """Bytes/s of all links of a chip together, in each direction."""
+        """Bandwidth of all links of a chip together, in bytes/s in each direction."""
         return self.count * self.bytes_per_s
 
 
@@ -53,7 +62,7 @@ TOPOLOGIES = ("switch", "k44", "mesh", "torus", "pcie_tree", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class Energy:
-    """Joules per operation and per byte, and idle power, to estimate a step's energy."""
+    """Energy per operation and per byte in joules, and idle power in watts, to estimate a step's energy."""
 
     mac: float  # of a multiply-accumulate in bf16; 8-bit formats take half, 4-bit formats a quarter
     hbm_byte: float
@@ -64,7 +73,7 @@ class Energy:
 
 @dataclass(frozen=True, kw_only=True)
 class ChipSpec:
-    """The hardware of one chip.
+    """The hardware of one chip. Raises ChipError for values out of range, or that contradict each other.
 
     A core has its own SRAM and an in-order queue for each engine. All cores share the L2 (if there is one), HBM and
     links. Rates are for one core and cycle unless the name says otherwise.
@@ -100,13 +109,14 @@ class ChipSpec:
         check(self)
 
     def mac_rate(self, format: str) -> int:
-        """Multiply-accumulates per cycle of one core for operands in `format`. Raises ChipError as runs_as() does."""
+        """Multiply-accumulates per cycle of one core, for operands in `format`. Raises ChipError as runs_as() does."""
         return dict(self.macs)[self.runs_as(format)]
 
     def runs_as(self, format: str) -> str:
-        """The format in which the array multiplies values of `format`: itself, or the first wider one that it has.
+        """The format in which the matrix array multiplies values of `format`: `format` itself, or a wider one.
 
-        A wider format represents all values of the narrower one exactly. Raises ChipError if the array has none.
+        It is the narrowest that the array has and that represents all values of `format` exactly. Raises ChipError if
+        there is none.
         """
         rates = dict(self.macs)
         for candidate in (format, *WIDER.get(format, ())):
@@ -120,17 +130,17 @@ class ChipSpec:
 
     @property
     def hbm_rate(self) -> float:
-        """Bytes/s of HBM that long streams reach."""
+        """HBM bandwidth that long streams reach, in bytes/s."""
         return self.hbm_bytes_per_s * self.constants.hbm_efficiency
 
     @property
     def l2_rate(self) -> float:
-        """Bytes/s of the L2 (without one: of the on-chip network) that long streams reach."""
+        """Bandwidth of the L2 (without one: of the on-chip network) that long streams reach, in bytes/s."""
         return self.l2_bytes_per_cycle * self.clock_hz * self.constants.l2_efficiency
 
     @property
     def port_rate(self) -> float:
-        """Bytes/s between one core and the memories outside it."""
+        """Bandwidth between one core and the memories outside it, in bytes/s."""
         return self.port_bytes_per_cycle * self.clock_hz
 
 
@@ -174,12 +184,12 @@ PARTS: dict[str, type[Any]] = {"links": Links, "energy": Energy, "constants": Co
 
 
 def part_of(name: str) -> str | None:
-    """Name of the nested part (such as links) that has a field of this name; None if none has."""
+    """Name of the part of a ChipSpec (links, energy or constants) that has the field `name`; None if none has it."""
     return next((part for part, kind in PARTS.items() if name in kind.__dataclass_fields__), None)
 
 
 def replace(spec: ChipSpec, **changes: Any) -> ChipSpec:
-    """A copy of `spec` with fields changed, also those of its Constants, Links and Energy, by their names.
+    """A copy of `spec` with fields changed. Fields of its Constants, Links and Energy are given by their own names.
 
     Raises ChipError for an unknown field, and for an invalid chip.
     """

@@ -17,7 +17,10 @@ from intaglio.chips.spec import PARTS, ChipError, ChipSpec, part_of, replace
 
 @dataclass(frozen=True)
 class Target:
-    """A chip with its kernel library. Raises ChipError if a tile of the library does not fit the chip's memories."""
+    """A chip with its kernel library.
+
+    Raises ChipError if a tile of `library.tiles` needs more accumulators or SRAM than a core of the chip has.
+    """
 
     chip: ChipSpec
     library: KernelLibrary
@@ -33,20 +36,46 @@ class Target:
                     f"library {tile} needs {need} bytes of SRAM for two stages; a core has {has.sram_bytes}"
                 )
 
+    def __hash__(self) -> int:
+        """The hash of chip and library, computed once: caches of times look a target up for every kernel of a step."""
+        known: int | None = self.__dict__.get("_hash")
+        if known is None:
+            known = hash((self.chip, self.library))
+            object.__setattr__(self, "_hash", known)
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: hashes of text differ between processes."""
+        return {"chip": self.chip, "library": self.library}
+
     def with_chip(self, **changes: Any) -> Target:
-        """A copy of the target with fields of the chip changed, as by chips.replace(). Raises ChipError."""
+        """A copy of the target with fields of the chip changed.
+
+        changes and errors: those of chips.replace(), and the errors of Target.
+        """
         return Target(replace(self.chip, **changes), self.library)
 
     def with_library(self, **changes: Any) -> Target:
-        """A copy of the target with fields of the library changed, as by chips.replace_library(). Raises ChipError."""
+        """A copy of the target with fields of the library changed.
+
+        changes and errors: those of chips.replace_library(), and the errors of Target.
+        """
         return Target(self.chip, replace_library(self.library, **changes))
 
     def kernel(self, op: str, format: str = "", head_dim: int = 0, name: str = "") -> Target:
-        """The chip with one kernel of its library: the one that runs such a call, see KernelLibrary.record()."""
+        """The target with only the kernel of its library that runs a call (see KernelLibrary.record()).
+
+        op, format, head_dim: the call. name: name of the kernel; "": the one chosen by default. Raises ChipError for a
+        name that no record of the library has.
+        """
         return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
 
     def get(self, name: str) -> Any:
-        """The value of the field `chip.FIELD` or `library.FIELD`. Raises ChipError for an unknown name."""
+        """The value of the field called `chip.FIELD` or `library.FIELD`.
+
+        Fields of the chip's links, energy and constants are given without the part's name. Raises ChipError for an
+        unknown name.
+        """
         part, field = split(name)
         if part == "library":
             return getattr(self.library, field)
@@ -54,10 +83,10 @@ class Target:
         return getattr(getattr(self.chip, inside) if inside else self.chip, field)
 
     def parse(self, name: str, text: str) -> Any:
-        """The value that `text` stands for, in the type of the field `name`, ready for changed().
+        """The value that `text` stands for, in the type of the field `name`; changed() takes it.
 
-        The text is a number such as 8e12, true or false, a word, numbers with commas, or a TOML list. Raises
-        ChipError, with the present value as the example, for text of another type.
+        The text is a number such as 8e12, true or false, a word, numbers with commas, or a TOML list. Raises ChipError
+        for an unknown field, a field that is a table, and text of another type; the last with an example.
         """
         part, field = split(name)
         if part == "chip" and field in PARTS:
@@ -83,7 +112,7 @@ class Target:
         raise ChipError(f"{name}={text}; wanted {wanted(kind)}, such as {example(self.get(name))}")
 
     def changed(self, changes: Mapping[str, Any]) -> Target:
-        """A copy of the target with fields changed, by names such as `chip.hbm_bytes_per_s` and `library.launch_s`.
+        """A copy of the target with other values of fields, given by names such as `library.launch_s`.
 
         Raises ChipError for an unknown name, and for values that are invalid.
         """
@@ -96,7 +125,10 @@ class Target:
 
 @lru_cache(maxsize=4096)
 def one_kernel(on: Target, op: str, format: str, head_dim: int, name: str) -> Target:
-    """Target.kernel(), with a cache. Raises ChipError for a name that no record of the library has."""
+    """The result of Target.kernel(), cached: the target with one kernel of its library.
+
+    Raises ChipError for a name that no record of the library has.
+    """
     return Target(on.chip, on.library.with_record(on.library.record(op, format, head_dim, name)))
 
 
@@ -106,7 +138,7 @@ KINDS = {"chip": {**get_type_hints(ChipSpec), **INSIDE}, "library": get_type_hin
 
 
 def example(value: Any) -> str:
-    """A field's value as text that Target.parse() accepts."""
+    """A field's value as text that Target.parse() accepts, such as 8e12 or 64,128; of a tuple at most four items."""
     match value:
         case bool():
             return str(value).lower()
@@ -118,7 +150,10 @@ def example(value: Any) -> str:
 
 
 def split(name: str) -> tuple[str, str]:
-    """(part, field) of a name `chip.FIELD` or `library.FIELD`. Raises ChipError for another name."""
+    """(part, field) of a name `chip.FIELD` or `library.FIELD`; part is "chip" or "library".
+
+    Raises ChipError for any other text, and for a field that the part does not have.
+    """
     part, dot, field = name.partition(".")
     if not dot:
         owners = [f"{p}.{name}" for p, kinds in KINDS.items() if name in kinds]
@@ -132,9 +167,10 @@ def split(name: str) -> tuple[str, str]:
 
 
 def target(chip_name: str, library_name: str | None = None) -> Target:
-    """The target of a chip, by name or file (*.toml), with its default kernel library or the one named.
+    """The Target of a chip with a kernel library.
 
-    Raises ChipError for an unknown name, or if the library does not fit the chip.
+    chip_name, library_name: a name or a file (*.toml); library_name None: the chip's default library. Raises ChipError
+    for an unknown name or an invalid file, or if the library does not fit the chip.
     """
     spec, own = chip_with_library(chip_name)
     return Target(spec, library(library_name or own))
@@ -143,7 +179,7 @@ def target(chip_name: str, library_name: str | None = None) -> Target:
 def register_chip(on: Target) -> Target:
     """Register a chip and its kernel library by their names, so that commands and devices find them; returns `on`.
 
-    For plugins. Raises ChipError if another chip or library has the name.
+    For plugins. The library becomes the chip's default. Raises ChipError if another chip or library has the name.
     """
     if CHIPS.get(on.chip.name, on.chip) != on.chip:
         raise ChipError(f"another chip is called {on.chip.name!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -16,6 +16,7 @@ from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import describe, describe_device, out, print_json, say, summary, table
 
 if TYPE_CHECKING:
+    from intaglio.devices.expert_load import ExpertLoad
     from intaglio.llm import LLM
     from intaglio.measure.bench import Row
     from intaglio.measure.profile import Profile
@@ -76,7 +77,7 @@ def profile(
 ) -> None:
     """Show where a step's time goes, site by site beside its roof, and which sites lose most.
 
-    With a layout, also how long each rank was in collectives and for whom it waited.
+    With a layout, also how long each rank was in collectives and for which rank it waited.
     """
     from intaglio.measure.profile import profile as run_profile
     from intaglio.measure.ranks import chrome_trace, rank_times, timed_decode
@@ -105,7 +106,23 @@ def profile(
     if ranks:
         out.rule("ranks in a decode step", style="dim")
         out.print(rank_table(ranks))
+    if loads := llm.engine.executable.unwrapped().expert_loads():
+        out.rule("tokens routed to experts", style="dim")
+        out.print(expert_table(loads))
     say(why or BOUNDS)
+
+
+def expert_table(loads: Mapping[str, ExpertLoad]) -> Table:
+    """The table of experts' loads that `intaglio profile` prints for a mixture, to be printed by a rich console."""
+    lines = []
+    for site, load in loads.items():
+        total, hottest = int(load.tokens.sum()), int(load.tokens.argmax())
+        share = load.tokens[hottest] / max(1, total) * len(load.tokens)
+        of = "ranks" if load.held else "experts"
+        numbers = (f"{total:,}", f"{hottest} of {len(load.tokens)}", f"{share:.2f}", f"{load.imbalance():.2f} ({of})")
+        lines.append((site, *numbers))
+    headers = ("site", "routed\ntokens", "hottest\nexpert", "its tokens\nover the mean", "largest load\nover the mean")
+    return table(headers, lines)
 
 
 def rank_table(ranks: Sequence[RankTimes]) -> Table:
@@ -150,14 +167,21 @@ def profile_table(p: Profile) -> Table:
 
 
 def run_bench(llm: LLM, **sizes: Any) -> tuple[list[Row], str]:
-    """Run the benchmark of `intaglio bench model`. Returns (rows, reason why they have no bounds, or "")."""
+    """Run the benchmark of `intaglio bench model`. Returns (rows of its table, why they have no bounds, or "").
+
+    sizes: keyword arguments of measure.bench.bench().
+    """
     from intaglio.measure.bench import bench
 
     return beside_roofs(llm, bench, **sizes)
 
 
 def beside_roofs(llm: LLM, measure: Callable[..., T], **sizes: Any) -> tuple[T, str]:
-    """Run `measure` with this machine's measured roofs. Returns (its result, reason why there are no roofs, or "")."""
+    """Measure the roofs of this machine, then call `measure` with them.
+
+    Returns (the result of `measure`, the reason why there are no roofs or ""). measure: called as measure(executable,
+    Roofs or None, progress=..., **sizes). A model on several ranks has no roofs.
+    """
     from intaglio.measure.bench import Roofs, measured_roofs
 
     with progress_bar("measuring") as progress:
@@ -170,7 +194,10 @@ def beside_roofs(llm: LLM, measure: Callable[..., T], **sizes: Any) -> tuple[T, 
 
 
 def facts(llm: LLM, why: str) -> dict[str, Any]:
-    """The measured Program and device as a dict for JSON. `why`: reason why there are no bounds, or ""."""
+    """A dict for JSON that describes the measured Program and device.
+
+    why: the reason why there are no bounds, or "".
+    """
     return {"program": summary(llm.model.program), "device": describe_device(llm), "no_bounds": why or None}
 
 
@@ -181,7 +208,10 @@ def print_head(llm: LLM, runs: int) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """A list of the whole numbers in a comma-separated text: '128,512' gives [128, 512]. Raises ValueError."""
+    """The whole numbers in a comma-separated text, as a list: '128,512' gives [128, 512].
+
+    Raises ValueError for any other text.
+    """
     try:
         return [int(n) for n in text.split(",")]
     except ValueError:

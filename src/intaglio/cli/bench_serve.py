@@ -56,8 +56,8 @@ def bench_serve(
 ) -> None:
     """Send a server the load of a public trace: latencies, throughput, and goodput under a deadline.
 
-    With --base-url to any server with OpenAI's completions; else to one that is started for it. With --device silicon
-    the engine runs in the modelled time of the chip.
+    The server is that of --base-url, any with OpenAI's completions, or one that is started for the run. With --device
+    silicon the engine runs in the modelled time of the chip.
     """
     try:
         import aiohttp  # noqa: F401
@@ -122,7 +122,7 @@ def bench_serve(
 
 
 def latencies(s: Summary, clock: str) -> Table:
-    """A table of latencies in milliseconds. `clock`, "measured" or "modelled", is in its heading."""
+    """A table of the latencies of a load, in milliseconds. clock: "measured" or "modelled", for the heading."""
     shown = [name for name in ROWS if name in s.times]
     rows = [(ROWS[name], *(f"{s.times[name][k] * 1e3:,.3f}" for k in FIGURES)) for name in shown]
     headers = (f"latency, {clock}", *(f"{figure}\nms" for figure in FIGURES))
@@ -130,7 +130,7 @@ def latencies(s: Summary, clock: str) -> Table:
 
 
 def words_of(s: Summary) -> str:
-    """A sentence with throughput, goodput and errors."""
+    """A sentence with the throughput, goodput and errors of a load."""
     failed = ", ".join(f"{n} x {what}" for what, n in sorted(s.errors.items()))
     return (
         f"{s.answered} of {s.requests} answered in {s.seconds:,.3f} s: {s.requests_per_s:,.2f} requests/s, "

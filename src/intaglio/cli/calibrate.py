@@ -32,7 +32,7 @@ def calibrate(
     """Fit a chip and its kernel library to a few measured kernel times; write files for --chip and --library."""
     from intaglio.codesign.calibrate import by_table, samples
     from intaglio.codesign.calibrate import calibrate as run
-    from intaglio.codesign.written import write
+    from intaglio.codesign.written import new_files, write
 
     rows = {}
     for path in tables:
@@ -44,11 +44,11 @@ def calibrate(
     base, library_base = Path(chip_name).stem, Path(library_name or target(chip_name).library.name).stem
     if chip_name.endswith(".toml") and Path(chip_name).parent.resolve() != output.resolve():
         raise ChipError(f"the new files name {chip_name} as their base; write them beside it, with --output")
-    start, name = target(chip_name, library_name), name or f"{base}_calibrated"
+    start, written = target(chip_name, library_name), new_files(output, name or f"{base}_calibrated")
     with progress_bar("calibrating") as progress:
         found = run(start, data, points, folds, seed, progress)
     why = f"found by intaglio calibrate from {sum(f.rows for f in found.crossed)} measured rows"
-    written = write(output, name, found.on, start, base, library_base, why)
+    write(written, found.on, start, base, library_base, why)
     if as_json:
         kept = {k: v for k, v in vars(found).items() if k not in ("on", "crossed", "rest")}
         errors = {k: [asdict(f) for f in getattr(found, k)] for k in ("crossed", "rest")}

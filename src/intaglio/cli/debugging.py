@@ -53,7 +53,10 @@ def port(
 
 
 def _show_automatic(made: AutoPort, output: Path | None) -> None:
-    """Print an automatic port and its verification, or write it to a file; exit code 1 if it is not verified."""
+    """Print the report of an automatic port. A verified port's source is printed too, or written to `output`.
+
+    Raises typer.Exit with code 1 if the port is not verified.
+    """
     for line in str(made).splitlines():
         say(line)
     if not made.verified:

@@ -14,9 +14,9 @@ JOULES = ("mac", "hbm_byte", "l2_byte", "link_byte")
 
 
 def described(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (name, value as text) of each field.
+    """Yield (name, value as text with its unit) for each field of a chip or kernel library.
 
-    The fields of a nested table, such as a chip's links, come one by one.
+    A nested table, such as a chip's links, yields one pair for each of its fields, called `FIELD (TABLE)`.
     """
     for name, value in fields.items():
         if isinstance(value, Mapping):
@@ -27,7 +27,7 @@ def described(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def quantity(name: str, value: Any) -> str:
-    """The field's value as text with its unit: 3350000000000.0 of hbm_bytes_per_s becomes 3.35 TB/s."""
+    """A field's value as text, with the unit that its name implies: hbm_bytes_per_s 3.35e12 becomes 3.35 TB/s."""
     match value:
         case bool():
             return str(value).lower()  # as --set takes it

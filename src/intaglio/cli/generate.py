@@ -84,7 +84,7 @@ def chat(
     in_process: o.InProcess = False,
     no_cache: o.NoCache = False,
 ) -> None:
-    """Talk with a model that has a chat template. A line is a turn, piped lines too; Ctrl-D ends."""
+    """Talk with a model that has a chat template. Each line of input is one turn; Ctrl-D ends."""
     from intaglio.runtime import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed, stop or ())
@@ -109,7 +109,8 @@ def read_turn() -> str | None:
 def stream(llm: LLM, prompt: str | list[int], params: SamplingParams, echo: str = "") -> tuple[str, str]:
     """Print `echo` and the continuation of the prompt as it is generated, then its speed on stderr.
 
-    Returns (text, finish reason). Raises DeviceError if the output ends in an error.
+    Returns (text of the continuation, finish reason). Raises the errors of LLM.stream(), and DeviceError if the output
+    ends in an error.
     """
     clock = llm.clock
     text, tokens, reason, start = "", 0, "", clock()

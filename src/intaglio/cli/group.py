@@ -12,7 +12,11 @@ from intaglio.devices import DeviceError
 
 
 class Group(TyperGroup):
-    """Command group that prints errors a user can act on as one line, with exit code 2. Ctrl-C gives exit code 130."""
+    """Command group that prints an error which a user can act on as one line, and exits with code 2.
+
+    Such errors are ValueError, DeviceError and OSError; with --debug they are raised as they are. Ctrl-C exits with
+    code 130, a closed pipe with 141.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -30,16 +34,19 @@ class Group(TyperGroup):
 
 
 def _text(error: Exception) -> str:
-    """The error's message; of a failed file operation the path and the reason, without the error number."""
+    """The message of an error. Of a failed file operation it is the path and the reason, without the error number."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
 class Bench(TyperGroup):
-    """Command group of `bench`. `bench MODEL` means `bench model MODEL`, which measures the model itself."""
+    """Command group of `bench`. `bench MODEL` means `bench model MODEL`: measure the model itself, without a server."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Insert the command `model` unless the first word is a command of the group or --help."""
+        """Parse arguments as TyperGroup does, after inserting `model` if they do not begin with a command or --help.
+
+        Returns the arguments left for the command.
+        """
         named = args[:1] == ["--help"] or (args and args[0] in self.commands)
         return super().parse_args(ctx, args if named else ["model", *args])

@@ -19,9 +19,9 @@ TokenFile = Annotated[
 
 
 def read_token(file: Path | None) -> bytes | None:
-    """The token in a file as bytes, without white space around it; None if `file` is None.
+    """The token in a file, as bytes without white space around it; None if `file` is None.
 
-    Raises ValueError if it is too short.
+    Raises ValueError if it has fewer than 16 bytes, OSError if the file cannot be read.
     """
     if file is None:
         return None
@@ -32,7 +32,7 @@ def read_token(file: Path | None) -> bytes | None:
 
 
 def read_address(text: str) -> tuple[str, int]:
-    """(host, port) from a text HOST:PORT. Raises ValueError for another text."""
+    """(host, port) of a text HOST:PORT. Raises ValueError for any other text."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"--rendezvous {text}: wanted HOST:PORT, such as 10.0.0.1:{PORT}")
@@ -80,7 +80,10 @@ def launch(
 
 
 def agent_command(name: str, rendezvous: str, token_file: Path | None) -> list[str]:
-    """The command line, a list of words, that starts an agent on the host `name`: over SSH, or here for localhost."""
+    """The command line that starts an agent on the host `name`, as a list of words: over SSH, or here for localhost.
+
+    rendezvous: HOST:PORT to which the agent connects. token_file: path of the token, the same on every host.
+    """
     options = ["agent", "--rendezvous", rendezvous, "--once"]
     options += [] if token_file is None else ["--token-file", str(token_file.absolute())]
     if name in ("localhost", "127.0.0.1"):

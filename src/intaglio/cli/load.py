@@ -22,7 +22,10 @@ def open_llm(
     no_cache: bool = False, layout: str | None = None, in_process: bool = False,
     revision: str | None = None,
 ) -> LLM:  # fmt: skip
-    """Load a model and return it as an LLM, with a progress bar. Arguments as of LLM."""
+    """Load a model and return it as an LLM, with a progress bar.
+
+    The arguments, and the errors, are those of LLM. no_cache: neither use nor keep packed weights on disk.
+    """
     with progress_bar(f"loading {model or 'the bundled model'}") as progress:
         from intaglio.llm import LLM
 
@@ -33,7 +36,10 @@ def open_llm(
 
 
 def find(model: Path, revision: str | None = None) -> Path:
-    """The path of a checkpoint, downloaded with a progress bar if `model` is a hub id."""
+    """The path of a checkpoint; one named by a hub id is downloaded first, with a progress bar.
+
+    Raises HubError if there is neither such a path nor such a repository.
+    """
     from intaglio.models.hub import locate
 
     with progress_bar(f"looking up {model}") as progress:
@@ -44,7 +50,11 @@ def compile_model(
     model: Path | None, weights: str, kv_format: str, context: int | None, report: list[str], raw: bool = False,
     revision: str | None = None,
 ) -> Program:  # fmt: skip
-    """The Program of a checkpoint, as ported if `raw`, else compiled. Appends what each pass changed to `report`."""
+    """The Program of a checkpoint: as ported if `raw`, else compiled.
+
+    report: a list to which one line for each compiler pass is appended, unless `raw`. The other arguments are those of
+    LLM.
+    """
     from intaglio.compiler import build
     from intaglio.model import BUNDLED
     from intaglio.models import Checkpoint, port
@@ -57,7 +67,10 @@ def compile_rank(
     model: Path | None, layout: str, rank: int, weights: str, kv_format: str, context: int | None, raw: bool,
     revision: str | None = None,
 ) -> Program:  # fmt: skip
-    """The Program of one rank of a layout, as sharded if `raw`, else compiled. Raises ValueError for other ranks."""
+    """The Program of rank number `rank` of a layout: as sharded if `raw`, else compiled.
+
+    Raises ValueError if the layout has no such rank, LayoutError if it does not fit the model.
+    """
     from intaglio.compiler import build_mesh, shard
 
     ported = compile_model(model, weights, kv_format, context, [], raw=True, revision=revision)

@@ -12,7 +12,7 @@ from intaglio.cli.progress import quiet_with_json
 
 
 def in_existing_folder(param: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Callback of an option for an output file: returns the path, or None if the option is not given.
+    """Callback of an option for an output file: returns the path unchanged; None if the option is not given.
 
     Raises ValueError, before any work is done, if the file's folder does not exist.
     """
@@ -22,7 +22,7 @@ def in_existing_folder(param: typer.CallbackParam, path: Path | None) -> Path | 
 
 
 def parse_size(text: str) -> int:
-    """Number of bytes of a size such as 8GiB, 500MB or 1048576. Raises ValueError for another text, and for 0."""
+    """The number of bytes in a text such as 8GiB, 500MB or 1048576. Raises ValueError for other texts, and for 0."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt]?)(i?)b)?\s*", text, re.IGNORECASE)
     size = 0
     if match:
@@ -34,7 +34,10 @@ def parse_size(text: str) -> int:
 
 
 def checked_size(param: typer.CallbackParam, text: str) -> str:
-    """Callback of an option for a size in bytes: returns the text. Raises ValueError if parse_size() would."""
+    """Callback of an option for a size in bytes: returns the text unchanged.
+
+    Raises ValueError, naming the option, for a text that parse_size() refuses.
+    """
     try:
         parse_size(text)
     except ValueError as e:
@@ -43,9 +46,9 @@ def checked_size(param: typer.CallbackParam, text: str) -> str:
 
 
 def checked_keys(param: typer.CallbackParam, keys: list[str] | None) -> list[str] | None:
-    """Callback of an option for API keys: returns the keys.
+    """Callback of an option for API keys: returns the keys unchanged.
 
-    Raises ValueError for an empty key, which a client without a key would match.
+    Raises ValueError for an empty key, which a client that sends none would match.
     """
     if keys and not all(key.strip() for key in keys):
         raise ValueError(f"{param.opts[0]} is empty; give a key, or leave the option out to ask for none")
@@ -61,6 +64,9 @@ ApiKeys = Annotated[
     typer.Option(
         envvar="INTAGLIO_API_KEY", callback=checked_keys, help="Ask for this key; may be given several times."
     ),
+]
+TracesEndpoint = Annotated[
+    str | None, typer.Option(help="URL of a collector for OpenTelemetry traces (OTLP over HTTP).")
 ]
 Revision = Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit. Default: main.")]
 Device = Annotated[

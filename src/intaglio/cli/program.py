@@ -95,7 +95,7 @@ def models(
         bool, typer.Option("--all", help="List every decoder architecture of transformers, ported or refused.")
     ] = False,
 ) -> None:
-    """List the ported model families; or, for a checkpoint, the use made of each tensor and key."""
+    """List the ported model families; or, for a checkpoint, what each tensor and configuration key is used for."""
     if folder is not None:
         return show_account(find(folder, revision), context, as_json)
     if every:
@@ -112,7 +112,10 @@ def models(
 
 
 def show_account(folder: Path, context: int | None, as_json: bool) -> None:
-    """Print what became of each tensor and configuration key of a checkpoint, without loading its weights."""
+    """Print which weights a checkpoint's tensors become, and which tensors, keys and files are ignored and why.
+
+    folder: a checkpoint folder or GGUF file, whose weights are not loaded. context: positions to compile for.
+    """
     from intaglio.models import account
 
     a = account(folder, context)
@@ -142,7 +145,7 @@ def show_account(folder: Path, context: int | None, as_json: bool) -> None:
 
 
 def _every_architecture(as_json: bool) -> None:
-    """Print all decoder architectures of transformers, and whether each is ported or refused."""
+    """Print each decoder architecture of transformers, and whether it is ported or why it is refused."""
     from intaglio.models import families
 
     data = json.loads(ARCHITECTURES.read_text())

@@ -21,16 +21,13 @@ console = Stream(stderr=True)  # quiet with --json
 
 
 def quiet_with_json(as_json: bool) -> bool:
-    """Callback of the option --json: switch the progress bar off, since a script reads the output.
-
-    Returns the option's value.
-    """
+    """Callback of --json: switches the progress bar off if the option is given. Returns the option's value."""
     console.quiet = as_json
     return as_json
 
 
 class Times(ProgressColumn):
-    """Progress column: elapsed time, and if the total is known the percentage done and the estimated time left."""
+    """Progress column: elapsed time, and if the total is known also the percentage done and the estimated time left."""
 
     def render(self, task: Task) -> Text:
         elapsed = duration(task.elapsed or 0)
@@ -41,7 +38,7 @@ class Times(ProgressColumn):
 
 
 def duration(seconds: float) -> str:
-    """A duration as text, in s, min or h: the largest unit of which there are at least two."""
+    """A duration as text in s, min or h, in the largest unit of which there are at least two (119 s, 2 min)."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,19 +16,52 @@ from intaglio.cli.load import HOSTS
 from intaglio.cli.progress import progress_bar
 from intaglio.progress import prefixed
 
+if TYPE_CHECKING:
+    from intaglio.server.control_tcp import TcpAddress
+
 
 def state_cache_bytes(text: str) -> int | None:
-    """Bytes of --state-cache-size, None for auto. Raises ValueError."""
+    """The number of bytes that the text of --state-cache-size stands for; None for "auto", 0 for "0".
+
+    Raises ValueError for a text that is no size.
+    """
     return None if text == "auto" else 0 if text == "0" else o.parse_size(text)
 
 
 def checked_state_cache(param: typer.CallbackParam, text: str) -> str:
-    """Callback of --state-cache-size: returns the text. Raises ValueError if state_cache_bytes() would."""
+    """Callback of --state-cache-size: returns the text unchanged.
+
+    Raises ValueError, naming the option, for a text that state_cache_bytes() refuses.
+    """
     try:
         state_cache_bytes(text)
     except ValueError as e:
         raise ValueError(f"{param.opts[0]}: {e}, or auto, or 0") from None
     return text
+
+
+def checked_control(param: typer.CallbackParam, text: str | None) -> str | None:
+    """Callback of --control: returns the text. Raises ValueError if there is no such folder, or no token."""
+    if text is not None and text.startswith("tcp://"):
+        try:
+            control_address(text)
+        except ValueError as e:
+            raise ValueError(f"{param.opts[0]}: {e}") from None
+    elif text is not None:
+        o.in_existing_folder(param, Path(text))
+    return text
+
+
+def control_address(text: str | None) -> Path | TcpAddress | None:
+    """The address that --control names. Raises ValueError for a wrong address, and for TCP without a token."""
+    if text is None or not text.startswith("tcp://"):
+        return None if text is None else Path(text)
+    from intaglio.server.control_tcp import TOKEN_VARIABLE, TcpAddress
+
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token is None:
+        raise ValueError(f"{text} needs a token; set {TOKEN_VARIABLE} to 16 or more random characters")
+    return TcpAddress.parse(text, token)
 
 
 def serve(
@@ -85,13 +118,19 @@ def serve(
     kv_cache_size: Annotated[
         str, typer.Option(callback=o.checked_size, help="Most bytes of --kv-cache-dir, such as 500MB or 8GiB.")
     ] = "8GiB",
+    otlp_endpoint: o.TracesEndpoint = None,
     journal: Annotated[
         Path | None,
         typer.Option(callback=o.in_existing_folder, help="Write all that happens there, for `intaglio replay`."),
     ] = None,
     control: Annotated[
-        Path | None,
-        typer.Option(callback=o.in_existing_folder, help="Unix socket for a router. The server ends with its stdin."),
+        str | None,
+        typer.Option(
+            metavar="PATH|tcp://HOST:PORT",
+            callback=checked_control,
+            help="Unix socket, or address with the token in INTAGLIO_CONTROL_TOKEN, for a router. "
+            "The server ends with its stdin.",
+        ),
     ] = None,
 ) -> None:
     """Serve one model or several over OpenAI's HTTP API, with a page at / and metrics at /metrics.
@@ -107,6 +146,7 @@ def serve(
         from intaglio.server.serve import listen, raise_file_limit
         from intaglio.server.serve import serve as run
         from intaglio.server.service import Options, Service
+        from intaglio.server.tracing import Tracing
     except ImportError as e:
         raise ValueError(f"the server needs {e.name}: pip install 'intaglio[serve]'") from None
     from intaglio.llm import LLM
@@ -123,6 +163,7 @@ def serve(
         raise ValueError(f"--revision {revision} is for one model, here are {len(folders)}; leave it out")
     template = read_template(chat_template) if chat_template else None
     machine = Machine(threads, models=len(folders)) if len(folders) > 1 else None
+    tracing = Tracing(otlp_endpoint, "intaglio") if otlp_endpoint else None
     listener = listen(host, port)
     llms = {}
     for name, folder in folders.items():
@@ -145,7 +186,7 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     options = Options(
         keys=tuple(api_key or ()), origins=tuple(cors_origin or ()), limits=Limits(timeout, queue_timeout),
-        max_open=max_open, max_body=max_body, defaults=defaults,
+        max_open=max_open, max_body=max_body, defaults=defaults, tracing=tracing,
     )  # fmt: skip
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
@@ -160,10 +201,12 @@ def serve(
 
     if control:
         end_with_stdin()
-    code = uvloop.run(run(llms, options, listener, announce, control=control))
+    code = uvloop.run(run(llms, options, listener, announce, control=control_address(control)))
     for llm in llms.values():
         if llm.tier:
             llm.tier.close()
+    if tracing:
+        tracing.close()
     sys.stdout.flush()
     sys.stderr.flush()
     logging.shutdown()
@@ -171,7 +214,10 @@ def serve(
 
 
 def end_with_stdin() -> None:
-    """End this process as soon as its standard input ends, which tells that the process that started it is gone."""
+    """Start a thread that ends this process, with exit code 1, as soon as its standard input ends.
+
+    The input is a pipe from the process that started this one, and ends when that process does.
+    """
 
     def wait() -> None:
         while os.read(0, 4096):
@@ -182,7 +228,7 @@ def end_with_stdin() -> None:
 
 
 def read_template(path: Path) -> str:
-    """The text of a chat template file. Raises ValueError naming the file."""
+    """The text of a chat template file. Raises ValueError, naming the file, if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -190,10 +236,14 @@ def read_template(path: Path) -> str:
 
 
 def named_folders(models: list[str], name: str | None) -> dict[str, Path | None]:
-    """A dict from name in the API to the model's path, from arguments such as NAME=FOLDER, FOLDER or owner/name.
+    """A dict from the name of each model in the API to its path, in the order given.
 
-    Without arguments the path is None, which stands for the bundled model. name: name of the only model. Raises
-    ValueError for an empty name, one that is used twice, and `name` for several models.
+    Args:
+        models: arguments NAME=MODEL, or MODEL alone, which is named after its folder or hub id. None given: the bundled
+            model, whose path is None.
+        name: name of the only model, or None.
+
+    Raises ValueError for an empty name, a name that is used twice, and `name` with several models.
     """
     from intaglio.model import BUNDLED
     from intaglio.models.hub import hub_id

@@ -34,16 +34,16 @@ LONGEST_NAME = 20  # characters
 
 
 def say(text: str) -> None:
-    """Print prose, wrapped at the width of a terminal; unwrapped if the output is a file or pipe."""
+    """Print a text; on a terminal it is wrapped at the terminal's width, to a file or pipe it is not."""
     out.print(text, markup=False, soft_wrap=not out.is_terminal)
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, style: str = "") -> Table:
     """A rich table that fits 80 columns.
 
-    A header may have a second line with the unit, after a newline. The first `words` columns hold text and are
-    wrapped; the others hold numbers and are not. Names of at most LONGEST_NAME characters in the first column are
-    not wrapped if another column of text can give way.
+    A header may have a second line with the unit, after a newline. words: number of columns, from the first, that hold
+    text and are wrapped. The others hold numbers, which are not wrapped. If `words` is 2 or more, names of at most
+    LONGEST_NAME characters in the first column are not wrapped either.
     """
     rows = list(rows)
     names = words > 1 and all(len(row[0]) <= LONGEST_NAME and " " not in row[0] for row in rows)
@@ -60,7 +60,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1,
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:
-    """A rich table of two columns, names and values; the values are wrapped."""
+    """A rich table of two columns, from pairs (name, value); the values are wrapped."""
     shown = Table.grid(padding=(0, 2))
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")
@@ -69,13 +69,18 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Table:
     return shown
 
 
+def whole(x: float) -> str:
+    """A number as text without decimals; from a million on in millions with one decimal (1.5M)."""
+    return f"{x:,.0f}" if x < 1e6 else f"{x / 1e6:,.1f}M"
+
+
 def print_json(value: Any) -> None:
     """Print a value as indented JSON."""
     print(json.dumps(value, indent=2))
 
 
 def summary(p: Program) -> dict[str, Any]:
-    """A dict of a Program's name, hash and sizes, as plain values for JSON."""
+    """A dict for JSON: a Program's name, hash, context, vocabulary, number of ops by kind, weights by format."""
     size, count = Counter[str](), Counter[str]()
     for t in p.of_role("weight"):
         size[t.format] += t.nbytes({})
@@ -91,7 +96,7 @@ def summary(p: Program) -> dict[str, Any]:
 
 
 def describe(p: Program) -> str:
-    """One line of text with a Program's name, sizes and hash."""
+    """One line of text: a Program's name, number of ops, bytes of weights by format, context and hash."""
     s = summary(p)
     weights = ", ".join(f"{w['bytes'] / 1e6:,.1f} MB {f}" for f, w in s["weights"].items())
     return f"{p.name}: {sum(s['ops'].values())} ops, weights {weights}, context {p.context}, hash {p.hash[:12]}"

@@ -26,6 +26,7 @@ from intaglio.chips.kernel_record import WIDEST, KernelRecord
 from intaglio.cli import options as o
 from intaglio.cli.apart import apart_table
 from intaglio.cli.fields import described, quantity
+from intaglio.cli.plot import check_path
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import facts, out, say, table
 from intaglio.cli.steady import steady_table
@@ -59,9 +60,9 @@ ChipName = Annotated[str, typer.Option("--chip", help="A name (see intaglio chip
 
 
 def changed(on: Target, changes: list[str] | None) -> Target:
-    """The target with fields replaced. A change is written `chip.field=value` or `library.field=value`.
+    """A copy of a target with fields replaced. changes: texts `chip.FIELD=VALUE` or `library.FIELD=VALUE`; None: none.
 
-    Raises ChipError for an unknown field or a value out of range, ValueError for a change without "=".
+    Raises ChipError for an unknown field or a wrong value, ValueError for a text without "=".
     """
     values: dict[str, Any] = {}
     for change in changes or ():
@@ -73,7 +74,10 @@ def changed(on: Target, changes: list[str] | None) -> Target:
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
-    """The whole numbers of a text such as 16,64. Raises ValueError, naming the option, for others and those below 1."""
+    """The whole numbers of a text such as 16,64, as a list.
+
+    Raises ValueError, naming the option `option`, for any other text and for numbers below 1.
+    """
     found = text.split(",")
     if not all(n.strip().isdecimal() and int(n) for n in found):
         raise ValueError(f"{option} {text!r}; wanted whole numbers of 1 or more, such as 64 or 16,64")
@@ -81,7 +85,10 @@ def whole_numbers(option: str, text: str) -> list[int]:
 
 
 def modelled(program: Program, chip_name: str = "sohu") -> str:
-    """Two lines of text with the modelled time of a prefill and of a decode step on a preset chip."""
+    """Two lines of text: the modelled time of a prefill, and of the decode step after it, on a preset chip.
+
+    The prompt has 256 tokens, or what the context holds less one.
+    """
     from intaglio.silicon.plan import Plan
     from intaglio.silicon.sizes import BatchSizes
 
@@ -102,7 +109,10 @@ LAYOUTS = ("tp8", "tp4pp2", "tp2pp4", "pp8")  # of eight chips
 
 
 def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
-    """Print the modelled speed of Llama-3-70B on eight `sohu` chips, as docs/sohu.md describes."""
+    """Print the modelled speed of Llama-3-70B on eight `sohu` chips, as docs/sohu.md describes.
+
+    layouts: how the eight chips share the model; each gives one row.
+    """
     from intaglio.codesign.simulate import Serving, compare_layouts
 
     formats = ("fp8row", "int8", "fp8")  # weights, keys and values, rows
@@ -112,9 +122,9 @@ def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
 
 
 def used(p: Phase) -> tuple[str, ...]:
-    """Cells (texts) of the columns USED, in percent of the peak.
+    """The cells of the columns USED: percent of peak FLOP/s, HBM bandwidth and link bandwidth that a step uses.
 
-    FLOP/s are those of all chips; HBM and links those of the slowest stage.
+    FLOP/s are those of all chips; HBM and links are those of the slowest pipeline stage.
     """
     return tuple(f"{v:.0%}" for v in (p.flops_share, p.slowest.hbm_share(), p.slowest.link_share()))
 
@@ -148,12 +158,16 @@ def simulate(
     concurrency: Annotated[
         str | None, typer.Option(help="Requests open at once, such as 64 or 16,64,256: the steady state of a server.")
     ] = None,
-    find: Annotated[bool, typer.Option("--find", help="Search for the load and chunk size that serve best.")] = False,
+    find: Annotated[
+        bool, typer.Option("--find", help="Search for the load and chunk size, or numbers of servers, that serve best.")
+    ] = False,
     prefill: Annotated[
-        str | None, typer.Option(help="Layouts of servers that only compute prompts, with --decode and --concurrency.")
+        str | None,
+        typer.Option(help="Layouts of servers that only compute prompts, with --decode and --concurrency or --find."),
     ] = None,
     decode: Annotated[
-        str | None, typer.Option(help="Layouts of servers that only decode, one for each of --prefill.")
+        str | None,
+        typer.Option(help="Layouts of servers that only decode, one for each of --prefill; with --find any number."),
     ] = None,
     experts_format: Annotated[
         str,
@@ -179,6 +193,10 @@ def simulate(
         Path | None,
         typer.Option(callback=o.in_existing_folder, help="Write the mixed step for Perfetto (Chrome trace JSON)."),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(callback=o.in_existing_folder, help="Write a chart as SVG, with --concurrency or --find."),
+    ] = None,
     helps: Annotated[bool, typer.Option("--what-helps", help="Which single change of the chip helps most.")] = False,
     as_json: o.Json = False,
 ) -> None:
@@ -187,6 +205,7 @@ def simulate(
     from intaglio.compiler import Layout
     from intaglio.silicon.timeline import chrome_trace
 
+    check_path(plot)
     if concurrency or find:
         if trace or helps or batch != 1:
             raise ValueError("--concurrency and --find take neither --batch, --trace nor --what-helps")
@@ -204,8 +223,10 @@ def simulate(
         targets = [changed(target(name, library_name), set_field) for name in chip_name.split(",")]
         layouts = layout.split(",") if layout else [f"tp{chips}"]
         apart = prefill or decode
-        if apart and not (prefill and decode and concurrency and not find and not layout and len(targets) == 1):
-            raise ValueError("--prefill goes with --decode, --concurrency and one chip, without --layout and --find")
+        if apart and not (prefill and decode and not layout and len(targets) == 1):
+            raise ValueError("--prefill goes with --decode, --concurrency or --find, and one chip, without --layout")
+        if apart and find and chips < 2:
+            raise ValueError("--prefill with --find shares out --chips between both kinds of servers; give 2 or more")
         if find and concurrency:
             raise ValueError("--find searches the number of open requests; leave --concurrency out")
         if apart and (step_overhead or by != "watt"):
@@ -213,18 +234,26 @@ def simulate(
         counts = whole_numbers("--concurrency", concurrency) if concurrency else []
         if prefill and decode:
             apart_table(
-                asked, targets[0], prefill.split(","), decode.split(","), counts, max_batch_tokens or 8192, as_json
+                asked,
+                targets[0],
+                prefill.split(","),
+                decode.split(","),
+                counts,
+                max_batch_tokens or 8192,
+                as_json,
+                plot,
+                chips,
             )
             return
         if chips != 1 and (others := [each for each in layouts if Placement.parse(each).chips != chips]):
             raise ValueError(f"--chips {chips} but layout {', '.join(others)} has another number of chips")
-        steady_table(asked, targets, layouts, counts, max_batch_tokens, find, by, as_json)
+        steady_table(asked, targets, layouts, counts, max_batch_tokens, find, by, as_json, plot)
         return
-    options = (ttft, tpot, max_batch_tokens, prefill, decode, experts_format, step_overhead)
+    options = (ttft, tpot, max_batch_tokens, prefill, decode, experts_format, step_overhead, plot)
     if any(options) or "," in chip_name or by != "watt" or memory_share != 0.9:
         raise ValueError(
-            "limits, --max-batch-tokens, --prefill, --decode, --experts-format, --by, --memory-share, --step-overhead "
-            "and several chips go with --concurrency or --find"
+            "limits, --max-batch-tokens, --prefill, --decode, --experts-format, --by, --memory-share, --step-overhead, "
+            "--plot and several chips go with --concurrency or --find"
         )
     layout, serving = layout or f"tp{chips}", Serving(input, output, batch)
     on = changed(target(chip_name, library_name), set_field)
@@ -274,7 +303,7 @@ def simulate(
 
 
 def print_fields(spec: ChipSpec | KernelLibrary, before: Sequence[tuple[str, str]] = ()) -> None:
-    """Print the pairs `before`, all fields of a chip or a kernel library, and the sources of their values."""
+    """Print the pairs `before`, then all fields of a chip or kernel library, then the source of each value."""
     fields = {field: value for field, value in asdict(spec).items() if field not in ("reasons", "kernels")}
     out.print(facts([*before, *described(fields)]))
     if spec.reasons:
@@ -282,7 +311,7 @@ def print_fields(spec: ChipSpec | KernelLibrary, before: Sequence[tuple[str, str
 
 
 def kernel_facts(record: KernelRecord) -> tuple[str, str]:
-    """A pair of texts: (the op of a kernel; its name, the calls it is chosen for, its values and their reason)."""
+    """(op of a kernel record, text with the kernel's name, the calls it is chosen for, its values and their source)."""
     least, most = record.head_dims
     width = f"head width {least} to {most}" if most < WIDEST else f"head width from {least}" if least else ""
     calls = ", ".join(part for part in (*record.formats, width) if part) or "all calls"
@@ -336,7 +365,7 @@ def libraries(
 
 
 def first_sentence(text: str) -> str:
-    """The text up to its first full stop; dots of a range such as `a .. b` do not count."""
+    """The text up to its first full stop. The dots of a range such as `a .. b` are no full stops."""
     return re.split(r"(?<![. ])\. ", " ".join(text.split()))[0]
 
 

@@ -28,10 +28,10 @@ Command = Callable[[dict[str, Any]], Awaitable[Any]]
 
 
 def cluster_folder(name: str) -> Path:
-    """The folder of a cluster, created with mode 0700 if it is missing.
+    """The folder of the cluster `name`, created with mode 0700 if it is missing.
 
-    Raises ValueError for a name that is no plain word, a path too long for a Unix socket, and a folder that is another
-    user's or open to others.
+    Raises ValueError for a name that is no plain word, a path too long for a Unix socket, and a folder that another
+    user owns or may enter.
     """
     if not re.fullmatch(r"[\w.-]{1,32}", name, re.ASCII) or name.startswith("."):
         raise ValueError(f"the cluster's name is {name!r}; allowed: up to 32 letters, digits, '_', '-' and '.'")
@@ -48,10 +48,11 @@ def cluster_folder(name: str) -> Path:
 
 @contextmanager
 def blocks_folder(cluster: Path) -> Iterator[Path]:
-    """A new folder for the K/V blocks that the replicas of a cluster hand to each other, removed at the block's end.
+    """Context manager: yields a new folder for the K/V blocks that replicas hand over, and removes it at the end.
 
-    It is in memory where the system has /dev/shm. `cluster` is the cluster's folder, which keeps a link to it: if the
-    router is killed, the next one removes what was left. Raises ValueError if a cluster of this folder is running.
+    The folder is in memory where the system has /dev/shm. `cluster`, the cluster's own folder, gets a link to it, by
+    which the next start removes what a killed router has left. Raises ValueError if a cluster of this folder is
+    running.
     """
     refuse_running(cluster)
     link = cluster / BLOCKS
@@ -75,7 +76,7 @@ def refuse_running(cluster: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """True if the path is a folder, no link, that only this user may enter."""
+    """True if the path is a folder, not a link, that this user owns and nobody else may enter."""
     try:
         found = path.lstat()
     except OSError:
@@ -108,9 +109,10 @@ def ask(name: str, command: dict[str, Any], timeout: float = 900.0) -> Any:
 
 @asynccontextmanager
 async def administration(folder: Path, commands: dict[str, Command]) -> AsyncIterator[None]:
-    """Async context manager that answers commands on the socket of a cluster's folder until the block ends.
+    """Async context manager that answers commands on the socket in a cluster's folder until the block ends.
 
-    commands: function by name. Raises ValueError if another cluster is running there.
+    commands: async functions by command name; each takes the command and returns the answer. Raises ValueError if
+    another cluster is running there.
     """
     path = folder / SOCKET
     refuse_running(folder)

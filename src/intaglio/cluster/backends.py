@@ -33,13 +33,16 @@ OUTPUT_FIRST, OUTPUT_SHARE = 64.0, 0.05  # mean output length in tokens: first g
 
 
 class ReplicaBroken(ValueError):
-    """Raised for a replica that reports that it cannot serve any more."""
+    """Raised when a replica reports that it cannot serve any more."""
 
 
 class Backends:
-    """Links to replicas, and the requests that wait for one or run on one.
+    """The router's links to replicas, and the requests that wait for a replica or run on one.
 
-    silence: seconds without a load report after which a replica counts as lost, though its process lives.
+    Args:
+        router: decides on which replica a request is placed.
+        silence: seconds without a load report after which a replica counts as lost, even if its process lives.
+        clock: the time in seconds.
     """
 
     def __init__(self, router: Router, silence: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,7 +59,7 @@ class Backends:
         self._ticking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start looking for requests that have waited too long."""
+        """Start the task that refuses requests which have waited too long."""
         self._ticking = asyncio.ensure_future(self._tick())
 
     async def close(self) -> None:
@@ -71,9 +74,10 @@ class Backends:
     # Replicas
 
     async def attach(self, name: str, link: Link) -> None:
-        """Take up a replica's link and wait for its first load report.
+        """Take up the link to replica `name`, wait for its first load report, and poll it from now on.
 
-        Raises LinkLost, or TimeoutError if the replica does not answer or says that it cannot serve.
+        Raises LinkLost if the connection ends, TimeoutError if the replica does not answer within `silence` seconds,
+        ReplicaBroken if it says that it cannot serve.
         """
         self.links[name] = link
         self.finished.setdefault(name, deque(maxlen=FINISHED_KEPT))
@@ -83,16 +87,16 @@ class Backends:
         self.pump()
 
     def forget(self, name: str) -> None:
-        """Forget a replica that has ended for good. Its requests, if it still has some, go on elsewhere."""
+        """Remove a replica that has ended for good. Requests that it still has go on at other replicas."""
         self.router.died(name)
         self.router.remove_replica(name)
         self.finished.pop(name, None)
         self.pump()
 
     def drain(self, name: str) -> int:
-        """Place nothing more on a replica, and move its requests if another can take them.
+        """Place nothing more on a replica, and move its requests if another replica can take them.
 
-        Returns the number of its requests, moved or not.
+        Returns how many requests it has, moved or not.
         """
         jobs = self.router.drain(name)
         if any(r.placeable for r in self.router.replicas.values()):
@@ -102,12 +106,12 @@ class Backends:
         return len(jobs)
 
     def leaving(self, name: str) -> bool:
-        """True if a replica drains and others can take its requests."""
+        """True if a replica drains and another replica can take its requests."""
         others = any(r.placeable for r in self.router.replicas.values())
         return self.router.replicas[name].state == "draining" and others
 
     async def emptied(self, name: str, timeout: float) -> bool:
-        """Wait until a replica has no requests, at most `timeout` seconds. Returns True if it has none."""
+        """Wait until a replica has no requests, at most `timeout` seconds. Returns True if it has none then."""
         ends = self.clock() + timeout
         while (replica := self.router.replicas.get(name)) and replica.jobs and self.clock() < ends:
             await asyncio.sleep(TICK)
@@ -160,10 +164,11 @@ class Backends:
     # Requests
 
     async def place(self, job: Job, again: bool = False) -> Placement:
-        """Queue a job, wait until it is placed, and return the Placement. Raises Refusal if it is not admitted.
+        """Queue a job, wait until it is placed on a replica, and return the Placement.
 
-        again: it was placed before, and is admitted in any case.
-        The caller calls ended() at the end in any case.
+        again: True if the job was placed before; it is then queued in any case, and waits as long as its deadline
+        allows. The caller must call ended() for the job afterwards, also if this raises. Raises Refusal if the job is
+        not admitted, or not placed in its time.
         """
         if again:
             job = replace(job, start_by=None)
@@ -185,13 +190,20 @@ class Backends:
                 waiter.set_result(placement)
 
     def first_token(self, job: Job, head: dict[str, Any]) -> None:
-        """Note that a job's first token has come. head: facts of its prompt, from the replica."""
+        """Tell the router that a job's first token has come, so that its prompt is computed.
+
+        head: facts of the prompt from the replica: `tokens`, their number; `names` of its K/V blocks; their
+        `block_size`.
+        """
         self.router.started(job.id, head.get("tokens", job.prompt_tokens), tuple(head.get("names", ())),
                             head.get("block_size", 1))  # fmt: skip
         self.pump()
 
     def ended(self, job: Job, output_tokens: int) -> None:
-        """Note that a job has ended, or that its client has left."""
+        """Tell the router that a job has ended, or that its client has left.
+
+        output_tokens: tokens passed on to the client, of all choices.
+        """
         self.router.ended(job, output_tokens)
         if output_tokens:
             self.output_tokens += OUTPUT_SHARE * (output_tokens / job.choices - self.output_tokens)
@@ -214,7 +226,7 @@ class Backends:
 
 
 def read_report(load: dict[str, Any]) -> LoadReport:
-    """The LoadReport in a replica's answer to "load"."""
+    """The LoadReport from `load`, a replica's answer to the call "load"."""
     names = (
         "running", "waiting", "kv_usage", "draining", "max_sequences", "max_batch_tokens", "prompt_tokens",
         "cached_tokens", "output_tokens",
@@ -224,7 +236,10 @@ def read_report(load: dict[str, Any]) -> LoadReport:
 
 
 def apply_blocks(index: CacheIndex, load: dict[str, Any]) -> None:
-    """Apply the block events or the snapshot in a replica's answer to "load"."""
+    """Update `index`, what is known of a replica's cached blocks, with the events or the snapshot in `load`.
+
+    load: the replica's answer to the call "load".
+    """
     if (snapshot := load.get("snapshot")) is not None:
         index.snapshot(load["incarnation"], load["sequence"], snapshot)
     for sequence, kind, name in load.get("events", ()):

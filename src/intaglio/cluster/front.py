@@ -21,6 +21,7 @@ from intaglio.cluster.relayed import RelayedRequest
 from intaglio.server.delivery import ClientDisconnected, while_connected
 from intaglio.server.incoming import check_key, read_body
 from intaglio.server.problem import Json, Problem
+from intaglio.server.tracing import Tracing, traced
 
 log = logging.getLogger("intaglio.cluster")
 GENERATE = frozenset(("/v1/chat/completions", "/v1/completions"))
@@ -32,9 +33,16 @@ TENANT = "x-tenant-id"
 
 @dataclass(frozen=True)
 class FrontOptions:
-    """Options of the front; times in seconds, sizes in bytes.
+    """Options of the router's HTTP application.
 
-    keys: accepted API keys; empty: none is needed. With keys, a client's tenant is its key: key0 is the first.
+    Attributes:
+        keys: accepted API keys; empty: no key is needed. If there are keys, a client's tenant is key0, key1, ... by the
+            number of its key.
+        limits: how long a request may take and wait.
+        max_body: most bytes of a request's body.
+        max_open: most requests open at once; more are refused with 429.
+        read_timeout: seconds within which a body must arrive.
+        tracing: records a trace of each generation request; None: no traces.
     """
 
     keys: tuple[str, ...] = ()
@@ -42,10 +50,11 @@ class FrontOptions:
     max_body: int = 8 << 20
     max_open: int = 4096
     read_timeout: float = 30.0
+    tracing: Tracing | None = None
 
 
 class Front:
-    """The ASGI application of the router. state: function that returns the cluster's state for GET /cluster."""
+    """The router's ASGI application. state: function that returns the cluster's state, for GET /cluster."""
 
     def __init__(self, backends: Backends, options: FrontOptions, state: Callable[[], dict[str, Any]]) -> None:
         self.backends, self.options, self.state = backends, options, state
@@ -72,7 +81,8 @@ class Front:
         counted = scope["path"] not in PUBLIC
         self.open += counted
         try:
-            await self._serve(scope, headers, id, receive, send_marked)
+            with traced(self.options.tracing, scope["method"], scope["path"], headers):
+                await self._serve(scope, headers, id, receive, send_marked)
         except ClientDisconnected:
             log.info("%s: the client has disconnected", id)
         except Problem as problem:
@@ -97,7 +107,10 @@ class Front:
         await self._own(path, method)(scope, receive, send)
 
     def _own(self, path: str, method: str) -> Response:
-        """The response to a path that the router answers itself. Raises Problem 404 or 405 for any other request."""
+        """The response of the router itself to a path, such as /health, /metrics or /cluster.
+
+        Raises Problem 405 for a method that a known path does not take, 404 for an unknown path.
+        """
         if method not in ("GET", "HEAD") and path in (*PUBLIC, *GENERATE, "/cluster"):
             raise Problem(405, f"{method} {path}: the path does not take this method")
         match path:
@@ -115,11 +128,10 @@ class Front:
         raise Problem(404, f"{method} {path}: there is no such path")
 
     def _tenant(self, path: str, headers: dict[str, str]) -> str:
-        """The name of a request's tenant, as text.
+        """The name of a request's tenant: key0, key1, ... by its API key if one is needed, else header x-tenant-id.
 
-        With API keys it is "key" and the number of the request's key from 0; without, the header x-tenant-id, or "".
-
-        Raises Problem 401 without a valid key, 429 if too many requests are open.
+        "" without that header. Raises Problem 401 without a valid key, 429 if too many requests are open. Neither
+        applies to the paths in PUBLIC.
         """
         keys = self.options.keys
         tenant = headers.get(TENANT, "")
@@ -151,9 +163,9 @@ class Front:
             self.metrics.ended(request)
 
     async def _pass_on(self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send) -> None:
-        """Pass a request that generates nothing to the replica with the fewest jobs, and send its response.
+        """Pass a request that generates nothing to a replica, and send the replica's response.
 
-        Raises Problem 503 if no replica serves.
+        Replicas are tried in order of their number of jobs, the fewest first. Raises Problem 503 if none answers.
         """
         raw = await read_body(receive, self.options.max_body, self.options.read_timeout)
         passed = [(name, headers[name]) for name in PASSED_HEADERS if name in headers]
@@ -183,7 +195,7 @@ class Front:
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
-    """The body's fields; {} if it is no JSON object, which the replica will refuse."""
+    """The fields of a request's body, as a dict; {} if the body is no JSON object, which the replica refuses."""
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):

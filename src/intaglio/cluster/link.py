@@ -7,35 +7,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from intaglio.server import control_tcp
 from intaglio.server.control import pack, read_frame
+from intaglio.server.control_tcp import TcpAddress
 
 Frame = tuple[dict[str, Any], bytes]
 
 
 class LinkLost(ConnectionError):
-    """Raised for a call whose replica has closed the connection, most likely because its process has ended."""
+    """Raised for a call whose connection to the replica has ended, most likely with the replica's process."""
 
 
 class Moved(Exception):
-    """Raised for a call that is to go on at another replica, because this one drains."""
+    """Raised for a call that has to go on at another replica, because its own is being drained."""
 
 
 class Call:
-    """One call in progress: its frames in order."""
+    """One call to a replica, in progress. Its answer is a sequence of frames (header, body)."""
 
     def __init__(self, link: Link, number: int) -> None:
         self.link, self.number = link, number
         self.frames: asyncio.Queue[Frame | Exception] = asyncio.Queue()
 
     async def frame(self) -> Frame:
-        """The next frame, as (header, body). Raises LinkLost, or Moved after move()."""
+        """Wait for the next frame of the answer. Returns (header, body).
+
+        Raises LinkLost if the connection has ended, Moved after move().
+        """
         got = await self.frames.get()
         if isinstance(got, Exception):
             raise got
         return got
 
     async def whole(self) -> tuple[dict[str, Any], bytes]:
-        """The header of a response, and all of its body. Raises LinkLost, also if the replica failed, and Moved."""
+        """Wait for the whole answer. Returns (header of its first frame, bodies of all frames joined).
+
+        Raises LinkLost if the connection ends or the first frame has no HTTP status, Moved after move().
+        """
         start, body = await self.frame()
         header, whole = start, bytearray(body)
         while not header.get("end"):
@@ -46,17 +54,17 @@ class Call:
         return start, bytes(whole)
 
     def move(self) -> None:
-        """Make frame() raise Moved after the frames that have arrived."""
+        """Make frame() raise Moved, once it has returned the frames that are already here."""
         self.frames.put_nowait(Moved())
 
     def close(self) -> None:
-        """Forget the call. The replica is told to cancel it, unless it has ended."""
+        """Take no more frames for the call. If its answer is not complete, the replica is told to cancel it."""
         if self.link.calls.pop(self.number, None) and not self.link.lost:
             self.link.write({"call": self.number, "do": "cancel"})
 
 
 class Link:
-    """A connection to a replica. Many calls share it. `on_lost` is called once when it ends."""
+    """A connection to a replica, shared by many calls. Set `on_lost` to a function to call once when it ends."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writer = writer
@@ -67,12 +75,17 @@ class Link:
         self._reading = asyncio.ensure_future(self._read(reader))
 
     @classmethod
-    async def connect(cls, path: Path) -> Link:
-        """Connect to the control socket at `path` and return the Link. Raises OSError."""
-        return cls(*await asyncio.open_unix_connection(path))
+    async def connect(cls, where: Path | TcpAddress) -> Link:
+        """Connect to the control channel at a Unix socket's path or a TCP address, and return the Link.
+
+        Raises OSError; NotAuthenticated, a kind of it, if the other end does not know the address's token.
+        """
+        if isinstance(where, TcpAddress):
+            return cls(*await control_tcp.connect(where))
+        return cls(*await asyncio.open_unix_connection(where))
 
     def call(self, header: dict[str, Any], body: bytes = b"") -> Call:
-        """Start a call and return it. Raises LinkLost."""
+        """Send a call and return it as a Call. Raises LinkLost if the connection has ended."""
         if self.lost or self.writer.is_closing():
             raise LinkLost("the connection to the replica has ended")
         self._numbers += 1
@@ -81,9 +94,9 @@ class Link:
         return call
 
     async def ask(self, header: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Start a call that one frame answers, and return that frame's header, a dict.
+        """Send a call whose answer is one frame, and return the frame's header.
 
-        Raises LinkLost, or TimeoutError after `timeout` seconds.
+        Raises LinkLost if the connection ends, TimeoutError after `timeout` seconds.
         """
         call = self.call(header)
         try:
@@ -98,11 +111,11 @@ class Link:
             self.writer.write(pack(header, body))
 
     def abort(self) -> None:
-        """Close the connection to a replica that does not answer; its calls raise LinkLost soon after."""
+        """Close the connection to a replica that does not answer. All its calls raise LinkLost soon after."""
         self.writer.transport.abort()
 
     async def close(self) -> None:
-        """Close the connection; its calls raise LinkLost."""
+        """Close the connection. All its calls raise LinkLost."""
         self.writer.close()
         self._reading.cancel()
         await asyncio.gather(self._reading, return_exceptions=True)

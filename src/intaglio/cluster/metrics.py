@@ -22,7 +22,7 @@ MODELS_MAX = 64  # different values of the label `model`, which clients choose
 
 
 class RouterMetrics:
-    """Prometheus registry of the router."""
+    """The router's Prometheus metrics: request counts and latencies, rendered with those of RouterCollector."""
 
     def __init__(self, backends: Backends) -> None:
         self.backends, self.registry = backends, CollectorRegistry()
@@ -38,7 +38,7 @@ class RouterMetrics:
         self.registry.register(RouterCollector(backends))
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format, as bytes. Those of replicas that are gone for good are dropped."""
+        """All metrics in Prometheus' text format, as bytes. Latencies of replicas that were removed are dropped."""
         gone = {pair for pair in self._observed if pair[0] and pair[0] not in self.backends.router.replicas}
         for pair in gone:
             self._latency.remove(*pair)
@@ -46,13 +46,16 @@ class RouterMetrics:
         return generate_latest(self.registry)
 
     def incoming(self, model: str) -> None:
-        """Count a request that has come."""
+        """Count a request that has come in. model: the name that it gives.
+
+        Beyond MODELS_MAX different names, a new name counts as "other".
+        """
         if model not in self._models and len(self._models) < MODELS_MAX:
             self._models.add(model)
         self._incoming.labels(model if model in self._models else "other").inc()
 
     def ended(self, request: RelayedRequest) -> None:
-        """Observe a request that has ended."""
+        """Observe a request that has ended: its latency and time to first token, by replica and status."""
         now = self.backends.clock()
         seconds = now - request.began
         labels = request.replica, str(request.status or "none")

@@ -14,25 +14,31 @@ from typing import Any
 from intaglio.cluster.backends import Backends
 from intaglio.cluster.link import LinkLost, Moved
 from intaglio.router import Job
+from intaglio.server.tracing import span
 
 ATTEMPTS = 3  # prefill replicas that are tried
 PREFILLS = ("handed", "empty", "lost", "drained", "refused")  # what comes of an attempt; empty: no block is kept
 
 
 async def prefill(backends: Backends, job: Job, header: Callable[[], dict[str, Any]], raw: bytes) -> tuple[Job, bool]:
-    """Have a prompt computed by a prefill replica, if there is one and enough to compute.
+    """Have a prefill replica compute a job's prompt, if the cluster has one and enough of the prompt is not cached.
 
-    header: makes the header of the call. raw: the request's body. Returns the job with the tokens that were
-    handed over, and whether it has been placed. Raises Refusal if it is not admitted.
+    Returns (job, placed). If a replica has computed the prompt, the job has the prompt's length and the number of
+    tokens handed over. placed: True if the job has been placed on a replica. Up to ATTEMPTS replicas are tried.
+
+    header: function that makes the header of the call. raw: the request's body. Raises Refusal if the job is not
+    admitted, or not placed in its time.
     """
     placed = False
     for _ in range(ATTEMPTS):
         if not backends.router.wants_prefill(job, backends.clock()):
             break
-        placement = await backends.place(replace(job, stage="prefill"), placed)
+        with span("wait for a prefill replica"):
+            placement = await backends.place(replace(job, stage="prefill"), placed)
         placed = True
         try:
-            found = await _computed(backends, job, placement.replica, header(), raw)
+            with span("compute the prompt", replica=placement.replica):
+                found = await _computed(backends, job, placement.replica, header(), raw)
         except LinkLost:
             backends.prefills["lost"] += 1
             continue
@@ -50,9 +56,10 @@ async def prefill(backends: Backends, job: Job, header: Callable[[], dict[str, A
 async def _computed(
     backends: Backends, job: Job, replica: str, header: dict[str, Any], raw: bytes
 ) -> dict[str, Any] | None:
-    """The replica's answer: the prompt's tokens, and those handed over. None if it answers with an error.
+    """Have `replica` compute the prompt and return its answer; None if the answer is an error.
 
-    Raises LinkLost and Moved.
+    The answer is {"tokens": tokens of the prompt, "handed": those whose K/V other replicas can load}. Raises LinkLost
+    if it is lost, Moved if it is being drained.
     """
     link = backends.links.get(replica)
     if link is None:

@@ -20,7 +20,12 @@ TOKEN_BYTES = 4  # of a token id in the text of a prompt that is given as ids
 
 @dataclass(frozen=True)
 class TimeLimits:
-    """Seconds that a request may take in all, and until its start, unless it asks for less; None: no limit."""
+    """The router's limits on a request's time, in seconds; None: no limit. A request may ask for less.
+
+    Attributes:
+        timeout: from arrival to end.
+        queue_timeout: from arrival to its start.
+    """
 
     timeout: float | None = 600.0
     queue_timeout: float | None = 120.0
@@ -29,7 +34,17 @@ class TimeLimits:
 def make_job(
     id: str, body: dict[str, Any], memory: PromptMemory, now: float, limits: TimeLimits, tenant: str, output: float
 ) -> Job:
-    """The Job of a generation request. now: seconds. output: mean output length of recent requests, in tokens."""
+    """The Job of a generation request.
+
+    Args:
+        id: of the job.
+        body: the request's fields; one that is missing or has a wrong type gets its default.
+        memory: what is known of prompts' token counts.
+        now: the time in seconds.
+        limits: of the request's time.
+        tenant: for whom the request is.
+        output: mean output length of recent requests, in tokens.
+    """
     salt = json.dumps([body.get("model"), body.get("cache_salt")]).encode()
     pieces = list(_pieces(body))
     keys = prefix_keys(salt, pieces)
@@ -50,7 +65,10 @@ def make_job(
 
 
 def _pieces(body: dict[str, Any]) -> Iterator[bytes]:
-    """Yield the text of the prompt in pieces: of a chat the tools, then each message. Of several prompts, the first."""
+    """Yield the prompt as bytes, in pieces: the tools and then each message of a chat, or the prompt of a completion.
+
+    Of several prompts only the first is yielded.
+    """
     if "prompt" in body:
         prompt = body["prompt"]
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import time
 from typing import Any
@@ -20,7 +21,9 @@ from intaglio.cluster.prefill import prefill
 from intaglio.router import Job, Refusal
 from intaglio.server.delivery import DONE
 from intaglio.server.problem import Problem, dumps
+from intaglio.server.tracing import span, trace_headers
 
+log = logging.getLogger("intaglio.cluster")
 MAX_LOSSES = 3  # replicas that may die under a request; one that kills replicas must not kill them all
 MAX_REFUSALS = 8  # times that it may be refused, because replicas drain or are full
 MOVABLE = frozenset(("shutdown", "draining", "failed", "queue_full", "late", "too_many_requests"))
@@ -28,9 +31,14 @@ BUSY = frozenset(("queue_full", "late", "too_many_requests"))  # a replica serve
 
 
 class RelayedRequest:
-    """One generation request of a client: its Job, path, headers and raw body. run() serves it.
+    """One generation request of a client on its way through the router. run() serves it.
 
-    began: seconds by the clock of `backends` at which it came. `output_tokens`: those passed on so far.
+    Attributes:
+        job: the request as the router places it.
+        path, headers, raw: of the HTTP request; `raw` is its body.
+        stream: True if the response is streamed.
+        began: when it arrived, in seconds by the clock of `backends`.
+        output_tokens: number of tokens passed on so far.
     """
 
     def __init__(
@@ -51,7 +59,10 @@ class RelayedRequest:
         self.status = 0
 
     async def run(self, send: Send) -> None:
-        """Serve the request to its end. If it fails, raise Problem, or end a response that has begun with the error."""
+        """Serve the request to its end.
+
+        If it fails, raise Problem while no response has begun; afterwards end the response with the error.
+        """
         try:
             again = await self._prefill()
             while not await self._attempt(send, again):
@@ -64,10 +75,10 @@ class RelayedRequest:
             self.backends.ended(self.job, self.output_tokens)
 
     async def _prefill(self) -> bool:
-        """Have a prefill replica compute the prompt, if that is wanted.
+        """Have a prefill replica compute the prompt, if the router wants that. Returns True if the job has been placed.
 
-        Returns True if the router has placed the job on one, even if it failed there: the job is then not admitted a
-        second time. False if no prefill replica was wanted.
+        A job that has been placed, even on a replica that failed, is not admitted a second time. Raises Problem if the
+        router refuses the job.
         """
         try:
             self.job, placed = await prefill(self.backends, self.job, lambda: self._header(prefill=True), self.raw)
@@ -76,15 +87,27 @@ class RelayedRequest:
         return placed
 
     async def _attempt(self, send: Send, again: bool) -> bool:
-        """Run the request on one replica. Returns True if it has ended, False if it is to go on at another replica."""
+        """Run the request on one replica. Returns True if it has ended, False if it has to go on at another replica.
+
+        again: as for Backends.place(). Raises Problem if the router refuses the job, or after MAX_LOSSES lost replicas.
+        """
         try:
-            placement = await self.backends.place(self.job, again)
+            with span("wait for a replica"):
+                placement = await self.backends.place(self.job, again)
         except Refusal as e:
             raise as_problem(e) from None
         self.replica, self.announced = placement.replica, False
         try:
-            return await self._pass_on(self._call(), send)
-        except LinkLost:
+            with span("generate", replica=self.replica, earlier_tokens=self.output_tokens):
+                try:
+                    call = self._call()
+                except LinkLost as e:  # it ended before it had the request, and the router is about to notice
+                    self._count_refusal(f"replica {self.replica} cannot be reached: {e}", "failed")
+                    await asyncio.sleep(POLL)
+                    return False
+                return await self._pass_on(call, send)
+        except LinkLost as e:
+            log.info("request %s has lost replica %s: %s", self.job.id, self.replica, e)
             self.losses += 1
             self.backends.moves["lost"] += 1
             if self.losses >= MAX_LOSSES:
@@ -107,19 +130,23 @@ class RelayedRequest:
         return call
 
     def _header(self, prefill: bool = False) -> dict[str, Any]:
-        """The header of a call for the output that follows what has been passed on, or for the prompt's K/V alone."""
+        """The header of a call to a replica, which has the deltas passed on so far; the replica computes the rest.
+
+        prefill: True if the replica should compute only the K/V of the prompt.
+        """
         relay = {
             "id": self.job.id, "created": self.created, "seed": self.seed,
             "waited": self.backends.clock() - self.began,
             "made_by": self.head.get("made_by") if self.deltas else None, "deltas": self.deltas, "prefill": prefill,
         }  # fmt: skip
-        return {"do": "request", "method": "POST", "path": self.path, "headers": self.headers, "relay": relay}
+        headers = [*self.headers, *trace_headers()]
+        return {"do": "request", "method": "POST", "path": self.path, "headers": headers, "relay": relay}
 
     async def _pass_on(self, call: Call, send: Send) -> bool:
         """Pass a replica's frames on to the client.
 
-        Returns True once the response is sent, False if another replica may take the request.
-        Raises LinkLost if the replica fails.
+        Returns True once the response is sent, False if another replica has to take the request. Raises LinkLost if the
+        replica fails, Moved if it is drained, Problem if too many replicas have refused.
         """
         start: dict[str, Any] | None = None
         while True:
@@ -157,9 +184,10 @@ class RelayedRequest:
         self.output_tokens += tokens
 
     async def _refused(self, call: Call, header: dict[str, Any], body: bytes, send: Send) -> bool:
-        """Read an error response. Returns False if another replica may take the request.
+        """Handle a replica's error response, whose first frame is (header, body).
 
-        Otherwise sends the error to the client and returns True.
+        Returns False if another replica has to take the request. Otherwise sends the error to the client and returns
+        True. Raises Problem as _count_refusal() does.
         """
         whole, part = bytearray(body), header
         while not part.get("end"):
@@ -182,14 +210,18 @@ class RelayedRequest:
         return True
 
     def _patient(self, code: str | None) -> bool:
-        """True for a request with output so far that is refused because replicas are busy.
+        """True if a refused request is tried again until its deadline, however often it is refused.
 
-        It was admitted, so it is tried again until its deadline, however often it is refused.
+        That is a request with output so far and a deadline, if `code`, the code of the refusal, says that the replica
+        is busy.
         """
         return bool(self.deltas) and code in BUSY and self.job.deadline is not None
 
     def _count_refusal(self, why: str, code: str) -> None:
-        """Count a refusal. Raises Problem after MAX_REFUSALS; for a patient request, after its deadline."""
+        """Count a refusal by a replica. why, code: message and code of its error.
+
+        Raises Problem 503 after more than MAX_REFUSALS; for a request that is _patient(), once its deadline has passed.
+        """
         self.backends.moves["refused"] += 1
         if not self._patient(code):
             self.refusals += 1
@@ -199,13 +231,16 @@ class RelayedRequest:
             raise Problem(503, f"its timeout is over; to the last attempt the answer was: {why}", code="late")
 
     async def _fail(self, send: Send, problem: Problem) -> None:
-        """End a response that has begun; if it is a stream, with an error event."""
+        """End a response that has begun, after an error. A stream gets `problem` as its last event.
+
+        Any other response is cut off.
+        """
         body = b"data: " + dumps(problem.as_dict()) + b"\n\n" + DONE if self.stream else b""
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def as_problem(refusal: Refusal) -> Problem:
-    """The HTTP error for a refused job: 429 if the client may retry, 503 if no replica serves."""
+    """The HTTP error for a job that the router refuses: 503 if no replica serves, else 429, which invites a retry."""
     if refusal.reason == "unavailable":
         return Problem(503, str(refusal), code="unavailable", retry_after=refusal.retry_after)
     code = "queue_full" if refusal.reason == "full" else "late"

@@ -17,7 +17,8 @@ from intaglio.cluster.admin import administration
 from intaglio.cluster.backends import Backends
 from intaglio.cluster.cluster import Cluster
 from intaglio.cluster.front import Front, FrontOptions
-from intaglio.router import Limits, Role, Router
+from intaglio.cluster.process import Launched
+from intaglio.router import Autoscaler, Limits, Role, Router
 from intaglio.server.serve import CLOSE_TIMEOUT, POLL_INTERVAL, Connection, QuietServer
 
 log = logging.getLogger("intaglio.cluster")
@@ -25,10 +26,21 @@ log = logging.getLogger("intaglio.cluster")
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """What a cluster runs: arguments of `intaglio serve` for each replica, replicas by role, the router's options."""
+    """Options of a cluster.
 
-    words: tuple[str, ...]
+    Attributes:
+        launch: function that makes the process of a replica from its name.
+        replicas: how many of each role.
+        most: replicas up to which their number is autoscaled; None: it is not.
+        policy: of the router, see router.POLICIES.
+        weights: shares of tenants; 1 for those not named.
+        max_queued: most requests that wait in the router.
+        front: options of the HTTP application.
+    """
+
+    launch: Callable[[str], Launched]
     replicas: Mapping[Role, int] = field(default_factory=lambda: {"mixed": 2})
+    most: int | None = None
     policy: str = "cache-aware"
     weights: Mapping[str, float] = field(default_factory=dict)
     max_queued: int = 1024
@@ -38,14 +50,21 @@ class ClusterOptions:
 async def run_cluster(
     options: ClusterOptions, listener: socket.socket, folder: Path, announce: Callable[[Cluster], None]
 ) -> int:
-    """Run until SIGINT, SIGTERM or the command `down`. Returns the exit code: 130 if it ends before all serve, else 0.
+    """Run a cluster until SIGINT, SIGTERM or the command `down`. Returns the exit code.
 
-    `announce` is called once all replicas serve. The first signal lets running requests end, the second ends them.
-    Raises ReplicaFailed if a replica does not start.
+    The code is 0, or 130 if it is ended before all replicas serve. The first signal lets running requests end, the
+    second ends them. Raises ReplicaFailed if a replica does not start.
+
+    Args:
+        options: what to run.
+        listener: socket on which the router serves HTTP.
+        folder: the cluster's folder.
+        announce: called with the Cluster once all replicas serve.
     """
     router = Router(options.policy, Limits(options.max_queued), options.weights)
     backends = Backends(router)
-    cluster = Cluster(backends, list(options.words), folder)
+    autoscaler = Autoscaler(sum(options.replicas.values()), options.most) if options.most else None
+    cluster = Cluster(backends, options.launch, autoscaler)
     front = Front(backends, options.front, cluster.state)
     ending, ended = asyncio.Event(), asyncio.Event()
 
@@ -76,7 +95,10 @@ async def run_cluster(
 async def _serve(
     front: Front, listener: socket.socket, announce: Callable[[], None], ending: asyncio.Event, ended: asyncio.Event
 ) -> None:
-    """Serve HTTP until `ended` is set, or until `ending` is set and no request is open. Returns nothing."""
+    """Serve HTTP until `ended` is set, or until `ending` is set and no request is open. Returns nothing.
+
+    announce: called once the server listens.
+    """
     config = uvicorn.Config(
         front, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False,
         server_header=False, proxy_headers=False, timeout_graceful_shutdown=int(CLOSE_TIMEOUT), backlog=4096,

@@ -23,6 +23,7 @@ from intaglio.codesign.engines import EngineProfile, EngineTimes, engine
 from intaglio.codesign.placement import Placement
 from intaglio.codesign.queue import QueueSettings, serve
 from intaglio.codesign.simulate import ported
+from intaglio.codesign.steady import estimate
 from intaglio.codesign.steps import Formats, Server, StepTimes
 from intaglio.compiler import Layout
 from intaglio.measure.workload import LoadRequest
@@ -34,7 +35,7 @@ MODELS = {  # the end of a row's model_path -> card
     "Qwen3-32B-NVFP4": "qwen3-32b", "DeepSeek-R1": "deepseek-v3", "DeepSeek-V3": "deepseek-v3",
     "DeepSeek-R1-NVFP4": "deepseek-v3", "DeepSeek-V3.1-NVFP4": "deepseek-v3", "MiniMax-M2.5": "minimax-m2",
     "gpt-oss-120b": "gpt-oss-120b", "Qwen3.5-397B-A17B": "qwen3.5-397b-a17b", "Qwen3-235B-A22B-FP8": "qwen3-235b-a22b",
-    "Kimi-K2.5": "kimi-k2",
+    "Kimi-K2.5": "kimi-k2", "GLM-5": "glm-5",
 }  # fmt: skip
 MIXTURES = {card for card in MODELS.values() if not card.startswith(("llama", "qwen3-32b"))}
 FORMATS = {"": "bf16", "fp8": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4", "int4_wo": "int4"}
@@ -45,49 +46,52 @@ SPREAD = (1024, 8192)  # prompts of these lengths are drawn from 80 to 100 % of 
 
 @dataclass(frozen=True)
 class Row:
-    """A measured point: its columns, and what they say. Times are in seconds."""
+    """One row of a table of measured servers. Its properties are what the columns say; times are in seconds."""
 
     columns: dict[str, str]
 
     def number(self, name: str) -> int:
-        """A column as a whole number, 0 if it is empty."""
+        """The value of the column `name`, rounded down to a whole number; 0 if the column is empty or missing."""
         return int(float(self.columns.get(name) or 0))
 
     @property
     def card(self) -> str | None:
-        """Name of the model's card; None if there is none."""
+        """Name of the shipped config of the row's model; None if there is none."""
         return MODELS.get(self.columns["model_path"].split("/")[-1])
 
     @property
     def concurrency(self) -> int:
-        """Requests kept open."""
+        """Number of requests kept open; 0 if the row does not say."""
         return self.number("concurrency") or self.number("batch_size")
 
     @property
     def ttft(self) -> float:
-        """Measured time to the first token."""
+        """Measured time to the first token, in seconds."""
         return float(self.columns["silicon_ttft_ms"]) / 1e3
 
     @property
     def tpot(self) -> float:
-        """Measured time per token after it."""
+        """Measured time per token after the first, in seconds."""
         return float(self.columns["silicon_tpot_ms"]) / 1e3
 
     @property
     def group(self) -> str:
-        """dense, mixture or disaggregated."""
+        """The row's group: "disaggregated" (prefill and decode apart), else "mixture" (of experts) or "dense"."""
         if self.columns["mode"] != "agg":
             return "disaggregated"
         return "mixture" if self.card in MIXTURES else "dense"
 
     @property
     def split(self) -> str:
-        """Which half a row belongs to, fit or test: the same for all rows that ask the same question."""
+        """The half to which the row belongs, "fit" or "test".
+
+        It is chosen by a hash of all columns but the measurements, so rows that repeat a measurement are in one half.
+        """
         asked = [v for k, v in sorted(self.columns.items()) if not k.startswith("silicon")]
         return ("fit", "test")[zlib.crc32("|".join(asked).encode()) % 2]
 
     def refusal(self) -> str | None:
-        """The reason why this row cannot be expressed; None if it can."""
+        """The reason why the row cannot be modelled, as text; None if it can."""
         if self.card is None:
             return f"no card of {self.columns['model_path']}"
         if self.columns["system"] not in CHIPS:
@@ -102,7 +106,7 @@ class Row:
         return None
 
     def formats(self, profile: EngineProfile) -> Formats:
-        """The Formats in which the engine holds the model."""
+        """The number formats in which the engine `profile` holds the row's model, as a Formats."""
         gemm, moe = (FORMATS[self.columns[f"{name}_quant_mode"]] for name in ("gemm", "moe"))
         kv = profile.kv if gemm != "bf16" else "auto"
         if self.card == "gpt-oss-120b" and moe == "nvfp4":
@@ -112,7 +116,10 @@ class Row:
         return Formats(gemm, kv, "weights", moe if self.card in MIXTURES else "")
 
     def placement(self, phase: str = "") -> Placement:
-        """The Placement of the chips. phase: "", "prefill_" or "decode_"."""
+        """How the chips share the model, as a Placement.
+
+        phase: "prefill_" or "decode_" for the servers of that kind in a row of mode disagg; "" for other rows.
+        """
         sizes = [max(1, self.number(phase + name)) for name in ("tp_size", "pp_size", "attention_dp_size")]
         (tp, pp, dp), expert = sizes, [max(1, self.number(f"{phase}moe_{w}_size")) for w in ("tp", "ep")]
         workers = max(1, self.number(f"{phase}num_workers")) if phase else 1
@@ -129,7 +136,7 @@ class Row:
         return Placement(Layout(tp=tp, pp=pp), dp, experts, workers)
 
     def load(self) -> list[LoadRequest]:
-        """The requests: all at once, with lengths as the load generator draws them."""
+        """The row's requests as a list, all sent at 0 s, with lengths as the load generator draws them."""
         n, isl, osl = self.concurrency, self.number("isl"), self.number("osl")
         count = max(2 * n, min(TURNS * n, MOST_REQUESTS))
         if isl not in SPREAD or osl not in SPREAD:
@@ -142,7 +149,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Compared:
-    """A row with the modelled latencies, in seconds; or the reason why there are none."""
+    """A measured row with the modelled mean latencies in seconds. refused: the reason if there are none, else ""."""
 
     row: Row
     ttft: float = 0.0
@@ -151,12 +158,12 @@ class Compared:
 
     @property
     def errors(self) -> tuple[float, float]:
-        """Relative errors of TTFT and TPOT, with their signs."""
+        """Relative errors of TTFT and TPOT, with signs: (modelled / measured - 1) of each."""
         return self.ttft / self.row.ttft - 1, self.tpot / self.row.tpot - 1
 
 
 def rows(path: Path) -> list[Row]:
-    """The rows of a table. Raises ValueError if columns are missing."""
+    """The rows of the CSV file `path`, as a list. Raises ValueError if it has no rows or lacks a column."""
     with path.open(newline="", encoding="utf-8") as file:
         found = [Row(columns) for columns in csv.DictReader(file)]
     wanted = (
@@ -170,18 +177,25 @@ def rows(path: Path) -> list[Row]:
 
 @lru_cache(maxsize=64)
 def whole(card: str) -> Program:
-    """The Program of a card, whole."""
+    """The uncompiled Program of a whole model. card: name of a config that ships with the package."""
     return ported(card, None)
 
 
 @lru_cache(maxsize=64)
 def times(card: str, on: Target, placement: Placement, how: Formats, fusions: tuple[str, ...]) -> StepTimes:
-    """The StepTimes of a server; equal servers share a table."""
+    """The StepTimes of a server. Equal arguments give the same object, which keeps its table of steps.
+
+    card: name of a shipped config. on: chip and kernel library. how: number formats. fusions: names of FUSIONS.
+    """
     return StepTimes(Server.of(whole(card), placement, how), on, fusions)
 
 
-def compare(row: Row, profile: EngineProfile) -> Compared:
-    """Serve a row's load in virtual time."""
+def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Compared:
+    """Serve a row's load in virtual time by the engine `profile`. Returns the Compared.
+
+    Its `refused` says why, if the row cannot be modelled. closed_form: for aggregated servers the steady state of
+    steady.estimate() instead of the queue, in about a tenth of the time.
+    """
     if why := row.refusal():
         return Compared(row, refused=why)
     profile = profile.of(row.columns.get("backend_version") or "")
@@ -192,6 +206,11 @@ def compare(row: Row, profile: EngineProfile) -> Compared:
             ended = run_apart(apart, load, apart.spread(whole_one, row.concurrency)).ended[row.concurrency :]
             return Compared(row, statistics.fmean(t for _, t, _ in ended), statistics.fmean(e for *_, e in ended))
         on, settings = server_of(row, profile)
+        if closed_form:
+            load = row.load()
+            prompt, output = (round(statistics.fmean(getattr(r, name) for r in load)) for name in ("prompt", "output"))
+            steady = estimate(on, settings, prompt, output, -(-row.concurrency // on.server.placement.replicas))
+            return Compared(row, steady.ttft, steady.tpot)
         done = serve(on, settings, row.load(), row.concurrency)
     except ValueError as e:  # it does not fit: ChipError, LayoutError, or a request longer than the cache
         return Compared(row, refused=str(e).split(";")[0])
@@ -200,24 +219,34 @@ def compare(row: Row, profile: EngineProfile) -> Compared:
 
 
 def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[EngineTimes, QueueSettings]:
-    """Step times and settings of a row's server; of those that prefill or decode if phase is prefill_ or decode_."""
+    """(step times, QueueSettings) of the server that a row describes.
+
+    phase: "prefill_" or "decode_" for the servers of that kind in a row of mode disagg; "" for other rows. Raises
+    ChipError or LayoutError if the model does not fit.
+    """
     assert row.card
     on = profile.on(target(row.columns["system"]))
     own = times(row.card, on, row.placement(phase), row.formats(profile), tuple(profile.fusions))
-    kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, 256)
+    sequences = max(1, min(256, row.concurrency))  # engines keep recurrent state for those that run
+    kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, sequences)
     return EngineTimes(own, profile), profile.settings(kv, own.copies)
 
 
 def apart_of(row: Row, profile: EngineProfile) -> Apart:
-    """The servers of a row of mode disagg. Raises ValueError for what does not fit."""
+    """The prefill and decode servers of a row of mode disagg, as an Apart. Raises the errors of server_of()."""
     (first, one), (second, two) = (server_of(row, profile, phase) for phase in ("prefill_", "decode_"))
     return Apart(first, second, one, two)
 
 
 def compare_all(
-    found: Sequence[Row], profiles: Callable[[str], EngineProfile] = engine, progress: Progress = silent
-) -> Iterator[Compared]:
-    """compare() of each row, in an order that compiles each server once. profiles: of an engine's name."""
+    found: Sequence[Row], profiles: Callable[[str], EngineProfile] = engine, progress: Progress = silent,
+    closed_form: bool = False,
+) -> Iterator[Compared]:  # fmt: skip
+    """Yield the Compared of each row, in an order in which each server is compiled once.
+
+    profiles: function from an engine's name to its EngineProfile; its errors are raised. closed_form: as compare()
+    takes it.
+    """
     cached: dict[str, EngineProfile] = {}
     ordered = sorted(found, key=lambda r: (r.card or "", [r.columns.get(c) or "" for c in sorted(r.columns)]))
     for i, row in enumerate(ordered):
@@ -225,12 +254,23 @@ def compare_all(
         name = row.columns["backend"]
         if name not in cached:
             cached[name] = profiles(name)
-        yield compare(row, cached[name])
+        yield compare(row, cached[name], closed_form)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Errors of the rows of one engine and group, as fractions of the measured times."""
+    """Errors of the rows of one engine and group of models: (modelled - measured) / measured latency, as fractions.
+
+    Attributes:
+        engine: name of the engine, or "all".
+        group: dense, mixture or disaggregated.
+        rows: number of rows compared.
+        tpot: median size of the errors of the time per token.
+        ttft: median size of the errors of the time to the first token.
+        tpot_bias: median of the signed errors of the time per token.
+        ttft_bias: median of the signed errors of the time to the first token.
+        worst: the three rows with the largest errors of the time per token.
+    """
 
     engine: str
     group: str
@@ -243,7 +283,10 @@ class Agreement:
 
 
 def agreements(compared: Sequence[Compared]) -> list[Agreement]:
-    """An Agreement for each engine and group, and for all engines of a group; refused rows are left out."""
+    """A list of Agreements: one for each engine and group, then one for all engines of each group.
+
+    Refused rows are left out.
+    """
     out = []
     good = [c for c in compared if not c.refused]
     keys = sorted({(c.row.columns["backend"], c.row.group) for c in good})

@@ -34,7 +34,7 @@ DEVICES: dict[str, str] = {}  # "module:class" by name
 
 
 def register_device(name: str, where: str) -> None:
-    """Register a Device class, written "module:class", under a name for open_device(). Returns nothing."""
+    """Register a Device class under a name, so that open_device() can open it. where: "module:class"."""
     DEVICES[name] = where
 
 

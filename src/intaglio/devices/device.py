@@ -11,17 +11,19 @@ import numpy as np
 
 from intaglio.batch import NO_STATE, Batch
 from intaglio.devices.clock import Clock, WallClock
+from intaglio.devices.expert_load import ExpertLoad
 from intaglio.devices.recipe import Recipe
 from intaglio.ops import Collective, Value
 from intaglio.program import MeshProgram, Program
+from intaglio.program.expert_placement import Ranks
 
 
 class DeviceError(RuntimeError):
-    """Raised if a device cannot load or run something; base class of DeviceLost."""
+    """Raised if a device cannot load or run a Program; base class of DeviceLost."""
 
 
 class ReplacementRefused(DeviceError):
-    """Raised if a replacement for a lost executable would compute other bits. Another attempt would be refused too."""
+    """Raised if a replacement for a lost executable would compute other bits; another attempt would be refused, too."""
 
 
 class DeviceLost(DeviceError):
@@ -107,7 +109,7 @@ class StepResult:
         logits: f32 [R, vocabulary] if requested, else None.
         taps: the tapped tensors by site.
         timings: seconds by site if requested, else empty.
-        rank_timings: of a mesh, such a mapping for each rank if requested.
+        rank_timings: of a mesh, if requested: seconds by site, a mapping for each rank; else ().
     """
 
     tokens: np.ndarray
@@ -160,7 +162,11 @@ class CompletedStep:
 
 
 class Executable(ABC):
-    """A Program loaded on a device, with packed weights and K/V cache. Steps run in the order of their launches."""
+    """A Program loaded on a device, with packed weights and K/V cache. Steps run in the order of their launches.
+
+    `depth`: number of steps to keep under way, the stages of a pipeline. `state_kept`: the K/V cache is that of the
+    lost executable that this one replaces.
+    """
 
     program: Program
     state: StateSpec
@@ -185,18 +191,44 @@ class Executable(ABC):
         raise DeviceError(f"{type(self).__name__} cannot read K/V blocks")
 
     def write_blocks(self, blocks: Sequence[int], contents: np.ndarray) -> None:
-        """Replace the contents of K/V blocks by what read_blocks() gave, before all steps launched later.
+        """Replace the contents of K/V blocks before all steps launched later.
 
-        Raises as read_blocks() does.
+        contents: uint8 [blocks, block_bytes], as read_blocks() returned them. Raises DeviceError for a block that is
+        not there, contents of another type or shape, or if block_bytes is 0.
         """
         raise DeviceError(f"{type(self).__name__} cannot write K/V blocks")
+
+    def expert_loads(self) -> dict[str, ExpertLoad]:
+        """The ExpertLoad of each layer with experts, by the site of its op; {} if this executable does not count.
+
+        After all steps launched so far. Raises DeviceLost.
+        """
+        return {}
+
+    def load_experts(self, layers: Mapping[str, Ranks]) -> None:
+        """Start to load experts of some layers as another placement needs them, beside the steps. Returns nothing.
+
+        layers: the experts of each rank, by site. Raises DeviceError if they do not fit or cannot be moved, DeviceLost.
+        """
+        raise DeviceError(f"{type(self).__name__} cannot move experts")
+
+    def experts_loaded(self) -> bool:
+        """True if nothing is being loaded by load_experts().
+
+        Raises DeviceError if it failed, after which the experts stay where they are, and DeviceLost.
+        """
+        return True
+
+    def switch_experts(self) -> None:
+        """Use the experts that load_experts() loaded in all steps launched later. Raises DeviceLost."""
+        raise DeviceError(f"{type(self).__name__} cannot move experts")
 
     def step(self, request: StepRequest) -> StepResult:
         """Run a step to its end and return its StepResult, or raise the error that ended it."""
         return self.launch(request).result()
 
     def unwrapped(self) -> Executable:
-        """The innermost executable: of a wrapper, the one it wraps; otherwise this one."""
+        """The executable inside all wrappers; this one if it wraps none."""
         return self
 
     def close(self) -> None:  # noqa: B027 (most hold nothing)
@@ -258,7 +290,7 @@ def run_single_rank(program: Program, steps: CollectiveSteps) -> StepResult:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """Properties of a device. A property that the device does not have is None.
+    """Properties of a device, for reports and for choosing sizes. None: the device has no such property.
 
     Attributes:
         isa: name of the CPU instruction set.
@@ -276,9 +308,8 @@ class DeviceFacts:
 class Device(ABC):
     """Base class of devices. load() takes a Program and its weights and returns an Executable, which runs steps.
 
-    A device may pack weights, fuse ops and use threads, if results stay equal.
-
-    clock: the clock that times its steps, measured or modelled.
+    A device may pack weights, fuse ops and use threads, if results stay equal bit for bit. `name`: what open_device()
+    calls it. `clock`: the clock that times its steps, measured or modelled.
     """
 
     name: str
@@ -319,7 +350,7 @@ class Device(ABC):
 
 
 def check_blocks(state: StateSpec, block_bytes: int, blocks: Sequence[int], contents: np.ndarray | None = None) -> None:
-    """Raise DeviceError for a block that is not there, or contents that are not uint8 [blocks, block_bytes]."""
+    """Raise DeviceError for a block number outside the pool, or contents that are not uint8 [blocks, block_bytes]."""
     if blocks and not 0 <= min(blocks) <= max(blocks) < state.pages:
         bad = next(b for b in blocks if not 0 <= b < state.pages)
         raise DeviceError(f"block {bad} is outside 0..{state.pages - 1}")
@@ -331,9 +362,9 @@ def check_blocks(state: StateSpec, block_bytes: int, blocks: Sequence[int], cont
 
 
 def limits(program: Program, state: StateSpec) -> dict[str, int]:
-    """A dict of limits for the values of a batch: token id, position, slot, block and state slot.
+    """The limits of the values in a batch, by name: token id, position, slot, block and state slot.
 
-    Values must be below the limit.
+    A value must be below its limit. A Program without a vocabulary has the largest int32 as limit of token ids.
     """
     return {
         "token id": program.vocabulary or np.iinfo(np.int32).max,

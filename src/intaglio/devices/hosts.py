@@ -14,17 +14,17 @@ from intaglio.program import MeshProgram, Program, verify_mesh
 class HostsDevice(Device):
     """A device that runs the ranks of a mesh on several hosts, an equal number on each.
 
-    Hosts get their ranks in the order in which their agents connected. Agents beyond `hosts` are spares. The
-    weights must be at the same path on every host.
+    Hosts get their ranks in the order in which their agents connected. Agents beyond `hosts` are spares. The weights
+    must be at the same path on every host. Raises DeviceError for less than one host.
 
     Args:
         rendezvous: the coordinator's listening socket and its agents.
         hosts: number of hosts that a group of ranks needs.
-        isa: as for HostDevice; the same on all hosts.
-        cache: as for HostDevice.
+        isa: instruction set of the CPUs, the same on all hosts; None: $INTAGLIO_ISA, else the best of this host.
+        cache: folder for packed weights on each host, "auto" or None, as described at HostDevice.
         patience: seconds to wait for the agents.
-        step_timeout: as for RanksDevice.
-        silence: as for RanksDevice.
+        step_timeout: seconds that a step, and a wait inside it, may take.
+        silence: seconds without a sign of life after which a stopped process counts as hung.
     """
 
     name = "host"

@@ -6,7 +6,7 @@ Ranks run one after the other from collective to collective, so results depend o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -27,10 +27,12 @@ from intaglio.devices.device import (
     check_blocks,
     merge_ranks,
 )
+from intaglio.devices.expert_load import ExpertLoad, merge_loads
 from intaglio.devices.recipe import Recipe, make
 from intaglio.ops import AllGather, AllReduce, AllToAll, Collective, Grouped, Recv, Send
-from intaglio.ops.collective import split_rows
+from intaglio.ops.collective import add_slots, split_rows
 from intaglio.program import MeshProgram, Program, verify_mesh
+from intaglio.program.expert_placement import Ranks
 
 
 class MeshExecutable(BlockingExecutable):
@@ -44,12 +46,26 @@ class MeshExecutable(BlockingExecutable):
         self.program = ranks[-1].program
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step of every rank and return one StepResult.
+        """Run one step of every rank. Returns one StepResult: the last rank's, with the timings of all ranks added up.
 
-        Rank r's tapped value is returned under `site@r`; timings are sums over ranks.
+        The value that rank r computes at a tapped site is named `site@r`. Raises DeviceError for a batch out of range.
         """
         check_batch(self.program, self.state, request.batch)
         return merge_ranks(MeshStep([rank.run_until_collective(request) for rank in self.ranks]).run())
+
+    def expert_loads(self) -> dict[str, ExpertLoad]:
+        return merge_loads([rank.expert_loads() for rank in self.ranks])
+
+    def load_experts(self, layers: Mapping[str, Ranks]) -> None:
+        for rank in self.ranks:
+            rank.load_experts(layers)
+
+    def experts_loaded(self) -> bool:
+        return all([rank.experts_loaded() for rank in self.ranks])
+
+    def switch_experts(self) -> None:
+        for rank in self.ranks:
+            rank.switch_experts()
 
     @property
     def block_bytes(self) -> int:
@@ -70,8 +86,8 @@ class MeshExecutable(BlockingExecutable):
 class MeshStep:
     """A step of all ranks in progress.
 
-    `waiting`: by rank, the collective at which it waits and its input. `messages`: tensors sent and not yet received,
-    by (sender, receiver).
+    `waiting`: for each rank that is not done, (collective at which it waits, the rank's input). `messages`: tensors
+    sent and not yet received, by (sender, receiver).
     """
 
     def __init__(self, ranks: Sequence[CollectiveSteps]) -> None:
@@ -98,9 +114,9 @@ class MeshStep:
         return [self.results[rank] for rank in range(len(self.ranks))]
 
     def resume(self, rank: int, output: np.ndarray | None) -> None:
-        """Run a rank to its next collective or its end. Returns nothing.
+        """Run a rank up to its next collective or its end.
 
-        `output`: this rank's result of its last collective, or None.
+        `output`: the rank's result of the collective at which it waits; None to begin.
         """
         self.waiting.pop(rank, None)
         try:
@@ -109,10 +125,7 @@ class MeshStep:
             self.results[rank] = end.value
 
     def exchange(self, rank: int) -> None:
-        """Run the collective at which `rank` waits, if its peers are ready for it; otherwise do nothing.
-
-        Returns nothing.
-        """
+        """Run the collective at which `rank` waits, if its peers wait there, too; otherwise do nothing."""
         op, x = self.waiting[rank]
         if isinstance(op, Send):
             assert x is not None
@@ -131,7 +144,7 @@ class MeshStep:
     def _positions(self) -> tuple[int, list[str]]:
         """(number of waiting ranks, list of the sites where they wait).
 
-        If a round of the main loop does not change this pair, the ranks are deadlocked.
+        If an attempt to run each rank's collective leaves this unchanged, the ranks are deadlocked.
         """
         return len(self.waiting), [op.site for op, _ in self.waiting.values()]
 
@@ -144,7 +157,8 @@ def run_collective(op: Grouped, inputs: Sequence[np.ndarray]) -> list[np.ndarray
     carried = [op.carried(x) for x in inputs]
     s = collectives.schedule(op.kind, "one_shot" if isinstance(op, AllReduce) else "direct", len(inputs))
     if isinstance(op, AllReduce):
-        return [op.carried(total) for total in collectives.all_reduce(s, carried)]
+        totals = [op.carried(total) for total in collectives.all_reduce(s, carried)]
+        return [op.carried(add_slots(total, op.slots)) for total in totals]
     if isinstance(op, AllGather):
         axis = 0 if op.tokens else 1
         return [np.concatenate(parts, axis) for parts in collectives.all_gather(s, carried)]

@@ -33,7 +33,7 @@ STALE = 0xA4093822299F31D0  # the content of a slot before the first write
 
 
 def mix(x: int) -> int:
-    """The finaliser of murmur3 (Appleby 2011) of x: a bijection of 64-bit integers.
+    """A well mixed 64-bit integer for the 64-bit integer x: the finaliser of murmur3 (Appleby 2011), a bijection.
 
     Every bit of the result depends on every bit of x.
     """
@@ -121,7 +121,10 @@ class OracleExecutable(BlockingExecutable):
         return StepResult(tokens, np.zeros(len(tokens), np.float32), self._logits(tokens) if request.logits else None)
 
     def _states(self, batch: Batch) -> list[int]:
-        """A list of the recurrent state after each token row; [] without slots. Updates the slots too."""
+        """The recurrent state after each token row, as a list; [] if there are no slots.
+
+        Writes each sequence's new state to its slot.
+        """
         if not len(self.states):
             return []
         rows = []

@@ -17,9 +17,9 @@ SILENCE = 0.7  # seconds without a sign of life after which a stopped process co
 
 
 def share_cores(cores: Sequence[int], ranks: int, threads: int) -> list[tuple[int, ...]]:
-    """A list with a tuple of core numbers for each rank: `threads` neighbouring cores, or () if there are too few.
+    """The CPU cores that each rank may use: a list with a tuple of `threads` neighbouring core numbers for each.
 
-    () means that the rank may run on any core.
+    () if there are too few cores for all ranks: the rank may then run on any core.
     """
     if ranks * threads > len(cores):
         return [()] * ranks
@@ -32,8 +32,8 @@ class RanksDevice(Device):
     Args:
         threads: CPU threads of all ranks together, by default one per core. Each rank has an equal share, at least one,
             and cores of its own if there are enough.
-        isa: as for HostDevice.
-        cache: as for HostDevice.
+        isa: instruction set of the CPU; None: $INTAGLIO_ISA, else the best one.
+        cache: folder for packed weights, "auto" or None, as described at HostDevice.
         step_timeout: seconds that a step, and a wait inside it, may take.
         silence: seconds without a sign of life after which a stopped process counts as hung; see group.watch().
     """

@@ -52,7 +52,7 @@ class ReferenceExecutable(RankExecutable):
             at += x[0].nbytes
 
     def _pages(self) -> list[np.ndarray]:
-        """The arrays of all K/V caches, [pages, ...] each, in the order of the Program."""
+        """The arrays of all K/V caches, [pages, ...] each, as a list in the order of the Program."""
         caches = [self.held[t.name] for t in self.program.of_role("state") if t.shape[0] == "P"]
         return [a for x in caches for a in (x.arrays.values() if isinstance(x, Quantised) else (x,))]
 

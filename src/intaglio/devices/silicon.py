@@ -41,10 +41,9 @@ VALUES = ("host", "reference", "oracle", CHIP, NONE)
 
 
 class ChipExecutable(BlockingExecutable):
-    """An executable that computes values by executing chip instructions, with the chip kernel of every op.
+    """Executes the chip instructions of every op's chip kernel to compute values. Slow; for checking kernels.
 
-    It is slow, and is for checking kernels. Raises DeviceError naming an op that no chip kernel supports, before
-    any weight is read.
+    Raises DeviceError naming an op that no chip kernel supports, before any weight is read.
     """
 
     def __init__(self, program: Program, weights: Weights, state: StateSpec, target: Target) -> None:
@@ -86,7 +85,7 @@ class ChipExecutable(BlockingExecutable):
 
 
 class TimeOnlyExecutable(BlockingExecutable):
-    """Computes no values: the next token of every row is id 0. For studies of time alone, however large the model."""
+    """Computes no values: the next token of every row is id 0. For studies of time alone, with models of any size."""
 
     def __init__(self, program: Program, state: StateSpec) -> None:
         self.program, self.state = program, state
@@ -101,7 +100,7 @@ class TimeOnlyExecutable(BlockingExecutable):
 
 @dataclass(frozen=True)
 class ModelledStep:
-    """A step whose values are known, and which ends when the clock shows `end` seconds."""
+    """A step whose result is known and which ends when the modelled clock shows `end` seconds."""
 
     outcome: StepResult
     end: float
@@ -120,8 +119,8 @@ class ModelledStep:
 class SiliconExecutable(Executable):
     """Takes values from another executable and models the time of each step.
 
-    The chips of a pipeline's stages work on different steps at a time: a stage starts a step when the stage before has
-    ended it and when it has ended the step before itself.
+    The chips of a pipeline's stages work on different steps at a time. A stage starts a step as soon as the previous
+    stage has ended that step, and it has itself ended the previous step.
 
     Attributes:
         overhead_s: seconds of the host that a launch takes before the first stage can start it.

@@ -83,7 +83,7 @@ class ReportedWeights:
             self.progress(self.taken, self.total, f"loading the weights, {amount}")
 
     def identity(self) -> str | None:
-        """The identity of the wrapped source."""
+        """The identity of the wrapped source of weights, as text; None if it has none."""
         return self.weights.identity()
 
 
@@ -135,10 +135,10 @@ def assemble(tensor: Tensor, weights: Weights) -> Value:
 
 
 def _joined(parts: list[Quantised], shape: tuple[int, ...]) -> Quantised:
-    """Quantised parts joined, in the format that the checkpoint has, to one matrix or stack of the given shape."""
+    """Join quantised parts along rows to one matrix or stack of the given shape, in the checkpoint's format."""
 
     def join(arrays: list[np.ndarray]) -> np.ndarray:
-        """The arrays joined along rows."""
+        """The arrays as one array [rows, columns], one below the other; stacks are flattened to rows."""
         return np.concatenate([x.reshape(-1, x.shape[-1]) for x in arrays])
 
     whole = parts[0].holding({name: join([x.arrays[name] for x in parts]) for name in parts[0].arrays})

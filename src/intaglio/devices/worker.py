@@ -15,8 +15,8 @@ from intaglio.program import MeshProgram, Program
 class WorkerDevice(Device):
     """A device that runs each executable of another device in a child process.
 
-    silence: as for RanksDevice. Raises DeviceError for a device with a modelled clock, because steps in a child
-    process would not advance it.
+    silence: seconds without a sign of life after which a stopped process counts as hung. Raises DeviceError for a
+    device with a modelled clock, because steps in a child process would not advance it.
     """
 
     name = "worker"

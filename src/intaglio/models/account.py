@@ -42,7 +42,7 @@ OTHER_FILES = (  # patterns of names, and why a file is not read
 
 @dataclass(frozen=True)
 class TensorFate:
-    """The use made of one tensor of a file.
+    """What became of one tensor of a checkpoint's files.
 
     Attributes:
         name: its name.
@@ -72,10 +72,10 @@ class Group:
     """Used tensors whose names differ only in layer and expert numbers.
 
     Attributes:
-        tensors: their name, with * for such a number.
+        tensors: the name of the tensors, with * in place of these numbers.
         count: number of tensors.
         dtype: their stored type.
-        becomes: names of the Program's weights made from them, likewise with *.
+        becomes: names of the Program's weights made from the tensors, with * in place of the numbers.
         format: number format of these weights.
         bytes: bytes of these weights in memory.
     """
@@ -123,7 +123,7 @@ class Account:
     notes: tuple[str, ...]
 
     def table(self) -> dict[str, Any]:
-        """A dict of the account's fields, as plain values for JSON."""
+        """The account's fields as a dict of plain values, for JSON."""
         return {
             "path": self.path, "architecture": self.architecture, "models": self.models, "said_by": self.said_by,
             "quantised_by": self.quantised_by or None, "context": self.context, "vocabulary": self.vocabulary,
@@ -135,9 +135,10 @@ class Account:
 
 
 def account(path: str | Path, context: int | None = None) -> Account:
-    """The Account of a checkpoint. Raises CheckpointError, PortError or TokenizerError if it is refused.
+    """The Account of a checkpoint: what each of its tensors, keys and files is used for.
 
-    context: positions to compile for; None: the model's default.
+    context: positions to compile for; None: the model's default. Raises CheckpointError, PortError or TokenizerError if
+    the checkpoint cannot be ported.
     """
     checkpoint = Checkpoint.open(path)
     ported = port_checkpoint(checkpoint, context)
@@ -184,9 +185,9 @@ def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
 
 
 def _groups(ported: Ported, checkpoint: Checkpoint, tensors: tuple[TensorFate, ...]) -> Iterator[Group]:
-    """Yield the used tensors as a Group for each set of names that are equal when numbers are replaced by *.
+    """Yield a Group for each set of used tensors whose names are equal when numbers are replaced by *.
 
-    The bytes of a weight made of several tensors are counted in the first group that has one of them.
+    The bytes of a weight made of several tensors are counted in the first group that has one of these tensors.
     """
     sizes = {t.name: t.nbytes({}) for t in ported.program.of_role("weight")}
     count, size = Counter[tuple[str, str, str, str]](), Counter[tuple[str, str, str, str]]()
@@ -206,7 +207,7 @@ def _groups(ported: Ported, checkpoint: Checkpoint, tensors: tuple[TensorFate, .
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Fate]:
-    """Yield a Fate for each file of the checkpoint."""
+    """Yield a Fate (used or ignored, and why) for each file of the checkpoint."""
     path = checkpoint.path
     if not path.is_dir():
         yield Fate(path.name, "", "used", "holds the model")

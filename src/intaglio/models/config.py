@@ -36,7 +36,7 @@ class Settings(dict[str, Any]):
 
     Attributes:
         at: path of the table in the file, such as rope_parameters.
-        given: the keys in the file; keys set later, such as defaults, are not reported.
+        given: the keys and values in the file, without those set later, such as defaults.
         seen: the keys that were read.
     """
 
@@ -74,11 +74,11 @@ class Config:
 
     Attributes:
         table: the values; ports may set some.
-        given: the keys in the file.
+        given: the keys and values in the file.
         seen: the keys that were read.
         parts: tables inside the file whose keys are recorded one by one.
         replaced: for a key that another one overrides, the reason.
-        ignored: prefixes of names of tensors that are not read because of this config; as Family.ignored.
+        ignored: prefixes of names of tensors that are not read because of this config, besides those of the Family.
     """
 
     def __init__(self, table: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -96,9 +96,9 @@ class Config:
         return default if value is None else value
 
     def settings(self, key: str, inner: str = "") -> Settings:
-        """A copy of the table at `key`, or of the table `inner` inside it; empty if there is none.
+        """A Settings copy of the table at `key`, or of the table `inner` inside it; empty if there is none.
 
-        Reads of its keys are recorded, too. Raises PortError if the value is not a table.
+        Reads of the copy's keys are recorded, too. Raises PortError if the value is not a table.
         """
         value = self.get(key, {})
         at = key
@@ -115,9 +115,9 @@ class Config:
         return out
 
     def whole(self, key: str, default: int | None = None) -> int:
-        """The value of a key that is a count: an integer of 1 or more. Raises PortError for anything else.
+        """The value of a key that is a count: an integer of 1 or more. Raises PortError for any other value.
 
-        default: the value if the key has none; without it that raises PortError too.
+        default: used if the key has no value. Without a default, a missing value raises PortError.
         """
         value = self.get(key, default)
         if value is None:
@@ -127,9 +127,9 @@ class Config:
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        """The value of a key that is a finite number above 0. Raises PortError for anything else.
+        """The value of a key that is a finite number above 0. Raises PortError for any other value.
 
-        default: as for whole().
+        default: used if the key has no value. Without a default, a missing value raises PortError.
         """
         value = self.get(key, default)
         if value is None:
@@ -152,7 +152,7 @@ class Config:
                 raise PortError(f"config.json: {key}={self.get(key)!r} is not supported: {why}")
 
     def activation(self, key: str = "hidden_act") -> str:
-        """Name of the activation function as ops call it. Raises PortError for an unknown one."""
+        """Name of the activation function, in the names that ops use. Raises PortError for an unknown one."""
         value = self.get(key)
         if value not in ACTIVATIONS:
             raise PortError(f"config.json: {key}={value!r} is not ported; known are {', '.join(ACTIVATIONS)}")
@@ -161,10 +161,10 @@ class Config:
     def layer_types(
         self, every: int = 0, usual: Sequence[str] | None = None, known: Sequence[str] = LAYER_TYPES
     ) -> list[str]:
-        """The attention type of each layer, as a list: "full_attention" or another value of the key `layer_types`.
+        """The attention type of each layer, as a list: the value of the key `layer_types`, or a default.
 
-        Without that key: `usual`; if that is not given, full attention in each `every`-th layer and a sliding
-        window in the others; every=0: all full. Raises PortError for a type that is not in `known`, and for
+        The default is `usual`. If that is not given, each `every`-th layer has full attention and the others a sliding
+        window; with every=0 all layers have full attention. Raises PortError for a type that is not in `known`, and for
         another number of types than num_hidden_layers.
         """
         n = self.whole("num_hidden_layers")

@@ -74,12 +74,13 @@ def hub_id(name: str | Path) -> str | None:
 
 
 def choose_files(repo: str, files: Iterable[str], tag: str | None, read: Callable[[str], Any]) -> list[str]:
-    """The list of a repository's files to download: those of its text and settings, and the weights of one format.
+    """A list of the files to download from a repository: those with text and settings, and the weights of one format.
 
-    Weights are, in this order: those that `transformers_weights` of config.json names; model.safetensors; the
-    shards of model.safetensors.index.json; the only *.safetensors file; the only GGUF model, or that of `tag`, by
-    default Q4_K_M. With a tag, GGUF files come first. A split GGUF model has all its parts. Of a repository that is
-    something else, such as an adapter, only the file that says so: the reader of folders then refuses it by name.
+    Weights are the first of these that the repository has: those that `transformers_weights` of config.json names;
+    model.safetensors; the shards of model.safetensors.index.json; the only *.safetensors file; the only GGUF model, or
+    of several the one of DEFAULT_TAG. With a tag, only GGUF models of that quantisation are considered. A split GGUF
+    model has all its parts. Of a repository that is something else, such as an adapter, only the file that says so: the
+    reader of folders then refuses it by name.
 
     Args:
         repo: name of the repository in errors.
@@ -111,9 +112,9 @@ def choose_files(repo: str, files: Iterable[str], tag: str | None, read: Callabl
 
 
 def _safetensors(repo: str, files: list[str], read: Callable[[str], Any]) -> list[str]:
-    """A list of the safetensors files to read, with the index if there is one.
+    """A list of the safetensors files to download, with the index if there is one; [] if there are none.
 
-    [] if the repository has none in its top folder. Raises HubError if a file that is named is missing, or if several
+    Only files in the repository's top folder count. Raises HubError if a file that is named is missing, or if several
     files have no index.
     """
     decides = deciding_file(read("config.json"), files.__contains__, read)
@@ -133,7 +134,7 @@ def _safetensors(repo: str, files: list[str], read: Callable[[str], Any]) -> lis
 
 
 def _gguf_models(files: list[str]) -> dict[str, list[str]]:
-    """{path of the first part: list of the paths of all parts} of each GGUF model in a repository."""
+    """The GGUF models of a repository, as {path of the first part: list of the paths of all parts}."""
     models: dict[str, list[str]] = {}
     for f in files:
         name = f.rpartition("/")[2]
@@ -144,10 +145,10 @@ def _gguf_models(files: list[str]) -> dict[str, list[str]]:
 
 
 def _chosen_gguf(repo: str, models: Mapping[str, list[str]], tag: str | None) -> list[str]:
-    """The parts of the GGUF model whose name contains `tag`.
+    """The parts of the GGUF model whose name contains `tag`, as a list of paths.
 
-    Without a tag: of the only model or, if there are several, the one with DEFAULT_TAG. Raises HubError unless exactly
-    one model fits.
+    models: {first part: parts}. Without a tag: the only model or, if there are several, the one with DEFAULT_TAG.
+    Raises HubError unless exactly one model fits.
     """
     if tag is None and len(models) == 1:
         return next(iter(models.values()))
@@ -162,7 +163,7 @@ def _chosen_gguf(repo: str, models: Mapping[str, list[str]], tag: str | None) ->
 
 
 class _Repository:
-    """One revision of a repository, read over the network or, without one, from the cache."""
+    """One revision of a hub repository, read over the network; from the cache if the hub cannot be reached."""
 
     def __init__(self, repo: str, revision: str | None) -> None:
         self.repo, self.revision = repo, revision
@@ -279,7 +280,10 @@ def _first_line(e: BaseException) -> str:
 
 
 def _bar(done: int, total: int, what: str, progress: Progress) -> Any:
-    """A subclass of tqdm that reports the bytes of one file to `progress`, after the `done` bytes of earlier files."""
+    """A subclass of tqdm that calls `progress(bytes done, total, what)` as a file is downloaded.
+
+    done: bytes of the files before it.
+    """
     from tqdm import tqdm
 
     class Reported(tqdm):

@@ -85,10 +85,11 @@ def port(
     """The Program of a checkpoint, for positions below `context`.
 
     The default context is the model's own limit; with LongRoPE or dynamic NTK scaling, the length up to which its rope
-    table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter. name: of
-    the Program; None: the folder's. family: a row to use in place of the table's. Raises PortError for an architecture
-    that is not ported, a setting that is not implemented, a context out of range, or tensors that do not match
-    config.json.
+    table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter.
+
+    name: of the Program; None: the folder's. family: used in place of the one in the table of ports. Raises PortError
+    for an architecture that is not ported, a setting that is not implemented, a context out of range, or tensors that
+    do not match config.json; CheckpointError for a checkpoint that cannot be read.
     """
     ported = port_checkpoint(checkpoint, context, name, family)
     if ported.notes:
@@ -99,9 +100,9 @@ def port(
 def port_checkpoint(
     checkpoint: Checkpoint, context: int | None = None, name: str | None = None, family: Family | None = None
 ) -> Ported:
-    """Port a checkpoint as port() does, and return the Program with a report of config keys and tensors, as Ported.
+    """Port a checkpoint, with the arguments of port(). Returns a Ported: the Program with a report of keys and tensors.
 
-    Issues no warning. Raises PortError.
+    Issues no warning; the report has the notes. Raises PortError and CheckpointError.
     """
     if family is None:
         family, said_by = _family(checkpoint.config, str(checkpoint.path))
@@ -146,8 +147,8 @@ def port_config(
 ) -> Program:
     """The Program of a model given only by its config.json, without weights.
 
-    format: number format of all weights; None: the config's dtype, bf16 if it has none. Raises PortError as port(), and
-    for a config with quantisation settings.
+    format: number format of all weights; None: the config's dtype, bf16 if it has none. Raises PortError for an
+    architecture, setting, dtype or context that is not supported, and for a config with quantisation settings.
     """
     family, _ = _family(config, "config.json")
     inner = {**config.get("text_config", {}), **config}
@@ -165,9 +166,9 @@ def port_config(
 
 
 def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
-    """(family of a config, text that says which key named it). Raises PortError if no port fits.
+    """The Family for a config, and a text that says which key named it. Raises PortError if no port fits.
 
-    As in transformers, a known model_type decides; otherwise `architectures` does.
+    As in transformers, a known model_type decides; otherwise `architectures` does. where: the checkpoint, for errors.
     """
     known = families()
     by_type = {t: f for f in known.values() for t in f.model_types}
@@ -205,7 +206,7 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
 def _prefix(family: Family, names: Any) -> str:
     """The prefix of the decoder's tensor names: one of the family's, or "" for tensors saved from the inner model.
 
-    Raises PortError, naming the prefix found, if it is another.
+    names: the checkpoint's tensors. Raises PortError, naming the prefix found, if it is another.
     """
     tops = [f"{top}.weight" for top in family.tops]
     for p in (*family.prefixes, *([""] if "model." in family.prefixes else [])):
@@ -222,7 +223,10 @@ def _prefix(family: Family, names: Any) -> str:
 
 
 def _config(family: Family, config: Mapping[str, Any]) -> Config:
-    """The Config of the text model: the keys of text_config if there is one, otherwise all keys."""
+    """The Config of the text model: the keys of text_config if there is one, otherwise all keys.
+
+    The family's aliases and its function `prepare` have been applied.
+    """
     inner = config.get("text_config")
     if not isinstance(inner, Mapping) or not inner:
         c = Config(config, family.defaults)
@@ -245,8 +249,8 @@ def _llama_names(checkpoint: Checkpoint) -> bool:
 def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: list[str]) -> Callable[[Decoder], Decoder]:
     """A function that takes a Decoder and returns a copy adapted to the checkpoint's tensors.
 
-    The copy has the prefix of their names, the K/V cache's format and scales, whether the output head is the embedding,
-    and how experts are stored. The function may add to `notes`.
+    It adapts the prefix of tensor names, the K/V cache's format and scales, whether the output head is the embedding,
+    and how experts are stored. It may add to `notes`.
     """
     names = checkpoint.names
 
@@ -293,10 +297,11 @@ def _program(
     order: Callable[[str], str] = lambda source: "",
     notes: list[str] | None = None,
 ) -> Program:
-    """The Program that a family's port writes for a config, with `context` positions.
+    """The Program that a family's port writes for a config, with `context` positions; None: the default.
 
-    layout: function that adapts the Decoder to the tensors. format, order: as for Writer. Raises PortError for a
-    context out of range.
+    layout: function that adapts the Decoder to the checkpoint's tensors. format: function from a tensor's name to the
+    number format it is stored in. order: function from a weight's name to its act-order permutation, or "". notes: list
+    to which warnings are added. Raises PortError for a context out of range and what the port refuses.
     """
     usual, limit, differs = lengths(c)
     length = context or usual
@@ -329,7 +334,8 @@ def _long_note(length: int, usual: int, limit: int) -> str:
 def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
     """Raise PortError unless the checkpoint has every tensor that the Program reads, in its shape.
 
-    Records in ported.unused why each other tensor has no use; one that might change results is an error.
+    Each other tensor is added to ported.unused with the reason why it has no use. Raises PortError for one that might
+    change results.
     """
     program, family = ported.program, ported.family
     wanted = {

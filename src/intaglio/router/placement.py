@@ -6,12 +6,12 @@ prefill takes from the other jobs there. round-robin: the replica that was used 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from intaglio.router.index import PromptMemory
 from intaglio.router.job import Job
-from intaglio.router.replica import Replica
+from intaglio.router.replica import Pace, Replica
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Estimate:
     """Estimated cost of a job on a replica: cached and uncached prompt tokens, seconds to its first token and end."""
 
     replica: Replica
+    pace: Pace  # by which the times are estimated
     cached: int
     uncached: int
     first_token: float
@@ -31,26 +32,34 @@ class Estimate:
         The second term stands for the other jobs of the replica, whose steps the prefill lengthens. Without it, jobs
         leave their cached prefix for a small gain of their own, and all jobs together compute more.
         """
-        return self.end + self.uncached * self.replica.report.pace.per_token
+        return self.end + self.uncached * self.pace.per_token
 
 
 Policy = Callable[[Sequence[Estimate]], Estimate]
 
 
-def estimate(replica: Replica, job: Job, memory: PromptMemory, now: float, ahead: int = 0) -> Estimate:
+def fastest_pace(replicas: Iterable[Replica]) -> Pace:
+    """The fastest Pace that any of the replicas has measured; the default one if none has."""
+    return min((r.report.pace for r in replicas if r.report.pace.measured), key=lambda p: p.per_step, default=Pace())
+
+
+def estimate(
+    replica: Replica, job: Job, memory: PromptMemory, now: float, ahead: int = 0, pace: Pace | None = None
+) -> Estimate:
     """The Estimate of a job on a replica: prefill of what is not cached, behind the jobs before it, then decode.
 
-    ahead: prompt tokens of queued jobs that will go to this replica before this one. The last prompt token is
-    always computed, because its logits are needed. A job of stage prefill ends with its first token.
+    ahead: prompt tokens of queued jobs that will go to this replica before this one. pace: by which to estimate; None
+    for the one that the replica has reported. The last prompt token is always computed, because its logits are needed.
+    A job of stage prefill ends with its first token.
     """
     cached = max(job.handed, replica.index.cached_tokens(job.keys, memory, now))
     cached = min(cached, job.prompt_tokens - 1)
     uncached = job.prompt_tokens - cached
-    pace = replica.report.pace
+    pace = pace or replica.report.pace
     first = pace.per_step + pace.per_token * (replica.prefill_tokens + ahead + uncached)
     step = pace.per_step + pace.per_token * (replica.sequences + job.choices)
     steps = 0 if job.stage == "prefill" else job.output_tokens
-    return Estimate(replica, cached, uncached, first, first + steps * step)
+    return Estimate(replica, pace, cached, uncached, first, first + steps * step)
 
 
 def lowest_cost(estimates: Sequence[Estimate]) -> Estimate:

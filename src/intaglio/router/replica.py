@@ -10,6 +10,7 @@ from intaglio.router.index import CacheIndex
 from intaglio.router.job import Job
 
 PREFILL_STEPS = 4  # a replica is given prefill work for this many steps at a time
+PACE_KEPT = 32  # placements on others after which the measured pace of a replica is no longer trusted
 ReplicaState = Literal["starting", "ready", "draining", "dead"]
 Role = Literal["mixed", "prefill", "decode"]  # of a replica: which stages of requests it is given
 
@@ -95,6 +96,13 @@ class Replica:
             return False
         free = self.sequences < self.report.max_sequences
         return not self.jobs or (free and self.prefill_tokens < PREFILL_STEPS * self.report.max_batch_tokens)
+
+    def pace_is_known(self, placements: int) -> bool:
+        """True if the replica has measured its pace, and not long ago: it has jobs, or had one of the latest ones.
+
+        placements: those that the router has made.
+        """
+        return self.report.pace.measured and (bool(self.jobs) or placements - self.last_placed < PACE_KEPT)
 
     def assign(self, job: Job, prefill: int) -> None:
         """Add a job with `prefill` prompt tokens to compute."""

@@ -8,14 +8,14 @@ one tenant do not delay those of others, and a job is placed as late as possible
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
 from intaglio.router.fairness import FairQueue
 from intaglio.router.index import PromptMemory
 from intaglio.router.job import Job, Refusal
-from intaglio.router.placement import POLICIES, Estimate, estimate
+from intaglio.router.placement import POLICIES, Estimate, estimate, fastest_pace
 from intaglio.router.replica import LoadReport, Replica, Role
 
 SCANNED = 64  # queued jobs that are considered at a time
@@ -190,12 +190,18 @@ class Router:
         if not any(r.placeable and r.role == "prefill" for r in self.replicas.values()):
             return False
         decoders = [r for r in self._takers(job) if r.role != "prefill"]
-        options = [estimate(r, job, self.memory, now) for r in decoders]
+        options = self._estimates(decoders, job, now)
         return bool(options) and POLICIES[self.policy](options).uncached >= PREFILL_MIN
 
     def where(self, id: str) -> str | None:
         """Name of the replica on which a job is placed; None if it waits or is unknown."""
         return self._where.get(id)
+
+    def queue_seconds(self) -> float:
+        """Seconds of prefill, for all replicas in all, that the queued jobs would take on one of mean pace."""
+        paces = [r.report.pace.per_token for r in self.replicas.values() if r.placeable]
+        tokens = sum(job.prompt_tokens - job.handed for job in self.queue.jobs())
+        return tokens * sum(paces) / len(paces) if paces else float("inf")
 
     # Inside
 
@@ -226,7 +232,7 @@ class Router:
             raise Refusal("full", why, _retry(wait))
         if _earliest(job.start_by, job.deadline) == float("inf") or not all(r.report.pace.measured for r in alive):
             return
-        best = min((estimate(r, job, self.memory, now) for r in alive), key=lambda e: e.end)
+        best = min(self._estimates(alive, job, now), key=lambda e: e.end)
         if job.start_by is not None and now + wait > job.start_by:
             over = now + wait - job.start_by
             raise Refusal("late", f"it would wait {wait:.1f} s, {over:.1f} s too long; retry later", _retry(over))
@@ -245,8 +251,20 @@ class Router:
 
         ahead: prompt tokens to compute for jobs that wait for a replica and come first, by replica.
         """
-        options = [estimate(r, job, self.memory, now, ahead.get(r.name, 0)) for r in self._takers(job)]
+        options = self._estimates(self._takers(job), job, now, ahead)
         return POLICIES[self.policy](options) if options else None
+
+    def _estimates(
+        self, replicas: Iterable[Replica], job: Job, now: float, ahead: Mapping[str, int] | None = None
+    ) -> list[Estimate]:
+        """The Estimate of a job on each of the replicas. ahead: as for _choose().
+
+        Where the pace is not known the fastest known one stands for it: a replica that seemed slow would be given no
+        jobs, and then never be measured.
+        """
+        fastest, ahead = fastest_pace(self.replicas.values()), ahead or {}
+        paces = ((r, r.report.pace if r.pace_is_known(self.placements) else fastest) for r in replicas)
+        return [estimate(r, job, self.memory, now, ahead.get(r.name, 0), pace) for r, pace in paces]
 
     def _place(self, job: Job, on: Estimate, now: float) -> Placement:
         self.queue.take(job)

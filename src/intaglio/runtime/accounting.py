@@ -26,9 +26,9 @@ class Accounting:
         self.live, self.scheduler, self.clock, self.counts, self.context = live, scheduler, clock, counts, context
 
     def account(self, done: Completed) -> None:
-        """Apply a completed launch to all of its sequences. Events get the time read from the clock at the start.
+        """Apply a completed launch to all of its sequences: their tokens, events and ends.
 
-        Returns nothing.
+        The clock is read once, before; all events of the launch get that time.
         """
         self.clock.read()
         row = 0
@@ -38,11 +38,11 @@ class Accounting:
             row += len(chunk.rows)
 
     def account_sequence(self, scheduled: ScheduledSequence, chunk: Chunk, result: StepResult, row: int) -> None:
-        """Apply one sequence's rows of the result to it, emit its events and count its drafts. Returns nothing.
+        """Apply one sequence's rows of a step's result to it, emit its events and count its drafts.
 
-        Its rows begin at `row`: one for each prompt position whose logits the request wants, then, if it
-        samples, one for the next token and one for each draft. Sampled tokens are appended up to and including
-        the first that differs from its draft or ends the sequence.
+        The rows begin at index `row` of the result: first one for each prompt position of the chunk whose logits the
+        request wants. Then, if the sequence samples in this step, one for the next token and one for each draft.
+        Sampled tokens are appended up to and including the first that differs from its draft or ends the sequence.
         """
         s, drafts, start = scheduled.sequence, scheduled.drafts, scheduled.sequence.computed
         sampled, accepted = 1 + len(drafts) if scheduled.samples else 0, 0
@@ -67,10 +67,10 @@ class Accounting:
                 self.live.emit(self.live.end(s, "length"))
 
     def settle_state(self, s: Sequence, start: int, rejected: bool) -> None:
-        """After a step that began at position `start`: move the sequence's recurrent state, if the model has any.
+        """Update a sequence's recurrent state slots after a step that began at position `start`, if the model has any.
 
-        If drafts were `rejected`, the step has written a state that has read them. The sequence then keeps the state
-        that it had at `start`, and computes the tokens since then again in its next step.
+        rejected: drafts were rejected, so the state that the step wrote includes their tokens and is not used. The
+        sequence then keeps the state of position `start`, and its next step computes the tokens from there on again.
         """
         if s.next_state_slot < 0:
             return
@@ -82,9 +82,10 @@ class Accounting:
 
     @staticmethod
     def _read_prompt_rows(s: Sequence, result: StepResult, row: int, n: int) -> int:
-        """Read the `n` prompt rows from `row` on; returns the index of the row after them.
+        """Read the `n` rows of prompt positions from index `row` on. Returns the index of the row after them.
 
-        For a `scored` request their logits are kept; for prompt_logprobs, the score of the prompt token after each.
+        For a `scored` request the logits are kept. For prompt_logprobs, the score of the prompt token that follows each
+        position is kept.
         """
         if n:
             assert result.logits is not None, "the device was asked for logits and gave none"
@@ -98,9 +99,10 @@ class Accounting:
         return row + n
 
     def _append(self, s: Sequence, result: StepResult, row: int) -> None:
-        """Append the token sampled from one row and emit its event.
+        """Append the token sampled from one row of the result to the sequence and emit its event.
 
-        End the sequence if it is finished or the row is invalid.
+        The sequence is ended if the token finishes it, if the row has no valid token, or if its stop checker or grammar
+        fails.
         """
         token, logprob = int(result.tokens[row]), float(result.logprobs[row])
         if token < 0:
@@ -124,7 +126,7 @@ class Accounting:
         self.live.emit(self.live.end(s, reason, None, scored) if reason else Event(s.request.id, s.index, scored))
 
     def _finish_reason(self, s: Sequence, token: int) -> FinishReason | None:
-        """The finish reason if the sequence ends with `token`, its latest token; None if it continues.
+        """The reason why the sequence ends with `token`, its latest token: "stop" or "length"; None if it continues.
 
         Raises ValueError if the grammar does not allow the token.
         """

@@ -16,7 +16,17 @@ RETRY_AFTER_MIN_S, RETRY_AFTER_MAX_S = 1.0, 60.0  # bounds of the Retry-After se
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """Snapshot of the work queued and running in an engine, the input of Admission.admit()."""
+    """Work queued and running in an engine at one moment; the input of Admission.admit().
+
+    Attributes:
+        waiting: number of sequences that wait.
+        waiting_tokens: tokens that the waiting sequences must compute before each can sample its next token.
+        live: number of sequences that have not ended, waiting or running.
+        prefill_tokens: tokens still to prefill, over all live sequences.
+        latency: estimator of step times, from recent steps.
+        draining: the engine refuses new requests.
+        failed: why the engine cannot serve; None while it can.
+    """
 
     waiting: int  # sequences
     waiting_tokens: int  # tokens of waiting sequences to compute before each can sample its next token
@@ -29,7 +39,7 @@ class EngineLoad:
 
 @dataclass(frozen=True)
 class Admission:
-    """Admission control with the limits of one engine.
+    """Admission control: decides by the limits of one engine which requests it accepts.
 
     Attributes:
         context: context length in tokens.
@@ -113,7 +123,7 @@ class Admission:
 
     @staticmethod
     def _estimates(request: Request, load: EngineLoad) -> tuple[float, float]:
-        """(estimated seconds until the request ends under this load, the same on an idle engine)."""
+        """Estimated seconds until the request ends, as (under this load, on an idle engine)."""
         prompt, n = len(request.prompt), request.params.n
         outputs = 0.0 if request.scored else load.latency.output_tokens(request.params.max_tokens)
         beside = load.latency.estimate(load.prefill_tokens + prompt, outputs, load.live + n)

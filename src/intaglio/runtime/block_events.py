@@ -31,7 +31,7 @@ class BlockEvent:
     parent: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of the event's JSON-serialisable fields; empty ones are left out."""
+        """The event's fields as a dict that JSON can hold; fields that are "" are left out."""
         return {name: value for name, value in vars(self).items() if value}
 
 
@@ -54,7 +54,7 @@ class BlockSnapshot:
     names: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of the snapshot's JSON-serialisable fields."""
+        """The snapshot's fields as a dict that JSON can hold."""
         return {**vars(self), "names": list(self.names)}
 
 

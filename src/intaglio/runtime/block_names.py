@@ -26,7 +26,7 @@ def digest(content: bytes) -> str:
 
 @dataclass(frozen=True)
 class BlockScope:
-    """Everything that decides the bits of all K/V blocks of an engine, apart from tokens and salt.
+    """Everything that decides the bits of the K/V blocks of an engine, apart from their tokens and salt.
 
     Attributes:
         program: hash of the Program.
@@ -48,19 +48,22 @@ class BlockScope:
     def of(
         cls, program: Program, block_size: int, numerics: str = "", weights: str = "", version: str = ""
     ) -> BlockScope:
-        """The BlockScope of a Program's blocks."""
+        """The BlockScope of the K/V blocks of a Program. Its kv_format is taken from the Program's K/V tensors.
+
+        The other arguments are described at the attributes of the class.
+        """
         formats = sorted({t.format for t in program.of_role("state") if t.shape[0] == "P"})
         return cls(program.hash, weights, " ".join(formats), numerics, block_size, version)
 
     @cached_property
     def digest(self) -> str:
-        """The hash of all fields, as 64 hexadecimal digits."""
+        """The hash of all fields of this scope, as 64 hexadecimal digits."""
         return digest(json.dumps(asdict(self), sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
 class BlockNames:
-    """Computes names of blocks, which are 64 hexadecimal digits.
+    """Computes names of K/V blocks. A name is a hash, 64 hexadecimal digits, over all tokens up to the block's end.
 
     Attributes:
         scope: digest of the BlockScope.
@@ -71,15 +74,15 @@ class BlockNames:
     block_size: int
 
     def root(self, salt: str | None = None) -> str:
-        """The name that stands for the parent of a first block: a hash over scope and salt.
+        """The parent's name for the first block of a sequence: a hash over the scope and the salt.
 
-        The empty salt gives another name than None.
+        salt: the request's cache salt. None and "" give different names.
         """
         end = b"" if salt is None else b"salt " + salt.encode("utf-8", "surrogatepass")
         return digest(b"root " + self.scope.encode() + b" " + end)
 
     def child(self, parent: str, tokens: Sequence[int]) -> str:
-        """The name of the block with these `block_size` token ids, after the block named `parent`."""
+        """The name of the block of `tokens` (`block_size` token ids) that follows the block named `parent`."""
         return digest(parent.encode() + b" " + np.asarray(tokens, "<i8").tobytes())
 
     def chain(self, tokens: Sequence[int], salt: str | None = None) -> Iterator[str]:

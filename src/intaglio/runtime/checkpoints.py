@@ -15,17 +15,17 @@ CHECKPOINT_BLOCKS = 32  # blocks between the checkpoints of a long prompt
 
 
 class Checkpoints:
-    """Keeps the state of sequences at block borders as checkpoints in the slots, and finds them again.
+    """Keeps recurrent states at block borders as checkpoints, for the prefix cache, and finds them again.
 
-    A state exists only at the end of a step, so prompts are cut there. The borders of a prompt are:
+    A state exists only at the end of a step, so the steps of a prompt are made to end at its borders. These are:
 
     1. every `every` blocks, counted from position 0;
-    2. where another sequence branched off: the end of the K/V blocks found in the prefix cache, if the state there was
-       not kept (Pan et al. 2024, Marconi);
+    2. where another sequence branched off: the end of the K/V blocks found in the prefix cache, if no state was kept
+       there (Pan et al. 2024, Marconi);
     3. the last border before the prompt's last token.
 
-    While a sequence decodes, steps are not cut: its state is kept whenever a step ends at a border, in place of the one
-    kept at the border before, unless that is one of the first kind.
+    While a sequence decodes, steps are not cut. If a step happens to end at a border, the state is kept. It replaces
+    the sequence's previous checkpoint from decoding, unless that one is at a border of the first kind.
 
     Args:
         pool: the K/V blocks. Dropping a block from the prefix cache drops the checkpoint at its end.
@@ -43,9 +43,10 @@ class Checkpoints:
         return bool(self.slots.total and self.every)
 
     def usable(self, known: Many[int]) -> int:
-        """How many of the leading blocks `known`, found in the prefix cache, a sequence can start after.
+        """Number of the leading blocks `known` (found in the prefix cache) after which a sequence can start.
 
-        All of them if the model has no recurrent state, else those up to the deepest border with a checkpoint.
+        All of them if the model has no recurrent state, else those up to the last border that has a checkpoint; 0 if
+        none has.
         """
         if not self.slots.total:
             return len(known)
@@ -53,9 +54,11 @@ class Checkpoints:
         return next(deepest, 0)
 
     def start(self, sequence: Sequence, found: int) -> None:
-        """Give a sequence its slots: the checkpoint after its cached blocks, and one to write to. Plan its borders.
+        """Give a sequence its two state slots and plan the borders of its prompt at which steps end.
 
-        Its `computed` and `prefix_name` are set. found: number of leading blocks that the prefix cache had.
+        One slot is the checkpoint after its cached blocks, if any; the other is where its first step writes. The
+        sequence's `computed` and `prefix_name` must be set. found: number of leading blocks that are in the prefix
+        cache, with or without a checkpoint.
         """
         size = self.pool.block_size
         if sequence.prefix_name and self.slots.total:
@@ -79,7 +82,7 @@ class Checkpoints:
         return min([*borders, stop]) - start
 
     def keep(self, sequence: Sequence) -> None:
-        """After a step: keep the sequence's state if it stands at a border."""
+        """Keep the sequence's state as a checkpoint, if the step that has just ended stands at a border."""
         at, size = sequence.computed, self.pool.block_size
         name = sequence.prefix_name
         if (

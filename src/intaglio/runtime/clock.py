@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class MonotonicClock:
-    """Wraps a clock in seconds so that time never goes back: a reading below the last one returns the last one.
+    """Wraps a clock in seconds so that time never goes back: a reading below the latest one returns the latest.
 
     `now` is the latest reading; events between two readings are stamped with it.
     """

@@ -30,7 +30,7 @@ class BlockKey:
 
 @dataclass
 class TierCounts:
-    """Total counts of a tier. A miss, a corrupt or a late block is computed instead.
+    """Total counts of a tier. The engine computes the blocks that were missed, corrupt or late.
 
     Attributes:
         hits: blocks that were loaded into an engine's pool.
@@ -38,7 +38,7 @@ class TierCounts:
         corrupt: blocks that were there and failed a check: checksum, length, name, or another model's.
         late: blocks that were given up because loading took too long.
         saved: blocks that were written.
-        dropped: blocks that were not saved because earlier ones were still being written.
+        dropped: blocks that were not saved because earlier ones were still being written, or writing had just failed.
         evicted: blocks that were deleted for others.
         errors: reads and writes that the system refused, such as for a full disk.
         loaded_bytes: bytes of the hits.
@@ -60,19 +60,19 @@ class TierCounts:
 
 
 class Load(Protocol):
-    """Interface of blocks that are being loaded."""
+    """Interface of a load in progress: K/V blocks that a tier is reading."""
 
     def wait(self, seconds: float) -> bool:
         """Wait up to `seconds` for the load to end. Returns True if it has ended."""
 
     def blocks(self) -> list[np.ndarray]:
-        """A list of the contents of the leading blocks that the tier had and that passed all checks.
+        """A list of the contents, uint8 [block_bytes], of the leading blocks that the tier had and that passed checks.
 
-        Each is uint8 [block_bytes]. Call it only after the load has ended.
+        Call it only after the load has ended.
         """
 
     def cancel(self) -> None:
-        """Tell that the blocks are not wanted any more, so that what is not read yet is not read."""
+        """Stop the load, as its blocks are not wanted any more: what has not been read yet is not read."""
 
 
 class Connector(Protocol):

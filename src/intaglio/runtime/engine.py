@@ -20,6 +20,7 @@ from intaglio.runtime.block_names import BlockNames, BlockScope
 from intaglio.runtime.checkpoints import CHECKPOINT_BLOCKS
 from intaglio.runtime.clock import MonotonicClock
 from intaglio.runtime.connector import Connector
+from intaglio.runtime.expert_balance import ExpertBalancer
 from intaglio.runtime.kv import BlockPool
 from intaglio.runtime.latency import LatencyEstimator
 from intaglio.runtime.launcher import Launcher, launch_groups
@@ -110,6 +111,7 @@ class Engine:
         self.live = LiveRequests(self.scheduler, self.clock, self.latency, self.counts)
         self.launcher = Launcher(executable, self.live, self.counts)
         self.offload.device = self.launcher
+        self.experts = ExpertBalancer(self.launcher)
         self.accounting = Accounting(self.live, self.scheduler, self.clock, self.counts, context)
         self.recovery = Recovery(self.launcher, self.live, self.scheduler, self.counts, restart, max_restarts)
         self.numerics, self.draining = numerics, False
@@ -117,7 +119,7 @@ class Engine:
 
     @property
     def executable(self) -> Executable:
-        """The loaded Program on the device in use."""
+        """The loaded Program (Executable) on the device in use."""
         return self.launcher.executable
 
     @executable.setter
@@ -140,26 +142,26 @@ class Engine:
         return self.recovery.failed
 
     def add(self, request: Request) -> list[Sequence]:
-        """Queue a request. Returns a list with one Sequence per choice, which callers may read while it is extended.
+        """Queue a request. Returns a list with one Sequence per choice; the engine extends them, callers may read them.
 
-        Raises RequestError if the request can never be served or its id is in use, and Refused, with the time after
-        which to retry, if it cannot be served now.
+        Raises RequestError if the request can never be served or its id is in use. Raises Refused, with the seconds
+        after which to retry, if it cannot be served now.
         """
         seed = self.rng.getrandbits(62) if request.params.seed is None else request.params.seed
         return self._admit(request, seed, range(request.params.n))
 
     def suspend(self, id: str) -> Resumption | None:
-        """Take a request out of the engine. Returns the Resumption for resume(), here or on another engine.
+        """Take a request out of the engine, with no event. Returns its Resumption, for resume() on any engine.
 
-        Its sequences end without an event. Returns None if no such request is live.
+        None if no such request is live.
         """
         now, left = self.clock.read(), self.live.release(id)
         return Resumption.of(left, now, self.program.hash, self.numerics) if left else None
 
     def resume(self, resumption: Resumption) -> list[Sequence]:
-        """Queue a suspended request, which goes on after its output. Returns a Sequence per unfinished choice, a list.
+        """Queue a suspended request, to go on after its output. Returns a list of a Sequence per unfinished choice.
 
-        If the request needs a stop checker or a matcher, it must have new ones, which are given the output. Raises
+        The request's stop checkers and matchers must be new ones; the engine passes the output so far to them. Raises
         RequestError if this engine would not give the same bits, and the errors of add().
         """
         request = resumption.request
@@ -177,7 +179,7 @@ class Engine:
         self.draining = True
 
     def step(self) -> list[Event]:
-        """Run one step of as many sequences as fit: decodes and prefill chunks. Returns its Events; [] when idle.
+        """Run one step: decodes and prefill chunks of as many sequences as fit. Returns a list of Events; [] when idle.
 
         On a pipeline of N stages, launch until N steps (micro-batches) are under way, then wait for the oldest.
         """
@@ -189,16 +191,17 @@ class Engine:
             if self.launcher.under_way:
                 collected += self.collect()
             self.offload.save()
+            self.experts.tick(began, last=self.idle)
         except DeviceLost as lost:
             self.recovery.recover(lost)
         self._close_step(collected, began)
         return self.live.take_events()
 
     def submit(self, now: float) -> list[ScheduledSequence]:
-        """Schedule and launch steps until as many are under way as the executable has stages.
+        """Schedule and launch steps until as many are under way as the executable has pipeline stages. now: seconds.
 
-        While a sequence is suspected of a device loss, at most one launch is under way. Returns a list of the sequences
-        of the launches that it waited for, [] if it did not wait.
+        While a sequence is suspected of a device loss, at most one launch is under way at a time. Returns a list of the
+        ScheduledSequences of the launches that were waited for; [] if none was. Raises DeviceLost.
         """
         collected: list[ScheduledSequence] = []
         depth = self.executable.depth
@@ -216,7 +219,7 @@ class Engine:
         return collected
 
     def collect(self) -> list[ScheduledSequence]:
-        """Wait for the oldest launch and account for it. Returns its ScheduledSequences, a list. Raises DeviceLost."""
+        """Wait for the oldest launch and apply its results. Returns its ScheduledSequences. Raises DeviceLost."""
         launch = self.launcher.under_way[0]
         for done in self.launcher.complete(launch):
             self.accounting.account(done)
@@ -239,15 +242,15 @@ class Engine:
         )  # fmt: skip
 
     def gauges(self) -> Gauges:
-        """The current Gauges of queues and K/V cache."""
-        waiting, pool = self.scheduler.waiting, self.pool
+        """The current Gauges."""
+        waiting, pool, slots = self.scheduler.waiting, self.pool, self.slots
         return Gauges(
             len(self.scheduler.running), len(waiting), sum(s.length for s in waiting), pool.total, pool.held,
-            len(pool.evictable), self.draining, self.failed,
+            len(pool.evictable), slots.total, slots.held, len(slots.evictable), self.draining, self.failed,
         )  # fmt: skip
 
     def _usable(self, connector: Connector | None, executable: Executable) -> Connector | None:
-        """The connector if this model and device can use one, else None, and the connector is told why."""
+        """`connector` if this model and device can use one; else None, and the connector tells the operator why."""
         why = ""
         if self.state.slots:
             why = f"{self.program.name} has recurrent state, which is not kept with them"
@@ -263,7 +266,10 @@ class Engine:
         return self.pool.names
 
     def block_events(self, after: int) -> list[BlockEvent] | None:
-        """A list of the prefix cache's events after number `after`; None if some are not kept: take a snapshot then."""
+        """A list of the prefix cache's events after number `after`.
+
+        None if some of them are not kept any more; the caller then needs block_snapshot().
+        """
         return self.pool.events.after(after)
 
     def block_snapshot(self) -> BlockSnapshot:
@@ -273,9 +279,10 @@ class Engine:
     def _admit(
         self, request: Request, seed: int, choices: abc.Sequence[int], resumption: Resumption | None = None
     ) -> list[Sequence]:
-        """Check and queue these choices of a request, and return a Sequence for each.
+        """Check and queue choices of a request. Returns a list of a Sequence for each.
 
-        resumption: if given, the choices go on after its output.
+        seed: of choice 0. choices: their indices. resumption: if given, the choices continue after the output in it.
+        Raises RequestError or Refused, and counts the choices as refused.
         """
         n = len(choices)
         self.counts.received += n
@@ -296,10 +303,10 @@ class Engine:
         return sequences
 
     def _sequences(self, request: Request, seed: int, choices: abc.Sequence[int], estimate: float) -> list[Sequence]:
-        """Create and return one Sequence for each of these choices of the request. Choice i samples with seed + i.
+        """Create the Sequences of choices of a request. Choice i samples with seed + i. Returns a list.
 
-        estimate: seconds until the request ends. Raises RequestError if the caller's stop checker or matcher
-        fails.
+        choices: their indices. estimate: seconds until the request ends. Raises RequestError if the function that makes
+        the caller's stop checkers or matchers fails.
         """
         now, first = self.clock.read(), self.counts.admitted
         try:
@@ -314,7 +321,7 @@ class Engine:
         ]
 
     def _start(self, scheduled: list[ScheduledSequence], now: float) -> None:
-        """Record start time and prefix-cache hits of the sequences whose first step this is. now: seconds."""
+        """Record start time and prefix-cache hits of the sequences that are in their first step. now: seconds."""
         for s in (one.sequence for one in scheduled):
             if s.started is None:
                 s.started, s.cached_tokens = now, min(s.computed, len(s.prompt) - 1)  # resumed: output may be there too
@@ -322,7 +329,10 @@ class Engine:
                 self.counts.cached_tokens += s.cached_tokens
 
     def _close_step(self, scheduled: list[ScheduledSequence], began: float) -> None:
-        """If anything ran, count the step, record it as last_step and update the latency estimator. began: seconds."""
+        """Count the step, record it as last_step and update the latency estimator, if any sequence ran in it.
+
+        began: the step's start in seconds.
+        """
         if scheduled:
             seconds = self.clock.read() - began
             decode = sum(one.num_tokens + len(one.drafts) for one in scheduled if one.decodes)

@@ -12,7 +12,7 @@ from intaglio.runtime.engine import Engine
 
 
 def blocks_conserved(e: Engine) -> Iterator[str]:
-    """Yield a text for each K/V block that is not free, evictable or held, or whose refcount is wrong.
+    """Yield a text for each K/V block that is not exactly one of free, evictable and held, or has a wrong refcount.
 
     The refcount must be the number of sequences that hold the block.
     """
@@ -29,10 +29,10 @@ def blocks_conserved(e: Engine) -> Iterator[str]:
 
 
 def slots_conserved(e: Engine) -> Iterator[str]:
-    """Yield a text for each slot of recurrent state that is not free, evictable or held, or whose refcount is wrong.
+    """Yield a text for each error in the slots of recurrent state and their refcounts.
 
-    A running sequence holds the slot that it writes next, which nobody else needs, and once it has computed tokens one
-    with its state.
+    A slot must be exactly one of free, evictable and held. A running sequence must hold the slot that its next step
+    writes, alone. Once it has computed tokens, it must also hold a slot with its state.
     """
     pool, held = e.slots, Counter[int]()
     for s in (s for choices in e.requests.values() for s in choices):
@@ -89,9 +89,10 @@ def prefix_cache_sound(e: Engine) -> Iterator[str]:
 
 
 def sequences_conserved(e: Engine) -> Iterator[str]:
-    """Yield a text if received choices are not refused + admitted, or admitted not finished + suspended + live.
+    """Yield a text for each of these sums that does not hold, and for each error in the queues.
 
-    Each live sequence must also be in the queue of its state, and the queues in order.
+    Choices received = refused + admitted. Choices admitted = finished + suspended + live. Each live sequence must be in
+    the queue of its state, and each queue must be in order.
     """
     scheduler, counts = e.scheduler, e.counts
     live = e.live.sequences()
@@ -110,7 +111,7 @@ def sequences_conserved(e: Engine) -> Iterator[str]:
 def queues_bounded(e: Engine) -> Iterator[str]:
     """Yield a text for each queue that is over its limit.
 
-    At most max_sequences run and max_waiting wait; preempted sequences do not count as waiting.
+    At most max_sequences run. At most max_waiting + max_sequences wait, because preempted sequences wait too.
     """
     scheduler, most = e.scheduler, e.admission.max_waiting
     if len(scheduler.running) > scheduler.max_sequences:
@@ -122,8 +123,8 @@ def queues_bounded(e: Engine) -> Iterator[str]:
 def progress_sound(e: Engine) -> Iterator[str]:
     """Yield a text for each sequence with inconsistent progress.
 
-    Only running sequences may hold blocks, which must have room for the tokens computed. A live sequence must have
-    at least one token left to compute.
+    Only a running sequence may hold blocks or have computed tokens. Its blocks must have room for the tokens computed.
+    A live sequence must have at least one token left to compute.
     """
     for choices in e.requests.values():
         for s in choices:

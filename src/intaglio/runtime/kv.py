@@ -14,7 +14,7 @@ from intaglio.runtime.request import TokenIds
 
 
 class KvError(RuntimeError):
-    """Raised for a pool without blocks, an allocation larger than what is available, or a block that is not held."""
+    """Raised for a pool without blocks, a request for more blocks than are available, or a block that is not held."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class BlockPool:
             self.refcounts[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Decrement the refcount of each of a sequence's `blocks`.
+        """Decrement the refcount of each of a sequence's `blocks`. Raises KvError for a block that is not held.
 
         At 0 a block becomes evictable if it is in the prefix cache, else free. Later blocks are evicted first, so a
         block is never evicted before its children.
@@ -114,9 +114,9 @@ class BlockPool:
                     self.free.append(block)
 
     def find_prefix(self, tokens: TokenIds, salt: str | None) -> list[int]:
-        """A list of the numbers of the blocks of the longest cached prefix of `tokens`, whole blocks only.
+        """The longest prefix of `tokens` that is in the prefix cache, as a list of block numbers; whole blocks only.
 
-        Changes no refcount.
+        salt: the request's cache salt. Changes no refcount.
         """
         blocks: list[int] = []
         for name in self.names.chain(tokens, salt):
@@ -127,9 +127,10 @@ class BlockPool:
         return blocks
 
     def add_to_prefix_cache(self, block: int, parent: str, tokens: TokenIds) -> str:
-        """Add a full block to the tree as a child of the block named `parent` (for a first block, `names.root()`).
+        """Add a full block of `tokens` to the prefix cache, as a child of the block named `parent`. Returns its name.
 
-        Returns its name. If another block of that name is already there, that block stays.
+        parent: `names.root()` for a first block. If another block of the same name is already in the cache, that block
+        stays and `block` is not added. Raises KvError if the block is not held.
         """
         self._check_held(block)
         name = self.names.child(parent, tokens)

@@ -18,11 +18,11 @@ SLOWDOWN_MIN, SLOWDOWN_MAX = 1 / 8, 8.0
 
 @dataclass
 class LatencyEstimator:
-    """Models a step's time as `seconds_per_step + seconds_per_token * tokens`.
+    """Predicts durations. Models a step's time as `seconds_per_step + seconds_per_token * tokens`.
 
     Both coefficients are fitted by weighted least squares over the latest steps and are not below 0. While all steps
-    have the same number of tokens, the cost of a token cannot be fitted and is taken as 0: the model learns from
-    requests that it wrongly admits, never from those it wrongly refuses.
+    have the same number of tokens, the cost of a token cannot be fitted and is taken as 0. This errs towards admitting
+    a request, from which the model then learns; it could not learn from a refused one.
 
     Two 90th percentiles are tracked by stochastic approximation (Robbins and Monro, 1951): `output_length`, in tokens,
     since most outputs end well before max_tokens; and `slowdown`, the ratio of measured to estimated time of a request,
@@ -73,7 +73,7 @@ class LatencyEstimator:
         )
 
     def output_tokens(self, max_tokens: int) -> float:
-        """Expected output length in tokens: `max_tokens`, or less if recent outputs were far shorter."""
+        """Expected output length in tokens: `max_tokens`, but at most LENGTH_MARGIN times the tracked percentile."""
         return min(max_tokens, LENGTH_MARGIN * self.output_length)
 
     def observe_output(self, tokens: int) -> None:
@@ -95,5 +95,8 @@ class LatencyEstimator:
 
 
 def _moved(quantile: float, stride: float, above: bool) -> float:
-    """The tracked 90th percentile after one more observation: moved up if the observation is above it, else down."""
+    """The 90th percentile `quantile` after one more observation: a little larger if that was above it, else smaller.
+
+    stride: step size, in the logarithm of the value.
+    """
     return quantile * math.exp(stride * (QUANTILE if above else QUANTILE - 1))

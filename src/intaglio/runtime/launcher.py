@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from intaglio.runtime.request import Fault
 from intaglio.runtime.scheduler import ScheduledSequence
 from intaglio.runtime.sequence import Sequence
 from intaglio.runtime.stats import Counts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +36,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Completed:
-    """A launch that the device has completed: its sequences, their chunks and the result."""
+    """A launch that the device has completed: its sequences, the token rows (chunk) of each, and the result."""
 
     scheduled: list[ScheduledSequence]
     chunks: list[Chunk]
@@ -63,14 +66,17 @@ class Launcher:
             self._remove(launch)
 
     def run(self, scheduled: list[ScheduledSequence], retried: bool = False) -> Iterator[Completed]:
-        """Launch a step and wait for it. Yields one Completed, or several if the step failed and was split."""
+        """Launch a step and wait for it. Yields one Completed, or several if the step failed and was split.
+
+        Yields none if every sequence's grammar fails or every retry fails. retried: see Launch. Raises DeviceLost.
+        """
         if launch := self.launch(scheduled, retried):
             yield from self.complete(launch)
 
     def launch(self, scheduled: list[ScheduledSequence], retried: bool = False) -> Launch | None:
-        """Start one step with these sequences and return its Launch.
+        """Start one step with these sequences. Returns its Launch. retried: see Launch.
 
-        Sequences whose grammar failed are left out. Returns None if no sequence is left.
+        Sequences whose grammar fails are ended with a fault and left out. Returns None if no sequence is left.
         """
         ready = [(one, chunk) for one in scheduled if (chunk := self.chunk(one))]
         if not ready:
@@ -104,7 +110,7 @@ class Launcher:
             yield Completed(launch.scheduled, launch.chunks, result)
 
     def _remove(self, launch: Launch) -> None:
-        """Remove a launch from those under way; its sequences are not in flight any more."""
+        """Remove a launch from those under way, and mark its sequences as not in flight."""
         self.under_way.remove(launch)
         for one in launch.scheduled:
             one.sequence.in_flight = False
@@ -145,9 +151,17 @@ class Launcher:
         with self._noting_loss():
             self.executable.write_blocks(blocks, contents)
 
+    def between_steps(self, call: Callable[[Executable], T]) -> T:
+        """The result of call(executable), which runs no step. Raises what it raises."""
+        with self._noting_loss():
+            return call(self.executable.unwrapped())
+
     @contextmanager
     def _noting_loss(self, in_step: bool = False) -> Iterator[None]:
-        """Context manager that notes the sequences in flight if its block raises DeviceLost, and lets that pass."""
+        """Context manager that records the sequences in flight if its block raises DeviceLost. The error is not caught.
+
+        in_step: the block waits for a step, rather than moving K/V blocks.
+        """
         try:
             yield
         except DeviceLost:
@@ -156,9 +170,9 @@ class Launcher:
             raise
 
     def start(self, chunks: list[Chunk], logits: bool = False) -> PendingStep:
-        """Combine the chunks to a Batch and launch it. Returns the PendingStep.
+        """Combine the chunks to a Batch and launch it. Returns the PendingStep. logits: return the rows' logits.
 
-        If launching raises, the error is in the returned step's result.
+        If launching raises an error, the returned step's result() raises it.
         """
         try:
             batch = bind(chunks, self.executable.state.page_tokens)
@@ -169,7 +183,7 @@ class Launcher:
             return CompletedStep(e)
 
     def step(self, chunks: list[Chunk]) -> StepResult:
-        """Run one step with these chunks, wait for it and return its StepResult."""
+        """Run one step with these chunks and wait for it. Returns its StepResult; raises what the device raises."""
         return self.start(chunks).result()
 
     def chunk(self, scheduled: ScheduledSequence) -> Chunk | None:

@@ -49,7 +49,10 @@ class LiveRequests:
             self.next_deadline = min((s.deadline() for s in self.sequences()), default=math.inf)
 
     def end(self, s: Sequence, reason: FinishReason, fault: Fault | None = None, scored: Scored | None = None) -> Event:
-        """End a sequence, free its blocks and return its last Event. scored: the event's token, or None."""
+        """End a sequence, free its blocks and return its last Event.
+
+        reason: its finish_reason. fault: the error, if it ends with one. scored: its last token, if the event has one.
+        """
         now = self.clock.now
         if reason in ("stop", "length"):
             self.scheduler.update_blocks(s)
@@ -65,7 +68,7 @@ class LiveRequests:
         return Event(s.request.id, s.index, scored, reason, fault, s.usage(now))
 
     def release(self, id: str) -> list[Sequence]:
-        """Take a request out, with no event, and free its blocks. Returns its sequences that had not ended, a list."""
+        """Take a request out without an event, and free its blocks. Returns its sequences that had not ended."""
         left = self.of(id)
         for s in left:
             self.scheduler.update_blocks(s)
@@ -76,7 +79,7 @@ class LiveRequests:
         return left
 
     def emit(self, event: Event) -> None:
-        """Add an event to those of the step."""
+        """Add an event to those of the current step."""
         self.events.append(event)
 
     def take_events(self) -> list[Event]:
@@ -87,7 +90,7 @@ class LiveRequests:
     def _observe(self, s: Sequence, seconds: float, cut: bool) -> None:
         """Update the latency estimator from a sequence that ended after `seconds`.
 
-        cut: its deadline ended it, so its time is first extrapolated to the expected output length.
+        cut: the sequence was ended by its deadline, so its time is first extrapolated to the expected output length.
         """
         expected = max(1.0, self.latency.output_tokens(s.request.params.max_tokens))
         whole = seconds * max(1.0, expected / max(1, len(s.output))) if cut else seconds

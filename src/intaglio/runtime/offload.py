@@ -18,11 +18,11 @@ POLL = 0.05  # seconds that a wait for a load may take when nothing else can run
 
 
 class BlockDevice(Protocol):
-    """Interface of the device whose blocks are moved: an Executable, or the launcher of one."""
+    """Interface of the device whose K/V blocks are read and written: an Executable, or the launcher of one."""
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a K/V block."""
+        """Bytes of a K/V block on the device."""
 
     def read_blocks(self, blocks: list[int]) -> np.ndarray:
         """The contents of blocks, uint8 [blocks, block_bytes]."""
@@ -33,7 +33,15 @@ class BlockDevice(Protocol):
 
 @dataclass(frozen=True)
 class SequenceLoad:
-    """A load for a waiting sequence. first: number of the first block that is loaded; began: seconds."""
+    """A load of K/V blocks for a waiting sequence.
+
+    Attributes:
+        sequence: the sequence that waits.
+        first: index, among the sequence's blocks, of the first block that is loaded.
+        keys: the blocks that are loaded.
+        load: the tier's load.
+        began: when it began, in seconds by the engine's clock.
+    """
 
     sequence: Sequence
     first: int
@@ -43,12 +51,12 @@ class SequenceLoad:
 
 
 class Offload:
-    """Moves blocks between an engine's pool and a tier. Without a connector it does nothing.
+    """Moves K/V blocks between an engine's pool and a tier. Without a connector it does nothing.
 
-    Only blocks of the prefix cache are saved, and each once it is full. Loading is for one sequence at a time, the
-    first that waits; while it lasts, running sequences go on. What fails or comes late is computed instead.
+    Full blocks are saved once they are in the prefix cache. Blocks are loaded for one sequence at a time, the first
+    that waits; running sequences go on meanwhile. Blocks that cannot be loaded, or not in time, are computed.
 
-    timeout: seconds by the engine's clock that a load may take. device: set before the first step.
+    timeout: longest time for a load, in seconds by the engine's clock. device: to be set before the first step.
     """
 
     def __init__(
@@ -65,7 +73,7 @@ class Offload:
         Args:
             sequence: the first that waits.
             cached: number of its leading blocks that are in the prefix cache.
-            wait: nothing else can run, so wait for the load a little.
+            wait: True if nothing else can run; then up to POLL seconds are spent waiting for the load.
         """
         if not self.connector:
             return True
@@ -83,9 +91,10 @@ class Offload:
         return True
 
     def fill(self, sequence: Sequence, cached: int, blocks: list[int]) -> int:
-        """Write the contents loaded for a sequence to its blocks, those after its `cached` leading ones.
+        """Write the contents loaded for a sequence to its blocks, from index `cached` on. Returns the number written.
 
-        Returns the number of blocks filled. Raises DeviceLost.
+        cached: number of the sequence's leading blocks that are in the prefix cache. blocks: numbers of all its blocks.
+        Raises DeviceLost.
         """
         done, self.loading = self.loading, None
         if not self.connector or not self.device or not done:
@@ -112,7 +121,7 @@ class Offload:
         return len(contents)
 
     def started(self, blocks: list[int]) -> None:
-        """Tell the tier that a sequence starts with these cached blocks."""
+        """Tell the tier that a sequence starts with these blocks, so that they count as recently used."""
         if self.connector and blocks:
             # a loaded block is not in the prefix cache if another of its name is
             self.connector.touch([self.pool.name(block) for block in blocks if block in self.pool.cached])
@@ -154,11 +163,10 @@ class Offload:
         return BlockKey(cached.name, cached.parent, cached.tokens)
 
     def _begin(self, sequence: Sequence, cached: int) -> SequenceLoad | None:
-        """Begin to load the blocks after the first `cached` ones, and return the SequenceLoad.
+        """Begin to load a sequence's blocks from index `cached` on, as many as the tier has. Returns the SequenceLoad.
 
-        None if the tier does not have the first of them.
-
-        The sequence's last token is always computed, so the block that it would complete is not loaded.
+        None if the tier does not have the first of them. The sequence's last token is always computed, so the block
+        that it would complete is not loaded.
         """
         assert self.connector and self.device
         size = self.pool.block_size

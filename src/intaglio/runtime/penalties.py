@@ -26,7 +26,7 @@ class Penalties:
         self.scale = np.array([p.repetition_penalty if id in in_prompt else 1.0 for id in first], np.float32)
 
     def push(self, token: int) -> None:
-        """Count one more output token."""
+        """Count one more output token, if a penalty depends on it."""
         if not (self.repeated or self.counted):
             return
         row = self.row.setdefault(token, len(self.row))

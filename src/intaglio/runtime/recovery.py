@@ -32,15 +32,14 @@ class Recovery:
         self.attempts = ""  # what became of the last attempts
 
     def recover(self, lost: DeviceLost) -> None:
-        """Replace the lost device. Returns nothing.
+        """Replace the lost device, or end all sequences in error if it cannot be replaced.
 
-        All running sequences are preempted, to be recomputed from their token ids, unless the new device has
-        the K/V of the lost one: a step writes K/V only where nothing was computed, so what was computed before
-        is as it was.
+        If the new device has the K/V of the lost one, running sequences go on: a step writes K/V only at new positions,
+        so the K/V computed before the loss is intact. Otherwise all running sequences are preempted and recomputed from
+        their token ids.
 
-        The sequences in the launch that lost the device become suspects: each runs in a step of its own,
-        without drafts, until it has sampled a token. A suspect that loses the device twice before that ends in
-        error. If the device cannot be replaced, all sequences end in error.
+        The sequences in the launch that lost the device become suspects: each runs in a step of its own, without
+        drafts, until it has sampled a token. A suspect that loses the device twice before that ends in error.
         """
         self.counts.faults["worker"] += 1
         why = f"the device was lost: {lost}"
@@ -53,7 +52,7 @@ class Recovery:
                 self.live.emit(self.live.end(s, "error", Fault("worker", why)))
 
     def blame(self, why: str) -> None:
-        """Mark the sequences of the launch that lost the device as suspects.
+        """Mark the sequences that were in flight when the device was lost as suspects.
 
         A sequence that was alone in two launches that lost the device, with no token sampled between them, ends in
         error; `why` is the error's text.
@@ -72,9 +71,9 @@ class Recovery:
         return Chunk([0], 0, [self.scheduler.spare_block()], [0], state=(-1, slot))
 
     def replace_device(self) -> bool:
-        """Start another device and run a step of one token on it. Returns False if no attempt succeeds, else True.
+        """Start another device and run a step of one token on it. Returns True, or False if no attempt succeeds.
 
-        A refused replacement ends the attempts.
+        At most `max_restarts` attempts; ReplacementRefused ends them at once.
         """
         self.attempts = "nothing replaces it"
         for attempt in range(self.max_restarts if self.restart else 0):

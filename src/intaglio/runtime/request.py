@@ -26,7 +26,7 @@ class ParamsError(ValueError):
 
 
 class RequestError(ValueError):
-    """Raised for a request that can never be served: empty, too long, id in use, token ids outside the vocabulary."""
+    """Raised for a request that can never be served, such as an empty or too long prompt, or an id that is in use."""
 
 
 class Refused(RuntimeError):
@@ -50,8 +50,11 @@ class Grammar:
     Attributes:
         kind: the language of `source`.
         source: the schema, expression or grammar.
-        before: a Lark grammar of the whole output in which `@answer` stands for the constraint, such as reasoning and
-            then an answer; empty: the constraint is the whole output.
+        before: a Lark grammar of the whole output, in which `@answer` stands for the constraint; for instance,
+            reasoning
+            and then an answer. "": the constraint is the whole output.
+
+    Raises ParamsError for an unknown kind or a source of a wrong type.
     """
 
     kind: Literal["json_schema", "regex", "lark"]
@@ -71,7 +74,7 @@ class Grammar:
 
 
 class Matcher(Protocol):
-    """Interface of a grammar's state for one output. It takes token ids and maps them to text itself."""
+    """Interface of a grammar's state for one output. The state advances by token ids."""
 
     def mask(self) -> np.ndarray:
         """Bit mask of the token ids allowed next: uint32 [(vocabulary + 31) // 32], lowest bit first."""
@@ -80,28 +83,35 @@ class Matcher(Protocol):
         """Append a token. Returns False, and changes nothing, if the grammar does not allow it."""
 
     def rollback(self, n: int) -> None:
-        """Undo the last `n` advances."""
+        """Undo the last `n` calls of advance()."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue a prompt. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off.
+    """How to continue a prompt. Raises ParamsError, naming the field and what is allowed.
 
-    The same seed gives the same tokens whatever else runs at the time; None: a random seed. Choice i of `n` uses seed
-    + i. Output ends before the first of the `stop` strings, at a token of `stop_token_ids`, at an end-of-sequence
-    token (unless `ignore_eos`), or after `max_tokens`.
+    The output ends before the first of the `stop` strings, at a token of `stop_token_ids`, at an end-of-sequence token
+    (unless `ignore_eos`), or after `max_tokens` tokens.
 
     Logits l are changed in this order: repetition_penalty r (token ids in prompt or output: l / r if l > 0, else l *
     r); then l + logit_bias[id] - presence_penalty * (count > 0) - frequency_penalty * count, counted over the output;
-    then the grammar mask, and the masks of the next three. `min_tokens`: no end of sequence, no token of
-    `stop_token_ids` and no stop string before that many tokens. `allowed_token_ids`: draw from these ids alone.
-    `bad_words`: texts whose tokens are not drawn in a row.
+    then the masks of `grammar`, `min_tokens`, `allowed_token_ids` and `bad_words`. Log-probabilities are always those
+    of the unchanged logits.
 
-    Log-probabilities are always those of the unchanged logits. `logprobs`: how many of the likeliest tokens to return
-    with each sampled token; `logprob_token_ids`: return these ids in their place; `prompt_logprobs`: with each prompt
-    token (None: no prompt scores). `include_stop_str_in_output`: the text ends after the stop string.
-    `skip_special_tokens`: leave special tokens out of the text. Raises ParamsError, naming the field and what is
-    allowed.
+    Attributes:
+        temperature: 0 is greedy.
+        top_k, top_p, min_p: sampling filters; 0, 1 and 0 switch them off.
+        seed: the same seed gives the same tokens whatever else runs at the time; None: a random seed. Choice i of `n`
+            uses
+            seed + i.
+        min_tokens: no end of sequence, no token of `stop_token_ids` and no stop string before that many tokens.
+        allowed_token_ids: draw from these ids alone; None: all.
+        bad_words: texts that must not be generated; the last token of each is not drawn after the others.
+        logprobs: how many of the likeliest tokens to return with each sampled token.
+        logprob_token_ids: return the log-probabilities of these ids instead of the likeliest.
+        prompt_logprobs: how many of the likeliest tokens to return with each prompt token; None: no prompt scores.
+        include_stop_str_in_output: the text ends after the stop string.
+        skip_special_tokens: leave special tokens out of the text.
     """
 
     max_tokens: int = 16
@@ -219,11 +229,11 @@ class Request:
         scored: generate nothing, and collect the logits of all prompt positions in the sequence's `logits`, float32
             [tokens, vocabulary].
         matcher: matcher(index) makes the Matcher of a choice; needed if `params.grammar` is given.
-        priority: a lower number is scheduled first and preempted last.
-        queue_timeout: seconds until its first step; None: no limit.
-        timeout: seconds in all; None: no limit.
+        priority: a request with a lower number is scheduled earlier and preempted later.
+        queue_timeout: seconds from arrival to the first step; None: no limit.
+        timeout: seconds from arrival to the end; None: no limit.
         salt: K/V is shared only between requests of the same salt.
-        bad_words: runs of token ids whose last one is not drawn after the others.
+        bad_words: sequences of token ids; the last id of each is not drawn after the others.
     """
 
     id: str
@@ -254,9 +264,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Scored:
-    """A token with its log-probability under the unchanged logits, and `top`: (id, logprob) of the likeliest tokens.
+    """A token with its log-probability under the unchanged logits, and those of other tokens at its position.
 
-    With `logprob_token_ids`, `top` has those ids instead. rank: 1 for the likeliest token; None if it was not computed.
+    Attributes:
+        token: its id.
+        logprob: natural log-probability.
+        top: (id, log-probability) of the likeliest tokens, or of the ids in `logprob_token_ids`.
+        rank: 1 if the token is the likeliest; None if the rank was not computed.
     """
 
     token: int
@@ -267,7 +281,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts and times of one choice. Times are seconds by the engine's clock, None if not reached."""
+    """Token counts and times of one choice. Times are seconds by the engine's clock; None: not reached."""
 
     prompt_tokens: int
     cached_tokens: int  # prompt tokens found in the prefix cache at its first step

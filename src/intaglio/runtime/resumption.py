@@ -36,7 +36,7 @@ class Resumption:
     """A suspended request, which Engine.resume() continues on any engine that gives the same bits.
 
     Attributes:
-        request: the request. Its seed is the one in use; its timeouts, in seconds, are the time that is left.
+        request: the request, with the seed in use and with timeouts shortened to the seconds that are left.
         choices: its choices that have not ended.
         program: hash of the Program.
         numerics: what else decides the bits of results (see Engine).
@@ -49,7 +49,7 @@ class Resumption:
 
     @classmethod
     def of(cls, sequences: list[Sequence], now: float, program: str, numerics: str) -> Resumption:
-        """The Resumption of the live sequences of one request at time `now` (seconds by the engine's clock)."""
+        """The Resumption of one request, made from its live sequences at time `now` (seconds by the engine's clock)."""
         s = sequences[0]
         params = replace(s.request.params, seed=(s.seed - s.index) % 2**63)
         waited = now - s.arrived
@@ -76,9 +76,10 @@ class Resumption:
             )
 
     def apply(self, sequence: Sequence) -> None:
-        """Give a new sequence the output of its choice, and advance its stop checker and grammar by that output.
+        """Give a new sequence the earlier output of its choice, and pass that output to its stop checker and grammar.
 
-        Raises RequestError if they do not accept the output: then they are not those of this request.
+        Raises RequestError if the stop checker or grammar does not accept the output, and so belongs to another
+        request.
         """
         choice = next(c for c in self.choices if c.index == sequence.index)
         for token in choice.output:
@@ -100,17 +101,14 @@ class Resumption:
             sequence.prompt_rows_read = sequence.prompt_rows_wanted
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of the Resumption's JSON-serialisable fields, without the request's functions.
-
-        from_dict() reads it.
-        """
+        """The Resumption as a dict that JSON can hold, for from_dict(). The request's functions are left out."""
         request = write_request(self.request, self.request.params.seed or 0)
         choices = [{"index": c.index, "output": [*c.output], "logprobs": [*c.logprobs]} for c in self.choices]
         return {"request": request, "choices": choices, "program": self.program, "numerics": self.numerics}
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Resumption:
-        """The Resumption that as_dict() wrote, without stop checker and matcher, which the caller has to make again."""
+        """The Resumption that as_dict() wrote. The caller has to make its stop checker and matcher again."""
         choices = tuple(SuspendedChoice(c["index"], tuple(c["output"]), tuple(c["logprobs"])) for c in table["choices"])
         return cls(read_request(table["request"]), choices, table["program"], table["numerics"])
 

@@ -17,7 +17,10 @@ from intaglio.runtime.sequence import Sequence
 
 
 def edits(p: SamplingParams, prompt: TokenIds, output: TokenIds) -> Edits | None:
-    """Logit edits for sampling the token after `prompt` and `output`; None if `p` has no penalties and no biases."""
+    """The Edits of the logits from which the token after `prompt` and `output` is sampled; None if nothing edits them.
+
+    They are the penalties and logit biases of the sampling parameters `p`.
+    """
     if not p.edits_logits:
         return None
     penalties = Penalties(p, prompt)
@@ -27,7 +30,10 @@ def edits(p: SamplingParams, prompt: TokenIds, output: TokenIds) -> Edits | None
 
 
 def sampling_rows(s: Sequence, drafts: TokenIds) -> list[Sampling]:
-    """A list of the sampling inputs of each row that samples: of the last token, then of each draft token."""
+    """The sampling inputs of the rows from which a sequence samples, as a list: of its last token, then of each draft.
+
+    Raises ValueError if the grammar does not allow a draft.
+    """
     p, rows = s.request.params, list[Sampling]()
     if s.matcher is None and s.token_filter is None and not p.edits_logits:
         return [s.base_sampling] * (len(drafts) + 1)
@@ -47,10 +53,10 @@ def sampling_rows(s: Sequence, drafts: TokenIds) -> list[Sampling]:
 
 
 def score(logits: np.ndarray, token: int, top: int, ids: TokenIds = ()) -> Scored:
-    """A token's Scored, from one row of logits [vocabulary]: log-probability, rank, and the `top` likeliest tokens.
+    """The Scored of a token, from the row of logits [vocabulary] at its position.
 
-    Log-probabilities are those of the row's softmax. Of equal logits the lower id comes first. ids: if given, these
-    tokens are scored instead of the likeliest.
+    top: number of the likeliest tokens to include; of equal logits the lower id comes first. ids: if given, include
+    these tokens instead. Log-probabilities are those of the row's softmax.
     """
     wide = logits.astype(np.float64)
     logprobs = wide - wide.max()

@@ -19,7 +19,10 @@ from intaglio.runtime.slots import SlotPool
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """One sequence in a step: its next `num_tokens` tokens are computed, and the draft tokens after them verified."""
+    """One sequence in a step: its next `num_tokens` tokens are computed, and the tokens `drafts` after them verified.
+
+    decodes: the step is a decode of this sequence, not a part of its prompt.
+    """
 
     sequence: Sequence
     num_tokens: int
@@ -87,7 +90,7 @@ class Scheduler:
             self.preempt(sequence)
 
     def spare_block(self) -> int:
-        """Number of a block that no sequence holds and that is not in the prefix cache when this returns.
+        """Number of a K/V block that no sequence holds and that is not in the prefix cache any more.
 
         Frees the blocks of rejected drafts; while no block is available, preempts the last running sequence.
         """
@@ -100,9 +103,10 @@ class Scheduler:
         return block
 
     def spare_slot(self) -> int:
-        """Number of a slot of recurrent state whose content nobody needs; -1 if the model has none.
+        """Number of a slot of recurrent state whose content is not needed; -1 if the model has no recurrent state.
 
-        Only while no step runs. It is available, or the slot that the last running sequence writes next.
+        The slot is available, or is the one that the last running sequence writes next. Call it only while no step
+        runs.
         """
         if self.slots.free or self.slots.evictable:
             slot = self.slots.allocate()
@@ -111,10 +115,10 @@ class Scheduler:
         return self.running[-1].next_state_slot if self.slots.total else -1
 
     def schedule(self, parts: int = 1) -> list[ScheduledSequence]:
-        """A list of the sequences of the next step, with at most `max_batch_tokens` tokens in all.
+        """The sequences of the next step, as a list of ScheduledSequence, with at most `max_batch_tokens` tokens.
 
-        Sequences in flight are left out. parts: number of steps among which all sequences are divided, in equal
-        numbers. Returns [] only if no sequence is left that is not in flight.
+        Sequences in flight are left out. parts: number of steps (micro-batches) over which all sequences are divided
+        evenly. Returns [] only if every sequence is in flight, or waits to start. Raises DeviceLost.
         """
         scheduled: list[ScheduledSequence] = []
         self._preempt_for_priority()
@@ -134,16 +138,16 @@ class Scheduler:
         return self._add_drafts(scheduled, budget) if self.max_drafts else scheduled
 
     def start_next(self) -> Sequence | None:
-        """Move the first waiting sequence to running, with blocks for all its tokens.
+        """Move the first waiting sequence to running, with blocks for all its tokens. Returns it.
 
-        Returns it, or None if it cannot start. It cannot start if none waits, if `max_sequences` are running,
-        if it is a further choice of a request whose prompt is still being computed (whose blocks it will
-        share), or if too few blocks are available. Later sequences never overtake it.
+        Returns None if it cannot start: if none waits, if `max_sequences` are running, or if too few blocks are
+        available. It also waits while blocks for it are loaded from a tier, and while another choice of its request
+        computes the prompt, whose blocks it will share. Later sequences never overtake it.
 
-        Nor does it start while blocks for it are loaded from a tier. Blocks found in the prefix cache are shared (of a
-        model with recurrent state, those up to the deepest checkpoint), and those after them loaded from a tier that
-        has them, unless logits of the prompt are wanted: then the whole prompt is computed. The last token is always
-        computed, because its logits are needed. Raises DeviceLost if the device is lost while it takes loaded blocks.
+        Blocks found in the prefix cache are shared (of a model with recurrent state, those up to the last checkpoint).
+        The blocks after them are loaded from a tier if it has them. If logits of the prompt are wanted, the whole
+        prompt is computed instead. The last token is always computed, because its logits are needed. Raises DeviceLost
+        if the device is lost while it takes loaded blocks.
         """
         if not self.waiting or len(self.running) >= self.max_sequences:
             return None
@@ -198,14 +202,14 @@ class Scheduler:
         return True
 
     def move_state(self, sequence: Sequence) -> None:
-        """After a step: the slot that it wrote is the sequence's recurrent state, and the next step writes another."""
+        """Make the slot that the last step wrote the sequence's state, and allocate another slot for its next step."""
         self.slots.release(sequence.state_slot)
         sequence.state_slot, sequence.next_state_slot = sequence.next_state_slot, self.slots.allocate()
 
     def update_blocks(self, sequence: Sequence) -> None:
-        """After a step: add newly full blocks to the prefix cache, and free the blocks of rejected drafts.
+        """Add blocks of a sequence that the last step filled to the prefix cache; free the blocks of rejected drafts.
 
-        Without prefix cache no block is added.
+        Without a prefix cache no block is added.
         """
         size, pool = self.pool.block_size, self.pool
         while self.shares_blocks and (sequence.indexed_blocks + 1) * size <= sequence.computed:
@@ -221,9 +225,10 @@ class Scheduler:
         del sequence.blocks[needed:]
 
     def _schedule_chunk(self, scheduled: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
-        """Append as many of the sequence's tokens to `scheduled` as the budget allows, up to its next border.
+        """Append a ScheduledSequence with the sequence's next tokens, as many as the budget allows, to `scheduled`.
 
-        Returns the remaining budget in tokens.
+        The tokens end at the next border at which its recurrent state is kept, if the model has any. Returns the number
+        of tokens left of the budget.
         """
         num_tokens = self.checkpoints.cut(sequence, min(budget, sequence.remaining))
         if num_tokens:
@@ -231,7 +236,7 @@ class Scheduler:
         return budget - num_tokens
 
     def _preempt_for_priority(self) -> None:
-        """Preempt running sequences of worse priority than the first waiting one, from the last up, until it fits.
+        """Preempt running sequences of worse priority than the first waiting one, last ones first, until it can start.
 
         Sequences of a launch under way are not touched. Nothing is preempted if that would not free enough blocks for
         the waiting sequence.
@@ -247,10 +252,10 @@ class Scheduler:
                 self.preempt(worse.pop())
 
     def _add_drafts(self, scheduled: list[ScheduledSequence], budget: int) -> list[ScheduledSequence]:
-        """The scheduled sequences with draft tokens added within `budget` tokens. Drafts never preempt a sequence.
+        """A list of the scheduled sequences with draft tokens added, `budget` in all. Drafts never preempt a sequence.
 
-        Rejected drafts make a sequence with recurrent state compute the step's other rows again. If these are more
-        than `max_drafts` already, it gets no drafts, so that its state moves on.
+        After a rejected draft, a sequence with recurrent state computes the other rows of that step again. It gets no
+        drafts if these are more than `max_drafts`, so that its state moves on.
         """
         drafted = []
         for one in scheduled:

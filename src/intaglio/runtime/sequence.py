@@ -24,7 +24,7 @@ class Sequence:
     """One output (choice `index`) of a request, with its tokens, K/V blocks, state slots and progress.
 
     A waiting sequence holds no blocks; a running one holds blocks for all its tokens. Times are seconds by the engine's
-    clock; None: that point was not reached.
+    clock; a time is None if that point was not reached. Comments at the fields define each.
     """
 
     request: Request
@@ -96,7 +96,10 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """True if its next step can sample a token, and all of its other rows are computed again, if there are any."""
+        """True if its next step can sample a token, and computes no row for the first time except the last.
+
+        Rows before the last are those computed again after a rejected draft.
+        """
         return self.remaining - self.rerun == 1
 
     @property

@@ -12,21 +12,22 @@ PER_SEQUENCE = 2  # slots of a running sequence: its state, and where the next s
 
 
 class SlotError(RuntimeError):
-    """Raised for a pool too small for one sequence, if no slot is available, or for a slot that is not held."""
+    """Raised for a pool too small for one sequence, for a slot that is not held, or if none is available."""
 
 
 class SlotPool:
     """Pool of `total` slots of recurrent state, numbered from 0, with reference counts and checkpoints.
 
     A slot is free; held, by as many sequences as its refcount says; or evictable: held by none, its content kept as a
-    checkpoint until the slot is needed. A model without recurrent state has a pool of 0 slots.
+    checkpoint until the slot is needed. A model without recurrent state has a pool of 0 slots. Raises SlotError if
+    `total` is too small for one sequence.
 
     Attributes:
         refcounts: number of sequences that hold each slot.
         free: a stack; slot 0 is allocated first, then the slot freed last.
         evictable: in order of release; the first is evicted first.
-        checkpoints: slot by the name of the block at whose end its state stands (see BlockNames).
-        named: the reverse.
+        checkpoints: block name (see BlockNames) to the slot with the state at that block's end.
+        named: slot to block name, the reverse of `checkpoints`.
     """
 
     def __init__(self, total: int) -> None:
@@ -42,6 +43,11 @@ class SlotPool:
     def total(self) -> int:
         """Number of slots."""
         return len(self.refcounts)
+
+    @property
+    def held(self) -> int:
+        """Number of slots that sequences hold."""
+        return self.total - len(self.free) - len(self.evictable)
 
     @property
     def sequences(self) -> int:
@@ -64,7 +70,7 @@ class SlotPool:
         return slot
 
     def share(self, slot: int) -> None:
-        """Increment the refcount of a slot that is held or evictable."""
+        """Increment the refcount of a slot. Raises SlotError if it is neither held nor evictable."""
         if slot in self.evictable:
             del self.evictable[slot]
         else:
@@ -72,7 +78,10 @@ class SlotPool:
         self.refcounts[slot] += 1
 
     def release(self, slot: int) -> None:
-        """Decrement the refcount of a slot; -1 is none. At 0 it becomes evictable if it is a checkpoint, else free."""
+        """Decrement the refcount of a slot; at 0 it becomes evictable if it is a checkpoint, else free.
+
+        -1 stands for no slot and does nothing. Raises SlotError for a slot that is not held.
+        """
         if slot == -1:
             return
         self._check_held(slot)
@@ -84,9 +93,10 @@ class SlotPool:
                 self.free.append(slot)
 
     def keep(self, slot: int, name: str) -> bool:
-        """Keep a held slot as the checkpoint at the end of block `name`.
+        """Keep a held slot as the checkpoint at the end of the block `name`. Returns True.
 
-        Returns False, and keeps nothing, if there is a checkpoint of that name.
+        Returns False, and keeps nothing, if there is a checkpoint of that name or the slot is one already. Raises
+        SlotError if the slot is not held.
         """
         self._check_held(slot)
         if name in self.checkpoints or slot in self.named:
@@ -95,7 +105,7 @@ class SlotPool:
         return True
 
     def drop(self, name: str) -> None:
-        """Forget the checkpoint of that name, if there is one. Its slot becomes free, if no sequence holds it."""
+        """Forget the checkpoint of block `name`, if there is one. Its slot becomes free if no sequence holds it."""
         slot = self.checkpoints.pop(name, None)
         if slot is not None:
             del self.named[slot]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Counts:
-    """Numbers of steps, choices, faults and tokens since the engine was created; comments on the fields define each."""
+    """Totals of an engine since its creation: steps, tokens, drafts, restarts; choices by outcome; faults by kind."""
 
     steps: int = 0
     received: int = 0  # choices: refused + admitted
@@ -32,7 +32,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Gauges:
-    """Current queue and K/V cache gauges."""
+    """Current numbers of an engine: sequences, K/V blocks and slots of recurrent state.
+
+    `waiting_tokens`: tokens of the waiting sequences. `blocks`, `slots`: all; `blocks_held`, `slots_held`: by
+    sequences; `blocks_cached`, `checkpoints`: evictable, held by none. `draining`: no request is admitted.
+    `failed`: why the engine cannot serve, or None.
+    """
 
     running: int
     waiting: int
@@ -40,6 +45,9 @@ class Gauges:
     blocks: int
     blocks_held: int
     blocks_cached: int  # evictable: held by no sequence, kept in the prefix cache
+    slots: int  # of recurrent state; 0 for a model without
+    slots_held: int
+    checkpoints: int  # evictable slots, kept for the prefix cache
     draining: bool
     failed: str | None
 
@@ -51,7 +59,10 @@ class Gauges:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step: its number, start time and duration in seconds by the engine's clock, and its numbers of tokens."""
+    """One step: its number, start time and duration in seconds by the engine's clock, and its numbers of tokens.
+
+    `decode_tokens` includes drafts; `sequences`: how many were in the step; `output_tokens`: tokens sampled and kept.
+    """
 
     number: int
     began: float

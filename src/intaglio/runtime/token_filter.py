@@ -13,7 +13,7 @@ from intaglio.runtime.request import Request, TokenIds
 
 
 class TokenFilter:
-    """Computes the mask of token ids that a request allows next.
+    """Computes the mask of the token ids that min_tokens, allowed_token_ids and bad_words of a request allow next.
 
     A mask is uint32 [(vocabulary + 31) // 32], lowest bit first, 1 = allowed. The filter keeps no state of a choice, so
     all choices of a request share one.
@@ -41,7 +41,8 @@ class TokenFilter:
     def mask(self, output: TokenIds, drafts: TokenIds, grammar: np.ndarray | None) -> np.ndarray:
         """The mask of ids that may follow `output` and `drafts`, intersected with `grammar` unless that is None.
 
-        Before min_tokens the end of sequence is not allowed, unless the grammar allows nothing else.
+        Before min_tokens, end-of-sequence tokens and those of stop_token_ids are not allowed, unless the grammar allows
+        nothing else.
         """
         early = len(output) + len(drafts) < self.min_tokens
         mask = (self.unfinished if early else self.allowed).copy()
@@ -57,7 +58,7 @@ class TokenFilter:
 
 
 def pack(flags: np.ndarray) -> np.ndarray:
-    """A bit mask uint32 [len / 32] of boolean flags [multiple of 32], the lowest bit first."""
+    """Boolean flags as a bit mask, uint32 [len(flags) / 32], lowest bit first. len(flags) is a multiple of 32."""
     return np.packbits(flags, bitorder="little").view(np.uint32)
 
 

@@ -19,14 +19,18 @@ MIN_LOGPROB = -9999.0  # replaces minus infinity, which JSON cannot represent; v
 
 
 class Choice(Protocol):
-    """Interface of a response choice: takes the engine's deltas and gives stream chunks or the whole choice."""
+    """Interface of a response builder for one choice, that is, for one of the alternative outputs of a prompt.
+
+    The engine's deltas go in; stream chunks, or at the end the whole choice, come out. `rank` orders choices for
+    best_of.
+    """
 
     rank: Rank
 
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
         """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new.
 
-        Raises Problem in the cases of reason().
+        Raises Problem if the choice failed, was aborted, or missed its deadline before its first token (see reason()).
         """
 
     def whole(self) -> dict[str, Any]:
@@ -34,10 +38,10 @@ class Choice(Protocol):
 
 
 def reason(update: ChoiceDelta) -> str | None:
-    """The finish_reason, a string, that the response shows; None while the choice is still generated.
+    """The finish_reason, a string, that the response shows; None while the choice is still being generated.
 
-    "deadline" extends OpenAI's values: the output up to the deadline is returned. Raises Problem if the choice
-    ended in an error or was aborted, or if its deadline passed before its first token.
+    "deadline" extends OpenAI's values: the output up to the deadline is returned. Raises Problem if the choice ended in
+    an error or was aborted, or if its deadline passed before its first token.
     """
     match update.finish_reason:
         case "error":
@@ -51,7 +55,7 @@ def reason(update: ChoiceDelta) -> str | None:
 
 
 class CompletionChoice:
-    """Choice of /v1/completions: text, log-probabilities, and the prompt if `echo` is set."""
+    """Response builder for one choice of /v1/completions: text, log-probabilities, and the prompt if `echo` is set."""
 
     def __init__(
         self, index: int, prepared: Prepared, body: CompletionRequest, reading: Reading, vocabulary: Vocabulary
@@ -73,7 +77,7 @@ class CompletionChoice:
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
         """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new.
 
-        Raises Problem in the cases of reason().
+        Raises Problem if the choice failed, was aborted, or missed its deadline before its first token (see reason()).
         """
         self.reason, self.stop_reason = reason(update), update.stop_reason
         first = not self.ids
@@ -130,12 +134,12 @@ class CompletionChoice:
             self._score(scores, scored, self.offsets.of_prompt(scored.token))
 
     def _score(self, scores: dict[str, list[Any]], scored: Scored, offset: int) -> None:
-        """Append one token's entry to each list of `scores` (OpenAI's logprobs object).
+        """Append one token's entry to each list of `scores` (the lists of OpenAI's logprobs object).
 
-        offset: the token's place in the text.
+        offset: the token's place in the text, in characters.
 
-        top_logprobs has text as keys. Where two tokens have equal text, only one keeps it: the token itself if it is
-        among them, else the likeliest. The others get token_id:N as their key.
+        The keys of top_logprobs are token texts. If several tokens have the same text, one of them has it as key:
+        `scored`'s own token, else the likeliest. The others have the key token_id:N.
         """
         likely = scored.top if self.body.logprob_token_ids else scored.top[: self.body.logprobs]
         pairs = dict(likely)
@@ -182,10 +186,10 @@ class Rank:
 
 
 def best(choices: Sequence[Choice], n: int, of: int) -> list[dict[str, Any]]:
-    """A list of the JSON dicts of the choices to return for best_of, numbered from 0.
+    """A list of the JSON dicts of the choices to return, numbered from 0: the `n` likeliest for each prompt.
 
-    These are the `n` likeliest of each prompt's `of` choices. `choices` has `of` entries for each prompt, in the
-    order of the prompts. If n equals `of`, their order stays.
+    choices: `of` choices for each prompt, in the order of the prompts. A prompt's choices are returned in descending
+    order of mean log-probability; in the given order if n equals `of`.
     """
     kept: list[Choice] = []
     for i in range(0, len(choices), of):
@@ -197,7 +201,8 @@ def best(choices: Sequence[Choice], n: int, of: int) -> list[dict[str, Any]]:
 def prompt_scores(scores: Sequence[Scored], n: int, vocabulary: Vocabulary) -> list[Any]:
     """A list with vLLM's prompt_logprobs: one entry per prompt token; None for the first, which has no score.
 
-    An entry maps token ids to logprob, rank and text: the `n` likeliest tokens and the prompt's own.
+    scores: of the prompt's tokens from the second on. An entry maps token ids, as text, to logprob, rank and text. It
+    has the `n` likeliest tokens and the prompt's own token.
     """
 
     def entry(id: int, logprob: float, rank: int | None) -> dict[str, Any]:
@@ -211,7 +216,7 @@ def prompt_scores(scores: Sequence[Scored], n: int, vocabulary: Vocabulary) -> l
 
 
 class ChatChoice:
-    """Choice of /v1/chat/completions: content, reasoning, tool calls and log-probabilities."""
+    """Response builder for one choice of /v1/chat/completions: content, reasoning, tool calls and log-probabilities."""
 
     def __init__(
         self, index: int, prepared: Prepared, body: ChatRequest, reading: Reading, vocabulary: Vocabulary
@@ -234,7 +239,7 @@ class ChatChoice:
     def feed(self, update: ChoiceDelta) -> dict[str, Any] | None:
         """Add one engine delta. Returns the chunk to stream as a dict, or None if the client would see nothing new.
 
-        Raises Problem in the cases of reason().
+        Raises Problem if the choice failed, was aborted, or missed its deadline before its first token (see reason()).
         """
         self.reason, self.stop_reason = reason(update), update.stop_reason
         self.rank.add(update.scored)
@@ -275,7 +280,7 @@ class ChatChoice:
         return {"index": self.index, "message": message, "logprobs": scores, **ends, "token_ids": ids}
 
     def _take(self, part: Part, delta: dict[str, Any]) -> None:
-        """Add a parsed part of the output to the whole message and to `delta`, the next stream chunk's message.
+        """Add a parsed part of the output to the whole message and to `delta`, the message of the next stream chunk.
 
         Reasoning is dropped if include_reasoning is false, and all calls but the first if parallel_tool_calls is false.
         """
@@ -324,7 +329,11 @@ def finite(logprob: float) -> float:
 
 
 class Envelope:
-    """A response's fields outside `choices`: id, object, created and model. All chunks of a stream have the same."""
+    """A response's fields outside `choices`: id, object, created and model. They are equal in all chunks of a stream.
+
+    Arguments: `kind`, the object's name without ".chunk"; `first`, further fields of the first chunk; `created`, Unix
+    time in seconds (None: now).
+    """
 
     def __init__(
         self, kind: str, id: str, model: str, first: dict[str, Any] | None = None, created: int | None = None
@@ -334,9 +343,9 @@ class Envelope:
         self.head: dict[str, Any] = {"id": id, "object": kind, "created": when, "model": model}
 
     def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None, with_usage: bool) -> dict[str, Any]:
-        """One chunk of a stream, as a dict. `with_usage`: include the field `usage`, which may be null.
+        """One chunk of a stream, as a dict. The first chunk also has the fields given to the constructor as `first`.
 
-        The first chunk also has the fields given to the constructor as `first`.
+        with_usage: include the field `usage`, even if it is None (null in JSON).
         """
         name = "chat.completion.chunk" if self.kind == "chat.completion" else self.kind
         body = {**self.head, "object": name, "choices": choices, **self.first}
@@ -375,10 +384,11 @@ def usage(submission: Submission, generated: bool, reasoning: int | None = None)
 
 
 def modelled(submission: Submission, by: str) -> dict[str, Any]:
-    """A dict of the modelled times of a finished request on simulated chips, in seconds; `by` names the chips.
+    """Modelled times, in seconds, of a finished request on simulated chips, as a dict. `by` names the chips.
 
-    Time to first token (the earliest choice), mean time per output token after the first, and total (the latest
-    choice). A time is None if the request generated too few tokens to have it.
+    Keys: by; time_to_first_token_seconds, of the earliest choice; time_per_output_token_seconds, the mean over all
+    tokens after the first of their choice; seconds, until the latest choice ended. A time is None if too few tokens
+    were generated.
     """
     all = [u for u in submission.usages if u]
     begun = [(u, u.first_token) for u in all if u.first_token is not None]

@@ -40,6 +40,7 @@ from intaglio.server.protocol import (
 from intaglio.server.relay import Relay, RelayedAnswer
 from intaglio.server.served_model import ServedModel
 from intaglio.server.service import Service
+from intaglio.server.tracing import traced
 
 log = logging.getLogger("intaglio.server")
 B = TypeVar("B", bound=BaseModel)
@@ -110,7 +111,8 @@ class Guard:
         try:
             if counted:
                 self._admit(request)
-            await self.app(scope, receive, send_with_id)
+            with traced(self.service.options.tracing, request.method, scope["path"], request.headers):
+                await self.app(scope, receive, send_with_id)
         except ClientDisconnected:
             log.info("%s: the client has disconnected", id)
         except Exception as e:
@@ -142,7 +144,10 @@ class Api:
     # Generation
 
     async def chat(self, request: Request) -> ASGIApp:
-        """POST /v1/chat/completions. Returns the Answer that sends the response, as a stream or whole."""
+        """POST /v1/chat/completions. Returns an ASGI response that generates the output, sent whole or as a stream.
+
+        Raises Problem, or an error that as_problem() converts, if the request is invalid or refused.
+        """
         body = await self._body(request, ChatRequest)
         relay = _relay(request)
         id = f"chatcmpl-{relay.id if relay else uuid.uuid4().hex}"
@@ -156,7 +161,10 @@ class Api:
         return self._answer(relay, model, body, [prompt], choices, envelope, reading.ignored)
 
     async def complete(self, request: Request) -> ASGIApp:
-        """POST /v1/completions. Returns the Answer that sends the response, as a stream or whole."""
+        """POST /v1/completions. Returns an ASGI response that generates the output, sent whole or as a stream.
+
+        Raises Problem, or an error that as_problem() converts, if the request is invalid or refused.
+        """
         body = await self._body(request, CompletionRequest)
         relay = _relay(request)
         id = f"cmpl-{relay.id if relay else uuid.uuid4().hex}"
@@ -175,7 +183,14 @@ class Api:
         relay: Relay | None, model: ServedModel, body: Any, prompts: list[Prepared], choices: list[Any],
         envelope: Envelope, ignored: Sequence[str],
     ) -> ASGIApp:  # fmt: skip
-        """The Answer for a request that came over HTTP; the RelayedAnswer or Prefill for one that a router sent."""
+        """The ASGI response to a generation request: an Answer if a client sent it over HTTP.
+
+        If a router sent it: a Prefill if only the prompt is to be computed here, else a RelayedAnswer.
+
+        relay: the router's fields; None for a client's request. body: the parsed request. choices: a response builder
+        for each choice. ignored: names of the request's fields without effect. Raises Problem if a relayed request
+        cannot be continued here, or if fields of the body exclude each other.
+        """
         if relay is None:
             return Answer(model, body, prompts, choices, envelope, ignored)
         prompts = relay.prepared(prompts, model.identity)
@@ -191,14 +206,17 @@ class Api:
         return await self.service.prepare(how, model.llm, body, id, settings)
 
     async def embed(self, request: Request) -> Response:
-        """POST /v1/embeddings. Always raises Problem (400), because no model here computes embeddings."""
+        """POST /v1/embeddings. Always raises Problem: no model here computes embeddings."""
         model = self.service.find((await self._body(request, EmbeddingRequest)).model)
         raise Problem(400, f"{model.name} generates text; it gives no embeddings", param="model", code="unsupported")
 
     # Tokenizer
 
     async def tokenize(self, request: Request) -> Response:
-        """POST /tokenize. Returns the response with the token ids of a text or of a conversation."""
+        """POST /tokenize. Returns the response with the token ids of a text or of a conversation.
+
+        Raises Problem if the body is invalid or the model has no tokenizer.
+        """
         raw = await self._read(request)
         chat = re.search(rb'"messages"\s*:', raw)
         body: TokenizeChat | TokenizeText = self._parse(raw, TokenizeChat) if chat else self._parse(raw, TokenizeText)
@@ -216,7 +234,10 @@ class Api:
         return encode(model.llm, render(model.llm, body).text, special=False)
 
     async def detokenize(self, request: Request) -> Response:
-        """POST /detokenize. Returns the response with the text of token ids."""
+        """POST /detokenize. Returns the response with the text of token ids.
+
+        Raises Problem if an id is outside the vocabulary or the model has no tokenizer.
+        """
         body = await self._body(request, DetokenizeRequest)
         model = self.service.find(body.model)
         top = model.llm.model.program.vocabulary - 1
@@ -237,11 +258,14 @@ class Api:
         return Json({"object": "list", "data": [m.card(self.service.started) for m in self.service.models.values()]})
 
     async def model(self, request: Request) -> Response:
-        """GET /v1/models/NAME. Returns the response with one served model; 404 if there is none of that name."""
+        """GET /v1/models/NAME. Returns the response that describes one served model.
+
+        Raises Problem 404 if there is none of that name.
+        """
         return Json(self.service.find(request.path_params["name"]).card(self.service.started))
 
     async def health(self, request: Request) -> Response:
-        """GET /health. Returns a response with status 200 while the process works, and else 503."""
+        """GET /health. Returns a response with status 200; 503 if a model's engine has failed or hangs in a step."""
         why = self.service.alive()
         return Json({"status": why or "ok"}, 503 if why else 200)
 
@@ -250,7 +274,10 @@ class Api:
         return Json({"version": __version__})
 
     async def ready(self, request: Request) -> Response:
-        """GET /ready. Returns a response with status 200 if a model would admit a request now; else raises Problem."""
+        """GET /ready. Returns a response with status 200 if at least one model would admit a request now.
+
+        Raises Problem 503 otherwise.
+        """
         if refusal := self.service.ready():
             raise refusal
         return Json({"status": "ready"})
@@ -298,8 +325,9 @@ class Api:
     async def _read(self, request: Request) -> bytes:
         """The request's body as bytes.
 
-        Raises Problem 415 unless it is application/json, 408 if it comes too slowly, 413 if it is too long.
-        Only application/json is accepted because browsers send it to another origin only if CORS allows that.
+        Raises Problem 415 unless it is application/json, 408 if it comes too slowly, 413 if it is too long; and
+        ClientDisconnected. Only application/json is accepted because browsers send that type to another origin only if
+        CORS allows it.
         """
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
@@ -309,13 +337,13 @@ class Api:
 
 
 def _relay(request: Request) -> Relay | None:
-    """The Relay of a request that a router sent, with its id and earlier output; None for a request over HTTP."""
+    """The fields that a router added to a request it forwarded; None for a request straight from a client over HTTP."""
     relay: Relay | None = request.scope.get("relay")
     return relay
 
 
 def _public_id(id: str, body: GenerationRequest) -> str:
-    """The response's id: `id`, or the prefix of `id` and the request_id that the client gave.
+    """The response's id: `id`; if the client gave a request_id, the prefix of `id` ("cmpl", "chatcmpl") and request_id.
 
     The engine never sees request_id.
     """
@@ -323,10 +351,10 @@ def _public_id(id: str, body: GenerationRequest) -> str:
 
 
 def _weight(error: Any) -> tuple[bool, bool, int]:
-    """The sort key of one of pydantic's errors; the error with the largest key is reported.
+    """Sort key of one of pydantic's validation errors, a tuple; the error with the largest key is reported.
 
-    A value may match one of several models of a union. The errors of the model that matched furthest have the
-    largest key.
+    If a value matches no member of a union, pydantic reports errors for every member. An unknown field outranks the
+    others, then a wrong value outranks a wrong type, then the error deeper in the body is preferred.
     """
     kind = error["type"]
     return kind == "extra_forbidden", not kind.endswith("_type"), len(error["loc"])

@@ -1,4 +1,4 @@
-"""Control channel of a replica: a Unix socket on which a router sends requests and reads the engine's state.
+"""Control channel of a replica: a socket on which a router sends requests and reads the engine's state.
 
 Many calls share one connection. A frame is a header, JSON, and a body, bytes, with their lengths before them. Calls:
 
@@ -8,7 +8,8 @@ Many calls share one connection. A frame is a header, JSON, and a body, bytes, w
     {"call": N, "do": "cancel"}
     {"call": N, "do": "load", "incarnation", "after"}: figures, and the block events after number `after`
 
-Requests pass through the same ASGI application as those over HTTP. The socket's folder decides who may connect.
+Requests pass through the same ASGI application as those over HTTP. The socket is a Unix socket that only this user may
+connect to, or TCP with a token (see control_tcp.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 
 from intaglio.runtime import Engine, Refused
+from intaglio.server.control_tcp import TcpAddress, tcp_server
 from intaglio.server.driver import Inspect
 from intaglio.server.private_socket import private_socket
 from intaglio.server.relay import NOTE, Relay, encode, write_delta
@@ -38,15 +40,15 @@ ENGINE_WAIT = 1.0  # seconds that a load report waits for the engine, which answ
 
 
 def pack(header: dict[str, Any], body: bytes = b"") -> bytes:
-    """The bytes of one frame with this header and body."""
+    """The bytes of one frame of the control channel: the lengths of header and body, the header as JSON, the body."""
     head = encode(header)
     return LENGTHS.pack(len(head), len(body)) + head + body
 
 
 async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
-    """The next frame as (header, body).
+    """Read the next frame of the control channel. Returns (header, body).
 
-    Raises IncompleteReadError if the stream ends, ValueError if the bytes are not a frame.
+    Raises IncompleteReadError if the stream ends; ValueError if the bytes are not a frame or the frame is too large.
     """
     head, body = LENGTHS.unpack(await reader.readexactly(LENGTHS.size))
     if max(head, body) > FRAME_MAX:
@@ -56,10 +58,10 @@ async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], byte
 
 
 @asynccontextmanager
-async def control_channel(app: ASGIApp, service: Service, path: Path) -> AsyncIterator[None]:
-    """Async context manager that serves the control channel at `path` until the block ends.
+async def control_channel(app: ASGIApp, service: Service, where: Path | TcpAddress) -> AsyncIterator[None]:
+    """Async context manager that serves the control channel until the block ends, and logs its address over TCP.
 
-    Only processes of this user may connect.
+    where: path of a Unix socket that only processes of this user may connect to, or an address with a token.
     """
     connections: set[Connection] = set()
 
@@ -71,25 +73,38 @@ async def control_channel(app: ASGIApp, service: Service, path: Path) -> AsyncIt
         finally:
             connections.discard(connection)
 
-    server = await asyncio.start_unix_server(connected, sock=private_socket(path))
+    def refused(why: str) -> None:
+        log.warning("control channel: %s", why)
+
     try:
-        yield
+        if isinstance(where, TcpAddress):
+            async with tcp_server(where, connected, refused) as bound:
+                log.info("control channel at %s", bound)
+                yield
+        else:
+            server = await asyncio.start_unix_server(connected, sock=private_socket(where))
+            try:
+                yield
+            finally:
+                server.close()
+                where.unlink(missing_ok=True)  # the router has done so once it is connected
     finally:
-        server.close()
         for connection in list(connections):
             connection.close()
-        path.unlink(missing_ok=True)  # the router has done so once it is connected
 
 
 class Connection:
-    """One router's connection: its calls in progress, each a task. All are cancelled when the connection ends."""
+    """One router's connection to the control channel, with its calls (requests) in progress, each in a task.
+
+    When the connection ends, all its calls are cancelled.
+    """
 
     def __init__(self, app: ASGIApp, service: Service, writer: asyncio.StreamWriter) -> None:
         self.app, self.service, self.writer = app, service, writer
         self.calls: dict[int, Call] = {}
 
     async def run(self, reader: asyncio.StreamReader) -> None:
-        """Read frames and start or cancel their calls, until the connection ends."""
+        """Read the router's frames, and start or cancel calls as they say, until the connection ends."""
         try:
             while True:
                 header, body = await read_frame(reader)
@@ -135,7 +150,7 @@ class Connection:
 
 
 class Call:
-    """A request from the router, passed to the application as if it had come over HTTP."""
+    """One call of a router: a request that is passed to the ASGI application as if it had come over HTTP."""
 
     def __init__(self, connection: Connection, number: int, header: dict[str, Any], body: bytes) -> None:
         self.connection, self.number, self.body = connection, number, body
@@ -155,7 +170,7 @@ class Call:
         self.task = asyncio.ensure_future(self._run())
 
     def disconnect(self) -> None:
-        """Tell the application that the client has gone."""
+        """Tell the application that the client has disconnected, which cancels this call's request."""
         self.left.set()
 
     async def _run(self) -> None:
@@ -197,13 +212,14 @@ class Call:
 
 
 async def load_report(model: ServedModel, incarnation: str | None, after: int, step_timeout: float) -> dict[str, Any]:
-    """A dict of figures of a model's engine, with its K/V block events after number `after`.
+    """Figures of a model's engine, as a dict, and the events of its K/V blocks with numbers above `after`.
 
-    If these events are no longer kept, or are of another incarnation, a snapshot of the blocks takes their place. If
-    the engine does not answer within ENGINE_WAIT seconds, the dict has neither events nor a snapshot.
+    incarnation: the incarnation of the K/V cache to which `after` belongs; None if the caller knows none. If it is not
+    the cache's current one, or if the events are no longer kept, the dict has a snapshot of the blocks instead. If the
+    engine does not answer within ENGINE_WAIT seconds, it has neither events nor a snapshot.
 
-    incarnation: the start of the K/V cache in which `after` counts; None: the caller knows none. step_timeout: seconds
-    of a step after which the engine counts as failed.
+    step_timeout: seconds of a step after which the engine is reported as failed. Raises Refused if the engine has
+    ended.
     """
     snapshot, admission, engine = model.driver.snapshot, model.llm.admission, model.driver.engine
     own = engine.pool.events.incarnation

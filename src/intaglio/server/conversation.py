@@ -47,9 +47,11 @@ class Rendered:
 def render(llm: LLM, body: Conversation, choice: Any = None, **wishes: Any) -> Rendered:
     """Render a conversation with the model's chat template. Returns a Rendered, which has the prompt's text.
 
-    choice: the request's tool_choice. wishes: template variables that are only hints, such as reasoning_effort;
-    those that the template does not read are listed in Rendered.ignored. Raises Problem if the model has no chat
-    template, or if the template does not read a field that would change the answer.
+    choice: the request's tool_choice. wishes: template variables that are only hints, such as reasoning_effort; the
+    names of those that the template does not read are listed in Rendered.ignored.
+
+    Raises Problem if the model has no chat template, if the template cannot express the conversation (roles, user text,
+    calls of tools), or if it does not read a field that would change the answer.
     """
     tokenizer = llm.model.tokenizer
     tools = body.tools or []
@@ -85,10 +87,11 @@ def render(llm: LLM, body: Conversation, choice: Any = None, **wishes: Any) -> R
 
 
 def _variables(template: str, body: Conversation, wishes: Mapping[str, Any], out: Rendered) -> dict[str, Any]:
-    """A dict of variables for the chat template: chat_template_kwargs, `documents`, and the `wishes` that it reads.
+    """A dict of variables for the chat template: chat_template_kwargs, `documents`, and the hints that it reads.
 
-    Adds the names of unread wishes to out.ignored. Raises Problem if chat_template_kwargs has a variable that the
-    server sets or that the template does not read.
+    wishes: the hints, by name; None: not given. Adds the names of unread hints to out.ignored. If the template reads
+    enable_thinking instead of reasoning_effort, enable_thinking is set. Raises Problem if chat_template_kwargs has a
+    variable that the server sets or that the template does not read.
     """
     given: dict[str, Any] = dict(body.chat_template_kwargs or {})
     reserved = sorted({"messages", "tools", "documents", "add_generation_prompt"} & given.keys())
@@ -168,12 +171,12 @@ def _call(i: int, call: Any, form: Form) -> dict[str, Any]:
 
 
 def _short(id: str) -> str:
-    """The last nine letters and digits of a tool-call id, padded with zeros, as Mistral's templates require."""
+    """The last nine letters and digits of a tool-call id, zeros in front if fewer, as Mistral's templates require."""
     return re.sub("[^a-zA-Z0-9]", "", id)[-9:].rjust(9, "0")
 
 
 def _as_text(messages: list[dict[str, Any]], tools: Sequence[Any]) -> list[dict[str, Any]]:
-    """A list of the messages for a chat template without tools, with tool calls and results written into the text.
+    """A copy of the messages with tool calls and tool results as text, for a chat template that does not know tools.
 
     The list of tools is added to the system message, which is created if it is missing.
     """
@@ -206,8 +209,10 @@ def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
 def content_format(tokenizer: Tokenizer, template: str, variables: Mapping[str, Any]) -> ContentFormat:
     """The form in which a chat template accepts a message's content: "text", "parts" or "none".
 
-    "parts" is a list of typed parts. "none": neither form appears in the prompt. The result is found by rendering a
-    test message, and cached per template. If the template refuses the test message, it is "text".
+    "parts" is a list of typed parts. "none": the template drops the content in both forms. Found by rendering a test
+    message in each form, and cached per template. "text" if the template refuses the test message.
+
+    variables: only `tools` is passed to the template.
     """
     if template not in _formats:
         _formats[template] = _probe(tokenizer, {"tools": variables["tools"]} if "tools" in variables else {})
@@ -228,11 +233,13 @@ def _probe(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> ContentFormat:
 
 
 def _chat(tokenizer: Tokenizer, messages: list[dict[str, Any]], body: Conversation, variables: dict[str, Any]) -> str:
-    """Render the conversation with the chat template and return the text of the prompt.
+    """Render the conversation with the chat template. Returns the text of the prompt.
 
     With continue_final_message the prompt is cut after the last message's text. The template may refuse a system
     message that the server has added (the list of tools); that text is then put in front of the first user message.
-    Raises Problem if the message cannot be continued, TokenizerError if the template refuses the conversation.
+
+    Raises Problem if the last message cannot be continued, or if add_generation_prompt is set too; TokenizerError if
+    the template refuses the conversation.
     """
     cut = bool(body.continue_final_message)
     if cut and body.add_generation_prompt:
@@ -265,7 +272,7 @@ def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | No
 def _open_final_message(text: str, message: Message) -> str:
     """The prompt cut right after the final message's text, so that the model continues this message.
 
-    Raises Problem if the message has no text, or if the prompt does not contain it.
+    text: the rendered prompt. Raises Problem if the message has no text, or if the prompt does not contain the text.
     """
     content = message.content if isinstance(message.content, str) else "".join(
         part.text for part in message.content or () if not isinstance(part, RefusalPart)

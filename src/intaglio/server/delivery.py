@@ -24,11 +24,14 @@ class ClientDisconnected(Exception):
 
 
 class Answer:
-    """ASGI response to a generation request: submits its prompts, then sends the output whole or as a stream.
+    """ASGI response to a generation request: submits the prompts to the engine and sends the output, whole or streamed.
 
     If the client disconnects, the request is cancelled in the engine.
 
-    earlier: the deltas that another replica has sent for this request. The output goes on after them.
+    prompts: one per prompt of the body. choices: a response builder for each choice. envelope: the response's other
+    fields. ignored: names of request fields without effect, for the header X-Ignored-Fields. earlier: deltas that
+    another replica has already sent for this request; the output continues after them. Raises Problem if stream_options
+    or prompt_logprobs contradicts `stream`.
     """
 
     def __init__(
@@ -46,7 +49,10 @@ class Answer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.model.driver.submitted(self.prompts, self.earlier) as submission:
-            await while_connected(receive, self._answer(submission, scope, receive, send))
+            try:
+                await while_connected(receive, self._answer(submission, scope, receive, send))
+            finally:
+                self.model.trace(submission)
 
     async def _answer(self, submission: Submission, scope: Scope, receive: Receive, send: Send) -> None:
         await submission.admitted
@@ -91,15 +97,18 @@ class Answer:
         await self._send(send, end + DONE, (), more=False)
 
     async def _note(self, send: Send, deltas: Sequence[ChoiceDelta]) -> None:
-        """Called with the deltas of a response that is not streamed. Does nothing here; a subclass may send them."""
+        """Hook for subclasses, called with new deltas of a response that is not streamed. Does nothing here."""
 
     async def _send(self, send: Send, body: bytes, deltas: Sequence[ChoiceDelta], more: bool = True) -> None:
-        """Send `body`: the chunks of a stream that `deltas` made. more: False if it ends the stream."""
+        """Send `body`, one or more events of a stream. more: False ends the stream.
+
+        deltas: the engine's deltas from which the events were made; for subclasses, not used here.
+        """
         if body:
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _fail(self, send: Send, problem: Problem) -> None:
-        """End a stream with an error event."""
+        """Send `problem` as an error event and end the stream."""
         await self._send(send, _event(problem.as_dict()) + DONE, (), more=False)
 
     @property

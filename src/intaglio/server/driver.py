@@ -14,13 +14,14 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from intaglio.devices.expert_load import ExpertLoad
 from intaglio.models import Transcript
 from intaglio.runtime import (
     Counts,
@@ -46,7 +47,7 @@ ENDED = "the engine has ended and admits no requests"
 
 @dataclass(frozen=True)
 class Prepared:
-    """One prompt, ready for the engine: its Request, and one Transcript for each choice to decode the output."""
+    """One prompt, ready for the engine: its Request, and for each choice a Transcript, which decodes the output."""
 
     request: Request
     transcripts: list[Transcript]
@@ -56,7 +57,14 @@ class Prepared:
 class ChoiceDelta:
     """One engine event for one choice, with the output text that has become final since the previous event.
 
-    `choice`: index of the choice, counted over all prompts of the submission.
+    Attributes:
+        choice: index of the choice, counted over all prompts of the submission.
+        text: the new text; "" if none has become final.
+        scored: the generated token with its log-probabilities; None if the event has no token.
+        finish_reason: why the choice ended; None while it runs.
+        fault: the error, if finish_reason is "error".
+        usage: token counts and times of the choice; given at its end.
+        prompt: log-probabilities of the prompt's tokens from the second on, if requested; given once.
     """
 
     choice: int
@@ -71,31 +79,31 @@ class ChoiceDelta:
 
 @dataclass(frozen=True)
 class Submit:
-    """Message: add a submission to the engine."""
+    """Message to the engine's thread: add a submission to the engine."""
 
     submission: Submission
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """Message: abort those of a submission's requests that still run."""
+    """Message to the engine's thread: abort the unfinished requests of a submission."""
 
     submission: Submission
 
 
 @dataclass(frozen=True)
 class Drain:
-    """Message: admit no more requests."""
+    """Message to the engine's thread: admit no more requests."""
 
 
 @dataclass(frozen=True)
 class Halt:
-    """Message: abort all requests and end the thread."""
+    """Message to the engine's thread: abort all requests and end the thread."""
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Message: call `function(engine)` in the engine's thread, and give its result or exception to `result`."""
+    """Message to the engine's thread: call `function(engine)` and set the future `result` to its value or exception."""
 
     function: Callable[[Engine], Any]
     result: asyncio.Future[Any]
@@ -104,7 +112,7 @@ class Inspect:
     async def ask(cls, driver: Driver, function: Callable[[Engine], Any]) -> Any:
         """Call `function(engine)` in the engine's thread and return its result.
 
-        Raises Refused if the engine has ended, and what the function raises.
+        Raises Refused if the engine has ended, and any exception that the function raises.
         """
         if driver.ended.is_set():
             raise Refused("failed", ENDED, None)
@@ -118,7 +126,7 @@ Message = Submit | Cancel | Drain | Halt | Inspect
 
 @dataclass(frozen=True)
 class Admitted:
-    """Update: all prompts of a submission are in the engine."""
+    """Update for the event loop: the engine has taken all prompts of a submission into its queue."""
 
 
 Update = tuple["Submission", Admitted | Exception | ChoiceDelta]
@@ -126,12 +134,12 @@ Update = tuple["Submission", Admitted | Exception | ChoiceDelta]
 
 @dataclass
 class ActiveRequest:
-    """A request that the engine is working on.
+    """A request that the engine is working on: one prompt of a submission.
 
     Attributes:
-        submission: the HTTP request that this request's prompt came with.
-        first_choice: number of this request's choice 0 among all choices of the submission.
-        open_choices: this request's unfinished choices, of 0 .. n - 1.
+        submission: the prompts of the HTTP request to which this prompt belongs.
+        first_choice: index of this request's choice 0 among all choices of the submission.
+        open_choices: indices, within this request (0 to n - 1), of the choices that have not ended.
     """
 
     submission: Submission
@@ -140,11 +148,11 @@ class ActiveRequest:
 
 
 class Submission:
-    """The prompts of one HTTP request, which the engine admits together or not at all.
+    """The prompts of one HTTP request, which the engine admits together or not at all, and their output.
 
     Used on the event loop; the engine's thread only reads `prompts`, `n` and `earlier`.
 
-    earlier: deltas of output that another engine has generated. The driver's engine continues after them.
+    earlier: deltas that another engine has generated for this request; the driver's engine continues after them.
     """
 
     def __init__(self, prompts: list[Prepared], earlier: Sequence[ChoiceDelta] = ()) -> None:
@@ -159,7 +167,10 @@ class Submission:
         self._arrived = asyncio.Event()
 
     def put(self, update: Admitted | Exception | ChoiceDelta) -> None:
-        """Add an update from the engine's thread. Called on the event loop."""
+        """Add an update from the engine's thread: queue a ChoiceDelta, or set the outcome of the admission.
+
+        An exception means that the submission was refused. Called on the event loop.
+        """
         if isinstance(update, ChoiceDelta):
             self._deltas.append(update)
             self.usages[update.choice] = update.usage or self.usages[update.choice]
@@ -172,9 +183,9 @@ class Submission:
                 self.admitted.set_result(None)
 
     def unfinished(self, prompt: int) -> list[SuspendedChoice]:
-        """A list of a prompt's choices that do not end in `earlier`, each with its output in `earlier`.
+        """The choices of a prompt that `earlier` does not end, as a list of SuspendedChoice with their earlier tokens.
 
-        prompt: the prompt's number.
+        prompt: the prompt's index in the submission, from 0.
         """
         first = prompt * self.n
         mine = [[d for d in self.earlier if d.choice == first + i] for i in range(self.n)]
@@ -187,7 +198,10 @@ class Submission:
         ]
 
     def check_text(self, prompt: int, choices: Sequence[SuspendedChoice]) -> None:
-        """Raise RequestError if the decoded text of one of these choices differs from its text in `earlier`."""
+        """Raise RequestError if the text decoded again for one of these choices differs from its text in `earlier`.
+
+        prompt: the prompt's index in the submission, from 0.
+        """
         for choice in choices:
             sent = "".join(d.text for d in self.earlier if d.choice == prompt * self.n + choice.index)
             text = self.prompts[prompt].transcripts[choice.index].settled(False)
@@ -211,9 +225,11 @@ class Submission:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """State of the engine after its last step or message. `active`: number of requests in the engine.
+    """State of an engine after its last step or message: gauges, counters, and `active`, the number of its requests.
 
-    `beat`: time.monotonic() when the engine's thread took the snapshot; an old value means that a step hangs.
+    `beat`: time.monotonic() when the engine's thread took the snapshot; an old value of an engine that is not idle
+    means that a step hangs. `idle`: the engine has no work. `experts`: the load of each layer's experts, by site.
+    `expert_moves`: layers whose experts were moved between ranks.
     """
 
     gauges: Gauges
@@ -221,13 +237,15 @@ class Snapshot:
     beat: float
     idle: bool
     active: int
+    experts: Mapping[str, ExpertLoad] = field(default_factory=dict)
+    expert_moves: int = 0
 
 
 class Driver:
     """Runs an engine in its own thread and exchanges messages with the event loop.
 
-    `watch` is called on the event loop with the updates of each step and the step's record. `ended` is set when the
-    thread has ended; `crash` is the exception that ended it, or None.
+    `watch` is called on the event loop with the new updates and the latest step's record, or None before the first
+    step. `ended` is set when the thread has ended; `crash` is the exception that ended it, or None.
     """
 
     def __init__(self, engine: Engine, watch: Callable[[list[Update], StepRecord | None], None]) -> None:
@@ -330,7 +348,10 @@ class Driver:
             self._call(_settle, message.result, value, None)
 
     def _submit(self, submission: Submission) -> None:
-        """Add all prompts to the engine, or none if one is refused."""
+        """Add all prompts of a submission to the engine, or none if one is refused. Queues the outcome as an update.
+
+        Prompts whose choices have all ended in `earlier` are left out.
+        """
         n = submission.n
         try:
             for i, prompt in enumerate(submission.prompts):
@@ -348,7 +369,7 @@ class Driver:
             self._updates.append((submission, Admitted()))
 
     def _add(self, request: Request, choices: list[SuspendedChoice]) -> None:
-        """Queue a request in the engine, as a Resumption if choices have output already or have ended."""
+        """Queue a request in the engine; as a Resumption if some of its choices already have output or have ended."""
         if len(choices) == request.params.n and not any(c.output for c in choices):
             self.engine.add(request)
         else:
@@ -367,7 +388,7 @@ class Driver:
             self.steps.append(self.engine.last_step)
 
     def _add_updates(self, events: list[Event]) -> None:
-        """Append a ChoiceDelta to the updates for each engine event, with the text that the event made final."""
+        """Append a ChoiceDelta to the pending updates for each engine event, with the text the event made final."""
         for e in events:
             active, ended = self._active[e.request], e.finish_reason is not None
             submission, choice = active.submission, active.first_choice + e.index
@@ -387,12 +408,14 @@ class Driver:
     def _take_snapshot(self) -> Snapshot:
         c = self.engine.counts
         counts = replace(c, refused=copy(c.refused), finished=copy(c.finished), faults=copy(c.faults))
-        return Snapshot(self.engine.gauges(), counts, time.monotonic(), self.engine.idle, len(self._active))
+        gauges, experts = self.engine.gauges(), self.engine.experts
+        now, loads = time.monotonic(), dict(experts.loads)
+        return Snapshot(gauges, counts, now, self.engine.idle, len(self._active), loads, experts.moves)
 
     def _publish(self) -> None:
-        """Store a new snapshot. Hand the updates to the event loop, unless the next launch of a step will do so.
+        """Store a new snapshot of the engine, and hand pending updates to the event loop.
 
-        The next launch does so if the engine has more work and the last step was launched.
+        If the engine launched a step and has more work, the updates wait for its next launch, which hands them over.
         """
         self.snapshot = self._take_snapshot()
         if self._updates and (self.engine.idle or not self._launched):
@@ -425,7 +448,10 @@ class Driver:
     # On the event loop
 
     def _end(self) -> None:
-        """Refuse the messages still in the inbox. Runs on the event loop when the engine's thread has ended."""
+        """Answer the submissions and inspections still in the inbox with Refused; drop the other messages.
+
+        Runs on the event loop when the engine's thread has ended.
+        """
         self.ended.set()
         while not self._inbox.empty():
             message = self._inbox.get()

@@ -29,10 +29,11 @@ def check_key(keys: Sequence[str], authorization: str) -> int:
 
 
 async def read_body(receive: Receive, most: int, seconds: float, announced: int = 0) -> bytes:
-    """The body of a request.
+    """Receive the body of a request. Returns bytes.
 
-    most: largest size in bytes. announced: the size by the Content-Length header; if it is too large, nothing is read.
-    Raises Problem 408 if the body takes longer than `seconds`, 413 if it is too large, and ClientDisconnected.
+    most: largest size in bytes. seconds: longest time that the body may take. announced: the size in the Content-Length
+    header, 0 if unknown; if it is larger than `most`, nothing is read. Raises Problem 408 if the body comes too slowly,
+    413 if it is too large, and ClientDisconnected if the client disconnects.
     """
     raw = bytearray()
     try:

@@ -46,7 +46,7 @@ HISTOGRAMS = {
 class Metrics:
     """Prometheus registry of one server; every series has the label model_name.
 
-    modelled: times are of simulated chips, so their histograms are named intaglio:modelled_*.
+    modelled: times are of simulated chips, so histograms of times are named intaglio:modelled_* instead of vllm:*.
     """
 
     def __init__(self, modelled: bool = False) -> None:
@@ -94,7 +94,10 @@ class ModelMetrics:
         self._step = 0
 
     def watch(self, updates: list[Update], step: StepRecord | None) -> None:
-        """Observe one step: the deltas it produced and its record, which is None if the engine has run no step yet."""
+        """Add one step to the histograms: its new deltas and its record.
+
+        step: the latest step, which may have been counted already; None if the engine has run no step yet.
+        """
         observe = self.histograms
         if step and step.number > self._step:
             self._step = step.number
@@ -135,6 +138,9 @@ class ModelMetrics:
             self.histograms[name].observe(value)
 
 
+IMBALANCE = "Largest load of a rank over the mean; of an expert, if the layout has no redundant experts."
+
+
 class EngineCollector(Collector):
     """Counters and gauges of all models, read from their engines' snapshots at each scrape."""
 
@@ -147,6 +153,9 @@ class EngineCollector(Collector):
             "vllm:num_requests_waiting": ("Choices waiting to run.", lambda g: g.waiting),
             "vllm:kv_cache_usage_perc": ("Share of KV blocks held; 1 is all.", lambda g: g.kv_usage),
             "intaglio:kv_blocks_cached": ("KV blocks kept for their content alone.", lambda g: g.blocks_cached),
+            "intaglio:state_slots": ("Slots of recurrent state.", lambda g: g.slots),
+            "intaglio:state_slots_held": ("Of these, held by sequences.", lambda g: g.slots_held),
+            "intaglio:state_checkpoints": ("Of these, kept for the prefix cache alone.", lambda g: g.checkpoints),
             "intaglio:draining": ("Whether nothing more is admitted.", lambda g: int(g.draining)),
         }  # fmt: skip
         seen = [(m, m.look()) for m in self.models]
@@ -177,6 +186,7 @@ class EngineCollector(Collector):
         for name, (text, read) in totals.items():
             yield _counter(name, text, [(m, {(): read(s.counts)}) for m, s in seen])
         yield from self._tiers()
+        yield from self._experts(seen)
         by_label = {
             "vllm:request_success": ("Choices ended, by reason.", "finished_reason", REASONS, lambda c: c.finished),
             "intaglio:requests_refused": ("Choices refused, by reason.", "reason", REFUSALS, lambda c: c.refused),
@@ -184,6 +194,24 @@ class EngineCollector(Collector):
         }
         for name, (text, label, values, read) in by_label.items():
             yield _counter(name, text, [(m, {(v,): read(s.counts)[v] for v in values}) for m, s in seen], label)
+
+    def _experts(self, seen: Sequence[tuple[ModelMetrics, Snapshot]]) -> Iterator[Metric]:
+        """Yield the metrics of mixtures of experts; none if no model has counted tokens of experts."""
+        mixtures = [(m, s) for m, s in seen if s.experts]
+        if not mixtures:
+            return
+        tokens: list[tuple[ModelMetrics, ByLabel]] = [
+            (m, {(site, str(e)): n for site, load in s.experts.items() for e, n in enumerate(load.tokens.tolist())})
+            for m, s in mixtures
+        ]
+        yield _counter("intaglio:expert_tokens", "Tokens routed to each expert.", tokens, "site", "expert")
+        ranks = GaugeMetricFamily("intaglio:expert_imbalance", IMBALANCE, labels=[*LABELS, "site"])
+        for m, s in mixtures:
+            for site, load in s.experts.items():
+                ranks.add_metric([*m.labels.values(), site], load.imbalance())
+        yield ranks
+        moves: list[tuple[ModelMetrics, ByLabel]] = [(m, {(): s.expert_moves}) for m, s in mixtures]
+        yield _counter("intaglio:expert_moves", "Layers whose experts were moved between ranks.", moves)
 
     def _tiers(self) -> Iterator[Metric]:
         """Yield the metrics of the tiers that keep K/V blocks; none if no model has a tier."""

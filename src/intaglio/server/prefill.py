@@ -12,15 +12,17 @@ from intaglio.server.delivery import while_connected
 from intaglio.server.driver import Prepared, Submission
 from intaglio.server.problem import Json
 from intaglio.server.served_model import ServedModel
+from intaglio.server.tracing import span
 
 
 class Prefill:
-    """ASGI response to a request whose prompts are computed here and continued by another replica.
+    """ASGI response to a request whose prompts are computed here, while another replica generates the output.
 
-    The engine saves each K/V block to its tier as soon as the block is full. The response, {"tokens", "handed"}, comes
-    when all are saved: the length of the first prompt, and how many of its tokens are in the tier. Nothing is computed
-    if the engine has no tier, or if the logits of prompt tokens are wanted, for which the other replica computes the
-    prompt anyway.
+    The engine saves each full K/V block to its tier. When all blocks are saved, the response {"tokens", "handed"} is
+    sent: the length of the first prompt, and how many of its tokens have their K/V in the tier.
+
+    Nothing is computed if the engine has no tier, or for prompts whose log-probabilities are wanted: those the other
+    replica computes itself.
     """
 
     def __init__(self, model: ServedModel, prompts: Sequence[Prepared]) -> None:
@@ -33,7 +35,9 @@ class Prefill:
         if self.prompts and self.model.saves_blocks:
             with self.model.driver.submitted(self.prompts) as submission:
                 await while_connected(receive, self._run(submission))
-        handed = await asyncio.to_thread(self._handed)
+                self.model.trace(submission)
+        with span("save K/V"):
+            handed = await asyncio.to_thread(self._handed)
         await Json({"tokens": len(self.first.prompt), "handed": handed})(scope, receive, send)
 
     async def _run(self, submission: Submission) -> None:
@@ -42,7 +46,10 @@ class Prefill:
             pass
 
     def _handed(self) -> int:
-        """Number of tokens of the first prompt whose blocks are in the tier, once all saved blocks are there."""
+        """Number of the first prompt's tokens whose K/V blocks are in the tier; 0 if the engine saves none.
+
+        Waits until all blocks being saved are in the tier.
+        """
         tier, names = self.model.llm.tier, self.model.driver.engine.block_names
         if tier is None or not self.model.saves_blocks:
             return 0
@@ -51,7 +58,7 @@ class Prefill:
 
 
 def prompt_only(request: Request) -> Request:
-    """The Request that computes only the prompt of `request`: it ends with the first token."""
+    """A copy of `request` that computes only the prompt: it generates one token and ends."""
     return Request(
         request.id, request.prompt, SamplingParams(max_tokens=1, ignore_eos=True), priority=request.priority,
         queue_timeout=request.queue_timeout, timeout=request.timeout, salt=request.salt,

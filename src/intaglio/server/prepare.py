@@ -190,7 +190,7 @@ def candidates(body: GenerationRequest) -> int:
 
 
 def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
-    """A list of the token ids of a text. special: include the special tokens that the tokenizer adds, such as BOS.
+    """A list of the token ids of `text`. special: add the tokenizer's special tokens, such as BOS.
 
     Raises Problem if the model has no tokenizer.
     """
@@ -200,10 +200,10 @@ def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
 
 
 def _truncated(llm: LLM, body: GenerationRequest, ids: list[int], asked: int | None) -> list[int]:
-    """The prompt's token ids, cut to truncate_prompt_tokens tokens.
+    """The prompt's token ids `ids`, cut to the body's truncate_prompt_tokens tokens.
 
-    -1 means as many as fit beside `asked` output tokens. The end of the prompt is kept, or with truncation_side
-    "right" its beginning. Without truncate_prompt_tokens nothing is cut. Raises Problem if it is 0.
+    -1 means as many as leave room for `asked` output tokens in the context. The end of the prompt is kept; with
+    truncation_side "right", its beginning. Without truncate_prompt_tokens nothing is cut. Raises Problem if it is 0.
     """
     most = body.truncate_prompt_tokens
     if most is None:
@@ -277,10 +277,10 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
 
 
 def _max_tokens(llm: LLM, prompt: int, asked: int | None, name: str) -> int:
-    """Number of output tokens that the request may have: `asked`; None: as many as the context has room for.
+    """Largest number of output tokens of the request: `asked`; if that is None, as many as the context has room for.
 
-    prompt: number of prompt tokens. name: the request's field, for the error. Raises Problem if there is not enough
-    room.
+    prompt: number of prompt tokens. name: the request's field, for the error. Raises Problem if the prompt fills the
+    context or `asked` is more than the room left.
     """
     context, room = llm.model.program.context, llm.admission.max_tokens(prompt)
     if room < 1:

@@ -21,9 +21,10 @@ ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 
 
 class Problem(Exception):
-    """An error to send as an HTTP response. param: name of the invalid field.
+    """An error to send as an HTTP response in OpenAI's format.
 
-    retry_after: seconds, a response header.
+    Arguments: `status`, the HTTP status; `param`, name of the invalid field; `code`, a word for programs;
+    `retry_after`, seconds for the header Retry-After, rounded up to at least 1; `headers`, further headers.
     """
 
     def __init__(
@@ -53,9 +54,9 @@ class Problem(Exception):
 
 
 def as_problem(error: Exception) -> Problem | None:
-    """The Problem for an exception; a Problem is returned itself.
+    """The Problem that represents an exception as an HTTP error; a Problem is returned unchanged.
 
-    400, 429 or 503 for an exception that means an invalid or refused request; None for any other exception.
+    Status 400, 429 or 503 for an exception that means an invalid or refused request; None for any other exception.
     """
     match error:
         case Problem():
@@ -83,7 +84,7 @@ def dumps(value: Any) -> bytes:
 
 
 class Json(Response):
-    """A JSON response, serialised by dumps()."""
+    """A response whose body is `content` as JSON, serialised by dumps()."""
 
     media_type = "application/json"
 

@@ -27,7 +27,7 @@ SHORT_TIME = 1e-9  # seconds; a timeout must be above 0
 
 @dataclass(frozen=True)
 class Relay:
-    """What a router adds to a request.
+    """The fields that a router adds to a request when it sends the request to a replica.
 
     Attributes:
         id: of the response, without its prefix.
@@ -49,7 +49,7 @@ class Relay:
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Relay:
-        """The Relay that as_dict() wrote."""
+        """The Relay that as_dict() wrote as the dict `table`."""
         made_by = tuple(table["made_by"]) if table["made_by"] else None
         deltas = tuple(read_delta(d) for d in table["deltas"])
         return cls(table["id"], table["created"], table["seed"], table["waited"], made_by, deltas, table["prefill"])
@@ -59,10 +59,11 @@ class Relay:
         return {**vars(self), "deltas": [write_delta(d) for d in self.deltas]}
 
     def prepared(self, prompts: list[Prepared], engine: tuple[str, str, str]) -> list[Prepared]:
-        """A list of the prompts, with their timeouts shortened by `waited`, and the router's seed where they have none.
+        """A copy of the prompts with timeouts shortened by `waited`, and with the router's seed where they have none.
 
-        engine: ServedModel.identity of this replica. Raises Problem 503 if it differs from `made_by`: this replica
-        could then not continue the output bit for bit.
+        Prompts of one request get different seeds. If output has begun, queue_timeout is dropped. engine:
+        ServedModel.identity of this replica. Raises Problem 503 if it differs from `made_by`: this replica could then
+        not continue the output bit for bit.
         """
         if self.made_by is not None and self.made_by != engine:
             why = f"it was begun by {self.made_by[1]} and Program {self.made_by[0][:12]}, this replica is {engine[1]}"
@@ -105,7 +106,7 @@ class RelayedAnswer(Answer):
 
 
 def write_delta(d: ChoiceDelta) -> list[Any]:
-    """A delta as a JSON-serialisable list. Log-probabilities may be infinite or NaN, which json writes as such."""
+    """A delta as a JSON-serialisable list, read by read_delta(). Log-probabilities may be infinite or NaN."""
     prompt = None if d.prompt is None else [_write_scored(s) for s in d.prompt]
     scored = _write_scored(d.scored) if d.scored else None
     usage = list(vars(d.usage).values()) if d.usage else None
@@ -117,7 +118,7 @@ def write_delta(d: ChoiceDelta) -> list[Any]:
 
 
 def read_delta(values: Sequence[Any]) -> ChoiceDelta:
-    """The delta that write_delta() wrote."""
+    """The ChoiceDelta that write_delta() wrote as the list `values`."""
     padded: list[Any] = list(values) + [None] * (8 - len(values))
     choice, text, scored, reason, usage, prompt, stop, fault = padded
     return ChoiceDelta(

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from intaglio.llm import LLM
 from intaglio.server.app import build
 from intaglio.server.control import control_channel
+from intaglio.server.control_tcp import TcpAddress
 from intaglio.server.service import Options, Service
 
 log = logging.getLogger("intaglio.server")
@@ -82,14 +83,11 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _between(self) -> bool:
-        """True if the connection has no request that is being answered or waits for its answer."""
+        """True if the connection is idle: no request is being answered or waits for its answer."""
         return self.cycle is None or (self.cycle.response_complete and not self.pipeline)
 
     def _close(self) -> None:
-        """Close the connection unless a request is in progress.
-
-        Abort it if closing takes longer than `write_timeout`.
-        """
+        """Close the connection if it is idle; abort it if closing takes longer than `write_timeout` seconds."""
         if self._between and not self.transport.is_closing():
             self.transport.close()
             self.loop.call_later(self.write_timeout, self.transport.abort)
@@ -106,12 +104,12 @@ class QuietServer(uvicorn.Server):
 
 async def serve(
     llms: Mapping[str, LLM], options: Options, listener: socket.socket, announce: Callable[[Service], None],
-    signals: bool = True, control: Path | None = None,
+    signals: bool = True, control: Path | TcpAddress | None = None,
 ) -> int:  # fmt: skip
     """Serve the models, by name, until a signal or a failure. Returns the exit code.
 
-    `announce` is called once requests are accepted. `signals`: handle SIGTERM and SIGINT. `control`: Unix socket for a
-    router (see control.py).
+    `announce` is called once requests are accepted. `signals`: handle SIGTERM and SIGINT. `control`: Unix socket or
+    address for a router (see control.py).
 
     The first SIGTERM or SIGINT drains the server: admitted requests run to their end, new ones are refused, exit code
     0. The second aborts all requests, exit code 1. The exit code is also 1 if the HTTP server fails, or if no model can
@@ -150,7 +148,7 @@ async def serve(
 
 
 class Shutdown:
-    """Decides when the server ends and with which exit code (`code`)."""
+    """Decides when the server ends, and with which process exit code (`code`)."""
 
     def __init__(self, service: Service) -> None:
         self.service, self.code = service, 0
@@ -182,9 +180,9 @@ class Shutdown:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket bound to host and port. Call it before loading models, so that a port in use fails early.
+    """A TCP socket bound to host and port, on which the server listens later.
 
-    Raises OSError that names the address.
+    Call it before loading models, so that a port in use fails early. Raises OSError that names the address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from intaglio.llm import LLM
-from intaglio.server.driver import Driver
+from intaglio.server.driver import Driver, Submission
 from intaglio.server.metrics import Metrics
 from intaglio.server.problem import Problem
+from intaglio.server.tracing import trace_choices
 from intaglio.server.vocabulary import Vocabulary
 
 
@@ -37,15 +38,19 @@ class ServedModel:
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """(hash of the Program, name of its numerics, digest of its BlockScope, which includes weights and version).
+        """What must be equal in two replicas for bitwise equal results, as three texts.
 
-        Replicas of equal identity give bitwise equal results.
+        They are the hash of the Program, the name of its numerics, and the digest of its BlockScope, which includes the
+        weights and the version of the package.
         """
         engine = self.driver.engine
         return engine.program.hash, engine.numerics, engine.scope.digest
 
     def block_names(self, prompt: Sequence[int], salt: str | None) -> dict[str, Any]:
-        """A dict: `block_size` of the K/V cache in tokens, and `names`, a list for the whole blocks of the prompt."""
+        """A dict for the router: `block_size`, tokens per K/V block; `names`, the cache key of each full prompt block.
+
+        salt: the request's cache salt.
+        """
         names = self.driver.engine.block_names
         return {"block_size": names.block_size, "names": names.of(prompt, salt)}
 
@@ -61,7 +66,10 @@ class ServedModel:
         return None if s.idle or silent < seconds else f"the engine has been in one step for {silent:.0f} s"
 
     def refusal(self) -> Problem | None:
-        """The Problem that a request for this model would get now; None if it would be admitted."""
+        """The Problem (503) that a request for this model would get now: the engine has failed or its queue is full.
+
+        None if the model would admit a request. Does not look at whether the server is draining.
+        """
         if self.broken:
             return Problem(503, self.broken, code="failed", retry_after=1)
         waiting, most = self.driver.snapshot.gauges.waiting, self.llm.admission.max_waiting
@@ -75,6 +83,13 @@ class ServedModel:
         model = self.llm.model
         facts = {"id": self.name, "object": "model", "created": created, "owned_by": "intaglio"}
         return {**facts, "root": model.path.name, "parent": None, "max_model_len": model.program.context}
+
+    def trace(self, submission: Submission) -> None:
+        """Record the phases of the choices that have ended, if the request is traced and times are measured."""
+        if not self.llm.modelled:
+            elsewhere = {d.choice for d in submission.earlier if d.usage}
+            here = {i: u for i, u in enumerate(submission.usages) if u and i not in elsewhere}
+            trace_choices(here, self.name)
 
     def state(self, since: int) -> dict[str, Any]:
         """A dict of figures for GET /state: queue, K/V cache, totals, and the steps numbered above `since`."""

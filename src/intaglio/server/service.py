@@ -18,6 +18,7 @@ from intaglio.server.metrics import Metrics
 from intaglio.server.prepare import Limits
 from intaglio.server.problem import Problem
 from intaglio.server.served_model import ServedModel
+from intaglio.server.tracing import Tracing
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ class Options:
     write_timeout: float = 60.0  # for a client that does not read its response
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     step_timeout: float = 300.0  # after which /health reports that the engine hangs
+    tracing: Tracing | None = None  # records a trace of each generation request
 
 
 class Service:
@@ -70,7 +72,7 @@ class Service:
         self._send(Drain())
 
     def halt(self) -> None:
-        """Abort all requests and stop the engines' threads."""
+        """Abort all requests and end the engines' threads."""
         self.draining = True
         self._send(Halt())
 

@@ -13,7 +13,7 @@ from intaglio.models.text.tokenizer import REPLACEMENT
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's byte-level alphabet as {character: byte}.
 
-    Printable bytes stand for themselves, the others are U+0100 and up.
+    Printable bytes stand for themselves; the others have the characters from U+0100 on, in ascending order.
     """
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in plain]
@@ -24,7 +24,7 @@ BYTES = _byte_alphabet()
 
 
 class Vocabulary:
-    """Text and bytes of single tokens, cached. Without a tokenizer a token's text is "token_id:N"."""
+    """Looks up the text and the bytes of single tokens, with a cache. Without a tokenizer a text is "token_id:N"."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
@@ -40,7 +40,10 @@ class Vocabulary:
         return text
 
     def _piece(self, id: int) -> tuple[str, bytes]:
-        """(text, bytes) of a token. U+FFFD in the text replaces bytes that are only part of a character."""
+        """(text, bytes) of a token; ("token_id:N", b"") if the tokenizer has none of that id.
+
+        U+FFFD in the text replaces bytes that are only part of a character.
+        """
         name = self.tokenizer.inner.id_to_token(id) if self.tokenizer else None
         if self.tokenizer is None or name is None:
             return f"token_id:{id}", b""
@@ -56,9 +59,9 @@ class Vocabulary:
 
 
 class Offsets:
-    """Computes text_offset: the place in a choice's text, in characters, at which each token begins.
+    """Computes text_offset: the place in a choice's text, in characters from 0, at which each token begins.
 
-    The tokens that make up one character share its place. echo: the text begins with the prompt, without its first
+    All tokens that make up one character have the same place. echo: the text begins with the prompt, without its first
     `prefix` tokens. hidden: ids that leave no text in the output; None: all special tokens.
     """
 
@@ -70,16 +73,19 @@ class Offsets:
         self.output = tokenizer.stream(prompt, hidden) if tokenizer else None
 
     def of_prompt(self, id: int) -> int:
-        """The place, in characters, of the next prompt token. Call it for the prompt's tokens in order."""
+        """The place in the choice's text, in characters, of the next prompt token.
+
+        Call it for all tokens of the prompt in order.
+        """
         at, self.count = self.at, self.count + 1
         if self.prompt and self.count > self.prefix:
             self.at += len(self.prompt.push(id))
         return at
 
     def of_output(self, id: int) -> int:
-        """The place, in characters, of the next output token.
+        """The place in the choice's text, in characters, of the next output token.
 
-        Call it for the output's tokens in order, after the prompt's.
+        Call it for the output's tokens in order, after those of the prompt.
         """
         if self.prompt:
             self.at, self.prompt = self.at + len(self.prompt.end()), None

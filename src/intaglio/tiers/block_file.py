@@ -22,18 +22,18 @@ CHECKSUM = hashlib.sha256().digest_size
 
 
 class BlockFileError(ValueError):
-    """Raised for a file that is not the block that was asked for, or not as it was written."""
+    """Raised for a file that is not the K/V block that was asked for, or is damaged."""
 
 
 def head_of(scope: BlockScope, key: BlockKey, block_bytes: int) -> bytes:
-    """The file's bytes before the contents."""
+    """The bytes of a block's file before its contents: magic number, header length, header as JSON. Returns bytes."""
     facts = {"scope": asdict(scope), "name": key.name, "parent": key.parent, "tokens": key.tokens, "bytes": block_bytes}
     header = json.dumps(facts, sort_keys=True).encode()
     return MAGIC + len(header).to_bytes(4, "little") + header
 
 
 def file_bytes(scope: BlockScope, key: BlockKey, content: np.ndarray) -> list[bytes | memoryview]:
-    """A list of the parts of a block's file, in order: head, contents, checksum. content: uint8 [block_bytes]."""
+    """The file of a K/V block as a list of its parts: head, contents, checksum. content: uint8 [block_bytes]."""
     head, body = head_of(scope, key, content.nbytes), np.ascontiguousarray(content).data
     checksum = hashlib.sha256(head)
     checksum.update(body)
@@ -41,7 +41,7 @@ def file_bytes(scope: BlockScope, key: BlockKey, content: np.ndarray) -> list[by
 
 
 def read_block(file: Path, scope: BlockScope, key: BlockKey, block_bytes: int) -> np.ndarray:
-    """The contents of a block's file, uint8 [block_bytes].
+    """Read a block's file and check it. Returns the contents, uint8 [block_bytes].
 
     Raises BlockFileError, saying what is wrong, if the file is not exactly what file_bytes() gives for this block, and
     OSError if it cannot be read.

@@ -31,12 +31,12 @@ class HeldFile:
 
 
 class BlockDirectory:
-    """The files of a folder, which is made, for this user only, if it is not there.
+    """The K/V block files of a folder, with LRU eviction. The folder is made at the first write, for this user only.
 
     One thread writes; any thread may read.
 
-    budget: bytes of all files together. Others that use the same folder count their own bytes, so together they may
-    exceed the budget by 1/16 each for a while.
+    budget: bytes of all files together. Other processes that use the folder are noticed only when all files are looked
+    at, so together they may exceed the budget by 1/16 each for a while.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
@@ -49,13 +49,13 @@ class BlockDirectory:
         return self.folder / name[:2] / f"{name}{SUFFIX}"
 
     def has(self, name: str) -> bool:
-        """True if a block's file is there, whatever is in it."""
+        """True if the folder has a file for the block of this name. Its contents are not checked."""
         return os.path.exists(self.file(name))
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
-        """Write a block's file, and delete the least recently used ones if the budget is exceeded.
+        """Write a block's file; then delete the least recently used files if the budget is exceeded.
 
-        Returns the number of files deleted. Raises OSError if the file cannot be written; nothing is left of it then.
+        Returns the number of files deleted. Raises OSError if the file cannot be written; no part of it is left then.
         """
         if self.held is None:
             self.scan()
@@ -84,14 +84,17 @@ class BlockDirectory:
             self.file(name).unlink()
 
     def touch(self, names: Sequence[str]) -> None:
-        """Note that blocks, each the parent of the next, are used now. A parent counts as used after its child."""
+        """Note that blocks are in use now. names: the blocks, each the parent of the next.
+
+        A child gets an older time than its parent, so it is deleted first.
+        """
         now = time.time_ns()
         for depth, name in enumerate(names):
             with suppress(OSError):
                 os.utime(self.file(name), ns=(now, now - 1000 * depth))
 
     def scan(self) -> list[HeldFile]:
-        """Look at all files. Returns a list of the HeldFile of each block, and deletes old partial files."""
+        """Look at all files and delete old partial ones. Returns a list with a HeldFile for each block."""
         found, now = list[HeldFile](), time.time()
         for folder in [entry.path for entry in entries(self.folder) if len(entry.name) == 2]:
             for entry in entries(folder):

@@ -23,7 +23,7 @@ RETRY = 30.0  # seconds without writing after the system refused to write
 
 
 class DiskLoad:
-    """Blocks that a thread reads from a directory."""
+    """A load in progress: K/V blocks that a thread reads from a directory."""
 
     def __init__(self) -> None:
         self.ended, self.cancelled, self.contents = threading.Event(), threading.Event(), list[np.ndarray]()
@@ -37,20 +37,21 @@ class DiskLoad:
         return self.contents
 
     def cancel(self) -> None:
-        """Read no further block."""
+        """Stop the load: no further block is read."""
         self.cancelled.set()
 
 
 class DiskTier:
     """A Connector that keeps blocks as files, read by one thread and written by another.
 
-    What cannot be read or written, or fails a check, is counted and said once; a file that fails a check is deleted.
+    Errors, and blocks that fail a check, are counted, and the first of each kind is reported. A file that fails a check
+    is deleted.
 
     Args:
         folder: the directory, made if it is not there.
         budget: bytes that all files there may have.
         scope: of the engine's blocks; blocks of another are never given.
-        report: called with what the operator should know, once for each kind; by default it is a warning.
+        report: called with a message for the operator, once for each kind; by default it issues a warning.
     """
 
     def __init__(
@@ -86,7 +87,10 @@ class DiskTier:
         return load
 
     def save(self, key: BlockKey, content: np.ndarray) -> None:
-        """Write a block, some time later, unless too many bytes wait or the system refused to write a moment ago."""
+        """Queue a block to be written later. It is dropped if too many bytes wait, or if the tier is closed.
+
+        It is also dropped during RETRY seconds after a write has failed.
+        """
         with self.lock:
             if self.closed or self.queued + content.nbytes > QUEUE_BYTES or time.monotonic() < self.writes_from:
                 self.counts.dropped += 1
@@ -95,13 +99,13 @@ class DiskTier:
             self.writer.submit(self._write, key, content)
 
     def touch(self, names: Sequence[str]) -> None:
-        """Note that blocks are in use, so that others are deleted first."""
+        """Note that blocks are in use, so that other blocks are deleted first. names: each the parent of the next."""
         with self.lock:
             if not self.closed:
                 self.writer.submit(self.directory.touch, list(names))
 
     def say(self, kind: str, what: str) -> None:
-        """Report a text, if it is the first of its kind."""
+        """Report the message `what`, if it is the first of its `kind`."""
         with self.lock:
             if kind in self.said:
                 return
@@ -116,7 +120,7 @@ class DiskTier:
             written.result()
 
     def close(self) -> None:
-        """Write what waits to be written, and end the threads. The engine must not be in a step."""
+        """Write the blocks that wait to be written, and end the threads. The engine must not be in a step."""
         with self.lock:
             self.closed = True
         self.reader.shutdown()
@@ -135,7 +139,10 @@ class DiskTier:
             load.ended.set()
 
     def _read_one(self, key: BlockKey, block_bytes: int) -> np.ndarray | None:
-        """A block's contents; None if it is not there, or not as it should be."""
+        """Read a block's file. Returns the contents, uint8 [block_bytes]; None if it is missing, damaged or unreadable.
+
+        A damaged file is counted and deleted.
+        """
         try:
             return read_block(self.directory.file(key.name), self.scope, key, block_bytes)
         except FileNotFoundError:

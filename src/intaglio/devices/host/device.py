@@ -58,7 +58,10 @@ class HostDevice(Device):
             raise DeviceError(f"instruction set {self.isa!r} is not available; there are {', '.join(isa_names())}")
 
     def recipe(self) -> Recipe:
-        """The Recipe of an equal device without communicator and memory files, which only the rank itself can have."""
+        """The Recipe of a device with the same threads, instruction set and cache.
+
+        Communicator and memory files are not in it; only the rank itself can have them.
+        """
         cache = None if self.cache is None else str(self.cache)
         return f"{__name__}:HostDevice", {"threads": self.threads, "isa": self.isa, "cache": cache}
 
@@ -67,7 +70,7 @@ class HostDevice(Device):
         return DeviceFacts(self.isa, self.threads, memory, build_hash())
 
     def load_program(self, program: Program, weights: Weights, state: StateSpec) -> Executable:
-        """Translate the ops and pack the weights. Returns the Executable.
+        """Translate a Program's ops and pack its weights. Returns the Executable.
 
         Raises ProgramError for a Program that breaks a rule. Raises DeviceError for a page size that the kernels do not
         support, an op without a host kernel, and weights of the wrong shape or type.

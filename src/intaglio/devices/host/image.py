@@ -55,7 +55,10 @@ def packing_hash(format: str, group: int, glu: bool) -> str:
 
 
 def offsets(weights: Mapping[str, _native.Weight]) -> tuple[dict[str, int], int]:
-    """({matrix: offset in bytes}, total size) when matrices are stored one after another, each at a page boundary."""
+    """Offsets at which matrices are stored one after another, each at a page boundary.
+
+    Returns ({matrix: offset in bytes}, total size in bytes).
+    """
     found, end = {}, 0
     for name, weight in weights.items():
         found[name], end = end, end + -(-weight.nbytes // PAGE) * PAGE
@@ -63,9 +66,9 @@ def offsets(weights: Mapping[str, _native.Weight]) -> tuple[dict[str, int], int]
 
 
 def gather(weights: Mapping[str, _native.Weight]) -> None:
-    """Place all matrices, still empty, in one memory region, since single ones are often smaller than a huge page.
+    """Allocate one memory region and place all matrices in it, still without values.
 
-    Returns nothing.
+    One region, because single matrices are often smaller than a huge page.
     """
     found, end = offsets(weights)
     region = _native.Region(end)
@@ -74,9 +77,10 @@ def gather(weights: Mapping[str, _native.Weight]) -> None:
 
 
 class MemoryImage:
-    """Packed matrices in a memory file that outlives this process, as a context manager; used as Image.
+    """Packed matrices in a memory file that outlives this process. A context manager, used like Image.
 
-    The header is written last, so a file whose process died while it packed is packed again.
+    `ready`: the file held the matrices of this key already. The header is written last, so that weights are packed
+    again if a process died while it packed them.
     """
 
     def __init__(self, file: int, key: str, weights: Mapping[str, _native.Weight]) -> None:
@@ -117,10 +121,12 @@ def place(
 
 
 class Image:
-    """A file that holds the packed matrices `weights`, as a context manager.
+    """A file on disk with the packed matrices `weights`, as a context manager.
 
     `ready`: the file existed and the matrices are mapped from it. Otherwise they must be filled inside the `with`
     block, after which the file is kept. Failures on disk are warnings: the weights stay usable.
+
+    folder: where the file is. title, key: make up its name; key is a hash of what the weights depend on.
     """
 
     def __init__(self, folder: Path, title: str, key: str, weights: Mapping[str, _native.Weight]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,10 @@ def fill_codes(weight: _native.Weight, rows: Quantised, first: int, threads: int
 
 
 def _source_name(array: np.ndarray, name: str) -> str:
-    """Format name of an array that is not quantised. Raises DeviceError if the host cannot read it."""
+    """Name of the format (f32, f16 or bf16) of an array that is not quantised. name: of the weight, for the error.
+
+    Raises DeviceError if the host cannot read the array's type.
+    """
     for known in ("f32", "f16", "bf16"):
         if array.dtype == formats.get(known).dtype:
             return known
@@ -65,8 +68,8 @@ def load(
 ) -> Loaded:  # fmt: skip
     """Fill a native executable: declare its tensors, pack its weights, create its ops. Returns a Loaded.
 
-    cache, image_file: as for HostDevice. Raises DeviceError for weights of the wrong shape or type, and for ops that
-    the kernels cannot run.
+    cache: folder for packed weights, "auto" or None. image_file: descriptor of a memory file for them, if they are not
+    in the cache. Raises DeviceError for weights of the wrong shape or type, and for ops that the kernels cannot run.
     """
     matrices = {name: matrix.make() for name, matrix in layout.matrices.items()}
     image.gather(matrices)
@@ -82,6 +85,24 @@ def load(
     return Loaded(
         ids, matrices, _arrays(program, layout, weights, state), kept if isinstance(kept, image.Image) else None
     )
+
+
+def pack_again(
+    native: _native.Executable, layout: HostLayout, weights: Weights, state: StateSpec, program: Program,
+    names: Sequence[str],
+) -> tuple[dict[str, _native.Weight], dict[str, np.ndarray]]:  # fmt: skip
+    """Read weights of a Program and pack them into new memory, with one thread.
+
+    program: the loaded one, perhaps with other sources of weights. names: of weights of native ops. Returns ({name of
+    packed matrix: packed weight}, {name of vector: values, f32}). Raises DeviceError for weights that do not fit.
+    """
+    homes = {name: layout.homes[name] for name in names if name in layout.homes}
+    matrices = {home.matrix: layout.matrices[home.matrix].make() for home in homes.values()}
+    loader = _Loader(native, program, layout, weights, state, 1, matrices, False)
+    for name in homes:
+        loader.fill(program.tensors[name])
+    vectors = [name for name in names if name not in homes and name not in layout.joined.values()]
+    return matrices, {name: loader.vector(program.tensors[name]) for name in vectors}
 
 
 def add_op(native: _native.Executable, op: Op, ids: Mapping[str, int]) -> None:
@@ -102,9 +123,10 @@ def _image(
     program: Program, layout: HostLayout, matrices: Mapping[str, _native.Weight], weights: Weights,
     cache: str | Path | None, file: int | None,
 ) -> image.Image | image.MemoryImage | None:  # fmt: skip
-    """The Image on disk or MemoryImage for the packed matrices.
+    """The place where the packed matrices are kept for the next start: an Image on disk or a MemoryImage.
 
-    None if they are not to be kept, or if the weights have no identity.
+    None if they are not to be kept, or if the weights have no identity. cache, file: as `cache` and `image_file` of
+    load().
     """
     on_disk = cache is not None and (cache != "auto" or sum(w.nbytes for w in matrices.values()) >= image.WORTH)
     if not on_disk and file is None:
@@ -126,7 +148,7 @@ def _image(
 
 
 def _arrays(program: Program, layout: HostLayout, weights: Weights, state: StateSpec) -> dict[str, Value]:
-    """A dict of weights, constants and zeroed state for Python kernels, by name, as Op.reference() takes them."""
+    """Weights, constants and zeroed state for Python kernels, as a dict by name, as Op.reference() takes them."""
     found: dict[str, Value] = {}
     for t in (program.tensors[name] for name in sorted(layout.arrays)):
         if t.role == "weight":
@@ -180,33 +202,44 @@ class _Loader:
         return self.buffers[key]
 
     def _vector(self, t: Tensor) -> int:
-        """Declare a vector, or a stack of vectors as one vector, and return its number.
+        """Declare a vector, or a stack of vectors as one vector, and return its number."""
+        return self.native.vector(self.vector(t))
+
+    def vector(self, t: Tensor) -> np.ndarray:
+        """The values of a vector, or of a stack of vectors as one vector, f32.
 
         The biases of gate and up of each expert are concatenated, as their matrices are packed together.
         """
         joined = self.layout.joined
         parts = [t, *([self.program.tensors[joined[t.name]]] if t.name in joined else [])]
         values = [np.asarray(assemble(part, self.weights), np.float32) for part in parts]
-        return self.native.vector(np.concatenate(values, axis=-1).reshape(-1))
+        return np.concatenate(values, axis=-1).reshape(-1)
 
     def _matrix(self, t: Tensor) -> int:
-        """Declare a matrix, pack its values unless they are packed already, and return its number."""
-        home, k = self.layout.homes[t.name], int(t.shape[-1])
+        """Declare a matrix and pack its values, unless they are packed already. Returns its native number.
+
+        Raises DeviceError if the checkpoint's tensors do not fit its shape.
+        """
         if not self.packed:
-            at = 0
-            for source in t.source:
-                for name, x in strips(source, self.weights.read, self.weights.strips):
-                    at = self._fill(t, home, name, x, at)
-                    self.weights.release(name)
-            wanted = int(np.prod([int(d) for d in t.shape[:-1]]))
-            if at != wanted:
-                raise DeviceError(f"weight {t.name} is {t.type} but {' + '.join(t.source)} holds {at} rows of {k}")
-        return self.native.weight(self.matrices[home.matrix], [int(d) for d in t.shape])
+            self.fill(t)
+        return self.native.weight(self.matrices[self.layout.homes[t.name].matrix], [int(d) for d in t.shape])
+
+    def fill(self, t: Tensor) -> None:
+        """Read the values of a matrix and pack them. Returns nothing. Raises DeviceError if they do not fit it."""
+        home, k, at = self.layout.homes[t.name], int(t.shape[-1]), 0
+        for source in t.source:
+            for name, x in strips(source, self.weights.read, self.weights.strips):
+                at = self._fill(t, home, name, x, at)
+                self.weights.release(name)
+        wanted = int(np.prod([int(d) for d in t.shape[:-1]]))
+        if at != wanted:
+            raise DeviceError(f"weight {t.name} is {t.type} but {' + '.join(t.source)} holds {at} rows of {k}")
 
     def _fill(self, t: Tensor, home: Home, name: str, x: Value, at: int) -> int:
-        """Pack the values `x` of one checkpoint tensor into weight `t`, from its row `at` on.
+        """Pack the values `x` of the checkpoint tensor `name` into weight `t`, from its row `at` on.
 
-        Returns the number of the row after the last one packed.
+        home: where the weight is in the packed matrix. Returns the number of the row after the last one packed. Raises
+        DeviceError if the values do not fit the weight's shape or format.
         """
         held, total = list(x.shape), math.prod(x.shape[:-1])
         if len(held) < 2 or held[-1] != t.shape[-1] or at + total > math.prod(map(int, t.shape[:-1])):
@@ -230,7 +263,10 @@ class _Loader:
         return at + total
 
     def _pack(self, weight: _native.Weight, rows: Value, first: int, count: int, to: int, name: str) -> None:
-        """Write rows first .. first + count - 1 of `rows` into the native weight, from its row `to` on."""
+        """Write `count` rows of `rows`, from its row `first` on, into the native weight, from its row `to` on.
+
+        name: of the weight, for errors.
+        """
         if isinstance(rows, Quantised):
             fill_codes(weight, rows.each(lambda x: x[first : first + count]), to, self.threads)
         else:

@@ -17,10 +17,10 @@ from intaglio.program import Program
 
 @dataclass(frozen=True)
 class Draws:
-    """Sampling parameters of all rows in native form.
+    """Sampling parameters of all rows, converted to native form.
 
-    They are reused while they are unchanged, because building them takes 40 us: after a step the CPU caches hold
-    only weights.
+    They are kept and used again while the parameters are the same, because converting them takes 40 us: after a step
+    the CPU caches hold only weights.
     """
 
     ways: tuple[Sampling, ...]
@@ -37,9 +37,9 @@ class Draws:
 
 
 class Timings(Mapping[str, float]):
-    """Seconds by site: a mapping that builds its dict at the first access.
+    """Seconds by site: a mapping that builds its dict when it is first read.
 
-    Building it takes as long as the rest of a small step's Python and would count as part of the step.
+    Building it takes as long as the rest of a small step's Python, and would count as part of the step.
     """
 
     def __init__(self, sites: Sequence[str], seconds: np.ndarray) -> None:

@@ -47,7 +47,7 @@ WAIT = 3600.0  # seconds; then it waits again
 
 
 class PackedJob(Job):
-    """A Job that is kept as the bytes that came from the coordinator, for a child process to read."""
+    """A Job as the bytes that came from the coordinator, which are passed on to a child process."""
 
     def __init__(self, message: np.ndarray, modules: list[str]) -> None:
         object.__setattr__(self, "message", message)
@@ -63,7 +63,7 @@ class PackedJob(Job):
 
 
 class Port:
-    """A listening socket for ranks of other hosts. It keeps each connection until take() asks for it."""
+    """A listening socket to which ranks of other hosts connect. Each connection is kept until take() asks for it."""
 
     def __init__(self, host: str, token: bytes) -> None:
         self.token, self.listener = token, listen(host)
@@ -102,7 +102,7 @@ class Port:
             return self.arrived.pop(key)
 
     def wake(self) -> None:
-        """Let take() look again whether its group has ended. Returns nothing."""
+        """Wake a thread that waits in take(), so that it looks whether its group has ended."""
         with self.news:
             self.news.notify_all()
 
@@ -138,7 +138,8 @@ class Port:
 class HostGroup:
     """The ranks of this host in one epoch of a group, and the thread that sends their results to the coordinator.
 
-    message: the coordinator's START frame. images: packed weights of an earlier group.
+    link: to the coordinator. port: where other hosts' ranks connect. message: the coordinator's START frame. images:
+    packed weights of an earlier group.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ class HostGroup:
         self.thread.join()
 
     def send(self, kind: int, message: bytes) -> None:
-        """Send the coordinator a frame that begins with this group's epoch. Raises LinkLost."""
+        """Send a frame to the coordinator, with this group's epoch in front of the message. Raises LinkLost."""
         self.link.send(kind, int(self.facts["epoch"]).to_bytes(8, "big") + message)
 
     def _run(self) -> None:
@@ -220,9 +221,10 @@ class HostGroup:
                 number += 1
 
     def _connect(self, addresses: Mapping[int, tuple[str, int]]) -> dict[int, dict[int, socket.socket]]:
-        """Connect each rank of this host with each rank in `addresses`. Returns {own rank: {other rank: socket}}.
+        """Connect each rank of this host with each rank of other hosts. Returns {own rank: {other rank: socket}}.
 
-        The lower rank of a pair connects, the higher accepts. Raises OSError.
+        addresses: (host, port) by rank of other hosts. The lower rank of a pair connects, the higher accepts. Raises
+        OSError.
         """
         made: dict[int, dict[int, socket.socket]] = {rank: {} for rank in self.facts["ranks"]}
         pairs = [(rank, peer) for rank in made for peer in addresses]
@@ -241,7 +243,7 @@ class HostGroup:
 
 
 def ends_of(sockets: Mapping[int, socket.socket]) -> dict[int, int]:
-    """A dict from rank to the file descriptor of its socket."""
+    """{rank: file descriptor of its socket}."""
     return {rank: s.fileno() for rank, s in sockets.items()}
 
 

@@ -25,7 +25,7 @@ LOOPBACK_TOKEN = b"anyone on this machine may connect"  # where no other host ca
 
 
 class ConnectionRefused(ConnectionError):
-    """Raised when a connection fails because a peer is refused, does not know the token, or closes it early."""
+    """Raised if a peer refuses the connection or is refused, does not know the token, or closes the connection."""
 
 
 def proof(token: bytes, role: bytes, challenge: bytes, hello: bytes) -> bytes:
@@ -53,7 +53,10 @@ def connect(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer:
 
 
 def introduce(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int) -> tuple[socket.socket, bytes]:
-    """Connect as connect() does. Returns (socket, session key); only the two ends know the key."""
+    """Connect as `rank` to rank `peer`, which listens at `address`, and authenticate. Returns (socket, session key).
+
+    Only the two ends know the key. Raises OSError, of which ConnectionRefused is a kind; ValueError for a short token.
+    """
     check_token(token)
     s = socket.create_connection(address, timeout=TIMEOUT)
     try:
@@ -71,9 +74,13 @@ def introduce(address: tuple[str, int], token: bytes, epoch: int, rank: int, pee
 
 @dataclass(frozen=True)
 class Peer:
-    """The other end of an accepted connection: its rank, the rank `to` that it asked for, its epoch and the key.
+    """The other end of an accepted connection.
 
-    key: of the session; only the two ends know it.
+    Attributes:
+        rank: its own rank.
+        to: the rank that it asked for.
+        epoch: number of its group.
+        key: session key, which only the two ends know.
     """
 
     rank: int
@@ -85,7 +92,8 @@ class Peer:
 def accept(listener: socket.socket, token: bytes, epoch: int, rank: int) -> tuple[int, socket.socket]:
     """Wait for the next peer that connects to `rank`. Returns (the peer's rank, socket).
 
-    Raises ConnectionRefused for a peer that is refused, and OSError; the listener can be used again.
+    Raises ConnectionRefused for a peer that is refused, of another epoch or without the token, after which the listener
+    can be used again. Raises OSError if the listener fails, and ValueError for a short token.
     """
 
     def check(peer: Peer) -> None:
@@ -150,7 +158,7 @@ def meet(s: socket.socket, where: str, token: bytes, check: Callable[[Peer], Non
 
 
 def check_binding(host: str, token: bytes | None) -> bytes:
-    """The token to use for connections at the address `host`: the given one, or on loopback without one a fixed one.
+    """The token for connections at the address `host`: `token`, or on loopback a fixed one if it is None.
 
     Raises ValueError for an address outside loopback without a token, and for a token that is too short.
     """

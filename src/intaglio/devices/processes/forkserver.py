@@ -45,7 +45,10 @@ def child_environment() -> dict[str, str]:
 
 
 class ForkedProcess:
-    """A child of the fork server. returncode: as for subprocess.Popen; None before wait(), or if it is not known."""
+    """A child process that the fork server started.
+
+    `returncode`: its exit status, negative if a signal killed it; None before wait(), or if nobody knows it.
+    """
 
     def __init__(self, server: ForkServer, pid: int, file: int) -> None:
         self.server, self.pid, self.file = server, pid, file
@@ -72,7 +75,7 @@ ChildProcess = ForkedProcess | subprocess.Popen[bytes]
 
 
 class ForkServer:
-    """This process's end of a fork server, which is started when it is first needed. Any thread may use it."""
+    """This process's end of the connection to a fork server, which starts at the first fork. Any thread may use it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -133,7 +136,7 @@ class ForkServer:
         return self._ask({"files": len(files)}, files, TIMEOUT)
 
     def _ask(self, request: object, files: Sequence[int], timeout: float) -> tuple[dict[str, Any], list[int]]:
-        """(answer, descriptors) of the server to a request.
+        """Send a request to the server and wait for its answer. Returns (answer, descriptors that came with it).
 
         Raises ForkServerError, after ending the server, if it does not answer within `timeout` seconds.
         """
@@ -168,7 +171,7 @@ class ForkServer:
 
 
 def end(s: socket.socket, process: subprocess.Popen[bytes]) -> None:
-    """End a fork server, which ends by itself when its socket is closed; kill it if it hangs. Returns nothing."""
+    """Close the socket of a fork server, upon which it ends by itself; kill it if it hangs."""
     s.close()
     try:
         process.wait(END_TIMEOUT)
@@ -187,7 +190,10 @@ def send(s: socket.socket, message: object, files: Sequence[int] = ()) -> None:
 
 
 class Server:
-    """The fork server's side of the connection: run() answers requests. parent: id of the process it ends with."""
+    """The fork server's side of the connection: run() answers requests.
+
+    parent: id of the process for which it works; when that process ends, the server ends, too.
+    """
 
     def __init__(self, s: socket.socket, parent: int) -> None:
         self.socket, self.children = s, set[int]()
@@ -197,10 +203,7 @@ class Server:
             self.poll.register(file, select.POLLIN)
 
     def run(self) -> None:
-        """Answer requests until the parent closes the connection or ends; then kill the children that are left.
-
-        Returns nothing.
-        """
+        """Answer requests until the parent closes the connection or ends; then kill the children that still run."""
         try:
             while all(file != self.parent for file, _ in self.poll.poll()):
                 message, files, _, _ = socket.recv_fds(self.socket, BUFFER, MOST_FILES)
@@ -235,7 +238,7 @@ class Server:
         return {"status": status}
 
     def fork(self, files: list[int]) -> None:
-        """Fork a child as the file that came first says, and answer with its process id and pidfd. Returns nothing."""
+        """Fork a child as described in the first of `files`, and send its process id and pidfd to the parent."""
         try:
             threads = len(os.listdir("/proc/self/task"))
             if threads > 1:  # a lock that one of them holds would stay locked in the child
@@ -255,7 +258,7 @@ class Server:
 
 
 def prepare(modules: Iterable[str]) -> None:
-    """Import modules that are not imported yet. Errors are ignored: the child meets them again and reports them."""
+    """Import modules that are not imported yet. Errors are ignored: the child imports again and reports them."""
     new = [module for module in modules if module not in sys.modules]
     for module in new:
         with suppress(Exception):  # the child will raise it where it can be reported
@@ -266,7 +269,10 @@ def prepare(modules: Iterable[str]) -> None:
 
 
 def become(files: Sequence[int]) -> None:
-    """In a child: call the target, and end. Does not return. files: the request, and the target's descriptors."""
+    """In a forked child: call the target, and end the process. Does not return.
+
+    files: descriptors of the request and of the files that the target takes.
+    """
     try:
         os.setsid()  # a Ctrl-C is for the parent, which drains first
         with os.fdopen(files[0], "rb", closefd=False) as f:

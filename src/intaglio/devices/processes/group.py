@@ -63,7 +63,7 @@ def start_child(argument: str, files: Sequence[int], server: ForkServer | None, 
 
 @dataclass(frozen=True)
 class RankStart:
-    """The job of one rank's process, and the numbers of the CPU cores it may run on; (): all."""
+    """What one rank's process is started with: its job, and the numbers of the CPU cores it may run on; (): all."""
 
     job: Job
     cores: tuple[int, ...] = ()
@@ -83,12 +83,12 @@ class Place:
 
 
 class Processes:
-    """The child processes of this host's ranks of a group, and the memory they share. It knows nothing of steps.
+    """The child processes of this host's ranks of a group, and the memory they share. It does not know what steps are.
 
-    joins: the ranks take part in collectives together. silence: seconds without a sign of life after which a
-    process counts as hung. what: noun for a process in error messages. kept: the K/V caches. images: the packed
-    weights. slots: number of messages for requests and of results of a rank that the memory holds. place: None if all
-    ranks are on this host. server: forks the processes; without one they are started.
+    joins: the ranks take part in collectives together. silence: seconds without a sign of life after which a process
+    counts as hung. what: noun for a process in error messages. kept: the K/V caches. images: the packed weights. slots:
+    how many requests, and results of each rank, the memory holds. place: None if all ranks are on this host. server:
+    forks the processes; None: they are started one by one.
     """
 
     def __init__(
@@ -166,13 +166,15 @@ class Processes:
 
 
 def watch(segment: _native.Segment, pids: Mapping[int, int], wake: int, silence: float, what: str) -> None:
-    """Abort the group when a process exits or hangs; return when `wake` is set.
+    """Abort the group when one of its processes exits or hangs; return when `wake` is set.
 
-    A process hangs if its heartbeat is silent for `silence` seconds and it is stopped, or for PATIENCE times as long,
-    because other processes may have the cores. The heartbeat is a thread of its own, so a long step is not mistaken
-    for silence. Silence is counted from the first beat on, so a process that is still starting is not silent, and in
-    ticks of this thread (TICK), not by a clock: a pause of the whole machine, in which this thread does not run either,
-    adds at most one tick.
+    A process hangs if it is stopped and its heartbeat has been silent for `silence` seconds. One that is not stopped
+    hangs after PATIENCE times as long, because other processes may have the cores. The heartbeat is a thread of its
+    own, so a long step is not mistaken for silence.
+
+    Silence is counted from the first beat on, so a process that is still starting is not silent. It is counted in ticks
+    of this thread (TICK), not by a clock: a pause of the whole machine, in which this thread does not run either, adds
+    at most one tick.
 
     Args:
         segment: memory of the group, with the heartbeats and the abort word.
@@ -279,7 +281,7 @@ class GroupExecutable(PostedExecutable):
             raise DeviceLost(f"the {self.processes.what} is gone")
 
     def close(self) -> None:
-        """Kill the processes, and drop this group's hold on the K/V cache and the packed weights. Returns nothing."""
+        """Kill the processes, and give up the K/V cache and the packed weights, which the next group may still use."""
         self.processes.close()
         self.kept = self.images = None
 

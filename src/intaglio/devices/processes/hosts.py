@@ -57,10 +57,7 @@ class HostAgent:
         return not self.link.closed.is_set()
 
     def run(self) -> None:
-        """Call the handler with each frame from the agent until the connection is lost, then once with kind LOST.
-
-        Returns nothing.
-        """
+        """Call the handler with each frame from the agent until the connection is lost, then once with kind LOST."""
         try:
             while True:
                 self.take(*self.link.receive())
@@ -73,7 +70,7 @@ class HostAgent:
             self.handler(self, kind, int.from_bytes(message[:8], "big"), message[8:])
 
     def lose(self, why: LinkLost) -> None:
-        """Call the handler with kind LOST, because the connection is lost. Returns nothing."""
+        """Call the handler with a frame of kind LOST. why: the error that ended the connection."""
         if self.handler:
             self.handler(self, membership.LOST, None, f"its connection is lost: {why}".encode())
 
@@ -193,10 +190,7 @@ class HostsExecutable(PostedExecutable):
             raise
 
     def take(self, agent: HostAgent, kind: int, message: bytes) -> None:
-        """Handle a frame from an agent: keep the answer to a step, or end the group if ranks are lost.
-
-        Returns nothing.
-        """
+        """Handle a frame from an agent: store its answer to a step, or end the group if ranks are lost."""
         with self.news:
             if kind == membership.LOST:
                 self.fail(f"host {agent.name}: {message.decode(errors='replace')}")

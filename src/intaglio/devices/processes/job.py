@@ -22,8 +22,7 @@ from intaglio.program import MeshProgram, Program, parse_program
 class Job:
     """What a child process is to load: device, Programs, weights and state.
 
-    programs: the Program of one rank, or of all ranks of a mesh. layout: that by which the model was sharded, such
-    as tp4.
+    programs: the Program of one rank, or of all ranks of a mesh. layout: how the model is sharded, such as tp4.
     """
 
     device: Recipe
@@ -90,10 +89,11 @@ def read_facts(message: memoryview) -> RankFacts | str:
 
 
 def check_facts(ranks: Sequence[RankFacts], earlier: Sequence[RankFacts] | None) -> None:
-    """Raise an error if the ranks of a group would not compute the bits that are expected. Returns nothing.
+    """Raise an error if the ranks of a group would not compute the bits that are expected.
 
-    Raises DeviceError if the ranks have different instruction sets, and ReplacementRefused if the number of ranks,
-    an instruction set or a Program differs from `earlier`, the facts of the group that this one replaces.
+    earlier: the facts of the group that this one replaces, or None. Raises DeviceError if the ranks have different
+    instruction sets. Raises ReplacementRefused if the number of ranks, an instruction set or a Program differs from
+    `earlier`.
     """
     for rank, facts in enumerate(ranks):
         if facts.isa != ranks[0].isa:

@@ -11,12 +11,11 @@ CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.S
 
 
 class KeptState:
-    """A memory file for each rank that holds its K/V cache.
+    """Memory files, one for each rank, that hold the ranks' K/V caches.
 
-    The files exist until the last group that uses them is gone.
-
-    A step writes K/V only at positions that are not computed yet. So whatever part of its last step a process had done
-    when it was killed, all computed K/V is intact, and the next process can continue from it.
+    The files exist until the last group that uses them is gone. A step writes K/V only at positions that are not
+    computed yet. So all K/V computed before is intact when a process is killed in the middle of a step, and the next
+    process can continue from it.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -25,7 +24,7 @@ class KeptState:
 
 
 class KeptImages:
-    """A memory file for each rank that holds its packed weights, unless they are cached on disk.
+    """Memory files, one for each rank, that hold the ranks' packed weights, unless they are cached on disk.
 
     The files exist until the last group that uses them is gone. A replacement maps them instead of packing again. They
     are mapped read-only once they are packed, so that a rank that crashes does not damage them.

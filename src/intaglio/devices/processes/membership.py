@@ -14,7 +14,7 @@ PATIENCE = 10  # times the allowed silence has a process that is not stopped: ot
 
 
 class OutOfOrder(ValueError):
-    """Raised for a frame that is not the next one: others were left out, or it came twice."""
+    """Raised for a frame whose number is not the next one: frames were left out, or one came twice."""
 
 
 class FrameOrder:
@@ -36,7 +36,10 @@ class FrameOrder:
 
 
 class Silence:
-    """Tells how long the other end of a link may still be silent. allowed: seconds after which it counts as gone."""
+    """How long the other end of a link may still be silent. allowed: seconds after which it counts as gone.
+
+    now: the present time in seconds.
+    """
 
     def __init__(self, allowed: float, now: float) -> None:
         self.allowed, self.last = allowed, now
@@ -51,15 +54,16 @@ class Silence:
 
 
 class BeatWatch:
-    """Finds ranks that hang by their heartbeats, which ranks count up in shared memory.
+    """Finds ranks that hang, from their heartbeats, which ranks count up in shared memory.
 
     Silence is counted in looks, not by a clock: a pause of the whole machine, in which nobody looks, adds at most one.
     It is counted from the first beat on, so a rank that is still starting is not silent.
 
     Args:
-        ranks: their numbers.
-        silence: seconds after which a rank hangs if its process is stopped. One that is not stopped has PATIENCE times
-            as long.
+        ranks: numbers of the ranks.
+        silence: seconds of silence after which a rank hangs if its process is stopped. A rank whose process is not
+            stopped
+            has PATIENCE times as long.
         tick: seconds between two looks.
     """
 
@@ -134,11 +138,11 @@ class Epoch(Generic[Member, Answer]):
         self.answers: dict[int, dict[Member, Answer]] = {}  # by step; step 0 is the load
 
     def concerns(self, epoch: int | None) -> bool:
-        """True if a frame of this epoch number is for this group. None: a frame about the link, whatever the epoch."""
+        """True if a frame of this epoch is for this group, or if `epoch` is None: a frame about the link itself."""
         return epoch is None or epoch == self.number
 
     def answer(self, member: Member, step: int, answer: Answer) -> None:
-        """Note a member's answer to a step. Returns nothing."""
+        """Store a member's answer to a step, unless the epoch has ended or the sender is no member."""
         if not self.failed and member in self.members:
             self.answers.setdefault(step, {})[member] = answer
 
@@ -153,7 +157,7 @@ class Epoch(Generic[Member, Answer]):
         return len(self.answers.get(step, ())) == len(self.members)
 
     def take(self, step: int) -> list[Answer]:
-        """The answers to a complete step in the order of the ranks, as a list. They are forgotten here."""
+        """Remove the answers to a complete step and return them, as a list in the order of the ranks."""
         found = self.answers.pop(step)
         return [found[member] for member in self.members]
 
@@ -169,7 +173,7 @@ class HostRanks(Protocol):
 
 
 class Session:
-    """An agent's work for one coordinator: take() follows its frames. The ranks of at most one epoch run at a time.
+    """An agent's work for one coordinator. The ranks of at most one epoch run at a time.
 
     start: function that starts the ranks that a message describes and returns their HostRanks. It is called when the
     ranks of an earlier epoch have ended.
@@ -180,7 +184,7 @@ class Session:
         self.ranks: HostRanks | None = None
 
     def take(self, kind: int, message: bytes) -> None:
-        """Do what a frame from the coordinator says: start ranks, hand them a step, or end them. Returns nothing."""
+        """Do what a frame from the coordinator says: start ranks, give them a step, or end them."""
         if kind == STEP and self.ranks:
             self.ranks.post(message)
         elif kind in (START, STOP):

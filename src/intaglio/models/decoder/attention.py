@@ -10,7 +10,7 @@ from intaglio.ops import Attend, KvWrite, Map, Norm, Rope
 
 
 def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
-    """Write the attention of layer `i`, which reads x. Returns the name of the result's tensor."""
+    """Write the ops of the attention of layer `i` with input tensor `x`. Returns the name of the result's tensor."""
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
     kv_heads, head_dim = layer.kv_heads or d.kv_heads, layer.head_dim or d.head_dim
     value_dim = d.value_dim or head_dim
@@ -59,12 +59,15 @@ def write_attention(w: Writer, i: int, layer: Layer, x: str) -> str:
 
 
 def clip(limit: float) -> str:
-    """The expression, for the op `map`, that clips its operand a to -limit .. limit."""
+    """An expression for the op `map` that clips its operand `a` to the range -limit to limit, as text."""
     return f"relu(a + {limit!r}) - relu(a - {limit!r}) - {limit!r}"
 
 
 def _qk_norms(w: Writer, at: str, source: str, q: str, k: str, head_dim: int) -> tuple[str, str]:
-    """Write the norms of queries and keys, for a model that has them. Returns the names of the two normed tensors."""
+    """Write the norms of queries `q` and keys `k`. Returns the names of the two normed tensors.
+
+    at, source: prefixes of the norms' sites in the Program and of their modules in the checkpoint.
+    """
     d = w.d
     if d.qk_norm == "unit":
         how: dict[str, Any] = {"eps": d.eps, "group": head_dim}

@@ -170,14 +170,13 @@ class Mixture:
 class Decoder:
     """Description of a decoder-only transformer, from which write() makes its Program.
 
-    A softcap of 0 is none. `qk_norm` is "" (none), "head" (over each head), "late" (the same, but after rope),
-    "flat" (over all heads as one row) or "unit" (over each head, without a weight, after rope, in layers with
-    rope). `temper` scales the queries (see the op attend) in layers without rope or, with `temper_all`, in all layers.
+    A softcap of 0 is none. `qk_norm` is "" (none), "head" (over each head), "late" (over each head, after rope), "flat"
+    (over all heads as one row) or "unit" (over each head, without a weight, after rope, in layers with rope). `temper`
+    scales the queries (see the op attend) in layers without rope or, with `temper_all`, in all layers.
 
-    The blocks name checkpoint tensors as Llama does. `sources` maps parts of those names to what the checkpoint has
-    instead, with the steps of program/source.py where the checkpoint stores the tensor in another form. A part is
-    one or more whole segments between dots, such as `mlp.up_proj` or `self_attn.q_proj.weight`; rules apply in
-    order.
+    The description names checkpoint tensors as Llama does. `sources` maps parts of those names to the checkpoint's own,
+    or to a source in the notation of program/source.py if the checkpoint stores the tensor in another form. A part is
+    one or more whole segments between dots, such as `mlp.up_proj` or `self_attn.q_proj.weight`; rules apply in order.
     """
 
     vocabulary: int
@@ -257,7 +256,7 @@ class Decoder:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def source(self, name: str) -> str:
-        """The checkpoint's source (notation of program/source.py) of a tensor or module that has `name` in Llama."""
+        """The checkpoint's source (notation of program/source.py) for the tensor or module that Llama calls `name`."""
         for part, found in self.sources.items():
             name = re.sub(rf"(?<![^.]){re.escape(part)}(?![^.])", found.replace("\\", r"\\"), name, count=1)
         return name
@@ -270,10 +269,10 @@ class Decoder:
 
 
 def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict[str, Any]:
-    """A dict of those arguments for Decoder that most families read from the same config keys.
+    """Arguments of Decoder that most families read from the same keys of config.json, as a dict.
 
-    act, eps: the config's key for the activation and for the norms' epsilon; families name these differently. Raises
-    PortError for a missing or wrong value, and if the numbers of heads do not divide.
+    act, eps: the keys of the activation and of the norms' epsilon, which families name differently. Raises PortError
+    for a missing or wrong value, and if the numbers of heads do not divide.
     """
     hidden, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
     kv_heads = c.whole("num_key_value_heads", heads)
@@ -300,9 +299,10 @@ def sizes(c: Config, act: str = "hidden_act", eps: str = "rms_norm_eps") -> dict
 
 
 def layer_norm_sizes(c: Config, eps: str) -> dict[str, Any]:
-    """A dict of arguments for Decoder, for models before rope: LayerNorms, linears with biases, an MLP without a gate.
+    """Arguments of Decoder for models from before rope, as a dict: LayerNorms, biases, an MLP without a gate.
 
-    As many K/V heads as heads, of hidden_size / heads columns. eps: as for sizes(). Raises PortError.
+    There are as many K/V heads as heads, each of hidden_size / heads columns; the keys that would change this are
+    cleared in `c`. eps: the config's key of the norms' epsilon. Raises PortError for a missing or wrong value.
     """
     c.table |= {"num_key_value_heads": None, "head_dim": None}
     return sizes(c, eps=eps) | {
@@ -312,19 +312,23 @@ def layer_norm_sizes(c: Config, eps: str) -> dict[str, Any]:
 
 
 def window(c: Config, kind: str) -> int:
-    """Attention window in tokens of a layer of this attention type; 0 for full attention."""
+    """Attention window in tokens of a layer of the attention type `kind`; 0 for full attention.
+
+    Raises PortError if the config has no sliding_window.
+    """
     return c.whole("sliding_window") if kind == "sliding_attention" else 0
 
 
 def uniform_layers(c: Config, s: Mapping[str, Any], context: int) -> dict[str, Any]:
-    """A dict of the arguments `layers` and `ropes` of Decoder, for a model whose layers share one rope table.
+    """The arguments `layers` and `ropes` of Decoder, as a dict, for a model whose layers share one rope table.
 
-    s: the arguments from sizes(). Windows follow the key layer_types.
+    s: arguments of Decoder, as sizes() returns them. Windows follow the key layer_types. Raises PortError for settings
+    that are not supported.
     """
     ropes = {"rope": table(c, parameters(c), s["head_dim"], context)}
     return {"ropes": ropes, "layers": tuple(Layer(window=window(c, kind)) for kind in c.layer_types())}
 
 
 def sparse(d: Decoder, where: Callable[[int], bool] = lambda i: True) -> Decoder:
-    """A copy of the decoder with its mixture of experts in the layers for which `where(i)` is true."""
+    """A copy of the Decoder in which the layers for which `where(i)` is true have its mixture of experts."""
     return replace(d, layers=tuple(replace(layer, sparse=where(i)) for i, layer in enumerate(d.layers)))

@@ -14,7 +14,7 @@ from intaglio.ops import Attend, ChooseKeys, HeadLinear, KvWrite, Norm, Rope
 
 
 def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
-    """Write the latent attention of layer `i`, which reads x. Returns the name of the result's tensor."""
+    """Write the ops of the latent attention of layer `i`, with input tensor `x`. Returns the result's tensor name."""
     d, b, at, source = w.d, w.b, f"layers.{i}.attn.", f"{w.d.prefix}layers.{i}.self_attn."
     turn = d.ropes[layer.rope]
     how: dict[str, Any] = {"style": turn.style, "factor": turn.factor}
@@ -49,9 +49,9 @@ def _compressed_queries(w: Writer, m: Latent, at: str, source: str, x: str) -> s
 
 
 def _queries(w: Writer, m: Latent, at: str, source: str, x: str, narrow: str) -> str:
-    """Write the queries [T, heads * (nope + rope)] from their latent `narrow`, or from x if there is none ("").
+    """Write the queries [T, heads * (nope + rope)]. Returns the name of their tensor.
 
-    Returns the name of their tensor.
+    narrow: the tensor of compressed queries from which they are computed; "": from x.
     """
     width = w.d.heads * (m.nope + m.rope)
     if not narrow:
@@ -62,7 +62,7 @@ def _queries(w: Writer, m: Latent, at: str, source: str, x: str, narrow: str) ->
 def _indexer(w: Writer, m: Latent, index: Indexer, i: int, layer: Layer, x: str, narrow: str) -> str:
     """Write the indexer of layer `i`, with a cache of its own keys. Returns the name of the tensor of chosen positions.
 
-    narrow: the latent of the queries, from which the indexer's queries are projected.
+    narrow: the tensor of compressed queries, from which the indexer's queries are projected.
     """
     b, at, n = w.b, f"layers.{i}.attn.indexer.", index.head_dim
     source, turn = f"{w.d.prefix}layers.{i}.self_attn.indexer.", w.d.ropes[layer.rope]
@@ -82,7 +82,7 @@ def _indexer(w: Writer, m: Latent, index: Indexer, i: int, layer: Layer, x: str,
 
 
 def _shared_index(w: Writer, i: int) -> str:
-    """The name of the tensor of positions that are chosen by the last indexer before layer `i`."""
+    """Name of the tensor of positions chosen in the last layer before `i` that has an indexer of its own."""
     last = max(j for j, layer in enumerate(w.d.layers[:i]) if not layer.shares_index)
     return f"layers.{last}.attn.indexer.choose"
 

@@ -61,7 +61,9 @@ class SsmMixer:
 
 @dataclass(frozen=True, kw_only=True)
 class ScanMixer:
-    """A Mamba block: in_proj gives x and gate. x passes a short convolution and silu; x_proj of it gives step, B and C.
+    """A Mamba block: in_proj gives x and gate. x passes a short convolution and silu.
+
+    The product of the result with x_proj gives step, B and C.
 
     Attributes:
         inner: columns of x.

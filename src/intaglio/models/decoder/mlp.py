@@ -8,9 +8,10 @@ from intaglio.ops import Experts, Map, Route
 
 
 def write_dense(w: Writer, at: str, source: str, x: str, width: int, bias: bool, fused: str = "gate_up_proj") -> str:
-    """Write an MLP of inner width `width` at site `at`, with a gate if the model has one.
+    """Write the ops of an MLP of inner width `width`, with a gate if the model has one. Returns the result's name.
 
-    Returns the name of the result's tensor.
+    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor. bias:
+    its linears have biases. fused: the module that holds gate and up, if the checkpoint stores them as one.
     """
     d = w.d
     if d.gated:
@@ -42,7 +43,7 @@ def _xielu(w: Writer, at: str, source: str, x: str, up: str) -> str:
 
 
 def write_mixture(w: Writer, m: Mixture, i: int, x: str) -> str:
-    """Write the mixture of experts of layer `i`. Returns the name of the result's tensor."""
+    """Write the ops of the mixture of experts of layer `i`, with input tensor `x`. Returns the result's tensor name."""
     b, at, source = w.b, f"layers.{i}.mlp.", f"{w.d.prefix}layers.{i}.{m.block}."
     logits = w.linear(at + "router", x, m.count, w.d.hidden, source + m.router, m.router_bias)
     bias = w.tensor(at + "router.correction", (m.count,), source + m.correction) if m.correction else None

@@ -17,11 +17,7 @@ from intaglio.program.source import parts_of
 
 
 def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
-    """Write the mixer `m` of layer `i`, which reads x. Returns the name of the result's tensor.
-
-    The functions below do the same for one type of mixer. at, source: prefixes of the names of its sites in the
-    Program and of its modules in the checkpoint.
-    """
+    """Write the ops of the mixer `m` of layer `i` with input tensor `x`. Returns the name of the result's tensor."""
     at, source = f"layers.{i}.{m.block}.", f"{w.d.prefix}layers.{i}.{m.block}."
     match m:
         case ConvMixer():
@@ -41,7 +37,7 @@ def write_mixer(w: Writer, m: Mixer, i: int, x: str) -> str:
 def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
     """Write the ops of a gated short convolution. Returns the name of the result's tensor.
 
-    Arguments as for write_mixer().
+    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
     """
     b, n = w.b, w.d.hidden
     joint = w.linear(at + "in_proj", x, 3 * n, n, source + "in_proj", m.bias)
@@ -53,7 +49,10 @@ def write_conv(w: Writer, m: ConvMixer, at: str, source: str, x: str) -> str:
 
 
 def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a Mamba-2 block. Returns the name of the result's tensor. Arguments as for write_mixer()."""
+    """Write the ops of a Mamba-2 block. Returns the name of the result's tensor.
+
+    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    """
     b, inner, group = w.b, m.heads * m.head_dim, m.groups * m.state
     wide = inner + 2 * group
     joint = w.linear(at + "in_proj", x, inner + wide + m.heads, w.d.hidden, source + "in_proj", m.bias)
@@ -82,9 +81,9 @@ def write_ssm(w: Writer, m: SsmMixer, at: str, source: str, x: str) -> str:
 
 
 def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) -> str:
-    """Write the gate and the norm of a Mamba-2 block, in the order of `m.norm`.
+    """Write the gate and the norm of a Mamba-2 block, in the order of `m.norm`. Returns the result's tensor name.
 
-    Returns the name of the result's tensor.
+    at, source: prefixes of the sites in the Program and of the modules in the checkpoint. y, gate: the input tensors.
     """
     inner = m.heads * m.head_dim
     if m.norm != "first":
@@ -96,7 +95,10 @@ def gated_norm(w: Writer, m: SsmMixer, at: str, source: str, y: str, gate: str) 
 
 
 def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a Mamba block. Returns the name of the result's tensor. Arguments as for write_mixer()."""
+    """Write the ops of a Mamba block. Returns the name of the result's tensor.
+
+    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    """
     b, n = w.b, m.inner
     joint = w.linear(at + "in_proj", x, 2 * n, w.d.hidden, source + "in_proj", m.bias)
     value, gate = w.views(joint, {at + "value": n, at + "gate": n})
@@ -120,7 +122,10 @@ def write_scan(w: Writer, m: ScanMixer, at: str, source: str, x: str) -> str:
 
 
 def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a gated delta net. Returns the name of the result's tensor. Arguments as for write_mixer()."""
+    """Write the ops of a gated delta net. Returns the name of the result's tensor.
+
+    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    """
     b, key, value = w.b, m.key_heads * m.keys, m.heads * m.values
     y, gate, beta, step = (fused_inputs if m.fused else inputs)(w, m, at, source, x)
     y = convolved(w, at, source + "conv1d", y, 2 * key + value, m.taps, bias=False)
@@ -139,7 +144,10 @@ def write_delta(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> str:
 
 
 def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of a block of Griffin. Returns the name of the result's tensor. Arguments as for write_mixer()."""
+    """Write the ops of a Griffin block. Returns the name of the result's tensor.
+
+    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    """
     b, n, dim = w.b, m.width, m.width // m.heads
     y = w.linear(at + "linear_y", x, n, w.d.hidden, source + "linear_y", bias=True)
     y = b.op(Map, at + "y_act", y, expr=f"{w.d.activation}(a)")
@@ -157,7 +165,10 @@ def write_lru(w: Writer, m: LruMixer, at: str, source: str, x: str) -> str:
 
 
 def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) -> str:
-    """Write the ops of lightning attention. Returns the name of the result's tensor. Arguments as for write_mixer()."""
+    """Write the ops of lightning attention. Returns the name of the result's tensor.
+
+    at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor.
+    """
     b, n, dim = w.b, m.heads * m.head_dim, m.head_dim
     y = w.joined(at + "qkv_proj", x, 3 * n, parts_of(f"{source}qkv_proj.weight", (dim, dim, dim)))
     y = b.op(Map, at + "qkv_act", y, expr=f"{w.d.activation}(a)")
@@ -173,9 +184,9 @@ def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) 
 
 
 def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Write the input projections of a gated delta net.
+    """Write the input projections of a gated delta net. Returns the names of four tensors, as a list.
 
-    Returns the names of four tensors: q, k and v side by side; gate; beta; step.
+    They are: q, k and v side by side; gate; beta; step.
     """
     value = m.heads * m.values
     widths = {"qkv": 2 * m.key_heads * m.keys + value, "z": value, "b": m.heads, "a": m.heads}
@@ -185,9 +196,9 @@ def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
 def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
     """Write the input projections of a gated delta net from the two fused weights of Qwen3-Next.
 
-    Returns the names of four tensors, as inputs() does: q, k and v side by side; gate; beta; step. in_proj_qkvz has
-    the rows of q, k, v and gate of the first key head, then those of the next; in_proj_ba the rows of beta and step
-    in the same way.
+    Returns the names of four tensors: q, k and v side by side; gate; beta; step. in_proj_qkvz has the rows of q, k, v
+    and gate of the first key head, then those of the next head, and so on; in_proj_ba likewise has rows of beta and
+    step.
     """
     shared = m.heads // m.key_heads  # value heads of a key head
     value = shared * m.values
@@ -204,9 +215,10 @@ def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list
 def decay(
     w: Writer, at: str, source: str, step: str, heads: int, low: float = 0.0, high: float = 0.0
 ) -> tuple[str, str]:
-    """Write the op decay with the checkpoint's A_log and dt_bias.
+    """Write the op decay with the checkpoint's A_log and dt_bias. Returns the names of its two result tensors.
 
-    Returns the names of two tensors: step sizes and log decays, [T, heads] each.
+    They are the step sizes and the log decays, [T, heads] each. step: the input tensor. low, high: limits of the step
+    size; high 0: none.
     """
     rate = w.tensor(at + "rate", (heads,), source + "A_log", plain=True)
     bias = w.tensor(at + "dt_bias", (heads,), source + "dt_bias", plain=True)
@@ -217,9 +229,10 @@ def decay(
 def convolved(
     w: Writer, at: str, source: str, x: str, width: int, taps: int, bias: bool, part: tuple[int, int] | None = None
 ) -> str:
-    """Write a short convolution and silu. Returns the name of the result's tensor.
+    """Write a short convolution of `width` channels, and silu. Returns the name of the result's tensor.
 
-    Arguments as for short_conv().
+    source: the convolution's module. taps: tokens that it reads. part: (first channel, number of channels of the
+    module), if `width` is not all of them.
     """
     y = short_conv(w, at + "conv", source, x, width, taps, bias, part)
     return w.b.op(Map, at + "conv_act", y, expr="silu(a)")
@@ -230,7 +243,8 @@ def short_conv(
 ) -> str:
     """Write a short convolution of `width` channels, with its state. Returns the name of the result's tensor.
 
-    source: the module. part: (first channel, number of channels of the module), if these are not all of them.
+    source: the convolution's module. taps: tokens that it reads. part: (first channel, number of channels of the
+    module), if `width` is not all of them.
     """
     cut = f"{part[0]}:{part[0] + width}/{part[1]}" if part else ""
     weight = w.tensor(f"{site}.weight", (width, taps), f"{source}.weight|m" + (f"|r{cut}" if cut else ""), plain=True)

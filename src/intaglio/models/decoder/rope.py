@@ -33,11 +33,13 @@ class Table:
 
 
 def parameters(c: Config, kind: str = "", theta: str = "rope_theta", scaled: bool = True) -> Settings:
-    """The rope settings of layers of type `kind`, as a Settings table in the form of `rope_parameters`.
+    """The rope settings of layers of type `kind`, as a Settings table in the form of the key `rope_parameters`.
 
-    theta: the key of the base in the older form of config.json. scaled: whether the older form's rope_scaling
-    applies to these layers. As in transformers 5, a rope_scaling that is set replaces rope_parameters or, if these
-    are given per layer type, overrides single keys of them. Raises PortError for settings that are missing or wrong.
+    Older files have a key for the base (`theta`) and `rope_scaling`. As in transformers 5, rope_scaling replaces
+    rope_parameters if it is set; if rope_parameters are given per layer type, it overrides single keys of them. scaled:
+    False if rope_scaling does not apply to these layers.
+
+    Raises PortError for settings that are missing or wrong.
     """
     flat, nested = c.get("rope_parameters", {}), ""
     if not isinstance(flat, Mapping):
@@ -80,17 +82,16 @@ def _lay_over(c: Config, out: Settings, scaling: Settings) -> None:
 
 
 def lengths(c: Config) -> tuple[int, int, bool]:
-    """(default context in tokens, longest context, True if the rope table differs for contexts beyond the default).
+    """The default and the longest context in tokens, and whether the rope table is another beyond the default.
 
-    The default context is:
+    Returns (default, longest, True if it is another). By type of scaling:
 
-    - YaRN: factor * original length, if that is more than max_position_embeddings. It is the longest context
-      too.
-    - LongRoPE: the original length, up to which its short factors apply. One Program has one table, and the long
-      factors would change short sequences too. The longest context is max_position_embeddings.
-    - Dynamic NTK: the length without scaling; the longest context is factor times that.
-    - Linear: max_position_embeddings; the longest context is factor times that.
-    - Otherwise, and for scaling that differs by layer type, both are max_position_embeddings.
+    - YaRN: both are factor * original length, if that is more than max_position_embeddings.
+    - LongRoPE: the default is the original length, up to which its short factors apply. One Program has one table, and
+      the long factors would change short sequences too. The longest context is max_position_embeddings.
+    - Dynamic NTK: the default is the length without scaling; the longest context is factor times that.
+    - Linear: the default is max_position_embeddings; the longest context is factor times that.
+    - Otherwise, and for dynamic or linear scaling given per layer type, both are max_position_embeddings.
     """
     n = c.whole("max_position_embeddings")
     scaling = c.get("rope_scaling") or c.get("rope_parameters") or {}
@@ -112,12 +113,14 @@ def lengths(c: Config) -> tuple[int, int, bool]:
 
 
 def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "half", partial: bool = False) -> Table:
-    """The rope Table of the settings `p`. partial: the family may rotate only part of each head.
+    """The rope Table for settings `p` (see parameters()) and a Program of `context` positions.
 
-    LongRoPE's long factors are chosen if `context`, the length that the Program is compiled for, exceeds the pretrained
-    length; dynamic NTK's base is that of a sequence of `context` tokens. transformers chooses by the longest sequence
-    in the batch; then a sequence's logits would depend on the batch, and keys written earlier would have other
-    frequencies than later ones. Raises PortError for settings that are missing, wrong or not supported.
+    partial: the family may rotate only part of each head. LongRoPE's long factors are chosen if `context` exceeds the
+    pretrained length; dynamic NTK's base is that of a sequence of `context` tokens. transformers chooses by the longest
+    sequence in the batch. Then a sequence's logits would depend on the batch, and keys written earlier would have other
+    frequencies than later ones.
+
+    Raises PortError for settings that are missing, wrong or not supported.
     """
     kind, part = p["rope_type"], p["partial_rotary_factor"]
     if kind not in TYPES:
@@ -221,6 +224,7 @@ def _longrope(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[
 
     Divisors are the config's long_factor if `context` exceeds the pretrained length, else its short_factor. The
     attention factor is the config's; by default sqrt(1 + ln(factor) / ln(pretrained length)), or 1 if factor <= 1.
+    Raises PortError for a wrong number of divisors.
     """
     pretrained = p["original_max_position_embeddings"]
     short, long = p["short_factor"], p["long_factor"]

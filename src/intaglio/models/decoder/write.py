@@ -53,9 +53,9 @@ def _per_layer(w: Writer, x: str) -> str:
 
 
 def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
-    """Write the branch of layer `i` that is gated with the layer's columns of `inputs`.
+    """Write the branch of layer `i` that is gated with per-layer inputs (Gemma 4). Returns the name of the sum with x.
 
-    Returns the name of the tensor with x plus the branch. branch = norm(proj(activation(gate(x)) * columns)).
+    branch = norm(proj(activation(gate(x)) * columns)), with the layer's columns of the tensor `inputs`.
     """
     d, b, at, source, n = w.d, w.b, f"layers.{i}.per_layer.", f"{w.d.prefix}layers.{i}.", w.d.per_layer
     mine = b.view(at + "input", inputs, i * n, (i + 1) * n)
@@ -95,9 +95,9 @@ def _embedding(w: Writer) -> str:
 
 
 def _root(w: Writer, width: int, table: str) -> float:
-    """The factor sqrt(width) by which rows of an embedding are multiplied.
+    """The factor sqrt(width) by which rows of an embedding are multiplied, as a float.
 
-    It is rounded to the format of the weight `table`, unless that format has groups.
+    It is rounded to the format of the embedding's weight `table`, or to float32 if that format has groups.
     """
     root, format = np.array(width**0.5, np.float32), w.b.tensors[table].format
     return float(root if formats.get(format).grouped else formats.round_to(root, format))

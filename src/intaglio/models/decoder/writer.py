@@ -55,9 +55,9 @@ class Writer:
         return self.b.weight(name, shape, source, "bf16" if plain and formats.get(format).grouped else format)
 
     def stack(self, name: str, shape: tuple[int, int, int], source: str) -> str:
-        """Add all experts' matrices as one weight of `shape`.
+        """Add all experts' matrices as one weight [experts, rows, columns] (`shape`). Returns its name.
 
-        Returns its name. orders() adds the order of their columns.
+        If the matrices have column orders (act-order), add those with orders().
         """
         source = self.d.source(source)
         return self.b.weight(name, shape, source, self.format(names(source)[0]))
@@ -96,10 +96,7 @@ class Writer:
         return out
 
     def scalar(self, site: str, x: str, source: str) -> str:
-        """Write a [rows of x, 1] operand filled with the one value of the checkpoint's tensor `source`.
-
-        Returns its name.
-        """
+        """Write a [rows of x, 1] tensor filled with the one value of checkpoint tensor `source`. Returns its name."""
         zeros = self.b.op(Map, f"{site}.zeros", self.b.view(f"{site}.column", x, 0, 1), expr="a * 0.0")
         return self.b.op(Norm, site, zeros, bias=self.tensor(f"{site}.value", (1,), source), norm="none")
 

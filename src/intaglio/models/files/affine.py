@@ -32,11 +32,13 @@ HQQ_STATE = (
 
 
 def mlx(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """A dict of MLX's quantised matrices by name, embedding tables included.
+    """The quantised matrices of an MLX checkpoint, embedding tables included, as {name: Coded}.
 
-    weight U32 [N, K bits / 32]; scales and biases [N, K / group]. Settings of single
-    modules are in a table under the module's name. Affine codes become bf16. Modes mxfp4, nvfp4 and mxfp8 have U8
-    scales and no biases, and keep their codes. Raises PortError for sizes that do not fit.
+    weight U32 [N, K bits / 32]; scales and biases [N, K / group]. Affine codes become bf16. Modes mxfp4, nvfp4 and
+    mxfp8 have U8 scales and no biases, and keep their codes.
+
+    q: the quantisation settings; settings of single modules are in a table under the module's name. Raises PortError
+    for other types or sizes, and for an unknown mode.
     """
     bias = "qbiases" if any(n.endswith(".qbiases") for n in stored.dtypes) else "biases"
     out: dict[str, Coded] = {}
@@ -117,11 +119,11 @@ def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, gr
 
 
 def hqq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """A dict of HQQ's quantised matrices by name: (code - zero) * scale, in bf16, with groups along rows or columns.
+    """The quantised matrices of an HQQ checkpoint, as {name: Coded}: (code - zero) * scale, in bf16.
 
-    Groups are along rows for axis 1, along columns for axis 0. A word of W_q holds one code from each of several
-    runs of rows of the grouped matrix, the first run in the highest bits. Raises PortError for scales that are
-    quantised too, an incomplete state, and an unknown packing.
+    Groups are along rows for axis 1, along columns for axis 0. A word of W_q holds one code from each of several runs
+    of rows of the grouped matrix, the first run in the highest bits. q: the quantisation settings. Raises PortError for
+    scales that are quantised too, an incomplete state, and an unknown packing.
     """
     out = {}
     for base in bases(stored, ".W_q"):

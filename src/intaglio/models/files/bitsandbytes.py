@@ -20,11 +20,11 @@ KINDS = ("nf4", "fp4")
 
 
 def bitsandbytes(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """A dict of the quantised matrices of a bitsandbytes checkpoint by name.
+    """The quantised matrices of a bitsandbytes checkpoint, as {name: Coded}.
 
-    LLM.int8 keeps its codes: weight I8 [N, K] times SCB / 127 by row. NF4 and FP4 become bf16, rounded to nearest,
-    as bitsandbytes dequantises them for products in bf16. Raises PortError for a state that is
-    not complete, codes tiled for a GPU, and a checkpoint without quantised matrices.
+    LLM.int8 keeps its codes: weight I8 [N, K] times SCB / 127 by row. NF4 and FP4 become bf16, rounded to nearest, as
+    bitsandbytes dequantises them for products in bf16. q: the quantisation settings. Raises PortError for a state that
+    is not complete, codes tiled for a GPU, and a checkpoint without quantised matrices.
     """
     out: dict[str, Coded] = {}
     for kind in KINDS:

@@ -73,7 +73,7 @@ def read_cache_scales(
 
 
 def _of_cache(q: Settings) -> str:
-    """The key of the quantisation settings that asks for an E4M3 K/V cache; "": none does."""
+    """The key of the quantisation settings `q` that asks for an E4M3 K/V cache; "" if none does."""
     scheme, algo = q.get("kv_cache_scheme"), q.get("kv_cache_quant_algo")
     if isinstance(scheme, Mapping):
         if scheme.get("type", "float") == "float" and scheme.get("num_bits", 8) == 8:

@@ -44,9 +44,9 @@ GGUF_HEAD = 1 << 20  # bytes of a GGUF file that tell it from others: its metada
 
 
 def find_nonfinite(x: np.ndarray, dtype: str) -> tuple[tuple[int, ...], int] | None:
-    """(index of the first, number) of the NaN and infinite values in `x`; None if there are none.
+    """Find NaN and infinite values in `x`. Returns (index of the first, number of them); None if there are none.
 
-    dtype: the stored type of x. Types other than F32, BF16 and F16 are not checked: None.
+    dtype: the stored type of x. Types other than F32, BF16 and F16 are not checked; the result is then None.
     """
     if dtype not in EXPONENTS:
         return None
@@ -64,7 +64,10 @@ def find_nonfinite(x: np.ndarray, dtype: str) -> tuple[tuple[int, ...], int] | N
 
 
 def _note_cost(c: Checkpoint) -> list[str]:
-    """[a note] if codes that no format here holds make the model much larger in memory than in its files, else []."""
+    """A list with a note for the user if decoded matrices take much more memory than the files; else [].
+
+    These are matrices whose codes no format here holds, so that they become f32, f16 or bf16.
+    """
     wide = {n: x for n, x in c.coded.items() if x.format in PLAIN.values()}
     stored = sum(c.entries[part].stop - c.entries[part].start for part in {p for x in wide.values() for p in x.parts})
     held = sum(formats.get(x.format).nbytes(prod(x.shape[:-1]), x.shape[-1]) for x in wide.values())
@@ -173,7 +176,7 @@ class Checkpoint:
         return self.entry(name).dtype
 
     def format(self, name: str) -> str:
-        """The number format of a tensor; "" if its stored type has none here."""
+        """The number format of a tensor after reading; "" if there is none for its stored type."""
         return self.coded[name].format if name in self.coded else PLAIN.get(self.dtype(name), "")
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -181,14 +184,11 @@ class Checkpoint:
 
     @property
     def orders(self) -> set[str]:
-        """The set of names of the act-order permutations (g_idx), one for each matrix that has one.
-
-        A Program reads those it needs.
-        """
+        """The set of names of the act-order permutations (g_idx): one for each matrix whose columns are reordered."""
         return {name for name, c in self.coded.items() if c.format == "i32"}
 
     def order(self, name: str) -> str:
-        """Name of a matrix's act-order permutation (g_idx); "" if its columns are in the order of its input."""
+        """Name of a matrix's act-order permutation (g_idx); "" if its columns are in the order of its input's."""
         return self.coded[name].order if name in self.coded else ""
 
     def read(self, name: str) -> Value:
@@ -199,7 +199,10 @@ class Checkpoint:
         return self.coded[name].read(self.read_entry) if name in self.coded else self.read_entry(name)
 
     def strips(self, name: str) -> Iterator[Value]:
-        """Yield the tensor: in runs of rows if it is quantised, to bound the memory that decoding takes, else whole."""
+        """Yield the tensor's values: in runs of rows if its format is quantised, else all at once.
+
+        The runs bound the memory that decoding takes.
+        """
         c = self.coded.get(name)
         if c is None or not formats.get(c.format).grouped:
             yield self.read(name)

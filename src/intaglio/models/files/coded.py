@@ -65,7 +65,7 @@ class Coded:
 
     @property
     def step(self) -> int:
-        """Start and end of a partial read must be multiples of this number of rows (or the matrix's end)."""
+        """Number of rows: start and stop of a partial read must be multiples of it, or the matrix's end."""
         return lcm(self.whole, *(part.each for part in self.parts.values()))
 
     def read(self, reader: Reader, rows: slice | None = None) -> Value:
@@ -159,7 +159,7 @@ def fields(x: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
 
 
 def words_of(count: int, bits: int) -> tuple[int, ...]:
-    """The two numbers of 32-bit words that hold `count` codes: (packed without gaps, with whole codes in each word)."""
+    """Number of 32-bit words that hold `count` codes, as (packed without gaps, with only whole codes in each word)."""
     return -(-count * bits // 32), -(-count // (32 // bits))
 
 

@@ -112,9 +112,10 @@ def _usual_strategy(w: Mapping[str, Any]) -> str:
 
 
 def compressed(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """A dict of a checkpoint's quantised matrices by name, each decoded by the scheme of its module's config group.
+    """The quantised matrices of a compressed-tensors checkpoint, as {name: Coded}.
 
-    Raises PortError for a scheme that is not supported, or tensors that do not fit it.
+    Each matrix is decoded by the scheme of its module's config group. q: the quantisation settings. Raises PortError
+    for a scheme that is not supported, or tensors that do not fit it.
     """
     _check(q)
     groups = [
@@ -205,15 +206,18 @@ def _mxfp6_rows(stored: Stored, base: str) -> Coded:
 
 
 def _above(x: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Codes as uint8 [.., count], counted from the format's lowest value, from packed words (int32) or signed bytes."""
+    """Codes as uint8 [.., count], counted from the format's lowest value. x: packed words (int32) or signed bytes.
+
+    bits: of a code. count: number of codes in a row; used for packed words.
+    """
     return fields(x, bits, count) if x.dtype == np.int32 else x.view(np.uint8) + np.uint8(1 << (bits - 1))
 
 
 def _ints(stored: Stored, base: str, s: Scheme, known: dict[bytes, str], out: dict[str, Coded]) -> Coded:
     """The integer matrix of module `base`, of up to 8 bits: packed words (weight_packed) or signed bytes (weight).
 
-    Codes are kept in 4 or 8 bits. known, out: as for find_order(). Raises PortError if the tensors do not fit the
-    scheme.
+    Codes are kept in 4 or 8 bits. known, out: column orders found so far and the dict of matrices, to which this one's
+    order is added (see find_order()). Raises PortError if the tensors do not fit the scheme.
     """
     bits, group = s.bits, s.group
     packed = base + ".weight_packed" in stored.dtypes

@@ -25,10 +25,10 @@ from intaglio.models.files.coded import (
 
 
 def fp8(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """A dict of the FP8 matrices of a checkpoint by name.
+    """The FP8 matrices of a checkpoint, as {name: Coded}.
 
-    weight E4M3 [N, K], with weight_scale_inv [N / a, K / b] per block of a x b, or weight_scale per row or tensor.
-    Raises PortError as fp8_matrix().
+    weight E4M3 [N, K], with weight_scale_inv [N / a, K / b] per block of a x b, or weight_scale per row or tensor. q:
+    the quantisation settings. Raises PortError if scales are missing or have another shape.
     """
     return {
         name: fp8_matrix(stored, name, q.get("weight_block_size") or (0, 0))
@@ -108,11 +108,11 @@ def mxfp4_matrix(stored: Stored, codes: str, scale: str) -> Coded:
 
 
 def mxfp4(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """A dict of the MXFP4 matrices of a checkpoint by name, stored as gpt-oss does: name_blocks and name_scales.
+    """The MXFP4 matrices of a checkpoint stored as gpt-oss does, as {name: Coded}.
 
-    name_blocks U8 [E, N, K / 32, 16] has two E2M1 codes a byte, the lower nibble first; name_scales U8 [E, N, K /
-    32] has powers of two with a bias of 127. Without quantisation these matrices are published transposed, as [E,
-    K, N]. Raises PortError for name_blocks of another shape.
+    name_blocks U8 [E, N, K / 32, 16] has two E2M1 codes a byte, the lower nibble first; name_scales U8 [E, N, K / 32]
+    has powers of two with a bias of 127. Without quantisation these matrices are published transposed, as [E, K, N].
+    Raises PortError for name_blocks of another shape.
     """
     out = {}
     for base in bases(stored, "_blocks"):

@@ -33,9 +33,9 @@ class Found:
 
     Attributes:
         entries: each tensor's place, by name.
-        said_by: name of the file that decided which files are read: an index, config.json or the only file.
+        said_by: name of the file that decided which files are read: an index, or the only file.
         unlisted: weight files that are not read.
-        absent: tensors that an index lists and no file holds, with the file it names.
+        absent: tensors that an index lists and no file holds, with the file that it names for them.
         notes: notes for the user about ignored or unusual files.
     """
 
@@ -49,7 +49,8 @@ class Found:
 def find_files(path: Path, config: Mapping[str, Any]) -> Found:
     """The tensors of a folder and the files they are in, as a Found.
 
-    Raises CheckpointError if there is no file to read, or one that is named is missing or damaged.
+    config: the folder's config.json. Raises CheckpointError if there is no file to read, or if a file that is named is
+    missing or damaged.
     """
     decides = deciding_file(config, lambda name: (path / name).exists(), lambda name: read_json(path / name))
     if decides is None:
@@ -71,11 +72,11 @@ def find_files(path: Path, config: Mapping[str, Any]) -> Found:
 def deciding_file(
     config: Mapping[str, Any], has: Callable[[str], bool], read: Callable[[str], Mapping[str, Any]]
 ) -> str | None:
-    """The file that has the tensors, or the index (*.index.json) that lists theirs, in transformers' order.
+    """Name of the file that holds the tensors, or of the index (*.index.json) that lists the files that do.
 
-    The order is: the file that `transformers_weights` of the config names; model.safetensors, unless the index lists it
-    as one of several shards; the index model.safetensors.index.json. None if there is none of them; find_files() then
-    takes the only safetensors file.
+    transformers' order: the file that `transformers_weights` of the config names; model.safetensors, unless the index
+    lists it as one of several shards; the index model.safetensors.index.json. None if there is none of them;
+    find_files() then takes the only safetensors file.
 
     Args:
         config: the checkpoint's config.json.
@@ -91,7 +92,7 @@ def deciding_file(
 
 
 def listed_shards(index: Mapping[str, Any]) -> list[str]:
-    """The files that an index lists, sorted; [] if it has no weight_map."""
+    """Names of the files that an index lists, sorted; [] if it has no weight_map."""
     listed = index.get("weight_map")
     return sorted({str(f) for f in listed.values()}) if isinstance(listed, dict) else []
 
@@ -187,7 +188,7 @@ def _only_file(path: Path) -> Found:
 
 
 def not_a_model(name: str) -> str:
-    """Words for what a safetensors file of this name holds if it is no model, such as "a LoRA adapter"; else ""."""
+    """What a safetensors file of this name holds if it is no model, as words such as "a LoRA adapter"; else ""."""
     for start, what in (
         ("consolidated", "the model in Mistral's own layout"), ("adapter_", "a LoRA adapter"),
         ("optimizer", "an optimizer's state"), ("mtp", "layers that predict tokens further ahead"),

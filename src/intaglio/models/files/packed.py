@@ -41,12 +41,13 @@ Codes = Callable[[Reader], np.ndarray]
 
 
 def gptq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> dict[str, Coded]:
-    """A dict of the GPTQ matrices of a checkpoint by name: codes of 2, 3, 4 or 8 bits, packed along K into int32.
+    """The GPTQ matrices of a checkpoint, as {name: Coded}: codes of 2, 3, 4 or 8 bits, packed along K into int32.
 
-    qweight I32 [K bits / 32, N]; qzeros I32 [G, N bits / 32], zero points minus one, except in v2; scales F16 [G,
-    N]; g_idx I32 [K], the group of each column, in any order with act-order. Codes of 2 and 3 bits are kept in 4.
-    `dynamic` overrides bits and group_size for modules whose names match a pattern. Raises PortError for other
-    layouts.
+    qweight I32 [K bits / 32, N]; qzeros I32 [G, N bits / 32], zero points minus one, except in v2; scales F16 [G, N];
+    g_idx I32 [K], the group of each column, in any order with act-order. Codes of 2 and 3 bits are kept in 4.
+
+    q: the quantisation settings; its key `dynamic` overrides bits and group_size for modules whose names match a
+    pattern. extra: settings of single modules, as in AutoRound's extra_config. Raises PortError for other layouts.
     """
     version = q.get("checkpoint_format") or q.get("format") or "gptq"
     version = "marlin" if q.get("is_marlin_format") else version
@@ -101,10 +102,10 @@ def _check_three_bits(stored: Stored, base: str, symmetric: Any) -> None:
 
 
 def auto_round(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """A dict of AutoRound's matrices by name: packed as in GPTQ, AWQ or MLX, or floats with scales beside them.
+    """The matrices of an AutoRound checkpoint, as {name: Coded}: packed as in GPTQ, AWQ or MLX, or floats with scales.
 
-    `extra_config` overrides bits and group_size by a module's name, or by a pattern. Raises PortError for a packing
-    that is not supported.
+    q: the quantisation settings; its key `extra_config` overrides bits and group_size by a module's name, or by a
+    pattern. Raises PortError for a packing that is not supported.
     """
     named = str(q.get("packing_format") or q.get("backend") or "auto_round:auto_gptq")
     packing = named.removeprefix("auto_round:").removeprefix("auto_")
@@ -125,7 +126,7 @@ def auto_round(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
 
 
 def _with(q: Mapping[str, Any], more: Mapping[str, Any]) -> Settings:
-    """A copy of the settings with `more` added. Keys that are read from it count as read from `q`."""
+    """A copy of the settings `q` with `more` added. Keys read from the copy count as read from `q`."""
     out = Settings({**q, **more})
     out.seen = q.seen if isinstance(q, Settings) else out.seen
     return out
@@ -145,9 +146,9 @@ def _override(dynamic: Mapping[str, Any], base: str) -> Mapping[str, Any]:
 
 
 def _extra(extra: Mapping[str, Any], base: str) -> Mapping[str, Any]:
-    """Settings of a module in AutoRound's extra_config: by its name, or the first pattern that matches it.
+    """The settings that AutoRound's extra_config (`extra`) has for module `base`; {} if it has none.
 
-    {} if none does.
+    An entry with the module's name is preferred to the first one whose pattern matches the name.
     """
     if isinstance(extra.get(base), Mapping):
         return extra[base]
@@ -155,11 +156,11 @@ def _extra(extra: Mapping[str, Any], base: str) -> Mapping[str, Any]:
 
 
 def awq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> dict[str, Coded]:
-    """A dict of the AWQ matrices of a checkpoint by name: 4- or 8-bit codes packed along N into int32 words.
+    """The AWQ matrices of a checkpoint, as {name: Coded}: 4- or 8-bit codes packed along N into int32 words.
 
-    Codes in a word are ordered by AWQ_ORDERS. qweight I32 [K, N bits / 32]; qzeros I32 [G, N bits / 32]; scales F16
-    [G, N]. extra: settings of modules, as in AutoRound's extra_config. Raises PortError for a layout that is not
-    supported.
+    Codes in a word are ordered by AWQ_ORDERS. qweight I32 [K, N bits / 32]; qzeros I32 [G, N bits / 32]; scales F16 [G,
+    N]. q: the quantisation settings. extra: settings of single modules, as in AutoRound's extra_config. Raises
+    PortError for a layout that is not supported.
     """
     usual, version = q.get("bits") or q.get("w_bit"), str(q.get("version") or "gemm")
     if version.lower() not in AWQ_VERSIONS or q.get("zero_point") is False:
@@ -233,7 +234,8 @@ def _add(
 ) -> None:  # fmt: skip
     """Add the matrix of module `base` to `out`: scale * (code - zero), with unsigned codes and groups along K.
 
-    group: columns that share a scale and a zero; -1: the whole row. known, out: as for find_order().
+    group: columns that share a scale and a zero; -1: the whole row. codes, zeros: functions that decode them. parts:
+    the stored tensors that they read. known: the column orders found so far (see find_order()). Raises PortError.
     """
     order = find_order(stored, base + ".g_idx", base + ".order", group, known, out)
     format = scaled_format(f"uint{4 if bits <= 4 else 8}", group, stored.dtypes[base + ".scales"])

@@ -26,10 +26,11 @@ FINDERS = {
 
 
 def find_coded(stored: Stored, q: Settings, where: str = "config.json") -> tuple[dict[str, Coded], set[str]]:
-    """(quantised matrices by their name without quantisation, names of the tensors that they are made of).
+    """Find the quantised matrices of a checkpoint. Returns ({name without quantisation: Coded}, names of tensors).
 
-    The names include those of activation scales. Both are empty if nothing is quantised. q: the quantisation settings.
-    where: the file and key that hold them, for errors. Raises PortError.
+    The second is the set of the tensors that the matrices are made of and of activation scales. Both are empty if
+    nothing is quantised. q: the quantisation settings. where: the file and key that hold them, for errors. Raises
+    PortError.
     """
     method = method_of(q, where)
     if (

@@ -36,7 +36,10 @@ UNREAD = {
 
 
 def find_quantisation(path: Path, config: Mapping[str, Any]) -> tuple[Settings, str]:
-    """(quantisation settings, the file and key that hold them); (empty settings, "") if nothing is quantised."""
+    """The quantisation settings of a checkpoint folder, and the file and key that hold them.
+
+    (empty settings, "") if nothing is quantised. config: the folder's config.json.
+    """
     inner, mlx = config.get("text_config"), config.get("quantization")
     if isinstance(mlx, Mapping) and "bits" in mlx and "quant_method" not in (config.get("quantization_config") or {}):
         out = Settings(mlx)
@@ -92,7 +95,7 @@ def method_of(q: Settings, where: str) -> str:
 
 
 def _modelopt(q: Settings, where: str) -> str:
-    """The method "modelopt" for settings of NVIDIA Model Optimizer; "" if only the K/V cache is quantised.
+    """The method of NVIDIA Model Optimizer's settings: "modelopt", or "" if only the K/V cache is quantised.
 
     Raises PortError for an algorithm that is not supported.
     """

@@ -27,12 +27,13 @@ REORDERED = ("I32", "U32")  # Quark's words of integers
 
 
 def scaled(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """A dict of the quantised matrices by name: each `weight` or `weight_packed` with a `weight_scale` beside it.
+    """The quantised matrices of a checkpoint that have a `weight_scale` beside their weight, as {name: Coded}.
 
-    FP8: E4M3 [N, K] with one scale, one per row, or one per 128 x 128. MXFP8: E4M3 with U8 [N, K / 32], powers of
-    two. MXFP4: U8 [N, K / 2] with the same scales. NVFP4: U8 [N, K / 2], scales E4M3 [N, K / 16], times
-    weight_scale_2 or divided by weight_global_scale, F32. INT8: I8 [N, K] with one scale or one per row. Raises
-    PortError for any other, and for methods that rotate or scale activations.
+    FP8: E4M3 [N, K] with one scale, one per row, or one per 128 x 128. MXFP8: E4M3 with U8 [N, K / 32], powers of two.
+    MXFP4: U8 [N, K / 2] with the same scales. NVFP4: U8 [N, K / 2], scales E4M3 [N, K / 16], times weight_scale_2 or
+    divided by weight_global_scale, F32. INT8: I8 [N, K] with one scale or one per row.
+
+    q: the quantisation settings. Raises PortError for any other, and for methods that rotate or scale activations.
     """
     if "rotation" in json.dumps(q.get("algo_config") or ""):
         raise PortError("config.json: quantization_config.algo_config: rotations of activations are not computed here")

@@ -96,7 +96,11 @@ def marian(c: Config, context: int) -> Decoder:
 
 
 def before(c: Config, offset: int = 0) -> dict[str, Any]:
-    """A dict as from fields(), for models with norms before the branches and at the end, and none of embeddings."""
+    """Arguments of Decoder, as a dict, for models with norms before the branches and at the end.
+
+    Their embeddings are not normed. offset: row of position 0 in the table of learned positions. Raises PortError for a
+    model with an encoder.
+    """
     s = fields(c, offset) | {"norms": BEFORE, "final_norm": "norm", "embed_norm": ""}
     s["sources"] |= {"norm": "layer_norm"}
     return s

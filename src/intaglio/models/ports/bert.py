@@ -64,7 +64,7 @@ def git(c: Config, context: int) -> Decoder:
 
 
 def numbered(c: Config) -> None:
-    """Lower the config's max_position_embeddings by pad_token_id + 1, the row of position 0 in the table.
+    """Lower the config's max_position_embeddings by pad_token_id + 1, the number of rows before position 0.
 
     Changes `c` in place. Raises PortError if no position is left.
     """
@@ -153,9 +153,9 @@ def roformer(c: Config, context: int) -> Decoder:
 
 
 def counted(c: Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """Two dicts for models such as RoBERTa, whose position ids begin at pad_token_id + 1.
+    """Arguments of Decoder for models such as RoBERTa, whose position ids begin at pad_token_id + 1, as two dicts.
 
-    They are the arguments for Decoder without `sources`, and its argument `sources`.
+    The first has all arguments but `sources`; the second is `sources`. Raises PortError for wrong settings.
     """
     s, table = encoder(c) | {"head_activation": "gelu"}, "embeddings.position_embeddings.weight"
     first = int(c.get("pad_token_id", 0)) + 1

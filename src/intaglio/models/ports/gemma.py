@@ -28,9 +28,10 @@ GEMMA3 = {
 
 
 def gemma(c: Config, every: int) -> dict[str, Any]:
-    """A dict of arguments for Decoder that Gemma 2 and 3 share. every: each `every`-th layer has full attention.
+    """Arguments of Decoder that Gemma 2 and 3 share, as a dict. Sets the config's layer_types.
 
-    Raises PortError for settings that are not ported.
+    every: each `every`-th layer has full attention, if the config does not list the types. Raises PortError for
+    settings that are not ported.
     """
     c.refuse("use_bidirectional_attention", why="attention is causal here")
     c.table["layer_types"] = c.layer_types(every)

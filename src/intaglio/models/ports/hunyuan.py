@@ -38,7 +38,10 @@ def dense(c: Config, context: int) -> Decoder:
 
 
 def same(c: Config, key: str) -> int:
-    """The value of a count that the config may list by layer, as one integer. Raises PortError if layers differ."""
+    """The value of a count that the config may list by layer, as one integer. A list is replaced in the config.
+
+    Raises PortError if layers differ.
+    """
     value = c.get(key)
     if isinstance(value, list):
         if len(set(value)) != 1:

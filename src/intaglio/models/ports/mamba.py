@@ -29,7 +29,10 @@ def plain(c: Config, context: int, mixer: Mixer) -> Decoder:
 
 
 def limits(c: Config, key: str = "time_step_limit") -> dict[str, Any]:
-    """A dict of the limits of the step as the fields `low` and `high` of a mixer. An upper limit of infinity is 0."""
+    """The limits of the step size as a dict of the fields `low` and `high` of a mixer. `high` is 0 for no limit.
+
+    key: the config's key of the two limits.
+    """
     low, high = c.get(key, (0.0, float("inf")))
     unlimited = isinstance(high, dict) or high == float("inf")  # transformers writes {"__float__": "Infinity"}
     return {"low": float(low), "high": 0.0 if unlimited else float(high)}
@@ -42,7 +45,7 @@ def check_groups(c: Config, heads: str, groups: str) -> None:
 
 
 def rank_of(c: Config, key: str) -> int:
-    """Number of columns of the step before dt_proj, from config key `key`; "auto": hidden_size / 16, rounded up."""
+    """Number of columns of the step before dt_proj, from config key `key`; for "auto" hidden_size / 16, rounded up."""
     rank = c.get(key, "auto")
     return -(-c.whole("hidden_size") // 16) if rank == "auto" else int(rank)
 

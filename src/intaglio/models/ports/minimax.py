@@ -39,16 +39,16 @@ def minimax(c: Config, context: int) -> Decoder:
     heads = s["heads"]
 
     def lightning(i: int) -> LightningMixer:
-        """The LightningMixer of layer i.
+        """The LightningMixer of layer `i`. Its log decays are ALiBi's slopes, negative, times a factor.
 
-        Its decays are ALiBi's slopes times a factor that falls with the layer's number.
+        The factor falls with the layer's number.
         """
         factor = 1 - i / (n - 1 + 1e-5) + 1e-5
         rates = tuple(-(2 ** (-8 * (h + 1) / heads)) * factor for h in range(heads))
         return LightningMixer(heads=heads, head_dim=s["head_dim"], rates=rates)
 
     def mix(kind: str) -> tuple[float, float]:
-        """(factor of the residual, factor of the branch) for branches of this kind, from config.json."""
+        """Factors with which a branch of this kind is added, as (of the residual, of the branch)."""
         return c.real(f"{kind}_alpha_factor"), c.real(f"{kind}_beta_factor")
 
     known = ("linear_attention", "full_attention")

@@ -21,10 +21,10 @@ KINDS = {
 
 
 def kinds(c: Config, found: Sequence[str]) -> list[str]:
-    """A list of the type of each layer (a value of KINDS).
+    """The type of each layer, as a list of the values of KINDS.
 
-    `found`: the types in the config, which have older names too. Raises PortError for an unknown type, or if their
-    number is not num_hidden_layers.
+    found: the types that the config lists, which may have older names. Raises PortError for an unknown type, or if
+    their number is not num_hidden_layers.
     """
     n = c.whole("num_hidden_layers", len(found))
     if len(found) != n or (unknown := {*found} - KINDS.keys()):

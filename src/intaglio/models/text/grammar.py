@@ -25,7 +25,7 @@ class GrammarError(ValueError):
 
 @dataclass
 class Grammars:
-    """Compiles grammars for one tokenizer and a model of `vocabulary` tokens; caches the latest ones. Thread-safe."""
+    """Compiles grammars for one tokenizer and a model of `vocabulary` token ids; caches the latest. Thread-safe."""
 
     tokenizer: Tokenizer
     vocabulary: int
@@ -78,9 +78,9 @@ class Grammars:
 
 
 def _nested(before: str, answer: str) -> str:
-    """The grammar `before` (Lark) in llguidance's JSON form, where @answer refers to the grammar `answer`.
+    """A grammar in llguidance's JSON form, as text: `before` (Lark), in which @answer refers to the grammar `answer`.
 
-    `answer` is in the same JSON form, or in Lark.
+    `answer` is in llguidance's JSON form or in Lark.
     """
     inner = json.loads(answer)["grammars"] if answer.lstrip().startswith("{") else [{"lark_grammar": answer}]
     return json.dumps({"grammars": [{"lark_grammar": before}, {**inner[0], "name": "answer"}, *inner[1:]]})

@@ -33,9 +33,9 @@ HELD = 16  # ids held back at most: a character has 4 bytes, so that many withou
 class Stream:
     """Streaming decoder of one sequence's tokens to text.
 
-    push(token) returns the text that is now certain, end() the rest. A token's text may depend on its neighbours,
-    so each call decodes a short tail of the ids with and without the new ones and returns the difference. Text that
-    ends inside a character is held back. hidden: ids that leave no text; None: all special tokens.
+    push(token) returns the text that is now certain, end() the rest. A token's text may depend on its neighbours, so
+    each call decodes a short tail of the ids with and without the new ones and returns the difference. Text that ends
+    inside a character is held back. `hidden`: ids that leave no text; None: all special tokens.
     """
 
     tokenizer: Tokenizer

@@ -10,12 +10,15 @@ from intaglio.models.text.tokenizer import Tokenizer
 class Transcript:
     """Decodes the tokens of one output to text, up to the first stop string.
 
-    `text`: the output so far; without a tokenizer it stays empty. `matched`: the stop string that ended it, or None.
+    Attributes: `text`, the output so far; without a tokenizer it stays empty. `matched`, the stop string that ended the
+    output, or None.
 
-    kept: special tokens that stay in the text; None: all. A stop string that is a special token left out of the text
-    stops at its id. include_stop: the text ends after the stop string. min_tokens: no stop string is looked for in the
-    text of that many first tokens. Raises ValueError for a stop string that contains a special token and other text,
-    which could never match.
+    prompt: token ids before the output. stops: stop strings. kept: special tokens that stay in the text; None: all. A
+    stop string that is a special token left out of the text stops at the token's id. include_stop: the text ends after
+    the stop string, instead of before it. min_tokens: no stop string is looked for in the text of that many first
+    tokens.
+
+    Raises ValueError for a stop string that contains a special token and other text, which could never match.
     """
 
     def __init__(
@@ -63,12 +66,12 @@ class Transcript:
         return self.stopped
 
     def finish(self) -> None:
-        """Add the text held back so far, such as the bytes of an incomplete character, at the end of the output."""
+        """End the decoding: add the text held back so far, such as the bytes of an incomplete character."""
         if self.decoder and not self.stopped:
             self._append(self.decoder.end())
 
     def settled(self, ended: bool) -> str:
-        """The text that can no longer change and was not returned by an earlier call.
+        """The text that can no longer change, without what earlier calls returned.
 
         Characters at the end that may be the beginning of a stop string are held back. ended: the output has ended, so
         all remaining text is returned.

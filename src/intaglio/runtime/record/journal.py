@@ -18,9 +18,9 @@ Entry = Mapping[str, Any]
 
 
 def write_engine(engine: Engine) -> dict[str, Any]:
-    """A dict of the journal fields of an engine: Program hash, sizes of the state and options.
+    """A dict of the journal fields of an engine: Program hash, sizes of the K/V cache and options.
 
-    Replay compares them with its own engine's.
+    A replay compares the hash and the sizes with its own engine's, and uses the options.
     """
     scheduler = engine.scheduler
     options = {
@@ -33,7 +33,7 @@ def write_engine(engine: Engine) -> dict[str, Any]:
 
 
 def write_event(event: Event) -> list[Any]:
-    """[request id, choice, token, finish reason] of an event, the fields that replay compares."""
+    """The fields of an event that a replay compares, as a list: request id, choice, token, finish reason."""
     return [event.request, event.index, event.token, event.finish_reason]
 
 

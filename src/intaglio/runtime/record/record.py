@@ -53,7 +53,7 @@ class Recorder:
         return RecordedExecutable(inner, self.launches)
 
     def restart(self, inner: Callable[[], Executable]) -> Callable[[], Executable]:
-        """A restart that calls `inner` and records its outcome, and the launches of the executables it returns."""
+        """A restart function that calls `inner` and records its outcome and the launches of the new executable."""
 
         def load() -> Executable:
             self.restarts.append(False)
@@ -68,13 +68,13 @@ class Recorder:
         return RecordedRng(inner, self)
 
     def take_readings(self) -> list[float]:
-        """The clock readings since the last call, in seconds; they are cleared."""
+        """The clock readings since the last call, in seconds. The recorder then forgets them."""
         readings = self.readings.copy()
         self.readings.clear()
         return readings
 
     def take_outcomes(self) -> dict[str, Any]:
-        """The outcomes of launches and restarts since the last call, as journal fields; they are cleared."""
+        """The outcomes of launches and restarts since the last call, as journal fields. They are then forgotten."""
         outcomes = {"launches": self.launches.copy(), "restarts": self.restarts.copy()}
         self.launches.clear()
         self.restarts.clear()
@@ -83,7 +83,7 @@ class Recorder:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """A launched step whose outcome is appended to `launches` when its result is read: the failure as text, or None."""
+    """A launched step. When its result is read, the outcome is appended to `launches`: the failure as text, or None."""
 
     inner: PendingStep
     launches: list[str | None]
@@ -104,7 +104,7 @@ class RecordedStep:
 
 
 class RecordedExecutable(Executable):
-    """Runs steps on the executable `inner` and appends each outcome to `launches`: the failure as text, or None."""
+    """Runs steps on the executable `inner`, and appends each step's failure as text, or None, to `launches`."""
 
     def __init__(self, inner: Executable, launches: list[str | None]) -> None:
         self.inner, self.launches = inner, launches
@@ -122,13 +122,13 @@ class RecordedExecutable(Executable):
 
 
 class RecordedRng:
-    """Draws random numbers from `inner` and stores the latest in the recorder."""
+    """Draws random numbers from `inner` and stores the latest one as `recorder.seed`."""
 
     def __init__(self, inner: Rng, recorder: Recorder) -> None:
         self.inner, self.recorder = inner, recorder
 
     def getrandbits(self, k: int, /) -> int:
-        """A random number of `k` bits from `inner`, which is recorded."""
+        """Draw a random number of `k` bits from `inner`, record it and return it."""
         self.recorder.seed = self.inner.getrandbits(k)
         return self.recorder.seed
 

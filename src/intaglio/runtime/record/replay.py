@@ -42,7 +42,10 @@ class Replayed:
 
 
 class ReplayedExecutable(Executable):
-    """Runs each step on `inner` when its result is read, or raises the failure that the journal records for it."""
+    """Executable for a replay: runs each step on `inner`, or raises the failure that the journal records for the step.
+
+    The step runs when its result is read. launches: the recorded outcomes, in order.
+    """
 
     def __init__(
         self, inner: Executable, launches: deque[str | None], depth: int = 1, state_kept: bool = False
@@ -56,7 +59,7 @@ class ReplayedExecutable(Executable):
 
 @dataclass(frozen=True)
 class ReplayedStep:
-    """A launched step that runs when its result is read, because failures are recorded in that order."""
+    """A launched step of a replay. It runs when its result is read, because the journal has failures in that order."""
 
     executable: ReplayedExecutable
     request: StepRequest
@@ -85,10 +88,11 @@ class RecordedSeeds:
 def replay(
     entries: Iterable[Entry], load: Callable[[], Executable], revive: Callable[[Request], Request] = lambda r: r
 ) -> Replayed:
-    """Replay a journal on executables from `load()`, stopping at the first difference. Returns the Replayed.
+    """Run a journal again on executables from `load()`, stopping at the first difference. Returns the Replayed.
 
-    revive: function from a recorded Request to one with its `stop_checker` and `matcher` recreated. Raises
-    JournalError if the journal does not begin with an engine, or the executable has another Program or pool size.
+    revive: function from a recorded Request to one with its `stop_checker` and `matcher` made again. Raises
+    JournalError if the journal does not begin with an engine, has a request without a seed, or was recorded on another
+    Program or pool size.
     """
     player = Player(load, revive)
     for number, entry in enumerate(entries):
@@ -99,7 +103,7 @@ def replay(
 
 
 class Player:
-    """Applies journal entries to an engine whose clock, executable and restart return the recorded values."""
+    """Applies journal entries to a new engine, which is given the recorded clock readings, launches and restarts."""
 
     def __init__(self, load: Callable[[], Executable], revive: Callable[[Request], Request]) -> None:
         self.load, self.revive = load, revive
@@ -111,7 +115,10 @@ class Player:
         self.steps = self.requests = self.tokens = self.faults = 0
 
     def play(self, entry: Entry) -> str | None:
-        """Apply one entry. Returns a description of how the engine differs from the journal; None if it does not."""
+        """Apply one journal entry. Returns a text of how the engine differs from the journal; None if it does not.
+
+        Raises JournalError if the journal does not begin with an engine or the engine is another.
+        """
         self.readings.extend(entry.get("clock", ()))
         self.launches.extend(entry.get("launches", ()))
         self.restarts.extend(entry.get("restarts", ()))
@@ -119,15 +126,15 @@ class Player:
         return self._do(entry) or self._left_over()
 
     def replayed(self, divergence: str | None) -> Replayed:
-        """The Replayed so far, with this divergence."""
+        """The Replayed (counts) so far, with `divergence` as its first difference."""
         return Replayed(self.steps, self.requests, self.tokens, self.faults, divergence)
 
     def clock(self) -> float:
-        """The next recorded clock reading in seconds; 0 if none is left, after which the events will differ."""
+        """The next recorded clock reading in seconds; 0 if none is left (the replay then differs from the journal)."""
         return self.readings.popleft() if self.readings else 0.0
 
     def restart(self) -> Executable:
-        """The replacement for a lost executable: a new one, or the same again if the journal says that K/V was kept.
+        """The executable that replaces a lost one: a new one, or one with the same K/V if the journal says so.
 
         Raises DeviceError if the recorded restart failed, or none is left.
         """
@@ -181,7 +188,10 @@ class Player:
         return engine
 
     def _admit(self, entry: Entry, id: str, admit: Callable[[Engine], object]) -> str | None:
-        """Add or resume a request. Returns how its admission differs from the journal; None if it does not."""
+        """Add or resume a request, by calling `admit`. Returns a text of how the outcome differs from the journal.
+
+        None if it does not differ.
+        """
         assert self.engine
         self.requests += 1
         refused = None
@@ -194,7 +204,7 @@ class Player:
         return f"{id} was {_admission(entry['refused'])}, now {_admission(refused)}"
 
     def _left_over(self) -> str | None:
-        """A description of the entry's recorded inputs that the engine did not read; None if it read all."""
+        """A text of the entry's recorded inputs that the engine did not read; None if it read all."""
         left = {
             "clock readings": len(self.readings),
             "launches": len(self.launches),
@@ -209,7 +219,7 @@ def _admission(refused: str | None) -> str:
 
 
 def _difference(now: list[list[Any]], then: list[list[Any]]) -> str | None:
-    """Text of the first difference between the replay's events (`now`) and the journal's (`then`); None without one."""
+    """Text of the first difference between the replay's events (`now`) and the journal's (`then`); None if equal."""
     for a, b in zip(now, then, strict=False):
         if a != b:
             recorded, replayed = ("request {}, choice {}, token {}, end {}".format(*event) for event in (b, a))

@@ -21,9 +21,9 @@ class Form:
         read: the parser.
         openers: delimiters with which calls begin.
         bare: calls may also begin the text without a delimiter, if they name a known tool.
-        ends_reasoning: an opener inside reasoning ends the reasoning.
-        short_ids: ids of calls are nine letters or digits.
-        single: at most one call in a message.
+        ends_reasoning: True if an opener inside reasoning ends the reasoning.
+        short_ids: True if ids of calls must be nine letters or digits.
+        single: True if a message may have at most one call.
         marks: delimiters that detokenization must keep, even if they are special tokens, so that the parser sees them.
     """
 
@@ -132,7 +132,7 @@ THINKING = (
 
 
 def form_of(template: str | None) -> Form | None:
-    """The tool-call format that a chat template uses; None if it takes no tools or its format is unknown."""
+    """The tool-call format that a chat template uses; None if the template takes no tools or its format is unknown."""
     if not takes_tools(template):
         return None
     return next((FORMS[name] for sign, name in SIGNS if re.search(sign, template or "")), None)

@@ -36,10 +36,10 @@ LISTS = ("granite", "cohere", "mistral")
 def call_grammar(
     form: Form, tools: Tools, several: bool, special: Mapping[str, int]
 ) -> tuple[Literal["lark", "json_schema"], str]:
-    """(kind, source) of the grammar that forces a call of one of `tools` in a model's format.
+    """The grammar that forces a call of one of `tools` in a model's format, as (kind, source).
 
-    several: allow 1 to MAX_FORCED_CALLS calls, if the format has more than one. special: the tokenizer's special tokens
-    by text; the grammar refers to them by id.
+    kind: "lark" or "json_schema". several: allow 1 to MAX_FORCED_CALLS calls instead of 1, if the format allows
+    several. special: ids of the tokenizer's special tokens by text; a Lark grammar refers to them by id.
     """
     several = several and not form.single
 
@@ -82,9 +82,9 @@ def call_grammar(
 
 
 def after_reasoning(thinking: Thinking, special: Mapping[str, int]) -> str:
-    """The Lark grammar, as text, of an output that begins inside reasoning: any text, its end mark, then @answer.
+    """A Lark grammar, as text, for output that begins inside reasoning: any text, the end delimiter, then @answer.
 
-    @answer stands for the grammar of the answer. special: the tokenizer's special tokens by text.
+    The term @answer stands for the grammar of the answer. special: ids of the tokenizer's special tokens by text.
     """
     opening, closing = thinking.dropped[::2], thinking.dropped[1::2]
     answer = f"gap{_optional(opening, special)} @answer{_optional(closing, special)}"
@@ -92,7 +92,10 @@ def after_reasoning(thinking: Thinking, special: Mapping[str, int]) -> str:
 
 
 def after_analysis(special: Mapping[str, int]) -> str:
-    """The Lark grammar, as text, of a harmony output: messages on the channel analysis, then a final one, @answer."""
+    """A Lark grammar, as text, for harmony output: messages on the channel analysis, then a final one with @answer.
+
+    The term @answer stands for the grammar of the answer. special: ids of the tokenizer's special tokens by text.
+    """
     m = {text: _mark(text, special) for text in harmony.MARKS}
     channel, message, start = m[harmony.CHANNEL], m[harmony.MESSAGE], m[harmony.START]
     return "\n".join(
@@ -105,7 +108,7 @@ def after_analysis(special: Mapping[str, int]) -> str:
 
 
 def _mark(text: str, special: Mapping[str, int]) -> str:
-    """The Lark term for a delimiter of the format: a special token by its id, other text as a string."""
+    """The Lark term for a delimiter: its id if it is one of the tokenizer's special tokens, else a quoted string."""
     return f"<[{special[text]}]>" if text in special else json.dumps(text, ensure_ascii=False)
 
 
@@ -123,15 +126,15 @@ def _optional(marks: Sequence[str], special: Mapping[str, int]) -> str:
 
 
 def _many(several: bool, rule: str = "start") -> str:
-    """The text of a Lark rule named `rule`: one `call`; with `several`, 1 to MAX_FORCED_CALLS calls, one a line."""
+    """The text of a Lark rule named `rule`: one `call`; if `several`, 1 to MAX_FORCED_CALLS calls on separate lines."""
     return f'{rule}: call ("\\n" call){{0,{MAX_FORCED_CALLS - 1}}}' if several else f"{rule}: call"
 
 
 def _by_name(tools: Tools, write: Any, start: str) -> tuple[Literal["lark"], str]:
-    """("lark", source): a Lark grammar whose rule `call` has one alternative for each tool.
+    """("lark", source): a Lark grammar in which a call is one of one alternative per tool.
 
-    start: the rules that use `call`. write(name, args): the text of the alternative, where `args` is the name of the
-    rule for the tool's arguments.
+    start: text of the rules that use the rule `call`. write(name, args): returns the text of a tool's alternative,
+    given the tool's name and the name of the rule for its arguments.
     """
     rules = [start, "call: " + " | ".join(f"call{i}" for i in range(len(tools)))]
     for i, (name, schema) in enumerate(tools.items()):
@@ -141,9 +144,10 @@ def _by_name(tools: Tools, write: Any, start: str) -> tuple[Literal["lark"], str
 
 
 def _object(tools: Tools, keys: tuple[str, str], extra: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema, a dict, of a call as an object. keys: names of its tool-name field and its arguments field.
+    """The JSON schema, as a dict, of a call that is written as a JSON object.
 
-    extra: further required properties. Each tool's argument schema goes to $defs; references inside it are adjusted.
+    keys: the object's field names for the tool's name and for the arguments. extra: schemas of further required fields,
+    by name. The schemas of the tools' arguments are placed in $defs, with their references adjusted.
     """
     schemas = [
         {
@@ -164,9 +168,9 @@ def _list(schema: dict[str, Any], most: int = MAX_FORCED_CALLS) -> dict[str, Any
 
 
 def moved(schema: Any, root: str) -> Any:
-    """A copy of a JSON schema for its new place in another schema, the JSON pointer `root`.
+    """A copy of a JSON schema whose references are adjusted for a new place inside another schema.
 
-    Each reference "#REST" becomes `root` followed by REST.
+    root: JSON pointer of that place, beginning with "#". Each reference "#REST" becomes `root` followed by REST.
     """
     if isinstance(schema, list):
         return [moved(item, root) for item in schema]

@@ -14,7 +14,7 @@ MARKS = (CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
 
 
 def harmony(s: Source, tools: Tools) -> Steps[None]:
-    """Parse a whole output in harmony format and yield it as Parts (text, call starts, arguments).
+    """Parse a whole output in gpt-oss's harmony format and yield it as Parts: text, starts of calls, arguments.
 
     The output may begin inside a message whose header is in the prompt.
     """
@@ -51,7 +51,7 @@ def _header(s: Source) -> Generator[None, None, str | None]:
 
 
 def _call(s: Source, recipient: str) -> Steps[bool]:
-    """Parse the body of a message addressed to a function as a tool call.
+    """Parse the body of a message to a function as a tool call, and yield it as Parts. Returns True.
 
     Returns False, with nothing consumed, if the body does not begin with JSON arguments.
     """

@@ -129,8 +129,8 @@ def _members(s: Source, depth: int, begin: str, end: str) -> Pieces[bool]:
 def call(s: Source, known: Tools | None = None) -> Steps[bool]:
     """Parse one call, {"name": ..., "arguments": ...}, and yield it as Parts.
 
-    Without `known`, keys that a call does not have are skipped. With it, the name must be one of these tools, and such
-    a key ends the call. Returns True if a call was begun, even if its arguments are cut off.
+    known: tools that the call may name; another name, or a key that calls do not have, ends the parse. None: any name
+    is accepted, and other keys are skipped. Returns True if a call was begun, even if its arguments are cut off.
     """
     if not (yield from blanks(s)) or s.held[0] != "{":
         return False
@@ -179,9 +179,10 @@ def call(s: Source, known: Tools | None = None) -> Steps[bool]:
 
 
 def arguments(s: Source) -> Pieces[bool]:
-    """Parse a call's arguments and yield them as pieces of the text of a JSON object; null becomes {}.
+    """Parse a call's arguments and yield them as pieces of the text of a JSON object; null and "" become {}.
 
-    Accepts an object, null, or a string that is empty or contains one of them. Returns True for these, else False.
+    Accepts a JSON object, null, an empty string, or a string that contains an object or null. Returns True for these,
+    else False.
     """
     if not (yield from blanks(s)):
         return False
@@ -205,8 +206,8 @@ def arguments(s: Source) -> Pieces[bool]:
 def calls(s: Source, known: Tools | None = None, joined: str = "") -> Steps[bool]:
     """Parse one call or a JSON list of calls, and yield them as Parts. Returns True if at least one was begun.
 
-    known: tools that a call may name; None: any. joined: separator of several calls outside a list; "": only one
-    call.
+    known: tools that a call may name; None: any. joined: separator of calls outside a list; "": only one call is
+    parsed.
     """
     if not (yield from blanks(s)):
         return False
@@ -248,7 +249,7 @@ def _text(text: str) -> Pieces[bool]:
 def plain(s: Source, opener: str, tools: Tools) -> Steps[bool]:
     """Parse calls without delimiters around them, and yield them as Parts. Returns True if a call was begun.
 
-    The calls are JSON objects separated by `;`, or a JSON list. Without an opener they must name one of `tools`.
+    The calls are JSON objects separated by `;`, or a JSON list. If `opener` is "", they must name one of `tools`.
     """
     return (yield from calls(s, None if opener else tools, ";"))
 
@@ -282,5 +283,5 @@ def peek_call(s: Source) -> Generator[None, None, bool]:
 
 
 def close(s: Source, *ends: str) -> Generator[None, None, None]:
-    """Consume an end delimiter if one follows, and any surplus closing brackets that the model wrote before it."""
+    """Consume one of the delimiters `ends` if it follows, with any surplus closing brackets in front of it."""
     yield from skip(s, *ends, over=" \n}]")

@@ -22,8 +22,8 @@ ACTION, END_ACTION = "<|START_ACTION|>", "<|END_ACTION|>"
 def mistral(s: Source, opener: str, tools: Tools) -> Steps[bool]:
     """Parse Mistral's calls and yield them as Parts. Returns True if a call was begun.
 
-    They are a JSON list, or from tokenizer v11 on `name[ARGS]{...}` after each opener. The list may also come without
-    an opener.
+    Two formats: a JSON list of calls, with or without an opener; from tokenizer v11 on, `NAME[ARGS]{...}` or
+    `NAME[CALL_ID]ID[ARGS]{...}` after each opener. Without an opener a call must name one of `tools`.
     """
     if not (yield from blanks(s)):
         return False

@@ -51,7 +51,8 @@ class OutputStyle:
 class Reader:
     """Streaming parser of one choice's text into TextDelta, CallStart and CallArguments.
 
-    No text is lost: text that is not a valid call is returned as content, unless the call was forced.
+    Text that is not a valid call is returned as content, or dropped if a call is forced. Delimiters are removed, as is
+    white space between content and calls.
     """
 
     def __init__(self, style: OutputStyle) -> None:
@@ -171,9 +172,10 @@ class Reader:
             yield None
 
     def _call(self, opener: str, form: Form) -> Steps[bool]:
-        """Parse calls after `opener`, or at the beginning of the text if it is "". Returns True if a call was begun.
+        """Parse calls after `opener` and yield Parts. Returns True if a call was begun.
 
-        If no call was begun, the text consumed becomes content.
+        opener: "" for calls at the beginning of the text. If no call was begun, the text consumed becomes content, or
+        is dropped if a call is forced.
         """
         s = self.source
         if not opener:
@@ -190,5 +192,5 @@ def begins_inside(prompt: str, thinking: Thinking | None) -> bool:
 
 
 def parameters(tools: list[Tool]) -> dict[str, dict[str, Any]]:
-    """A dict from a tool's name to the JSON schema of its arguments."""
+    """A dict from each tool's name to the JSON schema of its arguments; {"type": "object"} for a tool without one."""
     return {t.function.name: t.function.parameters or {"type": "object"} for t in tools}

@@ -46,8 +46,8 @@ Pieces = Generator[str | None, None, T]  # of parsers that yield text
 class Source:
     """Buffer of a model's output for parsers.
 
-    `held`: text that no parser has consumed yet. `taken`: text consumed since the last mark(). `last`: no more text
-    comes.
+    `held`: text that no parser has consumed yet. `taken`: text consumed since mark() was last called. `last`: no more
+    text will arrive.
     """
 
     def __init__(self) -> None:
@@ -60,15 +60,22 @@ class Source:
         return text
 
     def mark(self) -> None:
-        """Clear `taken`, which records the text consumed from now on."""
+        """Clear the buffer's field `taken`, so that it records the text consumed from now on."""
         self.taken = ""
 
     def waits_for(self, *marks: str) -> bool:
-        """True if more text may come and the held text, which may be empty, is an incomplete beginning of a mark."""
+        """True if the held text, which may be empty, could still grow into one of the delimiters `marks`.
+
+        False if the held text is one of them, or if no more text will arrive.
+        """
         return not self.last and any(m != self.held and m.startswith(self.held) for m in marks)
 
     def safe(self, *marks: str) -> int:
-        """Number of leading held characters that cannot be part of a mark whose end has not arrived yet."""
+        """Number of held characters, from the first, that a parser may consume without splitting a delimiter.
+
+        Characters at the end that could be the beginning of one of the delimiters `marks` are not counted, unless no
+        more text will arrive.
+        """
         if self.last:
             return len(self.held)
         tails = (n for m in marks for n in range(1, len(m)) if self.held.endswith(m[:n]))
@@ -79,7 +86,7 @@ Reading = Callable[[Source, str, Tools], Steps[bool]]  # parses calls after an o
 
 
 def some(s: Source, n: int = 1) -> Generator[None, None, bool]:
-    """Wait until `n` characters are held. Returns False if the text ends earlier."""
+    """Wait until the buffer holds `n` unconsumed characters. Returns True; False if the text ends earlier."""
     while len(s.held) < n and not s.last:
         yield None
     return len(s.held) >= n
@@ -95,9 +102,9 @@ def blanks(s: Source) -> Generator[None, None, bool]:
 
 
 def skip(s: Source, *marks: str, over: str = " \n\r\t") -> Generator[None, None, str | None]:
-    """Consume the longest of the marks that the text begins with, and any characters of `over` in front of it.
+    """Consume the longest of the delimiters `marks` that the text begins with, and characters of `over` before it.
 
-    Returns the mark; None, with nothing consumed, if the text begins with none of them.
+    Returns the delimiter; None, with nothing consumed, if the text begins with none of them.
     """
     while True:
         text = s.held.lstrip(over)
@@ -111,9 +118,9 @@ def skip(s: Source, *marks: str, over: str = " \n\r\t") -> Generator[None, None,
 
 
 def until(s: Source, *marks: str) -> Generator[None, None, tuple[str, str | None]]:
-    """Consume the text up to and including the first of the marks. Returns (text before the mark, mark).
+    """Consume the text up to and including the first of the delimiters `marks`. Returns (text before it, delimiter).
 
-    If no mark comes, returns (all remaining text, None).
+    If none comes, consumes and returns (all remaining text, None).
     """
     while True:
         found = first(s, *marks)
@@ -127,7 +134,10 @@ def until(s: Source, *marks: str) -> Generator[None, None, tuple[str, str | None
 
 
 def first(s: Source, *marks: str) -> str | None:
-    """The mark that occurs first in the held text, the longest of several at one position; None if none occurs."""
+    """The one of the delimiters `marks` that occurs first in the held text; None if none occurs.
+
+    If several begin at that position, the longest.
+    """
     places = [(at, -len(m), m) for m in marks if (at := s.held.find(m)) >= 0]
     return min(places)[2] if places else None
 
@@ -147,9 +157,9 @@ def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
 
 
 def called(steps: Pieces[T], start: CallStart, began: bool = False) -> Steps[tuple[bool, T]]:
-    """Run a parser of arguments and yield its pieces as CallArguments, after `start` before the first piece.
+    """Run a parser of arguments; yield `start` when it gives its first piece of text, and each piece as CallArguments.
 
-    began: `start` has already been yielded. Returns (True if the call was begun, the parser's return value).
+    began: `start` has already been yielded. Returns (True if `start` has been yielded, the parser's return value).
     """
     while True:
         try:

@@ -62,7 +62,7 @@ DSML = Tags(
 
 
 def tagged(end: str, *ways: Tags) -> Reading:
-    """A parser of calls up to the delimiter `end`. Calls are written with one of the given sets of tags, or as JSON."""
+    """A parser of calls that are written with one of the given sets of tags, or as JSON, up to the delimiter `end`."""
 
     def read(s: Source, opener: str, tools: Tools) -> Steps[bool]:
         if not (yield from blanks(s)):
@@ -85,9 +85,9 @@ def tagged(end: str, *ways: Tags) -> Reading:
 
 
 def _way(s: Source, ways: tuple[Tags, ...]) -> Generator[None, None, Tags | None]:
-    """Consume the opening tag of the next call and return the Tags of `ways` that have it.
+    """Consume the opening tag of the next call and return the Tags of `ways` to which it belongs.
 
-    If the text begins with none of the opening tags, returns the Tags that need none, or None if `ways` has no such.
+    If the text begins with no opening tag: the Tags of `ways` without an opening tag; None if all have one.
     """
     marks = [w.begin for w in ways if w.begin]
     found = (yield from skip(s, *marks)) if marks else None
@@ -95,9 +95,10 @@ def _way(s: Source, ways: tuple[Tags, ...]) -> Generator[None, None, Tags | None
 
 
 def _call(s: Source, way: Tags, end: str, tools: Tools) -> Steps[bool]:
-    """Parse one call in the format `way`. Returns True if a call was begun, even if its arguments are cut off.
+    """Parse one call in the format `way`, and yield Parts. Returns True if a call was begun, even if it is cut off.
 
-    Where calls have no opening tag (GLM), the name ends at a line break, the first argument, or the end of the call.
+    Where calls have no opening tag (GLM), the name ends at a line break, the first argument, or the end of the call,
+    and must be the name of one of `tools`. end: delimiter after the last call.
     """
     ends = (way.named,) if way.begin else (way.named, way.key, end)
     while not any(e in s.held for e in ends) and not s.last and len(s.held) < 300:
@@ -216,7 +217,7 @@ def types(schema: Any, root: Mapping[str, Any]) -> set[str]:
 
 
 def typed(text: str, kinds: set[str]) -> Any:
-    """An argument's text as a value of one of the JSON types `kinds`; the text itself if it fits none."""
+    """An argument's text converted to a value of one of the JSON types `kinds`; the text itself if it fits none."""
     text = text.strip() if kinds != {"string"} else text
     for parse in (json.loads, ast.literal_eval):
         try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -41,6 +41,7 @@ SCALED = (("operand", "a"), ("operand", "b"), ("binary", "*"))
 class ExpertsKernel(ChipKernel):
     """Chip kernel of `experts` on a chip that holds `held` experts [inner, hidden]. Timed with random routing."""
 
+    by_sequence: ClassVar[bool] = False
     top: int
     held: int
     experts: int
@@ -66,6 +67,8 @@ class ExpertsKernel(ChipKernel):
     def unsupported(cls, op: Experts, t: Tensors) -> str | None:
         if op.order or op.down_order:
             return f"{op.site}: chip kernels do not permute columns of experts (act-order); run this model on the host"
+        if op.held or op.slots:
+            return f"{op.site}: chip kernels have no expert placement; use a layout without r, or the host"
         return None
 
     @classmethod

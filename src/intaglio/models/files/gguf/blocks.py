@@ -42,24 +42,27 @@ def _joined(blocks: np.ndarray) -> np.ndarray:
 
 
 def _nibbles(bytes: np.ndarray) -> np.ndarray:
-    """The 4-bit codes in bytes [..., n], as [..., 2 n]: all low nibbles, then all high ones."""
+    """The 4-bit codes in bytes [..., n], as an array [..., 2 n]: all low nibbles, then all high ones."""
     return np.concatenate([bytes & 15, bytes >> 4], axis=-1)
 
 
 def _q8_0(b: np.ndarray) -> Quantised:
-    """Decode Q8_0 blocks [rows, blocks, bytes] of 32 values to their matrix: f16 scale, 32 signed bytes."""
+    """The matrix (Quantised) of Q8_0 blocks `b` [rows, blocks, bytes] of 32 values: f16 scale, 32 signed bytes."""
     return Quantised(_joined(_words(b[..., 2:], np.int8)), _joined(_halves(b, 0)), 32)
 
 
 def _q4_0(b: np.ndarray) -> Quantised:
-    """Decode Q4_0 blocks of 32 values to their matrix: f16 scale, 16 bytes with two 4-bit codes each, stored plus 8."""
+    """The matrix (Quantised) of Q4_0 blocks `b` [rows, blocks, bytes] of 32 values.
+
+    Layout: f16 scale, 16 bytes with two 4-bit codes each, stored plus 8.
+    """
     return Quantised(_joined(_nibbles(b[..., 2:]).astype(np.int8) - np.int8(8)), _joined(_halves(b, 0)), 32)
 
 
 def _q5_0(b: np.ndarray) -> Quantised:
-    """Decode Q5_0 blocks of 32 values to their matrix: f16 scale, 4 bytes of fifth bits, 16 bytes of low 4 bits.
+    """The matrix (Quantised) of Q5_0 blocks `b` [rows, blocks, bytes] of 32 values.
 
-    Codes are stored plus 16.
+    Layout: f16 scale, 4 bytes with the fifth bits of codes, 16 bytes with the low 4 bits. Codes are stored plus 16.
     """
     fifth = np.unpackbits(b[..., 2:6], axis=-1, bitorder="little")
     codes = (_nibbles(b[..., 6:]) | fifth << 4).astype(np.int8) - np.int8(16)
@@ -67,7 +70,7 @@ def _q5_0(b: np.ndarray) -> Quantised:
 
 
 def _iq4_nl(b: np.ndarray) -> Quantised:
-    """Decode IQ4_NL blocks of 32 values to their matrix.
+    """The matrix (Quantised) of IQ4_NL blocks `b` [rows, blocks, bytes] of 32 values.
 
     Layout: f16 scale, 16 bytes with two 4-bit indices each into the codebook IQ4.
     """
@@ -75,7 +78,7 @@ def _iq4_nl(b: np.ndarray) -> Quantised:
 
 
 def _mxfp4(b: np.ndarray) -> Quantised:
-    """Decode MXFP4 blocks of 32 values to their matrix.
+    """The matrix (Quantised) of MXFP4 blocks `b` [rows, blocks, bytes] of 32 values.
 
     Layout: exponent (bias 127) of a power of two, 16 bytes with two E2M1 codes each.
     """
@@ -84,10 +87,10 @@ def _mxfp4(b: np.ndarray) -> Quantised:
 
 
 def _iq4_xs(b: np.ndarray) -> Quantised:
-    """Decode IQ4_XS blocks of 256 values, which are 8 runs of 32, to their matrix.
+    """The matrix (Quantised) of IQ4_XS blocks `b` [rows, blocks, bytes] of 256 values, in 8 runs of 32.
 
-    Layout: f16 d; 6-bit scales stored plus 32 (2 bytes with the high 2 bits, 4 bytes with the low 4 bits of each);
-    128 bytes with two 4-bit indices each into the codebook IQ4, run by run.
+    Layout: f16 d; 6-bit scales stored plus 32 (2 bytes with the high 2 bits, 4 bytes with the low 4 bits of each); 128
+    bytes with two 4-bit indices each into the codebook IQ4, run by run.
     """
     high = _words(b[..., 2:4], np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     low = np.stack([b[..., 4:8] & 15, b[..., 4:8] >> 4], axis=-1).reshape(*b.shape[:-1], 8)
@@ -97,10 +100,10 @@ def _iq4_xs(b: np.ndarray) -> Quantised:
 
 
 def _q4_k(b: np.ndarray) -> Quantised:
-    """Decode Q4_K blocks of 256 values, which are 8 runs of 32, to their matrix.
+    """The matrix (Quantised) of Q4_K blocks `b` [rows, blocks, bytes] of 256 values, in 8 runs of 32.
 
-    value = d * scale * code - dmin * minimum. Layout: f16 d and dmin; 12 bytes with a 6-bit scale and a 6-bit
-    minimum for each run; 128 bytes with two 4-bit codes each.
+    value = d * scale * code - dmin * minimum. Layout: f16 d and dmin; 12 bytes with a 6-bit scale and a 6-bit minimum
+    for each run; 128 bytes with two 4-bit codes each.
     """
     low, mid, high = (b[..., 4 + 4 * i : 8 + 4 * i] for i in range(3))
     scales = np.concatenate([low & 63, (high & 15) | ((low >> 2) & 48)], axis=-1).astype(np.float32)
@@ -115,9 +118,9 @@ def _q4_k(b: np.ndarray) -> Quantised:
 
 
 def _q5_k(b: np.ndarray) -> Quantised:
-    """Decode Q5_K blocks of 256 values to their matrix: as Q4_K, with 32 bytes of fifth bits before the low 4 bits.
+    """The matrix (Quantised) of Q5_K blocks `b` [rows, blocks, bytes] of 256 values, in 8 runs of 32.
 
-    Bit i of these bytes belongs to run i.
+    Layout: as Q4_K, with 32 bytes of fifth bits before the low 4 bits. Bit i of these bytes belongs to run i.
     """
     lines = _q4_k(np.concatenate([b[..., :16], b[..., 48:]], axis=-1))
     fifth = b[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
@@ -125,9 +128,10 @@ def _q5_k(b: np.ndarray) -> Quantised:
 
 
 def _q6_k(b: np.ndarray) -> Quantised:
-    """Decode Q6_K blocks of 256 values, which are 16 runs of 16, to their matrix. Codes are stored plus 32.
+    """The matrix (Quantised) of Q6_K blocks `b` [rows, blocks, bytes] of 256 values, in 16 runs of 16.
 
-    Layout: 128 bytes with the low 4 bits of codes, 64 bytes with the high 2 bits, 16 signed scales, f16 d.
+    Layout: 128 bytes with the low 4 bits of codes, 64 bytes with the high 2 bits, 16 signed scales, f16 d. Codes are
+    stored plus 32.
     """
     low = b[..., :128].reshape(*b.shape[:-1], 2, 1, 64) >> np.array([[0], [4]], np.uint8) & 15
     high = b[..., 128:192].reshape(*b.shape[:-1], 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8) & 3
@@ -138,10 +142,10 @@ def _q6_k(b: np.ndarray) -> Quantised:
 
 
 def _q3_k(b: np.ndarray) -> Quantised:
-    """Decode Q3_K blocks of 256 values, which are 16 runs of 16, to their matrix. Codes of 3 bits are stored plus 4.
+    """The matrix (Quantised) of Q3_K blocks `b` [rows, blocks, bytes] of 256 values, in 16 runs of 16.
 
-    Layout: 32 bytes of high bits, of which bit i belongs to the i-th 32 values; 64 bytes with the low 2 bits of
-    codes; 12 bytes of 6-bit scales stored plus 32; f16 d.
+    Layout: 32 bytes of high bits, of which bit i belongs to the i-th 32 values; 64 bytes with the low 2 bits of codes;
+    12 bytes of 6-bit scales stored plus 32; f16 d. Codes have 3 bits and are stored plus 4.
     """
     bits = b[..., None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1
     pairs = b[..., 32:96].reshape(*b.shape[:-1], 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8) & 3
@@ -154,11 +158,11 @@ def _q3_k(b: np.ndarray) -> Quantised:
 
 
 def _by_scales(kind: str, scales: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], Quantised]:
-    """A decoder for a type with a codebook: whole-number codes times one scale for each run of 32 values.
+    """A function that decodes blocks [rows, blocks, bytes] of the codebook type `kind` to a matrix (Quantised).
 
-    scales: function from blocks to the scales of their runs, [rows, blocks, runs]. The gguf library decodes the values,
-    which are divided by the scales to get the codes; both are exact in float32, since a scale has up to 16 significant
-    bits and a code up to 6.
+    A value is a whole-number code times one scale for each run of 32 values. scales: function from blocks to the scales
+    of their runs, [rows, blocks, runs]. The gguf library decodes the values, which are divided by the scales to get the
+    codes; both are exact in float32, since a scale has up to 16 significant bits and a code up to 6.
     """
 
     def decode(b: np.ndarray) -> Quantised:
@@ -274,12 +278,12 @@ BLOCKS: dict[str, Blocks] = {
 
 
 def known_types() -> str:
-    """A text that lists the block types that can be read, for error messages."""
+    """Names of the block types that can be read, as text for error messages."""
     return ", ".join((*PLAIN, *BLOCKS))
 
 
 def decode_rows(kind: str, raw: np.ndarray) -> Value:
-    """The matrix of type `kind` whose bytes are `raw`, uint8 [rows, bytes per row]. Quantised, or an array in bf16."""
+    """The matrix of GGUF type `kind` from bytes `raw` [rows, bytes per row]: a Quantised, or an array in bf16."""
     own = BLOCKS[kind]
     return own.decode(raw.reshape(len(raw), -1, own.bytes))
 

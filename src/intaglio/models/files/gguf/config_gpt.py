@@ -24,7 +24,7 @@ def gpt2(m: Metadata) -> dict[str, Any]:
 
 
 def starcoder(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for StarCoder 1, whose heads share one head of keys and values, or none."""
+    """The keys of config.json, as a dict, for StarCoder 1. Raises PortError for several K/V heads fewer than heads."""
     if m.kv_heads not in (1, m.heads):
         raise PortError(
             f"{m.file.path}: attention.head_count_kv={m.kv_heads}; StarCoder has 1 or as many as heads ({m.heads})"

@@ -34,9 +34,9 @@ class Metadata:
         return self.file.get(f"{self.file.architecture}.{key}", default)
 
     def one(self, key: str, default: Any = None) -> Any:
-        """The value of a key that may be stored per layer but must be the same in all layers; `default` if absent.
+        """The value of a key that may be stored per layer; `default` if the file does not have it.
 
-        Raises PortError if layers differ.
+        Raises PortError if the layers have different values.
         """
         value = self.get(key, default)
         if not isinstance(value, list):
@@ -65,7 +65,7 @@ class Metadata:
         return value
 
     def fixed(self, key: str, wanted: int) -> None:
-        """Raise PortError if the key is present with another value than the one that the port computes."""
+        """Raise PortError if the key is present with another value than `wanted`, the only one that is supported."""
         if self.get(key, wanted) != wanted:
             raise PortError(
                 f"{self.file.path}: {self.file.architecture}.{key}={self.get(key)!r} is not ported; wanted {wanted}"
@@ -86,7 +86,7 @@ class Metadata:
 
     @property
     def kv_heads(self) -> int:
-        """Number of K/V heads, of the layers that have attention; the number of heads if absent."""
+        """Number of K/V heads of the layers that have attention; the number of heads if the file has no such key."""
         return max(self.kv_heads_by_layer)
 
     @property

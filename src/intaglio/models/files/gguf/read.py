@@ -27,7 +27,8 @@ WORTH = 1 << 30  # bytes: a file that takes so much more in memory is worth a wa
 def read_gguf(path: Path) -> tuple[dict[str, Any], Tables]:
     """(config as a dict, tensors as Tables) of the model in a GGUF file and its further parts.
 
-    Raises CheckpointError and PortError.
+    Raises CheckpointError for a damaged or incomplete file, PortError for an architecture or tensor that is not
+    supported.
     """
     file = open_gguf(path)
     own = ARCHITECTURES.get(file.architecture)
@@ -47,7 +48,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Tables]:
 
 
 def part_of(name: str) -> str:
-    """What llama.cpp calls a tensor, without the number of its layer and without .weight or .bias."""
+    """llama.cpp's name of a tensor without the number of its layer and without .weight or .bias, as attn_q."""
     words = name.split(".")
     return ".".join(words[2 if words[0] == "blk" else 0 : -1])
 
@@ -119,7 +120,11 @@ class _Reader:
             self.tables.add(f"{name.format(e=e)}.{suffix}", p.cut(e * each[0], each))
 
     def _add_gate_up(self, at: str, suffix: str, p: Place) -> None:
-        """Add a stack of experts' matrices whose rows are gate, then up, as two tensors per expert."""
+        """Add a stack of experts' matrices whose rows are gate, then up, as two tensors per expert.
+
+        at: prefix of their names. suffix: weight or bias. p: place of the stack. Raises PortError if the architecture
+        has no experts.
+        """
         count, rows, columns = p.shape
         for i, n in enumerate(PROJECTIONS[:2]):
             name = self.own.name(f"ffn_{n}_exps")
@@ -139,7 +144,8 @@ class _Reader:
     ) -> None:
         """Add matrices that the file stores one above the other, such as q, k and v, as one tensor each.
 
-        widths: their rows.
+        parts: llama.cpp's names of the matrices. widths: their numbers of rows; if the first is 0, computed from the
+        heads. full: name of the stored tensor, for the error. Raises CheckpointError if the rows do not add up.
         """
         if not widths[0]:  # no key_length: heads share the embedding's width
             head = p.shape[0] // (self.meta.heads + 2 * self.meta.kv_heads)

@@ -39,7 +39,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Place:
-    """The place of consecutive rows of a tensor in a file."""
+    """Where consecutive rows of a tensor begin in a file, with their GGUF type (`kind`) and shape."""
 
     file: Path
     kind: str
@@ -62,7 +62,10 @@ class Place:
 
 
 def place_of(path: Path, file: Path, t: Tensor) -> Place:
-    """The Place of a tensor in its file. Raises PortError if its type is not supported."""
+    """The Place of a tensor. Raises PortError if its type is not supported.
+
+    path: the file's name in the error. file: the part that holds the tensor.
+    """
     kind = t.kind
     if kind not in PLAIN and kind not in BLOCKS:
         why = " (ternary weights have no kernel here; use a Q4_K_M or Q8_0 file)" if kind.startswith("TQ") else ""
@@ -89,7 +92,7 @@ class Tables:
         return self.coded[name].shape if name in self.coded else self.raw[name].shape
 
     def add(self, name: str, p: Place, heads: int = 0, shift: float = 0.0) -> None:
-        """Add a tensor under transformers' name.
+        """Add a tensor under its name in transformers.
 
         heads: number of heads if its rows are in interleaved rope order, else 0. shift: number subtracted from its
         values (norms of Gemma, to which converters add 1).
@@ -147,6 +150,9 @@ def in_order(x: np.ndarray, head: int) -> np.ndarray:
 
 
 def summed(types: Mapping[str, int]) -> tuple[int, int]:
-    """(bytes in the file, bytes in memory) of all values whose types become bf16. types: values by type."""
+    """Bytes of all values whose types become bf16 on reading, as (in the file, in memory).
+
+    types: number of values by GGUF type.
+    """
     own = {kind: n for kind, n in types.items() if kind in BLOCKS and BLOCKS[kind].format == "bf16"}
     return sum(n // BLOCKS[k].values * BLOCKS[k].bytes for k, n in own.items()), 2 * sum(own.values())
