@@ -71,6 +71,7 @@ class RowsKernel(ChipKernel):
     operands: int  # matrices [rows, width], of which the last is written
     vector_bytes: float = 0.0  # of operands with one row, such as a norm's weight, which every core loads once
 
+    by_sequence: ClassVar[bool] = False
     gathered: ClassVar[bool] = False  # rows are read by index; a core has a run of rows, whose indices it loads first
     in_place: ClassVar[bool] = False  # a row is stored as it was loaded
 
