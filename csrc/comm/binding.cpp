@@ -73,6 +73,7 @@ void bind_comm(nb::module_& m) {
            }, "segment"_a, "rank"_a, "sockets"_a)
       .def_prop_ro("rank", &Communicator::rank)
       .def_prop_ro("ranks", &Communicator::ranks)
+      .def_rw("ranks_per_host", &Communicator::ranks_per_host)
       .def_rw("timeout", &Communicator::timeout)
       .def("all_reduce", [](Communicator& c, const std::string& site, std::vector<int> group, Array x, Array out, const std::string& wire, const std::string& algorithm) {
              c.algorithm = algorithm_of(algorithm);

@@ -142,6 +142,7 @@ class Communicator:
     rank: int
     ranks: int
     timeout: float
+    ranks_per_host: int  # if host h has the ranks h * ranks_per_host and following; 0: not known
     @overload
     def __init__(self, segment: Segment, rank: int) -> None: ...
     @overload

@@ -43,8 +43,24 @@ def test_only_new_datagrams_of_the_other_end_count() -> None:
         assert heard(signed(5)) and not heard(signed(5)) and not heard(signed(4)) and heard(signed(4), signed(6))
         assert not heard(signed(7, mine.receive_key)) and not heard(signed(7)[:-1]) and not heard(signed(7) + b"x")
         assert not heard(b"") and not heard(b"x" * 40) and heard(signed(1 << 63)) and not heard(signed(8))
+        assert heard(signed((1 << 64) - 1)) and beacon.given_up() and not mine.given_up()
         mine.close()
         beacon.close()
+
+
+def test_an_end_that_hears_nothing_tells_the_other() -> None:
+    """The other would not notice by itself: it hears this end."""
+    with connected() as (a, b):
+        near, far = Link(a, b"k" * 32, True, 60.0), Link(b, b"k" * 32, False, 0.5)
+        near.beacon.meet(far.beacon.port)
+        far.beacon.meet(near.beacon.port)
+        far.beacon.hear = bool  # type: ignore[method-assign]
+        with near.lock, pytest.raises(LinkLost, match="nothing came in 0.5 s"):  # nothing of `near` arrives
+            far.receive()
+        with pytest.raises(LinkLost):
+            near.receive()
+        assert near.beacon.given_up()
+        near.close()
 
 
 def test_the_native_thread_sends_what_was_signed_before() -> None:

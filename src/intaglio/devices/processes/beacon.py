@@ -23,6 +23,7 @@ NUMBER = struct.Struct("!Q")
 SIZE = NUMBER.size + 32  # bytes of a datagram
 AHEAD = 50  # datagrams that are signed in advance: for 5 s in which no Python code of this process runs
 INTERACTIVE = 6  # priority in the queue of this host's network device
+LAST = (1 << 64) - 1  # number of the datagram of an end that gives up
 LOW_DELAY = 0x10  # the same for routers, as the type of service
 
 
@@ -66,8 +67,7 @@ class Beacon:
         sender = self.sender
         while sender is not None and sender.waiting() < AHEAD:
             self.sent += 1
-            number = NUMBER.pack(self.sent)
-            sender.add(number + hmac.digest(self.send_key, number, "sha256"))
+            sender.add(self._signed(self.sent))
 
     def hear(self) -> bool:
         """Read the datagrams that have come. Returns True if one is the other end's and is new."""
@@ -80,6 +80,25 @@ class Beacon:
                 if number > self.heard and hmac.compare_digest(datagram[NUMBER.size :], code):
                     self.heard, new = number, True
         return new
+
+    def given_up(self) -> bool:
+        """True if the other end has said that it hears nothing of this one."""
+        return self.heard == LAST
+
+    def give_up(self) -> None:
+        """Tell the other end that nothing of it is heard: what it sends may be lost on the way. Returns nothing.
+
+        The end of the connection tells it too, but may come late: behind bytes that are sent again and again, because
+        their receipts are lost.
+        """
+        for _ in range(3):
+            with suppress(OSError):
+                self.socket.send(self._signed(LAST))
+
+    def _signed(self, number: int) -> bytes:
+        """The datagram of a number."""
+        head = NUMBER.pack(number)
+        return head + hmac.digest(self.send_key, head, "sha256")
 
     def close(self) -> None:
         """Stop sending and close the port."""

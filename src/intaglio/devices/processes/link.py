@@ -135,7 +135,10 @@ class Link:
             self.silence.heard(self.now)
         elif not ready - {self.beacon.socket.fileno()}:
             self.now += min(INTERVAL, self.looked - before)
+        if self.beacon.given_up():
+            raise LinkLost("the other end hears nothing")
         if self.silence.left(self.now) <= 0:
+            self.beacon.give_up()
             raise LinkLost(f"nothing came in {self.silence.allowed:g} s")
         return bool(ready - {self.beacon.socket.fileno()})
 
