@@ -62,7 +62,8 @@ def experts(c: Config) -> Mixture:
 
 def qwen3_next(c: Config, context: int) -> Decoder:
     """The Decoder that describes Qwen3-Next, from config.json, for up to `context` positions."""
-    return place_experts(c, describe(c, context, fused=True, mixture=experts(c)))
+    fused = not c.flag("separate_projections")  # as the reader of GGUF files has them
+    return place_experts(c, describe(c, context, fused=fused, mixture=experts(c)))
 
 
 def qwen3_5(c: Config, context: int) -> Decoder:
