@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +20,7 @@ DRAIN_TIMEOUT = 600.0  # seconds that a drained replica's last requests may take
 AUTOSCALE = 1.0  # seconds between decisions of the autoscaler
 TIDY = 10.0  # seconds between looks at the lengths of logs
 MAX_REPLICAS = 64
+INCIDENTS = 50  # kept for state()
 INITIALS: Mapping[Role, str] = {"mixed": "r", "prefill": "p", "decode": "d"}
 
 
@@ -42,6 +43,7 @@ class Cluster:
         self.restarts: dict[str, int] = {}
         self.roles: tuple[Role, ...] = ("mixed",)
         self.since = time.time()
+        self.incidents: deque[tuple[float, str]] = deque(maxlen=INCIDENTS)  # (time of day in seconds, what happened)
         self.stopping = False
         self._supervisors: dict[str, asyncio.Task[None]] = {}
         self._leaving: set[str] = set()
@@ -130,7 +132,13 @@ class Cluster:
             "replicas": replicas, "queued": len(router.queue), "policy": router.policy,
             "moves": dict(self.backends.moves), "prefills": dict(self.backends.prefills),
             "refused": dict(router.refused), "seconds": time.time() - self.since,
+            "incidents": [{"at": at, "what": what} for at, what in self.incidents],
         }  # fmt: skip
+
+    def _note(self, what: str, level: int = logging.ERROR, error: Exception | None = None) -> None:
+        """Log what happened to a replica and keep it for state(). error: to log with its traceback."""
+        log.log(level, what, exc_info=error)
+        self.incidents.append((time.time(), what))
 
     async def _grow(self, roles: Sequence[Role]) -> None:
         """Start one more replica for each of `roles`, all at once. Raises the first error if any does not start."""
@@ -167,6 +175,8 @@ class Cluster:
         self._leaving.update(names)
         try:
             moved = sum([self.backends.drain(name) for name in names])
+            if names:
+                self._note(f"{', '.join(names)}: drained; {moved} requests move to other replicas", logging.INFO)
             await asyncio.gather(*map(self._stop_drained, names))
         finally:
             self._leaving.difference_update(names)
@@ -192,12 +202,12 @@ class Cluster:
             wanted = autoscaler.wanted(self.backends.router, now, self.backends.clock())
             if wanted == now:
                 continue
-            log.info("autoscaling from %d to %d replicas: %s", now, wanted, autoscaler.why)
+            self._note(f"autoscaling from {now} to {wanted} replicas: {autoscaler.why}", logging.INFO)
             try:
                 await self.scale(wanted)
             except Exception as e:
                 known = isinstance(e, ReplicaFailed | LinkLost | TimeoutError | OSError)
-                log.error("a replica could not be added: %s", e or type(e).__name__, exc_info=None if known else e)
+                self._note(f"a replica could not be added: {e or type(e).__name__}", error=None if known else e)
 
     async def _supervise(self, name: str, process: Launched) -> None:
         """Restart a replica's process each time it ends. Runs until cancelled, or until the replica is removed."""
@@ -205,9 +215,9 @@ class Cluster:
         while True:
             code = await process.wait()
             if name in self._leaving:  # else it would be given requests again while it is removed
-                log.error("replica %s ended with exit code %s while it was drained", name, code)
+                self._note(f"replica {name} ended with exit code {code} while it was drained")
                 return
-            log.error("replica %s ended with exit code %s; it is started again", name, code)
+            self._note(f"replica {name} ended with exit code {code}; it is started again")
             self.restarts[name] = self.restarts.get(name, 0) + 1
             await asyncio.sleep(wait)
             if name in self._leaving:
@@ -216,13 +226,12 @@ class Cluster:
                 self.backends.router.restarting(name)
                 await self.backends.attach(name, await process.start())
                 wait = BACKOFF_FIRST
+                self._note(f"replica {name} serves again", logging.INFO)
             except Exception as e:
                 wait = min(2 * wait, BACKOFF_MAX)
                 known = isinstance(e, ReplicaFailed | LinkLost | TimeoutError | OSError)
-                log.error(
-                    "replica %s could not be started: %s; next attempt in %.1f s", name, e or type(e).__name__, wait,
-                    exc_info=None if known else e,
-                )  # fmt: skip
+                what = f"replica {name} could not be started: {e or type(e).__name__}; next attempt in {wait:.1f} s"
+                self._note(what, error=None if known else e)
                 process.kill()
 
     async def _tidy(self) -> None:

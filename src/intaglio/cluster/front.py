@@ -8,6 +8,7 @@ import re
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 
 from starlette.responses import Response
@@ -18,6 +19,7 @@ from intaglio.cluster.link import LinkLost
 from intaglio.cluster.metrics import RouterMetrics
 from intaglio.cluster.prompt import TimeLimits, make_job
 from intaglio.cluster.relayed import RelayedRequest
+from intaglio.server.app import PAGE
 from intaglio.server.delivery import ClientDisconnected, while_connected
 from intaglio.server.incoming import check_key, read_body
 from intaglio.server.problem import Json, Problem
@@ -26,7 +28,7 @@ from intaglio.server.tracing import Tracing, traced
 log = logging.getLogger("intaglio.cluster")
 GENERATE = frozenset(("/v1/chat/completions", "/v1/completions"))
 PASSED_ON = frozenset(("/tokenize", "/detokenize", "/v1/embeddings", "/v1/models", "/openapi.json", "/version"))
-PUBLIC = frozenset(("/health", "/ping", "/ready", "/version", "/metrics", "/openapi.json"))  # no API key
+PUBLIC = frozenset(("/", "/health", "/ping", "/ready", "/version", "/metrics", "/openapi.json"))  # no API key
 PASSED_HEADERS = ("content-type",)
 TENANT = "x-tenant-id"
 
@@ -121,6 +123,9 @@ class Front:
                     return Json({"status": "the cluster is shutting down"}, 503)
                 ready = any(r.placeable for r in self.backends.router.replicas.values())
                 return Json({"status": "ok" if ready else "no replica is ready"}, 200 if ready else 503)
+            case "/":
+                html = files("intaglio.cluster").joinpath("page.html").read_bytes()
+                return Response(html, media_type="text/html", headers={"content-security-policy": PAGE})
             case "/cluster":
                 return Json(self.state())
         if path in GENERATE:
