@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_it_works_in_a_browser(folder: Path) -> None:
 
     with served(folder, keys=("secret",)) as s, sync_playwright() as p:
         s.llm.engine.executable = Slow(s.llm.engine.executable, 0.2)
-        s.llm.model.eos_ids = frozenset()  # so that the answer lasts as long as it is looked at
+        s.llm.model = replace(s.llm.model, eos_ids=frozenset())  # so that the answer lasts as long as it is looked at
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=TEST_TIMEOUT_S * 1000)
         page = browser.new_page()
         page.set_default_timeout(TEST_TIMEOUT_S * 1000)
