@@ -15,7 +15,7 @@ INPUTS = {"tokens": "T", "positions": "T", "rows": "R"}  # int32 arrays bound fr
 
 
 class ProgramError(ValueError):
-    """Raised for a Program that breaks a rule, and for text that is not a Program."""
+    """Raised for a Program that breaks a rule, and for text that cannot be parsed as a Program."""
 
 
 @dataclass(frozen=True, eq=True)

@@ -43,8 +43,9 @@ class Pace:
 class LoadReport:
     """Figures that a replica reports about itself.
 
-    Counts are of choices; `prompt_tokens` and the other totals are since its start. tier: counts of its K/V tier by
-    name (see TierCounts); {} without one.
+    `running`, `waiting` and `max_sequences` count choices; `kv_usage` is a fraction, 0 to 1. `prompt_tokens`,
+    `cached_tokens` and `output_tokens` are totals since the replica's start. tier: counts of its K/V tier by name (see
+    TierCounts); {} without one.
     """
 
     running: int = 0
@@ -111,14 +112,14 @@ class Replica:
         self.sequences += job.choices
 
     def started(self, id: str) -> Job:
-        """Note that a job's prompt is computed. Returns the job."""
+        """Note that the prompt of job `id` is computed. Returns the Job."""
         assigned = self.jobs[id]
         self.prefill_tokens -= assigned.prefill
         assigned.started, assigned.prefill = True, 0
         return assigned.job
 
     def release(self, id: str) -> None:
-        """Remove a job."""
+        """Remove job `id` from the replica's jobs."""
         assigned = self.jobs.pop(id)
         self.prefill_tokens -= assigned.prefill
         self.sequences -= assigned.job.choices

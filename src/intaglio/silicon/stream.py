@@ -96,7 +96,7 @@ class StreamBuilder:
         self.instructions.append(replace(instruction, wait=tuple(need)))
 
     def _last_access(self, region: Region) -> LastAccess:
-        """The LastAccess record of the tile that contains `region`; for a region in HBM, that of its address."""
+        """The LastAccess record of the tile that contains `region`; in HBM, of what begins at its address."""
         low, high = region.span
         if region.space == "hbm":
             return self.accesses.setdefault(("hbm", low), LastAccess())

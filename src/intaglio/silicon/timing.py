@@ -29,7 +29,7 @@ class Timing:
 
     @property
     def bound(self) -> str:
-        """Name of the engine or memory that is in use longest; "launch" if none is in use."""
+        """Name of the engine or memory that is busy for the longest time; "launch" if none is busy."""
         return max(self.busy, key=lambda e: self.busy[e]) if self.busy else "launch"
 
     def __add__(self, other: Timing) -> Timing:
@@ -76,6 +76,6 @@ def fraction_held(need: float, capacity: float) -> float:
 
 
 def waves(jobs: Any, cores: int) -> tuple[Any, Any]:
-    """(number of full waves, jobs in the last partial wave) when `jobs` jobs run on `cores` cores."""
+    """(number of full waves, jobs in the last partial wave) when `jobs` equal jobs run on `cores` cores."""
     full = np.floor(jobs / cores)
     return full, jobs - full * cores

@@ -164,7 +164,7 @@ def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
 def simulated_ranks(network: Network, op: str) -> int:
     """Number of ranks in the simulated schedule: at most MAX_SIMULATED_RANKS, but all for all_to_all on a torus.
 
-    There the load of a link grows with the square of the ranks, so that times cannot be extrapolated linearly.
+    On a torus the load of a link grows with the square of the ranks, so times cannot be extrapolated linearly.
     """
     every_rank = network.kind == "torus" and op == "all_to_all"
     return network.ranks if every_rank else min(network.ranks, MAX_SIMULATED_RANKS)
@@ -179,7 +179,7 @@ def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: in
 
 
 def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: float) -> float:
-    """unit_seconds() for chunks of `chunk` bytes, by linear interpolation between the simulated sizes, 9 % apart.
+    """Seconds as unit_seconds() gives for chunks of `chunk` bytes, interpolated between simulated sizes 9 % apart.
 
     The error is 0.2 %, or up to 15 % where transfers change their order at a link between the two sizes.
     """
@@ -201,9 +201,9 @@ def schedule_seconds(network: Network, op: str, algorithm: str, link: float, lat
     """Seconds of a schedule for a tensor of `moved` bytes over links of `link` bytes/s and `latency` seconds.
 
     Scaled from unit links: in units of the latency, the time depends only on a chunk's bytes relative to those that a
-    link carries in one latency. Schedules of more than MAX_SIMULATED_RANKS ranks are extrapolated: with chunks of one
-    size, a ring, and all_to_all on a switch, take the same time longer for each further rank (tested), so two
-    simulations suffice.
+    link carries in one latency. Above MAX_SIMULATED_RANKS ranks the time is extrapolated linearly from two simulations.
+    That is exact for a ring and for all_to_all on a switch with chunks of one size, where each further rank adds the
+    same time (tested).
     """
     latency = max(latency, MIN_LATENCY_S)
     chunk = moved * chunk_fraction(network, op, algorithm) / link / latency

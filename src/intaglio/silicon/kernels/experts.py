@@ -92,10 +92,10 @@ class ExpertsKernel(ChipKernel):
 
 
 def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, ...]:
-    """Rows of each of the `held` experts of a chip, if every token chooses `top` of all experts at random.
+    """Expected number of rows of each of the `held` experts of a chip, as a tuple; tokens choose experts at random.
 
-    The expected number of rows, at least 1, is spread evenly over the expected number of experts that have any:
-    held (1 - (1 - top / experts) ** tokens).
+    Every token chooses `top` of all `experts`. The rows, at least 1, are spread evenly over the expected number of
+    experts that have any, which is held (1 - (1 - top / experts) ** tokens); the other experts have 0.
     """
     rows = max(1, round(tokens * top * held / experts))
     active = min(rows, max(1, round(held * (1 - (1 - top / experts) ** tokens))))
@@ -105,8 +105,8 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
-    held: bytes of its operands, all of which are in the L2 if they fit; 0: they are `moved`, each being moved once. No
-    core reads what another reads too, so the L2 delivers as much as it does without multicast.
+    held: bytes of its operands, which come from the L2 if all of them fit it; 0: the same as `moved`. Each core reads
+    other bytes, so the L2 delivers only its rate without multicast.
     """
     chip, library = target.chip, target.library
     fits = (held or moved) < chip.l2_bytes * library.l2_usable
@@ -252,7 +252,10 @@ class GatheredOperands(Operands):
             self.k.emit(isa.Gather(dst=self.factors, table=weights, index=index))
 
     def load_x(self, rows: slice, depth: slice) -> Region:
-        """Gather columns `depth` of the selected rows of x, unrounded, and return their tile. `rows` is not used."""
+        """Gather columns `depth` of the rows of x set by select_rows(). Returns their tile, not rounded.
+
+        `rows` is ignored; the base class needs it.
+        """
         assert self.rows is not None
         raw = self.raw.next().shaped(self.rows.cols, depth.stop - depth.start)
         self.k.emit(isa.Gather(dst=raw, table=self.x.part(cols=depth), index=self.rows))

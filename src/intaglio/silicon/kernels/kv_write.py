@@ -25,7 +25,17 @@ QUOTIENT = postfix("a / b")
 
 @dataclass(frozen=True)
 class Heads:
-    """Numbers of heads, head widths, window and bits of a cached value of an attention layer."""
+    """What the time of an attention layer depends on: numbers and widths of heads, window, bits of a cached value.
+
+    Attributes:
+        heads: query heads.
+        kv_heads: heads of keys and values.
+        head_dim: width of a query and of a key.
+        v_dim: width of a value.
+        window: keys that a query sees at most; 0: all.
+        bits: bits of a cached key or value.
+        softcap: True if scores are soft-capped.
+    """
 
     heads: int  # query heads
     kv_heads: int

@@ -65,7 +65,14 @@ def rounded(mem: ChipMemory, site: str, x: Region, x_format: str, span: int) -> 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a core computes a product: tiles of the result, steps over K, stages in flight, rows drained at a time."""
+    """How a core computes a product.
+
+    Attributes:
+        rows, columns: of a tile of the result; columns are those of each side of a GLU pair.
+        depth: K values of a step.
+        stages: steps in flight.
+        drain_rows: rows that are drained at a time.
+    """
 
     rows: int
     columns: int  # of each side of a GLU pair
