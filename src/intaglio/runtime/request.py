@@ -51,8 +51,7 @@ class Grammar:
         kind: the language of `source`.
         source: the schema, expression or grammar.
         before: a Lark grammar of the whole output, in which `@answer` stands for the constraint; for instance,
-            reasoning
-            and then an answer. "": the constraint is the whole output.
+            reasoning and then an answer. "": the constraint is the whole output.
 
     Raises ParamsError for an unknown kind or a source of a wrong type.
     """
@@ -102,8 +101,7 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_k, top_p, min_p: sampling filters; 0, 1 and 0 switch them off.
         seed: the same seed gives the same tokens whatever else runs at the time; None: a random seed. Choice i of `n`
-            uses
-            seed + i.
+            uses seed + i.
         min_tokens: no end of sequence, no token of `stop_token_ids` and no stop string before that many tokens.
         allowed_token_ids: draw from these ids alone; None: all.
         bad_words: texts that must not be generated; the last token of each is not drawn after the others.

@@ -62,8 +62,7 @@ class BeatWatch:
     Args:
         ranks: numbers of the ranks.
         silence: seconds of silence after which a rank hangs if its process is stopped. A rank whose process is not
-            stopped
-            has PATIENCE times as long.
+            stopped has PATIENCE times as long.
         tick: seconds between two looks.
     """
 

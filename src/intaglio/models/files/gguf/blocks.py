@@ -185,9 +185,10 @@ def _iq2_xxs(b: np.ndarray) -> np.ndarray:
 
 
 def _iq3_xxs(b: np.ndarray) -> np.ndarray:
-    """Scales of IQ3_XXS blocks [rows, blocks, 8]: d * (1/2 + s) / 2 for each run of 32 values.
+    """Scales of IQ3_XXS blocks, f32 [rows, blocks, 8]: d * (1/2 + s) / 2 for each run of 32 values.
 
-    s: the top 4 bits of the run's 32-bit word, which follow the 64 bytes of indices.
+    d: the f16 number that begins a block. s: the top 4 bits of the run's 32-bit word, which follow the 64 bytes of
+    indices.
     """
     s = _words(b[..., 66:], np.uint32) >> 28
     return _halves(b, 0) * (np.float32(0.5) + s.astype(np.float32)) * np.float32(0.5)

@@ -140,8 +140,8 @@ def _ends(v: _Vocabulary) -> tuple[int, ...]:
 def _bpe(v: _Vocabulary) -> Tokenizer:
     """A byte-level BPE tokenizer (as GPT-2's) made from the file's tokens and merges.
 
-    How text is split before merging follows from tokenizer.ggml.pre. Raises CheckpointError if that is not known, or if
-    the file has no merges.
+    tokenizer.ggml.pre says how text is split before merging; a file without it gets a default split, with a warning.
+    Raises CheckpointError if its value is not known, or if the file has no merges.
     """
     name = v.get("pre")
     if name is None:
