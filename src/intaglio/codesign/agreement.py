@@ -21,7 +21,7 @@ from intaglio.silicon.sizes import BLOCK, sizes_of
 
 @dataclass(frozen=True)
 class Product:
-    """A product x [m, k] @ w.T [k, n]; x is rounded to x_format, w is in w_format (plain, or fp8row)."""
+    """The matrix product x [m, k] @ w.T [k, n]. x is rounded to x_format; w is in w_format, plain or fp8row."""
 
     m: int
     n: int
@@ -32,7 +32,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Modelled seconds of one product, launch overhead included, by the machine and by the closed form."""
+    """Modelled seconds of one product, launch overhead included: by the simulated machine, and by the closed form."""
 
     product: Product
     machine: float
@@ -40,12 +40,12 @@ class Agreement:
 
     @property
     def ratio(self) -> float:
-        """Machine over closed form; 1.0 if they agree."""
+        """The machine's seconds divided by those of the closed form; 1.0 if they agree."""
         return self.machine / self.closed
 
 
 def compare(on: Target, p: Product) -> Agreement:
-    """Time one product by both models. Returns an Agreement with the seconds of each.
+    """Time one product by the simulated machine and by the closed form. Returns an Agreement with the seconds of each.
 
     Rounding x is not counted: it is a launch of its own that the closed form does not model.
     """
@@ -70,9 +70,9 @@ def compare(on: Target, p: Product) -> Agreement:
 
 
 def random_products(rng: np.random.Generator, on: Target, count: int) -> list[Product]:
-    """A list of `count` random Products of 1 to 2,048 rows, 128 to 8,192 columns and K of 256 to 8,192.
+    """A list of `count` random Products: m 1 to 2,048, n 128 to 8,192 and k 256 to 8,192, log-uniform.
 
-    Their formats are bf16 or, if the chip has it, FP8.
+    n is a multiple of 16, k of 64. Formats are bf16 or, if the chip has it, FP8.
     """
     kinds = [("bf16", "bf16"), *([("fp8row", "fp8row")] if "e4m3" in dict(on.chip.macs) else [])]
     out = []

@@ -63,7 +63,7 @@ STEPS = (0.3, 0.12, 0.05)  # relative steps of the search, one for each round
 
 @dataclass(frozen=True)
 class Sample:
-    """Measured rows of one table and number format, with their microseconds."""
+    """Measured rows of one table and number format. us: the measured microseconds, one for each row."""
 
     table: str
     dtype: str
@@ -71,18 +71,19 @@ class Sample:
     us: np.ndarray
 
     def part(self, index: np.ndarray) -> Sample:
-        """The sample of the rows numbered in `index`."""
+        """A Sample of the rows with the indices `index`."""
         return Sample(self.table, self.dtype, tuple(self.rows[i] for i in index), self.us[index])
 
     def errors(self, on: Target) -> np.ndarray:
-        """log(predicted / measured) of each row."""
+        """log(predicted / measured) of each row, with times predicted for the target `on`, as an array [rows]."""
         return np.log(predict(on, self.table, self.rows) / self.us)
 
 
 def samples(tables: Mapping[str, Sequence[Row]], min_us: float) -> list[Sample]:
-    """A Sample of each table and number format, with its rows of at least `min_us` microseconds.
+    """A list of Samples, one for each table and number format, with the rows of at least `min_us` microseconds.
 
-    Of collectives every row counts, since their start-up is what small ones measure.
+    tables: rows by table. Of collectives all rows are kept, since short ones show the start-up time. A table and format
+    without such rows gives no Sample.
     """
     out = []
     for table, rows in tables.items():
@@ -95,7 +96,7 @@ def samples(tables: Mapping[str, Sequence[Row]], min_us: float) -> list[Sample]:
 
 
 def chosen(sample: Sample, points: int) -> np.ndarray:
-    """Indices of `points` rows at even quantiles of the latency; of all rows if 0 or too many."""
+    """Indices of `points` rows of a sample at even quantiles of the latency; of all rows if 0 or too many."""
     order = np.argsort(sample.us, kind="stable")
     if not points or points >= len(order):
         return order
@@ -103,7 +104,10 @@ def chosen(sample: Sample, points: int) -> np.ndarray:
 
 
 def value_of(on: Target, name: str) -> Any:
-    """The value of a parameter: `chip.FIELD`, `library.FIELD`, or `FAMILY.FIELD` of the family's kernels."""
+    """The value of the parameter `name`: `chip.FIELD`, `library.FIELD` or `FAMILY.FIELD`.
+
+    `FAMILY.FIELD` is a field of the library for a family's bf16 kernel with heads of 128 columns.
+    """
     part, field = name.split(".")
     if part in ("chip", "library"):
         return on.get(name)
@@ -111,10 +115,11 @@ def value_of(on: Target, name: str) -> Any:
 
 
 def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
-    """A copy of the target with a parameter changed. For `FAMILY.FIELD` every kernel of the family gets the value.
+    """A copy of the target with another value of one parameter, named as for value_of().
 
-    Numbers of CONSTANTS are changed in proportion in each kernel, so that kernels keep their ratio. format: only
-    kernels of calls in this format are changed. Raises ChipError for a value out of range.
+    For `FAMILY.FIELD` all kernels of the family get the value; a constant (see CONSTANTS) is multiplied by one factor
+    in all of them instead. format: only kernels for calls in this format change; "": all. Raises ChipError for a value
+    out of range.
     """
     part, field = name.split(".")
     if part == "chip":
@@ -143,21 +148,24 @@ def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
 
 
 def merged(record: KernelRecord, field: str, value: Any) -> tuple[tuple[str, Any], ...]:
-    """The changes of a record with one more field."""
+    """The `changes` of a kernel record with `field` set to `value`, as a tuple of (field, value)."""
     return tuple({**dict(record.changes), field: value}.items())
 
 
 def spread(errors: np.ndarray) -> float:
-    """Spread of logarithmic errors: half of median plus mean of their sizes, so that few rows do not decide."""
+    """Spread of logarithmic errors: the mean of the median and the mean of their sizes, at least LEAST_SPREAD.
+
+    Sizes above 2 count as 2, so that a few rows do not decide.
+    """
     size = np.minimum(np.abs(errors), 2.0)
     return max(LEAST_SPREAD, float(np.median(size) + size.mean()) / 2)
 
 
 class Search:
-    """A search for the most likely target, from one to start with, for given samples.
+    """A search for the target that makes the measured samples most likely, from a target to start with.
 
-    The errors of a sample are taken to follow a Laplace distribution of unknown spread; constants have a log-normal
-    prior about their values at the start.
+    The logarithmic errors of a sample are taken to follow a Laplace distribution of unknown spread. Constants have a
+    log-normal prior around their values at the start. run() searches; `on` is the best target so far.
     """
 
     def __init__(self, start: Target, data: Sequence[Sample]) -> None:
@@ -171,7 +179,7 @@ class Search:
         self.facts: dict[str, Any] = {}
 
     def parameters(self) -> list[str]:
-        """Names of the constants that the samples can tell."""
+        """Names of the constants that change the predictions of some sample, in the order in which they are fitted."""
         families = {FAMILY[s.table] for s in self.data}
         names = [
             n for f, many in CONSTANTS.items() if f in families or (not f and families != {"collectives"}) for n in many
@@ -182,14 +190,17 @@ class Search:
 
     @staticmethod
     def cost(on: Target, sample: Sample) -> float:
-        """Negative log-likelihood of a sample, but for a constant; inf if the target cannot run it."""
+        """Negative log-likelihood of a sample, up to a constant; inf if the target cannot run its calls."""
         try:
             return len(sample.rows) * log(spread(sample.errors(on)))
         except (ChipError, ZeroDivisionError):
             return inf
 
     def affected(self, name: str) -> list[int]:
-        """Numbers of the samples whose predictions a constant changes; of every family: all but collectives."""
+        """Indices in `data` of the samples whose predictions the constant `name` changes.
+
+        A constant of every family counts as changing all samples but collectives.
+        """
         family = next(f for f, many in CONSTANTS.items() if name in many)
         return [
             i for i, s in enumerate(self.data)
@@ -197,16 +208,20 @@ class Search:
         ]  # fmt: skip
 
     def weight(self, number: int, common: bool) -> float:
-        """Weight of a sample in the choice of a constant: products decide on those of every family.
+        """Weight of a sample, by its index, in the choice of a constant: PRODUCTS_WEIGHT or 1.
 
-        The closed form of products is the most exact, so what their rows say of memories and launches is least biased.
+        It is PRODUCTS_WEIGHT for matrix products if `common`. common: the constant affects every family. The closed
+        form of products is the most exact, so their rows are the least biased about memories and launches.
         """
         return PRODUCTS_WEIGHT if common and self.data[number].table == "matmul" else 1.0
 
     def attempt(
         self, other: Target, numbers: Sequence[int], prior: float = 0.0, least: float = 1e-6, common: bool = False
     ) -> bool:
-        """Take `other` if its cost, with `prior` added, is lower by more than `least`; True if it was taken."""
+        """Make `other` the best target if its cost is lower by more than `least`. Returns True if so.
+
+        numbers: indices of the samples that count. prior: added to the cost of `other`. common: as for weight().
+        """
         costs = {i: self.cost(other, self.data[i]) for i in numbers}
         if sum((c - self.costs[i]) * self.weight(i, common) for i, c in costs.items()) + prior > -least:
             return False
@@ -216,7 +231,7 @@ class Search:
         return True
 
     def constant(self, name: str, step: float) -> None:
-        """Move one constant up or down by a relative step, for as long as that helps."""
+        """Move the constant `name` up or down in relative steps of `step`, for as long as the cost falls."""
         at_start = float(value_of(self.start, name))
         for factor in (1 + step, 1 / (1 + step)):
             while True:
@@ -234,10 +249,10 @@ class Search:
                 self.prior[name] = prior
 
     def choose_facts(self) -> None:
-        """Try every alternative of every fact that the samples can tell; keep one that is clearly more likely.
+        """Try the alternatives of each fact in FACTS that the samples can tell, and keep the clearly more likely ones.
 
-        First all facts of a family together, as each shipped library has them; then each alone. Those of attention and
-        experts are chosen for each format, since kernels differ by it.
+        First all facts of a family are tried together, as each shipped library has them, then each alone. Those of
+        attention and experts are chosen for each format, because kernels differ by format.
         """
         for i, sample in enumerate(self.data):
             family = FAMILY[sample.table]
@@ -269,9 +284,9 @@ class Search:
                     self.facts |= changed
 
     def run(self, facts: bool, progress: Progress = silent, name: str = "") -> Target:
-        """The most likely target that was found, after a round of the search for each of STEPS.
+        """Search, in one round for each step size in STEPS, and return the most likely target found.
 
-        facts: facts of the library are chosen too, not only constants.
+        facts: facts of the library are chosen too, not only constants. name: description for `progress`.
         """
         for number, step in enumerate(STEPS):
             progress(number, len(STEPS), name)
@@ -284,7 +299,18 @@ class Search:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Errors of one table and format on rows left out of the fit, in per cent, with 95 % confidence intervals."""
+    """Errors |predicted / measured - 1| of one table and format, in per cent: of the start and of the fitted target.
+
+    Attributes:
+        table: its name.
+        dtype: number format.
+        rows: number of rows compared.
+        before: median error of the target that the fit started from.
+        median: median error of the fitted target.
+        low: lower end of the median's 95 % confidence interval.
+        high: upper end of that interval.
+        mean: mean error of the fitted target.
+    """
 
     table: str
     dtype: str
@@ -298,7 +324,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The fitted target, its errors by cross-validation and on rows not used, and rows to measure next."""
+    """Result of calibrate(): the fitted target, its errors on rows that a fit did not see, and rows to measure next."""
 
     on: Target
     kept: str  # what of the fit was kept, because it predicts rows that were left out best
@@ -310,7 +336,11 @@ class Calibration:
 
 
 def fitted(sample: Sample, before: np.ndarray, errors: np.ndarray, rng: np.random.Generator) -> Fitted:
-    """The Fitted of a sample from log(predicted / measured) before and after, with an interval by bootstrap."""
+    """The Fitted of a sample.
+
+    before, errors: log(predicted / measured) of each row by the start and by the fitted target. rng: draws the 1000
+    samples of the bootstrap that gives the confidence interval.
+    """
     size = np.abs(np.expm1(errors)) * 100
     draws = np.median(size[rng.integers(0, len(size), (1000, len(size)))], axis=1)
     low, high = np.percentile(draws, [2.5, 97.5])
@@ -324,10 +354,19 @@ def fitted(sample: Sample, before: np.ndarray, errors: np.ndarray, rng: np.rando
 def calibrate(
     start: Target, data: Sequence[Sample], points: int = 24, folds: int = 4, seed: int = 0, progress: Progress = silent
 ) -> Calibration:
-    """The Calibration of a target: constants and facts fitted to at most `points` rows of each sample (0: to all).
+    """Fit constants and facts of a target to measured samples. Returns a Calibration.
 
-    Its errors are of rows that were left out of a fit: by cross-validation in `folds` parts, and of rows not used.
-    Raises ValueError if a sample has fewer rows than folds.
+    Kept is what predicts left-out rows best: the start unchanged, fitted constants, or fitted constants and facts.
+
+    Args:
+        start: chip and kernel library to start from.
+        data: the measurements.
+        points: most rows of each sample that are used; 0: all.
+        folds: parts for the cross-validation.
+        seed: of the draw of the parts.
+        progress: called before each round of the search.
+
+    Raises ValueError if fewer rows of a sample are used than there are folds.
     """
     rng = np.random.default_rng(seed)
     numbers = [chosen(s, points) for s in data]
@@ -360,7 +399,11 @@ def calibrate(
 def left_out(
     start: Target, used: Sequence[Sample], turns: Sequence[np.ndarray], folds: int, facts: bool, progress: Progress
 ) -> tuple[list[np.ndarray], list[Target]]:
-    """(log errors of each sample's rows, each by a fit to the other folds; the fitted target of each fold)."""
+    """Cross-validate a fit. Returns (log errors of each sample's rows, the fitted target of each fold).
+
+    The errors of a fold's rows are those of the fit to the other folds. turns: for each sample, the fold of each row.
+    facts: facts are fitted too, not only constants.
+    """
     errors, others = [np.zeros(len(s.rows)) for s in used], []
     for fold in range(folds):
         kept = [s.part(np.flatnonzero(t != fold)) for s, t in zip(used, turns, strict=True)]
@@ -373,9 +416,10 @@ def left_out(
 
 
 def wanted(data: Sequence[Sample], fits: Sequence[Target], rng: np.random.Generator) -> list[tuple[str, str, float]]:
-    """For each sample three new rows on whose times the fits of the folds disagree most: (table, row, spread in %).
+    """Rows worth measuring next: up to three for each sample, as a list of (table, row in words, spread in per cent).
 
-    Candidates combine the columns of two measured rows of the sample.
+    fits: targets fitted to different folds. The rows are those on whose times the fits disagree most; `spread` is their
+    standard deviation. Candidates are random: the columns of one measured row with the size of another.
     """
     out = []
     for s in data:
@@ -401,12 +445,15 @@ def wanted(data: Sequence[Sample], fits: Sequence[Target], rng: np.random.Genera
 
 
 def key(row: Row) -> tuple[str, ...]:
-    """The values of a row that describe its call."""
+    """The values of a row that describe its call, as a tuple: all columns but `us` and `split`."""
     return tuple(v for c, v in row.items() if c not in ("us", "split"))
 
 
 def table_of(columns: Sequence[str]) -> str:
-    """Name of the table that has these columns, a key of FAMILY. Raises ValueError if none has."""
+    """Name of the table that has these columns: matmul, attention, experts or collectives.
+
+    Raises ValueError if none has them, or column `us` is missing.
+    """
     marks = {"top_k": "experts", "n_chips": "collectives", "query_len": "attention", "k": "matmul"}
     found = next((table for mark, table in marks.items() if mark in columns), None)
     if found is None or "us" not in columns:
@@ -417,9 +464,10 @@ def table_of(columns: Sequence[str]) -> str:
 
 
 def by_table(files: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
-    """The rows of all files by table; of attention, rows with one new token a sequence are decode.
+    """The rows of all files as a dict from table, a key of FAMILY, to rows. files: rows by path.
 
-    files: rows by path. Raises ValueError for a file without rows or with other columns.
+    Attention rows with one new token a sequence and a context are attention_decode, others attention_prefill. Raises
+    ValueError for a file without rows or with other columns.
     """
     out: dict[str, list[Row]] = {}
     for path, rows in files.items():

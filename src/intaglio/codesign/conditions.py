@@ -17,7 +17,7 @@ from intaglio.chips.files import DATA
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """How the calls of a generation's tables were repeated, and which kernels ran where the table does not say."""
+    """How a benchmark repeated the calls in the tables of one generation of chips, and which of its kernels ran."""
 
     weight_copies: int  # of a product's weights, used in turn
     attention_launches: int  # kernels of one attention call: cache write, preparation, attention
@@ -28,11 +28,14 @@ class Conditions:
 
 @lru_cache
 def table() -> dict[str, Any]:
-    """The file data/benchmarks.toml."""
+    """The content of the file data/benchmarks.toml, as a dict."""
     return tomllib.loads((DATA / "benchmarks.toml").read_text(encoding="utf-8"))
 
 
 def conditions(library: KernelLibrary) -> Conditions:
-    """The conditions of tables of chips of this library's generation; those of `default` for an unknown one."""
+    """The Conditions under which the tables for chips of this library's generation were measured.
+
+    An unknown generation has those of the section `default`.
+    """
     found = table()
     return Conditions(**{k: v for k, v in (found["default"] | found.get(library.generation, {})).items() if k != "why"})

@@ -1,6 +1,6 @@
 """Prefill and decode on servers of their own, in virtual time: some servers compute prompts, others decode.
 
-A prompt goes to the prefill server with the fewest prompt tokens waiting. Its K/V then travels over the chips' links to
+A prompt goes to the prefill server with the fewest open requests. Its K/V then travels over the chips' links to
 the decode server with the fewest requests, where it waits for room; the first token counts from there.
 """
 
@@ -23,7 +23,10 @@ NEVER = float("inf")
 
 @dataclass(frozen=True)
 class Apart:
-    """Two kinds of servers: step times and settings of one server of each. Replicas are those of the placements."""
+    """Servers of two kinds, those that compute prompts and those that decode: step times and settings of one of each.
+
+    How many servers of a kind there are is `replicas` of its placement.
+    """
 
     prefill: StepTimes | EngineTimes
     decode: StepTimes | EngineTimes
@@ -32,20 +35,20 @@ class Apart:
 
     @property
     def chips(self) -> int:
-        """Chips of all servers."""
+        """Number of chips of all servers."""
         return self.prefill.server.placement.chips + self.decode.server.placement.chips
 
     def transfer_s(self, tokens: int) -> float:
-        """Seconds in which the K/V of a prompt of so many tokens reaches its decode server.
+        """Seconds in which the K/V of a prompt of `tokens` tokens travels to its decode server.
 
-        Every chip of a copy of attention sends its part over its own links at once.
+        The chips of a copy of attention send their parts at once, each over its own links.
         """
         links = self.prefill.target.chip.links
         latency = self.prefill.target.library.link_latency_s
         return latency + tokens * self.prefill.server.kv_bytes_per_token / max(1.0, links.chip_bytes_per_s)
 
     def spread(self, request: LoadRequest, concurrency: int) -> list[float]:
-        """Seconds at which the first requests of a load start: evenly over the time that one such request takes."""
+        """Start times in seconds of the first `concurrency` requests, evenly over the time that one of them takes."""
         alone = self.prefill.cost(0, 1, [(request.prompt, request.prompt, 1)])[0]
         each = max(1, concurrency // self.decode.server.placement.replicas)
         taken = alone + request.output * self.decode.cost(each, request.prompt + request.output / 2)[0]
@@ -54,15 +57,17 @@ class Apart:
 
 @dataclass(frozen=True)
 class ApartResult:
-    """Means of the middle of a load. Times are in seconds, rates of all servers.
+    """Means over the middle of a load, without its start and end. Times are in seconds, rates of all servers.
 
     Attributes:
         concurrency: requests open at once.
-        ttft, tpot: mean latencies.
+        ttft: mean time to the first token.
+        tpot: mean time per token after the first.
         tokens_per_s: output tokens per second.
         watts: of all chips.
-        prefill_busy, decode_busy: fraction of the time in which servers of the kind compute.
-        chips: of all servers.
+        prefill_busy: fraction of the time in which the prefill servers compute.
+        decode_busy: fraction of the time in which the decode servers compute.
+        chips: number of chips of all servers.
     """
 
     concurrency: int
@@ -75,7 +80,7 @@ class ApartResult:
     chips: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The result as plain values for JSON."""
+        """A dict for JSON: all fields, tokens/s per chip, and tokens per joule."""
         per = {
             "tokens_per_s_per_chip": self.tokens_per_s / self.chips,
             "tokens_per_joule": self.tokens_per_s / self.watts,
@@ -85,7 +90,13 @@ class ApartResult:
 
 @dataclass
 class ApartRun:
-    """Servers that have served a load: both kinds of queues, and (end, TTFT, TPOT) of each request as it ended."""
+    """Result of run_apart(): the queues of all servers after the load, and the times of its requests.
+
+    Attributes:
+        prefill: queue of each prefill server.
+        decode: queue of each decode server.
+        ended: (end, TTFT, TPOT) of each request in seconds, in the order in which they ended.
+    """
 
     prefill: list[Queue]
     decode: list[Queue]
@@ -93,10 +104,10 @@ class ApartRun:
 
 
 def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[float]) -> ApartRun:
-    """Serve all requests, in order, and return the ApartRun.
+    """Serve requests in virtual time, and return the ApartRun.
 
-    arrivals: seconds at which the first ones are sent, ascending; each later one is sent when one has ended. Raises
-    ValueError for a request that a cache cannot hold, or for one without a second token.
+    arrivals: seconds at which the first requests are sent, ascending. Each later one is sent when another has ended.
+    Raises ValueError for a request that a cache cannot hold, and for one with fewer than two output tokens.
     """
     if min(r.output for r in requests) < 2:
         raise ValueError("requests of one new token never reach a decode server; give 2 or more output tokens")
@@ -146,9 +157,9 @@ def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[
 
 
 def serve_apart(apart: Apart, request: LoadRequest, concurrency: int, turns: int = 4) -> ApartResult:
-    """Keep `concurrency` equal requests open until `turns` for each have ended. Returns the ApartResult.
+    """Keep `concurrency` requests like `request` open until `turns` times as many have ended. Returns the ApartResult.
 
-    The first ones are spread over the time that one takes. Raises ValueError as run_apart() does.
+    The first ones start evenly spread over the time that one takes. Raises ValueError as run_apart() does.
     """
     total = turns * concurrency
     run = run_apart(apart, [request] * total, apart.spread(request, concurrency))

@@ -30,7 +30,10 @@ COLUMNS["generation_attention"] = "attention_decode", COLUMNS["context_attention
 
 
 def translated(table: str, row: Row) -> dict[str, str] | None:
-    """The row as one of validate.py's table, with its kernel; None if its format is not expressed there."""
+    """A row of an engine's table with the column names of validate.py, and the name of its kernel in column `kernel`.
+
+    None if its number format is not one of FORMATS.
+    """
     _, columns = COLUMNS[table]
     out = {name: row[theirs] for name, theirs in columns.items()}
     if (out.get("dtype") or out["kv_dtype"]) not in FORMATS:
@@ -41,9 +44,17 @@ def translated(table: str, row: Row) -> dict[str, str] | None:
 
 
 def validate_engines(folder: Path, min_us: float, worst: int) -> tuple[list[Record], list[str]]:
-    """(a Record of each chip, engine's table and kernel; a line for each table or format that is not expressed).
+    """Compare modelled with measured times of serving engines' kernels. Returns (Records, remarks).
 
-    folder: holds `<chip>/<engine>_<table>.csv`. Raises ValueError if it has no such file.
+    There is a Record for each chip, engine's table, kernel and format, and a remark, one line of text, for each table
+    or format that the closed forms do not express.
+
+    Args:
+        folder: holds `<chip>/<engine>_<table>.csv`.
+        min_us: rows that took fewer microseconds are left out.
+        worst: how many rows with the largest errors a Record lists.
+
+    Raises ValueError if the folder has no such file, ChipError if a chip cannot run a row's call.
     """
     records, left = list[Record](), list[str]()
     paths = [p for p in sorted(folder.glob("*/*.csv")) if p.parent.name in CHIPS and p.stem.split("_")[0] in ENGINES]
@@ -66,7 +77,11 @@ def validate_engines(folder: Path, min_us: float, worst: int) -> tuple[list[Reco
 
 
 def by_kernel(chip: str, name: str, table: str, rows: Sequence[dict[str, str]], worst: int) -> list[Record]:
-    """A Record of each kernel and format among the rows of one table."""
+    """A list of Records, one for each kernel and format among the rows of one table.
+
+    chip: its name. name: engine's table, for the Records. table: the table of validate.py. worst: how many rows with
+    the largest errors a Record lists. Raises ChipError if the chip cannot run a call.
+    """
     out = []
     for kernel, dtype in sorted({(r["kernel"], r.get("dtype") or r["kv_dtype"]) for r in rows}):
         mine = [r for r in rows if (r["kernel"], r.get("dtype") or r["kv_dtype"]) == (kernel, dtype)]

@@ -24,8 +24,8 @@ class EngineProfile:
     Attributes:
         name: of the engine.
         description: one line, for listings.
-        max_batch_tokens: tokens of a step of one copy of attention.
-        max_sequences: sequences that run at once.
+        max_batch_tokens: most tokens of a step of one copy of attention.
+        max_sequences: most sequences that run at once, for each copy of attention.
         mixed: prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         kv: format of the K/V cache with 8-bit and 4-bit weights.
         step_s: of the host for each step.
@@ -35,12 +35,14 @@ class EngineProfile:
         admission_steps: steps that a request waits for before it is admitted.
         graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph); None: the library's.
         decode_factor: seconds of a step that only decodes, for each second of its kernels alone.
-        prefill_factor: the same of a step with prompts.
+        prefill_factor: seconds of a step with prompts, for each second of its kernels alone.
         fusions: ops that the engine launches together, names of intaglio.codesign.fusions.FUSIONS.
         library: fields of the chip's kernel library in which the engine's own kernels differ.
-        generations: the same for one generation of chips, such as hopper, by its name.
-        older: fields that differ in releases before the one that `before` names, such as 0.14.
-        reasons: (field, source of its value).
+        generations: such fields for single generations of chips, by the generation's name, such as hopper.
+        older: fields that differ in older releases; `before` names the first release that is not older, such as 0.14.
+        reasons: source of each field's value.
+
+    Raises ValueError for a value out of range or an unknown fusion, ChipError for a wrong `older`.
     """
 
     name: str
@@ -80,23 +82,29 @@ class EngineProfile:
                 raise ValueError(f"engine {self.name}: {name} is 0; allowed: above 0")
 
     def is_older(self, release: str) -> bool:
-        """True if a release comes before older["before"]. An unnamed one does; one without a number does not."""
+        """True if `release` comes before the release older["before"]. "", an unnamed release, counts as older.
+
+        False if the profile has no `older`, and for a name that does not start with a number.
+        """
         if not self.older:
             return False
         return not release or () < numbers(release) < numbers(self.older["before"])
 
     def of(self, release: str) -> EngineProfile:
-        """The profile of a release, such as 0.17.0; "" for an unnamed one."""
+        """The profile for a release, such as 0.17.0: with the fields of `older` if is_older(release), else as it is."""
         changes = {k: v for k, v in self.older.items() if k != "before"} if self.is_older(release) else {}
         return replace(self, **changes, older={})
 
     def on(self, target: Target) -> Target:
-        """The target with the engine's own kernels. Raises ChipError for a field that a library does not have."""
+        """The target with the engine's own kernels in its library. Raises ChipError for an unknown field."""
         changes = {**self.library, **self.generations.get(target.library.generation, {})}
         return target.with_library(**changes) if changes else target
 
     def settings(self, kv_tokens: int, copies: int = 1) -> QueueSettings:
-        """The QueueSettings of a server of the engine, with `copies` copies of attention."""
+        """The QueueSettings of one of the engine's servers.
+
+        kv_tokens: tokens that its K/V cache holds. copies: copies of attention in the server.
+        """
         return QueueSettings(
             kv_tokens, self.max_batch_tokens, self.max_sequences * copies, self.mixed, self.step_s, self.sequence_s,
             self.request_s, self.prompt_token_s, self.admission_steps,
@@ -104,7 +112,7 @@ class EngineProfile:
 
 
 class EngineTimes:
-    """Step times as an engine has them: those of the chip's kernels, with the profile's launches and factors."""
+    """Step times of a serving engine: those of the chip's kernels, with the profile's launches and factors."""
 
     def __init__(self, times: StepTimes, profile: EngineProfile) -> None:
         self.times, self.profile, self.copies = times, profile, times.copies
@@ -113,7 +121,7 @@ class EngineTimes:
         self.graphs = times if launch is None else times.on(times.target.with_library(launch_s=launch))
 
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
-        """(seconds, joules of all chips of the server) of one step, as StepTimes.cost()."""
+        """(seconds, joules of all chips of the server) of one step. Arguments as for StepTimes.cost()."""
         if chunks:
             seconds, joules = self.times.cost(decoding, context, chunks)
             return seconds * self.profile.prefill_factor, joules
@@ -122,7 +130,7 @@ class EngineTimes:
 
 
 def numbers(release: str) -> tuple[int, ...]:
-    """The numbers with which the name of a release starts: (1, 2, 0) of 1.2.0rc6; () if it starts with none."""
+    """The numbers with which a release's name starts, as a tuple: (1, 2, 0) for 1.2.0rc6; () if it starts with none."""
     found = re.match(r"\d+(\.\d+)*", release)
     return tuple(int(n) for n in found[0].split(".")) if found else ()
 
@@ -133,7 +141,10 @@ def engines() -> dict[str, Path]:
 
 
 def engine(name: str) -> EngineProfile:
-    """The EngineProfile of a name, or of a file NAME.toml. Raises ValueError, ChipError for unknown fields."""
+    """The EngineProfile called `name`, or read from the file `name` if it ends in .toml.
+
+    Raises ValueError for an unknown name or a wrong value, ChipError for an unknown field.
+    """
     path = Path(name) if name.endswith(".toml") else engines().get(name)
     if path is None or not path.is_file():
         raise ValueError(f"there is no serving engine {name!r}; known are {', '.join(engines())}, or give a NAME.toml")

@@ -35,7 +35,7 @@ ADD = "a + b"
 
 @dataclass(frozen=True)
 class FusedKernel(ChipKernel):
-    """Several kernels in one launch: their times, without the launches of all but one."""
+    """Several kernels in one launch: the sum of their times, with one launch overhead instead of one for each."""
 
     parts: tuple[ChipKernel, ...]
 
@@ -46,9 +46,9 @@ class FusedKernel(ChipKernel):
 
 
 def fused_kernels(program: Program, fusions: Sequence[str]) -> list[ChipKernel]:
-    """Kernels of a Program's ops, without routed experts, after these of FUSIONS.
+    """The kernels that an engine launches for a Program's ops, in order, as a list; routed experts are left out.
 
-    Raises ValueError for a name that FUSIONS does not have.
+    fusions: names in FUSIONS of what the engine fuses, splits or replaces. Raises ValueError for another name.
     """
     if unknown := sorted(set(fusions) - set(FUSIONS)):
         raise ValueError(f"unknown fusion {', '.join(unknown)}; there are {', '.join(FUSIONS)}")
@@ -102,7 +102,7 @@ def fused_kernels(program: Program, fusions: Sequence[str]) -> list[ChipKernel]:
 
 
 def rotations(ops: Sequence[Op]) -> list[tuple[list[Rope], KvWrite | None]]:
-    """(rotations, write to the K/V cache or None) of each layer."""
+    """For each layer with rotary embeddings: (its rope ops, its write to the K/V cache or None), as a list."""
     layers: dict[str, tuple[list[Rope], list[KvWrite]]] = {}
     for op in ops:
         if isinstance(op, Rope | KvWrite):
@@ -117,9 +117,11 @@ def rotations(ops: Sequence[Op]) -> list[tuple[list[Rope], KvWrite | None]]:
 def split_norms(
     program: Program, ops: Sequence[Op], users: dict[str, list[Op]]
 ) -> tuple[set[str], dict[str, ChipKernel]]:
-    """(sites of gathers that are not needed, kernels in place of others) where a norm alone reads a gathered tensor.
+    """Replace gathers before norms by sums of squares. Returns (sites of ops to leave out, {site: replacing kernel}).
 
-    Each chip sums the squares of its columns; one all_reduce of a layer's sums, in float32, gives the norms.
+    Where only a norm over whole rows reads a gathered tensor, each chip sums the squares of its own columns. One
+    all_reduce of all of a layer's sums, in float32, then stands for the gathers. users: ops that read a tensor, by its
+    name.
     """
     layers: dict[str, list[tuple[AllGather, Norm]]] = {}
     for op in ops:

@@ -45,49 +45,52 @@ SPREAD = (1024, 8192)  # prompts of these lengths are drawn from 80 to 100 % of 
 
 @dataclass(frozen=True)
 class Row:
-    """A measured point: its columns, and what they say. Times are in seconds."""
+    """One row of a table of measured servers. Its properties are what the columns say; times are in seconds."""
 
     columns: dict[str, str]
 
     def number(self, name: str) -> int:
-        """A column as a whole number, 0 if it is empty."""
+        """The value of the column `name`, rounded down to a whole number; 0 if the column is empty or missing."""
         return int(float(self.columns.get(name) or 0))
 
     @property
     def card(self) -> str | None:
-        """Name of the model's card; None if there is none."""
+        """Name of the shipped config of the row's model; None if there is none."""
         return MODELS.get(self.columns["model_path"].split("/")[-1])
 
     @property
     def concurrency(self) -> int:
-        """Requests kept open."""
+        """Number of requests kept open; 0 if the row does not say."""
         return self.number("concurrency") or self.number("batch_size")
 
     @property
     def ttft(self) -> float:
-        """Measured time to the first token."""
+        """Measured time to the first token, in seconds."""
         return float(self.columns["silicon_ttft_ms"]) / 1e3
 
     @property
     def tpot(self) -> float:
-        """Measured time per token after it."""
+        """Measured time per token after the first, in seconds."""
         return float(self.columns["silicon_tpot_ms"]) / 1e3
 
     @property
     def group(self) -> str:
-        """dense, mixture or disaggregated."""
+        """The row's group: "disaggregated" (prefill and decode apart), else "mixture" (of experts) or "dense"."""
         if self.columns["mode"] != "agg":
             return "disaggregated"
         return "mixture" if self.card in MIXTURES else "dense"
 
     @property
     def split(self) -> str:
-        """Which half a row belongs to, fit or test: the same for all rows that ask the same question."""
+        """The half to which the row belongs, "fit" or "test".
+
+        It is chosen by a hash of all columns but the measurements, so rows that repeat a measurement are in one half.
+        """
         asked = [v for k, v in sorted(self.columns.items()) if not k.startswith("silicon")]
         return ("fit", "test")[zlib.crc32("|".join(asked).encode()) % 2]
 
     def refusal(self) -> str | None:
-        """The reason why this row cannot be expressed; None if it can."""
+        """The reason why the row cannot be modelled, as text; None if it can."""
         if self.card is None:
             return f"no card of {self.columns['model_path']}"
         if self.columns["system"] not in CHIPS:
@@ -102,7 +105,7 @@ class Row:
         return None
 
     def formats(self, profile: EngineProfile) -> Formats:
-        """The Formats in which the engine holds the model."""
+        """The number formats in which the engine `profile` holds the row's model, as a Formats."""
         gemm, moe = (FORMATS[self.columns[f"{name}_quant_mode"]] for name in ("gemm", "moe"))
         kv = profile.kv if gemm != "bf16" else "auto"
         if self.card == "gpt-oss-120b" and moe == "nvfp4":
@@ -112,7 +115,10 @@ class Row:
         return Formats(gemm, kv, "weights", moe if self.card in MIXTURES else "")
 
     def placement(self, phase: str = "") -> Placement:
-        """The Placement of the chips. phase: "", "prefill_" or "decode_"."""
+        """How the chips share the model, as a Placement.
+
+        phase: "prefill_" or "decode_" for the servers of that kind in a row of mode disagg; "" for other rows.
+        """
         sizes = [max(1, self.number(phase + name)) for name in ("tp_size", "pp_size", "attention_dp_size")]
         (tp, pp, dp), expert = sizes, [max(1, self.number(f"{phase}moe_{w}_size")) for w in ("tp", "ep")]
         workers = max(1, self.number(f"{phase}num_workers")) if phase else 1
@@ -129,7 +135,7 @@ class Row:
         return Placement(Layout(tp=tp, pp=pp), dp, experts, workers)
 
     def load(self) -> list[LoadRequest]:
-        """The requests: all at once, with lengths as the load generator draws them."""
+        """The row's requests as a list, all sent at 0 s, with lengths as the load generator draws them."""
         n, isl, osl = self.concurrency, self.number("isl"), self.number("osl")
         count = max(2 * n, min(TURNS * n, MOST_REQUESTS))
         if isl not in SPREAD or osl not in SPREAD:
@@ -142,7 +148,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Compared:
-    """A row with the modelled latencies, in seconds; or the reason why there are none."""
+    """A measured row with the modelled mean latencies in seconds. refused: why there are none; "" if there are."""
 
     row: Row
     ttft: float = 0.0
@@ -151,12 +157,12 @@ class Compared:
 
     @property
     def errors(self) -> tuple[float, float]:
-        """Relative errors of TTFT and TPOT, with their signs."""
+        """Relative errors of TTFT and TPOT, with signs: (modelled / measured - 1) of each."""
         return self.ttft / self.row.ttft - 1, self.tpot / self.row.tpot - 1
 
 
 def rows(path: Path) -> list[Row]:
-    """The rows of a table. Raises ValueError if columns are missing."""
+    """The rows of the CSV file `path`, as a list. Raises ValueError if it has no rows or lacks a column."""
     with path.open(newline="", encoding="utf-8") as file:
         found = [Row(columns) for columns in csv.DictReader(file)]
     wanted = (
@@ -170,18 +176,24 @@ def rows(path: Path) -> list[Row]:
 
 @lru_cache(maxsize=64)
 def whole(card: str) -> Program:
-    """The Program of a card, whole."""
+    """The uncompiled Program of a whole model. card: name of a config that ships with the package."""
     return ported(card, None)
 
 
 @lru_cache(maxsize=64)
 def times(card: str, on: Target, placement: Placement, how: Formats, fusions: tuple[str, ...]) -> StepTimes:
-    """The StepTimes of a server; equal servers share a table."""
+    """The StepTimes of a server. Equal arguments give the same object, which keeps its table of steps.
+
+    card: name of a shipped config. on: chip and kernel library. how: number formats. fusions: names of FUSIONS.
+    """
     return StepTimes(Server.of(whole(card), placement, how), on, fusions)
 
 
 def compare(row: Row, profile: EngineProfile) -> Compared:
-    """Serve a row's load in virtual time."""
+    """Serve a row's load in virtual time by the engine `profile`. Returns the Compared.
+
+    Its `refused` says why, if the row cannot be modelled.
+    """
     if why := row.refusal():
         return Compared(row, refused=why)
     profile = profile.of(row.columns.get("backend_version") or "")
@@ -200,7 +212,11 @@ def compare(row: Row, profile: EngineProfile) -> Compared:
 
 
 def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[EngineTimes, QueueSettings]:
-    """Step times and settings of a row's server; of those that prefill or decode if phase is prefill_ or decode_."""
+    """(step times, QueueSettings) of the server that a row describes.
+
+    phase: "prefill_" or "decode_" for the servers of that kind in a row of mode disagg; "" for other rows. Raises
+    ChipError or LayoutError if the model does not fit.
+    """
     assert row.card
     on = profile.on(target(row.columns["system"]))
     own = times(row.card, on, row.placement(phase), row.formats(profile), tuple(profile.fusions))
@@ -209,7 +225,7 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
 
 
 def apart_of(row: Row, profile: EngineProfile) -> Apart:
-    """The servers of a row of mode disagg. Raises ValueError for what does not fit."""
+    """The prefill and decode servers of a row of mode disagg, as an Apart. Raises the errors of server_of()."""
     (first, one), (second, two) = (server_of(row, profile, phase) for phase in ("prefill_", "decode_"))
     return Apart(first, second, one, two)
 
@@ -217,7 +233,10 @@ def apart_of(row: Row, profile: EngineProfile) -> Apart:
 def compare_all(
     found: Sequence[Row], profiles: Callable[[str], EngineProfile] = engine, progress: Progress = silent
 ) -> Iterator[Compared]:
-    """compare() of each row, in an order that compiles each server once. profiles: of an engine's name."""
+    """Yield the Compared of each row, in an order in which each server is compiled once.
+
+    profiles: function from an engine's name to its EngineProfile; its errors are raised.
+    """
     cached: dict[str, EngineProfile] = {}
     ordered = sorted(found, key=lambda r: (r.card or "", [r.columns.get(c) or "" for c in sorted(r.columns)]))
     for i, row in enumerate(ordered):
@@ -230,7 +249,18 @@ def compare_all(
 
 @dataclass(frozen=True)
 class Agreement:
-    """Errors of the rows of one engine and group, as fractions of the measured times."""
+    """Errors of the rows of one engine and group of models: (modelled - measured) / measured latency, as fractions.
+
+    Attributes:
+        engine: name of the engine, or "all".
+        group: dense, mixture or disaggregated.
+        rows: number of rows compared.
+        tpot: median size of the errors of the time per token.
+        ttft: median size of the errors of the time to the first token.
+        tpot_bias: median of the signed errors of the time per token.
+        ttft_bias: median of the signed errors of the time to the first token.
+        worst: the three rows with the largest errors of the time per token.
+    """
 
     engine: str
     group: str
@@ -243,7 +273,10 @@ class Agreement:
 
 
 def agreements(compared: Sequence[Compared]) -> list[Agreement]:
-    """An Agreement for each engine and group, and for all engines of a group; refused rows are left out."""
+    """A list of Agreements: one for each engine and group, then one for all engines of each group.
+
+    Refused rows are left out.
+    """
     out = []
     good = [c for c in compared if not c.refused]
     keys = sorted({(c.row.columns["backend"], c.row.group) for c in good})

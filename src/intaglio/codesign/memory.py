@@ -14,7 +14,14 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of one chip's HBM that a serving load needs: for weights, K/V cache and activations."""
+    """Bytes of one chip's HBM that a serving load needs, and the chip's capacity.
+
+    Attributes:
+        weights: of this chip's share of the model.
+        kv: keys, values and recurrent state of all requests in flight.
+        activations: buffers of the temps of one step.
+        hbm: capacity of the chip.
+    """
 
     weights: int
     kv: int  # keys and values of all requests in flight
@@ -32,7 +39,7 @@ class MemoryUse:
         return self.total <= self.hbm
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of the fields and the total, as plain values for JSON."""
+        """A dict for JSON: each field as `FIELD_bytes`, and `total_bytes`."""
         return {**{f"{name}_bytes": n for name, n in asdict(self).items()}, "total_bytes": self.total}
 
     def __str__(self) -> str:
@@ -45,9 +52,12 @@ class MemoryUse:
 def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int) -> MemoryUse:
     """The MemoryUse of a chip that runs `program`, the Program of one rank of a pipeline stage.
 
-    It counts weights; the K/V cache of the sequences of `step`, in blocks of BLOCK tokens, and two slots of
-    recurrent state for each, all of it for each of the `micro_batches` that the pipeline has in flight; and the
-    buffers of one step's temps. hbm: bytes of the chip's HBM.
+    Args:
+        program: its weights and state are counted.
+        step: the sequences and rows of one step. Each sequence holds its keys in blocks of BLOCK tokens, and two slots
+            of recurrent state.
+        micro_batches: such steps that the pipeline has in flight, each with its own sequences.
+        hbm: bytes of the chip's HBM.
     """
     blocks = sum(-(-keys // BLOCK) * n for _, keys, n in step.sequences)
     sequences = sum(n for *_, n in step.sequences)
@@ -61,10 +71,10 @@ def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int)
 
 
 def pages_that_fit(program: Program, use: MemoryUse, slots: int) -> int:
-    """Number of K/V blocks of BLOCK tokens that fit beside the weights, the activations and `slots` slots of state.
+    """Number of K/V blocks of BLOCK tokens that fit beside weights, activations and `slots` slots of recurrent state.
 
-    use: of the same Program with an empty K/V cache. 0 or less if none fits. Blocks of a Program without K/V are
-    counted as one byte each.
+    use: the MemoryUse of this Program with an empty K/V cache. The result is 0 or less if no block fits. A block of a
+    Program without K/V counts as one byte.
     """
     state = program.of_role("state")
     held = sum(t.nbytes({"N": slots, "B": BLOCK, "P": 0}) for t in state)

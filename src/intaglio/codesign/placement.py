@@ -19,13 +19,15 @@ GRAMMAR = (
 
 @dataclass(frozen=True)
 class Placement:
-    """Chips of a serving system.
+    """How the chips of a serving system share a model: equal servers, each with some copies of attention.
 
     Attributes:
         attention: layout of one copy of everything but routed experts.
-        copies: such copies in a server, each with its own requests; 1 without data-parallel attention.
+        copies: copies of attention in a server, each with its own requests; 1 without data-parallel attention.
         experts: layout of the routed experts over all chips of a server; None: as `attention` says.
         replicas: servers, which share nothing.
+
+    Raises LayoutError if the layout of the experts does not have as many chips as the copies together.
     """
 
     attention: Layout
@@ -46,7 +48,10 @@ class Placement:
 
     @classmethod
     def parse(cls, text: str) -> Placement:
-        """The Placement of a text: GRAMMAR says which there are. Raises LayoutError for others."""
+        """The Placement of a text such as tp8, dp2tp4 or 8x(dp8/ep8); GRAMMAR lists the forms.
+
+        Raises LayoutError for any other text.
+        """
         outer = re.fullmatch(r"(?:(\d+)x)?\(?([^()]+)\)?", text.strip())
         if outer is None or (text.count("("), text.count(")")) not in ((0, 0), (1, 1)):
             raise LayoutError(f"layout {text!r}; wanted {GRAMMAR}")
@@ -64,17 +69,17 @@ class Placement:
 
     @property
     def chips_per_server(self) -> int:
-        """Chips of one replica."""
+        """Number of chips of one server."""
         return self.attention.ranks * self.copies
 
     @property
     def chips(self) -> int:
-        """Chips of all replicas."""
+        """Number of chips of all servers."""
         return self.chips_per_server * self.replicas
 
     @property
     def plain(self) -> bool:
-        """True if a Layout says all but the number of replicas."""
+        """True if the experts have no layout of their own, so that the layout of one server is `attention`."""
         return self.experts is None
 
     def __str__(self) -> str:

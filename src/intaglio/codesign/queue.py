@@ -24,13 +24,13 @@ class QueueSettings:
 
     Attributes:
         kv_tokens: tokens that the K/V cache holds; a request is admitted if its prompt and whole response fit.
-        max_batch_tokens: tokens of a step of each copy of attention; a longer prompt is prefilled in chunks.
-        max_sequences: sequences that run at once, of all copies.
+        max_batch_tokens: most tokens of a step of each copy of attention; a longer prompt is prefilled in chunks.
+        max_sequences: most sequences that run at once, of all copies.
         mixed: chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         step_s: of the host for each step, which the chips wait for.
-        sequence_s: of the host for each sequence of a step.
+        sequence_s: of the host for each sequence of a step, which the chips wait for.
         request_s: of the host for each request before its first token, outside the engine's steps.
-        prompt_token_s: the same for each token of its prompt.
+        prompt_token_s: of the host for each token of a request's prompt, outside the engine's steps.
         admission_steps: steps that a request waits for before it is admitted.
     """
 
@@ -47,7 +47,14 @@ class QueueSettings:
 
 @dataclass
 class Queued:
-    """A request in the server: when it started, how much of its prompt is done, and when its first token came."""
+    """A request in the queue.
+
+    Attributes:
+        planned: its lengths.
+        start: seconds at which it was sent.
+        done: tokens of its prompt that are computed.
+        first: seconds at which its first token came.
+    """
 
     planned: LoadRequest
     start: float
@@ -56,13 +63,20 @@ class Queued:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and response."""
+        """Tokens of its prompt and whole response."""
         return self.planned.prompt + self.planned.output
 
 
 @dataclass(frozen=True)
 class QueueResult:
-    """What became of a load: outcomes in the order in which they ended, steps, joules, and seconds in steps."""
+    """What became of a load.
+
+    Attributes:
+        outcomes: of the requests, in the order in which they ended.
+        steps: number of steps.
+        joules: of all chips in these steps.
+        busy_s: seconds of these steps, without the host's overhead.
+    """
 
     outcomes: tuple[Outcome, ...]
     steps: int
@@ -71,9 +85,13 @@ class QueueResult:
 
 
 class Queue:
-    """The state of a server under load, with a method for each kind of event.
+    """One server under load, in virtual time: its requests that wait, are prefilled, decode or have ended.
 
-    prefills: False for a server to which prompts come computed: their first token counts from their admission.
+    Args:
+        times: what steps cost.
+        settings: of the engine.
+        prefills: False for a server that gets prompts whose K/V is computed; its requests decode once they are
+            admitted, and their first token counts from then.
     """
 
     def __init__(self, times: Costs, settings: QueueSettings, prefills: bool = True) -> None:
@@ -86,11 +104,14 @@ class Queue:
 
     @property
     def open(self) -> int:
-        """Requests that have not ended."""
+        """Number of requests that have not ended."""
         return len(self.waiting) + len(self.prefilling) + len(self.running)
 
     def add(self, request: LoadRequest, start: float) -> None:
-        """A request arrives. Raises ValueError if its K/V cache could never fit."""
+        """Add a request, sent at `start` seconds, to those that wait.
+
+        Raises ValueError if its prompt and response do not fit the K/V cache.
+        """
         if request.prompt + request.output > self.settings.kv_tokens:
             raise ValueError(
                 f"a request of {request.prompt:,} + {request.output:,} tokens; the K/V cache holds "
@@ -99,7 +120,10 @@ class Queue:
         self.waiting.append(Queued(request, start))
 
     def admit(self) -> None:
-        """Move requests from the waiting line to prefill while sequences and K/V cache allow."""
+        """Admit waiting requests, in order, while the engine has a free sequence and room for the next one's K/V.
+
+        They go to prefill, or with `prefills` False to decoding.
+        """
         s = self.settings
         while self.waiting and len(self.prefilling) + len(self.running) < s.max_sequences:
             if self.held + self.waiting[0].length > s.kv_tokens:
@@ -112,7 +136,10 @@ class Queue:
                 self.start_decoding(one)
 
     def take_steps(self, until: float) -> None:
-        """Take the next step, or all alike steps up to the next event or to `until` seconds."""
+        """Take one step with prompts, or equal decode steps up to the next end of a response or to `until` seconds.
+
+        Nothing happens if no request is admitted.
+        """
         n = len(self.running)
         if not n and not self.prefilling:
             return
@@ -160,7 +187,7 @@ class Queue:
             self.start_decoding(one)
 
     def start_decoding(self, one: Queued) -> None:
-        """A prompt has been computed: its first token is there."""
+        """Note that a request's prompt is computed and its first token is there. A request of one token ends."""
         one.first = self.now
         if one.planned.output == 1:
             self._end(one)
@@ -195,10 +222,11 @@ class Queue:
 def serve(
     times: Costs, settings: QueueSettings, requests: Sequence[LoadRequest], concurrency: int | None = None
 ) -> QueueResult:  # fmt: skip
-    """Serve a load and return the QueueResult.
+    """Serve a load in virtual time and return the QueueResult.
 
-    requests: by time of arrival. concurrency: requests open at once; a request's times then count from the moment at
-    which it is sent. None: any number. Raises ValueError for a request that the K/V cache cannot hold.
+    requests: in the order of their arrival. concurrency: most requests open at once; a request's times then count from
+    when it is sent, not from its arrival. None: any number. Raises ValueError for a request that the K/V cache cannot
+    hold.
     """
     queue, pending, most = Queue(times, settings), deque(requests), concurrency or len(requests)
     while pending or queue.open:

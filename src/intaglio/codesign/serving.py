@@ -30,15 +30,17 @@ from intaglio.silicon.sizes import BLOCK, BatchSizes
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How the engine is run.
+    """How the simulated engine is run.
 
     Attributes:
-        max_batch_tokens: token rows of a step; a longer prompt is prefilled in chunks.
-        max_sequences: sequences that run at once.
+        max_batch_tokens: most token rows of a step; a longer prompt is prefilled in chunks.
+        max_sequences: most sequences that run at once.
         memory_share: fraction of a chip's HBM that weights, activations and K/V cache may fill.
         step_overhead_s: seconds of the host between one step and the next that the chips wait for.
-        request_overhead_s: seconds of the host for each request outside the engine, such as HTTP and tokenizer; they
+        request_overhead_s: seconds of the host for each request outside the engine, such as HTTP and tokenizer, which
             are added to the time to first token.
+
+    Raises ValueError for a memory_share outside 0..1 or a negative overhead.
     """
 
     max_batch_tokens: int = 2048
@@ -57,13 +59,18 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest acceptable latencies of a request in seconds: to the first token, and per token after it (means)."""
+    """Largest acceptable latencies of a request, in seconds.
+
+    Attributes:
+        ttft: time to the first token.
+        tpot: mean time per token after the first.
+    """
 
     ttft: float = float("inf")
     tpot: float = float("inf")
 
     def met_by(self, outcome: Outcome) -> bool:
-        """True if the response is complete and within both limits."""
+        """True if the request has ended without an error, and within both limits."""
         if outcome.error is not None or outcome.first is None:
             return False
         return outcome.first <= self.ttft and (outcome.each or 0.0) <= self.tpot
@@ -75,12 +82,12 @@ class ServingResult:
 
     Attributes:
         summary: latencies and rates.
-        chips: that served it.
+        chips: number of chips that served it.
         within_limits: fraction of all requests that met the limits.
         goodput: requests per second that met the limits.
         joules: estimated energy of all chips during steps and between them.
-        steps: engine steps.
-        preemptions: sequences that were put back because the K/V cache was full.
+        steps: number of engine steps.
+        preemptions: times that a sequence was preempted because the K/V cache was full.
         kv_tokens: tokens that the K/V cache holds.
     """
 
@@ -105,11 +112,11 @@ class ServingResult:
 
     @property
     def output_tokens_per_joule(self) -> float:
-        """Output tokens for each joule of all chips."""
+        """Output tokens for each joule that all chips together take."""
         return self.summary.output_tokens_per_s * self.summary.seconds / self.joules
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of the result, as plain values for JSON."""
+        """A dict for JSON: all fields, output tokens/s and watts per chip, and output tokens per joule."""
         figures = asdict(self)
         figures["summary"]["deadline"] = None  # JSON has no infinity
         return {
@@ -119,10 +126,10 @@ class ServingResult:
 
 
 def state_of(stages: Sequence[Program], target: Target, settings: EngineSettings) -> StateSpec:
-    """The StateSpec that fits beside weights and activations on every chip.
+    """The StateSpec of the largest K/V cache that fits beside weights and activations on every chip.
 
-    It has no more K/V blocks than `max_sequences` whole contexts need. stages: one rank's Program of each pipeline
-    stage. Raises ChipError if there is no room for one whole block.
+    It has no more blocks than `max_sequences` whole contexts need, and two slots of recurrent state for each sequence
+    if the model has such state. stages: one rank's Program of each pipeline stage. Raises ChipError if no block fits.
     """
     hbm, slots = int(target.chip.hbm_bytes * settings.memory_share), 0
     if any(t.shape[0] == "N" for p in stages for t in p.of_role("state")):
@@ -142,7 +149,7 @@ def state_of(stages: Sequence[Program], target: Target, settings: EngineSettings
 
 
 def ramped(requests: Sequence[LoadRequest], concurrency: int, seconds: float) -> list[LoadRequest]:
-    """A list of the requests with new arrival times: the first `concurrency` spread evenly over `seconds`.
+    """The requests with new arrival times, as a list: the first `concurrency` evenly over `seconds`.
 
     The others arrive at the end of that time. Requests of one length that all start at once would otherwise stay in
     step with each other.
@@ -151,9 +158,10 @@ def ramped(requests: Sequence[LoadRequest], concurrency: int, seconds: float) ->
 
 
 def request_seconds(stages: Sequence[Program], target: Target, request: LoadRequest, concurrency: int) -> float:
-    """Estimated seconds from a request's start to its end, with `concurrency` such requests open.
+    """Estimated seconds from the start to the end of a request, while `concurrency` such requests are open.
 
-    Its prefill, and a decode step of all for each token after the first; without queues and the prefills of others.
+    It is the time of the request's prefill, and for each token after the first a decode step of all open requests.
+    Waiting, and the prefills of other requests, are not in it. stages: one rank's Program of each pipeline stage.
     """
     n, keys = concurrency, request.prompt + request.output // 2
     prefill = BatchSizes(request.prompt, 1, ((request.prompt, request.prompt, 1),))
@@ -173,11 +181,11 @@ def simulate_serving(
         program: the whole model, as `ported()` returns it.
         stages: one rank's compiled Program of each pipeline stage, as `stages()` returns them.
         target: chip and kernel library.
-        layout: such as tp8 or tp4pp2.
+        layout: how the chips share the model, such as tp8 or tp4pp2.
         requests: arrival times and lengths.
         settings: of the engine.
         limits: latencies that a good response keeps.
-        concurrency: requests open at once; None for any number.
+        concurrency: most requests open at once; None for any number.
         seed: of the prompts' token ids, which are random, so that no prompt shares a prefix with another.
         progress: called as requests end.
 
@@ -208,16 +216,19 @@ def simulate_serving(
 
 
 class NoWeights:
-    """A source of weights for an executable that reads none: read(), strips() and release() raise AssertionError."""
+    """A source of weights for an executable that reads none.
+
+    read(), strips() and release() raise AssertionError; identity() is None.
+    """
 
     def read(self, name: str) -> Any:
-        """Raise AssertionError."""
+        """Raise AssertionError: no weight may be read where no values are computed."""
         raise AssertionError(f"{name} is read, though no values are computed")
 
     strips = release = read
 
     def identity(self) -> str | None:
-        """Always None: there are no values to identify."""
+        """None, since there are no values to identify."""
         return None
 
 
@@ -225,7 +236,17 @@ def result(
     outcomes: Sequence[Outcome], engine: Engine, executable: SiliconExecutable, target: Target, layout: Layout,
     settings: EngineSettings, limits: Limits,
 ) -> ServingResult:  # fmt: skip
-    """The ServingResult of outcomes whose times do not have the overhead of a request outside the engine yet."""
+    """The ServingResult of a finished load.
+
+    Args:
+        outcomes: of the requests, without the overhead outside the engine, which is added here.
+        engine: that ran them, with its counts.
+        executable: with the seconds and joules of its steps.
+        target: chip and kernel library.
+        layout: how the chips share the model.
+        settings: of the engine.
+        limits: latencies that a good response keeps.
+    """
     added = settings.request_overhead_s
     later = [replace(o, end=o.end + added, first=None if o.first is None else o.first + added) for o in outcomes]
     summary = summarise(later, float("inf"))

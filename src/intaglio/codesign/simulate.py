@@ -60,9 +60,10 @@ def ported(model: str, context: int | None) -> Program:
 
 
 def stages(program: Program, layout: str, weights: str, kv_format: str, activations: str) -> tuple[Program, ...]:
-    """A tuple with the compiled Program of one rank of each pipeline stage.
+    """The compiled Program of one rank of each pipeline stage of a layout, as a tuple.
 
-    The other ranks of a stage have Programs of equal shapes.
+    The other ranks of a stage have Programs of equal shapes. weights, kv_format, activations: formats as for `intaglio
+    simulate`. Raises LayoutError if the layout does not fit the model, FormatError for an unknown format.
     """
     built = build_stages(program, layout, weights, kv_format, wire="bf16")
     return tuple(set_activation_format(p, activations) for p in built)
@@ -70,33 +71,30 @@ def stages(program: Program, layout: str, weights: str, kv_format: str, activati
 
 @dataclass(frozen=True)
 class Serving:
-    """A steady serving load: `batch` requests start in each step, with `input` prompt and `output` new tokens each."""
+    """A steady serving load: in every step `batch` requests start. Each has `input` prompt and `output` new tokens."""
 
     input: int
     output: int
     batch: int = 1
 
     def prefill(self) -> BatchSizes:
-        """BatchSizes of a step with only the prompts of `batch` requests."""
+        """BatchSizes of a step that only computes the prompts of `batch` requests."""
         return BatchSizes(self.input * self.batch, self.batch, ((self.input, self.input, self.batch),))
 
     def decode(self) -> BatchSizes:
-        """BatchSizes of a step with only the decoding requests of the steady state.
-
-        All have the average context length.
-        """
+        """BatchSizes of a step that only decodes: batch * (output - 1) requests, all of average length."""
         n = self.batch * (self.output - 1)
         return BatchSizes(n, n, ((1, self.input + self.output // 2, n),))
 
     def mixed(self) -> BatchSizes:
-        """BatchSizes of a step in the steady state: the prompts of starting requests and all decoding requests."""
+        """BatchSizes of a step in the steady state: `batch` prompts, and a token for each decoding request."""
         a, b = self.prefill(), self.decode()
         return BatchSizes(a.tokens + b.tokens, a.rows + b.rows, (*a.sequences, *b.sequences))
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Result of simulating one kind of step (prefill, decode or mixed) on all chips."""
+    """The simulated step of one kind (prefill, decode or mixed), with the Timeline of each pipeline stage."""
 
     name: str
     stages: tuple[Timeline, ...]  # of one rank of each pipeline stage
@@ -112,7 +110,7 @@ class Phase:
 
     @property
     def latency(self) -> float:
-        """Seconds of one step through all stages."""
+        """Seconds from a step's start in the first stage to its end in the last."""
         return sum(t.seconds for t in self.stages)
 
     @property
@@ -122,7 +120,7 @@ class Phase:
 
     @property
     def flops_share(self) -> float:
-        """Fraction of the peak FLOPs of all chips in one period that the step uses."""
+        """FLOPs of one step as a fraction of what all chips could do in one period at the peak rate of `format`."""
         done = sum(t.totals().flops for t in self.stages) / len(self.stages)
         return done / (self.period * self.slowest.chip.peak_flops(self.format))
 
@@ -132,7 +130,7 @@ class Phase:
         return sum(sum(t.joules().values()) for t in self.stages) / len(self.stages) / self.period
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of the result, as plain values for JSON."""
+        """A dict for JSON: times, rates, fractions of peaks, watts, and the report of the slowest stage."""
         return {
             "phase": self.name, "step_seconds": self.period, "latency_seconds": self.latency,
             "tokens_per_s": self.tokens / self.period, "new_tokens_per_s": self.new / self.period,
@@ -144,7 +142,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Simulation:
-    """A model distributed over chips, ready for simulation: one Plan for each pipeline stage."""
+    """A model distributed over chips, ready for simulation.
+
+    Attributes:
+        target: chip and kernel library.
+        plans: how each pipeline stage's ops are timed.
+        chips: number of chips.
+        format: in which most FLOPs are done, see main_format().
+        programs: one rank's Program of each stage.
+    """
 
     target: Target
     plans: tuple[Plan, ...]
@@ -154,12 +160,15 @@ class Simulation:
 
     @classmethod
     def of(cls, programs: Sequence[Program], target: Target, layout: str) -> Simulation:
-        """The Simulation of Programs as stages() returns them. Raises ChipError if a chip's weights exceed its HBM."""
+        """The Simulation of Programs as stages() returns them. layout: how the chips share the model.
+
+        Raises ChipError if a chip's weights exceed its HBM.
+        """
         plans = Plan.of(programs, target)
         return cls(target, plans, Layout.parse(layout).ranks, main_format(plans), tuple(programs))
 
     def memory(self, s: Serving) -> MemoryUse:
-        """The MemoryUse of the chip that needs the most, in the steady state of the load.
+        """The MemoryUse of the chip that needs the most memory, in the steady state of the load.
 
         A pipeline of N stages has N steps in flight, each with its own requests.
         """
@@ -168,14 +177,14 @@ class Simulation:
         return max(used, key=lambda use: use.total)
 
     def largest_batch(self, s: Serving) -> int:
-        """The largest batch below `s.batch` with which the chips can hold the load; 0 if there is none.
+        """The largest batch smaller than `s.batch` with which the chips can hold the load; 0 if there is none.
 
         Found by bisection, since memory grows with the batch.
         """
         return bisect_left(range(1, s.batch), True, key=lambda b: not self.memory(replace(s, batch=b)).fits)
 
     def check(self, s: Serving) -> None:
-        """Raise ChipError, with the largest batch that fits, if the chips cannot hold a load. Returns nothing.
+        """Return nothing if the chips can hold a load; raise ChipError, with the largest batch that fits, if not.
 
         Raises ValueError for requests longer than the model's context.
         """
@@ -199,15 +208,18 @@ class Simulation:
         )
 
     def phase(self, name: str, sizes: BatchSizes, new: int) -> Phase:
-        """Simulate a step with a batch of these sizes that yields `new` tokens. Returns the Phase, called `name`."""
+        """Simulate one step and return it as a Phase called `name`.
+
+        sizes: of the step's batch. new: tokens that it yields.
+        """
         timelines = tuple(plan.run(sizes) for plan in self.plans)
         return Phase(name, timelines, sizes.tokens + new, new, self.format, self.chips)
 
     def phases(self, s: Serving, progress: Progress = silent) -> list[Phase]:
-        """Simulate prefill alone, decode alone, and the mixed step of the steady state. Returns a list of their Phases.
+        """Simulate prefill alone, decode alone, and the mixed step of the steady state. Returns a list of these Phases.
 
-        If requests have one output token, it has the prefill alone. A Phase counts all prompt tokens, and one new token
-        for each row sampled. Raises the errors of check().
+        With one output token per request the list has the prefill alone. `tokens` of a Phase counts each prompt token
+        and each new token once. Raises the errors of check().
         """
         self.check(s)
         progress(0, 3, "timing prefill")
@@ -223,7 +235,10 @@ class Simulation:
 
 
 def main_format(plans: Sequence[Plan]) -> str:
-    """Name of the format in which the plans do most of their FLOPs. Shares of peak FLOP/s refer to its peak."""
+    """Name of the format in which the plans do most of their FLOPs when one token is decoded.
+
+    Fractions of peak FLOP/s are taken of the chip's peak in this format.
+    """
     total: dict[str, float] = {}
     for plan in plans:
         for e in plan.run(BatchSizes(1, 1, ((1, 1, 1),))).ops:
@@ -236,7 +251,8 @@ def what_helps(
 ) -> list[tuple[str, float]]:
     """A list of (change, speed-up) for each hardware or software change in CHANGES made alone, the best first.
 
-    The speed-up is the mixed step's time before over its time after; 1.0 means no effect.
+    The speed-up is the time of the load's last phase (mixed, or prefill with one output token) before the change over
+    that after it; 1.0 means no effect. Raises the errors of Simulation.check().
     """
     progress(0, 0, "timing the chip as it is")
     base = Simulation.of(programs, target, layout).phases(s)[-1].period
@@ -249,7 +265,14 @@ def what_helps(
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """The mixed step of one layout, and the change of CHANGES that speeds it up most."""
+    """The last phase of a load (mixed, or prefill with one output token) with one layout, and what speeds it up most.
+
+    Attributes:
+        layout: how the chips share the model.
+        mixed: that phase.
+        change: the change of CHANGES that helps most.
+        gain: speed-up by it.
+    """
 
     layout: str
     mixed: Phase
@@ -257,7 +280,7 @@ class LayoutResult:
     gain: float  # speed-up by the change
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of the result, as plain values for JSON."""
+        """A dict for JSON: the layout, the phase's figures, and the change that helps most with its speed-up."""
         return {"layout": self.layout, **self.mixed.as_dict(), "helps_most": self.change, "gain": self.gain}
 
 
@@ -265,9 +288,10 @@ def compare_layouts(
     model: str, target: Target, layouts: Sequence[str], s: Serving, weights: str, kv_format: str, activations: str,
     progress: Progress = silent,
 ) -> list[LayoutResult]:  # fmt: skip
-    """Simulate the mixed step of a serving load with each layout. Returns a LayoutResult for each, in the given order.
+    """Simulate a serving load with each layout. Returns a list of LayoutResults, one for each, in the given order.
 
-    weights, kv_format, activations: formats as for `intaglio simulate`.
+    model: as for ported(). weights, kv_format, activations: formats as for `intaglio simulate`. Raises the errors of
+    ported(), stages() and Simulation.check().
     """
     program, out = ported(model, None), []
     for layout in layouts:
@@ -279,7 +303,7 @@ def compare_layouts(
 
 
 def scaled(value: Any, by: float) -> Any:
-    """`value` times `by`: a number, or a table of rates by format with every rate multiplied."""
+    """A field's value times `by`. The value is a number, or pairs (format, rate) whose rates are multiplied."""
     if isinstance(value, tuple):
         return tuple((f, int(rate * by)) for f, rate in value)
     return type(value)(value * by)

@@ -30,14 +30,14 @@ BUDGETS = (512, 2048, 8192)  # tokens of a step that the search tries
 
 @dataclass(frozen=True)
 class Estimate:
-    """A server's steady state. Times are in seconds, rates of one server.
+    """The steady state of one server under a constant number of open requests. Times are in seconds.
 
     Attributes:
         ttft: mean time to the first token, waiting included.
-        tpot: mean time per token after it.
+        tpot: mean time per token after the first; 0 for responses of one token.
         tokens_per_s: output tokens per second.
         joules_per_s: of all chips of the server.
-        decoding: sequences that decode at a time, mean.
+        decoding: mean number of sequences that decode at a time.
     """
 
     ttft: float
@@ -48,12 +48,12 @@ class Estimate:
 
 
 def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrency: int) -> Estimate:
-    """The Estimate with `concurrency` requests open, each of `input` prompt and `output` new tokens.
+    """The Estimate of a server with `concurrency` requests open, each of `input` prompt and `output` new tokens.
 
-    A request holds one of the engine's sequences while its prompt is computed and while it decodes. Prompts share steps
-    with decoding sequences (or stop them, if `s.mixed` is False), so a step takes the longer time of the two kinds as
-    often as prompts need it. If prompts need more than every step, fewer sequences decode. Requests that find no
-    sequence or no K/V cache wait, as long as Little's law says. Raises ValueError if not one request fits.
+    A request holds one of the engine's sequences while its prompt is computed and while it decodes. Steps with prompts
+    take longer than steps that only decode, or with `s.mixed` False decode nothing. As many prompts start as responses
+    end, which gives the fraction of steps with prompts. If prompts need more than every step, fewer sequences decode.
+    Other requests wait, by Little's law. Raises ValueError if not one request fits the K/V cache.
     """
     slots = min(concurrency, s.max_sequences, s.kv_tokens // (input + output))
     if slots < 1:
@@ -105,23 +105,23 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
 
 @dataclass(frozen=True)
 class Design:
-    """A serving system that was looked at: chips, placement, load, and what it does. Times are in seconds.
+    """A serving system and its figures under a load. Times are in seconds.
 
     Attributes:
         chip: name of the chip.
-        library: name of its kernels.
+        library: name of its kernel library.
         placement: how the chips share the model.
         concurrency: requests open at once, of all replicas.
-        max_batch_tokens: tokens of a step of each copy of attention.
+        max_batch_tokens: most tokens of a step of each copy of attention.
         ttft: mean time to the first token.
-        tpot: mean time per token after it.
+        tpot: mean time per token after the first.
         tokens_per_s: output tokens per second of all replicas.
-        watts: of all chips, mean.
-        weight_bytes: of the chip that has the most.
-        kv_bytes: of that chip's K/V cache when all open requests have half of their response.
+        watts: mean power of all chips.
+        weight_bytes: bytes of weights on the chip that has the most.
+        kv_bytes: bytes of K/V on that chip when every open request has half of its response.
         kv_tokens: tokens of K/V that one server holds.
-        confirmed: whether the figures are those of the queue; False: of the estimate.
-        within: whether both limits are kept.
+        confirmed: True if the figures are those of the simulated queue, False if those of estimate().
+        within: True if both limits are kept.
     """
 
     chip: str
@@ -146,16 +146,16 @@ class Design:
 
     @property
     def per_watt(self) -> float:
-        """Output tokens per second per watt, which is output tokens per joule."""
+        """Output tokens per second per watt, which is output tokens per joule; 0 if `watts` is 0."""
         return self.tokens_per_s / self.watts if self.watts else 0.0
 
     @property
     def per_user(self) -> float:
-        """Tokens per second that one response gets; 0 for responses of one token."""
+        """Tokens per second that one response gets after its first token; 0 for responses of one token."""
         return 1 / self.tpot if self.tpot else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """The design as plain values for JSON."""
+        """A dict for JSON: the fields, with the placement as text, and figures per chip, user and joule."""
         own = {name: value for name, value in vars(self).items() if name != "placement"}
         return {
             **own, "layout": str(self.placement), "chips": self.placement.chips,
@@ -166,16 +166,19 @@ class Design:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: a model's load, limits, and what the engine adds.
+    """What a search for designs is asked: the model, its load, the limits, and the engine's overheads.
 
     Attributes:
         program: the whole model.
         formats: of weights, K/V and activations.
-        input, output: tokens of a request.
+        input: prompt tokens of a request.
+        output: new tokens of a request.
         limits: of the mean latencies.
         memory_share: fraction of a chip's HBM that may be filled.
-        max_sequences: sequences of a server that run at once.
+        max_sequences: most sequences of a server that run at once.
         settings: overheads of the engine; its sizes are set for each design.
+
+    Raises ValueError if a request is longer than the model's context.
     """
 
     program: Program
@@ -196,20 +199,23 @@ class Question:
 
 
 class Candidate:
-    """One chip and placement of a question, ready for estimates."""
+    """One chip and placement for a question, with the step times of one server."""
 
     def __init__(self, question: Question, server: Server, on: Target) -> None:
         self.question, self.server, self.on = question, server, on
         self.times = StepTimes(server, on)
 
     def settings(self, budget: int) -> QueueSettings:
-        """The QueueSettings with `budget` tokens a step. Raises ChipError if no K/V cache fits."""
+        """The QueueSettings of one server, with `budget` tokens a step. Raises ChipError if no K/V block fits."""
         q = self.question
         kv = self.server.kv_tokens(self.on, q.memory_share, budget, min(q.max_sequences, 256), q.max_sequences)
         return replace(q.settings, kv_tokens=kv, max_batch_tokens=budget, max_sequences=q.max_sequences)
 
     def design(self, concurrency: int, settings: QueueSettings, seen: Estimate, confirmed: bool) -> Design:
-        """The Design of all replicas, from the figures of one server. concurrency: of one server."""
+        """The Design of all replicas, from the figures `seen` of one server.
+
+        concurrency: requests open on one server. confirmed: the figures are those of the queue, not of estimate().
+        """
         p, q = self.server.placement, self.question
         held = min(settings.kv_tokens, concurrency * (q.input + q.output / 2)) / p.copies
         within = seen.ttft <= q.limits.ttft and seen.tpot <= q.limits.tpot
@@ -220,13 +226,20 @@ class Candidate:
         )  # fmt: skip
 
     def estimated(self, concurrency: int, budget: int) -> Design:
-        """The Design by the closed form. concurrency: of one server. Raises ValueError if no request fits."""
+        """The Design by estimate(), with `concurrency` requests open on each server and at most `budget` tokens a step.
+
+        Raises ValueError if not one request fits the K/V cache, ChipError if no K/V block fits.
+        """
         q, settings = self.question, self.settings(budget)
         seen = estimate(self.times, settings, q.input, q.output, concurrency)
         return self.design(concurrency, settings, seen, confirmed=False)
 
     def queued(self, concurrency: int, budget: int, turns: int = TURNS) -> Design:
-        """The Design by the queue of one server. concurrency: of one server; turns: requests for each open one."""
+        """The Design by the simulated queue of one server.
+
+        concurrency: requests open on it. budget: most tokens of a step. turns: requests served, for each that is open.
+        Raises ValueError if a request does not fit the K/V cache.
+        """
         q, settings = self.question, self.settings(budget)
         if q.input + q.output > settings.kv_tokens:
             raise ValueError(f"a request of {q.input:,} + {q.output:,} tokens; K/V holds {settings.kv_tokens:,}")
@@ -249,9 +262,11 @@ class Candidate:
         return self.design(concurrency, settings, seen, confirmed=True)
 
     def largest(self, budget: int, most: int) -> Design | None:
-        """The estimated Design with the most requests open that keeps the limits; None if one alone breaks them.
+        """The estimated Design with the largest load that keeps the limits; None if one open request alone breaks them.
 
-        Found by doubling and bisection, since latencies grow with the load. It stops where more requests only wait.
+        budget: most tokens of a step. most: requests open at once, at most. Found by doubling and bisection, since
+        latencies grow with the load. The search stops where more requests add less than 1 % to the rate, since they
+        only wait.
         """
         best, low, high = None, 0, 1
         while high <= most:
@@ -275,7 +290,11 @@ class Candidate:
 def candidates(
     question: Question, targets: Sequence[Target], layouts: Sequence[str], progress: Progress = silent
 ) -> tuple[list[Candidate], list[tuple[str, str, str]]]:
-    """A Candidate for each chip and layout that can hold the model, and (chip, layout, reason) for each that cannot."""
+    """(Candidates, refusals): a Candidate for each chip and layout that can hold the model.
+
+    A refusal is (chip, layout, reason) of another pair. Raises LayoutError for a text that is no layout, FormatError
+    for an unknown format.
+    """
     out: list[Candidate] = []
     refused: list[tuple[str, str, str]] = []
     for layout in layouts:
@@ -300,10 +319,17 @@ def find(
     asked: Sequence[Candidate], budgets: Iterable[int] = BUDGETS, by: str = "watt", keep: int = KEEP,
     progress: Progress = silent,
 ) -> list[Design]:  # fmt: skip
-    """The best Design of each candidate within its limits, the best first; the first `keep` confirmed by the queue.
+    """The best Design of each candidate that can keep the limits.
 
-    budgets: tokens of a step to try. by: "watt" (output tokens per second per watt) or "chip" (per chip). A candidate
-    that keeps the limits with no load is left out. A confirmed design whose queue breaks a limit gets fewer requests.
+    Returns a list: first the designs that the queue has confirmed, then the estimates, each the best first, and last
+    those that break a limit in the queue.
+
+    Args:
+        asked: the candidates; one that keeps the limits with no load is left out.
+        budgets: most tokens of a step, to try.
+        by: what is maximised: "watt", output tokens per second per watt, or "chip", per chip.
+        keep: how many of the best estimates are confirmed, see confirm().
+        progress: called before each candidate.
     """
     value: Callable[[Design], float] = lambda d: d.per_watt if by == "watt" else d.per_chip  # noqa: E731
     best: list[tuple[Design, Candidate]] = []
@@ -331,7 +357,11 @@ def find(
 
 
 def confirm(one: Candidate, design: Design) -> Design:
-    """The design by the queue, with as many requests open as keep the limits there, 10 % fewer at each try."""
+    """The Design of `one` by the simulated queue, with the load of `design`, or less until the limits are kept.
+
+    There are up to 12 tries, each with 10 % fewer requests open than the one before. The last is returned even if it
+    breaks a limit.
+    """
     concurrency = design.concurrency // design.placement.replicas
     for _ in range(12):
         seen = one.queued(concurrency, design.max_batch_tokens)

@@ -41,10 +41,10 @@ class Formats:
     """Number formats of a served model, as `intaglio simulate` takes them.
 
     Attributes:
-        weights: of matrices.
+        weights: of weight matrices.
         kv: of the K/V cache.
         activations: auto, fp8, or "weights": the format of the weights, where the chip's arrays multiply it.
-        experts: of the matrices of routed experts; "" for that of `weights`.
+        experts: of the matrices of routed experts; "": as `weights` says.
     """
 
     weights: str = "auto"
@@ -59,12 +59,12 @@ class Server:
 
     Attributes:
         program: the whole model.
-        placement: how chips share it.
-        stages: Programs of everything but routed experts; of those too if they have neither layout nor format of their
-            own.
-        experts: Programs with the routed experts' own layout and format; `stages` if they have none.
-        rows: "auto", or "weights": activations are rounded to the format of the weights that they are multiplied
-            with, where the chip's arrays multiply it.
+        placement: how the chips share it.
+        stages: Programs whose ops are timed, except those of routed experts.
+        experts: Programs whose routed experts are timed. The same as `stages`, unless experts have their own layout or
+            format.
+        rows: "auto", or "weights": activations are rounded to the format of the weights that they are multiplied with,
+            where the chip's arrays multiply it.
     """
 
     program: Program
@@ -75,7 +75,11 @@ class Server:
 
     @classmethod
     def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
-        """Compile a model, whole as ported() returns it. Raises LayoutError and FormatError."""
+        """The Server of a whole model, as ported() returns it. how: number formats.
+
+        Raises LayoutError if the placement does not fit the model, ChipError if it has a layout of experts and the
+        model has none, FormatError for an unknown format.
+        """
         eight = "fp8" if how.weights.startswith("fp8") else "auto"
         plain = eight if how.activations == "weights" else how.activations
         own = stages(program, str(placement.attention), how.weights, how.kv, plain)
@@ -93,7 +97,7 @@ class Server:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of weights of the chip that has the most."""
+        """Bytes of weights on the chip that has the most."""
         return max(
             sum(p.tensors[w].nbytes({}) for w in weights_of(p, False))
             + sum(e.tensors[w].nbytes({}) for w in weights_of(e, True))
@@ -103,10 +107,16 @@ class Server:
     def kv_tokens(
         self, target: Target, share: float, max_tokens: int, max_sequences: int, open_sequences: int | None = None
     ) -> int:
-        """Tokens of K/V of one server that fit beside weights and activations in a share of each chip's HBM.
+        """Tokens of K/V that one server holds, beside weights and activations.
 
-        max_tokens, max_sequences: of a step of one copy. open_sequences: at most as many tokens as so many contexts
-        have; None: max_sequences. Raises ChipError if not even one block fits.
+        Args:
+            target: the chip.
+            share: fraction of each chip's HBM that may be filled.
+            max_tokens: most tokens of a step of one copy of attention.
+            max_sequences: most sequences of a step of one copy.
+            open_sequences: the result is at most what so many whole contexts take, for each copy; None: max_sequences.
+
+        Raises ChipError if not even one K/V block fits.
         """
         hbm = int(target.chip.hbm_bytes * share)
         step = BatchSizes(max_tokens, min(max_tokens, max_sequences), ())
@@ -125,29 +135,36 @@ class Server:
 
     @cached_property
     def kv_bytes_per_token(self) -> float:
-        """Bytes of K/V that a token adds to the chip that gets the most, without recurrent state."""
+        """Bytes of K/V that a token takes on the chip where it takes the most, without recurrent state."""
         two, one = ({"P": n, "B": BLOCK, "N": 0} for n in (2, 1))
         return max(sum(t.nbytes(two) - t.nbytes(one) for t in p.of_role("state")) for p in self.stages) / BLOCK
 
 
 def weights_of(p: Program, of_experts: bool) -> set[str]:
-    """Names of the weights that ops of kind `experts` read, or all others."""
+    """Names of the weights that ops of kind `experts` read if `of_experts`, else of all other weights."""
     routed = {n for op in p.ops if isinstance(op, Experts) for n in op.inputs if p.tensors[n].role == "weight"}
     return routed if of_experts else {w.name for w in p.of_role("weight")} - routed
 
 
 class Costs(Protocol):
-    """What a queue needs to know of a server: the copies of its attention, and what its steps cost."""
+    """What a queue needs to know of a server: the number of copies of its attention, and what its steps cost."""
 
     copies: int
 
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
-        """(seconds, joules of all chips of the server) of a step of so many decoding sequences, and of prompts."""
+        """(seconds, joules of all chips of the server) of one step.
+
+        decoding: sequences that get one token each. context: their mean number of keys. chunks: (new tokens, keys up to
+        and including them, number of such prompts).
+        """
 
 
 @dataclass(frozen=True)
 class Part:
-    """Kernels of one pipeline stage that run `count` times in a step."""
+    """A kernel of one pipeline stage that runs `count` times in a step.
+
+    shared: it processes the tokens of all copies of attention (experts); False: those of one copy.
+    """
 
     kernel: ChipKernel
     count: int
@@ -156,13 +173,16 @@ class Part:
 
 @dataclass
 class StepTimes:
-    """The modelled seconds and joules of steps of one server on a target.
+    """The modelled seconds and joules of the steps of one server on a target, kept in a table once computed.
 
     Attributes:
         server: the compiled model.
         target: chip and kernel library.
-        fusions: ops that are launched together, names of FUSIONS.
-        overlaps: whether the library prefetches weights or hides collectives; a step then takes what Plan says.
+        fusions: names in FUSIONS of how the engine's kernels differ from the Program's ops.
+        overlaps: True if the library prefetches weights or hides collectives. Steps are then timed by `plans`, unless
+            there are fusions, or experts with a layout, format or activation format of their own.
+
+    Raises ChipError if a chip cannot hold the weights, or its arrays do not take a format.
     """
 
     server: Server
@@ -192,7 +212,7 @@ class StepTimes:
         self.chips_per_stage = self.server.placement.chips_per_server // self.count
 
     def on(self, target: Target) -> StepTimes:
-        """The StepTimes of the same server on another target; equal ones share a table."""
+        """The StepTimes of the same server on another target. Equal targets give the same object, with its table."""
         if target == self.target:
             return self
         if target not in self.others:
@@ -201,7 +221,7 @@ class StepTimes:
 
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
-        """Plans of the stages, for libraries that overlap ops."""
+        """The Plan of each pipeline stage, for libraries that overlap ops."""
         return Plan.of(self.server.stages, self.target)
 
     def _parts(self, own: Program, experts: Program) -> list[Part]:
@@ -218,7 +238,10 @@ class StepTimes:
         return [Part(kernel, n, shared) for (kernel, shared), n in counts.items()]
 
     def _kernel(self, kernel: Any) -> ChipKernel:
-        """The kernel, with activations in the format of its weights if the server's `rows` says so."""
+        """The kernel with the weight and activation formats in which the chip runs it, by `rows` of the server.
+
+        Only products and experts change. Raises ChipError if the chip's arrays do not take the weights' format.
+        """
         if not isinstance(kernel, LinearKernel | ExpertsKernel):
             return kernel
         w = "e2m1" if kernel.w_format == "nvfp4" else kernel.w_format
@@ -233,10 +256,10 @@ class StepTimes:
         return replace(kernel, w_format=w, x_format=x)
 
     def exact(self, decoding: int, context: int, chunks: Chunks = ()) -> tuple[float, float]:
-        """(seconds, joules of all chips of the server) of one step.
+        """(seconds, joules of all chips of the server) of one step, computed without the table.
 
-        decoding: sequences that get one token each. context: keys of each. chunks: of prompts. Sequences are spread
-        evenly over the copies of attention and the micro-batches of the pipeline.
+        Arguments as for cost(). Sequences are spread evenly over the copies of attention and the micro-batches of the
+        pipeline.
         """
         n = self.count
         own, everything = self._sizes(decoding, context, chunks)
@@ -251,7 +274,10 @@ class StepTimes:
         return seconds, spent * ranks
 
     def _sizes(self, decoding: int, context: int, chunks: Chunks) -> tuple[BatchSizes, int]:
-        """The BatchSizes of the copy with the most tokens, and the tokens of all copies."""
+        """(BatchSizes of the copy with the most tokens, number of tokens of all copies) of a micro-batch.
+
+        A copy is one of attention. Arguments as for cost().
+        """
         stages = self.count
         each, ranks = -(-decoding // (self.copies * stages)), [0] * self.copies
         lists: list[dict[tuple[int, int], int]] = [{} for _ in ranks]
@@ -268,7 +294,10 @@ class StepTimes:
         return BatchSizes(tokens, each + sum(n for *_, n in mine), sequences), max(tokens, total)
 
     def _stage(self, i: int, own: BatchSizes, tokens: int) -> tuple[float, float]:
-        """(seconds, joules of one chip) of stage i; tokens: those of all copies."""
+        """(seconds, joules of one chip) of pipeline stage number i.
+
+        own: sizes of one copy of attention. tokens: number of tokens of all copies.
+        """
         if not own.tokens:
             return 0.0, 0.0
         if (
@@ -290,17 +319,18 @@ class StepTimes:
         return seconds, sum(joules(self.target.chip, done, seconds).values())
 
     def _exchange(self, tokens: int) -> Timing:
-        """The Timing of bringing each layer's rows of all copies to all chips, and their results back."""
+        """The Timing of an all_gather of `tokens` rows before a layer's experts, and a reduce_scatter after them."""
         chips, moved = self.chips_per_stage, tokens * self.width * WIRE
         return collective_timing(self.target, "all_gather", chips, moved) + collective_timing(
             self.target, "reduce_scatter", chips, moved
         )
 
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
-        """(seconds, joules) of one step as exact() gives them, from the table.
+        """(seconds, joules of all chips of the server) of one step, by the table of exact() times.
 
-        A step that only decodes is interpolated between four entries; one with chunks takes the nearest entry, at
-        context lengths and chunks of multiples of 1/8 of their leading power of two.
+        decoding: sequences that get one token each. context: their mean number of keys. chunks: (new tokens, keys up to
+        and including them, number of such prompts). A step that only decodes is interpolated between four entries. One
+        with chunks takes the nearest entry, scaled by the number of tokens.
         """
         if not chunks:
             if not decoding:
@@ -323,9 +353,10 @@ class StepTimes:
 
 
 def around(x: float, step: int) -> tuple[int, int, float]:
-    """(entry at or below x, entry above, fraction of the way) in a table with PER_OCTAVE entries an octave.
+    """(entry at or below x, next entry above, fraction of the way to it) of the grid of table entries.
 
-    Entries up to PER_OCTAVE * step are the multiples of `step`; up to `step` itself, all whole numbers.
+    The grid has all whole numbers up to `step`, then multiples of `step` up to PER_OCTAVE * 2 * `step`. From there on
+    the distance doubles with each doubling of x, so that there are PER_OCTAVE entries an octave.
     """
     if x <= step:
         low = max(1, math.floor(x))
@@ -338,6 +369,6 @@ def around(x: float, step: int) -> tuple[int, int, float]:
 
 
 def nearest(x: float, step: int) -> int:
-    """The point nearest to x of the grid that around() describes; the lower one of two equally near points."""
+    """The entry nearest to x in the grid that around() describes; the lower one if two are equally near."""
     low, high, way = around(x, step)
     return high if way > 0.5 else low

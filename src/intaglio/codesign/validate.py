@@ -35,7 +35,7 @@ UNGATED = ((2688, 1856), (1024, 2688), (2048, 5120))  # (hidden, inner) of Nemot
 
 
 def integers(row: Row, *names: str) -> list[int]:
-    """A list of the values of the columns `names` of a row, as integers."""
+    """The values of the columns `names` of a row, as a list of ints."""
     return [int(row[name]) for name in names]
 
 
@@ -56,7 +56,7 @@ def matmul(on: Target, row: Row) -> float:
 
 
 def attention(on: Target, row: Row) -> float:
-    """Modelled seconds of the attention call that a row describes: q, k, v read, k and v written, attention."""
+    """Modelled seconds of the attention call that a row describes, with the write of its keys and values."""
     batch, q, before, heads, kv, d, window = integers(
         row, "batch", "query_len", "context_len", "n_heads", "n_kv_heads", "head_dim", "window"
     )
@@ -75,7 +75,7 @@ def collective(on: Target, row: Row) -> float:
 
 
 def experts(on: Target, row: Row) -> float:
-    """Modelled seconds of a layer of routed experts, as a row describes it, on the most loaded rank."""
+    """Modelled seconds of the layer of routed experts that a row describes, on the rank with the most rows."""
     tokens, hidden, inner, top_k, n, tp, ep = integers(
         row, "tokens", "hidden", "intermediate", "top_k", "n_experts", "tp", "ep"
     )
@@ -91,11 +91,17 @@ def experts(on: Target, row: Row) -> float:
 
 
 def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: bool) -> tuple[int, ...]:
-    """Rows of each expert on the most loaded of `ep` ranks, for n experts and tokens * top_k routed rows.
+    """Number of rows of each expert on the most loaded of `ep` ranks, as a tuple.
 
-    load: `balanced`, or `power_law_<a>`, as in the benchmark: proportional to quantiles of a power law with exponent a
-    between 1 and 0.8 * tokens. Rows left over by rounding go to the largest experts; with `in_order` (the older
-    benchmark) ties go to the first expert.
+    Args:
+        tokens: in the batch; tokens * top_k rows are routed.
+        top_k: experts of each token.
+        n: experts on all ranks.
+        ep: ranks that share the experts.
+        load: "balanced", or "power_law_A": proportional to quantiles of a power law with exponent A, between 1 and 0.8
+            * tokens, as in the benchmark.
+        in_order: rows left over by rounding go to the experts with the most rows, the first of equal ones (the older
+            benchmark); False: to those with the largest exact share.
     """
     total = tokens * top_k
     if load == "balanced":
@@ -131,7 +137,7 @@ TABLES: dict[str, Callable[[Target, Row], float]] = {
 
 @dataclass(frozen=True)
 class Record:
-    """Errors of one chip, table and number format. An error is 100 * (predicted - measured) / measured, in per cent."""
+    """Errors 100 * (predicted - measured) / measured of one chip, table and number format, in per cent."""
 
     chip: str
     table: str
@@ -144,7 +150,7 @@ class Record:
 
 
 def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
-    """Read every file `<chip>_<table>.csv` of a folder. Returns {(chip, table): rows}, a row being a dict by column.
+    """Read every file `<chip>_<table>.csv` of a folder. Returns {(chip, table): rows}, each row a dict by column name.
 
     Raises ValueError for an unknown chip or table, and if there is no such file.
     """
@@ -164,7 +170,7 @@ def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
 
 
 def dtype_of(row: Row) -> str:
-    """The number format of a row: column dtype or kv_dtype, else "two bytes"."""
+    """The number format of a row, as in its column dtype or kv_dtype; "two bytes" if it has neither."""
     return row.get("dtype") or row.get("kv_dtype") or "two bytes"
 
 
@@ -181,10 +187,16 @@ def measured(rows: Sequence[Row]) -> np.ndarray:
 def validate(
     folder: Path, split: str | None = None, min_us: float = 0.0, worst: int = 5, progress: Progress = silent
 ) -> list[Record]:
-    """Compare modelled with measured times. Returns a Record for every chip, table and number format in the folder.
+    """Compare modelled with measured times. Returns a list of Records, one for every chip, table and number format.
 
-    Only rows of this split (None: all) that took at least `min_us` microseconds count; a Record lists its `worst`
-    rows with the largest errors.
+    Args:
+        folder: holds `<chip>_<table>.csv`.
+        split: only rows with this value of column `split` count; None: all.
+        min_us: rows that took fewer microseconds are left out.
+        worst: how many rows with the largest errors a Record lists.
+        progress: called before each table.
+
+    Raises ValueError as tables() does.
     """
     out = []
     progress(0, 0, f"reading {folder}")
@@ -200,7 +212,7 @@ def validate(
 
 
 def record(name: str, table: str, dtype: str, rows: Sequence[Row], predicted: np.ndarray, worst: int) -> Record:
-    """The Record that compares predictions (microseconds, one for each row) with the rows' measurements."""
+    """The Record of `rows`, which lists the `worst` rows with the largest errors. predicted: their microseconds."""
     us = measured(rows)
     error = (predicted / us - 1) * 100
     far = np.argsort(-np.abs(error))[:worst]
@@ -212,12 +224,12 @@ def record(name: str, table: str, dtype: str, rows: Sequence[Row], predicted: np
 
 
 def words(row: Row) -> str:
-    """Text of "name=value" pairs that describe a row's call."""
+    """A row's call as text: "name=value" pairs of its columns, without format, latency and split."""
     return " ".join(f"{k}={v}" for k, v in row.items() if k not in ("us", "split", "dtype", "kv_dtype"))
 
 
 def as_dict(r: Record) -> dict[str, Any]:
-    """A dict of a Record's fields, as plain values for JSON, rounded to three digits."""
+    """A dict for JSON of a Record's fields, with errors and predicted times rounded to three decimals."""
     return {
         "chip": r.chip, "table": r.table, "dtype": r.dtype, "rows": r.rows,
         "median_abs_error_pct": round(r.median, 3), "mean_abs_error_pct": round(r.mean, 3),

@@ -29,13 +29,19 @@ def toml(value: Any) -> str:
 
 
 def differences(new: Any, old: Any) -> dict[str, Any]:
-    """The fields of a dataclass whose values differ from those of `old`, names and nested parts left out."""
+    """{field: value in `new`} of the fields in which two objects of one dataclass differ.
+
+    Fields of UNWRITTEN (such as name and reasons), and the nested parts of a chip, are left out.
+    """
     fields = [f.name for f in dataclasses.fields(new) if f.name not in (*UNWRITTEN, *PARTS)]
     return {name: getattr(new, name) for name in fields if getattr(new, name) != getattr(old, name)}
 
 
 def chip_text(new: ChipSpec, old: ChipSpec, base: str, library: str, why: str) -> str:
-    """Text of a chip file with base `base`, the library file `library`, and the values in which `new` differs."""
+    """Text of a chip file with the values in which `new` differs from `old`.
+
+    base: name of the file of `old`. library: name of the default library's file. why: reason given for each value.
+    """
     lines = [
         f"description = {toml(f'{old.description}, calibrated')}",
         f"base = {toml(base)}",
@@ -52,9 +58,10 @@ def chip_text(new: ChipSpec, old: ChipSpec, base: str, library: str, why: str) -
 
 
 def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) -> str:
-    """Text of a library file whose base is `base`: the fields of `new` that differ from those of `old`.
+    """Text of a library file with the fields in which `new` differs from `old`.
 
-    If any kernel differs, all kernels of `new` are in it. They come before those of the base, so that they are chosen.
+    base: name of the file of `old`. why: reason given for each value. If any kernel differs, all kernels of `new` are
+    written; as a file's own kernels they are chosen before those of its base.
     """
     changed = differences(new, old)
     lines = [f"description = {toml(f'{old.description}, calibrated')}", f"base = {toml(base)}", ""]
@@ -66,13 +73,16 @@ def library_text(new: KernelLibrary, old: KernelLibrary, base: str, why: str) ->
 
 
 def record_lines(record: KernelRecord) -> list[str]:
-    """The lines of a table `[[kernels]]`."""
+    """The lines of a kernel record's table `[[kernels]]` in a library file, as a list, without the heading."""
     own = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "changes"}
     return [f"{name} = {toml(value)}" for name, value in {**own, **dict(record.changes)}.items()]
 
 
 def reasons_text(changed: dict[str, Any], why: str) -> list[str]:
-    """The lines of the table `[reasons]`, with the same reason for each field; none if nothing changed."""
+    """The lines of the section `[reasons]`, as a list, with the reason `why` for each field in `changed`.
+
+    An empty list if nothing changed.
+    """
     return ["", "[reasons]", *(f"{name} = {toml(why)}" for name in changed)] if changed else []
 
 
