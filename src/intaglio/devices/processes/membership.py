@@ -88,7 +88,7 @@ class BeatWatch:
 
 
 class HasLife(Protocol):
-    """Interface of a member of a Roster."""
+    """Interface of a member of a Roster: tells whether its connection is alive."""
 
     @property
     def alive(self) -> bool:

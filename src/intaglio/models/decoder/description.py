@@ -52,7 +52,8 @@ class Layer:
         attention: the layer has attention or a mixer.
         mlp: the layer has an MLP or experts.
         mix: factors on the residual and on attention's result where the two are added.
-        shares_index: attention uses the positions chosen in the last layer before that has an indexer (see Latent).
+        shares_index: attention uses the positions chosen in the last layer before this one that has an indexer (see
+            Latent).
     """
 
     rope: str = "rope"

@@ -93,8 +93,8 @@ def _rebuilt(
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """Rebuild the tokenizer of tokenizer.model. Returns (the tokenizer, the tokenizer_config.json to use with it).
 
-    In this config, added tokens are set to match the text before it is normalised, where that matters. Adds the model's
-    unk, bos and eos to `special` where no file names them. Raises SentencePieceError.
+    In the returned config, added tokens match the text before it is normalised, where that matters. The model's unk,
+    bos and eos tokens are added to `special` where no file names them. Raises SentencePieceError.
     """
     model = read_model(path / SENTENCEPIECE)
     for name, text in model.special.items():

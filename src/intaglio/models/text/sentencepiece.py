@@ -158,10 +158,10 @@ def _signed(value: int) -> int:
 def build_tokenizer(model: SentencePiece, config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a SentencePiece model. config: tokenizer_config.json.
 
-    Read from config: `legacy`, added_tokens_decoder (names for pieces) and tokenizer_class. With legacy=true, a space
-    is put in front of each run of text between added tokens; else in front of the first run only, unless it begins with
-    a space. It is false by default for the classes in LLAMA, as in transformers 5. Raises SentencePieceError for a
-    class with ids of its own.
+    added_tokens_decoder of the config names pieces. Its key `legacy` says where a space is put: true, in front of each
+    run of text between added tokens; false, in front of the first run only, unless that begins with a space. The
+    default is true, but false for the tokenizer classes in LLAMA, as in transformers 5. Raises SentencePieceError for a
+    tokenizer class that numbers its tokens otherwise.
     """
     named = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     if named.removesuffix("Tokenizer") in RENUMBERED:

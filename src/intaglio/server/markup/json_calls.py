@@ -85,7 +85,7 @@ def _escape(text: str) -> str:
 
 
 def _members(s: Source, depth: int, begin: str, end: str) -> Pieces[bool]:
-    """Parse a JSON object or list, by its brackets `begin` and `end`, and yield its text piece by piece.
+    """Parse a JSON object or list between the brackets `begin` and `end`, and yield its text piece by piece.
 
     The opening bracket is held back until the first member is known to be valid. Returns True if complete, else False.
     """
