@@ -111,7 +111,10 @@ def read_tokenizer(file: GgufFile) -> Embedded | None:
 
 
 def _add_tokens(inner: Tokenizer, v: _Vocabulary, architecture: str) -> None:
-    """Add to `inner` control tokens and user-defined tokens, which are matched in a text before it is split."""
+    """Add to `inner` control tokens and user-defined tokens, which are matched in a text before it is split.
+
+    architecture: llama.cpp's name; control tokens of phi2 and phi3 also take the white space that follows them.
+    """
     strips = architecture in ("phi3", "phi2")  # their tokens swallow the white space after them; the flag is not kept
     kept = ("<unk>", "<s>", "<|endoftext|>")
     control = v.of_kind(CONTROL)
