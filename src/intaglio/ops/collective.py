@@ -31,7 +31,10 @@ class Collective(Op):
     wire: str = "f32"
 
     def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The outputs of all ranks of the group, computed from their inputs `parts`: two lists in the group's order."""
+        """The outputs of all ranks of the group, as a list in the group's order.
+
+        parts: the ranks' inputs, in the same order.
+        """
         raise NotImplementedError
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:

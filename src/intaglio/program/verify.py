@@ -193,7 +193,10 @@ RULES: tuple[Rule, ...] = (
 
 
 def verify(program: Program) -> None:
-    """Raise ProgramError, listing the faults of the first rule that is broken; return nothing for a valid Program."""
+    """Raise ProgramError for a Program that breaks a rule; return nothing for a valid one.
+
+    The error lists up to eight faults of the first rule that is broken.
+    """
     for rule in RULES:
         wrong = list(rule(program))
         if wrong:

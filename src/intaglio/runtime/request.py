@@ -279,10 +279,17 @@ class Scored:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts and times of one choice. Times are seconds by the engine's clock; None: not reached."""
+    """Token counts and times of one choice. Times are seconds by the engine's clock; None: not reached.
+
+    Attributes:
+        prompt_tokens, output_tokens: numbers of tokens.
+        cached_tokens: prompt tokens found in the prefix cache at its first step.
+        preemptions: times the choice was preempted.
+        arrived, started, first_token, ended: times of arrival, first step, first token and end.
+    """
 
     prompt_tokens: int
-    cached_tokens: int  # prompt tokens found in the prefix cache at its first step
+    cached_tokens: int
     output_tokens: int
     preemptions: int
     arrived: float

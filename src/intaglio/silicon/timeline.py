@@ -23,14 +23,18 @@ ENGINE_NAMES = {
 
 @dataclass(frozen=True)
 class OpSpan:
-    """One op of a step: site, kind, and start and end in seconds since the start of the step."""
+    """One op of a step: site, kind, and start and end in seconds since the start of the step.
+
+    `timing`: of its kernel alone. `stalled_on`: "HBM" if it waited for its weights beyond the kernel's own time, else
+    "".
+    """
 
     site: str
     kind: str
     start: float
     end: float
-    timing: Timing  # of its kernel alone
-    stalled_on: str = ""  # what it waited for beyond its kernel's own time: "HBM" (weights) or "" for nothing
+    timing: Timing
+    stalled_on: str = ""
 
     @property
     def seconds(self) -> float:
@@ -82,7 +86,7 @@ class Timeline:
         return sum((e.timing for e in self.ops), Timing(0.0))
 
     def flops_share(self, format: str) -> float:
-        """Model FLOPs utilization: FLOPs done over peak FLOP/s in `format` times the step's seconds."""
+        """Model FLOPs utilization: FLOPs done over peak FLOP/s in `format` times the step's seconds; 0 for no ops."""
         return self.totals().flops / (self.seconds * self.chip.peak_flops(format)) if self.seconds else 0.0
 
     def hbm_share(self) -> float:

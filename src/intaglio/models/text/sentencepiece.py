@@ -207,7 +207,7 @@ def surround(inner: Tokenizer, special: Mapping[str, str], config: Mapping[str, 
 
 
 def _renamed(model: SentencePiece, config: Mapping[str, Any]) -> list[str]:
-    """A list of the model's pieces, some renamed as added_tokens_decoder of config says, such as unused ones."""
+    """The model's pieces as a list, some (such as unused ones) renamed by the config's added_tokens_decoder."""
     pieces = list(model.pieces)
     for id, token in (config.get("added_tokens_decoder") or {}).items():
         text = token.get("content") if isinstance(token, Mapping) else None

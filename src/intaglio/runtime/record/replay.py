@@ -37,7 +37,7 @@ class Replayed:
     steps: int
     requests: int
     tokens: int
-    faults: int  # launches that failed in the journal
+    faults: int
     divergence: str | None
 
 

@@ -42,9 +42,9 @@ class Cost:
     """
 
     cycles: float = 0.0
-    bytes: int = 0  # if not 0, the time follows from the bandwidth that the transfers in flight leave
-    resource: str = ""  # of the bytes: "hbm" or "link"
-    latency_s: float = 0.0  # from the end of the instruction until its result is visible to others
+    bytes: int = 0
+    resource: str = ""
+    latency_s: float = 0.0
 
 
 Shapes = dict[str, tuple[int | str, int | str]]

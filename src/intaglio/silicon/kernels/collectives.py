@@ -311,7 +311,7 @@ class ChunkRegions:
 
 @dataclass(frozen=True)
 class ChunkTile:
-    """Rows and columns of one chunk that are processed together, the same on every chip."""
+    """Part of one chunk processed at a time, the same on every chip: its rows and columns, tag of its first message."""
 
     chunk: int
     rows: slice

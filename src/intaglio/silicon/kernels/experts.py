@@ -115,7 +115,7 @@ def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> floa
 
 @dataclass(frozen=True)
 class TileMenu:
-    """Tile rows and columns that a grouped product may use, and the bytes of K in one pipeline step."""
+    """Tile rows and columns that a grouped product may use, and `step_bytes`, the bytes of K in one pipeline step."""
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]

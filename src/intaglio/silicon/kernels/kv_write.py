@@ -37,12 +37,12 @@ class Heads:
         softcap: True if scores are soft-capped.
     """
 
-    heads: int  # query heads
+    heads: int
     kv_heads: int
-    head_dim: int  # width of a query and of a key
-    v_dim: int  # width of a value
-    window: int = 0  # keys that a query sees at most; 0: all
-    bits: int = 16  # of a cached key or value
+    head_dim: int
+    v_dim: int
+    window: int = 0
+    bits: int = 16
     softcap: bool = False
 
     @property

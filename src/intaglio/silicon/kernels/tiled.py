@@ -75,8 +75,8 @@ class Tiling:
     """
 
     rows: int
-    columns: int  # of each side of a GLU pair
-    depth: int  # K values of a step
+    columns: int
+    depth: int
     stages: int
     drain_rows: int
 
