@@ -177,7 +177,7 @@ def _scale(m: Metadata, largest: int) -> float:
 
 
 def gemma2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 2."""
+    """The keys of config.json, as a dict, for Gemma 2. Raises PortError, CheckpointError."""
     whole_heads(m)
     caps = {
         "attn_logit_softcapping": m.real("attn_logit_softcapping", 50.0),
@@ -190,7 +190,7 @@ def gemma2(m: Metadata) -> dict[str, Any]:
 
 
 def gemma3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 3's text model."""
+    """The keys of config.json, as a dict, for Gemma 3's text model. Raises PortError, CheckpointError."""
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
     return base(m) | {
@@ -202,7 +202,7 @@ def gemma3(m: Metadata) -> dict[str, Any]:
 
 
 def phi3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-3 and Phi-4."""
+    """The keys of config.json, as a dict, for Phi-3 and Phi-4. Raises PortError, CheckpointError."""
     return base(m) | partial(m) | {
         "architectures": ["Phi3ForCausalLM"], "sliding_window": m.whole("attention.sliding_window", 0) or None,
         "original_max_position_embeddings": pretrained(m),
@@ -210,7 +210,7 @@ def phi3(m: Metadata) -> dict[str, Any]:
 
 
 def phimoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-3.5-MoE."""
+    """The keys of config.json, as a dict, for Phi-3.5-MoE. Raises PortError, CheckpointError."""
     whole_heads(m)
     c = base(m) | experts(m) | {
         "architectures": ["PhimoeForCausalLM"], "lm_head_bias": "lm_head.bias" in m.tables.names,
@@ -253,14 +253,14 @@ def olmo2(m: Metadata) -> dict[str, Any]:
 
 
 def olmoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for OLMoE."""
+    """The keys of config.json, as a dict, for OLMoE. Raises PortError, CheckpointError."""
     whole_heads(m)
     width = m.whole("feed_forward_length")
     return base(m) | experts(m) | {"architectures": ["OlmoeForCausalLM"], "intermediate_size": width}
 
 
 def cohere2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Cohere 2 (Command R7B, Command A)."""
+    """The keys of config.json, as a dict, for Cohere 2 (Command R7B, Command A). Raises PortError, CheckpointError."""
     whole_heads(m)
     return base(m, norm="layer") | {
         "architectures": ["Cohere2ForCausalLM"], "logit_scale": m.real("logit_scale"),
@@ -286,7 +286,7 @@ def plain(model: str) -> Any:
 
 
 def command_r(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Cohere 1 (Command R, Aya)."""
+    """The keys of config.json, as a dict, for Cohere 1 (Command R, Aya). Raises PortError, CheckpointError."""
     whole_heads(m)
     return base(m, norm="layer") | {
         "architectures": ["CohereForCausalLM"], "logit_scale": m.real("logit_scale"), "rope_scaling": None,
@@ -297,7 +297,7 @@ def command_r(m: Metadata) -> dict[str, Any]:
 def exaone4(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for EXAONE 4.
 
-    If it has a sliding window, every fourth layer has full attention, without rope.
+    If it has a sliding window, every fourth layer has full attention, without rope. Raises PortError, CheckpointError.
     """
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
@@ -308,7 +308,7 @@ def exaone4(m: Metadata) -> dict[str, Any]:
 
 
 def nemotron(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Nemotron-3 and Nemotron-4."""
+    """The keys of config.json, as a dict, for Nemotron-3 and Nemotron-4. Raises PortError, CheckpointError."""
     c = base(m, norm="layer") | partial(m)
     return c | {
         "architectures": ["NemotronForCausalLM"], "norm_eps": c["layer_norm_eps"],
@@ -320,7 +320,7 @@ def starcoder2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for StarCoder 2.
 
     Every layer has full attention, as in llama.cpp: GGUF files do not record the window of the published models
-    (4,096 tokens), so logits of longer sequences differ from transformers'.
+    (4,096 tokens), so logits of longer sequences differ from transformers'. Raises PortError, CheckpointError.
     """
     whole_heads(m)
     c = base(m, norm="layer")
@@ -357,7 +357,7 @@ def _groups(m: Metadata) -> dict[str, Any]:
 
 
 def glm4_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GLM-4.5."""
+    """The keys of config.json, as a dict, for GLM-4.5. Raises PortError, CheckpointError."""
     m.fixed("expert_gating_func", SIGMOID)
     return base(m) | partial(m) | experts(m) | _groups(m) | {
         "architectures": ["Glm4MoeForCausalLM"], "use_qk_norm": m.has("self_attn.q_norm.weight"),
@@ -377,7 +377,7 @@ def gpt_oss(m: Metadata) -> dict[str, Any]:
 
 
 def dots1(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for dots.llm1."""
+    """The keys of config.json, as a dict, for dots.llm1. Raises PortError, CheckpointError."""
     whole_heads(m)
     m.fixed("expert_gating_func", SIGMOID)
     return base(m) | experts(m) | _groups(m) | {"architectures": ["Dots1ForCausalLM"], "sliding_window": None}
@@ -403,21 +403,21 @@ def ernie4_5_moe(m: Metadata) -> dict[str, Any]:
 
 
 def olmo(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for OLMo (2024)."""
+    """The keys of config.json, as a dict, for OLMo (2024). Raises PortError, CheckpointError."""
     whole_heads(m)
     clip = m.real("attention.clamp_kqv", 0.0)
     return base(m, norm="layer") | {"architectures": ["OlmoForCausalLM"], "clip_qkv": clip or None}
 
 
 def minimax_m2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for MiniMax-M2."""
+    """The keys of config.json, as a dict, for MiniMax-M2. Raises PortError, CheckpointError."""
     m.fixed("expert_gating_func", SIGMOID)
     c = base(m) | partial(m) | experts(m)
     return c | {"architectures": ["MiniMaxM2ForCausalLM"], "intermediate_size": c["moe_intermediate_size"]}
 
 
 def chatglm(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for ChatGLM3 and GLM-4-9B of 2024."""
+    """The keys of config.json, as a dict, for ChatGLM3 and GLM-4-9B of 2024. Raises PortError, CheckpointError."""
     return base(m) | partial(m) | {"architectures": ["GlmForCausalLM"]}
 
 
@@ -454,7 +454,7 @@ def lfm2(m: Metadata) -> dict[str, Any]:
 
 
 def lfm2_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for LFM2 with experts."""
+    """The keys of config.json, as a dict, for LFM2 with experts. Raises PortError, CheckpointError."""
     m.fixed("expert_gating_func", SIGMOID)
     dense = m.whole("leading_dense_block_count", 0)
     return lfm2(m) | experts(m) | {
@@ -480,7 +480,7 @@ def deepseek2(m: Metadata) -> dict[str, Any]:
 
     Heads are attention.key_length_mla wide if the file has this key; attention.key_length is then the latent's width.
     There is no key for mscale: all released models have it equal to mscale_all_dim, of which yarn_log_multiplier is a
-    tenth.
+    tenth. Raises PortError, CheckpointError.
     """
     rope, rank = m.whole("rope.dimension_count"), m.whole("attention.kv_lora_rank")
     key = m.whole("attention.key_length_mla", m.whole("attention.key_length", 0))

@@ -34,7 +34,7 @@ def starcoder(m: Metadata) -> dict[str, Any]:
 
 
 def gptneox(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GPT-NeoX and Pythia."""
+    """The keys of config.json, as a dict, for GPT-NeoX and Pythia. Raises PortError, CheckpointError."""
     parallel = m.flag("use_parallel_residual", True)
     return common(m, "GPTNeoXForCausalLM") | partial(m) | {"use_parallel_residual": parallel}
 
@@ -42,7 +42,7 @@ def gptneox(m: Metadata) -> dict[str, Any]:
 def falcon(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Falcon, with one norm a layer, or with two (Falcon 40B).
 
-    Files hold no Falcon with ALiBi.
+    Files hold no Falcon with ALiBi. Raises PortError, CheckpointError.
     """
     whole_heads(m)
     two, kv = m.has("ln_attn.weight"), m.kv_heads
@@ -55,7 +55,7 @@ def falcon(m: Metadata) -> dict[str, Any]:
 
 
 def phi2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-1, 1.5 and 2."""
+    """The keys of config.json, as a dict, for Phi-1, 1.5 and 2. Raises PortError, CheckpointError."""
     return common(m, "PhiForCausalLM") | partial(m)
 
 
@@ -69,7 +69,7 @@ def stablelm(m: Metadata) -> dict[str, Any]:
 
 
 def bloom(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for BLOOM."""
+    """The keys of config.json, as a dict, for BLOOM. Raises PortError, CheckpointError."""
     _alibi(m, 8.0)
     return common(m, "BloomForCausalLM")
 
