@@ -399,7 +399,7 @@ class CollectiveRun:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The Schedule to execute: one that sums in order of rank."""
+        """The Schedule of this collective, whose sums are in order of rank."""
         return collectives.schedule(self.op.kind, "one_shot" if isinstance(self.op, AllReduce) else "direct", self.n)
 
     @cached_property

@@ -125,8 +125,9 @@ class TileMenu:
 def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
     """The TileMenu that the library's kernel chooses from, for a step of `tokens` tokens.
 
-    "best": all of the library's tiles, as with a static schedule or a kernel tuned for each size. Others follow a
-    heuristic, vLLM's get_default_config, of an older version ("by_experts") or of 0.17 ("by_tokens").
+    With the library's expert_tiles "best": all of its tiles, as with a static schedule or a kernel tuned for each size.
+    Otherwise what a heuristic, vLLM's get_default_config, gives: of an older version ("by_experts") or of 0.17
+    ("by_tokens").
     """
     if library.expert_tiles == "best":
         return TileMenu(library.expert_rows, library.expert_columns, library.burst_bytes)

@@ -69,7 +69,7 @@ class _Vocabulary:
 
     @property
     def known(self) -> dict[str, int]:
-        """{token: id}, without the unused tokens that only pad the embedding matrix."""
+        """The vocabulary as {token: id}, without the unused tokens that only pad the embedding matrix."""
         return {t: i for i, (t, kind) in enumerate(zip(self.tokens, self.kinds, strict=True)) if kind != UNUSED}
 
     def id(self, name: str, default: int | None = None) -> int | None:
