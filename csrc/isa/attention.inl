@@ -1,7 +1,8 @@
 // Attention over a paged K/V cache. The keys are divided into splits of 512 positions at fixed boundaries. A split computes
 // all its scores, then their maximum, sum of weights and weighted values; splits are merged in ascending order. Each score
 // is one chain of additions over head_dim, each output value one chain over positions, and masked positions have weight 0,
-// so a row's bits do not depend on chunking or batch.
+// so a row's bits do not depend on chunking or batch. Chosen positions (sparse attention) are processed alone where they are few,
+// in an order that leaves every sum as it is.
 
 template <Fmt C>
 inline F load_cache(const void* p, int64_t i) {
@@ -165,8 +166,136 @@ bool keep_chosen(const int32_t* chosen, int64_t count, int64_t start, int64_t lo
   return true;
 }
 
+// The positions that one token chose in a split, each in a slot. A slot and its position have the same remainder modulo F::N,
+// and of two positions with the same remainder the lower one has the lower slot. So sums over slots by vectors add the same
+// values in the same order as sums over all positions of the split, where the positions between weigh 0.
+struct Slots {
+  const int32_t* positions;  // ascending
+  int count, width;          // width: number of slots, a multiple of 16; some may be empty
+  int used[F::N];            // of the slots with each remainder, the first ones
+  int16_t slot[kSplit];      // by position
+};
+
+// Fills `out` with the positions in [low, high) of the list of token row `row`.
+void place_chosen(const AttendArgs& a, int64_t row, int64_t low, int64_t high, Slots& out) {
+  const int32_t *list = a.chosen + row * a.ld_chosen, *first = std::lower_bound(list, list + a.count, int32_t(low));
+  out.positions = first;
+  out.count = int(std::lower_bound(first, list + a.count, int32_t(high)) - first);
+  std::fill(out.used, out.used + F::N, 0);
+  for (int i = 0; i < out.count; i++) {
+    const int lane = first[i] % F::N;
+    out.slot[i] = int16_t(out.used[lane]++ * F::N + lane);
+  }
+  out.width = (*std::max_element(out.used, out.used + F::N) * F::N + 15) / 16 * 16;
+}
+
+// Copies the chosen positions of a head's pages, [width][page] as in the cache of keys, to one page of c.width tokens at `to`.
+// Empty slots are 0. `head`: number of the head's block in a page; `heads`: blocks of a page.
+template <Fmt C>
+void gather_keys(const AttendArgs& a, const Query& q, const Slots& c, const void* cache, int width, int64_t head, int64_t heads, char* to) {
+  using Value = std::conditional_t<cache_bytes(C) == 4, uint32_t, std::conditional_t<cache_bytes(C) == 2, uint16_t, uint8_t>>;
+  constexpr int kColumns = 64;  // copied at a time for all positions, so that the target stays in the L1 cache
+  std::memset(to, 0, size_t(block_bytes(C, width, c.width)));
+  for (int begin = 0; begin < width; begin += kColumns)
+    for (int i = 0; i < c.count; i++) {
+      const char* page = (const char*)cache + (q.blocks[c.positions[i] / a.page] * heads + head) * a.block_bytes(width);
+      const int at = c.positions[i] % a.page, end = std::min(width, begin + kColumns);
+      const Value* from = (const Value*)page + at;
+      Value* out = (Value*)to + c.slot[i];
+      for (int d = begin; d < end; d++) out[int64_t(d) * c.width] = from[int64_t(d) * a.page];
+      if (C == Fmt::I8 && begin == 0)
+        ((uint16_t*)(to + int64_t(width) * c.width))[c.slot[i]] = ((const uint16_t*)(page + int64_t(width) * a.page))[at];
+    }
+}
+
+float temperature_at(const AttendArgs& a, int64_t position) {
+  return a.temper == 0 ? 1.0f : float(1 + a.temper * std::log1p(std::floor(double(position + a.temper_from) / a.temper_every)));
+}
+
+// As split_of, for one token that has few chosen positions in this split. Bits are the same.
+template <Fmt C>
+void split_of_chosen(const AttendArgs& a, const Query& q, int token, const Slots& c, float* scratch, float* top, float* total, float* acc) {
+  constexpr int64_t each = cache_bytes(C);
+  const int share = a.heads / a.kv_heads, width = c.width;
+  std::memset(acc, 0, size_t(share) * a.v_stride * 4);
+  std::fill(top, top + share, -INFINITY), std::fill(total, total + share, 0.0f);
+  if (!c.count) return;
+  const int64_t heads = a.one_head ? 1 : a.kv_heads, head = a.one_head ? 0 : q.kv_head;
+  auto scales_of = [&](const char* block, int columns) { return (const uint16_t*)(block + int64_t(columns) * width * each); };
+  char *keys = (char*)a.gathered, *ropes = keys + block_bytes(C, a.head_dim, width);
+  gather_keys<C>(a, q, c, a.k, a.head_dim, head, heads, keys);
+  if (a.rope) gather_keys<C>(a, q, c, a.rope, a.rope_dim, head, heads, ropes);
+
+  const float *query[kMaxTaskRows], *weights[kMaxTaskRows];
+  float* out[kMaxTaskRows];
+  for (int r = 0; r < share; r++)
+    query[r] = a.q + (q.first_row + token) * a.ld_q + (q.kv_head * share + r) * int64_t(a.head_dim + a.rope_dim);
+  by_tile(share, width, [&]<int RB, int NV>(int r, int s) {
+    for (int j = 0; j < RB; j++) out[j] = scratch + (r + j) * kSplit + s;
+    const ExtraKeys more{ropes + s * each, scales_of(ropes, a.rope_dim) + s, a.rope_dim};
+    score_tile<C, RB, NV>(query + r, keys + s * each, scales_of(keys, a.head_dim) + s, width, a.head_dim, more, out, {nullptr, 0});
+  });
+  const float scale = C == Fmt::FP8 ? a.scale * a.k_scale[head] : a.scale, temperature = temperature_at(a, q.position + token);
+  for (int r = 0; r < share; r++) {
+    float* s = scratch + r * kSplit;
+    for (int i = 0; i < width; i++)
+      if (i / F::N >= c.used[i % F::N]) s[i] = -INFINITY;
+    softmax_row(a, scale, temperature, 0, 0, s, 0, width, 0, width, top + r, total + r);
+  }
+  if (a.latent) {
+    const char* block = keys;
+    for (int r = 0; r < share; r++) {
+      weights[r] = scratch + r * kSplit;
+      for (int s = 0; s < width && C == Fmt::I8; s += F::N)  // multiply the weights by the scales of the values
+        store(scratch + r * kSplit + s, load(weights[r] + s) * load_bf16(scales_of(keys, a.head_dim) + s));
+    }
+    for (int d = 0; d < a.v_dim; d++)
+      for (int r = 0; r < share; r += kBlock)
+        with_rows<kBlock>(std::min(kBlock, share - r), [&]<int RB>() {
+          float* to[RB];
+          for (int j = 0; j < RB; j++) to[j] = acc + (r + j) * a.v_stride + d;
+          latent_tile<C, RB>(weights + r, &block, int64_t(d) * width, width, 0, width, to);
+        });
+    return;
+  }
+  // Values, and their weights, in ascending order of positions.
+  char* values = ropes + block_bytes(C, a.rope_dim, width);
+  float* ordered = (float*)(values + int64_t(c.count) * a.v_stride * each);
+  for (int i = 0; i < c.count; i++) {
+    const int at = c.positions[i] % a.page;
+    const char* page = (const char*)a.v + (q.blocks[c.positions[i] / a.page] * heads + head) * a.block_bytes(a.v_stride);
+    std::memcpy(values + int64_t(i) * a.v_stride * each, page + int64_t(at) * a.v_stride * each, size_t(a.v_stride) * each);
+    const float by = C == Fmt::I8 ? from_bf16(((const uint16_t*)(page + int64_t(a.v_stride) * a.page))[at]) : 1.0f;
+    for (int r = 0; r < share; r++) ordered[r * c.count + i] = scratch[r * kSplit + c.slot[i]] * by;
+  }
+  by_tile(share, a.v_stride, [&]<int RB, int NV>(int r, int v) {
+    for (int j = 0; j < RB; j++) weights[j] = ordered + (r + j) * c.count, out[j] = acc + (r + j) * a.v_stride + v;
+    value_tile<C, RB, NV>(weights, values + v * each, a.v_stride, c.count, out, {nullptr, 0});
+  });
+}
+
+// Computes a split by split_of_chosen() if each token's slots are at most half of the positions of the split that it sees, and
+// returns true; else false.
+template <Fmt C>
+bool few_chosen(const AttendArgs& a, const Query& q, int64_t split, float* scratch, float* top, float* total, float* acc) {
+  if (!a.chosen || a.slopes) return false;
+  const int share = a.heads / a.kv_heads;
+  const int64_t start = split * kSplit;
+  Slots slots;
+  for (const bool compute : {false, true})
+    for (int t = 0; t < q.tokens; t++) {
+      const int64_t low = std::max(start, a.reach.first(q.position + t)), high = std::min(start + kSplit, q.position + t + 1);
+      place_chosen(a, q.first_row + t, low, high, slots);
+      const int64_t r = int64_t(t) * share;
+      if (compute) split_of_chosen<C>(a, q, t, slots, scratch, top + r, total + r, acc + r * a.v_stride);
+      else if (2 * slots.width > high - low && slots.count) return false;
+    }
+  return true;
+}
+
 template <Fmt C>
 void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch, float* top, float* total, float* acc) {
+  if (few_chosen<C>(a, q, split, scratch, top, total, acc)) return;
   const int share = a.heads / a.kv_heads, rows = q.tokens * share;
   const int64_t start = split * kSplit, last = q.position + q.tokens;
   const int64_t low = std::max(start, a.reach.first(q.position));
@@ -209,7 +338,7 @@ void split_of(const AttendArgs& a, const Query& q, int64_t split, float* scratch
   for (int r = 0; r < rows; r++) {
     int64_t position = q.position + r / share;
     int64_t own = std::max(low, a.reach.first(position)), stop = std::min(high, position + 1);
-    const float temperature = a.temper == 0 ? 1.0f : float(1 + a.temper * std::log1p(std::floor(double(position + a.temper_from) / a.temper_every)));
+    const float temperature = temperature_at(a, position);
     const float slope = a.slopes ? a.slopes[q.kv_head * share + r % share] : 0.0f;
     float* s = scratch + r * kSplit;
     const bool seen = own < stop && (!a.chosen || keep_chosen(a.chosen + (q.first_row + r / share) * a.ld_chosen, a.count, start, own, stop, s));
@@ -280,6 +409,7 @@ void attend_merge(int64_t rows, int64_t width, float* top, float* total, float* 
 
 // The scores of all positions below `seen` for one token: see ChooseKeys in ops/indexer.py. Each product is one chain of
 // additions over head_dim, each score one over heads. scores: whole pages.
+constexpr int kIndexHeads = F::N == 16 ? 8 : 4;  // heads of which products are computed at a time
 template <Fmt C>
 void score_keys_of(const IndexArgs& a, const int32_t* blocks, const float* q, const float* weights, int64_t seen, float* scores) {
   constexpr int NV = 16 / F::N;
@@ -290,14 +420,17 @@ void score_keys_of(const IndexArgs& a, const int32_t* blocks, const float* q, co
     for (int64_t at = 0; at < a.page; at += 16) {
       F total[NV];
       EACH_OF for (int v = 0; v < NV; v++) total[v] = set(0);
-      for (int h = 0; h < a.heads; h++) {
-        float one[16];
-        const float* row = q + int64_t(h) * a.head_dim;
-        float* out = one;
-        score_tile<C, 1, NV>(&row, block + at * cache_bytes(C), scales + at, a.page, a.head_dim, {nullptr, nullptr, 0}, &out, {nullptr, 0});
-        EACH_OF for (int v = 0; v < NV; v++)
-          total[v] = fma(max(set(0), load(one + v * F::N) * set(a.scale)), set(weights[h]), total[v]);
-      }
+      for (int first = 0; first < a.heads; first += kIndexHeads)
+        with_rows<kIndexHeads>(std::min(kIndexHeads, a.heads - first), [&]<int RB>() {
+          float products[RB][16];
+          const float* rows[RB];
+          float* out[RB];
+          for (int h = 0; h < RB; h++) rows[h] = q + int64_t(first + h) * a.head_dim, out[h] = products[h];
+          score_tile<C, RB, NV>(rows, block + at * cache_bytes(C), scales + at, a.page, a.head_dim, {nullptr, nullptr, 0}, out, {nullptr, 0});
+          for (int h = 0; h < RB; h++)
+            EACH_OF for (int v = 0; v < NV; v++)
+              total[v] = fma(max(set(0), load(products[h] + v * F::N) * set(a.scale)), set(weights[first + h]), total[v]);
+        });
       EACH_OF for (int v = 0; v < NV; v++) store(scores + page * a.page + at + v * F::N, total[v]);
     }
   }

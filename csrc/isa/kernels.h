@@ -173,9 +173,15 @@ struct AttendArgs {
   const float *k_scale, *v_scale;  // of an FP8 cache: [heads of the cache]
   const int32_t* chosen;           // the positions that each token attends to, ascending; null: all
   int64_t ld_chosen, count;        // count: columns of `chosen`
+  float* gathered;                 // workspace of gathered_floats() for the chosen positions of a split; null without `chosen`
 
   int64_t block_bytes(int64_t width) const { return intaglio::block_bytes(format, width, page); }
 };
+
+// Floats of workspace for half of a split's positions: keys, values, and the weights of `rows` query rows.
+constexpr int64_t gathered_floats(Fmt format, int64_t key_width, int64_t value_width, int64_t rows) {
+  return (block_bytes(format, key_width + value_width, kSplit / 2) + kSplit / 2 * 2 + 3) / 4 + kSplit / 2 * rows;
+}
 
 struct IndexArgs {  // of the op choose_keys
   const void* keys;  // cache of one head

@@ -1,5 +1,6 @@
 // All kernels for one instruction set. Compiled once for each, with its compiler flags and -DISA=its namespace.
 #include <algorithm>
+#include <type_traits>
 
 #include "isa/kernels.h"
 #include "isa/simd.h"

@@ -157,7 +157,7 @@ class Attend : public OpKernel {
   void plan(Planner& p) override {
     const Tasks& t = p.plan().of<Tasks>(tasks_);
     p.workspace(t.partials * 4);
-    p.floats(int64_t(std::max(kTaskRows, tasks_.share)) * (kSplit + 2 * tasks_.v_stride + 4));
+    p.floats(gathered() + int64_t(std::max(kTaskRows, tasks_.share)) * (kSplit + 2 * tasks_.v_stride + 4));
     p.phase(Splits, int64_t(t.tasks.size()), 1);
     p.phase(Merges, int64_t(t.merges.size()), 1);
   }
@@ -169,7 +169,8 @@ class Attend : public OpKernel {
                        context_.page, tasks_.reach, scale_, softcap_, k_.format, k_.memory.data(),
                        latent ? nullptr : v_.memory.data(), rope_ ? rope_->memory.data() : nullptr, rope_ ? rope_->head_dim : 0,
                        latent, k_.heads == 1, sinks_, slopes_, temper_, temper_every_, temper_from_, k_scale_.data(), v_scale_.data(),
-                       chosen_ ? chosen_->integers(0) : nullptr, chosen_ ? chosen_->ld : 0, chosen_ ? chosen_->cols : 0};
+                       chosen_ ? chosen_->integers(0) : nullptr, chosen_ ? chosen_->ld : 0, chosen_ ? chosen_->cols : 0,
+                       chosen_ ? mine.floats : nullptr};
     for (int64_t i = begin; i < end; i++)
       if (part == Merges) merge(a, t.merges[size_t(i)], mine);
       else if (t.tasks[size_t(i)].split < 0) attend_whole(a, t.tasks[size_t(i)], mine);
@@ -189,20 +190,24 @@ class Attend : public OpKernel {
     const StepInputs& in = context_.in;
     return {in.block_table + seq * in.table_width, in.first_row[seq] + token, in.context_len[seq] - in.q_len[seq] + token, tokens, kv_head};
   }
+  // Floats at the start of a thread's scratch space for AttendArgs::gathered.
+  int64_t gathered() const {
+    return chosen_ ? gathered_floats(k_.format, k_.head_dim + (rope_ ? rope_->head_dim : 0), tasks_.v_stride, tasks_.share) : 0;
+  }
   float* partial(int64_t at) const { return reinterpret_cast<float*>(context_.workspace) + at; }
 
   void attend_split(const AttendArgs& a, const Task& t, Scratch& mine) const {
     const Query q = query(t.seq, t.token, t.tokens, t.kv_head);
     const SoftmaxState one(partial(t.partial), int64_t(t.tokens) * tasks_.share);
-    context_.kernels.attend_split(a, q, tasks_.first_split(q.position) + t.split, mine.floats, one.top, one.total, one.acc);
+    context_.kernels.attend_split(a, q, tasks_.first_split(q.position) + t.split, mine.floats + gathered(), one.top, one.total, one.acc);
   }
   void attend_whole(const AttendArgs& a, const Task& t, Scratch& mine) const {
     const Query q = query(t.seq, t.token, t.tokens, t.kv_head);
     const int64_t rows = int64_t(t.tokens) * tasks_.share, size = rows * (a.v_stride + 2);
-    const SoftmaxState all(mine.floats + rows * kSplit, rows), one(mine.floats + rows * kSplit + size, rows);
+    const SoftmaxState all(mine.floats + gathered() + rows * kSplit, rows), one(mine.floats + gathered() + rows * kSplit + size, rows);
     all.clear(rows, a.v_stride);
     for (int split = tasks_.first_split(q.position); split < tasks_.end_split(q.position, t.tokens); split++) {
-      context_.kernels.attend_split(a, q, split, mine.floats, one.top, one.total, one.acc);
+      context_.kernels.attend_split(a, q, split, mine.floats + gathered(), one.top, one.total, one.acc);
       context_.kernels.attend_merge(rows, a.v_stride, all.top, all.total, all.acc, one.top, one.total, one.acc);
     }
     finish(a, q, all);

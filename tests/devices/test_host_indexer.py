@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from support.host_bench import EPS, ISAS, PAGE, Bench, finish
@@ -87,3 +89,42 @@ def test_choose_keys_beyond_a_split() -> None:
     for isa in ISAS:
         off = np.abs(run(long(), HostDevice(2, isa), batches) - want).max(axis=1)
         assert (off <= 1e-5).mean() > 0.99, isa
+
+
+@pytest.mark.parametrize("format", ["f32", "bf16", "int8row", "e4m3"])
+@pytest.mark.parametrize("latent", [False, True])
+def test_few_chosen_positions_give_the_bits_of_a_mask(format: str, latent: bool) -> None:
+    """Where few positions of a split are chosen, only these are read. Linear biases of 0 make the host read all."""
+    seed = random.randrange(2**40)
+    rng = np.random.default_rng(seed)
+    rows, heads, dim = 700, int(rng.choice([2, 5, 40])), int(rng.integers(1, 50))
+    bench = Bench(rng, rows, heads * dim)
+    b, groups = bench.b, 1 if latent else int(rng.choice([1, heads]))
+    index = b.cache("index", 1, 3, "f32")
+    key = bench.matrix("key", rows, 3)
+    b.op(KvWrite, "index_write", key, key, index, index)
+    weights, asked = bench.matrix("weights", rows, 2), bench.matrix("asked", rows, 6)
+    chosen = b.op(ChooseKeys, "choose", asked, weights, index, heads=2, top=int(rng.integers(1, 60)))
+    q, fields = bench.x, {"chosen": chosen, "heads": heads, "scale": dim**-0.5, "softcap": float(rng.choice([0, 3]))}
+    if latent:
+        width = int(rng.integers(1, dim + 1))
+        k = v = b.cache("latents", 1, width, format)
+        latents = bench.matrix("k", rows, width)
+        b.op(KvWrite, "write", latents, latents, k, v)
+        if width < dim:
+            fields["rope_cache"] = rope = b.cache("rope", 1, dim - width, format)
+            roped = bench.matrix("r", rows, dim - width)
+            b.op(KvWrite, "rope_write", roped, roped, rope, rope)
+    else:
+        k, v = (b.cache(name, groups, dim, format) for name in ("k_cache", "v_cache"))
+        b.op(KvWrite, "write", *(bench.matrix(name, rows, groups * dim) for name in "kv"), k, v)
+    none = bench.weight("slopes", np.zeros(heads))
+    b.op(Attend, "masked", q, k, v, slopes=none, **fields)
+    bench.x = b.op(Attend, "attend", q, k, v, **fields)
+    program, table = finish(bench), rng.permutation(82)[:44].tolist()
+    batches = [bind([Chunk(range(n, m), n, table, [0])], PAGE) for n, m in ((0, 640), (640, 699), (699, 700))]
+    for isa in ISAS:
+        ex = HostDevice(2, isa).load(program, ArrayWeights(bench.arrays), StateSpec(82, PAGE))
+        for batch in batches:
+            taps = ex.step(StepRequest(batch, taps=["masked", "attend"])).taps
+            np.testing.assert_array_equal(taps["attend"], taps["masked"], err_msg=f"{isa}, seed {seed}")
