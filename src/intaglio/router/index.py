@@ -147,7 +147,11 @@ class CacheIndex:
                 self._assumed.clear()
 
     def snapshot(self, incarnation: str, sequence: int, names: Iterable[str]) -> None:
-        """Replace the confirmed blocks by a snapshot taken after event number `sequence`; an older one is ignored."""
+        """Replace the confirmed blocks by `names`, a snapshot taken after event number `sequence` of `incarnation`.
+
+        A snapshot is ignored if a higher number of the same incarnation was already applied. incarnation: names the
+        replica's cache since its last restart.
+        """
         self.restarted(incarnation)
         if sequence < self.sequence:
             return

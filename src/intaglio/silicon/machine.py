@@ -155,7 +155,11 @@ class Machine:
         return Core(stream, CoreMemory(hbm, sram, acc, watch), queues)
 
     def _accessor(self, core: int, region: Region, writes: bool) -> str:
-        """Text that names another core of the same chip and its started instruction that accessed a region."""
+        """Text that names a core of the same chip, and an instruction it has started that accessed `region`.
+
+        core: the core that asks, which is not searched. writes: look for writes instead of reads. The text is "another
+        core" if none is found.
+        """
         chip = self.cores[core].stream.chip
         for c, other in enumerate(self.cores):
             if c == core or other.stream.chip != chip:

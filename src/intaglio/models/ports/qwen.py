@@ -20,9 +20,9 @@ DEFAULTS = {
 
 
 def windowed(c: Config) -> None:
-    """Set `layer_types` of the config, if it has none: a window in layers from max_window_layers on, if switched on.
+    """Set `layer_types` in the config if it is missing: sliding windows in the layers from max_window_layers on.
 
-    The switch is use_sliding_window; without it all layers have full attention.
+    Without use_sliding_window all layers get full attention. Returns nothing. Raises PortError for a wrong value.
     """
     n = c.whole("num_hidden_layers")
     first = int(c.get("max_window_layers")) if c.flag("use_sliding_window") else n

@@ -172,7 +172,7 @@ def simulated_ranks(network: Network, op: str) -> int:
 
 @lru_cache(maxsize=65536)
 def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
-    """Seconds of a schedule on unit links with chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes; size None: 0 bytes."""
+    """Seconds of a schedule; bandwidth and latency 1; chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes, None: 0."""
     s = collectives.schedule(op, algorithm, ranks)
     chunk = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
     return collectives.seconds(s, network.topology(ranks), [chunk] * s.chunks, network.local)

@@ -198,11 +198,13 @@ def experts_timing(
     target: Target, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
     x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True, kernel: str = "",
 ) -> Timing:  # fmt: skip
-    """The Timing of a layer of routed experts on one rank, which holds experts with `counts` rows each.
+    """The Timing of a layer of routed experts on one rank.
 
-    The bf16 kernels of activation and combination process all tokens * top_k routed rows, those of 8-bit formats
-    only the rank's own. `w_bits`: bits a weight with its scales, 0 for those of `w_format`. `gated`: experts have a
-    gate.
+    counts: token rows of each expert that the rank holds. w_bits: bits per weight including scales; 0: those of
+    `w_format`. gated: experts have a gate. kernel: name of the kernel, "" for the library's default.
+
+    If the library's kernels of activation and combination process all tokens * top_k rows, all are counted; else
+    only the rank's own. Raises ChipError for an unknown kernel.
     """
     run = max(x_format, w_format, key=formats.bits)
     target = target.kernel("experts", run, name=kernel)
