@@ -130,9 +130,9 @@ class Writer:
         return self.permuted[x, order] if order else x
 
     def x_format(self, w: str) -> str:
-        """The name of the format that x is rounded to before a product with weight `w`.
+        """The format that x is rounded to before a product with weight `w`.
 
-        It is f32 if the weight's format allows it.
+        "int8" if the codes of `w` are integers, else "f32".
         """
         return x_format(self.b.tensors[w].format, exact=True)
 

@@ -217,7 +217,10 @@ def _renamed(model: SentencePiece, config: Mapping[str, Any]) -> list[str]:
 
 
 def _model(model: SentencePiece, pieces: list[str], whole: bool) -> models.Model:
-    """The model of the `tokenizers` library. whole: a part of the text that is a piece becomes that piece unmerged."""
+    """The BPE or Unigram model of the `tokenizers` library for a SentencePiece model.
+
+    pieces: text of each piece, by id. whole (BPE only): a part of the text that is a piece becomes that piece unmerged.
+    """
     if model.kind == UNIGRAM:
         unknown = int(model.trainer.get(40, 0))
         return models.Unigram([*zip(pieces, model.scores, strict=True)], unknown, model.byte_fallback)

@@ -232,7 +232,10 @@ def calls(s: Source, known: Tools | None = None, joined: str = "") -> Steps[bool
 
 
 def _next(s: Source, joined: str) -> Generator[None, None, bool]:
-    """Consume the separator before another call. Returns False, with nothing consumed, if no call follows."""
+    """Consume the separator `joined` and the blanks around it, if `{` follows. True if so; else nothing is consumed.
+
+    Yields None while it waits for more text.
+    """
     while not s.last and re.fullmatch(rf"\s*({re.escape(joined)}\s*)?", s.held):
         yield None
     found = re.match(rf"\s*{re.escape(joined)}\s*(?={{)", s.held)
