@@ -67,7 +67,7 @@ class HostAgent:
     def take(self, kind: int, message: bytes) -> None:
         """Call the handler, if there is one, with a frame of this `kind` from the agent. Returns nothing.
 
-        message: the group's number in the first 8 bytes, then the content; the handler gets both.
+        message: the epoch in the first 8 bytes (big-endian), then the content; the handler gets both.
         """
         if self.handler:
             self.handler(self, kind, int.from_bytes(message[:8], "big"), message[8:])
