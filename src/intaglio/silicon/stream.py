@@ -103,7 +103,10 @@ class StreamBuilder:
         self.instructions.append(replace(instruction, wait=tuple(need)))
 
     def _last_access(self, region: Region) -> LastAccess:
-        """The LastAccess record of the tile that contains `region`; in HBM, of what begins at its address."""
+        """The LastAccess record that covers `region`, created empty if there is none.
+
+        In SRAM and accumulators each tile has a record; in HBM each address at which an accessed region begins.
+        """
         low, high = region.span
         if region.space == "hbm":
             return self.accesses.setdefault(("hbm", low), LastAccess())

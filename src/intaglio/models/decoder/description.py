@@ -82,7 +82,7 @@ class Indexer:
 
     Attributes:
         heads: number of its heads.
-        head_dim: columns of a head, of which the first have rope.
+        head_dim: columns of a head; rope turns the first of them, as many as the layer's rope has.
         top: number of positions that it chooses for each query.
         style: how rope pairs columns, "half" or "interleaved".
     """

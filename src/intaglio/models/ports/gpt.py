@@ -183,9 +183,10 @@ def gpt_neox(c: Config, context: int) -> Decoder:
 
 
 def gpt_neox_japanese(c: Config, context: int) -> Decoder:
-    """The Decoder for GPT-NeoX-Japanese, from config.json: no biases but the last layer's after attention.
+    """The Decoder that describes GPT-NeoX-Japanese, from config.json, for up to `context` positions.
 
-    Raises PortError for missing or wrong settings.
+    Its linears have no biases, except the output projection of attention in the last layer. Raises PortError for
+    missing or wrong settings.
     """
     c.table["intermediate_size"] = int(c.whole("hidden_size") * c.real("intermediate_multiple_size"))
     d = gpt_neox(c, context)

@@ -129,9 +129,9 @@ class Network:
 def links_used(chip: ChipSpec, op: str, chips: int) -> int:
     """Number of links of a chip that one link of the modelled topology stands for.
 
-    On a switch all. On k44 (two sides of four chips, each linked to all of the other side) one. On a mesh those between
-    two chips. On a torus two in each dimension that the group spans; half of that for all_to_all and send, whose
-    routes use both directions of the ring.
+    On a switch: all. On k44 (two sides of four chips, each linked to all of the other side): one. On a mesh: those
+    between two chips. On a torus: two in each dimension that the group spans, or half of that for all_to_all and send,
+    whose routes use both directions of the ring.
     """
     if chip.links.topology == "mesh":
         return chip.links.count // (chip.links.max_chips - 1)
