@@ -130,9 +130,9 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
 
 
 def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
-    """The quantised tensor after the steps, which are applied to its codes and scales; None if that is impossible.
+    """The quantised tensor after the steps, which are applied to its codes and scales; None if the steps cannot be.
 
-    It is if a step splits a group or divides rows into a stack (hN), or if the steps transpose otherwise than the
+    They cannot be if one splits a group or divides rows into a stack (hN), or if they transpose otherwise than the
     tensor is stored.
     """
     if steps.count("T") != x.turned or any(s.startswith("h") for s in steps):

@@ -74,7 +74,10 @@ class PromptMemory:
         self._prefixes: OrderedDict[bytes, Prefix] = OrderedDict()
 
     def learn(self, keys: Sequence[bytes], tokens: int, names: Sequence[str], block_size: int) -> None:
-        """Record a prompt's length in tokens and the names of its whole blocks of `block_size` tokens."""
+        """Record a prompt's length in tokens and the names of its whole blocks of `block_size` tokens.
+
+        keys: the prefix keys of the prompt's text, shortest first (see prefix_keys()).
+        """
         if not keys:
             return
         per_chunk = tokens / len(keys)

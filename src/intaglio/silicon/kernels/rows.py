@@ -36,7 +36,12 @@ def elementwise(target: Target, rows: int, width: int, operands: int, cycles: fl
 
 @dataclass(frozen=True)
 class RowsKernel(ChipKernel):
-    """Base class of chip kernels that read or write `operands` matrices [rows, width] once.
+    """Base class of chip kernels that read or write each of several matrices [rows, width] once.
+
+    Attributes:
+        rows: number of rows, or a symbol such as "T".
+        width: columns of a matrix.
+        operands: number of matrices that are inputs, outputs or weights.
 
     A subclass may define cycles().
     """
