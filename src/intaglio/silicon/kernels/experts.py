@@ -255,9 +255,9 @@ class GatheredOperands(Operands):
             self.k.emit(isa.Gather(dst=self.factors, table=weights, index=index))
 
     def load_x(self, rows: slice, depth: slice) -> Region:
-        """Gather columns `depth` of the rows of x set by select_rows(). Returns their tile, not rounded.
+        """Gather columns `depth` of the rows of x set by select_rows(), times their routing weights if it got any.
 
-        `rows` is ignored; the base class needs it.
+        Returns their tile, not rounded. `rows` is ignored; the base class needs it.
         """
         assert self.rows is not None
         raw = self.raw.next().shaped(self.rows.cols, depth.stop - depth.start)
