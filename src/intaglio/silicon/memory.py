@@ -132,9 +132,10 @@ class Memory:
         return raw.view(dtype)
 
     def write(self, r: Region, values: np.ndarray) -> None:
-        """Store `values` [rows, cols], rounded to the region's format (to nearest, ties to even).
+        """Store `values` [rows, cols] in the region's format.
 
-        Raises MachineError if the region lies outside the space.
+        Values for a float format are rounded to nearest, ties to even. Those for an integer format must be whole and in
+        range. Raises MachineError if the region lies outside the space.
         """
         indices = self.byte_indices(r)
         bits, dtype = formats.ELEMENTS[r.format]

@@ -142,7 +142,8 @@ class Plan:
     def fastest(self, sizes: BatchSizes) -> Schedule:
         """The Schedule of one step: of the whole batch, or of its two halves if that is faster.
 
-        Halves are tried only with a library that has dual-batch overlap, if the step communicates.
+        Halves are tried only with a library that has dual-batch overlap, if the step communicates and has at least 2
+        tokens.
         """
         whole = self.schedule(sizes)
         communicates = any(t.link_bytes for t in whole.timings)

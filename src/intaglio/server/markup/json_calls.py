@@ -55,7 +55,7 @@ def value(s: Source, depth: int = 0) -> Pieces[bool]:
 
 
 def string(s: Source) -> Pieces[bool]:
-    """Parse one JSON string and yield its text piece by piece, with its quotes.
+    """Parse one JSON string and yield its text piece by piece, with its quotes; control characters are escaped.
 
     Returns True if the string is complete, False if the text does not begin with a quote or ends early.
     """
