@@ -190,10 +190,10 @@ class Router:
         return late
 
     def wants_prefill(self, job: Job, now: float) -> bool:
-        """True if the job's prompt should be computed by a prefill replica, before the job goes to a decode replica.
+        """True if the job's prompt should be computed by a prefill replica, before the job goes to another replica.
 
-        It should if there are replicas of both kinds, and the best decode replica would have PREFILL_MIN tokens or more
-        to compute.
+        It should if a prefill replica may be given jobs, and if the best of the other replicas would have PREFILL_MIN
+        tokens or more to compute. The policy says which is best.
         """
         if not any(r.placeable and r.role == "prefill" for r in self.replicas.values()):
             return False

@@ -90,11 +90,17 @@ class Timeline:
         return self.totals().flops / (self.seconds * self.chip.peak_flops(format)) if self.seconds else 0.0
 
     def hbm_share(self) -> float:
-        """HBM bytes moved, as a fraction of the data sheet's bandwidth times the step's seconds."""
+        """HBM bytes moved, as a fraction of the data sheet's bandwidth times the step's seconds.
+
+        0 for a step without time.
+        """
         return self.totals().hbm_bytes / (self.seconds * self.chip.hbm_bytes_per_s) if self.seconds else 0.0
 
     def link_share(self) -> float:
-        """Bytes sent, as a fraction of the bandwidth of all links of the chip times the step's seconds."""
+        """Bytes sent, as a fraction of the bandwidth of all links of the chip times the step's seconds.
+
+        0 for a step without time, and for a chip without links.
+        """
         rate = self.chip.links.chip_bytes_per_s
         return self.totals().link_bytes / (self.seconds * rate) if self.seconds and rate else 0.0
 

@@ -120,6 +120,7 @@ class LruMixer:
         width: columns of the recurrence.
         heads: number of blocks of columns, each with matrices of its own for the gates.
         taps: tokens that the convolution reads.
+        block: name of the block's module in a layer of the checkpoint.
     """
 
     width: int

@@ -70,11 +70,12 @@ class ExpertsKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Experts, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of the Streams of the last of five launches.
+        """A list of the Streams of the last launch.
 
-        The first four are executed here, since each launch needs results of earlier ones. 1. Sort the routed rows by
-        expert. 2. Gate and up over gathered tokens. 3. Zeros for rows of experts that other chips hold. 4. Down,
-        scattered back to the order of routing. 5. The weighted sum of each token's rows.
+        The launches before it are executed here, since each needs results of earlier ones. 1. Sort the routed rows by
+        expert. 2. Gate and up over gathered tokens. 3. Zeros for rows of experts that other chips hold, if there are
+        any. 4. Down, scattered back to the order of routing. The last launch computes the weighted sum of each token's
+        rows.
         """
         ids = mem.region(op.ids)
         n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.gate].shape)
