@@ -1,7 +1,9 @@
 // Collectives as ops of a step: what this rank exchanges with the others of its group, through the executable's communicator.
 // One thread does it; a failure ends the step with CommunicatorError.
-#include "comm/communicator.h"
+#include <algorithm>
 
+#include "comm/communicator.h"
+#include "comm/wire.h"
 #include "run/op.h"
 
 namespace intaglio {
@@ -36,8 +38,32 @@ class GroupKernel : public CollectiveKernel {
 
 class AllReduce : public GroupKernel {
  public:
-  explicit AllReduce(OpArgs& a) : GroupKernel(a) {}
-  void run(int, int64_t, int64_t, Scratch&) override { communicator_->all_reduce(collective_, block_of(x_), block_of(out_)); }
+  enum Part { Exchange, AddSlots };
+  explicit AllReduce(OpArgs& a) : GroupKernel(a), context_(a.context), slots_(a.integer("slots")) {}
+  void plan(Planner& p) override {
+    p.single(Exchange);
+    if (slots_ == 1) return;
+    p.workspace(x_.rows() * x_.cols * 4);
+    p.phase(AddSlots, x_.rows(), p.chunk(x_.rows()));
+  }
+  void run(int part, int64_t begin, int64_t end, Scratch&) override {
+    float* sums = reinterpret_cast<float*>(context_.workspace);  // over ranks, of all slots
+    if (part == Exchange)
+      return communicator_->all_reduce(collective_, block_of(x_), slots_ == 1 ? block_of(out_) : Block{sums, x_.rows(), x_.cols, x_.cols});
+    for (int64_t t = begin; t < end; t++) {
+      const float* from = sums + t * x_.cols;
+      float* out = out_.row(t);
+      const int64_t n = out_.cols;
+      std::copy_n(from, n, out);
+      for (int64_t j = 1; j < slots_; j++)
+        for (int64_t i = 0; i < n; i++) out[i] += from[j * n + i];
+      round_block(wire_, {out, 1, n, n}, 0, n);
+    }
+  }
+
+ private:
+  const Context& context_;
+  int64_t slots_;
 };
 
 class AllGather : public GroupKernel {

@@ -57,11 +57,17 @@ class Experts : public OpKernel {
       : context_(a.context), x_(a.rows("x")), weights_(a.rows("weights")), ids_(a.rows("ids")), out_(a.rows("out")),
         residual_(a.optional_rows("residual")), up_(a.weight("gate")), down_(a.weight("down")), gate_bias_(a.optional_vector("gate_bias")),
         down_bias_(a.optional_vector("down_bias")), order_(a.optional_vector("order")), down_order_(a.optional_vector("down_order")),
-        experts_(a.shape("gate")[0]), inner_(a.shape("gate")[1]), top_(ids_.cols), first_(a.integer("first")),
+        experts_(a.shape("gate")[0]), inner_(a.shape("gate")[1]), top_(ids_.cols), slots_(a.integer("slots")),
+        n_(out_.cols / std::max<int64_t>(1, slots_)), first_(a.integer("first")),
         x_bf16_(x_is_bf16(a)), scale_input_(a.flag("scale_input")), activation_(a.choice("activation", activations())),
         alpha_(a.number("alpha")), limit_(a.number("limit")), shift_(a.number("shift")),
         grouped_(experts_, top_, int64_t(kSlices) * a.context.threads) {
-    a.ignore({"up", "up_bias", "of"});  // up is packed with gate; the number of experts on this rank follows from gate's shape
+    a.ignore({"up", "up_bias"});  // up is packed with gate
+    turns_.assign(size_t(std::max(a.integer("of"), experts_)), {});
+    const std::vector<int64_t> held = a.integers("held"), copy = a.integers("copy"), copies = a.integers("copies");
+    for (int64_t m = 0; m < experts_; m++)
+      turns_.at(size_t(held.empty() ? first_ + m : held.at(size_t(m)))) =
+          held.empty() ? Turn{m, 0, 1} : Turn{m, copy.at(size_t(m)), copies.at(size_t(m))};
   }
 
   void plan(Planner& p) override {
@@ -101,7 +107,7 @@ class Experts : public OpKernel {
     a.inner = a.x + aligned(most * bytes_of_rows(up_, x_bf16_, 1));
     a.rounded = a.inner + aligned(entries * inner_ * 4);
     a.out = a.rounded + aligned(most * bytes_of_rows(down_, x_bf16_, 1));
-    a.end = a.out + aligned(entries * out_.cols * 4 + kAlign);
+    a.end = a.out + aligned(entries * n_ * 4 + kAlign);
     return a;
   }
   uint8_t* at(int64_t offset) const { return context_.workspace + offset; }
@@ -110,8 +116,8 @@ class Experts : public OpKernel {
   void sort() {
     grouped_.place(context_.in.t, context_.workspace);
     grouped_.sort([&](int64_t t, int64_t j) {
-      const int64_t e = ids_.integers(t)[j] - first_;
-      return e < 0 || e >= experts_ ? -1 : e;  // -1: an expert of another rank
+      const Turn& turn = turns_[size_t(ids_.integers(t)[j])];
+      return turn.matrix >= 0 && t % turn.copies == turn.copy ? turn.matrix : -1;  // -1: computed by another rank
     });
     int64_t x = 0, rounded = 0;
     for (Active& a : grouped_) {
@@ -156,7 +162,7 @@ class Experts : public OpKernel {
   }
 
   void outer(const Areas& area, int64_t slice, Scratch& mine) const {
-    const int64_t units = down_.units() / experts_, n = out_.cols;
+    const int64_t units = down_.units() / experts_, n = n_;
     grouped_.each_unit(slice, units, [&](const Active& a, int64_t unit) {
       const Weight w = matrix_of(down_, a.matrix, units, n);
       LinearArgs args{&w, {}, x_bf16_, floats_at(area.out) + a.first * n, n, down_bias_ ? down_bias_ + a.matrix * n : nullptr,
@@ -172,7 +178,8 @@ class Experts : public OpKernel {
   }
 
   void combine(const Areas& area, int64_t t) const {
-    const int64_t n = out_.cols;
+    if (slots_) return fill_slots(area, t);
+    const int64_t n = n_;
     const float* rows[kMaxTop];
     float weights[kMaxTop];
     int64_t here = 0;
@@ -188,11 +195,32 @@ class Experts : public OpKernel {
     for (int64_t i = 0; i < n; i++) out[i] = residual ? residual[i] : 0.0f;
   }
 
+  // Writes the results of token t without adding them: slot j has that of its expert j, the last one the residual.
+  void fill_slots(const Areas& area, int64_t t) const {
+    float* out = out_.row(t);
+    for (int64_t j = 0; j < slots_; j++, out += n_) {
+      const int64_t entry = j < top_ ? grouped_.entry(t, j) : -1;
+      if (entry >= 0) {
+        const float* y = floats_at(area.out) + entry * n_;
+        const float weight = scale_input_ ? 1.0f : weights_.row(t)[j];
+        for (int64_t i = 0; i < n_; i++) out[i] = y[i] * weight;
+      } else if (j == top_ && residual_) {
+        std::copy_n(residual_->row(t), n_, out);
+      } else {
+        std::fill_n(out, n_, 0.0f);
+      }
+    }
+  }
+
+  struct Turn {  // the matrix of an expert, -1 if this rank has none; the rank computes it for tokens t with t % copies == copy
+    int64_t matrix = -1, copy = 0, copies = 1;
+  };
   const Context& context_;
   const Tensor &x_, &weights_, &ids_, &out_, *residual_;
   const Weight &up_, &down_;
   const float *gate_bias_, *down_bias_, *order_, *down_order_;
-  int64_t experts_, inner_, top_, first_;
+  int64_t experts_, inner_, top_, slots_, n_, first_;
+  std::vector<Turn> turns_;  // by expert of the model
   bool x_bf16_, scale_input_;
   Act activation_;
   float alpha_, limit_, shift_;

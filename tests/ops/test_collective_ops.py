@@ -89,12 +89,33 @@ def test_a_collective_of_one_rank_is_refused() -> None:
         op.reference({"x": random(0, 2, 2)}, BATCH)
 
 
+@quick
+@given(seeds, st.integers(1, 5), sides, sides, st.integers(1, 4))
+def test_all_reduce_of_slots(seed: int, ranks: int, rows: int, width: int, slots: int) -> None:
+    """The sum of the slots, in their order, does not depend on which rank has the values of a slot."""
+    rng, values = np.random.default_rng(seed), random(seed, rows, slots * width)
+    op = AllReduce(site="s", x="x", out="out", group=tuple(range(ranks)), slots=slots)
+    assert op.shapes(tensors(x=f"f32[T, {slots * width}]")) == {"out": (("T", width), "f32")}
+    results = []
+    for _ in range(2):
+        owner = rng.integers(ranks, size=(rows, slots)).repeat(width, axis=1)
+        results += op.exchange([np.where(owner == r, values, np.float32(0)) for r in range(ranks)])
+    total = values[:, :width].copy()
+    for j in range(1, slots):
+        total += values[:, j * width : (j + 1) * width]
+    for got in results:
+        np.testing.assert_array_equal(got, total)
+    short = replace(op, wire="bf16").exchange([values, *[np.zeros_like(values)] * (ranks - 1)])[-1]
+    np.testing.assert_array_equal(short, formats.round_to(short, "bf16"))
+
+
 def test_all_reduce_refuses() -> None:
     op = AllReduce(site="s", x="x", out="out", group=(0, 2))
     refuses(replace(op, group=(2, 0)), r"group=\(2, 0\); wanted ranks in ascending order", x="f32[T, 8]")
     refuses(replace(op, group=()), r"group=\(\); wanted ranks", x="f32[T, 8]")
     refuses(replace(op, wire="int8"), "wire='int8'; use one of f32, bf16, f16", x="f32[T, 8]")
     refuses(op, r"x is f32\[T\]; wanted a matrix", x="f32[T]")
+    refuses(replace(op, slots=3), "slots=3, but x has 8 columns; wanted 1 or more that divides", x="f32[T, 8]")
 
 
 def test_all_gather_refuses() -> None:
@@ -132,6 +153,8 @@ def test_all_reduce_work() -> None:
     op = AllReduce(site="s", x="x", out="out", group=(0, 1, 2, 3), wire="bf16")
     n = 5 * 8 * 4
     assert op.work(tensors(x="f32[T, 8]", out="f32[T, 8]"), BATCH) == Work(3 * 5 * 8 // 4, 0, 0, 2 * n, 2 * 3 * n // 8)
+    slots = replace(op, slots=4).work(tensors(x="f32[T, 8]", out="f32[T, 2]"), BATCH)
+    assert slots == Work(3 * 5 * 8 // 4 + 3 * 5 * 2, 0, 0, n + n // 4, 2 * 3 * n // 8)
 
 
 def test_all_gather_work() -> None:

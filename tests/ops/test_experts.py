@@ -25,6 +25,7 @@ from intaglio import formats
 from intaglio.batch import Chunk, bind
 from intaglio.ops import Attend, Experts, HeadLinear, KvWrite, Linear, Map, Rope, Route
 from intaglio.ops.op import Work
+from intaglio.program.expert_placement import ExpertPlacement, turns
 
 COUNT, TOP, HIDDEN = 12, 3, 16
 SIZES = {"hidden_size": HIDDEN, "intermediate_size": 24, "num_attention_heads": 2, "pad_token_id": 0, "vocab_size": 8}
@@ -215,6 +216,26 @@ def test_shares_of_experts_add_up(seed: int, rows: int, first: int) -> None:
 
 
 @quick
+@given(seeds, st.integers(1, 9), st.integers(1, 4), st.integers(0, 6), st.booleans())
+def test_experts_by_placement(seed: int, rows: int, ranks: int, redundant: int, residual: bool) -> None:
+    """Each slot's result is that of one rank, with zeros on the others, and the slots of a token are its experts."""
+    held = ExpertPlacement.even(["s"], COUNT, ranks, min(redundant, (ranks - 1) * COUNT)).layers["s"]
+    v = mixture(seed, rows, 11, biased=True)
+    base, total = experts(v, slots=TOP + residual, of=COUNT), np.zeros((rows, (TOP + residual) * HIDDEN), np.float32)
+    for rank, own in enumerate(held):
+        mine = {n: x[list(own)] if n.startswith(("gate", "up", "down")) else x for n, x in v.items()}
+        if residual and rank == 0:
+            mine["r"] = random(seed + 5, rows, HIDDEN)
+        got = run(replace(base, residual="r" if "r" in mine else None, **turns(held, rank)), mine)
+        assert not (got.astype(bool) & total.astype(bool)).any()
+        total += got
+    parts = total.reshape(rows, TOP + residual, HIDDEN)
+    close(parts[:, :TOP].sum(axis=1), run(experts(v), v).astype(np.float64), 4e-6)
+    if residual:
+        np.testing.assert_array_equal(parts[:, TOP], random(seed + 5, rows, HIDDEN))
+
+
+@quick
 @given(seeds, st.integers(1, 9), st.integers(1, 30))
 def test_columns_in_an_order_of_each_expert(seed: int, rows: int, inner: int) -> None:
     """Matrices whose columns change places, and orders that say so, are the matrices as they were."""
@@ -266,6 +287,12 @@ def test_experts_refuses() -> None:
     refuses(replace(op, activation="exp"), "activation='exp'; use one of silu", **own)
     refuses(replace(op, alpha=0.0), "alpha=0.0, limit=0.0; above 0", **own)
     refuses(replace(op, first=3, of=6), r"first=3, of=6, but gate has 4 experts", **own)
+    placed = {"held": (0, 2, 3, 5), "copy": (0, 0, 1, 0), "copies": (1, 1, 2, 1), "of": 6}
+    assert replace(op, **placed, slots=2).shapes(tensors(**own)) == {"out": (("T", 16), "f32")}
+    refuses(replace(op, **{**placed, "held": (0, 2, 2, 5)}), "wanted 4 different experts of 6, ascending", **own)
+    refuses(replace(op, **{**placed, "held": (0, 2, 3, 6)}), "wanted 4 different experts of 6, ascending", **own)
+    refuses(replace(op, **{**placed, "copy": (0, 0, 2, 0)}), "wanted 0 <= copy < copies for each matrix", **own)
+    refuses(replace(op, slots=4), "slots=4, but i has 2 columns; allowed: 0, 3 or, without a residual, 2", **own)
     refuses(replace(op, up_bias="b"), "gate and up have biases both, or none", **own, b="f32[4, 6]")
     three = {"gate_bias": "g", "up_bias": "u", "down_bias": "d"}
     biases = {"g": "f32[4, 6]", "u": "f32[4, 7]", "d": "f32[4, 8]"}
@@ -284,6 +311,8 @@ def test_experts_work_counts_the_experts_even_routing_touches() -> None:
     one, two = (bind([Chunk(range(n), 0, [0])], 4) for n in (1, 2))
     each = 3 * 6 * 8
     assert op.work(table, one) == Work(2 * 2 * each, 2 * each * 2, 0, 4 * (8 + 2 + 2 + 8))
+    placed = replace(op, held=(0, 1, 2, 3), copy=(0, 1, 0, 0), copies=(2, 2, 1, 1), of=8)
+    assert placed.work(table, two).flops == 2 * 2 * 2 * each * 3 // 8
     assert op.work(table, two) == Work(2 * 2 * 2 * each, 3 * each * 2, 0, 2 * 4 * (8 + 2 + 2 + 8))  # 4 * (1 - 1/4)
 
 

@@ -18,21 +18,26 @@ Place = Callable[[int, int], Slot]  # (rank, chunk) -> slot of the chunk on that
 
 
 def input_slot(rank: int, chunk: int) -> Slot:
-    """The input slot of `chunk` on `rank`."""
+    """The Slot in which `chunk` lies before the collective, on any rank."""
     return Slot("in", chunk)
 
 
 def output_slot(rank: int, chunk: int) -> Slot:
-    """The output slot of `chunk` on `rank`."""
+    """The Slot in which `chunk` lies after the collective, on any rank."""
     return Slot("out", chunk)
 
 
 def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a direct reduce-scatter: every rank sends each owner its chunks, and the owner adds them.
 
-    Returns nothing. The owner adds in the group's order. own(i): numbers of the chunks that the group's i-th rank
-    owns, whose sums it gets. src, dst: functions (rank, chunk) -> Slot, which give the slots before and after the
-    reduce-scatter.
+    The owner of a chunk is the rank that gets its sum. It adds in the order of the group.
+
+    Args:
+        w: builder of the schedule.
+        group: numbers of the ranks that take part.
+        own: function from i to the numbers of the chunks that the group's i-th rank owns.
+        src: function (rank, chunk) -> Slot of the chunk before the reduce-scatter.
+        dst: function (rank, chunk) -> Slot of the sum after it.
     """
     for i, owner in enumerate(group):
         for c in own(i):
@@ -45,7 +50,10 @@ def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Plac
 
 
 def fold(w: ScheduleBuilder, rank: int, chunk: int, parts: Sequence[Slot], dst: Slot) -> None:
-    """Add to `w` steps on `rank` that compute dst = ((parts[0] + parts[1]) + parts[2]) + ... from the slots `parts`."""
+    """Add to `w` steps on `rank` that compute dst = ((parts[0] + parts[1]) + parts[2]) + ... from the slots `parts`.
+
+    With one part it is copied.
+    """
     if len(parts) == 1:
         w.copy(rank, chunk, dst, parts[0])
     left = parts[0]
@@ -58,7 +66,7 @@ def fold(w: ScheduleBuilder, rank: int, chunk: int, parts: Sequence[Slot], dst: 
 def gather_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a direct all-gather: every rank sends its chunks to all others, beginning with its successor.
 
-    own, src, dst: as in scatter_direct().
+    Arguments as for scatter_direct(); src and dst give the slots before and after the all-gather.
     """
     for k in range(1, len(group)):
         for i, sender in enumerate(group):
@@ -69,7 +77,10 @@ def gather_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place
 
 
 def copy_own(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` copies of each rank's own chunks from their source to their destination slots, where these differ."""
+    """Add to `w` copies of each rank's own chunks from their source to their destination slots, where these differ.
+
+    Arguments as for scatter_direct().
+    """
     for i, rank in enumerate(group):
         for c in own(i):
             if src(rank, c) != dst(rank, c):
@@ -79,8 +90,8 @@ def copy_own(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst
 def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a ring reduce-scatter: P - 1 rounds for P ranks.
 
-    A chunk's sum travels from its owner's successor around the ring to its owner. own, src, dst: as in
-    scatter_direct().
+    A chunk's sum travels from its owner's successor around the ring to its owner, and each rank on the way adds its own
+    contribution. Arguments as for scatter_direct().
     """
     n = len(group)
     held: dict[tuple[int, int], Slot] = {}
@@ -99,8 +110,8 @@ def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place,
 def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a ring all-gather: P - 1 rounds for P ranks.
 
-    In each round a rank sends the next rank what it received in the round before. own, src, dst: as in
-    scatter_direct().
+    In the first round a rank sends its own chunks to the next rank, later what it received in the round before.
+    Arguments as for scatter_direct().
     """
     n = len(group)
     for k in range(n - 1):
@@ -112,18 +123,18 @@ def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, 
 
 
 def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` a recursive-halving reduce-scatter: in log2 P rounds, partners exchange the halves they will not own.
+    """Add to `w` a recursive-halving reduce-scatter: log2 P rounds for P ranks, P a power of two.
 
-    The distance between partners halves each round. A sum takes the lower rank's operand first. own, src, dst: as
-    in scatter_direct().
+    In each round two partners exchange the halves that they will not own. The distance between partners halves each
+    round. A sum takes the lower rank's operand first. Arguments as for scatter_direct().
     """
     n = len(group)
     held: dict[tuple[int, int], Slot] = {}
 
     def mine(i: int, distance: int) -> list[int]:
-        """A list of the chunks that are owned by the ranks of rank i's block.
+        """The chunks owned by all ranks of the group's i-th rank's block, as a list.
 
-        A block has `distance` ranks, and the first is a multiple of `distance`.
+        Blocks have `distance` ranks each.
         """
         first = i // distance * distance
         return [c for j in range(first, first + distance) for c in own(j)]
@@ -145,9 +156,10 @@ def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
 
 
 def gather_doubling(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
-    """Add to `w` a recursive-doubling all-gather: log2 P rounds, in which partners exchange all they have.
+    """Add to `w` a recursive-doubling all-gather: log2 P rounds for P ranks, P a power of two.
 
-    The distance between partners doubles each round. own, src, dst: as in scatter_direct().
+    In each round two partners exchange all they have. The distance between partners doubles each round. Arguments as
+    for scatter_direct().
     """
     copy_own(w, group, own, src, dst)
     distance = 1
@@ -162,9 +174,9 @@ def gather_doubling(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
 def scatter_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a reduce-scatter for two sides of h ranks, each rank linked only to the ranks of the other side.
 
-    Each owner owns h chunks. Its k-th chunk is relayed by the k-th rank of the opposite side, which adds the
-    contributions of the owner's side and its own, and sends the sum to the owner. own, src, dst: as in
-    scatter_direct().
+    Each rank owns h chunks. The k-th rank of the opposite side relays the contributions of the owner's side to the
+    owner's k-th chunk: it adds them and its own, and sends the sum to the owner. Other ranks of the opposite side send
+    their contributions directly. Arguments as for scatter_direct().
     """
     h = len(group) // 2
     sides = (group[:h], group[h:])
@@ -190,8 +202,8 @@ def scatter_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pl
 def gather_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` an all-gather for two sides of h ranks, each rank linked only to the ranks of the other side.
 
-    Each rank sends its chunks to the opposite side, whose k-th rank forwards the k-th of them to the sender's side.
-    own, src, dst: as in scatter_direct().
+    Each rank sends its h chunks to all ranks of the opposite side. The k-th of these forwards the k-th chunk to the
+    other ranks of the sender's side. Arguments as for scatter_direct().
     """
     h = len(group) // 2
     sides = (group[:h], group[h:])
@@ -217,7 +229,10 @@ BLOCKS = {
 
 
 def _by_block(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add to `w` an all_reduce, reduce_scatter or all_gather that treats all ranks as one group; `node` is not used."""
+    """Add to `w` an all_reduce, reduce_scatter or all_gather over all ranks as one group.
+
+    algorithm: a key of BLOCKS. An all_reduce is a reduce-scatter and then an all-gather. node is not used.
+    """
     scatter, gather = BLOCKS[algorithm]
     group, each = range(w.ranks), w.chunks // w.ranks
 
@@ -232,9 +247,9 @@ def _by_block(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _one_shot(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add to `w` a one-shot all_reduce: every rank sends its whole input to all others, and each adds all of them.
+    """Add to `w` a one-shot all_reduce: every rank sends its whole input to all others, and each adds all inputs.
 
-    The order of the sum is by rank.
+    Inputs are added in the order of the ranks. algorithm and node are not used.
     """
     for receiver in range(w.ranks):
         got = [input_slot(receiver, 0) if sender == receiver else w.temp(receiver) for sender in range(w.ranks)]
@@ -245,10 +260,10 @@ def _one_shot(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _hierarchical(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add to `w` a two-level collective for nodes of `node` ranks.
+    """Add to `w` a two-level all_reduce, reduce_scatter or all_gather for nodes of `node` ranks.
 
-    A reduce-scatter runs inside each node, then one across nodes among ranks with the same local rank; all-gathers
-    run in the reverse order.
+    A reduce-scatter runs inside each node, then across nodes among ranks with the same place in their node. All-gathers
+    run across nodes first, then inside them. algorithm is not used.
     """
     count = w.ranks // node
     inside = [range(n * node, (n + 1) * node) for n in range(count)]
@@ -278,16 +293,21 @@ def _hierarchical(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _itself(group: Sequence[int]) -> Own:
-    """The function own(i), as in scatter_direct(): the group's i-th rank owns the chunk with its own rank number."""
+    """A function own(i), as scatter_direct() takes it: the group's i-th rank owns the chunk with its rank number."""
     return lambda i: (group[i],)
 
 
 def _exchange(w: ScheduleBuilder, algorithm: str, node: int) -> None:
-    """Add to `w` an all_to_all by the algorithm direct, ring or two_step.
+    """Add to `w` an all_to_all.
 
-    direct: one transfer for each pair of ranks. ring: rank by rank along the ring, in the shorter direction.
-    two_step: directly to the opposite side; to a rank's own side in h parts, the k-th relayed by the k-th rank of
-    the opposite side.
+    algorithm is one of:
+
+    - direct: one transfer for each pair of ranks.
+    - ring: from rank to rank along the ring, in the shorter direction.
+    - two_step: directly to the opposite side; to a rank's own side in h parts, the k-th relayed by the k-th rank of the
+      opposite side.
+
+    node is not used.
     """
     n, parts = w.ranks, w.chunks // w.ranks**2
     h, paths = n // 2, list[tuple[int, list[int]]]()
@@ -307,7 +327,10 @@ def _exchange(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _relay(w: ScheduleBuilder, chunk: int, path: Sequence[int]) -> None:
-    """Add to `w` the steps that move a chunk along the ranks `path`, one after the other."""
+    """Add to `w` the steps that move a chunk along the ranks `path`, one after the other.
+
+    It goes from the first rank's input slot to the last rank's output slot.
+    """
     at = input_slot(path[0], chunk)
     for a, b in pairwise(path):
         into = output_slot(b, chunk) if b == path[-1] else w.temp(b)
@@ -363,7 +386,7 @@ for _collective in ("all_gather", "reduce_scatter"):
 
 
 def algorithms(collective: str, ranks: int, node: int = 0) -> list[str]:
-    """A list of the names of the algorithms for `collective` that support `ranks` ranks.
+    """The names of the algorithms for `collective` that support `ranks` ranks, as a list.
 
     node: ranks in a node, for algorithms with two levels; 0: no nodes. Raises ScheduleError for an unknown collective.
     """
@@ -374,9 +397,9 @@ def algorithms(collective: str, ranks: int, node: int = 0) -> list[str]:
 
 @cache
 def schedule(collective: str, algorithm: str, ranks: int, node: int = 0) -> Schedule:
-    """The schedule of `collective` with `algorithm`. `node`: ranks in a node, for "hierarchical".
+    """The Schedule of `collective` with `algorithm` for `ranks` ranks. node: ranks in a node, for "hierarchical".
 
-    Raises ScheduleError if there is no such collective, or no such algorithm for this number of ranks.
+    Raises ScheduleError for ranks below 1, an unknown collective, and an algorithm that does not support these ranks.
     """
     if ranks < 1:
         raise ScheduleError(f"ranks={ranks}; allowed: 1 or more")

@@ -18,7 +18,7 @@ from intaglio.collectives.topology import Topology
 
 
 def chunk_bytes(s: Schedule, nbytes: float) -> list[float]:
-    """A list of the bytes of each chunk of a schedule, all equal, for a payload of `nbytes`.
+    """The bytes of each chunk of a schedule for a payload of `nbytes`, as a list of equal numbers.
 
     nbytes: size of one rank's input (all_reduce, reduce_scatter, all_to_all, send) or output (all_gather).
     """
@@ -27,10 +27,17 @@ def chunk_bytes(s: Schedule, nbytes: float) -> list[float]:
 
 
 def seconds(s: Schedule, topology: Topology, sizes: Sequence[float], local: float = inf) -> float:
-    """Modelled seconds until the schedule's last step has ended on this topology. `sizes`: bytes of each chunk.
+    """Modelled seconds until the last step of a schedule has ended on a topology.
 
-    local: bytes per second at which a rank copies and reduces, one chunk at a time. A transfer starts when its send and
-    its recv are ready and every link of its route is free. Transfers waiting for a link get it in schedule order.
+    A transfer starts when its send and its recv are ready and every link of its route is free. Transfers waiting for a
+    link get it in schedule order.
+
+    Args:
+        s: the schedule.
+        topology: the links.
+        sizes: bytes of each chunk.
+        local: bytes per second at which a rank copies and reduces, one chunk at a time.
+
     Raises ScheduleError if topology and schedule have different numbers of ranks.
     """
     if topology.ranks != s.ranks:
@@ -43,11 +50,11 @@ FREE, END, BEGIN = 0, 1, 2  # events: a link or rank becomes free, a step ends, 
 
 
 class _Run:
-    """Event-driven simulation of one schedule.
+    """Event-driven simulation of one schedule on a topology. time() runs it and returns its seconds.
 
     Attributes:
         waits: number of unmet dependencies of each step.
-        busy: the tick at which a link (by its number) or a rank (by -1 - rank) becomes free.
+        busy: the tick at which a link or a rank becomes free; the key is a link's number, or -1 - rank.
     """
 
     def __init__(self, s: Schedule, topology: Topology, sizes: Sequence[float], local: float) -> None:
@@ -80,15 +87,15 @@ class _Run:
         return now * TICK
 
     def count_down(self, step: int, now: int) -> None:
-        """Mark one dependency of `step` as met at tick `now`. If it was the last, queue the step. Returns nothing."""
+        """Count one dependency of step number `step` as met at tick `now`. If it was the last, queue the step."""
         self.waits[step] -= 1
         if self.waits[step] == 0:
             heapq.heappush(self.events, (now, BEGIN, step))
 
     def begin(self, i: int, now: int) -> None:
-        """Start step `i` at tick `now`, or queue it at the first busy link or rank that it needs. Returns nothing.
+        """Start step number `i` at tick `now`, or queue it at the first busy link or rank that it needs.
 
-        A send takes no time itself; it only marks a dependency of its recv as met.
+        A send takes no time itself; it only counts as a dependency of its recv, which is met now.
         """
         step, size = self.steps[i], self.sizes[self.steps[i].chunk]
         if step.kind == "send":
@@ -116,10 +123,18 @@ def ticks(seconds: float) -> int:
 def choose(
     collective: str, topology: Topology, nbytes: float, *, node: int = 0, local: float = inf, ordered: bool = False
 ) -> tuple[Schedule, float]:
-    """The fastest schedule for a payload of `nbytes` on a topology. Returns (schedule, modelled seconds).
+    """The fastest schedule for a payload of `nbytes` bytes on a topology. Returns (schedule, modelled seconds).
 
-    node, local: as for schedule() and seconds(). ordered: consider only schedules that sum all values in the same
-    order, by rank or by one tree, so that no bit depends on the position of a value in the payload.
+    Args:
+        collective: its name.
+        topology: the ranks and links.
+        nbytes: as for chunk_bytes().
+        node: ranks in a node, for algorithms with two levels; 0: no nodes.
+        local: bytes per second at which a rank copies and reduces.
+        ordered: consider only schedules that sum all values in one order, by rank or by one tree. Then no bit depends
+            on a value's position in the payload.
+
+    Raises ScheduleError for an unknown collective.
     """
     best: tuple[Schedule, float] | None = None
     for algorithm in algorithms(collective, topology.ranks, node):

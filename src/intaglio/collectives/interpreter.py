@@ -12,12 +12,16 @@ from intaglio.collectives.schedule import Schedule, ScheduleError, Slot
 def execute(
     s: Schedule, inputs: Sequence[Mapping[int, np.ndarray]], order: Iterable[int] | None = None
 ) -> list[dict[int, np.ndarray]]:
-    """Execute a schedule. Takes and returns one dict per rank, from the number of a chunk to its array.
+    """Execute a schedule. Returns a list with one dict per rank, {chunk number: array}, of Schedule.outputs().
 
-    The dicts have the chunks of Schedule.inputs() and Schedule.outputs(). Sums keep the arrays' dtype.
+    Sums keep the arrays' dtype.
 
-    order: indices of all steps in execution order, by default schedule order; the result does not depend on it.
-    Raises ScheduleError for a missing chunk, and for a step that runs before one it depends on.
+    Args:
+        s: the schedule.
+        inputs: one such dict per rank, of Schedule.inputs().
+        order: indices of all steps in execution order, by default schedule order; the result does not depend on it.
+
+    Raises ScheduleError for inputs with other chunks, a step that runs before one it depends on, and a malformed step.
     """
     memory: list[dict[Slot, np.ndarray]] = []
     for rank, chunks in enumerate(inputs):
@@ -50,29 +54,28 @@ def execute(
 
 
 def cut(x: np.ndarray, parts: int) -> list[np.ndarray]:
-    """A list of `parts` views of x of near-equal width along its last axis; some are empty if the axis is shorter.
+    """`parts` views of x of near-equal width along its last axis, as a list; some are empty if the axis is shorter.
 
-    The split is by columns, so that the chunk of a value, and so its summation order, does not depend on the number
-    of rows.
+    The cut is by columns: so the chunk of a value, and its summation order, do not depend on the number of rows.
     """
     n = x.shape[-1]
     return [x[..., n * i // parts : n * (i + 1) // parts] for i in range(parts)]
 
 
 def join(chunks: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Concatenate chunks along the last axis in order of their numbers into one array; the inverse of cut()."""
+    """The chunks concatenated along the last axis, in order of their numbers, as one array; the inverse of cut()."""
     return np.concatenate([chunks[c] for c in sorted(chunks)], axis=-1)
 
 
 def all_reduce(s: Schedule, x: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Run an all_reduce schedule on one array per rank, all of one shape. Returns a list: the sum for each rank."""
+    """Run an all_reduce schedule on one array per rank, all of one shape. Returns a list: each rank's sum."""
     return [join(got) for got in execute(s, [dict(enumerate(cut(a, s.chunks))) for a in x])]
 
 
 def reduce_scatter(s: Schedule, x: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
     """Run a reduce_scatter schedule on arrays x[sender][receiver]. Returns a list: each receiver's sum over senders.
 
-    The arrays for one receiver have the same shape.
+    The arrays for one receiver have one shape.
     """
     each = s.chunks // s.ranks
     inputs = [{r * each + i: c for r, part in enumerate(row) for i, c in enumerate(cut(part, each))} for row in x]
@@ -80,7 +83,7 @@ def reduce_scatter(s: Schedule, x: Sequence[Sequence[np.ndarray]]) -> list[np.nd
 
 
 def all_gather(s: Schedule, x: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-    """Run an all_gather schedule on one array per rank, of any shapes. Returns y[rank]: the list of all arrays."""
+    """Run an all_gather schedule on one array per rank, of any shapes. Returns y[rank], a list of all arrays."""
     each = s.chunks // s.ranks
     inputs = [{r * each + i: c for i, c in enumerate(cut(part, each))} for r, part in enumerate(x)]
     runs = [range(r * each, (r + 1) * each) for r in range(s.ranks)]

@@ -36,7 +36,8 @@ def steps_well_formed(s: Schedule) -> Iterator[str]:
 def transfers_paired(s: Schedule) -> Iterator[str]:
     """Yield a message for each send without exactly one later recv of the same tag and chunk, and for each stray recv.
 
-    The two must name each other as peers, and the recvs between two ranks must be in the order of the sends.
+    Also for a pair that do not name each other as peers, and for recvs between two ranks in another order than the
+    sends.
     """
     sends, recvs = ({}, {})  # type: tuple[dict[int, int], dict[int, int]]
     last: dict[tuple[int, int], int] = {}
@@ -64,8 +65,8 @@ def transfers_paired(s: Schedule) -> Iterator[str]:
 def no_deadlock(s: Schedule) -> Iterator[str]:
     """Yield a message for each step that can never run, because it waits for a cycle of dependencies.
 
-    A send and its recv count as one step here, so a schedule passes only if it runs even when every send blocks
-    until its recv is ready.
+    A send and its recv count as one step here. So a schedule without messages runs even if every send blocks until its
+    recv is ready.
     """
     pair: dict[int, int] = {}
     node = list(range(len(s.steps)))  # a send and its recv share a node
@@ -91,10 +92,11 @@ def no_deadlock(s: Schedule) -> Iterator[str]:
 
 
 def hazards_ordered(s: Schedule) -> Iterator[str]:
-    """Yield a message for each access to a slot that is not ordered after the earlier accesses it conflicts with.
+    """Yield a message for each access to a slot that is not ordered after an earlier access that it conflicts with.
 
-    A read must depend on the last write of its slot; a write on the slot's last write and the reads since. Reads of
-    slots that nothing has written, and dependencies on other than earlier steps of the same rank, are reported too.
+    A read must depend on the last write of its slot; a write on the slot's last write and on the reads after that.
+    There is a message too for a read of a slot that nothing has written, and for a dependency on a later step or
+    another rank's.
     """
     writes: dict[tuple[int, Slot], int] = {}
     reads: dict[tuple[int, Slot], list[int]] = {}
@@ -121,7 +123,7 @@ def hazards_ordered(s: Schedule) -> Iterator[str]:
 def every_contribution_summed_once(s: Schedule) -> Iterator[str]:
     """Yield a message for each output chunk that a rank does not get, or gets with a contribution missing or repeated.
 
-    A chunk that is summed in different orders on different ranks is reported too.
+    There is a message too for a chunk that is summed in different orders on different ranks.
     """
     held = trace(s)
     alike: dict[int, Sum] = {}
@@ -139,7 +141,7 @@ def every_contribution_summed_once(s: Schedule) -> Iterator[str]:
 
 
 def contributors(s: Schedule, chunk: int) -> range:
-    """Numbers of the ranks whose inputs are summed in output chunk `chunk`, as a range."""
+    """The ranks whose inputs make up output chunk `chunk`, as a range: all that are summed, or the one it is from."""
     if s.collective in ("all_reduce", "reduce_scatter"):
         return range(s.ranks)
     owner = next(r for r in range(s.ranks) if chunk in s.inputs(r))
@@ -149,7 +151,8 @@ def contributors(s: Schedule, chunk: int) -> range:
 def trace(s: Schedule) -> dict[tuple[int, Slot], tuple[int, Sum]]:
     """Run a schedule symbolically, in schedule order. Returns {(rank, slot): (chunk, sum)} after the last step.
 
-    A sum is a rank's number (that rank's input), or a pair (left, right) of sums that are added.
+    A sum is a rank's number, which stands for that rank's input, or a pair (left, right) of sums that are added. chunk
+    is -1 where different chunks were added.
     """
     held: dict[tuple[int, Slot], tuple[int, Sum]] = {}
     in_flight: dict[int, tuple[int, Sum]] = {}
@@ -173,7 +176,7 @@ def trace(s: Schedule) -> dict[tuple[int, Slot], tuple[int, Sum]]:
 
 
 def leaves(sum: Sum) -> list[int]:
-    """The ranks whose inputs a symbolic sum (see trace()) adds, as a list from left to right."""
+    """The ranks whose inputs are added in a symbolic sum (see trace()), from left to right, as a list."""
     found, rest = [], [sum]
     while rest:
         top = rest.pop()
@@ -194,9 +197,9 @@ RULES: tuple[Callable[[Schedule], Iterator[str]], ...] = (
 
 
 def check(s: Schedule) -> None:
-    """Raise ScheduleError with the messages of the first rule that a schedule breaks; return nothing if it is valid.
+    """Return nothing if a schedule is valid; else raise ScheduleError with the messages of the first broken rule.
 
-    Rules run in order, since later ones assume the earlier ones.
+    Rules run in the order of RULES, since later ones assume the earlier ones.
     """
     for rule in RULES:
         wrong = list(rule(s))
@@ -207,10 +210,13 @@ def check(s: Schedule) -> None:
 
 
 def order(s: Schedule) -> str:
-    """How a schedule orders its sums: the string "rank", "tree" or "chunk".
+    """In which order a schedule sums the values of a payload: "rank", "tree" or "chunk".
 
-    rank: every chunk is summed as ((0 + 1) + 2) + ... tree: every chunk by the same tree. chunk: by different
-    trees, so the bits of a sum depend on the position of the value in the payload. A collective without sums is "rank".
+    - rank: every chunk as ((0 + 1) + 2) + ..., by number of the rank.
+    - tree: every chunk by the same tree, which is another one.
+    - chunk: chunks by different trees, so that the bits of a sum depend on the value's position in the payload.
+
+    A collective without sums is "rank".
     """
     held = trace(s)
     sums = {held[rank, Slot("out", c)][1] for rank in range(s.ranks) for c in s.outputs(rank)}

@@ -14,13 +14,15 @@ KINDS = ("copy", "send", "recv", "reduce")
 
 
 class ScheduleError(ValueError):
-    """Raised for an invalid schedule, and if there is no schedule for a number of ranks."""
+    """Raised for an invalid schedule, and where no algorithm supports a number of ranks."""
 
 
 class Slot(NamedTuple):
     """Storage for one chunk on one rank.
 
-    Input and output slots (buffers `in` and `out`) are numbered by chunk, temporary slots (`tmp`) by allocation.
+    Attributes:
+        buffer: `in`, `out` or `tmp`.
+        number: in the buffers `in` and `out` the chunk's number, in `tmp` counted from 0 as slots are allocated.
     """
 
     buffer: str
@@ -33,9 +35,17 @@ class Slot(NamedTuple):
 class Step(NamedTuple):
     """One operation of one rank on one chunk.
 
-    copy: dst = src. reduce: dst = src + add, in this order. send: src goes to `peer`. recv: dst comes from `peer`.
-    A send and its recv carry the same `tag`. `after`: indices of steps of this rank that must end before this
-    one begins.
+    Attributes:
+        kind: copy (dst = src), reduce (dst = src + add, in this order), send (src goes to `peer`) or recv (dst comes
+            from `peer`).
+        rank: the rank that runs it.
+        chunk: number of the chunk.
+        src: slot that is read; None for recv.
+        add: second slot that is read, for reduce only.
+        dst: slot that is written; None for send.
+        peer: the other rank of a send or recv, else -1.
+        tag: number that a send and its recv have in common, else -1.
+        after: indices of steps of this rank that must end before this one begins.
     """
 
     kind: str
@@ -62,11 +72,14 @@ class Step(NamedTuple):
 class Schedule:
     """One collective with one algorithm for `ranks` ranks, with its payload split into `chunks` chunks.
 
-    all_reduce: every rank has every chunk as input, and the sum of each as output. reduce_scatter: the same input, and
-    the sums of the rank's own chunks as output. all_gather: a rank's own chunks are its input, all chunks its output.
-    all_to_all: chunks are ordered (sender, receiver, part); inputs are those the rank sends, outputs those it receives.
-    send: all chunks are input of rank 0 and output of the last rank. A rank's own chunks are an equal run of them, in
-    order of rank.
+    A rank's own chunks are a run of chunks / ranks of them, in order of rank. What ranks have at the start and at the
+    end:
+
+    - all_reduce: every rank has every chunk, and gets the sum of each.
+    - reduce_scatter: every rank has every chunk, and gets the sums of its own chunks.
+    - all_gather: a rank has its own chunks, and gets all chunks.
+    - all_to_all: chunks are ordered (sender, receiver, part); a rank has those it sends, and gets those it receives.
+    - send: rank 0 has all chunks, and the last rank gets them.
 
     If sends do not block, every rank can run its own steps one by one in the order of `steps`.
     """
@@ -78,12 +91,12 @@ class Schedule:
     steps: tuple[Step, ...]
 
     def inputs(self, rank: int) -> range:
-        """Numbers of the chunks that are in the input slots of `rank` at the start."""
+        """Numbers of the chunks in the input slots of `rank` at the start, as a range."""
         return {"all_gather": self._own(rank), "all_to_all": self._own(rank),
                 "send": range(self.chunks if rank == 0 else 0)}.get(self.collective, range(self.chunks))  # fmt: skip
 
     def outputs(self, rank: int) -> list[int]:
-        """Numbers of the chunks that are in the output slots of `rank` at the end."""
+        """Numbers of the chunks in the output slots of `rank` at the end, as a list."""
         if self.collective == "reduce_scatter":
             return list(self._own(rank))
         if self.collective == "all_to_all":
@@ -98,9 +111,9 @@ class Schedule:
 
 
 class ScheduleBuilder:
-    """Builds a Schedule step by step: copy(), reduce() and move() add steps, done() returns the schedule.
+    """Builds a Schedule: copy(), reduce() and move() add steps, done() returns the schedule.
 
-    The dependencies of each step are derived from the slots that the steps read and write.
+    The dependencies of each step follow from the slots that the steps read and write.
     """
 
     def __init__(self, collective: str, algorithm: str, ranks: int, chunks: int) -> None:
@@ -117,15 +130,15 @@ class ScheduleBuilder:
         return Slot("tmp", self.temps[rank] - 1)
 
     def copy(self, rank: int, chunk: int, dst: Slot, src: Slot) -> None:
-        """Add the step `dst = src` for a chunk on `rank`. Returns nothing."""
+        """Add a step: on `rank`, copy a chunk from slot `src` to slot `dst`."""
         self._add(Step("copy", rank, chunk, src=src, dst=dst))
 
     def reduce(self, rank: int, chunk: int, dst: Slot, src: Slot, add: Slot) -> None:
-        """Add the step `dst = src + add` for a chunk on `rank`. Returns nothing."""
+        """Add a step: on `rank`, dst = src + add for a chunk, in this order of the operands."""
         self._add(Step("reduce", rank, chunk, src=src, add=add, dst=dst))
 
     def move(self, chunk: int, sender: int, src: Slot, receiver: int, dst: Slot) -> None:
-        """Add a send of `src` on rank `sender` and its recv into `dst` on rank `receiver`. Returns nothing."""
+        """Add two steps that move a chunk: a send of `src` on `sender`, and its recv into `dst` on `receiver`."""
         self._add(Step("send", sender, chunk, src=src, peer=receiver, tag=self.tags))
         self._add(Step("recv", receiver, chunk, dst=dst, peer=sender, tag=self.tags))
         self.tags += 1

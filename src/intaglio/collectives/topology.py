@@ -9,12 +9,19 @@ from functools import cached_property
 
 
 class TopologyError(ValueError):
-    """Raised for a link with invalid values, and for links that do not connect all ranks."""
+    """Raised for a link with invalid values, and for ranks that no links connect."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """A one-directional link. bandwidth: bytes per second. latency: seconds until the first byte arrives."""
+    """A link in one direction.
+
+    Attributes:
+        src: number of the rank or switch at its start.
+        dst: number of the rank or switch at its end.
+        bandwidth: bytes per second.
+        latency: seconds until the first byte arrives.
+    """
 
     src: int
     dst: int
@@ -24,7 +31,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Topology:
-    """Directed links between vertices: ranks are 0..ranks - 1, switches are numbered from `ranks` on.
+    """Links between ranks and switches. Ranks are 0..ranks - 1; switches are numbered from `ranks` on.
 
     Raises TopologyError if a rank cannot be reached from another, or a link is invalid.
     """
@@ -58,7 +65,7 @@ class Topology:
         return {}
 
     def _steps_to(self, goal: int) -> dict[int, int]:
-        """{vertex: number of links on its shortest path to `goal`}, without vertices that cannot reach it."""
+        """{rank or switch: number of links on its shortest path to `goal`}, for all that can reach `goal`."""
         if goal not in self._distances:
             into: dict[int, list[int]] = {}
             for link in self.links:
@@ -74,9 +81,9 @@ class Topology:
         return self._distances[goal]
 
     def route(self, src: int, dst: int) -> tuple[Link, ...]:
-        """The links of a shortest route from rank `src` to rank `dst`, as a tuple in order.
+        """The links of a shortest route from rank `src` to rank `dst`, as a tuple in order; () if they are one rank.
 
-        Different pairs of ranks are spread over equally short routes.
+        Where several routes are equally short, different pairs of ranks take different ones.
         """
         if (src, dst) not in self._routes:
             steps, at, path = self._steps_to(dst), src, list[Link]()
@@ -89,7 +96,7 @@ class Topology:
 
 
 def _links(pairs: Iterable[tuple[int, int]], bandwidth: float, latency: float) -> tuple[Link, ...]:
-    """Two links, one in each direction, for each distinct pair of vertices."""
+    """A tuple of Links, one in each direction, for each distinct pair of ranks or switches."""
     ends = dict.fromkeys(end for a, b in pairs for end in ((a, b), (b, a)))
     return tuple(Link(a, b, bandwidth, latency) for a, b in ends)
 

@@ -14,9 +14,9 @@ from intaglio.program import Program
 def plan_buffers(p: Program) -> Program:
     """The Program with a buffer assigned to each temp, by one linear scan over the ops (as register allocation does).
 
-    Views use their base's buffer. An op's results never share a buffer with its operands. Temps of T rows and of R
-    rows have separate buffers, since the two counts vary independently. A temp takes the narrowest free buffer that
-    is wide enough, else the widest free one, which is widened, else a new one.
+    A temp takes the narrowest free buffer that is wide enough, else the widest free one, which is widened, else a new
+    one. A view uses the buffer of its base. An op's results never share a buffer with its operands. Temps of T rows and
+    of R rows have separate buffers, since the two counts vary independently.
     """
     last = {p.base(name): i for i, op in enumerate(p.ops) for name in (*op.outputs, *op.inputs)}
     widths: list[int] = []
@@ -41,20 +41,28 @@ def plan_buffers(p: Program) -> Program:
 
 
 def planned(p: Program) -> bool:
-    """True if a buffer has been assigned to some temp."""
+    """True if some temp of the Program has a buffer, which plan_buffers() assigns."""
     return any(t.buffer is not None for t in p.tensors.values())
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Size of a buffer: `rows` rows (a number, or the symbol of a batch size such as T) of `row_bytes` bytes each."""
+    """Size of a buffer for temps: rows times bytes per row.
+
+    Attributes:
+        rows: a number, or the symbol of a batch size such as T.
+        row_bytes: bytes of a row.
+    """
 
     rows: Dim
     row_bytes: int
 
 
 def buffers(p: Program) -> dict[str | int, Buffer]:
-    """A dict from a buffer's number to its size (a Buffer); temps without a buffer are listed by their names."""
+    """The size of each buffer of a Program, as a dict from its number to a Buffer.
+
+    A temp to which no buffer is assigned is in the dict by its name, with its own size.
+    """
     sizes: dict[str | int, Buffer] = {}
     for t in p.of_role("temp"):
         if not t.view:
@@ -65,10 +73,10 @@ def buffers(p: Program) -> dict[str | int, Buffer]:
 
 
 def bytes_per_row(p: Program) -> int:
-    """Sum of the bytes per row of all buffers (see buffers())."""
+    """Sum of `row_bytes` over all buffers of a Program (see buffers())."""
     return sum(b.row_bytes for b in buffers(p).values())
 
 
 def _row_bytes(t: Tensor) -> int:
-    """Bytes per row of a temp."""
+    """Bytes of one row of the temp `t`."""
     return prod(int(d) for d in t.shape[1:]) * formats.get(t.format).bits // 8

@@ -6,7 +6,7 @@ from intaglio.program import Program
 
 
 def remove_dead(p: Program) -> Program:
-    """The Program without the ops and tensors that have no effect.
+    """The Program without ops and tensors that have no effect.
 
     An op has an effect if an output depends on it, if it writes state, or if it communicates with other ranks. A tensor
     is kept if it is an input or output, or if a remaining op uses it.

@@ -20,34 +20,36 @@ Absorb = Callable[[Map, str, Op, Mapping[str, Tensor]], Op | None]  # (map, oper
 
 
 def fuse_glu(p: Program) -> Program:
-    """The Program with each map activation(gate) * up over the halves of a linear's result fused into that linear.
+    """The Program in which each linear followed by activation(gate) * up over the halves of its result is one linear.
 
-    The linear then has the attribute `glu`.
+    That linear has the attributes `glu` and `activation`.
     """
     return _fuse_maps(p, _glu)
 
 
 def fuse_epilogues(p: Program) -> Program:
-    """The Program with each scale, activation or residual addition after a linear fused into that linear."""
+    """The Program in which a scale, activation or residual addition after a linear is part of that linear."""
     return _fuse_maps(p, _epilogue)
 
 
 def fuse_residual_norm(p: Program) -> Program:
-    """The Program with each addition of a residual to a norm's result fused into that norm."""
+    """The Program in which the addition of a residual to a norm's result is part of that norm."""
     return _fuse_maps(p, _residual_norm)
 
 
 def fuse_residual_experts(p: Program) -> Program:
-    """The Program with each addition of a residual to the experts' result fused into the experts op."""
+    """The Program in which the addition of a residual to the result of experts is part of the experts op."""
     return _fuse_maps(p, _residual_experts)
 
 
 def _fuse_maps(p: Program, absorb: Absorb) -> Program:
-    """The Program with each map fused into the op that computes one of its operands, where `absorb` can do it.
+    """The Program in which maps are fused into the ops that compute one of their operands, where `absorb` can do it.
 
-    A map is fused only if nothing else reads that operand. The fused op takes the map's place in the order, because
-    only there are all the map's operands written. It keeps its own site and the name of its own result; if the map
-    wrote an output of the Program, it gets the map's result name. absorb: returns the fused op, or None.
+    A map is fused only if no other op reads that operand. The fused op takes the map's place in the order, because the
+    map's other operands are written before there. It has the site of the op that absorbed the map. Its result has the
+    name of that op's result, or the name of the map's result if this is an output of the Program.
+
+    absorb: function (map, operand x, op that computes x, tensors) that returns the fused op, or None if it cannot.
     """
     tensors = dict(p.tensors)
     reads = Counter(p.base(name) for op in p.ops for name in op.inputs)
@@ -56,7 +58,7 @@ def _fuse_maps(p: Program, absorb: Absorb) -> Program:
     renamed: dict[str, str] = {}
 
     def fused(m: Map) -> tuple[str, Op] | None:
-        """(name of the operand that is no longer stored, the op fused with `m`); None if no op can absorb `m`."""
+        """(name of the operand that is no longer stored, the op that also computes `m`); None if no op can do so."""
         bases = [_base(tensors, name) for name in m.inputs]
         for x, base in reversed(list(zip(m.inputs, bases, strict=True))):
             if base in made and tensors[base].role == "temp" and reads[base] == bases.count(base):
@@ -87,7 +89,7 @@ def _base(tensors: Mapping[str, Tensor], name: str) -> str:
 
 
 def _retire(tensors: dict[str, Tensor], old: str, out: str, keep: str) -> None:
-    """Update the tensors after a fusion: delete the result `old` with its views, rename the result `out` to `keep`."""
+    """Update `tensors` after a fusion: delete the result `old` with its views, rename the result `out` to `keep`."""
     for t in [t for t in tensors.values() if t.view]:
         if t.view and t.view[0] == old:
             del tensors[t.name]
@@ -100,7 +102,10 @@ def _retire(tensors: dict[str, Tensor], old: str, out: str, keep: str) -> None:
 
 
 def _glu(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """The linear with glu, if the map is activation(gate) * up over the two halves of its result; else None."""
+    """The linear with `glu`, if the map is activation(gate) * up over the two halves of the linear's result; else None.
+
+    m: the map. t: tensors by name. x is not used.
+    """
     if not isinstance(linear, Linear) or linear.residual is not None or linear.activation:
         return None
     match postfix(m.expr):
@@ -118,10 +123,10 @@ def _glu(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
 
 
 def _epilogue(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """The linear with the map's residual, activation and scale fused into it; None if that is not possible.
+    """The linear with the residual, activation and scale of the map `m`; None if it cannot compute the map.
 
-    The expression is matched from the outside in: `residual + activation(scale * x)`, each part optional. It is
-    not possible if the map does anything else, or if the linear has a residual or an activation already that conflicts.
+    It can if the map is `residual + activation(scale * x)` with x the linear's result, each part optional. It cannot if
+    it has a residual already, or an activation that the map's activation or scale would follow.
     """
     others = [name for name in m.inputs if name != x]
     if not isinstance(linear, Linear) or x != linear.out or linear.residual is not None or len(others) > 1:
@@ -144,7 +149,10 @@ def _epilogue(m: Map, x: str, linear: Op, t: Mapping[str, Tensor]) -> Op | None:
 
 
 def _residual_norm(m: Map, x: str, norm: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """The norm with the map's other operand as its residual, if the map adds two operands; else None."""
+    """The norm with the map's other operand as its residual; None if it cannot compute the map.
+
+    It can if the map is the sum of the norm's result `x` and that operand, and the norm has no residual yet.
+    """
     other = _other_of_sum(m, x)
     if not isinstance(norm, Norm) or x != norm.out or norm.residual is not None or other is None:
         return None
@@ -152,7 +160,11 @@ def _residual_norm(m: Map, x: str, norm: Op, t: Mapping[str, Tensor]) -> Op | No
 
 
 def _residual_experts(m: Map, x: str, experts: Op, t: Mapping[str, Tensor]) -> Op | None:
-    """The experts op with the map's other operand as residual, if the map adds two operands of one shape; else None."""
+    """The experts op with the map's other operand as its residual; None if it cannot compute the map.
+
+    It can if the map is the sum of the op's result `x` and that operand, both have one shape, and the op has no
+    residual yet.
+    """
     other = _other_of_sum(m, x)
     if not isinstance(experts, Experts) or x != experts.out or experts.residual is not None or other is None:
         return None
@@ -160,7 +172,7 @@ def _residual_experts(m: Map, x: str, experts: Op, t: Mapping[str, Tensor]) -> O
 
 
 def _other_of_sum(m: Map, x: str) -> str | None:
-    """The operand other than `x` if the map is the sum of `x` and that operand; None for any other expression."""
+    """The name of the operand that the map adds to `x`; None if the map is any other expression."""
     others = [name for name in m.inputs if name != x]
     steps = postfix(m.expr)
     sums = len(steps) == 3 and steps[0][0] == steps[1][0] == "operand" and steps[2] == PLUS

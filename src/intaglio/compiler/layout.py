@@ -5,37 +5,49 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from intaglio.program import ProgramError
+from intaglio.program import ExpertPlacement, ProgramError
 
 WAYS = {"tp": "tensor parallel", "ep": "experts", "pp": "pipeline"}
+REDUNDANT = re.compile(r"(?<=[0-9])r(\d+)$")
 
 
 class LayoutError(ProgramError):
-    """Raised for a layout that cannot be parsed, or by which a Program cannot be sharded."""
+    """Raised for a text that is no layout, and for a layout that does not fit a Program."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism: `pp` pipeline stages, each shared by tp * ep lanes (ranks that hold the same layers).
+    """Degrees of parallelism. The ranks of one pipeline stage are its lanes, tp * ep of them, and hold the same layers.
 
-    Attention heads are divided among `tp` lanes; experts among `ep`, and each expert's columns among `tp`; everything
-    else among all lanes. lane = expert index * tp + head index, and rank = stage * lanes + lane, so the ranks of a
-    stage are neighbours. `sp` (sequence parallelism): norms and other ops between two all_reduces are split along
-    tokens.
+    rank = stage * lanes + lane, so the ranks of a stage are neighbours; lane = expert index * tp + head index.
+
+    Attributes:
+        tp: lanes among which attention heads, and the columns of each expert, are divided. Everything else is divided
+            among all lanes.
+        ep: groups of lanes among which experts are divided.
+        pp: pipeline stages.
+        sp: sequence parallelism: norms and other ops between two all_reduces are split along tokens.
+        redundant: number of redundant experts, which are further copies of some. Each of the ep groups then holds
+            ceil((experts + redundant) / ep) experts of a layer, and results do not depend on which. None: each holds a
+            run of the experts, without copies.
+        placement: the experts of each group; None: those of ExpertPlacement.even().
     """
 
     tp: int = 1
     ep: int = 1
     pp: int = 1
     sp: bool = False
+    redundant: int | None = None
+    placement: ExpertPlacement | None = None
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """The Layout of a text such as tp4, pp2, tp4pp2, tp2ep4 or, with sequence parallelism, tp4sp.
+        """The Layout of a text such as tp4, pp2, tp4pp2, tp2ep4, with redundant experts ep4r8, with sp tp4sp.
 
-        Raises LayoutError for any other text, and for sp without tp or with ep.
+        Raises LayoutError for any other text, for sp without tp or with ep, and for redundant experts without ep.
         """
-        ways = text.removesuffix("sp")
+        extra = REDUNDANT.search(text)
+        ways = REDUNDANT.sub("", text).removesuffix("sp")
         found = re.findall(r"([a-z]+)(\d+)", ways)
         sizes = {way: int(n) for way, n in found}
         whole = "".join(way + n for way, n in found) == ways and len(sizes) == len(found) > 0
@@ -44,7 +56,9 @@ class Layout:
             raise LayoutError(
                 f"layout {text!r}; wanted some of {known} with N 1 or more, such as tp4pp2; then sp, or not"
             )
-        layout = cls(**sizes, sp=ways != text)
+        layout = cls(**sizes, sp=text.endswith("sp"), redundant=int(extra[1]) if extra else None)
+        if layout.redundant is not None and layout.ep == 1:
+            raise LayoutError(f"layout {text!r}: r{layout.redundant} are redundant experts, which need ep2 or more")
         if layout.sp and (
             layout.tp == 1 or layout.ep > 1
         ):  # with ep, attention and experts sum over different groups of lanes
@@ -55,7 +69,7 @@ class Layout:
 
     @property
     def lanes(self) -> int:
-        """Number of ranks in one stage, tp * ep."""
+        """Number of lanes, the ranks of one pipeline stage: tp * ep."""
         return self.tp * self.ep
 
     @property
@@ -64,8 +78,9 @@ class Layout:
         return self.lanes * self.pp
 
     def rank(self, stage: int, lane: int) -> int:
-        """Number of the rank at position `lane` of pipeline stage `stage`."""
+        """Number of the rank that is lane number `lane` of pipeline stage number `stage`, from 0."""
         return stage * self.lanes + lane
 
     def __str__(self) -> str:
-        return "".join(f"{way}{n}" for way in WAYS if (n := getattr(self, way)) > 1) + "sp" * self.sp or "tp1"
+        ways = "".join(f"{way}{n}" for way in WAYS if (n := getattr(self, way)) > 1)
+        return ways + "sp" * self.sp + (f"r{self.redundant}" if self.redundant is not None else "") or "tp1"

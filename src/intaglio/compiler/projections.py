@@ -13,9 +13,9 @@ ORDER = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # gate before up
 
 
 def merge_projections(p: Program) -> Program:
-    """The Program with linears of one block that have the same input and equal attributes merged into one linear.
+    """The Program in which linears of one block with the same input and equal attributes are one wider linear.
 
-    Their results become views of one result.
+    Their results become views of the wider linear's result.
     """
     reads = Counter(name for op in p.ops for name in op.inputs)
     groups: dict[Hashable, list[Linear]] = {}
@@ -32,14 +32,17 @@ def merge_projections(p: Program) -> Program:
 
 
 def _can_merge(p: Program, op: Linear, reads: Counter[str]) -> bool:
-    """True if no other op uses the linear's weight and bias, nothing is fused into it, and its result is a temp."""
+    """True if the linear may be merged with others.
+
+    Its weight and bias are read by no other op, nothing is fused into it, and its result is a temp.
+    """
     own = all(reads[n] == 1 and p.tensors[n].role == "weight" for n in (op.w, op.bias) if n is not None)
     bare = op.residual is None and not op.activation and not op.glu
     return own and bare and p.tensors[op.out].role == "temp"
 
 
 def _key(p: Program, op: Linear) -> Hashable:
-    """A key that is equal for linears that can be merged: block, input, formats and scale."""
+    """A key that is equal for linears that may become one: the same block, input, formats and scale."""
     block = op.site.rpartition(".")[0]
     bias = op.bias and p.tensors[op.bias].format
     return block, op.x, p.tensors[op.w].format, bias, op.x_format, op.scale
@@ -48,7 +51,8 @@ def _key(p: Program, op: Linear) -> Hashable:
 def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str]) -> Linear:
     """The linear that replaces the linears of `group`. Updates `tensors`.
 
-    In `tensors`, one joined weight replaces their weights, and their results become views of the new linear's result.
+    There one joined weight (and bias) replaces theirs, and their results become views of the new linear's result.
+    sites: of all ops, which the new site must differ from.
     """
     first = group[0]
     leaves = {op.site.rpartition(".")[2]: op for op in group}
@@ -74,9 +78,9 @@ def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str])
 
 
 def _join(tensors: dict[str, Tensor], parts: Sequence[str], place: str, name: str, rows: int) -> None:
-    """Replace the weights `parts` in `tensors` by one weight `name` of `rows` rows that has all their sources.
+    """Replace the weights `parts` in `tensors` by one weight `name` of `rows` rows, with the sources of all parts.
 
-    The new weight takes the position of the weight `place` in the table.
+    place: the part whose position in the table the new weight takes.
     """
     sources = tuple(s for part in parts for s in tensors[part].source)
     whole = replace(tensors[place], name=name, shape=(rows, *tensors[place].shape[1:]), source=sources)
@@ -87,7 +91,10 @@ def _join(tensors: dict[str, Tensor], parts: Sequence[str], place: str, name: st
 
 
 def _joint(block: str, leaves: Sequence[str], taken: set[str]) -> str:
-    """An unused site name for merged linears, such as qkv_proj for q_proj, k_proj, v_proj."""
+    """A site for merged linears, such as BLOCK.qkv_proj for q_proj, k_proj and v_proj; none of `taken`.
+
+    leaves: last parts of the linears' sites.
+    """
     stems = [leaf.removesuffix("_proj") for leaf in leaves]
     tail = "_proj" if all(leaf.endswith("_proj") for leaf in leaves) else ""
     glue = "" if tail and all(len(stem) == 1 for stem in stems) else "_"

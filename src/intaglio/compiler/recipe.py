@@ -21,7 +21,13 @@ from intaglio.program import MeshProgram, Program, ProgramError, verify, verify_
 
 
 class Pass(NamedTuple):
-    """A pass of the recipe: its name, the function `run` from a Program to an equivalent one, and its reason `why`."""
+    """A pass of the recipe.
+
+    Attributes:
+        name: of the pass.
+        run: function from a Program to one that computes the same.
+        why: the reason for the pass, as text.
+    """
 
     name: str
     run: Callable[..., Program]
@@ -72,7 +78,7 @@ def build(
             per token and head) or fp8 (E4M3, with the checkpoint's scales of each layer, or 1).
         passes: the passes to run, in order.
         check: verify after every pass too; the ProgramError then names the pass.
-        report: called with, or extended by, one line per pass.
+        report: a function that is called with one line of text per pass, or a list to which the lines are appended.
     """
     say = report.append if isinstance(report, list) else report
     for step in passes:
@@ -95,11 +101,19 @@ def build_mesh(
     wire: str = "f32",
     check: bool = False,
 ) -> MeshProgram:
-    """Compile and shard a Program: return the MeshProgram with the Programs of all ranks of a layout such as tp4pp2.
+    """Compile and shard a Program. Returns the MeshProgram with the Programs of all ranks.
 
-    wire: format to which values are rounded before they travel between ranks. Weight formats are set before
-    sharding, so that shares are quantised as the whole weight would be. Raises the errors of build(), shard() and
-    verify_mesh().
+    Weight formats are set before sharding, so that each share is quantised as in the whole weight.
+
+    Args:
+        program: as ported.
+        layout: how ranks share the model, such as tp4pp2.
+        weights: as for build().
+        kv_format: as for build().
+        wire: format to which values are rounded before they travel between ranks.
+        check: verify after every pass too.
+
+    Raises the errors of build(), shard() and verify_mesh().
     """
     whole = build(program, weights, kv_format, passes=WHOLE, check=check)
     ranks = shard(whole, layout, wire, _coded(program, whole))
@@ -111,9 +125,9 @@ def build_mesh(
 def build_stages(
     program: Program, layout: str | Layout, weights: str = "auto", kv_format: str = "auto", *, wire: str = "f32"
 ) -> tuple[Program, ...]:
-    """The Program of the first rank of each pipeline stage, as a tuple. Arguments and errors as for build_mesh().
+    """The compiled Program of the first rank of each pipeline stage, as a tuple.
 
-    The ranks of a stage are alike, so one of them is enough to model time.
+    Arguments and errors as for build_mesh(). The ranks of a stage are alike, so one of them is enough to model time.
     """
     lanes = Layout.parse(layout).lanes if isinstance(layout, str) else layout.lanes
     whole = build(program, weights, kv_format, passes=WHOLE)
@@ -122,13 +136,16 @@ def build_stages(
 
 
 def _coded(ported: Program, whole: Program) -> set[str]:
-    """Names of the quantised weights whose format is as in the checkpoint, so that its codes are used unchanged."""
+    """Names of the quantised weights that have the same format in `ported` and in `whole`.
+
+    Their codes are those of the checkpoint. whole: the Program after the passes WHOLE.
+    """
     kept = ((t, ported.tensors.get(t.name)) for t in whole.of_role("weight"))
     return {t.name for t, was in kept if was and was.format == t.format and formats.get(t.format).grouped}
 
 
 def _verify(program: Program, when: str) -> None:
-    """Verify a Program. Raises ProgramError, with `when` in front of the message."""
+    """Verify a Program. Raises ProgramError with the text `when` in front of its message."""
     try:
         verify(program)
     except ProgramError as e:
@@ -136,7 +153,7 @@ def _verify(program: Program, when: str) -> None:
 
 
 def _changes(before: Program, after: Program) -> Iterator[str]:
-    """Yield a line of text for each kind of change that a pass made: ops by kind, formats, tensors removed, buffers."""
+    """Yield a line of text for each kind of change that a pass made: in ops, number of tensors, formats, buffers."""
     old, new = (Counter(op.kind for op in p.ops) for p in (before, after))
     counts = [f"{old[kind]} {kind}s -> {new[kind]}" for kind in sorted(old | new) if old[kind] != new[kind]]
     known = set(before.ops)

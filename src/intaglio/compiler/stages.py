@@ -16,10 +16,10 @@ LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 def stage_of(p: Program, stages: int) -> list[int]:
-    """The number of the pipeline stage of each op, as a list. Stages have near-equal numbers of consecutive layers.
+    """The number of each op's pipeline stage, from 0, as a list. Stages have near-equal numbers of consecutive layers.
 
-    Ops before all layers are in the first stage, ops after them in the last. A layer that attends to positions chosen
-    in an earlier layer is in the stage of that layer: only activations are sent. Raises LayoutError if a stage would
+    Ops before all layers are in the first stage, ops after them in the last. A layer that reads positions chosen in an
+    earlier layer is in that layer's stage, because stages send only activations. Raises LayoutError if a stage would
     have no layers.
     """
     numbers = [int(match[1]) if (match := LAYER.match(op.site)) else None for op in p.ops]
@@ -45,7 +45,11 @@ def stage_of(p: Program, stages: int) -> list[int]:
 
 
 def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> Program:
-    """The Program of one rank: this stage's ops of the lane's Program `p`, with send and recv between stages."""
+    """The Program of one rank: the ops of stage number `stage` in the Program `p` of lane number `lane`.
+
+    A result that another stage reads is sent there, and received here if it comes from another stage. wire: format to
+    which values are rounded before they are sent.
+    """
     at = stage_of(p, layout.pp)
     maker = {name: at[i] for i, op in enumerate(p.ops) for name in op.outputs}
     readers: dict[str, set[int]] = {}
@@ -82,13 +86,13 @@ def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> 
 
 
 def _moved(op: Op, layout: Layout, stage: int) -> Op:
-    """The op; in a collective of a group of lanes, the lanes are replaced by their ranks in this stage."""
+    """The op; in a collective of a group of lanes, the lanes' numbers are replaced by their ranks in stage `stage`."""
     if isinstance(op, Grouped):
         return replace(op, group=tuple(layout.rank(stage, lane) for lane in op.group))
     return op
 
 
 def _tensors(p: Program, ops: list[Op]) -> dict[str, Tensor]:
-    """A dict of the tensors for these ops: all inputs, and the tensors that the ops name."""
+    """The tensors that the ops name, their bases, and all inputs of the Program, as a dict by name."""
     named = {x for op in ops for name in (*op.inputs, *op.outputs) for x in (name, p.base(name))}
     return {name: t for name, t in p.tensors.items() if t.role == "input" or name in named}

@@ -64,7 +64,7 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
 
 
 def _with_scales(op: Op, tensors: dict[str, Tensor]) -> Op:
-    """The op without the scales of its caches that are not e4m3; other ops than kv_write and attend unchanged."""
+    """The op without the scales of caches that are not e4m3. Ops other than kv_write and attend are unchanged."""
     if not isinstance(op, (KvWrite, Attend)):
         return op
     k, v = (tensors[cache].format == formats.CACHED for cache in (op.k_cache, op.v_cache))
@@ -72,12 +72,15 @@ def _with_scales(op: Op, tensors: dict[str, Tensor]) -> Op:
 
 
 def _table_formats(p: Program, name: str) -> dict[str, str]:
-    """{table: name} of the tables whose rows are copied (embeddings), if `name` is f32 or bf16; else {}."""
+    """{table: name} for the embedding tables, whose rows are copied, if the format `name` is f32 or bf16; else {}."""
     return dict.fromkeys((w for op in p.ops for w in op.operands("table")), name) if name in ("f32", "bf16") else {}
 
 
 def _output_heads(p: Program, products: list[Op]) -> set[str]:
-    """Names of the weights that compute the logits, and of embedding tables, which an output head may be tied to."""
+    """Names of the weights that compute the logits, and of the embedding tables, to which an output head may be tied.
+
+    products: the ops whose weights get a format.
+    """
     heads = {w for op in p.ops for w in op.operands("table")}
     for op in products:
         if any(p.tensors[out].shape[0] == "R" for out in op.outputs):
@@ -86,10 +89,10 @@ def _output_heads(p: Program, products: list[Op]) -> set[str]:
 
 
 def fitted(name: str, *weights: Tensor) -> str:
-    """The name of the format `name` with groups that fit the columns (K) of all these weights.
+    """Name of a format like `name`, with groups that fit the columns (K) of all these weights.
 
-    A format with groups of 128 gets the largest of 128, 96, 64, 32 that divides K, since padding would be stored
-    and multiplied too; if none does it stays `name`. q4_k becomes int4g32 unless 256 divides K.
+    A format with groups of 128 gets the largest of 128, 96, 64, 32 that divides K, since padding would be stored and
+    multiplied too; if none does it stays `name`. q4_k becomes int4g32 unless 256 divides K.
     """
     fmt, k = formats.get(name), gcd(*(int(w.shape[-1]) for w in weights))
     if name == "q4_k" and k % formats.BLOCK:
@@ -99,7 +102,10 @@ def fitted(name: str, *weights: Tensor) -> str:
 
 
 def _full_name(weights: str) -> str:
-    """The full name of the format asked for, or "auto". Raises FormatError."""
+    """The full name of the format `weights`, such as int8g128 for int8; "auto" stays.
+
+    Raises FormatError for an unknown name, and for formats that weights cannot have.
+    """
     name = SHORT.get(weights, weights)
     try:
         if name == "auto" or name in PLAIN or formats.get(name).grouped:
@@ -110,9 +116,9 @@ def _full_name(weights: str) -> str:
 
 
 def set_activation_format(p: Program, activations: str = "auto") -> Program:
-    """The Program with another format for the inputs of linears with FP8 weights; "auto" changes nothing.
+    """The Program with inputs of linears with FP8 weights rounded to FP8, if `activations` is "fp8".
 
-    activations="fp8" rounds them to FP8 with one scale per row (fp8row). Raises FormatError for another name, or if
+    They get one scale per row (fp8row). "auto" changes nothing. Raises FormatError for another name, or with "fp8" if
     no linear has FP8 weights.
     """
     if activations == "auto":

@@ -29,7 +29,7 @@ from intaglio.devices.device import (
 )
 from intaglio.devices.recipe import Recipe, make
 from intaglio.ops import AllGather, AllReduce, AllToAll, Collective, Grouped, Recv, Send
-from intaglio.ops.collective import split_rows
+from intaglio.ops.collective import add_slots, split_rows
 from intaglio.program import MeshProgram, Program, verify_mesh
 
 
@@ -141,7 +141,8 @@ def run_collective(op: Grouped, inputs: Sequence[np.ndarray]) -> list[np.ndarray
     carried = [op.carried(x) for x in inputs]
     s = collectives.schedule(op.kind, "one_shot" if isinstance(op, AllReduce) else "direct", len(inputs))
     if isinstance(op, AllReduce):
-        return [op.carried(total) for total in collectives.all_reduce(s, carried)]
+        totals = [op.carried(total) for total in collectives.all_reduce(s, carried)]
+        return [op.carried(add_slots(total, op.slots)) for total in totals]
     if isinstance(op, AllGather):
         axis = 0 if op.tokens else 1
         return [np.concatenate(parts, axis) for parts in collectives.all_gather(s, carried)]

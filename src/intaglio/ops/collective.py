@@ -65,24 +65,31 @@ class AllReduce(Collective, kind="all_reduce"):
 
     x, out f32 [rows, width]. Sums are in float32. Each x is rounded to `wire` before it is added, and the sum
     before it is sent to the ranks.
+
+    slots: above 1, x is [rows, slots * width]: each row has so many terms of `width` values, and the sums over ranks of
+    the terms are added in their order: (s0 + s1) + s2 ... If only one rank has a term and the others have zeros, the
+    result does not depend on which rank that is. Experts with a placement are summed like this.
     """
 
     x: str = operand()
     out: str = result()
     group: tuple[int, ...]
     wire: str = "f32"
+    slots: int = 1
 
     def shapes(self, t: Tensors) -> Results:
         check_group(self, self.group)
         self.check_wire()
-        self.rows_cols(t, self.x)
-        return {self.out: (t[self.x].shape, "f32")}
+        rows, width = self.rows_cols(t, self.x)
+        fits = self.slots >= 1 and width % self.slots == 0
+        self.check(fits, f"slots={self.slots}, but {self.x} has {width} columns; wanted 1 or more that divides them")
+        return {self.out: ((rows, width // self.slots), "f32")}
 
     def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
         total = self.carried(parts[0])
         for part in parts[1:]:
             total = total + self.carried(part)
-        return [self.carried(total)] * len(parts)
+        return [self.carried(add_slots(self.carried(total), self.slots))] * len(parts)
 
     def work(self, t: Tensors, batch: Batch) -> Work:
         """The Work (FLOPs and bytes) of one rank.
@@ -91,7 +98,17 @@ class AllReduce(Collective, kind="all_reduce"):
         """
         n, p = self.link_bytes(t, self.x, batch), len(self.group)
         sums = (p - 1) * (t[self.x].nbytes(batch.sizes) // 4) // p
-        return Work(sums, 0, 0, 2 * t[self.x].nbytes(batch.sizes), 2 * n * (p - 1) // p)
+        sums += (self.slots - 1) * (t[self.out].nbytes(batch.sizes) // 4)
+        moved = t[self.x].nbytes(batch.sizes) + t[self.out].nbytes(batch.sizes)
+        return Work(sums, 0, 0, moved, 2 * n * (p - 1) // p)
+
+
+def add_slots(x: np.ndarray, slots: int) -> np.ndarray:
+    """The sum of the `slots` column blocks of x f32 [rows, slots * width], in their order: f32 [rows, width]."""
+    first, *others = np.split(x, slots, axis=1)
+    for other in others:
+        first = first + other
+    return first
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,6 +162,14 @@ class Experts(Op, kind="experts"):
         first: number of the first expert in the stacks.
         of: with expert parallelism, the number of experts in the model; the stacks hold experts first .. first + E - 1,
             and the others add nothing. 0: the stacks hold all experts.
+        held: with an expert placement, the number of the expert of each matrix in the stacks, ascending, in place of
+            `first`. The other experts add nothing.
+        copy: with `held`, for each matrix the place of this rank among the ranks that hold the same expert.
+        copies: with `held`, the number of these ranks. They take turns: this rank computes the expert for the tokens t
+            of the step with t % copies == copy.
+        slots: above 0, results are not summed: out f32 [T, slots * N] has weights[t, j] * expert_e(x[t]) in the columns
+            j * N .. j * N + N - 1, zeros if e is not computed here. slots is top + 1 if a rank has a residual, which is
+            in the last N columns, else top. An all_reduce with the same `slots` adds them.
     """
 
     x: str = operand()
@@ -185,6 +193,10 @@ class Experts(Op, kind="experts"):
     scale_input: bool = False
     first: int = 0
     of: int = 0
+    held: tuple[int, ...] = ()
+    copy: tuple[int, ...] = ()
+    copies: tuple[int, ...] = ()
+    slots: int = 0
 
     def shapes(self, t: Tensors) -> Results:
         k, top = self.token_columns(t, self.x), self.token_columns(t, self.weights)
@@ -200,6 +212,10 @@ class Experts(Op, kind="experts"):
         self.check(top <= total, f"{self.ids} chooses {top} of {total} experts")
         inside = 0 <= self.first <= total - experts
         self.check(inside, f"first={self.first}, of={self.of}, but {self.gate} has {experts} experts")
+        self._placement(experts, total)
+        slotted = self.slots in (0, top + 1) or (self.slots == top and self.residual is None)
+        allowed = f"0, {top + 1} or, without a residual, {top}"
+        self.check(slotted, f"slots={self.slots}, but {self.ids} has {top} columns; allowed: {allowed}")
         one = t[self.gate].format == t[self.up].format
         self.check(one, f"gate is {t[self.gate].format} but up is {t[self.up].format}; wanted one format")
         for w in (self.gate, self.down):
@@ -216,7 +232,32 @@ class Experts(Op, kind="experts"):
         if self.residual is not None:
             r = t[self.residual]
             self.check(r.shape == ("T", n), f"residual {self.residual} is {r.type}; wanted ['T', {n}]")
-        return {self.out: (("T", n), "f32")}
+        return {self.out: (("T", n * max(1, self.slots)), "f32")}
+
+    def _placement(self, experts: int, total: int) -> None:
+        """Raise OpError unless `held`, `copy` and `copies` describe the matrices of the stacks, or are empty."""
+        given = {len(self.held), len(self.copy), len(self.copies)}
+        if given == {0}:
+            return
+        fits = given == {experts} and tuple(sorted(set(self.held))) == self.held and self.first == 0
+        self.check(
+            fits and 0 <= self.held[0] <= self.held[-1] < total,
+            f"held={self.held}; wanted {experts} different experts of {total}, ascending, with as many of `copy` and "
+            "`copies`, and first=0",
+        )
+        turns = all(0 <= i < n for i, n in zip(self.copy, self.copies, strict=True))
+        self.check(turns, f"copy={self.copy}, copies={self.copies}; wanted 0 <= copy < copies for each matrix")
+
+    def matrix_of(self, t: int, expert: int, experts: int) -> int:
+        """Number of the matrix with which this rank computes an expert for token t, or -1 if it does not.
+
+        expert: its number in the model. experts: number of matrices in the stacks.
+        """
+        if not self.held:
+            return expert - self.first if 0 <= expert - self.first < experts else -1
+        i = int(np.searchsorted(self.held, expert))
+        here = i < experts and self.held[i] == expert and t % self.copies[i] == self.copy[i]
+        return i if here else -1
 
     def _sizes(self, t: Tensors, name: str) -> tuple[int, int, int]:
         """(experts, rows, columns) of a stack of matrices. Raises OpError for another shape."""
@@ -238,8 +279,10 @@ class Experts(Op, kind="experts"):
         x, weights, ids = array(v, self.x), array(v, self.weights), np.asarray(v[self.ids])
         parts = np.zeros((*ids.shape, _values(v[self.down]).shape[1]), np.float32)
         here = len(_values(v[self.gate]))
-        for e in (e for e in np.unique(ids) - self.first if 0 <= e < here):
-            t, j = np.nonzero(ids - self.first == e)
+        matrices = np.array([[self.matrix_of(t, e, here) for e in row] for t, row in enumerate(ids.tolist())])
+        matrices = matrices.reshape(ids.shape)
+        for e in (e for e in np.unique(matrices) if e >= 0):
+            t, j = np.nonzero(matrices == e)
             row = x[t] * weights[t, j, None] if self.scale_input else x[t]
             row = _in_order(row, v, self.order, e)
             inner = self._glu(
@@ -248,6 +291,11 @@ class Experts(Op, kind="experts"):
             parts[t, j] = self._part(v, _in_order(inner, v, self.down_order, e), self.down, self.down_bias, e)
         if not self.scale_input:
             parts *= weights[:, :, None]
+        if self.slots:
+            last = np.zeros_like(parts[:, :0]) if self.slots == ids.shape[1] else np.zeros_like(parts[:, :1])
+            if self.residual is not None:
+                last[:, 0] = array(v, self.residual)
+            return {self.out: np.concatenate([parts, last], axis=1).reshape(len(ids), self.slots * parts.shape[2])}
         out = parts.sum(axis=1, dtype=np.float64).astype(np.float32)
         return {self.out: out if self.residual is None else out + array(v, self.residual)}
 
@@ -276,7 +324,8 @@ class Experts(Op, kind="experts"):
         stacks = [n for n in (self.gate, self.up, self.down, *named) if n]
         weight = sum(t[n].nbytes({}) for n in stacks) * touched / experts
         each = 2 * sum(prod(map(int, t[n].shape[1:])) for n in (self.gate, self.up, self.down))
-        flops = tokens * top * each * experts // total
+        computed = sum(1 / n for n in self.copies) if self.held else experts  # copies take turns
+        flops = int(tokens * top * each * computed // total)
         rows = [n for n in (self.x, self.weights, self.ids, self.residual, self.out) if n]
         return Work(flops, round(weight), 0, sum(t[n].nbytes(batch.sizes) for n in rows))
 

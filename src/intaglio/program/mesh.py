@@ -149,7 +149,7 @@ def _terms(p: Program, op: Collective) -> Hashable:
     if isinstance(op, Recv):
         return (op.rows, op.width), op.wire
     rows, width = p.tensors[op.inputs[0]].shape if isinstance(op, ReduceScatter) else p.tensors[op.outputs[0]].shape
-    return op.kind, op.site, "T" if isinstance(op, AllToAll) else rows, width, op.wire
+    return op.kind, op.site, "T" if isinstance(op, AllToAll) else rows, width, op.wire, getattr(op, "slots", 1)
 
 
 def _shape_mismatch(members: list[tuple[Program, Grouped]]) -> str:

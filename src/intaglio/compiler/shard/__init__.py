@@ -24,15 +24,20 @@ __all__ = ["Lane", "Share", "shard", "sharding_rule"]
 def shard(
     program: Program, layout: str | Layout, wire: str = "f32", coded: Set[str] | None = None
 ) -> tuple[Program, ...]:
-    """A tuple of the Programs of all ranks, in order of rank, made from one Program.
-
-    program: as ported, with no ops fused.
+    """The Programs of all ranks of a layout, as a tuple in order of rank.
 
     Attention is split by heads, with kv heads copied where there are more lanes than kv heads. An MLP is split by its
-    intermediate columns, the output head by vocabulary, the embedding by its columns. wire: format to which values are
-    rounded before they travel between ranks. coded: names of the weights whose codes come from a checkpoint, by default
-    all quantised ones; their groups are not split. Raises LayoutError if heads, experts or layers cannot be divided
-    like this, an op has no sharding rule, or a group would be split.
+    intermediate columns, the output head by vocabulary, the embedding by its columns.
+
+    Args:
+        program: as ported, with no ops fused.
+        layout: how ranks share the model.
+        wire: format to which values are rounded before they travel between ranks.
+        coded: names of the weights whose codes come from a checkpoint, so that no group of them may be split; None: all
+            quantised weights.
+
+    Raises LayoutError if heads, experts or layers cannot be divided like this, an op has no sharding rule, or a group
+    would be split.
     """
     layout = Layout.parse(layout) if isinstance(layout, str) else layout
     lanes = [program]

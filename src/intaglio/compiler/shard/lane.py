@@ -19,7 +19,13 @@ class Lane:
     """Builds the Program of one lane. The sharding rule of each op calls the methods of this class.
 
     Attributes:
-        shares: every lane's share of each result that is split by columns.
+        p: the whole Program.
+        plan: every lane's share of the results that are split, see make_plan().
+        layout: degrees of parallelism.
+        lane: number of this lane.
+        wire: format to which values are rounded before they travel between ranks.
+        coded: names of the weights whose codes come from a checkpoint.
+        shares: every lane's share of each result on this lane that is split by columns.
         split: names of results of which each lane has only a run of token rows (sequence parallelism).
         wholes: for each split result that has been gathered, the name of its gathered copy.
         views: lists of the views in the whole Program, by the name of their base.
@@ -48,7 +54,7 @@ class Lane:
         return self.p.with_ops(self.ops, self.tensors)
 
     def add(self, op: Op, shares: list[Share] | None = None) -> None:
-        """Append an op, its results and their views.
+        """Append an op, its results and their views to this lane's Program.
 
         shares: every lane's share of the columns of its only result; None: results are whole.
         """
@@ -63,7 +69,7 @@ class Lane:
                 self.add_view(t)
 
     def add_view(self, t: Tensor) -> None:
-        """Add the view `t` of the whole Program, narrowed to the columns that this lane holds of its base."""
+        """Add the view `t` of the whole Program, narrowed to the columns that this lane holds of the view's base."""
         assert t.view
         base, start = t.view
         if base in self.split:
@@ -80,9 +86,10 @@ class Lane:
         self.tensors[t.name] = t
 
     def keep(self, name: str, shares: list[Share] | None = None, axis: int = 0, as_: str = "") -> str:
-        """Add a tensor of the whole Program (weight, const or state), or this lane's share of it along `axis`.
+        """Add a tensor of the whole Program (weight, const or state), or this lane's share of it, to this lane.
 
-        shares: every lane's share; None: the whole tensor. as_: another name. Returns the name.
+        shares: every lane's share along `axis`; None: the whole tensor. as_: name of the tensor here; "": the same
+        name. Returns the name here.
         """
         t = self.p.tensors[name]
         if shares:
@@ -97,24 +104,28 @@ class Lane:
         return as_ or name
 
     def slab(self, name: str, stacks: Share, parts: Sequence[Share] = (), part: int = 0, axis: int = 0) -> None:
-        """Add this lane's part of a stack of matrices [E, ...], such as the weights of experts. Returns nothing.
+        """Add this lane's part of a stack of matrices [E, ...], such as the weights of experts, to this lane.
 
-        stacks: the matrices to take. parts: every lane's rows or columns along `axis` of each matrix; part: the
-        index of this lane's in `parts`; without `parts` the matrices are whole.
+        Args:
+            name: of the stack.
+            stacks: which of its matrices this lane takes.
+            parts: shares of rows or columns along `axis`; empty: the matrices stay whole.
+            part: which of `parts` is this lane's.
+            axis: of the stack, along which the matrices are cut.
         """
         t = self.p.tensors[name]
         t = self.fitted(t, parts, axis) if parts else t
         for which, share in ((0, stacks), (axis, parts[part] if parts else ())):
             if share:
                 shape = (*t.shape[:which], width_of(share), *t.shape[which + 1 :])
-                t = replace(t, shape=shape, source=cut_source(t, share, which, int(t.shape[which])))
+                t = replace(t, shape=shape, source=cut_source(t, share, which, int(t.shape[which]), which > 0))
         self.tensors[name] = t
 
     def fitted(self, t: Tensor, shares: Sequence[Share], axis: int) -> Tensor:
-        """The weight `t`, if needed with smaller groups, so that cutting its columns into `shares` splits no group.
+        """The weight `t`, with smaller groups if a cut into `shares` along `axis` would split a group, else as it is.
 
-        Only weights whose codes come from a checkpoint are changed. Smaller groups keep these codes; a split group
-        would have to be dequantised and quantised again. Raises LayoutError if no group size fits.
+        Only weights in `coded` change. Smaller groups keep the checkpoint's codes, while a split group would have to be
+        dequantised and quantised again. Raises LayoutError if no group size fits.
         """
         fmt = formats.get(t.format)
         if t.name not in self.coded or axis != len(t.shape) - 1 or fmt.group <= 0:
@@ -136,17 +147,17 @@ class Lane:
         return replace(t, format=t.format.replace(f"g{fmt.group}", f"g{group}"), source=source)
 
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
-        """Add this lane's share along `axis` of a weight of `op` to the lane's tensors. Returns its name.
+        """Add this lane's share of a weight of `op` along `axis` to this lane. Returns the weight's name here.
 
-        If other ops read the weight too, the name is made from the op's site.
+        It is a name made from the op's site if other ops read the weight too. shares: every lane's share.
         """
         own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
         return self.keep(name, shares, axis, own if len(self.p.uses(name)) > 1 else "")
 
     def whole(self, name: str) -> str:
-        """Name of the operand `name` as a whole tensor on this lane.
+        """The name here of a tensor that holds the whole operand `name`.
 
-        If it is split, an all_gather is added first. If it is a weight, it is added to the lane's tensors.
+        If the operand is split, an all_gather that makes the tensor is added first. A weight is added to this lane.
         """
         t = self.p.tensors[name]
         if t.role == "weight":
@@ -161,8 +172,10 @@ class Lane:
             self.gather(f"{name}.all_gather", name, self.wholes[name], self.shares[name], int(t.shape[1]))
         return self.wholes.get(name, name)
 
-    def total(self, site: str, x: str, out: str, group: tuple[int, ...]) -> None:
+    def total(self, site: str, x: str, out: str, group: tuple[int, ...], slots: int = 1) -> None:
         """Add an all_reduce that sums the partial results `x` of the lanes in `group` into `out`.
+
+        site: the op's. slots: as for AllReduce.
 
         With sequence parallelism it is a reduce_scatter, which gives this lane its own token rows of the sum, if all
         lanes are in `group` and `out` is a temp with a row per token.
@@ -173,26 +186,29 @@ class Lane:
                 ReduceScatter(site=f"{site}.reduce_scatter", x=x, out=out, group=group, share=self.lane, wire=self.wire)
             )
         else:
-            self.add(AllReduce(site=f"{site}.all_reduce", x=x, out=out, group=group, wire=self.wire))
+            self.add(AllReduce(site=f"{site}.all_reduce", x=x, out=out, group=group, wire=self.wire, slots=slots))
 
     def gather(self, site: str, x: str, out: str, shares: Sequence[Share], width: int) -> None:
-        """Add an all_gather of the columns of `x`, which are split as in `shares`, into `out` of `width` columns."""
+        """Add an all_gather of the columns of `x`, which are split as `shares` says, into `out` of `width` columns.
+
+        site: of the all_gather.
+        """
         group = partners(shares, self.lane)
         self.add(AllGather(site=site, x=x, out=out, group=group, width=width, wire=self.wire))
 
     def add_whole(self, op: Op) -> None:
-        """Append the op on whole operands, so that every lane computes all of it."""
+        """Append the op with whole operands, so that every lane computes all of it."""
         self.add(op.rename({name: self.whole(name) for name in op.inputs}))
 
     def add_split(self, op: Op, shares: list[Share]) -> None:
-        """Append an op whose result is split by columns as in `shares`. An output of the Program is gathered, too."""
+        """Append an op whose result is split by columns as `shares` says. An output of the Program is gathered."""
         if self.p.tensors[op.outputs[0]].role == "output":
             self.add_gathered(op, shares)
         else:
             self.add(op, shares)
 
     def add_gathered(self, op: Op, shares: list[Share]) -> None:
-        """Append an op whose result is split as in `shares`, and an all_gather that writes the whole result."""
+        """Append an op whose result is split by columns as `shares` says, and an all_gather of the whole result."""
         (out,) = op.outputs
         self.add(op.rename({out: f"{out}.part"}), shares)
         self.gather(f"{op.site}.all_gather", f"{out}.part", out, shares, int(self.p.tensors[out].shape[1]))
@@ -200,7 +216,7 @@ class Lane:
     def has_token_rows(self, op: Op) -> bool:
         """True if the op can run on this lane's token rows alone (sequence parallelism).
 
-        That needs all operands except weights to be split by rows, and a result that is no output of the Program.
+        Then all operands except weights are split by rows, and the result is a temp.
         """
         rows = [name for name in op.inputs if self.p.tensors[name].role != "weight"]
         return set(rows) <= self.split and self.p.tensors[op.outputs[0]].role == "temp"
@@ -211,7 +227,7 @@ RULES: dict[type[Op], Rule] = {}
 
 
 def sharding_rule(*types: type[Op]) -> Callable[[Rule], Rule]:
-    """Decorator that registers a function as the sharding rule of op classes.
+    """A decorator that registers a function (lane, op) as the sharding rule of these op classes, and returns it.
 
     A later registration replaces an earlier one.
     """
@@ -226,7 +242,7 @@ def sharding_rule(*types: type[Op]) -> Callable[[Rule], Rule]:
 def rule_of(op: Op) -> Rule:
     """The sharding rule for an op. Raises LayoutError if its class has none.
 
-    An elementwise op without a rule of its own has the rule of `map`, if all its operands are activations.
+    An elementwise op of another class than Map has the rule of Map, if all its operands are activations.
     """
     if type(op) not in RULES and op.elementwise and op.inputs == op.operands("rows"):
         return RULES[Map]
@@ -238,13 +254,14 @@ def rule_of(op: Op) -> Rule:
     return RULES[type(op)]
 
 
-def cut_source(t: Tensor, share: Share, axis: int, length: int) -> tuple[str, ...]:
-    """The sources of one lane's share of the weight `t`, as a tuple: one for each run of indices along `axis`.
+def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = False) -> tuple[str, ...]:
+    """The checkpoint sources of one lane's share of the weight `t`, as a tuple: one for each run of indices in `share`.
 
-    length: size of the axis. () for state, which has no source. Raises LayoutError for a weight that is joined from
+    axis: the axis that is cut. length: its size. each: cut each of several sources, which must be joined along another
+    axis. () for a tensor without source, such as state. Raises LayoutError for a weight that is otherwise joined from
     several tensors, and for a cut inside a block of its format.
     """
-    if len(t.source) > 1:
+    if len(t.source) > 1 and not each:
         raise LayoutError(
             f"weight {t.name} is joined from {len(t.source)} tensors; shard a Program before it is merged"
         )

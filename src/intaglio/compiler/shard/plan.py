@@ -11,8 +11,8 @@ from intaglio.program import Program
 def make_plan(p: Program, layout: Layout) -> Plan:
     """The plan of a Program: a dict from each result that is split among lanes to every lane's share of its columns.
 
-    A K/V cache that is split is in it with every lane's share of its heads. Attention is split by heads, an MLP by its
-    intermediate columns, logits by vocabulary, the embedding by its columns. Raises LayoutError as plan_heads().
+    Attention is split by heads, an MLP by its intermediate columns, logits by vocabulary, the embedding by its columns.
+    A K/V cache that is split is in the dict with every lane's share of its heads. Raises LayoutError as plan_heads().
     """
     plan: Plan = {}
     for op in p.ops:
@@ -34,8 +34,8 @@ def make_plan(p: Program, layout: Layout) -> Plan:
 def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
     """Add an attention op's shares to `plan`: query heads divided evenly among tp lanes, with the kv heads they read.
 
-    These are the shares of its projections and caches. Raises LayoutError if tp does not fit the number of heads, or
-    if queries, keys or values are computed from anything but projections.
+    In the plan are the projections that compute queries, keys and values, and the K/V caches. Raises LayoutError if tp
+    does not fit the number of heads, or if queries, keys or values are computed from anything but projections.
     """
     lanes, kv = layout.tp, int(p.tensors[op.k_cache].shape[2])
     if not (kv % lanes == 0 or (lanes % kv == 0 and op.heads % lanes == 0)):
@@ -69,9 +69,10 @@ def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
 
 
 def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
-    """Add `shares` to the plan for the projections from which elementwise ops compute `x`.
+    """Add `shares` to `plan` for the linears from whose results elementwise ops (or permute) compute `x`.
 
-    Nothing is added if `x` depends on anything else, or if a projection is in the plan already or has another width.
+    Nothing is added if `x` depends on other results too, if one of the linears is in the plan or has another width, or
+    if `x` has fewer columns than there are lanes.
     """
     found, width = roots(p, x, (Permute,)), int(p.tensors[x].shape[1])
     if found and width >= len(shares) and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
@@ -79,10 +80,10 @@ def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
 
 
 def roots(p: Program, name: str, through: tuple[type[Op], ...]) -> set[str] | None:
-    """The set of names of the Linear results from which `name` is computed; None if it depends on anything else.
+    """Names of the results of linears from which `name` is computed, as a set; None if it depends on other results.
 
-    Only elementwise ops and ops of the types `through` may lie between. A view of a Linear's result counts as a
-    Linear's result.
+    Only elementwise ops, and ops of the types `through`, may lie between. A view of a linear's result counts as such a
+    result.
     """
     op = p.producer(name)
     if isinstance(op, Linear):
@@ -94,10 +95,10 @@ def roots(p: Program, name: str, through: tuple[type[Op], ...]) -> set[str] | No
 
 
 def plan_joint(p: Program, out: str, plan: Plan) -> None:
-    """Add to `plan` the shares of the result `out` of a Linear that has views, if it can be split.
+    """Split the result `out` of a linear that has views, if its views allow it.
 
-    That is if all its views are split and cover it, and no op reads it directly. Otherwise `out` and its views are
-    removed from `plan`, since a lane might be left without columns of one of them. Without views nothing changes.
+    They do if all are in `plan`, they cover `out`, and no op reads `out` itself; its shares, made of theirs, are then
+    added to `plan`. Otherwise `out` and its views are removed from `plan`. Without views nothing changes.
     """
     views = sorted((t.view[1], t.name) for t in p.tensors.values() if t.view and t.view[0] == out)
     if not views:

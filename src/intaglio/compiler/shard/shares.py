@@ -14,10 +14,10 @@ BLOCKS = (128, 64, 32)  # columns kept together where there are enough of them: 
 
 
 def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
-    """Divide `width` columns among lanes. Returns a near-equal run of columns (Share) for each lane, in order.
+    """Divide `width` columns among lanes. Returns a list: for each lane, in order, a Share of one near-equal run.
 
-    Runs end at multiples of the first of `blocks` that divides `width` and gives every lane at least one block; at
-    any column if none does.
+    Runs end at multiples of the first of `blocks` that divides `width` and gives every lane at least one block. If none
+    does they end at any column.
     """
     block = next((b for b in blocks if width % b == 0 and width // b >= lanes), 1)
     ends = [width // block * i // lanes * block for i in range(lanes + 1)]
@@ -25,22 +25,22 @@ def cut(width: int, lanes: int, blocks: Sequence[int] = BLOCKS) -> list[Share]:
 
 
 def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
-    """Divide a weight's columns among lanes without splitting a block of its format.
+    """Divide a weight's columns among lanes. Returns a list with each lane's Share, in order.
 
-    Returns a Share for each lane, in order. Blocks larger than 128 (K-quants have 256) may leave one lane with a
-    block more than another.
+    Blocks of the weight's format larger than 128 (256 in K-quants) are kept whole where every lane gets one; lanes may
+    then differ by a block.
     """
     block = formats.get(weight.format).block
     return cut(int(weight.shape[-1]), lanes, (block, *BLOCKS) if block > BLOCKS[0] else BLOCKS)
 
 
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
-    """A list of shares of columns from shares of heads, with `by` columns per head."""
+    """Shares of heads as shares of columns, as a list. by: columns per head."""
     return [tuple(range(r.start * by, r.stop * by) for r in share) for share in shares]
 
 
 def heads_of(share: Share, head_dim: int) -> Share:
-    """The share of heads to which a share of columns belongs; the inverse of scaled()."""
+    """A share of columns as a share of heads of `head_dim` columns; the inverse of scaled()."""
     return tuple(range(r.start // head_dim, r.stop // head_dim) for r in share)
 
 
@@ -50,7 +50,7 @@ def width_of(share: Share) -> int:
 
 
 def partners(shares: Sequence[Share], lane: int) -> tuple[int, ...]:
-    """The lanes with which `lane` gathers, as a tuple in order of their columns; together they hold every column once.
+    """The lanes with which `lane` gathers, as a tuple: together they hold every column once, in this order.
 
     Where several lanes hold the same share (kv heads are copied when there are more lanes than kv heads), the n-th
     holder of each share gathers with the n-th holders of the others.

@@ -1,8 +1,7 @@
 """Chip kernels of the collectives and of send/recv: timing over one network, and streams for all chips of a group.
 
 Times are those of the schedules of intaglio.collectives, with their steps and contention for links, plus what the chip
-or its library adds: start-up, efficiency of the links, copies through HBM. Bytes are those of the whole tensor, as
-nccl-tests counts them.
+or its library adds: start-up, link efficiency, copies through HBM. Bytes are of the whole tensor, as in nccl-tests.
 
 Streams use schedules that sum in order of rank, so that results equal the op's bit for bit. run_collective() writes and
 executes those of all chips together, so its caller passes the operands of all.
@@ -57,7 +56,7 @@ class CollectiveKernel(ChipKernel):
 
     @classmethod
     def of(cls, op: Grouped, t: Tensors) -> CollectiveKernel:
-        whole = op.inputs[0] if isinstance(op, ReduceScatter | AllToAll) else op.outputs[0]
+        whole = op.inputs[0] if isinstance(op, AllReduce | ReduceScatter | AllToAll) else op.outputs[0]
         rows, width = t[whole].shape
         return cls(op.kind, rows, int(width), formats.bits(op.wire), len(op.group))
 
@@ -392,6 +391,8 @@ class CollectiveRun:
     """One execution of a collective: the memory of every chip, with its input "x" and its output "out"."""
 
     def __init__(self, op: Grouped | Send, target: Target, parts: Sequence[np.ndarray]) -> None:
+        if isinstance(op, AllReduce) and op.slots > 1:
+            raise ChipError(f"{op.site}: chip kernels add no slots; use a layout without r, or the host")
         self.op, self.target, self.n = op, target, len(parts)
         self.memories = [ChipMemory(target) for _ in parts]
         for memory, part in zip(self.memories, parts, strict=True):

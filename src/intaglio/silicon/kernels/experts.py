@@ -66,6 +66,8 @@ class ExpertsKernel(ChipKernel):
     def unsupported(cls, op: Experts, t: Tensors) -> str | None:
         if op.order or op.down_order:
             return f"{op.site}: chip kernels do not permute columns of experts (act-order); run this model on the host"
+        if op.held or op.slots:
+            return f"{op.site}: chip kernels have no expert placement; use a layout without r, or the host"
         return None
 
     @classmethod

@@ -11,7 +11,7 @@ from intaglio.ops import Attend, ChooseKeys, KvWrite
 
 @sharding_rule(KvWrite)
 def kv_write(lane: Lane, op: KvWrite) -> None:
-    """Append kv_write to the lane's Program, for this lane's heads if the caches are split by heads, else for all."""
+    """Append kv_write to the lane's Program: for this lane's heads of each cache that is split, else for all heads."""
     names = {x: x if c in lane.plan else lane.whole(x) for x, c in ((op.k, op.k_cache), (op.v, op.v_cache))}
     scales = {}
     for field, c in (("k_scale", op.k_cache), ("v_scale", op.v_cache)):
@@ -22,7 +22,7 @@ def kv_write(lane: Lane, op: KvWrite) -> None:
 
 @sharding_rule(Attend)
 def attend(lane: Lane, op: Attend) -> None:
-    """Append attend to the lane's Program, for this lane's heads if q is split by heads, else for all heads."""
+    """Append attend to the lane's Program: for this lane's heads if q is split by heads, else for all heads."""
     shares, whole = lane.shares.get(op.q), lane.p.tensors
     if not shares:
         return lane.add_whole(op)

@@ -16,11 +16,10 @@ def whole(lane: Lane, op: Op) -> None:
 
 @sharding_rule(Embed)
 def embed(lane: Lane, op: Embed) -> None:
-    """Append embed to the lane's Program, for this lane's columns of the table, and an all_gather that joins them.
+    """Append embed to the lane's Program: for this lane's columns of the table, with an all_gather after it.
 
-    An all_gather of rows moves half the bytes of the all_reduce that a table split by vocabulary needs. With
-    sequence parallelism an all_to_all gives each lane all columns of its own rows, which moves 1 / tp of those
-    bytes.
+    The all_gather moves half the bytes of the all_reduce that a table split by vocabulary would need. With sequence
+    parallelism an all_to_all takes its place, and gives each lane all columns of its own rows: 1 / tp of the bytes.
     """
     shares = lane.plan[op.out]
     own = replace(op, w=lane.own(op, op.w, shares, axis=1))
@@ -34,7 +33,10 @@ def embed(lane: Lane, op: Embed) -> None:
 
 @sharding_rule(Permute)
 def permute(lane: Lane, op: Permute) -> None:
-    """Append permute to the lane's Program, on this lane's token rows, else on whole operands, as it moves columns."""
+    """Append permute to the lane's Program: on this lane's token rows if x is split by rows, else on the whole x.
+
+    A share of the columns is not enough, since permute moves columns between shares.
+    """
     if not lane.has_token_rows(op):
         return lane.add_whole(op)
     lane.keep(op.order)

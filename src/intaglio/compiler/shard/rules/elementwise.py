@@ -8,7 +8,7 @@ from intaglio.ops import Map, Op
 
 @sharding_rule(Map)
 def elementwise(lane: Lane, op: Op) -> None:
-    """Append an elementwise op to the lane's Program, on this lane's token rows or columns, or on whole operands.
+    """Append an elementwise op to the lane's Program: on this lane's token rows, on its columns, or on whole operands.
 
     On token rows if all operands are split by rows. On columns if all operands wider than one column have the same
     shares and no view reads the result. Otherwise on whole operands.

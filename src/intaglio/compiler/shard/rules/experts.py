@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from intaglio.compiler.layout import LayoutError
+from intaglio.compiler.layout import Layout, LayoutError
 from intaglio.compiler.shard.lane import Lane, sharding_rule
-from intaglio.compiler.shard.shares import cut, cut_columns
+from intaglio.compiler.shard.shares import Share, cut, cut_columns
 from intaglio.ops import Experts
+from intaglio.program.expert_placement import ExpertPlacement, PlacementError, turns
 
 
 @sharding_rule(Experts)
 def experts(lane: Lane, op: Experts) -> None:
-    """Append experts to the lane's Program, for this lane's share of them, and an all_reduce of the partial sums.
+    """Append experts to the lane's Program: this lane's share of the experts, and an all_reduce of the partial sums.
 
-    Experts are divided among the ep lanes, and the intermediate columns of each among the tp lanes.
-    Raises LayoutError if there are too few for the layout, or if tp would split the column order of a down matrix.
+    Experts are divided among the ep groups of lanes, and the intermediate columns of each among tp lanes. If the layout
+    has redundant experts, they are divided by its placement, and the all_reduce adds the results of each token's
+    experts in their order (slots), so that results do not depend on the placement. Raises LayoutError if there are too
+    few experts for the layout, if tp would split the column order of a down matrix, or if a placement does not fit.
     """
     layout, at = lane.layout, divmod(lane.lane, lane.layout.tp)
     count, inner, _ = map(int, lane.p.tensors[op.gate].shape)
@@ -26,7 +30,10 @@ def experts(lane: Lane, op: Experts) -> None:
             f"{op.site}: the down matrix of each expert has its own column order, which tp={layout.tp} would split; "
             "divide whole experts instead, with ep"
         )
-    own, parts = cut(count, layout.ep, ())[at[0]], cut_columns(lane.p.tensors[op.down], layout.tp)
+    placed = experts_of(op.site, layout, count)
+    held = placed[at[0]] if placed else ()
+    own = runs_of(held) if placed else cut(count, layout.ep, ())[at[0]]
+    parts = cut_columns(lane.p.tensors[op.down], layout.tp)
     stacks = {op.gate: 1, op.up: 1, op.down: 2, op.gate_bias: 1, op.up_bias: 1}
     for name, axis in stacks.items():
         if name:
@@ -44,8 +51,41 @@ def experts(lane: Lane, op: Experts) -> None:
         down_bias=op.down_bias if at[1] == 0 else None,
         residual=lane.whole(op.residual) if op.residual and lane.lane == 0 else None,
         out=f"{op.out}.part",
-        first=own[0].start,
         of=count,
+        **(turns(placed, at[0]) if placed else {"first": own[0].start}),
+        slots=(int(lane.p.tensors[op.ids].shape[1]) + (op.residual is not None)) * bool(placed),
     )
     lane.add(share)
-    lane.total(op.site, share.out, op.out, tuple(range(layout.lanes)))
+    lane.total(op.site, share.out, op.out, tuple(range(layout.lanes)), max(1, share.slots))
+
+
+def experts_of(site: str, layout: Layout, count: int) -> tuple[tuple[int, ...], ...]:
+    """The experts of each ep rank at `site`, by the layout's placement; () if the layout has no redundant experts.
+
+    Raises LayoutError for a placement that does not fit `count` experts and the layout.
+    """
+    if layout.redundant is None and layout.placement is None:
+        return ()
+    try:
+        even = ExpertPlacement.even([site], count, layout.ep, layout.redundant or 0)
+        placed = (layout.placement or even).layers.get(site, even.layers[site])
+        ExpertPlacement({site: placed}).check(count, layout.ep)
+    except PlacementError as e:
+        raise LayoutError(f"layout {layout}: {e}") from None
+    if len(placed[0]) != len(even.layers[site][0]):
+        raise LayoutError(
+            f"layout {layout}: {site} places {len(placed[0])} experts on each rank; with {count} experts and "
+            f"{layout.redundant or 0} redundant ones wanted are {len(even.layers[site][0])}"
+        )
+    return placed
+
+
+def runs_of(numbers: Sequence[int]) -> Share:
+    """Ascending numbers as a Share: runs of consecutive ones."""
+    runs: list[range] = []
+    for n in numbers:
+        if runs and runs[-1].stop == n:
+            runs[-1] = range(runs[-1].start, n + 1)
+        else:
+            runs.append(range(n, n + 1))
+    return tuple(runs)

@@ -12,10 +12,11 @@ from intaglio.ops import HeadLinear, Linear
 
 @sharding_rule(Linear)
 def linear(lane: Lane, op: Linear) -> None:
-    """Append linear to the lane's Program: row parallel if x is split, column parallel if the plan says so, or whole.
+    """Append linear to the lane's Program: row parallel if x is split, column parallel if the plan says so, else whole.
 
-    Row parallel: each lane computes a partial sum over its columns of x, and an all_reduce adds the sums. Column
-    parallel: each lane computes its columns of the result. Raises LayoutError for a linear fused with glu.
+    Row parallel: each lane computes a partial sum over its columns of x, and an all_reduce adds the sums; not with an
+    activation. Column parallel: each lane computes its columns of the result; not with a residual. Raises LayoutError
+    for a linear fused with glu.
     """
     if op.glu:
         raise LayoutError(f"{op.site} is fused with its activation; shard a Program before it is fused")
@@ -37,7 +38,7 @@ def linear(lane: Lane, op: Linear) -> None:
 
 @sharding_rule(HeadLinear)
 def head_linear(lane: Lane, op: HeadLinear) -> None:
-    """Append head_linear to the lane's Program, for this lane's heads if x is split by heads, else for all heads."""
+    """Append head_linear to the lane's Program: for this lane's heads if x is split by heads, else for all heads."""
     shares, heads = lane.shares.get(op.x), int(lane.p.tensors[op.w].shape[0])
     if not shares:
         return lane.add_whole(op)

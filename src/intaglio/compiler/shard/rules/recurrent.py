@@ -11,5 +11,5 @@ from intaglio.ops import Decay, LinearAttention, Op, RgLru, SelectiveScan, Short
 
 @sharding_rule(Decay, LinearAttention, RgLru, SelectiveScan, ShortConv)
 def recurrent(lane: Lane, op: Op) -> None:
-    """Append the whole op to the lane's Program, on whole operands and with the whole state."""
+    """Append the whole op to the lane's Program, with whole operands and the whole state."""
     lane.add_whole(op)

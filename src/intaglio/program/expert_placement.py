@@ -1,0 +1,164 @@
+"""Placement of experts with expert parallelism: which rank holds which experts of each layer, and a balancer.
+
+Expert parallelism waits for the rank with the most routed tokens. Copies of experts that many tokens choose (redundant
+experts), and experts dealt out by load, make the ranks' loads more equal. The method is the greedy one that DeepSeek
+published as EPLB (github.com/deepseek-ai/EPLB, global policy): first replicate, then pack.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Ranks = tuple[tuple[int, ...], ...]  # the experts of each rank of one layer, ascending
+
+
+class PlacementError(ValueError):
+    """Raised for a placement that is malformed or does not fit the model or the layout."""
+
+
+@dataclass(frozen=True)
+class ExpertPlacement:
+    """The experts that each expert-parallel rank holds. layers: by site of a layer's op `experts`, those of each rank.
+
+    An expert that several ranks hold has copies, which compute the experts' tokens in turns.
+    """
+
+    layers: Mapping[str, Ranks]
+
+    @classmethod
+    def even(cls, sites: Sequence[str], experts: int, ranks: int, redundant: int) -> ExpertPlacement:
+        """The placement before any tokens are counted: runs of experts, with copies of the first ones.
+
+        Each rank holds ceil((experts + redundant) / ranks) experts. Raises PlacementError if that is more than all.
+        """
+        return cls(dict.fromkeys(sites, balance(np.ones(experts), ranks, slots_of(experts, ranks, redundant))))
+
+    @classmethod
+    def parse(cls, text: str) -> ExpertPlacement:
+        """The placement of a JSON text {site: [[expert, ...] of each rank]}. Raises PlacementError for any other."""
+        try:
+            found = json.loads(text)
+            return cls({str(site): tuple(tuple(map(int, own)) for own in ranks) for site, ranks in found.items()})
+        except (ValueError, TypeError, AttributeError) as e:
+            raise PlacementError(
+                f"an expert placement is JSON such as {{site: [[0, 1], [1, 2]]}}; this is not: {e}"
+            ) from e
+
+    def text(self) -> str:
+        """The placement as JSON, with a line for each layer; parse() reads it."""
+        return "{\n" + ",\n".join(f"{json.dumps(s)}: {json.dumps(ranks)}" for s, ranks in self.layers.items()) + "\n}\n"
+
+    def check(self, experts: int, ranks: int) -> None:
+        """Raise PlacementError unless, in each layer, each of `ranks` holds as many different ones of all `experts`."""
+        for site, held in self.layers.items():
+            sizes = {len(own) for own in held}
+            if len(held) != ranks or len(sizes) != 1 or sizes == {0}:
+                counts = [len(own) for own in held]
+                raise PlacementError(f"{site} places {counts} experts; wanted equal numbers on {ranks} ranks")
+            for rank, own in enumerate(held):
+                if tuple(sorted(set(own))) != own or not 0 <= own[0] <= own[-1] < experts:
+                    wanted = f"different numbers of 0..{experts - 1}, ascending"
+                    raise PlacementError(f"{site}: rank {rank} holds experts {own}; wanted {wanted}")
+            if missing := set(range(experts)) - {e for own in held for e in own}:
+                raise PlacementError(f"{site}: no rank holds experts {sorted(missing)}")
+
+
+def turns(held: Ranks, rank: int) -> dict[str, tuple[int, ...]]:
+    """The attributes `held`, `copy` and `copies` of the op `experts` on one rank, as a dict."""
+    holders = [[r for r, own in enumerate(held) if e in own] for e in held[rank]]
+    return {
+        "held": held[rank],
+        "copy": tuple(ranks.index(rank) for ranks in holders),
+        "copies": tuple(map(len, holders)),
+    }
+
+
+def slots_of(experts: int, ranks: int, redundant: int) -> int:
+    """Experts of a layer that each rank holds. Raises PlacementError if that is more than there are."""
+    each = -(-(experts + redundant) // ranks)
+    if each > experts:
+        raise PlacementError(
+            f"{redundant} redundant experts: {each} on each of {ranks} ranks, but there are {experts}; use fewer"
+        )
+    return each
+
+
+def replicate(load: np.ndarray, slots: int, most: int) -> np.ndarray:
+    """Copies of each expert, i64 [experts], so that they fill `slots` and the largest load of a copy is least.
+
+    load: tokens of each expert, f64 [experts]. most: copies that one expert can have. Each further copy goes to the
+    expert whose copies have the largest load each.
+    """
+    copies = np.ones(len(load), np.int64)
+    for _ in range(slots - len(load)):
+        each = np.where(copies < most, load / copies, -1.0)
+        copies[int(each.argmax())] += 1
+    return copies
+
+
+def balance(load: np.ndarray, ranks: int, each: int) -> Ranks:
+    """The experts of each rank, `each` on every rank, so that the ranks' loads are nearly equal.
+
+    load: tokens of each expert, f64 [experts]; experts <= ranks * each, each <= experts. Copies of an expert are on
+    different ranks and share its load equally. Copies are dealt out in order of load, each to the least loaded rank
+    with room, as in EPLB. Then experts of the most and the least loaded rank are exchanged while that makes the two
+    more equal. In the end their loads differ by no more than the load of the heaviest copy: as long as they differ by
+    more, some pair of the experts that only one of the two holds can be exchanged.
+    """
+    load = np.asarray(load, np.float64)
+    copies = replicate(load, ranks * each, ranks)
+    share = load / copies
+    held: list[set[int]] = [set() for _ in range(ranks)]
+    for e in sorted(range(len(load)), key=lambda e: (-share[e], e)):
+        for _ in range(int(copies[e])):
+            _deal(e, held, share, each)
+    _exchange(held, share)
+    return tuple(tuple(sorted(own)) for own in held)
+
+
+def rank_loads(held: Sequence[Sequence[int] | set[int]], share: np.ndarray) -> np.ndarray:
+    """The sum of the loads of each rank's copies, f64 [ranks].
+
+    share: load of one copy of each expert, f64 [experts].
+    """
+    return np.array([share[sorted(own)].sum() for own in held])
+
+
+def _deal(e: int, held: list[set[int]], share: np.ndarray, each: int) -> None:
+    """Give a copy of expert e to the least loaded rank that has room and no copy of it. Returns nothing.
+
+    If only ranks with a copy have room, an expert of another rank moves to one of them to make room. There is one: the
+    other rank holds `each` experts, not e among them, and the rank with room fewer than `each`, e among them.
+    """
+    loads = rank_loads(held, share)
+    order = [int(r) for r in np.argsort(loads, kind="stable")]
+    open_ranks = [r for r in order if len(held[r]) < each and e not in held[r]]
+    if not open_ranks:
+        room = next(r for r in order if len(held[r]) < each)
+        full = next(r for r in order if e not in held[r])
+        moved = min(held[full] - held[room], key=lambda f: (share[f], f))
+        held[full].remove(moved)
+        held[room].add(moved)
+        open_ranks = [full]
+    held[open_ranks[0]].add(e)
+
+
+def _exchange(held: list[set[int]], share: np.ndarray) -> None:
+    """Exchange experts of the most and the least loaded rank while it makes their loads more equal. Returns nothing."""
+    while True:
+        loads = rank_loads(held, share)
+        high, low = int(loads.argmax()), int(loads.argmin())
+        gap = loads[high] - loads[low]
+        pairs = [(share[a] - share[b], a, b) for a in held[high] - held[low] for b in held[low] - held[high]]
+        better = [pair for pair in pairs if gap * 1e-9 < pair[0] < gap * (1 - 1e-9)]
+        if not better:
+            return
+        _, a, b = min(better, key=lambda pair: (abs(pair[0] - gap / 2), pair[1:]))
+        held[high].remove(a)
+        held[low].remove(b)
+        held[high].add(b)
+        held[low].add(a)

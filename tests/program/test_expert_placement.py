@@ -1,0 +1,88 @@
+"""Placements of experts and the balancer: every expert has a rank, memory is respected, loads are nearly equal."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from intaglio.program.expert_placement import (
+    ExpertPlacement,
+    PlacementError,
+    balance,
+    rank_loads,
+    replicate,
+    slots_of,
+    turns,
+)
+
+SITE = "layers.0.mlp.experts"
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
+    """(tokens of each expert, ranks, experts on each rank)."""
+    experts, ranks = draw(st.integers(1, 40)), draw(st.integers(1, 9))
+    each = draw(st.integers(-(-experts // ranks), experts))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(st.sampled_from(["even", "skewed", "few", "none"]))
+    tokens = {
+        "even": rng.integers(0, 100, experts), "skewed": (rng.pareto(1.0, experts) * 10).astype(np.int64),
+        "few": rng.integers(0, 2, experts) * 1000, "none": np.zeros(experts, np.int64),
+    }[kind]  # fmt: skip
+    return tokens.astype(np.float64), ranks, each
+
+
+@settings(max_examples=150, deadline=None)
+@given(loads())
+def test_balanced(case: tuple[np.ndarray, int, int]) -> None:
+    load, ranks, each = case
+    held = balance(load, ranks, each)
+    ExpertPlacement({SITE: held}).check(len(load), ranks)
+    assert {len(own) for own in held} == {each}
+    copies = np.bincount([e for own in held for e in own], minlength=len(load))
+    share = load / copies
+    sums = rank_loads(held, share)
+    np.testing.assert_allclose(sums.sum(), load.sum())
+    assert sums.max() - sums.min() <= share.max() * (1 + 1e-6)
+    assert sums.max() <= load.sum() / ranks + share.max() * (1 + 1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=5), st.integers(0, 5), st.integers(1, 4))
+def test_replication_is_the_best_there_is(tokens: list[int], more: int, most: int) -> None:
+    """The largest load of a copy is as small as any number of copies of each expert can make it."""
+    load, slots = np.array(tokens, np.float64), min(len(tokens) + more, len(tokens) * most)
+    copies = replicate(load, slots, most)
+    assert copies.sum() == slots and 1 <= copies.min() <= copies.max() <= most
+    every = (c for c in product(range(1, most + 1), repeat=len(tokens)) if sum(c) == slots)
+    best = min((load / np.array(c)).max() for c in every)
+    assert (load / copies).max() == pytest.approx(best)
+
+
+def test_hot_experts_get_copies() -> None:
+    held = balance(np.array([90.0, 1, 1, 1, 1, 1]), 3, 3)
+    assert sum(0 in own for own in held) == 3
+    assert turns(((0, 1), (0, 2)), 1) == {"held": (0, 2), "copy": (1, 0), "copies": (2, 1)}
+
+
+def test_text_and_errors() -> None:
+    placement = ExpertPlacement.even([SITE, "layers.1.mlp.experts"], 8, 4, 3)
+    assert ExpertPlacement.parse(placement.text()) == placement
+    assert [len(own) for own in placement.layers[SITE]] == [3] * 4 and slots_of(8, 4, 3) == 3
+    placement.check(8, 4)
+    with pytest.raises(PlacementError, match="is JSON such as"):
+        ExpertPlacement.parse("[1, 2]")
+    for ranks, why in (
+        (((0, 1), (2,)), r"places \[2, 1\] experts; wanted equal numbers on 2 ranks"),
+        (((0, 1), (1, 1)), r"rank 1 holds experts \(1, 1\); wanted different numbers of 0..2"),
+        (((0, 1), (1, 3)), r"rank 1 holds experts \(1, 3\); wanted different numbers of 0..2"),
+        (((0, 1), (0, 1)), r"no rank holds experts \[2\]"),
+    ):
+        with pytest.raises(PlacementError, match=why):
+            ExpertPlacement({SITE: ranks}).check(3, 2)
+    with pytest.raises(PlacementError, match="9 on each of 2 ranks, but there are 8; use fewer"):
+        ExpertPlacement.even([SITE], 8, 2, 9)
