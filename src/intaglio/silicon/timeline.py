@@ -44,7 +44,12 @@ class OpSpan:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The ops of one step on one chip, in order."""
+    """The ops of one step on one chip, with their times.
+
+    Attributes:
+        chip: the chip's specification.
+        ops: a span of time for each op, in the order in which they ran.
+    """
 
     chip: ChipSpec
     ops: tuple[OpSpan, ...]

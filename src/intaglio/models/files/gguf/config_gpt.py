@@ -82,7 +82,7 @@ def mpt(m: Metadata) -> dict[str, Any]:
 
 
 def _alibi(m: Metadata, default: float) -> None:
-    """Raise PortError unless the largest slope exponent of ALiBi is 8. default: where the file has no such key."""
+    """Raise PortError unless the largest slope exponent of ALiBi is 8. default: its value if no key has it."""
     largest = m.real("attention.max_alibi_bias", default)
     if largest != 8:
         raise PortError(f"{m.file.path}: attention.max_alibi_bias={largest} is not ported; wanted 8")
