@@ -107,8 +107,8 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
-    held: bytes of its operands, which come from the L2 if all of them fit it; 0: the same as `moved`. Each core reads
-    other bytes, so the L2 delivers only its rate without multicast.
+    held: bytes of its operands; 0: the same as `moved`. They come from the L2 if all of them fit it, otherwise from
+    HBM. No two cores read the same bytes, so the L2 delivers only its rate without multicast.
     """
     chip, library = target.chip, target.library
     fits = (held or moved) < chip.l2_bytes * library.l2_usable

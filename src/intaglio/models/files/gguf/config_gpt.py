@@ -24,7 +24,10 @@ def gpt2(m: Metadata) -> dict[str, Any]:
 
 
 def starcoder(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for StarCoder 1. Raises PortError for several K/V heads fewer than heads."""
+    """The keys of config.json, as a dict, for StarCoder 1.
+
+    Raises PortError unless there is one K/V head, or as many as query heads.
+    """
     if m.kv_heads not in (1, m.heads):
         raise PortError(
             f"{m.file.path}: attention.head_count_kv={m.kv_heads}; StarCoder has 1 or as many as heads ({m.heads})"
