@@ -142,7 +142,7 @@ class CollectiveMatcher:
 def _terms(p: Program, op: Collective) -> Hashable:
     """The properties of a collective that must be equal on all its peers, as one hashable value.
 
-    They are shape and wire format, and, except for send and recv, kind and site.
+    They are shape and wire format and, except for send and recv, also kind, site and `slots`.
     """
     if isinstance(op, Send):
         return p.tensors[op.x].shape, op.wire

@@ -115,8 +115,8 @@ class Launcher:
     def _retry(self, launch: Launch, error: Exception) -> Iterator[Completed]:
         """Launch a failed step again, in two halves, or its only sequence once more without drafts.
 
-        Yields what completes. Sequences that were aborted meanwhile are left out. A single sequence that has
-        already been retried ends with a fault.
+        Yields what completes. If sequences were aborted meanwhile, the others are launched together. A single
+        sequence that has already been retried ends with a fault.
         """
         scheduled = [one for one in launch.scheduled if one.sequence.state != "ended"]  # others were aborted meanwhile
         half = len(scheduled) // 2

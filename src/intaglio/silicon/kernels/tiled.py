@@ -23,7 +23,7 @@ DRAIN_PART = 8  # a tile is drained in pieces whose buffers take at most this pa
 
 
 def scale_columns(w: Region | QuantisedRegion, k: int) -> int:
-    """Number of columns of x [m, k] that share a scale: QuantisedRegion.scale_columns of w; `k` if w has no groups."""
+    """Number of columns of x [m, k] that share a scale: w.scale_columns, at most `k`; `k` if w has no groups."""
     return min(k, w.scale_columns) if isinstance(w, QuantisedRegion) else k
 
 
