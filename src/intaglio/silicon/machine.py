@@ -97,7 +97,7 @@ class Machine:
 
     `hbm` maps a chip's number to its memory. If it is None, instructions are timed but no values are computed. With
     `spans`, the result lists every executed instruction. `l2`: the L2 of each chip as earlier launches left it;
-    None: empty.
+    None: empty. Raises ChipError if the chip's extra_instructions names something else than an optional instruction.
     """
 
     def __init__(

@@ -214,7 +214,7 @@ def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
     From chat_template.jinja and the files of additional_chat_templates; if there are none, from tokenizer_config.json
     (one template, or a list with names); else from an old processor's chat_template.json. {} if there are none. Raises
-    TokenizerError for an unnamed template.
+    TokenizerError for a template without a name or a text.
     """
     files = {f.stem: f for f in sorted((path / TEMPLATES).glob("*.jinja"))}
     if (path / "chat_template.jinja").exists():
