@@ -73,10 +73,10 @@ class CollectiveMatcher:
         self.messages: dict[tuple[int, int], deque[Send]] = {}  # sent but not received, by (sender, receiver)
 
     def run(self) -> Iterator[str]:
-        """Run all ranks' collectives. Yields messages for faults: none if all match.
+        """Run all ranks' collectives, and yield a message for each fault; nothing if all collectives match.
 
-        A message for the first mismatch, after which the run ends; or for each rank that waits in a deadlock. Sends
-        that are never received are reported too.
+        The first mismatch ends the run. If ranks wait for each other in a deadlock, there is a message for each that
+        waits. Sends that are never received are faults too.
         """
         rank = idle = 0
         while idle < len(self.programs):

@@ -144,7 +144,10 @@ class Launcher:
             return self.executable.read_blocks(blocks)
 
     def write_blocks(self, blocks: list[int], contents: np.ndarray) -> None:
-        """Replace the contents of K/V blocks. Raises DeviceError, DeviceLost."""
+        """Replace the contents of the K/V blocks with these numbers by `contents`, uint8 [blocks, block_bytes].
+
+        Raises DeviceError, DeviceLost.
+        """
         with self._noting_loss():
             self.executable.write_blocks(blocks, contents)
 

@@ -118,7 +118,7 @@ def as_scales(x: np.ndarray) -> np.ndarray:
 def e2m1(bytes: np.ndarray, exponents: np.ndarray) -> Quantised:
     """The MXFP4 matrix of E2M1 codes, two in each byte [.., N, K / 2], and exponents [.., N, K / 32] of powers of two.
 
-    Codes become whole numbers, twice the value, so scales are half.
+    Codes are stored as whole numbers, twice the E2M1 value, so scales are half the powers of two.
     """
     return Quantised(TWICE_E2M1[nibbles(bytes)], as_scales(exponents) * np.float32(0.5), 32)
 
