@@ -21,9 +21,9 @@ from intaglio.progress import Progress, silent
 
 
 def parse(run: str) -> tuple[str, str]:
-    """(device, weights) of a run such as "host:int8"; weights are "auto" if left out.
+    """(device, weights) of a run such as "host:int8"; weights are "auto" if the text has none.
 
-    Raises CheckError for an unknown device.
+    Raises CheckError for an unknown device, and for the oracle, which computes no values.
     """
     device, _, weights = run.partition(":")
     if device not in DEVICES or device == "oracle":
@@ -35,12 +35,20 @@ def bisect(
     path: str | Path, runs: Sequence[str], seed: int = 0, programs: Sequence[Program] | None = None,
     progress: Progress = silent,
 ) -> Report:  # fmt: skip
-    """Compare two runs, each written device or device:weights, on random tokens drawn from `seed`. Returns the Report.
+    """Compare two runs of one checkpoint on random tokens, site by site. Returns the Report.
 
     The first run is taken as correct. Sites that both Programs have are compared, in the order of the second.
     Tolerances are those of check(), which allow for rounding in float32 only; with a lossy weight format, the first
-    site out of tolerance is where quantization begins to matter. programs: the two Programs, instead of compiling
-    them. Raises CheckError unless there are two runs with known devices.
+    site out of tolerance is where quantization begins to matter.
+
+    Args:
+        path: the checkpoint.
+        runs: two runs, each a text "device" or "device:weights".
+        seed: of the tokens.
+        programs: the Programs of the two runs; None: the checkpoint is compiled for each.
+        progress: called before each run.
+
+    Raises CheckError unless there are two runs with known devices.
     """
     if len(runs) != 2:
         raise CheckError(f"bisect takes two runs, such as reference,host:int8; got {','.join(runs)!r}")

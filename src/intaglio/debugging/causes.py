@@ -23,7 +23,7 @@ SPARE = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid")
 
 @dataclass(frozen=True)
 class Scene:
-    """All values of one step on the reference device, from which ops can be computed again.
+    """The values of one step on the reference device, from which ops can be computed again.
 
     Attributes:
         program: the Program.
@@ -39,7 +39,7 @@ class Scene:
 
 
 def explain(scene: Scene, site: str, theirs: np.ndarray, good: set[str]) -> str:
-    """A sentence with the likely cause of the difference at `site`; if no cause fits, a description of the difference.
+    """The likely cause of the difference at `site`, as text; if none is found, a description of the difference.
 
     theirs: transformers' value at the site. good: sites whose values are correct.
     """
@@ -60,14 +60,14 @@ def explain(scene: Scene, site: str, theirs: np.ndarray, good: set[str]) -> str:
 
 
 def _result(p: Program, site: str) -> str:
-    """Name of the tensor that is computed at a site: the first result of its op, or the site's own name."""
+    """Name of the tensor that is computed at a site: the first result of its op, or for a view the site's name."""
     return next((op.outputs[0] for op in p.ops if op.site == site and op.outputs), site)
 
 
 def _chain(p: Program, name: str, good: set[str]) -> list[Op]:
-    """A list of the ops that compute the tensor `name` from values of the correct sites `good`, in order.
+    """The ops that compute the tensor `name` from values at correct sites, in order, as a list.
 
-    If one of these ops reads a K/V cache, the ops that wrote the cache are in the list.
+    good: names of these sites. If one of the ops reads a K/V cache, the ops that wrote the cache are in the list.
     """
     wanted, seen = {p.base(name)}, []
     for op in reversed(p.ops):
@@ -79,9 +79,9 @@ def _chain(p: Program, name: str, good: set[str]) -> list[Op]:
 
 
 def rerun(scene: Scene, chain: list[Op], changed: Mapping[str, Op], name: str) -> np.ndarray | None:
-    """The value of the tensor `name` when the ops of `chain` run again, some of them replaced by those in `changed`.
+    """The value of the tensor `name`, as float64, when the ops of `chain` run again with some of them replaced.
 
-    changed: ops by site. Returns None if an op refuses its operands.
+    changed: the replacing ops, by site. Returns None if an op refuses its operands.
     """
     p, v = scene.program, dict(scene.values)
     for n in {n for op in chain for n in op.inputs if p.tensors.get(n) and p.tensors[n].role == "state"}:
@@ -100,7 +100,10 @@ def rerun(scene: Scene, chain: list[Op], changed: Mapping[str, Op], name: str) -
 
 
 def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
-    """Yield (description of a mistake, the op without it) for each common mistake in this kind of op."""
+    """Yield (description of a mistake, the op without it) for each common mistake in this kind of op.
+
+    Nothing is yielded for kinds of ops that have no list of mistakes.
+    """
     kinds: dict[type, Callable[..., Iterator[tuple[str, Op]]]] = {
         Rope: _rope, Norm: _norm, Linear: _linear, Attend: _attend, Map: _map, Route: _route, Experts: _experts,
     }  # fmt: skip
@@ -108,7 +111,7 @@ def variants(scene: Scene, op: Op) -> Iterator[tuple[str, Op]]:
 
 
 def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, corrected op) for a rope op: pairing style, rotated columns, attention factor, frequencies."""
+    """Yield (mistake, corrected op) for a rope op: style of pairs, which columns turn, attention factor, table."""
     other = "half" if op.style == "interleaved" else "interleaved"
     yield f"the wrong rope style: pairs are {other}, not {op.style}", replace(op, style=other)
     end = "last" if not op.trailing else "first"
@@ -157,7 +160,10 @@ def _linear(scene: Scene, op: Linear) -> Iterator[tuple[str, Op]]:
 
 
 def _turned(scene: Scene, op: Linear) -> Op:
-    """The linear with its weight transposed. The transposed weight is added to the scene's values, if not quantised."""
+    """The linear with its weight transposed.
+
+    The transposed weight is added to the scene's values; not if it is quantised, so that rerun() then gives None.
+    """
     values = scene.values
     assert isinstance(values, dict)
     w = values[op.w]
@@ -231,7 +237,7 @@ def _route(scene: Scene, op: Route) -> Iterator[tuple[str, Op]]:
 
 
 def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, corrected op) for experts, such as activation, clamp or transposed matrices."""
+    """Yield (mistake, corrected op) for experts: swapped or transposed matrices, activation, clamp, biases."""
     yield "gate and up of the experts are swapped", replace(op, gate=op.up, up=op.gate)
     for act in SPARE:
         if act != op.activation:
@@ -253,7 +259,7 @@ def _experts(scene: Scene, op: Experts) -> Iterator[tuple[str, Op]]:
 def _turned_stack(scene: Scene, op: Experts, which: str) -> Op:
     """The experts op with the matrices `which` (gate, up or down) transposed.
 
-    The transposed matrices, if not quantised, are added to the scene's values.
+    The transposed matrices are added to the scene's values; not if quantised, so that rerun() then gives None.
     """
     values, name = scene.values, getattr(op, which)
     assert isinstance(values, dict)
@@ -264,7 +270,7 @@ def _turned_stack(scene: Scene, op: Experts, which: str) -> Op:
 
 
 def _alike(scene: Scene, weight: str) -> list[str]:
-    """A list of the names of up to 12 other weights of the same shape, nearest in the table of tensors first."""
+    """Names of up to 12 other weights with the shape of `weight`, as a list; the nearest in the table first."""
     tensors = scene.program.tensors
     names = [t.name for t in scene.program.of_role("weight")]
     at = names.index(weight) if weight in names else 0
@@ -273,16 +279,19 @@ def _alike(scene: Scene, weight: str) -> list[str]:
 
 
 def _spare(scene: Scene, op: Op, ending: str) -> list[str]:
-    """A list of names in scene.spare that end with `ending` and belong to the op's layer.
+    """The names in scene.spare that end with `ending` and belong to the layer of `op`, as a list.
 
-    For an op outside the layers, the names of all layers.
+    For an op outside the layers they are those of all layers.
     """
     layer = ".".join(op.site.split(".")[:2]) + "."
     return [n for n in scene.spare if n.endswith(ending) and (layer in n or not op.site.startswith("layers."))]
 
 
 def describe(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """Describe, as text, a difference that no variant explains, such as a factor, a bias or the tokens that differ."""
+    """Describe, as text, a difference that no known mistake explains: a factor, a bias, NaN, or which tokens differ.
+
+    ours, theirs: the values [tokens, columns].
+    """
     bad = ~np.isfinite(ours)
     if bad.any():
         first = int(np.flatnonzero(bad.any(axis=1))[0])

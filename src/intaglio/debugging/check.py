@@ -41,13 +41,13 @@ class CheckError(RuntimeError):
 
 @dataclass(frozen=True)
 class Row:
-    """Comparison of the values at one site with the expected ones.
+    """The error at one site.
 
     Attributes:
         site: the site's name.
-        error: ||ours - theirs|| / ||theirs||.
-        tolerance: the error that rounding alone may explain.
-        bf16: the error of transformers' own run in bf16; None if it has no such site.
+        error: ||ours - theirs|| / ||theirs||, with theirs from transformers in float32.
+        tolerance: the largest error that rounding alone may explain.
+        bf16: the error of transformers' own run in bf16; None if it was not run or has no such site.
     """
 
     site: str
@@ -62,23 +62,23 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """`error` divided by `bf16`: 1 means an error as large as that of transformers in bf16.
+        """`error` divided by `bf16`: at 1, the error is as large as that of transformers in bf16.
 
-        Both are measured against transformers in float32. None if `bf16` is None or 0.
+        None if `bf16` is None or 0.
         """
         return self.error / self.bf16 if self.bf16 else None
 
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a check.
+    """The result of check() or bisect().
 
     Attributes:
         program: name of the Program.
-        device: device it ran on.
+        device: device that was checked.
         tokens: number of prompt tokens.
-        rows: the comparison at each site, in the order of the Program, then that of the logits.
-        first_bad: the first site out of tolerance, or None.
+        rows: the error at each site, in the order of the Program, and last that of the logits.
+        first_bad: the first site out of tolerance; None if there is none.
         logits: relative error of the logits.
         ok: True if no site is out of tolerance.
         cause: the likely cause of the first difference, as text; "" if there is none.
@@ -98,7 +98,7 @@ class Report:
     against: str = "transformers"
 
     def as_dict(self) -> dict[str, Any]:
-        """A dict of the fields, as plain values for JSON."""
+        """A dict of all fields for JSON; each row also has `ok` and `ratio`."""
         return {**asdict(self), "rows": [{**asdict(r), "ok": r.ok, "ratio": r.ratio} for r in self.rows]}
 
     @property
@@ -108,7 +108,7 @@ class Report:
 
     @property
     def conclusion(self) -> list[str]:
-        """A list of lines of text that say whether the two runs agree, and if not, where they first differ and why."""
+        """Lines of text, as a list: whether the two runs agree, and if not, where they first differ and why."""
         end = "agrees at every site" if self.ok else f"parts from {self.against} at {self.first_bad}"
         lines = [f"{end}; logits differ by {self.logits:.2e}"]
         lines += [f"likely cause: {self.cause}"] if self.cause else []
@@ -126,7 +126,7 @@ class Report:
 
 
 def reference_model(path: str | Path, dtype: str = "float32") -> Any:
-    """The transformers model of a checkpoint in the torch type `dtype`, with eager attention, ready for inference.
+    """The transformers model of a checkpoint, with eager attention, ready for inference. dtype: name of a torch type.
 
     Raises CheckError if torch or transformers is missing.
     """
@@ -164,14 +164,14 @@ def check(
     program: Program | None = None,
     progress: Progress = silent,
 ) -> Report:
-    """Compare a checkpoint's Program with transformers on one prompt. Returns the Report.
+    """Compare a checkpoint's Program on a device with transformers, on one prompt. Returns the Report.
 
-    A site's tolerance is 8 * eps * sqrt(K) * sqrt(n) with eps = 2^-23, K the longest sum so far (one rounding error
-    of random sign per term) and n the number of ops so far (whose errors add up likewise). Raises CheckError if torch
-    or transformers is missing.
+    A site's tolerance is 8 * eps * sqrt(K) * sqrt(n) with eps = 2^-23, K the longest sum so far (one rounding error of
+    random sign per term) and n the number of ops so far (whose errors add up likewise). Raises CheckError if torch or
+    transformers is missing.
 
     Args:
-        path: the checkpoint folder.
+        path: the checkpoint.
         device: device to check.
         tokens: token ids of the prompt, or the number of random token ids.
         seed: of the random token ids.
@@ -236,7 +236,7 @@ def scene_of(p: Program, checkpoint: Checkpoint, batch: Batch) -> Scene:
 
 
 def first_nonfinite(scene: Scene) -> str:
-    """A sentence that names where the first NaN or infinity appears; "" if there is none."""
+    """A sentence that names the weight or op in which the first NaN or infinity appears; "" if there is none."""
 
     def bad(name: str) -> bool:
         x = scene.values[name]
@@ -258,14 +258,17 @@ def wide_cache(p: Program) -> Program:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Relative difference ||ours - theirs|| / ||theirs||; infinite if a value is NaN or infinite."""
+    """Relative difference ||ours - theirs|| / ||theirs||; infinity if any value is NaN or infinite."""
     wide = theirs.astype(np.float64)
     gap = np.linalg.norm(ours.astype(np.float64).reshape(wide.shape) - wide) / (np.linalg.norm(wide) or 1.0)
     return float(gap) if np.isfinite(gap) else float("inf")
 
 
 def tolerances(p: Program, tokens: int) -> dict[str, float]:
-    """{site or name of a view: tolerance}, as check() defines it. A view has the tolerance of its base."""
+    """{site or name of a view: tolerance} for all sites, as check() defines it. tokens: length of the prompt.
+
+    A view has the tolerance of the op whose result it is part of.
+    """
     out: dict[str, float] = {}
     longest = 1
     for n, op in enumerate(p.ops, start=1):
@@ -277,9 +280,10 @@ def tolerances(p: Program, tokens: int) -> dict[str, float]:
 
 
 def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Run transformers on the tokens. Returns ({site: value, float32 [tokens, width]}, logits).
+    """Run a transformers model on a prompt. Returns ({site: value [tokens, width]}, logits [tokens, vocabulary]).
 
-    Only sites of the Program that are the input or output of a transformers module, or its K/V cache, have a value.
+    Only sites of the Program `p` that are the input or output of a transformers module, or keys and values in its K/V
+    cache, are in the dict.
     """
     import torch
     from transformers import DynamicCache
@@ -330,14 +334,14 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
 
 
 def _tensor_of(module: Any, out: Any) -> Any:
-    """The tensor in a module's output that its site computes: of a tuple the first, of Llama 4's router the second."""
+    """The part of a module's output that is compared: of a tuple the first item, for Llama 4's router the second."""
     if not isinstance(out, tuple):
         return out
     return out[1] if type(module).__name__ == "Llama4Router" else out[0]
 
 
 def module_of(model: Any, p: Program, op: Op) -> Any:
-    """The transformers module that holds the weight of `op`, for experts that of all experts; None if there is none."""
+    """The transformers module that holds the weight of `op` (for experts, that of all experts); None without one."""
     if op.site == "lm_head":
         return model.get_output_embeddings()
     weight = op.weight if isinstance(op, Norm) else op.w if isinstance(op, Linear | Embed) else None

@@ -27,7 +27,7 @@ DERIVED = ("layer_types", "mlp_layer_types", "no_rope_layers", "moe_layers", "qk
 
 
 class PortingError(RuntimeError):
-    """Raised for an architecture that cannot be tried. The message says what is missing and what to do."""
+    """Raised for an architecture on which ports cannot be tried. The message says what is missing and what to do."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Trial:
 
     Attributes:
         architecture: the port's architecture.
-        sites: number of correct sites before the first difference.
+        sites: number of correct sites before the first difference; 0 if the port does not apply.
         fits: True if there is no difference.
         why: the difference, or the reason why the port does not apply; "" if it fits.
     """
@@ -74,9 +74,10 @@ class Findings:
 
 
 def read_config(target: str) -> dict[str, Any]:
-    """A dict of a target's configuration: a folder's config.json, or transformers' defaults of a model type.
+    """The configuration of `target` as a dict: a checkpoint folder's config.json, or transformers' defaults.
 
-    A model type is a name such as qwen3_moe. Raises PortingError if the configuration cannot be had.
+    For the defaults, target is a model type of transformers, such as qwen3_moe. Raises PortingError for a folder
+    without config.json, an unknown model type, and if transformers is missing or refuses its own defaults.
     """
     path = Path(target)
     if path.is_dir():
@@ -105,9 +106,9 @@ def read_config(target: str) -> dict[str, Any]:
 
 
 def build_tiny(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Write a random model of this architecture with small sizes to `folder`. Returns its config as a dict.
+    """Write a checkpoint of a model with small sizes and random weights to `folder`. Returns its config.json as a dict.
 
-    Raises PortingError if transformers cannot build it.
+    config: the configuration of the architecture. Raises PortingError if transformers cannot build such a model.
     """
     import torch
     import transformers
@@ -141,9 +142,9 @@ def build_tiny(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def try_port(folder: Path, config: Mapping[str, Any], architecture: str) -> Trial:
-    """Check the tiny model in `folder` with the port of `architecture`, and return the Trial.
+    """Check the tiny model in `folder` with the port of `architecture`, whatever its own is. Returns the Trial.
 
-    The port is used whatever the model's own architecture is.
+    config: the tiny model's config.json.
     """
     from intaglio.debugging.check import check
     from intaglio.models import Checkpoint, CheckpointError, PortError
@@ -161,10 +162,10 @@ def try_port(folder: Path, config: Mapping[str, Any], architecture: str) -> Tria
 
 
 def investigate(target: str, progress: Progress = silent) -> Findings:
-    """Try ports on a tiny model of the target's architecture and return the Findings. Raises PortingError.
+    """Try ports on a tiny model of the target's architecture. Returns the Findings.
 
-    If the table has the architecture, only its own port is tried, else every port. target: a checkpoint folder, or a
-    model type of transformers.
+    If the table of ports has the architecture, only its own port is tried, else every port. target: a checkpoint
+    folder, or a model type of transformers. Raises PortingError if a tiny model cannot be built.
     """
     from intaglio.models import families
 

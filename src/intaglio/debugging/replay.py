@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a journal file, each a dict.
+    """Yield the entries of a journal file in order, each a dict.
 
-    An incomplete last line, which a killed process leaves, is skipped. Raises ValueError for any other line that is
-    no entry.
+    An incomplete last line, which a killed process leaves, is skipped. Raises ValueError for any other line that is no
+    entry.
     """
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -37,10 +37,10 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 def replay_journal(
     path: Path, model: Path | None = None, device: str | None = None, progress: Progress = silent
 ) -> Replayed:
-    """Run a journal's steps again. Returns a Replayed, which says how they compare with the recorded steps.
+    """Run a journal's steps again, up to the first difference. Returns a Replayed, which names that difference if any.
 
-    model, device: used instead of those that the journal names. Raises ValueError if the file is not a journal or the
-    model is not the recorded one.
+    model, device: used instead of those that the journal names. Raises ValueError if the file is not a journal, or was
+    recorded with another Program or K/V pool.
     """
     from intaglio.llm import LLM
     from intaglio.runtime import replay as run_again
@@ -58,14 +58,14 @@ def replay_journal(
 
 
 def _reported(entries: Iterator[dict[str, Any]], total: int, progress: Progress) -> Iterator[dict[str, Any]]:
-    """Yield the entries, and report progress before each."""
+    """Yield the entries, and call `progress` before each. total: number of all entries."""
     for done, entry in enumerate(entries):
         progress(done, total, f"replaying entry {done + 1:,} of {total:,}")
         yield entry
 
 
 def _revived(llm: LLM, r: Request) -> Request:
-    """The request with its stop checker and grammar matcher recreated, if it has stop strings or a grammar."""
+    """The request, with a new stop checker and grammar matcher if it has stop strings or a grammar."""
     if not (r.params.stop or r.params.grammar):
         return r
     whole, _ = llm.prepare(r.prompt, r.params)

@@ -15,10 +15,17 @@ Facts = dict[str, Any]
 
 
 def attention_facts(t: Trace, rec: Attention, x: np.ndarray, result: np.ndarray) -> tuple[Facts, list[Norm]]:
-    """Find out what an attention block computes that reads x and yields `result`. Raises Unmatched.
+    """Find out what an attention block computes. Returns (dict of properties, list of the norms of q and k).
 
-    Returns (dict of properties, list of the norms of q and k). Properties: sizes, projections, norms, rope, scale, mask
-    and gate.
+    Properties are sizes, projections, norms, rope, scale, mask and gate.
+
+    Args:
+        t: the trace.
+        rec: the block's call of the attention function.
+        x: what the block reads.
+        result: what the block returns.
+
+    Raises Unmatched if the fields of Decoder cannot express the block.
     """
     own = list(linears(t, rec.name))
     readers = [n for n in own if same(n.x, x)]
@@ -40,9 +47,9 @@ def _relative(name: str, under: str) -> str:
 
 
 def _scores(t: Trace, rec: Attention) -> Facts:
-    """The scale, softcap, sinks, window and chunk with which softmax attention gives the traced result, as a dict.
+    """{scale, softcap, sinks, window, chunk} with which softmax attention gives the traced result.
 
-    Raises Unmatched if there are none.
+    Raises Unmatched if no values do.
     """
     heads, n = rec.q.shape[:2]
     seen = np.tri(n, dtype=bool) if rec.mask is None else rec.mask > -1e30
@@ -71,7 +78,10 @@ def _scores(t: Trace, rec: Attention) -> Facts:
 
 
 def visible(seen: np.ndarray, name: str) -> tuple[int, int]:
-    """(window, chunk) of a mask, bool [tokens, tokens]; 0 for none. Raises Unmatched for another mask."""
+    """(window, chunk) of an attention mask, in tokens; 0 for none. Raises Unmatched for any other mask.
+
+    seen: bool [queries, keys], True where a query sees a key. name: of the module, for the error.
+    """
     n = len(seen)
     at, to = np.arange(n)[:, None], np.arange(n)[None]
     causal = to <= at
@@ -87,9 +97,17 @@ def visible(seen: np.ndarray, name: str) -> tuple[int, int]:
 
 
 def _after(t: Trace, rec: Attention, x: np.ndarray, out: Linear, readers: list[Linear], found: list[Norm]) -> Facts:
-    """{"gate": name, "inner_norm": name} of what lies between attention and the output projection; "" for none.
+    """{"gate": name, "inner_norm": name} of the modules between attention and the output projection; "" for none.
 
-    Raises Unmatched if something else lies between them.
+    Args:
+        t: the trace.
+        rec: the call of the attention function.
+        x: what the block reads.
+        out: the output projection.
+        readers: linears that read x.
+        found: norms in the block.
+
+    Raises Unmatched if anything else lies between them.
     """
     f: Facts = {"gate": "", "inner_norm": ""}
     held = rec.out
@@ -129,9 +147,10 @@ def _layouts(readers: list[Linear], rec: Attention) -> Iterator[tuple[str, list[
 
 
 def _projections(t: Trace, rec: Attention, readers: list[Linear], found: list[Norm], f: Facts) -> list[Norm]:
-    """Add the layout of the projections, the norms of queries and keys and the rope to the properties `f`.
+    """Add the layout of the projections, the norms of queries and keys, and the rope to the properties `f`.
 
-    Returns a list of the norms. A factor on the queries is multiplied into f["scale"]. Raises Unmatched.
+    Returns these norms as a list. A factor on the queries is multiplied into f["scale"]. readers: linears that read the
+    block's input. found: norms in the block. Raises Unmatched if queries, keys and values come about otherwise.
     """
     q, k, late = rec.q, rec.k, [_late(found, x) for x in (rec.q, rec.k)]
     if late[0] is not None and late[1] is not None:
@@ -164,9 +183,9 @@ def _projections(t: Trace, rec: Attention, readers: list[Linear], found: list[No
 
 
 def _by_head(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The values of a norm's argument or result, rearranged to `shape`, which is [heads, tokens, head_dim].
+    """A norm's argument or result as an array of `shape`, [heads, tokens, head_dim].
 
-    x: of that shape, or the same number of values by token.
+    x: has this shape already, or as many values ordered by token, then head.
     """
     if x.shape == shape:
         return x
@@ -174,17 +193,20 @@ def _by_head(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _late(found: list[Norm], x: np.ndarray) -> Norm | None:
-    """The norm that norms each head by itself and has the result x [heads, tokens, head_dim]; None if there is none."""
+    """The norm that norms each head by itself and has the result x [heads, tokens, head_dim]; None without one."""
     return next((n for n in found if n.y.size == x.size and n.x.ndim == 3 and same(_by_head(n.y, x.shape), x)), None)
 
 
 def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
-    """The norm that reads a projection's result y [tokens, heads, head_dim] in any shape; None if there is none."""
+    """The norm whose argument is a projection's result y [tokens, heads, head_dim], in any shape; None without."""
     return next((n for n in found if same(n.x, y) or same(n.x, y.swapaxes(0, 1))), None)
 
 
 def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | None:
-    """The factor by which queries are scaled besides the keys' rotation `turn`; None if they are rotated otherwise."""
+    """The factor on queries beside the rotation `turn`, which keys get too; None if queries are rotated otherwise.
+
+    before, after: the queries before and after rope, [heads, tokens, head_dim].
+    """
     length = [np.linalg.norm(x.astype(np.float64), axis=-1) for x in (before, after)]
     last = [float(np.linalg.norm(x[..., -1].astype(np.float64))) for x in (before, after)]  # not turned, if a part is
     whole = float(length[1].sum() / max(length[0].sum(), 1e-30)) / (turn.factor if turn.dim else 1.0)
@@ -199,7 +221,8 @@ def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | Non
 def _qk_norm(rec: Attention, q: Norm | None, k: Norm | None, late: list[Norm | None]) -> tuple[str, list[Norm]]:
     """(value of Decoder.qk_norm, [norm of q, norm of k]); ("", []) without norms.
 
-    Raises Unmatched for norms both before and after rope.
+    The value is "flat" (all heads together) or "head" before rope, "late" or without weights "unit" after rope. q, k:
+    the norms before rope. late: the norms after rope. Raises Unmatched for norms both before and after rope.
     """
     if late[0] is not None and late[1] is not None:
         if q is not None:

@@ -40,9 +40,9 @@ class AutoPort:
     Attributes:
         architecture: its name in config.json.
         text: the source text of the port file; "" if none could be written.
-        deviations: {description of a variant: deviation() of the port for it}.
+        deviations: {variant of the configuration, in words: deviation() of the port for it}.
         refused: {setting, as key=value: why the port refuses it}.
-        failure: text that says what was not matched or differs; "" for a verified port.
+        failure: what was not matched or differs, as text; "" for a verified port.
     """
 
     architecture: str
@@ -53,7 +53,7 @@ class AutoPort:
 
     @property
     def verified(self) -> bool:
-        """True if a port was written, and all its comparisons with transformers were within tolerance."""
+        """True if a port was written and agrees with transformers within tolerance in all comparisons."""
         return bool(self.text) and not self.failure
 
     def __str__(self) -> str:
@@ -66,8 +66,8 @@ class AutoPort:
 def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
     """Derive the port of an architecture, verify it against transformers, and return the AutoPort.
 
-    target: a checkpoint folder, or a model type of transformers. The table of ports is not read. Raises PortingError if
-    a tiny model of the architecture cannot be built, run or described.
+    What cannot be ported is told by its `failure`. target: a checkpoint folder, or a model type of transformers. The
+    table of ports is not read. Raises PortingError if a tiny model of the architecture cannot be built or run.
     """
     config = read_config(target)
     tiny = TinyModels(config)
@@ -100,7 +100,10 @@ def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
 
 
 def paragraph(architecture: str, e: Unmatched) -> str:
-    """A paragraph for users: which module of a model has no counterpart here, and what the nearest op or field is."""
+    """A paragraph for users: which module has no counterpart here, and which op or field is the nearest.
+
+    e: the error that names them.
+    """
     return (
         f"{architecture} is not ported: the module {e.module} has {e.missing}, for which no op or field of Decoder is "
         f"there. The nearest is {e.nearest}. Add it to models/decoder/ (docs/adding-a-model.md), or port by hand."
@@ -108,7 +111,7 @@ def paragraph(architecture: str, e: Unmatched) -> str:
 
 
 def load_port(text: str) -> Family:
-    """Execute a port file, given as text, and return its Family (its row of the table of ports)."""
+    """Execute the source text of a port file, and return the Family that it defines."""
     space: dict[str, Any] = {"__name__": "port"}
     exec(compile(text, "<port>", "exec"), space)  # text that this package wrote
     family = space["FAMILIES"][0]
@@ -117,9 +120,10 @@ def load_port(text: str) -> Family:
 
 
 def _first(tiny: TinyModels) -> Variant:
-    """Trace the tiny model with small sizes. Returns the Variant. Raises Unmatched, PortingError.
+    """The Variant of the tiny model with small sizes.
 
-    If transformers refuses the small head_dim, heads get hidden_size / heads columns.
+    If transformers refuses the small head_dim, heads get hidden_size / heads columns. Raises Unmatched for what Decoder
+    cannot express, PortingError if the model cannot be built or run.
     """
     try:
         return _variant(tiny, {})
@@ -132,7 +136,10 @@ def _first(tiny: TinyModels) -> Variant:
 
 
 def _variant(tiny: TinyModels, changes: dict[str, Any]) -> Variant:
-    """Trace the tiny model with the config keys `changes`. Returns the Variant. Raises Unmatched, PortingError."""
+    """Trace the tiny model with other values for the config keys in `changes`, and return the Variant.
+
+    Raises Unmatched for what Decoder cannot express, PortingError if the model cannot be built or run.
+    """
     model = tiny.build(**changes)
     tokens = np.random.default_rng(0).integers(3, 250, 61).tolist()
     try:
@@ -147,7 +154,10 @@ def _variant(tiny: TinyModels, changes: dict[str, Any]) -> Variant:
 
 
 def _ignored(trace: Trace, prefix: str) -> tuple[str, ...]:
-    """The value of Family.ignored: a pattern such as *.cross_attn. for each part of a layer that text does not use."""
+    """The value of Family.ignored: a pattern such as *.cross_attn. for each part of a layer that is never called.
+
+    prefix: the part of a weight's name before the list of layers.
+    """
     head = trace.head
     inside = [re.search(r"\.\d+\.(\w+)\.", f"{m}.") for m in trace.uncalled() if m != head and m.startswith(prefix)]
     own = {m[1] for m in inside if m}
@@ -161,10 +171,13 @@ def aliases(tiny: TinyModels) -> dict[str, str]:
 
 
 def _variants(tiny: TinyModels, first: Variant, progress: Progress) -> tuple[list[Variant], dict[str, str], list[str]]:
-    """Trace the tiny model with other sizes and settings. Raises PortingError.
+    """Trace the tiny model with other sizes and settings. Returns (variants, refused, lines).
 
-    Returns (`first` and the variants whose facts may differ from it, {refused setting: reason}, lines of the port file
-    that refuse these settings).
+    - variants: `first`, and those whose facts may differ from it.
+    - refused: {setting that Decoder cannot express: the reason}.
+    - lines: source text for the port file that refuses these settings.
+
+    Raises PortingError if Decoder cannot express the model with the second set of sizes.
     """
     trials: list[dict[str, Any]] = [{k: v for k, v in OTHER_SIZES.items() if k in _sized(tiny)}]
     trials += [{k: x} for k, values in tiny.switches().items() for x in values]
@@ -199,7 +212,10 @@ def _sized(tiny: TinyModels) -> set[str]:
 
 
 def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
-    """Source text for the port file that refuses the value `new` of a key."""
+    """Source text for the port file that refuses every value of `key` other than the target's own.
+
+    new: a value that cannot be ported. why: the reason, for the error.
+    """
     usual = {**tiny.usual, **tiny.settings()}.get(key)
     short = re.sub(r"[\"\\\n{}]", "", why)[:70]
     if new and not usual:
@@ -211,7 +227,7 @@ def _refusal(tiny: TinyModels, key: str, new: Any, why: str) -> str:
 def _saved(folder: Path, module: str) -> str:
     """The name under which a checkpoint has a module's weight, without ".weight".
 
-    If it has no such weight, the name of its only embedding table at top level (a tied head); else `module`.
+    If there is no such weight, it is the name of the only embedding table at top level (a tied head), else `module`.
     """
     found = Checkpoint.open(folder)
     if f"{module}.weight" in found.names or not module:
@@ -222,7 +238,10 @@ def _saved(folder: Path, module: str) -> str:
 
 
 def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
-    """{version, defaults, aliases, title, head, vocabulary}: what the port file needs besides the traced properties."""
+    """{version, defaults, aliases, title, head, vocabulary}: what the port file needs besides the traced properties.
+
+    folder: a checkpoint of the tiny model.
+    """
     import transformers
 
     rope = tiny.usual.get("rope_parameters") or {}
@@ -240,9 +259,9 @@ def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
 
 
 def _stored(folder: Path, first: Variant) -> str:
-    """The name of the form in which the checkpoint holds experts, such as STACKED; "" without experts.
+    """The name of the form in which the checkpoint in `folder` holds experts, such as STACKED; "" without experts.
 
-    The forms are NAMED, NUMBERED, STACKED and TRANSPOSED of models.decoder. For NUMBERED, "saved_block" is added to
+    The forms are NAMED, NUMBERED, STACKED and TRANSPOSED of models.decoder. With NUMBERED, "saved_block" is added to
     first.facts["mixture"]. Raises PortingError for another form.
     """
     m = first.facts.get("mixture")
@@ -267,7 +286,16 @@ def _verify(
 ) -> AutoPort:  # fmt: skip
     """Compare the port with transformers and return the AutoPort.
 
-    Compared are the logits of the first 2 * SHOWN variants, then the first variant site by site.
+    The logits of the first 2 * SHOWN variants are compared, and if all are near enough, the first variant site by site.
+
+    Args:
+        tiny: builds the models.
+        family: the port.
+        text: its source text.
+        variants: of the configuration.
+        refused: settings that the port refuses, for the result.
+        folder: for checkpoints.
+        progress: called before each variant.
     """
     deviations, failure = dict[str, float](), ""
     for v in variants[: 2 * SHOWN]:
@@ -296,9 +324,9 @@ def _brief(v: Variant) -> str:
 
 
 def deviation(path: Path, family: Family, model: Any) -> float:
-    """The deviation max |ours - theirs| / max |theirs| of a port's logits in prefill and decode; infinity for NaN.
+    """Error max |ours - theirs| / max |theirs| of a port's logits in prefill and decode; infinity if one is NaN.
 
-    path: checkpoint of the transformers model `model`.
+    path: a checkpoint of the transformers model `model`. family: the port.
     """
     import torch
 

@@ -32,11 +32,11 @@ MISSING = object()
 
 @dataclass(frozen=True)
 class Variant:
-    """One configuration of the tiny model and what was traced with it.
+    """One configuration of the tiny model, with what was traced in it.
 
     Attributes:
         config: its config.json.
-        changes: the keys in which it differs from the first variant.
+        changes: the keys in which it differs from the first variant, with their values.
         facts: the values of Decoder's fields, from flatten().
     """
 
@@ -46,7 +46,10 @@ class Variant:
 
 
 def value(expression: str, variant: Variant) -> Any:
-    """The value of an expression of the port file for a variant; MISSING if evaluating it raises an error."""
+    """The value of an expression of the port file for one variant; MISSING if evaluating it raises an error.
+
+    expression: source text over `c` (the configuration) and the fields in NAMES.
+    """
     c = Config(variant.config, {})
     known = {k: variant.facts[k] for k in NAMES if k in variant.facts}
     try:
@@ -72,10 +75,10 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def solve(field: str, variants: Sequence[Variant], usual: Any = MISSING) -> str | None:
-    """Source text of an expression that gives a field's value in every variant.
+    """Source text of an expression over config.json that gives a field's value in every variant.
 
-    "" if the value is always `usual`; None if no expression tried fits every variant. field: a key of Variant.facts, or
-    several with dots, such as mixture.width.
+    "" if the value is always `usual`; None if no expression that was tried fits every variant. field: a key of
+    Variant.facts, or several with dots, such as mixture.width.
     """
     wanted = [_get(v.facts, field) for v in variants]
     if usual is not MISSING and all(equal(w, usual) for w in wanted):
@@ -96,7 +99,10 @@ def _get(facts: Facts, field: str) -> Any:
 
 
 def candidates(wanted: Sequence[Any], variants: Sequence[Variant]) -> Iterator[str]:
-    """Yield expressions over one or two keys of config.json that may give the values `wanted`, as source text."""
+    """Yield source texts of expressions over one or two keys of config.json that may give the values `wanted`.
+
+    wanted: one value for each of `variants`.
+    """
     first, config = wanted[0], variants[0].config
     if isinstance(first, bool):
         for key, v in config.items():

@@ -20,14 +20,14 @@ SPLIT = 'split((("q_proj", heads // kv_heads * head_dim), ("k_proj", head_dim), 
 
 
 class Code(str):
-    """Source text of an expression, which text() writes into the port file without quotes."""
+    """Source text of an expression. text() writes it into the port file as it is, without quotes."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 def text(x: Any) -> str:
-    """A value as source text of a port file: its repr(), with double quotes; a Code as it is."""
+    """A value as Python source text for a port file, with double quotes around strings."""
     if isinstance(x, Code):
         return str(x)
     if isinstance(x, str):
@@ -101,9 +101,10 @@ def flatten(f: Facts) -> Facts:
 
 
 def _routed(mixed: list[Facts], name: str) -> list[Facts]:
-    """A list of the properties of each layer's mixture, with `routing` replaced by the first way that fits all.
+    """The properties of each layer's mixture, as a list, with the first way of routing that fits all layers.
 
-    Several ways can fit one layer, because its few tokens do not tell them apart. Raises Unmatched if none fits all.
+    mixed: the properties, with all ways that fit the layer in `routing`: its few tokens do not tell them apart. name:
+    of the list of layers. Raises Unmatched if no way fits all.
     """
     ways = [w for w in mixed[0]["routing"] if all(any(_same_way(w, x) for x in m["routing"]) for m in mixed)]
     if not ways:
@@ -119,7 +120,10 @@ PER_LAYER = ("window", "chunk", "rope", "scale")
 
 
 def _agree(tables: list[Facts], name: str) -> Facts:
-    """The first of `tables`, if all are equal. Raises Unmatched naming what differs. name: of the list of layers."""
+    """The first of `tables`, one per layer, if all are equal; else raise Unmatched naming what differs.
+
+    name: of the list of layers.
+    """
     for i, table in enumerate(tables):
         for k, v in table.items():
             if not _equal(v, tables[0].get(k)):
@@ -142,7 +146,10 @@ def _one_scale(scales: list[float], name: str) -> float:
 
 
 def _linear(usual: str, own: str, transposed: bool) -> dict[str, str]:
-    """Entries of Decoder.sources for one linear with the name `own` in the checkpoint; {} if that is the usual name."""
+    """Entries of Decoder.sources for one linear: {name that Decoder uses: name in the checkpoint}.
+
+    {} if both are equal and the checkpoint's weight is not transposed.
+    """
     if transposed:
         return {f"{usual}.weight": f"{own}.weight|T", f"{usual}.bias": f"{own}.bias"}
     return {usual: own} if usual != own else {}
@@ -151,9 +158,17 @@ def _linear(usual: str, own: str, transposed: bool) -> dict[str, str]:
 def _sources(
     f: Facts, attn: Facts, mlp: Facts, attention: str, block: str, prefix: str
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Values of (Decoder.fused, Decoder.sources).
+    """(Decoder.fused, Decoder.sources): names of modules that hold several weights, and names that differ from Llama's.
 
-    They list the modules that hold several weights, and those whose names are not Llama's. Raises Unmatched.
+    Args:
+        f: properties of the model.
+        attn: properties of its attention.
+        mlp: properties of its dense MLP; {} without one.
+        attention: name of the attention module in a layer.
+        block: name of the MLP's module in a layer.
+        prefix: part of a weight's name before the list of layers.
+
+    Raises Unmatched for a form of the projections that sources cannot express.
     """
     fused, out = [], dict[str, Any]()
     layers, embed = f["list"].removeprefix(prefix), f["embedding"].removeprefix(prefix)
@@ -200,10 +215,10 @@ def _sources(
 
 
 def _mixture(m: Facts, block: str) -> Facts:
-    """A dict of the values of Mixture's fields from the properties `m` of a traced mixture.
+    """The values of Mixture's fields, as a dict, from the properties `m` of a traced mixture of experts.
 
-    It also has how experts' parameters lie in their module (`turned`, `inside`, `experts`) and `route_scale`. Raises
-    Unmatched for a shared expert with other linears.
+    The dict also has `route_scale`, and how experts' parameters lie in their module (`turned`, `inside`, `experts`).
+    block: name of the mixture's module in a layer. Raises Unmatched for a shared expert with other linears.
     """
     shared = m["shared"]
     out: Facts = {
@@ -223,7 +238,7 @@ def _mixture(m: Facts, block: str) -> Facts:
 
 
 def rope_kinds(ropes: list[Rotation]) -> list[int]:
-    """A list: for each layer the number of its rotation among the different ones, from 0; -1 for no rope."""
+    """The number of each layer's rotation among the different ones, from 0, as a list; -1 for layers without rope."""
     seen: list[Rotation] = []
     out = []
     for r in ropes:

@@ -15,7 +15,7 @@ Facts = dict[str, Any]
 
 
 def model_facts(t: Trace) -> Facts:
-    """A dict of the properties of a traced model, with one dict per layer in its list `layers`.
+    """The properties of a traced model, as a dict; `layers` in it is a list with one dict per layer.
 
     Raises Unmatched for what Decoder cannot express.
     """
@@ -37,7 +37,10 @@ def model_facts(t: Trace) -> Facts:
 
 
 def _layer_list(t: Trace) -> str:
-    """Name of the list of decoder layers: the longest list of modules with attention in it. Raises Unmatched."""
+    """Name of the list of decoder layers: the longest list of modules that has attention in it.
+
+    Raises Unmatched if no call of attention was traced, or all are outside lists.
+    """
     attended = {a.name for a in t.attention}
     lists = [n for n in t.lists if any(a.startswith(f"{n}.0.") or f"{n}.1." in a for a in attended)]
     if not t.attention:
@@ -48,7 +51,7 @@ def _layer_list(t: Trace) -> str:
 
 
 def _called(t: Trace, name: str) -> Call:
-    """The one call of a layer. Raises Unmatched for a layer that is skipped or called more than once."""
+    """The only call of the module `name`. Raises Unmatched if it is not called exactly once."""
     found = [c for c in t.calls if c.name == name]
     if len(found) != 1:
         raise Unmatched(name, f"a layer that is called {len(found)} times", "Decoder.layers, each called once")
@@ -56,7 +59,11 @@ def _called(t: Trace, name: str) -> Call:
 
 
 def _embedding(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
-    """(dict of properties, list of Norms) of the embeddings, which give the first layer's input x. Raises Unmatched."""
+    """(dict of properties, list of Norms) of the embeddings.
+
+    x: the first layer's input. layers: name of the list of layers. Raises Unmatched if x is anything else than
+    embeddings with a scale, learned positions and a norm.
+    """
     table = t.weight(t.embedding)
     assert table is not None
     rows = table[np.asarray(t.tokens)]
@@ -75,7 +82,10 @@ def _embedding(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]
 
 
 def _summed(t: Trace, x: np.ndarray, rows: np.ndarray) -> Facts | None:
-    """{embed_scale, positions} if x is the scaled embeddings `rows`, with learned positions or without; else None."""
+    """{embed_scale, positions} if x is `rows` times a scale, plus learned positions or without; else None.
+
+    rows: the embeddings of the tokens. positions: name, first row and number of rows of the table; None without.
+    """
     if (found := factors(x, rows)) is not None:
         return {"embed_scale": found[0], "positions": None}
     for name, p in t.parameters.items():
@@ -88,7 +98,7 @@ def _summed(t: Trace, x: np.ndarray, rows: np.ndarray) -> Facts | None:
 
 
 def _layer(t: Trace, call: Call) -> tuple[Facts, list[Norm]]:
-    """(dict of properties, list of Norms) of one layer. Raises Unmatched for what Decoder cannot express."""
+    """(dict of properties, list of Norms) of the called layer. Raises Unmatched for what Decoder cannot express."""
     here = [a for a in t.attention if a.name.startswith(f"{call.name}.")]
     if len(here) != 1:
         what = "no attention" if not here else f"{len(here)} calls of attention"
@@ -119,7 +129,10 @@ def _full(call: Call, name: str, under: str) -> str:
 
 
 def _hidden(block: Call, like: np.ndarray) -> np.ndarray:
-    """The first float argument of a block that has the shape of the residual. Raises Unmatched without one."""
+    """The first floating-point argument of a block that has the shape of `like`, the residual.
+
+    Raises Unmatched if there is none.
+    """
     found = [x for x in block.inputs if x.shape == like.shape and x.dtype.kind == "f"]
     if not found:
         raise Unmatched(block.name, "no argument of the residual's shape", "attention of hidden_size columns")
@@ -127,9 +140,10 @@ def _hidden(block: Call, like: np.ndarray) -> np.ndarray:
 
 
 def _before(n: dict[str, Norm], site: str, own: list[Norm], x: np.ndarray, call: Call) -> None:
-    """Add the norm before attention, if there is one, to `n` under `site`.
+    """Add the norm before attention to `n`, under the name `site`, if there is one.
 
-    x: what attention reads. Raises Unmatched if it is neither the residual nor a norm of it.
+    own: norms of the layer. x: what attention reads. call: of the layer. Raises Unmatched if x is neither the residual
+    nor a norm of it.
     """
     if same(x, call.x):
         return
@@ -140,7 +154,10 @@ def _before(n: dict[str, Norm], site: str, own: list[Norm], x: np.ndarray, call:
 
 
 def _mlp(t: Trace, call: Call, attention: str) -> tuple[Facts, str, np.ndarray, np.ndarray]:
-    """(dict of properties, name within the layer, input, result) of a layer's MLP or experts. Raises Unmatched."""
+    """(dict of properties, name within the layer, argument, result) of a layer's MLP or mixture of experts.
+
+    call: of the layer. attention: name of its attention module. Raises Unmatched for what Decoder cannot express.
+    """
     inside = f"{attention}."
     own = [z for z in linears(t, call.name) if not z.name.startswith(inside)]
     experts = experts_call(t, call.name)
@@ -165,10 +182,19 @@ def _mlp(t: Trace, call: Call, attention: str) -> tuple[Facts, str, np.ndarray, 
 def _residuals(
     call: Call, n: dict[str, Norm], own: list[Norm], read: np.ndarray, branch: np.ndarray, end: np.ndarray
 ) -> Facts:
-    """{parallel, residual_scale}: how the results of attention and MLP are added to the residual. Raises Unmatched.
+    """{parallel, residual_scale}: how the results of attention and MLP are added to the residual.
 
-    Adds the norms found on the way (before the MLP, or after an addition) to `n`. read: what the MLP reads. branch,
-    end: the results of attention and of the MLP.
+    The norms before the MLP, or after an addition, are added to `n`.
+
+    Args:
+        call: of the layer.
+        n: norms of the layer by their site.
+        own: all norms called in the layer.
+        read: what the MLP reads.
+        branch: the result of attention, with its norm.
+        end: the result of the MLP, with its norm.
+
+    Raises Unmatched if they are added otherwise.
     """
     before = next((z for z in own if same(z.y, read)), None)
     source = before.x if before is not None else read
@@ -200,7 +226,10 @@ def _residuals(
 
 
 def _added(call: Call, x: np.ndarray, branches: tuple[np.ndarray, ...], parallel: bool) -> Facts:
-    """{parallel, residual_scale} of a layer whose result is x + residual_scale * sum of branches. Raises Unmatched."""
+    """{parallel, residual_scale} of a layer whose result is x + residual_scale * (sum of branches).
+
+    parallel: returned as given. Raises Unmatched if the result is anything else.
+    """
     found = factors(call.y, x, *branches)
     if found is None or found[0] != 1 or max(found[1:]) - min(found[1:]) > 1e-5:
         raise Unmatched(call.name, "a result that is not the residual plus its branches", "residual additions")
@@ -208,7 +237,10 @@ def _added(call: Call, x: np.ndarray, branches: tuple[np.ndarray, ...], parallel
 
 
 def _head(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
-    """(dict of properties, list of Norms) of final norm, output head, softcap and scale. Raises Unmatched."""
+    """(dict of properties, list of Norms) of the final norm, the output head, and the logits' softcap and scale.
+
+    x: the last layer's result. layers: name of the list of layers. Raises Unmatched if the logits come about otherwise.
+    """
     outside = [n for n in norms(t, "", layers) if n.x.shape == x.shape]
     final = next((n for n in outside if same(n.x, x)), None)
     y = final.y if final is not None else x

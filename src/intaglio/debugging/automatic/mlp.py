@@ -20,7 +20,11 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 def dense_facts(t: Trace, own: list[Linear], x: np.ndarray, under: str) -> tuple[Facts, np.ndarray]:
-    """(dict of properties, result) of the dense MLP that reads x, found among the linears `own`. Raises Unmatched."""
+    """(dict of properties, result) of the dense MLP that reads x.
+
+    own: linears among which it is looked for. under: name of its module. Raises Unmatched if they are no MLP that
+    Decoder can express.
+    """
     readers = [n for n in own if same(n.x, x)]
     downs = [n for n in own if n.y.size == x.size and not any(n is r for r in readers)]
     if not readers or not downs:
@@ -47,9 +51,10 @@ def _short(name: str, under: str) -> str:
 
 
 def _forms(readers: list[Linear], inner: np.ndarray) -> Iterator[Facts]:
-    """Yield a dict of properties for each form of MLP that gives the inner value `inner`.
+    """Yield a dict of properties for each form of MLP that gives `inner`, what the down projection reads.
 
-    The forms are: gated by two linears, gated by one linear that holds gate and up, and without a gate.
+    readers: linears that read the MLP's input. The forms are: gated by two linears, gated by one linear that holds gate
+    and up, and without a gate.
     """
     y = inner.reshape(len(readers[0].y), -1)
     for act in ACTIVATIONS:
@@ -70,9 +75,9 @@ def _forms(readers: list[Linear], inner: np.ndarray) -> Iterator[Facts]:
 
 
 def experts_call(t: Trace, under: str) -> Call | None:
-    """The call of the module of stacked experts below `under`; None if there is none.
+    """The call of the module of stacked experts inside the module `under`; None if there is none.
 
-    Such a module has stacks of matrices, and the ids of the chosen experts among its arguments.
+    Such a module has stacks of matrices for parameters, and ids of chosen experts among its arguments.
     """
     for call in t.below(under):
         stacks = [v for n, v in t.parameters.items() if n.rpartition(".")[0] == call.name and v.ndim == 3]
@@ -82,9 +87,9 @@ def experts_call(t: Trace, under: str) -> Call | None:
 
 
 def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Facts:
-    """A dict of the properties of the mixture of experts `under` that reads x: experts, routing, shared expert.
+    """The properties of the mixture of experts in module `under`, as a dict: experts, routing, shared expert.
 
-    Raises Unmatched for what Mixture cannot express.
+    x, result: what the module reads and returns. Raises Unmatched for what Mixture cannot express.
     """
     call = experts_call(t, under)
     assert call is not None
@@ -98,7 +103,11 @@ def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Fa
 
 
 def _expert(t: Trace, call: Call, ids: np.ndarray, weights: np.ndarray) -> Facts:
-    """The count, width, layout and activation of experts that give the call's result, as a dict. Raises Unmatched."""
+    """The properties of the routed experts, as a dict: count, width, top (experts per token), layout and activation.
+
+    call: of the module of experts. ids, weights: experts of each token and their weights, [tokens, top]. Raises
+    Unmatched if no activation and layout give the call's result.
+    """
     own = {n.rpartition(".")[2]: v for n, v in t.parameters.items() if n.rpartition(".")[0] == call.name}
     joined, down = own.get("gate_up_proj"), own.get("down_proj")
     if joined is None or down is None:
@@ -128,9 +137,17 @@ def _expert(t: Trace, call: Call, ids: np.ndarray, weights: np.ndarray) -> Facts
 
 
 def _routing(t: Trace, under: str, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, count: int) -> Facts:
-    """{"routing": a list of all routers and attributes of the op route that give the traced ids and weights}.
+    """{"routing": list of all ways that give the traced experts and weights}: a router, and attributes of the op route.
 
-    Raises Unmatched if there are none.
+    Args:
+        t: the trace.
+        under: name of the mixture's module.
+        x: what the mixture reads.
+        ids: chosen experts [tokens, top].
+        weights: their weights [tokens, top].
+        count: number of experts.
+
+    Raises Unmatched if no way does.
     """
     routers, found = {}, list[Facts]()
     for name, w in t.parameters.items():
@@ -162,7 +179,7 @@ def _routing(t: Trace, under: str, x: np.ndarray, ids: np.ndarray, weights: np.n
 
 
 def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
-    """Yield dicts of attributes of the op route to try. corrected: with a correction bias."""
+    """Yield dicts of attributes of the op route that may be the model's. corrected: scores have a correction bias."""
     groups, kept = int(t.config.get("n_group") or 0), int(t.config.get("topk_group") or 0)
     for grouped in (False, *([True] if groups > 1 else [])):
         for score in ("softmax", "sigmoid", *(() if corrected or grouped else ("chosen",))):
@@ -178,7 +195,11 @@ def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
 def _route(
     logits: np.ndarray, bias: np.ndarray | None, how: Facts, ids: np.ndarray, weights: np.ndarray
 ) -> float | None:
-    """The factor from the weights of the op route with attributes `how` to the traced weights; None if none fits."""
+    """The factor on the weights of the op route that gives the traced weights; None if the op chooses other ids.
+
+    logits: of the router [tokens, experts]. bias: correction bias. how: attributes of the op. ids, weights: as traced,
+    [tokens, top]. None too if no factor gives the weights.
+    """
     op = Route(
         site="route", logits="logits", bias="bias" if bias is not None else None, weights="weights", ids="ids",
         top=ids.shape[1], **how,
@@ -193,9 +214,16 @@ def _route(
 
 
 def _shared(t: Trace, under: str, call: Call, x: np.ndarray, result: np.ndarray) -> Facts:
-    """{"shared": dict of its properties or None, "shared_gate": name of its gate or ""} of the shared expert.
+    """{"shared": properties of the shared expert or None, "shared_gate": name of its gate or ""}.
 
-    Raises Unmatched if the module adds anything else to the experts' result.
+    Args:
+        t: the trace.
+        under: name of the mixture's module.
+        call: of the routed experts.
+        x: what the mixture reads.
+        result: what the mixture returns.
+
+    Raises Unmatched if anything else is added to the routed experts' result.
     """
     none: Facts = {"shared": None, "shared_gate": ""}
     if same(call.y, result):

@@ -12,12 +12,12 @@ from intaglio.debugging.automatic.trace import Call, Trace, Unmatched, same
 
 @dataclass(frozen=True)
 class Linear:
-    """A call of a linear.
+    """One traced call of a linear module, y = x @ weight.T + bias.
 
     Attributes:
         name: of the module.
         transposed: True if its weight is stored as [inputs, outputs].
-        bias: True if it has one.
+        bias: True if it has a bias.
         x: its argument [tokens, inputs].
         y: its result [tokens, outputs].
     """
@@ -31,15 +31,15 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """A call of a norm.
+    """One traced call of a norm.
 
     Attributes:
         name: of the module.
-        kind: rms, layer or l2, as the op norm has it.
+        kind: rms, layer or l2, as in the op norm.
         eps: added to the mean square (rms), the variance (layer) or the sum of squares (l2).
         offset: added to the weight.
-        weight: True if it has one.
-        bias: True if it has one.
+        weight: True if it has a weight.
+        bias: True if it has a bias.
         x: its argument, normed along the last dimension.
         y: its result, in the shape of x.
     """
@@ -55,12 +55,12 @@ class Norm:
 
     @property
     def family(self) -> tuple[str, float, float, bool, bool]:
-        """(kind, eps, offset, weight, bias), which Decoder has once for all norms of a model."""
+        """(kind, eps, offset, weight, bias): what all norms of a model must have in common."""
         return self.kind, self.eps, self.offset, self.weight, self.bias
 
 
 def linears(t: Trace, under: str) -> Iterator[Linear]:
-    """Yield a Linear for each call of a linear below the module `under`, in the order in which the calls ended."""
+    """Yield a Linear for each call of a linear module inside `under`, in the order in which the calls ended."""
     for call in t.below(under):
         w = t.weight(call.name)
         if w is None or w.ndim != 2 or call.x.dtype.kind != "f":
@@ -76,9 +76,10 @@ def linears(t: Trace, under: str) -> Iterator[Linear]:
 
 
 def norms(t: Trace, under: str, but: str = "") -> list[Norm]:
-    """A list of the norms called below the module `under` but not below `but`, in the order in which the calls ended.
+    """The norms called inside the module `under` ("" is the model) but not inside `but`, as a list.
 
-    A norm is a module without children, with vectors for parameters or none, whose result is its argument normed.
+    They are in the order in which the calls ended. A norm is a module without children, whose parameters are vectors or
+    none, and whose result is its argument normed.
     """
     calls = t.below(under) if under else t.calls
     calls = [c for c in calls if not but or not c.name.startswith(f"{but}.")]
@@ -95,7 +96,7 @@ def norms(t: Trace, under: str, but: str = "") -> list[Norm]:
 
 
 def norm_of(t: Trace, call: Call) -> Norm | None:
-    """The norm that a call computes, found by what it does to its argument; None if it computes something else."""
+    """The Norm that a call computes, found by what it does to its argument; None if it computes anything else."""
     own = {n.rpartition(".")[2]: v for n, v in t.parameters.items() if n.rpartition(".")[0] == call.name}
     if any(v.ndim > 1 for v in own.values()):
         return None
@@ -119,7 +120,16 @@ def norm_of(t: Trace, call: Call) -> Norm | None:
 def _eps(
     t: Trace, name: str, kind: str, scale: np.ndarray | float, shift: np.ndarray | float, shape: tuple[int, ...]
 ) -> float:
-    """A norm's epsilon, to two significant digits, measured with small arguments; 0.0 if it is below 1e-9."""
+    """A norm's epsilon, to two significant digits, measured with small arguments; 0.0 if it is below 1e-9.
+
+    Args:
+        t: its probe() runs the module.
+        name: of the module.
+        kind: rms, layer or l2.
+        scale: weight and offset together.
+        shift: bias.
+        shape: of the arguments.
+    """
     x = np.random.default_rng(0).standard_normal(shape) * 2e-3
     if kind == "l2":
         x /= shape[-1] ** 0.5
@@ -132,7 +142,7 @@ def _eps(
 
 
 def one_family(found: list[Norm]) -> Norm:
-    """The first norm, if all have the same Norm.family. Raises Unmatched naming the first that differs."""
+    """The first norm, if all have the same Norm.family; else raise Unmatched naming the first that differs."""
     first = found[0]
     for n in found:
         if n.family != first.family:

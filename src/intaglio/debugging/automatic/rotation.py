@@ -11,13 +11,13 @@ from intaglio.debugging.automatic.trace import same
 
 @dataclass(frozen=True)
 class Rotation:
-    """A rotary embedding as observed.
+    """A rotary embedding, as observed in a trace.
 
     Attributes:
         dim: number of columns of a head that are rotated, from the first; 0: none.
         style: half or interleaved, as in the op rope.
         factor: scale of the rotated columns.
-        angles: radians per position of each pair of columns.
+        angles: for each pair of columns, radians per position.
     """
 
     dim: int = 0
@@ -27,7 +27,7 @@ class Rotation:
 
 
 def observe_rotation(before: np.ndarray, after: np.ndarray) -> Rotation | None:
-    """The Rotation from `before` to `after`, both [heads, tokens, head_dim]; None if it is no rotation by position.
+    """The Rotation that turns `before` into `after`, both [heads, tokens, head_dim]; None if none does.
 
     Pairs of columns that are interleaved in `before` may be half a head apart in `after`, since attention scores do not
     depend on the order of columns.
@@ -44,7 +44,10 @@ def observe_rotation(before: np.ndarray, after: np.ndarray) -> Rotation | None:
 
 
 def _pairs(x: np.ndarray, style: str) -> np.ndarray:
-    """The pairs of columns of x [..., n] as complex numbers [..., n / 2]. style: half, else interleaved."""
+    """The pairs of columns of x [..., n] as complex numbers [..., n / 2].
+
+    style: "half" pairs columns half a head apart, any other text neighbouring columns.
+    """
     wide = x.astype(np.float64)
     half = wide.shape[-1] // 2
     if style == "half":
@@ -53,7 +56,10 @@ def _pairs(x: np.ndarray, style: str) -> np.ndarray:
 
 
 def _turned(before: np.ndarray, after: np.ndarray, style: str) -> tuple[float, tuple[float, ...]] | None:
-    """(factor, angle per position of each pair) if `after` is `before` rotated in proportion to position; else None."""
+    """(factor, angle per position of each pair) if `after` is `before` rotated in proportion to position; else None.
+
+    style: "half", "interleaved", or "sorted": interleaved in `before`, half a head apart in `after`.
+    """
     if before.shape[-1] % 2:
         return None
     a, b = _pairs(before, style), _pairs(after, "half" if style == "sorted" else style)

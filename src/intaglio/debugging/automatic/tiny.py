@@ -41,7 +41,10 @@ LARGEST = 5_000_000  # parameters of a tiny model
 
 
 def parameters(make: Any, config: Any) -> int:
-    """The number of parameters of the model make(config); 0 if it cannot be built on torch's meta device."""
+    """Number of parameters of the model make(config); 0 if it cannot be built on torch's meta device.
+
+    make: function that builds a transformers model.
+    """
     import torch
 
     try:
@@ -57,7 +60,7 @@ class TinyModels:
     Args:
         config: the target's config.json, or transformers' defaults of its type.
 
-    Raises PortingError if transformers is missing or does not know the type.
+    Raises PortingError if torch or transformers is missing.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -86,22 +89,25 @@ class TinyModels:
         self.without: set[str] = set()  # keys that this architecture does not take at other values
 
     def key(self, name: str) -> str:
-        """The name in this configuration of a key with the usual name `name`."""
+        """The key in this architecture's configuration that means what `name`, such as hidden_size, usually does."""
         return self.own.get(name, name)
 
     def has(self, name: str) -> bool:
-        """True if the configuration has a key with the usual name `name`."""
+        """True if this architecture's configuration has the key(name)."""
         return self.key(name) in self.usual
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        """The tiny configuration, as a dict: the target's values with small sizes, then `changes`."""
+        """The tiny model's configuration, as a dict: the target's values, with small sizes, then with `changes`."""
         sizes = {self.key(k): v for k, v in SIZES.items() if self.has(k) and self._sized(k) and k not in self.without}
         tokens = {k: v for k, v in TOKENS.items() if k in self.usual}
         eps = {k: EPS for k in self.usual if "eps" in k and isinstance(self.usual[k], float)}
         return {**self.given, **sizes, **tokens, **eps, **{self.key(k): v for k, v in changes.items()}}
 
     def _sized(self, key: str) -> bool:
-        """True if the tiny model sets the size `key`. A size that is None in the target (off) mostly stays None."""
+        """True if the tiny model gets a small value for the size `key`.
+
+        A size that is None in the target, which switches something off, mostly stays None.
+        """
         value = self.given.get(self.key(key), self.usual.get(self.key(key)))
         return value is not None or key in (
             "num_key_value_heads",
@@ -112,14 +118,20 @@ class TinyModels:
         )
 
     def config(self, **changes: Any) -> Any:
-        """The transformers configuration of the tiny model with `changes`. Raises PortingError if it is refused."""
+        """The tiny model's transformers configuration, with `changes`.
+
+        Raises PortingError if transformers refuses it.
+        """
         try:
             return self.kind(**json.loads(json.dumps(self.settings(**changes))))
         except Exception as e:
             raise PortingError(f"transformers refuses a {self.model_type} with {changes or 'small sizes'}: {e}") from e
 
     def untraced_layer_types(self) -> list[str]:
-        """A list of the values of layer_types whose layers have modules of classes that are not in the tiny model."""
+        """The layer types that this architecture has and that the tiny model does not show, as a list.
+
+        They are values of layer_types with which a model has modules of classes that are not in the tiny model.
+        """
         if "layer_types" not in self.usual:
             return []
         known, found = {type(m) for m in self.build().modules()}, list[str]()
@@ -133,7 +145,10 @@ class TinyModels:
         return found
 
     def build(self, **changes: Any) -> Any:
-        """A tiny transformers model with random weights. Raises PortingError if transformers cannot build it."""
+        """A tiny transformers model with random weights, and with `changes` to its configuration.
+
+        Raises PortingError if transformers cannot build it, or if it has too many parameters.
+        """
         import torch
         import transformers
 
@@ -166,11 +181,11 @@ class TinyModels:
         return model
 
     def save(self, model: Any, folder: Path) -> None:
-        """Write a checkpoint of the model to `folder`."""
+        """Write the transformers model to `folder`, as a checkpoint."""
         model.save_pretrained(folder)
 
     def switches(self) -> dict[str, list[Any]]:
-        """{key: list of other values to try} of the configuration, such as inverted flags and changed numbers."""
+        """{key of the configuration: list of other values to try}, such as inverted flags and changed numbers."""
         table = self.settings()
         out: dict[str, list[Any]] = {}
         sizes = {self.key(k) for k in SIZES}

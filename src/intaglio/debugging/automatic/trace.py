@@ -20,7 +20,7 @@ class Unmatched(ValueError):
 
     Attributes:
         module: name of the transformers module.
-        missing: what the module computes that has no op or field here.
+        missing: what the module computes for which there is no op or field.
         nearest: the nearest op or field.
     """
 
@@ -31,7 +31,13 @@ class Unmatched(ValueError):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the module `name`: its tensor arguments and results, without the batch dimension of 1."""
+    """One traced call of a module.
+
+    Attributes:
+        name: of the module.
+        inputs: its tensor arguments, without the batch dimension of 1.
+        outputs: its tensor results, without the batch dimension of 1.
+    """
 
     name: str
     inputs: tuple[np.ndarray, ...]
@@ -39,28 +45,28 @@ class Call:
 
     @property
     def x(self) -> np.ndarray:
-        """The first tensor argument of the call, an array."""
+        """The first tensor argument of the call."""
         return self.inputs[0]
 
     @property
     def y(self) -> np.ndarray:
-        """The first tensor result of the call, an array."""
+        """The first tensor result of the call."""
         return self.outputs[0]
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One call of the attention function.
+    """One traced call of the attention function.
 
     Attributes:
         name: of the attention module.
         q: queries [heads, tokens, head_dim].
         k: keys [kv heads, tokens, head_dim].
         v: values [kv heads, tokens, value_dim].
-        mask: what is added to the scores [tokens, tokens], or None.
+        mask: what is added to the scores, [tokens, tokens]; None without a mask.
         out: the result [tokens, heads * value_dim].
         scale: the factor on the scores.
-        given: other arguments that are numbers, such as softcap.
+        given: other arguments that are numbers, such as softcap, by name.
     """
 
     name: str
@@ -75,20 +81,20 @@ class Attention:
 
 @dataclass
 class Trace:
-    """The values of all modules in one run of a model.
+    """What a model computes in one run, module by module.
 
     Attributes:
         tokens: token ids of the prompt.
         calls: of modules, in the order in which they ended.
         attention: calls of the attention function, in order.
         logits: [tokens, vocabulary].
-        parameters: {name: value} of parameters and buffers.
-        lists: {name of a list of modules: its length}.
+        parameters: values of parameters and buffers, by name.
+        lists: length of each list of modules, by name.
         embedding: name of the module of the token embedding.
         head: name of the module of the output head; "" if there is none.
         config: the model's configuration as a dict.
         probe: function (module name, x) that runs the module on x and returns its result.
-        norms: the Norm, or None, of each call looked at so far, by id(call); filled by modules.py.
+        norms: the Norm that each call computes, or None, by id(call). modules.norms() fills it.
     """
 
     tokens: Sequence[int]
@@ -104,26 +110,26 @@ class Trace:
     norms: dict[int, Any] = field(default_factory=dict)
 
     def uncalled(self) -> list[str]:
-        """Sorted names of modules that own parameters but were not called, nor was any module inside them."""
+        """Names of modules that own parameters but were not called, nor was any module inside them; a sorted list."""
         called = {c.name for c in self.calls}
         held = {n.rpartition(".")[0] for n in self.parameters}
         return sorted(m for m in held if m not in called and not any(c.startswith(f"{m}.") for c in called))
 
     def below(self, name: str) -> list[Call]:
-        """A list of the calls of the modules inside the module `name`, at any depth."""
+        """The calls of modules inside the module `name`, at any depth, as a list in the order in which they ended."""
         return [c for c in self.calls if c.name.startswith(f"{name}.")]
 
     def of(self, name: str) -> Call | None:
-        """The first call of a module; None if there is none."""
+        """The first call of the module `name`; None if it was not called."""
         return next((c for c in self.calls if c.name == name), None)
 
     def weight(self, name: str, what: str = "weight") -> np.ndarray | None:
-        """The parameter `what` of a module; None if it has none."""
+        """The parameter `what` of the module `name`; None if it has no such parameter."""
         return self.parameters.get(f"{name}.{what}")
 
 
 def record(model: Any, tokens: Sequence[int]) -> Trace:
-    """Run a transformers model on tokens and return the Trace."""
+    """Run a transformers model on token ids, and return the Trace."""
     import torch
 
     trace = Trace(tokens, config=model.config.get_text_config().to_dict())
@@ -169,9 +175,9 @@ def record(model: Any, tokens: Sequence[int]) -> Trace:
 
 
 def _watch_attention(trace: Trace, modules: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
-    """Replace transformers' eager_attention_forward by a function that also adds each call to trace.attention.
+    """Replace transformers' attention function by one that also appends each call to trace.attention.
 
-    Returns {name of a Python module: its original function}.
+    Returns {name of a Python module: its original function}, to put them back. modules: by name. names: by id.
     """
     import torch
 
@@ -210,7 +216,7 @@ def _watch_attention(trace: Trace, modules: Mapping[str, Any], names: Mapping[in
 
 
 def same(a: np.ndarray, b: np.ndarray, near: float = NEAR) -> bool:
-    """True if two arrays have equally many values and ||a - b|| <= near * ||b||. Shapes may differ."""
+    """True if two arrays have equally many values and ||a - b|| <= near * ||b||. Their shapes may differ."""
     if a.size != b.size:
         return False
     x, y = a.reshape(-1).astype(np.float64), b.reshape(-1).astype(np.float64)
@@ -218,7 +224,10 @@ def same(a: np.ndarray, b: np.ndarray, near: float = NEAR) -> bool:
 
 
 def factors(y: np.ndarray, *terms: np.ndarray) -> tuple[float, ...] | None:
-    """A number f for each term, such that y is the sum of f * term; None if there are none. f near 1 is exactly 1."""
+    """The numbers f, one for each term, with which y is the sum of f * term, as a tuple; None if there are none.
+
+    A number within 2e-5 of 1 is returned as exactly 1.
+    """
     if any(t.size != y.size for t in terms):
         return None
     a = np.stack([t.reshape(-1).astype(np.float64) for t in terms], axis=1)

@@ -39,10 +39,11 @@ TURNED = (
 
 
 class Unsolved(ValueError):
-    """Raised when no expression gives a field's value in all variants.
+    """Raised when no expression over config.json gives a field's value in all variants.
 
     Attributes:
-        variant: the first variant with one changed key whose value differs from the first variant's, or None.
+        variant: the first variant with a single changed key in which the field differs from the first; None if there is
+            none.
     """
 
     def __init__(self, what: str, variant: Variant | None) -> None:
@@ -56,7 +57,7 @@ class Text:
 
     Attributes:
         body: lines of the describing function, before its return.
-        fields: expression of each field of Decoder, by its name.
+        fields: the expression of each argument of Decoder, by the field's name.
         sources: entries of Decoder.sources.
         imports: names to import.
     """
@@ -68,7 +69,10 @@ class Text:
 
 
 def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
-    """Source text of the expression of a field; "" if it always has the value `usual`. Raises Unsolved."""
+    """Source text of an expression that gives a field's value in all variants; "" if the value is always `usual`.
+
+    name: of the field, as for solve(). Raises Unsolved if no expression does.
+    """
     found = solve(name, variants, usual)
     if found is None:
         raise Unsolved(f"no expression over config.json gives {name}", differing(name, variants))
@@ -76,7 +80,10 @@ def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
 
 
 def differing(name: str, variants: Sequence[Variant]) -> Variant | None:
-    """The first variant with one changed key in which a field differs from the first variant; None if there is none."""
+    """The first variant with a single changed key in which the field `name` differs from the first variant.
+
+    None if there is none.
+    """
 
     def get(v: Variant) -> Any:
         x: Any = v.facts
@@ -98,8 +105,13 @@ def write_port(
 ) -> str:
     """The source text of the port file. Raises Unsolved naming the field that no expression gives.
 
-    kind: model type. refusals: lines that refuse settings. stored: name of the form in which the checkpoint holds
-    experts. about: title, version of transformers, defaults, aliases, head, vocabulary.
+    Args:
+        architecture: name in config.json.
+        kind: model type.
+        variants: traced configurations.
+        refusals: lines that refuse settings.
+        stored: name of the form in which the checkpoint holds experts; "" without experts.
+        about: title, version of transformers, defaults, aliases, head, vocabulary.
     """
     t, first = Text(), variants[0].facts
     function = re.sub(r"\W", "_", kind)
@@ -134,7 +146,8 @@ def write_port(
 def _by_layer(candidates: Sequence[str], wanted: list[list[Any]], variants: Sequence[Variant]) -> str | None:
     """The first of `candidates` that gives each layer's value in every variant; None if none does.
 
-    They are expressions over `c` (the config), `i` (the layer's number) and `kind` (its layer type).
+    candidates: expressions over `c` (the configuration), `i` (the layer's number) and `kind` (its layer type). wanted:
+    for each variant, a list of values by layer.
     """
     for expression in candidates:
         if all(_each(expression, v, w) for v, w in zip(variants, wanted, strict=True)):
@@ -161,7 +174,7 @@ def _each(expression: str, v: Variant, wanted: list[Any]) -> bool:
 
 
 def _layers(t: Text, variants: Sequence[Variant]) -> None:
-    """Add the rope tables and the layers to the text. Raises Unsolved."""
+    """Add the rope tables and the layers to the parts `t`. Raises Unsolved if no expression gives a value per layer."""
     numbers = [k for k, x in variants[0].config.items() if "window" in k or "local_attention" in k]
     own = [f'int(c.get("{k}", 0))' for k in numbers]
     own += [f'c.whole("{k}") if kind == "sliding_attention" else 0' for k in numbers]
@@ -203,9 +216,9 @@ REQUIRED = (
 
 
 def _rope(t: Text, variants: Sequence[Variant], turns: list[list[int]]) -> str:
-    """Add the rope tables to the text. Raises Unsolved.
+    """Add the rope tables to the parts `t`. Returns source text for Layer's argument `rope`; "" for the default.
 
-    Returns the source text of Layer's argument `rope`; "" for the default. turns: rope_kinds() of each variant.
+    turns: rope_kinds() of each variant. Raises Unsolved if no expression gives the traced angles.
     """
     if all(max(x) < 0 for x in turns):
         t.body.append("ropes: dict[str, Table] = {}")
@@ -248,13 +261,13 @@ def _other(lists: list[list[Any]], variants: Sequence[Variant]) -> Variant | Non
 
 
 def turned(settings: Any, share: float) -> Any:
-    """The rope settings, changed in place so that `share` of the columns of each head is rotated."""
+    """The rope settings, changed in place so that the fraction `share` of each head's columns is rotated."""
     settings["partial_rotary_factor"] = share + 1e-4
     return settings
 
 
 def _tables(call: str, v: Variant, _: None) -> bool:
-    """True if the rope tables that the expression `call` gives for a variant have the angles traced in its layers."""
+    """True if the expression `call` gives rope tables with the angles traced in a variant's layers."""
     c = Config(v.config, {})
     try:
         kinds = _kinds(c)
@@ -278,14 +291,17 @@ def _tables(call: str, v: Variant, _: None) -> bool:
 
 
 def alike(made: Table, seen: Rotation) -> bool:
-    """True if a rope table has the angles, style and factor of a traced rotation."""
+    """True if a rope table has the angles, the style and the factor of a traced rotation, within tolerance."""
     a, b = np.array(made.frequencies), np.array(seen.angles)
     near = len(a) == len(b) and bool(np.allclose(a, b, rtol=2e-3, atol=1e-6))
     return near and made.style == seen.style and abs(made.factor - seen.factor) < 1e-4
 
 
 def _mixture(t: Text, variants: Sequence[Variant], stored: str) -> None:
-    """Add the mixture of experts to the text. Raises Unsolved."""
+    """Add the mixture of experts to the parts `t`. Raises Unsolved if no expression gives one of its fields.
+
+    variants: those with experts. stored: name of the form in which the checkpoint holds them.
+    """
     m = variants[0].facts["mixture"]
     if stored == "NUMBERED":  # saved under a name of its own
         for v in variants:
@@ -331,7 +347,10 @@ def _sources(t: Text) -> Iterator[str]:
 
 
 def _file(t: Text, architecture: str, kind: str, function: str, first: dict[str, Any], about: dict[str, Any]) -> str:
-    """The source text of the port file, put together from its parts."""
+    """The source text of the port file, put together from the parts `t`.
+
+    function: name of the describing function. first: facts of the first variant. The others are as for write_port().
+    """
     sources = list(_sources(t))
     if sources:
         t.body.append("sources = {\n        " + "\n        ".join(sources) + "\n    }")
@@ -387,5 +406,5 @@ def _assigned(t: Text, name: str) -> bool:
 
 
 def solve_vocabulary(about: dict[str, Any]) -> str:
-    """Source text of the expression of the vocabulary's size."""
+    """Source text of the expression that gives the vocabulary's size, as `about` has it."""
     return str(about["vocabulary"])
