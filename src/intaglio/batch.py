@@ -154,7 +154,7 @@ class Batch:
 
     @cached_property
     def q_len(self) -> np.ndarray:
-        """Number of each sequence's token rows in this step, int32 [S]."""
+        """Number of token rows that each sequence has in this step, int32 [S]."""
         return self._per_sequence(1)
 
     @cached_property
@@ -206,8 +206,9 @@ class Batch:
 def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
     """Combine chunks, one per sequence, into one Batch and return it. block_size: tokens in a K/V block.
 
-    Raises BatchError without chunks; for a chunk that _check() refuses; for two tokens with the same K/V slot; and if a
-    slot of recurrent state is written twice, or read and written.
+    Raises BatchError without chunks; for a chunk that is empty, has too few blocks, a row out of range, a wrong number
+    of Samplings, or a state slot that does not fit its start; for two tokens with the same K/V slot; and if a slot of
+    recurrent state is written twice, or read and written.
     """
     if not chunks:
         raise BatchError("a batch needs at least one chunk")
@@ -277,8 +278,8 @@ def _check_states(before: list[int], after: list[int]) -> None:
 def _check(i: int, c: Chunk, block_size: int) -> None:
     """Raise BatchError if a chunk cannot be run. `i` is the chunk's number, for the message.
 
-    Refused are: a chunk without tokens; positions outside its blocks; a slot of recurrent state before position 0, or
-    none at a later position; a row outside its tokens; another number of Samplings than rows.
+    Refused are: a chunk without tokens; positions outside its blocks; a recurrent state to read at start 0, or none at
+    a later start; a row outside its tokens; another number of Samplings than rows.
     """
     n = len(c.tokens)
     if n == 0:

@@ -54,7 +54,7 @@ ELEMENT_OF = {"fp8": "e4m3", "fp8row": "e4m3", "int8row": "int8", "mxfp4": "e2m1
 
 
 class FormatError(ValueError):
-    """Raised for an unknown format name, and for a value that a format cannot hold."""
+    """Raised for an unknown format name, and for a use that a format does not support."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ class Quantised:
 
 
 def in_groups(x: np.ndarray, group: int) -> np.ndarray:
-    """`x` [N, K] as an array [N, ceil(K / group), group], padded with zeros."""
+    """`x` [N, K] as a float32 array [N, ceil(K / group), group]; the last group of a row is padded with zeros."""
     n, k = x.shape
     padded = np.zeros((n, -(-k // group) * group), np.float32)
     padded[:, :k] = x
@@ -394,16 +394,15 @@ ZERO = np.float32(0)
 def _q4_k(x: np.ndarray) -> Quantised:
     """Quantise float32 [N, K] to a Quantised in q4_k: codes, 6-bit scales and minima, and f16 units.
 
-    Non-finite blocks become NaN.
+    1. For each group, fit lines by least squares through codes from 16 ranges (the group's own, its ends moved inwards
+       by up to a step), and keep the best line.
+    2. The units are the largest scale and minimum over 63, rounded up, so that every scale is within reach.
+    3. Each group takes, of the three nearest scales and for each the three nearest minima, the pair of least squared
+       error.
 
-    1. For each group, fit lines by least squares through codes from 16 ranges (the group's own, its ends moved
-    inwards by up to a step), and keep the best line. 2. The units are the largest scale and minimum over 63,
-    rounded up, so that every scale is within reach. 3. Each group takes, of the three nearest scales and for each
-    the three nearest minima, the pair of least squared error.
-
-    csrc/isa/scales.inl does the same in the same order, to the bit. llama.cpp searches likewise (ggml-quants.c),
-    but moves one end only, weighs large values more, and takes the nearest scale and minimum without a second
-    search. Raises FormatError if K is not a multiple of 256.
+    Blocks with NaN, infinity or a value above 2^20 become NaN. csrc/isa/scales.inl does the same in the same order, to
+    the bit. llama.cpp searches likewise (ggml-quants.c), but moves one end only, weighs large values more, and takes
+    the nearest scale and minimum without a second search. Raises FormatError if 256 does not divide K.
     """
     n, k = x.shape
     if k % BLOCK:
@@ -472,7 +471,7 @@ def _quotient(x: np.ndarray, y: np.ndarray, least: np.float32 = ZERO) -> np.ndar
 
 
 def _unit(sizes: np.ndarray) -> np.ndarray:
-    """The least f16 unit of which 63 reach the largest of each block's 8 scales or minima: [..., 8] to [..., 1]."""
+    """The f16 unit of each block's 8 scales or minima, [..., 8] to [..., 1]: the least of which 63 suffice for all."""
     unit = sizes.max(axis=-1, keepdims=True) / SIZES
     half = unit.astype(np.float16)
     return np.where(half < unit, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)

@@ -258,7 +258,8 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Continue one prompt and yield a Delta for each new part of its text.
 
-        Closing the iterator aborts the request. Raises RequestError if params.n is not 1, and the errors of prepare().
+        params None is SamplingParams(). Closing the iterator aborts the request. Raises RequestError if params.n is not
+        1, and the errors of prepare().
         """
         request, transcripts = self.prepare(prompt, params or SamplingParams(), name="prompt 0")
         if len(transcripts) > 1:
@@ -315,7 +316,7 @@ class LLM:
     def use_chat_template(self, source: str) -> None:
         """Render conversations with this Jinja template from now on.
 
-        Raises TokenizerError if it does not parse, or there is no tokenizer.
+        Raises TokenizerError if the template does not parse, or if there is no tokenizer.
         """
         self.model = self.model.with_chat_template(source)
 

@@ -105,7 +105,7 @@ class ChipSpec:
         check(self)
 
     def mac_rate(self, format: str) -> int:
-        """Multiply-accumulates per cycle of one core for operands in `format`. Raises ChipError as runs_as() does."""
+        """Multiply-accumulates per cycle of one core, for operands in `format`. Raises ChipError as runs_as() does."""
         return dict(self.macs)[self.runs_as(format)]
 
     def runs_as(self, format: str) -> str:

@@ -76,7 +76,7 @@ def profile(
 ) -> None:
     """Show where a step's time goes, site by site beside its roof, and which sites lose most.
 
-    With a layout, also how long each rank was in collectives and for whom it waited.
+    With a layout, also how long each rank was in collectives and for which rank it waited.
     """
     from intaglio.measure.profile import profile as run_profile
     from intaglio.measure.ranks import chrome_trace, rank_times, timed_decode
@@ -177,7 +177,10 @@ def beside_roofs(llm: LLM, measure: Callable[..., T], **sizes: Any) -> tuple[T, 
 
 
 def facts(llm: LLM, why: str) -> dict[str, Any]:
-    """The measured Program and device as a dict for JSON. `why`: reason why there are no bounds, or ""."""
+    """A dict for JSON that describes the measured Program and device.
+
+    why: the reason why there are no bounds, or "".
+    """
     return {"program": summary(llm.model.program), "device": describe_device(llm), "no_bounds": why or None}
 
 
@@ -188,7 +191,10 @@ def print_head(llm: LLM, runs: int) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """A list of the whole numbers in a comma-separated text: '128,512' gives [128, 512]. Raises ValueError."""
+    """The whole numbers in a comma-separated text, as a list: '128,512' gives [128, 512].
+
+    Raises ValueError for any other text.
+    """
     try:
         return [int(n) for n in text.split(",")]
     except ValueError:

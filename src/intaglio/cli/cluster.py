@@ -122,7 +122,7 @@ def drain(
     restart: Annotated[bool, typer.Option("--restart", help="Start it again afterwards.")] = False,
     name: Name = "default",
 ) -> None:
-    """Move a replica's requests to the others, which go on with them, and stop it."""
+    """Move a replica's requests to other replicas, which continue them, and stop it."""
     moved = _ask(name, {"do": "drain", "replica": replica, "restart": restart})
     print(f"{replica} had {moved} requests; it is {'started again' if restart else 'stopped'}")
 

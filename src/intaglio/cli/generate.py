@@ -84,7 +84,7 @@ def chat(
     in_process: o.InProcess = False,
     no_cache: o.NoCache = False,
 ) -> None:
-    """Talk with a model that has a chat template. A line is a turn, piped lines too; Ctrl-D ends."""
+    """Talk with a model that has a chat template. Each line of input is one turn; Ctrl-D ends."""
     from intaglio.runtime import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_k, top_p, min_p, seed, stop or ())

@@ -32,7 +32,7 @@ def read_token(file: Path | None) -> bytes | None:
 
 
 def read_address(text: str) -> tuple[str, int]:
-    """(host, port) from a text HOST:PORT. Raises ValueError for another text."""
+    """(host, port) of a text HOST:PORT. Raises ValueError for any other text."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"--rendezvous {text}: wanted HOST:PORT, such as 10.0.0.1:{PORT}")

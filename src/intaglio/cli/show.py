@@ -60,7 +60,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1,
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Table:
-    """A rich table of two columns, names and values; the values are wrapped."""
+    """A rich table of two columns, from pairs (name, value); the values are wrapped."""
     shown = Table.grid(padding=(0, 2))
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")

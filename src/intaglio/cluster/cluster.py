@@ -24,7 +24,9 @@ INITIALS: Mapping[Role, str] = {"mixed": "r", "prefill": "p", "decode": "d"}
 
 
 class Cluster:
-    """Replica processes of one model: r0, r1, ..., or p0, ... and d0, ... where prefill and decode are apart.
+    """Replica processes of one model, with the names r0, r1, ...
+
+    With separate replicas for prefill and decode the names are p0, p1, ... and d0, d1, ...
 
     Args:
         backends: the router with its links to the replicas.
@@ -60,8 +62,9 @@ class Cluster:
     async def scale(self, replicas: int, role: Role | None = None) -> None:
         """Start or drain replicas of a role until the cluster has `replicas` of that role.
 
-        role: None is mixed, or decode where prefill and decode are apart. Raises ValueError for a number outside
-        1..MAX_REPLICAS and for a role that the cluster does not have, ReplicaFailed if a replica does not start.
+        role: None is "mixed", or "decode" if the cluster has separate replicas for prefill and decode. Raises
+        ValueError for a number outside 1..MAX_REPLICAS and for a role that the cluster does not have, ReplicaFailed if
+        a replica does not start.
         """
         if not 1 <= replicas <= MAX_REPLICAS:
             raise ValueError(f"{replicas} replicas; allowed: 1 to {MAX_REPLICAS}")
@@ -95,7 +98,7 @@ class Cluster:
             return moved
 
     async def stop(self) -> None:
-        """Stop all replicas at once."""
+        """End all replicas at once, without draining them, and close the links to them."""
         self.stopping = True
         tasks = [*self._supervisors.values(), *([self._tidying] if self._tidying else [])]
         for task in tasks:
@@ -153,7 +156,10 @@ class Cluster:
         self._supervisors[name] = asyncio.ensure_future(self._supervise(name, process))
 
     async def _remove(self, name: str) -> int:
-        """Drain a replica and stop its process. Returns how many requests it had."""
+        """Drain a replica, wait up to DRAIN_TIMEOUT seconds for its requests to end, and stop its process.
+
+        Returns how many requests it had.
+        """
         self._leaving.add(name)
         try:
             moved = self.backends.drain(name)

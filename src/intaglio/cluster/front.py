@@ -35,10 +35,11 @@ class FrontOptions:
     """Options of the router's HTTP application.
 
     Attributes:
-        keys: accepted API keys; empty: no key is needed. A client's tenant is then key0, key1, ... by its key.
+        keys: accepted API keys; empty: no key is needed. If there are keys, a client's tenant is key0, key1, ... by the
+            number of its key.
         limits: how long a request may take and wait.
         max_body: most bytes of a request's body.
-        max_open: most requests open at once; beyond it, 429.
+        max_open: most requests open at once; more are refused with 429.
         read_timeout: seconds within which a body must arrive.
     """
 

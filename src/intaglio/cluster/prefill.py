@@ -22,9 +22,11 @@ PREFILLS = ("handed", "empty", "lost", "drained", "refused")  # what comes of an
 async def prefill(backends: Backends, job: Job, header: Callable[[], dict[str, Any]], raw: bytes) -> tuple[Job, bool]:
     """Have a prefill replica compute a job's prompt, if the cluster has one and enough of the prompt is not cached.
 
-    header: function that makes the header of the call. raw: the request's body. Returns (the job, with the prompt's
-    length and the number of tokens handed over if a replica computed it; whether the job has been placed on a replica).
-    Up to ATTEMPTS replicas are tried. Raises Refusal if the job is not admitted, or not placed in its time.
+    Returns (job, placed). If a replica has computed the prompt, the job has the prompt's length and the number of
+    tokens handed over. placed: True if the job has been placed on a replica. Up to ATTEMPTS replicas are tried.
+
+    header: function that makes the header of the call. raw: the request's body. Raises Refusal if the job is not
+    admitted, or not placed in its time.
     """
     placed = False
     for _ in range(ATTEMPTS):

@@ -26,7 +26,7 @@ class ReplicaFailed(ValueError):
 
 
 class ReplicaProcess:
-    """The process of one replica. It ends when this process does, however that ends: its standard input ends too.
+    """The process of one replica. Its standard input is a pipe from this process, so it ends when this process does.
 
     Args:
         name: of the replica.
@@ -109,8 +109,8 @@ class ReplicaProcess:
     def kill(self) -> None:
         """Kill the process and all that it started (its process group) with SIGKILL.
 
-        After the process has ended, only the first call does so. The system may give the group's number to another
-        process later.
+        After the process has ended, only the first call does anything: the system may give the group's number to others
+        later.
         """
         if self.process is None or self._group_ended:
             return
@@ -128,9 +128,9 @@ class ReplicaProcess:
             os.truncate(self.log, 0)
 
     def _tail(self, begins: int) -> str:
-        """The last TAIL characters that the process has logged since its start; a remark if there are none.
+        """The last TAIL characters that the process has logged since it was started; a remark if there are none.
 
-        begins: length of the log in bytes at that start.
+        begins: length of the log in bytes when it was started.
         """
         with self.log.open("rb") as log:
             log.seek(begins if begins <= log.seek(0, os.SEEK_END) else 0)  # trimmed since

@@ -118,9 +118,9 @@ class RelayedRequest:
         return call
 
     def _header(self, prefill: bool = False) -> dict[str, Any]:
-        """The header of a call to a replica, with what has been passed on so far; the replica computes what follows.
+        """The header of a call to a replica, which has the deltas passed on so far; the replica computes the rest.
 
-        prefill: the replica computes only the K/V of the prompt.
+        prefill: True if the replica should compute only the K/V of the prompt.
         """
         relay = {
             "id": self.job.id, "created": self.created, "seed": self.seed,
@@ -197,9 +197,10 @@ class RelayedRequest:
         return True
 
     def _patient(self, code: str | None) -> bool:
-        """True if a request that a replica refuses with `code` is tried again until its deadline, however often.
+        """True if a refused request is tried again until its deadline, however often it is refused.
 
-        It is for a request with output so far and a deadline, when replicas are only busy: it was admitted before.
+        That is a request with output so far and a deadline, if `code`, the code of the refusal, says that the replica
+        is busy.
         """
         return bool(self.deltas) and code in BUSY and self.job.deadline is not None
 

@@ -25,7 +25,7 @@ log = logging.getLogger("intaglio.cluster")
 
 @dataclass(frozen=True)
 class ClusterOptions:
-    """What a cluster runs.
+    """Options of a cluster.
 
     Attributes:
         words: arguments of `intaglio serve` for each replica.

@@ -96,7 +96,7 @@ def samples(tables: Mapping[str, Sequence[Row]], min_us: float) -> list[Sample]:
 
 
 def chosen(sample: Sample, points: int) -> np.ndarray:
-    """Indices of `points` rows of a sample at even quantiles of the latency; of all rows if 0 or too many."""
+    """Indices of `points` rows at even quantiles of the latency; indices of all rows if `points` is 0 or too large."""
     order = np.argsort(sample.us, kind="stable")
     if not points or points >= len(order):
         return order
@@ -153,7 +153,7 @@ def merged(record: KernelRecord, field: str, value: Any) -> tuple[tuple[str, Any
 
 
 def spread(errors: np.ndarray) -> float:
-    """Spread of logarithmic errors: the mean of the median and the mean of their sizes, at least LEAST_SPREAD.
+    """Spread of logarithmic errors: half of (median + mean) of their sizes, at least LEAST_SPREAD.
 
     Sizes above 2 count as 2, so that a few rows do not decide.
     """
@@ -249,10 +249,11 @@ class Search:
                 self.prior[name] = prior
 
     def choose_facts(self) -> None:
-        """Try the alternatives of each fact in FACTS that the samples can tell, and keep the clearly more likely ones.
+        """Try other values for the kernels' properties in FACTS, and keep those that are clearly more likely.
 
-        First all facts of a family are tried together, as each shipped library has them, then each alone. Those of
-        attention and experts are chosen for each format, because kernels differ by format.
+        Only families that the samples have are tried: first all properties of a family together, as each shipped
+        library has them, then each alone. Those of attention and experts are chosen for each format, because kernels
+        differ by format.
         """
         for i, sample in enumerate(self.data):
             family = FAMILY[sample.table]
@@ -286,7 +287,7 @@ class Search:
     def run(self, facts: bool, progress: Progress = silent, name: str = "") -> Target:
         """Search, in one round for each step size in STEPS, and return the most likely target found.
 
-        facts: facts of the library are chosen too, not only constants. name: description for `progress`.
+        facts: choose the kernels' properties in FACTS too, besides fitting constants. name: description for `progress`.
         """
         for number, step in enumerate(STEPS):
             progress(number, len(STEPS), name)
@@ -336,7 +337,7 @@ class Calibration:
 
 
 def fitted(sample: Sample, before: np.ndarray, errors: np.ndarray, rng: np.random.Generator) -> Fitted:
-    """The Fitted of a sample.
+    """Errors of a sample before and after a fit, as a Fitted.
 
     before, errors: log(predicted / measured) of each row by the start and by the fitted target. rng: draws the 1000
     samples of the bootstrap that gives the confidence interval.
@@ -354,9 +355,11 @@ def fitted(sample: Sample, before: np.ndarray, errors: np.ndarray, rng: np.rando
 def calibrate(
     start: Target, data: Sequence[Sample], points: int = 24, folds: int = 4, seed: int = 0, progress: Progress = silent
 ) -> Calibration:
-    """Fit constants and facts of a target to measured samples. Returns a Calibration.
+    """Fit a target to measured samples. Returns a Calibration.
 
-    Kept is what predicts left-out rows best: the start unchanged, fitted constants, or fitted constants and facts.
+    Constants, such as latencies and efficiencies, are fitted. Facts, such as tiles or native 8-bit kernels, are chosen
+    among the alternatives in FACTS. Kept is what predicts left-out rows best: the start unchanged, fitted constants, or
+    fitted constants and facts.
 
     Args:
         start: chip and kernel library to start from.
@@ -402,7 +405,7 @@ def left_out(
     """Cross-validate a fit. Returns (log errors of each sample's rows, the fitted target of each fold).
 
     The errors of a fold's rows are those of the fit to the other folds. turns: for each sample, the fold of each row.
-    facts: facts are fitted too, not only constants.
+    facts: choose the kernels' properties in FACTS too, besides fitting constants.
     """
     errors, others = [np.zeros(len(s.rows)) for s in used], []
     for fold in range(folds):

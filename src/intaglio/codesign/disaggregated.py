@@ -25,7 +25,7 @@ NEVER = float("inf")
 class Apart:
     """Servers of two kinds, those that compute prompts and those that decode: step times and settings of one of each.
 
-    How many servers of a kind there are is `replicas` of its placement.
+    The number of servers of a kind is `replicas` of that kind's placement.
     """
 
     prefill: StepTimes | EngineTimes

@@ -148,7 +148,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Compared:
-    """A measured row with the modelled mean latencies in seconds. refused: why there are none; "" if there are."""
+    """A measured row with the modelled mean latencies in seconds. refused: the reason if there are none, else ""."""
 
     row: Row
     ttft: float = 0.0

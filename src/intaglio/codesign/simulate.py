@@ -44,10 +44,11 @@ def cards() -> dict[str, Path]:
 
 
 def ported(model: str, context: int | None) -> Program:
-    """The Program of a model, whole and not yet compiled.
+    """The whole Program of a model, not yet compiled.
 
-    model: a checkpoint folder, a config.json, or the name of a shipped config. context: largest context length;
-    None for the model's own. Raises ValueError if there is no such model, or if the file is not a JSON object.
+    model: a checkpoint folder, a config.json, or the name of a shipped config. context: largest context length; None
+    for the model's own. Raises ValueError (CheckpointError, PortError, ...) if there is no such model, if the file is
+    not a JSON object, or if the model is not ported.
     """
     path = Path(model)
     if path.is_dir():

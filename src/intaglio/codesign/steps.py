@@ -274,9 +274,9 @@ class StepTimes:
         return seconds, spent * ranks
 
     def _sizes(self, decoding: int, context: int, chunks: Chunks) -> tuple[BatchSizes, int]:
-        """(BatchSizes of the copy with the most tokens, number of tokens of all copies) of a micro-batch.
+        """(BatchSizes of the attention copy with the most tokens, tokens of all copies) of one micro-batch.
 
-        A copy is one of attention. Arguments as for cost().
+        Arguments as for cost().
         """
         stages = self.count
         each, ranks = -(-decoding // (self.copies * stages)), [0] * self.copies

@@ -212,7 +212,10 @@ def validate(
 
 
 def record(name: str, table: str, dtype: str, rows: Sequence[Row], predicted: np.ndarray, worst: int) -> Record:
-    """The Record of `rows`, which lists the `worst` rows with the largest errors. predicted: their microseconds."""
+    """The Record of `rows`, which lists the `worst` rows with the largest errors.
+
+    name: of the chip. predicted: microseconds, one for each of `rows`.
+    """
     us = measured(rows)
     error = (predicted / us - 1) * 100
     far = np.argsort(-np.abs(error))[:worst]

@@ -18,7 +18,7 @@ Sum = int | tuple["Sum", "Sum"]  # a rank's contribution, or left + right
 def steps_well_formed(s: Schedule) -> Iterator[str]:
     """Yield a message for each step with an unknown kind, an invalid rank or chunk number, or a wrong set of slots.
 
-    A step that writes to an input slot is reported too.
+    There is a message too for a step that writes to an input slot.
     """
     needs = {"copy": (True, False, True), "reduce": (True, True, True), "send": (True, False, False),
              "recv": (False, False, True)}  # fmt: skip
@@ -36,8 +36,8 @@ def steps_well_formed(s: Schedule) -> Iterator[str]:
 def transfers_paired(s: Schedule) -> Iterator[str]:
     """Yield a message for each send without exactly one later recv of the same tag and chunk, and for each stray recv.
 
-    Also for a pair that do not name each other as peers, and for recvs between two ranks in another order than the
-    sends.
+    There is a message too for a send and a recv that do not name each other as peers, and for recvs between two ranks
+    in another order than the sends.
     """
     sends, recvs = ({}, {})  # type: tuple[dict[int, int], dict[int, int]]
     last: dict[tuple[int, int], int] = {}
@@ -141,7 +141,10 @@ def every_contribution_summed_once(s: Schedule) -> Iterator[str]:
 
 
 def contributors(s: Schedule, chunk: int) -> range:
-    """The ranks whose inputs make up output chunk `chunk`, as a range: all that are summed, or the one it is from."""
+    """The ranks whose inputs are summed in output chunk `chunk`, as a range.
+
+    In a collective without sums it is the one rank from which the chunk comes.
+    """
     if s.collective in ("all_reduce", "reduce_scatter"):
         return range(s.ranks)
     owner = next(r for r in range(s.ranks) if chunk in s.inputs(r))
@@ -212,11 +215,9 @@ def check(s: Schedule) -> None:
 def order(s: Schedule) -> str:
     """In which order a schedule sums the values of a payload: "rank", "tree" or "chunk".
 
-    - rank: every chunk as ((0 + 1) + 2) + ..., by number of the rank.
-    - tree: every chunk by the same tree, which is another one.
+    - rank: every chunk as ((0 + 1) + 2) + ..., by number of the rank. A collective without sums is "rank" too.
+    - tree: every chunk by the same tree, but not by rank.
     - chunk: chunks by different trees, so that the bits of a sum depend on the value's position in the payload.
-
-    A collective without sums is "rank".
     """
     held = trace(s)
     sums = {held[rank, Slot("out", c)][1] for rank in range(s.ranks) for c in s.outputs(rank)}

@@ -114,7 +114,7 @@ def full(ranks: int, bandwidth: float, latency: float) -> Topology:
 
 
 def bipartite(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A complete bipartite topology: each rank of the first half linked to each of the second.
+    """A complete bipartite topology: each rank of the first half linked to each rank of the second half.
 
     bandwidth: bytes/s of one link. latency: seconds.
     """
@@ -124,7 +124,7 @@ def bipartite(ranks: int, bandwidth: float, latency: float) -> Topology:
 
 
 def torus(rows: int, columns: int, bandwidth: float, latency: float) -> Topology:
-    """A 2-D torus topology: a grid with wrap-around links. Rank = row * columns + column.
+    """A 2-D torus topology: a grid with wrap-around links. The rank at (row, column) is row * columns + column.
 
     bandwidth: bytes/s of one link. latency: seconds.
     """

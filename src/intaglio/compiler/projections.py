@@ -51,8 +51,8 @@ def _key(p: Program, op: Linear) -> Hashable:
 def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str]) -> Linear:
     """The linear that replaces the linears of `group`. Updates `tensors`.
 
-    There one joined weight (and bias) replaces theirs, and their results become views of the new linear's result.
-    sites: of all ops, which the new site must differ from.
+    In `tensors`, one joined weight (and bias) replaces those of the group, and the old results become views of the new
+    one. sites: of all ops, which the new site must differ from.
     """
     first = group[0]
     leaves = {op.site.rpartition(".")[2]: op for op in group}

@@ -23,9 +23,9 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
     - kv_format="auto" makes caches f32 with weights="f32", and leaves them as the port made them with weights="auto" or
       "f16". With all other weights it leaves e4m3, which only a checkpoint asks for, and makes others bf16.
     - Scales of caches (k_scale, v_scale) stay in ops whose cache is e4m3, and are removed from others.
-    - Short names (SHORT) choose groups that fit each weight; a q4_k weight whose rows are not whole blocks of 256
-      becomes int4g32, which has as many bits.
-    - Where `weights` is a 4-bit format, the weight that yields the logits (tied to the embedding or not) gets HEAD
+    - Short names (int8, int4, fp8) choose groups that fit each weight. A q4_k weight whose rows are not whole blocks of
+      256 becomes int4g32, which has as many bits.
+    - Where `weights` is a 4-bit format, the weight that yields the logits (tied to the embedding or not) gets int8g128
       instead, in groups that fit it.
     - Tables read only by `embed` change format for weights="f32" and "bf16" alone, because `embed` copies single rows:
       a narrower table would not make a step faster.
@@ -116,10 +116,10 @@ def _full_name(weights: str) -> str:
 
 
 def set_activation_format(p: Program, activations: str = "auto") -> Program:
-    """The Program with inputs of linears with FP8 weights rounded to FP8, if `activations` is "fp8".
+    """The Program with the inputs of linears that have FP8 weights rounded to FP8, if `activations` is "fp8".
 
-    They get one scale per row (fp8row). "auto" changes nothing. Raises FormatError for another name, or with "fp8" if
-    no linear has FP8 weights.
+    These inputs get one scale per row (fp8row). "auto" changes nothing. Raises FormatError for another name, or with
+    "fp8" if no linear has FP8 weights.
     """
     if activations == "auto":
         return p

@@ -124,7 +124,7 @@ def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
 
 
 def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
-    """Yield (mistake, corrected op) for a norm: offset, kind, eps, weight, residual."""
+    """Yield (mistake, corrected op) for a norm: offset, kind, epsilon, weight, residual."""
     offset = 1.0 - op.offset
     yield f"the norm's offset: the weight is stored as weight - {offset:.0f}", replace(op, offset=offset)
     for kind in ("rms", "layer", "l2") if op.norm != "none" else ():

@@ -216,7 +216,7 @@ class Lane:
     def has_token_rows(self, op: Op) -> bool:
         """True if the op can run on this lane's token rows alone (sequence parallelism).
 
-        Then all operands except weights are split by rows, and the result is a temp.
+        It can if all operands except weights are split by token rows, and its result is a temp.
         """
         rows = [name for name in op.inputs if self.p.tensors[name].role != "weight"]
         return set(rows) <= self.split and self.p.tensors[op.outputs[0]].role == "temp"

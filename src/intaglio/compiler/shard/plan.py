@@ -34,8 +34,9 @@ def make_plan(p: Program, layout: Layout) -> Plan:
 def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
     """Add an attention op's shares to `plan`: query heads divided evenly among tp lanes, with the kv heads they read.
 
-    In the plan are the projections that compute queries, keys and values, and the K/V caches. Raises LayoutError if tp
-    does not fit the number of heads, or if queries, keys or values are computed from anything but projections.
+    Shares are added for the projections that compute queries, keys and values, and for the K/V caches. Raises
+    LayoutError if tp does not fit the number of heads, or if queries, keys or values are computed from anything but
+    projections.
     """
     lanes, kv = layout.tp, int(p.tensors[op.k_cache].shape[2])
     if not (kv % lanes == 0 or (lanes % kv == 0 and op.heads % lanes == 0)):

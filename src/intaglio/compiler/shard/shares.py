@@ -35,7 +35,7 @@ def cut_columns(weight: Tensor, lanes: int) -> list[Share]:
 
 
 def scaled(shares: Sequence[Share], by: int) -> list[Share]:
-    """Shares of heads as shares of columns, as a list. by: columns per head."""
+    """A list of shares of columns, made from shares of heads. by: columns per head."""
     return [tuple(range(r.start * by, r.stop * by) for r in share) for share in shares]
 
 

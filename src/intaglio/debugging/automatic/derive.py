@@ -66,8 +66,9 @@ class AutoPort:
 def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
     """Derive the port of an architecture, verify it against transformers, and return the AutoPort.
 
-    What cannot be ported is told by its `failure`. target: a checkpoint folder, or a model type of transformers. The
-    table of ports is not read. Raises PortingError if a tiny model of the architecture cannot be built or run.
+    If the architecture cannot be ported, `failure` of the AutoPort says why. target: a checkpoint folder, or a model
+    type of transformers. The table of ports is not read. Raises PortingError if a tiny model of the architecture cannot
+    be built or run.
     """
     config = read_config(target)
     tiny = TinyModels(config)

@@ -103,8 +103,8 @@ def flatten(f: Facts) -> Facts:
 def _routed(mixed: list[Facts], name: str) -> list[Facts]:
     """The properties of each layer's mixture, as a list, with the first way of routing that fits all layers.
 
-    mixed: the properties, with all ways that fit the layer in `routing`: its few tokens do not tell them apart. name:
-    of the list of layers. Raises Unmatched if no way fits all.
+    mixed: the properties, with a list of ways in `routing`, since several ways can fit a layer's few tokens. name: of
+    the list of layers. Raises Unmatched if no way fits all layers.
     """
     ways = [w for w in mixed[0]["routing"] if all(any(_same_way(w, x) for x in m["routing"]) for m in mixed)]
     if not ways:

@@ -10,8 +10,8 @@ from intaglio.ops import Map, Op
 def elementwise(lane: Lane, op: Op) -> None:
     """Append an elementwise op to the lane's Program: on this lane's token rows, on its columns, or on whole operands.
 
-    On token rows if all operands are split by rows. On columns if all operands wider than one column have the same
-    shares and no view reads the result. Otherwise on whole operands.
+    It runs on token rows if all operands are split by rows. It runs on columns if all operands wider than one column
+    have the same shares and no view reads the result. Otherwise it runs on whole operands.
     """
     if lane.has_token_rows(op):
         return lane.add(op)

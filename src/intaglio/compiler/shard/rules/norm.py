@@ -12,9 +12,10 @@ from intaglio.ops import Norm
 def norm(lane: Lane, op: Norm) -> None:
     """Append norm to the lane's Program: on this lane's token rows, on its heads, or on whole rows.
 
-    On its heads if x is split by heads and each head is normed by itself. Before a norm over whole rows a split x is
-    gathered, and this lane keeps a view of its own columns of the result. A norm with a residual, with views of its
-    result, or with a weight per column of all heads runs on whole rows.
+    It runs on token rows if all operands are split by rows, and on heads if x is split by heads and each head is normed
+    by itself. Before a norm over whole rows a split x is gathered, and this lane keeps a view of its own columns of the
+    result. A norm with a residual, with views of its result, or with a weight per column of all heads runs on whole
+    rows.
     """
     if lane.has_token_rows(op):
         for name in (op.weight, op.bias):
