@@ -47,7 +47,10 @@ class Cache:
         return fetched + self._evict() * LINE
 
     def _evict(self) -> int:
-        """Evict least recently used lines until the cache fits its size. Returns how many of them had been written."""
+        """Evict least recently used lines until the cache fits its size. Returns how many of them had been written.
+
+        Lines of the latest access stay, even if they alone exceed the size.
+        """
         written = 0
         while self.held > self.lines and len(self.uses) > 1:
             lines = self.uses.popleft()
