@@ -7,17 +7,27 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from support.clustered import Clustered, asked, clustered, send
-from support.served import Served, wait_for
+from support.collector import TraceCollector, trace_collector
+from support.served import TEST_TIMEOUT_S, Served, wait_for
 
 from intaglio.cluster.admin import BLOCKS, cluster_folder
 
 
 @pytest.fixture(scope="module")
-def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clustered]:
+def collector() -> Iterator[TraceCollector]:
+    with trace_collector() as c, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")  # milliseconds until spans are sent
+        yield c
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path, collector: TraceCollector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clustered]:
     runtime = tmp_path_factory.mktemp("c")
-    with clustered(folder, runtime, 0, "--prefill", "1", "--decode", "2", "--threads", "1") as c:
+    words = "--prefill", "1", "--decode", "2", "--threads", "1", "--otlp-endpoint", collector.url
+    with clustered(folder, runtime, 0, *words) as c:
         blocks = (cluster_folder("test") / BLOCKS).readlink()
         assert blocks.is_dir()
         yield c
@@ -40,6 +50,25 @@ def test_a_prompt_is_computed_on_one_replica_and_continued_on_another(cluster: C
     assert {name: r["role"] for name, r in cluster.replicas().items()} == {
         "p0": "prefill", "d0": "decode", "d1": "decode",
     }  # fmt: skip
+
+
+def test_a_trace_follows_a_request_over_router_and_replicas(cluster: Clustered, collector: TraceCollector) -> None:
+    trace = f"{random.getrandbits(128) | 1:032x}"
+    body = {"model": "tiny", "prompt": f"another prompt, {random.randrange(10**9)}; " * 12, "max_tokens": 4}
+    headers = {"traceparent": f"00-{trace}-00000000000000ff-01"}
+    httpx.post(f"{cluster.url}/v1/completions", json=body, headers=headers, timeout=TEST_TIMEOUT_S)
+    wait_for(lambda: sum(s.trace == trace for s in collector.spans) == 14)
+    [whole] = [s for s in collector.spans if s.parent == "00000000000000ff"]
+    parts = collector.children(whole)
+    assert [s.name for s in parts] == [
+        "wait for a prefill replica", "compute the prompt", "wait for a replica", "generate",
+    ]  # fmt: skip
+    for part, role, phases in ((parts[1], "p", ["queue", "prefill", "decode", "save K/V"]),
+                               (parts[3], "d", ["queue", "prefill", "decode"])):  # fmt: skip
+        assert part.attributes["replica"].startswith(role)
+        [served] = collector.children(part)
+        assert (served.service, served.name) == ("intaglio", "POST /v1/completions")
+        assert [s.name for s in collector.children(served)] == phases
 
 
 def test_killed_prefill_and_decode_replicas_change_no_answer(cluster: Clustered, alone: Served) -> None:

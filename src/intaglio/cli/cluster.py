@@ -56,6 +56,7 @@ def up(
     max_queued: Annotated[int, typer.Option(min=1, help="Requests that may wait in the router; beyond: 429.")] = 1024,
     timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds a request gets in all.")] = 600.0,
     queue_timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds it may wait for its start.")] = 120.0,
+    otlp_endpoint: o.TracesEndpoint = None,
     name: Name = "default",
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster. Not supported yet.")] = None,
 ) -> None:
@@ -73,6 +74,7 @@ def up(
         from intaglio.cluster.prompt import TimeLimits
         from intaglio.cluster.run import ClusterOptions, run_cluster
         from intaglio.server.serve import listen, raise_file_limit
+        from intaglio.server.tracing import Tracing
     except ImportError as e:
         raise ValueError(f"the cluster needs {e.name}: pip install 'intaglio[serve]'") from None
     roles = read_roles(replicas, prefill, decode)
@@ -82,15 +84,16 @@ def up(
     share = threads or max(1, len(os.sched_getaffinity(0)) // total)
     given: dict[str, Any] = {"layout": layout, "device": device, "weights": weights, "timeout": timeout}
     given["threads"] = share if device == "host" else threads
-    given["queue-timeout"] = queue_timeout
+    given["queue-timeout"], given["otlp-endpoint"] = queue_timeout, otlp_endpoint
     more = list(context.args)
     if model is not None and str(model).startswith("--"):  # no model was given, and this stood after --
         more, model = [str(model), *more], None
     words = [str(model)] if model else []
     words += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+    tracing = Tracing(otlp_endpoint, "intaglio-router") if otlp_endpoint else None
     options = ClusterOptions(
         (*words, "--max-open", "100000", *more), roles, policy, read_weights(weight or []), max_queued,
-        FrontOptions(tuple(api_key or ()), TimeLimits(timeout, queue_timeout)),
+        FrontOptions(tuple(api_key or ()), TimeLimits(timeout, queue_timeout), tracing=tracing),
     )  # fmt: skip
     listener = listen(host, port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -106,6 +109,8 @@ def up(
                 options, listener, folder, lambda _: print(f"serving {total} replicas at {address}", flush=True)
             )
         )
+    if tracing:
+        tracing.close()
     sys.stdout.flush()
     raise typer.Exit(code)
 

@@ -65,6 +65,9 @@ ApiKeys = Annotated[
         envvar="INTAGLIO_API_KEY", callback=checked_keys, help="Ask for this key; may be given several times."
     ),
 ]
+TracesEndpoint = Annotated[
+    str | None, typer.Option(help="URL of a collector for OpenTelemetry traces (OTLP over HTTP).")
+]
 Revision = Annotated[str | None, typer.Option(help="Of a hub id: branch, tag or commit. Default: main.")]
 Device = Annotated[
     str, typer.Option(help="host (C++, fast), reference (NumPy, the definition), oracle, silicon (modelled).")

@@ -91,6 +91,7 @@ def serve(
     kv_cache_size: Annotated[
         str, typer.Option(callback=o.checked_size, help="Most bytes of --kv-cache-dir, such as 500MB or 8GiB.")
     ] = "8GiB",
+    otlp_endpoint: o.TracesEndpoint = None,
     journal: Annotated[
         Path | None,
         typer.Option(callback=o.in_existing_folder, help="Write all that happens there, for `intaglio replay`."),
@@ -113,6 +114,7 @@ def serve(
         from intaglio.server.serve import listen, raise_file_limit
         from intaglio.server.serve import serve as run
         from intaglio.server.service import Options, Service
+        from intaglio.server.tracing import Tracing
     except ImportError as e:
         raise ValueError(f"the server needs {e.name}: pip install 'intaglio[serve]'") from None
     from intaglio.llm import LLM
@@ -129,6 +131,7 @@ def serve(
         raise ValueError(f"--revision {revision} is for one model, here are {len(folders)}; leave it out")
     template = read_template(chat_template) if chat_template else None
     machine = Machine(threads, models=len(folders)) if len(folders) > 1 else None
+    tracing = Tracing(otlp_endpoint, "intaglio") if otlp_endpoint else None
     listener = listen(host, port)
     llms = {}
     for name, folder in folders.items():
@@ -151,7 +154,7 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     options = Options(
         keys=tuple(api_key or ()), origins=tuple(cors_origin or ()), limits=Limits(timeout, queue_timeout),
-        max_open=max_open, max_body=max_body, defaults=defaults,
+        max_open=max_open, max_body=max_body, defaults=defaults, tracing=tracing,
     )  # fmt: skip
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
@@ -170,6 +173,8 @@ def serve(
     for llm in llms.values():
         if llm.tier:
             llm.tier.close()
+    if tracing:
+        tracing.close()
     sys.stdout.flush()
     sys.stderr.flush()
     logging.shutdown()

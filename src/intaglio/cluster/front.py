@@ -21,6 +21,7 @@ from intaglio.cluster.relayed import RelayedRequest
 from intaglio.server.delivery import ClientDisconnected, while_connected
 from intaglio.server.incoming import check_key, read_body
 from intaglio.server.problem import Json, Problem
+from intaglio.server.tracing import Tracing, traced
 
 log = logging.getLogger("intaglio.cluster")
 GENERATE = frozenset(("/v1/chat/completions", "/v1/completions"))
@@ -41,6 +42,7 @@ class FrontOptions:
         max_body: most bytes of a request's body.
         max_open: most requests open at once; more are refused with 429.
         read_timeout: seconds within which a body must arrive.
+        tracing: records a trace of each generation request; None: no traces.
     """
 
     keys: tuple[str, ...] = ()
@@ -48,6 +50,7 @@ class FrontOptions:
     max_body: int = 8 << 20
     max_open: int = 4096
     read_timeout: float = 30.0
+    tracing: Tracing | None = None
 
 
 class Front:
@@ -78,7 +81,8 @@ class Front:
         counted = scope["path"] not in PUBLIC
         self.open += counted
         try:
-            await self._serve(scope, headers, id, receive, send_marked)
+            with traced(self.options.tracing, scope["method"], scope["path"], headers):
+                await self._serve(scope, headers, id, receive, send_marked)
         except ClientDisconnected:
             log.info("%s: the client has disconnected", id)
         except Problem as problem:

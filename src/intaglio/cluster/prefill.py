@@ -14,6 +14,7 @@ from typing import Any
 from intaglio.cluster.backends import Backends
 from intaglio.cluster.link import LinkLost, Moved
 from intaglio.router import Job
+from intaglio.server.tracing import span
 
 ATTEMPTS = 3  # prefill replicas that are tried
 PREFILLS = ("handed", "empty", "lost", "drained", "refused")  # what comes of an attempt; empty: no block is kept
@@ -32,10 +33,12 @@ async def prefill(backends: Backends, job: Job, header: Callable[[], dict[str, A
     for _ in range(ATTEMPTS):
         if not backends.router.wants_prefill(job, backends.clock()):
             break
-        placement = await backends.place(replace(job, stage="prefill"), placed)
+        with span("wait for a prefill replica"):
+            placement = await backends.place(replace(job, stage="prefill"), placed)
         placed = True
         try:
-            found = await _computed(backends, job, placement.replica, header(), raw)
+            with span("compute the prompt", replica=placement.replica):
+                found = await _computed(backends, job, placement.replica, header(), raw)
         except LinkLost:
             backends.prefills["lost"] += 1
             continue

@@ -20,6 +20,7 @@ from intaglio.cluster.prefill import prefill
 from intaglio.router import Job, Refusal
 from intaglio.server.delivery import DONE
 from intaglio.server.problem import Problem, dumps
+from intaglio.server.tracing import span, trace_headers
 
 MAX_LOSSES = 3  # replicas that may die under a request; one that kills replicas must not kill them all
 MAX_REFUSALS = 8  # times that it may be refused, because replicas drain or are full
@@ -89,12 +90,14 @@ class RelayedRequest:
         again: as for Backends.place(). Raises Problem if the router refuses the job, or after MAX_LOSSES lost replicas.
         """
         try:
-            placement = await self.backends.place(self.job, again)
+            with span("wait for a replica"):
+                placement = await self.backends.place(self.job, again)
         except Refusal as e:
             raise as_problem(e) from None
         self.replica, self.announced = placement.replica, False
         try:
-            return await self._pass_on(self._call(), send)
+            with span("generate", replica=self.replica, earlier_tokens=self.output_tokens):
+                return await self._pass_on(self._call(), send)
         except LinkLost:
             self.losses += 1
             self.backends.moves["lost"] += 1
@@ -127,7 +130,8 @@ class RelayedRequest:
             "waited": self.backends.clock() - self.began,
             "made_by": self.head.get("made_by") if self.deltas else None, "deltas": self.deltas, "prefill": prefill,
         }  # fmt: skip
-        return {"do": "request", "method": "POST", "path": self.path, "headers": self.headers, "relay": relay}
+        headers = [*self.headers, *trace_headers()]
+        return {"do": "request", "method": "POST", "path": self.path, "headers": headers, "relay": relay}
 
     async def _pass_on(self, call: Call, send: Send) -> bool:
         """Pass a replica's frames on to the client.

@@ -40,6 +40,7 @@ from intaglio.server.protocol import (
 from intaglio.server.relay import Relay, RelayedAnswer
 from intaglio.server.served_model import ServedModel
 from intaglio.server.service import Service
+from intaglio.server.tracing import traced
 
 log = logging.getLogger("intaglio.server")
 B = TypeVar("B", bound=BaseModel)
@@ -110,7 +111,8 @@ class Guard:
         try:
             if counted:
                 self._admit(request)
-            await self.app(scope, receive, send_with_id)
+            with traced(self.service.options.tracing, request.method, scope["path"], request.headers):
+                await self.app(scope, receive, send_with_id)
         except ClientDisconnected:
             log.info("%s: the client has disconnected", id)
         except Exception as e:

@@ -49,7 +49,10 @@ class Answer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.model.driver.submitted(self.prompts, self.earlier) as submission:
-            await while_connected(receive, self._answer(submission, scope, receive, send))
+            try:
+                await while_connected(receive, self._answer(submission, scope, receive, send))
+            finally:
+                self.model.trace(submission)
 
     async def _answer(self, submission: Submission, scope: Scope, receive: Receive, send: Send) -> None:
         await submission.admitted

@@ -12,6 +12,7 @@ from intaglio.server.delivery import while_connected
 from intaglio.server.driver import Prepared, Submission
 from intaglio.server.problem import Json
 from intaglio.server.served_model import ServedModel
+from intaglio.server.tracing import span
 
 
 class Prefill:
@@ -34,7 +35,9 @@ class Prefill:
         if self.prompts and self.model.saves_blocks:
             with self.model.driver.submitted(self.prompts) as submission:
                 await while_connected(receive, self._run(submission))
-        handed = await asyncio.to_thread(self._handed)
+                self.model.trace(submission)
+        with span("save K/V"):
+            handed = await asyncio.to_thread(self._handed)
         await Json({"tokens": len(self.first.prompt), "handed": handed})(scope, receive, send)
 
     async def _run(self, submission: Submission) -> None:

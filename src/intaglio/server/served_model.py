@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from intaglio.llm import LLM
-from intaglio.server.driver import Driver
+from intaglio.server.driver import Driver, Submission
 from intaglio.server.metrics import Metrics
 from intaglio.server.problem import Problem
+from intaglio.server.tracing import trace_choices
 from intaglio.server.vocabulary import Vocabulary
 
 
@@ -82,6 +83,13 @@ class ServedModel:
         model = self.llm.model
         facts = {"id": self.name, "object": "model", "created": created, "owned_by": "intaglio"}
         return {**facts, "root": model.path.name, "parent": None, "max_model_len": model.program.context}
+
+    def trace(self, submission: Submission) -> None:
+        """Record the phases of the choices that have ended, if the request is traced and times are measured."""
+        if not self.llm.modelled:
+            elsewhere = {d.choice for d in submission.earlier if d.usage}
+            here = {i: u for i, u in enumerate(submission.usages) if u and i not in elsewhere}
+            trace_choices(here, self.name)
 
     def state(self, since: int) -> dict[str, Any]:
         """A dict of figures for GET /state: queue, K/V cache, totals, and the steps numbered above `since`."""

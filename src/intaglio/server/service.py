@@ -18,6 +18,7 @@ from intaglio.server.metrics import Metrics
 from intaglio.server.prepare import Limits
 from intaglio.server.problem import Problem
 from intaglio.server.served_model import ServedModel
+from intaglio.server.tracing import Tracing
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ class Options:
         write_timeout: for a client that does not read its response.
         defaults: by model name, SamplingParams fields used where a request leaves them out; see sampling_defaults().
         step_timeout: after which /health reports that a step hangs.
+        tracing: records a trace of each generation request; None: no traces.
     """
 
     keys: tuple[str, ...] = ()
@@ -47,6 +49,7 @@ class Options:
     write_timeout: float = 60.0
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     step_timeout: float = 300.0
+    tracing: Tracing | None = None
 
 
 class Service:

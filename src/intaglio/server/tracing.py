@@ -1,0 +1,120 @@
+"""Traces of requests for OpenTelemetry, sent to a collector over OTLP. Needs `pip install 'intaglio[otel]'`.
+
+A server and a router each record one span per request, with the phases of the request as its children. The header
+`traceparent` (W3C Trace Context) joins them to one trace: with the client's spans, and a replica's with the router's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from itertools import pairwise
+from typing import Any
+
+from intaglio.runtime import Usage
+
+PATHS = frozenset(("/v1/chat/completions", "/v1/completions"))
+_active: ContextVar[Any] = ContextVar("tracer", default=None)  # OpenTelemetry's Tracer of the request in progress
+
+
+class Tracing:
+    """Records spans and sends them in batches, from a thread of its own, to a collector.
+
+    endpoint: URL of the collector for traces over HTTP, such as http://localhost:4318/v1/traces. service: name of this
+    process in the traces. Raises ValueError if OpenTelemetry is not installed.
+    """
+
+    def __init__(self, endpoint: str, service: str) -> None:
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError as e:
+            raise ValueError(f"traces need {e.name}: pip install 'intaglio[otel]'") from None
+        self._provider = TracerProvider(resource=Resource.create({"service.name": service}))
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        self._tracer = self._provider.get_tracer("intaglio")
+
+    @contextmanager
+    def request(self, name: str, headers: Mapping[str, str]) -> Iterator[None]:
+        """Context manager that records a request's span; span() and the other functions below add children to it.
+
+        headers: of the HTTP request, with names in lower case. The span's parent is that of `traceparent`, if given.
+        """
+        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        parent = TraceContextTextMapPropagator().extract(headers)
+        token = _active.set(self._tracer)
+        try:
+            with self._tracer.start_as_current_span(name, context=parent, kind=SpanKind.SERVER):
+                yield
+        finally:
+            _active.reset(token)
+
+    def close(self) -> None:
+        """Send the spans that have not been sent yet, and stop."""
+        self._provider.shutdown()
+
+
+def traced(tracing: Tracing | None, method: str, path: str, headers: Mapping[str, str]) -> AbstractContextManager[None]:
+    """Context manager that traces a generation request; it does nothing for other paths, and without `tracing`."""
+    if tracing is None or path not in PATHS:
+        return nullcontext()
+    return tracing.request(f"{method} {path}", headers)
+
+
+@contextmanager
+def span(name: str, **attributes: str | int) -> Iterator[None]:
+    """Context manager that records a child of the current span; without a request that is traced it does nothing.
+
+    An exception that leaves the block is noted in the span.
+    """
+    if (tracer := _active.get()) is None:
+        yield
+        return
+    with tracer.start_as_current_span(name, attributes=attributes):
+        yield
+
+
+def trace_headers() -> list[tuple[str, str]]:
+    """The headers (name, value) that make the receiver's spans children of the current one; [] if none is traced."""
+    if _active.get() is None:
+        return []
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    return list(carrier.items())
+
+
+def trace_choices(usages: Mapping[int, Usage], model: str) -> None:
+    """Record the phases queue, prefill and decode of each choice as children of the current span, if one is traced.
+
+    Call it when the last choice has just ended: by that moment, times of the engine's clock become times of day.
+    usages: by number of the choice. model: its name. Attributes have the names of OpenTelemetry's conventions for
+    generative AI, where it has one.
+    """
+    tracer = _active.get()
+    if tracer is None or not usages:
+        return
+    shift = time.time() - max(u.ended for u in usages.values())
+    for choice, u in usages.items():
+        facts = {"gen_ai.request.model": model, "intaglio.choice": choice}
+        counts = {
+            "gen_ai.usage.input_tokens": u.prompt_tokens, "gen_ai.usage.output_tokens": u.output_tokens,
+            "intaglio.cached_tokens": u.cached_tokens, "intaglio.preemptions": u.preemptions,
+        }  # fmt: skip
+        edges = [("queue", u.arrived), ("prefill", u.started), ("decode", u.first_token), ("", u.ended)]
+        reached = [(name, at) for name, at in edges if at is not None]
+        for (name, began), (_, end) in pairwise(reached):
+            own = counts if name == reached[-2][0] else {}
+            child = tracer.start_span(name, start_time=_nanoseconds(began + shift), attributes={**facts, **own})
+            child.end(_nanoseconds(end + shift))
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)
