@@ -19,6 +19,7 @@
 #include "isa/select.h"
 #include "run/executable.h"
 #include "run/roofs.h"
+#include "timeline/timeline.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -166,6 +167,8 @@ NB_MODULE(_native, m) {
   m.attr("PAGE_MULTIPLE") = kPageMultiple;
   m.def("isas", &isas);
   m.def("op_kinds", &op_kinds);
+  m.def("exposed_seconds", &exposed_seconds, "numbers"_a, "first"_a, "second"_a, "collective"_a);
+  m.def("prefetched_ends", &prefetched_ends, "numbers"_a, "seconds"_a, "weights"_a, "others"_a, "ahead"_a);
   m.def("read_bandwidth", [](int threads, int megabytes, int runs, const std::string& isa) {
           nb::gil_scoped_release unlocked;
           return read_bandwidth(threads, megabytes, runs, *kernels_of(isa));
@@ -184,6 +187,7 @@ NB_MODULE(_native, m) {
       .def("fill", &fill, "rows"_a, "type"_a, "first"_a, "count"_a, "threads"_a, "isa"_a = isas().front())
       .def("fill_codes", &fill_codes, "codes"_a, "scales"_a, "lows"_a.none(), "units"_a.none(), "low_units"_a.none(), "first"_a, "threads"_a)
       .def("place", &PackedWeight::place, "region"_a, "offset"_a)
+      .def("take", &PackedWeight::take, "other"_a)
       .def("unpack", &unpack)
       .def("image", [](const PackedWeight& w) { return nb::bytes(w.w.data, size_t(w.bytes())); })
       .def_prop_ro("bits", [](const PackedWeight& w) { return w.w.bits(); })
@@ -242,6 +246,13 @@ NB_MODULE(_native, m) {
              if (int64_t(from.size()) != s.executable.page_bytes()) throw std::invalid_argument("a page has page_bytes bytes");
              s.executable.write_page(page, from.data());
            }, "page"_a, "values"_a)
+      .def("expert_tokens", [](const Session& s, int op) { return s.executable.expert_tokens(op); }, "op"_a)
+      .def("place_experts", [](Session& s, int op, const std::vector<int64_t>& held, const std::vector<int64_t>& copy,
+                               const std::vector<int64_t>& copies) { s.executable.place_experts(op, held, copy, copies); },
+           "op"_a, "held"_a, "copy"_a, "copies"_a)
+      .def("set_vector", [](Session& s, int tensor, Floats values) {
+             s.executable.set_vector(tensor, {values.data(), values.data() + values.size()});
+           }, "tensor"_a, "values"_a)
       .def_prop_ro("plans", [](const Session& s) { return s.executable.plans(); })
       .def_prop_ro("planning_seconds", [](const Session& s) { return s.executable.planning_seconds(); });
 }

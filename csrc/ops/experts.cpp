@@ -62,12 +62,20 @@ class Experts : public OpKernel {
         x_bf16_(x_is_bf16(a)), scale_input_(a.flag("scale_input")), activation_(a.choice("activation", activations())),
         alpha_(a.number("alpha")), limit_(a.number("limit")), shift_(a.number("shift")),
         grouped_(experts_, top_, int64_t(kSlices) * a.context.threads) {
-    a.ignore({"up", "up_bias"});  // up is packed with gate
-    turns_.assign(size_t(std::max(a.integer("of"), experts_)), {});
-    const std::vector<int64_t> held = a.integers("held"), copy = a.integers("copy"), copies = a.integers("copies");
-    for (int64_t m = 0; m < experts_; m++)
-      turns_.at(size_t(held.empty() ? first_ + m : held.at(size_t(m)))) =
-          held.empty() ? Turn{m, 0, 1} : Turn{m, copy.at(size_t(m)), copies.at(size_t(m))};
+    a.ignore({"up", "up_bias", "rank", "ranks"});  // up is packed with gate
+    tokens_.assign(size_t(std::max(a.integer("of"), experts_)), 0);
+    const std::vector<int64_t> held = a.integers("held");
+    turns_.assign(tokens_.size(), {});
+    if (held.empty())
+      for (int64_t m = 0; m < experts_; m++) turns_.at(size_t(first_ + m)) = {m, 0, 1};
+    place(held, a.integers("copy"), a.integers("copies"));
+  }
+
+  const std::vector<int64_t>* expert_tokens() const override { return &tokens_; }
+  void place_experts(const std::vector<int64_t>& held, const std::vector<int64_t>& copy, const std::vector<int64_t>& copies) override {
+    if (int64_t(held.size()) != experts_) throw std::invalid_argument("the op has another number of experts");
+    turns_.assign(tokens_.size(), {});
+    place(held, copy, copies);
   }
 
   void plan(Planner& p) override {
@@ -113,7 +121,13 @@ class Experts : public OpKernel {
   uint8_t* at(int64_t offset) const { return context_.workspace + offset; }
   float* floats_at(int64_t offset) const { return reinterpret_cast<float*>(context_.workspace + offset); }
 
+  void place(const std::vector<int64_t>& held, const std::vector<int64_t>& copy, const std::vector<int64_t>& copies) {
+    for (size_t m = 0; m < held.size(); m++) turns_.at(size_t(held[m])) = {int64_t(m), copy.at(m), copies.at(m)};
+  }
+
   void sort() {
+    for (int64_t t = 0; t < context_.in.t; t++)
+      for (int64_t j = 0; j < top_; j++) tokens_[size_t(ids_.integers(t)[j])]++;
     grouped_.place(context_.in.t, context_.workspace);
     grouped_.sort([&](int64_t t, int64_t j) {
       const Turn& turn = turns_[size_t(ids_.integers(t)[j])];
@@ -221,6 +235,7 @@ class Experts : public OpKernel {
   const float *gate_bias_, *down_bias_, *order_, *down_order_;
   int64_t experts_, inner_, top_, slots_, n_, first_;
   std::vector<Turn> turns_;  // by expert of the model
+  std::vector<int64_t> tokens_;  // routed to each expert of the model so far
   bool x_bf16_, scale_input_;
   Act activation_;
   float alpha_, limit_, shift_;

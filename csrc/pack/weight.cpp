@@ -52,6 +52,14 @@ void PackedWeight::fill_codes(const CodedRows& rows, int64_t first, int64_t coun
   share(first, count, threads, [&](int64_t begin, int64_t end) { pack_coded(w, rows, first, count, begin, end); });
 }
 
+void PackedWeight::take(const PackedWeight& other) {
+  const Weight &a = w, &b = other.w;
+  if (a.fmt != b.fmt || a.n != b.n || a.k != b.k || a.group != b.group || a.glu != b.glu)
+    throw std::invalid_argument("the other weight has another shape or format");
+  if (a.data != b.data) memory->drop(a.data - memory->data(), bytes());
+  w = other.w, memory = other.memory;
+}
+
 void PackedWeight::place(std::shared_ptr<Memory> region, int64_t offset) {
   if (offset < 0 || offset % kAlign || offset + bytes() > region->size()) throw std::invalid_argument("the weight's offset is not a multiple of 64, or the weight does not fit its region");
   memory = std::move(region);

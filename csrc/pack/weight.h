@@ -20,6 +20,9 @@ struct PackedWeight {
   void fill_codes(const CodedRows& rows, int64_t first, int64_t count, int threads);
   // Makes the weight refer to the image at byte `offset` of a region; frees its own memory. Copies nothing.
   void place(std::shared_ptr<Memory> region, int64_t offset);
+  // Takes the image of another weight of the same shape and format, which keeps it too; not during a step. Whole pages of the
+  // old image are given back to the system, unless other processes map them. Throws invalid_argument for another shape.
+  void take(const PackedWeight& other);
 
  private:
   template <class Pack>

@@ -120,6 +120,24 @@ int Executable::add_op(const std::string& kind, const std::map<std::string, int>
   return int(ops_.size()) - 1;
 }
 
+const std::vector<int64_t>& Executable::expert_tokens(int op) const {
+  const OpKernel* kernel = ops_.at(size_t(op)).get();
+  const std::vector<int64_t>* found = kernel ? kernel->expert_tokens() : nullptr;
+  if (!found) throw std::invalid_argument("op " + std::to_string(op) + " has no experts");
+  return *found;
+}
+
+void Executable::place_experts(int op, const std::vector<int64_t>& held, const std::vector<int64_t>& copy, const std::vector<int64_t>& copies) {
+  expert_tokens(op);  // throws for an op without experts
+  ops_.at(size_t(op))->place_experts(held, copy, copies);
+}
+
+void Executable::set_vector(int tensor, const std::vector<float>& values) {
+  std::vector<float>& own = tensors_.at(size_t(tensor)).vector;
+  if (own.size() != values.size()) throw std::invalid_argument("the vector has " + std::to_string(own.size()) + " values, not " + std::to_string(values.size()));
+  std::copy(values.begin(), values.end(), own.begin());
+}
+
 int Executable::add_stop() {
   stops_.push_back(int(ops_.size()));
   ops_.push_back(nullptr);

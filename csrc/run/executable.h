@@ -55,6 +55,12 @@ class Executable {
   void read_page(int64_t page, uint8_t* out) const;
   void write_page(int64_t page, const uint8_t* from);
 
+  // Op number `op`, which has experts: see OpKernel. Not during a step. Throw out_of_range or invalid_argument for others.
+  const std::vector<int64_t>& expert_tokens(int op) const;
+  void place_experts(int op, const std::vector<int64_t>& held, const std::vector<int64_t>& copy, const std::vector<int64_t>& copies);
+  // Replaces the values of a vector by as many others. Not during a step.
+  void set_vector(int tensor, const std::vector<float>& values);
+
   // Number of plans made, and total seconds spent on making and finding plans.
   int64_t plans() const { return plans_; }
   double planning_seconds() const { return planning_seconds_; }

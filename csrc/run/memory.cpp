@@ -59,4 +59,9 @@ void Memory::grow(int64_t bytes) {
   if (size_ < bytes) *this = Memory(bytes + bytes / 4);
 }
 
+void Memory::drop(int64_t offset, int64_t bytes) {
+  const int64_t begin = (offset + 4095) / 4096 * 4096, end = (offset + bytes) / 4096 * 4096;
+  if (end > begin) madvise(data_ + begin, size_t(end - begin), MADV_DONTNEED);
+}
+
 }  // namespace intaglio

@@ -20,6 +20,8 @@ class Memory {
   bool writable() const { return writable_; }
   // Ensures a size of at least `bytes`. If it was smaller, allocates 1.25 times `bytes` anew and discards the contents.
   void grow(int64_t bytes);
+  // Gives the whole pages of a range back to the system: its contents are lost, or are those of the file.
+  void drop(int64_t offset, int64_t bytes);
 
  private:
   uint8_t* data_ = nullptr;

@@ -18,6 +18,12 @@ class OpKernel : public Work {
  public:
   // Adds the op's phases for the planner's batch and requests memory. May depend only on the sizes of the batch.
   virtual void plan(Planner& p) = 0;
+  // Of an op with experts: tokens routed to each expert of the model so far; null for others.
+  virtual const std::vector<int64_t>* expert_tokens() const { return nullptr; }
+  // Of an op with experts: the attributes of the same names, anew. Not during a step; the weights change with them.
+  virtual void place_experts(const std::vector<int64_t>& /*held*/, const std::vector<int64_t>& /*copy*/, const std::vector<int64_t>& /*copies*/) {
+    throw std::invalid_argument("this op has no experts");
+  }
 };
 
 // A token of a postfix expression: a number, or the name of an operand, an operator or a function.

@@ -14,6 +14,25 @@ def isas() -> list[str]:
 def op_kinds() -> list[str]:
     """Kinds of op that have a native kernel."""
 
+def exposed_seconds(
+    numbers: Sequence[int], first: Sequence[float], second: Sequence[float], collective: Sequence[bool]
+) -> list[float]:
+    """Exposed seconds of each op of a modelled step with dual-batch overlap; 0 for ops that compute.
+
+    numbers: the kernel of each op. first, second: seconds of each kernel in both halves of the batch. collective:
+    whether each kernel is a collective. Raises ValueError if the lists do not fit together.
+    """
+
+def prefetched_ends(
+    numbers: Sequence[int], seconds: Sequence[float], weights: Sequence[float], others: Sequence[float], ahead: float
+) -> tuple[list[float], list[bool]]:
+    """(end of each op in seconds, whether it waited for its weights) if weights are prefetched.
+
+    numbers: the kernel of each op. seconds: of each op. weights, others: seconds in which HBM delivers each kernel's
+    weights, or its other bytes. ahead: weights arrive at most so many seconds before their op. Raises ValueError if
+    the lists do not fit together.
+    """
+
 def read_bandwidth(threads: int, megabytes: int = 512, runs: int = 5, isa: str = ...) -> float:
     """Measured bytes/s of a streaming read of `megabytes` MiB; the best of `runs` passes."""
 
@@ -44,6 +63,9 @@ class Weight:
         threads: int,
     ) -> None: ...
     def place(self, region: Region, offset: int) -> None: ...
+    def take(self, other: Weight) -> None:
+        """Take the image of another weight of the same shape and format. Raises ValueError for another shape."""
+
     def unpack(self, row: int, out: np.ndarray) -> None: ...
     def image(self) -> bytes: ...
     @property
@@ -169,6 +191,13 @@ class Executable:
     def advance(self, outs: list[tuple[int, np.ndarray]]) -> int:
         """Run the ops up to the next stop and return its number, or the number of ops; then copy tensors out."""
 
+    def expert_tokens(self, op: int) -> list[int]:
+        """Tokens routed to each expert of op number `op` so far. Raises ValueError for an op without experts."""
+
+    def place_experts(self, op: int, held: list[int], copy: list[int], copies: list[int]) -> None:
+        """Replace these attributes of an op `experts`."""
+
+    def set_vector(self, tensor: int, values: np.ndarray) -> None: ...
     def copy_out(self, tensor: int, out: np.ndarray) -> None: ...
     def copy_in(self, tensor: int, values: np.ndarray) -> None: ...
     @property

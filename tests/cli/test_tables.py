@@ -46,13 +46,14 @@ LINES = {
     "simulate-serving": (
         "{folder} --chip sohu,h100_sxm --input 9 --output 5 --requests 4",
         "{folder} --input 9 --output 5 --rate 100 --requests 4",
+        "{folder} --layout dp2tp1 --input 9 --output 5 --rate 100 --requests 4 --route round-robin",
     ),
     "chips": ("", *CHIPS),
     "libraries": ("", *LIBRARIES),
     "isa": ("",),
     "validate": ("{tables}",),
     "calibrate": (),  # writes files; tests/silicon/test_calibrate.py runs it
-    "validate-serving": ("{servers}",),
+    "validate-serving": ("{servers}", "{servers} --ranking"),
     "agent": (),  # nothing is printed; tests/devices/test_hosts.py runs these two
     "launch": (),
     "cluster up": (),  # these need a cluster that runs; tests/cluster has one

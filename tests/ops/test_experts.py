@@ -287,11 +287,12 @@ def test_experts_refuses() -> None:
     refuses(replace(op, activation="exp"), "activation='exp'; use one of silu", **own)
     refuses(replace(op, alpha=0.0), "alpha=0.0, limit=0.0; above 0", **own)
     refuses(replace(op, first=3, of=6), r"first=3, of=6, but gate has 4 experts", **own)
-    placed = {"held": (0, 2, 3, 5), "copy": (0, 0, 1, 0), "copies": (1, 1, 2, 1), "of": 6}
+    placed = {"held": (0, 2, 3, 5), "copy": (0, 0, 1, 0), "copies": (1, 1, 2, 1), "of": 6, "rank": 1, "ranks": 2}
     assert replace(op, **placed, slots=2).shapes(tensors(**own)) == {"out": (("T", 16), "f32")}
     refuses(replace(op, **{**placed, "held": (0, 2, 2, 5)}), "wanted 4 different experts of 6, ascending", **own)
     refuses(replace(op, **{**placed, "held": (0, 2, 3, 6)}), "wanted 4 different experts of 6, ascending", **own)
     refuses(replace(op, **{**placed, "copy": (0, 0, 2, 0)}), "wanted 0 <= copy < copies for each matrix", **own)
+    refuses(replace(op, **{**placed, "rank": 2}), "rank=2, ranks=2; wanted 0 <= rank < ranks", **own)
     refuses(replace(op, slots=4), "slots=4, but i has 2 columns; allowed: 0, 3 or, without a residual, 2", **own)
     refuses(replace(op, up_bias="b"), "gate and up have biases both, or none", **own, b="f32[4, 6]")
     three = {"gate_bias": "g", "up_bias": "u", "down_bias": "d"}
@@ -311,7 +312,7 @@ def test_experts_work_counts_the_experts_even_routing_touches() -> None:
     one, two = (bind([Chunk(range(n), 0, [0])], 4) for n in (1, 2))
     each = 3 * 6 * 8
     assert op.work(table, one) == Work(2 * 2 * each, 2 * each * 2, 0, 4 * (8 + 2 + 2 + 8))
-    placed = replace(op, held=(0, 1, 2, 3), copy=(0, 1, 0, 0), copies=(2, 2, 1, 1), of=8)
+    placed = replace(op, held=(0, 1, 2, 3), copy=(0, 1, 0, 0), copies=(2, 2, 1, 1), of=8, ranks=2)
     assert placed.work(table, two).flops == 2 * 2 * 2 * each * 3 // 8
     assert op.work(table, two) == Work(2 * 2 * 2 * each, 3 * each * 2, 0, 2 * 4 * (8 + 2 + 2 + 8))  # 4 * (1 - 1/4)
 

@@ -66,7 +66,7 @@ def test_replication_is_the_best_there_is(tokens: list[int], more: int, most: in
 def test_hot_experts_get_copies() -> None:
     held = balance(np.array([90.0, 1, 1, 1, 1, 1]), 3, 3)
     assert sum(0 in own for own in held) == 3
-    assert turns(((0, 1), (0, 2)), 1) == {"held": (0, 2), "copy": (1, 0), "copies": (2, 1)}
+    assert turns(((0, 1), (0, 2)), 1) == {"held": (0, 2), "copy": (1, 0), "copies": (2, 1), "rank": 1, "ranks": 2}
 
 
 def test_text_and_errors() -> None:

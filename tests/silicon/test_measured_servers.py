@@ -59,7 +59,7 @@ def test_formats_of_rows() -> None:
 def test_rows_that_cannot_be_expressed(tmp_path: Path) -> None:
     assert row().refusal() is None
     for columns, why in (
-        ({"model_path": "zhipuai/GLM-5"}, "no card of zhipuai/GLM-5"), ({"system": "none"}, "no chip none"),
+        ({"model_path": "nobody/none"}, "no card of nobody/none"), ({"system": "none"}, "no chip none"),
         ({"mode": "disagg"}, "the number of prefill or decode servers is not given"),
         ({"concurrency": ""}, "neither concurrency nor batch size"),
     ):  # fmt: skip

@@ -238,7 +238,7 @@ def test_sizes_of_a_batch() -> None:
 
 
 PARAMETERS = {  # of the shipped configs in billions, as their publishers give them; GLM-4.5 without its MTP layer
-    "deepseek-v3": 671, "glm-4.5": 353, "gpt-oss-120b": 116.8, "gpt-oss-20b": 20.9, "kimi-k2": 1026,
+    "deepseek-v3": 671, "glm-4.5": 353, "glm-5": 744, "gpt-oss-120b": 116.8, "gpt-oss-20b": 20.9, "kimi-k2": 1026,
     "llama-3-70b": 70.6, "llama-3-8b": 8.03, "llama-3.1-405b": 406, "llama-3.1-70b": 70.6, "llama-3.1-8b": 8.03,
     "minimax-m2": 229, "mistral-7b-v0.3": 7.25, "mixtral-8x7b": 46.7, "qwen3-235b-a22b": 235, "qwen3-30b-a3b": 30.5,
     "qwen3-32b": 32.8, "qwen3-8b": 8.19, "qwen3.5-397b-a17b": 397,

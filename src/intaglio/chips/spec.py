@@ -39,12 +39,16 @@ class Links:
     - torus: neighbours in two dimensions.
     - pcie_tree: chips that share the PCIe bridges of one host.
     - none: no links.
+
+    Chips that one such network connects are a node. A second network, with one adapter a chip, may join nodes.
     """
 
     count: int
     bytes_per_s: float  # of one link, in each direction
     topology: str
     max_chips: int  # that one network connects
+    node_bytes_per_s: float = 0.0  # of a chip's adapter to chips of other nodes, each way; 0: nothing joins nodes
+    node_latency_s: float = 0.0  # of one step of a collective between nodes
     host_links: float = 0.0  # of a pcie_tree: links at full rate that the host's bridges carry together
 
     @property

@@ -36,6 +36,18 @@ class Target:
                     f"library {tile} needs {need} bytes of SRAM for two stages; a core has {has.sram_bytes}"
                 )
 
+    def __hash__(self) -> int:
+        """The hash of chip and library, computed once: caches of times look a target up for every kernel of a step."""
+        known: int | None = self.__dict__.get("_hash")
+        if known is None:
+            known = hash((self.chip, self.library))
+            object.__setattr__(self, "_hash", known)
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: hashes of text differ between processes."""
+        return {"chip": self.chip, "library": self.library}
+
     def with_chip(self, **changes: Any) -> Target:
         """A copy of the target with fields of the chip changed.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from intaglio.chips import Target
+from intaglio.cli.plot import Point, lines
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import out, say, table, whole
 
@@ -23,7 +25,7 @@ WIDTH = 40  # characters of the longest bar
 
 def apart_table(
     question: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], concurrency: Sequence[int],
-    budget: int, as_json: bool,
+    budget: int, as_json: bool, plot: Path | None = None,
 ) -> None:  # fmt: skip
     """Print latencies and rates of each pair of prefill and decode layouts at each concurrency, and a bar for each.
 
@@ -35,6 +37,7 @@ def apart_table(
         concurrency: numbers of requests open at once.
         budget: most tokens of a step of one copy of attention (see Placement).
         as_json: print JSON instead of a table.
+        plot: SVG file for a chart of output per chip over output per user; None: no chart.
 
     Raises ValueError if the lists differ in length, LayoutError for a wrong layout, ChipError if a model does not fit.
     """
@@ -63,6 +66,14 @@ def apart_table(
                 progress(len(found), len(prefill) * len(concurrency), f"{first} {second}: {n} requests open")
                 done = serve_apart(Apart(a, b, *sizes), LoadRequest(0.0, q.input, q.output), n)
                 found.append((first, second, done))
+    if plot:
+        series: dict[str, list[Point]] = {}
+        for first, second, r in found:
+            point = 1 / r.tpot, r.tokens_per_s / r.chips, f"{r.concurrency:,}"
+            series.setdefault(f"{first} + {second}", []).append(point)
+        title = f"{q.program.name} on {on.chip.name}: {q.input:,} + {q.output:,} tokens, prefill and decode apart"
+        unit = "output tokens/s per chip, modelled; labels: open requests"
+        plot.write_text(lines(title, "output tokens/s per user", unit, series), encoding="utf-8")
     if as_json:
         facts = {"model": q.program.name, "chip": on.chip.name, "library": on.library.name, "clock": "modelled"}
         rows = [{"prefill": first, "decode": second, **r.as_dict()} for first, second, r in found]
@@ -82,9 +93,13 @@ def apart_table(
         )
     else:
         say("No row keeps the limits: allow longer latencies, other layouts, or fewer open requests.")
+    crosses = {apart.crosses_nodes for apart in (Apart(kinds[a], kinds[b], *sizes) for a, b, _ in found)}
+    links = on.chip.links
+    ways = {True: ("adapter to other nodes", links.node_bytes_per_s), False: ("links", links.chip_bytes_per_s)}
+    travels = " or ".join(f"{name} at {rate / 1e9:,.0f} GB/s" for name, rate in map(ways.get, sorted(crosses)))
     say(
         f"Assumed: {on.library.name} kernels, launch {on.library.launch_s * 1e6:.2g} us; K/V travels over a chip's "
-        f"links at {on.chip.links.chip_bytes_per_s / 1e9:,.0f} GB/s; random routing of experts; no time of the host. "
+        f"{travels}; random routing of experts; no time of the host. "
         "All times and watts are modelled; TTFT and TPOT are means, and TTFT ends when the decode server has the K/V."
     )
 

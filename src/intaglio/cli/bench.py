@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -16,6 +16,7 @@ from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import describe, describe_device, out, print_json, say, summary, table
 
 if TYPE_CHECKING:
+    from intaglio.devices.expert_load import ExpertLoad
     from intaglio.llm import LLM
     from intaglio.measure.bench import Row
     from intaglio.measure.profile import Profile
@@ -105,7 +106,23 @@ def profile(
     if ranks:
         out.rule("ranks in a decode step", style="dim")
         out.print(rank_table(ranks))
+    if loads := llm.engine.executable.unwrapped().expert_loads():
+        out.rule("tokens routed to experts", style="dim")
+        out.print(expert_table(loads))
     say(why or BOUNDS)
+
+
+def expert_table(loads: Mapping[str, ExpertLoad]) -> Table:
+    """The table of experts' loads that `intaglio profile` prints for a mixture, to be printed by a rich console."""
+    lines = []
+    for site, load in loads.items():
+        total, hottest = int(load.tokens.sum()), int(load.tokens.argmax())
+        share = load.tokens[hottest] / max(1, total) * len(load.tokens)
+        of = "ranks" if load.held else "experts"
+        numbers = (f"{total:,}", f"{hottest} of {len(load.tokens)}", f"{share:.2f}", f"{load.imbalance():.2f} ({of})")
+        lines.append((site, *numbers))
+    headers = ("site", "routed\ntokens", "hottest\nexpert", "its tokens\nover the mean", "largest load\nover the mean")
+    return table(headers, lines)
 
 
 def rank_table(ranks: Sequence[RankTimes]) -> Table:

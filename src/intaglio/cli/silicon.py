@@ -26,6 +26,7 @@ from intaglio.chips.kernel_record import WIDEST, KernelRecord
 from intaglio.cli import options as o
 from intaglio.cli.apart import apart_table
 from intaglio.cli.fields import described, quantity
+from intaglio.cli.plot import check_path
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import facts, out, say, table
 from intaglio.cli.steady import steady_table
@@ -188,6 +189,10 @@ def simulate(
         Path | None,
         typer.Option(callback=o.in_existing_folder, help="Write the mixed step for Perfetto (Chrome trace JSON)."),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(callback=o.in_existing_folder, help="Write a chart as SVG, with --concurrency or --find."),
+    ] = None,
     helps: Annotated[bool, typer.Option("--what-helps", help="Which single change of the chip helps most.")] = False,
     as_json: o.Json = False,
 ) -> None:
@@ -196,6 +201,7 @@ def simulate(
     from intaglio.compiler import Layout
     from intaglio.silicon.timeline import chrome_trace
 
+    check_path(plot)
     if concurrency or find:
         if trace or helps or batch != 1:
             raise ValueError("--concurrency and --find take neither --batch, --trace nor --what-helps")
@@ -222,18 +228,25 @@ def simulate(
         counts = whole_numbers("--concurrency", concurrency) if concurrency else []
         if prefill and decode:
             apart_table(
-                asked, targets[0], prefill.split(","), decode.split(","), counts, max_batch_tokens or 8192, as_json
+                asked,
+                targets[0],
+                prefill.split(","),
+                decode.split(","),
+                counts,
+                max_batch_tokens or 8192,
+                as_json,
+                plot,
             )
             return
         if chips != 1 and (others := [each for each in layouts if Placement.parse(each).chips != chips]):
             raise ValueError(f"--chips {chips} but layout {', '.join(others)} has another number of chips")
-        steady_table(asked, targets, layouts, counts, max_batch_tokens, find, by, as_json)
+        steady_table(asked, targets, layouts, counts, max_batch_tokens, find, by, as_json, plot)
         return
-    options = (ttft, tpot, max_batch_tokens, prefill, decode, experts_format, step_overhead)
+    options = (ttft, tpot, max_batch_tokens, prefill, decode, experts_format, step_overhead, plot)
     if any(options) or "," in chip_name or by != "watt" or memory_share != 0.9:
         raise ValueError(
-            "limits, --max-batch-tokens, --prefill, --decode, --experts-format, --by, --memory-share, --step-overhead "
-            "and several chips go with --concurrency or --find"
+            "limits, --max-batch-tokens, --prefill, --decode, --experts-format, --by, --memory-share, --step-overhead, "
+            "--plot and several chips go with --concurrency or --find"
         )
     layout, serving = layout or f"tp{chips}", Serving(input, output, batch)
     on = changed(target(chip_name, library_name), set_field)

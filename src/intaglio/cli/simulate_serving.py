@@ -40,7 +40,10 @@ def simulate_serving(
         str, typer.Option("--chip", help="A name (see intaglio chips) or NAME.toml; several with commas are compared.")
     ] = "sohu",
     library_name: LibraryName = None,
-    layout: Annotated[str, typer.Option(help="Such as tp8; several with commas are compared.")] = "tp1",
+    layout: Annotated[
+        str,
+        typer.Option(help="Such as tp8, or replicas as dp64tp8 with --rate; several with commas are compared."),
+    ] = "tp1",
     workload: Annotated[
         str | None,
         typer.Option(help="Lengths of a trace: code, conversation, document. Default: --input, --output."),
@@ -66,6 +69,9 @@ def simulate_serving(
     memory_share: Annotated[float, typer.Option(help="Of a chip's HBM that may be filled.")] = 0.9,
     step_overhead: Annotated[float, typer.Option(help="Microseconds of the host before each step.")] = 0.0,
     request_overhead: Annotated[float, typer.Option(help="Milliseconds before each first token.")] = 0.0,
+    route: Annotated[
+        str, typer.Option(help="Requests go to the replica with the fewest open (least-open), or round-robin.")
+    ] = "least-open",
     weights: o.Weights = "auto",
     kv_format: o.KvFormat = "auto",
     activations: Activations = "auto",
@@ -75,11 +81,16 @@ def simulate_serving(
 ) -> None:
     """Serve a load with the engine in the modelled time of chips: latencies, throughput, goodput, power.
 
-    No token is computed, so a model of any size runs here. Times are those of `intaglio simulate`.
+    No token is computed, so a model of any size runs here. Times are those of `intaglio simulate`. Layouts with
+    replicas, or with experts on all chips, run event by event, not with the engine itself: a day of 64 replicas takes
+    minutes.
     """
+    from intaglio.codesign.fleet import simulate_fleet
+    from intaglio.codesign.placement import Placement
     from intaglio.codesign.serving import EngineSettings, Limits, ramped, request_seconds
     from intaglio.codesign.serving import simulate_serving as serve_load
     from intaglio.codesign.simulate import ported, stages
+    from intaglio.codesign.steps import Formats, Server
 
     settings = EngineSettings(
         max_batch_tokens, max_sequences, memory_share, step_overhead / 1e6, request_overhead / 1e3
@@ -87,21 +98,32 @@ def simulate_serving(
     none = float("inf")
     limits = Limits(none if ttft is None else ttft / 1e3, none if tpot is None else tpot / 1e3)
     concurrency = 16 if concurrency is None and rate is None else concurrency
+    placements = {each: Placement.parse(each) for each in layout.split(",")}
+    if rate is None and not all(one.single for one in placements.values()):
+        raise ValueError(f"--layout {layout} has replicas or experts on all chips; give --rate, requests a second")
+    if concurrency and not all(one.single for one in placements.values()):
+        raise ValueError("--concurrency goes with layouts of one replica; with replicas leave it out and give --rate")
+    if route != "least-open" and all(one.single for one in placements.values()):
+        raise ValueError(f"--route {route} goes with a layout of several replicas, such as dp64tp8")
     program = ported(model, None)
     count = requests or (4 * concurrency if concurrency else 100)
     planned = planned_load(workload, count, none if rate is None else rate, cv, input, output, program.context, seed)
     began, rows, found = time.perf_counter(), [], []
-    for name, each in itertools.product(chip_name.split(","), layout.split(",")):
+    for name, each in itertools.product(chip_name.split(","), placements):
         on = changed(target(name, library_name), set_field)
         with progress_bar(f"{name} {each}: compiling {program.name}") as progress:
-            compiled = stages(program, each, weights, kv_format, activations)
-            load = planned
-            if rate is None and concurrency:
-                spread = request_seconds(compiled, on, planned[0], concurrency) if ramp is None else ramp
-                load = ramped(planned, concurrency, spread)
-            done = serve_load(
-                program, compiled, on, each, load, settings, limits, concurrency, seed, progress
-            )  # fmt: skip
+            if placements[each].single:
+                compiled = stages(program, each, weights, kv_format, activations)
+                load = planned
+                if rate is None and concurrency:
+                    spread = request_seconds(compiled, on, planned[0], concurrency) if ramp is None else ramp
+                    load = ramped(planned, concurrency, spread)
+                done = serve_load(
+                    program, compiled, on, each, load, settings, limits, concurrency, seed, progress
+                )  # fmt: skip
+            else:
+                server = Server.of(program, placements[each], Formats(weights, kv_format, activations))
+                done = simulate_fleet(server, on, planned, settings, limits, route, progress)
         rows.append(cells(on.chip.name, each, done))
         found.append((on, each, done))
     took = time.perf_counter() - began
@@ -126,7 +148,8 @@ def simulate_serving(
     for on, each, done in found:
         kept = f"K/V cache of {done.kv_tokens:,} tokens, {done.preemptions:,} preemptions"
         assumed = f"{on.library.name} kernels, launch {on.library.launch_s * 1e6:.2g} us"
-        say(f"{on.chip.name} {each}: {done.steps:,} steps; {kept}; {assumed}")
+        how = "" if placements[each].single else f"event by event, {placements[each].replicas:,} replicas, {route}; "
+        say(f"{on.chip.name} {each}: {how}{done.steps:,} steps; {kept}; {assumed}")
     modelled = sum(done.summary.seconds for _, _, done in found)
     say(f"{modelled:,.1f} s modelled, {took:,.1f} s here. All times are modelled; TTFT and TPOT are means.")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from intaglio.chips import Target
+from intaglio.cli.plot import Point, bars, lines
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import out, say, table, whole
 
@@ -22,7 +24,7 @@ BY = ("watt", "chip")
 
 def steady_table(
     question: Question, targets: Sequence[Target], layouts: Sequence[str], concurrency: Sequence[int],
-    budget: int | None, find: bool, by: str, as_json: bool,
+    budget: int | None, find: bool, by: str, as_json: bool, plot: Path | None = None,
 ) -> None:  # fmt: skip
     """Print the designs of every chip and layout: at each concurrency, or with `find` the best that keeps the limits.
 
@@ -35,11 +37,13 @@ def steady_table(
         find: search for the best load of each candidate.
         by: "watt" or "chip": what `find` maximises output tokens per second for.
         as_json: print JSON instead of tables.
+        plot: SVG file for a chart of the designs; None: no chart.
 
     A candidate that cannot run is printed with the reason. Raises ValueError for another `by`, LayoutError for a wrong
     layout.
     """
     from intaglio.codesign import steady
+    from intaglio.codesign.placement import Placement
 
     if by not in BY:
         raise ValueError(f"--by {by}; use one of {', '.join(BY)}")
@@ -57,18 +61,15 @@ def steady_table(
                         designs.append(one.estimated(of_one, budget or 2048))
                     except ValueError as e:
                         refused.append((one.on.chip.name, str(one.server.placement), str(e)))
+    if plot and designs:
+        plot.write_text(chart(question, designs, find, by), encoding="utf-8")
     if as_json:
         left_out = [{"chip": chip, "layout": layout, "reason": why} for chip, layout, why in refused]
         facts = {"model": question.program.name, "clock": "modelled", "refused": left_out}
         print(json.dumps({**facts, "designs": [d.as_dict() for d in designs]}, indent=2, allow_nan=False))
         return
     what = f"{question.program.name}: requests of {question.input:,} + {question.output:,} tokens"
-    limits = [
-        f"{name} up to {value * 1e3:,.4g} ms"
-        for name, value in (("TTFT", question.limits.ttft), ("TPOT", question.limits.tpot))
-        if value < float("inf")
-    ]
-    say(f"{what}; {' and '.join(limits) or 'no limits'}")
+    say(f"{what}; {limits_text(question)}")
     if designs:
         out.print(table(HEADERS, [cells(d) for d in designs], words=2))
     for chip, layout, why in refused:
@@ -78,7 +79,10 @@ def steady_table(
     for on in targets:
         assumed = f"{on.library.name} kernels, launch {on.library.launch_s * 1e6:.2g} us"
         has = f"{on.chip.hbm_bytes / 1e9:,.0f} GB, TDP {on.chip.tdp_w:,.0f} W"
-        say(f"{on.chip.name}: {assumed}, {has}; {on.chip.description}")
+        links = on.chip.links
+        beyond = any(Placement.parse(each).chips_per_server > links.max_chips for each in layouts)
+        nodes = f"nodes of {links.max_chips}, {links.node_bytes_per_s / 1e9:,.0f} GB/s a chip between them; "
+        say(f"{on.chip.name}: {assumed}, {has}; {nodes if beyond else ''}{on.chip.description}")
     added = question.settings
     say(
         f"Assumed: {added.step_s * 1e6:,.3g} us of the host a step, {added.sequence_s * 1e6:,.3g} us more a sequence, "
@@ -87,6 +91,37 @@ def steady_table(
     )
     if not find:
         say("Figures are a closed form of the steady state; *: beyond a limit. simulate-serving runs the queue.")
+
+
+def chart(question: Question, designs: Sequence[Design], find: bool, by: str) -> str:
+    """SVG text: with `find` a bar for each design, else output per chip over output per user for each chip and layout.
+
+    Bars are tokens/s per watt, or per chip with by="chip"; designs beyond a limit are left out of them.
+    """
+    title = f"{question.program.name}: requests of {question.input:,} + {question.output:,} tokens"
+    if find:
+        unit = "output tokens/s per watt" if by == "watt" else "output tokens/s per chip"
+        kept = [(d.chip, f"{d.placement}, {d.concurrency:,} open", per(d, by)) for d in designs if d.within]
+        return bars(title, f"{unit}, modelled; {limits_text(question)}", kept)
+    series: dict[str, list[Point]] = {}
+    for d in designs:
+        series.setdefault(f"{d.chip} {d.placement}", []).append((d.per_user, d.per_chip, f"{d.concurrency:,}"))
+    return lines(title, "output tokens/s per user", "output tokens/s per chip, modelled; labels: open requests", series)
+
+
+def per(d: Design, by: str) -> float:
+    """Output tokens per second per watt, or per chip with by="chip"."""
+    return d.per_watt if by == "watt" else d.per_chip
+
+
+def limits_text(question: Question) -> str:
+    """The limits of a question, such as "TPOT up to 20 ms"."""
+    limits = [
+        f"{name} up to {value * 1e3:,.4g} ms"
+        for name, value in (("TTFT", question.limits.ttft), ("TPOT", question.limits.tpot))
+        if value < float("inf")
+    ]
+    return " and ".join(limits) or "no limits"
 
 
 def conclude(question: Question, designs: Sequence[Design], by: str) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from intaglio.cli import options as o
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import out, say, table
+
+if TYPE_CHECKING:
+    from intaglio.codesign.ranking import Ranked
 
 HEADERS = ("engine", "class", "rows", "TPOT\nmedian", "TTFT\nmedian", "TPOT\nbias", "TTFT\nbias")
 
@@ -25,10 +29,14 @@ def validate_serving(
     backend: Annotated[str | None, typer.Option(help="Only rows of this serving engine.")] = None,
     sample: Annotated[int | None, typer.Option(min=1, help="Only so many rows, evenly spread.")] = None,
     worst: Annotated[int, typer.Option(help="Worst rows to show of each engine and class, at most 3.")] = 1,
+    ranking: Annotated[
+        bool, typer.Option("--ranking", help="Also say how often the recommended layout is near the best measured.")
+    ] = False,
     as_json: o.Json = False,
 ) -> None:
     """Serve the loads of measured servers in modelled time and compare latencies, by engine and class of model."""
     from intaglio.codesign import measured
+    from intaglio.codesign.ranking import LEAST, rankings
 
     if split not in (None, "fit", "test"):
         raise ValueError(f"--split {split}; use fit or test")
@@ -44,9 +52,15 @@ def validate_serving(
         compared = list(measured.compare_all(rows, progress=progress))
     found = measured.agreements(compared)
     refused = Counter(c.refused for c in compared if c.refused)
+    ranked = {
+        f"at least {LEAST} layouts and loads": rankings(compared) if ranking else [],
+        "at one load": rankings(compared, at_one_load=True, least=2) if ranking else [],
+    }
     if as_json:
         figures = [{k: v for k, v in asdict(a).items() if k != "worst"} for a in found]
-        print(json.dumps({"rows": len(rows), "agreements": figures, "refused": dict(refused)}, indent=2))
+        cases = {kind: [asdict(r) for r in mine] for kind, mine in ranked.items()} if ranking else {}
+        report = {"rows": len(rows), "agreements": figures, "refused": dict(refused)}
+        print(json.dumps({**report, **({"ranking": cases} if ranking else {})}, indent=2))
         return
     shown = [
         (
@@ -69,7 +83,25 @@ def validate_serving(
                 f"{what}, {r.concurrency} open: TPOT measured {r.tpot * 1e3:,.1f} ms, modelled {c.tpot * 1e3:,.1f}; "
                 f"TTFT {r.ttft * 1e3:,.0f} ms, {c.ttft * 1e3:,.0f}"
             )
+    if ranking:
+        say_ranking(ranked, worst)
     say(f"{len(rows) - sum(refused.values()):,} of {len(rows):,} rows are expressed.")
     for why, n in refused.most_common():
         say(f"{n:,} not: {why}")
     say("median: of |modelled - measured| / measured. bias: the median of the same with its sign.")
+
+
+def say_ranking(ranked: Mapping[str, Sequence[Ranked]], worst: int) -> None:
+    """Print how often the recommendation is within 5 % of the best, and the `worst` cases of each kind."""
+    for kind, cases in ranked.items():
+        if not cases:
+            say(f"Ranking, {kind}: no case among these rows.")
+            continue
+        good = sum(r.good for r in cases)
+        say(
+            f"Ranking, {kind}: in {good:,} of {len(cases):,} cases ({good / len(cases):.0%}) the recommendation has "
+            "at least 95 % of the best measured output tokens/s per chip."
+        )
+        for r in sorted(cases, key=lambda r: r.reached)[:worst]:
+            asked = " ".join(filter(None, r.question))
+            say(f"  worst: {asked}: recommended {r.recommended}, best {r.best}: {r.reached:.0%} of its rate")

@@ -41,11 +41,19 @@ class Apart:
     def transfer_s(self, tokens: int) -> float:
         """Seconds in which the K/V of a prompt of `tokens` tokens travels to its decode server.
 
-        The chips of a copy of attention send their parts at once, each over its own links.
+        The chips of a copy of attention send their parts at once, each over its own links. If all servers have more
+        chips than a node, and nodes are joined, each chip sends over its adapter.
         """
+        links, apart = self.prefill.target.chip.links, self.crosses_nodes
+        latency = links.node_latency_s if apart else self.prefill.target.library.link_latency_s
+        rate = links.node_bytes_per_s if apart else links.chip_bytes_per_s
+        return latency + tokens * self.prefill.server.kv_bytes_per_token / max(1.0, rate)
+
+    @property
+    def crosses_nodes(self) -> bool:
+        """True if K/V travels between nodes."""
         links = self.prefill.target.chip.links
-        latency = self.prefill.target.library.link_latency_s
-        return latency + tokens * self.prefill.server.kv_bytes_per_token / max(1.0, links.chip_bytes_per_s)
+        return self.chips > links.max_chips and links.node_bytes_per_s > 0
 
     def spread(self, request: LoadRequest, concurrency: int) -> list[float]:
         """Start times in seconds of the first `concurrency` requests, evenly over the time that one of them takes."""

@@ -39,6 +39,11 @@ class FusedKernel(ChipKernel):
 
     parts: tuple[ChipKernel, ...]
 
+    @property
+    def by_sequence(self) -> bool:  # type: ignore[override]
+        """True if the time of a part depends on the batch's sequences."""
+        return any(part.by_sequence for part in self.parts)
+
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
         times = [part.time(target, sizes, resident) for part in self.parts]
         whole = sum(times[1:], times[0])

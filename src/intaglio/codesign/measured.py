@@ -34,7 +34,7 @@ MODELS = {  # the end of a row's model_path -> card
     "Qwen3-32B-NVFP4": "qwen3-32b", "DeepSeek-R1": "deepseek-v3", "DeepSeek-V3": "deepseek-v3",
     "DeepSeek-R1-NVFP4": "deepseek-v3", "DeepSeek-V3.1-NVFP4": "deepseek-v3", "MiniMax-M2.5": "minimax-m2",
     "gpt-oss-120b": "gpt-oss-120b", "Qwen3.5-397B-A17B": "qwen3.5-397b-a17b", "Qwen3-235B-A22B-FP8": "qwen3-235b-a22b",
-    "Kimi-K2.5": "kimi-k2",
+    "Kimi-K2.5": "kimi-k2", "GLM-5": "glm-5",
 }  # fmt: skip
 MIXTURES = {card for card in MODELS.values() if not card.startswith(("llama", "qwen3-32b"))}
 FORMATS = {"": "bf16", "fp8": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4", "int4_wo": "int4"}
@@ -220,7 +220,8 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
     assert row.card
     on = profile.on(target(row.columns["system"]))
     own = times(row.card, on, row.placement(phase), row.formats(profile), tuple(profile.fusions))
-    kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, 256)
+    sequences = max(1, min(256, row.concurrency))  # engines keep recurrent state for those that run
+    kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, sequences)
     return EngineTimes(own, profile), profile.settings(kv, own.copies)
 
 

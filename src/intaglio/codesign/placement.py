@@ -82,6 +82,11 @@ class Placement:
         """True if the experts have no layout of their own, so that the layout of one server is `attention`."""
         return self.experts is None
 
+    @property
+    def single(self) -> bool:
+        """True for one server without a layout of its own for the experts: the engine itself can be simulated on it."""
+        return self.plain and self.replicas == 1
+
     def __str__(self) -> str:
         many = f"dp{self.copies}" if self.copies > 1 else ""
         inner = many + ("" if many and self.attention == Layout() else str(self.attention))

@@ -146,13 +146,27 @@ class Queue:
         if self.prefilling:
             self._mixed_step(n)
             return
-        context, ends = self.keys / n, self.running[0][0] - self.counter
-        count = min(ends, LEAP)
+        count = self._equal_steps()
         if until < float("inf"):
-            first = self._overhead(n) + self.times.cost(n, context)[0]
+            first = self._overhead(n) + self.times.cost(n, self.keys / n)[0]
             count = max(1, min(count, int((until - self.now) / first) + 1))
-        seconds, joules = self.times.cost(n, context + count / 2)
-        self._advance(n, seconds, joules, count)
+        self._advance(n, *self._mean_cost(count), count)
+
+    def next_event(self) -> float:
+        """The time at which take_steps() without a limit would end; a step with prompts counts as ended already."""
+        if self.prefilling or not self.running:
+            return self.now
+        count = self._equal_steps()
+        return self.now + count * (self._mean_cost(count)[0] + self._overhead(len(self.running)))
+
+    def _equal_steps(self) -> int:
+        """Number of decode steps up to the next end of a response, at most LEAP."""
+        return min(self.running[0][0] - self.counter, LEAP)
+
+    def _mean_cost(self, count: int) -> tuple[float, float]:
+        """(seconds, joules) of the step in the middle of the next `count` decode steps."""
+        n = len(self.running)
+        return self.times.cost(n, self.keys / n + count / 2)
 
     def _overhead(self, sequences: int) -> float:
         return self.settings.step_s + self.settings.sequence_s * sequences

@@ -170,6 +170,15 @@ def request_seconds(stages: Sequence[Program], target: Target, request: LoadRequ
     return once + (request.output - 1) * step
 
 
+def check_context(program: Program, longest: LoadRequest) -> None:
+    """Raise ValueError if a request is longer than the model's context."""
+    if longest.prompt + longest.output > program.context:
+        raise ValueError(
+            f"a request of {longest.prompt:,} + {longest.output:,} tokens; the context of {program.name} is "
+            f"{program.context:,}; scale the lengths down"
+        )
+
+
 def simulate_serving(
     program: Program, stages: Sequence[Program], target: Target, layout: str, requests: Sequence[LoadRequest],
     settings: EngineSettings, limits: Limits, concurrency: int | None = None, seed: int = 0,
@@ -191,12 +200,7 @@ def simulate_serving(
 
     Raises ChipError if weights and K/V cache do not fit, ValueError for a request longer than the context.
     """
-    longest = max(requests, key=lambda r: r.prompt + r.output)
-    if longest.prompt + longest.output > program.context:
-        raise ValueError(
-            f"a request of {longest.prompt:,} + {longest.output:,} tokens; the context of {program.name} is "
-            f"{program.context:,}; scale the lengths down"
-        )
+    check_context(program, max(requests, key=lambda r: r.prompt + r.output))
     device = SiliconDevice(target, values=NONE, stages=stages, overhead_s=settings.step_overhead_s)
     state = state_of(stages, target, settings)
     executable = device.load_program(program, NoWeights(), state)

@@ -20,7 +20,6 @@ from intaglio.codesign.simulate import stages
 from intaglio.ops import Experts
 from intaglio.program import Program
 from intaglio.silicon.kernels import ChipKernel, timing
-from intaglio.silicon.kernels.attend import AttendKernel
 from intaglio.silicon.kernels.collectives import collective_timing
 from intaglio.silicon.kernels.experts import ExpertsKernel
 from intaglio.silicon.kernels.linear import LinearKernel
@@ -72,6 +71,7 @@ class Server:
     stages: tuple[Program, ...]
     experts: tuple[Program, ...]
     rows: str = "auto"
+    rooms: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False, repr=False)  # of kv_tokens()
 
     @classmethod
     def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
@@ -119,6 +119,9 @@ class Server:
         Raises ChipError if not even one K/V block fits.
         """
         hbm = int(target.chip.hbm_bytes * share)
+        asked = hbm, max_tokens, max_sequences, open_sequences
+        if asked in self.rooms:
+            return self.rooms[asked]
         step = BatchSizes(max_tokens, min(max_tokens, max_sequences), ())
         slots = 2 * max_sequences if any(t.shape[0] == "N" for p in self.stages for t in p.of_role("state")) else 0
         pages = (open_sequences or max_sequences) * -(-self.program.context // BLOCK)
@@ -131,7 +134,8 @@ class Server:
                     "be used. Use more chips, a smaller format or fewer tokens a step"
                 )
             pages = min(pages, fit)
-        return pages * BLOCK * self.placement.copies
+        self.rooms[asked] = pages * BLOCK * self.placement.copies
+        return self.rooms[asked]
 
     @cached_property
     def kv_bytes_per_token(self) -> float:
@@ -307,11 +311,10 @@ class StepTimes:
             and not self.fusions
         ):
             return self.plans[i].cost(own)
-        flat = BatchSizes(own.tokens, own.rows, tuple((q, q, n) for q, _, n in own.sequences))
         everything = BatchSizes(tokens, tokens, ((tokens, tokens, 1),))
         done: list[tuple[Timing, int]] = []
         for part in self.parts[i]:
-            sizes = everything if part.shared else own if isinstance(part.kernel, AttendKernel) else flat
+            sizes = everything if part.shared else own if part.kernel.by_sequence else own.counts
             done.append((timing(part.kernel, self.target, sizes), part.count))
         if self.copies > 1 and self.exchanges[i]:
             done.append((self._exchange(tokens), self.exchanges[i]))

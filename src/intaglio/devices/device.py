@@ -11,9 +11,11 @@ import numpy as np
 
 from intaglio.batch import NO_STATE, Batch
 from intaglio.devices.clock import Clock, WallClock
+from intaglio.devices.expert_load import ExpertLoad
 from intaglio.devices.recipe import Recipe
 from intaglio.ops import Collective, Value
 from intaglio.program import MeshProgram, Program
+from intaglio.program.expert_placement import Ranks
 
 
 class DeviceError(RuntimeError):
@@ -195,6 +197,31 @@ class Executable(ABC):
         not there, contents of another type or shape, or if block_bytes is 0.
         """
         raise DeviceError(f"{type(self).__name__} cannot write K/V blocks")
+
+    def expert_loads(self) -> dict[str, ExpertLoad]:
+        """The ExpertLoad of each layer with experts, by the site of its op; {} if this executable does not count.
+
+        After all steps launched so far. Raises DeviceLost.
+        """
+        return {}
+
+    def load_experts(self, layers: Mapping[str, Ranks]) -> None:
+        """Start to load experts of some layers as another placement needs them, beside the steps. Returns nothing.
+
+        layers: the experts of each rank, by site. Raises DeviceError if they do not fit or cannot be moved, DeviceLost.
+        """
+        raise DeviceError(f"{type(self).__name__} cannot move experts")
+
+    def experts_loaded(self) -> bool:
+        """True if nothing is being loaded by load_experts().
+
+        Raises DeviceError if it failed, after which the experts stay where they are, and DeviceLost.
+        """
+        return True
+
+    def switch_experts(self) -> None:
+        """Use the experts that load_experts() loaded in all steps launched later. Raises DeviceLost."""
+        raise DeviceError(f"{type(self).__name__} cannot move experts")
 
     def step(self, request: StepRequest) -> StepResult:
         """Run a step to its end and return its StepResult, or raise the error that ended it."""

@@ -6,7 +6,7 @@ Ranks run one after the other from collective to collective, so results depend o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -27,10 +27,12 @@ from intaglio.devices.device import (
     check_blocks,
     merge_ranks,
 )
+from intaglio.devices.expert_load import ExpertLoad, merge_loads
 from intaglio.devices.recipe import Recipe, make
 from intaglio.ops import AllGather, AllReduce, AllToAll, Collective, Grouped, Recv, Send
 from intaglio.ops.collective import add_slots, split_rows
 from intaglio.program import MeshProgram, Program, verify_mesh
+from intaglio.program.expert_placement import Ranks
 
 
 class MeshExecutable(BlockingExecutable):
@@ -50,6 +52,20 @@ class MeshExecutable(BlockingExecutable):
         """
         check_batch(self.program, self.state, request.batch)
         return merge_ranks(MeshStep([rank.run_until_collective(request) for rank in self.ranks]).run())
+
+    def expert_loads(self) -> dict[str, ExpertLoad]:
+        return merge_loads([rank.expert_loads() for rank in self.ranks])
+
+    def load_experts(self, layers: Mapping[str, Ranks]) -> None:
+        for rank in self.ranks:
+            rank.load_experts(layers)
+
+    def experts_loaded(self) -> bool:
+        return all([rank.experts_loaded() for rank in self.ranks])
+
+    def switch_experts(self) -> None:
+        for rank in self.ranks:
+            rank.switch_experts()
 
     @property
     def block_bytes(self) -> int:

@@ -167,6 +167,8 @@ class Experts(Op, kind="experts"):
         copy: with `held`, for each matrix the place of this rank among the ranks that hold the same expert.
         copies: with `held`, the number of these ranks. They take turns: this rank computes the expert for the tokens t
             of the step with t % copies == copy.
+        rank: with `held`, the number of this rank among the expert-parallel ones.
+        ranks: with `held`, the number of these.
         slots: above 0, results are not summed: out f32 [T, slots * N] has weights[t, j] * expert_e(x[t]) in the columns
             j * N .. j * N + N - 1, zeros if e is not computed here. slots is top + 1 if a rank has a residual, which is
             in the last N columns, else top. An all_reduce with the same `slots` adds them.
@@ -196,6 +198,8 @@ class Experts(Op, kind="experts"):
     held: tuple[int, ...] = ()
     copy: tuple[int, ...] = ()
     copies: tuple[int, ...] = ()
+    rank: int = 0
+    ranks: int = 0
     slots: int = 0
 
     def shapes(self, t: Tensors) -> Results:
@@ -245,6 +249,7 @@ class Experts(Op, kind="experts"):
             f"held={self.held}; wanted {experts} different experts of {total}, ascending, with as many of `copy` and "
             "`copies`, and first=0",
         )
+        self.check(0 <= self.rank < self.ranks, f"rank={self.rank}, ranks={self.ranks}; wanted 0 <= rank < ranks")
         turns = all(0 <= i < n for i, n in zip(self.copy, self.copies, strict=True))
         self.check(turns, f"copy={self.copy}, copies={self.copies}; wanted 0 <= copy < copies for each matrix")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -72,7 +73,7 @@ class Tensor:
         """Bytes of the array. sizes: the value of each symbolic dim of its shape."""
         dims = [sizes[d] if isinstance(d, str) else d for d in self.shape]
         cols = dims[-1] if dims else 1
-        return formats.get(self.format).nbytes(int(np.prod(dims[:-1], dtype=np.int64)), cols)
+        return formats.get(self.format).nbytes(prod(dims[:-1]), cols)
 
 
 Tensors = Mapping[str, Tensor]

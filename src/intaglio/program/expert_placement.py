@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -67,13 +68,15 @@ class ExpertPlacement:
                 raise PlacementError(f"{site}: no rank holds experts {sorted(missing)}")
 
 
-def turns(held: Ranks, rank: int) -> dict[str, tuple[int, ...]]:
-    """The attributes `held`, `copy` and `copies` of the op `experts` on one rank, as a dict."""
+def turns(held: Ranks, rank: int) -> dict[str, Any]:
+    """The attributes `held`, `copy`, `copies`, `rank` and `ranks` of the op `experts` on one rank, as a dict."""
     holders = [[r for r, own in enumerate(held) if e in own] for e in held[rank]]
     return {
         "held": held[rank],
         "copy": tuple(ranks.index(rank) for ranks in holders),
         "copies": tuple(map(len, holders)),
+        "rank": rank,
+        "ranks": len(held),
     }
 
 

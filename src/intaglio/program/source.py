@@ -60,6 +60,27 @@ def narrowed(source: str, numbers: range) -> str:
     return f"{source[: run.start()]}{{{first + numbers.start}..{first + numbers.stop - 1}}}{source[run.end() :]}"
 
 
+def restacked(
+    sources: Sequence[str], held: Sequence[int], wanted: Sequence[int], total: int, axis: str = "s"
+) -> tuple[str, ...]:
+    """The sources of other matrices of the same stack, cut like `sources`: one for each run of consecutive numbers.
+
+    held: numbers of the matrices that `sources` name, ascending, of `total`. wanted: those to name, ascending. axis: s
+    for a stack of matrices, r for a stack of vectors, whose rows they are.
+    """
+    template, found = sources[0], list[str]()
+    ends = [n + 1 for n in wanted if n + 1 not in wanted]
+    for n, end in zip((n for n in wanted if n - 1 not in wanted), ends, strict=True):
+        if run := RUN.search(template):
+            first = int(run[1]) - held[0]  # number of the stack's first tensor
+            found.append(f"{template[: run.start()]}{{{first + n}..{first + end - 1}}}{template[run.end() :]}")
+            continue
+        cut = rf"|{axis}{n}:{end}/{total}"
+        changed, several = re.subn(rf"\|{axis}\d+:\d+/{total}(?=\||$)", cut, template)
+        found.append(changed if several else template + cut)
+    return tuple(found)
+
+
 def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
     """A list of the sources of consecutive parts of `source`, with these sizes along its rows or columns.
 

@@ -20,6 +20,7 @@ from intaglio.runtime.block_names import BlockNames, BlockScope
 from intaglio.runtime.checkpoints import CHECKPOINT_BLOCKS
 from intaglio.runtime.clock import MonotonicClock
 from intaglio.runtime.connector import Connector
+from intaglio.runtime.expert_balance import ExpertBalancer
 from intaglio.runtime.kv import BlockPool
 from intaglio.runtime.latency import LatencyEstimator
 from intaglio.runtime.launcher import Launcher, launch_groups
@@ -110,6 +111,7 @@ class Engine:
         self.live = LiveRequests(self.scheduler, self.clock, self.latency, self.counts)
         self.launcher = Launcher(executable, self.live, self.counts)
         self.offload.device = self.launcher
+        self.experts = ExpertBalancer(self.launcher)
         self.accounting = Accounting(self.live, self.scheduler, self.clock, self.counts, context)
         self.recovery = Recovery(self.launcher, self.live, self.scheduler, self.counts, restart, max_restarts)
         self.numerics, self.draining = numerics, False
@@ -189,6 +191,7 @@ class Engine:
             if self.launcher.under_way:
                 collected += self.collect()
             self.offload.save()
+            self.experts.tick(began, last=self.idle)
         except DeviceLost as lost:
             self.recovery.recover(lost)
         self._close_step(collected, began)

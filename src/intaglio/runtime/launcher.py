@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from intaglio.runtime.request import Fault
 from intaglio.runtime.scheduler import ScheduledSequence
 from intaglio.runtime.sequence import Sequence
 from intaglio.runtime.stats import Counts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +153,11 @@ class Launcher:
         """
         with self._noting_loss():
             self.executable.write_blocks(blocks, contents)
+
+    def between_steps(self, call: Callable[[Executable], T]) -> T:
+        """The result of call(executable), which runs no step. Raises what it raises."""
+        with self._noting_loss():
+            return call(self.executable.unwrapped())
 
     @contextmanager
     def _noting_loss(self, in_step: bool = False) -> Iterator[None]:

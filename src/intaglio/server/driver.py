@@ -14,13 +14,14 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from intaglio.devices.expert_load import ExpertLoad
 from intaglio.models import Transcript
 from intaglio.runtime import (
     Counts,
@@ -227,7 +228,8 @@ class Snapshot:
     """State of an engine after its last step or message: gauges, counters, and `active`, the number of its requests.
 
     `beat`: time.monotonic() when the engine's thread took the snapshot; an old value of an engine that is not idle
-    means that a step hangs. `idle`: the engine has no work.
+    means that a step hangs. `idle`: the engine has no work. `experts`: the load of each layer's experts, by site.
+    `expert_moves`: layers whose experts were moved between ranks.
     """
 
     gauges: Gauges
@@ -235,6 +237,8 @@ class Snapshot:
     beat: float
     idle: bool
     active: int
+    experts: Mapping[str, ExpertLoad] = field(default_factory=dict)
+    expert_moves: int = 0
 
 
 class Driver:
@@ -404,7 +408,9 @@ class Driver:
     def _take_snapshot(self) -> Snapshot:
         c = self.engine.counts
         counts = replace(c, refused=copy(c.refused), finished=copy(c.finished), faults=copy(c.faults))
-        return Snapshot(self.engine.gauges(), counts, time.monotonic(), self.engine.idle, len(self._active))
+        gauges, experts = self.engine.gauges(), self.engine.experts
+        now, loads = time.monotonic(), dict(experts.loads)
+        return Snapshot(gauges, counts, now, self.engine.idle, len(self._active), loads, experts.moves)
 
     def _publish(self) -> None:
         """Store a new snapshot of the engine, and hand pending updates to the event loop.

@@ -138,6 +138,9 @@ class ModelMetrics:
             self.histograms[name].observe(value)
 
 
+IMBALANCE = "Largest load of a rank over the mean; of an expert, if the layout has no redundant experts."
+
+
 class EngineCollector(Collector):
     """Counters and gauges of all models, read from their engines' snapshots at each scrape."""
 
@@ -183,6 +186,7 @@ class EngineCollector(Collector):
         for name, (text, read) in totals.items():
             yield _counter(name, text, [(m, {(): read(s.counts)}) for m, s in seen])
         yield from self._tiers()
+        yield from self._experts(seen)
         by_label = {
             "vllm:request_success": ("Choices ended, by reason.", "finished_reason", REASONS, lambda c: c.finished),
             "intaglio:requests_refused": ("Choices refused, by reason.", "reason", REFUSALS, lambda c: c.refused),
@@ -190,6 +194,24 @@ class EngineCollector(Collector):
         }
         for name, (text, label, values, read) in by_label.items():
             yield _counter(name, text, [(m, {(v,): read(s.counts)[v] for v in values}) for m, s in seen], label)
+
+    def _experts(self, seen: Sequence[tuple[ModelMetrics, Snapshot]]) -> Iterator[Metric]:
+        """Yield the metrics of mixtures of experts; none if no model has counted tokens of experts."""
+        mixtures = [(m, s) for m, s in seen if s.experts]
+        if not mixtures:
+            return
+        tokens: list[tuple[ModelMetrics, ByLabel]] = [
+            (m, {(site, str(e)): n for site, load in s.experts.items() for e, n in enumerate(load.tokens.tolist())})
+            for m, s in mixtures
+        ]
+        yield _counter("intaglio:expert_tokens", "Tokens routed to each expert.", tokens, "site", "expert")
+        ranks = GaugeMetricFamily("intaglio:expert_imbalance", IMBALANCE, labels=[*LABELS, "site"])
+        for m, s in mixtures:
+            for site, load in s.experts.items():
+                ranks.add_metric([*m.labels.values(), site], load.imbalance())
+        yield ranks
+        moves: list[tuple[ModelMetrics, ByLabel]] = [(m, {(): s.expert_moves}) for m, s in mixtures]
+        yield _counter("intaglio:expert_moves", "Layers whose experts were moved between ranks.", moves)
 
     def _tiers(self) -> Iterator[Metric]:
         """Yield the metrics of the tiers that keep K/V blocks; none if no model has a tier."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from intaglio import formats
+from intaglio import _native, formats
 from intaglio.chips import ChipError, Target
 from intaglio.program import Program
 from intaglio.silicon.isa.rules import check_extra_instructions
@@ -32,44 +32,10 @@ def exposed_seconds(seconds: Sequence[tuple[float, float]], is_collective: Seque
     the one closer to its next collective does, which keeps the links busy. Time in which neither half computes counts
     for the collective that is waited for.
     """
-    n = len(seconds)
-    first_left, second_left = [0.0] * (n + 1), [0.0] * (n + 1)  # seconds of compute from an op to the next collective
-    for i in range(n - 1, -1, -1):
-        if not is_collective[i]:
-            first_left[i] = seconds[i][0] + first_left[i + 1]
-            second_left[i] = seconds[i][1] + second_left[i + 1]
-    a = b = 0  # the next op of the first and of the second half
-    a_ready = b_ready = 0.0  # when they can start
-    a_last = b_last = -1  # last collective of each half
-    compute_free = links_free = 0.0
-    exposed = {i: 0.0 for i, collective in enumerate(is_collective) if collective}
-    while b < n:
-        second = a == n
-        if b < a < n:
-            free = links_free if is_collective[a] else compute_free
-            first_start = a_ready if a_ready > free else free
-            free = links_free if is_collective[b] else compute_free
-            second_start = b_ready if b_ready > free else free
-            second = second_start < first_start or (second_start == first_start and second_left[b] < first_left[a])
-        i, ready, last = (b, b_ready, b_last) if second else (a, a_ready, a_last)
-        collective = is_collective[i]
-        free = links_free if collective else compute_free
-        start = ready if ready > free else free
-        end = start + seconds[i][second]
-        if collective:
-            last = i
-            links_free = end
-        else:
-            if last >= 0:
-                exposed[last] += start - compute_free
-            compute_free = end
-        if second:
-            b, b_ready, b_last = i + 1, end, last
-        else:
-            a, a_ready, a_last = i + 1, end, last
-    if b_last >= 0:
-        exposed[b_last] += max(0.0, b_ready - compute_free)
-    return exposed
+    found = _native.exposed_seconds(
+        range(len(seconds)), [a for a, _ in seconds], [b for _, b in seconds], list(is_collective)
+    )
+    return {i: found[i] for i, collective in enumerate(is_collective) if collective}
 
 
 @dataclass(frozen=True)
@@ -159,36 +125,27 @@ class Plan:
         """
         chip, library = self.target.chip, self.target.library
         prefetches = library.prefetches_weights
-        alone = tuple(timing(kernel, self.target, sizes) for kernel in self.kernels)
-        parts = [
-            [timing(kernel, self.target, part, prefetches) for kernel in self.kernels] for part in halves or (sizes,)
-        ]
+        alone = tuple(self.timings(sizes))
+        parts = [self.timings(part, prefetches) for part in halves or (sizes,)]
         by_kernel = [sum(t.seconds for t in each) for each in zip(*parts, strict=True)]
         seconds = [by_kernel[n] for n in self.numbers]
         if halves:
-            first, second = parts
-            pairs = [(first[n].seconds, second[n].seconds) for n in range(len(self.kernels))]
+            first, second = ([t.seconds for t in part] for part in parts)
             collective = [t.link_bytes > 0 for t in alone]
-            exposed = exposed_seconds([pairs[n] for n in self.numbers], [collective[n] for n in self.numbers])
-            for i, exposed_s in exposed.items():
-                seconds[i] = exposed_s
+            exposed = _native.exposed_seconds(self.numbers, first, second, collective)
+            seconds = [
+                exposed[i] if collective[n] else taken
+                for i, (n, taken) in enumerate(zip(self.numbers, seconds, strict=True))
+            ]
         if not prefetches:
             return Schedule(alone, tuple(accumulate(seconds)), (False,) * len(seconds))
         # Weights are prefetched at most this many seconds ahead: as many as the L2 can hold.
         ahead = chip.l2_bytes * library.l2_usable / chip.hbm_rate
         weights_s = [t.weight_bytes / chip.hbm_rate for t in alone]
         other_s = [0.0 if t.weight_bytes else t.hbm_bytes / chip.hbm_rate for t in alone]
-        now, fetched_at = 0.0, 0.0  # fetched_at: when HBM has delivered all that was requested so far
-        ends, stalled = list[float](), list[bool]()
-        for number, taken in zip(self.numbers, seconds, strict=True):
-            end, late = now + taken, False
-            if weights_s[number]:
-                fetched_at = max(fetched_at, now - ahead) + weights_s[number]
-                late = fetched_at > end
-                end = fetched_at if late else end
-            elif other_s[number]:
-                fetched_at = max(fetched_at, now) + other_s[number]
-            ends.append(end)
-            stalled.append(late)
-            now = end
+        ends, stalled = _native.prefetched_ends(self.numbers, seconds, weights_s, other_s, ahead)
         return Schedule(alone, tuple(ends), tuple(stalled))
+
+    def timings(self, sizes: BatchSizes, resident: bool = False) -> list[Timing]:
+        """The Timing of each distinct kernel as if it ran alone. resident: its weights were prefetched."""
+        return [timing(k, self.target, sizes if k.by_sequence else sizes.counts, resident) for k in self.kernels]

@@ -41,6 +41,11 @@ class BatchSizes:
         """A dict of the values of the symbolic dimensions T, S and R."""
         return Sizes(T=self.tokens, S=sum(n for *_, n in self.sequences), R=self.rows)
 
+    @cached_property
+    def counts(self) -> BatchSizes:
+        """BatchSizes with the same numbers of tokens, rows and sequences, and one query and key for each sequence."""
+        return BatchSizes(self.tokens, self.rows, ((1, 1, self.sizes["S"]),), self.filtered)
+
     def halves(self) -> tuple[BatchSizes, BatchSizes]:
         """A pair of the BatchSizes of the batch's two halves, whose tokens and rows differ by at most one.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,14 @@ from intaglio.devices.device import (
     check_blocks,
     limits,
 )
+from intaglio.devices.expert_load import ExpertLoad
 from intaglio.devices.host.layout import HostLayout, Stop, columns_of
-from intaglio.devices.host.load import load
+from intaglio.devices.host.load import load, pack_again
+from intaglio.devices.host.move import ExpertMoves
 from intaglio.devices.host.step import Draws, Timings, edits_of, taps_of
 from intaglio.ops import Collective, Op, Value
 from intaglio.program import Program
+from intaglio.program.expert_placement import Ranks
 
 NUMPY = {"f32": np.float32, "i32": np.int32}  # types of rows
 
@@ -93,9 +97,28 @@ class HostExecutable(RankExecutable):
         self.packed_bytes = sum(matrix.nbytes for matrix in self.matrices.values())
         self._python_state = any(program.tensors[name].role == "state" for name in self.layout.arrays)
         self.state_in_file = state_file is not None and not self._python_state
+        self._weights = weights
         self._sites = [op.site for op in program.ops]
         self._drawn = [self.ids[name] for name in ("next_tokens", "logprobs") if name in self.ids]
         self._draws = Draws.of(())
+
+    @cached_property
+    def experts(self) -> ExpertMoves:
+        """The ExpertMoves of this executable."""
+        pack = partial(pack_again, self.native, self.layout, self._weights, self.state)
+        return ExpertMoves(self.native, self.program, self.ids, self.matrices, pack)
+
+    def expert_loads(self) -> dict[str, ExpertLoad]:
+        return self.experts.loads()
+
+    def load_experts(self, layers: Mapping[str, Ranks]) -> None:
+        self.experts.load(layers)
+
+    def experts_loaded(self) -> bool:
+        return self.experts.loaded()
+
+    def switch_experts(self) -> None:
+        self.experts.switch()
 
     @property
     def block_bytes(self) -> int:

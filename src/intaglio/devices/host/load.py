@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +85,24 @@ def load(
     return Loaded(
         ids, matrices, _arrays(program, layout, weights, state), kept if isinstance(kept, image.Image) else None
     )
+
+
+def pack_again(
+    native: _native.Executable, layout: HostLayout, weights: Weights, state: StateSpec, program: Program,
+    names: Sequence[str],
+) -> tuple[dict[str, _native.Weight], dict[str, np.ndarray]]:  # fmt: skip
+    """Read weights of a Program and pack them into new memory, with one thread.
+
+    program: the loaded one, perhaps with other sources of weights. names: of weights of native ops. Returns ({name of
+    packed matrix: packed weight}, {name of vector: values, f32}). Raises DeviceError for weights that do not fit.
+    """
+    homes = {name: layout.homes[name] for name in names if name in layout.homes}
+    matrices = {home.matrix: layout.matrices[home.matrix].make() for home in homes.values()}
+    loader = _Loader(native, program, layout, weights, state, 1, matrices, False)
+    for name in homes:
+        loader.fill(program.tensors[name])
+    vectors = [name for name in names if name not in homes and name not in layout.joined.values()]
+    return matrices, {name: loader.vector(program.tensors[name]) for name in vectors}
 
 
 def add_op(native: _native.Executable, op: Op, ids: Mapping[str, int]) -> None:
@@ -185,31 +203,38 @@ class _Loader:
         return self.buffers[key]
 
     def _vector(self, t: Tensor) -> int:
-        """Declare a vector, or a stack of vectors as one vector, and return its number.
+        """Declare a vector, or a stack of vectors as one vector, and return its number."""
+        return self.native.vector(self.vector(t))
+
+    def vector(self, t: Tensor) -> np.ndarray:
+        """The values of a vector, or of a stack of vectors as one vector, f32.
 
         The biases of gate and up of each expert are concatenated, as their matrices are packed together.
         """
         joined = self.layout.joined
         parts = [t, *([self.program.tensors[joined[t.name]]] if t.name in joined else [])]
         values = [np.asarray(assemble(part, self.weights), np.float32) for part in parts]
-        return self.native.vector(np.concatenate(values, axis=-1).reshape(-1))
+        return np.concatenate(values, axis=-1).reshape(-1)
 
     def _matrix(self, t: Tensor) -> int:
         """Declare a matrix and pack its values, unless they are packed already. Returns its native number.
 
         Raises DeviceError if the checkpoint's tensors do not fit its shape.
         """
-        home, k = self.layout.homes[t.name], int(t.shape[-1])
         if not self.packed:
-            at = 0
-            for source in t.source:
-                for name, x in strips(source, self.weights.read, self.weights.strips):
-                    at = self._fill(t, home, name, x, at)
-                    self.weights.release(name)
-            wanted = int(np.prod([int(d) for d in t.shape[:-1]]))
-            if at != wanted:
-                raise DeviceError(f"weight {t.name} is {t.type} but {' + '.join(t.source)} holds {at} rows of {k}")
-        return self.native.weight(self.matrices[home.matrix], [int(d) for d in t.shape])
+            self.fill(t)
+        return self.native.weight(self.matrices[self.layout.homes[t.name].matrix], [int(d) for d in t.shape])
+
+    def fill(self, t: Tensor) -> None:
+        """Read the values of a matrix and pack them. Returns nothing. Raises DeviceError if they do not fit it."""
+        home, k, at = self.layout.homes[t.name], int(t.shape[-1]), 0
+        for source in t.source:
+            for name, x in strips(source, self.weights.read, self.weights.strips):
+                at = self._fill(t, home, name, x, at)
+                self.weights.release(name)
+        wanted = int(np.prod([int(d) for d in t.shape[:-1]]))
+        if at != wanted:
+            raise DeviceError(f"weight {t.name} is {t.type} but {' + '.join(t.source)} holds {at} rows of {k}")
 
     def _fill(self, t: Tensor, home: Home, name: str, x: Value, at: int) -> int:
         """Pack the values `x` of the checkpoint tensor `name` into weight `t`, from its row `at` on.

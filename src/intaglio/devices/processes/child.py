@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from intaglio import _native
-from intaglio.devices.device import Executable
+from intaglio.devices.device import DeviceError, Executable
 from intaglio.devices.processes.board import Board
 from intaglio.devices.processes.job import RankFacts, read_job
 from intaglio.devices.processes.messages import (
@@ -24,9 +24,12 @@ from intaglio.devices.processes.messages import (
     contents_parts,
     error_parts,
     read_blocks_request,
+    read_experts_request,
     result_parts,
+    value_parts,
 )
 from intaglio.plugins import load_plugins
+from intaglio.program.expert_placement import Ranks
 
 BEAT = 0.05  # seconds between two signs of life
 POST_WAIT = 3600.0  # seconds; then it waits again
@@ -110,6 +113,8 @@ class Rank:
 
     def answer(self, executable: Executable, reader: RequestReader, message: memoryview) -> list[np.ndarray]:
         """Run a step, or read or write K/V blocks, as a message asks. Returns a list of the arrays of the answer."""
+        if asked := read_experts_request(message):
+            return answer_about_experts(executable, *asked)
         if moved := read_blocks_request(message, self.rank):
             if moved.contents is None:
                 return contents_parts(executable.read_blocks(moved.blocks))
@@ -117,6 +122,25 @@ class Rank:
             return contents_parts(None)
         request, last = reader.read(message), self.rank == self.segment.ranks - 1
         return result_parts(executable.step(request if last else replace(request, logits=False)))
+
+
+def answer_about_experts(executable: Executable, action: str, layers: Mapping[str, Ranks]) -> list[np.ndarray]:
+    """Do what a request about experts asks. Returns a list of the arrays of the answer.
+
+    An error is the answer, as the ranks go on with the experts that they have; but one of "switch" is raised, since
+    other ranks may have switched.
+    """
+    if action == "switch":
+        executable.switch_experts()
+        return value_parts(True)
+    try:
+        if action == "loads":
+            return value_parts({site: load.facts() for site, load in executable.expert_loads().items()})
+        if action == "load":
+            executable.load_experts(layers)
+        return value_parts(executable.experts_loaded())
+    except DeviceError as e:
+        return error_parts(e)
 
 
 def end_with(pipe: int) -> None:

@@ -7,13 +7,15 @@ timings, errors) are JSON in UTF-8.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from intaglio.batch import Batch, Edits, Sampling, numbers_size
 from intaglio.devices.device import StepRequest, StepResult
+from intaglio.program.expert_placement import Ranks
 
 PARAMETERS = np.dtype(
     [
@@ -83,7 +85,40 @@ def request_parts(request: StepRequest) -> list[np.ndarray]:
     return [*parts, *(mask.astype(np.uint32) for mask in masks)]
 
 
-READ, WRITE = 4, 8  # in the flags of a request: it moves K/V blocks, and runs no step
+READ, WRITE, EXPERTS = 4, 8, 16  # in the flags of a request: it moves K/V blocks or experts, and runs no step
+
+
+def experts_parts(action: str, layers: Mapping[str, Ranks] | None = None) -> list[np.ndarray]:
+    """A list of the arrays of the message for a request about experts.
+
+    action: "loads", "load", "loaded" or "switch", as the methods of Executable. layers: of load_experts().
+    """
+    content = text([action, layers or {}])
+    return [np.array([len(content), 0, 0, 0, 0, 0, 0, EXPERTS, 0], np.int64), content]
+
+
+def read_experts_request(message: memoryview) -> tuple[str, dict[str, Ranks]] | None:
+    """(action, layers) of a request about experts; None if the message asks for anything else."""
+    r = Reader(message)
+    size, _, _, _, _, _, _, flags, _ = r.array(np.int64, 9).tolist()
+    if not flags & EXPERTS:
+        return None
+    content: Any = r.text(size)
+    return content[0], {site: tuple(map(tuple, ranks)) for site, ranks in content[1].items()}
+
+
+def value_parts(value: object) -> list[np.ndarray]:
+    """A list of the arrays of the message that answers a request with a value, as JSON; read_value() reads it."""
+    content = text(value)
+    return [np.array([0, len(content), 0, 0, 0], np.int64), content]
+
+
+def read_value(message: memoryview) -> tuple[str, object]:
+    """("", the value in an answer), or (the error's text, None) if the request failed."""
+    r = Reader(message)
+    failed, size, _, _, _ = r.array(np.int64, 5).tolist()
+    content = r.text(size)
+    return (str(content), None) if failed else ("", content)
 
 
 @dataclass(frozen=True)

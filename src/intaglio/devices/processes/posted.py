@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +21,17 @@ from intaglio.devices.device import (
     check_blocks,
     merge_ranks,
 )
+from intaglio.devices.expert_load import ExpertLoad, merge_loads
 from intaglio.devices.processes.job import RankFacts
-from intaglio.devices.processes.messages import blocks_parts, read_contents, read_result, request_parts
+from intaglio.devices.processes.messages import (
+    blocks_parts,
+    experts_parts,
+    read_contents,
+    read_result,
+    read_value,
+    request_parts,
+)
+from intaglio.program.expert_placement import Ranks
 
 MESSAGE_BYTES = 16 << 20  # of K/V blocks in one message
 SLOTS = 4  # one more than the steps that may be under way; a longer pipeline has more
@@ -127,16 +137,41 @@ class PostedExecutable(Executable):
 
         parts: the arrays of the request's message. Raises DeviceError if a rank fails.
         """
+        found = [read_contents(message) for message in self._ask(parts)]
+        for contents in found:
+            if isinstance(contents, str):
+                raise DeviceError(contents)
+        return [contents for contents in found if isinstance(contents, np.ndarray)]
+
+    def _ask(self, parts: Sequence[np.ndarray]) -> list[memoryview]:
+        """Post a request that runs no step, after all steps, and return a list of the ranks' answers."""
         while self.pending:
             self.receive_until(self.pending[0])
         self.check_alive()
         number, self.posted = self.posted, self.posted + 1
         self.post(parts, number)
-        found = [read_contents(message) for message in self.replies(number)]
-        for contents in found:
-            if isinstance(contents, str):
-                raise DeviceError(contents)
-        return [contents for contents in found if isinstance(contents, np.ndarray)]
+        return self.replies(number)
+
+    def _ask_about_experts(self, action: str, layers: Mapping[str, Ranks] | None = None) -> list[Any]:
+        """A list of the ranks' answers to a request about experts. Raises DeviceError if a rank fails."""
+        found = [read_value(message) for message in self._ask(experts_parts(action, layers))]
+        for error, _ in found:
+            if error:
+                raise DeviceError(error)
+        return [value for _, value in found]
+
+    def expert_loads(self) -> dict[str, ExpertLoad]:
+        found = self._ask_about_experts("loads")
+        return merge_loads([{site: ExpertLoad.of_facts(facts) for site, facts in one.items()} for one in found])
+
+    def load_experts(self, layers: Mapping[str, Ranks]) -> None:
+        self._ask_about_experts("load", layers)
+
+    def experts_loaded(self) -> bool:
+        return all(self._ask_about_experts("loaded"))
+
+    def switch_experts(self) -> None:
+        self._ask_about_experts("switch")
 
     def receive_until(self, step: PostedStep) -> None:
         """Receive results in order up to that of `step`, which is stored in `step.completed`."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from math import floor, inf, log2
+from typing import ClassVar
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from intaglio.ops import AllGather, AllReduce, AllToAll, Grouped, Recv, ReduceSc
 from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
+from intaglio.silicon.kernels.nodes import nodes_timing
 from intaglio.silicon.machine import Machine, RunResult
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
@@ -48,6 +50,7 @@ SUM = (("operand", "a"), ("operand", "b"), ("binary", "+"))
 class CollectiveKernel(ChipKernel):
     """Chip kernel of a collective over `ranks` chips: its timing. run_collective() writes its streams."""
 
+    by_sequence: ClassVar[bool] = False
     kind: str
     rows: int | str  # of the whole tensor
     width: int  # of the whole tensor
@@ -228,17 +231,16 @@ def link_traffic(network: Network, op: str, algorithm: str) -> float:
 def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing:
     """The Timing of a collective of a tensor of `moved` bytes over `chips` chips, by the fastest algorithm.
 
-    The fastest protocol is used too. A single chip takes 0 seconds. Raises ChipError for an unknown collective, and
-    for more chips than one network connects.
+    The fastest protocol is used too. More chips than one network connects fill several nodes, see nodes_timing().
+    Raises ChipError for an unknown collective, and for nodes that nothing joins.
     """
-    chip = target.chip
+    chip, lib = target.chip, target.library
     if op not in OPS:
         raise ChipError(f"unknown collective {op!r}; use one of {', '.join(OPS)}")
     if chips > chip.links.max_chips:
-        raise ChipError(f"{op} over {chips} chips: one network of {chip.name} connects at most {chip.links.max_chips}")
+        return nodes_timing(target, op, chips, moved, collective_timing)
     if chips < 2:
         return Timing(0.0)
-    lib = target.library
     bandwidth = links_used(chip, op, chips) * chip.links.bytes_per_s * host_share(chip, chips) * lib.link_efficiency
     best: tuple[float, str, str, Network] | None = None
     for p in lib.protocols:
@@ -250,13 +252,12 @@ def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing
         local = inf if lib.through_hbm else chip.l2_rate / BYTES_PER_SUMMED_BYTE / link
         network = Network(chip.links.topology, chips, local)
         handshakes = chips - 2 if op == "all_to_all" and lib.peer_handshakes else 0
+        latency = lib.link_latency_s * p.latency_factor
         for algorithm in candidate_algorithms(target, op, chips):
-            start = lib.barrier_s * p.barrier_factor + lib.link_latency_s * p.latency_factor * handshakes
+            start = lib.barrier_s * p.barrier_factor + latency * handshakes
             if lib.through_hbm:
                 start += moved * hbm_traffic(op, algorithm, chips) / chip.hbm_rate / p.bandwidth_fraction
-            seconds = start + schedule_seconds(
-                network, op, algorithm, link, lib.link_latency_s * p.latency_factor, moved
-            )
+            seconds = start + schedule_seconds(network, op, algorithm, link, latency, moved)
             if best is None or seconds < best[0]:
                 best = seconds, p.name, algorithm, network
     assert best is not None
@@ -271,8 +272,7 @@ def collective_timing(target: Target, op: str, chips: int, moved: int) -> Timing
             if own < seconds:
                 seconds, sent, steps, algorithm, protocol = own, times * moved, count, name, "engine"
     choice = f"{algorithm}, {protocol}, {steps} steps"
-    busy = {"NET": sent / group_bytes_per_s(chip, chips)}
-    return Timing(seconds, busy, 0.0, 0.0, sent, choice=choice, steps=steps)
+    return Timing(seconds, {"NET": sent / group_bytes_per_s(chip, chips)}, 0.0, 0.0, sent, choice=choice, steps=steps)
 
 
 @lru_cache(maxsize=4096)

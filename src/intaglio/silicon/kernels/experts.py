@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -41,6 +41,7 @@ SCALED = (("operand", "a"), ("operand", "b"), ("binary", "*"))
 class ExpertsKernel(ChipKernel):
     """Chip kernel of `experts` on a chip that holds `held` experts [inner, hidden]. Timed with random routing."""
 
+    by_sequence: ClassVar[bool] = False
     top: int
     held: int
     experts: int

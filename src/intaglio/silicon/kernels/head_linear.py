@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from intaglio import formats
 from intaglio.batch import Batch
@@ -22,6 +23,7 @@ from intaglio.silicon.timing import Timing
 class HeadLinearKernel(ChipKernel):
     """Chip kernel of `head_linear`: timing and streams; timed as one product with heads * n columns."""
 
+    by_sequence: ClassVar[bool] = False
     rows: int | str
     heads: int
     n: int

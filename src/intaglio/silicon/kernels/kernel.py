@@ -34,7 +34,13 @@ class ChipKernel:
 
     A subclass defines of() and time(). It also defines streams() if the simulator can execute the op, and unsupported()
     if streams() does not support all that the op can express.
+
+    Attributes:
+        by_sequence: whether time() reads the queries and keys of the batch's sequences. False: it reads only the
+            numbers of tokens, rows and sequences, so steps that differ only in their keys share one Timing.
     """
+
+    by_sequence: ClassVar[bool] = True
 
     @classmethod
     def of(cls, op: Any, t: Tensors) -> ChipKernel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -56,6 +57,7 @@ class Heads:
 class KvWriteKernel(ChipKernel):
     """Chip kernel of `kv_write`: rows are rounded to the cache's format and scattered, head by head."""
 
+    by_sequence: ClassVar[bool] = False
     heads: Heads
 
     @classmethod

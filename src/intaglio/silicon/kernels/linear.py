@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from intaglio import formats
 from intaglio.batch import Batch
@@ -25,6 +26,7 @@ from intaglio.silicon.timing import Timing
 class LinearKernel(ChipKernel):
     """Chip kernel of `linear`: x [rows, k] @ w.T [k, n]; for a GLU pair (gate, up), n counts the rows of both."""
 
+    by_sequence: ClassVar[bool] = False
     rows: int | str
     n: int
     k: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from intaglio.chips import ChipSpec, Target
 from intaglio.ops import Op
@@ -46,6 +46,7 @@ class RowsKernel(ChipKernel):
     A subclass may define cycles().
     """
 
+    by_sequence: ClassVar[bool] = False
     rows: int | str
     width: int
     operands: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed")  # fields of Samplin
 class SampleKernel(ChipKernel):
     """Chip kernel of `sample` over logits [rows, vocabulary]; a core samples one row at a time."""
 
+    by_sequence: ClassVar[bool] = False
     rows: int | str
     vocabulary: int
 

@@ -1,0 +1,165 @@
+"""Many replicas of a server in virtual time, event by event: a router gives each arriving request to one of them.
+
+Every replica is a Queue of its own, so a day of thousands of chips takes minutes. Between two of its events a replica's
+steps are alike and are taken together. If a request comes to a replica meanwhile, only the steps before it are taken.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from intaglio.chips import Target
+from intaglio.codesign.queue import Queue, QueueSettings
+from intaglio.codesign.serving import EngineSettings, Limits, ServingResult, check_context
+from intaglio.codesign.steps import Costs, Server, StepTimes
+from intaglio.measure.load import Outcome, summarise
+from intaglio.measure.workload import LoadRequest
+from intaglio.progress import Progress, silent
+
+NEVER = float("inf")
+ROUTES = ("least-open", "round-robin")  # to the replica with the fewest open requests; to each in turn
+REPORT = 1000  # arrivals between two reports of progress
+
+
+@dataclass(frozen=True)
+class FleetResult:
+    """What became of a load on many replicas.
+
+    Attributes:
+        outcomes: of each replica's requests, in the order in which they ended there.
+        seconds: from the beginning to the last response.
+        steps: of all replicas.
+        joules: of all chips, in steps.
+        busy_s: seconds in steps, summed over replicas.
+    """
+
+    outcomes: tuple[tuple[Outcome, ...], ...]
+    seconds: float
+    steps: int
+    joules: float
+    busy_s: float
+
+    @property
+    def all(self) -> list[Outcome]:
+        """Outcomes of all replicas."""
+        return [o for mine in self.outcomes for o in mine]
+
+
+class Member:
+    """A replica of the fleet: its queue, and when the steps that it takes now end if no request comes."""
+
+    def __init__(self, number: int, queue: Queue) -> None:
+        self.number, self.queue, self.next, self.given = number, queue, NEVER, 0
+
+    def look_ahead(self) -> None:
+        """Admit what waits and note when the next steps end."""
+        self.queue.admit()
+        self.next = self.queue.next_event() if self.queue.open else NEVER
+
+    def take(self, until: float = NEVER) -> None:
+        """Take the steps up to the next event, or those that begin before `until`."""
+        self.queue.take_steps(until)
+        self.look_ahead()
+
+    def give(self, request: LoadRequest) -> None:
+        """A request arrives at request.at. Steps of the replica that begin before it are taken first."""
+        while self.queue.open and self.queue.now < request.at:
+            self.take(request.at)
+        if not self.queue.open:
+            self.queue.now = max(self.queue.now, request.at)
+        self.given += 1
+        self.queue.add(request, request.at)
+        self.look_ahead()
+
+
+def least_open(members: Sequence[Member], number: int) -> Member:
+    """The replica with the fewest open requests; among equals the one that was given the fewest."""
+    return min(members, key=lambda m: (m.queue.open, m.given, m.number))
+
+
+def in_turn(members: Sequence[Member], number: int) -> Member:
+    """The replica whose turn it is at the arrival with this number."""
+    return members[number % len(members)]
+
+
+def serve_fleet(
+    times: Costs, settings: QueueSettings, requests: Sequence[LoadRequest], replicas: int, route: str = "least-open",
+    progress: Progress = silent,
+) -> FleetResult:  # fmt: skip
+    """Serve a load on equal replicas. Returns the FleetResult.
+
+    The router knows a replica's open requests as they are when a step ends. Each replica does what serve() does with
+    the requests that it is given.
+
+    times, settings: of one replica. requests: by time of arrival. route: one of ROUTES. Raises ValueError for another
+    route, and for a request that a replica's K/V cache cannot hold.
+    """
+    if route not in ROUTES:
+        raise ValueError(f"route {route!r}; use one of {', '.join(ROUTES)}")
+    choose: Callable[[Sequence[Member], int], Member] = least_open if route == "least-open" else in_turn
+    members = [Member(i, Queue(times, settings)) for i in range(replicas)]
+    events: list[tuple[float, int]] = []  # (end of a replica's steps, its number); a later entry replaces it
+    for i, request in enumerate(requests):
+        while events and events[0][0] < request.at:
+            at, number = heapq.heappop(events)
+            one = members[number]
+            if at == one.next:
+                one.take()
+                if one.next < NEVER:
+                    heapq.heappush(events, (one.next, number))
+        one = choose(members, i)
+        one.give(request)
+        heapq.heappush(events, (one.next, one.number))
+        if i % REPORT == 0:
+            progress(i, len(requests), f"{i:,} of {len(requests):,} requests, {request.at:,.0f} s modelled")
+    for one in members:
+        while one.queue.open:
+            one.take()
+    queues = [m.queue for m in members]
+    return FleetResult(
+        tuple(tuple(q.done) for q in queues), max(q.now for q in queues), sum(q.steps for q in queues),
+        sum(q.joules for q in queues), sum(q.busy_s for q in queues),
+    )  # fmt: skip
+
+
+def simulate_fleet(
+    server: Server, target: Target, requests: Sequence[LoadRequest], settings: EngineSettings, limits: Limits,
+    route: str = "least-open", progress: Progress = silent,
+) -> ServingResult:  # fmt: skip
+    """Serve a load on all replicas of a placement, event by event. Returns the ServingResult.
+
+    Step times are those of the table StepTimes. K/V of a request's prompt and whole response is reserved when it is
+    admitted, so nothing is preempted.
+
+    Args:
+        server: one replica, compiled; its placement says how many there are.
+        target: chip and kernel library.
+        requests: by time of arrival.
+        settings: of each replica's engine.
+        limits: latencies that a good response keeps.
+        route: one of ROUTES.
+        progress: called as requests arrive.
+
+    Raises ChipError if weights and K/V cache do not fit, ValueError as serve_fleet() does, and for a request longer
+    than the context.
+    """
+    longest = max(requests, key=lambda r: r.prompt + r.output)
+    check_context(server.program, longest)
+    placement, times = server.placement, StepTimes(server, target)
+    per_copy = -(-settings.max_sequences // placement.copies)
+    kv = server.kv_tokens(target, settings.memory_share, settings.max_batch_tokens, per_copy, settings.max_sequences)
+    how = QueueSettings(
+        kv, settings.max_batch_tokens, settings.max_sequences, step_s=settings.step_overhead_s,
+        request_s=settings.request_overhead_s,
+    )  # fmt: skip
+    done = serve_fleet(times, how, requests, placement.replicas, route, progress)
+    outcomes = done.all
+    summary = summarise(outcomes, NEVER)
+    good = sum(map(limits.met_by, outcomes))
+    idle_s = max(0.0, done.seconds * placement.replicas - done.busy_s)
+    joules = done.joules + idle_s * target.chip.energy.idle_w * placement.chips_per_server
+    return ServingResult(
+        summary, placement.chips, good / len(outcomes), good / summary.seconds, joules, done.steps, 0, kv
+    )

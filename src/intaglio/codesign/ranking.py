@@ -1,0 +1,91 @@
+"""Whether the model recommends the layouts that measured servers prefer.
+
+A case is one question: model, chip, serving engine and release, formats and lengths. Its points are the
+layouts and numbers of open requests that were measured. The model recommends the point with the most output tokens per
+second per chip, by its own latencies; the recommendation is good if that point's measured rate is close to the best.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from intaglio.codesign.measured import Compared, Row
+
+LEAST = 8  # points of a case
+CLOSE = 0.95  # of the best measured rate per chip
+SAME = (
+    "backend", "backend_version", "model_path", "system", "isl", "osl", "gemm_quant_mode", "moe_quant_mode",
+    "precision",
+)  # fmt: skip
+
+
+def rate(row: Row, ttft: float, tpot: float) -> float:
+    """Output tokens per second per chip of a row's server, by Little's law from mean latencies in seconds."""
+    output = row.number("osl")
+    return row.concurrency * output / (ttft + tpot * (output - 1)) / row.placement().chips
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A case: its points, and what became of the recommendation.
+
+    Attributes:
+        question: values of the columns SAME; with the number of open requests, if they were compared at one load.
+        layouts: number of different layouts.
+        points: number of layouts and loads.
+        recommended: layout and open requests with the most modelled output tokens/s per chip.
+        best: the same of the most measured.
+        reached: measured rate per chip of the recommended point, over that of the best.
+    """
+
+    question: tuple[str, ...]
+    layouts: int
+    points: int
+    recommended: str
+    best: str
+    reached: float
+
+    @property
+    def good(self) -> bool:
+        """True if the recommended point is within 5 % of the best."""
+        return self.reached >= CLOSE
+
+
+def rankings(compared: Sequence[Compared], at_one_load: bool = False, least: int = LEAST) -> list[Ranked]:
+    """A Ranked for each case of aggregated servers with two layouts or more and at least `least` points.
+
+    at_one_load: compare only points with equal numbers of open requests. Refused rows are left out.
+    """
+    cases: dict[tuple[str, ...], list[Compared]] = {}
+    for c in compared:
+        if not c.refused and c.row.group != "disaggregated":
+            more = (f"{c.row.concurrency} open",) if at_one_load else ()
+            asked = tuple(c.row.columns.get(name) or "" for name in SAME) + more
+            cases.setdefault(asked, []).append(c)
+    return [
+        ranked
+        for asked, mine in sorted(cases.items())
+        if (ranked := ranked_case(asked, mine)) and ranked.points >= least
+    ]
+
+
+def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared]) -> Ranked | None:
+    """The Ranked of the rows of one case; None if they have one layout. Equal points count as their mean."""
+    points: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for c in mine:
+        pair = rate(c.row, c.row.ttft, c.row.tpot), rate(c.row, c.ttft, c.tpot)
+        points.setdefault((str(c.row.placement()), c.row.concurrency), []).append(pair)
+    layouts = {layout for layout, _ in points}
+    if len(layouts) < 2:
+        return None
+    seen = {point: [statistics.fmean(p[i] for p in pairs) for i in (0, 1)] for point, pairs in points.items()}
+    best, chosen = (max(seen, key=lambda point, i=i: seen[point][i]) for i in (0, 1))  # type: ignore[misc]
+    names = [f"{layout} with {n} open" for layout, n in (chosen, best)]
+    return Ranked(asked, len(layouts), len(points), *names, seen[chosen][0] / seen[best][0])
+
+
+def share_good(found: Sequence[Ranked]) -> float:
+    """Fraction of the cases whose recommendation is good. Raises ValueError without cases."""
+    return statistics.fmean(r.good for r in found)

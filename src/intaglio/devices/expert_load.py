@@ -1,0 +1,61 @@
+"""Tokens routed to each expert of a layer, and the experts that each rank holds now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from intaglio.program.expert_placement import Ranks
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """The load of one layer's experts.
+
+    Attributes:
+        tokens: tokens routed to each expert since the Program was loaded, i64 [experts].
+        held: the experts of each expert-parallel rank; () for those of other ranks. () if the layout has no redundant
+            experts, so that they cannot be moved.
+    """
+
+    tokens: np.ndarray
+    held: Ranks = ()
+
+    def facts(self) -> list[object]:
+        """The load as values for JSON; of_facts() reads them."""
+        return [self.tokens.tolist(), [list(own) for own in self.held]]
+
+    @classmethod
+    def of_facts(cls, facts: Sequence[Sequence[object]]) -> ExpertLoad:
+        """The load from values that facts() returned."""
+        tokens, held = facts
+        return cls(np.array(tokens, np.int64), tuple(tuple(own) for own in held))  # type: ignore[arg-type]
+
+    def imbalance(self) -> float:
+        """The largest load of a rank over the mean, 1 if they are equal. Of an expert, if they cannot be moved.
+
+        1 before any token.
+        """
+        tokens = self.tokens.astype(np.float64)
+        if all(self.held) and self.held:
+            copies = np.bincount([e for own in self.held for e in own], minlength=len(tokens))
+            share = tokens / np.maximum(copies, 1)
+            tokens = np.array([share[list(own)].sum() for own in self.held])
+        return float(tokens.max() / tokens.mean()) if tokens.any() else 1.0
+
+
+def merge_loads(ranks: Sequence[Mapping[str, ExpertLoad]]) -> dict[str, ExpertLoad]:
+    """The loads that the ranks of a mesh report as those of the whole, by site.
+
+    All ranks of a layer count all of its tokens.
+    """
+    found: dict[str, ExpertLoad] = {}
+    for loads in ranks:
+        for site, load in loads.items():
+            if site in found:
+                held = tuple(a or b for a, b in zip(found[site].held, load.held, strict=True))
+                load = ExpertLoad(found[site].tokens, held)
+            found[site] = load
+    return found

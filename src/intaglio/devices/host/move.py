@@ -1,0 +1,146 @@
+"""Moves experts between the ranks of a mesh on the host: each rank packs its new experts in a thread beside the steps.
+
+Between two steps all ranks then exchange the packed weights of a layer and the table of who computes which tokens.
+Results do not depend on the placement, so streams go on with the same bits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from intaglio import _native
+from intaglio.devices.device import DeviceError
+from intaglio.devices.expert_load import ExpertLoad
+from intaglio.ops import Experts
+from intaglio.program import Program
+from intaglio.program.expert_placement import ExpertPlacement, PlacementError, Ranks, turns
+from intaglio.program.source import restacked
+
+Pack = Callable[[Program, list[str]], tuple[dict[str, _native.Weight], dict[str, np.ndarray]]]
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """The new experts of one layer on this rank.
+
+    Attributes:
+        op: number of the op in the Program.
+        held: experts of each rank.
+        rank: the number of this rank among them.
+        matrices: packed weights by the name of the matrix that they replace.
+        vectors: f32, by the name of the vector that they replace.
+    """
+
+    op: int
+    held: Ranks
+    rank: int
+    matrices: Mapping[str, _native.Weight]
+    vectors: Mapping[str, np.ndarray]
+
+
+class ExpertMoves:
+    """Counts the tokens of the experts of a loaded Program, and moves experts of this rank.
+
+    Args:
+        native: the loaded Program.
+        program: its Program.
+        ids: numbers of its tensors, by name.
+        matrices: its packed weights, by name.
+        pack: function that packs weights: from a Program and the names of weights to (packed matrices, vectors).
+    """
+
+    def __init__(
+        self, native: _native.Executable, program: Program, ids: Mapping[str, int],
+        matrices: Mapping[str, _native.Weight], pack: Pack,
+    ) -> None:  # fmt: skip
+        self.native, self.program, self.ids, self.matrices, self.pack = native, program, ids, matrices, pack
+        self.ops = {op.site: (i, op) for i, op in enumerate(program.ops) if isinstance(op, Experts)}
+        self.held: dict[str, tuple[int, ...]] = {site: op.held for site, (_, op) in self.ops.items()}
+        self.thread: threading.Thread | None = None
+        self.packed: list[PackedExperts] = []
+        self.error: Exception | None = None
+
+    def loads(self) -> dict[str, ExpertLoad]:
+        """The ExpertLoad of each layer, by site. Of the experts held, only those of this rank are named."""
+        found = {}
+        for site, (i, op) in self.ops.items():
+            held = tuple(self.held[site] if r == op.rank else () for r in range(op.ranks))
+            found[site] = ExpertLoad(np.array(self.native.expert_tokens(i), np.int64), held)
+        return found
+
+    def load(self, layers: Mapping[str, Ranks]) -> None:
+        """Start to pack the experts that this rank is to hold, in a thread. Layers of other ranks are ignored.
+
+        Raises DeviceError if other experts are being loaded, or for a placement that does not fit.
+        """
+        if self.thread and self.thread.is_alive():
+            raise DeviceError("other experts are being loaded; switch to them first")
+        for site in layers.keys() & self.ops.keys():
+            self._check(site, layers[site])
+        self.error, self.packed = None, []
+        self.thread = threading.Thread(target=self._load, args=(dict(layers),), daemon=True)
+        self.thread.start()
+
+    def loaded(self) -> bool:
+        """True if nothing is being loaded. Raises DeviceError with the message of the error that loading raised."""
+        if self.thread and self.thread.is_alive():
+            return False
+        self.thread = None
+        if error := self.error:
+            self.error = None
+            raise DeviceError(f"experts cannot be moved: {type(error).__name__}: {error}")
+        return True
+
+    def switch(self) -> None:
+        """Use the experts that were loaded from the next step on. Waits for their loading. Raises DeviceError."""
+        if self.thread:
+            self.thread.join()
+        self.loaded()
+        for new in self.packed:
+            for name, weight in new.matrices.items():
+                self.matrices[name].take(weight)
+            for name, values in new.vectors.items():
+                self.native.set_vector(self.ids[name], values)
+            attributes = turns(new.held, new.rank)
+            self.native.place_experts(new.op, *(list(attributes[name]) for name in ("held", "copy", "copies")))
+            self.held[self.program.ops[new.op].site] = new.held[new.rank]
+        self.packed = []
+
+    def _check(self, site: str, held: Ranks) -> None:
+        """Raise DeviceError unless `held` has as many experts on as many ranks as now."""
+        op, given = self.ops[site][1], [len(own) for own in held]
+        if not op.held or given != [len(op.held)] * op.ranks:
+            raise DeviceError(
+                f"{site} takes {len(op.held)} experts on each of {op.ranks} ranks, got {given}; experts are moved only "
+                "in layouts with redundant experts, such as ep4r8"
+            )
+        try:
+            ExpertPlacement({site: held}).check(op.of, op.ranks)
+        except PlacementError as e:
+            raise DeviceError(str(e)) from None
+
+    def _load(self, layers: Mapping[str, Ranks]) -> None:
+        try:
+            found = [self._packed(site, held) for site, held in layers.items() if site in self.ops]
+            self.packed = found
+        except Exception as e:  # whatever reading a checkpoint can raise; loaded() reports it
+            self.error = e
+
+    def _packed(self, site: str, held: Ranks) -> PackedExperts:
+        """Read and pack the experts of this rank in a new placement of one layer. Returns the PackedExperts."""
+        i, op = self.ops[site]
+        rank = op.rank
+        named = (op.gate, op.up, op.down, op.gate_bias, op.up_bias, op.down_bias, op.order, op.down_order)
+        weights = [name for name in named if name]
+        tensors = {name: self.program.tensors[name] for name in weights}
+        moved = {}
+        for name, t in tensors.items():
+            axis = "s" if len(t.shape) == 3 else "r"
+            moved[name] = replace(t, source=restacked(t.source, op.held, held[rank], op.of, axis))
+        program = self.program.with_ops(self.program.ops, {**self.program.tensors, **moved})
+        matrices, vectors = self.pack(program, weights)
+        return PackedExperts(i, held, rank, matrices, vectors)

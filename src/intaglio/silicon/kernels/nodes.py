@@ -1,0 +1,65 @@
+"""Closed forms of collectives over several nodes, which are joined by one adapter a chip.
+
+A collective runs in stages: inside each node over the chips' links, and between chips with the same number in all nodes
+over their adapters, each with its own part of the tensor (a rail). NCCL and serving engines do so too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import log2
+
+from intaglio.chips import ChipError, ChipSpec, Target
+from intaglio.silicon.timing import Timing
+
+Inside = Callable[[Target, str, int, int], Timing]  # (target, collective, chips, bytes) -> its time in one node
+STAGES = {  # collective -> (stages before the network of nodes, stages after it)
+    "all_reduce": (("reduce_scatter",), ("all_gather",)),
+    "all_gather": ((), ("all_gather",)),
+    "reduce_scatter": (("reduce_scatter",), ()),
+    "all_to_all": (("all_to_all",), ()),
+}
+
+
+def nodes_of(chip: ChipSpec, chips: int, what: str) -> int:
+    """Number of nodes that `chips` chips fill. what: the collective or load, for error messages.
+
+    Raises ChipError if no network joins the chip's nodes, or if the last node were not full.
+    """
+    most = chip.links.max_chips
+    if not chip.links.node_bytes_per_s:
+        raise ChipError(
+            f"{what} over {chips} chips: one network of {chip.name} connects at most {most}, and none joins several "
+            "(links.node_bytes_per_s is 0)"
+        )
+    if chips % most:
+        raise ChipError(f"{what} over {chips} chips of {chip.name}: nodes have {most} chips; use a multiple of {most}")
+    return chips // most
+
+
+def nodes_timing(target: Target, op: str, chips: int, moved: int, inside: Inside) -> Timing:
+    """The Timing of a collective of a tensor of `moved` bytes over chips of several nodes.
+
+    inside: times a collective of one node. Between k nodes a chip sends (k - 1) / k of its part, twice for an
+    all_reduce, in log2(k) steps if k is a power of two, else k - 1. Raises ChipError as nodes_of() does, and for a
+    message (op send), which has two chips.
+    """
+    chip = target.chip
+    if op not in STAGES:
+        raise ChipError(f"{op} over {chips} chips: only {', '.join(STAGES)} run over several nodes")
+    k, size = nodes_of(chip, chips, op), chip.links.max_chips
+    before, after = STAGES[op]
+    stages = [inside(target, kind, size, moved) for kind in (*before, *after)]
+    part = moved if op == "all_to_all" else moved / size
+    times = 2 if op == "all_reduce" else 1
+    steps = 1 if op == "all_to_all" else times * (round(log2(k)) if k & (k - 1) == 0 else k - 1)
+    sent = times * part * (k - 1) / k
+    rate = chip.links.node_bytes_per_s * target.library.link_efficiency
+    between = Timing(
+        steps * chip.links.node_latency_s + sent / rate, {"NET": sent / chip.links.node_bytes_per_s}, link_bytes=sent,
+        choice=f"{k} nodes, {steps} steps between them", steps=steps,
+    )  # fmt: skip
+    whole = sum(stages, between)
+    # One kernel runs all stages: its ranks meet once.
+    return replace(whole, seconds=whole.seconds - max(0, len(stages) - 1) * target.library.barrier_s)

@@ -1,0 +1,118 @@
+"""Experts that move between ranks while steps and requests run: tokens are counted, and the bits stay the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from devices.test_expert_placement import PAGE, STATE, mesh_of, open_tiny, shuffled, steps
+from prometheus_client.parser import text_string_to_metric_families
+from support.served import served
+from support.tiny import tiny
+
+from intaglio.batch import Chunk, bind
+from intaglio.devices import DeviceError, Executable, MeshDevice, RanksDevice, StepRequest
+from intaglio.devices.host import HostDevice
+from intaglio.llm import LLM
+from intaglio.models import port
+from intaglio.ops import Experts, Route
+from intaglio.program.source import restacked
+from intaglio.runtime import SamplingParams
+
+
+def waited(executable: Executable) -> None:
+    while not executable.experts_loaded():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"), [("qwen3moe", "ep2r2"), ("gptoss", "tp2ep2r1"), ("deepseekv2", "ep2pp2r1")]
+)
+def test_moved_experts_have_the_bits_of_a_program_that_places_them(tmp_path: Path, family: str, layout: str) -> None:
+    """In one process: moved twice, once to where they are placed from the start in another mesh."""
+    c, rng, device = open_tiny(family, tmp_path), np.random.default_rng(), MeshDevice(HostDevice(1))
+    seed = int(rng.integers(1 << 32))
+    executable = device.load(mesh_of(c, layout), c, STATE)
+    redundant = int(layout.rpartition("r")[2])
+    wanted = steps(executable, np.random.default_rng(seed))
+    for _ in range(2):
+        placement = shuffled(port(c), 2, redundant, rng)
+        executable.load_experts(placement.layers)
+        waited(executable)
+        executable.switch_experts()
+        assert {site: load.held for site, load in executable.expert_loads().items()} == placement.layers
+        for got, x in zip(steps(executable, np.random.default_rng(seed)), wanted, strict=True):
+            np.testing.assert_array_equal(got, x)
+        packed = {n: w.image() for rank in executable.ranks for n, w in rank.matrices.items()}  # type: ignore[attr-defined]
+        fresh = device.load(mesh_of(c, layout, placement), c, STATE)
+        assert packed == {n: w.image() for rank in fresh.ranks for n, w in rank.matrices.items()}  # type: ignore[attr-defined]
+
+
+def test_tokens_are_counted_and_experts_move_between_processes(tmp_path: Path) -> None:
+    c, rng = open_tiny("qwen3moe", tmp_path), np.random.default_rng()
+    mesh = mesh_of(c, "ep2r2")
+    here, there = (
+        MeshDevice(HostDevice(1)).load(mesh, c, STATE),
+        RanksDevice(2, cache=None, silence=60.0).load(mesh, c, STATE),
+    )
+    routes = [op for op in mesh.last.ops if isinstance(op, Route)]
+    experts = [op for op in mesh.last.ops if isinstance(op, Experts)]
+    total: dict[str, Counter[int]] = {op.site: Counter() for op in experts}
+    tokens = rng.integers(0, 263, 12).tolist()
+    for i in range(6):
+        if i == 3:
+            there.load_experts(shuffled(port(c), 2, 2, rng).layers)
+            waited(there)
+            there.switch_experts()
+        request = StepRequest(bind([Chunk(tokens[2 * i : 2 * i + 2], 2 * i, [4, 1], range(2))], PAGE), logits=True)
+        pending, wanted = there.launch(request), here.step(request)
+        np.testing.assert_array_equal(pending.result().logits, wanted.logits)
+    assert all(len(load.tokens) == 8 and load.tokens.sum() == 12 * 3 for load in there.expert_loads().values())
+    for site, load in here.expert_loads().items():
+        np.testing.assert_array_equal(there.expert_loads()[site].tokens, load.tokens)
+    assert len(routes) == len(experts) == len(total) == len(here.expert_loads())
+    with pytest.raises(DeviceError, match="places|takes"):
+        there.load_experts({experts[0].site: ((0, 1), (0, 1))})
+    there.close()
+
+
+def test_a_model_under_load_moves_experts_and_keeps_its_tokens(tmp_path: Path) -> None:
+    tiny("qwen3moe", tmp_path / "model")
+    params = SamplingParams(max_tokens=24, temperature=0.8, seed=int(np.random.default_rng().integers(1 << 30)))
+    prompts = ["def f(", "one two", "Hello, ", "aaaa"]
+    wanted = LLM(tmp_path / "model", layout="ep2r2", in_process=True, kv_tokens=256).generate(prompts, params)
+    llm = LLM(tmp_path / "model", layout="ep2r2", kv_tokens=256, cache=None)
+    balancer = llm.engine.experts
+    balancer.every = balancer.worth = 0.0  # at every look, whatever the loads are
+    for _ in range(20):
+        assert llm.generate(prompts, params) == wanted
+        if balancer.moves >= 2:
+            break
+    assert balancer.moves >= 2 and not balancer.failed
+    assert all(load.tokens.sum() > 0 for load in balancer.loads.values())
+    llm.engine.executable.close()
+
+
+def test_sources_of_other_matrices() -> None:
+    assert restacked(["e.{2..3}.w|r0:1/2", "e.{6..6}.w|r0:1/2"], [2, 3, 6], [0, 1, 7], 8) == (
+        "e.{0..1}.w|r0:1/2", "e.{7..7}.w|r0:1/2",
+    )  # fmt: skip
+    assert restacked(["e.{5..6}.w"], [1, 2], [0, 2], 4) == ("e.{4..4}.w", "e.{6..6}.w")
+    assert restacked(["e|T|s1:3/4|c0:1/2"], [1, 2], [0, 3], 4) == ("e|T|s0:1/4|c0:1/2", "e|T|s3:4/4|c0:1/2")
+    assert restacked(["b|c1:2/2|r1:2/4|c0:1/2"], [1], [0, 1], 4, "r") == ("b|c1:2/2|r0:2/4|c0:1/2",)
+    assert restacked(["e|T"], [0, 1], [1], 2) == ("e|T|s1:2/2",)
+
+
+def test_metrics_have_the_tokens_of_experts(tmp_path: Path) -> None:
+    tiny("qwen3moe", tmp_path / "tiny")
+    with served(tmp_path / "tiny", {"device": "host"}) as s:
+        s.client().completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=4, extra_body={"ignore_eos": True})
+        s.quiet()
+        families = {f.name: f.samples for f in text_string_to_metric_families(s.get("/metrics").text)}
+    sites = {sample.labels["site"] for sample in families["intaglio:expert_imbalance"]}
+    counted = [x for x in families["intaglio:expert_tokens"] if x.name.endswith("_total")]
+    assert len(counted) == 8 * len(sites) > 0
+    assert sum(x.value for x in counted) == 3 * (3 + 4 - 1) * len(sites)  # three experts for each row computed
+    assert all(1 <= x.value <= 8 for x in families["intaglio:expert_imbalance"])
