@@ -9,7 +9,7 @@ SEEDS ?= 5000
 CASES ?= 10000
 FAULTS ?= 200
 
-.PHONY: demo test clients simulate fuzz faults lint docs sanitize bench clean
+.PHONY: demo test clients ray simulate fuzz faults lint docs sanitize bench clean
 
 demo: .venv/run.stamp
 	$(BIN)/intaglio demo
@@ -21,6 +21,10 @@ test: .venv/test.stamp
 # their own, which take a few minutes to install; `make test` skips a client that is not there.
 clients: .venv/test.stamp .venv-clients/stamp .venv-clients-llama-index/stamp
 	$(BIN)/pytest -n 2 tests/clients
+
+# Replicas on a local Ray cluster of two nodes; `make test` skips these tests where ray is not installed.
+ray: .venv/ray.stamp
+	$(BIN)/pytest tests/cluster/test_ray.py
 
 # The engine, and groups of ranks on several hosts, under simulated faults; nightly with SEEDS=100000.
 simulate: .venv/test.stamp
@@ -67,6 +71,10 @@ clean:
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(INSTALL) '.[test]'
 	touch .venv/run.stamp $@
+
+.venv/ray.stamp: .venv/test.stamp
+	$(INSTALL) '.[cluster]'
+	touch $@
 
 # No intaglio in these: the packages of one extra alone.
 .venv-clients/stamp: EXTRA = clients

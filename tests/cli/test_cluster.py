@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -100,13 +102,28 @@ def test_errors_of_the_cluster_are_shown(asked: list[dict[str, Any]]) -> None:
 
 
 def test_roles_are_read_from_the_options() -> None:
-    assert read_roles(None, None, None) == {"mixed": 2} and read_roles(3, None, None) == {"mixed": 3}
-    assert read_roles(None, 1, 2) == {"prefill": 1, "decode": 2}
+    assert read_roles(None, None, None) == ({"mixed": 2}, None) and read_roles("3", None, None) == ({"mixed": 3}, None)
+    assert read_roles("1..4", None, None) == ({"mixed": 1}, 4)
+    assert read_roles(None, 1, 2) == ({"prefill": 1, "decode": 2}, None)
     for replicas, prefill, decode in ((None, 1, None), (None, None, 1)):
         with pytest.raises(ValueError, match="go together"):
             read_roles(replicas, prefill, decode)
     with pytest.raises(ValueError, match="--replicas does not go with"):
-        read_roles(2, 1, 1)
+        read_roles("2", 1, 1)
+    for text in ("0", "65", "x", "2..", "3..2", "1..65", "-1", "1...2"):
+        with pytest.raises(ValueError, match="write a number from 1 to 64"):
+            read_roles(text, None, None)
+
+
+def test_ray_without_its_package_or_without_a_shared_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "intaglio.cluster.ray_launcher", raising=False)
+    for words, why in (
+        ("--replicas 2", r"--ray needs ray: pip install 'intaglio\[cluster\]'"),
+        ("--prefill 1 --decode 1", "needs a folder that all nodes share"),
+    ):
+        result = CliRunner().invoke(app, ["cluster", "up", "--ray", "auto", *words.split()])
+        assert result.exit_code != 0 and re.search(why, str(result.exception) + result.output)
 
 
 def test_handed_blocks_have_half_of_what_is_free(tmp_path: Path) -> None:

@@ -8,15 +8,13 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
-from support.clustered import Clustered, asked, clustered, plain, send
+from support.clustered import Clustered, asked, clustered, compare, long, plain, send
 from support.served import TEST_TIMEOUT_S, Served, wait_for
 
 from intaglio.cluster.admin import ask, cluster_folder
@@ -30,17 +28,6 @@ def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with clustered(folder, tmp_path_factory.mktemp("c"), 3) as c:
         yield c
         c.wait_ready()
-
-
-def compare(cluster: Clustered, alone: Served, requests: list[tuple[str, dict[str, Any]]], trouble: Any) -> None:
-    """Send requests to the cluster while `trouble` is made, and compare all answers with those of one server."""
-    with ThreadPoolExecutor(12) as pool:
-        answers = [pool.submit(send, cluster.url, *request) for request in requests]
-        trouble()
-        got = [answer.result() for answer in answers]
-        wanted = list(pool.map(lambda request: send(alone.url, *request), requests))
-    for request, mine, theirs in zip(requests, got, wanted, strict=True):
-        assert mine == theirs, request
 
 
 def test_killed_drained_and_added_replicas_change_no_answer(cluster: Clustered, alone: Served) -> None:
@@ -69,12 +56,6 @@ def test_killed_drained_and_added_replicas_change_no_answer(cluster: Clustered, 
     cluster.wait_ready()
     cluster.ask("scale", replicas=3)
     assert cluster.metric('intaglio:router_moves_total{cause="lost"}') > 0
-
-
-def long(seed: int, **more: Any) -> tuple[str, dict[str, Any]]:
-    """A stream of 400 tokens, if the text does not end before."""
-    body = {"model": "tiny", "prompt": "abc", "max_tokens": 400, "ignore_eos": True, "seed": seed, "stream": True}
-    return "/v1/completions", {**body, **more}
 
 
 def test_a_drained_replicas_streams_move_and_it_is_gone(cluster: Clustered, alone: Served) -> None:

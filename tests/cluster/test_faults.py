@@ -18,10 +18,11 @@ from support.faked import LOAD, FakedProcess, faked, run, until
 from intaglio.cluster.admin import blocks_folder
 from intaglio.cluster.cluster import Cluster
 from intaglio.cluster.front import Front, FrontOptions
+from intaglio.cluster.link import Link, LinkLost
 from intaglio.cluster.metrics import RouterMetrics
 from intaglio.cluster.process import LOG_BYTES, ReplicaProcess
 from intaglio.cluster.relayed import RelayedRequest
-from intaglio.router import Job
+from intaglio.router import Autoscaler, Job
 from intaglio.server.private_socket import private_socket
 
 
@@ -144,6 +145,31 @@ def test_a_stream_that_busy_replicas_refuse_goes_on_until_its_deadline(
     run(test())
 
 
+def test_a_replica_that_ended_before_it_had_the_request_is_no_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, failures = Link.call, 5  # as after a failed write, until the end of the connection is read
+
+    def closing(link: Link, header: dict[str, Any], body: bytes = b"") -> Any:
+        nonlocal failures
+        if header["do"] == "request" and failures:
+            failures -= 1
+            raise LinkLost("the connection to the replica has ended")
+        return call(link, header, body)
+
+    def answer(header: dict[str, Any], send: Any) -> None:
+        send({"status": 200, "headers": []})
+        send({"end": True}, b"a")
+
+    async def test() -> None:
+        async with faked(tmp_path, monkeypatch, {"mixed": 1}, answer=answer) as cluster:
+            assert await relayed(cluster, 600.0) == b"a"
+            assert cluster.backends.moves == {"refused": 5}
+
+    monkeypatch.setattr(Link, "call", closing)
+    run(test())
+
+
 def test_a_stream_that_is_always_refused_ends_with_an_error_after_its_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +256,38 @@ def test_a_prefill_replica_that_fails_costs_only_time(tmp_path: Path, monkeypatc
     assert asked == [True, False, True, False, True, False]
 
 
+def test_the_autoscaler_adds_and_removes_replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaler(Autoscaler):
+        asked = 2
+
+        def wanted(self, router: Any, replicas: int, now: float) -> int:
+            return self.asked
+
+    async def test() -> None:
+        scaler = Scaler(1, 9)
+        async with faked(tmp_path, monkeypatch, {"mixed": 1}, autoscaler=scaler) as cluster:
+            for scaler.asked in (2, 4, 1):
+                await until(lambda: len(cluster.processes) == scaler.asked == len(cluster.backends.links))
+
+    monkeypatch.setattr("intaglio.cluster.cluster.AUTOSCALE", 0.01)
+    run(test())
+
+
+def test_replicas_that_go_are_drained_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with faked(tmp_path, monkeypatch, {"mixed": 4}) as cluster:
+            placed = [await cluster.backends.place(Job(f"j{i}")) for i in range(4)]
+            assert {p.replica for p in placed} == set(cluster.processes)
+            scaling = asyncio.ensure_future(cluster.scale(1))
+            await until(lambda: all(state_of(cluster, f"r{i}") == "draining" for i in (1, 2, 3)))
+            for p in placed:
+                cluster.backends.ended(p.job, 1)
+            await scaling
+            assert list(cluster.processes) == ["r0"]
+
+    run(test())
+
+
 # Processes and files
 
 
@@ -276,10 +334,15 @@ def test_a_private_socket_is_this_users_alone_and_leaves_the_umask(
         raise AssertionError("the umask is that of all threads")
 
     monkeypatch.setattr("os.umask", umask)
-    with private_socket(tmp_path / "s"):
-        assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o600
-    with pytest.raises(OSError, match="in use"):
-        private_socket(tmp_path / "s")
+    for _ in range(2):  # the second replaces the socket that the first has left, as a killed process does
+        with private_socket(tmp_path / "s") as s:
+            assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o600
+            s.listen()
+            with pytest.raises(OSError, match="a process listens at .*/s already"):
+                private_socket(tmp_path / "s")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file exists and is no socket"):
+        private_socket(tmp_path / "file")
 
 
 def test_the_folder_of_handed_blocks_goes_and_so_does_what_a_killed_router_left(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -67,6 +68,15 @@ def test_rows_that_cannot_be_expressed(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="wanted rows with columns backend"):
         rows(tmp_path / "t.csv")
+
+
+def test_the_closed_form_is_close_to_the_queue() -> None:
+    """Times per token of a steady load by both ways, with lengths at which chunks of prompts rarely meet."""
+    plain = EngineProfile(name="x", description="", max_batch_tokens=2048)
+    asked = [row(concurrency=str(Random().randrange(1, 17)), isl="256", osl="256")]
+    by_queue, by_form = (next(compare_all(asked, lambda _: plain, closed_form=c)) for c in (False, True))
+    assert by_form.tpot == pytest.approx(by_queue.tpot, rel=0.15)
+    assert by_form.ttft > 0 and not by_form.refused
 
 
 def test_a_row_is_compared_with_the_queue() -> None:

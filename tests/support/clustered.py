@@ -9,7 +9,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.served import TEST_TIMEOUT_S, prompt, wait_for
+from support.served import TEST_TIMEOUT_S, Served, prompt, wait_for
 
 from intaglio.cluster.admin import ask
 from intaglio.devices.processes import child_environment
@@ -117,6 +118,25 @@ def asked(rng: random.Random, i: int) -> tuple[str, dict[str, Any]]:
     more = {"echo": True, "return_token_ids": True} if body["stream"] else {"best_of": 3, "n": 2, "prompt_logprobs": 1}
     prompts = [prompt(rng, 30) for _ in range(2)]
     return "/v1/completions", {**body, "prompt": prompts, "max_tokens": 80, "ignore_eos": True, **more}
+
+
+def long(seed: int, **more: Any) -> tuple[str, dict[str, Any]]:
+    """A stream of 400 tokens, if the text does not end before."""
+    body = {"model": "tiny", "prompt": "abc", "max_tokens": 400, "ignore_eos": True, "seed": seed, "stream": True}
+    return "/v1/completions", {**body, **more}
+
+
+def compare(
+    cluster: Clustered, alone: Served, requests: list[tuple[str, dict[str, Any]]], trouble: Callable[[], None]
+) -> None:
+    """Send requests to the cluster while `trouble` is made, and compare all answers with those of one server."""
+    with ThreadPoolExecutor(12) as pool:
+        answers = [pool.submit(send, cluster.url, *request) for request in requests]
+        trouble()
+        got = [answer.result() for answer in answers]
+        wanted = list(pool.map(lambda request: send(alone.url, *request), requests))
+    for request, mine, theirs in zip(requests, got, wanted, strict=True):
+        assert mine == theirs, request
 
 
 def send(url: str, path: str, body: dict[str, Any]) -> list[Any]:

@@ -13,7 +13,7 @@ import pytest
 from intaglio.cluster.backends import Backends
 from intaglio.cluster.cluster import Cluster
 from intaglio.cluster.link import Link
-from intaglio.router import Role, Router
+from intaglio.router import Autoscaler, Role, Router
 from intaglio.server.control import pack, read_frame
 
 LOAD = {
@@ -37,6 +37,7 @@ class FakedProcess:
 
     def __init__(self, name: str, words: list[str], folder: Path) -> None:
         self.name, self.folder, self.pid, self.starts, self.kills = name, folder, 1, 0, 0
+        self.node = ""
         self.log = folder / f"{name}.log"
         self.server: asyncio.Server | None = None
         self.writers: list[asyncio.StreamWriter] = []
@@ -90,14 +91,17 @@ class FakedProcess:
 
 @asynccontextmanager
 async def faked(
-    folder: Path, patch: pytest.MonkeyPatch, replicas: dict[Role, int], **how: Any
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    replicas: dict[Role, int],
+    autoscaler: Autoscaler | None = None,
+    **how: Any,
 ) -> AsyncIterator[Cluster]:
     """A cluster of FakedProcesses with these attributes, whose load is read every 10 ms."""
     kind = type("Process", (FakedProcess,), {name: staticmethod(f) for name, f in how.items()})
-    patch.setattr("intaglio.cluster.cluster.ReplicaProcess", kind)
     patch.setattr("intaglio.cluster.backends.POLL", 0.01)
     patch.setattr("intaglio.cluster.relayed.POLL", 0.001)
-    cluster = Cluster(Backends(Router()), [], folder)
+    cluster = Cluster(Backends(Router()), lambda name: kind(name, [], folder), autoscaler)
     try:
         await cluster.start(replicas)
         yield cluster

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from intaglio.chips import Target
-from intaglio.cli.plot import Point, lines
+from intaglio.cli.plot import Point, bars, lines
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import out, say, table, whole
 
 if TYPE_CHECKING:
     from intaglio.codesign.disaggregated import ApartResult
     from intaglio.codesign.steady import Question
+    from intaglio.progress import Progress
 
 HEADERS = (
     "prefill", "decode", "open", "TTFT\nms", "TPOT\nms", "a user\ntok/s", "a chip\ntok/s", "tok/J", "W/\nchip",
@@ -25,7 +26,7 @@ WIDTH = 40  # characters of the longest bar
 
 def apart_table(
     question: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], concurrency: Sequence[int],
-    budget: int, as_json: bool, plot: Path | None = None,
+    budget: int, as_json: bool, plot: Path | None = None, chips: int = 0,
 ) -> None:  # fmt: skip
     """Print latencies and rates of each pair of prefill and decode layouts at each concurrency, and a bar for each.
 
@@ -34,46 +35,23 @@ def apart_table(
         on: chip and kernel library of all servers.
         prefill: layouts of prefill servers.
         decode: layouts of decode servers; the i-th works with the i-th of `prefill`.
-        concurrency: numbers of requests open at once.
+        concurrency: numbers of requests open at once; none: for each prefill and decode layout of one server, the ratio
+            and load with the most output per chip are searched.
         budget: most tokens of a step of one copy of attention (see Placement).
         as_json: print JSON instead of a table.
-        plot: SVG file for a chart of output per chip over output per user; None: no chart.
+        plot: SVG file for a chart of output per chip; None: no chart.
+        chips: number of chips that a search shares out.
 
     Raises ValueError if the lists differ in length, LayoutError for a wrong layout, ChipError if a model does not fit.
     """
-    from intaglio.codesign.disaggregated import Apart, serve_apart
-    from intaglio.codesign.placement import Placement
-    from intaglio.codesign.queue import QueueSettings
-    from intaglio.codesign.steps import Server, StepTimes
-    from intaglio.measure.workload import LoadRequest
-
-    if len(prefill) != len(decode):
-        raise ValueError(f"{len(prefill)} layouts of --prefill and {len(decode)} of --decode; give as many of each")
     q = question
-    found: list[tuple[str, str, ApartResult]] = []
     with progress_bar(f"compiling {q.program.name}") as progress:
-        kinds = {
-            text: StepTimes(Server.of(q.program, Placement.parse(text), q.formats), on)
-            for text in dict.fromkeys((*prefill, *decode))
-        }
-        for first, second in zip(prefill, decode, strict=True):
-            a, b = kinds[first], kinds[second]
-            sizes = (
-                QueueSettings(a.server.kv_tokens(on, q.memory_share, budget, 256), budget, 256 * a.copies),
-                QueueSettings(b.server.kv_tokens(on, q.memory_share, 1024, 1024), budget, 1024 * b.copies),
-            )
-            for n in concurrency:
-                progress(len(found), len(prefill) * len(concurrency), f"{first} {second}: {n} requests open")
-                done = serve_apart(Apart(a, b, *sizes), LoadRequest(0.0, q.input, q.output), n)
-                found.append((first, second, done))
+        if concurrency:
+            found, refused = given_pairs(q, on, prefill, decode, concurrency, budget, progress), []
+        else:
+            found, refused = searched_pairs(q, on, prefill, decode, chips, budget, progress)
     if plot:
-        series: dict[str, list[Point]] = {}
-        for first, second, r in found:
-            point = 1 / r.tpot, r.tokens_per_s / r.chips, f"{r.concurrency:,}"
-            series.setdefault(f"{first} + {second}", []).append(point)
-        title = f"{q.program.name} on {on.chip.name}: {q.input:,} + {q.output:,} tokens, prefill and decode apart"
-        unit = "output tokens/s per chip, modelled; labels: open requests"
-        plot.write_text(lines(title, "output tokens/s per user", unit, series), encoding="utf-8")
+        plot.write_text(chart(q, on, found, by_load=bool(concurrency)), encoding="utf-8")
     if as_json:
         facts = {"model": q.program.name, "chip": on.chip.name, "library": on.library.name, "clock": "modelled"}
         rows = [{"prefill": first, "decode": second, **r.as_dict()} for first, second, r in found]
@@ -81,10 +59,12 @@ def apart_table(
         return
     say(f"{q.program.name} on {on.chip.name}: requests of {q.input:,} + {q.output:,} tokens, prefill and decode apart")
     out.print(table(HEADERS, [cells(first, second, r) for first, second, r in found], words=2))
-    most = max(r.tokens_per_s / r.chips for *_, r in found)
+    most = max((r.tokens_per_s / r.chips for *_, r in found), default=1.0)
     for *_, r in found:
         rate = r.tokens_per_s / r.chips
         say(f"{'#' * max(1, round(WIDTH * rate / most)):<{WIDTH}} {rate:,.0f} tok/s a chip, {1 / r.tpot:,.0f} a user")
+    for layout, why in refused:
+        say(f"{layout} is left out: {why}")
     within = [x for x in found if x[2].ttft <= q.limits.ttft and x[2].tpot <= q.limits.tpot]
     if within:
         first, second, r = max(within, key=lambda x: x[2].tokens_per_s / x[2].chips)
@@ -93,8 +73,8 @@ def apart_table(
         )
     else:
         say("No row keeps the limits: allow longer latencies, other layouts, or fewer open requests.")
-    crosses = {apart.crosses_nodes for apart in (Apart(kinds[a], kinds[b], *sizes) for a, b, _ in found)}
     links = on.chip.links
+    crosses = {links.node_bytes_per_s > 0 and r.chips > links.max_chips for *_, r in found}
     ways = {True: ("adapter to other nodes", links.node_bytes_per_s), False: ("links", links.chip_bytes_per_s)}
     travels = " or ".join(f"{name} at {rate / 1e9:,.0f} GB/s" for name, rate in map(ways.get, sorted(crosses)))
     say(
@@ -102,6 +82,61 @@ def apart_table(
         f"{travels}; random routing of experts; no time of the host. "
         "All times and watts are modelled; TTFT and TPOT are means, and TTFT ends when the decode server has the K/V."
     )
+
+
+def given_pairs(
+    q: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], concurrency: Sequence[int], budget: int,
+    progress: Progress,
+) -> list[tuple[str, str, ApartResult]]:  # fmt: skip
+    """(prefill layout, decode layout, ApartResult) of each pair at each concurrency; arguments as of apart_table()."""
+    from intaglio.codesign.disaggregated import Apart, serve_apart
+    from intaglio.codesign.placement import Placement
+    from intaglio.codesign.queue import QueueSettings
+    from intaglio.codesign.steps import Server, StepTimes
+    from intaglio.measure.workload import LoadRequest
+
+    if len(prefill) != len(decode):
+        raise ValueError(f"{len(prefill)} layouts of --prefill and {len(decode)} of --decode; give as many of each")
+    found: list[tuple[str, str, ApartResult]] = []
+    kinds = {
+        text: StepTimes(Server.of(q.program, Placement.parse(text), q.formats), on)
+        for text in dict.fromkeys((*prefill, *decode))
+    }
+    for first, second in zip(prefill, decode, strict=True):
+        a, b = kinds[first], kinds[second]
+        sizes = (
+            QueueSettings(a.server.kv_tokens(on, q.memory_share, budget, 256), budget, 256 * a.copies),
+            QueueSettings(b.server.kv_tokens(on, q.memory_share, 1024, 1024), budget, 1024 * b.copies),
+        )
+        for n in concurrency:
+            progress(len(found), len(prefill) * len(concurrency), f"{first} {second}: {n} requests open")
+            done = serve_apart(Apart(a, b, *sizes), LoadRequest(0.0, q.input, q.output), n)
+            found.append((first, second, done))
+    return found
+
+
+def searched_pairs(
+    q: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], chips: int, budget: int, progress: Progress
+) -> tuple[list[tuple[str, str, ApartResult]], list[tuple[str, str]]]:
+    """(best ratio and load of each pair of one server's layouts, (layout, reason) of those that do not fit)."""
+    from intaglio.codesign import ratio
+
+    first, refused = ratio.kinds(q, on, prefill, budget, 256)
+    second, others = ratio.kinds(q, on, decode, 1024, 1024)
+    return ratio.search(q, first, second, chips, progress), [*refused, *others]
+
+
+def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]], by_load: bool) -> str:
+    """SVG text: with `by_load` output per chip over output per user for each pair, else a bar for each pair."""
+    title = f"{q.program.name} on {on.chip.name}: {q.input:,} + {q.output:,} tokens, prefill and decode apart"
+    if not by_load:
+        rows = [(f"{a} + {b}", f"{r.concurrency:,} open", r.tokens_per_s / r.chips) for a, b, r in found]
+        return bars(title, "output tokens/s per chip, modelled, within the limits", rows)
+    series: dict[str, list[Point]] = {}
+    for first, second, r in found:
+        point = 1 / r.tpot, r.tokens_per_s / r.chips, f"{r.concurrency:,}"
+        series.setdefault(f"{first} + {second}", []).append(point)
+    return lines(title, "output tokens/s per user", "output tokens/s per chip, modelled; labels: open requests", series)
 
 
 def cells(first: str, second: str, r: ApartResult) -> tuple[str, ...]:

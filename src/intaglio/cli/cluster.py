@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,12 +19,12 @@ from intaglio.cli import options as o
 from intaglio.cli.group import Group
 
 if TYPE_CHECKING:
+    from intaglio.cluster.ray_launcher import RayLauncher
     from intaglio.router import Role
 
 cluster = typer.Typer(cls=Group, no_args_is_help=True, help="Several replicas of a model behind one address.")
 Name = Annotated[str, typer.Option("--name", help="Of the cluster, if several run here.")]
 BLOCKS_BYTES = 8 << 30  # most bytes of the K/V blocks that prefill replicas hand over
-RAY = "--ray is not supported yet: replicas run as processes of this machine; leave it out"
 
 
 @cluster.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
@@ -32,7 +32,10 @@ def up(
     context: typer.Context,
     model: o.Model = None,
     replicas: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Processes that serve the model. Default: 2.")
+        str | None,
+        typer.Option(
+            metavar="N|MIN..MAX", help="Processes that serve the model; with .. autoscaled by the queue. Default: 2."
+        ),
     ] = None,
     prefill: Annotated[
         int | None, typer.Option(min=1, max=32, help="Replicas that compute prompts for those of --decode.")
@@ -58,57 +61,72 @@ def up(
     queue_timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds it may wait for its start.")] = 120.0,
     otlp_endpoint: o.TracesEndpoint = None,
     name: Name = "default",
-    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster. Not supported yet.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run the replicas on this Ray cluster; auto: the one here.")
+    ] = None,
 ) -> None:
     """Serve a model by several replicas behind one address, until Ctrl-C or `intaglio cluster down`.
 
     Arguments after -- go to each replica's `intaglio serve`, such as -- --kv-tokens 8192.
     """
-    if ray is not None:
-        raise ValueError(RAY)
     try:
         import uvloop
 
         from intaglio.cluster.admin import blocks_folder, cluster_folder
         from intaglio.cluster.front import FrontOptions
+        from intaglio.cluster.process import Launched, ReplicaProcess
         from intaglio.cluster.prompt import TimeLimits
         from intaglio.cluster.run import ClusterOptions, run_cluster
         from intaglio.server.serve import listen, raise_file_limit
         from intaglio.server.tracing import Tracing
     except ImportError as e:
         raise ValueError(f"the cluster needs {e.name}: pip install 'intaglio[serve]'") from None
-    roles = read_roles(replicas, prefill, decode)
+    roles, most = read_roles(replicas, prefill, decode)
     total = sum(roles.values())
     raise_file_limit()
     folder = cluster_folder(name)
-    share = threads or max(1, len(os.sched_getaffinity(0)) // total)
-    given: dict[str, Any] = {"layout": layout, "device": device, "weights": weights, "timeout": timeout}
-    given["threads"] = share if device == "host" else threads
-    given["queue-timeout"], given["otlp-endpoint"] = queue_timeout, otlp_endpoint
     more = list(context.args)
     if model is not None and str(model).startswith("--"):  # no model was given, and this stood after --
         more, model = [str(model), *more], None
+    tiered = any(word.split("=")[0] == "--kv-cache-dir" for word in more)
+    if ray is not None and prefill is not None and not tiered:
+        raise ValueError("--ray with --prefill needs a folder that all nodes share: add -- --kv-cache-dir FOLDER")
+    nodes = connect_ray(ray, name) if ray is not None else None
+    cores = nodes.threads(most or total) if nodes else max(1, len(os.sched_getaffinity(0)) // (most or total))
+    share = threads or cores
+    given: dict[str, Any] = {"layout": layout, "device": device, "weights": weights, "timeout": timeout}
+    given["threads"] = share if device == "host" else threads
+    given["queue-timeout"], given["otlp-endpoint"] = queue_timeout, otlp_endpoint
     words = [str(model)] if model else []
     words += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+    words += ["--max-open", "100000", *more]
     tracing = Tracing(otlp_endpoint, "intaglio-router") if otlp_endpoint else None
-    options = ClusterOptions(
-        (*words, "--max-open", "100000", *more), roles, policy, read_weights(weight or []), max_queued,
-        FrontOptions(tuple(api_key or ()), TimeLimits(timeout, queue_timeout), tracing=tracing),
-    )  # fmt: skip
     listener = listen(host, port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
-    print(f"starting {total} replicas; their logs are in {folder}", flush=True)
-    own = prefill is not None and not any(word.split("=")[0] == "--kv-cache-dir" for word in more)
-    with blocks_folder(folder) if own else nullcontext() as blocks:
-        if blocks:
-            options = replace(options, words=(*options.words, *blocks_words(blocks, more)))
-        code = uvloop.run(
-            run_cluster(
-                options, listener, folder, lambda _: print(f"serving {total} replicas at {address}", flush=True)
+    print(f"starting {total} replicas; their logs are in {folder}{' of their nodes' if nodes else ''}", flush=True)
+    with blocks_folder(folder) if prefill is not None and not tiered else nullcontext() as blocks:
+        words += blocks_words(blocks, more) if blocks else []
+
+        def launch(replica: str) -> Launched:
+            return nodes(replica) if nodes else ReplicaProcess(replica, words, folder)
+
+        if nodes:
+            nodes.prepare(words, ranks_of(layout), share)
+        options = ClusterOptions(
+            launch, roles, most, policy, read_weights(weight or []), max_queued,
+            FrontOptions(tuple(api_key or ()), TimeLimits(timeout, queue_timeout), tracing=tracing),
+        )  # fmt: skip
+        try:
+            code = uvloop.run(
+                run_cluster(
+                    options, listener, folder, lambda _: print(f"serving {total} replicas at {address}", flush=True)
+                )
             )
-        )
+        finally:
+            if nodes:
+                nodes.close()
     if tracing:
         tracing.close()
     sys.stdout.flush()
@@ -166,18 +184,43 @@ def show(state: dict[str, Any], as_json: bool) -> None:
     print(f"{state['queued']} requests wait in the router")
 
 
-def read_roles(replicas: int | None, prefill: int | None, decode: int | None) -> dict[Role, int]:
-    """A dict {role: number of replicas}, from the options of `up`: role mixed, or prefill and decode.
+def read_roles(replicas: str | None, prefill: int | None, decode: int | None) -> tuple[dict[Role, int], int | None]:
+    """The number of replicas by role, and that up to which they are autoscaled (None: not), from the options of `up`.
 
-    Raises ValueError for --prefill without --decode, the reverse, and either together with --replicas.
+    Raises ValueError for a wrong combination, and for a wrong number of replicas.
     """
     if prefill is None and decode is None:
-        return {"mixed": replicas or 2}
+        return read_replicas(replicas or "2")
     if prefill is None or decode is None:
         raise ValueError("--prefill and --decode go together; give both, or --replicas alone")
     if replicas is not None:
         raise ValueError("--replicas does not go with --prefill and --decode, which tell how many there are")
-    return {"prefill": prefill, "decode": decode}
+    return {"prefill": prefill, "decode": decode}, None
+
+
+def read_replicas(text: str) -> tuple[dict[Role, int], int | None]:
+    """The number in a text such as 2, or of 1..4 the lower and the upper. Raises ValueError for another text."""
+    found = re.fullmatch(r"([0-9]{1,2})(?:\.\.([0-9]{1,2}))?", text, re.ASCII)
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= least <= most <= 64:
+        raise ValueError(f"--replicas {text}: write a number from 1 to 64, or such as 1..4, the lower first")
+    return {"mixed": least}, most if found and found[2] else None
+
+
+def ranks_of(layout: str | None) -> int:
+    """Number of ranks of a layout such as tp2pp2; 1 without one. Raises ValueError for a wrong one."""
+    from intaglio.compiler import Layout
+
+    return Layout.parse(layout).ranks if layout else 1
+
+
+def connect_ray(address: str, name: str) -> RayLauncher:
+    """The connection to a Ray cluster. Raises ValueError if ray is not installed, or nothing is at the address."""
+    try:
+        from intaglio.cluster.ray_launcher import RayLauncher
+    except ImportError as e:
+        raise ValueError(f"--ray needs {e.name}: pip install 'intaglio[cluster]'") from None
+    return RayLauncher(address, name)
 
 
 def blocks_words(folder: Path, given: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from intaglio.cli import options as o
 from intaglio.cli.load import HOSTS
 from intaglio.cli.progress import progress_bar
 from intaglio.progress import prefixed
+
+if TYPE_CHECKING:
+    from intaglio.server.control_tcp import TcpAddress
 
 
 def state_cache_bytes(text: str) -> int | None:
@@ -35,6 +38,30 @@ def checked_state_cache(param: typer.CallbackParam, text: str) -> str:
     except ValueError as e:
         raise ValueError(f"{param.opts[0]}: {e}, or auto, or 0") from None
     return text
+
+
+def checked_control(param: typer.CallbackParam, text: str | None) -> str | None:
+    """Callback of --control: returns the text. Raises ValueError if there is no such folder, or no token."""
+    if text is not None and text.startswith("tcp://"):
+        try:
+            control_address(text)
+        except ValueError as e:
+            raise ValueError(f"{param.opts[0]}: {e}") from None
+    elif text is not None:
+        o.in_existing_folder(param, Path(text))
+    return text
+
+
+def control_address(text: str | None) -> Path | TcpAddress | None:
+    """The address that --control names. Raises ValueError for a wrong address, and for TCP without a token."""
+    if text is None or not text.startswith("tcp://"):
+        return None if text is None else Path(text)
+    from intaglio.server.control_tcp import TOKEN_VARIABLE, TcpAddress
+
+    token = os.environ.get(TOKEN_VARIABLE)
+    if token is None:
+        raise ValueError(f"{text} needs a token; set {TOKEN_VARIABLE} to 16 or more random characters")
+    return TcpAddress.parse(text, token)
 
 
 def serve(
@@ -97,8 +124,13 @@ def serve(
         typer.Option(callback=o.in_existing_folder, help="Write all that happens there, for `intaglio replay`."),
     ] = None,
     control: Annotated[
-        Path | None,
-        typer.Option(callback=o.in_existing_folder, help="Unix socket for a router. The server ends with its stdin."),
+        str | None,
+        typer.Option(
+            metavar="PATH|tcp://HOST:PORT",
+            callback=checked_control,
+            help="Unix socket, or address with the token in INTAGLIO_CONTROL_TOKEN, for a router. "
+            "The server ends with its stdin.",
+        ),
     ] = None,
 ) -> None:
     """Serve one model or several over OpenAI's HTTP API, with a page at / and metrics at /metrics.
@@ -169,7 +201,7 @@ def serve(
 
     if control:
         end_with_stdin()
-    code = uvloop.run(run(llms, options, listener, announce, control=control))
+    code = uvloop.run(run(llms, options, listener, announce, control=control_address(control)))
     for llm in llms.values():
         if llm.tier:
             llm.tier.close()

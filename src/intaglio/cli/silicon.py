@@ -158,12 +158,16 @@ def simulate(
     concurrency: Annotated[
         str | None, typer.Option(help="Requests open at once, such as 64 or 16,64,256: the steady state of a server.")
     ] = None,
-    find: Annotated[bool, typer.Option("--find", help="Search for the load and chunk size that serve best.")] = False,
+    find: Annotated[
+        bool, typer.Option("--find", help="Search for the load and chunk size, or numbers of servers, that serve best.")
+    ] = False,
     prefill: Annotated[
-        str | None, typer.Option(help="Layouts of servers that only compute prompts, with --decode and --concurrency.")
+        str | None,
+        typer.Option(help="Layouts of servers that only compute prompts, with --decode and --concurrency or --find."),
     ] = None,
     decode: Annotated[
-        str | None, typer.Option(help="Layouts of servers that only decode, one for each of --prefill.")
+        str | None,
+        typer.Option(help="Layouts of servers that only decode, one for each of --prefill; with --find any number."),
     ] = None,
     experts_format: Annotated[
         str,
@@ -219,8 +223,10 @@ def simulate(
         targets = [changed(target(name, library_name), set_field) for name in chip_name.split(",")]
         layouts = layout.split(",") if layout else [f"tp{chips}"]
         apart = prefill or decode
-        if apart and not (prefill and decode and concurrency and not find and not layout and len(targets) == 1):
-            raise ValueError("--prefill goes with --decode, --concurrency and one chip, without --layout and --find")
+        if apart and not (prefill and decode and not layout and len(targets) == 1):
+            raise ValueError("--prefill goes with --decode, --concurrency or --find, and one chip, without --layout")
+        if apart and find and chips < 2:
+            raise ValueError("--prefill with --find shares out --chips between both kinds of servers; give 2 or more")
         if find and concurrency:
             raise ValueError("--find searches the number of open requests; leave --concurrency out")
         if apart and (step_overhead or by != "watt"):
@@ -236,6 +242,7 @@ def simulate(
                 max_batch_tokens or 8192,
                 as_json,
                 plot,
+                chips,
             )
             return
         if chips != 1 and (others := [each for each in layouts if Placement.parse(each).chips != chips]):

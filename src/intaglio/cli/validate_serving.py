@@ -32,6 +32,9 @@ def validate_serving(
     ranking: Annotated[
         bool, typer.Option("--ranking", help="Also say how often the recommended layout is near the best measured.")
     ] = False,
+    closed_form: Annotated[
+        bool, typer.Option("--closed-form", help="The steady state by closed form, not the queue: less exact, quicker.")
+    ] = False,
     as_json: o.Json = False,
 ) -> None:
     """Serve the loads of measured servers in modelled time and compare latencies, by engine and class of model."""
@@ -49,7 +52,7 @@ def validate_serving(
     if sample and sample < len(rows):
         rows = [rows[i * len(rows) // sample] for i in range(sample)]
     with progress_bar(f"reading {file}") as progress:
-        compared = list(measured.compare_all(rows, progress=progress))
+        compared = list(measured.compare_all(rows, progress=progress, closed_form=closed_form))
     found = measured.agreements(compared)
     refused = Counter(c.refused for c in compared if c.refused)
     ranked = {

@@ -6,18 +6,18 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from intaglio.cluster.backends import Backends
 from intaglio.cluster.link import LinkLost
-from intaglio.cluster.process import ReplicaFailed, ReplicaProcess
-from intaglio.router import Role
+from intaglio.cluster.process import Launched, ReplicaFailed
+from intaglio.router import Autoscaler, Role
 
 log = logging.getLogger("intaglio.cluster")
 BACKOFF_FIRST, BACKOFF_MAX = 0.1, 10.0  # seconds before a replica that ended is started again
 DRAIN_TIMEOUT = 600.0  # seconds that a drained replica's last requests may take
+AUTOSCALE = 1.0  # seconds between decisions of the autoscaler
 TIDY = 10.0  # seconds between looks at the lengths of logs
 MAX_REPLICAS = 64
 INITIALS: Mapping[Role, str] = {"mixed": "r", "prefill": "p", "decode": "d"}
@@ -30,20 +30,22 @@ class Cluster:
 
     Args:
         backends: the router with its links to the replicas.
-        words: arguments of `intaglio serve` for each replica.
-        folder: for the replicas' sockets and logs.
+        launch: function that makes the process of a replica from its name, and does not start it yet.
+        autoscaler: decides how many replicas there are, if they are all of one role; None: only scale() changes that.
     """
 
-    def __init__(self, backends: Backends, words: list[str], folder: Path) -> None:
-        self.backends, self.words, self.folder = backends, words, folder
-        self.processes: dict[str, ReplicaProcess] = {}
+    def __init__(
+        self, backends: Backends, launch: Callable[[str], Launched], autoscaler: Autoscaler | None = None
+    ) -> None:
+        self.backends, self.launch, self.autoscaler = backends, launch, autoscaler
+        self.processes: dict[str, Launched] = {}
         self.restarts: dict[str, int] = {}
         self.roles: tuple[Role, ...] = ("mixed",)
         self.since = time.time()
         self.stopping = False
         self._supervisors: dict[str, asyncio.Task[None]] = {}
         self._leaving: set[str] = set()
-        self._tidying: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._numbers: Counter[Role] = Counter()
         self._changing = asyncio.Lock()
         backends.on_lost = self._lost
@@ -55,9 +57,11 @@ class Cluster:
         """
         self.roles = tuple(replicas)
         self.backends.start()
-        self._tidying = asyncio.ensure_future(self._tidy())
+        self._tasks.append(asyncio.ensure_future(self._tidy()))
         async with self._changing:
             await self._grow([role for role, n in replicas.items() for _ in range(n)])
+        if self.autoscaler:
+            self._tasks.append(asyncio.ensure_future(self._autoscale(self.autoscaler)))
 
     async def scale(self, replicas: int, role: Role | None = None) -> None:
         """Start or drain replicas of a role until the cluster has `replicas` of that role.
@@ -74,8 +78,7 @@ class Cluster:
                 raise ValueError(f"the cluster has no {role} replicas; allowed: {', '.join(self.roles)}")
             names = [name for name in self.processes if self.backends.router.replicas[name].role == role]
             await self._grow([role] * (replicas - len(names)))
-            for name in reversed(names[replicas:]):
-                await self._remove(name)
+            await self._remove(names[replicas:][::-1])
 
     async def drain(self, name: str, restart: bool = False) -> int:
         """Move a replica's requests to other replicas and stop it; start it again if `restart`.
@@ -92,7 +95,7 @@ class Cluster:
                     f"no other replica than {name} takes requests; start one with `intaglio cluster scale`"
                 )
             role = self.backends.router.replicas[name].role
-            moved = await self._remove(name)
+            moved = await self._remove([name])
             if restart:
                 await self._add(name, role)
             return moved
@@ -100,7 +103,7 @@ class Cluster:
     async def stop(self) -> None:
         """End all replicas at once, without draining them, and close the links to them."""
         self.stopping = True
-        tasks = [*self._supervisors.values(), *([self._tidying] if self._tidying else [])]
+        tasks = [*self._supervisors.values(), *self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -117,7 +120,8 @@ class Cluster:
                 continue
             report = view.report
             replicas.append({
-                "name": name, "role": view.role, "pid": process.pid, "state": view.state, "requests": len(view.jobs),
+                "name": name, "role": view.role, "node": process.node, "pid": process.pid, "state": view.state,
+                "requests": len(view.jobs),
                 "running": report.running, "waiting": report.waiting, "kv_usage": report.kv_usage,
                 "cached_tokens": report.cached_tokens, "prompt_tokens": report.prompt_tokens,
                 "output_tokens": report.output_tokens, "restarts": self.restarts.get(name, 0),
@@ -145,7 +149,7 @@ class Cluster:
         If it does not, it is removed, and the error, such as ReplicaFailed, is raised.
         """
         self.backends.router.add_replica(name, role)
-        process = self.processes[name] = ReplicaProcess(name, self.words, self.folder)
+        process = self.processes[name] = self.launch(name)
         try:
             await self.backends.attach(name, await process.start())
         except BaseException:
@@ -155,28 +159,47 @@ class Cluster:
             raise
         self._supervisors[name] = asyncio.ensure_future(self._supervise(name, process))
 
-    async def _remove(self, name: str) -> int:
-        """Drain a replica, wait up to DRAIN_TIMEOUT seconds for its requests to end, and stop its process.
+    async def _remove(self, names: Sequence[str]) -> int:
+        """Drain replicas, all at the same time, and stop their processes.
 
-        Returns how many requests it had.
+        Each has up to DRAIN_TIMEOUT seconds for its requests to end. Returns how many requests they had.
         """
-        self._leaving.add(name)
+        self._leaving.update(names)
         try:
-            moved = self.backends.drain(name)
-            await self.backends.emptied(name, DRAIN_TIMEOUT)
-            supervisor = self._supervisors.pop(name)
-            supervisor.cancel()
-            await asyncio.gather(supervisor, return_exceptions=True)
-            await self.processes.pop(name).stop()
-            if link := self.backends.links.get(name):
-                await link.close()
-            self.backends.forget(name)
-            self.restarts.pop(name, None)
+            moved = sum([self.backends.drain(name) for name in names])
+            await asyncio.gather(*map(self._stop_drained, names))
         finally:
-            self._leaving.discard(name)
+            self._leaving.difference_update(names)
         return moved
 
-    async def _supervise(self, name: str, process: ReplicaProcess) -> None:
+    async def _stop_drained(self, name: str) -> None:
+        """Wait until a drained replica has no requests, at most DRAIN_TIMEOUT, then stop and forget it."""
+        await self.backends.emptied(name, DRAIN_TIMEOUT)
+        supervisor = self._supervisors.pop(name)
+        supervisor.cancel()
+        await asyncio.gather(supervisor, return_exceptions=True)
+        await self.processes.pop(name).stop()
+        if link := self.backends.links.get(name):
+            await link.close()
+        self.backends.forget(name)
+        self.restarts.pop(name, None)
+
+    async def _autoscale(self, autoscaler: Autoscaler) -> None:
+        """Start and remove replicas as the autoscaler says. A replica that cannot be started is tried again."""
+        while True:
+            await asyncio.sleep(AUTOSCALE)
+            now = len(self.processes)
+            wanted = autoscaler.wanted(self.backends.router, now, self.backends.clock())
+            if wanted == now:
+                continue
+            log.info("autoscaling from %d to %d replicas: %s", now, wanted, autoscaler.why)
+            try:
+                await self.scale(wanted)
+            except Exception as e:
+                known = isinstance(e, ReplicaFailed | LinkLost | TimeoutError | OSError)
+                log.error("a replica could not be added: %s", e or type(e).__name__, exc_info=None if known else e)
+
+    async def _supervise(self, name: str, process: Launched) -> None:
         """Restart a replica's process each time it ends. Runs until cancelled, or until the replica is removed."""
         wait = BACKOFF_FIRST
         while True:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from intaglio.server import control_tcp
 from intaglio.server.control import pack, read_frame
+from intaglio.server.control_tcp import TcpAddress
 
 Frame = tuple[dict[str, Any], bytes]
 
@@ -73,9 +75,14 @@ class Link:
         self._reading = asyncio.ensure_future(self._read(reader))
 
     @classmethod
-    async def connect(cls, path: Path) -> Link:
-        """Connect to the control socket at `path` and return the Link. Raises OSError."""
-        return cls(*await asyncio.open_unix_connection(path))
+    async def connect(cls, where: Path | TcpAddress) -> Link:
+        """Connect to the control channel at a Unix socket's path or a TCP address, and return the Link.
+
+        Raises OSError; NotAuthenticated, a kind of it, if the other end does not know the address's token.
+        """
+        if isinstance(where, TcpAddress):
+            return cls(*await control_tcp.connect(where))
+        return cls(*await asyncio.open_unix_connection(where))
 
     def call(self, header: dict[str, Any], body: bytes = b"") -> Call:
         """Send a call and return it as a Call. Raises LinkLost if the connection has ended."""

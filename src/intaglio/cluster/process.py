@@ -1,18 +1,24 @@
-"""ReplicaProcess: one `intaglio serve` process of a cluster, with its control socket."""
+"""ReplicaProcess: one `intaglio serve` process of a cluster on this machine, with its control channel."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import shutil
 import signal
 import sys
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from intaglio.cluster.link import Link
 from intaglio.devices.processes import child_environment
+from intaglio.server.control_tcp import TOKEN_VARIABLE, TcpAddress
+
+T = TypeVar("T")
 
 STARTING = 600.0  # seconds that a replica may take to load its model
 STOPPING = 10.0  # seconds between SIGTERM and SIGKILL
@@ -23,6 +29,36 @@ LOG_BYTES = 8 << 20  # a log that is longer is moved to NAME.log.1, in place of 
 
 class ReplicaFailed(ValueError):
     """Raised for a replica process that ended, or did not serve in time, when it was started."""
+
+
+class Launched(Protocol):
+    """A replica's process, wherever it runs. The cluster starts it again whenever it has ended.
+
+    name: of the replica. log: of the process, on its node. node: a name of the node, "" for this machine.
+    """
+
+    name: str
+    log: Path
+    node: str
+
+    @property
+    def pid(self) -> int | None:
+        """Process id on its node; None before the start."""
+
+    async def start(self) -> Link:
+        """Start the process and return the Link to it once it serves. Raises ReplicaFailed or OSError."""
+
+    async def wait(self) -> int:
+        """Wait until the process has ended. Returns its exit code."""
+
+    async def stop(self) -> None:
+        """End the process: it gets some time to end by itself."""
+
+    def kill(self) -> None:
+        """End the process and all that it started, at once."""
+
+    def trim_log(self) -> None:
+        """Keep the log short. Raises OSError."""
 
 
 class ReplicaProcess:
@@ -38,6 +74,8 @@ class ReplicaProcess:
         self.name, self.words, self.folder = name, words, folder
         self.log = folder / f"{name}.log"
         self.process: asyncio.subprocess.Process | None = None
+        self.node = ""  # that it runs on: this machine
+        self._begins = 0  # where in the log the present start begins
         self._group_ended = True  # the process has ended, and what it had started has been killed
 
     @property
@@ -57,10 +95,40 @@ class ReplicaProcess:
         seconds.
         """
         socket = self.folder / f"{self.name}-{secrets.token_hex(4)}.sock"
-        words = [sys.executable, "-m", "intaglio", "serve", *self.words, "--port", "0", "--control", str(socket)]
-        environment = {**child_environment(), "INTAGLIO_API_KEY": secrets.token_hex(16)}
+
+        async def connect() -> Link | None:
+            if not socket.exists():
+                return None
+            try:
+                link = await Link.connect(socket)
+            except ConnectionRefusedError:
+                return None  # bound, and not listening yet
+            socket.unlink()  # nobody else is to connect, and the process may be killed
+            return link
+
+        return await self._launch(str(socket), {}, connect)
+
+    async def listen(self, host: str, token: str) -> TcpAddress:
+        """Start the process with its control channel over TCP, at `host`. Returns its address once it serves.
+
+        token: at least 16 characters, which who connects must know. Raises ReplicaFailed as start() does.
+        """
+
+        async def found() -> TcpAddress | None:
+            address = re.search(r"control channel at (tcp://\S+)", self._said())
+            return TcpAddress.parse(address[1], token) if address else None
+
+        return await self._launch(str(TcpAddress(host, 0, token.encode())), {TOKEN_VARIABLE: token}, found)
+
+    async def _launch(self, control: str, more: Mapping[str, str], ready: Callable[[], Awaitable[T | None]]) -> T:
+        """Start the process and call `ready` until it returns something; return that.
+
+        control: where its control channel is. more: environment variables.
+        """
+        words = [sys.executable, "-m", "intaglio", "serve", *self.words, "--port", "0", "--control", control]
+        environment = {**child_environment(), "INTAGLIO_API_KEY": secrets.token_hex(16), **more}
         with self.log.open("ab") as log:
-            begins = log.tell()
+            self._begins = log.tell()
             self.process = await asyncio.create_subprocess_exec(
                 *words, stdin=asyncio.subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
             )
@@ -68,22 +136,16 @@ class ReplicaProcess:
         try:
             async with asyncio.timeout(STARTING):
                 while not self.ended:
-                    if socket.exists():
-                        try:
-                            link = await Link.connect(socket)
-                            socket.unlink()  # nobody else is to connect, and the process may be killed
-                            return link
-                        except ConnectionRefusedError:
-                            pass  # bound, and not listening yet
+                    if (found := await ready()) is not None:
+                        return found
                     await asyncio.sleep(LOOK)
         except TimeoutError:
             self.kill()
-            why = f"replica {self.name} did not serve within {STARTING:.0f} s: {self._tail(begins)}"
-            raise ReplicaFailed(why) from None
+            raise ReplicaFailed(f"replica {self.name} did not serve within {STARTING:.0f} s: {self._tail()}") from None
         except BaseException:
             self.kill()
             raise
-        raise ReplicaFailed(f"replica {self.name} did not start: {self._tail(begins)}")
+        raise ReplicaFailed(f"replica {self.name} did not start: {self._tail()}")
 
     async def wait(self) -> int:
         """Wait until the process has ended, and kill what it had started and left running. Returns its exit code."""
@@ -127,12 +189,12 @@ class ReplicaProcess:
             shutil.copyfile(self.log, self.log.with_name(f"{self.log.name}.1"))
             os.truncate(self.log, 0)
 
-    def _tail(self, begins: int) -> str:
-        """The last TAIL characters that the process has logged since it was started; a remark if there are none.
-
-        begins: length of the log in bytes when it was started.
-        """
+    def _said(self) -> str:
+        """What the process has written to its log since its present start."""
         with self.log.open("rb") as log:
-            log.seek(begins if begins <= log.seek(0, os.SEEK_END) else 0)  # trimmed since
-            text = log.read().decode(errors="replace").strip()
-        return text[-TAIL:] or "it said nothing"
+            log.seek(self._begins if self._begins <= log.seek(0, os.SEEK_END) else 0)  # trimmed since
+            return log.read().decode(errors="replace").strip()
+
+    def _tail(self) -> str:
+        """The last TAIL characters that the process has written."""
+        return self._said()[-TAIL:] or "it said nothing"

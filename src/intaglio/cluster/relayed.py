@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import time
 from typing import Any
@@ -22,6 +23,7 @@ from intaglio.server.delivery import DONE
 from intaglio.server.problem import Problem, dumps
 from intaglio.server.tracing import span, trace_headers
 
+log = logging.getLogger("intaglio.cluster")
 MAX_LOSSES = 3  # replicas that may die under a request; one that kills replicas must not kill them all
 MAX_REFUSALS = 8  # times that it may be refused, because replicas drain or are full
 MOVABLE = frozenset(("shutdown", "draining", "failed", "queue_full", "late", "too_many_requests"))
@@ -97,8 +99,15 @@ class RelayedRequest:
         self.replica, self.announced = placement.replica, False
         try:
             with span("generate", replica=self.replica, earlier_tokens=self.output_tokens):
-                return await self._pass_on(self._call(), send)
-        except LinkLost:
+                try:
+                    call = self._call()
+                except LinkLost as e:  # it ended before it had the request, and the router is about to notice
+                    self._count_refusal(f"replica {self.replica} cannot be reached: {e}", "failed")
+                    await asyncio.sleep(POLL)
+                    return False
+                return await self._pass_on(call, send)
+        except LinkLost as e:
+            log.info("request %s has lost replica %s: %s", self.job.id, self.replica, e)
             self.losses += 1
             self.backends.moves["lost"] += 1
             if self.losses >= MAX_LOSSES:

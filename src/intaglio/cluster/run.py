@@ -17,7 +17,8 @@ from intaglio.cluster.admin import administration
 from intaglio.cluster.backends import Backends
 from intaglio.cluster.cluster import Cluster
 from intaglio.cluster.front import Front, FrontOptions
-from intaglio.router import Limits, Role, Router
+from intaglio.cluster.process import Launched
+from intaglio.router import Autoscaler, Limits, Role, Router
 from intaglio.server.serve import CLOSE_TIMEOUT, POLL_INTERVAL, Connection, QuietServer
 
 log = logging.getLogger("intaglio.cluster")
@@ -28,16 +29,18 @@ class ClusterOptions:
     """Options of a cluster.
 
     Attributes:
-        words: arguments of `intaglio serve` for each replica.
+        launch: function that makes the process of a replica from its name.
         replicas: how many of each role.
+        most: replicas up to which their number is autoscaled; None: it is not.
         policy: of the router, see router.POLICIES.
         weights: shares of tenants; 1 for those not named.
         max_queued: most requests that wait in the router.
         front: options of the HTTP application.
     """
 
-    words: tuple[str, ...]
+    launch: Callable[[str], Launched]
     replicas: Mapping[Role, int] = field(default_factory=lambda: {"mixed": 2})
+    most: int | None = None
     policy: str = "cache-aware"
     weights: Mapping[str, float] = field(default_factory=dict)
     max_queued: int = 1024
@@ -60,7 +63,8 @@ async def run_cluster(
     """
     router = Router(options.policy, Limits(options.max_queued), options.weights)
     backends = Backends(router)
-    cluster = Cluster(backends, list(options.words), folder)
+    autoscaler = Autoscaler(sum(options.replicas.values()), options.most) if options.most else None
+    cluster = Cluster(backends, options.launch, autoscaler)
     front = Front(backends, options.front, cluster.state)
     ending, ended = asyncio.Event(), asyncio.Event()
 

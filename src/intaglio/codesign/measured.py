@@ -23,6 +23,7 @@ from intaglio.codesign.engines import EngineProfile, EngineTimes, engine
 from intaglio.codesign.placement import Placement
 from intaglio.codesign.queue import QueueSettings, serve
 from intaglio.codesign.simulate import ported
+from intaglio.codesign.steady import estimate
 from intaglio.codesign.steps import Formats, Server, StepTimes
 from intaglio.compiler import Layout
 from intaglio.measure.workload import LoadRequest
@@ -189,10 +190,11 @@ def times(card: str, on: Target, placement: Placement, how: Formats, fusions: tu
     return StepTimes(Server.of(whole(card), placement, how), on, fusions)
 
 
-def compare(row: Row, profile: EngineProfile) -> Compared:
+def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Compared:
     """Serve a row's load in virtual time by the engine `profile`. Returns the Compared.
 
-    Its `refused` says why, if the row cannot be modelled.
+    Its `refused` says why, if the row cannot be modelled. closed_form: for aggregated servers the steady state of
+    steady.estimate() instead of the queue, in about a tenth of the time.
     """
     if why := row.refusal():
         return Compared(row, refused=why)
@@ -204,6 +206,11 @@ def compare(row: Row, profile: EngineProfile) -> Compared:
             ended = run_apart(apart, load, apart.spread(whole_one, row.concurrency)).ended[row.concurrency :]
             return Compared(row, statistics.fmean(t for _, t, _ in ended), statistics.fmean(e for *_, e in ended))
         on, settings = server_of(row, profile)
+        if closed_form:
+            load = row.load()
+            prompt, output = (round(statistics.fmean(getattr(r, name) for r in load)) for name in ("prompt", "output"))
+            steady = estimate(on, settings, prompt, output, -(-row.concurrency // on.server.placement.replicas))
+            return Compared(row, steady.ttft, steady.tpot)
         done = serve(on, settings, row.load(), row.concurrency)
     except ValueError as e:  # it does not fit: ChipError, LayoutError, or a request longer than the cache
         return Compared(row, refused=str(e).split(";")[0])
@@ -232,11 +239,13 @@ def apart_of(row: Row, profile: EngineProfile) -> Apart:
 
 
 def compare_all(
-    found: Sequence[Row], profiles: Callable[[str], EngineProfile] = engine, progress: Progress = silent
-) -> Iterator[Compared]:
+    found: Sequence[Row], profiles: Callable[[str], EngineProfile] = engine, progress: Progress = silent,
+    closed_form: bool = False,
+) -> Iterator[Compared]:  # fmt: skip
     """Yield the Compared of each row, in an order in which each server is compiled once.
 
-    profiles: function from an engine's name to its EngineProfile; its errors are raised.
+    profiles: function from an engine's name to its EngineProfile; its errors are raised. closed_form: as compare()
+    takes it.
     """
     cached: dict[str, EngineProfile] = {}
     ordered = sorted(found, key=lambda r: (r.card or "", [r.columns.get(c) or "" for c in sorted(r.columns)]))
@@ -245,7 +254,7 @@ def compare_all(
         name = row.columns["backend"]
         if name not in cached:
             cached[name] = profiles(name)
-        yield compare(row, cached[name])
+        yield compare(row, cached[name], closed_form)
 
 
 @dataclass(frozen=True)

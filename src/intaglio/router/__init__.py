@@ -1,5 +1,6 @@
 """Routing of requests to replicas: cost estimates, prefix index, fair queue. Pure: callers pass the time in."""
 
+from intaglio.router.autoscale import Autoscaler
 from intaglio.router.fairness import FairQueue
 from intaglio.router.index import BlocksCleared, BlocksRemoved, BlocksStored, CacheEvent, CacheIndex, PromptMemory
 from intaglio.router.job import Job, Refusal
@@ -9,7 +10,8 @@ from intaglio.router.replica import Assigned, LoadReport, Pace, Replica, Replica
 from intaglio.router.router import PREFILL_MIN, Limits, Placement, Router
 
 __all__ = [
-    "CHUNK_BYTES", "POLICIES", "PREFILL_MIN", "Assigned", "BlocksCleared", "BlocksRemoved", "BlocksStored",
-    "CacheEvent", "CacheIndex", "Estimate", "FairQueue", "Job", "Limits", "LoadReport", "Pace", "Placement", "Policy",
-    "PromptMemory", "Refusal", "Replica", "ReplicaState", "Role", "Router", "estimate", "prefix_keys",
+    "CHUNK_BYTES", "POLICIES", "PREFILL_MIN", "Assigned", "Autoscaler", "BlocksCleared", "BlocksRemoved",
+    "BlocksStored", "CacheEvent", "CacheIndex", "Estimate", "FairQueue", "Job", "Limits", "LoadReport", "Pace",
+    "Placement", "Policy", "PromptMemory", "Refusal", "Replica", "ReplicaState", "Role", "Router", "estimate",
+    "prefix_keys",
 ]  # fmt: skip

@@ -205,6 +205,12 @@ class Router:
         """Name of the replica on which a job is placed; None if it waits or is unknown."""
         return self._where.get(id)
 
+    def queue_seconds(self) -> float:
+        """Seconds of prefill, for all replicas in all, that the queued jobs would take on one of mean pace."""
+        paces = [r.report.pace.per_token for r in self.replicas.values() if r.placeable]
+        tokens = sum(job.prompt_tokens - job.handed for job in self.queue.jobs())
+        return tokens * sum(paces) / len(paces) if paces else float("inf")
+
     # Inside
 
     def _takers(self, job: Job) -> list[Replica]:

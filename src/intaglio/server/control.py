@@ -1,4 +1,4 @@
-"""Control channel of a replica: a Unix socket on which a router sends requests and reads the engine's state.
+"""Control channel of a replica: a socket on which a router sends requests and reads the engine's state.
 
 Many calls share one connection. A frame is a header, JSON, and a body, bytes, with their lengths before them. Calls:
 
@@ -8,7 +8,8 @@ Many calls share one connection. A frame is a header, JSON, and a body, bytes, w
     {"call": N, "do": "cancel"}
     {"call": N, "do": "load", "incarnation", "after"}: figures, and the block events after number `after`
 
-Requests pass through the same ASGI application as those over HTTP. The socket's folder decides who may connect.
+Requests pass through the same ASGI application as those over HTTP. The socket is a Unix socket that only this user may
+connect to, or TCP with a token (see control_tcp.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 
 from intaglio.runtime import Engine, Refused
+from intaglio.server.control_tcp import TcpAddress, tcp_server
 from intaglio.server.driver import Inspect
 from intaglio.server.private_socket import private_socket
 from intaglio.server.relay import NOTE, Relay, encode, write_delta
@@ -56,10 +58,10 @@ async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], byte
 
 
 @asynccontextmanager
-async def control_channel(app: ASGIApp, service: Service, path: Path) -> AsyncIterator[None]:
-    """Async context manager that serves the control channel on the Unix socket `path` until the block ends.
+async def control_channel(app: ASGIApp, service: Service, where: Path | TcpAddress) -> AsyncIterator[None]:
+    """Async context manager that serves the control channel until the block ends, and logs its address over TCP.
 
-    Only processes of this user may connect.
+    where: path of a Unix socket that only processes of this user may connect to, or an address with a token.
     """
     connections: set[Connection] = set()
 
@@ -71,14 +73,24 @@ async def control_channel(app: ASGIApp, service: Service, path: Path) -> AsyncIt
         finally:
             connections.discard(connection)
 
-    server = await asyncio.start_unix_server(connected, sock=private_socket(path))
+    def refused(why: str) -> None:
+        log.warning("control channel: %s", why)
+
     try:
-        yield
+        if isinstance(where, TcpAddress):
+            async with tcp_server(where, connected, refused) as bound:
+                log.info("control channel at %s", bound)
+                yield
+        else:
+            server = await asyncio.start_unix_server(connected, sock=private_socket(where))
+            try:
+                yield
+            finally:
+                server.close()
+                where.unlink(missing_ok=True)  # the router has done so once it is connected
     finally:
-        server.close()
         for connection in list(connections):
             connection.close()
-        path.unlink(missing_ok=True)  # the router has done so once it is connected
 
 
 class Connection:

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from intaglio.llm import LLM
 from intaglio.server.app import build
 from intaglio.server.control import control_channel
+from intaglio.server.control_tcp import TcpAddress
 from intaglio.server.service import Options, Service
 
 log = logging.getLogger("intaglio.server")
@@ -103,12 +104,12 @@ class QuietServer(uvicorn.Server):
 
 async def serve(
     llms: Mapping[str, LLM], options: Options, listener: socket.socket, announce: Callable[[Service], None],
-    signals: bool = True, control: Path | None = None,
+    signals: bool = True, control: Path | TcpAddress | None = None,
 ) -> int:  # fmt: skip
     """Serve the models, by name, until a signal or a failure. Returns the exit code.
 
-    `announce` is called once requests are accepted. `signals`: handle SIGTERM and SIGINT. `control`: Unix socket for a
-    router (see control.py).
+    `announce` is called once requests are accepted. `signals`: handle SIGTERM and SIGINT. `control`: Unix socket or
+    address for a router (see control.py).
 
     The first SIGTERM or SIGINT drains the server: admitted requests run to their end, new ones are refused, exit code
     0. The second aborts all requests, exit code 1. The exit code is also 1 if the HTTP server fails, or if no model can

@@ -1,0 +1,234 @@
+"""Replicas on a Ray cluster: a placement group and an actor for each, which runs `intaglio serve` on its node.
+
+A placement group has one bundle of CPUs for each rank of the replica, all on one node. The router connects to the
+replica itself over TCP, with a token that it has made (see server/control_tcp.py); requests do not pass through Ray.
+If a node is lost, so is the actor, and the cluster's supervision places the replica again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from intaglio.cluster.link import Link
+from intaglio.cluster.process import STARTING, STOPPING, Launched, ReplicaFailed
+from intaglio.cluster.ray_actor import ReplicaActor
+from intaglio.server.control_tcp import TcpAddress
+
+log = logging.getLogger("intaglio.cluster")
+PLACING = 300.0  # seconds that a replica may wait for a node with enough CPUs
+CHOSEN = 5.0  # of them, seconds that it waits for the node that was chosen, before any other will do
+CALL = 10.0  # seconds that an actor may take to answer, beyond what it is asked to do
+NODE_LABEL = "ray.io/node-id"
+LOST = -1  # exit code of a process whose actor is gone
+
+
+class RayLauncher:
+    """Connection to a Ray cluster, and maker of the replicas that run there.
+
+    Args:
+        address: of the Ray cluster, such as 10.0.0.1:6379, or auto for the one of this machine.
+        cluster: name of this cluster, for the folder of logs on each node.
+
+    Raises ValueError if there is no Ray cluster at the address.
+    """
+
+    def __init__(self, address: str, cluster: str) -> None:
+        self.cluster = cluster
+        self.words: Sequence[str] = ()
+        self.bundles: list[dict[str, float]] = [{"CPU": 1.0}]
+        self.replicas: dict[str, RayReplica] = {}
+        try:
+            ray.init(address=address, namespace="intaglio", log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, ValueError, RuntimeError) as e:
+            raise ValueError(f"there is no Ray cluster at {address}: {e}; start one with `ray start --head`") from None
+
+    def threads(self, replicas: int) -> int:
+        """CPUs of an equal share of `replicas` replicas in the cluster, at least 1 and at most those of a node."""
+        nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        return max(1, min(int(max(nodes)), int(sum(nodes)) // replicas))
+
+    def prepare(self, words: Sequence[str], ranks: int, threads: int) -> None:
+        """Set what replicas run. words: arguments of `intaglio serve`. threads: of all ranks of a replica together.
+
+        Raises ValueError if no node of the cluster has so many CPUs.
+        """
+        self.words, self.bundles = tuple(words), [{"CPU": float(max(1, threads // ranks))} for _ in range(ranks)]
+        most = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+        if most < self.cpus:
+            raise ValueError(
+                f"a replica needs {self.cpus:.0f} CPUs of one Ray node, the largest has {most:.0f}; "
+                "give fewer --threads or a smaller --layout"
+            )
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of a replica."""
+        return sum(bundle["CPU"] for bundle in self.bundles)
+
+    def __call__(self, name: str) -> RayReplica:
+        """A RayReplica of this name, which is not started."""
+        self.replicas[name] = RayReplica(name, self)
+        return self.replicas[name]
+
+    def choose_node(self, name: str, nodes: Sequence[Mapping[str, Any]]) -> str:
+        """Id of the node with the fewest of this cluster's replicas that has enough CPUs; "" if there is none.
+
+        So two replicas share a node only if they must. name: of the replica to place, which does not count. nodes: the
+        answer of ray.nodes().
+        """
+        used = Counter(r.node_id for r in self.replicas.values() if r.name != name)
+        fitting = [n for n in nodes if n["Alive"] and n["Resources"].get("CPU", 0.0) >= self.cpus]
+        return min((n["NodeID"] for n in fitting), key=lambda id: (used[id], id), default="")
+
+    def close(self) -> None:
+        """End the connection; Ray then ends what is left of the replicas."""
+        ray.shutdown()
+
+
+class RayReplica(Launched):
+    """A replica on a node of a Ray cluster. Methods are called on the event loop."""
+
+    def __init__(self, name: str, launcher: RayLauncher) -> None:
+        self.name, self.launcher = name, launcher
+        self._pid: int | None = None
+        self.node, self.node_id = "", ""
+        self.log = Path(f"{name}.log")  # on the node; known after the start
+        self._actor: Any = None
+        self._link: Link | None = None
+        self._group: PlacementGroup | None = None
+        self._over = asyncio.Event()  # kill() was called, or the actor is gone
+        self._ending: set[asyncio.Task[None]] = set()
+
+    @property
+    def pid(self) -> int | None:
+        return self._pid
+
+    async def start(self) -> Link:
+        await self._release()
+        self._over.clear()
+        token = secrets.token_hex(16)
+        try:
+            group = await self._placed()
+            placed = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+            cpus = self.launcher.bundles[0]["CPU"]
+            actor = ray.remote(ReplicaActor).options(num_cpus=cpus, scheduling_strategy=placed, max_restarts=0)
+            self._actor = actor.remote(self.name, list(self.launcher.words), self.launcher.cluster)
+            found = await self._unless_killed(self._actor.listen.remote(token), STARTING + CALL)
+            if "failed" in found:
+                raise ReplicaFailed(found["failed"])
+            self._pid, self.log = found["pid"], Path(found["log"])
+            self.node, self.node_id = f"{found['host']} ({found['node'][:8]})", found["node"]
+            log.info("replica %s runs on Ray node %s; its log there is %s", self.name, self.node, self.log)
+            self._link = await Link.connect(TcpAddress(found["host"], found["port"], token.encode()))
+            return self._link
+        except RayError as e:
+            self.kill()
+            raise ReplicaFailed(f"replica {self.name} lost its Ray node: {type(e).__name__}") from None
+        except BaseException:
+            self.kill()
+            raise
+
+    async def wait(self) -> int:
+        if self._actor is None:
+            return LOST
+        try:
+            code: int = await self._unless_killed(self._actor.wait.remote(), None)
+            return code
+        except (RayError, ReplicaFailed):
+            if self._link:  # a node that Ray has lost may still be connected to this process
+                self._link.abort()
+            return LOST
+
+    async def stop(self) -> None:
+        if self._actor is not None and not self._over.is_set():
+            with suppress(RayError, TimeoutError, ReplicaFailed):
+                await self._unless_killed(self._actor.stop.remote(), STOPPING + CALL)
+        self.launcher.replicas.pop(self.name, None)
+        await self._release()
+
+    def kill(self) -> None:
+        self._over.set()
+        self._in_background(self._release())
+
+    def trim_log(self) -> None:
+        if self._actor is not None:
+            self._actor.trim_log.remote()  # what comes of it does not matter here
+
+    async def _placed(self) -> PlacementGroup:
+        """A placement group for this replica, once its CPUs are reserved. Raises ReplicaFailed after PLACING s."""
+        ends, patience, said = time.monotonic() + PLACING, CHOSEN, False
+        bundles = self.launcher.bundles
+        while time.monotonic() < ends and not self._over.is_set():
+            # The first attempt names a node; one that has no room, or is lost and Ray has not noticed yet, is given up.
+            nodes = await asyncio.to_thread(ray.nodes) if patience == CHOSEN else []
+            self.node_id = self.launcher.choose_node(self.name, nodes)
+            labels = [{NODE_LABEL: self.node_id}] * len(bundles) if self.node_id else None
+            group = await asyncio.to_thread(placement_group, bundles, "STRICT_PACK", bundle_label_selector=labels)
+            self._group = group
+            until = min(ends, time.monotonic() + patience)
+            while time.monotonic() < until and not self._over.is_set():
+                if await asyncio.to_thread(group.wait, 1.0):
+                    return group
+            await asyncio.to_thread(remove_placement_group, group)
+            self._group = None
+            patience = 4 * CHOSEN if patience == CHOSEN else CHOSEN
+            if not said:
+                said = True
+                log.warning("replica %s waits for a Ray node with %g free CPUs", self.name, self.launcher.cpus)
+        raise ReplicaFailed(
+            f"replica {self.name}: no Ray node had {self.launcher.cpus:g} free CPUs for {PLACING:.0f} s"
+        )
+
+    async def _unless_killed(self, call: Any, seconds: float | None) -> Any:
+        """The result of a call of the actor. Raises RayError, TimeoutError, and ReplicaFailed once kill() is called."""
+
+        async def result() -> Any:
+            return await call
+
+        tasks = [asyncio.ensure_future(result()), asyncio.ensure_future(self._over.wait())]
+        try:
+            await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                return tasks[0].result()
+            if self._over.is_set():
+                raise ReplicaFailed(f"replica {self.name} was ended")
+            raise TimeoutError(f"replica {self.name} did not answer within {seconds:.0f} s")
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _release(self) -> None:
+        """End the actor, with the process and all that it started, and give the placement group back."""
+        actor, group, self._actor, self._group = self._actor, self._group, None, None
+        self._pid, self.node_id = None, ""
+        if actor is not None:
+            with suppress(RayError, TimeoutError):  # a stopped process does not end with its actor
+                await asyncio.wait_for(_result(actor.kill.remote()), CALL / 5)
+            with suppress(RayError):
+                await asyncio.to_thread(ray.kill, actor)
+        if group is not None:
+            with suppress(RayError):
+                await asyncio.to_thread(remove_placement_group, group)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+
+async def _result(call: Any) -> Any:
+    """The result of a call of an actor."""
+    return await call

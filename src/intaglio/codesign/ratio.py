@@ -1,0 +1,159 @@
+"""How many servers should prefill and how many decode: a search over the ratio and the load for a number of chips.
+
+The rates of one server of each kind, in closed form, give the best ratio; the two queues in virtual time confirm it,
+with fewer open requests if their mean latencies break a limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from intaglio.chips import ChipError, Target
+from intaglio.codesign.disaggregated import Apart, ApartResult, serve_apart
+from intaglio.codesign.placement import Placement
+from intaglio.codesign.queue import QueueSettings
+from intaglio.codesign.steady import Question
+from intaglio.codesign.steps import Server, StepTimes
+from intaglio.measure.workload import LoadRequest
+from intaglio.progress import Progress, silent
+
+PREFILL_LOAD = 0.85  # of the prefill servers' rate that a plan uses: above it prompts wait long
+TRIES = 8  # of the queues for one plan, each with 15 % fewer requests
+FEWER = 0.85
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One server of a kind, compiled: step times and settings of its engine."""
+
+    times: StepTimes
+    settings: QueueSettings
+
+    @property
+    def chips(self) -> int:
+        """Chips of one server."""
+        return self.times.server.placement.chips_per_server
+
+    def of(self, replicas: int) -> StepTimes:
+        """The step times of so many such servers; they share a table."""
+        server = self.times.server
+        many = replace(server, placement=replace(server.placement, replicas=replicas))
+        times = StepTimes(many, self.times.target, self.times.fusions)
+        times.tables = self.times.tables
+        return times
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of servers, the load, and what the closed form expects: requests per second of all."""
+
+    prefill: int
+    decode: int
+    concurrency: int
+    rate: float
+
+
+def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
+    """(prompts per second, seconds of a prompt) of one prefill server whose steps are full."""
+    budget, copies = kind.settings.max_batch_tokens, kind.times.copies
+    if input <= budget:
+        many = copies * (budget // input)
+        seconds = kind.times.cost(0, 1, [(input, input, many)])[0]
+        return many / seconds, seconds
+    ends = [*range(budget, input, budget), input]
+    starts = [0, *ends[:-1]]
+    seconds = sum(kind.times.cost(0, 1, [(b - a, b, copies)])[0] for a, b in zip(starts, ends, strict=True))
+    return copies / seconds, seconds
+
+
+def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
+    """The most requests that one decode server may have so that its steps take at most `tpot` seconds; 0: none."""
+    high = min(kind.settings.max_sequences, kind.settings.kv_tokens // (input + output))
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if kind.times.cost(middle, input + output / 2)[0] <= tpot:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def plan(first: Kind, second: Kind, question: Question, chips: int) -> Plan | None:
+    """The Plan with the most requests per second of exactly `chips` chips; None if no ratio fills them or the limit."""
+    rate, prompt_s = prompt_rate(first, question.input)
+    n = most_decoding(second, question.input, question.output, question.limits.tpot)
+    if not n or prompt_s > question.limits.ttft:
+        return None
+    step = second.times.cost(n, question.input + question.output / 2)[0]
+    each = n / (max(1, question.output - 1) * step)  # requests/s of a decode server with n open
+    best: Plan | None = None
+    for a in range(1, chips // first.chips + 1):
+        b, rest = divmod(chips - a * first.chips, second.chips)
+        if rest or b < 1:
+            continue
+        reached = min(PREFILL_LOAD * a * rate, b * each)
+        if best is None or reached > best.rate:
+            open_ = round(reached / (b * each) * b * n + reached * prompt_s)
+            best = Plan(a, b, max(1, open_), reached)
+    return best
+
+
+def kinds(
+    question: Question, on: Target, layouts: Sequence[str], budget: int, sequences: int
+) -> tuple[dict[str, Kind], list[tuple[str, str]]]:
+    """({layout: Kind} of those that fit, (layout, reason) of the others).
+
+    budget, sequences: tokens and sequences of a step of one copy of attention. Raises LayoutError for a wrong layout,
+    and ValueError for one with replicas.
+    """
+    found: dict[str, Kind] = {}
+    refused: list[tuple[str, str]] = []
+    for text in dict.fromkeys(layouts):
+        placement = Placement.parse(text)
+        if placement.replicas > 1:
+            raise ValueError(f"{text} has {placement.replicas} replicas; with --find give the layout of one server")
+        try:
+            times = StepTimes(Server.of(question.program, placement, question.formats), on)
+            kv = times.server.kv_tokens(on, question.memory_share, budget, sequences)
+        except ChipError as e:
+            refused.append((text, str(e)))
+            continue
+        found[text] = Kind(times, QueueSettings(kv, budget, sequences * times.copies))
+    return found, refused
+
+
+def search(
+    question: Question, prefill: dict[str, Kind], decode: dict[str, Kind], chips: int, progress: Progress = silent
+) -> list[tuple[str, str, ApartResult]]:
+    """(prefill layout, decode layout, ApartResult) of the best ratio of each pair, the most output per chip first.
+
+    Pairs for which no ratio fills the chips within the limits are left out; so are those whose queues break a limit at
+    every load tried.
+    """
+    out = []
+    pairs = [(a, b) for a in prefill for b in decode]
+    for i, (a, b) in enumerate(pairs):
+        progress(i, len(pairs), f"{a} and {b}: searching")
+        found = plan(prefill[a], decode[b], question, chips)
+        if found and (done := confirmed(prefill[a], decode[b], found, question)):
+            names = (
+                str(kind.of(n).server.placement) for kind, n in ((prefill[a], found.prefill), (decode[b], found.decode))
+            )
+            out.append((*names, done))
+    return sorted(out, key=lambda row: -row[2].tokens_per_s / row[2].chips)  # type: ignore[return-value]
+
+
+def confirmed(first: Kind, second: Kind, found: Plan, question: Question) -> ApartResult | None:
+    """The ApartResult of a plan by the queues, with fewer open requests until the limits are kept; None if never."""
+    apart = Apart(first.of(found.prefill), second.of(found.decode), first.settings, second.settings)
+    open_ = found.concurrency
+    for _ in range(TRIES):
+        done = serve_apart(apart, LoadRequest(0.0, question.input, question.output), open_)
+        if done.ttft <= question.limits.ttft and done.tpot <= question.limits.tpot:
+            return done
+        if open_ == 1:
+            return None
+        open_ = max(1, int(FEWER * open_))
+    return None

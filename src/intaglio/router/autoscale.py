@@ -1,0 +1,65 @@
+"""Autoscaler: how many replicas there should be, by the length of the queue and the replicas' pace.
+
+Pure like the Router: callers pass the time in seconds. A replica more is wanted while requests wait in the router
+because no replica has room. One less is wanted after a quiet time in which the sequences that run would hardly be
+slower on the rest.
+"""
+
+from __future__ import annotations
+
+import math
+
+from intaglio.router.replica import Replica
+from intaglio.router.router import Router
+
+UP_AFTER = 3.0  # seconds that requests must have waited, one after another, before a replica is added
+UP_WAIT = 1.0  # seconds of prefill that may wait in the queue for each replica
+DOWN_AFTER = 60.0  # seconds without a queue before a replica is removed
+SLOWER = 1.25  # factor by which a step may become longer when a replica is removed
+
+
+class Autoscaler:
+    """Decides about the number of replicas, between `least` and `most`. why: reason of the last change, for logs.
+
+    Raises ValueError if not 1 <= least <= most.
+    """
+
+    def __init__(self, least: int, most: int) -> None:
+        if not 1 <= least <= most:
+            raise ValueError(f"autoscaling between {least} and {most} replicas; allowed: 1 or more, the lower first")
+        self.least, self.most, self.why = least, most, ""
+        self._busy: float | None = None  # since when requests wait
+        self._quiet: float | None = None  # since when one replica less would do
+
+    def wanted(self, router: Router, replicas: int, now: float) -> int:
+        """The number of replicas that there should be, where there are `replicas`. Call it about once a second."""
+        if not self.least <= replicas <= self.most:
+            self.why = f"allowed are {self.least} to {self.most}"
+            return min(max(replicas, self.least), self.most)
+        serving = [r for r in router.replicas.values() if r.placeable]
+        waiting = len(router.queue) + sum(r.report.waiting for r in serving)
+        self._busy = (now if self._busy is None else self._busy) if waiting else None
+        quiet = not waiting and len(serving) == replicas and self._enough_without_one(serving)
+        self._quiet = (now if self._quiet is None else self._quiet) if quiet else None
+        if self._busy is not None and now - self._busy >= UP_AFTER and replicas < self.most:
+            seconds = router.queue_seconds()
+            more = max(1, math.ceil(seconds / UP_WAIT) - replicas) if math.isfinite(seconds) else 1
+            self.why = f"{waiting} requests wait, {seconds:.1f} s of prefill"
+            return self._changed(min(replicas + more, 2 * replicas, self.most))
+        if self._quiet is not None and now - self._quiet >= DOWN_AFTER and replicas > self.least:
+            self.why = f"no request has waited for {now - self._quiet:.0f} s"
+            return self._changed(replicas - 1)
+        return replicas
+
+    def _changed(self, replicas: int) -> int:
+        self._busy = self._quiet = None
+        return replicas
+
+    def _enough_without_one(self, serving: list[Replica]) -> bool:
+        """True if all sequences together fit on one replica less and take at most SLOWER times as long a step."""
+        n, sequences = len(serving), sum(r.sequences for r in serving)
+        if n < 2 or sequences > sum(r.report.max_sequences for r in serving) * (n - 1) / n:
+            return False
+        per_step = sum(r.report.pace.per_step for r in serving) / n
+        per_token = sum(r.report.pace.per_token for r in serving) / n
+        return per_step + per_token * sequences / (n - 1) <= SLOWER * (per_step + per_token * sequences / n)

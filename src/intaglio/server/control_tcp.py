@@ -1,0 +1,134 @@
+"""Control channels over TCP, for a router on another host. Both ends prove that they know a token.
+
+The proof is that of connections between ranks (see devices/processes/connections.py): HMAC-SHA256 over each other's
+random numbers; the token itself does not travel. What travels afterwards is neither encrypted nor signed: use a
+network of your own, or a tunnel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from intaglio.devices.processes.connections import PROOF, TIMEOUT, check_token, listen, proof
+
+SCHEME = "tcp://"
+TOKEN_VARIABLE = "INTAGLIO_CONTROL_TOKEN"  # environment variable with the token of --control tcp://HOST:PORT
+MAGIC = b"intaglio control 1"
+NONCE = 32  # bytes
+GREETING_MAX = 32  # connections that may introduce themselves at a time
+Connected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class NotAuthenticated(ConnectionError):
+    """Raised if the other end does not know the token, is of another version, or does not answer in time."""
+
+
+@dataclass(frozen=True)
+class TcpAddress:
+    """Where a control channel listens, and the token that both ends know. port 0: any free one.
+
+    Raises ValueError for a token of less than 16 bytes.
+    """
+
+    host: str
+    port: int
+    token: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        check_token(self.token)
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str, token: str) -> TcpAddress:
+        """The TcpAddress of a text such as tcp://10.0.0.5:8001. Raises ValueError for another text or a short token."""
+        host, colon, port = text.removeprefix(SCHEME).rpartition(":")
+        if not (text.startswith(SCHEME) and colon and host and port.isdecimal() and int(port) < 1 << 16):
+            raise ValueError(f"{text!r} is no address; write tcp://HOST:PORT, such as tcp://10.0.0.5:8001")
+        return cls(host.removeprefix("[").removesuffix("]"), int(port), token.encode())
+
+
+async def connect(address: TcpAddress) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to a control channel, authenticate both ends, and return (reader, writer).
+
+    Raises NotAuthenticated, or OSError if nothing listens there.
+    """
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+    except TimeoutError:
+        raise NotAuthenticated(f"{address} did not answer within {TIMEOUT:g} s") from None
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            challenge = await reader.readexactly(NONCE)
+            hello = MAGIC + secrets.token_bytes(NONCE)
+            writer.write(hello + proof(address.token, b"connects", challenge, hello))
+            answer = await reader.readexactly(PROOF)
+        if not hmac.compare_digest(answer, proof(address.token, b"accepts", challenge, hello)):
+            raise NotAuthenticated(f"{address} does not know the token")
+    except (TimeoutError, asyncio.IncompleteReadError):
+        writer.transport.abort()
+        raise NotAuthenticated(f"{address} refused the connection: another token or version") from None
+    except BaseException:
+        writer.transport.abort()
+        raise
+    return reader, writer
+
+
+async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes) -> None:
+    """Authenticate a connection that has come. Raises NotAuthenticated; the caller closes the connection then."""
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            challenge = secrets.token_bytes(NONCE)
+            writer.write(challenge)
+            hello = await reader.readexactly(len(MAGIC) + NONCE)
+            answer = await reader.readexactly(PROOF)
+    except (TimeoutError, asyncio.IncompleteReadError, ConnectionError) as e:
+        raise NotAuthenticated(f"it did not introduce itself: {type(e).__name__}") from None
+    if not hmac.compare_digest(answer, proof(token, b"connects", challenge, hello)):
+        raise NotAuthenticated("it does not know the token")
+    if not hello.startswith(MAGIC):
+        raise NotAuthenticated("it is of another version")
+    writer.write(proof(token, b"accepts", challenge, hello))
+
+
+@asynccontextmanager
+async def tcp_server(
+    address: TcpAddress, connected: Connected, refused: Callable[[str], None]
+) -> AsyncIterator[TcpAddress]:
+    """Async context manager that listens at an address until the block ends. Yields the address with its real port.
+
+    connected: called with reader and writer of each authenticated connection. refused: called with the reason for
+    each connection that is not authenticated. Raises OSError that names the address if it cannot be bound.
+    """
+    greeting = asyncio.Semaphore(GREETING_MAX)
+
+    async def arrived(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if greeting.locked():
+            writer.transport.abort()
+            return
+        try:
+            async with greeting:
+                await greet(reader, writer, address.token)
+        except NotAuthenticated as e:
+            refused(f"a connection from {writer.get_extra_info('peername')} is refused: {e}")
+            writer.transport.abort()
+            return
+        await connected(reader, writer)
+
+    try:
+        listener = listen(address.host, address.port)
+    except OSError as e:
+        raise OSError(f"{address} cannot be bound: {e.strerror or e}; choose another address") from None
+    bound = TcpAddress(address.host, listener.getsockname()[1], address.token)
+    server = await asyncio.start_server(arrived, sock=listener)
+    try:
+        yield bound
+    finally:
+        server.close()

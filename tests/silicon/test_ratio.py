@@ -1,0 +1,62 @@
+"""The search over the ratio of prefill to decode servers fills the chips, keeps the limits and finds the best ratio."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from intaglio.chips import target
+from intaglio.codesign.ratio import kinds, most_decoding, plan, prompt_rate, search
+from intaglio.codesign.serving import Limits
+from intaglio.codesign.simulate import ported
+from intaglio.codesign.steady import Question
+from intaglio.codesign.steps import Formats
+
+ON = target("h100_sxm")
+
+
+@pytest.fixture(scope="module")
+def question() -> Question:
+    return Question(ported("llama-3-8b", None), Formats("fp8"), 1000, 200, Limits(ttft=1.0, tpot=0.02))
+
+
+def test_a_plan_fills_the_chips_and_no_ratio_serves_more(question: Question) -> None:
+    rng = Random()
+    chips, tpot = rng.randrange(2, 12), rng.uniform(0.008, 0.03)
+    asked = replace(question, limits=Limits(ttft=1.0, tpot=tpot))
+    found, refused = kinds(asked, ON, ["tp1"], 2048, 128)
+    one, context = found["tp1"], asked.input + asked.output / 2
+    best = plan(one, one, asked, chips)
+    n = most_decoding(one, asked.input, asked.output, tpot)
+    assert refused == [] and best and best.prefill + best.decode == chips
+    assert one.times.cost(n, context)[0] <= tpot
+    full = n == min(one.settings.max_sequences, one.settings.kv_tokens // (asked.input + asked.output))
+    assert full or one.times.cost(n + 1, context)[0] > tpot
+    each = n / ((asked.output - 1) * one.times.cost(n, context)[0])
+    rates = [min(0.85 * a * prompt_rate(one, asked.input)[0], (chips - a) * each) for a in range(1, chips)]
+    assert best.rate == pytest.approx(max(rates))
+
+
+def test_prompts_longer_than_a_step_are_cut(question: Question) -> None:
+    found, _ = kinds(question, ON, ["tp1"], 512, 16)
+    whole, _ = kinds(question, ON, ["tp1"], 4096, 16)
+    cut_rate, cut_s = prompt_rate(found["tp1"], 1000)
+    assert cut_rate == pytest.approx(1 / cut_s)
+    assert prompt_rate(whole["tp1"], 1000)[0] > cut_rate
+
+
+def test_what_is_found_keeps_the_limits(question: Question) -> None:
+    """Confirmed by the queues; a limit that no load keeps finds nothing; replicas and too large models are refused."""
+    small = replace(question, output=20, limits=Limits(ttft=1.0, tpot=0.012))
+    found, _ = kinds(small, ON, ["tp1"], 2048, 8)
+    ((first, second, done),) = search(small, found, found, 3)
+    assert done.chips == 3 and done.ttft <= 1.0 and done.tpot <= 0.012
+    assert {first, second} <= {"tp1", "dp2tp1"} and first != second
+    never = replace(small, limits=Limits(tpot=1e-6))
+    assert search(never, found, found, 3) == []
+    with pytest.raises(ValueError, match="with --find give the layout of one server"):
+        kinds(small, ON, ["dp2tp1"], 2048, 8)
+    tiny = ON.with_chip(hbm_bytes=9_000_000_000)
+    assert [layout for layout, _ in kinds(small, tiny, ["tp1"], 2048, 8)[1]] == ["tp1"]
