@@ -122,11 +122,13 @@ struct Session {
   std::optional<Seconds> seconds;
 
   // given: the batch's arrays concatenated: tokens, positions, slots [t]; first_row, q_len, context_len,
-  // state_from, state_to [s]; rows [r]; block_table [s, columns]. counts: t, s, r and columns.
-  void begin(Ints given, const std::array<int64_t, 4>& counts, const SamplingParams& drawn, const Edits* edited,
+  // state_from, state_to [s]; rows [r]; block_table [s, columns]; if `windows` is 1, window_slots [t] and
+  // window_table [s, columns]. counts: t, s, r, columns and windows.
+  void begin(Ints given, const std::array<int64_t, 5>& counts, const SamplingParams& drawn, const Edits* edited,
              std::vector<std::tuple<int, int, Floats>> tapped, std::optional<Seconds> timed) {
-    const auto [t, s, r, columns] = counts;
-    if (t < 0 || s < 0 || r < 0 || columns < 0 || int64_t(given.size()) != kPerToken * t + kPerSequence * s + r + s * columns)
+    const auto [t, s, r, columns, windows] = counts;
+    const int64_t plain = kPerToken * t + kPerSequence * s + r + s * columns;
+    if (t < 0 || s < 0 || r < 0 || columns < 0 || int64_t(given.size()) != plain + (windows ? t + s * columns : 0))
       throw std::invalid_argument("the batch's arrays do not have the sizes given in counts");
     if (int64_t(drawn.draws.size()) != r) throw std::invalid_argument("a step needs sampling parameters for each of its rows");
     numbers = given, draws = drawn.draws, taps = std::move(tapped), seconds = timed;
@@ -134,7 +136,8 @@ struct Session {
     if (edits) edits->apply(draws);
     const int32_t *tokens = numbers.data(), *sequences = tokens + kPerToken * t, *rows = sequences + kPerSequence * s;
     const StepInputs in{tokens, tokens + t, tokens + 2 * t, sequences, sequences + s, sequences + 2 * s, sequences + 3 * s,
-                        sequences + 4 * s, rows + r, rows, t, s, r, columns, draws.data()};
+                        sequences + 4 * s, rows + r, rows, windows ? tokens + plain : nullptr,
+                        windows ? tokens + plain + t : nullptr, t, s, r, columns, draws.data()};
     for (int64_t i = 0; i < r; i++)  // executable.begin() throws for a row out of range
       draws[size_t(i)].position = rows[i] >= 0 && rows[i] < t ? in.positions[rows[i]] + int64_t(1) : 0;
     std::vector<Tap> wanted;
@@ -201,8 +204,8 @@ NB_MODULE(_native, m) {
       .def(nb::init<nb::ndarray<const float, nb::shape<-1, 4>, nb::c_contig, nb::device::cpu>,
                     nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(), "numbers"_a, "seeds"_a);
   nb::class_<Session>(m, "Executable")
-      .def("__init__", [](Session* self, const std::string& isa, int threads, int page, std::array<int64_t, 5> limits) {
-             new (self) Session{.executable = Executable(*kernels_of(isa), threads, page, {limits[0], limits[1], limits[2], limits[3], limits[4]}),
+      .def("__init__", [](Session* self, const std::string& isa, int threads, int page, std::array<int64_t, 7> limits) {
+             new (self) Session{.executable = Executable(*kernels_of(isa), threads, page, {limits[0], limits[1], limits[2], limits[3], limits[4], limits[5], limits[6]}),
                                 .numbers = {}, .edits = {}, .draws = {}, .taps = {}, .seconds = {}};
            }, "isa"_a, "threads"_a, "page"_a, "limits"_a)
       .def("buffer", [](Session& s, int64_t row_bytes, bool sampled, int64_t share, int64_t shares) {
@@ -218,9 +221,9 @@ NB_MODULE(_native, m) {
              return s.executable.add_weight(std::move(w), std::move(shape));
            }, "weight"_a, "shape"_a)
       .def("keep_caches_in", [](Session& s, int file) { s.executable.keep_caches_in(file); }, "file"_a)
-      .def("cache", [](Session& s, int64_t pages, int heads, int head_dim, const std::string& format, bool keys) {
-             return s.executable.add_cache(pages, heads, head_dim, format_of(format).fmt, keys);
-           }, "pages"_a, "heads"_a, "head_dim"_a, "format"_a, "keys"_a)
+      .def("cache", [](Session& s, int64_t pages, int heads, int head_dim, const std::string& format, bool keys, bool windowed) {
+             return s.executable.add_cache(pages, heads, head_dim, format_of(format).fmt, keys, windowed);
+           }, "pages"_a, "heads"_a, "head_dim"_a, "format"_a, "keys"_a, "windowed"_a = false)
       .def("states", [](Session& s, int64_t slots, int64_t floats) { return s.executable.add_states(slots, floats); },
            "slots"_a, "floats"_a)
       .def("op", [](Session& s, const std::string& kind, const std::map<std::string, int>& operands,

@@ -34,7 +34,8 @@ class KvWrite : public OpKernel {
 
  private:
   void write(int64_t t, const Tensor& x, const Cache& c, const std::vector<float>& scales) const {
-    const int64_t tokens = context_.page, page = context_.in.slots[t] / tokens, at = context_.in.slots[t] % tokens;
+    const int32_t slot = (c.windowed ? context_.in.window_slots : context_.in.slots)[t];
+    const int64_t tokens = context_.page, page = slot / tokens, at = slot % tokens;
     const int64_t width = c.keys ? c.head_dim : c.stride, first = c.keys ? at : at * width, step = c.keys ? tokens : 1;
     for (int64_t h = 0; h < c.heads; h++) {
       const float* from = x.row(t) + h * c.head_dim;
@@ -188,7 +189,7 @@ class Attend : public OpKernel {
   }
   Query query(int seq, int token, int tokens, int kv_head) const {
     const StepInputs& in = context_.in;
-    return {in.block_table + seq * in.table_width, in.first_row[seq] + token, in.context_len[seq] - in.q_len[seq] + token, tokens, kv_head};
+    return {(k_.windowed ? in.window_table : in.block_table) + seq * in.table_width, in.first_row[seq] + token, in.context_len[seq] - in.q_len[seq] + token, tokens, kv_head};
   }
   // Floats at the start of a thread's scratch space for AttendArgs::gathered.
   int64_t gathered() const {

@@ -60,12 +60,12 @@ Memory Executable::part_of_cache_file(int64_t bytes) {
   return Memory(cache_file_, bytes, true, offset);
 }
 
-int Executable::add_cache(int64_t pages, int heads, int head_dim, Fmt format, bool keys) {
+int Executable::add_cache(int64_t pages, int heads, int head_dim, Fmt format, bool keys, bool windowed) {
   const int stride = keys ? context_.page : (head_dim + 15) / 16 * 16;
   const int64_t bytes = pages * heads * block_bytes(format, keys ? head_dim : stride, context_.page);
   Tensor t;
   Memory memory = cache_file_ < 0 ? Memory(bytes + kAlign) : part_of_cache_file(bytes + kAlign);
-  t.cache = std::make_unique<Cache>(Cache{std::move(memory), format, heads, head_dim, stride, keys});
+  t.cache = std::make_unique<Cache>(Cache{std::move(memory), format, heads, head_dim, stride, keys, windowed});
   return add(std::move(t));
 }
 
@@ -156,6 +156,11 @@ void Executable::check(const StepInputs& in) const {
   within("position", in.positions, in.t, 0, limits_.position);
   within("slot", in.slots, in.t, 0, limits_.slot);
   within("block", in.block_table, in.s * in.table_width, -1, limits_.block);
+  if ((in.window_table != nullptr) != (limits_.window_block > 0)) throw std::out_of_range("window table");
+  if (in.window_table) {
+    within("window slot", in.window_slots, in.t, 0, limits_.window_slot);
+    within("window block", in.window_table, in.s * in.table_width, -1, limits_.window_block);
+  }
   within("state slot", in.state_from, in.s, -1, limits_.state);
   within("state slot", in.state_to, in.s, limits_.state ? 0 : -1, limits_.state);
   within("row", in.rows, in.r, 0, in.t);

@@ -23,7 +23,7 @@ struct Sizes {
     ones.assign(positions.size(), 1), slots.assign(positions.size(), 0), table.assign(lengths.size(), 0), states.assign(lengths.size(), -1), draws.resize(rows.size());
   }
   StepInputs inputs() const {
-    return {ones.data(), positions.data(), slots.data(), first_row.data(), q_len.data(), context_len.data(), states.data(), states.data(), table.data(), rows.data(),
+    return {ones.data(), positions.data(), slots.data(), first_row.data(), q_len.data(), context_len.data(), states.data(), states.data(), table.data(), rows.data(), nullptr, nullptr,
             int64_t(ones.size()), int64_t(q_len.size()), int64_t(rows.size()), 1, draws.data()};
   }
 };

@@ -34,7 +34,8 @@ struct Cache {
   Memory memory;
   Fmt format;
   int heads, head_dim, stride;
-  bool keys;  // laid out as [head_dim][page]
+  bool keys;      // laid out as [head_dim][page]
+  bool windowed;  // its blocks are those of the batch's window_table
 
   // Bytes of a page of `page` tokens, all heads.
   int64_t page_bytes(int page) const { return heads * block_bytes(format, keys ? head_dim : stride, page); }
@@ -79,15 +80,17 @@ struct RowSampling {
 // The batch of one step: t tokens of s sequences, r rows to sample. Arrays have the layout of Batch in batch.py.
 struct StepInputs {
   const int32_t *tokens, *positions, *slots, *first_row, *q_len, *context_len, *state_from, *state_to, *block_table, *rows;
+  const int32_t *window_slots, *window_table;  // as slots and block_table, of windowed caches; null: there are none
   int64_t t, s, r, table_width;
   const RowSampling* draws;
 };
 
 constexpr int64_t kPerToken = 3, kPerSequence = 5;  // arrays of a batch with an item per token and per sequence
 
-// Exclusive upper bounds of token ids, positions, slots, block numbers and state slots in a batch. state 0: no state slots.
+// Exclusive upper bounds of token ids, positions, slots, block numbers and state slots in a batch, and of slots and blocks
+// of windowed caches. state 0: no state slots.
 struct Limits {
-  int64_t token, position, slot, block, state = 0;
+  int64_t token, position, slot, block, state = 0, window_slot = 0, window_block = 0;
 };
 
 }  // namespace intaglio

@@ -166,7 +166,7 @@ class Executable:
     def keep_caches_in(self, file: int) -> None:
         """Put the caches that are added from now on into a memory file; the caller closes it."""
 
-    def cache(self, pages: int, heads: int, head_dim: int, format: str, keys: bool) -> int: ...
+    def cache(self, pages: int, heads: int, head_dim: int, format: str, keys: bool, windowed: bool = ...) -> int: ...
     def states(self, slots: int, floats: int) -> int: ...
     def op(self, kind: str, operands: Mapping[str, int], attributes: Mapping[str, object]) -> int:
         """Add an op; attributes are of type Attribute. Raises ValueError for an unknown kind, operand or attribute."""
@@ -180,7 +180,7 @@ class Executable:
     def begin(
         self,
         numbers: np.ndarray,
-        counts: tuple[int, int, int, int],
+        counts: tuple[int, int, int, int, int],
         draws: SamplingParams,
         edits: Edits | None,
         taps: list[tuple[int, int, np.ndarray]],

@@ -100,6 +100,9 @@ class Chunk:
         state: (slot that is read, slot that is written) of recurrent state. The first holds the state before these
             tokens; -1 at start 0, where there is none. The second gets the state after them. (-1, -1) for a model
             without such state.
+        window_blocks: the sequence's blocks in the caches of layers with a window, in order, up to the last token
+            computed; -1 for a block that was given back, whose positions no query sees any more. () if these caches use
+            `blocks` too.
     """
 
     tokens: Sequence[int]
@@ -108,11 +111,15 @@ class Chunk:
     rows: Sequence[int] = ()
     sampling: Sampling | Sequence[Sampling] = GREEDY
     state: tuple[int, int] = NO_STATE
+    window_blocks: Sequence[int] = ()
 
 
-def numbers_size(t: int, s: int, r: int, columns: int) -> int:
-    """Length of `Batch.numbers` for t token rows, s sequences, r sampled rows and `columns` columns of block_table."""
-    return PER_TOKEN * t + PER_SEQUENCE * s + r + s * columns
+def numbers_size(t: int, s: int, r: int, columns: int, windows: int) -> int:
+    """Length of `Batch.numbers` for t token rows, s sequences, r sampled rows and `columns` columns of block_table.
+
+    windows: 1 if there are window_slots and a window_table, else 0.
+    """
+    return PER_TOKEN * t + PER_SEQUENCE * s + r + s * columns + windows * (t + s * columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,14 +128,15 @@ class Batch:
 
     Attributes:
         numbers: one int32 array of which the other arrays are views, in this order: tokens, positions, slots,
-            first_row, q_len, context_len, state_from, state_to, rows, block_table.
-        counts: (T, S, R, number of columns of block_table).
+            first_row, q_len, context_len, state_from, state_to, rows, block_table, and window_slots and window_table if
+            the caches of layers with a window have blocks of their own.
+        counts: (T, S, R, number of columns of block_table, 1 if there is a window_table, else 0).
         block_size: tokens in a K/V block.
         sampling: R Samplings, one per row to sample.
     """
 
     numbers: np.ndarray
-    counts: tuple[int, int, int, int]  # T, S, R and the columns of block_table
+    counts: tuple[int, int, int, int, int]  # T, S, R, the columns of block_table, 1 if there is a window_table
     block_size: int
     sampling: tuple[Sampling, ...] = ()  # one per row to sample
 
@@ -181,13 +189,45 @@ class Batch:
     @cached_property
     def block_table(self) -> np.ndarray:
         """Numbers of each sequence's K/V blocks in order, padded with -1, int32 [S, columns]."""
-        _, s, r, columns = self.counts
-        return self.numbers[self._rows_start + r :].reshape(s, columns)
+        _, s, r, columns, _ = self.counts
+        start = self._rows_start + r
+        return self.numbers[start : start + s * columns].reshape(s, columns)
+
+    @cached_property
+    def window_slots(self) -> np.ndarray:
+        """As `slots`, in the caches of layers with a window: int32 [T]; [0] if these have no blocks of their own."""
+        t, s, _, columns, windows = self.counts
+        return self.numbers[len(self.numbers) - s * columns - t :][:t] if windows else self.numbers[:0]
+
+    @cached_property
+    def window_table(self) -> np.ndarray:
+        """As `block_table`, of the caches of layers with a window: int32 [S, columns]; [0, 0] if there is none.
+
+        -1 also stands for a block that was given back.
+        """
+        _, s, _, columns, windows = self.counts
+        if not windows:
+            return self.numbers[:0].reshape(0, 0)
+        return self.numbers[len(self.numbers) - s * columns :].reshape(s, columns)
+
+    @cached_property
+    def of_windows(self) -> Batch:
+        """The Batch as the ops of layers with a window read it: its slots and block_table are those of the window.
+
+        The Batch itself if these layers have no blocks of their own.
+        """
+        t, s, r, columns, windows = self.counts
+        if not windows:
+            return self
+        numbers = self.numbers[: numbers_size(t, s, r, columns, 0)].copy()
+        numbers[2 * t : 3 * t] = self.window_slots
+        numbers[len(numbers) - s * columns :] = self.window_table.reshape(-1)
+        return Batch(numbers, (t, s, r, columns, 0), self.block_size, self.sampling)
 
     @property
     def sizes(self) -> Sizes:
         """The sizes of the symbolic dimensions in this batch: T, S, R, and ranks' shares of T."""
-        t, s, r, _ = self.counts
+        t, s, r, _, _ = self.counts
         return Sizes(T=t, S=s, R=r)
 
     def _per_token(self, i: int) -> np.ndarray:
@@ -195,7 +235,7 @@ class Batch:
         return self.numbers[i * t : (i + 1) * t]
 
     def _per_sequence(self, i: int) -> np.ndarray:
-        t, s, _, _ = self.counts
+        t, s, _, _, _ = self.counts
         return self.numbers[PER_TOKEN * t + i * s : PER_TOKEN * t + (i + 1) * s]
 
     @property
@@ -214,10 +254,17 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
         raise BatchError("a batch needs at least one chunk")
     tokens, positions, slots, rows = list[int](), list[int](), list[int](), list[int]()
     first_row, q_len, context_len, table = list[int](), list[int](), list[int](), list[int]()
+    window_slots, window_table = list[int](), list[int]()
+    windows = any(len(c.window_blocks) for c in chunks)
     sampling = list[Sampling]()
     width = max(len(c.blocks) for c in chunks)
     for i, c in enumerate(chunks):
         _check(i, c, block_size)
+        if windows:
+            _check_window(i, c, block_size)
+            held, stop = c.window_blocks, c.start + len(c.tokens)
+            window_slots += [held[p // block_size] * block_size + p % block_size for p in range(c.start, stop)]
+            window_table += [*held, *[-1] * (width - len(held))]
         n, first, blocks = len(c.tokens), len(tokens), c.blocks
         at = range(c.start, c.start + n)
         tokens += c.tokens
@@ -230,13 +277,14 @@ def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
         table += blocks
         table += [-1] * (width - len(blocks))
         sampling += [c.sampling] * len(c.rows) if isinstance(c.sampling, Sampling) else c.sampling
-    if len(set(slots)) < len(slots):
-        raise BatchError(_same_slot(slots, first_row, block_size))
+    for used in (slots, window_slots):
+        if len(set(used)) < len(used):
+            raise BatchError(_same_slot(used, first_row, block_size))
     state_from, state_to = (list(slots) for slots in zip(*(c.state for c in chunks), strict=True))
     _check_states(state_from, state_to)
     per_sequence = [*first_row, *q_len, *context_len, *state_from, *state_to]
-    numbers = [*tokens, *positions, *slots, *per_sequence, *rows, *table]
-    counts = len(tokens), len(chunks), len(rows), width
+    numbers = [*tokens, *positions, *slots, *per_sequence, *rows, *table, *window_slots, *window_table]
+    counts = len(tokens), len(chunks), len(rows), width, int(windows)
     return Batch(np.array(numbers, np.int32), counts, block_size, tuple(sampling))
 
 
@@ -272,6 +320,17 @@ def _check_states(before: list[int], after: list[int]) -> None:
         raise BatchError(
             f"state slot {min(both)} is read and written in one step; a step reads one slot and writes another, so "
             "that it can be run again if it fails"
+        )
+
+
+def _check_window(i: int, c: Chunk, block_size: int) -> None:
+    """Raise BatchError unless chunk number `i` has a window block for each token, and no more of them than blocks."""
+    held = c.window_blocks
+    first, last = c.start // block_size, (c.start + len(c.tokens) - 1) // block_size
+    if not last < len(held) <= len(c.blocks) or min(held[first : last + 1]) < 0:
+        raise BatchError(
+            f"chunk {i} computes tokens of blocks {first}..{last} of {len(c.blocks)}, and its window_blocks are "
+            f"{list(held)}; give one for each block, or -1 for those before block {first} that were given back"
         )
 
 

@@ -48,6 +48,7 @@ from intaglio.runtime import (
     Sequence,
 )
 from intaglio.runtime.request import TokenIds
+from intaglio.runtime.windows import with_windows
 from intaglio.tiers import DiskTier
 
 PAGE_TOKENS = 32
@@ -119,6 +120,9 @@ class LLM:
         state_cache_bytes: only for a model with recurrent state: bytes of states kept for the prefix cache, beside
             those of running sequences. None: an eighth of the memory for K/V, but no more than STATE_CHECKPOINTS
             states. 0: such a model has no prefix cache.
+        window_tokens: only for a model of which some or all layers have a window: tokens of K/V cache that these layers
+            keep for all sequences together. A sequence holds no more than its window and one step. None: see
+            runtime.windows.with_windows(). 0: all tokens, as in other layers; so with `kv_cache_dir`.
         cache: where the host keeps packed weights for the next start: a folder, "auto" or None (see HostDevice).
         worker: run the device in a child process, which is replaced when it dies.
         journal: a file that records all requests and device outcomes, for `intaglio replay`.
@@ -151,6 +155,7 @@ class LLM:
         max_waiting: int = 1024,
         max_drafts: int = 0,
         state_cache_bytes: int | None = None,
+        window_tokens: int | None = None,
         cache: str | Path | None = "auto",
         worker: bool = False,
         journal: str | Path | None = None,
@@ -188,10 +193,21 @@ class LLM:
             raise DeviceError("several hosts need device host and a layout of several ranks, such as tp2 or pp2")
         self.clock = inner.clock
         self.state, max_sequences = state_spec(self.mesh, kv_tokens, max_sequences, state_cache_bytes, self.machine)
+        if kv_cache_dir and window_tokens:
+            raise RequestError(
+                "kv_cache_dir keeps the K/V of all tokens, and window_tokens gives some back; leave out one of them"
+            )
+        if kv_cache_dir or device == "silicon":
+            window_tokens = window_tokens or 0
+        self.state = with_windows(
+            self.state, self.mesh.programs, window_tokens, context=self.mesh.last.context,
+            max_batch_tokens=max_batch_tokens, max_drafts=max_drafts,
+        )  # fmt: skip
         opened = {
             "device": device, "weights": weights, "context": context, "kv_tokens": self.state.pages * PAGE_TOKENS,
             "kv_format": kv_format, "layout": layout, "chip": chip, "chips": chips, "max_sequences": max_sequences,
-            "state_cache_bytes": state_cache_bytes,
+            "state_cache_bytes": state_cache_bytes, "window_tokens": self.state.window_pages * PAGE_TOKENS,
+            "max_batch_tokens": max_batch_tokens, "max_drafts": max_drafts,
         }  # fmt: skip
         facts = inner.facts()
         numerics = " ".join(filter(None, (device, facts.isa, layout)))

@@ -40,6 +40,32 @@ def scaled(name, by):
     return change
 
 
+def regrouped(p):
+    """GPT-NeoX joins q, k and v by head; read them as if they came one after another."""
+    tensors = dict(p.tensors)
+    for i, part in enumerate("qkv"):
+        for kind, cut in (("weight", "r"), ("bias", "c")):
+            t = tensors[f"layers.1.attn.{part}_proj.{kind}"]
+            n = t.shape[0]
+            tensors[t.name] = replace(t, source=(f"{t.source[0].split('|')[0]}|{cut}{n * i}:{n * (i + 1)}/{3 * n}",))
+    return p.with_ops(p.ops, tensors)
+
+
+def whole_heads(p):
+    """The frequencies of a rope that turns whole heads of 16 columns."""
+    t = p.tensors["rope.frequencies"]
+    values = tuple(float(x) for x in np.float32(10000.0 ** (-np.arange(8) / 8)))
+    return p.with_ops(p.ops, {**p.tensors, t.name: replace(t, shape=(8,), values=values)})
+
+
+def swapped_norms(p):
+    """The attention's norm with weight and bias of the MLP's, and the other way round."""
+    for own, other in (("attn", "mlp"), ("mlp", "attn")):
+        names = {x: f"layers.1.{other}.norm.{x}" for x in ("weight", "bias")}
+        p = fields(f"layers.1.{own}.norm", **names)(p)
+    return p
+
+
 M = "model.layers.1."
 # fault: (family, what is done, the first site that can show it, words of the cause; none for one that is not told)
 FAULTS = {
@@ -117,6 +143,23 @@ FAULTS = {
     "softcap forgotten": (
         "gemma2", fields("layers.1.attn.attend", softcap=0.0),
         "layers.1.attn.attend", "missing softcap: 4 fits",
+    ),
+    "q, k and v joined by head": (
+        "gpt_neox", regrouped, "layers.1.attn.k_rope", "q, k and v are joined by head, not one after another",
+    ),
+    "norms swapped with their bias": (
+        "gpt_neox", swapped_norms, "layers.1.attn.norm", "layers.1.attn.norm.weight and layers.1.attn.norm.bias fit",
+    ),
+    "sequential for parallel residual": (
+        "gpt_neox", fields("layers.1.mlp.norm", x="layers.1.attn.add"),
+        "layers.1.attn.add", "parallel, not sequential; what follows reads the layer's input layers.0.mlp.add",
+    ),
+    "parallel for sequential residual": (
+        "llama", fields("layers.1.mlp.norm", x="layers.0.mlp.add"),
+        "layers.1.mlp.norm", "sequential, not parallel; it reads the sum layers.1.attn.add",
+    ),
+    "whole head turned": (
+        "phi", whole_heads, "layers.0.attn.k_rope", "rope turns 8 of 16 columns of a head, not 16",
     ),
     "scale of the logits": ("cohere2", fields("lm_head", scale=0.5), "logits", "theirs is 0.5 times ours"),
 }  # fmt: skip

@@ -51,8 +51,8 @@ def test_simulated_histories_replay_from_their_journals() -> None:
         world.run()
         clients = client_requests(world)
 
-        def load(o: Options = o) -> Executable:
-            return ORACLE.load(PROGRAM, ArrayWeights({}), StateSpec(o.pages, o.page_tokens, o.slots))
+        def load(o: Options = o, windows: tuple[int, int] = world.windows) -> Executable:
+            return ORACLE.load(PROGRAM, ArrayWeights({}), StateSpec(o.pages, o.page_tokens, o.slots, *windows))
 
         def revive(r: Request, clients: Iterator[ClientRequest] = clients) -> Request:
             whole = World.request(next(clients))

@@ -585,6 +585,33 @@ def share_checkpoints_across_salts(engine: Engine) -> None:
     engine.slots.keep, checkpoints.start = broken_keep, broken_start  # type: ignore[method-assign]
 
 
+def give_window_blocks_back_too_early(engine: Engine) -> None:
+    """A window block is given back while the next token still sees its last position."""
+    first = engine.windows.first_block
+    engine.windows.first_block = lambda position: first(position + 1)  # type: ignore[method-assign]
+
+
+def keep_window_prefixes_of_lost_device(engine: Engine) -> None:
+    engine.windows.pool.reset_prefix_cache = lambda: None  # type: ignore[method-assign]
+
+
+def reserve_no_window_blocks(engine: Engine) -> None:
+    engine.windows.fits = lambda sequence, freed=0: True  # type: ignore[method-assign]
+
+
+def share_prefix_without_its_window(engine: Engine) -> None:
+    """A sequence starts after a prefix whose window blocks are gone; others stand in for them."""
+    windows = engine.windows
+
+    def broken(s: Sequence, names: list[str]) -> None:
+        known = [name if name in windows.pool.index else next(iter(windows.pool.index), "") for name in names]
+        start(s, [name for name in known if name])
+
+    if windows.on:
+        start, windows.start = windows.start, broken  # type: ignore[method-assign, assignment]
+        windows.usable = lambda names: len(names) if windows.pool.index else 0  # type: ignore[method-assign]
+
+
 def change_seed_on_resumption(engine: Engine) -> None:
     resume = engine.resume
 
@@ -788,6 +815,10 @@ MUTANTS: tuple[Mutant, ...] = (
     leak_state_of_started_sequence,
     keep_checkpoint_of_evicted_block,
     share_checkpoints_across_salts,
+    give_window_blocks_back_too_early,
+    keep_window_prefixes_of_lost_device,
+    reserve_no_window_blocks,
+    share_prefix_without_its_window,
     change_seed_on_resumption,
     forget_last_token_on_suspension,
     restart_timeouts_on_resumption,

@@ -36,7 +36,8 @@ def test_seeds_cover_all_outcomes() -> None:
         "stop", "length", "abort", "deadline", "error", "full", "late", "draining", "invalid", "request fault",
         "step fault", "worker fault", "preemptions", "hits", "restarts", "accepted drafts", "rejected drafts", "healed",
         "engine failed", "pipelines", "kept", "suspensions", "state hits",
-        "accepted beside state", "rejected beside state", "tier hits", "tier misses", "tier corrupt", "tier late",
+        "accepted beside state", "rejected beside state", "window hits", "window drafts",
+        "tier hits", "tier misses", "tier corrupt", "tier late",
     }  # fmt: skip
     seen: Counter[str] = Counter()
     for seed in range(800):
@@ -58,6 +59,8 @@ def test_seeds_cover_all_outcomes() -> None:
                 "state hits": c.cached_tokens, "accepted beside state": c.accepted_tokens,
                 "rejected beside state": c.draft_tokens - c.accepted_tokens,
             })  # fmt: skip
+        if world.engine.windows.on:
+            seen += Counter({"window hits": c.cached_tokens, "window drafts": c.accepted_tokens})
         if world.tier:
             t = world.tier.counts
             seen += Counter({f"tier {name}": getattr(t, name) for name in ("hits", "misses", "corrupt", "late")})

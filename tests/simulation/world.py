@@ -38,7 +38,17 @@ from intaglio.runtime import (
     Sequence,
 )
 from intaglio.runtime.sampling import edits
-from simulation.options import KILLER, PLAIN, POISON, ClientRequest, Faults, Options, draw_options, draw_request
+from simulation.options import (
+    KILLER,
+    PLAIN,
+    POISON,
+    ClientRequest,
+    Faults,
+    Options,
+    draw_options,
+    draw_request,
+    draw_windows,
+)
 from simulation.tier import SimulatedTier
 
 PROGRAM = smallest_program()
@@ -117,7 +127,7 @@ class FaultyDevice(Executable):
 
     def __init__(self, world: World, after: FaultyDevice | None = None) -> None:
         self.world = world
-        state = StateSpec(world.options.pages, world.options.page_tokens, world.options.slots)
+        state = StateSpec(world.options.pages, world.options.page_tokens, world.options.slots, *world.windows)
         self.inner = after.inner if after else ORACLE.load(PROGRAM, ArrayWeights({}), state)
         self.state_kept = after is not None
         self.program, self.state, self.depth = self.inner.program, self.inner.state, world.options.depth
@@ -190,6 +200,7 @@ class FaultyDevice(Executable):
             else:  # it had begun to write
                 assert isinstance(self.inner, OracleExecutable)
                 self.inner.links[[slot for slot in batch.slots if rng.random() < 0.5]] = STALE
+                self.inner.window_links[[slot for slot in batch.window_slots if rng.random() < 0.5]] = STALE
             raise DeviceLost("its process died")
         if rng.random() < faults.scarce and len(batch.tokens) > 2:
             raise DeviceError(f"no memory for {len(batch.tokens)} rows")
@@ -218,6 +229,7 @@ class World:
         o = self.options
         tiered = not o.slots and random.Random(f"tiered {seed}").random() < TIERED
         self.tier = SimulatedTier(self, seed) if tiered else None
+        self.windows = (0, 0) if tiered else draw_windows(random.Random(f"windows {seed}"), o)
         kind: Any = (
             partial(Engine, connector=self.tier) if tiered else partial(RecordedEngine, journal=self.journal.append)
         )

@@ -32,9 +32,13 @@ def smallest_program() -> Program:
     return b.done()
 
 
-def oracle_engine(pages: int = 16, page_tokens: int = 4, seed: int = 0, slots: int = 0, **options: Any) -> Engine:
+def oracle_engine(
+    pages: int = 16, page_tokens: int = 4, seed: int = 0, slots: int = 0, windows: tuple[int, int] = (0, 0),
+    **options: Any,
+) -> Engine:  # fmt: skip
     """An engine on the oracle device with a clock that advances by 1 at each reading."""
-    executable = open_device("oracle").load(smallest_program(), ArrayWeights({}), StateSpec(pages, page_tokens, slots))
+    state = StateSpec(pages, page_tokens, slots, *windows)
+    executable = open_device("oracle").load(smallest_program(), ArrayWeights({}), state)
     ticks = iter(range(10**9))
     engine = RecordedEngine if "journal" in options else Engine
     return engine(executable, rng=random.Random(seed), clock=lambda: float(next(ticks)), **options)

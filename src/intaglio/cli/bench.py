@@ -49,7 +49,7 @@ def bench(
     check_measurable(device)
     lengths = numbers(prompt_tokens) if prompt_tokens else None
     counts = numbers(sequences)
-    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache, layout, in_process, revision)
+    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache, layout, in_process, revision, 0)
     rows, why = run_bench(llm, lengths=lengths, sequences=counts, runs=runs)
     if as_json:
         print_json({**facts(llm, why), "rows": [r.as_dict() for r in rows]})
@@ -85,7 +85,9 @@ def profile(
     check_measurable(device)
     if trace and not layout:
         raise ValueError("--trace shows the ranks of a layout; add --layout, such as tp2")
-    llm = open_llm(model, device, weights, kv_format, threads, context, no_cache, layout, revision=revision)
+    llm = open_llm(
+        model, device, weights, kv_format, threads, context, no_cache, layout, revision=revision, window_tokens=0
+    )
     profiles, why = beside_roofs(llm, run_profile, sequences=sequences, prompt_tokens=prompt_tokens, runs=runs)
     steps = timed_decode(llm.engine.executable, sequences, runs) if layout else []
     ranks = rank_times(llm.mesh, steps) if steps else []

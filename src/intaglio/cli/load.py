@@ -20,7 +20,7 @@ HOSTS: ContextVar[HostsDevice | None] = ContextVar("hosts", default=None)  # set
 def open_llm(
     model: Path | None, device: str, weights: str, kv_format: str, threads: int | None, context: int | None = None,
     no_cache: bool = False, layout: str | None = None, in_process: bool = False,
-    revision: str | None = None,
+    revision: str | None = None, window_tokens: int | None = None,
 ) -> LLM:  # fmt: skip
     """Load a model and return it as an LLM, with a progress bar.
 
@@ -31,7 +31,8 @@ def open_llm(
 
         return LLM(
             model, device, weights, threads, context=context, kv_format=kv_format, cache=None if no_cache else "auto",
-            layout=layout, in_process=in_process, hosts=HOSTS.get(), revision=revision, progress=progress,
+            layout=layout, in_process=in_process, hosts=HOSTS.get(), revision=revision, window_tokens=window_tokens,
+            progress=progress,
         )  # fmt: skip
 
 

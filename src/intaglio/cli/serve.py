@@ -98,6 +98,9 @@ def serve(
             help="Most bytes of recurrent states kept for the prefix cache, such as 2GiB; 0: none are. Default: auto.",
         ),
     ] = "auto",
+    window_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Tokens of KV in layers with a window; 0: all. Default: auto.")
+    ] = None,
     max_open: Annotated[int, typer.Option(min=1, help="Requests open at once; beyond: 429.")] = 1024,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 8 << 20,
     timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds a request gets in all.")] = 600.0,
@@ -174,8 +177,8 @@ def serve(
                 hosts=HOSTS.get(),
                 max_sequences=max_sequences,
                 max_batch_tokens=max_batch_tokens, max_waiting=max_waiting, max_drafts=max_drafts, machine=machine,
-                state_cache_bytes=state_cache_bytes(state_cache_size), kv_cache_dir=kv_cache_dir,
-                kv_cache_bytes=o.parse_size(kv_cache_size),
+                state_cache_bytes=state_cache_bytes(state_cache_size), window_tokens=window_tokens,
+                kv_cache_dir=kv_cache_dir, kv_cache_bytes=o.parse_size(kv_cache_size),
                 revision=revision, progress=prefixed(progress, name),
             )  # fmt: skip
     if template is not None:

@@ -6,12 +6,14 @@ mistake is reported if its correction gives transformers' value. check.py decide
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from intaglio.batch import Batch
+from intaglio.debugging.layer_causes import layer_variants
 from intaglio.ops import Attend, Experts, Linear, Map, Norm, Op, Rope, Route, Value
 from intaglio.ops.elementwise import FUNCTIONS
 from intaglio.program import Program
@@ -49,13 +51,14 @@ def explain(scene: Scene, site: str, theirs: np.ndarray, good: set[str]) -> str:
     error = np.linalg.norm(ours - theirs)
     chain = _chain(scene.program, name, good)
     best = (NEAR, "")
-    for op in chain:
-        for words, changed in variants(scene, op):
-            got = rerun(scene, chain, {op.site: changed}, name)
-            if got is not None and got.shape == theirs.shape:
-                left = float(np.linalg.norm(got - theirs) / error)
-                if left < best[0] and (not best[1] or left < best[0] / 4):  # of two that say the same, the first
-                    best = (left, f"{op.site}: {words}")
+    single = ((op.site, words, {op.site: changed}) for op in chain for words, changed in variants(scene, op))
+    assert isinstance(scene.values, dict)
+    for at, words, changed in itertools.chain(single, layer_variants(scene.program, scene.values, chain)):
+        got = rerun(scene, chain, changed, name)
+        if got is not None and got.shape == theirs.shape:
+            left = float(np.linalg.norm(got - theirs) / error)
+            if left < best[0] and (not best[1] or left < best[0] / 4):  # of two that say the same, the first
+                best = (left, f"{at}: {words}")
     return best[1] or describe(ours, theirs)
 
 
@@ -118,9 +121,30 @@ def _rope(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
     yield f"rope turns the {end} columns of a head", replace(op, trailing=not op.trailing)
     if op.factor != 1:
         yield "the rope's attention factor does not belong there", replace(op, factor=1.0)
+    yield from _rotated(scene, op)
     for t in scene.program.of_role("const"):
         if t.name != op.frequencies:
             yield f"the wrong rope table: {t.name} fits", replace(op, frequencies=t.name)
+
+
+def _rotated(scene: Scene, op: Rope) -> Iterator[tuple[str, Op]]:
+    """Yield (mistake, corrected op) for a rope op that rotates another number of columns of each head.
+
+    The frequencies are theta^(-i / n) for n pairs of columns; theta is taken from the op's own. The new tables are
+    added to the scene's values.
+    """
+    values, have = scene.values, np.asarray(scene.values[op.frequencies], np.float64)
+    assert isinstance(values, dict)
+    n = len(have)
+    if n < 2 or not 0 < have[1] < have[0]:
+        return
+    theta = (have[0] / have[1]) ** n
+    for m in range(1, op.head_dim // 2 + 1, max(1, op.head_dim // 64)):
+        if m != n:
+            name = f"{op.frequencies}.{m}"
+            values[name] = (have[0] * theta ** (-np.arange(m) / m)).astype(np.float32)
+            words = f"rope turns {2 * m} of {op.head_dim} columns of a head, not {2 * n}"
+            yield words, replace(op, frequencies=name)
 
 
 def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
@@ -136,6 +160,12 @@ def _norm(scene: Scene, op: Norm) -> Iterator[tuple[str, Op]]:
     if op.weight is not None:
         for other in _alike(scene, op.weight):
             yield f"the wrong norm's weight (a norm misplaced or swapped): {other} fits", replace(op, weight=other)
+            bias = other.removesuffix("weight") + "bias"
+            if op.bias is not None and bias in scene.values:
+                yield (
+                    f"the wrong norm's weight and bias (norms swapped): {other} and {bias} fit",
+                    replace(op, weight=other, bias=bias),
+                )
     if op.residual is not None:
         yield "a residual that does not belong there", replace(op, residual=None)
 

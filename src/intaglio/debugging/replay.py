@@ -50,7 +50,7 @@ def replay_journal(
     if first["do"] != "model":
         raise ValueError(f"{path} begins with {first['do']!r}; a journal begins with the model")
     other = {"device": device, "chip": None, "chips": None} if device else {}
-    options = {**first["options"], **other}
+    options = {"window_tokens": 0, **first["options"], **other}  # older journals: the K/V of all tokens was kept
     llm = LLM(model or first["path"], **options, progress=progress)
     with path.open("rb") as file:
         total = sum(1 for _ in file) - 1

@@ -64,11 +64,28 @@ class StateSpec:
         page_tokens: tokens per page (the symbolic dim B).
         slots: slots of recurrent state (the symbolic dim N), two for each sequence that runs at once; 0 for a model
             without recurrent state.
+        window_pages: pages of the caches that are read only by layers with a window or chunk (`Program.windows`), whose
+            blocks are given back when no query sees them any more; 0: these caches have `pages` pages like all others.
+        window: the longest of these windows in tokens; 0 if window_pages is 0.
     """
 
     pages: int
     page_tokens: int = 32
     slots: int = 0
+    window_pages: int = 0
+    window: int = 0
+
+    def pages_of(self, program: Program, cache: str) -> int:
+        """Number of pages of a K/V cache of the Program.
+
+        Raises DeviceError for a cache whose window is longer than `window`.
+        """
+        reach = program.windows.get(cache)
+        if not self.window_pages or reach is None:
+            return self.pages
+        if reach > self.window:
+            raise DeviceError(f"{cache} has a window of {reach} tokens; the StateSpec keeps blocks for {self.window}")
+        return self.window_pages
 
     def pair(self, sequence: int, steps: int) -> tuple[int, int]:
         """(slot to read, slot to write) of a sequence in its step number `steps`, as `Chunk.state` takes them.
@@ -372,6 +389,8 @@ def limits(program: Program, state: StateSpec) -> dict[str, int]:
         "slot": state.pages * state.page_tokens,
         "block": state.pages,
         "state slot": state.slots,
+        "window slot": state.window_pages * state.page_tokens,
+        "window block": state.window_pages,
     }
 
 
@@ -384,11 +403,17 @@ def check_batch(program: Program, state: StateSpec, batch: Batch) -> None:
         raise DeviceError(f"the batch has {batch.block_size} tokens per page, the state {state.page_tokens}")
     below = limits(program, state) | {"row": len(batch.tokens)}
     states = np.concatenate([batch.state_from, batch.state_to])
-    given = (batch.tokens, batch.positions, batch.slots, batch.block_table, states, batch.rows)
+    windows = batch.window_slots, batch.window_table
+    given = (batch.tokens, batch.positions, batch.slots, batch.block_table, states, *windows, batch.rows)
+    if bool(state.window_pages) != bool(batch.counts[4]):
+        raise DeviceError(
+            f"the state has {state.window_pages} window pages and the batch has {'a' if batch.counts[4] else 'no'} "
+            "window table; give each Chunk window_blocks if, and only if, there are window pages"
+        )
     if state.slots and int(batch.state_to.min()) < 0:
         raise DeviceError("the state has slots but a chunk has none; give each Chunk state=(slot before, slot after)")
     for (what, limit), values in zip(below.items(), given, strict=True):
-        low = -1 if what in ("block", "state slot") else 0
+        low = -1 if what in ("block", "state slot", "window block") else 0
         if values.size and (int(values.min()) < low or int(values.max()) >= limit):
             bad = int(values.min()) if int(values.min()) < low else int(values.max())
             raise DeviceError(f"{what} {bad} is outside 0..{limit - 1}")

@@ -3,7 +3,8 @@
 Its K/V cache holds a hash chain, one link per slot. To sample a token it reads all links of the sequence through the
 block table, so a wrong block, an early reuse or a missing write becomes a wrong token. If the state has slots, each
 slot holds the chain of one sequence as recurrent state, which must end in the same link as the K/V: a state that is
-stepped twice, stale, or of another sequence becomes a wrong token too.
+stepped twice, stale, or of another sequence becomes a wrong token too. With window pages, each window slot holds a
+copy of the link, and a query must find in them the links of all tokens in its window.
 """
 
 from __future__ import annotations
@@ -79,11 +80,12 @@ class OracleExecutable(BlockingExecutable):
     def __init__(self, program: Program, state: StateSpec) -> None:
         self.program, self.state = program, state
         self.links = np.full(state.pages * state.page_tokens, STALE, np.uint64)
+        self.window_links = np.full(state.window_pages * state.page_tokens, STALE, np.uint64)
         self.states = np.full(state.slots, STALE, np.uint64)
 
     @property
     def block_bytes(self) -> int:
-        return self.state.page_tokens * self.links.itemsize
+        return 0 if self.state.window_pages else self.state.page_tokens * self.links.itemsize
 
     def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
         check_blocks(self.state, self.block_bytes, blocks)
@@ -111,14 +113,25 @@ class OracleExecutable(BlockingExecutable):
             at = int(batch.positions[t])
             previous = int(self.links[where[owner[t]][at - 1]]) if at else START
             self.links[batch.slots[t]] = link(previous, token)
+            if self.state.window_pages:
+                self.window_links[batch.window_slots[t]] = self.links[batch.slots[t]]
         chain = self._states(batch)
         tokens = np.empty(len(batch.rows), np.int32)
         for r, row in enumerate(batch.rows.tolist()):
             held = self.links[where[owner[row]][: int(batch.positions[row]) + 1]].tolist()
             if chain and chain[row] != held[-1]:
                 held[-1] = mix(held[-1] ^ chain[row])
+            if self.state.window_pages and not self._sees(batch, int(owner[row]), held):
+                held[-1] = mix(held[-1] ^ STALE)
             tokens[r] = draw(held, self.program.vocabulary, batch.sampling[r])
         return StepResult(tokens, np.zeros(len(tokens), np.float32), self._logits(tokens) if request.logits else None)
+
+    def _sees(self, batch: Batch, s: int, held: list[int]) -> bool:
+        """True if the window blocks of sequence `s` hold the last of the links `held` that a query sees."""
+        at = np.arange(max(0, len(held) - self.state.window), len(held))
+        blocks = batch.window_table[s, at // batch.block_size]
+        links = self.window_links[blocks * batch.block_size + at % batch.block_size]
+        return bool((blocks >= 0).all()) and links.tolist() == [held[i] for i in at]
 
     def _states(self, batch: Batch) -> list[int]:
         """The recurrent state after each token row, as a list; [] if there are no slots.

@@ -32,10 +32,12 @@ class ReferenceExecutable(RankExecutable):
         self.program, self.state = program, state
         self.held: dict[str, Value] = {t.name: assemble(t, weights) for t in program.of_role("weight")}
         self.held |= {t.name: np.array(t.values, np.float32) for t in program.of_role("const")}
-        self.held |= {t.name: zeroed_state(t, state) for t in program.of_role("state")}
+        self.held |= {t.name: zeroed_state(t, state, program) for t in program.of_role("state")}
 
     @property
     def block_bytes(self) -> int:
+        if self.state.window_pages:
+            return 0
         return sum(x[0].nbytes for x in self._pages())
 
     def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
@@ -70,7 +72,7 @@ class ReferenceExecutable(RankExecutable):
                 output = yield op, np.asarray(v[op.inputs[0]]) if op.inputs else None
                 results = {name: output for name in op.outputs if output is not None}
             else:
-                results = op.reference(v, batch)
+                results = op.reference(v, batch.of_windows if self.program.has_window(op) else batch)
             v |= results
             for t in views:
                 if t.view and t.view[0] in results:

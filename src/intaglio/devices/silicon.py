@@ -50,13 +50,15 @@ class ChipExecutable(BlockingExecutable):
         if why := next(filter(None, (unsupported_reason(op, program.tensors) for op in program.ops)), None):
             others = ", ".join(v for v in VALUES if v not in (CHIP, NONE))
             raise DeviceError(f"{program.name}: {why}; to model only its time, use values from {others}")
+        if state.window_pages:
+            raise DeviceError("chip kernels use the same K/V blocks in all layers; load with window_pages=0")
         self.program, self.state, self.memory = program, state, ChipMemory(target)
         for t in program.of_role("weight"):
             self.memory.put(t.name, assemble(t, weights), 4 if t.format.startswith("int4") else 8)
         for t in program.of_role("const"):
             self.memory.put(t.name, np.array(t.values, np.float32))
         for t in program.of_role("state"):
-            self.memory.put(t.name, zeroed_state(t, state))
+            self.memory.put(t.name, zeroed_state(t, state, program))
         self.loaded_bytes = self.memory.heap.top  # end of weights, constants and caches
 
     def run(self, request: StepRequest) -> StepResult:

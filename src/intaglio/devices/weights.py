@@ -13,7 +13,7 @@ from intaglio import formats
 from intaglio.devices.device import DeviceError, StateSpec, Weights
 from intaglio.formats import Quantised
 from intaglio.ops import Tensor, Value
-from intaglio.program import MeshProgram
+from intaglio.program import MeshProgram, Program
 from intaglio.program.source import names, read
 from intaglio.progress import Progress
 
@@ -87,13 +87,13 @@ class ReportedWeights:
         return self.weights.identity()
 
 
-def zeroed_state(tensor: Tensor, state: StateSpec) -> Value:
-    """A state tensor of zeros in its format, with P, B and N of its shape taken from `state`.
+def zeroed_state(tensor: Tensor, state: StateSpec, program: Program) -> Value:
+    """A state tensor of `program`, of zeros in its format, with P, B and N of its shape taken from `state`.
 
     Raises DeviceError for recurrent state if `state` has no slots.
     """
     check_slots(tensor, state)
-    dims = {"P": state.pages, "B": state.page_tokens, "N": state.slots}
+    dims = {"P": state.pages_of(program, tensor.name), "B": state.page_tokens, "N": state.slots}
     shape = [dims[d] if isinstance(d, str) else d for d in tensor.shape]
     fmt = formats.get(tensor.format)
     zeros = np.zeros(shape, fmt.dtype)

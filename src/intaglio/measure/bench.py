@@ -230,6 +230,8 @@ def check_size(executable: Executable, count: int, length: int, runs: int) -> No
     pages = count * len(_blocks(executable, 0, length))
     if pages > state.pages:
         raise BenchError(f"{count} x {length} tokens need {pages} pages of KV, {state.pages} are held; ask for less")
+    if state.window_pages:
+        raise BenchError("the layers with a window have K/V blocks of their own; load the model with window_tokens=0")
     slots = executable.state.slots
     if slots and 2 * count > slots:
         raise BenchError(

@@ -192,6 +192,8 @@ class Attend(Op, kind="attend"):
             val = gather_cache(v, self.v_cache, self.v_scale, blocks, context)
             if self.rope_cache is not None:
                 k = np.concatenate([k, gather_cache(v, self.rope_cache, self.k_scale, blocks, context)], axis=-1)
+            k[: self.first_seen(np.array([context - n]))[0]] = 0  # hidden from all queries; blocks may be given back
+            val[: self.first_seen(np.array([context - n]))[0]] = 0
             repeat = self.heads // k.shape[1]
             k, val = np.repeat(k, repeat, axis=1), np.repeat(val, repeat, axis=1)
             first, at = int(batch.first_row[s]), np.arange(context - n, context)

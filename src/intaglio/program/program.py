@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from intaglio.batch import Batch
-from intaglio.ops import Op, Tensor, Work
+from intaglio.ops import Attend, KvWrite, Op, Tensor, Work
 from intaglio.program.text import print_text
 
 INPUTS = {"tokens": "T", "positions": "T", "rows": "R"}  # int32 arrays bound from the Batch at each step
@@ -58,6 +58,31 @@ class Program:
     def vocabulary(self) -> int:
         """Number of columns of the logits; 0 in a pipeline stage without logits."""
         return int(self.tensors["logits"].shape[-1]) if "logits" in self.tensors else 0
+
+    @cached_property
+    def windows(self) -> dict[str, int]:
+        """The K/V caches of which a query reads only the last tokens: by name, how many (itself included), at most.
+
+        These caches are read only by `attend` ops that have a window or chunk.
+        """
+        ops = [op for op in self.ops if op.reads_state or op.writes_state]
+        reach = {op.site: (op.window or op.chunk) if isinstance(op, Attend) else 0 for op in ops}
+        found = {t.name: 0 for t in self.of_role("state") if t.shape[0] == "P"}
+        for op in ops:
+            for name in op.reads_state:
+                found[name] = max(found.get(name, 0), reach[op.site])
+        whole = {name for op in ops if op.reads_state and not reach[op.site] for name in op.reads_state}
+        whole |= {name for name, n in found.items() if not n}
+        while True:  # the caches of one op have their blocks in one table
+            touched = [set(op.reads_state) | set(op.operands("pages", access="write")) for op in ops]
+            more = {name for names in touched if names & whole for name in names if name in found} - whole
+            if not more:
+                return {name: n for name, n in found.items() if name not in whole}
+            whole |= more
+
+    def has_window(self, op: Op) -> bool:
+        """True if the op is `kv_write` or `attend` and its caches are in `windows`."""
+        return isinstance(op, Attend | KvWrite) and op.k_cache in self.windows
 
     @property
     def recurrent(self) -> bool:

@@ -34,6 +34,7 @@ from intaglio.runtime.sequence import Sequence
 from intaglio.runtime.slots import SlotPool
 from intaglio.runtime.stats import Counts, Gauges, StepRecord
 from intaglio.runtime.token_filter import TokenFilter
+from intaglio.runtime.windows import Windows
 
 
 class Rng(Protocol):
@@ -104,9 +105,13 @@ class Engine:
             max_waiting=max_waiting, max_batch_tokens=max_batch_tokens,
         )  # fmt: skip
         self.offload = Offload(self._usable(connector, executable), self.pool, self.clock)
+        self.windows = Windows(
+            self.state, self.scope.digest, context=context, max_batch_tokens=max_batch_tokens,
+            max_drafts=max_drafts,
+        )  # fmt: skip
         self.scheduler = Scheduler(
             self.pool, self.slots, context=context, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences,
-            max_drafts=max_drafts, offload=self.offload, checkpoint_blocks=checkpoint_blocks,
+            max_drafts=max_drafts, offload=self.offload, windows=self.windows, checkpoint_blocks=checkpoint_blocks,
         )  # fmt: skip
         self.live = LiveRequests(self.scheduler, self.clock, self.latency, self.counts)
         self.launcher = Launcher(executable, self.live, self.counts)
@@ -254,6 +259,10 @@ class Engine:
         why = ""
         if self.state.slots:
             why = f"{self.program.name} has recurrent state, which is not kept with them"
+        elif self.state.window_pages:
+            why = (
+                f"the layers of {self.program.name} with a window give theirs back; set window_tokens to 0 to keep all"
+            )
         elif not executable.block_bytes:
             why = f"{type(executable.unwrapped()).__name__} cannot read or write K/V blocks"
         if connector and why:

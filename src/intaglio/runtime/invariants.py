@@ -28,6 +28,36 @@ def blocks_conserved(e: Engine) -> Iterator[str]:
             yield f"block {block} is not one of free, evictable and held"
 
 
+def windows_conserved(e: Engine) -> Iterator[str]:
+    """Yield a text for each window block that is lost, or held by another number of sequences than its refcount.
+
+    Also for a running sequence without the blocks that its next token sees, or with more blocks than it reserved, and
+    for a block in the prefix cache whose name is not that of its tokens.
+    """
+    windows, holders = e.windows, Counter[int]()
+    pool, running = windows.pool, e.scheduler.running
+    if not windows.on:
+        return
+    for s in (s for choices in e.requests.values() for s in choices):
+        held = [b for b in s.window_blocks if b >= 0]
+        holders.update(held)
+        if (s.window_reserved > 0) != (s.state == "running") or len(held) > s.window_reserved:
+            yield f"{s.request.id} is {s.state}, reserves {s.window_reserved} window blocks and holds {len(held)}"
+        seen = range(max(0, s.computed - windows.window + 1), s.computed)
+        if s.state == "running" and any(s.window_blocks[at // pool.block_size] < 0 for at in seen):
+            yield f"{s.request.id} has computed {s.computed} tokens and lacks a block of its window {s.window_blocks}"
+        for block, name in zip(s.window_blocks, pool.names.chain(s.tokens(0, s.length), s.salt), strict=False):
+            if block in pool.cached and pool.cached[block].name != name:
+                yield f"window block {block} of {s.request.id} is in the prefix cache with other tokens"
+    if windows.reserved != sum(s.window_reserved for s in running) or windows.reserved > pool.total:
+        yield f"{windows.reserved} of {pool.total} window blocks are reserved, not as many as sequences reserve"
+    for block, count in enumerate(pool.refcounts):
+        if count != holders[block]:
+            yield f"window block {block} has refcount {count} and {holders[block]} holders"
+        if (block in pool.free) + (block in pool.evictable) + (count > 0) != 1:
+            yield f"window block {block} is not one of free, evictable and held"
+
+
 def slots_conserved(e: Engine) -> Iterator[str]:
     """Yield a text for each error in the slots of recurrent state and their refcounts.
 
@@ -136,6 +166,7 @@ def progress_sound(e: Engine) -> Iterator[str]:
 
 INVARIANTS = (
     blocks_conserved,
+    windows_conserved,
     slots_conserved,
     prefix_cache_sound,
     checkpoints_sound,

@@ -205,7 +205,8 @@ class Launcher:
             return None
         rows = [*(at - start for at in scores), *range(len(tokens) - len(samplings), len(tokens))]
         return Chunk(
-            tokens, start, s.blocks, rows, [GREEDY] * len(scores) + samplings, (s.state_slot, s.next_state_slot)
+            tokens, start, s.blocks, rows, [GREEDY] * len(scores) + samplings, (s.state_slot, s.next_state_slot),
+            s.window_blocks,
         )  # fmt: skip
 
 

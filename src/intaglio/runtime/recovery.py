@@ -68,7 +68,9 @@ class Recovery:
     def probe(self) -> Chunk:
         """A chunk of one token that writes only to a block and a state slot that no sequence needs."""
         slot = self.scheduler.spare_slot()
-        return Chunk([0], 0, [self.scheduler.spare_block()], [0], state=(-1, slot))
+        windows = self.scheduler.windows
+        spare = (windows.spare,) if windows.on else ()
+        return Chunk([0], 0, [self.scheduler.spare_block()], [0], state=(-1, slot), window_blocks=spare)
 
     def replace_device(self) -> bool:
         """Start another device and run a step of one token on it. Returns True, or False if no attempt succeeds.

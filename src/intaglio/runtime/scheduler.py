@@ -15,6 +15,7 @@ from intaglio.runtime.kv import BlockPool
 from intaglio.runtime.offload import Offload
 from intaglio.runtime.sequence import Sequence
 from intaglio.runtime.slots import SlotPool
+from intaglio.runtime.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class Scheduler:
 
     def __init__(
         self, pool: BlockPool, slots: SlotPool, *, context: int, max_batch_tokens: int, max_sequences: int,
-        max_drafts: int, offload: Offload, checkpoint_blocks: int = CHECKPOINT_BLOCKS,
+        max_drafts: int, offload: Offload, windows: Windows, checkpoint_blocks: int = CHECKPOINT_BLOCKS,
     ) -> None:  # fmt: skip
+        self.windows = windows
         self.pool, self.slots, self.offload, self.context = pool, slots, offload, context
         self.max_batch_tokens, self.max_drafts = max_batch_tokens, max_drafts
         self.checkpoints = Checkpoints(pool, slots, checkpoint_blocks)
@@ -70,6 +72,7 @@ class Scheduler:
         """Take a sequence out of its queue and free its blocks and state slots."""
         (self.running if sequence.state == "running" else self.waiting).remove(sequence)
         self.pool.release(sequence.blocks)
+        self.windows.remove(sequence)
         self.slots.release(sequence.state_slot)
         self.slots.release(sequence.next_state_slot)
         sequence.blocks, sequence.indexed_blocks, sequence.prefix_name = [], 0, None
@@ -86,6 +89,7 @@ class Scheduler:
     def preempt_all(self) -> None:
         """Preempt every running sequence and drop the prefix cache: the device has lost all K/V."""
         self.pool.reset_prefix_cache()
+        self.windows.pool.reset_prefix_cache()
         for sequence in reversed(self.running.copy()):
             self.preempt(sequence)
 
@@ -135,7 +139,11 @@ class Scheduler:
                 budget = self._schedule_chunk(scheduled, sequence, budget)
         while budget and len(scheduled) < most and (started := self.start_next()):
             budget = self._schedule_chunk(scheduled, started, budget)
-        return self._add_drafts(scheduled, budget) if self.max_drafts else scheduled
+        if self.max_drafts:
+            scheduled = self._add_drafts(scheduled, budget)
+        for one in scheduled:
+            self.windows.extend(one.sequence, one.sequence.computed + one.num_tokens + len(one.drafts))
+        return scheduled
 
     def start_next(self) -> Sequence | None:
         """Move the first waiting sequence to running, with blocks for all its tokens. Returns it.
@@ -158,12 +166,14 @@ class Scheduler:
         whole = sequence.prompt_rows_read < sequence.prompt_rows_wanted  # needs logits of the prompt: compute all of it
         tokens = sequence.tokens(0, sequence.length - 1) if self.shares_blocks and not whole else []
         found = self.pool.find_prefix(tokens, sequence.salt)
-        known = found[: self.checkpoints.usable(found)]
+        known = self._usable(found)
         self.pool.share(known)
         fresh = self.pool.blocks_for(sequence.length) - len(known)
         may_load = bool(tokens)
-        if fresh > self.pool.available or (
-            may_load and not self.offload.ready(sequence, len(known), wait=not self.running)
+        if (
+            fresh > self.pool.available
+            or not self.windows.fits(sequence)
+            or (may_load and not self.offload.ready(sequence, len(known), wait=not self.running))
         ):
             self.pool.release(known)
             return None
@@ -180,10 +190,22 @@ class Scheduler:
         sequence.computed = (len(known) + loaded) * self.pool.block_size
         sequence.indexed_blocks = len(known)
         sequence.prefix_name = self.pool.name(known[-1]) if known else None
+        self.windows.start(sequence, [self.pool.name(block) for block in known])
         self.checkpoints.start(sequence, len(found))
         self.update_blocks(sequence)
         self.offload.started(blocks[: len(known) + loaded])
         return sequence
+
+    def _usable(self, found: list[int]) -> list[int]:
+        """The leading blocks, of those found in the prefix cache, after which a sequence can start.
+
+        At their end, the recurrent state and the window blocks of the model must be there, if it has them.
+        """
+        while True:
+            known = found[: self.windows.usable([self.pool.name(block) for block in found])]
+            found = known[: self.checkpoints.usable(known)]
+            if len(found) == len(known):
+                return known
 
     def allocate(self, sequence: Sequence) -> bool:
         """Give a running sequence blocks for all its tokens; if there are too few, preempt the last running sequences.
@@ -216,6 +238,7 @@ class Scheduler:
             at = sequence.indexed_blocks * size
             parent = sequence.prefix_name or pool.names.root(sequence.salt)
             block, tokens = sequence.blocks[sequence.indexed_blocks], sequence.tokens(at, at + size)
+            self.windows.add_to_prefix_cache(sequence, sequence.indexed_blocks, parent, tokens)
             sequence.prefix_name = pool.add_to_prefix_cache(block, parent, tokens)
             sequence.indexed_blocks += 1
             if pool.index[sequence.prefix_name] == block:
@@ -223,6 +246,7 @@ class Scheduler:
         needed = pool.blocks_for(sequence.length)
         pool.release(sequence.blocks[needed:])
         del sequence.blocks[needed:]
+        self.windows.give_back(sequence)
 
     def _schedule_chunk(self, scheduled: list[ScheduledSequence], sequence: Sequence, budget: int) -> int:
         """Append a ScheduledSequence with the sequence's next tokens, as many as the budget allows, to `scheduled`.
@@ -247,8 +271,10 @@ class Scheduler:
         needed = pool.blocks_for(first.length)
         worse = [s for s in self.running if not s.in_flight and s.request.priority > first.request.priority]
         freeable = sum(pool.refcounts[b] == 1 for s in worse for b in s.blocks)
-        if needed <= pool.available + freeable:
-            while worse and (needed > pool.available or len(self.running) >= self.max_sequences):
+        if needed <= pool.available + freeable and self.windows.fits(first, sum(s.window_reserved for s in worse)):
+            while worse and (
+                needed > pool.available or len(self.running) >= self.max_sequences or not self.windows.fits(first)
+            ):
                 self.preempt(worse.pop())
 
     def _add_drafts(self, scheduled: list[ScheduledSequence], budget: int) -> list[ScheduledSequence]:

@@ -45,6 +45,8 @@ class Sequence:
     prompt_rows_read: int = 0  # prompt positions whose logits were used, of `prompt_rows_wanted`
     prompt_scores: list[Scored] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    window_blocks: list[int] = field(default_factory=list)  # of layers with a window; -1: given back (see Windows)
+    window_reserved: int = 0  # most window blocks that it may hold at once
     computed: int = 0  # tokens whose K/V is in the blocks, and which the recurrent state has read
     state_slot: int = -1  # the slot that holds its recurrent state; -1: none yet
     next_state_slot: int = -1  # the slot to which its next step writes it; -1: the model has none

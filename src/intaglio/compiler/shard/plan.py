@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from intaglio.compiler.layout import Layout, LayoutError
 from intaglio.compiler.shard.shares import Plan, Share, cut, cut_columns, scaled
-from intaglio.ops import Attend, Embed, HeadLinear, KvWrite, Linear, Norm, Op, Permute, Rope, Sample
+from intaglio.ops import Attend, Embed, HeadLinear, KvWrite, Linear, Norm, Op, Permute, Rope, Sample, ShortConv
 from intaglio.program import Program
 
 
@@ -12,7 +12,8 @@ def make_plan(p: Program, layout: Layout) -> Plan:
     """The plan of a Program: a dict from each result that is split among lanes to every lane's share of its columns.
 
     Attention is split by heads, an MLP by its intermediate columns, logits by vocabulary, the embedding by its columns.
-    A K/V cache that is split is in the dict with every lane's share of its heads. Raises LayoutError as plan_heads().
+    A K/V cache that is split is in the dict with every lane's share of its heads, the state of a convolution with that
+    of its channels. Raises LayoutError as plan_heads().
     """
     plan: Plan = {}
     for op in p.ops:
@@ -28,7 +29,17 @@ def make_plan(p: Program, layout: Layout) -> Plan:
     for op in p.ops:
         if isinstance(op, Linear):
             plan_joint(p, op.out, plan)
+    for op in p.ops:
+        if isinstance(op, ShortConv):
+            plan_channels(p, op, plan)
     return plan
+
+
+def plan_channels(p: Program, op: ShortConv, plan: Plan) -> None:
+    """Add the state of a convolution to `plan`, with the shares of its channels, if these are split."""
+    shares = [plan.get(name) for name in roots(p, op.x, ()) or ()]
+    if shares and shares[0] and all(share == shares[0] for share in shares):
+        plan[op.state] = shares[0]
 
 
 def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
@@ -70,12 +81,12 @@ def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
 
 
 def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
-    """Add `shares` to `plan` for the linears from whose results elementwise ops (or permute) compute `x`.
+    """Add `shares` to `plan` for the linears from whose results elementwise ops, convolutions or permute compute `x`.
 
     Nothing is added if `x` depends on other results too, if one of the linears is in the plan or has another width, or
     if `x` has fewer columns than there are lanes.
     """
-    found, width = roots(p, x, (Permute,)), int(p.tensors[x].shape[1])
+    found, width = roots(p, x, (Permute, ShortConv)), int(p.tensors[x].shape[1])
     if found and width >= len(shares) and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
         plan |= dict.fromkeys(found, shares)
 

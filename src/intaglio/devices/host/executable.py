@@ -122,10 +122,10 @@ class HostExecutable(RankExecutable):
 
     @property
     def block_bytes(self) -> int:
-        return 0 if self._python_state else self.native.page_bytes
+        return 0 if self._python_state or self.state.window_pages else self.native.page_bytes
 
     def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
-        if self._python_state:
+        if not self.block_bytes:
             return super().read_blocks(blocks)
         check_blocks(self.state, self.block_bytes, blocks)
         contents = np.empty((len(blocks), self.block_bytes), np.uint8)
@@ -134,7 +134,7 @@ class HostExecutable(RankExecutable):
         return contents
 
     def write_blocks(self, blocks: Sequence[int], contents: np.ndarray) -> None:
-        if self._python_state:
+        if not self.block_bytes:
             return super().write_blocks(blocks, contents)
         check_blocks(self.state, self.block_bytes, blocks, contents)
         for block, content in zip(blocks, contents, strict=True):
@@ -221,7 +221,8 @@ class HostExecutable(RankExecutable):
         inputs = {"tokens": batch.tokens, "positions": batch.positions, "rows": batch.rows}
         values: dict[str, Value] = {**self._arrays, **inputs, **rows}
         assert stop.kernel is not None, "a collective has no kernel"
-        results = stop.kernel.function(stop.op, values, batch)
+        read = batch.of_windows if self.program.has_window(stop.op) else batch
+        results = stop.kernel.function(stop.op, values, read)
         self._check_results(stop.op, results, batch)
         if seconds is not None:
             seconds[stop.at] = time.perf_counter() - start

@@ -155,7 +155,7 @@ def _arrays(program: Program, layout: HostLayout, weights: Weights, state: State
         if t.role == "weight":
             found[t.name] = assemble(t, weights)
         else:
-            found[t.name] = np.array(t.values, np.float32) if t.role == "const" else zeroed_state(t, state)
+            found[t.name] = np.array(t.values, np.float32) if t.role == "const" else zeroed_state(t, state, program)
     return found
 
 
@@ -187,7 +187,10 @@ class _Loader:
         if t.role == "state":
             _, _, heads, head_dim = t.shape
             family = formats.get(t.format).family
-            return self.native.cache(self.state.pages, int(heads), int(head_dim), family, t.name in self.layout.keys)
+            pages = self.state.pages_of(self.program, t.name)
+            windowed = bool(self.state.window_pages) and t.name in self.program.windows
+            keys = t.name in self.layout.keys
+            return self.native.cache(pages, int(heads), int(head_dim), family, keys, windowed)
         if t.role == "weight":
             return self._matrix(t) if t.name in self.layout.homes else self._vector(t)
         base = self.program.tensors[t.view[0]] if t.view else t

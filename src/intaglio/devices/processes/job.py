@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import ml_dtypes  # noqa: F401 (names of number formats for np.dtype)
@@ -46,7 +46,7 @@ class Job:
             raise DeviceError(f"weights of type {type(self.weights).__name__} have no recipe() for another process")
         content = text({
             "device": list(self.device), "programs": [p.text() for p in self.programs], "layout": self.layout,
-            "weights": held, "state": [self.state.pages, self.state.page_tokens, self.state.slots],
+            "weights": held, "state": list(astuple(self.state)),
         })  # fmt: skip
         return [np.array([len(content)], np.int64), content, *(arrays or [NONE])]
 

@@ -94,13 +94,13 @@ def experts_parts(action: str, layers: Mapping[str, Ranks] | None = None) -> lis
     action: "loads", "load", "loaded" or "switch", as the methods of Executable. layers: of load_experts().
     """
     content = text([action, layers or {}])
-    return [np.array([len(content), 0, 0, 0, 0, 0, 0, EXPERTS, 0], np.int64), content]
+    return [np.array([len(content), 0, 0, 0, 0, 0, 0, 0, EXPERTS, 0], np.int64), content]
 
 
 def read_experts_request(message: memoryview) -> tuple[str, dict[str, Ranks]] | None:
     """(action, layers) of a request about experts; None if the message asks for anything else."""
     r = Reader(message)
-    size, _, _, _, _, _, _, flags, _ = r.array(np.int64, 9).tolist()
+    size, _, _, _, _, _, _, _, flags, _ = r.array(np.int64, 10).tolist()
     if not flags & EXPERTS:
         return None
     content: Any = r.text(size)
@@ -137,7 +137,7 @@ def blocks_parts(
     contents: uint8 [blocks, bytes], of which each rank takes its `rank_bytes` columns.
     """
     flags = READ if contents is None else WRITE
-    head = np.array([len(blocks), len(rank_bytes), 0, 0, 0, 0, 0, flags, 0], np.int64)
+    head = np.array([len(blocks), len(rank_bytes), 0, 0, 0, 0, 0, 0, flags, 0], np.int64)
     parts = [head, np.array(blocks, np.int64), np.array(rank_bytes, np.int64)]
     if contents is not None:
         ends = np.cumsum(rank_bytes)[:-1]
@@ -152,7 +152,7 @@ def read_blocks_request(message: memoryview, rank: int) -> BlocksRequest | None:
     message is too short.
     """
     r = Reader(message)
-    blocks, ranks, _, _, _, _, _, flags, _ = r.array(np.int64, 9).tolist()
+    blocks, ranks, _, _, _, _, _, _, flags, _ = r.array(np.int64, 10).tolist()
     if not flags & (READ | WRITE):
         return None
     numbers, sizes = r.array(np.int64, blocks).tolist(), r.array(np.int64, ranks).tolist()
@@ -189,8 +189,8 @@ class RequestReader:
     def read(self, message: memoryview) -> StepRequest:
         """The StepRequest in a message. The batch's `numbers` is a view of the message."""
         r = Reader(message)
-        t, s, rows, columns, block_size, several, words, flags, taps = r.array(np.int64, 9).tolist()
-        numbers = r.array(np.int32, numbers_size(t, s, rows, columns))
+        t, s, rows, columns, windows, block_size, several, words, flags, taps = r.array(np.int64, 10).tolist()
+        numbers = r.array(np.int32, numbers_size(t, s, rows, columns, windows))
         parameters = r.array(PARAMETERS, several)
         named = r.text(taps)
         assert named is None or isinstance(named, list)
@@ -204,7 +204,7 @@ class RequestReader:
                 Sampling(s.temperature, s.top_k, s.top_p, s.min_p, s.seed, e, m)
                 for s, e, m in zip(sampling, edits, masks, strict=True)
             )
-        batch = Batch(numbers, (t, s, rows, columns), block_size, sampling)
+        batch = Batch(numbers, (t, s, rows, columns, windows), block_size, sampling)
         return StepRequest(batch, bool(flags & 1), tuple(named or ()), bool(flags & 2))
 
 

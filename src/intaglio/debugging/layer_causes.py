@@ -1,0 +1,92 @@
+"""Mistakes that concern several ops of a layer: how q, k and v are joined, and what the MLP reads.
+
+Each function yields (site, description of a mistake, {site: op without it}). causes.py tries them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from intaglio.ops import Attend, Linear, Map, Norm, Op, Value
+from intaglio.program import Program
+
+Variant = tuple[str, str, dict[str, Op]]
+
+
+def layer_variants(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[Variant]:
+    """Yield a Variant for each mistake of layers that may explain a wrong result of the ops of `chain`.
+
+    values: all values of the step; corrected weights are added to it.
+    """
+    yield from _joined(p, values, chain)
+    yield from _residual(p, chain)
+
+
+def _layer(site: str) -> str:
+    """The layer that a site belongs to, such as `layers.3.`; "" for a site outside the layers."""
+    return ".".join(site.split(".")[:2]) + "." if site.startswith("layers.") else ""
+
+
+def _joined(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[Variant]:
+    """Variants for q, k and v that a checkpoint joins in one matrix: by head, or one after another."""
+    for attend in (op for op in p.ops if isinstance(op, Attend)):
+        heads, kv_heads = attend.heads, int(p.tensors[attend.k_cache].shape[2])
+        own = [op for op in p.ops if isinstance(op, Linear) and _layer(op.site) == _layer(attend.site)]
+        trio = next((own[i : i + 3] for i in range(len(own) - 2) if len({op.x for op in own[i : i + 3]}) == 1), [])
+        if not {op.site for op in trio} & {op.site for op in chain}:
+            continue
+        for words, order in (
+            ("by head, not one after another", _by_head),
+            ("one after another, not by head", _in_turn),
+        ):
+            changed = dict[str, Op]()
+            for field in ("w", "bias"):
+                parts = [values.get(getattr(op, field) or "") for op in trio]
+                arrays = [x for x in parts if isinstance(x, np.ndarray)]
+                if len(arrays) == 3 and _fit(arrays, heads, kv_heads):
+                    for op, x in zip(trio, order(arrays, heads // kv_heads, kv_heads), strict=True):
+                        name = f"{getattr(op, field)}.{order.__name__}"
+                        values[name] = x
+                        changed[op.site] = replace(changed.get(op.site, op), **{field: name})
+            if changed:
+                yield trio[0].site, f"q, k and v are joined {words}", changed
+
+
+def _fit(parts: list[np.ndarray], heads: int, kv_heads: int) -> bool:
+    """True if the rows of q, k and v are heads of one size."""
+    rows = [len(x) for x in parts]
+    return rows[0] % heads == 0 and rows[1] == rows[2] == rows[0] // heads * kv_heads and heads % kv_heads == 0
+
+
+def _by_head(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarray]:
+    """q, k and v of a matrix in which each K/V head follows its query heads, given the matrix cut in three runs."""
+    whole = np.concatenate(parts)
+    each = whole.reshape(groups, share + 2, -1, *whole.shape[1:])
+    cut = (each[:, :share], each[:, share], each[:, share + 1])
+    return [x.reshape(-1, *whole.shape[1:]) for x in cut]
+
+
+def _in_turn(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarray]:
+    """q, k and v of a matrix that holds them one after another, given the heads that were cut from it by head."""
+    d, rest = len(parts[1]) // groups, parts[0].shape[1:]
+    each = [x.reshape(groups, n, d, *rest) for x, n in zip(parts, (share, 1, 1), strict=True)]
+    return np.split(np.concatenate(each, axis=1).reshape(-1, *rest), np.cumsum([len(x) for x in parts])[:2])
+
+
+def _residual(p: Program, chain: list[Op]) -> Iterator[Variant]:
+    """Variants for a norm that reads the layer's sum with attention in place of its input, or the other way round."""
+    sums: Mapping[str, Map] = {
+        op.out: op for op in p.ops if isinstance(op, Map) and op.b and op.expr.startswith("a + b")
+    }
+    for op in chain:
+        if isinstance(op, Map) and op.out in sums and _layer(op.site):
+            words = f"the residual: parallel, not sequential; what follows reads the layer's input {op.a}"
+            yield op.site, words, {op.site: replace(op, expr="a", b=None)}
+    for op in (op for op in chain if isinstance(op, Norm)):
+        for add in sums.values():
+            if add.a == op.x and _layer(add.site) == _layer(op.site):
+                words = f"the residual: sequential, not parallel; it reads the sum {add.out}"
+                yield op.site, words, {op.site: replace(op, x=add.out)}
