@@ -8,6 +8,7 @@
 
 #include "comm/binding.h"
 #include "comm/communicator.h"
+#include "comm/datagrams.h"
 #include "comm/heartbeat.h"
 #include "comm/tcp_channel.h"
 
@@ -59,6 +60,10 @@ void bind_comm(nb::module_& m) {
       .def("beats", &Segment::beats, "rank"_a);
   nb::class_<Heartbeat>(m, "Heartbeat")
       .def(nb::init<std::shared_ptr<Segment>, int, double>(), "segment"_a, "rank"_a, "seconds"_a);
+  nb::class_<Datagrams>(m, "Datagrams")
+      .def(nb::init<int, double>(), "socket"_a, "seconds"_a)
+      .def("add", [](Datagrams& self, nb::bytes datagram) { self.add({datagram.c_str(), datagram.size()}); }, "datagram"_a)
+      .def("waiting", &Datagrams::waiting);
   nb::class_<Communicator>(m, "Communicator")
       .def(nb::init<std::shared_ptr<Segment>, int>(), "segment"_a, "rank"_a)
       .def("__init__", [](Communicator* self, std::shared_ptr<Segment> segment, int rank, const std::map<int, int>& sockets) {
@@ -68,6 +73,7 @@ void bind_comm(nb::module_& m) {
            }, "segment"_a, "rank"_a, "sockets"_a)
       .def_prop_ro("rank", &Communicator::rank)
       .def_prop_ro("ranks", &Communicator::ranks)
+      .def_rw("ranks_per_host", &Communicator::ranks_per_host)
       .def_rw("timeout", &Communicator::timeout)
       .def("all_reduce", [](Communicator& c, const std::string& site, std::vector<int> group, Array x, Array out, const std::string& wire, const std::string& algorithm) {
              c.algorithm = algorithm_of(algorithm);

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "comm/part.h"
 #include "comm/shm_channel.h"
 #include "comm/wire.h"
 
@@ -362,27 +363,13 @@ void Communicator::all_reduce(const Collective& c, Block x, Block out) {
     for (int k = 1; k < n; k++) queue(c.site, c.group[size_t((me + k) % n)], {x, 0, values, c.wire});
     return fold(c, me, x, out, 0, values);
   }
+  if (const int each = algorithm == AllReduceAlgorithm::Automatic ? ranks_of_hosts(c) : 0) return all_reduce_in_chain(c, each, x, out);
   auto part = [&](int i) { return i == n ? values : values * i / n / 16 * 16; };
   for (int k = 1; k < n; k++) {
     const int to = (me + k) % n;
     queue(c.site, c.group[size_t(to)], {x, part(to), part(to + 1) - part(to), c.wire});
   }
   fold(c, me, x, out, part(me), part(me + 1) - part(me));
-  struct Part : Sink {  // a run of values of out
-    Wire wire;
-    Block out;
-    int64_t first, count;
-    Part(Wire wire, Block out, int64_t first, int64_t count) : wire(wire), out(out), first(first), count(count) {}
-    void begin(int64_t bytes) override {
-      if (bytes != count * wire_bytes(wire)) throw std::invalid_argument("brings " + std::to_string(bytes) + " bytes of a sum");
-    }
-    int64_t ready(int64_t at) override { return count - at; }
-    void take(const uint8_t* values, int64_t at, int64_t n) override {
-      runs(out, first + at, n, [&](float* p, int64_t done, int64_t run) {
-        each(wire, values + done * wire_bytes(wire), run, [=](int64_t i, float y) { p[i] = y; });
-      });
-    }
-  };
   std::vector<Part> parts;
   std::vector<Expected> expected;
   parts.reserve(size_t(n));

@@ -64,6 +64,8 @@ class Communicator {
   // Seconds that one collective may wait for the others.
   double timeout = 300;
   AllReduceAlgorithm algorithm = AllReduceAlgorithm::Automatic;
+  // Ranks of each host, if host h has the ranks h * ranks_per_host and following; the same on all ranks. 0: not known.
+  int ranks_per_host = 0;
 
   // x and out must not overlap. Shapes as the ops of the same name have them (src/intaglio/ops/collective.py).
   void all_reduce(const Collective& c, Block x, Block out);
@@ -112,6 +114,7 @@ class Communicator {
   };
   struct Fold;
   struct Place;
+  struct Part;
   struct Expected {
     int peer;
     Sink* sink;
@@ -145,6 +148,9 @@ class Communicator {
   void sleep(uint32_t seen, double seconds);
   [[noreturn]] void stop(const std::string& site, const std::string& cause);
   int index_in(const Collective& c);
+  // Ranks of each host in a group of hosts between which all_reduce_in_chain() moves the fewest bytes; 0 for other groups.
+  int ranks_of_hosts(const Collective& c) const;
+  void all_reduce_in_chain(const Collective& c, int each, Block x, Block out);
   // Sums the values first..first + count - 1 of everybody's x, as they come, into the same values of out.
   void fold(const Collective& c, int me, Block x, Block out, int64_t first, int64_t count);
 

@@ -141,6 +141,45 @@ TEST(communicator_hosts_joined_by_tcp_get_the_same) {
   }));
 }
 
+TEST(communicator_hosts_of_several_ranks_send_each_value_once_and_sum_in_rank_order) {
+  const Shape shape{64, 1024, 3, 5};
+  const int64_t values = 64 * 1024 * 4;
+  for (auto [hosts, ranks] : {std::pair{2, 2}, std::pair{2, 3}, std::pair{3, 2}}) {
+    std::vector<int> host_of;
+    for (int i = 0; i < hosts * ranks; i++) host_of.push_back(i / ranks);
+    int64_t bytes[2];
+    for (int chained : {0, 1}) {
+      std::atomic<int64_t> sent{0};
+      no_errors(as_hosts(host_of, [&, ranks = ranks](Communicator& comm) {
+        comm.ranks_per_host = chained ? ranks : 0;
+        std::vector<int> all;
+        std::vector<Rows> brought;
+        for (int i = 0; i < comm.ranks(); i++) all.push_back(i), brought.push_back(random_rows(7, i, shape.rows, shape.cols, shape.gap));
+        Rows out(shape.rows, shape.cols, shape.out_gap);
+        comm.all_reduce({"sum", all, Wire::F32}, brought[size_t(comm.rank())].block, out.block);
+        check_rows(out, [&](int64_t r, int64_t col) {
+          float total = brought[0].at(r, col);
+          for (size_t i = 1; i < brought.size(); i++) total += brought[i].at(r, col);
+          return total;
+        });
+      }, 60, &sent));
+      bytes[chained] = sent;
+    }
+    std::printf("  %d hosts of %d ranks, all_reduce of %lld KiB: %lld KiB between hosts in two_shot, %lld in a chain\n", hosts, ranks,
+                (long long)values >> 10, (long long)bytes[0] >> 10, (long long)bytes[1] >> 10);
+    CHECK(bytes[1] >= 2 * (hosts - 1) * values && bytes[1] < 2 * (hosts - 1) * values + 128 * hosts * ranks * 2);
+    CHECK(bytes[1] < bytes[0]);
+  }
+  no_errors(as_hosts({0, 0, 1, 1}, [](Communicator& comm) {
+    comm.ranks_per_host = 2;
+    int seed = 10;
+    for (const Shape& s : {Shape{301, 700, 0, 3}, Shape{0, 8, 0, 0}, Shape{129, 131, 2, 0}})
+      for (Wire wire : {Wire::F32, Wire::BF16}) check_all(comm, {0, 1, 2, 3}, ++seed, s, wire);
+    check_all(comm, comm.rank() < 2 ? std::vector{0, 1} : std::vector{2, 3}, 20, {64, 512, 0, 0}, Wire::F32);
+    check_all(comm, comm.rank() % 2 ? std::vector{1, 3} : std::vector{0, 2}, 21, {64, 512, 0, 0}, Wire::F32);
+  }));
+}
+
 TEST(communicator_a_rank_of_another_host_that_fails_is_noticed) {
   auto errors = as_hosts({0, 0, 1}, [](Communicator& comm) {
     Rows x(300, 800, 0), out(300, 800, 0);

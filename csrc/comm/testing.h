@@ -6,6 +6,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <functional>
 #include <map>
 #include <stdexcept>
@@ -64,8 +65,18 @@ inline std::pair<int, int> tcp_pair() {
   return {one, other};
 }
 
-// Runs f as every rank in a thread, as as_threads() does; ranks of unlike hosts have a segment each and speak by TCP.
-inline std::vector<std::string> as_hosts(const std::vector<int>& host_of, const std::function<void(Communicator&)>& f, double timeout = 60) {
+// A TCP channel that counts the bytes sent.
+struct CountedChannel : TcpChannel {
+  std::atomic<int64_t>& sent;
+  CountedChannel(int socket, std::atomic<int64_t>& sent) : TcpChannel(socket), sent(sent) {}
+  void commit(size_t count) override { sent += int64_t(count), TcpChannel::commit(count); }
+};
+
+// Runs f as every rank in a thread, as as_threads() does; ranks of unlike hosts have a segment each and speak by TCP. sent: bytes
+// that all ranks send to other hosts.
+inline std::vector<std::string> as_hosts(const std::vector<int>& host_of, const std::function<void(Communicator&)>& f, double timeout = 60,
+                                         std::atomic<int64_t>* sent = nullptr) {
+  std::atomic<int64_t> unread{0};
   const int ranks = int(host_of.size());
   std::map<int, std::shared_ptr<Segment>> segments;
   for (int host : host_of)
@@ -76,8 +87,8 @@ inline std::vector<std::string> as_hosts(const std::vector<int>& host_of, const 
     for (int b = a + 1; b < ranks; b++)
       if (host_of[size_t(a)] != host_of[size_t(b)]) {
         const auto [one, other] = tcp_pair();
-        channels[size_t(a)][size_t(b)] = std::make_unique<TcpChannel>(one);
-        channels[size_t(b)][size_t(a)] = std::make_unique<TcpChannel>(other);
+        channels[size_t(a)][size_t(b)] = std::make_unique<CountedChannel>(one, sent ? *sent : unread);
+        channels[size_t(b)][size_t(a)] = std::make_unique<CountedChannel>(other, sent ? *sent : unread);
       }
   std::vector<std::string> errors(host_of.size());
   std::vector<std::thread> threads;

@@ -125,6 +125,14 @@ class Segment:
 class Heartbeat:
     def __init__(self, segment: Segment, rank: int, seconds: float) -> None: ...
 
+class Datagrams:
+    """Sends datagrams at an interval in seconds, in a thread that does not need Python's lock."""
+
+    def __init__(self, socket: int, seconds: float) -> None: ...
+    def add(self, datagram: bytes) -> None: ...
+    def waiting(self) -> int:
+        """Number of datagrams that are not sent yet."""
+
 class Communicator:
     """One rank's end of a group. Arrays are float32 [rows, columns]; results go to `out`.
 
@@ -134,6 +142,7 @@ class Communicator:
     rank: int
     ranks: int
     timeout: float
+    ranks_per_host: int  # if host h has the ranks h * ranks_per_host and following; 0: not known
     @overload
     def __init__(self, segment: Segment, rank: int) -> None: ...
     @overload

@@ -212,6 +212,48 @@ def test_metrics_of_a_replica_that_is_gone_are_dropped(tmp_path: Path, monkeypat
     run(test())
 
 
+HANDED = {"tokens": 130, "handed": 128, "whole": 128, "lease": "ab" * 16}
+
+
+def test_the_lease_of_handed_blocks_is_renewed_until_the_first_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    original = Link.ask
+
+    async def ask(link: Link, header: dict[str, Any], timeout: float) -> dict[str, Any]:
+        calls.append(header)
+        return await original(link, header, timeout)
+
+    def noted(kind: str) -> int:
+        return sum(header.get(kind) == [HANDED["lease"]] for header in calls)
+
+    async def test() -> None:
+        async with faked(tmp_path, monkeypatch, {"prefill": 1, "decode": 1}) as cluster:
+            backends = cluster.backends
+            for end in ("first token", "no token", "prefill lost"):
+                calls.clear()
+                job = Job(f"job of {end}")
+                await backends.place(job)
+                backends.leases[job.id] = "p0", str(HANDED["lease"])
+                await until(lambda: noted("renew") > 2)
+                if end == "first token":
+                    backends.first_token(job, {})
+                elif end == "prefill lost":
+                    process_of(cluster, "p0").end()
+                    await until(lambda job=job: job.id not in backends.leases)
+                backends.ended(job, 1)
+                assert not backends.leases
+                if end != "prefill lost":
+                    await until(lambda: noted("release") == 1)
+                calls.clear()
+                await until(lambda: len(calls) > 4)
+                assert not noted("renew") and not noted("release") and not backends.released
+
+    monkeypatch.setattr(Link, "ask", ask)
+    run(test())
+
+
 def test_a_prefill_replica_that_fails_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answer is an error, or it dies; then the decode replica computes the prompt."""
     asked: list[bool] = []
@@ -229,7 +271,7 @@ def test_a_prefill_replica_that_fails_costs_only_time(tmp_path: Path, monkeypatc
             FakedProcess.end(ends[0])
         else:
             send({"status": 200, "headers": []})
-            send({"end": True}, json.dumps({"tokens": 130, "handed": 128}).encode())
+            send({"end": True}, json.dumps(HANDED).encode())
 
     ends: list[FakedProcess] = []
 

@@ -25,7 +25,7 @@ from intaglio.devices import DeviceError, DeviceLost, HostsDevice
 from intaglio.devices.processes.agent import Agent, Port
 from intaglio.devices.processes.connections import ConnectionRefused, connect, introduce
 from intaglio.devices.processes.hosts import HostsExecutable, Rendezvous
-from intaglio.devices.processes.link import HEAD, LONGEST, Link, LinkLost, mac
+from intaglio.devices.processes.link import HEAD, LONGEST, SILENCE, Link, LinkLost, mac
 from intaglio.devices.processes.membership import HELLO, STEP
 from intaglio.llm import LLM, RequestOutput
 from intaglio.runtime import Grammar, SamplingParams
@@ -203,6 +203,7 @@ def test_frames_arrive_as_they_were_sent_and_silence_ends_the_link() -> None:
         assert far.receive() == (HELLO, payload)
         sent.join()
     near.closed.set()  # its heart stops
+    near.beacon.close()
     with pytest.raises(LinkLost, match="nothing came in 0.3 s"):
         far.receive()
     near.close()
@@ -306,7 +307,7 @@ def test_a_host_that_is_cut_off_changes_no_stream(
     tmp_path: Path, cut: Callable[[str, str, str], Callable[[], None]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = undisturbed(tmp_path)
-    with two_hosts(tmp_path, 2.0) as (name, here, cable, there):
+    with two_hosts(tmp_path, SILENCE) as (name, here, cable, there):
         assert there.generate(PROMPTS, PARAMS) == wanted
         executable = there.engine.executable
         assert isinstance(executable, HostsExecutable)
@@ -327,7 +328,7 @@ def test_a_slow_link_is_not_taken_for_a_dead_host(tmp_path: Path) -> None:
     wanted = undisturbed(tmp_path)
     if not shutil.which("tc"):
         pytest.skip("a slow link needs the command tc")
-    with two_hosts(tmp_path, 2.0) as (name, _here, cable, there):
+    with two_hosts(tmp_path, SILENCE) as (name, _here, cable, there):
         slow = ["root", "tbf", "rate", "10mbit", "burst", "32kbit", "latency", "400ms"]
         for words in (
             ["qdisc", "add", "dev", cable, *slow],

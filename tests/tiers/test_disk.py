@@ -8,6 +8,8 @@ import random
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +118,27 @@ def damage(rng: random.Random, file: Path, others: list[Path]) -> str:
     return kind
 
 
+def end_lease(rng: random.Random, tier: DiskTier, names: Sequence[str]) -> str:
+    """Pin blocks and end their lease in one of several ways; nothing counts as handed under it. Returns the way."""
+    lease = tier.pin(names, 9.0)
+    assert tier.handed(lease, names) == len(names)
+    file = tier.directory.leases.folder / f"{lease}.lease"
+    kind = rng.choice(("run out", "damaged lease", "endless", "released"))
+    if kind == "run out":
+        os.utime(file, ns=(1, time.time_ns() - rng.randrange(1, 10**12)))
+    elif kind == "damaged lease":
+        times, content = file.stat().st_mtime_ns, bytearray(file.read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+        os.utime(file, ns=(times, times))
+    elif kind == "endless":
+        os.utime(file, ns=(1, time.time_ns() + 10**15))
+    else:
+        tier.release(lease)
+    assert (tier.handed(lease, names) if rng.random() < 0.5 else tier.renew(lease, 9.0)) == 0
+    return kind
+
+
 def test_none_of_1000_damaged_files_reaches_an_answer(tmp_path: Path) -> None:
     print(f"TEST_SEED={SEED}")
     rng = random.Random(SEED)
@@ -129,6 +152,9 @@ def test_none_of_1000_damaged_files_reaches_an_answer(tmp_path: Path) -> None:
         tier.flush()
         prompt = rng.choice(prompts)
         names = engine.block_names.of(prompt[:-1])
+        if i % 10 == 9:
+            kinds.add(end_lease(rng, tier, names))
+            assert tier.counts.expired == i // 10 + 1 and not tier.directory.leases.pinned()
         files = [tier.directory.file(name) for name in names]
         at = rng.randrange(len(files))
         kinds.add(damage(rng, files[at], list(tmp_path.rglob("*.kv"))))
@@ -138,7 +164,7 @@ def test_none_of_1000_damaged_files_reaches_an_answer(tmp_path: Path) -> None:
         assert cached == at * SIZE and tier.counts.hits - before == at
         assert tier.counts.corrupt == i + 1
     tier.close()
-    assert len(kinds) == 9 and len(reports) == 1 and "cannot be used and is computed" in reports[0]
+    assert len(kinds) == 13 and len(reports) == 1 and "cannot be used and is computed" in reports[0]
 
 
 @pytest.mark.parametrize(

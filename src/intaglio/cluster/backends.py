@@ -53,6 +53,8 @@ class Backends:
         self.output_tokens = OUTPUT_FIRST  # mean over late requests
         self.moves: Counter[str] = Counter()  # by cause: lost, drained, refused
         self.prefills: Counter[str] = Counter()  # prompts given to prefill replicas, by what came of it
+        self.leases: dict[str, tuple[str, str]] = {}  # by job id: prefill replica that renews it, lease on its blocks
+        self.released: dict[str, list[str]] = {}  # by replica: leases to end with the next poll
         self.finished: dict[str, deque[tuple[float, float, float]]] = {}  # by replica: end, TTFT, seconds of requests
         self.on_lost: Callable[[str], None] = lambda name: None
         self._polls: dict[str, asyncio.Task[None]] = {}
@@ -90,6 +92,7 @@ class Backends:
         """Remove a replica that has ended for good. Requests that it still has go on at other replicas."""
         self.router.died(name)
         self.router.remove_replica(name)
+        self._forget_leases(name)
         self.finished.pop(name, None)
         self.pump()
 
@@ -123,6 +126,7 @@ class Backends:
         del self.links[name]
         if poll := self._polls.pop(name, None):
             poll.cancel()
+        self._forget_leases(name)
         if name in self.router.replicas:
             jobs = self.router.died(name)
             if jobs:
@@ -150,7 +154,11 @@ class Backends:
     async def _poll_once(self, name: str, link: Link) -> None:
         index = self.router.replicas[name].index
         after = -1 if index.stale else index.sequence
-        asked = {"do": "load", "incarnation": index.incarnation, "after": after}
+        asked: dict[str, Any] = {"do": "load", "incarnation": index.incarnation, "after": after}
+        if renewed := [lease for replica, lease in self.leases.values() if replica == name]:
+            asked["renew"] = renewed
+        if released := self.released.pop(name, None):
+            asked["release"] = released
         load = await link.ask(asked, self.silence)
         if link.lost:  # after the answer and before it was read here
             raise LinkLost("the replica has ended")
@@ -197,7 +205,21 @@ class Backends:
         """
         self.router.started(job.id, head.get("tokens", job.prompt_tokens), tuple(head.get("names", ())),
                             head.get("block_size", 1))  # fmt: skip
+        self.release(job)
         self.pump()
+
+    def release(self, job: Job) -> None:
+        """End the lease on the blocks that were handed over for a job, if there is one: they are not needed longer."""
+        if found := self.leases.pop(job.id, None):
+            replica, lease = found
+            if replica in self.links:  # else nobody renews it, and it runs out
+                self.released.setdefault(replica, []).append(lease)
+
+    def _forget_leases(self, name: str) -> None:
+        """Forget the leases that a lost replica renewed, which run out by themselves."""
+        self.released.pop(name, None)
+        for id in [id for id, (replica, _) in self.leases.items() if replica == name]:
+            del self.leases[id]
 
     def ended(self, job: Job, output_tokens: int) -> None:
         """Tell the router that a job has ended, or that its client has left.
@@ -205,6 +227,7 @@ class Backends:
         output_tokens: tokens passed on to the client, of all choices.
         """
         self.router.ended(job, output_tokens)
+        self.release(job)
         if output_tokens:
             self.output_tokens += OUTPUT_SHARE * (output_tokens / job.choices - self.output_tokens)
         self.pump()

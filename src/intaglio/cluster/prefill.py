@@ -1,7 +1,8 @@
 """Prefill apart from decode: has a prefill replica compute a prompt before the request goes to a decode replica.
 
-The prefill replica saves K/V blocks, while it computes, where all replicas of the cluster load them from. What fails
-here only costs time: the decode replica loads the blocks that are there and computes the rest, with the same bits.
+The prefill replica saves K/V blocks, while it computes, where all replicas of the cluster load them from. They stay
+pinned there until the request has its first token: the router renews their lease. What fails here only costs time: the
+decode replica loads the blocks that are there and computes the rest, with the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from intaglio.router import Job
 from intaglio.server.tracing import span
 
 ATTEMPTS = 3  # prefill replicas that are tried
-PREFILLS = ("handed", "empty", "lost", "drained", "refused")  # what comes of an attempt; empty: no block is kept
+PREFILLS = ("handed", "partial", "empty", "lost", "drained", "refused")  # partial, empty: not all, no blocks are kept
 
 
 async def prefill(backends: Backends, job: Job, header: Callable[[], dict[str, Any]], raw: bytes) -> tuple[Job, bool]:
@@ -48,7 +49,10 @@ async def prefill(backends: Backends, job: Job, header: Callable[[], dict[str, A
         if found is None:
             backends.prefills["refused"] += 1
             break
-        backends.prefills["handed" if found["handed"] else "empty"] += 1
+        complete = found["handed"] >= found["whole"]
+        backends.prefills["empty" if not found["handed"] else "handed" if complete else "partial"] += 1
+        if found["lease"]:
+            backends.leases[job.id] = placement.replica, found["lease"]
         return replace(job, prompt_tokens=max(1, found["tokens"]), handed=found["handed"]), placed
     return job, placed
 

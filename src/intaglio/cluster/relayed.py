@@ -100,12 +100,12 @@ class RelayedRequest:
         try:
             with span("generate", replica=self.replica, earlier_tokens=self.output_tokens):
                 try:
-                    call = self._call()
+                    begun = self._call()
                 except LinkLost as e:  # it ended before it had the request, and the router is about to notice
                     self._count_refusal(f"replica {self.replica} cannot be reached: {e}", "failed")
                     await asyncio.sleep(POLL)
                     return False
-                return await self._pass_on(call, send)
+                return await self._pass_on(begun, send)
         except LinkLost as e:
             log.info("request %s has lost replica %s: %s", self.job.id, self.replica, e)
             self.losses += 1

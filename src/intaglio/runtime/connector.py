@@ -40,6 +40,8 @@ class TierCounts:
         saved: blocks that were written.
         dropped: blocks that were not saved because earlier ones were still being written, or writing had just failed.
         evicted: blocks that were deleted for others.
+        refused: blocks that were not saved because pinned blocks leave no room.
+        expired: leases that had run out when they were used; nothing counts as handed over under them.
         errors: reads and writes that the system refused, such as for a full disk.
         loaded_bytes: bytes of the hits.
         saved_bytes: bytes of the blocks that were written.
@@ -53,6 +55,8 @@ class TierCounts:
     saved: int = 0
     dropped: int = 0
     evicted: int = 0
+    refused: int = 0
+    expired: int = 0
     errors: int = 0
     loaded_bytes: int = 0
     saved_bytes: int = 0

@@ -6,7 +6,8 @@ Many calls share one connection. A frame is a header, JSON, and a body, bytes, w
         Answered by frames {"call": N, "status", "headers"}, then {"call": N, "deltas"} with parts of the response, the
         last with "end". One frame may have the fields of several.
     {"call": N, "do": "cancel"}
-    {"call": N, "do": "load", "incarnation", "after"}: figures, and the block events after number `after`
+    {"call": N, "do": "load", "incarnation", "after", "renew", "release"}: figures, and the block events after number
+        `after`. The lists of leases on handed K/V blocks, to renew and to end, may be missing.
 
 Requests pass through the same ASGI application as those over HTTP. The socket is a Unix socket that only this user may
 connect to, or TCP with a token (see control_tcp.py).
@@ -28,6 +29,7 @@ from starlette.types import ASGIApp, Message
 from intaglio.runtime import Engine, Refused
 from intaglio.server.control_tcp import TcpAddress, tcp_server
 from intaglio.server.driver import Inspect
+from intaglio.server.prefill import renew_leases
 from intaglio.server.private_socket import private_socket
 from intaglio.server.relay import NOTE, Relay, encode, write_delta
 from intaglio.server.served_model import ServedModel
@@ -142,6 +144,9 @@ class Connection:
     async def _load(self, header: dict[str, Any]) -> None:
         model, longest = next(iter(self.service.models.values())), self.service.options.step_timeout
         try:
+            if header.get("renew") or header.get("release"):
+                held = header.get("renew", ()), header.get("release", ())
+                await asyncio.to_thread(renew_leases, model, *held)
             report = await load_report(model, header["incarnation"], header["after"], longest)
         except Exception as e:  # such as an engine that has ended; the router is to know at once
             log.error("control channel: no load report", exc_info=None if isinstance(e, Refused) else e)

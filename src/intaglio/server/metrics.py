@@ -24,7 +24,7 @@ LABELS = ("model_name", "engine")  # vLLM's; there is one engine a model
 REASONS = ("stop", "length", "abort", "deadline", "error")
 REFUSALS = ("full", "late", "draining", "failed", "invalid")
 FAULTS = ("request", "step", "worker")
-TIER_EVENTS = ("hits", "misses", "corrupt", "late", "saved", "dropped", "evicted", "errors")
+TIER_EVENTS = ("hits", "misses", "corrupt", "late", "saved", "dropped", "evicted", "refused", "expired", "errors")
 ByLabel = Mapping[tuple[str, ...], float]  # values by the values of further labels
 HISTOGRAMS = {
     "time_to_first_token_seconds": ("From arrival to the first token.", FIRST),

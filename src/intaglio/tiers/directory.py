@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from intaglio.tiers.leases import Leases
+
 SUFFIX, PARTIAL = ".kv", ".part"
 PARTIAL_SECONDS = 600.0  # age at which a partial file is deleted: the process that wrote it was killed
 RESCAN = 16  # look at all files again after each 1 / RESCAN of the budget: other engines write too
@@ -30,17 +32,21 @@ class HeldFile:
     size: int
 
 
+class NoRoom(Exception):
+    """Raised for a block that is not kept, because pinned blocks leave no room for it within the budget."""
+
+
 class BlockDirectory:
     """The K/V block files of a folder, with LRU eviction. The folder is made at the first write, for this user only.
 
-    One thread writes; any thread may read.
+    One thread writes; any thread may read. leases: pin blocks, which are then not evicted.
 
     budget: bytes of all files together. Other processes that use the folder are noticed only when all files are looked
     at, so together they may exceed the budget by 1/16 each for a while.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
-        self.folder, self.budget = folder, budget
+        self.folder, self.budget, self.leases = folder, budget, Leases(folder)
         self.held: int | None = None  # bytes of all files, as far as known; None: not looked yet
         self.written = 0  # bytes since all files were looked at
 
@@ -55,7 +61,8 @@ class BlockDirectory:
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
         """Write a block's file; then delete the least recently used files if the budget is exceeded.
 
-        Returns the number of files deleted. Raises OSError if the file cannot be written; no part of it is left then.
+        Returns the number of files deleted. Raises OSError if the file cannot be written, and NoRoom if the budget is
+        still exceeded; nothing is left of it then.
         """
         if self.held is None:
             self.scan()
@@ -76,7 +83,14 @@ class BlockDirectory:
             raise
         self.held = (self.held or 0) + size
         self.written += size
-        return self.evict() if self.held > self.budget or self.written > self.budget // RESCAN else 0
+        if self.held <= self.budget and self.written <= self.budget // RESCAN:
+            return 0
+        deleted = self.evict()
+        if self.held > self.budget and self.has(name):
+            self.remove(name)
+            self.held -= size
+            raise NoRoom(f"{size} bytes do not fit into {self.budget}, of which pinned blocks have {self.held}")
+        return deleted
 
     def remove(self, name: str) -> None:
         """Delete a block's file, if it is there and may be deleted."""
@@ -108,13 +122,23 @@ class BlockDirectory:
         return found
 
     def evict(self) -> int:
-        """Delete the least recently used files if all together exceed the budget. Returns the number deleted."""
+        """Delete the least recently used files if all together exceed the budget, but none that is pinned.
+
+        Returns the number deleted. Raises OSError if the folder of leases cannot be locked.
+        """
+        with self.leases.locked():
+            return self._evict()
+
+    def _evict(self) -> int:
         files, deleted = sorted(self.scan(), key=lambda f: (f.used, f.path)), 0
         assert self.held is not None
         if self.held > self.budget:
+            pinned = self.leases.pinned()
             for file in files:
                 if self.held <= self.budget - self.budget // ROOM:
                     break
+                if Path(file.path).stem in pinned:
+                    continue
                 with suppress(OSError):
                     os.unlink(file.path)
                     deleted += 1

@@ -16,7 +16,7 @@ import numpy as np
 
 from intaglio.runtime import BlockKey, BlockScope, TierCounts
 from intaglio.tiers.block_file import BlockFileError, file_bytes, read_block
-from intaglio.tiers.directory import BlockDirectory
+from intaglio.tiers.directory import BlockDirectory, NoRoom
 
 QUEUE_BYTES = 256 << 20  # of blocks that wait to be written; more are not saved
 RETRY = 30.0  # seconds without writing after the system refused to write
@@ -104,6 +104,40 @@ class DiskTier:
             if not self.closed:
                 self.writer.submit(self.directory.touch, list(names))
 
+    def pin(self, names: Sequence[str], seconds: float) -> str:
+        """Pin blocks, saved or still to be saved, for `seconds`. Returns the lease's id; "" if nothing could be pinned.
+
+        Until the lease ends no engine that uses the directory evicts them. It ends by itself unless it is renewed.
+        """
+        try:
+            return self.directory.leases.take(names, seconds)
+        except OSError as e:
+            self.counts.errors += 1
+            self.say("pin", f"K/V blocks in {self.directory.folder} cannot be pinned: {e.strerror}")
+            return ""
+
+    def renew(self, lease: str, seconds: float) -> bool:
+        """Let a lease end in `seconds` from now. Returns False, and counts it, if it has run out already."""
+        renewed = self.directory.leases.renew(lease, seconds)
+        self.counts.expired += not renewed
+        return renewed
+
+    def release(self, lease: str) -> None:
+        """End a lease: its blocks may be evicted from now on."""
+        self.directory.leases.release(lease)
+
+    def handed(self, lease: str, names: Sequence[str]) -> int:
+        """Number of leading blocks that are here and pinned by a lease. 0 under a lease that has run out, counted.
+
+        names: the blocks, each the parent of the next.
+        """
+        pinned = self.directory.leases.names(lease)
+        if pinned is None:
+            self.counts.expired += 1
+            return 0
+        there = self.lookup(names)
+        return next((at for at, name in enumerate(names[:there]) if name not in pinned), there)
+
     def say(self, kind: str, what: str) -> None:
         """Report the message `what`, if it is the first of its `kind`."""
         with self.lock:
@@ -162,6 +196,9 @@ class DiskTier:
                 self.counts.evicted += self.directory.write(key.name, file_bytes(self.scope, key, content))
                 self.counts.saved += 1
                 self.counts.saved_bytes += content.nbytes
+        except NoRoom as e:
+            self.counts.refused += 1
+            self.say("room", f"a K/V block is not kept in {self.directory.folder}: {e}; further ones are only counted")
         except OSError as e:
             self.counts.errors += 1
             self.writes_from = time.monotonic() + RETRY

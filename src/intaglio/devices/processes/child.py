@@ -83,6 +83,8 @@ class Rank:
         if self.joins:
             communicator = _native.Communicator(self.segment, self.rank, self.sockets)
             communicator.timeout = self.timeout
+            if self.sockets:  # every host has as many ranks as this one
+                communicator.ranks_per_host = self.segment.ranks - len(self.sockets)
             options |= {"communicator": communicator, "state_file": self.state_file, "image_file": self.image_file}
         load_plugins()
         job = read_job(self.job.read(), **options)

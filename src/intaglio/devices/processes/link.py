@@ -7,16 +7,19 @@ so a frame that was changed, left out or sent twice ends the link. The payload i
 from __future__ import annotations
 
 import hmac
+import select
 import socket
 import struct
 import threading
 import time
 from contextlib import suppress
 
+from intaglio.devices.processes.beacon import Beacon
 from intaglio.devices.processes.connections import proof
 from intaglio.devices.processes.membership import BEAT, FrameOrder, OutOfOrder, Silence
 
 HEAD = struct.Struct("!IBQ")  # bytes of the payload, kind, number of the frame
+PORT = struct.Struct("!H")  # payload of a heartbeat: the port where datagrams are heard
 MAC = 32  # bytes
 LONGEST = 1 << 30  # bytes of a payload
 INTERVAL = 0.1  # seconds between two heartbeats
@@ -30,19 +33,24 @@ class LinkLost(ConnectionError):
 class Link:
     """One end of a connection between two hosts that carries frames. Any thread may send; one receives.
 
-    key: of the session. connected: True on the side that opened the connection. silence: seconds without a byte, in
-    either direction, after which the other end counts as gone. A heartbeat is sent every INTERVAL seconds, so a
-    host that is only slow does not count as gone.
+    key: of the session. connected: True on the side that opened the connection. silence: seconds without a byte from
+    the other end, after which it counts as gone. A heartbeat is sent every INTERVAL seconds, in the connection and as
+    a datagram (Beacon), so a host that is only slow does not count as gone.
     """
 
     def __init__(self, s: socket.socket, key: bytes, connected: bool, silence: float = SILENCE) -> None:
-        self.socket, self.silence = s, Silence(silence, time.monotonic())
+        self.socket, self.silence = s, Silence(silence, 0.0)
+        self.looked, self.now = time.monotonic(), 0.0  # now: seconds in which this end looked and nothing came
         keys = [proof(key, way, b"", b"") for way in (b"from who connected", b"to who connected")]
         self.send_key, self.receive_key = keys if connected else reversed(keys)
         self.order = FrameOrder()
         self.lock, self.closed = threading.Lock(), threading.Event()
         s.settimeout(silence)
         s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.beacon = Beacon(s, (self.send_key, self.receive_key), INTERVAL)
+        self.poll = select.poll()
+        for one in (s, self.beacon.socket):
+            self.poll.register(one, select.POLLIN)
         threading.Thread(target=self._beat, daemon=True).start()
 
     def send(self, kind: int, payload: bytes = b"") -> None:
@@ -54,7 +62,10 @@ class Link:
             left = memoryview(head + payload + mac(self.send_key, head, payload))
             try:
                 while left:
-                    left = left[self.socket.send(left) :]
+                    with suppress(TimeoutError):  # a slow link; if it is cut, receive() closes it
+                        left = left[self.socket.send(left) :]
+                    if self.closed.is_set():
+                        raise LinkLost("the link is closed")
             except OSError as e:
                 self.close()
                 raise LinkLost(f"nothing can be sent: {e}") from e
@@ -79,6 +90,8 @@ class Link:
                     raise LinkLost(str(e)) from e
                 if kind != BEAT:
                     return kind, payload
+                if size == PORT.size:
+                    self.beacon.meet(*PORT.unpack(payload))
         except BaseException:
             self.close()
             raise
@@ -89,30 +102,51 @@ class Link:
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
+        self.beacon.close()
 
     def _take(self, size: int) -> bytes:
         got, at = bytearray(min(size, 1 << 20)), 0
         while at < size:
             if at == len(got):  # grows as bytes come, whatever the head says
                 got += bytes(min(size - at, len(got)))
+            if not self._arrived():
+                continue
             try:
                 n = self.socket.recv_into(memoryview(got)[at:])
-            except TimeoutError:
-                if self.silence.left(time.monotonic()) > 0:
-                    continue
-                raise LinkLost(f"nothing came in {self.silence.allowed:g} s") from None
             except OSError as e:
                 raise LinkLost(str(e)) from e
             if not n:
                 raise LinkLost("the other end closed the connection")
-            self.silence.heard(time.monotonic())
+            self.silence.heard(self.now)
             at += n
         return bytes(got)
+
+    def _arrived(self) -> bool:
+        """Wait up to INTERVAL seconds. Returns True if bytes came in the connection; datagrams are read here.
+
+        A look counts as INTERVAL seconds at most, however long this process was paused. Raises LinkLost if neither
+        bytes nor datagrams came for `silence` seconds.
+        """
+        ready = {file for file, _ in self.poll.poll(INTERVAL * 1000)}
+        before, self.looked = self.looked, time.monotonic()
+        if self.closed.is_set():
+            raise LinkLost("the link is closed")
+        if self.beacon.hear():
+            self.silence.heard(self.now)
+        elif not ready - {self.beacon.socket.fileno()}:
+            self.now += min(INTERVAL, self.looked - before)
+        if self.beacon.given_up():
+            raise LinkLost("the other end hears nothing")
+        if self.silence.left(self.now) <= 0:
+            self.beacon.give_up()
+            raise LinkLost(f"nothing came in {self.silence.allowed:g} s")
+        return bool(ready - {self.beacon.socket.fileno()})
 
     def _beat(self) -> None:
         with suppress(LinkLost):
             while not self.closed.wait(INTERVAL):
-                self.send(BEAT)
+                self.beacon.refill()
+                self.send(BEAT, PORT.pack(self.beacon.port))
 
 
 def mac(key: bytes, head: bytes, payload: bytes) -> bytes:

@@ -1,0 +1,106 @@
+"""Heartbeats between two hosts as datagrams (UDP), beside the connection that carries frames.
+
+A datagram does not wait behind the frames in a connection, nor for one that was lost. A native thread sends them, so
+that Python code that keeps the interpreter's lock does not silence a host. Each has a number and an HMAC-SHA256; one
+that is forged or comes twice does not count. If a network lets no datagrams through, the heartbeats in the connection
+count alone.
+"""
+
+from __future__ import annotations
+
+import hmac
+import socket
+import struct
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from intaglio.devices.processes.connections import proof
+
+if TYPE_CHECKING:
+    from intaglio import _native
+
+NUMBER = struct.Struct("!Q")
+SIZE = NUMBER.size + 32  # bytes of a datagram
+AHEAD = 50  # datagrams that are signed in advance: for 5 s in which no Python code of this process runs
+INTERACTIVE = 6  # priority in the queue of this host's network device
+LAST = (1 << 64) - 1  # number of the datagram of an end that gives up
+LOW_DELAY = 0x10  # the same for routers, as the type of service
+
+
+class Beacon:
+    """One end of the heartbeats between two hosts. It is heard once meet() has the other end's port.
+
+    Args:
+        s: the connection between the hosts, whose addresses are used.
+        keys: for sending and for receiving.
+        seconds: between two heartbeats.
+
+    Attributes:
+        port: number of the port at which this end hears the other.
+        sent: number of the last heartbeat that was signed.
+        heard: number of the last one that was heard.
+    """
+
+    def __init__(self, s: socket.socket, keys: tuple[bytes, bytes], seconds: float) -> None:
+        self.send_key, self.receive_key = (proof(key, b"heartbeats", b"", b"") for key in keys)
+        self.seconds, self.peer = seconds, s.getpeername()
+        self.sent = self.heard = 0
+        self.socket = socket.socket(s.family, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, INTERACTIVE)
+        if s.family == socket.AF_INET:
+            self.socket.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, LOW_DELAY)
+        self.socket.bind((s.getsockname()[0], 0, *s.getsockname()[2:]))
+        self.port = int(self.socket.getsockname()[1])
+        self.sender: _native.Datagrams | None = None
+
+    def meet(self, port: int) -> None:
+        """Start to send to the other end's port. Returns nothing; does nothing if it has started or is closed."""
+        if self.sender is None and self.socket.fileno() >= 0:
+            from intaglio import _native
+
+            self.socket.connect((self.peer[0], port, *self.peer[2:]))
+            self.sender = _native.Datagrams(self.socket.fileno(), self.seconds)
+
+    def refill(self) -> None:
+        """Sign further datagrams, if the sender has started and has fewer than AHEAD left. Returns nothing."""
+        sender = self.sender
+        while sender is not None and sender.waiting() < AHEAD:
+            self.sent += 1
+            sender.add(self._signed(self.sent))
+
+    def hear(self) -> bool:
+        """Read the datagrams that have come. Returns True if one is the other end's and is new."""
+        new = False
+        with suppress(OSError):  # none is left, or the other end has closed its port
+            while True:
+                datagram = self.socket.recv(SIZE + 1)
+                number = NUMBER.unpack(datagram[: NUMBER.size])[0] if len(datagram) == SIZE else 0
+                code = hmac.digest(self.receive_key, datagram[: NUMBER.size], "sha256")
+                if number > self.heard and hmac.compare_digest(datagram[NUMBER.size :], code):
+                    self.heard, new = number, True
+        return new
+
+    def given_up(self) -> bool:
+        """True if the other end has said that it hears nothing of this one."""
+        return self.heard == LAST
+
+    def give_up(self) -> None:
+        """Tell the other end that nothing of it is heard: what it sends may be lost on the way. Returns nothing.
+
+        The end of the connection tells it too, but may come late: behind bytes that are sent again and again, because
+        their receipts are lost.
+        """
+        for _ in range(3):
+            with suppress(OSError):
+                self.socket.send(self._signed(LAST))
+
+    def _signed(self, number: int) -> bytes:
+        """The datagram of a number."""
+        head = NUMBER.pack(number)
+        return head + hmac.digest(self.send_key, head, "sha256")
+
+    def close(self) -> None:
+        """Stop sending and close the port."""
+        self.sender = None
+        self.socket.close()

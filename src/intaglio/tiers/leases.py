@@ -1,0 +1,130 @@
+"""Leases: pin K/V blocks of a folder until a time, so that no engine that uses the folder evicts them before.
+
+A lease is a file with the names of blocks. Its modification time is the time at which it ends; a renewal moves that
+time, and nobody has to clean up: a lease that has run out pins nothing, whoever took it. Block names need not have
+files yet, so blocks that are still to be computed can be pinned too. Hosts that share a folder need clocks that agree.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+LONGEST = 600.0  # seconds; a lease that seems to last longer is damaged, or the clock was set back
+SUFFIX = ".lease"
+SECOND = 10**9  # ns
+
+
+class Leases:
+    """The leases on blocks of a folder, shared by all processes that use it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "leases"
+
+    def take(self, names: Sequence[str], seconds: float) -> str:
+        """Pin the blocks of these names for `seconds`. Returns the lease's id, 32 hexadecimal digits.
+
+        Raises ValueError for a time outside 0..LONGEST, and OSError if the lease cannot be written; then nothing is
+        pinned.
+        """
+        lease = secrets.token_hex(16)
+        ends = _ends(seconds)
+        body = "\n".join(names).encode()
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial = self.folder / f".{lease}"
+        with self.locked():
+            try:
+                partial.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+                os.utime(partial, ns=(ends, ends))
+                partial.replace(self._file(lease))
+            except BaseException:
+                with suppress(OSError):
+                    partial.unlink()
+                raise
+        return lease
+
+    def renew(self, lease: str, seconds: float) -> bool:
+        """Let a lease end in `seconds` from now. Returns False, and renews nothing, if it has run out already."""
+        ends = _ends(seconds)
+        try:
+            with self.locked():
+                if self.names(lease) is None:
+                    return False
+                os.utime(self._file(lease), ns=(ends, ends))
+        except OSError:
+            return False
+        return True
+
+    def release(self, lease: str) -> None:
+        """End a lease now, if it has not ended."""
+        with suppress(OSError, ValueError):
+            self._file(lease).unlink()
+
+    def names(self, lease: str) -> frozenset[str] | None:
+        """Names of the blocks that a lease pins; None if it has run out, is damaged, or never was."""
+        try:
+            return self._read(self._file(lease))
+        except ValueError:
+            return None
+
+    def pinned(self) -> set[str]:
+        """Names of all blocks that are pinned now. Deletes the leases that have run out or are damaged."""
+        found: set[str] = set()
+        for file in _files(self.folder):
+            names = self._read(file)
+            if names is None:
+                with suppress(OSError):
+                    file.unlink()
+            else:
+                found |= names
+        return found
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Context manager in which no other process or thread takes a lease or evicts. Raises OSError."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(file)
+
+    def _file(self, lease: str) -> Path:
+        """The path of a lease's file. Raises ValueError for what is no id of a lease, such as a path."""
+        if not re.fullmatch(r"[0-9a-f]{32}", lease, re.ASCII):
+            raise ValueError(f"{lease[:40]!r} is no lease; allowed: 32 hexadecimal digits")
+        return self.folder / f"{lease}{SUFFIX}"
+
+    def _read(self, file: Path) -> frozenset[str] | None:
+        try:
+            ends, content = file.stat().st_mtime_ns, file.read_bytes()
+        except OSError:
+            return None
+        left = ends - time.time_ns()
+        checksum, _, body = content.partition(b"\n")
+        if not 0 < left <= LONGEST * SECOND or checksum != hashlib.sha256(body).hexdigest().encode():
+            return None
+        return frozenset(body.decode().split("\n")) if body else frozenset()
+
+
+def _ends(seconds: float) -> int:
+    """The time `seconds` from now, ns since the epoch. Raises ValueError for a time outside 0..LONGEST."""
+    if not 0 < seconds <= LONGEST:
+        raise ValueError(f"a lease of {seconds} s; allowed: above 0, at most {LONGEST:g} s")
+    return time.time_ns() + int(seconds * SECOND)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of leases in a folder; [] if it cannot be read."""
+    try:
+        return [file for file in folder.iterdir() if file.name.endswith(SUFFIX) and not file.name.startswith(".")]
+    except OSError:
+        return []
