@@ -406,10 +406,10 @@ def test_arithmetic_of_a_map_is_counted_by_operators() -> None:
     grouping parentheses for operations: expressions of ports and passes have the same count, CHEAPER_NOW a lower one.
     """
     by_characters = {e: 1 + e.count("(") + sum(map(e.count, "+-*/")) for e in SHIPPED + CHEAPER_NOW}
-    now = {e: MapKernel("T", 8, 2, e).operations for e in by_characters}
+    now = {e: MapKernel("T", 8, 2, expr=e).operations for e in by_characters}
     assert {e: now[e] for e in SHIPPED} == {e: by_characters[e] for e in SHIPPED}
     assert [(by_characters[e], now[e]) for e in CHEAPER_NOW] == [(3, 2), (3, 2), (4, 3)]
-    exps = [MapKernel("T", 8, 2, e).cycles(SMALL.chip, 64) > now[e] * 64 / SMALL.chip.vec_lanes for e in SHIPPED]
+    exps = [MapKernel("T", 8, 2, expr=e).cycles(SMALL.chip, 64) > now[e] * 64 / SMALL.chip.vec_lanes for e in SHIPPED]
     assert exps == ["(" in e for e in SHIPPED]
 
 

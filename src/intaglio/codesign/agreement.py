@@ -1,4 +1,4 @@
-"""Compares two models of the time of a matrix product: the closed form of `linear`, and the simulator.
+"""Compares two models of the time of an op: its chip kernel's closed form, and the simulator.
 
 The simulator executes the chip kernel's instructions without values. `intaglio simulate` times ops by closed forms;
 this module measures how far each is from the streams of instructions that compute the values.
@@ -6,77 +6,91 @@ this module measures how far each is from the streams of instructions that compu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from intaglio import formats
-from intaglio.batch import Chunk, bind
 from intaglio.chips import Target
-from intaglio.ops import Linear, Tensor
-from intaglio.silicon.kernels import ChipMemory
-from intaglio.silicon.kernels.linear import LinearKernel
-from intaglio.silicon.sizes import BLOCK, sizes_of
+from intaglio.codesign.kernel_cases import CASES, Case
+from intaglio.ops import Experts, Tensor
+from intaglio.silicon.kernels import ChipMemory, kernel_class
+from intaglio.silicon.memory import Region
+from intaglio.silicon.sizes import sizes_of
 
-
-@dataclass(frozen=True)
-class Product:
-    """The matrix product x [m, k] @ w.T [k, n]. x is rounded to x_format; w is in w_format, plain or fp8row."""
-
-    m: int
-    n: int
-    k: int
-    x_format: str = "bf16"
-    w_format: str = "bf16"
+VALUE_BYTES = 4  # of an activation in the streams, which keep activations in FP32
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Modelled seconds of one product, launch overhead included: by the simulated machine, and by the closed form."""
+    """Modelled seconds of one call, launch overhead included, by the machine and by the closed form."""
 
-    product: Product
+    case: Case
     machine: float
     closed: float
 
     @property
     def ratio(self) -> float:
-        """The machine's seconds divided by those of the closed form; 1.0 if they agree."""
+        """Machine over closed form; 1.0 if they agree."""
         return self.machine / self.closed
 
 
-def compare(on: Target, p: Product) -> Agreement:
-    """Time one product by the simulated machine and by the closed form. Returns an Agreement with the seconds of each.
+def allocate(memory: ChipMemory, t: Tensor, case: Case) -> Region | None:
+    """Give a tensor its addresses in HBM. Returns its region if it is not quantised.
 
-    Rounding x is not counted: it is a launch of its own that the closed form does not model.
+    A K/V cache has as many slots as the batch uses.
     """
+    sizes = case.batch.sizes
+    slots = int(case.batch.block_table.max(initial=0)) + 1
+    dims = [{"P": slots, "B": case.batch.block_size}.get(d) or sizes[d] if isinstance(d, str) else d for d in t.shape]
+    rows, cols = int(np.prod(dims[:-1])) if len(dims) > 1 else 1, int(dims[-1])
+    info = formats.get(t.format)
+    if info.grouped:
+        group = info.group_of(cols)
+        codes = np.empty((rows, cols), formats.E4M3 if "fp8" in t.format else np.int8)
+        scales = np.empty((rows, -(-cols // group)), np.float32)
+        memory.put(t.name, formats.Quantised(codes, scales, group))  # only its shapes are used
+        return None
+    return memory.allocate(t.name, rows, cols, t.format)
+
+
+def warm(memory: ChipMemory, regions: Sequence[Region]) -> None:
+    """Bring operands to the L2, row by row, as if the op before had just written them together."""
+    for row in range(max((r.rows for r in regions), default=0)):
+        for region in regions:
+            if row < region.rows:
+                memory.l2.access(region.part(slice(row, row + 1)), writes=False)
+
+
+def compare(on: Target, case: Case) -> Agreement:
+    """Time one call by both models. Returns an Agreement with the seconds of each.
+
+    The closed form counts activations in the format that the streams keep them in. Rounding the operand of a product
+    is not counted: it is a launch of its own that the closed form does not model.
+    """
+    on = on.with_library(activation_bytes=VALUE_BYTES)
     memory = ChipMemory(on, values=False)
-    memory.allocate("x", p.m, p.k, "f32")
-    memory.allocate("y", p.m, p.n, "f32")
-    if formats.get(p.w_format).grouped:
-        group = formats.get(p.w_format).group_of(p.k)
-        codes, scales = np.empty((p.n, p.k), formats.E4M3), np.empty((p.n, -(-p.k // group)), np.float32)
-        memory.put("w", formats.Quantised(codes, scales, group))  # only its shapes are used
-    else:
-        memory.allocate("w", p.n, p.k, p.w_format)
-    tensors = {
-        "x": Tensor("x", ("T", p.k), "f32", "temp"), "w": Tensor("w", (p.n, p.k), p.w_format, "weight"),
-        "y": Tensor("y", ("T", p.n), "f32", "temp"),
-    }  # fmt: skip
-    op = Linear(site="product", x="x", w="w", out="y", x_format=p.x_format)
-    batch = bind([Chunk([0] * p.m, 0, range(-(-p.m // BLOCK)), range(p.m - 1, p.m))], BLOCK)
-    run = memory.run(LinearKernel.streams(memory, op, tensors, batch))
-    closed = LinearKernel.of(op, tensors).time(on, sizes_of(batch), resident=False)
-    return Agreement(p, run.seconds + on.library.launch_s, closed.seconds)
+    given = []
+    for name in dict.fromkeys((*case.op.inputs, *case.op.outputs)):
+        t, region = case.tensors[name], allocate(memory, case.tensors[name], case)
+        small = region is not None and region.rows == 1  # such as a norm's weight: it stays in the L2
+        if region is not None and name in case.op.inputs and (small or t.role in ("temp", "input")):
+            given.append(region)
+    warm(memory, given)
+    kernel = kernel_class(case.op)
+    memory.run(kernel.streams(memory, case.op, case.tensors, case.batch))
+    launches = memory.launches if isinstance(case.op, Experts) else memory.launches[-1:]
+    closed = kernel.of(case.op, case.tensors).time(on, sizes_of(case.batch), resident=False)
+    return Agreement(case, sum(run.seconds + on.library.launch_s for run in launches), closed.seconds)
 
 
-def random_products(rng: np.random.Generator, on: Target, count: int) -> list[Product]:
-    """A list of `count` random Products: m 1 to 2,048, n 128 to 8,192 and k 256 to 8,192, log-uniform.
+def random_agreements(rng: np.random.Generator, on: Target, kind: str, count: int) -> list[Agreement]:
+    """The Agreements of `count` random calls of the kernel of op `kind`, one of CASES."""
+    return [compare(on, CASES[kind](rng, on)) for _ in range(count)]
 
-    n is a multiple of 16, k of 64. Formats are bf16 or, if the chip has it, FP8.
-    """
-    kinds = [("bf16", "bf16"), *([("fp8row", "fp8row")] if "e4m3" in dict(on.chip.macs) else [])]
-    out = []
-    for _ in range(count):
-        m, n, k = (2 ** rng.uniform(low, high) for low, high in ((0, 11), (7, 13), (8, 13)))
-        out.append(Product(int(m), int(n) // 16 * 16, int(k) // 64 * 64, *kinds[rng.integers(len(kinds))]))
-    return out
+
+def differences(found: Sequence[Agreement]) -> tuple[float, float, Agreement]:
+    """(median of abs(ratio - 1), its maximum, the call with the maximum)."""
+    off = np.array([abs(a.ratio - 1) for a in found])
+    return float(np.median(off)), float(off.max()), found[int(off.argmax())]

@@ -258,7 +258,7 @@ def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: lis
         cache = formats.CACHED if scales.asked_by else ""
         d = replace(d, prefix=prefix, cache=cache, cache_scales=scales.layers)
         if _llama_names(checkpoint):
-            d = replace(d, sources={}, head="")
+            d = replace(d, sources={}, head="", table="")
         if d.head and not d.tied and f"{d.head}.weight" not in names and "lm_head.weight" in names:
             d = replace(d, head="lm_head")  # as transformers 5 names every head
         embed, head = d.source(f"{prefix}embed_tokens.weight"), d.source(f"{d.head_source}.weight")

@@ -17,6 +17,7 @@ class Cache:
     def __init__(self, size: float) -> None:
         self.lines = int(size // LINE)
         self.held = 0  # lines
+        self.fetched = 0.0  # bytes that the latest access read from HBM
         self.now = 0  # number of the latest access
         self.last_use = np.zeros(0, np.int64)  # of each line, the number of its latest access; 0: not in the cache
         self.dirty = np.zeros(0, bool)
@@ -28,9 +29,11 @@ class Cache:
 
         These are the lines that are read and not in the cache, and the written lines that are evicted.
         """
+        self.fetched = 0.0
         if not region.nbytes:
             return 0.0
         if not self.lines:
+            self.fetched = 0.0 if writes else float(region.nbytes)
             return float(region.nbytes)
         lines = lines_of(region)
         if lines[-1] >= len(self.last_use):
@@ -43,8 +46,8 @@ class Cache:
         self.uses.append(lines)
         self.held += missed
         self.dirty[lines] |= writes
-        fetched = 0.0 if writes else missed / len(lines) * region.nbytes
-        return fetched + self._evict() * LINE
+        self.fetched = 0.0 if writes else missed / len(lines) * region.nbytes
+        return self.fetched + self._evict() * LINE
 
     def _evict(self) -> int:
         """Evict least recently used lines until the cache fits its size. Returns how many of them had been written.

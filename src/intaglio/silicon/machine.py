@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -287,24 +287,31 @@ class Machine:
         cost = i.cost(self.target)
         core.free_at[engine] = self.now
         if cost.bytes:
-            missed = self._through_l2(core, i, cost) if cost.resource == "hbm" else 0.0
+            missed = 0.0
+            if cost.resource == "hbm":
+                missed, part = self._through_l2(core, i, cost)
+                cost = replace(cost, latency_s=cost.latency_s * part)
             self.transfers.append(Transfer(c, engine, cost, cost.bytes, self.now, missed))
         else:
             self._schedule(self.now + cost.cycles / self.chip.clock_hz, c, engine, 0)
 
-    def _through_l2(self, core: Core, i: Instruction, cost: Cost) -> float:
-        """Bytes that the L2 moves from and to HBM for a transfer between HBM and a core.
+    def _through_l2(self, core: Core, i: Instruction, cost: Cost) -> tuple[float, float]:
+        """(bytes that the L2 moves from and to HBM for a transfer, fraction of its bytes that come from HBM).
 
-        Rows of Gather and Scatter are taken to miss, since they depend on values.
+        A transfer has HBM's latency only as far as its bytes come from there: the L2's own latency is a part of the
+        launch overhead, to which it was fitted. Rows of Gather and Scatter are taken to miss, since they depend on
+        values.
         """
+        cache, part = self.l2[core.stream.chip], 1.0
         if isinstance(i, Load):
-            missed = self.l2[core.stream.chip].access(i.src, writes=False)
+            missed = cache.access(i.src, writes=False)
+            part = cache.fetched / cost.bytes
         elif isinstance(i, Store):
-            missed = self.l2[core.stream.chip].access(i.dst, writes=True)
+            missed = cache.access(i.dst, writes=True)
         else:
             missed = float(cost.bytes)
         self.result.bytes["hbm"] += missed
-        return missed
+        return missed, part
 
     def _check_all_ended(self) -> None:
         """Raise MachineError (deadlock) if an instruction still waits although nothing is running any more."""

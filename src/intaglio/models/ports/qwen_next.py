@@ -68,7 +68,8 @@ def qwen3_next(c: Config, context: int) -> Decoder:
 
     Raises PortError for missing or wrong settings.
     """
-    return place_experts(c, describe(c, context, fused=True, mixture=experts(c)))
+    fused = not c.flag("separate_projections")  # as the reader of GGUF files has them
+    return place_experts(c, describe(c, context, fused=fused, mixture=experts(c)))
 
 
 def qwen3_5(c: Config, context: int) -> Decoder:

@@ -113,7 +113,9 @@ def falcon_h1(c: Config, context: int) -> Decoder:
     if c.flag("mamba_proj_bias") and into != 1:
         raise PortError("config.json: mamba_proj_bias with ssm_in_multiplier is not ported")
     norm = ("first" if c.flag("mamba_norm_before_gate") else "gated") if c.flag("mamba_rms_norm") else ""
-    mixer = ssm(c, inner, norm=norm, out_bias=c.flag("projectors_bias"), scales=tuple(x * into for x in scales))
+    scales = tuple(x * into for x in scales)
+    scales = scales if any(x != 1 for x in scales) else ()
+    mixer = ssm(c, inner, norm=norm, out_bias=c.flag("projectors_bias"), scales=scales)
     attn, mlp = c.real("attention_in_multiplier"), c.get("mlp_multipliers", [1.0, 1.0])
     s["scale"] *= c.real("key_multiplier") * attn * attn
     s |= {"attn_scale": attn * c.real("attention_out_multiplier"), "mixer_scale": c.real("ssm_out_multiplier")}

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from intaglio import formats
-from intaglio.chips import Target
+from intaglio.chips import ChipSpec, Target
 from intaglio.ops.elementwise import evaluate
 from intaglio.silicon.isa.cycles import norm_cycles, vector_cycles
 from intaglio.silicon.isa.instruction import Cost, Instruction, Shapes, Steps
@@ -119,6 +119,17 @@ class Permute(Instruction, engine="VEC", opcode=0x37):
         return Cost(cycles=float(vector_cycles(target.chip, self.dst.rows * self.dst.cols)))
 
 
+def map_cycles(chip: ChipSpec, steps: Steps, n: int) -> float:
+    """Number of cycles of an expression over n values.
+
+    One operation for each function call and binary operator and one to write the result, and an exponential for each
+    call that needs one.
+    """
+    ops = 1 + sum(step in ("call", "binary") for step, _ in steps)
+    exps = sum(value in EXP_CALLS for step, value in steps if step == "call")
+    return float(vector_cycles(chip, ops * n, exps * n))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Map(Instruction, engine="VEC", opcode=0x33):
     """Evaluate an elementwise expression over a, b, c, given as a stack program (postfix), into dst.
@@ -143,10 +154,7 @@ class Map(Instruction, engine="VEC", opcode=0x33):
         mem.write(self.dst, np.broadcast_to(value, (self.dst.rows, self.dst.cols)))
 
     def cost(self, target: Target) -> Cost:
-        n = self.dst.rows * self.dst.cols
-        ops = sum(step in ("call", "binary") for step, _ in self.steps) or 1
-        exps = sum(value in EXP_CALLS for step, value in self.steps if step == "call")
-        return Cost(cycles=float(vector_cycles(target.chip, ops * n, exps * n)))
+        return Cost(cycles=map_cycles(target.chip, self.steps, self.dst.rows * self.dst.cols))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,7 @@ class ChipMemory:
         self.target, self.chip, self.values = target, target.chip, values
         self.hbm, self.heap, self.l2 = Memory("hbm", None), Heap(), l2_of(target)
         self.regions: dict[str, Region | QuantisedRegion] = {}
+        self.launches: list[RunResult] = []  # of each run so far
 
     def put(self, name: str, value: Value, bits: int = 8) -> None:
         """Store a value in HBM under a name. `bits`: width of integer codes, if the value is quantised to integers."""
@@ -115,7 +116,8 @@ class ChipMemory:
 
     def run(self, streams: Sequence[Stream]) -> RunResult:
         """Execute instruction streams on this chip alone and return the RunResult. Raises MachineError."""
-        return Machine(self.target, {0: self.hbm} if self.values else None, l2={0: self.l2}).run(streams)
+        self.launches.append(Machine(self.target, {0: self.hbm} if self.values else None, l2={0: self.l2}).run(streams))
+        return self.launches[-1]
 
 
 def as_matrix(value: np.ndarray) -> np.ndarray:

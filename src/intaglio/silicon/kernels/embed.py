@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
+from intaglio import formats
 from intaglio.batch import Batch
+from intaglio.chips import ChipSpec, KernelLibrary
 from intaglio.ops import Embed
 from intaglio.silicon import isa
-from intaglio.silicon.kernels.chip_memory import ChipMemory, QuantisedRegion, load
+from intaglio.silicon.isa.cycles import vector_cycles
+from intaglio.silicon.isa.vector import map_cycles
+from intaglio.silicon.kernels.chip_memory import ChipMemory, QuantisedRegion
 from intaglio.silicon.kernels.kernel import Tensors, chip_kernel
-from intaglio.silicon.kernels.rows import ROWS, RowsKernel, by_rows
+from intaglio.silicon.kernels.product import bits_per_value
+from intaglio.silicon.kernels.rows import RowsKernel, by_jobs, load_indices
 from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import Ring, Stream, StreamBuilder
+
+SCALE = (("operand", "a"), ("number", 1.0), ("binary", "*"))
 
 
 @chip_kernel(Embed)
@@ -21,27 +29,44 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 class EmbedKernel(RowsKernel):
     """Chip kernel of `embed`: gathers rows in the table's format, converts them to f32 and scales them."""
 
+    row_bytes: float = 0.0  # of a row of the table with its scales
+    quantised: bool = False
+    gathered = True
+
+    @classmethod
+    def of(cls, op: Embed, t: Tensors) -> Self:  # type: ignore[override]
+        row_bytes = bits_per_value(t[op.w]) * int(t[op.w].shape[-1]) / 8
+        return replace(
+            super().of(op, t), row_bytes=row_bytes, quantised=formats.get(t[op.w].format).grouped, vector_bytes=0.0
+        )
+
+    def columns(self) -> tuple[int, ...]:
+        return self.width, self.width, self.width
+
+    def cycles(self, chip: ChipSpec, n: int) -> float:
+        return float(vector_cycles(chip, (1 + self.quantised) * n)) + map_cycles(chip, SCALE, n)
+
+    def load_bytes(self, library: KernelLibrary) -> float:
+        return self.row_bytes
+
     @classmethod
     def streams(cls, mem: ChipMemory, op: Embed, t: Tensors, batch: Batch) -> list[Stream]:
         ids, out, w = mem.region(op.tokens), mem.region(op.out), mem.regions[op.w]
         codes = w.codes if isinstance(w, QuantisedRegion) else w
-        held: dict[StreamBuilder, list[Region]] = {}
+        kernel = cls.of(op, t)
+        scales = w.scales.cols if isinstance(w, QuantisedRegion) else 1
+        held: dict[StreamBuilder, Ring] = {}
+        indices: dict[StreamBuilder, tuple[Region, int]] = {}
 
-        def body(k: StreamBuilder, rings: list[Ring], rows: slice) -> None:
-            n = rows.stop - rows.start
+        def body(k: StreamBuilder, rings: list[Ring], rows: slice, columns: slice) -> None:
             if k not in held:
-                scales = w.scales.cols if isinstance(w, QuantisedRegion) else 1
-                held[k] = [
-                    k.tile(1, ROWS, "i32"),
-                    k.tile(ROWS, codes.cols, codes.format),
-                    k.tile(ROWS, scales, w.scales.format if isinstance(w, QuantisedRegion) else "f32"),
-                ]
-            index, raw, scale = held[k]
-            index = load(k, index, ids.part(cols=rows))
-            raw, y, z = (r.shaped(n, codes.cols) for r in (raw, rings[0].next(), rings[1].next()))
+                held[k] = k.ring(len(rings[0].tiles), 1, scales)
+            index = load_indices(k, mem, indices, ids, rows.start)
+            raw = replace(rings[0].next(), format=codes.format).shaped(1, codes.cols)
+            y, z = (r.next().shaped(1, codes.cols) for r in rings[1:])
             k.emit(isa.Gather(dst=raw, table=codes, index=index))
             if isinstance(w, QuantisedRegion):
-                scale = scale.shaped(n, w.scales.cols)
+                scale = replace(held[k].next(), format=w.scales.format).shaped(1, scales)
                 k.emit(isa.Gather(dst=scale, table=w.scales, index=index))
                 k.emit(isa.Dequantise(dst=y, codes=raw, scales=scale, group=w.group))
             else:
@@ -51,4 +76,4 @@ class EmbedKernel(RowsKernel):
             )
             k.emit(isa.Store(dst=out.part(rows), src=z))
 
-        return by_rows(mem, op.site, out.rows, [out.cols, out.cols], body)
+        return by_jobs(mem, op, kernel, out.rows, kernel.columns(), body)

@@ -10,21 +10,20 @@ from intaglio.chips import ChipSpec
 from intaglio.ops import Map
 from intaglio.ops.elementwise import postfix
 from intaglio.silicon import isa
-from intaglio.silicon.isa.cycles import vector_cycles
+from intaglio.silicon.isa.vector import map_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, load
 from intaglio.silicon.kernels.kernel import Tensors, chip_kernel
-from intaglio.silicon.kernels.rows import RowsKernel, by_rows
+from intaglio.silicon.kernels.rows import RowsKernel, by_jobs
+from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import Ring, Stream, StreamBuilder
+
+COLUMNS = 4096  # of a job, at most
 
 
 @chip_kernel(Map)
 @dataclass(frozen=True)
 class MapKernel(RowsKernel):
-    """Chip kernel of `map`: one Map instruction for each tile of rows.
-
-    Its time counts one operation for each function call and binary operator and, if there is a call, one
-    exponential per value.
-    """
+    """Chip kernel of `map`: one Map instruction for each row, or for equal parts of a row of more than COLUMNS."""
 
     expr: str = "a"
 
@@ -37,9 +36,11 @@ class MapKernel(RowsKernel):
         """Number of vector operations per value: one per function call and binary operator, and one for the store."""
         return 1 + sum(step in ("call", "binary") for step, _ in postfix(self.expr))
 
+    def parts(self) -> int:
+        return -(-self.width // COLUMNS)
+
     def cycles(self, chip: ChipSpec, n: int) -> float:
-        called = any(step == "call" for step, _ in postfix(self.expr))
-        return float(vector_cycles(chip, self.operations * n, n * called))
+        return map_cycles(chip, postfix(self.expr), n)
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Map, t: Tensors, batch: Batch) -> list[Stream]:
@@ -47,13 +48,18 @@ class MapKernel(RowsKernel):
         given = [name for name in ("a", "b", "c") if getattr(op, name) is not None]
         widths = [*(mem.region(getattr(op, name)).cols for name in given), out.cols]
 
-        def body(k: StreamBuilder, rings: list[Ring], rows: slice) -> None:
+        def body(k: StreamBuilder, rings: list[Ring], rows: slice, columns: slice) -> None:
             parts: dict[str, Any] = {
-                n: load(k, ring.next(), mem.region(getattr(op, n)).part(rows))
+                n: load(k, ring.next(), part_of(mem.region(getattr(op, n)), rows, columns))
                 for n, ring in zip(given, rings, strict=False)
             }
-            y = rings[-1].next().shaped(rows.stop - rows.start, out.cols)
+            y = rings[-1].next().shaped(1, columns.stop - columns.start)
             k.emit(isa.Map(dst=y, steps=postfix(op.expr), **parts))
-            k.emit(isa.Store(dst=out.part(rows), src=y))
+            k.emit(isa.Store(dst=out.part(rows, columns), src=y))
 
-        return by_rows(mem, op.site, out.rows, widths, body)
+        return by_jobs(mem, op, cls.of(op, t), out.rows, widths, body)
+
+
+def part_of(x: Region, rows: slice, columns: slice) -> Region:
+    """These rows and columns of an operand; of one with a single column, which is broadcast, the rows."""
+    return x.part(rows, columns if x.cols > 1 else slice(None))

@@ -12,7 +12,7 @@ from intaglio.silicon import isa
 from intaglio.silicon.isa.cycles import norm_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, load
 from intaglio.silicon.kernels.kernel import Tensors, chip_kernel
-from intaglio.silicon.kernels.rows import RowsKernel, by_rows, load_once
+from intaglio.silicon.kernels.rows import RowsKernel, by_jobs, load_once
 from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 
@@ -36,7 +36,7 @@ class NormKernel(RowsKernel):
         x, out = mem.region(op.x), mem.region(op.out)
         held: dict[StreamBuilder, list[Region | None]] = {}
 
-        def body(k: StreamBuilder, rings: list[Ring], rows: slice) -> None:
+        def body(k: StreamBuilder, rings: list[Ring], rows: slice, columns: slice) -> None:
             weight, bias = load_once(k, mem, held, (op.weight, op.bias))
             a = load(k, rings[0].next(), x.part(rows))
             residual = load(k, rings[2].next(), mem.region(op.residual).part(rows)) if op.residual else None
@@ -45,4 +45,5 @@ class NormKernel(RowsKernel):
             k.emit(isa.Norm(dst=y, x=a, weight=weight, bias=bias, residual=residual, **how))
             k.emit(isa.Store(dst=out.part(rows), src=y))
 
-        return by_rows(mem, op.site, x.rows, [x.cols, x.cols, x.cols if op.residual else 1], body)
+        columns = [x.cols] * (3 if op.residual else 2)
+        return by_jobs(mem, op, cls.of(op, t), x.rows, columns, body)

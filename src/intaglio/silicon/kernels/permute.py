@@ -9,7 +9,7 @@ from intaglio.ops import Permute
 from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, load
 from intaglio.silicon.kernels.kernel import Tensors, chip_kernel
-from intaglio.silicon.kernels.rows import RowsKernel, by_rows, load_once
+from intaglio.silicon.kernels.rows import RowsKernel, by_jobs, load_once
 from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 
@@ -24,7 +24,7 @@ class PermuteKernel(RowsKernel):
         x, out = mem.region(op.x), mem.region(op.out)
         held: dict[StreamBuilder, list[Region | None]] = {}
 
-        def body(k: StreamBuilder, rings: list[Ring], rows: slice) -> None:
+        def body(k: StreamBuilder, rings: list[Ring], rows: slice, columns: slice) -> None:
             (order,) = load_once(k, mem, held, (op.order,))
             assert order
             a = load(k, rings[0].next(), x.part(rows))
@@ -32,4 +32,4 @@ class PermuteKernel(RowsKernel):
             k.emit(isa.Permute(dst=y, src=a, order=order))
             k.emit(isa.Store(dst=out.part(rows), src=y))
 
-        return by_rows(mem, op.site, out.rows, [x.cols, x.cols], body)
+        return by_jobs(mem, op, cls.of(op, t), out.rows, [x.cols, x.cols], body)

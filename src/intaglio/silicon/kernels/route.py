@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from intaglio.batch import Batch
+from intaglio.chips import ChipSpec, KernelLibrary
 from intaglio.ops import Route
 from intaglio.silicon import isa
+from intaglio.silicon.isa.cycles import vector_cycles
+from intaglio.silicon.isa.routing import rounds_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, load
 from intaglio.silicon.kernels.kernel import Tensors, chip_kernel
-from intaglio.silicon.kernels.rows import RowsKernel, by_rows, load_once
+from intaglio.silicon.kernels.rows import RowsKernel, by_jobs, load_once, vector_bytes
 from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 
@@ -20,12 +23,47 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 class RouteKernel(RowsKernel):
     """Chip kernel of `route`: for each row of logits the scores, the top-k experts, and their weights."""
 
+    top: int = 1
+    score: str = "softmax"
+    searches: int = 1  # for maxima over all scores
+    groups: int = 0
+    kept_groups: int = 0
+    normalise: bool = False
+
+    @classmethod
+    def of(cls, op: Route, t: Tensors) -> Self:  # type: ignore[override]
+        rows, width = t[op.logits].shape
+        bias = vector_bytes(t[op.bias]) if op.bias else 0.0
+        searches = op.top + op.group_best * (op.groups > 0)
+        return cls(rows, int(width), 2, bias, op.top, op.score, searches, op.groups, op.kept_groups, op.normalise)
+
+    def columns(self) -> tuple[int, ...]:
+        return self.width, self.width, self.top, self.top, self.top
+
+    def cycles(self, chip: ChipSpec, n: int) -> float:
+        weigh = float(vector_cycles(chip, (1 + 2 * self.normalise) * self.top))
+        if self.score == "sparsemixer":
+            return weigh + float(rounds_cycles(chip, n, self.top, 1) + self.top * vector_cycles(chip, 5 * n, n))
+        scored = self.top if self.score == "chosen" else n
+        found = rounds_cycles(chip, n, self.searches, 1)
+        if self.groups:
+            found += rounds_cycles(chip, self.groups, self.kept_groups, 1)
+        biased = n * (self.vector_bytes > 0)
+        return weigh + float(found + vector_cycles(chip, 4 * scored + biased, scored))
+
+    def load_bytes(self, library: KernelLibrary) -> float:
+        return float(self.width * library.activation_bytes)
+
+    def store_bytes(self, library: KernelLibrary) -> float:
+        return 8.0 * self.top  # ids and weights, four bytes each
+
     @classmethod
     def streams(cls, mem: ChipMemory, op: Route, t: Tensors, batch: Batch) -> list[Stream]:
         logits, weights, ids = mem.region(op.logits), mem.region(op.weights), mem.region(op.ids)
+        kernel = cls.of(op, t)
         held: dict[StreamBuilder, list[Region | None]] = {}
 
-        def body(k: StreamBuilder, rings: list[Ring], rows: slice) -> None:
+        def body(k: StreamBuilder, rings: list[Ring], rows: slice, columns: slice) -> None:
             (bias,) = load_once(k, mem, held, (op.bias,))
             x = load(k, rings[0].next(), logits.part(rows))
             scores = rings[1].next().shaped(x.rows, x.cols)
@@ -46,4 +84,4 @@ class RouteKernel(RowsKernel):
             k.emit(isa.Store(dst=weights.part(rows), src=out))
             k.emit(isa.Store(dst=ids.part(rows), src=chosen))
 
-        return by_rows(mem, op.site, logits.rows, [logits.cols, logits.cols, op.top, op.top, op.top], body)
+        return by_jobs(mem, op, kernel, logits.rows, kernel.columns(), body)

@@ -1,76 +1,164 @@
-"""Timing and streams shared by the kernels that work row by row: norm, rope, map, embed, select, route, permute."""
+"""Timing and streams shared by the kernels that work row by row: norm, rope, map, embed, select, route, permute.
+
+A job is one row. Its operands are loaded while the row before is computed, and its results stored while the next one
+is. The closed form is the time of that loop (tile_loop.py) with the bytes and cycles of the streams' instructions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, ClassVar, Self
 
-from intaglio.chips import ChipSpec, Target
-from intaglio.ops import Op
+from intaglio import formats
+from intaglio.chips import ChipSpec, KernelLibrary, Target
+from intaglio.ops import Op, Tensor
 from intaglio.silicon.isa.cycles import vector_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
-from intaglio.silicon.stream import Stream, StreamBuilder
-from intaglio.silicon.timing import Timing, fraction_held
+from intaglio.silicon.stream import ALIGN, Stream, StreamBuilder
+from intaglio.silicon.tile_loop import TileLoop, gather_phases, l2_phases
+from intaglio.silicon.timing import Timing
 
-ROWS = 16  # of an elementwise tile, at most; fewer if rows are long
+INDEX_BYTES = 4
+MOST_TILES = 16  # of a ring
+ROWS = 16  # rows of a tile of other kernels that load rows, at most
 
 
-def elementwise(target: Target, rows: int, width: int, operands: int, cycles: float) -> Timing:
-    """The Timing of a kernel that moves `operands` matrices [rows, width] once and computes for `cycles` core cycles.
+def loop_timing(target: Target, loop: TileLoop, reads: float, writes: float, gathered: bool = False) -> Timing:
+    """The Timing of a TileLoop, launch included, whose operands the op before has just written to the L2.
 
-    cycles: total over all cores. The matrices are in the L2 as far as they fit, see fraction_held(), otherwise in
-    HBM.
+    reads, writes: bytes of all jobs. gathered: rows are read by index, which counts as a read of HBM.
     """
-    chip, library = target.chip, target.library
-    moved = float(rows * width * operands * library.activation_bytes)
-    missed = 1 - fraction_held(moved, chip.l2_bytes * library.l2_usable)
-    lanes = cycles / chip.cores / chip.clock_hz
-    transfer = {"L2": (1 - missed) * moved / chip.l2_rate, "HBM": missed * moved / chip.hbm_rate}
-    seconds = library.launch_s + missed * chip.constants.hbm_latency_s + max(lanes, sum(transfer.values()))
-    return Timing(seconds, {"VEC": lanes, **{k: s for k, s in transfer.items() if s}}, missed * moved, moved)
+    chip, lib = target.chip, target.library
+    capacity = chip.l2_bytes * lib.l2_usable
+    if gathered:
+        phases = gather_phases(writes, capacity)
+    else:
+        phases = l2_phases(reads, writes, capacity, loop.depth * loop.load * min(loop.jobs, chip.cores))
+    seconds = lib.launch_s + loop.in_phases(target, phases)
+    if gathered and not capacity:  # the indices come from HBM, and then the rows
+        seconds += chip.constants.hbm_latency_s
+    hbm, moved = sum(p.part * (p.load * reads + p.store * writes) for p in phases), reads + writes
+    busy = {"VEC": loop.jobs * loop.work_s / chip.cores, "L2": moved / chip.l2_rate, "HBM": hbm / chip.hbm_rate}
+    return Timing(seconds, {k: s for k, s in busy.items() if s or k == "VEC"}, hbm, moved)
+
+
+def ring_depth(target: Target, columns: Sequence[int], load: float, held: float = 0.0) -> int:
+    """Tiles of each ring: enough that loads of `load` bytes hide HBM's latency, 2 to MOST_TILES, or what SRAM fits.
+
+    columns: FP32 columns of a tile of each ring; held: bytes of SRAM that are taken.
+    """
+    chip = target.chip
+    in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)
+    wanted = max(2, min(MOST_TILES, 1 + ceil(in_flight / max(1.0, load))))
+    row = sum(-(-4 * c // ALIGN) * ALIGN for c in columns)
+    return max(1, min(wanted, int((chip.sram_bytes - held) // row)))
 
 
 @dataclass(frozen=True)
 class RowsKernel(ChipKernel):
-    """Base class of chip kernels that read or write each of several matrices [rows, width] once.
+    """Base class of chip kernels that work row by row; by default they read `operands` - 1 matrices and write one.
 
-    Attributes:
-        rows: number of rows, or a symbol such as "T".
-        width: columns of a matrix.
-        operands: number of matrices that are inputs, outputs or weights.
-
-    A subclass may define cycles().
+    A subclass may define cycles(), columns(), load_bytes() and store_bytes(), all of one job.
     """
 
-    by_sequence: ClassVar[bool] = False
     rows: int | str
-    width: int
-    operands: int
+    width: int  # of a matrix [rows, width]
+    operands: int  # matrices [rows, width], of which the last is written
+    vector_bytes: float = 0.0  # of operands with one row, such as a norm's weight, which every core loads once
+
+    by_sequence: ClassVar[bool] = False
+    gathered: ClassVar[bool] = False  # rows are read by index; a core has a run of rows, whose indices it loads first
+    in_place: ClassVar[bool] = False  # a row is stored as it was loaded
 
     @classmethod
     def of(cls, op: Op, t: Tensors) -> Self:
         shape = t[(*op.outputs, *op.inputs)[0]].shape
-        operands = sum(t[n].role in ("temp", "output", "weight") for n in (*op.inputs, *op.outputs))
-        return cls(shape[0], int(shape[-1]) if len(shape) > 1 else 1, operands)
+        used = [t[n] for n in dict.fromkeys((*op.inputs, *op.outputs))]
+        matrices = sum(x.role in ("temp", "output") or (x.role == "weight" and len(x.shape) > 1) for x in used)
+        vectors = [x for x in used if x.role in ("weight", "const") and len(x.shape) == 1]
+        width = int(shape[-1]) if len(shape) > 1 else 1
+        return cls(shape[0], width, matrices, sum(map(vector_bytes, vectors)))
+
+    def columns(self) -> tuple[int, ...]:
+        """Number of FP32 columns of each tile of a job."""
+        return (self.width,) * max(2, self.operands)
+
+    def parts(self) -> int:
+        """Number of jobs of one row, each with an equal part of its columns."""
+        return 1
+
+    def held_bytes(self) -> float:
+        """Bytes of SRAM that a core keeps from its first job to its last."""
+        return self.vector_bytes
+
+    def depth(self, target: Target) -> int:
+        """Number of tiles of each ring, see ring_depth()."""
+        parts = self.parts()
+        columns = [-(-c // parts) for c in self.columns()]
+        return ring_depth(target, columns, self.load_bytes(target.library) / parts, self.held_bytes())
 
     def cycles(self, chip: ChipSpec, n: int) -> float:
-        """Number of cycles of one core's vector lanes for n values; by default one operation per value."""
+        """Number of cycles of one core's vector lanes for n values of a row; by default one operation per value."""
         return float(vector_cycles(chip, n))
 
+    def load_bytes(self, library: KernelLibrary) -> float:
+        """Bytes that are loaded for one row."""
+        return float(max(1, self.operands - 1) * self.width * library.activation_bytes)
+
+    def store_bytes(self, library: KernelLibrary) -> float:
+        """Bytes that are stored of one row."""
+        return float(self.width * library.activation_bytes)
+
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
-        rows = sizes.rows_of(self.rows)
+        rows, lib, parts = sizes.rows_of(self.rows), target.library, self.parts()
         if not rows * self.width:
             return Timing(0.0)
-        cycles = self.cycles(target.chip, rows * self.width)
-        return elementwise(target, rows, self.width, max(1, self.operands), cycles)
+        load, store = self.load_bytes(lib), self.store_bytes(lib)
+        cycles = self.cycles(target.chip, -(-self.width // parts))
+        gathers = -(-rows // target.chip.cores) if self.gathered else 0
+        loop = TileLoop(
+            jobs=rows * parts, load=load / parts, store=store / parts, work_s=cycles / target.chip.clock_hz,
+            depth=self.depth(target), once=self.vector_bytes + gathers * INDEX_BYTES, in_place=self.in_place,
+        )  # fmt: skip
+        return loop_timing(target, loop, rows * load, rows * store, self.gathered)
+
+
+def vector_bytes(t: Tensor) -> float:
+    """Bytes of an operand with one row as a core holds it."""
+    bits = formats.bits(t.format) if t.format in formats.PLAIN else 32
+    return float(-(-int(t.shape[-1]) * bits // 8))
+
+
+def by_jobs(mem: ChipMemory, op: Op, kernel: RowsKernel, rows: int, columns: Sequence[int], body: Any) -> list[Stream]:
+    """A list of Streams that process `rows` rows, one at a time, dealt to the cores.
+
+    body(builder, rings, rows, columns): emits the instructions of one job. `rings` has a ring of f32 tiles of one row
+    for each of `columns`; with several parts a row, each has its part of the columns.
+    """
+    parts = kernel.parts()
+    step = -(-columns[-1] // parts)
+    depth = kernel.depth(mem.target)
+    jobs = [(r, c) for r in slices(rows, 1) for c in slices(columns[-1], step)]
+    streams = []
+    if kernel.gathered:
+        dealt = [(StreamBuilder(op.site), [(slice(r, r + 1), slice(None)) for r in run]) for run in runs(mem, rows)]
+    else:
+        dealt = list(deal_jobs(mem.chip, jobs, op.site))
+    for k, mine in dealt:
+        rings = [k.ring(depth, 1, min(c, step) if parts > 1 else c) for c in columns]
+        for row, cols in mine:
+            body(k, rings, row, cols)
+        streams.append(k.stream())
+    return streams
 
 
 def by_rows(mem: ChipMemory, site: str, rows: int, widths: Sequence[int], body: Any) -> list[Stream]:
-    """A list of Streams that process `rows` rows in tiles dealt to the cores.
+    """A list of Streams that process `rows` rows in tiles of up to ROWS dealt to the cores.
 
     body(builder, rings, rows): emits the instructions of one tile. `rings` has a ring of two f32 tiles for each of
     `widths` columns.
@@ -83,6 +171,24 @@ def by_rows(mem: ChipMemory, site: str, rows: int, widths: Sequence[int], body: 
             body(k, rings, piece)
         streams.append(k.stream())
     return streams
+
+
+def runs(mem: ChipMemory, rows: int) -> list[range]:
+    """The rows of each core that has any: equal runs, the first of which may have one row more."""
+    cores = min(rows, mem.chip.cores)
+    ends = [(i + 1) * (rows // cores) + min(i + 1, rows % cores) for i in range(cores)]
+    return [range(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def load_indices(
+    k: StreamBuilder, mem: ChipMemory, held: dict[StreamBuilder, tuple[Region, int]], ids: Region, row: int
+) -> Region:
+    """The index of a row, i32 [1, 1], from the tile of the core's run of indices, which its first call loads."""
+    if k not in held:
+        mine = next(run for run in runs(mem, ids.cols) if row in run)
+        held[k] = load(k, k.tile(1, len(mine), "i32"), ids.part(cols=slice(mine.start, mine.stop))), mine.start
+    tile, first = held[k]
+    return tile.part(cols=slice(row - first, row - first + 1))
 
 
 def load_once(

@@ -15,13 +15,16 @@ from intaglio.silicon import isa
 from intaglio.silicon.isa.cycles import sample_cycles
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
-from intaglio.silicon.kernels.rows import elementwise
+from intaglio.silicon.kernels.rows import loop_timing, ring_depth
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import Stream, StreamBuilder
+from intaglio.silicon.tile_loop import TileLoop
 from intaglio.silicon.timing import Timing
 
 FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed")  # fields of Sampling that the instruction also has
+
+RESULT_BYTES = 8.0  # of a token id and its log-probability
 
 
 @chip_kernel(Sample)
@@ -42,16 +45,24 @@ class SampleKernel(ChipKernel):
         rows = sizes.rows_of(self.rows)
         if not rows:
             return Timing(0.0)
-        cycles = float(sample_cycles(target.chip, rows * self.vocabulary, sizes.filtered))
-        return elementwise(target, rows, self.vocabulary, 1, cycles)
+        cycles = float(sample_cycles(target.chip, self.vocabulary, sizes.filtered))
+        logits = float(self.vocabulary * target.library.activation_bytes)
+        loop = TileLoop(
+            jobs=rows, load=logits, work_s=cycles / target.chip.clock_hz, store=RESULT_BYTES,
+            depth=ring_depth(target, [self.vocabulary], logits),
+        )  # fmt: skip
+        return loop_timing(target, loop, rows * logits, rows * RESULT_BYTES)
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Sample, t: Tensors, batch: Batch) -> list[Stream]:
         logits, tokens, logprobs = mem.region(op.logits), mem.region(op.tokens), mem.region(op.logprobs)
         position = (batch.positions[batch.rows] + 1).tolist()
-        streams = []
+        depth, streams = (
+            ring_depth(mem.target, [logits.cols], float(logits.cols * mem.target.library.activation_bytes)),
+            [],
+        )
         for k, mine in deal_jobs(mem.chip, range(logits.rows), op.site):
-            row, token, logprob = k.ring(2, 1, logits.cols), k.ring(2, 1, 1, "i32"), k.ring(2, 1, 1)
+            row, token, logprob = k.ring(depth, 1, logits.cols), k.ring(2, 1, 1, "i32"), k.ring(2, 1, 1)
             load_edits = edit_loader(mem, k, [batch.sampling[r] for r in mine])
             for r in mine:
                 sampling, x, y, z = batch.sampling[r], row.next(), token.next(), logprob.next()

@@ -1,0 +1,219 @@
+"""Random calls of every chip kernel that has streams, to compare its closed form with the simulator (agreement.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from intaglio.batch import Batch, Chunk, bind
+from intaglio.chips import Target
+from intaglio.ops import (
+    Attend,
+    Embed,
+    Experts,
+    HeadLinear,
+    KvWrite,
+    Linear,
+    Map,
+    Norm,
+    Op,
+    Permute,
+    Rope,
+    Route,
+    Sample,
+    Select,
+    Sinusoid,
+    Tensor,
+)
+from intaglio.silicon.sizes import BLOCK
+
+MAPS = ("silu(a) * b", "a + b", "tanh(a / 30.0) * 30.0", "a + b * sigmoid(c)")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of one op: the op, the tensors of its operands and results, a batch, and its sizes in words."""
+
+    op: Op
+    tensors: Mapping[str, Tensor]
+    batch: Batch
+    words: str
+
+
+def power(rng: np.random.Generator, low: int, high: int, step: int = 1) -> int:
+    """A random multiple of `step` between `low` and `high`, spread evenly over the octaves."""
+    return max(step, int(low * (high / low) ** rng.uniform()) // step * step)
+
+
+def batch_of(chunks: list[tuple[int, int]]) -> Batch:
+    """The Batch of sequences of (new tokens, keys before them); the last token's logits of each are wanted."""
+    made, used = [], 0
+    for n, before in chunks:
+        blocks = -(-(n + before) // BLOCK)
+        made.append(Chunk([0] * n, before, range(used, used + blocks), rows=(n - 1,)))
+        used += blocks
+    return bind(made, BLOCK)
+
+
+def tokens(rng: np.random.Generator, most: int) -> Batch:
+    """A batch of 1 to `most` tokens: a prompt, or sequences that decode."""
+    n = power(rng, 1, most)
+    return batch_of([(n, 0)] if rng.random() < 0.5 else [(1, 0)] * n)
+
+
+def case(op: Op, tensors: list[Tensor], batch: Batch, words: str) -> Case:
+    """The Case of an op with these operands; the tensors of its results are added."""
+    table = {t.name: t for t in tensors}
+    table |= {n: Tensor(n, shape, fmt, "temp") for n, (shape, fmt) in op.shapes(table).items()}
+    return Case(op, table, batch, words)
+
+
+def temp(name: str, width: int, format: str = "f32", rows: str = "T") -> Tensor:
+    """A Tensor of activations [rows, width]."""
+    return Tensor(name, (rows, width), format, "temp")
+
+
+def weight_format(rng: np.random.Generator, on: Target) -> tuple[str, str]:
+    """(format of activations, format of weights) of a product: bf16 or, if the arrays have it, E4M3."""
+    kinds = [("bf16", "bf16"), *([("fp8row", "fp8row")] if "e4m3" in dict(on.chip.macs) else [])]
+    return kinds[rng.integers(len(kinds))]
+
+
+def linear(rng: np.random.Generator, on: Target) -> Case:
+    """A product with 1 to 2,048 rows, 128 to 8,192 columns and K of 256 to 8,192."""
+    x_format, w_format = weight_format(rng, on)
+    n, k, batch = power(rng, 128, 8192, 16), power(rng, 256, 8192, 64), tokens(rng, 2048)
+    op = Linear(site="linear", x="x", w="w", out="y", x_format=x_format)
+    words = f"m={len(batch.tokens)} n={n} k={k} {w_format}"
+    return case(op, [temp("x", k), Tensor("w", (n, k), w_format, "weight")], batch, words)
+
+
+def head_linear(rng: np.random.Generator, on: Target) -> Case:
+    """A product for each of 4 to 128 heads."""
+    heads, n, k, batch = power(rng, 4, 128), power(rng, 64, 512, 16), power(rng, 64, 512, 64), tokens(rng, 512)
+    op = HeadLinear(site="head_linear", x="x", w="w", out="y")
+    words = f"m={len(batch.tokens)} heads={heads} n={n} k={k}"
+    return case(op, [temp("x", heads * k), Tensor("w", (heads, n, k), "bf16", "weight")], batch, words)
+
+
+def experts(rng: np.random.Generator, on: Target) -> Case:
+    """A layer of 8 to 64 experts, of which each token takes 1 to 8."""
+    x_format, w_format = weight_format(rng, on)
+    n, hidden, inner = power(rng, 8, 64), power(rng, 256, 2048, 128), power(rng, 128, 2048, 128)
+    top, batch = min(n, power(rng, 1, 8)), tokens(rng, 512)
+    op = Experts(
+        site="experts", x="x", weights="p", ids="i", out="y", gate="g", up="u", down="d", x_format=x_format,
+        activation="silu",
+    )  # fmt: skip
+    stacks = [Tensor(name, (n, inner, hidden), w_format, "weight") for name in ("g", "u")]
+    stacks.append(Tensor("d", (n, hidden, inner), w_format, "weight"))
+    words = f"m={len(batch.tokens)} experts={n} top={top} hidden={hidden} inner={inner} {w_format}"
+    return case(op, [temp("x", hidden), temp("p", top), temp("i", top, "i32"), *stacks], batch, words)
+
+
+def attend(rng: np.random.Generator, on: Target) -> Case:
+    """Attention of a prompt, or of sequences that decode: 1 to 4 K/V heads, groups of 1 to 8, heads 64 or 128 wide."""
+    kv, group, d = power(rng, 1, 4), int(2 ** rng.integers(0, 4)), int(rng.choice([64, 128]))
+    if rng.random() < 0.5:
+        q = power(rng, 2, 1024)
+        batch = batch_of([(q, power(rng, 1, 2048) - 1)])
+    else:
+        batch = batch_of([(1, power(rng, 1, 4096))] * power(rng, 1, 16))
+    op = Attend(site="attend", q="q", k_cache="kc", v_cache="vc", out="y", heads=kv * group, scale=d**-0.5)
+    caches = [Tensor(n, ("P", "B", kv, d), "bf16", "state") for n in ("kc", "vc")]
+    words = f"q={batch.q_len[0]} keys={batch.context_len[0]} batch={len(batch.q_len)} heads={kv * group} kv={kv} d={d}"
+    return case(op, [temp("q", kv * group * d), *caches], batch, words)
+
+
+def kv_write(rng: np.random.Generator, on: Target) -> Case:
+    """Keys and values of 1 to 16 heads."""
+    heads, d, batch = power(rng, 1, 16), int(rng.choice([64, 128])), tokens(rng, 2048)
+    op = KvWrite(site="kv_write", k="k", v="v", k_cache="kc", v_cache="vc")
+    caches = [Tensor(n, ("P", "B", heads, d), "bf16", "state") for n in ("kc", "vc")]
+    words = f"m={len(batch.tokens)} heads={heads} d={d}"
+    return case(op, [temp("k", heads * d), temp("v", heads * d), *caches], batch, words)
+
+
+def widest(on: Target, most: int, tiles: int) -> int:
+    """At most `most` columns, of which SRAM holds that many FP32 rows."""
+    return min(most, on.chip.sram_bytes // (4 * tiles + 4))
+
+
+def norm(rng: np.random.Generator, on: Target) -> Case:
+    """An RMS norm, in half of the cases with a residual."""
+    width, batch, residual = power(rng, 256, widest(on, 16384, 4), 16), tokens(rng, 2048), rng.random() < 0.5
+    op = Norm(site="norm", x="x", out="y", weight="w", residual="r" if residual else None, norm="rms")
+    tensors = [temp("x", width), temp("r", width), Tensor("w", (width,), "f32", "weight")]
+    return case(op, tensors, batch, f"m={len(batch.tokens)} width={width} residual={residual}")
+
+
+def rope(rng: np.random.Generator, on: Target) -> Case:
+    """Rotary position embedding of 1 to 64 heads."""
+    heads, d, batch = power(rng, 1, 64), int(rng.choice([64, 128])), tokens(rng, 2048)
+    op = Rope(site="rope", x="x", positions="p", frequencies="f", out="y", head_dim=d)
+    tensors = [temp("x", heads * d), Tensor("p", ("T",), "i32", "input"), Tensor("f", (d // 2,), "f32", "const")]
+    return case(op, tensors, batch, f"m={len(batch.tokens)} heads={heads} d={d}")
+
+
+def elementwise(rng: np.random.Generator, on: Target) -> Case:
+    """An expression over one to three tensors."""
+    expr = MAPS[rng.integers(len(MAPS))]
+    width, batch = power(rng, 256, 28672, 16), tokens(rng, 2048)
+    given = ["a", *(n for n in "bc" if f" {n}" in expr or f"({n})" in expr)]
+    op = Map(site="map", out="y", expr=expr, **{n: n for n in given})  # type: ignore[arg-type]
+    return case(op, [temp(n, width) for n in given], batch, f"m={len(batch.tokens)} width={width} {expr}")
+
+
+def embed(rng: np.random.Generator, on: Target) -> Case:
+    """Rows of a table of 32,000."""
+    width, batch = power(rng, 256, widest(on, 16384, 3), 16), tokens(rng, 2048)
+    op = Embed(site="embed", tokens="t", w="w", out="y")
+    tensors = [Tensor("t", ("T",), "i32", "input"), Tensor("w", (32000, width), "bf16", "weight")]
+    return case(op, tensors, batch, f"m={len(batch.tokens)} width={width}")
+
+
+def select(rng: np.random.Generator, on: Target) -> Case:
+    """One row of each of 1 to 512 sequences."""
+    width, batch = power(rng, 256, widest(on, 16384, 1), 16), batch_of([(1, 0)] * power(rng, 1, 512))
+    op = Select(site="select", x="x", rows="rows", out="y")
+    tensors = [temp("x", width), Tensor("rows", ("R",), "i32", "input")]
+    return case(op, tensors, batch, f"m={len(batch.tokens)} width={width}")
+
+
+def permute(rng: np.random.Generator, on: Target) -> Case:
+    """Columns in another order."""
+    width, batch = power(rng, 256, widest(on, 16384, 3), 16), tokens(rng, 2048)
+    op = Permute(site="permute", x="x", order="o", out="y")
+    tensors = [temp("x", width), Tensor("o", (width,), "i32", "weight")]
+    return case(op, tensors, batch, f"m={len(batch.tokens)} width={width}")
+
+
+def route(rng: np.random.Generator, on: Target) -> Case:
+    """The choice of 1 to 8 of 8 to 256 experts by softmax."""
+    n, batch = power(rng, 8, 256), tokens(rng, 2048)
+    op = Route(site="route", logits="x", weights="w", ids="i", top=min(n, power(rng, 1, 8)), score="softmax")
+    return case(op, [temp("x", n)], batch, f"m={len(batch.tokens)} experts={n} top={op.top}")
+
+
+def sinusoid(rng: np.random.Generator, on: Target) -> Case:
+    """Sines and cosines of 64 to 2,048 frequencies."""
+    n, batch = power(rng, 64, 2048), tokens(rng, 2048)
+    op = Sinusoid(site="sinusoid", positions="p", frequencies="f", out="y")
+    tensors = [Tensor("p", ("T",), "i32", "input"), Tensor("f", (n,), "f32", "const")]
+    return case(op, tensors, batch, f"m={len(batch.tokens)} pairs={n}")
+
+
+def sample(rng: np.random.Generator, on: Target) -> Case:
+    """Greedy sampling from vocabularies of 4,096 to 131,072."""
+    n, batch = power(rng, 4096, widest(on, 131072, 1), 64), batch_of([(1, 0)] * power(rng, 1, 256))
+    op = Sample(site="sample", logits="x", tokens="t", logprobs="p")
+    return case(op, [temp("x", n, rows="R")], batch, f"m={len(batch.tokens)} vocabulary={n}")
+
+
+CASES: dict[str, Callable[[np.random.Generator, Target], Case]] = {
+    "linear": linear, "head_linear": head_linear, "experts": experts, "attend": attend, "kv_write": kv_write,
+    "norm": norm, "rope": rope, "map": elementwise, "embed": embed, "select": select, "permute": permute,
+    "route": route, "sinusoid": sinusoid, "sample": sample,
+}  # fmt: skip

@@ -1,0 +1,162 @@
+"""Properties that hold for modelled steps on any chip, whatever the constants: bounds by peak rates, monotonicity.
+
+Draws a random chip, model, layout and load, and names the properties that do not hold. scripts/physics.py runs
+thousands of draws, tests/silicon/test_physics.py a few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from intaglio.chips import CHIPS, Target, target
+from intaglio.codesign.simulate import cards, ported, scaled, stages
+from intaglio.compiler import Layout
+from intaglio.models import port_config
+from intaglio.program import Program
+from intaglio.silicon.plan import Plan
+from intaglio.silicon.sizes import BatchSizes
+from intaglio.silicon.timeline import Timeline
+
+RESOURCES: dict[str, tuple[str, ...]] = {  # each is doubled alone; fields of a chip
+    "matrix arrays": ("macs",), "HBM rate": ("hbm_bytes_per_s",), "L2 size": ("l2_bytes",),
+    "L2 rate": ("l2_bytes_per_cycle",), "ports": ("port_bytes_per_cycle",), "SRAM size": ("sram_bytes",),
+    "SRAM rate": ("sram_bytes_per_cycle",), "accumulators": ("acc_bytes",), "vector lanes": ("vec_lanes",),
+    "exponentials": ("exp_lanes",), "attention lanes": ("att_lanes",), "link rate": ("bytes_per_s",),
+}  # fmt: skip
+RANDOM = (
+    "clock_hz", "hbm_bytes_per_s", "l2_bytes", "l2_bytes_per_cycle", "port_bytes_per_cycle", "sram_bytes_per_cycle",
+    "vec_lanes", "exp_lanes", "bytes_per_s", "hbm_latency_s",
+)  # fmt: skip
+SLOWER = 0.01  # by which a step may be slower with twice of a resource: tiles are whole numbers
+ROUNDING = 1e-9  # relative, of sums of times in float64
+LAYOUTS = ("tp1", "tp2", "tp4", "tp8", "pp2", "tp2pp2", "tp4sp")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A random chip, a model's stages on it, and a load: decoding sequences of `keys`, and one prompt."""
+
+    on: Target
+    model: str
+    layout: str
+    programs: tuple[Program, ...]  # of one rank of each stage
+    whole: tuple[Program, ...]  # the same model on one chip
+    decoding: int
+    keys: int
+    prompt: int
+
+    def __str__(self) -> str:
+        load = f"{self.decoding} x {self.keys} keys + prompt {self.prompt}"
+        return f"{self.on.chip.name}, {self.model}, {self.layout}, {load}"
+
+
+def sizes(decoding: int, keys: int, prompt: int) -> BatchSizes:
+    """BatchSizes of a step with `decoding` sequences of one token, and one prompt."""
+    parts = ((1, keys, decoding),) * (decoding > 0) + ((prompt, prompt, 1),) * (prompt > 0)
+    return BatchSizes(decoding + prompt, decoding + (prompt > 0), parts)
+
+
+def random_chip(rng: np.random.Generator) -> Target:
+    """A preset, in half of the cases with some of its rates and sizes changed by factors of 1/3 to 3."""
+    on = target(str(rng.choice(sorted(CHIPS))))
+    on = on.with_chip(hbm_bytes=10**13)  # what does not fit is not timed
+    if rng.random() < 0.5:
+        return on
+    changes = {}
+    for name in rng.choice(RANDOM, 4, replace=False).tolist():
+        changes[f"chip.{name}"] = scaled(on.get(f"chip.{name}"), float(3 ** rng.uniform(-1, 1)))
+    return on.changed({k: max(v, 1) if isinstance(v, int) and "l2_bytes" not in k else v for k, v in changes.items()})
+
+
+def random_model(rng: np.random.Generator) -> tuple[str, Program]:
+    """(description, Program) of a small random Llama or mixture of experts with two layers."""
+    heads = int(rng.choice([8, 16, 32, 64]))
+    kv = int(rng.choice([k for k in (8, 16, 32) if k <= heads]))
+    hidden, inner = int(rng.integers(2, 17)) * 512, int(rng.integers(2, 29)) * 512
+    config = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": 2, "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": 128,
+        "max_position_embeddings": 131072, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+    }  # fmt: skip
+    if rng.random() < 0.3:
+        config |= {
+            "architectures": ["MixtralForCausalLM"], "num_local_experts": int(rng.choice([8, 16, 64])),
+            "num_experts_per_tok": int(rng.choice([1, 2, 8])), "sliding_window": None,
+        }  # fmt: skip
+    words = f"hidden={hidden} inner={inner} heads={heads} kv={kv} experts={config.get('num_local_experts', 0)}"
+    return words, port_config(config)
+
+
+def draw(rng: np.random.Generator, card: str | None = None) -> Draw:
+    """A random Draw; card: name of a shipped config, None for a random model."""
+    on = random_chip(rng)
+    name, program = (card, ported(card, None)) if card else random_model(rng)
+    reachable = [x for x in LAYOUTS if Layout.parse(x).tp <= max(1, on.chip.links.max_chips)]
+    layout = str(rng.choice(reachable if on.chip.links.max_chips > 1 else ["tp1", "pp2"]))
+    narrow = "e4m3" in dict(on.chip.macs) and rng.random() < 0.5
+    how = ("fp8row", "int8", "fp8") if narrow else ("auto", "auto", "auto")
+    decoding, keys = int(2 ** rng.uniform(0, 9)), int(2 ** rng.uniform(4, 14))
+    prompt = int(2 ** rng.uniform(0, 13)) if rng.random() < 0.5 else 0
+    parts = stages(program, layout, *how)
+    whole = parts if layout == "tp1" else stages(program, "tp1", *how)
+    return Draw(on, name, layout, parts, whole, decoding, keys, prompt)
+
+
+def timelines(programs: Sequence[Program], on: Target, load: BatchSizes) -> list[Timeline]:
+    """The Timeline of each stage."""
+    return [plan.run(load) for plan in Plan.of(programs, on)]
+
+
+def seconds(programs: Sequence[Program], on: Target, load: BatchSizes) -> float:
+    """Seconds of one step through all stages."""
+    return sum(plan.cost(load)[0] for plan in Plan.of(programs, on))
+
+
+def over_peak(on: Target, t: Timeline) -> list[str]:
+    """Rates above those of the data sheet, in words: of FLOPs, HBM, links and L2, over the whole step."""
+    chip, out = on.chip, []
+    flops = sum(e.timing.flops / chip.peak_flops(e.timing.format) for e in t.ops if e.timing.flops)
+    total = t.totals()
+    l2 = chip.l2_bytes_per_cycle * chip.clock_hz * on.library.l2_multicast
+    rates = {
+        "FLOP/s": flops, "HBM": total.hbm_bytes / chip.hbm_bytes_per_s, "L2": total.l2_bytes / l2,
+        "links": total.link_bytes / chip.links.chip_bytes_per_s if total.link_bytes else 0.0,
+    }  # fmt: skip
+    for name, least in rates.items():
+        if least > t.seconds * (1 + ROUNDING):
+            out.append(f"{name}: a step of {t.seconds * 1e6:.3f} us needs {least * 1e6:.3f} us at the peak rate")
+    return out
+
+
+def violations(d: Draw) -> list[str]:
+    """The properties that do not hold for a Draw, in words; [] if all hold."""
+    load = sizes(d.decoding, d.keys, d.prompt)
+    lines = timelines(d.programs, d.on, load)
+    out = [why for t in lines for why in over_peak(d.on, t)]
+    base = sum(t.seconds for t in lines)
+    for name, fields in RESOURCES.items():
+        changed = d.on.changed({f"chip.{f}": scaled(d.on.get(f"chip.{f}"), 2) for f in fields})
+        if (after := seconds(d.programs, changed, load)) > base * (1 + SLOWER):
+            out.append(f"twice the {name}: {after / base - 1:.2%} slower")
+    alone, chips = seconds(d.whole, d.on, load), Layout.parse(d.layout).ranks
+    if alone > base * chips * (1 + ROUNDING):
+        out.append(f"{chips} chips are {alone / base:.3f} times as fast as one")
+    for name, more in (
+        ("one sequence more", sizes(d.decoding + 1, d.keys, d.prompt)),
+        ("twice the sequences", sizes(2 * d.decoding, d.keys, d.prompt)),
+        ("one key more", sizes(d.decoding, d.keys + 1, d.prompt)),
+        ("twice the keys", sizes(d.decoding, 2 * d.keys, d.prompt)),
+        ("a prompt one token longer", sizes(d.decoding, d.keys, d.prompt + 1)),
+        ("a prompt twice as long", sizes(d.decoding, d.keys, 2 * d.prompt or 64)),
+    ):
+        if (after := seconds(d.programs, d.on, more)) < base * (1 - ROUNDING):
+            out.append(f"{name}: {1 - after / base:.4%} faster")
+    return out
+
+
+def all_cards() -> list[str]:
+    """Names of the shipped configs."""
+    return sorted(cards())
