@@ -43,6 +43,8 @@ lint: .venv/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
+	$(BIN)/kubernetes-validate --strict deploy/kubernetes.yaml
 
 # The documentation site, in build/site. A warning (a broken link, a page outside the navigation) is an error.
 docs: .venv/docs.stamp

@@ -24,12 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import typer.core
-import typer.main
+from support.commands import parse_options
 from typer.testing import CliRunner
 
 import intaglio.cli
-from intaglio.cli.group import Bench
 from intaglio.model import BUNDLED
 
 REPO = Path(__file__).resolve().parent.parent
@@ -80,17 +78,6 @@ def words_of(command: str) -> list[str]:
     """The words of a command line after its name, as a shell would pass them."""
     words = shlex.split(command, comments=True)[1:]
     return [re.sub(r"(^|=)~", lambda found: found[1] + os.environ["HOME"], word) for word in words]
-
-
-def parse_options(words: list[str]) -> None:
-    """Parse a command's words without running it. Raises a UsageError for an unknown command or option."""
-    command = typer.main.get_command(intaglio.cli.app)
-    while words and isinstance(command, typer.core.TyperGroup) and words[0] in command.commands:
-        command, words = command.commands[words[0]], words[1:]
-    if isinstance(command, Bench):  # `bench MODEL` is `bench model MODEL`
-        command = command.commands["model"]
-    assert not isinstance(command, typer.core.TyperGroup) or command.invoke_without_command, f"no command {words[0]}"
-    command.make_context("intaglio", words)
 
 
 @pytest.fixture

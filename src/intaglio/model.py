@@ -170,7 +170,7 @@ class Model:
         return replace(self, tokenizer=tokenizer)
 
     def needed_tokenizer(self) -> Tokenizer:
-        """The tokenizer; raises TokenizerError if the checkpoint has none."""
+        """The model's Tokenizer. Raises TokenizerError if the checkpoint has none."""
         if self.tokenizer is None:
             raise TokenizerError(
                 f"{self.path} has no tokenizer (tokenizer.json): add it, or give token ids and no stop strings"

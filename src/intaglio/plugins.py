@@ -17,7 +17,7 @@ _loaded: set[str] = set()
 
 
 class PluginError(ValueError):
-    """Raised for a plugin that cannot be imported."""
+    """Raised for a plugin that cannot be imported; the message names the plugin, its module and the error."""
 
 
 def load_plugins() -> tuple[str, ...]:

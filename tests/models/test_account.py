@@ -1,11 +1,17 @@
-"""The account of a checkpoint lists each tensor and key once, for every family and with unused ones; the command."""
+"""The account of a checkpoint lists each tensor and key once, for every family and for random combinations of quirks.
+
+INTAGLIO_ACCOUNT_CASES sets how many combinations are tried (30).
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import warnings
 
 import pytest
+from support.quirks import quirky
 from support.tiny import FAMILIES, MIXTURES, tiny
 from typer.testing import CliRunner
 
@@ -14,7 +20,11 @@ from intaglio.models import Checkpoint, account, port
 
 safetensors = pytest.importorskip("safetensors.torch")
 CASES = [*FAMILIES, *MIXTURES, "leftovers", "shards", "quantised", "tied"]
-JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+QUIRKY = int(os.environ.get("INTAGLIO_ACCOUNT_CASES", "30"))
+JSON_FILES = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
 
 
 def made(case, path):
@@ -54,10 +64,26 @@ def made(case, path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_tensor_and_key_once(tmp_path, case):
-    path = made(case, tmp_path / "m")
-    a = account(path)
+    hold(made(case, tmp_path / "m"))
+
+
+@pytest.mark.parametrize("number", range(QUIRKY))
+def test_with_quirks(tmp_path, number):
+    seed = secrets.randbelow(2**31)
+    try:
+        hold(quirky(tmp_path / "m", tmp_path / "source", seed))
+    except AssertionError as e:
+        raise AssertionError(f"seed {seed}") from e
+
+
+def hold(path):
+    """Every tensor of the files that hold the model, every key of the JSON files and every file is listed once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        a = account(path)
     table = json.loads(json.dumps(a.table()))
-    files = {f: safetensors.load_file(path / f) for f in (g.name for g in path.glob("*.safetensors"))}
+    used = {f["file"] for f in table["files"] if f["fate"] == "used"}
+    files = {f.name: safetensors.load_file(f) for f in path.glob("*.safetensors") if f.name in used}
     listed = [(t["file"], t["name"]) for t in table["tensors"]]
     assert sorted(listed) == sorted((f, n) for f, held in files.items() for n in held)
     for t in table["tensors"]:
@@ -69,7 +95,9 @@ def test_each_tensor_and_key_once(tmp_path, case):
     for file in JSON_FILES:
         if (path / file).exists():
             assert {(file, key) for key in json.loads((path / file).read_text())} <= set(keys)
-    assert sorted(f["file"] for f in table["files"]) == sorted(f.name for f in path.iterdir())
+    inside = sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_file())  # templates alone are in a folder
+    assert sorted(f["file"] for f in table["files"]) == inside
+    assert all(f["why"] for f in table["files"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = port(Checkpoint.open(path))

@@ -156,8 +156,8 @@ def empty(path, arch):
 
 
 def test_an_architecture_nobody_ported(tmp_path):
-    empty(tmp_path / "model.gguf", "mamba")
-    with pytest.raises(PortError, match="architecture 'mamba' is not read; known are llama, .*qwen2, .*qwen3"):
+    empty(tmp_path / "model.gguf", "rwkv7")
+    with pytest.raises(PortError, match="architecture 'rwkv7' is not read; known are llama, .*qwen2, .*qwen3"):
         Checkpoint.open(tmp_path / "model.gguf")
 
 

@@ -6,13 +6,15 @@ import json
 
 import numpy as np
 import pytest
+from support import gguf_hybrids
 from support.gguf_files import ARCHITECTURES as WRITTEN
 from support.gguf_files import write
 from support.published import logits, typical
 from support.tiny import FAMILIES, MIXTURES, MSCALE, error, tiny, truth
 
-from intaglio.models import Checkpoint, PortError
-from intaglio.models.files.gguf.architectures import ARCHITECTURES
+from intaglio.models import Checkpoint, PortError, account, port
+from intaglio.models.files.gguf import open_gguf
+from intaglio.models.files.gguf.architectures import ARCHITECTURES, REFUSED
 
 gguf = pytest.importorskip("gguf")
 # What a file has no key for: llama.cpp has these values built in, those of the released models.
@@ -42,12 +44,21 @@ BUILT_IN = {
     "minicpm3": {"dim_model_base": 256, "v_head_dim": 16},
     "lfm2": {"block_auto_adjust_ff_dim": False},
     "deepseekv3": {"rope_parameters": {**MSCALE, "mscale": 0.7}, "attention_bias": False},
+    "deepseek_v32": {"attention_bias": False},
+    "mamba": {"intermediate_size": 128, "expand": 2},
+    "falcon_mamba": {"intermediate_size": 128, "mixer_rms_eps": 1e-5},
+    "mamba2": {"time_step_limit": [0.0, float("inf")]},
+    "qwen3_next": {"mlp_only_layers": []},
+    "bitnet": {"hidden_act": "silu", "tie_word_embeddings": True},
+    "mimo_v2_flash": {"layer_types": ["full_attention", *["sliding_attention"] * 3]},
 }
 OTHERS = [
     "gemma", "cohere", "seed_oss", "arcee", "hunyuan_dense", "ernie4_5", "exaone4", "nemotron", "starcoder2",
     "dots1", "ernie4_5_moe", "olmo", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_neox_sequential", "falcon", "falcon_new",
     "phi", "stablelm", "stablelm_parallel", "bloom", "bloom_six_heads", "mpt", "mpt_six_heads", "glm", "hunyuan_moe",
-    "afmoe", "minicpm3", "lfm2", "lfm2_moe",
+    "afmoe", "minicpm3", "lfm2", "lfm2_moe", "mamba", "falcon_mamba", "mamba2", "jamba", "falcon_h1",
+    "granitemoehybrid", "granitemoehybrid_dense", "nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe", "gemma4",
+    "gemma4_keys", "glm_moe_dsa", "deepseek_v32", "jais2", "exaone_moe", "apertus", "dbrx", "bitnet", "mimo_v2_flash",
 ]  # fmt: skip
 SAME_AS = {"mistral3": "llama", "qwen2vl": "qwen2", "qwen3vl": "qwen3", "qwen3vlmoe": "qwen3moe"}
 TOKENS = list(range(40))
@@ -57,10 +68,16 @@ TOKENS = list(range(40))
 def test_architecture(tmp_path, family):
     """Sums of up to 1000 products in float32 in another order than transformers': 1000 * 2^-24, and some layers."""
     path = tiny(family, tmp_path / "source", **BUILT_IN.get(family, {}))
-    file, _, wanted = write(path, tmp_path / "out")
+    file, plain, wanted = write(path, tmp_path / "out")
     opened = Checkpoint.open(file)
     assert opened.config.get("llama_names") or {n for n in wanted if "norm" in n} <= opened.names
-    assert error(logits(file, "reference", tokens=TOKENS), truth(path, TOKENS)) < 2e-4
+    assert error(logits(file, "reference", tokens=TOKENS), truth(plain, TOKENS)) < 2e-4
+    a, stored = account(file), open_gguf(file)
+    assert [t.name for t in a.tensors] == [t.name for _, t in stored.tensors]
+    assert all(t.becomes for t in a.tensors) and not [k.note for k in a.keys if k.note]
+    assert [k.key for k in a.keys] == list(stored.fields)
+    weights = {t.name for t in port(opened, 32).of_role("weight") if ".act." not in t.name}  # xIELU's are metadata
+    assert weights <= {b for t in a.tensors for b in t.becomes}
 
 
 @pytest.mark.parametrize(
@@ -83,6 +100,104 @@ def test_quantised_experts(tmp_path, family, kind):
     assert names and {c.format(n) for n in names} == {wanted}
     for device in ("reference", "host"):
         assert typical(logits(file, device), truth(plain, TOKENS)) < 0.05
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+NETS = {
+    "linear_key_head_dim": 32, "linear_value_head_dim": 64, "linear_num_value_heads": 8, "head_dim": 64,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+SPARSE = {"mlp_only_layers": [], "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "more"),
+    [
+        ("qwen3_5", "Q4_K", NETS), ("qwen3_5", "Q8_0", NETS), ("qwen3_next", "Q5_K", {**NETS, **SPARSE}),
+        ("falcon_h1", "Q8_0", {"mamba_d_ssm": 256}), ("jamba", "Q5_0", {}),
+    ],
+)  # fmt: skip
+def test_quantised_recurrent_blocks(tmp_path, family, kind, more):
+    """Rows are put in order with their codes; the columns of out_proj stay, and what they multiply is permuted."""
+    path = tiny(family, tmp_path / "source", **WIDE, **more)
+    file, plain, _ = write(
+        path, tmp_path / "out", lambda name: kind if "blk" in name and "ssm_dt" not in name else "F32"
+    )
+    c = Checkpoint.open(file)
+    out = "model.layers.0.linear_attn.out_proj.weight"
+    assert family != "qwen3_5" or (c.format(out) in ("q4_k", "int8g32f16") and c.order(out) in c.orders)
+    for device in ("reference", "host"):
+        assert typical(logits(file, device), truth(plain, TOKENS)) < 0.05
+
+
+def test_queries_to_gate_in_one_matrix(tmp_path, monkeypatch):
+    """Qwen3-Next in older files, with the rows as transformers has them."""
+    monkeypatch.setattr(gguf_hybrids, "qkvz", lambda name, x, c, layer: [(name, x, lambda y: {name: y})])
+    path = tiny("qwen3_next", tmp_path / "source", **BUILT_IN["qwen3_next"])
+    file, plain, _ = write(path, tmp_path / "out")
+    assert any(t.name.endswith("ssm_in.weight") for _, t in open_gguf(file).tensors)
+    assert error(logits(file, "reference", tokens=TOKENS), truth(plain, TOKENS)) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "says"),
+    [
+        ("gemma4", "attention.shared_kv_layers", 2, "keys and values of others are not ported"),
+        ("gemma4", "rope.dimension_count_swa", 8, "heads of 16 are turned whole"),
+        ("mimo_v2_flash", "attention.head_count_kv", [1, 4, 4, 4], "twice that in those with a window"),
+        ("jamba", "attention.head_count_kv", [0, 2, 2, 0], "layers .1, 2. have attention; wanted every n-th layer"),
+        ("nemotron_h", "feed_forward_length", [0, 96, 0, 48], "layers of different sizes are not ported"),
+        ("exaone_moe", "expert_gating_func", 1, "expert_gating_func=1 is not ported"),
+        ("bitnet", "hidden_act", "tanh", "hidden_act='tanh' is not ported; known are silu, relu2"),
+        ("granitemoehybrid", "rope.dimension_count", 8, "turns whole heads of 16"),
+    ],
+)
+def test_what_no_port_computes_is_refused(tmp_path, family, key, value, says):
+    path = tiny(family, tmp_path / "source", **BUILT_IN.get(family, {}))
+    arch = WRITTEN[json.loads((path / "config.json").read_text())["model_type"]]
+    add = {int: "add_uint32", list: "add_array", str: "add_string"}[type(value)]
+    more = {"extra": lambda w: getattr(w, add)(f"{arch}.{key}", value), "leave_out": (key,)}
+    file, _, _ = write(path, tmp_path / "out", **more)
+    with pytest.raises(PortError, match=says):
+        port(Checkpoint.open(file))
+
+
+def test_a_key_that_nothing_reads_is_reported(tmp_path):
+    """And attention that is not causal is refused; a key that is off is not worth a word."""
+    path = tiny("llama", tmp_path / "source")
+
+    def more(w):
+        w.add_float32("llama.attention.sharpness", 3.0)
+        w.add_bool("llama.attention.blurred", False)
+
+    file, _, _ = write(path, tmp_path / "out", extra=more)
+    with pytest.warns(UserWarning, match="llama.attention.sharpness=3.0 is ignored: nothing here reads it"):
+        port(Checkpoint.open(file))
+    noted = [k.key for k in account(file).keys if k.note]
+    assert noted == ["llama.attention.sharpness"]
+    file, _, _ = write(path, tmp_path / "other", extra=lambda w: w.add_bool("llama.attention.causal", False))
+    with pytest.raises(PortError, match="attention.causal=False is not ported"):
+        Checkpoint.open(file)
+
+
+def test_experts_beside_an_mlp_are_refused(tmp_path):
+    path = tiny("gemma4", tmp_path / "source")
+    router = np.ones((8, 64), np.float32)
+    file, _, _ = write(path, tmp_path / "out", extra=lambda w: w.add_tensor("blk.0.ffn_gate_inp.weight", router))
+    with pytest.raises(PortError, match="blk.0.ffn_gate_inp.weight: experts beside the dense MLP"):
+        Checkpoint.open(file)
+
+
+@pytest.mark.parametrize("arch", REFUSED)
+def test_a_near_architecture_is_refused_with_its_reason(tmp_path, arch):
+    w = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
+    w.add_tensor("token_embd.weight", np.ones((2, 2), np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    with pytest.raises(PortError, match=f"architecture '{arch}' is not read: it"):
+        Checkpoint.open(tmp_path / "m.gguf")
 
 
 def test_gemma_with_quantised_embeddings(tmp_path):

@@ -16,6 +16,7 @@ from support.gguf_vocab import (
     CONTROL,
     add_vocabulary,
     byte_level,
+    gemma4,
     sentencepiece,
     texts,
     unigram,
@@ -36,6 +37,7 @@ SORTS = {
     **{pre: lambda seed, pre=pre: byte_level(pre, seed) for pre in BYTE_LEVEL},
     "sentencepiece": lambda seed: sentencepiece(True, seed),
     "sentencepiece without a space": lambda seed: sentencepiece(False, seed),
+    "gemma4": gemma4,
     "unigram": unigram,
     "wordpiece": wordpiece,
 }
@@ -117,7 +119,7 @@ def test_templates(tmp_path):
         ({"pre": "klingon"}, r"tokenizer.ggml.pre 'klingon' is not read; known are .*llama-bpe"),
         (
             {"model": "rwkv"},
-            r"tokenizer.ggml.model 'rwkv' is not read; known are gpt2, llama, t5, bert; put the model's",
+            r"tokenizer.ggml.model 'rwkv' is not read; known are gpt2, llama, gemma4, t5, bert; put the model's",
         ),
         ({"token_type": [1]}, r"\d+ tokens, of which \d+ differ, with 1 types .*damaged"),
         ({"merges": None}, r"a vocabulary without tokenizer.ggml.merges"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from support import gguf_hybrids as hybrids
 
 Values = dict[str, np.ndarray]
 ARCHITECTURES = {  # model_type -> llama.cpp's
@@ -24,7 +25,7 @@ ARCHITECTURES = {  # model_type -> llama.cpp's
     "starcoder2": "starcoder2", "dots1": "dots1", "ernie4_5_moe": "ernie4_5-moe", "olmo": "olmo", "gpt2": "gpt2",
     "gpt_bigcode": "starcoder", "gpt_neox": "gptneox", "falcon": "falcon", "phi": "phi2", "stablelm": "stablelm",
     "bloom": "bloom", "mpt": "mpt", "glm": "chatglm", "hunyuan_v1_moe": "hunyuan-moe", "afmoe": "afmoe",
-    "minicpm3": "minicpm3", "lfm2": "lfm2", "lfm2_moe": "lfm2moe",
+    "minicpm3": "minicpm3", "lfm2": "lfm2", "lfm2_moe": "lfm2moe", **hybrids.ARCHITECTURES,
 }  # fmt: skip
 USUAL = {  # Llama's name of a config key, by those of others
     "n_embd": "hidden_size", "d_model": "hidden_size", "n_layer": "num_hidden_layers", "n_layers": "num_hidden_layers",
@@ -32,7 +33,7 @@ USUAL = {  # Llama's name of a config key, by those of others
     "n_positions": "max_position_embeddings", "max_seq_len": "max_position_embeddings",
     "seq_length": "max_position_embeddings", "layer_norm_epsilon": "layer_norm_eps", "moe_topk": "num_experts_per_tok",
 }  # fmt: skip
-PERMUTED = ("llama", "granite", "granitemoe", "smollm3", "arcee", "olmo")
+PERMUTED = ("llama", "granite", "granitemoe", "granitehybrid", "smollm3", "arcee", "olmo")
 FOURFOLD = ("gpt2", "gpt_bigcode", "falcon", "bloom", "mpt")  # whose inner width is four times the outer by default
 WHOLE_QKV = ("gptneox", "bloom", "falcon")  # whose q, k and v converters put one after another
 BLOCK_BYTES = {  # of 256 values (IQ4_NL: 32), where the f16 scales are; types that the library reads but does not write
@@ -97,22 +98,27 @@ def write(
     config = usual(json.loads((path / "config.json").read_text()))
     arrays = safetensors.numpy.load_file(path / "model.safetensors")
     arch = ARCHITECTURES[config["model_type"]]
+    arrays = hybrids.prepared(arrays, arch)
     folder.mkdir(exist_ok=True)
     w = gguf.GGUFWriter(folder / "model.gguf", arch)
     for key, value in metadata(config, arch).items():
         if value is not None and key not in leave_out:
             _add(w, f"{arch}.{key}", value)
+    for key, value in hybrids.added(config, arrays, arch).items():
+        _add(w, key, value)
     if extra:
         extra(w)
     draw, plain = np.random.default_rng(seed), dict(arrays)
     names = gguf.get_tensor_name_map(
-        next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), config["num_hidden_layers"]
+        next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == hybrids.NAMED_AS.get(arch, arch)),
+        config["num_hidden_layers"],
     )
     for name, x, back in converted(arrays, config, arch):
         full = name if name.startswith(("rope_", "blk.")) else names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert full, name
         own = kind(full) if callable(kind) else kind
-        if x.ndim < 2 or own == "F32" or "ffn_gate_inp" in full or full.endswith(".bias"):
+        plain_kind = "ffn_gate_inp" in full or "conv1d" in full or full.endswith(("norm.weight", ".bias"))
+        if x.ndim < 2 or own == "F32" or plain_kind or not full.endswith("weight"):
             w.add_tensor(full, np.ascontiguousarray(x, np.float32))
             continue
         blocks, values = encoded(x, own, draw)
@@ -123,7 +129,7 @@ def write(
     w.write_tensors_to_file()
     w.close()
     shutil.copytree(path, folder / "plain")
-    safetensors.numpy.save_file({n: np.ascontiguousarray(x) for n, x in plain.items()},
+    safetensors.numpy.save_file({n: x.copy(order="C") for n, x in plain.items()},
                                 folder / "plain" / "model.safetensors", {"format": "pt"})  # fmt: skip
     return folder / "model.gguf", folder / "plain", plain
 
@@ -137,6 +143,8 @@ def usual(c: dict[str, Any]) -> dict[str, Any]:
         c["num_key_value_heads"] = 1
     if c["model_type"] in ("gpt2", "gpt_neox", "bloom", "mpt"):
         c["num_key_value_heads"] = None
+    if c["model_type"] == "nemotron_h":
+        c["num_hidden_layers"] = len(c["layers_block_type"])
     if c["model_type"] in FOURFOLD:
         c["intermediate_size"] = c.get("ffn_hidden_size") or c.get("n_inner") or 4 * c["hidden_size"]
     return {"max_position_embeddings": 256} | {k: x for k, x in c.items() if x is not None}
@@ -230,6 +238,8 @@ def metadata(c: Mapping[str, Any], arch: str) -> dict[str, Any]:
                    float(c["routed_scaling_factor"]), "expert_weights_norm": c["norm_topk_prob"]}  # fmt: skip
         case "deepseek2":
             own = _latent(c, rope)
+        case "glm-dsa" | "deepseek32":
+            own = _latent(c, rope) | hybrids.metadata(c, arch)
         case "gptneox" | "stablelm":
             own = {"use_parallel_residual": c["use_parallel_residual"]}
         case "mpt":
@@ -252,11 +262,13 @@ def metadata(c: Mapping[str, Any], arch: str) -> dict[str, Any]:
             own = {"attention.q_lora_rank": c["q_lora_rank"], "attention.kv_lora_rank": c["kv_lora_rank"],
                    "attention.key_length": c["qk_nope_head_dim"] + c["qk_rope_head_dim"],
                    "attention.value_length": None, "rope.dimension_count": c["qk_rope_head_dim"]}  # fmt: skip
+        case _:
+            own = hybrids.metadata(c, arch)
     return out | own
 
 
 def _latent(c: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
-    heat, third = rope.get("mscale_all_dim"), c["model_type"] == "deepseek_v3"
+    heat, third = rope.get("mscale_all_dim"), c["model_type"] != "deepseek_v2"
     rank, turned = c["kv_lora_rank"], c["qk_rope_head_dim"]
     return {
         "attention.head_count_kv": 1, "attention.q_lora_rank": c.get("q_lora_rank"), "attention.kv_lora_rank": rank,
@@ -275,17 +287,21 @@ Converted = tuple[str, np.ndarray, Callable[[np.ndarray], Values]]
 def converted(arrays: Values, c: Mapping[str, Any], arch: str) -> Iterator[Converted]:
     """(name, values, how values under that name become those of the checkpoint) of each tensor a file has."""
     yield from _rope_factors(c)
+    yield from hybrids.rope_factors(c, arch)
     stacks: dict[str, list[tuple[int, str]]] = {}
     for name, x in arrays.items():
+        if (own := hybrids.special(name, x, c, arch)) is not None:
+            yield from own
+            continue
         heads = {"q_proj": c["num_attention_heads"], "k_proj": c.get("num_key_value_heads")}.get(name.split(".")[-2])
         numbered = re.fullmatch(r"(.*experts)\.(\d+)\.(\w+)\.weight", name)
         if numbered:
             stacks.setdefault(f"{numbered[1]}.{numbered[3]}.weight", []).append((int(numbered[2]), name))
         elif heads and arch in PERMUTED:
             yield name, permuted(x, heads), lambda y, n=name, h=heads: {n: in_halves(y, h)}
-        elif arch.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
+        elif arch in hybrids.SHIFTED and name.endswith("norm.weight"):
             yield name, x + np.float32(1), lambda y, n=name: {n: y - np.float32(1)}
-        elif "kv_b_proj" in name and arch == "deepseek2":
+        elif "kv_b_proj" in name and arch in ("deepseek2", "glm-dsa", "deepseek32"):
             yield from _latent_halves(name, x, c)
         elif "experts." in name and "shared" not in name:
             yield from _fused(name, x, arch)
@@ -313,7 +329,7 @@ def converted(arrays: Values, c: Mapping[str, Any], arch: str) -> Iterator[Conve
             yield full, x, lambda y, n=name: {n: y}
     for name, parts in stacks.items():
         own = [n for _, n in sorted(parts)]
-        name = name.removeprefix("model.") if arch == "lfm2moe" else name
+        name = name.removeprefix("model.") if arch == "lfm2moe" else name.replace("feed_forward.experts", "mlp.experts")
         yield name, np.stack([arrays[n] for n in own]), lambda y, own=own: dict(zip(own, y, strict=True))
 
 

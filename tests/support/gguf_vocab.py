@@ -146,6 +146,13 @@ def byte_level(pre: str, seed: int, size: int = 900) -> tuple[Any, dict[str, Any
     }  # fmt: skip
 
 
+def gemma4(seed: int) -> tuple[Any, dict[str, Any]]:
+    """Gemma 4's: SentencePiece's BPE without a space in front, with merges in the file and scores that say nothing."""
+    judge, held = sentencepiece(False, seed)
+    merges = [" ".join(m) for m in json.loads(judge.backend_tokenizer.to_str())["model"]["merges"]]
+    return judge, held | {"model": "gemma4", "merges": merges, "scores": [-1000.0] * len(held["scores"])}
+
+
 def sentencepiece(prefix: bool, seed: int, size: int = 700) -> tuple[Any, dict[str, Any]]:
     """SentencePiece's BPE: Llama's with a space in front of the text, whatever it begins with, or Gemma's without. The
     judge is Llama 2's tokenizer.json, which does as SentencePiece; LlamaTokenizer adds no space in front of one."""

@@ -20,7 +20,7 @@ class ChipError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """Properties of a chip's memories that data sheets do not give. Efficiencies are fractions of their rates."""
+    """Properties of a chip's memories that data sheets do not give; efficiencies are fractions of published rates."""
 
     hbm_latency_s: float  # from a request to HBM until the bytes are in SRAM
     hbm_efficiency: float  # fraction of HBM bandwidth that long streams reach

@@ -45,7 +45,7 @@ def bench(
     no_cache: o.NoCache = False,
     as_json: o.Json = False,
 ) -> None:
-    """Measure prefill and decode, each beside the bound that memory bandwidth and matrix peak set."""
+    """Measure prefill and decode, each beside its bound by memory bandwidth or peak FLOP/s."""
     check_measurable(device)
     lengths = numbers(prompt_tokens) if prompt_tokens else None
     counts = numbers(sequences)

@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#555555")  # Okabe and Ito's
 WIDTH, HEIGHT, ROW = 860, 480, 20  # pixels; ROW: of a bar
 LEFT, RIGHT, TOP, BOTTOM = 64, 190, 48, 48  # margins of a line chart
-LABEL = 250  # pixels for the labels of bars
+LABEL = 270  # pixels for the labels of bars
 TICKS = 6  # of an axis, about
 STYLE = """<style>
   text { font: 12px system-ui, sans-serif; fill: #1f2a37 } .title { font-size: 15px; font-weight: 600 }

@@ -146,7 +146,8 @@ def simulate_serving(
         say(f"{summary.requests_per_s:,.2f} requests/s, {tokens}" + (f"; failed: {failed}" if failed else ""))
     out.print(table(HEADERS, rows))
     for on, each, done in found:
-        kept = f"K/V cache of {done.kv_tokens:,} tokens, {done.preemptions:,} preemptions"
+        each_has = "" if placements[each].single else " in each"
+        kept = f"K/V cache of {done.kv_tokens:,} tokens{each_has}, {done.preemptions:,} preemptions"
         assumed = f"{on.library.name} kernels, launch {on.library.launch_s * 1e6:.2g} us"
         how = "" if placements[each].single else f"event by event, {placements[each].replicas:,} replicas, {route}; "
         say(f"{on.chip.name} {each}: {how}{done.steps:,} steps; {kept}; {assumed}")

@@ -191,7 +191,7 @@ class Backends:
             self.waiting.pop(job.id, None)
 
     def pump(self) -> None:
-        """Place the queued jobs that can be placed now."""
+        """Place the queued jobs that can be placed now, and wake the tasks that wait for them in place()."""
         for placement in self.router.dispatch(self.clock()):
             waiter = self.waiting.get(placement.job.id)
             if waiter is not None and not waiter.done():  # else its client has left, and ended() follows
@@ -200,8 +200,7 @@ class Backends:
     def first_token(self, job: Job, head: dict[str, Any]) -> None:
         """Tell the router that a job's first token has come, so that its prompt is computed.
 
-        head: facts of the prompt from the replica: `tokens`, their number; `names` of its K/V blocks; their
-        `block_size`.
+        head: facts of the prompt from the replica: number of `tokens`, `names` of the K/V blocks, `block_size`.
         """
         self.router.started(job.id, head.get("tokens", job.prompt_tokens), tuple(head.get("names", ())),
                             head.get("block_size", 1))  # fmt: skip

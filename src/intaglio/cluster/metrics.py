@@ -55,7 +55,7 @@ class RouterMetrics:
         self._incoming.labels(model if model in self._models else "other").inc()
 
     def ended(self, request: RelayedRequest) -> None:
-        """Observe a request that has ended: its latency and time to first token, by replica and status."""
+        """Observe a request that has ended: latency by replica and status, time to the first token by replica."""
         now = self.backends.clock()
         seconds = now - request.began
         labels = request.replica, str(request.status or "none")

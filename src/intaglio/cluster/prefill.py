@@ -63,7 +63,7 @@ async def _computed(
     """Have `replica` compute the prompt and return its answer; None if the answer is an error.
 
     The answer is {"tokens": tokens of the prompt, "handed": those whose K/V other replicas can load}. Raises LinkLost
-    if it is lost, Moved if it is being drained.
+    if the replica is lost, Moved if it is being drained.
     """
     link = backends.links.get(replica)
     if link is None:

@@ -32,7 +32,7 @@ COLUMNS["generation_attention"] = "attention_decode", COLUMNS["context_attention
 def translated(table: str, row: Row) -> dict[str, str] | None:
     """A row of an engine's table with the column names of validate.py, and the name of its kernel in column `kernel`.
 
-    None if its number format is not one of FORMATS.
+    None if the row's number format is not one of FORMATS. table: name of the engine's table.
     """
     _, columns = COLUMNS[table]
     out = {name: row[theirs] for name, theirs in columns.items()}

@@ -66,12 +66,12 @@ class Row:
 
     @property
     def ttft(self) -> float:
-        """Measured time to the first token, in seconds."""
+        """Measured mean time to the first token, in seconds."""
         return float(self.columns["silicon_ttft_ms"]) / 1e3
 
     @property
     def tpot(self) -> float:
-        """Measured time per token after the first, in seconds."""
+        """Measured mean time per token after the first, in seconds."""
         return float(self.columns["silicon_tpot_ms"]) / 1e3
 
     @property

@@ -30,7 +30,7 @@ class MemoryUse:
 
     @property
     def total(self) -> int:
-        """Bytes needed in total."""
+        """Bytes needed in total: weights, K/V and activations."""
         return self.weights + self.kv + self.activations
 
     @property

@@ -63,7 +63,7 @@ class Queued:
 
     @property
     def length(self) -> int:
-        """Tokens of its prompt and whole response."""
+        """Number of tokens of the request's prompt and whole response."""
         return self.planned.prompt + self.planned.output
 
 

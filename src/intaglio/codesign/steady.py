@@ -141,7 +141,7 @@ class Design:
 
     @property
     def per_chip(self) -> float:
-        """Output tokens per second per chip."""
+        """Output tokens per second of all replicas, per chip."""
         return self.tokens_per_s / self.placement.chips
 
     @property

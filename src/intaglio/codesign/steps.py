@@ -77,8 +77,8 @@ class Server:
     def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
         """The Server of a whole model, as ported() returns it. how: number formats.
 
-        Raises LayoutError if the placement does not fit the model, ChipError if it has a layout of experts and the
-        model has none, FormatError for an unknown format.
+        Raises LayoutError if the placement does not fit the model, FormatError for an unknown format, and ChipError if
+        the placement has a layout of experts but the model has no experts.
         """
         eight = "fp8" if how.weights.startswith("fp8") else "auto"
         plain = eight if how.activations == "weights" else how.activations

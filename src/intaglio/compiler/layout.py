@@ -74,7 +74,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """Number of ranks in all stages."""
+        """Number of ranks in all pipeline stages: tp * ep * pp."""
         return self.lanes * self.pp
 
     def rank(self, stage: int, lane: int) -> int:

@@ -103,7 +103,7 @@ class Report:
 
     @property
     def title(self) -> str:
-        """A heading that says what was compared with what."""
+        """A heading, as text, that says what was compared with what."""
         return f"{self.program} on {self.device} against {self.against}, {self.tokens} tokens"
 
     @property

@@ -7,6 +7,7 @@ cannot be ported has no account, only an error.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from typing import Any
 
 from intaglio.models.files.checkpoint import Checkpoint
 from intaglio.models.files.folder import INDEX, SINGLE
+from intaglio.models.files.gguf import use_of
 from intaglio.models.files.quantisation import BESIDE
 from intaglio.models.keys import Fate
 from intaglio.models.leftovers import judge_tensor
 from intaglio.models.port import Ported, port_checkpoint
 from intaglio.models.text.account import FILES, judge_tokenizer
+from intaglio.models.text.files import TEMPLATES
 from intaglio.program.source import names
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -38,6 +41,10 @@ OTHER_FILES = (  # patterns of names, and why a file is not read
      r"train_results", "the state of a training run"),
     (r"config.*\.json$|\.ya?ml$|\.toml$", "settings of other programs"),
 )  # fmt: skip
+UNUSED = {  # tensors of GGUF files, by use_of()
+    "derived": "frequencies of rope, which follow from the metadata",
+    "ahead": "a layer that only predicts tokens further ahead",
+}
 
 
 @dataclass(frozen=True)
@@ -143,8 +150,11 @@ def account(path: str | Path, context: int | None = None) -> Account:
     checkpoint = Checkpoint.open(path)
     ported = port_checkpoint(checkpoint, context)
     program = ported.program
-    tensors = tuple(_tensors(checkpoint, ported))
+    tensors = tuple((_gguf_tensors if checkpoint.gguf else _tensors)(checkpoint, ported))
     keys = [*ported.keys]
+    if checkpoint.gguf:
+        name = checkpoint.gguf.file.path.name
+        keys = [Fate(name, k.key, "used" if k.used else "ignored", k.why, k.note) for k in checkpoint.gguf.keys]
     notes = list(ported.notes)
     if checkpoint.path.is_dir() and (checkpoint.path / "config.json").exists():
         read = judge_tokenizer(checkpoint.path)
@@ -157,8 +167,8 @@ def account(path: str | Path, context: int | None = None) -> Account:
     )  # fmt: skip
 
 
-def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
-    """Yield a TensorFate for each tensor in the checkpoint's files."""
+def _uses(checkpoint: Checkpoint, ported: Ported) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """({name of a stored tensor: the Program's weights made from it}, {the same name: the first weight's format})."""
     used: dict[str, list[str]] = {}
     formats: dict[str, str] = {}
     for t in ported.program.of_role("weight"):
@@ -167,6 +177,36 @@ def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
             for part in parts:
                 used.setdefault(part, []).append(t.name)
                 formats.setdefault(part, t.format)
+    return used, formats
+
+
+def _gguf_tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
+    """Yield a TensorFate for each tensor of a GGUF file and its further parts, by its name in the file."""
+    assert checkpoint.gguf
+    used, formats = _uses(checkpoint, ported)
+    starts: dict[Path, list[tuple[int, str]]] = {}
+    for name, e in checkpoint.entries.items():
+        starts.setdefault(e.file, []).append((e.start, name))
+    for places in starts.values():
+        places.sort()
+    for file, t in checkpoint.gguf.file.tensors:
+        how = (t.name, file.name, t.kind, t.shape, t.stop - t.start)
+        places = starts.get(file, [])
+        first, last = (bisect_left(places, (at, "")) for at in (t.start, t.stop))
+        own = [name for _, name in places[first:last] if name in used]
+        if own:
+            becomes = dict.fromkeys(weight for name in own for weight in used[name])
+            yield TensorFate(*how, "used", tuple(becomes), formats[own[0]])
+        elif (use := use_of(checkpoint.gguf.file, t.name)) == "factors":
+            tables = (n for n, x in ported.program.tensors.items() if x.role == "const" and "frequencies" in n)
+            yield TensorFate(*how, "used", tuple(tables), "f32")
+        else:
+            yield TensorFate(*how, "ignored", why=UNUSED[use])
+
+
+def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
+    """Yield a TensorFate for each tensor in the files of a folder."""
+    used, formats = _uses(checkpoint, ported)
     whole = {part: name for name, coded in checkpoint.coded.items() for part in coded.parts}
     for name, e in sorted(checkpoint.entries.items()):
         how = (name, e.file.name, e.dtype, e.shape, e.stop - e.start)
@@ -182,6 +222,9 @@ def _tensors(checkpoint: Checkpoint, ported: Ported) -> Iterator[TensorFate]:
         if not why and whole.get(name, "").endswith(".order"):
             why = "the columns stand in the order of what they multiply"
         yield TensorFate(*how, "ignored", why=why or judge_tensor(checkpoint, name) or "part of a matrix not used")
+    for name, e in checkpoint.found.copies:
+        why = f"the same values stand in {checkpoint.entries[name].file.name}, which is read"
+        yield TensorFate(name, e.file.name, e.dtype, e.shape, e.stop - e.start, "ignored", why=why)
 
 
 def _groups(ported: Ported, checkpoint: Checkpoint, tensors: tuple[TensorFate, ...]) -> Iterator[Group]:
@@ -210,9 +253,18 @@ def _files(checkpoint: Checkpoint) -> Iterator[Fate]:
     """Yield a Fate (used or ignored, and why) for each file of the checkpoint."""
     path = checkpoint.path
     if not path.is_dir():
-        yield Fate(path.name, "", "used", "holds the model")
+        for part in checkpoint.gguf.file.parts if checkpoint.gguf else (path,):
+            yield Fate(part.name, "", "used", "holds the model")
         return
-    read = {e.file.name for e in checkpoint.entries.values()}
+    read = {e.file.name for e in [*checkpoint.entries.values(), *(e for _, e in checkpoint.found.copies)]}
+    for folder in sorted(f for f in path.iterdir() if f.is_dir() and f.name != TEMPLATES):
+        yield Fate(f"{folder.name}/", "", "ignored", "a folder; nothing in it is read")
+    for file in sorted(f for f in (path / TEMPLATES).glob("*") if f.is_file()):
+        own = f"{TEMPLATES}/{file.name}"
+        if file.suffix == ".jinja":
+            yield Fate(own, "", "used", f"the chat template named {file.stem}")
+        else:
+            yield Fate(own, "", "ignored", "not a template: its name does not end in .jinja")
     for file in sorted(f for f in path.iterdir() if f.is_file()):
         name = file.name
         if name in read:

@@ -225,7 +225,7 @@ def _prefix(family: Family, names: Any) -> str:
 def _config(family: Family, config: Mapping[str, Any]) -> Config:
     """The Config of the text model: the keys of text_config if there is one, otherwise all keys.
 
-    The family's aliases and its function `prepare` have been applied.
+    tie_word_embeddings is also read outside text_config. The family's aliases and its function `prepare` are applied.
     """
     inner = config.get("text_config")
     if not isinstance(inner, Mapping) or not inner:
@@ -258,7 +258,7 @@ def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: lis
         cache = formats.CACHED if scales.asked_by else ""
         d = replace(d, prefix=prefix, cache=cache, cache_scales=scales.layers)
         if _llama_names(checkpoint):
-            d = replace(d, sources={}, head="")
+            d = replace(d, sources={}, head="", table="")
         if d.head and not d.tied and f"{d.head}.weight" not in names and "lm_head.weight" in names:
             d = replace(d, head="lm_head")  # as transformers 5 names every head
         embed, head = d.source(f"{prefix}embed_tokens.weight"), d.source(f"{d.head_source}.weight")

@@ -49,7 +49,7 @@ def _relative(name: str, under: str) -> str:
 def _scores(t: Trace, rec: Attention) -> Facts:
     """{scale, softcap, sinks, window, chunk} with which softmax attention gives the traced result.
 
-    Raises Unmatched if no values do.
+    Raises Unmatched if no such values give it.
     """
     heads, n = rec.q.shape[:2]
     seen = np.tri(n, dtype=bool) if rec.mask is None else rec.mask > -1e30
@@ -150,7 +150,7 @@ def _projections(t: Trace, rec: Attention, readers: list[Linear], found: list[No
     """Add the layout of the projections, the norms of queries and keys, and the rope to the properties `f`.
 
     Returns these norms as a list. A factor on the queries is multiplied into f["scale"]. readers: linears that read the
-    block's input. found: norms in the block. Raises Unmatched if queries, keys and values come about otherwise.
+    block's input. found: norms in the block. Raises Unmatched if queries, keys and values are computed otherwise.
     """
     q, k, late = rec.q, rec.k, [_late(found, x) for x in (rec.q, rec.k)]
     if late[0] is not None and late[1] is not None:
@@ -198,7 +198,7 @@ def _late(found: list[Norm], x: np.ndarray) -> Norm | None:
 
 
 def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
-    """The norm whose argument is a projection's result y [tokens, heads, head_dim], in any shape; None without."""
+    """The norm whose argument is a projection's result y [tokens, heads, head_dim], in any shape; None without one."""
     return next((n for n in found if same(n.x, y) or same(n.x, y.swapaxes(0, 1))), None)
 
 

@@ -142,8 +142,8 @@ def _hidden(block: Call, like: np.ndarray) -> np.ndarray:
 def _before(n: dict[str, Norm], site: str, own: list[Norm], x: np.ndarray, call: Call) -> None:
     """Add the norm before attention to `n`, under the name `site`, if there is one.
 
-    own: norms of the layer. x: what attention reads. call: of the layer. Raises Unmatched if x is neither the residual
-    nor a norm of it.
+    own: norms called in the layer. x: what attention reads. call: the call of the layer. Raises Unmatched if x is
+    neither the residual nor a norm of it.
     """
     if same(x, call.x):
         return
@@ -156,7 +156,8 @@ def _before(n: dict[str, Norm], site: str, own: list[Norm], x: np.ndarray, call:
 def _mlp(t: Trace, call: Call, attention: str) -> tuple[Facts, str, np.ndarray, np.ndarray]:
     """(dict of properties, name within the layer, argument, result) of a layer's MLP or mixture of experts.
 
-    call: of the layer. attention: name of its attention module. Raises Unmatched for what Decoder cannot express.
+    call: the call of the layer. attention: name of its attention module. Raises Unmatched for what Decoder cannot
+    express.
     """
     inside = f"{attention}."
     own = [z for z in linears(t, call.name) if not z.name.startswith(inside)]
@@ -239,7 +240,8 @@ def _added(call: Call, x: np.ndarray, branches: tuple[np.ndarray, ...], parallel
 def _head(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]:
     """(dict of properties, list of Norms) of the final norm, the output head, and the logits' softcap and scale.
 
-    x: the last layer's result. layers: name of the list of layers. Raises Unmatched if the logits come about otherwise.
+    x: the last layer's result. layers: name of the list of layers. Raises Unmatched if the logits are computed
+    otherwise.
     """
     outside = [n for n in norms(t, "", layers) if n.x.shape == x.shape]
     final = next((n for n in outside if same(n.x, x)), None)

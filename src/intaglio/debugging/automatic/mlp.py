@@ -22,8 +22,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 def dense_facts(t: Trace, own: list[Linear], x: np.ndarray, under: str) -> tuple[Facts, np.ndarray]:
     """(dict of properties, result) of the dense MLP that reads x.
 
-    own: linears among which it is looked for. under: name of its module. Raises Unmatched if they are no MLP that
-    Decoder can express.
+    own: linears that may belong to the MLP. under: name of its module. Raises Unmatched if no linears among `own` form
+    an MLP that Decoder can express.
     """
     readers = [n for n in own if same(n.x, x)]
     downs = [n for n in own if n.y.size == x.size and not any(n is r for r in readers)]
@@ -195,10 +195,10 @@ def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
 def _route(
     logits: np.ndarray, bias: np.ndarray | None, how: Facts, ids: np.ndarray, weights: np.ndarray
 ) -> float | None:
-    """The factor on the weights of the op route that gives the traced weights; None if the op chooses other ids.
+    """The factor on the weights of the op route that gives the traced weights.
 
-    logits: of the router [tokens, experts]. bias: correction bias. how: attributes of the op. ids, weights: as traced,
-    [tokens, top]. None too if no factor gives the weights.
+    None if the op chooses other experts than the traced ones, or if no factor fits. logits: of the router [tokens,
+    experts]. bias: correction bias. how: attributes of the op. ids, weights: as traced, [tokens, top].
     """
     op = Route(
         site="route", logits="logits", bias="bias" if bias is not None else None, weights="weights", ids="ids",

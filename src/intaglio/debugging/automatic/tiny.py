@@ -93,7 +93,7 @@ class TinyModels:
         return self.own.get(name, name)
 
     def has(self, name: str) -> bool:
-        """True if this architecture's configuration has the key(name)."""
+        """True if this architecture's configuration has a key that means what `name` usually does (see key())."""
         return self.key(name) in self.usual
 
     def settings(self, **changes: Any) -> dict[str, Any]:

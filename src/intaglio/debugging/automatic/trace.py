@@ -177,7 +177,8 @@ def record(model: Any, tokens: Sequence[int]) -> Trace:
 def _watch_attention(trace: Trace, modules: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
     """Replace transformers' attention function by one that also appends each call to trace.attention.
 
-    Returns {name of a Python module: its original function}, to put them back. modules: by name. names: by id.
+    Returns {name of a Python module: its original function}, by which the caller undoes this. modules: by name. names:
+    names of modules by their id().
     """
     import torch
 

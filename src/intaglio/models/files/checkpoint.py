@@ -22,7 +22,7 @@ from intaglio import formats
 from intaglio.models.config import CheckpointError, Settings
 from intaglio.models.files.coded import Coded, Stored
 from intaglio.models.files.folder import Found, find_files, refuse_folder
-from intaglio.models.files.gguf import find_gguf, read_gguf
+from intaglio.models.files.gguf import GgufModel, find_gguf, read_gguf
 from intaglio.models.files.header import DTYPES, Entry, read_json
 from intaglio.models.files.published import find_coded
 from intaglio.models.files.quantisation import find_quantisation
@@ -95,6 +95,7 @@ class Checkpoint:
         found: which files were read and which were not.
         quantisation: settings that say how matrices are quantised.
         quantised_by: the file and key that have these settings; "": none.
+        gguf: the model of a GGUF file; None for a folder of safetensors files.
         maps: memory maps of the files.
         checked: tensors that have been checked for NaN and infinity.
     """
@@ -107,6 +108,7 @@ class Checkpoint:
     found: Found = field(default_factory=lambda: Found({}, ""), repr=False)
     quantisation: Settings = field(default_factory=lambda: Settings({}), repr=False)
     quantised_by: str = ""
+    gguf: GgufModel | None = field(default=None, repr=False)
     maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False)
     checked: set[str] = field(default_factory=set, repr=False)
 
@@ -119,9 +121,10 @@ class Checkpoint:
         """
         path = Path(path)
         if gguf := find_gguf(path):
-            config, tables = read_gguf(gguf)
-            own = {n: Entry(r.file, r.dtype, r.shape, r.start, r.stop) for n, r in tables.raw.items()}
-            return cls(path, config, own, tables.coded, tables.taken)
+            model = read_gguf(gguf)
+            own = {n: Entry(r.file, r.dtype, r.shape, r.start, r.stop) for n, r in model.tables.raw.items()}
+            found = Found({}, "", notes=[key.note for key in model.keys if key.note])
+            return cls(path, model.config, own, model.tables.coded, model.tables.taken, found, gguf=model)
         if not path.is_dir():
             hint = f"; give the folder of the file, {path.parent}" if path.is_file() else ""
             raise CheckpointError(f"no folder {path}; give the folder that holds config.json and *.safetensors{hint}")

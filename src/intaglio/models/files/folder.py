@@ -36,6 +36,7 @@ class Found:
         said_by: name of the file that decided which files are read: an index, or the only file.
         unlisted: weight files that are not read.
         absent: tensors that an index lists and no file holds, with the file that it names for them.
+        copies: the places of further equal copies of tensors, as (name, place).
         notes: notes for the user about ignored or unusual files.
     """
 
@@ -43,6 +44,7 @@ class Found:
     said_by: str
     unlisted: list[str] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
+    copies: list[tuple[str, Entry]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -59,7 +61,7 @@ def find_files(path: Path, config: Mapping[str, Any]) -> Found:
         found = _shards(path, decides)
     else:
         found = Found(_file(path, decides, "config.json"), decides)
-    read = {e.file.name for e in found.entries.values()} | {found.said_by}
+    read = {e.file.name for e in [*found.entries.values(), *(e for _, e in found.copies)]} | {found.said_by}
     found.unlisted = sorted(f.name for f in path.glob("*.safetensors") if f.name not in read)
     if (path / ADAPTER).exists():
         found.notes.append(
@@ -135,6 +137,7 @@ def _shards(path: Path, index: str) -> Found:
     if not isinstance(listed, dict):
         raise CheckpointError(f"{path / index} has no weight_map from tensor to file; download it again")
     entries: dict[str, Entry] = {}
+    copies: list[tuple[str, Entry]] = []
     for file in listed_shards(table):
         for name, entry in _file(path, file, index).items():
             if name in entries and not _same(entries[name], entry):
@@ -142,9 +145,10 @@ def _shards(path: Path, index: str) -> Found:
                     f"{path}: tensor {name} is in {entries[name].file.name} and, with other values, in {file}; one of "
                     "the files belongs to another model: download both again"
                 )
-            entries.setdefault(name, entry)
+            if entries.setdefault(name, entry) is not entry:
+                copies.append((name, entry))
     absent = {name: str(file) for name, file in listed.items() if name not in entries}
-    return Found(entries, index, absent=absent)
+    return Found(entries, index, absent=absent, copies=copies)
 
 
 def _same(a: Entry, b: Entry) -> bool:

@@ -54,7 +54,10 @@ def ssm(c: Config, inner: int, **more: Any) -> SsmMixer:
 
 
 def bamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Bamba, from config.json, for up to `context` positions."""
+    """The Decoder that describes Bamba, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = sizes(c)
     full = c.get("attn_layer_indices") or []
     usual = ["full_attention" if i in full else "linear_attention" for i in range(c.whole("num_hidden_layers"))]
@@ -68,7 +71,10 @@ def bamba(c: Config, context: int) -> Decoder:
 
 
 def granite_hybrid(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite 4, from config.json: experts beside a shared MLP, or that MLP alone."""
+    """The Decoder that describes Granite 4, from config.json: experts beside a shared MLP, or that MLP alone.
+
+    Raises PortError for missing or wrong settings.
+    """
     width, count = c.whole("shared_intermediate_size"), int(c.get("num_local_experts", 0))
     s = sizes(c)
     s |= {"scale": c.real("attention_multiplier"), "embed_scale": c.real("embedding_multiplier")}
@@ -107,7 +113,9 @@ def falcon_h1(c: Config, context: int) -> Decoder:
     if c.flag("mamba_proj_bias") and into != 1:
         raise PortError("config.json: mamba_proj_bias with ssm_in_multiplier is not ported")
     norm = ("first" if c.flag("mamba_norm_before_gate") else "gated") if c.flag("mamba_rms_norm") else ""
-    mixer = ssm(c, inner, norm=norm, out_bias=c.flag("projectors_bias"), scales=tuple(x * into for x in scales))
+    scales = tuple(x * into for x in scales)
+    scales = scales if any(x != 1 for x in scales) else ()
+    mixer = ssm(c, inner, norm=norm, out_bias=c.flag("projectors_bias"), scales=scales)
     attn, mlp = c.real("attention_in_multiplier"), c.get("mlp_multipliers", [1.0, 1.0])
     s["scale"] *= c.real("key_multiplier") * attn * attn
     s |= {"attn_scale": attn * c.real("attention_out_multiplier"), "mixer_scale": c.real("ssm_out_multiplier")}
@@ -119,7 +127,10 @@ def falcon_h1(c: Config, context: int) -> Decoder:
 
 
 def jamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Jamba: Mamba blocks, attention without positions, and experts in some layers."""
+    """The Decoder that describes Jamba: Mamba blocks, attention without positions, and experts in some layers.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, n = sizes(c), c.whole("num_hidden_layers")
     mixer = ScanMixer(
         inner=int(c.real("mamba_expand") * s["hidden"]), state=c.whole("mamba_d_state"),

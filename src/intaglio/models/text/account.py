@@ -8,7 +8,7 @@ from typing import Any
 
 from intaglio.models.files.header import read_json
 from intaglio.models.keys import NEUTRAL, Fate
-from intaglio.models.text.files import NAMED
+from intaglio.models.text.files import NAMED, TEMPLATES
 
 FILES = {
     "tokenizer.json": "the tokenizer", "tokenizer.model": "the tokenizer, as there is no tokenizer.json",
@@ -120,5 +120,5 @@ def _templates(path: Path) -> Iterator[Fate]:
     """Yield a Fate for each chat template that is a file of its own."""
     if (path / "chat_template.jinja").exists():
         yield Fate("chat_template.jinja", "chat_template", "used", "the chat template; it comes before other places")
-    for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
-        yield Fate(f"additional_chat_templates/{file.name}", "chat_template", "used", f"the template named {file.stem}")
+    for file in sorted((path / TEMPLATES).glob("*.jinja")):
+        yield Fate(f"{TEMPLATES}/{file.name}", "chat_template", "used", f"the template named {file.stem}")

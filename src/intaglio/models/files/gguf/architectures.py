@@ -6,9 +6,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from intaglio.models.files.gguf import config, config_gpt
+from intaglio.models.files.gguf import config, config_gpt, config_mixtures, config_recurrent, recurrent
 from intaglio.models.files.gguf.metadata import Metadata
+from intaglio.models.files.gguf.tensors import Place, Tables
 
+Change = Callable[[Tables, Metadata, str, Place], None]
+
+INDEXER = {
+    "indexer.k_norm": "self_attn.indexer.k_norm", "indexer.proj": "self_attn.indexer.weights_proj",
+    "indexer.attn_k": "self_attn.indexer.wk", "indexer.attn_q_b": "self_attn.indexer.wq_b",
+}  # fmt: skip
 PROJECTIONS = ("gate", "up", "down")
 COMMON = {
     "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
@@ -58,6 +65,8 @@ class Architecture:
         permuted: True if the file has rows of Q and K in interleaved rope order.
         shift: offset that the converter added to norm weights.
         variants: names that replace others in a file that has a tensor with this part of a name.
+        changes: functions that add tensors whose values converters change, by llama.cpp's part of a name.
+        refused: why files with a tensor of this part of a name are refused.
     """
 
     describe: Callable[[Metadata], dict[str, Any]]
@@ -65,9 +74,11 @@ class Architecture:
     permuted: bool = False
     shift: float = 0.0
     variants: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    changes: Mapping[str, Change] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def variant(self, parts: Collection[str]) -> Architecture:
-        """A copy of the Architecture for a file in whose tensor names `parts` occur, with no variants left."""
+        """A copy of the Architecture with its variants applied, for a file in whose tensor names `parts` occur."""
         names = dict(self.names)
         for part, others in self.variants.items():
             names |= others if part in parts else {}
@@ -87,35 +98,77 @@ LFM2 = {
     "ffn_down": "feed_forward.w2", "shortconv.conv": "conv.conv", "shortconv.in_proj": "conv.in_proj",
     "shortconv.out_proj": "conv.out_proj",
 }  # fmt: skip
+SCAN = {
+    "ssm_in": "in_proj", "ssm_conv1d": "conv1d", "ssm_x": "x_proj", "ssm_dt": "dt_proj", "ssm_a": "A_log",
+    "ssm_d": "D", "ssm_out": "out_proj", "ssm_dt_norm": "dt_layernorm", "ssm_b_norm": "b_layernorm",
+    "ssm_c_norm": "c_layernorm",
+}  # fmt: skip
+SSM = {
+    "ssm_in": "in_proj", "ssm_conv1d": "conv1d", "ssm_dt": "dt_bias", "ssm_a": "A_log", "ssm_d": "D",
+    "ssm_norm": "norm", "ssm_out": "out_proj",
+}  # fmt: skip
+SSM_CHANGES = {"ssm_a": recurrent.rates, "ssm_d": recurrent.vector, "ssm_norm": recurrent.vector}
+DELTA = {
+    "attn_qkv": "linear_attn.in_proj_qkv", "attn_gate": "linear_attn.in_proj_z", "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_alpha": "linear_attn.in_proj_a", "ssm_ba": "linear_attn.in_proj_ba", "ssm_in": "linear_attn.in_proj_qkvz",
+    "ssm_conv1d": "linear_attn.conv1d", "ssm_dt": "linear_attn.dt_bias", "ssm_a": "linear_attn.A_log",
+    "ssm_norm": "linear_attn.norm", "ssm_out": "linear_attn.out_proj",
+    "post_attention_norm": "post_attention_layernorm",
+}  # fmt: skip
+TILED = ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha", "ssm_conv1d", "ssm_dt", "ssm_a")
+TILED_CHANGES = {part: recurrent.by_value_head for part in TILED} | {"ssm_out": recurrent.columns_by_value_head}
+SHARED = mixture(shared="shared_expert") | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
+GRANITE_SHARED = {f"ffn_{n}_shexp": f"block_sparse_moe.shared_mlp.{n}_proj" for n in PROJECTIONS}
+OLDER_NORMS = {"ffn_norm": "pre_ff_layernorm", "output_norm": "model.final_layernorm"}
+EXPERTS_BESIDE = (
+    "experts beside the dense MLP (Gemma 4 26B-A4B) are not ported; run the model from safetensors elsewhere"
+)
+
+
+SPARSE = mlp() | LATENT | INDEXER | mixture(shared="shared_experts", correction="gate.e_score_correction_bias")
+
+
+def block(name: str, names: Mapping[str, str]) -> dict[str, str]:
+    """The table `names` with the module `name` in front of each of transformers' names."""
+    return {ours: f"{name}.{theirs}" for ours, theirs in names.items()}
+
+
+REFUSED = {  # architectures that are near to one with a port: why it cannot run them, and what to do
+    "nemotron_h_moe": "its experts have no gate, which is not ported; nemotron_h (dense) is",
+    "gemma3n": "its AltUp streams and sparse activations are not ported; gemma3 and gemma4 are",
+    "bitnet-b1.58": "it is read by bitnet.cpp only, with weights of its own ternary type; "
+    "give the bf16 checkpoint (BitNetForCausalLM) instead",
+    "gemma4-assistant": "it drafts tokens for a Gemma 4 model and cannot run alone; give the model's file",
+}
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(config.llama, mlp() | MIXTRAL, permuted=True),
     "mistral3": Architecture(config.mistral3, mlp() | MIXTRAL, permuted=True),
     "llama4": Architecture(
-        config.llama4, mlp("feed_forward") | mixture("feed_forward", "router", shared="shared_expert")
+        config_mixtures.llama4, mlp("feed_forward") | mixture("feed_forward", "router", shared="shared_expert")
     ),
     "qwen2": Architecture(config.qwen("Qwen2ForCausalLM")),
     "qwen2vl": Architecture(config.qwen("Qwen2ForCausalLM")),
     "qwen3": Architecture(config.qwen("Qwen3ForCausalLM")),
     "qwen3vl": Architecture(config.qwen("Qwen3ForCausalLM")),
     "qwen2moe": Architecture(
-        config.qwen_moe("Qwen2MoeForCausalLM", normalised=False),
+        config_mixtures.qwen_moe("Qwen2MoeForCausalLM", normalised=False),
         mlp() | mixture(shared="shared_expert") | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"},
     ),
-    "qwen3moe": Architecture(config.qwen_moe("Qwen3MoeForCausalLM", normalised=True), mlp() | mixture()),
-    "qwen3vlmoe": Architecture(config.qwen_moe("Qwen3MoeForCausalLM", normalised=True), mlp() | mixture()),
+    "qwen3moe": Architecture(config_mixtures.qwen_moe("Qwen3MoeForCausalLM", normalised=True), mlp() | mixture()),
+    "qwen3vlmoe": Architecture(config_mixtures.qwen_moe("Qwen3MoeForCausalLM", normalised=True), mlp() | mixture()),
     "gemma": Architecture(config.plain("GemmaForCausalLM"), shift=1.0),
     "gemma2": Architecture(config.gemma2, mlp() | SANDWICH, shift=1.0),
     "gemma3": Architecture(config.gemma3, mlp() | SANDWICH, shift=1.0),
     "phi3": Architecture(
         config.phi3, {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}
     ),
-    "phimoe": Architecture(config.phimoe, MIXTRAL),
+    "phimoe": Architecture(config_mixtures.phimoe, MIXTRAL),
     "granite": Architecture(config.granite("GraniteForCausalLM"), permuted=True),
     "granitemoe": Architecture(
         config.granite("GraniteMoeForCausalLM"), mixture("block_sparse_moe", "router.layer"), permuted=True
     ),
     "olmo2": Architecture(config.olmo2, mlp() | SANDWICH),
-    "olmoe": Architecture(config.olmoe, mixture()),
+    "olmoe": Architecture(config_mixtures.olmoe, mixture()),
     "command-r": Architecture(config.command_r),
     "cohere2": Architecture(config.cohere2),
     "arcee": Architecture(config.plain("ArceeForCausalLM"), UP_DOWN, permuted=True),
@@ -134,10 +187,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "dots1": Architecture(
-        config.dots1, mlp() | mixture(shared="shared_experts", correction="gate.e_score_correction_bias")
+        config_mixtures.dots1, mlp() | mixture(shared="shared_experts", correction="gate.e_score_correction_bias")
     ),
     "ernie4_5-moe": Architecture(
-        config.ernie4_5_moe,
+        config_mixtures.ernie4_5_moe,
         mlp() | mixture(shared="shared_experts", correction="moe_statics.e_score_correction_bias"),
     ),
     "olmo": Architecture(config.olmo, permuted=True),
@@ -152,16 +205,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "glm4moe": Architecture(
-        config.glm4_moe,
+        config_mixtures.glm4_moe,
         mlp() | mixture(shared="shared_experts", correction="gate.e_score_correction_bias")
         | {"post_attention_norm": "post_attention_layernorm"},
     ),
     "gpt-oss": Architecture(
-        config.gpt_oss,
+        config_mixtures.gpt_oss,
         mixture(router="router") | {"post_attention_norm": "post_attention_layernorm", "attn_sinks": "self_attn.sinks"},
     ),
     "minimax-m2": Architecture(
-        config.minimax_m2, mixture("block_sparse_moe", own="w", correction="e_score_correction_bias")
+        config_mixtures.minimax_m2, mixture("block_sparse_moe", own="w", correction="e_score_correction_bias")
     ),
     "gpt2": Architecture(
         config_gpt.gpt2, UP_DOWN | {"position_embd": "model.embed_positions", "attn_norm": "ln_1", "ffn_norm": "ln_2"}
@@ -180,23 +233,93 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mpt": Architecture(config_gpt.mpt, UP_DOWN | {"attn_norm": "norm_1", "ffn_norm": "norm_2"}),
     "chatglm": Architecture(config.chatglm, {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}),
     "hunyuan-moe": Architecture(
-        config.hunyuan_moe,
+        config_mixtures.hunyuan_moe,
         mixture(router="gate.wg", shared="shared_mlp")
         | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
     ),
     "afmoe": Architecture(
-        config.afmoe,
+        config_mixtures.afmoe,
         mlp() | mixture(router="router.gate", shared="shared_experts", correction="expert_bias")
         | {
             "attn_gate": "self_attn.gate_proj", "post_attention_norm": "post_attention_layernorm",
             "ffn_norm": "pre_mlp_layernorm", "post_ffw_norm": "post_mlp_layernorm",
         },
     ),
-    "lfm2": Architecture(config.lfm2, LFM2),
-    "lfm2moe": Architecture(config.lfm2_moe, LFM2 | mixture("feed_forward", own="w", correction="expert_bias")),
+    "lfm2": Architecture(config_recurrent.lfm2, LFM2),
+    "lfm2moe": Architecture(
+        config_recurrent.lfm2_moe, LFM2 | mixture("feed_forward", own="w", correction="expert_bias")
+    ),
     "minicpm3": Architecture(config.minicpm3, mlp() | LATENT),
     "deepseek2": Architecture(
-        config.deepseek2,
+        config_mixtures.deepseek2,
         mlp() | LATENT | mixture(shared="shared_experts", correction="gate.e_score_correction_bias"),
+    ),
+    "glm-dsa": Architecture(config_mixtures.indexed("GlmMoeDsaForCausalLM"), SPARSE),
+    "deepseek32": Architecture(config_mixtures.indexed("DeepseekV32ForCausalLM"), SPARSE),
+    "jais2": Architecture(config.jais2, UP_DOWN),
+    "mamba": Architecture(
+        config_recurrent.mamba,
+        block("mixer", SCAN) | {"attn_norm": "norm", "output_norm": "model.norm_f"}, changes={"ssm_a": recurrent.rates},
+    ),
+    "mamba2": Architecture(
+        config_recurrent.mamba2,
+        block("mixer", SSM) | {"attn_norm": "norm", "output_norm": "model.norm_f"}, changes=SSM_CHANGES,
+    ),
+    "jamba": Architecture(
+        config_recurrent.jamba,
+        mlp("feed_forward") | mixture("feed_forward", "router") | block("mamba", SCAN) | OLDER_NORMS,
+        changes={"ssm_a": recurrent.rates},
+    ),
+    "falcon-h1": Architecture(
+        config_recurrent.falcon_h1, mlp("feed_forward") | block("mamba", SSM) | OLDER_NORMS, changes=SSM_CHANGES
+    ),
+    "granitehybrid": Architecture(
+        config_recurrent.granite_hybrid,
+        mlp("shared_mlp") | mixture("block_sparse_moe", "router.layer") | GRANITE_SHARED | block("mamba", SSM),
+        permuted=True, changes=SSM_CHANGES,
+    ),
+    "nemotron_h": Architecture(
+        config_recurrent.nemotron_h,
+        mlp("mixer") | block("mixer", SSM) | {"attn_norm": "norm", "output_norm": "model.norm_f"}, changes=SSM_CHANGES,
+    ),
+    "qwen3next": Architecture(
+        config_recurrent.delta_nets("Qwen3NextForCausalLM"), SHARED | DELTA, shift=1.0,
+        changes={"ssm_a": recurrent.rates, "ssm_ba": recurrent.beta_and_step, "ssm_in": recurrent.queries_to_gate},
+    ),
+    "qwen35": Architecture(
+        config_recurrent.delta_nets("Qwen3_5ForCausalLM"), mlp() | DELTA, shift=1.0, changes=TILED_CHANGES
+    ),
+    "qwen35moe": Architecture(
+        config_recurrent.delta_nets("Qwen3_5MoeForCausalLM"), SHARED | DELTA, shift=1.0, changes=TILED_CHANGES
+    ),
+    "gemma4": Architecture(
+        config.gemma4,
+        mlp() | SANDWICH | {
+            "per_layer_token_embd": "model.embed_tokens_per_layer", "inp_gate": "per_layer_input_gate",
+            "per_layer_model_proj": "model.per_layer_model_projection", "proj": "per_layer_projection",
+            "per_layer_proj_norm": "model.per_layer_projection_norm", "post_norm": "post_per_layer_input_norm",
+            "layer_output_scale": "layer_scalar",
+        },
+        refused={"ffn_gate_inp": EXPERTS_BESIDE},
+    ),
+    "exaone-moe": Architecture(
+        config_mixtures.exaone_moe,
+        mlp() | mixture(shared="shared_experts", correction="e_score_correction_bias"),
+    ),
+    "apertus": Architecture(
+        config.apertus, UP_DOWN | {"attn_norm": "attention_layernorm", "ffn_norm": "feedforward_layernorm"}
+    ),
+    "dbrx": Architecture(
+        config_mixtures.dbrx,
+        mixture("ffn", "router.layer")
+        | {"attn_norm": "norm_attn_norm.norm_1", "attn_output_norm": "norm_attn_norm.norm_2"},
+    ),
+    "bitnet": Architecture(
+        config.bitnet, mlp() | {"attn_sub_norm": "self_attn.attn_sub_norm", "ffn_sub_norm": "mlp.ffn_sub_norm"}
+    ),
+    "mimo2": Architecture(
+        config_mixtures.mimo2,
+        mlp() | mixture(correction="gate.e_score_correction_bias")
+        | {"attn_sinks": "self_attn.attention_sink_bias"},
     ),
 }  # fmt: skip

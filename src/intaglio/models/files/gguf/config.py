@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from intaglio.models.config import PortError
 from intaglio.models.files.gguf.metadata import Metadata
 
 SIGMOID = 2  # expert_gating_func
 
 
-def base(m: Metadata, norm: str = "rms") -> dict[str, Any]:
+def base(m: Metadata, norm: str = "rms", width: int = 0, kv_heads: int = 0) -> dict[str, Any]:
     """A dict of the config keys that all families share.
 
-    norm: "rms" or "layer", the normalisation whose epsilon the file has.
+    norm: "rms" or "layer", the normalisation whose epsilon the file has. width, kv_heads: the inner width of an MLP and
+    the number of K/V heads, if they differ between layers; 0: as in the metadata.
     """
     eps = m.real("attention.layer_norm_rms_epsilon" if norm == "rms" else "attention.layer_norm_epsilon")
     return {
         "vocab_size": m.tables.shape("model.embed_tokens.weight")[0], "hidden_size": m.hidden,
-        "intermediate_size": m.whole("feed_forward_length", 0) or None, "num_hidden_layers": m.layers,
-        "num_attention_heads": m.heads, "num_key_value_heads": m.kv_heads, "head_dim": m.head_dim,
+        "intermediate_size": width or m.whole("feed_forward_length", 0) or None, "num_hidden_layers": m.layers,
+        "num_attention_heads": m.heads, "num_key_value_heads": kv_heads or m.kv_heads, "head_dim": m.head_dim,
         "max_position_embeddings": m.whole("context_length"),
         "rms_norm_eps" if norm == "rms" else "layer_norm_eps": eps,
         "rope_theta": m.real("rope.freq_base", 10000.0), "rope_scaling": scaling(m),
@@ -35,6 +38,17 @@ def base(m: Metadata, norm: str = "rms") -> dict[str, Any]:
 def pretrained(m: Metadata) -> int:
     """The context length in tokens with which rope was trained, before it was scaled."""
     return m.whole("rope.scaling.original_context_length", m.whole("context_length"))
+
+
+def first_with(m: Metadata, name: str) -> int | None:
+    """The number of the first layer that has this tensor; None if no layer has it."""
+    return next((i for i in range(m.layers) if m.has(name, i)), None)
+
+
+def rows(m: Metadata, name: str) -> int | None:
+    """The number of rows of this tensor in the first layer that has it; None if no layer has it."""
+    at = first_with(m, name)
+    return None if at is None else m.tables.shape(f"model.layers.{at}.{name}")[0]
 
 
 def scaling(m: Metadata) -> dict[str, Any] | None:
@@ -116,23 +130,6 @@ def mistral3(m: Metadata) -> dict[str, Any]:
     return llama(m)
 
 
-def llama4(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Llama 4.
-
-    The attention chunk, temperature and temperature floor are not in the metadata: llama.cpp hard-codes these values.
-    """
-    full = m.get("attention.sliding_window") == 0
-    count = m.whole("expert_count")
-    c = base(m) | experts(m) | {
-        "architectures": ["Llama4ForCausalLM"], "intermediate_size": m.whole("expert_feed_forward_length"),
-        "intermediate_size_mlp": m.whole("feed_forward_length"), "use_qk_norm": count != 128,
-        "attention_chunk_size": 8192, "attn_scale": 0.1, "floor_scale": 8192, "attn_temperature_tuning": not full,
-        "moe_layers": [i for i in range(m.layers) if m.has("feed_forward.router.weight", i)],
-        "no_rope_layers": [int(full or (i + 1) % 4 != 0) for i in range(m.layers)],
-    }  # fmt: skip
-    return c | ({"layer_types": ["full_attention"] * m.layers} if full else {})
-
-
 def qwen(model: str) -> Any:
     """A function from metadata to the config (a dict) of dense Qwen2 or Qwen3, for the architecture `model`."""
 
@@ -141,28 +138,6 @@ def qwen(model: str) -> Any:
         return base(m) | {"architectures": [model]}
 
     return describe
-
-
-def qwen_moe(model: str, normalised: bool) -> Any:
-    """A function from metadata to the config (a dict) of Qwen2-MoE or Qwen3-MoE, for the architecture `model`.
-
-    normalised: the router's top-k weights are divided by their sum.
-    """
-
-    def describe(m: Metadata) -> dict[str, Any]:
-        whole_heads(m)
-        c = base(m) | experts(m) | {"architectures": [model], "norm_topk_prob": normalised}
-        dense = [i for i in range(m.layers) if not m.has("mlp.gate.weight", i)]
-        shared = m.get("expert_shared_feed_forward_length") or _rows(m, "mlp.shared_expert.gate_proj.weight")
-        return c | {"mlp_only_layers": dense, "qkv_bias": c["attention_bias"],
-                    "shared_expert_intermediate_size": shared}  # fmt: skip
-
-    return describe
-
-
-def _rows(m: Metadata, name: str) -> int | None:
-    at = next((i for i in range(m.layers) if m.has(name, i)), None)
-    return None if at is None else m.tables.shape(f"model.layers.{at}.{name}")[0]
 
 
 def _scale(m: Metadata, largest: int) -> float:
@@ -177,7 +152,7 @@ def _scale(m: Metadata, largest: int) -> float:
 
 
 def gemma2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 2."""
+    """The keys of config.json, as a dict, for Gemma 2. Raises PortError, CheckpointError."""
     whole_heads(m)
     caps = {
         "attn_logit_softcapping": m.real("attn_logit_softcapping", 50.0),
@@ -190,7 +165,7 @@ def gemma2(m: Metadata) -> dict[str, Any]:
 
 
 def gemma3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 3's text model."""
+    """The keys of config.json, as a dict, for Gemma 3's text model. Raises PortError, CheckpointError."""
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
     return base(m) | {
@@ -202,25 +177,11 @@ def gemma3(m: Metadata) -> dict[str, Any]:
 
 
 def phi3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-3 and Phi-4."""
+    """The keys of config.json, as a dict, for Phi-3 and Phi-4. Raises PortError, CheckpointError."""
     return base(m) | partial(m) | {
         "architectures": ["Phi3ForCausalLM"], "sliding_window": m.whole("attention.sliding_window", 0) or None,
         "original_max_position_embeddings": pretrained(m),
     }  # fmt: skip
-
-
-def phimoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-3.5-MoE."""
-    whole_heads(m)
-    c = base(m) | experts(m) | {
-        "architectures": ["PhimoeForCausalLM"], "lm_head_bias": "lm_head.bias" in m.tables.names,
-        "intermediate_size": m.whole("feed_forward_length"),
-        "sliding_window": m.whole("attention.sliding_window", 0) or None,
-    }  # fmt: skip
-    if c["rope_scaling"] and "long_factor" in c["rope_scaling"]:
-        heat = m.real("rope.scaling.attn_factor", 1.0)
-        c["rope_scaling"] |= {"short_mscale": heat, "long_mscale": heat}
-    return c
 
 
 def granite(model: str) -> Any:
@@ -247,20 +208,16 @@ def olmo2(m: Metadata) -> dict[str, Any]:
     window = m.whole("attention.sliding_window", 0)
     if not window:
         return base(m) | {"architectures": ["Olmo2ForCausalLM"]}
+    one, other = m.real("rope.freq_base", 10000.0), m.get("rope.freq_base_swa")
+    if other not in (None, one):
+        raise PortError(f"{m.file.path}: rope.freq_base_swa={other} is not ported; wanted rope.freq_base, {one}")
     return base(m) | {
         "architectures": ["Olmo3ForCausalLM"], "sliding_window": window, "layer_types": m.sliding(4),
     }  # fmt: skip
 
 
-def olmoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for OLMoE."""
-    whole_heads(m)
-    width = m.whole("feed_forward_length")
-    return base(m) | experts(m) | {"architectures": ["OlmoeForCausalLM"], "intermediate_size": width}
-
-
 def cohere2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Cohere 2 (Command R7B, Command A)."""
+    """The keys of config.json, as a dict, for Cohere 2 (Command R7B, Command A). Raises PortError, CheckpointError."""
     whole_heads(m)
     return base(m, norm="layer") | {
         "architectures": ["Cohere2ForCausalLM"], "logit_scale": m.real("logit_scale"),
@@ -286,7 +243,7 @@ def plain(model: str) -> Any:
 
 
 def command_r(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Cohere 1 (Command R, Aya)."""
+    """The keys of config.json, as a dict, for Cohere 1 (Command R, Aya). Raises PortError, CheckpointError."""
     whole_heads(m)
     return base(m, norm="layer") | {
         "architectures": ["CohereForCausalLM"], "logit_scale": m.real("logit_scale"), "rope_scaling": None,
@@ -297,7 +254,7 @@ def command_r(m: Metadata) -> dict[str, Any]:
 def exaone4(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for EXAONE 4.
 
-    If it has a sliding window, every fourth layer has full attention, without rope.
+    If it has a sliding window, every fourth layer has full attention, without rope. Raises PortError, CheckpointError.
     """
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
@@ -308,7 +265,7 @@ def exaone4(m: Metadata) -> dict[str, Any]:
 
 
 def nemotron(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Nemotron-3 and Nemotron-4."""
+    """The keys of config.json, as a dict, for Nemotron-3 and Nemotron-4. Raises PortError, CheckpointError."""
     c = base(m, norm="layer") | partial(m)
     return c | {
         "architectures": ["NemotronForCausalLM"], "norm_eps": c["layer_norm_eps"],
@@ -316,11 +273,19 @@ def nemotron(m: Metadata) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def jais2(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Jais 2."""
+    whole_heads(m)
+    return base(m, norm="layer") | {
+        "architectures": ["Jais2ForCausalLM"], "mlp_bias": m.has("mlp.up_proj.bias"),
+    }  # fmt: skip
+
+
 def starcoder2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for StarCoder 2.
 
     Every layer has full attention, as in llama.cpp: GGUF files do not record the window of the published models
-    (4,096 tokens), so logits of longer sequences differ from transformers'.
+    (4,096 tokens), so logits of longer sequences differ from transformers'. Raises PortError, CheckpointError.
     """
     whole_heads(m)
     c = base(m, norm="layer")
@@ -345,123 +310,16 @@ def glm4(m: Metadata) -> dict[str, Any]:
     return base(m) | partial(m) | {"architectures": ["Glm4ForCausalLM"]}
 
 
-def _groups(m: Metadata) -> dict[str, Any]:
-    groups = m.whole("expert_group_count", 1)
-    return {
-        "n_group": groups, "topk_group": m.whole("expert_group_used_count", 1) if groups > 1 else 1,
-        "routed_scaling_factor": m.real("expert_weights_scale", 0.0) or 1.0,
-        "n_shared_experts": m.whole("expert_shared_count"), "norm_topk_prob": m.flag("expert_weights_norm"),
-        "first_k_dense_replace": m.whole("leading_dense_block_count", 0),
-        "num_nextn_predict_layers": m.whole("nextn_predict_layers", 0),
-    }  # fmt: skip
-
-
-def glm4_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GLM-4.5."""
-    m.fixed("expert_gating_func", SIGMOID)
-    return base(m) | partial(m) | experts(m) | _groups(m) | {
-        "architectures": ["Glm4MoeForCausalLM"], "use_qk_norm": m.has("self_attn.q_norm.weight"),
-    }  # fmt: skip
-
-
-def gpt_oss(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for gpt-oss, which has a sliding window in every other layer."""
-    c = base(m) | experts(m)
-    if c["rope_scaling"]:
-        c["rope_scaling"]["truncate"] = False  # no key; so are the released models
-    return c | {
-        "architectures": ["GptOssForCausalLM"], "intermediate_size": c["moe_intermediate_size"],
-        "sliding_window": m.whole("attention.sliding_window"),
-        "layer_types": ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(m.layers)],
-    }  # fmt: skip
-
-
-def dots1(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for dots.llm1."""
-    whole_heads(m)
-    m.fixed("expert_gating_func", SIGMOID)
-    return base(m) | experts(m) | _groups(m) | {"architectures": ["Dots1ForCausalLM"], "sliding_window": None}
-
-
-def ernie4_5_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for ERNIE 4.5 with experts.
-
-    The layers with experts are those with a router's tensor. Raises PortError unless they are one run of layers.
-    """
-    whole_heads(m)
-    mixed = [i for i in range(m.layers) if m.has("mlp.gate.weight", i)]
-    if not mixed or mixed != list(range(mixed[0], mixed[-1] + 1)):
-        raise PortError(f"{m.file.path}: layers {mixed} have experts; wanted one run of layers")
-    width = m.whole("expert_feed_forward_length")
-    return base(m) | {
-        "architectures": ["Ernie4_5_MoeForCausalLM"], "moe_num_experts": m.whole("expert_count"),
-        "moe_k": m.whole("expert_used_count"), "moe_intermediate_size": width, "moe_layer_interval": 1,
-        "moe_layer_start_index": mixed[0], "moe_layer_end_index": mixed[-1],
-        "moe_num_shared_experts": (_rows(m, "mlp.shared_experts.gate_proj.weight") or 0) // width,
-        "use_bias": m.has("mlp.up_proj.bias"),
-    }  # fmt: skip
-
-
 def olmo(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for OLMo (2024)."""
+    """The keys of config.json, as a dict, for OLMo (2024). Raises PortError, CheckpointError."""
     whole_heads(m)
     clip = m.real("attention.clamp_kqv", 0.0)
     return base(m, norm="layer") | {"architectures": ["OlmoForCausalLM"], "clip_qkv": clip or None}
 
 
-def minimax_m2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for MiniMax-M2."""
-    m.fixed("expert_gating_func", SIGMOID)
-    c = base(m) | partial(m) | experts(m)
-    return c | {"architectures": ["MiniMaxM2ForCausalLM"], "intermediate_size": c["moe_intermediate_size"]}
-
-
 def chatglm(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for ChatGLM3 and GLM-4-9B of 2024."""
+    """The keys of config.json, as a dict, for ChatGLM3 and GLM-4-9B of 2024. Raises PortError, CheckpointError."""
     return base(m) | partial(m) | {"architectures": ["GlmForCausalLM"]}
-
-
-def hunyuan_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Hunyuan-A13B. Its base of rope is stored as scaled by alpha."""
-    whole_heads(m)
-    c = base(m) | experts(m)
-    return c | {"architectures": ["HunYuanMoEV1ForCausalLM"], "intermediate_size": c["moe_intermediate_size"]}
-
-
-def afmoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for AFMoE. llama.cpp multiplies embeddings by sqrt(hidden) always."""
-    whole_heads(m)
-    m.fixed("expert_gating_func", SIGMOID)
-    return base(m) | experts(m) | {
-        "architectures": ["AfmoeForCausalLM"], "sliding_window": m.whole("attention.sliding_window"),
-        "layer_types": m.sliding(4), "num_dense_layers": m.whole("leading_dense_block_count", 0),
-        "num_shared_experts": m.whole("expert_shared_count", 0), "mup_enabled": True,
-        "route_scale": m.real("expert_weights_scale", 0.0) or 1.0, "route_norm": m.flag("expert_weights_norm"),
-    }  # fmt: skip
-
-
-def lfm2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for LFM2, whose layers without K/V heads have a convolution instead."""
-    whole_heads(m)
-    c = base(m)
-    kinds = ["full_attention" if n else "conv" for n in m.kv_heads_by_layer]
-    return c | {
-        "architectures": ["Lfm2ForCausalLM"], "layer_types": kinds, "norm_eps": c["rms_norm_eps"],
-        "conv_L_cache": m.whole("shortconv.l_cache"),
-        "conv_bias": any(m.has("conv.conv.bias", i) for i in range(m.layers)),
-        "block_auto_adjust_ff_dim": False,
-    }  # fmt: skip
-
-
-def lfm2_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for LFM2 with experts."""
-    m.fixed("expert_gating_func", SIGMOID)
-    dense = m.whole("leading_dense_block_count", 0)
-    return lfm2(m) | experts(m) | {
-        "architectures": ["Lfm2MoeForCausalLM"], "num_dense_layers": dense, "norm_topk_prob": True,
-        "use_expert_bias": m.has("feed_forward.expert_bias", dense),
-        "routed_scaling_factor": m.real("expert_weights_scale", 0.0) or 1.0,
-    }  # fmt: skip
 
 
 def minicpm3(m: Metadata) -> dict[str, Any]:
@@ -475,26 +333,82 @@ def minicpm3(m: Metadata) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def deepseek2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for DeepSeek-V3 if a sigmoid scores the experts, else for DeepSeek-V2.
+def bitnet(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for BitNet b1.58. Its head is the embedding.
 
-    Heads are attention.key_length_mla wide if the file has this key; attention.key_length is then the latent's width.
-    There is no key for mscale: all released models have it equal to mscale_all_dim, of which yarn_log_multiplier is a
-    tenth.
+    The activation is that of the key hidden_act, or silu as in llama.cpp; files of the models with squared ReLU have
+    another architecture.
     """
-    rope, rank = m.whole("rope.dimension_count"), m.whole("attention.kv_lora_rank")
-    key = m.whole("attention.key_length_mla", m.whole("attention.key_length", 0))
-    value = m.whole("attention.value_length_mla", m.whole("attention.value_length", 0))
-    third = m.whole("expert_gating_func", 1) == SIGMOID or any("e_score_correction" in n for n in m.tables.names)
-    c = base(m) | experts(m) | _groups(m) | {
-        "architectures": ["DeepseekV3ForCausalLM" if third else "DeepseekV2ForCausalLM"],
-        "q_lora_rank": m.get("attention.q_lora_rank"), "kv_lora_rank": rank, "qk_rope_head_dim": rope,
-        "qk_nope_head_dim": key - rope, "v_head_dim": value, "attention_bias": False, "rope_interleave": True,
-        "head_dim": None,
+    whole_heads(m)
+    act = {"relu_sqr": "relu2", "relu2": "relu2", "silu": "silu"}.get(name := str(m.get("hidden_act", "silu")))
+    if act is None:
+        raise PortError(f"{m.file.path}: bitnet.hidden_act={name!r} is not ported; known are silu, relu2")
+    return base(m) | {"architectures": ["BitNetForCausalLM"], "hidden_act": act, "rope_scaling": None}
+
+
+XIELU = {"beta": (0.5, 1e-6), "eps": (0.0, 1e-5)}  # value that the port has built in, and the largest difference
+
+
+def apertus(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Apertus. The two numbers of a layer's activation become tensors."""
+    whole_heads(m)
+    for key, (wanted, gap) in XIELU.items():
+        found = m.whole_key(f"xielu.{key}", [wanted])
+        if any(abs(x - wanted) > gap for x in found):
+            raise PortError(f"{m.file.path}: xielu.{key}={found} is not ported; wanted {wanted} in each layer")
+    for key in ("alpha_p", "alpha_n"):
+        values = m.whole_key(f"xielu.{key}", [])
+        if len(values) < m.layers:
+            raise PortError(f"{m.file.path}: xielu.{key} has {len(values)} values; wanted one for each layer")
+        for i in range(m.layers):
+            name = f"model.layers.{i}.mlp.act_fn.{key}"
+            m.tables.add_constant(name, np.array(values[i : i + 1], np.float32))
+    return base(m) | {"architectures": ["ApertusForCausalLM"], "hidden_act": "xielu"}
+
+
+UNTURNED = 1e20  # frequency factors of this size or more are those of columns without rope
+
+
+def gemma4(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Gemma 4's text model.
+
+    Layers with full attention have heads of their own width, rope in a part of their columns, and, if the file has no
+    tensor for their values, values that are their keys.
+    """
+    kinds, heads = m.sliding(6), m.kv_heads_by_layer
+    widths = {
+        "full_attention": m.whole("attention.key_length"),
+        "sliding_attention": m.whole("attention.key_length_swa"),
+    }
+    local = widths["sliding_attention"]
+    turned = m.whole("rope.dimension_count_swa", local)
+    if turned != local:
+        raise PortError(f"{m.file.path}: rope.dimension_count_swa={turned}, but heads of {local} are turned whole")
+    factors = m.factors.get("freqs", [])
+    part = sum(f == 1 for f in factors) / len(factors) if factors else 1.0
+    if any(f != 1 and f < UNTURNED for f in factors):
+        raise PortError(f"{m.file.path}: rope_freqs is not ported for gemma4 unless its values are 1, or without rope")
+    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    same = [i for i in full if not m.has("self_attn.v_proj.weight", i)]
+    if same not in ([], full):
+        raise PortError(f"{m.file.path}: layers {same} have no tensor attn_v; wanted all or none of {full}")
+    m.factors.clear()  # not those of other architectures
+    width = m.whole("embedding_length_per_layer_input", 0)
+    c = base(m, kv_heads=max(heads))
+    c["rope_parameters"] = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": m.real("rope.freq_base_swa", 10000.0)},
+        "full_attention": {
+            "rope_type": "proportional", "partial_rotary_factor": part, "rope_theta": c.pop("rope_theta"),
+        },
     }  # fmt: skip
-    if not third:
-        c["topk_method"] = "group_limited_greedy" if c["n_group"] > 1 else "greedy"
-    heat = m.real("rope.scaling.yarn_log_multiplier", 0.0) * 10
-    if c["rope_scaling"] and heat:
-        c["rope_scaling"] |= {"mscale": heat, "mscale_all_dim": heat}
-    return c
+    rows_of = "model.embed_tokens_per_layer.weight"
+    return c | {
+        "architectures": ["Gemma4ForCausalLM"], "layer_types": kinds, "attention_k_eq_v": bool(same),
+        "sliding_window": m.whole("attention.sliding_window"), "rope_scaling": None,
+        "per_layer_config": {
+            str(i): {"head_dim": widths[kind], "num_key_value_heads": heads[i]} for i, kind in enumerate(kinds)
+        },
+        "num_kv_shared_layers": m.whole("attention.shared_kv_layers", 0), "hidden_size_per_layer_input": width,
+        "vocab_size_per_layer_input": m.tables.shape(rows_of)[0] if width else None,
+        "final_logit_softcapping": m.real("final_logit_softcapping", 0.0) or None,
+    }  # fmt: skip

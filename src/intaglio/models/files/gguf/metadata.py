@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from intaglio.models.config import CheckpointError, PortError
@@ -18,11 +18,13 @@ class Metadata:
         file: the file.
         tables: the file's tensors.
         factors: rope frequency factors "freqs", "long" and "short", if the file has them.
+        seen: the whole keys that were read.
     """
 
     file: GgufFile
     tables: Tables
     factors: dict[str, list[float]]
+    seen: set[str] = field(default_factory=set)
 
     @property
     def layers(self) -> int:
@@ -31,7 +33,12 @@ class Metadata:
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key without the architecture's prefix; `default` if the file does not have it."""
-        return self.file.get(f"{self.file.architecture}.{key}", default)
+        return self.whole_key(f"{self.file.architecture}.{key}", default)
+
+    def whole_key(self, key: str, default: Any = None) -> Any:
+        """The value of a key that does not begin with the architecture; `default` if the file does not have it."""
+        self.seen.add(key)
+        return self.file.get(key, default)
 
     def one(self, key: str, default: Any = None) -> Any:
         """The value of a key that may be stored per layer; `default` if the file does not have it.
@@ -86,23 +93,23 @@ class Metadata:
 
     @property
     def kv_heads(self) -> int:
-        """Number of K/V heads of the layers that have attention; the number of heads if the file has no such key."""
-        return max(self.kv_heads_by_layer)
+        """Number of K/V heads of the layers that have attention; the number of heads if the file has no such key.
 
-    @property
-    def kv_heads_by_layer(self) -> list[int]:
-        """Number of K/V heads of each layer, 0 in those without attention.
-
-        Raises PortError if other layers differ.
+        Raises PortError if these layers differ.
         """
-        value = self.get("attention.head_count_kv", self.heads)
-        own = list(map(int, value[: self.layers] if isinstance(value, list) else [value] * self.layers))
+        own = self.kv_heads_by_layer
         if len({n for n in own if n}) != 1:
             self.one("attention.head_count_kv")
             raise PortError(
-                f"{self.file.path}: attention.head_count_kv is {value} in {self.layers} layers; one needs heads"
+                f"{self.file.path}: attention.head_count_kv is {own} in {self.layers} layers; one needs heads"
             )
-        return own
+        return max(own)
+
+    @property
+    def kv_heads_by_layer(self) -> list[int]:
+        """Number of K/V heads of each layer, 0 in those without attention."""
+        value = self.get("attention.head_count_kv", self.heads)
+        return list(map(int, value[: self.layers] if isinstance(value, list) else [value] * self.layers))
 
     @property
     def head_dim(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,50 @@ from typing import Any
 import numpy as np
 
 from intaglio.models.config import CheckpointError, PortError
-from intaglio.models.files.gguf.architectures import ARCHITECTURES, PROJECTIONS, Architecture
+from intaglio.models.files.gguf.architectures import ARCHITECTURES, PROJECTIONS, REFUSED, Architecture
 from intaglio.models.files.gguf.file import GgufFile, open_gguf
 from intaglio.models.files.gguf.header import Tensor
+from intaglio.models.files.gguf.keys import KeyFate, judge_keys
 from intaglio.models.files.gguf.metadata import Metadata
 from intaglio.models.files.gguf.tensors import Place, Tables, place_of, summed
 
 FACTORS = {"rope_freqs": "freqs", "rope_factors_long": "long", "rope_factors_short": "short"}
-UNNAMED = ("e_score_correction_bias", "expert_bias", "sinks")  # whose names have no `.weight` or `.bias` after them
+SUFFIXES = ("weight", "bias", "scale")
+UNNAMED = (  # whose names have no `.weight` or `.bias` after them
+    "e_score_correction_bias", "expert_bias", "sinks", "sink_bias", "layer_scalar", "A_log", ".D", "dt_bias",
+)  # fmt: skip
 EXPERT = re.compile(r"ffn_(gate|up|down)\.(\d+)")  # old files keep a mixture's matrices one by one
 DERIVED = ("attn_rot_embd",)  # frequencies that follow from the metadata
 WORTH = 1 << 30  # bytes: a file that takes so much more in memory is worth a warning
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], Tables]:
-    """(config as a dict, tensors as Tables) of the model in a GGUF file and its further parts.
+@dataclass(frozen=True)
+class GgufModel:
+    """The model in a GGUF file and its further parts.
+
+    Attributes:
+        file: the open file.
+        config: its settings in the form of config.json.
+        tables: its tensors by transformers' names.
+        keys: the use made of each metadata key.
+    """
+
+    file: GgufFile
+    config: dict[str, Any]
+    tables: Tables
+    keys: tuple[KeyFate, ...]
+
+
+def read_gguf(path: Path) -> GgufModel:
+    """The GgufModel in a GGUF file and its further parts.
 
     Raises CheckpointError for a damaged or incomplete file, PortError for an architecture or tensor that is not
     supported.
     """
     file = open_gguf(path)
     own = ARCHITECTURES.get(file.architecture)
+    if why := REFUSED.get(file.architecture):
+        raise PortError(f"{path}: architecture {file.architecture!r} is not read: {why}")
     if own is None:
         known = ", ".join(ARCHITECTURES)
         raise PortError(f"{path}: architecture {file.architecture!r} is not read; known are {known}")
@@ -41,20 +65,32 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], Tables]:
     if "model.embed_tokens.weight" not in reader.tables.names:
         raise CheckpointError(f"{path} has no token_embd.weight; it holds no whole model")
     reader.join_latent()
+    if reader.meta.get("attention.causal") is False:
+        raise PortError(f"{path}: {file.architecture}.attention.causal=False is not ported: attention is causal here")
     config = own.describe(reader.meta)
     config |= _special(file)
     _note_cost(file)
-    return config, reader.tables
+    return GgufModel(file, config, reader.tables, tuple(judge_keys(file, reader.meta.seen)))
+
+
+def use_of(file: GgufFile, name: str) -> str:
+    """What a tensor that becomes no weight is for, by its name in the file: "factors" of rope, "derived" or "ahead"."""
+    if part_of(name) in FACTORS:
+        return "factors"
+    return "derived" if part_of(name) in DERIVED else "ahead"
 
 
 def part_of(name: str) -> str:
     """llama.cpp's name of a tensor without the number of its layer and without .weight or .bias, as attn_q."""
     words = name.split(".")
-    return ".".join(words[2 if words[0] == "blk" else 0 : -1])
+    return ".".join(words[2 if words[0] == "blk" else 0 : -1 if words[-1] in SUFFIXES else None])
 
 
 class _Reader:
-    """Adds tensors one by one under transformers' names; halves of one matrix are kept until both are there."""
+    """Adds tensors one by one under transformers' names.
+
+    llama.cpp stores kv_b_proj as two halves, keys and values. They are kept, and joined when all tensors are added.
+    """
 
     def __init__(self, file: GgufFile, own: Architecture) -> None:
         self.file, self.own, self.tables = file, own, Tables()
@@ -67,7 +103,7 @@ class _Reader:
         if in_layer and int(words[1]) >= self.meta.layers:
             return  # predictors of tokens further ahead
         at = f"model.layers.{words[1]}." if in_layer else ""
-        own, suffix = part_of(t.name), words[-1]
+        own, suffix = part_of(t.name), words[-1] if words[-1] in SUFFIXES else "weight"
         if own in FACTORS:
             self.meta.factors[FACTORS[own]] = np.fromfile(part, "<f4", t.shape[0], offset=t.start).tolist()
         elif own in ("attn_k_b", "attn_v_b"):
@@ -78,8 +114,10 @@ class _Reader:
     def _add(self, at: str, own: str, suffix: str, p: Place, full: str) -> None:
         match = EXPERT.fullmatch(own)
         name = self.own.name(f"ffn_{match[1]}_exps" if match else own)
+        if why := self.own.refused.get(own):
+            raise PortError(f"{self.file.path}: tensor {full}: {why}")
         if name is None and own == "attn_qkv":
-            self._add_rows(at, ("attn_q", "attn_k", "attn_v"), suffix, p, self._widths(), full)
+            self._add_rows(at, ("attn_q", "attn_k", "attn_v"), suffix, p, self._widths(at), full)
         elif name is None and own == "ffn_gate_up_exps":
             self._add_gate_up(at, suffix, p)
         elif name is None:
@@ -102,8 +140,11 @@ class _Reader:
             p = p.cut(0, (1, p.shape[-1]))
         elif own == "shortconv.conv" and suffix == "weight":  # a channel's taps, as PyTorch keeps them
             p = p.cut(0, (p.shape[0], 1, p.shape[-1]))
-        norm = own.endswith("norm") and suffix == "weight"
+        norm = own.endswith("norm") and own != "ssm_norm" and suffix == "weight"
         full = name if name.endswith(UNNAMED) else f"{name}.{suffix}"
+        if change := self.own.changes.get(own):
+            change(self.tables, meta, full, p)
+            return
         self.tables.add(full, p, heads, self.own.shift if norm else 0.0)
 
     def _add_experts(self, name: str, suffix: str, p: Place) -> None:
@@ -134,10 +175,11 @@ class _Reader:
                 own = p.cut(e * rows + i * (rows // 2), (rows // 2, columns))
                 self.tables.add(f"{at}{name.format(e=e)}.{suffix}", own)
 
-    def _widths(self) -> tuple[int, int, int]:
-        meta = self.meta
-        kv = meta.kv_heads * meta.whole("attention.key_length", 0)
-        return (meta.heads * meta.whole("attention.key_length", 0), kv, kv)
+    def _widths(self, at: str) -> tuple[int, int, int]:
+        """Rows of q, k and v of the layer that `at` names; zeros if the file does not say how wide a head is."""
+        meta, layer = self.meta, int(at.split(".")[2])
+        key, kv = meta.whole("attention.key_length", 0), meta.kv_heads_by_layer[layer]
+        return (meta.heads * key, kv * key, kv * (meta.whole("attention.value_length", 0) or key))
 
     def _add_rows(
         self, at: str, parts: tuple[str, ...], suffix: str, p: Place, widths: tuple[int, ...], full: str

@@ -128,6 +128,38 @@ class Tables:
 
         self.coded[name] = Coded(format, shape, {n: Part(None) for n in at}, decode, whole=shape[0])
 
+    def add_rows(self, name: str, p: Place, rows: np.ndarray) -> None:
+        """Add a matrix whose row i is row rows[i] of the tensor at `p`. Quantised rows keep their codes."""
+        at = self._blocks(name, p)
+        shape = (len(rows), *p.shape[1:])
+
+        def decode(read: Reader) -> Value:
+            return _values(np.ascontiguousarray(read(at)[rows]), p)
+
+        self.coded[name] = Coded(format_of(p), shape, {at: Part(None)}, decode, whole=shape[0])
+
+    def add_columns(self, name: str, p: Place, order: np.ndarray) -> None:
+        """Add a matrix whose column order[i] is column i of the tensor at `p`.
+
+        Columns of plain values are put in their places. Quantised ones stay, and a port permutes what they multiply
+        (as for act-order).
+        """
+        at = self._blocks(name, p)
+        plain, back, own = p.kind in PLAIN, np.argsort(order), name.removesuffix(".weight") + ".order"
+
+        def decode(read: Reader) -> Value:
+            x = _values(read(at), p)
+            return np.ascontiguousarray(x[:, back]) if plain and isinstance(x, np.ndarray) else x
+
+        self.coded[name] = Coded(format_of(p), p.shape, {at: Part()}, decode, order="" if plain else own)
+        if not plain:
+            self.add_constant(own, order.astype(np.int32))
+
+    def add_constant(self, name: str, values: np.ndarray) -> None:
+        """Add a tensor of values that follow from the metadata: float32, or int32 for an order of columns."""
+        format = "i32" if values.dtype == np.int32 else "f32"
+        self.coded[name] = Coded(format, values.shape, {}, lambda read: values)
+
     def _blocks(self, name: str, p: Place) -> str:
         at = f"blocks of {name}"
         shape = p.shape if p.kind in PLAIN else (prod(p.shape[:-1]), p.row_bytes)

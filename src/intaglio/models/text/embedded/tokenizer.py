@@ -27,7 +27,7 @@ IDS = {  # tokenizer_config.json's names, and llama.cpp's
 }  # fmt: skip
 ENDS = (  # tokens that end a turn or a text, whatever the file says of them
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>",
-    "<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<｜end▁of▁sentence｜>", "[e~[",
+    "<turn|>", "<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<｜end▁of▁sentence｜>", "[e~[",
 )  # fmt: skip
 HARMONY = ("<|return|>", "<|call|>", "<|end|>")  # where all are, the last ends a message only
 
@@ -69,7 +69,7 @@ class _Vocabulary:
 
     @property
     def known(self) -> dict[str, int]:
-        """{token: id}, without the unused tokens that only pad the embedding matrix."""
+        """The vocabulary as {token: id}, without the unused tokens that only pad the embedding matrix."""
         return {t: i for i, (t, kind) in enumerate(zip(self.tokens, self.kinds, strict=True)) if kind != UNUSED}
 
     def id(self, name: str, default: int | None = None) -> int | None:
@@ -111,7 +111,10 @@ def read_tokenizer(file: GgufFile) -> Embedded | None:
 
 
 def _add_tokens(inner: Tokenizer, v: _Vocabulary, architecture: str) -> None:
-    """Add to `inner` control tokens and user-defined tokens, which are matched in a text before it is split."""
+    """Add to `inner` control tokens and user-defined tokens, which are matched in a text before it is split.
+
+    architecture: llama.cpp's name; control tokens of phi2 and phi3 also take the white space that follows them.
+    """
     strips = architecture in ("phi3", "phi2")  # their tokens swallow the white space after them; the flag is not kept
     kept = ("<unk>", "<s>", "<|endoftext|>")
     control = v.of_kind(CONTROL)
@@ -128,7 +131,10 @@ def _templates(file: GgufFile) -> dict[str, str]:
 
 
 def _ends(v: _Vocabulary) -> tuple[int, ...]:
-    """A tuple of ids that end a sequence: the file's eos, eot and eom tokens, and control tokens listed in ENDS."""
+    """A tuple of ids that end a sequence: the file's eos, eot and eom tokens, and control tokens listed in ENDS.
+
+    <|end|> is left out of ENDS if the file has all tokens of HARMONY (gpt-oss), where it only ends a message.
+    """
     named = [i for name in ("eos", "eot", "eom") if (i := v.id(name)) is not None]
     control = v.of_kind(CONTROL)
     found = [control[t] for t in ENDS if t in control]
@@ -140,8 +146,8 @@ def _ends(v: _Vocabulary) -> tuple[int, ...]:
 def _bpe(v: _Vocabulary) -> Tokenizer:
     """A byte-level BPE tokenizer (as GPT-2's) made from the file's tokens and merges.
 
-    How text is split before merging follows from tokenizer.ggml.pre. Raises CheckpointError if that is not known, or if
-    the file has no merges.
+    tokenizer.ggml.pre says how text is split before merging; a file without it gets a default split, with a warning.
+    Raises CheckpointError if its value is not known, or if the file has no merges.
     """
     name = v.get("pre")
     if name is None:
@@ -156,11 +162,7 @@ def _bpe(v: _Vocabulary) -> Tokenizer:
             f"{v.path}: tokenizer.ggml.pre {name!r} is not read; known are {', '.join(sorted(SPLITS))}; put the "
             "model's tokenizer.json into the file's folder and give the folder"
         )
-    merges = v.get("merges")
-    if merges is None:
-        raise CheckpointError(f"{v.path} holds a vocabulary without tokenizer.ggml.merges; use another conversion")
-    pairs = [(m[: (at := m.index(" ", 1))], m[at + 1 :]) for m in merges]
-    model = models.BPE(vocab=v.known, merges=pairs, ignore_merges=own.whole)
+    model = models.BPE(vocab=v.known, merges=_merges(v), ignore_merges=own.whole)
     inner = Tokenizer(model)
     if normalizer := own.normalizer():
         inner.normalizer = normalizer
@@ -168,16 +170,30 @@ def _bpe(v: _Vocabulary) -> Tokenizer:
     return _with_ends(inner, v, bos=own.whole and not str(name).startswith("glm"))
 
 
-def _sentencepiece(v: _Vocabulary) -> Tokenizer:
-    """A SentencePiece BPE tokenizer, with merges in the order of the tokens' scores.
+def _merges(v: _Vocabulary) -> list[tuple[str, str]]:
+    """A list of the file's BPE merges, best first. Raises CheckpointError if it has none."""
+    merges = v.get("merges")
+    if merges is None:
+        raise CheckpointError(f"{v.path} holds a vocabulary without tokenizer.ggml.merges; use another conversion")
+    return [(m[: (at := m.index(" ", 1))], m[at + 1 :]) for m in merges]
+
+
+def _gemma4(v: _Vocabulary) -> Tokenizer:
+    """A BPE tokenizer of characters, as SentencePiece's, with the file's own merges."""
+    return _sentencepiece(v, _merges(v))
+
+
+def _sentencepiece(v: _Vocabulary, merges: list[tuple[str, str]] | None = None) -> Tokenizer:
+    """A SentencePiece BPE tokenizer, with these merges, or merges in the order of the tokens' scores.
 
     If the vocabulary has byte tokens, a character without a token becomes the tokens of its bytes.
     """
     known = v.known
     unknown = v.id("unknown", 0)
+    merges = merges_of(known, v.scores) if merges is None else merges
     model = models.BPE(
-        vocab=known, merges=merges_of(known, v.scores), unk_token=None if unknown is None else v.tokens[unknown],
-        fuse_unk=True, byte_fallback=bool(v.of_kind(BYTE)),
+        vocab=known, merges=merges, unk_token=None if unknown is None else v.tokens[unknown], fuse_unk=True,
+        byte_fallback=bool(v.of_kind(BYTE)),
     )  # fmt: skip
     prefix = bool(v.get("add_space_prefix", True))
     inner = Tokenizer(model)
@@ -270,4 +286,4 @@ def _surround(inner: Tokenizer, v: _Vocabulary, first: int | None, last: int | N
     inner.post_processor = processors.TemplateProcessing(single=single, pair=double, special_tokens=used)
 
 
-_BUILD = {"gpt2": _bpe, "llama": _sentencepiece, "t5": _unigram, "bert": _wordpiece}
+_BUILD = {"gpt2": _bpe, "llama": _sentencepiece, "gemma4": _gemma4, "t5": _unigram, "bert": _wordpiece}

@@ -1,0 +1,188 @@
+"""Converts the metadata of a GGUF file to the keys of config.json, for models with recurrent blocks, by family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from intaglio.models.config import PortError
+from intaglio.models.files.gguf.config import SIGMOID, base, experts, first_with, partial, rows, whole_heads
+from intaglio.models.files.gguf.metadata import Metadata
+
+
+def alone(m: Metadata, model: str) -> dict[str, Any]:
+    """A dict of the config keys of a model without attention, Mamba or Mamba-2. model: the architecture's name."""
+    return {
+        "architectures": [model], "llama_names": True, "vocab_size": m.tables.shape("model.embed_tokens.weight")[0],
+        "hidden_size": m.hidden, "num_hidden_layers": m.layers, "max_position_embeddings": m.whole("context_length"),
+        "layer_norm_epsilon": m.real("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "lm_head.weight" not in m.tables.names, "state_size": m.whole("ssm.state_size"),
+        "conv_kernel": m.whole("ssm.conv_kernel"), "expand": m.whole("ssm.inner_size") / m.hidden,
+        "use_conv_bias": m.has("mixer.conv1d.bias"), "use_bias": m.has("mixer.in_proj.bias"),
+    }  # fmt: skip
+
+
+def mamba(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Mamba, or for FalconMamba if step, B and C are normed.
+
+    These norms have the epsilon of the others, as in llama.cpp.
+    """
+    normed = m.flag("ssm.dt_b_c_rms")
+    c = alone(m, "FalconMambaForCausalLM" if normed else "MambaForCausalLM")
+    return c | {
+        "intermediate_size": m.whole("ssm.inner_size"), "time_step_rank": m.whole("ssm.time_step_rank"),
+        "mixer_rms_eps": c["layer_norm_epsilon"],
+    }  # fmt: skip
+
+
+def mamba2(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Mamba-2. The step has no limits, as in llama.cpp."""
+    heads = m.whole("ssm.time_step_rank")
+    return alone(m, "Mamba2ForCausalLM") | {
+        "num_heads": heads, "head_dim": m.whole("ssm.inner_size") // heads, "n_groups": m.whole("ssm.group_count", 1),
+    }  # fmt: skip
+
+
+def periodic(m: Metadata, found: Sequence[int], what: str) -> tuple[int, int]:
+    """(period, offset) of the layers `found`: those whose number modulo the period is the offset.
+
+    what: what these layers have, for the error. Raises PortError if no period gives them.
+    """
+    offset = found[0] if found else m.layers
+    period = found[1] - offset if len(found) > 1 else m.layers + 1
+    if [i for i in range(m.layers) if i % period == offset] != list(found):
+        raise PortError(f"{m.file.path}: layers {list(found)} have {what}; wanted every n-th layer")
+    return period, offset
+
+
+def jamba(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Jamba.
+
+    Layers with K/V heads have attention, those with a router's tensor experts. Raises PortError if they are not every
+    n-th layer.
+    """
+    attention = periodic(m, [i for i, n in enumerate(m.kv_heads_by_layer) if n], "attention")
+    mixed = [i for i in range(m.layers) if m.has("feed_forward.router.weight", i)]
+    sparse = periodic(m, mixed, "experts")
+    return base(m) | (experts(m) if mixed else {"num_experts": 1}) | {
+        "architectures": ["JambaForCausalLM"], "attn_layer_period": attention[0], "attn_layer_offset": attention[1],
+        "expert_layer_period": sparse[0], "expert_layer_offset": sparse[1], "mamba_d_state": m.whole("ssm.state_size"),
+        "mamba_d_conv": m.whole("ssm.conv_kernel"), "mamba_dt_rank": m.whole("ssm.time_step_rank"),
+        "mamba_expand": m.whole("ssm.inner_size") / m.hidden, "mamba_conv_bias": _has(m, "mamba.conv1d.bias"),
+        "mamba_proj_bias": _has(m, "mamba.in_proj.bias"),
+    }  # fmt: skip
+
+
+def _has(m: Metadata, name: str) -> bool:
+    return first_with(m, name) is not None
+
+
+def ssm(m: Metadata) -> dict[str, Any]:
+    """A dict of the config keys of Mamba-2 blocks beside attention, as Granite 4 and Falcon-H1 name them."""
+    inner, heads = m.whole("ssm.inner_size"), m.whole("ssm.time_step_rank")
+    return {
+        "mamba_n_heads": heads, "mamba_d_head": inner // heads, "mamba_n_groups": m.whole("ssm.group_count", 1),
+        "mamba_d_state": m.whole("ssm.state_size"), "mamba_d_conv": m.whole("ssm.conv_kernel"),
+        "mamba_d_ssm": inner, "mamba_expand": inner / m.hidden, "mamba_conv_bias": _has(m, "mamba.conv1d.bias"),
+        "mamba_proj_bias": _has(m, "mamba.in_proj.bias"),
+    }  # fmt: skip
+
+
+def falcon_h1(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Falcon-H1, whose multipliers the converter put into the weights."""
+    whole_heads(m)
+    return base(m) | ssm(m) | {
+        "architectures": ["FalconH1ForCausalLM"], "mamba_rms_norm": m.has("mamba.norm.weight"),
+        "mamba_norm_before_gate": False, "mlp_bias": m.has("feed_forward.gate_proj.bias"),
+        "projectors_bias": m.has("mamba.out_proj.bias"),
+    }  # fmt: skip
+
+
+def granite_hybrid(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Granite 4.
+
+    Layers with K/V heads have attention. It has rope only if the file has rope.scaling.finetuned.
+    """
+    whole_heads(m)
+    rope = m.flag("rope.scaling.finetuned")
+    shared = rows(m, "block_sparse_moe.shared_mlp.gate_proj.weight") or rows(m, "shared_mlp.gate_proj.weight")
+    mixed = bool(m.get("expert_count"))
+    biased = next((i for i, n in enumerate(m.kv_heads_by_layer) if n), 0)
+    return base(m) | ssm(m) | (experts(m) if mixed else {"num_local_experts": 0}) | {
+        "architectures": ["GraniteMoeHybridForCausalLM"], "llama_names": True, "shared_intermediate_size": shared,
+        "layer_types": ["attention" if n else "mamba" for n in m.kv_heads_by_layer],
+        "position_embedding_type": "rope" if rope else None, "embedding_multiplier": m.real("embedding_scale", 1.0),
+        "residual_multiplier": m.real("residual_scale", 1.0), "logits_scaling": m.real("logit_scale", 1.0),
+        "attention_multiplier": m.real("attention.scale", m.head_dim**-0.5),
+        "attention_bias": m.has("self_attn.q_proj.bias", biased),
+    }  # fmt: skip
+
+
+def nemotron_h(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for Nemotron-H: layers with an inner width have an MLP, with heads attention.
+
+    The step has no limits, as in llama.cpp.
+    """
+    widths, heads = m.get("feed_forward_length"), m.whole("ssm.time_step_rank")
+    widths = list(map(int, widths if isinstance(widths, list) else [widths] * m.layers))[: m.layers]
+    if len({n for n in widths if n}) > 1:
+        m.one("feed_forward_length")
+    kinds = [
+        "mlp" if width else "attention" if n else "mamba" for width, n in zip(widths, m.kv_heads_by_layer, strict=True)
+    ]
+    own = kinds.index("attention") if "attention" in kinds else 0
+    return base(m, width=max(widths)) | {
+        "architectures": ["NemotronHForCausalLM"], "llama_names": True, "layers_block_type": kinds,
+        "layer_norm_epsilon": m.real("attention.layer_norm_rms_epsilon"), "mamba_num_heads": heads,
+        "mamba_head_dim": m.whole("ssm.inner_size") // heads, "n_groups": m.whole("ssm.group_count", 1),
+        "ssm_state_size": m.whole("ssm.state_size"), "conv_kernel": m.whole("ssm.conv_kernel"),
+        "use_conv_bias": _has(m, "mixer.conv1d.bias"), "mamba_proj_bias": _has(m, "mixer.in_proj.bias"),
+        "attention_bias": m.has("self_attn.q_proj.bias", own), "mlp_bias": _has(m, "mixer.up_proj.bias"),
+    }  # fmt: skip
+
+
+def delta_nets(model: str) -> Any:
+    """A function from metadata to the config (a dict) of Qwen3-Next or Qwen3.5, for the architecture `model`.
+
+    Layers with a rate of decay have a gated delta net, the others attention.
+    """
+
+    def describe(m: Metadata) -> dict[str, Any]:
+        keys, heads = m.whole("ssm.group_count"), m.whole("ssm.time_step_rank")
+        usual = base(m) | partial(m)
+        c = usual | (experts(m) if m.get("expert_count") else {}) | {
+            "architectures": [model], "linear_conv_kernel_dim": m.whole("ssm.conv_kernel"),
+            "linear_key_head_dim": m.whole("ssm.state_size"), "linear_num_key_heads": keys,
+            "linear_num_value_heads": heads, "linear_value_head_dim": m.whole("ssm.inner_size") // heads,
+            "separate_projections": True, "layer_types": [
+                "linear_attention" if m.has("linear_attn.A_log", i) else "full_attention" for i in range(m.layers)
+            ],
+        }  # fmt: skip
+        shared = m.get("expert_shared_feed_forward_length") or rows(m, "mlp.shared_expert.gate_proj.weight")
+        return c | ({"shared_expert_intermediate_size": int(shared), "norm_topk_prob": True} if shared else {})
+
+    return describe
+
+
+def lfm2(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for LFM2, whose layers without K/V heads have a convolution instead."""
+    whole_heads(m)
+    c = base(m)
+    kinds = ["full_attention" if n else "conv" for n in m.kv_heads_by_layer]
+    return c | {
+        "architectures": ["Lfm2ForCausalLM"], "layer_types": kinds, "norm_eps": c["rms_norm_eps"],
+        "conv_L_cache": m.whole("shortconv.l_cache"),
+        "conv_bias": any(m.has("conv.conv.bias", i) for i in range(m.layers)),
+        "block_auto_adjust_ff_dim": False,
+    }  # fmt: skip
+
+
+def lfm2_moe(m: Metadata) -> dict[str, Any]:
+    """The keys of config.json, as a dict, for LFM2 with experts."""
+    m.fixed("expert_gating_func", SIGMOID)
+    dense = m.whole("leading_dense_block_count", 0)
+    return lfm2(m) | experts(m) | {
+        "architectures": ["Lfm2MoeForCausalLM"], "num_dense_layers": dense, "norm_topk_prob": True,
+        "use_expert_bias": m.has("feed_forward.expert_bias", dense),
+        "routed_scaling_factor": m.real("expert_weights_scale", 0.0) or 1.0,
+    }  # fmt: skip

@@ -1,0 +1,88 @@
+"""The use made of each metadata key of a GGUF file: read, or ignored and why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from intaglio.models.files.gguf.file import GgufFile
+
+ORIGIN = "says where the model comes from, or how the file was made"
+PREDICTS = "of layers that only predict tokens further ahead"
+SHAPES = "the shapes of the tensors say it"
+TOKENIZER = (  # keys that the tokenizer reads
+    "model", "tokens", "token_type", "scores", "merges", "pre", "add_bos_token", "add_eos_token", "add_space_prefix",
+    "remove_extra_whitespaces", "precompiled_charsmap", "normalizer.lowercase", "normalizer.strip_accents",
+    "bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id", "unknown_token_id", "seperator_token_id",
+    "padding_token_id", "cls_token_id", "mask_token_id",
+)  # fmt: skip
+USED = {
+    "general.architecture": "names the architecture", "general.alignment": "says where tensors begin",
+    "split.count": "says how many parts the model has", **{f"tokenizer.ggml.{key}": "read by the tokenizer" for key in
+    TOKENIZER}, "tokenizer.chat_template*": "a chat template",
+}  # fmt: skip
+IGNORED = {  # patterns of whole keys
+    "general.*": ORIGIN, "quantize.*": ORIGIN, "split.*": "of the parts of a split model", "imatrix.*": ORIGIN,
+    "tokenizer.ggml.*_token_id": "a token that prompts name by its text", "tokenizer.huggingface.json":
+    "the tokenizer in another form", "tokenizer.rwkv.*": "of another kind of tokenizer",
+    "tokenizer.ggml.token_type_count": "rows of a table that a decoder does not have",
+    "tokenizer.ggml.added_tokens": "user-defined tokens have a type of their own",
+    "tokenizer.ggml.escape_whitespaces": "follows from the kind of tokenizer",
+    "tokenizer.ggml.*_token_ids": "tokens that prompts name by their text",
+}  # fmt: skip
+MODEL = {  # keys after the architecture's name
+    "vocab_size": SHAPES, "embedding_length": SHAPES, "tensor_data_layout": ORIGIN, "nextn_predict_layers": PREDICTS,
+    "attention.key_length": SHAPES, "attention.value_length": SHAPES, "attention.key_length_mla": SHAPES,
+    "attention.value_length_mla": SHAPES, "expert_shared_feed_forward_length": SHAPES, "feed_forward_length": SHAPES,
+    "expert_feed_forward_length": SHAPES, "expert_shared_count": SHAPES, "leading_dense_block_count": SHAPES,
+    "moe_every_n_layers": SHAPES, "interleave_moe_layer_step": SHAPES, "full_attention_interval": SHAPES,
+    "rope.dimension_sections": "of images and video; a text has one position per token",
+    "rope.scaling.finetuned": "says whether the model was trained on after its rope was scaled",
+    "attention.causal": "decoders are causal", "use_parallel_residual": "follows from the tensors",
+    "rope.dimension_count": "the port's rope is fixed for this architecture",
+    "rope.dimension_count_swa": "the port's rope is fixed for this architecture",
+    "n_deepstack_layers": "of images", "pooling_type": "of embedding models; logits do not depend on it",
+    "attention.head_count": SHAPES, "attention.head_count_kv": SHAPES,
+    "attention.value_length_swa": SHAPES, "attention.key_length_swa": SHAPES,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KeyFate:
+    """What became of one metadata key: `used` or ignored, the reason, and a note for the user, or ""."""
+
+    key: str
+    used: bool
+    why: str
+    note: str = ""
+
+
+def judge_keys(file: GgufFile, seen: Collection[str]) -> Iterator[KeyFate]:
+    """Yield a KeyFate for each metadata key of the file. seen: keys that were read for the model's config."""
+    own = f"{file.architecture}."
+    for key, value in file.fields.items():
+        if key in seen:
+            yield KeyFate(key, True, "read for the model's settings")
+            continue
+        if why := _listed(key, USED):
+            yield KeyFate(key, True, why)
+            continue
+        why = MODEL.get(key.removeprefix(own), "") if key.startswith(own) else ""
+        if key == f"{own}attention.layer_norm_epsilon" and f"{own}attention.layer_norm_rms_epsilon" in seen:
+            why = "norms are RMS norms, whose epsilon is another key"
+        why = why or _listed(key, IGNORED)
+        if not why and (value in (None, False, "", "none") or (value == 0 and not isinstance(value, list))):
+            why = "empty or off"
+        if why:
+            yield KeyFate(key, False, why)
+            continue
+        why = (
+            "nothing here reads it" if key.startswith((own, "tokenizer.")) else "of another program, or of another part"
+        )
+        shown = f"[{len(value)} values]" if isinstance(value, list) else repr(value)[:60]
+        yield KeyFate(key, False, why, f"{file.path.name}: {key}={shown} is ignored: {why}")
+
+
+def _listed(key: str, table: dict[str, str]) -> str:
+    return next((why for pattern, why in table.items() if fnmatchcase(key, pattern)), "")
