@@ -51,7 +51,7 @@ def link(previous: int, token: int) -> int:
 def draw(links: Sequence[int], vocabulary: int, sampling: Sampling) -> int:
     """The token id that follows a sequence whose K/V slots hold `links`; -1 if the mask allows no token id.
 
-    Depends on every link and its position, on every edit and on the mask.
+    Depends on every link and its position, on every edit and on the mask; with a temperature above 0 also on the seed.
     """
     total = sum(h * (2 * i + 1) for i, h in enumerate(links)) & MASK
     if sampling.temperature > 0:

@@ -167,7 +167,7 @@ class SiliconExecutable(Executable):
 
 
 class SiliconDevice(Device):
-    """A simulated chip as a device: models the time of steps on a Target.
+    """A simulated chip as a device: models the time of steps on a Target. Raises DeviceError for an unknown `values`.
 
     Args:
         chip: name of a preset, which comes with its own kernel library, or a Target.

@@ -78,9 +78,11 @@ def choose_files(repo: str, files: Iterable[str], tag: str | None, read: Callabl
 
     Weights are the first of these that the repository has: those that `transformers_weights` of config.json names;
     model.safetensors; the shards of model.safetensors.index.json; the only *.safetensors file; the only GGUF model, or
-    of several the one of DEFAULT_TAG. With a tag, only GGUF models of that quantisation are considered. A split GGUF
-    model has all its parts. Of a repository that is something else, such as an adapter, only the file that says so: the
-    reader of folders then refuses it by name.
+    of several the one of DEFAULT_TAG. With a tag, only GGUF models of that quantisation are considered. All parts of a
+    split GGUF model are taken.
+
+    If the repository is something else, such as an adapter, the list has only the file that shows this. Reading the
+    downloaded folder then raises an error that says so.
 
     Args:
         repo: name of the repository in errors.
@@ -134,7 +136,10 @@ def _safetensors(repo: str, files: list[str], read: Callable[[str], Any]) -> lis
 
 
 def _gguf_models(files: list[str]) -> dict[str, list[str]]:
-    """The GGUF models of a repository, as {path of the first part: list of the paths of all parts}."""
+    """The GGUF models of a repository, as {path of the first part: list of the paths of all parts}.
+
+    Files that only accompany a model, such as mmproj files, are left out.
+    """
     models: dict[str, list[str]] = {}
     for f in files:
         name = f.rpartition("/")[2]

@@ -225,7 +225,7 @@ def _prefix(family: Family, names: Any) -> str:
 def _config(family: Family, config: Mapping[str, Any]) -> Config:
     """The Config of the text model: the keys of text_config if there is one, otherwise all keys.
 
-    The family's aliases and its function `prepare` have been applied.
+    tie_word_embeddings is also read outside text_config. The family's aliases and its function `prepare` are applied.
     """
     inner = config.get("text_config")
     if not isinstance(inner, Mapping) or not inner:

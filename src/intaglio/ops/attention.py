@@ -33,7 +33,11 @@ def token_bytes(cache: Tensor) -> int:
 
 
 def gather_cache(v: Mapping[str, Value], name: str, scale: str | None, blocks: np.ndarray, context: int) -> np.ndarray:
-    """A sequence's cache in order of position, dequantised: float64 [context, kv heads, head_dim]."""
+    """A sequence's K or V cache in order of position, dequantised: float64 [context, kv heads, head_dim].
+
+    v: operand values by name. name: the cache. scale: the operand with the scales of an e4m3 cache, or None. blocks:
+    the sequence's block table.
+    """
     cache = v[name]
     pages = cache.rows(blocks) if isinstance(cache, Quantised) else cache[blocks]
     out = pages.reshape(-1, *pages.shape[2:])[:context].astype(np.float64)
@@ -43,7 +47,7 @@ def gather_cache(v: Mapping[str, Value], name: str, scale: str | None, blocks: n
 
 
 def _listed(chosen: np.ndarray, context: int) -> np.ndarray:
-    """Boolean mask [queries, context]: True for the positions in the query's row of `chosen`; -1 is no position."""
+    """Boolean mask [queries, context]: True for positions listed in the query's row of `chosen` (-1: none)."""
     mask = np.zeros((len(chosen), context + 1), bool)
     np.put_along_axis(mask, chosen.astype(np.int64), True, axis=1)  # -1 marks the column that is cut off
     return mask[:, :context]
@@ -209,7 +213,7 @@ class Attend(Op, kind="attend"):
         return {self.out: np.concatenate(out).astype(np.float32)}
 
     def first_seen(self, at: np.ndarray) -> np.ndarray:
-        """The first position that each query attends to, as an array like `at`, the positions of the queries."""
+        """The first position that each query attends to, as an array with the shape of `at`, the queries' positions."""
         if self.chunk:
             return at // self.chunk * self.chunk
         return np.maximum(0, at - self.window + 1) if self.window else np.zeros_like(at)

@@ -22,8 +22,8 @@ WIRES = ("f32", "bf16", "f16")  # formats that values may be rounded to before t
 class Collective(Op):
     """Base class of collectives.
 
-    A collective defines exchange(), which takes the values of all ranks, instead of reference(), which takes one
-    rank's values only.
+    A collective defines exchange(), which takes the values of all ranks. Other ops define reference(), which takes the
+    values of one rank.
     """
 
     faces: ClassVar[tuple[str, ...]] = ("shapes", "exchange", "work")
@@ -31,7 +31,10 @@ class Collective(Op):
     wire: str = "f32"
 
     def exchange(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """A list of the outputs of all ranks of the group, from their inputs `parts`; both in the group's order."""
+        """The outputs of all ranks of the group, as a list in the group's order.
+
+        parts: the ranks' inputs, in the same order.
+        """
         raise NotImplementedError
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
@@ -219,7 +222,7 @@ Grouped = AllReduce | AllGather | ReduceScatter | AllToAll  # collectives in whi
 
 
 def shares_of(ranks: int) -> list[str]:
-    """The row dimension on each rank of a tensor that `ranks` ranks split along tokens: ["T:0/4", "T:1/4", ...]."""
+    """The row dimension of a tensor that `ranks` ranks split along tokens, on each rank: ["T:0/4", "T:1/4", ...]."""
     return [f"T:{i}/{ranks}" for i in range(ranks)]
 
 

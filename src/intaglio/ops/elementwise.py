@@ -16,7 +16,7 @@ from intaglio.ops.op import Op, OpError, Results, Tensors, Value, Work, array, o
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + e^-x), computed in float64 without overflow, returned as float32."""
+    """1 / (1 + e^-x), as float32; computed in float64 without overflow."""
     wide = x.astype(np.float64)
     return (1 / (1 + np.exp(-np.abs(wide))) * np.where(wide >= 0, 1, np.exp(-np.abs(wide)))).astype(np.float32)
 

@@ -125,7 +125,10 @@ class Route(Op, kind="route"):
         return scores if self.group_best > 1 else logits
 
     def _open(self, key: np.ndarray) -> np.ndarray:
-        """`key` [T, E] (see _key()) with minus infinity for experts outside the kept groups."""
+        """`key` [T, E], with minus infinity for experts outside the kept groups of each token.
+
+        key: values by which experts are chosen, see _key().
+        """
         if not self.groups:
             return key
         runs = key.reshape(len(key), self.groups, key.shape[1] // self.groups)

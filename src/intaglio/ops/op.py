@@ -210,17 +210,20 @@ class Op:
     @classmethod
     @cache
     def named(cls, *kinds: str) -> tuple[str, ...]:
-        """Names of the fields of these kinds: operand, optional (operand), result, or attribute. `site` has no kind."""
+        """Names of the dataclass fields of these kinds, as a tuple. The field `site` has no kind.
+
+        kinds: operand, optional (an optional operand), result, attribute.
+        """
         return tuple(f.name for f in fields(cls) if f.name != "site" and f.metadata.get("is", "attribute") in kinds)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of all operand tensors."""
+        """Names of all operand tensors, as a tuple."""
         return tuple(v for n in self.named("operand", "optional") if (v := getattr(self, n)) is not None)
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of all result tensors."""
+        """Names of all result tensors, as a tuple."""
         return tuple(v for n in self.named("result") if (v := getattr(self, n)) is not None)
 
     @classmethod
@@ -232,13 +235,19 @@ class Op:
         )
 
     def operands(self, *uses: str, **facts: Any) -> tuple[str, ...]:
-        """Names of the tensors given as operands of these uses (any, if none is named) that match all of `facts`."""
+        """Names of the tensors given as operands of these uses, as a tuple; of any use, if none is named.
+
+        facts: further properties that the operand's field must have been declared with, such as access="read".
+        """
         names = [n for use in uses or USES for n in self.fields_where(use=use, **facts)]
         return tuple(v for n in names if (v := getattr(self, n)) is not None)
 
     @property
     def reads_state(self) -> tuple[str, ...]:
-        """Names of the K/V caches that this op reads. Recurrent state is in writes_state, since the op updates it."""
+        """Names of the K/V caches that this op reads, as a tuple.
+
+        Recurrent state is not among them: the op updates it, so it is in writes_state.
+        """
         return self.operands(*STATE, access="read")
 
     @property
@@ -259,15 +268,15 @@ class Op:
 
     @property
     def interleaved(self) -> tuple[str, ...]:
-        """Names of weights whose gate and up rows a device stores alternately, so that one pass computes both.
+        """Names of the weights whose gate and up rows a device stores alternately, so that one pass computes both.
 
-        By default the weights of `gates` that a device packs for products.
+        By default these are the weights in `gates` that a device packs for products.
         """
         packed = self.operands(*WEIGHT_MATRICES)
         return tuple(n for pair in self.gates.items() for n in pair if n in packed)
 
     def rename(self, names: Mapping[str, str]) -> Op:
-        """A copy of the op with the tensor names replaced that are keys of `names`."""
+        """A copy of the op with other tensor names: a name that is a key of `names` becomes the key's value."""
         change = {
             n: names[v]
             for n in self.named("operand", "optional", "result")
@@ -310,7 +319,7 @@ class Op:
     def moved(self, t: Tensors, batch: Batch, flops: int, *, leave: tuple[str, ...] = ()) -> Work:
         """The Work of an op with `flops` operations that reads each operand and writes each result once.
 
-        State is not counted. leave: names of other tensors whose bytes are not counted.
+        State is not counted. leave: names of further tensors that are not counted.
         """
         total = {"weight": 0, "temp": 0}
         for name in (*self.inputs, *self.outputs):

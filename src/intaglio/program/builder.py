@@ -40,7 +40,7 @@ class Builder:
         return self._add(Tensor(name, (len(values),), "f32", "const", values=rounded))
 
     def cache(self, name: str, heads: int, head_dim: int, format: str) -> str:
-        """Declare a K or V cache (state) of shape [pages P, tokens per page B, heads, head_dim]. Returns its name."""
+        """Declare a K or V cache: state [P pages, B tokens per page, heads, head_dim]. Returns its name."""
         return self._add(Tensor(name, ("P", "B", heads, head_dim), format, "state"))
 
     def state(self, name: str, *shape: int) -> str:

@@ -42,7 +42,7 @@ class MeshProgram:
 def verify_mesh(mesh: MeshProgram) -> None:
     """Verify each rank's Program, then all together. Raises ProgramError naming ranks and sites.
 
-    Ranks must be in order, with one name and one context, and each collective must be matched by its peers.
+    Ranks must be in order and have the same name and context. The peers of each collective must take part in it.
     """
     for program in mesh.programs:
         verify(program)
@@ -52,7 +52,7 @@ def verify_mesh(mesh: MeshProgram) -> None:
 
 
 def _misplaced(mesh: MeshProgram) -> Iterator[str]:
-    """Yield a message for each Program whose rank or mesh size is wrong, or whose name or context is not rank 0's."""
+    """Yield a message for each Program with a wrong rank or mesh size, or another name or context than rank 0's."""
     first, n = mesh.programs[0], len(mesh.programs)
     for i, p in enumerate(mesh.programs):
         if (p.mesh, p.rank) != (n, i):
@@ -73,10 +73,10 @@ class CollectiveMatcher:
         self.messages: dict[tuple[int, int], deque[Send]] = {}  # sent but not received, by (sender, receiver)
 
     def run(self) -> Iterator[str]:
-        """Run all ranks' collectives.
+        """Run all ranks' collectives, and yield a message for each fault; nothing if all collectives match.
 
-        Yield a message for the first mismatch, or for each rank that waits in a deadlock. Sends that are never
-        received are reported too.
+        The first mismatch ends the run. If ranks wait for each other in a deadlock, there is a message for each that
+        waits. Sends that are never received are faults too.
         """
         rank = idle = 0
         while idle < len(self.programs):
@@ -97,10 +97,9 @@ class CollectiveMatcher:
                 yield f"rank {sender} sends at {ops[0].site} what rank {receiver} never receives"
 
     def advance(self, rank: int) -> str | None:
-        """Run the next collective of `rank`.
+        """Run the next collective of `rank`, if its peers have come to it. Returns "" if it has run without fault.
 
-        Returns None if it must wait for a peer, "" if it has run, else the mismatch as a message that names
-        ranks and sites.
+        Returns None if it must wait for a peer. A mismatch is returned as a message that names ranks and sites.
         """
         op = self.queues[rank][0]
         if isinstance(op, Send):
@@ -123,9 +122,9 @@ class CollectiveMatcher:
         return _shape_mismatch(members)
 
     def receive(self, rank: int, op: Recv) -> str | None:
-        """Match `op` with the oldest message sent to `rank`.
+        """Match `op` of `rank` with the oldest message sent to it. Returns "" if they fit.
 
-        Returns None if there is no message yet, "" if it fits, else the mismatch as a message.
+        Returns None if there is no message yet. A mismatch is returned as a message that names ranks and sites.
         """
         messages = self.messages.get((op.peer, rank))
         if not messages:
@@ -143,7 +142,7 @@ class CollectiveMatcher:
 def _terms(p: Program, op: Collective) -> Hashable:
     """The properties of a collective that must be equal on all its peers, as one hashable value.
 
-    They are shape and wire format, and, except for send and recv, kind and site.
+    They are shape and wire format and, except for send and recv, also kind, site and `slots`.
     """
     if isinstance(op, Send):
         return p.tensors[op.x].shape, op.wire

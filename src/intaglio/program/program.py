@@ -15,7 +15,7 @@ INPUTS = {"tokens": "T", "positions": "T", "rows": "R"}  # int32 arrays bound fr
 
 
 class ProgramError(ValueError):
-    """Raised for a Program that breaks a rule, and for text that is not a Program."""
+    """Raised for a Program that breaks a rule, and for text that cannot be parsed as a Program."""
 
 
 @dataclass(frozen=True, eq=True)
@@ -51,7 +51,7 @@ class Program:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the text form, as hex digits. Kept, since a server needs it with each relayed request."""
+        """SHA-256 of the text form, as hex digits. Computed once, since a server needs it for each relayed request."""
         return hashlib.sha256(str(self).encode()).hexdigest()
 
     @property

@@ -151,10 +151,10 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
 
 
 def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
-    """The quantised tensor after the steps, which are applied to its codes and scales.
+    """The quantised tensor after the steps, which are applied to its codes and scales; None if the steps cannot be.
 
-    None if that is impossible: a step splits a group or divides rows into a stack (hN), or the steps transpose
-    otherwise than the tensor is stored.
+    They cannot be if one splits a group or divides rows into a stack (hN), or if they transpose otherwise than the
+    tensor is stored.
     """
     if steps.count("T") != x.turned or any(s.startswith("h") for s in steps):
         return None
@@ -207,7 +207,7 @@ def _cut_rows(x: Quantised, step: str) -> Quantised:
 
 
 def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
-    """A cut of columns rewritten as a cut of the groups' scales; None if the cut would split a group.
+    """A cut of columns rewritten as the same cut of the groups' scales, in a tuple; None if it would split a group.
 
     () if one group is the whole row, so that its scales stay as they are. length: columns. group: columns of a group.
     """
@@ -283,7 +283,7 @@ def _kept(ids: np.ndarray, steps: Sequence[str]) -> np.ndarray:
 
 
 def read(source: str, reader: Reader) -> Iterator[tuple[str, Value]]:
-    """Yield (tensor name, values) of each tensor in a source, its steps applied.
+    """Yield (tensor name, values) of each checkpoint tensor in a source, with the source's steps applied.
 
     reader: function from a name to a tensor.
     """

@@ -17,9 +17,9 @@ Rule = Callable[[Program], Iterator[str]]
 
 
 def names_resolve(p: Program) -> Iterator[str]:
-    """Yield a message for each name that the table of tensors lacks, and each tensor listed under another name.
+    """Yield a message for each name used by an op or view that the table of tensors lacks.
 
-    Names are those that ops and views use.
+    A tensor that the table lists under another name is reported, too.
     """
     for key, t in p.tensors.items():
         if key != t.name:
@@ -35,7 +35,8 @@ def names_resolve(p: Program) -> Iterator[str]:
 def tensors_well_formed(p: Program) -> Iterator[str]:
     """Yield a message for each tensor that is declared wrongly.
 
-    That is an unknown role, format or dimension, a constant without values, or a weight without a source.
+    Wrong are: an unknown role, format or dimension, a constant whose shape is not its number of values, and a weight
+    without a source.
     """
     for t in p.tensors.values():
         if t.role not in ROLES:
@@ -75,7 +76,7 @@ def faces_present(p: Program) -> Iterator[str]:
 
 
 def shapes_agree(p: Program) -> Iterator[str]:
-    """Yield a message for each op that refuses its operands, and each result declared with another shape or format."""
+    """Yield a message for each op that refuses its operands, and for each result of another shape or format."""
     for op in p.ops:
         try:
             for name, (shape, format) in op.shapes(p.tensors).items():
@@ -192,7 +193,10 @@ RULES: tuple[Rule, ...] = (
 
 
 def verify(program: Program) -> None:
-    """Raise ProgramError, listing the faults of the first rule that is broken; return nothing for a valid Program."""
+    """Raise ProgramError for a Program that breaks a rule; return nothing for a valid one.
+
+    The error lists up to eight faults of the first rule that is broken.
+    """
     for rule in RULES:
         wrong = list(rule(program))
         if wrong:

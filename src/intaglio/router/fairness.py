@@ -28,14 +28,15 @@ class Tenant:
     waiting: list[Entry] = field(default_factory=list)
 
     def remove(self, job: Job) -> None:
-        """Remove a job from those that wait, if it is there."""
+        """Remove a job from the waiting jobs, if it is among them."""
         self.waiting = [entry for entry in self.waiting if entry[2].id != job.id]
 
 
 class FairQueue:
-    """Waiting jobs of all tenants. weights: by tenant; a tenant not named has weight 1.
+    """The waiting jobs of all tenants, by priority, and within a priority by the tenants' use of the service.
 
-    Raises ValueError for a weight that is not a finite number above 0.
+    weights: shares by tenant; a tenant not named has weight 1. Raises ValueError for a weight that is not a finite
+    number above 0.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
@@ -61,7 +62,7 @@ class FairQueue:
         insort(tenant.waiting, (job.priority, self._arrivals, job), key=lambda entry: entry[:2])
 
     def jobs(self) -> Iterator[Job]:
-        """Yield the waiting jobs in any order. Do not change the queue meanwhile."""
+        """Yield the waiting jobs in no particular order. Do not change the queue meanwhile."""
         return (entry[2] for tenant in self.tenants.values() for entry in tenant.waiting)
 
     def order(self) -> Iterator[Job]:

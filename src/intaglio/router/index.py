@@ -63,8 +63,10 @@ class Prefix:
 class PromptMemory:
     """Maps prefix keys of prompt text to token counts and K/V block names, as replicas reported them.
 
-    A replica reports a prompt's token count and the names of its whole blocks. They are spread over the prompt's keys
-    in proportion to the text, so the position of a block in the text is an estimate; its name is exact.
+    A replica reports a prompt's token count and the names of its whole blocks. The blocks are spread over the prompt's
+    keys in proportion to the text. So the position of a block in the text is an estimate; its name is exact.
+
+    limit: number of keys that are kept; the oldest are dropped.
     """
 
     def __init__(self, limit: int = MEMORY_MAX) -> None:
@@ -72,7 +74,10 @@ class PromptMemory:
         self._prefixes: OrderedDict[bytes, Prefix] = OrderedDict()
 
     def learn(self, keys: Sequence[bytes], tokens: int, names: Sequence[str], block_size: int) -> None:
-        """Record a prompt's length in tokens and the names of its whole blocks of `block_size` tokens."""
+        """Record a prompt's length in tokens and the names of its whole blocks of `block_size` tokens.
+
+        keys: the prefix keys of the prompt's text, shortest first (see prefix_keys()).
+        """
         if not keys:
             return
         per_chunk = tokens / len(keys)
@@ -86,7 +91,7 @@ class PromptMemory:
             self._prefixes.popitem(last=False)
 
     def find(self, key: bytes) -> Prefix | None:
-        """The Prefix recorded for the text up to this key; None if none was reported, or only long ago."""
+        """The Prefix recorded for the text up to this key; None if none was recorded or it has been dropped."""
         return self._prefixes.get(key)
 
     def estimate_tokens(self, keys: Sequence[bytes]) -> int:
@@ -97,9 +102,10 @@ class PromptMemory:
 
 
 class CacheIndex:
-    """The cached blocks of one replica. `stale`: events were missed, so a snapshot is needed.
+    """What one replica has cached, as far as the router knows: blocks from events, and prefixes of prompts sent to it.
 
-    `events` becomes True with the first event or snapshot; until then assumed prefixes do not expire by time.
+    `stale`: no snapshot yet, or events were missed, so a snapshot is needed. `events` becomes True with the first event
+    or snapshot; until then assumed prefixes do not expire by time.
     """
 
     def __init__(self) -> None:
@@ -111,7 +117,7 @@ class CacheIndex:
         self._assumed: OrderedDict[bytes, float] = OrderedDict()  # prefix key: when it was sent, seconds
 
     def restarted(self, incarnation: str) -> None:
-        """Note the incarnation of the replica's cache. A new one has cached nothing."""
+        """Note the incarnation of the replica's cache. If it is new, nothing is cached and the index is stale."""
         if incarnation != self.incarnation:
             self.incarnation, self.sequence, self.stale = incarnation, 0, True
             self.names.clear()
@@ -144,14 +150,18 @@ class CacheIndex:
                 self._assumed.clear()
 
     def snapshot(self, incarnation: str, sequence: int, names: Iterable[str]) -> None:
-        """Replace the confirmed blocks by a snapshot taken after event number `sequence`; an older one is ignored."""
+        """Replace the confirmed blocks by `names`, a snapshot taken after event number `sequence` of `incarnation`.
+
+        A snapshot is ignored if a higher number of the same incarnation was already applied. incarnation: names the
+        replica's cache since its last restart.
+        """
         self.restarted(incarnation)
         if sequence < self.sequence:
             return
         self.names, self.sequence, self.stale, self.events = set(names), sequence, False, True
 
     def assume(self, keys: Sequence[bytes], now: float) -> None:
-        """Note that a prompt with these keys was sent to the replica, which will cache it."""
+        """Record that a prompt with these keys was sent to the replica at time `now` (seconds), which will cache it."""
         for key in reversed(keys):  # the longest prefix first, so that it is dropped first
             self._assumed[key] = now
             self._assumed.move_to_end(key)
@@ -171,9 +181,10 @@ class CacheIndex:
         return tokens
 
     def _tokens_at(self, key: bytes, number: int, memory: PromptMemory, now: float) -> int | None:
-        """Tokens of the prefix with this key, the prompt's key number `number`; None if it is not cached.
+        """Tokens of the prefix that ends with this key; None if it is not cached.
 
-        0 for a prefix that is shorter than a block: whether longer ones are cached is not known from it.
+        number: of the key in the prompt, from 1. 0 is returned for a prefix that is shorter than a block, which does
+        not tell whether longer ones are cached.
         """
         known = memory.find(key)
         sent = self._assumed.get(key)

@@ -38,7 +38,7 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the request is charged for: its prompt and the expected output of all choices."""
+        """Tokens that the tenant is charged for the job: its prompt, and the expected output of all choices."""
         return self.prompt_tokens + self.output_tokens * self.choices
 
 

@@ -16,7 +16,14 @@ from intaglio.router.replica import Pace, Replica
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated cost of a job on a replica: cached and uncached prompt tokens, seconds to its first token and end."""
+    """Estimated cost of a job on a replica.
+
+    Attributes:
+        replica: the replica.
+        pace: step times that the estimate is based on.
+        cached, uncached: prompt tokens that are cached there, and those to compute.
+        first_token, end: seconds from now until the job's first token, and until its end.
+    """
 
     replica: Replica
     pace: Pace  # by which the times are estimated
@@ -27,7 +34,7 @@ class Estimate:
 
     @property
     def cost(self) -> float:
-        """Seconds until the job ends, and once more the seconds of its own prefill.
+        """What placement minimises, in seconds: the time until the job ends, and once more the time of its own prefill.
 
         The second term stands for the other jobs of the replica, whose steps the prefill lengthens. Without it, jobs
         leave their cached prefix for a small gain of their own, and all jobs together compute more.
@@ -39,7 +46,7 @@ Policy = Callable[[Sequence[Estimate]], Estimate]
 
 
 def fastest_pace(replicas: Iterable[Replica]) -> Pace:
-    """The fastest Pace that any of the replicas has measured; the default one if none has."""
+    """The measured Pace with the shortest step (`per_step`) of the replicas; the default Pace if none is measured."""
     return min((r.report.pace for r in replicas if r.report.pace.measured), key=lambda p: p.per_step, default=Pace())
 
 
@@ -48,9 +55,9 @@ def estimate(
 ) -> Estimate:
     """The Estimate of a job on a replica: prefill of what is not cached, behind the jobs before it, then decode.
 
-    ahead: prompt tokens of queued jobs that will go to this replica before this one. pace: by which to estimate; None
-    for the one that the replica has reported. The last prompt token is always computed, because its logits are needed.
-    A job of stage prefill ends with its first token.
+    now: seconds. ahead: prompt tokens of queued jobs that will go to this replica before this one. pace: step times to
+    use; None: those that the replica has reported. The last prompt token is always computed, because its logits are
+    needed. A job of stage prefill ends with its first token.
     """
     cached = max(job.handed, replica.index.cached_tokens(job.keys, memory, now))
     cached = min(cached, job.prompt_tokens - 1)
@@ -68,7 +75,7 @@ def lowest_cost(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def take_turns(estimates: Sequence[Estimate]) -> Estimate:
-    """The estimate of the replica used least recently of those with room, whatever its load and cache."""
+    """The estimate of the replica used least recently, of those with room if any has; load and cache do not count."""
     return min(estimates, key=lambda e: (not e.replica.has_room, e.replica.last_placed))
 
 

@@ -43,8 +43,9 @@ class Pace:
 class LoadReport:
     """Figures that a replica reports about itself.
 
-    Counts are of choices; `prompt_tokens` and the other totals are since its start. tier: counts of its K/V tier by
-    name (see TierCounts); {} without one.
+    `running`, `waiting` and `max_sequences` count choices; `kv_usage` is a fraction, 0 to 1. `prompt_tokens`,
+    `cached_tokens` and `output_tokens` are totals since the replica's start. tier: counts of its K/V tier by name (see
+    TierCounts); {} without one.
     """
 
     running: int = 0
@@ -71,18 +72,31 @@ class Assigned:
 
 @dataclass
 class Replica:
-    """One replica: its state, its last report, its cache index and the jobs the router has placed on it."""
+    """One replica: its state, its last report, its cache index and the jobs the router has placed on it.
+
+    Attributes:
+        name: the router's name for it.
+        role: which stages of requests it is given: "mixed", "prefill" or "decode".
+        state: "starting", "ready", "draining" or "dead".
+        report: its latest LoadReport.
+        index: the blocks it has cached.
+        jobs: placed jobs by id; only the methods change them.
+        prefill_tokens: prompt tokens of its jobs that are still to be computed.
+        sequences: choices of its jobs.
+        last_placed: number of the last placement; breaks ties, so that equal replicas take turns.
+        failures: requests it lost by dying.
+    """
 
     name: str
     role: Role = "mixed"
     state: ReplicaState = "starting"
     report: LoadReport = LoadReport()
     index: CacheIndex = field(default_factory=CacheIndex)
-    jobs: dict[str, Assigned] = field(default_factory=dict)  # changed by the methods below only
-    prefill_tokens: int = 0  # prompt tokens of its jobs that are still to be computed
-    sequences: int = 0  # choices of its jobs
-    last_placed: int = 0  # number of the last placement; breaks ties, so that equal replicas take turns
-    failures: int = 0  # requests it lost by dying
+    jobs: dict[str, Assigned] = field(default_factory=dict)
+    prefill_tokens: int = 0
+    sequences: int = 0
+    last_placed: int = 0
+    failures: int = 0
 
     @property
     def placeable(self) -> bool:
@@ -111,14 +125,14 @@ class Replica:
         self.sequences += job.choices
 
     def started(self, id: str) -> Job:
-        """Note that a job's prompt is computed. Returns the job."""
+        """Note that the prompt of job `id` is computed. Returns the Job."""
         assigned = self.jobs[id]
         self.prefill_tokens -= assigned.prefill
         assigned.started, assigned.prefill = True, 0
         return assigned.job
 
     def release(self, id: str) -> None:
-        """Remove a job."""
+        """Remove job `id` from the replica's jobs."""
         assigned = self.jobs.pop(id)
         self.prefill_tokens -= assigned.prefill
         self.sequences -= assigned.job.choices

@@ -66,7 +66,7 @@ class Router:
     # Replicas
 
     def add_replica(self, name: str, role: Role = "mixed") -> Replica:
-        """Add a replica and return its Replica. It is given jobs, those of its role, once it is ready.
+        """Add a replica in state "starting". Returns its Replica. Once it is ready, it is given jobs of its role.
 
         Raises ValueError if the name is in use.
         """
@@ -120,7 +120,11 @@ class Router:
     # Jobs
 
     def submit(self, job: Job, now: float) -> None:
-        """Queue a job, or raise Refusal, with the seconds after which to retry, if it cannot be served in time."""
+        """Queue a job. Raises Refusal, with the seconds after which to retry, if it is not admitted.
+
+        It is not admitted if no replica serves, if too many jobs wait (in all, or of its tenant), or if it would miss
+        its deadline. now: seconds.
+        """
         try:
             self._admit(job, now)
         except Refusal as refusal:
@@ -175,7 +179,10 @@ class Router:
         self.queue.settle(job, output_tokens)
 
     def expired(self, now: float) -> list[Job]:
-        """Remove the queued jobs that have waited too long, or whose deadline has passed. Returns a list of them."""
+        """Remove the queued jobs that have waited too long, or whose deadline has passed. Returns a list of them.
+
+        They count as refused.
+        """
         late = [job for job in self.queue.jobs() if now >= _earliest(job.start_by, job.deadline)]
         for job in late:
             self.queue.discard(job)
@@ -183,9 +190,10 @@ class Router:
         return late
 
     def wants_prefill(self, job: Job, now: float) -> bool:
-        """True if the job's prompt should be computed by a prefill replica, before the job goes to a decode replica.
+        """True if the job's prompt should be computed by a prefill replica, before the job goes to another replica.
 
-        That is if there are both, and the best decode replica would have PREFILL_MIN tokens or more to compute.
+        It should if a prefill replica may be given jobs, and if the best of the other replicas would have PREFILL_MIN
+        tokens or more to compute. The policy says which is best.
         """
         if not any(r.placeable and r.role == "prefill" for r in self.replicas.values()):
             return False
@@ -206,10 +214,10 @@ class Router:
     # Inside
 
     def _takers(self, job: Job) -> list[Replica]:
-        """The replicas that may be given the job now.
+        """The replicas that may be given the job now, as a list.
 
-        Prefill replicas take whole requests only if no other replica takes any. A job that waits for a prefill replica
-        goes to any other if none is left.
+        Prefill replicas take whole requests only if no other replica takes any. A job of stage "prefill" goes to any
+        replica if no prefill replica is left.
         """
         alive = [r for r in self.replicas.values() if r.placeable]
         if job.stage == "prefill":
@@ -242,7 +250,7 @@ class Router:
             raise Refusal("late", why, _retry(over))
 
     def _queue_seconds(self, alive: list[Replica], stage: str) -> float:
-        """Estimated seconds until the jobs of a stage that wait now have been placed, by the replicas' prefill pace."""
+        """Estimated seconds until the waiting jobs of a stage have been placed, by the replicas' prefill pace."""
         tokens = sum(job.prompt_tokens - job.handed for job in self.queue.jobs() if job.stage == stage)
         return tokens / sum(1 / max(r.report.pace.per_token, 1e-9) for r in alive)
 
@@ -257,10 +265,11 @@ class Router:
     def _estimates(
         self, replicas: Iterable[Replica], job: Job, now: float, ahead: Mapping[str, int] | None = None
     ) -> list[Estimate]:
-        """The Estimate of a job on each of the replicas. ahead: as for _choose().
+        """The Estimate of a job on each of the replicas, as a list.
 
-        Where the pace is not known the fastest known one stands for it: a replica that seemed slow would be given no
-        jobs, and then never be measured.
+        ahead: by replica, prompt tokens of waiting jobs that will be placed on it first. Where a replica's pace is not
+        known, the fastest known one stands for it: a replica that seemed slow would be given no jobs, and then never be
+        measured.
         """
         fastest, ahead = fastest_pace(self.replicas.values()), ahead or {}
         paces = ((r, r.report.pace if r.pace_is_known(self.placements) else fastest) for r in replicas)

@@ -28,10 +28,10 @@ class EngineLoad:
         failed: why the engine cannot serve; None while it can.
     """
 
-    waiting: int  # sequences
-    waiting_tokens: int  # tokens of waiting sequences to compute before each can sample its next token
-    live: int  # sequences that have not ended, waiting or running
-    prefill_tokens: int  # tokens still to prefill, over all live sequences
+    waiting: int
+    waiting_tokens: int
+    live: int
+    prefill_tokens: int
     latency: LatencyEstimator
     draining: bool = False
     failed: str | None = None

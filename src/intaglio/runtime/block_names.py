@@ -86,12 +86,18 @@ class BlockNames:
         return digest(parent.encode() + b" " + np.asarray(tokens, "<i8").tobytes())
 
     def chain(self, tokens: Sequence[int], salt: str | None = None) -> Iterator[str]:
-        """Yield the names of the full blocks of a sequence of token ids, from its start."""
+        """Yield the names of the full blocks of a sequence of token ids, from its start.
+
+        salt: the request's cache salt, see root().
+        """
         name = self.root(salt)
         for at in range(0, len(tokens) - self.block_size + 1, self.block_size):
             name = self.child(name, tokens[at : at + self.block_size])
             yield name
 
     def of(self, tokens: Sequence[int], salt: str | None = None) -> list[str]:
-        """A list of the names of the full blocks of a sequence of token ids, from its start."""
+        """A list of the names of the full blocks of a sequence of token ids, from its start.
+
+        salt: the request's cache salt, see root().
+        """
         return list(self.chain(tokens, salt))

@@ -103,7 +103,7 @@ class Checkpoints:
             sequence.checkpoint = name
 
     def supersede(self, name: str) -> None:
-        """Drop the checkpoint of a border that a later one of the same sequence replaces, if no sequence holds it."""
+        """Drop the checkpoint `name` unless a sequence holds it. A later one of the same sequence replaces it."""
         slot = self.slots.checkpoints.get(name)
         if slot in self.slots.evictable:
             self.slots.drop(name)

@@ -247,7 +247,7 @@ class Engine:
         )  # fmt: skip
 
     def gauges(self) -> Gauges:
-        """The current Gauges."""
+        """The engine's current state as Gauges: numbers of sequences, blocks and slots."""
         waiting, pool, slots = self.scheduler.waiting, self.pool, self.slots
         return Gauges(
             len(self.scheduler.running), len(waiting), sum(s.length for s in waiting), pool.total, pool.held,

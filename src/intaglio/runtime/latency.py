@@ -84,7 +84,7 @@ class LatencyEstimator:
             self.output_length = tokens
 
     def percentile_90(self, estimate: float) -> float:
-        """Estimated seconds within which 9 of 10 requests end whose plain estimate is `estimate` seconds."""
+        """Seconds within which 9 of 10 requests end, of those that were estimated at `estimate` seconds."""
         return self.slowdown * estimate
 
     def observe_request(self, estimate: float, seconds: float) -> None:

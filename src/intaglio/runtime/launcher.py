@@ -118,8 +118,8 @@ class Launcher:
     def _retry(self, launch: Launch, error: Exception) -> Iterator[Completed]:
         """Launch a failed step again, in two halves, or its only sequence once more without drafts.
 
-        Yields what completes. Sequences that were aborted meanwhile are left out. A single sequence that has
-        already been retried ends with a fault.
+        Yields what completes. If sequences were aborted meanwhile, the others are launched together. A single
+        sequence that has already been retried ends with a fault.
         """
         scheduled = [one for one in launch.scheduled if one.sequence.state != "ended"]  # others were aborted meanwhile
         half = len(scheduled) // 2
@@ -147,7 +147,10 @@ class Launcher:
             return self.executable.read_blocks(blocks)
 
     def write_blocks(self, blocks: list[int], contents: np.ndarray) -> None:
-        """Replace the contents of K/V blocks. Raises DeviceError, DeviceLost."""
+        """Replace the contents of the K/V blocks with these numbers by `contents`, uint8 [blocks, block_bytes].
+
+        Raises DeviceError, DeviceLost.
+        """
         with self._noting_loss():
             self.executable.write_blocks(blocks, contents)
 

@@ -28,7 +28,7 @@ class BlockDevice(Protocol):
         """The contents of blocks, uint8 [blocks, block_bytes]."""
 
     def write_blocks(self, blocks: list[int], contents: np.ndarray) -> None:
-        """Replace the contents of blocks."""
+        """Replace the contents of the K/V blocks with these numbers by `contents`, uint8 [blocks, block_bytes]."""
 
 
 @dataclass(frozen=True)

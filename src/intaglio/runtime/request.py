@@ -51,8 +51,7 @@ class Grammar:
         kind: the language of `source`.
         source: the schema, expression or grammar.
         before: a Lark grammar of the whole output, in which `@answer` stands for the constraint; for instance,
-            reasoning
-            and then an answer. "": the constraint is the whole output.
+            reasoning and then an answer. "": the constraint is the whole output.
 
     Raises ParamsError for an unknown kind or a source of a wrong type.
     """
@@ -102,8 +101,7 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_k, top_p, min_p: sampling filters; 0, 1 and 0 switch them off.
         seed: the same seed gives the same tokens whatever else runs at the time; None: a random seed. Choice i of `n`
-            uses
-            seed + i.
+            uses seed + i.
         min_tokens: no end of sequence, no token of `stop_token_ids` and no stop string before that many tokens.
         allowed_token_ids: draw from these ids alone; None: all.
         bad_words: texts that must not be generated; the last token of each is not drawn after the others.
@@ -281,10 +279,17 @@ class Scored:
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts and times of one choice. Times are seconds by the engine's clock; None: not reached."""
+    """Token counts and times of one choice. Times are seconds by the engine's clock; None: not reached.
+
+    Attributes:
+        prompt_tokens, output_tokens: numbers of tokens.
+        cached_tokens: prompt tokens found in the prefix cache at its first step.
+        preemptions: times the choice was preempted.
+        arrived, started, first_token, ended: times of arrival, first step, first token and end.
+    """
 
     prompt_tokens: int
-    cached_tokens: int  # prompt tokens found in the prefix cache at its first step
+    cached_tokens: int
     output_tokens: int
     preemptions: int
     arrived: float

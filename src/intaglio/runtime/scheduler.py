@@ -229,9 +229,9 @@ class Scheduler:
         sequence.state_slot, sequence.next_state_slot = sequence.next_state_slot, self.slots.allocate()
 
     def update_blocks(self, sequence: Sequence) -> None:
-        """Add blocks of a sequence that the last step filled to the prefix cache; free the blocks of rejected drafts.
+        """Add the sequence's blocks that became full in the last step to the prefix cache.
 
-        Without a prefix cache no block is added.
+        Without a prefix cache none is added. Blocks that only rejected drafts needed are freed.
         """
         size, pool = self.pool.block_size, self.pool
         while self.shares_blocks and (sequence.indexed_blocks + 1) * size <= sequence.computed:

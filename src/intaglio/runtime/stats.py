@@ -8,24 +8,40 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Counts:
-    """Totals of an engine since its creation: steps, tokens, drafts, restarts; choices by outcome; faults by kind."""
+    """Totals of an engine since its creation.
+
+    Attributes:
+        steps: steps run.
+        received: choices, refused or admitted.
+        refused: choices by reason: full, late, draining, failed, invalid.
+        admitted: choices.
+        finished: choices by finish_reason.
+        suspended: choices taken out by suspend(); if they come back, they are received and admitted again.
+        faults: by kind: request, step (failed launches), worker (lost devices).
+        restarts: replacements of the device.
+        preemptions: of sequences.
+        prompt_tokens: prompt tokens of started choices.
+        cached_tokens: those of them found in the prefix cache.
+        computed_tokens: token rows computed, drafts and recomputation included.
+        output_tokens: tokens generated.
+        drafts: times a sequence was given draft tokens.
+        draft_tokens, accepted_tokens: draft tokens proposed, and those accepted.
+    """
 
     steps: int = 0
-    received: int = 0  # choices: refused + admitted
-    refused: Counter[str] = field(default_factory=Counter)  # choices by reason: full, late, draining, failed, invalid
-    admitted: int = 0  # choices
-    finished: Counter[str] = field(default_factory=Counter)  # choices by finish_reason
-    suspended: int = 0  # choices taken out by suspend(); if they come back, they are received and admitted again
-    faults: Counter[str] = field(
-        default_factory=Counter
-    )  # by kind: request, step (failed launches), worker (lost devices)
+    received: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    admitted: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    suspended: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
     restarts: int = 0
     preemptions: int = 0
-    prompt_tokens: int = 0  # of started choices
-    cached_tokens: int = 0  # prompt tokens found in the prefix cache
-    computed_tokens: int = 0  # token rows computed, drafts and recomputation included
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
     output_tokens: int = 0
-    drafts: int = 0  # times a sequence was given draft tokens
+    drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
 

@@ -220,8 +220,8 @@ async def load_report(model: ServedModel, incarnation: str | None, after: int, s
     """Figures of a model's engine, as a dict, and the events of its K/V blocks with numbers above `after`.
 
     incarnation: the incarnation of the K/V cache to which `after` belongs; None if the caller knows none. If it is not
-    the cache's current one, or if the events are no longer kept, the dict has a snapshot of the blocks instead. If the
-    engine does not answer within ENGINE_WAIT seconds, it has neither events nor a snapshot.
+    the cache's current one, or if the events are no longer kept, the dict has a snapshot of the blocks instead of
+    events. It has neither if the engine does not answer within ENGINE_WAIT seconds.
 
     step_timeout: seconds of a step after which the engine is reported as failed. Raises Refused if the engine has
     ended.

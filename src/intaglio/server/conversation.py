@@ -37,7 +37,7 @@ To call one, answer with a line <tool_call>{{"name": NAME, "arguments": {{...}}}
 
 @dataclass
 class Rendered:
-    """A rendered prompt, the OutputStyle for parsing the output, and the names of request fields without effect."""
+    """A rendered prompt (`text`), the OutputStyle to parse its output with, and the names of fields without effect."""
 
     text: str
     style: OutputStyle

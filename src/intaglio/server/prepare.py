@@ -39,7 +39,10 @@ SAME = {  # fields that SamplingParams has under the same name
 
 @dataclass(frozen=True)
 class Limits:
-    """Timeouts of every request, in seconds; None: no limit."""
+    """The server's own limits for every request, in seconds from arrival; None: no limit.
+
+    `timeout`: until the request ends. `queue_timeout`: until its first step.
+    """
 
     timeout: float | None = None
     queue_timeout: float | None = None

@@ -49,7 +49,7 @@ class Problem(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code or kind}}
 
     def response(self) -> Response:
-        """The HTTP response."""
+        """The HTTP response that tells the client of this problem: its JSON, status and headers."""
         return Json(self.as_dict(), self.status, self.headers)
 
 

@@ -98,7 +98,7 @@ class QuietServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Context manager that installs no signal handlers."""
+        """Context manager that does nothing, in place of uvicorn's, which installs signal handlers."""
         yield
 
 

@@ -27,20 +27,29 @@ T = TypeVar("T")
 class Options:
     """Server options; times in seconds, sizes in bytes.
 
-    keys: accepted API keys; empty: no key needed. origins: origins that CORS allows. defaults: by model name,
-    SamplingParams fields used where a request leaves them out; see sampling_defaults().
+    Attributes:
+        keys: accepted API keys; (): no key needed.
+        origins: origins that CORS allows.
+        limits: longest timeouts of requests.
+        max_body: largest body of a request.
+        max_open: requests at a time.
+        read_timeout: for the headers of a request, and for its whole body.
+        write_timeout: for a client that does not read its response.
+        defaults: by model name, SamplingParams fields used where a request leaves them out; see sampling_defaults().
+        step_timeout: after which /health reports that a step hangs.
+        tracing: records a trace of each generation request; None: no traces.
     """
 
     keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     max_body: int = 8 << 20
-    max_open: int = 1024  # concurrent requests
-    read_timeout: float = 30.0  # for the headers, and for the whole body, of a request
-    write_timeout: float = 60.0  # for a client that does not read its response
+    max_open: int = 1024
+    read_timeout: float = 30.0
+    write_timeout: float = 60.0
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    step_timeout: float = 300.0  # after which /health reports that the engine hangs
-    tracing: Tracing | None = None  # records a trace of each generation request
+    step_timeout: float = 300.0
+    tracing: Tracing | None = None
 
 
 class Service:

@@ -12,7 +12,7 @@ LINE = 128  # bytes
 
 
 class Cache:
-    """A cache of `size` bytes. It persists between launches, as the L2 of a chip does."""
+    """A write-back cache of `size` bytes, such as the L2 of a chip. Its content persists between launches."""
 
     def __init__(self, size: float) -> None:
         self.lines = int(size // LINE)
@@ -25,9 +25,9 @@ class Cache:
         self.oldest = 1  # number of the access at the left of `uses`
 
     def access(self, region: Region, writes: bool) -> float:
-        """Record an access. Returns the bytes that it moves from and to HBM.
+        """Record an access to a region. Returns the number of bytes that the cache moves from and to HBM for it.
 
-        These are the lines that it reads and misses, and written lines that are evicted.
+        These are the lines that are read and not in the cache, and the written lines that are evicted.
         """
         self.fetched = 0.0
         if not region.nbytes:
@@ -50,7 +50,10 @@ class Cache:
         return self.fetched + self._evict() * LINE
 
     def _evict(self) -> int:
-        """Evict least recently used lines down to the size of the cache; returns how many of them were written."""
+        """Evict least recently used lines until the cache fits its size. Returns how many of them had been written.
+
+        Lines of the latest access stay, even if they alone exceed the size.
+        """
         written = 0
         while self.held > self.lines and len(self.uses) > 1:
             lines = self.uses.popleft()

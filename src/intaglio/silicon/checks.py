@@ -74,7 +74,7 @@ def overflow(target: Target, i: Instruction) -> str:
 
 
 def stored_and_loaded(stream: Stream) -> Iterator[Region]:
-    """The regions of HBM that a stream writes and at least partly reads too, as an iterator."""
+    """Yield the regions of HBM that a stream writes and of which it also reads at least a part."""
     loaded = {r for i in stream.instructions for r in i.regions(False) if r.space == "hbm"}
     stored = {r for i in stream.instructions for r in i.regions(True) if r.space == "hbm"}
     if stored and loaded:
@@ -115,7 +115,7 @@ def ordered(stream: Stream) -> Iterator[tuple[int, int, Instruction]]:
 
 @dataclass(frozen=True)
 class Blocked:
-    """An engine that cannot continue: a text that says what it waits for, and the engine that would have to act."""
+    """An engine that cannot continue: text of what it waits for, and the engine that would have to act, or None."""
 
     what: str
     waits_for: Hashable | None  # None: nothing could ever finish it
@@ -124,8 +124,8 @@ class Blocked:
 def cycle(blocked: Mapping[Hashable, Blocked]) -> str:
     """Text that names the engines that wait for each other in a cycle, found from the first engine of `blocked`.
 
-    If there is no cycle it names the engine, at the end of the first one's chain of waits, for which nothing could ever
-    come. The other blocked engines are counted. `blocked` is not empty.
+    If there is no cycle, the text names the engine at the end of the first engine's chain of waits; nothing could ever
+    satisfy its wait. The other blocked engines are counted. `blocked` is not empty.
     """
     node: Hashable | None = next(iter(blocked))
     path: list[Hashable] = []
@@ -152,9 +152,10 @@ class Entry:
     last: dict[tuple[int, bool], tuple[int, int]] = field(default_factory=dict)
 
     def unordered(self, engine: int, writes: bool, known: list[int]) -> tuple[int, int, bool] | None:
-        """(engine, number, whether it writes) of the latest access that races with an access by `engine`; else None.
+        """The latest access that races with a new access by `engine`: (engine, instruction number, whether it writes).
 
-        known: by engine, the number of its instructions that have certainly finished.
+        None if there is no race. writes: the new access writes. known: by engine, the number of its instructions that
+        have certainly finished.
         """
         found = [
             (step, other, n, wrote)

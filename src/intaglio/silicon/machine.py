@@ -28,7 +28,10 @@ from intaglio.silicon.stream import Stream
 
 @dataclass(frozen=True)
 class Span:
-    """One executed instruction, with its start and end in seconds since the start of the run."""
+    """One executed instruction (`name`), with its start and end in seconds since the start of the run.
+
+    `core`: number of the core. `engine`: name of the engine that ran the instruction. `site`: of the op it belongs to.
+    """
 
     core: int
     engine: str
@@ -40,15 +43,21 @@ class Span:
 
 @dataclass
 class RunResult:
-    """Modelled time of one run of the machine, and counters summed over its cores."""
+    """Modelled time of one run of the machine, and counters summed over its cores.
 
-    seconds: float = 0.0  # until the last instruction ended
-    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # engine -> seconds in use
-    # (engine, engine whose result it waited for, or "start") -> idle seconds
+    Attributes:
+        seconds: until the last instruction ended.
+        busy: seconds in use by engine.
+        stalls: idle seconds by (engine, engine whose result it waited for, or "start").
+        bytes: bytes moved: "l2" between cores and L2, "hbm" between L2 and HBM, "link" between chips.
+        spans: the executed instructions, if the machine records them.
+    """
+
+    seconds: float = 0.0
+    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     stalls: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
-    # "l2" (between cores and L2), "hbm" (between L2 and HBM), "link" -> bytes moved
     bytes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    spans: list[Span] = field(default_factory=list)  # only if the machine records them
+    spans: list[Span] = field(default_factory=list)
 
 
 @dataclass
@@ -88,7 +97,7 @@ class Machine:
 
     `hbm` maps a chip's number to its memory. If it is None, instructions are timed but no values are computed. With
     `spans`, the result lists every executed instruction. `l2`: the L2 of each chip as earlier launches left it;
-    None: empty.
+    None: empty. Raises ChipError if the chip's extra_instructions names something else than an optional instruction.
     """
 
     def __init__(
@@ -146,7 +155,11 @@ class Machine:
         return Core(stream, CoreMemory(hbm, sram, acc, watch), queues)
 
     def _accessor(self, core: int, region: Region, writes: bool) -> str:
-        """Text that names another core of the same chip and its started instruction that accessed a region."""
+        """Text that names a core of the same chip, and an instruction it has started that accessed `region`.
+
+        core: the core that asks, which is not searched. writes: look for writes instead of reads. The text is "another
+        core" if none is found.
+        """
         chip = self.cores[core].stream.chip
         for c, other in enumerate(self.cores):
             if c == core or other.stream.chip != chip:

@@ -25,15 +25,21 @@ class MachineError(RuntimeError):
 class Region:
     """A [rows, cols] matrix in a memory space.
 
-    4-bit values are packed two to a byte, the first in the low half; each row starts at a byte boundary.
+    Attributes:
+        space: "hbm", "sram" or "acc" (accumulators).
+        address: of the first byte.
+        rows, cols: size of the matrix.
+        stride: bytes from one row to the next.
+        format: of the values. 4-bit values are packed two to a byte, the first in the low half; each row starts at a
+            byte boundary.
     """
 
-    space: str  # one of SPACES
-    address: int  # of the first byte
+    space: str
+    address: int
     rows: int
     cols: int
-    stride: int  # bytes from one row to the next
-    format: str  # one of FORMATS
+    stride: int
+    format: str
 
     @property
     def row_bytes(self) -> int:
@@ -126,9 +132,10 @@ class Memory:
         return raw.view(dtype)
 
     def write(self, r: Region, values: np.ndarray) -> None:
-        """Store `values` [rows, cols], rounded to the region's format (to nearest, ties to even).
+        """Store `values` [rows, cols] in the region's format.
 
-        Raises MachineError if the region lies outside the space.
+        Values for a float format are rounded to nearest, ties to even. Those for an integer format must be whole and in
+        range. Raises MachineError if the region lies outside the space.
         """
         indices = self.byte_indices(r)
         bits, dtype = formats.ELEMENTS[r.format]

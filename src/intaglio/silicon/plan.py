@@ -24,13 +24,13 @@ from intaglio.silicon.timing import Timing
 
 
 def exposed_seconds(seconds: Sequence[tuple[float, float]], is_collective: Sequence[bool]) -> dict[int, float]:
-    """A dict from each collective's index to its exposed time with dual-batch overlap.
+    """Exposed seconds of each collective with dual-batch overlap, as a dict by the collective's index.
 
-    Exposed time is the seconds in which no compute hides the collective. Two halves of the batch alternate: one
-    computes while the other communicates. `seconds` (of the first and of the second half) and `is_collective` have
-    an item for each op. Each half runs its ops in order, and the second half is never ahead of the first. If both
-    could compute, the one closer to its next collective does, which keeps the links busy. Time in which neither
-    half computes counts for the collective that is waited for.
+    Exposed seconds are those in which no compute hides the collective. Two halves of the batch alternate: one computes
+    while the other communicates. `seconds` (of the first and of the second half) and `is_collective` have an item for
+    each op. Each half runs its ops in order, and the second half is never ahead of the first. If both could compute,
+    the one closer to its next collective does, which keeps the links busy. Time in which neither half computes counts
+    for the collective that is waited for.
     """
     found = _native.exposed_seconds(
         range(len(seconds)), [a for a, _ in seconds], [b for _, b in seconds], list(is_collective)
@@ -100,15 +100,16 @@ class Plan:
         return Timeline(self.target.chip, tuple(spans))
 
     def cost(self, sizes: BatchSizes) -> tuple[float, float]:
-        """(modelled seconds, estimated joules on this chip) of one step: those of run(sizes), without its Timeline."""
+        """Modelled seconds and estimated joules of one step on this chip, as a pair; without making a Timeline."""
         done = self.fastest(sizes)
         kernels = list(zip(done.timings, self.counts, strict=True))
         return done.seconds, sum(joules(self.target.chip, kernels, done.seconds).values())
 
     def fastest(self, sizes: BatchSizes) -> Schedule:
-        """The Schedule of one step.
+        """The Schedule of one step: of the whole batch, or of its two halves if that is faster.
 
-        With a library that has dual-batch overlap, that of the batch in two halves if it is faster.
+        Halves are tried only with a library that has dual-batch overlap, if the step communicates and has at least 2
+        tokens.
         """
         whole = self.schedule(sizes)
         communicates = any(t.link_bytes for t in whole.timings)

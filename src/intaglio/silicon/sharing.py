@@ -12,19 +12,18 @@ MANY = -1
 
 
 class SharedHbm:
-    """Record of accesses to a chip's HBM in one run: for each byte, the core that wrote it and the core that read it.
+    """Record of accesses to a chip's HBM in one run: for each byte, the core that wrote it and the one that read it.
 
-    The number MANY stands for several cores.
+    The number MANY in place of a core's stands for several cores.
     """
 
     def __init__(self) -> None:
         self.writer, self.reader = np.zeros(0, np.int16), np.zeros(0, np.int16)  # core + 1, 0: none
 
     def access(self, core: int, indices: np.ndarray, writes: bool) -> str:
-        """Record that `core` reads or writes the bytes `indices`.
+        """Record that `core` reads or writes the bytes at `indices`. Returns whether that conflicts, as a word.
 
-        Returns "writes" or "reads", what another core has done with one of these bytes, if the two accesses
-        conflict; else "".
+        The word is "writes" or "reads": what another core has done with one of these bytes. "" if nothing conflicts.
         """
         if not indices.size:
             return ""

@@ -22,12 +22,19 @@ def count_chunks(q_len: Sequence[int], context_len: Sequence[int]) -> ChunkCount
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Sizes of a batch: tokens, rows whose logits are wanted, and the queries and keys of its sequences."""
+    """Sizes of a batch, on which the time of a step depends.
+
+    Attributes:
+        tokens: number of token rows.
+        rows: number of rows whose logits are wanted.
+        sequences: (queries, keys, number of sequences) of each distinct pair, see count_chunks().
+        filtered: True if any row is sampled with top-k or top-p.
+    """
 
     tokens: int
     rows: int
     sequences: ChunkCounts
-    filtered: bool = False  # whether any row is sampled with top-k or top-p
+    filtered: bool = False
 
     @cached_property
     def sizes(self) -> Sizes:

@@ -17,7 +17,10 @@ ALIGN = 64  # bytes: alignment of tiles and of tensors in HBM
 
 @dataclass(frozen=True)
 class Stream:
-    """The instructions of one core in program order. Each engine executes its own in this order."""
+    """The instructions of one core in program order. Each engine executes its own instructions in this order.
+
+    `site`: of the op. `chip`: number of the chip.
+    """
 
     site: str
     instructions: tuple[Instruction, ...]
@@ -39,7 +42,11 @@ class Ring:
 
 @dataclass
 class LastAccess:
-    """The last write of a tile, as (engine, instruction number), and the reads since, by engine."""
+    """The accesses to one tile since its last write.
+
+    `writer`: (engine, instruction number) of the last write, or None. `readers`: by engine, the number of its last
+    instruction that read the tile since.
+    """
 
     writer: tuple[int, int] | None = None
     readers: dict[int, int] = field(default_factory=dict)
@@ -96,7 +103,10 @@ class StreamBuilder:
         self.instructions.append(replace(instruction, wait=tuple(need)))
 
     def _last_access(self, region: Region) -> LastAccess:
-        """The LastAccess record of the tile that contains `region`; for a region in HBM, that of its address."""
+        """The LastAccess record that covers `region`, created empty if there is none.
+
+        In SRAM and accumulators each tile has a record; in HBM each address at which an accessed region begins.
+        """
         low, high = region.span
         if region.space == "hbm":
             return self.accesses.setdefault(("hbm", low), LastAccess())

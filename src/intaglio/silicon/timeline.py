@@ -23,14 +23,18 @@ ENGINE_NAMES = {
 
 @dataclass(frozen=True)
 class OpSpan:
-    """One op of a step: site, kind, and start and end in seconds since the start of the step."""
+    """One op of a step: site, kind, and start and end in seconds since the start of the step.
+
+    `timing`: of its kernel alone. `stalled_on`: "HBM" if it waited for its weights beyond the kernel's own time, else
+    "".
+    """
 
     site: str
     kind: str
     start: float
     end: float
-    timing: Timing  # of its kernel alone
-    stalled_on: str = ""  # what it waited for beyond its kernel's own time: "HBM" (weights) or "" for nothing
+    timing: Timing
+    stalled_on: str = ""
 
     @property
     def seconds(self) -> float:
@@ -40,7 +44,12 @@ class OpSpan:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The ops of one step on one chip, in order."""
+    """The ops of one step on one chip, with their times.
+
+    Attributes:
+        chip: the chip's specification.
+        ops: a span of time for each op, in the order in which they ran.
+    """
 
     chip: ChipSpec
     ops: tuple[OpSpan, ...]
@@ -82,15 +91,21 @@ class Timeline:
         return sum((e.timing for e in self.ops), Timing(0.0))
 
     def flops_share(self, format: str) -> float:
-        """Model FLOPs utilization: FLOPs done over peak FLOP/s in `format` times the step's seconds."""
+        """Model FLOPs utilization: FLOPs done over peak FLOP/s in `format` times the step's seconds; 0 for no ops."""
         return self.totals().flops / (self.seconds * self.chip.peak_flops(format)) if self.seconds else 0.0
 
     def hbm_share(self) -> float:
-        """HBM bytes moved, as a fraction of the data sheet's bandwidth times the step's seconds."""
+        """HBM bytes moved, as a fraction of the data sheet's bandwidth times the step's seconds.
+
+        0 for a step without time.
+        """
         return self.totals().hbm_bytes / (self.seconds * self.chip.hbm_bytes_per_s) if self.seconds else 0.0
 
     def link_share(self) -> float:
-        """Bytes sent, as a fraction of the bandwidth of all links of the chip times the step's seconds."""
+        """Bytes sent, as a fraction of the bandwidth of all links of the chip times the step's seconds.
+
+        0 for a step without time, and for a chip without links.
+        """
         rate = self.chip.links.chip_bytes_per_s
         return self.totals().link_bytes / (self.seconds * rate) if self.seconds and rate else 0.0
 

@@ -14,22 +14,33 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Timing:
-    """Modelled time of one kernel on one chip, with the bytes it moves and the FLOPs it computes."""
+    """Modelled time of one kernel on one chip, with the bytes it moves and the FLOPs it computes.
+
+    Attributes:
+        seconds: of the kernel, launch included.
+        busy: seconds in use by engine or memory, mean over cores.
+        hbm_bytes, l2_bytes, link_bytes: bytes moved.
+        flops: of the matrix array.
+        format: in which the matrix array multiplies.
+        weight_bytes: the part of hbm_bytes that are weights, which can be prefetched.
+        choice: tile, split or algorithm chosen, in words.
+        steps: steps of a collective.
+    """
 
     seconds: float
-    busy: dict[str, float] = field(default_factory=dict)  # engine or memory -> seconds in use, mean over cores
+    busy: dict[str, float] = field(default_factory=dict)
     hbm_bytes: float = 0.0
     l2_bytes: float = 0.0
     link_bytes: float = 0.0
     flops: float = 0.0
-    format: str = "bf16"  # in which the matrix array multiplies
-    weight_bytes: float = 0.0  # the part of hbm_bytes that are weights, which can be prefetched
-    choice: str = ""  # tile, split or algorithm chosen, in words
-    steps: int = 0  # steps of a collective
+    format: str = "bf16"
+    weight_bytes: float = 0.0
+    choice: str = ""
+    steps: int = 0
 
     @property
     def bound(self) -> str:
-        """Name of the engine or memory that is in use longest; "launch" if none is in use."""
+        """Name of the engine or memory that is busy for the longest time; "launch" if none is busy."""
         return max(self.busy, key=lambda e: self.busy[e]) if self.busy else "launch"
 
     def __add__(self, other: Timing) -> Timing:
@@ -76,6 +87,6 @@ def fraction_held(need: float, capacity: float) -> float:
 
 
 def waves(jobs: Any, cores: int) -> tuple[Any, Any]:
-    """(number of full waves, jobs in the last partial wave) when `jobs` jobs run on `cores` cores."""
+    """(number of full waves, jobs in the last partial wave) when `jobs` equal jobs run on `cores` cores."""
     full = np.floor(jobs / cores)
     return full, jobs - full * cores

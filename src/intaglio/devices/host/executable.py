@@ -212,9 +212,10 @@ class HostExecutable(RankExecutable):
     def _run_python(
         self, stop: Stop, rows: Mapping[str, np.ndarray], batch: Batch, seconds: np.ndarray | None
     ) -> Mapping[str, np.ndarray]:
-        """Run an op with a Python kernel and return its results by name. rows: its operands that are temps.
+        """Run an op with a Python kernel and return its results by name.
 
-        Raises DeviceError unless the results have the names and shapes that the op declares.
+        rows: the op's operands that are temps. seconds: if given, the op's duration is stored at its number. Raises
+        DeviceError unless the results have the names and shapes that the op declares.
         """
         start = time.perf_counter()
         inputs = {"tokens": batch.tokens, "positions": batch.positions, "rows": batch.rows}

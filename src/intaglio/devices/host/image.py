@@ -166,7 +166,10 @@ class Image:
         place(self._file, self.size, writable, self.weights, self.offsets, len(self.header))
 
     def _open(self) -> bool:
-        """Map the existing file. Returns True, or False if there is none or it is not valid."""
+        """Map the existing file. Returns True, or False if there is none or it is not valid.
+
+        Warns if it is not valid.
+        """
         try:
             self._file = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
@@ -185,7 +188,11 @@ class Image:
         return True
 
     def _begin(self) -> None:
-        """Create and map a temporary file, allocated at full size so that writing cannot run out of disk space."""
+        """Create and map a temporary file, allocated at full size so that writing cannot run out of disk space.
+
+        Deletes temporary files of other processes that are older than STALE seconds. Raises OSError if the disk is
+        full.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for part in self.path.parent.glob("*.part"):
             if part.stat().st_mtime < time.time() - STALE:

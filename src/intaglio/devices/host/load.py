@@ -108,7 +108,8 @@ def pack_again(
 def add_op(native: _native.Executable, op: Op, ids: Mapping[str, int]) -> None:
     """Append one op to the native executable. Raises DeviceError with the kernel's message if it cannot run the op.
 
-    Operands and attributes are passed by the field names of the op's class; arrays of the batch are left out.
+    ids: numbers of the Program's tensors in the native executable, by name. Operands and attributes are passed by the
+    field names of the op's class; arrays of the batch are left out.
     """
     kernel = kernel_of(op)
     assert isinstance(kernel, NativeKernel)

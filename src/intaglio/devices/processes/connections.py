@@ -108,7 +108,7 @@ def accept(listener: socket.socket, token: bytes, epoch: int, rank: int) -> tupl
 
 
 def accepted(listener: socket.socket) -> Iterator[tuple[socket.socket, str]]:
-    """Yield (socket, address of the other end) for each connection to a listener, until the listener is closed."""
+    """Yield (socket, host of the other end) for each connection to a listener, until the listener is closed."""
     while True:
         try:
             s, address = listener.accept()

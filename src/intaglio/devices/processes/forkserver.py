@@ -215,7 +215,11 @@ class Server:
                 os.kill(pid, signal.SIGKILL)
 
     def answer(self, request: dict[str, Any], files: list[int]) -> None:
-        """Do what one request says, and answer it. Returns nothing."""
+        """Do what one request asks, and send the reply. Returns nothing.
+
+        request: to import modules, to tell the status of a child, or to fork one. files: descriptors received with it,
+        for the child.
+        """
         if "import" in request:
             prepare(request["import"])
             send(self.socket, {})
@@ -238,7 +242,10 @@ class Server:
         return {"status": status}
 
     def fork(self, files: list[int]) -> None:
-        """Fork a child as described in the first of `files`, and send its process id and pidfd to the parent."""
+        """Fork a child, and send its process id and pidfd, or an error if it cannot be forked. Returns nothing.
+
+        files: descriptors for the child; the first is a file that describes what it runs.
+        """
         try:
             threads = len(os.listdir("/proc/self/task"))
             if threads > 1:  # a lock that one of them holds would stay locked in the child

@@ -223,10 +223,12 @@ def is_stopped(pid: int) -> bool:
 class GroupExecutable(PostedExecutable):
     """A Program loaded in the processes of a group, one process for each rank. `pids`: process ids by rank.
 
-    joins: the ranks are one mesh, with a communicator each; otherwise there is one process, which loads whatever
-    its job says. replaces: the lost group that this group replaces. server: as for Processes. Raises DeviceError with
-    the message of the error that loading raised, DeviceLost if a process ends meanwhile, ReplacementRefused if results
-    would have other bits than those of the group replaced.
+    joins: the ranks are one mesh, with a communicator each; otherwise there is one process, which loads whatever its
+    job says. what: noun for a process in errors. replaces: the lost group that this one replaces. server: forks the
+    processes; None: they are started one by one.
+
+    Raises DeviceError with the message of the error that loading raised, DeviceLost if a process ends meanwhile,
+    ReplacementRefused if results would have other bits than those of the group replaced.
     """
 
     def __init__(

@@ -65,7 +65,10 @@ class HostAgent:
             self.lose(e)
 
     def take(self, kind: int, message: bytes) -> None:
-        """Call the handler with a frame from the agent. Returns nothing."""
+        """Call the handler, if there is one, with a frame of this `kind` from the agent. Returns nothing.
+
+        message: the epoch in the first 8 bytes (big-endian), then the content; the handler gets both.
+        """
         if self.handler:
             self.handler(self, kind, int.from_bytes(message[:8], "big"), message[8:])
 

@@ -62,8 +62,7 @@ class BeatWatch:
     Args:
         ranks: numbers of the ranks.
         silence: seconds of silence after which a rank hangs if its process is stopped. A rank whose process is not
-            stopped
-            has PATIENCE times as long.
+            stopped has PATIENCE times as long.
         tick: seconds between two looks.
     """
 
@@ -89,7 +88,7 @@ class BeatWatch:
 
 
 class HasLife(Protocol):
-    """Interface of a member of a Roster."""
+    """Interface of a member of a Roster: tells whether its connection is alive."""
 
     @property
     def alive(self) -> bool:

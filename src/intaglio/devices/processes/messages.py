@@ -146,7 +146,11 @@ def blocks_parts(
 
 
 def read_blocks_request(message: memoryview, rank: int) -> BlocksRequest | None:
-    """The BlocksRequest in a message, with the contents of this rank; None if the message asks for a step."""
+    """The BlocksRequest in a message; None if the message asks for a step.
+
+    In a request to write, its contents are the part for `rank`, uint8 [blocks, bytes]. Raises MessageError if the
+    message is too short.
+    """
     r = Reader(message)
     blocks, ranks, _, _, _, _, _, _, flags, _ = r.array(np.int64, 10).tolist()
     if not flags & (READ | WRITE):

@@ -39,7 +39,10 @@ SLOTS = 4  # one more than the steps that may be under way; a longer pipeline ha
 
 @dataclass
 class PostedStep:
-    """A step that was posted to other processes. Results arrive in the order of posting."""
+    """A step that was posted to other processes as request `number`. Results arrive in the order of posting.
+
+    `completed`: the step with its result, once it has been received; else None.
+    """
 
     executable: PostedExecutable
     number: int

@@ -52,7 +52,8 @@ class Layer:
         attention: the layer has attention or a mixer.
         mlp: the layer has an MLP or experts.
         mix: factors on the residual and on attention's result where the two are added.
-        shares_index: attention uses the positions chosen in the last layer before that has an indexer (see Latent).
+        shares_index: attention uses the positions chosen in the last layer before this one that has an indexer (see
+            Latent).
     """
 
     rope: str = "rope"
@@ -81,7 +82,7 @@ class Indexer:
 
     Attributes:
         heads: number of its heads.
-        head_dim: columns of a head, of which the first have rope.
+        head_dim: columns of a head; rope turns the first of them, as many as the layer's rope has.
         top: number of positions that it chooses for each query.
         style: how rope pairs columns, "half" or "interleaved".
     """

@@ -1,6 +1,6 @@
 """Descriptions of the blocks with recurrent state ("mixers") that replace attention in a layer; plain data.
 
-recurrent.py writes their ops. Each class has a field `block`, the name of the block's module in the checkpoint.
+recurrent.py writes their ops.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ class ConvMixer:
     Attributes:
         taps: tokens that the convolution reads: the current one and taps - 1 before it.
         bias: projections and convolution have biases.
+        block: name of the block's module in a layer of the checkpoint.
     """
 
     taps: int
@@ -41,6 +42,7 @@ class SsmMixer:
         low: smallest step size; smaller ones become `low`.
         high: largest step size; larger ones become `high`; 0: no limit.
         scales: factors of gate, x, B, C and step after in_proj (Falcon-H1); (): none.
+        block: name of the block's module in a layer of the checkpoint.
     """
 
     heads: int
@@ -74,6 +76,7 @@ class ScanMixer:
         weights: True if these norms have weights.
         bias: in_proj and out_proj have biases.
         conv_bias: the convolution has a bias.
+        block: name of the block's module in a layer of the checkpoint.
     """
 
     inner: int
@@ -100,6 +103,7 @@ class DeltaMixer:
         eps: of the norm before the gate.
         fused: the checkpoint has q, k, v and gate in one weight in_proj_qkvz, and beta and step in in_proj_ba, each
             grouped by key head (Qwen3-Next); False: in_proj_qkv, in_proj_z, in_proj_b and in_proj_a.
+        block: name of the block's module in a layer of the checkpoint.
     """
 
     key_heads: int
@@ -120,6 +124,7 @@ class LruMixer:
         width: columns of the recurrence.
         heads: number of blocks of columns, each with matrices of its own for the gates.
         taps: tokens that the convolution reads.
+        block: name of the block's module in a layer of the checkpoint.
     """
 
     width: int
@@ -137,6 +142,7 @@ class LightningMixer:
         head_dim: columns of a head.
         rates: log decay of each head.
         eps: of the norm.
+        block: name of the block's module in a layer of the checkpoint.
     """
 
     heads: int

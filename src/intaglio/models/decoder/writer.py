@@ -130,9 +130,9 @@ class Writer:
         return self.permuted[x, order] if order else x
 
     def x_format(self, w: str) -> str:
-        """The name of the format that x is rounded to before a product with weight `w`.
+        """The format that x is rounded to before a product with weight `w`.
 
-        It is f32 if the weight's format allows it.
+        "int8" if the codes of `w` are integers, else "f32".
         """
         return x_format(self.b.tensors[w].format, exact=True)
 
@@ -156,10 +156,11 @@ class Writer:
         return self.norm(f"layers.{i}.{which}", x, self.d.hidden, at) if source else x
 
     def parts(self, at: str, source: str, x: str, widths: Mapping[str, int], fused: str, bias: bool) -> list[str]:
-        """Write linears that read the same x, given as {name: width}. Returns the names of their results' tensors.
+        """Write linears that read the same x. Returns a list of the names of their results' tensors.
 
-        If the checkpoint stores them fused as `fused`, one linear is written, and a view of its result for
-        each.
+        at, source: prefixes of their sites in the Program and of their modules in the checkpoint. widths: {name of the
+        linear: columns of its result}. If the checkpoint stores the linears fused as `fused`, one linear is written,
+        and a view of its result for each.
         """
         if fused not in self.d.fused:
             return [self.linear(at + n, x, w, self.d.hidden, source + n, bias) for n, w in widths.items()]

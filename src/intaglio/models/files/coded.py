@@ -65,7 +65,7 @@ class Coded:
 
     @property
     def step(self) -> int:
-        """Number of rows: start and stop of a partial read must be multiples of it, or the matrix's end."""
+        """Number of rows such that a partial read must start and stop at multiples of it, or at the matrix's end."""
         return lcm(self.whole, *(part.each for part in self.parts.values()))
 
     def read(self, reader: Reader, rows: slice | None = None) -> Value:
@@ -118,7 +118,7 @@ def as_scales(x: np.ndarray) -> np.ndarray:
 def e2m1(bytes: np.ndarray, exponents: np.ndarray) -> Quantised:
     """The MXFP4 matrix of E2M1 codes, two in each byte [.., N, K / 2], and exponents [.., N, K / 32] of powers of two.
 
-    Codes become whole numbers, twice the value, so scales are half.
+    Codes are stored as whole numbers, twice the E2M1 value, so scales are half the powers of two.
     """
     return Quantised(TWICE_E2M1[nibbles(bytes)], as_scales(exponents) * np.float32(0.5), 32)
 
@@ -142,8 +142,8 @@ def nibbles(x: np.ndarray) -> np.ndarray:
 def fields(x: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
     """The codes of 1 to 8 bits in 32-bit words or in bytes [.., n], as uint8 [.., count], lowest bits first.
 
-    count: number of codes; None: all. Codes of 3, 5, 6 or 7 bits may cross from one word to the next, unless there are
-    so many words that each begins with a code.
+    count: number of codes; None: all. Codes of 3, 5, 6 or 7 bits are packed without gaps and may cross from one word to
+    the next. If n is the larger number of words that holds only whole codes (see words_of()), they do not cross.
     """
     if bits in (4, 8):
         codes = nibbles(x) if bits == 4 else np.ascontiguousarray(x).view(np.uint8)
@@ -180,11 +180,11 @@ def by_group(groups: np.ndarray) -> np.ndarray:
 def find_order(
     stored: Stored, index: str, name: str, group: int, known: dict[bytes, str], out: dict[str, Coded]
 ) -> str:
-    """Name of the tensor that sorts a matrix's columns by group (act-order); "" if they need no sorting.
+    """Name of the act-order permutation that sorts a matrix's columns by group; "" if they are sorted already.
 
-    Matrices with equal orders share the first one's name, which `known` records: those that multiply the same input
-    were ordered by the same activations. Each matrix's own order is also added to `out` as `name`, for stacks of
-    matrices. Raises PortError if groups are not all of size `group`.
+    index: the stored tensor with each column's group. Matrices that multiply the same input were ordered by the same
+    activations, so equal orders share the name of the first one, which `known` records. The matrix's own order is also
+    added to `out` as `name`, for stacks of matrices. Raises PortError if groups are not all of size `group`.
     """
     if index not in stored.dtypes:
         return ""

@@ -169,9 +169,10 @@ def _check(q: Mapping[str, Any]) -> None:
 
 
 def _scheme_of(base: str, groups: Sequence[tuple[tuple[str, ...], Scheme | None]]) -> Scheme | None:
-    """The scheme of a module; None if no entry applies.
+    """The scheme of module `base`; None if no entry of `groups` quantises it.
 
-    Entries that name the module come first, then those whose pattern fits, then those of its class.
+    groups: (targets, scheme) by entry. An entry with a target that is the module's name comes first, then one whose
+    pattern (re:...) fits, then one that names a class such as Linear.
     """
 
     def fits(target: str, rank: int) -> bool:

@@ -87,10 +87,10 @@ def gptq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None =
 
 
 def _check_three_bits(stored: Stored, base: str, symmetric: Any) -> None:
-    """Raise PortError unless all zeros of 3-bit codes, stored in GPTQ's first version, are 4.
+    """Raise PortError unless all zeros of 3-bit codes in GPTQ's first format are certainly 4 (symmetric codes).
 
-    AutoGPTQ took 1 off each zero. GPTQModel took constants off whole words, which is 1 in another bit of each zero. So
-    the stored words do not determine the zeros; symmetric codes are known to have 4.
+    The stored words do not tell: AutoGPTQ subtracted 1 from each zero, and GPTQModel subtracted constants from whole
+    words, which changes other bits. base: the module. symmetric: the setting `sym`; False is refused.
     """
     words = stored.read(base + ".qzeros").view(np.uint32)
     kinds = [np.resize(np.array(w, np.uint32), words.shape[1]) for w in (THREES, np.subtract(FOURS, GPTQMODEL_ONES))]

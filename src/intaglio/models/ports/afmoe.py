@@ -20,7 +20,10 @@ NORMS = {
 
 
 def afmoe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes AFMoE, from config.json, for up to `context` positions."""
+    """The Decoder that describes AFMoE, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, bias, width = sizes(c), c.flag("attention_bias"), c.whole("moe_intermediate_size")
     kinds = c.layer_types(c.whole("global_attn_every_n_layers"))
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context)}

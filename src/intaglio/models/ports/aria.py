@@ -16,7 +16,10 @@ SOURCES = ("experts.fc1.weight|T|r0:{i}/{2i}", "experts.fc1.weight|T|r{i}:{2i}/{
 
 
 def aria_text(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Aria, from config.json, for up to `context` positions."""
+    """The Decoder that describes Aria, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, bias = sizes(c), c.flag("attention_bias")
     m = Mixture(
         count=c.whole("moe_num_experts"), top=c.whole("moe_topk"), width=s["intermediate"], router="router",

@@ -55,7 +55,10 @@ def sinusoid(width: int) -> tuple[float, ...]:
 
 
 def bart(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BART's decoder, from config.json, without attention to an encoder."""
+    """The Decoder that describes BART's decoder, from config.json, without attention to an encoder.
+
+    Raises PortError for missing or wrong settings.
+    """
     return Decoder(**fields(c))
 
 
@@ -84,12 +87,18 @@ def trocr(c: Config, context: int) -> Decoder:
 
 
 def blenderbot_small(c: Config, context: int) -> Decoder:
-    """The Decoder for Blenderbot-Small, from config.json: embeddings are normed before positions are added."""
+    """The Decoder for Blenderbot-Small, from config.json: embeddings are normed before positions are added.
+
+    Raises PortError for missing or wrong settings.
+    """
     return Decoder(**fields(c, offset=0), embed_norm_first=True)
 
 
 def marian(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Marian, from config.json: sinusoids, no norm of the embeddings."""
+    """The Decoder that describes Marian, from config.json: sinusoids, no norm of the embeddings.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = fields(c) | {"positions": 0, "embed_norm": ""}
     s["vocabulary"] = c.whole("decoder_vocab_size", s["vocabulary"])
     return Decoder(**s, sinusoid=sinusoid(s["hidden"]))
@@ -107,23 +116,35 @@ def before(c: Config, offset: int = 0) -> dict[str, Any]:
 
 
 def mbart(c: Config, context: int) -> Decoder:
-    """The Decoder that describes mBART's decoder, from config.json, without attention to an encoder."""
+    """The Decoder that describes mBART's decoder, from config.json, without attention to an encoder.
+
+    Raises PortError for missing or wrong settings.
+    """
     return Decoder(**before(c, OFFSET) | {"embed_norm": "layernorm_embedding"})
 
 
 def blenderbot(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Blenderbot's decoder, from config.json, without attention to an encoder."""
+    """The Decoder that describes Blenderbot's decoder, from config.json, without attention to an encoder.
+
+    Raises PortError for missing or wrong settings.
+    """
     return Decoder(**before(c))
 
 
 def pegasus(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Pegasus's decoder, from config.json, without attention to an encoder."""
+    """The Decoder that describes Pegasus's decoder, from config.json, without attention to an encoder.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = before(c) | {"positions": 0}
     return Decoder(**s, sinusoid=sinusoid(s["hidden"]))
 
 
 def bigbird_pegasus(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BigBird-Pegasus's decoder, from config.json, without attention to an encoder."""
+    """The Decoder that describes BigBird-Pegasus's decoder, from config.json, without attention to an encoder.
+
+    Raises PortError for missing or wrong settings.
+    """
     bias = c.flag("use_bias")
     s = before(c) | {"qkv_bias": bias, "o_bias": bias}
     s["sources"] |= {"norm": "layernorm_embedding"}

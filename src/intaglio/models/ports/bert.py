@@ -57,7 +57,10 @@ def encoder(c: Config) -> dict[str, Any]:
 
 
 def git(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GIT: a BERT without token types that is always causal; images are not ported."""
+    """The Decoder that describes GIT: a BERT without token types that is always causal; images are not ported.
+
+    Raises PortError for missing or wrong settings.
+    """
     c.table["is_decoder"] = True
     s = encoder(c) | {"head_dense": 0, "token_types": 0}
     return Decoder(**s, head="output", sources={**NAMES, **AFTER})
@@ -78,7 +81,10 @@ def numbered(c: Config) -> None:
 
 
 def bert(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BERT, from config.json, for up to `context` positions."""
+    """The Decoder that describes BERT, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     return Decoder(**encoder(c), head=CLS, sources={**NAMES, **AFTER, **CLS_HEAD})
 
 
@@ -108,19 +114,28 @@ def big_bird(c: Config, context: int) -> Decoder:
 
 
 def bert_generation(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BertGeneration, from config.json: no token types, no dense layer before the head."""
+    """The Decoder that describes BertGeneration, from config.json: no token types, no dense layer before the head.
+
+    Raises PortError for missing or wrong settings.
+    """
     return Decoder(**encoder(c) | {"head_dense": 0, "token_types": 0}, head=LM, sources={**NAMES, **AFTER, **LM_HEAD})
 
 
 def megatron(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Megatron-BERT, from config.json: norms before the branches and at the end."""
+    """The Decoder that describes Megatron-BERT, from config.json: norms before the branches and at the end.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = encoder(c) | {"norms": BEFORE, "final_norm": "norm", "embed_norm": ""}
     sources = {**NAMES, "attention_norm": "attention.ln", "mlp_norm": "ln", "norm": "encoder.ln", **CLS_HEAD}
     return Decoder(**s, head=CLS, sources=sources)
 
 
 def electra(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Electra's generator, whose embeddings may be narrower than the model."""
+    """The Decoder that describes Electra's generator, whose embeddings may be narrower than the model.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, width = encoder(c), c.whole("embedding_size")
     s |= {"head_dense": width, "head_activation": "gelu", "embed_width": width if width != s["hidden"] else 0}
     sources = {
@@ -131,7 +146,10 @@ def electra(c: Config, context: int) -> Decoder:
 
 
 def rembert(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RemBERT, from config.json: embedding and head have widths of their own."""
+    """The Decoder that describes RemBERT, from config.json: embedding and head have widths of their own.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = encoder(c) | {"embed_width": c.whole("input_embedding_size"), "head_dense": c.whole("output_embedding_size")}
     sources = {
         **NAMES, **AFTER, "embed_proj": "encoder.embedding_hidden_mapping_in", "head_dense": "cls.predictions.dense",
@@ -163,7 +181,10 @@ def counted(c: Config) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def roberta(c: Config, context: int) -> Decoder:
-    """The Decoder that describes RoBERTa, from config.json, for up to `context` positions."""
+    """The Decoder that describes RoBERTa, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, sources = counted(c)
     return Decoder(**s, head=LM, sources={**sources, **AFTER})
 
@@ -179,7 +200,10 @@ def roberta_prelayernorm(c: Config, context: int) -> Decoder:
 
 
 def xlm_roberta_xl(c: Config, context: int) -> Decoder:
-    """The Decoder that describes XLM-RoBERTa-XL: norms before the branches and at the end, none of the embeddings."""
+    """The Decoder that describes XLM-RoBERTa-XL: norms before the branches and at the end, none of the embeddings.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, sources = counted(c)
     sources |= {
         "attention_norm": "attention.self_attn_layer_norm", "mlp_norm": "LayerNorm", "norm": "encoder.LayerNorm"

@@ -14,7 +14,10 @@ NORMS = {**PRE, "attn.inner_norm": "attn_sub_norm", "mlp.inner_norm": "ffn_sub_n
 
 
 def bitnet(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BitNet, from config.json, for up to `context` positions."""
+    """The Decoder that describes BitNet, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, bias = sizes(c), c.flag("attention_bias")
     return Decoder(**s, **uniform_layers(c, s, context), norms=NORMS, qkv_bias=bias, o_bias=bias)
 

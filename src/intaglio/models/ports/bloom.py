@@ -38,7 +38,10 @@ def slopes(heads: int) -> tuple[float, ...]:
 
 
 def fields(c: Config) -> dict[str, Any]:
-    """A dict of arguments for Decoder that BLOOM and MPT share, from config.json."""
+    """A dict of arguments for Decoder that BLOOM and MPT share, from config.json.
+
+    Raises PortError for missing or wrong settings.
+    """
     c.table |= {"num_key_value_heads": None, "head_dim": None, "intermediate_size": 4 * c.whole("hidden_size")}
     return sizes(c, eps="layer_norm_epsilon") | {
         "norm": "layer", "gated": False, "ropes": {}, "layers": (Layer(""),) * c.whole("num_hidden_layers"),

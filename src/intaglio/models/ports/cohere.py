@@ -89,7 +89,7 @@ def cohere2_moe(c: Config, context: int) -> Decoder:
 def compass(c: Config, context: int) -> Decoder:
     """The Decoder for the text model of Cohere's vision models.
 
-    Layers whose type has no rope_parameters have no rope.
+    Layers whose type has no rope_parameters have no rope. Raises PortError for missing or wrong settings.
     """
     if c.get("layer_types") is None:
         c.table["layer_types"] = ["full_attention"] * c.whole("num_hidden_layers")

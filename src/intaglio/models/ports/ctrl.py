@@ -31,7 +31,10 @@ def fields(c: Config) -> dict[str, Any]:
 
 
 def ctrl(c: Config, context: int) -> Decoder:
-    """The Decoder that describes CTRL, from config.json, for up to `context` positions."""
+    """The Decoder that describes CTRL, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = fields(c)
     sources = {
         "embed_tokens": "w", "norm": "layernorm", "layers": "h", "input_layernorm": "layernorm1",

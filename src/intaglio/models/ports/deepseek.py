@@ -30,7 +30,10 @@ del V3["topk_method"]
 
 
 def latent(c: Config, context: int, style: str) -> dict[str, Any]:
-    """A dict of arguments for Decoder for latent attention: widths, rope table, and the scale, which yarn changes."""
+    """A dict of arguments for Decoder for latent attention: widths, rope table, and the scale, which yarn changes.
+
+    Raises PortError for missing or wrong settings.
+    """
     c.table |= {"head_dim": None, "num_key_value_heads": None}  # heads have no separate keys
     s, rope = sizes(c), parameters(c)
     ranks = int(c.get("q_lora_rank", 0)), c.whole("kv_lora_rank")
@@ -47,7 +50,7 @@ def latent(c: Config, context: int, style: str) -> dict[str, Any]:
 def experts(c: Config, **route: Any) -> Mixture:
     """The Mixture (of experts) of DeepSeek-V2 and V3. Shared experts are written as one wide MLP.
 
-    route: attributes of the op `route`.
+    route: attributes of the op `route`. Raises PortError for missing or wrong settings.
     """
     width, groups = c.whole("moe_intermediate_size"), int(c.get("n_group", 0))
     if groups > 1:
@@ -75,7 +78,10 @@ def deepseek_v2(c: Config, context: int) -> Decoder:
 
 
 def deepseek_v3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes DeepSeek-V3 and Kimi-K2, from config.json, for up to `context` positions."""
+    """The Decoder that describes DeepSeek-V3 and Kimi-K2, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     style = "interleaved" if c.flag("rope_interleave") else "half"
     m = experts(c, score="sigmoid", group_best=2, normalise=c.flag("norm_topk_prob"))
     return sparse(
@@ -109,7 +115,10 @@ def indexed(c: Config, context: int, style: str, shared: Sequence[bool]) -> Deco
 
 
 def deepseek_v32(c: Config, context: int) -> Decoder:
-    """The Decoder that describes DeepSeek-V3.2, from config.json, for up to `context` positions."""
+    """The Decoder that describes DeepSeek-V3.2, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     return indexed(c, context, "half", [False] * c.whole("num_hidden_layers"))
 
 
@@ -128,13 +137,19 @@ def glm_dsa(c: Config, context: int) -> Decoder:
 
 
 def youtu(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Youtu-LLM, from config.json, for up to `context` positions."""
+    """The Decoder that describes Youtu-LLM, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     style = "interleaved" if c.flag("rope_interleave") else "half"
     return Decoder(**latent(c, context, style))
 
 
 def minicpm3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes MiniCPM3: latent attention, scaled embeddings, residual branches and logits."""
+    """The Decoder that describes MiniCPM3: latent attention, scaled embeddings, residual branches and logits.
+
+    Raises PortError for missing or wrong settings.
+    """
     if c.get("v_head_dim") is None:
         c.table["v_head_dim"] = c.whole("hidden_size") // c.whole("num_attention_heads")
     s = latent(c, context, "half") | {"scale": (c.whole("qk_nope_head_dim") + c.whole("qk_rope_head_dim")) ** -0.5}
@@ -146,7 +161,10 @@ def minicpm3(c: Config, context: int) -> Decoder:
 
 
 def axk1(c: Config, context: int) -> Decoder:
-    """The Decoder that describes A.X K1: DeepSeek-V3 with a norm after each mixture of experts."""
+    """The Decoder that describes A.X K1: DeepSeek-V3 with a norm after each mixture of experts.
+
+    Raises PortError for missing or wrong settings.
+    """
     n, first, every = c.whole("num_hidden_layers"), int(c.get("first_k_dense_replace", 1)), c.get("moe_layer_freq", 1)
     kinds = c.get("mlp_layer_types") or ["sparse" if i >= first and i % every == 0 else "dense" for i in range(n)]
     d = deepseek_v3(c, context)

@@ -15,7 +15,10 @@ DEFAULTS = {
 
 
 def dots1(c: Config, context: int) -> Decoder:
-    """The Decoder that describes dots.llm1, from config.json, for up to `context` positions."""
+    """The Decoder that describes dots.llm1, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     n, first = c.whole("num_hidden_layers"), int(c.get("max_window_layers"))
     if not c.get("layer_types"):
         slides = bool(c.get("sliding_window"))

@@ -37,12 +37,18 @@ def common(c: Config, context: int) -> dict[str, Any]:
 
 
 def ernie4_5(c: Config, context: int) -> Decoder:
-    """The Decoder that describes ERNIE 4.5 dense, from config.json, for up to `context` positions."""
+    """The Decoder that describes ERNIE 4.5 dense, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     return Decoder(**common(c, context))
 
 
 def ernie4_5_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes ERNIE 4.5 with experts, from config.json, for up to `context` positions."""
+    """The Decoder that describes ERNIE 4.5 with experts, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     width = c.whole("moe_intermediate_size")
     m = Mixture(
         count=c.whole("num_experts"), top=c.whole("num_experts_per_tok"), width=width, sources=NAMED,

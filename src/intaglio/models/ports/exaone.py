@@ -27,7 +27,10 @@ MOE = {
 
 
 def common(c: Config, context: int) -> dict[str, Any]:
-    """A dict of arguments for Decoder that EXAONE 4 and K-EXAONE share."""
+    """A dict of arguments for Decoder that EXAONE 4 and K-EXAONE share.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = sizes(c)
     slides = bool(c.get("sliding_window"))
     kinds = c.layer_types(c.whole("sliding_window_pattern") if slides else 0)
@@ -37,12 +40,18 @@ def common(c: Config, context: int) -> dict[str, Any]:
 
 
 def exaone4(c: Config, context: int) -> Decoder:
-    """The Decoder that describes EXAONE 4, from config.json, for up to `context` positions."""
+    """The Decoder that describes EXAONE 4, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     return Decoder(**common(c, context), norms=POST)
 
 
 def exaone_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes K-EXAONE, from config.json, for up to `context` positions."""
+    """The Decoder that describes K-EXAONE, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     kinds, n = c.get("mlp_layer_types"), c.whole("num_hidden_layers")
     first = int(c.get("first_k_dense_replace", 0))
     kinds = kinds or ["dense" if i < first else "sparse" for i in range(n)]

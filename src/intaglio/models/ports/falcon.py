@@ -20,6 +20,7 @@ def falcon(c: Config, context: int) -> Decoder:
     """The Decoder that describes Falcon, from config.json, for up to `context` positions.
 
     It has ALiBi or rope, and one, a few or all heads of keys and values, as config.json says.
+    Raises PortError for missing or wrong settings.
     """
     new, bias = c.flag("new_decoder_architecture"), c.flag("bias")
     one = c.flag("multi_query") and not new

@@ -26,7 +26,8 @@ class Family:
         fixed: keys that describe() need not read, with the only values that it implements.
         aliases: this family's names of config keys, by the names that Llama has for them.
         prepare: function that changes values of the Config before the context length is read from it, or None.
-        tops: names of modules; of `prefixes`, the one that the checkpoint has in front of such a name is in use.
+        tops: names of modules, such as embed_tokens. Of `prefixes`, the first is used with which the checkpoint has one
+            of these modules.
     """
 
     architecture: str

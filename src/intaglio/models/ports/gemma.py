@@ -42,7 +42,10 @@ def gemma(c: Config, every: int) -> dict[str, Any]:
 
 
 def gemma2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Gemma 2, from config.json, for up to `context` positions."""
+    """The Decoder that describes Gemma 2, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = gemma(c, every=2)
     return Decoder(**s, **uniform_layers(c, s, context), attn_softcap=float(c.get("attn_logit_softcapping") or 0))
 
@@ -80,7 +83,10 @@ def gemma1(c: Config, context: int) -> Decoder:
 
 
 def vaultgemma(c: Config, context: int) -> Decoder:
-    """The Decoder that describes VaultGemma, from config.json, for up to `context` positions."""
+    """The Decoder that describes VaultGemma, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = gemma(c, every=2) | {"norms": {"attn.norm": "input_layernorm", "mlp.norm": "pre_feedforward_layernorm"}}
     return Decoder(**s, **uniform_layers(c, s, context), attn_softcap=float(c.get("attn_logit_softcapping") or 0))
 

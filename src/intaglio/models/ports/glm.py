@@ -31,7 +31,10 @@ GLM4_MOE = {
 
 
 def glm4(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GLM-4, from config.json, for up to `context` positions."""
+    """The Decoder that describes GLM-4, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = sizes(c)
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, style="interleaved", partial=True)}
     s["layers"] = (Layer(),) * c.whole("num_hidden_layers")
@@ -39,7 +42,10 @@ def glm4(c: Config, context: int) -> Decoder:
 
 
 def glm4_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GLM-4.5 and 4.6, from config.json, for up to `context` positions."""
+    """The Decoder that describes GLM-4.5 and 4.6, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = sizes(c)
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, partial=True)}
     s["layers"] = (Layer(),) * c.whole("num_hidden_layers")
@@ -49,12 +55,18 @@ def glm4_moe(c: Config, context: int) -> Decoder:
 
 
 def glm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GLM-4-9B of 2024, from config.json, for up to `context` positions."""
+    """The Decoder that describes GLM-4-9B of 2024, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     return replace(glm4(c, context), norms=PRE)
 
 
 def solar_open(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Solar Open, from config.json, for up to `context` positions."""
+    """The Decoder that describes Solar Open, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     c.table["intermediate_size"] = c.whole("moe_intermediate_size")  # no layer is dense
     s, bias = sizes(c), c.flag("attention_bias")
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, partial=True)}
@@ -64,7 +76,10 @@ def solar_open(c: Config, context: int) -> Decoder:
 
 
 def glm4_moe_lite(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GLM-4.7-Flash, from config.json, for up to `context` positions."""
+    """The Decoder that describes GLM-4.7-Flash, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     n = c.whole("num_hidden_layers")
     kinds = c.get("mlp_layer_types") or ["dense"] + ["sparse"] * (n - 1)
     style = "interleaved" if c.flag("rope_interleave") else "half"

@@ -60,7 +60,10 @@ def common(c: Config) -> dict[str, Any]:
 
 
 def gpt2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GPT-2, from config.json, for up to `context` positions."""
+    """The Decoder that describes GPT-2, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = common(c) | {"ropes": {}, "qkv_bias": True, "o_bias": True}
     if not c.flag("scale_attn_weights"):
         s["scale"] = 1.0
@@ -78,7 +81,10 @@ def gpt2(c: Config, context: int) -> Decoder:
 
 
 def gpt_bigcode(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GPT-BigCode, from config.json, for up to `context` positions."""
+    """The Decoder that describes GPT-BigCode, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = common(c) | {"ropes": {}, "qkv_bias": True, "o_bias": True}
     if not c.flag("scale_attn_weights"):
         s["scale"] = 1.0
@@ -119,7 +125,7 @@ def gpt_neo(c: Config, context: int) -> Decoder:
 def rotary(c: Config, s: dict[str, Any], context: int) -> dict[str, Any]:
     """A dict of arguments for Decoder with GPT-J's rope: the first rotary_dim columns of a head, interleaved.
 
-    s: the arguments so far.
+    s: the arguments so far. Raises PortError for missing or wrong settings.
     """
     rope, turned = parameters(c), c.whole("rotary_dim")
     rope["partial_rotary_factor"] = (turned + 0.5) / s["head_dim"]  # table() rounds down to rotary_dim
@@ -134,7 +140,10 @@ MLP = {"mlp.up_proj": "mlp.fc_in", "mlp.down_proj": "mlp.fc_out"}
 
 
 def gptj(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GPT-J, from config.json, for up to `context` positions."""
+    """The Decoder that describes GPT-J, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = common(c)
     sources = {**NAMES, "self_attn.o_proj": "attn.out_proj", "self_attn": "attn", **MLP}
     return Decoder(**s | rotary(c, s, context), sources=sources)
@@ -154,7 +163,10 @@ def codegen(c: Config, context: int) -> Decoder:
 
 
 def gpt_neox(c: Config, context: int) -> Decoder:
-    """The Decoder that describes GPT-NeoX, from config.json, for up to `context` positions."""
+    """The Decoder that describes GPT-NeoX, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     c.table["num_key_value_heads"] = None
     s, bias = sizes(c, eps="layer_norm_eps"), c.flag("attention_bias")
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, partial=True)}
@@ -171,7 +183,11 @@ def gpt_neox(c: Config, context: int) -> Decoder:
 
 
 def gpt_neox_japanese(c: Config, context: int) -> Decoder:
-    """The Decoder for GPT-NeoX-Japanese, from config.json: no biases but the last layer's after attention."""
+    """The Decoder that describes GPT-NeoX-Japanese, from config.json, for up to `context` positions.
+
+    Its linears have no biases, except the output projection of attention in the last layer. Raises PortError for
+    missing or wrong settings.
+    """
     c.table["intermediate_size"] = int(c.whole("hidden_size") * c.real("intermediate_multiple_size"))
     d = gpt_neox(c, context)
     last = replace(d.layers[-1], o_bias=True)
@@ -182,7 +198,10 @@ def gpt_neox_japanese(c: Config, context: int) -> Decoder:
 
 
 def openai_gpt(c: Config, context: int) -> Decoder:
-    """The Decoder that describes the first GPT, from config.json: norms after each addition, none at the end."""
+    """The Decoder that describes the first GPT, from config.json: norms after each addition, none at the end.
+
+    Raises PortError for missing or wrong settings.
+    """
     if c.get("hidden_act") == "gelu":
         c.table["hidden_act"] = "gelu_new"  # as transformers reads it here
     d = gpt2(c, context)

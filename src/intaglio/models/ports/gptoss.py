@@ -22,7 +22,10 @@ BIASES = ("experts.gate_up_proj_bias|c0:1/2", "experts.gate_up_proj_bias|c1:2/2"
 
 
 def gpt_oss(c: Config, context: int) -> Decoder:
-    """The Decoder that describes gpt-oss, from config.json, for up to `context` positions."""
+    """The Decoder that describes gpt-oss, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     c.table["layer_types"] = c.layer_types(every=2)
     s, bias = sizes(c), c.flag("attention_bias")
     m = Mixture(

@@ -23,7 +23,10 @@ STACKS = ("input_linear.weight|r0:{i}/{2i}", "input_linear.weight|r{i}:{2i}/{2i}
 
 
 def granite(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite 3 dense, from config.json, for up to `context` positions."""
+    """The Decoder that describes Granite 3 dense, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, bias = sizes(c), c.flag("attention_bias")
     s["scale"] = c.real("attention_multiplier")
     s |= {"embed_scale": c.real("embedding_multiplier"), "residual_scale": c.real("residual_multiplier")}
@@ -32,7 +35,10 @@ def granite(c: Config, context: int) -> Decoder:
 
 
 def granitemoe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite 3 MoE, from config.json, for up to `context` positions."""
+    """The Decoder that describes Granite 3 MoE, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     m = Mixture(
         count=c.whole("num_local_experts"), top=c.whole("num_experts_per_tok"), width=c.whole("intermediate_size"),
         block="block_sparse_moe", router="router.layer", sources=STACKS, route={"score": "chosen"},
@@ -41,7 +47,10 @@ def granitemoe(c: Config, context: int) -> Decoder:
 
 
 def hyperclovax(c: Config, context: int) -> Decoder:
-    """The Decoder that describes HyperCLOVA X, from config.json, for up to `context` positions."""
+    """The Decoder that describes HyperCLOVA X, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     if not c.get("attention_multiplier"):
         c.table["attention_multiplier"] = sizes(c)["head_dim"] ** -0.5
     d = replace(granite(c, context), logit_scale=c.real("logits_scaling"))  # here a factor, in Granite a divisor
@@ -50,7 +59,10 @@ def hyperclovax(c: Config, context: int) -> Decoder:
 
 
 def granitemoeshared(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite MoE with a shared expert, from config.json, for up to `context` positions."""
+    """The Decoder that describes Granite MoE with a shared expert, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     d, width = granitemoe(c, context), int(c.get("shared_intermediate_size", 0))
     assert d.mixture
     both, of = "shared_mlp.input_linear.weight", 2 * width
@@ -65,7 +77,10 @@ def granitemoeshared(c: Config, context: int) -> Decoder:
 
 
 def swash(c: Config, d: Decoder, context: int) -> Decoder:
-    """A copy of a Granite Decoder with attention sinks, windows by layer, and a rope base by layer (0: no rope)."""
+    """A copy of a Granite Decoder with attention sinks, windows by layer, and a rope base by layer (0: no rope).
+
+    Raises PortError for missing or wrong settings.
+    """
     n = c.whole("num_hidden_layers")
     kinds = c.get("layer_types") or ["sliding_attention" if i % 4 else "full_attention" for i in range(n)]
     rope = parameters(c)
@@ -83,7 +98,10 @@ def swash(c: Config, d: Decoder, context: int) -> Decoder:
 
 
 def granite_swa(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite Swash dense, from config.json, for up to `context` positions."""
+    """The Decoder that describes Granite Swash dense, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     kinds = c.table.pop("layer_types", None)
     d = granite(c, context)
     c.table["layer_types"] = kinds
@@ -91,7 +109,10 @@ def granite_swa(c: Config, context: int) -> Decoder:
 
 
 def granitemoe_swa(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite Swash with experts, from config.json, for up to `context` positions."""
+    """The Decoder that describes Granite Swash with experts, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     kinds = c.table.pop("layer_types", None)
     d = granitemoeshared(c, context)
     c.table["layer_types"] = kinds

@@ -14,7 +14,10 @@ DEFAULTS = {
 
 
 def helium(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Helium 1, from config.json, for up to `context` positions."""
+    """The Decoder that describes Helium 1, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = sizes(c)
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, style="interleaved")}
     s["layers"] = (Layer(),) * c.whole("num_hidden_layers")

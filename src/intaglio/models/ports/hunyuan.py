@@ -22,7 +22,10 @@ SOURCES = {
 
 
 def common(c: Config, context: int) -> dict[str, Any]:
-    """A dict of arguments for Decoder that HunYuan's dense and MoE models share."""
+    """A dict of arguments for Decoder that HunYuan's dense and MoE models share.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, rope, bias = sizes(c), parameters(c), c.flag("attention_bias")
     if rope["rope_type"] == "dynamic" and rope.get("alpha"):  # a larger base for all lengths
         d = s["head_dim"]
@@ -33,7 +36,10 @@ def common(c: Config, context: int) -> dict[str, Any]:
 
 
 def dense(c: Config, context: int) -> Decoder:
-    """The Decoder that describes HunYuan dense, from config.json, for up to `context` positions."""
+    """The Decoder that describes HunYuan dense, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     return Decoder(**common(c, context))
 
 
@@ -51,7 +57,10 @@ def same(c: Config, key: str) -> int:
 
 
 def moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes HunYuan MoE, from config.json, for up to `context` positions."""
+    """The Decoder that describes HunYuan MoE, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = common(c, context)
     m = Mixture(
         count=same(c, "num_experts"), top=same(c, "num_experts_per_tok"), width=s["intermediate"], sources=NAMED,
@@ -64,6 +73,7 @@ def hy_v3(c: Config, context: int) -> Decoder:
     """The Decoder that describes Hy3, from config.json, for up to `context` positions.
 
     Norms on each head of q and k before rope; experts routed by sigmoid with a bias.
+    Raises PortError for missing or wrong settings.
     """
     n, bias, width = c.whole("num_hidden_layers"), c.flag("attention_bias"), c.whole("moe_intermediate_size")
     kinds = c.get("mlp_layer_types") or ["dense"] + ["sparse"] * (n - 1)

@@ -23,7 +23,10 @@ def kinds(c: Config) -> list[str]:
 
 
 def lfm2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes LFM2, from config.json, for up to `context` positions."""
+    """The Decoder that describes LFM2, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     if c.get("tie_embedding") is not None:
         c.table["tie_word_embeddings"] = c.flag("tie_embedding")
     c.table["hidden_act"] = "silu"
@@ -43,7 +46,10 @@ def lfm2(c: Config, context: int) -> Decoder:
 
 
 def lfm2_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes LFM2-MoE, from config.json: experts in layers from num_dense_layers on."""
+    """The Decoder that describes LFM2-MoE, from config.json: experts in layers from num_dense_layers on.
+
+    Raises PortError for missing or wrong settings.
+    """
     d = lfm2(c, context)
     m = Mixture(
         count=c.whole("num_experts"), top=c.whole("num_experts_per_tok"), width=c.whole("moe_intermediate_size"),

@@ -33,7 +33,10 @@ def llama(c: Config, context: int) -> Decoder:
 
 
 def llama4(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Llama 4, from config.json, for up to `context` positions."""
+    """The Decoder that describes Llama 4, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, bias, n = sizes(c), c.flag("attention_bias"), c.whole("num_hidden_layers")
     width, step, every = s["intermediate"], c.whole("interleave_moe_layer_step"), c.whole("no_rope_layer_interval")
     turned = c.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(n)]
@@ -60,7 +63,10 @@ def llama4(c: Config, context: int) -> Decoder:
 
 
 def cwm(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Code World Model, from config.json, for up to `context` positions."""
+    """The Decoder that describes Code World Model, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     n = c.whole("num_hidden_layers")
     if not c.get("layer_types"):
         c.table["layer_types"] = ["sliding_attention" if i % 4 else "full_attention" for i in range(n)]
@@ -72,6 +78,7 @@ def mllama(c: Config, context: int) -> Decoder:
     """The Decoder that describes Llama 3.2 Vision: layers that attend to an image are skipped where there is none.
 
     The embedding has 8 rows more than the vocabulary, of tokens that stand for images.
+    Raises PortError for missing or wrong settings.
     """
     crossing, n = c.get("cross_attention_layers", [3, 8, 13, 18, 23, 28, 33, 38]), c.whole("num_hidden_layers")
     kept = [i for i in range(n) if i not in crossing]

@@ -69,7 +69,10 @@ def mamba2(c: Config, context: int) -> Decoder:
 
 
 def scan(c: Config, **more: Any) -> ScanMixer:
-    """The ScanMixer (recurrent block) of Mamba and FalconMamba, from config.json. more: further fields of it."""
+    """The ScanMixer (recurrent block) of Mamba and FalconMamba, from config.json. more: further fields of it.
+
+    Raises PortError for missing or wrong settings.
+    """
     inner = c.whole("intermediate_size", int(c.real("expand") * c.whole("hidden_size")))
     return ScanMixer(
         inner=inner, state=c.whole("state_size"), rank=rank_of(c, "time_step_rank"), taps=c.whole("conv_kernel"),
@@ -79,12 +82,18 @@ def scan(c: Config, **more: Any) -> ScanMixer:
 
 
 def mamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Mamba, from config.json, for up to `context` positions."""
+    """The Decoder that describes Mamba, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     return plain(c, context, scan(c))
 
 
 def falcon_mamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes FalconMamba, from config.json: norms without weights on step, B and C."""
+    """The Decoder that describes FalconMamba, from config.json: norms without weights on step, B and C.
+
+    Raises PortError for missing or wrong settings.
+    """
     return plain(c, context, scan(c, eps=c.real("mixer_rms_eps")))
 
 

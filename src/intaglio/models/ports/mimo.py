@@ -18,7 +18,10 @@ ROPES = {"full_attention": {**ROPE, "rope_theta": 5e6}, "sliding_attention": {**
 
 
 def mimo(c: Config, context: int) -> Decoder:
-    """The Decoder that describes MiMo-V2-Flash, from config.json, for up to `context` positions."""
+    """The Decoder that describes MiMo-V2-Flash, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     n = c.whole("num_hidden_layers")
     if c.get("rope_parameters") is None:
         c.table["rope_parameters"] = ROPES

@@ -18,7 +18,10 @@ DEFAULTS = {
 
 
 def minimax_m2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes MiniMax-M2, from config.json, for up to `context` positions."""
+    """The Decoder that describes MiniMax-M2, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, rope = sizes(c), parameters(c)
     turned = c.get("rotary_dim")  # released configs give the width; transformers reads the share of the head
     if turned and "partial_rotary_factor" not in c.get("rope_parameters", {}):
@@ -34,7 +37,10 @@ def minimax_m2(c: Config, context: int) -> Decoder:
 
 
 def minimax(c: Config, context: int) -> Decoder:
-    """The Decoder that describes MiniMax-01, from config.json, for up to `context` positions."""
+    """The Decoder that describes MiniMax-01, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, n = sizes(c), c.whole("num_hidden_layers")
     heads = s["heads"]
 

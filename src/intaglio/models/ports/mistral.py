@@ -28,7 +28,10 @@ def mistral(c: Config, context: int) -> Decoder:
 
 
 def ministral(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Ministral, from config.json, for up to `context` positions."""
+    """The Decoder that describes Ministral, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     if c.get("sliding_window") and not c.get("layer_types"):
         c.table["layer_types"] = ["sliding_attention"] * c.whole("num_hidden_layers")
     s = sizes(c)
@@ -36,7 +39,10 @@ def ministral(c: Config, context: int) -> Decoder:
 
 
 def ministral3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Ministral 3: queries are scaled by a temperature that grows with the position."""
+    """The Decoder that describes Ministral 3: queries are scaled by a temperature that grows with the position.
+
+    Raises PortError for missing or wrong settings.
+    """
     if c.get("rope_parameters") is None and c.get("rope_scaling") is None:
         c.table["rope_parameters"] = YARN
     if c.get("sliding_window"):
@@ -49,7 +55,10 @@ def ministral3(c: Config, context: int) -> Decoder:
 
 
 def mixtral(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Mixtral, from config.json, for up to `context` positions."""
+    """The Decoder that describes Mixtral, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     if c.get("sliding_window"):
         c.table["layer_types"] = ["sliding_attention"] * c.whole("num_hidden_layers")
     s = sizes(c)

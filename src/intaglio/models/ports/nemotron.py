@@ -17,7 +17,10 @@ DEFAULTS = {
 
 
 def nemotron(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Nemotron, from config.json, for up to `context` positions."""
+    """The Decoder that describes Nemotron, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, bias = sizes(c, eps="norm_eps"), c.flag("attention_bias")
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, partial=True)}
     s["layers"] = (Layer(),) * c.whole("num_hidden_layers")

@@ -21,13 +21,19 @@ DEFAULTS = {
 
 
 def olmo2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes OLMo 2, from config.json, for up to `context` positions."""
+    """The Decoder that describes OLMo 2, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, bias = sizes(c), c.flag("attention_bias")
     return Decoder(**s, **uniform_layers(c, s, context), norms=POST, qk_norm="flat", qkv_bias=bias, o_bias=bias)
 
 
 def olmo3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes OLMo 3, from config.json, for up to `context` positions."""
+    """The Decoder that describes OLMo 3, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, bias = sizes(c), c.flag("attention_bias")
     full, local = parameters(c, "full_attention"), parameters(c, "sliding_attention", scaled=False)
     ropes = {"rope.full": table(c, full, s["head_dim"], context), "rope.local": table(c, local, s["head_dim"], context)}
@@ -58,7 +64,10 @@ OLMOE = {**DEFAULTS, "max_position_embeddings": 4096, "num_experts": 64, "num_ex
 
 
 def olmo(c: Config, context: int) -> Decoder:
-    """The Decoder that describes OLMo 1, from config.json, for up to `context` positions."""
+    """The Decoder that describes OLMo 1, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     c.table["rms_norm_eps"] = 1e-5  # what OlmoLayerNorm computes with
     s, bias = sizes(c), c.flag("attention_bias")
     s |= {"norm": "layer", "norm_weight": False, "clip_qkv": c.real("clip_qkv") if c.get("clip_qkv") else 0.0}
@@ -66,7 +75,10 @@ def olmo(c: Config, context: int) -> Decoder:
 
 
 def flex_olmo(c: Config, context: int) -> Decoder:
-    """The Decoder that describes FlexOlmo, from config.json, for up to `context` positions."""
+    """The Decoder that describes FlexOlmo, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     return replace(olmoe(c, context), norms=POST)
 
 

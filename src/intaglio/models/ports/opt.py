@@ -21,7 +21,10 @@ BIOGPT = {
 
 
 def common(c: Config) -> dict[str, Any]:
-    """A dict of arguments for Decoder that OPT and BioGPT share."""
+    """A dict of arguments for Decoder that OPT and BioGPT share.
+
+    Raises PortError for missing or wrong settings.
+    """
     c.table["layer_norm_eps"] = 1e-5  # torch's default, not in the config
     s = layer_norm_sizes(c, "layer_norm_eps")
     sources = {
@@ -53,7 +56,10 @@ def opt(c: Config, context: int) -> Decoder:
 
 
 def biogpt(c: Config, context: int) -> Decoder:
-    """The Decoder that describes BioGPT, from config.json, for up to `context` positions."""
+    """The Decoder that describes BioGPT, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = common(c)
     s["head"] = "output_projection"
     if c.flag("scale_embedding"):

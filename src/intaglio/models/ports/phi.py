@@ -18,7 +18,10 @@ DEFAULTS = {
 
 
 def phi3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Phi-3, Phi-3.5 and Phi-4, from config.json, for up to `context` positions."""
+    """The Decoder that describes Phi-3, Phi-3.5 and Phi-4, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, rope = sizes(c), parameters(c)
     if rope["rope_type"] in ("su", "yarn"):  # names early checkpoints gave longrope
         rope["rope_type"] = "longrope"
@@ -51,7 +54,10 @@ def phimoe(c: Config, context: int) -> Decoder:
 
 
 def phi(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Phi-1, 1.5 and 2, from config.json, for up to `context` positions."""
+    """The Decoder that describes Phi-1, 1.5 and 2, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = sizes(c, eps="layer_norm_eps")
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, partial=True)}
     s |= {"layers": (Layer(),) * c.whole("num_hidden_layers"), "norm": "layer", "norm_bias": True, "head_bias": True}

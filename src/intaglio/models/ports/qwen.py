@@ -20,9 +20,9 @@ DEFAULTS = {
 
 
 def windowed(c: Config) -> None:
-    """Set `layer_types` of the config, if it has none: a window in layers from max_window_layers on, if switched on.
+    """Set `layer_types` in the config if it is missing: sliding windows in the layers from max_window_layers on.
 
-    The switch is use_sliding_window; without it all layers have full attention.
+    Without use_sliding_window all layers get full attention. Returns nothing. Raises PortError for a wrong value.
     """
     n = c.whole("num_hidden_layers")
     first = int(c.get("max_window_layers")) if c.flag("use_sliding_window") else n
@@ -31,21 +31,30 @@ def windowed(c: Config) -> None:
 
 
 def qwen2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen2 and Qwen2.5, from config.json, for up to `context` positions."""
+    """The Decoder that describes Qwen2 and Qwen2.5, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     windowed(c)
     s = sizes(c)
     return Decoder(**s, **uniform_layers(c, s, context), norms=PRE, qkv_bias=True)
 
 
 def qwen3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen3 dense, from config.json, for up to `context` positions."""
+    """The Decoder that describes Qwen3 dense, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     windowed(c)
     s, bias = sizes(c), c.flag("attention_bias")
     return Decoder(**s, **uniform_layers(c, s, context), norms=PRE, qk_norm="head", qkv_bias=bias, o_bias=bias)
 
 
 def mixture(c: Config, **shared: Any) -> Mixture:
-    """The Mixture (of experts) of Qwen2-MoE and Qwen3-MoE. shared: arguments of Mixture for a shared expert."""
+    """The Mixture (of experts) of Qwen2-MoE and Qwen3-MoE. shared: arguments of Mixture for a shared expert.
+
+    Raises PortError for missing or wrong settings.
+    """
     return Mixture(
         count=c.whole("num_local_experts", c.get("num_experts")),  # transformers writes either name
         top=c.whole("num_experts_per_tok"), width=c.whole("moe_intermediate_size"),
@@ -54,13 +63,19 @@ def mixture(c: Config, **shared: Any) -> Mixture:
 
 
 def place_experts(c: Config, d: Decoder) -> Decoder:
-    """A copy of the Decoder with experts in each `decoder_sparse_step`-th layer, except those of mlp_only_layers."""
+    """A copy of the Decoder with experts in each `decoder_sparse_step`-th layer, except those of mlp_only_layers.
+
+    Raises PortError for missing or wrong settings.
+    """
     step, dense = c.whole("decoder_sparse_step"), c.get("mlp_only_layers", [])
     return sparse(d, lambda i: (i + 1) % step == 0 and i not in dense)
 
 
 def qwen2_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen2-MoE, from config.json, for up to `context` positions."""
+    """The Decoder that describes Qwen2-MoE, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     windowed(c)
     s = sizes(c)
     m = mixture(
@@ -97,7 +112,10 @@ QWEN3_MOE = {
 
 
 def mellum(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Mellum 2, from config.json: a rope for layers with a window and one for full ones."""
+    """The Decoder that describes Mellum 2, from config.json: a rope for layers with a window and one for full ones.
+
+    Raises PortError for missing or wrong settings.
+    """
     n = c.whole("num_hidden_layers")
     sparse_layers = c.get("mlp_layer_types") or ["sparse"] * n
     s, bias = sizes(c), c.flag("attention_bias")
@@ -116,6 +134,7 @@ def flint(c: Config, context: int) -> Decoder:
     """The Decoder that describes Flint, from config.json, for up to `context` positions.
 
     Attention sinks; rope in layers with a window only; experts routed by sigmoid.
+    Raises PortError for missing or wrong settings.
     """
     n = c.whole("num_hidden_layers")
     if not c.get("layer_types"):

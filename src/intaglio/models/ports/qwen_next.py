@@ -50,7 +50,10 @@ def describe(c: Config, context: int, fused: bool, **more: Any) -> Decoder:
 
 
 def experts(c: Config) -> Mixture:
-    """The Mixture (of experts) of Qwen3-Next and Qwen3.5, with a gated shared expert."""
+    """The Mixture (of experts) of Qwen3-Next and Qwen3.5, with a gated shared expert.
+
+    Raises PortError for missing or wrong settings.
+    """
     return Mixture(
         count=c.whole("num_local_experts", c.get("num_experts")), top=c.whole("num_experts_per_tok"),
         width=c.whole("moe_intermediate_size"), sources=NAMED,
@@ -61,18 +64,27 @@ def experts(c: Config) -> Mixture:
 
 
 def qwen3_next(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen3-Next, from config.json, for up to `context` positions."""
+    """The Decoder that describes Qwen3-Next, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     fused = not c.flag("separate_projections")  # as the reader of GGUF files has them
     return place_experts(c, describe(c, context, fused=fused, mixture=experts(c)))
 
 
 def qwen3_5(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen3.5 dense, from config.json; for text its rope has one position per token."""
+    """The Decoder that describes Qwen3.5 dense, from config.json; for text its rope has one position per token.
+
+    Raises PortError for missing or wrong settings.
+    """
     return describe(c, context, fused=False)
 
 
 def qwen3_5_moe(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Qwen3.5 with experts, from config.json, for up to `context` positions."""
+    """The Decoder that describes Qwen3.5 with experts, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     c.table.setdefault("intermediate_size", c.whole("moe_intermediate_size"))  # no layer is dense
     return sparse(describe(c, context, fused=False, mixture=experts(c)))
 

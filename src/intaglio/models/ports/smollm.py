@@ -15,7 +15,10 @@ DEFAULTS = {
 
 
 def smollm3(c: Config, context: int) -> Decoder:
-    """The Decoder that describes SmolLM3, from config.json, for up to `context` positions."""
+    """The Decoder that describes SmolLM3, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, bias, n = sizes(c), c.flag("attention_bias"), c.whole("num_hidden_layers")
     every = c.whole("no_rope_layer_interval")
     turned = c.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(n)]

@@ -54,7 +54,10 @@ def ssm(c: Config, inner: int, **more: Any) -> SsmMixer:
 
 
 def bamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Bamba, from config.json, for up to `context` positions."""
+    """The Decoder that describes Bamba, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s = sizes(c)
     full = c.get("attn_layer_indices") or []
     usual = ["full_attention" if i in full else "linear_attention" for i in range(c.whole("num_hidden_layers"))]
@@ -68,7 +71,10 @@ def bamba(c: Config, context: int) -> Decoder:
 
 
 def granite_hybrid(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Granite 4, from config.json: experts beside a shared MLP, or that MLP alone."""
+    """The Decoder that describes Granite 4, from config.json: experts beside a shared MLP, or that MLP alone.
+
+    Raises PortError for missing or wrong settings.
+    """
     width, count = c.whole("shared_intermediate_size"), int(c.get("num_local_experts", 0))
     s = sizes(c)
     s |= {"scale": c.real("attention_multiplier"), "embed_scale": c.real("embedding_multiplier")}
@@ -121,7 +127,10 @@ def falcon_h1(c: Config, context: int) -> Decoder:
 
 
 def jamba(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Jamba: Mamba blocks, attention without positions, and experts in some layers."""
+    """The Decoder that describes Jamba: Mamba blocks, attention without positions, and experts in some layers.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, n = sizes(c), c.whole("num_hidden_layers")
     mixer = ScanMixer(
         inner=int(c.real("mamba_expand") * s["hidden"]), state=c.whole("mamba_d_state"),

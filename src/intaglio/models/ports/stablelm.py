@@ -36,7 +36,10 @@ def stablelm(c: Config, context: int) -> Decoder:
 
 
 def starcoder2(c: Config, context: int) -> Decoder:
-    """The Decoder that describes StarCoder 2, from config.json, for up to `context` positions."""
+    """The Decoder that describes StarCoder 2, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     s, bias = sizes(c, eps="norm_epsilon"), c.flag("use_bias")
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context)}
     slide = c.whole("sliding_window") if c.get("sliding_window") else 0
@@ -47,7 +50,10 @@ def starcoder2(c: Config, context: int) -> Decoder:
 
 
 def persimmon(c: Config, context: int) -> Decoder:
-    """The Decoder that describes Persimmon, from config.json, for up to `context` positions."""
+    """The Decoder that describes Persimmon, from config.json, for up to `context` positions.
+
+    Raises PortError for missing or wrong settings.
+    """
     c.table |= {"head_dim": None, "num_key_value_heads": None}
     s = sizes(c, eps="layer_norm_eps")
     s["ropes"] = {"rope": table(c, parameters(c), s["head_dim"], context, partial=True)}

@@ -93,8 +93,8 @@ def _rebuilt(
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """Rebuild the tokenizer of tokenizer.model. Returns (the tokenizer, the tokenizer_config.json to use with it).
 
-    In this config, added tokens are set to match the text before it is normalised, where that matters. Adds the model's
-    unk, bos and eos to `special` where no file names them. Raises SentencePieceError.
+    In the returned config, added tokens match the text before it is normalised, where that matters. The model's unk,
+    bos and eos tokens are added to `special` where no file names them. Raises SentencePieceError.
     """
     model = read_model(path / SENTENCEPIECE)
     for name, text in model.special.items():
@@ -214,7 +214,7 @@ def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
     From chat_template.jinja and the files of additional_chat_templates; if there are none, from tokenizer_config.json
     (one template, or a list with names); else from an old processor's chat_template.json. {} if there are none. Raises
-    TokenizerError for an unnamed template.
+    TokenizerError for a template without a name or a text.
     """
     files = {f.stem: f for f in sorted((path / TEMPLATES).glob("*.jinja"))}
     if (path / "chat_template.jinja").exists():

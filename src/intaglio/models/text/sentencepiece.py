@@ -158,10 +158,10 @@ def _signed(value: int) -> int:
 def build_tokenizer(model: SentencePiece, config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a SentencePiece model. config: tokenizer_config.json.
 
-    Read from config: `legacy`, added_tokens_decoder (names for pieces) and tokenizer_class. With legacy=true, a space
-    is put in front of each run of text between added tokens; else in front of the first run only, unless it begins with
-    a space. It is false by default for the classes in LLAMA, as in transformers 5. Raises SentencePieceError for a
-    class with ids of its own.
+    added_tokens_decoder of the config names pieces. Its key `legacy` says where a space is put: true, in front of each
+    run of text between added tokens; false, in front of the first run only, unless that begins with a space. The
+    default is true, but false for the tokenizer classes in LLAMA, as in transformers 5. Raises SentencePieceError for a
+    tokenizer class that numbers its tokens otherwise.
     """
     named = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     if named.removesuffix("Tokenizer") in RENUMBERED:
@@ -207,7 +207,7 @@ def surround(inner: Tokenizer, special: Mapping[str, str], config: Mapping[str, 
 
 
 def _renamed(model: SentencePiece, config: Mapping[str, Any]) -> list[str]:
-    """A list of the model's pieces, some renamed as added_tokens_decoder of config says, such as unused ones."""
+    """The model's pieces as a list, some (such as unused ones) renamed by the config's added_tokens_decoder."""
     pieces = list(model.pieces)
     for id, token in (config.get("added_tokens_decoder") or {}).items():
         text = token.get("content") if isinstance(token, Mapping) else None
@@ -217,7 +217,10 @@ def _renamed(model: SentencePiece, config: Mapping[str, Any]) -> list[str]:
 
 
 def _model(model: SentencePiece, pieces: list[str], whole: bool) -> models.Model:
-    """The model of the `tokenizers` library. whole: a part of the text that is a piece becomes that piece unmerged."""
+    """The BPE or Unigram model of the `tokenizers` library for a SentencePiece model.
+
+    pieces: text of each piece, by id. whole (BPE only): a part of the text that is a piece becomes that piece unmerged.
+    """
     if model.kind == UNIGRAM:
         unknown = int(model.trainer.get(40, 0))
         return models.Unigram([*zip(pieces, model.scores, strict=True)], unknown, model.byte_fallback)

@@ -13,10 +13,10 @@ class Transcript:
     Attributes: `text`, the output so far; without a tokenizer it stays empty. `matched`, the stop string that ended the
     output, or None.
 
-    prompt: token ids before the output. stops: stop strings. kept: special tokens that stay in the text; None: all. A
-    stop string that is a special token left out of the text stops at the token's id. include_stop: the text ends after
-    the stop string, instead of before it. min_tokens: no stop string is looked for in the text of that many first
-    tokens.
+    prompt: token ids before the output. stops: stop strings. kept: special tokens that stay in the text; None: all. If
+    a stop string is a special token that does not stay in the text, the output ends at the token's id. include_stop:
+    the text ends after the stop string, instead of before it. min_tokens: no stop string is looked for in the text of
+    that many first tokens.
 
     Raises ValueError for a stop string that contains a special token and other text, which could never match.
     """

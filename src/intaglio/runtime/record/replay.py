@@ -19,7 +19,7 @@ from intaglio.runtime.resumption import Resumption
 
 
 class JournalError(ValueError):
-    """Raised for a journal that does not begin with an engine, or was recorded on another Program or pool size."""
+    """Raised for a journal that does not begin with an engine, was recorded on another Program, or lacks a seed."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Replayed:
     steps: int
     requests: int
     tokens: int
-    faults: int  # launches that failed in the journal
+    faults: int
     divergence: str | None
 
 

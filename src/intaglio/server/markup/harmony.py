@@ -67,7 +67,7 @@ def _call(s: Source, recipient: str) -> Steps[bool]:
 
 
 def _body(s: Source, role: Role) -> Steps[None]:
-    """Yield a message's text as it comes, as content or reasoning by `role`, and consume its end mark."""
+    """Yield a message's text as TextDeltas of the given role, as the text comes, and consume its end mark."""
     while True:
         found = first(s, *ENDS)
         if found:

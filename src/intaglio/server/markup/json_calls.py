@@ -55,7 +55,7 @@ def value(s: Source, depth: int = 0) -> Pieces[bool]:
 
 
 def string(s: Source) -> Pieces[bool]:
-    """Parse one JSON string and yield its text piece by piece, with its quotes.
+    """Parse one JSON string and yield its text piece by piece, with its quotes; control characters are escaped.
 
     Returns True if the string is complete, False if the text does not begin with a quote or ends early.
     """
@@ -85,7 +85,7 @@ def _escape(text: str) -> str:
 
 
 def _members(s: Source, depth: int, begin: str, end: str) -> Pieces[bool]:
-    """Parse a JSON object or list, by its brackets `begin` and `end`, and yield its text piece by piece.
+    """Parse a JSON object or list between the brackets `begin` and `end`, and yield its text piece by piece.
 
     The opening bracket is held back until the first member is known to be valid. Returns True if complete, else False.
     """
@@ -232,7 +232,10 @@ def calls(s: Source, known: Tools | None = None, joined: str = "") -> Steps[bool
 
 
 def _next(s: Source, joined: str) -> Generator[None, None, bool]:
-    """Consume the separator before another call. Returns False, with nothing consumed, if no call follows."""
+    """Consume the separator `joined` and the blanks around it, if `{` follows. True if so; else nothing is consumed.
+
+    Yields None while it waits for more text.
+    """
     while not s.last and re.fullmatch(rf"\s*({re.escape(joined)}\s*)?", s.held):
         yield None
     found = re.match(rf"\s*{re.escape(joined)}\s*(?={{)", s.held)

@@ -217,7 +217,10 @@ def types(schema: Any, root: Mapping[str, Any]) -> set[str]:
 
 
 def typed(text: str, kinds: set[str]) -> Any:
-    """An argument's text converted to a value of one of the JSON types `kinds`; the text itself if it fits none."""
+    """An argument's text converted to a value of one of the JSON types `kinds`; the text if it fits none.
+
+    White space around the text is removed, unless `kinds` is {"string"}.
+    """
     text = text.strip() if kinds != {"string"} else text
     for parse in (json.loads, ast.literal_eval):
         try:

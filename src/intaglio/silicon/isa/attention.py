@@ -67,11 +67,14 @@ def online_softmax(
 class Softmax(Instruction, engine="VEC", opcode=0x38):
     """One step of the online softmax (Milakov & Gimelshein 2018): p = exp(softcap(scores * scale) + mask - new m).
 
-    Updates the running maximum m and sum l; alpha is the factor that rescales sums made with the old m. scores f32
-    [q, n] in accumulators; m, l, alpha f32 [q, 1]. Row r is the query at position query + r // pack; column j is
-    the key at position key + j, and is masked if j >= keys. With `temper`, scores are multiplied by 1 + temper *
-    ln(1 + floor((position + 1) / every)), with `from_zero` without the + 1. slope * (key position - query position)
-    is added.
+    Updates the running maximum m and sum l. alpha is the factor that rescales sums made with the old m. scores f32 [q,
+    n] in accumulators; m, l, alpha f32 [q, 1].
+
+    Row r is the query at position query + r // pack. Column j is the key at position key + j, and is masked if j >=
+    keys.
+
+    With `temper`, scores are multiplied by 1 + temper * ln(1 + floor(n / every)), where n is position + 1, or position
+    if `from_zero` is set. Then slope * (key position - query position) is added.
     """
 
     p: Region

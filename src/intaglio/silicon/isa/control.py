@@ -40,7 +40,7 @@ class Halt(Instruction, engine="SEQ", opcode=0x61):
         return {}
 
     def run(self, mem: CoreMemory) -> None:
-        """Leaves memory unchanged."""
+        """Do nothing: the instruction leaves memory unchanged."""
 
     def cost(self, target: Target) -> Cost:
         return Cost()

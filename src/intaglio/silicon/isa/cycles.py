@@ -51,8 +51,8 @@ def softmax_cycles(chip: ChipSpec, n: Any, capped: bool = False) -> Any:
 def attend_cycles(target: Target, rows: Any, n: Any, d: Any, dv: Any, format: str) -> Any:
     """Cycles of the fused attention engine for `rows` queries and n keys of width d, values of width dv.
 
-    The engine multiplies on the matrix array, which holds queries and sums while keys and values stream through it; its
-    own lanes turn scores into weights at the same time. The longest of the three determines the time.
+    The matrix array holds queries and sums while keys and values stream through it; at the same time the engine's own
+    lanes turn scores into weights. The longest of multiplying, streaming and the lanes' work determines the time.
     """
     chip = target.chip
     macs = rows * n * (d + dv) / chip.mac_rate(format) / target.library.mxu_efficiency

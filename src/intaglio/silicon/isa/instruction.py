@@ -32,12 +32,19 @@ MOST_STEPS = 12
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of an instruction: cycles of its engine, or bytes through a resource shared with other cores."""
+    """Cost of an instruction: cycles of its engine, or bytes through a resource shared with other cores.
+
+    Attributes:
+        cycles: of the engine.
+        bytes: if not 0, the time follows from the bandwidth that the transfers in flight leave.
+        resource: of the bytes: "hbm" or "link".
+        latency_s: seconds from the end of the instruction until its result is visible to others.
+    """
 
     cycles: float = 0.0
-    bytes: int = 0  # if not 0, the time follows from the bandwidth that the transfers in flight leave
-    resource: str = ""  # of the bytes: "hbm" or "link"
-    latency_s: float = 0.0  # from the end of the instruction until its result is visible to others
+    bytes: int = 0
+    resource: str = ""
+    latency_s: float = 0.0
 
 
 Shapes = dict[str, tuple[int | str, int | str]]

@@ -76,7 +76,10 @@ def type_name(kind: Any) -> str:
 
 
 def access_or_default(cls: type[Instruction], name: str, kind: Any, default: Any) -> str:
-    """Text of the table's last column: for a region "read", "written" or "updated" (both), else the field's default."""
+    """Text of the last column of an instruction's table of fields, for the field `name`.
+
+    For a region "read", "written" or "updated" (both); for another field its default.
+    """
     if kind is Region or Region in get_args(kind):
         return ("updated" if name in cls.updates else "written") if name in cls.writes else "read"
     return "" if default is MISSING or default == () else f"`{default}`" if default != "" else "none"

@@ -57,11 +57,11 @@ class Score(Instruction, engine="VEC", opcode=0x3C):
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Instruction, engine="VEC", opcode=0x3D):
-    """Choose the best columns: ids i32 [m, k] = the k columns with the highest key + bias in each row.
+    """Choose the best columns: ids i32 [m, k] = the k columns with the highest key + bias in each row, highest first.
 
-    selected f32 [m, k] = `values` there. Highest first; ties go to the lowest column. key, values f32 [m, n], bias
-    f32 [1, n]. With `groups` (group-limited routing), the columns form that many equal groups, and only the
-    `kept_groups` groups with the largest sum of their `group_best` highest entries take part.
+    selected f32 [m, k] = `values` in these columns. Ties go to the lowest column. key, values f32 [m, n], bias f32 [1,
+    n]. With `groups` (group-limited routing), the columns form that many equal groups, and only the `kept_groups`
+    groups with the largest sum of their `group_best` highest entries take part.
     """
 
     ids: Region

@@ -25,7 +25,7 @@ class SoftmaxStep(Instruction, engine="VEC", opcode=0x3B):
     """Softmax and Rescale in one pass over the scores.
 
     Writes p and updates m, l as Softmax does, and multiplies sums by the factor that Softmax returns as alpha; alpha
-    itself is not stored. Fields are those of Softmax.
+    itself is not stored. The other fields are those of Softmax.
     """
 
     p: Region

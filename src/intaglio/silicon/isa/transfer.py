@@ -170,7 +170,7 @@ class Receive(Instruction, engine="NET", opcode=0x51):
         return {}
 
     def run(self, mem: CoreMemory) -> None:
-        """Leaves memory unchanged: the machine writes dst from the message."""
+        """Do nothing: the machine itself writes dst from the message."""
 
     def cost(self, target: Target) -> Cost:
         return Cost(latency_s=target.library.link_latency_s)

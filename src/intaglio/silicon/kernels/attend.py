@@ -32,10 +32,7 @@ from intaglio.silicon.timing import Timing, fraction_held
 @chip_kernel(Attend)
 @dataclass(frozen=True)
 class AttendKernel(ChipKernel):
-    """Chip kernel of `attend`: timing and instruction streams.
-
-    A job is a tile of queries of one head of one sequence.
-    """
+    """Chip kernel of `attend`: timing and instruction streams. A core takes a tile of queries of one head at a time."""
 
     heads: Heads
 
@@ -153,7 +150,7 @@ def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
 
 
 def prefill_jobs(key_tile: int, h: Heads, part: ChunkCounts, rows: int, packed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(key tiles of each kind of job, number of jobs of that kind), two arrays of equal length.
+    """The jobs of the chunks with several queries, as two arrays: key tiles of each kind of job, number of such jobs.
 
     A job is a tile of `rows` queries of one head or, if `packed`, of all query heads that share a K/V head. part:
     (queries, keys, number of sequences) of each distinct chunk.
@@ -171,7 +168,7 @@ def prefill_jobs(key_tile: int, h: Heads, part: ChunkCounts, rows: int, packed: 
 
 
 def prefill_seconds(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, float]:
-    """(seconds, of which compute seconds) for the chunks with several queries, with the fastest query tile.
+    """Seconds of the chunks with several queries, with the fastest query tile, as (seconds, of which compute seconds).
 
     part: (queries, keys, number of sequences) of each distinct chunk.
     """
@@ -233,9 +230,10 @@ def decode_seconds(target: Target, h: Heads, part: ChunkCounts, cached: float) -
 
 @lru_cache(maxsize=16384)
 def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = False, kernel: str = "") -> Timing:
-    """The Timing of one `attend` over all chunks of a batch: those with several queries first, then those with one.
+    """The Timing of one `attend` over all chunks of a batch.
 
-    warm: keys and values are in the L2, as far as they fit; kernel: a record of the library by name, "" for its choice.
+    Chunks with several queries run first, then those with one. warm: keys and values are in the L2, as far as they fit.
+    kernel: name of one of the library's attention kernels; "": the library's choice.
     """
     chip, lib = target.chip, target.library
     format = "bf16" if h.bits == 16 else "e4m3"

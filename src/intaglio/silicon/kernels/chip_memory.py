@@ -96,7 +96,7 @@ class ChipMemory:
         return region.scales if isinstance(region, QuantisedRegion) else None
 
     def optional_region(self, name: str | None) -> Region | None:
-        """region(name); None if `name` is None."""
+        """The region of an unquantised tensor; None if `name` is None."""
         return None if name is None else self.region(name)
 
     def read(self, name: str) -> np.ndarray:

@@ -131,9 +131,9 @@ class Network:
 def links_used(chip: ChipSpec, op: str, chips: int) -> int:
     """Number of links of a chip that one link of the modelled topology stands for.
 
-    On a switch all of them. On k44 one, since each leads to another chip. On a mesh those between two chips. On a torus
-    two in each dimension that the group spans; half of that for all_to_all and send, whose routes use both directions
-    of the ring.
+    On a switch: all. On k44 (two sides of four chips, each linked to all of the other side): one. On a mesh: those
+    between two chips. On a torus: two in each dimension that the group spans, or half of that for all_to_all and send,
+    whose routes use both directions of the ring.
     """
     if chip.links.topology == "mesh":
         return chip.links.count // (chip.links.max_chips - 1)
@@ -166,7 +166,7 @@ def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
 def simulated_ranks(network: Network, op: str) -> int:
     """Number of ranks in the simulated schedule: at most MAX_SIMULATED_RANKS, but all for all_to_all on a torus.
 
-    There the load of a link grows with the square of the ranks, so that times cannot be extrapolated linearly.
+    On a torus the load of a link grows with the square of the ranks, so times cannot be extrapolated linearly.
     """
     every_rank = network.kind == "torus" and op == "all_to_all"
     return network.ranks if every_rank else min(network.ranks, MAX_SIMULATED_RANKS)
@@ -174,14 +174,14 @@ def simulated_ranks(network: Network, op: str) -> int:
 
 @lru_cache(maxsize=65536)
 def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
-    """Seconds of a schedule on unit links with chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes; size None: 0 bytes."""
+    """Seconds of a schedule; bandwidth and latency 1; chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes, None: 0."""
     s = collectives.schedule(op, algorithm, ranks)
     chunk = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
     return collectives.seconds(s, network.topology(ranks), [chunk] * s.chunks, network.local)
 
 
 def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: float) -> float:
-    """unit_seconds() for chunks of `chunk` bytes, by linear interpolation between the simulated sizes, 9 % apart.
+    """Seconds as unit_seconds() gives for chunks of `chunk` bytes, interpolated between simulated sizes 9 % apart.
 
     The error is 0.2 %, or up to 15 % where transfers change their order at a link between the two sizes.
     """
@@ -203,9 +203,9 @@ def schedule_seconds(network: Network, op: str, algorithm: str, link: float, lat
     """Seconds of a schedule for a tensor of `moved` bytes over links of `link` bytes/s and `latency` seconds.
 
     Scaled from unit links: in units of the latency, the time depends only on a chunk's bytes relative to those that a
-    link carries in one latency. Schedules of more than MAX_SIMULATED_RANKS ranks are extrapolated: with chunks of one
-    size, a ring, and all_to_all on a switch, take the same time longer for each further rank (tested), so two
-    simulations suffice.
+    link carries in one latency. Above MAX_SIMULATED_RANKS ranks the time is extrapolated linearly from two simulations.
+    That is exact for a ring and for all_to_all on a switch with chunks of one size, where each further rank adds the
+    same time (tested).
     """
     latency = max(latency, MIN_LATENCY_S)
     chunk = moved * chunk_fraction(network, op, algorithm) / link / latency
@@ -310,7 +310,7 @@ class ChunkRegions:
 
 @dataclass(frozen=True)
 class ChunkTile:
-    """Rows and columns of one chunk that are processed together, the same on every chip."""
+    """Part of one chunk processed at a time, the same on every chip: its rows and columns, tag of its first message."""
 
     chunk: int
     rows: slice
@@ -400,7 +400,7 @@ class CollectiveRun:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """The Schedule to execute: one that sums in order of rank."""
+        """The Schedule of this collective, whose sums are in order of rank."""
         return collectives.schedule(self.op.kind, "one_shot" if isinstance(self.op, AllReduce) else "direct", self.n)
 
     @cached_property

@@ -73,12 +73,12 @@ class ExpertsKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Experts, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of the Streams of the last of four launches.
+        """A list of the Streams of the last launch.
 
-        The first three are executed here, since each launch needs the results of the one before.
-
-        1. Sort the routed rows by expert. 2. Gate and up over gathered tokens. 3. Down, scattered back to the order of
-        routing, with zeros for rows of experts that other chips hold. 4. The weighted sum of each token's rows.
+        The launches before it are executed here, since each needs results of earlier ones. 1. Sort the routed rows by
+        expert. 2. Gate and up over gathered tokens. 3. Zeros for rows of experts that other chips hold, if there are
+        any. 4. Down, scattered back to the order of routing. The last launch computes the weighted sum of each token's
+        rows.
         """
         ids = mem.region(op.ids)
         n, (count, inner, _) = ids.rows * ids.cols, map(int, t[op.gate].shape)
@@ -98,10 +98,10 @@ class ExpertsKernel(ChipKernel):
 
 
 def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, ...]:
-    """Rows of each of the `held` experts of a chip, if every token chooses `top` of all experts at random.
+    """Expected number of rows of each of the `held` experts of a chip, as a tuple; tokens choose experts at random.
 
-    The expected number of rows, at least 1, is spread evenly over the expected number of experts that have any:
-    held (1 - (1 - top / experts) ** tokens).
+    Every token chooses `top` of all `experts`. The rows, at least 1, are spread evenly over the expected number of
+    experts that have any, which is held (1 - (1 - top / experts) ** tokens); the other experts have 0.
     """
     rows = max(1, round(tokens * top * held / experts))
     active = min(rows, max(1, round(held * (1 - (1 - top / experts) ** tokens))))
@@ -111,8 +111,8 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
-    held: bytes of its operands, all of which are in the L2 if they fit; 0: they are `moved`, each being moved once. No
-    core reads what another reads too, so the L2 delivers as much as it does without multicast.
+    held: bytes of its operands; 0: the same as `moved`. They come from the L2 if all of them fit it, otherwise from
+    HBM. No two cores read the same bytes, so the L2 delivers only its rate without multicast.
     """
     chip, library = target.chip, target.library
     fits = (held or moved) < chip.l2_bytes * library.l2_usable
@@ -121,7 +121,7 @@ def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> floa
 
 @dataclass(frozen=True)
 class TileMenu:
-    """Tile rows and columns that a grouped product may use, and the bytes of K in one pipeline step."""
+    """Tile rows and columns that a grouped product may use, and `step_bytes`, the bytes of K in one pipeline step."""
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
@@ -131,8 +131,9 @@ class TileMenu:
 def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
     """The TileMenu that the library's kernel chooses from, for a step of `tokens` tokens.
 
-    "best": all of the library's tiles, as with a static schedule or a kernel tuned for each size. Others follow a
-    heuristic, vLLM's get_default_config, of an older version ("by_experts") or of 0.17 ("by_tokens").
+    With the library's expert_tiles "best": all of its tiles, as with a static schedule or a kernel tuned for each size.
+    Otherwise what a heuristic, vLLM's get_default_config, gives: of an older version ("by_experts") or of 0.17
+    ("by_tokens").
     """
     if library.expert_tiles == "best":
         return TileMenu(library.expert_rows, library.expert_columns, library.burst_bytes)
@@ -203,11 +204,13 @@ def experts_timing(
     target: Target, tokens: int, top_k: int, counts: tuple[int, ...], n_experts: int, hidden: int, inner: int,
     x_format: str, w_format: str, w_bits: float = 0.0, gated: bool = True, kernel: str = "",
 ) -> Timing:  # fmt: skip
-    """The Timing of a layer of routed experts on one rank, which holds experts with `counts` rows each.
+    """The Timing of a layer of routed experts on one rank.
 
-    The bf16 kernels of activation and combination process all tokens * top_k routed rows, those of 8-bit formats
-    only the rank's own. `w_bits`: bits a weight with its scales, 0 for those of `w_format`. `gated`: experts have a
-    gate.
+    counts: token rows of each expert that the rank holds. w_bits: bits per weight including scales; 0: those of
+    `w_format`. gated: experts have a gate. kernel: name of the kernel, "" for the library's default.
+
+    If the library's kernels of activation and combination process all tokens * top_k rows, all are counted; else
+    only the rank's own. Raises ChipError for an unknown kernel.
     """
     run = max(x_format, w_format, key=formats.bits)
     target = target.kernel("experts", run, name=kernel)
@@ -258,7 +261,10 @@ class GatheredOperands(Operands):
             self.k.emit(isa.Gather(dst=self.factors, table=weights, index=index))
 
     def load_x(self, rows: slice, depth: slice) -> Region:
-        """Gather columns `depth` of the selected rows of x, unrounded, and return their tile. `rows` is not used."""
+        """Gather columns `depth` of the rows of x set by select_rows(), times their routing weights if it got any.
+
+        Returns their tile, not rounded. `rows` is ignored; the base class needs it.
+        """
         assert self.rows is not None
         raw = self.raw.next().shaped(self.rows.cols, depth.stop - depth.start)
         self.k.emit(isa.Gather(dst=raw, table=self.x.part(cols=depth), index=self.rows))

@@ -95,7 +95,7 @@ def kernel_class(op: Op) -> type[ChipKernel]:
 
 @lru_cache(maxsize=65536)
 def timing(kernel: ChipKernel, target: Target, sizes: BatchSizes, resident: bool = False) -> Timing:
-    """The Timing that kernel.time() returns, cached."""
+    """The Timing of a kernel in a step of these sizes, cached. resident: the weights are not read from HBM."""
     return kernel.time(target, sizes, resident)
 
 

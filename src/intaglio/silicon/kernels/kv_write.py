@@ -26,14 +26,24 @@ QUOTIENT = postfix("a / b")
 
 @dataclass(frozen=True)
 class Heads:
-    """Numbers of heads, head widths, window and bits of a cached value of an attention layer."""
+    """What the time of an attention layer depends on: numbers and widths of heads, window, bits of a cached value.
 
-    heads: int  # query heads
+    Attributes:
+        heads: query heads.
+        kv_heads: heads of keys and values.
+        head_dim: width of a query and of a key.
+        v_dim: width of a value.
+        window: keys that a query sees at most; 0: all.
+        bits: bits of a cached key or value.
+        softcap: True if scores are soft-capped.
+    """
+
+    heads: int
     kv_heads: int
-    head_dim: int  # width of a query and of a key
-    v_dim: int  # width of a value
-    window: int = 0  # keys that a query sees at most; 0: all
-    bits: int = 16  # of a cached key or value
+    head_dim: int
+    v_dim: int
+    window: int = 0
+    bits: int = 16
     softcap: bool = False
 
     @property

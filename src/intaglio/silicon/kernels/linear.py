@@ -50,10 +50,11 @@ class LinearKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Linear, t: Tensors, batch: Batch) -> list[Stream]:
-        """A list of the product's Streams, in the tiles of the closed form. A first launch, executed here, rounds x.
+        """The product's Streams, as a list, with the tiles that the timing finds fastest.
 
-        Tiles of the result are dealt to the cores. A tile's product runs over K with rings of both operands; Drain then
-        applies bias, activation and residual. A GLU pair uses two accumulators of half the columns each.
+        A first launch, run here, rounds x. Tiles of the result are dealt to the cores. A tile's product runs over K
+        with rings of both operands; Drain then applies bias, activation and residual. A GLU pair uses two accumulators
+        of half the columns each.
         """
         x, out, w = mem.region(op.x), mem.region(op.out), mem.regions[op.w]
         sides = 2 if op.glu else 1

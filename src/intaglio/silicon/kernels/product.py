@@ -31,7 +31,10 @@ def choices(tiles: tuple[tuple[int, int], ...], split_k: tuple[int, ...]) -> tup
 
 
 def step_depth(target: Target, bits: int) -> int:
-    """Number of K values in a pipeline step for operands of `bits` bits: one HBM burst, or four array depths."""
+    """Number of K values in a pipeline step for operands of `bits` bits: those of one HBM burst.
+
+    On arrays at least 128 deep it is at least four times the array's depth.
+    """
     array = target.chip.array_shape[2]
     return max(target.library.burst_bytes * 8 // bits, 4 * array if array >= 128 else 0)
 

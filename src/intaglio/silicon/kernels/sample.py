@@ -77,7 +77,7 @@ class SampleKernel(ChipKernel):
 
 
 def edit_loader(mem: ChipMemory, k: StreamBuilder, rows: Sequence[Sampling]) -> Callable[[Sampling], dict[str, Region]]:
-    """A function that loads one row's logit edits and grammar mask from HBM and returns them as arguments of Sample.
+    """A function that loads one row's logit edits and grammar mask from HBM, as a dict of Sample's arguments.
 
     Allocates tiles for the largest edits and mask of `rows`, the rows of one core.
     """

@@ -23,7 +23,7 @@ DRAIN_PART = 8  # a tile is drained in pieces whose buffers take at most this pa
 
 
 def scale_columns(w: Region | QuantisedRegion, k: int) -> int:
-    """Number of columns of x [m, k] that share a scale: QuantisedRegion.scale_columns of w; `k` if w has no groups."""
+    """Number of columns of x [m, k] that share a scale: w.scale_columns, at most `k`; `k` if w has no groups."""
     return min(k, w.scale_columns) if isinstance(w, QuantisedRegion) else k
 
 
@@ -65,11 +65,18 @@ def rounded(mem: ChipMemory, site: str, x: Region, x_format: str, span: int) -> 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a core computes a product: tiles of the result, steps over K, stages in flight, rows drained at a time."""
+    """How a core computes a product.
+
+    Attributes:
+        rows, columns: of a tile of the result; columns are those of each side of a GLU pair.
+        depth: K values of a step.
+        stages: steps in flight.
+        drain_rows: rows that are drained at a time.
+    """
 
     rows: int
-    columns: int  # of each side of a GLU pair
-    depth: int  # K values of a step
+    columns: int
+    depth: int
     stages: int
     drain_rows: int
 
@@ -77,10 +84,11 @@ class Tiling:
 def tiling(
     target: Target, m: int, n: int, x: Region, w_bits: float, w: Region | QuantisedRegion, sides: int, residual: bool
 ) -> Tiling:
-    """The tiling of the closed form's fastest choice without a K split, for codes x [m, k] and n columns in all.
+    """The Tiling for a product of codes x [m, k] with w, of n columns in all: the fastest without a K split.
 
-    Stages and depth shrink if SRAM also has to hold what the closed form leaves out: result, residual and scales.
-    Raises MachineError if SRAM does not fit two stages of one K value.
+    It is the one that the product's timing (time_choices()) finds fastest. Stages and depth shrink if SRAM must also
+    hold what the timing leaves out: result, residual and scales. w_bits: bits per weight with its scales. sides: 2 for
+    a GLU pair, else 1. residual: one is added. Raises MachineError if SRAM does not fit two stages of one K value.
     """
     chip, k = target.chip, x.cols
     how = time_choices(target, max(1, m), n, k, x.format, codes_of(w).format, w_bits, 4.0, sides == 2)

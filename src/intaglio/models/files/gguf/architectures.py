@@ -78,7 +78,7 @@ class Architecture:
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def variant(self, parts: Collection[str]) -> Architecture:
-        """A copy of the Architecture for a file in whose tensor names `parts` occur, with no variants left."""
+        """A copy of the Architecture with its variants applied, for a file in whose tensor names `parts` occur."""
         names = dict(self.names)
         for part, others in self.variants.items():
             names |= others if part in parts else {}

@@ -176,36 +176,38 @@ def _by_scales(kind: str, scales: Callable[[np.ndarray], np.ndarray]) -> Callabl
 
 
 def _iq2_xxs(b: np.ndarray) -> np.ndarray:
-    """Scales of IQ2_XXS blocks [rows, blocks, 8]: d * (1/2 + s) / 4 for each run of 32 values.
+    """Scales of IQ2_XXS blocks, f32 [rows, blocks, 8]: d * (1/2 + s) / 4 for each run of 32 values.
 
-    s: the top 4 bits of the second 32-bit word of a run.
+    d: the f16 number that begins a block. s: the top 4 bits of the second 32-bit word of a run.
     """
     s = _words(b[..., 2:], np.uint32)[..., 1::2] >> 28
     return _halves(b, 0) * (np.float32(0.5) + s.astype(np.float32)) * np.float32(0.25)
 
 
 def _iq3_xxs(b: np.ndarray) -> np.ndarray:
-    """Scales of IQ3_XXS blocks [rows, blocks, 8]: d * (1/2 + s) / 2 for each run of 32 values.
+    """Scales of IQ3_XXS blocks, f32 [rows, blocks, 8]: d * (1/2 + s) / 2 for each run of 32 values.
 
-    s: the top 4 bits of the run's 32-bit word, which follow the 64 bytes of indices.
+    d: the f16 number that begins a block. s: the top 4 bits of the run's 32-bit word, which follow the 64 bytes of
+    indices.
     """
     s = _words(b[..., 66:], np.uint32) >> 28
     return _halves(b, 0) * (np.float32(0.5) + s.astype(np.float32)) * np.float32(0.5)
 
 
 def _iq3_s(b: np.ndarray) -> np.ndarray:
-    """Scales of IQ3_S blocks [rows, blocks, 8]: d * (1 + 2 s) for each run of 32 values.
+    """Scales of IQ3_S blocks, f32 [rows, blocks, 8]: d * (1 + 2 s) for each run of 32 values.
 
-    s: the run's 4 bits in the last 4 bytes of the block.
+    d: the f16 number that begins a block. s: the run's 4 bits in the last 4 bytes of the block.
     """
     s = np.stack([b[..., 106:110] & 15, b[..., 106:110] >> 4], axis=-1).reshape(*b.shape[:-1], 8)
     return _halves(b, 0) * (1 + 2 * s.astype(np.float32))
 
 
 def _iq1_s(b: np.ndarray) -> np.ndarray:
-    """Scales of IQ1_S blocks [rows, blocks, 8]: d * (1 + 2 s) / 8 for each run of 32 values.
+    """Scales of IQ1_S blocks, f32 [rows, blocks, 8]: d * (1 + 2 s) / 8 for each run of 32 values.
 
-    s: bits 12 to 14 of the run's 16-bit word. Values are multiples of an eighth of d * (1 + 2 s).
+    d: the f16 number that begins a block. s: bits 12 to 14 of the run's 16-bit word. Values are multiples of an eighth
+    of d * (1 + 2 s).
     """
     s = _words(b[..., 34:], np.uint16) >> 12 & 7
     return _halves(b, 0) * (1 + 2 * s.astype(np.float32)) * np.float32(0.125)

@@ -152,7 +152,7 @@ def _scale(m: Metadata, largest: int) -> float:
 
 
 def gemma2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 2."""
+    """The keys of config.json, as a dict, for Gemma 2. Raises PortError, CheckpointError."""
     whole_heads(m)
     caps = {
         "attn_logit_softcapping": m.real("attn_logit_softcapping", 50.0),
@@ -165,7 +165,7 @@ def gemma2(m: Metadata) -> dict[str, Any]:
 
 
 def gemma3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 3's text model."""
+    """The keys of config.json, as a dict, for Gemma 3's text model. Raises PortError, CheckpointError."""
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
     return base(m) | {
@@ -177,7 +177,7 @@ def gemma3(m: Metadata) -> dict[str, Any]:
 
 
 def phi3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-3 and Phi-4."""
+    """The keys of config.json, as a dict, for Phi-3 and Phi-4. Raises PortError, CheckpointError."""
     return base(m) | partial(m) | {
         "architectures": ["Phi3ForCausalLM"], "sliding_window": m.whole("attention.sliding_window", 0) or None,
         "original_max_position_embeddings": pretrained(m),
@@ -217,7 +217,7 @@ def olmo2(m: Metadata) -> dict[str, Any]:
 
 
 def cohere2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Cohere 2 (Command R7B, Command A)."""
+    """The keys of config.json, as a dict, for Cohere 2 (Command R7B, Command A). Raises PortError, CheckpointError."""
     whole_heads(m)
     return base(m, norm="layer") | {
         "architectures": ["Cohere2ForCausalLM"], "logit_scale": m.real("logit_scale"),
@@ -243,7 +243,7 @@ def plain(model: str) -> Any:
 
 
 def command_r(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Cohere 1 (Command R, Aya)."""
+    """The keys of config.json, as a dict, for Cohere 1 (Command R, Aya). Raises PortError, CheckpointError."""
     whole_heads(m)
     return base(m, norm="layer") | {
         "architectures": ["CohereForCausalLM"], "logit_scale": m.real("logit_scale"), "rope_scaling": None,
@@ -254,7 +254,7 @@ def command_r(m: Metadata) -> dict[str, Any]:
 def exaone4(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for EXAONE 4.
 
-    If it has a sliding window, every fourth layer has full attention, without rope.
+    If it has a sliding window, every fourth layer has full attention, without rope. Raises PortError, CheckpointError.
     """
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
@@ -265,7 +265,7 @@ def exaone4(m: Metadata) -> dict[str, Any]:
 
 
 def nemotron(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Nemotron-3 and Nemotron-4."""
+    """The keys of config.json, as a dict, for Nemotron-3 and Nemotron-4. Raises PortError, CheckpointError."""
     c = base(m, norm="layer") | partial(m)
     return c | {
         "architectures": ["NemotronForCausalLM"], "norm_eps": c["layer_norm_eps"],
@@ -285,7 +285,7 @@ def starcoder2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for StarCoder 2.
 
     Every layer has full attention, as in llama.cpp: GGUF files do not record the window of the published models
-    (4,096 tokens), so logits of longer sequences differ from transformers'.
+    (4,096 tokens), so logits of longer sequences differ from transformers'. Raises PortError, CheckpointError.
     """
     whole_heads(m)
     c = base(m, norm="layer")
@@ -311,14 +311,14 @@ def glm4(m: Metadata) -> dict[str, Any]:
 
 
 def olmo(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for OLMo (2024)."""
+    """The keys of config.json, as a dict, for OLMo (2024). Raises PortError, CheckpointError."""
     whole_heads(m)
     clip = m.real("attention.clamp_kqv", 0.0)
     return base(m, norm="layer") | {"architectures": ["OlmoForCausalLM"], "clip_qkv": clip or None}
 
 
 def chatglm(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for ChatGLM3 and GLM-4-9B of 2024."""
+    """The keys of config.json, as a dict, for ChatGLM3 and GLM-4-9B of 2024. Raises PortError, CheckpointError."""
     return base(m) | partial(m) | {"architectures": ["GlmForCausalLM"]}
 
 

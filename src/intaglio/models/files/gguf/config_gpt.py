@@ -24,7 +24,10 @@ def gpt2(m: Metadata) -> dict[str, Any]:
 
 
 def starcoder(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for StarCoder 1. Raises PortError for several K/V heads fewer than heads."""
+    """The keys of config.json, as a dict, for StarCoder 1.
+
+    Raises PortError unless there is one K/V head, or as many as query heads.
+    """
     if m.kv_heads not in (1, m.heads):
         raise PortError(
             f"{m.file.path}: attention.head_count_kv={m.kv_heads}; StarCoder has 1 or as many as heads ({m.heads})"
@@ -34,7 +37,7 @@ def starcoder(m: Metadata) -> dict[str, Any]:
 
 
 def gptneox(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GPT-NeoX and Pythia."""
+    """The keys of config.json, as a dict, for GPT-NeoX and Pythia. Raises PortError, CheckpointError."""
     parallel = m.flag("use_parallel_residual", True)
     return common(m, "GPTNeoXForCausalLM") | partial(m) | {"use_parallel_residual": parallel}
 
@@ -42,7 +45,7 @@ def gptneox(m: Metadata) -> dict[str, Any]:
 def falcon(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Falcon, with one norm a layer, or with two (Falcon 40B).
 
-    Files hold no Falcon with ALiBi.
+    Files hold no Falcon with ALiBi. Raises PortError, CheckpointError.
     """
     whole_heads(m)
     two, kv = m.has("ln_attn.weight"), m.kv_heads
@@ -55,7 +58,7 @@ def falcon(m: Metadata) -> dict[str, Any]:
 
 
 def phi2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-1, 1.5 and 2."""
+    """The keys of config.json, as a dict, for Phi-1, 1.5 and 2. Raises PortError, CheckpointError."""
     return common(m, "PhiForCausalLM") | partial(m)
 
 
@@ -69,7 +72,7 @@ def stablelm(m: Metadata) -> dict[str, Any]:
 
 
 def bloom(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for BLOOM."""
+    """The keys of config.json, as a dict, for BLOOM. Raises PortError, CheckpointError."""
     _alibi(m, 8.0)
     return common(m, "BloomForCausalLM")
 
@@ -82,7 +85,7 @@ def mpt(m: Metadata) -> dict[str, Any]:
 
 
 def _alibi(m: Metadata, default: float) -> None:
-    """Raise PortError unless the largest slope exponent of ALiBi is 8. default: where the file has no such key."""
+    """Raise PortError unless the largest slope exponent of ALiBi is 8. default: its value if no key has it."""
     largest = m.real("attention.max_alibi_bias", default)
     if largest != 8:
         raise PortError(f"{m.file.path}: attention.max_alibi_bias={largest} is not ported; wanted 8")

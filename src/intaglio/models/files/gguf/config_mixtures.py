@@ -56,7 +56,7 @@ def qwen_moe(model: str, normalised: bool) -> Any:
 
 
 def phimoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-3.5-MoE."""
+    """The keys of config.json, as a dict, for Phi-3.5-MoE. Raises PortError, CheckpointError."""
     whole_heads(m)
     c = base(m) | experts(m) | {
         "architectures": ["PhimoeForCausalLM"], "lm_head_bias": "lm_head.bias" in m.tables.names,
@@ -70,14 +70,14 @@ def phimoe(m: Metadata) -> dict[str, Any]:
 
 
 def olmoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for OLMoE."""
+    """The keys of config.json, as a dict, for OLMoE. Raises PortError, CheckpointError."""
     whole_heads(m)
     width = m.whole("feed_forward_length")
     return base(m) | experts(m) | {"architectures": ["OlmoeForCausalLM"], "intermediate_size": width}
 
 
 def glm4_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GLM-4.5."""
+    """The keys of config.json, as a dict, for GLM-4.5. Raises PortError, CheckpointError."""
     m.fixed("expert_gating_func", SIGMOID)
     return base(m) | partial(m) | experts(m) | groups(m) | {
         "architectures": ["Glm4MoeForCausalLM"], "use_qk_norm": m.has("self_attn.q_norm.weight"),
@@ -97,7 +97,7 @@ def gpt_oss(m: Metadata) -> dict[str, Any]:
 
 
 def dots1(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for dots.llm1."""
+    """The keys of config.json, as a dict, for dots.llm1. Raises PortError, CheckpointError."""
     whole_heads(m)
     m.fixed("expert_gating_func", SIGMOID)
     return base(m) | experts(m) | groups(m) | {"architectures": ["Dots1ForCausalLM"], "sliding_window": None}
@@ -123,7 +123,7 @@ def ernie4_5_moe(m: Metadata) -> dict[str, Any]:
 
 
 def minimax_m2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for MiniMax-M2."""
+    """The keys of config.json, as a dict, for MiniMax-M2. Raises PortError, CheckpointError."""
     m.fixed("expert_gating_func", SIGMOID)
     c = base(m) | partial(m) | experts(m)
     return c | {"architectures": ["MiniMaxM2ForCausalLM"], "intermediate_size": c["moe_intermediate_size"]}
@@ -204,7 +204,7 @@ def exaone_moe(m: Metadata) -> dict[str, Any]:
 
 
 def dbrx(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for DBRX."""
+    """The keys of config.json, as a dict, for DBRX. Raises PortError, CheckpointError."""
     whole_heads(m)
     c, clip = base(m, norm="layer") | experts(m), m.real("attention.clamp_kqv", 0.0)
     return c | {

@@ -88,9 +88,9 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Open a GGUF file with all its parts and return the GgufFile. Raises CheckpointError.
+    """Open a GGUF file with all its parts. Returns the GgufFile. path: the file, or its first part.
 
-    path: as find_gguf() returns it.
+    Raises CheckpointError for a file that is missing or damaged.
     """
     facts = path.stat()
     return _opened(path, facts.st_size, facts.st_mtime_ns)

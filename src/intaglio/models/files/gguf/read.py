@@ -87,7 +87,10 @@ def part_of(name: str) -> str:
 
 
 class _Reader:
-    """Adds tensors one by one under transformers' names; halves of one matrix are kept until both are there."""
+    """Adds tensors one by one under transformers' names.
+
+    llama.cpp stores kv_b_proj as two halves, keys and values. They are kept, and joined when all tensors are added.
+    """
 
     def __init__(self, file: GgufFile, own: Architecture) -> None:
         self.file, self.own, self.tables = file, own, Tables()

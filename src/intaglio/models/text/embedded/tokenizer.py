@@ -69,7 +69,7 @@ class _Vocabulary:
 
     @property
     def known(self) -> dict[str, int]:
-        """{token: id}, without the unused tokens that only pad the embedding matrix."""
+        """The vocabulary as {token: id}, without the unused tokens that only pad the embedding matrix."""
         return {t: i for i, (t, kind) in enumerate(zip(self.tokens, self.kinds, strict=True)) if kind != UNUSED}
 
     def id(self, name: str, default: int | None = None) -> int | None:
@@ -111,7 +111,10 @@ def read_tokenizer(file: GgufFile) -> Embedded | None:
 
 
 def _add_tokens(inner: Tokenizer, v: _Vocabulary, architecture: str) -> None:
-    """Add to `inner` control tokens and user-defined tokens, which are matched in a text before it is split."""
+    """Add to `inner` control tokens and user-defined tokens, which are matched in a text before it is split.
+
+    architecture: llama.cpp's name; control tokens of phi2 and phi3 also take the white space that follows them.
+    """
     strips = architecture in ("phi3", "phi2")  # their tokens swallow the white space after them; the flag is not kept
     kept = ("<unk>", "<s>", "<|endoftext|>")
     control = v.of_kind(CONTROL)
@@ -128,7 +131,10 @@ def _templates(file: GgufFile) -> dict[str, str]:
 
 
 def _ends(v: _Vocabulary) -> tuple[int, ...]:
-    """A tuple of ids that end a sequence: the file's eos, eot and eom tokens, and control tokens listed in ENDS."""
+    """A tuple of ids that end a sequence: the file's eos, eot and eom tokens, and control tokens listed in ENDS.
+
+    <|end|> is left out of ENDS if the file has all tokens of HARMONY (gpt-oss), where it only ends a message.
+    """
     named = [i for name in ("eos", "eot", "eom") if (i := v.id(name)) is not None]
     control = v.of_kind(CONTROL)
     found = [control[t] for t in ENDS if t in control]
@@ -140,8 +146,8 @@ def _ends(v: _Vocabulary) -> tuple[int, ...]:
 def _bpe(v: _Vocabulary) -> Tokenizer:
     """A byte-level BPE tokenizer (as GPT-2's) made from the file's tokens and merges.
 
-    How text is split before merging follows from tokenizer.ggml.pre. Raises CheckpointError if that is not known, or if
-    the file has no merges.
+    tokenizer.ggml.pre says how text is split before merging; a file without it gets a default split, with a warning.
+    Raises CheckpointError if its value is not known, or if the file has no merges.
     """
     name = v.get("pre")
     if name is None:
