@@ -174,7 +174,7 @@ def test_bench_counts_work_against_the_roofs(folder: str) -> None:
         (("simulate", "llama-3-70b", "--trace", "/nowhere/x"), "--trace /nowhere/x: there is no folder /nowhere"),
         (
             ("simulate", "llama-3-8b", "--by", "chip"),
-            "--step-overhead and several chips go with --concurrency or --find",
+            "--step-overhead, --plot and several chips go with --concurrency or --find",
         ),
         (("simulate", "llama-3-8b", "--find", "--concurrency", "4"), "leave --concurrency out"),
         (

@@ -150,7 +150,7 @@ def test_a_step_that_waits_in_vain_ends_and_names_the_rank(tmp_path: Path) -> No
 
 
 def test_native_collectives_need_a_communicator(tmp_path: Path) -> None:
-    native = _native.Executable("scalar", 1, 16, (9, 9, 9, 9, 0))
+    native = _native.Executable("scalar", 1, 16, (9, 9, 9, 9, 0, 0, 0))
     rows = native.columns(native.buffer(16, False, 0, 1), 4, 4, 0)
     attributes = {"site": "s", "group": (0, 1), "wire": "f32"}
     with pytest.raises(ValueError, match="only as a rank with a communicator"):

@@ -204,7 +204,7 @@ def test_every_op_of_the_package_has_a_host_kernel() -> None:
 
 
 def test_native_kernels_refuse_unknown_operands_and_attributes() -> None:
-    native = _native.Executable("scalar", 1, PAGE, (10, 10, 10, 10, 0))
+    native = _native.Executable("scalar", 1, PAGE, (10, 10, 10, 10, 0, 0, 0))
     buffer = native.buffer(64, False, 0, 1)
     x, y = (native.columns(buffer, 16, 16, 0) for _ in range(2))
     norm = {"norm": "rms", "eps": 1e-5, "offset": 0.0, "group": 0}

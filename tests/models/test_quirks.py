@@ -94,6 +94,27 @@ def test_rope_scaling_added_by_hand_wins(tmp_path, how, family):
     same(path)
 
 
+@pytest.mark.parametrize("how", sorted(SCALINGS))
+def test_a_number_of_rope_scaling_that_is_none_is_refused(tmp_path, how):
+    """None of them becomes a table of NaN. Where a number has a default, null and 0 stand for it."""
+    path = tiny("qwen3", tmp_path / "m", **SMALL)
+    keys = [key for key, value in SCALINGS[how].items() if not isinstance(value, str | list)]
+    for key in keys:
+        needed = how in ("dynamic", "llama3", "linear") or key == "rope_theta"
+        for wrong in ("abc", [2.0], True, -1.0, *((None, 0) if needed else ())):
+            configure(path, rope_scaling={**SCALINGS[how], key: wrong})
+            with pytest.raises(PortError, match=f"config.json: (rope )?{key}="):
+                port(Checkpoint.open(path))
+
+
+def test_a_longrope_factor_that_is_no_list_of_numbers_is_refused(tmp_path):
+    path = tiny("phi3", tmp_path / "m", **SMALL)
+    for wrong in (None, 1.0, [1.0, "abc"]):
+        configure(path, rope_scaling={"type": "longrope", "short_factor": [1.0, 1.0], "long_factor": wrong})
+        with pytest.raises(PortError, match=r"config.json: rope long_factor=.*wanted a list of numbers above 0"):
+            port(Checkpoint.open(path))
+
+
 def test_what_a_replaced_rope_loses_is_said(tmp_path):
     path = tiny("qwen3", tmp_path / "m", **SMALL, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     configure(path, rope_scaling=SCALINGS["yarn"])

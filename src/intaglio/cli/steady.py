@@ -26,7 +26,7 @@ def steady_table(
     question: Question, targets: Sequence[Target], layouts: Sequence[str], concurrency: Sequence[int],
     budget: int | None, find: bool, by: str, as_json: bool, plot: Path | None = None,
 ) -> None:  # fmt: skip
-    """Print the designs of every chip and layout: at each concurrency, or with `find` the best that keeps the limits.
+    """Print the designs of every chip and layout: at each concurrency, or with `find` the best that keep the limits.
 
     Args:
         question: the model, its load and the limits.

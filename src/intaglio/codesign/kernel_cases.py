@@ -1,4 +1,4 @@
-"""Random calls of every chip kernel that has streams, to compare its closed form with the simulator (agreement.py)."""
+"""Random calls of every chip kernel that runs on one chip, to compare closed form and simulator (agreement.py)."""
 
 from __future__ import annotations
 

@@ -302,7 +302,7 @@ def candidates(
         progress(len(out) + len(refused), len(targets) * len(layouts), f"{layout}: compiling {question.program.name}")
         try:
             server = Server.of(question.program, placement, question.formats)
-        except LayoutError as e:
+        except (LayoutError, ChipError) as e:
             refused += [(on.chip.name, layout, str(e)) for on in targets]
             continue
         for on in targets:

@@ -34,9 +34,9 @@ class ExpertLoad:
         return cls(np.array(tokens, np.int64), tuple(tuple(own) for own in held))  # type: ignore[arg-type]
 
     def imbalance(self) -> float:
-        """The largest load of a rank over the mean, 1 if they are equal. Of an expert, if they cannot be moved.
+        """The largest load of a rank over the mean over ranks: 1 if all loads are equal, and before any token.
 
-        1 before any token.
+        If `held` lacks the experts of a rank, the largest load of an expert over the mean over experts.
         """
         tokens = self.tokens.astype(np.float64)
         if all(self.held) and self.held:

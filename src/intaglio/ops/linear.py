@@ -90,7 +90,7 @@ class Linear(Op, kind="linear"):
 
     @property
     def interleaved(self) -> tuple[str, ...]:
-        """(name of w,) if `glu` is set, which makes its rows [gate; up]; else ()."""
+        """Names of the weights whose gate and up rows a device stores alternately: (w,) if `glu` is set, else ()."""
         return (self.w,) if self.glu else ()
 
     def shapes(self, t: Tensors) -> Results:

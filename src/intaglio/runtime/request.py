@@ -22,7 +22,7 @@ FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 
 
 class ParamsError(ValueError):
-    """Raised for a sampling parameter that is outside its range."""
+    """Raised for sampling parameters that are not allowed: of a wrong type, out of range, or excluding each other."""
 
 
 class RequestError(ValueError):

@@ -1,4 +1,4 @@
-"""ASGI application: routes, API keys, limits and the sending of responses. Response bodies are built in answer.py."""
+"""ASGI application: routes, API keys, limits and the sending of responses. Generated output is built in answer.py."""
 
 from __future__ import annotations
 

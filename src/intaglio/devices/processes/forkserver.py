@@ -35,7 +35,7 @@ END_TIMEOUT = 1.0  # seconds in which it ends by itself
 
 
 class ForkServerError(OSError):
-    """Raised if the fork server is gone or cannot fork."""
+    """Raised if the fork server is gone, does not answer, cannot fork, or does not know how a child ended."""
 
 
 def child_environment() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The latent attention block (DeepSeek-V2, 2024, section 2.1): one narrow latent per token is cached for all heads.
 
 Written in the absorbed form: queries are projected into the latent space and results out of it, head by head, so that
-the cache is read once for all heads, and keys and values are never materialised.
+the cache is read once for all heads, and keys and values are never materialised. Some models have an indexer beside
+it, which chooses the positions whose latents are read.
 """
 
 from __future__ import annotations

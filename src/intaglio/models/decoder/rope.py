@@ -15,6 +15,10 @@ import numpy as np
 from intaglio.models.config import Config, PortError, Settings
 
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
+NEEDS = ("linear", "dynamic", "llama3")  # types without defaults for NEEDED; the others have them
+NEEDED = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+OPTIONAL = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
+LISTS = ("short_factor", "long_factor")  # of LongRoPE
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "hal
     kind, part = p["rope_type"], p["partial_rotary_factor"]
     if kind not in TYPES:
         raise PortError(f"config.json: rope type {kind!r} is not ported; known are {', '.join(TYPES)}")
+    _check_numbers(kind, p)
     if part != 1 and not partial and kind != "proportional":
         raise PortError(f"config.json: partial_rotary_factor={part}, but this family rotates whole heads")
     dim = head_dim if kind == "proportional" else int(head_dim * part)
@@ -138,6 +143,24 @@ def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "hal
     except KeyError as e:
         raise PortError(f"config.json: rope type {kind!r} needs {e.args[0]!r}, which is missing") from None
     return Table(tuple(float(f) for f in frequencies.astype(np.float32)), float(factor), style)
+
+
+def _check_numbers(kind: str, p: Settings) -> None:
+    """Raise PortError for a setting that is no number above 0, or no list of them where a list is wanted.
+
+    A setting that may be left out may also be null or 0, as in transformers.
+    """
+    needed = {"rope_theta", "partial_rotary_factor", *(NEEDED if kind in NEEDS else ())}
+    for key in (key for key in ("rope_theta", "partial_rotary_factor", *NEEDED, *OPTIONAL, *LISTS) if key in p):
+        value = p[key]
+        if key in LISTS:
+            values, what = value if isinstance(value, list | tuple) else [None], "a list of numbers above 0"
+        elif not value and key not in needed and not isinstance(value, list | str | Mapping):
+            continue
+        else:
+            values, what = [value], "a number above 0"
+        if any(isinstance(v, bool) or not isinstance(v, int | float) or not 0 < v < math.inf for v in values):
+            raise PortError(f"config.json: rope {key}={value!r}; wanted {what}")
 
 
 def powers(p: Mapping[str, Any], dim: int) -> np.ndarray:

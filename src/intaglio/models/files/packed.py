@@ -196,10 +196,11 @@ def awq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = 
 
 
 def _group(stored: Stored, base: str, k: int, named: Any) -> int:
-    """Number of columns that share a scale; -1: one scale per row. Raises PortError.
+    """Number of columns that share a scale; -1: one scale per row.
 
-    It is the config's group_size (`named`) if that fits the number of scales. Otherwise g_idx decides; without
-    group_size and g_idx, the number of scales.
+    It is the config's group_size (`named`). Without that it is the size of the largest group in g_idx, and without
+    g_idx the number of columns `k` over the number of scales. Raises PortError if the file has no scales or zeros, or
+    if the size does not fit the number of scales.
     """
     for part in (".scales", ".qzeros"):
         if base + part not in stored.shapes:
