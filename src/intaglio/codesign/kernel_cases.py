@@ -162,7 +162,7 @@ def elementwise(rng: np.random.Generator, on: Target) -> Case:
     expr = MAPS[rng.integers(len(MAPS))]
     width, batch = power(rng, 256, 28672, 16), tokens(rng, 2048)
     given = ["a", *(n for n in "bc" if f" {n}" in expr or f"({n})" in expr)]
-    op = Map(site="map", out="y", expr=expr, **{n: n for n in given})  # type: ignore[arg-type]
+    op = Map(site="map", out="y", expr=expr, **{n: n for n in given})
     return case(op, [temp(n, width) for n in given], batch, f"m={len(batch.tokens)} width={width} {expr}")
 
 

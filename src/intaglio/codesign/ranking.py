@@ -82,8 +82,8 @@ def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared]) -> Ranked | No
         return None
     seen = {point: [statistics.fmean(p[i] for p in pairs) for i in (0, 1)] for point, pairs in points.items()}
     best, chosen = (max(seen, key=lambda point, i=i: seen[point][i]) for i in (0, 1))  # type: ignore[misc]
-    names = [f"{layout} with {n} open" for layout, n in (chosen, best)]
-    return Ranked(asked, len(layouts), len(points), *names, seen[chosen][0] / seen[best][0])
+    first, second = (f"{layout} with {n} open" for layout, n in (chosen, best))
+    return Ranked(asked, len(layouts), len(points), first, second, seen[chosen][0] / seen[best][0])
 
 
 def share_good(found: Sequence[Ranked]) -> float:
