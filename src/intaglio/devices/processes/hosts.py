@@ -123,7 +123,7 @@ class Rendezvous:
             threading.Thread(target=self._greet, args=(s, where), daemon=True).start()
 
     def _greet(self, s: socket.socket, where: str) -> None:
-        with suppress(ConnectionError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError):
             peer = meet(s, where, self.token, check_wants_coordinator)
             agent = HostAgent(Link(s, peer.key, False, self.silence))
             with self.news:
