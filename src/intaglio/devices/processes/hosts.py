@@ -153,6 +153,7 @@ class HostsExecutable(PostedExecutable):
     ) -> None:  # fmt: skip
         super().__init__(mesh.stages, True)
         self.agents, self.program, self.state, self.step_timeout = list(agents), mesh.last, state, step_timeout
+        self.programs = mesh.programs
         self.news = news or threading.Condition()
         self.epoch: Epoch[HostAgent, list[memoryview]] = Epoch(next(EPOCHS) if epoch is None else epoch, agents)
         each = len(mesh.programs) // len(agents)
