@@ -203,11 +203,9 @@ def schedule_seconds(network: Network, op: str, algorithm: str, link: float, lat
     """Seconds of a schedule for a tensor of `moved` bytes over links of `link` bytes/s and `latency` seconds.
 
     Scaled from unit links: in units of the latency, the time depends only on a chunk's bytes relative to those that a
-    link carries in one latency. Times between those of two chunk sizes are interpolated (see _interpolated()).
-
-    Above MAX_SIMULATED_RANKS ranks the time is extrapolated linearly from two simulations, except for an all_to_all on
-    a torus, all of whose ranks are simulated. The extrapolation is exact for a ring, and for an all_to_all on a switch
-    with chunks of one size, where each further rank adds the same time (tested).
+    link carries in one latency. Times between those of two chunk sizes are interpolated (see _interpolated()). Above
+    MAX_SIMULATED_RANKS ranks the time is extrapolated linearly from two simulations, which is exact for a ring, and for
+    an all_to_all on a switch with chunks of one size (tested). On a torus all ranks of an all_to_all are simulated.
     """
     latency = max(latency, MIN_LATENCY_S)
     chunk = moved * chunk_fraction(network, op, algorithm) / link / latency
