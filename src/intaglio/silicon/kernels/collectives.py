@@ -3,8 +3,7 @@
 Times are those of the schedules of intaglio.collectives, with their steps and contention for links, plus what the chip
 or its library adds: start-up, link efficiency, copies through HBM. Bytes are of the whole tensor, as in nccl-tests.
 
-Streams use schedules that sum in order of rank, so that results equal the op's bit for bit. run_collective() writes and
-executes those of all chips together, so its caller passes the operands of all.
+Streams sum in order of rank, so that results equal the op's bit for bit. run_collective() runs those of all chips.
 """
 
 from __future__ import annotations
@@ -482,9 +481,8 @@ class CollectiveRun:
 
     def run(self) -> tuple[list[np.ndarray], RunResult]:
         """Execute the streams. Returns (list of the outputs of the chips that have one, RunResult)."""
-        streams = self.streams()
         memories = {chip: memory.hbm for chip, memory in enumerate(self.memories)}
-        result = Machine(self.target, memories).run(streams)
+        result = Machine(self.target, memories).run(self.streams())
         outputs = [memory.read("out") for memory, r in zip(self.memories, self.regions, strict=True) if r.outputs]
         return outputs, result
 
