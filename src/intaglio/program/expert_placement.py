@@ -145,18 +145,18 @@ def _deal(e: int, held: list[set[int]], share: np.ndarray, each: int, loads: np.
     If only ranks with a copy have room, an expert of another rank moves to one of them to make room. There is one: the
     other rank holds `each` experts, not e among them, and the rank with room fewer than `each`, e among them.
     """
-    order = [int(r) for r in np.argsort(loads, kind="stable")]
-    open_ranks = [r for r in order if len(held[r]) < each and e not in held[r]]
-    if not open_ranks:
+    order: list[int] = np.argsort(loads, kind="stable").tolist()
+    to = next((r for r in order if len(held[r]) < each and e not in held[r]), None)
+    if to is None:
         room = next(r for r in order if len(held[r]) < each)
         full = next(r for r in order if e not in held[r])
         moved = min(held[full] - held[room], key=lambda f: (share[f], f))
         held[full].remove(moved)
         held[room].add(moved)
         loads[room] = _rank_load(held[room], share)
-        open_ranks = [full]
-    held[open_ranks[0]].add(e)
-    loads[open_ranks[0]] = _rank_load(held[open_ranks[0]], share)
+        to = full
+    held[to].add(e)
+    loads[to] = _rank_load(held[to], share)
 
 
 def _exchange(held: list[set[int]], share: np.ndarray, loads: np.ndarray) -> None:
