@@ -108,7 +108,8 @@ class LLM:
         path: a checkpoint folder in Hugging Face's layout, a GGUF file or a hub id; None is the bundled model.
         device: host, reference, oracle or silicon.
         weights: weight format, as for Model.open().
-        threads: CPU threads of the host device; by default those of `machine`, or one per core.
+        threads: CPU threads of the host device; by default those of `machine`, or one per core within the
+            container's CPU limit.
         context: positions to compile for, as for Model.open().
         kv_tokens: tokens of K/V cache for all sequences together. None: 32,768 or one whole context, whichever is more,
             but no more than fit the memory.

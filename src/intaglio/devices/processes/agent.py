@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from intaglio.devices.cores import usable_cores
 from intaglio.devices.processes import link as frames
 from intaglio.devices.processes import membership
 from intaglio.devices.processes.connections import (
@@ -325,7 +326,7 @@ class Agent:
 
         session = Session(start)
         try:
-            cores = len(os.sched_getaffinity(0))
+            cores = usable_cores()
             link.send(membership.HELLO, text({"name": self.name, "cores": cores, "address": port.address}).tobytes())
             while True:
                 session.take(*link.receive())
