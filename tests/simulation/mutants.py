@@ -603,11 +603,6 @@ def reserve_window_blocks_only_at_the_start(engine: Engine) -> None:
     engine.windows.grow = lambda sequence: True  # type: ignore[method-assign]
 
 
-def reserve_window_blocks_of_steps(engine: Engine) -> None:
-    """The blocks that steps need besides all reservations are given to sequences."""
-    engine.windows.limit += engine.windows.step_blocks
-
-
 def share_prefix_without_its_window(engine: Engine) -> None:
     """A sequence starts after a prefix whose window blocks are gone; others stand in for them."""
     windows = engine.windows
@@ -828,7 +823,6 @@ MUTANTS: tuple[Mutant, ...] = (
     keep_window_prefixes_of_lost_device,
     reserve_no_window_blocks,
     reserve_window_blocks_only_at_the_start,
-    reserve_window_blocks_of_steps,
     share_prefix_without_its_window,
     change_seed_on_resumption,
     forget_last_token_on_suspension,
