@@ -196,7 +196,7 @@ class Engine:
             if self.launcher.under_way:
                 collected += self.collect()
             self.offload.save()
-            self.experts.tick(began, last=self.idle)
+            self.move_experts(began)
         except DeviceLost as lost:
             self.recovery.recover(lost)
         self._close_step(collected, began)
@@ -229,6 +229,13 @@ class Engine:
         for done in self.launcher.complete(launch):
             self.accounting.account(done)
         return launch.scheduled
+
+    def move_experts(self, now: float) -> None:
+        """Count tokens of experts and move experts between two steps, if it is time.
+
+        now: seconds. Raises DeviceLost.
+        """
+        self.experts.tick(now, last=self.idle)
 
     def run(self) -> list[Event]:
         """Run steps until no request is left. Returns a list of all Events in order."""

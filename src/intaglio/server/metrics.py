@@ -215,6 +215,11 @@ class EngineCollector(Collector):
         yield ranks
         moves: list[tuple[ModelMetrics, ByLabel]] = [(m, {(): s.expert_moves}) for m, s in mixtures]
         yield _counter("intaglio:expert_moves", "Layers whose experts were moved between ranks.", moves)
+        text = "1 if experts cannot be moved, as the log says why; 0 otherwise."
+        failed = GaugeMetricFamily("intaglio:expert_moves_failed", text, labels=LABELS)
+        for m, s in mixtures:
+            failed.add_metric(list(m.labels.values()), float(bool(s.expert_failure)))
+        yield failed
 
     def _tiers(self) -> Iterator[Metric]:
         """Yield the metrics of the tiers that keep K/V blocks; none if no model has a tier."""
