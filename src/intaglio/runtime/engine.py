@@ -107,7 +107,7 @@ class Engine:
         self.offload = Offload(self._usable(connector, executable), self.pool, self.clock)
         self.windows = Windows(
             self.state, self.scope.digest, context=context, max_batch_tokens=max_batch_tokens,
-            max_drafts=max_drafts,
+            max_drafts=max_drafts, depth=executable.depth,
         )  # fmt: skip
         self.scheduler = Scheduler(
             self.pool, self.slots, context=context, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences,
@@ -259,6 +259,7 @@ class Engine:
         return Gauges(
             len(self.scheduler.running), len(waiting), sum(s.length for s in waiting), pool.total, pool.held,
             len(pool.evictable), slots.total, slots.held, len(slots.evictable), self.draining, self.failed,
+            self.windows.limit, self.windows.reserved, self.windows.pool.held,
         )  # fmt: skip
 
     def _usable(self, connector: Connector | None, executable: Executable) -> Connector | None:
