@@ -76,6 +76,15 @@ def test_commands_are_known() -> None:
     assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
 
 
+def test_the_images_user_may_write_to_the_volumes() -> None:
+    """A new volume has the owner of the image's folder at that place, or root if there is none."""
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    mounts = [v.split(":") for v in compose["services"]["intaglio"]["volumes"]]
+    [folder] = [path for source, path, *_ in mounts if source in compose["volumes"]]
+    as_root = (DEPLOY / "Dockerfile").read_text().split("\nUSER ")[0]
+    assert re.search(rf"mkdir {folder} && chown intaglio {folder}$", as_root, re.MULTILINE)
+
+
 def test_mounted_files_exist() -> None:
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
     volumes = [v.split(":")[0] for s in services.values() for v in s.get("volumes", ()) if v.startswith("./")]

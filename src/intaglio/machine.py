@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from intaglio.devices import BlockingExecutable, DeviceError, Executable, StepRequest, StepResult
+from intaglio.devices import BlockingExecutable, DeviceError, Executable, StepRequest, StepResult, usable_cores
 
 KV_SHARE = 0.25  # of the memory, for the K/V caches of all models together
 
@@ -20,7 +20,7 @@ class Machine:
     each other down. A quarter of the memory is for K/V caches, in equal parts for the models.
 
     Args:
-        threads: CPU threads of a step; by default one per core this process may use.
+        threads: CPU threads of a step; by default usable_cores(): one per core, within the container's CPU limit.
         memory: bytes; by default all of this machine's.
         models: how many models share the machine.
 
@@ -28,7 +28,7 @@ class Machine:
     """
 
     def __init__(self, threads: int | None = None, memory: int | None = None, models: int = 1) -> None:
-        self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        self.threads = usable_cores() if threads is None else threads
         self.memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if memory is None else memory
         self.models = models
         if self.memory < 1 or models < 1:

@@ -181,6 +181,10 @@ def test_bench_counts_work_against_the_roofs(folder: str) -> None:
             ("simulate", "llama-3-8b", "--chips", "4", "--layout", "tp2", "--concurrency", "4"),
             "--chips 4 but layout tp2 has another number of chips",
         ),
+        (
+            ("simulate", "llama-3-8b", "--prefill", "tp1", "--decode", "tp1", "--concurrency", "4", "--chips", "4"),
+            "--chips 4 with --prefill, --decode and --concurrency",
+        ),
         (("simulate", "{folder}/list.json"), "{folder}/list.json holds a JSON list; wanted an object"),
         (("simulate", "{folder}/broken.json"), "{folder}/broken.json is not JSON"),
         (("bench", "{folder}", "--context", "5"), "a context of 5 tokens is too short to measure: 16 of them"),

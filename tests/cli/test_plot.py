@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from intaglio.cli import app
-from intaglio.cli.plot import bars, check_path, lines, ticks
+from intaglio.cli.plot import bars, check_path, lines, number, ticks
 from intaglio.model import BUNDLED
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -62,3 +63,24 @@ def test_the_command_writes_a_chart(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ends in \.svg"):
         check_path(Path("x.png"))
     check_path(None)
+
+
+def test_values_are_written_without_exponents() -> None:
+    rng = random.Random()
+    for value in (12345.0, 1e12, *(10 ** rng.uniform(-3, 12) for _ in range(100))):
+        text = number(value)
+        assert "e" not in text and float(text.replace(",", "")) == pytest.approx(value, rel=1e-3)
+    assert number(12345) == "12,345"
+
+
+def test_without_results_no_chart_is_written_and_it_is_said(tmp_path: Path) -> None:
+    """A search whose limit no load keeps writes no file; its table, its assumptions and JSON are whole."""
+    file = tmp_path / "a.svg"
+    search = ["simulate", str(BUNDLED), "--input", "9", "--output", "5", "--find", "--tpot", "0.000001"]
+    for more in ([], ["--chips", "2", "--prefill", "tp1", "--decode", "tp1,tp3"]):
+        done = CliRunner().invoke(app, [*search, *more, "--plot", str(file)])
+        assert done.exit_code == 0, done.output
+        assert "no chart is written" in done.stderr and not file.exists()
+        assert "over a chip's ;" not in done.stdout
+        shown = json.loads(CliRunner().invoke(app, [*search, *more, "--json"]).stdout)
+        assert [each["layout"] for each in shown["refused"]] == (["tp3"] if more else [])

@@ -66,6 +66,45 @@ def test_what_is_not_an_introduction_is_refused(monkeypatch: pytest.MonkeyPatch)
     listening(use)
 
 
+def test_idle_connections_keep_nobody_out() -> None:
+    async def use(address: TcpAddress, refused: list[str]) -> None:
+        idle = []
+        for _ in range(control_tcp.GREETING_MAX):
+            idle.append(await asyncio.open_connection(address.host, address.port))
+            await idle[-1][0].readexactly(control_tcp.NONCE)  # so that it is counted
+        reader, writer = await control_tcp.connect(address)
+        writer.write(b"x")
+        assert await reader.readexactly(1) == b"!"
+        with suppress(ConnectionError):
+            assert await idle[0][0].read(1) == b""  # the oldest had to go
+        for _, one in [*idle, (reader, writer)]:
+            one.close()
+
+    listening(use)
+
+
+def test_a_link_is_tried_again_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect, failures = control_tcp.connect, 3
+
+    async def failing(address: TcpAddress) -> Any:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise NotAuthenticated("planted")
+        return await connect(address)
+
+    async def use(address: TcpAddress, refused: list[str]) -> None:
+        nonlocal failures
+        await (await Link.connect(address, TEST_TIMEOUT_S)).close()
+        failures = 1
+        with pytest.raises(NotAuthenticated, match="planted"):
+            await Link.connect(address)
+
+    monkeypatch.setattr(control_tcp, "connect", failing)
+    monkeypatch.setattr("intaglio.cluster.link.RETRY", 0.0)
+    listening(use)
+
+
 def test_a_server_that_does_not_know_the_token_is_given_nothing() -> None:
     async def main() -> None:
         async def pretend(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 import httpx
 import pytest
 from support.faked import LOAD, FakedProcess, faked, run, until
+from support.served import TEST_TIMEOUT_S
 
 from intaglio.cluster.admin import blocks_folder
 from intaglio.cluster.cluster import Cluster
 from intaglio.cluster.front import Front, FrontOptions
 from intaglio.cluster.link import Link, LinkLost
 from intaglio.cluster.metrics import RouterMetrics
-from intaglio.cluster.process import LOG_BYTES, ReplicaProcess
+from intaglio.cluster.process import LOG_BYTES, ReplicaFailed, ReplicaProcess
 from intaglio.cluster.relayed import RelayedRequest
 from intaglio.router import Autoscaler, Job
 from intaglio.server.private_socket import private_socket
@@ -64,11 +65,62 @@ def test_a_load_report_that_cannot_be_used_ends_the_replica_and_not_its_supervis
                 await until(
                     lambda n=times: process_of(cluster, "r0").starts == n and state_of(cluster, "r0") == "ready"
                 )
+            said = [what for _, what in cluster.incidents]
+            assert any("its load report cannot be used" in what for what in said)
+            assert any("counts as lost: the engine crashed" in what for what in said)
 
     with caplog.at_level(logging.ERROR):
         run(test())
     assert "r0 counts as lost: its load report cannot be used" in caplog.text and "KeyError" in caplog.text
     assert "r0 cannot serve any more and counts as lost: the engine crashed" in caplog.text
+
+
+def test_a_log_that_an_error_shows_is_not_for_all_tenants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def before_start(process: FakedProcess) -> None:
+        if process.starts == 2:
+            raise ReplicaFailed("it did not start: " + "x" * 300 + "\na secret")
+
+    async def test() -> None:
+        async with faked(tmp_path, monkeypatch, {"mixed": 1}, before_start=before_start) as cluster:
+            process_of(cluster, "r0").end()
+            await until(lambda: process_of(cluster, "r0").starts == 3 and state_of(cluster, "r0") == "ready")
+            shown = [one["what"] for one in cluster.state()["incidents"]]
+            assert any("it did not start: xxx" in what for what in shown)
+            assert all(len(what) <= 200 and "secret" not in what for what in shown)
+
+    run(test())
+    assert "a secret" in caplog.text
+
+
+def test_replicas_drain_while_another_starts_and_it_can_be_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Ray, where a replica waits for a node with free CPUs."""
+    original, waiting = FakedProcess.start, list[FakedProcess]()
+
+    async def start(process: FakedProcess) -> Link:
+        if process.name in ("r3", "r4"):
+            waiting.append(process)
+            await asyncio.Event().wait()
+        return await original(process)
+
+    async def test() -> None:
+        async with faked(tmp_path, monkeypatch, {"mixed": 3}) as cluster:
+            scaling = asyncio.ensure_future(cluster.scale(5))
+            await until(lambda: len(waiting) == 2)
+            async with asyncio.timeout(TEST_TIMEOUT_S):
+                await cluster.drain("r1")
+                await cluster.drain("r3")
+                await cluster.scale(1)
+                with pytest.raises(ReplicaFailed, match="r3 was removed before it served"):
+                    await scaling
+            assert list(cluster.processes) == ["r0"] == list(cluster.backends.router.replicas)
+            assert [process.stops for process in waiting] == [1, 1]
+
+    monkeypatch.setattr(FakedProcess, "start", start)
+    run(test())
 
 
 def test_a_replica_that_ends_while_it_drains_is_not_started_again(
@@ -174,9 +226,15 @@ def test_a_stream_that_is_always_refused_ends_with_an_error_after_its_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test() -> None:
-        replica = LateReplica(float("inf"))
-        async with faked(tmp_path, monkeypatch, {"mixed": 1}, answer=replica) as cluster:
-            text = await relayed(cluster, 0.3)
+        now, replica = [0.0], LateReplica(float("inf"))
+
+        def answer(header: dict[str, Any], send: Any) -> None:
+            replica(header, send)
+            if replica.asked == 2:  # the first token has been passed on
+                now[0] += 601.0
+
+        async with faked(tmp_path, monkeypatch, {"mixed": 1}, answer=answer, clock=lambda: now[0]) as cluster:
+            text = await relayed(cluster, 600.0)
             assert text.startswith(b"adata: ") and b'"late"' in text and text.endswith(b"[DONE]\n\n")
 
     run(test())

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import os
+import random
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from intaglio.cluster.admin import administration, ask, cluster_folder
 from intaglio.cluster.backends import Backends, apply_blocks, read_report
 from intaglio.cluster.link import Link, LinkLost, Moved
 from intaglio.cluster.prompt import TimeLimits, make_job
+from intaglio.cluster.threads import threads_that_fit
 from intaglio.router import CacheIndex, PromptMemory, Router
 from intaglio.runtime import Fault, Refused, Scored, Usage
 from intaglio.server.control import control_channel, load_report, pack, read_frame
@@ -82,6 +84,20 @@ values = st.recursive(plain, lambda v: st.lists(v) | st.dictionaries(st.sampled_
 def test_any_body_gives_a_job(value: Any, name: str) -> None:
     one = job({"prompt": "a", name: value} if name != "messages" else {name: value})
     assert one.prompt_tokens >= 1 and one.output_tokens >= 1 and one.choices >= 1
+
+
+def test_replicas_have_as_many_threads_as_fit_on_the_nodes() -> None:
+    assert threads_that_fit([8, 8], 3) == 4 and threads_that_fit([3, 3], 2) == 3  # two of 5 do not fit on 8
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    print(f"{seed=}")
+    for _ in range(200):
+        nodes = [rng.randrange(1, 40) + rng.choice((0, 0.5)) for _ in range(rng.randint(1, 5))]
+        replicas = rng.randint(1, 9)
+        threads = threads_that_fit(nodes, replicas)
+        assert threads == 1 or sum(int(n) // threads for n in nodes) >= replicas
+        assert sum(int(n) // (threads + 1) for n in nodes) < replicas
+    assert threads_that_fit([], 1) == threads_that_fit([2], 5) == 1
 
 
 def test_calls_share_a_link_until_it_ends(tmp_path: Path) -> None:

@@ -32,6 +32,13 @@ def test_a_queue_adds_as_many_as_it_needs_and_only_after_a_while() -> None:
     assert [scaler.wanted(router, 4, now) for now in (0.0, UP_AFTER)] == [4, 6]
 
 
+def test_sequences_that_wait_in_a_replica_add_none_and_are_no_quiet_time() -> None:
+    router, scaler = serving(2), Autoscaler(1, 9)
+    router.report("r1", LoadReport(pace=Pace(0.01, 0.001, measured=True), max_sequences=8, waiting=3))
+    for now in (0.0, UP_AFTER, 2 * DOWN_AFTER):
+        assert scaler.wanted(router, 2, now) == 2
+
+
 def test_a_queue_that_comes_and_goes_adds_none() -> None:
     router, scaler = serving(1), Autoscaler(1, 9)
     for i in range(20):

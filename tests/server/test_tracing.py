@@ -6,13 +6,15 @@ import builtins
 import random
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.collector import trace_collector
 from support.served import served
 
-from intaglio.server.tracing import Tracing, span, trace_headers
+from intaglio.runtime import Usage
+from intaglio.server.tracing import Tracing, span, trace_choices, trace_headers
 
 
 def test_a_request_is_a_span_with_its_phases(folder: Path) -> None:
@@ -41,6 +43,19 @@ def test_a_request_is_a_span_with_its_phases(folder: Path) -> None:
             assert request.began <= phases[0].began and phases[-1].ended <= request.ended
             last = phases[-1].attributes
             assert last["gen_ai.usage.input_tokens"] == 3 and last["gen_ai.usage.output_tokens"] == 5
+
+
+def test_phases_are_recorded_at_their_times_however_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow client takes the last part of its response long after the choice has ended."""
+    late, today = random.uniform(1.0, 500.0), 1e9
+    monkeypatch.setattr("intaglio.server.tracing.time", SimpleNamespace(time=lambda: today))
+    with trace_collector() as collector:
+        tracing = Tracing(collector.url, "tests")
+        with tracing.request("POST /v1/completions", {}):
+            trace_choices({0: Usage(3, 0, 5, 0, 10.0, 11.0, 12.0, 14.0)}, "tiny", 14.0 + late)
+        tracing.close()
+    [decode] = collector.named("decode")
+    assert abs(decode.ended / 1e9 - (today - late)) < 1e-5 and abs(decode.ended - decode.began - 2e9) < 1e4
 
 
 def test_without_a_traced_request_nothing_is_recorded() -> None:

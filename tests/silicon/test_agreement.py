@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from intaglio.chips import CHIPS, Target, target
-from intaglio.codesign.agreement import compare
+from intaglio.codesign.agreement import compare_kernel
 from intaglio.codesign.kernel_cases import CASES, Case, batch_of, case, temp
 from intaglio.ops import Linear, Tensor
 from intaglio.silicon.cache import LINE, Cache, lines_of
@@ -25,7 +25,7 @@ def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str
     """On any chip, within 5 % if the operands fit the L2; otherwise its evictions are approximated."""
     rng = np.random.default_rng()
     on = target(str(rng.choice(sorted(CHIPS))))
-    found = [compare(on, CASES[kind](rng, on)) for _ in range(2)]
+    found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(2)]
     for a in found:
         op, tensors = a.case.op, a.case.tensors
         fits = kernel_class(op).of(op, tensors).time(on.with_library(activation_bytes=4), sizes_of(a.case.batch), False)
@@ -46,7 +46,7 @@ def product(on: Target, m: int, n: int, k: int, format: str = "bf16") -> Case:
 def test_closed_form_and_machine_agree_on_random_products(chip: str) -> None:
     """See docs/accuracy.md for 200 products of every chip. A few products of any seed are within these bounds."""
     on, rng = target(chip), np.random.default_rng()
-    found = [compare(on, CASES["linear"](rng, on)) for _ in range(5)]
+    found = [compare_kernel(on, CASES["linear"](rng, on)) for _ in range(5)]
     assert all(0.25 < a.ratio < 2.5 for a in found), found
     assert np.median([abs(a.ratio - 1) for a in found]) < 0.6
 
@@ -54,7 +54,7 @@ def test_closed_form_and_machine_agree_on_random_products(chip: str) -> None:
 @pytest.mark.parametrize("chip", ["sohu", "tpu_v5e", "a100_sxm", "h100_sxm", "l40s"])
 def test_closed_form_and_machine_agree_on_a_product_of_a_layer(chip: str) -> None:
     """The streams once chose tiles of one row: 105 times the closed form on sohu, 5.5 on H100, 8 on A100."""
-    assert 0.7 < compare(target(chip), product(target(chip), 256, 512, 512)).ratio < 1.4
+    assert 0.7 < compare_kernel(target(chip), product(target(chip), 256, 512, 512)).ratio < 1.4
 
 
 @settings(max_examples=60, deadline=None)

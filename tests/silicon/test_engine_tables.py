@@ -32,6 +32,22 @@ def test_errors_are_reported_by_kernel_and_the_rest_is_named(tmp_path: Path) -> 
     assert done.exit_code == 0 and "not expressed by the closed forms" in " ".join(done.output.split())
 
 
+def test_a_table_of_servers_is_left_out(tmp_path: Path) -> None:
+    """serving.csv beside tables of kernels or of engines stops neither; the line names the command for it."""
+    us = linear_timing(target("h100_sxm"), 4096, 4096, 4096).seconds * 1e6
+    engines, kernels = tmp_path / "engines", tmp_path / "kernels"
+    (engines / "h100_sxm").mkdir(parents=True)
+    kernels.mkdir()
+    names = {engines / "h100_sxm" / "vllm_gemm.csv": "gemm_dtype", kernels / "h100_sxm_matmul.csv": "dtype"}
+    for file, dtype in names.items():
+        file.write_text(f"kernel_source,{dtype},m,n,k,us\ncublas,bfloat16,4096,4096,4096,{us}\n")
+    for folder in (engines, kernels):
+        (folder / "serving.csv").write_text("backend\nvllm\n")
+        done = CliRunner().invoke(app, ["validate", str(folder)])
+        text = " ".join(done.output.split())
+        assert done.exit_code == 0 and "serving.csv is left out" in text and "use validate-serving" in text
+
+
 def test_a_folder_without_tables_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no <chip>/<engine>_<table>.csv; engines are vllm, sglang, trtllm"):
         validate_engines(tmp_path, 0.0, 1)

@@ -57,6 +57,18 @@ def test_what_nodes_refuse() -> None:
         nodes_of(target("mi300x").chip, 16, "x")
 
 
+def test_nodes_of_one_chip_and_steps_between_nodes() -> None:
+    """Nodes of one chip still start with a barrier; more nodes never take fewer steps; max_chips is at least 1."""
+    alone = ON.with_chip(max_chips=1)
+    for op in STAGES:
+        took = [collective_timing(alone, op, k, 1000) for k in range(2, 20)]
+        assert all(t.seconds > ON.library.barrier_s + t.steps * ON.chip.links.node_latency_s for t in took)
+        steps, seconds = [t.steps for t in took], [t.seconds for t in took]
+        assert steps == sorted(steps) and seconds == sorted(seconds)
+    with pytest.raises(ChipError, match="max_chips=0; allowed: 1 to"):
+        ON.with_chip(max_chips=0)
+
+
 def test_servers_and_their_kv_cross_nodes() -> None:
     """A server of two nodes takes longer for a small step than the same chips in one network; K/V takes the adapter."""
     program, small = ported("llama-3-8b", None), ((1, 100, ()), (1, 100, ((64, 64, 1),)))

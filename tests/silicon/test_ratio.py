@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from intaglio.chips import target
-from intaglio.codesign.ratio import kinds, most_decoding, plan, prompt_rate, search
+from intaglio.codesign.ratio import best_ratio, kinds, most_decoding, prompt_rate, prompt_seconds, search
 from intaglio.codesign.serving import Limits
 from intaglio.codesign.simulate import ported
 from intaglio.codesign.steady import Question
@@ -28,7 +28,7 @@ def test_a_plan_fills_the_chips_and_no_ratio_serves_more(question: Question) -> 
     asked = replace(question, limits=Limits(ttft=1.0, tpot=tpot))
     found, refused = kinds(asked, ON, ["tp1"], 2048, 128)
     one, context = found["tp1"], asked.input + asked.output / 2
-    best = plan(one, one, asked, chips)
+    best = best_ratio(one, one, asked, chips)
     n = most_decoding(one, asked.input, asked.output, tpot)
     assert refused == [] and best and best.prefill + best.decode == chips
     assert one.times.cost(n, context)[0] <= tpot
@@ -45,6 +45,28 @@ def test_prompts_longer_than_a_step_are_cut(question: Question) -> None:
     cut_rate, cut_s = prompt_rate(found["tp1"], 1000)
     assert cut_rate == pytest.approx(1 / cut_s)
     assert prompt_rate(whole["tp1"], 1000)[0] > cut_rate
+
+
+def test_the_limit_of_the_first_token_is_for_one_prompt(question: Question) -> None:
+    """A limit shorter than a full step of many prompts, but longer than one of them alone, finds a ratio."""
+    short = replace(question, input=Random().randrange(200, 400), output=10)
+    found, _ = kinds(short, ON, ["tp1"], 8192, 16)
+    one = found["tp1"]
+    alone, (_, full) = prompt_seconds(one, short.input), prompt_rate(one, short.input)
+    assert alone < full / 4
+    asked = replace(short, limits=Limits(ttft=max(full / 2, 3 * alone)))
+    best = best_ratio(one, one, asked, 2)
+    assert best and best.prefill == best.decode == 1
+    ((*_, done),) = search(asked, found, found, 2)
+    assert done.ttft <= asked.limits.ttft
+    assert best_ratio(one, one, replace(short, limits=Limits(ttft=alone / 2)), 2) is None
+
+
+def test_layouts_that_do_not_fit_are_listed(question: Question) -> None:
+    """Heads that ranks cannot share, and ranks that no network joins, do not end a search."""
+    found, refused = kinds(question, ON.with_chip(node_bytes_per_s=0.0), ["tp3", "tp1", "tp16"], 2048, 16)
+    assert list(found) == ["tp1"] and [layout for layout, _ in refused] == ["tp3", "tp16"]
+    assert "none joins several" in dict(refused)["tp16"]
 
 
 def test_what_is_found_keeps_the_limits(question: Question) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ class FakedProcess:
     before_start: Callable[[FakedProcess], None] = staticmethod(lambda process: None)
 
     def __init__(self, name: str, words: list[str], folder: Path) -> None:
-        self.name, self.folder, self.pid, self.starts, self.kills = name, folder, 1, 0, 0
+        self.name, self.folder, self.pid, self.starts, self.kills, self.stops = name, folder, 1, 0, 0, 0
         self.node = ""
         self.log = folder / f"{name}.log"
         self.server: asyncio.Server | None = None
@@ -56,6 +57,7 @@ class FakedProcess:
         return -9
 
     async def stop(self) -> None:
+        self.stops += 1
         self.end()
 
     def kill(self) -> None:
@@ -95,13 +97,14 @@ async def faked(
     patch: pytest.MonkeyPatch,
     replicas: dict[Role, int],
     autoscaler: Autoscaler | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **how: Any,
 ) -> AsyncIterator[Cluster]:
-    """A cluster of FakedProcesses with these attributes, whose load is read every 10 ms."""
+    """A cluster of FakedProcesses with these attributes, whose load is read every 10 ms. clock: of its requests."""
     kind = type("Process", (FakedProcess,), {name: staticmethod(f) for name, f in how.items()})
     patch.setattr("intaglio.cluster.backends.POLL", 0.01)
     patch.setattr("intaglio.cluster.relayed.POLL", 0.001)
-    cluster = Cluster(Backends(Router()), lambda name: kind(name, [], folder), autoscaler)
+    cluster = Cluster(Backends(Router(), clock=clock), lambda name: kind(name, [], folder), autoscaler)
     try:
         await cluster.start(replicas)
         yield cluster

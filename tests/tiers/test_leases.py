@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from intaglio.runtime import BlockScope
+from intaglio.tiers import DiskTier
 from intaglio.tiers.directory import BlockDirectory, NoRoom
 from intaglio.tiers.leases import LONGEST, Leases
 
@@ -66,6 +68,37 @@ def test_a_lease_that_has_run_out_cannot_be_renewed(tmp_path: Path, clock: Clock
         assert leases.renew(lease, 5.0) and leases.names(lease) == set(names_of(1, 2)) == leases.pinned()
     clock.now += 5 * 10**9
     assert leases.names(lease) is None and not leases.renew(lease, 5.0) and not leases.pinned()
+
+
+def test_a_lock_that_another_holds_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("intaglio.tiers.leases.LOCK_WAIT", 0.02)
+    said = list[str]()
+    tier = DiskTier(tmp_path, 1000, BlockScope("p", "w", "n"), said.append)
+    leases = Leases(tmp_path)
+    lease = leases.take(names_of(1), 60.0)
+    with leases.locked():
+        for _ in range(2):
+            assert tier.pin(names_of(2), 60.0) == ""
+        with pytest.raises(TimeoutError, match="were locked for 0.02 s"):
+            tier.renew(lease, 60.0)
+        assert leases.pinned() == set(names_of(1))
+    assert tier.counts.errors == 3 and tier.counts.expired == 0 and len(said) == 2
+    assert tier.renew(lease, 60.0) and tier.pin(names_of(2), 60.0)
+    tier.close()
+
+
+def test_what_a_killed_process_left_of_a_lease_is_deleted(tmp_path: Path) -> None:
+    leases = Leases(tmp_path)
+    leases.take(names_of(1), 60.0)
+    old, new = leases.folder / f".{'a' * 32}", leases.folder / f".{'b' * 32}"
+    old.write_bytes(b"")
+    new.write_bytes(b"")
+    then = time.time() - LONGEST - 60
+    os.utime(old, (then, then))
+    assert leases.pinned() == set(names_of(1))
+    assert not old.exists() and new.exists()
 
 
 def test_what_is_no_lease_pins_nothing(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ CHIP: dict[str, Range] = {
     "hbm_bytes_per_s": (1, 1e18), "tdp_w": (1e-3, 1e6),
 }  # fmt: skip
 LINKS: dict[str, Range] = {
-    "count": (0, 1e6), "bytes_per_s": (0, 1e18), "max_chips": (0, 1e9), "host_links": (0, 1e6),
+    "count": (0, 1e6), "bytes_per_s": (0, 1e18), "max_chips": (1, 1e9), "host_links": (0, 1e6),
     "node_bytes_per_s": (0, 1e18), "node_latency_s": (0, 1),
 }  # fmt: skip
 ENERGY: dict[str, Range] = {name: (0, 1) for name in ("mac", "hbm_byte", "l2_byte", "link_byte")} | {"idle_w": (0, 1e6)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from intaglio.chips import Target
-from intaglio.cli.plot import Point, bars, lines
+from intaglio.cli.plot import Point, bars, lines, no_chart
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import out, say, table, whole
 
@@ -50,15 +50,19 @@ def apart_table(
             found, refused = given_pairs(q, on, prefill, decode, concurrency, budget, progress), []
         else:
             found, refused = searched_pairs(q, on, prefill, decode, chips, budget, progress)
-    if plot:
+    if plot and found:
         plot.write_text(chart(q, on, found, by_load=bool(concurrency)), encoding="utf-8")
+    elif plot:
+        no_chart(plot)
     if as_json:
         facts = {"model": q.program.name, "chip": on.chip.name, "library": on.library.name, "clock": "modelled"}
         rows = [{"prefill": first, "decode": second, **r.as_dict()} for first, second, r in found]
-        print(json.dumps({**facts, "results": rows}, indent=2))
+        left_out = [{"layout": layout, "reason": why} for layout, why in refused]
+        print(json.dumps({**facts, "refused": left_out, "results": rows}, indent=2))
         return
     say(f"{q.program.name} on {on.chip.name}: requests of {q.input:,} + {q.output:,} tokens, prefill and decode apart")
-    out.print(table(HEADERS, [cells(first, second, r) for first, second, r in found], words=2))
+    if found:
+        out.print(table(HEADERS, [cells(first, second, r) for first, second, r in found], words=2))
     most = max((r.tokens_per_s / r.chips for *_, r in found), default=1.0)
     for *_, r in found:
         rate = r.tokens_per_s / r.chips
@@ -74,9 +78,10 @@ def apart_table(
     else:
         say("No row keeps the limits: allow longer latencies, other layouts, or fewer open requests.")
     links = on.chip.links
-    crosses = {links.node_bytes_per_s > 0 and r.chips > links.max_chips for *_, r in found}
+    sizes = [r.chips for *_, r in found] or [chips]
+    crosses = {links.node_bytes_per_s > 0 and size > links.max_chips for size in sizes}
     ways = {True: ("adapter to other nodes", links.node_bytes_per_s), False: ("links", links.chip_bytes_per_s)}
-    travels = " or ".join(f"{name} at {rate / 1e9:,.0f} GB/s" for name, rate in map(ways.get, sorted(crosses)))
+    travels = " or ".join(f"{ways[x][0]} at {ways[x][1] / 1e9:,.0f} GB/s" for x in sorted(crosses))
     say(
         f"Assumed: {on.library.name} kernels, launch {on.library.launch_s * 1e6:.2g} us; K/V travels over a chip's "
         f"{travels}; random routing of experts; no time of the host. "

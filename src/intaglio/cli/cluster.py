@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import sys
@@ -77,6 +76,7 @@ def up(
         from intaglio.cluster.process import Launched, ReplicaProcess
         from intaglio.cluster.prompt import TimeLimits
         from intaglio.cluster.run import ClusterOptions, run_cluster
+        from intaglio.devices import usable_cores
         from intaglio.server.serve import listen, raise_file_limit
         from intaglio.server.tracing import Tracing
     except ImportError as e:
@@ -92,7 +92,7 @@ def up(
     if ray is not None and prefill is not None and not tiered:
         raise ValueError("--ray with --prefill needs a folder that all nodes share: add -- --kv-cache-dir FOLDER")
     nodes = connect_ray(ray, name) if ray is not None else None
-    cores = nodes.threads(most or total) if nodes else max(1, len(os.sched_getaffinity(0)) // (most or total))
+    cores = nodes.threads(most or total) if nodes else max(1, usable_cores() // (most or total))
     share = threads or cores
     given: dict[str, Any] = {"layout": layout, "device": device, "weights": weights, "timeout": timeout}
     given["threads"] = share if device == "host" else threads

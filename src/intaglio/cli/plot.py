@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from intaglio.cli.show import err
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#555555")  # Okabe and Ito's
 WIDTH, HEIGHT, ROW = 860, 480, 20  # pixels; ROW: of a bar
 LEFT, RIGHT, TOP, BOTTOM = 64, 190, 48, 48  # margins of a line chart
@@ -32,6 +34,17 @@ def svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
 def label(x: float, y: float, text: str, kind: str = "note") -> str:
     """A text element. kind: its classes in STYLE."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+
+
+def number(value: float) -> str:
+    """A value as text: with thousands separators and without decimals from 1,000 on, else with four digits."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def no_chart(path: Path) -> None:
+    """Say on standard error that no chart was written to `path`, since there is nothing to draw."""
+    text = f"--plot {path}: no chart is written, since there is no result to draw"
+    err.print(text, markup=False, soft_wrap=not err.is_terminal)
 
 
 def ticks(most: float) -> list[float]:
@@ -61,7 +74,7 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float]]) -> str:
         y, long = top + i * ROW, max(1.0, value * scale)
         parts.append(label(LABEL - 8, y + 14, f"{group} {name}", "end"))
         parts.append(f'<rect x="{LABEL}" y="{y + 3}" width="{long:.1f}" height="{ROW - 6}" fill="{found[group]}"/>')
-        parts.append(label(LABEL + long + 6, y + 14, f"{value:,.4g}"))
+        parts.append(label(LABEL + long + 6, y + 14, number(value)))
     return svg(WIDTH, top + len(rows) * ROW + 16, title, parts)
 
 
@@ -78,11 +91,11 @@ def lines(title: str, x_unit: str, y_unit: str, series: Mapping[str, Sequence[Po
     for y in ys:
         _, to = at(0, y)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{LEFT + wide}" y1="{to:.1f}" y2="{to:.1f}"/>')
-        parts.append(label(LEFT - 6, to + 4, f"{y:,.4g}", "note end"))
+        parts.append(label(LEFT - 6, to + 4, number(y), "note end"))
     for x in xs:
         to, _ = at(x, 0)
         parts.append(f'<line class="grid" x1="{to:.1f}" x2="{to:.1f}" y1="{TOP}" y2="{TOP + high}"/>')
-        parts.append(label(to, TOP + high + 16, f"{x:,.4g}", "note mid"))
+        parts.append(label(to, TOP + high + 16, number(x), "note mid"))
     parts += [label(LEFT + wide / 2, HEIGHT - 12, x_unit, "mid"), label(16, 42, y_unit)]
     for i, (name, colour) in enumerate(colours(list(series)).items()):
         ordered = sorted(series[name])

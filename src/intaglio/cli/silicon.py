@@ -227,6 +227,11 @@ def simulate(
             raise ValueError("--prefill goes with --decode, --concurrency or --find, and one chip, without --layout")
         if apart and find and chips < 2:
             raise ValueError("--prefill with --find shares out --chips between both kinds of servers; give 2 or more")
+        if apart and concurrency and chips != 1:
+            raise ValueError(
+                f"--chips {chips} with --prefill, --decode and --concurrency: the layouts give the numbers of chips; "
+                "leave --chips out, or use --find in place of --concurrency"
+            )
         if find and concurrency:
             raise ValueError("--find searches the number of open requests; leave --concurrency out")
         if apart and (step_overhead or by != "watt"):
@@ -399,14 +404,16 @@ def validate(
 ) -> None:
     """Compare predicted with measured kernel times of real chips."""
     from intaglio.codesign.engine_tables import validate_engines
-    from intaglio.codesign.validate import as_dict
+    from intaglio.codesign.validate import SERVING, as_dict
     from intaglio.codesign.validate import validate as run_validate
 
-    left: list[str] = []
-    if any(folder.glob("*/*.csv")) and not any(folder.glob("*.csv")):
+    servers = folder / SERVING
+    left = [f"{servers} is left out: it holds measured servers; use validate-serving"] if servers.is_file() else []
+    if any(folder.glob("*/*.csv")) and all(path.name == SERVING for path in folder.glob("*.csv")):
         if split:
             raise ValueError(f"--split {split}: tables of engines have no column split; leave it out")
-        records, left = validate_engines(folder, min_us, worst)
+        records, more = validate_engines(folder, min_us, worst)
+        left += more
     else:
         with progress_bar(f"reading {folder}") as progress:
             records = run_validate(folder, split, min_us, worst, progress)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from intaglio.chips import Target
-from intaglio.cli.plot import Point, bars, lines
+from intaglio.cli.plot import Point, bars, lines, no_chart
 from intaglio.cli.progress import progress_bar
 from intaglio.cli.show import out, say, table, whole
 
@@ -61,8 +61,11 @@ def steady_table(
                         designs.append(one.estimated(of_one, budget or 2048))
                     except ValueError as e:
                         refused.append((one.on.chip.name, str(one.server.placement), str(e)))
-    if plot and designs:
-        plot.write_text(chart(question, designs, find, by), encoding="utf-8")
+    drawn = [d for d in designs if d.within] if find else designs
+    if plot and drawn:
+        plot.write_text(chart(question, drawn, find, by), encoding="utf-8")
+    elif plot:
+        no_chart(plot)
     if as_json:
         left_out = [{"chip": chip, "layout": layout, "reason": why} for chip, layout, why in refused]
         facts = {"model": question.program.name, "clock": "modelled", "refused": left_out}
@@ -96,12 +99,12 @@ def steady_table(
 def chart(question: Question, designs: Sequence[Design], find: bool, by: str) -> str:
     """SVG text: with `find` a bar for each design, else output per chip over output per user for each chip and layout.
 
-    Bars are tokens/s per watt, or per chip with by="chip"; designs beyond a limit are left out of them.
+    Bars are tokens/s per watt, or per chip with by="chip".
     """
     title = f"{question.program.name}: requests of {question.input:,} + {question.output:,} tokens"
     if find:
         unit = "output tokens/s per watt" if by == "watt" else "output tokens/s per chip"
-        kept = [(d.chip, f"{d.placement}, {d.concurrency:,} open", per(d, by)) for d in designs if d.within]
+        kept = [(d.chip, f"{d.placement}, {d.concurrency:,} open", per(d, by)) for d in designs]
         return bars(title, f"{unit}, modelled; {limits_text(question)}", kept)
     series: dict[str, list[Point]] = {}
     for d in designs:

@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from intaglio.server.private_socket import private_socket
+from intaglio.server.private_socket import in_use, private_socket
 
 SOCKET = "admin.sock"
 BLOCKS = "blocks"  # link to the folder of K/V blocks
@@ -70,9 +70,8 @@ def blocks_folder(cluster: Path) -> Iterator[Path]:
 
 def refuse_running(cluster: Path) -> None:
     """Raise ValueError if a cluster answers on the socket of this folder; return nothing otherwise."""
-    with socket.socket(socket.AF_UNIX) as s:
-        if s.connect_ex(str(cluster / SOCKET)) == 0:
-            raise ValueError(f"a cluster {cluster.name!r} runs already; end it with `intaglio cluster down`")
+    if in_use(cluster / SOCKET):
+        raise ValueError(f"a cluster {cluster.name!r} runs already; end it with `intaglio cluster down`")
 
 
 def _is_ours(path: Path) -> bool:

@@ -43,6 +43,9 @@ class Backends:
         router: decides on which replica a request is placed.
         silence: seconds without a load report after which a replica counts as lost, even if its process lives.
         clock: the time in seconds.
+
+    Set `on_lost` to a function to call when a replica is lost: with its name, with the reason if this process has given
+    it up, else "", and with the unexpected error, if any.
     """
 
     def __init__(self, router: Router, silence: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,7 +59,8 @@ class Backends:
         self.leases: dict[str, tuple[str, str]] = {}  # by job id: prefill replica that renews it, lease on its blocks
         self.released: dict[str, list[str]] = {}  # by replica: leases to end with the next poll
         self.finished: dict[str, deque[tuple[float, float, float]]] = {}  # by replica: end, TTFT, seconds of requests
-        self.on_lost: Callable[[str], None] = lambda name: None
+        self.on_lost: Callable[[str, str, Exception | None], None] = lambda name, why, error: None
+        self._reasons: dict[str, tuple[str, Exception | None]] = {}  # by replica that this process has given up
         self._polls: dict[str, asyncio.Task[None]] = {}
         self._ticking: asyncio.Task[None] | None = None
 
@@ -131,7 +135,7 @@ class Backends:
             jobs = self.router.died(name)
             if jobs:
                 log.warning("replica %s was lost with %d requests, which go on elsewhere", name, len(jobs))
-        self.on_lost(name)
+        self.on_lost(name, *self._reasons.pop(name, ("", None)))
         self.pump()
 
     async def _poll(self, name: str, link: Link) -> None:
@@ -143,12 +147,12 @@ class Backends:
         except LinkLost:
             pass
         except Exception as e:
+            what = f"replica {name} counts as lost: its load report cannot be used"
             if isinstance(e, TimeoutError):
-                log.error("replica %s has not answered for %.0f s and counts as lost", name, self.silence)
+                what = f"replica {name} has not answered for {self.silence:.0f} s and counts as lost"
             elif isinstance(e, ReplicaBroken):
-                log.error("replica %s cannot serve any more and counts as lost: %s", name, e)
-            else:
-                log.error("replica %s counts as lost: its load report cannot be used", name, exc_info=e)
+                what = f"replica {name} cannot serve any more and counts as lost: {e}"
+            self._reasons[name] = what, None if isinstance(e, TimeoutError | ReplicaBroken) else e
             link.abort()
 
     async def _poll_once(self, name: str, link: Link) -> None:

@@ -20,7 +20,7 @@ DRAIN_TIMEOUT = 600.0  # seconds that a drained replica's last requests may take
 AUTOSCALE = 1.0  # seconds between decisions of the autoscaler
 TIDY = 10.0  # seconds between looks at the lengths of logs
 MAX_REPLICAS = 64
-INCIDENTS = 50  # kept for state()
+INCIDENTS, INCIDENT = 50, 200  # kept for state(): their number, and most characters of each
 INITIALS: Mapping[Role, str] = {"mixed": "r", "prefill": "p", "decode": "d"}
 
 
@@ -46,6 +46,7 @@ class Cluster:
         self.incidents: deque[tuple[float, str]] = deque(maxlen=INCIDENTS)  # (time of day in seconds, what happened)
         self.stopping = False
         self._supervisors: dict[str, asyncio.Task[None]] = {}
+        self._starting: dict[str, asyncio.Future[None]] = {}  # first starts of replicas
         self._leaving: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._numbers: Counter[Role] = Counter()
@@ -61,7 +62,7 @@ class Cluster:
         self.backends.start()
         self._tasks.append(asyncio.ensure_future(self._tidy()))
         async with self._changing:
-            await self._grow([role for role, n in replicas.items() for _ in range(n)])
+            await self._started(self._enrol([role for role, n in replicas.items() for _ in range(n)]))
         if self.autoscaler:
             self._tasks.append(asyncio.ensure_future(self._autoscale(self.autoscaler)))
 
@@ -70,7 +71,7 @@ class Cluster:
 
         role: None is "mixed", or "decode" if the cluster has separate replicas for prefill and decode. Raises
         ValueError for a number outside 1..MAX_REPLICAS and for a role that the cluster does not have, ReplicaFailed if
-        a replica does not start.
+        a replica does not start, or is drained before it serves.
         """
         if not 1 <= replicas <= MAX_REPLICAS:
             raise ValueError(f"{replicas} replicas; allowed: 1 to {MAX_REPLICAS}")
@@ -79,8 +80,9 @@ class Cluster:
             if role not in self.roles:
                 raise ValueError(f"the cluster has no {role} replicas; allowed: {', '.join(self.roles)}")
             names = [name for name in self.processes if self.backends.router.replicas[name].role == role]
-            await self._grow([role] * (replicas - len(names)))
+            starts = self._enrol([role] * (replicas - len(names)))
             await self._remove(names[replicas:][::-1])
+        await self._started(starts)  # which may take long: others may be drained meanwhile
 
     async def drain(self, name: str, restart: bool = False) -> int:
         """Move a replica's requests to other replicas and stop it; start it again if `restart`.
@@ -98,9 +100,9 @@ class Cluster:
                 )
             role = self.backends.router.replicas[name].role
             moved = await self._remove([name])
-            if restart:
-                await self._add(name, role)
-            return moved
+            starts = {name: self._enrol_one(name, role)} if restart else {}
+        await self._started(starts)
+        return moved
 
     async def stop(self) -> None:
         """End all replicas at once, without draining them, and close the links to them."""
@@ -136,35 +138,53 @@ class Cluster:
         }  # fmt: skip
 
     def _note(self, what: str, level: int = logging.ERROR, error: Exception | None = None) -> None:
-        """Log what happened to a replica and keep it for state(). error: to log with its traceback."""
-        log.log(level, what, exc_info=error)
-        self.incidents.append((time.time(), what))
+        """Log what happened to a replica, and keep the first line for state(), which all tenants may read.
 
-    async def _grow(self, roles: Sequence[Role]) -> None:
-        """Start one more replica for each of `roles`, all at once. Raises the first error if any does not start."""
-        names: dict[str, Role] = {}
+        error: to log with its traceback.
+        """
+        log.log(level, "%s", what, exc_info=error)
+        self.incidents.append((time.time(), what.partition("\n")[0][:INCIDENT]))
+
+    def _enrol(self, roles: Sequence[Role]) -> dict[str, asyncio.Future[None]]:
+        """Add one more replica for each of `roles` and begin to start it. Returns their starts, by name."""
+        starts: dict[str, asyncio.Future[None]] = {}
         for role in roles:
-            names[f"{INITIALS[role]}{self._numbers[role]}"] = role
+            name = f"{INITIALS[role]}{self._numbers[role]}"
             self._numbers[role] += 1
-        results = await asyncio.gather(*(self._add(*one) for one in names.items()), return_exceptions=True)
-        errors = [r for r in results if isinstance(r, BaseException)]
-        if errors:
-            raise errors[0]
+            starts[name] = self._enrol_one(name, role)
+        return starts
 
-    async def _add(self, name: str, role: Role) -> None:
+    def _enrol_one(self, name: str, role: Role) -> asyncio.Future[None]:
+        self.backends.router.add_replica(name, role)
+        self.processes[name] = self.launch(name)
+        start = self._starting[name] = asyncio.ensure_future(self._start_one(name))
+        return start
+
+    async def _started(self, starts: Mapping[str, asyncio.Future[None]]) -> None:
+        """Wait until enrolled replicas serve. starts: by name. Raises the first error if any does not start."""
+        results = await asyncio.gather(*starts.values(), return_exceptions=True)
+        for name, result in zip(starts, results, strict=True):
+            if isinstance(result, asyncio.CancelledError):
+                raise ReplicaFailed(f"replica {name} was removed before it served")
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _start_one(self, name: str) -> None:
         """Start a replica and wait until it serves.
 
         If it does not, it is removed, and the error, such as ReplicaFailed, is raised.
         """
-        self.backends.router.add_replica(name, role)
-        process = self.processes[name] = self.launch(name)
+        process = self.processes[name]
         try:
             await self.backends.attach(name, await process.start())
         except BaseException:
             process.kill()
             del self.processes[name]
             self.backends.forget(name)
+            await process.stop()
             raise
+        finally:
+            self._starting.pop(name, None)
         self._supervisors[name] = asyncio.ensure_future(self._supervise(name, process))
 
     async def _remove(self, names: Sequence[str]) -> int:
@@ -183,7 +203,15 @@ class Cluster:
         return moved
 
     async def _stop_drained(self, name: str) -> None:
-        """Wait until a drained replica has no requests, at most DRAIN_TIMEOUT, then stop and forget it."""
+        """Wait until a drained replica has no requests, at most DRAIN_TIMEOUT, then stop and forget it.
+
+        A replica that has not served yet is given up.
+        """
+        if start := self._starting.get(name):
+            start.cancel()
+            await asyncio.gather(start, return_exceptions=True)
+        if name not in self.processes:
+            return
         await self.backends.emptied(name, DRAIN_TIMEOUT)
         supervisor = self._supervisors.pop(name)
         supervisor.cancel()
@@ -244,10 +272,13 @@ class Cluster:
                 except OSError as e:
                     log.error("%s cannot be shortened: %s", process.log, e)
 
-    def _lost(self, name: str) -> None:
+    def _lost(self, name: str, why: str, error: Exception | None) -> None:
         """Kill the process of a replica whose connection has ended, so that _supervise() starts it again.
 
-        Nothing happens while the replica is removed or the cluster stops.
+        The process is left alone while the replica is removed or the cluster stops. why, error: as for
+        Backends.on_lost.
         """
+        if why:
+            self._note(why, error=error)
         if (process := self.processes.get(name)) and name not in self._leaving and not self.stopping:
             process.kill()

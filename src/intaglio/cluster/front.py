@@ -23,10 +23,9 @@ from intaglio.server.app import PAGE
 from intaglio.server.delivery import ClientDisconnected, while_connected
 from intaglio.server.incoming import check_key, read_body
 from intaglio.server.problem import Json, Problem
-from intaglio.server.tracing import Tracing, traced
+from intaglio.server.tracing import GENERATE, Tracing, traced
 
 log = logging.getLogger("intaglio.cluster")
-GENERATE = frozenset(("/v1/chat/completions", "/v1/completions"))
 PASSED_ON = frozenset(("/tokenize", "/detokenize", "/v1/embeddings", "/v1/models", "/openapi.json", "/version"))
 PUBLIC = frozenset(("/", "/health", "/ping", "/ready", "/version", "/metrics", "/openapi.json"))  # no API key
 PASSED_HEADERS = ("content-type",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from intaglio.server import control_tcp
 from intaglio.server.control import pack, read_frame
 from intaglio.server.control_tcp import TcpAddress
 
+RETRY = 0.2  # seconds between attempts to connect
 Frame = tuple[dict[str, Any], bytes]
 
 
@@ -75,14 +77,22 @@ class Link:
         self._reading = asyncio.ensure_future(self._read(reader))
 
     @classmethod
-    async def connect(cls, where: Path | TcpAddress) -> Link:
+    async def connect(cls, where: Path | TcpAddress, patience: float = 0.0) -> Link:
         """Connect to the control channel at a Unix socket's path or a TCP address, and return the Link.
 
-        Raises OSError; NotAuthenticated, a kind of it, if the other end does not know the address's token.
+        patience: seconds during which an attempt that fails is repeated. Raises OSError; NotAuthenticated, a kind of
+        it, if the other end does not know the address's token.
         """
-        if isinstance(where, TcpAddress):
-            return cls(*await control_tcp.connect(where))
-        return cls(*await asyncio.open_unix_connection(where))
+        ends = time.monotonic() + patience
+        while True:
+            try:
+                if isinstance(where, TcpAddress):
+                    return cls(*await control_tcp.connect(where))
+                return cls(*await asyncio.open_unix_connection(where))
+            except OSError:
+                if time.monotonic() >= ends:
+                    raise
+            await asyncio.sleep(RETRY)
 
     def call(self, header: dict[str, Any], body: bytes = b"") -> Call:
         """Send a call and return it as a Call. Raises LinkLost if the connection has ended."""

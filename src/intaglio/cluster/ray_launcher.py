@@ -25,11 +25,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from intaglio.cluster.link import Link
 from intaglio.cluster.process import STARTING, STOPPING, Launched, ReplicaFailed
 from intaglio.cluster.ray_actor import ReplicaActor
+from intaglio.cluster.threads import threads_that_fit
 from intaglio.server.control_tcp import TcpAddress
 
 log = logging.getLogger("intaglio.cluster")
 PLACING = 300.0  # seconds that a replica may wait for a node with enough CPUs
 CHOSEN = 5.0  # of them, seconds that it waits for the node that was chosen, before any other will do
+CONNECTING = 10.0  # seconds in which the connection to a replica that serves is tried again
 CALL = 10.0  # seconds that an actor may take to answer, beyond what it is asked to do
 NODE_LABEL = "ray.io/node-id"
 LOST = -1  # exit code of a process whose actor is gone
@@ -56,9 +58,9 @@ class RayLauncher:
             raise ValueError(f"there is no Ray cluster at {address}: {e}; start one with `ray start --head`") from None
 
     def threads(self, replicas: int) -> int:
-        """CPUs of an equal share of `replicas` replicas in the cluster, at least 1 and at most those of a node."""
+        """Most CPUs that each of `replicas` replicas can have in the cluster, each on one node; at least 1."""
         nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-        return max(1, min(int(max(nodes)), int(sum(nodes)) // replicas))
+        return threads_that_fit(nodes, replicas)
 
     def prepare(self, words: Sequence[str], ranks: int, threads: int) -> None:
         """Set what replicas run. words: arguments of `intaglio serve`. threads: of all ranks of a replica together.
@@ -132,7 +134,7 @@ class RayReplica(Launched):
             self._pid, self.log = found["pid"], Path(found["log"])
             self.node, self.node_id = f"{found['host']} ({found['node'][:8]})", found["node"]
             log.info("replica %s runs on Ray node %s; its log there is %s", self.name, self.node, self.log)
-            self._link = await Link.connect(TcpAddress(found["host"], found["port"], token.encode()))
+            self._link = await Link.connect(TcpAddress(found["host"], found["port"], token.encode()), CONNECTING)
             return self._link
         except RayError as e:
             self.kill()

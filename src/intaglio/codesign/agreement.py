@@ -23,7 +23,7 @@ VALUE_BYTES = 4  # of an activation in the streams, which keep activations in FP
 
 
 @dataclass(frozen=True)
-class Agreement:
+class KernelAgreement:
     """Modelled seconds of one call, launch overhead included, by the machine and by the closed form."""
 
     case: Case
@@ -63,8 +63,8 @@ def warm(memory: ChipMemory, regions: Sequence[Region]) -> None:
                 memory.l2.access(region.part(slice(row, row + 1)), writes=False)
 
 
-def compare(on: Target, case: Case) -> Agreement:
-    """Time one call by both models. Returns an Agreement with the seconds of each.
+def compare_kernel(on: Target, case: Case) -> KernelAgreement:
+    """Time one call by both models. Returns a KernelAgreement with the seconds of each.
 
     The closed form counts activations in the format that the streams keep them in. Rounding the operand of a product
     is not counted: it is a launch of its own that the closed form does not model.
@@ -82,15 +82,15 @@ def compare(on: Target, case: Case) -> Agreement:
     memory.run(kernel.streams(memory, case.op, case.tensors, case.batch))
     launches = memory.launches if isinstance(case.op, Experts) else memory.launches[-1:]
     closed = kernel.of(case.op, case.tensors).time(on, sizes_of(case.batch), resident=False)
-    return Agreement(case, sum(run.seconds + on.library.launch_s for run in launches), closed.seconds)
+    return KernelAgreement(case, sum(run.seconds + on.library.launch_s for run in launches), closed.seconds)
 
 
-def random_agreements(rng: np.random.Generator, on: Target, kind: str, count: int) -> list[Agreement]:
-    """The Agreements of `count` random calls of the kernel of op `kind`, one of CASES."""
-    return [compare(on, CASES[kind](rng, on)) for _ in range(count)]
+def random_agreements(rng: np.random.Generator, on: Target, kind: str, count: int) -> list[KernelAgreement]:
+    """The KernelAgreements of `count` random calls of the kernel of op `kind`, one of CASES."""
+    return [compare_kernel(on, CASES[kind](rng, on)) for _ in range(count)]
 
 
-def differences(found: Sequence[Agreement]) -> tuple[float, float, Agreement]:
+def differences(found: Sequence[KernelAgreement]) -> tuple[float, float, KernelAgreement]:
     """(median of abs(ratio - 1), its maximum, the call with the maximum)."""
     off = np.array([abs(a.ratio - 1) for a in found])
     return float(np.median(off)), float(off.max()), found[int(off.argmax())]

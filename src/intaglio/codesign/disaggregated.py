@@ -14,11 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from intaglio.codesign.engines import EngineTimes
-from intaglio.codesign.queue import Queue, QueueSettings
+from intaglio.codesign.queue import NEVER, Queue, QueueSettings
 from intaglio.codesign.steps import StepTimes
 from intaglio.measure.workload import LoadRequest
-
-NEVER = float("inf")
 
 
 @dataclass(frozen=True)

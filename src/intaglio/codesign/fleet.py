@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from intaglio.chips import Target
-from intaglio.codesign.queue import Queue, QueueSettings
+from intaglio.codesign.queue import NEVER, Queue, QueueSettings
 from intaglio.codesign.serving import EngineSettings, Limits, ServingResult, check_context
 from intaglio.codesign.steps import Costs, Server, StepTimes
 from intaglio.measure.load import Outcome, summarise
 from intaglio.measure.workload import LoadRequest
 from intaglio.progress import Progress, silent
 
-NEVER = float("inf")
 ROUTES = ("least-open", "round-robin")  # to the replica with the fewest open requests; to each in turn
 REPORT = 1000  # arrivals between two reports of progress
 

@@ -15,6 +15,7 @@ from intaglio.codesign.steps import Costs
 from intaglio.measure.load import Outcome
 from intaglio.measure.workload import LoadRequest
 
+NEVER = float("inf")  # seconds: an event that does not come
 LEAP = 256  # steps that are taken together, at most
 
 
@@ -147,7 +148,7 @@ class Queue:
             self._mixed_step(n)
             return
         count = self._equal_steps()
-        if until < float("inf"):
+        if until < NEVER:
             first = self._overhead(n) + self.times.cost(n, self.keys / n)[0]
             count = max(1, min(count, int((until - self.now) / first) + 1))
         self._advance(n, *self._mean_cost(count), count)
@@ -250,5 +251,5 @@ def serve(
             one = pending.popleft()
             queue.add(one, one.at if concurrency is None else queue.now)
         queue.admit()
-        queue.take_steps(pending[0].at if pending and queue.open < most else float("inf"))
+        queue.take_steps(pending[0].at if pending and queue.open < most else NEVER)
     return QueueResult(tuple(queue.done), queue.steps, queue.joules, queue.busy_s)

@@ -15,11 +15,14 @@ from intaglio.codesign.placement import Placement
 from intaglio.codesign.queue import QueueSettings
 from intaglio.codesign.steady import Question
 from intaglio.codesign.steps import Server, StepTimes
+from intaglio.compiler import LayoutError
 from intaglio.measure.workload import LoadRequest
 from intaglio.progress import Progress, silent
 
-PREFILL_LOAD = 0.85  # of the prefill servers' rate that a plan uses: above it prompts wait long
-TRIES = 8  # of the queues for one plan, each with 15 % fewer requests
+# Part of the prefill servers' rate that a ratio uses. A prompt's wait grows with load / (1 - load) (the formula of
+# Pollaczek and Khinchine): 5.7 at 85 %, 19 at 95 %. Chosen below that rise; the queues that confirm a ratio decide.
+PREFILL_LOAD = 0.85
+TRIES = 8  # of the queues for one ratio, each with 15 % fewer requests
 FEWER = 0.85
 
 
@@ -45,8 +48,8 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Numbers of servers, the load, and what the closed form expects: requests per second of all."""
+class Ratio:
+    """Numbers of servers of each kind, the load, and what the closed form expects: requests per second of all."""
 
     prefill: int
     decode: int
@@ -54,17 +57,22 @@ class Plan:
     rate: float
 
 
-def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
-    """(prompts per second, seconds of a prompt) of one prefill server whose steps are full."""
-    budget, copies = kind.settings.max_batch_tokens, kind.times.copies
-    if input <= budget:
-        many = copies * (budget // input)
-        seconds = kind.times.cost(0, 1, [(input, input, many)])[0]
-        return many / seconds, seconds
+def prompt_seconds(kind: Kind, input: int, count: int = 1) -> float:
+    """Seconds in which one prefill server computes `count` prompts together, in chunks if they are longer than a step.
+
+    With count=1 it is the least time to the first token.
+    """
+    budget = kind.settings.max_batch_tokens
     ends = [*range(budget, input, budget), input]
     starts = [0, *ends[:-1]]
-    seconds = sum(kind.times.cost(0, 1, [(b - a, b, copies)])[0] for a, b in zip(starts, ends, strict=True))
-    return copies / seconds, seconds
+    return sum(kind.times.cost(0, 1, [(b - a, b, count)])[0] for a, b in zip(starts, ends, strict=True))
+
+
+def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
+    """(prompts per second of one prefill server whose steps are full, seconds that a prompt is in such steps)."""
+    count = kind.times.copies * max(1, kind.settings.max_batch_tokens // input)
+    seconds = prompt_seconds(kind, input, count)
+    return count / seconds, seconds
 
 
 def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
@@ -80,15 +88,19 @@ def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
     return low
 
 
-def plan(first: Kind, second: Kind, question: Question, chips: int) -> Plan | None:
-    """The Plan with the most requests per second of exactly `chips` chips; None if no ratio fills them or the limit."""
-    rate, prompt_s = prompt_rate(first, question.input)
+def best_ratio(first: Kind, second: Kind, question: Question, chips: int) -> Ratio | None:
+    """The Ratio with the most requests per second of exactly `chips` chips.
+
+    None if no ratio fills them, or if a prompt alone or a step that decodes one sequence breaks a limit.
+    """
+    rate, full_s = prompt_rate(first, question.input)
     n = most_decoding(second, question.input, question.output, question.limits.tpot)
-    if not n or prompt_s > question.limits.ttft:
+    if not n or prompt_seconds(first, question.input) > question.limits.ttft:
         return None
+    prompt_s = min(full_s, question.limits.ttft)  # that a prompt may wait and be computed
     step = second.times.cost(n, question.input + question.output / 2)[0]
     each = n / (max(1, question.output - 1) * step)  # requests/s of a decode server with n open
-    best: Plan | None = None
+    best: Ratio | None = None
     for a in range(1, chips // first.chips + 1):
         b, rest = divmod(chips - a * first.chips, second.chips)
         if rest or b < 1:
@@ -96,7 +108,7 @@ def plan(first: Kind, second: Kind, question: Question, chips: int) -> Plan | No
         reached = min(PREFILL_LOAD * a * rate, b * each)
         if best is None or reached > best.rate:
             open_ = round(reached / (b * each) * b * n + reached * prompt_s)
-            best = Plan(a, b, max(1, open_), reached)
+            best = Ratio(a, b, max(1, open_), reached)
     return best
 
 
@@ -105,8 +117,8 @@ def kinds(
 ) -> tuple[dict[str, Kind], list[tuple[str, str]]]:
     """({layout: Kind} of those that fit, (layout, reason) of the others).
 
-    budget, sequences: tokens and sequences of a step of one copy of attention. Raises LayoutError for a wrong layout,
-    and ValueError for one with replicas.
+    budget, sequences: tokens and sequences of a step of one copy of attention. Raises LayoutError for a text that is no
+    layout, and ValueError for a layout with replicas.
     """
     found: dict[str, Kind] = {}
     refused: list[tuple[str, str]] = []
@@ -117,7 +129,10 @@ def kinds(
         try:
             times = StepTimes(Server.of(question.program, placement, question.formats), on)
             kv = times.server.kv_tokens(on, question.memory_share, budget, sequences)
-        except ChipError as e:
+            if kv <= question.input:
+                raise ChipError(f"{on.chip.name} has room for K/V of {kv:,} tokens; a prompt has {question.input:,}")
+            times.cost(1, question.input)  # raises ChipError for ranks that no network joins
+        except (ChipError, LayoutError) as e:
             refused.append((text, str(e)))
             continue
         found[text] = Kind(times, QueueSettings(kv, budget, sequences * times.copies))
@@ -136,7 +151,7 @@ def search(
     pairs = [(a, b) for a in prefill for b in decode]
     for i, (a, b) in enumerate(pairs):
         progress(i, len(pairs), f"{a} and {b}: searching")
-        found = plan(prefill[a], decode[b], question, chips)
+        found = best_ratio(prefill[a], decode[b], question, chips)
         if found and (done := confirmed(prefill[a], decode[b], found, question)):
             names = (
                 str(kind.of(n).server.placement) for kind, n in ((prefill[a], found.prefill), (decode[b], found.decode))
@@ -145,8 +160,8 @@ def search(
     return sorted(out, key=lambda row: -row[2].tokens_per_s / row[2].chips)  # type: ignore[return-value]
 
 
-def confirmed(first: Kind, second: Kind, found: Plan, question: Question) -> ApartResult | None:
-    """The ApartResult of a plan by the queues, with fewer open requests until the limits are kept; None if never."""
+def confirmed(first: Kind, second: Kind, found: Ratio, question: Question) -> ApartResult | None:
+    """The ApartResult of a ratio by the queues, with fewer open requests until the limits are kept; None if never."""
     apart = Apart(first.of(found.prefill), second.of(found.decode), first.settings, second.settings)
     open_ = found.concurrency
     for _ in range(TRIES):

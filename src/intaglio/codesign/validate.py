@@ -126,6 +126,7 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
     return tuple(int(v) for v in ranks[ranks.sum(axis=1).argmax()])
 
 
+SERVING = "serving.csv"  # of measured servers, beside the tables of kernels
 TABLES: dict[str, Callable[[Target, Row], float]] = {
     "matmul": matmul,
     "attention_prefill": attention,
@@ -152,10 +153,10 @@ class Record:
 def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
     """Read every file `<chip>_<table>.csv` of a folder. Returns {(chip, table): rows}, each row a dict by column name.
 
-    Raises ValueError for an unknown chip or table, and if there is no such file.
+    A file SERVING is left out. Raises ValueError for an unknown chip or table, and if there is no such file.
     """
     found = {}
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted(p for p in folder.glob("*.csv") if p.name != SERVING):
         name = next((c for c in sorted(CHIPS, key=len, reverse=True) if path.stem.startswith(c + "_")), None)
         table = path.stem[len(name) + 1 :] if name else ""
         if name is None or table not in TABLES:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from intaglio.devices.clock import Clock, VirtualClock, WallClock
+from intaglio.devices.cores import usable_cores
 from intaglio.devices.device import (
     BlockingExecutable,
     CompletedStep,
@@ -61,5 +62,5 @@ __all__ = [
     "DEVICES", "ArrayWeights", "BlockingExecutable", "Clock", "CompletedStep", "Device", "DeviceError", "DeviceFacts",
     "DeviceLost", "Executable", "HostsDevice", "MeshDevice", "PendingStep", "RanksDevice", "ReplacementRefused",
     "ReportedWeights", "StateSpec", "StepRequest", "StepResult", "VirtualClock", "WallClock", "Weights", "WorkerDevice",
-    "open_device", "register_device",
+    "open_device", "register_device", "usable_cores",
 ]  # fmt: skip

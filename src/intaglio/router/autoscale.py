@@ -37,9 +37,10 @@ class Autoscaler:
             self.why = f"allowed are {self.least} to {self.most}"
             return min(max(replicas, self.least), self.most)
         serving = [r for r in router.replicas.values() if r.placeable]
-        waiting = len(router.queue) + sum(r.report.waiting for r in serving)
+        waiting = len(router.queue)
         self._busy = (now if self._busy is None else self._busy) if waiting else None
-        quiet = not waiting and len(serving) == replicas and self._enough_without_one(serving)
+        idle = not waiting and not any(r.report.waiting for r in serving)
+        quiet = idle and len(serving) == replicas and self._enough_without_one(serving)
         self._quiet = (now if self._quiet is None else self._quiet) if quiet else None
         if self._busy is not None and now - self._busy >= UP_AFTER and replicas < self.most:
             seconds = router.queue_seconds()

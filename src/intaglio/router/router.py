@@ -231,7 +231,7 @@ class Router:
                 raise Refusal("unavailable", "no replica serves; start one with `intaglio cluster scale`", RETRY_MAX)
             raise Refusal("unavailable", "no replica is ready yet; retry later", RETRY_MIN)
         most, waiting = self.limits.max_queued, len(self.queue)
-        wait = self._queue_seconds(alive, job.stage)
+        wait = self._wait_seconds(alive, job.stage)
         own = self.queue.share(job.tenant, most)
         if waiting >= most:
             raise Refusal("full", f"{waiting} requests wait, max_queued is {most}; retry later", _retry(wait))
@@ -249,7 +249,7 @@ class Router:
             why = f"it would take {wait + best.end:.1f} s, {over:.1f} s more than its timeout; retry later"
             raise Refusal("late", why, _retry(over))
 
-    def _queue_seconds(self, alive: list[Replica], stage: str) -> float:
+    def _wait_seconds(self, alive: list[Replica], stage: str) -> float:
         """Estimated seconds until the waiting jobs of a stage have been placed, by the replicas' prefill pace."""
         tokens = sum(job.prompt_tokens - job.handed for job in self.queue.jobs() if job.stage == stage)
         return tokens / sum(1 / max(r.report.pace.per_token, 1e-9) for r in alive)

@@ -7,7 +7,7 @@ Many calls share one connection. A frame is a header, JSON, and a body, bytes, w
         last with "end". One frame may have the fields of several.
     {"call": N, "do": "cancel"}
     {"call": N, "do": "load", "incarnation", "after", "renew", "release"}: figures, and the block events after number
-        `after`. The lists of leases on handed K/V blocks, to renew and to end, may be missing.
+        `after`. The lists of leases on handed K/V blocks, which are held and which are to end, may be missing.
 
 Requests pass through the same ASGI application as those over HTTP. The socket is a Unix socket that only this user may
 connect to, or TCP with a token (see control_tcp.py).
@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message
 from intaglio.runtime import Engine, Refused
 from intaglio.server.control_tcp import TcpAddress, tcp_server
 from intaglio.server.driver import Inspect
-from intaglio.server.prefill import renew_leases
+from intaglio.server.prefill import HeldLeases
 from intaglio.server.private_socket import private_socket
 from intaglio.server.relay import NOTE, Relay, encode, write_delta
 from intaglio.server.served_model import ServedModel
@@ -104,6 +104,7 @@ class Connection:
     def __init__(self, app: ASGIApp, service: Service, writer: asyncio.StreamWriter) -> None:
         self.app, self.service, self.writer = app, service, writer
         self.calls: dict[int, Call] = {}
+        self.leases: HeldLeases | None = None  # those of the router; None until it names some
 
     async def run(self, reader: asyncio.StreamReader) -> None:
         """Read the router's frames, and start or cancel calls as they say, until the connection ends."""
@@ -122,6 +123,8 @@ class Connection:
         """Cancel all calls and close the connection."""
         for call in list(self.calls.values()):
             call.disconnect()
+        if self.leases:
+            self.leases.update((), ())
         self.writer.close()
 
     def write(self, header: dict[str, Any], body: bytes = b"") -> None:
@@ -144,9 +147,10 @@ class Connection:
     async def _load(self, header: dict[str, Any]) -> None:
         model, longest = next(iter(self.service.models.values())), self.service.options.step_timeout
         try:
-            if header.get("renew") or header.get("release"):
-                held = header.get("renew", ()), header.get("release", ())
-                await asyncio.to_thread(renew_leases, model, *held)
+            if (header.get("renew") or header.get("release")) and model.llm.tier and not self.leases:
+                self.leases = HeldLeases(model.llm.tier)
+            if self.leases:
+                self.leases.update(header.get("renew", ()), header.get("release", ()))
             report = await load_report(model, header["incarnation"], header["after"], longest)
         except Exception as e:  # such as an engine that has ended; the router is to know at once
             log.error("control channel: no load report", exc_info=None if isinstance(e, Refused) else e)

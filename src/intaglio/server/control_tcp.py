@@ -20,7 +20,7 @@ SCHEME = "tcp://"
 TOKEN_VARIABLE = "INTAGLIO_CONTROL_TOKEN"  # environment variable with the token of --control tcp://HOST:PORT
 MAGIC = b"intaglio control 1"
 NONCE = 32  # bytes
-GREETING_MAX = 32  # connections that may introduce themselves at a time
+GREETING_MAX = 32  # connections that may introduce themselves at a time; one more ends the oldest of them
 Connected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -107,19 +107,22 @@ async def tcp_server(
     connected: called with reader and writer of each authenticated connection. refused: called with the reason for
     each connection that is not authenticated. Raises OSError that names the address if it cannot be bound.
     """
-    greeting = asyncio.Semaphore(GREETING_MAX)
+    greeting: dict[asyncio.StreamWriter, None] = {}  # the oldest first
 
     async def arrived(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if greeting.locked():
-            writer.transport.abort()
-            return
+        if len(greeting) >= GREETING_MAX:
+            oldest = next(iter(greeting))
+            del greeting[oldest]
+            oldest.transport.abort()
+        greeting[writer] = None
         try:
-            async with greeting:
-                await greet(reader, writer, address.token)
+            await greet(reader, writer, address.token)
         except NotAuthenticated as e:
             refused(f"a connection from {writer.get_extra_info('peername')} is refused: {e}")
             writer.transport.abort()
             return
+        finally:
+            greeting.pop(writer, None)
         await connected(reader, writer)
 
     try:

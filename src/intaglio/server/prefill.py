@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from starlette.types import Receive, Scope, Send
 
@@ -16,15 +17,16 @@ from intaglio.server.tracing import span
 from intaglio.tiers import DiskTier
 
 LEASE = 15.0  # seconds that handed blocks stay pinned after the last renewal
+RENEWAL = LEASE / 4  # seconds between renewals of a lease
 
 
 class Prefill:
     """ASGI response to a request whose prompts are computed here, while another replica generates the output.
 
     The engine saves each full K/V block to its tier. All blocks of the prompts are pinned by a lease, which is renewed
-    while they are computed. When all blocks are saved, the response {"tokens", "handed", "whole", "lease"} is sent: the
-    length of the first prompt, how many of its tokens have their K/V in the tier, pinned, how many would have if all
-    blocks had been kept, and the lease, which the router renews for as long as the blocks are wanted.
+    while they are computed and saved. When all blocks are saved, the response {"tokens", "handed", "whole", "lease"} is
+    sent: the length of the first prompt, how many of its tokens have their K/V in the tier, pinned, how many would have
+    if all blocks had been kept, and the lease, which the router renews for as long as the blocks are wanted.
 
     Nothing is computed if the engine has no tier, or for prompts whose log-probabilities are wanted: those the other
     replica computes itself.
@@ -43,13 +45,17 @@ class Prefill:
         try:
             if self.tier and self.prompts:
                 self.lease = await asyncio.to_thread(self.tier.pin, self._names(), LEASE)
-                with self.model.driver.submitted(self.prompts) as submission:
-                    await while_connected(receive, self._run(submission, self.tier))
-                    self.model.trace(submission)
-                names = self._names(self.first)
-                whole = len(names) * self.model.driver.engine.block_names.block_size
-                with span("save K/V"):
-                    handed = await asyncio.to_thread(self._handed, self.tier, names)
+                renewing = asyncio.ensure_future(self._renew(self.tier))
+                try:
+                    with self.model.driver.submitted(self.prompts) as submission:
+                        await while_connected(receive, self._run(submission))
+                        self.model.trace(submission)
+                    names = self._names(self.first)
+                    whole = len(names) * self.model.driver.engine.block_names.block_size
+                    with span("save K/V"):
+                        handed = await asyncio.to_thread(self._handed, self.tier, names)
+                finally:
+                    renewing.cancel()
             lease = self.lease if handed else ""
             answer = {"tokens": len(self.first.prompt), "handed": handed, "whole": whole, "lease": lease}
             await Json(answer)(scope, receive, send)
@@ -58,19 +64,16 @@ class Prefill:
             if self.tier and self.lease:
                 self.tier.release(self.lease)
 
-    async def _run(self, submission: Submission, tier: DiskTier) -> None:
-        renewing = asyncio.ensure_future(self._renew(tier))
-        try:
-            await submission.admitted
-            async for _ in submission.deltas():
-                pass
-        finally:
-            renewing.cancel()
+    async def _run(self, submission: Submission) -> None:
+        await submission.admitted
+        async for _ in submission.deltas():
+            pass
 
     async def _renew(self, tier: DiskTier) -> None:
         while self.lease:
-            await asyncio.sleep(LEASE / 4)
-            await asyncio.to_thread(tier.renew, self.lease, LEASE)
+            await asyncio.sleep(RENEWAL)
+            with suppress(TimeoutError):
+                await asyncio.to_thread(tier.renew, self.lease, LEASE)
 
     def _names(self, *requests: Request) -> list[str]:
         """Names of the full blocks of these requests' prompts, without repetitions; by default of all prompts."""
@@ -88,13 +91,42 @@ class Prefill:
         return blocks * self.model.driver.engine.block_names.block_size
 
 
-def renew_leases(model: ServedModel, renewed: Sequence[str], released: Sequence[str]) -> None:
-    """Renew and release leases that a router holds on blocks in a model's tier. A lease that has run out stays so."""
-    if tier := model.llm.tier:
-        for lease in renewed:
-            tier.renew(lease, LEASE)
+class HeldLeases:
+    """The leases that a router holds on blocks in a tier: renewed every RENEWAL seconds, by a task in the background.
+
+    So the caller never waits for the tier's folder, which others may lock. A lease that has run out stays so. Used on
+    the event loop.
+    """
+
+    def __init__(self, tier: DiskTier) -> None:
+        self.tier = tier
+        self._due: dict[str, float] = {}  # by lease: time of the event loop at which it is to be renewed
+        self._released: list[str] = []
+        self._working: asyncio.Task[None] | None = None
+
+    def update(self, held: Iterable[str], released: Iterable[str]) -> None:
+        """Note which leases the router holds now, and which of those before are to end. Returns at once."""
+        now = asyncio.get_running_loop().time()
+        self._due = {lease: self._due.get(lease, now) for lease in held}
+        self._released += released
+        if (self._due or self._released) and (self._working is None or self._working.done()):
+            self._working = asyncio.ensure_future(self._work())
+
+    async def _work(self) -> None:
+        """Release and renew leases until there is nothing to do now."""
+        now = asyncio.get_running_loop().time
+        while self._released or any(due <= now() for due in self._due.values()):
+            began, released, self._released = now(), self._released, []
+            due = [lease for lease, at in self._due.items() if at <= began]
+            await asyncio.to_thread(self._apply, due, released)
+            self._due |= {lease: began + RENEWAL for lease in due if lease in self._due}
+
+    def _apply(self, renewed: Sequence[str], released: Sequence[str]) -> None:
         for lease in released:
-            tier.release(lease)
+            self.tier.release(lease)
+        with suppress(TimeoutError):  # then the folder is locked, and each of the others would wait as long
+            for lease in renewed:
+                self.tier.renew(lease, LEASE)
 
 
 def prompt_only(request: Request) -> Request:

@@ -89,7 +89,7 @@ class ServedModel:
         if not self.llm.modelled:
             elsewhere = {d.choice for d in submission.earlier if d.usage}
             here = {i: u for i, u in enumerate(submission.usages) if u and i not in elsewhere}
-            trace_choices(here, self.name)
+            trace_choices(here, self.name, self.llm.clock())
 
     def state(self, since: int) -> dict[str, Any]:
         """A dict of figures for GET /state: queue, K/V cache, totals, and the steps numbered above `since`."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from intaglio.runtime import Usage
 
-PATHS = frozenset(("/v1/chat/completions", "/v1/completions"))
+GENERATE = frozenset(("/v1/chat/completions", "/v1/completions"))  # paths that generate
 _active: ContextVar[Any] = ContextVar("tracer", default=None)  # OpenTelemetry's Tracer of the request in progress
 
 
@@ -62,7 +62,7 @@ class Tracing:
 
 def traced(tracing: Tracing | None, method: str, path: str, headers: Mapping[str, str]) -> AbstractContextManager[None]:
     """Context manager that traces a generation request; it does nothing for other paths, and without `tracing`."""
-    if tracing is None or path not in PATHS:
+    if tracing is None or path not in GENERATE:
         return nullcontext()
     return tracing.request(f"{method} {path}", headers)
 
@@ -91,17 +91,16 @@ def trace_headers() -> list[tuple[str, str]]:
     return list(carrier.items())
 
 
-def trace_choices(usages: Mapping[int, Usage], model: str) -> None:
+def trace_choices(usages: Mapping[int, Usage], model: str, now: float) -> None:
     """Record the phases queue, prefill and decode of each choice as children of the current span, if one is traced.
 
-    Call it when the last choice has just ended: by that moment, times of the engine's clock become times of day.
-    usages: by number of the choice. model: its name. Attributes have the names of OpenTelemetry's conventions for
-    generative AI, where it has one.
+    usages: by number of the choice. model: its name. now: the time by the engine's clock, which turns its times into
+    times of day. Attributes have the names of OpenTelemetry's conventions for generative AI, where it has one.
     """
     tracer = _active.get()
     if tracer is None or not usages:
         return
-    shift = time.time() - max(u.ended for u in usages.values())
+    shift = time.time() - now
     for choice, u in usages.items():
         facts = {"gen_ai.request.model": model, "intaglio.choice": choice}
         counts = {

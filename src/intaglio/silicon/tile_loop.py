@@ -32,11 +32,11 @@ class TileLoop:
     load_missed: float = 0.0  # bytes that HBM moves for each loaded byte
     store_missed: float = 0.0  # bytes that HBM moves for each stored byte
 
-    def in_phases(self, target: Target, phases: Sequence[Phase]) -> float:
-        """Seconds of the loop if its jobs are in these Phases, one after the other."""
-        loops = [replace(self, load_missed=p.load, store_missed=p.store) for p in phases]
+    def in_parts(self, target: Target, parts: Sequence[LoopPart]) -> float:
+        """Seconds of the loop if its jobs are in these LoopParts, one after the other."""
+        loops = [replace(self, load_missed=p.load, store_missed=p.store) for p in parts]
         first = loops[0].seconds(target)
-        pairs = list(zip(loops, phases, strict=True))[1:]
+        pairs = list(zip(loops, parts, strict=True))[1:]
         return first + sum(a.last_seconds(target, p.part) - loops[0].last_seconds(target, p.part) for a, p in pairs)
 
     def last_seconds(self, target: Target, fraction: float) -> float:
@@ -145,7 +145,7 @@ class _Core:
 
 
 @dataclass(frozen=True)
-class Phase:
+class LoopPart:
     """A part of a loop's jobs, and the bytes that HBM moves for each byte that they load and store."""
 
     part: float  # of all jobs
@@ -153,8 +153,8 @@ class Phase:
     store: float
 
 
-def l2_phases(reads: float, writes: float, capacity: float, ahead: float = 0.0) -> list[Phase]:
-    """The Phases of a loop over `reads` bytes of operands, which the op before has just written to the L2.
+def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -> list[LoopPart]:
+    """The LoopParts of a loop over `reads` bytes of operands, which the op before has just written to the L2.
 
     The L2 of `capacity` bytes evicts the least recently used lines. Results replace operands that are not read yet, so
     once it is full the other operands miss; when none of those is left, also results are written back. ahead: bytes
@@ -162,20 +162,20 @@ def l2_phases(reads: float, writes: float, capacity: float, ahead: float = 0.0) 
     """
     each = reads + writes
     if not capacity:
-        return [Phase(1.0, 1.0, 1.0)]
+        return [LoopPart(1.0, 1.0, 1.0)]
     if each <= capacity:
-        return [Phase(1.0, 0.0, 0.0)]
+        return [LoopPart(1.0, 0.0, 0.0)]
     hits = 0.0
     if reads < capacity:
         hits = min(1.0, (capacity - reads) / writes + ahead / max(reads, 1.0))
     stale = (1 - hits) * reads if reads < capacity else capacity  # bytes of operands that will be evicted unread
     clean = min(1 - hits, stale / each)
     back = writes / each
-    phases = [Phase(hits, 0.0, 0.0), Phase(clean, 1.0, 0.0), Phase(1 - hits - clean, 1.0 + back, back)]
-    return [p for p in phases if p.part > 0]
+    parts = [LoopPart(hits, 0.0, 0.0), LoopPart(clean, 1.0, 0.0), LoopPart(1 - hits - clean, 1.0 + back, back)]
+    return [p for p in parts if p.part > 0]
 
 
-def gather_phases(writes: float, capacity: float) -> list[Phase]:
-    """The Phases of a loop whose operands are read by index, past the L2, and whose results stay in it if they fit."""
+def gather_parts(writes: float, capacity: float) -> list[LoopPart]:
+    """The LoopParts of a loop whose operands are read by index, past the L2. Its results stay in the L2 if they fit."""
     held = min(1.0, capacity / writes) if writes else 1.0
-    return [p for p in (Phase(held, 1.0, 0.0), Phase(1 - held, 1.0, 1.0)) if p.part > 0]
+    return [p for p in (LoopPart(held, 1.0, 0.0), LoopPart(1 - held, 1.0, 1.0)) if p.part > 0]

@@ -117,8 +117,16 @@ class DiskTier:
             return ""
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease end in `seconds` from now. Returns False, and counts it, if it has run out already."""
-        renewed = self.directory.leases.renew(lease, seconds)
+        """Let a lease end in `seconds` from now. Returns False, and counts it, if it has run out already.
+
+        Raises TimeoutError, also counted, if others lock the leases for too long; the lease goes on as before.
+        """
+        try:
+            renewed = self.directory.leases.renew(lease, seconds)
+        except TimeoutError as e:
+            self.counts.errors += 1
+            self.say("renew", f"leases on K/V blocks in {self.directory.folder} are not renewed: {e.strerror}")
+            raise
         self.counts.expired += not renewed
         return renewed
 

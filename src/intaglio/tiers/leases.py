@@ -7,6 +7,7 @@ files yet, so blocks that are still to be computed can be pinned too. Hosts that
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -18,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LONGEST = 600.0  # seconds; a lease that seems to last longer is damaged, or the clock was set back
+LOCK_WAIT = 5.0  # seconds that taking or renewing a lease may wait while another process takes one or evicts
+LOCK_LOOK = 0.01  # seconds between attempts to lock
 SUFFIX = ".lease"
 SECOND = 10**9  # ns
 
@@ -31,15 +34,16 @@ class Leases:
     def take(self, names: Sequence[str], seconds: float) -> str:
         """Pin the blocks of these names for `seconds`. Returns the lease's id, 32 hexadecimal digits.
 
-        Raises ValueError for a time outside 0..LONGEST, and OSError if the lease cannot be written; then nothing is
-        pinned.
+        Raises ValueError for a time outside 0..LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds,
+        and OSError if the lease cannot be written; then nothing is pinned.
         """
         lease = secrets.token_hex(16)
-        ends = _ends(seconds)
+        _ends(seconds)  # before anything is written
         body = "\n".join(names).encode()
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         partial = self.folder / f".{lease}"
-        with self.locked():
+        with self.locked(LOCK_WAIT):
+            ends = _ends(seconds)
             try:
                 partial.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
                 os.utime(partial, ns=(ends, ends))
@@ -51,13 +55,19 @@ class Leases:
         return lease
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease end in `seconds` from now. Returns False, and renews nothing, if it has run out already."""
-        ends = _ends(seconds)
+        """Let a lease end in `seconds` from now. Returns False, and renews nothing, if it has run out already.
+
+        Raises ValueError for a time outside 0..LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds.
+        """
+        _ends(seconds)
         try:
-            with self.locked():
+            with self.locked(LOCK_WAIT):
                 if self.names(lease) is None:
                     return False
+                ends = _ends(seconds)
                 os.utime(self._file(lease), ns=(ends, ends))
+        except TimeoutError:
+            raise
         except OSError:
             return False
         return True
@@ -75,8 +85,15 @@ class Leases:
             return None
 
     def pinned(self) -> set[str]:
-        """Names of all blocks that are pinned now. Deletes the leases that have run out or are damaged."""
+        """Names of all blocks that are pinned now. Deletes the leases that have run out or are damaged.
+
+        Also deletes what a process left that was killed while it wrote a lease.
+        """
         found: set[str] = set()
+        for partial in self.folder.glob(".*"):
+            with suppress(OSError):
+                if time.time_ns() - partial.stat().st_mtime_ns > LONGEST * SECOND:
+                    partial.unlink()
         for file in _files(self.folder):
             names = self._read(file)
             if names is None:
@@ -87,12 +104,19 @@ class Leases:
         return found
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Context manager in which no other process or thread takes a lease or evicts. Raises OSError."""
+    def locked(self, patience: float | None = None) -> Iterator[None]:
+        """Context manager in which no other process or thread takes a lease or evicts.
+
+        patience: seconds to wait for the others, after which TimeoutError is raised; None: as long as it takes. Raises
+        OSError if the folder cannot be locked.
+        """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            if patience is None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            else:
+                _lock(file, patience)
             yield
         finally:
             os.close(file)
@@ -113,6 +137,18 @@ class Leases:
         if not 0 < left <= LONGEST * SECOND or checksum != hashlib.sha256(body).hexdigest().encode():
             return None
         return frozenset(body.decode().split("\n")) if body else frozenset()
+
+
+def _lock(file: int, patience: float) -> None:
+    """Lock an open file, for this process alone. Raises TimeoutError if others hold it for `patience` seconds."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise TimeoutError(errno.ETIMEDOUT, f"the leases were locked for {patience:g} s") from None
+        time.sleep(LOCK_LOOK)
 
 
 def _ends(seconds: float) -> int:

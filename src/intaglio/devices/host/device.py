@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from intaglio import _native
+from intaglio.devices.cores import usable_cores
 from intaglio.devices.device import Device, DeviceError, DeviceFacts, Executable, StateSpec, Weights
 from intaglio.devices.host.executable import HostExecutable
 from intaglio.devices.recipe import Recipe
@@ -29,7 +30,7 @@ class HostDevice(Device):
     """The CPU of this machine as a device. Raises DeviceError for an argument out of range.
 
     Args:
-        threads: CPU threads; by default one per core this process may use.
+        threads: CPU threads; by default usable_cores(): one per core, within the container's CPU limit.
         isa: instruction set; by default $INTAGLIO_ISA, else the best one.
         cache: folder where packed weights are kept for the next start. "auto" is $INTAGLIO_CACHE or
             ~/.cache/intaglio/packed, for weights of 64 MB or more; None keeps nothing.
@@ -50,7 +51,7 @@ class HostDevice(Device):
     ) -> None:  # fmt: skip
         self.cache, self.communicator = cache, communicator
         self.state_file, self.image_file = state_file, image_file
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or usable_cores()
         self.isa = isa or os.environ.get("INTAGLIO_ISA") or isa_names()[0]
         if not 1 <= self.threads <= 256:
             raise DeviceError(f"threads={threads} is outside 1..256")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from intaglio.devices.cores import usable_cores
 from intaglio.devices.processes import link as frames
 from intaglio.devices.processes import membership
 from intaglio.devices.processes.connections import (
@@ -314,7 +315,12 @@ class Agent:
         """Follow the coordinator's frames until the connection is lost, then end the ranks."""
         host = s.getsockname()[0]
         port = Port(host, check_binding(host, self.given))
-        link = self.link = Link(s, key, True, self.silence)
+        try:
+            link = self.link = Link(s, key, True, self.silence)
+        except OSError:  # the connection was lost already
+            s.close()
+            port.close()
+            return
         images: KeptImages | None = None
 
         def start(message: bytes) -> HostGroup:
@@ -325,7 +331,7 @@ class Agent:
 
         session = Session(start)
         try:
-            cores = len(os.sched_getaffinity(0))
+            cores = usable_cores()
             link.send(membership.HELLO, text({"name": self.name, "cores": cores, "address": port.address}).tobytes())
             while True:
                 session.take(*link.receive())

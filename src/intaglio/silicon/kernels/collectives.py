@@ -3,8 +3,7 @@
 Times are those of the schedules of intaglio.collectives, with their steps and contention for links, plus what the chip
 or its library adds: start-up, link efficiency, copies through HBM. Bytes are of the whole tensor, as in nccl-tests.
 
-Streams use schedules that sum in order of rank, so that results equal the op's bit for bit. run_collective() writes and
-executes those of all chips together, so its caller passes the operands of all.
+Streams sum in order of rank, so that results equal the op's bit for bit. run_collective() runs those of all chips.
 """
 
 from __future__ import annotations
@@ -203,11 +202,9 @@ def schedule_seconds(network: Network, op: str, algorithm: str, link: float, lat
     """Seconds of a schedule for a tensor of `moved` bytes over links of `link` bytes/s and `latency` seconds.
 
     Scaled from unit links: in units of the latency, the time depends only on a chunk's bytes relative to those that a
-    link carries in one latency. Times between those of two chunk sizes are interpolated (see _interpolated()).
-
-    Above MAX_SIMULATED_RANKS ranks the time is extrapolated linearly from two simulations, except for an all_to_all on
-    a torus, all of whose ranks are simulated. The extrapolation is exact for a ring, and for an all_to_all on a switch
-    with chunks of one size, where each further rank adds the same time (tested).
+    link carries in one latency. Times between those of two chunk sizes are interpolated (see _interpolated()). Above
+    MAX_SIMULATED_RANKS ranks the time is extrapolated linearly from two simulations, which is exact for a ring, and for
+    an all_to_all on a switch with chunks of one size (tested). On a torus all ranks of an all_to_all are simulated.
     """
     latency = max(latency, MIN_LATENCY_S)
     chunk = moved * chunk_fraction(network, op, algorithm) / link / latency
@@ -484,9 +481,8 @@ class CollectiveRun:
 
     def run(self) -> tuple[list[np.ndarray], RunResult]:
         """Execute the streams. Returns (list of the outputs of the chips that have one, RunResult)."""
-        streams = self.streams()
         memories = {chip: memory.hbm for chip, memory in enumerate(self.memories)}
-        result = Machine(self.target, memories).run(streams)
+        result = Machine(self.target, memories).run(self.streams())
         outputs = [memory.read("out") for memory, r in zip(self.memories, self.regions, strict=True) if r.outputs]
         return outputs, result
 

@@ -112,11 +112,11 @@ def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> floa
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
     held: bytes of its operands; 0: the same as `moved`. They come from the L2 if all of them fit it, otherwise from
-    HBM. No two cores read the same bytes, so the L2 delivers only its rate without multicast.
+    HBM, through the L2. No two cores read the same bytes, so the L2 delivers only its rate without multicast.
     """
     chip, library = target.chip, target.library
-    fits = (held or moved) < chip.l2_bytes * library.l2_usable
-    return library.launch_s + moved / (chip.l2_rate / library.l2_multicast if fits else chip.hbm_rate)
+    fits, l2_rate = (held or moved) < chip.l2_bytes * library.l2_usable, chip.l2_rate / library.l2_multicast
+    return library.launch_s + moved / (l2_rate if fits else min(l2_rate, chip.hbm_rate))
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def grouped_timing(
             load = max(stage / chip.port_rate, stage * active / chip.l2_rate)
             ring = max(2, min(lib.expert_stages, chip.sram_bytes // int(stage)))
             fit = min(4, chip.sram_bytes // int(4 * stage), chip.acc_bytes // (8 * rows * columns))
-            per_core = max(1.0, min(fit, jobs / chip.cores))  # tiles that run on one core at a time (occupancy)
+            per_core = max(1, min(fit, int(np.ceil(jobs / chip.cores))))  # tiles that run on a core at a time
             period = max(load, work, (load + work + latency_s) / (ring * per_core))
             rounds = max(1.0, jobs / chip.cores) if jobs > 4 * chip.cores else float(np.ceil(jobs / chip.cores))
             edge = latency_s + float(vector_cycles(chip, rows * columns)) / chip.clock_hz

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import log2
+from math import ceil, log2
 
 from intaglio.chips import ChipError, ChipSpec, Target
 from intaglio.silicon.timing import Timing
@@ -42,18 +42,18 @@ def nodes_timing(target: Target, op: str, chips: int, moved: int, inside: Inside
     """The Timing of a collective of a tensor of `moved` bytes over chips of several nodes.
 
     inside: times a collective of one node. Between k nodes a chip sends (k - 1) / k of its part, twice for an
-    all_reduce, in log2(k) steps if k is a power of two, else k - 1. Raises ChipError as nodes_of() does, and for a
-    message (op send), which has two chips.
+    all_reduce, in log2(k) steps, rounded up (recursive doubling, or Bruck's algorithm). Raises ChipError as nodes_of()
+    does, and for a message (op send), which has two chips.
     """
     chip = target.chip
     if op not in STAGES:
         raise ChipError(f"{op} over {chips} chips: only {', '.join(STAGES)} run over several nodes")
     k, size = nodes_of(chip, chips, op), chip.links.max_chips
     before, after = STAGES[op]
-    stages = [inside(target, kind, size, moved) for kind in (*before, *after)]
+    stages = [inside(target, kind, size, moved) for kind in (*before, *after)] if size > 1 else []
     part = moved if op == "all_to_all" else moved / size
     times = 2 if op == "all_reduce" else 1
-    steps = 1 if op == "all_to_all" else times * (round(log2(k)) if k & (k - 1) == 0 else k - 1)
+    steps = 1 if op == "all_to_all" else times * ceil(log2(k))
     sent = times * part * (k - 1) / k
     rate = chip.links.node_bytes_per_s * target.library.link_efficiency
     between = Timing(
@@ -61,5 +61,5 @@ def nodes_timing(target: Target, op: str, chips: int, moved: int, inside: Inside
         choice=f"{k} nodes, {steps} steps between them", steps=steps,
     )  # fmt: skip
     whole = sum(stages, between)
-    # One kernel runs all stages: its ranks meet once.
-    return replace(whole, seconds=whole.seconds - max(0, len(stages) - 1) * target.library.barrier_s)
+    # One kernel runs all stages: its ranks meet once. Nodes of one chip have no stage that counts it.
+    return replace(whole, seconds=whole.seconds + (1 - len(stages)) * target.library.barrier_s)

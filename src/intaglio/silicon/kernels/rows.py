@@ -20,7 +20,7 @@ from intaglio.silicon.kernels.kernel import ChipKernel, Tensors
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import ALIGN, Stream, StreamBuilder
-from intaglio.silicon.tile_loop import TileLoop, gather_phases, l2_phases
+from intaglio.silicon.tile_loop import TileLoop, gather_parts, l2_parts
 from intaglio.silicon.timing import Timing
 
 INDEX_BYTES = 4
@@ -36,13 +36,13 @@ def loop_timing(target: Target, loop: TileLoop, reads: float, writes: float, gat
     chip, lib = target.chip, target.library
     capacity = chip.l2_bytes * lib.l2_usable
     if gathered:
-        phases = gather_phases(writes, capacity)
+        parts = gather_parts(writes, capacity)
     else:
-        phases = l2_phases(reads, writes, capacity, loop.depth * loop.load * min(loop.jobs, chip.cores))
-    seconds = lib.launch_s + loop.in_phases(target, phases)
+        parts = l2_parts(reads, writes, capacity, loop.depth * loop.load * min(loop.jobs, chip.cores))
+    seconds = lib.launch_s + loop.in_parts(target, parts)
     if gathered and not capacity:  # the indices come from HBM, and then the rows
         seconds += chip.constants.hbm_latency_s
-    hbm, moved = sum(p.part * (p.load * reads + p.store * writes) for p in phases), reads + writes
+    hbm, moved = sum(p.part * (p.load * reads + p.store * writes) for p in parts), reads + writes
     busy = {"VEC": loop.jobs * loop.work_s / chip.cores, "L2": moved / chip.l2_rate, "HBM": hbm / chip.hbm_rate}
     return Timing(seconds, {k: s for k, s in busy.items() if s or k == "VEC"}, hbm, moved)
 
