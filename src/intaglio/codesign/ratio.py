@@ -153,11 +153,9 @@ def search(
         progress(i, len(pairs), f"{a} and {b}: searching")
         found = best_ratio(prefill[a], decode[b], question, chips)
         if found and (done := confirmed(prefill[a], decode[b], found, question)):
-            names = (
-                str(kind.of(n).server.placement) for kind, n in ((prefill[a], found.prefill), (decode[b], found.decode))
-            )
-            out.append((*names, done))
-    return sorted(out, key=lambda row: -row[2].tokens_per_s / row[2].chips)  # type: ignore[return-value]
+            servers = prefill[a].of(found.prefill).server, decode[b].of(found.decode).server
+            out.append((str(servers[0].placement), str(servers[1].placement), done))
+    return sorted(out, key=lambda row: -row[2].tokens_per_s / row[2].chips)
 
 
 def confirmed(first: Kind, second: Kind, found: Ratio, question: Question) -> ApartResult | None:
