@@ -14,8 +14,9 @@ int Communicator::ranks_of_hosts(const Collective& c) const {
   const int ranks = hosts.begin()->second, count = int(hosts.size());
   for (auto [host, members] : hosts)
     if (members != ranks) return 0;
-  // In two_shot each host sends 2 * ranks * (count - 1) / count times the values, here the last one count - 1 times.
-  return count > 1 && ranks > 1 && count < 2 * ranks ? ranks : 0;
+  // Time in units of sending all values over one host's link: 2 * ranks * (count - 1) / count in two_shot, where all hosts send at
+  // once; 2 * (count - 1) here, as one host after the other sends the sum and then the last one sends it to each.
+  return count > 1 && ranks > 1 && count <= ranks ? ranks : 0;
 }
 
 void Communicator::all_reduce_in_chain(const Collective& c, int each, Block x, Block out) {

@@ -122,8 +122,9 @@ class LLM:
             those of running sequences. None: an eighth of the memory for K/V, but no more than STATE_CHECKPOINTS
             states. 0: such a model has no prefix cache.
         window_tokens: only for a model of which some or all layers have a window: tokens of K/V cache that these layers
-            keep for all sequences together. A sequence holds no more than its window and one step. None: see
-            runtime.windows.with_windows(). 0: all tokens, as in other layers; so with `kv_cache_dir`.
+            keep for all sequences together. A sequence holds no more than its window and one step. If it is too few
+            for all running sequences, the last ones are preempted. None: enough for `max_sequences` sequences, if
+            that saves a quarter, else 0. 0: all tokens, as in other layers; so with `kv_cache_dir`.
         cache: where the host keeps packed weights for the next start: a folder, "auto" or None (see HostDevice).
         worker: run the device in a child process, which is replaced when it dies.
         journal: a file that records all requests and device outcomes, for `intaglio replay`.
@@ -202,7 +203,7 @@ class LLM:
             window_tokens = window_tokens or 0
         self.state = with_windows(
             self.state, self.mesh.programs, window_tokens, context=self.mesh.last.context,
-            max_batch_tokens=max_batch_tokens, max_drafts=max_drafts,
+            max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, depth=self.mesh.stages,
         )  # fmt: skip
         opened = {
             "device": device, "weights": weights, "context": context, "kv_tokens": self.state.pages * PAGE_TOKENS,

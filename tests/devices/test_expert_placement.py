@@ -56,9 +56,9 @@ def mesh_of(c: Checkpoint, layout: str, placement: ExpertPlacement | None = None
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
-def test_any_placement_has_the_same_bits(tmp_path: Path, family: str, layout: str) -> None:
+def test_any_placement_has_the_same_bits(tmp_path: Path, family: str, layout: str, rng: np.random.Generator) -> None:
     """On the host, in one process; and near the unsharded model, as any tensor-parallel sum."""
-    c, rng, ways = open_tiny(family, tmp_path), np.random.default_rng(), Layout.parse(layout)
+    c, ways = open_tiny(family, tmp_path), Layout.parse(layout)
     device = MeshDevice(HostDevice(1))
 
     def run(mesh: MeshProgram | Program, seed: int) -> list[np.ndarray]:
@@ -77,8 +77,8 @@ def test_any_placement_has_the_same_bits(tmp_path: Path, family: str, layout: st
 
 
 @pytest.mark.parametrize("layout", ["ep2r2", "ep4r1"])
-def test_the_reference_device_runs_placements(tmp_path: Path, layout: str) -> None:
-    c, rng, ways = open_tiny("qwen3moe", tmp_path), np.random.default_rng(), Layout.parse(layout)
+def test_the_reference_device_runs_placements(tmp_path: Path, layout: str, rng: np.random.Generator) -> None:
+    c, ways = open_tiny("qwen3moe", tmp_path), Layout.parse(layout)
     device = MeshDevice(open_device("reference"))
     mesh = mesh_of(c, layout, shuffled(port(c), ways.ep, ways.redundant or 0, rng))
     got = steps(device.load(mesh, c, STATE), np.random.default_rng(FIXED))
@@ -87,8 +87,8 @@ def test_the_reference_device_runs_placements(tmp_path: Path, layout: str) -> No
         assert np.abs(a - b).max() <= 8 * 4 * (ways.lanes + 2) * ROUNDING * np.abs(b).max()
 
 
-def test_processes_have_the_bits_of_the_mesh_with_a_placement(tmp_path: Path) -> None:
-    c, rng = open_tiny("gptoss", tmp_path), np.random.default_rng()
+def test_processes_have_the_bits_of_the_mesh_with_a_placement(tmp_path: Path, rng: np.random.Generator) -> None:
+    c = open_tiny("gptoss", tmp_path)
     mesh, seed = mesh_of(c, "ep2r2", shuffled(port(c), 2, 2, rng)), int(rng.integers(1 << 32))
     wanted = steps(MeshDevice(HostDevice(1)).load(mesh, c, STATE), np.random.default_rng(seed))
     there = RanksDevice(2, cache=None, silence=60.0).load(mesh, c, STATE)
@@ -97,9 +97,9 @@ def test_processes_have_the_bits_of_the_mesh_with_a_placement(tmp_path: Path) ->
     there.close()  # type: ignore[attr-defined]
 
 
-def test_copies_divide_the_tokens(tmp_path: Path) -> None:
+def test_copies_divide_the_tokens(tmp_path: Path, rng: np.random.Generator) -> None:
     """Each result of an expert is computed by one rank: the slots of all ranks have it once, and zeros elsewhere."""
-    c, rng = open_tiny("qwen3moe", tmp_path), np.random.default_rng()
+    c = open_tiny("qwen3moe", tmp_path)
     mesh = mesh_of(c, "ep2r4", shuffled(port(c), 2, 4, rng))
     site = experts_ops(mesh.programs[0])[0].site
     tokens = rng.integers(0, 263, 15).tolist()
@@ -119,6 +119,9 @@ def test_layouts_with_redundant_experts(tmp_path: Path) -> None:
     for wrong, why in (("tp4r2", "need ep2 or more"), ("r2", "wanted some of"), ("ep4r", "wanted some of")):
         with pytest.raises(LayoutError, match=why):
             Layout.parse(wrong)
+    for fields, why in (({"redundant": 1}, "'r1': .* need ep2"), ({"ep": 2, "sp": True, "redundant": 0}, "'ep2spr0'")):
+        with pytest.raises(LayoutError, match=why):
+            Layout(**fields)  # type: ignore[arg-type]
     c = open_tiny("qwen3moe", tmp_path)
     count = int(port(c).tensors[experts_ops(port(c))[0].gate].shape[0])
     with pytest.raises(LayoutError, match="redundant experts: .* use fewer"):

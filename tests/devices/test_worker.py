@@ -85,6 +85,17 @@ def test_errors_of_the_device_are_raised_and_the_worker_goes_on() -> None:
     there.close()
 
 
+def test_an_error_while_experts_are_switched_ends_the_process() -> None:
+    """Some layers may have switched; other errors about experts change nothing."""
+    there = load()
+    with pytest.raises(DeviceError, match="cannot move experts") as caught:
+        there.load_experts({})
+    assert not isinstance(caught.value, DeviceLost) and there.experts_loaded() and not there.has_experts()
+    with pytest.raises(DeviceLost, match="SwitchError: experts could not be switched: .*cannot move experts"):
+        there.switch_experts()
+    there.close()
+
+
 @dataclass(frozen=True)
 class Unloadable:
     """Weights whose reading fails."""

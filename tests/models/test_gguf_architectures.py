@@ -188,6 +188,13 @@ def test_experts_beside_an_mlp_are_refused(tmp_path):
         Checkpoint.open(file)
 
 
+def test_biases_of_gate_and_up_in_one_tensor_are_refused(tmp_path):
+    path, biases = tiny("qwen3moe", tmp_path / "source", decoder_sparse_step=1), np.ones((8, 64), np.float32)
+    file, _, _ = write(path, tmp_path / "out", extra=lambda w: w.add_tensor("blk.0.ffn_gate_up_exps.bias", biases))
+    with pytest.raises(PortError, match=r"tensor blk.0.ffn_gate_up_exps.bias is \[8, 64\]; .* matrices only"):
+        Checkpoint.open(file)
+
+
 @pytest.mark.parametrize("arch", REFUSED)
 def test_a_near_architecture_is_refused_with_its_reason(tmp_path, arch):
     w = gguf.GGUFWriter(tmp_path / "m.gguf", arch)

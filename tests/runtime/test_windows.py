@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.serving import add, oracle_engine, request, run_checked, truth
+from support.serving import CONTEXT, add, oracle_engine, request, run_checked, truth
 
-from intaglio.devices import DeviceError, StepRequest
+from intaglio.devices import DeviceError, StateSpec, StepRequest
 from intaglio.runtime import Engine, Sequence
 from intaglio.runtime.kv import KvError
-from intaglio.runtime.windows import most_blocks
+from intaglio.runtime.windows import Windows, reservations, with_windows
 
 
 def made(engine: Engine, seed: int, count: int = 12) -> list[Sequence]:
@@ -60,7 +61,83 @@ def test_a_sequence_holds_only_its_window() -> None:
         held.append((engine.pool.held, engine.windows.pool.held))
     assert s.output == truth(s)
     assert max(full for full, _ in held) == 16
-    assert max(window for _, window in held) <= most_blocks(6, 8, 4) and held[-2][1] <= most_blocks(6, 2, 4)
+    assert max(window for _, window in held) == 2  # blocks of the 5 tokens before the next one
+
+
+def by_default(window: int, pages: int, context: int, **options: int) -> StateSpec:
+    """The StateSpec of a model with this window, with pages of 32 tokens, if the user asks for no window_tokens."""
+    options = {"max_batch_tokens": 512, "max_sequences": 256, **options}
+    programs: list[Any] = [SimpleNamespace(windows={"layers.0.k_cache": window})]
+    return with_windows(StateSpec(pages, 32), programs, None, context=context, **options)
+
+
+def test_default_window_pages_hold_all_sequences() -> None:
+    """Window blocks are on by default only if as many sequences of any length can run as without them."""
+    assert by_default(4096, 1024, 32768).window_pages == 0  # Mistral, Phi-3
+    assert by_default(512, 1024, 32768).window_pages == 0  # Gemma 3 1B
+    assert by_default(1024, 4096, 131072).window_pages == 0  # Gemma 3 4B
+    assert by_default(1024, 4096, 131072, max_sequences=64).window_pages == 64 * 35 + 16 + 1
+    assert by_default(128, 4096, 131072).window_pages == 256 * 7 + 16 + 1  # gpt-oss
+    assert by_default(128, 4096, 131072, depth=4).window_pages == 256 * 7 + 4 * 16 + 1
+
+
+@pytest.mark.parametrize("max_drafts", [0, 3])
+def test_no_sequence_waits_for_default_window_pages(max_drafts: int) -> None:
+    """With the default number of window pages, no sequence is kept from starting or preempted for one, at any load."""
+    seed = random.randrange(2**40)
+    rng = random.Random(seed)
+    window, rows, most = rng.randrange(1, 20), rng.randrange(1, 40), rng.randrange(1, 16)
+    kept, steps = reservations(window, 4, context=CONTEXT, max_batch_tokens=rows, depth=1)
+    engine = oracle_engine(
+        pages=rng.randrange(20, 200), windows=(most * kept + steps + 1, window), max_batch_tokens=rows,
+        max_sequences=most, max_drafts=max_drafts,
+    )  # fmt: skip
+    windows, answers = engine.windows, list[bool]()
+    fits, grow = windows.fits, windows.grow
+
+    def noted(answer: bool, or_full: bool = False) -> bool:
+        answers.append(answer or (or_full and len(engine.scheduler.running) == most))
+        return answer
+
+    windows.fits = lambda *of: noted(fits(*of), or_full=True)  # type: ignore[method-assign]
+    windows.grow = lambda of: noted(grow(of))  # type: ignore[method-assign]
+    sequences = made(engine, seed, 24)
+    run_checked(engine)
+    assert answers and all(answers), seed
+    assert [s.output for s in sequences] == [truth(s) for s in sequences], seed
+
+
+def test_short_sequences_reserve_only_their_tokens() -> None:
+    """Short prompts start together though max_tokens is large; when they have grown, the last ones are preempted."""
+    engine = oracle_engine(pages=300, windows=(23, 20), max_batch_tokens=40, max_sequences=16)
+    assert engine.windows.limit == 12 and engine.windows.most == 8
+    sequences = add(engine, *(request(f"r{i}", [i, 1, 2], max_tokens=50) for i in range(12)))
+    engine.step()
+    assert len(engine.scheduler.running) == 12 and engine.scheduler.preemptions == 0
+    gauges = engine.gauges()
+    assert (gauges.window_blocks, gauges.window_blocks_reserved, gauges.window_blocks_held) == (12, 12, 12)
+    assert gauges.kv_usage == 1 > gauges.blocks_held / gauges.blocks
+    run_checked(engine)
+    assert engine.scheduler.preemptions > 0 and [s.output for s in sequences] == [truth(s) for s in sequences]
+    assert engine.gauges().kv_usage == engine.gauges().window_blocks_reserved == 0
+
+
+def test_figures_in_the_documentation() -> None:
+    """The table of docs/runtime.md: a window of 512 tokens, blocks of 32, a sequence of 8,192 tokens."""
+    state = StateSpec(1024, 32, window_pages=200, window=512)
+    windows = Windows(state, "", context=32768, max_batch_tokens=512, max_drafts=0)
+    [s] = add(oracle_engine(pages=300), request("r", [1], max_tokens=40))
+    s.prompt = [1] * 8192
+    windows.start(s, [])
+    held = []
+    for stop in [*range(512, 8192, 512), *range(8192, 8192 + 33)]:
+        windows.extend(s, stop)
+        held.append(windows.pool.held)
+        s.computed = stop
+        s.output = [1] * max(0, stop + 1 - 8192)
+        windows.give_back(s)
+    assert set(held[-32:]) == {16, 17} and max(held) == 32
+    assert windows.pool.blocks_for(8192) == 256 and round(100 * (256 + 5 * 17) / (6 * 256)) == 22
 
 
 def test_a_prefix_is_shared_only_with_the_blocks_of_its_window() -> None:
@@ -105,5 +182,5 @@ def test_blocks_given_back_too_early_are_noticed() -> None:
 
 
 def test_too_few_window_pages_are_refused() -> None:
-    with pytest.raises(KvError, match="5 window pages; a sequence with a window of 6 tokens in steps of 8 needs 6"):
+    with pytest.raises(KvError, match="5 window pages; a sequence with a window of 6 tokens in steps of 8 needs 7"):
         oracle_engine(pages=60, windows=(5, 6), max_batch_tokens=8)

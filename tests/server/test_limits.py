@@ -13,9 +13,12 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.served import Served, Slow, prompt, served, streaming, wait_for
+from support.serving import add, oracle_engine, request
 
 from intaglio import LLM, SamplingParams
 from intaglio.batch import Batch
+from intaglio.server.driver import Snapshot
+from intaglio.server.metrics import Metrics
 from intaglio.server.prepare import Limits
 
 
@@ -54,6 +57,20 @@ def test_metrics_say_what_happened(folder: Path) -> None:
         last = state["steps"][-3][0]
         assert s.get(f"/state?since={last}").json()["steps"] == state["steps"][-2:]
         assert s.get("/state?since=x").status_code == 400
+
+
+def test_metrics_show_window_blocks() -> None:
+    """Requests that wait for window blocks while most K/V blocks are free: the usage of both is told apart."""
+    engine = oracle_engine(pages=300, windows=(9, 6), max_batch_tokens=16)
+    add(engine, *(request(f"r{i}", range(16), max_tokens=9) for i in range(3)))
+    engine.step()
+    registry = Metrics()
+    registry.add_model("m", lambda: Snapshot(engine.gauges(), engine.counts, 0.0, engine.idle, 3), {})
+    lines = [line for line in registry.render().decode().splitlines() if not line.startswith("#")]
+    m = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+    assert m["vllm:num_requests_waiting"] == 2 and engine.pool.held == 4
+    assert m["intaglio:window_blocks"] == m["intaglio:window_blocks_reserved"] == 4
+    assert m["intaglio:window_blocks_held"] == engine.windows.pool.held == 2 and m["vllm:kv_cache_usage_perc"] == 1
 
 
 def test_full_queue_returns_retry_after(folder: Path) -> None:

@@ -599,6 +599,10 @@ def reserve_no_window_blocks(engine: Engine) -> None:
     engine.windows.fits = lambda sequence, freed=0: True  # type: ignore[method-assign]
 
 
+def reserve_window_blocks_only_at_the_start(engine: Engine) -> None:
+    engine.windows.grow = lambda sequence: True  # type: ignore[method-assign]
+
+
 def share_prefix_without_its_window(engine: Engine) -> None:
     """A sequence starts after a prefix whose window blocks are gone; others stand in for them."""
     windows = engine.windows
@@ -818,6 +822,7 @@ MUTANTS: tuple[Mutant, ...] = (
     give_window_blocks_back_too_early,
     keep_window_prefixes_of_lost_device,
     reserve_no_window_blocks,
+    reserve_window_blocks_only_at_the_start,
     share_prefix_without_its_window,
     change_seed_on_resumption,
     forget_last_token_on_suspension,

@@ -12,7 +12,7 @@ from typing import Any
 from support.serving import CONTEXT, VOCABULARY
 
 from intaglio.runtime import Grammar, SamplingParams
-from intaglio.runtime.windows import most_blocks
+from intaglio.runtime.windows import reservations
 
 POISON, KILLER = VOCABULARY - 1, VOCABULARY - 2  # a step with POISON fails; one with KILLER loses the device
 PLAIN = VOCABULARY - 2  # token ids below this have no effect on the device
@@ -105,10 +105,12 @@ def draw_options(rng: random.Random) -> Options:
 
 
 def draw_windows(rng: random.Random, o: Options) -> tuple[int, int]:
-    """(window pages, window in tokens) of a model whose layers have a window; (0, 0) in seven of ten cases."""
+    """(window pages, window in tokens) of a model whose layers have a window; (0, 0) in eleven of twenty cases."""
     window = rng.randint(1, 12)
-    least = min(most_blocks(window, o.max_batch_tokens, o.page_tokens), -(-CONTEXT // o.page_tokens)) + 1
-    return (least + rng.choice((0, 1, 5, 30)), window) if rng.random() < 0.3 else (0, 0)
+    most, steps = reservations(
+        window, o.page_tokens, context=CONTEXT, max_batch_tokens=o.max_batch_tokens, depth=o.depth
+    )
+    return (most + steps + 1 + rng.choice((0, 1, 9, 60)), window) if rng.random() < 0.45 else (0, 0)
 
 
 def draw_request(rng: random.Random, number: int, o: Options, families: list[list[int]], at: float) -> ClientRequest:

@@ -90,7 +90,7 @@ class RouterCollector(Collector):
             "vllm:num_decoding_requests": (
                 "Requests with a token.", lambda r: sum(a.started for a in r.jobs.values()),
             ),
-            "vllm:kv_cache_usage_perc": ("Share of KV blocks held; 1 is all.", lambda r: r.report.kv_usage),
+            "vllm:kv_cache_usage_perc": ("Share of KV blocks in use; 1 is all.", lambda r: r.report.kv_usage),
             "vllm:gpu_prefix_cache_hits_total": ("Prompt tokens found cached.", lambda r: r.report.cached_tokens),
             "vllm:gpu_prefix_cache_queries_total": ("Prompt tokens looked up.", lambda r: r.report.prompt_tokens),
             "vllm:gpu_prefix_cache_hit_rate": (

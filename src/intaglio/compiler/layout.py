@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from intaglio.program import ExpertPlacement, ProgramError
 
@@ -31,6 +32,8 @@ class Layout:
             ceil((experts + redundant) / ep) experts of a layer, and results do not depend on which. None: each holds a
             run of the experts, without copies.
         placement: the experts of each group; None: those of ExpertPlacement.even().
+
+    Raises LayoutError for sp without tp or with ep, and for redundant experts without ep.
     """
 
     tp: int = 1
@@ -49,23 +52,22 @@ class Layout:
         extra = REDUNDANT.search(text)
         ways = REDUNDANT.sub("", text).removesuffix("sp")
         found = re.findall(r"([a-z]+)(\d+)", ways)
-        sizes = {way: int(n) for way, n in found}
+        sizes: dict[str, Any] = {way: int(n) for way, n in found}
         whole = "".join(way + n for way, n in found) == ways and len(sizes) == len(found) > 0
         if not whole or not sizes.keys() <= WAYS.keys() or 0 in sizes.values():
             known = ", ".join(f"{way}N ({what})" for way, what in WAYS.items())
             raise LayoutError(
                 f"layout {text!r}; wanted some of {known} with N 1 or more, such as tp4pp2; then sp, or not"
             )
-        layout = cls(**sizes, sp=text.endswith("sp"), redundant=int(extra[1]) if extra else None)
-        if layout.redundant is not None and layout.ep == 1:
-            raise LayoutError(f"layout {text!r}: r{layout.redundant} are redundant experts, which need ep2 or more")
-        if layout.sp and (
-            layout.tp == 1 or layout.ep > 1
-        ):  # with ep, attention and experts sum over different groups of lanes
+        return cls(**sizes, sp=text.endswith("sp"), redundant=int(extra[1]) if extra else None)
+
+    def __post_init__(self) -> None:
+        if self.redundant is not None and self.ep == 1:
+            raise LayoutError(f"layout '{self}': r{self.redundant} are redundant experts, which need ep2 or more")
+        if self.sp and (self.tp == 1 or self.ep > 1):  # with ep, attention and experts sum over other groups of lanes
             raise LayoutError(
-                f"layout {text!r}: sp splits norms among lanes of tp; it goes with tp2 or more, without ep"
+                f"layout '{self}': sp splits norms among lanes of tp; it goes with tp2 or more, without ep"
             )
-        return layout
 
     @property
     def lanes(self) -> int:

@@ -215,6 +215,10 @@ class Executable(ABC):
         """
         raise DeviceError(f"{type(self).__name__} cannot write K/V blocks")
 
+    def has_experts(self) -> bool:
+        """True if a layer on any rank has routed experts (op `experts`)."""
+        return any(op.kind == "experts" for op in self.program.ops)
+
     def expert_loads(self) -> dict[str, ExpertLoad]:
         """The ExpertLoad of each layer with experts, by the site of its op; {} if this executable does not count.
 

@@ -53,6 +53,9 @@ class MeshExecutable(BlockingExecutable):
         check_batch(self.program, self.state, request.batch)
         return merge_ranks(MeshStep([rank.run_until_collective(request) for rank in self.ranks]).run())
 
+    def has_experts(self) -> bool:
+        return any(rank.has_experts() for rank in self.ranks)
+
     def expert_loads(self) -> dict[str, ExpertLoad]:
         return merge_loads([rank.expert_loads() for rank in self.ranks])
 

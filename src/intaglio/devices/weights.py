@@ -87,6 +87,11 @@ class ReportedWeights:
         return self.weights.identity()
 
 
+def inner_weights(weights: Weights) -> Weights:
+    """The source of weights that `weights` reports about, so that later reads report nothing; else `weights`."""
+    return weights.weights if isinstance(weights, ReportedWeights) else weights
+
+
 def zeroed_state(tensor: Tensor, state: StateSpec, program: Program) -> Value:
     """A state tensor of `program`, of zeros in its format, with P, B and N of its shape taken from `state`.
 

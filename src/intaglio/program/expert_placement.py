@@ -116,10 +116,11 @@ def balance(load: np.ndarray, ranks: int, each: int) -> Ranks:
     copies = replicate(load, ranks * each, ranks)
     share = load / copies
     held: list[set[int]] = [set() for _ in range(ranks)]
+    loads = np.zeros(ranks)
     for e in sorted(range(len(load)), key=lambda e: (-share[e], e)):
         for _ in range(int(copies[e])):
-            _deal(e, held, share, each)
-    _exchange(held, share)
+            _deal(e, held, share, each, loads)
+    _exchange(held, share, loads)
     return tuple(tuple(sorted(own)) for own in held)
 
 
@@ -128,32 +129,42 @@ def rank_loads(held: Sequence[Sequence[int] | set[int]], share: np.ndarray) -> n
 
     share: load of one copy of each expert, f64 [experts].
     """
-    return np.array([share[sorted(own)].sum() for own in held])
+    return np.array([_rank_load(own, share) for own in held])
 
 
-def _deal(e: int, held: list[set[int]], share: np.ndarray, each: int) -> None:
+def _rank_load(own: Sequence[int] | set[int], share: np.ndarray) -> float:
+    """The sum of the loads of one rank's copies, in order of expert."""
+    return float(share[sorted(own)].sum())
+
+
+def _deal(e: int, held: list[set[int]], share: np.ndarray, each: int, loads: np.ndarray) -> None:
     """Give a copy of expert e to the least loaded rank that has room and no copy of it. Returns nothing.
+
+    loads: of the ranks, f64 [ranks]; updated.
 
     If only ranks with a copy have room, an expert of another rank moves to one of them to make room. There is one: the
     other rank holds `each` experts, not e among them, and the rank with room fewer than `each`, e among them.
     """
-    loads = rank_loads(held, share)
-    order = [int(r) for r in np.argsort(loads, kind="stable")]
-    open_ranks = [r for r in order if len(held[r]) < each and e not in held[r]]
-    if not open_ranks:
+    order: list[int] = np.argsort(loads, kind="stable").tolist()
+    to = next((r for r in order if len(held[r]) < each and e not in held[r]), None)
+    if to is None:
         room = next(r for r in order if len(held[r]) < each)
         full = next(r for r in order if e not in held[r])
         moved = min(held[full] - held[room], key=lambda f: (share[f], f))
         held[full].remove(moved)
         held[room].add(moved)
-        open_ranks = [full]
-    held[open_ranks[0]].add(e)
+        loads[room] = _rank_load(held[room], share)
+        to = full
+    held[to].add(e)
+    loads[to] = _rank_load(held[to], share)
 
 
-def _exchange(held: list[set[int]], share: np.ndarray) -> None:
-    """Exchange experts of the most and the least loaded rank while it makes their loads more equal. Returns nothing."""
+def _exchange(held: list[set[int]], share: np.ndarray, loads: np.ndarray) -> None:
+    """Exchange experts of the most and the least loaded rank while it makes their loads more equal. Returns nothing.
+
+    loads: of the ranks, f64 [ranks]; updated.
+    """
     while True:
-        loads = rank_loads(held, share)
         high, low = int(loads.argmax()), int(loads.argmin())
         gap = loads[high] - loads[low]
         pairs = [(share[a] - share[b], a, b) for a in held[high] - held[low] for b in held[low] - held[high]]
@@ -165,3 +176,4 @@ def _exchange(held: list[set[int]], share: np.ndarray) -> None:
         held[low].remove(b)
         held[high].add(b)
         held[low].add(a)
+        loads[high], loads[low] = _rank_load(held[high], share), _rank_load(held[low], share)

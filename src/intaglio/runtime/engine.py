@@ -107,7 +107,7 @@ class Engine:
         self.offload = Offload(self._usable(connector, executable), self.pool, self.clock)
         self.windows = Windows(
             self.state, self.scope.digest, context=context, max_batch_tokens=max_batch_tokens,
-            max_drafts=max_drafts,
+            max_drafts=max_drafts, depth=executable.depth,
         )  # fmt: skip
         self.scheduler = Scheduler(
             self.pool, self.slots, context=context, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences,
@@ -196,7 +196,7 @@ class Engine:
             if self.launcher.under_way:
                 collected += self.collect()
             self.offload.save()
-            self.experts.tick(began, last=self.idle)
+            self.move_experts(began)
         except DeviceLost as lost:
             self.recovery.recover(lost)
         self._close_step(collected, began)
@@ -230,6 +230,13 @@ class Engine:
             self.accounting.account(done)
         return launch.scheduled
 
+    def move_experts(self, now: float) -> None:
+        """Count tokens of experts and move experts between two steps, if it is time.
+
+        now: seconds. Raises DeviceLost.
+        """
+        self.experts.tick(now, last=self.idle)
+
     def run(self) -> list[Event]:
         """Run steps until no request is left. Returns a list of all Events in order."""
         events: list[Event] = []
@@ -252,6 +259,7 @@ class Engine:
         return Gauges(
             len(self.scheduler.running), len(waiting), sum(s.length for s in waiting), pool.total, pool.held,
             len(pool.evictable), slots.total, slots.held, len(slots.evictable), self.draining, self.failed,
+            self.windows.limit, self.windows.reserved, self.windows.pool.held,
         )  # fmt: skip
 
     def _usable(self, connector: Connector | None, executable: Executable) -> Connector | None:

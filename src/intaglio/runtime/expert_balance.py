@@ -10,13 +10,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from intaglio.devices import DeviceError, Executable
+from intaglio.devices import DeviceError, DeviceLost, Executable
 from intaglio.devices.expert_load import ExpertLoad
 from intaglio.program.expert_placement import Ranks, balance
 from intaglio.runtime.launcher import Launcher
 
 COUNT_EVERY = 1.0  # seconds between two counts of tokens
-LOOK_EVERY = 0.1  # seconds between two looks whether experts are loaded
+LOOK_EVERY = 0.1  # seconds between two looks at what is next in moving experts
+RARELY = 10.0  # times as long if steps are under way, for which every question to the device waits
 MOVE_EVERY = 60.0  # seconds between two proposals
 WORTH = 1.1  # a layer is moved if that makes the largest load of a rank smaller by this factor
 
@@ -24,8 +25,8 @@ WORTH = 1.1  # a layer is moved if that makes the largest load of a rank smaller
 class ExpertBalancer:
     """Keeps the loads of a model's experts, and moves experts of layouts with redundant experts.
 
-    Does nothing for a model without experts. If experts cannot be loaded, nothing is moved any more, and `failed` says
-    why.
+    Does nothing for a model without experts. If experts cannot be loaded, nothing is moved until the device is
+    replaced, and `failed` says why.
 
     Attributes:
         every: seconds between two proposals.
@@ -40,31 +41,44 @@ class ExpertBalancer:
         self.loads: dict[str, ExpertLoad] = {}
         self.moves, self.failed = 0, ""
         self._counted_on: Executable | None = None
+        self._has_experts = False
         self._base: dict[str, np.ndarray] = {}  # tokens counted on executables that were lost
         self._since: dict[str, np.ndarray] = {}  # tokens at the last proposal
-        self._next_count = self._next_look = 0.0
-        self._next_move: float | None = None
-        self._wanted: dict[str, Ranks] = {}  # layers still to be moved
+        self._counted = self._looked = self._next_move = 0.0
+        self._recent: dict[str, np.ndarray] = {}  # layers still to be balanced, with the tokens to balance them for
         self._loading: dict[str, Ranks] = {}
+
+    @property
+    def movable(self) -> bool:
+        """True if the layout has redundant experts, so that experts can be moved; False before the first count."""
+        return any(load.held and all(load.held) for load in self.loads.values())
 
     def tick(self, now: float, last: bool = False) -> None:
         """Count tokens, and propose, load or switch experts if it is time. Call between steps.
 
+        At most one layer is balanced in a call, as that takes milliseconds. The device is asked RARELY while steps of a
+        pipeline are under way, because an answer waits for their end. Tokens of layouts without redundant experts are
+        for metrics only, and counted RARELY too.
+
         now: seconds. last: no request is left, so count now. Raises DeviceLost.
         """
-        if not any(op.kind == "experts" for op in self.launcher.executable.program.ops):
-            return
         if self._counted_on is not self.launcher.executable:
             self._begin(now)
-        if now >= self._next_count or last:
-            self._next_count = now + COUNT_EVERY
+        if not self._has_experts:
+            return
+        rarely = RARELY if self.launcher.under_way else 1.0
+        if last or now >= self._counted + COUNT_EVERY * (rarely if self.movable else RARELY):
+            self._counted = now
             self.count()
-        if not self.failed and now >= self._next_look:
-            self._next_look = now + LOOK_EVERY
+        look_every = LOOK_EVERY * (rarely if self._loading else 1.0)
+        if self.movable and not self.failed and now >= self._looked + look_every:
+            self._looked = now
             try:
                 self._move(now)
+            except DeviceLost:
+                raise
             except DeviceError as e:
-                self.failed, self._wanted, self._loading = str(e), {}, {}
+                self.failed, self._recent, self._loading = str(e), {}, {}
 
     def count(self) -> None:
         """Read the loads from the device. Returns nothing. Raises DeviceLost."""
@@ -72,44 +86,51 @@ class ExpertBalancer:
             base = self._base.get(site, np.zeros_like(load.tokens))
             self.loads[site] = ExpertLoad(base + load.tokens, load.held)
 
-    def propose(self) -> dict[str, Ranks]:
-        """The layers that are worth moving, by site: the experts of each rank.
+    def propose(self, site: str, recent: np.ndarray) -> Ranks | None:
+        """The experts of each rank of one layer, balanced for `recent` tokens of each expert, i64 [experts].
 
-        They are balanced for the tokens since the last proposal.
+        None if moving them is not worth it.
         """
-        found = {}
-        for site, load in self.loads.items():
-            recent = load.tokens - self._since.get(site, np.zeros_like(load.tokens))
-            self._since[site] = load.tokens
-            if not load.held or not all(load.held) or not recent.any():
-                continue
-            held = balance(recent.astype(np.float64), len(load.held), len(load.held[0]))
-            now, then = (ExpertLoad(recent, ranks).imbalance() for ranks in (load.held, held))
-            if now >= then * self.worth:
-                found[site] = held
-        return found
+        held = self.loads[site].held
+        if not held or not all(held) or not recent.any():
+            return None
+        proposed = balance(recent.astype(np.float64), len(held), len(held[0]))
+        now, then = (ExpertLoad(recent, ranks).imbalance() for ranks in (held, proposed))
+        return proposed if now >= then * self.worth else None
 
     def _begin(self, now: float) -> None:
         """Start to count on the executable in use, whose counts and placement are those of a new one."""
         self._base = {site: load.tokens for site, load in self.loads.items()}
         self._counted_on = self.launcher.executable
-        self._wanted, self._loading, self._next_move = {}, {}, now + self.every
-        self._next_count = self._next_look = now
+        self._has_experts = self.launcher.executable.unwrapped().has_experts()
+        self._recent, self._loading, self._next_move, self.failed = {}, {}, now + self.every, ""
+        self._counted, self._looked = -np.inf, now - LOOK_EVERY
+
+    def _tokens_since_last(self) -> dict[str, np.ndarray]:
+        """The tokens of each layer's experts since this was last called, i64 [experts] by site."""
+        found = {}
+        for site, load in self.loads.items():
+            found[site] = load.tokens - self._since.get(site, np.zeros_like(load.tokens))
+            self._since[site] = load.tokens
+        return found
 
     def _move(self, now: float) -> None:
         """Do what is next in moving experts. Returns nothing. Raises DeviceError, DeviceLost."""
         device = self.launcher.between_steps
         if self._loading:
-            if device(lambda executable: executable.experts_loaded()):
-                device(lambda executable: executable.switch_experts())
-                self.moves += 1
-                self._loading = {}
-        elif not self._wanted and self._next_move is not None and now >= self._next_move:
+            if not device(lambda executable: executable.experts_loaded()):
+                return
+            device(lambda executable: executable.switch_experts())
+            self.moves += 1
+            self._loading = {}
+        if not self._recent and now >= self._next_move:
             self._next_move = now + self.every
             self.count()
-            self._wanted = self.propose()
-        if self._wanted and not self._loading:
-            site = next(iter(self._wanted))
-            layers: Mapping[str, Ranks] = {site: self._wanted.pop(site)}
-            device(lambda executable: executable.load_experts(layers))
-            self._loading = dict(layers)
+            self._recent = self._tokens_since_last()
+        if self._recent:
+            site = next(iter(self._recent))
+            proposed = self.propose(site, self._recent.pop(site))
+            if proposed:
+                layers: Mapping[str, Ranks] = {site: proposed}
+                device(lambda executable: executable.load_experts(layers))
+                self._loading = dict(layers)

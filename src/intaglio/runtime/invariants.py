@@ -31,8 +31,8 @@ def blocks_conserved(e: Engine) -> Iterator[str]:
 def windows_conserved(e: Engine) -> Iterator[str]:
     """Yield a text for each window block that is lost, or held by another number of sequences than its refcount.
 
-    Also for a running sequence without the blocks that its next token sees, or with more blocks than it reserved, and
-    for a block in the prefix cache whose name is not that of its tokens.
+    Also for a running sequence without the blocks that its next token sees, or between its steps with more blocks than
+    it reserved, and for a block in the prefix cache whose name is not that of its tokens.
     """
     windows, holders = e.windows, Counter[int]()
     pool, running = windows.pool, e.scheduler.running
@@ -41,7 +41,8 @@ def windows_conserved(e: Engine) -> Iterator[str]:
     for s in (s for choices in e.requests.values() for s in choices):
         held = [b for b in s.window_blocks if b >= 0]
         holders.update(held)
-        if (s.window_reserved > 0) != (s.state == "running") or len(held) > s.window_reserved:
+        most = s.window_reserved + (windows.step_blocks if s.in_flight else 0)
+        if (s.window_reserved > 0) != (s.state == "running") or len(held) > most:
             yield f"{s.request.id} is {s.state}, reserves {s.window_reserved} window blocks and holds {len(held)}"
         seen = range(max(0, s.computed - windows.window + 1), s.computed)
         if s.state == "running" and any(s.window_blocks[at // pool.block_size] < 0 for at in seen):
@@ -49,8 +50,8 @@ def windows_conserved(e: Engine) -> Iterator[str]:
         for block, name in zip(s.window_blocks, pool.names.chain(s.tokens(0, s.length), s.salt), strict=False):
             if block in pool.cached and pool.cached[block].name != name:
                 yield f"window block {block} of {s.request.id} is in the prefix cache with other tokens"
-    if windows.reserved != sum(s.window_reserved for s in running) or windows.reserved > pool.total:
-        yield f"{windows.reserved} of {pool.total} window blocks are reserved, not as many as sequences reserve"
+    if windows.reserved != sum(s.window_reserved for s in running) or windows.reserved > windows.limit:
+        yield f"{windows.reserved} of {windows.limit} window blocks are reserved, not as many as sequences reserve"
     for block, count in enumerate(pool.refcounts):
         if count != holders[block]:
             yield f"window block {block} has refcount {count} and {holders[block]} holders"

@@ -40,9 +40,10 @@ class Scheduler:
     """Queues of waiting and running sequences, both in order of (priority, arrival), and the choice of the next step.
 
     A running sequence holds blocks for all of its tokens; a waiting sequence holds none. When no block is available,
-    the last running sequence is preempted: it goes back to waiting and is recomputed later. Running sequences are also
+    or no window block can be reserved, the last running sequence is preempted: it goes back to waiting and is
+    recomputed later. Running sequences are also
     preempted for a waiting one of better priority. A sequence never preempts one before it, and admission checks that
-    the pool can hold any single sequence, so the first running sequence always finishes.
+    the pools can hold any single sequence, so the first running sequence always finishes.
 
     Of a model with recurrent state, no more sequences run than `slots` has slots for. Blocks are shared up to a border
     at which the state was kept (see Checkpoints). If a draft is rejected, the state stays as it was before that step,
@@ -213,7 +214,9 @@ class Scheduler:
         Sequences in flight are not preempted. Returns True if the sequence has the blocks; False if it was itself
         preempted, or has to wait for later sequences that are in flight.
         """
-        while (missing := self.pool.blocks_for(sequence.length) - len(sequence.blocks)) > self.pool.available:
+        while (
+            missing := self.pool.blocks_for(sequence.length) - len(sequence.blocks)
+        ) > self.pool.available or not self.windows.grow(sequence):
             last = next(s for s in reversed(self.running) if not s.in_flight)
             if last is sequence and last is not self.running[-1]:
                 return False

@@ -48,11 +48,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Gauges:
-    """Current numbers of an engine: sequences, K/V blocks and slots of recurrent state.
+    """Current numbers of an engine: sequences, K/V blocks, slots of recurrent state and window blocks.
 
     `waiting_tokens`: tokens of the waiting sequences. `blocks`, `slots`: all; `blocks_held`, `slots_held`: by
     sequences; `blocks_cached`, `checkpoints`: evictable, held by none. `draining`: no request is admitted.
-    `failed`: why the engine cannot serve, or None.
+    `failed`: why the engine cannot serve, or None. `window_blocks`: blocks of layers with a window that sequences can
+    reserve (see Windows); `window_blocks_reserved`, `window_blocks_held`: by sequences.
     """
 
     running: int
@@ -66,11 +67,17 @@ class Gauges:
     checkpoints: int  # evictable slots, kept for the prefix cache
     draining: bool
     failed: str | None
+    window_blocks: int = 0  # 0 for a model whose layers all have the same blocks
+    window_blocks_reserved: int = 0
+    window_blocks_held: int = 0
 
     @property
     def kv_usage(self) -> float:
-        """Fraction of the K/V blocks that sequences hold, from 0 to 1."""
-        return self.blocks_held / self.blocks
+        """Fraction of the K/V blocks that sequences hold, or of the window blocks that they reserve if that is larger.
+
+        From 0 to 1. At 1 a sequence that needs another block waits or is preempted.
+        """
+        return max(self.blocks_held / self.blocks, self.window_blocks_reserved / max(1, self.window_blocks))
 
 
 @dataclass(frozen=True)

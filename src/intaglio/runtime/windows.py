@@ -18,43 +18,43 @@ from intaglio.runtime.request import RequestError
 from intaglio.runtime.sequence import Sequence
 
 
-def most_blocks(window: int, rows: int, block_size: int) -> int:
-    """Most window blocks that a sequence holds in a step of `rows` rows: of all positions that the rows see."""
-    return (window + rows) // block_size + 2
+def reservations(
+    window: int, block_size: int, *, context: int, max_batch_tokens: int, depth: int
+) -> tuple[int, int]:  # fmt: skip
+    """(most window blocks that a sequence reserves, window blocks that steps need besides all reservations).
 
-
-def decode_rows(max_drafts: int) -> int:
-    """Most rows of one sequence in a step once it decodes: drafts, and rows that are repeated after rejected ones."""
-    return 2 + 3 * max_drafts
+    A step of r rows reads and writes window - 1 + r positions of a sequence, in no more than window // block_size + 3
+    + r // block_size blocks. The rows of all sequences in a step are `max_batch_tokens` at most, so that the last term
+    is added once for each of the `depth` steps under way, not for each sequence. If a whole context has no more blocks
+    than a sequence reserves, steps need none besides.
+    """
+    most, blocks = window // block_size + 3, -(-context // block_size)
+    return (most, depth * (max_batch_tokens // block_size)) if most < blocks else (blocks, 0)
 
 
 def with_windows(
     state: StateSpec, programs: Iterable[Program], window_tokens: int | None, *, context: int, max_batch_tokens: int,
-    max_drafts: int,
+    max_sequences: int, depth: int = 1,
 ) -> StateSpec:  # fmt: skip
     """The state with window pages for the caches of `Program.windows`.
 
-    window_tokens: tokens of all these pages; 0: these caches have the pages of the others. None: enough for as many
-    decoding sequences as fit the other pages with 2,048 tokens (or four windows) each, and for one prompt; 0 if that
-    would save less than a quarter, or if a context is not longer than what a prompt needs.
+    window_tokens: tokens of all these pages; 0: these caches have the pages of the others. None: enough for
+    `max_sequences` sequences of any length, so that no load waits for a window block; 0 if that would save less than a
+    quarter, or if a context is not longer than what a sequence keeps. depth: number of steps under way at once.
 
-    Raises RequestError for fewer tokens than one prompt needs, and if no layer has a window.
+    Raises RequestError for fewer tokens than one sequence needs, and if no layer has a window.
     """
     window, size = max((n for p in programs for n in p.windows.values()), default=0), state.page_tokens
     if window_tokens == 0 or (not window and window_tokens is None):
         return state
-    blocks = -(-context // size)
-    least = min(most_blocks(window, max_batch_tokens, size), blocks) + 1
+    most, steps = reservations(window, size, context=context, max_batch_tokens=max_batch_tokens, depth=depth)
     if window_tokens is None:
-        sequences = max(2, state.pages * size // max(2048, 4 * window))
-        pages = sequences * most_blocks(window, decode_rows(max_drafts), size) + least
-        return (
-            replace(state, window_pages=pages, window=window)
-            if pages < 3 * state.pages / 4 and least < blocks
-            else state
-        )
+        pages = max_sequences * most + steps + 1
+        saves = pages <= 3 * state.pages / 4 and most * size < context
+        return replace(state, window_pages=pages, window=window) if saves else state
     if not window:
         raise RequestError(f"window_tokens is {window_tokens}, and no layer of the model has a window; leave it out")
+    least = most + steps + 1
     if window_tokens < least * size:
         raise RequestError(
             f"window_tokens is {window_tokens}; a window of {window} tokens in steps of {max_batch_tokens} needs "
@@ -66,8 +66,8 @@ def with_windows(
 class Windows:
     """Window blocks of all sequences, with a prefix cache of their own. Does nothing if `state.window_pages` is 0.
 
-    A running sequence reserves as many blocks as it may hold at once: first for steps of `max_batch_tokens` rows, and
-    once it decodes for decode_rows(). So a step never lacks a window block, and none is preempted for one.
+    A running sequence reserves the blocks of its tokens so far and of its next drafts, up to those of reservations().
+    So a step never lacks a window block. When a reservation cannot grow, the scheduler preempts the last sequence.
 
     A prefix of n blocks is found only if the window blocks that its next token sees are found too. Blocks that were
     given back are evicted in the order in which they were given back.
@@ -78,27 +78,34 @@ class Windows:
         context: positions of the model.
         max_batch_tokens: rows of a step.
         max_drafts: draft tokens of a sequence in a step.
+        depth: steps under way at once.
+
+    Attributes:
+        limit: blocks that all sequences together can reserve.
+        step_blocks: blocks that steps need besides.
     """
 
     def __init__(
-        self, state: StateSpec, scope: str, *, context: int, max_batch_tokens: int, max_drafts: int
+        self, state: StateSpec, scope: str, *, context: int, max_batch_tokens: int, max_drafts: int, depth: int = 1
     ) -> None:  # fmt: skip
         self.on, self.window, self.size, self.context = state.window_pages > 0, state.window, state.page_tokens, context
-        self.prefill_blocks = most_blocks(state.window, max_batch_tokens, self.size)
-        self.decode_blocks = min(self.prefill_blocks, most_blocks(state.window, decode_rows(max_drafts), self.size))
-        largest = min(self.prefill_blocks, -(-context // self.size))
-        if self.on and state.window_pages < largest + 1:
+        self.max_drafts = max_drafts
+        self.most, self.step_blocks = reservations(
+            state.window, self.size, context=context, max_batch_tokens=max_batch_tokens, depth=depth
+        )
+        least = self.most + self.step_blocks + 1
+        if self.on and state.window_pages < least:
             raise KvError(
                 f"{state.window_pages} window pages; a sequence with a window of {state.window} tokens in steps of "
-                f"{max_batch_tokens} needs {largest + 1}. Give more, or 0 for the same pages as other layers"
+                f"{max_batch_tokens} needs {least}. Give more, or 0 for the same pages as other layers"
             )
         self.spare = state.window_pages - 1
         self.pool = BlockPool(max(1, self.spare), self.size, scope)
-        self.reserved = 0
+        self.reserved, self.limit = 0, self.spare - self.step_blocks if self.on else 0
 
     def fits(self, sequence: Sequence, freed: int = 0) -> bool:
         """True if a waiting sequence can reserve its blocks, once others have freed reservations of `freed` blocks."""
-        return not self.on or self.reserved - freed + self._needed(sequence) <= self.pool.total
+        return not self.on or self.reserved - freed + self._needed(sequence) <= self.limit
 
     def usable(self, names: Many[str]) -> int:
         """How many of the leading blocks of these names a sequence can start after.
@@ -125,6 +132,15 @@ class Windows:
         self.pool.share(shared)
         sequence.window_blocks = [-1] * first + shared
 
+    def grow(self, sequence: Sequence) -> bool:
+        """Reserve the blocks of a sequence's newest tokens. Returns False, reserving none, if others reserve them."""
+        more = self._needed(sequence) - sequence.window_reserved if self.on else 0
+        if more > 0 and self.reserved + more > self.limit:
+            return False
+        sequence.window_reserved += max(0, more)
+        self.reserved += max(0, more)
+        return True
+
     def extend(self, sequence: Sequence, stop: int) -> None:
         """Before a step: give a sequence window blocks for its positions below `stop`."""
         if self.on:
@@ -137,10 +153,10 @@ class Windows:
             self.pool.add_to_prefix_cache(sequence.window_blocks[at], parent, tokens)
 
     def give_back(self, sequence: Sequence) -> None:
-        """After a step: release the blocks that no later query of the sequence sees, and those of rejected drafts."""
+        """After a step: release the blocks that no later query of the sequence sees, and those of no computed token."""
         if not self.on:
             return
-        held, needed = sequence.window_blocks, self.pool.blocks_for(sequence.length)
+        held, needed = sequence.window_blocks, self.pool.blocks_for(sequence.computed)
         self.pool.release(held[needed:])
         del held[needed:]
         at = min(self.first_block(sequence.computed), len(held)) - 1
@@ -149,9 +165,6 @@ class Windows:
         for i in range(at + 1, min(self.first_block(sequence.computed), len(held))):
             self.pool.release([held[i]])
             held[i] = -1
-        if sequence.decoding and sequence.window_reserved > self.decode_blocks:
-            self.reserved -= sequence.window_reserved - self.decode_blocks
-            sequence.window_reserved = self.decode_blocks
 
     def remove(self, sequence: Sequence) -> None:
         """Release all blocks of a sequence and its reservation."""
@@ -160,8 +173,9 @@ class Windows:
         sequence.window_blocks, sequence.window_reserved = [], 0
 
     def _needed(self, sequence: Sequence) -> int:
-        """Most blocks that a sequence that starts now can hold at once."""
-        return min(self.prefill_blocks, self.pool.blocks_for(sequence.max_kv_tokens(self.context)))
+        """Blocks to reserve for all tokens of a sequence so far and the drafts after them, as far as a query sees."""
+        tokens = min(sequence.length + self.max_drafts, sequence.max_kv_tokens(self.context))
+        return min(self.most, self.pool.blocks_for(tokens))
 
     def first_block(self, position: int) -> int:
         """The number of the first block that a query at `position` sees."""

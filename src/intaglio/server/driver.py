@@ -229,7 +229,7 @@ class Snapshot:
 
     `beat`: time.monotonic() when the engine's thread took the snapshot; an old value of an engine that is not idle
     means that a step hangs. `idle`: the engine has no work. `experts`: the load of each layer's experts, by site.
-    `expert_moves`: layers whose experts were moved between ranks.
+    `expert_moves`: layers whose experts were moved between ranks. `expert_failure`: why experts cannot be moved, or "".
     """
 
     gauges: Gauges
@@ -239,6 +239,7 @@ class Snapshot:
     active: int
     experts: Mapping[str, ExpertLoad] = field(default_factory=dict)
     expert_moves: int = 0
+    expert_failure: str = ""
 
 
 class Driver:
@@ -409,15 +410,17 @@ class Driver:
         c = self.engine.counts
         counts = replace(c, refused=copy(c.refused), finished=copy(c.finished), faults=copy(c.faults))
         gauges, experts = self.engine.gauges(), self.engine.experts
-        now, loads = time.monotonic(), dict(experts.loads)
-        return Snapshot(gauges, counts, now, self.engine.idle, len(self._active), loads, experts.moves)
+        now, loads, active = time.monotonic(), dict(experts.loads), len(self._active)
+        return Snapshot(gauges, counts, now, self.engine.idle, active, loads, experts.moves, experts.failed)
 
     def _publish(self) -> None:
         """Store a new snapshot of the engine, and hand pending updates to the event loop.
 
         If the engine launched a step and has more work, the updates wait for its next launch, which hands them over.
         """
-        self.snapshot = self._take_snapshot()
+        before, self.snapshot = self.snapshot, self._take_snapshot()
+        if (why := self.snapshot.expert_failure) and not before.expert_failure:
+            log.warning("experts are not moved until the device is replaced: %s", why)
         if self._updates and (self.engine.idle or not self._launched):
             self._hand_over()
 

@@ -151,11 +151,14 @@ class EngineCollector(Collector):
         gauges = {
             "vllm:num_requests_running": ("Choices in the running batch.", lambda g: g.running),
             "vllm:num_requests_waiting": ("Choices waiting to run.", lambda g: g.waiting),
-            "vllm:kv_cache_usage_perc": ("Share of KV blocks held; 1 is all.", lambda g: g.kv_usage),
+            "vllm:kv_cache_usage_perc": ("Share of KV blocks in use; 1 is all.", lambda g: g.kv_usage),
             "intaglio:kv_blocks_cached": ("KV blocks kept for their content alone.", lambda g: g.blocks_cached),
             "intaglio:state_slots": ("Slots of recurrent state.", lambda g: g.slots),
             "intaglio:state_slots_held": ("Of these, held by sequences.", lambda g: g.slots_held),
             "intaglio:state_checkpoints": ("Of these, kept for the prefix cache alone.", lambda g: g.checkpoints),
+            "intaglio:window_blocks": ("Blocks of layers with a window.", lambda g: g.window_blocks),
+            "intaglio:window_blocks_reserved": ("Of these, reserved.", lambda g: g.window_blocks_reserved),
+            "intaglio:window_blocks_held": ("Of these, held by sequences.", lambda g: g.window_blocks_held),
             "intaglio:draining": ("Whether nothing more is admitted.", lambda g: int(g.draining)),
         }  # fmt: skip
         seen = [(m, m.look()) for m in self.models]
@@ -212,6 +215,11 @@ class EngineCollector(Collector):
         yield ranks
         moves: list[tuple[ModelMetrics, ByLabel]] = [(m, {(): s.expert_moves}) for m, s in mixtures]
         yield _counter("intaglio:expert_moves", "Layers whose experts were moved between ranks.", moves)
+        text = "1 if experts cannot be moved, as the log says why; 0 otherwise."
+        failed = GaugeMetricFamily("intaglio:expert_moves_failed", text, labels=LABELS)
+        for m, s in mixtures:
+            failed.add_metric(list(m.labels.values()), float(bool(s.expert_failure)))
+        yield failed
 
     def _tiers(self) -> Iterator[Metric]:
         """Yield the metrics of the tiers that keep K/V blocks; none if no model has a tier."""

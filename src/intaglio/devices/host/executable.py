@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,8 @@ from intaglio.devices.host.layout import HostLayout, Stop, columns_of
 from intaglio.devices.host.load import load, pack_again
 from intaglio.devices.host.move import ExpertMoves
 from intaglio.devices.host.step import Draws, Timings, edits_of, taps_of
-from intaglio.ops import Collective, Op, Value
+from intaglio.devices.weights import inner_weights
+from intaglio.ops import Collective, Experts, Op, Value
 from intaglio.program import Program
 from intaglio.program.expert_placement import Ranks
 
@@ -97,7 +98,8 @@ class HostExecutable(RankExecutable):
         self.packed_bytes = sum(matrix.nbytes for matrix in self.matrices.values())
         self._python_state = any(program.tensors[name].role == "state" for name in self.layout.arrays)
         self.state_in_file = state_file is not None and not self._python_state
-        self._weights = weights
+        movable = any(isinstance(op, Experts) and op.held for op in program.ops)
+        self._weights = inner_weights(weights) if movable else None  # kept to read experts again
         self._sites = [op.site for op in program.ops]
         self._drawn = [self.ids[name] for name in ("next_tokens", "logprobs") if name in self.ids]
         self._draws = Draws.of(())
@@ -105,8 +107,13 @@ class HostExecutable(RankExecutable):
     @cached_property
     def experts(self) -> ExpertMoves:
         """The ExpertMoves of this executable."""
-        pack = partial(pack_again, self.native, self.layout, self._weights, self.state)
-        return ExpertMoves(self.native, self.program, self.ids, self.matrices, pack)
+        return ExpertMoves(self.native, self.program, self.ids, self.matrices, self._pack)
+
+    def _pack(self, program: Program, names: Sequence[str]) -> tuple[dict[str, _native.Weight], dict[str, np.ndarray]]:
+        """Read weights again and pack them, as pack_again(). Raises DeviceError if their source was not kept."""
+        if self._weights is None:
+            raise DeviceError("experts are moved only in layouts with redundant experts, such as ep4r8")
+        return pack_again(self.native, self.layout, self._weights, self.state, program, names)
 
     def expert_loads(self) -> dict[str, ExpertLoad]:
         return self.experts.loads()

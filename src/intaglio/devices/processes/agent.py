@@ -315,7 +315,12 @@ class Agent:
         """Follow the coordinator's frames until the connection is lost, then end the ranks."""
         host = s.getsockname()[0]
         port = Port(host, check_binding(host, self.given))
-        link = self.link = Link(s, key, True, self.silence)
+        try:
+            link = self.link = Link(s, key, True, self.silence)
+        except OSError:  # the connection was lost already
+            s.close()
+            port.close()
+            return
         images: KeptImages | None = None
 
         def start(message: bytes) -> HostGroup:

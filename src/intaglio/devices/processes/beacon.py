@@ -11,7 +11,7 @@ from __future__ import annotations
 import hmac
 import socket
 import struct
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from intaglio.devices.processes.connections import proof
@@ -23,6 +23,7 @@ NUMBER = struct.Struct("!Q")
 SIZE = NUMBER.size + 32  # bytes of a datagram
 AHEAD = 50  # datagrams that are signed in advance: for 5 s in which no Python code of this process runs
 INTERACTIVE = 6  # priority in the queue of this host's network device
+AT_ONCE = 64  # datagrams that one hear() reads at most
 LAST = (1 << 64) - 1  # number of the datagram of an end that gives up
 LOW_DELAY = 0x10  # the same for routers, as the type of service
 
@@ -30,54 +31,77 @@ LOW_DELAY = 0x10  # the same for routers, as the type of service
 class Beacon:
     """One end of the heartbeats between two hosts. It is heard once meet() has the other end's port.
 
+    If this host does not allow the UDP socket, the beacon is off: it neither sends nor hears.
+
     Args:
         s: the connection between the hosts, whose addresses are used.
         keys: for sending and for receiving.
         seconds: between two heartbeats.
 
     Attributes:
-        port: number of the port at which this end hears the other.
+        port: number of the port at which this end hears the other; 0 if the beacon is off.
+        socket: of that port; None if the beacon is off.
         sent: number of the last heartbeat that was signed.
         heard: number of the last one that was heard.
     """
 
     def __init__(self, s: socket.socket, keys: tuple[bytes, bytes], seconds: float) -> None:
         self.send_key, self.receive_key = (proof(key, b"heartbeats", b"", b"") for key in keys)
-        self.seconds, self.peer = seconds, s.getpeername()
-        self.sent = self.heard = 0
-        self.socket = socket.socket(s.family, socket.SOCK_DGRAM)
-        self.socket.setblocking(False)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, INTERACTIVE)
-        if s.family == socket.AF_INET:
-            self.socket.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, LOW_DELAY)
-        self.socket.bind((s.getsockname()[0], 0, *s.getsockname()[2:]))
-        self.port = int(self.socket.getsockname()[1])
+        self.seconds, self.sent, self.heard, self.port = seconds, 0, 0, 0
+        self.socket: socket.socket | None = None
         self.sender: _native.Datagrams | None = None
+        with suppress(OSError):
+            self._open(s)
+
+    def _open(self, s: socket.socket) -> None:
+        """Open the UDP port beside the connection `s`. Returns nothing. Raises OSError."""
+        self.peer = s.getpeername()
+        with ExitStack() as failed:
+            own = failed.enter_context(socket.socket(s.family, socket.SOCK_DGRAM))
+            own.setblocking(False)
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, INTERACTIVE)
+            if s.family == socket.AF_INET:
+                own.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, LOW_DELAY)
+            own.bind((s.getsockname()[0], 0, *s.getsockname()[2:]))
+            self.socket, self.port = own, int(own.getsockname()[1])
+            failed.pop_all()
 
     def meet(self, port: int) -> None:
-        """Start to send to the other end's port. Returns nothing; does nothing if it has started or is closed."""
-        if self.sender is None and self.socket.fileno() >= 0:
+        """Start to send to the other end's port. Returns nothing.
+
+        Does nothing if it has started or is closed, if this beacon or the other (port 0) is off, or if this host does
+        not allow to send there.
+        """
+        if self.sender is None and self.fileno() >= 0 and port and self.socket:
             from intaglio import _native
 
-            self.socket.connect((self.peer[0], port, *self.peer[2:]))
-            self.sender = _native.Datagrams(self.socket.fileno(), self.seconds)
+            with suppress(OSError):
+                self.socket.connect((self.peer[0], port, *self.peer[2:]))
+                self.sender = _native.Datagrams(self.socket.fileno(), self.seconds)
+
+    def fileno(self) -> int:
+        """Descriptor of the socket; -1 if the beacon is off or closed."""
+        return self.socket.fileno() if self.socket else -1
 
     def refill(self) -> None:
         """Sign further datagrams, if the sender has started and has fewer than AHEAD left. Returns nothing."""
         sender = self.sender
         while sender is not None and sender.waiting() < AHEAD:
             self.sent += 1
-            sender.add(self._signed(self.sent))
+            sender.add(signed(self.send_key, self.sent))
 
     def hear(self) -> bool:
-        """Read the datagrams that have come. Returns True if one is the other end's and is new."""
-        new = False
+        """Read the datagrams that have come, at most AT_ONCE. Returns True if one is the other end's and is new."""
+        new, own = False, self.socket
+        if own is None:
+            return False
         with suppress(OSError):  # none is left, or the other end has closed its port
-            while True:
-                datagram = self.socket.recv(SIZE + 1)
-                number = NUMBER.unpack(datagram[: NUMBER.size])[0] if len(datagram) == SIZE else 0
-                code = hmac.digest(self.receive_key, datagram[: NUMBER.size], "sha256")
-                if number > self.heard and hmac.compare_digest(datagram[NUMBER.size :], code):
+            for _ in range(AT_ONCE):
+                datagram = own.recv(SIZE + 1)
+                if len(datagram) != SIZE:
+                    continue
+                number = NUMBER.unpack(datagram[: NUMBER.size])[0]
+                if number > self.heard and hmac.compare_digest(datagram, signed(self.receive_key, number)):
                     self.heard, new = number, True
         return new
 
@@ -91,16 +115,19 @@ class Beacon:
         The end of the connection tells it too, but may come late: behind bytes that are sent again and again, because
         their receipts are lost.
         """
-        for _ in range(3):
-            with suppress(OSError):
-                self.socket.send(self._signed(LAST))
-
-    def _signed(self, number: int) -> bytes:
-        """The datagram of a number."""
-        head = NUMBER.pack(number)
-        return head + hmac.digest(self.send_key, head, "sha256")
+        if own := self.socket:
+            for _ in range(3):
+                with suppress(OSError):
+                    own.send(signed(self.send_key, LAST))
 
     def close(self) -> None:
         """Stop sending and close the port."""
         self.sender = None
-        self.socket.close()
+        if self.socket:
+            self.socket.close()
+
+
+def signed(key: bytes, number: int) -> bytes:
+    """The datagram of a number, signed with `key`: SIZE bytes."""
+    head = NUMBER.pack(number)
+    return head + hmac.digest(key, head, "sha256")

@@ -35,6 +35,10 @@ BEAT = 0.05  # seconds between two signs of life
 POST_WAIT = 3600.0  # seconds; then it waits again
 
 
+class SwitchError(DeviceError):
+    """Raised if experts could not be switched. It ends the process, as some of its layers may have switched."""
+
+
 class Rank:
     """The rank that a child process runs: run() loads its job and runs the steps.
 
@@ -100,13 +104,14 @@ class Rank:
         """Run step `number` and write its result to the board of this rank. Returns nothing.
 
         A process that is alone answers with an error. In a group of several ranks an error aborts the group,
-        because the other ranks would wait for this one forever.
+        because the other ranks would wait for this one forever. An error while experts are switched always does, as
+        some layers or ranks may have switched.
         """
         slot = number % len(self.requests)
         try:
             parts = self.answer(executable, reader, self.requests[slot].read())
         except Exception as e:  # whatever a device can raise
-            if not self.alone:
+            if not self.alone or isinstance(e, SwitchError):
                 if not isinstance(e, _native.CommunicatorError):
                     self.segment.abort(self.rank, "", f"{type(e).__name__}: {e}")
                 os._exit(1)
@@ -129,11 +134,14 @@ class Rank:
 def answer_about_experts(executable: Executable, action: str, layers: Mapping[str, Ranks]) -> list[np.ndarray]:
     """Do what a request about experts asks. Returns a list of the arrays of the answer.
 
-    An error is the answer, as the ranks go on with the experts that they have; but one of "switch" is raised, since
-    other ranks may have switched.
+    An error is the answer, as the ranks go on with the experts that they have. Raises SwitchError if one of "switch"
+    fails, since other layers and ranks may have switched.
     """
     if action == "switch":
-        executable.switch_experts()
+        try:
+            executable.switch_experts()
+        except Exception as e:  # whatever a device can raise
+            raise SwitchError(f"experts could not be switched: {type(e).__name__}: {e}") from e
         return value_parts(True)
     try:
         if action == "loads":

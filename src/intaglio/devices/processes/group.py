@@ -237,6 +237,7 @@ class GroupExecutable(PostedExecutable):
     ) -> None:  # fmt: skip
         job = ranks[-1].job
         self.program, self.state, self.step_timeout = job.programs[-1], job.state, step_timeout
+        self.programs = [program for start in ranks for program in start.job.programs]
         depth = MeshProgram(tuple(start.job.programs[0] for start in ranks)).stages if joins else 1
         super().__init__(depth, joins)
         self.processes: Processes

@@ -123,7 +123,7 @@ class Rendezvous:
             threading.Thread(target=self._greet, args=(s, where), daemon=True).start()
 
     def _greet(self, s: socket.socket, where: str) -> None:
-        with suppress(ConnectionError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError):
             peer = meet(s, where, self.token, check_wants_coordinator)
             agent = HostAgent(Link(s, peer.key, False, self.silence))
             with self.news:
@@ -153,6 +153,7 @@ class HostsExecutable(PostedExecutable):
     ) -> None:  # fmt: skip
         super().__init__(mesh.stages, True)
         self.agents, self.program, self.state, self.step_timeout = list(agents), mesh.last, state, step_timeout
+        self.programs = mesh.programs
         self.news = news or threading.Condition()
         self.epoch: Epoch[HostAgent, list[memoryview]] = Epoch(next(EPOCHS) if epoch is None else epoch, agents)
         each = len(mesh.programs) // len(agents)

@@ -24,6 +24,7 @@ MAC = 32  # bytes
 LONGEST = 1 << 30  # bytes of a payload
 INTERVAL = 0.1  # seconds between two heartbeats
 SILENCE = 0.8  # seconds without a byte after which a host counts as gone
+STALL = 10  # times the silence: a connection in which no byte moves for so long is dead, whatever datagrams come
 
 
 class LinkLost(ConnectionError):
@@ -35,12 +36,14 @@ class Link:
 
     key: of the session. connected: True on the side that opened the connection. silence: seconds without a byte from
     the other end, after which it counts as gone. A heartbeat is sent every INTERVAL seconds, in the connection and as
-    a datagram (Beacon), so a host that is only slow does not count as gone.
+    a datagram (Beacon), so a host that is only slow does not count as gone. But it does if no byte moves in the
+    connection for STALL times the silence, in either direction.
     """
 
     def __init__(self, s: socket.socket, key: bytes, connected: bool, silence: float = SILENCE) -> None:
         self.socket, self.silence = s, Silence(silence, 0.0)
         self.looked, self.now = time.monotonic(), 0.0  # now: seconds in which this end looked and nothing came
+        self.stalled, self.stall = 0.0, STALL * silence  # seconds without a byte in the connection; most of them
         keys = [proof(key, way, b"", b"") for way in (b"from who connected", b"to who connected")]
         self.send_key, self.receive_key = keys if connected else reversed(keys)
         self.order = FrameOrder()
@@ -50,7 +53,8 @@ class Link:
         self.beacon = Beacon(s, (self.send_key, self.receive_key), INTERVAL)
         self.poll = select.poll()
         for one in (s, self.beacon.socket):
-            self.poll.register(one, select.POLLIN)
+            if one:
+                self.poll.register(one, select.POLLIN)
         threading.Thread(target=self._beat, daemon=True).start()
 
     def send(self, kind: int, payload: bytes = b"") -> None:
@@ -60,10 +64,15 @@ class Link:
         with self.lock:
             head = HEAD.pack(len(payload), kind, self.order.next_number())
             left = memoryview(head + payload + mac(self.send_key, head, payload))
+            timeouts = 0  # in a row
             try:
                 while left:
-                    with suppress(TimeoutError):  # a slow link; if it is cut, receive() closes it
-                        left = left[self.socket.send(left) :]
+                    try:
+                        left, timeouts = left[self.socket.send(left) :], 0
+                    except TimeoutError:  # a slow link; if it is cut, receive() closes it
+                        timeouts += 1
+                        if timeouts == STALL:
+                            raise
                     if self.closed.is_set():
                         raise LinkLost("the link is closed")
             except OSError as e:
@@ -118,6 +127,7 @@ class Link:
             if not n:
                 raise LinkLost("the other end closed the connection")
             self.silence.heard(self.now)
+            self.stalled = 0.0
             at += n
         return bytes(got)
 
@@ -125,22 +135,27 @@ class Link:
         """Wait up to INTERVAL seconds. Returns True if bytes came in the connection; datagrams are read here.
 
         A look counts as INTERVAL seconds at most, however long this process was paused. Raises LinkLost if neither
-        bytes nor datagrams came for `silence` seconds.
+        bytes nor datagrams came for `silence` seconds, or no bytes for `stall` seconds.
         """
-        ready = {file for file, _ in self.poll.poll(INTERVAL * 1000)}
+        ready = {file for file, _ in self.poll.poll(INTERVAL * 1000)} - {self.beacon.fileno()}
         before, self.looked = self.looked, time.monotonic()
+        quiet = 0.0 if ready else min(INTERVAL, self.looked - before)
+        self.stalled += quiet
         if self.closed.is_set():
             raise LinkLost("the link is closed")
         if self.beacon.hear():
             self.silence.heard(self.now)
-        elif not ready - {self.beacon.socket.fileno()}:
-            self.now += min(INTERVAL, self.looked - before)
+        else:
+            self.now += quiet
         if self.beacon.given_up():
             raise LinkLost("the other end hears nothing")
         if self.silence.left(self.now) <= 0:
             self.beacon.give_up()
             raise LinkLost(f"nothing came in {self.silence.allowed:g} s")
-        return bool(ready - {self.beacon.socket.fileno()})
+        if self.stalled >= self.stall:
+            self.beacon.give_up()
+            raise LinkLost(f"no byte came in the connection in {self.stall:g} s, though heartbeats came beside it")
+        return bool(ready)
 
     def _beat(self) -> None:
         with suppress(LinkLost):

@@ -31,6 +31,7 @@ from intaglio.devices.processes.messages import (
     read_value,
     request_parts,
 )
+from intaglio.program import Program
 from intaglio.program.expert_placement import Ranks
 
 MESSAGE_BYTES = 16 << 20  # of K/V blocks in one message
@@ -67,6 +68,7 @@ class PostedExecutable(Executable):
     """
 
     facts: list[RankFacts]
+    programs: Sequence[Program]  # of all ranks
 
     def __init__(self, depth: int, checks: bool) -> None:
         self.depth, self.checks = depth, checks
@@ -159,6 +161,9 @@ class PostedExecutable(Executable):
             if error:
                 raise DeviceError(error)
         return [value for _, value in found]
+
+    def has_experts(self) -> bool:
+        return any(op.kind == "experts" for program in self.programs for op in program.ops)
 
     def expert_loads(self) -> dict[str, ExpertLoad]:
         found = self._ask_about_experts("loads")

@@ -2,7 +2,7 @@
 
 record.py writes them, replay.py reads them. An entry holds the call ("do": engine, add, suspend, resume, step, abort or
 drain) and the external inputs of the engine during the call ("clock": readings; "launches" and "restarts": the outcome
-of each).
+of each; "losses": those of the device that were noticed between two steps).
 """
 
 from __future__ import annotations

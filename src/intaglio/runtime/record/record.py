@@ -1,8 +1,8 @@
 """RecordedEngine: an engine that writes a journal of its calls and external inputs, for deterministic replay.
 
 An engine has four external inputs: clock, random numbers, executable and restart. The Recorder wraps them and keeps
-the clock's readings, the last random number, and whether each launch and restart succeeded. replay.py supplies these
-and runs the steps again.
+the clock's readings, the last random number, and whether each launch and restart succeeded; RecordedEngine also keeps
+losses of the device between two steps. replay.py supplies these and runs the steps again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from intaglio.devices import Executable, PendingStep, StepRequest, StepResult
+from intaglio.devices import DeviceLost, Executable, PendingStep, StepRequest, StepResult
 from intaglio.runtime.engine import Engine, Rng
 from intaglio.runtime.record.journal import write_engine, write_event, write_failure
 from intaglio.runtime.request import Event, Refused, Request, RequestError
@@ -30,6 +30,7 @@ class Recorder:
         launches: for each launch its failure as text, or None if it succeeded.
         restarts: for each restart of the device True if it succeeded, "kept" if the new device also has the K/V of
             the lost one, else False.
+        losses: for each loss of the device that was noticed between two steps its failure as text.
         seed: the last random number drawn.
     """
 
@@ -37,6 +38,7 @@ class Recorder:
         self.readings: list[float] = []
         self.launches: list[str | None] = []
         self.restarts: list[bool | str] = []
+        self.losses: list[str] = []
         self.seed = 0
 
     def clock(self, inner: Callable[[], float]) -> Callable[[], float]:
@@ -74,10 +76,15 @@ class Recorder:
         return readings
 
     def take_outcomes(self) -> dict[str, Any]:
-        """The outcomes of launches and restarts since the last call, as journal fields. They are then forgotten."""
-        outcomes = {"launches": self.launches.copy(), "restarts": self.restarts.copy()}
-        self.launches.clear()
-        self.restarts.clear()
+        """The outcomes of launches and restarts since the last call, as journal fields. They are then forgotten.
+
+        With the field "losses" only if the device was lost between two steps.
+        """
+        outcomes: dict[str, Any] = {"launches": self.launches.copy(), "restarts": self.restarts.copy()}
+        if self.losses:
+            outcomes["losses"] = self.losses.copy()
+        for kept in (self.launches, self.restarts, self.losses):
+            kept.clear()
         return outcomes
 
 
@@ -185,6 +192,13 @@ class RecordedEngine(Engine):
         outcomes = self.recorder.take_outcomes()
         self._write("step", **outcomes, events=[write_event(e) for e in events])
         return events
+
+    def move_experts(self, now: float) -> None:
+        try:
+            super().move_experts(now)
+        except DeviceLost as e:
+            self.recorder.losses.append(write_failure(e))
+            raise
 
     def abort(self, id: str) -> list[Event]:
         events = super().abort(id)

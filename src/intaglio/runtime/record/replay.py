@@ -77,6 +77,24 @@ class ReplayedStep:
         return self.executable.inner.step(self.request)
 
 
+class ReplayedEngine(Engine):
+    """An Engine that moves no experts, and loses its device between two steps where the journal records that.
+
+    losses: texts of the recorded losses, in order.
+    """
+
+    def __init__(self, executable: Executable, losses: deque[str], **options: Any) -> None:
+        self.losses = losses
+        super().__init__(executable, **options)
+
+    def move_experts(self, now: float) -> None:
+        def lose(_: Executable) -> None:
+            raise read_failure(self.losses.popleft())
+
+        if self.losses:
+            self.launcher.between_steps(lose)
+
+
 class RecordedSeeds:
     """Replaces the engine's random source: recorded requests carry their seeds, so drawing a number is an error."""
 
@@ -110,6 +128,7 @@ class Player:
         self.readings: deque[float] = deque()
         self.launches: deque[str | None] = deque()
         self.restarts: deque[bool | str] = deque()
+        self.losses: deque[str] = deque()
         self.engine: Engine | None = None
         self.depth = 1
         self.steps = self.requests = self.tokens = self.faults = 0
@@ -122,6 +141,7 @@ class Player:
         self.readings.extend(entry.get("clock", ()))
         self.launches.extend(entry.get("launches", ()))
         self.restarts.extend(entry.get("restarts", ()))
+        self.losses.extend(entry.get("losses", ()))
         self.faults += sum(failure is not None for failure in entry.get("launches", ()))
         return self._do(entry) or self._left_over()
 
@@ -177,7 +197,9 @@ class Player:
         self.depth = entry.get("depth", 1)
         executable = ReplayedExecutable(self.load(), self.launches, self.depth)
         options = {"checkpoint_blocks": 0, **entry["options"]}  # old journals have none
-        engine = Engine(executable, clock=self.clock, rng=RecordedSeeds(), restart=self.restart, **options)
+        engine = ReplayedEngine(
+            executable, self.losses, clock=self.clock, rng=RecordedSeeds(), restart=self.restart, **options
+        )
         here = write_engine(engine)
         for name in ("program", "pages", "page_tokens", "slots"):
             if here[name] != entry.get(name, 0):
@@ -209,6 +231,7 @@ class Player:
             "clock readings": len(self.readings),
             "launches": len(self.launches),
             "restarts": len(self.restarts),
+            "losses": len(self.losses),
         }
         more = [f"{n} {what}" for what, n in left.items() if n]
         return f"the journal has {', '.join(more)} more" if more else None

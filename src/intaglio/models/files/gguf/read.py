@@ -119,7 +119,7 @@ class _Reader:
         if name is None and own == "attn_qkv":
             self._add_rows(at, ("attn_q", "attn_k", "attn_v"), suffix, p, self._widths(at), full)
         elif name is None and own == "ffn_gate_up_exps":
-            self._add_gate_up(at, suffix, p)
+            self._add_gate_up(at, suffix, p, full)
         elif name is None:
             raise PortError(
                 f"{self.file.path}: tensor {full} belongs to nothing that the port of "
@@ -160,12 +160,17 @@ class _Reader:
         for e in range(p.shape[0]):
             self.tables.add(f"{name.format(e=e)}.{suffix}", p.cut(e * each[0], each))
 
-    def _add_gate_up(self, at: str, suffix: str, p: Place) -> None:
+    def _add_gate_up(self, at: str, suffix: str, p: Place, full: str) -> None:
         """Add a stack of experts' matrices whose rows are gate, then up, as two tensors per expert.
 
-        at: prefix of their names. suffix: weight or bias. p: place of the stack. Raises PortError if the architecture
-        has no experts.
+        at: prefix of their names. suffix: weight or bias. p: place of the stack. full: name of the stored tensor, for
+        errors. Raises PortError if the architecture has no experts, or for anything but matrices, such as biases.
         """
+        if len(p.shape) != 3:
+            raise PortError(
+                f"{self.file.path}: tensor {full} is {list(p.shape)}; gate and up of experts in one tensor are read as "
+                "matrices only, with 3 dimensions"
+            )
         count, rows, columns = p.shape
         for i, n in enumerate(PROJECTIONS[:2]):
             name = self.own.name(f"ffn_{n}_exps")
