@@ -45,9 +45,10 @@ def apart_table(
     Raises ValueError if the lists differ in length, LayoutError for a wrong layout, ChipError if a model does not fit.
     """
     q = question
+    refused: list[tuple[str, str]] = []
     with progress_bar(f"compiling {q.program.name}") as progress:
         if concurrency:
-            found, refused = given_pairs(q, on, prefill, decode, concurrency, budget, progress), []
+            found = given_pairs(q, on, prefill, decode, concurrency, budget, progress)
         else:
             found, refused = searched_pairs(q, on, prefill, decode, chips, budget, progress)
     if plot and found:

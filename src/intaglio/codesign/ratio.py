@@ -147,17 +147,15 @@ def search(
     Pairs for which no ratio fills the chips within the limits are left out; so are those whose queues break a limit at
     every load tried.
     """
-    out = []
+    out: list[tuple[str, str, ApartResult]] = []
     pairs = [(a, b) for a in prefill for b in decode]
     for i, (a, b) in enumerate(pairs):
         progress(i, len(pairs), f"{a} and {b}: searching")
         found = best_ratio(prefill[a], decode[b], question, chips)
         if found and (done := confirmed(prefill[a], decode[b], found, question)):
-            names = (
-                str(kind.of(n).server.placement) for kind, n in ((prefill[a], found.prefill), (decode[b], found.decode))
-            )
-            out.append((*names, done))
-    return sorted(out, key=lambda row: -row[2].tokens_per_s / row[2].chips)  # type: ignore[return-value]
+            first, second = prefill[a].of(found.prefill), decode[b].of(found.decode)
+            out.append((str(first.server.placement), str(second.server.placement), done))
+    return sorted(out, key=lambda row: -row[2].tokens_per_s / row[2].chips)
 
 
 def confirmed(first: Kind, second: Kind, found: Ratio, question: Question) -> ApartResult | None:
