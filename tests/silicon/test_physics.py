@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from intaglio.chips import target
 from intaglio.codesign.physics import all_cards, draw, over_peak, sizes, timelines, violations
+from intaglio.codesign.simulate import ported, stages
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -23,6 +25,14 @@ def test_a_draw_names_what_it_changes() -> None:
     changed = [d for d in (draw(np.random.default_rng()) for _ in range(8)) if d.changes]
     for d in changed:
         assert all(f"{name}={d.on.get(name):.6g}" in str(d) for name, _ in d.changes)
+
+
+def test_prefetched_weights_share_hbm_with_the_rows_of_their_op() -> None:
+    """Without an L2, products also read and write rows in HBM; no more moves than its rate allows."""
+    on = target("tpu_v5e").with_chip(hbm_bytes_per_s=1.5e11)
+    assert on.library.prefetches_weights and not on.chip.l2_bytes
+    for line in timelines(stages(ported("llama-3-8b", None), "tp1", "auto", "auto", "auto"), on, sizes(27, 716, 1009)):
+        assert over_peak(on, line) == []
 
 
 def test_a_violation_is_named() -> None:

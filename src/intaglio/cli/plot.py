@@ -81,7 +81,7 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float]]) -> str:
 def lines(title: str, x_unit: str, y_unit: str, series: Mapping[str, Sequence[Point]]) -> str:
     """SVG text of a line with points for each name, over axes that start at 0. Points have labels."""
     points = [p for each in series.values() for p in each]
-    xs, ys = ticks(max((p[0] for p in points), default=1.0)), ticks(max((p[1] for p in points), default=1.0))
+    xs, ys = (ticks(max(values, default=1.0)) for values in ([p[0] for p in points], [p[1] for p in points]))
     wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def at(x: float, y: float) -> tuple[float, float]:

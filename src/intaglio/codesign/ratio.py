@@ -147,14 +147,14 @@ def search(
     Pairs for which no ratio fills the chips within the limits are left out; so are those whose queues break a limit at
     every load tried.
     """
-    out = []
+    out: list[tuple[str, str, ApartResult]] = []
     pairs = [(a, b) for a in prefill for b in decode]
     for i, (a, b) in enumerate(pairs):
         progress(i, len(pairs), f"{a} and {b}: searching")
         found = best_ratio(prefill[a], decode[b], question, chips)
         if found and (done := confirmed(prefill[a], decode[b], found, question)):
-            servers = prefill[a].of(found.prefill).server, decode[b].of(found.decode).server
-            out.append((str(servers[0].placement), str(servers[1].placement), done))
+            first, second = prefill[a].of(found.prefill), decode[b].of(found.decode)
+            out.append((str(first.server.placement), str(second.server.placement), done))
     return sorted(out, key=lambda row: -row[2].tokens_per_s / row[2].chips)
 
 

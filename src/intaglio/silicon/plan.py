@@ -141,7 +141,8 @@ class Plan:
             return Schedule(alone, tuple(accumulate(seconds)), (False,) * len(seconds))
         # Weights are prefetched at most this many seconds ahead: as many as the L2 can hold.
         ahead = chip.l2_bytes * library.l2_usable / chip.hbm_rate
-        weights_s = [t.weight_bytes / chip.hbm_rate for t in alone]
+        # HBM also moves the rows of an op with weights, before the next op's weights.
+        weights_s = [t.hbm_bytes / chip.hbm_rate if t.weight_bytes else 0.0 for t in alone]
         other_s = [0.0 if t.weight_bytes else t.hbm_bytes / chip.hbm_rate for t in alone]
         ends, stalled = _native.prefetched_ends(self.numbers, seconds, weights_s, other_s, ahead)
         return Schedule(alone, tuple(ends), tuple(stalled))
