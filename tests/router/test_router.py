@@ -285,14 +285,20 @@ def test_a_long_queue_outweighs_a_cached_prefix() -> None:
     assert second.replica != first.replica
 
 
-def test_equal_replicas_take_turns() -> None:
-    router = router_of(3)
+def one_after_another(router: Router, count: int) -> list[str]:
+    """The replicas of jobs of which each ends before the next comes."""
     used = []
-    for i in range(6):
+    for i in range(count):
         router.submit(Job(f"j{i}"), float(i))
         [placed] = router.dispatch(float(i))
         used.append(placed.replica)
         router.ended(placed.job, 1)
+    return used
+
+
+def test_equal_replicas_take_turns() -> None:
+    router = router_of(3)
+    used = one_after_another(router, 6)
     assert sorted(used[:3]) == ["r0", "r1", "r2"] and used[3:] == used[:3]
 
 
@@ -301,13 +307,7 @@ def test_a_replica_is_measured_again_though_it_seems_slow(slow: Pace) -> None:
     router = router_of(2)
     router.report("r0", LoadReport(pace=Pace(0.001, 0.00001, measured=True)))
     router.report("r1", LoadReport(pace=slow))
-    used = []
-    for i in range(80):
-        router.submit(Job(f"j{i}"), float(i))
-        [placed] = router.dispatch(float(i))
-        used.append(placed.replica)
-        router.ended(placed.job, 1)
-    assert used.count("r1") == (2 if slow.measured else 40)
+    assert one_after_another(router, 80).count("r1") == (2 if slow.measured else 40)
 
 
 def test_jobs_wait_in_the_router_once_a_replica_has_enough_prefill() -> None:

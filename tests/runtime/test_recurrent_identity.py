@@ -6,25 +6,22 @@ with steps that fail after their work. Workers that are killed change nothing ei
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.identity import Case, Drafts, Outcome, failing, moved
 from support.tiny import VOCABULARY, tiny
 
 from intaglio import LLM, SamplingParams
-from intaglio.devices import DeviceError, StepRequest
-from intaglio.runtime import Engine, Request, Resumption, check_invariants
+from intaglio.runtime import Engine, Request, check_invariants
 
 pytest.importorskip("transformers")
 SEED = int(os.environ.get("TEST_SEED", random.SystemRandom().randrange(2**32)))
-Case = tuple[list[int], SamplingParams]
-Outcome = tuple[list[int], list[float]]
 FEW = {"mamba2": 200, "qwen3_next": 200, "lfm2": 200, "falcon_h1": 20, "jamba": 20}  # requests of each
 TWO: dict[str, Any] = {"num_hidden_layers": 2}  # layers, to save time
 LAYERS = {
@@ -48,17 +45,6 @@ def cases(rng: random.Random, count: int) -> list[Case]:
     return found
 
 
-class Drafts:
-    """Proposes the tokens that will come, and sometimes a wrong one."""
-
-    def __init__(self, rng: random.Random, prompt: list[int], output: list[int]) -> None:
-        self.rng, self.tokens = rng, [*prompt, *output]
-
-    def propose(self, tokens: Sequence[int], most: int) -> list[int]:
-        right = self.tokens[len(tokens) : len(tokens) + most]
-        return [t if self.rng.random() < 0.7 else self.rng.randrange(VOCABULARY) for t in right]
-
-
 def outcomes(
     engine: Engine, several: list[Case], before_step: Callable[[], object] = lambda: None,
     drafts: tuple[random.Random, list[Outcome]] | None = None, shared: bool = True,
@@ -77,36 +63,6 @@ def outcomes(
     check_invariants(engine)
     assert {s.finish_reason for s in made} == {"length"}
     return [(s.output, s.logprobs) for s in made]
-
-
-def moved(engines: list[Engine], several: list[Case], rng: random.Random) -> list[Outcome]:
-    """The results of all requests, each of which is suspended and resumed on another engine at random."""
-    at = dict[str, Any]()
-    for i, (prompt, params) in enumerate(several):
-        [at[f"{i}"]] = rng.choice(engines).add(Request(f"{i}", prompt, params))
-    while not all(engine.idle for engine in engines):
-        for engine in engines:
-            engine.step()
-            for id in [id for id in engine.requests if rng.random() < 0.2]:
-                text = json.dumps(engine.suspend(id).as_dict())  # type: ignore[union-attr]
-                [at[id]] = rng.choice(engines).resume(Resumption.from_dict(json.loads(text)))
-            if rng.random() < 0.1:
-                check_invariants(engine)
-    return [(at[f"{i}"].output, at[f"{i}"].logprobs) for i in range(len(several))]
-
-
-def failing(engine: Engine, rng: random.Random) -> Engine:
-    """The engine with steps that fail after their work; not those of one sequence, which would end at the second."""
-    run = engine.executable.run  # type: ignore[attr-defined]
-
-    def fails(step: StepRequest) -> Any:
-        result = run(step)
-        if rng.random() < 0.3 and len(step.batch.q_len) > 1:
-            raise DeviceError("planted, after the work")
-        return result
-
-    engine.executable.run = fails  # type: ignore[attr-defined]
-    return engine
 
 
 @pytest.mark.parametrize("family", FEW)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.serving import add, oracle_engine, request, run_checked, truth
+from support.serving import add, fail_after_work, oracle_engine, request, run_checked, truth
 
-from intaglio.devices import DeviceError, StepRequest
 from intaglio.runtime import Engine, Sequence
 from intaglio.runtime.slots import SlotError, SlotPool
 
@@ -88,15 +87,8 @@ def test_tokens_are_right_under_preemption_and_chunking(options: dict[str, Any])
 
 def test_tokens_are_right_if_every_second_step_fails_after_its_work() -> None:
     engine = oracle_engine(pages=60, slots=12)
-    made, run, steps = requests(engine), engine.executable.run, iter(range(10**6))  # type: ignore[attr-defined]
-
-    def late(step: StepRequest) -> Any:
-        result = run(step)
-        if next(steps) % 2:
-            raise DeviceError("planted")
-        return result
-
-    engine.executable.run = late  # type: ignore[attr-defined]
+    made, steps = requests(engine), iter(range(10**6))
+    fail_after_work(engine, lambda step: next(steps) % 2)
     run_checked(engine)
     assert engine.counts.faults["step"] > 5
     assert [s.output for s in made] == [truth(s) for s in made]

@@ -6,22 +6,18 @@ prefix cache, resumed on other engines, with steps that fail after their work, a
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.identity import Case, Drafts, Outcome, failing, moved
 from support.tiny import VOCABULARY, tiny
 
 from intaglio import LLM, SamplingParams
-from intaglio.devices import DeviceError, StepRequest
-from intaglio.runtime import Engine, Request, RequestError, Resumption, check_invariants
+from intaglio.runtime import Engine, Request, RequestError, check_invariants
 
 pytest.importorskip("transformers")
-Case = tuple[list[int], SamplingParams]
-Outcome = tuple[list[int], list[float]]
 WINDOW = 20
 FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
@@ -43,54 +39,15 @@ def cases(rng: random.Random, count: int) -> list[Case]:
     return found
 
 
-class Drafts:
-    """Proposes the tokens that will come, and sometimes a wrong one."""
-
-    def __init__(self, rng: random.Random, tokens: list[int]) -> None:
-        self.rng, self.tokens = rng, tokens
-
-    def propose(self, tokens: Sequence[int], most: int) -> list[int]:
-        right = self.tokens[len(tokens) : len(tokens) + most]
-        return [t if self.rng.random() < 0.7 else self.rng.randrange(VOCABULARY) for t in right]
-
-
 def outcomes(engine: Engine, several: list[Case], drafts: tuple[random.Random, list[Outcome]] | None = None) -> Any:
     """The results of all requests run together."""
     made = [s for i, (prompt, params) in enumerate(several) for s in engine.add(Request(f"{i}", prompt, params))]
     for i, s in enumerate(made if drafts else ()):
-        s.lookup = Drafts(drafts[0], [*s.prompt, *drafts[1][i][0]])  # type: ignore[index, assignment]
+        s.lookup = Drafts(drafts[0], s.prompt, drafts[1][i][0])  # type: ignore[index, assignment]
     while not engine.idle:
         engine.step()
         check_invariants(engine)
     return [(s.output, s.logprobs) for s in made]
-
-
-def moved(engines: list[Engine], several: list[Case], rng: random.Random) -> list[Outcome]:
-    """The results of all requests, each of which is suspended and resumed on another engine at random."""
-    at = dict[str, Any]()
-    for i, (prompt, params) in enumerate(several):
-        [at[f"{i}"]] = rng.choice(engines).add(Request(f"{i}", prompt, params))
-    while not all(engine.idle for engine in engines):
-        for engine in engines:
-            engine.step()
-            for id in [id for id in engine.requests if rng.random() < 0.2]:
-                text = json.dumps(engine.suspend(id).as_dict())  # type: ignore[union-attr]
-                [at[id]] = rng.choice(engines).resume(Resumption.from_dict(json.loads(text)))
-    return [(at[f"{i}"].output, at[f"{i}"].logprobs) for i in range(len(several))]
-
-
-def failing(engine: Engine, rng: random.Random) -> Engine:
-    """The engine with steps that fail after their work; not those of one sequence, which would end at the second."""
-    run = engine.executable.run  # type: ignore[attr-defined]
-
-    def fails(step: StepRequest) -> Any:
-        result = run(step)
-        if rng.random() < 0.3 and len(step.batch.q_len) > 1:
-            raise DeviceError("planted, after the work")
-        return result
-
-    engine.executable.run = fails  # type: ignore[attr-defined]
-    return engine
 
 
 @pytest.mark.parametrize("family", FAMILIES)

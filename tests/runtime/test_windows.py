@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.serving import CONTEXT, add, oracle_engine, request, run_checked, truth
+from support.serving import CONTEXT, add, fail_after_work, oracle_engine, request, run_checked, truth
 
-from intaglio.devices import DeviceError, StateSpec, StepRequest
+from intaglio.devices import StateSpec
 from intaglio.runtime import Engine, Sequence
 from intaglio.runtime.kv import KvError
 from intaglio.runtime.windows import Windows, reservations, with_windows
@@ -157,15 +157,8 @@ def test_a_prefix_is_shared_only_with_the_blocks_of_its_window() -> None:
 
 def test_a_step_that_fails_after_its_work_changes_no_token() -> None:
     engine = oracle_engine(pages=120, windows=(30, 7), max_batch_tokens=16, max_drafts=2)
-    sequences, run, steps = made(engine, 5), engine.executable.run, iter(range(10**6))  # type: ignore[attr-defined]
-
-    def late(step: StepRequest) -> Any:
-        result = run(step)
-        if next(steps) % 2:
-            raise DeviceError("planted")
-        return result
-
-    engine.executable.run = late  # type: ignore[attr-defined]
+    sequences, steps = made(engine, 5), iter(range(10**6))
+    fail_after_work(engine, lambda step: next(steps) % 2)
     run_checked(engine)
     assert [s.output for s in sequences] == [truth(s) for s in sequences]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from intaglio.batch import Sampling
-from intaglio.devices import ArrayWeights, StateSpec, open_device
+from intaglio.devices import ArrayWeights, DeviceError, StateSpec, StepRequest, open_device
 from intaglio.devices.oracle import expected
 from intaglio.ops import Attend, Embed, KvWrite, Linear, Sample, Select
 from intaglio.program import Builder, Program
@@ -73,3 +74,17 @@ def run_checked(engine: Engine) -> list[Event]:
         events += engine.step()
         check_invariants(engine)
     return events
+
+
+def fail_after_work(engine: Engine, when: Callable[[StepRequest], Any]) -> Engine:
+    """The engine, whose executable raises DeviceError after the work of each step for which `when` is true."""
+    run = engine.executable.run  # type: ignore[attr-defined]
+
+    def fails(step: StepRequest) -> Any:
+        result = run(step)
+        if when(step):
+            raise DeviceError("planted, after the work")
+        return result
+
+    engine.executable.run = fails  # type: ignore[attr-defined]
+    return engine

@@ -218,7 +218,7 @@ class Search:
     def attempt(
         self, other: Target, numbers: Sequence[int], prior: float = 0.0, least: float = 1e-6, common: bool = False
     ) -> bool:
-        """Make `other` the best target if its cost is lower by more than `least`. Returns True if so.
+        """Keep `other` as the best target so far if its cost is lower by more than `least`. Returns True if it is kept.
 
         numbers: indices of the samples that count. prior: added to the cost of `other`. common: as for weight().
         """

@@ -145,7 +145,7 @@ class Server:
 
 
 def weights_of(p: Program, of_experts: bool) -> set[str]:
-    """Names of the weights that ops of kind `experts` read if `of_experts`, else of all other weights."""
+    """Names of the weights that ops `experts` read; with `of_experts` False, names of all other weights."""
     routed = {n for op in p.ops if isinstance(op, Experts) for n in op.inputs if p.tensors[n].role == "weight"}
     return routed if of_experts else {w.name for w in p.of_role("weight")} - routed
 

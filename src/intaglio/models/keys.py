@@ -158,7 +158,7 @@ COMPUTES = re.compile(
 
 @dataclass(frozen=True)
 class Fate:
-    """What became of one key of a file, or of a whole file.
+    """Entry of a checkpoint's account: how one key of a file, or a whole file, was used.
 
     Attributes:
         file: name of the file.
