@@ -67,10 +67,12 @@ class Accounting:
                 self.live.emit(self.live.end(s, "length"))
 
     def settle_state(self, s: Sequence, start: int, rejected: bool) -> None:
-        """Update a sequence's recurrent state slots after a step that began at position `start`, if the model has any.
+        """Update the recurrent-state slots of a sequence after a step that began at position `start`.
 
-        rejected: drafts were rejected, so the state that the step wrote includes their tokens and is not used. The
-        sequence then keeps the state of position `start`, and its next step computes the tokens from there on again.
+        Does nothing if the model has no recurrent state. If no draft was rejected, the state that the step wrote
+        becomes the sequence's. rejected: a draft was rejected, so the state that the step wrote includes rejected
+        tokens and is not used. The sequence then keeps the state of position `start`, and its next step computes the
+        tokens from there on again.
         """
         if s.next_state_slot < 0:
             return

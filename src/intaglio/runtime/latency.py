@@ -39,7 +39,7 @@ class LatencyEstimator:
     tokens_by_seconds: float = 0.0
 
     def observe_step(self, tokens: int, sampled: int, seconds: float) -> None:
-        """Update the model with a step that computed `tokens` token rows and sampled `sampled` tokens."""
+        """Update the model with a step that computed `tokens` token rows and sampled `sampled` tokens in `seconds`."""
         self.weight = STEP_DECAY * self.weight + 1
         ahead, more = tokens - self.mean_tokens, seconds - self.mean_seconds
         share = 1 / self.weight

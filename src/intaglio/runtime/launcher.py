@@ -50,7 +50,7 @@ class Launcher:
         before_launch: callback just before each launch, or None.
         under_way: launches that have not been completed, oldest first.
         in_flight: the sequences of all launches that were under way when the device was lost.
-        lost_in_step: the last loss of the device was noticed in a step, not while K/V blocks were moved.
+        lost_in_step: True if the last loss of the device was noticed in a step; False if while K/V blocks were moved.
     """
 
     def __init__(self, executable: Executable, live: LiveRequests, counts: Counts) -> None:
@@ -173,9 +173,10 @@ class Launcher:
             raise
 
     def start(self, chunks: list[Chunk], logits: bool = False) -> PendingStep:
-        """Combine the chunks to a Batch and launch it. Returns the PendingStep. logits: return the rows' logits.
+        """Combine the chunks to a Batch and launch it. Returns the PendingStep.
 
-        If launching raises an error, the returned step's result() raises it.
+        logits: True if the step must return the logits of its rows. If launching raises an error, the returned step's
+        result() raises it.
         """
         try:
             batch = bind(chunks, self.executable.state.page_tokens)

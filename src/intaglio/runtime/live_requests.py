@@ -42,7 +42,7 @@ class LiveRequests:
         return [s for s in self.by_id.get(id, []) if s.state != "ended"]
 
     def expire(self, now: float) -> None:
-        """End every sequence whose deadline has passed. Their last events are emitted."""
+        """End every sequence whose deadline is at or before `now` (seconds). Their last events are emitted."""
         if now >= self.next_deadline:
             for s in [s for s in self.sequences() if s.deadline() <= now]:
                 self.emit(self.end(s, "deadline"))

@@ -87,7 +87,7 @@ class Matcher(Protocol):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue a prompt. Raises ParamsError, naming the field and what is allowed.
+    """Sampling parameters of a request. Raises ParamsError, naming the field and what is allowed.
 
     The output ends before the first of the `stop` strings, at a token of `stop_token_ids`, at an end-of-sequence token
     (unless `ignore_eos`), or after `max_tokens` tokens.
@@ -102,6 +102,7 @@ class SamplingParams:
         top_k, top_p, min_p: sampling filters; 0, 1 and 0 switch them off.
         seed: the same seed gives the same tokens whatever else runs at the time; None: a random seed. Choice i of `n`
             uses seed + i.
+        n: number of outputs (choices) for the prompt.
         min_tokens: no end of sequence, no token of `stop_token_ids` and no stop string before that many tokens.
         allowed_token_ids: draw from these ids alone; None: all.
         bad_words: texts that must not be generated; the last token of each is not drawn after the others.

@@ -122,10 +122,11 @@ class Blocked:
 
 
 def cycle(blocked: Mapping[Hashable, Blocked]) -> str:
-    """Text that names the engines that wait for each other in a cycle, found from the first engine of `blocked`.
+    """Text that names the engines that wait for each other in a cycle, for the error of a deadlock.
 
-    If there is no cycle, the text names the engine at the end of the first engine's chain of waits; nothing could ever
-    satisfy its wait. The other blocked engines are counted. `blocked` is not empty.
+    The cycle is found by following the waits from the first engine of `blocked`, which is not empty. If they end at an
+    engine whose wait nothing can satisfy, the text names that engine instead. It also has the number of the other
+    engines in `blocked`.
     """
     node: Hashable | None = next(iter(blocked))
     path: list[Hashable] = []

@@ -95,9 +95,9 @@ def l2_of(target: Target) -> Cache:
 class Machine:
     """Simulator of one chip, or of several of one kind that exchange messages.
 
-    `hbm` maps a chip's number to its memory. If it is None, instructions are timed but no values are computed. With
-    `spans`, the result lists every executed instruction. `l2`: the L2 of each chip as earlier launches left it;
-    None: empty. Raises ChipError if the chip's extra_instructions names something else than an optional instruction.
+    hbm: each chip's number to its memory; None: instructions are timed but no values are computed. spans: True if the
+    result lists every executed instruction. l2: the L2 of each chip as earlier launches left it; None: empty. Raises
+    ChipError if the chip's extra_instructions names anything but optional instructions.
     """
 
     def __init__(

@@ -78,10 +78,7 @@ class StreamBuilder:
         return Ring(tuple(self.tile(rows, cols, format, space) for _ in range(depth)))
 
     def emit(self, instruction: Instruction) -> None:
-        """Append an instruction, with waits for the instructions whose results it needs or overwrites.
-
-        Returns nothing.
-        """
+        """Append an instruction, with waits for the instructions whose results it needs or overwrites."""
         engine = ENGINES.index(instruction.engine)
         need = [0] * len(ENGINES)
         reads = [self._last_access(r) for r in instruction.regions(written=False)]

@@ -156,8 +156,8 @@ class Timeline:
 def joules(chip: ChipSpec, kernels: Sequence[tuple[Timing, int]], seconds: float) -> dict[str, float]:
     """A dict of the estimated joules of a step of `seconds` on one chip, by consumer.
 
-    Consumers are arithmetic, the bytes of each memory and of the links, and idle power. kernels: (Timing, how often it
-    runs).
+    Consumers are arithmetic, the bytes of each memory and of the links, and idle power. kernels: pairs (Timing, how
+    often the kernel runs in the step).
     """
     energy = chip.energy
     return {

@@ -28,9 +28,9 @@ class Recorder:
     Attributes:
         readings: clock readings, in seconds.
         launches: for each launch its failure as text, or None if it succeeded.
-        restarts: for each restart of the device True if it succeeded, "kept" if the new device also has the K/V of
-            the lost one, else False.
-        losses: for each loss of the device that was noticed between two steps its failure as text.
+        restarts: for each restart of the device: True if it succeeded, "kept" if the new device also has the K/V of
+            the lost one, False if it failed.
+        losses: for each loss of the device that was noticed between two steps, its failure as text.
         seed: the last random number drawn.
     """
 
@@ -76,9 +76,9 @@ class Recorder:
         return readings
 
     def take_outcomes(self) -> dict[str, Any]:
-        """The outcomes of launches and restarts since the last call, as journal fields. They are then forgotten.
+        """A dict of the outcomes since the last call, as journal fields "launches" and "restarts".
 
-        With the field "losses" only if the device was lost between two steps.
+        It has the field "losses" only if the device was lost between two steps. The recorder then forgets the outcomes.
         """
         outcomes: dict[str, Any] = {"launches": self.launches.copy(), "restarts": self.restarts.copy()}
         if self.losses:

@@ -136,7 +136,8 @@ class Player:
     def play(self, entry: Entry) -> str | None:
         """Apply one journal entry. Returns a text of how the engine differs from the journal; None if it does not.
 
-        Raises JournalError if the journal does not begin with an engine or the engine is another.
+        Raises JournalError if the journal does not begin with an engine, has a request without a seed, or was recorded
+        on another Program or pool size.
         """
         self.readings.extend(entry.get("clock", ()))
         self.launches.extend(entry.get("launches", ()))

@@ -171,7 +171,7 @@ def _unpack(kind: Any, word: bytes, offset: int) -> tuple[Any, int]:
 def encode(i: Instruction) -> bytes:
     """The WORD bytes that encode an instruction: opcode, wait counters, then the fields in order.
 
-    Raises MachineError.
+    Raises MachineError if they do not fit into WORD bytes or an expression has more than MOST_STEPS steps.
     """
     word = struct.pack(f"<B{len(ENGINES)}I", i.opcode, *i.wait)
     word += b"".join(_pack(kind, getattr(i, name)) for name, kind in own_fields(type(i)))

@@ -188,7 +188,7 @@ def prefill_seconds(target: Target, h: Heads, part: ChunkCounts) -> tuple[float,
 
 
 def decode_keys(library: KernelLibrary, h: Heads, keys: int) -> int:
-    """Number of keys that the query of a decoding sequence reads, of the `keys` in its context."""
+    """Number of keys that the query of a decoding sequence reads, of the `keys` keys in its context."""
     return min(keys, max(h.window, library.window_min_keys)) if h.window else keys
 
 

@@ -146,7 +146,11 @@ def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
 def grouped_timing(
     target: Target, tokens: int, counts: np.ndarray, n: int, k: int, x_format: str, w_format: str, w_bits: float
 ) -> Timing:
-    """The Timing of one grouped product: counts[e] rows [k] times w[e] [n, k], for every expert e with rows."""
+    """The Timing of one grouped product: counts[e] rows [k] times w[e] [n, k], for every expert e with rows.
+
+    tokens: number of tokens of the step, by which the library may choose tiles. w_bits: bits of a weight with its share
+    of the scales.
+    """
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
     run = max(chip.runs_as(x_format), chip.runs_as(w_format), key=formats.bits)
     run = run if lib.experts_native else "bf16"
@@ -250,9 +254,9 @@ class GatheredOperands(Operands):
         self.factors: Region | None = None
 
     def select_rows(self, rows: Region, weights: Region | None, weight_rows: Region) -> None:
-        """Set the rows of x that are gathered from now on: those numbered in `rows` [1, n].
+        """Set the rows of x that are gathered from now on: those whose numbers are in `rows` [1, n].
 
-        With `weights` [N, 1], each is multiplied by the weight whose row is given in `weight_rows`.
+        weights: None, or [N, 1]; row i is then multiplied by weights[weight_rows[i]].
         """
         self.rows, self.factors = load(self.k, self.index.next(), rows), None
         if weights is not None:
@@ -261,9 +265,9 @@ class GatheredOperands(Operands):
             self.k.emit(isa.Gather(dst=self.factors, table=weights, index=index))
 
     def load_x(self, rows: slice, depth: slice) -> Region:
-        """Gather columns `depth` of the rows of x set by select_rows(), times their routing weights if it got any.
+        """Gather columns `depth` of the rows of x set by select_rows(), times their routing weights if they have any.
 
-        Returns their tile, not rounded. `rows` is ignored; the base class needs it.
+        Returns the tile with them, not rounded. `rows` is ignored; the base class needs it.
         """
         assert self.rows is not None
         raw = self.raw.next().shaped(self.rows.cols, depth.stop - depth.start)

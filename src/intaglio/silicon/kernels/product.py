@@ -44,8 +44,10 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
     """(bytes of all operands, bytes of the weights) that x [m, k] @ w.T [k, n] moves from and to HBM.
 
     The cores work on one block of tiles at a time, as square as possible, and read the rows of x and of w once for each
-    block. An operand that fits the L2 is read from HBM once; x is not read at all if it fits, since the op before has
-    just written it there.
+    block. An operand that fits the L2 is read from HBM once. A small x is not read at all, since the op before has just
+    written it to the L2; of a small result only 30 % is written back, since the next op reads it before.
+
+    tm, tn: rows and columns of a tile. split: number of parts of K. x_bytes, w_bytes, out_bytes: bytes per value.
     """
     chip, part = target.chip, target.library.l2_usable
     gm, gn = np.ceil(m / tm), np.ceil(n / tn)
@@ -68,9 +70,9 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
                  glu: bool = False, resident: bool = False) -> dict[str, Any]:  # fmt: skip
     """A dict of the times of x [m, k] @ w.T [k, n], as arrays with an item for each choice of tile and K split.
 
-    m, n, k are numbers or arrays [..., 1]. `resident`: the weights were prefetched, so HBM reads none. Keys:
-    seconds, hbm and weights (bytes), jobs, steps (of one job), work and drain (seconds), stage (bytes), ring
-    (stages in flight), depth (K values of a step), run (format), tile.
+    m, n, k are numbers or arrays [..., 1]. `resident`: the weights were prefetched, so HBM reads none. Keys: seconds
+    (infinite for a K split whose parts have fewer than 4 steps), hbm and weights (bytes), jobs, steps (of one job),
+    work and drain (seconds), stage (bytes), ring (stages in flight), depth (K values of a step), run (format), tile.
     """
     chip, lib = target.chip, target.library
     latency_s = chip.constants.hbm_latency_s
