@@ -166,7 +166,7 @@ def port_config(
 
 
 def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
-    """The Family for a config, and a text that says which key named it. Raises PortError if no port fits.
+    """(Family for a config, text that says which key named it). Raises PortError if no port fits.
 
     As in transformers, a known model_type decides; otherwise `architectures` does. where: the checkpoint, for errors.
     """

@@ -171,9 +171,11 @@ class Mixture:
 class Decoder:
     """Description of a decoder-only transformer, from which write() makes its Program.
 
-    A softcap of 0 is none. `qk_norm` is "" (none), "head" (over each head), "late" (over each head, after rope), "flat"
-    (over all heads as one row) or "unit" (over each head, without a weight, after rope, in layers with rope). `temper`
-    scales the queries (see the op attend) in layers without rope or, with `temper_all`, in all layers.
+    Sizes are columns, numbers of heads, or tokens (`context`). Most other fields have a comment. A softcap of 0 is
+    none. `qk_norm` is "" (none), "head" (over each head), "late" (over each head, after rope), "flat" (over all heads
+    as one row) or "unit" (over each head, without a weight, after rope, in layers with rope). `temper` scales the
+    queries (see the op attend) in layers without rope or, with `temper_all`, in all layers. `norms`: the name in
+    checkpoints of the norm at each site, such as PRE.
 
     The description names checkpoint tensors as Llama does. `sources` maps parts of those names to the checkpoint's own,
     or to a source in the notation of program/source.py if the checkpoint stores the tensor in another form. A part is
@@ -331,5 +333,5 @@ def uniform_layers(c: Config, s: Mapping[str, Any], context: int) -> dict[str, A
 
 
 def sparse(d: Decoder, where: Callable[[int], bool] = lambda i: True) -> Decoder:
-    """A copy of the Decoder in which the layers for which `where(i)` is true have its mixture of experts."""
+    """A copy of the Decoder whose layers `i` have its mixture of experts if `where(i)` is true, else a dense MLP."""
     return replace(d, layers=tuple(replace(layer, sparse=where(i)) for i, layer in enumerate(d.layers)))

@@ -231,8 +231,8 @@ def convolved(
 ) -> str:
     """Write a short convolution of `width` channels, and silu. Returns the name of the result's tensor.
 
-    source: the convolution's module. taps: tokens that it reads. part: (first channel, number of channels of the
-    module), if `width` is not all of them.
+    at: prefix of their sites in the Program. source: the convolution's module in the checkpoint. taps: tokens that the
+    convolution reads. part: (first channel, number of channels of the module), if `width` is not all of them.
     """
     y = short_conv(w, at + "conv", source, x, width, taps, bias, part)
     return w.b.op(Map, at + "conv_act", y, expr="silu(a)")
@@ -243,8 +243,8 @@ def short_conv(
 ) -> str:
     """Write a short convolution of `width` channels, with its state. Returns the name of the result's tensor.
 
-    source: the convolution's module. taps: tokens that it reads. part: (first channel, number of channels of the
-    module), if `width` is not all of them.
+    source: the convolution's module in the checkpoint. taps: tokens that the convolution reads. part: (first channel,
+    number of channels of the module), if `width` is not all of them.
     """
     cut = f"{part[0]}:{part[0] + width}/{part[1]}" if part else ""
     weight = w.tensor(f"{site}.weight", (width, taps), f"{source}.weight|m" + (f"|r{cut}" if cut else ""), plain=True)

@@ -39,9 +39,9 @@ class Table:
 def parameters(c: Config, kind: str = "", theta: str = "rope_theta", scaled: bool = True) -> Settings:
     """The rope settings of layers of type `kind`, as a Settings table in the form of the key `rope_parameters`.
 
-    Older files have a key for the base (`theta`) and `rope_scaling`. As in transformers 5, rope_scaling replaces
-    rope_parameters if it is set; if rope_parameters are given per layer type, it overrides single keys of them. scaled:
-    False if rope_scaling does not apply to these layers.
+    Older files have a key for the base (named by `theta`) and `rope_scaling` instead. If rope_scaling is set, it
+    replaces rope_parameters, as in transformers 5; if rope_parameters has a table for each layer type, rope_scaling
+    overrides single keys of the table. scaled: False if rope_scaling does not apply to these layers.
 
     Raises PortError for settings that are missing or wrong.
     """
@@ -86,10 +86,9 @@ def _lay_over(c: Config, out: Settings, scaling: Settings) -> None:
 
 
 def lengths(c: Config) -> tuple[int, int, bool]:
-    """The default and the longest context in tokens, and whether the rope table is another beyond the default.
+    """(default context, longest context, True if contexts beyond the default have another rope table); both in tokens.
 
-    Returns (default, longest, True if it is another). By type of scaling:
-
+    By type of scaling:
     - YaRN: both are factor * original length, if that is more than max_position_embeddings.
     - LongRoPE: the default is the original length, up to which its short factors apply. One Program has one table, and
       the long factors would change short sequences too. The longest context is max_position_embeddings.

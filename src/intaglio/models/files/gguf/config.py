@@ -372,8 +372,8 @@ UNTURNED = 1e20  # frequency factors of this size or more are those of columns w
 def gemma4(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Gemma 4's text model.
 
-    Layers with full attention have heads of their own width, rope in a part of their columns, and, if the file has no
-    tensor for their values, values that are their keys.
+    Layers with full attention have heads of a width of their own, and rope turns a part of their columns. If the file
+    has no tensor for these layers' values, their keys serve as values. Raises PortError, CheckpointError.
     """
     kinds, heads = m.sliding(6), m.kv_heads_by_layer
     widths = {

@@ -130,7 +130,7 @@ def minimax_m2(m: Metadata) -> dict[str, Any]:
 
 
 def hunyuan_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Hunyuan-A13B. Its base of rope is stored as scaled by alpha."""
+    """The keys of config.json, as a dict, for Hunyuan-A13B. The file has rope's base already scaled by alpha."""
     whole_heads(m)
     c = base(m) | experts(m)
     return c | {"architectures": ["HunYuanMoEV1ForCausalLM"], "intermediate_size": c["moe_intermediate_size"]}

@@ -46,7 +46,8 @@ def mamba2(m: Metadata) -> dict[str, Any]:
 def periodic(m: Metadata, found: Sequence[int], what: str) -> tuple[int, int]:
     """(period, offset) of the layers `found`: those whose number modulo the period is the offset.
 
-    what: what these layers have, for the error. Raises PortError if no period gives them.
+    If `found` is empty, the offset is the number of layers. what: what these layers have, for the error. Raises
+    PortError if no period gives them.
     """
     offset = found[0] if found else m.layers
     period = found[1] - offset if len(found) > 1 else m.layers + 1
@@ -58,8 +59,8 @@ def periodic(m: Metadata, found: Sequence[int], what: str) -> tuple[int, int]:
 def jamba(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Jamba.
 
-    Layers with K/V heads have attention, those with a router's tensor experts. Raises PortError if they are not every
-    n-th layer.
+    Layers with K/V heads have attention; layers with a router's tensor have experts. Raises PortError unless each of
+    these are every n-th layer.
     """
     attention = periodic(m, [i for i, n in enumerate(m.kv_heads_by_layer) if n], "attention")
     mixed = [i for i in range(m.layers) if m.has("feed_forward.router.weight", i)]
@@ -101,7 +102,7 @@ def falcon_h1(m: Metadata) -> dict[str, Any]:
 def granite_hybrid(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Granite 4.
 
-    Layers with K/V heads have attention. It has rope only if the file has rope.scaling.finetuned.
+    Layers with K/V heads have attention, with rope only if the file has rope.scaling.finetuned.
     """
     whole_heads(m)
     rope = m.flag("rope.scaling.finetuned")
@@ -119,9 +120,10 @@ def granite_hybrid(m: Metadata) -> dict[str, Any]:
 
 
 def nemotron_h(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Nemotron-H: layers with an inner width have an MLP, with heads attention.
+    """The keys of config.json, as a dict, for Nemotron-H.
 
-    The step has no limits, as in llama.cpp.
+    Layers with an inner width have an MLP, other layers with K/V heads attention, the rest a Mamba-2 block. The step
+    has no limits, as in llama.cpp. Raises PortError if MLPs differ in width.
     """
     widths, heads = m.get("feed_forward_length"), m.whole("ssm.time_step_rank")
     widths = list(map(int, widths if isinstance(widths, list) else [widths] * m.layers))[: m.layers]

@@ -74,7 +74,11 @@ def read_gguf(path: Path) -> GgufModel:
 
 
 def use_of(file: GgufFile, name: str) -> str:
-    """What a tensor that becomes no weight is for, by its name in the file: "factors" of rope, "derived" or "ahead"."""
+    """What a tensor that becomes no weight is for. name: its name in the file.
+
+    "factors": frequency factors of rope; "derived": it follows from the metadata; "ahead": it belongs to a layer that
+    only predicts tokens further ahead.
+    """
     if part_of(name) in FACTORS:
         return "factors"
     return "derived" if part_of(name) in DERIVED else "ahead"

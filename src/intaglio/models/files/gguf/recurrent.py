@@ -65,7 +65,10 @@ def beta_and_step(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def queries_to_gate(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add in_proj_qkv and in_proj_z of Qwen3-Next from one matrix, as older files have it, and transformers."""
+    """Add in_proj_qkv and in_proj_z of Qwen3-Next from one matrix with the rows of both.
+
+    transformers and older files have this matrix.
+    """
     keys, heads, key, value = delta_sizes(m)
     at, each = name.removesuffix("in_proj_qkvz.weight"), heads // keys * value
     widths = (key, key, each, each)
