@@ -124,8 +124,8 @@ class Format:
     def group_of(self, cols: int) -> int:
         """Number of values that share a scale in a row of `cols` values; 0 for plain formats.
 
-        With one scale per row, it is the length of the equal runs into which the row is cut: a multiple of 32, at most
-        CHUNK (1024). All runs of a row have equal scales.
+        For a format with one scale per row (ROW), a row is cut into runs of one length, which have equal scales. The
+        result is this length: a multiple of 32, at most CHUNK (1024).
         """
         return self.group if self.group != ROW else -(-cols // -(-cols // CHUNK) // 32) * 32
 
@@ -223,7 +223,7 @@ class Quantised:
     minima: np.ndarray | None = None
     units: np.ndarray | None = None
     low_units: np.ndarray | None = None
-    format: str = ""  # its name, where one says it all
+    format: str = ""
     turned: bool = False
 
     @property
@@ -323,10 +323,11 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
 
 
 def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """The scales of least squared error among five candidates, float32 [n, G], for groups [n, G, group].
+    """The best of five candidate scales for each group, float32 [n, G]: the one of least squared error.
 
-    The candidates map `farthest`, the value farthest from 0 in each group [n, G], to the end of the codes or to one or
-    two steps beside it. `scales` are the first, and stay where 0 or NaN. csrc/pack/ does the same, to the bit.
+    groups: values [n, G, group]. farthest: the value farthest from 0 in each group [n, G]. A candidate maps that value
+    to the last code, or to a code one or two steps inside or outside of it. scales: the candidate without a step; where
+    it is 0 or NaN it is returned. csrc/pack/ does the same, to the bit.
     """
     end, step = ENDS[fmt.family]
     reach = np.abs(farthest) if end > 0 else farthest
@@ -369,8 +370,8 @@ def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
 def quantise_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     """Quantise activations [T, K] to int8. Returns (codes int8 [T, G, group], scales float32 [T, G]).
 
-    G = ceil(K / group). A scale is max|x| / 127 over as many groups as make SPAN (128) values, in float32, and repeated
-    for each of them. Codes are rint(x * (127 / max|x|)), ties to even; all 0 where max|x| < TINY (2^-120).
+    G = ceil(K / group). Consecutive groups that together make SPAN (128) values have the same scale, float32 max|x| /
+    127 over all of them. Codes are rint(x * (127 / max|x|)), ties to even; all 0 where max|x| < TINY (2^-120).
     """
     groups = in_groups(np.asarray(x, np.float32), group)
     parts = -(-SPAN // group)

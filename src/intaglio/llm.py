@@ -246,7 +246,7 @@ class LLM:
         return self.machine.shared(self.device.reload(lost, self.mesh, self.model.checkpoint, self.state))
 
     def close(self) -> None:
-        """Write the K/V blocks that still wait for it to `kv_cache_dir`, and end the device's processes."""
+        """Save the K/V blocks that are still to be written to `kv_cache_dir`, and end the device's processes."""
         if self.tier:
             self.tier.close()
         self.engine.executable.close()
@@ -389,13 +389,15 @@ class LLM:
 def state_spec(
     mesh: MeshProgram, kv_tokens: int | None, max_sequences: int, state_cache_bytes: int | None, machine: Machine
 ) -> tuple[StateSpec, int]:
-    """(the StateSpec to allocate, how many sequences may run at once): what fits the memory of one model.
+    """(the StateSpec to allocate, number of sequences that may run at once): what fits the memory of one model.
 
-    The machine grants one model `machine.kv_bytes`. Recurrent state gets up to half of them, two slots a sequence, and
-    fewer sequences run if `max_sequences` do not fit. States kept for the prefix cache get `state_cache_bytes`, or if
-    that is None up to an eighth. K/V gets `kv_tokens`, even beyond that memory. None: KV_TOKENS or one whole context,
-    whichever is more, but no more than the rest holds. Raises RequestError if `kv_tokens` is below 1 or
-    `state_cache_bytes` below 0.
+    The machine grants one model `machine.kv_bytes`. Of these: - Recurrent state gets up to half, two slots a sequence.
+    If `max_sequences` sequences do not fit, fewer run. - States kept for the prefix cache get `state_cache_bytes`;
+    None: up to an eighth. - K/V gets `kv_tokens`, even if that is more than the memory granted. None: KV_TOKENS or one
+    whole context, whichever
+      is more, but no more than the rest holds.
+
+    Raises RequestError if `kv_tokens` is below 1 or `state_cache_bytes` below 0.
     """
     for name, value, least in (("kv_tokens", kv_tokens, 1), ("state_cache_bytes", state_cache_bytes, 0)):
         if value is not None and value < least:

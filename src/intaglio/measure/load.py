@@ -207,18 +207,28 @@ async def _send(session: Any, server: Server, request: LoadRequest, body: bytes,
 
 @dataclass(frozen=True)
 class Summary:
-    """Statistics of a load. `goodput`: requests per second whose complete response came within `deadline` seconds."""
+    """Statistics of a load.
+
+    Attributes:
+        requests, answered: numbers of requests sent, and of complete responses.
+        errors: number of failed requests by error.
+        seconds: from the first request's time to the last one's end.
+        requests_per_s, prompt_tokens_per_s, output_tokens_per_s: rates of complete responses.
+        deadline: seconds within which a response counts for goodput.
+        goodput: requests per second whose complete response came within `deadline`.
+        times: mean, p50, p90 and p99 in seconds, by name: ttft, tpot, gap, whole. Names without values are left out.
+    """
 
     requests: int
     answered: int
     errors: dict[str, int]
-    seconds: float  # from the first request's time to the last one's end
+    seconds: float
     requests_per_s: float
     prompt_tokens_per_s: float
     output_tokens_per_s: float
     deadline: float
     goodput: float
-    times: dict[str, dict[str, float]]  # ttft, tpot, gap, whole: mean, p50, p90, p99 in seconds
+    times: dict[str, dict[str, float]]
 
 
 def summarise(answers: Sequence[Outcome], deadline: float) -> Summary:

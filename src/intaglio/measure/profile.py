@@ -33,7 +33,15 @@ WORST = 5
 
 @dataclass(frozen=True)
 class Site:
-    """Timing of one op over all layers: the sum of the ops' median seconds and the sum of their bounds."""
+    """Timing of one op over all layers.
+
+    Attributes:
+        site: name of the op's site, with * in place of the layer's number.
+        count: number of ops.
+        seconds: sum of the ops' median seconds.
+        bound_seconds: sum of the ops' roofline bounds; None without roofs.
+        bound_by: "memory" or "matrix", which sets the bound; None without roofs.
+    """
 
     site: str
     count: int
@@ -135,9 +143,10 @@ def profile(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
 ) -> list[Profile]:
-    """Profile prefill, then decode. Returns the two Profiles in this order. Overwrites the executable's K/V cache.
+    """Profile prefill, then decode. Returns a list of the two Profiles in this order.
 
-    `progress` is called before each step. Raises BenchError if a size does not fit.
+    The arguments are those of bench(), with one number of sequences and one prompt length. prompt_tokens None:
+    PROMPT_TOKENS, or as many as fit. Overwrites the executable's K/V cache. Raises BenchError if a size does not fit.
     """
     if prompt_tokens is None:
         prompt_tokens = max(1, min(PROMPT_TOKENS, executable.program.context - DECODE_STEPS))

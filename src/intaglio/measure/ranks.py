@@ -41,9 +41,9 @@ class RankTimes:
 
 
 def timed_decode(executable: Executable, sequences: int, runs: int) -> list[StepResult]:
-    """Run `runs` times DECODE_STEPS timed decode steps after short prompts. Returns the StepResult of each step.
+    """Run `runs` times DECODE_STEPS timed decode steps after short prompts. Returns a list of each step's StepResult.
 
-    Overwrites the K/V cache.
+    sequences: number of sequences in a step. Overwrites the K/V cache.
     """
     length = max(1, min(8, executable.program.context - DECODE_STEPS))
     steps = [

@@ -61,9 +61,10 @@ class Program:
 
     @cached_property
     def windows(self) -> dict[str, int]:
-        """The K/V caches of which a query reads only the last tokens: by name, how many (itself included), at most.
+        """A dict of the K/V caches with a sliding window: name to the most tokens that a query reads, itself included.
 
-        These caches are read only by `attend` ops that have a window or chunk.
+        These are the caches that only `attend` ops with a window or chunk read. A cache is left out if an op uses it
+        together with another cache that is not among them, because all caches of an op have their blocks in one table.
         """
         ops = [op for op in self.ops if op.reads_state or op.writes_state]
         reach = {op.site: (op.window or op.chunk) if isinstance(op, Attend) else 0 for op in ops}

@@ -63,10 +63,11 @@ def narrowed(source: str, numbers: range) -> str:
 def restacked(
     sources: Sequence[str], held: Sequence[int], wanted: Sequence[int], total: int, axis: str = "s"
 ) -> tuple[str, ...]:
-    """The sources of other matrices of the same stack, cut like `sources`: one for each run of consecutive numbers.
+    """The sources of other matrices of the stack that `sources` are from, as a tuple: one for each run of numbers.
 
-    held: numbers of the matrices that `sources` name, ascending, of `total`. wanted: those to name, ascending. axis: s
-    for a stack of matrices, r for a stack of vectors, whose rows they are.
+    held: numbers, in the stack of `total` matrices, of those that `sources` name, ascending. wanted: numbers of those
+    to name, ascending; each run of consecutive numbers gets one source. Other cuts of `sources` are kept. axis: s for a
+    stack of matrices; r for a stack of vectors, which are the rows of one matrix.
     """
     template, found = sources[0], list[str]()
     ends = [n + 1 for n in wanted if n + 1 not in wanted]
@@ -139,8 +140,8 @@ def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ..
 def take(x: Value, steps: tuple[str, ...]) -> Value:
     """The tensor x after the steps that a weight's source lists (see this module), without a copy where possible.
 
-    Quantized values stay quantized, unless a step would split a group, divide rows into a stack (hN), or transpose
-    otherwise than the tensor is stored: then they become float32 first.
+    Quantised values stay quantised if they can. They become float32 if a step would split a group, divides rows into a
+    stack (hN), or transposes otherwise than the tensor is stored. Raises ProgramError for a step that does not fit.
     """
     if isinstance(x, Quantised):
         coded = _coded(x, steps)

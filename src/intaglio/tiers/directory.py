@@ -62,7 +62,7 @@ class BlockDirectory:
         """Write a block's file; then delete the least recently used files if the budget is exceeded.
 
         Returns the number of files deleted. Raises OSError if the file cannot be written, and NoRoom if the budget is
-        still exceeded; nothing is left of it then.
+        still exceeded after that; in both cases the folder does not keep the new file.
         """
         if self.held is None:
             self.scan()

@@ -141,7 +141,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """(the number at data[at:], seven bits a byte, lowest first; the position after it)."""
+    """(number, position after it): the variable-length number at data[at:], seven bits a byte, lowest first."""
     value, shift = 0, 0
     while True:
         byte = data[at]
