@@ -33,7 +33,7 @@ NORMS = {"attn.norm": "ln_1", "mlp.norm": "ln_2"}
 
 
 def split(parts: tuple[tuple[str, int], ...], source: str, transposed: bool = False) -> dict[str, str]:
-    """A dict of rules for Decoder.sources: where projections are in a tensor `source` of the checkpoint that holds several.
+    """A dict of rules for Decoder.sources: where projections are in a stored tensor `source` that holds several.
 
     parts: (name of the projection, its rows in a block), in their order in a block. The tensor has one block or, if it
     has more rows, several equal ones, such as one per head. transposed: the tensor is stored as [columns, rows].

@@ -334,10 +334,7 @@ class CollectiveBuilder:
         self.values: dict[Slot, Region] = {}
 
     def buffer(self, rows: int, cols: int, format: str) -> Region:
-        """Allocate and return a tile buffer for the current chunk tile.
-
-        The n-th buffers of all chunk tiles share a ring.
-        """
+        """Allocate and return a tile buffer. The n-th buffers of all chunk tiles share a ring."""
         self.used += 1
         key = self.used, format
         if key not in self.rings:
