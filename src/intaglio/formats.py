@@ -327,7 +327,7 @@ def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt:
 
     groups: values [n, G, group]. farthest: the value farthest from 0 in each group [n, G]. A candidate maps that value
     to the last code, or to a code one or two steps inside or outside of it. scales: the candidate without a step; where
-    it is 0 or NaN it is returned. csrc/pack/ does the same, to the bit.
+    it is 0 or NaN it is returned. fmt: the format. csrc/pack/ does the same, to the bit.
     """
     end, step = ENDS[fmt.family]
     reach = np.abs(farthest) if end > 0 else farthest

@@ -126,19 +126,19 @@ class LLM:
             for all running sequences, the last ones are preempted. None: enough for `max_sequences` sequences, if
             that saves a quarter, else 0. 0: all tokens, as in other layers; so with `kv_cache_dir`.
         cache: where the host keeps packed weights for the next start: a folder, "auto" or None (see HostDevice).
-        worker: run the device in a child process, which is replaced when it dies.
+        worker: True to run the device in a child process, which is replaced when it dies.
         journal: a file that records all requests and device outcomes, for `intaglio replay`.
         layout: how ranks share the model, such as tp2 or tp4pp2. On the host each rank is a process, replaced when it
             dies, with an equal share of the threads; on other devices all ranks run in this process.
         hosts: other hosts, each of which runs an equal number of the ranks.
-        in_process: run all ranks of a layout in this process, one after the other.
-        chip: with device silicon, the chip whose times are modelled; the host computes the values.
-        chips: with device silicon, the number of chips that share the model, by `layout` or else tensor parallel.
+        in_process: True to run all ranks of a layout in this process, one after the other.
+        chip: name of the chip whose times are modelled, for device silicon only; the host computes the values.
+        chips: number of chips that share the model, by `layout` or else tensor parallel; for device silicon only.
         machine: threads and memory shared with other models; it then gives the threads.
         kv_cache_dir: a directory that keeps K/V blocks beyond this process, made if it is not there. A later engine of
             the same model loads them instead of computing them; several engines may use the directory.
         kv_cache_bytes: most bytes of all files in `kv_cache_dir`; the least recently used are deleted for new ones.
-        revision: of a hub id: branch, tag or commit, by default main.
+        revision: branch, tag or commit of the hub id's repository; by default main.
         progress: called as progress(done, total, what) while the model loads (see `intaglio.progress`).
     """
 

@@ -34,11 +34,11 @@ class BenchError(ValueError):
 
 @dataclass(frozen=True)
 class Roofs:
-    """Measured limits of the machine, as functions.
+    """Measured limits of the machine, as two functions.
 
     Attributes:
-        bandwidth: from the size of a working set in megabytes to the bytes/s at which it is read.
-        peak: from a format to the FLOP/s of a matrix product in it.
+        bandwidth: function from the size of a working set in megabytes to the bytes/s at which it is read.
+        peak: function from a number format to the FLOP/s of a matrix product in that format.
     """
 
     bandwidth: Callable[[int], float]

@@ -62,7 +62,7 @@ class Server:
     Attributes:
         url: address up to and with /v1.
         key: API key.
-        ignore_eos: ask for outputs of exactly the trace's lengths.
+        ignore_eos: True to ask for outputs of exactly the trace's lengths.
         model: name of the model; set by probe().
         context: the model's context length, if the server reports it; set by probe().
         tokens_per_word: tokens per word of generated prompts; measured by probe().
@@ -139,7 +139,7 @@ async def load(
 ) -> list[Outcome]:
     """Send every request at its time, at most `concurrency` open at once (None: no limit). Call probe() first.
 
-    Returns the Outcomes in the order of the requests. seed: of the prompts.
+    Returns a list of the Outcomes in the order of the requests. seed: random seed of the prompts.
     """
     rng = random.Random(seed)
     gate = asyncio.Semaphore(concurrency or max(1, len(requests)))

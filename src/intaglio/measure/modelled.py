@@ -87,9 +87,9 @@ def load_modelled(
     concurrency: int | None = None,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Run a load on a silicon LLM in the modelled time of its chips. Returns what run_load() does.
+    """Run a load on a silicon LLM in the modelled time of its chips. Returns the list of Outcomes of run_load().
 
-    seed: of the prompts, which are random token ids.
+    seed: random seed of the prompts, which are random token ids. concurrency: as for run_load().
     """
     rng, vocabulary = random.Random(seed), llm.model.program.vocabulary
 

@@ -28,10 +28,10 @@ class RankTimes:
     """Seconds of a rank in a step; medians of several steps.
 
     Attributes:
-        rank: its number.
-        seconds: in all ops.
-        collectives: of `seconds`, those in collectives.
-        waited: of `collectives`, those in which it waited for another rank, by that rank's number.
+        rank: number of the rank.
+        seconds: seconds in all ops.
+        collectives: seconds in collectives, a part of `seconds`.
+        waited: seconds in which it waited for another rank, a part of `collectives`, by that rank's number.
     """
 
     rank: int

@@ -237,7 +237,7 @@ def _judge(
 ) -> Iterator[Fate]:
     """Yield the Fate of a key and, if its value is a table that the port read by keys, the Fates of the table's keys.
 
-    path: of the key in the file. Raises PortError in the cases of judge_config().
+    path: path of the key in the file. Raises PortError in the cases of judge_config().
     """
     if key in c.replaced:
         note = f"{path} is ignored: {c.replaced[key]}" if "no effect" in c.replaced[key] else ""

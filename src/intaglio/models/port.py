@@ -87,9 +87,9 @@ def port(
     The default context is the model's own limit; with LongRoPE or dynamic NTK scaling, the length up to which its rope
     table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter.
 
-    name: of the Program; None: the folder's. family: used in place of the one in the table of ports. Raises PortError
-    for an architecture that is not ported, a setting that is not implemented, a context out of range, or tensors that
-    do not match config.json; CheckpointError for a checkpoint that cannot be read.
+    name: name of the Program; None: the folder's name. family: used in place of the one in the table of ports. Raises
+    PortError for an architecture that is not ported, a setting that is not implemented, a context out of range, or
+    tensors that do not match config.json; CheckpointError for a checkpoint that cannot be read.
     """
     ported = port_checkpoint(checkpoint, context, name, family)
     if ported.notes:

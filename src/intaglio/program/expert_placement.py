@@ -118,8 +118,8 @@ def balance(load: np.ndarray, ranks: int, each: int) -> Ranks:
     load: tokens of each expert, f64 [experts]; experts <= ranks * each, each <= experts. Copies of an expert are on
     different ranks and share its load equally. Copies are dealt out in order of load, each to the least loaded rank
     with room, as in EPLB. Then experts of the most and the least loaded rank are exchanged while that makes the two
-    more equal. In the end their loads differ by no more than the load of the heaviest copy: as long as they differ by
-    more, some pair of the experts that only one of the two holds can be exchanged.
+    more equal. In the end their loads differ by no more than the load of the heaviest copy. While they differ by more,
+    there is a pair of experts, each held by only one of the two ranks, that can be exchanged.
     """
     load = np.asarray(load, np.float64)
     copies = replicate(load, ranks * each, ranks)
@@ -149,8 +149,8 @@ def _rank_load(own: Sequence[int] | set[int], share: np.ndarray) -> float:
 def _deal(e: int, held: list[set[int]], share: np.ndarray, each: int, loads: np.ndarray) -> None:
     """Give a copy of expert e to the least loaded rank that has room and no copy of it. Returns nothing.
 
-    held: experts of each rank; changed. each: experts that a rank has room for. loads: of the ranks, f64 [ranks];
-    changed.
+    held: experts of each rank; changed. each: number of experts that a rank has room for. loads: load of each rank, f64
+    [ranks]; changed.
 
     If every rank with room has a copy of e already, another expert first moves from a full rank to a rank with room,
     and the full rank gets e. Such an expert exists: the full rank holds `each` experts without e, the other fewer with
@@ -173,7 +173,8 @@ def _deal(e: int, held: list[set[int]], share: np.ndarray, each: int, loads: np.
 def _exchange(held: list[set[int]], share: np.ndarray, loads: np.ndarray) -> None:
     """Exchange experts of the most and the least loaded rank while it makes their loads more equal. Returns nothing.
 
-    loads: of the ranks, f64 [ranks]; updated.
+    held: experts of each rank; changed. share: load of one copy of each expert. loads: load of each rank, f64 [ranks];
+    changed.
     """
     while True:
         high, low = int(loads.argmax()), int(loads.argmin())

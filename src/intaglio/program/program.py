@@ -24,7 +24,7 @@ class Program:
 
     Attributes:
         name: the model's name.
-        ops: in the order they run.
+        ops: the ops, in the order they run.
         tensors: the table of tensors, by name.
         context: number of positions the Program is valid for.
         mesh: number of ranks that share the model; 1 if it is whole.

@@ -24,7 +24,7 @@ class EngineLoad:
         live: number of sequences that have not ended, waiting or running.
         prefill_tokens: tokens still to prefill, over all live sequences.
         latency: estimator of step times, from recent steps.
-        draining: the engine refuses new requests.
+        draining: True if the engine refuses new requests.
         failed: why the engine cannot serve; None while it can.
     """
 

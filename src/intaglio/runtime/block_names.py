@@ -34,7 +34,7 @@ class BlockScope:
         kv_format: formats of the K/V cache, such as "bf16".
         numerics: device, instruction set and layout, such as "host avx2 tp2".
         block_size: tokens in a block.
-        version: of this package and its compiled part.
+        version: version of this package and its compiled part.
     """
 
     program: str = ""

@@ -29,7 +29,7 @@ class Checkpoints:
 
     Args:
         pool: the K/V blocks. Dropping a block from the prefix cache drops the checkpoint at its end.
-        slots: of recurrent state.
+        slots: the slots of recurrent state.
         every: blocks between checkpoints; 0: no state is kept or found.
     """
 

@@ -25,7 +25,7 @@ T = TypeVar("T")
 class Launch:
     """A step that is running on the device: its sequences, the token rows (chunk) of each, and the pending result.
 
-    retried: this is the second attempt of a step with a single sequence.
+    retried: True if this is the second attempt of a step with a single sequence.
     """
 
     scheduled: list[ScheduledSequence]
@@ -163,7 +163,7 @@ class Launcher:
     def _noting_loss(self, in_step: bool = False) -> Iterator[None]:
         """Context manager that records the sequences in flight if its block raises DeviceLost. The error is not caught.
 
-        in_step: the block waits for a step, rather than moving K/V blocks.
+        in_step: True if the block waits for a step; False if it moves K/V blocks.
         """
         try:
             yield

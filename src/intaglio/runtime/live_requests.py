@@ -90,7 +90,7 @@ class LiveRequests:
     def _observe(self, s: Sequence, seconds: float, cut: bool) -> None:
         """Update the latency estimator from a sequence that ended after `seconds`.
 
-        cut: the sequence was ended by its deadline, so its time is first extrapolated to the expected output length.
+        cut: True if its deadline ended the sequence; its time is then extrapolated to the expected output length.
         """
         expected = max(1.0, self.latency.output_tokens(s.request.params.max_tokens))
         whole = seconds * max(1.0, expected / max(1, len(s.output))) if cut else seconds

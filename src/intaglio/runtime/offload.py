@@ -56,7 +56,8 @@ class Offload:
     Full blocks are saved once they are in the prefix cache. Blocks are loaded for one sequence at a time, the first
     that waits; running sequences go on meanwhile. Blocks that cannot be loaded, or not in time, are computed.
 
-    timeout: longest time for a load, in seconds by the engine's clock. device: to be set before the first step.
+    timeout: longest time for a load, in seconds by the engine's clock. device: the device with the blocks; to be set
+    before the first step.
     """
 
     def __init__(

@@ -109,8 +109,8 @@ class SamplingParams:
         logprobs: how many of the likeliest tokens to return with each sampled token.
         logprob_token_ids: return the log-probabilities of these ids instead of the likeliest.
         prompt_logprobs: how many of the likeliest tokens to return with each prompt token; None: no prompt scores.
-        include_stop_str_in_output: the text ends after the stop string.
-        skip_special_tokens: leave special tokens out of the text.
+        include_stop_str_in_output: True if the text ends after the stop string; False: before it.
+        skip_special_tokens: True to leave special tokens out of the text.
     """
 
     max_tokens: int = 16
@@ -225,7 +225,7 @@ class Request:
         eos_ids: token ids that end a sequence.
         stop_checker: stop_checker(index) makes the stop checker of a choice, which is called with each new token and
             returns True when a stop string is complete.
-        scored: generate nothing, and collect the logits of all prompt positions in the sequence's `logits`, float32
+        scored: True to generate nothing, and collect the logits of all prompt positions in the sequence's `logits`, f32
             [tokens, vocabulary].
         matcher: matcher(index) makes the Matcher of a choice; needed if `params.grammar` is given.
         priority: a request with a lower number is scheduled earlier and preempted later.
@@ -310,8 +310,8 @@ class Event:
         index: number of the choice.
         scored: the new token, or None.
         finish_reason: stop, length, abort, deadline, or error with a `fault`.
-        fault: why the choice ended in error.
-        usage: in the last event.
+        fault: why the choice ended in error; else None.
+        usage: token counts and times, in the last event of a choice; else None.
         prompt: scores of the prompt tokens from the second on, once, in an event before the first token, if
             prompt_logprobs was set.
     """

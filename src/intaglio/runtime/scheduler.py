@@ -22,7 +22,7 @@ from intaglio.runtime.windows import Windows
 class ScheduledSequence:
     """One sequence in a step: its next `num_tokens` tokens are computed, and the tokens `drafts` after them verified.
 
-    decodes: the step is a decode of this sequence, not a part of its prompt.
+    decodes: True if the step is a decode of this sequence; False if it computes a part of its prompt.
     """
 
     sequence: Sequence
@@ -201,8 +201,8 @@ class Scheduler:
     def _usable(self, found: list[int]) -> list[int]:
         """The blocks of `found`, from the first on, that a new sequence can reuse.
 
-        found: numbers of its leading blocks in the prefix cache. The result ends where the model's recurrent state and
-        window blocks are there too, if it has them.
+        found: numbers of its leading blocks in the prefix cache. Blocks are left out at the end until the recurrent
+        state and the window blocks after the last block are cached too, as far as the model has them.
         """
         while True:
             known = found[: self.windows.usable([self.pool.name(block) for block in found])]

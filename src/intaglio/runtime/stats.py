@@ -21,7 +21,7 @@ class Counts:
         restarts: replacements of the device.
         preemptions: preemptions of sequences.
         prompt_tokens: prompt tokens of started choices.
-        cached_tokens: those of them found in the prefix cache.
+        cached_tokens: prompt tokens of started choices that were found in the prefix cache.
         computed_tokens: token rows computed, drafts and recomputation included.
         output_tokens: tokens generated.
         drafts: times a sequence was given draft tokens.

@@ -145,7 +145,7 @@ def cycle(blocked: Mapping[Hashable, Blocked]) -> str:
 class Entry:
     """The last accesses to one region of memory, and the regions that overlap it.
 
-    last: by (engine, whether it writes), the instruction's number on its engine and its place in the whole stream.
+    last: {(engine, True if it writes): (instruction's number on its engine, its place in the whole stream)}.
     """
 
     region: Region
@@ -155,8 +155,8 @@ class Entry:
     def unordered(self, engine: int, writes: bool, known: list[int]) -> tuple[int, int, bool] | None:
         """The latest access that races with a new access by `engine`: (engine, instruction number, whether it writes).
 
-        None if there is no race. writes: the new access writes. known: by engine, the number of its instructions that
-        have certainly finished.
+        None if there is no race. writes: True if the new access writes. known: for each engine, the number of its
+        instructions that have certainly finished.
         """
         found = [
             (step, other, n, wrote)

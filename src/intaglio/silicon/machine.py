@@ -30,7 +30,8 @@ from intaglio.silicon.stream import Stream
 class Span:
     """One executed instruction (`name`), with its start and end in seconds since the start of the run.
 
-    `core`: number of the core. `engine`: name of the engine that ran the instruction. `site`: of the op it belongs to.
+    `core`: number of the core. `engine`: name of the engine that ran the instruction. `site`: site of the op it belongs
+    to.
     """
 
     core: int
@@ -264,7 +265,10 @@ class Machine:
         return not isinstance(i, Receive) or bool(self.messages[i.peer, core.stream.chip, i.tag])
 
     def _start(self, c: int, engine: int, i: Instruction) -> None:
-        """Start an instruction: compute its values now, and schedule its end."""
+        """Start an instruction: compute its values now, and schedule its end.
+
+        Raises MachineError, naming site, engine and instruction, if run() does or a message has another shape than dst.
+        """
         core = self.cores[c]
         idle = self.now - core.free_at[engine]
         if idle > 0:

@@ -27,11 +27,11 @@ class Region:
 
     Attributes:
         space: "hbm", "sram" or "acc" (accumulators).
-        address: of the first byte.
+        address: address of the first byte.
         rows, cols: size of the matrix.
         stride: bytes from one row to the next.
-        format: of the values. 4-bit values are packed two to a byte, the first in the low half; each row starts at a
-            byte boundary.
+        format: number format of the values. 4-bit values are packed two to a byte, the first in the low half; each row
+            starts at a byte boundary.
     """
 
     space: str

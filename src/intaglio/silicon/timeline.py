@@ -25,8 +25,8 @@ ENGINE_NAMES = {
 class OpSpan:
     """One op of a step: site, kind, and start and end in seconds since the start of the step.
 
-    `timing`: of its kernel alone. `stalled_on`: "HBM" if it waited for its weights beyond the kernel's own time, else
-    "".
+    `timing`: Timing of its kernel alone. `stalled_on`: "HBM" if it waited for its weights beyond the kernel's own time,
+    else "".
     """
 
     site: str

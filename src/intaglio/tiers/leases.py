@@ -107,7 +107,7 @@ class Leases:
     def locked(self, patience: float | None = None) -> Iterator[None]:
         """Context manager in which no other process or thread takes a lease or evicts.
 
-        patience: seconds to wait for the others, after which TimeoutError is raised; None: as long as it takes. Raises
+        patience: seconds to wait for the others, after which TimeoutError is raised; None: no limit. Raises
         OSError if the folder cannot be locked.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -209,7 +209,7 @@ def _mxfp6_rows(stored: Stored, base: str) -> Coded:
 def _above(x: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Codes as uint8 [.., count], counted from the format's lowest value. x: packed words (int32) or signed bytes.
 
-    bits: of a code. count: number of codes in a row; used for packed words.
+    bits: bits of a code. count: number of codes in a row; used for packed words.
     """
     return fields(x, bits, count) if x.dtype == np.int32 else x.view(np.uint8) + np.uint8(1 << (bits - 1))
 

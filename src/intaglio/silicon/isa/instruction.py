@@ -35,9 +35,9 @@ class Cost:
     """Cost of an instruction: cycles of its engine, or bytes through a resource shared with other cores.
 
     Attributes:
-        cycles: of the engine.
-        bytes: if not 0, the time follows from the bandwidth that the transfers in flight leave.
-        resource: of the bytes: "hbm" or "link".
+        cycles: cycles of the instruction's engine.
+        bytes: bytes transferred; if not 0, the time follows from the bandwidth that the transfers in flight leave.
+        resource: what the bytes pass: "hbm" or "link"; "" without bytes.
         latency_s: seconds from the end of the instruction until its result is visible to others.
     """
 

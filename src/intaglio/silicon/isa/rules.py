@@ -31,9 +31,9 @@ def missing_on(chip: ChipSpec, cls: type[Instruction]) -> str:
 
 
 def wrong_memory(i: Instruction) -> str:
-    """Error text that names a region in the wrong memory; "" if there is none.
+    """Error text that names a region field in the wrong memory; "" if there is none.
 
-    Each region field is either in HBM (those in `hbm`) or in the core's memories, SRAM and accumulators (the others).
+    The fields in the instruction's `hbm` must be regions of HBM, all others regions of SRAM or accumulators.
     """
     for name in region_fields(type(i)):
         region = getattr(i, name)

@@ -232,8 +232,8 @@ def decode_seconds(target: Target, h: Heads, part: ChunkCounts, cached: float) -
 def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = False, kernel: str = "") -> Timing:
     """The Timing of one `attend` over all chunks of a batch.
 
-    Chunks with several queries run first, then those with one. warm: keys and values are in the L2, as far as they fit.
-    kernel: name of one of the library's attention kernels; "": the library's choice.
+    Chunks with several queries run first, then those with one. warm: True if keys and values are in the L2, as far as
+    they fit. kernel: name of one of the library's attention kernels; "": the library's choice.
     """
     chip, lib = target.chip, target.library
     format = "bf16" if h.bits == 16 else "e4m3"

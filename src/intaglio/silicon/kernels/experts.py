@@ -211,7 +211,7 @@ def experts_timing(
     """The Timing of a layer of routed experts on one rank.
 
     counts: token rows of each expert that the rank holds. w_bits: bits per weight including scales; 0: those of
-    `w_format`. gated: experts have a gate. kernel: name of the kernel, "" for the library's default.
+    `w_format`. gated: True if experts have a gate. kernel: name of the kernel, "" for the library's default.
 
     If the library's kernels of activation and combination process all tokens * top_k rows, all are counted; else
     only the rank's own. Raises ChipError for an unknown kernel.

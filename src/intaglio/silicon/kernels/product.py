@@ -25,7 +25,7 @@ from intaglio.silicon.timing import Timing, waves
 
 @lru_cache(maxsize=64)
 def choices(tiles: tuple[tuple[int, int], ...], split_k: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All combinations of tile and K split, as three arrays of equal length: tile rows, tile columns, K splits."""
+    """All combinations of tile and K split, as arrays of equal length: (tile rows, tile columns, K splits)."""
     grid = np.array([(m, n, s) for m, n in tiles for s in split_k], float)
     return grid[:, 0], grid[:, 1], grid[:, 2]
 
@@ -70,9 +70,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
                  glu: bool = False, resident: bool = False) -> dict[str, Any]:  # fmt: skip
     """A dict of the times of x [m, k] @ w.T [k, n], as arrays with an item for each choice of tile and K split.
 
-    m, n, k are numbers or arrays [..., 1]. `resident`: the weights were prefetched, so HBM reads none. Keys: seconds
-    (infinite for a K split whose parts have fewer than 4 steps), hbm and weights (bytes), jobs, steps (of one job),
-    work and drain (seconds), stage (bytes), ring (stages in flight), depth (K values of a step), run (format), tile.
+    m, n, k are numbers or arrays [..., 1]. `resident`: True if the weights were prefetched, so that HBM reads none.
+    Keys: seconds (infinite for a K split whose parts have fewer than 4 steps), hbm and weights (bytes), jobs, steps (of
+    one job), work and drain (seconds), stage (bytes), ring (stages in flight), depth (K values of a step), run
+    (format), tile.
     """
     chip, lib = target.chip, target.library
     latency_s = chip.constants.hbm_latency_s
@@ -123,7 +124,7 @@ def linear_timing(
     """The Timing of x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
     w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. resident:
-    the weights were prefetched, so they are not read from HBM.
+    True if the weights were prefetched, so that they are not read from HBM.
     """
     chip = target.chip
     w = time_choices(target, m, n, k, x_format, w_format, w_bits or formats.bits(w_format), out_bytes, glu, resident)

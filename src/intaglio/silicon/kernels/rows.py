@@ -31,7 +31,7 @@ ROWS = 16  # rows of a tile of other kernels that load rows, at most
 def loop_timing(target: Target, loop: TileLoop, reads: float, writes: float, gathered: bool = False) -> Timing:
     """The Timing of a TileLoop, launch included, whose operands the op before has just written to the L2.
 
-    reads, writes: bytes of all jobs. gathered: rows are read by index, which counts as a read of HBM.
+    reads, writes: bytes of all jobs. gathered: True if rows are read by index, which counts as a read of HBM.
     """
     chip, lib = target.chip, target.library
     capacity = chip.l2_bytes * lib.l2_usable

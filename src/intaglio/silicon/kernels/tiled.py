@@ -68,7 +68,7 @@ class Tiling:
     """How a core computes a product.
 
     Attributes:
-        rows, columns: of a tile of the result; columns are those of each side of a GLU pair.
+        rows, columns: size of a tile of the result; with a GLU pair, columns of each side.
         depth: K values of a step.
         stages: steps in flight.
         drain_rows: rows that are drained at a time.

@@ -47,9 +47,10 @@ def delta_sizes(m: Metadata) -> tuple[int, int, int, int]:
 
 
 def parts_by_head(tables: Tables, names: dict[str, int], heads: int, p: Place) -> None:
-    """Add several matrices whose rows alternate by key head.
+    """Add several matrices that are stored as one, at the Place `p`, with rows that alternate by key head.
 
-    names: {name of a matrix: its rows for one key head}, in the order in which a key head has them.
+    names: {name of a matrix: its rows for one key head}, in the order in which a key head has them. heads: number of
+    key heads.
     """
     each, first = sum(names.values()), 0
     for name, count in names.items():
