@@ -185,7 +185,7 @@ class _Reader:
                 self.tables.add(f"{at}{name.format(e=e)}.{suffix}", own)
 
     def _widths(self, at: str) -> tuple[int, int, int]:
-        """(rows of q, rows of k, rows of v) of the layer that `at` names; zeros if the file states no width of heads."""
+        """(rows of q, rows of k, rows of v) of the layer that `at` names; zeros if the width of a head is unknown."""
         meta, layer = self.meta, int(at.split(".")[2])
         key, kv = meta.whole("attention.key_length", 0), meta.kv_heads_by_layer[layer]
         return (meta.heads * key, kv * key, kv * (meta.whole("attention.value_length", 0) or key))
