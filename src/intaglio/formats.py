@@ -117,7 +117,8 @@ class Format:
     def block(self) -> int:
         """Number of values along a row that a cut must not separate; 0 for plain formats, ROW (-1) for a whole row.
 
-        These are the values that share a scale or, in formats whose scales are multiples of a unit, that unit.
+        These are the values that share a scale; in formats whose scales are multiples of a unit, those that share a
+        unit.
         """
         return BLOCK if self.name in ("q4_k", "q5_k", "q6_k") else self.group
 
@@ -326,8 +327,8 @@ def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt:
     """The best of five candidate scales for each group, float32 [n, G]: the one of least squared error.
 
     groups: values [n, G, group]. farthest: the value farthest from 0 in each group [n, G]. A candidate maps that value
-    to the last code, or to a code one or two steps inside or outside of it. scales: the candidate without a step; where
-    it is 0 or NaN it is returned. fmt: the format. csrc/pack/ does the same, to the bit.
+    to the last code, or to a code one or two steps inside or outside of it. scales: the candidate without a step, which
+    is returned if it is 0 or NaN. fmt: the format. csrc/pack/ does the same, to the bit.
     """
     end, step = ENDS[fmt.family]
     reach = np.abs(farthest) if end > 0 else farthest

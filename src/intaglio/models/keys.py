@@ -178,9 +178,9 @@ class Fate:
 def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str) -> list[Fate]:
     """A list with a Fate for each key of config.json, and for each key of nested tables that the port reads.
 
-    Nested tables are those such as rope_parameters. Raises PortError if a key has another value than the one that the
-    port computes (`family.fixed`). Raises PortError, too, if the model brings code of its own (`auto_map`) and a key
-    that nothing reads has a name that suggests that it changes results.
+    Nested tables are those such as rope_parameters. Raises PortError if a key has another value than those that the
+    port computes (`family.fixed`). If the model brings code of its own (`auto_map`), PortError is also raised for a key
+    that nothing reads and whose name suggests that it changes results.
     """
     inner = config.get("text_config")
     own = isinstance(inner, Mapping) and bool(inner)

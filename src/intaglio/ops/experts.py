@@ -158,7 +158,7 @@ class Experts(Op, kind="experts"):
             alpha * (up + shift).
         alpha: see limit (gpt-oss: 1.702).
         shift: see limit (gpt-oss: 1).
-        scale_input: multiply x by the expert's weight instead of the expert's result (Llama 4).
+        scale_input: True to multiply x by the expert's weight instead of the expert's result (Llama 4).
         first: number of the first expert in the stacks.
         of: with expert parallelism, the number of experts in the model; the stacks hold experts first .. first + E - 1,
             and the others add nothing. 0: the stacks hold all experts.

@@ -75,7 +75,7 @@ class Linear(Op, kind="linear"):
     Attributes:
         x_format: format to which x is rounded before the product: f32 or bf16 for plain and fp8 weights, also fp8row
             for fp8; int8 for integer codes, by formats.quantise_rows().
-        glu: the rows of w are [gate; up], and out = activation(gate) * up, [rows, N / 2].
+        glu: True if the rows of w are [gate; up]; then out = activation(gate) * up, [rows, N / 2].
     """
 
     x: str = operand()

@@ -44,7 +44,7 @@ class Program:
     def text(self, fold: bool = False) -> str:
         """The text form, which `parse_program` reads back.
 
-        fold: print layers that are equal only once. Such text is for people and cannot be parsed.
+        fold: True to print equal layers only once. Such text is for people and cannot be parsed.
         """
         head = f"program {self.name} context={self.context} mesh={self.mesh} rank={self.rank}"
         return print_text(head, self.ops, self.tensors, fold)

@@ -153,9 +153,9 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
 
 
 def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
-    """The quantised tensor after the steps, which are applied to its codes and scales; None if the steps cannot be.
+    """The quantised tensor x after the steps, as a Quantised; None if the steps cannot be applied to codes and scales.
 
-    They cannot be if one splits a group or divides rows into a stack (hN), or if they transpose otherwise than the
+    That is so if a step splits a group or divides rows into a stack (hN), or if the steps transpose otherwise than the
     tensor is stored.
     """
     if steps.count("T") != x.turned or any(s.startswith("h") for s in steps):
@@ -252,9 +252,9 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
 def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
     """Yield (tensor name, values) of the tensors of a source, after its steps, a run of consecutive rows at a time.
 
-    A run at a time needs less memory than the whole tensor. A tensor's name is yielded once for each of its runs. A
-    quantised matrix is yielded whole if a step transposes it, and any quantised tensor if a step divides its rows into
-    a stack (hN). read: function from a name to the whole tensor. runs: function from a name to the runs of the tensor.
+    A tensor's name is yielded once for each of its runs, which need less memory than the whole tensor. A quantised
+    tensor is yielded whole if a step divides its rows into a stack (hN); so is a quantised matrix if a step transposes
+    it. read: function from a name to the whole tensor. runs: function from a name to the runs of the tensor.
     """
     for name, steps in expand(source):
         at = 0

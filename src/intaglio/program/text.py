@@ -104,7 +104,7 @@ def _sections(ops: Sequence[Op], tensors: Tensors) -> Iterator[tuple[str, list[s
 def print_text(head: str, ops: Sequence[Op], tensors: Tensors, fold: bool = False) -> str:
     """The text form of a Program, with `head` as its first line.
 
-    fold: print layers that are equal only once. Such text is for people and cannot be parsed.
+    fold: True to print equal layers only once. Such text is for people and cannot be parsed.
     """
     out = [head]
     alike: list[str] = []

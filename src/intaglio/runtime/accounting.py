@@ -38,11 +38,12 @@ class Accounting:
             row += len(chunk.rows)
 
     def account_sequence(self, scheduled: ScheduledSequence, chunk: Chunk, result: StepResult, row: int) -> None:
-        """Apply one sequence's rows of a step's result to it, emit its events and count its drafts.
+        """Apply the result of a step to one of its sequences, emit the sequence's events and count its drafts.
 
-        The rows begin at index `row` of the result: first one for each prompt position of the chunk whose logits the
-        request wants. Then, if the sequence samples in this step, one for the next token and one for each draft.
-        Sampled tokens are appended up to and including the first that differs from its draft or ends the sequence.
+        The sequence's rows begin at index `row` of the result: first one for each prompt position of the chunk whose
+        logits the request wants; then, if the sequence samples in this step, one for the next token and one for each
+        draft. Sampled tokens are appended up to and including the first that differs from its draft or ends the
+        sequence.
         """
         s, drafts, start = scheduled.sequence, scheduled.drafts, scheduled.sequence.computed
         sampled, accepted = 1 + len(drafts) if scheduled.samples else 0, 0

@@ -253,8 +253,11 @@ class Request:
 class Fault:
     """The error that ended a sequence.
 
-    kind: request (its own logits, grammar or stop checker failed), step (a step with only this sequence failed twice)
-    or worker (steps with only this sequence lost the device, or it was lost and could not be replaced).
+    Attributes:
+        kind: "request": the sequence's own logits, grammar or stop checker failed. "step": a step with only this
+            sequence failed twice. "worker": steps with only this sequence lost the device, or a lost device could not
+            be replaced.
+        message: the error's text.
     """
 
     kind: Literal["request", "step", "worker"]
@@ -263,13 +266,15 @@ class Fault:
 
 @dataclass(frozen=True)
 class Scored:
-    """A token with its log-probability under the unchanged logits, and those of other tokens at its position.
+    """A token with its log-probability, and the log-probabilities of other tokens at its position.
+
+    All are natural logarithms under the softmax of the unchanged logits.
 
     Attributes:
-        token: its id.
-        logprob: natural log-probability.
+        token: id of the token.
+        logprob: its log-probability.
         top: (id, log-probability) of the likeliest tokens, or of the ids in `logprob_token_ids`.
-        rank: 1 if the token is the likeliest; None if the rank was not computed.
+        rank: 1 if the token is the likeliest, 2 for the next, and so on; None if the rank was not computed.
     """
 
     token: int

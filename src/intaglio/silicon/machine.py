@@ -158,8 +158,8 @@ class Machine:
     def _accessor(self, core: int, region: Region, writes: bool) -> str:
         """Text that names a core of the same chip, and an instruction it has started that accessed `region`.
 
-        core: the core that asks, which is not searched. writes: look for writes instead of reads. The text is "another
-        core" if none is found.
+        core: the core that asks, which is not searched. writes: True to look for writes, False for reads. The text is
+        "another core" if none is found.
         """
         chip = self.cores[core].stream.chip
         for c, other in enumerate(self.cores):
@@ -302,8 +302,8 @@ class Machine:
     def _through_l2(self, core: Core, i: Instruction, cost: Cost) -> tuple[float, float]:
         """(bytes that the L2 moves from and to HBM for a transfer, fraction of its bytes that come from HBM).
 
-        A transfer has HBM's latency only as far as its bytes come from there: the L2's own latency is a part of the
-        launch overhead, to which it was fitted. Rows of Gather and Scatter are taken to miss, since they depend on
+        The transfer's latency is HBM's times this fraction. The L2's own latency is not counted: it is in the launch
+        overhead, which was fitted to it. Rows of Gather and Scatter are taken to miss the L2, since they depend on
         values.
         """
         cache, part = self.l2[core.stream.chip], 1.0

@@ -118,10 +118,10 @@ def lengths(c: Config) -> tuple[int, int, bool]:
 def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "half", partial: bool = False) -> Table:
     """The rope Table for settings `p` (see parameters()) and a Program of `context` positions.
 
-    partial: the family may rotate only part of each head. LongRoPE's long factors are chosen if `context` exceeds the
-    pretrained length; dynamic NTK's base is that of a sequence of `context` tokens. transformers chooses by the longest
-    sequence in the batch. Then a sequence's logits would depend on the batch, and keys written earlier would have other
-    frequencies than later ones.
+    partial: True if the family may rotate only part of each head. LongRoPE's long factors are chosen if `context`
+    exceeds the pretrained length; dynamic NTK's base is that of a sequence of `context` tokens. transformers chooses by
+    the longest sequence in the batch. Then a sequence's logits would depend on the batch, and keys written earlier
+    would have other frequencies than later ones.
 
     Raises PortError for settings that are missing, wrong or not supported.
     """

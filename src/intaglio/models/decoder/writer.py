@@ -43,8 +43,8 @@ class Writer:
     def tensor(self, name: str, shape: tuple[int, ...], source: str, plain: bool = False) -> str:
         """Add a weight whose source is in the notation of program/source.py. Returns its name.
 
-        plain: quantised weights become bf16, for an op that takes no quantised ones. Raises PortError for a weight with
-        act-order.
+        plain: True if quantised weights become bf16, for an op that takes no quantised ones. Raises PortError for a
+        weight with act-order.
         """
         source = self.d.source(source)
         if ordered := [n for n in names(source) if self.order(n)]:

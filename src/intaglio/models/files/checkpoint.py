@@ -191,7 +191,7 @@ class Checkpoint:
         return {name for name, c in self.coded.items() if c.format == "i32"}
 
     def order(self, name: str) -> str:
-        """Name of a matrix's act-order permutation (g_idx); "" if its columns are in the order of its input's."""
+        """Name of a matrix's act-order permutation (g_idx); "" if its columns are in the order of its input."""
         return self.coded[name].order if name in self.coded else ""
 
     def read(self, name: str) -> Value:

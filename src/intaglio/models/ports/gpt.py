@@ -36,7 +36,8 @@ def split(parts: tuple[tuple[str, int], ...], source: str, transposed: bool = Fa
     """A dict of rules for Decoder.sources: where projections are in a stored tensor `source` that holds several.
 
     parts: (name of the projection, its rows in a block), in their order in a block. The tensor has one block or, if it
-    has more rows, several equal ones, such as one per head. transposed: the tensor is stored as [columns, rows].
+    has more rows, several equal ones, such as one per head. transposed: True if the tensor is stored as [columns,
+    rows].
     """
     widths = [width for _, width in parts]
     weights = parts_of(f"{source}.weight{'|T' if transposed else ''}", widths)

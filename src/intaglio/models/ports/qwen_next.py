@@ -15,8 +15,8 @@ from intaglio.program.source import parts_of
 def mixer(c: Config, fused: bool) -> DeltaMixer:
     """The DeltaMixer (gated delta net) of Qwen3-Next and Qwen3.5, from config.json.
 
-    fused: one weight holds queries, keys, values and gate, and another beta and step (Qwen3-Next); False: they are
-    stored apart (Qwen3.5). Raises PortError for numbers of heads that do not divide.
+    fused: True if one weight holds queries, keys, values and gate, and another beta and step (Qwen3-Next); False: they
+    are stored apart (Qwen3.5). Raises PortError for numbers of heads that do not divide.
     """
     keys, values = c.whole("linear_num_key_heads"), c.whole("linear_num_value_heads")
     if values % keys:

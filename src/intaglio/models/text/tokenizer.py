@@ -124,7 +124,7 @@ class Tokenizer:
         return list(self.inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of token ids. skip_special: leave special tokens out."""
+        """Text of token ids. skip_special: True to leave special tokens out."""
         return str(self.inner.decode(list(ids), skip_special_tokens=skip_special))
 
     @cached_property

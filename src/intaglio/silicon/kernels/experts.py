@@ -111,8 +111,8 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
-    held: bytes of its operands; 0: the same as `moved`. They come from the L2 if all of them fit it, otherwise from
-    HBM, through the L2. No two cores read the same bytes, so the L2 delivers only its rate without multicast.
+    held: bytes of its operands; 0: the same as `moved`. If all operands fit the L2, the bytes come from it; otherwise
+    they come from HBM through the L2. No two cores read the same bytes, so the L2 has only its rate without multicast.
     """
     chip, library = target.chip, target.library
     fits, l2_rate = (held or moved) < chip.l2_bytes * library.l2_usable, chip.l2_rate / library.l2_multicast
@@ -129,11 +129,11 @@ class TileMenu:
 
 
 def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
-    """The TileMenu that the library's kernel chooses from, for a step of `tokens` tokens.
+    """The TileMenu that the library's kernel chooses from, for `tokens` tokens in a step and `experts` experts.
 
-    With the library's expert_tiles "best": all of its tiles, as with a static schedule or a kernel tuned for each size.
-    Otherwise what a heuristic, vLLM's get_default_config, gives: of an older version ("by_experts") or of 0.17
-    ("by_tokens").
+    It depends on the library's expert_tiles. "best": all of its tiles, as with a static schedule or a kernel tuned for
+    each size. "by_experts", "by_tokens": the tile of vLLM's heuristic get_default_config, of an older version or of
+    0.17.
     """
     if library.expert_tiles == "best":
         return TileMenu(library.expert_rows, library.expert_columns, library.burst_bytes)

@@ -41,7 +41,7 @@ def llama4(m: Metadata) -> dict[str, Any]:
 def qwen_moe(model: str, normalised: bool) -> Any:
     """A function from metadata to the config (a dict) of Qwen2-MoE or Qwen3-MoE, for the architecture `model`.
 
-    normalised: the router's top-k weights are divided by their sum.
+    normalised: True if the router's top-k weights are divided by their sum.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
