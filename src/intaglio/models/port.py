@@ -147,8 +147,9 @@ def port_config(
 ) -> Program:
     """The Program of a model given only by its config.json, without weights.
 
-    format: number format of all weights; None: the config's dtype, bf16 if it has none. Raises PortError for an
-    architecture, setting, dtype or context that is not supported, and for a config with quantisation settings.
+    context, name: as for port(). format: number format of all weights; None: the config's dtype, bf16 if it has none.
+    Raises PortError for an architecture, setting, dtype or context that is not supported, and for a config with
+    quantisation settings.
     """
     family, _ = _family(config, "config.json")
     inner = {**config.get("text_config", {}), **config}

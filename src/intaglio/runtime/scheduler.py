@@ -286,7 +286,7 @@ class Scheduler:
         """A list of the scheduled sequences with draft tokens added, `budget` in all. Drafts never preempt a sequence.
 
         A sequence with recurrent state gets no drafts while it computes more than `max_drafts` tokens again after a
-        rejected draft. So its state moves on.
+        rejected draft; otherwise its state might never advance.
         """
         drafted = []
         for one in scheduled:

@@ -171,7 +171,7 @@ class Windows:
     def give_back(self, sequence: Sequence) -> None:
         """After a step: release the blocks that no later query of the sequence sees.
 
-        Also releases blocks at its end in which no token is computed, which rejected drafts leave.
+        The sequence's last blocks are released too if no computed token is in them, as after rejected drafts.
         """
         if not self.on:
             return

@@ -387,8 +387,9 @@ def attend_tile(
 ) -> None:  # fmt: skip
     """Emit the instructions for one tile of keys, which update `state` (the regions of sums, m, l). Returns nothing.
 
-    These are Attend on a chip with the fused engine, else Matmul, Softmax, Rescale (or SoftmaxStep), Matmul. `how`:
-    position fields of the instructions.
+    On a chip with the fused engine that is one Attend; else Matmul, Softmax, Rescale and Matmul, or SoftmaxStep in
+    place of the two in the middle if the chip has it. how: position fields of the instructions; the other fields are
+    added.
     """
     sums, m, length = state
     how |= {"scale": op.scale, "softcap": op.softcap, "window": op.window}

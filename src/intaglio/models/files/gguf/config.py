@@ -125,7 +125,10 @@ def llama(m: Metadata) -> dict[str, Any]:
 
 
 def mistral3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Mistral 3, whose text model is a Llama."""
+    """The keys of config.json, as a dict, for Mistral 3, whose text model is a Llama.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     m.refuse("attention.temperature_scale", "queries are not scaled by their position here")
     return llama(m)
 
@@ -152,7 +155,10 @@ def _scale(m: Metadata, largest: int) -> float:
 
 
 def gemma2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 2. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for Gemma 2.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     caps = {
         "attn_logit_softcapping": m.real("attn_logit_softcapping", 50.0),
@@ -165,7 +171,10 @@ def gemma2(m: Metadata) -> dict[str, Any]:
 
 
 def gemma3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 3's text model. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for Gemma 3's text model.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
     return base(m) | {
@@ -177,7 +186,10 @@ def gemma3(m: Metadata) -> dict[str, Any]:
 
 
 def phi3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-3 and Phi-4. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for Phi-3 and Phi-4.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     return base(m) | partial(m) | {
         "architectures": ["Phi3ForCausalLM"], "sliding_window": m.whole("attention.sliding_window", 0) or None,
         "original_max_position_embeddings": pretrained(m),
@@ -220,7 +232,10 @@ def olmo2(m: Metadata) -> dict[str, Any]:
 
 
 def cohere2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Cohere 2 (Command R7B, Command A). Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for Cohere 2 (Command R7B, Command A).
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     return base(m, norm="layer") | {
         "architectures": ["Cohere2ForCausalLM"], "logit_scale": m.real("logit_scale"),
@@ -246,7 +261,10 @@ def plain(model: str) -> Any:
 
 
 def command_r(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Cohere 1 (Command R, Aya). Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for Cohere 1 (Command R, Aya).
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     return base(m, norm="layer") | {
         "architectures": ["CohereForCausalLM"], "logit_scale": m.real("logit_scale"), "rope_scaling": None,
@@ -257,7 +275,8 @@ def command_r(m: Metadata) -> dict[str, Any]:
 def exaone4(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for EXAONE 4.
 
-    If it has a sliding window, every fourth layer has full attention, without rope. Raises PortError, CheckpointError.
+    If it has a sliding window, every fourth layer has full attention, without rope. Raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
@@ -268,7 +287,10 @@ def exaone4(m: Metadata) -> dict[str, Any]:
 
 
 def nemotron(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Nemotron-3 and Nemotron-4. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for Nemotron-3 and Nemotron-4.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     c = base(m, norm="layer") | partial(m)
     return c | {
         "architectures": ["NemotronForCausalLM"], "norm_eps": c["layer_norm_eps"],
@@ -277,7 +299,10 @@ def nemotron(m: Metadata) -> dict[str, Any]:
 
 
 def jais2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Jais 2."""
+    """The keys of config.json, as a dict, for Jais 2.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     return base(m, norm="layer") | {
         "architectures": ["Jais2ForCausalLM"], "mlp_bias": m.has("mlp.up_proj.bias"),
@@ -287,8 +312,9 @@ def jais2(m: Metadata) -> dict[str, Any]:
 def starcoder2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for StarCoder 2.
 
-    Every layer has full attention, as in llama.cpp: GGUF files do not record the window of the published models
-    (4,096 tokens), so logits of longer sequences differ from transformers'. Raises PortError, CheckpointError.
+    Every layer has full attention, as in llama.cpp: GGUF files do not record the window of the published models (4,096
+    tokens), so logits of longer sequences differ from transformers'. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     whole_heads(m)
     c = base(m, norm="layer")
@@ -299,7 +325,10 @@ def starcoder2(m: Metadata) -> dict[str, Any]:
 
 
 def smollm3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for SmolLM3, which has no rope in every fourth layer."""
+    """The keys of config.json, as a dict, for SmolLM3, which has no rope in every fourth layer.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     return base(m) | {
         "architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [int((i + 1) % 4 != 0) for i in range(m.layers)],
@@ -314,19 +343,28 @@ def glm4(m: Metadata) -> dict[str, Any]:
 
 
 def olmo(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for OLMo (2024). Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for OLMo (2024).
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     clip = m.real("attention.clamp_kqv", 0.0)
     return base(m, norm="layer") | {"architectures": ["OlmoForCausalLM"], "clip_qkv": clip or None}
 
 
 def chatglm(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for ChatGLM3 and GLM-4-9B of 2024. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for ChatGLM3 and GLM-4-9B of 2024.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     return base(m) | partial(m) | {"architectures": ["GlmForCausalLM"]}
 
 
 def minicpm3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for MiniCPM3. llama.cpp has the scales of embeddings and depth built in."""
+    """The keys of config.json, as a dict, for MiniCPM3. llama.cpp has the scales of embeddings and depth built in.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     rope, key = m.whole("rope.dimension_count"), m.whole("attention.key_length")
     return base(m) | {
         "architectures": ["MiniCPM3ForCausalLM"], "q_lora_rank": m.whole("attention.q_lora_rank"),
@@ -379,7 +417,8 @@ def gemma4(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Gemma 4's text model.
 
     Layers with full attention have heads of a width of their own, and rope turns a part of their columns. If the file
-    has no tensor for these layers' values, their keys serve as values. Raises PortError, CheckpointError.
+    has no tensor for these layers' values, their keys serve as values. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     kinds, heads = m.sliding(6), m.kv_heads_by_layer
     widths = {

@@ -25,7 +25,8 @@ def alone(m: Metadata, model: str) -> dict[str, Any]:
 def mamba(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Mamba, or for FalconMamba if step, B and C are normed.
 
-    These norms have the epsilon of the others, as in llama.cpp.
+    These norms have the epsilon of the others, as in llama.cpp. Raises CheckpointError for a missing key, PortError for
+    a value that is not supported.
     """
     normed = m.flag("ssm.dt_b_c_rms")
     c = alone(m, "FalconMambaForCausalLM" if normed else "MambaForCausalLM")
@@ -36,7 +37,10 @@ def mamba(m: Metadata) -> dict[str, Any]:
 
 
 def mamba2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Mamba-2. The step has no limits, as in llama.cpp."""
+    """The keys of config.json, as a dict, for Mamba-2. The step has no limits, as in llama.cpp.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     heads = m.whole("ssm.time_step_rank")
     return alone(m, "Mamba2ForCausalLM") | {
         "num_heads": heads, "head_dim": m.whole("ssm.inner_size") // heads, "n_groups": m.whole("ssm.group_count", 1),
@@ -90,7 +94,10 @@ def ssm(m: Metadata) -> dict[str, Any]:
 
 
 def falcon_h1(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Falcon-H1, whose multipliers the converter put into the weights."""
+    """The keys of config.json, as a dict, for Falcon-H1, whose multipliers the converter put into the weights.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     return base(m) | ssm(m) | {
         "architectures": ["FalconH1ForCausalLM"], "mamba_rms_norm": m.has("mamba.norm.weight"),
@@ -102,7 +109,8 @@ def falcon_h1(m: Metadata) -> dict[str, Any]:
 def granite_hybrid(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Granite 4.
 
-    Layers with K/V heads have attention, with rope only if the file has rope.scaling.finetuned.
+    Layers with K/V heads have attention, with rope only if the file has rope.scaling.finetuned. Raises CheckpointError
+    for a missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
     rope = m.flag("rope.scaling.finetuned")
@@ -167,7 +175,10 @@ def delta_nets(model: str) -> Any:
 
 
 def lfm2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for LFM2, whose layers without K/V heads have a convolution instead."""
+    """The keys of config.json, as a dict, for LFM2, whose layers without K/V heads have a convolution instead.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     c = base(m)
     kinds = ["full_attention" if n else "conv" for n in m.kv_heads_by_layer]
@@ -180,7 +191,10 @@ def lfm2(m: Metadata) -> dict[str, Any]:
 
 
 def lfm2_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for LFM2 with experts."""
+    """The keys of config.json, as a dict, for LFM2 with experts.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     m.fixed("expert_gating_func", SIGMOID)
     dense = m.whole("leading_dense_block_count", 0)
     return lfm2(m) | experts(m) | {

@@ -110,5 +110,5 @@ def by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def columns_by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add out_proj of Qwen3.5, whose columns files have in the order of tiled()."""
+    """Add out_proj of Qwen3.5 with its columns in transformers' order; files have them in the order of tiled()."""
     tables.add_columns(name, p, np.argsort(tiled(m, delta_sizes(m)[3])))
