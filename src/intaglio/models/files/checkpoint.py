@@ -114,10 +114,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Open a checkpoint folder or GGUF file and return the Checkpoint. Raises CheckpointError or PortError.
+        """Open a checkpoint folder or GGUF file and return the Checkpoint.
 
         Reads config.json and the files' headers, but no tensors except small ones that say how matrices are stored,
-        such as column orders (act-order).
+        such as column orders (act-order). Raises CheckpointError for a file that is missing or damaged, PortError for a
+        quantisation or GGUF architecture that is not supported.
         """
         path = Path(path)
         if gguf := find_gguf(path):

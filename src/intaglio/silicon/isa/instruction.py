@@ -81,7 +81,10 @@ class Instruction:
     optional: ClassVar[bool] = False  # only chips that list it in ChipSpec.extra_instructions have it
 
     def run(self, mem: CoreMemory) -> None:
-        """Execute the instruction: read its source regions, write its destination regions. Raises MachineError."""
+        """Execute the instruction: read its source regions, write its destination regions.
+
+        Raises MachineError for what hardware would compute wrongly, such as an index outside a table.
+        """
         raise NotImplementedError
 
     def cost(self, target: Target) -> Cost:
