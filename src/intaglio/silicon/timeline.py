@@ -48,7 +48,7 @@ class Timeline:
 
     Attributes:
         chip: the chip's specification.
-        ops: a span of time for each op, in the order in which they ran.
+        ops: the OpSpan of each op, in the order in which they ran.
     """
 
     chip: ChipSpec

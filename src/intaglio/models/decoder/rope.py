@@ -172,17 +172,17 @@ def powers(p: Mapping[str, Any], dim: int) -> np.ndarray:
 
 
 def _default(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor) of rope without scaling."""
+    """(frequencies f32 [dim / 2], attention factor) of rope without scaling."""
     return np.float32(1) / powers(p, dim), 1.0
 
 
 def _linear(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor) of linear scaling: all frequencies divided by the scaling factor."""
+    """(frequencies f32 [dim / 2], attention factor) of linear scaling: frequencies are divided by the scaling factor."""
     return np.float32(1) / powers(p, dim) / np.float32(p["factor"]), 1.0
 
 
 def _dynamic(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor) of dynamic NTK for sequences of `context` tokens.
+    """(frequencies f32 [dim / 2], attention factor) of dynamic NTK for sequences of `context` tokens.
 
     Beyond max_position_embeddings the base is larger.
     """
@@ -192,7 +192,7 @@ def _dynamic(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[n
 
 
 def _llama3(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor) of Llama 3's scaling.
+    """(frequencies f32 [dim / 2], attention factor) of Llama 3's scaling.
 
     Low frequencies are divided by the scaling factor, high ones kept, those between interpolated.
     """
@@ -215,10 +215,10 @@ def mscale(factor: float, by: float = 1.0) -> float:
 
 
 def _yarn(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor) of YaRN (Peng et al. 2023): low ones interpolated, high ones kept.
+    """(frequencies f32 [dim / 2], attention factor) of YaRN (Peng et al. 2023).
 
-    Between two limits they are blended linearly. The limits are numbers of rotations within the pretrained length
-    (beta_fast 32, beta_slow 1).
+    Low frequencies are interpolated, high ones kept, those between two limits blended linearly. The limits are numbers
+    of rotations within the pretrained length (beta_fast 32, beta_slow 1).
     """
     pretrained, base = p["original_max_position_embeddings"], float(p["rope_theta"])
     factor = float(p["factor"] or c.whole("max_position_embeddings") / pretrained)
@@ -242,7 +242,7 @@ def _yarn(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.n
 
 
 def _longrope(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor) of LongRoPE (Ding et al. 2024), with one divisor per pair of columns.
+    """(frequencies f32 [dim / 2], attention factor) of LongRoPE (Ding et al. 2024), with a divisor per pair of columns.
 
     Divisors are the config's long_factor if `context` exceeds the pretrained length, else its short_factor. The
     attention factor is the config's; by default sqrt(1 + ln(factor) / ln(pretrained length)), or 1 if factor <= 1.
@@ -262,7 +262,7 @@ def _longrope(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[
 
 
 def _proportional(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor 1) of Gemma 4's rope, in which only the first pairs of a head's columns rotate.
+    """(frequencies f32 [dim / 2], attention factor 1) of Gemma 4's rope: only the first pairs of columns rotate.
 
     Frequencies are computed for the whole width of a head and divided by the config's factor; the other pairs have 0.
     """

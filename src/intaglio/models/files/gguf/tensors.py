@@ -39,7 +39,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Place:
-    """Where consecutive rows of a tensor are: file, offset of the first byte (`start`), GGUF type (`kind`) and shape."""
+    """Where consecutive rows of a tensor are: file, offset of the first byte (`start`), GGUF type (`kind`), shape."""
 
     file: Path
     kind: str
