@@ -47,12 +47,12 @@ def run_load(
     concurrency: int | None = None,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Run a load on an engine whose steps advance `clock`. Returns the Outcomes in the order in which they ended.
+    """Run a load on an engine whose steps advance `clock`. Returns a list of Outcomes, first ended first.
 
-    A request is given to the engine at its time. With `concurrency` it also waits until fewer requests than that are
-    open, and its times count from the moment when it is given. A request that the engine refuses has the reason as its
-    error. The clock jumps ahead while the engine is idle. request_of: function from a LoadRequest to the engine's
-    Request, whose id must be new.
+    A request is given to the engine at its time. With `concurrency` the request also waits until fewer requests than
+    that are open, and its times count from the moment when it is given. A request that the engine refuses has the
+    reason as its error. The clock jumps ahead while the engine is idle. request_of: function from a LoadRequest to the
+    engine's Request, whose id must be new.
     """
     began, pending, most = clock(), deque(requests), concurrency or math.inf
     running: dict[str, Running] = {}

@@ -139,11 +139,11 @@ def operand(
     Args:
         use: what the op does with the tensor, one of USES. Compiler passes and devices derive packing, formats, cache
             layout and state tracking from it.
-        optional: the field may be None.
+        optional: True if the field may be None.
         access: "read", or "write" for state in pages, or "update" for state in slots.
-        exact: the product that computes this operand keeps its stored weight format and reads x unrounded, because a
-            rounding error would change a choice (expert routing).
-        keys: attention reads this cache as keys, so a device may store it transposed.
+        exact: True if the product that computes this operand must keep its stored weight format and read x unrounded,
+            because a rounding error would change a choice (expert routing).
+        keys: True if attention reads this cache as keys, so a device may store it transposed.
         up: on the gate of a gated product, the field that holds its `up`; the two are packed side by side.
     """
     if use not in USES or access not in ACCESS:
@@ -159,7 +159,7 @@ def operand(
 
 
 def result(optional: bool = False) -> Any:
-    """A dataclass field that declares a tensor which the op writes. optional: the field may be None."""
+    """A dataclass field that declares a tensor which the op writes. optional: True if the field may be None."""
     return field(default=None, metadata={"is": "result"}) if optional else field(metadata={"is": "result"})
 
 

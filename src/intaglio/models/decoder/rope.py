@@ -177,7 +177,7 @@ def _default(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[n
 
 
 def _linear(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies f32 [dim / 2], attention factor) of linear scaling: frequencies are divided by the scaling factor."""
+    """(frequencies f32 [dim / 2], attention factor) of linear scaling: all are divided by the scaling factor."""
     return np.float32(1) / powers(p, dim) / np.float32(p["factor"]), 1.0
 
 

@@ -211,9 +211,9 @@ class Player:
         return engine
 
     def _admit(self, entry: Entry, id: str, admit: Callable[[Engine], object]) -> str | None:
-        """Add or resume a request, by calling `admit`. Returns a text of how the outcome differs from the journal.
+        """Add or resume a request, by calling `admit`.
 
-        None if it does not differ.
+        Returns a text of how the outcome differs from the journal, or None if it does not differ.
         """
         assert self.engine
         self.requests += 1

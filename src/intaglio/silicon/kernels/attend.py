@@ -168,7 +168,7 @@ def prefill_jobs(key_tile: int, h: Heads, part: ChunkCounts, rows: int, packed: 
 
 
 def prefill_seconds(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, float]:
-    """Seconds of the chunks with several queries, with the fastest query tile, as (seconds, of which compute seconds).
+    """(seconds, seconds of computing in them) for the chunks with several queries, with the fastest query tile.
 
     part: (queries, keys, number of sequences) of each distinct chunk.
     """
@@ -193,7 +193,7 @@ def decode_keys(library: KernelLibrary, h: Heads, keys: int) -> int:
 
 
 def decode_seconds(target: Target, h: Heads, part: ChunkCounts, cached: float) -> tuple[float, float, int]:
-    """(seconds, of which compute seconds, number of context splits) for the chunks with one query.
+    """(seconds, seconds of computing in them, number of context splits) for the chunks with one query.
 
     part: (1, keys, number of sequences) of each distinct chunk. cached: fraction of the keys and values in the L2.
     """

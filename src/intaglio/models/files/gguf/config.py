@@ -146,8 +146,8 @@ def qwen(model: str) -> Any:
 def _scale(m: Metadata, largest: int) -> float:
     """The value of query_pre_attn_scalar for Gemma, whose metadata may lack it.
 
-    Without the key attention.scale it is the head's width or, in the model with `largest` layers, hidden size over
-    heads.
+    Without the key attention.scale the value is the head's width or, in the model with `largest` layers, hidden size
+    over heads.
     """
     if m.get("attention.scale"):
         return m.real("attention.scale") ** -2
