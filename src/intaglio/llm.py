@@ -422,7 +422,7 @@ def state_spec(
 def _tier(folder: str | Path | None, budget: int, scope: BlockScope, journal: str | Path | None) -> DiskTier | None:
     """The DiskTier that keeps K/V blocks in `folder`, of at most `budget` bytes; None if `folder` is None.
 
-    Raises RequestError for a budget below 1, and together with a journal.
+    Raises RequestError for a budget below 1, or if both `folder` and `journal` are given.
     """
     if folder is None:
         return None

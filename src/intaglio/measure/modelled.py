@@ -89,7 +89,8 @@ def load_modelled(
 ) -> list[Outcome]:
     """Run a load on a silicon LLM in the modelled time of its chips. Returns the list of Outcomes of run_load().
 
-    seed: random seed of the prompts, which are random token ids. concurrency: as for run_load().
+    seed: random seed of the prompts, which are random token ids. concurrency: the largest number of open
+    requests; None: no limit.
     """
     rng, vocabulary = random.Random(seed), llm.model.program.vocabulary
 

@@ -173,7 +173,7 @@ def profile(
 
 
 def _sample(watch: Stopwatch, steps: Sequence[Batch], timed: bool) -> Sample:
-    """Run the steps of a phase once and return their timings as a Sample. timed: whether sites are timed too."""
+    """Run the steps of a phase once and return their timings as a Sample. timed: True to time sites too."""
     wall, sites = 0.0, Counter[str]()
     for batch in steps:
         seconds, result = watch.step(StepRequest(batch, timed=timed))

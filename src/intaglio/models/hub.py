@@ -178,8 +178,8 @@ class _Repository:
     def fetch(self, tag: str | None, progress: Progress) -> Path:
         """Download the files to read, if the cache lacks them. Returns their folder in the cache, or the GGUF file.
 
-        tag: as for choose_files(). progress: called as progress(bytes done, bytes in all, what). Raises HubError if the
-        files are not there or cannot be downloaded.
+        tag: quantisation to choose among GGUF files; None: DEFAULT_TAG. progress: called as progress(bytes done, bytes
+        in all, what). Raises HubError if the files are not there or cannot be downloaded.
         """
         progress(0, 0, f"looking up {self.repo}")
         sizes = self._sizes()

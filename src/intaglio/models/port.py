@@ -147,8 +147,8 @@ def port_config(
 ) -> Program:
     """The Program of a model given only by its config.json, without weights.
 
-    context, name: as for port(). format: number format of all weights; None: the config's dtype, bf16 if it has none.
-    Raises PortError for an architecture, setting, dtype or context that is not supported, and for a config with
+    context, name: arguments of port(). format: number format of all weights; None: the config's dtype, bf16 if it has
+    none. Raises PortError for an architecture, setting, dtype or context that is not supported, and for a config with
     quantisation settings.
     """
     family, _ = _family(config, "config.json")
@@ -250,8 +250,8 @@ def _llama_names(checkpoint: Checkpoint) -> bool:
 def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: list[str]) -> Callable[[Decoder], Decoder]:
     """A function that takes a Decoder and returns a copy adapted to the checkpoint's tensors.
 
-    It adapts the prefix of tensor names, the K/V cache's format and scales, whether the output head is the embedding,
-    and how experts are stored. It may add to `notes`.
+    It adapts the prefix of tensor names, the K/V cache's format and scales, the tying of the output head to the
+    embedding, and how experts are stored. It may add to `notes`.
     """
     names = checkpoint.names
 

@@ -152,12 +152,12 @@ class Experts(Op, kind="experts"):
     Attributes:
         order: i32 [E, K], the column order of gate and up of each expert (GPTQ's act-order): expert e is multiplied
             with x[t, order[e]].
-        down_order: i32 [E, I], likewise for down.
+        down_order: i32 [E, I], the column order of down of each expert.
         x_format: format to which x and the inner row are rounded before each product, as in linear.
         limit: above 0, caps gate at `limit` and up at +-limit (gpt-oss: 7). The inner row is activation(alpha * gate) /
             alpha * (up + shift).
-        alpha: see limit (gpt-oss: 1.702).
-        shift: see limit (gpt-oss: 1).
+        alpha: factor in the formula of `limit` (gpt-oss: 1.702).
+        shift: summand in the formula of `limit` (gpt-oss: 1).
         scale_input: True to multiply x by the expert's weight instead of the expert's result (Llama 4).
         first: number of the first expert in the stacks.
         of: with expert parallelism, the number of experts in the model; the stacks hold experts first .. first + E - 1,

@@ -19,8 +19,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
 def x_format(weight: str, exact: bool = False) -> str:
     """The name of the format to which x is rounded before a product with weights of format `weight`.
 
-    int8 for integer codes, bf16 for bf16 and other quantized weights, else f32. `exact`: f32 wherever the weights
-    allow it.
+    int8 for integer codes, bf16 for bf16 and other quantized weights, else f32. exact: True to use f32 in place of
+    bf16.
     """
     fmt = formats.get(weight)
     if fmt.integer:

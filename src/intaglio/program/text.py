@@ -55,7 +55,7 @@ def _attributes(op: Op) -> Iterator[str]:
 
 
 def _literal(value: object) -> str:
-    """`value` as a Python literal, without spaces except inside strings, because spaces separate attributes."""
+    """`value` written as a Python literal, without spaces except inside strings, because spaces separate attributes."""
     return repr(value) if isinstance(value, str) else repr(value).replace(" ", "")
 
 

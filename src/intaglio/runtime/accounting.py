@@ -71,9 +71,9 @@ class Accounting:
         """Update the recurrent-state slots of a sequence after a step that began at position `start`.
 
         Does nothing if the model has no recurrent state. If no draft was rejected, the state that the step wrote
-        becomes the sequence's. rejected: a draft was rejected, so the state that the step wrote includes rejected
-        tokens and is not used. The sequence then keeps the state of position `start`, and its next step computes the
-        tokens from there on again.
+        becomes the sequence's. rejected: True if a draft was rejected, so that the state that the step wrote includes
+        rejected tokens and is not used. The sequence then keeps the state of position `start`, and its next step
+        computes the tokens from there on again.
         """
         if s.next_state_slot < 0:
             return

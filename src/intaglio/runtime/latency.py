@@ -73,7 +73,7 @@ class LatencyEstimator:
         )
 
     def output_tokens(self, max_tokens: int) -> float:
-        """Expected output length in tokens: `max_tokens`, but at most LENGTH_MARGIN times the tracked percentile."""
+        """Expected output length in tokens: the lesser of `max_tokens` and LENGTH_MARGIN times the 90th percentile."""
         return min(max_tokens, LENGTH_MARGIN * self.output_length)
 
     def observe_output(self, tokens: int) -> None:

@@ -68,13 +68,14 @@ class Launcher:
     def run(self, scheduled: list[ScheduledSequence], retried: bool = False) -> Iterator[Completed]:
         """Launch a step and wait for it. Yields one Completed, or several if the step failed and was split.
 
-        Yields none if every sequence's grammar fails or every retry fails. retried: see Launch. Raises DeviceLost.
+        Yields none if every sequence's grammar fails or every retry fails. Raises DeviceLost. retried: True for the
+        second attempt of a step with a single sequence.
         """
         if launch := self.launch(scheduled, retried):
             yield from self.complete(launch)
 
     def launch(self, scheduled: list[ScheduledSequence], retried: bool = False) -> Launch | None:
-        """Start one step with these sequences. Returns its Launch. retried: see Launch.
+        """Start one step with these sequences. Returns its Launch, which has `retried` as given.
 
         Sequences whose grammar fails are ended with a fault and left out. Returns None if no sequence is left.
         """

@@ -153,7 +153,7 @@ class Entry:
     last: dict[tuple[int, bool], tuple[int, int]] = field(default_factory=dict)
 
     def unordered(self, engine: int, writes: bool, known: list[int]) -> tuple[int, int, bool] | None:
-        """The latest access that races with a new access by `engine`: (engine, instruction number, whether it writes).
+        """The latest access that races with a new access by `engine`: (engine, instruction number, True if it writes).
 
         None if there is no race. writes: True if the new access writes. known: for each engine, the number of its
         instructions that have certainly finished.

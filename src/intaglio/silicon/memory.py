@@ -151,8 +151,8 @@ class Memory:
 class CoreMemory:
     """The memory spaces that one core addresses: the chip's HBM, and the core's own SRAM and accumulators.
 
-    `watch` is called before each access to HBM with the region, its byte indices and whether it is written; it raises
-    MachineError if the core must not access it.
+    `watch` is called before each access to HBM as watch(region, byte indices, True for a write). It raises MachineError
+    if the core must not access the region.
     """
 
     def __init__(

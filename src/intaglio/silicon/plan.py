@@ -45,7 +45,7 @@ class Schedule:
     Attributes:
         timings: the Timing of each distinct kernel of the Plan, as if it ran alone.
         ends: seconds from the start of the step to the end of each op.
-        stalled: whether each op waited for its weights.
+        stalled: for each op, True if it waited for its weights.
     """
 
     timings: tuple[Timing, ...]

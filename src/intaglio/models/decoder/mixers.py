@@ -37,7 +37,7 @@ class SsmMixer:
         norm: order of norm and gate: "gated" (times silu(gate), then normed), "first" (normed, then times silu(gate))
             or "" (times silu(gate), no norm). The columns of each group are normed by themselves.
         bias: True if the projections have biases.
-        conv_bias: the convolution has a bias.
+        conv_bias: True if the convolution has a bias.
         out_bias: True if out_proj has a bias.
         low: smallest step size; smaller ones become `low`.
         high: largest step size; larger ones become `high`; 0: no limit.
@@ -75,7 +75,7 @@ class ScanMixer:
         eps: epsilon of the RMS norms of step, B and C; 0: they are not normed.
         weights: True if these norms have weights.
         bias: True if in_proj and out_proj have biases.
-        conv_bias: the convolution has a bias.
+        conv_bias: True if the convolution has a bias.
         block: name of the block's module in a layer of the checkpoint.
     """
 

@@ -197,9 +197,9 @@ def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
 def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
     """Write the input projections of a gated delta net from the two fused weights of Qwen3-Next.
 
-    Returns a list of the names of four tensors: q, k and v side by side; gate; beta; step. Arguments as for inputs().
-    in_proj_qkvz has the rows of q, k, v and gate of the first key head, then those of the next head, and so on;
-    in_proj_ba likewise has rows of beta and step.
+    Returns a list of the names of four tensors: q, k and v side by side; gate; beta; step. Arguments are those of
+    inputs(). in_proj_qkvz has the rows of q, k, v and gate of the first key head, then those of the next head, and so
+    on; in_proj_ba has rows of beta and step in the same order of heads.
     """
     shared = m.heads // m.key_heads  # value heads of a key head
     value = shared * m.values

@@ -23,7 +23,8 @@ class Writer:
         name: name of the Program.
         context: positions to compile for.
         format: function from a checkpoint tensor's name to the number format it is stored in.
-        order: function from a weight's name to the tensor with the order of its columns (GPTQ's act-order), or "".
+        order: function from a weight's name to the tensor with the order of its columns (GPTQ's act-order), or
+            to "" if it has none.
     """
 
     def __init__(

@@ -30,8 +30,8 @@ def mixer(c: Config, fused: bool) -> DeltaMixer:
 def describe(c: Config, context: int, fused: bool, **more: Any) -> Decoder:
     """The Decoder that describes Qwen3-Next or Qwen3.5, from config.json, for up to `context` positions.
 
-    fused: as for mixer(). more: further arguments of Decoder, such as mixture; without it the model has no experts.
-    Raises PortError for settings that are not ported.
+    fused: True if the mixer's weights are fused as in Qwen3-Next. more: further arguments of Decoder, such as mixture;
+    without it the model has no experts. Raises PortError for settings that are not ported.
     """
     if c.activation() != "silu":
         raise PortError(f"config.json: hidden_act={c.get('hidden_act')!r}; gated delta nets are ported with silu")

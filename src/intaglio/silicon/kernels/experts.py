@@ -111,7 +111,7 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
-    held: bytes of its operands; 0: the same as `moved`. If all operands fit the L2, the bytes come from it; otherwise
+    held: bytes of its operands; 0: as many as `moved`. If all operands fit the L2, the bytes come from it; otherwise
     they come from HBM through the L2. No two cores read the same bytes, so the L2 has only its rate without multicast.
     """
     chip, library = target.chip, target.library

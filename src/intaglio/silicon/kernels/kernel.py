@@ -36,7 +36,7 @@ class ChipKernel:
     if streams() does not support all that the op can express.
 
     Attributes:
-        by_sequence: whether time() reads the queries and keys of the batch's sequences. False: it reads only the
+        by_sequence: True if time() reads the queries and keys of the batch's sequences. False: it reads only the
             numbers of tokens, rows and sequences, so steps that differ only in their keys share one Timing.
     """
 

@@ -59,7 +59,7 @@ def parts_by_head(tables: Tables, names: dict[str, int], heads: int, p: Place) -
 
 
 def beta_and_step(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add in_proj_b and in_proj_a of Qwen3-Next, which files have as one matrix, as transformers does."""
+    """Add in_proj_b and in_proj_a of Qwen3-Next, whose rows a file has in one matrix, grouped by key head."""
     keys, heads, _, _ = delta_sizes(m)
     at, each = name.removesuffix("in_proj_ba.weight"), heads // keys
     parts_by_head(tables, {f"{at}in_proj_b.weight": each, f"{at}in_proj_a.weight": each}, keys, p)
