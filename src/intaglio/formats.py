@@ -229,7 +229,7 @@ class Quantised:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix: that of `codes`, with the last two sizes swapped if `turned`."""
+        """Shape of the matrix, as a tuple: that of `codes`, with the last two sizes swapped if `turned`."""
         s = self.codes.shape
         return (*s[:-2], s[-1], s[-2]) if self.turned else s
 

@@ -96,7 +96,7 @@ class Profile:
 
     @property
     def worst(self) -> list[Site]:
-        """The WORST sites that lose most time against their bounds, the worst first."""
+        """A list of the WORST sites that lose most time against their bounds, the worst first."""
         return sorted(self.sites, key=lambda s: -s.lost)[:WORST]
 
     def gap(self, s: Site) -> str:
@@ -186,7 +186,10 @@ def _sample(watch: Stopwatch, steps: Sequence[Batch], timed: bool) -> Sample:
 def _sites(
     executable: Executable, steps: Sequence[Batch], samples: Sequence[Sample], roofs: Roofs | None
 ) -> tuple[Site, ...]:
-    """A Site for each folded site, in the order of the Program, with median seconds of the samples and its bound."""
+    """A tuple of Sites, one for each folded site, in the order of the Program.
+
+    Each has the median seconds of the samples, and its bound.
+    """
     count = Counter(fold(op.site) for op in executable.program.ops)
     bounds = dict.fromkeys(count, Bound())
     for batch in steps if roofs else ():

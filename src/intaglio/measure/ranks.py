@@ -54,7 +54,7 @@ def timed_decode(executable: Executable, sequences: int, runs: int) -> list[Step
 
 
 def rank_times(mesh: MeshProgram, steps: Sequence[StepResult]) -> list[RankTimes]:
-    """The RankTimes of each rank of a mesh, in order of rank, from the results of several steps."""
+    """A list of the RankTimes of each rank of a mesh, in order of rank, from the results of several steps."""
     waits = [waited(mesh, step.rank_timings) for step in steps]
     collectives = [{op.site for op in p.ops if isinstance(op, Collective)} for p in mesh.programs]
     found = []

@@ -198,7 +198,7 @@ class _Repository:
         return HubError(f"{self.repo} is gated: ask for access on its page, then log in (hf auth login, or HF_TOKEN)")
 
     def _sizes(self) -> dict[str, int] | None:
-        """The size in bytes of each file by its path; None if the hub cannot be reached. Sets `commit`.
+        """A dict of each file's size in bytes by its path; None if the hub cannot be reached. Sets `commit`.
 
         Raises HubError if the hub answers that there is no such repository or revision, or that it may not be read.
         """

@@ -127,7 +127,7 @@ class Route(Op, kind="route"):
     def _open(self, key: np.ndarray) -> np.ndarray:
         """`key` [T, E], with minus infinity for experts outside the kept groups of each token.
 
-        key: values by which experts are chosen, see _key().
+        key: values by which experts are chosen, from _key().
         """
         if not self.groups:
             return key

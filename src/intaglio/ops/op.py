@@ -197,9 +197,9 @@ class Op:
         raise NotImplementedError
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
-        """Compute the op in NumPy; this is its definition. Returns results by name from operand values `v`.
+        """Compute the op in NumPy; this is its definition. Returns a dict of the results by name.
 
-        State arrays are updated in place.
+        v: operand values by name. State arrays are updated in place.
         """
         raise NotImplementedError
 
@@ -252,7 +252,7 @@ class Op:
 
     @property
     def writes_state(self) -> tuple[str, ...]:
-        """Names of the state tensors that this op writes: K/V caches, and recurrent state."""
+        """A tuple of the names of the state tensors that this op writes: K/V caches, and recurrent state."""
         return (*self.operands("pages", access="write"), *self.operands("slots"))
 
     @property
@@ -268,7 +268,7 @@ class Op:
 
     @property
     def interleaved(self) -> tuple[str, ...]:
-        """Names of the weights whose gate and up rows a device stores alternately, so that one pass computes both.
+        """A tuple of weight names, whose gate and up rows a device stores alternately, to compute both in one pass.
 
         By default these are the weights in `gates` that a device packs for products.
         """

@@ -114,7 +114,7 @@ def _cut(step: str, length: int) -> tuple[int, int, int, int]:
 
 
 def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ...]:
-    """The shape that a tensor of this shape has after the steps. Raises ProgramError for a step that does not fit."""
+    """The shape (tuple) of a tensor of this shape after the steps. Raises ProgramError for a step that does not fit."""
     for step in steps:
         if step[0] == "g":
             continue

@@ -224,7 +224,7 @@ class Engine:
         return collected
 
     def collect(self) -> list[ScheduledSequence]:
-        """Wait for the oldest launch and apply its results. Returns its ScheduledSequences. Raises DeviceLost."""
+        """Wait for the oldest launch and apply its results. Returns a list of ScheduledSequences. Raises DeviceLost."""
         launch = self.launcher.under_way[0]
         for done in self.launcher.complete(launch):
             self.accounting.account(done)

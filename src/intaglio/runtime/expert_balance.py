@@ -57,8 +57,8 @@ class ExpertBalancer:
         """Count tokens, and propose, load or switch experts if it is time. Call between steps.
 
         At most one layer is balanced in a call, as that takes milliseconds. The device answers only when no step is
-        under way. So while steps of a pipeline are, it is asked RARELY times less often. Tokens are also counted RARELY
-        times less often if the layout has no redundant experts, as they then serve only metrics.
+        under way. So while a pipeline has steps under way, the device is asked RARELY times less often. Tokens are also
+        counted RARELY times less often if the layout has no redundant experts, as they then serve only metrics.
 
         now: seconds. last: True if no request is left; tokens are then counted now. Raises DeviceLost.
         """

@@ -148,5 +148,5 @@ class Plan:
         return Schedule(alone, tuple(ends), tuple(stalled))
 
     def timings(self, sizes: BatchSizes, resident: bool = False) -> list[Timing]:
-        """The Timing of each distinct kernel as if it ran alone. resident: True if its weights were prefetched."""
+        """A list of the Timing of each distinct kernel, if it ran alone. resident: True if weights were prefetched."""
         return [timing(k, self.target, sizes if k.by_sequence else sizes.counts, resident) for k in self.kernels]

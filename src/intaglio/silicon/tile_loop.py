@@ -157,7 +157,7 @@ class LoopPart:
 
 
 def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -> list[LoopPart]:
-    """The LoopParts of a loop over `reads` bytes of operands, which the op before has just written to the L2.
+    """A list of the LoopParts of a loop over `reads` bytes of operands, which the op before has just written to the L2.
 
     The L2 of `capacity` bytes evicts the least recently used lines. Results replace operands that are not read yet, so
     once it is full the other operands miss; when none of those is left, also results are written back. ahead: bytes
@@ -179,6 +179,6 @@ def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -
 
 
 def gather_parts(writes: float, capacity: float) -> list[LoopPart]:
-    """The LoopParts of a loop whose operands are read by index, past the L2. Its results stay in the L2 if they fit."""
+    """A list of the LoopParts of a loop that reads operands by index, past the L2. Results stay in L2 if they fit."""
     held = min(1.0, capacity / writes) if writes else 1.0
     return [p for p in (LoopPart(held, 1.0, 0.0), LoopPart(1 - held, 1.0, 1.0)) if p.part > 0]

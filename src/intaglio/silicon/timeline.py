@@ -82,7 +82,7 @@ class Timeline:
 
     @property
     def bottleneck(self) -> tuple[str, float]:
-        """(name, seconds) of the bottleneck that takes the most time, see spent_on(). Raises ValueError without ops."""
+        """(name, seconds) of the bottleneck in spent_on() with the most time. Raises ValueError without ops."""
         engine, seconds = max(self.spent_on().items(), key=lambda item: item[1])
         return ENGINE_NAMES.get(engine, engine), seconds
 

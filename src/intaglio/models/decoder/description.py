@@ -124,7 +124,7 @@ class Mixture:
         count: number of experts.
         top: experts per token.
         width: inner width of an expert.
-        sources: templates of the sources of gate, up and down, see source().
+        sources: templates of the sources of gate, up and down, for source().
         biases: templates of the sources of their biases, or None.
         block: name of the module that holds the experts.
         router: name of the router's linear.

@@ -236,8 +236,8 @@ def _add(
     """Add the matrix of module `base` to `out`: scale * (code - zero), with unsigned codes and groups along K.
 
     group: columns that share a scale and a zero; -1: the whole row. codes, zeros: functions that decode them. parts:
-    the stored tensors that they read. known: the column orders found so far (see find_order()). Raises PortError for a
-    column order with groups of other sizes.
+    the stored tensors that they read. known: argument of find_order(), the column orders found so far. Raises PortError
+    for a column order with groups of other sizes.
     """
     order = find_order(stored, base + ".g_idx", base + ".order", group, known, out)
     format = scaled_format(f"uint{4 if bits <= 4 else 8}", group, stored.dtypes[base + ".scales"])

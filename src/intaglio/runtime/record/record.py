@@ -70,7 +70,7 @@ class Recorder:
         return RecordedRng(inner, self)
 
     def take_readings(self) -> list[float]:
-        """The clock readings since the last call, in seconds. The recorder then forgets them."""
+        """A list of the clock readings since the last call, in seconds. The recorder then forgets them."""
         readings = self.readings.copy()
         self.readings.clear()
         return readings

@@ -303,7 +303,7 @@ class AttendTiles:
 
 
 def key_parts(op: Attend) -> list[str]:
-    """Names of the caches whose columns, concatenated, make a key: k_cache, and in latent attention also rope_cache."""
+    """A list of the caches whose columns, side by side, make a key: k_cache, with latent attention also rope_cache."""
     return [op.k_cache, *([op.rope_cache] if op.rope_cache else [])]
 
 

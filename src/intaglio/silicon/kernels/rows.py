@@ -86,7 +86,7 @@ class RowsKernel(ChipKernel):
         return cls(shape[0], width, matrices, sum(map(vector_bytes, vectors)))
 
     def columns(self) -> tuple[int, ...]:
-        """Number of FP32 columns of each tile of a job."""
+        """A tuple of the number of FP32 columns of each tile of a job."""
         return (self.width,) * max(2, self.operands)
 
     def parts(self) -> int:
@@ -98,7 +98,7 @@ class RowsKernel(ChipKernel):
         return self.vector_bytes
 
     def depth(self, target: Target) -> int:
-        """Number of tiles of each ring, see ring_depth()."""
+        """Number of tiles of each ring, as ring_depth() gives it for this op."""
         parts = self.parts()
         columns = [-(-c // parts) for c in self.columns()]
         return ring_depth(target, columns, self.load_bytes(target.library) / parts, self.held_bytes())

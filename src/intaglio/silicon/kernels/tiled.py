@@ -127,7 +127,7 @@ class TiledProduct:
         self.column_scales = [k.ring(cut.stages, groups, cut.columns) if groups else None for _ in range(sides)]
 
     def steps(self) -> list[slice]:
-        """The steps over K, as slices. None of them crosses a border of the columns of x that share a scale."""
+        """A list of the steps over K, as slices. None of them crosses a border of columns of x that share a scale."""
         return [
             slice(outer.start + piece.start, outer.start + piece.stop)
             for outer in slices(self.x.cols, self.span) for piece in slices(outer.stop - outer.start, self.cut.depth)

@@ -217,7 +217,7 @@ def granite(model: str) -> Any:
 def olmo2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for OLMo 2, or for OLMo 3 if the file has a sliding window.
 
-    Raises PortError if rope's base differs between layers with and without a window.
+    Raises CheckpointError for a missing key, PortError if rope's base differs between layers with and without a window.
     """
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
@@ -337,7 +337,10 @@ def smollm3(m: Metadata) -> dict[str, Any]:
 
 
 def glm4(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GLM-4-0414. Raises PortError for GLM-4V."""
+    """The keys of config.json, as a dict, for GLM-4-0414.
+
+    Raises CheckpointError for a missing key, PortError for GLM-4V.
+    """
     m.refuse("rope.dimension_sections", "GLM-4V keeps queries and keys in another order")
     return base(m) | partial(m) | {"architectures": ["Glm4ForCausalLM"]}
 
@@ -378,7 +381,7 @@ def bitnet(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for BitNet b1.58. Its head is the embedding.
 
     The activation is that of the key hidden_act, or silu as in llama.cpp; files of the models with squared ReLU have
-    another architecture. Raises PortError for other activations.
+    another architecture. Raises CheckpointError for a missing key, PortError for other activations.
     """
     whole_heads(m)
     act = {"relu_sqr": "relu2", "relu2": "relu2", "silu": "silu"}.get(name := str(m.get("hidden_act", "silu")))
@@ -393,7 +396,8 @@ XIELU = {"beta": (0.5, 1e-6), "eps": (0.0, 1e-5)}  # value that the port has bui
 def apertus(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Apertus. The two numbers of a layer's activation become tensors.
 
-    Raises PortError if the file has not two numbers for each layer, or other constants of xIELU than the port.
+    Raises CheckpointError for a missing key. Raises PortError unless the file has two numbers for each layer, and the
+    port's constants of xIELU.
     """
     whole_heads(m)
     for key, (wanted, gap) in XIELU.items():

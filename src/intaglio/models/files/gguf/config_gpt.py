@@ -29,7 +29,7 @@ def gpt2(m: Metadata) -> dict[str, Any]:
 def starcoder(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for StarCoder 1.
 
-    Raises PortError unless there is one K/V head, or as many as query heads.
+    Raises CheckpointError for a missing key, PortError unless there is one K/V head, or as many as query heads.
     """
     if m.kv_heads not in (1, m.heads):
         raise PortError(
@@ -94,7 +94,10 @@ def bloom(m: Metadata) -> dict[str, Any]:
 
 
 def mpt(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for MPT. Raises PortError for one without ALiBi."""
+    """The keys of config.json, as a dict, for MPT.
+
+    Raises CheckpointError for a missing key, PortError for a model without ALiBi.
+    """
     _alibi(m, 0.0)
     attention = {"clip_qkv": m.real("attention.clamp_kqv", 0.0) or None, "qk_ln": m.has("self_attn.q_norm.weight")}
     return common(m, "MptForCausalLM") | {"attn_config": attention, "no_bias": not m.has("self_attn.o_proj.bias")}

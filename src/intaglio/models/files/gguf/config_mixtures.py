@@ -122,7 +122,8 @@ def dots1(m: Metadata) -> dict[str, Any]:
 def ernie4_5_moe(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for ERNIE 4.5 with experts.
 
-    The layers with experts are those with a router's tensor. Raises PortError unless they are one run of layers.
+    The layers with experts are those with a router's tensor. Raises CheckpointError for a missing key, PortError unless
+    these layers are one run.
     """
     whole_heads(m)
     mixed = [i for i in range(m.layers) if m.has("mlp.gate.weight", i)]
@@ -252,7 +253,8 @@ def dbrx(m: Metadata) -> dict[str, Any]:
 def mimo2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for MiMo-V2-Flash.
 
-    Layers with a router's tensor have experts. Raises PortError unless windowed layers have twice the K/V heads.
+    Layers with a router's tensor have experts. Raises CheckpointError for a missing key, PortError unless windowed
+    layers have twice the K/V heads.
     """
     m.fixed("expert_gating_func", SIGMOID)
     kinds, heads = m.sliding(6), m.kv_heads_by_layer

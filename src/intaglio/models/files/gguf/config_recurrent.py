@@ -63,8 +63,8 @@ def periodic(m: Metadata, found: Sequence[int], what: str) -> tuple[int, int]:
 def jamba(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Jamba.
 
-    Layers with K/V heads have attention; layers with a router's tensor have experts. Raises PortError unless each of
-    these are every n-th layer.
+    Layers with K/V heads have attention; layers with a router's tensor have experts. Raises CheckpointError for a
+    missing key, PortError unless each of these are every n-th layer.
     """
     attention = periodic(m, [i for i, n in enumerate(m.kv_heads_by_layer) if n], "attention")
     mixed = [i for i in range(m.layers) if m.has("feed_forward.router.weight", i)]
@@ -131,7 +131,7 @@ def nemotron_h(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Nemotron-H.
 
     Layers with an inner width have an MLP, other layers with K/V heads attention, the rest a Mamba-2 block. The step
-    has no limits, as in llama.cpp. Raises PortError if MLPs differ in width.
+    has no limits, as in llama.cpp. Raises CheckpointError for a missing key, PortError if MLPs differ in width.
     """
     widths, heads = m.get("feed_forward_length"), m.whole("ssm.time_step_rank")
     widths = list(map(int, widths if isinstance(widths, list) else [widths] * m.layers))[: m.layers]

@@ -69,7 +69,7 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """Paths of all parts of the model to which a file belongs, in order.
+    """A list of the paths of all parts of the model to which a file belongs, in order.
 
     Raises CheckpointError naming missing parts.
     """
