@@ -359,7 +359,7 @@ def _nearest_codes(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.nd
 
 
 def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
-    """The codes nearest to `x`, values already divided by their scale; ties to even, clipped to the codes of `fmt`."""
+    """The codes of `fmt` nearest to `x`, values already divided by their scale, as int8 or E4M3. Ties go to even."""
     if fmt.family == "mxfp4":
         return (np.clip(x / 2, -6, 6).astype(E2M1).astype(np.float32) * 2).astype(np.int8)
     if not fmt.integer:
@@ -473,7 +473,7 @@ def _quotient(x: np.ndarray, y: np.ndarray, least: np.float32 = ZERO) -> np.ndar
 
 
 def _unit(sizes: np.ndarray) -> np.ndarray:
-    """The f16 unit of each block's 8 scales or minima, [..., 8] to [..., 1]: the least of which 63 suffice for all."""
+    """The unit of each block's 8 scales or minima [..., 8], float32 [..., 1]: the least f16 number with 63 units >= all."""
     unit = sizes.max(axis=-1, keepdims=True) / SIZES
     half = unit.astype(np.float16)
     return np.where(half < unit, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)

@@ -34,7 +34,7 @@ def best(key: np.ndarray, count: int) -> np.ndarray:
 
 
 def sparsemixer(logits: np.ndarray, count: int, jitter: float) -> tuple[np.ndarray, np.ndarray]:
-    """(expert ids, weights), both [rows, count], by SparseMixer at inference (Liu et al. 2024).
+    """(expert ids, float32 weights), both [rows, count], by SparseMixer at inference (Liu et al. 2024).
 
     Experts are chosen one after the other, each time the one with the largest remaining logit m. Its weight is its
     softmax over the remaining experts whose logit l is near m: (m - l) / max(|l|, m) <= 2 * jitter.

@@ -108,7 +108,7 @@ class ExpertBalancer:
         self._counted, self._looked = -np.inf, now - LOOK_EVERY
 
     def _tokens_since_last(self) -> dict[str, np.ndarray]:
-        """The tokens of each layer's experts since this was last called, i64 [experts] by site."""
+        """A dict by site: the tokens of each expert since the last call of this method, i64 [experts]."""
         found = {}
         for site, load in self.loads.items():
             found[site] = load.tokens - self._since.get(site, np.zeros_like(load.tokens))

@@ -163,7 +163,7 @@ class CoreMemory:
         self.spaces = {"hbm": hbm, "sram": Memory("sram", sram_bytes), "acc": Memory("acc", acc_bytes)}
 
     def read(self, r: Region) -> np.ndarray:
-        """Values [rows, cols] of a region, as Memory.read()."""
+        """Values [rows, cols] of a region, in the dtype of its format, as Memory.read() gives them."""
         self._watch(r, False)
         return self.spaces[r.space].read(r)
 

@@ -120,8 +120,8 @@ class Plan:
     def schedule(self, sizes: BatchSizes, halves: Sequence[BatchSizes] = ()) -> Schedule:
         """The Schedule of a step, op after op, of the whole batch or of its two `halves`.
 
-        With halves, an op takes the seconds of both and a collective its exposed seconds; HBM delivers the weights once
-        for both.
+        With halves, an op takes the seconds of both halves together, but a collective only its exposed seconds. HBM
+        delivers the weights once for both.
         """
         chip, library = self.target.chip, self.target.library
         prefetches = library.prefetches_weights

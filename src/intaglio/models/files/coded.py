@@ -143,9 +143,8 @@ def nibbles(x: np.ndarray) -> np.ndarray:
 def fields(x: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
     """The codes of 1 to 8 bits in 32-bit words or in bytes [.., n], as uint8 [.., count], lowest bits first.
 
-    count: number of codes; None: all. Codes of 3, 5, 6 or 7 bits are packed in one of two ways:
-    without gaps, so that some cross from one word to the next, or only whole codes in each word. `n` and `count` tell
-    which.
+    count: number of codes; None: all. Codes of 3, 5, 6 or 7 bits are packed in one of two ways: without gaps, so that
+    some cross from one word to the next, or only whole codes in each word. `n` and `count` tell which.
     """
     if bits in (4, 8):
         codes = nibbles(x) if bits == 4 else np.ascontiguousarray(x).view(np.uint8)

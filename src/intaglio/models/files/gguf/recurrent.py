@@ -81,7 +81,7 @@ def queries_to_gate(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def tiled(m: Metadata, width: int) -> np.ndarray:
-    """The file's row number of each row of a matrix of Qwen3.5 with `width` rows per value head.
+    """The file's row number (int array) of each row of a matrix of Qwen3.5 with `width` rows per value head.
 
     transformers has the value heads of the first key head first. Files have the first value head of each key head
     first, then the second of each.
