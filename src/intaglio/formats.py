@@ -473,7 +473,7 @@ def _quotient(x: np.ndarray, y: np.ndarray, least: np.float32 = ZERO) -> np.ndar
 
 
 def _unit(sizes: np.ndarray) -> np.ndarray:
-    """The unit of each block's 8 scales or minima [..., 8], float32 [..., 1]: the least f16 number with 63 units >= all."""
+    """The unit of each block's 8 scales or minima [..., 8], float32 [..., 1]: the least f16 of which 63 are >= all."""
     unit = sizes.max(axis=-1, keepdims=True) / SIZES
     half = unit.astype(np.float16)
     return np.where(half < unit, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)

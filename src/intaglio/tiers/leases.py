@@ -87,7 +87,7 @@ class Leases:
     def pinned(self) -> set[str]:
         """A set of the names of all pinned blocks. Deletes the leases that have run out or are damaged.
 
-        Also deletes what a process left that was killed while it wrote a lease.
+        Also deletes partial files, left by processes that were killed while they wrote a lease.
         """
         found: set[str] = set()
         for partial in self.folder.glob(".*"):

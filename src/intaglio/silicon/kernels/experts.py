@@ -132,8 +132,8 @@ def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
     """The TileMenu that the library's kernel chooses from, for `tokens` tokens in a step and `experts` experts.
 
     It depends on the library's expert_tiles. "best": all of its tiles, as with a static schedule or a kernel tuned for
-    each size. "by_experts", "by_tokens": the tile of vLLM's heuristic get_default_config, of an older version or of
-    0.17.
+    each size. "by_experts": the one tile of the heuristic get_default_config of an older vLLM. "by_tokens": that of
+    vLLM 0.17.
     """
     if library.expert_tiles == "best":
         return TileMenu(library.expert_rows, library.expert_columns, library.burst_bytes)
