@@ -188,9 +188,9 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
 class AllToAll(Collective, kind="all_to_all"):
     """Op that exchanges parts among ranks: each rank has some columns of all rows, and gets all columns of some rows.
 
-    out on the `share`-th rank of `group` = this rank's run of token rows from the x of every rank, side by side in the
-    order of `group`, rounded to `wire`. x f32 [T, c], where c may differ from rank to rank; out f32 [T:share/n, width]
-    for n ranks, where `width` is the sum of c over the ranks.
+    out on the `share`-th rank of `group` = this rank's run of token rows, with the columns of all ranks' x side by side
+    in the order of `group`. Values are rounded to `wire`. x f32 [T, c], where c may differ from rank to rank; out f32
+    [T:share/n, width] for n ranks, where `width` is the sum of c over the ranks.
     """
 
     x: str = operand()

@@ -152,9 +152,8 @@ def _deal(e: int, held: list[set[int]], share: np.ndarray, each: int, loads: np.
     held: experts of each rank; changed. each: number of experts that a rank has room for. loads: load of each rank, f64
     [ranks]; changed.
 
-    If every rank with room has a copy of e already, another expert first moves from a full rank to a rank with room,
-    and the full rank gets e. Such an expert exists: the full rank holds `each` experts without e, the other fewer with
-    e.
+    If every rank with room has a copy of e already, another expert first moves from a full rank to one with room. The
+    full rank then gets e. Such an expert exists: the full rank holds `each` experts without e, the other fewer with e.
     """
     order: list[int] = np.argsort(loads, kind="stable").tolist()
     to = next((r for r in order if len(held[r]) < each and e not in held[r]), None)

@@ -63,8 +63,8 @@ class Program:
     def windows(self) -> dict[str, int]:
         """A dict of the K/V caches with a sliding window: name to the most tokens that a query reads, itself included.
 
-        These are the caches that only `attend` ops with a window or chunk read. A cache is left out if an op uses it
-        together with another cache that is not among them, because all caches of an op have their blocks in one table.
+        These are the caches that only `attend` ops with a window or chunk read. All caches of an op have their blocks
+        in one table, so such a cache is left out if an op also uses a cache without a window.
         """
         ops = [op for op in self.ops if op.reads_state or op.writes_state]
         reach = {op.site: (op.window or op.chunk) if isinstance(op, Attend) else 0 for op in ops}

@@ -85,8 +85,8 @@ def restacked(
 def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
     """A list of the sources of consecutive parts of `source`, with these sizes along its rows or columns.
 
-    axis: "r" for rows, "c" for columns. If the axis is n times as long as the sum of the sizes, it consists of n blocks
-    that are divided alike, and each source has its part of every block.
+    axis: "r" for rows, "c" for columns. If the axis is n times as long as the sum of the sizes, it consists of n
+    blocks. All blocks are divided alike, and each source has its part of every block.
     """
     starts, of = [sum(sizes[:i]) for i in range(len(sizes))], sum(sizes)
     return [f"{source}|{axis}{start}:{start + size}/{of}" for start, size in zip(starts, sizes, strict=True)]

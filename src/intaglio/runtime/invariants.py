@@ -87,8 +87,8 @@ def slots_conserved(e: Engine) -> Iterator[str]:
 def checkpoints_sound(e: Engine) -> Iterator[str]:
     """Yield a text for each inconsistency of the checkpoints of recurrent state.
 
-    Names and slots must agree, evictable slots must be checkpoints and free ones must not, and each checkpoint must
-    stand at the end of a block in the prefix cache.
+    Names and slots must agree. Evictable slots must be checkpoints, free ones must not. Each checkpoint must stand at
+    the end of a block in the prefix cache.
     """
     slots = e.slots
     if {name: slot for slot, name in slots.named.items()} != slots.checkpoints:

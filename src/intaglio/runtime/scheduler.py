@@ -150,9 +150,9 @@ class Scheduler:
     def start_next(self) -> Sequence | None:
         """Move the first waiting sequence to running, with blocks for all its tokens. Returns the sequence.
 
-        Returns None if none waits or the first cannot start: `max_sequences` are running, too few blocks are available,
-        blocks for it are being loaded from a tier, or another choice of its request still computes the prompt, whose
-        blocks it will share. Later sequences never overtake it.
+        Returns None if none waits or the first cannot start yet. It cannot if `max_sequences` are running, too few
+        blocks are available, or blocks for it are being loaded from a tier. Nor can it while another choice of its
+        request computes the prompt, whose blocks it will share. Later sequences never overtake it.
 
         Blocks found in the prefix cache are shared (of a model with recurrent state, those up to the last checkpoint).
         The blocks after them are loaded from a tier if it has them. If logits of the prompt are wanted, the whole
@@ -199,10 +199,11 @@ class Scheduler:
         return sequence
 
     def _usable(self, found: list[int]) -> list[int]:
-        """The blocks of `found`, from the first on, that a new sequence can reuse.
+        """The blocks of `found`, from the first on, that a new sequence can reuse, as a list.
 
-        found: numbers of its leading blocks in the prefix cache. Blocks are left out at the end until the recurrent
-        state and the window blocks after the last block are cached too, as far as the model has them.
+        found: numbers of its leading blocks in the prefix cache. Blocks are left out from the end until the recurrent
+        state at the end of the last block, and the window blocks that the next token sees, are cached too (if the model
+        has them).
         """
         while True:
             known = found[: self.windows.usable([self.pool.name(block) for block in found])]

@@ -112,9 +112,9 @@ class Machine:
     def run(self, streams: Sequence[Stream]) -> RunResult:
         """Execute the streams, one per core, until all have ended. Returns a RunResult: modelled time and counters.
 
-        Raises MachineError, naming site, engine and instruction, for more streams than cores, for what check()
-        refuses, for a read of unwritten bytes, for cores that access the same bytes of HBM, and for a deadlock
-        between cores or chips.
+        Raises MachineError, naming site, engine and instruction: for more streams than cores; for what check() refuses;
+        for a read of unwritten bytes; for cores that access the same bytes of HBM; for a deadlock between cores or
+        chips.
         """
         most = max((sum(s.chip == c for s in streams) for c in {s.chip for s in streams}), default=0)
         if most > self.chip.cores:

@@ -71,9 +71,11 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     """A dict of the times of x [m, k] @ w.T [k, n], as arrays with an item for each choice of tile and K split.
 
     m, n, k are numbers or arrays [..., 1]. `resident`: True if the weights were prefetched, so that HBM reads none.
-    Keys: seconds (infinite for a K split whose parts have fewer than 4 steps), hbm and weights (bytes), jobs, steps (of
-    one job), work and drain (seconds), stage (bytes), ring (stages in flight), depth (K values of a step), run
-    (format), tile.
+
+    Keys: seconds of the product, infinite for a K split whose parts have fewer than 4 steps; hbm, the bytes read and
+    written; weights, the bytes of weights; jobs, their number; steps of one job along K; work, seconds of computing one
+    step; drain, seconds of one tile; stage, bytes of operands of one step; ring, stages in flight; depth, K values of a
+    step; run, name of the format of products; tile, (tile rows, tile columns, K splits).
     """
     chip, lib = target.chip, target.library
     latency_s = chip.constants.hbm_latency_s
