@@ -35,9 +35,9 @@ class RelayedRequest:
 
     Attributes:
         job: the request as the router places it.
-        path, headers, raw: of the HTTP request; `raw` is its body.
+        path, headers, raw: path, headers and body of the HTTP request.
         stream: True if the response is streamed.
-        began: when it arrived, in seconds by the clock of `backends`.
+        began: time at which the request arrived, in seconds by the clock of `backends`.
         output_tokens: number of tokens passed on so far.
     """
 

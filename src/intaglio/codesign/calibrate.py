@@ -117,9 +117,9 @@ def value_of(on: Target, name: str) -> Any:
 def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
     """A copy of the target with another value of one parameter, named as for value_of().
 
-    For `FAMILY.FIELD` all kernels of the family get the value; a constant (see CONSTANTS) is multiplied by one factor
-    in all of them instead. format: only kernels for calls in this format change; "": all. Raises ChipError for a value
-    out of range.
+    For `FAMILY.FIELD` all kernels of the family get the value. A constant (see CONSTANTS) is scaled instead: in all of
+    them by the same factor, to at most 1. format: only kernels for calls in this format change; "": all. Raises
+    ChipError for a value out of range.
     """
     part, field = name.split(".")
     if part == "chip":
@@ -358,8 +358,8 @@ def calibrate(
     """Fit a target to measured samples. Returns a Calibration.
 
     Constants, such as latencies and efficiencies, are fitted. Facts, such as tiles or native 8-bit kernels, are chosen
-    among the alternatives in FACTS. Kept is what predicts left-out rows best: the start unchanged, fitted constants, or
-    fitted constants and facts.
+    among the alternatives in FACTS. Of three results, the one that predicts left-out rows best is kept: the start
+    unchanged, fitted constants, or fitted constants and facts.
 
     Args:
         start: chip and kernel library to start from.

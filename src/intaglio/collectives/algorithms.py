@@ -304,8 +304,8 @@ def _exchange(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
     - direct: one transfer for each pair of ranks.
     - ring: from rank to rank along the ring, in the shorter direction.
-    - two_step: directly to the opposite side; to a rank's own side in h parts, the k-th relayed by the k-th rank of the
-      opposite side.
+    - two_step: the ranks are two sides of h ranks. Chunks for the opposite side go directly. Chunks for a rank's own
+      side go in h parts; the k-th rank of the opposite side relays the k-th part.
 
     node is not used.
     """

@@ -24,8 +24,9 @@ class Pass(NamedTuple):
     """A pass of the recipe.
 
     Attributes:
-        name: of the pass.
-        run: function from a Program to one that computes the same.
+        name: name of the pass.
+        run: function from a Program to one that computes the same. For set_weight_formats() it also takes the formats
+            of weights and of K/V, as build() does.
         why: the reason for the pass, as text.
     """
 
