@@ -33,7 +33,10 @@ class DiskLoad:
         return self.ended.wait(seconds)
 
     def blocks(self) -> list[np.ndarray]:
-        """A list of the contents of the leading blocks that passed all checks, each uint8 [block_bytes]."""
+        """The contents of the blocks read so far, in order, as a list of uint8 [block_bytes].
+
+        The list ends before the first block that is missing or failed a check.
+        """
         return self.contents
 
     def cancel(self) -> None:
@@ -50,7 +53,7 @@ class DiskTier:
     Args:
         folder: the directory, made if it is not there.
         budget: bytes that all files there may have.
-        scope: of the engine's blocks; blocks of another are never given.
+        scope: BlockScope of the engine's blocks; blocks of another scope are never given.
         report: called with a message for the operator, once for each kind; by default it issues a warning.
     """
 
@@ -70,7 +73,7 @@ class DiskTier:
         self.said, self.lock = set[str](), threading.Lock()
 
     def lookup(self, names: Sequence[str]) -> int:
-        """Number of leading blocks that have files. names: the blocks, each the parent of the next."""
+        """Number of blocks, from the first of `names` on, that have files. `names`: each the parent of the next."""
         for at, name in enumerate(names):
             if not self.directory.has(name):
                 return at
@@ -117,9 +120,10 @@ class DiskTier:
             return ""
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease end in `seconds` from now. Returns False, and counts it, if it has run out already.
+        """Let a lease end in `seconds` from now. Returns True; False if it has run out already, which is counted.
 
-        Raises TimeoutError, also counted, if others lock the leases for too long; the lease goes on as before.
+        Raises TimeoutError, counted as an error, if others lock the leases for too long; the lease then goes on as
+        before.
         """
         try:
             renewed = self.directory.leases.renew(lease, seconds)
@@ -135,9 +139,10 @@ class DiskTier:
         self.directory.leases.release(lease)
 
     def handed(self, lease: str, names: Sequence[str]) -> int:
-        """Number of leading blocks that are here and pinned by a lease. 0 under a lease that has run out, counted.
+        """Number of blocks, from the first of `names` on, that have files and are pinned by a lease.
 
-        names: the blocks, each the parent of the next.
+        names: the blocks, each the parent of the next. Returns 0 for a lease that has run out, and counts it as
+        expired.
         """
         pinned = self.directory.leases.names(lease)
         if pinned is None:

@@ -78,16 +78,16 @@ class Leases:
             self._file(lease).unlink()
 
     def names(self, lease: str) -> frozenset[str] | None:
-        """Names of the blocks that a lease pins; None if it has run out, is damaged, or never was."""
+        """A frozenset of the names of blocks that a lease pins; None if it has run out, is damaged, or never was."""
         try:
             return self._read(self._file(lease))
         except ValueError:
             return None
 
     def pinned(self) -> set[str]:
-        """Names of all blocks that are pinned now. Deletes the leases that have run out or are damaged.
+        """A set of the names of all pinned blocks. Deletes the leases that have run out or are damaged.
 
-        Also deletes what a process left that was killed while it wrote a lease.
+        Also deletes partial files, left by processes that were killed while they wrote a lease.
         """
         found: set[str] = set()
         for partial in self.folder.glob(".*"):
@@ -107,7 +107,7 @@ class Leases:
     def locked(self, patience: float | None = None) -> Iterator[None]:
         """Context manager in which no other process or thread takes a lease or evicts.
 
-        patience: seconds to wait for the others, after which TimeoutError is raised; None: as long as it takes. Raises
+        patience: seconds to wait for the others, after which TimeoutError is raised; None: no limit. Raises
         OSError if the folder cannot be locked.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
