@@ -207,7 +207,8 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
 def _prefix(family: Family, names: Any) -> str:
     """The prefix of the decoder's tensor names: one of the family's, or "" for tensors saved from the inner model.
 
-    names: the checkpoint's tensors. Raises PortError, naming the prefix found, if it is another.
+    names: the checkpoint's tensors. If no name shows a prefix, the family's first. Raises PortError, naming the prefix
+    found, if it is another.
     """
     tops = [f"{top}.weight" for top in family.tops]
     for p in (*family.prefixes, *([""] if "model." in family.prefixes else [])):

@@ -66,9 +66,9 @@ def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
 
 
 def _embedding(w: Writer) -> str:
-    """Write the sum of the embeddings of token, position and token type, its norm and projection.
+    """Write the embedding of tokens. Returns the name of the result's tensor.
 
-    Returns the name of the result's tensor.
+    As the model has them, embeddings of position and token type are added, and norm and projection follow.
     """
     d, b, width = w.d, w.b, w.d.embed_width or w.d.hidden
     table = w.weight("embed", "weight", (d.vocabulary, width), d.table or d.prefix + "embed_tokens")
