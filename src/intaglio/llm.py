@@ -339,7 +339,7 @@ class LLM:
         self.model = self.model.with_chat_template(source)
 
     def logits(self, sequences: abc.Sequence[TokenIds]) -> list[np.ndarray]:
-        """The logits at every position of sequences of token ids: float32 [tokens, vocabulary] for each.
+        """A list with the logits at every position of each of the sequences of token ids, float32 [tokens, vocabulary].
 
         Row i predicts the token after token i. Raises RequestError for a sequence that does not fit, DeviceError if the
         device fails.

@@ -147,7 +147,8 @@ def port_config(
 ) -> Program:
     """The Program of a model given only by its config.json, without weights.
 
-    context, name: arguments of port(). format: number format of all weights; None: the config's dtype, bf16 if it has
+    context: positions to compile for; None: the default of port(). name: name of the Program; None: the architecture's.
+    format: number format of all weights; None: the config's dtype, bf16 if it has
     none. Raises PortError for an architecture, setting, dtype or context that is not supported, and for a config with
     quantisation settings.
     """
