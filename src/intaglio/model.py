@@ -68,7 +68,7 @@ class Model:
             kv_format: f32, bf16, int8, fp8, or auto: f32 for f32 weights, else what the checkpoint asks for, else bf16.
             context: positions to compile for; by default the model's own.
             revision: branch, tag or commit of the hub id's repository.
-            progress: called with the bytes downloaded, if any are.
+            progress: called as progress(bytes done, bytes in all, what) during a download.
         """
         named = BUNDLED if path is None else path
         path = locate(named, revision, progress)

@@ -80,7 +80,10 @@ class DiskTier:
         return len(names)
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> DiskLoad:
-        """Begin to read blocks of `block_bytes` bytes each, and return the DiskLoad; after close(), one that has ended."""
+        """Begin to read blocks of `block_bytes` bytes each, and return the DiskLoad.
+
+        After close() nothing is read: the DiskLoad has ended already.
+        """
         load = DiskLoad()
         with self.lock:  # close() may be called in another thread
             if self.closed:
