@@ -262,7 +262,7 @@ def read_report(load: dict[str, Any]) -> LoadReport:
 
 
 def apply_blocks(index: CacheIndex, load: dict[str, Any]) -> None:
-    """Update `index`, what is known of a replica's cached blocks, with the events or the snapshot in `load`.
+    """Update `index`, the router's record of a replica's cached blocks, with the events or the snapshot in `load`.
 
     load: the replica's answer to the call "load".
     """

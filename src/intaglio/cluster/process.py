@@ -149,7 +149,7 @@ class ReplicaProcess:
         raise ReplicaFailed(f"replica {self.name} did not start: {self._tail()}")
 
     async def wait(self) -> int:
-        """Wait until the process has ended, and kill what it had started and left running. Returns its exit code."""
+        """Wait until the process has ended, and kill the processes that it left running. Returns its exit code."""
         assert self.process
         code = await self.process.wait()
         self.kill()

@@ -41,7 +41,7 @@ class RayLauncher:
     """Connection to a Ray cluster, and maker of the replicas that run there.
 
     Args:
-        address: of the Ray cluster, such as 10.0.0.1:6379, or auto for the one of this machine.
+        address: address of the Ray cluster, such as 10.0.0.1:6379; auto: the one of this machine.
         cluster: name of this cluster, for the folder of logs on each node.
 
     Raises ValueError if there is no Ray cluster at the address.

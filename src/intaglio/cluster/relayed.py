@@ -212,8 +212,8 @@ class RelayedRequest:
     def _patient(self, code: str | None) -> bool:
         """True if a refused request is tried again until its deadline, however often it is refused.
 
-        That is a request with output so far and a deadline, if `code`, the code of the refusal, says that the replica
-        is busy.
+        This holds if the request has a deadline and has output so far, and if the replica refused because it is busy.
+        code: the code of the refusal.
         """
         return bool(self.deltas) and code in BUSY and self.job.deadline is not None
 

@@ -366,7 +366,7 @@ def calibrate(
         data: the measurements.
         points: most rows of each sample that are used; 0: all.
         folds: parts for the cross-validation.
-        seed: of the draw of the parts.
+        seed: seed of the random division into parts.
         progress: called before each round of the search.
 
     Raises ValueError if fewer rows of a sample are used than there are folds.
@@ -404,7 +404,8 @@ def left_out(
 ) -> tuple[list[np.ndarray], list[Target]]:
     """Cross-validate a fit. Returns (log errors of each sample's rows, the fitted target of each fold).
 
-    The errors of a fold's rows are those of the fit to the other folds. turns: for each sample, the fold of each row.
+    The errors of a fold's rows are those of the fit to the other folds. turns: arrays of the number of each row's fold,
+    one for each sample.
     facts: choose the kernels' properties in FACTS too, besides fitting constants.
     """
     errors, others = [np.zeros(len(s.rows)) for s in used], []

@@ -95,8 +95,8 @@ def serve_fleet(
     The router knows a replica's open requests as they are when a step ends. Each replica does what serve() does with
     the requests that it is given.
 
-    times, settings: of one replica. requests: by time of arrival. route: one of ROUTES. Raises ValueError for another
-    route, and for a request that a replica's K/V cache cannot hold.
+    times, settings: step times and settings of one replica. requests: the load, ordered by time of arrival. route: one
+    of ROUTES. Raises ValueError for another route, and for a request that a replica's K/V cache cannot hold.
     """
     if route not in ROUTES:
         raise ValueError(f"route {route!r}; use one of {', '.join(ROUTES)}")
@@ -138,8 +138,8 @@ def simulate_fleet(
     Args:
         server: one replica, compiled; its placement says how many there are.
         target: chip and kernel library.
-        requests: by time of arrival.
-        settings: of each replica's engine.
+        requests: the load, ordered by time of arrival.
+        settings: settings of each replica's engine.
         limits: latencies that a good response keeps.
         route: one of ROUTES.
         progress: called as requests arrive.

@@ -46,7 +46,7 @@ SPREAD = (1024, 8192)  # prompts of these lengths are drawn from 80 to 100 % of 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table of measured servers. Its properties are what the columns say; times are in seconds."""
+    """One row of a table of measured servers. `columns` is the row by column name; properties give times in seconds."""
 
     columns: dict[str, str]
 

@@ -243,9 +243,9 @@ def serve(
 ) -> QueueResult:  # fmt: skip
     """Serve a load in virtual time and return the QueueResult.
 
-    requests: in the order of their arrival. concurrency: most requests open at once; a request's times then count from
-    when it is sent, not from its arrival. None: any number. Raises ValueError for a request that the K/V cache cannot
-    hold.
+    requests: the load, ordered by time of arrival. concurrency: most requests open at once; None: any number. With a
+    number, a request's times count from when it is sent, not from its arrival. Raises ValueError for a request that the
+    K/V cache cannot hold.
     """
     queue, pending, most = Queue(times, settings), deque(requests), concurrency or len(requests)
     while pending or queue.open:

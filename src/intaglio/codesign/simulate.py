@@ -149,7 +149,7 @@ class Simulation:
         target: chip and kernel library.
         plans: how each pipeline stage's ops are timed.
         chips: number of chips.
-        format: in which most FLOPs are done, see main_format().
+        format: name of the format in which most FLOPs are done, see main_format().
         programs: one rank's Program of each stage.
     """
 

@@ -166,7 +166,7 @@ class Design:
 
 @dataclass(frozen=True)
 class Question:
-    """What a search for designs is asked: the model, its load, the limits, and the engine's overheads.
+    """The question of a search for designs: the model, its load, the limits, and the engine's overheads.
 
     Attributes:
         program: the whole model.

@@ -114,7 +114,7 @@ class Server:
             share: fraction of each chip's HBM that may be filled.
             max_tokens: most tokens of a step of one copy of attention.
             max_sequences: most sequences of a step of one copy.
-            open_sequences: the result is at most what so many whole contexts take, for each copy; None: max_sequences.
+            open_sequences: for each copy, the result is at most this number of whole contexts; None: max_sequences.
 
         Raises ChipError if not even one K/V block fits.
         """

@@ -102,7 +102,7 @@ class PromptMemory:
 
 
 class CacheIndex:
-    """What one replica has cached, as far as the router knows: blocks from events, and prefixes of prompts sent to it.
+    """The router's record of one replica's cache: blocks known from events, and prefixes of prompts sent to it.
 
     `stale` is True if a snapshot is needed: there was none yet, or events were missed. `events` becomes True with the
     first event or snapshot; until then assumed prefixes do not expire by time.

@@ -46,7 +46,8 @@ class Placement:
 class Router:
     """Queue of jobs, and their placement on replicas.
 
-    policy: a name in POLICIES. weights: tenants' shares (see FairQueue). Raises ValueError for an unknown policy.
+    policy: a name in POLICIES. weights: weight of each tenant by name (see FairQueue). Raises ValueError for an unknown
+    policy and for an invalid weight.
     """
 
     def __init__(

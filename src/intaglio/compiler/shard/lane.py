@@ -27,7 +27,7 @@ class Lane:
         coded: names of the weights whose codes come from a checkpoint.
         shares: every lane's share of each result on this lane that is split by columns.
         split: names of results of which each lane has only a run of token rows (sequence parallelism).
-        wholes: for each split result that has been gathered, the name of its gathered copy.
+        wholes: names of the gathered copies of split results, by the result's name.
         views: lists of the views in the whole Program, by the name of their base.
     """
 
