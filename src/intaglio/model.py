@@ -107,7 +107,8 @@ class Model:
         """(the Request for an engine, a list of Transcripts, one per choice).
 
         special: special tokens that stay in the text. options: fields of Request, such as priority and timeout. Raises
-        RequestError, TokenizerError or GrammarError; the message calls the prompt `name`.
+        RequestError, TokenizerError or GrammarError for a prompt, stop string, bad word or grammar that cannot be
+        served; the message calls the prompt `name`.
         """
         ids = self.encode(prompt, name)
         tokenizer = self.needed_tokenizer() if params.stop or params.bad_words else self.tokenizer
