@@ -55,7 +55,9 @@ class Leases:
         return lease
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease end in `seconds` from now. Returns False, and renews nothing, if it has run out already.
+        """Let a lease end in `seconds` from now. Returns True.
+
+        Returns False, and renews nothing, if it has run out already or its file cannot be changed.
 
         Raises ValueError for a time outside 0..LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds.
         """

@@ -18,7 +18,10 @@ from intaglio.program import Program
 
 
 def write(w: Writer) -> Program:
-    """Write and return the Program of the writer's Decoder."""
+    """Write and return the Program of the writer's Decoder.
+
+    Raises PortError for weights with act-order outside linears and experts, and for a wrong number of cache scales.
+    """
     d, b = w.d, w.b
     for name in sorted(
         {layer.rope for layer in d.layers if layer.attention and (layer.beside or not layer.mixer)} - {""}

@@ -21,7 +21,7 @@ def base(m: Metadata, norm: str = "rms", width: int = 0, kv_heads: int = 0) -> d
 
     norm: "rms" or "layer", the normalisation whose epsilon the file has. width, kv_heads: the inner width of an MLP and
     the number of K/V heads, if they differ between layers; 0: as in the metadata. Raises CheckpointError for a missing
-    key.
+    key, PortError for a scaling of rope that is not supported.
     """
     eps = m.real("attention.layer_norm_rms_epsilon" if norm == "rms" else "attention.layer_norm_epsilon")
     return {
