@@ -102,7 +102,7 @@ def port_checkpoint(
 ) -> Ported:
     """Port a checkpoint, with the arguments of port(). Returns a Ported: the Program with a report of keys and tensors.
 
-    Issues no warning; the report has the notes. Raises PortError and CheckpointError.
+    Issues no warning; the report has the notes. Raises PortError and CheckpointError as port() does.
     """
     if family is None:
         family, said_by = _family(checkpoint.config, str(checkpoint.path))
@@ -338,7 +338,7 @@ def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
     """Raise PortError unless the checkpoint has every tensor that the Program reads, in its shape.
 
     Each other tensor is added to ported.unused with the reason why it has no use. Raises PortError for one that might
-    change results.
+    change results, ProgramError for one that cannot be cut as the Program wants it.
     """
     program, family = ported.program, ported.family
     wanted = {

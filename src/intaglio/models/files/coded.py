@@ -34,7 +34,7 @@ class Part:
     def cut(self, x: np.ndarray, rows: slice) -> np.ndarray:
         """The part of the stored tensor `x` that belongs to the matrix rows `rows`, as a view.
 
-        Ends of `rows` are multiples of `each`, or the matrix's end.
+        All of `x` if the part has no axis. Ends of `rows` are multiples of `each`, or the matrix's end.
         """
         if self.axis is None:
             return x

@@ -151,7 +151,8 @@ def linear_timing(
 def best_tile(target: Target, m: int, n: int, k: int, x_format: str, w_format: str, glu: bool) -> tuple[int, int]:
     """(rows, columns) of the fastest tile without K split that fits accumulators and SRAM.
 
-    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands.
+    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands. If none fits, the
+    result is the library's first tile.
     """
     chip = target.chip
     w = time_choices(target, m, n, k, x_format, w_format, formats.bits(w_format), 4.0, glu)
