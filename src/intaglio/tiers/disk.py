@@ -80,7 +80,10 @@ class DiskTier:
         return len(names)
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> DiskLoad:
-        """Begin to read blocks of `block_bytes` bytes each, and return the DiskLoad."""
+        """Begin to read blocks of `block_bytes` bytes each, and return the DiskLoad.
+
+        After close() nothing is read: the DiskLoad has ended already.
+        """
         load = DiskLoad()
         with self.lock:  # close() may be called in another thread
             if self.closed:
@@ -111,6 +114,7 @@ class DiskTier:
         """Pin blocks, saved or still to be saved, for `seconds`. Returns the lease's id; "" if nothing could be pinned.
 
         Until the lease ends no engine that uses the directory evicts them. It ends by itself unless it is renewed.
+        Raises ValueError unless 0 < seconds <= leases.LONGEST.
         """
         try:
             return self.directory.leases.take(names, seconds)
@@ -123,7 +127,7 @@ class DiskTier:
         """Let a lease end in `seconds` from now. Returns True; False if it has run out already, which is counted.
 
         Raises TimeoutError, counted as an error, if others lock the leases for too long; the lease then goes on as
-        before.
+        before. Raises ValueError unless 0 < seconds <= leases.LONGEST.
         """
         try:
             renewed = self.directory.leases.renew(lease, seconds)
