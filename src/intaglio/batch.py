@@ -247,9 +247,14 @@ class Batch:
 def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
     """Combine chunks, one per sequence, into one Batch and return it. block_size: tokens in a K/V block.
 
-    Raises BatchError if there are no chunks, if two tokens have the same K/V slot, or if a slot of recurrent state is
-    written twice or both read and written. Also if a chunk has no tokens, too few blocks or window blocks, a row
-    outside its tokens, another number of Samplings than rows, a state to read at start 0, or none at a later start.
+    Raises BatchError if
+
+    - there are no chunks,
+    - a chunk has no tokens, too few blocks or window blocks, a row outside its tokens, or another number of Samplings
+      than rows,
+    - a chunk has a recurrent state to read at start 0, or none at a later start,
+    - two tokens have the same K/V slot,
+    - a slot of recurrent state is written twice, or both read and written.
     """
     if not chunks:
         raise BatchError("a batch needs at least one chunk")

@@ -96,7 +96,10 @@ class EngineProfile:
         return replace(self, **changes, older={})
 
     def on(self, target: Target) -> Target:
-        """The target with the engine's own kernels in its library. Raises ChipError for an unknown field."""
+        """The target with the engine's own kernels in its library.
+
+        Raises ChipError if the profile changes an unknown field, or sets a value out of range.
+        """
         changes = {**self.library, **self.generations.get(target.library.generation, {})}
         return target.with_library(**changes) if changes else target
 

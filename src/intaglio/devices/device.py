@@ -243,7 +243,7 @@ class Executable(ABC):
         return True
 
     def switch_experts(self) -> None:
-        """Use the experts that load_experts() has loaded in all steps launched later.
+        """In all steps launched later, use the experts that load_experts() has loaded.
 
         Raises DeviceError if the executable cannot move experts or loading failed, DeviceLost if the device is lost.
         """

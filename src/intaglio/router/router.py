@@ -123,8 +123,8 @@ class Router:
     def submit(self, job: Job, now: float) -> None:
         """Queue a job. Raises Refusal, with the seconds after which to retry, if it is not admitted.
 
-        It is not admitted if no replica serves, if too many jobs wait (in all, or of its tenant), or if it would miss
-        its deadline. now: seconds.
+        A job is not admitted if no replica serves, if too many jobs wait (in all, or of its tenant), or if it would
+        miss its `start_by` or `deadline` by the estimate. now: the time in seconds.
         """
         try:
             self._admit(job, now)

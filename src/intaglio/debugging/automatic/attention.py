@@ -97,7 +97,7 @@ def visible(seen: np.ndarray, name: str) -> tuple[int, int]:
 
 
 def _after(t: Trace, rec: Attention, x: np.ndarray, out: Linear, readers: list[Linear], found: list[Norm]) -> Facts:
-    """{"gate": name, "inner_norm": name} of the modules between attention and the output projection; "" for none.
+    """A dict {"gate": name, "inner_norm": name} of modules between attention and output projection; "" for none.
 
     Args:
         t: the trace.
