@@ -40,10 +40,10 @@ class Sampling:
     """Sampling parameters of one row.
 
     Attributes:
-        temperature: 0 is greedy.
-        top_k: 0 switches this filter off.
-        top_p: 1 switches this filter off.
-        min_p: 0 switches this filter off.
+        temperature: the logits are divided by it; 0: the likeliest token is taken.
+        top_k: only this many of the likeliest tokens can be drawn; 0: no limit.
+        top_p: only the likeliest tokens that together have this probability can be drawn; 1: no limit.
+        min_p: tokens with less than this fraction of the likeliest token's probability cannot be drawn; 0: no limit.
         seed: seed of the random numbers. They depend on the seed and the token's position only.
         edits: changes to the logits, made before `mask` is applied; None: no changes.
         mask: uint32 [(vocabulary + 31) // 32], one bit for each token id, the lowest bit first. An id whose bit is 0

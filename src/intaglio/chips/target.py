@@ -65,8 +65,8 @@ class Target:
     def kernel(self, op: str, format: str = "", head_dim: int = 0, name: str = "") -> Target:
         """The target with only the kernel of its library that runs a call (see KernelLibrary.record()).
 
-        op, format, head_dim: the call. name: name of the kernel; "": the one chosen by default. Raises ChipError for a
-        name that no record of the library has.
+        The target itself if its library has no kernel records. op, format, head_dim: the call. name: name of the
+        kernel; "": the one chosen by default. Raises ChipError if the library has records, and none of this name.
         """
         return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
 

@@ -52,7 +52,7 @@ def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Plac
 def fold(w: ScheduleBuilder, rank: int, chunk: int, parts: Sequence[Slot], dst: Slot) -> None:
     """Add to `w` steps on `rank` that compute dst = ((parts[0] + parts[1]) + parts[2]) + ... from the slots `parts`.
 
-    With one part it is copied.
+    A single part is copied.
     """
     if len(parts) == 1:
         w.copy(rank, chunk, dst, parts[0])

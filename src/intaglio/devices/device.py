@@ -64,8 +64,8 @@ class StateSpec:
         page_tokens: tokens per page (the symbolic dim B).
         slots: slots of recurrent state (the symbolic dim N), two for each sequence that runs at once; 0 for a model
             without recurrent state.
-        window_pages: pages of the caches that are read only by layers with a window or chunk (`Program.windows`), whose
-            blocks are given back when no query sees them any more; 0: these caches have `pages` pages like all others.
+        window_pages: pages of the caches that only layers with a window or chunk read (`Program.windows`). Blocks of
+            these caches are given back when no query sees them any more. 0: these caches have `pages` pages too.
         window: the longest of these windows in tokens; 0 if window_pages is 0.
     """
 

@@ -247,7 +247,7 @@ class HostExecutable(RankExecutable):
         return NUMPY[self.program.tensors[name].format]
 
     def _empty(self, name: str, batch: Batch) -> np.ndarray:
-        """An uninitialised array for the rows of a temp in this step."""
+        """An uninitialised array for a temp in this step, [rows, columns]; [rows] for a temp of one dimension."""
         t = self.program.tensors[name]
         rows = batch.sizes[str(t.shape[0])]
         return np.empty((rows, columns_of(t)) if len(t.shape) == 2 else rows, self._type(name))
