@@ -61,8 +61,8 @@ class BlockDirectory:
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
         """Write a block's file; then delete the least recently used files if the budget is exceeded.
 
-        Returns the number of files deleted. Raises OSError if the file cannot be written, and NoRoom if the budget is
-        still exceeded; nothing is left of it then.
+        Returns the number of files deleted. Raises OSError if the file cannot be written or evict() fails, and NoRoom
+        if the budget is still exceeded; nothing is left of it then.
         """
         if self.held is None:
             self.scan()
@@ -85,7 +85,12 @@ class BlockDirectory:
         self.written += size
         if self.held <= self.budget and self.written <= self.budget // RESCAN:
             return 0
-        deleted = self.evict()
+        try:
+            deleted = self.evict()
+        except OSError:
+            self.remove(name)
+            self.held -= size
+            raise
         if self.held > self.budget and self.has(name):
             self.remove(name)
             self.held -= size
@@ -124,7 +129,8 @@ class BlockDirectory:
     def evict(self) -> int:
         """Delete the least recently used files if all together exceed the budget, but none that is pinned.
 
-        Returns the number deleted. Raises OSError if the folder of leases cannot be locked.
+        Returns the number deleted. Raises OSError if the folder of leases cannot be locked: TimeoutError if others
+        lock it for LOCK_WAIT seconds, such as a process that was stopped while it evicted.
         """
         with self.leases.locked():
             return self._evict()

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LONGEST = 600.0  # seconds; a lease that seems to last longer is damaged, or the clock was set back
-LOCK_WAIT = 5.0  # seconds that taking or renewing a lease may wait while another process takes one or evicts
+LOCK_WAIT = 5.0  # seconds that taking or renewing a lease, or evicting, may wait while another process does so
 LOCK_LOOK = 0.01  # seconds between attempts to lock
 SUFFIX = ".lease"
 SECOND = 10**9  # ns
@@ -42,7 +42,7 @@ class Leases:
         body = "\n".join(names).encode()
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         partial = self.folder / f".{lease}"
-        with self.locked(LOCK_WAIT):
+        with self.locked():
             ends = _ends(seconds)
             try:
                 partial.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
@@ -61,7 +61,7 @@ class Leases:
         """
         _ends(seconds)
         try:
-            with self.locked(LOCK_WAIT):
+            with self.locked():
                 if self.names(lease) is None:
                     return False
                 ends = _ends(seconds)
@@ -104,19 +104,15 @@ class Leases:
         return found
 
     @contextmanager
-    def locked(self, patience: float | None = None) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Context manager in which no other process or thread takes a lease or evicts.
 
-        patience: seconds to wait for the others, after which TimeoutError is raised; None: as long as it takes. Raises
-        OSError if the folder cannot be locked.
+        Raises TimeoutError if others lock the folder for LOCK_WAIT seconds, OSError if it cannot be locked.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if patience is None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            else:
-                _lock(file, patience)
+            _lock(file, LOCK_WAIT)
             yield
         finally:
             os.close(file)
