@@ -26,8 +26,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
+from intaglio.devices.processes.address import TcpAddress
 from intaglio.runtime import Engine, Refused
-from intaglio.server.control_tcp import TcpAddress, tcp_server
+from intaglio.server.control_tcp import tcp_server
 from intaglio.server.driver import Inspect
 from intaglio.server.prefill import HeldLeases
 from intaglio.server.private_socket import private_socket

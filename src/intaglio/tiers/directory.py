@@ -14,6 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from intaglio.runtime import BlockKey, BlockScope
+from intaglio.tiers.block_file import read_block
 from intaglio.tiers.leases import Leases
 
 SUFFIX, PARTIAL = ".kv", ".part"
@@ -46,7 +50,7 @@ class BlockDirectory:
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
-        self.folder, self.budget, self.leases = folder, budget, Leases(folder)
+        self.folder, self.budget, self.leases, self.where = folder, budget, Leases(folder), str(folder)
         self.held: int | None = None  # bytes of all files, as far as known; None: not looked yet
         self.written = 0  # bytes since all files were looked at
 
@@ -57,6 +61,10 @@ class BlockDirectory:
     def has(self, name: str) -> bool:
         """True if the folder has a file for the block of this name. Its contents are not checked."""
         return os.path.exists(self.file(name))
+
+    def read(self, scope: BlockScope, key: BlockKey, block_bytes: int) -> np.ndarray:
+        """The contents of a block, uint8 [block_bytes]. Raises as read_block() does."""
+        return read_block(self.file(key.name), scope, key, block_bytes)
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
         """Write a block's file; then delete the least recently used files if the budget is exceeded.

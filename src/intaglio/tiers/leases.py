@@ -38,7 +38,7 @@ class Leases:
         and OSError if the lease cannot be written; then nothing is pinned.
         """
         lease = secrets.token_hex(16)
-        _ends(seconds)  # before anything is written
+        check_seconds(seconds)  # before anything is written
         body = "\n".join(names).encode()
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         partial = self.folder / f".{lease}"
@@ -59,7 +59,7 @@ class Leases:
 
         Raises ValueError for a time outside 0..LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds.
         """
-        _ends(seconds)
+        check_seconds(seconds)
         try:
             with self.locked():
                 if self.names(lease) is None:
@@ -147,10 +147,15 @@ def _lock(file: int, patience: float) -> None:
         time.sleep(LOCK_LOOK)
 
 
-def _ends(seconds: float) -> int:
-    """The time `seconds` from now, ns since the epoch. Raises ValueError for a time outside 0..LONGEST."""
+def check_seconds(seconds: float) -> None:
+    """Raise ValueError for the time of a lease outside 0..LONGEST. Returns nothing."""
     if not 0 < seconds <= LONGEST:
         raise ValueError(f"a lease of {seconds} s; allowed: above 0, at most {LONGEST:g} s")
+
+
+def _ends(seconds: float) -> int:
+    """The time `seconds` from now, ns since the epoch. Raises ValueError for a time outside 0..LONGEST."""
+    check_seconds(seconds)
     return time.time_ns() + int(seconds * SECOND)
 
 
