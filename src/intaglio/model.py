@@ -67,7 +67,7 @@ class Model:
             weights: auto (as stored), f32, bf16, fp8, int8, int4 or a full name such as q4_k.
             kv_format: f32, bf16, int8, fp8, or auto: f32 for f32 weights, else what the checkpoint asks for, else bf16.
             context: positions to compile for; by default the model's own.
-            revision: of a hub id: branch, tag or commit.
+            revision: branch, tag or commit of the hub id's repository.
             progress: called with the bytes downloaded, if any are.
         """
         named = BUNDLED if path is None else path
@@ -83,7 +83,7 @@ class Model:
         return cls(path, name, checkpoint, ported, program, weights, kv_format, tokenizer, eos_ids, grammars)
 
     def sharded(self, layout: str | None) -> MeshProgram:
-        """The MeshProgram of all ranks of a layout such as tp4pp2; None: of one rank with the whole Program.
+        """The MeshProgram of all ranks of a layout such as tp4pp2. layout None: one rank with the whole Program.
 
         Raises the errors of build_mesh().
         """

@@ -30,7 +30,10 @@ def chip(name: str) -> ChipSpec:
 
 
 def chip_with_library(name: str) -> tuple[ChipSpec, str]:
-    """(the ChipSpec, name of its default kernel library) of a chip's name or file. Raises ChipError as chip() does."""
+    """(ChipSpec, name or file of its default kernel library) of the chip called `name`.
+
+    `name` is looked up as by chip(), which raises the same ChipErrors.
+    """
     if name.endswith(".toml"):
         return read_chip(Path(name))
     load_plugins()

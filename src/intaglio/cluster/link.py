@@ -80,8 +80,8 @@ class Link:
     async def connect(cls, where: Path | TcpAddress, patience: float = 0.0) -> Link:
         """Connect to the control channel at a Unix socket's path or a TCP address, and return the Link.
 
-        patience: seconds during which an attempt that fails is repeated. Raises OSError; NotAuthenticated, a kind of
-        it, if the other end does not know the address's token.
+        patience: seconds during which a failed attempt is repeated. Raises OSError if none succeeds: NotAuthenticated,
+        a subclass, if the other end does not know the address's token.
         """
         ends = time.monotonic() + patience
         while True:

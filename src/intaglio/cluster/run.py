@@ -30,10 +30,10 @@ class ClusterOptions:
 
     Attributes:
         launch: function that makes the process of a replica from its name.
-        replicas: how many of each role.
-        most: replicas up to which their number is autoscaled; None: it is not.
-        policy: of the router, see router.POLICIES.
-        weights: shares of tenants; 1 for those not named.
+        replicas: number of replicas by role.
+        most: largest number of replicas that the autoscaler may start; None: no autoscaling.
+        policy: name of the router's placement policy, a key of router.POLICIES.
+        weights: weight of each tenant by name; 1 for those not named.
         max_queued: most requests that wait in the router.
         front: options of the HTTP application.
     """

@@ -117,9 +117,9 @@ def value_of(on: Target, name: str) -> Any:
 def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
     """A copy of the target with another value of one parameter, named as for value_of().
 
-    For `FAMILY.FIELD` all kernels of the family get the value; a constant (see CONSTANTS) is multiplied by one factor
-    in all of them instead. format: only kernels for calls in this format change; "": all. Raises ChipError for a value
-    out of range.
+    For `FAMILY.FIELD` all kernels of the family get the value. A constant (see CONSTANTS) is scaled instead: in all of
+    them by the same factor, to at most 1. format: only kernels for calls in this format change; "": all. Raises
+    ChipError for a value out of range.
     """
     part, field = name.split(".")
     if part == "chip":
@@ -358,15 +358,15 @@ def calibrate(
     """Fit a target to measured samples. Returns a Calibration.
 
     Constants, such as latencies and efficiencies, are fitted. Facts, such as tiles or native 8-bit kernels, are chosen
-    among the alternatives in FACTS. Kept is what predicts left-out rows best: the start unchanged, fitted constants, or
-    fitted constants and facts.
+    among the alternatives in FACTS. Of three results, the one that predicts left-out rows best is kept: the start
+    unchanged, fitted constants, or fitted constants and facts.
 
     Args:
         start: chip and kernel library to start from.
         data: the measurements.
         points: most rows of each sample that are used; 0: all.
         folds: parts for the cross-validation.
-        seed: of the draw of the parts.
+        seed: seed of the random division into parts.
         progress: called before each round of the search.
 
     Raises ValueError if fewer rows of a sample are used than there are folds.
@@ -404,7 +404,8 @@ def left_out(
 ) -> tuple[list[np.ndarray], list[Target]]:
     """Cross-validate a fit. Returns (log errors of each sample's rows, the fitted target of each fold).
 
-    The errors of a fold's rows are those of the fit to the other folds. turns: for each sample, the fold of each row.
+    The errors of a fold's rows are those of the fit to the other folds. turns: arrays of the number of each row's fold,
+    one for each sample.
     facts: choose the kernels' properties in FACTS too, besides fitting constants.
     """
     errors, others = [np.zeros(len(s.rows)) for s in used], []

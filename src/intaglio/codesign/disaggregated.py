@@ -63,14 +63,14 @@ class Apart:
 
 @dataclass(frozen=True)
 class ApartResult:
-    """Means over the middle of a load, without its start and end. Times are in seconds, rates of all servers.
+    """Means over the middle of a load, without its start and end. Times are in seconds.
 
     Attributes:
         concurrency: requests open at once.
         ttft: mean time to the first token.
         tpot: mean time per token after the first.
-        tokens_per_s: output tokens per second.
-        watts: of all chips.
+        tokens_per_s: output tokens per second of all servers together.
+        watts: power of all chips together.
         prefill_busy: fraction of the time in which the prefill servers compute.
         decode_busy: fraction of the time in which the decode servers compute.
         chips: number of chips of all servers.

@@ -107,7 +107,7 @@ def fused_kernels(program: Program, fusions: Sequence[str]) -> list[ChipKernel]:
 
 
 def rotations(ops: Sequence[Op]) -> list[tuple[list[Rope], KvWrite | None]]:
-    """For each layer with rotary embeddings: (its rope ops, its write to the K/V cache or None), as a list."""
+    """A list with a tuple for each layer with rotary embeddings: (rope ops, write to the K/V cache or None)."""
     layers: dict[str, tuple[list[Rope], list[KvWrite]]] = {}
     for op in ops:
         if isinstance(op, Rope | KvWrite):

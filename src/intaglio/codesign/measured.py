@@ -46,7 +46,7 @@ SPREAD = (1024, 8192)  # prompts of these lengths are drawn from 80 to 100 % of 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table of measured servers. Its properties are what the columns say; times are in seconds."""
+    """One row of a table of measured servers. `columns` is the row by column name; properties give times in seconds."""
 
     columns: dict[str, str]
 
@@ -191,10 +191,10 @@ def times(card: str, on: Target, placement: Placement, how: Formats, fusions: tu
 
 
 def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Compared:
-    """Serve a row's load in virtual time by the engine `profile`. Returns the Compared.
+    """Serve a row's load in virtual time by the engine `profile`. Returns the Compared, with modelled latencies.
 
-    Its `refused` says why, if the row cannot be modelled. closed_form: for aggregated servers the steady state of
-    steady.estimate() instead of the queue, in about a tenth of the time.
+    If the row cannot be modelled, `refused` of the result says why. closed_form: for aggregated servers, take the
+    steady state of steady.estimate() instead of the queue, in about a tenth of the time.
     """
     if why := row.refusal():
         return Compared(row, refused=why)

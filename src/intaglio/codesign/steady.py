@@ -36,7 +36,7 @@ class Estimate:
         ttft: mean time to the first token, waiting included.
         tpot: mean time per token after the first; 0 for responses of one token.
         tokens_per_s: output tokens per second.
-        joules_per_s: of all chips of the server.
+        joules_per_s: energy per second of all chips of the server.
         decoding: mean number of sequences that decode at a time.
     """
 
@@ -166,14 +166,14 @@ class Design:
 
 @dataclass(frozen=True)
 class Question:
-    """What a search for designs is asked: the model, its load, the limits, and the engine's overheads.
+    """The question of a search for designs: the model, its load, the limits, and the engine's overheads.
 
     Attributes:
         program: the whole model.
-        formats: of weights, K/V and activations.
+        formats: number formats of weights, K/V and activations.
         input: prompt tokens of a request.
         output: new tokens of a request.
-        limits: of the mean latencies.
+        limits: largest acceptable mean latencies.
         memory_share: fraction of a chip's HBM that may be filled.
         max_sequences: most sequences of a server that run at once.
         settings: overheads of the engine; its sizes are set for each design.

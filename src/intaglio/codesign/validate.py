@@ -94,10 +94,10 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
     """Number of rows of each expert on the most loaded of `ep` ranks, as a tuple.
 
     Args:
-        tokens: in the batch; tokens * top_k rows are routed.
-        top_k: experts of each token.
-        n: experts on all ranks.
-        ep: ranks that share the experts.
+        tokens: number of tokens in the batch; tokens * top_k rows are routed.
+        top_k: number of experts of each token.
+        n: number of experts on all ranks.
+        ep: number of ranks that share the experts.
         load: "balanced", or "power_law_A": proportional to quantiles of a power law with exponent A, between 1 and 0.8
             * tokens, as in the benchmark.
         in_order: rows left over by rounding go to the experts with the most rows, the first of equal ones (the older
@@ -215,7 +215,7 @@ def validate(
 def record(name: str, table: str, dtype: str, rows: Sequence[Row], predicted: np.ndarray, worst: int) -> Record:
     """The Record of `rows`, which lists the `worst` rows with the largest errors.
 
-    name: of the chip. predicted: microseconds, one for each of `rows`.
+    name: the chip's name. predicted: modelled microseconds, one for each of `rows`.
     """
     us = measured(rows)
     error = (predicted / us - 1) * 100

@@ -12,14 +12,14 @@ from intaglio.collectives.schedule import Schedule, ScheduleError, Slot
 def execute(
     s: Schedule, inputs: Sequence[Mapping[int, np.ndarray]], order: Iterable[int] | None = None
 ) -> list[dict[int, np.ndarray]]:
-    """Execute a schedule. Returns a list with one dict per rank, {chunk number: array}, of Schedule.outputs().
+    """Execute a schedule. Returns a list of dicts, one per rank: {chunk number: array} for Schedule.outputs(rank).
 
     Sums keep the arrays' dtype.
 
     Args:
         s: the schedule.
-        inputs: one such dict per rank, of Schedule.inputs().
-        order: indices of all steps in execution order, by default schedule order; the result does not depend on it.
+        inputs: one dict per rank: {chunk number: array} for Schedule.inputs(rank).
+        order: indices of all steps in execution order; None: schedule order. The result does not depend on it.
 
     Raises ScheduleError for inputs with other chunks, a step that runs before one it depends on, and a malformed step.
     """

@@ -86,7 +86,7 @@ def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> 
 
 
 def _moved(op: Op, layout: Layout, stage: int) -> Op:
-    """The op; in a collective of a group of lanes, the lanes' numbers are replaced by their ranks in stage `stage`."""
+    """The op for stage number `stage`: in a collective, the numbers of lanes in `group` become the stage's ranks."""
     if isinstance(op, Grouped):
         return replace(op, group=tuple(layout.rank(stage, lane) for lane in op.group))
     return op

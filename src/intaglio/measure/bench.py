@@ -34,11 +34,11 @@ class BenchError(ValueError):
 
 @dataclass(frozen=True)
 class Roofs:
-    """Measured limits of the machine, as functions.
+    """Measured limits of the machine, as two functions.
 
     Attributes:
-        bandwidth: from the size of a working set in megabytes to the bytes/s at which it is read.
-        peak: from a format to the FLOP/s of a matrix product in it.
+        bandwidth: function from the size of a working set in megabytes to the bytes/s at which it is read.
+        peak: function from a number format to the FLOP/s of a matrix product in that format.
     """
 
     bandwidth: Callable[[int], float]
@@ -68,9 +68,16 @@ class Bound:
 
 @dataclass(frozen=True)
 class Row:
-    """Result of one phase ("prefill" or "decode") at one size.
+    """Result of one phase at one size.
 
-    `seconds` is the median time of a whole prefill, or of one decode step.
+    Attributes:
+        phase: "prefill" or "decode".
+        sequences, prompt_tokens: number of sequences run together, and the prompt length of each.
+        seconds: median time of a whole prefill, or of one decode step.
+        tokens_per_second: prompt tokens, or sampled tokens, per second.
+        flops, bytes: work in this time: operations, and bytes to and from memory.
+        bound_seconds: the roofline bound of this work; None without roofs.
+        bound_by: "memory" or "matrix", which sets the bound; None without roofs.
     """
 
     phase: str

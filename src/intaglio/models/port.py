@@ -87,9 +87,9 @@ def port(
     The default context is the model's own limit; with LongRoPE or dynamic NTK scaling, the length up to which its rope
     table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter.
 
-    name: of the Program; None: the folder's. family: used in place of the one in the table of ports. Raises PortError
-    for an architecture that is not ported, a setting that is not implemented, a context out of range, or tensors that
-    do not match config.json; CheckpointError for a checkpoint that cannot be read.
+    name: name of the Program; None: the folder's name. family: used in place of the one in the table of ports. Raises
+    PortError for an architecture that is not ported, a setting that is not implemented, a context out of range, or
+    tensors that do not match config.json; CheckpointError for a checkpoint that cannot be read.
     """
     ported = port_checkpoint(checkpoint, context, name, family)
     if ported.notes:
@@ -147,8 +147,9 @@ def port_config(
 ) -> Program:
     """The Program of a model given only by its config.json, without weights.
 
-    format: number format of all weights; None: the config's dtype, bf16 if it has none. Raises PortError for an
-    architecture, setting, dtype or context that is not supported, and for a config with quantisation settings.
+    context, name: arguments of port(). format: number format of all weights; None: the config's dtype, bf16 if it has
+    none. Raises PortError for an architecture, setting, dtype or context that is not supported, and for a config with
+    quantisation settings.
     """
     family, _ = _family(config, "config.json")
     inner = {**config.get("text_config", {}), **config}
@@ -166,7 +167,7 @@ def port_config(
 
 
 def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
-    """The Family for a config, and a text that says which key named it. Raises PortError if no port fits.
+    """(Family for a config, text that says which key named it). Raises PortError if no port fits.
 
     As in transformers, a known model_type decides; otherwise `architectures` does. where: the checkpoint, for errors.
     """
@@ -249,8 +250,8 @@ def _llama_names(checkpoint: Checkpoint) -> bool:
 def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: list[str]) -> Callable[[Decoder], Decoder]:
     """A function that takes a Decoder and returns a copy adapted to the checkpoint's tensors.
 
-    It adapts the prefix of tensor names, the K/V cache's format and scales, whether the output head is the embedding,
-    and how experts are stored. It may add to `notes`.
+    It adapts the prefix of tensor names, the K/V cache's format and scales, the tying of the output head to the
+    embedding, and how experts are stored. It may add to `notes`.
     """
     names = checkpoint.names
 

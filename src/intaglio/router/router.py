@@ -46,7 +46,8 @@ class Placement:
 class Router:
     """Queue of jobs, and their placement on replicas.
 
-    policy: a name in POLICIES. weights: tenants' shares (see FairQueue). Raises ValueError for an unknown policy.
+    policy: a name in POLICIES. weights: weight of each tenant by name (see FairQueue). Raises ValueError for an unknown
+    policy and for an invalid weight.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Router:
     def ready(self, name: str, incarnation: str) -> None:
         """Note that a replica accepts requests; one that drains goes on draining.
 
-        incarnation: of its K/V cache; a new one has cached nothing.
+        incarnation: identifies the content of its K/V cache. If it differs from the last one, nothing counts as cached.
         """
         replica = self.replicas[name]
         if replica.state != "draining":
@@ -165,7 +166,8 @@ class Router:
     def started(self, id: str, tokens: int, names: tuple[str, ...] = (), block_size: int = 1) -> None:
         """Note that a placed job's first token has come: its prompt of `tokens` tokens is computed.
 
-        names: of the blocks that hold the prompt, of `block_size` tokens each.
+        id: the job's id; one that is not placed is ignored. names: names of the blocks that hold the prompt, of
+        `block_size` tokens each.
         """
         if (name := self._where.get(id)) is not None:
             self.memory.learn(self.replicas[name].started(id).keys, tokens, names, block_size)
@@ -173,7 +175,8 @@ class Router:
     def ended(self, job: Job, output_tokens: int) -> None:
         """Note that a job has ended, or was cancelled, after `output_tokens` output tokens over all choices.
 
-        Also for a job that expired() has returned; one that was placed before is then charged for its output.
+        Its tenant is charged for its output if it was ever placed. Call this also for a job that expired() has
+        returned.
         """
         if not self._unplace(job.id):
             self.queue.discard(job)
@@ -207,7 +210,10 @@ class Router:
         return self._where.get(id)
 
     def queue_seconds(self) -> float:
-        """Seconds of prefill, for all replicas in all, that the queued jobs would take on one of mean pace."""
+        """Seconds in which one replica of mean pace would compute the prompts of all queued jobs.
+
+        inf if no replica may be given jobs.
+        """
         paces = [r.report.pace.per_token for r in self.replicas.values() if r.placeable]
         tokens = self.queue.tokens_of.total()
         return tokens * sum(paces) / len(paces) if paces else float("inf")

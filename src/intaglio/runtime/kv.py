@@ -141,7 +141,7 @@ class BlockPool:
         return name
 
     def name(self, block: int) -> str:
-        """The name (see BlockNames) of a block in the prefix cache."""
+        """The name (see BlockNames) of a block in the prefix cache. Raises KeyError if the block is not in it."""
         return self.cached[block].name
 
     def snapshot(self) -> BlockSnapshot:

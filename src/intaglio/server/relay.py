@@ -31,9 +31,9 @@ class Relay:
     """The fields that a router adds to a request when it sends the request to a replica.
 
     Attributes:
-        id: of the response, without its prefix.
+        id: id of the response, without its prefix.
         created: Unix time of the response, seconds.
-        seed: used if the request has none, so that every replica draws the same tokens.
+        seed: seed for a request that has none, so that every replica draws the same tokens.
         waited: seconds that the request has spent in the router and on other replicas.
         made_by: ServedModel.identity of the replica that made the deltas; None if there are none.
         deltas: the output so far.

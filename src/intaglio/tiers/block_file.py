@@ -26,7 +26,7 @@ class BlockFileError(ValueError):
 
 
 def head_of(scope: BlockScope, key: BlockKey, block_bytes: int) -> bytes:
-    """The bytes of a block's file before its contents: magic number, header length, header as JSON. Returns bytes."""
+    """The beginning of a block's file, before its contents, as bytes: magic number, header length, header as JSON."""
     facts = {"scope": asdict(scope), "name": key.name, "parent": key.parent, "tokens": key.tokens, "bytes": block_bytes}
     header = json.dumps(facts, sort_keys=True).encode()
     return MAGIC + len(header).to_bytes(4, "little") + header

@@ -43,10 +43,10 @@ class NoRoom(Exception):
 class BlockDirectory:
     """The K/V block files of a folder, with LRU eviction. The folder is made at the first write, for this user only.
 
-    One thread writes; any thread may read. leases: pin blocks, which are then not evicted.
+    One thread writes; any thread may read. A block that a lease in `leases` pins is not evicted.
 
     budget: bytes of all files together. Other processes that use the folder are noticed only when all files are looked
-    at, so together they may exceed the budget by 1/16 each for a while.
+    at, so for a while the files may exceed the budget by 1/16 for each process.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
@@ -69,8 +69,8 @@ class BlockDirectory:
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
         """Write a block's file; then delete the least recently used files if the budget is exceeded.
 
-        Returns the number of files deleted. Raises OSError if the file cannot be written or evict() fails, and NoRoom
-        if the budget is still exceeded; nothing is left of it then.
+        Returns the number of files deleted. Raises OSError if the file cannot be written, or evict() fails. Raises
+        NoRoom if the budget is still exceeded after that. In both cases nothing is left of the file.
         """
         if self.held is None:
             self.scan()

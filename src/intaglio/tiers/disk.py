@@ -20,7 +20,7 @@ class DiskTier(StoreTier):
     Args:
         folder: the directory, made if it is not there.
         budget: bytes that all files there may have.
-        scope: of the engine's blocks; blocks of another are never given.
+        scope: BlockScope of the engine's blocks; blocks of another scope are never given.
         report: called with a message for the operator, once for each kind; by default it issues a warning.
     """
 

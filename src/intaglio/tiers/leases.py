@@ -78,16 +78,16 @@ class Leases:
             self._file(lease).unlink()
 
     def names(self, lease: str) -> frozenset[str] | None:
-        """Names of the blocks that a lease pins; None if it has run out, is damaged, or never was."""
+        """A frozenset of the names of blocks that a lease pins; None if it has run out, is damaged, or never was."""
         try:
             return self._read(self._file(lease))
         except ValueError:
             return None
 
     def pinned(self) -> set[str]:
-        """Names of all blocks that are pinned now. Deletes the leases that have run out or are damaged.
+        """A set of the names of all pinned blocks. Deletes the leases that have run out or are damaged.
 
-        Also deletes what a process left that was killed while it wrote a lease.
+        Also deletes partial files, left by processes that were killed while they wrote a lease.
         """
         found: set[str] = set()
         for partial in self.folder.glob(".*"):

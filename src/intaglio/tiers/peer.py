@@ -47,7 +47,7 @@ class PeerTier(StoreTier):
     Args:
         address: where this tier gives its blocks to peers, and the token that all peers know.
         budget: bytes of the blocks in memory.
-        scope: of the engine's blocks; blocks of another are never given.
+        scope: BlockScope of the engine's blocks; blocks of another scope are never given.
         report: called with a message for the operator, once for each kind; by default it issues a warning.
 
     Raises OSError that names the address if it cannot be bound.

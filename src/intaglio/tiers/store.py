@@ -29,7 +29,10 @@ class StoreLoad:
         return self.ended.wait(seconds)
 
     def blocks(self) -> list[np.ndarray]:
-        """A list of the contents of the leading blocks that passed all checks, each uint8 [block_bytes]."""
+        """The contents of the blocks read so far, in order, as a list of uint8 [block_bytes].
+
+        The list ends before the first block that is missing or failed a check.
+        """
         return self.contents
 
     def cancel(self) -> None:
@@ -93,7 +96,7 @@ class StoreTier:
 
     Args:
         store: keeps the blocks.
-        scope: of the engine's blocks; blocks of another are never given.
+        scope: BlockScope of the engine's blocks; blocks of another scope are never given.
         report: called with a message for the operator, once for each kind.
         readers: number of threads that read.
     """
@@ -158,9 +161,10 @@ class StoreTier:
             return ""
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease end in `seconds` from now. Returns False, and counts it, if it has run out already.
+        """Let a lease end in `seconds` from now. Returns True; False if it has run out already, which is counted.
 
-        Raises TimeoutError, also counted, if others lock the leases for too long; the lease goes on as before.
+        Raises TimeoutError, counted as an error, if others lock the leases for too long; the lease then goes on as
+        before.
         """
         try:
             renewed = self.store.leases.renew(lease, seconds)
@@ -176,9 +180,10 @@ class StoreTier:
         self.store.leases.release(lease)
 
     def handed(self, lease: str, names: Sequence[str]) -> int:
-        """Number of leading blocks that are here and pinned by a lease. 0 under a lease that has run out, counted.
+        """Number of blocks, from the first of `names` on, that the store has and that are pinned by a lease.
 
-        names: the blocks, each the parent of the next.
+        names: the blocks, each the parent of the next. Returns 0 for a lease that has run out, and counts it as
+        expired.
         """
         pinned = self.store.leases.names(lease)
         if pinned is None:

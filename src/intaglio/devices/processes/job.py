@@ -20,7 +20,7 @@ from intaglio.program import MeshProgram, Program, parse_program
 
 @dataclass(frozen=True)
 class Job:
-    """What a child process is to load: device, Programs, weights and state.
+    """The job of a child process: the device, Programs, weights and state that it loads.
 
     programs: the Program of one rank, or of all ranks of a mesh. layout: how the model is sharded, such as tp4.
     """
@@ -58,7 +58,7 @@ class Job:
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What a rank has loaded, as far as the bits of its results depend on it.
+    """Properties that a rank reports once it has loaded its job. Results depend on `isa` and `program`.
 
     Attributes:
         isa: instruction set; "" if the device has none.

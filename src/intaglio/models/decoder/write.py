@@ -40,8 +40,7 @@ def write(w: Writer) -> Program:
 def _per_layer(w: Writer, x: str) -> str:
     """Write the per-layer inputs of Gemma 4, [T, layers * per_layer]. Returns the name of their tensor.
 
-    They are the sum of rows of a second embedding, chosen by the tokens, and a normed projection of the embeddings
-    x.
+    They are the sum of rows of a second embedding, chosen by the tokens, and a normed projection of the embeddings `x`.
     """
     d, b, width = w.d, w.b, len(w.d.layers) * w.d.per_layer
     table = w.weight("per_layer.embed", "weight", (d.per_layer_rows, width), d.prefix + "embed_tokens_per_layer")

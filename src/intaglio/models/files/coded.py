@@ -116,15 +116,16 @@ def as_scales(x: np.ndarray) -> np.ndarray:
 
 
 def e2m1(bytes: np.ndarray, exponents: np.ndarray) -> Quantised:
-    """The MXFP4 matrix of E2M1 codes, two in each byte [.., N, K / 2], and exponents [.., N, K / 32] of powers of two.
+    """The MXFP4 matrix (Quantised) of E2M1 codes, two in each byte [.., N, K / 2], and E8M0 scales [.., N, K / 32].
 
-    Codes are stored as whole numbers, twice the E2M1 value, so scales are half the powers of two.
+    exponents: the scales, powers of two stored as exponents (uint8). Codes are stored as whole numbers, twice the E2M1
+    value, so scales are half the powers of two.
     """
     return Quantised(TWICE_E2M1[nibbles(bytes)], as_scales(exponents) * np.float32(0.5), 32)
 
 
 def e2m1_factored(bytes: np.ndarray, scales: np.ndarray, factor: np.ndarray) -> Quantised:
-    """The NVFP4 matrix of E2M1 codes, two in each byte [.., N, K / 2], with E4M3 scales [.., N, K / 16].
+    """The NVFP4 matrix (Quantised) of E2M1 codes, two in each byte [.., N, K / 2], with E4M3 scales [.., N, K / 16].
 
     factor: one float32 number that multiplies all scales. Codes are twice the value, so scales and factor are half.
     """
@@ -142,8 +143,8 @@ def nibbles(x: np.ndarray) -> np.ndarray:
 def fields(x: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
     """The codes of 1 to 8 bits in 32-bit words or in bytes [.., n], as uint8 [.., count], lowest bits first.
 
-    count: number of codes; None: all. Codes of 3, 5, 6 or 7 bits are packed without gaps and may cross from one word to
-    the next. If n is the larger number of words that holds only whole codes (see words_of()), they do not cross.
+    count: number of codes; None: all. Codes of 3, 5, 6 or 7 bits are packed in one of two ways: without gaps, so that
+    some cross from one word to the next, or only whole codes in each word. `n` and `count` tell which.
     """
     if bits in (4, 8):
         codes = nibbles(x) if bits == 4 else np.ascontiguousarray(x).view(np.uint8)

@@ -209,7 +209,7 @@ def _mxfp6_rows(stored: Stored, base: str) -> Coded:
 def _above(x: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Codes as uint8 [.., count], counted from the format's lowest value. x: packed words (int32) or signed bytes.
 
-    bits: of a code. count: number of codes in a row; used for packed words.
+    bits: bits of a code. count: number of codes in a row; used for packed words.
     """
     return fields(x, bits, count) if x.dtype == np.int32 else x.view(np.uint8) + np.uint8(1 << (bits - 1))
 
@@ -218,7 +218,7 @@ def _ints(stored: Stored, base: str, s: Scheme, known: dict[bytes, str], out: di
     """The integer matrix of module `base`, of up to 8 bits: packed words (weight_packed) or signed bytes (weight).
 
     Codes are kept in 4 or 8 bits. known, out: column orders found so far and the dict of matrices, to which this one's
-    order is added (see find_order()). Raises PortError if the tensors do not fit the scheme.
+    order is added by find_order(). Raises PortError if the tensors do not fit the scheme.
     """
     bits, group = s.bits, s.group
     packed = base + ".weight_packed" in stored.dtypes

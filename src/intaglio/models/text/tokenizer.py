@@ -118,13 +118,13 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """A list of the token ids of a text.
 
-        The text of a special token, where it occurs in `text`, becomes that token. special: add the special
+        The text of a special token, where it occurs in `text`, becomes that token. special: True to add the special
         tokens that the tokenizer adds to a text, such as bos.
         """
         return list(self.inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of token ids. skip_special: leave special tokens out."""
+        """Text of token ids. skip_special: True to leave special tokens out."""
         return str(self.inner.decode(list(ids), skip_special_tokens=skip_special))
 
     @cached_property

@@ -115,7 +115,7 @@ class ChipMemory:
         return self._write(values.astype(np.float32).reshape(1, -1), "f32")
 
     def run(self, streams: Sequence[Stream]) -> RunResult:
-        """Execute instruction streams on this chip alone and return the RunResult. Raises MachineError."""
+        """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does."""
         self.launches.append(Machine(self.target, {0: self.hbm} if self.values else None, l2={0: self.l2}).run(streams))
         return self.launches[-1]
 

@@ -163,7 +163,7 @@ def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
 
 
 def simulated_ranks(network: Network, op: str) -> int:
-    """Number of ranks in the simulated schedule: at most MAX_SIMULATED_RANKS, but all for all_to_all on a torus.
+    """Number of ranks in the simulated schedule: at most MAX_SIMULATED_RANKS, or all for all_to_all on a torus.
 
     On a torus the load of a link grows with the square of the ranks, so times cannot be extrapolated linearly.
     """
@@ -173,7 +173,10 @@ def simulated_ranks(network: Network, op: str) -> int:
 
 @lru_cache(maxsize=65536)
 def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
-    """Seconds of a schedule; bandwidth and latency 1; chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes, None: 0."""
+    """Seconds of a collective's schedule over links with a bandwidth of 1 byte/s and a latency of 1 s.
+
+    size: each chunk has 2 ** (size / SIZES_PER_OCTAVE) bytes; None: 0 bytes. ranks: number of ranks in the schedule.
+    """
     s = collectives.schedule(op, algorithm, ranks)
     chunk = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
     return collectives.seconds(s, network.topology(ranks), [chunk] * s.chunks, network.local)
@@ -331,10 +334,7 @@ class CollectiveBuilder:
         self.values: dict[Slot, Region] = {}
 
     def buffer(self, rows: int, cols: int, format: str) -> Region:
-        """Allocate and return a tile buffer for the current chunk tile.
-
-        The n-th buffers of all chunk tiles share a ring.
-        """
+        """Allocate and return a tile buffer. The n-th buffers of all chunk tiles share a ring."""
         self.used += 1
         key = self.used, format
         if key not in self.rings:

@@ -92,7 +92,7 @@ class _Cursor:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
-    """({key: metadata value}, list of Tensors in order) of one file. Raises HeaderError."""
+    """({key: metadata value}, list of Tensors in order) of one file. Raises HeaderError if the header is damaged."""
     size = path.stat().st_size
     if size < 24:
         raise HeaderError(f"it has {size} bytes; a header has 24 at least")

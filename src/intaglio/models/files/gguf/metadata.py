@@ -107,7 +107,7 @@ class Metadata:
 
     @property
     def kv_heads_by_layer(self) -> list[int]:
-        """Number of K/V heads of each layer, 0 in those without attention."""
+        """A list of the number of K/V heads of each layer, 0 in those without attention."""
         value = self.get("attention.head_count_kv", self.heads)
         return list(map(int, value[: self.layers] if isinstance(value, list) else [value] * self.layers))
 

@@ -47,9 +47,10 @@ def delta_sizes(m: Metadata) -> tuple[int, int, int, int]:
 
 
 def parts_by_head(tables: Tables, names: dict[str, int], heads: int, p: Place) -> None:
-    """Add several matrices whose rows alternate by key head.
+    """Add several matrices that are stored as one, at the Place `p`, with rows that alternate by key head.
 
-    names: {name of a matrix: its rows for one key head}, in the order in which a key head has them.
+    names: {name of a matrix: its rows for one key head}, in the order in which a key head has them. heads: number of
+    key heads.
     """
     each, first = sum(names.values()), 0
     for name, count in names.items():
@@ -58,14 +59,17 @@ def parts_by_head(tables: Tables, names: dict[str, int], heads: int, p: Place) -
 
 
 def beta_and_step(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add in_proj_b and in_proj_a of Qwen3-Next, which files have as one matrix, as transformers does."""
+    """Add in_proj_b and in_proj_a of Qwen3-Next, whose rows a file has in one matrix, grouped by key head."""
     keys, heads, _, _ = delta_sizes(m)
     at, each = name.removesuffix("in_proj_ba.weight"), heads // keys
     parts_by_head(tables, {f"{at}in_proj_b.weight": each, f"{at}in_proj_a.weight": each}, keys, p)
 
 
 def queries_to_gate(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add in_proj_qkv and in_proj_z of Qwen3-Next from one matrix, as older files have it, and transformers."""
+    """Add in_proj_qkv and in_proj_z of Qwen3-Next from one matrix with the rows of both.
+
+    transformers and older files have this matrix.
+    """
     keys, heads, key, value = delta_sizes(m)
     at, each = name.removesuffix("in_proj_qkvz.weight"), heads // keys * value
     widths = (key, key, each, each)
@@ -77,7 +81,7 @@ def queries_to_gate(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def tiled(m: Metadata, width: int) -> np.ndarray:
-    """The file's row number of each row of a matrix of Qwen3.5 with `width` rows per value head.
+    """The file's row number (int array) of each row of a matrix of Qwen3.5 with `width` rows per value head.
 
     transformers has the value heads of the first key head first. Files have the first value head of each key head
     first, then the second of each.
@@ -106,5 +110,5 @@ def by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def columns_by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add out_proj of Qwen3.5, whose columns files have in the order of tiled()."""
+    """Add out_proj of Qwen3.5 with its columns in transformers' order; files have them in the order of tiled()."""
     tables.add_columns(name, p, np.argsort(tiled(m, delta_sizes(m)[3])))

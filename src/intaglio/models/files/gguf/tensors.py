@@ -39,7 +39,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Place:
-    """Where consecutive rows of a tensor begin in a file, with their GGUF type (`kind`) and shape."""
+    """Where consecutive rows of a tensor are: file, offset of the first byte (`start`), GGUF type (`kind`), shape."""
 
     file: Path
     kind: str
@@ -113,9 +113,9 @@ class Tables:
         self.coded[name] = Coded(format, p.shape, {at: Part()}, decode, whole=head)
 
     def add_joined(self, name: str, places: Sequence[Place], shape: tuple[int, ...], join: Any) -> None:
-        """Add a matrix of plain values that is joined from several tensors.
+        """Add a matrix `name` of plain values, of this shape, that is joined from the tensors at `places`.
 
-        join: function that takes their values as float32 and returns the matrix as float32.
+        join: function that takes their values as a list of float32 arrays and returns the matrix as float32.
         """
         at = [self._blocks(f"{name} {i}", p) for i, p in enumerate(places)]
         formats = {format_of(p) for p in places}

@@ -268,7 +268,8 @@ def _with_ends(
 ) -> Tokenizer:  # fmt: skip
     """Make the tokenizer add bos in front and eos behind a text, and return it.
 
-    bos, eos: whether to do so by default, if the file does not say; default_bos, default_eos: ids by default.
+    bos, eos: True to add that token if the file does not say. default_bos, default_eos: the id of the token if the file
+    names none; None: no token is added then.
     """
     first = v.id("bos", default_bos) if v.get("add_bos_token", bos) else None
     last = v.id("eos", default_eos) if v.get("add_eos_token", eos) else None
