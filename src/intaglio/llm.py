@@ -290,7 +290,8 @@ class LLM:
         """(the Request for `engine.add()`, a list of Transcripts, one per choice). May be called from any thread.
 
         `options` are fields of Request (id, priority, timeout, ...) and `special`, the special tokens that stay in the
-        text. Raises RequestError, TokenizerError or GrammarError; the message calls the prompt `name`.
+        text. Raises RequestError, TokenizerError or GrammarError for a prompt, stop string, bad word or grammar that
+        cannot be served; the message calls the prompt `name`.
         """
         id = options.pop("id", None) or f"r{next(self._numbers)}"
         request, transcripts = self.model.request(prompt, params, id, name, **options)
@@ -339,7 +340,7 @@ class LLM:
         self.model = self.model.with_chat_template(source)
 
     def logits(self, sequences: abc.Sequence[TokenIds]) -> list[np.ndarray]:
-        """The logits at every position of sequences of token ids: float32 [tokens, vocabulary] for each.
+        """A list with the logits at every position of each of the sequences of token ids, float32 [tokens, vocabulary].
 
         Row i predicts the token after token i. Raises RequestError for a sequence that does not fit, DeviceError if the
         device fails.
@@ -391,11 +392,11 @@ def state_spec(
 ) -> tuple[StateSpec, int]:
     """(the StateSpec to allocate, number of sequences that may run at once): what fits the memory of one model.
 
-    The machine grants one model `machine.kv_bytes`. Of these: - Recurrent state gets up to half, two slots a sequence.
-    If `max_sequences` sequences do not fit, fewer run. - States kept for the prefix cache get `state_cache_bytes`;
-    None: up to an eighth. - K/V gets `kv_tokens`, even if that is more than the memory granted. None: KV_TOKENS or one
-    whole context, whichever
-      is more, but no more than the rest holds.
+    The machine grants one model `machine.kv_bytes`. Of these:
+    - Recurrent state gets up to half, two slots a sequence. If `max_sequences` sequences do not fit, fewer run.
+    - States kept for the prefix cache get `state_cache_bytes`; None: up to an eighth.
+    - K/V gets `kv_tokens`, even if that is more than the memory granted. None: KV_TOKENS or one whole context,
+      whichever is more, but no more than the rest holds.
 
     Raises RequestError if `kv_tokens` is below 1 or `state_cache_bytes` below 0.
     """

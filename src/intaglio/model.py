@@ -68,7 +68,7 @@ class Model:
             kv_format: f32, bf16, int8, fp8, or auto: f32 for f32 weights, else what the checkpoint asks for, else bf16.
             context: positions to compile for; by default the model's own.
             revision: branch, tag or commit of the hub id's repository.
-            progress: called with the bytes downloaded, if any are.
+            progress: called as progress(bytes done, bytes in all, what) during a download.
         """
         named = BUNDLED if path is None else path
         path = locate(named, revision, progress)
@@ -107,7 +107,8 @@ class Model:
         """(the Request for an engine, a list of Transcripts, one per choice).
 
         special: special tokens that stay in the text. options: fields of Request, such as priority and timeout. Raises
-        RequestError, TokenizerError or GrammarError; the message calls the prompt `name`.
+        RequestError, TokenizerError or GrammarError for a prompt, stop string, bad word or grammar that cannot be
+        served; the message calls the prompt `name`.
         """
         ids = self.encode(prompt, name)
         tokenizer = self.needed_tokenizer() if params.stop or params.bad_words else self.tokenizer

@@ -92,7 +92,7 @@ def draw(
     """A list of `n` LoadRequests in order of arrival, with lengths drawn from the trace `t` and multiplied by `scale`.
 
     context: outputs are cut to half of it, then prompts to the rest; None: no length is cut. rate, cv: of the arrivals,
-    as in arrivals().
+    as in arrivals(). Raises ValueError unless both are above 0.
     """
     rng = np.random.default_rng(seed)
     at = arrivals(n, rate, cv, rng)

@@ -102,7 +102,7 @@ def port_checkpoint(
 ) -> Ported:
     """Port a checkpoint, with the arguments of port(). Returns a Ported: the Program with a report of keys and tensors.
 
-    Issues no warning; the report has the notes. Raises PortError and CheckpointError.
+    Issues no warning; the report has the notes. Raises PortError and CheckpointError as port() does.
     """
     if family is None:
         family, said_by = _family(checkpoint.config, str(checkpoint.path))
@@ -147,7 +147,8 @@ def port_config(
 ) -> Program:
     """The Program of a model given only by its config.json, without weights.
 
-    context, name: arguments of port(). format: number format of all weights; None: the config's dtype, bf16 if it has
+    context: positions to compile for; None: the default of port(). name: name of the Program; None: the architecture's.
+    format: number format of all weights; None: the config's dtype, bf16 if it has
     none. Raises PortError for an architecture, setting, dtype or context that is not supported, and for a config with
     quantisation settings.
     """
@@ -207,7 +208,8 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
 def _prefix(family: Family, names: Any) -> str:
     """The prefix of the decoder's tensor names: one of the family's, or "" for tensors saved from the inner model.
 
-    names: the checkpoint's tensors. Raises PortError, naming the prefix found, if it is another.
+    names: the checkpoint's tensors. If no name shows a prefix, the family's first. Raises PortError, naming the prefix
+    found, if it is another.
     """
     tops = [f"{top}.weight" for top in family.tops]
     for p in (*family.prefixes, *([""] if "model." in family.prefixes else [])):
@@ -336,7 +338,7 @@ def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
     """Raise PortError unless the checkpoint has every tensor that the Program reads, in its shape.
 
     Each other tensor is added to ported.unused with the reason why it has no use. Raises PortError for one that might
-    change results.
+    change results, ProgramError for one that cannot be cut as the Program wants it.
     """
     program, family = ported.program, ported.family
     wanted = {

@@ -156,7 +156,7 @@ def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
     """The quantised tensor x after the steps, as a Quantised; None if the steps cannot be applied to codes and scales.
 
     That is so if a step splits a group or divides rows into a stack (hN), or if the steps transpose otherwise than the
-    tensor is stored.
+    tensor is stored. Raises ProgramError for a step that does not fit.
     """
     if steps.count("T") != x.turned or any(s.startswith("h") for s in steps):
         return None
@@ -212,6 +212,7 @@ def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
     """A cut of columns rewritten as the same cut of the groups' scales, in a tuple; None if it would split a group.
 
     () if one group is the whole row, so that its scales stay as they are. length: columns. group: columns of a group.
+    Raises ProgramError for a step that does not fit.
     """
     _, first, last, of = _cut(step, length)
     if group >= length:
@@ -222,7 +223,10 @@ def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
 
 
 def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
-    """The array x after a source's steps (transposition, cuts, stacking), for an array that is not quantised."""
+    """The array x after a source's steps (transposition, cuts, stacking), for an array that is not quantised.
+
+    Raises ProgramError for a step that does not fit.
+    """
     for step in steps:
         if step[0] == "g":
             continue
@@ -275,7 +279,10 @@ def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) ->
 
 
 def _kept(ids: np.ndarray, steps: Sequence[str]) -> np.ndarray:
-    """Boolean mask of the indices `ids` of an axis that remain after the cuts `steps`."""
+    """Boolean mask of the indices `ids` of an axis that remain after the cuts `steps`.
+
+    Raises ProgramError for a step that is no cut.
+    """
     kept = np.ones(len(ids), bool)
     for step in steps:
         _, first, last, of = _cut(step, int(step.rpartition("/")[2]))

@@ -42,7 +42,8 @@ class TokenFilter:
         """The mask of ids that may follow `output` and then `drafts`, uint32 [(vocabulary + 31) // 32].
 
         grammar: the grammar's mask, to intersect with; None: no grammar. Before min_tokens, end-of-sequence tokens and
-        those of stop_token_ids are not allowed, unless the grammar allows nothing else.
+        those of stop_token_ids are not allowed, unless the grammar allows nothing else. An id that would complete one
+        of the request's bad words is never allowed.
         """
         early = len(output) + len(drafts) < self.min_tokens
         mask = (self.unfinished if early else self.allowed).copy()

@@ -91,7 +91,10 @@ class Timeline:
         return sum((e.timing for e in self.ops), Timing(0.0))
 
     def flops_share(self, format: str) -> float:
-        """Model FLOPs utilization: FLOPs done over peak FLOP/s in `format` times the step's seconds; 0 for no ops."""
+        """Model FLOPs utilization: FLOPs done over peak FLOP/s in `format` times the step's seconds; 0 for no ops.
+
+        Raises ChipError for a format that the chip's array does not multiply.
+        """
         return self.totals().flops / (self.seconds * self.chip.peak_flops(format)) if self.seconds else 0.0
 
     def hbm_share(self) -> float:

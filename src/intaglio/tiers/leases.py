@@ -34,8 +34,8 @@ class Leases:
     def take(self, names: Sequence[str], seconds: float) -> str:
         """Pin the blocks of these names for `seconds`. Returns the lease's id, 32 hexadecimal digits.
 
-        Raises ValueError for a time outside 0..LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds,
-        and OSError if the lease cannot be written; then nothing is pinned.
+        Raises ValueError unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for
+        LOCK_WAIT seconds, and OSError if the lease cannot be written; then nothing is pinned.
         """
         lease = secrets.token_hex(16)
         check_seconds(seconds)  # before anything is written
@@ -55,9 +55,12 @@ class Leases:
         return lease
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease end in `seconds` from now. Returns False, and renews nothing, if it has run out already.
+        """Let a lease end in `seconds` from now. Returns True.
 
-        Raises ValueError for a time outside 0..LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds.
+        Returns False, and renews nothing, if it has run out already or its file cannot be changed.
+
+        Raises ValueError unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for
+        LOCK_WAIT seconds.
         """
         check_seconds(seconds)
         try:
@@ -148,13 +151,13 @@ def _lock(file: int, patience: float) -> None:
 
 
 def check_seconds(seconds: float) -> None:
-    """Raise ValueError for the time of a lease outside 0..LONGEST. Returns nothing."""
+    """Raise ValueError unless 0 < seconds <= LONGEST. Returns nothing."""
     if not 0 < seconds <= LONGEST:
         raise ValueError(f"a lease of {seconds} s; allowed: above 0, at most {LONGEST:g} s")
 
 
 def _ends(seconds: float) -> int:
-    """The time `seconds` from now, ns since the epoch. Raises ValueError for a time outside 0..LONGEST."""
+    """The time `seconds` from now, ns since the epoch. Raises ValueError unless 0 < seconds <= LONGEST."""
     check_seconds(seconds)
     return time.time_ns() + int(seconds * SECOND)
 

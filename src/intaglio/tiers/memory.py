@@ -26,7 +26,7 @@ class MemoryLeases:
     def take(self, names: Sequence[str], seconds: float) -> str:
         """Pin the blocks of these names for `seconds`. Returns the lease's id, 32 hexadecimal digits.
 
-        Raises ValueError for a time outside 0..LONGEST.
+        Raises ValueError unless 0 < seconds <= LONGEST.
         """
         check_seconds(seconds)
         lease = secrets.token_hex(16)
@@ -37,7 +37,7 @@ class MemoryLeases:
     def renew(self, lease: str, seconds: float) -> bool:
         """Let a lease end in `seconds` from now. Returns False, and renews nothing, if it has run out already.
 
-        Raises ValueError for a time outside 0..LONGEST.
+        Raises ValueError unless 0 < seconds <= LONGEST.
         """
         check_seconds(seconds)
         with self._lock:

@@ -119,7 +119,10 @@ class StoreTier:
         return next((at for at, name in enumerate(names) if not self.store.has(name)), len(names))
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> StoreLoad:
-        """Begin to read blocks of `block_bytes` bytes each, and return the StoreLoad."""
+        """Begin to read blocks of `block_bytes` bytes each, and return the StoreLoad.
+
+        After close() nothing is read: the StoreLoad has ended already.
+        """
         return self._begin(StoreLoad(), keys, block_bytes)
 
     def _begin(self, load: L, keys: Sequence[BlockKey], block_bytes: int) -> L:
@@ -151,7 +154,8 @@ class StoreTier:
     def pin(self, names: Sequence[str], seconds: float) -> str:
         """Pin blocks, saved or still to be saved, for `seconds`. Returns the lease's id; "" if nothing could be pinned.
 
-        Until the lease ends they are not evicted. It ends by itself unless it is renewed.
+        Until the lease ends they are not evicted. It ends by itself unless it is renewed. Raises ValueError unless
+        0 < seconds <= leases.LONGEST.
         """
         try:
             return self.store.leases.take(names, seconds)
@@ -164,7 +168,7 @@ class StoreTier:
         """Let a lease end in `seconds` from now. Returns True; False if it has run out already, which is counted.
 
         Raises TimeoutError, counted as an error, if others lock the leases for too long; the lease then goes on as
-        before.
+        before. Raises ValueError unless 0 < seconds <= leases.LONGEST.
         """
         try:
             renewed = self.store.leases.renew(lease, seconds)

@@ -173,7 +173,7 @@ class Writer:
         return self.views(base, {at + n: w for n, w in widths.items()})
 
     def views(self, base: str, widths: Mapping[str, int]) -> list[str]:
-        """Add views of consecutive runs of columns of `base`, given as {name: width}. Returns their names."""
+        """Add views of consecutive runs of columns of `base`, given as {name: width}. Returns a list of their names."""
         out, start = [], 0
         for name, width in widths.items():
             out.append(self.b.view(name, base, start, start + width))

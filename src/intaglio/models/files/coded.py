@@ -34,7 +34,7 @@ class Part:
     def cut(self, x: np.ndarray, rows: slice) -> np.ndarray:
         """The part of the stored tensor `x` that belongs to the matrix rows `rows`, as a view.
 
-        Ends of `rows` are multiples of `each`, or the matrix's end.
+        All of `x` if the part has no axis. Ends of `rows` are multiples of `each`, or the matrix's end.
         """
         if self.axis is None:
             return x
@@ -183,9 +183,10 @@ def find_order(
 ) -> str:
     """Name of the act-order permutation that sorts a matrix's columns by group; "" if they are sorted already.
 
-    index: the stored tensor with each column's group. Matrices that multiply the same input were ordered by the same
-    activations, so equal orders share the name of the first one, which `known` records. The matrix's own order is also
-    added to `out` as `name`, for stacks of matrices. Raises PortError if groups are not all of size `group`.
+    index: the stored tensor with each column's group; if there is none, columns are sorted. Matrices that multiply the
+    same input were ordered by the same activations, so equal orders share the name of the first one, which `known`
+    records. The matrix's own order is also added to `out` as `name`, for stacks of matrices. Raises PortError if groups
+    are not all of size `group`.
     """
     if index not in stored.dtypes:
         return ""

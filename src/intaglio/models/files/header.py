@@ -66,7 +66,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     """A dict from tensor name to Entry of a safetensors file.
 
     The file has 8 bytes of length, a JSON header, then data without gaps or overlaps. Raises CheckpointError for any
-    other.
+    other file.
     """
     size = path.stat().st_size
     with path.open("rb") as f:

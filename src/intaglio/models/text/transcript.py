@@ -73,8 +73,8 @@ class Transcript:
     def settled(self, ended: bool) -> str:
         """The text that can no longer change, without what earlier calls returned.
 
-        Characters at the end that may be the beginning of a stop string are held back. ended: True if the output has
-        ended, so that all remaining text is returned.
+        Characters at the end that may be the beginning of a stop string are held back, unless stop strings stay in the
+        text. ended: True if the output has ended, so that all remaining text is returned.
         """
         tails = (n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
         end = len(self.text) - (0 if ended or self.include_stop else max(tails, default=0))

@@ -233,7 +233,8 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
     """The Timing of one `attend` over all chunks of a batch.
 
     Chunks with several queries run first, then those with one. warm: True if keys and values are in the L2, as far as
-    they fit. kernel: name of one of the library's attention kernels; "": the library's choice.
+    they fit. kernel: name of one of the library's attention kernels; "": the library's choice. Raises ChipError
+    for an unknown kernel.
     """
     chip, lib = target.chip, target.library
     format = "bf16" if h.bits == 16 else "e4m3"

@@ -149,7 +149,7 @@ def grouped_timing(
     """The Timing of one grouped product: counts[e] rows [k] times w[e] [n, k], for every expert e with rows.
 
     tokens: number of tokens of the step, by which the library may choose tiles. w_bits: bits of a weight with its share
-    of the scales.
+    of the scales. Raises ChipError for a format that the chip's array does not multiply.
     """
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
     run = max(chip.runs_as(x_format), chip.runs_as(w_format), key=formats.bits)

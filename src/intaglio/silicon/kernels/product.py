@@ -75,7 +75,8 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     Keys: seconds of the product, infinite for a K split whose parts have fewer than 4 steps; hbm, the bytes read and
     written; weights, the bytes of weights; jobs, their number; steps of one job along K; work, seconds of computing one
     step; drain, seconds of one tile; stage, bytes of operands of one step; ring, stages in flight; depth, K values of a
-    step; run, name of the format of products; tile, (tile rows, tile columns, K splits).
+    step; run, name of the format of products; tile, (tile rows, tile columns, K splits). Raises ChipError for a format
+    that the chip's array does not multiply.
     """
     chip, lib = target.chip, target.library
     latency_s = chip.constants.hbm_latency_s
@@ -125,8 +126,9 @@ def linear_timing(
 ) -> Timing:  # fmt: skip
     """The Timing of x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
-    w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. resident:
-    True if the weights were prefetched, so that they are not read from HBM.
+    w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. resident: True
+    if the weights were prefetched, so that they are not read from HBM. Raises ChipError for a format that the chip's
+    array does not multiply.
     """
     chip = target.chip
     w = time_choices(target, m, n, k, x_format, w_format, w_bits or formats.bits(w_format), out_bytes, glu, resident)
@@ -149,7 +151,8 @@ def linear_timing(
 def best_tile(target: Target, m: int, n: int, k: int, x_format: str, w_format: str, glu: bool) -> tuple[int, int]:
     """(rows, columns) of the fastest tile without K split that fits accumulators and SRAM.
 
-    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands.
+    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands. If none fits, the
+    result is the library's first tile.
     """
     chip = target.chip
     w = time_choices(target, m, n, k, x_format, w_format, formats.bits(w_format), 4.0, glu)

@@ -20,7 +20,8 @@ def base(m: Metadata, norm: str = "rms", width: int = 0, kv_heads: int = 0) -> d
     """A dict of the config keys that all families share.
 
     norm: "rms" or "layer", the normalisation whose epsilon the file has. width, kv_heads: the inner width of an MLP and
-    the number of K/V heads, if they differ between layers; 0: as in the metadata.
+    the number of K/V heads, if they differ between layers; 0: as in the metadata. Raises CheckpointError for a missing
+    key, PortError for a scaling of rope that is not supported.
     """
     eps = m.real("attention.layer_norm_rms_epsilon" if norm == "rms" else "attention.layer_norm_epsilon")
     return {
@@ -98,7 +99,8 @@ def whole_heads(m: Metadata) -> None:
 def experts(m: Metadata) -> dict[str, Any]:
     """A dict of the config keys with the sizes of a mixture of experts.
 
-    GGUF stores each expert's matrices separately, even where transformers fuses them.
+    GGUF stores each expert's matrices separately, even where transformers fuses them. Raises CheckpointError for a
+    missing key.
     """
     count = m.whole("expert_count")
     return {
@@ -112,7 +114,7 @@ def llama(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Llama and models like it.
 
     That is Mixtral if there are experts, or Qwen2 if q, k and v have biases but the output projection has none. Raises
-    PortError if rope rotates only part of each head.
+    CheckpointError for a missing key, PortError if rope rotates only part of each head.
     """
     whole_heads(m)
     c = base(m)
@@ -134,7 +136,10 @@ def mistral3(m: Metadata) -> dict[str, Any]:
 
 
 def qwen(model: str) -> Any:
-    """A function from metadata to the config (a dict) of dense Qwen2 or Qwen3, for the architecture `model`."""
+    """A function from metadata to the config (a dict) of dense Qwen2 or Qwen3, for the architecture `model`.
+
+    The function raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
 
     def describe(m: Metadata) -> dict[str, Any]:
         whole_heads(m)
@@ -199,7 +204,8 @@ def phi3(m: Metadata) -> dict[str, Any]:
 def granite(model: str) -> Any:
     """A function from metadata to the config (a dict) of Granite, dense or with experts.
 
-    model: the architecture's name.
+    model: the architecture's name. The function raises CheckpointError for a missing key, PortError for a value that is
+    not supported.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -246,7 +252,8 @@ def cohere2(m: Metadata) -> dict[str, Any]:
 def plain(model: str) -> Any:
     """A function from metadata to the config (a dict) of architecture `model`.
 
-    For architectures whose port has its differences from Llama built in.
+    For architectures whose port has its differences from Llama built in. The function raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:

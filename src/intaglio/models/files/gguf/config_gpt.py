@@ -13,7 +13,10 @@ from intaglio.models.files.gguf.metadata import Metadata
 
 
 def common(m: Metadata, model: str) -> dict[str, Any]:
-    """A dict of the config keys that the models of this module share. model: the architecture's name."""
+    """A dict of the config keys that the models of this module share. model: the architecture's name.
+
+    Raises CheckpointError for a missing key.
+    """
     c = base(m, norm="layer")
     return c | {"architectures": [model], "llama_names": True, "layer_norm_epsilon": c["layer_norm_eps"]}
 

@@ -10,7 +10,10 @@ from intaglio.models.files.gguf.metadata import Metadata
 
 
 def groups(m: Metadata) -> dict[str, Any]:
-    """A dict of the config keys of routing in groups, shared experts and dense layers, as DeepSeek-V3 names them."""
+    """A dict of the config keys of routing in groups, shared experts and dense layers, as DeepSeek-V3 names them.
+
+    Raises CheckpointError for a missing key.
+    """
     count, used = m.whole("expert_group_count", 1), m.whole("expert_group_used_count", 1)
     return {
         "n_group": count, "topk_group": used if count > 1 else 1,
@@ -42,7 +45,8 @@ def llama4(m: Metadata) -> dict[str, Any]:
 def qwen_moe(model: str, normalised: bool) -> Any:
     """A function from metadata to the config (a dict) of Qwen2-MoE or Qwen3-MoE, for the architecture `model`.
 
-    normalised: True if the router's top-k weights are divided by their sum.
+    normalised: True if the router's top-k weights are divided by their sum. The function raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -202,7 +206,8 @@ def deepseek2(m: Metadata) -> dict[str, Any]:
 def indexed(model: str) -> Any:
     """A function from metadata to the config (a dict) of DeepSeek-V3.2 or GLM-5, for the architecture `model`.
 
-    Layers without the tensors of an indexer share that of a layer before.
+    Layers without the tensors of an indexer share that of a layer before. The function raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:

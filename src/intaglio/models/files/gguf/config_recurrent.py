@@ -11,7 +11,10 @@ from intaglio.models.files.gguf.metadata import Metadata
 
 
 def alone(m: Metadata, model: str) -> dict[str, Any]:
-    """A dict of the config keys of a model without attention, Mamba or Mamba-2. model: the architecture's name."""
+    """A dict of the config keys of a model of Mamba or Mamba-2 blocks alone. model: the architecture's name.
+
+    Raises CheckpointError for a missing key.
+    """
     return {
         "architectures": [model], "llama_names": True, "vocab_size": m.tables.shape("model.embed_tokens.weight")[0],
         "hidden_size": m.hidden, "num_hidden_layers": m.layers, "max_position_embeddings": m.whole("context_length"),
@@ -83,7 +86,10 @@ def _has(m: Metadata, name: str) -> bool:
 
 
 def ssm(m: Metadata) -> dict[str, Any]:
-    """A dict of the config keys of Mamba-2 blocks beside attention, as Granite 4 and Falcon-H1 name them."""
+    """A dict of the config keys of Mamba-2 blocks beside attention, as Granite 4 and Falcon-H1 name them.
+
+    Raises CheckpointError for a missing key.
+    """
     inner, heads = m.whole("ssm.inner_size"), m.whole("ssm.time_step_rank")
     return {
         "mamba_n_heads": heads, "mamba_d_head": inner // heads, "mamba_n_groups": m.whole("ssm.group_count", 1),
@@ -154,7 +160,8 @@ def nemotron_h(m: Metadata) -> dict[str, Any]:
 def delta_nets(model: str) -> Any:
     """A function from metadata to the config (a dict) of Qwen3-Next or Qwen3.5, for the architecture `model`.
 
-    Layers with a rate of decay have a gated delta net, the others attention.
+    Layers with a rate of decay have a gated delta net, the others attention. The function raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:

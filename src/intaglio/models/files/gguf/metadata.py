@@ -95,7 +95,7 @@ class Metadata:
     def kv_heads(self) -> int:
         """Number of K/V heads of the layers that have attention; the number of heads if the file has no such key.
 
-        Raises PortError if these layers differ.
+        Raises PortError if these layers differ, or no layer has attention.
         """
         own = self.kv_heads_by_layer
         if len({n for n in own if n}) != 1:

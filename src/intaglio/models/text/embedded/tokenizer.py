@@ -179,7 +179,10 @@ def _merges(v: _Vocabulary) -> list[tuple[str, str]]:
 
 
 def _gemma4(v: _Vocabulary) -> Tokenizer:
-    """A BPE tokenizer of characters, as SentencePiece's, with the file's own merges."""
+    """A BPE tokenizer of characters, as SentencePiece's, with the file's own merges.
+
+    Raises CheckpointError if the file has no merges.
+    """
     return _sentencepiece(v, _merges(v))
 
 
