@@ -104,7 +104,7 @@ class Link:
         return call
 
     async def ask(self, header: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Send a call whose answer is one frame, and return the frame's header.
+        """Send a call whose answer is one frame, and return the frame's header, a dict.
 
         Raises LinkLost if the connection ends, TimeoutError after `timeout` seconds.
         """

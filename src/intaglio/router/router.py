@@ -91,14 +91,14 @@ class Router:
         self.replicas[name].report = report
 
     def drain(self, name: str) -> list[Job]:
-        """Place no more jobs on a replica. Returns its jobs, which the caller may pass to resubmit() to move them."""
+        """Place no more jobs on a replica. Returns a list of its jobs; the caller may move them by resubmit()."""
         self.replicas[name].state = "draining"
         return [a.job for a in self.replicas[name].jobs.values()]
 
     def died(self, name: str) -> list[Job]:
         """Note that a replica is gone.
 
-        Returns the jobs it had, in the order of their placement; they are no longer placed.
+        Returns a list of the jobs it had, in the order of their placement. They are no longer placed.
         """
         replica = self.replicas[name]
         replica.state = "dead"
@@ -142,9 +142,9 @@ class Router:
         self.queue.push(job)
 
     def dispatch(self, now: float) -> list[Placement]:
-        """Place queued jobs, in fair order, on replicas that have room. Returns the Placements made, in order.
+        """Place queued jobs, in fair order, on replicas that have room. Returns a list of the Placements, in order.
 
-        Call it after every change.
+        Call this after every change of jobs or replicas.
         """
         placed: list[Placement] = []
         ahead: Counter[str] = Counter()  # prompt tokens of jobs that wait for a full replica

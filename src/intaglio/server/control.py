@@ -64,7 +64,8 @@ async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], byte
 async def control_channel(app: ASGIApp, service: Service, where: Path | TcpAddress) -> AsyncIterator[None]:
     """Async context manager that serves the control channel until the block ends, and logs its address over TCP.
 
-    where: path of a Unix socket that only processes of this user may connect to, or an address with a token.
+    where: path of a Unix socket that only processes of this user may connect to, or an address with a token. Raises
+    OSError if the path or address cannot be bound.
     """
     connections: set[Connection] = set()
 

@@ -60,7 +60,7 @@ class Relay:
         return {**vars(self), "deltas": [write_delta(d) for d in self.deltas]}
 
     def prepared(self, prompts: list[Prepared], engine: tuple[str, str, str]) -> list[Prepared]:
-        """A copy of the prompts with timeouts shortened by `waited`, and with the router's seed where they have none.
+        """A list of copies of the prompts: timeouts are shortened by `waited`, and a missing seed is the router's.
 
         Prompts of one request get different seeds. If output has begun, queue_timeout is dropped. engine:
         ServedModel.identity of this replica. Raises Problem 503 if it differs from `made_by`: this replica could then
