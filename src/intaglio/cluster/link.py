@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from intaglio.devices.processes.address import TcpAddress
 from intaglio.server import control_tcp
 from intaglio.server.control import pack, read_frame
-from intaglio.server.control_tcp import TcpAddress
 
 RETRY = 0.2  # seconds between attempts to connect
 Frame = tuple[dict[str, Any], bytes]
