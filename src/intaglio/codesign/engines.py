@@ -124,7 +124,11 @@ class EngineTimes:
         self.graphs = times if launch is None else times.on(times.target.with_library(launch_s=launch))
 
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
-        """(seconds, joules of all chips of the server) of one step. Arguments as for StepTimes.cost()."""
+        """(seconds, joules of all chips of the server) of one step.
+
+        decoding: sequences that get one token each. context: their mean number of keys. chunks: (new tokens, keys up to
+        and including them, number of such prompts).
+        """
         if chunks:
             seconds, joules = self.times.cost(decoding, context, chunks)
             return seconds * self.profile.prefill_factor, joules

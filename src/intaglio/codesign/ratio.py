@@ -165,8 +165,9 @@ def search(
 def confirmed(first: Kind, second: Kind, found: Ratio, question: Question) -> ApartResult | None:
     """The ApartResult of serving with the ratio `found`, by the queues in virtual time.
 
-    The number of open requests is reduced until the limits are kept; None if they are still broken after TRIES tries.
-    Raises ValueError as serve_apart() does.
+    first, second: kinds of prefill and decode servers. The number of open requests is reduced until the limits are
+    kept. None if they are still broken after TRIES tries, or with one request.
+    Raises ValueError for a request that a cache cannot hold, or with fewer than two output tokens.
     """
     apart = Apart(first.of(found.prefill), second.of(found.decode), first.settings, second.settings)
     open_ = found.concurrency

@@ -358,7 +358,8 @@ class Device(ABC):
         """Load a replacement for the executable `lost`, whose device is gone. Returns the new Executable.
 
         Programs and weights are those of `lost`. The replacement's `state_kept` is True if it has the K/V cache
-        of `lost`. Raises the errors of load(), and ReplacementRefused if its results would have other bits.
+        of `lost`. Raises ReplacementRefused if its results would have other bits, ProgramError for a Program that
+        breaks a rule, and DeviceError if the device cannot run it.
         """
         return self.load(program, weights, state)
 

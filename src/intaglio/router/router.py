@@ -46,8 +46,8 @@ class Placement:
 class Router:
     """Queue of jobs, and their placement on replicas.
 
-    policy: a name in POLICIES. weights: weight of each tenant by name (see FairQueue). Raises ValueError for an unknown
-    policy and for an invalid weight.
+    policy: a name in POLICIES. limits: limits of the queue. weights: weight of each tenant by name (see FairQueue).
+    Raises ValueError for an unknown policy and for an invalid weight.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class Router:
     # Inside
 
     def _takers(self, stage: str) -> list[Replica]:
-        """The replicas that may be given jobs of this stage now, as a list.
+        """The replicas that may be given jobs of a stage now, as a list. stage: "all" or "prefill", see Job.
 
         Prefill replicas take whole requests only if no other replica takes any. A job of stage "prefill" goes to any
         replica if no prefill replica is left.

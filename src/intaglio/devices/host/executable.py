@@ -67,11 +67,14 @@ class HostExecutable(RankExecutable):
     """A Program as native ops with packed weights, K/V cache and recurrent state.
 
     Attributes:
+        program: the Program.
+        threads: number of CPU threads.
+        isa: name of the instruction set that its kernels use.
         layout: packing and buffers, derived from the Program.
         matrices: packed weights by name.
         packed_bytes: size of the packed weights in bytes.
         image: the file on disk that holds the packed weights, or None.
-        state_in_file: the whole K/V cache is in the state file.
+        state_in_file: True if the whole K/V cache is in the state file.
     """
 
     def __init__(

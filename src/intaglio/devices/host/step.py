@@ -37,7 +37,7 @@ class Draws:
 
 
 class Timings(Mapping[str, float]):
-    """Seconds by site: a mapping that builds its dict when it is first read.
+    """Seconds by site: a mapping that builds its dict when it is first read. seconds: array [number of sites].
 
     Building it takes as long as the rest of a small step's Python, and would count as part of the step.
     """
