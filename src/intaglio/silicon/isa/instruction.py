@@ -35,7 +35,7 @@ class Cost:
     """Cost of an instruction: cycles of its engine, or bytes through a resource shared with other cores.
 
     Attributes:
-        cycles: of the engine.
+        cycles: of the engine; of a transfer, the fewest that it takes.
         bytes: if not 0, the time follows from the bandwidth that the transfers in flight leave.
         resource: of the bytes: "hbm" or "link".
         latency_s: seconds from the end of the instruction until its result is visible to others.
