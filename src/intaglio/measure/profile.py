@@ -121,7 +121,12 @@ class Profile:
 
 @dataclass(frozen=True)
 class Sample:
-    """Timings of one run of a phase: `wall` seconds in all, and seconds by folded site."""
+    """Timings of one run of a phase.
+
+    Attributes:
+        wall: seconds in all.
+        sites: seconds by folded site.
+    """
 
     wall: float
     sites: Counter[str]

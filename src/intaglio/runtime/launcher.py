@@ -23,9 +23,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """A step that is running on the device: its sequences, the token rows (chunk) of each, and the pending result.
+    """A step that is running on the device.
 
-    retried: True if this is the second attempt of a step with a single sequence.
+    Attributes:
+        scheduled: the step's sequences.
+        chunks: the token rows (Chunk) of each.
+        pending: the result to wait for.
+        retried: True if this is the second attempt of a step with a single sequence.
     """
 
     scheduled: list[ScheduledSequence]
@@ -36,7 +40,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Completed:
-    """A launch that the device has completed: its sequences, the token rows (chunk) of each, and the result."""
+    """A launch that the device has completed.
+
+    Attributes:
+        scheduled: the step's sequences.
+        chunks: the token rows (Chunk) of each.
+        result: the step's result.
+    """
 
     scheduled: list[ScheduledSequence]
     chunks: list[Chunk]

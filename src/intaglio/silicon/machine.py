@@ -63,29 +63,50 @@ class RunResult:
 
 @dataclass
 class Core:
-    """State of one core during a run. Lists have one item for each of ENGINES."""
+    """State of one core during a run. Lists have one item for each of ENGINES.
+
+    Attributes:
+        stream: the core's Stream.
+        memory: the memory spaces that the core addresses.
+        queues: the engine's instructions, in order.
+        started: number of instructions started.
+        finished: number of instructions whose result is visible.
+        busy: True while the engine runs an instruction.
+        free_at: seconds at which the engine last started or ended an instruction.
+        visible_at: seconds at which the last result becomes visible.
+        last_finished: name of the engine that finished an instruction last; "": none has.
+    """
 
     stream: Stream
     memory: CoreMemory
     queues: list[list[Instruction]]
-    started: list[int] = field(default_factory=lambda: [0] * len(ENGINES))  # instructions issued
-    finished: list[int] = field(default_factory=lambda: [0] * len(ENGINES))  # instructions whose result is visible
+    started: list[int] = field(default_factory=lambda: [0] * len(ENGINES))
+    finished: list[int] = field(default_factory=lambda: [0] * len(ENGINES))
     busy: list[bool] = field(default_factory=lambda: [False] * len(ENGINES))
-    free_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))  # seconds
-    visible_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))  # of the last result, seconds
-    last_finished: str = ""  # the engine that finished an instruction last
+    free_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))
+    visible_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))
+    last_finished: str = ""
 
 
 @dataclass
 class Transfer:
-    """A transfer in progress: an instruction that moves bytes between core and HBM, through the L2, or over a link."""
+    """A transfer in progress: an instruction that moves bytes between core and HBM, through the L2, or over a link.
+
+    Attributes:
+        core: number of the core.
+        engine: number of the engine that runs the instruction.
+        cost: the instruction's Cost.
+        bytes_left: bytes still to move.
+        start: seconds from the start of the run.
+        hbm_bytes: bytes that the L2 meanwhile reads from HBM or writes back to it.
+    """
 
     core: int
     engine: int
     cost: Cost
     bytes_left: float
-    start: float  # seconds
-    hbm_bytes: float = 0.0  # that the L2 reads from HBM or writes back to it meanwhile
+    start: float
+    hbm_bytes: float = 0.0
 
 
 def l2_of(target: Target) -> Cache:

@@ -81,7 +81,13 @@ class Coded:
 
 @dataclass(frozen=True)
 class Stored:
-    """Contents of a checkpoint's files: dtypes and shapes by tensor name, and a function that reads a tensor."""
+    """Contents of a checkpoint's files.
+
+    Attributes:
+        dtypes: the dtype of each tensor, as safetensors calls it, by the tensor's name.
+        shapes: the shape of each tensor by its name.
+        read: function from a tensor's name to its values as stored.
+    """
 
     dtypes: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]

@@ -304,7 +304,12 @@ def group_bytes_per_s(chip: ChipSpec, chips: int) -> float:
 
 @dataclass(frozen=True)
 class ChunkRegions:
-    """Regions in HBM of one chip's input and output chunks, by chunk number."""
+    """Regions in HBM of one chip's chunks.
+
+    Attributes:
+        inputs: the chip's input chunks, {chunk number: region}.
+        outputs: the chip's output chunks, {chunk number: region}.
+    """
 
     inputs: Mapping[int, Region]
     outputs: Mapping[int, Region]
@@ -312,12 +317,18 @@ class ChunkRegions:
 
 @dataclass(frozen=True)
 class ChunkTile:
-    """Part of one chunk processed at a time, the same on every chip: its rows and columns, tag of its first message."""
+    """Part of one chunk processed at a time, the same on every chip.
+
+    Attributes:
+        chunk: number of the chunk.
+        rows, cols: the part's rows and columns of the chunk.
+        first_tag: tag of its first message.
+    """
 
     chunk: int
     rows: slice
     cols: slice
-    first_tag: int  # tag of its first message
+    first_tag: int
 
 
 class CollectiveBuilder:
