@@ -45,7 +45,7 @@ class Target:
         return known
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state to pickle: the two fields. The cached hash is left out, as hashes of text differ by process."""
+        """The state to pickle: a dict of the two fields, without the cached hash. Hashes of text differ by process."""
         return {"chip": self.chip, "library": self.library}
 
     def with_chip(self, **changes: Any) -> Target:

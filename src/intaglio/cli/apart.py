@@ -96,7 +96,8 @@ def given_pairs(
 ) -> list[tuple[str, str, ApartResult]]:  # fmt: skip
     """A list of (prefill layout, decode layout, ApartResult), one for each pair of layouts at each concurrency.
 
-    Arguments as for apart_table(). Raises ValueError if there are not as many prefill as decode layouts.
+    Arguments as for apart_table(). Raises ValueError if there are not as many prefill as decode layouts, ChipError if a
+    model does not fit.
     """
     from intaglio.codesign.disaggregated import Apart, serve_apart
     from intaglio.codesign.placement import Placement
@@ -153,7 +154,7 @@ def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]]
 
 
 def cells(first: str, second: str, r: ApartResult) -> tuple[str, ...]:
-    """One row of the table: a text for each of HEADERS. first, second: layouts of the prefill and decode servers."""
+    """A tuple with one row of the table: a text for each of HEADERS. first, second: layouts of prefill and decode."""
     return (
         first, second, f"{r.concurrency:,}", whole(r.ttft * 1e3), f"{r.tpot * 1e3:,.1f}", f"{1 / r.tpot:,.0f}",
         whole(r.tokens_per_s / r.chips), f"{r.tokens_per_s / r.watts:,.2f}", f"{r.watts / r.chips:,.0f}",

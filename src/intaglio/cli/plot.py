@@ -48,7 +48,7 @@ def no_chart(path: Path) -> None:
 
 
 def ticks(most: float) -> list[float]:
-    """Round numbers from 0 to the first one at or above `most`, about TICKS of them."""
+    """A list of round numbers at equal distances, from 0 to the first one at or above `most`, about TICKS of them."""
     if not 0 < most < math.inf:
         return [0.0, 1.0]
     raw = most / TICKS

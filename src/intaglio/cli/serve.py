@@ -17,7 +17,7 @@ from intaglio.cli.progress import progress_bar
 from intaglio.progress import prefixed
 
 if TYPE_CHECKING:
-    from intaglio.server.control_tcp import TcpAddress
+    from intaglio.devices.processes.address import TcpAddress
 
 
 def state_cache_bytes(text: str) -> int | None:
@@ -63,7 +63,8 @@ def control_address(text: str | None) -> Path | TcpAddress | None:
     """
     if text is None or not text.startswith("tcp://"):
         return None if text is None else Path(text)
-    from intaglio.server.control_tcp import TOKEN_VARIABLE, TcpAddress
+    from intaglio.devices.processes.address import TcpAddress
+    from intaglio.server.control_tcp import TOKEN_VARIABLE
 
     token = os.environ.get(TOKEN_VARIABLE)
     if token is None:

@@ -122,7 +122,7 @@ def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
 
 
 def used(p: Phase) -> tuple[str, ...]:
-    """The cells of the columns USED: percent of peak FLOP/s, HBM bandwidth and link bandwidth that a step uses.
+    """A tuple of the cells of the columns USED: percent of peak FLOP/s, HBM and link bandwidth that a step uses.
 
     FLOP/s are those of all chips; HBM and links are those of the slowest pipeline stage.
     """

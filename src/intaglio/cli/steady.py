@@ -148,7 +148,7 @@ def conclude(question: Question, designs: Sequence[Design], by: str) -> None:
 
 
 def cells(d: Design) -> tuple[str, ...]:
-    """One row of the table: a text for each of HEADERS."""
+    """A tuple with one row of the table: a text for each of HEADERS."""
     mark = ("q" if d.confirmed else "") + ("" if d.within else "*")
     return (
         d.chip, str(d.placement), f"{d.concurrency:,}{mark}", whole(d.ttft * 1e3), f"{d.tpot * 1e3:,.1f}",

@@ -196,6 +196,8 @@ class Backends:
 
     def pump(self) -> None:
         """Place the queued jobs that can be placed now, and wake the tasks that wait for them in place()."""
+        if not self.router.queue:
+            return
         for placement in self.router.dispatch(self.clock()):
             waiter = self.waiting.get(placement.job.id)
             if waiter is not None and not waiter.done():  # else its client has left, and ended() follows

@@ -146,7 +146,7 @@ class Cluster:
         self.incidents.append((time.time(), what.partition("\n")[0][:INCIDENT]))
 
     def _enrol(self, roles: Sequence[Role]) -> dict[str, asyncio.Future[None]]:
-        """Add one more replica for each of `roles` and begin to start it. Returns their starts, by name."""
+        """Add one more replica for each of `roles` and begin to start it. Returns a dict {name: its start}."""
         starts: dict[str, asyncio.Future[None]] = {}
         for role in roles:
             name = f"{INITIALS[role]}{self._numbers[role]}"

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from intaglio.devices.processes.address import TcpAddress
 from intaglio.server import control_tcp
 from intaglio.server.control import pack, read_frame
-from intaglio.server.control_tcp import TcpAddress
 
 RETRY = 0.2  # seconds between attempts to connect
 Frame = tuple[dict[str, Any], bytes]
@@ -104,7 +104,7 @@ class Link:
         return call
 
     async def ask(self, header: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Send a call whose answer is one frame, and return the frame's header.
+        """Send a call whose answer is one frame, and return the frame's header, a dict.
 
         Raises LinkLost if the connection ends, TimeoutError after `timeout` seconds.
         """

@@ -16,7 +16,8 @@ from typing import Protocol, TypeVar
 
 from intaglio.cluster.link import Link
 from intaglio.devices.processes import child_environment
-from intaglio.server.control_tcp import TOKEN_VARIABLE, TcpAddress
+from intaglio.devices.processes.address import TcpAddress
+from intaglio.server.control_tcp import TOKEN_VARIABLE
 
 T = TypeVar("T")
 

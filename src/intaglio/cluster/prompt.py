@@ -45,7 +45,7 @@ def make_job(
         tenant: name of the tenant that is charged.
         output: mean output length of recent requests, in tokens.
     """
-    salt = json.dumps([body.get("model"), body.get("cache_salt")]).encode()
+    salt = repr((body.get("model"), body.get("cache_salt"))).encode("utf-8", "surrogatepass")
     pieces = list(_pieces(body))
     keys = prefix_keys(salt, pieces)
     rest = sum(map(len, pieces)) - len(keys) * CHUNK_BYTES

@@ -26,7 +26,7 @@ from intaglio.cluster.link import Link
 from intaglio.cluster.process import STARTING, STOPPING, Launched, ReplicaFailed
 from intaglio.cluster.ray_actor import ReplicaActor
 from intaglio.cluster.threads import threads_that_fit
-from intaglio.server.control_tcp import TcpAddress
+from intaglio.devices.processes.address import TcpAddress
 
 log = logging.getLogger("intaglio.cluster")
 PLACING = 300.0  # seconds that a replica may wait for a node with enough CPUs

@@ -130,7 +130,7 @@ class RelayedRequest:
         return call
 
     def _header(self, prefill: bool = False) -> dict[str, Any]:
-        """The header of a call to a replica, which has the deltas passed on so far; the replica computes the rest.
+        """The header of a call to a replica, a dict with the deltas passed on so far. The replica computes the rest.
 
         prefill: True if the replica should compute only the K/V of the prompt.
         """

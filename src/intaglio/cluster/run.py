@@ -53,7 +53,8 @@ async def run_cluster(
     """Run a cluster until SIGINT, SIGTERM or the command `down`. Returns the exit code.
 
     The code is 0, or 130 if it is ended before all replicas serve. The first signal lets running requests end, the
-    second ends them. Raises ReplicaFailed if a replica does not start.
+    second ends them. Raises ReplicaFailed if a replica does not start, and ValueError for an unknown policy, a wrong
+    weight or number of replicas, or if another cluster runs in the folder.
 
     Args:
         options: what to run.

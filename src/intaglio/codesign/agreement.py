@@ -67,7 +67,8 @@ def compare_kernel(on: Target, case: Case) -> KernelAgreement:
     """Time one call by the simulator and by the closed form. Returns a KernelAgreement with the seconds of each.
 
     The closed form counts activations in the format that the streams keep them in. Rounding the operand of a product
-    is not counted: it is a launch of its own that the closed form does not model.
+    is not counted: it is a launch of its own that the closed form does not model. Raises ChipError if the op has no
+    chip kernel.
     """
     on = on.with_library(activation_bytes=VALUE_BYTES)
     memory = ChipMemory(on, values=False)

@@ -96,7 +96,10 @@ def samples(tables: Mapping[str, Sequence[Row]], min_us: float) -> list[Sample]:
 
 
 def chosen(sample: Sample, points: int) -> np.ndarray:
-    """Indices of `points` rows at even quantiles of the latency; indices of all rows if `points` is 0 or too large."""
+    """An array of the indices of `points` rows at even quantiles of the latency.
+
+    The array has all rows, ordered by latency, if `points` is 0 or not below their number.
+    """
     order = np.argsort(sample.us, kind="stable")
     if not points or points >= len(order):
         return order
@@ -153,9 +156,9 @@ def merged(record: KernelRecord, field: str, value: Any) -> tuple[tuple[str, Any
 
 
 def spread(errors: np.ndarray) -> float:
-    """Spread of logarithmic errors: half of (median + mean) of their sizes, at least LEAST_SPREAD.
+    """Spread of logarithmic errors: half of (median + mean) of their absolute values, at least LEAST_SPREAD.
 
-    Sizes above 2 count as 2, so that a few rows do not decide.
+    Absolute values above 2 count as 2, so that a few rows do not decide.
     """
     size = np.minimum(np.abs(errors), 2.0)
     return max(LEAST_SPREAD, float(np.median(size) + size.mean()) / 2)
@@ -179,7 +182,7 @@ class Search:
         self.facts: dict[str, Any] = {}
 
     def parameters(self) -> list[str]:
-        """Names of the constants that change the predictions of some sample, in the order in which they are fitted."""
+        """A list of the names of the constants that change the predictions of some sample, in the order of fitting."""
         families = {FAMILY[s.table] for s in self.data}
         names = [
             n for f, many in CONSTANTS.items() if f in families or (not f and families != {"collectives"}) for n in many
@@ -197,7 +200,7 @@ class Search:
             return inf
 
     def affected(self, name: str) -> list[int]:
-        """Indices in `data` of the samples whose predictions the constant `name` changes.
+        """A list of the indices in `data` of the samples whose predictions the constant `name` changes.
 
         A constant of every family counts as changing all samples but collectives.
         """
@@ -252,8 +255,8 @@ class Search:
         """Try other values for the kernels' properties in FACTS, and keep those that are clearly more likely.
 
         Only families that the samples have are tried: first all properties of a family together, as each shipped
-        library has them, then each alone. Those of attention and experts are chosen for each format, because kernels
-        differ by format.
+        library has them, then each property alone. Properties of attention and experts are chosen for each format,
+        because kernels differ by format.
         """
         for i, sample in enumerate(self.data):
             family = FAMILY[sample.table]

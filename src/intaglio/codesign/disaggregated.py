@@ -21,7 +21,7 @@ from intaglio.measure.workload import LoadRequest
 
 @dataclass(frozen=True)
 class Apart:
-    """Servers of two kinds, those that compute prompts and those that decode: step times and settings of one of each.
+    """Servers that compute prompts and servers that decode: the step times and settings of one server of each kind.
 
     The number of servers of a kind is `replicas` of that kind's placement.
     """
@@ -54,7 +54,7 @@ class Apart:
         return self.chips > links.max_chips and links.node_bytes_per_s > 0
 
     def spread(self, request: LoadRequest, concurrency: int) -> list[float]:
-        """Start times in seconds of the first `concurrency` requests, evenly over the time that one of them takes."""
+        """A list of the first `concurrency` requests' start times in seconds, evenly over the time that one takes."""
         alone = self.prefill.cost(0, 1, [(request.prompt, request.prompt, 1)])[0]
         each = max(1, concurrency // self.decode.server.placement.replicas)
         taken = alone + request.output * self.decode.cost(each, request.prompt + request.output / 2)[0]

@@ -42,7 +42,7 @@ class FleetResult:
 
     @property
     def all(self) -> list[Outcome]:
-        """Outcomes of the requests of all replicas, one replica after another."""
+        """A list of the Outcomes of all requests, one replica after another."""
         return [o for mine in self.outcomes for o in mine]
 
 

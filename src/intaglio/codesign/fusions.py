@@ -53,7 +53,8 @@ class FusedKernel(ChipKernel):
 def fused_kernels(program: Program, fusions: Sequence[str]) -> list[ChipKernel]:
     """The kernels that an engine launches for a Program's ops, in order, as a list; routed experts are left out.
 
-    fusions: names in FUSIONS of what the engine fuses, splits or replaces. Raises ValueError for another name.
+    fusions: names of FUSIONS, for the ops that the engine fuses, splits or replaces. Raises ValueError for another
+    name, ChipError for an op without a chip kernel.
     """
     if unknown := sorted(set(fusions) - set(FUSIONS)):
         raise ValueError(f"unknown fusion {', '.join(unknown)}; there are {', '.join(FUSIONS)}")

@@ -118,7 +118,8 @@ class Row:
     def placement(self, phase: str = "") -> Placement:
         """How the chips share the model, as a Placement.
 
-        phase: "prefill_" or "decode_" for the servers of that kind in a row of mode disagg; "" for other rows.
+        phase: "prefill_" or "decode_" for the servers of that kind in a row of mode disagg; "" for other rows. Raises
+        LayoutError if the row's sizes do not fit each other.
         """
         sizes = [max(1, self.number(phase + name)) for name in ("tp_size", "pp_size", "attention_dp_size")]
         (tp, pp, dp), expert = sizes, [max(1, self.number(f"{phase}moe_{w}_size")) for w in ("tp", "ep")]
@@ -185,7 +186,8 @@ def whole(card: str) -> Program:
 def times(card: str, on: Target, placement: Placement, how: Formats, fusions: tuple[str, ...]) -> StepTimes:
     """The StepTimes of a server. Equal arguments give the same object, which keeps its table of steps.
 
-    card: name of a shipped config. on: chip and kernel library. how: number formats. fusions: names of FUSIONS.
+    card: name of a shipped config. on: chip and kernel library. how: number formats. fusions: names of FUSIONS. Raises
+    the errors of Server.of() and of StepTimes.
     """
     return StepTimes(Server.of(whole(card), placement, how), on, fusions)
 

@@ -194,5 +194,5 @@ def violations(d: Draw) -> list[str]:
 
 
 def all_cards() -> list[str]:
-    """Names of the shipped configs."""
+    """A sorted list of the names of the shipped configs."""
     return sorted(cards())

@@ -149,7 +149,7 @@ def search(
     """A list of (prefill layout, decode layout, ApartResult) for pairs of layouts, the most output per chip first.
 
     Each pair has its best ratio for `chips` chips. A pair is left out if no ratio fills the chips within the limits, or
-    if its queues break a limit at every load tried.
+    if its queues break a limit at every load tried. Raises ValueError for responses of fewer than two tokens.
     """
     out: list[tuple[str, str, ApartResult]] = []
     pairs = [(a, b) for a in prefill for b in decode]
@@ -166,6 +166,7 @@ def confirmed(first: Kind, second: Kind, found: Ratio, question: Question) -> Ap
     """The ApartResult of serving with the ratio `found`, by the queues in virtual time.
 
     The number of open requests is reduced until the limits are kept; None if they are still broken after TRIES tries.
+    Raises ValueError as serve_apart() does.
     """
     apart = Apart(first.of(found.prefill), second.of(found.decode), first.settings, second.settings)
     open_ = found.concurrency

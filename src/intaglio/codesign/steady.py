@@ -50,10 +50,12 @@ class Estimate:
 def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrency: int) -> Estimate:
     """The Estimate of a server with `concurrency` requests open, each of `input` prompt and `output` new tokens.
 
-    A request holds one of the engine's sequences while its prompt is computed and while it decodes. Steps with prompts
-    take longer than steps that only decode, or with `s.mixed` False decode nothing. As many prompts start as responses
-    end, which gives the fraction of steps with prompts. If prompts need more than every step, fewer sequences decode.
-    Other requests wait, by Little's law. Raises ValueError if not one request fits the K/V cache.
+    times, s: step times and settings of the server. Raises ValueError if not one request fits the K/V cache.
+
+    The model: a request holds one of the engine's sequences while its prompt is computed and while it decodes. Steps
+    with prompts take longer than steps that only decode; with `s.mixed` False they decode nothing. As many prompts
+    start as responses end, which gives the fraction of steps with prompts. If prompts need more than every step, fewer
+    sequences decode. The other requests wait, by Little's law.
     """
     slots = min(concurrency, s.max_sequences, s.kv_tokens // (input + output))
     if slots < 1:
@@ -264,9 +266,9 @@ class Candidate:
     def largest(self, budget: int, most: int) -> Design | None:
         """The estimated Design with the largest load that keeps the limits; None if one open request alone breaks them.
 
-        budget: most tokens of a step. most: requests open at once, at most. Found by doubling and bisection, since
+        budget: most tokens of a step. most: most requests open at once. Found by doubling and bisection, since
         latencies grow with the load. The search stops where more requests add less than 1 % to the rate, since they
-        only wait.
+        only wait. Raises the errors of estimated().
         """
         best, low, high = None, 0, 1
         while high <= most:
@@ -360,7 +362,7 @@ def confirm(one: Candidate, design: Design) -> Design:
     """The Design of `one` by the simulated queue, with the load of `design`, or less until the limits are kept.
 
     There are up to 12 tries, each with 10 % fewer requests open than the one before. The last is returned even if it
-    breaks a limit.
+    breaks a limit. Raises the errors of Candidate.queued().
     """
     concurrency = design.concurrency // design.placement.replicas
     for _ in range(12):

@@ -216,7 +216,10 @@ class StepTimes:
         self.chips_per_stage = self.server.placement.chips_per_server // self.count
 
     def on(self, target: Target) -> StepTimes:
-        """The StepTimes of the same server on another target. Equal targets give the same object, with its table."""
+        """The StepTimes of the same server on another target. Equal targets give the same object, with its table.
+
+        Raises ChipError as StepTimes does.
+        """
         if target == self.target:
             return self
         if target not in self.others:
@@ -225,7 +228,7 @@ class StepTimes:
 
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
-        """The Plan of each pipeline stage, for libraries that overlap ops."""
+        """A tuple with the Plan of each pipeline stage, for libraries that overlap ops."""
         return Plan.of(self.server.stages, self.target)
 
     def _parts(self, own: Program, experts: Program) -> list[Part]:

@@ -42,7 +42,8 @@ def integers(row: Row, *names: str) -> list[int]:
 def matmul(on: Target, row: Row) -> float:
     """Modelled seconds of the matrix product that a row describes.
 
-    With 8-bit weights it includes the kernels that quantise bf16 activations.
+    With 8-bit weights they include the kernels that quantise bf16 activations. Raises ChipError if the chip's arrays do
+    not take the row's format.
     """
     m, n, k = integers(row, "m", "n", "k")
     format = FORMAT[row["dtype"]]
@@ -56,7 +57,10 @@ def matmul(on: Target, row: Row) -> float:
 
 
 def attention(on: Target, row: Row) -> float:
-    """Modelled seconds of the attention call that a row describes, with the write of its keys and values."""
+    """Modelled seconds of the attention call that a row describes, with the write of its keys and values.
+
+    Raises ChipError if the chip's arrays do not take the row's format.
+    """
     batch, q, before, heads, kv, d, window = integers(
         row, "batch", "query_len", "context_len", "n_heads", "n_kv_heads", "head_dim", "window"
     )
@@ -69,13 +73,16 @@ def attention(on: Target, row: Row) -> float:
 
 
 def collective(on: Target, row: Row) -> float:
-    """Modelled seconds of the collective that a row describes."""
+    """Modelled seconds of the collective that a row describes. Raises ChipError if the chip cannot run it."""
     n, moved = integers(row, "n_chips", "bytes")
     return collective_timing(on, COLLECTIVE.get(row["op"], row["op"]), n, moved).seconds
 
 
 def experts(on: Target, row: Row) -> float:
-    """Modelled seconds of the layer of routed experts that a row describes, on the rank with the most rows."""
+    """Modelled seconds of the layer of routed experts that a row describes, on the rank with the most rows.
+
+    Raises ChipError if the chip's arrays do not take the row's format.
+    """
     tokens, hidden, inner, top_k, n, tp, ep = integers(
         row, "tokens", "hidden", "intermediate", "top_k", "n_experts", "tp", "ep"
     )
@@ -176,7 +183,10 @@ def dtype_of(row: Row) -> str:
 
 
 def predict(on: Target, table: str, rows: Iterable[Row]) -> np.ndarray:
-    """Modelled microseconds of each row of a table, as an array [rows]."""
+    """Modelled microseconds of each row of a table, as an array [rows]. table: its name, a key of TABLES.
+
+    Raises ChipError if the chip cannot run a row's call.
+    """
     return np.array([TABLES[table](on, row) for row in rows]) * 1e6
 
 

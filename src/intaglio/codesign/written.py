@@ -87,7 +87,7 @@ def reasons_text(changed: dict[str, Any], why: str) -> list[str]:
 
 
 def new_files(folder: Path, name: str) -> tuple[Path, Path]:
-    """The paths of the chip's and the library's file, folder/NAME.toml and folder/NAME_library.toml, to be written.
+    """(path of the chip's file, path of the library's file): folder/NAME.toml and folder/NAME_library.toml.
 
     Raises ChipError if one of them exists.
     """

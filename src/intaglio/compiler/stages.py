@@ -47,8 +47,8 @@ def stage_of(p: Program, stages: int) -> list[int]:
 def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> Program:
     """The Program of one rank: the ops of stage number `stage` in the Program `p` of lane number `lane`.
 
-    A result that another stage reads is sent there, and received here if it comes from another stage. wire: format to
-    which values are rounded before they are sent.
+    Results that other stages read are sent there, and results that come from other stages are received. wire: format to
+    which values are rounded before they are sent. Raises LayoutError as stage_of() does.
     """
     at = stage_of(p, layout.pp)
     maker = {name: at[i] for i, op in enumerate(p.ops) for name in op.outputs}

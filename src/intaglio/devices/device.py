@@ -291,7 +291,7 @@ class RankExecutable(BlockingExecutable):
         """Generator of one step that yields at each collective and returns the StepResult.
 
         It yields (collective op, this rank's input) and is resumed with this rank's output, which the caller
-        has computed from the inputs of all ranks.
+        has computed from the inputs of all ranks. Raises DeviceError for a batch that does not fit.
         """
 
     def run(self, request: StepRequest) -> StepResult:
@@ -388,9 +388,10 @@ def check_blocks(state: StateSpec, block_bytes: int, blocks: Sequence[int], cont
 
 
 def limits(program: Program, state: StateSpec) -> dict[str, int]:
-    """The limits of the values in a batch, by name: token id, position, slot, block and state slot.
+    """A dict of the limits of the values in a batch. A value must be below its limit.
 
-    A value must be below its limit. A Program without a vocabulary has the largest int32 as limit of token ids.
+    The keys are token id, position, slot, block, state slot, window slot and window block, in this order. A Program
+    without a vocabulary has the largest int32 as limit of token ids.
     """
     return {
         "token id": program.vocabulary or np.iinfo(np.int32).max,

@@ -101,9 +101,9 @@ class OracleExecutable(BlockingExecutable):
         return batch.block_table[s, at // batch.block_size] * batch.block_size + at % batch.block_size
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step and return its StepResult. Every chunk is written before any row is sampled.
+        """Run one step and return its StepResult, without taps and timings.
 
-        Taps and timings are empty.
+        Every chunk is written before any row is sampled. Raises DeviceError for a batch that does not fit.
         """
         batch = request.batch
         check_batch(self.program, self.state, batch)

@@ -62,7 +62,10 @@ class ChipExecutable(BlockingExecutable):
         self.loaded_bytes = self.memory.heap.top  # end of weights, constants and caches
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step and return its StepResult. `timed` is ignored: SiliconExecutable models the time."""
+        """Run one step and return its StepResult. `timed` is ignored: SiliconExecutable models the time.
+
+        Raises DeviceError for a batch that does not fit.
+        """
         batch, taps = request.batch, request.taps
         check_batch(self.program, self.state, batch)
         memory, t = self.memory, self.program.tensors

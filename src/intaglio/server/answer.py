@@ -384,11 +384,14 @@ def usage(submission: Submission, generated: bool, reasoning: int | None = None)
 
 
 def modelled(submission: Submission, by: str) -> dict[str, Any]:
-    """Modelled times, in seconds, of a finished request on simulated chips, as a dict. `by` names the chips.
+    """A dict of the modelled times of a finished request on simulated chips. by: name of the chips.
 
-    Keys: by; time_to_first_token_seconds, of the earliest choice; time_per_output_token_seconds, the mean over all
-    tokens after the first of their choice; seconds, until the latest choice ended. A time is None if too few tokens
-    were generated.
+    - by: as given.
+    - time_to_first_token_seconds: that of the earliest choice.
+    - time_per_output_token_seconds: the mean over all tokens after the first of their choice.
+    - seconds: time until the latest choice ended.
+
+    A time is None if too few tokens were generated.
     """
     all = [u for u in submission.usages if u]
     begun = [(u, u.first_token) for u in all if u.first_token is not None]

@@ -73,9 +73,8 @@ class Metrics:
         """Add a model's series and return them as ModelMetrics.
 
         name: the model's name. look: function that returns the engine's latest Snapshot. facts: properties of the K/V
-        cache, as labels of cache_config_info.
-        clock: the engine's modelled clock in seconds; None if its times are measured. tier: counts of the tier that
-        keeps its K/V blocks, if there is one.
+        cache, as labels of cache_config_info. clock: the engine's modelled clock in seconds; None if its times are
+        measured. tier: counts of the tier that keeps its K/V blocks; None without a tier.
         """
         labels = dict(zip(LABELS, (name, "0"), strict=True))
         histograms = {title: family.labels(**labels) for title, family in self.families.items()}

@@ -79,7 +79,7 @@ class Prefill:
                 await asyncio.to_thread(tier.renew, self.lease, LEASE)
 
     def _names(self, *requests: Request) -> list[str]:
-        """Names of the full blocks of these requests' prompts, without repetitions; by default of all prompts."""
+        """A list of the names of the full blocks of these requests' prompts, each once; by default of all prompts."""
         names = self.model.driver.engine.block_names
         chosen = requests or [p.request for p in self.prompts]
         return list(dict.fromkeys(name for r in chosen for name in names.of(r.prompt, r.salt)))

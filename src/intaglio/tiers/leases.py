@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LONGEST = 600.0  # seconds; a lease that seems to last longer is damaged, or the clock was set back
-LOCK_WAIT = 5.0  # seconds that taking or renewing a lease may wait while another process takes one or evicts
+LOCK_WAIT = 5.0  # seconds that taking or renewing a lease, or evicting, may wait while another process does so
 LOCK_LOOK = 0.01  # seconds between attempts to lock
 SUFFIX = ".lease"
 SECOND = 10**9  # ns
@@ -38,11 +38,11 @@ class Leases:
         LOCK_WAIT seconds, and OSError if the lease cannot be written; then nothing is pinned.
         """
         lease = secrets.token_hex(16)
-        _ends(seconds)  # before anything is written
+        check_seconds(seconds)  # before anything is written
         body = "\n".join(names).encode()
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         partial = self.folder / f".{lease}"
-        with self.locked(LOCK_WAIT):
+        with self.locked():
             ends = _ends(seconds)
             try:
                 partial.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
@@ -62,9 +62,9 @@ class Leases:
         Raises ValueError unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for
         LOCK_WAIT seconds.
         """
-        _ends(seconds)
+        check_seconds(seconds)
         try:
-            with self.locked(LOCK_WAIT):
+            with self.locked():
                 if self.names(lease) is None:
                     return False
                 ends = _ends(seconds)
@@ -107,19 +107,15 @@ class Leases:
         return found
 
     @contextmanager
-    def locked(self, patience: float | None = None) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Context manager in which no other process or thread takes a lease or evicts.
 
-        patience: seconds to wait for the others, after which TimeoutError is raised; None: no limit. Raises
-        OSError if the folder cannot be locked.
+        Raises TimeoutError if others lock the folder for LOCK_WAIT seconds, OSError if it cannot be locked.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if patience is None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            else:
-                _lock(file, patience)
+            _lock(file, LOCK_WAIT)
             yield
         finally:
             os.close(file)
@@ -154,10 +150,15 @@ def _lock(file: int, patience: float) -> None:
         time.sleep(LOCK_LOOK)
 
 
-def _ends(seconds: float) -> int:
-    """The time `seconds` from now, ns since the epoch. Raises ValueError unless 0 < seconds <= LONGEST."""
+def check_seconds(seconds: float) -> None:
+    """Raise ValueError unless 0 < seconds <= LONGEST. Returns nothing."""
     if not 0 < seconds <= LONGEST:
         raise ValueError(f"a lease of {seconds} s; allowed: above 0, at most {LONGEST:g} s")
+
+
+def _ends(seconds: float) -> int:
+    """The time `seconds` from now, ns since the epoch. Raises ValueError unless 0 < seconds <= LONGEST."""
+    check_seconds(seconds)
     return time.time_ns() + int(seconds * SECOND)
 
 

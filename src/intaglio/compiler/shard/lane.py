@@ -46,7 +46,10 @@ class Lane:
         self.split: set[str] = set()
 
     def run(self) -> Program:
-        """Apply the sharding rule of every op and return the Program of this lane."""
+        """Apply the sharding rule of every op and return the Program of this lane.
+
+        Raises LayoutError for an op without a rule, or if an op or a weight cannot be divided like this.
+        """
         for t in self.p.of_role("state"):
             self.keep(t.name, self.plan.get(t.name), axis=2)
         for op in self.p.ops:
@@ -88,8 +91,8 @@ class Lane:
     def keep(self, name: str, shares: list[Share] | None = None, axis: int = 0, as_: str = "") -> str:
         """Add a tensor of the whole Program (weight, const or state), or this lane's share of it, to this lane.
 
-        shares: every lane's share along `axis`; None: the whole tensor. as_: name of the tensor here; "": the same
-        name. Returns the name here.
+        Returns the tensor's name here. shares: every lane's share along `axis`; None: the whole tensor. as_: name of
+        the tensor here; "": the same name. Raises LayoutError if the cut would split a group of a quantised weight.
         """
         t = self.p.tensors[name]
         if shares:
@@ -112,6 +115,8 @@ class Lane:
             parts: every part's share of rows or columns along `axis`; empty: the matrices stay whole.
             part: index in `parts` of this lane's share.
             axis: axis of the stack along which the matrices are cut.
+
+        Raises LayoutError if a cut would split a group of a quantised weight.
         """
         t = self.p.tensors[name]
         t = self.fitted(t, parts, axis) if parts else t

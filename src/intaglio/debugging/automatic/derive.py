@@ -155,7 +155,7 @@ def _variant(tiny: TinyModels, changes: dict[str, Any]) -> Variant:
 
 
 def _ignored(trace: Trace, prefix: str) -> tuple[str, ...]:
-    """The value of Family.ignored: a pattern such as *.cross_attn. for each part of a layer that is never called.
+    """The value of Family.ignored: a tuple of patterns such as *.cross_attn., for parts of layers never called.
 
     prefix: the part of a weight's name before the list of layers.
     """
@@ -327,7 +327,8 @@ def _brief(v: Variant) -> str:
 def deviation(path: Path, family: Family, model: Any) -> float:
     """Error max |ours - theirs| / max |theirs| of a port's logits in prefill and decode; infinity if one is NaN.
 
-    path: a checkpoint of the transformers model `model`. family: the port.
+    path: a checkpoint of the transformers model `model`. family: the port. Raises PortError or CheckpointError if the
+    port cannot load the checkpoint.
     """
     import torch
 

@@ -238,7 +238,7 @@ def _mixture(m: Facts, block: str) -> Facts:
 
 
 def rope_kinds(ropes: list[Rotation]) -> list[int]:
-    """The number of each layer's rotation among the different ones, from 0, as a list; -1 for layers without rope."""
+    """A list with the number of each layer's rotation: distinct ones are counted from 0; -1 for a layer without."""
     seen: list[Rotation] = []
     out = []
     for r in ropes:

@@ -129,7 +129,7 @@ def _full(call: Call, name: str, under: str) -> str:
 
 
 def _hidden(block: Call, like: np.ndarray) -> np.ndarray:
-    """The first floating-point argument of a block that has the shape of `like`, the residual.
+    """The first floating-point argument, an array, of a block that has the shape of `like`, the residual.
 
     Raises Unmatched if there is none.
     """

@@ -45,12 +45,12 @@ class Call:
 
     @property
     def x(self) -> np.ndarray:
-        """The first tensor argument of the call."""
+        """The first tensor argument of the call, as an array."""
         return self.inputs[0]
 
     @property
     def y(self) -> np.ndarray:
-        """The first tensor result of the call."""
+        """The first tensor result of the call, as an array."""
         return self.outputs[0]
 
 

@@ -150,7 +150,10 @@ def _image(
 
 
 def _arrays(program: Program, layout: HostLayout, weights: Weights, state: StateSpec) -> dict[str, Value]:
-    """Weights, constants and zeroed state for Python kernels, as a dict by name, as Op.reference() takes them."""
+    """Weights, constants and zeroed state for Python kernels, as a dict by name, as Op.reference() takes them.
+
+    Raises DeviceError as assemble() and zeroed_state() do.
+    """
     found: dict[str, Value] = {}
     for t in (program.tensors[name] for name in sorted(layout.arrays)):
         if t.role == "weight":
@@ -179,7 +182,10 @@ class _Loader:
         return t.role in ("temp", "output") or t.name in self.layout.native
 
     def declare(self, t: Tensor) -> int:
-        """Declare a tensor to the native executable. Returns its number there."""
+        """Declare a tensor to the native executable. Returns its number there.
+
+        Raises DeviceError for state that the StateSpec has no room for, and for weights that do not fit.
+        """
         if t.role == "const":
             return self.native.vector(np.array(t.values, np.float32))
         if t.role == "state" and t.shape[0] == "N":
@@ -211,7 +217,7 @@ class _Loader:
         return self.native.vector(self.vector(t))
 
     def vector(self, t: Tensor) -> np.ndarray:
-        """The values of a vector, or of a stack of vectors as one vector, f32.
+        """The values of a vector, or of a stack of vectors as one vector, as an f32 array of one dimension.
 
         The biases of gate and up of each expert are concatenated, as their matrices are packed together.
         """

@@ -65,7 +65,7 @@ class ExpertMoves:
         self.error: Exception | None = None
 
     def loads(self) -> dict[str, ExpertLoad]:
-        """The ExpertLoad of each layer, by site. Of the experts held, only those of this rank are named."""
+        """A dict {site: ExpertLoad} of all layers with experts. `held` names only the experts of this rank."""
         found = {}
         for site, (i, op) in self.ops.items():
             held = tuple(self.held[site] if r == op.rank else () for r in range(op.ranks))

@@ -128,7 +128,8 @@ class OpenJob:
 def read_job(message: memoryview, **options: object) -> OpenJob:
     """Read a Job from a message, open its device and weights, and return them as an OpenJob.
 
-    options: further arguments for the device.
+    options: further arguments for the device. Raises ProgramError for a wrong text of a Program, and the errors of the
+    functions that make the device and the weights.
     """
     r = Reader(message)
     content: Any = r.text(int(r.array(np.int64, 1)[0]))
