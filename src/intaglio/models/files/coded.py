@@ -71,8 +71,8 @@ class Coded:
     def read(self, reader: Reader, rows: slice | None = None) -> Value:
         """Read and decode the matrix, or a slice of its rows, and return its values or codes.
 
-        rows: start and stop are multiples of `step`, or the end. reader: returns the values of a stored tensor
-        by name.
+        rows: start and stop are multiples of `step`, or the end. reader: function from a
+        stored tensor's name to its values.
         """
         run = rows or slice(0, self.shape[0])
         value = self.decode(lambda name: self.parts[name].cut(reader(name), run))

@@ -304,12 +304,7 @@ def group_bytes_per_s(chip: ChipSpec, chips: int) -> float:
 
 @dataclass(frozen=True)
 class ChunkRegions:
-    """Regions in HBM of one chip's chunks.
-
-    Attributes:
-        inputs: the chip's input chunks, {chunk number: region}.
-        outputs: the chip's output chunks, {chunk number: region}.
-    """
+    """Regions in HBM of one chip's chunks: `inputs` and `outputs`, both {chunk number: region}."""
 
     inputs: Mapping[int, Region]
     outputs: Mapping[int, Region]
@@ -317,13 +312,7 @@ class ChunkRegions:
 
 @dataclass(frozen=True)
 class ChunkTile:
-    """Part of one chunk processed at a time, the same on every chip.
-
-    Attributes:
-        chunk: number of the chunk.
-        rows, cols: the part's rows and columns of the chunk.
-        first_tag: tag of its first message.
-    """
+    """Part of one chunk processed at a time: `rows`, `cols` of chunk number `chunk`, tag of its first message."""
 
     chunk: int
     rows: slice
