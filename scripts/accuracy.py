@@ -176,7 +176,7 @@ def agreement_table(found: dict[str, dict[str, list[float]]]) -> str:
     for kind, chips in found.items():
         median = max(chips, key=lambda c: chips[c][1])
         worst = max(chips, key=lambda c: chips[c][2])
-        calls = sorted({f"{count:.0f}" for count, *_ in chips.values()})
+        calls = [f"{count:.0f}" for count in sorted(count for count, *_ in chips.values())]
         rows.append(
             [kind, f"{len(chips)}", " to ".join(dict.fromkeys((calls[0], calls[-1]))),
              f"{np.median([c[1] for c in chips.values()]):.1%}", f"{chips[median][1]:.1%} ({median})",

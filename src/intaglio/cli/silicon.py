@@ -87,7 +87,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
 def modelled(program: Program, chip_name: str = "sohu") -> str:
     """Two lines of text: the modelled time of a prefill, and of the decode step after it, on a preset chip.
 
-    The prompt has 256 tokens, or what the context holds less one.
+    The prompt has 256 tokens, or one token less than the context if that is shorter.
     """
     from intaglio.silicon.plan import Plan
     from intaglio.silicon.sizes import BatchSizes
@@ -122,7 +122,7 @@ def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
 
 
 def used(p: Phase) -> tuple[str, ...]:
-    """The cells of the columns USED: percent of peak FLOP/s, HBM bandwidth and link bandwidth that a step uses.
+    """A tuple of the cells of the columns USED: percent of peak FLOP/s, HBM and link bandwidth that a step uses.
 
     FLOP/s are those of all chips; HBM and links are those of the slowest pipeline stage.
     """

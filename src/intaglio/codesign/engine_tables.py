@@ -30,9 +30,10 @@ COLUMNS["generation_attention"] = "attention_decode", COLUMNS["context_attention
 
 
 def translated(table: str, row: Row) -> dict[str, str] | None:
-    """A row of an engine's table with the column names of validate.py, and the name of its kernel in column `kernel`.
+    """A row of an engine's table as a dict by the column names of validate.py.
 
-    None if the row's number format is not one of FORMATS. table: name of the engine's table.
+    The column `kernel` has the name of the row's kernel. None if the row's number format is not one of FORMATS. table:
+    name of the engine's table, a key of COLUMNS.
     """
     _, columns = COLUMNS[table]
     out = {name: row[theirs] for name, theirs in columns.items()}

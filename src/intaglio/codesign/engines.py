@@ -22,16 +22,16 @@ class EngineProfile:
     """How a serving engine runs steps. Times are in seconds.
 
     Attributes:
-        name: of the engine.
+        name: the engine's name.
         description: one line, for listings.
         max_batch_tokens: most tokens of a step of one copy of attention.
         max_sequences: most sequences that run at once, for each copy of attention.
         mixed: prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         kv: format of the K/V cache with 8-bit and 4-bit weights.
-        step_s: of the host for each step.
-        sequence_s: of the host for each sequence of a step.
-        request_s: of the host for each request: HTTP, tokenizer, first text.
-        prompt_token_s: of the host for each token of a prompt.
+        step_s: the host's time for each step.
+        sequence_s: the host's time for each sequence of a step.
+        request_s: the host's time for each request: HTTP, tokenizer, first text.
+        prompt_token_s: the host's time for each token of a prompt.
         admission_steps: steps that a request waits for before it is admitted.
         graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph); None: the library's.
         decode_factor: seconds of a step that only decodes, for each second of its kernels alone.

@@ -149,7 +149,7 @@ class Simulation:
         target: chip and kernel library.
         plans: how each pipeline stage's ops are timed.
         chips: number of chips.
-        format: in which most FLOPs are done, see main_format().
+        format: name of the format in which most FLOPs are done, see main_format().
         programs: one rank's Program of each stage.
     """
 
@@ -211,7 +211,7 @@ class Simulation:
     def phase(self, name: str, sizes: BatchSizes, new: int) -> Phase:
         """Simulate one step and return it as a Phase called `name`.
 
-        sizes: of the step's batch. new: tokens that it yields.
+        sizes: sizes of the step's batch. new: number of tokens that the step yields.
         """
         timelines = tuple(plan.run(sizes) for plan in self.plans)
         return Phase(name, timelines, sizes.tokens + new, new, self.format, self.chips)
@@ -270,9 +270,9 @@ class LayoutResult:
 
     Attributes:
         layout: how the chips share the model.
-        mixed: that phase.
-        change: the change of CHANGES that helps most.
-        gain: speed-up by it.
+        mixed: the Phase.
+        change: name of the change, a key of CHANGES, that helps most.
+        gain: speed-up by that change; 1.0 means no effect.
     """
 
     layout: str

@@ -40,10 +40,10 @@ class Formats:
     """Number formats of a served model, as `intaglio simulate` takes them.
 
     Attributes:
-        weights: of weight matrices.
-        kv: of the K/V cache.
+        weights: format of weight matrices.
+        kv: format of the K/V cache.
         activations: auto, fp8, or "weights": the format of the weights, where the chip's arrays multiply it.
-        experts: of the matrices of routed experts; "": as `weights` says.
+        experts: format of the matrices of routed experts; "": as `weights` says.
     """
 
     weights: str = "auto"
@@ -114,7 +114,7 @@ class Server:
             share: fraction of each chip's HBM that may be filled.
             max_tokens: most tokens of a step of one copy of attention.
             max_sequences: most sequences of a step of one copy.
-            open_sequences: the result is at most what so many whole contexts take, for each copy; None: max_sequences.
+            open_sequences: for each copy, the result is at most this number of whole contexts; None: max_sequences.
 
         Raises ChipError if not even one K/V block fits.
         """
@@ -151,7 +151,7 @@ def weights_of(p: Program, of_experts: bool) -> set[str]:
 
 
 class Costs(Protocol):
-    """What a queue needs to know of a server: the number of copies of its attention, and what its steps cost."""
+    """Interface to a server's step times, as a queue uses it: the number of copies of attention, the cost of a step."""
 
     copies: int
 
@@ -216,7 +216,10 @@ class StepTimes:
         self.chips_per_stage = self.server.placement.chips_per_server // self.count
 
     def on(self, target: Target) -> StepTimes:
-        """The StepTimes of the same server on another target. Equal targets give the same object, with its table."""
+        """The StepTimes of the same server on another target. Equal targets give the same object, with its table.
+
+        Raises ChipError as StepTimes does.
+        """
         if target == self.target:
             return self
         if target not in self.others:
@@ -225,7 +228,7 @@ class StepTimes:
 
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
-        """The Plan of each pipeline stage, for libraries that overlap ops."""
+        """A tuple with the Plan of each pipeline stage, for libraries that overlap ops."""
         return Plan.of(self.server.stages, self.target)
 
     def _parts(self, own: Program, experts: Program) -> list[Part]:

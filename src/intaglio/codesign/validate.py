@@ -46,7 +46,8 @@ def integers(row: Row, *names: str) -> list[int]:
 def matmul(on: Target, row: Row) -> Timing:
     """The Timing of the matrix product that a row describes.
 
-    With 8-bit weights it includes the kernels that quantise bf16 activations.
+    With 8-bit weights they include the kernels that quantise bf16 activations. Raises ChipError if the chip's arrays do
+    not take the row's format.
     """
     m, n, k = integers(row, "m", "n", "k")
     format = FORMAT[row["dtype"]]
@@ -61,7 +62,10 @@ def matmul(on: Target, row: Row) -> Timing:
 
 
 def attention(on: Target, row: Row) -> Timing:
-    """The Timing of the attention call that a row describes, with the write of its keys and values."""
+    """The Timing of the attention call that a row describes, with the write of its keys and values.
+
+    Raises ChipError if the chip's arrays do not take the row's format.
+    """
     batch, q, before, heads, kv, d, window = integers(
         row, "batch", "query_len", "context_len", "n_heads", "n_kv_heads", "head_dim", "window"
     )
@@ -75,13 +79,19 @@ def attention(on: Target, row: Row) -> Timing:
 
 
 def collective(on: Target, row: Row) -> Timing:
-    """The Timing of the collective that a row describes."""
+    """The Timing of the collective that a row describes.
+
+    Raises ChipError if the chip cannot run it.
+    """
     n, moved = integers(row, "n_chips", "bytes")
     return collective_timing(on, COLLECTIVE.get(row["op"], row["op"]), n, moved)
 
 
 def experts(on: Target, row: Row) -> Timing:
-    """The Timing of the layer of routed experts that a row describes, on the rank with the most rows."""
+    """The Timing of the layer of routed experts that a row describes, on the rank with the most rows.
+
+    Raises ChipError if the chip's arrays do not take the row's format.
+    """
     tokens, hidden, inner, top_k, n, tp, ep = integers(
         row, "tokens", "hidden", "intermediate", "top_k", "n_experts", "tp", "ep"
     )
@@ -100,10 +110,10 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
     """Number of rows of each expert on the most loaded of `ep` ranks, as a tuple.
 
     Args:
-        tokens: in the batch; tokens * top_k rows are routed.
-        top_k: experts of each token.
-        n: experts on all ranks.
-        ep: ranks that share the experts.
+        tokens: number of tokens in the batch; tokens * top_k rows are routed.
+        top_k: number of experts of each token.
+        n: number of experts on all ranks.
+        ep: number of ranks that share the experts.
         load: "balanced", or "power_law_A": proportional to quantiles of a power law with exponent A, between 1 and 0.8
             * tokens, as in the benchmark.
         in_order: rows left over by rounding go to the experts with the most rows, the first of equal ones (the older
@@ -213,7 +223,10 @@ def dtype_of(row: Row) -> str:
 
 
 def predict(on: Target, table: str, rows: Iterable[Row]) -> np.ndarray:
-    """Modelled microseconds of each row of a table, as an array [rows]."""
+    """Modelled microseconds of each row of a table, as an array [rows]. table: its name, a key of TABLES.
+
+    Raises ChipError if the chip cannot run a row's call.
+    """
     return np.array([TABLES[table](on, row).seconds for row in rows]) * 1e6
 
 

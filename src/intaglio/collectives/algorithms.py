@@ -30,7 +30,7 @@ def output_slot(rank: int, chunk: int) -> Slot:
 def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a direct reduce-scatter: every rank sends each owner its chunks, and the owner adds them.
 
-    The owner of a chunk is the rank that gets its sum. It adds in the order of the group.
+    The owner of a chunk is the rank that gets its sum. The owner adds the contributions in the order of the group.
 
     Args:
         w: builder of the schedule.
@@ -110,7 +110,7 @@ def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place,
 def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a ring all-gather: P - 1 rounds for P ranks.
 
-    In the first round a rank sends its own chunks to the next rank, later what it received in the round before.
+    In the first round a rank sends its own chunks to the next rank, later the chunks received in the round before.
     Arguments as for scatter_direct().
     """
     n = len(group)
@@ -304,8 +304,8 @@ def _exchange(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
     - direct: one transfer for each pair of ranks.
     - ring: from rank to rank along the ring, in the shorter direction.
-    - two_step: directly to the opposite side; to a rank's own side in h parts, the k-th relayed by the k-th rank of the
-      opposite side.
+    - two_step: the ranks are two sides of h ranks. Chunks for the opposite side go directly. Chunks for a rank's own
+      side go in h parts; the k-th rank of the opposite side relays the k-th part.
 
     node is not used.
     """
@@ -329,7 +329,7 @@ def _exchange(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 def _relay(w: ScheduleBuilder, chunk: int, path: Sequence[int]) -> None:
     """Add to `w` the steps that move a chunk along the ranks `path`, one after the other.
 
-    It goes from the first rank's input slot to the last rank's output slot.
+    The chunk goes from the first rank's input slot to the last rank's output slot.
     """
     at = input_slot(path[0], chunk)
     for a, b in pairwise(path):

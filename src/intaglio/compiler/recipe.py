@@ -24,8 +24,9 @@ class Pass(NamedTuple):
     """A pass of the recipe.
 
     Attributes:
-        name: of the pass.
-        run: function from a Program to one that computes the same.
+        name: name of the pass.
+        run: function from a Program to one that computes the same. For set_weight_formats() it also takes the formats
+            of weights and of K/V, as build() does.
         why: the reason for the pass, as text.
     """
 
@@ -74,8 +75,8 @@ def build(
         program: as ported.
         weights: auto (as stored), f32, bf16, f16, fp8 (fp8g128), int8 (int8g128), int4 (int4g32) or a full name such as
             int8g64, q4_k or mxfp4.
-        kv_format: auto (f32 for f32 weights, else what the checkpoint asks for, or bf16), f32, bf16, int8 (one scale
-            per token and head) or fp8 (E4M3, with the checkpoint's scales of each layer, or 1).
+        kv_format: auto, f32, bf16, int8 (one scale per token and head) or fp8 (E4M3, with the checkpoint's scales of
+            each layer, or 1). auto: f32 for f32 weights, else the format that the checkpoint asks for, or bf16.
         passes: the passes to run, in order.
         check: verify after every pass too; the ProgramError then names the pass.
         report: a function that is called with one line of text per pass, or a list to which the lines are appended.

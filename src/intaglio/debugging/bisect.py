@@ -44,7 +44,7 @@ def bisect(
     Args:
         path: the checkpoint.
         runs: two runs, each a text "device" or "device:weights".
-        seed: of the tokens.
+        seed: seed of the random token ids.
         programs: the Programs of the two runs; None: the checkpoint is compiled for each.
         progress: called before each run.
 

@@ -174,8 +174,8 @@ def check(
         path: the checkpoint.
         device: device to check.
         tokens: token ids of the prompt, or the number of random token ids.
-        seed: of the random token ids.
-        program: by default the one that the checkpoint's port makes.
+        seed: seed of the random token ids.
+        program: the Program to check; None: the one that the checkpoint's port makes.
         progress: called before each stage.
     """
     checkpoint = Checkpoint.open(path)
@@ -334,14 +334,17 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
 
 
 def _tensor_of(module: Any, out: Any) -> Any:
-    """The part of a module's output that is compared: of a tuple the first item, for Llama 4's router the second."""
+    """The part of a module's output that is compared: of a tuple the first item, or Llama 4's router's second one."""
     if not isinstance(out, tuple):
         return out
     return out[1] if type(module).__name__ == "Llama4Router" else out[0]
 
 
 def module_of(model: Any, p: Program, op: Op) -> Any:
-    """The transformers module that holds the weight of `op` (for experts, that of all experts); None without one."""
+    """The transformers module that holds the weight of `op`; None if there is none.
+
+    For the op experts it is the module of all experts.
+    """
     if op.site == "lm_head":
         return model.get_output_embeddings()
     weight = op.weight if isinstance(op, Norm) else op.w if isinstance(op, Linear | Embed) else None

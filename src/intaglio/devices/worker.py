@@ -32,7 +32,8 @@ class WorkerDevice(Device):
     def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
         """Start a child process and load the Program there. Returns the Executable.
 
-        `weights` must be ArrayWeights or have a recipe(). Errors of the device are raised as DeviceError.
+        `weights` must be ArrayWeights or have a recipe(). Errors of the device are raised as DeviceError, and the end
+        of the process meanwhile as DeviceLost.
         """
         programs, layout = ((program,), "") if isinstance(program, Program) else (program.programs, program.layout)
         job = Job(self.inner.recipe(), programs, layout, weights, state)

@@ -112,9 +112,10 @@ class Replica:
         return not self.jobs or (free and self.prefill_tokens < PREFILL_STEPS * self.report.max_batch_tokens)
 
     def pace_is_known(self, placements: int) -> bool:
-        """True if the replica has measured its pace, and not long ago: it has jobs, or had one of the latest ones.
+        """True if the replica has measured its pace and the measurement is recent.
 
-        placements: those that the router has made.
+        It is recent if the replica has jobs, or was given one of the router's latest PACE_KEPT jobs. placements: number
+        of placements that the router has made.
         """
         return self.report.pace.measured and (bool(self.jobs) or placements - self.last_placed < PACE_KEPT)
 

@@ -60,7 +60,7 @@ class Engine:
         restart: loads the same Program again after the device was lost.
         numerics: what decides the bits of results besides the Program, such as "host avx2 tp2": device, instruction set
             and layout. A request suspended on another engine is resumed only if both have the same.
-        scope: for the names of K/V blocks; None: made from the Program and `numerics`, with unknown weights.
+        scope: BlockScope for the names of K/V blocks; None: from the Program and `numerics`, with unknown weights.
         connector: a tier that keeps K/V blocks outside the engine; None if there is none. If the model or the device
             cannot use it, the tier is told so and not used.
         incarnation: text that is different for each start of an engine; block events carry it.
@@ -224,7 +224,7 @@ class Engine:
         return collected
 
     def collect(self) -> list[ScheduledSequence]:
-        """Wait for the oldest launch and apply its results. Returns its ScheduledSequences. Raises DeviceLost."""
+        """Wait for the oldest launch and apply its results. Returns a list of ScheduledSequences. Raises DeviceLost."""
         launch = self.launcher.under_way[0]
         for done in self.launcher.complete(launch):
             self.accounting.account(done)
@@ -298,8 +298,8 @@ class Engine:
     ) -> list[Sequence]:
         """Check and queue choices of a request. Returns a list of a Sequence for each.
 
-        seed: of choice 0. choices: their indices. resumption: if given, the choices continue after the output in it.
-        Raises RequestError or Refused, and counts the choices as refused.
+        seed: seed of choice 0. choices: their indices. resumption: if given, the choices continue after the output in
+        it. Raises RequestError or Refused, and counts the choices as refused.
         """
         n = len(choices)
         self.counts.received += n

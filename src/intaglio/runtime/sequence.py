@@ -98,9 +98,9 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """True if its next step can sample a token, and computes no row for the first time except the last.
+        """True if only the sequence's last token is left to compute for the first time: its next step is a decode.
 
-        Rows before the last are those computed again after a rejected draft.
+        Tokens that are computed again after a rejected draft do not count.
         """
         return self.remaining - self.rerun == 1
 
@@ -118,7 +118,7 @@ class Sequence:
         return self.prompt_rows_read < self.prompt_rows_wanted or p.logprobs > 0 or bool(p.logprob_token_ids)
 
     def max_kv_tokens(self, context: int) -> int:
-        """Largest number of K/V slots that this sequence can need."""
+        """Largest number of tokens whose K/V this sequence can need at once. context: context length in tokens."""
         return max_kv_tokens(self.request, context)
 
     def tokens(self, start: int, stop: int) -> list[int]:
@@ -155,5 +155,8 @@ class Sequence:
 
 
 def max_kv_tokens(request: Request, context: int) -> int:
-    """Largest number of K/V slots that a choice of the request can need. The last output token needs none."""
+    """Largest number of tokens whose K/V a choice of the request can need. The last output token needs none.
+
+    context: context length in tokens.
+    """
     return min(context, len(request.prompt) + (0 if request.scored else request.params.max_tokens - 1))

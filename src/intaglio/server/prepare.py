@@ -203,7 +203,7 @@ def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
 
 
 def _truncated(llm: LLM, body: GenerationRequest, ids: list[int], asked: int | None) -> list[int]:
-    """The prompt's token ids `ids`, cut to the body's truncate_prompt_tokens tokens.
+    """A list of the prompt's token ids `ids`, cut to the body's truncate_prompt_tokens tokens.
 
     -1 means as many as leave room for `asked` output tokens in the context. The end of the prompt is kept; with
     truncation_side "right", its beginning. Without truncate_prompt_tokens nothing is cut. Raises Problem if it is 0.

@@ -38,10 +38,10 @@ class ServedModel:
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """What must be equal in two replicas for bitwise equal results, as three texts.
+        """(hash of the Program, name of its numerics, digest of its BlockScope), three texts.
 
-        They are the hash of the Program, the name of its numerics, and the digest of its BlockScope, which includes the
-        weights and the version of the package.
+        Two replicas give bitwise equal results if all three are equal. The BlockScope includes the weights and the
+        version of the package.
         """
         engine = self.driver.engine
         return engine.program.hash, engine.numerics, engine.scope.digest

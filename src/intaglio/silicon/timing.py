@@ -17,11 +17,11 @@ class Timing:
     """Modelled time of one kernel on one chip, with the bytes it moves and the FLOPs it computes.
 
     Attributes:
-        seconds: of the kernel, launch included.
+        seconds: time of the kernel, launch included.
         busy: seconds in use by engine or memory, mean over cores.
         hbm_bytes, l2_bytes, link_bytes: bytes moved.
-        flops: of the matrix array.
-        format: in which the matrix array multiplies.
+        flops: FLOPs of the matrix array.
+        format: number format in which the matrix array multiplies.
         weight_bytes: the part of hbm_bytes that are weights, which can be prefetched.
         choice: tile, split or algorithm chosen, in words.
         steps: steps of a collective.

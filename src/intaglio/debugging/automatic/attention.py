@@ -22,8 +22,8 @@ def attention_facts(t: Trace, rec: Attention, x: np.ndarray, result: np.ndarray)
     Args:
         t: the trace.
         rec: the block's call of the attention function.
-        x: what the block reads.
-        result: what the block returns.
+        x: the block's input.
+        result: the block's result.
 
     Raises Unmatched if the fields of Decoder cannot express the block.
     """
@@ -47,7 +47,7 @@ def _relative(name: str, under: str) -> str:
 
 
 def _scores(t: Trace, rec: Attention) -> Facts:
-    """{scale, softcap, sinks, window, chunk} with which softmax attention gives the traced result.
+    """A dict {scale, softcap, sinks, window, chunk} with which softmax attention gives the traced result.
 
     Raises Unmatched if no such values give it.
     """
@@ -80,7 +80,7 @@ def _scores(t: Trace, rec: Attention) -> Facts:
 def visible(seen: np.ndarray, name: str) -> tuple[int, int]:
     """(window, chunk) of an attention mask, in tokens; 0 for none. Raises Unmatched for any other mask.
 
-    seen: bool [queries, keys], True where a query sees a key. name: of the module, for the error.
+    seen: bool [queries, keys], True where a query sees a key. name: the module's name, for the error.
     """
     n = len(seen)
     at, to = np.arange(n)[:, None], np.arange(n)[None]
@@ -102,7 +102,7 @@ def _after(t: Trace, rec: Attention, x: np.ndarray, out: Linear, readers: list[L
     Args:
         t: the trace.
         rec: the call of the attention function.
-        x: what the block reads.
+        x: the block's input.
         out: the output projection.
         readers: linears that read x.
         found: norms in the block.

@@ -42,8 +42,7 @@ class Unsolved(ValueError):
     """Raised when no expression over config.json gives a field's value in all variants.
 
     Attributes:
-        variant: the first variant with a single changed key in which the field differs from the first; None if there is
-            none.
+        variant: the variant that shows it, see differing(); None if there is none.
     """
 
     def __init__(self, what: str, variant: Variant | None) -> None:
@@ -71,7 +70,7 @@ class Text:
 def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
     """Source text of an expression that gives a field's value in all variants; "" if the value is always `usual`.
 
-    name: of the field, as for solve(). Raises Unsolved if no expression does.
+    name: name of the field, as for solve(). Raises Unsolved if no expression gives it.
     """
     found = solve(name, variants, usual)
     if found is None:
@@ -300,7 +299,7 @@ def alike(made: Table, seen: Rotation) -> bool:
 def _mixture(t: Text, variants: Sequence[Variant], stored: str) -> None:
     """Add the mixture of experts to the parts `t`. Raises Unsolved if no expression gives one of its fields.
 
-    variants: those with experts. stored: name of the form in which the checkpoint holds them.
+    variants: the variants with experts. stored: name of the form in which the checkpoint holds the experts.
     """
     m = variants[0].facts["mixture"]
     if stored == "NUMBERED":  # saved under a name of its own

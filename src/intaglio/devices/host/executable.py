@@ -161,7 +161,7 @@ class HostExecutable(RankExecutable):
         """Generator of one step that yields at each collective and returns the StepResult.
 
         Ops between two stops are one native call, which releases Python's GIL. Ops with Python kernels run between
-        native calls.
+        native calls. Raises DeviceError for a batch out of range, and for wrong results of a Python kernel.
         """
         batch, step = request.batch, self._begin(request)
         for stop in self.layout.stops:

@@ -19,7 +19,7 @@ from intaglio.program import Program
 class Draws:
     """Sampling parameters of all rows, converted to native form.
 
-    They are kept and used again while the parameters are the same, because converting them takes 40 us: after a step
+    A Draws is kept and used again while the parameters are the same. Converting them takes 40 us, since after a step
     the CPU caches hold only weights.
     """
 

@@ -38,8 +38,9 @@ Handler = Callable[["HostAgent", int, int | None, bytes], None]  # agent, kind o
 class HostAgent:
     """The coordinator's end of the connection to one host's agent.
 
-    cores: number of CPU cores of its host. address: (host, port) where its ranks take connections from other ranks.
-    handler: function called with each frame from the agent.
+    cores: number of CPU cores of the agent's host. address: (host, port) where the host's ranks take connections from
+    other ranks. handler: function (agent, kind, epoch, message) called with each frame from the agent. Raises LinkLost
+    if the agent's first frame is not its greeting.
     """
 
     def __init__(self, link: Link) -> None:

@@ -77,13 +77,13 @@ def deciding_file(
     """Name of the file that holds the tensors, or of the index (*.index.json) that lists the files that do.
 
     transformers' order: the file that `transformers_weights` of the config names; model.safetensors, unless the index
-    lists it as one of several shards; the index model.safetensors.index.json. None if there is none of them;
+    lists it as one of several shards; the index model.safetensors.index.json. None if none of them is there;
     find_files() then takes the only safetensors file.
 
     Args:
         config: the checkpoint's config.json.
-        has: True if the checkpoint has a file of that name.
-        read: function from the name of such a file to its JSON object.
+        has: function from a file's name to True if the checkpoint has that file.
+        read: function from the name of a JSON file of the checkpoint to its object.
     """
     named = config.get("transformers_weights")
     if isinstance(named, str) and named:

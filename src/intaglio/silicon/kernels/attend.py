@@ -188,7 +188,7 @@ def prefill_seconds(target: Target, h: Heads, part: ChunkCounts) -> tuple[float,
 
 
 def decode_keys(library: KernelLibrary, h: Heads, keys: int) -> int:
-    """Number of keys that the query of a decoding sequence reads, of the `keys` in its context."""
+    """Number of keys that the query of a decoding sequence reads, of the `keys` keys in its context."""
     return min(keys, max(h.window, library.window_min_keys)) if h.window else keys
 
 
@@ -232,8 +232,9 @@ def decode_seconds(target: Target, h: Heads, part: ChunkCounts, cached: float) -
 def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = False, kernel: str = "") -> Timing:
     """The Timing of one `attend` over all chunks of a batch.
 
-    Chunks with several queries run first, then those with one. warm: keys and values are in the L2, as far as they fit.
-    kernel: name of one of the library's attention kernels; "": the library's choice.
+    Chunks with several queries run first, then those with one. warm: True if keys and values are in the L2, as far as
+    they fit. kernel: name of one of the library's attention kernels; "": the library's choice. Raises ChipError
+    for an unknown kernel.
     """
     chip, lib = target.chip, target.library
     format = "bf16" if h.bits == 16 else "e4m3"
@@ -303,7 +304,7 @@ class AttendTiles:
 
 
 def key_parts(op: Attend) -> list[str]:
-    """Names of the caches whose columns, concatenated, make a key: k_cache, and in latent attention also rope_cache."""
+    """A list of the caches whose columns, side by side, make a key: k_cache, with latent attention also rope_cache."""
     return [op.k_cache, *([op.rope_cache] if op.rope_cache else [])]
 
 
@@ -387,8 +388,9 @@ def attend_tile(
 ) -> None:  # fmt: skip
     """Emit the instructions for one tile of keys, which update `state` (the regions of sums, m, l). Returns nothing.
 
-    These are Attend on a chip with the fused engine, else Matmul, Softmax, Rescale (or SoftmaxStep), Matmul. `how`:
-    position fields of the instructions.
+    On a chip with the fused engine that is one Attend; else Matmul, Softmax, Rescale and Matmul, or SoftmaxStep in
+    place of the two in the middle if the chip has it. how: position fields of the instructions; the other fields are
+    added.
     """
     sums, m, length = state
     how |= {"scale": op.scale, "softcap": op.softcap, "window": op.window}

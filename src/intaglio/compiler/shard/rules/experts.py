@@ -60,9 +60,10 @@ def experts(lane: Lane, op: Experts) -> None:
 
 
 def experts_of(site: str, layout: Layout, count: int) -> tuple[tuple[int, ...], ...]:
-    """The experts of each ep rank at `site`, by the layout's placement; () if the layout has no redundant experts.
+    """The numbers of each ep rank's experts at `site`, a tuple for each rank, by the layout's placement.
 
-    Raises LayoutError for a placement that does not fit `count` experts and the layout.
+    () if the layout has neither redundant experts nor a placement. Raises LayoutError for a placement that does not fit
+    `count` experts and the layout.
     """
     if layout.redundant is None and layout.placement is None:
         return ()
@@ -81,7 +82,7 @@ def experts_of(site: str, layout: Layout, count: int) -> tuple[tuple[int, ...], 
 
 
 def runs_of(numbers: Sequence[int]) -> Share:
-    """Ascending numbers as a Share: runs of consecutive ones."""
+    """The Share that holds `numbers`, which ascend: a range for each run of consecutive numbers."""
     runs: list[range] = []
     for n in numbers:
         if runs and runs[-1].stop == n:
