@@ -153,14 +153,17 @@ class Launcher:
         return self.executable.block_bytes
 
     def read_blocks(self, blocks: list[int]) -> np.ndarray:
-        """The contents of K/V blocks, uint8 [blocks, block_bytes]. Raises DeviceError, DeviceLost."""
+        """The contents of K/V blocks, uint8 [blocks, block_bytes].
+
+        Raises DeviceError if the device fails, DeviceLost if it is lost.
+        """
         with self._noting_loss():
             return self.executable.read_blocks(blocks)
 
     def write_blocks(self, blocks: list[int], contents: np.ndarray) -> None:
         """Replace the contents of the K/V blocks with these numbers by `contents`, uint8 [blocks, block_bytes].
 
-        Raises DeviceError, DeviceLost.
+        Raises DeviceError if the device fails, DeviceLost if it is lost.
         """
         with self._noting_loss():
             self.executable.write_blocks(blocks, contents)
