@@ -47,7 +47,7 @@ class Roofs:
 
 @dataclass(frozen=True)
 class Bound:
-    """Roofline bound: least seconds that memory bandwidth allows (`memory`) and that arithmetic allows (`matrix`)."""
+    """Roofline bound of ops: least seconds that memory bandwidth allows (`memory`), and arithmetic (`matrix`)."""
 
     memory: float = 0.0
     matrix: float = 0.0
