@@ -28,7 +28,12 @@ FEWER = 0.85
 
 @dataclass(frozen=True)
 class Kind:
-    """A compiled server for prefill or for decode: its step times and the settings of its engine."""
+    """A compiled server for prefill or for decode.
+
+    Attributes:
+        times: its step times.
+        settings: settings of its engine.
+    """
 
     times: StepTimes
     settings: QueueSettings
@@ -49,7 +54,14 @@ class Kind:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Numbers of prefill and decode servers, requests open at once, and the requests per second expected of all."""
+    """Numbers of prefill and decode servers, and their load.
+
+    Attributes:
+        prefill: number of prefill servers.
+        decode: number of decode servers.
+        concurrency: requests open at once.
+        rate: requests per second expected of all servers together.
+    """
 
     prefill: int
     decode: int
