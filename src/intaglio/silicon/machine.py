@@ -219,7 +219,8 @@ class Machine:
         """A list of the bytes/s of each transfer in flight.
 
         Transfers of a chip share its links and its L2 equally, and those that miss the L2 also share HBM. The port
-        of its core limits each. Only `hbm_bytes` of a transfer's bytes pass HBM.
+        of its core limits each, and so do the least cycles of its instruction. Only `hbm_bytes` of a transfer's bytes
+        pass HBM.
         """
         users: dict[tuple[str, int], int] = defaultdict(int)
         for t in self.transfers:
@@ -235,6 +236,8 @@ class Machine:
             rate = min(self.chip.port_rate, self.chip.l2_rate / users["hbm", chip])
             if t.hbm_bytes:
                 rate = min(rate, self.chip.hbm_rate / users["missed", chip] * t.cost.bytes / t.hbm_bytes)
+            if t.cost.cycles:
+                rate = min(rate, t.cost.bytes * self.chip.clock_hz / t.cost.cycles)
             out.append(rate)
         return out
 

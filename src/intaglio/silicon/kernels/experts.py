@@ -207,7 +207,8 @@ def grouped_timing(
             choice = f"blocks of {rows}x{columns} for {len(counts)} experts"
             if best is None or seconds < best[0]:
                 flops = 2.0 * total * n * k
-                best = seconds, Timing(float(seconds), busy, hbm, hbm, 0.0, flops, run, weights, choice)
+                numbers = float(seconds), busy, hbm, hbm, 0.0, flops, run, weights, choice
+                best = seconds, Timing(*numbers, jobs=jobs)
     assert best is not None
     return best[1]
 
