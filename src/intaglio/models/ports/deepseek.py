@@ -92,7 +92,7 @@ def deepseek_v3(c: Config, context: int) -> Decoder:
 def indexed(c: Config, context: int, style: str, shared: Sequence[bool]) -> Decoder:
     """The Decoder that describes a DeepSeek-V3 with an indexer, for up to `context` positions.
 
-    style: of the indexer's rope. shared: for each layer, True if it uses the indexer of a layer before it. Raises
+    style: style of the indexer's rope. shared: for each layer, True if it uses the indexer of a layer before it. Raises
     PortError for settings that are not ported.
     """
     d, n = deepseek_v3(c, context), c.whole("num_hidden_layers")
