@@ -331,7 +331,7 @@ class LLM:
         return self.generate([self.chat_prompt(messages)], params)[0]
 
     def chat_prompt(self, messages: abc.Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation in the chat template, up to where the assistant's answer begins.
+        """A list of the token ids of a conversation in the chat template, up to where the assistant's answer begins.
 
         Arguments and errors are those of Model.chat_prompt().
         """

@@ -191,7 +191,7 @@ def show(state: dict[str, Any], as_json: bool) -> None:
 
 
 def read_roles(replicas: str | None, prefill: int | None, decode: int | None) -> tuple[dict[Role, int], int | None]:
-    """(number of replicas by role, largest number of replicas with autoscaling; None without), from options of `up`.
+    """(replicas by role, largest number of replicas or None) for the options of `up`. None: no autoscaling.
 
     Raises ValueError for a combination that is not allowed, and for a text that read_replicas() refuses.
     """

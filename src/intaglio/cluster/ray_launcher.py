@@ -175,7 +175,10 @@ class RayReplica(Launched):
             self._actor.trim_log.remote()  # what comes of it does not matter here
 
     async def _placed(self) -> PlacementGroup:
-        """A placement group for this replica, once its CPUs are reserved. Raises ReplicaFailed after PLACING s."""
+        """Wait until CPUs for this replica are reserved, and return their placement group.
+
+        Raises ReplicaFailed after PLACING seconds, or once kill() is called.
+        """
         ends, patience, said = time.monotonic() + PLACING, CHOSEN, False
         bundles = self.launcher.bundles
         while time.monotonic() < ends and not self._over.is_set():

@@ -91,7 +91,8 @@ class RelayedRequest:
     async def _attempt(self, send: Send, again: bool) -> bool:
         """Run the request on one replica. Returns True if it has ended, False if it has to go on at another replica.
 
-        again: as for Backends.place(). Raises Problem if the router refuses the job, or after MAX_LOSSES lost replicas.
+        again: True if the job was placed before. Raises Problem if the router refuses the job, or after MAX_LOSSES lost
+        replicas.
         """
         try:
             with span("wait for a replica"):
@@ -190,7 +191,7 @@ class RelayedRequest:
         """Handle a replica's error response, whose first frame is (header, body).
 
         Returns False if another replica has to take the request. Otherwise sends the error to the client and returns
-        True. Raises Problem as _count_refusal() does.
+        True. Raises Problem 503 after too many refusals, or after the job's deadline.
         """
         whole, part = bytearray(body), header
         while not part.get("end"):

@@ -118,9 +118,9 @@ def value_of(on: Target, name: str) -> Any:
 
 
 def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
-    """A copy of the target with another value of one parameter, named as for value_of().
+    """A copy of the target with another value of the parameter `name`: chip.FIELD, library.FIELD or FAMILY.FIELD.
 
-    For `FAMILY.FIELD` all kernels of the family get the value. A constant (see CONSTANTS) is scaled instead: in all of
+    For FAMILY.FIELD all kernels of the family get the value. A constant (see CONSTANTS) is scaled instead: in all of
     them by the same factor, to at most 1. format: only kernels for calls in this format change; "": all. Raises
     ChipError for a value out of range.
     """
@@ -168,7 +168,12 @@ class Search:
     """A search for the target that makes the measured samples most likely, from a target to start with.
 
     The logarithmic errors of a sample are taken to follow a Laplace distribution of unknown spread. Constants have a
-    log-normal prior around their values at the start. run() searches; `on` is the best target so far.
+    log-normal prior around their values at the start. run() searches.
+
+    Attributes:
+        start: the target to start with.
+        on: the best target so far.
+        data: the measured samples.
     """
 
     def __init__(self, start: Target, data: Sequence[Sample]) -> None:
@@ -223,7 +228,8 @@ class Search:
     ) -> bool:
         """Keep `other` as the best target so far if its cost is lower by more than `least`. Returns True if it is kept.
 
-        numbers: indices of the samples that count. prior: added to the cost of `other`. common: as for weight().
+        numbers: indices of the samples that count. prior: added to the cost of `other`. common: True if the change
+        affects every family; products then have another weight, see weight().
         """
         costs = {i: self.cost(other, self.data[i]) for i in numbers}
         if sum((c - self.costs[i]) * self.weight(i, common) for i, c in costs.items()) + prior > -least:

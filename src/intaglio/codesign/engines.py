@@ -96,7 +96,10 @@ class EngineProfile:
         return replace(self, **changes, older={})
 
     def on(self, target: Target) -> Target:
-        """The target with the engine's own kernels in its library. Raises ChipError for an unknown field."""
+        """The target with the engine's own kernels in its library.
+
+        Raises ChipError if the profile changes an unknown field, or sets a value out of range.
+        """
         changes = {**self.library, **self.generations.get(target.library.generation, {})}
         return target.with_library(**changes) if changes else target
 
@@ -121,7 +124,11 @@ class EngineTimes:
         self.graphs = times if launch is None else times.on(times.target.with_library(launch_s=launch))
 
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
-        """(seconds, joules of all chips of the server) of one step. Arguments as for StepTimes.cost()."""
+        """(seconds, joules of all chips of the server) of one step.
+
+        decoding: sequences that get one token each. context: their mean number of keys. chunks: (new tokens, keys up to
+        and including them, number of such prompts).
+        """
         if chunks:
             seconds, joules = self.times.cost(decoding, context, chunks)
             return seconds * self.profile.prefill_factor, joules

@@ -187,7 +187,8 @@ def times(card: str, on: Target, placement: Placement, how: Formats, fusions: tu
     """The StepTimes of a server. Equal arguments give the same object, which keeps its table of steps.
 
     card: name of a shipped config. on: chip and kernel library. how: number formats. fusions: names of FUSIONS. Raises
-    the errors of Server.of() and of StepTimes.
+    LayoutError if the placement does not fit the model, FormatError for an unknown format, and ChipError if the chip
+    cannot hold the weights or does not take a format.
     """
     return StepTimes(Server.of(whole(card), placement, how), on, fusions)
 
@@ -235,7 +236,10 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
 
 
 def apart_of(row: Row, profile: EngineProfile) -> Apart:
-    """The prefill and decode servers of a row of mode disagg, as an Apart. Raises the errors of server_of()."""
+    """The prefill and decode servers of a row of mode disagg, as an Apart.
+
+    Raises ChipError or LayoutError if the model does not fit.
+    """
     (first, one), (second, two) = (server_of(row, profile, phase) for phase in ("prefill_", "decode_"))
     return Apart(first, second, one, two)
 

@@ -64,6 +64,7 @@ class Server:
             format.
         rows: "auto", or "weights": activations are rounded to the format of the weights that they are multiplied with,
             where the chip's arrays multiply it.
+        rooms: results of kv_tokens(), kept by its arguments.
     """
 
     program: Program
@@ -71,7 +72,7 @@ class Server:
     stages: tuple[Program, ...]
     experts: tuple[Program, ...]
     rows: str = "auto"
-    rooms: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False, repr=False)  # of kv_tokens()
+    rooms: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
@@ -185,6 +186,8 @@ class StepTimes:
         fusions: names in FUSIONS of how the engine's kernels differ from the Program's ops.
         overlaps: True if the library prefetches weights or hides collectives. Steps are then timed by `plans`, unless
             there are fusions, or experts with a layout, format or activation format of their own.
+        tables: the exact seconds and joules computed so far, by kind and size of step.
+        others: the StepTimes that on() has made, by target.
 
     Raises ChipError if a chip cannot hold the weights, or its arrays do not take a format.
     """
@@ -265,8 +268,9 @@ class StepTimes:
     def exact(self, decoding: int, context: int, chunks: Chunks = ()) -> tuple[float, float]:
         """(seconds, joules of all chips of the server) of one step, computed without the table.
 
-        Arguments as for cost(). Sequences are spread evenly over the copies of attention and the micro-batches of the
-        pipeline.
+        decoding: sequences that get one token each, spread evenly over the copies of attention and the micro-batches of
+        the pipeline. context: their number of keys. chunks: (new tokens, keys up to and including them, number of such
+        prompts).
         """
         n = self.count
         own, everything = self._sizes(decoding, context, chunks)
@@ -283,7 +287,7 @@ class StepTimes:
     def _sizes(self, decoding: int, context: int, chunks: Chunks) -> tuple[BatchSizes, int]:
         """(BatchSizes of the attention copy with the most tokens, tokens of all copies) of one micro-batch.
 
-        Arguments as for cost().
+        decoding, context, chunks: the step, as given to exact().
         """
         stages = self.count
         each, ranks = -(-decoding // (self.copies * stages)), [0] * self.copies

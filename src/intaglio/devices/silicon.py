@@ -128,6 +128,9 @@ class SiliconExecutable(Executable):
     stage has ended that step, and it has itself ended the previous step.
 
     Attributes:
+        inner: the executable that computes the values.
+        plans: the Plan of one chip of each stage.
+        clock: the modelled clock, which a step's time sets forward.
         overhead_s: the host's seconds for each launch, before which the first stage cannot start the step.
         joules: estimated energy of all steps so far, summed over one chip of each stage, without what chips draw
             between steps.

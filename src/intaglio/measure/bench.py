@@ -47,7 +47,7 @@ class Roofs:
 
 @dataclass(frozen=True)
 class Bound:
-    """Roofline bound: least seconds that memory bandwidth allows (`memory`) and that arithmetic allows (`matrix`)."""
+    """Roofline bound of ops: least seconds that memory bandwidth allows (`memory`), and arithmetic (`matrix`)."""
 
     memory: float = 0.0
     matrix: float = 0.0
@@ -294,7 +294,7 @@ def _row(
 ) -> Row:  # fmt: skip
     """The Row of a phase that ran `steps` in `seconds`, with their work and bound.
 
-    tokens: number of tokens for the rate.
+    tokens: number of tokens computed or sampled, from which the rate follows.
     """
     program = executable.program
     flops = read = 0

@@ -79,7 +79,7 @@ class Server:
 
     @property
     def headers(self) -> dict[str, str]:
-        """A dict of the HTTP headers of each request."""
+        """A dict of the HTTP headers of each request; {} without a key."""
         return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
     def body(self, request: LoadRequest, rng: random.Random) -> dict[str, Any]:

@@ -24,7 +24,13 @@ FAILED = ("error", "abort", "deadline")  # finish reasons of a response that is 
 
 @dataclass
 class Running:
-    """A request that the engine has: what was planned, its start, and the seconds from its start to each token."""
+    """A request that the engine has.
+
+    Attributes:
+        planned: the request as planned.
+        start: its start, in seconds from the beginning of the load.
+        stamps: seconds from its start to each token.
+    """
 
     planned: LoadRequest
     start: float

@@ -56,7 +56,7 @@ class Site:
 
     @property
     def share(self) -> float | None:
-        """Bound over measured time, 1 at the roof; None without a bound."""
+        """Bound over measured time, 1 at the roof; None without a bound, or without time."""
         return None if self.bound_seconds is None or not self.seconds else self.bound_seconds / self.seconds
 
     @property
@@ -121,7 +121,12 @@ class Profile:
 
 @dataclass(frozen=True)
 class Sample:
-    """Timings of one run of a phase: `wall` seconds in all, and seconds by folded site."""
+    """Timings of one run of a phase.
+
+    Attributes:
+        wall: seconds in all.
+        sites: seconds by folded site.
+    """
 
     wall: float
     sites: Counter[str]

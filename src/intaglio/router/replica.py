@@ -31,8 +31,8 @@ class Pace:
         """The Pace with a replica's fitted step time: seconds per step and per token.
 
         While the replica has only decoded, at one batch size, the fit has no slope. A token then counts as 1/32
-        of a step, since with a slope of 0 a cached prefix would seem to save nothing. Without a fit: the
-        default Pace.
+        of a step, since with a slope of 0 a cached prefix would seem to save nothing. If neither number is above 0,
+        there is no fit, and the result is the default Pace.
         """
         if per_step <= 0 and per_token <= 0:
             return cls()

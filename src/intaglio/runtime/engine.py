@@ -158,7 +158,7 @@ class Engine:
     def suspend(self, id: str) -> Resumption | None:
         """Take a request out of the engine, with no event. Returns its Resumption, for resume() on any engine.
 
-        None if no such request is live.
+        Returns None if no such request is live.
         """
         now, left = self.clock.read(), self.live.release(id)
         return Resumption.of(left, now, self.program.hash, self.numerics) if left else None
@@ -285,7 +285,7 @@ class Engine:
     def block_events(self, after: int) -> list[BlockEvent] | None:
         """A list of the prefix cache's events after number `after`.
 
-        None if some of them are not kept any more; the caller then needs block_snapshot().
+        Returns None if some of them are not kept any more; the caller then needs block_snapshot().
         """
         return self.pool.events.after(after)
 

@@ -118,7 +118,7 @@ class ExpertBalancer:
     def _move(self, now: float) -> None:
         """Do the next part of moving experts: switch to loaded ones, count for a proposal, or load those of a layer.
 
-        Raises DeviceError, DeviceLost.
+        Raises DeviceError if the device fails, DeviceLost if it is lost.
         """
         device = self.launcher.between_steps
         if self._loading:

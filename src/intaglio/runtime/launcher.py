@@ -23,9 +23,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """A step that is running on the device: its sequences, the token rows (chunk) of each, and the pending result.
+    """A step that is running on the device.
 
-    retried: True if this is the second attempt of a step with a single sequence.
+    Attributes:
+        scheduled: the step's sequences.
+        chunks: the token rows (Chunk) of each.
+        pending: the result to wait for.
+        retried: True if this is the second attempt of a step with a single sequence.
     """
 
     scheduled: list[ScheduledSequence]
@@ -36,7 +40,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Completed:
-    """A launch that the device has completed: its sequences, the token rows (chunk) of each, and the result."""
+    """A launch that the device has completed.
+
+    Attributes:
+        scheduled: the step's sequences.
+        chunks: the token rows (Chunk) of each.
+        result: the step's result.
+    """
 
     scheduled: list[ScheduledSequence]
     chunks: list[Chunk]
@@ -143,14 +153,17 @@ class Launcher:
         return self.executable.block_bytes
 
     def read_blocks(self, blocks: list[int]) -> np.ndarray:
-        """The contents of K/V blocks, uint8 [blocks, block_bytes]. Raises DeviceError, DeviceLost."""
+        """The contents of K/V blocks, uint8 [blocks, block_bytes].
+
+        Raises DeviceError if the device fails, DeviceLost if it is lost.
+        """
         with self._noting_loss():
             return self.executable.read_blocks(blocks)
 
     def write_blocks(self, blocks: list[int], contents: np.ndarray) -> None:
         """Replace the contents of the K/V blocks with these numbers by `contents`, uint8 [blocks, block_bytes].
 
-        Raises DeviceError, DeviceLost.
+        Raises DeviceError if the device fails, DeviceLost if it is lost.
         """
         with self._noting_loss():
             self.executable.write_blocks(blocks, contents)

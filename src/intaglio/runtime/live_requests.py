@@ -38,7 +38,7 @@ class LiveRequests:
         return [s for choices in self.by_id.values() for s in choices if s.state != "ended"]
 
     def of(self, id: str) -> list[Sequence]:
-        """The sequences of one request that have not ended; [] if there is no such request."""
+        """A list of the sequences of one request that have not ended; [] if there is no such request."""
         return [s for s in self.by_id.get(id, []) if s.state != "ended"]
 
     def expire(self, now: float) -> None:

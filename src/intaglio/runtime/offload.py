@@ -25,10 +25,16 @@ class BlockDevice(Protocol):
         """Bytes of a K/V block on the device."""
 
     def read_blocks(self, blocks: list[int]) -> np.ndarray:
-        """The contents of blocks, uint8 [blocks, block_bytes]."""
+        """The contents of blocks, uint8 [blocks, block_bytes].
+
+        Raises DeviceError if the device fails, DeviceLost if it is lost.
+        """
 
     def write_blocks(self, blocks: list[int], contents: np.ndarray) -> None:
-        """Replace the contents of the K/V blocks with these numbers by `contents`, uint8 [blocks, block_bytes]."""
+        """Replace the contents of the K/V blocks with these numbers by `contents`, uint8 [blocks, block_bytes].
+
+        Raises DeviceError if the device fails, DeviceLost if it is lost.
+        """
 
 
 @dataclass(frozen=True)

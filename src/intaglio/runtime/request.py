@@ -79,7 +79,7 @@ class Matcher(Protocol):
         """Bit mask of the token ids allowed next: uint32 [(vocabulary + 31) // 32], lowest bit first."""
 
     def advance(self, token: int) -> bool:
-        """Append a token. Returns False, and changes nothing, if the grammar does not allow it."""
+        """Append a token. Returns True; False, changing nothing, if the grammar does not allow it."""
 
     def rollback(self, n: int) -> None:
         """Undo the last `n` calls of advance()."""

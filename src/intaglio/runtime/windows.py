@@ -192,7 +192,7 @@ class Windows:
         sequence.window_blocks, sequence.window_reserved = [], 0
 
     def _needed(self, sequence: Sequence) -> int:
-        """Number of blocks to reserve for a sequence's tokens so far and its next drafts, as far as a query sees."""
+        """Number of blocks to reserve for a sequence's tokens so far and its next drafts; at most `most`."""
         tokens = min(sequence.length + self.max_drafts, sequence.max_kv_tokens(self.context))
         return min(self.most, self.pool.blocks_for(tokens))
 

@@ -20,7 +20,8 @@ from intaglio.tiers import PeerTier
 class ServedModel:
     """A model under the name that clients request, with its engine's driver. Created and used on the event loop.
 
-    defaults: SamplingParams fields used where a request leaves them out.
+    llm: the model and its engine. metrics: the server's metrics, to which the model is added. defaults: SamplingParams
+    fields used where a request leaves them out.
     """
 
     def __init__(self, name: str, llm: LLM, metrics: Metrics, defaults: Mapping[str, Any]) -> None:

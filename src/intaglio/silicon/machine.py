@@ -63,29 +63,50 @@ class RunResult:
 
 @dataclass
 class Core:
-    """State of one core during a run. Lists have one item for each of ENGINES."""
+    """State of one core during a run. Lists have one item for each of ENGINES.
+
+    Attributes:
+        stream: the core's Stream.
+        memory: the memory spaces that the core addresses.
+        queues: the engine's instructions, in order.
+        started: number of instructions started.
+        finished: number of instructions whose result is visible.
+        busy: True while the engine runs an instruction.
+        free_at: seconds at which the engine last started or ended an instruction.
+        visible_at: seconds at which the last result becomes visible.
+        last_finished: name of the engine that finished an instruction last; "": none has.
+    """
 
     stream: Stream
     memory: CoreMemory
     queues: list[list[Instruction]]
-    started: list[int] = field(default_factory=lambda: [0] * len(ENGINES))  # instructions issued
-    finished: list[int] = field(default_factory=lambda: [0] * len(ENGINES))  # instructions whose result is visible
+    started: list[int] = field(default_factory=lambda: [0] * len(ENGINES))
+    finished: list[int] = field(default_factory=lambda: [0] * len(ENGINES))
     busy: list[bool] = field(default_factory=lambda: [False] * len(ENGINES))
-    free_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))  # seconds
-    visible_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))  # of the last result, seconds
-    last_finished: str = ""  # the engine that finished an instruction last
+    free_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))
+    visible_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))
+    last_finished: str = ""
 
 
 @dataclass
 class Transfer:
-    """A transfer in progress: an instruction that moves bytes between core and HBM, through the L2, or over a link."""
+    """A transfer in progress: an instruction that moves bytes between core and HBM, through the L2, or over a link.
+
+    Attributes:
+        core: number of the core.
+        engine: number of the engine that runs the instruction.
+        cost: the instruction's Cost.
+        bytes_left: bytes still to move.
+        start: seconds from the start of the run.
+        hbm_bytes: bytes that the L2 meanwhile reads from HBM or writes back to it.
+    """
 
     core: int
     engine: int
     cost: Cost
     bytes_left: float
-    start: float  # seconds
-    hbm_bytes: float = 0.0  # that the L2 reads from HBM or writes back to it meanwhile
+    start: float
+    hbm_bytes: float = 0.0
 
 
 def l2_of(target: Target) -> Cache:
@@ -198,7 +219,8 @@ class Machine:
         """A list of the bytes/s of each transfer in flight.
 
         Transfers of a chip share its links and its L2 equally, and those that miss the L2 also share HBM. The port
-        of its core limits each. Only `hbm_bytes` of a transfer's bytes pass HBM.
+        of its core limits each, and so do the least cycles of its instruction. Only `hbm_bytes` of a transfer's bytes
+        pass HBM.
         """
         users: dict[tuple[str, int], int] = defaultdict(int)
         for t in self.transfers:
@@ -214,6 +236,8 @@ class Machine:
             rate = min(self.chip.port_rate, self.chip.l2_rate / users["hbm", chip])
             if t.hbm_bytes:
                 rate = min(rate, self.chip.hbm_rate / users["missed", chip] * t.cost.bytes / t.hbm_bytes)
+            if t.cost.cycles:
+                rate = min(rate, t.cost.bytes * self.chip.clock_hz / t.cost.cycles)
             out.append(rate)
         return out
 

@@ -31,6 +31,7 @@ class TileLoop:
     in_place: bool = False  # a tile is stored as it was loaded, so it is free only after its store
     load_missed: float = 0.0  # bytes that HBM moves for each loaded byte
     store_missed: float = 0.0  # bytes that HBM moves for each stored byte
+    store_s: float = 0.0  # seconds that a store takes at least
 
     def in_parts(self, target: Target, parts: Sequence[LoopPart]) -> float:
         """Seconds of the loop if its jobs are in these LoopParts, one after the other."""
@@ -96,7 +97,7 @@ class _Core:
                 continue
             rate = min(chip.port_rate, chip.l2_rate / users)
             out.append(min(rate, chip.hbm_rate / missing / missed) if missed > 0 else rate)
-        return out[0], out[1]
+        return out[0], min(out[1], loop.store / loop.store_s) if loop.store_s else out[1]
 
     def run(self) -> float:
         """Seconds until the core's last store has ended."""

@@ -25,6 +25,7 @@ class Timing:
         weight_bytes: the part of hbm_bytes that are weights, which can be prefetched.
         choice: tile, split or algorithm chosen, in words.
         steps: steps of a collective.
+        jobs: tiles or other equal units of work that were dealt to the cores; 0: not counted.
     """
 
     seconds: float
@@ -37,6 +38,7 @@ class Timing:
     weight_bytes: float = 0.0
     choice: str = ""
     steps: int = 0
+    jobs: float = 0.0
 
     @property
     def bound(self) -> str:
@@ -57,6 +59,7 @@ class Timing:
             self.weight_bytes + other.weight_bytes,
             "; ".join(filter(None, (self.choice, other.choice))),
             self.steps + other.steps,
+            self.jobs if self.seconds >= other.seconds else other.jobs,
         )
 
 

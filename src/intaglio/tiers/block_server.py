@@ -68,7 +68,7 @@ class BlockServer:
                 s.close()
 
     def _take(self, s: socket.socket) -> bool:
-        """Note a new connection. Returns False if there are too many that know the token."""
+        """Note a new connection. Returns True; False if there are too many that know the token."""
         with self._lock:
             if len(self._connections) >= CONNECTIONS_MAX:
                 oldest = next((other for other, known in self._connections.items() if not known), None)
@@ -113,7 +113,10 @@ class _Wrong(Exception):
 
 
 def _request(s: socket.socket, where: str) -> list[str]:
-    """The names of the next request; [] if the peer has closed the connection. Raises _Wrong and OSError."""
+    """A list of the names of the next request; [] if the peer has closed the connection.
+
+    Raises _Wrong for a request of no blocks or too many, OSError if the connection fails.
+    """
     s.settimeout(None)
     first = s.recv(COUNT.size)
     if not first:
@@ -127,7 +130,7 @@ def _request(s: socket.socket, where: str) -> list[str]:
 
 
 class BlockClient:
-    """An authenticated connection to a BlockServer. Raises OSError, of which ConnectionRefused is a kind.
+    """An authenticated connection to a BlockServer. Raises OSError if it cannot be made or is refused.
 
     seconds: longest time without a byte of an answer.
     """
@@ -139,20 +142,21 @@ class BlockClient:
 
     @property
     def alive(self) -> bool:
-        """True unless the server has closed the connection. Only for one on which no answer is due."""
+        """True unless the server has closed the connection. Only for a connection on which no answer is due."""
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
         return not poll.poll(0)
 
     def ask(self, names: Sequence[str]) -> None:
-        """Ask for blocks, at most NAMES_MAX; answers() gives them. Raises OSError."""
+        """Ask for blocks, at most NAMES_MAX; answers() gives them. Raises OSError if the connection fails."""
         self.socket.sendall(COUNT.pack(len(names)) + b"".join(map(bytes.fromhex, names)))
 
     def answers(self, sizes: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
         """Yield (bytes, uint8 [size], and their number) of each block asked for, until one is not there.
 
         sizes: bytes that each block must have. Of a block that has more or fewer, nothing is received: the pair is then
-        (uint8 [0], the number announced), and the connection cannot be used any more. Raises OSError.
+        (uint8 [0], the number announced), and the connection cannot be used any more. Raises OSError if the
+        connection fails.
         """
         for wanted in sizes:
             [size] = SIZE.unpack(self._receive(SIZE.size).tobytes())

@@ -63,7 +63,11 @@ class BlockDirectory:
         return os.path.exists(self.file(name))
 
     def read(self, scope: BlockScope, key: BlockKey, block_bytes: int) -> np.ndarray:
-        """The contents of a block, uint8 [block_bytes]. Raises as read_block() does."""
+        """The contents of a block, uint8 [block_bytes].
+
+        Raises FileNotFoundError if it is not here, BlockFileError if it is another block or damaged, OSError if it
+        cannot be read.
+        """
         return read_block(self.file(key.name), scope, key, block_bytes)
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:

@@ -35,7 +35,7 @@ class MemoryLeases:
         return lease
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease end in `seconds` from now. Returns False, and renews nothing, if it has run out already.
+        """Let a lease end in `seconds` from now. Returns True; False, renewing nothing, if it has run out already.
 
         Raises ValueError unless 0 < seconds <= LONGEST.
         """
@@ -53,13 +53,13 @@ class MemoryLeases:
             self._held.pop(lease, None)
 
     def names(self, lease: str) -> frozenset[str] | None:
-        """Names of the blocks that a lease pins; None if it has run out or never was."""
+        """A frozenset of the names of blocks that a lease pins; None if it has run out or never was."""
         with self._lock:
             ends, names = self._held.get(lease, (0.0, None))
         return names if ends > time.monotonic() else None
 
     def pinned(self) -> set[str]:
-        """Names of all blocks that are pinned now. Forgets the leases that have run out."""
+        """A set of the names of all pinned blocks. Forgets the leases that have run out."""
         with self._lock:
             now = time.monotonic()
             self._held = {lease: held for lease, held in self._held.items() if held[0] > now}
@@ -69,7 +69,7 @@ class MemoryLeases:
 class BlockMemory:
     """K/V blocks in memory, each with the bytes of its file. Any thread may use it.
 
-    budget: bytes of all blocks together. leases: pin blocks, which are then not evicted.
+    budget: bytes of all blocks together. A block that a lease in `leases` pins is not evicted.
     """
 
     def __init__(self, budget: int) -> None:

@@ -66,7 +66,7 @@ class PeerTier(StoreTier):
 
     @property
     def address(self) -> TcpAddress:
-        """Where this tier gives its blocks to peers."""
+        """The TcpAddress at which this tier gives its blocks to peers."""
         return self.server.address
 
     def announce(self, names: Iterable[str], address: TcpAddress) -> None:
@@ -84,7 +84,10 @@ class PeerTier(StoreTier):
         return next(here, len(names))
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> PeerLoad:
-        """Begin to read or fetch blocks of `block_bytes` bytes each, and return the PeerLoad."""
+        """Begin to read or fetch blocks of `block_bytes` bytes each, and return the PeerLoad.
+
+        After close() nothing is read: the PeerLoad has ended already.
+        """
         return self._begin(PeerLoad(), keys, block_bytes)
 
     def close(self) -> None:
@@ -113,7 +116,7 @@ class PeerTier(StoreTier):
             keys = keys[got:]
 
     def _announced_by(self, address: TcpAddress, keys: Sequence[BlockKey]) -> list[BlockKey]:
-        """The leading blocks that the peer at this address has."""
+        """A list of the leading keys whose blocks the peer at this address has announced."""
         return list(takewhile(lambda key: self._announced.get(key.name) == address, keys))
 
     def _fetched(
@@ -158,7 +161,7 @@ class PeerTier(StoreTier):
                 self._announced.pop(name, None)
 
     def _connected(self, address: TcpAddress) -> BlockClient:
-        """A connection to a peer, kept or new. Raises OSError."""
+        """A connection to a peer, kept or new. Raises OSError if the peer cannot be reached or refuses it."""
         with self._peers:
             client = self._idle.pop(address, None)
         if client and client.alive:

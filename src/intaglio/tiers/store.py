@@ -47,22 +47,28 @@ class BlockLeases(Protocol):
     """Interface of leases, which pin blocks until a time (see Leases)."""
 
     def take(self, names: Sequence[str], seconds: float) -> str:
-        """Pin the blocks of these names for `seconds`. Returns the lease's id. Raises OSError."""
+        """Pin the blocks of these names for `seconds`. Returns the lease's id.
+
+        Raises ValueError unless 0 < seconds <= leases.LONGEST, OSError if nothing can be pinned.
+        """
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease end in `seconds` from now. Returns False if it has run out. Raises TimeoutError."""
+        """Let a lease end in `seconds` from now. Returns True; False if it has run out already.
+
+        Raises ValueError unless 0 < seconds <= leases.LONGEST, TimeoutError if others lock the leases for too long.
+        """
 
     def release(self, lease: str) -> None:
         """End a lease now, if it has not ended."""
 
     def names(self, lease: str) -> frozenset[str] | None:
-        """Names of the blocks that a lease pins; None if it has run out or never was."""
+        """A frozenset of the names of blocks that a lease pins; None if it has run out or never was."""
 
 
 class BlockStore(Protocol):
     """Interface of what keeps the blocks of a tier, each in the form of its file (see block_file.py).
 
-    where: words for it in messages. held: bytes of all blocks, as far as known. leases: pin blocks.
+    where: what the store is called in messages. held: bytes of all blocks, as far as known; None: not known yet.
     """
 
     where: str
@@ -76,10 +82,17 @@ class BlockStore(Protocol):
         """True if the block is here. Its contents are not checked."""
 
     def read(self, scope: BlockScope, key: BlockKey, block_bytes: int) -> np.ndarray:
-        """The contents of a block, uint8 [block_bytes]. Raises FileNotFoundError, BlockFileError and OSError."""
+        """The contents of a block, uint8 [block_bytes].
+
+        Raises FileNotFoundError if it is not here, BlockFileError if it is another block or damaged, OSError if it
+        cannot be read.
+        """
 
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
-        """Keep a block's bytes. Returns the number of blocks deleted for it. Raises OSError and NoRoom."""
+        """Keep a block's bytes. Returns the number of blocks deleted for it.
+
+        Raises OSError if it cannot be written, NoRoom if pinned blocks leave no room for it; it is not kept then.
+        """
 
     def remove(self, name: str) -> None:
         """Delete a block, if it is here and may be deleted."""

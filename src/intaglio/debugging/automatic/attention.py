@@ -97,7 +97,7 @@ def visible(seen: np.ndarray, name: str) -> tuple[int, int]:
 
 
 def _after(t: Trace, rec: Attention, x: np.ndarray, out: Linear, readers: list[Linear], found: list[Norm]) -> Facts:
-    """{"gate": name, "inner_norm": name} of the modules between attention and the output projection; "" for none.
+    """A dict {"gate": name, "inner_norm": name} of modules between attention and output projection; "" for none.
 
     Args:
         t: the trace.
@@ -203,9 +203,9 @@ def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
 
 
 def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | None:
-    """The factor on queries beside the rotation `turn`, which keys get too; None if queries are rotated otherwise.
+    """The factor by which queries are scaled, besides the rotation `turn`; None if another rotation turns queries.
 
-    before, after: the queries before and after rope, [heads, tokens, head_dim].
+    before, after: the queries before and after rope, [heads, tokens, head_dim]. turn: the rotation of keys.
     """
     length = [np.linalg.norm(x.astype(np.float64), axis=-1) for x in (before, after)]
     last = [float(np.linalg.norm(x[..., -1].astype(np.float64))) for x in (before, after)]  # not turned, if a part is

@@ -114,7 +114,11 @@ def lay_out(key: str, weights: Mapping[str, _native.Weight]) -> tuple[bytes, dic
 def place(
     file: int, size: int, writable: bool, weights: Mapping[str, _native.Weight], at: Mapping[str, int], first: int
 ) -> None:
-    """Map an image into memory and place the matrices in it. at: offsets in bytes from byte `first` of the file."""
+    """Map an image into memory and place the matrices in it.
+
+    file: its descriptor. size: its bytes. writable: True if the mapping may be written. weights: the matrices by name.
+    at: their offsets in bytes from byte `first` of the file, by name.
+    """
     region = _native.Region(file, size, writable)
     for name, weight in weights.items():
         weight.place(region, first + at[name])

@@ -71,8 +71,8 @@ class Coded:
     def read(self, reader: Reader, rows: slice | None = None) -> Value:
         """Read and decode the matrix, or a slice of its rows, and return its values or codes.
 
-        rows: start and stop are multiples of `step`, or the end. reader: returns the values of a stored tensor
-        by name.
+        rows: start and stop are multiples of `step`, or the end. reader: function from a
+        stored tensor's name to its values.
         """
         run = rows or slice(0, self.shape[0])
         value = self.decode(lambda name: self.parts[name].cut(reader(name), run))
@@ -81,7 +81,13 @@ class Coded:
 
 @dataclass(frozen=True)
 class Stored:
-    """Contents of a checkpoint's files: dtypes and shapes by tensor name, and a function that reads a tensor."""
+    """Contents of a checkpoint's files.
+
+    Attributes:
+        dtypes: the dtype of each tensor, as safetensors calls it, by the tensor's name.
+        shapes: the shape of each tensor by its name.
+        read: function from a tensor's name to its values as stored.
+    """
 
     dtypes: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]

@@ -94,7 +94,7 @@ def deciding_file(
 
 
 def listed_shards(index: Mapping[str, Any]) -> list[str]:
-    """Names of the files that an index lists, sorted; [] if it has no weight_map."""
+    """A sorted list of the names of the files that an index lists; [] if it has no weight_map."""
     listed = index.get("weight_map")
     return sorted({str(f) for f in listed.values()}) if isinstance(listed, dict) else []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -115,12 +115,14 @@ class Store(Instruction, engine="OUT", opcode=0x18):
 class Scatter(Instruction, engine="OUT", opcode=0x19):
     """Copy rows by index to HBM, such as new keys into their K/V slots: table[index[0, i]] = src[i].
 
-    src [m, n], table [rows, n], index i32 [1, m]. Raises MachineError for an index outside the table.
+    src [m, n], table [rows, n], index i32 [1, m]. A row takes at least `row_cycles` cycles, as in a kernel whose
+    threads compute each row's address. Raises MachineError for an index outside the table.
     """
 
     table: Region
     src: Region
     index: Region
+    row_cycles: float = 0.0
     hbm = ("table",)
     writes = ("table",)
 
@@ -135,7 +137,7 @@ class Scatter(Instruction, engine="OUT", opcode=0x19):
             mem.write(self.table.part(slice(row, row + 1)), values[i : i + 1])
 
     def cost(self, target: Target) -> Cost:
-        return hbm_cost(target.chip, self.src, store=True)
+        return replace(hbm_cost(target.chip, self.src, store=True), cycles=self.src.rows * self.row_cycles)
 
 
 @dataclass(frozen=True, kw_only=True)

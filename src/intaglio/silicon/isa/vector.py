@@ -161,7 +161,8 @@ class Map(Instruction, engine="VEC", opcode=0x33):
 class Norm(Instruction, engine="VEC", opcode=0x34):
     """Normalise rows, as in the op `norm`: dst = normalised(x) * (weight + offset) + bias + residual.
 
-    x f32 [m, groups * span]: each run of `span` columns is normalised by itself. weight, bias [1, span].
+    x f32 [m, groups * span]: each run of `span` columns is normalised by itself. weight, bias [1, span]. `norm` and
+    `eps` are those of the op.
     """
 
     dst: Region

@@ -304,7 +304,7 @@ def group_bytes_per_s(chip: ChipSpec, chips: int) -> float:
 
 @dataclass(frozen=True)
 class ChunkRegions:
-    """Regions in HBM of one chip's input and output chunks, by chunk number."""
+    """Regions in HBM of one chip's chunks: `inputs` and `outputs`, both {chunk number: region}."""
 
     inputs: Mapping[int, Region]
     outputs: Mapping[int, Region]
@@ -312,12 +312,12 @@ class ChunkRegions:
 
 @dataclass(frozen=True)
 class ChunkTile:
-    """Part of one chunk processed at a time, the same on every chip: its rows and columns, tag of its first message."""
+    """Part of one chunk processed at a time: `rows`, `cols` of chunk number `chunk`, tag of its first message."""
 
     chunk: int
     rows: slice
     cols: slice
-    first_tag: int  # tag of its first message
+    first_tag: int
 
 
 class CollectiveBuilder:

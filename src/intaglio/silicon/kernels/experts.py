@@ -39,7 +39,16 @@ SCALED = (("operand", "a"), ("operand", "b"), ("binary", "*"))
 @chip_kernel(Experts)
 @dataclass(frozen=True)
 class ExpertsKernel(ChipKernel):
-    """Chip kernel of `experts` on a chip that holds `held` experts [inner, hidden]. Timed with random routing."""
+    """Chip kernel of `experts` on one chip. Timed with random routing.
+
+    Attributes:
+        top: experts that a token chooses.
+        held: experts on the chip.
+        experts: experts in all.
+        hidden, inner: widths of x and of an expert's inner row.
+        x_format, w_format: formats of a value of x and of a weight.
+        w_bits: bits of a weight, scales included.
+    """
 
     by_sequence: ClassVar[bool] = False
     top: int
@@ -49,7 +58,7 @@ class ExpertsKernel(ChipKernel):
     inner: int
     x_format: str
     w_format: str
-    w_bits: float  # bits a weight, scales included
+    w_bits: float
 
     @classmethod
     def of(cls, op: Experts, t: Tensors) -> ExpertsKernel:
@@ -198,7 +207,8 @@ def grouped_timing(
             choice = f"blocks of {rows}x{columns} for {len(counts)} experts"
             if best is None or seconds < best[0]:
                 flops = 2.0 * total * n * k
-                best = seconds, Timing(float(seconds), busy, hbm, hbm, 0.0, flops, run, weights, choice)
+                numbers = float(seconds), busy, hbm, hbm, 0.0, flops, run, weights, choice
+                best = seconds, Timing(*numbers, jobs=jobs)
     assert best is not None
     return best[1]
 

@@ -88,8 +88,8 @@ def tiling(
 
     It is the one without a K split that the product's timing (time_choices()) finds fastest. Stages and depth shrink if
     SRAM must also hold what the timing leaves out: result, residual and scales. w_bits: bits per weight with its
-    scales. sides: 2 for a GLU pair, else 1. residual: True if one is added. Raises MachineError if SRAM does not fit
-    two stages of one K value.
+    scales. sides: 2 for a GLU pair, else 1. residual: True if a residual is added. Raises MachineError if SRAM does not
+    fit two stages of one K value.
     """
     chip, k = target.chip, x.cols
     how = time_choices(target, max(1, m), n, k, x.format, codes_of(w).format, w_bits, 4.0, sides == 2)

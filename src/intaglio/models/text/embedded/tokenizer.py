@@ -53,9 +53,12 @@ class Embedded:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """The tokens of a GGUF file, in order of id, with their kinds and scores.
+    """The vocabulary of a GGUF file.
 
-    get(key, default): tokenizer metadata by llama.cpp's key.
+    Attributes:
+        path: the file.
+        tokens, kinds, scores: text, type (such as CONTROL) and score of each token, by id.
+        get: function get(key, default) to tokenizer metadata by llama.cpp's key without "tokenizer.ggml.".
     """
 
     path: Path
