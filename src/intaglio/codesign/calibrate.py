@@ -337,11 +337,11 @@ class Calibration:
     """Result of calibrate(): the fitted target, its errors on rows that a fit did not see, and rows to measure next."""
 
     on: Target
-    kept: str  # what of the fit was kept, because it predicts rows that were left out best
+    kept: str  # in words, the part of the fit that was kept: the one that best predicts rows that were left out
     constants: dict[str, tuple[float, float]]  # name -> (value at the start, fitted value)
-    facts: dict[str, Any]  # facts that differ from the start
-    crossed: list[Fitted]  # each fold of the rows used is predicted by a fit to the others
-    rest: list[Fitted]  # rows that were not used at all
+    facts: dict[str, Any]  # facts that differ from the start, by name
+    crossed: list[Fitted]  # errors on the rows used; each fold of them is predicted by a fit to the others
+    rest: list[Fitted]  # errors on rows that were not used at all
     wanted: list[tuple[str, str, float]]  # (table, row in words, spread of its predictions in per cent)
 
 

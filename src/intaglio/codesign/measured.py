@@ -150,7 +150,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Compared:
-    """A measured row with the modelled mean latencies in seconds. refused: the reason if there are none, else ""."""
+    """A measured row with the modelled latencies.
+
+    Attributes:
+        row: the measured row.
+        ttft: modelled mean time to the first token, in seconds.
+        tpot: modelled mean time per token after it, in seconds.
+        refused: why the row was not modelled; "" if it was.
+    """
 
     row: Row
     ttft: float = 0.0

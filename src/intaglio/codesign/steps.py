@@ -168,12 +168,12 @@ class Costs(Protocol):
 class Part:
     """A kernel of one pipeline stage that runs `count` times in a step.
 
-    shared: it processes the tokens of all copies of attention (experts); False: those of one copy.
+    shared: True if it processes the tokens of all copies of attention, as experts do; False: those of one copy.
     """
 
     kernel: ChipKernel
     count: int
-    shared: bool  # with the tokens of all copies (experts); False: with those of one
+    shared: bool
 
 
 @dataclass
