@@ -257,8 +257,8 @@ def compare_all(
 ) -> Iterator[Compared]:  # fmt: skip
     """Yield the Compared of each row, in an order in which each server is compiled once.
 
-    profiles: function from an engine's name to its EngineProfile; its errors are raised. closed_form: as compare()
-    takes it.
+    profiles: function from an engine's name to its EngineProfile; its errors are raised. closed_form: for aggregated
+    servers, take the steady state of steady.estimate() instead of the queue.
     """
     cached: dict[str, EngineProfile] = {}
     ordered = sorted(found, key=lambda r: (r.card or "", [r.columns.get(c) or "" for c in sorted(r.columns)]))

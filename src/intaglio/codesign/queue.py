@@ -123,7 +123,7 @@ class Queue:
     def admit(self) -> None:
         """Admit waiting requests, in order, while the engine has a free sequence and room for the next one's K/V.
 
-        They go to prefill, or with `prefills` False to decoding.
+        Admitted requests go to prefill; if `prefills` is False, to decoding.
         """
         s = self.settings
         while self.waiting and len(self.prefilling) + len(self.running) < s.max_sequences:

@@ -262,9 +262,9 @@ def rule_of(op: Op) -> Rule:
 def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = False) -> tuple[str, ...]:
     """The checkpoint sources of one lane's share of the weight `t`, as a tuple: one for each run of indices in `share`.
 
-    axis: the axis that is cut. length: its size. each: cut each of several sources, which must be joined along another
-    axis. () for a tensor without source, such as state. Raises LayoutError for a weight that is otherwise joined from
-    several tensors, and for a cut inside a block of its format.
+    The tuple is () for a tensor without source, such as state. axis: the axis that is cut. length: its size. each: True
+    to cut each of several sources, which must be joined along another axis. Raises LayoutError for a weight with
+    several sources if `each` is False, and for a cut inside a block of the weight's format.
     """
     if len(t.source) > 1 and not each:
         raise LayoutError(
