@@ -356,8 +356,8 @@ class LLM:
     def _finish(self, requests: abc.Sequence[Request], progress: Progress = silent) -> list[Sequence]:
         """Run all requests to their end, as many at a time as the engine admits.
 
-        Returns their sequences, in the order of the requests. Raises Refused if the engine refuses a request for
-        another reason than a full queue. On any exception the remaining requests are aborted.
+        Returns a list of their sequences, in the order of the requests. Raises Refused if the engine refuses a request
+        for another reason than a full queue. On any exception the remaining requests are aborted.
         """
         made: list[Sequence] = []
         pending = deque(requests)
