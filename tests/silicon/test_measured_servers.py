@@ -10,7 +10,7 @@ import pytest
 from intaglio.chips import ChipError, target
 from intaglio.codesign.disaggregated import Apart, serve_apart
 from intaglio.codesign.engines import EngineProfile, EngineTimes, engine, engines
-from intaglio.codesign.measured import Row, agreements, compare_all, rows
+from intaglio.codesign.measured import Row, agreements, compare_all, completed, rows
 from intaglio.codesign.placement import Placement
 from intaglio.codesign.queue import QueueSettings
 from intaglio.codesign.simulate import ported
@@ -68,6 +68,28 @@ def test_rows_that_cannot_be_expressed(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="wanted rows with columns backend"):
         rows(tmp_path / "t.csv")
+
+
+def test_numbers_of_servers_come_from_a_row_with_the_same_measurement() -> None:
+    """All columns of servers are taken from it. A row that differs in another column gives none; nor do two answers."""
+    servers = {"prefill_num_workers": "2", "decode_num_workers": "3", "prefill_attention_dp_size": "4"}
+    unknown = {**dict.fromkeys(servers, ""), "prefill_tp_size": "4"}
+    servers["prefill_tp_size"] = "1"
+    said = row(mode="disagg", model_path="a/DeepSeek-V3", **servers)
+    silent = row(mode="disagg", model_path="b/DeepSeek-R1", **unknown)
+    assert completed([said])[0] is said
+    alone, found = completed([silent])[0], completed([silent, said])[0]
+    assert alone.twin is None and alone.refusal() == "the number of prefill or decode servers is not given"
+    assert found.refusal() is None and found.twin is said and found.split == said.split
+    assert found.columns["model_path"] == "b/DeepSeek-R1"
+    assert {name: found.columns[name] for name in servers} == servers
+    for name, value in (
+        ("silicon_ttft_ms", "50.1"), ("concurrency", "4"), ("backend", "sglang"), ("model_path", "x/GLM-5"),
+        ("decode_num_workers", ""), ("mode", "agg"),
+    ):  # fmt: skip
+        assert completed([silent, row(**{**said.columns, name: value})])[0] is silent, name
+    other = row(**{**said.columns, "decode_num_workers": "5"})
+    assert completed([silent, said, other])[0] is silent
 
 
 def test_the_closed_form_is_close_to_the_queue() -> None:
