@@ -130,6 +130,11 @@ class Row:
             return Formats("bf16", kv, "weights", moe)  # published so: only experts have four bits
         return Formats(gemm, kv, "weights", moe if self.card in MIXTURES else "")
 
+    def profile(self, engine: EngineProfile) -> EngineProfile:
+        """The profile of the row's server: that of its engine with what differs for its release, model and layout."""
+        layout = "" if self.group == "disaggregated" else str(self.placement())
+        return engine.of(self.columns.get("backend_version") or "", self.card or "", layout)
+
     def placement(self, phase: str = "") -> Placement:
         """How the chips share the model, as a Placement.
 
@@ -227,12 +232,15 @@ def whole(card: str) -> Program:
 
 
 @lru_cache(maxsize=64)
-def times(card: str, on: Target, placement: Placement, how: Formats, fusions: tuple[str, ...]) -> StepTimes:
+def times(
+    card: str, on: Target, placement: Placement, how: Formats, fusions: tuple[str, ...], queries: int = 1
+) -> StepTimes:
     """The StepTimes of a server. Equal arguments give the same object, which keeps its table of steps.
 
     card: name of a shipped config. on: chip and kernel library. how: number formats. fusions: names of FUSIONS.
+    queries: tokens that a step computes for each decoding sequence.
     """
-    return StepTimes(Server.of(whole(card), placement, how), on, fusions)
+    return StepTimes(Server.of(whole(card), placement, how), on, fusions, queries)
 
 
 def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Compared:
@@ -243,8 +251,8 @@ def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Comp
     """
     if why := row.refusal():
         return Compared(row, refused=why)
-    profile = profile.of(row.columns.get("backend_version") or "")
     try:
+        profile = row.profile(profile)
         if row.group == "disaggregated":
             apart, load = apart_of(row, profile), row.load()
             whole_one = LoadRequest(0.0, row.number("isl"), row.number("osl"))
@@ -271,10 +279,12 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
     """
     assert row.card
     on = profile.on(target(row.columns["system"]))
-    own = times(row.card, on, row.placement(phase), row.formats(profile), tuple(profile.fusions))
+    own = times(
+        row.card, on, row.placement(phase), row.formats(profile), profile.fusions, 1 + profile.draft_tokens
+    )  # fmt: skip
     sequences = max(1, min(256, row.concurrency))  # engines keep recurrent state for those that run
     kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, sequences)
-    return EngineTimes(own, profile), profile.settings(kv, own.copies)
+    return EngineTimes(own, profile), profile.settings(kv, own.copies, row.concurrency)
 
 
 def apart_of(row: Row, profile: EngineProfile) -> Apart:
