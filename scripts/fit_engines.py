@@ -2,12 +2,12 @@
 
     python scripts/fit_engines.py serving.csv --rows 60
 
-For each engine, and for its older releases, rows of all models are served in virtual time once, without these
-additions. As they are linear in a request's tokens and in the time of a step, the constants with the least error follow
-from the residuals: step_s and sequence_s from the times per token; request_s, prompt_token_s and admission_steps from
-those to the first. Servers with speculative decoding are left out of these; tokens_per_step of each recipe follows from
-their times per token. All belong in src/intaglio/data/engines/NAME.toml. It prints them; the test half judges them
-(`intaglio validate-serving serving.csv --split test`).
+For each engine, for its older releases and for prefill and decode apart, rows of all models are served in virtual time
+once, without these additions. As they are linear in a request's tokens and in the time of a step, the constants with
+the least error follow from the residuals: step_s and sequence_s from the times per token; request_s, prompt_token_s and
+admission_steps from those to the first. Servers with speculative decoding are left out of these; tokens_per_step of
+each recipe follows from their times per token. All belong in src/intaglio/data/engines/NAME.toml. It prints them; the
+test half judges them (`intaglio validate-serving serving.csv --split test`).
 """
 
 from __future__ import annotations
@@ -49,6 +49,13 @@ def error(found: list[Compared], ahead: tuple[float, float], request: float, tok
     return statistics.median(errors) + 0.2 * statistics.fmean(min(e, 1.0) for e in errors)
 
 
+def kind_of(row: Row, profile: EngineProfile) -> str:
+    """The table of the profile with the row's constants: "apart", "older", or "" for the profile itself."""
+    if row.group == "disaggregated":
+        return "apart"
+    return "older" if profile.is_older(row.columns["backend_version"]) else ""
+
+
 def spread_rows(mine: list[Row], most: int) -> list[Row]:
     """At most `most` of the rows, as a list, evenly spread."""
     return [mine[i * len(mine) // most] for i in range(most)] if len(mine) > most else mine
@@ -61,15 +68,22 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=60, help="of each engine, evenly spread over its rows")
     parser.add_argument("--engine", choices=list(engines()), help="only this one")
     asked = parser.parse_args()
-    for name, old in itertools.product([asked.engine] if asked.engine else engines(), (False, True)):
+    for name, kind in itertools.product([asked.engine] if asked.engine else engines(), ("", "older", "apart")):
         profile = engine(name)
         mine = [
             r for r in rows(asked.table)
             if r.columns["backend"] == name and r.split == "fit" and not r.refusal()
-            and profile.is_older(r.columns["backend_version"]) == old
+            and kind_of(r, profile) == kind
         ]  # fmt: skip
         plain = replace(
-            profile, older={}, step_s=0.0, sequence_s=0.0, request_s=0.0, prompt_token_s=0.0, admission_steps=0.0
+            profile,
+            apart={},
+            older={},
+            step_s=0.0,
+            sequence_s=0.0,
+            request_s=0.0,
+            prompt_token_s=0.0,
+            admission_steps=0.0,
         )
         drafted = [r for r in mine if r.profile(profile).draft_tokens]
         mine = spread_rows([r for r in mine if r not in drafted], asked.rows)
@@ -81,7 +95,7 @@ def main() -> None:
         best = min(grid, key=lambda x: error(found, *x))[1:]
         tpot = f"{step_error(found, 0.0, 0.0):.3f} -> {step_error(found, *ahead):.3f}"
         before, after = error(found, ahead, 0.0, 0.0, 0.0), error(found, ahead, *best)
-        print(f"{name}{', older' if old else ''}: {len(found)} rows, TPOT {tpot}, TTFT {before:.3f} -> {after:.3f}")
+        print(f"{name}{', ' if kind else ''}{kind}: {len(found)} rows, TPOT {tpot}, TTFT {before:.3f} -> {after:.3f}")
         print(
             f"step_s = {ahead[0]:g}\nsequence_s = {ahead[1]:g}\nrequest_s = {best[0]:g}\nprompt_token_s = {best[1]:g}\n"
             f"admission_steps = {best[2]:g}",

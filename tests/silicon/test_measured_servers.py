@@ -150,6 +150,19 @@ def test_profiles(times: StepTimes, tmp_path: Path) -> None:
     steps = [late.of(release).step_s for release in ("1.0.0rc3", "", "1.1.0rc2.post2", "1.2", "nightly-5b8c")]
     assert steps == [0.5, 0.5, 0, 0, 0]
     assert late.of("1.0").settings(1).step_s == 0.5 and own.of("") == own
+    recipes = (
+        {"card": "a", "poll_steps": ((1, 2), (8, 5)), "why": "x"}, {"card": "a", "layout": "tp2", "step_s": 0.1},
+        {"card": "a", "release": "1.2", "draft_tokens": 2, "tokens_per_step": 1.5, "step_s": 0.2},
+    )  # fmt: skip
+    cooked = EngineProfile(name="x", description="", recipes=recipes)
+    found = [cooked.of(release, card, "tp2") for release, card in (("1.2", "a"), ("1.3", "a"), ("1.2", "b"))]
+    assert [(p.step_s, p.draft_tokens, p.tokens_per_step) for p in found] == [(0.2, 2, 1.5), (0.1, 0, 1.0), (0, 0, 1)]
+    assert [found[0].settings(1, concurrency=n).poll_steps for n in (1, 7, 8, 90)] == [2, 2, 5, 5]
+    assert found[2].settings(1, concurrency=9).poll_steps == 0 and found[0].settings(1).tokens_per_step == 1.5
+    with pytest.raises(ChipError, match="engine x: a recipe has mystery; allowed: admission_steps"):
+        EngineProfile(name="x", description="", recipes=({"mystery": 1},))
+    with pytest.raises(ValueError, match="tokens_per_step is 3; allowed: 1 to 2, with draft_tokens 1"):
+        EngineProfile(name="x", description="", draft_tokens=1, tokens_per_step=3)
     for older in ({"step_s": 1.0}, {"before": "1.1", "mystery": 1}):
         with pytest.raises(ChipError, match="engine x: older has .*; wanted before = a release"):
             EngineProfile(name="x", description="", older=older)
@@ -157,6 +170,10 @@ def test_profiles(times: StepTimes, tmp_path: Path) -> None:
         EngineProfile(name="x", description="", fusions=("mystery",))
     with pytest.raises(ValueError, match="no serving engine 'x'; known are"):
         engine("x")
+    text = 'description = ""\n[[recipes]]\ncard = "a"\npoll_steps = [[1, 3]]\nfusions = ["glu"]\n'
+    (tmp_path / "r.toml").write_text(text)
+    read = engine(str(tmp_path / "r.toml")).of("", "a")
+    assert (read.poll_steps, read.fusions) == (((1, 3),), ("glu",))
     (tmp_path / "e.toml").write_text('description = ""\nstep = 1\n')
     with pytest.raises(ChipError, match="unknown step; a profile has"):
         engine(str(tmp_path / "e.toml"))

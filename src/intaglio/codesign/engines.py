@@ -27,6 +27,7 @@ class EngineProfile:
         description: one line, for listings.
         max_batch_tokens: most tokens of a step of one copy of attention.
         max_sequences: most sequences that run at once, for each copy of attention.
+        memory_share: fraction of a chip's HBM that weights, activations and K/V cache may fill.
         mixed: prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         kv: format of the K/V cache with 8-bit and 4-bit weights.
         step_s: of the host for each step.
@@ -47,6 +48,7 @@ class EngineProfile:
         recipes: tables of fields that differ for some servers, such as options with which published benchmarks start
             them. `card`, `release` and `layout` of a table say for which; those left out do not matter. Of tables that
             give one field, the last counts. `why` is the source.
+        apart: fields that differ where prefill and decode have servers of their own.
         older: fields that differ in older releases; `before` names the first release that is not older, such as 0.14.
         reasons: source of each field's value.
 
@@ -57,6 +59,7 @@ class EngineProfile:
     description: str
     max_batch_tokens: int = 8192
     max_sequences: int = 1024
+    memory_share: float = 0.9
     mixed: bool = True
     kv: str = "auto"
     step_s: float = 0.0
@@ -74,6 +77,7 @@ class EngineProfile:
     draft_tokens: int = 0
     tokens_per_step: float = 1.0
     recipes: tuple[dict[str, Any], ...] = ()
+    apart: dict[str, Any] = field(default_factory=dict)
     older: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -82,12 +86,14 @@ class EngineProfile:
             value = getattr(self, one.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < float("inf"):
                 raise ValueError(f"engine {self.name}: {one.name} is {value}; allowed: 0 or more")
-        known = {one.name for one in fields(self)} - {"name", "description", "recipes", "older", "reasons"}
+        known = {one.name for one in fields(self)} - {"name", "description", "recipes", "apart", "older", "reasons"}
         wanted = known | {"before"}
         if self.older and (not set(self.older) <= wanted or not numbers(str(self.older.get("before", "")))):
             raise ChipError(
                 f"engine {self.name}: older has {self.older}; wanted before = a release, and {sorted(wanted)}"
             )
+        if unknown := sorted(set(self.apart) - known):
+            raise ChipError(f"engine {self.name}: apart has {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
         for recipe in self.recipes:
             allowed = known | {*SERVERS, "why"}
             if unknown := sorted(set(recipe) - allowed):
@@ -114,17 +120,19 @@ class EngineProfile:
             return False
         return not release or () < numbers(release) < numbers(self.older["before"])
 
-    def of(self, release: str, card: str = "", layout: str = "") -> EngineProfile:
-        """The profile of one server: with the fields of `older` if is_older(release), then those of recipes for it.
+    def of(self, release: str, card: str = "", layout: str = "", apart: bool = False) -> EngineProfile:
+        """The profile of one server: with the fields of `apart` or, if is_older(release), `older`, then of its recipes.
 
-        release: such as 0.17.0. card: name of the model's card. layout: text of the server's Placement.
+        release: such as 0.17.0. card: name of the model's card. layout: text of the server's Placement. apart: prefill
+        and decode have servers of their own; `older` then does not count.
         """
-        changes = {k: v for k, v in self.older.items() if k != "before"} if self.is_older(release) else {}
+        older = {k: v for k, v in self.older.items() if k != "before"} if self.is_older(release) else {}
+        changes = dict(self.apart if apart else older)
         asked = dict(zip(SERVERS, (card, release, layout), strict=True))
         for recipe in self.recipes:
             if all(recipe.get(name, value) == value for name, value in asked.items()):
                 changes |= {k: v for k, v in recipe.items() if k not in (*SERVERS, "why")}
-        return replace(self, **changes, recipes=(), older={})
+        return replace(self, **changes, recipes=(), apart={}, older={})
 
     def on(self, target: Target) -> Target:
         """The target with the engine's own kernels in its library. Raises ChipError for an unknown field."""
@@ -185,7 +193,7 @@ def engine(name: str) -> EngineProfile:
     known = {one.name for one in fields(EngineProfile)} - {"name"}
     if unknown := sorted(set(table) - known):
         raise ChipError(f"{path}: unknown {', '.join(unknown)}; a profile has {', '.join(sorted(known))}")
-    for part in (table, table.get("older", {}), *table.get("recipes", [])):
+    for part in (table, table.get("apart", {}), table.get("older", {}), *table.get("recipes", [])):
         part |= {"fusions": tuple(part["fusions"])} if "fusions" in part else {}
         part |= {"poll_steps": tuple((n, m) for n, m in part["poll_steps"])} if "poll_steps" in part else {}
     return EngineProfile(name=path.stem, **{**table, "recipes": tuple(table.get("recipes", ()))})

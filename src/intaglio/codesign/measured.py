@@ -132,8 +132,9 @@ class Row:
 
     def profile(self, engine: EngineProfile) -> EngineProfile:
         """The profile of the row's server: that of its engine with what differs for its release, model and layout."""
-        layout = "" if self.group == "disaggregated" else str(self.placement())
-        return engine.of(self.columns.get("backend_version") or "", self.card or "", layout)
+        apart = self.group == "disaggregated"
+        layout = "" if apart else str(self.placement())
+        return engine.of(self.columns.get("backend_version") or "", self.card or "", layout, apart)
 
     def placement(self, phase: str = "") -> Placement:
         """How the chips share the model, as a Placement.
@@ -283,7 +284,7 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
         row.card, on, row.placement(phase), row.formats(profile), profile.fusions, 1 + profile.draft_tokens
     )  # fmt: skip
     sequences = max(1, min(256, row.concurrency))  # engines keep recurrent state for those that run
-    kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, sequences)
+    kv = own.server.kv_tokens(own.target, profile.memory_share, profile.max_batch_tokens, sequences, states=1)
     return EngineTimes(own, profile), profile.settings(kv, own.copies, row.concurrency)
 
 

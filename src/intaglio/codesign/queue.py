@@ -237,7 +237,7 @@ class Queue:
         elif self.settings.poll_steps:
             self.unlooked += count
             if self.seen == len(self.waiting):  # looks meanwhile found nothing
-                self.unlooked %= self.settings.poll_steps
+                self.unlooked = (self.unlooked - 1) % self.settings.poll_steps + 1
         if decoding:
             self.counter += count
             self.keys += count * decoding * self.settings.tokens_per_step

@@ -106,8 +106,9 @@ class Server:
         )
 
     def kv_tokens(
-        self, target: Target, share: float, max_tokens: int, max_sequences: int, open_sequences: int | None = None
-    ) -> int:
+        self, target: Target, share: float, max_tokens: int, max_sequences: int, open_sequences: int | None = None,
+        states: int = 2,
+    ) -> int:  # fmt: skip
         """Tokens of K/V that one server holds, beside weights and activations.
 
         Args:
@@ -116,15 +117,17 @@ class Server:
             max_tokens: most tokens of a step of one copy of attention.
             max_sequences: most sequences of a step of one copy.
             open_sequences: the result is at most what so many whole contexts take, for each copy; None: max_sequences.
+            states: recurrent states kept for each sequence, if the model has any: one that a step reads and one that it
+                writes, or 1 in engines that update it in place.
 
         Raises ChipError if not even one K/V block fits.
         """
         hbm = int(target.chip.hbm_bytes * share)
-        asked = hbm, max_tokens, max_sequences, open_sequences
+        asked = hbm, max_tokens, max_sequences, open_sequences, states
         if asked in self.rooms:
             return self.rooms[asked]
         step = BatchSizes(max_tokens, min(max_tokens, max_sequences), ())
-        slots = 2 * max_sequences if any(t.shape[0] == "N" for p in self.stages for t in p.of_role("state")) else 0
+        slots = states * max_sequences if any(t.shape[0] == "N" for p in self.stages for t in p.of_role("state")) else 0
         pages = (open_sequences or max_sequences) * -(-self.program.context // BLOCK)
         for p in self.stages:
             use = replace(memory_use(p, step, 1, hbm), weights=self.weight_bytes)
