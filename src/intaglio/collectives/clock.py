@@ -147,7 +147,7 @@ def choose(
     Args:
         collective: its name.
         topology: the ranks and links.
-        nbytes: as for chunk_bytes().
+        nbytes: size of one rank's input; for all_gather, of its output.
         node: ranks in a node, for algorithms with two levels; 0: no nodes.
         local: bytes per second at which a rank copies and reduces.
         ordered: consider only schedules that sum all values in one order, by rank or by one tree. Then no bit depends
