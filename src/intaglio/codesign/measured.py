@@ -1,8 +1,7 @@
 """Measured servers against the queue: rows of a table of measured latencies, each served in virtual time.
 
 A row names a model, a chip, a serving engine, formats, a layout, lengths and the number of requests kept open. The
-requests all start at once, ten for each that is open, as the load generators of such tables do. With prefill and
-decode apart they start one after another, and the first of each that is open does not count.
+requests all start at once, ten for each that is open, as the load generators of such tables do.
 """
 
 from __future__ import annotations
@@ -258,9 +257,7 @@ def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Comp
     try:
         profile = row.profile(profile)
         if row.group == "disaggregated":
-            apart, load = apart_of(row, profile), row.load()
-            whole_one = LoadRequest(0.0, row.number("isl"), row.number("osl"))
-            ended = run_apart(apart, load, apart.spread(whole_one, row.concurrency)).ended[row.concurrency :]
+            ended = run_apart(apart_of(row, profile), row.load(), [0.0] * row.concurrency).ended
             return Compared(row, statistics.fmean(t for _, t, _ in ended), statistics.fmean(e for *_, e in ended))
         on, settings = server_of(row, profile)
         if closed_form:

@@ -56,6 +56,7 @@ class ScheduleClock:
         local: bytes per second at which a rank copies and reduces, one chunk at a time.
 
     Attributes:
+        chunks: number of chunks of the payload.
         needs: of each step, (number of a link of its route, or -1 - rank; bytes per second) of what it occupies.
         arrival: of each step, ticks from when it has sent everything until it ends.
         waits: number of unmet dependencies of each step.
@@ -68,7 +69,7 @@ class ScheduleClock:
     def __init__(self, s: Schedule, topology: Topology, local: float) -> None:
         if topology.ranks != s.ranks:
             raise ScheduleError(f"{topology.name} has {topology.ranks} ranks, the schedule {s.ranks}")
-        self.steps = s.steps
+        self.steps, self.chunks = s.steps, s.chunks
         links = {link: i for i, link in enumerate(topology.links)}
         self.needs, self.arrival = list[list[tuple[int, float]]](), list[int]()
         self.then: list[list[int]] = [[] for _ in s.steps]  # steps that wait for each step
