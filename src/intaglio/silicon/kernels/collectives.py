@@ -126,11 +126,6 @@ class Network:
         }[self.kind]
         return make(ranks, 1.0, 1.0)
 
-    @lru_cache(maxsize=512)
-    def clock(self, ranks: int, op: str, algorithm: str) -> ScheduleClock:
-        """The ScheduleClock of a schedule of `ranks` ranks."""
-        return ScheduleClock(collectives.schedule(op, algorithm, ranks), self.topology(ranks), self.local)
-
 
 def links_used(chip: ChipSpec, op: str, chips: int) -> int:
     """Number of links of a chip that one link of the modelled topology stands for.
@@ -179,8 +174,14 @@ def simulated_ranks(network: Network, op: str) -> int:
 @lru_cache(maxsize=65536)
 def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
     """Seconds of a schedule of `ranks` ranks; chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes, or None: of 0 bytes."""
-    clock = network.clock(ranks, op, algorithm)
+    clock = unit_clock(network, ranks, op, algorithm)
     return clock.seconds([0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)] * clock.chunks)
+
+
+@lru_cache(maxsize=512)
+def unit_clock(network: Network, ranks: int, op: str, algorithm: str) -> ScheduleClock:
+    """The ScheduleClock of a schedule of `ranks` ranks on unit links."""
+    return ScheduleClock(collectives.schedule(op, algorithm, ranks), network.topology(ranks), network.local)
 
 
 def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: float) -> float:
