@@ -3,7 +3,7 @@
 Users go on with conversations of their own after one of a few long system prompts, in a closed loop: a user's next turn
 is sent when the reply to the last one has come. Printed for each policy: mean time to first token, output tokens a
 second, share of prompt tokens found cached. Then the router's overhead at concurrency 1: the median time of a one-token
-request through the router with one replica, less that of the same replica asked directly.
+request through the router with one replica, less that of one sent to the same replica directly, in turns.
 
     python bench/router.py
 """
@@ -29,30 +29,20 @@ from typing import Any
 import aiohttp
 
 from intaglio.devices.processes import child_environment
-from intaglio.measure.server import started
 
 WORDS = [
-    "def",
-    "class",
-    "return",
-    "import",
-    "self",
-    "name",
-    "value",
-    "list",
-    "dict",
-    "for",
-    "in",
-    "while",
-    "try",
-    "with",
-]
+    "def", "class", "return", "import", "self", "name", "value", "list", "dict", "for", "in", "while", "try", "with",
+]  # fmt: skip
+KEY = "bench"  # of the replica that is also asked directly
 
 
 @contextmanager
-def cluster(model: str | None, *words: str) -> Iterator[str]:
-    """The address of a running cluster, which is stopped at the end of the block."""
-    with tempfile.TemporaryDirectory() as folder:
+def cluster(model: str | None, *words: str, folder: str | None = None) -> Iterator[str]:
+    """The address of a running cluster, which is stopped at the end of the block.
+
+    folder: for its sockets and logs; None: one that is removed at the end.
+    """
+    with tempfile.TemporaryDirectory() as own:
         command = [
             sys.executable,
             "-m",
@@ -64,7 +54,7 @@ def cluster(model: str | None, *words: str) -> Iterator[str]:
             "0",
             *words,
         ]
-        environment = {**child_environment(), "XDG_RUNTIME_DIR": folder}
+        environment = {**child_environment(), "XDG_RUNTIME_DIR": folder or own}
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
@@ -129,18 +119,22 @@ async def converse(url: str, a: argparse.Namespace) -> dict[str, float]:
     return {"ttft": mean(firsts), "rate": len(firsts) * a.output / seconds, "cached": mean(cached)}
 
 
-async def one_by_one(url: str, n: int, headers: dict[str, str]) -> float:
-    """Median seconds of `n` one-token requests, one after the other."""
+async def overhead(routed: str, direct: str, n: int) -> tuple[float, float]:
+    """Median seconds of `n` one-token requests through the router, and of `n` sent directly to its only replica.
+
+    They are sent one after the other, in turns, so that both meet the same machine.
+    """
     body = {"prompt": "def f(", "max_tokens": 1, "temperature": 0}
-    times = []
-    async with aiohttp.ClientSession(headers=headers) as session:
+    times: dict[str, list[float]] = {routed: [], direct: []}
+    async with aiohttp.ClientSession(headers={"authorization": f"Bearer {KEY}"}) as session:
         for _ in range(n):
-            began = time.perf_counter()
-            async with session.post(f"{url}/v1/completions", json=body) as response:
-                await response.read()
-                response.raise_for_status()
-            times.append(time.perf_counter() - began)
-    return median(times[n // 10 :])
+            for url, seen in times.items():
+                began = time.perf_counter()
+                async with session.post(f"{url}/v1/completions", json=body) as response:
+                    await response.read()
+                    response.raise_for_status()
+                seen.append(time.perf_counter() - began)
+    return median(times[routed][n // 10 :]), median(times[direct][n // 10 :])
 
 
 def main() -> None:
@@ -171,11 +165,15 @@ def main() -> None:
         f"cache-aware: TTFT {turns['ttft'] / ours['ttft']:.2f}x lower, throughput {ours['rate'] / turns['rate']:.2f}x"
     )
     if a.overhead:
-        with cluster(a.model, "--replicas", "1") as url:
-            routed = asyncio.run(one_by_one(url, a.overhead, {}))
-        with started([str(Path(a.model))] if a.model else []) as url:
-            direct = asyncio.run(one_by_one(url.removesuffix("/v1"), a.overhead, {}))
-        print(f"one request at a time: {routed * 1e3:.2f} ms through the router, {direct * 1e3:.2f} ms directly")
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            cluster(a.model, "--replicas", "1", "--", "--api-key", KEY, folder=folder) as url,
+        ):
+            [log] = Path(folder).rglob("r0.log")
+            own = re.findall(r" at (http://[^\s;]+)", log.read_text())[-1]
+            routed, direct = asyncio.run(overhead(url, own, a.overhead))
+        print(f"one request at a time: {routed * 1e3:.2f} ms through the router, {direct * 1e3:.2f} ms directly, "
+              f"{(routed - direct) * 1e3:.2f} ms more")  # fmt: skip
 
 
 if __name__ == "__main__":

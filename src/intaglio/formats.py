@@ -117,15 +117,16 @@ class Format:
     def block(self) -> int:
         """Number of values along a row that a cut must not separate; 0 for plain formats, ROW (-1) for a whole row.
 
-        These are the values that share a scale or, in formats whose scales are multiples of a unit, that unit.
+        These are the values that share a scale; in formats whose scales are multiples of a unit, those that share a
+        unit.
         """
         return BLOCK if self.name in ("q4_k", "q5_k", "q6_k") else self.group
 
     def group_of(self, cols: int) -> int:
         """Number of values that share a scale in a row of `cols` values; 0 for plain formats.
 
-        With one scale per row, it is the length of the equal runs into which the row is cut: a multiple of 32, at most
-        CHUNK (1024). All runs of a row have equal scales.
+        For a format with one scale per row (ROW), a row is cut into runs of one length, which have equal scales. The
+        result is this length: a multiple of 32, at most CHUNK (1024).
         """
         return self.group if self.group != ROW else -(-cols // -(-cols // CHUNK) // 32) * 32
 
@@ -223,12 +224,12 @@ class Quantised:
     minima: np.ndarray | None = None
     units: np.ndarray | None = None
     low_units: np.ndarray | None = None
-    format: str = ""  # its name, where one says it all
+    format: str = ""
     turned: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix: that of `codes`, with the last two sizes swapped if `turned`."""
+        """Shape of the matrix, as a tuple: that of `codes`, with the last two sizes swapped if `turned`."""
         s = self.codes.shape
         return (*s[:-2], s[-1], s[-2]) if self.turned else s
 
@@ -323,10 +324,11 @@ def quantise(x: np.ndarray, name: str) -> Quantised:
 
 
 def _searched(groups: np.ndarray, farthest: np.ndarray, scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """The scales of least squared error among five candidates, float32 [n, G], for groups [n, G, group].
+    """The best of five candidate scales for each group, float32 [n, G]: the one of least squared error.
 
-    The candidates map `farthest`, the value farthest from 0 in each group [n, G], to the end of the codes or to one or
-    two steps beside it. `scales` are the first, and stay where 0 or NaN. csrc/pack/ does the same, to the bit.
+    groups: values [n, G, group]. farthest: the value farthest from 0 in each group [n, G]. A candidate maps that value
+    to the last code, or to a code one or two steps inside or outside of it. scales: the candidate without a step, which
+    is returned if it is 0 or NaN. fmt: the format. csrc/pack/ does the same, to the bit.
     """
     end, step = ENDS[fmt.family]
     reach = np.abs(farthest) if end > 0 else farthest
@@ -357,7 +359,7 @@ def _nearest_codes(groups: np.ndarray, scales: np.ndarray, fmt: Format) -> np.nd
 
 
 def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
-    """The codes nearest to `x`, values already divided by their scale; ties to even, clipped to the codes of `fmt`."""
+    """The codes of `fmt` nearest to `x`, values already divided by their scale, as int8 or E4M3. Ties go to even."""
     if fmt.family == "mxfp4":
         return (np.clip(x / 2, -6, 6).astype(E2M1).astype(np.float32) * 2).astype(np.int8)
     if not fmt.integer:
@@ -369,8 +371,8 @@ def _codes(x: np.ndarray, fmt: Format) -> np.ndarray:
 def quantise_rows(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     """Quantise activations [T, K] to int8. Returns (codes int8 [T, G, group], scales float32 [T, G]).
 
-    G = ceil(K / group). A scale is max|x| / 127 over as many groups as make SPAN (128) values, in float32, and repeated
-    for each of them. Codes are rint(x * (127 / max|x|)), ties to even; all 0 where max|x| < TINY (2^-120).
+    G = ceil(K / group). Consecutive groups that together make SPAN (128) values have the same scale, float32 max|x| /
+    127 over all of them. Codes are rint(x * (127 / max|x|)), ties to even; all 0 where max|x| < TINY (2^-120).
     """
     groups = in_groups(np.asarray(x, np.float32), group)
     parts = -(-SPAN // group)
@@ -471,7 +473,7 @@ def _quotient(x: np.ndarray, y: np.ndarray, least: np.float32 = ZERO) -> np.ndar
 
 
 def _unit(sizes: np.ndarray) -> np.ndarray:
-    """The f16 unit of each block's 8 scales or minima, [..., 8] to [..., 1]: the least of which 63 suffice for all."""
+    """The unit of each block's 8 scales or minima [..., 8], float32 [..., 1]: the least f16 of which 63 are >= all."""
     unit = sizes.max(axis=-1, keepdims=True) / SIZES
     half = unit.astype(np.float16)
     return np.where(half < unit, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)

@@ -126,19 +126,19 @@ class LLM:
             for all running sequences, the last ones are preempted. None: enough for `max_sequences` sequences, if
             that saves a quarter, else 0. 0: all tokens, as in other layers; so with `kv_cache_dir`.
         cache: where the host keeps packed weights for the next start: a folder, "auto" or None (see HostDevice).
-        worker: run the device in a child process, which is replaced when it dies.
+        worker: True to run the device in a child process, which is replaced when it dies.
         journal: a file that records all requests and device outcomes, for `intaglio replay`.
         layout: how ranks share the model, such as tp2 or tp4pp2. On the host each rank is a process, replaced when it
             dies, with an equal share of the threads; on other devices all ranks run in this process.
         hosts: other hosts, each of which runs an equal number of the ranks.
-        in_process: run all ranks of a layout in this process, one after the other.
-        chip: with device silicon, the chip whose times are modelled; the host computes the values.
-        chips: with device silicon, the number of chips that share the model, by `layout` or else tensor parallel.
+        in_process: True to run all ranks of a layout in this process, one after the other.
+        chip: name of the chip whose times are modelled, for device silicon only; the host computes the values.
+        chips: number of chips that share the model, by `layout` or else tensor parallel; for device silicon only.
         machine: threads and memory shared with other models; it then gives the threads.
         kv_cache_dir: a directory that keeps K/V blocks beyond this process, made if it is not there. A later engine of
             the same model loads them instead of computing them; several engines may use the directory.
         kv_cache_bytes: most bytes of all files in `kv_cache_dir`; the least recently used are deleted for new ones.
-        revision: of a hub id: branch, tag or commit, by default main.
+        revision: branch, tag or commit of the hub id's repository; by default main.
         progress: called as progress(done, total, what) while the model loads (see `intaglio.progress`).
     """
 
@@ -246,7 +246,7 @@ class LLM:
         return self.machine.shared(self.device.reload(lost, self.mesh, self.model.checkpoint, self.state))
 
     def close(self) -> None:
-        """Write the K/V blocks that still wait for it to `kv_cache_dir`, and end the device's processes."""
+        """Save the K/V blocks that are still to be written to `kv_cache_dir`, and end the device's processes."""
         if self.tier:
             self.tier.close()
         self.engine.executable.close()
@@ -290,7 +290,8 @@ class LLM:
         """(the Request for `engine.add()`, a list of Transcripts, one per choice). May be called from any thread.
 
         `options` are fields of Request (id, priority, timeout, ...) and `special`, the special tokens that stay in the
-        text. Raises RequestError, TokenizerError or GrammarError; the message calls the prompt `name`.
+        text. Raises RequestError, TokenizerError or GrammarError for a prompt, stop string, bad word or grammar that
+        cannot be served; the message calls the prompt `name`.
         """
         id = options.pop("id", None) or f"r{next(self._numbers)}"
         request, transcripts = self.model.request(prompt, params, id, name, **options)
@@ -325,7 +326,7 @@ class LLM:
         return self.generate([self.chat_prompt(messages)], params)[0]
 
     def chat_prompt(self, messages: abc.Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation in the chat template, up to where the assistant's answer begins.
+        """A list of the token ids of a conversation in the chat template, up to where the assistant's answer begins.
 
         Arguments and errors are those of Model.chat_prompt().
         """
@@ -339,7 +340,7 @@ class LLM:
         self.model = self.model.with_chat_template(source)
 
     def logits(self, sequences: abc.Sequence[TokenIds]) -> list[np.ndarray]:
-        """The logits at every position of sequences of token ids: float32 [tokens, vocabulary] for each.
+        """A list with the logits at every position of each of the sequences of token ids, float32 [tokens, vocabulary].
 
         Row i predicts the token after token i. Raises RequestError for a sequence that does not fit, DeviceError if the
         device fails.
@@ -355,8 +356,8 @@ class LLM:
     def _finish(self, requests: abc.Sequence[Request], progress: Progress = silent) -> list[Sequence]:
         """Run all requests to their end, as many at a time as the engine admits.
 
-        Returns their sequences, in the order of the requests. Raises Refused if the engine refuses a request for
-        another reason than a full queue. On any exception the remaining requests are aborted.
+        Returns a list of their sequences, in the order of the requests. Raises Refused if the engine refuses a request
+        for another reason than a full queue. On any exception the remaining requests are aborted.
         """
         made: list[Sequence] = []
         pending = deque(requests)
@@ -389,13 +390,15 @@ class LLM:
 def state_spec(
     mesh: MeshProgram, kv_tokens: int | None, max_sequences: int, state_cache_bytes: int | None, machine: Machine
 ) -> tuple[StateSpec, int]:
-    """(the StateSpec to allocate, how many sequences may run at once): what fits the memory of one model.
+    """(the StateSpec to allocate, number of sequences that may run at once): what fits the memory of one model.
 
-    The machine grants one model `machine.kv_bytes`. Recurrent state gets up to half of them, two slots a sequence, and
-    fewer sequences run if `max_sequences` do not fit. States kept for the prefix cache get `state_cache_bytes`, or if
-    that is None up to an eighth. K/V gets `kv_tokens`, even beyond that memory. None: KV_TOKENS or one whole context,
-    whichever is more, but no more than the rest holds. Raises RequestError if `kv_tokens` is below 1 or
-    `state_cache_bytes` below 0.
+    The machine grants one model `machine.kv_bytes`. Of these:
+    - Recurrent state gets up to half, two slots a sequence. If `max_sequences` sequences do not fit, fewer run.
+    - States kept for the prefix cache get `state_cache_bytes`; None: up to an eighth.
+    - K/V gets `kv_tokens`, even if that is more than the memory granted. None: KV_TOKENS or one whole context,
+      whichever is more, but no more than the rest holds.
+
+    Raises RequestError if `kv_tokens` is below 1 or `state_cache_bytes` below 0.
     """
     for name, value, least in (("kv_tokens", kv_tokens, 1), ("state_cache_bytes", state_cache_bytes, 0)):
         if value is not None and value < least:
@@ -420,7 +423,7 @@ def state_spec(
 def _tier(folder: str | Path | None, budget: int, scope: BlockScope, journal: str | Path | None) -> DiskTier | None:
     """The DiskTier that keeps K/V blocks in `folder`, of at most `budget` bytes; None if `folder` is None.
 
-    Raises RequestError for a budget below 1, and together with a journal.
+    Raises RequestError for a budget below 1, or if both `folder` and `journal` are given.
     """
     if folder is None:
         return None

@@ -118,8 +118,8 @@ class KernelLibrary:
     def record(self, op: str, format: str = "", head_dim: int = 0, kernel: str = "") -> KernelRecord | None:
         """The first record that serves a call; None if the library's own fields describe the kernel.
 
-        op, format, head_dim: the call, as in KernelRecord.serves(). kernel: name of the kernel that is asked for; "":
-        the default. Raises ChipError for a name that no record has.
+        op, format, head_dim: the call; see KernelRecord.serves(). kernel: name of the kernel that is asked for; "": the
+        default. Raises ChipError for a name that no record has.
         """
         if kernel and not any(r.kernel == kernel for r in self.kernels):
             known = ", ".join(dict.fromkeys(r.kernel for r in self.kernels)) or "none"

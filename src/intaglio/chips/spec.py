@@ -109,7 +109,10 @@ class ChipSpec:
         check(self)
 
     def mac_rate(self, format: str) -> int:
-        """Multiply-accumulates per cycle of one core, for operands in `format`. Raises ChipError as runs_as() does."""
+        """Multiply-accumulates per cycle of one core, for operands in `format`.
+
+        Raises ChipError if the matrix array takes neither that format nor a wider one.
+        """
         return dict(self.macs)[self.runs_as(format)]
 
     def runs_as(self, format: str) -> str:
@@ -125,7 +128,10 @@ class ChipSpec:
         raise ChipError(f"{self.name} has no matrix rate for {format}; it has {', '.join(rates)}")
 
     def peak_flops(self, format: str) -> float:
-        """Peak dense FLOP/s of the chip in `format`. Raises ChipError as runs_as() does."""
+        """Peak dense FLOP/s of the chip in `format`.
+
+        Raises ChipError if the matrix array takes neither that format nor a wider one.
+        """
         return 2.0 * self.cores * self.clock_hz * self.mac_rate(format)
 
     @property

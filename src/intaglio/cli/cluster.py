@@ -170,7 +170,7 @@ def down(name: Name = "default") -> None:
 
 
 def show(state: dict[str, Any], as_json: bool) -> None:
-    """Print a cluster's state as a table or as JSON."""
+    """Print a cluster's state as a table, or with `as_json` as JSON. state: as Cluster.state() returns it."""
     if as_json:
         print(json.dumps(state))
         return
@@ -185,9 +185,9 @@ def show(state: dict[str, Any], as_json: bool) -> None:
 
 
 def read_roles(replicas: str | None, prefill: int | None, decode: int | None) -> tuple[dict[Role, int], int | None]:
-    """The number of replicas by role, and that up to which they are autoscaled (None: not), from the options of `up`.
+    """(replicas by role, largest number of replicas or None) for the options of `up`. None: no autoscaling.
 
-    Raises ValueError for a wrong combination, and for a wrong number of replicas.
+    Raises ValueError for a combination that is not allowed, and for a text that read_replicas() refuses.
     """
     if prefill is None and decode is None:
         return read_replicas(replicas or "2")
@@ -199,7 +199,10 @@ def read_roles(replicas: str | None, prefill: int | None, decode: int | None) ->
 
 
 def read_replicas(text: str) -> tuple[dict[Role, int], int | None]:
-    """The number in a text such as 2, or of 1..4 the lower and the upper. Raises ValueError for another text."""
+    """({"mixed": replicas}, largest number of replicas with autoscaling) of a text such as 1..4.
+
+    A text with one number, such as 2, means no autoscaling: the second item is None. Raises ValueError for other texts.
+    """
     found = re.fullmatch(r"([0-9]{1,2})(?:\.\.([0-9]{1,2}))?", text, re.ASCII)
     least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= least <= most <= 64:
@@ -208,14 +211,17 @@ def read_replicas(text: str) -> tuple[dict[Role, int], int | None]:
 
 
 def ranks_of(layout: str | None) -> int:
-    """Number of ranks of a layout such as tp2pp2; 1 without one. Raises ValueError for a wrong one."""
+    """Number of ranks of a layout such as tp2pp2; 1 for None. Raises LayoutError, a ValueError, for a wrong layout."""
     from intaglio.compiler import Layout
 
     return Layout.parse(layout).ranks if layout else 1
 
 
 def connect_ray(address: str, name: str) -> RayLauncher:
-    """The connection to a Ray cluster. Raises ValueError if ray is not installed, or nothing is at the address."""
+    """A RayLauncher that is connected to the Ray cluster at `address`. name: name of Intaglio's cluster.
+
+    Raises ValueError if ray is not installed, or if there is no Ray cluster at the address.
+    """
     try:
         from intaglio.cluster.ray_launcher import RayLauncher
     except ImportError as e:

@@ -17,7 +17,7 @@ from intaglio.cli.progress import progress_bar
 from intaglio.progress import prefixed
 
 if TYPE_CHECKING:
-    from intaglio.server.control_tcp import TcpAddress
+    from intaglio.devices.processes.address import TcpAddress
 
 
 def state_cache_bytes(text: str) -> int | None:
@@ -41,7 +41,11 @@ def checked_state_cache(param: typer.CallbackParam, text: str) -> str:
 
 
 def checked_control(param: typer.CallbackParam, text: str | None) -> str | None:
-    """Callback of --control: returns the text. Raises ValueError if there is no such folder, or no token."""
+    """Callback of --control: returns the text unchanged; None if the option is not given.
+
+    Raises ValueError, naming the option, if the folder of a socket's path does not exist, or for a TCP address that
+    control_address() refuses.
+    """
     if text is not None and text.startswith("tcp://"):
         try:
             control_address(text)
@@ -53,10 +57,14 @@ def checked_control(param: typer.CallbackParam, text: str | None) -> str | None:
 
 
 def control_address(text: str | None) -> Path | TcpAddress | None:
-    """The address that --control names. Raises ValueError for a wrong address, and for TCP without a token."""
+    """The address in the text of --control: a socket's Path, or a TcpAddress; None for None.
+
+    Raises ValueError for a wrong TCP address, and if the environment variable with its token is not set or too short.
+    """
     if text is None or not text.startswith("tcp://"):
         return None if text is None else Path(text)
-    from intaglio.server.control_tcp import TOKEN_VARIABLE, TcpAddress
+    from intaglio.devices.processes.address import TcpAddress
+    from intaglio.server.control_tcp import TOKEN_VARIABLE
 
     token = os.environ.get(TOKEN_VARIABLE)
     if token is None:

@@ -62,8 +62,14 @@ async def _computed(
 ) -> dict[str, Any] | None:
     """Have `replica` compute the prompt and return its answer; None if the answer is an error.
 
-    The answer is {"tokens": tokens of the prompt, "handed": those whose K/V other replicas can load}. Raises LinkLost
-    if the replica is lost, Moved if it is being drained.
+    The answer is a dict with the keys:
+
+    - tokens: number of tokens of the prompt.
+    - handed: number of these whose K/V other replicas can load.
+    - whole: number that would be handed if all blocks had been kept.
+    - lease: the lease on the blocks; "" if none are handed.
+
+    Raises LinkLost if the replica is lost, Moved if it is being drained.
     """
     link = backends.links.get(replica)
     if link is None:

@@ -20,9 +20,10 @@ class ReplicaActor:
         self.process = ReplicaProcess(name, words, cluster_folder(cluster))
 
     async def listen(self, token: str) -> dict[str, Any]:
-        """Start the process, which listens at this node's address for who knows the token.
+        """Start the process, with its control channel at this node's address. token: secret that a client must know.
 
-        Returns a dict once it serves: host, port, pid, node and log; or failed, the reason, if it does not.
+        Returns a dict once the process serves, with the keys host, port, pid, node and log. If it does not start, the
+        dict has one key, failed, with the reason.
         """
         try:
             address = await self.process.listen(ray.util.get_node_ip_address(), token)
@@ -37,7 +38,7 @@ class ReplicaActor:
         return await self.process.wait()
 
     async def stop(self) -> None:
-        """End the process: it gets some seconds to end by itself."""
+        """Ask the process to end, and kill it if it has not ended after some seconds."""
         await self.process.stop()
 
     async def kill(self) -> None:
@@ -45,5 +46,5 @@ class ReplicaActor:
         self.process.kill()
 
     async def trim_log(self) -> None:
-        """Keep the log short. Raises OSError."""
+        """Move the log's content aside if the log is long. Raises OSError."""
         self.process.trim_log()

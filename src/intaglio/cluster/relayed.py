@@ -35,9 +35,9 @@ class RelayedRequest:
 
     Attributes:
         job: the request as the router places it.
-        path, headers, raw: of the HTTP request; `raw` is its body.
+        path, headers, raw: path, headers and body of the HTTP request.
         stream: True if the response is streamed.
-        began: when it arrived, in seconds by the clock of `backends`.
+        began: time at which the request arrived, in seconds by the clock of `backends`.
         output_tokens: number of tokens passed on so far.
     """
 
@@ -89,7 +89,8 @@ class RelayedRequest:
     async def _attempt(self, send: Send, again: bool) -> bool:
         """Run the request on one replica. Returns True if it has ended, False if it has to go on at another replica.
 
-        again: as for Backends.place(). Raises Problem if the router refuses the job, or after MAX_LOSSES lost replicas.
+        again: True if the job was placed before. Raises Problem if the router refuses the job, or after MAX_LOSSES lost
+        replicas.
         """
         try:
             with span("wait for a replica"):
@@ -130,7 +131,7 @@ class RelayedRequest:
         return call
 
     def _header(self, prefill: bool = False) -> dict[str, Any]:
-        """The header of a call to a replica, which has the deltas passed on so far; the replica computes the rest.
+        """The header of a call to a replica, a dict with the deltas passed on so far. The replica computes the rest.
 
         prefill: True if the replica should compute only the K/V of the prompt.
         """
@@ -187,7 +188,7 @@ class RelayedRequest:
         """Handle a replica's error response, whose first frame is (header, body).
 
         Returns False if another replica has to take the request. Otherwise sends the error to the client and returns
-        True. Raises Problem as _count_refusal() does.
+        True. Raises Problem 503 after too many refusals, or after the job's deadline.
         """
         whole, part = bytearray(body), header
         while not part.get("end"):
@@ -212,8 +213,8 @@ class RelayedRequest:
     def _patient(self, code: str | None) -> bool:
         """True if a refused request is tried again until its deadline, however often it is refused.
 
-        That is a request with output so far and a deadline, if `code`, the code of the refusal, says that the replica
-        is busy.
+        This holds if the request has a deadline and has output so far, and if the replica refused because it is busy.
+        code: the code of the refusal.
         """
         return bool(self.deltas) and code in BUSY and self.job.deadline is not None
 

@@ -22,16 +22,16 @@ class EngineProfile:
     """How a serving engine runs steps. Times are in seconds.
 
     Attributes:
-        name: of the engine.
+        name: the engine's name.
         description: one line, for listings.
         max_batch_tokens: most tokens of a step of one copy of attention.
         max_sequences: most sequences that run at once, for each copy of attention.
         mixed: prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         kv: format of the K/V cache with 8-bit and 4-bit weights.
-        step_s: of the host for each step.
-        sequence_s: of the host for each sequence of a step.
-        request_s: of the host for each request: HTTP, tokenizer, first text.
-        prompt_token_s: of the host for each token of a prompt.
+        step_s: the host's time for each step.
+        sequence_s: the host's time for each sequence of a step.
+        request_s: the host's time for each request: HTTP, tokenizer, first text.
+        prompt_token_s: the host's time for each token of a prompt.
         admission_steps: steps that a request waits for before it is admitted.
         graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph); None: the library's.
         decode_factor: seconds of a step that only decodes, for each second of its kernels alone.
@@ -96,7 +96,10 @@ class EngineProfile:
         return replace(self, **changes, older={})
 
     def on(self, target: Target) -> Target:
-        """The target with the engine's own kernels in its library. Raises ChipError for an unknown field."""
+        """The target with the engine's own kernels in its library.
+
+        Raises ChipError if the profile changes an unknown field, or sets a value out of range.
+        """
         changes = {**self.library, **self.generations.get(target.library.generation, {})}
         return target.with_library(**changes) if changes else target
 
@@ -121,7 +124,11 @@ class EngineTimes:
         self.graphs = times if launch is None else times.on(times.target.with_library(launch_s=launch))
 
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
-        """(seconds, joules of all chips of the server) of one step. Arguments as for StepTimes.cost()."""
+        """(seconds, joules of all chips of the server) of one step.
+
+        decoding: sequences that get one token each. context: their mean number of keys. chunks: (new tokens, keys up to
+        and including them, number of such prompts).
+        """
         if chunks:
             seconds, joules = self.times.cost(decoding, context, chunks)
             return seconds * self.profile.prefill_factor, joules

@@ -46,7 +46,7 @@ SPREAD = (1024, 8192)  # prompts of these lengths are drawn from 80 to 100 % of 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table of measured servers. Its properties are what the columns say; times are in seconds."""
+    """One row of a table of measured servers. `columns` is the row by column name; properties give times in seconds."""
 
     columns: dict[str, str]
 
@@ -118,7 +118,8 @@ class Row:
     def placement(self, phase: str = "") -> Placement:
         """How the chips share the model, as a Placement.
 
-        phase: "prefill_" or "decode_" for the servers of that kind in a row of mode disagg; "" for other rows.
+        phase: "prefill_" or "decode_" for the servers of that kind in a row of mode disagg; "" for other rows. Raises
+        LayoutError if the row's sizes do not fit each other.
         """
         sizes = [max(1, self.number(phase + name)) for name in ("tp_size", "pp_size", "attention_dp_size")]
         (tp, pp, dp), expert = sizes, [max(1, self.number(f"{phase}moe_{w}_size")) for w in ("tp", "ep")]
@@ -185,16 +186,18 @@ def whole(card: str) -> Program:
 def times(card: str, on: Target, placement: Placement, how: Formats, fusions: tuple[str, ...]) -> StepTimes:
     """The StepTimes of a server. Equal arguments give the same object, which keeps its table of steps.
 
-    card: name of a shipped config. on: chip and kernel library. how: number formats. fusions: names of FUSIONS.
+    card: name of a shipped config. on: chip and kernel library. how: number formats. fusions: names of FUSIONS. Raises
+    LayoutError if the placement does not fit the model, FormatError for an unknown format, and ChipError if the chip
+    cannot hold the weights or does not take a format.
     """
     return StepTimes(Server.of(whole(card), placement, how), on, fusions)
 
 
 def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Compared:
-    """Serve a row's load in virtual time by the engine `profile`. Returns the Compared.
+    """Serve a row's load in virtual time by the engine `profile`. Returns the Compared, with modelled latencies.
 
-    Its `refused` says why, if the row cannot be modelled. closed_form: for aggregated servers the steady state of
-    steady.estimate() instead of the queue, in about a tenth of the time.
+    If the row cannot be modelled, `refused` of the result says why. closed_form: for aggregated servers, take the
+    steady state of steady.estimate() instead of the queue, in about a tenth of the time.
     """
     if why := row.refusal():
         return Compared(row, refused=why)
@@ -233,7 +236,10 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
 
 
 def apart_of(row: Row, profile: EngineProfile) -> Apart:
-    """The prefill and decode servers of a row of mode disagg, as an Apart. Raises the errors of server_of()."""
+    """The prefill and decode servers of a row of mode disagg, as an Apart.
+
+    Raises ChipError or LayoutError if the model does not fit.
+    """
     (first, one), (second, two) = (server_of(row, profile, phase) for phase in ("prefill_", "decode_"))
     return Apart(first, second, one, two)
 

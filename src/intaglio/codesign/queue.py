@@ -28,10 +28,10 @@ class QueueSettings:
         max_batch_tokens: most tokens of a step of each copy of attention; a longer prompt is prefilled in chunks.
         max_sequences: most sequences that run at once, of all copies.
         mixed: chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
-        step_s: of the host for each step, which the chips wait for.
-        sequence_s: of the host for each sequence of a step, which the chips wait for.
-        request_s: of the host for each request before its first token, outside the engine's steps.
-        prompt_token_s: of the host for each token of a request's prompt, outside the engine's steps.
+        step_s: the host's time for each step, during which the chips wait.
+        sequence_s: the host's time for each sequence of a step, during which the chips wait.
+        request_s: the host's time for each request before its first token, outside the engine's steps.
+        prompt_token_s: the host's time for each token of a request's prompt, outside the engine's steps.
         admission_steps: steps that a request waits for before it is admitted.
     """
 
@@ -51,10 +51,10 @@ class Queued:
     """A request in the queue.
 
     Attributes:
-        planned: its lengths.
-        start: seconds at which it was sent.
-        done: tokens of its prompt that are computed.
-        first: seconds at which its first token came.
+        planned: the LoadRequest, which has the lengths of prompt and response.
+        start: time in seconds at which the request was sent.
+        done: number of its prompt's tokens that are computed.
+        first: time in seconds at which its first token came; 0 before that.
     """
 
     planned: LoadRequest
@@ -70,12 +70,12 @@ class Queued:
 
 @dataclass(frozen=True)
 class QueueResult:
-    """What became of a load.
+    """Outcomes, steps and energy of a load that one server served.
 
     Attributes:
-        outcomes: of the requests, in the order in which they ended.
+        outcomes: the Outcomes of the requests, in the order in which they ended.
         steps: number of steps.
-        joules: of all chips in these steps.
+        joules: energy of all chips in these steps.
         busy_s: seconds of these steps, without the host's overhead.
     """
 
@@ -89,8 +89,8 @@ class Queue:
     """One server under load, in virtual time: its requests that wait, are prefilled, decode or have ended.
 
     Args:
-        times: what steps cost.
-        settings: of the engine.
+        times: seconds and joules of steps.
+        settings: settings of the engine.
         prefills: False for a server that gets prompts whose K/V is computed; its requests decode once they are
             admitted, and their first token counts from then.
     """
@@ -137,9 +137,10 @@ class Queue:
                 self.start_decoding(one)
 
     def take_steps(self, until: float) -> None:
-        """Take one step with prompts, or equal decode steps up to the next end of a response or to `until` seconds.
+        """Advance the clock by one step if a prompt is being computed, otherwise by decode steps.
 
-        Nothing happens if no request is admitted.
+        Decode steps are taken until the next response ends or the clock reaches `until` seconds, at most LEAP of them
+        and at least one. Nothing happens if no request is admitted.
         """
         n = len(self.running)
         if not n and not self.prefilling:
@@ -154,7 +155,10 @@ class Queue:
         self._advance(n, *self._mean_cost(count), count)
 
     def next_event(self) -> float:
-        """The time at which take_steps() without a limit would end; a step with prompts counts as ended already."""
+        """Time in seconds at which the next decode steps end if no request arrives.
+
+        The present time if a prompt is being computed or nothing runs.
+        """
         if self.prefilling or not self.running:
             return self.now
         count = self._equal_steps()
@@ -239,9 +243,9 @@ def serve(
 ) -> QueueResult:  # fmt: skip
     """Serve a load in virtual time and return the QueueResult.
 
-    requests: in the order of their arrival. concurrency: most requests open at once; a request's times then count from
-    when it is sent, not from its arrival. None: any number. Raises ValueError for a request that the K/V cache cannot
-    hold.
+    requests: the load, ordered by time of arrival. concurrency: most requests open at once; None: any number. With a
+    number, a request's times count from when it is sent, not from its arrival. Raises ValueError for a request that the
+    K/V cache cannot hold.
     """
     queue, pending, most = Queue(times, settings), deque(requests), concurrency or len(requests)
     while pending or queue.open:

@@ -29,14 +29,14 @@ def rate(row: Row, ttft: float, tpot: float) -> float:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A case: its points, and what became of the recommendation.
+    """A case: its points, the one that the model recommends and the one that measured best.
 
     Attributes:
-        question: values of the columns SAME; with the number of open requests, if they were compared at one load.
+        question: values of the columns SAME, and the number of open requests if only points of one load are compared.
         layouts: number of different layouts.
-        points: number of layouts and loads.
-        recommended: layout and open requests with the most modelled output tokens/s per chip.
-        best: the same of the most measured.
+        points: number of different pairs of layout and number of open requests.
+        recommended: layout and open requests with the most modelled output tokens/s per chip, in words.
+        best: layout and open requests with the most measured output tokens/s per chip, in words.
         reached: measured rate per chip of the recommended point, over that of the best.
     """
 
@@ -54,7 +54,7 @@ class Ranked:
 
 
 def rankings(compared: Sequence[Compared], at_one_load: bool = False, least: int = LEAST) -> list[Ranked]:
-    """A Ranked for each case of aggregated servers with two layouts or more and at least `least` points.
+    """A list with a Ranked for each case of aggregated servers that has two or more layouts and `least` or more points.
 
     at_one_load: compare only points with equal numbers of open requests. Refused rows are left out.
     """
@@ -72,7 +72,10 @@ def rankings(compared: Sequence[Compared], at_one_load: bool = False, least: int
 
 
 def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared]) -> Ranked | None:
-    """The Ranked of the rows of one case; None if they have one layout. Equal points count as their mean."""
+    """The Ranked of the rows of one case; None if they have only one layout.
+
+    Rows of the same layout and number of open requests count as one point, with their mean rates. asked: the question.
+    """
     points: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for c in mine:
         pair = rate(c.row, c.row.ttft, c.row.tpot), rate(c.row, c.ttft, c.tpot)

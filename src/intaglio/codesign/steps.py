@@ -40,10 +40,10 @@ class Formats:
     """Number formats of a served model, as `intaglio simulate` takes them.
 
     Attributes:
-        weights: of weight matrices.
-        kv: of the K/V cache.
+        weights: format of weight matrices.
+        kv: format of the K/V cache.
         activations: auto, fp8, or "weights": the format of the weights, where the chip's arrays multiply it.
-        experts: of the matrices of routed experts; "": as `weights` says.
+        experts: format of the matrices of routed experts; "": as `weights` says.
     """
 
     weights: str = "auto"
@@ -64,6 +64,7 @@ class Server:
             format.
         rows: "auto", or "weights": activations are rounded to the format of the weights that they are multiplied with,
             where the chip's arrays multiply it.
+        rooms: results of kv_tokens(), kept by its arguments.
     """
 
     program: Program
@@ -71,7 +72,7 @@ class Server:
     stages: tuple[Program, ...]
     experts: tuple[Program, ...]
     rows: str = "auto"
-    rooms: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False, repr=False)  # of kv_tokens()
+    rooms: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
@@ -114,7 +115,7 @@ class Server:
             share: fraction of each chip's HBM that may be filled.
             max_tokens: most tokens of a step of one copy of attention.
             max_sequences: most sequences of a step of one copy.
-            open_sequences: the result is at most what so many whole contexts take, for each copy; None: max_sequences.
+            open_sequences: for each copy, the result is at most this number of whole contexts; None: max_sequences.
 
         Raises ChipError if not even one K/V block fits.
         """
@@ -151,7 +152,7 @@ def weights_of(p: Program, of_experts: bool) -> set[str]:
 
 
 class Costs(Protocol):
-    """What a queue needs to know of a server: the number of copies of its attention, and what its steps cost."""
+    """Interface to a server's step times, as a queue uses it: the number of copies of attention, the cost of a step."""
 
     copies: int
 
@@ -185,6 +186,8 @@ class StepTimes:
         fusions: names in FUSIONS of how the engine's kernels differ from the Program's ops.
         overlaps: True if the library prefetches weights or hides collectives. Steps are then timed by `plans`, unless
             there are fusions, or experts with a layout, format or activation format of their own.
+        tables: the exact seconds and joules computed so far, by kind and size of step.
+        others: the StepTimes that on() has made, by target.
 
     Raises ChipError if a chip cannot hold the weights, or its arrays do not take a format.
     """
@@ -216,7 +219,10 @@ class StepTimes:
         self.chips_per_stage = self.server.placement.chips_per_server // self.count
 
     def on(self, target: Target) -> StepTimes:
-        """The StepTimes of the same server on another target. Equal targets give the same object, with its table."""
+        """The StepTimes of the same server on another target. Equal targets give the same object, with its table.
+
+        Raises ChipError as StepTimes does.
+        """
         if target == self.target:
             return self
         if target not in self.others:
@@ -225,7 +231,7 @@ class StepTimes:
 
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
-        """The Plan of each pipeline stage, for libraries that overlap ops."""
+        """A tuple with the Plan of each pipeline stage, for libraries that overlap ops."""
         return Plan.of(self.server.stages, self.target)
 
     def _parts(self, own: Program, experts: Program) -> list[Part]:
@@ -262,8 +268,9 @@ class StepTimes:
     def exact(self, decoding: int, context: int, chunks: Chunks = ()) -> tuple[float, float]:
         """(seconds, joules of all chips of the server) of one step, computed without the table.
 
-        Arguments as for cost(). Sequences are spread evenly over the copies of attention and the micro-batches of the
-        pipeline.
+        decoding: sequences that get one token each, spread evenly over the copies of attention and the micro-batches of
+        the pipeline. context: their number of keys. chunks: (new tokens, keys up to and including them, number of such
+        prompts).
         """
         n = self.count
         own, everything = self._sizes(decoding, context, chunks)
@@ -280,7 +287,7 @@ class StepTimes:
     def _sizes(self, decoding: int, context: int, chunks: Chunks) -> tuple[BatchSizes, int]:
         """(BatchSizes of the attention copy with the most tokens, tokens of all copies) of one micro-batch.
 
-        Arguments as for cost().
+        decoding, context, chunks: the step, as given to exact().
         """
         stages = self.count
         each, ranks = -(-decoding // (self.copies * stages)), [0] * self.copies

@@ -53,6 +53,8 @@ class _Run:
     """Event-driven simulation of one schedule on a topology. time() runs it and returns its seconds.
 
     Attributes:
+        sizes: bytes of each chunk.
+        local: bytes per second at which a rank copies and reduces.
         waits: number of unmet dependencies of each step.
         busy: the tick at which a link or a rank becomes free; the key is a link's number, or -1 - rank.
     """
@@ -128,7 +130,7 @@ def choose(
     Args:
         collective: its name.
         topology: the ranks and links.
-        nbytes: as for chunk_bytes().
+        nbytes: size of one rank's input; for all_gather, of its output.
         node: ranks in a node, for algorithms with two levels; 0: no nodes.
         local: bytes per second at which a rank copies and reduces.
         ordered: consider only schedules that sum all values in one order, by rank or by one tree. Then no bit depends

@@ -65,8 +65,8 @@ def transfers_paired(s: Schedule) -> Iterator[str]:
 def no_deadlock(s: Schedule) -> Iterator[str]:
     """Yield a message for each step that can never run, because it waits for a cycle of dependencies.
 
-    A send and its recv count as one step here. So a schedule without messages runs even if every send blocks until its
-    recv is ready.
+    A send and its recv count as one step here. So a schedule that this rule accepts runs even if every send blocks
+    until its recv is ready.
     """
     pair: dict[int, int] = {}
     node = list(range(len(s.steps)))  # a send and its recv share a node
@@ -213,7 +213,7 @@ def check(s: Schedule) -> None:
 
 
 def order(s: Schedule) -> str:
-    """In which order a schedule sums the values of a payload: "rank", "tree" or "chunk".
+    """The order in which a schedule sums the values of a payload: "rank", "tree" or "chunk".
 
     - rank: every chunk as ((0 + 1) + 2) + ..., by number of the rank. A collective without sums is "rank" too.
     - tree: every chunk by the same tree, but not by rank.

@@ -22,7 +22,8 @@ class Slot(NamedTuple):
 
     Attributes:
         buffer: `in`, `out` or `tmp`.
-        number: in the buffers `in` and `out` the chunk's number, in `tmp` counted from 0 as slots are allocated.
+        number: number of the slot in its buffer. In `in` and `out` it is the chunk's number; slots of `tmp` are
+            numbered from 0 as they are allocated.
     """
 
     buffer: str
@@ -112,6 +113,8 @@ class Schedule:
 
 class ScheduleBuilder:
     """Builds a Schedule: copy(), reduce() and move() add steps, done() returns the schedule.
+
+    collective, algorithm: its names. ranks, chunks: numbers of ranks, and of chunks of the payload.
 
     The dependencies of each step follow from the slots that the steps read and write.
     """

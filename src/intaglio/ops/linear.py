@@ -19,8 +19,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
 def x_format(weight: str, exact: bool = False) -> str:
     """The name of the format to which x is rounded before a product with weights of format `weight`.
 
-    int8 for integer codes, bf16 for bf16 and other quantized weights, else f32. `exact`: f32 wherever the weights
-    allow it.
+    int8 for integer codes, bf16 for bf16 and other quantized weights, else f32. exact: True to use f32 in place of
+    bf16.
     """
     fmt = formats.get(weight)
     if fmt.integer:
@@ -75,7 +75,7 @@ class Linear(Op, kind="linear"):
     Attributes:
         x_format: format to which x is rounded before the product: f32 or bf16 for plain and fp8 weights, also fp8row
             for fp8; int8 for integer codes, by formats.quantise_rows().
-        glu: the rows of w are [gate; up], and out = activation(gate) * up, [rows, N / 2].
+        glu: True if the rows of w are [gate; up]; then out = activation(gate) * up, [rows, N / 2].
     """
 
     x: str = operand()

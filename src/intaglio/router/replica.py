@@ -31,8 +31,8 @@ class Pace:
         """The Pace with a replica's fitted step time: seconds per step and per token.
 
         While the replica has only decoded, at one batch size, the fit has no slope. A token then counts as 1/32
-        of a step, since with a slope of 0 a cached prefix would seem to save nothing. Without a fit: the
-        default Pace.
+        of a step, since with a slope of 0 a cached prefix would seem to save nothing. If neither number is above 0,
+        there is no fit, and the result is the default Pace.
         """
         if per_step <= 0 and per_token <= 0:
             return cls()
@@ -112,9 +112,10 @@ class Replica:
         return not self.jobs or (free and self.prefill_tokens < PREFILL_STEPS * self.report.max_batch_tokens)
 
     def pace_is_known(self, placements: int) -> bool:
-        """True if the replica has measured its pace, and not long ago: it has jobs, or had one of the latest ones.
+        """True if the replica has measured its pace and the measurement is recent.
 
-        placements: those that the router has made.
+        It is recent if the replica has jobs, or was given one of the router's latest PACE_KEPT jobs. placements: number
+        of placements that the router has made.
         """
         return self.report.pace.measured and (bool(self.jobs) or placements - self.last_placed < PACE_KEPT)
 

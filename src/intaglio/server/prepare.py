@@ -114,7 +114,7 @@ def prepare_completion(
 def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[int]) -> tuple[str, int]:
     """(text, prefix) for `echo`: the prompt's text, and how many tokens at its beginning that text leaves out.
 
-    ("", 0) if the request does not ask for echo. Raises Problem if token ids cannot be decoded without a tokenizer.
+    ("", 0) if the request does not ask for echo. Raises Problem if the model has no tokenizer to decode token ids.
     """
     if not body.echo:
         return "", 0
@@ -203,7 +203,7 @@ def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
 
 
 def _truncated(llm: LLM, body: GenerationRequest, ids: list[int], asked: int | None) -> list[int]:
-    """The prompt's token ids `ids`, cut to the body's truncate_prompt_tokens tokens.
+    """A list of the prompt's token ids `ids`, cut to the body's truncate_prompt_tokens tokens.
 
     -1 means as many as leave room for `asked` output tokens in the context. The end of the prompt is kept; with
     truncation_side "right", its beginning. Without truncate_prompt_tokens nothing is cut. Raises Problem if it is 0.

@@ -15,10 +15,10 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from intaglio.devices.processes.address import TcpAddress
 from intaglio.llm import LLM
 from intaglio.server.app import build
 from intaglio.server.control import control_channel
-from intaglio.server.control_tcp import TcpAddress
 from intaglio.server.service import Options, Service
 
 log = logging.getLogger("intaglio.server")

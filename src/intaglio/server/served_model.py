@@ -17,7 +17,8 @@ from intaglio.server.vocabulary import Vocabulary
 class ServedModel:
     """A model under the name that clients request, with its engine's driver. Created and used on the event loop.
 
-    defaults: SamplingParams fields used where a request leaves them out.
+    llm: the model and its engine. metrics: the server's metrics, to which the model is added. defaults: SamplingParams
+    fields used where a request leaves them out.
     """
 
     def __init__(self, name: str, llm: LLM, metrics: Metrics, defaults: Mapping[str, Any]) -> None:
@@ -38,10 +39,10 @@ class ServedModel:
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """What must be equal in two replicas for bitwise equal results, as three texts.
+        """(hash of the Program, name of its numerics, digest of its BlockScope), three texts.
 
-        They are the hash of the Program, the name of its numerics, and the digest of its BlockScope, which includes the
-        weights and the version of the package.
+        Two replicas give bitwise equal results if all three are equal. The BlockScope includes the weights and the
+        version of the package.
         """
         engine = self.driver.engine
         return engine.program.hash, engine.numerics, engine.scope.digest

@@ -28,7 +28,7 @@ class Lane:
         coded: names of the weights whose codes come from a checkpoint.
         shares: every lane's share of each result on this lane that is split by columns.
         split: names of results of which each lane has only a run of token rows (sequence parallelism).
-        wholes: for each split result that has been gathered, the name of its gathered copy.
+        wholes: names of the gathered copies of split results, by the result's name.
         views: lists of the views in the whole Program, by the name of their base.
     """
 
@@ -47,7 +47,10 @@ class Lane:
         self.split: set[str] = set()
 
     def run(self) -> Program:
-        """Apply the sharding rule of every op and return the Program of this lane."""
+        """Apply the sharding rule of every op and return the Program of this lane.
+
+        Raises LayoutError for an op without a rule, or if an op or a weight cannot be divided like this.
+        """
         for t in self.p.of_role("state"):
             if t.shape[0] == "P":  # the rules of ops with recurrent state keep theirs
                 self.keep(t.name, self.plan.get(t.name), axis=2)
@@ -90,8 +93,8 @@ class Lane:
     def keep(self, name: str, shares: list[Share] | None = None, axis: int = 0, as_: str = "") -> str:
         """Add a tensor of the whole Program (weight, const or state), or this lane's share of it, to this lane.
 
-        shares: every lane's share along `axis`; None: the whole tensor. as_: name of the tensor here; "": the same
-        name. Returns the name here.
+        Returns the tensor's name here. shares: every lane's share along `axis`; None: the whole tensor. as_: name of
+        the tensor here; "": the same name. Raises LayoutError if the cut would split a group of a quantised weight.
         """
         t = self.p.tensors[name]
         if shares:
@@ -109,11 +112,13 @@ class Lane:
         """Add this lane's part of a stack of matrices [E, ...], such as the weights of experts, to this lane.
 
         Args:
-            name: of the stack.
-            stacks: which of its matrices this lane takes.
-            parts: shares of rows or columns along `axis`; empty: the matrices stay whole.
-            part: which of `parts` is this lane's.
-            axis: of the stack, along which the matrices are cut.
+            name: name of the stack.
+            stacks: indices of the matrices that this lane takes.
+            parts: every part's share of rows or columns along `axis`; empty: the matrices stay whole.
+            part: index in `parts` of this lane's share.
+            axis: axis of the stack along which the matrices are cut.
+
+        Raises LayoutError if a cut would split a group of a quantised weight.
         """
         t = self.p.tensors[name]
         t = self.fitted(t, parts, axis) if parts else t
@@ -177,10 +182,10 @@ class Lane:
     def total(self, site: str, x: str, out: str, group: tuple[int, ...], slots: int = 1) -> None:
         """Add an all_reduce that sums the partial results `x` of the lanes in `group` into `out`.
 
-        site: the op's. slots: as for AllReduce.
+        site: the op's site. slots: as for AllReduce.
 
-        With sequence parallelism it is a reduce_scatter, which gives this lane its own token rows of the sum, if all
-        lanes are in `group` and `out` is a temp with a row per token.
+        With sequence parallelism a reduce_scatter is added instead, if all lanes are in `group` and `out` is a temp
+        with a row per token. It gives this lane its own token rows of the sum.
         """
         t = self.p.tensors[out]
         if self.layout.sp and t.shape[0] == "T" and t.role == "temp" and len(group) == self.layout.lanes:
@@ -193,7 +198,7 @@ class Lane:
     def gather(self, site: str, x: str, out: str, shares: Sequence[Share], width: int) -> None:
         """Add an all_gather of the columns of `x`, which are split as `shares` says, into `out` of `width` columns.
 
-        site: of the all_gather.
+        site: site of the all_gather.
         """
         group = partners(shares, self.lane)
         assert is_partition(shares, width), f"{x} cannot be gathered from {shares}"

@@ -84,10 +84,11 @@ def plan_heads(p: Program, op: Attend, layout: Layout, plan: Plan) -> None:
 
 
 def plan_columns(p: Program, x: str, shares: list[Share], plan: Plan) -> None:
-    """Add `shares` to `plan` for the linears from whose results elementwise ops, convolutions or permute compute `x`.
+    """Add `shares` to `plan` for the results of the linears from which `x` is computed.
 
-    Nothing is added if `x` depends on other results too, if one of the linears is in the plan or has another width, or
-    if `x` has fewer columns than there are lanes.
+    Only elementwise ops, convolutions and permute may lie between them and `x`. Nothing is added if `x` depends on
+    other results too, if one of the linears is in the plan or has another width than `x`, or if `x` has fewer columns
+    than there are lanes.
     """
     found, width = roots(p, x, (Permute, ShortConv)), int(p.tensors[x].shape[1])
     if found and width >= len(shares) and all(root not in plan and p.tensors[root].shape[1] == width for root in found):
@@ -112,8 +113,9 @@ def roots(p: Program, name: str, through: tuple[type[Op], ...]) -> set[str] | No
 def plan_joint(p: Program, out: str, plan: Plan) -> None:
     """Split the result `out` of a linear that has views, if its views allow it.
 
-    They do if all are in `plan`, they cover `out`, and no op reads `out` itself; its shares, made of theirs, are then
-    added to `plan`. Otherwise `out` and its views are removed from `plan`. Without views nothing changes.
+    They allow it if all views are in `plan`, the views cover `out`, and no op reads `out` itself. The shares of `out`
+    are then composed of those of its views and added to `plan`. Otherwise `out` and its views are removed from `plan`.
+    Nothing changes for a result without views.
     """
     views = views_of(p, out)
     shares = joint(p, out, plan)

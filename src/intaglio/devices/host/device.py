@@ -36,10 +36,10 @@ class HostDevice(Device):
             ~/.cache/intaglio/packed, for weights of 64 MB or more; None keeps nothing.
         communicator: this rank's end of a group. Programs then run their collectives inside the native step, and all
             ranks must begin each step.
-        state_file: a memory file that holds the K/V cache of the one Program that is loaded, so that it outlives this
-            process. What it holds is taken over.
-        image_file: a memory file for the packed weights of the one Program that is loaded, if they are not in `cache`.
-            If it holds them already, they are mapped instead of packed.
+        state_file: descriptor of a memory file for the K/V cache of the one Program that is loaded, so that the cache
+            outlives this process. The file's present content is kept.
+        image_file: descriptor of a memory file for the packed weights of the one Program that is loaded, if they are
+            not in `cache`. If the file holds them already, they are mapped instead of packed.
     """
 
     name = "host"

@@ -34,10 +34,10 @@ class LinkLost(ConnectionError):
 class Link:
     """One end of a connection between two hosts that carries frames. Any thread may send; one receives.
 
-    key: of the session. connected: True on the side that opened the connection. silence: seconds without a byte from
-    the other end, after which it counts as gone. A heartbeat is sent every INTERVAL seconds, in the connection and as
-    a datagram (Beacon), so a host that is only slow does not count as gone. But it does if no byte moves in the
-    connection for STALL times the silence, in either direction.
+    key: the session's key. connected: True on the side that opened the connection. silence: seconds without a byte from
+    the other end, after which that end counts as gone. A heartbeat is sent every INTERVAL seconds, in the connection
+    and as a datagram (Beacon), so a host that is only slow does not count as gone. The link is lost all the same if no
+    byte moves in the connection, in one direction, for STALL times the silence.
     """
 
     def __init__(self, s: socket.socket, key: bytes, connected: bool, silence: float = SILENCE) -> None:

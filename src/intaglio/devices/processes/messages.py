@@ -91,7 +91,8 @@ READ, WRITE, EXPERTS = 4, 8, 16  # in the flags of a request: it moves K/V block
 def experts_parts(action: str, layers: Mapping[str, Ranks] | None = None) -> list[np.ndarray]:
     """A list of the arrays of the message for a request about experts.
 
-    action: "loads", "load", "loaded" or "switch", as the methods of Executable. layers: of load_experts().
+    action: "loads", "load", "loaded" or "switch", for the method expert_loads(), load_experts(), experts_loaded() or
+    switch_experts() of Executable. layers: the argument of load_experts().
     """
     content = text([action, layers or {}])
     return [np.array([len(content), 0, 0, 0, 0, 0, 0, 0, EXPERTS, 0], np.int64), content]

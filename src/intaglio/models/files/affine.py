@@ -104,7 +104,11 @@ def _affine_rows(stored: Stored, base: str, shape: tuple[int, int], bits: int, g
 
 
 def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, group: int, bias: str) -> Coded:
-    """The matrix of MLX's module `base` in MXFP4, MXFP8 or NVFP4 without a factor: codes packed in words, scales U8."""
+    """The matrix (Coded) of MLX's module `base` in MXFP4, MXFP8 or NVFP4 without a factor.
+
+    Codes are packed in words, scales are U8. bits, group: bits of a code, and codes that share a scale. bias: not used,
+    as these formats have no biases.
+    """
     codes, scale = base + ".weight", base + ".scales"
     parts, e4m3 = {codes: Part(), scale: Part()}, ml_dtypes.float8_e4m3fn
     if bits == 8:

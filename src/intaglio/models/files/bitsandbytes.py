@@ -57,7 +57,7 @@ def _eight_bits(stored: Stored, base: str) -> Coded:
 
 
 def _four_bits(stored: Stored, name: str, kind: str) -> Coded:
-    """The NF4 or FP4 matrix `name`, whose tensor has two codes in each byte, the higher nibble first, row by row.
+    """The NF4 or FP4 matrix `name` (Coded), which has two codes in each byte, the higher nibble first, row by row.
 
     quant_map F32 [16] has the values of the codes, and absmax F32 a factor for each block of codes. Or absmax is
     quantised too: U8 indices into nested_quant_map F32 [256], whose values are multiplied by nested_absmax F32 of each

@@ -26,11 +26,11 @@ FINDERS = {
 
 
 def find_coded(stored: Stored, q: Settings, where: str = "config.json") -> tuple[dict[str, Coded], set[str]]:
-    """Find the quantised matrices of a checkpoint. Returns ({name without quantisation: Coded}, names of tensors).
+    """Find the quantised matrices of a checkpoint. Returns ({name without quantisation: Coded}, set of tensor names).
 
-    The second is the set of the tensors that the matrices are made of and of activation scales. Both are empty if
-    nothing is quantised. q: the quantisation settings. where: the file and key that hold them, for errors. Raises
-    PortError.
+    The set has the stored tensors that the matrices are made of, and activation scales. Both are empty if nothing is
+    quantised. q: the quantisation settings. where: the file and key that hold them, for errors. Raises PortError for a
+    method that is not supported, or tensors that do not fit it.
     """
     method = method_of(q, where)
     if (

@@ -43,7 +43,7 @@ class OutputStyle:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """Delimiters that detokenization must keep for the parser, even if they are special tokens."""
+        """A tuple of the delimiters that detokenization must keep for the parser, even if they are special tokens."""
         thinking = (self.thinking.begin, self.thinking.end, *self.thinking.dropped) if self.thinking else ()
         return (*(self.form.marks if self.form else ()), *(MARKS if self.harmony else ()), *thinking)
 

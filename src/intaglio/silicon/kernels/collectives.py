@@ -163,7 +163,7 @@ def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
 
 
 def simulated_ranks(network: Network, op: str) -> int:
-    """Number of ranks in the simulated schedule: at most MAX_SIMULATED_RANKS, but all for all_to_all on a torus.
+    """Number of ranks in the simulated schedule: at most MAX_SIMULATED_RANKS, or all for all_to_all on a torus.
 
     On a torus the load of a link grows with the square of the ranks, so times cannot be extrapolated linearly.
     """
@@ -173,7 +173,10 @@ def simulated_ranks(network: Network, op: str) -> int:
 
 @lru_cache(maxsize=65536)
 def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
-    """Seconds of a schedule; bandwidth and latency 1; chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes, None: 0."""
+    """Seconds of a collective's schedule over links with a bandwidth of 1 byte/s and a latency of 1 s.
+
+    size: each chunk has 2 ** (size / SIZES_PER_OCTAVE) bytes; None: 0 bytes. ranks: number of ranks in the schedule.
+    """
     s = collectives.schedule(op, algorithm, ranks)
     chunk = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
     return collectives.seconds(s, network.topology(ranks), [chunk] * s.chunks, network.local)
@@ -301,7 +304,7 @@ def group_bytes_per_s(chip: ChipSpec, chips: int) -> float:
 
 @dataclass(frozen=True)
 class ChunkRegions:
-    """Regions in HBM of one chip's input and output chunks, by chunk number."""
+    """Regions in HBM of one chip's chunks: `inputs` and `outputs`, both {chunk number: region}."""
 
     inputs: Mapping[int, Region]
     outputs: Mapping[int, Region]
@@ -309,12 +312,12 @@ class ChunkRegions:
 
 @dataclass(frozen=True)
 class ChunkTile:
-    """Part of one chunk processed at a time, the same on every chip: its rows and columns, tag of its first message."""
+    """Part of one chunk processed at a time: `rows`, `cols` of chunk number `chunk`, tag of its first message."""
 
     chunk: int
     rows: slice
     cols: slice
-    first_tag: int  # tag of its first message
+    first_tag: int
 
 
 class CollectiveBuilder:
@@ -331,10 +334,7 @@ class CollectiveBuilder:
         self.values: dict[Slot, Region] = {}
 
     def buffer(self, rows: int, cols: int, format: str) -> Region:
-        """Allocate and return a tile buffer for the current chunk tile.
-
-        The n-th buffers of all chunk tiles share a ring.
-        """
+        """Allocate and return a tile buffer. The n-th buffers of all chunk tiles share a ring."""
         self.used += 1
         key = self.used, format
         if key not in self.rings:

@@ -25,7 +25,7 @@ from intaglio.silicon.timing import Timing, waves
 
 @lru_cache(maxsize=64)
 def choices(tiles: tuple[tuple[int, int], ...], split_k: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All combinations of tile and K split, as three arrays of equal length: tile rows, tile columns, K splits."""
+    """All combinations of tile and K split, as arrays of equal length: (tile rows, tile columns, K splits)."""
     grid = np.array([(m, n, s) for m, n in tiles for s in split_k], float)
     return grid[:, 0], grid[:, 1], grid[:, 2]
 
@@ -44,8 +44,10 @@ def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split:
     """(bytes of all operands, bytes of the weights) that x [m, k] @ w.T [k, n] moves from and to HBM.
 
     The cores work on one block of tiles at a time, as square as possible, and read the rows of x and of w once for each
-    block. An operand that fits the L2 is read from HBM once; x is not read at all if it fits, since the op before has
-    just written it there.
+    block. An operand that fits the L2 is read from HBM once. A small x is not read at all, since the op before has just
+    written it to the L2; of a small result only 30 % is written back, since the next op reads it before.
+
+    tm, tn: rows and columns of a tile. split: number of parts of K. x_bytes, w_bytes, out_bytes: bytes per value.
     """
     chip, part = target.chip, target.library.l2_usable
     gm, gn = np.ceil(m / tm), np.ceil(n / tn)
@@ -68,9 +70,13 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
                  glu: bool = False, resident: bool = False) -> dict[str, Any]:  # fmt: skip
     """A dict of the times of x [m, k] @ w.T [k, n], as arrays with an item for each choice of tile and K split.
 
-    m, n, k are numbers or arrays [..., 1]. `resident`: the weights were prefetched, so HBM reads none. Keys:
-    seconds, hbm and weights (bytes), jobs, steps (of one job), work and drain (seconds), stage (bytes), ring
-    (stages in flight), depth (K values of a step), run (format), tile.
+    m, n, k are numbers or arrays [..., 1]. `resident`: True if the weights were prefetched, so that HBM reads none.
+
+    Keys: seconds of the product, infinite for a K split whose parts have fewer than 4 steps; hbm, the bytes read and
+    written; weights, the bytes of weights; jobs, their number; steps of one job along K; work, seconds of computing one
+    step; drain, seconds of one tile; stage, bytes of operands of one step; ring, stages in flight; depth, K values of a
+    step; run, name of the format of products; tile, (tile rows, tile columns, K splits). Raises ChipError for a format
+    that the chip's array does not multiply.
     """
     chip, lib = target.chip, target.library
     latency_s = chip.constants.hbm_latency_s
@@ -120,8 +126,9 @@ def linear_timing(
 ) -> Timing:  # fmt: skip
     """The Timing of x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
-    w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. resident:
-    the weights were prefetched, so they are not read from HBM.
+    w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. resident: True
+    if the weights were prefetched, so that they are not read from HBM. Raises ChipError for a format that the chip's
+    array does not multiply.
     """
     chip = target.chip
     w = time_choices(target, m, n, k, x_format, w_format, w_bits or formats.bits(w_format), out_bytes, glu, resident)
@@ -138,13 +145,14 @@ def linear_timing(
     }
     choice = f"tile {tm}x{tn}" + (f", K in {split}" if split > 1 else "") + f", {jobs:,.0f} tiles on {cores} cores"
     seconds, weights = float(w["seconds"][i]), float(w["weights"][i])
-    return Timing(seconds, busy, hbm, moved, 0.0, 2.0 * m * n * k, w["run"], weights, choice)
+    return Timing(seconds, busy, hbm, moved, 0.0, 2.0 * m * n * k, w["run"], weights, choice, jobs=jobs)
 
 
 def best_tile(target: Target, m: int, n: int, k: int, x_format: str, w_format: str, glu: bool) -> tuple[int, int]:
     """(rows, columns) of the fastest tile without K split that fits accumulators and SRAM.
 
-    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands.
+    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands. If none fits, the
+    result is the library's first tile.
     """
     chip = target.chip
     w = time_choices(target, m, n, k, x_format, w_format, formats.bits(w_format), 4.0, glu)

@@ -68,7 +68,7 @@ class Tiling:
     """How a core computes a product.
 
     Attributes:
-        rows, columns: of a tile of the result; columns are those of each side of a GLU pair.
+        rows, columns: size of a tile of the result; with a GLU pair, columns of each side.
         depth: K values of a step.
         stages: steps in flight.
         drain_rows: rows that are drained at a time.
@@ -84,11 +84,12 @@ class Tiling:
 def tiling(
     target: Target, m: int, n: int, x: Region, w_bits: float, w: Region | QuantisedRegion, sides: int, residual: bool
 ) -> Tiling:
-    """The Tiling for a product of codes x [m, k] with w, of n columns in all: the fastest without a K split.
+    """The Tiling for a product of codes x [m, k] with w, of n columns in all.
 
-    It is the one that the product's timing (time_choices()) finds fastest. Stages and depth shrink if SRAM must also
-    hold what the timing leaves out: result, residual and scales. w_bits: bits per weight with its scales. sides: 2 for
-    a GLU pair, else 1. residual: one is added. Raises MachineError if SRAM does not fit two stages of one K value.
+    It is the one without a K split that the product's timing (time_choices()) finds fastest. Stages and depth shrink if
+    SRAM must also hold what the timing leaves out: result, residual and scales. w_bits: bits per weight with its
+    scales. sides: 2 for a GLU pair, else 1. residual: True if a residual is added. Raises MachineError if SRAM does not
+    fit two stages of one K value.
     """
     chip, k = target.chip, x.cols
     how = time_choices(target, max(1, m), n, k, x.format, codes_of(w).format, w_bits, 4.0, sides == 2)
@@ -126,7 +127,7 @@ class TiledProduct:
         self.column_scales = [k.ring(cut.stages, groups, cut.columns) if groups else None for _ in range(sides)]
 
     def steps(self) -> list[slice]:
-        """The steps over K, as slices. None of them crosses a border of the columns of x that share a scale."""
+        """A list of the steps over K, as slices. None of them crosses a border of columns of x that share a scale."""
         return [
             slice(outer.start + piece.start, outer.start + piece.stop)
             for outer in slices(self.x.cols, self.span) for piece in slices(outer.stop - outer.start, self.cut.depth)

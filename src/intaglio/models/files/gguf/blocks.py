@@ -162,7 +162,8 @@ def _by_scales(kind: str, scales: Callable[[np.ndarray], np.ndarray]) -> Callabl
 
     A value is a whole-number code times one scale for each run of 32 values. scales: function from blocks to the scales
     of their runs, [rows, blocks, runs]. The gguf library decodes the values, which are divided by the scales to get the
-    codes; both are exact in float32, since a scale has up to 16 significant bits and a code up to 6.
+    codes; both are exact in float32, since a scale has up to 16 significant bits and a code up to 6. The function
+    raises PortError if that library is not installed.
     """
 
     def decode(b: np.ndarray) -> Quantised:
@@ -226,7 +227,10 @@ def _dequantised(kind: str, b: np.ndarray) -> np.ndarray:
 
 
 def _rounded(kind: str) -> Callable[[np.ndarray], np.ndarray]:
-    """A function that dequantises blocks of the GGUF type `kind` (such as Q4_1) to bf16, a few rows at a time."""
+    """A function that dequantises blocks of the GGUF type `kind` (such as Q4_1) to bf16, a few rows at a time.
+
+    The function raises PortError if the gguf library is not installed.
+    """
 
     def decode(b: np.ndarray) -> np.ndarray:
         size = BLOCKS[kind].values * b.shape[1]
