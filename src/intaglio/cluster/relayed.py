@@ -56,6 +56,7 @@ class RelayedRequest:
         self.announced = False  # its first token on the present replica has come
         self.losses = self.refusals = 0
         self.replica = ""
+        self.peer = ""  # where replicas fetch the K/V blocks of its prompts
         self.status = 0
 
     async def run(self, send: Send) -> None:
@@ -81,7 +82,8 @@ class RelayedRequest:
         router refuses the job.
         """
         try:
-            self.job, placed = await prefill(self.backends, self.job, lambda: self._header(prefill=True), self.raw)
+            made = await prefill(self.backends, self.job, lambda: self._header(prefill=True), self.raw)
+            self.job, placed, self.peer = made
         except Refusal as e:
             raise as_problem(e) from None
         return placed
@@ -139,6 +141,7 @@ class RelayedRequest:
             "id": self.job.id, "created": self.created, "seed": self.seed,
             "waited": self.backends.clock() - self.began,
             "made_by": self.head.get("made_by") if self.deltas else None, "deltas": self.deltas, "prefill": prefill,
+            "peer": self.peer,
         }  # fmt: skip
         headers = [*self.headers, *trace_headers()]
         return {"do": "request", "method": "POST", "path": self.path, "headers": headers, "relay": relay}

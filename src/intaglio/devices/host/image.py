@@ -47,7 +47,7 @@ def packing_hash(format: str, group: int, glu: bool) -> str:
     else:  # fill every table that a format may have, with small whole numbers, which are multiples of unit 1
         table, units = (mixed[:, : -(-k // group)] % 15).astype(np.float32), np.ones((n, 2), np.float32)
         lines = format == "q5_k"
-        lows = table if lines or format.startswith("uint") else None
+        lows = table if lines or format.startswith(("uint", "affine")) else None
         own = units if k == 512 else units[:, :1].copy() if format == "nvfp4" else None
         codes = (mixed % (1 << weight.bits)).astype(np.uint8)
         weight.fill_codes(codes, table, lows, own, units if lines else None, 0, 1)
