@@ -201,7 +201,14 @@ class Question:
 
 
 class Candidate:
-    """One chip and placement for a question, with the step times of one server."""
+    """One chip and placement for a question.
+
+    Attributes:
+        question: the load and its limits.
+        server: one server of the placement, compiled.
+        on: chip and kernel library.
+        times: the server's StepTimes.
+    """
 
     def __init__(self, question: Question, server: Server, on: Target) -> None:
         self.question, self.server, self.on = question, server, on
@@ -268,7 +275,7 @@ class Candidate:
 
         budget: most tokens of a step. most: most requests open at once. Found by doubling and bisection, since
         latencies grow with the load. The search stops where more requests add less than 1 % to the rate, since they
-        only wait. Raises the errors of estimated().
+        only wait. Raises ValueError if not one request fits the K/V cache, ChipError if no K/V block fits.
         """
         best, low, high = None, 0, 1
         while high <= most:
@@ -362,7 +369,7 @@ def confirm(one: Candidate, design: Design) -> Design:
     """The Design of `one` by the simulated queue, with the load of `design`, or less until the limits are kept.
 
     There are up to 12 tries, each with 10 % fewer requests open than the one before. The last is returned even if it
-    breaks a limit. Raises the errors of Candidate.queued().
+    breaks a limit. Raises ValueError if a request does not fit the K/V cache.
     """
     concurrency = design.concurrency // design.placement.replicas
     for _ in range(12):

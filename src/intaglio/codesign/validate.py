@@ -247,7 +247,7 @@ def validate(
         worst: how many rows with the largest errors a Record lists.
         progress: called before each table.
 
-    Raises ValueError as tables() does.
+    Raises ValueError for an unknown chip or table, and if the folder has no such file.
     """
     out = []
     progress(0, 0, f"reading {folder}")

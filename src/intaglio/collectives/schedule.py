@@ -73,6 +73,8 @@ class Step(NamedTuple):
 class Schedule:
     """One collective with one algorithm for `ranks` ranks, with its payload split into `chunks` chunks.
 
+    `steps` are the steps of all ranks, `collective` and `algorithm` are names.
+
     A rank's own chunks are a run of chunks / ranks of them, in order of rank. What ranks have at the start and at the
     end:
 
@@ -113,6 +115,8 @@ class Schedule:
 
 class ScheduleBuilder:
     """Builds a Schedule: copy(), reduce() and move() add steps, done() returns the schedule.
+
+    collective, algorithm: its names. ranks, chunks: numbers of ranks, and of chunks of the payload.
 
     The dependencies of each step follow from the slots that the steps read and write.
     """

@@ -88,7 +88,7 @@ class ReportedWeights:
 
 
 def inner_weights(weights: Weights) -> Weights:
-    """The source of weights that `weights` reports about, so that later reads report nothing; else `weights`."""
+    """The source inside a ReportedWeights, so that later reads report no progress; any other `weights` unchanged."""
     return weights.weights if isinstance(weights, ReportedWeights) else weights
 
 

@@ -46,8 +46,8 @@ class Placement:
 class Router:
     """Queue of jobs, and their placement on replicas.
 
-    policy: a name in POLICIES. weights: weight of each tenant by name (see FairQueue). Raises ValueError for an unknown
-    policy and for an invalid weight.
+    policy: a name in POLICIES. limits: limits of the queue. weights: weight of each tenant by name (see FairQueue).
+    Raises ValueError for an unknown policy and for an invalid weight.
     """
 
     def __init__(
@@ -123,8 +123,8 @@ class Router:
     def submit(self, job: Job, now: float) -> None:
         """Queue a job. Raises Refusal, with the seconds after which to retry, if it is not admitted.
 
-        It is not admitted if no replica serves, if too many jobs wait (in all, or of its tenant), or if it would miss
-        its deadline. now: seconds.
+        A job is not admitted if no replica serves, if too many jobs wait (in all, or of its tenant), or if it would
+        miss its `start_by` or `deadline` by the estimate. now: the time in seconds.
         """
         try:
             self._admit(job, now)
@@ -221,7 +221,7 @@ class Router:
     # Inside
 
     def _takers(self, stage: str) -> list[Replica]:
-        """The replicas that may be given jobs of this stage now, as a list.
+        """The replicas that may be given jobs of a stage now, as a list. stage: "all" or "prefill", see Job.
 
         Prefill replicas take whole requests only if no other replica takes any. A job of stage "prefill" goes to any
         replica if no prefill replica is left.

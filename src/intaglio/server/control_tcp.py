@@ -55,7 +55,11 @@ async def connect(address: TcpAddress) -> tuple[asyncio.StreamReader, asyncio.St
 
 
 async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes) -> None:
-    """Authenticate a connection that has come. Raises NotAuthenticated; the caller closes the connection then."""
+    """Authenticate a connection that has come. Returns nothing.
+
+    Raises NotAuthenticated if the other end does not prove in TIMEOUT seconds that it knows the token, or is of another
+    version. The caller then closes the connection.
+    """
     try:
         async with asyncio.timeout(TIMEOUT):
             challenge = secrets.token_bytes(NONCE)

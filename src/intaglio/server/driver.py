@@ -65,6 +65,7 @@ class ChoiceDelta:
         fault: the error, if finish_reason is "error".
         usage: token counts and times of the choice; given at its end.
         prompt: log-probabilities of the prompt's tokens from the second on, if requested; given once.
+        stop_reason: the stop string, or the id of stop_token_ids, that ended the choice; None if neither did.
     """
 
     choice: int
@@ -74,7 +75,7 @@ class ChoiceDelta:
     fault: Fault | None = None
     usage: Usage | None = None
     prompt: tuple[Scored, ...] | None = None
-    stop_reason: str | int | None = None  # the stop string or the id of stop_token_ids that ended it
+    stop_reason: str | int | None = None
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def prepare_completion(
 def _echo(llm: LLM, body: CompletionRequest, prompt: str | list[int], ids: list[int]) -> tuple[str, int]:
     """(text, prefix) for `echo`: the prompt's text, and how many tokens at its beginning that text leaves out.
 
-    ("", 0) if the request does not ask for echo. Raises Problem if token ids cannot be decoded without a tokenizer.
+    ("", 0) if the request does not ask for echo. Raises Problem if the model has no tokenizer to decode token ids.
     """
     if not body.echo:
         return "", 0

@@ -67,11 +67,14 @@ class HostExecutable(RankExecutable):
     """A Program as native ops with packed weights, K/V cache and recurrent state.
 
     Attributes:
+        program: the Program.
+        threads: number of CPU threads.
+        isa: name of the instruction set that its kernels use.
         layout: packing and buffers, derived from the Program.
         matrices: packed weights by name.
         packed_bytes: size of the packed weights in bytes.
         image: the file on disk that holds the packed weights, or None.
-        state_in_file: the whole K/V cache is in the state file.
+        state_in_file: True if the whole K/V cache is in the state file.
     """
 
     def __init__(
@@ -247,7 +250,7 @@ class HostExecutable(RankExecutable):
         return NUMPY[self.program.tensors[name].format]
 
     def _empty(self, name: str, batch: Batch) -> np.ndarray:
-        """An uninitialised array for the rows of a temp in this step."""
+        """An uninitialised array for a temp in this step, [rows, columns]; [rows] for a temp of one dimension."""
         t = self.program.tensors[name]
         rows = batch.sizes[str(t.shape[0])]
         return np.empty((rows, columns_of(t)) if len(t.shape) == 2 else rows, self._type(name))

@@ -274,7 +274,7 @@ class _Loader:
         return at + total
 
     def _pack(self, weight: _native.Weight, rows: Value, first: int, count: int, to: int, name: str) -> None:
-        """Write `count` rows of `rows`, from its row `first` on, into the native weight, from its row `to` on.
+        """Write rows first .. first + count - 1 of `rows` to rows to .. to + count - 1 of the native weight.
 
         name: the weight's name, for errors.
         """

@@ -73,8 +73,8 @@ class Source:
     def safe(self, *marks: str) -> int:
         """Number of held characters, from the first, that a parser may consume without splitting a delimiter.
 
-        Characters at the end that could be the beginning of one of the delimiters `marks` are not counted, unless no
-        more text will arrive.
+        Characters at the end that could be the beginning of one of the delimiters `marks` are left out. If no more text
+        will arrive, all characters are counted.
         """
         if self.last:
             return len(self.held)
