@@ -130,7 +130,7 @@ class Row:
         return Formats(gemm, kv, "weights", moe if self.card in MIXTURES else "")
 
     def profile(self, engine: EngineProfile) -> EngineProfile:
-        """The profile of the row's server: that of its engine with what differs for its release, model and layout."""
+        """The profile of the row's server: `engine` with the fields that differ for its release, model and layout."""
         apart = self.group == "disaggregated"
         layout = "" if apart else str(self.placement())
         return engine.of(self.columns.get("backend_version") or "", self.card or "", layout, apart)
@@ -207,10 +207,10 @@ def rows(path: Path) -> list[Row]:
 
 
 def completed(found: Sequence[Row]) -> list[Row]:
-    """The rows, as a list; those without a number of prefill or decode servers get it from a row that repeats them.
+    """The rows, as a list. Those that do not say how many prefill or decode servers there are get it from their twin.
 
-    Such a row, the twin, states all servers and has the same engine, release, card, chip, formats, lengths and open
-    requests, and the same measured latencies to the last digit: it is another entry of the same experiment. All columns
+    The twin of a row is another entry of the same experiment: it states all servers and has the same engine, release,
+    card, chip, formats, lengths and open requests, and the same measured latencies to the last digit. All columns
     of servers are taken from it, since entries without numbers of servers also leave out data-parallel attention. A row
     is unchanged if it has no twin, or twins that differ.
     """
@@ -228,7 +228,7 @@ def completed(found: Sequence[Row]) -> list[Row]:
 
 
 def experiment(row: Row) -> tuple[str, ...]:
-    """What two rows of one experiment have in common: all of the row but its servers and its model's path."""
+    """A tuple of texts that is equal for rows of one experiment: the row without its servers and its model's path."""
     left_out = ("model_path", *(k for k in row.columns if k.startswith(APART)))
     return (row.card or "", *(f"{k}={v}" for k, v in sorted(row.columns.items()) if k not in left_out))
 

@@ -176,7 +176,7 @@ class Queue:
         return self.now + count * (self._mean_cost(count)[0] + self._overhead(len(self.running)))
 
     def _equal_steps(self) -> int:
-        """Number of decode steps up to the next end of a response or look for requests that wait, at most LEAP."""
+        """Number of decode steps, 1 to LEAP, until a response ends or the engine looks for requests that wait."""
         until_look = self.settings.poll_steps - self.unlooked if self.seen < len(self.waiting) else LEAP
         return max(1, min(self.running[0][0] - self.counter, until_look, LEAP))
 

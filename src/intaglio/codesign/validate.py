@@ -154,7 +154,14 @@ TABLES: dict[str, Callable[[Target, Row], Timing]] = {
 
 @dataclass(frozen=True)
 class Errors:
-    """Errors 100 * (predicted - measured) / measured of some rows, in per cent."""
+    """Errors 100 * (predicted - measured) / measured of some rows, in per cent.
+
+    Attributes:
+        rows: number of rows.
+        median: median of the absolute errors.
+        mean: mean of the absolute errors.
+        bias: mean of the signed errors.
+    """
 
     rows: int
     median: float  # of the absolute errors
@@ -171,7 +178,14 @@ class Errors:
 
 @dataclass(frozen=True)
 class Worst:
-    """A row with a large error: the call and the cause of the error in words, measured and predicted microseconds."""
+    """A row with a large error.
+
+    Attributes:
+        words: the call.
+        us: measured microseconds.
+        predicted: modelled microseconds.
+        reason: the cause of the error, in words.
+    """
 
     words: str
     us: float
@@ -263,7 +277,7 @@ def validate(
 
 
 def calls(on: Target, table: str, rows: Iterable[Row]) -> list[Call]:
-    """The modelled Call of each row of a table. A collective's barrier counts as its launch."""
+    """The modelled Calls of the rows of a table, as a list. A collective's barrier counts as its launch."""
     without = on.with_library(launch_s=0.0, barrier_s=0.0)
     out = []
     for row in rows:

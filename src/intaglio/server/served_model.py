@@ -59,9 +59,10 @@ class ServedModel:
         return {"block_size": names.block_size, "names": names.of(prompt, salt)}
 
     def announce(self, requests: Sequence[Request], peer: str) -> None:
-        """Have the full K/V blocks of these prompts fetched from a peer when they are needed.
+        """Have the full K/V blocks of these prompts fetched from a peer when they are needed. Returns nothing.
 
-        peer: the text of its address. Does nothing if the model fetches no blocks. Raises ValueError for a wrong text.
+        peer: text of the peer's address. Nothing is done if the model fetches no blocks, or is the peer itself. Raises
+        ValueError for a wrong text.
         """
         if isinstance(tier := self.llm.tier, PeerTier):
             names = self.driver.engine.block_names
