@@ -28,7 +28,7 @@ class EngineProfile:
         max_batch_tokens: most tokens of a step of one copy of attention.
         max_sequences: most sequences that run at once, for each copy of attention.
         memory_share: fraction of a chip's HBM that weights, activations and K/V cache may fill.
-        mixed: prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
+        mixed: True if prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         kv: format of the K/V cache with 8-bit and 4-bit weights.
         step_s: the host's time for each step.
         sequence_s: the host's time for each sequence of a step.

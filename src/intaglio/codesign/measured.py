@@ -256,8 +256,8 @@ def times(
 def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Compared:
     """Serve a row's load in virtual time by the engine `profile`. Returns the Compared, with modelled latencies.
 
-    If the row cannot be modelled, `refused` of the result says why. closed_form: for aggregated servers, take the
-    steady state of steady.estimate() instead of the queue, in about a tenth of the time.
+    If the row cannot be modelled, `refused` of the result says why. closed_form: True to take, for aggregated servers,
+    the steady state of steady.estimate() instead of the queue, in about a tenth of the time.
     """
     if why := row.refusal():
         return Compared(row, refused=why)
@@ -310,8 +310,8 @@ def compare_all(
 ) -> Iterator[Compared]:  # fmt: skip
     """Yield the Compared of each row, in an order in which each server is compiled once.
 
-    profiles: function from an engine's name to its EngineProfile; its errors are raised. closed_form: for aggregated
-    servers, take the steady state of steady.estimate() instead of the queue.
+    profiles: function from an engine's name to its EngineProfile; its errors are raised. closed_form: True to take, for
+    aggregated servers, the steady state of steady.estimate() instead of the queue.
     """
     cached: dict[str, EngineProfile] = {}
     ordered = sorted(found, key=lambda r: (r.card or "", [r.columns.get(c) or "" for c in sorted(r.columns)]))

@@ -28,7 +28,7 @@ class QueueSettings:
         kv_tokens: tokens that the K/V cache holds; a request is admitted if its prompt and whole response fit.
         max_batch_tokens: most tokens of a step of each copy of attention; a longer prompt is prefilled in chunks.
         max_sequences: most sequences that run at once, of all copies.
-        mixed: chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
+        mixed: True if chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         step_s: the host's time for each step, during which the chips wait.
         sequence_s: the host's time for each sequence of a step, during which the chips wait.
         request_s: the host's time for each request before its first token, outside the engine's steps.

@@ -46,8 +46,8 @@ def integers(row: Row, *names: str) -> list[int]:
 def matmul(on: Target, row: Row) -> Timing:
     """The Timing of the matrix product that a row describes.
 
-    With 8-bit weights they include the kernels that quantise bf16 activations. Raises ChipError if the chip's arrays do
-    not take the row's format.
+    With 8-bit weights the Timing includes the kernels that quantise bf16 activations. Raises ChipError if the chip's
+    arrays do not take the row's format.
     """
     m, n, k = integers(row, "m", "n", "k")
     format = FORMAT[row["dtype"]]
@@ -116,8 +116,8 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
         ep: number of ranks that share the experts.
         load: "balanced", or "power_law_A": proportional to quantiles of a power law with exponent A, between 1 and 0.8
             * tokens, as in the benchmark.
-        in_order: rows left over by rounding go to the experts with the most rows, the first of equal ones (the older
-            benchmark); False: to those with the largest exact share.
+        in_order: True if rows left over by rounding go to the experts with the most rows, the first of equal ones (the
+            older benchmark); False: to those with the largest exact share.
     """
     total = tokens * top_k
     if load == "balanced":

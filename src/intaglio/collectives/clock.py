@@ -152,8 +152,8 @@ def choose(
         nbytes: size of one rank's input; for all_gather, of its output.
         node: ranks in a node, for algorithms with two levels; 0: no nodes.
         local: bytes per second at which a rank copies and reduces.
-        ordered: consider only schedules that sum all values in one order, by rank or by one tree. Then no bit depends
-            on a value's position in the payload.
+        ordered: True to consider only schedules that sum all values in one order, by rank or by one tree. Then no bit
+            depends on a value's position in the payload.
 
     Raises ScheduleError for an unknown collective.
     """

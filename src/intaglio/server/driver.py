@@ -229,8 +229,9 @@ class Snapshot:
     """State of an engine after its last step or message: gauges, counters, and `active`, the number of its requests.
 
     `beat`: time.monotonic() when the engine's thread took the snapshot; an old value of an engine that is not idle
-    means that a step hangs. `idle`: the engine has no work. `experts`: the load of each layer's experts, by site.
-    `expert_moves`: layers whose experts were moved between ranks. `expert_failure`: why experts cannot be moved, or "".
+    means that a step hangs. `idle`: True if the engine has no work. `experts`: the load of each layer's experts, by
+    site. `expert_moves`: layers whose experts were moved between ranks. `expert_failure`: why experts cannot be moved,
+    or "".
     """
 
     gauges: Gauges

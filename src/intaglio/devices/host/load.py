@@ -165,7 +165,10 @@ def _arrays(program: Program, layout: HostLayout, weights: Weights, state: State
 
 @dataclass
 class _Loader:
-    """Declares tensors to a native executable and packs weights. `packed`: the matrices already hold their values."""
+    """Declares tensors to a native executable and packs weights.
+
+    `packed`: True if the matrices already hold their values.
+    """
 
     native: _native.Executable
     program: Program

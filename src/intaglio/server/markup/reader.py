@@ -28,9 +28,9 @@ class OutputStyle:
     Attributes:
         form: format of tool calls; None: calls are not parsed.
         thinking: delimiters of reasoning; None: reasoning is not parsed.
-        inside: the prompt ends inside reasoning, so the output begins with it.
-        forced: the output is a forced tool call; text that is not part of a call is dropped.
-        harmony: the output is in gpt-oss's harmony format.
+        inside: True if the prompt ends inside reasoning, so the output begins with it.
+        forced: True if the output is a forced tool call; text that is not part of a call is dropped.
+        harmony: True if the output is in gpt-oss's harmony format.
         tools: the request's tools, as name to JSON schema of the arguments.
     """
 
@@ -64,7 +64,7 @@ class Reader:
     def feed(self, text: str, last: bool = False) -> list[Part]:
         """Add text and return a list of the parts that are now certain.
 
-        `last`: no more text follows, so all the rest is returned.
+        `last`: True if no more text follows, so all the rest is returned.
         """
         self.source.held += text
         self.source.last = self.source.last or last
