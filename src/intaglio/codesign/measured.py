@@ -51,7 +51,7 @@ class Row:
     Attributes:
         columns: name to text.
         twin: the row with the same measurement from which this row's prefill and decode servers are taken, if its own
-            columns do not say how many there are; see completed().
+            columns do not say how many there are; see completed(). None: no such row.
     """
 
     columns: dict[str, str]

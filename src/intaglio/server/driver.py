@@ -62,9 +62,9 @@ class ChoiceDelta:
         text: the new text; "" if none has become final.
         scored: the generated token with its log-probabilities; None if the event has no token.
         finish_reason: why the choice ended; None while it runs.
-        fault: the error, if finish_reason is "error".
-        usage: token counts and times of the choice; given at its end.
-        prompt: log-probabilities of the prompt's tokens from the second on, if requested; given once.
+        fault: the error, if finish_reason is "error"; else None.
+        usage: token counts and times of the choice; None before its end.
+        prompt: log-probabilities of the prompt's tokens from the second on, if requested; given once, else None.
         stop_reason: the stop string, or the id of stop_token_ids, that ended the choice; None if neither did.
     """
 

@@ -53,7 +53,7 @@ class ServedModel:
     def block_names(self, prompt: Sequence[int], salt: str | None) -> dict[str, Any]:
         """A dict for the router: `block_size`, tokens per K/V block; `names`, the cache key of each full prompt block.
 
-        salt: the request's cache salt.
+        salt: the request's cache salt, or None.
         """
         names = self.driver.engine.block_names
         return {"block_size": names.block_size, "names": names.of(prompt, salt)}

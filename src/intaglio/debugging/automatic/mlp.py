@@ -201,8 +201,8 @@ def _route(
     """The factor on the weights of the op route that gives the traced weights.
 
     None if the op chooses other experts than the traced ones, or if no factor fits. logits: the router's logits
-    [tokens, experts]. bias: correction bias. how: attributes of the op. ids, weights: traced experts and weights
-    [tokens, top].
+    [tokens, experts]. bias: correction bias, or None. how: attributes of the op. ids, weights: traced experts and
+    weights [tokens, top].
     """
     op = Route(
         site="route", logits="logits", bias="bias" if bias is not None else None, weights="weights", ids="ids",

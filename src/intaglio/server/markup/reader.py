@@ -31,7 +31,7 @@ class OutputStyle:
         inside: True if the prompt ends inside reasoning, so the output begins with it.
         forced: True if the output is a forced tool call; text that is not part of a call is dropped.
         harmony: True if the output is in gpt-oss's harmony format.
-        tools: the request's tools, as name to JSON schema of the arguments.
+        tools: the request's tools, as name to JSON schema of the arguments; None without tools.
     """
 
     form: Form | None = None
@@ -138,7 +138,7 @@ class Reader:
     def _content(self, gap: bool) -> Steps[None]:
         """Parse content and tool calls to the end of the output and yield them as Parts.
 
-        `gap`: skip line breaks first (they follow reasoning).
+        `gap`: True to skip line breaks first (they follow reasoning).
         """
         s, form = self.source, self.style.form
         openers = form.openers if form else ()
