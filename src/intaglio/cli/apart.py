@@ -38,7 +38,7 @@ def apart_table(
         concurrency: numbers of requests open at once. If empty, the layouts are those of one server, and the ratio of
             servers and the load with the most output per chip are searched for each pair of layouts.
         budget: most tokens of a step of one copy of attention (see Placement).
-        as_json: print JSON instead of a table.
+        as_json: True to print JSON instead of a table.
         plot: SVG file for a chart of output per chip; None: no chart.
         chips: number of chips that a search shares out.
 

@@ -51,7 +51,7 @@ class Row:
     Attributes:
         columns: name to text.
         twin: the row with the same measurement from which this row's prefill and decode servers are taken, if its own
-            columns do not say how many there are; see completed().
+            columns do not say how many there are; see completed(). None: no such row.
     """
 
     columns: dict[str, str]
@@ -130,7 +130,7 @@ class Row:
         return Formats(gemm, kv, "weights", moe if self.card in MIXTURES else "")
 
     def profile(self, engine: EngineProfile) -> EngineProfile:
-        """The profile of the row's server: that of its engine with what differs for its release, model and layout."""
+        """The profile of the row's server: `engine` with the fields that differ for its release, model and layout."""
         apart = self.group == "disaggregated"
         layout = "" if apart else str(self.placement())
         return engine.of(self.columns.get("backend_version") or "", self.card or "", layout, apart)
@@ -170,7 +170,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Compared:
-    """A measured row with the modelled mean latencies in seconds. refused: the reason if there are none, else ""."""
+    """A measured row with the modelled latencies.
+
+    Attributes:
+        row: the measured row.
+        ttft: modelled mean time to the first token, in seconds.
+        tpot: modelled mean time per token after it, in seconds.
+        refused: why the row was not modelled; "" if it was.
+    """
 
     row: Row
     ttft: float = 0.0
@@ -200,10 +207,10 @@ def rows(path: Path) -> list[Row]:
 
 
 def completed(found: Sequence[Row]) -> list[Row]:
-    """The rows, as a list; those without a number of prefill or decode servers get it from a row that repeats them.
+    """The rows, as a list. Those that do not say how many prefill or decode servers there are get it from their twin.
 
-    Such a row, the twin, states all servers and has the same engine, release, card, chip, formats, lengths and open
-    requests, and the same measured latencies to the last digit: it is another entry of the same experiment. All columns
+    The twin of a row is another entry of the same experiment: it states all servers and has the same engine, release,
+    card, chip, formats, lengths and open requests, and the same measured latencies to the last digit. All columns
     of servers are taken from it, since entries without numbers of servers also leave out data-parallel attention. A row
     is unchanged if it has no twin, or twins that differ.
     """
@@ -221,7 +228,7 @@ def completed(found: Sequence[Row]) -> list[Row]:
 
 
 def experiment(row: Row) -> tuple[str, ...]:
-    """What two rows of one experiment have in common: all of the row but its servers and its model's path."""
+    """A tuple of texts that is equal for rows of one experiment: the row without its servers and its model's path."""
     left_out = ("model_path", *(k for k in row.columns if k.startswith(APART)))
     return (row.card or "", *(f"{k}={v}" for k, v in sorted(row.columns.items()) if k not in left_out))
 
@@ -249,8 +256,8 @@ def times(
 def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Compared:
     """Serve a row's load in virtual time by the engine `profile`. Returns the Compared, with modelled latencies.
 
-    If the row cannot be modelled, `refused` of the result says why. closed_form: for aggregated servers, take the
-    steady state of steady.estimate() instead of the queue, in about a tenth of the time.
+    If the row cannot be modelled, `refused` of the result says why. closed_form: True to take, for aggregated servers,
+    the steady state of steady.estimate() instead of the queue, in about a tenth of the time.
     """
     if why := row.refusal():
         return Compared(row, refused=why)
@@ -303,8 +310,8 @@ def compare_all(
 ) -> Iterator[Compared]:  # fmt: skip
     """Yield the Compared of each row, in an order in which each server is compiled once.
 
-    profiles: function from an engine's name to its EngineProfile; its errors are raised. closed_form: as compare()
-    takes it.
+    profiles: function from an engine's name to its EngineProfile; its errors are raised. closed_form: True to take, for
+    aggregated servers, the steady state of steady.estimate() instead of the queue.
     """
     cached: dict[str, EngineProfile] = {}
     ordered = sorted(found, key=lambda r: (r.card or "", [r.columns.get(c) or "" for c in sorted(r.columns)]))

@@ -28,7 +28,7 @@ class QueueSettings:
         kv_tokens: tokens that the K/V cache holds; a request is admitted if its prompt and whole response fit.
         max_batch_tokens: most tokens of a step of each copy of attention; a longer prompt is prefilled in chunks.
         max_sequences: most sequences that run at once, of all copies.
-        mixed: chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
+        mixed: True if chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         step_s: the host's time for each step, during which the chips wait.
         sequence_s: the host's time for each sequence of a step, during which the chips wait.
         request_s: the host's time for each request before its first token, outside the engine's steps.
@@ -130,8 +130,8 @@ class Queue:
     def admit(self) -> None:
         """Admit waiting requests, in order, while the engine has a free sequence and room for the next one's K/V.
 
-        They go to prefill, or with `prefills` False to decoding. Requests that came since the engine last looked for
-        new ones are left out.
+        Admitted requests go to prefill; if `prefills` is False, to decoding. Requests that came since the engine last
+        looked for new ones are left out.
         """
         s = self.settings
         if self.unlooked >= s.poll_steps or not self.running:
@@ -176,7 +176,7 @@ class Queue:
         return self.now + count * (self._mean_cost(count)[0] + self._overhead(len(self.running)))
 
     def _equal_steps(self) -> int:
-        """Number of decode steps up to the next end of a response or look for requests that wait, at most LEAP."""
+        """Number of decode steps, 1 to LEAP, until a response ends or the engine looks for requests that wait."""
         until_look = self.settings.poll_steps - self.unlooked if self.seen < len(self.waiting) else LEAP
         return max(1, min(self.running[0][0] - self.counter, until_look, LEAP))
 

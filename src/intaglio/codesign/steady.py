@@ -223,7 +223,8 @@ class Candidate:
     def design(self, concurrency: int, settings: QueueSettings, seen: Estimate, confirmed: bool) -> Design:
         """The Design of all replicas, from the figures `seen` of one server.
 
-        concurrency: requests open on one server. confirmed: the figures are those of the queue, not of estimate().
+        concurrency: requests open on one server. confirmed: True if the figures are those of the queue, not of
+        estimate().
         """
         p, q = self.server.placement, self.question
         held = min(settings.kv_tokens, concurrency * (q.input + q.output / 2)) / p.copies

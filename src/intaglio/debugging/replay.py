@@ -39,9 +39,9 @@ def replay_journal(
 ) -> Replayed:
     """Run a journal's steps again, up to the first difference. Returns a Replayed, which names that difference if any.
 
-    model, device: checkpoint and device to use instead of those that the journal names. Raises ValueError if the file
-    is not a journal, or was recorded with another Program or K/V pool, and the errors of LLM if the model cannot be
-    loaded.
+    model, device: checkpoint and device to use instead of those that the journal names; None: those of the journal.
+    Raises ValueError if the file is not a journal, or was recorded with another Program or K/V pool, and the errors of
+    LLM if the model cannot be loaded.
     """
     from intaglio.llm import LLM
     from intaglio.runtime import replay as run_again

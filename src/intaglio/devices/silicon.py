@@ -116,7 +116,7 @@ class ModelledStep:
         return self.clock() >= self.end
 
     def result(self) -> StepResult:
-        """Set the clock forward to the step's end, unless it is later, and return the step's result."""
+        """The StepResult. If the clock shows a time before the step's end, it is set forward to the end first."""
         self.clock.wait_until(self.end)
         return self.outcome
 

@@ -265,9 +265,11 @@ def rule_of(op: Op) -> Rule:
 def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = False) -> tuple[str, ...]:
     """The checkpoint sources of one lane's share of the weight `t`, as a tuple: one for each run of indices in `share`.
 
-    axis: the axis that is cut. length: its size. each: cut each of several sources, which must be joined along another
-    axis. () for a tensor without source, such as state. Raises LayoutError for a weight that is otherwise joined from
-    several tensors, unless they are parts_of() one tensor, and for a cut inside a block of its format.
+    The tuple is () for a tensor without source, such as state. axis: the axis that is cut. length: its size. each: True
+    to cut each of several sources, which must be joined along another axis.
+
+    Raises LayoutError for several sources if `each` is False, unless they are parts_of() one tensor and axis is 0; and
+    for a cut inside a block of the weight's format.
     """
     if len(t.source) > 1 and axis == 0 and (rows := part_sizes(t.source, length)):
         ends, found = list(accumulate(rows)), list[str]()
