@@ -62,6 +62,9 @@ def compile_model(
         report: a list to which one line for each compiler pass is appended, if not `raw`.
         raw: True to leave the Program as ported.
         revision: revision of a hub repository; None: its main branch.
+
+    Raises HubError if there is no such checkpoint, CheckpointError or PortError if it cannot be loaded, and FormatError
+    for an unknown format.
     """
     from intaglio.compiler import build
     from intaglio.model import BUNDLED

@@ -130,7 +130,10 @@ class Row:
         return Formats(gemm, kv, "weights", moe if self.card in MIXTURES else "")
 
     def profile(self, engine: EngineProfile) -> EngineProfile:
-        """The profile of the row's server: `engine` with the fields that differ for its release, model and layout."""
+        """The profile of the row's server: `engine` with the fields that differ for its release, model and layout.
+
+        Raises LayoutError if the row's sizes do not fit each other.
+        """
         apart = self.group == "disaggregated"
         layout = "" if apart else str(self.placement())
         return engine.of(self.columns.get("backend_version") or "", self.card or "", layout, apart)
@@ -235,7 +238,7 @@ def experiment(row: Row) -> tuple[str, ...]:
 
 @lru_cache(maxsize=64)
 def whole(card: str) -> Program:
-    """The uncompiled Program of a whole model. card: name of a config that ships with the package."""
+    """The uncompiled Program of a whole model. card: name of a shipped config. Raises ValueError for another name."""
     return ported(card, None)
 
 

@@ -261,7 +261,8 @@ def validate(
         worst: how many rows with the largest errors a Record lists.
         progress: called before each table.
 
-    Raises ValueError for an unknown chip or table, and if the folder has no such file.
+    Raises ValueError for an unknown chip or table, and if the folder has no such file; ChipError if a chip cannot run a
+    row's call.
     """
     out = []
     progress(0, 0, f"reading {folder}")

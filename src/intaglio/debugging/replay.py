@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a journal file in order, each a dict.
+    """Yield the entries of a journal file in order, each a dict with the key "do".
 
-    An incomplete last line, which a killed process leaves, is skipped. Raises ValueError for any other line that is no
-    entry.
+    An incomplete last line, which a killed process leaves, is skipped. Raises ValueError for any other line that is not
+    the JSON text of such a dict.
     """
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):

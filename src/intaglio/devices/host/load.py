@@ -280,7 +280,7 @@ class _Loader:
     def _pack(self, weight: _native.Weight, rows: Value, first: int, count: int, to: int, name: str) -> None:
         """Write rows first .. first + count - 1 of `rows` to rows to .. to + count - 1 of the native weight.
 
-        name: the weight's name, for errors.
+        name: the weight's name, for errors. Raises DeviceError if the host cannot read the type of `rows`.
         """
         if isinstance(rows, Quantised):
             fill_codes(weight, rows.each(lambda x: x[first : first + count]), to, self.threads)
