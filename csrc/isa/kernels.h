@@ -234,6 +234,7 @@ struct MapArgs {
 //   selective_scan    [blocks of channels][n][channels of the block]; its rates too
 //   rg_lru            [channels]
 constexpr int kColumns = 32;
+constexpr int64_t kStateTokens = 4;  // tokens by which linear attention without the delta rule advances a state at once
 
 struct StateRun {  // token rows first .. first + count - 1 of one sequence, and its state
   int64_t first, count;
@@ -260,7 +261,7 @@ struct StateAttentionArgs {
   bool delta, by_key;
   float scale;
 
-  int64_t scratch() const { return 2 * (keys + kMostLanes) + keys * kColumns; }  // floats
+  int64_t scratch() const { return kStateTokens * (keys + kMostLanes) + keys * kColumns; }  // floats
 };
 
 struct ScanArgs {
