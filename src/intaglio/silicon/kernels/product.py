@@ -20,7 +20,10 @@ from intaglio.silicon.isa.cycles import matmul_cycles, vector_cycles
 from intaglio.silicon.kernels.chip_memory import QuantisedRegion, codes_of, load, slices
 from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import StreamBuilder
-from intaglio.silicon.timing import Timing, waves
+from intaglio.silicon.timing import Timing, pipeline, waves
+
+DRAIN_PART = 8  # a tile is drained in pieces whose buffers take at most this part of SRAM
+PART_COLUMNS = 512  # columns of a row that are summed at a time where K is split, at most
 
 
 @lru_cache(maxsize=64)
@@ -39,92 +42,181 @@ def step_depth(target: Target, bits: int) -> int:
     return max(target.library.burst_bytes * 8 // bits, 4 * array if array >= 128 else 0)
 
 
-def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split: Any, x_bytes: float, w_bytes: float,
-                out_bytes: float) -> tuple[Any, Any]:  # fmt: skip
-    """(bytes of all operands, bytes of the weights) that x [m, k] @ w.T [k, n] moves from and to HBM.
+def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) -> tuple[Any, Any]:
+    """(rows, columns) in tiles of the blocks in which cores work through a result of gm by gn tiles.
 
-    The cores work on one block of tiles at a time, as square as possible, and read the rows of x and of w once for each
-    block. An operand that fits the L2 is read from HBM once; x is not read at all if it fits, since the op before has
-    just written it there.
+    A block has a tile for each core and is as square as possible, since its cores share rows of x and of w in the L2.
+    """
+    block = np.minimum(gm * gn, np.maximum(1, target.chip.cores / np.minimum(split, target.chip.cores)))
+    rows = np.clip(np.round(np.sqrt(block * tn / tm)), 1, np.minimum(gm, block))
+    return rows, np.minimum(np.ceil(block / rows), gn)
+
+
+def hbm_traffic(target: Target, m: Any, n: Any, k: Any, tm: Any, tn: Any, split: Any, x_bytes: float, w_bytes: float,
+                out_bytes: float, heads: int = 1) -> tuple[Any, Any, Any]:  # fmt: skip
+    """Bytes that `heads` products x [m, k] @ w.T [k, n] move from and to HBM: (rows of x, weights, result).
+
+    The cores work on one block of tiles at a time and read the rows of x and of w once for each block. An operand that
+    fits the L2 is read from HBM once; x is not read at all if it fits, since the op before has just written it there.
+    Without an L2 each tile reads its rows of both, and the result is written.
     """
     chip, part = target.chip, target.library.l2_usable
     gm, gn = np.ceil(m / tm), np.ceil(n / tn)
-    block = np.minimum(gm * gn, np.maximum(1, chip.cores / np.minimum(split, chip.cores)))
-    rows = np.clip(np.round(np.sqrt(block * tn / tm)), 1, np.minimum(gm, block))
-    columns = np.minimum(np.ceil(block / rows), gn)
+    rows, columns = block_shape(target, gm, gn, tm, tn, split)
     x, w, out = m * k * x_bytes, n * k * w_bytes, m * n * out_bytes
     kept = chip.l2_bytes * part
+    if not kept:
+        return heads * x * gn, heads * w * gm, heads * out + 0 * gn
     one_fits = np.minimum(x, w) < kept * part
     rows_fit = np.minimum(rows * tm, m) * k * x_bytes < kept  # a block's rows of x stay while all of w streams past
     x_times = np.where(one_fits | rows_fit, 1, np.ceil(gn / columns))
     w_times = np.where(one_fits, 1, np.ceil(gm / rows))
-    x_resident = np.where(x < kept * 0.6, 1.0, 0.0)
-    written = np.where(out > kept * 0.3, 1.0, 0.3)  # the next op reads a small result before it is written back
-    weights = w * w_times
-    return x * x_times - x * x_resident + weights + out * written, weights
+    x_resident = np.where(heads * x < kept * 0.6, 1.0, 0.0)
+    # The L2 holds the latest bytes; of the result, those before have been written back
+    written = np.maximum(0, 1 - kept / (heads * (w * w_times + x + out)))
+    return heads * x * (x_times - x_resident), heads * w * w_times, heads * out * written
 
 
 def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format: str, w_bits: float, out_bytes: float,
-                 glu: bool = False, resident: bool = False) -> dict[str, Any]:  # fmt: skip
+                 glu: bool = False, resident: bool = False, heads: int = 1) -> dict[str, Any]:  # fmt: skip
     """A dict of the times of x [m, k] @ w.T [k, n], as arrays with an item for each choice of tile and K split.
 
-    m, n, k are numbers or arrays [..., 1]. `resident`: the weights were prefetched, so HBM reads none. Keys:
+    m, n, k are numbers or arrays [..., 1]. `resident`: the weights were prefetched, so HBM reads none. heads: such
+    products, each with its own x and w; their K is not split. Keys:
     seconds, hbm and weights (bytes), jobs, steps (of one job), work and drain (seconds), stage (bytes), ring
-    (stages in flight), depth (K values of a step), run (format), tile.
+    (stages in flight), depth (K values of a step), run (format), tile, at_once (tiles that run on a core at a time),
+    banks (tiles of the result that the accumulators of a persistent kernel hold).
+
+    The times are those of the streams' loop (tiled.py): a core loads, multiplies, drains and stores its tiles one after
+    the other. Tiles at the edge count whole, as their streams pad them.
     """
     chip, lib = target.chip, target.library
-    latency_s = chip.constants.hbm_latency_s
+    latency_s, cores = chip.constants.hbm_latency_s, chip.cores
     tm, tn, split = choices(lib.tiles, lib.split_k)
     run = max(chip.runs_as(x_format), chip.runs_as(w_format), key=formats.bits)
     x_bits = formats.bits(x_format)
-    tk = step_depth(target, formats.bits(run))
-    steps = np.ceil(np.ceil(k / tk) / split)
-    jobs = np.ceil(m / tm) * np.ceil(n / tn) * split
-    stage = (tm * x_bits + tn * w_bits) * tk / 8
-    ring = np.clip(np.floor(chip.sram_bytes / stage), 2, lib.matmul_stages)
-    # Tiles that run on one core at a time (occupancy)
-    per_core = np.clip(np.minimum(np.floor(chip.sram_bytes / (4 * stage)), chip.acc_bytes / (8 * tm * tn)), 1, 4)
-    hbm, weights = hbm_traffic(target, m, n, k, tm, tn, split, x_bits / 8, w_bits / 8, out_bytes)
-    if resident:
-        hbm = hbm - weights
-    work = matmul_cycles(target, tm, tn, tk, run) / chip.clock_hz
-
-    def period(active: Any) -> Any:
-        """Seconds of one pipeline step while `active` cores load."""
-        load = np.maximum(stage / chip.port_rate, stage * active / chip.l2_rate)
-        return np.maximum(np.maximum(load, work), (load + work + latency_s) / (ring * per_core))
-
-    full, rest = waves(jobs, chip.cores)
+    space = chip.sram_bytes * (1 - 1 / DRAIN_PART)  # bytes of SRAM for stages of both operands
+    tk = np.minimum(step_depth(target, formats.bits(run)), k)
+    whole = (tm * x_bits + tn * w_bits) * tk / 8
+    tk = tk / 2 ** np.clip(np.ceil(np.log2(2 * whole / space)), 0, None)  # two stages fit
+    k_steps, gm, gn = np.ceil(k / tk), np.ceil(m / tm), np.ceil(n / tn)
+    steps = np.ceil(k_steps / split)
+    allowed = (split == 1) | ((steps >= 4) & (heads == 1))
+    split = np.ceil(k_steps / steps)
+    jobs = heads * gm * gn * split
+    full, rest = waves(jobs, cores)
     rounds = full + (rest > 0)
-    drain = vector_cycles(chip, tm * tn * (1 + glu)) / chip.clock_hz
-    # A large result is stored to HBM, and with one tile on a core no other tile overlaps with the store.
-    exposed = (m * n * out_bytes > chip.l2_bytes * lib.l2_usable) & (per_core < 2)
-    store_rate = np.where(exposed, np.minimum(chip.l2_rate, chip.hbm_rate), chip.l2_rate)
-    store = tm * tn * out_bytes * np.minimum(jobs, chip.cores) / store_rate
-    seconds = steps * (full * period(chip.cores) + (rest > 0) * period(np.maximum(rest, 1)))
+    rows = np.minimum(tm, m)  # of a tile that are loaded and stored
+    stage = (tm * x_bits + tn * w_bits) * tk / 8
+    at_once = np.minimum(np.minimum(np.floor(space / (4 * stage)), chip.acc_bytes / (8 * tm * tn)), rounds)
+    at_once = np.ones_like(tm) if lib.persistent else np.clip(np.floor(at_once), 1, 4)
+    ring = np.clip(np.floor(space / stage), 2, lib.matmul_stages * at_once)
+    banks = np.where(8 * tm * tn <= chip.acc_bytes, 2, 1)
+    # Bytes
+    each = x_bits / 8, w_bits / 8, out_bytes / (1 + glu)
+    x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads)
+    w_hbm = w_hbm * (not resident)
+    hbm = x_hbm + w_hbm + out_hbm
+    missed = hbm / (heads * gm * gn * k / tk)  # of a stage
+    stage_mean = (rows * x_bits + n / gn * w_bits) * tk / 8
+    last_jobs = np.where(rest > 0, rest, np.minimum(jobs, cores))  # of the last round
+    last_n = np.where((last_jobs == 1) & (split == 1), n - (gn - 1) * tn, n / gn)  # columns of a tile in that round
+    others = np.maximum(1, jobs - last_jobs)
+    mean_n = np.where(rounds > 1, (heads * gm * n * split - last_n * last_jobs) / others, last_n)
+    # Seconds of a step over K; the last may be shorter
+    last_part = np.where(split == 1, k - (k_steps - 1) * tk, tk)
+    work = matmul_cycles(target, tm, tn, tk, run) / chip.clock_hz
+    last_work = matmul_cycles(target, tm, tn, last_part, run) / chip.clock_hz
+    job_work = (steps - 1) * work + last_work
+    job_steps = steps - 1 + last_part / tk
+
+    def load(active: Any, columns: Any) -> Any:
+        """Seconds to load one stage, of `columns` columns of w on average, while `active` cores do."""
+        mean = (rows * x_bits + columns * w_bits) * tk / 8
+        shared = np.maximum(mean / chip.l2_rate, missed * mean / stage_mean / chip.hbm_rate) * active
+        own = (rows * x_bits + np.where(active == 1, columns, np.minimum(tn, n)) * w_bits) * tk / 8
+        return np.maximum(own / chip.port_rate, shared)
+
+    # The end of a tile: pieces are drained to SRAM, then stored
+    value_bytes = np.where(split > 1, 4.0, out_bytes / (1 + glu))
+    piece = np.clip(np.floor(chip.sram_bytes / DRAIN_PART / (8 * tn / (1 + glu))), 1, rows)
+    pieces = np.ceil(rows / piece)
+    drain = vector_cycles(chip, rows * np.minimum(tn, n) * (1 + glu)) / chip.clock_hz
+    active = np.minimum(jobs, cores)
+    store = rows * np.minimum(tn, n) * value_bytes * np.maximum(1 / chip.port_rate, np.maximum(
+        active / chip.l2_rate, out_hbm / (m * n * heads * out_bytes / (1 + glu)) * active / chip.hbm_rate))  # fmt: skip
+    depth_s = chip.array_depth / chip.clock_hz
+    last_part_n = np.where(last_jobs == 1, last_n, np.minimum(tn, n)) / np.minimum(tn, n)
+
+    def end(tiles: Any, part: Any = 1.0) -> Any:
+        """Seconds to drain and store the last pieces of `tiles` tiles, of which the columns are a `part` of a tile's."""
+        return pipeline(tiles * pieces, drain * part / pieces, store * part / pieces, depth_s, 2)
+
+    def product(tiles: Any, load_s: Any, ring: Any) -> Any:
+        """Seconds from the first load of `tiles` interleaved tiles to their last matmul."""
+        once, busier, n_steps = load_s + latency_s + work, np.maximum(load_s, work), steps * tiles
+        turns = np.floor((n_steps - 1) / ring)
+        around = (turns + 1) * once + (n_steps - 1 - turns * ring) * busier
+        around -= tiles * (busier - np.maximum(load_s * last_part / tk, last_work))
+        by_work, by_load = load_s + latency_s + tiles * job_work, tiles * job_steps * load_s + latency_s + last_work
+        return np.maximum(np.maximum(by_work, by_load), np.where(turns > 0, around, 0))
+
+    all_load, last_load = load(np.minimum(jobs, cores), mean_n), load(last_jobs, last_n)
     if lib.persistent:  # the next tile's operands are loaded while this one drains
-        seconds = seconds + drain * rounds + latency_s + store
+        drained = end(1) - store / pieces  # until the accumulators are free
+        per_job = pieces * np.maximum(np.maximum(drain, store) / pieces, (drain + store) / pieces / 2 + depth_s / 2)
+        two = np.maximum(np.maximum(job_work, per_job), (job_work + drained) / 2)
+        by_work = np.where(banks == 2, two, job_work + drained)
+        bubble = np.where(banks == 2, 0, drained)
+        by_load = job_steps * all_load + np.maximum(0, bubble - (ring - 1) * all_load)
+        around = steps * (all_load + latency_s + work) / ring + bubble
+        period = np.maximum(np.maximum(by_work, by_load), around)
+        first = np.where(rounds > 1, all_load - last_load, 0)
+        seconds = (rounds - 1) * period + first + product(1, last_load, ring) + end(1, last_part_n)
+        before = (rounds - 2) * period + product(1, all_load, ring) + end(1)
+        seconds = np.where(rounds > 1, np.maximum(seconds, before), seconds)
     else:
-        seconds = seconds + (latency_s + drain + store) * np.ceil(rounds / per_core)
-    seconds = lib.launch_s + latency_s + np.maximum(seconds, hbm / chip.hbm_rate)
-    partial = np.where(split > 1, 8 * split * m * n / chip.l2_rate + latency_s, 0)
-    seconds = np.where((split == 1) | (steps >= 4), seconds + partial, np.inf)
-    return {"seconds": seconds, "hbm": hbm, "weights": weights, "jobs": jobs, "steps": steps, "work": work,
-            "stage": stage, "ring": ring, "depth": tk, "run": run, "drain": drain, "tile": (tm, tn, split)}  # fmt: skip
+        groups = np.ceil(rounds / at_once) - 1  # before the last
+        tiles = rounds - groups * at_once  # of the last
+        mixed = (all_load * (tiles - 1) + last_load) / tiles
+        last_end = np.maximum(end(1), end(tiles) - (tiles - 1) * last_work)
+        all_end = np.maximum(end(1), end(at_once) - (at_once - 1) * last_work)
+        seconds = groups * (product(at_once, all_load, ring) + all_end) + product(tiles, mixed, ring) + last_end
+    seconds = lib.launch_s + seconds + np.where(split > 1, partial_seconds(target, m, n, split, out_bytes, glu), 0)
+    seconds = np.where(allowed, seconds, np.inf)
+    return {"seconds": seconds, "hbm": hbm, "weights": w_hbm, "jobs": jobs, "steps": steps, "work": work,
+            "stage": stage, "ring": ring, "depth": tk, "run": run, "drain": drain, "tile": (tm, tn, split),
+            "at_once": at_once, "banks": banks}  # fmt: skip
+
+
+def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool) -> Any:
+    """Seconds to add the `split` partial results [m, n] of a product whose K was split, and to store the sum.
+
+    A job is a part of a row, of both sides of a GLU pair.
+    """
+    chip, sides = target.chip, 1 + glu
+    width = np.minimum(PART_COLUMNS, n / sides)
+    jobs = m * np.ceil(n / sides / width)
+    active = np.minimum(jobs, chip.cores)
+    rate = np.minimum(chip.port_rate, chip.l2_rate / active)
+    work = vector_cycles(chip, width * (split * sides + 2 * sides - 1)) / chip.clock_hz
+    added = pipeline(np.ceil(jobs / chip.cores), 4 * width * split * sides / rate, work, 0, 2)
+    return added + chip.array_depth / chip.clock_hz + width * out_bytes / rate
 
 
 @lru_cache(maxsize=65536)
 def linear_timing(
     target: Target, m: int, n: int, k: int, x_format: str = "bf16", w_format: str = "bf16", w_bits: float = 0.0,
-    out_bytes: float = 2.0, glu: bool = False, resident: bool = False,
+    out_bytes: float = 2.0, glu: bool = False, resident: bool = False, heads: int = 1,
 ) -> Timing:  # fmt: skip
-    """The Timing of x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
+    """The Timing of `heads` products x [m, k] @ w.T [k, n] with the fastest choice of tile and K split.
 
     w_bits: bits per weight with its scales; 0: those of `w_format`. out_bytes: bytes per result value. resident:
     the weights were prefetched, so they are not read from HBM.
     """
     chip = target.chip
-    w = time_choices(target, m, n, k, x_format, w_format, w_bits or formats.bits(w_format), out_bytes, glu, resident)
+    w_bits = w_bits or formats.bits(w_format)
+    w = time_choices(target, m, n, k, x_format, w_format, w_bits, out_bytes, glu, resident, heads)
     i = int(np.argmin(w["seconds"]))
     tm, tn, split = (int(v[i]) for v in w["tile"])
     cores = chip.cores
@@ -138,7 +230,7 @@ def linear_timing(
     }
     choice = f"tile {tm}x{tn}" + (f", K in {split}" if split > 1 else "") + f", {jobs:,.0f} tiles on {cores} cores"
     seconds, weights = float(w["seconds"][i]), float(w["weights"][i])
-    return Timing(seconds, busy, hbm, moved, 0.0, 2.0 * m * n * k, w["run"], weights, choice)
+    return Timing(seconds, busy, hbm, moved, 0.0, 2.0 * heads * m * n * k, w["run"], weights, choice)
 
 
 def best_tile(target: Target, m: int, n: int, k: int, x_format: str, w_format: str, glu: bool) -> tuple[int, int]:
