@@ -13,7 +13,7 @@ from intaglio.ops import Linear
 from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
-from intaglio.silicon.kernels.product import PART_COLUMNS, bits_per_value, linear_timing
+from intaglio.silicon.kernels.product import bits_per_value, linear_timing, part_columns
 from intaglio.silicon.kernels.tiled import TiledProduct, TileJob, in_blocks, rounded, scale_columns, split_steps, tiling
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
@@ -153,7 +153,7 @@ def add_parts(mem: ChipMemory, op: Linear, sums: Region, parts: int) -> list[Str
     """
     out, residual = mem.region(op.out), mem.optional_region(op.residual)
     sides = sums.cols // out.cols
-    width = min(PART_COLUMNS, out.cols)
+    width = int(part_columns(mem.target, out.cols, parts, sides))
     streams = []
     jobs = [(r, c) for r in range(out.rows) for c in slices(out.cols, width)]
     for k, mine in deal_jobs(mem.chip, jobs, op.site):

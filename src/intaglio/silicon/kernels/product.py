@@ -22,7 +22,8 @@ from intaglio.silicon.memory import Region
 from intaglio.silicon.stream import StreamBuilder
 from intaglio.silicon.timing import Timing, pipeline, waves
 
-DRAIN_PART = 8  # a tile is drained in pieces whose buffers take at most this part of SRAM
+DRAIN_PART = 16  # a tile is drained in pieces whose buffers take at most this part of SRAM
+MIXED = 8  # see load() in time_choices()
 PART_COLUMNS = 512  # columns of a row that are summed at a time where K is split, at most
 
 
@@ -117,7 +118,12 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads)
     w_hbm = w_hbm * (not resident)
     hbm = x_hbm + w_hbm + out_hbm
-    missed = hbm / (heads * gm * gn * k / tk)  # of a stage
+    missed = (x_hbm + w_hbm) / (heads * gm * gn * k / tk)  # of a stage
+    # Part of the stages whose weights HBM delivers, with its latency, to one core or to several at once
+    tall = block_shape(target, gm, gn, tm, tn, split)[0]
+    late = np.minimum(1, tall / gm * w_hbm / (heads * n * k * w_bits / 8))
+    wait_s = latency_s * late
+    mixed = chip.l2_bytes > 0 and cores > 1
     stage_mean = (rows * x_bits + n / gn * w_bits) * tk / 8
     last_jobs = np.where(rest > 0, rest, np.minimum(jobs, cores))  # of the last round
     last_n = np.where((last_jobs == 1) & (split == 1), n - (gn - 1) * tn, n / gn)  # columns of a tile in that round
@@ -130,12 +136,19 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     job_work = (steps - 1) * work + last_work
     job_steps = steps - 1 + last_part / tk
 
-    def load(active: Any, columns: Any) -> Any:
-        """Seconds to load one stage, of `columns` columns of w on average, while `active` cores do."""
+    def load(active: Any, columns: Any) -> tuple[Any, Any]:
+        """Seconds to load one stage of `columns` columns of w on average: while `active` cores do, and for one alone.
+
+        A core loads x from the L2 and w from HBM in turn. If both take about as long, HBM is idle at times, while too
+        many cores load x. The exponent MIXED was chosen so that this agrees with the machine.
+        """
         mean = (rows * x_bits + columns * w_bits) * tk / 8
-        shared = np.maximum(mean / chip.l2_rate, missed * mean / stage_mean / chip.hbm_rate) * active
         own = (rows * x_bits + np.where(active == 1, columns, np.minimum(tn, n)) * w_bits) * tk / 8
-        return np.maximum(own / chip.port_rate, shared)
+        on_chip = np.maximum(own / chip.port_rate, mean * active / chip.l2_rate)
+        from_hbm = missed * mean / stage_mean * active / chip.hbm_rate
+        longer = np.maximum(on_chip, from_hbm)
+        shorter = np.minimum(on_chip, from_hbm) * mixed
+        return longer * (1 + (shorter / longer) ** MIXED) ** (1 / MIXED), own / chip.port_rate
 
     # The end of a tile: pieces are drained to SRAM, then stored
     value_bytes = np.where(split > 1, 4.0, out_bytes / (1 + glu))
@@ -149,19 +162,22 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     last_part_n = np.where(last_jobs == 1, last_n, np.minimum(tn, n)) / np.minimum(tn, n)
 
     def end(tiles: Any, part: Any = 1.0) -> Any:
-        """Seconds to drain and store the last pieces of `tiles` tiles, of which the columns are a `part` of a tile's."""
+        """Seconds to drain and store `tiles` tiles, each with a `part` of a tile's columns."""
         return pipeline(tiles * pieces, drain * part / pieces, store * part / pieces, depth_s, 2)
 
-    def product(tiles: Any, load_s: Any, ring: Any) -> Any:
-        """Seconds from the first load of `tiles` interleaved tiles to their last matmul."""
-        once, busier, n_steps = load_s + latency_s + work, np.maximum(load_s, work), steps * tiles
+    def product(tiles: Any, load_s: Any, alone_s: Any) -> Any:
+        """Seconds from the first load of `tiles` interleaved tiles to their last matmul; load_s, alone_s: of load()."""
+        n_steps = steps * tiles
         turns = np.floor((n_steps - 1) / ring)
-        around = (turns + 1) * once + (n_steps - 1 - turns * ring) * busier
-        around -= tiles * (busier - np.maximum(load_s * last_part / tk, last_work))
-        by_work, by_load = load_s + latency_s + tiles * job_work, tiles * job_steps * load_s + latency_s + last_work
-        return np.maximum(np.maximum(by_work, by_load), np.where(turns > 0, around, 0))
+        around = (turns + 1) * (alone_s + wait_s + work) + (n_steps - 1 - turns * ring) * np.maximum(alone_s, work)
+        around -= tiles * (np.maximum(alone_s, work) - np.maximum(alone_s * last_part / tk, last_work))
+        by_work = load_s * np.where(steps > 1, 1, last_part / tk) + wait_s + tiles * job_work
+        by_load = tiles * job_steps * load_s + wait_s + last_work
+        before = (tiles * job_steps - last_part / tk) * load_s + wait_s + work + last_work  # the last step is shorter
+        found = np.maximum(np.maximum(by_work, by_load), np.where(turns > 0, around, 0))
+        return np.where(steps > 1, np.maximum(found, before), found)
 
-    all_load, last_load = load(np.minimum(jobs, cores), mean_n), load(last_jobs, last_n)
+    (all_load, all_alone), (last_load, last_alone) = load(np.minimum(jobs, cores), mean_n), load(last_jobs, last_n)
     if lib.persistent:  # the next tile's operands are loaded while this one drains
         drained = end(1) - store / pieces  # until the accumulators are free
         per_job = pieces * np.maximum(np.maximum(drain, store) / pieces, (drain + store) / pieces / 2 + depth_s / 2)
@@ -169,24 +185,44 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         by_work = np.where(banks == 2, two, job_work + drained)
         bubble = np.where(banks == 2, 0, drained)
         by_load = job_steps * all_load + np.maximum(0, bubble - (ring - 1) * all_load)
-        around = steps * (all_load + latency_s + work) / ring + bubble
+        stored = rows * n / gn * value_bytes
+        by_load = np.maximum(by_load, (job_steps * stage_mean + stored) * active / chip.l2_rate)
+        around = steps * (all_alone + wait_s + work) / ring + bubble
         period = np.maximum(np.maximum(by_work, by_load), around)
         first = np.where(rounds > 1, all_load - last_load, 0)
-        seconds = (rounds - 1) * period + first + product(1, last_load, ring) + end(1, last_part_n)
-        before = (rounds - 2) * period + product(1, all_load, ring) + end(1)
+        seconds = (rounds - 1) * period + first + product(1, last_load, last_alone) + end(1, last_part_n)
+        before = (rounds - 2) * period + product(1, all_load, all_alone) + end(1)
         seconds = np.where(rounds > 1, np.maximum(seconds, before), seconds)
+        # Loads and stores share HBM. After the last load come its work and drain, unless all loads were early
+        after = latency_s + np.where(steps > 1, work, 0) + last_work + drain / pieces + depth_s
+        seconds = np.maximum(seconds, hbm / chip.hbm_rate + after * np.clip(rounds * steps / ring - 1, 0, 1))
     else:
         groups = np.ceil(rounds / at_once) - 1  # before the last
         tiles = rounds - groups * at_once  # of the last
-        mixed = (all_load * (tiles - 1) + last_load) / tiles
+        between = (all_load * (tiles - 1) + last_load) / tiles
         last_end = np.maximum(end(1), end(tiles) - (tiles - 1) * last_work)
         all_end = np.maximum(end(1), end(at_once) - (at_once - 1) * last_work)
-        seconds = groups * (product(at_once, all_load, ring) + all_end) + product(tiles, mixed, ring) + last_end
-    seconds = lib.launch_s + seconds + np.where(split > 1, partial_seconds(target, m, n, split, out_bytes, glu), 0)
+        seconds = (
+            groups * (product(at_once, all_load, all_alone) + all_end) + product(tiles, between, all_alone) + last_end
+        )
+    seconds = (
+        lib.launch_s
+        + latency_s
+        - wait_s
+        + seconds
+        + np.where(split > 1, partial_seconds(target, m, n, split, out_bytes, glu), 0)
+    )
     seconds = np.where(allowed, seconds, np.inf)
+    moved = jobs * job_steps * stage_mean + m * n * heads * value_bytes
     return {"seconds": seconds, "hbm": hbm, "weights": w_hbm, "jobs": jobs, "steps": steps, "work": work,
             "stage": stage, "ring": ring, "depth": tk, "run": run, "drain": drain, "tile": (tm, tn, split),
-            "at_once": at_once, "banks": banks}  # fmt: skip
+            "at_once": at_once, "banks": banks, "moved": moved}  # fmt: skip
+
+
+def part_columns(target: Target, n: Any, split: Any, sides: int) -> Any:
+    """Columns of a row of n that are added at a time where K is split in `split`: at most PART_COLUMNS."""
+    buffers = 8 * (sides * (split + 1) + 3)  # bytes of a column, in two tiles of each operand and result
+    return np.minimum(np.minimum(PART_COLUMNS, n), np.floor(target.chip.sram_bytes / 2 / buffers))
 
 
 def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float, glu: bool) -> Any:
@@ -195,12 +231,13 @@ def partial_seconds(target: Target, m: Any, n: Any, split: Any, out_bytes: float
     A job is a part of a row, of both sides of a GLU pair.
     """
     chip, sides = target.chip, 1 + glu
-    width = np.minimum(PART_COLUMNS, n / sides)
+    width = part_columns(target, n / sides, split, sides)
     jobs = m * np.ceil(n / sides / width)
     active = np.minimum(jobs, chip.cores)
-    rate = np.minimum(chip.port_rate, chip.l2_rate / active)
+    rate = np.minimum(chip.port_rate, (chip.l2_rate if chip.l2_bytes else min(chip.l2_rate, chip.hbm_rate)) / active)
+    latency_s = 0.0 if chip.l2_bytes else chip.constants.hbm_latency_s
     work = vector_cycles(chip, width * (split * sides + 2 * sides - 1)) / chip.clock_hz
-    added = pipeline(np.ceil(jobs / chip.cores), 4 * width * split * sides / rate, work, 0, 2)
+    added = pipeline(np.ceil(jobs / chip.cores), 4 * width * split * sides / rate, work, latency_s, 2)
     return added + chip.array_depth / chip.clock_hz + width * out_bytes / rate
 
 
@@ -221,7 +258,7 @@ def linear_timing(
     tm, tn, split = (int(v[i]) for v in w["tile"])
     cores = chip.cores
     jobs, steps = float(w["jobs"][i]), float(w["steps"][i])
-    hbm, moved = float(w["hbm"][i]), jobs * steps * float(w["stage"][i])
+    hbm, moved = float(w["hbm"][i]), float(w["moved"][i])
     busy = {
         "MXU": jobs * steps * float(w["work"][i]) / cores,
         "VEC": jobs * float(w["drain"][i]) / cores,

@@ -42,11 +42,16 @@ def rounded(mem: ChipMemory, site: str, x: Region, x_format: str, span: int) -> 
     span = span if x_format == "int8" else x.cols
     codes = mem.heap.allocate(x.rows, x.cols, formats.element(x_format))
     scales = mem.heap.allocate(x.rows, -(-x.cols // span), "f32") if x_format in ("int8", "fp8row") else None
-    step = max(1, min(ROWS, mem.chip.sram_bytes // (3 * 8 * span)))
+    sram = mem.chip.sram_bytes
+    if scales is None:
+        span = min(span, sram // (3 * 8))
+    step = max(1, min(ROWS, sram // (3 * 8 * span)))
+    tiles = 2 if step * span * (4 + formats.bits(codes.format) / 8) * 2 < sram - 1024 else 1
     jobs = [(rows, g, part) for rows in slices(x.rows, step) for g, part in enumerate(slices(x.cols, span))]
     streams = []
     for k, mine in deal_jobs(mem.chip, jobs, site):
-        raw, results, factors = k.ring(2, step, span), k.ring(2, step, span, codes.format), k.ring(2, step, 1)
+        raw, results = k.ring(tiles, step, span), k.ring(tiles, step, span, codes.format)
+        factors = k.ring(2, step, 1)
         for rows, g, part in mine:
             a = load(k, raw.next(), x.part(rows, part))
             y = results.next().shaped(a.rows, a.cols)
