@@ -50,6 +50,7 @@ def block_shape(target: Target, gm: Any, gn: Any, tm: Any, tn: Any, split: Any) 
     """
     block = np.minimum(gm * gn, np.maximum(1, target.chip.cores / np.minimum(split, target.chip.cores)))
     rows = np.clip(np.round(np.sqrt(block * tn / tm)), 1, np.minimum(gm, block))
+    rows = np.where(gm * gn <= block, gm, rows)
     return rows, np.minimum(np.ceil(block / rows), gn)
 
 
@@ -118,15 +119,11 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     x_hbm, w_hbm, out_hbm = hbm_traffic(target, m, n, k, tm, tn, split, *each, heads)
     w_hbm = w_hbm * (not resident)
     hbm = x_hbm + w_hbm + out_hbm
-    missed = (x_hbm + w_hbm) / (heads * gm * gn * k / tk)  # of a stage
-    # Part of the stages whose weights HBM delivers, with its latency, to one core or to several at once
-    tall = block_shape(target, gm, gn, tm, tn, split)[0]
-    late = np.minimum(1, tall / gm * w_hbm / (heads * n * k * w_bits / 8))
-    wait_s = latency_s * late
-    mixed = chip.l2_bytes > 0 and cores > 1
+    wait_s = 0.0 if resident else latency_s  # of a stage; cores that need the same weights wait for them together
     stage_mean = (rows * x_bits + n / gn * w_bits) * tk / 8
     last_jobs = np.where(rest > 0, rest, np.minimum(jobs, cores))  # of the last round
-    last_n = np.where((last_jobs == 1) & (split == 1), n - (gn - 1) * tn, n / gn)  # columns of a tile in that round
+    # Columns of a tile in that round, which on a single core is the one at the corner
+    last_n = n - (gn - 1) * tn if cores == 1 else n / gn
     others = np.maximum(1, jobs - last_jobs)
     mean_n = np.where(rounds > 1, (heads * gm * n * split - last_n * last_jobs) / others, last_n)
     # Seconds of a step over K; the last may be shorter
@@ -137,23 +134,22 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
     job_steps = steps - 1 + last_part / tk
 
     def load(active: Any, columns: Any) -> tuple[Any, Any]:
-        """Seconds to load one stage of `columns` columns of w on average: while `active` cores do, and for one alone.
-
-        A core loads x from the L2 and w from HBM in turn. If both take about as long, HBM is idle at times, while too
-        many cores load x. The exponent MIXED was chosen so that this agrees with the machine.
-        """
+        """Seconds to load one stage of `columns` columns of w on average: while `active` cores do, and alone."""
+        own = (rows * x_bits + (columns if cores == 1 else np.minimum(tn, n)) * w_bits) * tk / 8
         mean = (rows * x_bits + columns * w_bits) * tk / 8
-        own = (rows * x_bits + np.where(active == 1, columns, np.minimum(tn, n)) * w_bits) * tk / 8
-        on_chip = np.maximum(own / chip.port_rate, mean * active / chip.l2_rate)
-        from_hbm = missed * mean / stage_mean * active / chip.hbm_rate
-        longer = np.maximum(on_chip, from_hbm)
-        shorter = np.minimum(on_chip, from_hbm) * mixed
-        return longer * (1 + (shorter / longer) ** MIXED) ** (1 / MIXED), own / chip.port_rate
+        return np.maximum(own / chip.port_rate, mean * active / chip.l2_rate), own / chip.port_rate
+
+    # The first stage of all cores comes from HBM
+    wide = np.minimum(gn, np.ceil(cores / np.clip(np.round(np.sqrt(cores * tn / tm)), 1, cores)))
+    first_bytes = 0.0 if resident else wide * np.minimum(tn, n) * tk * w_bits / 8
+    if not chip.l2_bytes:
+        first_bytes = np.minimum(jobs, cores) * (rows * x_bits + np.minimum(tn, n) * w_bits) * tk / 8
+    fill = first_bytes / chip.hbm_rate
 
     # The end of a tile: pieces are drained to SRAM, then stored
     value_bytes = np.where(split > 1, 4.0, out_bytes / (1 + glu))
-    piece = np.clip(np.floor(chip.sram_bytes / DRAIN_PART / (8 * tn / (1 + glu))), 1, rows)
-    pieces = np.ceil(rows / piece)
+    piece = np.clip(np.floor(chip.sram_bytes / DRAIN_PART / (8 * tn / (1 + glu))), 1, tm)
+    pieces = np.maximum(1, rows / piece)
     drain = vector_cycles(chip, rows * np.minimum(tn, n) * (1 + glu)) / chip.clock_hz
     active = np.minimum(jobs, cores)
     store = rows * np.minimum(tn, n) * value_bytes * np.maximum(1 / chip.port_rate, np.maximum(
@@ -163,7 +159,9 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
 
     def end(tiles: Any, part: Any = 1.0) -> Any:
         """Seconds to drain and store `tiles` tiles, each with a `part` of a tile's columns."""
-        return pipeline(tiles * pieces, drain * part / pieces, store * part / pieces, depth_s, 2)
+        one, other = drain * part / pieces, store * part / pieces
+        busier = np.maximum(np.maximum(one, other), (one + other + depth_s) / 2)
+        return one + other + depth_s + (tiles * pieces - 1) * busier
 
     def product(tiles: Any, load_s: Any, alone_s: Any) -> Any:
         """Seconds from the first load of `tiles` interleaved tiles to their last matmul; load_s, alone_s: of load()."""
@@ -171,13 +169,14 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         turns = np.floor((n_steps - 1) / ring)
         around = (turns + 1) * (alone_s + wait_s + work) + (n_steps - 1 - turns * ring) * np.maximum(alone_s, work)
         around -= tiles * (np.maximum(alone_s, work) - np.maximum(alone_s * last_part / tk, last_work))
-        by_work = load_s * np.where(steps > 1, 1, last_part / tk) + wait_s + tiles * job_work
+        by_work = first_s * np.where(steps > 1, 1, last_part / tk) + wait_s + tiles * job_work
         by_load = tiles * job_steps * load_s + wait_s + last_work
         before = (tiles * job_steps - last_part / tk) * load_s + wait_s + work + last_work  # the last step is shorter
         found = np.maximum(np.maximum(by_work, by_load), np.where(turns > 0, around, 0))
         return np.where(steps > 1, np.maximum(found, before), found)
 
     (all_load, all_alone), (last_load, last_alone) = load(np.minimum(jobs, cores), mean_n), load(last_jobs, last_n)
+    first_s = np.maximum(all_load, fill)
     if lib.persistent:  # the next tile's operands are loaded while this one drains
         drained = end(1) - store / pieces  # until the accumulators are free
         per_job = pieces * np.maximum(np.maximum(drain, store) / pieces, (drain + store) / pieces / 2 + depth_s / 2)
@@ -189,13 +188,10 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         by_load = np.maximum(by_load, (job_steps * stage_mean + stored) * active / chip.l2_rate)
         around = steps * (all_alone + wait_s + work) / ring + bubble
         period = np.maximum(np.maximum(by_work, by_load), around)
-        first = np.where(rounds > 1, all_load - last_load, 0)
-        seconds = (rounds - 1) * period + first + product(1, last_load, last_alone) + end(1, last_part_n)
+        last_end = end(1, last_part_n)
+        seconds = (rounds - 1) * period + product(1, last_load, last_alone) + last_end
         before = (rounds - 2) * period + product(1, all_load, all_alone) + end(1)
         seconds = np.where(rounds > 1, np.maximum(seconds, before), seconds)
-        # Loads and stores share HBM. After the last load come its work and drain, unless all loads were early
-        after = latency_s + np.where(steps > 1, work, 0) + last_work + drain / pieces + depth_s
-        seconds = np.maximum(seconds, hbm / chip.hbm_rate + after * np.clip(rounds * steps / ring - 1, 0, 1))
     else:
         groups = np.ceil(rounds / at_once) - 1  # before the last
         tiles = rounds - groups * at_once  # of the last
@@ -205,13 +201,20 @@ def time_choices(target: Target, m: Any, n: Any, k: Any, x_format: str, w_format
         seconds = (
             groups * (product(at_once, all_load, all_alone) + all_end) + product(tiles, between, all_alone) + last_end
         )
-    seconds = (
-        lib.launch_s
-        + latency_s
-        - wait_s
-        + seconds
-        + np.where(split > 1, partial_seconds(target, m, n, split, out_bytes, glu), 0)
-    )
+    # HBM delivers at its rate, except while too many cores load x from the L2: a core loads x and w in turn, so if both
+    # take about as long, HBM is idle at times. The exponent MIXED was chosen so that this agrees with the machine.
+    # Stores of all rounds but the last compete with loads, unless SRAM holds the operands of all rounds.
+    competing = (1 - 1 / rounds) * np.clip(rounds * steps / ring - 1, 0, 1) if lib.persistent else 1 - 1 / rounds
+    loads = (full * all_load + (rest > 0) * last_load) * job_steps
+    from_hbm = (x_hbm + w_hbm + out_hbm * competing) / chip.hbm_rate
+    short = from_hbm * last_part / tk / (rounds * job_steps)  # seconds of the last step's load, if it is shorter
+    if chip.l2_bytes and cores > 1:
+        from_hbm = (from_hbm**MIXED + loads**MIXED) ** (1 / MIXED)
+    later = np.where((steps > 1) & (last_part < tk), np.maximum(0, work - short), 0)
+    seconds = np.maximum(seconds, from_hbm + latency_s + later + last_work + last_end)
+    seconds = np.maximum(seconds, hbm / chip.hbm_rate)
+    partial = partial_seconds(target, m, n, split, out_bytes, glu)
+    seconds = lib.launch_s + latency_s - wait_s + seconds + np.where(split > 1, partial, 0)
     seconds = np.where(allowed, seconds, np.inf)
     moved = jobs * job_steps * stage_mean + m * n * heads * value_bytes
     return {"seconds": seconds, "hbm": hbm, "weights": w_hbm, "jobs": jobs, "steps": steps, "work": work,

@@ -67,6 +67,11 @@ def rounded(mem: ChipMemory, site: str, x: Region, x_format: str, span: int) -> 
     return codes, scales
 
 
+def one_scale(w: Region | QuantisedRegion) -> bool:
+    """True if each row of w has one scale."""
+    return isinstance(w, QuantisedRegion) and w.scales_t.rows == 1
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How the cores compute a product.
@@ -112,9 +117,14 @@ def tiling(
     bits = rows * formats.bits(x.format) + sides * columns * formats.bits(codes_of(w).format)
     depth, left = max(1, int(how["depth"][i])), chip.sram_bytes - drain_rows * buffers - 8 * columns - 1024
     at_once, block = int(how["at_once"][i]), block_shape(target, np.ceil(m / tm), np.ceil(n / tn), tm, tn, parts)
+    whole = one_scale(w)
+    if whole:
+        left -= 2 * at_once * (4 * rows + 4 * sides * columns + 64 * (1 + sides))
     while True:
-        groups = groups_in(w, depth)
-        stage = bits * depth // 8 + 4 * rows + 4 * sides * columns * groups + 64 * (1 + sides) * (2 + groups)
+        groups = groups_in(w, depth) * (not whole)
+        stage = bits * depth // 8 + 64 * (1 + sides)
+        if groups:
+            stage += 4 * rows + 4 * sides * columns * groups + 64 * (1 + sides) * (1 + groups)
         if 2 * stage <= left:
             stages = max(2, min(int(how["ring"][i]), left // stage))
             shape = int(block[0]), int(block[1])
@@ -180,11 +190,13 @@ class TiledProduct:
     ) -> None:  # fmt: skip
         self.k, self.x, self.scales, self.w, self.span, self.cut = k, x, scales, w, span, cut
         self.w_first = w_first
-        depth, groups = cut.depth, groups_in(w, cut.depth)
+        depth, groups, scaled = cut.depth, groups_in(w, cut.depth), cut.stages
+        if one_scale(w):  # its scales and those of x stay while a tile is computed
+            groups, scaled = 1, 2 * cut.at_once
         self.x_tiles = k.ring(cut.stages, cut.rows, depth, x.format)
         self.w_tiles = [k.ring(cut.stages, cut.columns, depth, codes_of(w).format) for _ in range(sides)]
-        self.row_scales = k.ring(cut.stages, cut.rows, 1) if scales is not None else None
-        self.column_scales = [k.ring(cut.stages, groups, cut.columns) if groups else None for _ in range(sides)]
+        self.row_scales = k.ring(scaled, cut.rows, 1) if scales is not None else None
+        self.column_scales = [k.ring(scaled, groups, cut.columns) if groups else None for _ in range(sides)]
 
     def multiply(self, jobs: Sequence[TileJob]) -> None:
         """Emit the instructions for acc = x[rows] @ w[columns].T over the steps of each job, a step of each in turn."""
