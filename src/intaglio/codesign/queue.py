@@ -186,7 +186,7 @@ class Queue:
         return self.times.cost(n, self.keys / n + count * self.settings.tokens_per_step / 2)
 
     def _overhead(self, sequences: int) -> float:
-        return self.settings.step_s + self.settings.sequence_s * sequences
+        return self.settings.step_s + self.settings.sequence_s * sequences / self.times.copies
 
     def _mixed_step(self, n: int) -> None:
         s, decoding = self.settings, n if self.settings.mixed else 0
