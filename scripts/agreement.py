@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 
 from intaglio.chips import CHIPS, target
 from intaglio.codesign.agreement import differences, random_agreements
 from intaglio.codesign.kernel_cases import CASES
+
+FIGURES = Path(__file__).parent / "accuracy/figures.json"
+
+
+def save(kind: str, chip: str, calls: int, median: float, worst: float) -> None:
+    """Write the differences of a kernel on a chip to the figures of docs/accuracy.md."""
+    figures = json.loads(FIGURES.read_text())
+    found = figures.setdefault("agreement", {}).setdefault(kind, {})
+    found[chip] = [calls, round(median, 4), round(worst, 4)]
+    figures["agreement"][kind] = {name: found[name] for name in CHIPS if name in found}
+    FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def main() -> None:
@@ -19,6 +32,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="*", default=list(CASES), help=", ".join(CASES))
     parser.add_argument("--count", type=int, default=200, help="calls for each chip and kernel")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", action="store_true", help="for docs/accuracy.md; then run scripts/accuracy.py")
     given = parser.parse_args()
     print("kernel        chip                   calls  median   worst  ratio of the worst, its call")
     for kind in given.kernels:
@@ -31,6 +45,8 @@ def main() -> None:
                 f"  [{time.process_time() - start:.0f} s]",
                 flush=True,
             )
+            if given.save:
+                save(kind, name, len(found), median, most)
 
 
 if __name__ == "__main__":

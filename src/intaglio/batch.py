@@ -40,11 +40,11 @@ class Sampling:
     """Sampling parameters of one row.
 
     Attributes:
-        temperature: 0 is greedy.
-        top_k: 0 switches this filter off.
-        top_p: 1 switches this filter off.
-        min_p: 0 switches this filter off.
-        seed: of the random numbers, which depend on seed and position only.
+        temperature: the logits are divided by it; 0: the likeliest token is taken.
+        top_k: only this many of the likeliest tokens can be drawn; 0: no limit.
+        top_p: only the likeliest tokens that together have this probability can be drawn; 1: no limit.
+        min_p: tokens with less than this fraction of the likeliest token's probability cannot be drawn; 0: no limit.
+        seed: seed of the random numbers. They depend on the seed and the token's position only.
         edits: changes to the logits, made before `mask` is applied; None: no changes.
         mask: uint32 [(vocabulary + 31) // 32], one bit for each token id, the lowest bit first. An id whose bit is 0
             cannot be drawn. None: every id can.
@@ -195,15 +195,16 @@ class Batch:
 
     @cached_property
     def window_slots(self) -> np.ndarray:
-        """As `slots`, in the caches of layers with a window: int32 [T]; [0] if these have no blocks of their own."""
+        """K/V slot of each token in the caches of layers with a window, int32 [T]; empty if they use `slots`."""
         t, s, _, columns, windows = self.counts
         return self.numbers[len(self.numbers) - s * columns - t :][:t] if windows else self.numbers[:0]
 
     @cached_property
     def window_table(self) -> np.ndarray:
-        """As `block_table`, of the caches of layers with a window: int32 [S, columns]; [0, 0] if there is none.
+        """Numbers of each sequence's K/V blocks in the caches of layers with a window, int32 [S, columns].
 
-        -1 also stands for a block that was given back.
+        -1 stands for a block that was given back, and pads short rows. Of shape [0, 0] if these layers use
+        `block_table`.
         """
         _, s, _, columns, windows = self.counts
         if not windows:
@@ -212,7 +213,7 @@ class Batch:
 
     @cached_property
     def of_windows(self) -> Batch:
-        """The Batch as the ops of layers with a window read it: its slots and block_table are those of the window.
+        """A Batch for the ops of layers with a window: its slots and block_table are window_slots and window_table.
 
         The Batch itself if these layers have no blocks of their own.
         """
@@ -246,9 +247,14 @@ class Batch:
 def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
     """Combine chunks, one per sequence, into one Batch and return it. block_size: tokens in a K/V block.
 
-    Raises BatchError without chunks; for a chunk that is empty, has too few blocks, a row out of range, a wrong number
-    of Samplings, or a state slot that does not fit its start; for two tokens with the same K/V slot; and if a slot of
-    recurrent state is written twice, or read and written.
+    Raises BatchError if
+
+    - there are no chunks,
+    - a chunk has no tokens, too few blocks or window blocks, a row outside its tokens, or another number of Samplings
+      than rows,
+    - a chunk has a recurrent state to read at start 0, or none at a later start,
+    - two tokens have the same K/V slot,
+    - a slot of recurrent state is written twice, or both read and written.
     """
     if not chunks:
         raise BatchError("a batch needs at least one chunk")
@@ -324,7 +330,7 @@ def _check_states(before: list[int], after: list[int]) -> None:
 
 
 def _check_window(i: int, c: Chunk, block_size: int) -> None:
-    """Raise BatchError unless chunk number `i` has a window block for each token, and no more of them than blocks."""
+    """Raise BatchError if chunk number `i` lacks a window block for a token, or has more of them than `blocks`."""
     held = c.window_blocks
     first, last = c.start // block_size, (c.start + len(c.tokens) - 1) // block_size
     if not last < len(held) <= len(c.blocks) or min(held[first : last + 1]) < 0:

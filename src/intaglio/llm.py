@@ -31,6 +31,7 @@ from intaglio.devices import (
     WorkerDevice,
     open_device,
 )
+from intaglio.devices.processes.address import TcpAddress
 from intaglio.machine import Machine
 from intaglio.model import Model, Prompt
 from intaglio.models import Transcript
@@ -49,7 +50,7 @@ from intaglio.runtime import (
 )
 from intaglio.runtime.request import TokenIds
 from intaglio.runtime.windows import with_windows
-from intaglio.tiers import DiskTier
+from intaglio.tiers import DiskTier, PeerTier, StoreTier
 
 PAGE_TOKENS = 32
 KV_CACHE_BYTES = 8 << 30  # of the directory of K/V blocks
@@ -126,19 +127,22 @@ class LLM:
             for all running sequences, the last ones are preempted. None: enough for `max_sequences` sequences, if
             that saves a quarter, else 0. 0: all tokens, as in other layers; so with `kv_cache_dir`.
         cache: where the host keeps packed weights for the next start: a folder, "auto" or None (see HostDevice).
-        worker: run the device in a child process, which is replaced when it dies.
+        worker: True to run the device in a child process, which is replaced when it dies.
         journal: a file that records all requests and device outcomes, for `intaglio replay`.
         layout: how ranks share the model, such as tp2 or tp4pp2. On the host each rank is a process, replaced when it
             dies, with an equal share of the threads; on other devices all ranks run in this process.
         hosts: other hosts, each of which runs an equal number of the ranks.
-        in_process: run all ranks of a layout in this process, one after the other.
-        chip: with device silicon, the chip whose times are modelled; the host computes the values.
-        chips: with device silicon, the number of chips that share the model, by `layout` or else tensor parallel.
+        in_process: True to run all ranks of a layout in this process, one after the other.
+        chip: name of the chip whose times are modelled, for device silicon only; the host computes the values.
+        chips: number of chips that share the model, by `layout` or else tensor parallel; for device silicon only.
         machine: threads and memory shared with other models; it then gives the threads.
         kv_cache_dir: a directory that keeps K/V blocks beyond this process, made if it is not there. A later engine of
             the same model loads them instead of computing them; several engines may use the directory.
-        kv_cache_bytes: most bytes of all files in `kv_cache_dir`; the least recently used are deleted for new ones.
-        revision: of a hub id: branch, tag or commit, by default main.
+        kv_peer: in place of `kv_cache_dir`: address at which other engines of the model, which know its token, fetch
+            K/V blocks, which are kept in memory.
+        kv_cache_bytes: most bytes of all blocks in `kv_cache_dir` or memory; the least recently used are deleted for
+            new ones.
+        revision: branch, tag or commit of the hub id's repository; by default main.
         progress: called as progress(done, total, what) while the model loads (see `intaglio.progress`).
     """
 
@@ -168,6 +172,7 @@ class LLM:
         chips: int | None = None,
         machine: Machine | None = None,
         kv_cache_dir: str | Path | None = None,
+        kv_peer: TcpAddress | None = None,
         kv_cache_bytes: int = KV_CACHE_BYTES,
         revision: str | None = None,
         progress: Progress = silent,
@@ -195,11 +200,11 @@ class LLM:
             raise DeviceError("several hosts need device host and a layout of several ranks, such as tp2 or pp2")
         self.clock = inner.clock
         self.state, max_sequences = state_spec(self.mesh, kv_tokens, max_sequences, state_cache_bytes, self.machine)
-        if kv_cache_dir and window_tokens:
+        if (kv_cache_dir or kv_peer) and window_tokens:
             raise RequestError(
-                "kv_cache_dir keeps the K/V of all tokens, and window_tokens gives some back; leave out one of them"
+                "kv_cache_dir and kv_peer keep all K/V, and window_tokens gives some back; leave out one of them"
             )
-        if kv_cache_dir or device == "silicon":
+        if kv_cache_dir or kv_peer or device == "silicon":
             window_tokens = window_tokens or 0
         self.state = with_windows(
             self.state, self.mesh.programs, window_tokens, context=self.mesh.last.context,
@@ -217,7 +222,7 @@ class LLM:
             self.mesh.last, PAGE_TOKENS, numerics, self.model.checkpoint.identity(),
             " ".join(filter(None, (__version__, facts.build))),
         )  # fmt: skip
-        self.tier = _tier(kv_cache_dir, kv_cache_bytes, scope, journal)
+        self.tier = _tier(kv_cache_dir, kv_peer, kv_cache_bytes, scope, journal)
         engine = partial(RecordedEngine, journal=_journal(journal, self.model.path, opened)) if journal else Engine
         self.engine: Engine = engine(
             self.load(progress), clock=self.clock, rng=random.Random(), max_batch_tokens=max_batch_tokens,
@@ -246,7 +251,7 @@ class LLM:
         return self.machine.shared(self.device.reload(lost, self.mesh, self.model.checkpoint, self.state))
 
     def close(self) -> None:
-        """Write the K/V blocks that still wait for it to `kv_cache_dir`, and end the device's processes."""
+        """Save the K/V blocks that are still to be written to `kv_cache_dir`, and end the device's processes."""
         if self.tier:
             self.tier.close()
         self.engine.executable.close()
@@ -290,7 +295,8 @@ class LLM:
         """(the Request for `engine.add()`, a list of Transcripts, one per choice). May be called from any thread.
 
         `options` are fields of Request (id, priority, timeout, ...) and `special`, the special tokens that stay in the
-        text. Raises RequestError, TokenizerError or GrammarError; the message calls the prompt `name`.
+        text. Raises RequestError, TokenizerError or GrammarError for a prompt, stop string, bad word or grammar that
+        cannot be served; the message calls the prompt `name`.
         """
         id = options.pop("id", None) or f"r{next(self._numbers)}"
         request, transcripts = self.model.request(prompt, params, id, name, **options)
@@ -325,7 +331,7 @@ class LLM:
         return self.generate([self.chat_prompt(messages)], params)[0]
 
     def chat_prompt(self, messages: abc.Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation in the chat template, up to where the assistant's answer begins.
+        """A list of the token ids of a conversation in the chat template, up to where the assistant's answer begins.
 
         Arguments and errors are those of Model.chat_prompt().
         """
@@ -339,7 +345,7 @@ class LLM:
         self.model = self.model.with_chat_template(source)
 
     def logits(self, sequences: abc.Sequence[TokenIds]) -> list[np.ndarray]:
-        """The logits at every position of sequences of token ids: float32 [tokens, vocabulary] for each.
+        """A list with the logits at every position of each of the sequences of token ids, float32 [tokens, vocabulary].
 
         Row i predicts the token after token i. Raises RequestError for a sequence that does not fit, DeviceError if the
         device fails.
@@ -355,8 +361,8 @@ class LLM:
     def _finish(self, requests: abc.Sequence[Request], progress: Progress = silent) -> list[Sequence]:
         """Run all requests to their end, as many at a time as the engine admits.
 
-        Returns their sequences, in the order of the requests. Raises Refused if the engine refuses a request for
-        another reason than a full queue. On any exception the remaining requests are aborted.
+        Returns a list of their sequences, in the order of the requests. Raises Refused if the engine refuses a request
+        for another reason than a full queue. On any exception the remaining requests are aborted.
         """
         made: list[Sequence] = []
         pending = deque(requests)
@@ -389,13 +395,15 @@ class LLM:
 def state_spec(
     mesh: MeshProgram, kv_tokens: int | None, max_sequences: int, state_cache_bytes: int | None, machine: Machine
 ) -> tuple[StateSpec, int]:
-    """(the StateSpec to allocate, how many sequences may run at once): what fits the memory of one model.
+    """(the StateSpec to allocate, number of sequences that may run at once): what fits the memory of one model.
 
-    The machine grants one model `machine.kv_bytes`. Recurrent state gets up to half of them, two slots a sequence, and
-    fewer sequences run if `max_sequences` do not fit. States kept for the prefix cache get `state_cache_bytes`, or if
-    that is None up to an eighth. K/V gets `kv_tokens`, even beyond that memory. None: KV_TOKENS or one whole context,
-    whichever is more, but no more than the rest holds. Raises RequestError if `kv_tokens` is below 1 or
-    `state_cache_bytes` below 0.
+    The machine grants one model `machine.kv_bytes`. Of these:
+    - Recurrent state gets up to half, two slots a sequence. If `max_sequences` sequences do not fit, fewer run.
+    - States kept for the prefix cache get `state_cache_bytes`; None: up to an eighth.
+    - K/V gets `kv_tokens`, even if that is more than the memory granted. None: KV_TOKENS or one whole context,
+      whichever is more, but no more than the rest holds.
+
+    Raises RequestError if `kv_tokens` is below 1 or `state_cache_bytes` below 0.
     """
     for name, value, least in (("kv_tokens", kv_tokens, 1), ("state_cache_bytes", state_cache_bytes, 0)):
         if value is not None and value < least:
@@ -417,18 +425,23 @@ def state_spec(
     return StateSpec(max(1, pages), PAGE_TOKENS, slots), max_sequences
 
 
-def _tier(folder: str | Path | None, budget: int, scope: BlockScope, journal: str | Path | None) -> DiskTier | None:
-    """The DiskTier that keeps K/V blocks in `folder`, of at most `budget` bytes; None if `folder` is None.
+def _tier(
+    folder: str | Path | None, address: TcpAddress | None, budget: int, scope: BlockScope, journal: str | Path | None
+) -> StoreTier | None:
+    """The tier that keeps K/V blocks in `folder`, or in memory for peers at `address`; None if both are None.
 
-    Raises RequestError for a budget below 1, and together with a journal.
+    Raises RequestError for a budget below 1 byte, if both are given, or one and `journal`; OSError if the address
+    cannot be bound.
     """
-    if folder is None:
+    if folder is None and address is None:
         return None
     if budget < 1:
         raise RequestError(f"kv_cache_bytes is {budget}; allowed: 1 or more")
     if journal:
         raise RequestError("a journal does not record which K/V blocks were loaded; leave out journal or kv_cache_dir")
-    return DiskTier(Path(folder), budget, scope)
+    if folder is not None and address is not None:
+        raise RequestError("kv_cache_dir keeps K/V blocks in files, kv_peer in memory; leave out one of them")
+    return PeerTier(address, budget, scope) if address else DiskTier(Path(folder or ""), budget, scope)
 
 
 def _layout(layout: str | None, chips: int | None) -> Layout:

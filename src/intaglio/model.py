@@ -67,8 +67,8 @@ class Model:
             weights: auto (as stored), f32, bf16, fp8, int8, int4 or a full name such as q4_k.
             kv_format: f32, bf16, int8, fp8, or auto: f32 for f32 weights, else what the checkpoint asks for, else bf16.
             context: positions to compile for; by default the model's own.
-            revision: of a hub id: branch, tag or commit.
-            progress: called with the bytes downloaded, if any are.
+            revision: branch, tag or commit of the hub id's repository.
+            progress: called as progress(bytes done, bytes in all, what) during a download.
         """
         named = BUNDLED if path is None else path
         path = locate(named, revision, progress)
@@ -83,7 +83,7 @@ class Model:
         return cls(path, name, checkpoint, ported, program, weights, kv_format, tokenizer, eos_ids, grammars)
 
     def sharded(self, layout: str | None) -> MeshProgram:
-        """The MeshProgram of all ranks of a layout such as tp4pp2; None: of one rank with the whole Program.
+        """The MeshProgram of all ranks of a layout such as tp4pp2. layout None: one rank with the whole Program.
 
         Raises the errors of build_mesh().
         """
@@ -107,7 +107,8 @@ class Model:
         """(the Request for an engine, a list of Transcripts, one per choice).
 
         special: special tokens that stay in the text. options: fields of Request, such as priority and timeout. Raises
-        RequestError, TokenizerError or GrammarError; the message calls the prompt `name`.
+        RequestError, TokenizerError or GrammarError for a prompt, stop string, bad word or grammar that cannot be
+        served; the message calls the prompt `name`.
         """
         ids = self.encode(prompt, name)
         tokenizer = self.needed_tokenizer() if params.stop or params.bad_words else self.tokenizer

@@ -44,7 +44,7 @@ def load_plugins() -> tuple[str, ...]:
 
 @cache  # reading the metadata of all installed packages takes some 10 ms
 def _chosen() -> tuple[EntryPoint, ...]:
-    """The installed entry points of the group `intaglio.plugins` that INTAGLIO_PLUGINS allows, in order of name."""
+    """A tuple of the installed entry points of `intaglio.plugins` that INTAGLIO_PLUGINS allows, in order of name."""
     names = os.environ.get("INTAGLIO_PLUGINS")
     allowed = None if names is None else {name.strip() for name in names.split(",")}
     points = sorted(entry_points(group=GROUP), key=lambda point: point.name)

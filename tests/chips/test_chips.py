@@ -130,5 +130,8 @@ def test_a_library_is_read_from_a_file(tmp_path: Path) -> None:
     file.write_text('base = "ampere"\ntiles = [{ rows = [16] }]\n')
     with pytest.raises(ChipError, match="a grid has rows, columns"):
         library(str(file))
+    file.write_text('base = "ampere"\ntiles = [64, 64]\n')
+    with pytest.raises(ChipError, match="mine.toml: tiles has 64; give a tile"):
+        library(str(file))
     with pytest.raises(ChipError, match="none.toml: No such file"):
         library(str(tmp_path / "none.toml"))

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from intaglio.cli import app
 from intaglio.cluster.link import Link
+from intaglio.devices.processes.address import TcpAddress
 from intaglio.server import control_tcp
-from intaglio.server.control_tcp import NotAuthenticated, TcpAddress, tcp_server
+from intaglio.server.control_tcp import NotAuthenticated, tcp_server
 
 
 def listening(use: Callable[[TcpAddress, list[str]], Awaitable[None]]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -29,10 +30,12 @@ from intaglio.router import (
     Pace,
     PromptMemory,
     Refusal,
+    Role,
     Router,
     estimate,
     prefix_keys,
 )
+from intaglio.router.router import SCANNED
 
 PACE = Pace(0.01, 0.001, measured=True)
 
@@ -224,6 +227,35 @@ def test_every_job_leaves_the_queue_once(jobs: list[tuple[str, int, int]]) -> No
     assert len(queue) == 0 and all(not t.waiting for t in queue.tenants.values())
 
 
+@given(st.lists(st.tuples(st.sampled_from("ptd"), st.integers(0, 9)), max_size=60))
+def test_the_counts_of_the_queue_are_those_of_a_walk_over_it(steps: list[tuple[str, int]]) -> None:
+    queue = FairQueue()
+    for what, n in steps:
+        waiting = {job.id: job for job in queue.jobs()}
+        one = waiting.get(str(n)) or Job(
+            str(n),
+            (),
+            10 + n,
+            tenant="ab"[n % 2],
+            priority=n % 3,
+            stage="prefill" if n % 4 == 0 else "all",
+            handed=n // 2,
+        )
+        if what == "t" and one.id in waiting:
+            queue.take(one)
+        elif what == "d":
+            queue.discard(replace(one, start_by=None, prompt_tokens=1))  # the id is what counts
+        elif what == "p" and one.id not in waiting:
+            queue.push(one)
+        left = list(queue.jobs())
+        assert len(queue) == len(left) == sum(queue.waiting(tenant) for tenant in "ab")
+        assert sorted(job.id for job in queue.order()) == sorted(job.id for job in left)
+        for stage in ("all", "prefill"):
+            mine = [job for job in left if job.stage == stage]
+            assert queue.jobs_of[stage] == len(mine)
+            assert queue.tokens_of[stage] == sum(job.prompt_tokens - job.handed for job in mine)
+
+
 def test_a_tenant_with_one_waiting_job_at_a_time_is_charged_too() -> None:
     queue = FairQueue()
     for i in range(100):
@@ -259,6 +291,58 @@ def test_a_weight_must_be_above_zero(weight: float) -> None:
 
 
 # Placement and admission
+
+
+def walked(router: Router, now: float) -> list[tuple[str, str]]:
+    """(job, replica) of all that dispatch() should place, by a walk over all waiting jobs on a copy of the router."""
+    router = deepcopy(router)
+    placed, ahead, placements = list[tuple[str, str]](), Counter[str](), router.placements
+    for stage in ("all", "prefill"):
+        for job in [job for job in router.queue.order() if job.stage == stage][:SCANNED]:
+            alive = [r for r in router.replicas.values() if r.placeable]
+            role = [r for r in alive if (r.role == "prefill") == (stage == "prefill")] or alive
+            options = [estimate(r, job, router.memory, now, ahead[r.name]) for r in role]
+            best = POLICIES[router.policy](options) if options else None
+            if best is None:
+                continue
+            if not best.replica.has_room:
+                ahead[best.replica.name] += best.uncached
+                continue
+            placements += 1
+            best.replica.assign(job, best.uncached)
+            best.replica.last_placed = placements
+            best.replica.index.assume(job.keys, now)
+            placed.append((job.id, best.replica.name))
+    return placed
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_dispatch_places_what_a_walk_over_all_waiting_jobs_would(policy: str) -> None:
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    print(f"{seed=}")
+    router = router_of(0, policy)
+    roles: list[Role] = ["mixed", "prefill", "decode"]
+    for i, role in enumerate(rng.choices(roles, k=rng.randint(1, 4))):
+        router.add_replica(f"r{i}", role)
+        router.ready(f"r{i}", f"r{i}.0")
+        router.report(f"r{i}", LoadReport(pace=PACE, max_batch_tokens=rng.choice((8, 64)), max_sequences=4))
+    running: list[Job] = []
+    for i in range(200):
+        stage = rng.choice(("all", "all", "prefill"))
+        router.queue.push(
+            job(str(i), *rng.choices(range(3), k=rng.randint(0, 4)), tail=rng.randint(1, 90), stage=stage)
+        )
+        expected = walked(router, float(i))
+        placements = router.dispatch(float(i))
+        assert [(p.job.id, p.replica) for p in placements] == expected
+        running += [p.job for p in placements]
+        for one in running:
+            if rng.random() < 0.5:
+                router.started(one.id, one.prompt_tokens)
+        if running and rng.random() < 0.4:
+            router.ended(running.pop(rng.randrange(len(running))), 3)
+    assert router.placements > 20
 
 
 def test_a_job_goes_where_its_prefix_is() -> None:

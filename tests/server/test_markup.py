@@ -130,6 +130,11 @@ def read(
          ("", "", [("f", '{"s": "x y", "n": 5}'), G])),
         ("<tool_call>f<arg_key>n</arg_key><arg_value>many</arg_value></tool_call>", "glm", None, False,
          ("", "", [("f", '{"n": "many"}')])),
+        # Values that Python can read and JSON cannot express stay text.
+        ("<tool_call>f<arg_key>a</arg_key><arg_value>[{1, 2}]</arg_value></tool_call>", "glm", None, False,
+         ("", "", [("f", '{"a": "[{1, 2}]"}')])),
+        ("<tool_call>f<arg_key>a</arg_key><arg_value>[NaN]</arg_value></tool_call>", "glm", None, False,
+         ("", "", [("f", '{"a": "[NaN]"}')])),
         ("<tool_call>nothing known\n</tool_call>", "glm", None, False,
          ("", "<tool_call>nothing known\n</tool_call>", [])),
         (MINIMAX, "minimax", THINK, False, ("", "", [("f", '{"s": "x", "n": 5}'), G])),

@@ -19,7 +19,7 @@ from support.silicon import CHIPS, SMALL, batch_of, normal
 
 from intaglio import formats
 from intaglio.chips import ChipError, Target
-from intaglio.ops import AllGather, AllReduce, Attend, Embed, KvWrite, Linear, Norm, Op, Tensor, Value
+from intaglio.ops import AllGather, AllReduce, Attend, Embed, KvWrite, Linear, Norm, Op, Select, Tensor, Value
 from intaglio.silicon import isa
 from intaglio.silicon.checks import check
 from intaglio.silicon.isa import ENGINES, Instruction
@@ -65,7 +65,7 @@ def op_case(on: Target, op: Op, tensors: list[Tensor], values: dict[str, Value],
 
 @cache
 def case(name: str) -> Case:
-    """A kernel's streams: linear, norm, embed, kv_write, attend on four chips, all_reduce."""
+    """A kernel's streams: linear, norm, embed, select, kv_write, attend on four chips, all_reduce."""
     rng = np.random.default_rng(7)
     match name.split():
         case ["linear"]:
@@ -85,6 +85,11 @@ def case(name: str) -> Case:
             table = formats.quantise(normal(rng, 50, 64), "int8g32")
             tokens = rng.integers(0, 50, 70).astype(np.int32)
             return op_case(SMALL, op, tensors, {"t": tokens, "w": table}, [(70, 0)])
+        case ["select"]:
+            op = Select(site="l0.last", x="x", rows="r", out="y")
+            tensors = [Tensor("x", ("T", 24), "f32", "temp"), Tensor("r", ("R",), "i32", "input")]
+            values = {"x": normal(rng, 60, 24), "r": np.arange(60, dtype=np.int32)}
+            return op_case(SMALL, op, tensors, values, [(1, 0)] * 60)
         case ["kv_write"]:
             op = KvWrite(site="l0.kv", k="k", v="v", k_cache="kc", v_cache="vc")
             tensors = [Tensor(n, ("T", 16), "f32", "temp") for n in "kv"]
@@ -114,6 +119,7 @@ CASES = (
     "linear",
     "norm",
     "embed",
+    "select",
     "kv_write",
     "attend small",
     "attend stepped",
@@ -174,7 +180,7 @@ DROPPED = [  # kernel, engine that no longer waits, engine that it waited for
     ("linear", "MXU", "DMA"), ("linear", "VEC", "DMA"), ("linear", "VEC", "MXU"),
     ("linear", "VEC", "OUT"), ("attend small", "DMA", "MXU"), ("linear", "DMA", "VEC"), ("linear", "OUT", "VEC"),
     ("linear", "MXU", "MXU"), ("embed", "DMA", "DMA"), ("embed", "VEC", "VEC"), ("norm", "OUT", "VEC"),
-    ("kv_write", "OUT", "DMA"), ("kv_write", "DMA", "OUT"), ("attend fused", "ATT", "DMA"),
+    ("select", "OUT", "DMA"), ("select", "DMA", "OUT"), ("attend fused", "ATT", "DMA"),
     ("attend fused", "DMA", "ATT"), ("attend fused", "VEC", "ATT"), ("attend fused", "DMA", "VEC"),
     ("attend small", "MXU", "VEC"), ("attend stepped", "VEC", "MXU"), ("all_reduce", "NET", "VEC"),
     ("all_reduce", "VEC", "NET"), ("all_gather", "NET", "OUT"), ("all_gather", "OUT", "NET"),
@@ -286,7 +292,7 @@ def test_two_cores_that_store_to_the_same_bytes() -> None:
 def test_two_cores_that_scatter_to_the_same_rows() -> None:
     cores = case("kv_write")
     one, two = cores.streams
-    at, other = (first(s, isa.Load, 1) for s in (one, two))  # the second load of a job is that of its slots
+    at, other = (first(s, isa.Load) for s in (one, two))  # a core loads its slots first
     index = one.instructions[at]
     assert isinstance(index, isa.Load) and index.src.format == "i32"
     planted = changed(two, other, src=index.src)

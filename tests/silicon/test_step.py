@@ -336,8 +336,8 @@ def test_validate_compares_modelled_with_measured_tables(tmp_path: Path) -> None
     (tmp_path / "h100_sxm_matmul.csv").write_text(TABLE.format(us * 2))
     (record,) = validate(tmp_path, "test", 20.0)
     assert (record.chip, record.table, record.dtype, record.rows) == ("h100_sxm", "matmul", "bfloat16", 2)
-    assert record.worst[0][0] == "m=1 n=4096 k=4096"
-    assert record.mean == pytest.approx((50 + abs(record.worst[0][2] / 1000 - 1) * 100) / 2)
+    assert record.worst[0].words == "m=1 n=4096 k=4096"
+    assert record.mean == pytest.approx((50 + abs(record.worst[0].predicted / 1000 - 1) * 100) / 2)
     (tmp_path / "b300_matmul.csv").write_text(TABLE)
     with pytest.raises(ValueError, match=r"b300_matmul.csv: expected <chip>_<table>.csv; chips are a100_sxm"):
         validate(tmp_path)

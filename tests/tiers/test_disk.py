@@ -295,7 +295,7 @@ def test_engine_serves_on_when_files_cannot_be_read_or_the_directory_is_a_file(
     def denied(*_: object) -> np.ndarray:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("intaglio.tiers.disk.read_block", denied)
+    monkeypatch.setattr("intaglio.tiers.directory.read_block", denied)
     tier, reports = tier_of(tmp_path / "d")
     assert ask(engine_on(tier), list(range(30)))[1] == 0
     tier.close()
@@ -322,7 +322,7 @@ def test_file_deleted_between_lookup_and_load_is_a_miss(tmp_path: Path, monkeypa
 
 
 def test_blocks_beyond_the_queue_are_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("intaglio.tiers.disk.QUEUE_BYTES", 70)  # two blocks of 32 bytes
+    monkeypatch.setattr("intaglio.tiers.store.QUEUE_BYTES", 70)  # two blocks of 32 bytes
     tier, _ = tier_of(tmp_path)
     tier.writer.submit(lambda: tier.reader.submit(lambda: None).result())  # keeps the order; the queue fills meanwhile
     for i in range(50):
@@ -358,7 +358,7 @@ def test_a_load_that_is_cancelled_reads_no_further_block(tmp_path: Path, monkeyp
         assert go.wait(120)
         return read_block(file, scope, key, size)
 
-    monkeypatch.setattr("intaglio.tiers.disk.read_block", slow)
+    monkeypatch.setattr("intaglio.tiers.directory.read_block", slow)
     load = tier.load(keys, CONTENT.nbytes)
     assert reached.wait(120)
     load.cancel()

@@ -89,6 +89,21 @@ def test_a_lock_that_another_holds_is_not_waited_for_without_end(
     tier.close()
 
 
+def test_a_write_that_has_to_evict_does_not_wait_for_a_lock_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("intaglio.tiers.leases.LOCK_WAIT", 0.02)
+    directory, [first, second, third] = BlockDirectory(tmp_path, 2 * BLOCK), names_of(1, 2, 3)
+    for name in (first, second):
+        directory.write(name, [bytes(BLOCK)])
+    with Leases(tmp_path).locked():
+        for _ in range(2):
+            with pytest.raises(TimeoutError, match="were locked for 0.02 s"):
+                directory.write(third, [bytes(BLOCK)])
+            assert not directory.has(third) and directory.held == 2 * BLOCK
+    assert directory.write(third, [bytes(BLOCK)]) == 2 and directory.has(third)  # down to 1/32 below the budget
+
+
 def test_what_a_killed_process_left_of_a_lease_is_deleted(tmp_path: Path) -> None:
     leases = Leases(tmp_path)
     leases.take(names_of(1), 60.0)

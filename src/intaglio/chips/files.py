@@ -25,8 +25,8 @@ SHEET_TOLERANCE = 0.01  # relative, between a data sheet's rounded FLOP/s and 2 
 def read_chip(path: Path) -> tuple[ChipSpec, str]:
     """Read a chip file. Returns (ChipSpec, name or file of the chip's default kernel library).
 
-    Raises ChipError naming the file, and where it can the key: for a file that merged() refuses, an unknown key, a
-    wrong type, an invalid chip, a missing `library`, or a peak rate that differs by more than 1 % from `[sheet_flops]`.
+    Raises ChipError, which names the file, for a file or base that cannot be read, an unknown key, a wrong type, values
+    that ChipSpec refuses, a missing `library`, or a peak rate that differs by more than 1 % from `[sheet_flops]`.
     """
     table = merged(path, "chips")
     sheet, library = table.pop("sheet_flops", {}), table.pop("library", None)
@@ -49,7 +49,8 @@ def read_chip(path: Path) -> tuple[ChipSpec, str]:
 def read_library(path: Path) -> KernelLibrary:
     """Read a kernel library file and return the KernelLibrary.
 
-    Raises ChipError naming the file: for one that merged() refuses, an unknown key, a wrong type or an invalid value.
+    Raises ChipError, which names the file, for a file or base that cannot be read, an unknown key, a wrong type, or
+    values that KernelLibrary refuses.
     """
     table = merged(path, "libraries")
     protocols = table.get("protocols")
@@ -100,14 +101,16 @@ def reasons_of(path: Path, kind: type[Any], table: Mapping[str, Any]) -> tuple[t
 def tiles_of(path: Path, entry: Any) -> list[tuple[int, int]]:
     """The result tiles of one entry of `tiles` in a library file, as a list of (rows, columns).
 
-    An entry is one tile, [rows, columns], or a grid. A grid is a table of lists `rows` and `columns`, and stands for
-    all pairs of them. With `transposed = true` it has the pairs (columns, rows) too, and with `max_values` only pairs
-    of at most so many values. Raises ChipError for any other entry.
+    An entry is one tile, [rows, columns], or a grid. A grid is a table with the lists `rows` and `columns`, and stands
+    for all pairs of them. `transposed = true` adds the pairs (columns, rows). `max_values = n` leaves out tiles of more
+    than n values. Raises ChipError for any other entry.
     """
     if isinstance(entry, list):
         if len(entry) != 2:
             raise ChipError(f"{path}: tiles has {entry}; a tile is [rows, columns]")
         return [(entry[0], entry[1])]
+    if not isinstance(entry, dict):
+        raise ChipError(f"{path}: tiles has {entry!r}; give a tile [rows, columns], or a grid")
     unknown = entry.keys() - {"rows", "columns", "max_values", "transposed"}
     if unknown or not {"rows", "columns"} <= entry.keys():
         raise ChipError(f"{path}: tiles has {entry}; a grid has rows, columns, max_values and transposed")
@@ -126,7 +129,7 @@ def merged(path: Path, folder: str, above: tuple[Path, ...] = ()) -> dict[str, A
     Args:
         path: the file.
         folder: "chips" or "libraries": the shipped files among which a base is looked up, after the file's own folder.
-        above: files whose base, directly or not, is this one.
+        above: files that have this one as their base, directly or through other files.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -24,13 +24,18 @@ for _path in sorted((DATA / "chips").glob("*.toml")):
 def chip(name: str) -> ChipSpec:
     """The ChipSpec called `name`, shipped or of a plugin, or read from the file `name` if it ends in .toml.
 
-    Raises ChipError for an unknown name, listing the known ones, and for an invalid file.
+    Raises ChipError for an unknown name, listing the known ones, and for an invalid file; PluginError if a plugin fails
+    to load.
     """
     return chip_with_library(name)[0]
 
 
 def chip_with_library(name: str) -> tuple[ChipSpec, str]:
-    """(the ChipSpec, name of its default kernel library) of a chip's name or file. Raises ChipError as chip() does."""
+    """(ChipSpec, name or file of its default kernel library) of the chip called `name`.
+
+    name: a name, shipped or of a plugin, or a file that ends in .toml. Raises ChipError for an unknown name and for an
+    invalid file, PluginError if a plugin fails to load.
+    """
     if name.endswith(".toml"):
         return read_chip(Path(name))
     load_plugins()
@@ -42,7 +47,8 @@ def chip_with_library(name: str) -> tuple[ChipSpec, str]:
 def library(name: str) -> KernelLibrary:
     """The KernelLibrary called `name`, shipped or of a plugin, or read from the file `name` if it ends in .toml.
 
-    Raises ChipError for an unknown name, listing the known ones, and for an invalid file.
+    Raises ChipError for an unknown name, listing the known ones, and for an invalid file; PluginError if a plugin fails
+    to load.
     """
     if name.endswith(".toml"):
         return read_library(Path(name))

@@ -49,10 +49,10 @@ LIBRARY: dict[str, Range] = {
 
 
 def outside(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> str:
-    """Error text for the first of `values` that is NaN or outside its range; "" if none is.
+    """Error text for the first of `values` that is NaN, outside its range or an empty tuple; "" if none is.
 
-    ranges: (least, most) by name; every name is in `values`. All numbers in a tuple are checked; an empty tuple is an
-    error.
+    values: a number, or a tuple of numbers, by name. ranges: (least, most) by name. Values without a range are not
+    checked; a range without a value raises KeyError.
     """
     for name, (least, most) in ranges.items():
         value = values[name]

@@ -35,10 +35,10 @@ def apart_table(
         on: chip and kernel library of all servers.
         prefill: layouts of prefill servers.
         decode: layouts of decode servers; the i-th works with the i-th of `prefill`.
-        concurrency: numbers of requests open at once; none: for each prefill and decode layout of one server, the ratio
-            and load with the most output per chip are searched.
+        concurrency: numbers of requests open at once. If empty, the layouts are those of one server, and the ratio of
+            servers and the load with the most output per chip are searched for each pair of layouts.
         budget: most tokens of a step of one copy of attention (see Placement).
-        as_json: print JSON instead of a table.
+        as_json: True to print JSON instead of a table.
         plot: SVG file for a chart of output per chip; None: no chart.
         chips: number of chips that a search shares out.
 
@@ -94,7 +94,20 @@ def given_pairs(
     q: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], concurrency: Sequence[int], budget: int,
     progress: Progress,
 ) -> list[tuple[str, str, ApartResult]]:  # fmt: skip
-    """(prefill layout, decode layout, ApartResult) of each pair at each concurrency; arguments as of apart_table()."""
+    """A list of (prefill layout, decode layout, ApartResult), one for each pair of layouts at each concurrency.
+
+    Args:
+        q: the model and its load.
+        on: chip and kernel library of all servers.
+        prefill: layouts of prefill servers.
+        decode: layouts of decode servers; the i-th works with the i-th of `prefill`.
+        concurrency: numbers of requests open at once.
+        budget: most tokens of a step of one copy of attention.
+        progress: called before each pair and concurrency.
+
+    Raises ValueError if there are not as many prefill as decode layouts, LayoutError for a wrong layout, ChipError if a
+    model does not fit.
+    """
     from intaglio.codesign.disaggregated import Apart, serve_apart
     from intaglio.codesign.placement import Placement
     from intaglio.codesign.queue import QueueSettings
@@ -124,7 +137,22 @@ def given_pairs(
 def searched_pairs(
     q: Question, on: Target, prefill: Sequence[str], decode: Sequence[str], chips: int, budget: int, progress: Progress
 ) -> tuple[list[tuple[str, str, ApartResult]], list[tuple[str, str]]]:
-    """(best ratio and load of each pair of one server's layouts, (layout, reason) of those that do not fit)."""
+    """Search the best ratio and load for each pair of layouts. Returns (found, refused).
+
+    found: a list of (prefill layout, decode layout, ApartResult), the most output per chip first. refused: a list of
+    (layout, reason) of layouts that do not fit.
+
+    Args:
+        q: the model and its load.
+        on: chip and kernel library of all servers.
+        prefill: layouts of prefill servers.
+        decode: layouts of decode servers.
+        chips: number of chips that the servers share.
+        budget: most tokens of a step of one copy of attention.
+        progress: called as pairs are searched.
+
+    Raises LayoutError for a wrong layout, ValueError for one with replicas or for responses of fewer than two tokens.
+    """
     from intaglio.codesign import ratio
 
     first, refused = ratio.kinds(q, on, prefill, budget, 256)
@@ -133,7 +161,7 @@ def searched_pairs(
 
 
 def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]], by_load: bool) -> str:
-    """SVG text: with `by_load` output per chip over output per user for each pair, else a bar for each pair."""
+    """A chart as SVG text. by_load: True for lines of output per chip over output per user, False for bars by pair."""
     title = f"{q.program.name} on {on.chip.name}: {q.input:,} + {q.output:,} tokens, prefill and decode apart"
     if not by_load:
         rows = [(f"{a} + {b}", f"{r.concurrency:,} open", r.tokens_per_s / r.chips) for a, b, r in found]
@@ -146,7 +174,7 @@ def chart(q: Question, on: Target, found: Sequence[tuple[str, str, ApartResult]]
 
 
 def cells(first: str, second: str, r: ApartResult) -> tuple[str, ...]:
-    """One row of the table: a text for each of HEADERS. first, second: layouts of the prefill and decode servers."""
+    """A tuple with one row of the table: a text for each of HEADERS. first, second: layouts of prefill and decode."""
     return (
         first, second, f"{r.concurrency:,}", whole(r.ttft * 1e3), f"{r.tpot * 1e3:,.1f}", f"{1 / r.tpot:,.0f}",
         whole(r.tokens_per_s / r.chips), f"{r.tokens_per_s / r.watts:,.2f}", f"{r.watts / r.chips:,.0f}",

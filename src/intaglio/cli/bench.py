@@ -169,7 +169,7 @@ def profile_table(p: Profile) -> Table:
 
 
 def run_bench(llm: LLM, **sizes: Any) -> tuple[list[Row], str]:
-    """Run the benchmark of `intaglio bench model`. Returns (rows of its table, why they have no bounds, or "").
+    """Run the benchmark of `intaglio bench model`. Returns (rows of its table, reason why they have no bounds or "").
 
     sizes: keyword arguments of measure.bench.bench().
     """
@@ -181,8 +181,8 @@ def run_bench(llm: LLM, **sizes: Any) -> tuple[list[Row], str]:
 def beside_roofs(llm: LLM, measure: Callable[..., T], **sizes: Any) -> tuple[T, str]:
     """Measure the roofs of this machine, then call `measure` with them.
 
-    Returns (the result of `measure`, the reason why there are no roofs or ""). measure: called as measure(executable,
-    Roofs or None, progress=..., **sizes). A model on several ranks has no roofs.
+    Returns (the result of `measure`, the reason why there are no roofs or ""). measure: a function that is called as
+    measure(executable, Roofs or None, progress=..., **sizes). A model on several ranks has no roofs.
     """
     from intaglio.measure.bench import Roofs, measured_roofs
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import secrets
 import shutil
 import sys
 from collections.abc import Sequence
@@ -88,9 +90,13 @@ def up(
     more = list(context.args)
     if model is not None and str(model).startswith("--"):  # no model was given, and this stood after --
         more, model = [str(model), *more], None
-    tiered = any(word.split("=")[0] == "--kv-cache-dir" for word in more)
-    if ray is not None and prefill is not None and not tiered:
-        raise ValueError("--ray with --prefill needs a folder that all nodes share: add -- --kv-cache-dir FOLDER")
+    tiered, peered = (any(word.split("=")[0] == option for word in more) for option in ("--kv-cache-dir", "--kv-peer"))
+    if ray is not None and peered:
+        raise ValueError("--kv-peer does not go with --ray, where each replica gives blocks at its node's own address")
+    apart = prefill is not None and not tiered
+    kv_token = secrets.token_hex(16)  # of the replicas that hand K/V blocks over by TCP
+    if peered:
+        os.environ.setdefault("INTAGLIO_KV_TOKEN", kv_token)  # which the replicas inherit
     nodes = connect_ray(ray, name) if ray is not None else None
     cores = nodes.threads(most or total) if nodes else max(1, usable_cores() // (most or total))
     share = threads or cores
@@ -106,14 +112,14 @@ def up(
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
     print(f"starting {total} replicas; their logs are in {folder}{' of their nodes' if nodes else ''}", flush=True)
-    with blocks_folder(folder) if prefill is not None and not tiered else nullcontext() as blocks:
+    with blocks_folder(folder) if apart and not peered and not nodes else nullcontext() as blocks:
         words += blocks_words(blocks, more) if blocks else []
 
         def launch(replica: str) -> Launched:
             return nodes(replica) if nodes else ReplicaProcess(replica, words, folder)
 
         if nodes:
-            nodes.prepare(words, ranks_of(layout), share)
+            nodes.prepare(words, ranks_of(layout), share, kv_token if apart else None)
         options = ClusterOptions(
             launch, roles, most, policy, read_weights(weight or []), max_queued,
             FrontOptions(tuple(api_key or ()), TimeLimits(timeout, queue_timeout), tracing=tracing),
@@ -170,7 +176,7 @@ def down(name: Name = "default") -> None:
 
 
 def show(state: dict[str, Any], as_json: bool) -> None:
-    """Print a cluster's state as a table or as JSON."""
+    """Print a cluster's state as a table, or with `as_json` as JSON. state: as Cluster.state() returns it."""
     if as_json:
         print(json.dumps(state))
         return
@@ -185,9 +191,9 @@ def show(state: dict[str, Any], as_json: bool) -> None:
 
 
 def read_roles(replicas: str | None, prefill: int | None, decode: int | None) -> tuple[dict[Role, int], int | None]:
-    """The number of replicas by role, and that up to which they are autoscaled (None: not), from the options of `up`.
+    """(replicas by role, largest number of replicas or None) for the options of `up`. None: no autoscaling.
 
-    Raises ValueError for a wrong combination, and for a wrong number of replicas.
+    Raises ValueError for a combination that is not allowed, and for a text that read_replicas() refuses.
     """
     if prefill is None and decode is None:
         return read_replicas(replicas or "2")
@@ -199,7 +205,10 @@ def read_roles(replicas: str | None, prefill: int | None, decode: int | None) ->
 
 
 def read_replicas(text: str) -> tuple[dict[Role, int], int | None]:
-    """The number in a text such as 2, or of 1..4 the lower and the upper. Raises ValueError for another text."""
+    """({"mixed": replicas}, largest number of replicas with autoscaling) of a text such as 1..4.
+
+    A text with one number, such as 2, means no autoscaling: the second item is None. Raises ValueError for other texts.
+    """
     found = re.fullmatch(r"([0-9]{1,2})(?:\.\.([0-9]{1,2}))?", text, re.ASCII)
     least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= least <= most <= 64:
@@ -208,14 +217,17 @@ def read_replicas(text: str) -> tuple[dict[Role, int], int | None]:
 
 
 def ranks_of(layout: str | None) -> int:
-    """Number of ranks of a layout such as tp2pp2; 1 without one. Raises ValueError for a wrong one."""
+    """Number of ranks of a layout such as tp2pp2; 1 for None. Raises LayoutError, a ValueError, for a wrong layout."""
     from intaglio.compiler import Layout
 
     return Layout.parse(layout).ranks if layout else 1
 
 
 def connect_ray(address: str, name: str) -> RayLauncher:
-    """The connection to a Ray cluster. Raises ValueError if ray is not installed, or nothing is at the address."""
+    """A RayLauncher that is connected to the Ray cluster at `address`. name: name of Intaglio's cluster.
+
+    Raises ValueError if ray is not installed, or if there is no Ray cluster at the address.
+    """
     try:
         from intaglio.cluster.ray_launcher import RayLauncher
     except ImportError as e:

@@ -46,7 +46,7 @@ class Bench(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse arguments as TyperGroup does, after inserting `model` if they do not begin with a command or --help.
 
-        Returns the arguments left for the command.
+        Returns a list of the arguments left for the command.
         """
         named = args[:1] == ["--help"] or (args and args[0] in self.commands)
         return super().parse_args(ctx, args if named else ["model", *args])

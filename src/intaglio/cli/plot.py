@@ -23,7 +23,7 @@ Point = tuple[float, float, str]  # x, y, label
 
 
 def svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
-    """SVG text of a page with a title and these elements."""
+    """The text of an SVG file of `width` x `height` pixels, with a title and the elements `parts`, each as SVG text."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"'
     return "\n".join((
         f'{head} aria-label="{escape(title, {chr(34): "&quot;"})}">', STYLE,
@@ -32,7 +32,7 @@ def svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
 
 
 def label(x: float, y: float, text: str, kind: str = "note") -> str:
-    """A text element. kind: its classes in STYLE."""
+    """The SVG element, as text, that writes `text` at (x, y) in pixels. kind: names of its classes in STYLE."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
 
 
@@ -48,7 +48,7 @@ def no_chart(path: Path) -> None:
 
 
 def ticks(most: float) -> list[float]:
-    """Round numbers from 0 to the first one at or above `most`, about TICKS of them."""
+    """A list of round numbers at equal distances, from 0 to the first one at or above `most`, about TICKS of them."""
     if not 0 < most < math.inf:
         return [0.0, 1.0]
     raw = most / TICKS
@@ -58,14 +58,14 @@ def ticks(most: float) -> list[float]:
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each distinct name, in order; they repeat after eight."""
+    """A dict {name: colour} for the distinct names, in order; the colours repeat after eight names."""
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(names))}
 
 
 def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float]]) -> str:
-    """SVG text of a bar for each (group, name, value), in their order; bars of a group have one colour.
+    """A bar chart as the text of an SVG file, with a bar for each row (group, name, value), in order.
 
-    unit: of the values, for a note below the title.
+    Bars of a group have one colour. unit: unit of the values, as a note below the title.
     """
     found, top = colours([group for group, *_ in rows]), 60
     scale = (WIDTH - LABEL - 90) / (max((value for *_, value in rows), default=1.0) or 1.0)
@@ -79,7 +79,10 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, str, float]]) -> str:
 
 
 def lines(title: str, x_unit: str, y_unit: str, series: Mapping[str, Sequence[Point]]) -> str:
-    """SVG text of a line with points for each name, over axes that start at 0. Points have labels."""
+    """A line chart as the text of an SVG file, with a line for each name in `series`. Axes start at 0.
+
+    series: the points (x, y, label) of each line, by name. x_unit, y_unit: texts beside the axes.
+    """
     points = [p for each in series.values() for p in each]
     xs, ys = (ticks(max(values, default=1.0)) for values in ([p[0] for p in points], [p[1] for p in points]))
     wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM

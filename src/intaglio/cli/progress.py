@@ -21,7 +21,7 @@ console = Stream(stderr=True)  # quiet with --json
 
 
 def quiet_with_json(as_json: bool) -> bool:
-    """Callback of --json: switches the progress bar off if the option is given. Returns the option's value."""
+    """Callback of --json: switches the progress bar off if the option is given. Returns `as_json` unchanged."""
     console.quiet = as_json
     return as_json
 

@@ -17,7 +17,7 @@ from intaglio.cli.progress import progress_bar
 from intaglio.progress import prefixed
 
 if TYPE_CHECKING:
-    from intaglio.server.control_tcp import TcpAddress
+    from intaglio.devices.processes.address import TcpAddress
 
 
 def state_cache_bytes(text: str) -> int | None:
@@ -41,7 +41,11 @@ def checked_state_cache(param: typer.CallbackParam, text: str) -> str:
 
 
 def checked_control(param: typer.CallbackParam, text: str | None) -> str | None:
-    """Callback of --control: returns the text. Raises ValueError if there is no such folder, or no token."""
+    """Callback of --control: returns the text unchanged; None if the option is not given.
+
+    Raises ValueError, naming the option, if the folder of a socket's path does not exist, or for a TCP address that
+    control_address() refuses.
+    """
     if text is not None and text.startswith("tcp://"):
         try:
             control_address(text)
@@ -53,14 +57,49 @@ def checked_control(param: typer.CallbackParam, text: str | None) -> str | None:
 
 
 def control_address(text: str | None) -> Path | TcpAddress | None:
-    """The address that --control names. Raises ValueError for a wrong address, and for TCP without a token."""
+    """The address in the text of --control: a socket's Path, or a TcpAddress; None for None.
+
+    Raises ValueError for a wrong TCP address, and if the environment variable with its token is not set or too short.
+    """
     if text is None or not text.startswith("tcp://"):
         return None if text is None else Path(text)
-    from intaglio.server.control_tcp import TOKEN_VARIABLE, TcpAddress
+    from intaglio.server.control_tcp import TOKEN_VARIABLE
 
-    token = os.environ.get(TOKEN_VARIABLE)
+    return address_with_token(text, TOKEN_VARIABLE)
+
+
+def checked_peer(param: typer.CallbackParam, text: str | None) -> str | None:
+    """Callback of --kv-peer: returns the text unchanged; None if the option is not given.
+
+    Raises ValueError, naming the option, for an address that peer_address() refuses.
+    """
+    try:
+        peer_address(text)
+    except ValueError as e:
+        raise ValueError(f"{param.opts[0]}: {e}") from None
+    return text
+
+
+def peer_address(text: str | None) -> TcpAddress | None:
+    """The TcpAddress in the text of --kv-peer; None for None.
+
+    Raises ValueError for a wrong address, and if INTAGLIO_KV_TOKEN is not set or too short.
+    """
+    from intaglio.tiers.peer import TOKEN_VARIABLE
+
+    return None if text is None else address_with_token(text, TOKEN_VARIABLE)
+
+
+def address_with_token(text: str, variable: str) -> TcpAddress:
+    """The TcpAddress of a text such as tcp://10.0.0.5:8001, with the token in an environment variable.
+
+    Raises ValueError for a wrong address, and if the variable is not set or the token too short.
+    """
+    from intaglio.devices.processes.address import TcpAddress
+
+    token = os.environ.get(variable)
     if token is None:
-        raise ValueError(f"{text} needs a token; set {TOKEN_VARIABLE} to 16 or more random characters")
+        raise ValueError(f"{text} needs a token; set {variable} to 16 or more random characters")
     return TcpAddress.parse(text, token)
 
 
@@ -118,8 +157,16 @@ def serve(
     kv_cache_dir: Annotated[
         Path | None, typer.Option(help="Keep KV blocks there, for this server's next start and for others.")
     ] = None,
+    kv_peer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tcp://HOST:PORT",
+            callback=checked_peer,
+            help="Keep KV blocks in memory, and give them there to replicas with the token in INTAGLIO_KV_TOKEN.",
+        ),
+    ] = None,
     kv_cache_size: Annotated[
-        str, typer.Option(callback=o.checked_size, help="Most bytes of --kv-cache-dir, such as 500MB or 8GiB.")
+        str, typer.Option(callback=o.checked_size, help="Most bytes of --kv-cache-dir or --kv-peer, such as 8GiB.")
     ] = "8GiB",
     otlp_endpoint: o.TracesEndpoint = None,
     journal: Annotated[
@@ -178,7 +225,7 @@ def serve(
                 max_sequences=max_sequences,
                 max_batch_tokens=max_batch_tokens, max_waiting=max_waiting, max_drafts=max_drafts, machine=machine,
                 state_cache_bytes=state_cache_bytes(state_cache_size), window_tokens=window_tokens,
-                kv_cache_dir=kv_cache_dir, kv_cache_bytes=o.parse_size(kv_cache_size),
+                kv_cache_dir=kv_cache_dir, kv_peer=peer_address(kv_peer), kv_cache_bytes=o.parse_size(kv_cache_size),
                 revision=revision, progress=prefixed(progress, name),
             )  # fmt: skip
     if template is not None:

@@ -87,7 +87,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
 def modelled(program: Program, chip_name: str = "sohu") -> str:
     """Two lines of text: the modelled time of a prefill, and of the decode step after it, on a preset chip.
 
-    The prompt has 256 tokens, or what the context holds less one.
+    The prompt has 256 tokens, or one token less than the context if that is shorter.
     """
     from intaglio.silicon.plan import Plan
     from intaglio.silicon.sizes import BatchSizes
@@ -122,7 +122,7 @@ def seventy_b(layouts: Sequence[str] = LAYOUTS) -> None:
 
 
 def used(p: Phase) -> tuple[str, ...]:
-    """The cells of the columns USED: percent of peak FLOP/s, HBM bandwidth and link bandwidth that a step uses.
+    """A tuple of the cells of the columns USED: percent of peak FLOP/s, HBM and link bandwidth that a step uses.
 
     FLOP/s are those of all chips; HBM and links are those of the slowest pipeline stage.
     """
@@ -200,7 +200,10 @@ def simulate(
     helps: Annotated[bool, typer.Option("--what-helps", help="Which single change of the chip helps most.")] = False,
     as_json: o.Json = False,
 ) -> None:
-    """Time a model's serving steps on a chip: prefill, decode, and the mixed step of the steady state."""
+    """Time a model's serving steps on a chip: prefill, decode, and the mixed step of the steady state.
+
+    With --concurrency or --find: latencies, rates and power of whole servers under load.
+    """
     from intaglio.codesign.simulate import Serving, Simulation, compare_layouts, ported, stages, what_helps
     from intaglio.compiler import Layout
     from intaglio.silicon.timeline import chrome_trace
@@ -402,8 +405,9 @@ def validate(
     worst: Annotated[int, typer.Option(help="Worst cases to show of each table.")] = 3,
     as_json: o.Json = False,
 ) -> None:
-    """Compare predicted with measured kernel times of real chips."""
+    """Compare predicted with measured kernel times of real chips: by kernel, by regime, and the worst calls."""
     from intaglio.codesign.engine_tables import validate_engines
+    from intaglio.codesign.regime import BUSY_SHARE, LAUNCH_SHARE, REGIMES
     from intaglio.codesign.validate import SERVING, as_dict
     from intaglio.codesign.validate import validate as run_validate
 
@@ -426,9 +430,21 @@ def validate(
         for r in records
     ]
     out.print(table(headers, shown, words=3))
+    by_regime = [
+        (r.chip, r.table, r.dtype, *(f"{r.regimes[g].median:.1f}%" if g in r.regimes else "" for g in REGIMES))
+        for r in records
+    ]
+    say("\nMedian error by the regime of the modelled call (--json has the number of rows of each):")
+    out.print(table(("chip", "table", "dtype", *(g.removesuffix("-bound") for g in REGIMES)), by_regime, words=3))
+    say("")
     for r in records:
-        for row, us, predicted in r.worst:
-            say(f"{r.chip} {r.table} {row}: measured {us:,.1f} us, predicted {predicted:,.1f} us")
+        for w in r.worst:
+            times = f"measured {w.us:,.1f} us, predicted {w.predicted:,.1f} us"
+            say(f"{r.chip} {r.table} {w.words}: {times}: {w.reason}")
     for line in left:
         say(line)
     say("error: |predicted - measured| / measured. bias: the mean of the same with its sign.")
+    say(
+        f"launch-bound: launches take {LAUNCH_SHARE:.0%} of the time or more. Other regimes: memory, computation or "
+        f"links are busy for most of the rest; tail: none for {BUSY_SHARE:.0%} of it, as in a last wave of few tiles."
+    )

@@ -168,7 +168,9 @@ def planned_load(
         input: prompt tokens of each, without a workload.
         output: new tokens of each, without a workload.
         context: the model's largest context.
-        seed: of the draws.
+        seed: seed of the random lengths and arrival times.
+
+    Raises ValueError unless rate and cv are above 0.
     """
     import numpy as np
 
@@ -182,7 +184,7 @@ def planned_load(
 
 
 def cells(chip: str, layout: str, done: ServingResult) -> tuple[str, ...]:
-    """One row of the table: a text for each of HEADERS. chip, layout: their names."""
+    """A tuple with one row of the table: a text for each of HEADERS. chip, layout: names of the chip and the layout."""
     mean = {name: done.summary.times.get(name, {}).get("mean", float("nan")) for name in ("ttft", "tpot")}
     return (
         chip, layout, f"{mean['ttft'] * 1e3:,.1f}", f"{mean['tpot'] * 1e3:,.2f}",

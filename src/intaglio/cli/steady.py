@@ -34,9 +34,9 @@ def steady_table(
         layouts: how chips share the model; each is a candidate on every target.
         concurrency: numbers of requests open at once; not used with `find`.
         budget: most tokens of a step of a copy of attention; None: 2048, and with `find` several are tried.
-        find: search for the best load of each candidate.
-        by: "watt" or "chip": what `find` maximises output tokens per second for.
-        as_json: print JSON instead of tables.
+        find: True to search for the best load of each candidate.
+        by: "watt" or "chip": `find` maximises output tokens per second per watt or per chip.
+        as_json: True to print JSON instead of tables.
         plot: SVG file for a chart of the designs; None: no chart.
 
     A candidate that cannot run is printed with the reason. Raises ValueError for another `by`, LayoutError for a wrong
@@ -97,9 +97,10 @@ def steady_table(
 
 
 def chart(question: Question, designs: Sequence[Design], find: bool, by: str) -> str:
-    """SVG text: with `find` a bar for each design, else output per chip over output per user for each chip and layout.
+    """A chart as the text of an SVG file.
 
-    Bars are tokens/s per watt, or per chip with by="chip".
+    find: True for a bar for each design, of tokens/s per watt, or per chip with by="chip". False for a line for each
+    chip and layout, of output per chip over output per user.
     """
     title = f"{question.program.name}: requests of {question.input:,} + {question.output:,} tokens"
     if find:
@@ -113,12 +114,12 @@ def chart(question: Question, designs: Sequence[Design], find: bool, by: str) ->
 
 
 def per(d: Design, by: str) -> float:
-    """Output tokens per second per watt, or per chip with by="chip"."""
+    """A design's output tokens per second per watt, or per chip with by="chip"."""
     return d.per_watt if by == "watt" else d.per_chip
 
 
 def limits_text(question: Question) -> str:
-    """The limits of a question, such as "TPOT up to 20 ms"."""
+    """The limits of a question as text, such as "TPOT up to 20 ms"; "no limits" without any."""
     limits = [
         f"{name} up to {value * 1e3:,.4g} ms"
         for name, value in (("TTFT", question.limits.ttft), ("TPOT", question.limits.tpot))
@@ -147,7 +148,7 @@ def conclude(question: Question, designs: Sequence[Design], by: str) -> None:
 
 
 def cells(d: Design) -> tuple[str, ...]:
-    """One row of the table: a text for each of HEADERS."""
+    """A tuple with one row of the table: a text for each of HEADERS."""
     mark = ("q" if d.confirmed else "") + ("" if d.within else "*")
     return (
         d.chip, str(d.placement), f"{d.concurrency:,}{mark}", whole(d.ttft * 1e3), f"{d.tpot * 1e3:,.1f}",

@@ -50,9 +50,9 @@ def cluster_folder(name: str) -> Path:
 def blocks_folder(cluster: Path) -> Iterator[Path]:
     """Context manager: yields a new folder for the K/V blocks that replicas hand over, and removes it at the end.
 
-    The folder is in memory where the system has /dev/shm. `cluster`, the cluster's own folder, gets a link to it, by
-    which the next start removes what a killed router has left. Raises ValueError if a cluster of this folder is
-    running.
+    The folder is in memory where the system has /dev/shm. `cluster`, the cluster's own folder, gets a link to it. With
+    this link the next start finds and removes the folder that a killed router has left. Raises ValueError if a cluster
+    of this folder is running.
     """
     refuse_running(cluster)
     link = cluster / BLOCKS

@@ -44,8 +44,8 @@ class Backends:
         silence: seconds without a load report after which a replica counts as lost, even if its process lives.
         clock: the time in seconds.
 
-    Set `on_lost` to a function to call when a replica is lost: with its name, with the reason if this process has given
-    it up, else "", and with the unexpected error, if any.
+    Set `on_lost` to a function (name, reason, error) that is called when a replica is lost. reason: why this process
+    has given the replica up; "" if the connection ended by itself. error: an unexpected error that led to it, or None.
     """
 
     def __init__(self, router: Router, silence: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -113,7 +113,7 @@ class Backends:
         return len(jobs)
 
     def leaving(self, name: str) -> bool:
-        """True if a replica drains and another replica can take its requests."""
+        """True if replica `name` drains and another replica can take its requests."""
         others = any(r.placeable for r in self.router.replicas.values())
         return self.router.replicas[name].state == "draining" and others
 
@@ -196,6 +196,8 @@ class Backends:
 
     def pump(self) -> None:
         """Place the queued jobs that can be placed now, and wake the tasks that wait for them in place()."""
+        if not self.router.queue:
+            return
         for placement in self.router.dispatch(self.clock()):
             waiter = self.waiting.get(placement.job.id)
             if waiter is not None and not waiter.done():  # else its client has left, and ended() follows
@@ -262,7 +264,7 @@ def read_report(load: dict[str, Any]) -> LoadReport:
 
 
 def apply_blocks(index: CacheIndex, load: dict[str, Any]) -> None:
-    """Update `index`, what is known of a replica's cached blocks, with the events or the snapshot in `load`.
+    """Update `index`, the router's record of a replica's cached blocks, with the events or the snapshot in `load`.
 
     load: the replica's answer to the call "load".
     """

@@ -140,13 +140,13 @@ class Cluster:
     def _note(self, what: str, level: int = logging.ERROR, error: Exception | None = None) -> None:
         """Log what happened to a replica, and keep the first line for state(), which all tenants may read.
 
-        error: to log with its traceback.
+        error: an error that is logged with its traceback; None: none.
         """
         log.log(level, "%s", what, exc_info=error)
         self.incidents.append((time.time(), what.partition("\n")[0][:INCIDENT]))
 
     def _enrol(self, roles: Sequence[Role]) -> dict[str, asyncio.Future[None]]:
-        """Add one more replica for each of `roles` and begin to start it. Returns their starts, by name."""
+        """Add one more replica for each of `roles` and begin to start it. Returns a dict {name: its start}."""
         starts: dict[str, asyncio.Future[None]] = {}
         for role in roles:
             name = f"{INITIALS[role]}{self._numbers[role]}"
@@ -161,7 +161,10 @@ class Cluster:
         return start
 
     async def _started(self, starts: Mapping[str, asyncio.Future[None]]) -> None:
-        """Wait until enrolled replicas serve. starts: by name. Raises the first error if any does not start."""
+        """Wait until enrolled replicas serve. starts: the starts by replica name, as _enrol() returns them.
+
+        If some do not start, the first one's error is raised: ReplicaFailed for a replica that was removed meanwhile.
+        """
         results = await asyncio.gather(*starts.values(), return_exceptions=True)
         for name, result in zip(starts, results, strict=True):
             if isinstance(result, asyncio.CancelledError):
@@ -203,7 +206,7 @@ class Cluster:
         return moved
 
     async def _stop_drained(self, name: str) -> None:
-        """Wait until a drained replica has no requests, at most DRAIN_TIMEOUT, then stop and forget it.
+        """Wait until a drained replica has no requests, at most DRAIN_TIMEOUT seconds, then stop and forget it.
 
         A replica that has not served yet is given up.
         """
@@ -275,8 +278,8 @@ class Cluster:
     def _lost(self, name: str, why: str, error: Exception | None) -> None:
         """Kill the process of a replica whose connection has ended, so that _supervise() starts it again.
 
-        The process is left alone while the replica is removed or the cluster stops. why, error: as for
-        Backends.on_lost.
+        The process is left alone while the replica is removed or the cluster stops. why: text to log; "": none. error:
+        the exception to log with it, or None.
         """
         if why:
             self._note(why, error=error)

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from intaglio.devices.processes.address import TcpAddress
 from intaglio.server import control_tcp
 from intaglio.server.control import pack, read_frame
-from intaglio.server.control_tcp import TcpAddress
 
 RETRY = 0.2  # seconds between attempts to connect
 Frame = tuple[dict[str, Any], bytes]
 
 
 class LinkLost(ConnectionError):
-    """Raised for a call whose connection to the replica has ended, most likely with the replica's process."""
+    """Raised for a call that a replica cannot answer: the connection or the process has ended, or the call failed."""
 
 
 class Moved(Exception):
@@ -80,8 +80,8 @@ class Link:
     async def connect(cls, where: Path | TcpAddress, patience: float = 0.0) -> Link:
         """Connect to the control channel at a Unix socket's path or a TCP address, and return the Link.
 
-        patience: seconds during which an attempt that fails is repeated. Raises OSError; NotAuthenticated, a kind of
-        it, if the other end does not know the address's token.
+        patience: seconds during which a failed attempt is repeated. Raises OSError if none succeeds: NotAuthenticated,
+        a subclass, if the other end does not know the address's token.
         """
         ends = time.monotonic() + patience
         while True:
@@ -104,7 +104,7 @@ class Link:
         return call
 
     async def ask(self, header: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Send a call whose answer is one frame, and return the frame's header.
+        """Send a call whose answer is one frame, and return the frame's header, a dict.
 
         Raises LinkLost if the connection ends, TimeoutError after `timeout` seconds.
         """

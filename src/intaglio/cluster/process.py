@@ -16,7 +16,8 @@ from typing import Protocol, TypeVar
 
 from intaglio.cluster.link import Link
 from intaglio.devices.processes import child_environment
-from intaglio.server.control_tcp import TOKEN_VARIABLE, TcpAddress
+from intaglio.devices.processes.address import TcpAddress
+from intaglio.server.control_tcp import TOKEN_VARIABLE
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ class ReplicaFailed(ValueError):
 class Launched(Protocol):
     """A replica's process, wherever it runs. The cluster starts it again whenever it has ended.
 
-    name: of the replica. log: of the process, on its node. node: a name of the node, "" for this machine.
+    name: the replica's name. log: path of the process's log on its node. node: name of the node; "": this machine.
     """
 
     name: str
@@ -43,31 +44,34 @@ class Launched(Protocol):
 
     @property
     def pid(self) -> int | None:
-        """Process id on its node; None before the start."""
+        """Process id of the process on its node; None before start()."""
 
     async def start(self) -> Link:
-        """Start the process and return the Link to it once it serves. Raises ReplicaFailed or OSError."""
+        """Start the process and return the Link to it once it serves.
+
+        Raises ReplicaFailed if it does not serve in time, OSError if it cannot be started or connected to.
+        """
 
     async def wait(self) -> int:
         """Wait until the process has ended. Returns its exit code."""
 
     async def stop(self) -> None:
-        """End the process: it gets some time to end by itself."""
+        """Ask the process to end, and kill it if it has not ended after some seconds."""
 
     def kill(self) -> None:
         """End the process and all that it started, at once."""
 
     def trim_log(self) -> None:
-        """Keep the log short. Raises OSError."""
+        """Move the log's content aside if the log is long. Raises OSError if that fails."""
 
 
 class ReplicaProcess:
     """The process of one replica. Its standard input is a pipe from this process, so it ends when this process does.
 
     Args:
-        name: of the replica.
+        name: the replica's name.
         words: arguments of `intaglio serve`.
-        folder: for its control socket and its log.
+        folder: folder for the process's control socket and log.
     """
 
     def __init__(self, name: str, words: list[str], folder: Path) -> None:
@@ -111,7 +115,8 @@ class ReplicaProcess:
     async def listen(self, host: str, token: str) -> TcpAddress:
         """Start the process with its control channel over TCP, at `host`. Returns its address once it serves.
 
-        token: at least 16 characters, which who connects must know. Raises ReplicaFailed as start() does.
+        token: secret of at least 16 bytes that a client must know. Raises ReplicaFailed, with the end of the log, if
+        the process ends first or does not serve within STARTING seconds.
         """
 
         async def found() -> TcpAddress | None:
@@ -121,9 +126,10 @@ class ReplicaProcess:
         return await self._launch(str(TcpAddress(host, 0, token.encode())), {TOKEN_VARIABLE: token}, found)
 
     async def _launch(self, control: str, more: Mapping[str, str], ready: Callable[[], Awaitable[T | None]]) -> T:
-        """Start the process and call `ready` until it returns something; return that.
+        """Start the process and call `ready` until it returns a value other than None; return that value.
 
-        control: where its control channel is. more: environment variables.
+        control: address for the control channel. more: additional environment variables. Raises ReplicaFailed as
+        start() does.
         """
         words = [sys.executable, "-m", "intaglio", "serve", *self.words, "--port", "0", "--control", control]
         environment = {**child_environment(), "INTAGLIO_API_KEY": secrets.token_hex(16), **more}
@@ -148,7 +154,7 @@ class ReplicaProcess:
         raise ReplicaFailed(f"replica {self.name} did not start: {self._tail()}")
 
     async def wait(self) -> int:
-        """Wait until the process has ended, and kill what it had started and left running. Returns its exit code."""
+        """Wait until the process has ended, and kill the processes that it left running. Returns its exit code."""
         assert self.process
         code = await self.process.wait()
         self.kill()
@@ -181,7 +187,7 @@ class ReplicaProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def trim_log(self) -> None:
-        """Move the content of the log to NAME.log.1 if it is longer than LOG_BYTES. Raises OSError.
+        """Move the content of the log to NAME.log.1 if it is longer than LOG_BYTES. Raises OSError if that fails.
 
         The log is copied and then emptied, because the process has it open and goes on appending to it.
         """
@@ -190,11 +196,11 @@ class ReplicaProcess:
             os.truncate(self.log, 0)
 
     def _said(self) -> str:
-        """What the process has written to its log since its present start."""
+        """The text that the process has written to its log since its present start."""
         with self.log.open("rb") as log:
             log.seek(self._begins if self._begins <= log.seek(0, os.SEEK_END) else 0)  # trimmed since
             return log.read().decode(errors="replace").strip()
 
     def _tail(self) -> str:
-        """The last TAIL characters that the process has written."""
+        """The last TAIL characters that the process has written to its log; "it said nothing" if there are none."""
         return self._said()[-TAIL:] or "it said nothing"

@@ -23,8 +23,8 @@ class TimeLimits:
     """The router's limits on a request's time, in seconds; None: no limit. A request may ask for less.
 
     Attributes:
-        timeout: from arrival to end.
-        queue_timeout: from arrival to its start.
+        timeout: time from the request's arrival to its end.
+        queue_timeout: time from the request's arrival to its start on a replica.
     """
 
     timeout: float | None = 600.0
@@ -37,15 +37,15 @@ def make_job(
     """The Job of a generation request.
 
     Args:
-        id: of the job.
+        id: the job's id.
         body: the request's fields; one that is missing or has a wrong type gets its default.
-        memory: what is known of prompts' token counts.
+        memory: token counts of earlier prompts, for the estimate of this prompt's length.
         now: the time in seconds.
-        limits: of the request's time.
-        tenant: for whom the request is.
+        limits: limits on the request's time.
+        tenant: name of the tenant that is charged.
         output: mean output length of recent requests, in tokens.
     """
-    salt = json.dumps([body.get("model"), body.get("cache_salt")]).encode()
+    salt = repr((body.get("model"), body.get("cache_salt"))).encode("utf-8", "surrogatepass")
     pieces = list(_pieces(body))
     keys = prefix_keys(salt, pieces)
     rest = sum(map(len, pieces)) - len(keys) * CHUNK_BYTES

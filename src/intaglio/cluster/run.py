@@ -30,10 +30,10 @@ class ClusterOptions:
 
     Attributes:
         launch: function that makes the process of a replica from its name.
-        replicas: how many of each role.
-        most: replicas up to which their number is autoscaled; None: it is not.
-        policy: of the router, see router.POLICIES.
-        weights: shares of tenants; 1 for those not named.
+        replicas: number of replicas by role.
+        most: largest number of replicas that the autoscaler may start; None: no autoscaling.
+        policy: name of the router's placement policy, a key of router.POLICIES.
+        weights: weight of each tenant by name; 1 for those not named.
         max_queued: most requests that wait in the router.
         front: options of the HTTP application.
     """
@@ -52,11 +52,12 @@ async def run_cluster(
 ) -> int:
     """Run a cluster until SIGINT, SIGTERM or the command `down`. Returns the exit code.
 
-    The code is 0, or 130 if it is ended before all replicas serve. The first signal lets running requests end, the
-    second ends them. Raises ReplicaFailed if a replica does not start.
+    The code is 0, or 130 if the cluster is ended before all replicas serve. The first signal lets running requests end,
+    the second ends them. Raises ReplicaFailed if a replica does not start. Raises ValueError for an unknown policy, a
+    wrong weight or number of replicas, or if another cluster runs in the folder.
 
     Args:
-        options: what to run.
+        options: the options of the cluster.
         listener: socket on which the router serves HTTP.
         folder: the cluster's folder.
         announce: called with the Cluster once all replicas serve.

@@ -24,7 +24,7 @@ VALUE_BYTES = 4  # of an activation in the streams, which keep activations in FP
 
 @dataclass(frozen=True)
 class KernelAgreement:
-    """Modelled seconds of one call, launch overhead included, by the machine and by the closed form."""
+    """Modelled seconds of one call, launch overhead included: by the simulator (`machine`) and by the closed form."""
 
     case: Case
     machine: float
@@ -32,12 +32,12 @@ class KernelAgreement:
 
     @property
     def ratio(self) -> float:
-        """Machine over closed form; 1.0 if they agree."""
+        """The simulator's seconds over those of the closed form; 1.0 if they agree."""
         return self.machine / self.closed
 
 
 def allocate(memory: ChipMemory, t: Tensor, case: Case) -> Region | None:
-    """Give a tensor its addresses in HBM. Returns its region if it is not quantised.
+    """Allocate a tensor in the simulated HBM. Returns its Region; None for a quantised tensor.
 
     A K/V cache has as many slots as the batch uses.
     """
@@ -56,7 +56,7 @@ def allocate(memory: ChipMemory, t: Tensor, case: Case) -> Region | None:
 
 
 def warm(memory: ChipMemory, regions: Sequence[Region]) -> None:
-    """Bring operands to the L2, row by row, as if the op before had just written them together."""
+    """Read operands into the simulated L2, row by row, as if the op before had just written them together."""
     for row in range(max((r.rows for r in regions), default=0)):
         for region in regions:
             if row < region.rows:
@@ -64,10 +64,11 @@ def warm(memory: ChipMemory, regions: Sequence[Region]) -> None:
 
 
 def compare_kernel(on: Target, case: Case) -> KernelAgreement:
-    """Time one call by both models. Returns a KernelAgreement with the seconds of each.
+    """Time one call by the simulator and by the closed form. Returns a KernelAgreement with the seconds of each.
 
     The closed form counts activations in the format that the streams keep them in. Rounding the operand of a product
-    is not counted: it is a launch of its own that the closed form does not model.
+    is not counted: it is a launch of its own that the closed form does not model. Raises ChipError if the op has no
+    chip kernel.
     """
     on = on.with_library(activation_bytes=VALUE_BYTES)
     memory = ChipMemory(on, values=False)
@@ -91,7 +92,7 @@ def compare_kernel(on: Target, case: Case) -> KernelAgreement:
 
 
 def random_agreements(rng: np.random.Generator, on: Target, kind: str, count: int) -> list[KernelAgreement]:
-    """The KernelAgreements of `count` random calls of the kernel of op `kind`, one of CASES."""
+    """A list of KernelAgreements, one for each of `count` random calls of an op. kind: the op, a key of CASES."""
     return [compare_kernel(on, CASES[kind](rng, on)) for _ in range(count)]
 
 

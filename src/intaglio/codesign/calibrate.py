@@ -96,7 +96,10 @@ def samples(tables: Mapping[str, Sequence[Row]], min_us: float) -> list[Sample]:
 
 
 def chosen(sample: Sample, points: int) -> np.ndarray:
-    """Indices of `points` rows at even quantiles of the latency; indices of all rows if `points` is 0 or too large."""
+    """An array of the indices of `points` rows at even quantiles of the latency.
+
+    The array has all rows, ordered by latency, if `points` is 0 or not below their number.
+    """
     order = np.argsort(sample.us, kind="stable")
     if not points or points >= len(order):
         return order
@@ -115,11 +118,11 @@ def value_of(on: Target, name: str) -> Any:
 
 
 def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
-    """A copy of the target with another value of one parameter, named as for value_of().
+    """A copy of the target with another value of the parameter `name`: chip.FIELD, library.FIELD or FAMILY.FIELD.
 
-    For `FAMILY.FIELD` all kernels of the family get the value; a constant (see CONSTANTS) is multiplied by one factor
-    in all of them instead. format: only kernels for calls in this format change; "": all. Raises ChipError for a value
-    out of range.
+    For FAMILY.FIELD all kernels of the family get the value. A constant (see CONSTANTS) is scaled instead: in all of
+    them by the same factor, to at most 1. format: only kernels for calls in this format change; "": all. Raises
+    ChipError for a value out of range.
     """
     part, field = name.split(".")
     if part == "chip":
@@ -153,9 +156,9 @@ def merged(record: KernelRecord, field: str, value: Any) -> tuple[tuple[str, Any
 
 
 def spread(errors: np.ndarray) -> float:
-    """Spread of logarithmic errors: half of (median + mean) of their sizes, at least LEAST_SPREAD.
+    """Spread of logarithmic errors: half of (median + mean) of their absolute values, at least LEAST_SPREAD.
 
-    Sizes above 2 count as 2, so that a few rows do not decide.
+    Absolute values above 2 count as 2, so that a few rows do not decide.
     """
     size = np.minimum(np.abs(errors), 2.0)
     return max(LEAST_SPREAD, float(np.median(size) + size.mean()) / 2)
@@ -165,7 +168,12 @@ class Search:
     """A search for the target that makes the measured samples most likely, from a target to start with.
 
     The logarithmic errors of a sample are taken to follow a Laplace distribution of unknown spread. Constants have a
-    log-normal prior around their values at the start. run() searches; `on` is the best target so far.
+    log-normal prior around their values at the start. run() searches.
+
+    Attributes:
+        start: the target to start with.
+        on: the best target so far.
+        data: the measured samples.
     """
 
     def __init__(self, start: Target, data: Sequence[Sample]) -> None:
@@ -179,7 +187,7 @@ class Search:
         self.facts: dict[str, Any] = {}
 
     def parameters(self) -> list[str]:
-        """Names of the constants that change the predictions of some sample, in the order in which they are fitted."""
+        """A list of the names of the constants that change the predictions of some sample, in the order of fitting."""
         families = {FAMILY[s.table] for s in self.data}
         names = [
             n for f, many in CONSTANTS.items() if f in families or (not f and families != {"collectives"}) for n in many
@@ -197,7 +205,7 @@ class Search:
             return inf
 
     def affected(self, name: str) -> list[int]:
-        """Indices in `data` of the samples whose predictions the constant `name` changes.
+        """A list of the indices in `data` of the samples whose predictions the constant `name` changes.
 
         A constant of every family counts as changing all samples but collectives.
         """
@@ -210,8 +218,8 @@ class Search:
     def weight(self, number: int, common: bool) -> float:
         """Weight of a sample, by its index, in the choice of a constant: PRODUCTS_WEIGHT or 1.
 
-        It is PRODUCTS_WEIGHT for matrix products if `common`. common: the constant affects every family. The closed
-        form of products is the most exact, so their rows are the least biased about memories and launches.
+        It is PRODUCTS_WEIGHT for matrix products if `common`. common: True if the constant affects every family. The
+        closed form of products is the most exact, so their rows are the least biased about memories and launches.
         """
         return PRODUCTS_WEIGHT if common and self.data[number].table == "matmul" else 1.0
 
@@ -220,7 +228,8 @@ class Search:
     ) -> bool:
         """Keep `other` as the best target so far if its cost is lower by more than `least`. Returns True if it is kept.
 
-        numbers: indices of the samples that count. prior: added to the cost of `other`. common: as for weight().
+        numbers: indices of the samples that count. prior: added to the cost of `other`. common: True if the change
+        affects every family; products then have another weight, see weight().
         """
         costs = {i: self.cost(other, self.data[i]) for i in numbers}
         if sum((c - self.costs[i]) * self.weight(i, common) for i, c in costs.items()) + prior > -least:
@@ -252,8 +261,8 @@ class Search:
         """Try other values for the kernels' properties in FACTS, and keep those that are clearly more likely.
 
         Only families that the samples have are tried: first all properties of a family together, as each shipped
-        library has them, then each alone. Those of attention and experts are chosen for each format, because kernels
-        differ by format.
+        library has them, then each property alone. Properties of attention and experts are chosen for each format,
+        because kernels differ by format.
         """
         for i, sample in enumerate(self.data):
             family = FAMILY[sample.table]
@@ -287,7 +296,7 @@ class Search:
     def run(self, facts: bool, progress: Progress = silent, name: str = "") -> Target:
         """Search, in one round for each step size in STEPS, and return the most likely target found.
 
-        facts: choose the kernels' properties in FACTS too, besides fitting constants. name: description for `progress`.
+        facts: True to choose the kernels' properties in FACTS too. name: description for `progress`.
         """
         for number, step in enumerate(STEPS):
             progress(number, len(STEPS), name)
@@ -328,11 +337,11 @@ class Calibration:
     """Result of calibrate(): the fitted target, its errors on rows that a fit did not see, and rows to measure next."""
 
     on: Target
-    kept: str  # what of the fit was kept, because it predicts rows that were left out best
+    kept: str  # in words, the part of the fit that was kept: the one that best predicts rows that were left out
     constants: dict[str, tuple[float, float]]  # name -> (value at the start, fitted value)
-    facts: dict[str, Any]  # facts that differ from the start
-    crossed: list[Fitted]  # each fold of the rows used is predicted by a fit to the others
-    rest: list[Fitted]  # rows that were not used at all
+    facts: dict[str, Any]  # facts that differ from the start, by name
+    crossed: list[Fitted]  # errors on the rows used; each fold of them is predicted by a fit to the others
+    rest: list[Fitted]  # errors on rows that were not used at all
     wanted: list[tuple[str, str, float]]  # (table, row in words, spread of its predictions in per cent)
 
 
@@ -358,15 +367,15 @@ def calibrate(
     """Fit a target to measured samples. Returns a Calibration.
 
     Constants, such as latencies and efficiencies, are fitted. Facts, such as tiles or native 8-bit kernels, are chosen
-    among the alternatives in FACTS. Kept is what predicts left-out rows best: the start unchanged, fitted constants, or
-    fitted constants and facts.
+    among the alternatives in FACTS. Of three results, the one that predicts left-out rows best is kept: the start
+    unchanged, fitted constants, or fitted constants and facts.
 
     Args:
         start: chip and kernel library to start from.
         data: the measurements.
         points: most rows of each sample that are used; 0: all.
         folds: parts for the cross-validation.
-        seed: of the draw of the parts.
+        seed: seed of the random division into parts.
         progress: called before each round of the search.
 
     Raises ValueError if fewer rows of a sample are used than there are folds.
@@ -404,8 +413,9 @@ def left_out(
 ) -> tuple[list[np.ndarray], list[Target]]:
     """Cross-validate a fit. Returns (log errors of each sample's rows, the fitted target of each fold).
 
-    The errors of a fold's rows are those of the fit to the other folds. turns: for each sample, the fold of each row.
-    facts: choose the kernels' properties in FACTS too, besides fitting constants.
+    The errors of a fold's rows are those of the fit to the other folds. turns: arrays of the number of each row's fold,
+    one for each sample.
+    facts: True to choose the kernels' properties in FACTS too, besides fitting constants.
     """
     errors, others = [np.zeros(len(s.rows)) for s in used], []
     for fold in range(folds):

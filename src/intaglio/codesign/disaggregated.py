@@ -21,7 +21,7 @@ from intaglio.measure.workload import LoadRequest
 
 @dataclass(frozen=True)
 class Apart:
-    """Servers of two kinds, those that compute prompts and those that decode: step times and settings of one of each.
+    """Servers that compute prompts and servers that decode: the step times and settings of one server of each kind.
 
     The number of servers of a kind is `replicas` of that kind's placement.
     """
@@ -54,7 +54,7 @@ class Apart:
         return self.chips > links.max_chips and links.node_bytes_per_s > 0
 
     def spread(self, request: LoadRequest, concurrency: int) -> list[float]:
-        """Start times in seconds of the first `concurrency` requests, evenly over the time that one of them takes."""
+        """A list of the first `concurrency` requests' start times in seconds, evenly over the time that one takes."""
         alone = self.prefill.cost(0, 1, [(request.prompt, request.prompt, 1)])[0]
         each = max(1, concurrency // self.decode.server.placement.replicas)
         taken = alone + request.output * self.decode.cost(each, request.prompt + request.output / 2)[0]
@@ -63,14 +63,14 @@ class Apart:
 
 @dataclass(frozen=True)
 class ApartResult:
-    """Means over the middle of a load, without its start and end. Times are in seconds, rates of all servers.
+    """Means over the middle of a load, without its start and end. Times are in seconds.
 
     Attributes:
         concurrency: requests open at once.
         ttft: mean time to the first token.
         tpot: mean time per token after the first.
-        tokens_per_s: output tokens per second.
-        watts: of all chips.
+        tokens_per_s: output tokens per second of all servers together.
+        watts: power of all chips together.
         prefill_busy: fraction of the time in which the prefill servers compute.
         decode_busy: fraction of the time in which the decode servers compute.
         chips: number of chips of all servers.
@@ -165,7 +165,8 @@ def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[
 def serve_apart(apart: Apart, request: LoadRequest, concurrency: int, turns: int = 4) -> ApartResult:
     """Keep `concurrency` requests like `request` open until `turns` times as many have ended. Returns the ApartResult.
 
-    The first requests start evenly spread over the time that one takes. Raises ValueError as run_apart() does.
+    The first requests start evenly spread over the time that one takes. Raises ValueError for a request that a cache
+    cannot hold, or with fewer than two output tokens.
     """
     total = turns * concurrency
     run = run_apart(apart, [request] * total, apart.spread(request, concurrency))

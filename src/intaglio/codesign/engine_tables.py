@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from intaglio.chips import CHIPS, ChipError, target
-from intaglio.codesign.validate import Record, Row, predict, record
+from intaglio.codesign.validate import Record, Row, record
 
 ENGINES = ("vllm", "sglang", "trtllm")
 FORMATS = ("bfloat16", "fp8", "int8")
@@ -30,9 +30,10 @@ COLUMNS["generation_attention"] = "attention_decode", COLUMNS["context_attention
 
 
 def translated(table: str, row: Row) -> dict[str, str] | None:
-    """A row of an engine's table with the column names of validate.py, and the name of its kernel in column `kernel`.
+    """A row of an engine's table as a dict by the column names of validate.py.
 
-    None if the row's number format is not one of FORMATS. table: name of the engine's table.
+    The column `kernel` has the name of the row's kernel. None if the row's number format is not one of FORMATS. table:
+    name of the engine's table, a key of COLUMNS.
     """
     _, columns = COLUMNS[table]
     out = {name: row[theirs] for name, theirs in columns.items()}
@@ -86,8 +87,7 @@ def by_kernel(chip: str, name: str, table: str, rows: Sequence[dict[str, str]], 
     for kernel, dtype in sorted({(r["kernel"], r.get("dtype") or r["kv_dtype"]) for r in rows}):
         mine = [r for r in rows if (r["kernel"], r.get("dtype") or r["kv_dtype"]) == (kernel, dtype)]
         try:
-            times = predict(target(chip), table, mine)
+            out.append(record(target(chip), table, dtype, mine, worst, f"{name} {kernel}"))
         except ChipError as error:
             raise ChipError(f"{chip} {name} {kernel}: {error}") from None
-        out.append(record(chip, f"{name} {kernel}", dtype, mine, times, worst))
     return out

@@ -24,13 +24,13 @@ REPORT = 1000  # arrivals between two reports of progress
 
 @dataclass(frozen=True)
 class FleetResult:
-    """What became of a load on many replicas.
+    """Outcomes, steps and energy of a load that many replicas served.
 
     Attributes:
-        outcomes: of each replica's requests, in the order in which they ended there.
-        seconds: from the beginning to the last response.
-        steps: of all replicas.
-        joules: of all chips, in steps.
+        outcomes: a tuple for each replica: the Outcomes of its requests, in the order in which they ended.
+        seconds: time from the beginning to the last response.
+        steps: number of steps of all replicas together.
+        joules: energy of all chips during steps.
         busy_s: seconds in steps, summed over replicas.
     """
 
@@ -42,18 +42,18 @@ class FleetResult:
 
     @property
     def all(self) -> list[Outcome]:
-        """Outcomes of all replicas."""
+        """A list of the Outcomes of all requests, one replica after another."""
         return [o for mine in self.outcomes for o in mine]
 
 
 class Member:
-    """A replica of the fleet: its queue, and when the steps that it takes now end if no request comes."""
+    """A replica of the fleet: its Queue, and the time at which its present steps end if no request arrives."""
 
     def __init__(self, number: int, queue: Queue) -> None:
         self.number, self.queue, self.next, self.given = number, queue, NEVER, 0
 
     def look_ahead(self) -> None:
-        """Admit what waits and note when the next steps end."""
+        """Admit waiting requests, and set `next` to the time at which the next steps end; NEVER if none is open."""
         self.queue.admit()
         self.next = self.queue.next_event() if self.queue.open else NEVER
 
@@ -63,7 +63,7 @@ class Member:
         self.look_ahead()
 
     def give(self, request: LoadRequest) -> None:
-        """A request arrives at request.at. Steps of the replica that begin before it are taken first."""
+        """Add a request, which arrives at request.at, after taking the replica's steps that begin before that time."""
         while self.queue.open and self.queue.now < request.at:
             self.take(request.at)
         if not self.queue.open:
@@ -74,7 +74,10 @@ class Member:
 
 
 def least_open(members: Sequence[Member], number: int) -> Member:
-    """The replica with the fewest open requests; among equals the one that was given the fewest."""
+    """The replica with the fewest open requests; among equals the one that was given the fewest so far.
+
+    number: number of the arrival, which does not matter here.
+    """
     return min(members, key=lambda m: (m.queue.open, m.given, m.number))
 
 
@@ -92,8 +95,8 @@ def serve_fleet(
     The router knows a replica's open requests as they are when a step ends. Each replica does what serve() does with
     the requests that it is given.
 
-    times, settings: of one replica. requests: by time of arrival. route: one of ROUTES. Raises ValueError for another
-    route, and for a request that a replica's K/V cache cannot hold.
+    times, settings: step times and settings of one replica. requests: the load, ordered by time of arrival. route: one
+    of ROUTES. Raises ValueError for another route, and for a request that a replica's K/V cache cannot hold.
     """
     if route not in ROUTES:
         raise ValueError(f"route {route!r}; use one of {', '.join(ROUTES)}")
@@ -135,14 +138,14 @@ def simulate_fleet(
     Args:
         server: one replica, compiled; its placement says how many there are.
         target: chip and kernel library.
-        requests: by time of arrival.
-        settings: of each replica's engine.
+        requests: the load, ordered by time of arrival.
+        settings: settings of each replica's engine.
         limits: latencies that a good response keeps.
         route: one of ROUTES.
         progress: called as requests arrive.
 
-    Raises ChipError if weights and K/V cache do not fit, ValueError as serve_fleet() does, and for a request longer
-    than the context.
+    Raises ChipError if weights and K/V cache do not fit. Raises ValueError for an unknown route, and for a request that
+    is longer than the context or that a replica's K/V cache cannot hold.
     """
     longest = max(requests, key=lambda r: r.prompt + r.output)
     check_context(server.program, longest)

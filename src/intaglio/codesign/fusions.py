@@ -53,7 +53,8 @@ class FusedKernel(ChipKernel):
 def fused_kernels(program: Program, fusions: Sequence[str]) -> list[ChipKernel]:
     """The kernels that an engine launches for a Program's ops, in order, as a list; routed experts are left out.
 
-    fusions: names in FUSIONS of what the engine fuses, splits or replaces. Raises ValueError for another name.
+    fusions: names of FUSIONS, for the ops that the engine fuses, splits or replaces. Raises ValueError for another
+    name, ChipError for an op without a chip kernel.
     """
     if unknown := sorted(set(fusions) - set(FUSIONS)):
         raise ValueError(f"unknown fusion {', '.join(unknown)}; there are {', '.join(FUSIONS)}")
@@ -107,7 +108,7 @@ def fused_kernels(program: Program, fusions: Sequence[str]) -> list[ChipKernel]:
 
 
 def rotations(ops: Sequence[Op]) -> list[tuple[list[Rope], KvWrite | None]]:
-    """For each layer with rotary embeddings: (its rope ops, its write to the K/V cache or None), as a list."""
+    """A list with a tuple for each layer with rotary embeddings: (rope ops, write to the K/V cache or None)."""
     layers: dict[str, tuple[list[Rope], list[KvWrite]]] = {}
     for op in ops:
         if isinstance(op, Rope | KvWrite):

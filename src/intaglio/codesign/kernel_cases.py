@@ -43,12 +43,15 @@ class Case:
 
 
 def power(rng: np.random.Generator, low: int, high: int, step: int = 1) -> int:
-    """A random multiple of `step` between `low` and `high`, spread evenly over the octaves."""
+    """A random multiple of `step` between `low` and `high`, at least `step`; its logarithm is evenly distributed."""
     return max(step, int(low * (high / low) ** rng.uniform()) // step * step)
 
 
 def batch_of(chunks: list[tuple[int, int]]) -> Batch:
-    """The Batch of sequences of (new tokens, keys before them); the last token's logits of each are wanted."""
+    """A Batch that wants the logits of each sequence's last token.
+
+    chunks: (number of new tokens, number of keys before them) of each sequence.
+    """
     made, used = [], 0
     for n, before in chunks:
         blocks = -(-(n + before) // BLOCK)
@@ -58,13 +61,13 @@ def batch_of(chunks: list[tuple[int, int]]) -> Batch:
 
 
 def tokens(rng: np.random.Generator, most: int) -> Batch:
-    """A batch of 1 to `most` tokens: a prompt, or sequences that decode."""
+    """A random Batch of 1 to `most` tokens: one prompt, or sequences of one token each."""
     n = power(rng, 1, most)
     return batch_of([(n, 0)] if rng.random() < 0.5 else [(1, 0)] * n)
 
 
 def case(op: Op, tensors: list[Tensor], batch: Batch, words: str) -> Case:
-    """The Case of an op with these operands; the tensors of its results are added."""
+    """The Case of an op on a batch. tensors: the op's operands; those of its results are added. words: its sizes."""
     table = {t.name: t for t in tensors}
     table |= {n: Tensor(n, shape, fmt, "temp") for n, (shape, fmt) in op.shapes(table).items()}
     return Case(op, table, batch, words)
@@ -82,7 +85,7 @@ def weight_format(rng: np.random.Generator, on: Target) -> tuple[str, str]:
 
 
 def linear(rng: np.random.Generator, on: Target) -> Case:
-    """A product with 1 to 2,048 rows, 128 to 8,192 columns and K of 256 to 8,192."""
+    """A random Case of a matrix product: 1 to 2,048 rows, 128 to 8,192 columns and K of 256 to 8,192."""
     x_format, w_format = weight_format(rng, on)
     n, k, batch = power(rng, 128, 8192, 16), power(rng, 256, 8192, 64), tokens(rng, 2048)
     op = Linear(site="linear", x="x", w="w", out="y", x_format=x_format)
@@ -91,7 +94,7 @@ def linear(rng: np.random.Generator, on: Target) -> Case:
 
 
 def head_linear(rng: np.random.Generator, on: Target) -> Case:
-    """A product for each of 4 to 128 heads."""
+    """A random Case of a matrix product for each of 4 to 128 heads."""
     heads, n, k, batch = power(rng, 4, 128), power(rng, 64, 512, 16), power(rng, 64, 512, 64), tokens(rng, 512)
     op = HeadLinear(site="head_linear", x="x", w="w", out="y")
     words = f"m={len(batch.tokens)} heads={heads} n={n} k={k}"
@@ -99,7 +102,7 @@ def head_linear(rng: np.random.Generator, on: Target) -> Case:
 
 
 def experts(rng: np.random.Generator, on: Target) -> Case:
-    """A layer of 8 to 64 experts, of which each token takes 1 to 8."""
+    """A random Case of a layer of 8 to 64 experts, of which each token takes 1 to 8."""
     x_format, w_format = weight_format(rng, on)
     n, hidden, inner = power(rng, 8, 64), power(rng, 256, 2048, 128), power(rng, 128, 2048, 128)
     top, batch = min(n, power(rng, 1, 8)), tokens(rng, 512)
@@ -114,7 +117,10 @@ def experts(rng: np.random.Generator, on: Target) -> Case:
 
 
 def attend(rng: np.random.Generator, on: Target) -> Case:
-    """Attention of a prompt, or of sequences that decode: 1 to 4 K/V heads, groups of 1 to 8, heads 64 or 128 wide."""
+    """A random Case of attention: a prompt, or sequences that decode.
+
+    There are 1 to 4 K/V heads, each with 1 to 8 query heads; heads are 64 or 128 wide.
+    """
     kv, group, d = power(rng, 1, 4), int(2 ** rng.integers(0, 4)), int(rng.choice([64, 128]))
     if rng.random() < 0.5:
         q = power(rng, 2, 1024)
@@ -128,7 +134,7 @@ def attend(rng: np.random.Generator, on: Target) -> Case:
 
 
 def kv_write(rng: np.random.Generator, on: Target) -> Case:
-    """Keys and values of 1 to 16 heads."""
+    """A random Case of the write of keys and values of 1 to 16 heads to the K/V cache."""
     heads, d, batch = power(rng, 1, 16), int(rng.choice([64, 128])), tokens(rng, 2048)
     op = KvWrite(site="kv_write", k="k", v="v", k_cache="kc", v_cache="vc")
     caches = [Tensor(n, ("P", "B", heads, d), "bf16", "state") for n in ("kc", "vc")]
@@ -137,12 +143,12 @@ def kv_write(rng: np.random.Generator, on: Target) -> Case:
 
 
 def widest(on: Target, most: int, tiles: int) -> int:
-    """At most `most` columns, of which SRAM holds that many FP32 rows."""
+    """A number of columns: as many as let a core's SRAM hold `tiles` + 1 rows of FP32 values, and at most `most`."""
     return min(most, on.chip.sram_bytes // (4 * tiles + 4))
 
 
 def norm(rng: np.random.Generator, on: Target) -> Case:
-    """An RMS norm, in half of the cases with a residual."""
+    """A random Case of an RMS norm, which has a residual with probability 1/2."""
     width, batch, residual = power(rng, 256, widest(on, 16384, 4), 16), tokens(rng, 2048), rng.random() < 0.5
     op = Norm(site="norm", x="x", out="y", weight="w", residual="r" if residual else None, norm="rms")
     tensors = [temp("x", width), temp("r", width), Tensor("w", (width,), "f32", "weight")]
@@ -150,7 +156,7 @@ def norm(rng: np.random.Generator, on: Target) -> Case:
 
 
 def rope(rng: np.random.Generator, on: Target) -> Case:
-    """Rotary position embedding of 1 to 64 heads."""
+    """A random Case of rotary position embedding of 1 to 64 heads."""
     heads, d, batch = power(rng, 1, 64), int(rng.choice([64, 128])), tokens(rng, 2048)
     op = Rope(site="rope", x="x", positions="p", frequencies="f", out="y", head_dim=d)
     tensors = [temp("x", heads * d), Tensor("p", ("T",), "i32", "input"), Tensor("f", (d // 2,), "f32", "const")]
@@ -158,7 +164,7 @@ def rope(rng: np.random.Generator, on: Target) -> Case:
 
 
 def elementwise(rng: np.random.Generator, on: Target) -> Case:
-    """An expression over one to three tensors."""
+    """A random Case of an elementwise expression over one to three tensors."""
     expr = MAPS[rng.integers(len(MAPS))]
     width, batch = power(rng, 256, 28672, 16), tokens(rng, 2048)
     given = ["a", *(n for n in "bc" if f" {n}" in expr or f"({n})" in expr)]
@@ -167,7 +173,7 @@ def elementwise(rng: np.random.Generator, on: Target) -> Case:
 
 
 def embed(rng: np.random.Generator, on: Target) -> Case:
-    """Rows of a table of 32,000."""
+    """A random Case of an embedding from a table of 32,000 rows."""
     width, batch = power(rng, 256, widest(on, 16384, 3), 16), tokens(rng, 2048)
     op = Embed(site="embed", tokens="t", w="w", out="y")
     tensors = [Tensor("t", ("T",), "i32", "input"), Tensor("w", (32000, width), "bf16", "weight")]
@@ -175,7 +181,7 @@ def embed(rng: np.random.Generator, on: Target) -> Case:
 
 
 def select(rng: np.random.Generator, on: Target) -> Case:
-    """One row of each of 1 to 512 sequences."""
+    """A random Case that selects one row of each of 1 to 512 sequences."""
     width, batch = power(rng, 256, widest(on, 16384, 1), 16), batch_of([(1, 0)] * power(rng, 1, 512))
     op = Select(site="select", x="x", rows="rows", out="y")
     tensors = [temp("x", width), Tensor("rows", ("R",), "i32", "input")]
@@ -183,7 +189,7 @@ def select(rng: np.random.Generator, on: Target) -> Case:
 
 
 def permute(rng: np.random.Generator, on: Target) -> Case:
-    """Columns in another order."""
+    """A random Case that puts columns in another order."""
     width, batch = power(rng, 256, widest(on, 16384, 3), 16), tokens(rng, 2048)
     op = Permute(site="permute", x="x", order="o", out="y")
     tensors = [temp("x", width), Tensor("o", (width,), "i32", "weight")]
@@ -191,14 +197,14 @@ def permute(rng: np.random.Generator, on: Target) -> Case:
 
 
 def route(rng: np.random.Generator, on: Target) -> Case:
-    """The choice of 1 to 8 of 8 to 256 experts by softmax."""
+    """A random Case of routing: the choice of 1 to 8 experts out of 8 to 256 by softmax."""
     n, batch = power(rng, 8, 256), tokens(rng, 2048)
     op = Route(site="route", logits="x", weights="w", ids="i", top=min(n, power(rng, 1, 8)), score="softmax")
     return case(op, [temp("x", n)], batch, f"m={len(batch.tokens)} experts={n} top={op.top}")
 
 
 def sinusoid(rng: np.random.Generator, on: Target) -> Case:
-    """Sines and cosines of 64 to 2,048 frequencies."""
+    """A random Case of the sines and cosines of 64 to 2,048 frequencies."""
     n, batch = power(rng, 64, 2048), tokens(rng, 2048)
     op = Sinusoid(site="sinusoid", positions="p", frequencies="f", out="y")
     tensors = [Tensor("p", ("T",), "i32", "input"), Tensor("f", (n,), "f32", "const")]
@@ -206,7 +212,7 @@ def sinusoid(rng: np.random.Generator, on: Target) -> Case:
 
 
 def sample(rng: np.random.Generator, on: Target) -> Case:
-    """Greedy sampling from vocabularies of 4,096 to 131,072."""
+    """A random Case of greedy sampling from a vocabulary of 4,096 to 131,072 tokens."""
     n, batch = power(rng, 4096, widest(on, 131072, 1), 64), batch_of([(1, 0)] * power(rng, 1, 256))
     op = Sample(site="sample", logits="x", tokens="t", logprobs="p")
     return case(op, [temp("x", n, rows="R")], batch, f"m={len(batch.tokens)} vocabulary={n}")

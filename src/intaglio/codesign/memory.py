@@ -17,7 +17,7 @@ class MemoryUse:
     """Bytes of one chip's HBM that a serving load needs, and the chip's capacity.
 
     Attributes:
-        weights: of this chip's share of the model.
+        weights: weights of this chip's share of the model.
         kv: keys, values and recurrent state of all requests in flight.
         activations: buffers of the temps of one step.
         hbm: capacity of the chip.
@@ -53,10 +53,10 @@ def memory_use(program: Program, step: BatchSizes, micro_batches: int, hbm: int)
     """The MemoryUse of a chip that runs `program`, the Program of one rank of a pipeline stage.
 
     Args:
-        program: its weights and state are counted.
+        program: the Program whose weights, state and temps are counted.
         step: the sequences and rows of one step. Each sequence holds its keys in blocks of BLOCK tokens, and two slots
             of recurrent state.
-        micro_batches: such steps that the pipeline has in flight, each with its own sequences.
+        micro_batches: number of such steps in flight in the pipeline, each with its own sequences.
         hbm: bytes of the chip's HBM.
     """
     blocks = sum(-(-keys // BLOCK) * n for _, keys, n in step.sequences)

@@ -40,18 +40,31 @@ LAYOUTS = ("tp1", "tp2", "tp4", "tp8", "pp2", "tp2pp2", "tp4sp")
 
 @dataclass(frozen=True)
 class Draw:
-    """A random chip, a model's stages on it, and a load: decoding sequences of `keys`, and one prompt."""
+    """A random chip, a model on it, and a load.
+
+    Attributes:
+        on: chip and kernel library.
+        model: name of the model.
+        layout: how chips share the model.
+        programs: the Program of one rank of each pipeline stage.
+        whole: the same model on one chip.
+        decoding: number of decoding sequences.
+        keys: keys of each decoding sequence.
+        prompt: tokens of the one prompt.
+        precision: formats of weights, K/V and rows, in words.
+        changes: (field, value) of each field of the chip that differs from the preset.
+    """
 
     on: Target
     model: str
     layout: str
-    programs: tuple[Program, ...]  # of one rank of each stage
-    whole: tuple[Program, ...]  # the same model on one chip
+    programs: tuple[Program, ...]
+    whole: tuple[Program, ...]
     decoding: int
     keys: int
     prompt: int
-    precision: str  # of weights, K/V and rows, in words
-    changes: tuple[tuple[str, float], ...]  # (field, value) of the chip that differ from the preset
+    precision: str
+    changes: tuple[tuple[str, float], ...]
 
     def __str__(self) -> str:
         load = f"{self.decoding} x {self.keys} keys + prompt {self.prompt}"
@@ -60,13 +73,20 @@ class Draw:
 
 
 def sizes(decoding: int, keys: int, prompt: int) -> BatchSizes:
-    """BatchSizes of a step with `decoding` sequences of one token, and one prompt."""
+    """BatchSizes of a step that decodes `decoding` sequences of `keys` keys and computes a prompt of `prompt` tokens.
+
+    prompt: 0 for none.
+    """
     parts = ((1, keys, decoding),) * (decoding > 0) + ((prompt, prompt, 1),) * (prompt > 0)
     return BatchSizes(decoding + prompt, decoding + (prompt > 0), parts)
 
 
 def random_chip(rng: np.random.Generator) -> tuple[Target, tuple[tuple[str, float], ...]]:
-    """(preset, (field, value) of changes): in half of the cases some rates and sizes, by factors of 1/3 to 3."""
+    """A random chip: (Target, the (field, value) pairs in which it differs from a preset).
+
+    In half of the cases four rates or sizes are scaled by factors from 1/3 to 3. The chip always has 10 TB of HBM, so
+    that every model fits.
+    """
     on = target(str(rng.choice(sorted(CHIPS))))
     on = on.with_chip(hbm_bytes=10**13)  # what does not fit is not timed
     if rng.random() < 0.5:
@@ -98,7 +118,7 @@ def random_model(rng: np.random.Generator) -> tuple[str, Program]:
 
 
 def draw(rng: np.random.Generator, card: str | None = None) -> Draw:
-    """A random Draw; card: name of a shipped config, None for a random model."""
+    """A random Draw. card: name of a shipped config; None: a random model. Raises ValueError for another name."""
     on, changes = random_chip(rng)
     name, program = (card, ported(card, None)) if card else random_model(rng)
     reachable = [x for x in LAYOUTS if Layout.parse(x).tp <= max(1, on.chip.links.max_chips)]
@@ -114,17 +134,17 @@ def draw(rng: np.random.Generator, card: str | None = None) -> Draw:
 
 
 def timelines(programs: Sequence[Program], on: Target, load: BatchSizes) -> list[Timeline]:
-    """The Timeline of each stage."""
+    """A list with the Timeline of each pipeline stage for one step. programs: one for each stage."""
     return [plan.run(load) for plan in Plan.of(programs, on)]
 
 
 def seconds(programs: Sequence[Program], on: Target, load: BatchSizes) -> float:
-    """Seconds of one step through all stages."""
+    """Modelled seconds of one step through all pipeline stages. programs: one for each stage."""
     return sum(plan.cost(load)[0] for plan in Plan.of(programs, on))
 
 
 def over_peak(on: Target, t: Timeline) -> list[str]:
-    """Rates above those of the data sheet, in words: of FLOPs, HBM, links and L2, over the whole step."""
+    """A list of text, one for each rate of a step that is above the data sheet's: FLOP/s, HBM, L2 or links."""
     chip, out = on.chip, []
     flops = sum(e.timing.flops / chip.peak_flops(e.timing.format) for e in t.ops if e.timing.flops)
     total = t.totals()
@@ -152,10 +172,11 @@ def tiles_by_heuristic(d: Draw) -> bool:
 def violations(d: Draw) -> list[str]:
     """The properties that do not hold for a Draw, in words; [] if all hold.
 
-    Two facts of libraries let a step become faster with more work, so it is compared with another step without them:
-    two halves of a batch that overlap are a list schedule, which shorter tasks may lengthen (R. L. Graham, Bounds on
-    Multiprocessing Timing Anomalies, 1969), so resources and loads are compared with halves one after the other; and
-    with tiles by heuristic (see tiles_by_heuristic()), loads are compared with the fastest tiles.
+    Two facts of libraries let a step become faster with more work. They are switched off for such comparisons:
+
+    - Two halves of a batch that overlap are a list schedule, which shorter tasks may lengthen (R. L. Graham, Bounds on
+      Multiprocessing Timing Anomalies, 1969). Resources and loads are compared with one half after the other.
+    - Tiles may be chosen by a heuristic (see tiles_by_heuristic()). Loads are compared with the fastest tiles.
     """
     load = sizes(d.decoding, d.keys, d.prompt)
     lines = timelines(d.programs, d.on, load)
@@ -186,5 +207,5 @@ def violations(d: Draw) -> list[str]:
 
 
 def all_cards() -> list[str]:
-    """Names of the shipped configs."""
+    """A sorted list of the names of the shipped configs."""
     return sorted(cards())

@@ -23,9 +23,10 @@ class Placement:
 
     Attributes:
         attention: layout of one copy of everything but routed experts.
-        copies: copies of attention in a server, each with its own requests; 1 without data-parallel attention.
+        copies: number of copies of attention in a server, each with its own requests; 1 without data-parallel
+            attention.
         experts: layout of the routed experts over all chips of a server; None: as `attention` says.
-        replicas: servers, which share nothing.
+        replicas: number of servers, which share nothing.
 
     Raises LayoutError if the layout of the experts does not have as many chips as the copies together.
     """

@@ -28,18 +28,23 @@ FEWER = 0.85
 
 @dataclass(frozen=True)
 class Kind:
-    """One server of a kind, compiled: step times and settings of its engine."""
+    """A compiled server for prefill or for decode.
+
+    Attributes:
+        times: its step times.
+        settings: settings of its engine.
+    """
 
     times: StepTimes
     settings: QueueSettings
 
     @property
     def chips(self) -> int:
-        """Chips of one server."""
+        """Number of chips of one server."""
         return self.times.server.placement.chips_per_server
 
     def of(self, replicas: int) -> StepTimes:
-        """The step times of so many such servers; they share a table."""
+        """The StepTimes of `replicas` such servers. They share the table of step times with this one."""
         server = self.times.server
         many = replace(server, placement=replace(server.placement, replicas=replicas))
         times = StepTimes(many, self.times.target, self.times.fusions)
@@ -49,7 +54,14 @@ class Kind:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Numbers of servers of each kind, the load, and what the closed form expects: requests per second of all."""
+    """Numbers of prefill and decode servers, and their load.
+
+    Attributes:
+        prefill: number of prefill servers.
+        decode: number of decode servers.
+        concurrency: requests open at once.
+        rate: requests per second expected of all servers together.
+    """
 
     prefill: int
     decode: int
@@ -58,9 +70,9 @@ class Ratio:
 
 
 def prompt_seconds(kind: Kind, input: int, count: int = 1) -> float:
-    """Seconds in which one prefill server computes `count` prompts together, in chunks if they are longer than a step.
+    """Seconds in which one prefill server computes `count` prompts of `input` tokens together.
 
-    With count=1 it is the least time to the first token.
+    Prompts longer than a step are computed in chunks. With count=1 the result is the least time to the first token.
     """
     budget = kind.settings.max_batch_tokens
     ends = [*range(budget, input, budget), input]
@@ -76,7 +88,10 @@ def prompt_rate(kind: Kind, input: int) -> tuple[float, float]:
 
 
 def most_decoding(kind: Kind, input: int, output: int, tpot: float) -> int:
-    """The most requests that one decode server may have so that its steps take at most `tpot` seconds; 0: none."""
+    """The most requests that one decode server may have so that its steps take at most `tpot` seconds; 0: none.
+
+    input, output: tokens of each request's prompt and response. Also limited by the engine's sequences and K/V cache.
+    """
     high = min(kind.settings.max_sequences, kind.settings.kv_tokens // (input + output))
     low = 0
     while low < high:
@@ -115,10 +130,11 @@ def best_ratio(first: Kind, second: Kind, question: Question, chips: int) -> Rat
 def kinds(
     question: Question, on: Target, layouts: Sequence[str], budget: int, sequences: int
 ) -> tuple[dict[str, Kind], list[tuple[str, str]]]:
-    """({layout: Kind} of those that fit, (layout, reason) of the others).
+    """Compile a server for each of `layouts`. Returns ({layout: Kind}, [(layout, reason)]): servers, and refusals.
 
-    budget, sequences: tokens and sequences of a step of one copy of attention. Raises LayoutError for a text that is no
-    layout, and ValueError for a layout with replicas.
+    A layout is refused if model and one prompt do not fit its chips. budget, sequences: most tokens and sequences of a
+    step of one copy of attention. Raises LayoutError for a text that is no layout, and ValueError for a layout with
+    replicas.
     """
     found: dict[str, Kind] = {}
     refused: list[tuple[str, str]] = []
@@ -142,10 +158,10 @@ def kinds(
 def search(
     question: Question, prefill: dict[str, Kind], decode: dict[str, Kind], chips: int, progress: Progress = silent
 ) -> list[tuple[str, str, ApartResult]]:
-    """(prefill layout, decode layout, ApartResult) of the best ratio of each pair, the most output per chip first.
+    """A list of (prefill layout, decode layout, ApartResult) for pairs of layouts, the most output per chip first.
 
-    Pairs for which no ratio fills the chips within the limits are left out; so are those whose queues break a limit at
-    every load tried.
+    Each pair has its best ratio for `chips` chips. A pair is left out if no ratio fills the chips within the limits, or
+    if its queues break a limit at every load tried. Raises ValueError for responses of fewer than two tokens.
     """
     out: list[tuple[str, str, ApartResult]] = []
     pairs = [(a, b) for a in prefill for b in decode]
@@ -159,7 +175,12 @@ def search(
 
 
 def confirmed(first: Kind, second: Kind, found: Ratio, question: Question) -> ApartResult | None:
-    """The ApartResult of a ratio by the queues, with fewer open requests until the limits are kept; None if never."""
+    """The ApartResult of serving with the ratio `found`, by the queues in virtual time.
+
+    first, second: kinds of prefill and decode servers. The number of open requests is reduced until the limits are
+    kept. None if they are still broken after TRIES tries, or with one request.
+    Raises ValueError for a request that a cache cannot hold, or with fewer than two output tokens.
+    """
     apart = Apart(first.of(found.prefill), second.of(found.decode), first.settings, second.settings)
     open_ = found.concurrency
     for _ in range(TRIES):

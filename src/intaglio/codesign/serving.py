@@ -36,9 +36,9 @@ class EngineSettings:
         max_batch_tokens: most token rows of a step; a longer prompt is prefilled in chunks.
         max_sequences: most sequences that run at once.
         memory_share: fraction of a chip's HBM that weights, activations and K/V cache may fill.
-        step_overhead_s: seconds of the host between one step and the next that the chips wait for.
-        request_overhead_s: seconds of the host for each request outside the engine, such as HTTP and tokenizer, which
-            are added to the time to first token.
+        step_overhead_s: seconds between one step and the next in which the chips wait for the host.
+        request_overhead_s: the host's seconds for each request outside the engine, such as HTTP and tokenizer. They are
+            added to the time to first token.
 
     Raises ValueError for a memory_share outside 0..1 or a negative overhead.
     """
@@ -192,13 +192,14 @@ def simulate_serving(
         target: chip and kernel library.
         layout: how the chips share the model, such as tp8 or tp4pp2.
         requests: arrival times and lengths.
-        settings: of the engine.
+        settings: settings of the engine.
         limits: latencies that a good response keeps.
-        concurrency: most requests open at once; None for any number.
-        seed: of the prompts' token ids, which are random, so that no prompt shares a prefix with another.
+        concurrency: most requests open at once; None: any number.
+        seed: seed of the prompts' token ids. They are random, so that no prompt shares a prefix with another.
         progress: called as requests end.
 
-    Raises ChipError if weights and K/V cache do not fit, ValueError for a request longer than the context.
+    Raises ChipError if weights and K/V cache do not fit, ValueError for a request longer than the context, LayoutError
+    for a wrong layout.
     """
     check_context(program, max(requests, key=lambda r: r.prompt + r.output))
     device = SiliconDevice(target, values=NONE, stages=stages, overhead_s=settings.step_overhead_s)
@@ -243,12 +244,12 @@ def result(
     """The ServingResult of a finished load.
 
     Args:
-        outcomes: of the requests, without the overhead outside the engine, which is added here.
-        engine: that ran them, with its counts.
-        executable: with the seconds and joules of its steps.
+        outcomes: Outcomes of the requests, without the overhead outside the engine, which is added here.
+        engine: the Engine that ran them, for its counts.
+        executable: the engine's executable, for the seconds and joules of its steps.
         target: chip and kernel library.
         layout: how the chips share the model.
-        settings: of the engine.
+        settings: settings of the engine.
         limits: latencies that a good response keeps.
     """
     added = settings.request_overhead_s

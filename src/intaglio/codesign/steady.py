@@ -36,7 +36,7 @@ class Estimate:
         ttft: mean time to the first token, waiting included.
         tpot: mean time per token after the first; 0 for responses of one token.
         tokens_per_s: output tokens per second.
-        joules_per_s: of all chips of the server.
+        joules_per_s: energy per second of all chips of the server.
         decoding: mean number of sequences that decode at a time.
     """
 
@@ -50,10 +50,12 @@ class Estimate:
 def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrency: int) -> Estimate:
     """The Estimate of a server with `concurrency` requests open, each of `input` prompt and `output` new tokens.
 
-    A request holds one of the engine's sequences while its prompt is computed and while it decodes. Steps with prompts
-    take longer than steps that only decode, or with `s.mixed` False decode nothing. As many prompts start as responses
-    end, which gives the fraction of steps with prompts. If prompts need more than every step, fewer sequences decode.
-    Other requests wait, by Little's law. Raises ValueError if not one request fits the K/V cache.
+    times, s: step times and settings of the server. Raises ValueError if not one request fits the K/V cache.
+
+    The model: a request holds one of the engine's sequences while its prompt is computed and while it decodes. Steps
+    with prompts take longer than steps that only decode; with `s.mixed` False they decode nothing. As many prompts
+    start as responses end, which gives the fraction of steps with prompts. If prompts need more than every step, fewer
+    sequences decode. The other requests wait, by Little's law.
     """
     slots = min(concurrency, s.max_sequences, s.kv_tokens // (input + output))
     if slots < 1:
@@ -63,7 +65,7 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
     decoding = float(slots)
     for _ in range(ROUNDS):
         n = max(1, round(decoding))
-        overhead = s.step_s + s.sequence_s * n
+        overhead = s.step_s + s.sequence_s * n / copies
         plain, plain_j = times.cost(n, context) if output > 1 else (0.0, 0.0)
         budget = max(1, s.max_batch_tokens - (-(-n // copies) if s.mixed and output > 1 else 0)) * copies
         wanted = n * input / rounds  # prompt tokens for each step that decodes
@@ -83,7 +85,7 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
             parts = cut / together
         prompts = sum(m for *_, m in chunks)
         mixed, mixed_j = times.cost(n if s.mixed and output > 1 else 0, context, chunks)
-        mixed_s, plain_s = mixed + overhead + s.sequence_s * prompts, plain + overhead
+        mixed_s, plain_s = mixed + overhead + s.sequence_s * prompts / copies, plain + overhead
         share = n * parts / rounds  # steps with prompts for each step that decodes
         if s.mixed and output > 1:
             limit = rounds / parts  # sequences that decode if every step has prompts
@@ -166,14 +168,14 @@ class Design:
 
 @dataclass(frozen=True)
 class Question:
-    """What a search for designs is asked: the model, its load, the limits, and the engine's overheads.
+    """The question of a search for designs: the model, its load, the limits, and the engine's overheads.
 
     Attributes:
         program: the whole model.
-        formats: of weights, K/V and activations.
+        formats: number formats of weights, K/V and activations.
         input: prompt tokens of a request.
         output: new tokens of a request.
-        limits: of the mean latencies.
+        limits: largest acceptable mean latencies.
         memory_share: fraction of a chip's HBM that may be filled.
         max_sequences: most sequences of a server that run at once.
         settings: overheads of the engine; its sizes are set for each design.
@@ -199,7 +201,14 @@ class Question:
 
 
 class Candidate:
-    """One chip and placement for a question, with the step times of one server."""
+    """One chip and placement for a question.
+
+    Attributes:
+        question: the load and its limits.
+        server: one server of the placement, compiled.
+        on: chip and kernel library.
+        times: the server's StepTimes.
+    """
 
     def __init__(self, question: Question, server: Server, on: Target) -> None:
         self.question, self.server, self.on = question, server, on
@@ -214,7 +223,8 @@ class Candidate:
     def design(self, concurrency: int, settings: QueueSettings, seen: Estimate, confirmed: bool) -> Design:
         """The Design of all replicas, from the figures `seen` of one server.
 
-        concurrency: requests open on one server. confirmed: the figures are those of the queue, not of estimate().
+        concurrency: requests open on one server. confirmed: True if the figures are those of the queue, not of
+        estimate().
         """
         p, q = self.server.placement, self.question
         held = min(settings.kv_tokens, concurrency * (q.input + q.output / 2)) / p.copies
@@ -238,7 +248,7 @@ class Candidate:
         """The Design by the simulated queue of one server.
 
         concurrency: requests open on it. budget: most tokens of a step. turns: requests served, for each that is open.
-        Raises ValueError if a request does not fit the K/V cache.
+        Raises ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
         """
         q, settings = self.question, self.settings(budget)
         if q.input + q.output > settings.kv_tokens:
@@ -264,9 +274,9 @@ class Candidate:
     def largest(self, budget: int, most: int) -> Design | None:
         """The estimated Design with the largest load that keeps the limits; None if one open request alone breaks them.
 
-        budget: most tokens of a step. most: requests open at once, at most. Found by doubling and bisection, since
+        budget: most tokens of a step. most: most requests open at once. Found by doubling and bisection, since
         latencies grow with the load. The search stops where more requests add less than 1 % to the rate, since they
-        only wait.
+        only wait. Raises ValueError if not one request fits the K/V cache, ChipError if no K/V block fits.
         """
         best, low, high = None, 0, 1
         while high <= most:
@@ -325,11 +335,13 @@ def find(
     those that break a limit in the queue.
 
     Args:
-        asked: the candidates; one that keeps the limits with no load is left out.
+        asked: the candidates; one that breaks a limit under every load is left out.
         budgets: most tokens of a step, to try.
         by: what is maximised: "watt", output tokens per second per watt, or "chip", per chip.
         keep: how many of the best estimates are confirmed, see confirm().
         progress: called before each candidate.
+
+    Raises ValueError if a request does not fit a K/V cache.
     """
     value: Callable[[Design], float] = lambda d: d.per_watt if by == "watt" else d.per_chip  # noqa: E731
     best: list[tuple[Design, Candidate]] = []
@@ -360,7 +372,7 @@ def confirm(one: Candidate, design: Design) -> Design:
     """The Design of `one` by the simulated queue, with the load of `design`, or less until the limits are kept.
 
     There are up to 12 tries, each with 10 % fewer requests open than the one before. The last is returned even if it
-    breaks a limit.
+    breaks a limit. Raises ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
     """
     concurrency = design.concurrency // design.placement.replicas
     for _ in range(12):

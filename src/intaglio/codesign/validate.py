@@ -8,6 +8,7 @@ calls; intaglio.silicon models their times.
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ import numpy as np
 from intaglio import formats
 from intaglio.chips import CHIPS, Target, target
 from intaglio.codesign.conditions import conditions
+from intaglio.codesign.regime import REGIMES, Call
 from intaglio.progress import Progress, counted, silent
 from intaglio.silicon.kernels.attend import attend_timing
 from intaglio.silicon.kernels.collectives import collective_timing
 from intaglio.silicon.kernels.experts import elementwise_seconds, experts_timing
 from intaglio.silicon.kernels.kv_write import Heads, kv_write_timing
 from intaglio.silicon.kernels.product import linear_timing
+from intaglio.silicon.timing import Timing
 
 Row = Mapping[str, str]
 FORMAT = {"bfloat16": "bf16", "float16": "f16", "fp8": "e4m3", "int8": "int8"}
@@ -31,6 +34,7 @@ COLLECTIVE = {"alltoall": "all_to_all"}
 QUANTISE_LAUNCHES = 3  # kernels before an FP8 product: find the largest value, compute the scale, round
 QUANTISE_BYTES = 8.0  # bytes that they move for each value of a bf16 activation
 QUANTISE_HELD = 4.0  # bytes of the L2 that a value takes meanwhile: bf16, the 8-bit result, and lines of other data
+TAIL_ROWS = 20  # of so many rows, the one with the largest error counts among the causes of errors
 UNGATED = ((2688, 1856), (1024, 2688), (2048, 5120))  # (hidden, inner) of Nemotron 3's experts: relu2, no gate
 
 
@@ -39,43 +43,55 @@ def integers(row: Row, *names: str) -> list[int]:
     return [int(row[name]) for name in names]
 
 
-def matmul(on: Target, row: Row) -> float:
-    """Modelled seconds of the matrix product that a row describes.
+def matmul(on: Target, row: Row) -> Timing:
+    """The Timing of the matrix product that a row describes.
 
-    With 8-bit weights it includes the kernels that quantise bf16 activations.
+    With 8-bit weights the Timing includes the kernels that quantise bf16 activations. Raises ChipError if the chip's
+    arrays do not take the row's format.
     """
     m, n, k = integers(row, "m", "n", "k")
     format = FORMAT[row["dtype"]]
     copies = conditions(on.library).weight_copies * n * k * formats.bits(format) / 8
     warm = copies <= on.chip.l2_bytes * on.library.l2_usable
-    seconds = linear_timing(on, m, n, k, format, format, resident=warm).seconds
-    if format not in ("bf16", "f16"):
-        launch = (QUANTISE_LAUNCHES - 1) * on.library.launch_s
-        seconds += launch + elementwise_seconds(on, m * k * QUANTISE_BYTES, m * k * QUANTISE_HELD)
-    return seconds
+    product = linear_timing(on, m, n, k, format, format, resident=warm)
+    if format in ("bf16", "f16"):
+        return product
+    launches = (QUANTISE_LAUNCHES - 1) * on.library.launch_s
+    seconds = elementwise_seconds(on, m * k * QUANTISE_BYTES, m * k * QUANTISE_HELD)
+    return product + Timing(launches + seconds, {"L2": seconds - on.library.launch_s})
 
 
-def attention(on: Target, row: Row) -> float:
-    """Modelled seconds of the attention call that a row describes, with the write of its keys and values."""
+def attention(on: Target, row: Row) -> Timing:
+    """The Timing of the attention call that a row describes, with the write of its keys and values.
+
+    Raises ChipError if the chip's arrays do not take the row's format.
+    """
     batch, q, before, heads, kv, d, window = integers(
         row, "batch", "query_len", "context_len", "n_heads", "n_kv_heads", "head_dim", "window"
     )
     h = Heads(heads, kv, d, d, window, 8 if row["kv_dtype"] == "fp8" else 16)
     tokens = batch * q
-    first = kv_write_timing(on, tokens, h).seconds + tokens * (2 * heads + 2 * kv) * d * 2 / on.chip.hbm_rate
     how = conditions(on.library)
-    rest = (how.attention_launches - 2) * on.library.launch_s
-    return first + rest + attend_timing(on, h, ((q, before + q, batch),), how.warm_cache).seconds
+    rotated = tokens * (2 * heads + 2 * kv) * d * 2.0
+    moved_s = rotated / on.chip.hbm_rate
+    rest = Timing((how.attention_launches - 2) * on.library.launch_s + moved_s, {"HBM": moved_s}, rotated, rotated)
+    return attend_timing(on, h, ((q, before + q, batch),), how.warm_cache) + kv_write_timing(on, tokens, h) + rest
 
 
-def collective(on: Target, row: Row) -> float:
-    """Modelled seconds of the collective that a row describes."""
+def collective(on: Target, row: Row) -> Timing:
+    """The Timing of the collective that a row describes.
+
+    Raises ChipError if the chip cannot run it.
+    """
     n, moved = integers(row, "n_chips", "bytes")
-    return collective_timing(on, COLLECTIVE.get(row["op"], row["op"]), n, moved).seconds
+    return collective_timing(on, COLLECTIVE.get(row["op"], row["op"]), n, moved)
 
 
-def experts(on: Target, row: Row) -> float:
-    """Modelled seconds of the layer of routed experts that a row describes, on the rank with the most rows."""
+def experts(on: Target, row: Row) -> Timing:
+    """The Timing of the layer of routed experts that a row describes, on the rank with the most rows.
+
+    Raises ChipError if the chip's arrays do not take the row's format.
+    """
     tokens, hidden, inner, top_k, n, tp, ep = integers(
         row, "tokens", "hidden", "intermediate", "top_k", "n_experts", "tp", "ep"
     )
@@ -87,21 +103,21 @@ def experts(on: Target, row: Row) -> float:
     kernel = how.expert_kernels.get(row["dtype"], "")
     kernel = kernel if any(r.kernel == kernel for r in on.library.kernels) else ""  # another library on the chip
     layer = on, tokens, top_k, counts, n, hidden, inner, format, format
-    return experts_timing(*layer, gated=gated, kernel=kernel).seconds
+    return experts_timing(*layer, gated=gated, kernel=kernel)
 
 
 def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: bool) -> tuple[int, ...]:
     """Number of rows of each expert on the most loaded of `ep` ranks, as a tuple.
 
     Args:
-        tokens: in the batch; tokens * top_k rows are routed.
-        top_k: experts of each token.
-        n: experts on all ranks.
-        ep: ranks that share the experts.
+        tokens: number of tokens in the batch; tokens * top_k rows are routed.
+        top_k: number of experts of each token.
+        n: number of experts on all ranks.
+        ep: number of ranks that share the experts.
         load: "balanced", or "power_law_A": proportional to quantiles of a power law with exponent A, between 1 and 0.8
             * tokens, as in the benchmark.
-        in_order: rows left over by rounding go to the experts with the most rows, the first of equal ones (the older
-            benchmark); False: to those with the largest exact share.
+        in_order: True if rows left over by rounding go to the experts with the most rows, the first of equal ones (the
+            older benchmark); False: to those with the largest exact share.
     """
     total = tokens * top_k
     if load == "balanced":
@@ -127,7 +143,7 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
 
 
 SERVING = "serving.csv"  # of measured servers, beside the tables of kernels
-TABLES: dict[str, Callable[[Target, Row], float]] = {
+TABLES: dict[str, Callable[[Target, Row], Timing]] = {
     "matmul": matmul,
     "attention_prefill": attention,
     "attention_decode": attention,
@@ -137,17 +153,62 @@ TABLES: dict[str, Callable[[Target, Row], float]] = {
 
 
 @dataclass(frozen=True)
-class Record:
-    """Errors 100 * (predicted - measured) / measured of one chip, table and number format, in per cent."""
+class Errors:
+    """Errors 100 * (predicted - measured) / measured of some rows, in per cent.
 
-    chip: str
-    table: str
-    dtype: str
+    Attributes:
+        rows: number of rows.
+        median: median of the absolute errors.
+        mean: mean of the absolute errors.
+        bias: mean of the signed errors.
+    """
+
     rows: int
     median: float  # of the absolute errors
     mean: float  # of the absolute errors
     bias: float  # mean of the signed errors
-    worst: tuple[tuple[str, float, float], ...]  # (row in words, measured us, predicted us)
+
+    @classmethod
+    def of(cls, predicted: np.ndarray, us: np.ndarray) -> Errors:
+        """The Errors of rows with these predicted and measured microseconds, both arrays [rows]."""
+        error = (predicted / us - 1) * 100
+        size = np.abs(error)
+        return cls(len(us), float(np.median(size)), float(size.mean()), float(error.mean()))
+
+
+@dataclass(frozen=True)
+class Worst:
+    """A row with a large error.
+
+    Attributes:
+        words: the call.
+        us: measured microseconds.
+        predicted: modelled microseconds.
+        reason: the cause of the error, in words.
+    """
+
+    words: str
+    us: float
+    predicted: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Record(Errors):
+    """The Errors of one chip, table (or kernel) and number format.
+
+    Attributes:
+        regimes: the Errors of the rows in each regime of the model, see regime.REGIMES; none for a regime without rows.
+        causes: number of rows by cause (see regime.CAUSES), among the twentieth with the largest errors.
+        worst: the rows with the largest errors, the largest first.
+    """
+
+    chip: str
+    table: str
+    dtype: str
+    regimes: Mapping[str, Errors]
+    causes: Mapping[str, int]
+    worst: tuple[Worst, ...]
 
 
 def tables(folder: Path) -> dict[tuple[str, str], list[dict[str, str]]]:
@@ -176,8 +237,11 @@ def dtype_of(row: Row) -> str:
 
 
 def predict(on: Target, table: str, rows: Iterable[Row]) -> np.ndarray:
-    """Modelled microseconds of each row of a table, as an array [rows]."""
-    return np.array([TABLES[table](on, row) for row in rows]) * 1e6
+    """Modelled microseconds of each row of a table, as an array [rows]. table: its name, a key of TABLES.
+
+    Raises ChipError if the chip cannot run a row's call.
+    """
+    return np.array([TABLES[table](on, row).seconds for row in rows]) * 1e6
 
 
 def measured(rows: Sequence[Row]) -> np.ndarray:
@@ -197,7 +261,8 @@ def validate(
         worst: how many rows with the largest errors a Record lists.
         progress: called before each table.
 
-    Raises ValueError as tables() does.
+    Raises ValueError for an unknown chip or table, and if the folder has no such file; ChipError if a chip cannot run a
+    row's call.
     """
     out = []
     progress(0, 0, f"reading {folder}")
@@ -208,22 +273,36 @@ def validate(
                 if dtype_of(r) == dtype and split in (None, r.get("split")) and float(r["us"]) >= min_us
             ]  # fmt: skip
             if mine:
-                out.append(record(name, table, dtype, mine, predict(target(name), table, mine), worst))
+                out.append(record(target(name), table, dtype, mine, worst))
     return out
 
 
-def record(name: str, table: str, dtype: str, rows: Sequence[Row], predicted: np.ndarray, worst: int) -> Record:
-    """The Record of `rows`, which lists the `worst` rows with the largest errors.
+def calls(on: Target, table: str, rows: Iterable[Row]) -> list[Call]:
+    """The modelled Calls of the rows of a table, as a list. A collective's barrier counts as its launch."""
+    without = on.with_library(launch_s=0.0, barrier_s=0.0)
+    out = []
+    for row in rows:
+        timing = TABLES[table](on, row)
+        out.append(Call(on, timing, max(0.0, timing.seconds - TABLES[table](without, row).seconds)))
+    return out
 
-    name: of the chip. predicted: microseconds, one for each of `rows`.
+
+def record(on: Target, table: str, dtype: str, rows: Sequence[Row], worst: int, name: str = "") -> Record:
+    """The Record of `rows` of a table on a chip, which lists the `worst` rows with the largest errors.
+
+    name: of the Record's table; "": `table`. Raises ChipError if the chip cannot run a row's call.
     """
-    us = measured(rows)
-    error = (predicted / us - 1) * 100
-    far = np.argsort(-np.abs(error))[:worst]
-    size = np.abs(error)
+    us, found = measured(rows), calls(on, table, rows)
+    predicted = np.array([c.timing.seconds for c in found]) * 1e6
+    far = np.argsort(-np.abs(predicted / us - 1))
+    regimes = np.array([c.regime for c in found])
     return Record(
-        name, table, dtype, len(rows), float(np.median(size)), float(size.mean()), float(error.mean()),
-        tuple((words(rows[i]), float(us[i]), float(predicted[i])) for i in far),
+        **vars(Errors.of(predicted, us)), chip=on.chip.name, table=name or table, dtype=dtype,
+        regimes={r: Errors.of(predicted[regimes == r], us[regimes == r]) for r in REGIMES if r in regimes},
+        causes=Counter(found[i].cause(us[i] * 1e-6) for i in far[: -(-len(rows) // TAIL_ROWS)]),
+        worst=tuple(
+            Worst(words(rows[i]), float(us[i]), float(predicted[i]), found[i].reason(us[i] * 1e-6)) for i in far[:worst]
+        ),
     )  # fmt: skip
 
 
@@ -232,11 +311,22 @@ def words(row: Row) -> str:
     return " ".join(f"{k}={v}" for k, v in row.items() if k not in ("us", "split", "dtype", "kv_dtype"))
 
 
+def errors_as_dict(e: Errors) -> dict[str, Any]:
+    """A dict for JSON of Errors, rounded to three decimals."""
+    return {
+        "rows": e.rows, "median_abs_error_pct": round(e.median, 3), "mean_abs_error_pct": round(e.mean, 3),
+        "bias_pct": round(e.bias, 3),
+    }  # fmt: skip
+
+
 def as_dict(r: Record) -> dict[str, Any]:
     """A dict for JSON of a Record's fields, with errors and predicted times rounded to three decimals."""
     return {
-        "chip": r.chip, "table": r.table, "dtype": r.dtype, "rows": r.rows,
-        "median_abs_error_pct": round(r.median, 3), "mean_abs_error_pct": round(r.mean, 3),
-        "bias_pct": round(r.bias, 3),
-        "worst": [{"row": w, "measured_us": m, "predicted_us": round(p, 3)} for w, m, p in r.worst],
+        "chip": r.chip, "table": r.table, "dtype": r.dtype, **errors_as_dict(r),
+        "regimes": {name: errors_as_dict(e) for name, e in r.regimes.items()},
+        "causes": dict(r.causes),
+        "worst": [
+            {"row": w.words, "measured_us": w.us, "predicted_us": round(w.predicted, 3), "reason": w.reason}
+            for w in r.worst
+        ],
     }  # fmt: skip

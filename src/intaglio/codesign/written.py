@@ -87,7 +87,7 @@ def reasons_text(changed: dict[str, Any], why: str) -> list[str]:
 
 
 def new_files(folder: Path, name: str) -> tuple[Path, Path]:
-    """The paths of the chip's and the library's file, folder/NAME.toml and folder/NAME_library.toml, to be written.
+    """(path of the chip's file, path of the library's file): folder/NAME.toml and folder/NAME_library.toml.
 
     Raises ChipError if one of them exists.
     """
@@ -99,7 +99,7 @@ def new_files(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def write(files: tuple[Path, Path], new: Target, old: Target, base: str, library_base: str, why: str) -> None:
-    """Write the chip's and the library's file: what differs between the targets `new` and `old`.
+    """Write the chip's and the library's file, with the values in which the target `new` differs from `old`.
 
     files: their paths, see new_files(). base, library_base: names or files of the chip and library that `old` is of.
     why: the reason that the files give for each value.

@@ -12,14 +12,14 @@ from intaglio.collectives.schedule import Schedule, ScheduleError, Slot
 def execute(
     s: Schedule, inputs: Sequence[Mapping[int, np.ndarray]], order: Iterable[int] | None = None
 ) -> list[dict[int, np.ndarray]]:
-    """Execute a schedule. Returns a list with one dict per rank, {chunk number: array}, of Schedule.outputs().
+    """Execute a schedule. Returns a list of dicts, one per rank: {chunk number: array} for Schedule.outputs(rank).
 
     Sums keep the arrays' dtype.
 
     Args:
         s: the schedule.
-        inputs: one such dict per rank, of Schedule.inputs().
-        order: indices of all steps in execution order, by default schedule order; the result does not depend on it.
+        inputs: one dict per rank: {chunk number: array} for Schedule.inputs(rank).
+        order: indices of all steps in execution order; None: schedule order. The result does not depend on it.
 
     Raises ScheduleError for inputs with other chunks, a step that runs before one it depends on, and a malformed step.
     """
@@ -68,14 +68,17 @@ def join(chunks: Mapping[int, np.ndarray]) -> np.ndarray:
 
 
 def all_reduce(s: Schedule, x: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Run an all_reduce schedule on one array per rank, all of one shape. Returns a list: the sum, once per rank."""
+    """Run an all_reduce schedule on one array per rank, all of one shape. Returns a list: the sum, once per rank.
+
+    Raises ScheduleError for a malformed schedule.
+    """
     return [join(got) for got in execute(s, [dict(enumerate(cut(a, s.chunks))) for a in x])]
 
 
 def reduce_scatter(s: Schedule, x: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
     """Run a reduce_scatter schedule on arrays x[sender][receiver]. Returns a list: each receiver's sum over senders.
 
-    The arrays for one receiver have one shape.
+    The arrays for one receiver have one shape. Raises ScheduleError for a malformed schedule.
     """
     each = s.chunks // s.ranks
     inputs = [{r * each + i: c for r, part in enumerate(row) for i, c in enumerate(cut(part, each))} for row in x]
@@ -83,7 +86,10 @@ def reduce_scatter(s: Schedule, x: Sequence[Sequence[np.ndarray]]) -> list[np.nd
 
 
 def all_gather(s: Schedule, x: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-    """Run an all_gather schedule on one array per rank, of any shapes. Returns y[rank], a list of all arrays."""
+    """Run an all_gather schedule on one array per rank, of any shapes. Returns a list: for each rank, all arrays.
+
+    Raises ScheduleError for a malformed schedule.
+    """
     each = s.chunks // s.ranks
     inputs = [{r * each + i: c for i, c in enumerate(cut(part, each))} for r, part in enumerate(x)]
     runs = [range(r * each, (r + 1) * each) for r in range(s.ranks)]
@@ -91,7 +97,10 @@ def all_gather(s: Schedule, x: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 
 
 def all_to_all(s: Schedule, x: Sequence[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
-    """Run an all_to_all schedule on arrays x[sender][receiver] of any shapes. Returns y[receiver][sender]."""
+    """Run an all_to_all schedule on arrays x[sender][receiver] of any shapes. Returns lists y[receiver][sender].
+
+    Raises ScheduleError for a malformed schedule.
+    """
     each, n = s.chunks // s.ranks**2, s.ranks
     first = [[(sender * n + receiver) * each for receiver in range(n)] for sender in range(n)]
     inputs = [

@@ -96,19 +96,28 @@ class Topology:
 
 
 def _links(pairs: Iterable[tuple[int, int]], bandwidth: float, latency: float) -> tuple[Link, ...]:
-    """A tuple of Links, one in each direction, for each distinct pair of ranks or switches."""
+    """A tuple of Links, one in each direction, for each distinct pair of ranks or switches.
+
+    bandwidth: bytes per second. latency: seconds.
+    """
     ends = dict.fromkeys(end for a, b in pairs for end in ((a, b), (b, a)))
     return tuple(Link(a, b, bandwidth, latency) for a, b in ends)
 
 
 def ring(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A ring topology: each rank linked to the next, the last to the first. bandwidth: bytes/s. latency: seconds."""
+    """A ring topology: each rank linked to the next, the last to the first.
+
+    bandwidth: bytes/s of one link. latency: seconds. Raises TopologyError unless bandwidth > 0 and latency >= 0.
+    """
     pairs = [(i, (i + 1) % ranks) for i in range(ranks if ranks > 2 else ranks - 1)]
     return Topology(f"ring({ranks})", ranks, _links(pairs, bandwidth, latency))
 
 
 def full(ranks: int, bandwidth: float, latency: float) -> Topology:
-    """A fully connected topology: a link between any two ranks. bandwidth: bytes/s of one link. latency: seconds."""
+    """A fully connected topology: a link between any two ranks.
+
+    bandwidth: bytes/s of one link. latency: seconds. Raises TopologyError unless bandwidth > 0 and latency >= 0.
+    """
     pairs = [(i, j) for i in range(ranks) for j in range(i)]
     return Topology(f"full({ranks})", ranks, _links(pairs, bandwidth, latency))
 
@@ -116,7 +125,7 @@ def full(ranks: int, bandwidth: float, latency: float) -> Topology:
 def bipartite(ranks: int, bandwidth: float, latency: float) -> Topology:
     """A complete bipartite topology: each rank of the first half linked to each rank of the second half.
 
-    bandwidth: bytes/s of one link. latency: seconds.
+    bandwidth: bytes/s of one link. latency: seconds. Raises TopologyError unless bandwidth > 0 and latency >= 0.
     """
     half = ranks // 2
     pairs = [(i, j) for i in range(half) for j in range(half, ranks)]
@@ -126,7 +135,7 @@ def bipartite(ranks: int, bandwidth: float, latency: float) -> Topology:
 def torus(rows: int, columns: int, bandwidth: float, latency: float) -> Topology:
     """A 2-D torus topology: a grid with wrap-around links. The rank at (row, column) is row * columns + column.
 
-    bandwidth: bytes/s of one link. latency: seconds.
+    bandwidth: bytes/s of one link. latency: seconds. Raises TopologyError unless bandwidth > 0 and latency >= 0.
     """
     at = [[i * columns + j for j in range(columns)] for i in range(rows)]
     across = [(at[i][j], at[i][(j + 1) % columns]) for i in range(rows) for j in range(columns if columns > 1 else 0)]
@@ -137,7 +146,8 @@ def torus(rows: int, columns: int, bandwidth: float, latency: float) -> Topology
 def switch(ranks: int, bandwidth: float, latency: float) -> Topology:
     """A topology with one non-blocking switch and one port per rank.
 
-    latency: seconds from rank to rank. bandwidth: bytes/s of one port.
+    bandwidth: bytes/s of one port. latency: seconds from rank to rank. Raises TopologyError unless bandwidth > 0 and
+    latency >= 0.
     """
     return Topology(f"switch({ranks})", ranks, _links([(i, ranks) for i in range(ranks)], bandwidth, latency / 2))
 
@@ -146,7 +156,8 @@ def nodes(count: int, ranks: int, inside: tuple[float, float], across: tuple[flo
     """A topology of `count` nodes with `ranks` ranks each, which two kinds of switches connect.
 
     Each node has a switch of its own, and every rank has one port to a switch that connects all nodes. inside,
-    across: (bandwidth in bytes/s, latency in seconds from rank to rank) in a node and between nodes.
+    across: (bandwidth in bytes/s, latency in seconds from rank to rank) in a node and between nodes. Raises
+    TopologyError unless bandwidths > 0 and latencies >= 0.
     """
     total = count * ranks
     local = _links([(i, total + 1 + i // ranks) for i in range(total)], inside[0], inside[1] / 2)

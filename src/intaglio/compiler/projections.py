@@ -52,7 +52,7 @@ def _merge(group: Sequence[Linear], tensors: dict[str, Tensor], sites: set[str])
     """The linear that replaces the linears of `group`. Updates `tensors`.
 
     In `tensors`, one joined weight (and bias) replaces those of the group, and the old results become views of the new
-    one. sites: of all ops, which the new site must differ from.
+    one. sites: sites of all ops, from which the new site must differ.
     """
     first = group[0]
     leaves = {op.site.rpartition(".")[2]: op for op in group}
@@ -91,9 +91,9 @@ def _join(tensors: dict[str, Tensor], parts: Sequence[str], place: str, name: st
 
 
 def _joint(block: str, leaves: Sequence[str], taken: set[str]) -> str:
-    """A site for merged linears, such as BLOCK.qkv_proj for q_proj, k_proj and v_proj; none of `taken`.
+    """A site for merged linears, such as BLOCK.qkv_proj for q_proj, k_proj and v_proj.
 
-    leaves: last parts of the linears' sites.
+    leaves: last parts of the linears' sites. taken: names that the site, its weight and its bias must differ from.
     """
     stems = [leaf.removesuffix("_proj") for leaf in leaves]
     tail = "_proj" if all(leaf.endswith("_proj") for leaf in leaves) else ""

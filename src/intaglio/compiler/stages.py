@@ -47,8 +47,8 @@ def stage_of(p: Program, stages: int) -> list[int]:
 def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> Program:
     """The Program of one rank: the ops of stage number `stage` in the Program `p` of lane number `lane`.
 
-    A result that another stage reads is sent there, and received here if it comes from another stage. wire: format to
-    which values are rounded before they are sent.
+    Results that other stages read are sent there, and results that come from other stages are received. wire: format to
+    which values are rounded before they are sent. Raises LayoutError if a stage would have no layers.
     """
     at = stage_of(p, layout.pp)
     maker = {name: at[i] for i, op in enumerate(p.ops) for name in op.outputs}
@@ -86,7 +86,7 @@ def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> 
 
 
 def _moved(op: Op, layout: Layout, stage: int) -> Op:
-    """The op; in a collective of a group of lanes, the lanes' numbers are replaced by their ranks in stage `stage`."""
+    """The op for stage number `stage`: in a collective, the numbers of lanes in `group` become the stage's ranks."""
     if isinstance(op, Grouped):
         return replace(op, group=tuple(layout.rank(stage, lane) for lane in op.group))
     return op

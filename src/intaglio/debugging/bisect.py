@@ -44,11 +44,12 @@ def bisect(
     Args:
         path: the checkpoint.
         runs: two runs, each a text "device" or "device:weights".
-        seed: of the tokens.
+        seed: seed of the random token ids.
         programs: the Programs of the two runs; None: the checkpoint is compiled for each.
         progress: called before each run.
 
-    Raises CheckError unless there are two runs with known devices.
+    Raises CheckError unless there are two runs with known devices, CheckpointError or PortError if the checkpoint
+    cannot be loaded, and FormatError for an unknown format of weights.
     """
     if len(runs) != 2:
         raise CheckError(f"bisect takes two runs, such as reference,host:int8; got {','.join(runs)!r}")

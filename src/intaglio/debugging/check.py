@@ -128,7 +128,7 @@ class Report:
 def reference_model(path: str | Path, dtype: str = "float32") -> Any:
     """The transformers model of a checkpoint, with eager attention, ready for inference. dtype: name of a torch type.
 
-    Raises CheckError if torch or transformers is missing.
+    Raises CheckError if torch or transformers is missing, and the errors of transformers if it cannot load the model.
     """
     try:
         import torch
@@ -166,16 +166,18 @@ def check(
 ) -> Report:
     """Compare a checkpoint's Program on a device with transformers, on one prompt. Returns the Report.
 
-    A site's tolerance is 8 * eps * sqrt(K) * sqrt(n) with eps = 2^-23, K the longest sum so far (one rounding error of
-    random sign per term) and n the number of ops so far (whose errors add up likewise). Raises CheckError if torch or
-    transformers is missing.
+    A site's tolerance is 8 * eps * sqrt(K) * sqrt(n) with eps = 2^-23. K is the length of the longest sum so far: each
+    term adds a rounding error of random sign. n is the number of ops so far, whose errors add up likewise.
+
+    Raises CheckError if torch or transformers is missing, CheckpointError or PortError if the checkpoint cannot be
+    loaded, and DeviceError for an unknown device.
 
     Args:
         path: the checkpoint.
         device: device to check.
         tokens: token ids of the prompt, or the number of random token ids.
-        seed: of the random token ids.
-        program: by default the one that the checkpoint's port makes.
+        seed: seed of the random token ids.
+        program: the Program to check; None: the one that the checkpoint's port makes.
         progress: called before each stage.
     """
     checkpoint = Checkpoint.open(path)
@@ -334,14 +336,17 @@ def observe(model: Any, p: Program, tokens: list[int]) -> tuple[dict[str, np.nda
 
 
 def _tensor_of(module: Any, out: Any) -> Any:
-    """The part of a module's output that is compared: of a tuple the first item, for Llama 4's router the second."""
+    """The part of a module's output that is compared: of a tuple the first item, or Llama 4's router's second one."""
     if not isinstance(out, tuple):
         return out
     return out[1] if type(module).__name__ == "Llama4Router" else out[0]
 
 
 def module_of(model: Any, p: Program, op: Op) -> Any:
-    """The transformers module that holds the weight of `op` (for experts, that of all experts); None without one."""
+    """The transformers module that holds the weight of `op`; None if there is none.
+
+    For the op experts it is the module of all experts.
+    """
     if op.site == "lm_head":
         return model.get_output_embeddings()
     weight = op.weight if isinstance(op, Norm) else op.w if isinstance(op, Linear | Embed) else None

@@ -31,7 +31,7 @@ def _layer(site: str) -> str:
 
 
 def _joined(p: Program, values: dict[str, Value], chain: list[Op]) -> Iterator[Variant]:
-    """Variants for q, k and v that a checkpoint joins in one matrix: by head, or one after another."""
+    """Yield a Variant for each way in which a checkpoint may join q, k and v: by head, or one after another."""
     for attend in (op for op in p.ops if isinstance(op, Attend)):
         heads, kv_heads = attend.heads, int(p.tensors[attend.k_cache].shape[2])
         own = [op for op in p.ops if isinstance(op, Linear) and _layer(op.site) == _layer(attend.site)]
@@ -62,7 +62,10 @@ def _fit(parts: list[np.ndarray], heads: int, kv_heads: int) -> bool:
 
 
 def _by_head(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarray]:
-    """q, k and v of a matrix in which each K/V head follows its query heads, given the matrix cut in three runs."""
+    """A list of q, k and v of a matrix in which each K/V head follows its query heads.
+
+    parts: the matrix, cut into three runs. share: query heads of each K/V head. groups: K/V heads.
+    """
     whole = np.concatenate(parts)
     each = whole.reshape(groups, share + 2, -1, *whole.shape[1:])
     cut = (each[:, :share], each[:, share], each[:, share + 1])
@@ -70,14 +73,17 @@ def _by_head(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarra
 
 
 def _in_turn(parts: list[np.ndarray], share: int, groups: int) -> list[np.ndarray]:
-    """q, k and v of a matrix that holds them one after another, given the heads that were cut from it by head."""
+    """A list of q, k and v of a matrix that holds them one after another.
+
+    parts: q, k and v as they were cut from the matrix by head. share: query heads of each K/V head. groups: K/V heads.
+    """
     d, rest = len(parts[1]) // groups, parts[0].shape[1:]
     each = [x.reshape(groups, n, d, *rest) for x, n in zip(parts, (share, 1, 1), strict=True)]
     return np.split(np.concatenate(each, axis=1).reshape(-1, *rest), np.cumsum([len(x) for x in parts])[:2])
 
 
 def _residual(p: Program, chain: list[Op]) -> Iterator[Variant]:
-    """Variants for a norm that reads the layer's sum with attention in place of its input, or the other way round."""
+    """Yield a Variant for each op that reads the layer's input in place of its sum with attention, or vice versa."""
     sums: Mapping[str, Map] = {
         op.out: op for op in p.ops if isinstance(op, Map) and op.b and op.expr.startswith("a + b")
     }

@@ -42,7 +42,7 @@ def register_device(name: str, where: str) -> None:
 def open_device(name: str, **options: object) -> Device:
     """Create and return the Device registered under `name`; `options` are arguments of its class.
 
-    Raises DeviceError if no device has that name.
+    Raises DeviceError if no device has that name, PluginError if a plugin fails to load, and the errors of the class.
     """
     load_plugins()
     if name not in DEVICES:

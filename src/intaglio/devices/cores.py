@@ -40,7 +40,11 @@ def cpu_limit(membership: str, root: Path) -> float:
 
 
 def _groups(membership: str, root: Path) -> Iterator[Path]:
-    """The folders of the groups that may limit the CPU, and of those above them."""
+    """Yield the folders of the groups that may limit the CPU, and of the groups above them.
+
+    membership: the text of /proc/PID/cgroup. root: where the control groups are mounted. Folders that do not exist are
+    yielded too.
+    """
     for line in membership.splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")

@@ -64,8 +64,8 @@ class StateSpec:
         page_tokens: tokens per page (the symbolic dim B).
         slots: slots of recurrent state (the symbolic dim N), two for each sequence that runs at once; 0 for a model
             without recurrent state.
-        window_pages: pages of the caches that are read only by layers with a window or chunk (`Program.windows`), whose
-            blocks are given back when no query sees them any more; 0: these caches have `pages` pages like all others.
+        window_pages: pages of the caches that only layers with a window or chunk read (`Program.windows`). Blocks of
+            these caches are given back when no query sees them any more. 0: these caches have `pages` pages too.
         window: the longest of these windows in tokens; 0 if window_pages is 0.
     """
 
@@ -101,13 +101,13 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class StepRequest:
-    """What an executable should run and return in one step.
+    """A request to an executable: the batch of one step, and the values to return.
 
     Attributes:
         batch: the arrays of the step.
-        logits: whether to return logits f32 [R, vocabulary].
+        logits: True to return logits f32 [R, vocabulary].
         taps: the sites whose first result is returned.
-        timed: whether to return seconds by site.
+        timed: True to return seconds by site.
     """
 
     batch: Batch
@@ -126,7 +126,7 @@ class StepResult:
         logits: f32 [R, vocabulary] if requested, else None.
         taps: the tapped tensors by site.
         timings: seconds by site if requested, else empty.
-        rank_timings: of a mesh, if requested: seconds by site, a mapping for each rank; else ().
+        rank_timings: seconds by site for each rank of a mesh, if requested; else ().
     """
 
     tokens: np.ndarray
@@ -181,8 +181,8 @@ class CompletedStep:
 class Executable(ABC):
     """A Program loaded on a device, with packed weights and K/V cache. Steps run in the order of their launches.
 
-    `depth`: number of steps to keep under way, the stages of a pipeline. `state_kept`: the K/V cache is that of the
-    lost executable that this one replaces.
+    `depth`: number of steps to keep under way, the stages of a pipeline. `state_kept`: True if the K/V cache is that of
+    the lost executable that this one replaces.
     """
 
     program: Program
@@ -222,26 +222,31 @@ class Executable(ABC):
     def expert_loads(self) -> dict[str, ExpertLoad]:
         """The ExpertLoad of each layer with experts, by the site of its op; {} if this executable does not count.
 
-        After all steps launched so far. Raises DeviceLost.
+        All steps launched so far are counted. Raises DeviceLost if the device is lost.
         """
         return {}
 
     def load_experts(self, layers: Mapping[str, Ranks]) -> None:
-        """Start to load experts of some layers as another placement needs them, beside the steps. Returns nothing.
+        """Start to load the experts that another placement of some layers needs. Returns at once; steps go on.
 
-        layers: the experts of each rank, by site. Raises DeviceError if they do not fit or cannot be moved, DeviceLost.
+        layers: the experts of each rank, by site. Raises DeviceError if they do not fit or cannot be moved, and
+        DeviceLost if the device is lost.
         """
         raise DeviceError(f"{type(self).__name__} cannot move experts")
 
     def experts_loaded(self) -> bool:
-        """True if nothing is being loaded by load_experts().
+        """True if load_experts() has loaded everything, or was not called.
 
-        Raises DeviceError if it failed, after which the experts stay where they are, and DeviceLost.
+        Raises DeviceError if loading failed; the experts then stay where they are. Raises DeviceLost if the device is
+        lost.
         """
         return True
 
     def switch_experts(self) -> None:
-        """Use the experts that load_experts() loaded in all steps launched later. Raises DeviceLost."""
+        """In all steps launched later, use the experts that load_experts() has loaded.
+
+        Raises DeviceError if the executable cannot move experts or loading failed, DeviceLost if the device is lost.
+        """
         raise DeviceError(f"{type(self).__name__} cannot move experts")
 
     def step(self, request: StepRequest) -> StepResult:
@@ -286,7 +291,7 @@ class RankExecutable(BlockingExecutable):
         """Generator of one step that yields at each collective and returns the StepResult.
 
         It yields (collective op, this rank's input) and is resumed with this rank's output, which the caller
-        has computed from the inputs of all ranks.
+        has computed from the inputs of all ranks. Raises DeviceError for a batch that does not fit.
         """
 
     def run(self, request: StepRequest) -> StepResult:
@@ -329,8 +334,8 @@ class DeviceFacts:
 class Device(ABC):
     """Base class of devices. load() takes a Program and its weights and returns an Executable, which runs steps.
 
-    A device may pack weights, fuse ops and use threads, if results stay equal bit for bit. `name`: what open_device()
-    calls it. `clock`: the clock that times its steps, measured or modelled.
+    A device may pack weights, fuse ops and use threads, if results stay equal bit for bit. `name`: its name in
+    open_device(). `clock`: the clock that times its steps, measured or modelled.
     """
 
     name: str
@@ -353,7 +358,8 @@ class Device(ABC):
         """Load a replacement for the executable `lost`, whose device is gone. Returns the new Executable.
 
         Programs and weights are those of `lost`. The replacement's `state_kept` is True if it has the K/V cache
-        of `lost`. Raises what load() raises, and ReplacementRefused if its results would have other bits.
+        of `lost`. Raises ReplacementRefused if its results would have other bits, ProgramError for a Program that
+        breaks a rule, and DeviceError if the device cannot run it.
         """
         return self.load(program, weights, state)
 
@@ -383,9 +389,10 @@ def check_blocks(state: StateSpec, block_bytes: int, blocks: Sequence[int], cont
 
 
 def limits(program: Program, state: StateSpec) -> dict[str, int]:
-    """The limits of the values in a batch, by name: token id, position, slot, block and state slot.
+    """A dict of the limits of the values in a batch. A value must be below its limit.
 
-    A value must be below its limit. A Program without a vocabulary has the largest int32 as limit of token ids.
+    The keys are token id, position, slot, block, state slot, window slot and window block, in this order. A Program
+    without a vocabulary has the largest int32 as limit of token ids.
     """
     return {
         "token id": program.vocabulary or np.iinfo(np.int32).max,

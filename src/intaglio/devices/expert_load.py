@@ -24,7 +24,7 @@ class ExpertLoad:
     held: Ranks = ()
 
     def facts(self) -> list[object]:
-        """The load as values for JSON; of_facts() reads them."""
+        """The load as a list [tokens, held] of values for JSON; of_facts() reads it."""
         return [self.tokens.tolist(), [list(own) for own in self.held]]
 
     @classmethod
@@ -47,9 +47,9 @@ class ExpertLoad:
 
 
 def merge_loads(ranks: Sequence[Mapping[str, ExpertLoad]]) -> dict[str, ExpertLoad]:
-    """The loads that the ranks of a mesh report as those of the whole, by site.
+    """A dict {site: ExpertLoad of the whole mesh}, made from the loads that its ranks report.
 
-    All ranks of a layer count all of its tokens.
+    All ranks of a layer count all of the layer's tokens, so the counts are those of one of them.
     """
     found: dict[str, ExpertLoad] = {}
     for loads in ranks:

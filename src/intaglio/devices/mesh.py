@@ -100,7 +100,7 @@ class MeshStep:
         self.messages: dict[tuple[int, int], deque[np.ndarray]] = {}  # by (sender, receiver)
 
     def run(self) -> list[StepResult]:
-        """Run all ranks to their end and return their StepResults in order of rank.
+        """Run all ranks to their end and return a list of their StepResults in order of rank.
 
         Raises DeviceError if they deadlock.
         """

@@ -59,7 +59,10 @@ class ReferenceExecutable(RankExecutable):
         return [a for x in caches for a in (x.arrays.values() if isinstance(x, Quantised) else (x,))]
 
     def run_until_collective(self, request: StepRequest) -> CollectiveSteps:
-        """Generator of one step, op by op, that yields at each collective and returns the StepResult."""
+        """Generator of one step, op by op, that yields at each collective and returns the StepResult.
+
+        Raises DeviceError for a batch that does not fit.
+        """
         batch, taps = request.batch, request.taps
         check_batch(self.program, self.state, batch)
         v: dict[str, Value] = {**self.held, "tokens": batch.tokens, "positions": batch.positions, "rows": batch.rows}

@@ -62,7 +62,10 @@ class ChipExecutable(BlockingExecutable):
         self.loaded_bytes = self.memory.heap.top  # end of weights, constants and caches
 
     def run(self, request: StepRequest) -> StepResult:
-        """Run one step and return its StepResult. `timed` is ignored: SiliconExecutable models the time."""
+        """Run one step and return its StepResult. `timed` is ignored: SiliconExecutable models the time.
+
+        Raises DeviceError for a batch that does not fit.
+        """
         batch, taps = request.batch, request.taps
         check_batch(self.program, self.state, batch)
         memory, t = self.memory, self.program.tensors
@@ -113,7 +116,7 @@ class ModelledStep:
         return self.clock() >= self.end
 
     def result(self) -> StepResult:
-        """Set the clock forward to the step's end, unless it is later, and return the step's result."""
+        """The StepResult. If the clock shows a time before the step's end, it is set forward to the end first."""
         self.clock.wait_until(self.end)
         return self.outcome
 
@@ -125,7 +128,10 @@ class SiliconExecutable(Executable):
     stage has ended that step, and it has itself ended the previous step.
 
     Attributes:
-        overhead_s: seconds of the host that a launch takes before the first stage can start it.
+        inner: the executable that computes the values.
+        plans: the Plan of one chip of each stage.
+        clock: the modelled clock, which a step's time sets forward.
+        overhead_s: the host's seconds for each launch, before which the first stage cannot start the step.
         joules: estimated energy of all steps so far, summed over one chip of each stage, without what chips draw
             between steps.
         busy_s: seconds of all steps so far, summed over the stages.
@@ -145,7 +151,7 @@ class SiliconExecutable(Executable):
         return tuple(plan.run(self.last_sizes) for plan in self.plans)
 
     def launch(self, request: StepRequest) -> PendingStep:
-        """Start a step and return it. Its result() sets the clock to the step's end.
+        """Start a step and return it. Its result() sets the clock to the step's end, or raises the step's error.
 
         With `timed`, the result has modelled seconds by site.
         """
@@ -171,11 +177,11 @@ class SiliconDevice(Device):
 
     Args:
         chip: name of a preset, which comes with its own kernel library, or a Target.
-        values: what computes the values (see VALUES), always of the whole Program: a device, the chip's instructions
-            ("chip"), or nothing ("none").
+        values: source of the values of the whole Program, one of VALUES: the name of a device, "chip" for the chip's
+            instructions, "none" for no values.
         stages: if several chips share a model, one rank's Program per pipeline stage. These are timed instead of the
             loaded Program; the ranks of a stage take equal time.
-        overhead_s: seconds of the host before each step.
+        overhead_s: the host's seconds before each step.
         options: arguments for the device that computes the values.
     """
 

@@ -15,8 +15,9 @@ from intaglio.program import MeshProgram, Program
 class WorkerDevice(Device):
     """A device that runs each executable of another device in a child process.
 
-    silence: seconds without a sign of life after which a stopped process counts as hung. Raises DeviceError for a
-    device with a modelled clock, because steps in a child process would not advance it.
+    inner: the other device. step_timeout: most seconds that a step may take. silence: seconds without a sign of life
+    after which a stopped process counts as hung. Raises DeviceError for a device with a modelled clock, because steps
+    in a child process would not advance it.
     """
 
     name = "worker"
@@ -32,7 +33,8 @@ class WorkerDevice(Device):
     def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
         """Start a child process and load the Program there. Returns the Executable.
 
-        `weights` must be ArrayWeights or have a recipe(). Errors of the device are raised as DeviceError.
+        `weights` must be ArrayWeights or have a recipe(). Errors of the device are raised as DeviceError, and the end
+        of the process meanwhile as DeviceLost.
         """
         programs, layout = ((program,), "") if isinstance(program, Program) else (program.programs, program.layout)
         job = Job(self.inner.recipe(), programs, layout, weights, state)

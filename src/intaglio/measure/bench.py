@@ -34,11 +34,11 @@ class BenchError(ValueError):
 
 @dataclass(frozen=True)
 class Roofs:
-    """Measured limits of the machine, as functions.
+    """Measured limits of the machine, as two functions.
 
     Attributes:
-        bandwidth: from the size of a working set in megabytes to the bytes/s at which it is read.
-        peak: from a format to the FLOP/s of a matrix product in it.
+        bandwidth: function from the size of a working set in megabytes to the bytes/s at which it is read.
+        peak: function from a number format to the FLOP/s of a matrix product in that format.
     """
 
     bandwidth: Callable[[int], float]
@@ -47,7 +47,7 @@ class Roofs:
 
 @dataclass(frozen=True)
 class Bound:
-    """Roofline bound: least seconds that memory bandwidth allows (`memory`) and that arithmetic allows (`matrix`)."""
+    """Roofline bound of ops: least seconds that memory bandwidth allows (`memory`), and arithmetic (`matrix`)."""
 
     memory: float = 0.0
     matrix: float = 0.0
@@ -68,9 +68,16 @@ class Bound:
 
 @dataclass(frozen=True)
 class Row:
-    """Result of one phase ("prefill" or "decode") at one size.
+    """Result of one phase at one size.
 
-    `seconds` is the median time of a whole prefill, or of one decode step.
+    Attributes:
+        phase: "prefill" or "decode".
+        sequences, prompt_tokens: number of sequences run together, and the prompt length of each.
+        seconds: median time of a whole prefill, or of one decode step.
+        tokens_per_second: prompt tokens, or sampled tokens, per second.
+        flops, bytes: work in this time: operations, and bytes to and from memory.
+        bound_seconds: the roofline bound of this work; None without roofs.
+        bound_by: "memory" or "matrix", which sets the bound; None without roofs.
     """
 
     phase: str
@@ -213,7 +220,7 @@ def _cost(batch: Batch) -> int:
 def check_size(executable: Executable, count: int, length: int, runs: int) -> None:
     """Raise BenchError unless `count` sequences of `length` tokens, with their decode steps, fit the executable.
 
-    Raises it too if `count`, `length` or `runs` is below 1.
+    Raises it too if `count`, `length` or `runs` is below 1, or if layers with a window have K/V blocks of their own.
     """
     program, state = executable.program, executable.state
     longest = program.context - DECODE_STEPS
@@ -287,7 +294,7 @@ def _row(
 ) -> Row:  # fmt: skip
     """The Row of a phase that ran `steps` in `seconds`, with their work and bound.
 
-    tokens: number of tokens for the rate.
+    tokens: number of tokens computed or sampled, from which the rate follows.
     """
     program = executable.program
     flops = read = 0

@@ -62,7 +62,7 @@ class Server:
     Attributes:
         url: address up to and with /v1.
         key: API key.
-        ignore_eos: ask for outputs of exactly the trace's lengths.
+        ignore_eos: True to ask for outputs of exactly the trace's lengths.
         model: name of the model; set by probe().
         context: the model's context length, if the server reports it; set by probe().
         tokens_per_word: tokens per word of generated prompts; measured by probe().
@@ -79,7 +79,7 @@ class Server:
 
     @property
     def headers(self) -> dict[str, str]:
-        """A dict of the HTTP headers of each request."""
+        """A dict of the HTTP headers of each request; {} without a key."""
         return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
     def body(self, request: LoadRequest, rng: random.Random) -> dict[str, Any]:
@@ -139,7 +139,7 @@ async def load(
 ) -> list[Outcome]:
     """Send every request at its time, at most `concurrency` open at once (None: no limit). Call probe() first.
 
-    Returns the Outcomes in the order of the requests. seed: of the prompts.
+    Returns a list of the Outcomes in the order of the requests. seed: random seed of the prompts.
     """
     rng = random.Random(seed)
     gate = asyncio.Semaphore(concurrency or max(1, len(requests)))
@@ -207,18 +207,28 @@ async def _send(session: Any, server: Server, request: LoadRequest, body: bytes,
 
 @dataclass(frozen=True)
 class Summary:
-    """Statistics of a load. `goodput`: requests per second whose complete response came within `deadline` seconds."""
+    """Statistics of a load.
+
+    Attributes:
+        requests, answered: numbers of requests sent, and of complete responses.
+        errors: number of failed requests by error.
+        seconds: from the first request's time to the last one's end.
+        requests_per_s, prompt_tokens_per_s, output_tokens_per_s: rates of complete responses.
+        deadline: seconds within which a response counts for goodput.
+        goodput: requests per second whose complete response came within `deadline`.
+        times: mean, p50, p90 and p99 in seconds, by name: ttft, tpot, gap, whole. Names without values are left out.
+    """
 
     requests: int
     answered: int
     errors: dict[str, int]
-    seconds: float  # from the first request's time to the last one's end
+    seconds: float
     requests_per_s: float
     prompt_tokens_per_s: float
     output_tokens_per_s: float
     deadline: float
     goodput: float
-    times: dict[str, dict[str, float]]  # ttft, tpot, gap, whole: mean, p50, p90, p99 in seconds
+    times: dict[str, dict[str, float]]
 
 
 def summarise(answers: Sequence[Outcome], deadline: float) -> Summary:

@@ -24,7 +24,13 @@ FAILED = ("error", "abort", "deadline")  # finish reasons of a response that is 
 
 @dataclass
 class Running:
-    """A request that the engine has: what was planned, its start, and the seconds from its start to each token."""
+    """A request that the engine has.
+
+    Attributes:
+        planned: the request as planned.
+        start: its start, in seconds from the beginning of the load.
+        stamps: seconds from its start to each token.
+    """
 
     planned: LoadRequest
     start: float
@@ -47,11 +53,12 @@ def run_load(
     concurrency: int | None = None,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Run a load on an engine whose steps advance `clock`. Returns the outcomes in the order in which they ended.
+    """Run a load on an engine whose steps advance `clock`. Returns a list of Outcomes, first ended first.
 
-    A request is given to the engine at its time. With `concurrency` it also waits until fewer requests than that are
-    open, and its times count from the moment when it is given. The clock jumps ahead while the engine is idle.
-    request_of: makes the engine's request, whose id must be new.
+    A request is given to the engine at its time. With `concurrency` the request also waits until fewer requests than
+    that are open, and its times count from the moment when it is given. A request that the engine refuses has the
+    reason as its error. The clock jumps ahead while the engine is idle. request_of: function from a LoadRequest to the
+    engine's Request, whose id must be new.
     """
     began, pending, most = clock(), deque(requests), concurrency or math.inf
     running: dict[str, Running] = {}
@@ -86,9 +93,10 @@ def load_modelled(
     concurrency: int | None = None,
     progress: Progress = silent,
 ) -> list[Outcome]:
-    """Run a load on a silicon LLM in the modelled time of its chips. Returns what run_load() does.
+    """Run a load on a silicon LLM in the modelled time of its chips. Returns the list of Outcomes of run_load().
 
-    seed: of the prompts, which are random token ids.
+    seed: random seed of the prompts, which are random token ids. concurrency: the largest number of open
+    requests; None: no limit.
     """
     rng, vocabulary = random.Random(seed), llm.model.program.vocabulary
 

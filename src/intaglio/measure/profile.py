@@ -33,7 +33,15 @@ WORST = 5
 
 @dataclass(frozen=True)
 class Site:
-    """Timing of one op over all layers: the sum of the ops' median seconds and the sum of their bounds."""
+    """Timing of one op over all layers.
+
+    Attributes:
+        site: name of the op's site, with * in place of the layer's number.
+        count: number of ops.
+        seconds: sum of the ops' median seconds.
+        bound_seconds: sum of the ops' roofline bounds; None without roofs.
+        bound_by: "memory" or "matrix", which sets the bound; None without roofs.
+    """
 
     site: str
     count: int
@@ -48,7 +56,7 @@ class Site:
 
     @property
     def share(self) -> float | None:
-        """Bound over measured time, 1 at the roof; None without a bound."""
+        """Bound over measured time, 1 at the roof; None without a bound, or without time."""
         return None if self.bound_seconds is None or not self.seconds else self.bound_seconds / self.seconds
 
     @property
@@ -88,7 +96,7 @@ class Profile:
 
     @property
     def worst(self) -> list[Site]:
-        """The WORST sites that lose most time against their bounds, the worst first."""
+        """A list of the WORST sites that lose most time against their bounds, the worst first."""
         return sorted(self.sites, key=lambda s: -s.lost)[:WORST]
 
     def gap(self, s: Site) -> str:
@@ -113,7 +121,12 @@ class Profile:
 
 @dataclass(frozen=True)
 class Sample:
-    """Timings of one run of a phase: `wall` seconds in all, and seconds by folded site."""
+    """Timings of one run of a phase.
+
+    Attributes:
+        wall: seconds in all.
+        sites: seconds by folded site.
+    """
 
     wall: float
     sites: Counter[str]
@@ -135,9 +148,10 @@ def profile(
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = silent,
 ) -> list[Profile]:
-    """Profile prefill, then decode. Returns the two Profiles in this order. Overwrites the executable's K/V cache.
+    """Profile prefill, then decode. Returns a list of the two Profiles in this order.
 
-    `progress` is called before each step. Raises BenchError if a size does not fit.
+    The arguments are those of bench(), with one number of sequences and one prompt length. prompt_tokens None:
+    PROMPT_TOKENS, or as many as fit. Overwrites the executable's K/V cache. Raises BenchError if a size does not fit.
     """
     if prompt_tokens is None:
         prompt_tokens = max(1, min(PROMPT_TOKENS, executable.program.context - DECODE_STEPS))
@@ -164,7 +178,7 @@ def profile(
 
 
 def _sample(watch: Stopwatch, steps: Sequence[Batch], timed: bool) -> Sample:
-    """Run the steps of a phase once and return their timings as a Sample. timed: whether sites are timed too."""
+    """Run the steps of a phase once and return their timings as a Sample. timed: True to time sites too."""
     wall, sites = 0.0, Counter[str]()
     for batch in steps:
         seconds, result = watch.step(StepRequest(batch, timed=timed))
@@ -177,7 +191,10 @@ def _sample(watch: Stopwatch, steps: Sequence[Batch], timed: bool) -> Sample:
 def _sites(
     executable: Executable, steps: Sequence[Batch], samples: Sequence[Sample], roofs: Roofs | None
 ) -> tuple[Site, ...]:
-    """A Site for each folded site, in the order of the Program, with median seconds of the samples and its bound."""
+    """A tuple of Sites, one for each folded site, in the order of the Program.
+
+    Each has the median seconds of the samples, and its bound.
+    """
     count = Counter(fold(op.site) for op in executable.program.ops)
     bounds = dict.fromkeys(count, Bound())
     for batch in steps if roofs else ():

@@ -28,10 +28,10 @@ class RankTimes:
     """Seconds of a rank in a step; medians of several steps.
 
     Attributes:
-        rank: its number.
-        seconds: in all ops.
-        collectives: of `seconds`, those in collectives.
-        waited: of `collectives`, those in which it waited for another rank, by that rank's number.
+        rank: number of the rank.
+        seconds: seconds in all ops.
+        collectives: seconds in collectives, a part of `seconds`.
+        waited: seconds in which it waited for another rank, a part of `collectives`, by that rank's number.
     """
 
     rank: int
@@ -41,9 +41,9 @@ class RankTimes:
 
 
 def timed_decode(executable: Executable, sequences: int, runs: int) -> list[StepResult]:
-    """Run `runs` times DECODE_STEPS timed decode steps after short prompts. Returns the StepResult of each step.
+    """Run `runs` times DECODE_STEPS timed decode steps after short prompts. Returns a list of each step's StepResult.
 
-    Overwrites the K/V cache.
+    sequences: number of sequences in a step. Overwrites the K/V cache.
     """
     length = max(1, min(8, executable.program.context - DECODE_STEPS))
     steps = [
@@ -54,7 +54,7 @@ def timed_decode(executable: Executable, sequences: int, runs: int) -> list[Step
 
 
 def rank_times(mesh: MeshProgram, steps: Sequence[StepResult]) -> list[RankTimes]:
-    """The RankTimes of each rank of a mesh, in order of rank, from the results of several steps."""
+    """A list of the RankTimes of each rank of a mesh, in order of rank, from the results of several steps."""
     waits = [waited(mesh, step.rank_timings) for step in steps]
     collectives = [{op.site for op in p.ops if isinstance(op, Collective)} for p in mesh.programs]
     found = []

@@ -16,7 +16,8 @@ class Trace:
     """Prompt and output lengths of a public trace, as quantiles in tokens.
 
     `prompt` and `output` are the lengths at the quantiles SHARES; lengths in between are interpolated linearly. Prompts
-    and outputs are drawn independently, because in these traces they are hardly correlated.
+    and outputs are drawn independently, because in these traces they are hardly correlated. `source`: name of the
+    trace.
     """
 
     source: str
@@ -88,9 +89,10 @@ def arrivals(n: int, rate: float, cv: float, rng: np.random.Generator) -> np.nda
 def draw(
     t: Trace, n: int, rate: float, cv: float = 1.0, scale: float = 1.0, context: int | None = None, seed: int = 0
 ) -> list[LoadRequest]:
-    """A list of `n` LoadRequests in order of arrival, with lengths multiplied by `scale` and cut to fit `context`.
+    """A list of `n` LoadRequests in order of arrival, with lengths drawn from the trace `t` and multiplied by `scale`.
 
-    rate, cv: of the arrivals, as in arrivals().
+    context: outputs are cut to half of it, then prompts to the rest; None: no length is cut. rate, cv: of the arrivals,
+    as in arrivals(). Raises ValueError unless both are above 0.
     """
     rng = np.random.default_rng(seed)
     at = arrivals(n, rate, cv, rng)

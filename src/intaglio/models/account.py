@@ -168,7 +168,7 @@ def account(path: str | Path, context: int | None = None) -> Account:
 
 
 def _uses(checkpoint: Checkpoint, ported: Ported) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """({name of a stored tensor: the Program's weights made from it}, {the same name: the first weight's format})."""
+    """({name of a stored tensor: the Program's weights made from it}, {the same name: format of the first of them})."""
     used: dict[str, list[str]] = {}
     formats: dict[str, str] = {}
     for t in ported.program.of_role("weight"):

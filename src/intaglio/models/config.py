@@ -77,7 +77,7 @@ class Config:
         given: the keys and values in the file.
         seen: the keys that were read.
         parts: tables inside the file whose keys are recorded one by one.
-        replaced: for a key that another one overrides, the reason.
+        replaced: {a key that another one overrides: the reason}.
         ignored: prefixes of names of tensors that are not read because of this config, besides those of the Family.
     """
 

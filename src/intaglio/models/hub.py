@@ -178,7 +178,8 @@ class _Repository:
     def fetch(self, tag: str | None, progress: Progress) -> Path:
         """Download the files to read, if the cache lacks them. Returns their folder in the cache, or the GGUF file.
 
-        Raises HubError.
+        tag: quantisation to choose among GGUF files; None: DEFAULT_TAG. progress: called as progress(bytes done, bytes
+        in all, what). Raises HubError if the files are not there or cannot be downloaded.
         """
         progress(0, 0, f"looking up {self.repo}")
         sizes = self._sizes()
@@ -197,7 +198,7 @@ class _Repository:
         return HubError(f"{self.repo} is gated: ask for access on its page, then log in (hf auth login, or HF_TOKEN)")
 
     def _sizes(self) -> dict[str, int] | None:
-        """The size in bytes of each file by its path; None if the hub cannot be reached. Sets `commit`.
+        """A dict of each file's size in bytes by its path; None if the hub cannot be reached. Sets `commit`.
 
         Raises HubError if the hub answers that there is no such repository or revision, or that it may not be read.
         """

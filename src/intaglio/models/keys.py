@@ -178,9 +178,9 @@ class Fate:
 def judge_config(c: Config, family: Family, config: Mapping[str, Any], file: str) -> list[Fate]:
     """A list with a Fate for each key of config.json, and for each key of nested tables that the port reads.
 
-    Nested tables are those such as rope_parameters. Raises PortError if a key has another value than the one that the
-    port computes (`family.fixed`). Raises PortError, too, if the model brings code of its own (`auto_map`) and a key
-    that nothing reads has a name that suggests that it changes results.
+    Nested tables are those such as rope_parameters. Raises PortError if a key has another value than those that the
+    port computes (`family.fixed`). If the model brings code of its own (`auto_map`), PortError is also raised for a key
+    that nothing reads and whose name suggests that it changes results.
     """
     inner = config.get("text_config")
     own = isinstance(inner, Mapping) and bool(inner)
@@ -237,7 +237,7 @@ def _judge(
 ) -> Iterator[Fate]:
     """Yield the Fate of a key and, if its value is a table that the port read by keys, the Fates of the table's keys.
 
-    path: of the key in the file. Raises PortError in the cases of judge_config().
+    path: path of the key in the file. Raises PortError in the cases of judge_config().
     """
     if key in c.replaced:
         note = f"{path} is ignored: {c.replaced[key]}" if "no effect" in c.replaced[key] else ""

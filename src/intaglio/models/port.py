@@ -87,9 +87,9 @@ def port(
     The default context is the model's own limit; with LongRoPE or dynamic NTK scaling, the length up to which its rope
     table is the same. Weights keep the formats they are stored in. Warns of ignored settings that may matter.
 
-    name: of the Program; None: the folder's. family: used in place of the one in the table of ports. Raises PortError
-    for an architecture that is not ported, a setting that is not implemented, a context out of range, or tensors that
-    do not match config.json; CheckpointError for a checkpoint that cannot be read.
+    name: name of the Program; None: the folder's name. family: used in place of the one in the table of ports. Raises
+    PortError for an architecture that is not ported, a setting that is not implemented, a context out of range, or
+    tensors that do not match config.json; CheckpointError for a checkpoint that cannot be read.
     """
     ported = port_checkpoint(checkpoint, context, name, family)
     if ported.notes:
@@ -102,7 +102,7 @@ def port_checkpoint(
 ) -> Ported:
     """Port a checkpoint, with the arguments of port(). Returns a Ported: the Program with a report of keys and tensors.
 
-    Issues no warning; the report has the notes. Raises PortError and CheckpointError.
+    Issues no warning; the report has the notes. Raises PortError and CheckpointError as port() does.
     """
     if family is None:
         family, said_by = _family(checkpoint.config, str(checkpoint.path))
@@ -147,8 +147,10 @@ def port_config(
 ) -> Program:
     """The Program of a model given only by its config.json, without weights.
 
-    format: number format of all weights; None: the config's dtype, bf16 if it has none. Raises PortError for an
-    architecture, setting, dtype or context that is not supported, and for a config with quantisation settings.
+    context: positions to compile for; None: the default of port(). name: name of the Program; None: the architecture's.
+    format: number format of all weights; None: the config's dtype, bf16 if it has
+    none. Raises PortError for an architecture, setting, dtype or context that is not supported, and for a config with
+    quantisation settings.
     """
     family, _ = _family(config, "config.json")
     inner = {**config.get("text_config", {}), **config}
@@ -166,7 +168,7 @@ def port_config(
 
 
 def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
-    """The Family for a config, and a text that says which key named it. Raises PortError if no port fits.
+    """(Family for a config, text that says which key named it). Raises PortError if no port fits.
 
     As in transformers, a known model_type decides; otherwise `architectures` does. where: the checkpoint, for errors.
     """
@@ -206,7 +208,8 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[Family, str]:
 def _prefix(family: Family, names: Any) -> str:
     """The prefix of the decoder's tensor names: one of the family's, or "" for tensors saved from the inner model.
 
-    names: the checkpoint's tensors. Raises PortError, naming the prefix found, if it is another.
+    names: the checkpoint's tensors. If no name shows a prefix, the family's first. Raises PortError, naming the prefix
+    found, if it is another.
     """
     tops = [f"{top}.weight" for top in family.tops]
     for p in (*family.prefixes, *([""] if "model." in family.prefixes else [])):
@@ -249,8 +252,8 @@ def _llama_names(checkpoint: Checkpoint) -> bool:
 def _layout(checkpoint: Checkpoint, prefix: str, scales: CacheScales, notes: list[str]) -> Callable[[Decoder], Decoder]:
     """A function that takes a Decoder and returns a copy adapted to the checkpoint's tensors.
 
-    It adapts the prefix of tensor names, the K/V cache's format and scales, whether the output head is the embedding,
-    and how experts are stored. It may add to `notes`.
+    It adapts the prefix of tensor names, the K/V cache's format and scales, the tying of the output head to the
+    embedding, and how experts are stored. It may add to `notes`.
     """
     names = checkpoint.names
 
@@ -335,7 +338,7 @@ def _match(ported: Ported, checkpoint: Checkpoint, prefix: str) -> None:
     """Raise PortError unless the checkpoint has every tensor that the Program reads, in its shape.
 
     Each other tensor is added to ported.unused with the reason why it has no use. Raises PortError for one that might
-    change results.
+    change results, ProgramError for one that cannot be cut as the Program wants it.
     """
     program, family = ported.program, ported.family
     wanted = {

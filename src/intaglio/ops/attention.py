@@ -63,7 +63,7 @@ class KvWrite(Op, kind="kv_write"):
 
     Attributes:
         k_scale: [heads of k_cache], the scales of an e4m3 cache; other formats do not use them. None means 1.
-        v_scale: [heads of v_cache], likewise.
+        v_scale: [heads of v_cache], as k_scale for values.
     """
 
     k: str = operand()

@@ -63,12 +63,12 @@ def check_group(op: Op, group: tuple[int, ...]) -> None:
 class AllReduce(Collective, kind="all_reduce"):
     """Op that sums over ranks: out on every rank of `group` = ((x0 + x1) + x2) + ..., in the order of `group`.
 
-    x, out f32 [rows, width]. Sums are in float32. Each x is rounded to `wire` before it is added, and the sum
-    before it is sent to the ranks.
+    x f32 [rows, width * slots], out f32 [rows, width]. Sums are in float32. Each x is rounded to `wire` before it is
+    added, and the sum before it is sent to the ranks.
 
-    slots: above 1, x is [rows, slots * width]: each row has so many terms of `width` values, and the sums over ranks of
-    the terms are added in their order: (s0 + s1) + s2 ... If only one rank has a term and the others have zeros, the
-    result does not depend on which rank that is. Experts with a placement are summed like this.
+    slots: number of column blocks of `width` columns. Above 1, the summed blocks are then added to each other in their
+    order: (s0 + s1) + s2 ... If only one rank has a block and the others have zeros, the result does not depend on
+    which rank has it. Experts with a placement are summed like this.
     """
 
     x: str = operand()
@@ -188,9 +188,9 @@ class ReduceScatter(Collective, kind="reduce_scatter"):
 class AllToAll(Collective, kind="all_to_all"):
     """Op that exchanges parts among ranks: each rank has some columns of all rows, and gets all columns of some rows.
 
-    out on the `share`-th rank of `group` = this rank's run of token rows from the x of every rank, side by side in the
-    order of `group`, rounded to `wire`. x f32 [T, c], where c may differ from rank to rank; out f32 [T:share/n, width]
-    for n ranks, where `width` is the sum of c over the ranks.
+    out on the `share`-th rank of `group` = this rank's run of token rows, with the columns of all ranks' x side by side
+    in the order of `group`. Values are rounded to `wire`. x f32 [T, c], where c may differ from rank to rank; out f32
+    [T:share/n, width] for n ranks, where `width` is the sum of c over the ranks.
     """
 
     x: str = operand()

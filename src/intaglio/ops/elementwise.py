@@ -16,19 +16,19 @@ from intaglio.ops.op import Op, OpError, Results, Tensors, Value, Work, array, o
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + e^-x), as float32; computed in float64 without overflow."""
+    """1 / (1 + e^-x) for each element of x, as float32; computed in float64 without overflow."""
     wide = x.astype(np.float64)
     return (1 / (1 + np.exp(-np.abs(wide))) * np.where(wide >= 0, 1, np.exp(-np.abs(wide)))).astype(np.float32)
 
 
 def gelu_tanh(x: np.ndarray) -> np.ndarray:
-    """GELU of x, in its tanh form: x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) (Hendrycks & Gimpel 2016)."""
+    """GELU in its tanh form, float32: x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) (Hendrycks & Gimpel 2016)."""
     wide = x.astype(np.float64)
     return (0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))).astype(np.float32)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """GELU of x: x * Phi(x), with Phi from the error function."""
+    """GELU of each element of x, as float32: x * Phi(x), with Phi from the error function."""
     wide = x.astype(np.float64)
     return (0.5 * wide * (1 + np.vectorize(erf, otypes=[np.float64])(wide / np.sqrt(2)))).astype(np.float32)
 

@@ -34,7 +34,7 @@ def best(key: np.ndarray, count: int) -> np.ndarray:
 
 
 def sparsemixer(logits: np.ndarray, count: int, jitter: float) -> tuple[np.ndarray, np.ndarray]:
-    """(expert ids, weights), both [rows, count], by SparseMixer at inference (Liu et al. 2024).
+    """(expert ids, float32 weights), both [rows, count], by SparseMixer at inference (Liu et al. 2024).
 
     Experts are chosen one after the other, each time the one with the largest remaining logit m. Its weight is its
     softmax over the remaining experts whose logit l is near m: (m - l) / max(|l|, m) <= 2 * jitter.
@@ -127,7 +127,7 @@ class Route(Op, kind="route"):
     def _open(self, key: np.ndarray) -> np.ndarray:
         """`key` [T, E], with minus infinity for experts outside the kept groups of each token.
 
-        key: values by which experts are chosen, see _key().
+        key: values by which experts are chosen, from _key().
         """
         if not self.groups:
             return key
@@ -152,13 +152,13 @@ class Experts(Op, kind="experts"):
     Attributes:
         order: i32 [E, K], the column order of gate and up of each expert (GPTQ's act-order): expert e is multiplied
             with x[t, order[e]].
-        down_order: i32 [E, I], likewise for down.
+        down_order: i32 [E, I], the column order of down of each expert.
         x_format: format to which x and the inner row are rounded before each product, as in linear.
         limit: above 0, caps gate at `limit` and up at +-limit (gpt-oss: 7). The inner row is activation(alpha * gate) /
             alpha * (up + shift).
-        alpha: see limit (gpt-oss: 1.702).
-        shift: see limit (gpt-oss: 1).
-        scale_input: multiply x by the expert's weight instead of the expert's result (Llama 4).
+        alpha: factor in the formula of `limit` (gpt-oss: 1.702).
+        shift: summand in the formula of `limit` (gpt-oss: 1).
+        scale_input: True to multiply x by the expert's weight instead of the expert's result (Llama 4).
         first: number of the first expert in the stacks.
         of: with expert parallelism, the number of experts in the model; the stacks hold experts first .. first + E - 1,
             and the others add nothing. 0: the stacks hold all experts.

@@ -139,11 +139,11 @@ def operand(
     Args:
         use: what the op does with the tensor, one of USES. Compiler passes and devices derive packing, formats, cache
             layout and state tracking from it.
-        optional: the field may be None.
+        optional: True if the field may be None.
         access: "read", or "write" for state in pages, or "update" for state in slots.
-        exact: the product that computes this operand keeps its stored weight format and reads x unrounded, because a
-            rounding error would change a choice (expert routing).
-        keys: attention reads this cache as keys, so a device may store it transposed.
+        exact: True if the product that computes this operand must keep its stored weight format and read x unrounded,
+            because a rounding error would change a choice (expert routing).
+        keys: True if attention reads this cache as keys, so a device may store it transposed.
         up: on the gate of a gated product, the field that holds its `up`; the two are packed side by side.
     """
     if use not in USES or access not in ACCESS:
@@ -159,7 +159,7 @@ def operand(
 
 
 def result(optional: bool = False) -> Any:
-    """A dataclass field that declares a tensor which the op writes. optional: the field may be None."""
+    """A dataclass field that declares a tensor which the op writes. optional: True if the field may be None."""
     return field(default=None, metadata={"is": "result"}) if optional else field(metadata={"is": "result"})
 
 
@@ -197,9 +197,9 @@ class Op:
         raise NotImplementedError
 
     def reference(self, v: Mapping[str, Value], batch: Batch) -> dict[str, np.ndarray]:
-        """Compute the op in NumPy; this is its definition. Returns results by name from operand values `v`.
+        """Compute the op in NumPy; this is its definition. Returns a dict of the results by name.
 
-        State arrays are updated in place.
+        v: operand values by name. State arrays are updated in place.
         """
         raise NotImplementedError
 
@@ -252,7 +252,7 @@ class Op:
 
     @property
     def writes_state(self) -> tuple[str, ...]:
-        """Names of the state tensors that this op writes: K/V caches, and recurrent state."""
+        """A tuple of the names of the state tensors that this op writes: K/V caches, and recurrent state."""
         return (*self.operands("pages", access="write"), *self.operands("slots"))
 
     @property
@@ -268,7 +268,7 @@ class Op:
 
     @property
     def interleaved(self) -> tuple[str, ...]:
-        """Names of the weights whose gate and up rows a device stores alternately, so that one pass computes both.
+        """A tuple of weight names, whose gate and up rows a device stores alternately, to compute both in one pass.
 
         By default these are the weights in `gates` that a device packs for products.
         """

@@ -55,8 +55,8 @@ class Builder:
     def op(self, cls: type[Op], site: str, *operands: str | None, role: str = "temp", **fields: Any) -> str:
         """Append an op of class `cls` at `site`. Returns the name of its first result, or "" if it has none.
 
-        operands: the required operands in order. role: of the results. fields: optional operands, attributes, and names
-        of results. Raises OpError if the operands do not fit.
+        operands: the required operands in order. role: role of the results. fields: optional operands, attributes, and
+        names of results. Raises OpError if the operands do not fit.
         """
         results = cls.named("result")
         names = {r: fields.pop(r, site if i == 0 else f"{site}.{r}") for i, r in enumerate(results)}

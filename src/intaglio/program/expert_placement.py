@@ -23,9 +23,10 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """The experts that each expert-parallel rank holds. layers: by site of a layer's op `experts`, those of each rank.
+    """The experts that each expert-parallel rank holds, layer by layer.
 
-    An expert that several ranks hold has copies, which compute the experts' tokens in turns.
+    layers: by the site of a layer's op `experts`, the expert numbers of each rank, ascending. An expert may be on
+    several ranks, which then compute its tokens in turns.
     """
 
     layers: Mapping[str, Ranks]
@@ -34,7 +35,8 @@ class ExpertPlacement:
     def even(cls, sites: Sequence[str], experts: int, ranks: int, redundant: int) -> ExpertPlacement:
         """The placement before any tokens are counted: runs of experts, with copies of the first ones.
 
-        Each rank holds ceil((experts + redundant) / ranks) experts. Raises PlacementError if that is more than all.
+        Each rank holds ceil((experts + redundant) / ranks) experts. Raises PlacementError if that is more than
+        `experts`.
         """
         return cls(dict.fromkeys(sites, balance(np.ones(experts), ranks, slots_of(experts, ranks, redundant))))
 
@@ -54,7 +56,11 @@ class ExpertPlacement:
         return "{\n" + ",\n".join(f"{json.dumps(s)}: {json.dumps(ranks)}" for s, ranks in self.layers.items()) + "\n}\n"
 
     def check(self, experts: int, ranks: int) -> None:
-        """Raise PlacementError unless, in each layer, each of `ranks` holds as many different ones of all `experts`."""
+        """Raise PlacementError unless the placement fits a model of `experts` experts on `ranks` ranks; return nothing.
+
+        In each layer, all ranks must hold equally many experts, each rank different ones, and every expert must be
+        held.
+        """
         for site, held in self.layers.items():
             sizes = {len(own) for own in held}
             if len(held) != ranks or len(sizes) != 1 or sizes == {0}:
@@ -81,7 +87,10 @@ def turns(held: Ranks, rank: int) -> dict[str, Any]:
 
 
 def slots_of(experts: int, ranks: int, redundant: int) -> int:
-    """Experts of a layer that each rank holds. Raises PlacementError if that is more than there are."""
+    """Number of experts of a layer that each rank holds, copies included.
+
+    Raises PlacementError if that is above `experts`, the number of different ones.
+    """
     each = -(-(experts + redundant) // ranks)
     if each > experts:
         raise PlacementError(
@@ -91,7 +100,7 @@ def slots_of(experts: int, ranks: int, redundant: int) -> int:
 
 
 def replicate(load: np.ndarray, slots: int, most: int) -> np.ndarray:
-    """Copies of each expert, i64 [experts], so that they fill `slots` and the largest load of a copy is least.
+    """Number of copies of each expert, i64 [experts], `slots` in all, such that the largest load of a copy is least.
 
     load: tokens of each expert, f64 [experts]. most: copies that one expert can have. Each further copy goes to the
     expert whose copies have the largest load each.
@@ -109,8 +118,8 @@ def balance(load: np.ndarray, ranks: int, each: int) -> Ranks:
     load: tokens of each expert, f64 [experts]; experts <= ranks * each, each <= experts. Copies of an expert are on
     different ranks and share its load equally. Copies are dealt out in order of load, each to the least loaded rank
     with room, as in EPLB. Then experts of the most and the least loaded rank are exchanged while that makes the two
-    more equal. In the end their loads differ by no more than the load of the heaviest copy: as long as they differ by
-    more, some pair of the experts that only one of the two holds can be exchanged.
+    more equal. In the end their loads differ by no more than the load of the heaviest copy. While they differ by more,
+    there is a pair of experts, each held by only one of the two ranks, that can be exchanged.
     """
     load = np.asarray(load, np.float64)
     copies = replicate(load, ranks * each, ranks)
@@ -140,10 +149,11 @@ def _rank_load(own: Sequence[int] | set[int], share: np.ndarray) -> float:
 def _deal(e: int, held: list[set[int]], share: np.ndarray, each: int, loads: np.ndarray) -> None:
     """Give a copy of expert e to the least loaded rank that has room and no copy of it. Returns nothing.
 
-    loads: of the ranks, f64 [ranks]; updated.
+    held: experts of each rank; changed. each: number of experts that a rank has room for. loads: load of each rank, f64
+    [ranks]; changed.
 
-    If only ranks with a copy have room, an expert of another rank moves to one of them to make room. There is one: the
-    other rank holds `each` experts, not e among them, and the rank with room fewer than `each`, e among them.
+    If every rank with room has a copy of e already, another expert first moves from a full rank to one with room. The
+    full rank then gets e. Such an expert exists: the full rank holds `each` experts without e, the other fewer with e.
     """
     order: list[int] = np.argsort(loads, kind="stable").tolist()
     to = next((r for r in order if len(held[r]) < each and e not in held[r]), None)
@@ -162,7 +172,8 @@ def _deal(e: int, held: list[set[int]], share: np.ndarray, each: int, loads: np.
 def _exchange(held: list[set[int]], share: np.ndarray, loads: np.ndarray) -> None:
     """Exchange experts of the most and the least loaded rank while it makes their loads more equal. Returns nothing.
 
-    loads: of the ranks, f64 [ranks]; updated.
+    held: experts of each rank; changed. share: load of one copy of each expert. loads: load of each rank, f64 [ranks];
+    changed.
     """
     while True:
         high, low = int(loads.argmax()), int(loads.argmin())

@@ -73,7 +73,7 @@ class CollectiveMatcher:
         self.messages: dict[tuple[int, int], deque[Send]] = {}  # sent but not received, by (sender, receiver)
 
     def run(self) -> Iterator[str]:
-        """Run all ranks' collectives, and yield a message for each fault; nothing if all collectives match.
+        """Run all ranks' collectives, and yield a message for each fault; no message if all collectives match.
 
         The first mismatch ends the run. If ranks wait for each other in a deadlock, there is a message for each that
         waits. Sends that are never received are faults too.

@@ -96,7 +96,8 @@ class _Parser:
 def parse_program(text: str) -> Program:
     """Parse the text form of a Program. Returns the Program, not verified.
 
-    Raises ProgramError with the number of the first wrong line.
+    Raises ProgramError with the number of the first wrong line. Raises PluginError for a plugin that cannot be
+    imported.
     """
     load_plugins()
     lines = text.splitlines()

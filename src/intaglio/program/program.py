@@ -24,7 +24,7 @@ class Program:
 
     Attributes:
         name: the model's name.
-        ops: in the order they run.
+        ops: the ops, in the order they run.
         tensors: the table of tensors, by name.
         context: number of positions the Program is valid for.
         mesh: number of ranks that share the model; 1 if it is whole.
@@ -44,7 +44,7 @@ class Program:
     def text(self, fold: bool = False) -> str:
         """The text form, which `parse_program` reads back.
 
-        fold: print layers that are equal only once. Such text is for people and cannot be parsed.
+        fold: True to print equal layers only once. Such text is for people and cannot be parsed.
         """
         head = f"program {self.name} context={self.context} mesh={self.mesh} rank={self.rank}"
         return print_text(head, self.ops, self.tensors, fold)
@@ -61,9 +61,10 @@ class Program:
 
     @cached_property
     def windows(self) -> dict[str, int]:
-        """The K/V caches of which a query reads only the last tokens: by name, how many (itself included), at most.
+        """A dict of the K/V caches with a sliding window: name to the most tokens that a query reads, itself included.
 
-        These caches are read only by `attend` ops that have a window or chunk.
+        These are the caches that only `attend` ops with a window or chunk read. All caches of an op have their blocks
+        in one table, so such a cache is left out if an op also uses a cache without a window.
         """
         ops = [op for op in self.ops if op.reads_state or op.writes_state]
         reach = {op.site: (op.window or op.chunk) if isinstance(op, Attend) else 0 for op in ops}

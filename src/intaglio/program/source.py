@@ -63,10 +63,11 @@ def narrowed(source: str, numbers: range) -> str:
 def restacked(
     sources: Sequence[str], held: Sequence[int], wanted: Sequence[int], total: int, axis: str = "s"
 ) -> tuple[str, ...]:
-    """The sources of other matrices of the same stack, cut like `sources`: one for each run of consecutive numbers.
+    """The sources of other matrices of the stack that `sources` are from, as a tuple: one for each run of numbers.
 
-    held: numbers of the matrices that `sources` name, ascending, of `total`. wanted: those to name, ascending. axis: s
-    for a stack of matrices, r for a stack of vectors, whose rows they are.
+    held: numbers, in the stack of `total` matrices, of those that `sources` name, ascending. wanted: numbers of those
+    to name, ascending; each run of consecutive numbers gets one source. Other cuts of `sources` are kept. axis: s for a
+    stack of matrices; r for a stack of vectors, which are the rows of one matrix.
     """
     template, found = sources[0], list[str]()
     ends = [n + 1 for n in wanted if n + 1 not in wanted]
@@ -84,11 +85,23 @@ def restacked(
 def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
     """A list of the sources of consecutive parts of `source`, with these sizes along its rows or columns.
 
-    axis: "r" for rows, "c" for columns. If the axis is n times as long as the sum of the sizes, it consists of n blocks
-    that are divided alike, and each source has its part of every block.
+    axis: "r" for rows, "c" for columns. If the axis is n times as long as the sum of the sizes, it consists of n
+    blocks. All blocks are divided alike, and each source has its part of every block.
     """
     starts, of = [sum(sizes[:i]) for i in range(len(sizes))], sum(sizes)
     return [f"{source}|{axis}{start}:{start + size}/{of}" for start, size in zip(starts, sizes, strict=True)]
+
+
+def part_sizes(sources: Sequence[str], length: int) -> list[int] | None:
+    """Rows of each of `sources`, which have `length` rows together, if parts_of() one tensor; None for other sources.
+
+    The sources need not be all parts of the tensor.
+    """
+    cuts = [re.fullmatch(r"(.+)\|r(\d+):(\d+)/(\d+)", source) for source in sources]
+    sizes = [int(cut[3]) - int(cut[2]) for cut in cuts if cut]
+    if len(sizes) < len(sources) or len({(cut[1], cut[4]) for cut in cuts if cut}) > 1 or length % sum(sizes):
+        return None
+    return [length // sum(sizes) * size for size in sizes]
 
 
 def names(source: str) -> list[str]:
@@ -113,7 +126,7 @@ def _cut(step: str, length: int) -> tuple[int, int, int, int]:
 
 
 def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ...]:
-    """The shape that a tensor of this shape has after the steps. Raises ProgramError for a step that does not fit."""
+    """The shape (tuple) of a tensor of this shape after the steps. Raises ProgramError for a step that does not fit."""
     for step in steps:
         if step[0] == "g":
             continue
@@ -139,8 +152,8 @@ def shape_after(shape: tuple[int, ...], steps: tuple[str, ...]) -> tuple[int, ..
 def take(x: Value, steps: tuple[str, ...]) -> Value:
     """The tensor x after the steps that a weight's source lists (see this module), without a copy where possible.
 
-    Quantized values stay quantized, unless a step would split a group, divide rows into a stack (hN), or transpose
-    otherwise than the tensor is stored: then they become float32 first.
+    Quantised values stay quantised if they can. They become float32 if a step would split a group, divides rows into a
+    stack (hN), or transposes otherwise than the tensor is stored. Raises ProgramError for a step that does not fit.
     """
     if isinstance(x, Quantised):
         coded = _coded(x, steps)
@@ -152,10 +165,10 @@ def take(x: Value, steps: tuple[str, ...]) -> Value:
 
 
 def _coded(x: Quantised, steps: tuple[str, ...]) -> Quantised | None:
-    """The quantised tensor after the steps, which are applied to its codes and scales; None if the steps cannot be.
+    """The quantised tensor x after the steps, as a Quantised; None if the steps cannot be applied to codes and scales.
 
-    They cannot be if one splits a group or divides rows into a stack (hN), or if they transpose otherwise than the
-    tensor is stored.
+    That is so if a step splits a group or divides rows into a stack (hN), or if the steps transpose otherwise than the
+    tensor is stored. Raises ProgramError for a step that does not fit.
     """
     if steps.count("T") != x.turned or any(s.startswith("h") for s in steps):
         return None
@@ -211,6 +224,7 @@ def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
     """A cut of columns rewritten as the same cut of the groups' scales, in a tuple; None if it would split a group.
 
     () if one group is the whole row, so that its scales stay as they are. length: columns. group: columns of a group.
+    Raises ProgramError for a step that does not fit.
     """
     _, first, last, of = _cut(step, length)
     if group >= length:
@@ -221,7 +235,10 @@ def _of_groups(step: str, length: int, group: int) -> tuple[str, ...] | None:
 
 
 def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
-    """The array x after a source's steps (transposition, cuts, stacking), for an array that is not quantised."""
+    """The array x after a source's steps (transposition, cuts, stacking), for an array that is not quantised.
+
+    Raises ProgramError for a step that does not fit.
+    """
     for step in steps:
         if step[0] == "g":
             continue
@@ -251,9 +268,9 @@ def _moved(x: np.ndarray, steps: tuple[str, ...]) -> np.ndarray:
 def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) -> Iterator[tuple[str, Value]]:
     """Yield (tensor name, values) of the tensors of a source, after its steps, a run of consecutive rows at a time.
 
-    A run at a time needs less memory than the whole tensor. A tensor's name is yielded once for each of its runs. A
-    quantised matrix is yielded whole if a step transposes it, and any quantised tensor if a step divides its rows into
-    a stack (hN). read: function from a name to the whole tensor. runs: function from a name to the runs of the tensor.
+    A tensor's name is yielded once for each of its runs, which need less memory than the whole tensor. A quantised
+    tensor is yielded whole if a step divides its rows into a stack (hN); so is a quantised matrix if a step transposes
+    it. read: function from a name to the whole tensor. runs: function from a name to the runs of the tensor.
     """
     for name, steps in expand(source):
         at = 0
@@ -274,7 +291,10 @@ def strips(source: str, read: Reader, runs: Callable[[str], Iterator[Value]]) ->
 
 
 def _kept(ids: np.ndarray, steps: Sequence[str]) -> np.ndarray:
-    """Boolean mask of the indices `ids` of an axis that remain after the cuts `steps`."""
+    """Boolean mask of the indices `ids` of an axis that remain after the cuts `steps`.
+
+    Raises ProgramError for a step that is no cut.
+    """
     kept = np.ones(len(ids), bool)
     for step in steps:
         _, first, last, of = _cut(step, int(step.rpartition("/")[2]))

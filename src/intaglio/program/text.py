@@ -55,7 +55,7 @@ def _attributes(op: Op) -> Iterator[str]:
 
 
 def _literal(value: object) -> str:
-    """`value` as a Python literal, without spaces except inside strings, because spaces separate attributes."""
+    """`value` written as a Python literal, without spaces except inside strings, because spaces separate attributes."""
     return repr(value) if isinstance(value, str) else repr(value).replace(" ", "")
 
 
@@ -104,7 +104,7 @@ def _sections(ops: Sequence[Op], tensors: Tensors) -> Iterator[tuple[str, list[s
 def print_text(head: str, ops: Sequence[Op], tensors: Tensors, fold: bool = False) -> str:
     """The text form of a Program, with `head` as its first line.
 
-    fold: print layers that are equal only once. Such text is for people and cannot be parsed.
+    fold: True to print equal layers only once. Such text is for people and cannot be parsed.
     """
     out = [head]
     alike: list[str] = []

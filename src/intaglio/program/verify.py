@@ -125,9 +125,9 @@ def views_inside(p: Program) -> Iterator[str]:
 def state_kept(p: Program) -> Iterator[str]:
     """Yield a message for each wrong use of a state tensor by an op.
 
-    Wrong are: state as an operand that is not declared for state, another tensor as an operand that is; a read of a
-    K/V cache before this step's values are written to it; recurrent state that is updated twice or whose first
-    dimension is not N.
+    Wrong are: a state tensor in an operand that is not declared for state; any other tensor in an operand that is
+    declared for state; a read of a K/V cache before this step's values are written to it; recurrent state that is
+    updated twice, or whose first dimension is not N.
     """
     written: set[str] = set()
     for op in p.ops:
@@ -167,7 +167,7 @@ def buffers_apart(p: Program) -> Iterator[str]:
 def collectives_placed(p: Program) -> Iterator[str]:
     """Yield a message for each collective that does not fit the mesh, and for a rank outside the mesh.
 
-    Its group must lie inside the mesh and contain this rank; a send or recv must name another rank of the mesh.
+    The group of a collective must lie inside the mesh and contain this rank. A send or recv must name another rank.
     """
     if not 0 <= p.rank < p.mesh:
         yield f"rank {p.rank} is outside a mesh of {p.mesh}"

@@ -19,9 +19,9 @@ SLOWER = 1.25  # factor by which a step may become longer when a replica is remo
 
 
 class Autoscaler:
-    """Decides about the number of replicas, between `least` and `most`. why: reason of the last change, for logs.
+    """Decides the number of replicas, between `least` and `most`. `why` is the reason of the last change, as text.
 
-    Raises ValueError if not 1 <= least <= most.
+    Raises ValueError unless 1 <= least <= most.
     """
 
     def __init__(self, least: int, most: int) -> None:
@@ -32,7 +32,10 @@ class Autoscaler:
         self._quiet: float | None = None  # since when one replica less would do
 
     def wanted(self, router: Router, replicas: int, now: float) -> int:
-        """The number of replicas that there should be, where there are `replicas`. Call it about once a second."""
+        """The number of replicas that there should be. replicas: the present number. now: the time in seconds.
+
+        Call this about once a second: the decision depends on how long requests wait, or have not waited.
+        """
         if not self.least <= replicas <= self.most:
             self.why = f"allowed are {self.least} to {self.most}"
             return min(max(replicas, self.least), self.most)

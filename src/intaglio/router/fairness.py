@@ -9,7 +9,8 @@ counter is raised to the lowest of the tenants that have waiting jobs.
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +20,10 @@ IDLE_MAX = 1024  # tenants that wait for nothing and whose counters are kept
 Entry = tuple[int, int, Job]  # priority, arrival number, job
 
 
+def _place_in_order(entry: Entry) -> tuple[int, int]:
+    return entry[:2]
+
+
 @dataclass
 class Tenant:
     """A tenant's weight, its counter (tokens charged / weight) and its waiting jobs in order."""
@@ -26,10 +31,6 @@ class Tenant:
     weight: float
     counter: float = 0.0
     waiting: list[Entry] = field(default_factory=list)
-
-    def remove(self, job: Job) -> None:
-        """Remove a job from the waiting jobs, if it is among them."""
-        self.waiting = [entry for entry in self.waiting if entry[2].id != job.id]
 
 
 class FairQueue:
@@ -46,11 +47,13 @@ class FairQueue:
         self.weights = dict(weights or {})
         self.tenants: dict[str, Tenant] = {}
         self.charged: set[str] = set()  # ids of the jobs that were taken and have not ended
+        self.jobs_of, self.tokens_of = Counter[str](), Counter[str]()  # by stage: waiting jobs, and their prompt tokens
+        self._entries: dict[str, Entry] = {}  # of the waiting jobs, by id
         self._arrivals = 0
         self._floor = 0.0  # counter at which the last job was taken
 
     def __len__(self) -> int:
-        return sum(len(t.waiting) for t in self.tenants.values())
+        return len(self._entries)
 
     def push(self, job: Job) -> None:
         """Add a job behind the other jobs of its tenant and priority."""
@@ -59,11 +62,14 @@ class FairQueue:
             others = [t.counter for t in self.tenants.values() if t.waiting]
             tenant.counter = max(tenant.counter, min(others, default=self._floor))
         self._arrivals += 1
-        insort(tenant.waiting, (job.priority, self._arrivals, job), key=lambda entry: entry[:2])
+        entry = self._entries[job.id] = job.priority, self._arrivals, job
+        insort(tenant.waiting, entry, key=_place_in_order)
+        self.jobs_of[job.stage] += 1
+        self.tokens_of[job.stage] += job.prompt_tokens - job.handed
 
     def jobs(self) -> Iterator[Job]:
         """Yield the waiting jobs in no particular order. Do not change the queue meanwhile."""
-        return (entry[2] for tenant in self.tenants.values() for entry in tenant.waiting)
+        return (entry[2] for entry in self._entries.values())
 
     def order(self) -> Iterator[Job]:
         """Yield the waiting jobs in the order in which they should be placed. Do not change the queue meanwhile."""
@@ -90,7 +96,7 @@ class FairQueue:
         A job that was taken before and has not ended is not charged again.
         """
         tenant = self._tenant(job.tenant)
-        tenant.remove(job)
+        self._remove(job)
         if job.id not in self.charged:
             self._floor = max(self._floor, tenant.counter)
             tenant.counter += job.tokens / tenant.weight
@@ -99,7 +105,7 @@ class FairQueue:
 
     def discard(self, job: Job) -> None:
         """Remove a job from those that wait, without a charge."""
-        self._tenant(job.tenant).remove(job)
+        self._remove(job)
         self._forget_idle()
 
     def settle(self, job: Job, output_tokens: int) -> None:
@@ -117,7 +123,8 @@ class FairQueue:
     def share(self, tenant: str, total: int) -> int:
         """Number of the `total` places in the queue that the tenant may hold, at least 1.
 
-        Places are divided by weight among the tenants that wait and one more of weight 1 that may come.
+        Places are divided by weight among this tenant, the other tenants with waiting jobs, and one more of weight 1
+        that may come.
         """
         own = self._tenant(tenant).weight
         others = sum(t.weight for name, t in self.tenants.items() if t.waiting and name != tenant)
@@ -127,14 +134,23 @@ class FairQueue:
         """Number of a tenant's waiting jobs."""
         return len(self.tenants[tenant].waiting) if tenant in self.tenants else 0
 
+    def _remove(self, job: Job) -> None:
+        """Remove a job from the waiting jobs, if it is among them."""
+        if (entry := self._entries.pop(job.id, None)) is None:
+            return
+        waiting, own = self.tenants[entry[2].tenant].waiting, entry[2]
+        del waiting[bisect_left(waiting, entry[:2], key=_place_in_order)]
+        self.jobs_of[own.stage] -= 1
+        self.tokens_of[own.stage] -= own.prompt_tokens - own.handed
+
     def _tenant(self, name: str) -> Tenant:
         return self.tenants.setdefault(name, Tenant(self.weights.get(name, 1.0), self._floor))
 
     def _forget_idle(self) -> None:
-        """Drop tenants without waiting jobs whose counters are not above the lowest of those with waiting jobs.
+        """Drop tenants without waiting jobs whose counters are not above the lowest of tenants with waiting jobs.
 
-        If more than IDLE_MAX tenants without waiting jobs are left, half of that number is kept: those with the highest
-        counters.
+        If no tenant has waiting jobs, the bound is the counter at which the last job was taken. If more than IDLE_MAX
+        tenants without waiting jobs are left, the IDLE_MAX / 2 with the highest counters are kept.
         """
         lowest = min((t.counter for t in self.tenants.values() if t.waiting), default=self._floor)
         idle = [name for name, t in self.tenants.items() if not t.waiting]

@@ -102,10 +102,10 @@ class PromptMemory:
 
 
 class CacheIndex:
-    """What one replica has cached, as far as the router knows: blocks from events, and prefixes of prompts sent to it.
+    """The router's record of one replica's cache: blocks known from events, and prefixes of prompts sent to it.
 
-    `stale`: no snapshot yet, or events were missed, so a snapshot is needed. `events` becomes True with the first event
-    or snapshot; until then assumed prefixes do not expire by time.
+    `stale` is True if a snapshot is needed: there was none yet, or events were missed. `events` becomes True with the
+    first event or snapshot; until then assumed prefixes do not expire by time.
     """
 
     def __init__(self) -> None:
@@ -183,8 +183,8 @@ class CacheIndex:
     def _tokens_at(self, key: bytes, number: int, memory: PromptMemory, now: float) -> int | None:
         """Tokens of the prefix that ends with this key; None if it is not cached.
 
-        number: of the key in the prompt, from 1. 0 is returned for a prefix that is shorter than a block, which does
-        not tell whether longer ones are cached.
+        number: position of the key in the prompt, from 1. The result is 0 for a prefix shorter than a block; it does
+        not tell whether longer prefixes are cached.
         """
         known = memory.find(key)
         sent = self._assumed.get(key)

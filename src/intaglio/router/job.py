@@ -11,12 +11,12 @@ class Job:
     """A request to place on a replica.
 
     Attributes:
-        id: unique among live requests.
-        keys: prefix keys of the prompt (see prefix.py).
+        id: a text that is unique among live requests.
+        keys: prefix keys of the prompt (see prefix_keys()).
         prompt_tokens: tokens of the prompt, estimated from its length.
         output_tokens: expected tokens of one choice's output, at most max_tokens.
         choices: sequences that the request runs.
-        tenant: whose share of the service it uses.
+        tenant: name of the tenant that is charged for the request.
         priority: a lower number is placed first.
         deadline: time in seconds by which it must have ended; None: no limit.
         start_by: time in seconds by which it must have been placed; None: no limit.
@@ -43,7 +43,7 @@ class Job:
 
 
 class Refusal(Exception):
-    """Raised for a job that is not admitted.
+    """Raised for a job that is not admitted, or not placed on a replica in its time.
 
     reason: full (too many jobs wait), late (it would miss its deadline), unavailable (no replica serves). retry_after:
     seconds after which to retry.

@@ -34,7 +34,7 @@ class Estimate:
 
     @property
     def cost(self) -> float:
-        """What placement minimises, in seconds: the time until the job ends, and once more the time of its own prefill.
+        """The cost that placement minimises, in seconds: time until the job ends, plus the time of its prefill again.
 
         The second term stands for the other jobs of the replica, whose steps the prefill lengthens. Without it, jobs
         leave their cached prefix for a small gain of their own, and all jobs together compute more.
@@ -53,7 +53,7 @@ def fastest_pace(replicas: Iterable[Replica]) -> Pace:
 def estimate(
     replica: Replica, job: Job, memory: PromptMemory, now: float, ahead: int = 0, pace: Pace | None = None
 ) -> Estimate:
-    """The Estimate of a job on a replica: prefill of what is not cached, behind the jobs before it, then decode.
+    """The Estimate of a job on a replica: prefill of uncached tokens, after that of the jobs before it, then decode.
 
     now: seconds. ahead: prompt tokens of queued jobs that will go to this replica before this one. pace: step times to
     use; None: those that the replica has reported. The last prompt token is always computed, because its logits are

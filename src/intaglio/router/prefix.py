@@ -16,7 +16,7 @@ KEY_BYTES = 8
 def prefix_keys(salt: bytes, pieces: Iterable[bytes]) -> tuple[bytes, ...]:
     """A tuple with one key for each whole chunk of CHUNK_BYTES of the joined `pieces`. Key i covers chunks 0 to i.
 
-    salt: what must be equal besides the text for K/V to be shared, such as the model and the request's cache salt.
+    salt: bytes that make up the keys too, so that only prompts of equal salt share keys: the model, the cache salt.
     """
     text = b"".join(pieces)
     keys, parent = [], blake2b(salt, digest_size=KEY_BYTES).digest()

@@ -46,7 +46,8 @@ class Placement:
 class Router:
     """Queue of jobs, and their placement on replicas.
 
-    policy: a name in POLICIES. weights: tenants' shares (see FairQueue). Raises ValueError for an unknown policy.
+    policy: a name in POLICIES. limits: limits of the queue; None: Limits(). weights: weight of each tenant by name (see
+    FairQueue). Raises ValueError for an unknown policy and for an invalid weight.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Router:
     def ready(self, name: str, incarnation: str) -> None:
         """Note that a replica accepts requests; one that drains goes on draining.
 
-        incarnation: of its K/V cache; a new one has cached nothing.
+        incarnation: identifies the content of its K/V cache. If it differs from the last one, nothing counts as cached.
         """
         replica = self.replicas[name]
         if replica.state != "draining":
@@ -90,14 +91,14 @@ class Router:
         self.replicas[name].report = report
 
     def drain(self, name: str) -> list[Job]:
-        """Place no more jobs on a replica. Returns its jobs, which the caller may pass to resubmit() to move them."""
+        """Place no more jobs on a replica. Returns a list of its jobs; the caller may move them by resubmit()."""
         self.replicas[name].state = "draining"
         return [a.job for a in self.replicas[name].jobs.values()]
 
     def died(self, name: str) -> list[Job]:
         """Note that a replica is gone.
 
-        Returns the jobs it had, in the order of their placement; they are no longer placed.
+        Returns a list of the jobs it had, in the order of their placement. They are no longer placed.
         """
         replica = self.replicas[name]
         replica.state = "dead"
@@ -122,8 +123,8 @@ class Router:
     def submit(self, job: Job, now: float) -> None:
         """Queue a job. Raises Refusal, with the seconds after which to retry, if it is not admitted.
 
-        It is not admitted if no replica serves, if too many jobs wait (in all, or of its tenant), or if it would miss
-        its deadline. now: seconds.
+        A job is not admitted if no replica serves, if too many jobs wait (in all, or of its tenant), or if it would
+        miss its `start_by` or `deadline` by the estimate. now: the time in seconds.
         """
         try:
             self._admit(job, now)
@@ -141,30 +142,32 @@ class Router:
         self.queue.push(job)
 
     def dispatch(self, now: float) -> list[Placement]:
-        """Place queued jobs, in fair order, on replicas that have room. Returns the Placements made, in order.
+        """Place queued jobs, in fair order, on replicas that have room. Returns a list of the Placements, in order.
 
-        Call it after every change.
+        Call this after every change of jobs or replicas.
         """
         placed: list[Placement] = []
-        if not self.queue or not any(r.has_room for r in self.replicas.values()):
-            return placed
         ahead: Counter[str] = Counter()  # prompt tokens of jobs that wait for a full replica
-        stages = sorted({job.stage for job in self.queue.jobs()})  # a stage is not held up by jobs of the other
-        first = [job for s in stages for job in islice((j for j in self.queue.order() if j.stage == s), SCANNED)]
-        for job in first:
-            best = self._choose(job, now, ahead)
-            if best is None:
+        for stage in ("all", "prefill"):  # a stage is not held up by jobs of the other
+            takers = self._takers(stage)
+            if not self.queue.jobs_of[stage] or not any(r.has_room for r in takers):
                 continue
-            if best.replica.has_room:
+            most = min(SCANNED, self.queue.jobs_of[stage])
+            for job in list(islice((j for j in self.queue.order() if j.stage == stage), most)):
+                best = POLICIES[self.policy](self._estimates(takers, job, now, ahead))
+                if not best.replica.has_room:
+                    ahead[best.replica.name] += best.uncached
+                    continue
                 placed.append(self._place(job, best, now))
-            else:
-                ahead[best.replica.name] += best.uncached
+                if not any(r.has_room for r in takers):
+                    break
         return placed
 
     def started(self, id: str, tokens: int, names: tuple[str, ...] = (), block_size: int = 1) -> None:
         """Note that a placed job's first token has come: its prompt of `tokens` tokens is computed.
 
-        names: of the blocks that hold the prompt, of `block_size` tokens each.
+        id: the job's id; one that is not placed is ignored. names: names of the blocks that hold the prompt, of
+        `block_size` tokens each.
         """
         if (name := self._where.get(id)) is not None:
             self.memory.learn(self.replicas[name].started(id).keys, tokens, names, block_size)
@@ -172,7 +175,8 @@ class Router:
     def ended(self, job: Job, output_tokens: int) -> None:
         """Note that a job has ended, or was cancelled, after `output_tokens` output tokens over all choices.
 
-        Also for a job that expired() has returned; one that was placed before is then charged for its output.
+        Its tenant is charged for its output if it was ever placed. Call this also for a job that expired() has
+        returned.
         """
         if not self._unplace(job.id):
             self.queue.discard(job)
@@ -197,7 +201,7 @@ class Router:
         """
         if not any(r.placeable and r.role == "prefill" for r in self.replicas.values()):
             return False
-        decoders = [r for r in self._takers(job) if r.role != "prefill"]
+        decoders = [r for r in self._takers(job.stage) if r.role != "prefill"]
         options = self._estimates(decoders, job, now)
         return bool(options) and POLICIES[self.policy](options).uncached >= PREFILL_MIN
 
@@ -206,36 +210,38 @@ class Router:
         return self._where.get(id)
 
     def queue_seconds(self) -> float:
-        """Seconds of prefill, for all replicas in all, that the queued jobs would take on one of mean pace."""
+        """Seconds in which one replica of mean pace would compute the prompts of all queued jobs.
+
+        inf if no replica may be given jobs.
+        """
         paces = [r.report.pace.per_token for r in self.replicas.values() if r.placeable]
-        tokens = sum(job.prompt_tokens - job.handed for job in self.queue.jobs())
+        tokens = self.queue.tokens_of.total()
         return tokens * sum(paces) / len(paces) if paces else float("inf")
 
     # Inside
 
-    def _takers(self, job: Job) -> list[Replica]:
-        """The replicas that may be given the job now, as a list.
+    def _takers(self, stage: str) -> list[Replica]:
+        """The replicas that may be given jobs of a stage now, as a list. stage: "all" or "prefill", see Job.
 
         Prefill replicas take whole requests only if no other replica takes any. A job of stage "prefill" goes to any
         replica if no prefill replica is left.
         """
         alive = [r for r in self.replicas.values() if r.placeable]
-        if job.stage == "prefill":
+        if stage == "prefill":
             return [r for r in alive if r.role == "prefill"] or alive
         return [r for r in alive if r.role != "prefill"] or alive
 
     def _admit(self, job: Job, now: float) -> None:
-        alive = self._takers(job)
+        alive = self._takers(job.stage)
         if not alive:
             if not any(r.state in ("starting", "dead") for r in self.replicas.values()):
                 raise Refusal("unavailable", "no replica serves; start one with `intaglio cluster scale`", RETRY_MAX)
             raise Refusal("unavailable", "no replica is ready yet; retry later", RETRY_MIN)
         most, waiting = self.limits.max_queued, len(self.queue)
         wait = self._wait_seconds(alive, job.stage)
-        own = self.queue.share(job.tenant, most)
         if waiting >= most:
             raise Refusal("full", f"{waiting} requests wait, max_queued is {most}; retry later", _retry(wait))
-        if waiting >= most // 2 and self.queue.waiting(job.tenant) >= own:
+        if waiting >= most // 2 and self.queue.waiting(job.tenant) >= (own := self.queue.share(job.tenant, most)):
             why = f"{waiting} requests wait, {own} of them this tenant's, which is its share of {most}; retry later"
             raise Refusal("full", why, _retry(wait))
         if _earliest(job.start_by, job.deadline) == float("inf") or not all(r.report.pace.measured for r in alive):
@@ -251,25 +257,16 @@ class Router:
 
     def _wait_seconds(self, alive: list[Replica], stage: str) -> float:
         """Estimated seconds until the waiting jobs of a stage have been placed, by the replicas' prefill pace."""
-        tokens = sum(job.prompt_tokens - job.handed for job in self.queue.jobs() if job.stage == stage)
-        return tokens / sum(1 / max(r.report.pace.per_token, 1e-9) for r in alive)
-
-    def _choose(self, job: Job, now: float, ahead: Mapping[str, int]) -> Estimate | None:
-        """The Estimate of the job on the replica that the policy chooses; None if no replica may be given jobs.
-
-        ahead: prompt tokens to compute for jobs that wait for a replica and come first, by replica.
-        """
-        options = self._estimates(self._takers(job), job, now, ahead)
-        return POLICIES[self.policy](options) if options else None
+        return self.queue.tokens_of[stage] / sum(1 / max(r.report.pace.per_token, 1e-9) for r in alive)
 
     def _estimates(
         self, replicas: Iterable[Replica], job: Job, now: float, ahead: Mapping[str, int] | None = None
     ) -> list[Estimate]:
         """The Estimate of a job on each of the replicas, as a list.
 
-        ahead: by replica, prompt tokens of waiting jobs that will be placed on it first. Where a replica's pace is not
-        known, the fastest known one stands for it: a replica that seemed slow would be given no jobs, and then never be
-        measured.
+        ahead: by replica, prompt tokens of waiting jobs that will be placed on it first; None: there are none. Where a
+        replica's pace is not known, the fastest known one stands for it: a replica that seemed slow would be given no
+        jobs, and then never be measured.
         """
         fastest, ahead = fastest_pace(self.replicas.values()), ahead or {}
         paces = ((r, r.report.pace if r.pace_is_known(self.placements) else fastest) for r in replicas)

@@ -38,11 +38,12 @@ class Accounting:
             row += len(chunk.rows)
 
     def account_sequence(self, scheduled: ScheduledSequence, chunk: Chunk, result: StepResult, row: int) -> None:
-        """Apply one sequence's rows of a step's result to it, emit its events and count its drafts.
+        """Apply the result of a step to one of its sequences, emit the sequence's events and count its drafts.
 
-        The rows begin at index `row` of the result: first one for each prompt position of the chunk whose logits the
-        request wants. Then, if the sequence samples in this step, one for the next token and one for each draft.
-        Sampled tokens are appended up to and including the first that differs from its draft or ends the sequence.
+        The sequence's rows begin at index `row` of the result: first one for each prompt position of the chunk whose
+        logits the request wants; then, if the sequence samples in this step, one for the next token and one for each
+        draft. Sampled tokens are appended up to and including the first that differs from its draft or ends the
+        sequence.
         """
         s, drafts, start = scheduled.sequence, scheduled.drafts, scheduled.sequence.computed
         sampled, accepted = 1 + len(drafts) if scheduled.samples else 0, 0
@@ -67,10 +68,12 @@ class Accounting:
                 self.live.emit(self.live.end(s, "length"))
 
     def settle_state(self, s: Sequence, start: int, rejected: bool) -> None:
-        """Update a sequence's recurrent state slots after a step that began at position `start`, if the model has any.
+        """Update the recurrent-state slots of a sequence after a step that began at position `start`.
 
-        rejected: drafts were rejected, so the state that the step wrote includes their tokens and is not used. The
-        sequence then keeps the state of position `start`, and its next step computes the tokens from there on again.
+        Does nothing if the model has no recurrent state. If no draft was rejected, the state that the step wrote
+        becomes the sequence's. rejected: True if a draft was rejected, so that the state that the step wrote includes
+        rejected tokens and is not used. The sequence then keeps the state of position `start`, and its next step
+        computes the tokens from there on again.
         """
         if s.next_state_slot < 0:
             return

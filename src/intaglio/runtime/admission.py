@@ -24,7 +24,7 @@ class EngineLoad:
         live: number of sequences that have not ended, waiting or running.
         prefill_tokens: tokens still to prefill, over all live sequences.
         latency: estimator of step times, from recent steps.
-        draining: the engine refuses new requests.
+        draining: True if the engine refuses new requests.
         failed: why the engine cannot serve; None while it can.
     """
 
@@ -91,7 +91,10 @@ class Admission:
                 raise RequestError(f"{name} is {value}; allowed: seconds above 0, or None")
 
     def max_tokens(self, prompt_tokens: int) -> int:
-        """Largest `max_tokens` that fits after a prompt of `prompt_tokens` tokens. Below 1: the prompt is too long."""
+        """Largest `max_tokens` that fits into context and K/V cache after a prompt of `prompt_tokens` tokens.
+
+        A result below 1 means that the prompt is too long.
+        """
         return min(self.context, self.num_blocks * self.block_size) - prompt_tokens + 1
 
     def admit(self, request: Request, load: EngineLoad) -> float:

@@ -34,7 +34,7 @@ class BlockScope:
         kv_format: formats of the K/V cache, such as "bf16".
         numerics: device, instruction set and layout, such as "host avx2 tp2".
         block_size: tokens in a block.
-        version: of this package and its compiled part.
+        version: version of this package and its compiled part.
     """
 
     program: str = ""
@@ -88,7 +88,7 @@ class BlockNames:
     def chain(self, tokens: Sequence[int], salt: str | None = None) -> Iterator[str]:
         """Yield the names of the full blocks of a sequence of token ids, from its start.
 
-        salt: the request's cache salt, see root().
+        salt: the request's cache salt; None: none.
         """
         name = self.root(salt)
         for at in range(0, len(tokens) - self.block_size + 1, self.block_size):
@@ -98,6 +98,6 @@ class BlockNames:
     def of(self, tokens: Sequence[int], salt: str | None = None) -> list[str]:
         """A list of the names of the full blocks of a sequence of token ids, from its start.
 
-        salt: the request's cache salt, see root().
+        salt: the request's cache salt; None: none.
         """
         return list(self.chain(tokens, salt))

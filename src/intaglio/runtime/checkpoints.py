@@ -29,7 +29,7 @@ class Checkpoints:
 
     Args:
         pool: the K/V blocks. Dropping a block from the prefix cache drops the checkpoint at its end.
-        slots: of recurrent state.
+        slots: the slots of recurrent state.
         every: blocks between checkpoints; 0: no state is kept or found.
     """
 
@@ -43,10 +43,11 @@ class Checkpoints:
         return bool(self.slots.total and self.every)
 
     def usable(self, known: Many[int]) -> int:
-        """Number of the leading blocks `known` (found in the prefix cache) after which a sequence can start.
+        """How many of the blocks `known`, from the first on, a new sequence can reuse.
 
-        All of them if the model has no recurrent state, else those up to the last border that has a checkpoint; 0 if
-        none has.
+        known: numbers of the sequence's leading blocks that are in the prefix cache. Returns their number if the model
+        has no recurrent state. Else returns the number of blocks up to the last one with a checkpoint at its end; 0 if
+        no block has one.
         """
         if not self.slots.total:
             return len(known)
@@ -56,9 +57,9 @@ class Checkpoints:
     def start(self, sequence: Sequence, found: int) -> None:
         """Give a sequence its two state slots and plan the borders of its prompt at which steps end.
 
-        One slot is the checkpoint after its cached blocks, if any; the other is where its first step writes. The
-        sequence's `computed` and `prefix_name` must be set. found: number of leading blocks that are in the prefix
-        cache, with or without a checkpoint.
+        One slot is the checkpoint after its cached blocks, if there are any. The other is the slot that its first step
+        writes. The sequence's `computed` and `prefix_name` must be set before. found: number of leading blocks that are
+        in the prefix cache, with or without a checkpoint.
         """
         size = self.pool.block_size
         if sequence.prefix_name and self.slots.total:
@@ -70,7 +71,7 @@ class Checkpoints:
         sequence.prefill_end = sequence.length
 
     def cut(self, sequence: Sequence, tokens: int) -> int:
-        """How many of the sequence's next `tokens` tokens a step may compute: up to the next border of its prompt."""
+        """Number of the sequence's next `tokens` tokens that a step may compute: up to its prompt's next border."""
         start, stop = sequence.computed, sequence.computed + tokens
         if not self.on or start >= sequence.prefill_end:
             return tokens

@@ -30,19 +30,19 @@ class BlockKey:
 
 @dataclass
 class TierCounts:
-    """Total counts of a tier. The engine computes the blocks that were missed, corrupt or late.
+    """Total counts of a tier. Blocks that are missing, corrupt or late are computed by the engine instead.
 
     Attributes:
         hits: blocks that were loaded into an engine's pool.
-        misses: blocks that were wanted and not there.
-        corrupt: blocks that were there and failed a check: checksum, length, name, or another model's.
+        misses: blocks that an engine looked for and the tier did not have.
+        corrupt: blocks that the tier had but that failed a check: checksum, length, name, or another model's.
         late: blocks that were given up because loading took too long.
         saved: blocks that were written.
         dropped: blocks that were not saved because earlier ones were still being written, or writing had just failed.
-        evicted: blocks that were deleted for others.
+        evicted: blocks that were deleted to make room for others.
         refused: blocks that were not saved because pinned blocks leave no room.
         expired: leases that had run out when they were used; nothing counts as handed over under them.
-        errors: reads and writes that the system refused, such as for a full disk.
+        errors: reads and writes that the operating system refused, such as writes to a full disk.
         loaded_bytes: bytes of the hits.
         saved_bytes: bytes of the blocks that were written.
         held_bytes: bytes in the tier, as last seen; a gauge.
@@ -70,9 +70,10 @@ class Load(Protocol):
         """Wait up to `seconds` for the load to end. Returns True if it has ended."""
 
     def blocks(self) -> list[np.ndarray]:
-        """A list of the contents, uint8 [block_bytes], of the leading blocks that the tier had and that passed checks.
+        """The contents of the loaded blocks: a list of uint8 [block_bytes], in the order of the keys.
 
-        Call it only after the load has ended.
+        The list ends before the first block that the tier did not have, or that failed a check. Call it only after the
+        load has ended.
         """
 
     def cancel(self) -> None:
@@ -90,10 +91,13 @@ class Connector(Protocol):
     counts: TierCounts
 
     def lookup(self, names: Sequence[str]) -> int:
-        """Number of leading blocks that the tier probably holds. names: the blocks, each the parent of the next."""
+        """Number of blocks, from the first of `names` on, that the tier probably holds.
+
+        names: the names of the blocks, each the parent of the next.
+        """
 
     def load(self, keys: Sequence[BlockKey], block_bytes: int) -> Load:
-        """Begin to load blocks of `block_bytes` bytes each, and return the Load."""
+        """Begin to load the blocks of `keys`, of `block_bytes` bytes each, and return the Load without waiting."""
 
     def save(self, key: BlockKey, content: np.ndarray) -> None:
         """Save a block; the tier may drop it. `content`, uint8 [block_bytes], belongs to the tier from now on."""

@@ -60,7 +60,7 @@ class Engine:
         restart: loads the same Program again after the device was lost.
         numerics: what decides the bits of results besides the Program, such as "host avx2 tp2": device, instruction set
             and layout. A request suspended on another engine is resumed only if both have the same.
-        scope: for the names of K/V blocks; None: made from the Program and `numerics`, with unknown weights.
+        scope: BlockScope for the names of K/V blocks; None: from the Program and `numerics`, with unknown weights.
         connector: a tier that keeps K/V blocks outside the engine; None if there is none. If the model or the device
             cannot use it, the tier is told so and not used.
         incarnation: text that is different for each start of an engine; block events carry it.
@@ -158,7 +158,7 @@ class Engine:
     def suspend(self, id: str) -> Resumption | None:
         """Take a request out of the engine, with no event. Returns its Resumption, for resume() on any engine.
 
-        None if no such request is live.
+        Returns None if no such request is live.
         """
         now, left = self.clock.read(), self.live.release(id)
         return Resumption.of(left, now, self.program.hash, self.numerics) if left else None
@@ -224,7 +224,7 @@ class Engine:
         return collected
 
     def collect(self) -> list[ScheduledSequence]:
-        """Wait for the oldest launch and apply its results. Returns its ScheduledSequences. Raises DeviceLost."""
+        """Wait for the oldest launch and apply its results. Returns a list of ScheduledSequences. Raises DeviceLost."""
         launch = self.launcher.under_way[0]
         for done in self.launcher.complete(launch):
             self.accounting.account(done)
@@ -285,7 +285,7 @@ class Engine:
     def block_events(self, after: int) -> list[BlockEvent] | None:
         """A list of the prefix cache's events after number `after`.
 
-        None if some of them are not kept any more; the caller then needs block_snapshot().
+        Returns None if some of them are not kept any more; the caller then needs block_snapshot().
         """
         return self.pool.events.after(after)
 
@@ -298,8 +298,8 @@ class Engine:
     ) -> list[Sequence]:
         """Check and queue choices of a request. Returns a list of a Sequence for each.
 
-        seed: of choice 0. choices: their indices. resumption: if given, the choices continue after the output in it.
-        Raises RequestError or Refused, and counts the choices as refused.
+        seed: seed of choice 0. choices: their indices. resumption: if given, the choices continue after the output in
+        it. Raises RequestError or Refused, and counts the choices as refused.
         """
         n = len(choices)
         self.counts.received += n

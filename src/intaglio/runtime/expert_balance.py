@@ -56,11 +56,11 @@ class ExpertBalancer:
     def tick(self, now: float, last: bool = False) -> None:
         """Count tokens, and propose, load or switch experts if it is time. Call between steps.
 
-        At most one layer is balanced in a call, as that takes milliseconds. The device is asked RARELY while steps of a
-        pipeline are under way, because an answer waits for their end. Tokens of layouts without redundant experts are
-        for metrics only, and counted RARELY too.
+        At most one layer is balanced in a call, as that takes milliseconds. The device answers only when no step is
+        under way. So while a pipeline has steps under way, the device is asked RARELY times less often. Tokens are also
+        counted RARELY times less often if the layout has no redundant experts, as they then serve only metrics.
 
-        now: seconds. last: no request is left, so count now. Raises DeviceLost.
+        now: seconds. last: True if no request is left; tokens are then counted now. Raises DeviceLost.
         """
         if self._counted_on is not self.launcher.executable:
             self._begin(now)
@@ -87,9 +87,10 @@ class ExpertBalancer:
             self.loads[site] = ExpertLoad(base + load.tokens, load.held)
 
     def propose(self, site: str, recent: np.ndarray) -> Ranks | None:
-        """The experts of each rank of one layer, balanced for `recent` tokens of each expert, i64 [experts].
+        """A better placement of one layer's experts: the expert numbers of each rank. None if moving is not worth it.
 
-        None if moving them is not worth it.
+        site: the layer. recent: tokens that each expert got lately, i64 [experts], for which the placement is balanced.
+        Not worth it: the layout has no redundant experts, no expert got a token, or the gain is below `worth`.
         """
         held = self.loads[site].held
         if not held or not all(held) or not recent.any():
@@ -107,7 +108,7 @@ class ExpertBalancer:
         self._counted, self._looked = -np.inf, now - LOOK_EVERY
 
     def _tokens_since_last(self) -> dict[str, np.ndarray]:
-        """The tokens of each layer's experts since this was last called, i64 [experts] by site."""
+        """A dict by site: the tokens of each expert since the last call of this method, i64 [experts]."""
         found = {}
         for site, load in self.loads.items():
             found[site] = load.tokens - self._since.get(site, np.zeros_like(load.tokens))
@@ -115,7 +116,10 @@ class ExpertBalancer:
         return found
 
     def _move(self, now: float) -> None:
-        """Do what is next in moving experts. Returns nothing. Raises DeviceError, DeviceLost."""
+        """Do the next part of moving experts: switch to loaded ones, count for a proposal, or load those of a layer.
+
+        Raises DeviceError if the device fails, DeviceLost if it is lost.
+        """
         device = self.launcher.between_steps
         if self._loading:
             if not device(lambda executable: executable.experts_loaded()):

@@ -29,10 +29,12 @@ def blocks_conserved(e: Engine) -> Iterator[str]:
 
 
 def windows_conserved(e: Engine) -> Iterator[str]:
-    """Yield a text for each window block that is lost, or held by another number of sequences than its refcount.
+    """Yield a text for each error in the window blocks (K/V of layers with a sliding window) and their reservations.
 
-    Also for a running sequence without the blocks that its next token sees, or between its steps with more blocks than
-    it reserved, and for a block in the prefix cache whose name is not that of its tokens.
+    A block must be exactly one of free, evictable and held, and its refcount the number of sequences that hold it. A
+    running sequence must hold the blocks that its next token sees and, between its steps, no more than it reserved. A
+    block in the prefix cache must have the name of its tokens. The reservations must add up to `reserved`, which is at
+    most `limit`.
     """
     windows, holders = e.windows, Counter[int]()
     pool, running = windows.pool, e.scheduler.running
@@ -85,8 +87,8 @@ def slots_conserved(e: Engine) -> Iterator[str]:
 def checkpoints_sound(e: Engine) -> Iterator[str]:
     """Yield a text for each inconsistency of the checkpoints of recurrent state.
 
-    Names and slots must agree, evictable slots must be checkpoints and free ones must not, and each checkpoint must
-    stand at the end of a block in the prefix cache.
+    Names and slots must agree. Evictable slots must be checkpoints, free ones must not. Each checkpoint must stand at
+    the end of a block in the prefix cache.
     """
     slots = e.slots
     if {name: slot for slot, name in slots.named.items()} != slots.checkpoints:

@@ -19,7 +19,13 @@ class KvError(RuntimeError):
 
 @dataclass(frozen=True)
 class CachedBlock:
-    """Entry of a block in the prefix cache: its name, its parent's name (see BlockNames), and its own token ids."""
+    """Entry of a block in the prefix cache.
+
+    Attributes:
+        name: the block's name (see BlockNames).
+        parent: the name of the block before it.
+        tokens: the block's token ids.
+    """
 
     name: str
     parent: str
@@ -141,7 +147,7 @@ class BlockPool:
         return name
 
     def name(self, block: int) -> str:
-        """The name (see BlockNames) of a block in the prefix cache."""
+        """The name (see BlockNames) of a block in the prefix cache. Raises KeyError if the block is not in it."""
         return self.cached[block].name
 
     def snapshot(self) -> BlockSnapshot:

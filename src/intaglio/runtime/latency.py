@@ -39,7 +39,7 @@ class LatencyEstimator:
     tokens_by_seconds: float = 0.0
 
     def observe_step(self, tokens: int, sampled: int, seconds: float) -> None:
-        """Update the model with a step that computed `tokens` token rows and sampled `sampled` tokens."""
+        """Update the model with a step that computed `tokens` token rows and sampled `sampled` tokens in `seconds`."""
         self.weight = STEP_DECAY * self.weight + 1
         ahead, more = tokens - self.mean_tokens, seconds - self.mean_seconds
         share = 1 / self.weight
@@ -51,7 +51,7 @@ class LatencyEstimator:
 
     @property
     def seconds_per_token(self) -> float:
-        """Slope of the fit: seconds each token row adds to a step."""
+        """Slope of the fit: seconds that each token row adds to a step; 0 while it cannot be fitted."""
         if self.tokens_squared <= 0 or self.tokens_by_seconds <= 0:
             return 0.0
         return min(self.tokens_by_seconds / self.tokens_squared, self.mean_seconds / self.mean_tokens)
@@ -73,7 +73,7 @@ class LatencyEstimator:
         )
 
     def output_tokens(self, max_tokens: int) -> float:
-        """Expected output length in tokens: `max_tokens`, but at most LENGTH_MARGIN times the tracked percentile."""
+        """Expected output length in tokens: the lesser of `max_tokens` and LENGTH_MARGIN times the 90th percentile."""
         return min(max_tokens, LENGTH_MARGIN * self.output_length)
 
     def observe_output(self, tokens: int) -> None:

@@ -23,9 +23,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """A step that is running on the device: its sequences, the token rows (chunk) of each, and the pending result.
+    """A step that is running on the device.
 
-    retried: this is the second attempt of a step with a single sequence.
+    Attributes:
+        scheduled: the step's sequences.
+        chunks: the token rows (Chunk) of each.
+        pending: the result to wait for.
+        retried: True if this is the second attempt of a step with a single sequence.
     """
 
     scheduled: list[ScheduledSequence]
@@ -36,7 +40,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Completed:
-    """A launch that the device has completed: its sequences, the token rows (chunk) of each, and the result."""
+    """A launch that the device has completed.
+
+    Attributes:
+        scheduled: the step's sequences.
+        chunks: the token rows (Chunk) of each.
+        result: the step's result.
+    """
 
     scheduled: list[ScheduledSequence]
     chunks: list[Chunk]
@@ -50,7 +60,7 @@ class Launcher:
         before_launch: callback just before each launch, or None.
         under_way: launches that have not been completed, oldest first.
         in_flight: the sequences of all launches that were under way when the device was lost.
-        lost_in_step: the last loss of the device was noticed in a step, not while K/V blocks were moved.
+        lost_in_step: True if the last loss of the device was noticed in a step; False if while K/V blocks were moved.
     """
 
     def __init__(self, executable: Executable, live: LiveRequests, counts: Counts) -> None:
@@ -68,13 +78,14 @@ class Launcher:
     def run(self, scheduled: list[ScheduledSequence], retried: bool = False) -> Iterator[Completed]:
         """Launch a step and wait for it. Yields one Completed, or several if the step failed and was split.
 
-        Yields none if every sequence's grammar fails or every retry fails. retried: see Launch. Raises DeviceLost.
+        Yields none if every sequence's grammar fails or every retry fails. Raises DeviceLost. retried: True for the
+        second attempt of a step with a single sequence.
         """
         if launch := self.launch(scheduled, retried):
             yield from self.complete(launch)
 
     def launch(self, scheduled: list[ScheduledSequence], retried: bool = False) -> Launch | None:
-        """Start one step with these sequences. Returns its Launch. retried: see Launch.
+        """Start one step with these sequences. Returns its Launch, which has `retried` as given.
 
         Sequences whose grammar fails are ended with a fault and left out. Returns None if no sequence is left.
         """
@@ -142,14 +153,17 @@ class Launcher:
         return self.executable.block_bytes
 
     def read_blocks(self, blocks: list[int]) -> np.ndarray:
-        """The contents of K/V blocks, uint8 [blocks, block_bytes]. Raises DeviceError, DeviceLost."""
+        """The contents of K/V blocks, uint8 [blocks, block_bytes].
+
+        Raises DeviceError if the device fails, DeviceLost if it is lost.
+        """
         with self._noting_loss():
             return self.executable.read_blocks(blocks)
 
     def write_blocks(self, blocks: list[int], contents: np.ndarray) -> None:
         """Replace the contents of the K/V blocks with these numbers by `contents`, uint8 [blocks, block_bytes].
 
-        Raises DeviceError, DeviceLost.
+        Raises DeviceError if the device fails, DeviceLost if it is lost.
         """
         with self._noting_loss():
             self.executable.write_blocks(blocks, contents)
@@ -163,7 +177,7 @@ class Launcher:
     def _noting_loss(self, in_step: bool = False) -> Iterator[None]:
         """Context manager that records the sequences in flight if its block raises DeviceLost. The error is not caught.
 
-        in_step: the block waits for a step, rather than moving K/V blocks.
+        in_step: True if the block waits for a step; False if it moves K/V blocks.
         """
         try:
             yield
@@ -173,9 +187,10 @@ class Launcher:
             raise
 
     def start(self, chunks: list[Chunk], logits: bool = False) -> PendingStep:
-        """Combine the chunks to a Batch and launch it. Returns the PendingStep. logits: return the rows' logits.
+        """Combine the chunks to a Batch and launch it. Returns the PendingStep.
 
-        If launching raises an error, the returned step's result() raises it.
+        logits: True if the step must return the logits of its rows. If launching raises an error, the returned step's
+        result() raises it.
         """
         try:
             batch = bind(chunks, self.executable.state.page_tokens)

@@ -38,11 +38,11 @@ class LiveRequests:
         return [s for choices in self.by_id.values() for s in choices if s.state != "ended"]
 
     def of(self, id: str) -> list[Sequence]:
-        """The sequences of one request that have not ended; [] if there is no such request."""
+        """A list of the sequences of one request that have not ended; [] if there is no such request."""
         return [s for s in self.by_id.get(id, []) if s.state != "ended"]
 
     def expire(self, now: float) -> None:
-        """End every sequence whose deadline has passed. Their last events are emitted."""
+        """End every sequence whose deadline is at or before `now` (seconds). Their last events are emitted."""
         if now >= self.next_deadline:
             for s in [s for s in self.sequences() if s.deadline() <= now]:
                 self.emit(self.end(s, "deadline"))
@@ -68,7 +68,7 @@ class LiveRequests:
         return Event(s.request.id, s.index, scored, reason, fault, s.usage(now))
 
     def release(self, id: str) -> list[Sequence]:
-        """Take a request out without an event, and free its blocks. Returns its sequences that had not ended."""
+        """Take a request out without an event, and free its blocks. Returns its sequences not yet ended, as a list."""
         left = self.of(id)
         for s in left:
             self.scheduler.update_blocks(s)
@@ -90,7 +90,7 @@ class LiveRequests:
     def _observe(self, s: Sequence, seconds: float, cut: bool) -> None:
         """Update the latency estimator from a sequence that ended after `seconds`.
 
-        cut: the sequence was ended by its deadline, so its time is first extrapolated to the expected output length.
+        cut: True if its deadline ended the sequence; its time is then extrapolated to the expected output length.
         """
         expected = max(1.0, self.latency.output_tokens(s.request.params.max_tokens))
         whole = seconds * max(1.0, expected / max(1, len(s.output))) if cut else seconds

@@ -25,10 +25,16 @@ class BlockDevice(Protocol):
         """Bytes of a K/V block on the device."""
 
     def read_blocks(self, blocks: list[int]) -> np.ndarray:
-        """The contents of blocks, uint8 [blocks, block_bytes]."""
+        """The contents of blocks, uint8 [blocks, block_bytes].
+
+        Raises DeviceError if the device fails, DeviceLost if it is lost.
+        """
 
     def write_blocks(self, blocks: list[int], contents: np.ndarray) -> None:
-        """Replace the contents of the K/V blocks with these numbers by `contents`, uint8 [blocks, block_bytes]."""
+        """Replace the contents of the K/V blocks with these numbers by `contents`, uint8 [blocks, block_bytes].
+
+        Raises DeviceError if the device fails, DeviceLost if it is lost.
+        """
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,8 @@ class Offload:
     Full blocks are saved once they are in the prefix cache. Blocks are loaded for one sequence at a time, the first
     that waits; running sequences go on meanwhile. Blocks that cannot be loaded, or not in time, are computed.
 
-    timeout: longest time for a load, in seconds by the engine's clock. device: to be set before the first step.
+    timeout: longest time for a load, in seconds by the engine's clock. device: the device with the blocks; to be set
+    before the first step.
     """
 
     def __init__(
@@ -94,7 +101,7 @@ class Offload:
         """Write the contents loaded for a sequence to its blocks, from index `cached` on. Returns the number written.
 
         cached: number of the sequence's leading blocks that are in the prefix cache. blocks: numbers of all its blocks.
-        Raises DeviceLost.
+        Returns 0 if nothing was loaded for it or the device refuses the contents. Raises DeviceLost.
         """
         done, self.loading = self.loading, None
         if not self.connector or not self.device or not done:
@@ -165,8 +172,8 @@ class Offload:
     def _begin(self, sequence: Sequence, cached: int) -> SequenceLoad | None:
         """Begin to load a sequence's blocks from index `cached` on, as many as the tier has. Returns the SequenceLoad.
 
-        None if the tier does not have the first of them. The sequence's last token is always computed, so the block
-        that it would complete is not loaded.
+        Returns None if the tier does not have the first of them. The sequence's last token is always computed, so a
+        block that ends with it is not loaded.
         """
         assert self.connector and self.device
         size = self.pool.block_size

@@ -18,7 +18,7 @@ MAX_DEVICE_LOSSES_PER_SEQUENCE = 2  # steps with only this sequence, no token be
 class Recovery:
     """Replaces a lost device and ends a sequence that keeps losing it.
 
-    `restart` loads the same Program again on another device. It is tried `max_restarts` times for each loss; if all
+    `restart` loads the same Program again on another device. Each loss allows `max_restarts` attempts; if all
     fail, every sequence ends in error, and `failed` has the reason.
     """
 

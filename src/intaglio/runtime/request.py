@@ -79,7 +79,7 @@ class Matcher(Protocol):
         """Bit mask of the token ids allowed next: uint32 [(vocabulary + 31) // 32], lowest bit first."""
 
     def advance(self, token: int) -> bool:
-        """Append a token. Returns False, and changes nothing, if the grammar does not allow it."""
+        """Append a token. Returns True; False, changing nothing, if the grammar does not allow it."""
 
     def rollback(self, n: int) -> None:
         """Undo the last `n` calls of advance()."""
@@ -87,7 +87,7 @@ class Matcher(Protocol):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue a prompt. Raises ParamsError, naming the field and what is allowed.
+    """Sampling parameters of a request. Raises ParamsError, naming the field and what is allowed.
 
     The output ends before the first of the `stop` strings, at a token of `stop_token_ids`, at an end-of-sequence token
     (unless `ignore_eos`), or after `max_tokens` tokens.
@@ -102,14 +102,15 @@ class SamplingParams:
         top_k, top_p, min_p: sampling filters; 0, 1 and 0 switch them off.
         seed: the same seed gives the same tokens whatever else runs at the time; None: a random seed. Choice i of `n`
             uses seed + i.
+        n: number of outputs (choices) for the prompt.
         min_tokens: no end of sequence, no token of `stop_token_ids` and no stop string before that many tokens.
         allowed_token_ids: draw from these ids alone; None: all.
         bad_words: texts that must not be generated; the last token of each is not drawn after the others.
         logprobs: how many of the likeliest tokens to return with each sampled token.
         logprob_token_ids: return the log-probabilities of these ids instead of the likeliest.
         prompt_logprobs: how many of the likeliest tokens to return with each prompt token; None: no prompt scores.
-        include_stop_str_in_output: the text ends after the stop string.
-        skip_special_tokens: leave special tokens out of the text.
+        include_stop_str_in_output: True if the text ends after the stop string; False: before it.
+        skip_special_tokens: True to leave special tokens out of the text.
     """
 
     max_tokens: int = 16
@@ -224,7 +225,7 @@ class Request:
         eos_ids: token ids that end a sequence.
         stop_checker: stop_checker(index) makes the stop checker of a choice, which is called with each new token and
             returns True when a stop string is complete.
-        scored: generate nothing, and collect the logits of all prompt positions in the sequence's `logits`, float32
+        scored: True to generate nothing, and collect the logits of all prompt positions in the sequence's `logits`, f32
             [tokens, vocabulary].
         matcher: matcher(index) makes the Matcher of a choice; needed if `params.grammar` is given.
         priority: a request with a lower number is scheduled earlier and preempted later.
@@ -252,8 +253,11 @@ class Request:
 class Fault:
     """The error that ended a sequence.
 
-    kind: request (its own logits, grammar or stop checker failed), step (a step with only this sequence failed twice)
-    or worker (steps with only this sequence lost the device, or it was lost and could not be replaced).
+    Attributes:
+        kind: "request": the sequence's own logits, grammar or stop checker failed. "step": a step with only this
+            sequence failed twice. "worker": steps with only this sequence lost the device, or a lost device could not
+            be replaced.
+        message: the error's text.
     """
 
     kind: Literal["request", "step", "worker"]
@@ -262,13 +266,15 @@ class Fault:
 
 @dataclass(frozen=True)
 class Scored:
-    """A token with its log-probability under the unchanged logits, and those of other tokens at its position.
+    """A token with its log-probability, and the log-probabilities of other tokens at its position.
+
+    All are natural logarithms under the softmax of the unchanged logits.
 
     Attributes:
-        token: its id.
-        logprob: natural log-probability.
+        token: id of the token.
+        logprob: its log-probability.
         top: (id, log-probability) of the likeliest tokens, or of the ids in `logprob_token_ids`.
-        rank: 1 if the token is the likeliest; None if the rank was not computed.
+        rank: 1 if the token is the likeliest, 2 for the next, and so on; None if the rank was not computed.
     """
 
     token: int
@@ -309,8 +315,8 @@ class Event:
         index: number of the choice.
         scored: the new token, or None.
         finish_reason: stop, length, abort, deadline, or error with a `fault`.
-        fault: why the choice ended in error.
-        usage: in the last event.
+        fault: why the choice ended in error; else None.
+        usage: token counts and times, in the last event of a choice; else None.
         prompt: scores of the prompt tokens from the second on, once, in an event before the first token, if
             prompt_logprobs was set.
     """

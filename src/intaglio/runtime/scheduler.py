@@ -22,13 +22,13 @@ from intaglio.runtime.windows import Windows
 class ScheduledSequence:
     """One sequence in a step: its next `num_tokens` tokens are computed, and the tokens `drafts` after them verified.
 
-    decodes: the step is a decode of this sequence, not a part of its prompt.
+    decodes: True if the step is a decode of this sequence; False if it computes a part of its prompt.
     """
 
     sequence: Sequence
     num_tokens: int
     drafts: tuple[int, ...] = ()
-    decodes: bool = False  # it is a decode, not a part of a prompt
+    decodes: bool = False
 
     @property
     def samples(self) -> bool:
@@ -41,9 +41,9 @@ class Scheduler:
 
     A running sequence holds blocks for all of its tokens; a waiting sequence holds none. When no block is available,
     or no window block can be reserved, the last running sequence is preempted: it goes back to waiting and is
-    recomputed later. Running sequences are also
-    preempted for a waiting one of better priority. A sequence never preempts one before it, and admission checks that
-    the pools can hold any single sequence, so the first running sequence always finishes.
+    recomputed later. Running sequences are also preempted for a waiting one of better priority. A sequence never
+    preempts one before it, and admission checks that the pools can hold any single sequence. So the first running
+    sequence always finishes.
 
     Of a model with recurrent state, no more sequences run than `slots` has slots for. Blocks are shared up to a border
     at which the state was kept (see Checkpoints). If a draft is rejected, the state stays as it was before that step,
@@ -123,7 +123,8 @@ class Scheduler:
         """The sequences of the next step, as a list of ScheduledSequence, with at most `max_batch_tokens` tokens.
 
         Sequences in flight are left out. parts: number of steps (micro-batches) over which all sequences are divided
-        evenly. Returns [] only if every sequence is in flight, or waits to start. Raises DeviceLost.
+        evenly. Allocates blocks, and preempts or starts sequences for it. Returns [] only if every sequence is in
+        flight or waits to start. Raises DeviceLost.
         """
         scheduled: list[ScheduledSequence] = []
         self._preempt_for_priority()
@@ -147,16 +148,17 @@ class Scheduler:
         return scheduled
 
     def start_next(self) -> Sequence | None:
-        """Move the first waiting sequence to running, with blocks for all its tokens. Returns it.
+        """Move the first waiting sequence to running, with blocks for all its tokens. Returns the sequence.
 
-        Returns None if it cannot start: if none waits, if `max_sequences` are running, or if too few blocks are
-        available. It also waits while blocks for it are loaded from a tier, and while another choice of its request
-        computes the prompt, whose blocks it will share. Later sequences never overtake it.
+        Returns None if none waits or the first cannot start yet. It cannot if `max_sequences` are running, too few
+        blocks are available, or blocks for it are being loaded from a tier. Nor can it while another choice of its
+        request computes the prompt, whose blocks it will share, or another request computes most of what it would have
+        to compute. Later sequences never overtake it.
 
         Blocks found in the prefix cache are shared (of a model with recurrent state, those up to the last checkpoint).
         The blocks after them are loaded from a tier if it has them. If logits of the prompt are wanted, the whole
         prompt is computed instead. The last token is always computed, because its logits are needed. Raises DeviceLost
-        if the device is lost while it takes loaded blocks.
+        if the device is lost while loaded blocks are written to it.
         """
         if not self.waiting or len(self.running) >= self.max_sequences:
             return None
@@ -168,6 +170,8 @@ class Scheduler:
         tokens = sequence.tokens(0, sequence.length - 1) if self.shares_blocks and not whole else []
         found = self.pool.find_prefix(tokens, sequence.salt)
         known = self._usable(found)
+        if self._computed_by_another(sequence, tokens, len(known)):
+            return None
         self.pool.share(known)
         fresh = self.pool.blocks_for(sequence.length) - len(known)
         may_load = bool(tokens)
@@ -197,10 +201,29 @@ class Scheduler:
         self.offload.started(blocks[: len(known) + loaded])
         return sequence
 
-    def _usable(self, found: list[int]) -> list[int]:
-        """The leading blocks, of those found in the prefix cache, after which a sequence can start.
+    def _computed_by_another(self, sequence: Sequence, tokens: list[int], known: int) -> bool:
+        """True if a running sequence is about to compute at least half of the blocks that a waiting one needs.
 
-        At their end, the recurrent state and the window blocks of the model must be there, if it has them.
+        To wait for it costs a step or a few, in which the tokens would be computed twice. tokens: those of the waiting
+        sequence whose blocks may be shared. known: number of leading blocks that are in the prefix cache. False for
+        models with recurrent state, which share blocks only up to a border.
+        """
+        size, full = self.pool.block_size, len(tokens) // self.pool.block_size
+        half = (known + full + 1) // 2 * size  # tokens up to the middle of the missing blocks
+        if full == known or self.slots.total:
+            return False
+        return any(
+            s.computed < (known + 1) * size and half <= s.length and s.salt == sequence.salt
+            and s.order < sequence.order and s.tokens(0, half) == tokens[:half]
+            for s in self.running
+        )  # fmt: skip
+
+    def _usable(self, found: list[int]) -> list[int]:
+        """The blocks of `found`, from the first on, that a new sequence can reuse, as a list.
+
+        found: numbers of its leading blocks in the prefix cache. Blocks are left out from the end until the recurrent
+        state at the end of the last block, and the window blocks that the next token sees, are cached too (if the model
+        has them).
         """
         while True:
             known = found[: self.windows.usable([self.pool.name(block) for block in found])]
@@ -283,8 +306,8 @@ class Scheduler:
     def _add_drafts(self, scheduled: list[ScheduledSequence], budget: int) -> list[ScheduledSequence]:
         """A list of the scheduled sequences with draft tokens added, `budget` in all. Drafts never preempt a sequence.
 
-        After a rejected draft, a sequence with recurrent state computes the other rows of that step again. It gets no
-        drafts if these are more than `max_drafts`, so that its state moves on.
+        A sequence with recurrent state gets no drafts while it computes more than `max_drafts` tokens again after a
+        rejected draft; otherwise its state might never advance.
         """
         drafted = []
         for one in scheduled:

@@ -29,22 +29,22 @@ class Sequence:
 
     request: Request
     index: int
-    seed: int
+    seed: int  # of the random numbers by which its tokens are sampled
     arrival: int  # number in order of arrival in the engine
-    arrived: float
+    arrived: float  # when the engine received it
     estimate: float  # seconds until it ends, from LatencyEstimator.estimate()
-    stop_checker: Callable[[int], bool] | None = None
-    matcher: Matcher | None = None
+    stop_checker: Callable[[int], bool] | None = None  # True for a token that ends the output
+    matcher: Matcher | None = None  # the state of its grammar; None without a grammar
     token_filter: TokenFilter | None = None  # None if the request restricts no ids
 
     state: Literal["waiting", "running", "ended"] = "waiting"
-    prompt: list[int] = field(default_factory=list)
-    output: list[int] = field(default_factory=list)
+    prompt: list[int] = field(default_factory=list)  # token ids
+    output: list[int] = field(default_factory=list)  # token ids
     logprobs: list[float] = field(default_factory=list)  # one an output token
     logits: list[np.ndarray] = field(default_factory=list)  # scored requests only: f32 [tokens, vocabulary] a step
     prompt_rows_read: int = 0  # prompt positions whose logits were used, of `prompt_rows_wanted`
-    prompt_scores: list[Scored] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
+    prompt_scores: list[Scored] = field(default_factory=list)  # of its prompt tokens, if they are wanted
+    blocks: list[int] = field(default_factory=list)  # numbers of its K/V blocks, in order
     window_blocks: list[int] = field(default_factory=list)  # of layers with a window; -1: given back (see Windows)
     window_reserved: int = 0  # most window blocks that it may hold at once
     computed: int = 0  # tokens whose K/V is in the blocks, and which the recurrent state has read
@@ -57,16 +57,16 @@ class Sequence:
     indexed_blocks: int = 0  # leading blocks that are in the prefix cache
     prefix_name: str | None = None  # name of the last of them
     cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first step
-    preemptions: int = 0
+    preemptions: int = 0  # how often it was preempted
     in_flight: bool = False  # it is in a launch that has not been completed
     suspect: bool = False  # it was in a launch that lost the device, and has sampled no token since
     device_losses: int = 0  # launches with only this sequence that lost the device since its last token
-    started: float | None = None
-    first_token: float | None = None
+    started: float | None = None  # start of its first step
+    first_token: float | None = None  # when its first token was sampled
     ended: float | None = None
     finish_reason: FinishReason | None = None
-    fault: Fault | None = None
-    lookup: PromptLookup = field(default_factory=PromptLookup)
+    fault: Fault | None = None  # the error, if it ended with one
+    lookup: PromptLookup = field(default_factory=PromptLookup)  # proposes its draft tokens
     penalties: Penalties | None = field(init=False)  # None if the request has no penalties and no biases
     base_sampling: Sampling = field(init=False)  # sampling parameters of every row, without edits and grammar mask
 
@@ -98,9 +98,9 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """True if its next step can sample a token, and computes no row for the first time except the last.
+        """True if only the sequence's last token is left to compute for the first time: its next step is a decode.
 
-        Rows before the last are those computed again after a rejected draft.
+        Tokens that are computed again after a rejected draft do not count.
         """
         return self.remaining - self.rerun == 1
 
@@ -118,7 +118,7 @@ class Sequence:
         return self.prompt_rows_read < self.prompt_rows_wanted or p.logprobs > 0 or bool(p.logprob_token_ids)
 
     def max_kv_tokens(self, context: int) -> int:
-        """Largest number of K/V slots that this sequence can need."""
+        """Largest number of tokens whose K/V this sequence can need at once. context: context length in tokens."""
         return max_kv_tokens(self.request, context)
 
     def tokens(self, start: int, stop: int) -> list[int]:
@@ -155,5 +155,8 @@ class Sequence:
 
 
 def max_kv_tokens(request: Request, context: int) -> int:
-    """Largest number of K/V slots that a choice of the request can need. The last output token needs none."""
+    """Largest number of tokens whose K/V a choice of the request can need. The last output token needs none.
+
+    context: context length in tokens.
+    """
     return min(context, len(request.prompt) + (0 if request.scored else request.params.max_tokens - 1))

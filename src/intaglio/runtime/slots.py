@@ -24,8 +24,8 @@ class SlotPool:
 
     Attributes:
         refcounts: number of sequences that hold each slot.
-        free: a stack; slot 0 is allocated first, then the slot freed last.
-        evictable: in order of release; the first is evicted first.
+        free: the free slots, a stack; slot 0 is allocated first, then the slot freed last.
+        evictable: slots held by none that are checkpoints, in order of release; the first is evicted first.
         checkpoints: block name (see BlockNames) to the slot with the state at that block's end.
         named: slot to block name, the reverse of `checkpoints`.
     """

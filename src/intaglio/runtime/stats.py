@@ -12,16 +12,16 @@ class Counts:
 
     Attributes:
         steps: steps run.
-        received: choices, refused or admitted.
-        refused: choices by reason: full, late, draining, failed, invalid.
-        admitted: choices.
-        finished: choices by finish_reason.
+        received: choices received, whether refused or admitted.
+        refused: choices refused, by reason: full, late, draining, failed, invalid.
+        admitted: choices admitted.
+        finished: choices finished, by finish_reason.
         suspended: choices taken out by suspend(); if they come back, they are received and admitted again.
-        faults: by kind: request, step (failed launches), worker (lost devices).
+        faults: faults by kind: request, step (failed launches), worker (lost devices).
         restarts: replacements of the device.
-        preemptions: of sequences.
+        preemptions: preemptions of sequences.
         prompt_tokens: prompt tokens of started choices.
-        cached_tokens: those of them found in the prefix cache.
+        cached_tokens: prompt tokens of started choices that were found in the prefix cache.
         computed_tokens: token rows computed, drafts and recomputation included.
         output_tokens: tokens generated.
         drafts: times a sequence was given draft tokens.
@@ -50,10 +50,18 @@ class Counts:
 class Gauges:
     """Current numbers of an engine: sequences, K/V blocks, slots of recurrent state and window blocks.
 
-    `waiting_tokens`: tokens of the waiting sequences. `blocks`, `slots`: all; `blocks_held`, `slots_held`: by
-    sequences; `blocks_cached`, `checkpoints`: evictable, held by none. `draining`: no request is admitted.
-    `failed`: why the engine cannot serve, or None. `window_blocks`: blocks of layers with a window that sequences can
-    reserve (see Windows); `window_blocks_reserved`, `window_blocks_held`: by sequences.
+    Attributes:
+        running, waiting: numbers of sequences.
+        waiting_tokens: tokens of the waiting sequences.
+        blocks, blocks_held: K/V blocks in all, and those that sequences hold.
+        blocks_cached: evictable K/V blocks: held by no sequence, kept in the prefix cache.
+        slots, slots_held: slots of recurrent state in all, and those that sequences hold; 0 for a model without.
+        checkpoints: evictable slots: held by no sequence, kept for the prefix cache.
+        draining: True if no request is admitted.
+        failed: why the engine cannot serve; None while it can.
+        window_blocks: blocks of layers with a sliding window that sequences can reserve (see Windows); 0 for a model
+            whose layers all have the same blocks.
+        window_blocks_reserved, window_blocks_held: those that sequences have reserved, and those that they hold.
     """
 
     running: int
@@ -61,13 +69,13 @@ class Gauges:
     waiting_tokens: int
     blocks: int
     blocks_held: int
-    blocks_cached: int  # evictable: held by no sequence, kept in the prefix cache
-    slots: int  # of recurrent state; 0 for a model without
+    blocks_cached: int
+    slots: int
     slots_held: int
-    checkpoints: int  # evictable slots, kept for the prefix cache
+    checkpoints: int
     draining: bool
     failed: str | None
-    window_blocks: int = 0  # 0 for a model whose layers all have the same blocks
+    window_blocks: int = 0
     window_blocks_reserved: int = 0
     window_blocks_held: int = 0
 
@@ -82,15 +90,21 @@ class Gauges:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step: its number, start time and duration in seconds by the engine's clock, and its numbers of tokens.
+    """One step: its time and its numbers of tokens and sequences.
 
-    `decode_tokens` includes drafts; `sequences`: how many were in the step; `output_tokens`: tokens sampled and kept.
+    Attributes:
+        number: number of the step, from 1.
+        began, seconds: start time and duration, in seconds by the engine's clock.
+        prefill_tokens: prompt tokens computed.
+        decode_tokens: token rows of decodes, drafts included.
+        sequences: number of sequences in the step.
+        output_tokens: tokens sampled and kept.
     """
 
     number: int
     began: float
     seconds: float
     prefill_tokens: int
-    decode_tokens: int  # drafts included
+    decode_tokens: int
     sequences: int
     output_tokens: int

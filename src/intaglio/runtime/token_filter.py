@@ -39,10 +39,11 @@ class TokenFilter:
         return cls(request, vocabulary) if needed else None
 
     def mask(self, output: TokenIds, drafts: TokenIds, grammar: np.ndarray | None) -> np.ndarray:
-        """The mask of ids that may follow `output` and `drafts`, intersected with `grammar` unless that is None.
+        """The mask of ids that may follow `output` and then `drafts`, uint32 [(vocabulary + 31) // 32].
 
-        Before min_tokens, end-of-sequence tokens and those of stop_token_ids are not allowed, unless the grammar allows
-        nothing else.
+        grammar: the grammar's mask, to intersect with; None: no grammar. Before min_tokens, end-of-sequence tokens and
+        those of stop_token_ids are not allowed, unless the grammar allows nothing else. An id that would complete one
+        of the request's bad words is never allowed.
         """
         early = len(output) + len(drafts) < self.min_tokens
         mask = (self.unfinished if early else self.allowed).copy()

@@ -21,12 +21,14 @@ from intaglio.runtime.sequence import Sequence
 def reservations(
     window: int, block_size: int, *, context: int, max_batch_tokens: int, depth: int
 ) -> tuple[int, int]:  # fmt: skip
-    """(most window blocks that a sequence reserves, window blocks that steps need besides all reservations).
+    """The tuple (most window blocks that a sequence reserves, window blocks that steps need besides all reservations).
 
-    A step of r rows reads and writes window - 1 + r positions of a sequence, in no more than window // block_size + 3
-    + r // block_size blocks. The rows of all sequences in a step are `max_batch_tokens` at most, so that the last term
-    is added once for each of the `depth` steps under way, not for each sequence. If a whole context has no more blocks
-    than a sequence reserves, steps need none besides.
+    A step of r rows reads and writes window - 1 + r positions of a sequence. These lie in at most window // block_size
+    + 3 + r // block_size blocks. A sequence reserves the blocks without the last term. All sequences in a step together
+    have at most `max_batch_tokens` rows, so the last term is added once for each of the `depth` steps under way. If a
+    whole context has no more blocks than that, a sequence reserves those of the context, and steps need none besides.
+
+    window: positions that a query sees. block_size: tokens in a block. context: context length in tokens.
     """
     most, blocks = window // block_size + 3, -(-context // block_size)
     return (most, depth * (max_batch_tokens // block_size)) if most < blocks else (blocks, 0)
@@ -36,13 +38,14 @@ def with_windows(
     state: StateSpec, programs: Iterable[Program], window_tokens: int | None, *, context: int, max_batch_tokens: int,
     max_sequences: int, depth: int = 1,
 ) -> StateSpec:  # fmt: skip
-    """The state with window pages for the caches of `Program.windows`.
+    """`state` with window pages for the caches of `Program.windows` added, as a StateSpec; unchanged if there are none.
 
-    window_tokens: tokens of all these pages; 0: these caches have the pages of the others. None: enough for
-    `max_sequences` sequences of any length, so that no load waits for a window block; 0 if that would save less than a
-    quarter, or if a context is not longer than what a sequence keeps. depth: number of steps under way at once.
+    window_tokens: tokens of all window pages together, rounded up to whole pages. 0: none; layers with a window then
+    have the same pages as the others. None: enough for `max_sequences` sequences of any length, so that no sequence
+    waits for a window block; but none if that would save less than a quarter of the pages, or if a context is not
+    longer than what a sequence keeps. depth: number of steps under way at once.
 
-    Raises RequestError for fewer tokens than one sequence needs, and if no layer has a window.
+    Raises RequestError if `window_tokens` is above 0 and less than one sequence needs, or no layer has a window.
     """
     window, size = max((n for p in programs for n in p.windows.values()), default=0), state.page_tokens
     if window_tokens == 0 or (not window and window_tokens is None):
@@ -64,25 +67,28 @@ def with_windows(
 
 
 class Windows:
-    """Window blocks of all sequences, with a prefix cache of their own. Does nothing if `state.window_pages` is 0.
+    """Window blocks (K/V of layers with a sliding window) of all sequences, with a prefix cache of their own.
+
+    Does nothing if `state.window_pages` is 0.
 
     A running sequence reserves the blocks of its tokens so far and of its next drafts, up to those of reservations().
     So a step never lacks a window block. When a reservation cannot grow, the scheduler preempts the last sequence.
-
     A prefix of n blocks is found only if the window blocks that its next token sees are found too. Blocks that were
     given back are evicted in the order in which they were given back.
 
     Args:
-        state: with the number of window pages, of which the last is for the probe of a new device, and the window.
+        state: gives the window and the number of window pages, of which the last is for the probe of a new device.
         scope: digest of the BlockScope for the names of blocks.
-        context: positions of the model.
-        max_batch_tokens: rows of a step.
-        max_drafts: draft tokens of a sequence in a step.
-        depth: steps under way at once.
+        context: context length in tokens.
+        max_batch_tokens: most token rows in a step.
+        max_drafts: most draft tokens of a sequence in a step.
+        depth: number of steps under way at once.
 
     Attributes:
         limit: blocks that all sequences together can reserve.
-        step_blocks: blocks that steps need besides.
+        step_blocks: blocks that steps need besides all reservations.
+
+    Raises KvError if there are fewer window pages than one sequence needs.
     """
 
     def __init__(
@@ -108,9 +114,10 @@ class Windows:
         return not self.on or self.reserved - freed + self._needed(sequence) <= self.limit
 
     def usable(self, names: Many[str]) -> int:
-        """How many of the leading blocks of these names a sequence can start after.
+        """How many of the blocks `names`, from the first on, a new sequence can reuse.
 
-        They are in the pool of the other layers; the window blocks that the next token sees must be here.
+        names: names of its leading blocks, which are in the prefix cache of the other layers. After the blocks that it
+        reuses, the window blocks that its next token sees must be in this prefix cache.
         """
         if not self.on:
             return len(names)
@@ -122,7 +129,10 @@ class Windows:
         return deepest
 
     def start(self, sequence: Sequence, names: Many[str]) -> None:
-        """Reserve a sequence's blocks, and share those of its prefix, whose blocks have these names."""
+        """Reserve the window blocks of a sequence that starts, and share those of its prefix that its next token sees.
+
+        names: names of the blocks of the prefix.
+        """
         if not self.on:
             return
         sequence.window_reserved = self._needed(sequence)
@@ -133,7 +143,10 @@ class Windows:
         sequence.window_blocks = [-1] * first + shared
 
     def grow(self, sequence: Sequence) -> bool:
-        """Reserve the blocks of a sequence's newest tokens. Returns False, reserving none, if others reserve them."""
+        """Reserve the blocks of a sequence's newest tokens. Returns True.
+
+        Returns False, and reserves none, if other sequences have reserved the rest.
+        """
         more = self._needed(sequence) - sequence.window_reserved if self.on else 0
         if more > 0 and self.reserved + more > self.limit:
             return False
@@ -148,12 +161,18 @@ class Windows:
             sequence.window_blocks += self.pool.allocate(max(0, missing))
 
     def add_to_prefix_cache(self, sequence: Sequence, at: int, parent: str, tokens: Many[int]) -> None:
-        """Add a sequence's full block number `at`, a child of the block named `parent`, to the prefix cache."""
+        """Add a sequence's full block at index `at`, a child of the block named `parent`, to the prefix cache.
+
+        tokens: the block's token ids. Does nothing if the block was given back.
+        """
         if self.on and sequence.window_blocks[at] >= 0:
             self.pool.add_to_prefix_cache(sequence.window_blocks[at], parent, tokens)
 
     def give_back(self, sequence: Sequence) -> None:
-        """After a step: release the blocks that no later query of the sequence sees, and those of no computed token."""
+        """After a step: release the blocks that no later query of the sequence sees.
+
+        The sequence's last blocks are released too if no computed token is in them, as after rejected drafts.
+        """
         if not self.on:
             return
         held, needed = sequence.window_blocks, self.pool.blocks_for(sequence.computed)
@@ -173,10 +192,10 @@ class Windows:
         sequence.window_blocks, sequence.window_reserved = [], 0
 
     def _needed(self, sequence: Sequence) -> int:
-        """Blocks to reserve for all tokens of a sequence so far and the drafts after them, as far as a query sees."""
+        """Number of blocks to reserve for a sequence's tokens so far and its next drafts; at most `most`."""
         tokens = min(sequence.length + self.max_drafts, sequence.max_kv_tokens(self.context))
         return min(self.most, self.pool.blocks_for(tokens))
 
     def first_block(self, position: int) -> int:
-        """The number of the first block that a query at `position` sees."""
+        """The index, among a sequence's blocks, of the first block that a query at `position` sees."""
         return max(0, position - self.window + 1) // self.size

@@ -201,8 +201,8 @@ def best(choices: Sequence[Choice], n: int, of: int) -> list[dict[str, Any]]:
 def prompt_scores(scores: Sequence[Scored], n: int, vocabulary: Vocabulary) -> list[Any]:
     """A list with vLLM's prompt_logprobs: one entry per prompt token; None for the first, which has no score.
 
-    scores: of the prompt's tokens from the second on. An entry maps token ids, as text, to logprob, rank and text. It
-    has the `n` likeliest tokens and the prompt's own token.
+    scores: log-probabilities of the prompt's tokens from the second on. An entry maps token ids, as text, to logprob,
+    rank and text. It has the `n` likeliest tokens and the prompt's own token.
     """
 
     def entry(id: int, logprob: float, rank: int | None) -> dict[str, Any]:
@@ -384,11 +384,14 @@ def usage(submission: Submission, generated: bool, reasoning: int | None = None)
 
 
 def modelled(submission: Submission, by: str) -> dict[str, Any]:
-    """Modelled times, in seconds, of a finished request on simulated chips, as a dict. `by` names the chips.
+    """A dict of the modelled times of a finished request on simulated chips. by: name of the chips.
 
-    Keys: by; time_to_first_token_seconds, of the earliest choice; time_per_output_token_seconds, the mean over all
-    tokens after the first of their choice; seconds, until the latest choice ended. A time is None if too few tokens
-    were generated.
+    - by: as given.
+    - time_to_first_token_seconds: that of the earliest choice.
+    - time_per_output_token_seconds: the mean over all tokens after the first of their choice.
+    - seconds: time until the latest choice ended.
+
+    A time is None if too few tokens were generated.
     """
     all = [u for u in submission.usages if u]
     begun = [(u, u.first_token) for u in all if u.first_token is not None]

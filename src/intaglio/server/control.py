@@ -4,7 +4,7 @@ Many calls share one connection. A frame is a header, JSON, and a body, bytes, w
 
     {"call": N, "do": "request", "method", "path", "headers", "relay"}, body: the request's body
         Answered by frames {"call": N, "status", "headers"}, then {"call": N, "deltas"} with parts of the response, the
-        last with "end". One frame may have the fields of several.
+        last with "end". One frame may have the fields of several. "over" in the last: the response is not complete.
     {"call": N, "do": "cancel"}
     {"call": N, "do": "load", "incarnation", "after", "renew", "release"}: figures, and the block events after number
         `after`. The lists of leases on handed K/V blocks, which are held and which are to end, may be missing.
@@ -26,8 +26,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
+from intaglio.devices.processes.address import TcpAddress
 from intaglio.runtime import Engine, Refused
-from intaglio.server.control_tcp import TcpAddress, tcp_server
+from intaglio.server.control_tcp import tcp_server
 from intaglio.server.driver import Inspect
 from intaglio.server.prefill import HeldLeases
 from intaglio.server.private_socket import private_socket
@@ -63,7 +64,8 @@ async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], byte
 async def control_channel(app: ASGIApp, service: Service, where: Path | TcpAddress) -> AsyncIterator[None]:
     """Async context manager that serves the control channel until the block ends, and logs its address over TCP.
 
-    where: path of a Unix socket that only processes of this user may connect to, or an address with a token.
+    where: path of a Unix socket that only processes of this user may connect to, or an address with a token. Raises
+    OSError if the path or address cannot be bound.
     """
     connections: set[Connection] = set()
 
@@ -164,7 +166,7 @@ class Call:
     def __init__(self, connection: Connection, number: int, header: dict[str, Any], body: bytes) -> None:
         self.connection, self.number, self.body = connection, number, body
         self.left = asyncio.Event()
-        self.read = False
+        self.read = self.ended = False
         self.held: dict[str, Any] = {}  # fields for the next frame: each frame wakes the router, while the engine works
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in header["headers"]]
         headers += [(b"authorization", b"Bearer " + key.encode()) for key in connection.service.options.keys[:1]]
@@ -187,7 +189,8 @@ class Call:
             await self.connection.app(self.scope, self._receive, self._send)
         except Exception as e:
             log.error("control channel: %s failed", self.scope["path"], exc_info=e)
-        self.connection.write({"call": self.number, "end": True, "over": True})
+        if not self.ended:
+            self.connection.write({"call": self.number, "end": True, "over": True})
 
     async def _receive(self) -> Message:
         if not self.read:
@@ -198,6 +201,8 @@ class Call:
 
     async def _send(self, message: Message) -> None:
         header, self.held = {"call": self.number, **self.held}, {}
+        if deltas := message.get("deltas"):
+            header["deltas"] = [write_delta(d) for d in deltas]
         match message["type"]:
             case "http.response.start":
                 names = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in message["headers"]]
@@ -207,7 +212,7 @@ class Call:
                     return
             case "http.response.body":
                 if not message.get("more_body", False):
-                    header["end"] = True
+                    self.ended = header["end"] = True
                 if message.get("code"):
                     header["code"] = message["code"]
             case "relay.head":
@@ -215,8 +220,9 @@ class Call:
                 return
             case kind:
                 assert kind == NOTE, kind
-        if deltas := message.get("deltas"):
-            header["deltas"] = [write_delta(d) for d in deltas]
+                if message["last"]:
+                    self.held = header
+                    return
         self.connection.write(header, message.get("body", b""))
 
 

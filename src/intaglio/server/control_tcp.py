@@ -12,11 +12,10 @@ import hmac
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
-from intaglio.devices.processes.connections import PROOF, TIMEOUT, check_token, listen, proof
+from intaglio.devices.processes.address import TcpAddress
+from intaglio.devices.processes.connections import PROOF, TIMEOUT, listen, proof
 
-SCHEME = "tcp://"
 TOKEN_VARIABLE = "INTAGLIO_CONTROL_TOKEN"  # environment variable with the token of --control tcp://HOST:PORT
 MAGIC = b"intaglio control 1"
 NONCE = 32  # bytes
@@ -28,36 +27,11 @@ class NotAuthenticated(ConnectionError):
     """Raised if the other end does not know the token, is of another version, or does not answer in time."""
 
 
-@dataclass(frozen=True)
-class TcpAddress:
-    """Where a control channel listens, and the token that both ends know. port 0: any free one.
-
-    Raises ValueError for a token of less than 16 bytes.
-    """
-
-    host: str
-    port: int
-    token: bytes = field(repr=False)
-
-    def __post_init__(self) -> None:
-        check_token(self.token)
-
-    def __str__(self) -> str:
-        return f"{SCHEME}{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
-
-    @classmethod
-    def parse(cls, text: str, token: str) -> TcpAddress:
-        """The TcpAddress of a text such as tcp://10.0.0.5:8001. Raises ValueError for another text or a short token."""
-        host, colon, port = text.removeprefix(SCHEME).rpartition(":")
-        if not (text.startswith(SCHEME) and colon and host and port.isdecimal() and int(port) < 1 << 16):
-            raise ValueError(f"{text!r} is no address; write tcp://HOST:PORT, such as tcp://10.0.0.5:8001")
-        return cls(host.removeprefix("[").removesuffix("]"), int(port), token.encode())
-
-
 async def connect(address: TcpAddress) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect to a control channel, authenticate both ends, and return (reader, writer).
 
-    Raises NotAuthenticated, or OSError if nothing listens there.
+    Raises NotAuthenticated if the other end does not answer in time or does not know the token, OSError if nothing
+    listens there.
     """
     try:
         async with asyncio.timeout(TIMEOUT):
@@ -82,7 +56,11 @@ async def connect(address: TcpAddress) -> tuple[asyncio.StreamReader, asyncio.St
 
 
 async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes) -> None:
-    """Authenticate a connection that has come. Raises NotAuthenticated; the caller closes the connection then."""
+    """Authenticate a connection that has come. Returns nothing.
+
+    Raises NotAuthenticated if the other end does not prove in TIMEOUT seconds that it knows the token, or is of another
+    version. The caller then closes the connection.
+    """
     try:
         async with asyncio.timeout(TIMEOUT):
             challenge = secrets.token_bytes(NONCE)

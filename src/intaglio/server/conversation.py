@@ -51,7 +51,8 @@ def render(llm: LLM, body: Conversation, choice: Any = None, **wishes: Any) -> R
     names of those that the template does not read are listed in Rendered.ignored.
 
     Raises Problem if the model has no chat template, if the template cannot express the conversation (roles, user text,
-    calls of tools), or if it does not read a field that would change the answer.
+    calls of tools), or if it does not read a field that would change the answer. Raises TokenizerError if the template
+    refuses the conversation.
     """
     tokenizer = llm.model.tokenizer
     tools = body.tools or []

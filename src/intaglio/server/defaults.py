@@ -16,8 +16,8 @@ FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # tho
 def sampling_defaults(folder: Path, source: str = "auto") -> dict[str, Any]:
     """A dict of SamplingParams fields from a checkpoint's generation_config.json; {} if it has none.
 
-    source: auto (in the checkpoint's folder), none (no defaults), or another folder or file. Raises ParamsError or
-    CheckpointError, naming the file.
+    source: auto (in the checkpoint's folder), none (no defaults), or another folder or file. Raises ParamsError for a
+    value out of range, and CheckpointError for a file that is missing or not JSON; both name the file.
     """
     if source == "none":
         return {}

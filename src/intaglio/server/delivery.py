@@ -63,7 +63,7 @@ class Answer:
         async for deltas in submission.deltas():
             for delta in deltas:
                 self.choices[delta.choice].feed(delta)
-            await self._note(send, deltas)
+            await self._note(send, deltas, not submission.open)
         choices = best(self.choices, self.body.n or 1, submission.n)
         more: dict[str, Any] = {}
         if isinstance(self.body, ChatRequest):
@@ -96,8 +96,11 @@ class Answer:
         end = _event(self.envelope.chunk([], self._usage(submission), True)) if with_usage else b""
         await self._send(send, end + DONE, (), more=False)
 
-    async def _note(self, send: Send, deltas: Sequence[ChoiceDelta]) -> None:
-        """Hook for subclasses, called with new deltas of a response that is not streamed. Does nothing here."""
+    async def _note(self, send: Send, deltas: Sequence[ChoiceDelta], last: bool) -> None:
+        """Hook for subclasses, called with new deltas of a response that is not streamed. Does nothing here.
+
+        last: True if no more follow.
+        """
 
     async def _send(self, send: Send, body: bytes, deltas: Sequence[ChoiceDelta], more: bool = True) -> None:
         """Send `body`, one or more events of a stream. more: False ends the stream.
@@ -131,17 +134,26 @@ def _event(value: Any) -> bytes:
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Run `work`; if the client disconnects first, cancel it and raise ClientDisconnected. Returns nothing."""
-    doing = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(receive))
+    worker, left = asyncio.current_task(), False
+    assert worker is not None
+
+    def cancel(_: asyncio.Future[None]) -> None:
+        nonlocal left
+        left = True
+        worker.cancel()
+
+    leaving.add_done_callback(cancel)
     try:
-        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise ClientDisconnected
-        await doing
+        await work
+    except asyncio.CancelledError:
+        if left and not worker.uncancel():  # else others have cancelled it too, and want to see that
+            raise ClientDisconnected from None
+        raise
     finally:
-        for task in (doing, leaving):
-            task.cancel()
-        await asyncio.gather(doing, leaving, return_exceptions=True)
+        leaving.remove_done_callback(cancel)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -46,7 +46,8 @@ HISTOGRAMS = {
 class Metrics:
     """Prometheus registry of one server; every series has the label model_name.
 
-    modelled: times are of simulated chips, so histograms of times are named intaglio:modelled_* instead of vllm:*.
+    modelled: True if times are those of simulated chips. Histograms of times are then named intaglio:modelled_* instead
+    of vllm:*.
     """
 
     def __init__(self, modelled: bool = False) -> None:
@@ -71,9 +72,9 @@ class Metrics:
     ) -> ModelMetrics:  # fmt: skip
         """Add a model's series and return them as ModelMetrics.
 
-        look: returns the engine's latest Snapshot. facts: properties of the K/V cache, as labels of cache_config_info.
-        clock: the engine's modelled clock in seconds; None if its times are measured. tier: counts of the tier that
-        keeps its K/V blocks, if there is one.
+        name: the model's name. look: function that returns the engine's latest Snapshot. facts: properties of the K/V
+        cache, as labels of cache_config_info. clock: the engine's modelled clock in seconds; None if its times are
+        measured. tier: counts of the tier that keeps its K/V blocks; None without a tier.
         """
         labels = dict(zip(LABELS, (name, "0"), strict=True))
         histograms = {title: family.labels(**labels) for title, family in self.families.items()}
@@ -82,7 +83,16 @@ class Metrics:
 
 
 class ModelMetrics:
-    """Latency histograms of one model, and the functions that EngineCollector calls for its counters and gauges."""
+    """Latency histograms of one model, and the functions that EngineCollector calls for its counters and gauges.
+
+    Attributes:
+        labels: Prometheus labels of the model.
+        histograms: the histograms by name, without prefix.
+        look: function that returns the engine's latest Snapshot.
+        facts: fixed facts of the K/V cache, as text by name.
+        clock: function that returns the modelled time in seconds; None if the device has no modelled clock.
+        tier: counts of the engine's K/V tier; None without one.
+    """
 
     def __init__(
         self, labels: dict[str, str], histograms: dict[str, Histogram], look: Callable[[], Snapshot],

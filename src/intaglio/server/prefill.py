@@ -14,7 +14,7 @@ from intaglio.server.driver import Prepared, Submission
 from intaglio.server.problem import Json
 from intaglio.server.served_model import ServedModel
 from intaglio.server.tracing import span
-from intaglio.tiers import DiskTier
+from intaglio.tiers import PeerTier, StoreTier
 
 LEASE = 15.0  # seconds that handed blocks stay pinned after the last renewal
 RENEWAL = LEASE / 4  # seconds between renewals of a lease
@@ -24,12 +24,16 @@ class Prefill:
     """ASGI response to a request whose prompts are computed here, while another replica generates the output.
 
     The engine saves each full K/V block to its tier. All blocks of the prompts are pinned by a lease, which is renewed
-    while they are computed and saved. When all blocks are saved, the response {"tokens", "handed", "whole", "lease"} is
-    sent: the length of the first prompt, how many of its tokens have their K/V in the tier, pinned, how many would have
-    if all blocks had been kept, and the lease, which the router renews for as long as the blocks are wanted.
+    while they are computed and saved. When all blocks are saved, a response of JSON is sent:
 
-    Nothing is computed if the engine has no tier, or for prompts whose log-probabilities are wanted: those the other
-    replica computes itself.
+    - tokens: number of tokens of the first prompt.
+    - handed: number of these whose K/V is in the tier and pinned.
+    - whole: number that would be handed if all blocks had been kept.
+    - lease: the lease, which the router renews for as long as the blocks are wanted; "" if no tokens are handed.
+    - peer: the address at which the other replica fetches the blocks; "" if it finds them in a folder that both use.
+
+    Nothing is computed if the engine has no tier. Prompts whose log-probabilities are wanted are left out; the other
+    replica computes them itself.
     """
 
     def __init__(self, model: ServedModel, prompts: Sequence[Prepared]) -> None:
@@ -57,7 +61,8 @@ class Prefill:
                 finally:
                     renewing.cancel()
             lease = self.lease if handed else ""
-            answer = {"tokens": len(self.first.prompt), "handed": handed, "whole": whole, "lease": lease}
+            peer = str(self.tier.address) if isinstance(self.tier, PeerTier) else ""
+            answer = {"tokens": len(self.first.prompt), "handed": handed, "whole": whole, "lease": lease, "peer": peer}
             await Json(answer)(scope, receive, send)
             self.lease = "" if lease else self.lease  # it is the router's now
         finally:
@@ -69,19 +74,19 @@ class Prefill:
         async for _ in submission.deltas():
             pass
 
-    async def _renew(self, tier: DiskTier) -> None:
+    async def _renew(self, tier: StoreTier) -> None:
         while self.lease:
             await asyncio.sleep(RENEWAL)
             with suppress(TimeoutError):
                 await asyncio.to_thread(tier.renew, self.lease, LEASE)
 
     def _names(self, *requests: Request) -> list[str]:
-        """Names of the full blocks of these requests' prompts, without repetitions; by default of all prompts."""
+        """A list of the names of the full blocks of these requests' prompts, each once; by default of all prompts."""
         names = self.model.driver.engine.block_names
         chosen = requests or [p.request for p in self.prompts]
         return list(dict.fromkeys(name for r in chosen for name in names.of(r.prompt, r.salt)))
 
-    def _handed(self, tier: DiskTier, names: Sequence[str]) -> int:
+    def _handed(self, tier: StoreTier, names: Sequence[str]) -> int:
         """Number of the first prompt's tokens whose K/V blocks are in the tier and pinned.
 
         Waits until all blocks being saved are in the tier.
@@ -92,20 +97,20 @@ class Prefill:
 
 
 class HeldLeases:
-    """The leases that a router holds on blocks in a tier: renewed every RENEWAL seconds, by a task in the background.
+    """The leases that a router holds on blocks in a tier. A task in the background renews them every RENEWAL seconds.
 
-    So the caller never waits for the tier's folder, which others may lock. A lease that has run out stays so. Used on
-    the event loop.
+    So the caller never waits for the tier's folder, which others may lock. A lease that has run out is not revived.
+    Used on the event loop.
     """
 
-    def __init__(self, tier: DiskTier) -> None:
+    def __init__(self, tier: StoreTier) -> None:
         self.tier = tier
         self._due: dict[str, float] = {}  # by lease: time of the event loop at which it is to be renewed
         self._released: list[str] = []
         self._working: asyncio.Task[None] | None = None
 
     def update(self, held: Iterable[str], released: Iterable[str]) -> None:
-        """Note which leases the router holds now, and which of those before are to end. Returns at once."""
+        """Replace the leases to renew by `held`, and end the leases `released`. Returns at once."""
         now = asyncio.get_running_loop().time()
         self._due = {lease: self._due.get(lease, now) for lease in held}
         self._released += released

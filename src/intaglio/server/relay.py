@@ -20,8 +20,9 @@ from intaglio.server.driver import ChoiceDelta, Prepared
 from intaglio.server.problem import Problem, dumps
 
 HEAD = "relay.head"  # ASGI message: facts of the prompt, before the first part of a response
-NOTE = "relay.note"  # ASGI message: deltas of a response that is not streamed
+NOTE = "relay.note"  # ASGI message: deltas of a response that is not streamed; last: the response follows at once
 SEED_STRIDE = 2**40  # between the seeds of the prompts of one request; more than the choices of a prompt
+ENCODER = json.JSONEncoder(separators=(",", ":"))
 SHORT_TIME = 1e-9  # seconds; a timeout must be above 0
 
 
@@ -30,13 +31,14 @@ class Relay:
     """The fields that a router adds to a request when it sends the request to a replica.
 
     Attributes:
-        id: of the response, without its prefix.
+        id: id of the response, without its prefix.
         created: Unix time of the response, seconds.
-        seed: used if the request has none, so that every replica draws the same tokens.
+        seed: seed for a request that has none, so that every replica draws the same tokens.
         waited: seconds that the request has spent in the router and on other replicas.
         made_by: ServedModel.identity of the replica that made the deltas; None if there are none.
         deltas: the output so far.
-        prefill: only compute the prompt, for another replica that generates (see prefill.py).
+        prefill: True to only compute the prompt, for another replica that generates (see prefill.py).
+        peer: address of the replica that gives the K/V blocks of the prompts; "" if they are in a folder, or nowhere.
     """
 
     id: str
@@ -46,20 +48,22 @@ class Relay:
     made_by: tuple[str, str, str] | None = None
     deltas: tuple[ChoiceDelta, ...] = ()
     prefill: bool = False
+    peer: str = ""
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Relay:
         """The Relay that as_dict() wrote as the dict `table`."""
         made_by = tuple(table["made_by"]) if table["made_by"] else None
         deltas = tuple(read_delta(d) for d in table["deltas"])
-        return cls(table["id"], table["created"], table["seed"], table["waited"], made_by, deltas, table["prefill"])
+        facts = table["id"], table["created"], table["seed"], table["waited"], made_by, deltas
+        return cls(*facts, table["prefill"], table["peer"])
 
     def as_dict(self) -> dict[str, Any]:
         """The Relay as a dict for JSON."""
         return {**vars(self), "deltas": [write_delta(d) for d in self.deltas]}
 
     def prepared(self, prompts: list[Prepared], engine: tuple[str, str, str]) -> list[Prepared]:
-        """A copy of the prompts with timeouts shortened by `waited`, and with the router's seed where they have none.
+        """A list of copies of the prompts: timeouts are shortened by `waited`, and a missing seed is the router's.
 
         Prompts of one request get different seeds. If output has begun, queue_timeout is dropped. engine:
         ServedModel.identity of this replica. Raises Problem 503 if it differs from `made_by`: this replica could then
@@ -94,8 +98,8 @@ class RelayedAnswer(Answer):
         await send({"type": HEAD, "head": {**head, **self.model.block_names(request.prompt, request.salt)}})
         await super().__call__(scope, receive, send)
 
-    async def _note(self, send: Send, deltas: Sequence[ChoiceDelta]) -> None:
-        await send({"type": NOTE, "deltas": deltas})
+    async def _note(self, send: Send, deltas: Sequence[ChoiceDelta], last: bool) -> None:
+        await send({"type": NOTE, "deltas": deltas, "last": last})
 
     async def _send(self, send: Send, body: bytes, deltas: Sequence[ChoiceDelta], more: bool = True) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": more, "deltas": deltas})
@@ -129,7 +133,7 @@ def read_delta(values: Sequence[Any]) -> ChoiceDelta:
 
 def encode(value: Any) -> bytes:
     """`value` as compact JSON in bytes. Infinities and NaN are written as Infinity and NaN, which json.loads reads."""
-    return json.dumps(value, separators=(",", ":")).encode()
+    return ENCODER.encode(value).encode()
 
 
 def _write_scored(s: Scored) -> list[Any]:

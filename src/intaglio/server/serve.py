@@ -15,10 +15,10 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from intaglio.devices.processes.address import TcpAddress
 from intaglio.llm import LLM
 from intaglio.server.app import build
 from intaglio.server.control import control_channel
-from intaglio.server.control_tcp import TcpAddress
 from intaglio.server.service import Options, Service
 
 log = logging.getLogger("intaglio.server")
@@ -108,8 +108,8 @@ async def serve(
 ) -> int:  # fmt: skip
     """Serve the models, by name, until a signal or a failure. Returns the exit code.
 
-    `announce` is called once requests are accepted. `signals`: handle SIGTERM and SIGINT. `control`: Unix socket or
-    address for a router (see control.py).
+    `announce` is called once requests are accepted. `signals`: True to handle SIGTERM and SIGINT. `control`: Unix
+    socket or address for a router (see control.py), or None. Raises OSError if it cannot be bound.
 
     The first SIGTERM or SIGINT drains the server: admitted requests run to their end, new ones are refused, exit code
     0. The second aborts all requests, exit code 1. The exit code is also 1 if the HTTP server fails, or if no model can

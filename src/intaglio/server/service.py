@@ -31,12 +31,13 @@ class Options:
         keys: accepted API keys; (): no key needed.
         origins: origins that CORS allows.
         limits: longest timeouts of requests.
-        max_body: largest body of a request.
-        max_open: requests at a time.
-        read_timeout: for the headers of a request, and for its whole body.
-        write_timeout: for a client that does not read its response.
-        defaults: by model name, SamplingParams fields used where a request leaves them out; see sampling_defaults().
-        step_timeout: after which /health reports that a step hangs.
+        max_body: largest size of a request's body.
+        max_open: most requests open at once.
+        read_timeout: time within which a request's headers, and then its body, must arrive.
+        write_timeout: time after which a client that does not read its response is cut off.
+        defaults: SamplingParams fields that are used where a request leaves them out, by model name; see
+            sampling_defaults().
+        step_timeout: time after which /health reports that a step hangs.
         tracing: records a trace of each generation request; None: no traces.
     """
 
@@ -93,7 +94,7 @@ class Service:
     def find(self, name: str | None) -> ServedModel:
         """The ServedModel that a request names, or the only model if `name` is None.
 
-        Raises Problem if there is no such model.
+        Raises Problem if there is no such model, or if `name` is None and there are several models.
         """
         names = ", ".join(map(repr, self.models))
         served = f"there {'are' if len(self.models) > 1 else 'is'} {names}"

@@ -42,7 +42,8 @@ class Tracing:
     def request(self, name: str, headers: Mapping[str, str]) -> Iterator[None]:
         """Context manager that records a request's span; span() and the other functions below add children to it.
 
-        headers: of the HTTP request, with names in lower case. The span's parent is that of `traceparent`, if given.
+        headers: headers of the HTTP request, with names in lower case. The span's parent is the one that the header
+        `traceparent` names, if there is one.
         """
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -69,7 +70,7 @@ def traced(tracing: Tracing | None, method: str, path: str, headers: Mapping[str
 
 @contextmanager
 def span(name: str, **attributes: str | int) -> Iterator[None]:
-    """Context manager that records a child of the current span; without a request that is traced it does nothing.
+    """Context manager that records a child of the current span; outside a traced request it does nothing.
 
     An exception that leaves the block is noted in the span.
     """
@@ -94,8 +95,9 @@ def trace_headers() -> list[tuple[str, str]]:
 def trace_choices(usages: Mapping[int, Usage], model: str, now: float) -> None:
     """Record the phases queue, prefill and decode of each choice as children of the current span, if one is traced.
 
-    usages: by number of the choice. model: its name. now: the time by the engine's clock, which turns its times into
-    times of day. Attributes have the names of OpenTelemetry's conventions for generative AI, where it has one.
+    usages: each choice's Usage, by number of the choice. model: the model's name. now: the present time by the engine's
+    clock, for the conversion of its times to times of day. Attributes have the names of OpenTelemetry's conventions for
+    generative AI, where these have one.
     """
     tracer = _active.get()
     if tracer is None or not usages:

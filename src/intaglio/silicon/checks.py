@@ -122,10 +122,11 @@ class Blocked:
 
 
 def cycle(blocked: Mapping[Hashable, Blocked]) -> str:
-    """Text that names the engines that wait for each other in a cycle, found from the first engine of `blocked`.
+    """Text that names the engines that wait for each other in a cycle, for the error of a deadlock.
 
-    If there is no cycle, the text names the engine at the end of the first engine's chain of waits; nothing could ever
-    satisfy its wait. The other blocked engines are counted. `blocked` is not empty.
+    The cycle is found by following the waits from the first engine of `blocked`, which is not empty. If they end at an
+    engine whose wait nothing can satisfy, the text names that engine instead. It also has the number of the other
+    engines in `blocked`.
     """
     node: Hashable | None = next(iter(blocked))
     path: list[Hashable] = []
@@ -144,7 +145,7 @@ def cycle(blocked: Mapping[Hashable, Blocked]) -> str:
 class Entry:
     """The last accesses to one region of memory, and the regions that overlap it.
 
-    last: by (engine, whether it writes), the instruction's number on its engine and its place in the whole stream.
+    last: {(engine, True if it writes): (instruction's number on its engine, its place in the whole stream)}.
     """
 
     region: Region
@@ -152,10 +153,10 @@ class Entry:
     last: dict[tuple[int, bool], tuple[int, int]] = field(default_factory=dict)
 
     def unordered(self, engine: int, writes: bool, known: list[int]) -> tuple[int, int, bool] | None:
-        """The latest access that races with a new access by `engine`: (engine, instruction number, whether it writes).
+        """The latest access that races with a new access by `engine`: (engine, instruction number, True if it writes).
 
-        None if there is no race. writes: the new access writes. known: by engine, the number of its instructions that
-        have certainly finished.
+        None if there is no race. writes: True if the new access writes. known: for each engine, the number of its
+        instructions that have certainly finished.
         """
         found = [
             (step, other, n, wrote)

@@ -30,7 +30,8 @@ from intaglio.silicon.stream import Stream
 class Span:
     """One executed instruction (`name`), with its start and end in seconds since the start of the run.
 
-    `core`: number of the core. `engine`: name of the engine that ran the instruction. `site`: of the op it belongs to.
+    `core`: number of the core. `engine`: name of the engine that ran the instruction. `site`: site of the op it belongs
+    to.
     """
 
     core: int
@@ -62,30 +63,52 @@ class RunResult:
 
 @dataclass
 class Core:
-    """State of one core during a run. Lists have one item for each of ENGINES."""
+    """State of one core during a run. Lists have one item for each of ENGINES.
+
+    Attributes:
+        stream: the core's Stream.
+        memory: the memory spaces that the core addresses.
+        queues: the engine's instructions, in order.
+        started: number of instructions started.
+        finished: number of instructions whose result is visible.
+        busy: True while the engine runs an instruction.
+        free_at: seconds at which the engine last started or ended an instruction.
+        visible_at: seconds at which the last result becomes visible.
+        last_finished: name of the engine that finished an instruction last; "": none has.
+    """
 
     stream: Stream
     memory: CoreMemory
     queues: list[list[Instruction]]
-    started: list[int] = field(default_factory=lambda: [0] * len(ENGINES))  # instructions issued
-    finished: list[int] = field(default_factory=lambda: [0] * len(ENGINES))  # instructions whose result is visible
+    started: list[int] = field(default_factory=lambda: [0] * len(ENGINES))
+    finished: list[int] = field(default_factory=lambda: [0] * len(ENGINES))
     busy: list[bool] = field(default_factory=lambda: [False] * len(ENGINES))
-    free_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))  # seconds
-    visible_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))  # of the last result, seconds
-    last_finished: str = ""  # the engine that finished an instruction last
+    free_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))
+    visible_at: list[float] = field(default_factory=lambda: [0.0] * len(ENGINES))
+    last_finished: str = ""
 
 
 @dataclass
 class Transfer:
-    """A transfer in progress: an instruction that moves bytes between core and HBM, through the L2, or over a link."""
+    """A transfer in progress: an instruction that moves bytes between core and HBM, through the L2, or over a link.
+
+    Attributes:
+        core: number of the core.
+        engine: number of the engine that runs the instruction.
+        cost: the instruction's Cost.
+        bytes_left: bytes still to move.
+        start: seconds from the start of the run.
+        hbm_bytes: bytes that the L2 meanwhile reads from HBM or writes back to it.
+        ready: seconds at which the L2 has all of its bytes, which other transfers may still fetch from HBM.
+    """
 
     core: int
     engine: int
     cost: Cost
     bytes_left: float
-    start: float  # seconds
-    hbm_bytes: float = 0.0  # that the L2 reads from HBM or writes back to it meanwhile
-    ready: float = 0.0  # seconds at which the L2 has all of its bytes, which other transfers may still fetch from HBM
+    start: float
+    hbm_bytes: float = 0.0
+    ready: float = 0.0
 
 
 def l2_of(target: Target) -> Cache:
@@ -96,9 +119,9 @@ def l2_of(target: Target) -> Cache:
 class Machine:
     """Simulator of one chip, or of several of one kind that exchange messages.
 
-    `hbm` maps a chip's number to its memory. If it is None, instructions are timed but no values are computed. With
-    `spans`, the result lists every executed instruction. `l2`: the L2 of each chip as earlier launches left it;
-    None: empty. Raises ChipError if the chip's extra_instructions names something else than an optional instruction.
+    hbm: each chip's number to its memory; None: instructions are timed but no values are computed. spans: True if the
+    result lists every executed instruction. l2: the L2 of each chip as earlier launches left it; None: empty. Raises
+    ChipError if the chip's extra_instructions names anything but optional instructions.
     """
 
     def __init__(
@@ -112,9 +135,9 @@ class Machine:
     def run(self, streams: Sequence[Stream]) -> RunResult:
         """Execute the streams, one per core, until all have ended. Returns a RunResult: modelled time and counters.
 
-        Raises MachineError, naming site, engine and instruction, for more streams than cores, for what check()
-        refuses, for a read of unwritten bytes, for cores that access the same bytes of HBM, and for a deadlock
-        between cores or chips.
+        Raises MachineError, naming site, engine and instruction: for more streams than cores; for what check() refuses;
+        for a read of unwritten bytes; for cores that access the same bytes of HBM; for a deadlock between cores or
+        chips.
         """
         most = max((sum(s.chip == c for s in streams) for c in {s.chip for s in streams}), default=0)
         if most > self.chip.cores:
@@ -160,8 +183,8 @@ class Machine:
     def _accessor(self, core: int, region: Region, writes: bool) -> str:
         """Text that names a core of the same chip, and an instruction it has started that accessed `region`.
 
-        core: the core that asks, which is not searched. writes: look for writes instead of reads. The text is "another
-        core" if none is found.
+        core: the core that asks, which is not searched. writes: True to look for writes, False for reads. The text is
+        "another core" if none is found.
         """
         chip = self.cores[core].stream.chip
         for c, other in enumerate(self.cores):
@@ -200,7 +223,8 @@ class Machine:
         """A list of the bytes/s of each transfer in flight.
 
         Transfers of a chip share its links and its L2 equally, and those that miss the L2 also share HBM. The port
-        of its core limits each. Only `hbm_bytes` of a transfer's bytes pass HBM.
+        of its core limits each, and so do the least cycles of its instruction. Only `hbm_bytes` of a transfer's bytes
+        pass HBM.
         """
         users: dict[tuple[str, int], int] = defaultdict(int)
         for t in self.transfers:
@@ -216,6 +240,8 @@ class Machine:
             rate = min(self.chip.port_rate, self.chip.l2_rate / users["hbm", chip])
             if t.hbm_bytes:
                 rate = min(rate, self.chip.hbm_rate / users["missed", chip] * t.cost.bytes / t.hbm_bytes)
+            if t.cost.cycles:
+                rate = min(rate, t.cost.bytes * self.chip.clock_hz / t.cost.cycles)
             out.append(rate)
         return out
 
@@ -270,7 +296,10 @@ class Machine:
         return not isinstance(i, Receive) or bool(self.messages[i.peer, core.stream.chip, i.tag])
 
     def _start(self, c: int, engine: int, i: Instruction) -> None:
-        """Start an instruction: compute its values now, and schedule its end."""
+        """Start an instruction: compute its values now, and schedule its end.
+
+        Raises MachineError, naming site, engine and instruction, if run() does or a message has another shape than dst.
+        """
         core = self.cores[c]
         idle = self.now - core.free_at[engine]
         if idle > 0:
@@ -304,9 +333,10 @@ class Machine:
     def _through_l2(self, core: Core, i: Instruction, cost: Cost) -> tuple[float, float, float]:
         """(bytes moved from and to HBM for a transfer, fraction of its bytes from HBM, seconds at which L2 has all).
 
-        A transfer has HBM's latency only as far as its bytes come from there: the L2's own latency is a part of the
-        launch overhead, to which it was fitted. Lines that another transfer fetches are not visible before they have
-        come. Rows of Gather and Scatter are taken to miss, since they depend on
+        Lines that another transfer fetches are not visible before they have come.
+
+        The transfer's latency is HBM's times this fraction. The L2's own latency is not counted: it is in the launch
+        overhead, which was fitted to it. Rows of Gather and Scatter are taken to miss the L2, since they depend on
         values.
         """
         cache, part, ready = self.l2[core.stream.chip], 1.0, 0.0

@@ -27,11 +27,11 @@ class Region:
 
     Attributes:
         space: "hbm", "sram" or "acc" (accumulators).
-        address: of the first byte.
+        address: address of the first byte.
         rows, cols: size of the matrix.
         stride: bytes from one row to the next.
-        format: of the values. 4-bit values are packed two to a byte, the first in the low half; each row starts at a
-            byte boundary.
+        format: number format of the values. 4-bit values are packed two to a byte, the first in the low half; each row
+            starts at a byte boundary.
     """
 
     space: str
@@ -151,8 +151,8 @@ class Memory:
 class CoreMemory:
     """The memory spaces that one core addresses: the chip's HBM, and the core's own SRAM and accumulators.
 
-    `watch` is called before each access to HBM with the region, its byte indices and whether it is written; it raises
-    MachineError if the core must not access it.
+    `watch` is called before each access to HBM as watch(region, byte indices, True for a write). It raises MachineError
+    if the core must not access the region.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class CoreMemory:
         self.spaces = {"hbm": hbm, "sram": Memory("sram", sram_bytes), "acc": Memory("acc", acc_bytes)}
 
     def read(self, r: Region) -> np.ndarray:
-        """Values [rows, cols] of a region, as Memory.read()."""
+        """Values [rows, cols] of a region, in the dtype of its format, as Memory.read() gives them."""
         self._watch(r, False)
         return self.spaces[r.space].read(r)
 

@@ -45,7 +45,7 @@ class Schedule:
     Attributes:
         timings: the Timing of each distinct kernel of the Plan, as if it ran alone.
         ends: seconds from the start of the step to the end of each op.
-        stalled: whether each op waited for its weights.
+        stalled: for each op, True if it waited for its weights.
     """
 
     timings: tuple[Timing, ...]
@@ -120,8 +120,8 @@ class Plan:
     def schedule(self, sizes: BatchSizes, halves: Sequence[BatchSizes] = ()) -> Schedule:
         """The Schedule of a step, op after op, of the whole batch or of its two `halves`.
 
-        With halves, an op takes the seconds of both and a collective its exposed seconds; HBM delivers the weights once
-        for both.
+        With halves, an op takes the seconds of both halves together, but a collective only its exposed seconds. HBM
+        delivers the weights once for both.
         """
         chip, library = self.target.chip, self.target.library
         prefetches = library.prefetches_weights
@@ -148,5 +148,5 @@ class Plan:
         return Schedule(alone, tuple(ends), tuple(stalled))
 
     def timings(self, sizes: BatchSizes, resident: bool = False) -> list[Timing]:
-        """The Timing of each distinct kernel as if it ran alone. resident: its weights were prefetched."""
+        """A list of the Timing of each distinct kernel, if it ran alone. resident: True if weights were prefetched."""
         return [timing(k, self.target, sizes if k.by_sequence else sizes.counts, resident) for k in self.kernels]

@@ -21,9 +21,9 @@ class SharedHbm:
         self.writer, self.reader = np.zeros(0, np.int16), np.zeros(0, np.int16)  # core + 1, 0: none
 
     def access(self, core: int, indices: np.ndarray, writes: bool) -> str:
-        """Record that `core` reads or writes the bytes at `indices`. Returns whether that conflicts, as a word.
+        """Record that `core` reads or writes the bytes at `indices`. Returns "" if no other core's access conflicts.
 
-        The word is "writes" or "reads": what another core has done with one of these bytes. "" if nothing conflicts.
+        If one does, returns what another core has done with one of the bytes: "writes" or "reads".
         """
         if not indices.size:
             return ""

@@ -19,7 +19,7 @@ ALIGN = 64  # bytes: alignment of tiles and of tensors in HBM
 class Stream:
     """The instructions of one core in program order. Each engine executes its own instructions in this order.
 
-    `site`: of the op. `chip`: number of the chip.
+    `site`: site of the op. `chip`: number of the chip.
     """
 
     site: str
@@ -44,8 +44,8 @@ class Ring:
 class LastAccess:
     """The accesses to one tile since its last write.
 
-    `writer`: (engine, instruction number) of the last write, or None. `readers`: by engine, the number of its last
-    instruction that read the tile since.
+    `writer`: (engine, instruction number) of the last write, or None. `readers`: for each engine, the number of its
+    last instruction that read the tile since.
     """
 
     writer: tuple[int, int] | None = None
@@ -79,10 +79,7 @@ class StreamBuilder:
         return Ring(tuple(self.tile(rows, cols, format, space) for _ in range(depth)))
 
     def emit(self, instruction: Instruction) -> None:
-        """Append an instruction, with waits for the instructions whose results it needs or overwrites.
-
-        Returns nothing.
-        """
+        """Append an instruction, with waits for the instructions whose results it needs or overwrites."""
         engine = ENGINES.index(instruction.engine)
         need = list(self.fenced)
         reads = [self._last_access(r) for r in instruction.regions(written=False)]

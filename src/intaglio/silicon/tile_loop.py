@@ -31,6 +31,7 @@ class TileLoop:
     in_place: bool = False  # a tile is stored as it was loaded, so it is free only after its store
     load_missed: float = 0.0  # bytes that HBM moves for each loaded byte
     store_missed: float = 0.0  # bytes that HBM moves for each stored byte
+    store_s: float = 0.0  # seconds that a store takes at least
 
     def in_parts(self, target: Target, parts: Sequence[LoopPart]) -> float:
         """Seconds of the loop if its jobs are in these LoopParts, one after the other."""
@@ -40,7 +41,7 @@ class TileLoop:
         return first + sum(a.last_seconds(target, p.part) - loops[0].last_seconds(target, p.part) for a, p in pairs)
 
     def last_seconds(self, target: Target, fraction: float) -> float:
-        """Seconds that this fraction of the jobs adds to the loop; linear between whole numbers of jobs."""
+        """Seconds that the last `fraction` of the jobs adds to the loop; linear between whole numbers of jobs."""
         jobs = self.jobs * (1 - fraction)
         low = int(jobs)
         a, b = (replace(self, jobs=n).seconds(target) for n in (low, min(low + 1, self.jobs)))
@@ -61,7 +62,10 @@ class TileLoop:
 
 @lru_cache(maxsize=4096)
 def steady(loop: TileLoop, target: Target) -> tuple[float, float]:
-    """(seconds of a loop of SIMULATED depths of the ring, seconds of each further round of jobs)."""
+    """(seconds of the loop, seconds that each further round of jobs would add).
+
+    loop: SIMULATED times the ring's depth in rounds of jobs, after which the rounds take equally long.
+    """
     core = _Core(loop, target, loop.jobs // target.chip.cores, 0)
     start, end = (n * max(6, loop.depth) for n in STEADY)
     seconds = core.run()
@@ -69,7 +73,7 @@ def steady(loop: TileLoop, target: Target) -> tuple[float, float]:
 
 
 class _Core:
-    """A core with the most jobs. `full` rounds use all cores; `rest` cores have one job more."""
+    """Follows one of the cores that have the most jobs. `full` rounds use all cores; `rest` cores have one job more."""
 
     def __init__(self, loop: TileLoop, target: Target, full: int, rest: int) -> None:
         self.loop, self.target, self.full, self.rest = loop, target, full, rest
@@ -93,7 +97,7 @@ class _Core:
                 continue
             rate = min(chip.port_rate, chip.l2_rate / users)
             out.append(min(rate, chip.hbm_rate / missing / missed) if missed > 0 else rate)
-        return out[0], out[1]
+        return out[0], min(out[1], loop.store / loop.store_s) if loop.store_s else out[1]
 
     def run(self) -> float:
         """Seconds until the core's last store has ended."""
@@ -154,7 +158,7 @@ class LoopPart:
 
 
 def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -> list[LoopPart]:
-    """The LoopParts of a loop over `reads` bytes of operands, which the op before has just written to the L2.
+    """A list of the LoopParts of a loop over `reads` bytes of operands, which the op before has just written to the L2.
 
     The L2 of `capacity` bytes evicts the least recently used lines. Results replace operands that are not read yet, so
     once it is full the other operands miss; when none of those is left, also results are written back. ahead: bytes
@@ -176,6 +180,6 @@ def l2_parts(reads: float, writes: float, capacity: float, ahead: float = 0.0) -
 
 
 def gather_parts(writes: float, capacity: float) -> list[LoopPart]:
-    """The LoopParts of a loop whose operands are read by index, past the L2. Its results stay in the L2 if they fit."""
+    """A list of the LoopParts of a loop that reads operands by index, past the L2. Results stay in L2 if they fit."""
     held = min(1.0, capacity / writes) if writes else 1.0
     return [p for p in (LoopPart(held, 1.0, 0.0), LoopPart(1 - held, 1.0, 1.0)) if p.part > 0]

@@ -25,8 +25,8 @@ ENGINE_NAMES = {
 class OpSpan:
     """One op of a step: site, kind, and start and end in seconds since the start of the step.
 
-    `timing`: of its kernel alone. `stalled_on`: "HBM" if it waited for its weights beyond the kernel's own time, else
-    "".
+    `timing`: Timing of its kernel alone. `stalled_on`: "HBM" if it waited for its weights beyond the kernel's own time,
+    else "".
     """
 
     site: str
@@ -48,7 +48,7 @@ class Timeline:
 
     Attributes:
         chip: the chip's specification.
-        ops: a span of time for each op, in the order in which they ran.
+        ops: the OpSpan of each op, in the order in which they ran.
     """
 
     chip: ChipSpec
@@ -82,7 +82,7 @@ class Timeline:
 
     @property
     def bottleneck(self) -> tuple[str, float]:
-        """(name, seconds) of the bottleneck that takes the most time, see spent_on(). Raises ValueError without ops."""
+        """(name, seconds) of the bottleneck in spent_on() with the most time. Raises ValueError without ops."""
         engine, seconds = max(self.spent_on().items(), key=lambda item: item[1])
         return ENGINE_NAMES.get(engine, engine), seconds
 
@@ -91,7 +91,10 @@ class Timeline:
         return sum((e.timing for e in self.ops), Timing(0.0))
 
     def flops_share(self, format: str) -> float:
-        """Model FLOPs utilization: FLOPs done over peak FLOP/s in `format` times the step's seconds; 0 for no ops."""
+        """Model FLOPs utilization: FLOPs done over peak FLOP/s in `format` times the step's seconds; 0 for no ops.
+
+        Raises ChipError for a format that the chip's array does not multiply.
+        """
         return self.totals().flops / (self.seconds * self.chip.peak_flops(format)) if self.seconds else 0.0
 
     def hbm_share(self) -> float:
@@ -156,8 +159,8 @@ class Timeline:
 def joules(chip: ChipSpec, kernels: Sequence[tuple[Timing, int]], seconds: float) -> dict[str, float]:
     """A dict of the estimated joules of a step of `seconds` on one chip, by consumer.
 
-    Consumers are arithmetic, the bytes of each memory and of the links, and idle power. kernels: (Timing, how often it
-    runs).
+    Consumers are arithmetic, the bytes of each memory and of the links, and idle power. kernels: pairs (Timing, how
+    often the kernel runs in the step).
     """
     energy = chip.energy
     return {

@@ -17,14 +17,15 @@ class Timing:
     """Modelled time of one kernel on one chip, with the bytes it moves and the FLOPs it computes.
 
     Attributes:
-        seconds: of the kernel, launch included.
+        seconds: time of the kernel, launch included.
         busy: seconds in use by engine or memory, mean over cores.
         hbm_bytes, l2_bytes, link_bytes: bytes moved.
-        flops: of the matrix array.
-        format: in which the matrix array multiplies.
+        flops: FLOPs of the matrix array.
+        format: number format in which the matrix array multiplies.
         weight_bytes: the part of hbm_bytes that are weights, which can be prefetched.
         choice: tile, split or algorithm chosen, in words.
         steps: steps of a collective.
+        jobs: tiles or other equal units of work that were dealt to the cores; 0: not counted.
     """
 
     seconds: float
@@ -37,6 +38,7 @@ class Timing:
     weight_bytes: float = 0.0
     choice: str = ""
     steps: int = 0
+    jobs: float = 0.0
 
     @property
     def bound(self) -> str:
@@ -57,6 +59,7 @@ class Timing:
             self.weight_bytes + other.weight_bytes,
             "; ".join(filter(None, (self.choice, other.choice))),
             self.steps + other.steps,
+            self.jobs if self.seconds >= other.seconds else other.jobs,
         )
 
 

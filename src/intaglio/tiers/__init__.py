@@ -2,5 +2,7 @@
 
 from intaglio.tiers.block_file import BlockFileError
 from intaglio.tiers.disk import DiskTier
+from intaglio.tiers.peer import PeerTier
+from intaglio.tiers.store import StoreTier
 
-__all__ = ["BlockFileError", "DiskTier"]
+__all__ = ["BlockFileError", "DiskTier", "PeerTier", "StoreTier"]

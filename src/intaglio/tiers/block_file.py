@@ -26,10 +26,15 @@ class BlockFileError(ValueError):
 
 
 def head_of(scope: BlockScope, key: BlockKey, block_bytes: int) -> bytes:
-    """The bytes of a block's file before its contents: magic number, header length, header as JSON. Returns bytes."""
+    """The beginning of a block's file, before its contents, as bytes: magic number, header length, header as JSON."""
     facts = {"scope": asdict(scope), "name": key.name, "parent": key.parent, "tokens": key.tokens, "bytes": block_bytes}
     header = json.dumps(facts, sort_keys=True).encode()
     return MAGIC + len(header).to_bytes(4, "little") + header
+
+
+def file_size(scope: BlockScope, key: BlockKey, block_bytes: int) -> int:
+    """Bytes of the file of a K/V block whose contents have `block_bytes` bytes."""
+    return len(head_of(scope, key, block_bytes)) + block_bytes + CHECKSUM
 
 
 def file_bytes(scope: BlockScope, key: BlockKey, content: np.ndarray) -> list[bytes | memoryview]:
@@ -46,19 +51,30 @@ def read_block(file: Path, scope: BlockScope, key: BlockKey, block_bytes: int) -
     Raises BlockFileError, saying what is wrong, if the file is not exactly what file_bytes() gives for this block, and
     OSError if it cannot be read.
     """
-    head = head_of(scope, key, block_bytes)
     with file.open("rb", buffering=0) as f:
-        size, wanted = os.fstat(f.fileno()).st_size, len(head) + block_bytes + CHECKSUM
+        size, wanted = os.fstat(f.fileno()).st_size, file_size(scope, key, block_bytes)
         held = np.empty(min(size, wanted), np.uint8)
         at = 0
         while at < len(held) and (got := f.readinto(held[at:].data)):
             at += got
-    if at < len(MAGIC) or held[: len(MAGIC)].tobytes() != MAGIC:
-        raise BlockFileError(f"{file} does not begin as a K/V block of this version")
-    if size != wanted or at != wanted:
-        raise BlockFileError(f"{file} has {size} bytes; this block has {wanted}")
+    return check_block(held[:at], size, str(file), scope, key, block_bytes)
+
+
+def check_block(
+    held: np.ndarray, size: int, where: str, scope: BlockScope, key: BlockKey, block_bytes: int
+) -> np.ndarray:
+    """The contents, uint8 [block_bytes], of `held`, the bytes of a block's file, uint8 [n].
+
+    size: bytes of the whole file. where: names the file in errors. Raises BlockFileError as read_block() does.
+    """
+    head = head_of(scope, key, block_bytes)
+    wanted = len(head) + block_bytes + CHECKSUM
+    if len(held) < len(MAGIC) or held[: len(MAGIC)].tobytes() != MAGIC:
+        raise BlockFileError(f"{where} does not begin as a K/V block of this version")
+    if size != wanted or len(held) != wanted:
+        raise BlockFileError(f"{where} has {size} bytes; this block has {wanted}")
     if hashlib.sha256(held[:-CHECKSUM].data).digest() != held[-CHECKSUM:].tobytes():
-        raise BlockFileError(f"the checksum of {file} is wrong")
+        raise BlockFileError(f"the checksum of {where} is wrong")
     if held[: len(head)].tobytes() != head:
-        raise BlockFileError(f"{file} is another block, or of another model, format, instruction set or version")
+        raise BlockFileError(f"{where} is another block, or of another model, format, instruction set or version")
     return held[len(head) : -CHECKSUM]

@@ -14,6 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from intaglio.runtime import BlockKey, BlockScope
+from intaglio.tiers.block_file import read_block
 from intaglio.tiers.leases import Leases
 
 SUFFIX, PARTIAL = ".kv", ".part"
@@ -39,14 +43,14 @@ class NoRoom(Exception):
 class BlockDirectory:
     """The K/V block files of a folder, with LRU eviction. The folder is made at the first write, for this user only.
 
-    One thread writes; any thread may read. leases: pin blocks, which are then not evicted.
+    One thread writes; any thread may read. A block that a lease in `leases` pins is not evicted.
 
     budget: bytes of all files together. Other processes that use the folder are noticed only when all files are looked
-    at, so together they may exceed the budget by 1/16 each for a while.
+    at, so for a while the files may exceed the budget by 1/16 for each process.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
-        self.folder, self.budget, self.leases = folder, budget, Leases(folder)
+        self.folder, self.budget, self.leases, self.where = folder, budget, Leases(folder), str(folder)
         self.held: int | None = None  # bytes of all files, as far as known; None: not looked yet
         self.written = 0  # bytes since all files were looked at
 
@@ -58,11 +62,19 @@ class BlockDirectory:
         """True if the folder has a file for the block of this name. Its contents are not checked."""
         return os.path.exists(self.file(name))
 
+    def read(self, scope: BlockScope, key: BlockKey, block_bytes: int) -> np.ndarray:
+        """The contents of a block, uint8 [block_bytes].
+
+        Raises FileNotFoundError if it is not here, BlockFileError if it is another block or damaged, OSError if it
+        cannot be read.
+        """
+        return read_block(self.file(key.name), scope, key, block_bytes)
+
     def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
         """Write a block's file; then delete the least recently used files if the budget is exceeded.
 
-        Returns the number of files deleted. Raises OSError if the file cannot be written, and NoRoom if the budget is
-        still exceeded; nothing is left of it then.
+        Returns the number of files deleted. Raises OSError if the file cannot be written, or evict() fails. Raises
+        NoRoom if the budget is still exceeded after that. In both cases nothing is left of the file.
         """
         if self.held is None:
             self.scan()
@@ -85,7 +97,12 @@ class BlockDirectory:
         self.written += size
         if self.held <= self.budget and self.written <= self.budget // RESCAN:
             return 0
-        deleted = self.evict()
+        try:
+            deleted = self.evict()
+        except OSError:
+            self.remove(name)
+            self.held -= size
+            raise
         if self.held > self.budget and self.has(name):
             self.remove(name)
             self.held -= size
@@ -124,7 +141,8 @@ class BlockDirectory:
     def evict(self) -> int:
         """Delete the least recently used files if all together exceed the budget, but none that is pinned.
 
-        Returns the number deleted. Raises OSError if the folder of leases cannot be locked.
+        Returns the number deleted. Raises OSError if the folder of leases cannot be locked: TimeoutError if others
+        lock it for LOCK_WAIT seconds, such as a process that was stopped while it evicted.
         """
         with self.leases.locked():
             return self._evict()

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LONGEST = 600.0  # seconds; a lease that seems to last longer is damaged, or the clock was set back
-LOCK_WAIT = 5.0  # seconds that taking or renewing a lease may wait while another process takes one or evicts
+LOCK_WAIT = 5.0  # seconds that taking or renewing a lease, or evicting, may wait while another process does so
 LOCK_LOOK = 0.01  # seconds between attempts to lock
 SUFFIX = ".lease"
 SECOND = 10**9  # ns
@@ -34,15 +34,15 @@ class Leases:
     def take(self, names: Sequence[str], seconds: float) -> str:
         """Pin the blocks of these names for `seconds`. Returns the lease's id, 32 hexadecimal digits.
 
-        Raises ValueError for a time outside 0..LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds,
-        and OSError if the lease cannot be written; then nothing is pinned.
+        Raises ValueError unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for
+        LOCK_WAIT seconds, and OSError if the lease cannot be written; then nothing is pinned.
         """
         lease = secrets.token_hex(16)
-        _ends(seconds)  # before anything is written
+        check_seconds(seconds)  # before anything is written
         body = "\n".join(names).encode()
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         partial = self.folder / f".{lease}"
-        with self.locked(LOCK_WAIT):
+        with self.locked():
             ends = _ends(seconds)
             try:
                 partial.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
@@ -55,13 +55,16 @@ class Leases:
         return lease
 
     def renew(self, lease: str, seconds: float) -> bool:
-        """Let a lease end in `seconds` from now. Returns False, and renews nothing, if it has run out already.
+        """Let a lease end in `seconds` from now. Returns True.
 
-        Raises ValueError for a time outside 0..LONGEST, TimeoutError if others lock the folder for LOCK_WAIT seconds.
+        Returns False, and renews nothing, if it has run out already or its file cannot be changed.
+
+        Raises ValueError unless 0 < seconds <= LONGEST, TimeoutError if others lock the folder for
+        LOCK_WAIT seconds.
         """
-        _ends(seconds)
+        check_seconds(seconds)
         try:
-            with self.locked(LOCK_WAIT):
+            with self.locked():
                 if self.names(lease) is None:
                     return False
                 ends = _ends(seconds)
@@ -78,16 +81,16 @@ class Leases:
             self._file(lease).unlink()
 
     def names(self, lease: str) -> frozenset[str] | None:
-        """Names of the blocks that a lease pins; None if it has run out, is damaged, or never was."""
+        """A frozenset of the names of blocks that a lease pins; None if it has run out, is damaged, or never was."""
         try:
             return self._read(self._file(lease))
         except ValueError:
             return None
 
     def pinned(self) -> set[str]:
-        """Names of all blocks that are pinned now. Deletes the leases that have run out or are damaged.
+        """A set of the names of all pinned blocks. Deletes the leases that have run out or are damaged.
 
-        Also deletes what a process left that was killed while it wrote a lease.
+        Also deletes partial files, left by processes that were killed while they wrote a lease.
         """
         found: set[str] = set()
         for partial in self.folder.glob(".*"):
@@ -104,19 +107,15 @@ class Leases:
         return found
 
     @contextmanager
-    def locked(self, patience: float | None = None) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Context manager in which no other process or thread takes a lease or evicts.
 
-        patience: seconds to wait for the others, after which TimeoutError is raised; None: as long as it takes. Raises
-        OSError if the folder cannot be locked.
+        Raises TimeoutError if others lock the folder for LOCK_WAIT seconds, OSError if it cannot be locked.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if patience is None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            else:
-                _lock(file, patience)
+            _lock(file, LOCK_WAIT)
             yield
         finally:
             os.close(file)
@@ -151,10 +150,15 @@ def _lock(file: int, patience: float) -> None:
         time.sleep(LOCK_LOOK)
 
 
-def _ends(seconds: float) -> int:
-    """The time `seconds` from now, ns since the epoch. Raises ValueError for a time outside 0..LONGEST."""
+def check_seconds(seconds: float) -> None:
+    """Raise ValueError unless 0 < seconds <= LONGEST. Returns nothing."""
     if not 0 < seconds <= LONGEST:
         raise ValueError(f"a lease of {seconds} s; allowed: above 0, at most {LONGEST:g} s")
+
+
+def _ends(seconds: float) -> int:
+    """The time `seconds` from now, ns since the epoch. Raises ValueError unless 0 < seconds <= LONGEST."""
+    check_seconds(seconds)
     return time.time_ns() + int(seconds * SECOND)
 
 

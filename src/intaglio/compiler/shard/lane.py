@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
+from itertools import accumulate
 from math import gcd
 from typing import Any
 
 from intaglio import formats
 from intaglio.compiler.layout import Layout, LayoutError
-from intaglio.compiler.shard.shares import Plan, Share, partners, width_of
+from intaglio.compiler.shard.shares import Plan, Share, is_partition, partners, width_of
 from intaglio.ops import AllGather, AllReduce, Map, Op, ReduceScatter, Tensor
 from intaglio.program import Program
-from intaglio.program.source import is_run, narrowed
+from intaglio.program.source import is_run, narrowed, part_sizes
 
 
 class Lane:
@@ -27,7 +28,7 @@ class Lane:
         coded: names of the weights whose codes come from a checkpoint.
         shares: every lane's share of each result on this lane that is split by columns.
         split: names of results of which each lane has only a run of token rows (sequence parallelism).
-        wholes: for each split result that has been gathered, the name of its gathered copy.
+        wholes: names of the gathered copies of split results, by the result's name.
         views: lists of the views in the whole Program, by the name of their base.
     """
 
@@ -46,9 +47,13 @@ class Lane:
         self.split: set[str] = set()
 
     def run(self) -> Program:
-        """Apply the sharding rule of every op and return the Program of this lane."""
+        """Apply the sharding rule of every op and return the Program of this lane.
+
+        Raises LayoutError for an op without a rule, or if an op or a weight cannot be divided like this.
+        """
         for t in self.p.of_role("state"):
-            self.keep(t.name, self.plan.get(t.name), axis=2)
+            if t.shape[0] == "P":  # the rules of ops with recurrent state keep theirs
+                self.keep(t.name, self.plan.get(t.name), axis=2)
         for op in self.p.ops:
             rule_of(op)(self, op)
         return self.p.with_ops(self.ops, self.tensors)
@@ -88,8 +93,8 @@ class Lane:
     def keep(self, name: str, shares: list[Share] | None = None, axis: int = 0, as_: str = "") -> str:
         """Add a tensor of the whole Program (weight, const or state), or this lane's share of it, to this lane.
 
-        shares: every lane's share along `axis`; None: the whole tensor. as_: name of the tensor here; "": the same
-        name. Returns the name here.
+        Returns the tensor's name here. shares: every lane's share along `axis`; None: the whole tensor. as_: name of
+        the tensor here; "": the same name. Raises LayoutError if the cut would split a group of a quantised weight.
         """
         t = self.p.tensors[name]
         if shares:
@@ -107,11 +112,13 @@ class Lane:
         """Add this lane's part of a stack of matrices [E, ...], such as the weights of experts, to this lane.
 
         Args:
-            name: of the stack.
-            stacks: which of its matrices this lane takes.
-            parts: shares of rows or columns along `axis`; empty: the matrices stay whole.
-            part: which of `parts` is this lane's.
-            axis: of the stack, along which the matrices are cut.
+            name: name of the stack.
+            stacks: indices of the matrices that this lane takes.
+            parts: every part's share of rows or columns along `axis`; empty: the matrices stay whole.
+            part: index in `parts` of this lane's share.
+            axis: axis of the stack along which the matrices are cut.
+
+        Raises LayoutError if a cut would split a group of a quantised weight.
         """
         t = self.p.tensors[name]
         t = self.fitted(t, parts, axis) if parts else t
@@ -149,7 +156,8 @@ class Lane:
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
         """Add this lane's share of a weight of `op` along `axis` to this lane. Returns the weight's name here.
 
-        It is a name made from the op's site if other ops read the weight too. shares: every lane's share.
+        The name is made from the op's site if other ops read the weight too. shares: every lane's share. Raises
+        LayoutError if the cut would split a group of a quantised weight.
         """
         own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
         return self.keep(name, shares, axis, own if len(self.p.uses(name)) > 1 else "")
@@ -175,10 +183,10 @@ class Lane:
     def total(self, site: str, x: str, out: str, group: tuple[int, ...], slots: int = 1) -> None:
         """Add an all_reduce that sums the partial results `x` of the lanes in `group` into `out`.
 
-        site: the op's. slots: as for AllReduce.
+        site: the op's site. slots: as for AllReduce.
 
-        With sequence parallelism it is a reduce_scatter, which gives this lane its own token rows of the sum, if all
-        lanes are in `group` and `out` is a temp with a row per token.
+        With sequence parallelism a reduce_scatter is added instead, if all lanes are in `group` and `out` is a temp
+        with a row per token. It gives this lane its own token rows of the sum.
         """
         t = self.p.tensors[out]
         if self.layout.sp and t.shape[0] == "T" and t.role == "temp" and len(group) == self.layout.lanes:
@@ -191,9 +199,10 @@ class Lane:
     def gather(self, site: str, x: str, out: str, shares: Sequence[Share], width: int) -> None:
         """Add an all_gather of the columns of `x`, which are split as `shares` says, into `out` of `width` columns.
 
-        site: of the all_gather.
+        site: site of the all_gather.
         """
         group = partners(shares, self.lane)
+        assert is_partition(shares, width), f"{x} cannot be gathered from {shares}"
         self.add(AllGather(site=site, x=x, out=out, group=group, width=width, wire=self.wire))
 
     def add_whole(self, op: Op) -> None:
@@ -257,10 +266,18 @@ def rule_of(op: Op) -> Rule:
 def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = False) -> tuple[str, ...]:
     """The checkpoint sources of one lane's share of the weight `t`, as a tuple: one for each run of indices in `share`.
 
-    axis: the axis that is cut. length: its size. each: cut each of several sources, which must be joined along another
-    axis. () for a tensor without source, such as state. Raises LayoutError for a weight that is otherwise joined from
-    several tensors, and for a cut inside a block of its format.
+    The tuple is () for a tensor without source, such as state. axis: the axis that is cut. length: its size. each: True
+    to cut each of several sources, which must be joined along another axis.
+
+    Raises LayoutError for several sources if `each` is False, unless they are parts_of() one tensor and axis is 0; and
+    for a cut inside a block of the weight's format.
     """
+    if len(t.source) > 1 and axis == 0 and (rows := part_sizes(t.source, length)):
+        ends, found = list(accumulate(rows)), list[str]()
+        for source, n, end in zip(t.source, rows, ends, strict=True):
+            own = [range(max(r.start - end + n, 0), min(r.stop - end + n, n)) for r in share]
+            found += [source if len(r) == n else f"{source}|r{r.start}:{r.stop}/{n}" for r in own if r]
+        return tuple(found)
     if len(t.source) > 1 and not each:
         raise LayoutError(
             f"weight {t.name} is joined from {len(t.source)} tensors; shard a Program before it is merged"

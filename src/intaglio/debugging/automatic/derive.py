@@ -38,11 +38,11 @@ class AutoPort:
     """The result of an automatic port.
 
     Attributes:
-        architecture: its name in config.json.
+        architecture: name of the architecture in config.json.
         text: the source text of the port file; "" if none could be written.
         deviations: {variant of the configuration, in words: deviation() of the port for it}.
         refused: {setting, as key=value: why the port refuses it}.
-        failure: what was not matched or differs, as text; "" for a verified port.
+        failure: the part that was not matched, or the difference that was found, as text; "" for a verified port.
     """
 
     architecture: str
@@ -101,7 +101,7 @@ def port_automatically(target: str, progress: Progress = silent) -> AutoPort:
 
 
 def paragraph(architecture: str, e: Unmatched) -> str:
-    """A paragraph for users: which module has no counterpart here, and which op or field is the nearest.
+    """A paragraph for users that names the module without a counterpart here, and the nearest op or field.
 
     e: the error that names them.
     """
@@ -155,7 +155,7 @@ def _variant(tiny: TinyModels, changes: dict[str, Any]) -> Variant:
 
 
 def _ignored(trace: Trace, prefix: str) -> tuple[str, ...]:
-    """The value of Family.ignored: a pattern such as *.cross_attn. for each part of a layer that is never called.
+    """The value of Family.ignored: a tuple of patterns such as *.cross_attn., for parts of layers never called.
 
     prefix: the part of a weight's name before the list of layers.
     """
@@ -239,7 +239,7 @@ def _saved(folder: Path, module: str) -> str:
 
 
 def _about(tiny: TinyModels, first: Variant, folder: Path) -> dict[str, Any]:
-    """{version, defaults, aliases, title, head, vocabulary}: what the port file needs besides the traced properties.
+    """A dict {version, defaults, aliases, title, head, vocabulary}, which write_port() takes as `about`.
 
     folder: a checkpoint of the tiny model.
     """
@@ -293,9 +293,9 @@ def _verify(
         tiny: builds the models.
         family: the port.
         text: its source text.
-        variants: of the configuration.
+        variants: traced variants of the configuration.
         refused: settings that the port refuses, for the result.
-        folder: for checkpoints.
+        folder: folder in which checkpoints of the variants are written.
         progress: called before each variant.
     """
     deviations, failure = dict[str, float](), ""
@@ -327,7 +327,8 @@ def _brief(v: Variant) -> str:
 def deviation(path: Path, family: Family, model: Any) -> float:
     """Error max |ours - theirs| / max |theirs| of a port's logits in prefill and decode; infinity if one is NaN.
 
-    path: a checkpoint of the transformers model `model`. family: the port.
+    path: a checkpoint of the transformers model `model`. family: the port. Raises PortError or CheckpointError if the
+    port cannot load the checkpoint.
     """
     import torch
 

@@ -32,10 +32,10 @@ MISSING = object()
 
 @dataclass(frozen=True)
 class Variant:
-    """One configuration of the tiny model, with what was traced in it.
+    """One configuration of the tiny model, with the properties that were traced in it.
 
     Attributes:
-        config: its config.json.
+        config: the content of config.json.
         changes: the keys in which it differs from the first variant, with their values.
         facts: the values of Decoder's fields, from flatten().
     """

@@ -43,7 +43,7 @@ def flatten(f: Facts) -> Facts:
     """The values of Decoder's fields, as a dict, from the properties of a traced model (see model_facts()).
 
     window, chunk, rope and sparse are lists with one value per layer. Raises Unmatched if layers differ in anything
-    else.
+    else, or if Decoder cannot express the model.
     """
     layers = f["layers"]
     first = _agree([{k: v for k, v in z["attn"].items() if k not in PER_LAYER} for z in layers], f["list"])
@@ -103,8 +103,8 @@ def flatten(f: Facts) -> Facts:
 def _routed(mixed: list[Facts], name: str) -> list[Facts]:
     """The properties of each layer's mixture, as a list, with the first way of routing that fits all layers.
 
-    mixed: the properties, with a list of ways in `routing`, since several ways can fit a layer's few tokens. name: of
-    the list of layers. Raises Unmatched if no way fits all layers.
+    mixed: the properties of each layer, with a list of ways in `routing`, since several ways can fit a layer's few
+    tokens. name: name of the list of layers, for the error. Raises Unmatched if no way fits all layers.
     """
     ways = [w for w in mixed[0]["routing"] if all(any(_same_way(w, x) for x in m["routing"]) for m in mixed)]
     if not ways:
@@ -122,7 +122,7 @@ PER_LAYER = ("window", "chunk", "rope", "scale")
 def _agree(tables: list[Facts], name: str) -> Facts:
     """The first of `tables`, one per layer, if all are equal; else raise Unmatched naming what differs.
 
-    name: of the list of layers.
+    name: name of the list of layers.
     """
     for i, table in enumerate(tables):
         for k, v in table.items():
@@ -238,7 +238,7 @@ def _mixture(m: Facts, block: str) -> Facts:
 
 
 def rope_kinds(ropes: list[Rotation]) -> list[int]:
-    """The number of each layer's rotation among the different ones, from 0, as a list; -1 for layers without rope."""
+    """A list with the number of each layer's rotation: distinct ones are counted from 0; -1 for a layer without."""
     seen: list[Rotation] = []
     out = []
     for r in ropes:

@@ -82,7 +82,7 @@ def _embedding(t: Trace, x: np.ndarray, layers: str) -> tuple[Facts, list[Norm]]
 
 
 def _summed(t: Trace, x: np.ndarray, rows: np.ndarray) -> Facts | None:
-    """{embed_scale, positions} if x is `rows` times a scale, plus learned positions or without; else None.
+    """A dict {embed_scale, positions} if x is `rows` times a scale, with or without learned positions; else None.
 
     rows: the embeddings of the tokens. positions: name, first row and number of rows of the table; None without.
     """
@@ -129,9 +129,9 @@ def _full(call: Call, name: str, under: str) -> str:
 
 
 def _hidden(block: Call, like: np.ndarray) -> np.ndarray:
-    """The first floating-point argument of a block that has the shape of `like`, the residual.
+    """The first argument of the call `block` that is a floating-point array with the shape of `like`.
 
-    Raises Unmatched if there is none.
+    like: the residual. Raises Unmatched if there is none.
     """
     found = [x for x in block.inputs if x.shape == like.shape and x.dtype.kind == "f"]
     if not found:
@@ -142,7 +142,7 @@ def _hidden(block: Call, like: np.ndarray) -> np.ndarray:
 def _before(n: dict[str, Norm], site: str, own: list[Norm], x: np.ndarray, call: Call) -> None:
     """Add the norm before attention to `n`, under the name `site`, if there is one.
 
-    own: norms called in the layer. x: what attention reads. call: the call of the layer. Raises Unmatched if x is
+    own: norms called in the layer. x: the input of attention. call: the call of the layer. Raises Unmatched if x is
     neither the residual nor a norm of it.
     """
     if same(x, call.x):
@@ -183,19 +183,19 @@ def _mlp(t: Trace, call: Call, attention: str) -> tuple[Facts, str, np.ndarray, 
 def _residuals(
     call: Call, n: dict[str, Norm], own: list[Norm], read: np.ndarray, branch: np.ndarray, end: np.ndarray
 ) -> Facts:
-    """{parallel, residual_scale}: how the results of attention and MLP are added to the residual.
+    """A dict {parallel, residual_scale}: how the results of attention and MLP are added to the residual.
 
     The norms before the MLP, or after an addition, are added to `n`.
 
     Args:
-        call: of the layer.
-        n: norms of the layer by their site.
+        call: the call of the layer.
+        n: norms of the layer by their site; norms that are found here are added.
         own: all norms called in the layer.
-        read: what the MLP reads.
+        read: the input of the MLP.
         branch: the result of attention, with its norm.
         end: the result of the MLP, with its norm.
 
-    Raises Unmatched if they are added otherwise.
+    Raises Unmatched if the results are added in any other way.
     """
     before = next((z for z in own if same(z.y, read)), None)
     source = before.x if before is not None else read
@@ -227,7 +227,7 @@ def _residuals(
 
 
 def _added(call: Call, x: np.ndarray, branches: tuple[np.ndarray, ...], parallel: bool) -> Facts:
-    """{parallel, residual_scale} of a layer whose result is x + residual_scale * (sum of branches).
+    """A dict {parallel, residual_scale} for a layer whose result is x + residual_scale * (sum of branches).
 
     parallel: returned as given. Raises Unmatched if the result is anything else.
     """

@@ -22,8 +22,8 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 def dense_facts(t: Trace, own: list[Linear], x: np.ndarray, under: str) -> tuple[Facts, np.ndarray]:
     """(dict of properties, result) of the dense MLP that reads x.
 
-    own: linears that may belong to the MLP. under: name of its module. Raises Unmatched if no linears among `own` form
-    an MLP that Decoder can express.
+    own: linears that may belong to the MLP. x: the MLP's input. under: name of the MLP's module. Raises Unmatched if no
+    linears among `own` form an MLP that Decoder can express.
     """
     readers = [n for n in own if same(n.x, x)]
     downs = [n for n in own if n.y.size == x.size and not any(n is r for r in readers)]
@@ -51,7 +51,7 @@ def _short(name: str, under: str) -> str:
 
 
 def _forms(readers: list[Linear], inner: np.ndarray) -> Iterator[Facts]:
-    """Yield a dict of properties for each form of MLP that gives `inner`, what the down projection reads.
+    """Yield a dict of properties for each form of MLP that gives `inner`, the input of the down projection.
 
     readers: linears that read the MLP's input. The forms are: gated by two linears, gated by one linear that holds gate
     and up, and without a gate.
@@ -89,7 +89,7 @@ def experts_call(t: Trace, under: str) -> Call | None:
 def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Facts:
     """The properties of the mixture of experts in module `under`, as a dict: experts, routing, shared expert.
 
-    x, result: what the module reads and returns. Raises Unmatched for what Mixture cannot express.
+    x, result: the module's input and result. Raises Unmatched if the fields of Mixture cannot express the module.
     """
     call = experts_call(t, under)
     assert call is not None
@@ -105,8 +105,8 @@ def mixture_facts(t: Trace, under: str, x: np.ndarray, result: np.ndarray) -> Fa
 def _expert(t: Trace, call: Call, ids: np.ndarray, weights: np.ndarray) -> Facts:
     """The properties of the routed experts, as a dict: count, width, top (experts per token), layout and activation.
 
-    call: of the module of experts. ids, weights: experts of each token and their weights, [tokens, top]. Raises
-    Unmatched if no activation and layout give the call's result.
+    call: the call of the module of experts. ids, weights: experts of each token and their weights, [tokens, top].
+    Raises Unmatched if no activation and layout give the call's result.
     """
     own = {n.rpartition(".")[2]: v for n, v in t.parameters.items() if n.rpartition(".")[0] == call.name}
     joined, down = own.get("gate_up_proj"), own.get("down_proj")
@@ -142,7 +142,7 @@ def _routing(t: Trace, under: str, x: np.ndarray, ids: np.ndarray, weights: np.n
     Args:
         t: the trace.
         under: name of the mixture's module.
-        x: what the mixture reads.
+        x: the input of the mixture.
         ids: chosen experts [tokens, top].
         weights: their weights [tokens, top].
         count: number of experts.
@@ -179,7 +179,10 @@ def _routing(t: Trace, under: str, x: np.ndarray, ids: np.ndarray, weights: np.n
 
 
 def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
-    """Yield dicts of attributes of the op route that may be the model's. corrected: scores have a correction bias."""
+    """Yield dicts of attributes of the op route that may be the model's.
+
+    corrected: True if scores have a correction bias.
+    """
     groups, kept = int(t.config.get("n_group") or 0), int(t.config.get("topk_group") or 0)
     for grouped in (False, *([True] if groups > 1 else [])):
         for score in ("softmax", "sigmoid", *(() if corrected or grouped else ("chosen",))):
@@ -197,8 +200,9 @@ def _route(
 ) -> float | None:
     """The factor on the weights of the op route that gives the traced weights.
 
-    None if the op chooses other experts than the traced ones, or if no factor fits. logits: of the router [tokens,
-    experts]. bias: correction bias. how: attributes of the op. ids, weights: as traced, [tokens, top].
+    None if the op chooses other experts than the traced ones, or if no factor fits. logits: the router's logits
+    [tokens, experts]. bias: correction bias, or None. how: attributes of the op. ids, weights: traced experts and
+    weights [tokens, top].
     """
     op = Route(
         site="route", logits="logits", bias="bias" if bias is not None else None, weights="weights", ids="ids",
@@ -214,14 +218,14 @@ def _route(
 
 
 def _shared(t: Trace, under: str, call: Call, x: np.ndarray, result: np.ndarray) -> Facts:
-    """{"shared": properties of the shared expert or None, "shared_gate": name of its gate or ""}.
+    """A dict {"shared": properties of the shared expert or None, "shared_gate": name of its gate or ""}.
 
     Args:
         t: the trace.
         under: name of the mixture's module.
-        call: of the routed experts.
-        x: what the mixture reads.
-        result: what the mixture returns.
+        call: the call of the routed experts.
+        x: the input of the mixture.
+        result: the result of the mixture.
 
     Raises Unmatched if anything else is added to the routed experts' result.
     """

@@ -15,11 +15,11 @@ class Linear:
     """One traced call of a linear module, y = x @ weight.T + bias.
 
     Attributes:
-        name: of the module.
-        transposed: True if its weight is stored as [inputs, outputs].
-        bias: True if it has a bias.
-        x: its argument [tokens, inputs].
-        y: its result [tokens, outputs].
+        name: the module's name.
+        transposed: True if the weight is stored as [inputs, outputs].
+        bias: True if the module has a bias.
+        x: the argument [tokens, inputs].
+        y: the result [tokens, outputs].
     """
 
     name: str
@@ -34,7 +34,7 @@ class Norm:
     """One traced call of a norm.
 
     Attributes:
-        name: of the module.
+        name: the module's name.
         kind: rms, layer or l2, as in the op norm.
         eps: added to the mean square (rms), the variance (layer) or the sum of squares (l2).
         offset: added to the weight.
@@ -55,7 +55,7 @@ class Norm:
 
     @property
     def family(self) -> tuple[str, float, float, bool, bool]:
-        """(kind, eps, offset, weight, bias): what all norms of a model must have in common."""
+        """(kind, eps, offset, weight, bias): the properties that all norms of a model must have in common."""
         return self.kind, self.eps, self.offset, self.weight, self.bias
 
 
@@ -96,7 +96,7 @@ def norms(t: Trace, under: str, but: str = "") -> list[Norm]:
 
 
 def norm_of(t: Trace, call: Call) -> Norm | None:
-    """The Norm that a call computes, found by what it does to its argument; None if it computes anything else."""
+    """The Norm that a call computes, found from its argument and result; None if it computes anything else."""
     own = {n.rpartition(".")[2]: v for n, v in t.parameters.items() if n.rpartition(".")[0] == call.name}
     if any(v.ndim > 1 for v in own.values()):
         return None
@@ -123,12 +123,12 @@ def _eps(
     """A norm's epsilon, to two significant digits, measured with small arguments; 0.0 if it is below 1e-9.
 
     Args:
-        t: its probe() runs the module.
-        name: of the module.
+        t: the trace, whose probe() runs the module.
+        name: the module's name.
         kind: rms, layer or l2.
         scale: weight and offset together.
-        shift: bias.
-        shape: of the arguments.
+        shift: the bias.
+        shape: shape of the arguments.
     """
     x = np.random.default_rng(0).standard_normal(shape) * 2e-3
     if kind == "l2":

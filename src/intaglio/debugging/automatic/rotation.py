@@ -17,7 +17,7 @@ class Rotation:
         dim: number of columns of a head that are rotated, from the first; 0: none.
         style: half or interleaved, as in the op rope.
         factor: scale of the rotated columns.
-        angles: for each pair of columns, radians per position.
+        angles: radians per position, one for each pair of columns.
     """
 
     dim: int = 0

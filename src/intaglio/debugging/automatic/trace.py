@@ -34,9 +34,9 @@ class Call:
     """One traced call of a module.
 
     Attributes:
-        name: of the module.
-        inputs: its tensor arguments, without the batch dimension of 1.
-        outputs: its tensor results, without the batch dimension of 1.
+        name: the module's name.
+        inputs: the module's tensor arguments, without the batch dimension of 1.
+        outputs: the module's tensor results, without the batch dimension of 1.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Call:
 
     @property
     def x(self) -> np.ndarray:
-        """The first tensor argument of the call."""
+        """The first tensor argument of the call, as an array."""
         return self.inputs[0]
 
     @property
     def y(self) -> np.ndarray:
-        """The first tensor result of the call."""
+        """The first tensor result of the call, as an array."""
         return self.outputs[0]
 
 
@@ -59,11 +59,11 @@ class Attention:
     """One traced call of the attention function.
 
     Attributes:
-        name: of the attention module.
+        name: name of the attention module.
         q: queries [heads, tokens, head_dim].
         k: keys [kv heads, tokens, head_dim].
         v: values [kv heads, tokens, value_dim].
-        mask: what is added to the scores, [tokens, tokens]; None without a mask.
+        mask: the array that is added to the scores, [tokens, tokens]; None without a mask.
         out: the result [tokens, heads * value_dim].
         scale: the factor on the scores.
         given: other arguments that are numbers, such as softcap, by name.
@@ -81,13 +81,13 @@ class Attention:
 
 @dataclass
 class Trace:
-    """What a model computes in one run, module by module.
+    """The values that a model computes in one run, module by module.
 
     Attributes:
         tokens: token ids of the prompt.
-        calls: of modules, in the order in which they ended.
+        calls: calls of modules, in the order in which they ended.
         attention: calls of the attention function, in order.
-        logits: [tokens, vocabulary].
+        logits: the logits [tokens, vocabulary].
         parameters: values of parameters and buffers, by name.
         lists: length of each list of modules, by name.
         embedding: name of the module of the token embedding.
@@ -110,7 +110,7 @@ class Trace:
     norms: dict[int, Any] = field(default_factory=dict)
 
     def uncalled(self) -> list[str]:
-        """Names of modules that own parameters but were not called, nor was any module inside them; a sorted list."""
+        """A sorted list of the names of modules that own parameters, and of which no part was called."""
         called = {c.name for c in self.calls}
         held = {n.rpartition(".")[0] for n in self.parameters}
         return sorted(m for m in held if m not in called and not any(c.startswith(f"{m}.") for c in called))
@@ -177,8 +177,8 @@ def record(model: Any, tokens: Sequence[int]) -> Trace:
 def _watch_attention(trace: Trace, modules: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
     """Replace transformers' attention function by one that also appends each call to trace.attention.
 
-    Returns {name of a Python module: its original function}, by which the caller undoes this. modules: by name. names:
-    names of modules by their id().
+    Returns {name of a Python module: its original function}, with which the caller undoes the replacement. modules: the
+    model's modules by name. names: names of the modules by their id().
     """
     import torch
 

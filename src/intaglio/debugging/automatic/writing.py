@@ -42,8 +42,7 @@ class Unsolved(ValueError):
     """Raised when no expression over config.json gives a field's value in all variants.
 
     Attributes:
-        variant: the first variant with a single changed key in which the field differs from the first; None if there is
-            none.
+        variant: the variant that shows it, see differing(); None if there is none.
     """
 
     def __init__(self, what: str, variant: Variant | None) -> None:
@@ -71,7 +70,8 @@ class Text:
 def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
     """Source text of an expression that gives a field's value in all variants; "" if the value is always `usual`.
 
-    name: of the field, as for solve(). Raises Unsolved if no expression does.
+    name: a key of Variant.facts, or several with dots, such as mixture.width. Raises Unsolved if no expression gives
+    the value.
     """
     found = solve(name, variants, usual)
     if found is None:
@@ -300,7 +300,7 @@ def alike(made: Table, seen: Rotation) -> bool:
 def _mixture(t: Text, variants: Sequence[Variant], stored: str) -> None:
     """Add the mixture of experts to the parts `t`. Raises Unsolved if no expression gives one of its fields.
 
-    variants: those with experts. stored: name of the form in which the checkpoint holds them.
+    variants: the variants with experts. stored: name of the form in which the checkpoint holds the experts.
     """
     m = variants[0].facts["mixture"]
     if stored == "NUMBERED":  # saved under a name of its own
@@ -349,7 +349,13 @@ def _sources(t: Text) -> Iterator[str]:
 def _file(t: Text, architecture: str, kind: str, function: str, first: dict[str, Any], about: dict[str, Any]) -> str:
     """The source text of the port file, put together from the parts `t`.
 
-    function: name of the describing function. first: facts of the first variant. The others are as for write_port().
+    Args:
+        t: parts of the text.
+        architecture: name in config.json.
+        kind: model type.
+        function: name of the describing function.
+        first: facts of the first variant.
+        about: title, version of transformers, defaults, aliases, head, vocabulary.
     """
     sources = list(_sources(t))
     if sources:

@@ -112,15 +112,15 @@ def kernel_of(op: Op) -> NativeKernel | PythonKernel:
 
 
 def map_attributes(op: Map) -> Attributes:
-    """A dict of the attributes of a map: its expression in postfix order, as numbers and names.
+    """A dict {"expr": list}, the attributes of a map. The list is the map's expression in postfix order.
 
-    Names are of operands, operators and functions.
+    Its items are numbers, and names of operands, operators and functions.
     """
     return {"expr": [value for _, value in postfix(op.expr)]}
 
 
 def collective_attributes(op: Collective) -> Attributes:
-    """A dict of the attributes of a collective: its own, and its site, which errors name."""
+    """A dict of the attributes of a collective op: the op's own, and `site`, the op's site for error messages."""
     return {"site": op.site, **plain_attributes(op)}
 
 

@@ -24,9 +24,9 @@ class Packing:
     """How a weight matrix is packed.
 
     Attributes:
-        family: of the weight's format; formats of one family are packed alike.
+        family: family of the weight's format; formats of one family are packed alike.
         group: number of columns that share a scale; 0 if the format has no groups.
-        glu: rows of gate and up alternate.
+        glu: True if rows of gate and up alternate.
     """
 
     family: str
@@ -55,7 +55,7 @@ class Home:
         matrix: name of the packed matrix.
         first: row of the packed matrix at which the weight begins.
         rows: rows of the weight; for a stack, rows of each matrix.
-        step: for a stack, the distance in rows from one matrix to the next.
+        step: distance in rows from one matrix of a stack to the next; `rows` for a single matrix.
     """
 
     matrix: str
@@ -71,8 +71,8 @@ class Buffer:
     Attributes:
         columns: number of columns of the widest temp.
         sampled: True if it has a row for each of the R rows to sample; False for token rows.
-        share: with sequence parallelism, which of `shares` near-equal parts of the T token rows it holds.
-        shares: number of parts.
+        share: with sequence parallelism, the number of the part of the T token rows that the buffer holds; else 0.
+        shares: number of near-equal parts into which the token rows are divided; 1 without sequence parallelism.
     """
 
     columns: int
@@ -126,7 +126,7 @@ class HostLayout:
     def of(cls, program: Program, native_collectives: bool = False) -> HostLayout:
         """The HostLayout derived from a Program.
 
-        native_collectives: collectives are native ops, for a rank with a communicator. Raises DeviceError
+        native_collectives: True if collectives are native ops, for a rank with a communicator. Raises DeviceError
         naming an op without a host kernel, or state that both native and Python code use.
         """
         stops_at = () if native_collectives else (Collective,)
@@ -167,7 +167,7 @@ def _check_state(program: Program, both: frozenset[str]) -> None:
 
 
 def packing_of(t: Tensor, glu: bool) -> Packing:
-    """The Packing of a weight. glu: rows of gate and up alternate in the packed matrix."""
+    """The Packing of a weight. glu: True if rows of gate and up alternate in the packed matrix."""
     fmt = formats.get(t.format)
     return Packing(fmt.family, fmt.group_of(int(t.shape[-1])) if fmt.grouped else 0, glu)
 

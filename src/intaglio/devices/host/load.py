@@ -35,9 +35,9 @@ def fill_codes(weight: _native.Weight, rows: Quantised, first: int, threads: int
 
 
 def _source_name(array: np.ndarray, name: str) -> str:
-    """Name of the format (f32, f16 or bf16) of an array that is not quantised. name: of the weight, for the error.
+    """Name of the format (f32, f16 or bf16) of an array that is not quantised.
 
-    Raises DeviceError if the host cannot read the array's type.
+    name: the weight's name, for the error. Raises DeviceError if the host cannot read the array's type.
     """
     for known in ("f32", "f16", "bf16"):
         if array.dtype == formats.get(known).dtype:
@@ -69,7 +69,8 @@ def load(
     """Fill a native executable: declare its tensors, pack its weights, create its ops. Returns a Loaded.
 
     cache: folder for packed weights, "auto" or None. image_file: descriptor of a memory file for them, if they are not
-    in the cache. Raises DeviceError for weights of the wrong shape or type, and for ops that the kernels cannot run.
+    in the cache; None: no such file. Raises DeviceError for weights of the wrong shape or type, and for ops that the
+    kernels cannot run.
     """
     matrices = {name: matrix.make() for name, matrix in layout.matrices.items()}
     image.gather(matrices)
@@ -93,8 +94,9 @@ def pack_again(
 ) -> tuple[dict[str, _native.Weight], dict[str, np.ndarray]]:  # fmt: skip
     """Read weights of a Program and pack them into new memory, with one thread.
 
-    program: the loaded one, perhaps with other sources of weights. names: of weights of native ops. Returns ({name of
-    packed matrix: packed weight}, {name of vector: values, f32}). Raises DeviceError for weights that do not fit.
+    Returns ({name of packed matrix: packed weight}, {name of vector: values, f32}). program: the loaded Program, which
+    may have other sources of weights. names: names of weights of native ops. Raises DeviceError for weights that do not
+    fit.
     """
     homes = {name: layout.homes[name] for name in names if name in layout.homes}
     matrices = {home.matrix: layout.matrices[home.matrix].make() for home in homes.values()}
@@ -126,8 +128,8 @@ def _image(
 ) -> image.Image | image.MemoryImage | None:  # fmt: skip
     """The place where the packed matrices are kept for the next start: an Image on disk or a MemoryImage.
 
-    None if they are not to be kept, or if the weights have no identity. cache, file: as `cache` and `image_file` of
-    load().
+    None if they are not to be kept, or if the weights have no identity. cache, file: the arguments `cache` and
+    `image_file` of load().
     """
     on_disk = cache is not None and (cache != "auto" or sum(w.nbytes for w in matrices.values()) >= image.WORTH)
     if not on_disk and file is None:
@@ -149,7 +151,10 @@ def _image(
 
 
 def _arrays(program: Program, layout: HostLayout, weights: Weights, state: StateSpec) -> dict[str, Value]:
-    """Weights, constants and zeroed state for Python kernels, as a dict by name, as Op.reference() takes them."""
+    """Weights, constants and zeroed state for Python kernels, as a dict by name, as Op.reference() takes them.
+
+    Raises DeviceError as assemble() and zeroed_state() do.
+    """
     found: dict[str, Value] = {}
     for t in (program.tensors[name] for name in sorted(layout.arrays)):
         if t.role == "weight":
@@ -161,7 +166,10 @@ def _arrays(program: Program, layout: HostLayout, weights: Weights, state: State
 
 @dataclass
 class _Loader:
-    """Declares tensors to a native executable and packs weights. `packed`: the matrices already hold their values."""
+    """Declares tensors to a native executable and packs weights.
+
+    `packed`: True if the matrices already hold their values.
+    """
 
     native: _native.Executable
     program: Program
@@ -178,7 +186,10 @@ class _Loader:
         return t.role in ("temp", "output") or t.name in self.layout.native
 
     def declare(self, t: Tensor) -> int:
-        """Declare a tensor to the native executable. Returns its number there."""
+        """Declare a tensor to the native executable. Returns its number there.
+
+        Raises DeviceError for state that the StateSpec has no room for, and for weights that do not fit.
+        """
         if t.role == "const":
             return self.native.vector(np.array(t.values, np.float32))
         if t.role == "state" and t.shape[0] == "N":
@@ -210,7 +221,7 @@ class _Loader:
         return self.native.vector(self.vector(t))
 
     def vector(self, t: Tensor) -> np.ndarray:
-        """The values of a vector, or of a stack of vectors as one vector, f32.
+        """The values of a vector, or of a stack of vectors as one vector, as an f32 array of one dimension.
 
         The biases of gate and up of each expert are concatenated, as their matrices are packed together.
         """
@@ -267,9 +278,9 @@ class _Loader:
         return at + total
 
     def _pack(self, weight: _native.Weight, rows: Value, first: int, count: int, to: int, name: str) -> None:
-        """Write `count` rows of `rows`, from its row `first` on, into the native weight, from its row `to` on.
+        """Write rows first .. first + count - 1 of `rows` to rows to .. to + count - 1 of the native weight.
 
-        name: of the weight, for errors.
+        name: the weight's name, for errors. Raises DeviceError if the host cannot read the type of `rows`.
         """
         if isinstance(rows, Quantised):
             fill_codes(weight, rows.each(lambda x: x[first : first + count]), to, self.threads)

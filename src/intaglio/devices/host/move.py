@@ -32,7 +32,7 @@ class PackedExperts:
         held: experts of each rank.
         rank: the number of this rank among them.
         matrices: packed weights by the name of the matrix that they replace.
-        vectors: f32, by the name of the vector that they replace.
+        vectors: new values, f32, by the name of the vector that they replace.
     """
 
     op: int
@@ -46,10 +46,10 @@ class ExpertMoves:
     """Counts the tokens of the experts of a loaded Program, and moves experts of this rank.
 
     Args:
-        native: the loaded Program.
-        program: its Program.
-        ids: numbers of its tensors, by name.
-        matrices: its packed weights, by name.
+        native: the native executable.
+        program: the Program loaded in it.
+        ids: numbers of the Program's tensors in the native executable, by name.
+        matrices: packed weights, by name.
         pack: function that packs weights: from a Program and the names of weights to (packed matrices, vectors).
     """
 
@@ -65,7 +65,7 @@ class ExpertMoves:
         self.error: Exception | None = None
 
     def loads(self) -> dict[str, ExpertLoad]:
-        """The ExpertLoad of each layer, by site. Of the experts held, only those of this rank are named."""
+        """A dict {site: ExpertLoad} of all layers with experts. `held` names only the experts of this rank."""
         found = {}
         for site, (i, op) in self.ops.items():
             held = tuple(self.held[site] if r == op.rank else () for r in range(op.ranks))
@@ -96,7 +96,10 @@ class ExpertMoves:
         return True
 
     def switch(self) -> None:
-        """Use the experts that were loaded from the next step on. Waits for their loading. Raises DeviceError."""
+        """Wait until the new experts are loaded, and use them from the next step on.
+
+        Raises DeviceError if loading failed.
+        """
         if self.thread:
             self.thread.join()
         self.loaded()
@@ -111,7 +114,7 @@ class ExpertMoves:
         self.packed = []
 
     def _check(self, site: str, held: Ranks) -> None:
-        """Raise DeviceError unless `held` has as many experts on as many ranks as now."""
+        """Raise DeviceError unless `held` is a placement with as many experts on as many ranks as the present one."""
         op, given = self.ops[site][1], [len(own) for own in held]
         if not op.held or given != [len(op.held)] * op.ranks:
             raise DeviceError(

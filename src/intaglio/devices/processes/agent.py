@@ -139,8 +139,9 @@ class Port:
 class HostGroup:
     """The ranks of this host in one epoch of a group, and the thread that sends their results to the coordinator.
 
-    link: to the coordinator. port: where other hosts' ranks connect. message: the coordinator's START frame. images:
-    packed weights of an earlier group.
+    link: the connection to the coordinator. port: the port to which other hosts' ranks connect. server: forks the
+    processes. message: the coordinator's START frame. images: packed weights of an earlier group, which are used again
+    if it had as many ranks here; None: none.
     """
 
     def __init__(
@@ -176,7 +177,10 @@ class HostGroup:
         self.thread.join()
 
     def send(self, kind: int, message: bytes) -> None:
-        """Send a frame to the coordinator, with this group's epoch in front of the message. Raises LinkLost."""
+        """Send a frame to the coordinator, with this group's epoch in front of the message.
+
+        Raises LinkLost if it cannot be sent.
+        """
         self.link.send(kind, int(self.facts["epoch"]).to_bytes(8, "big") + message)
 
     def _run(self) -> None:
@@ -224,8 +228,8 @@ class HostGroup:
     def _connect(self, addresses: Mapping[int, tuple[str, int]]) -> dict[int, dict[int, socket.socket]]:
         """Connect each rank of this host with each rank of other hosts. Returns {own rank: {other rank: socket}}.
 
-        addresses: (host, port) by rank of other hosts. The lower rank of a pair connects, the higher accepts. Raises
-        OSError.
+        addresses: (host, port) of each rank of other hosts, by rank. The lower rank of a pair connects, the higher one
+        accepts. Raises OSError if a connection cannot be made.
         """
         made: dict[int, dict[int, socket.socket]] = {rank: {} for rank in self.facts["ranks"]}
         pairs = [(rank, peer) for rank in made for peer in addresses]
@@ -244,7 +248,7 @@ class HostGroup:
 
 
 def ends_of(sockets: Mapping[int, socket.socket]) -> dict[int, int]:
-    """{rank: file descriptor of its socket}."""
+    """A dict {rank: file descriptor of its socket}. sockets: the sockets by rank."""
     return {rank: s.fileno() for rank, s in sockets.items()}
 
 
@@ -267,8 +271,8 @@ class Agent:
     """The agent of this host: serve() connects to the coordinator and runs ranks for it.
 
     rendezvous: (host, port) where the coordinator listens. token: the shared secret; None is allowed only on
-    loopback. name: of this host in messages, by default the host name. silence: seconds without a byte after which
-    the connection counts as lost.
+    loopback. name: name of this host in messages; "": its host name. silence: seconds without a byte after which the
+    connection counts as lost.
     """
 
     def __init__(
@@ -282,7 +286,7 @@ class Agent:
     def serve(self, once: bool = False) -> None:
         """Serve the coordinator, and connect again whenever the connection is lost, until stop() is called.
 
-        once: return when the first connection is lost. Raises ConnectionRefused if the coordinator refuses this
+        once: True to return when the first connection is lost. Raises ConnectionRefused if the coordinator refuses this
         agent TRIES times in a row, ValueError for a missing or too short token.
         """
         refused = 0

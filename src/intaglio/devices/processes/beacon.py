@@ -29,20 +29,20 @@ LOW_DELAY = 0x10  # the same for routers, as the type of service
 
 
 class Beacon:
-    """One end of the heartbeats between two hosts. It is heard once meet() has the other end's port.
+    """One end of the heartbeats between two hosts. Heartbeats are sent once meet() has been given the other end's port.
 
     If this host does not allow the UDP socket, the beacon is off: it neither sends nor hears.
 
     Args:
         s: the connection between the hosts, whose addresses are used.
-        keys: for sending and for receiving.
-        seconds: between two heartbeats.
+        keys: (key for sending, key for receiving).
+        seconds: time between two heartbeats.
 
     Attributes:
         port: number of the port at which this end hears the other; 0 if the beacon is off.
-        socket: of that port; None if the beacon is off.
+        socket: the socket of that port; None if the beacon is off.
         sent: number of the last heartbeat that was signed.
-        heard: number of the last one that was heard.
+        heard: number of the last heartbeat that was heard; LAST once the other end has given up.
     """
 
     def __init__(self, s: socket.socket, keys: tuple[bytes, bytes], seconds: float) -> None:
@@ -54,7 +54,7 @@ class Beacon:
             self._open(s)
 
     def _open(self, s: socket.socket) -> None:
-        """Open the UDP port beside the connection `s`. Returns nothing. Raises OSError."""
+        """Open the UDP port beside the connection `s`. Returns nothing. Raises OSError if the host refuses it."""
         self.peer = s.getpeername()
         with ExitStack() as failed:
             own = failed.enter_context(socket.socket(s.family, socket.SOCK_DGRAM))
@@ -91,7 +91,7 @@ class Beacon:
             sender.add(signed(self.send_key, self.sent))
 
     def hear(self) -> bool:
-        """Read the datagrams that have come, at most AT_ONCE. Returns True if one is the other end's and is new."""
+        """Read the datagrams that have come, at most AT_ONCE. Returns True if the other end has sent a new one."""
         new, own = False, self.socket
         if own is None:
             return False
@@ -106,14 +106,14 @@ class Beacon:
         return new
 
     def given_up(self) -> bool:
-        """True if the other end has said that it hears nothing of this one."""
+        """True if the other end has said, by give_up(), that it hears nothing from this end."""
         return self.heard == LAST
 
     def give_up(self) -> None:
-        """Tell the other end that nothing of it is heard: what it sends may be lost on the way. Returns nothing.
+        """Tell the other end that this end hears nothing from it and closes the connection. Returns nothing.
 
-        The end of the connection tells it too, but may come late: behind bytes that are sent again and again, because
-        their receipts are lost.
+        The close of the connection says so too, but may arrive late: behind bytes that are sent again and again,
+        because their receipts are lost.
         """
         if own := self.socket:
             for _ in range(3):

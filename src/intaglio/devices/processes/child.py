@@ -36,15 +36,16 @@ POST_WAIT = 3600.0  # seconds; then it waits again
 
 
 class SwitchError(DeviceError):
-    """Raised if experts could not be switched. It ends the process, as some of its layers may have switched."""
+    """Raised if experts could not be switched. The error ends the process, as some of its layers may have switched."""
 
 
 class Rank:
     """The rank that a child process runs: run() loads its job and runs the steps.
 
-    joins: its device takes part in collectives. timeout: of a collective, in seconds. files: descriptors of the shared
-    segment, the pipe to the parent, the K/V cache, the packed weights, the board with the job, the boards for requests
-    and as many boards for results. sockets: descriptors of connections to ranks of other hosts, by rank.
+    joins: True if the rank's device takes part in collectives. timeout: seconds that a collective may take. files:
+    descriptors of the shared segment, the pipe to the parent, the K/V cache, the packed weights, the board with the
+    job, the boards for requests and as many boards for results. sockets: descriptors of connections to ranks of other
+    hosts, by rank.
     """
 
     def __init__(
@@ -104,8 +105,8 @@ class Rank:
         """Run step `number` and write its result to the board of this rank. Returns nothing.
 
         A process that is alone answers with an error. In a group of several ranks an error aborts the group,
-        because the other ranks would wait for this one forever. An error while experts are switched always does, as
-        some layers or ranks may have switched.
+        because the other ranks would wait for this one forever. An error while experts are switched aborts the group in
+        any case, because some layers or ranks may have switched.
         """
         slot = number % len(self.requests)
         try:
@@ -132,10 +133,11 @@ class Rank:
 
 
 def answer_about_experts(executable: Executable, action: str, layers: Mapping[str, Ranks]) -> list[np.ndarray]:
-    """Do what a request about experts asks. Returns a list of the arrays of the answer.
+    """Carry out a request about experts. Returns a list of the arrays of the answer.
 
-    An error is the answer, as the ranks go on with the experts that they have. Raises SwitchError if one of "switch"
-    fails, since other layers and ranks may have switched.
+    action: "loads", "load", "loaded" or "switch" (see experts_parts()). layers: the experts of each rank, by site, for
+    "load". A DeviceError becomes the answer, since the ranks can go on with the experts that they have. Raises
+    SwitchError if "switch" fails, since other layers and ranks may have switched.
     """
     if action == "switch":
         try:
@@ -179,7 +181,7 @@ def run(argument: str, files: Sequence[int]) -> None:
 def main() -> None:
     """Run a rank in a process that was started for it. Does not return.
 
-    Arguments: those of run(); descriptors separated by commas.
+    The command line has the two arguments of run(); the descriptors are separated by commas.
     """
     argument, files = sys.argv[1:]
     run(argument, [int(f) for f in files.split(",")])

@@ -47,7 +47,8 @@ def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
 def connect(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int) -> socket.socket:
     """Connect as `rank` to rank `peer`, which listens at `address`, and return the authenticated socket.
 
-    Raises OSError, of which ConnectionRefused is a kind.
+    Raises OSError if no connection can be made, its subclass ConnectionRefused if the peer refuses or does not know the
+    token, and ValueError for a short token.
     """
     return introduce(address, token, epoch, rank, peer)[0]
 
@@ -55,7 +56,8 @@ def connect(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer:
 def introduce(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int) -> tuple[socket.socket, bytes]:
     """Connect as `rank` to rank `peer`, which listens at `address`, and authenticate. Returns (socket, session key).
 
-    Only the two ends know the key. Raises OSError, of which ConnectionRefused is a kind; ValueError for a short token.
+    Only the two ends know the key. Raises OSError if no connection can be made, its subclass ConnectionRefused if the
+    peer refuses or does not know the token, and ValueError for a short token.
     """
     check_token(token)
     s = socket.create_connection(address, timeout=TIMEOUT)
@@ -77,9 +79,9 @@ class Peer:
     """The other end of an accepted connection.
 
     Attributes:
-        rank: its own rank.
-        to: the rank that it asked for.
-        epoch: number of its group.
+        rank: the peer's rank.
+        to: the rank to which the peer wants to connect.
+        epoch: number of the peer's group.
         key: session key, which only the two ends know.
     """
 
@@ -188,7 +190,8 @@ def join(
 ) -> dict[int, int]:
     """Connect `rank` with each rank in `addresses`. Returns {rank: socket descriptor}; the caller must close them.
 
-    The lower rank of a pair connects, the higher accepts. Peers that are refused are ignored. Raises OSError.
+    listener: the socket at which `rank` listens. addresses: (host, port) of the other ranks. The lower rank of a pair
+    connects, the higher one accepts. Peers that are refused are ignored. Raises OSError if a connection cannot be made.
     """
     made: dict[int, socket.socket] = {}
     try:

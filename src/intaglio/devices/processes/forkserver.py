@@ -90,13 +90,13 @@ class ForkServer:
         gone or does not answer, another is started.
 
         Args:
-            target: "module:function".
-            argument: its first argument.
-            files: descriptors; the child has copies, under numbers that are its second argument.
-            modules: modules that the server is to import before.
+            target: the function to call, as "module:function".
+            argument: the function's first argument.
+            files: descriptors that the child gets copies of; the copies' numbers are the function's second argument.
+            modules: names of modules that the server imports first.
 
         Raises:
-            ForkServerError: it cannot fork.
+            ForkServerError: the server cannot fork.
         """
         given = {"target": target, "argument": argument, "env": child_environment()}
         with suppress(OSError):
@@ -117,7 +117,10 @@ class ForkServer:
         return ForkedProcess(self, answer["pid"], found[0])
 
     def status(self, pid: int) -> int:
-        """The wait status of a child that has ended, which can be asked for once. Raises ForkServerError."""
+        """The wait status, as of os.waitpid(), of a child that has ended. It can be asked for once.
+
+        Raises ForkServerError if the server is gone or does not know the status.
+        """
         with self.lock:
             answer, _ = self._ask({"status": pid}, (), TIMEOUT)
         if "error" in answer:
@@ -171,7 +174,7 @@ class ForkServer:
 
 
 def end(s: socket.socket, process: subprocess.Popen[bytes]) -> None:
-    """Close the socket of a fork server, upon which it ends by itself; kill it if it hangs."""
+    """Close the socket of a fork server, which makes the server end, and kill the server if it hangs."""
     s.close()
     try:
         process.wait(END_TIMEOUT)
@@ -215,10 +218,10 @@ class Server:
                 os.kill(pid, signal.SIGKILL)
 
     def answer(self, request: dict[str, Any], files: list[int]) -> None:
-        """Do what one request asks, and send the reply. Returns nothing.
+        """Carry out one request and send the reply. Returns nothing.
 
-        request: to import modules, to tell the status of a child, or to fork one. files: descriptors received with it,
-        for the child.
+        request: a request to import modules, to tell the status of a child, or to fork a child. files: descriptors for
+        the child, which were received with the request.
         """
         if "import" in request:
             prepare(request["import"])
@@ -244,7 +247,7 @@ class Server:
     def fork(self, files: list[int]) -> None:
         """Fork a child, and send its process id and pidfd, or an error if it cannot be forked. Returns nothing.
 
-        files: descriptors for the child; the first is a file that describes what it runs.
+        files: descriptors for the child; the first is a file with the request: target, argument, environment, folder.
         """
         try:
             threads = len(os.listdir("/proc/self/task"))

@@ -48,8 +48,8 @@ ELSEWHERE = 1 << 62  # steps that ranks of other hosts count as having completed
 def start_child(argument: str, files: Sequence[int], server: ForkServer | None, modules: Iterable[str]) -> ChildProcess:
     """Start a process that calls child.run(argument, files), and return it.
 
-    It is a ForkedProcess if there is a server that can fork, else a subprocess.Popen. modules: names of modules that
-    the server imports before.
+    The process is a ForkedProcess if there is a server that can fork, else a subprocess.Popen. modules: names of
+    modules that the server imports first.
     """
     if server:
         with suppress(ForkServerError):
@@ -63,7 +63,7 @@ def start_child(argument: str, files: Sequence[int], server: ForkServer | None, 
 
 @dataclass(frozen=True)
 class RankStart:
-    """What one rank's process is started with: its job, and the numbers of the CPU cores it may run on; (): all."""
+    """The job of one rank's process, and the numbers of the CPU cores on which the process may run; (): all."""
 
     job: Job
     cores: tuple[int, ...] = ()
@@ -73,7 +73,7 @@ class RankStart:
 class Place:
     """Position of this host's ranks in a group: their numbers, the group's size `of`, and its epoch.
 
-    sockets: for each of these ranks, descriptors of its connections to ranks of other hosts, by rank.
+    sockets: descriptors of connections to ranks of other hosts, as {this host's rank: {other rank: descriptor}}.
     """
 
     ranks: tuple[int, ...]
@@ -83,12 +83,19 @@ class Place:
 
 
 class Processes:
-    """The child processes of this host's ranks of a group, and the memory they share. It does not know what steps are.
+    """The child processes of this host's ranks of a group, and the memory they share. Knows nothing of steps.
 
-    joins: the ranks take part in collectives together. silence: seconds without a sign of life after which a process
-    counts as hung. what: noun for a process in error messages. kept: the K/V caches. images: the packed weights. slots:
-    how many requests, and results of each rank, the memory holds. place: None if all ranks are on this host. server:
-    forks the processes; None: they are started one by one.
+    Args:
+        ranks: the job of each process.
+        joins: True if the ranks take part in collectives together.
+        step_timeout: most seconds that a step may take.
+        silence: seconds without a sign of life after which a stopped process counts as hung.
+        what: noun for a process in error messages.
+        kept: the K/V caches.
+        images: the packed weights.
+        slots: number of requests, and of results of each rank, that the memory holds at once.
+        place: position of the ranks in the group; None if all ranks are on this host.
+        server: forks the processes; None: they are started one by one.
     """
 
     def __init__(
@@ -154,7 +161,7 @@ class Processes:
             board.close()
 
     def spoilt(self) -> bool:
-        """True if a process may have damaged the memory that it shares: it crashed, or nobody knows how it ended."""
+        """True if a process may have damaged the shared memory: the process crashed, or nobody knows how it ended."""
         return any(p.returncode is None or spoils_memory(p.returncode) for p in self.processes)
 
     def lost(self, cause: str) -> DeviceLost:
@@ -168,11 +175,11 @@ class Processes:
 def watch(segment: _native.Segment, pids: Mapping[int, int], wake: int, silence: float, what: str) -> None:
     """Abort the group when one of its processes exits or hangs; return when `wake` is set.
 
-    A process hangs if it is stopped and its heartbeat has been silent for `silence` seconds. One that is not stopped
-    hangs after PATIENCE times as long, because other processes may have the cores. The heartbeat is a thread of its
-    own, so a long step is not mistaken for silence.
+    A process hangs if it is stopped and its heartbeat has been silent for `silence` seconds. A process that is not
+    stopped hangs after PATIENCE times as long, because other processes may have the cores. The heartbeat is a thread of
+    its own, so a long step is not mistaken for silence.
 
-    Silence is counted from the first beat on, so a process that is still starting is not silent. It is counted in ticks
+    Silence is counted from the first beat on, so a process that is still starting is not silent. The count is in ticks
     of this thread (TICK), not by a clock: a pause of the whole machine, in which this thread does not run either, adds
     at most one tick.
 
@@ -223,9 +230,15 @@ def is_stopped(pid: int) -> bool:
 class GroupExecutable(PostedExecutable):
     """A Program loaded in the processes of a group, one process for each rank. `pids`: process ids by rank.
 
-    joins: the ranks are one mesh, with a communicator each; otherwise there is one process, which loads whatever its
-    job says. what: noun for a process in errors. replaces: the lost group that this one replaces. server: forks the
-    processes; None: they are started one by one.
+    Args:
+        ranks: the job of each process.
+        joins: True if the ranks are one mesh, with a communicator each; False for one process, which loads all Programs
+            of its job.
+        step_timeout: most seconds that a step may take.
+        silence: seconds without a sign of life after which a stopped process counts as hung.
+        what: noun for a process in errors.
+        replaces: the lost group that this one replaces; None: none.
+        server: forks the processes; None: they are started one by one.
 
     Raises DeviceError with the message of the error that loading raised, DeviceLost if a process ends meanwhile,
     ReplacementRefused if results would have other bits than those of the group replaced.

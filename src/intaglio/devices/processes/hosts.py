@@ -38,8 +38,9 @@ Handler = Callable[["HostAgent", int, int | None, bytes], None]  # agent, kind o
 class HostAgent:
     """The coordinator's end of the connection to one host's agent.
 
-    cores: number of CPU cores of its host. address: (host, port) where its ranks take connections from other ranks.
-    handler: function called with each frame from the agent.
+    cores: number of CPU cores of the agent's host. address: (host, port) where the host's ranks take connections from
+    other ranks. handler: function (agent, kind, epoch, message) called with each frame from the agent. Raises LinkLost
+    if the agent's first frame is not its greeting.
     """
 
     def __init__(self, link: Link) -> None:
@@ -141,9 +142,19 @@ def check_wants_coordinator(peer: Peer) -> None:
 class HostsExecutable(PostedExecutable):
     """A Program loaded in the ranks of several hosts, the same number of consecutive ranks on each.
 
+    Args:
+        agents: one for each host.
+        mesh: the Programs of all ranks.
+        jobs: the jobs of each host's ranks.
+        state: sizes of the K/V cache and the recurrent state.
+        step_timeout: most seconds that a step may take.
+        silence: seconds without a sign of life after which a stopped rank counts as hung.
+        replaces: the lost group that this one replaces; None: none.
+        news: condition that is notified of answers; None: a new one.
+        epoch: number of this group; None: the next number.
+
     Raises DeviceError with the message of the error that loading raised, DeviceLost if a host or a rank is lost
-    meanwhile, ReplacementRefused if results would have other bits than those of the group `replaces`. news: condition
-    that is notified of answers. epoch: number of this group. Tests pass their own news and epoch.
+    meanwhile, and ReplacementRefused if results would have other bits than those of the group `replaces`.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from intaglio.program import MeshProgram, Program, parse_program
 
 @dataclass(frozen=True)
 class Job:
-    """What a child process is to load: device, Programs, weights and state.
+    """The job of a child process: the device, Programs, weights and state that it loads.
 
     programs: the Program of one rank, or of all ranks of a mesh. layout: how the model is sharded, such as tp4.
     """
@@ -58,7 +58,7 @@ class Job:
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What a rank has loaded, as far as the bits of its results depend on it.
+    """Properties that a rank reports once it has loaded its job. Results depend on `isa` and `program`.
 
     Attributes:
         isa: instruction set; "" if the device has none.
@@ -128,7 +128,8 @@ class OpenJob:
 def read_job(message: memoryview, **options: object) -> OpenJob:
     """Read a Job from a message, open its device and weights, and return them as an OpenJob.
 
-    options: further arguments for the device.
+    options: further arguments for the device. Raises ProgramError for a wrong text of a Program, and the errors of the
+    functions that make the device and the weights.
     """
     r = Reader(message)
     content: Any = r.text(int(r.array(np.int64, 1)[0]))

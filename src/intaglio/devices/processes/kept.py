@@ -26,8 +26,8 @@ class KeptState:
 class KeptImages:
     """Memory files, one for each rank, that hold the ranks' packed weights, unless they are cached on disk.
 
-    The files exist until the last group that uses them is gone. A replacement maps them instead of packing again. They
-    are mapped read-only once they are packed, so that a rank that crashes does not damage them.
+    The files exist until the last group that uses them is gone. A replacement maps them instead of packing again.
+    Packed files are mapped read-only, so that a rank that crashes does not damage them.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -44,6 +44,6 @@ def close_all(files: Sequence[int]) -> None:
 def spoils_memory(returncode: int | None) -> bool:
     """True if an exit status means that the process crashed by itself and may have written to wrong addresses.
 
-    returncode: as of subprocess.Popen; None while the process runs.
+    returncode: the exit status, as Popen.returncode; None while the process runs.
     """
     return returncode is not None and -returncode in CRASHES

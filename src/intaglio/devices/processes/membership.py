@@ -36,16 +36,16 @@ class FrameOrder:
 
 
 class Silence:
-    """How long the other end of a link may still be silent. allowed: seconds after which it counts as gone.
+    """The time for which the other end of a link may still be silent.
 
-    now: the present time in seconds.
+    allowed: seconds of silence after which the other end counts as gone. now: the present time in seconds.
     """
 
     def __init__(self, allowed: float, now: float) -> None:
         self.allowed, self.last = allowed, now
 
     def heard(self, now: float) -> None:
-        """Note that bytes came. Returns nothing."""
+        """Note that bytes came at the time `now`, in seconds. Returns nothing."""
         self.last = now
 
     def left(self, now: float) -> float:
@@ -57,7 +57,7 @@ class BeatWatch:
     """Finds ranks that hang, from their heartbeats, which ranks count up in shared memory.
 
     Silence is counted in looks, not by a clock: a pause of the whole machine, in which nobody looks, adds at most one.
-    It is counted from the first beat on, so a rank that is still starting is not silent.
+    Looks count from the first beat on, so a rank that is still starting is not silent.
 
     Args:
         ranks: numbers of the ranks.
@@ -75,7 +75,7 @@ class BeatWatch:
 
         Args:
             beats: heartbeats so far, by rank.
-            stopped: True if a rank's process is stopped by a signal or a debugger.
+            stopped: function from a rank to True if its process is stopped by a signal or a debugger.
         """
         found = dict[int, float]()
         for rank, count in beats.items():
@@ -115,7 +115,7 @@ class Roster(Generic[Member]):
         return self.members
 
     def choose(self, count: int) -> list[Member]:
-        """The agents that form the next group: those that came first; [] if there are fewer than `count`."""
+        """A list of the `count` agents that form the next group, the first that came; [] if there are fewer."""
         there = self.alive()
         return there[:count] if len(there) >= count else []
 
@@ -127,7 +127,7 @@ class Epoch(Generic[Member, Answer]):
     later, or from another epoch, is dropped.
 
     Args:
-        number: of the epoch.
+        number: number of the epoch.
         members: agents of the hosts in the order of their ranks.
     """
 
@@ -141,7 +141,7 @@ class Epoch(Generic[Member, Answer]):
         return epoch is None or epoch == self.number
 
     def answer(self, member: Member, step: int, answer: Answer) -> None:
-        """Store a member's answer to a step, unless the epoch has ended or the sender is no member."""
+        """Store a member's answer to a step. It is dropped if the epoch has ended or the sender is not a member."""
         if not self.failed and member in self.members:
             self.answers.setdefault(step, {})[member] = answer
 
@@ -183,7 +183,10 @@ class Session:
         self.ranks: HostRanks | None = None
 
     def take(self, kind: int, message: bytes) -> None:
-        """Do what a frame from the coordinator says: start ranks, give them a step, or end them."""
+        """Carry out a frame from the coordinator: start ranks, give them a step, or end them. Returns nothing.
+
+        kind: kind of the frame; other kinds than START, STEP and STOP are ignored. message: its content.
+        """
         if kind == STEP and self.ranks:
             self.ranks.post(message)
         elif kind in (START, STOP):

@@ -64,9 +64,10 @@ def clip(limit: float) -> str:
 
 
 def _qk_norms(w: Writer, at: str, source: str, q: str, k: str, head_dim: int) -> tuple[str, str]:
-    """Write the norms of queries `q` and keys `k`. Returns the names of the two normed tensors.
+    """Write the norms of queries `q` and keys `k`. Returns (name of the normed queries, name of the normed keys).
 
-    at, source: prefixes of the norms' sites in the Program and of their modules in the checkpoint.
+    at, source: prefixes of the norms' sites in the Program and of their modules in the checkpoint. head_dim: columns of
+    a head.
     """
     d = w.d
     if d.qk_norm == "unit":

@@ -38,22 +38,22 @@ class Layer:
         rope: name of the rope table; "": no rope.
         window: attention window in tokens; 0: full attention.
         chunk: attention chunk in tokens; 0: full attention.
-        sparse: the MLP is a mixture of experts.
+        sparse: True if the MLP is a mixture of experts.
         scale: a factor on the attention scale.
-        o_bias: o_proj has a bias in this layer, whatever the Decoder's o_bias.
+        o_bias: True if o_proj has a bias in this layer, whatever the Decoder's o_bias.
         kv_heads: heads of keys and values; 0: the Decoder's.
         head_dim: columns of a head; 0: the Decoder's.
-        values_are_keys: values are the keys before norm and rope.
-        sinks: the Decoder's sinks, if it has any, are in this layer.
+        values_are_keys: True if the keys before norm and rope serve as values.
+        sinks: True if this layer has attention sinks; used only if the Decoder's `sinks` is set.
         without: sites of norms that this layer does not have.
         width: inner width of the dense MLP; 0: the Decoder's.
         mixer: a block with recurrent state in place of attention; None: attention.
-        beside: the layer has attention beside the mixer, and their results are added (Falcon-H1).
-        attention: the layer has attention or a mixer.
-        mlp: the layer has an MLP or experts.
+        beside: True if the layer has attention beside the mixer, and their results are added (Falcon-H1).
+        attention: True if the layer has attention or a mixer.
+        mlp: True if the layer has an MLP or experts.
         mix: factors on the residual and on attention's result where the two are added.
-        shares_index: attention uses the positions chosen in the last layer before this one that has an indexer (see
-            Latent).
+        shares_index: True if attention uses the positions that the last layer with an indexer before this one chose
+            (see Latent).
     """
 
     rope: str = "rope"
@@ -95,15 +95,15 @@ class Indexer:
 
 @dataclass(frozen=True)
 class Latent:
-    """Multi-head latent attention (DeepSeek-V2): widths in columns.
+    """Sizes of multi-head latent attention (DeepSeek-V2).
 
     Attributes:
-        q_rank: of the compressed query; 0: queries are not compressed.
-        rank: of the K/V latent.
-        nope: of the part of a head without rope.
-        rope: of the part of a head with rope.
-        value: of a head's value.
-        eps: of the norms of the latents.
+        q_rank: columns of the compressed query; 0: queries are not compressed.
+        rank: columns of the K/V latent.
+        nope: columns of a head without rope.
+        rope: columns of a head with rope.
+        value: columns of a head's value.
+        eps: epsilon of the norms of the latents.
         indexer: chooses the positions that queries attend to; None: all. Needs compressed queries.
     """
 
@@ -124,19 +124,19 @@ class Mixture:
         count: number of experts.
         top: experts per token.
         width: inner width of an expert.
-        sources: templates of the sources of gate, up and down, see source().
+        sources: templates of the sources of gate, up and down, for source().
         biases: templates of the sources of their biases, or None.
         block: name of the module that holds the experts.
         router: name of the router's linear.
-        router_bias: the router has a bias.
+        router_bias: True if the router has a bias.
         correction: name of a bias added to the scores only for choosing experts; "": none.
-        correction_optional: a checkpoint without that bias has zeros.
+        correction_optional: True if a checkpoint may lack that bias, which is then 0.
         route: further attributes of the op route.
         glu: further attributes of the op experts.
         shared: inner width of the shared expert, which takes every token; 0: none.
-        shared_source: name of its module.
+        shared_source: name of the shared expert's module.
         shared_gate: name of a linear; the shared expert's result is multiplied by the sigmoid of its output. "": none.
-        shared_bias: the shared expert's linears have biases.
+        shared_bias: True if the shared expert's linears have biases.
         join: expression for the op map that joins the routed experts' result (a) and the shared expert's (b).
     """
 
@@ -171,9 +171,11 @@ class Mixture:
 class Decoder:
     """Description of a decoder-only transformer, from which write() makes its Program.
 
-    A softcap of 0 is none. `qk_norm` is "" (none), "head" (over each head), "late" (over each head, after rope), "flat"
-    (over all heads as one row) or "unit" (over each head, without a weight, after rope, in layers with rope). `temper`
-    scales the queries (see the op attend) in layers without rope or, with `temper_all`, in all layers.
+    Sizes are columns, numbers of heads, or tokens (`context`). Most other fields have a comment. A softcap of 0 is
+    none. `qk_norm` is "" (none), "head" (over each head), "late" (over each head, after rope), "flat" (over all heads
+    as one row) or "unit" (over each head, without a weight, after rope, in layers with rope). `temper` scales the
+    queries (see the op attend) in layers without rope or, with `temper_all`, in all layers. `norms`: the name in
+    checkpoints of the norm at each site, such as PRE.
 
     The description names checkpoint tensors as Llama does. `sources` maps parts of those names to the checkpoint's own,
     or to a source in the notation of program/source.py if the checkpoint stores the tensor in another form. A part is
@@ -331,5 +333,5 @@ def uniform_layers(c: Config, s: Mapping[str, Any], context: int) -> dict[str, A
 
 
 def sparse(d: Decoder, where: Callable[[int], bool] = lambda i: True) -> Decoder:
-    """A copy of the Decoder in which the layers for which `where(i)` is true have its mixture of experts."""
+    """A copy of the Decoder whose layers `i` have its mixture of experts if `where(i)` is true, else a dense MLP."""
     return replace(d, layers=tuple(replace(layer, sparse=where(i)) for i, layer in enumerate(d.layers)))

@@ -44,7 +44,10 @@ def write_latent(w: Writer, m: Latent, i: int, layer: Layer, x: str) -> str:
 
 
 def _compressed_queries(w: Writer, m: Latent, at: str, source: str, x: str) -> str:
-    """Write the compressed queries [T, q_rank] and their norm. Returns the name of the result's tensor."""
+    """Write the compressed queries [T, q_rank] and their norm. Returns the name of the result's tensor.
+
+    at, source: prefixes of the sites in the Program and of the modules in the checkpoint. x: the input tensor.
+    """
     x = w.linear(at + "q_a_proj", x, m.q_rank, w.d.hidden, source + "q_a_proj", w.d.o_bias)
     return _norm(w, m, at + "q_norm", x, m.q_rank, source + "q_a_layernorm")
 
@@ -52,7 +55,8 @@ def _compressed_queries(w: Writer, m: Latent, at: str, source: str, x: str) -> s
 def _queries(w: Writer, m: Latent, at: str, source: str, x: str, narrow: str) -> str:
     """Write the queries [T, heads * (nope + rope)]. Returns the name of their tensor.
 
-    narrow: the tensor of compressed queries from which they are computed; "": from x.
+    at, source: prefixes of the sites in the Program and of the modules in the checkpoint. narrow: the tensor of
+    compressed queries from which they are computed; "": from `x`, the input tensor.
     """
     width = w.d.heads * (m.nope + m.rope)
     if not narrow:
@@ -89,5 +93,8 @@ def _shared_index(w: Writer, i: int) -> str:
 
 
 def _norm(w: Writer, m: Latent, site: str, x: str, width: int, source: str) -> str:
-    """Write the RMS norm of a latent. Returns the name of the result's tensor."""
+    """Write the RMS norm of a latent `x` [T, width]. Returns the name of the result's tensor.
+
+    source: the norm's module in the checkpoint.
+    """
     return w.b.op(Norm, site, x, weight=w.weight(site, "weight", (width,), source), eps=m.eps)

@@ -14,7 +14,7 @@ class ConvMixer:
 
     Attributes:
         taps: tokens that the convolution reads: the current one and taps - 1 before it.
-        bias: projections and convolution have biases.
+        bias: True if projections and convolution have biases.
         block: name of the block's module in a layer of the checkpoint.
     """
 
@@ -36,9 +36,9 @@ class SsmMixer:
         eps: epsilon of the norm.
         norm: order of norm and gate: "gated" (times silu(gate), then normed), "first" (normed, then times silu(gate))
             or "" (times silu(gate), no norm). The columns of each group are normed by themselves.
-        bias: the projections have biases.
-        conv_bias: the convolution has a bias.
-        out_bias: out_proj has a bias.
+        bias: True if the projections have biases.
+        conv_bias: True if the convolution has a bias.
+        out_bias: True if out_proj has a bias.
         low: smallest step size; smaller ones become `low`.
         high: largest step size; larger ones become `high`; 0: no limit.
         scales: factors of gate, x, B, C and step after in_proj (Falcon-H1); (): none.
@@ -74,8 +74,8 @@ class ScanMixer:
         taps: tokens that the convolution reads.
         eps: epsilon of the RMS norms of step, B and C; 0: they are not normed.
         weights: True if these norms have weights.
-        bias: in_proj and out_proj have biases.
-        conv_bias: the convolution has a bias.
+        bias: True if in_proj and out_proj have biases.
+        conv_bias: True if the convolution has a bias.
         block: name of the block's module in a layer of the checkpoint.
     """
 
@@ -100,8 +100,8 @@ class DeltaMixer:
         keys: columns of a key head.
         values: columns of a value head.
         taps: tokens that the convolution reads.
-        eps: of the norm before the gate.
-        fused: the checkpoint has q, k, v and gate in one weight in_proj_qkvz, and beta and step in in_proj_ba, each
+        eps: epsilon of the norm before the gate.
+        fused: True if the checkpoint has q, k, v and gate in one weight in_proj_qkvz, beta and step in in_proj_ba, each
             grouped by key head (Qwen3-Next); False: in_proj_qkv, in_proj_z, in_proj_b and in_proj_a.
         block: name of the block's module in a layer of the checkpoint.
     """
@@ -141,7 +141,7 @@ class LightningMixer:
         heads: number of heads.
         head_dim: columns of a head.
         rates: log decay of each head.
-        eps: of the norm.
+        eps: epsilon of the norm.
         block: name of the block's module in a layer of the checkpoint.
     """
 

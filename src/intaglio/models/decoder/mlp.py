@@ -11,7 +11,7 @@ def write_dense(w: Writer, at: str, source: str, x: str, width: int, bias: bool,
     """Write the ops of an MLP of inner width `width`, with a gate if the model has one. Returns the result's name.
 
     at, source: prefixes of its sites in the Program and of its modules in the checkpoint. x: the input tensor. bias:
-    its linears have biases. fused: the module that holds gate and up, if the checkpoint stores them as one.
+    True if the linears have biases. fused: the module that holds gate and up, if the checkpoint stores them as one.
     """
     d = w.d
     if d.gated:

@@ -184,9 +184,10 @@ def write_lightning(w: Writer, m: LightningMixer, at: str, source: str, x: str) 
 
 
 def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
-    """Write the input projections of a gated delta net. Returns the names of four tensors, as a list.
+    """Write the input projections of a gated delta net. Returns a list of the names of four tensors.
 
-    They are: q, k and v side by side; gate; beta; step.
+    They are: q, k and v side by side; gate; beta; step. at, source: prefixes of the sites in the Program and of the
+    modules in the checkpoint. x: the input tensor.
     """
     value = m.heads * m.values
     widths = {"qkv": 2 * m.key_heads * m.keys + value, "z": value, "b": m.heads, "a": m.heads}
@@ -196,9 +197,9 @@ def inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
 def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list[str]:
     """Write the input projections of a gated delta net from the two fused weights of Qwen3-Next.
 
-    Returns the names of four tensors: q, k and v side by side; gate; beta; step. in_proj_qkvz has the rows of q, k, v
-    and gate of the first key head, then those of the next head, and so on; in_proj_ba likewise has rows of beta and
-    step.
+    Returns a list of the names of four tensors: q, k and v side by side; gate; beta; step. Arguments are those of
+    inputs(). in_proj_qkvz has the rows of q, k, v and gate of the first key head, then those of the next head, and so
+    on; in_proj_ba has rows of beta and step in the same order of heads.
     """
     shared = m.heads // m.key_heads  # value heads of a key head
     value = shared * m.values
@@ -215,10 +216,10 @@ def fused_inputs(w: Writer, m: DeltaMixer, at: str, source: str, x: str) -> list
 def decay(
     w: Writer, at: str, source: str, step: str, heads: int, low: float = 0.0, high: float = 0.0
 ) -> tuple[str, str]:
-    """Write the op decay with the checkpoint's A_log and dt_bias. Returns the names of its two result tensors.
+    """Write the op decay with the checkpoint's A_log and dt_bias. Returns the names of (step sizes, log decays).
 
-    They are the step sizes and the log decays, [T, heads] each. step: the input tensor. low, high: limits of the step
-    size; high 0: none.
+    Both tensors are [T, heads]. at, source: prefixes of the sites in the Program and of the tensors in the checkpoint.
+    step: the input tensor. low, high: limits of the step size; high 0: none.
     """
     rate = w.tensor(at + "rate", (heads,), source + "A_log", plain=True)
     bias = w.tensor(at + "dt_bias", (heads,), source + "dt_bias", plain=True)
@@ -231,8 +232,8 @@ def convolved(
 ) -> str:
     """Write a short convolution of `width` channels, and silu. Returns the name of the result's tensor.
 
-    source: the convolution's module. taps: tokens that it reads. part: (first channel, number of channels of the
-    module), if `width` is not all of them.
+    at: prefix of their sites in the Program. source: the convolution's module in the checkpoint. taps: tokens that the
+    convolution reads. part: (first channel, number of channels of the module), if `width` is not all of them.
     """
     y = short_conv(w, at + "conv", source, x, width, taps, bias, part)
     return w.b.op(Map, at + "conv_act", y, expr="silu(a)")
@@ -243,8 +244,8 @@ def short_conv(
 ) -> str:
     """Write a short convolution of `width` channels, with its state. Returns the name of the result's tensor.
 
-    source: the convolution's module. taps: tokens that it reads. part: (first channel, number of channels of the
-    module), if `width` is not all of them.
+    source: the convolution's module in the checkpoint. taps: tokens that the convolution reads. part: (first channel,
+    number of channels of the module), if `width` is not all of them.
     """
     cut = f"{part[0]}:{part[0] + width}/{part[1]}" if part else ""
     weight = w.tensor(f"{site}.weight", (width, taps), f"{source}.weight|m" + (f"|r{cut}" if cut else ""), plain=True)

@@ -39,9 +39,9 @@ class Table:
 def parameters(c: Config, kind: str = "", theta: str = "rope_theta", scaled: bool = True) -> Settings:
     """The rope settings of layers of type `kind`, as a Settings table in the form of the key `rope_parameters`.
 
-    Older files have a key for the base (`theta`) and `rope_scaling`. As in transformers 5, rope_scaling replaces
-    rope_parameters if it is set; if rope_parameters are given per layer type, it overrides single keys of them. scaled:
-    False if rope_scaling does not apply to these layers.
+    Older files have a key for the base (named by `theta`) and `rope_scaling` instead. If rope_scaling is set, it
+    replaces rope_parameters, as in transformers 5; if rope_parameters has a table for each layer type, rope_scaling
+    overrides single keys of the table. scaled: False if rope_scaling does not apply to these layers.
 
     Raises PortError for settings that are missing or wrong.
     """
@@ -86,10 +86,9 @@ def _lay_over(c: Config, out: Settings, scaling: Settings) -> None:
 
 
 def lengths(c: Config) -> tuple[int, int, bool]:
-    """The default and the longest context in tokens, and whether the rope table is another beyond the default.
+    """(default context, longest context, True if contexts beyond the default have another rope table); both in tokens.
 
-    Returns (default, longest, True if it is another). By type of scaling:
-
+    By type of scaling:
     - YaRN: both are factor * original length, if that is more than max_position_embeddings.
     - LongRoPE: the default is the original length, up to which its short factors apply. One Program has one table, and
       the long factors would change short sequences too. The longest context is max_position_embeddings.
@@ -119,10 +118,10 @@ def lengths(c: Config) -> tuple[int, int, bool]:
 def table(c: Config, p: Settings, head_dim: int, context: int, style: str = "half", partial: bool = False) -> Table:
     """The rope Table for settings `p` (see parameters()) and a Program of `context` positions.
 
-    partial: the family may rotate only part of each head. LongRoPE's long factors are chosen if `context` exceeds the
-    pretrained length; dynamic NTK's base is that of a sequence of `context` tokens. transformers chooses by the longest
-    sequence in the batch. Then a sequence's logits would depend on the batch, and keys written earlier would have other
-    frequencies than later ones.
+    partial: True if the family may rotate only part of each head. LongRoPE's long factors are chosen if `context`
+    exceeds the pretrained length; dynamic NTK's base is that of a sequence of `context` tokens. transformers chooses by
+    the longest sequence in the batch. Then a sequence's logits would depend on the batch, and keys written earlier
+    would have other frequencies than later ones.
 
     Raises PortError for settings that are missing, wrong or not supported.
     """
@@ -173,17 +172,17 @@ def powers(p: Mapping[str, Any], dim: int) -> np.ndarray:
 
 
 def _default(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor) of rope without scaling."""
+    """(frequencies f32 [dim / 2], attention factor) of rope without scaling."""
     return np.float32(1) / powers(p, dim), 1.0
 
 
 def _linear(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor) of linear scaling: all frequencies divided by the scaling factor."""
+    """(frequencies f32 [dim / 2], attention factor) of linear scaling: all are divided by the scaling factor."""
     return np.float32(1) / powers(p, dim) / np.float32(p["factor"]), 1.0
 
 
 def _dynamic(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor) of dynamic NTK for sequences of `context` tokens.
+    """(frequencies f32 [dim / 2], attention factor) of dynamic NTK for sequences of `context` tokens.
 
     Beyond max_position_embeddings the base is larger.
     """
@@ -193,7 +192,7 @@ def _dynamic(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[n
 
 
 def _llama3(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor) of Llama 3's scaling.
+    """(frequencies f32 [dim / 2], attention factor) of Llama 3's scaling.
 
     Low frequencies are divided by the scaling factor, high ones kept, those between interpolated.
     """
@@ -216,10 +215,10 @@ def mscale(factor: float, by: float = 1.0) -> float:
 
 
 def _yarn(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor) of YaRN (Peng et al. 2023): low ones interpolated, high ones kept.
+    """(frequencies f32 [dim / 2], attention factor) of YaRN (Peng et al. 2023).
 
-    Between two limits they are blended linearly. The limits are numbers of rotations within the pretrained length
-    (beta_fast 32, beta_slow 1).
+    Low frequencies are interpolated, high ones kept, those between two limits blended linearly. The limits are numbers
+    of rotations within the pretrained length (beta_fast 32, beta_slow 1).
     """
     pretrained, base = p["original_max_position_embeddings"], float(p["rope_theta"])
     factor = float(p["factor"] or c.whole("max_position_embeddings") / pretrained)
@@ -243,7 +242,7 @@ def _yarn(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.n
 
 
 def _longrope(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor) of LongRoPE (Ding et al. 2024), with one divisor per pair of columns.
+    """(frequencies f32 [dim / 2], attention factor) of LongRoPE (Ding et al. 2024), with a divisor per pair of columns.
 
     Divisors are the config's long_factor if `context` exceeds the pretrained length, else its short_factor. The
     attention factor is the config's; by default sqrt(1 + ln(factor) / ln(pretrained length)), or 1 if factor <= 1.
@@ -263,7 +262,7 @@ def _longrope(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[
 
 
 def _proportional(c: Config, p: Mapping[str, Any], dim: int, context: int) -> tuple[np.ndarray, float]:
-    """(frequencies, attention factor 1) of Gemma 4's rope, in which only the first pairs of a head's columns rotate.
+    """(frequencies f32 [dim / 2], attention factor 1) of Gemma 4's rope: only the first pairs of columns rotate.
 
     Frequencies are computed for the whole width of a head and divided by the config's factor; the other pairs have 0.
     """

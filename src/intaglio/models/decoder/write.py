@@ -18,7 +18,10 @@ from intaglio.program import Program
 
 
 def write(w: Writer) -> Program:
-    """Write and return the Program of the writer's Decoder."""
+    """Write and return the Program of the writer's Decoder.
+
+    Raises PortError for weights with act-order outside linears and experts, and for a wrong number of cache scales.
+    """
     d, b = w.d, w.b
     for name in sorted(
         {layer.rope for layer in d.layers if layer.attention and (layer.beside or not layer.mixer)} - {""}
@@ -40,8 +43,7 @@ def write(w: Writer) -> Program:
 def _per_layer(w: Writer, x: str) -> str:
     """Write the per-layer inputs of Gemma 4, [T, layers * per_layer]. Returns the name of their tensor.
 
-    They are the sum of rows of a second embedding, chosen by the tokens, and a normed projection of the embeddings
-    x.
+    They are the sum of rows of a second embedding, chosen by the tokens, and a normed projection of the embeddings `x`.
     """
     d, b, width = w.d, w.b, len(w.d.layers) * w.d.per_layer
     table = w.weight("per_layer.embed", "weight", (d.per_layer_rows, width), d.prefix + "embed_tokens_per_layer")
@@ -67,9 +69,9 @@ def _per_layer_branch(w: Writer, i: int, inputs: str, x: str) -> str:
 
 
 def _embedding(w: Writer) -> str:
-    """Write the sum of the embeddings of token, position and token type, its norm and projection.
+    """Write the embedding of tokens. Returns the name of the result's tensor.
 
-    Returns the name of the result's tensor.
+    As the model has them, embeddings of position and token type are added, and norm and projection follow.
     """
     d, b, width = w.d, w.b, w.d.embed_width or w.d.hidden
     table = w.weight("embed", "weight", (d.vocabulary, width), d.table or d.prefix + "embed_tokens")

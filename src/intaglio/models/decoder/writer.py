@@ -23,7 +23,8 @@ class Writer:
         name: name of the Program.
         context: positions to compile for.
         format: function from a checkpoint tensor's name to the number format it is stored in.
-        order: function from a weight's name to the tensor with the order of its columns (GPTQ's act-order), or "".
+        order: function from a weight's name to the tensor with the order of its columns (GPTQ's act-order), or
+            to "" if it has none.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class Writer:
     def tensor(self, name: str, shape: tuple[int, ...], source: str, plain: bool = False) -> str:
         """Add a weight whose source is in the notation of program/source.py. Returns its name.
 
-        plain: quantised weights become bf16, for an op that takes no quantised ones. Raises PortError for a weight with
-        act-order.
+        plain: True if quantised weights become bf16, for an op that takes no quantised ones. Raises PortError for a
+        weight with act-order.
         """
         source = self.d.source(source)
         if ordered := [n for n in names(source) if self.order(n)]:
@@ -101,7 +102,10 @@ class Writer:
         return self.b.op(Norm, site, zeros, bias=self.tensor(f"{site}.value", (1,), source), norm="none")
 
     def linear(self, site: str, x: str, rows: int, cols: int, source: str, bias: bool = False) -> str:
-        """Write a linear [rows, cols] of the module `source`. Returns the name of the result's tensor."""
+        """Write a linear of tensor `x` with the weight [rows, cols] of the module `source`. Returns the result's name.
+
+        bias: True if the module has a bias, which is added.
+        """
         w = self.weight(site, "weight", (rows, cols), source)
         b = self.weight(site, "bias", (rows,), source) if bias else None
         x = self.in_order(site, x, cols, f"{source}.weight")
@@ -137,9 +141,10 @@ class Writer:
         return x_format(self.b.tensors[w].format, exact=True)
 
     def norm(self, site: str, x: str, width: int, source: str, group: int = 0) -> str:
-        """Write a norm of the kind that the model uses. Returns the name of the result's tensor.
+        """Write a norm of tensor `x`, of the kind that the model uses. Returns the name of the result's tensor.
 
-        group: columns of each group that is normed by itself; 0: the whole row.
+        width: number of the norm's weights. source: its module in the checkpoint. group: columns of each group that is
+        normed by itself; 0: the whole row.
         """
         d = self.d
         w = self.weight(site, "weight", (width,), source) if d.norm_weight else None
@@ -168,7 +173,7 @@ class Writer:
         return self.views(base, {at + n: w for n, w in widths.items()})
 
     def views(self, base: str, widths: Mapping[str, int]) -> list[str]:
-        """Add views of consecutive runs of columns of `base`, given as {name: width}. Returns their names."""
+        """Add views of consecutive runs of columns of `base`, given as {name: width}. Returns a list of their names."""
         out, start = [], 0
         for name, width in widths.items():
             out.append(self.b.view(name, base, start, start + width))

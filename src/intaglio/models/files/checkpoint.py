@@ -114,10 +114,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Open a checkpoint folder or GGUF file and return the Checkpoint. Raises CheckpointError or PortError.
+        """Open a checkpoint folder or GGUF file and return the Checkpoint.
 
         Reads config.json and the files' headers, but no tensors except small ones that say how matrices are stored,
-        such as column orders (act-order).
+        such as column orders (act-order). Raises CheckpointError for a file that is missing or damaged, PortError for a
+        quantisation or GGUF architecture that is not supported.
         """
         path = Path(path)
         if gguf := find_gguf(path):
@@ -191,7 +192,7 @@ class Checkpoint:
         return {name for name, c in self.coded.items() if c.format == "i32"}
 
     def order(self, name: str) -> str:
-        """Name of a matrix's act-order permutation (g_idx); "" if its columns are in the order of its input's."""
+        """Name of a matrix's act-order permutation (g_idx); "" if its columns are in the order of its input."""
         return self.coded[name].order if name in self.coded else ""
 
     def read(self, name: str) -> Value:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import lcm
+from math import gcd, lcm
 
 import ml_dtypes
 import numpy as np
@@ -34,7 +34,7 @@ class Part:
     def cut(self, x: np.ndarray, rows: slice) -> np.ndarray:
         """The part of the stored tensor `x` that belongs to the matrix rows `rows`, as a view.
 
-        Ends of `rows` are multiples of `each`, or the matrix's end.
+        All of `x` if the part has no axis. Ends of `rows` are multiples of `each`, or the matrix's end.
         """
         if self.axis is None:
             return x
@@ -71,8 +71,8 @@ class Coded:
     def read(self, reader: Reader, rows: slice | None = None) -> Value:
         """Read and decode the matrix, or a slice of its rows, and return its values or codes.
 
-        rows: start and stop are multiples of `step`, or the end. reader: returns the values of a stored tensor
-        by name.
+        rows: start and stop are multiples of `step`, or the end. reader: function from a
+        stored tensor's name to its values.
         """
         run = rows or slice(0, self.shape[0])
         value = self.decode(lambda name: self.parts[name].cut(reader(name), run))
@@ -81,7 +81,13 @@ class Coded:
 
 @dataclass(frozen=True)
 class Stored:
-    """Contents of a checkpoint's files: dtypes and shapes by tensor name, and a function that reads a tensor."""
+    """Contents of a checkpoint's files.
+
+    Attributes:
+        dtypes: the dtype of each tensor, as safetensors calls it, by the tensor's name.
+        shapes: the shape of each tensor by its name.
+        read: function from a tensor's name to its values as stored.
+    """
 
     dtypes: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
@@ -116,15 +122,16 @@ def as_scales(x: np.ndarray) -> np.ndarray:
 
 
 def e2m1(bytes: np.ndarray, exponents: np.ndarray) -> Quantised:
-    """The MXFP4 matrix of E2M1 codes, two in each byte [.., N, K / 2], and exponents [.., N, K / 32] of powers of two.
+    """The MXFP4 matrix (Quantised) of E2M1 codes, two in each byte [.., N, K / 2], and E8M0 scales [.., N, K / 32].
 
-    Codes are stored as whole numbers, twice the E2M1 value, so scales are half the powers of two.
+    exponents: the scales, powers of two stored as exponents (uint8). Codes are stored as whole numbers, twice the E2M1
+    value, so scales are half the powers of two.
     """
     return Quantised(TWICE_E2M1[nibbles(bytes)], as_scales(exponents) * np.float32(0.5), 32)
 
 
 def e2m1_factored(bytes: np.ndarray, scales: np.ndarray, factor: np.ndarray) -> Quantised:
-    """The NVFP4 matrix of E2M1 codes, two in each byte [.., N, K / 2], with E4M3 scales [.., N, K / 16].
+    """The NVFP4 matrix (Quantised) of E2M1 codes, two in each byte [.., N, K / 2], with E4M3 scales [.., N, K / 16].
 
     factor: one float32 number that multiplies all scales. Codes are twice the value, so scales and factor are half.
     """
@@ -142,8 +149,8 @@ def nibbles(x: np.ndarray) -> np.ndarray:
 def fields(x: np.ndarray, bits: int, count: int | None = None) -> np.ndarray:
     """The codes of 1 to 8 bits in 32-bit words or in bytes [.., n], as uint8 [.., count], lowest bits first.
 
-    count: number of codes; None: all. Codes of 3, 5, 6 or 7 bits are packed without gaps and may cross from one word to
-    the next. If n is the larger number of words that holds only whole codes (see words_of()), they do not cross.
+    count: number of codes; None: all. Codes of 3, 5, 6 or 7 bits are packed in one of two ways: without gaps, so that
+    some cross from one word to the next, or only whole codes in each word. `n` and `count` tell which.
     """
     if bits in (4, 8):
         codes = nibbles(x) if bits == 4 else np.ascontiguousarray(x).view(np.uint8)
@@ -169,6 +176,25 @@ def scaled_format(kind: str, group: int, dtype: str) -> str:
     return kind + run + {"BF16": "", "F16": "f16"}.get(dtype, "f32")
 
 
+def run_within(columns: int, block: int) -> int:
+    """Length of the groups into which blocks of `block` values of a flattened matrix [N, columns] are cut.
+
+    It is the largest multiple of 32, at most 1024 (CHUNK), that divides both numbers; 0 if there is none. Then each
+    group lies in one row and in one block. block: 0 for values that are not next to each other; the result is 0.
+    """
+    both = gcd(columns, block) if block else 0
+    return next((run for run in range(formats.CHUNK, 0, -32) if both and both % run == 0), 0)
+
+
+def in_rows(values: np.ndarray, block: int, group: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The values of blocks of a flattened matrix as those of its groups, [N, K / group].
+
+    values: one per block of `block` elements, in order. group: a divisor of `block` and of K. shape: (N, K).
+    """
+    count = shape[0] * shape[1] // group
+    return np.repeat(values.reshape(-1), block // group)[:count].reshape(shape[0], -1)
+
+
 def by_group(groups: np.ndarray) -> np.ndarray:
     """Column numbers sorted by group, int32 [K]; columns of one group keep their order.
 
@@ -182,9 +208,10 @@ def find_order(
 ) -> str:
     """Name of the act-order permutation that sorts a matrix's columns by group; "" if they are sorted already.
 
-    index: the stored tensor with each column's group. Matrices that multiply the same input were ordered by the same
-    activations, so equal orders share the name of the first one, which `known` records. The matrix's own order is also
-    added to `out` as `name`, for stacks of matrices. Raises PortError if groups are not all of size `group`.
+    index: the stored tensor with each column's group; if there is none, columns are sorted. Matrices that multiply the
+    same input were ordered by the same activations, so equal orders share the name of the first one, which `known`
+    records. The matrix's own order is also added to `out` as `name`, for stacks of matrices. Raises PortError if groups
+    are not all of size `group`.
     """
     if index not in stored.dtypes:
         return ""

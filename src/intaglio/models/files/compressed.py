@@ -192,7 +192,7 @@ def _mxfp4_rows(stored: Stored, base: str) -> Coded:
 
 
 def _mxfp6_rows(stored: Stored, base: str) -> Coded:
-    """The MXFP6 matrix of module `base`, kept as FP8: E4M3 can represent each value of E2M3.
+    """The MXFP6 matrix (Coded) of module `base`, kept as FP8: E4M3 can represent each value of E2M3.
 
     weight_packed U8 [N, 3 K / 4] has four E2M3 codes in three bytes, weight_scale U8 [N, K / 32] exponents of powers of
     two.
@@ -209,16 +209,16 @@ def _mxfp6_rows(stored: Stored, base: str) -> Coded:
 def _above(x: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Codes as uint8 [.., count], counted from the format's lowest value. x: packed words (int32) or signed bytes.
 
-    bits: of a code. count: number of codes in a row; used for packed words.
+    bits: bits of a code. count: number of codes in a row; used for packed words.
     """
     return fields(x, bits, count) if x.dtype == np.int32 else x.view(np.uint8) + np.uint8(1 << (bits - 1))
 
 
 def _ints(stored: Stored, base: str, s: Scheme, known: dict[bytes, str], out: dict[str, Coded]) -> Coded:
-    """The integer matrix of module `base`, of up to 8 bits: packed words (weight_packed) or signed bytes (weight).
+    """The integer matrix (Coded) of module `base`: packed words (weight_packed) or signed bytes (weight).
 
-    Codes are kept in 4 or 8 bits. known, out: column orders found so far and the dict of matrices, to which this one's
-    order is added (see find_order()). Raises PortError if the tensors do not fit the scheme.
+    Codes have up to 8 bits, and are kept in 4 or 8. known, out: column orders found so far and the dict of matrices, to
+    which this one's order is added by find_order(). Raises PortError if the tensors do not fit the scheme.
     """
     bits, group = s.bits, s.group
     packed = base + ".weight_packed" in stored.dtypes

@@ -38,7 +38,7 @@ def fp8(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
 
 
 def fp8_matrix(stored: Stored, name: str, block: Sequence[int]) -> Coded:
-    """The E4M3 matrix `name`, with scales per block of rows x columns (`block`), per row, or one for all.
+    """The E4M3 matrix (Coded) `name`, with scales per block of rows x columns (`block`), per row, or one for all.
 
     The shape of the stored scales decides. Scales in U8 or F8_E8M0 are powers of two. Raises PortError if there
     are no scales, or their shape fits none of the three.
@@ -74,7 +74,7 @@ def fp8_matrix(stored: Stored, name: str, block: Sequence[int]) -> Coded:
 
 
 def nvfp4_matrix(stored: Stored, codes: str, scale: str, factor: str, divides: bool) -> Coded:
-    """The NVFP4 matrix made of the tensors `codes`, `scale` and `factor`.
+    """The NVFP4 matrix (Coded) made of the tensors `codes`, `scale` and `factor`.
 
     codes: U8 [N, K / 2], two E2M1 codes per byte, the lower nibble first. scale: E4M3 [N, K / 16]. factor: one F32
     value, by which scales are multiplied or, if `divides` is True, divided. Raises PortError for other shapes.
@@ -97,7 +97,7 @@ def nvfp4_matrix(stored: Stored, codes: str, scale: str, factor: str, divides: b
 
 
 def mxfp4_matrix(stored: Stored, codes: str, scale: str) -> Coded:
-    """The MXFP4 matrix of `codes`, U8 [N, K / 2] with two E2M1 in each byte, and `scale`, [N, K / 32] powers of 2.
+    """The MXFP4 matrix (Coded) of `codes`, U8 [N, K / 2] with two E2M1 a byte, and `scale`, [N, K / 32] powers of 2.
 
     Raises PortError for other shapes of the scales.
     """
@@ -111,8 +111,8 @@ def mxfp4(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """The MXFP4 matrices of a checkpoint stored as gpt-oss does, as {name: Coded}.
 
     name_blocks U8 [E, N, K / 32, 16] has two E2M1 codes a byte, the lower nibble first; name_scales U8 [E, N, K / 32]
-    has powers of two with a bias of 127. Without quantisation these matrices are published transposed, as [E, K, N].
-    Raises PortError for name_blocks of another shape.
+    has powers of two with a bias of 127. Each Coded is `turned` and has the shape [E, K, N], in which these matrices
+    are published without quantisation. Raises PortError for name_blocks of another shape.
     """
     out = {}
     for base in bases(stored, "_blocks"):

@@ -77,13 +77,13 @@ def deciding_file(
     """Name of the file that holds the tensors, or of the index (*.index.json) that lists the files that do.
 
     transformers' order: the file that `transformers_weights` of the config names; model.safetensors, unless the index
-    lists it as one of several shards; the index model.safetensors.index.json. None if there is none of them;
+    lists it as one of several shards; the index model.safetensors.index.json. None if none of them is there;
     find_files() then takes the only safetensors file.
 
     Args:
         config: the checkpoint's config.json.
-        has: True if the checkpoint has a file of that name.
-        read: function from the name of such a file to its JSON object.
+        has: function from a file's name to True if the checkpoint has that file.
+        read: function from the name of a JSON file of the checkpoint to its object.
     """
     named = config.get("transformers_weights")
     if isinstance(named, str) and named:
@@ -94,7 +94,7 @@ def deciding_file(
 
 
 def listed_shards(index: Mapping[str, Any]) -> list[str]:
-    """Names of the files that an index lists, sorted; [] if it has no weight_map."""
+    """A sorted list of the names of the files that an index lists; [] if it has no weight_map."""
     listed = index.get("weight_map")
     return sorted({str(f) for f in listed.values()}) if isinstance(listed, dict) else []
 

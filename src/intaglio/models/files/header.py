@@ -63,9 +63,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """A dict from tensor name to Entry of a safetensors file. Raises CheckpointError.
+    """A dict from tensor name to Entry of a safetensors file.
 
-    The file has 8 bytes of length, a JSON header, then data without gaps or overlaps.
+    The file has 8 bytes of length, a JSON header, then data without gaps or overlaps. Raises CheckpointError for any
+    other file.
     """
     size = path.stat().st_size
     with path.open("rb") as f:

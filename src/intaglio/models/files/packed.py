@@ -198,9 +198,9 @@ def awq(stored: Stored, q: Mapping[str, Any], extra: Mapping[str, Any] | None = 
 def _group(stored: Stored, base: str, k: int, named: Any) -> int:
     """Number of columns that share a scale; -1: one scale per row.
 
-    It is the config's group_size (`named`). Without that it is the size of the largest group in g_idx, and without
-    g_idx the number of columns `k` over the number of scales. Raises PortError if the file has no scales or zeros, or
-    if the size does not fit the number of scales.
+    It is the config's group_size (`named`). Without that, or if that does not fit the number of scales, it is the size
+    of the largest group in g_idx; without g_idx, the number of columns `k` over the number of scales. Raises PortError
+    if the file has no scales or zeros, or if no size fits the number of scales.
     """
     for part in (".scales", ".qzeros"):
         if base + part not in stored.shapes:
@@ -236,7 +236,8 @@ def _add(
     """Add the matrix of module `base` to `out`: scale * (code - zero), with unsigned codes and groups along K.
 
     group: columns that share a scale and a zero; -1: the whole row. codes, zeros: functions that decode them. parts:
-    the stored tensors that they read. known: the column orders found so far (see find_order()). Raises PortError.
+    the stored tensors that they read. known: argument of find_order(), the column orders found so far. Raises PortError
+    for a column order with groups of other sizes.
     """
     order = find_order(stored, base + ".g_idx", base + ".order", group, known, out)
     format = scaled_format(f"uint{4 if bits <= 4 else 8}", group, stored.dtypes[base + ".scales"])

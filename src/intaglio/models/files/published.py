@@ -1,6 +1,6 @@
 """Quantised matrices as published: finds the tensors that make up one matrix, and decodes its codes without rounding.
 
-Codes stay as they are wherever a format here holds them; the others (bitsandbytes' 4 bits, HQQ, MLX) become bf16.
+Codes stay as they are wherever a format here holds them; the others (such as HQQ's groups along columns) become bf16.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FINDERS = {
 
 
 def find_coded(stored: Stored, q: Settings, where: str = "config.json") -> tuple[dict[str, Coded], set[str]]:
-    """Find the quantised matrices of a checkpoint. Returns ({name without quantisation: Coded}, names of tensors).
+    """Find the quantised matrices of a checkpoint. Returns ({name without quantisation: Coded}, set of tensor names).
 
-    The second is the set of the tensors that the matrices are made of and of activation scales. Both are empty if
-    nothing is quantised. q: the quantisation settings. where: the file and key that hold them, for errors. Raises
-    PortError.
+    The set has the stored tensors that the matrices are made of, and activation scales. Both are empty if nothing is
+    quantised. q: the quantisation settings. where: the file and key that hold them, for errors. Raises PortError for a
+    method that is not supported, or tensors that do not fit it.
     """
     method = method_of(q, where)
     if (

@@ -36,9 +36,10 @@ UNREAD = {
 
 
 def find_quantisation(path: Path, config: Mapping[str, Any]) -> tuple[Settings, str]:
-    """The quantisation settings of a checkpoint folder, and the file and key that hold them.
+    """(quantisation settings of a checkpoint folder, text that names the file and key that hold them).
 
-    (empty settings, "") if nothing is quantised. config: the folder's config.json.
+    (empty Settings, "") if nothing is quantised. config: the folder's config.json. Raises CheckpointError for a file of
+    settings that is not JSON.
     """
     inner, mlx = config.get("text_config"), config.get("quantization")
     if isinstance(mlx, Mapping) and "bits" in mlx and "quant_method" not in (config.get("quantization_config") or {}):

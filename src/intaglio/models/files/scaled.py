@@ -69,7 +69,7 @@ def _matrix(stored: Stored, name: str, q: Mapping[str, Any]) -> Coded:
 
 
 def _int8(stored: Stored, codes: str, scale: str) -> Coded:
-    """The INT8 matrix whose codes and scales are the tensors `codes` and `scale`: one scale in all, or one per row.
+    """The INT8 matrix (Coded) of the tensors `codes` and `scale`, with one scale in all or one per row.
 
     Raises PortError for another number of scales, and for zero points other than 0.
     """

@@ -22,7 +22,10 @@ def register_family(*families: Family) -> None:
 
 
 def families() -> dict[str, Family]:
-    """A dict from an architecture's name in config.json to its Family, those of plugins included."""
+    """A dict from an architecture's name in config.json to its Family, those of plugins included.
+
+    Raises PluginError for a plugin that cannot be imported.
+    """
     load_plugins()
     return _FAMILIES
 

@@ -171,9 +171,9 @@ def roformer(c: Config, context: int) -> Decoder:
 
 
 def counted(c: Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """Arguments of Decoder for models such as RoBERTa, whose position ids begin at pad_token_id + 1, as two dicts.
+    """The tuple (arguments of Decoder without `sources`, `sources`) for models such as RoBERTa, as two dicts.
 
-    The first has all arguments but `sources`; the second is `sources`. Raises PortError for wrong settings.
+    Their position ids begin at pad_token_id + 1. Raises PortError for missing or wrong settings.
     """
     s, table = encoder(c) | {"head_activation": "gelu"}, "embeddings.position_embeddings.weight"
     first = int(c.get("pad_token_id", 0)) + 1

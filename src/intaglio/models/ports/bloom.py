@@ -23,7 +23,7 @@ MPT = {
 
 
 def slopes(heads: int) -> tuple[float, ...]:
-    """The ALiBi slopes of each head, as BLOOM and Falcon order them.
+    """A tuple of each head's ALiBi slope, as BLOOM and Falcon order them.
 
     They are a geometric series if the number of heads is a power of 2. Otherwise the series of the next lower power is
     followed by every second slope of the next higher one's. Computed in float32, as transformers does.

@@ -1,7 +1,8 @@
 """DeepSeek-V2, V3 and V3.2, Kimi-K2, which is a V3, and GLM-5: latent attention, dense layers, then routed experts.
 
 V2 routes by softmax, V3 by sigmoid with a bias that only affects the choice; both may restrict the choice to the best
-groups of experts. In V3.2 and GLM-5 an indexer chooses the positions that a query attends to.
+groups of experts. In V3.2 and GLM-5 an indexer chooses the positions that a query attends to. MiniCPM3
+and Youtu-LLM have the latent attention without experts; A.X K1 is a V3 with one more norm.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def deepseek_v3(c: Config, context: int) -> Decoder:
 def indexed(c: Config, context: int, style: str, shared: Sequence[bool]) -> Decoder:
     """The Decoder that describes a DeepSeek-V3 with an indexer, for up to `context` positions.
 
-    style: of the indexer's rope. shared: for each layer, True if it uses the indexer of a layer before it. Raises
+    style: style of the indexer's rope. shared: for each layer, True if it uses the indexer of a layer before it. Raises
     PortError for settings that are not ported.
     """
     d, n = deepseek_v3(c, context), c.whole("num_hidden_layers")

@@ -1,4 +1,4 @@
-"""GPT-2, GPT-BigCode (StarCoder 1), GPT-Neo, GPT-J, CodeGen and GPT-NeoX (Pythia).
+"""The first GPT, GPT-2, GPT-BigCode (StarCoder 1), GPT-Neo, GPT-J, CodeGen, GPT-NeoX (Pythia) and its Japanese kin.
 
 LayerNorms with biases and MLPs without a gate. GPT-2, BigCode and Neo add learned positions to the embeddings; GPT-J,
 CodeGen and NeoX rotate a part of each head and add attention and MLP to the same residual.
@@ -33,10 +33,11 @@ NORMS = {"attn.norm": "ln_1", "mlp.norm": "ln_2"}
 
 
 def split(parts: tuple[tuple[str, int], ...], source: str, transposed: bool = False) -> dict[str, str]:
-    """A dict of rules (for Decoder.sources) for projections that the checkpoint stores in one tensor `source`.
+    """A dict of rules for Decoder.sources: where projections are in a stored tensor `source` that holds several.
 
-    Its rows are blocks in which the parts (name, width) follow one another; several blocks, one per head for
-    example, if it has more rows than the widths make up. transposed: the tensor is stored as [columns, rows].
+    parts: (name of the projection, its rows in a block), in their order in a block. The tensor has one block or, if it
+    has more rows, several equal ones, such as one per head. transposed: True if the tensor is stored as [columns,
+    rows].
     """
     widths = [width for _, width in parts]
     weights = parts_of(f"{source}.weight{'|T' if transposed else ''}", widths)

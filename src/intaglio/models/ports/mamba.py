@@ -69,7 +69,7 @@ def mamba2(c: Config, context: int) -> Decoder:
 
 
 def scan(c: Config, **more: Any) -> ScanMixer:
-    """The ScanMixer (recurrent block) of Mamba and FalconMamba, from config.json. more: further fields of it.
+    """The ScanMixer (recurrent block) of Mamba and FalconMamba, from config.json. more: further fields of the mixer.
 
     Raises PortError for missing or wrong settings.
     """

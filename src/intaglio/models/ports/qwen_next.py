@@ -15,8 +15,8 @@ from intaglio.program.source import parts_of
 def mixer(c: Config, fused: bool) -> DeltaMixer:
     """The DeltaMixer (gated delta net) of Qwen3-Next and Qwen3.5, from config.json.
 
-    fused: one weight holds queries, keys, values and gate, and another beta and step (Qwen3-Next); False: they are
-    stored apart (Qwen3.5). Raises PortError for numbers of heads that do not divide.
+    fused: True if one weight holds queries, keys, values and gate, and another beta and step (Qwen3-Next); False: they
+    are stored apart (Qwen3.5). Raises PortError for numbers of heads that do not divide.
     """
     keys, values = c.whole("linear_num_key_heads"), c.whole("linear_num_value_heads")
     if values % keys:
@@ -28,9 +28,10 @@ def mixer(c: Config, fused: bool) -> DeltaMixer:
 
 
 def describe(c: Config, context: int, fused: bool, **more: Any) -> Decoder:
-    """The Decoder that describes Qwen3-Next or Qwen3.5, from config.json, without experts unless `more` has a mixture.
+    """The Decoder that describes Qwen3-Next or Qwen3.5, from config.json, for up to `context` positions.
 
-    fused: as for mixer(). more: further arguments of Decoder. Raises PortError for settings that are not ported.
+    fused: True if the mixer's weights are fused as in Qwen3-Next. more: further arguments of Decoder, such as mixture;
+    without it the model has no experts. Raises PortError for settings that are not ported.
     """
     if c.activation() != "silu":
         raise PortError(f"config.json: hidden_act={c.get('hidden_act')!r}; gated delta nets are ported with silu")

@@ -65,7 +65,10 @@ OWN_WAY = "a way of generating that is transformers' own; requests say how their
 
 
 def judge_tokenizer(path: Path) -> list[Fate]:
-    """A list with the Fate (used or ignored) of each key in a folder's tokenizer files and generation_config.json."""
+    """A list with the Fate (used or ignored) of each key in a folder's tokenizer files and generation_config.json.
+
+    Raises CheckpointError for a file that is not JSON.
+    """
     out: list[Fate] = []
     held = {name: read_json(path / name) for name in FILES if name.endswith(".json") and (path / name).exists()}
     rebuilt = "tokenizer.json" not in held

@@ -94,7 +94,8 @@ def _rebuilt(
     """Rebuild the tokenizer of tokenizer.model. Returns (the tokenizer, the tokenizer_config.json to use with it).
 
     In the returned config, added tokens match the text before it is normalised, where that matters. The model's unk,
-    bos and eos tokens are added to `special` where no file names them. Raises SentencePieceError.
+    bos and eos tokens are added to `special` where no file names them. Raises SentencePieceError for a file that is no
+    such model, or of a kind that is not read.
     """
     model = read_model(path / SENTENCEPIECE)
     for name, text in model.special.items():

@@ -115,7 +115,7 @@ class GrammarMatcher:
         return GrammarMatcher(self.inner.deep_copy(), self.vocabulary)
 
     def advance(self, token: int) -> bool:
-        """Accept one token. Returns False, and leaves the state unchanged, if it is not allowed."""
+        """Accept one token. Returns True; False, leaving the state unchanged, if it is not allowed."""
         return bool(self.inner.try_consume_tokens([token]) == 1)
 
     def rollback(self, n: int) -> None:

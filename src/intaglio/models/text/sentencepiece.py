@@ -81,7 +81,7 @@ class SentencePiece:
 
 
 def read_model(path: Path) -> SentencePiece:
-    """Read a SentencePiece model file. Raises SentencePieceError if it is none, or is neither BPE nor Unigram."""
+    """Read a model file as a SentencePiece. Raises SentencePieceError if it is none, or is neither BPE nor Unigram."""
     data = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/=]+ \d+\r?\n", data[:400]):
         raise SentencePieceError(f"{path} is a tiktoken file, not a SentencePiece model: download tokenizer.json")
@@ -141,7 +141,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """(the number at data[at:], seven bits a byte, lowest first; the position after it)."""
+    """(number, position after it): the variable-length number at data[at:], seven bits a byte, lowest first."""
     value, shift = 0, 0
     while True:
         byte = data[at]

@@ -118,13 +118,13 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """A list of the token ids of a text.
 
-        The text of a special token, where it occurs in `text`, becomes that token. special: add the special
+        The text of a special token, where it occurs in `text`, becomes that token. special: True to add the special
         tokens that the tokenizer adds to a text, such as bos.
         """
         return list(self.inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of token ids. skip_special: leave special tokens out."""
+        """Text of token ids. skip_special: True to leave special tokens out."""
         return str(self.inner.decode(list(ids), skip_special_tokens=skip_special))
 
     @cached_property
@@ -175,8 +175,9 @@ class Tokenizer:
     def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extra: Any) -> str:
         """Render a chat with the checkpoint's template and return the prompt's text.
 
-        `extra`: further variables, such as tools. Encode the text with special=False, since templates write bos
-        themselves. Raises TokenizerError if there is no template or message, or if the template refuses these messages.
+        add_generation_prompt: True to end the text where the assistant's answer begins. `extra`: further variables,
+        such as tools. Encode the text with special=False, since templates write bos themselves. Raises TokenizerError
+        if there is no template or message, or if the template refuses these messages.
         """
         template = self.template_for(tools=extra.get("tools") is not None)
         if template is None and self.templates:
@@ -233,7 +234,10 @@ def _eos(named: Any, usual: int | None) -> tuple[int, ...]:
 
 @cache
 def _compiled(source: str) -> jinja2.Template:
-    """The compiled chat template, in the sandbox that transformers uses: same settings, filters and functions."""
+    """The compiled chat template, in the sandbox that transformers uses: same settings, filters and functions.
+
+    Raises jinja2.TemplateError if it does not parse.
+    """
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )

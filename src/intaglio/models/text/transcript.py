@@ -15,8 +15,8 @@ class Transcript:
 
     prompt: token ids before the output. stops: stop strings. kept: special tokens that stay in the text; None: all. If
     a stop string is a special token that does not stay in the text, the output ends at the token's id. include_stop:
-    the text ends after the stop string, instead of before it. min_tokens: no stop string is looked for in the text of
-    that many first tokens.
+    True if the text ends after the stop string, instead of before it. min_tokens: no stop string is looked for in the
+    text of that many first tokens.
 
     Raises ValueError for a stop string that contains a special token and other text, which could never match.
     """
@@ -66,15 +66,15 @@ class Transcript:
         return self.stopped
 
     def finish(self) -> None:
-        """End the decoding: add the text held back so far, such as the bytes of an incomplete character."""
+        """End the decoding: add to `text` what was held back so far, such as the bytes of an incomplete character."""
         if self.decoder and not self.stopped:
             self._append(self.decoder.end())
 
     def settled(self, ended: bool) -> str:
         """The text that can no longer change, without what earlier calls returned.
 
-        Characters at the end that may be the beginning of a stop string are held back. ended: the output has ended, so
-        all remaining text is returned.
+        Characters at the end that may be the beginning of a stop string are held back, unless stop strings stay in the
+        text. ended: True if the output has ended, so that all remaining text is returned.
         """
         tails = (n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
         end = len(self.text) - (0 if ended or self.include_stop else max(tails, default=0))

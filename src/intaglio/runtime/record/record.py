@@ -28,9 +28,9 @@ class Recorder:
     Attributes:
         readings: clock readings, in seconds.
         launches: for each launch its failure as text, or None if it succeeded.
-        restarts: for each restart of the device True if it succeeded, "kept" if the new device also has the K/V of
-            the lost one, else False.
-        losses: for each loss of the device that was noticed between two steps its failure as text.
+        restarts: for each restart of the device: True if it succeeded, "kept" if the new device also has the K/V of
+            the lost one, False if it failed.
+        losses: for each loss of the device that was noticed between two steps, its failure as text.
         seed: the last random number drawn.
     """
 
@@ -70,15 +70,15 @@ class Recorder:
         return RecordedRng(inner, self)
 
     def take_readings(self) -> list[float]:
-        """The clock readings since the last call, in seconds. The recorder then forgets them."""
+        """A list of the clock readings since the last call, in seconds. The recorder then forgets them."""
         readings = self.readings.copy()
         self.readings.clear()
         return readings
 
     def take_outcomes(self) -> dict[str, Any]:
-        """The outcomes of launches and restarts since the last call, as journal fields. They are then forgotten.
+        """A dict of the outcomes since the last call, as journal fields "launches" and "restarts".
 
-        With the field "losses" only if the device was lost between two steps.
+        It has the field "losses" only if the device was lost between two steps. The recorder then forgets the outcomes.
         """
         outcomes: dict[str, Any] = {"launches": self.launches.copy(), "restarts": self.restarts.copy()}
         if self.losses:

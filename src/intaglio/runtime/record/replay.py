@@ -136,7 +136,8 @@ class Player:
     def play(self, entry: Entry) -> str | None:
         """Apply one journal entry. Returns a text of how the engine differs from the journal; None if it does not.
 
-        Raises JournalError if the journal does not begin with an engine or the engine is another.
+        Raises JournalError if the journal does not begin with an engine, has a request without a seed, or was recorded
+        on another Program or pool size.
         """
         self.readings.extend(entry.get("clock", ()))
         self.launches.extend(entry.get("launches", ()))
@@ -210,9 +211,9 @@ class Player:
         return engine
 
     def _admit(self, entry: Entry, id: str, admit: Callable[[Engine], object]) -> str | None:
-        """Add or resume a request, by calling `admit`. Returns a text of how the outcome differs from the journal.
+        """Add or resume a request, by calling `admit`.
 
-        None if it does not differ.
+        Returns a text of how the outcome differs from the journal, or None if it does not differ.
         """
         assert self.engine
         self.requests += 1

@@ -225,10 +225,10 @@ def typed(text: str, kinds: set[str]) -> Any:
     for parse in (json.loads, ast.literal_eval):
         try:
             found = parse(text)
+            json.dumps(found, allow_nan=False)  # raises for a value that JSON cannot express: a set, bytes, NaN
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
         if any(_is(found, kind) for kind in kinds if kind != "string"):
-            json.dumps(found)
             return found
     if "boolean" in kinds and text.lower() in ("true", "false"):
         return text.lower() == "true"

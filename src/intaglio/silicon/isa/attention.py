@@ -32,11 +32,11 @@ def capped(s: np.ndarray, softcap: float) -> np.ndarray:
 
 
 def masked(i: Any, s: np.ndarray) -> np.ndarray:
-    """Attention scores [rows, n] in float64 of the products `s` of queries and keys, by the fields of instruction `i`.
+    """Attention scores, f64 [rows, n], from the products `s` [rows, n] of queries and keys.
 
-    Products are scaled, capped, multiplied by the temperature 1 + temper * ln(1 + floor((position + 1) / every)) of
-    the query's position (with `from_zero`, without the + 1), biased by slope * (key position - query position), and
-    masked with -inf.
+    The fields of instruction `i` determine four steps. Products are scaled and soft-capped. They are multiplied by the
+    temperature 1 + temper * ln(1 + floor((position + 1) / every)) of the query's position (with `from_zero`, without
+    the + 1). slope * (key position - query position) is added. Masked scores become -inf.
     """
     s = capped(s * i.scale, i.softcap)
     position = i.query + np.arange(len(s))[:, None] // i.pack

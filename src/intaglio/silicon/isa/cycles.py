@@ -17,7 +17,8 @@ def matmul_cycles(target: Target, m: Any, n: Any, k: Any, format: str) -> Any:
     """Number of cycles of one core's matrix array for [m, k] times [k, n] in `format`.
 
     The longer of: multiply-accumulates, with m, n, k rounded up to the array's shape; and operand bytes, written to
-    SRAM once and read once. Divided by the library's efficiency, KernelLibrary.mxu_efficiency.
+    SRAM once and read once. Divided by the library's efficiency, KernelLibrary.mxu_efficiency. Raises ChipError for a
+    format that the chip's array does not multiply.
     """
     chip = target.chip
     am, an, ak = chip.array_shape
@@ -43,7 +44,7 @@ SOFTMAX_OPS = 5  # scale and mask, maximum, subtract, sum, convert
 def softmax_cycles(chip: ChipSpec, n: Any, capped: bool = False) -> Any:
     """Cycles of the vector lanes for a softmax step over n scores.
 
-    capped: with softcap, which adds one exponential and two operations per score.
+    capped: True with softcap, which adds one exponential and two operations per score.
     """
     return vector_cycles(chip, (SOFTMAX_OPS + 2 * capped) * n, n * (1 + capped))
 
@@ -53,6 +54,7 @@ def attend_cycles(target: Target, rows: Any, n: Any, d: Any, dv: Any, format: st
 
     The matrix array holds queries and sums while keys and values stream through it; at the same time the engine's own
     lanes turn scores into weights. The longest of multiplying, streaming and the lanes' work determines the time.
+    Raises ChipError for a format that the chip's array does not multiply.
     """
     chip = target.chip
     macs = rows * n * (d + dv) / chip.mac_rate(format) / target.library.mxu_efficiency

@@ -35,9 +35,9 @@ class Cost:
     """Cost of an instruction: cycles of its engine, or bytes through a resource shared with other cores.
 
     Attributes:
-        cycles: of the engine.
-        bytes: if not 0, the time follows from the bandwidth that the transfers in flight leave.
-        resource: of the bytes: "hbm" or "link".
+        cycles: cycles of the instruction's engine; of a transfer, the fewest that it takes.
+        bytes: bytes transferred; if not 0, the time follows from the bandwidth that the transfers in flight leave.
+        resource: what the bytes pass: "hbm" or "link"; "" without bytes.
         latency_s: seconds from the end of the instruction until its result is visible to others.
     """
 
@@ -81,7 +81,10 @@ class Instruction:
     optional: ClassVar[bool] = False  # only chips that list it in ChipSpec.extra_instructions have it
 
     def run(self, mem: CoreMemory) -> None:
-        """Execute the instruction: read its source regions, write its destination regions. Raises MachineError."""
+        """Execute the instruction: read its source regions, write its destination regions.
+
+        Raises MachineError for what hardware would compute wrongly, such as an index outside a table.
+        """
         raise NotImplementedError
 
     def cost(self, target: Target) -> Cost:
@@ -171,7 +174,7 @@ def _unpack(kind: Any, word: bytes, offset: int) -> tuple[Any, int]:
 def encode(i: Instruction) -> bytes:
     """The WORD bytes that encode an instruction: opcode, wait counters, then the fields in order.
 
-    Raises MachineError.
+    Raises MachineError if they do not fit into WORD bytes or an expression has more than MOST_STEPS steps.
     """
     word = struct.pack(f"<B{len(ENGINES)}I", i.opcode, *i.wait)
     word += b"".join(_pack(kind, getattr(i, name)) for name, kind in own_fields(type(i)))

@@ -31,7 +31,10 @@ def missing_on(chip: ChipSpec, cls: type[Instruction]) -> str:
 
 
 def wrong_memory(i: Instruction) -> str:
-    """Error text for a region in HBM whose engine addresses only the core's memories, or the reverse; "" if none."""
+    """Error text that names a region field in the wrong memory; "" if there is none.
+
+    The fields in the instruction's `hbm` must be regions of HBM, all others regions of SRAM or accumulators.
+    """
     for name in region_fields(type(i)):
         region = getattr(i, name)
         if region is not None and (region.space == "hbm") != (name in i.hbm):
@@ -57,7 +60,7 @@ def wrong_shape(i: Instruction) -> str:
 
 
 def check_extra_instructions(chip: ChipSpec) -> None:
-    """Raise ChipError if the chip's extra_instructions names something else than an optional instruction."""
+    """Raise ChipError if the chip's extra_instructions names anything but optional instructions. Returns nothing."""
     known = sorted(name for name, cls in REGISTRY.items() if cls.optional)
     for name in chip.extra_instructions:
         if name not in known:

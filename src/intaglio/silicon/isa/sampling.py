@@ -20,9 +20,10 @@ EDIT_OPS = 5  # operations to edit one logit: read, compare, multiply, add, writ
 class Sample(Instruction, engine="VEC", opcode=0x48):
     """Sample a token: token i32 [1, 1] from logits f32 [1, vocabulary], as in the op `sample`.
 
-    logprob f32 [1, 1] is its log-probability. The random number depends only on (seed, position). ids i32, factors
-    and terms f32, [1, k] each, are the logit edits: penalties and biases of single tokens. mask i32 [1, words] is
-    the grammar mask, one bit for each token id, the lowest id in the lowest bit.
+    logprob f32 [1, 1] is its log-probability. If no token can be drawn, token is negative and logprob NaN. The random
+    number depends only on (seed, position); the filters are top_k, top_p and min_p, after temperature. ids i32, factors
+    and terms f32, [1, k] each, are the logit edits: penalties and biases of single tokens. mask i32 [1, words] is the
+    grammar mask, one bit for each token id, the lowest id in the lowest bit.
     """
 
     token: Region

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -58,9 +58,9 @@ class Load(Instruction, engine="DMA", opcode=0x10):
 
 @dataclass(frozen=True, kw_only=True)
 class Gather(Instruction, engine="DMA", opcode=0x11):
-    """Copy rows by index from HBM, such as embeddings or K/V slots: dst[i] = table[index[0, i]]; index i32 [1, n].
+    """Copy rows by index from HBM, such as embeddings or K/V slots: dst[i] = table[index[0, i]].
 
-    Raises MachineError for an index outside the table.
+    dst [m, n], table [rows, n], index i32 [1, m]. Raises MachineError for an index outside the table.
     """
 
     dst: Region
@@ -121,14 +121,16 @@ class Store(Instruction, engine="OUT", opcode=0x18):
 
 @dataclass(frozen=True, kw_only=True)
 class Scatter(Instruction, engine="OUT", opcode=0x19):
-    """Copy rows by index to HBM, such as new keys into their K/V slots: table[index[0, i]] = src[i]; index i32 [1, n].
+    """Copy rows by index to HBM, such as new keys into their K/V slots: table[index[0, i]] = src[i].
 
-    Raises MachineError for an index outside the table.
+    src [m, n], table [rows, n], index i32 [1, m]. A row takes at least `row_cycles` cycles, as in a kernel whose
+    threads compute each row's address. Raises MachineError for an index outside the table.
     """
 
     table: Region
     src: Region
     index: Region
+    row_cycles: float = 0.0
     hbm = ("table",)
     writes = ("table",)
 
@@ -143,7 +145,7 @@ class Scatter(Instruction, engine="OUT", opcode=0x19):
             mem.write(self.table.part(slice(row, row + 1)), values[i : i + 1])
 
     def cost(self, target: Target) -> Cost:
-        return hbm_cost(target.chip, self.src, store=True)
+        return replace(hbm_cost(target.chip, self.src, store=True), cycles=self.src.rows * self.row_cycles)
 
 
 @dataclass(frozen=True, kw_only=True)

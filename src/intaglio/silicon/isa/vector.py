@@ -122,8 +122,8 @@ class Permute(Instruction, engine="VEC", opcode=0x37):
 def map_cycles(chip: ChipSpec, steps: Steps, n: int) -> float:
     """Number of cycles of an expression over n values.
 
-    One operation for each function call and binary operator and one to write the result, and an exponential for each
-    call that needs one.
+    Each value takes one operation for each function call and binary operator, and one to write the result. Calls such
+    as silu take an exponential besides.
     """
     ops = 1 + sum(step in ("call", "binary") for step, _ in steps)
     exps = sum(value in EXP_CALLS for step, value in steps if step == "call")
@@ -161,7 +161,8 @@ class Map(Instruction, engine="VEC", opcode=0x33):
 class Norm(Instruction, engine="VEC", opcode=0x34):
     """Normalise rows, as in the op `norm`: dst = normalised(x) * (weight + offset) + bias + residual.
 
-    x f32 [m, groups * span]: each run of `span` columns is normalised by itself. weight, bias [1, span].
+    x f32 [m, groups * span]: each run of `span` columns is normalised by itself. weight, bias [1, span]. `norm` and
+    `eps` are those of the op.
     """
 
     dst: Region

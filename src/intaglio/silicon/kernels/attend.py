@@ -167,12 +167,12 @@ def prefill_jobs(key_tile: int, h: Heads, part: ChunkCounts, rows: int, packed: 
     return np.concatenate(tiles), np.concatenate(count)
 
 
-def prefill_seconds(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, float]:
-    """Seconds of the chunks with several queries, with the fastest query tile, as (seconds, of which compute seconds).
+def prefill_seconds(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, float, float]:
+    """(seconds, of which compute seconds, jobs) of the chunks with several queries, with the fastest query tile.
 
     part: (queries, keys, number of sequences) of each distinct chunk.
     """
-    chip, lib, best = target.chip, target.library, (np.inf, 0.0)
+    chip, lib, best = target.chip, target.library, (np.inf, 0.0, 0.0)
     sizes = lib.fused_query_tiles if chip.att_lanes else lib.query_tiles
     choices = [(rows, packed) for rows in sizes for packed in ((False, True) if lib.pack_gqa else (False,))]
     for rows, packed in choices:
@@ -183,21 +183,21 @@ def prefill_seconds(target: Target, h: Heads, part: ChunkCounts) -> tuple[float,
         edge = 2 * chip.constants.hbm_latency_s + rows * (h.head_dim + h.v_dim) * 2 * chip.cores / chip.l2_rate
         edge = 0.0 if lib.persistent else edge / 2
         seconds = makespan(tiles * max(work, load) + edge, count, chip.cores)
-        best = min(best, (seconds, float(tiles @ count) * work / chip.cores))
+        best = min(best, (seconds, float(tiles @ count) * work / chip.cores, float(count.sum())))
     return best
 
 
 def decode_keys(library: KernelLibrary, h: Heads, keys: int) -> int:
-    """Number of keys that the query of a decoding sequence reads, of the `keys` in its context."""
+    """Number of keys that the query of a decoding sequence reads, of the `keys` keys in its context."""
     return min(keys, max(h.window, library.window_min_keys)) if h.window else keys
 
 
-def decode_seconds(target: Target, h: Heads, part: ChunkCounts, cached: float) -> tuple[float, float, int]:
-    """(seconds, of which compute seconds, number of context splits) for the chunks with one query.
+def decode_seconds(target: Target, h: Heads, part: ChunkCounts, cached: float) -> tuple[float, float, int, float]:
+    """(seconds, of which compute seconds, number of context splits, jobs) for the chunks with one query.
 
     part: (1, keys, number of sequences) of each distinct chunk. cached: fraction of the keys and values in the L2.
     """
-    chip, lib, best = target.chip, target.library, (np.inf, 0.0, 1)
+    chip, lib, best = target.chip, target.library, (np.inf, 0.0, 1, 0.0)
     latency_s = chip.constants.hbm_latency_s
     tiles = np.array([-(-decode_keys(lib, h, keys) // lib.key_tile) for _, keys, _ in part], float)
     group = h.group if lib.pack_windowed or not h.window else 1  # query heads of a job
@@ -224,7 +224,7 @@ def decode_seconds(target: Target, h: Heads, part: ChunkCounts, cached: float) -
         seconds = makespan(per * period + first, count, slots) + latency_s
         if parts > 1:
             seconds += (lib.launch_s if lib.merge_launch else 0.0) + latency_s + 2 * parts * results / chip.hbm_rate
-        best = min(best, (seconds, float(per @ count) * work / chip.cores, parts))
+        best = min(best, (seconds, float(per @ count) * work / chip.cores, parts, float(count.sum())))
     return best
 
 
@@ -232,34 +232,35 @@ def decode_seconds(target: Target, h: Heads, part: ChunkCounts, cached: float) -
 def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = False, kernel: str = "") -> Timing:
     """The Timing of one `attend` over all chunks of a batch.
 
-    Chunks with several queries run first, then those with one. warm: keys and values are in the L2, as far as they fit.
-    kernel: name of one of the library's attention kernels; "": the library's choice.
+    Chunks with several queries run first, then those with one. warm: True if keys and values are in the L2, as far as
+    they fit. kernel: name of one of the library's attention kernels; "": the library's choice. Raises ChipError
+    for an unknown kernel.
     """
     chip, lib = target.chip, target.library
     format = "bf16" if h.bits == 16 else "e4m3"
     on = {phase: target.kernel(phase, format, h.head_dim, kernel) for phase in ("prefill", "decode")}
     prefill, decode = tuple(p for p in batch if p[0] > 1), tuple(p for p in batch if p[0] == 1)
-    seconds, compute, choices = lib.launch_s + chip.constants.hbm_latency_s, 0.0, []
+    seconds, compute, jobs, choices = lib.launch_s + chip.constants.hbm_latency_s, 0.0, 0.0, []
     tokens = sum(q * n for q, _, n in batch)
     read = sum(n * (decode_keys(lib, h, k) if q == 1 else min(k, q + h.window) if h.window else k) for q, k, n in batch)
     cache = read * h.kv_heads * (h.head_dim + h.v_dim) * h.bits / 8
     cached = fraction_held(cache, chip.l2_bytes * lib.l2_usable) if warm else 0.0
     if prefill:
-        added, worked = prefill_seconds(on["prefill"], h, prefill)
+        added, worked, jobs = prefill_seconds(on["prefill"], h, prefill)
         seconds, compute = seconds + added, compute + worked
         choices.append(f"{sum(q * n for q, _, n in prefill):,} queries in tiles")
     if decode:
-        added, worked, splits = decode_seconds(on["decode"], h, decode, cached)
-        seconds, compute = seconds + added, compute + worked
+        added, worked, splits, more = decode_seconds(on["decode"], h, decode, cached)
+        seconds, compute, jobs = seconds + added, compute + worked, jobs + more
         choices.append(f"{sum(n for *_, n in decode):,} single queries, {splits} context splits")
     hbm = cache * (1 - cached) + tokens * h.heads * (h.head_dim + h.v_dim) * 2
     pairs = sum(n * scored_pairs(q, k, h.window) for q, k, n in batch)
     flops = 2.0 * h.heads * (h.head_dim + h.v_dim) * pairs
     seconds = max(seconds, lib.launch_s + hbm / chip.hbm_rate)
     engine = "ATT" if chip.att_lanes else "MXU"
-    return Timing(
-        seconds, {engine: compute, "HBM": hbm / chip.hbm_rate}, hbm, hbm, 0.0, flops, "bf16", 0.0, ", ".join(choices)
-    )
+    busy = {engine: compute, "HBM": hbm / chip.hbm_rate}
+    run = "bf16" if chip.att_lanes else product_format(on["prefill" if prefill else "decode"], h)
+    return Timing(seconds, busy, hbm, hbm, 0.0, flops, run, 0.0, ", ".join(choices), jobs=jobs)
 
 
 def scored_pairs(q: int, keys: int, window: int) -> float:
@@ -303,7 +304,7 @@ class AttendTiles:
 
 
 def key_parts(op: Attend) -> list[str]:
-    """Names of the caches whose columns, concatenated, make a key: k_cache, and in latent attention also rope_cache."""
+    """A list of the caches whose columns, side by side, make a key: k_cache, with latent attention also rope_cache."""
     return [op.k_cache, *([op.rope_cache] if op.rope_cache else [])]
 
 
@@ -387,8 +388,9 @@ def attend_tile(
 ) -> None:  # fmt: skip
     """Emit the instructions for one tile of keys, which update `state` (the regions of sums, m, l). Returns nothing.
 
-    These are Attend on a chip with the fused engine, else Matmul, Softmax, Rescale (or SoftmaxStep), Matmul. `how`:
-    position fields of the instructions.
+    On a chip with the fused engine that is one Attend; else Matmul, Softmax, Rescale and Matmul, or SoftmaxStep in
+    place of the two in the middle if the chip has it. how: position fields of the instructions; the other fields are
+    added.
     """
     sums, m, length = state
     how |= {"scale": op.scale, "softcap": op.softcap, "window": op.window}

@@ -96,11 +96,11 @@ class ChipMemory:
         return region.scales if isinstance(region, QuantisedRegion) else None
 
     def optional_region(self, name: str | None) -> Region | None:
-        """The region of an unquantised tensor; None if `name` is None."""
+        """The region of an unquantised tensor; None if `name` is None. Raises MachineError for a quantised one."""
         return None if name is None else self.region(name)
 
     def read(self, name: str) -> np.ndarray:
-        """The values of an unquantised tensor, as an array [rows, cols]."""
+        """The values of an unquantised tensor, as an array [rows, cols]. Raises MachineError for a quantised one."""
         return self.hbm.read(self.region(name))
 
     def put_indices(self, values: Sequence[int] | np.ndarray) -> Region:
@@ -115,7 +115,7 @@ class ChipMemory:
         return self._write(values.astype(np.float32).reshape(1, -1), "f32")
 
     def run(self, streams: Sequence[Stream]) -> RunResult:
-        """Execute instruction streams on this chip alone and return the RunResult. Raises MachineError."""
+        """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does."""
         self.launches.append(Machine(self.target, {0: self.hbm} if self.values else None, l2={0: self.l2}).run(streams))
         return self.launches[-1]
 

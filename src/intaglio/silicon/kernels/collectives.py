@@ -21,7 +21,7 @@ from intaglio import collectives, formats
 from intaglio.batch import shared_rows
 from intaglio.chips import ChipError, ChipSpec, Target
 from intaglio.collectives import Schedule, Slot, Step, Topology
-from intaglio.collectives.clock import chunk_bytes
+from intaglio.collectives.clock import ScheduleClock, chunk_bytes
 from intaglio.ops import AllGather, AllReduce, AllToAll, Grouped, Recv, ReduceScatter, Send
 from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, slices
@@ -163,7 +163,7 @@ def candidate_algorithms(target: Target, op: str, chips: int) -> list[str]:
 
 
 def simulated_ranks(network: Network, op: str) -> int:
-    """Number of ranks in the simulated schedule: at most MAX_SIMULATED_RANKS, but all for all_to_all on a torus.
+    """Number of ranks in the simulated schedule: at most MAX_SIMULATED_RANKS, or all for all_to_all on a torus.
 
     On a torus the load of a link grows with the square of the ranks, so times cannot be extrapolated linearly.
     """
@@ -173,10 +173,15 @@ def simulated_ranks(network: Network, op: str) -> int:
 
 @lru_cache(maxsize=65536)
 def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
-    """Seconds of a schedule; bandwidth and latency 1; chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes, None: 0."""
-    s = collectives.schedule(op, algorithm, ranks)
-    chunk = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
-    return collectives.seconds(s, network.topology(ranks), [chunk] * s.chunks, network.local)
+    """Seconds of a schedule of `ranks` ranks; chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes, or None: of 0 bytes."""
+    clock = unit_clock(network, ranks, op, algorithm)
+    return clock.seconds([0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)] * clock.chunks)
+
+
+@lru_cache(maxsize=512)
+def unit_clock(network: Network, ranks: int, op: str, algorithm: str) -> ScheduleClock:
+    """The ScheduleClock of a schedule of `ranks` ranks on unit links."""
+    return ScheduleClock(collectives.schedule(op, algorithm, ranks), network.topology(ranks), network.local)
 
 
 def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: float) -> float:
@@ -301,7 +306,7 @@ def group_bytes_per_s(chip: ChipSpec, chips: int) -> float:
 
 @dataclass(frozen=True)
 class ChunkRegions:
-    """Regions in HBM of one chip's input and output chunks, by chunk number."""
+    """Regions in HBM of one chip's chunks: `inputs` and `outputs`, both {chunk number: region}."""
 
     inputs: Mapping[int, Region]
     outputs: Mapping[int, Region]
@@ -309,12 +314,12 @@ class ChunkRegions:
 
 @dataclass(frozen=True)
 class ChunkTile:
-    """Part of one chunk processed at a time, the same on every chip: its rows and columns, tag of its first message."""
+    """Part of one chunk processed at a time: `rows`, `cols` of chunk number `chunk`, tag of its first message."""
 
     chunk: int
     rows: slice
     cols: slice
-    first_tag: int  # tag of its first message
+    first_tag: int
 
 
 class CollectiveBuilder:
@@ -331,10 +336,7 @@ class CollectiveBuilder:
         self.values: dict[Slot, Region] = {}
 
     def buffer(self, rows: int, cols: int, format: str) -> Region:
-        """Allocate and return a tile buffer for the current chunk tile.
-
-        The n-th buffers of all chunk tiles share a ring.
-        """
+        """Allocate and return a tile buffer. The n-th buffers of all chunk tiles share a ring."""
         self.used += 1
         key = self.used, format
         if key not in self.rings:

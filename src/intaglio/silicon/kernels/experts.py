@@ -39,7 +39,16 @@ SCALED = (("operand", "a"), ("operand", "b"), ("binary", "*"))
 @chip_kernel(Experts)
 @dataclass(frozen=True)
 class ExpertsKernel(ChipKernel):
-    """Chip kernel of `experts` on a chip that holds `held` experts [inner, hidden]. Timed with random routing."""
+    """Chip kernel of `experts` on one chip. Timed with random routing.
+
+    Attributes:
+        top: experts that a token chooses.
+        held: experts on the chip.
+        experts: experts in all.
+        hidden, inner: widths of x and of an expert's inner row.
+        x_format, w_format: formats of a value of x and of a weight.
+        w_bits: bits of a weight, scales included.
+    """
 
     by_sequence: ClassVar[bool] = False
     top: int
@@ -49,7 +58,7 @@ class ExpertsKernel(ChipKernel):
     inner: int
     x_format: str
     w_format: str
-    w_bits: float  # bits a weight, scales included
+    w_bits: float
 
     @classmethod
     def of(cls, op: Experts, t: Tensors) -> ExpertsKernel:
@@ -111,8 +120,8 @@ def expected_rows(tokens: int, top: int, experts: int, held: int) -> tuple[int, 
 def elementwise_seconds(target: Target, moved: float, held: float = 0.0) -> float:
     """Seconds of an elementwise kernel that reads and writes `moved` bytes in total, launch included.
 
-    held: bytes of its operands; 0: the same as `moved`. They come from the L2 if all of them fit it, otherwise from
-    HBM, through the L2. No two cores read the same bytes, so the L2 delivers only its rate without multicast.
+    held: bytes of its operands; 0: as many as `moved`. If all operands fit the L2, the bytes come from it; otherwise
+    they come from HBM through the L2. No two cores read the same bytes, so the L2 has only its rate without multicast.
     """
     chip, library = target.chip, target.library
     fits, l2_rate = (held or moved) < chip.l2_bytes * library.l2_usable, chip.l2_rate / library.l2_multicast
@@ -129,11 +138,11 @@ class TileMenu:
 
 
 def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
-    """The TileMenu that the library's kernel chooses from, for a step of `tokens` tokens.
+    """The TileMenu that the library's kernel chooses from, for `tokens` tokens in a step and `experts` experts.
 
-    With the library's expert_tiles "best": all of its tiles, as with a static schedule or a kernel tuned for each size.
-    Otherwise what a heuristic, vLLM's get_default_config, gives: of an older version ("by_experts") or of 0.17
-    ("by_tokens").
+    It depends on the library's expert_tiles. "best": all of its tiles, as with a static schedule or a kernel tuned for
+    each size. "by_experts": the one tile of the heuristic get_default_config of an older vLLM. "by_tokens": that of
+    vLLM 0.17.
     """
     if library.expert_tiles == "best":
         return TileMenu(library.expert_rows, library.expert_columns, library.burst_bytes)
@@ -146,7 +155,11 @@ def tile_menu(library: KernelLibrary, tokens: int, experts: int) -> TileMenu:
 def grouped_timing(
     target: Target, tokens: int, counts: np.ndarray, n: int, k: int, x_format: str, w_format: str, w_bits: float
 ) -> Timing:
-    """The Timing of one grouped product: counts[e] rows [k] times w[e] [n, k], for every expert e with rows."""
+    """The Timing of one grouped product: counts[e] rows [k] times w[e] [n, k], for every expert e with rows.
+
+    tokens: number of tokens of the step, by which the library may choose tiles. w_bits: bits of a weight with its share
+    of the scales. Raises ChipError for a format that the chip's array does not multiply.
+    """
     chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
     run = max(chip.runs_as(x_format), chip.runs_as(w_format), key=formats.bits)
     run = run if lib.experts_native else "bf16"
@@ -194,7 +207,8 @@ def grouped_timing(
             choice = f"blocks of {rows}x{columns} for {len(counts)} experts"
             if best is None or seconds < best[0]:
                 flops = 2.0 * total * n * k
-                best = seconds, Timing(float(seconds), busy, hbm, hbm, 0.0, flops, run, weights, choice)
+                numbers = float(seconds), busy, hbm, hbm, 0.0, flops, run, weights, choice
+                best = seconds, Timing(*numbers, jobs=jobs)
     assert best is not None
     return best[1]
 
@@ -207,7 +221,7 @@ def experts_timing(
     """The Timing of a layer of routed experts on one rank.
 
     counts: token rows of each expert that the rank holds. w_bits: bits per weight including scales; 0: those of
-    `w_format`. gated: experts have a gate. kernel: name of the kernel, "" for the library's default.
+    `w_format`. gated: True if experts have a gate. kernel: name of the kernel, "" for the library's default.
 
     If the library's kernels of activation and combination process all tokens * top_k rows, all are counted; else
     only the rank's own. Raises ChipError for an unknown kernel.
@@ -250,9 +264,9 @@ class GatheredOperands(Operands):
         self.factors: Region | None = None
 
     def select_rows(self, rows: Region, weights: Region | None, weight_rows: Region) -> None:
-        """Set the rows of x that are gathered from now on: those numbered in `rows` [1, n].
+        """Set the rows of x that are gathered from now on: those whose numbers are in `rows` [1, n].
 
-        With `weights` [N, 1], each is multiplied by the weight whose row is given in `weight_rows`.
+        weights: None, or [N, 1]; row i is then multiplied by weights[weight_rows[i]].
         """
         self.rows, self.factors = load(self.k, self.index.next(), rows), None
         if weights is not None:
@@ -261,9 +275,9 @@ class GatheredOperands(Operands):
             self.k.emit(isa.Gather(dst=self.factors, table=weights, index=index))
 
     def load_x(self, rows: slice, depth: slice) -> Region:
-        """Gather columns `depth` of the rows of x set by select_rows(), times their routing weights if it got any.
+        """Gather columns `depth` of the rows of x set by select_rows(), times their routing weights if they have any.
 
-        Returns their tile, not rounded. `rows` is ignored; the base class needs it.
+        Returns the tile with them, not rounded. `rows` is ignored; the base class needs it.
         """
         assert self.rows is not None
         raw = self.raw.next().shaped(self.rows.cols, depth.stop - depth.start)

@@ -21,7 +21,15 @@ from intaglio.silicon.timing import Timing
 @chip_kernel(HeadLinear)
 @dataclass(frozen=True)
 class HeadLinearKernel(ChipKernel):
-    """Chip kernel of `head_linear`: timing and streams; timed as one product with heads * n columns."""
+    """Chip kernel of `head_linear`: timing and streams; timed as one product with heads * n columns.
+
+    Attributes:
+        rows: rows of x, a number or a symbol.
+        heads: heads, each with a matrix [n, k].
+        n, k: rows and columns of a head's matrix.
+        w_format: format of a weight.
+        w_bits: bits of a weight, with its share of the scales.
+    """
 
     by_sequence: ClassVar[bool] = False
     rows: int | str
@@ -29,7 +37,7 @@ class HeadLinearKernel(ChipKernel):
     n: int
     k: int
     w_format: str
-    w_bits: float  # with its share of the scales
+    w_bits: float
 
     @classmethod
     def of(cls, op: HeadLinear, t: Tensors) -> HeadLinearKernel:

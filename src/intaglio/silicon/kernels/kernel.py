@@ -36,7 +36,7 @@ class ChipKernel:
     if streams() does not support all that the op can express.
 
     Attributes:
-        by_sequence: whether time() reads the queries and keys of the batch's sequences. False: it reads only the
+        by_sequence: True if time() reads the queries and keys of the batch's sequences. False: it reads only the
             numbers of tokens, rows and sequences, so steps that differ only in their keys share one Timing.
     """
 
@@ -50,7 +50,7 @@ class ChipKernel:
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
         """The Timing of the op in a step of these sizes.
 
-        resident: its weights were prefetched, so they are not read from HBM.
+        resident: True if its weights were prefetched, so that they are not read from HBM.
         """
         raise NotImplementedError(f"{type(self).__name__} must define time()")
 
@@ -95,7 +95,7 @@ def kernel_class(op: Op) -> type[ChipKernel]:
 
 @lru_cache(maxsize=65536)
 def timing(kernel: ChipKernel, target: Target, sizes: BatchSizes, resident: bool = False) -> Timing:
-    """The Timing of a kernel in a step of these sizes, cached. resident: the weights are not read from HBM."""
+    """The Timing of a kernel in a step of these sizes, cached. resident: True if weights are not read from HBM."""
     return kernel.time(target, sizes, resident)
 
 

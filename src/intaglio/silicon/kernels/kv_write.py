@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
 from typing import ClassVar
 
 import numpy as np
 
 from intaglio import formats
 from intaglio.batch import Batch
-from intaglio.chips import Target
+from intaglio.chips import KernelLibrary, Target
 from intaglio.ops import KvWrite
 from intaglio.ops.elementwise import postfix
 from intaglio.silicon import isa
-from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
+from intaglio.silicon.isa.cycles import vector_cycles
+from intaglio.silicon.kernels.chip_memory import ChipMemory, load, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
-from intaglio.silicon.kernels.rows import ROWS
+from intaglio.silicon.kernels.rows import INDEX_BYTES, MOST_TILES, ROWS, ring_depth, runs
 from intaglio.silicon.memory import Region
 from intaglio.silicon.sizes import BatchSizes
 from intaglio.silicon.stream import Ring, Stream, StreamBuilder
+from intaglio.silicon.tile_loop import TileLoop
 from intaglio.silicon.timing import Timing
 
 QUOTIENT = postfix("a / b")
@@ -36,6 +40,7 @@ class Heads:
         window: keys that a query sees at most; 0: all.
         bits: bits of a cached key or value.
         softcap: True if scores are soft-capped.
+        slopes: True if each query head has a bias of its own (ALiBi), so that heads share no tile of queries.
     """
 
     heads: int
@@ -45,6 +50,7 @@ class Heads:
     window: int = 0
     bits: int = 16
     softcap: bool = False
+    slopes: bool = False
 
     @property
     def group(self) -> int:
@@ -71,37 +77,67 @@ class KvWriteKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: KvWrite, t: Tensors, batch: Batch) -> list[Stream]:
+        """A list of Streams. A core takes a run of rows, one row a token and head.
+
+        It loads their indices first, then rows of keys and of values in turn.
+        """
         pairs = [
             (mem.region(x), mem.codes(name), mem.scales(name), own)
             for x, name, own in ((op.k, op.k_cache, op.k_scale), (op.v, op.v_cache, op.v_scale))
         ]
-        width = max(source.cols for source, *_ in pairs)
-        step = max(1, min(ROWS, mem.chip.sram_bytes // (64 * width)))
-        jobs = [(*pair, rows) for pair in pairs for rows in slices(pair[0].rows, step)]
+        width, heads = max(cache.cols for _, cache, *_ in pairs), pairs[0][0].cols // pairs[0][1].cols
+        slots = (batch.slots[:, None].astype(np.int64) * heads + np.arange(heads)).reshape(-1)
         streams = []
-        for k, mine in deal_jobs(mem.chip, jobs, op.site):
-            raw, index, scale = k.ring(2, step, width), k.ring(2, 1, step * width, "i32"), k.ring(2, step * width, 1)
-            rounded = {cache: k.ring(2, step, width, cache.format) for _, cache, *_ in pairs}
-            divided, order = k.ring(2, step, width), k.ring(2, 1, step * width, "i32")
-            for source, cache, scales, own, rows in mine:
-                a, heads = load(k, raw.next(), source.part(rows)), source.cols // cache.cols
-                y = rounded[cache].next().shaped(a.rows * heads, cache.cols)
-                where = batch.slots[rows, None].astype(np.int64) * heads + np.arange(heads)
-                at = load(k, index.next(), mem.put_indices(where.reshape(-1)))
+        for run in runs(mem, len(slots)):
+            k, step = StreamBuilder(op.site), job_rows(mem.target, len(run), width)
+            depth = tiles_in_flight(mem.target, step, width)
+            raw, scale = k.ring(depth, step, width), k.ring(depth, step, 1)
+            rounded = {cache: k.ring(depth, step, width, cache.format) for _, cache, *_ in pairs}
+            divided, order = k.ring(depth, step, width), k.ring(depth, 1, step, "i32")
+            mine = mem.put_indices(slots[run.start : run.stop])
+            index = load(k, k.tile(1, len(run), "i32"), mine)
+            for source, cache, scales, own, piece in ((*pair, p) for p in slices(len(run), step) for pair in pairs):
+                rows = range(run.start + piece.start, run.start + piece.stop)
+                a = load_heads(k, raw.next().shaped(len(rows), cache.cols), source, rows)
+                y, at = rounded[cache].next().shaped(a.rows, a.cols), index.part(cols=piece)
+                store_row = row_cycles(mem.target.library, cache.cols, formats.bits(cache.format))
                 if scales is None:
-                    x = a.shaped(y.rows, y.cols)
+                    x = a
                     if own is not None and cache.format == "e4m3":
                         z, x = scale.next().shaped(y.rows, 1), divided.next().shaped(y.rows, y.cols)
-                        emit_head_scales(mem, k, order, z, own, np.tile(np.arange(heads), a.rows))
-                        k.emit(isa.Map(dst=x, a=a.shaped(y.rows, y.cols), b=z, steps=QUOTIENT))
+                        emit_head_scales(mem, k, order, z, own, np.array(rows) % heads)
+                        k.emit(isa.Map(dst=x, a=a, b=z, steps=QUOTIENT))
                     k.emit(isa.Convert(dst=y, src=x))
                 else:
                     z = scale.next().shaped(y.rows, 1)
-                    k.emit(isa.Quantise(codes=y, scale=z, x=a.shaped(y.rows, y.cols), for_cache=True))
+                    k.emit(isa.Quantise(codes=y, scale=z, x=a, for_cache=True))
                     k.emit(isa.Scatter(table=scales, src=z, index=at))
-                k.emit(isa.Scatter(table=cache, src=y, index=at))
+                k.emit(isa.Scatter(table=cache, src=y, index=at, row_cycles=store_row))
             streams.append(k.stream())
         return streams
+
+
+def load_heads(k: StreamBuilder, tile: Region, source: Region, rows: range) -> Region:
+    """Load rows of single heads, width d, of a source [tokens, heads * d] into a tile [rows, d]; returns the tile.
+
+    Row r is head r % heads of token r // heads. From a source with gaps between its rows, such as a view of columns,
+    whole tokens are loaded together, the heads before and after apart.
+    """
+    if source.stride == source.row_bytes:
+        return load(
+            k, tile, source.shaped(source.rows * source.cols // tile.cols, tile.cols).part(slice(rows.start, rows.stop))
+        )
+    d, heads, done = tile.cols, source.cols // tile.cols, 0
+    whole = range(-(-rows.start // heads) * heads, rows.stop // heads * heads)  # empty if a token is not whole
+    cuts = [rows.start, whole.start, whole.stop, rows.stop] if whole else [rows.start, whole.start, rows.stop]
+    for a, b in pairwise(min(cut, rows.stop) for cut in cuts):
+        if a < b:
+            first, last = a // heads, -(-b // heads)
+            columns = slice(a % heads * d, (b - 1) % heads * d + d)
+            src = source.part(slice(first, last), columns if last - first == 1 else slice(None))
+            load(k, tile.part(slice(done, done + b - a)).shaped(src.rows, src.cols), src)
+            done += b - a
+    return tile
 
 
 def emit_head_scales(
@@ -118,13 +154,58 @@ def emit_head_scales(
     k.emit(isa.Gather(dst=dst, table=scales.shaped(scales.cols, 1), index=index))
 
 
+def job_rows(target: Target, rows: int, width: int) -> int:
+    """Rows of a head of keys or values that a core writes at once, of the `rows` of its run.
+
+    width: values of a row. They are few enough for SRAM, and at most ROWS or, if that is more, as many as it takes to
+    hide HBM's latency with MOST_TILES / 2 tiles in flight. All jobs but the last of a run are equal.
+    """
+    chip = target.chip
+    in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)
+    most = max(ROWS, ceil(in_flight / (MOST_TILES // 2) / width / target.library.activation_bytes))
+    most = max(1, min(most, chip.sram_bytes // (64 * width)))
+    return -(-rows // -(-rows // most)) if rows else 1
+
+
+def tiles_in_flight(target: Target, rows: int, width: int) -> int:
+    """Tiles of each ring of a core whose jobs have this many rows of `width` values: enough to hide HBM's latency."""
+    return max(2, ring_depth(target, (rows * width,) * 5, rows * width * target.library.activation_bytes))
+
+
+def row_cycles(library: KernelLibrary, width: int, bits: int) -> float:
+    """Cycles in which a core stores a row of one head: the library's, with those to round `width` values to 8 bits."""
+    return library.kv_row_cycles + (library.kv_quant_cycles * width if bits < 16 else 0)
+
+
 def kv_write_timing(target: Target, tokens: int, h: Heads) -> Timing:
-    """The Timing of writing keys and values of `tokens` tokens to their slots, one row of one head at a time."""
-    chip, library = target.chip, target.library
-    moved = tokens * h.kv_heads * (h.head_dim + h.v_dim) * (2 + h.bits / 8)
-    # Cycles to round one value: by the kernel, or by the vector lanes, two operations each, before a DMA scatter.
-    value_cycles = library.kv_quant_cycles or 2 / chip.vec_lanes
-    cycles = 2 * library.kv_row_cycles + (value_cycles * (h.head_dim + h.v_dim) if h.bits < 16 else 0)
-    stores = tokens * h.kv_heads * cycles / chip.cores / chip.clock_hz
-    seconds = library.launch_s + chip.constants.hbm_latency_s + max(moved / chip.hbm_rate, stores)
-    return Timing(seconds, {"OUT": stores, "HBM": moved / chip.hbm_rate}, moved, moved, choice="row scatter")
+    """The Timing of writing keys and values of `tokens` tokens to their slots, one row of one head at a time.
+
+    It is the time of the streams' loop on a core with the most tokens (tile_loop.py).
+    """
+    chip, lib = target.chip, target.library
+    if not tokens:
+        return Timing(0.0)
+    rows, width = tokens * h.kv_heads, (h.head_dim + h.v_dim) / 2  # of keys or of values; mean width
+    cores = min(rows, chip.cores)
+    run = -(-rows // cores)
+    widest = max(h.head_dim, h.v_dim)
+    step = job_rows(target, run, widest)
+    pieces = -(-run // step)
+    values = rows / cores / pieces * width  # of a mean job: some cores have one row less than `run`
+    stored_s = row_cycles(lib, round(width), h.bits) * run / chip.clock_hz
+    reads, writes = rows * 2 * width * lib.activation_bytes, rows * 2 * width * h.bits / 8
+    index, missed = run * INDEX_BYTES, reads > chip.l2_bytes * lib.l2_usable
+    loop = TileLoop(
+        jobs=cores * 2 * pieces, load=values * lib.activation_bytes, store=values * h.bits / 8, store_missed=1.0,
+        store_s=stored_s / pieces, work_s=float(vector_cycles(chip, values)) / chip.clock_hz,
+        once=float(index) if missed else 0.0, load_missed=float(missed),
+        depth=tiles_in_flight(target, step, widest),
+    )  # fmt: skip
+    seconds = lib.launch_s + loop.seconds(target)
+    if not missed:  # indices come from HBM; the first rows come from the L2 meanwhile
+        rate = min(chip.port_rate, chip.l2_rate / cores)
+        first = index / min(rate, chip.hbm_rate / cores)
+        seconds += first + max(0.0, chip.constants.hbm_latency_s - loop.load / rate)
+    busy = {"OUT": rows / run * 2 * stored_s / chip.cores, "HBM": (reads + writes) / chip.hbm_rate}
+    seconds = max(seconds, lib.launch_s + writes / chip.hbm_rate)
+    return Timing(seconds, busy, reads + writes, reads + writes, choice="row scatter")

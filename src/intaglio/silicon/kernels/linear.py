@@ -24,7 +24,15 @@ from intaglio.silicon.timing import Timing
 @chip_kernel(Linear)
 @dataclass(frozen=True)
 class LinearKernel(ChipKernel):
-    """Chip kernel of `linear`: x [rows, k] @ w.T [k, n]; for a GLU pair (gate, up), n counts the rows of both."""
+    """Chip kernel of `linear`: x [rows, k] @ w.T [k, n].
+
+    Attributes:
+        rows: rows of x, a number or a symbol.
+        n, k: rows and columns of w; for a GLU pair (gate, up), n counts the rows of both.
+        x_format, w_format: formats of a value of x and of a weight.
+        w_bits: bits of a weight, scales included.
+        glu: True for a GLU pair.
+    """
 
     by_sequence: ClassVar[bool] = False
     rows: int | str
@@ -32,7 +40,7 @@ class LinearKernel(ChipKernel):
     k: int
     x_format: str
     w_format: str
-    w_bits: float  # bits a weight, scales included
+    w_bits: float
     glu: bool
 
     @classmethod

@@ -61,5 +61,8 @@ class MapKernel(RowsKernel):
 
 
 def part_of(x: Region, rows: slice, columns: slice) -> Region:
-    """These rows and columns of an operand; of one with a single column, which is broadcast, the rows."""
+    """The region of these rows and columns of an operand.
+
+    If the operand has a single column, which is broadcast, the region has that column.
+    """
     return x.part(rows, columns if x.cols > 1 else slice(None))

@@ -41,9 +41,10 @@ def nodes_of(chip: ChipSpec, chips: int, what: str) -> int:
 def nodes_timing(target: Target, op: str, chips: int, moved: int, inside: Inside) -> Timing:
     """The Timing of a collective of a tensor of `moved` bytes over chips of several nodes.
 
-    inside: times a collective of one node. Between k nodes a chip sends (k - 1) / k of its part, twice for an
-    all_reduce, in log2(k) steps, rounded up (recursive doubling, or Bruck's algorithm). Raises ChipError as nodes_of()
-    does, and for a message (op send), which has two chips.
+    inside: function of (target, collective, chips, bytes) that returns the Timing of a collective in one node. Between
+    k nodes a chip sends (k - 1) / k of its part, twice for an all_reduce, in log2(k) steps, rounded up (recursive
+    doubling, or Bruck's algorithm). Raises ChipError as nodes_of() does, and for a collective that does not run over
+    several nodes (send).
     """
     chip = target.chip
     if op not in STAGES:

@@ -270,7 +270,7 @@ def linear_timing(
     }
     choice = f"tile {tm}x{tn}" + (f", K in {split}" if split > 1 else "") + f", {jobs:,.0f} tiles on {cores} cores"
     seconds, weights = float(w["seconds"][i]), float(w["weights"][i])
-    return Timing(seconds, busy, hbm, moved, 0.0, 2.0 * heads * m * n * k, w["run"], weights, choice)
+    return Timing(seconds, busy, hbm, moved, 0.0, 2.0 * heads * m * n * k, w["run"], weights, choice, jobs=jobs)
 
 
 def best_tile(target: Target, m: int, n: int, k: int, x_format: str, w_format: str, glu: bool) -> tuple[int, int]:

@@ -21,11 +21,16 @@ from intaglio.silicon.stream import Ring, Stream, StreamBuilder
 @chip_kernel(Route)
 @dataclass(frozen=True)
 class RouteKernel(RowsKernel):
-    """Chip kernel of `route`: for each row of logits the scores, the top-k experts, and their weights."""
+    """Chip kernel of `route`: for each row of logits the scores, the top-k experts, and their weights.
+
+    Attributes:
+        searches: searches for the maximum of a row.
+        top, score, groups, kept_groups, normalise: those of the op.
+    """
 
     top: int = 1
     score: str = "softmax"
-    searches: int = 1  # for maxima over all scores
+    searches: int = 1
     groups: int = 0
     kept_groups: int = 0
     normalise: bool = False

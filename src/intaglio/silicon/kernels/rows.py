@@ -31,7 +31,7 @@ ROWS = 16  # rows of a tile of other kernels that load rows, at most
 def loop_timing(target: Target, loop: TileLoop, reads: float, writes: float, gathered: bool = False) -> Timing:
     """The Timing of a TileLoop, launch included, whose operands the op before has just written to the L2.
 
-    reads, writes: bytes of all jobs. gathered: rows are read by index, which counts as a read of HBM.
+    reads, writes: bytes of all jobs. gathered: True if rows are read by index, which counts as a read of HBM.
     """
     chip, lib = target.chip, target.library
     capacity = chip.l2_bytes * lib.l2_usable
@@ -48,9 +48,10 @@ def loop_timing(target: Target, loop: TileLoop, reads: float, writes: float, gat
 
 
 def ring_depth(target: Target, columns: Sequence[int], load: float, held: float = 0.0) -> int:
-    """Tiles of each ring: enough that loads of `load` bytes hide HBM's latency, 2 to MOST_TILES, or what SRAM fits.
+    """Number of tiles of each ring: enough that loads of `load` bytes hide HBM's latency, from 2 to MOST_TILES.
 
-    columns: FP32 columns of a tile of each ring; held: bytes of SRAM that are taken.
+    If SRAM fits fewer, as many as it fits, but at least 1. columns: FP32 columns of a tile of each ring. held: bytes of
+    SRAM that are taken.
     """
     chip = target.chip
     in_flight = chip.constants.hbm_latency_s * min(chip.port_rate, chip.hbm_rate / chip.cores)
@@ -85,11 +86,11 @@ class RowsKernel(ChipKernel):
         return cls(shape[0], width, matrices, sum(map(vector_bytes, vectors)))
 
     def columns(self) -> tuple[int, ...]:
-        """Number of FP32 columns of each tile of a job."""
+        """A tuple of the number of FP32 columns of each tile of a job."""
         return (self.width,) * max(2, self.operands)
 
     def parts(self) -> int:
-        """Number of jobs of one row, each with an equal part of its columns."""
+        """Number of jobs into which one row is divided, each with an equal part of its columns."""
         return 1
 
     def held_bytes(self) -> float:
@@ -97,7 +98,7 @@ class RowsKernel(ChipKernel):
         return self.vector_bytes
 
     def depth(self, target: Target) -> int:
-        """Number of tiles of each ring, see ring_depth()."""
+        """Number of tiles of each ring, as ring_depth() gives it for this op."""
         parts = self.parts()
         columns = [-(-c // parts) for c in self.columns()]
         return ring_depth(target, columns, self.load_bytes(target.library) / parts, self.held_bytes())
@@ -174,7 +175,7 @@ def by_rows(mem: ChipMemory, site: str, rows: int, widths: Sequence[int], body: 
 
 
 def runs(mem: ChipMemory, rows: int) -> list[range]:
-    """The rows of each core that has any: equal runs, the first of which may have one row more."""
+    """A list of the rows of each core that has any, as ranges. Lengths differ by at most one, the longer ones first."""
     cores = min(rows, mem.chip.cores)
     ends = [(i + 1) * (rows // cores) + min(i + 1, rows % cores) for i in range(cores)]
     return [range(a, b) for a, b in zip([0, *ends], ends, strict=False)]
@@ -183,7 +184,10 @@ def runs(mem: ChipMemory, rows: int) -> list[range]:
 def load_indices(
     k: StreamBuilder, mem: ChipMemory, held: dict[StreamBuilder, tuple[Region, int]], ids: Region, row: int
 ) -> Region:
-    """The index of a row, i32 [1, 1], from the tile of the core's run of indices, which its first call loads."""
+    """The region, i32 [1, 1], of the index of row `row`, in a tile with the indices of all rows of the core.
+
+    A core's first call loads its tile from `ids` and keeps it in `held`, with the number of its first row.
+    """
     if k not in held:
         mine = next(run for run in runs(mem, ids.cols) if row in run)
         held[k] = load(k, k.tile(1, len(mine), "i32"), ids.part(cols=slice(mine.start, mine.stop))), mine.start

@@ -77,9 +77,10 @@ class SampleKernel(ChipKernel):
 
 
 def edit_loader(mem: ChipMemory, k: StreamBuilder, rows: Sequence[Sampling]) -> Callable[[Sampling], dict[str, Region]]:
-    """A function that loads one row's logit edits and grammar mask from HBM, as a dict of Sample's arguments.
+    """A function that loads one row's logit edits and grammar mask from HBM and returns a dict of Sample's arguments.
 
-    Allocates tiles for the largest edits and mask of `rows`, the rows of one core.
+    The dict lacks the arguments that the row does not have. Tiles are allocated for the largest edits and mask of
+    `rows`, the rows of one core.
     """
     widest = max((len(s.edits.ids) for s in rows if s.edits), default=0)
     rings = {n: k.ring(2, 1, widest, f) for n, f in (("ids", "i32"), ("factors", "f32"), ("terms", "f32")) if widest}

@@ -16,10 +16,12 @@ from intaglio.program.expert_placement import ExpertPlacement, PlacementError, t
 def experts(lane: Lane, op: Experts) -> None:
     """Append experts to the lane's Program: this lane's share of the experts, and an all_reduce of the partial sums.
 
-    Experts are divided among the ep groups of lanes, and the intermediate columns of each among tp lanes. If the layout
-    has redundant experts, they are divided by its placement, and the all_reduce adds the results of each token's
-    experts in their order (slots), so that results do not depend on the placement. Raises LayoutError if there are too
-    few experts for the layout, if tp would split the column order of a down matrix, or if a placement does not fit.
+    Experts are divided among the ep groups of lanes, and the intermediate columns of each expert among tp lanes. If the
+    layout has redundant experts, its placement says which group holds which experts. The all_reduce then adds the
+    results of each token's experts in the experts' order (slots), so that results do not depend on the placement.
+
+    Raises LayoutError if there are too few experts for the layout, if tp would split the column order of a down matrix,
+    or if a placement does not fit.
     """
     layout, at = lane.layout, divmod(lane.lane, lane.layout.tp)
     count, inner, _ = map(int, lane.p.tensors[op.gate].shape)
@@ -60,9 +62,10 @@ def experts(lane: Lane, op: Experts) -> None:
 
 
 def experts_of(site: str, layout: Layout, count: int) -> tuple[tuple[int, ...], ...]:
-    """The experts of each ep rank at `site`, by the layout's placement; () if the layout has no redundant experts.
+    """The numbers of each ep rank's experts at `site`, a tuple for each rank, by the layout's placement.
 
-    Raises LayoutError for a placement that does not fit `count` experts and the layout.
+    () if the layout has neither redundant experts nor a placement. Raises LayoutError for a placement that does not fit
+    `count` experts and the layout.
     """
     if layout.redundant is None and layout.placement is None:
         return ()
@@ -81,7 +84,7 @@ def experts_of(site: str, layout: Layout, count: int) -> tuple[tuple[int, ...], 
 
 
 def runs_of(numbers: Sequence[int]) -> Share:
-    """Ascending numbers as a Share: runs of consecutive ones."""
+    """The Share that holds `numbers`, which ascend: a range for each run of consecutive numbers."""
     runs: list[range] = []
     for n in numbers:
         if runs and runs[-1].stop == n:

@@ -20,7 +20,8 @@ def base(m: Metadata, norm: str = "rms", width: int = 0, kv_heads: int = 0) -> d
     """A dict of the config keys that all families share.
 
     norm: "rms" or "layer", the normalisation whose epsilon the file has. width, kv_heads: the inner width of an MLP and
-    the number of K/V heads, if they differ between layers; 0: as in the metadata.
+    the number of K/V heads, if they differ between layers; 0: as in the metadata. Raises CheckpointError for a missing
+    key, PortError for a scaling of rope that is not supported.
     """
     eps = m.real("attention.layer_norm_rms_epsilon" if norm == "rms" else "attention.layer_norm_epsilon")
     return {
@@ -98,7 +99,8 @@ def whole_heads(m: Metadata) -> None:
 def experts(m: Metadata) -> dict[str, Any]:
     """A dict of the config keys with the sizes of a mixture of experts.
 
-    GGUF stores each expert's matrices separately, even where transformers fuses them.
+    GGUF stores each expert's matrices separately, even where transformers fuses them. Raises CheckpointError for a
+    missing key.
     """
     count = m.whole("expert_count")
     return {
@@ -112,7 +114,7 @@ def llama(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Llama and models like it.
 
     That is Mixtral if there are experts, or Qwen2 if q, k and v have biases but the output projection has none. Raises
-    PortError if rope rotates only part of each head.
+    CheckpointError for a missing key, PortError if rope rotates only part of each head.
     """
     whole_heads(m)
     c = base(m)
@@ -125,13 +127,19 @@ def llama(m: Metadata) -> dict[str, Any]:
 
 
 def mistral3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Mistral 3, whose text model is a Llama."""
+    """The keys of config.json, as a dict, for Mistral 3, whose text model is a Llama.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     m.refuse("attention.temperature_scale", "queries are not scaled by their position here")
     return llama(m)
 
 
 def qwen(model: str) -> Any:
-    """A function from metadata to the config (a dict) of dense Qwen2 or Qwen3, for the architecture `model`."""
+    """A function from metadata to the config (a dict) of dense Qwen2 or Qwen3, for the architecture `model`.
+
+    The function raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
 
     def describe(m: Metadata) -> dict[str, Any]:
         whole_heads(m)
@@ -143,8 +151,8 @@ def qwen(model: str) -> Any:
 def _scale(m: Metadata, largest: int) -> float:
     """The value of query_pre_attn_scalar for Gemma, whose metadata may lack it.
 
-    Without the key attention.scale it is the head's width or, in the model with `largest` layers, hidden size over
-    heads.
+    Without the key attention.scale the value is the head's width or, in the model with `largest` layers, hidden size
+    over heads.
     """
     if m.get("attention.scale"):
         return m.real("attention.scale") ** -2
@@ -152,7 +160,10 @@ def _scale(m: Metadata, largest: int) -> float:
 
 
 def gemma2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 2. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for Gemma 2.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     caps = {
         "attn_logit_softcapping": m.real("attn_logit_softcapping", 50.0),
@@ -165,7 +176,10 @@ def gemma2(m: Metadata) -> dict[str, Any]:
 
 
 def gemma3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Gemma 3's text model. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for Gemma 3's text model.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
     return base(m) | {
@@ -177,7 +191,10 @@ def gemma3(m: Metadata) -> dict[str, Any]:
 
 
 def phi3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-3 and Phi-4. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for Phi-3 and Phi-4.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     return base(m) | partial(m) | {
         "architectures": ["Phi3ForCausalLM"], "sliding_window": m.whole("attention.sliding_window", 0) or None,
         "original_max_position_embeddings": pretrained(m),
@@ -187,7 +204,8 @@ def phi3(m: Metadata) -> dict[str, Any]:
 def granite(model: str) -> Any:
     """A function from metadata to the config (a dict) of Granite, dense or with experts.
 
-    model: the architecture's name.
+    model: the architecture's name. The function raises CheckpointError for a missing key, PortError for a value that is
+    not supported.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -203,7 +221,10 @@ def granite(model: str) -> Any:
 
 
 def olmo2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for OLMo 2, or for OLMo 3 if the file has a sliding window."""
+    """The keys of config.json, as a dict, for OLMo 2, or for OLMo 3 if the file has a sliding window.
+
+    Raises CheckpointError for a missing key, PortError if rope's base differs between layers with and without a window.
+    """
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
     if not window:
@@ -217,7 +238,10 @@ def olmo2(m: Metadata) -> dict[str, Any]:
 
 
 def cohere2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Cohere 2 (Command R7B, Command A). Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for Cohere 2 (Command R7B, Command A).
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     return base(m, norm="layer") | {
         "architectures": ["Cohere2ForCausalLM"], "logit_scale": m.real("logit_scale"),
@@ -228,7 +252,8 @@ def cohere2(m: Metadata) -> dict[str, Any]:
 def plain(model: str) -> Any:
     """A function from metadata to the config (a dict) of architecture `model`.
 
-    For architectures whose port has its differences from Llama built in.
+    For architectures whose port has its differences from Llama built in. The function raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -243,7 +268,10 @@ def plain(model: str) -> Any:
 
 
 def command_r(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Cohere 1 (Command R, Aya). Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for Cohere 1 (Command R, Aya).
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     return base(m, norm="layer") | {
         "architectures": ["CohereForCausalLM"], "logit_scale": m.real("logit_scale"), "rope_scaling": None,
@@ -254,7 +282,8 @@ def command_r(m: Metadata) -> dict[str, Any]:
 def exaone4(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for EXAONE 4.
 
-    If it has a sliding window, every fourth layer has full attention, without rope. Raises PortError, CheckpointError.
+    If it has a sliding window, every fourth layer has full attention, without rope. Raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
     window = m.whole("attention.sliding_window", 0)
@@ -265,7 +294,10 @@ def exaone4(m: Metadata) -> dict[str, Any]:
 
 
 def nemotron(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Nemotron-3 and Nemotron-4. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for Nemotron-3 and Nemotron-4.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     c = base(m, norm="layer") | partial(m)
     return c | {
         "architectures": ["NemotronForCausalLM"], "norm_eps": c["layer_norm_eps"],
@@ -274,7 +306,10 @@ def nemotron(m: Metadata) -> dict[str, Any]:
 
 
 def jais2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Jais 2."""
+    """The keys of config.json, as a dict, for Jais 2.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     return base(m, norm="layer") | {
         "architectures": ["Jais2ForCausalLM"], "mlp_bias": m.has("mlp.up_proj.bias"),
@@ -284,8 +319,9 @@ def jais2(m: Metadata) -> dict[str, Any]:
 def starcoder2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for StarCoder 2.
 
-    Every layer has full attention, as in llama.cpp: GGUF files do not record the window of the published models
-    (4,096 tokens), so logits of longer sequences differ from transformers'. Raises PortError, CheckpointError.
+    Every layer has full attention, as in llama.cpp: GGUF files do not record the window of the published models (4,096
+    tokens), so logits of longer sequences differ from transformers'. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     whole_heads(m)
     c = base(m, norm="layer")
@@ -296,7 +332,10 @@ def starcoder2(m: Metadata) -> dict[str, Any]:
 
 
 def smollm3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for SmolLM3, which has no rope in every fourth layer."""
+    """The keys of config.json, as a dict, for SmolLM3, which has no rope in every fourth layer.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     return base(m) | {
         "architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [int((i + 1) % 4 != 0) for i in range(m.layers)],
@@ -305,25 +344,37 @@ def smollm3(m: Metadata) -> dict[str, Any]:
 
 
 def glm4(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GLM-4-0414. Raises PortError for GLM-4V."""
+    """The keys of config.json, as a dict, for GLM-4-0414.
+
+    Raises CheckpointError for a missing key, PortError for GLM-4V.
+    """
     m.refuse("rope.dimension_sections", "GLM-4V keeps queries and keys in another order")
     return base(m) | partial(m) | {"architectures": ["Glm4ForCausalLM"]}
 
 
 def olmo(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for OLMo (2024). Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for OLMo (2024).
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     clip = m.real("attention.clamp_kqv", 0.0)
     return base(m, norm="layer") | {"architectures": ["OlmoForCausalLM"], "clip_qkv": clip or None}
 
 
 def chatglm(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for ChatGLM3 and GLM-4-9B of 2024. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for ChatGLM3 and GLM-4-9B of 2024.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     return base(m) | partial(m) | {"architectures": ["GlmForCausalLM"]}
 
 
 def minicpm3(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for MiniCPM3. llama.cpp has the scales of embeddings and depth built in."""
+    """The keys of config.json, as a dict, for MiniCPM3. llama.cpp has the scales of embeddings and depth built in.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     rope, key = m.whole("rope.dimension_count"), m.whole("attention.key_length")
     return base(m) | {
         "architectures": ["MiniCPM3ForCausalLM"], "q_lora_rank": m.whole("attention.q_lora_rank"),
@@ -337,7 +388,7 @@ def bitnet(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for BitNet b1.58. Its head is the embedding.
 
     The activation is that of the key hidden_act, or silu as in llama.cpp; files of the models with squared ReLU have
-    another architecture.
+    another architecture. Raises CheckpointError for a missing key, PortError for other activations.
     """
     whole_heads(m)
     act = {"relu_sqr": "relu2", "relu2": "relu2", "silu": "silu"}.get(name := str(m.get("hidden_act", "silu")))
@@ -350,7 +401,11 @@ XIELU = {"beta": (0.5, 1e-6), "eps": (0.0, 1e-5)}  # value that the port has bui
 
 
 def apertus(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Apertus. The two numbers of a layer's activation become tensors."""
+    """The keys of config.json, as a dict, for Apertus. The two numbers of a layer's activation become tensors.
+
+    Raises CheckpointError for a missing key. Raises PortError unless the file has two numbers for each layer, and the
+    port's constants of xIELU.
+    """
     whole_heads(m)
     for key, (wanted, gap) in XIELU.items():
         found = m.whole_key(f"xielu.{key}", [wanted])
@@ -372,8 +427,9 @@ UNTURNED = 1e20  # frequency factors of this size or more are those of columns w
 def gemma4(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Gemma 4's text model.
 
-    Layers with full attention have heads of their own width, rope in a part of their columns, and, if the file has no
-    tensor for their values, values that are their keys.
+    Layers with full attention have heads of a width of their own, and rope turns a part of their columns. If the file
+    has no tensor for these layers' values, their keys serve as values. Raises CheckpointError for a missing key,
+    PortError for a value that is not supported.
     """
     kinds, heads = m.sliding(6), m.kv_heads_by_layer
     widths = {

@@ -13,20 +13,26 @@ from intaglio.models.files.gguf.metadata import Metadata
 
 
 def common(m: Metadata, model: str) -> dict[str, Any]:
-    """A dict of the config keys that the models of this module share. model: the architecture's name."""
+    """A dict of the config keys that the models of this module share. model: the architecture's name.
+
+    Raises CheckpointError for a missing key.
+    """
     c = base(m, norm="layer")
     return c | {"architectures": [model], "llama_names": True, "layer_norm_epsilon": c["layer_norm_eps"]}
 
 
 def gpt2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GPT-2. Scores are divided by the root of the head's width only."""
+    """The keys of config.json, as a dict, for GPT-2. Scores are divided by the root of the head's width only.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     return common(m, "GPT2LMHeadModel") | {"n_inner": m.whole("feed_forward_length")}
 
 
 def starcoder(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for StarCoder 1.
 
-    Raises PortError unless there is one K/V head, or as many as query heads.
+    Raises CheckpointError for a missing key, PortError unless there is one K/V head, or as many as query heads.
     """
     if m.kv_heads not in (1, m.heads):
         raise PortError(
@@ -37,7 +43,10 @@ def starcoder(m: Metadata) -> dict[str, Any]:
 
 
 def gptneox(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GPT-NeoX and Pythia. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for GPT-NeoX and Pythia.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     parallel = m.flag("use_parallel_residual", True)
     return common(m, "GPTNeoXForCausalLM") | partial(m) | {"use_parallel_residual": parallel}
 
@@ -45,7 +54,8 @@ def gptneox(m: Metadata) -> dict[str, Any]:
 def falcon(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Falcon, with one norm a layer, or with two (Falcon 40B).
 
-    Files hold no Falcon with ALiBi. Raises PortError, CheckpointError.
+    Files hold no Falcon with ALiBi. Raises CheckpointError for a missing key, PortError for a value that is not
+    supported.
     """
     whole_heads(m)
     two, kv = m.has("ln_attn.weight"), m.kv_heads
@@ -58,12 +68,18 @@ def falcon(m: Metadata) -> dict[str, Any]:
 
 
 def phi2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-1, 1.5 and 2. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for Phi-1, 1.5 and 2.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     return common(m, "PhiForCausalLM") | partial(m)
 
 
 def stablelm(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for StableLM. If layers have one norm, both branches read it."""
+    """The keys of config.json, as a dict, for StableLM. If layers have one norm, both branches read it.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     c = common(m, "StableLmForCausalLM") | partial(m)
     return c | {
         "use_parallel_residual": not m.has("post_attention_layernorm.weight"), "use_qkv_bias": c["attention_bias"],
@@ -72,13 +88,19 @@ def stablelm(m: Metadata) -> dict[str, Any]:
 
 
 def bloom(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for BLOOM. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for BLOOM.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     _alibi(m, 8.0)
     return common(m, "BloomForCausalLM")
 
 
 def mpt(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for MPT. Raises PortError for one without ALiBi."""
+    """The keys of config.json, as a dict, for MPT.
+
+    Raises CheckpointError for a missing key, PortError for a model without ALiBi.
+    """
     _alibi(m, 0.0)
     attention = {"clip_qkv": m.real("attention.clamp_kqv", 0.0) or None, "qk_ln": m.has("self_attn.q_norm.weight")}
     return common(m, "MptForCausalLM") | {"attn_config": attention, "no_bias": not m.has("self_attn.o_proj.bias")}

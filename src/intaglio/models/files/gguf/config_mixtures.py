@@ -10,7 +10,10 @@ from intaglio.models.files.gguf.metadata import Metadata
 
 
 def groups(m: Metadata) -> dict[str, Any]:
-    """A dict of the config keys of routing in groups, shared experts and dense layers, as DeepSeek-V3 names them."""
+    """A dict of the config keys of routing in groups, shared experts and dense layers, as DeepSeek-V3 names them.
+
+    Raises CheckpointError for a missing key.
+    """
     count, used = m.whole("expert_group_count", 1), m.whole("expert_group_used_count", 1)
     return {
         "n_group": count, "topk_group": used if count > 1 else 1,
@@ -25,6 +28,7 @@ def llama4(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Llama 4.
 
     The attention chunk, temperature and temperature floor are not in the metadata: llama.cpp hard-codes these values.
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
     full = m.get("attention.sliding_window") == 0
     count = m.whole("expert_count")
@@ -41,7 +45,8 @@ def llama4(m: Metadata) -> dict[str, Any]:
 def qwen_moe(model: str, normalised: bool) -> Any:
     """A function from metadata to the config (a dict) of Qwen2-MoE or Qwen3-MoE, for the architecture `model`.
 
-    normalised: the router's top-k weights are divided by their sum.
+    normalised: True if the router's top-k weights are divided by their sum. The function raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -56,7 +61,10 @@ def qwen_moe(model: str, normalised: bool) -> Any:
 
 
 def phimoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Phi-3.5-MoE. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for Phi-3.5-MoE.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     c = base(m) | experts(m) | {
         "architectures": ["PhimoeForCausalLM"], "lm_head_bias": "lm_head.bias" in m.tables.names,
@@ -70,14 +78,20 @@ def phimoe(m: Metadata) -> dict[str, Any]:
 
 
 def olmoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for OLMoE. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for OLMoE.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     width = m.whole("feed_forward_length")
     return base(m) | experts(m) | {"architectures": ["OlmoeForCausalLM"], "intermediate_size": width}
 
 
 def glm4_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for GLM-4.5. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for GLM-4.5.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     m.fixed("expert_gating_func", SIGMOID)
     return base(m) | partial(m) | experts(m) | groups(m) | {
         "architectures": ["Glm4MoeForCausalLM"], "use_qk_norm": m.has("self_attn.q_norm.weight"),
@@ -85,7 +99,10 @@ def glm4_moe(m: Metadata) -> dict[str, Any]:
 
 
 def gpt_oss(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for gpt-oss, which has a sliding window in every other layer."""
+    """The keys of config.json, as a dict, for gpt-oss, which has a sliding window in every other layer.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     c = base(m) | experts(m)
     if c["rope_scaling"]:
         c["rope_scaling"]["truncate"] = False  # no key; so are the released models
@@ -97,7 +114,10 @@ def gpt_oss(m: Metadata) -> dict[str, Any]:
 
 
 def dots1(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for dots.llm1. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for dots.llm1.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     m.fixed("expert_gating_func", SIGMOID)
     return base(m) | experts(m) | groups(m) | {"architectures": ["Dots1ForCausalLM"], "sliding_window": None}
@@ -106,7 +126,8 @@ def dots1(m: Metadata) -> dict[str, Any]:
 def ernie4_5_moe(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for ERNIE 4.5 with experts.
 
-    The layers with experts are those with a router's tensor. Raises PortError unless they are one run of layers.
+    The layers with experts are those with a router's tensor. Raises CheckpointError for a missing key, PortError unless
+    these layers are one run.
     """
     whole_heads(m)
     mixed = [i for i in range(m.layers) if m.has("mlp.gate.weight", i)]
@@ -123,21 +144,30 @@ def ernie4_5_moe(m: Metadata) -> dict[str, Any]:
 
 
 def minimax_m2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for MiniMax-M2. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for MiniMax-M2.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     m.fixed("expert_gating_func", SIGMOID)
     c = base(m) | partial(m) | experts(m)
     return c | {"architectures": ["MiniMaxM2ForCausalLM"], "intermediate_size": c["moe_intermediate_size"]}
 
 
 def hunyuan_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Hunyuan-A13B. Its base of rope is stored as scaled by alpha."""
+    """The keys of config.json, as a dict, for Hunyuan-A13B. The file has rope's base already scaled by alpha.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     c = base(m) | experts(m)
     return c | {"architectures": ["HunYuanMoEV1ForCausalLM"], "intermediate_size": c["moe_intermediate_size"]}
 
 
 def afmoe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for AFMoE. llama.cpp multiplies embeddings by sqrt(hidden) always."""
+    """The keys of config.json, as a dict, for AFMoE. llama.cpp multiplies embeddings by sqrt(hidden) always.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     m.fixed("expert_gating_func", SIGMOID)
     return base(m) | experts(m) | {
@@ -153,7 +183,7 @@ def deepseek2(m: Metadata) -> dict[str, Any]:
 
     Heads are attention.key_length_mla wide if the file has this key; attention.key_length is then the latent's width.
     There is no key for mscale: all released models have it equal to mscale_all_dim, of which yarn_log_multiplier is a
-    tenth.
+    tenth. Raises CheckpointError for a missing key, PortError for a value that is not supported.
     """
     rope, rank = m.whole("rope.dimension_count"), m.whole("attention.kv_lora_rank")
     key = m.whole("attention.key_length_mla", m.whole("attention.key_length", 0))
@@ -176,7 +206,8 @@ def deepseek2(m: Metadata) -> dict[str, Any]:
 def indexed(model: str) -> Any:
     """A function from metadata to the config (a dict) of DeepSeek-V3.2 or GLM-5, for the architecture `model`.
 
-    Layers without the tensors of an indexer share that of a layer before.
+    Layers without the tensors of an indexer share that of a layer before. The function raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -193,7 +224,10 @@ def indexed(model: str) -> Any:
 
 
 def exaone_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for K-EXAONE. Layers with full attention have no rope."""
+    """The keys of config.json, as a dict, for K-EXAONE. Layers with full attention have no rope.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     m.fixed("expert_gating_func", SIGMOID)
     c = base(m) | experts(m) | groups(m)
@@ -204,7 +238,10 @@ def exaone_moe(m: Metadata) -> dict[str, Any]:
 
 
 def dbrx(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for DBRX. Raises PortError, CheckpointError."""
+    """The keys of config.json, as a dict, for DBRX.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     c, clip = base(m, norm="layer") | experts(m), m.real("attention.clamp_kqv", 0.0)
     return c | {
@@ -221,7 +258,8 @@ def dbrx(m: Metadata) -> dict[str, Any]:
 def mimo2(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for MiMo-V2-Flash.
 
-    Layers with a router's tensor have experts. Raises PortError unless windowed layers have twice the K/V heads.
+    Layers with a router's tensor have experts. Raises CheckpointError for a missing key, PortError unless windowed
+    layers have twice the K/V heads.
     """
     m.fixed("expert_gating_func", SIGMOID)
     kinds, heads = m.sliding(6), m.kv_heads_by_layer

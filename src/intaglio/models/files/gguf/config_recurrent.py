@@ -11,7 +11,10 @@ from intaglio.models.files.gguf.metadata import Metadata
 
 
 def alone(m: Metadata, model: str) -> dict[str, Any]:
-    """A dict of the config keys of a model without attention, Mamba or Mamba-2. model: the architecture's name."""
+    """A dict of the config keys of a model of Mamba or Mamba-2 blocks alone. model: the architecture's name.
+
+    Raises CheckpointError for a missing key.
+    """
     return {
         "architectures": [model], "llama_names": True, "vocab_size": m.tables.shape("model.embed_tokens.weight")[0],
         "hidden_size": m.hidden, "num_hidden_layers": m.layers, "max_position_embeddings": m.whole("context_length"),
@@ -25,7 +28,8 @@ def alone(m: Metadata, model: str) -> dict[str, Any]:
 def mamba(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Mamba, or for FalconMamba if step, B and C are normed.
 
-    These norms have the epsilon of the others, as in llama.cpp.
+    These norms have the epsilon of the others, as in llama.cpp. Raises CheckpointError for a missing key, PortError for
+    a value that is not supported.
     """
     normed = m.flag("ssm.dt_b_c_rms")
     c = alone(m, "FalconMambaForCausalLM" if normed else "MambaForCausalLM")
@@ -36,7 +40,10 @@ def mamba(m: Metadata) -> dict[str, Any]:
 
 
 def mamba2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Mamba-2. The step has no limits, as in llama.cpp."""
+    """The keys of config.json, as a dict, for Mamba-2. The step has no limits, as in llama.cpp.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     heads = m.whole("ssm.time_step_rank")
     return alone(m, "Mamba2ForCausalLM") | {
         "num_heads": heads, "head_dim": m.whole("ssm.inner_size") // heads, "n_groups": m.whole("ssm.group_count", 1),
@@ -46,7 +53,8 @@ def mamba2(m: Metadata) -> dict[str, Any]:
 def periodic(m: Metadata, found: Sequence[int], what: str) -> tuple[int, int]:
     """(period, offset) of the layers `found`: those whose number modulo the period is the offset.
 
-    what: what these layers have, for the error. Raises PortError if no period gives them.
+    If `found` is empty, the offset is the number of layers. what: what these layers have, for the error. Raises
+    PortError if no period gives them.
     """
     offset = found[0] if found else m.layers
     period = found[1] - offset if len(found) > 1 else m.layers + 1
@@ -58,8 +66,8 @@ def periodic(m: Metadata, found: Sequence[int], what: str) -> tuple[int, int]:
 def jamba(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Jamba.
 
-    Layers with K/V heads have attention, those with a router's tensor experts. Raises PortError if they are not every
-    n-th layer.
+    Layers with K/V heads have attention; layers with a router's tensor have experts. Raises CheckpointError for a
+    missing key, PortError unless each of these are every n-th layer.
     """
     attention = periodic(m, [i for i, n in enumerate(m.kv_heads_by_layer) if n], "attention")
     mixed = [i for i in range(m.layers) if m.has("feed_forward.router.weight", i)]
@@ -78,7 +86,10 @@ def _has(m: Metadata, name: str) -> bool:
 
 
 def ssm(m: Metadata) -> dict[str, Any]:
-    """A dict of the config keys of Mamba-2 blocks beside attention, as Granite 4 and Falcon-H1 name them."""
+    """A dict of the config keys of Mamba-2 blocks beside attention, as Granite 4 and Falcon-H1 name them.
+
+    Raises CheckpointError for a missing key.
+    """
     inner, heads = m.whole("ssm.inner_size"), m.whole("ssm.time_step_rank")
     return {
         "mamba_n_heads": heads, "mamba_d_head": inner // heads, "mamba_n_groups": m.whole("ssm.group_count", 1),
@@ -89,7 +100,10 @@ def ssm(m: Metadata) -> dict[str, Any]:
 
 
 def falcon_h1(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Falcon-H1, whose multipliers the converter put into the weights."""
+    """The keys of config.json, as a dict, for Falcon-H1, whose multipliers the converter put into the weights.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     return base(m) | ssm(m) | {
         "architectures": ["FalconH1ForCausalLM"], "mamba_rms_norm": m.has("mamba.norm.weight"),
@@ -101,7 +115,8 @@ def falcon_h1(m: Metadata) -> dict[str, Any]:
 def granite_hybrid(m: Metadata) -> dict[str, Any]:
     """The keys of config.json, as a dict, for Granite 4.
 
-    Layers with K/V heads have attention. It has rope only if the file has rope.scaling.finetuned.
+    Layers with K/V heads have attention, with rope only if the file has rope.scaling.finetuned. Raises CheckpointError
+    for a missing key, PortError for a value that is not supported.
     """
     whole_heads(m)
     rope = m.flag("rope.scaling.finetuned")
@@ -119,9 +134,10 @@ def granite_hybrid(m: Metadata) -> dict[str, Any]:
 
 
 def nemotron_h(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for Nemotron-H: layers with an inner width have an MLP, with heads attention.
+    """The keys of config.json, as a dict, for Nemotron-H.
 
-    The step has no limits, as in llama.cpp.
+    Layers with an inner width have an MLP, other layers with K/V heads attention, the rest a Mamba-2 block. The step
+    has no limits, as in llama.cpp. Raises CheckpointError for a missing key, PortError if MLPs differ in width.
     """
     widths, heads = m.get("feed_forward_length"), m.whole("ssm.time_step_rank")
     widths = list(map(int, widths if isinstance(widths, list) else [widths] * m.layers))[: m.layers]
@@ -144,7 +160,8 @@ def nemotron_h(m: Metadata) -> dict[str, Any]:
 def delta_nets(model: str) -> Any:
     """A function from metadata to the config (a dict) of Qwen3-Next or Qwen3.5, for the architecture `model`.
 
-    Layers with a rate of decay have a gated delta net, the others attention.
+    Layers with a rate of decay have a gated delta net, the others attention. The function raises CheckpointError for a
+    missing key, PortError for a value that is not supported.
     """
 
     def describe(m: Metadata) -> dict[str, Any]:
@@ -165,7 +182,10 @@ def delta_nets(model: str) -> Any:
 
 
 def lfm2(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for LFM2, whose layers without K/V heads have a convolution instead."""
+    """The keys of config.json, as a dict, for LFM2, whose layers without K/V heads have a convolution instead.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     whole_heads(m)
     c = base(m)
     kinds = ["full_attention" if n else "conv" for n in m.kv_heads_by_layer]
@@ -178,7 +198,10 @@ def lfm2(m: Metadata) -> dict[str, Any]:
 
 
 def lfm2_moe(m: Metadata) -> dict[str, Any]:
-    """The keys of config.json, as a dict, for LFM2 with experts."""
+    """The keys of config.json, as a dict, for LFM2 with experts.
+
+    Raises CheckpointError for a missing key, PortError for a value that is not supported.
+    """
     m.fixed("expert_gating_func", SIGMOID)
     dense = m.whole("leading_dense_block_count", 0)
     return lfm2(m) | experts(m) | {

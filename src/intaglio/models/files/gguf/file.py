@@ -51,7 +51,7 @@ class GgufFile:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` names, or the only one of a folder without safetensors files; None if there is none.
+    """Path of the GGUF model at `path`: that file, or the only one in a folder without safetensors files; None if none.
 
     For a split file, its first part. Raises CheckpointError if a folder holds several models, or a part is missing.
     """
@@ -69,7 +69,7 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """Paths of all parts of the model to which a file belongs, in order.
+    """A list of the paths of all parts of the model to which a file belongs, in order.
 
     Raises CheckpointError naming missing parts.
     """

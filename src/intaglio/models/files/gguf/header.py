@@ -40,9 +40,13 @@ class HeaderError(ValueError):
 
 @dataclass(frozen=True)
 class Tensor:
-    """Name, type and place of a tensor: `shape` with rows first, bytes `start` .. `stop` - 1 of the file.
+    """Name, type and place of a tensor in a GGUF file.
 
-    A tensor of an unknown type has the type's number as its kind, and size 0.
+    Attributes:
+        name: llama.cpp's name.
+        kind: name of the type, such as Q4_K. An unknown type has its number as kind, and size 0.
+        shape: rows first.
+        start, stop: the tensor's bytes are `start` .. `stop` - 1 of the file.
     """
 
     name: str
@@ -92,7 +96,7 @@ class _Cursor:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
-    """({key: metadata value}, list of Tensors in order) of one file. Raises HeaderError."""
+    """({key: metadata value}, list of Tensors in order) of one file. Raises HeaderError if the header is damaged."""
     size = path.stat().st_size
     if size < 24:
         raise HeaderError(f"it has {size} bytes; a header has 24 at least")

@@ -50,7 +50,14 @@ MODEL = {  # keys after the architecture's name
 
 @dataclass(frozen=True)
 class KeyFate:
-    """What became of one metadata key: `used` or ignored, the reason, and a note for the user, or ""."""
+    """What became of one metadata key of a GGUF file.
+
+    Attributes:
+        key: the key.
+        used: True if the key was used, False if it was ignored.
+        why: the reason.
+        note: a message for the user; "" if none is needed.
+    """
 
     key: str
     used: bool

@@ -95,7 +95,7 @@ class Metadata:
     def kv_heads(self) -> int:
         """Number of K/V heads of the layers that have attention; the number of heads if the file has no such key.
 
-        Raises PortError if these layers differ.
+        Raises PortError if these layers differ, or no layer has attention.
         """
         own = self.kv_heads_by_layer
         if len({n for n in own if n}) != 1:
@@ -107,7 +107,7 @@ class Metadata:
 
     @property
     def kv_heads_by_layer(self) -> list[int]:
-        """Number of K/V heads of each layer, 0 in those without attention."""
+        """A list of the number of K/V heads of each layer, 0 in those without attention."""
         value = self.get("attention.head_count_kv", self.heads)
         return list(map(int, value[: self.layers] if isinstance(value, list) else [value] * self.layers))
 

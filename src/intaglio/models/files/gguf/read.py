@@ -74,7 +74,11 @@ def read_gguf(path: Path) -> GgufModel:
 
 
 def use_of(file: GgufFile, name: str) -> str:
-    """What a tensor that becomes no weight is for, by its name in the file: "factors" of rope, "derived" or "ahead"."""
+    """What a tensor that becomes no weight is for. name: its name in the file.
+
+    "factors": frequency factors of rope; "derived": it follows from the metadata; "ahead": it belongs to a layer that
+    only predicts tokens further ahead.
+    """
     if part_of(name) in FACTORS:
         return "factors"
     return "derived" if part_of(name) in DERIVED else "ahead"
@@ -181,7 +185,7 @@ class _Reader:
                 self.tables.add(f"{at}{name.format(e=e)}.{suffix}", own)
 
     def _widths(self, at: str) -> tuple[int, int, int]:
-        """Rows of q, k and v of the layer that `at` names; zeros if the file does not say how wide a head is."""
+        """(rows of q, rows of k, rows of v) of the layer that `at` names; zeros if the width of a head is unknown."""
         meta, layer = self.meta, int(at.split(".")[2])
         key, kv = meta.whole("attention.key_length", 0), meta.kv_heads_by_layer[layer]
         return (meta.heads * key, kv * key, kv * (meta.whole("attention.value_length", 0) or key))

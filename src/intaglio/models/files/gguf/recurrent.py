@@ -47,9 +47,10 @@ def delta_sizes(m: Metadata) -> tuple[int, int, int, int]:
 
 
 def parts_by_head(tables: Tables, names: dict[str, int], heads: int, p: Place) -> None:
-    """Add several matrices whose rows alternate by key head.
+    """Add several matrices that are stored as one, at the Place `p`, with rows that alternate by key head.
 
-    names: {name of a matrix: its rows for one key head}, in the order in which a key head has them.
+    names: {name of a matrix: its rows for one key head}, in the order in which a key head has them. heads: number of
+    key heads.
     """
     each, first = sum(names.values()), 0
     for name, count in names.items():
@@ -58,14 +59,20 @@ def parts_by_head(tables: Tables, names: dict[str, int], heads: int, p: Place) -
 
 
 def beta_and_step(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add in_proj_b and in_proj_a of Qwen3-Next, which files have as one matrix, as transformers does."""
+    """Add in_proj_b and in_proj_a of Qwen3-Next, whose rows a file has in one matrix, grouped by key head.
+
+    Raises CheckpointError if value heads do not divide.
+    """
     keys, heads, _, _ = delta_sizes(m)
     at, each = name.removesuffix("in_proj_ba.weight"), heads // keys
     parts_by_head(tables, {f"{at}in_proj_b.weight": each, f"{at}in_proj_a.weight": each}, keys, p)
 
 
 def queries_to_gate(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add in_proj_qkv and in_proj_z of Qwen3-Next from one matrix, as older files have it, and transformers."""
+    """Add in_proj_qkv and in_proj_z of Qwen3-Next from one matrix with the rows of both.
+
+    transformers and older files have this matrix. Raises CheckpointError if value heads do not divide.
+    """
     keys, heads, key, value = delta_sizes(m)
     at, each = name.removesuffix("in_proj_qkvz.weight"), heads // keys * value
     widths = (key, key, each, each)
@@ -77,10 +84,10 @@ def queries_to_gate(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def tiled(m: Metadata, width: int) -> np.ndarray:
-    """The file's row number of each row of a matrix of Qwen3.5 with `width` rows per value head.
+    """The file's row number (int array) of each row of a matrix of Qwen3.5 with `width` rows per value head.
 
     transformers has the value heads of the first key head first. Files have the first value head of each key head
-    first, then the second of each.
+    first, then the second of each. Raises CheckpointError if value heads do not divide.
     """
     keys, heads, _, _ = delta_sizes(m)
     h = np.arange(heads)
@@ -91,7 +98,8 @@ def tiled(m: Metadata, width: int) -> np.ndarray:
 def by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
     """Add a matrix of Qwen3.5 with rows for each value head, or a vector with a value for each, in transformers' order.
 
-    Rows before those of the value heads, of queries and keys, stay in their places.
+    Rows before those of the value heads, of queries and keys, stay in their places. Raises CheckpointError if value
+    heads do not divide.
     """
     _, heads, _, value = delta_sizes(m)
     count = p.shape[0]
@@ -106,5 +114,8 @@ def by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
 
 
 def columns_by_value_head(tables: Tables, m: Metadata, name: str, p: Place) -> None:
-    """Add out_proj of Qwen3.5, whose columns files have in the order of tiled()."""
+    """Add out_proj of Qwen3.5 with its columns in transformers' order; files have them in the order of tiled().
+
+    Raises CheckpointError if value heads do not divide.
+    """
     tables.add_columns(name, p, np.argsort(tiled(m, delta_sizes(m)[3])))

@@ -39,7 +39,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Place:
-    """Where consecutive rows of a tensor begin in a file, with their GGUF type (`kind`) and shape."""
+    """Where consecutive rows of a tensor are: file, offset of the first byte (`start`), GGUF type (`kind`), shape."""
 
     file: Path
     kind: str
@@ -113,9 +113,9 @@ class Tables:
         self.coded[name] = Coded(format, p.shape, {at: Part()}, decode, whole=head)
 
     def add_joined(self, name: str, places: Sequence[Place], shape: tuple[int, ...], join: Any) -> None:
-        """Add a matrix of plain values that is joined from several tensors.
+        """Add a matrix `name` of plain values, of this shape, that is joined from the tensors at `places`.
 
-        join: function that takes their values as float32 and returns the matrix as float32.
+        join: function that takes their values as a list of float32 arrays and returns the matrix as float32.
         """
         at = [self._blocks(f"{name} {i}", p) for i, p in enumerate(places)]
         formats = {format_of(p) for p in places}
@@ -141,8 +141,8 @@ class Tables:
     def add_columns(self, name: str, p: Place, order: np.ndarray) -> None:
         """Add a matrix whose column order[i] is column i of the tensor at `p`.
 
-        Columns of plain values are put in their places. Quantised ones stay, and a port permutes what they multiply
-        (as for act-order).
+        Columns of plain values are put in their places. Quantised ones stay; instead an int32 tensor (.order) is
+        added with `order`, by which a port permutes what they multiply, as for act-order.
         """
         at = self._blocks(name, p)
         plain, back, own = p.kind in PLAIN, np.argsort(order), name.removesuffix(".weight") + ".order"

@@ -69,9 +69,9 @@ class Splits:
     Attributes:
         patterns: regular expressions applied one after the other; each match becomes a piece.
         digits: "first" or "last": split off every digit before or after the patterns; "": do not.
-        gpt2: apply GPT-2's pattern after all others.
-        nfc: normalise text to Unicode NFC first.
-        whole: a piece that is a token itself is not built by merges (ignore_merges).
+        gpt2: True to apply GPT-2's pattern after all others.
+        nfc: True to normalise text to Unicode NFC first.
+        whole: True if a piece that is a token itself is not built by merges (ignore_merges).
     """
 
     patterns: tuple[str, ...] = ()

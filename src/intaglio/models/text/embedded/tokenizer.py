@@ -53,9 +53,12 @@ class Embedded:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """The tokens of a GGUF file, in order of id, with their kinds and scores.
+    """The vocabulary of a GGUF file.
 
-    get(key, default): tokenizer metadata by llama.cpp's key.
+    Attributes:
+        path: the file.
+        tokens, kinds, scores: text, type (such as CONTROL) and score of each token, by id.
+        get: function get(key, default) to tokenizer metadata by llama.cpp's key without "tokenizer.ggml.".
     """
 
     path: Path
@@ -179,7 +182,10 @@ def _merges(v: _Vocabulary) -> list[tuple[str, str]]:
 
 
 def _gemma4(v: _Vocabulary) -> Tokenizer:
-    """A BPE tokenizer of characters, as SentencePiece's, with the file's own merges."""
+    """A BPE tokenizer of characters, as SentencePiece's, with the file's own merges.
+
+    Raises CheckpointError if the file has no merges.
+    """
     return _sentencepiece(v, _merges(v))
 
 
@@ -268,7 +274,8 @@ def _with_ends(
 ) -> Tokenizer:  # fmt: skip
     """Make the tokenizer add bos in front and eos behind a text, and return it.
 
-    bos, eos: whether to do so by default, if the file does not say; default_bos, default_eos: ids by default.
+    bos, eos: True to add that token if the file does not say. default_bos, default_eos: the id of the token if the file
+    names none; None: no token is added then.
     """
     first = v.id("bos", default_bos) if v.get("add_bos_token", bos) else None
     last = v.id("eos", default_eos) if v.get("add_eos_token", eos) else None

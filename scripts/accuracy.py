@@ -1,0 +1,232 @@
+"""Write docs/accuracy.md: errors of modelled times against measured tables, and what the model leaves out.
+
+    python scripts/accuracy.py TABLES            compute the errors of kernels, and write the page
+    python scripts/accuracy.py TABLES --servers  also serve the loads of TABLES/serving.csv (minutes)
+    python scripts/accuracy.py                   write the page from the figures of earlier runs
+
+TABLES is a folder of `<chip>_<table>.csv` and `engines/<chip>/<engine>_<table>.csv`, as `intaglio validate` reads them.
+The page's text is scripts/accuracy/page.md, its figures are in scripts/accuracy/figures.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from intaglio.chips import target
+from intaglio.codesign import measured
+from intaglio.codesign.engine_tables import validate_engines
+from intaglio.codesign.regime import CAUSES, REGIMES
+from intaglio.codesign.validate import SERVING, Record, as_dict, predict, tables, validate
+from intaglio.codesign.validate import measured as measured_us
+
+ROOT = Path(__file__).parents[1]
+TEXT, DATA, PAGE = (ROOT / p for p in ("scripts/accuracy/page.md", "scripts/accuracy/figures.json", "docs/accuracy.md"))
+MIN_US = 20.0  # of rows that count, except of collectives
+LIMITS = {
+    "attention_decode": (15, 22), "attention_prefill": (15, 22), "collectives": (8, 12), "experts": (15, 22),
+    "matmul": (5, 8), "matmul fp8": (8, 13),
+}  # fmt: skip
+EVERY = 40  # rows of each table, of which sample() takes one
+Figures = dict[str, Any]
+
+
+def kept(r: Record) -> Figures:
+    """A Record for the data file: errors with two decimals, no rows of the table."""
+    out = {k: v for k, v in as_dict(r).items() if k != "worst"}
+    return json.loads(json.dumps(out), parse_float=lambda text: round(float(text), 2))
+
+
+def kernels(folder: Path) -> list[Figures]:
+    """Errors of each chip, table, format and split, with those of its regimes over all rows of the split."""
+    out = []
+    for split in ("fit", "test"):
+        whole = {(r.chip, r.table, r.dtype): r for r in validate(folder, split, 0.0, 0)}
+        longer = {(r.chip, r.table, r.dtype): r for r in validate(folder, split, MIN_US, 0)}
+        for key, r in whole.items():
+            shown = r if r.table == "collectives" else longer[key]
+            out.append(kept(shown) | {"split": split, "regimes": kept(r)["regimes"], "causes": kept(r)["causes"]})
+    return out
+
+
+def sample(folder: Path) -> dict[str, float]:
+    """Median error in per cent of every EVERY-th row of each table; compared with the data file's by a test."""
+    out = {}
+    for (chip, table), rows in tables(folder).items():
+        mine = rows[::EVERY]
+        error = predict(target(chip), table, mine) / measured_us(mine) - 1
+        out[f"{chip} {table}"] = round(float(np.median(np.abs(error))) * 100, 2)
+    return out
+
+
+def servers(file: Path) -> list[Figures]:
+    """Errors of the test half of measured servers, by engine and class of model."""
+    rows = [r for r in measured.rows(file) if r.split == "test"]
+    found = measured.agreements(list(measured.compare_all(rows)))
+    return [
+        {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(a).items() if k != "worst"} for a in found
+    ]
+
+
+def gather(folder: Path, old: Figures, with_servers: bool) -> Figures:
+    """The contents of the data file. old: those of an earlier run; what is not computed anew stays."""
+    engines, left = validate_engines(folder / "engines", MIN_US, 0)
+    out = {**old, "kernels": kernels(folder), "sample": sample(folder), "engines": [kept(r) for r in engines]}
+    out["left"] = left
+    if with_servers:
+        out["servers"] = servers(folder / SERVING)
+    return out
+
+
+def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cells(e: Figures) -> list[str]:
+    """Rows, median, mean and bias of some errors, as text."""
+    median, mean, bias = e["median_abs_error_pct"], e["mean_abs_error_pct"], e["bias_pct"]
+    return [f"{e['rows']:,}", f"{median:.1f}", f"{mean:.1f}", f"{bias:+.1f}"]
+
+
+def kernel_table(found: Sequence[Figures]) -> str:
+    """Errors of the rows that were fitted and of those that were not."""
+    known = {(r["chip"], r["table"], r["dtype"], r["split"]): r for r in found}
+    rows = []
+    for chip, table, dtype in sorted({key[:3] for key in known}):
+        fit, test = (known.get((chip, table, dtype, split)) for split in ("fit", "test"))
+        median, mean = LIMITS.get(f"{table} {dtype}", LIMITS[table])
+        fitted = cells(fit)[:3] if fit else [""] * 3
+        limit = f"{median} / {mean}" if test else "none"
+        rows.append([chip, words(table), dtype, *fitted, *(cells(test) if test else [""] * 4), limit])
+    headers = ["chip", "table", "format", "rows fitted", "median %", "mean %", "rows tested", "median %", "mean %"]
+    return markdown([*headers, "bias %", "limit of median / mean %"], rows)
+
+
+def words(table: str) -> str:
+    """The name of a table with spaces."""
+    return table.replace("_", " ")
+
+
+def judged(found: Sequence[Figures]) -> list[Figures]:
+    """The figures of the test split of each chip, or those of `fit` of a chip that has no other."""
+    tested = {r["chip"] for r in found if r["split"] == "test"}
+    mine = [r for r in found if r["split"] == "test" or r["chip"] not in tested]
+    return sorted(mine, key=lambda r: (r["chip"], r["table"], r["dtype"]))
+
+
+def regime_table(found: Sequence[Figures]) -> str:
+    """Median errors by regime."""
+    rows = []
+    for r in judged(found):
+        mine = [r["regimes"].get(name) for name in REGIMES]
+        shown = [f"{e['median_abs_error_pct']:.1f} ({e['rows']:,})" if e else "" for e in mine]
+        rows.append([r["chip"], words(r["table"]), r["dtype"], *shown])
+    return markdown(["chip", "table", "format", *REGIMES], rows)
+
+
+def cause_table(found: Sequence[Figures]) -> str:
+    """Number of rows with large errors by cause, for each chip."""
+    rows = judged(found)
+    chips = sorted({r["chip"] for r in rows})
+    total = {chip: Counter[str]() for chip in chips}
+    for r in rows:
+        total[r["chip"]].update(r["causes"])
+    body = [[why, *(f"{total[chip][name]:,}" for chip in chips)] for name, why in CAUSES.items()]
+    return markdown(["cause", *chips], body)
+
+
+def engine_table(found: Sequence[Figures]) -> str:
+    """Errors of serving engines' kernels by name, with the medians of their regimes."""
+    rows = []
+    for r in sorted(found, key=lambda r: (r["chip"], r["table"], r["dtype"])):
+        table, _, kernel = r["table"].partition(" ")
+        engine, _, table = table.partition("_")
+        regimes = ", ".join(
+            f"{name} {r['regimes'][name]['median_abs_error_pct']:.0f} ({r['regimes'][name]['rows']})"
+            for name in REGIMES if name in r["regimes"]
+        )  # fmt: skip
+        rows.append([r["chip"], engine, words(table), kernel, r["dtype"], *cells(r), regimes])
+    headers = ["chip", "engine", "table", "kernel", "format", "rows", "median %", "mean %", "bias %"]
+    return markdown([*headers, "median % (rows) by regime"], rows)
+
+
+def server_table(found: Sequence[Figures]) -> str:
+    """Errors of measured servers."""
+    names = ("tpot", "ttft"), ("tpot_bias", "ttft_bias")
+    rows = [
+        [r["engine"], r["group"], f"{r['rows']:,}", *(f"{100 * r[n]:.1f}" for n in names[0]),
+         *(f"{100 * r[n]:+.1f}" for n in names[1])]
+        for r in found
+    ]  # fmt: skip
+    return markdown(["engine", "models", "rows", "TPOT %", "TTFT %", "TPOT bias %", "TTFT bias %"], rows)
+
+
+def agreement_table(found: dict[str, dict[str, list[float]]]) -> str:
+    """For each kernel the medians and maxima over all chips of abs(ratio - 1), see scripts/agreement.py."""
+    rows = []
+    for kind, chips in found.items():
+        median = max(chips, key=lambda c: chips[c][1])
+        worst = max(chips, key=lambda c: chips[c][2])
+        calls = [f"{count:.0f}" for count in sorted(count for count, *_ in chips.values())]
+        rows.append(
+            [kind, f"{len(chips)}", " to ".join(dict.fromkeys((calls[0], calls[-1]))),
+             f"{np.median([c[1] for c in chips.values()]):.1%}", f"{chips[median][1]:.1%} ({median})",
+             f"{chips[worst][2]:.0%} ({worst})"]
+        )  # fmt: skip
+    headers = ["kernel", "chips", "calls of each", "median of the chips' medians", "largest median", "worst call"]
+    return markdown(headers, rows)
+
+
+def page(figures: Figures) -> str:
+    """The text of docs/accuracy.md."""
+    parts = {
+        "kernels": kernel_table(figures["kernels"]), "regimes": regime_table(figures["kernels"]),
+        "causes": cause_table(figures["kernels"]), "engines": engine_table(figures["engines"]),
+        "left": "\n".join(f"- {line}" for line in left_out(figures["left"])),
+        "servers": server_table(figures["servers"]), "agreement": agreement_table(figures["agreement"]),
+    }  # fmt: skip
+    text = TEXT.read_text()
+    for name, value in parts.items():
+        assert f"{{{{{name}}}}}" in text, f"{TEXT} has no {{{{{name}}}}}"
+        text = text.replace(f"{{{{{name}}}}}", value)
+    return text
+
+
+def left_out(lines: Sequence[str]) -> list[str]:
+    """Remarks of validate_engines() without repetition: one line for each table that no closed form expresses."""
+    whole, rest = dict[str, list[str]](), list[str]()
+    for line in lines:
+        name, _, why = line.partition(": ")
+        chip, _, stem = name.partition(" ")
+        engine, _, table = stem.partition("_")
+        if why.startswith("this table"):
+            whole.setdefault(f"`{table}`", []).append(f"{engine} on {chip}")
+        else:
+            rest.append(f"{chip} {engine} `{table}`: {why}")
+    return [f"{table}: {', '.join(where)}" for table, where in sorted(whole.items())] + rest
+
+
+def main() -> None:
+    """Write the page and, if a folder is given, its figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("tables", nargs="?", type=Path, help="folder of measured tables")
+    parser.add_argument("--servers", action="store_true", help="also serve the loads of TABLES/serving.csv")
+    asked = parser.parse_args()
+    figures: Figures = json.loads(DATA.read_text()) if DATA.exists() else {}
+    if asked.tables:
+        figures = gather(asked.tables, figures, asked.servers)
+        DATA.write_text(json.dumps(figures, indent=1) + "\n")
+    PAGE.write_text(page(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""TcpAddress: an address and the token with which both ends of a connection prove who they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from intaglio.devices.processes.connections import check_token
+
+SCHEME = "tcp://"
+
+
+@dataclass(frozen=True)
+class TcpAddress:
+    """Where something listens over TCP, and the token that both ends know. port 0: any free one.
+
+    Raises ValueError for a token of less than 16 bytes.
+    """
+
+    host: str
+    port: int
+    token: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        check_token(self.token)
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str, token: str) -> TcpAddress:
+        """The TcpAddress of a text such as tcp://10.0.0.5:8001. Raises ValueError for another text or a short token."""
+        host, colon, port = text.removeprefix(SCHEME).rpartition(":")
+        if not (text.startswith(SCHEME) and colon and host and port.isdecimal() and int(port) < 1 << 16):
+            raise ValueError(f"{text!r} is no address; write tcp://HOST:PORT, such as tcp://10.0.0.5:8001")
+        return cls(host.removeprefix("[").removesuffix("]"), int(port), token.encode())

@@ -1,0 +1,187 @@
+"""BlockServer: gives K/V blocks to other replicas over TCP. BlockClient: asks such a server for blocks.
+
+Both ends prove that they know a token (see devices/processes/connections.py). What travels afterwards is neither
+encrypted nor signed: use a network of your own, or a tunnel. All numbers are big-endian:
+
+    request    the number of blocks (4 bytes), at most NAMES_MAX, and the name of each (32 bytes)
+    answer     for each block in order: the number of its bytes (8 bytes) and its bytes, as in its file; 0 for a block
+               that is not here, after which nothing follows
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from intaglio.devices.processes.address import TcpAddress
+from intaglio.devices.processes.connections import accepted, introduce, listen, meet, receive, stop_accepting
+
+COUNT, SIZE = struct.Struct("!I"), struct.Struct("!Q")
+NAME_BYTES = 32
+NAMES_MAX = 4096  # blocks of one request
+TRANSFER_TIMEOUT = 10.0  # seconds in which the rest of a request must come, and a block be received
+CONNECTIONS_MAX = 256  # one more ends the oldest that has not proved that it knows the token, or is refused
+
+
+class BlockServer:
+    """Listens at an address, and gives blocks to who knows its token. Each connection has a thread.
+
+    Args:
+        address: where to listen, and the token. Port 0: any free one.
+        get: function that returns the bytes of a block by its name, None if it is not here.
+        refused: called with the reason for each connection that is refused or ended.
+
+    Raises OSError that names the address if it cannot be bound.
+    """
+
+    def __init__(self, address: TcpAddress, get: Callable[[str], bytes | None], refused: Callable[[str], None]) -> None:
+        try:
+            self.listener = listen(address.host, address.port)
+        except OSError as e:
+            raise OSError(f"{address} cannot be bound: {e.strerror or e}; choose another address") from None
+        self.address = TcpAddress(address.host, self.listener.getsockname()[1], address.token)
+        self.get, self.refused = get, refused
+        self._connections: dict[socket.socket, bool] = {}  # True: it has proved that it knows the token
+        self._lock = threading.Lock()
+        threading.Thread(target=self._accept, name="intaglio-kv-server", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening and end all connections."""
+        stop_accepting(self.listener)
+        with self._lock:
+            connections, self._connections = list(self._connections), {}
+        for s in connections:
+            _end(s)
+
+    def _accept(self) -> None:
+        for s, where in accepted(self.listener):
+            if self._take(s):
+                threading.Thread(target=self._serve, args=(s, where), name="intaglio-kv-peer", daemon=True).start()
+            else:
+                self.refused(f"a connection from {where} is refused: there are {CONNECTIONS_MAX} already")
+                s.close()
+
+    def _take(self, s: socket.socket) -> bool:
+        """Note a new connection. Returns True; False if there are too many that know the token."""
+        with self._lock:
+            if len(self._connections) >= CONNECTIONS_MAX:
+                oldest = next((other for other, known in self._connections.items() if not known), None)
+                if oldest is None:
+                    return False
+                del self._connections[oldest]
+                _end(oldest)
+            self._connections[s] = False
+        return True
+
+    def _serve(self, s: socket.socket, where: str) -> None:
+        try:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a peer that has vanished keeps no thread for ever
+            meet(s, where, self.address.token, lambda _: None)
+            with self._lock:
+                if s not in self._connections:
+                    return
+                self._connections[s] = True
+            while names := _request(s, where):
+                self._answer(s, names)
+        except _Wrong as e:
+            self.refused(f"a connection from {where} is ended: {e}")
+        except OSError as e:
+            if not self._connections.get(s):
+                self.refused(f"a connection from {where} is refused: {e}")
+        finally:
+            with self._lock:
+                self._connections.pop(s, None)
+            s.close()
+
+    def _answer(self, s: socket.socket, names: Sequence[str]) -> None:
+        for name in names:
+            block = self.get(name)
+            s.sendall(SIZE.pack(len(block or b"")))
+            if not block:
+                return
+            s.sendall(block)
+
+
+class _Wrong(Exception):
+    """Raised for a request that no BlockClient sends."""
+
+
+def _request(s: socket.socket, where: str) -> list[str]:
+    """A list of the names of the next request; [] if the peer has closed the connection.
+
+    Raises _Wrong for a request of no blocks or too many, OSError if the connection fails.
+    """
+    s.settimeout(None)
+    first = s.recv(COUNT.size)
+    if not first:
+        return []
+    s.settimeout(TRANSFER_TIMEOUT)
+    [count] = COUNT.unpack(first + receive(s, COUNT.size - len(first)))
+    if not 0 < count <= NAMES_MAX:
+        raise _Wrong(f"it asks for {count} blocks at once; allowed: 1 to {NAMES_MAX}")
+    names = receive(s, count * NAME_BYTES)
+    return [names[at : at + NAME_BYTES].hex() for at in range(0, len(names), NAME_BYTES)]
+
+
+class BlockClient:
+    """An authenticated connection to a BlockServer. Raises OSError if it cannot be made or is refused.
+
+    seconds: longest time without a byte of an answer.
+    """
+
+    def __init__(self, address: TcpAddress, seconds: float) -> None:
+        self.address = address
+        self.socket, _ = introduce((address.host, address.port), address.token, 0, 0, 0)
+        self.socket.settimeout(seconds)
+
+    @property
+    def alive(self) -> bool:
+        """True unless the server has closed the connection. Only for a connection on which no answer is due."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return not poll.poll(0)
+
+    def ask(self, names: Sequence[str]) -> None:
+        """Ask for blocks, at most NAMES_MAX; answers() gives them. Raises OSError if the connection fails."""
+        self.socket.sendall(COUNT.pack(len(names)) + b"".join(map(bytes.fromhex, names)))
+
+    def answers(self, sizes: Sequence[int]) -> Iterator[tuple[np.ndarray, int]]:
+        """Yield (bytes, uint8 [size], and their number) of each block asked for, until one is not there.
+
+        sizes: bytes that each block must have. Of a block that has more or fewer, nothing is received: the pair is then
+        (uint8 [0], the number announced), and the connection cannot be used any more. Raises OSError if the
+        connection fails.
+        """
+        for wanted in sizes:
+            [size] = SIZE.unpack(self._receive(SIZE.size).tobytes())
+            if not size:
+                return
+            yield self._receive(wanted if size == wanted else 0), size
+
+    def abort(self) -> None:
+        """End the connection, from any thread: who waits for an answer gets an OSError, and closes it."""
+        _end(self.socket)
+
+    def close(self) -> None:
+        """End the connection."""
+        self.socket.close()
+
+    def _receive(self, size: int) -> np.ndarray:
+        held, at = np.empty(size, np.uint8), 0
+        while at < size:
+            if not (got := self.socket.recv_into(held[at:].data)):
+                raise ConnectionResetError(f"{self.address} has closed the connection")
+            at += got
+        return held
+
+
+def _end(s: socket.socket) -> None:
+    """End a connection that another thread may be using, which then closes it."""
+    with suppress(OSError):
+        s.shutdown(socket.SHUT_RDWR)

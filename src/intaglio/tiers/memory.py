@@ -1,0 +1,135 @@
+"""BlockMemory: K/V blocks in this process's memory, with a budget in bytes, LRU eviction and leases."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from intaglio.runtime import BlockKey, BlockScope
+from intaglio.tiers.block_file import check_block
+from intaglio.tiers.directory import ROOM, NoRoom
+from intaglio.tiers.leases import check_seconds
+
+
+class MemoryLeases:
+    """Leases on blocks, in this process's memory; otherwise like Leases."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[float, frozenset[str]]] = {}  # by lease: its end, and the names of its blocks
+        self._lock = threading.Lock()
+
+    def take(self, names: Sequence[str], seconds: float) -> str:
+        """Pin the blocks of these names for `seconds`. Returns the lease's id, 32 hexadecimal digits.
+
+        Raises ValueError unless 0 < seconds <= LONGEST.
+        """
+        check_seconds(seconds)
+        lease = secrets.token_hex(16)
+        with self._lock:
+            self._held[lease] = time.monotonic() + seconds, frozenset(names)
+        return lease
+
+    def renew(self, lease: str, seconds: float) -> bool:
+        """Let a lease end in `seconds` from now. Returns True; False, renewing nothing, if it has run out already.
+
+        Raises ValueError unless 0 < seconds <= LONGEST.
+        """
+        check_seconds(seconds)
+        with self._lock:
+            ends, names = self._held.get(lease, (0.0, frozenset[str]()))
+            if ends <= time.monotonic():
+                return False
+            self._held[lease] = time.monotonic() + seconds, names
+        return True
+
+    def release(self, lease: str) -> None:
+        """End a lease now, if it has not ended."""
+        with self._lock:
+            self._held.pop(lease, None)
+
+    def names(self, lease: str) -> frozenset[str] | None:
+        """A frozenset of the names of blocks that a lease pins; None if it has run out or never was."""
+        with self._lock:
+            ends, names = self._held.get(lease, (0.0, None))
+        return names if ends > time.monotonic() else None
+
+    def pinned(self) -> set[str]:
+        """A set of the names of all pinned blocks. Forgets the leases that have run out."""
+        with self._lock:
+            now = time.monotonic()
+            self._held = {lease: held for lease, held in self._held.items() if held[0] > now}
+            return set[str]().union(*(names for _, names in self._held.values()))
+
+
+class BlockMemory:
+    """K/V blocks in memory, each with the bytes of its file. Any thread may use it.
+
+    budget: bytes of all blocks together. A block that a lease in `leases` pins is not evicted.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.leases, self.where = budget, MemoryLeases(), "the memory of this server"
+        self.held: int | None = 0
+        self._blocks: OrderedDict[str, bytes] = OrderedDict()  # the least recently used first
+        self._lock = threading.Lock()
+
+    def has(self, name: str) -> bool:
+        """True if the block is here."""
+        return name in self._blocks
+
+    def get(self, name: str) -> bytes | None:
+        """The bytes of a block's file; None if it is not here."""
+        with self._lock:
+            return self._blocks.get(name)
+
+    def read(self, scope: BlockScope, key: BlockKey, block_bytes: int) -> np.ndarray:
+        """The contents of a block, uint8 [block_bytes].
+
+        Raises FileNotFoundError if it is not here, BlockFileError if it is another block or damaged.
+        """
+        if (block := self.get(key.name)) is None:
+            raise FileNotFoundError(f"{key.name} is not in {self.where}")
+        held = np.frombuffer(block, np.uint8)
+        return check_block(held, len(held), self.where, scope, key, block_bytes)
+
+    def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
+        """Keep a block's bytes. Returns the number of blocks deleted for it: the least recently used, and none pinned.
+
+        Raises NoRoom if pinned blocks leave no room for it within the budget; it is not kept then.
+        """
+        block = b"".join(parts)
+        with self._lock:
+            held, deleted = self._forget(name) + len(block), 0
+            if held > self.budget:
+                pinned = self.leases.pinned()
+                for other in [other for other in self._blocks if other not in pinned]:
+                    if held <= self.budget - self.budget // ROOM:
+                        break
+                    held -= len(self._blocks.pop(other))
+                    deleted += 1
+            if held > self.budget:
+                self.held = held - len(block)
+                raise NoRoom(f"{len(block)} bytes do not fit into {self.budget}, of which others have {self.held}")
+            self._blocks[name], self.held = block, held
+        return deleted
+
+    def remove(self, name: str) -> None:
+        """Delete a block, if it is here."""
+        with self._lock:
+            self.held = self._forget(name)
+
+    def touch(self, names: Sequence[str]) -> None:
+        """Note that blocks are in use now. names: the blocks, each the parent of the next; a child is deleted first."""
+        with self._lock:
+            for name in reversed(names):
+                if name in self._blocks:
+                    self._blocks.move_to_end(name)
+
+    def _forget(self, name: str) -> int:
+        """Delete a block, if it is here. Returns the bytes of the others."""
+        return (self.held or 0) - len(self._blocks.pop(name, b""))

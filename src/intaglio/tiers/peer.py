@@ -1,0 +1,181 @@
+"""PeerTier: keeps K/V blocks in memory, gives them to other replicas over TCP, and fetches theirs.
+
+So prefill and decode replicas on several hosts hand blocks over without a folder that they share. Which replica has a
+block is announced with the request that needs it; a block that does not come is computed.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
+
+import numpy as np
+
+from intaglio.devices.processes.address import TcpAddress
+from intaglio.runtime import BlockKey, BlockScope
+from intaglio.tiers.block_file import BlockFileError, check_block, file_size
+from intaglio.tiers.block_server import NAMES_MAX, BlockClient, BlockServer
+from intaglio.tiers.memory import BlockMemory
+from intaglio.tiers.store import StoreLoad, StoreTier
+
+TOKEN_VARIABLE = "INTAGLIO_KV_TOKEN"  # environment variable with the token of --kv-peer tcp://HOST:PORT
+READERS = 4  # loads at a time: one from a peer that does not answer must not hold up the others
+SILENCE = 2.0  # seconds without a byte from a peer, after which its blocks are given up
+ANNOUNCED_MAX = 1 << 16  # blocks of others that are remembered; the oldest are forgotten
+IDLE_MAX = 64  # connections to peers that are kept open
+
+
+class PeerLoad(StoreLoad):
+    """A load in progress, of blocks here and at peers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.client: BlockClient | None = None  # that a thread waits for
+
+    def cancel(self) -> None:
+        """Stop the load, also one that waits for a peer."""
+        super().cancel()
+        if self.client:
+            self.client.abort()
+
+
+class PeerTier(StoreTier):
+    """A Connector that keeps blocks in memory, and fetches announced blocks from the peers that have them.
+
+    Args:
+        address: where this tier gives its blocks to peers, and the token that all peers know.
+        budget: bytes of the blocks in memory.
+        scope: BlockScope of the engine's blocks; blocks of another scope are never given.
+        report: called with a message for the operator, once for each kind; by default it issues a warning.
+
+    Raises OSError that names the address if it cannot be bound.
+    """
+
+    def __init__(
+        self, address: TcpAddress, budget: int, scope: BlockScope, report: Callable[[str], None] = warnings.warn
+    ) -> None:
+        self.memory = BlockMemory(budget)
+        super().__init__(self.memory, scope, report, READERS)
+        self.server = BlockServer(address, self.memory.get, lambda why: self.say("peer", f"K/V blocks: {why}"))
+        self._announced: OrderedDict[str, TcpAddress] = OrderedDict()  # by block: who has it
+        self._idle: dict[TcpAddress, BlockClient] = {}  # connections that are kept, the longest unused first
+        self._peers = threading.Lock()  # of the two above
+
+    @property
+    def address(self) -> TcpAddress:
+        """The TcpAddress at which this tier gives its blocks to peers."""
+        return self.server.address
+
+    def announce(self, names: Iterable[str], address: TcpAddress) -> None:
+        """Note that the peer at this address has these blocks. Blocks that are here are not fetched."""
+        with self._peers:
+            for name in names:
+                self._announced[name] = address
+                self._announced.move_to_end(name)
+            while len(self._announced) > ANNOUNCED_MAX:
+                self._announced.popitem(last=False)
+
+    def lookup(self, names: Sequence[str]) -> int:
+        """Number of leading blocks that are here or announced. names: the blocks, each the parent of the next."""
+        here = (at for at, name in enumerate(names) if name not in self._announced and not self.store.has(name))
+        return next(here, len(names))
+
+    def load(self, keys: Sequence[BlockKey], block_bytes: int) -> PeerLoad:
+        """Begin to read or fetch blocks of `block_bytes` bytes each, and return the PeerLoad.
+
+        After close() nothing is read: the PeerLoad has ended already.
+        """
+        return self._begin(PeerLoad(), keys, block_bytes)
+
+    def close(self) -> None:
+        """End the connections and the threads. The engine must not be in a step."""
+        self.server.close()
+        super().close()
+        for client in self._idle.values():
+            client.close()
+
+    def _contents(self, load: StoreLoad, keys: Sequence[BlockKey], block_bytes: int) -> Iterator[np.ndarray]:
+        assert isinstance(load, PeerLoad)
+        while keys:
+            part = keys[: self.stored([key.name for key in keys])]
+            source = super()._contents(load, part, block_bytes)
+            if not part:
+                if (address := self._announced.get(keys[0].name)) is None:
+                    return
+                part = self._announced_by(address, keys[:NAMES_MAX])
+                source = self._fetched(load, address, part, block_bytes)
+            got = 0
+            for content in source:
+                got += 1
+                yield content
+            if got < len(part):
+                return
+            keys = keys[got:]
+
+    def _announced_by(self, address: TcpAddress, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        """A list of the leading keys whose blocks the peer at this address has announced."""
+        return list(takewhile(lambda key: self._announced.get(key.name) == address, keys))
+
+    def _fetched(
+        self, load: PeerLoad, address: TcpAddress, keys: Sequence[BlockKey], block_bytes: int
+    ) -> Iterator[np.ndarray]:
+        """Yield the contents of blocks that a peer has, up to the first that does not come or fails a check."""
+        names, sizes = [key.name for key in keys], [file_size(self.scope, key, block_bytes) for key in keys]
+        client, got = None, 0
+        try:
+            client = load.client = self._connected(address)
+            if load.cancelled.is_set():  # before it could be aborted
+                return
+            client.ask(names)
+            for held, size in client.answers(sizes):
+                content = check_block(held, size, str(address), self.scope, keys[got], block_bytes)
+                got += 1
+                yield content
+            self._forget(names[got:])  # which it has not, or not any more
+            self._keep(client)
+            client = None
+        except BlockFileError as e:
+            self._forget(names[got : got + 1])
+            self.damaged(e)
+        except OSError as e:
+            if load.cancelled.is_set():
+                return
+            with self._peers:
+                gone = [name for name, peer in self._announced.items() if peer == address]
+            self._forget(gone)  # other loads must not wait for it too
+            with self.lock:
+                self.counts.errors += 1
+            self.say("fetch", f"K/V blocks cannot be fetched from {address} and are computed: {e or type(e).__name__}")
+        finally:
+            load.client = None
+            if client:
+                client.close()
+
+    def _forget(self, names: Iterable[str]) -> None:
+        """Forget who has these blocks."""
+        with self._peers:
+            for name in names:
+                self._announced.pop(name, None)
+
+    def _connected(self, address: TcpAddress) -> BlockClient:
+        """A connection to a peer, kept or new. Raises OSError if the peer cannot be reached or refuses it."""
+        with self._peers:
+            client = self._idle.pop(address, None)
+        if client and client.alive:
+            return client
+        if client:
+            client.close()
+        return BlockClient(address, SILENCE)
+
+    def _keep(self, client: BlockClient) -> None:
+        """Keep a connection open for the next load, and close one that is kept in place of it."""
+        with self._peers:
+            surplus = [self._idle.pop(client.address)] if client.address in self._idle else []
+            self._idle[client.address] = client
+            if len(self._idle) > IDLE_MAX:
+                surplus.append(self._idle.pop(next(iter(self._idle))))
+        for other in surplus:
+            other.close()

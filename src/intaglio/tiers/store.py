@@ -1,0 +1,290 @@
+"""StoreTier: a Connector that keeps K/V blocks in a BlockStore, read by some threads and written by another."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from intaglio.runtime import BlockKey, BlockScope, TierCounts
+from intaglio.tiers.block_file import BlockFileError, file_bytes
+from intaglio.tiers.directory import NoRoom
+
+QUEUE_BYTES = 256 << 20  # of blocks that wait to be written; more are not saved
+RETRY = 30.0  # seconds without writing after the system refused to write
+
+
+class StoreLoad:
+    """A load in progress: K/V blocks that a thread reads."""
+
+    def __init__(self) -> None:
+        self.ended, self.cancelled, self.contents = threading.Event(), threading.Event(), list[np.ndarray]()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to `seconds` for the load to end. Returns True if it has ended."""
+        return self.ended.wait(seconds)
+
+    def blocks(self) -> list[np.ndarray]:
+        """The contents of the blocks read so far, in order, as a list of uint8 [block_bytes].
+
+        The list ends before the first block that is missing or failed a check.
+        """
+        return self.contents
+
+    def cancel(self) -> None:
+        """Stop the load: no further block is read."""
+        self.cancelled.set()
+
+
+L = TypeVar("L", bound=StoreLoad)
+
+
+class BlockLeases(Protocol):
+    """Interface of leases, which pin blocks until a time (see Leases)."""
+
+    def take(self, names: Sequence[str], seconds: float) -> str:
+        """Pin the blocks of these names for `seconds`. Returns the lease's id.
+
+        Raises ValueError unless 0 < seconds <= leases.LONGEST, OSError if nothing can be pinned.
+        """
+
+    def renew(self, lease: str, seconds: float) -> bool:
+        """Let a lease end in `seconds` from now. Returns True; False if it has run out already.
+
+        Raises ValueError unless 0 < seconds <= leases.LONGEST, TimeoutError if others lock the leases for too long.
+        """
+
+    def release(self, lease: str) -> None:
+        """End a lease now, if it has not ended."""
+
+    def names(self, lease: str) -> frozenset[str] | None:
+        """A frozenset of the names of blocks that a lease pins; None if it has run out or never was."""
+
+
+class BlockStore(Protocol):
+    """Interface of what keeps the blocks of a tier, each in the form of its file (see block_file.py).
+
+    where: what the store is called in messages. held: bytes of all blocks, as far as known; None: not known yet.
+    """
+
+    where: str
+    held: int | None
+
+    @property
+    def leases(self) -> BlockLeases:
+        """The leases, by which blocks are pinned."""
+
+    def has(self, name: str) -> bool:
+        """True if the block is here. Its contents are not checked."""
+
+    def read(self, scope: BlockScope, key: BlockKey, block_bytes: int) -> np.ndarray:
+        """The contents of a block, uint8 [block_bytes].
+
+        Raises FileNotFoundError if it is not here, BlockFileError if it is another block or damaged, OSError if it
+        cannot be read.
+        """
+
+    def write(self, name: str, parts: Sequence[bytes | memoryview]) -> int:
+        """Keep a block's bytes. Returns the number of blocks deleted for it.
+
+        Raises OSError if it cannot be written, NoRoom if pinned blocks leave no room for it; it is not kept then.
+        """
+
+    def remove(self, name: str) -> None:
+        """Delete a block, if it is here and may be deleted."""
+
+    def touch(self, names: Sequence[str]) -> None:
+        """Note that blocks are in use now. names: the blocks, each the parent of the next."""
+
+
+class StoreTier:
+    """A Connector that keeps blocks in a BlockStore, read by some threads and written by one more.
+
+    Errors, and blocks that fail a check, are counted, and the first of each kind is reported. A block that fails a
+    check is deleted.
+
+    Args:
+        store: keeps the blocks.
+        scope: BlockScope of the engine's blocks; blocks of another scope are never given.
+        report: called with a message for the operator, once for each kind.
+        readers: number of threads that read.
+    """
+
+    def __init__(self, store: BlockStore, scope: BlockScope, report: Callable[[str], None], readers: int = 1) -> None:
+        self.store, self.scope, self.report, self.counts = store, scope, report, TierCounts()
+        self.reader = ThreadPoolExecutor(readers, "intaglio-kv-reader")
+        self.writer = ThreadPoolExecutor(1, "intaglio-kv-writer")
+        self.queued = 0  # bytes
+        self.closed = False
+        self.writes_from = 0.0  # time.monotonic() before which nothing is written
+        self.said, self.lock = set[str](), threading.Lock()
+
+    def lookup(self, names: Sequence[str]) -> int:
+        """Number of leading blocks that can probably be loaded. names: the blocks, each the parent of the next."""
+        return self.stored(names)
+
+    def stored(self, names: Sequence[str]) -> int:
+        """Number of leading blocks that the store has. names: the blocks, each the parent of the next."""
+        return next((at for at, name in enumerate(names) if not self.store.has(name)), len(names))
+
+    def load(self, keys: Sequence[BlockKey], block_bytes: int) -> StoreLoad:
+        """Begin to read blocks of `block_bytes` bytes each, and return the StoreLoad.
+
+        After close() nothing is read: the StoreLoad has ended already.
+        """
+        return self._begin(StoreLoad(), keys, block_bytes)
+
+    def _begin(self, load: L, keys: Sequence[BlockKey], block_bytes: int) -> L:
+        with self.lock:  # close() may be called in another thread
+            if self.closed:
+                load.ended.set()
+            else:
+                self.reader.submit(self._read, load, list(keys), block_bytes)
+        return load
+
+    def save(self, key: BlockKey, content: np.ndarray) -> None:
+        """Queue a block to be written later. It is dropped if too many bytes wait, or if the tier is closed.
+
+        It is also dropped during RETRY seconds after a write has failed.
+        """
+        with self.lock:
+            if self.closed or self.queued + content.nbytes > QUEUE_BYTES or time.monotonic() < self.writes_from:
+                self.counts.dropped += 1
+                return
+            self.queued += content.nbytes
+            self.writer.submit(self._write, key, content)
+
+    def touch(self, names: Sequence[str]) -> None:
+        """Note that blocks are in use, so that other blocks are deleted first. names: each the parent of the next."""
+        with self.lock:
+            if not self.closed:
+                self.writer.submit(self.store.touch, list(names))
+
+    def pin(self, names: Sequence[str], seconds: float) -> str:
+        """Pin blocks, saved or still to be saved, for `seconds`. Returns the lease's id; "" if nothing could be pinned.
+
+        Until the lease ends they are not evicted. It ends by itself unless it is renewed. Raises ValueError unless
+        0 < seconds <= leases.LONGEST.
+        """
+        try:
+            return self.store.leases.take(names, seconds)
+        except OSError as e:
+            self.counts.errors += 1
+            self.say("pin", f"K/V blocks in {self.store.where} cannot be pinned: {e.strerror}")
+            return ""
+
+    def renew(self, lease: str, seconds: float) -> bool:
+        """Let a lease end in `seconds` from now. Returns True; False if it has run out already, which is counted.
+
+        Raises TimeoutError, counted as an error, if others lock the leases for too long; the lease then goes on as
+        before. Raises ValueError unless 0 < seconds <= leases.LONGEST.
+        """
+        try:
+            renewed = self.store.leases.renew(lease, seconds)
+        except TimeoutError as e:
+            self.counts.errors += 1
+            self.say("renew", f"leases on K/V blocks in {self.store.where} are not renewed: {e.strerror}")
+            raise
+        self.counts.expired += not renewed
+        return renewed
+
+    def release(self, lease: str) -> None:
+        """End a lease: its blocks may be evicted from now on."""
+        self.store.leases.release(lease)
+
+    def handed(self, lease: str, names: Sequence[str]) -> int:
+        """Number of blocks, from the first of `names` on, that the store has and that are pinned by a lease.
+
+        names: the blocks, each the parent of the next. Returns 0 for a lease that has run out, and counts it as
+        expired.
+        """
+        pinned = self.store.leases.names(lease)
+        if pinned is None:
+            self.counts.expired += 1
+            return 0
+        there = self.stored(names)
+        return next((at for at, name in enumerate(names[:there]) if name not in pinned), there)
+
+    def say(self, kind: str, what: str) -> None:
+        """Report the message `what`, if it is the first of its `kind`."""
+        with self.lock:
+            if kind in self.said:
+                return
+            self.said.add(kind)
+        self.report(what)
+
+    def damaged(self, error: BlockFileError) -> None:
+        """Count a block that failed a check, and report the first."""
+        self.counts.corrupt += 1
+        self.say("corrupt", f"a K/V block cannot be used and is computed: {error}; further ones are only counted")
+
+    def flush(self) -> None:
+        """Wait until all blocks handed over so far are written."""
+        with self.lock:
+            written = None if self.closed else self.writer.submit(lambda: None)
+        if written:
+            written.result()
+
+    def close(self) -> None:
+        """Write the blocks that wait to be written, and end the threads. The engine must not be in a step."""
+        with self.lock:
+            self.closed = True
+        self.reader.shutdown()
+        self.writer.shutdown()
+
+    def _read(self, load: StoreLoad, keys: list[BlockKey], block_bytes: int) -> None:
+        try:
+            for content in self._contents(load, keys, block_bytes):
+                load.contents.append(content)
+        finally:
+            load.ended.set()
+
+    def _contents(self, load: StoreLoad, keys: Sequence[BlockKey], block_bytes: int) -> Iterator[np.ndarray]:
+        """Yield the contents of blocks, uint8 [block_bytes], up to the first that is not there or fails a check."""
+        for key in keys:
+            if load.cancelled.is_set() or (content := self._read_one(key, block_bytes)) is None:
+                return
+            yield content
+
+    def _read_one(self, key: BlockKey, block_bytes: int) -> np.ndarray | None:
+        """Read a block. Returns the contents, uint8 [block_bytes]; None if it is missing, damaged or unreadable.
+
+        A damaged block is counted and deleted.
+        """
+        try:
+            return self.store.read(self.scope, key, block_bytes)
+        except FileNotFoundError:
+            return None  # deleted since the lookup
+        except BlockFileError as e:
+            self.store.remove(key.name)
+            self.damaged(e)
+        except OSError as e:
+            self.counts.errors += 1
+            self.say("read", f"K/V blocks in {self.store.where} cannot be read and are computed: {e.strerror}")
+        return None
+
+    def _write(self, key: BlockKey, content: np.ndarray) -> None:
+        try:
+            if time.monotonic() >= self.writes_from and not self.store.has(key.name):
+                self.counts.evicted += self.store.write(key.name, file_bytes(self.scope, key, content))
+                self.counts.saved += 1
+                self.counts.saved_bytes += content.nbytes
+        except NoRoom as e:
+            self.counts.refused += 1
+            self.say("room", f"a K/V block is not kept in {self.store.where}: {e}; further ones are only counted")
+        except OSError as e:
+            self.counts.errors += 1
+            self.writes_from = time.monotonic() + RETRY
+            self.say(
+                "write",
+                f"K/V blocks cannot be saved in {self.store.where}: {e.strerror}; the engine goes on without, and "
+                f"tries again every {RETRY:g} s",
+            )
+        finally:
+            self.counts.held_bytes = self.store.held or 0
+            with self.lock:
+                self.queued -= content.nbytes
