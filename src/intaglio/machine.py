@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from intaglio.devices import BlockingExecutable, DeviceError, Executable, StepRequest, StepResult, usable_cores
 
+T = TypeVar("T")
 KV_SHARE = 0.25  # of the memory, for the K/V caches of all models together
 
 
@@ -73,6 +75,10 @@ class SharedExecutable(BlockingExecutable):
 
     def unwrapped(self) -> Executable:
         return self.inner.unwrapped()
+
+    def between_steps(self, call: Callable[[Executable], T]) -> T:
+        with self.turn:
+            return self.inner.between_steps(call)
 
     def close(self) -> None:
         self.inner.close()
