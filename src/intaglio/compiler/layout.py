@@ -24,8 +24,8 @@ class Layout:
     rank = stage * lanes + lane, so the ranks of a stage are neighbours; lane = expert index * tp + head index.
 
     Attributes:
-        tp: number of lanes among which attention heads, and the columns of each expert, are divided. Everything else is
-            divided among all lanes.
+        tp: number of lanes among which attention heads, the heads or channels of recurrent blocks, and the columns of
+            each expert, are divided. Everything else is divided among all lanes.
         ep: number of groups of lanes among which experts are divided.
         pp: number of pipeline stages.
         sp: sequence parallelism: norms and other ops between two all_reduces are split along tokens.
