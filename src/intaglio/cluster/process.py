@@ -112,8 +112,8 @@ class ReplicaProcess:
     async def listen(self, host: str, token: str) -> TcpAddress:
         """Start the process with its control channel over TCP, at `host`. Returns its address once it serves.
 
-        token: secret of at least 16 characters that a client must know. Raises ReplicaFailed, with the end of the log,
-        if the process ends first or does not serve within STARTING seconds.
+        token: secret of at least 16 bytes that a client must know. Raises ReplicaFailed, with the end of the log, if
+        the process ends first or does not serve within STARTING seconds.
         """
 
         async def found() -> TcpAddress | None:

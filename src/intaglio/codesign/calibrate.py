@@ -218,8 +218,8 @@ class Search:
     def weight(self, number: int, common: bool) -> float:
         """Weight of a sample, by its index, in the choice of a constant: PRODUCTS_WEIGHT or 1.
 
-        It is PRODUCTS_WEIGHT for matrix products if `common`. common: the constant affects every family. The closed
-        form of products is the most exact, so their rows are the least biased about memories and launches.
+        It is PRODUCTS_WEIGHT for matrix products if `common`. common: True if the constant affects every family. The
+        closed form of products is the most exact, so their rows are the least biased about memories and launches.
         """
         return PRODUCTS_WEIGHT if common and self.data[number].table == "matmul" else 1.0
 
@@ -296,7 +296,7 @@ class Search:
     def run(self, facts: bool, progress: Progress = silent, name: str = "") -> Target:
         """Search, in one round for each step size in STEPS, and return the most likely target found.
 
-        facts: choose the kernels' properties in FACTS too, besides fitting constants. name: description for `progress`.
+        facts: True to choose the kernels' properties in FACTS too. name: description for `progress`.
         """
         for number, step in enumerate(STEPS):
             progress(number, len(STEPS), name)
@@ -337,11 +337,11 @@ class Calibration:
     """Result of calibrate(): the fitted target, its errors on rows that a fit did not see, and rows to measure next."""
 
     on: Target
-    kept: str  # what of the fit was kept, because it predicts rows that were left out best
+    kept: str  # in words, the part of the fit that was kept: the one that best predicts rows that were left out
     constants: dict[str, tuple[float, float]]  # name -> (value at the start, fitted value)
-    facts: dict[str, Any]  # facts that differ from the start
-    crossed: list[Fitted]  # each fold of the rows used is predicted by a fit to the others
-    rest: list[Fitted]  # rows that were not used at all
+    facts: dict[str, Any]  # facts that differ from the start, by name
+    crossed: list[Fitted]  # errors on the rows used; each fold of them is predicted by a fit to the others
+    rest: list[Fitted]  # errors on rows that were not used at all
     wanted: list[tuple[str, str, float]]  # (table, row in words, spread of its predictions in per cent)
 
 
@@ -415,7 +415,7 @@ def left_out(
 
     The errors of a fold's rows are those of the fit to the other folds. turns: arrays of the number of each row's fold,
     one for each sample.
-    facts: choose the kernels' properties in FACTS too, besides fitting constants.
+    facts: True to choose the kernels' properties in FACTS too, besides fitting constants.
     """
     errors, others = [np.zeros(len(s.rows)) for s in used], []
     for fold in range(folds):

@@ -56,7 +56,7 @@ class Ranked:
 def rankings(compared: Sequence[Compared], at_one_load: bool = False, least: int = LEAST) -> list[Ranked]:
     """A list with a Ranked for each case of aggregated servers that has two or more layouts and `least` or more points.
 
-    at_one_load: compare only points with equal numbers of open requests. Refused rows are left out.
+    at_one_load: True to compare only points with equal numbers of open requests. Refused rows are left out.
     """
     cases: dict[tuple[str, ...], list[Compared]] = {}
     for c in compared:

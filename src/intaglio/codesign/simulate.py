@@ -96,13 +96,22 @@ class Serving:
 
 @dataclass(frozen=True)
 class Phase:
-    """The simulated step of one kind (prefill, decode or mixed), with the Timeline of each pipeline stage."""
+    """A simulated step of one kind.
+
+    Attributes:
+        name: prefill, decode or mixed.
+        stages: the Timeline of one rank of each pipeline stage.
+        tokens: prompt and new tokens of one step.
+        new: new tokens of one step.
+        format: format in which most products are computed.
+        chips: number of chips.
+    """
 
     name: str
-    stages: tuple[Timeline, ...]  # of one rank of each pipeline stage
-    tokens: int  # prompt and new tokens of one step
-    new: int  # new tokens of one step
-    format: str  # in which most products are computed
+    stages: tuple[Timeline, ...]
+    tokens: int
+    new: int
+    format: str
     chips: int
 
     @property
@@ -164,7 +173,7 @@ class Simulation:
     def of(cls, programs: Sequence[Program], target: Target, layout: str) -> Simulation:
         """The Simulation of one rank's Program of each pipeline stage. layout: how the chips share the model.
 
-        Raises ChipError if a chip's weights exceed its HBM.
+        Raises ChipError if a chip's weights exceed its HBM, LayoutError for a wrong layout.
         """
         plans = Plan.of(programs, target)
         return cls(target, plans, Layout.parse(layout).ranks, main_format(plans), tuple(programs))

@@ -116,7 +116,7 @@ class ModelledStep:
         return self.clock() >= self.end
 
     def result(self) -> StepResult:
-        """Set the clock forward to the step's end, unless it is later, and return the step's result."""
+        """The StepResult. If the clock shows a time before the step's end, it is set forward to the end first."""
         self.clock.wait_until(self.end)
         return self.outcome
 
@@ -151,7 +151,7 @@ class SiliconExecutable(Executable):
         return tuple(plan.run(self.last_sizes) for plan in self.plans)
 
     def launch(self, request: StepRequest) -> PendingStep:
-        """Start a step and return it. Its result() sets the clock to the step's end.
+        """Start a step and return it. Its result() sets the clock to the step's end, or raises the step's error.
 
         With `timed`, the result has modelled seconds by site.
         """

@@ -193,7 +193,7 @@ def candidates(body: GenerationRequest) -> int:
 
 
 def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
-    """A list of the token ids of `text`. special: add the tokenizer's special tokens, such as BOS.
+    """A list of the token ids of `text`. special: True to add the tokenizer's special tokens, such as BOS.
 
     Raises Problem if the model has no tokenizer.
     """

@@ -156,7 +156,8 @@ class Lane:
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
         """Add this lane's share of a weight of `op` along `axis` to this lane. Returns the weight's name here.
 
-        It is a name made from the op's site if other ops read the weight too. shares: every lane's share.
+        The name is made from the op's site if other ops read the weight too. shares: every lane's share. Raises
+        LayoutError if the cut would split a group of a quantised weight.
         """
         own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
         return self.keep(name, shares, axis, own if len(self.p.uses(name)) > 1 else "")
@@ -265,9 +266,11 @@ def rule_of(op: Op) -> Rule:
 def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = False) -> tuple[str, ...]:
     """The checkpoint sources of one lane's share of the weight `t`, as a tuple: one for each run of indices in `share`.
 
-    axis: the axis that is cut. length: its size. each: cut each of several sources, which must be joined along another
-    axis. () for a tensor without source, such as state. Raises LayoutError for a weight that is otherwise joined from
-    several tensors, unless they are parts_of() one tensor, and for a cut inside a block of its format.
+    The tuple is () for a tensor without source, such as state. axis: the axis that is cut. length: its size. each: True
+    to cut each of several sources, which must be joined along another axis.
+
+    Raises LayoutError for several sources if `each` is False, unless they are parts_of() one tensor and axis is 0; and
+    for a cut inside a block of the weight's format.
     """
     if len(t.source) > 1 and axis == 0 and (rows := part_sizes(t.source, length)):
         ends, found = list(accumulate(rows)), list[str]()

@@ -221,8 +221,9 @@ def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | Non
 def _qk_norm(rec: Attention, q: Norm | None, k: Norm | None, late: list[Norm | None]) -> tuple[str, list[Norm]]:
     """(value of Decoder.qk_norm, [norm of q, norm of k]); ("", []) without norms.
 
-    The value is "flat" (all heads together) or "head" before rope, "late" or without weights "unit" after rope. q, k:
-    the norms before rope. late: the norms after rope. Raises Unmatched for norms both before and after rope.
+    The value is "flat" for norms of all heads together before rope, "head" for norms of each head before rope, "late"
+    for norms with weights after rope, "unit" for norms without weights after rope. q, k: the norms before rope. late:
+    the norms of q and k after rope. Raises Unmatched for norms both before and after rope.
     """
     if late[0] is not None and late[1] is not None:
         if q is not None:

@@ -195,7 +195,7 @@ def _residuals(
         branch: the result of attention, with its norm.
         end: the result of the MLP, with its norm.
 
-    Raises Unmatched if they are added otherwise.
+    Raises Unmatched if the results are added in any other way.
     """
     before = next((z for z in own if same(z.y, read)), None)
     source = before.x if before is not None else read

@@ -283,7 +283,7 @@ class Agent:
     def serve(self, once: bool = False) -> None:
         """Serve the coordinator, and connect again whenever the connection is lost, until stop() is called.
 
-        once: return when the first connection is lost. Raises ConnectionRefused if the coordinator refuses this
+        once: True to return when the first connection is lost. Raises ConnectionRefused if the coordinator refuses this
         agent TRIES times in a row, ValueError for a missing or too short token.
         """
         refused = 0
