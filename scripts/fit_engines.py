@@ -67,8 +67,10 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("--rows", type=int, default=60, help="of each engine, evenly spread over its rows")
     parser.add_argument("--engine", choices=list(engines()), help="only this one")
+    parser.add_argument("--kind", choices=("", "older", "apart"), help='only these rows; "": the others')
     asked = parser.parse_args()
-    for name, kind in itertools.product([asked.engine] if asked.engine else engines(), ("", "older", "apart")):
+    kinds = ("", "older", "apart") if asked.kind is None else (asked.kind,)
+    for name, kind in itertools.product([asked.engine] if asked.engine else engines(), kinds):
         profile = engine(name)
         mine = [
             r for r in rows(asked.table)

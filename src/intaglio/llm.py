@@ -208,7 +208,7 @@ class LLM:
         )
         if (kv_cache_dir or kv_peer) and window_tokens:
             raise RequestError(
-                "kv_cache_dir and kv_peer keep the K/V of all tokens, and window_tokens gives some back; leave one out"
+                "kv_cache_dir and kv_peer keep all K/V, and window_tokens gives some back; leave out one of them"
             )
         if kv_cache_dir or kv_peer or device == "silicon":
             window_tokens = window_tokens or 0

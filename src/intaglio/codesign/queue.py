@@ -254,7 +254,8 @@ class Queue:
         self.held -= one.length
         s, planned = self.settings, one.planned
         each = (self.now - one.first) / max(1, planned.output - 1)
-        added = s.request_s + s.prompt_token_s * planned.prompt + s.admission_steps * each
+        step = each * s.tokens_per_step
+        added = s.request_s + s.prompt_token_s * planned.prompt + s.admission_steps * step
         first, end = one.first - one.start + added, self.now - one.start + added
         gaps = ((end - first) / (planned.output - 1),) if planned.output > 1 else ()
         self.done.append(Outcome(planned, one.start, end, first, gaps, planned.prompt, planned.output))

@@ -177,7 +177,10 @@ class HostGroup:
         self.thread.join()
 
     def send(self, kind: int, message: bytes) -> None:
-        """Send a frame to the coordinator, with this group's epoch in front of the message. Raises LinkLost."""
+        """Send a frame to the coordinator, with this group's epoch in front of the message.
+
+        Raises LinkLost if it cannot be sent.
+        """
         self.link.send(kind, int(self.facts["epoch"]).to_bytes(8, "big") + message)
 
     def _run(self) -> None:

@@ -86,7 +86,10 @@ class PostedExecutable(Executable):
 
     @abstractmethod
     def replies(self, number: int) -> list[memoryview]:
-        """Wait for all ranks' answers to request `number`, and return them as a list by rank. Raises DeviceLost."""
+        """Wait for all ranks' answers to request `number`, and return them as a list by rank.
+
+        Raises DeviceLost if the group ends before all have answered.
+        """
 
     @abstractmethod
     def check_alive(self) -> None:
