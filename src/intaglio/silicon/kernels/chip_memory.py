@@ -114,9 +114,13 @@ class ChipMemory:
         """Store numbers and return their region, f32 [1, n]."""
         return self._write(values.astype(np.float32).reshape(1, -1), "f32")
 
-    def run(self, streams: Sequence[Stream]) -> RunResult:
-        """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does."""
-        self.launches.append(Machine(self.target, {0: self.hbm} if self.values else None, l2={0: self.l2}).run(streams))
+    def run(self, streams: Sequence[Stream], on: Target | None = None) -> RunResult:
+        """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does.
+
+        on: the target with the library's kernel that runs; None: the library's own fields describe it.
+        """
+        machine = Machine(on or self.target, {0: self.hbm} if self.values else None, l2={0: self.l2})
+        self.launches.append(machine.run(streams))
         return self.launches[-1]
 
 
