@@ -314,12 +314,12 @@ class AttendTiles:
             self.p = k.tile(rows, keys)
         self.sink = None if sinks == "f32" else k.tile(self.together * rows, 1, sinks)
         self.index = k.tile(1, self.together * rows, "i32") if op.sinks else None
-        self.listed = (k.tile(1, listed, "i32"), k.tile(listed, 1, "i32")) if listed else None
+        self.listed = k.tile(1, listed, "i32") if listed else None
         self.row_numbers = k.ring(held, 1, max(1, rows // plan.pack), "i32")
         if format in ("int8", "e4m3"):  # codes and scales are loaded, and dequantised to FP32 keys and values
             self.codes, self.scales = k.ring(2, keys, max(d, dv), format), k.ring(2, keys, 1)
             self.heads, format = k.ring(2, 1, keys, "i32"), "f32"
-        self.keys, self.values = k.ring(plan.depth, keys, d, format), k.ring(plan.depth, keys, dv, format)
+        self.pairs, self.d = k.ring(plan.depth, keys, d + dv, format), d  # keys and, beside them, their values
 
     def queries(self, k: StreamBuilder, partial: bool) -> Region:
         """The next tile of queries. partial: a job does not fill it; rows that were never written are set to 0."""
@@ -335,21 +335,14 @@ def row_number(
 ) -> Region:
     """The row number of the query of job `number` of a core, i32 [1, 1]; each job has one query.
 
-    A persistent kernel's core loads those of all its jobs. Otherwise it reads which LISTED jobs are its next ones, and
-    by their numbers gathers the row numbers.
+    A core loads those of LISTED jobs at once, a persistent kernel's those of all its jobs.
     """
     assert tiles.listed is not None
-    numbers, rows = tiles.listed
-    place = number % rows.rows
+    place = number % tiles.listed.cols
     if not place:
-        some = jobs[number : number + rows.rows]
-        first = mem.put_indices([int(batch.first_row[j.s]) for j in some])
-        if tiles.plan.ahead:
-            load(k, rows.shaped(1, len(some)), first)
-        else:
-            listed = load(k, numbers, mem.put_indices(np.arange(len(some))))
-            k.emit(isa.Gather(dst=rows.shaped(len(some), 1), table=first.shaped(len(some), 1), index=listed))
-    return rows.part(slice(place, place + 1))
+        some = jobs[number : number + tiles.listed.cols]
+        load(k, tiles.listed, mem.put_indices([int(batch.first_row[j.s]) for j in some]))
+    return tiles.listed.part(cols=slice(place, place + 1))
 
 
 def key_parts(op: Attend) -> list[str]:
@@ -434,14 +427,14 @@ def load_kv(
     Both are dequantised if the cache is quantised. Rows of the tiles after the last position are set to 0. head: the
     K/V head, of `heads`; it has one scale if the cache is e4m3.
     """
-    slots, n, out = slots_of(batch, s, span), span.stop - span.start, []
-    for ring, names, own in ((tiles.keys, key_parts(op), op.k_scale), (tiles.values, [op.v_cache], op.v_scale)):
-        whole, done = ring.next(), 0
-        if n < whole.rows:
-            k.emit(isa.Fill(dst=whole.part(slice(n, None)), value=0.0))
+    slots, n, done = slots_of(batch, s, span), span.stop - span.start, 0
+    pair = tiles.pairs.next()
+    if n < pair.rows:
+        k.emit(isa.Fill(dst=pair.part(slice(n, None)), value=0.0))
+    for names, own in ((key_parts(op), op.k_scale), ([op.v_cache], op.v_scale)):
         for name in names:
             cache, scales = mem.codes(name), mem.scales(name)
-            tile = whole.part(slice(0, n), slice(done, done + cache.cols))
+            tile = pair.part(slice(0, n), slice(done, done + cache.cols))
             done += cache.cols
             if scales is None and cache.format != "e4m3":
                 for rows, region in rows_of(cache, slots, heads, head):
@@ -456,8 +449,7 @@ def load_kv(
             else:
                 emit_head_scales(mem, k, tiles.heads, scale, own, np.full(n, head))
             k.emit(isa.Dequantise(dst=tile, codes=codes, scales=scale, group=cache.cols))
-        out.append(whole)
-    return out[0], out[1]
+    return pair.part(cols=slice(0, tiles.d)), pair.part(cols=slice(tiles.d, None))
 
 
 def attend_tile(

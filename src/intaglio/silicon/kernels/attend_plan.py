@@ -18,6 +18,7 @@ from intaglio.silicon.isa.cycles import attend_cycles, exposed, matmul_cycles, s
 from intaglio.silicon.isa.softmax_step import NAME, step_cycles
 from intaglio.silicon.kernels.kv_write import Heads
 from intaglio.silicon.sizes import ChunkCounts
+from intaglio.silicon.timing import pipeline
 
 WIDE = 4  # bytes of an activation from which queries and weights are FP32, as in the streams
 DEALT = 8  # jobs of a core up to which they are dealt one by one; of more, only their total counts
@@ -93,7 +94,7 @@ def fits(target: Target, h: Heads, plan: AttendPlan) -> bool:
         kv += 2 * plan.keys * (max(d, dv) + 2 * WIDE)
     scores = 0 if chip.att_lanes else plan.rows * plan.keys
     sram = kv + WIDE * (plan.rows * (ring * (d + dv + 2) + 3) + scores + 2 * max(plan.rows, plan.keys))
-    sram += SPARE + WIDE * LISTED * (1 + plan.rows // plan.pack)
+    sram += SPARE + WIDE * ring * (plan.rows // plan.pack)
     return sram <= chip.sram_bytes and WIDE * (ring * plan.rows * dv + scores) + 256 <= chip.acc_bytes
 
 
@@ -216,22 +217,21 @@ def prefill_seconds(
     later = latency_s if missed >= 1 else 0.0
     widen = widen_seconds(target, h) / 2
     work = t.work + widen
-    rounds = (key_bytes * per_byte + t.scores, value_bytes * per_byte + t.sums)  # of the rings of keys and of values
-    period = max(work, load, (max(rounds) + later) / plan.depth)
     results = rows * h.v_dim * lib.activation_bytes / base
     queries = rows * h.head_dim * lib.activation_bytes / base
     blank = t.blank * min(plan.held, -(-float(count.sum()) // chip.cores)) if rows < plan.rows else 0.0
     merge = 0.0 if chip.att_lanes else max(0.0, t.merge - t.scores)  # while the next job's scores are computed
     if plan.ahead:
-        first = max(key_bytes / cold + work, load + t.sums) + latency_s  # the first tile
-        seconds = np.maximum(tiles * period + merge, tiles * load + queries + t.fill)
-        start = blank + t.fill + queries + first - period
-        return float(start + makespan(seconds, count, chip.cores) + t.merge + results)
+        even = float(makespan(np.maximum(tiles, tiles * load / work), count, chip.cores))
+        seconds = makespan(tiles * work + merge, count, chip.cores) + latency_s + min(load, work)
+        seconds = max(seconds, pipeline(max(1.0, even), load, work, later, plan.depth) + latency_s - later)
+        return blank + t.fill + queries + seconds + t.merge + results
     # Each job reads its queries' row numbers from HBM first, and what it loads next arrives after them.
-    first = plan.lanes * t.fill + queries + max(key_bytes * per_byte + work, load + t.sums) + latency_s - period
-    again = (first + t.merge + (plan.lanes - 1) * merge) / plan.lanes
-    once = blank + first - first / plan.lanes + key_bytes * (1 / cold - per_byte)
-    return float(once + makespan(tiles * period + again, count, chip.cores) + results)
+    first = plan.lanes * t.fill + queries + load + latency_s
+    job_s = pipeline(tiles, load, work, later, plan.depth) - load - later
+    again = first / plan.lanes + (t.merge + (plan.lanes - 1) * merge) / plan.lanes
+    once = blank + first - first / plan.lanes + (key_bytes + value_bytes) * (1 / cold - per_byte)
+    return float(once + makespan(job_s + again, count, chip.cores) + results)
 
 
 def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, np.ndarray]:
@@ -313,11 +313,15 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
     fit = fitted(target, h, wanted)
     keys = np.array([decode_keys(lib, h.window, k) for _, k, _ in part], float)
     tiles = np.ceil(keys / fit.keys)
-    # Only persistent kernels know how long a context is before they load its last tile; others load it whole.
-    mean = float(keys @ n) / float(tiles @ n) if fit.ahead else fit.keys  # keys of a mean tile
+    # Persistent kernels and the streams know how long a context is before they load its last tile; vendors' other
+    # kernels load it whole.
+    known = fit.ahead > 0 or lib.activation_bytes >= WIDE
+    mean = float(keys @ n) / float(tiles @ n) if known else fit.keys  # keys of a mean tile
     missed = (1 - cached) / (alone if chip.l2_bytes else 1)
     for parts in lib.kv_splits if pack > 1 or lib.split_mha else (1,):
         plan = replace(fit, parts=parts)
+        if lib.activation_bytes >= WIDE and 2 * parts * pack * (h.v_dim + 32) * WIDE > chip.sram_bytes:
+            continue  # SRAM does not fit the parts of a tile when they are merged
         per = np.ceil(tiles / parts)
         count = n * np.ceil(tiles / per)
         seconds = decode_seconds(target, h, plan, per, count, missed, mean)
@@ -348,17 +352,21 @@ def decode_seconds(
     load = max(memory, tile_bytes * turns / chip.port_rate)
     widen = widen_seconds(target, h) * turns
     loaded = max(load, widen) if two_jobs_fit(target, h) else load + widen
-    period = max(loaded, t.work * turns, (load + t.work + latency_s) / plan.depth)
-    if plan.ahead:  # only the first job's loads are waited for
-        jobs = min(plan.held, -(-float(count.sum()) // chip.cores))
-        first, once = 0.0, t.blank * jobs * (plan.pack < plan.rows) + t.fill + min(load, t.work)
+    jobs, blank = float(count.sum()) / chip.cores, t.blank if plan.pack < plan.rows else 0.0
+    if plan.ahead:  # the loads of all jobs of a core are one pipeline
         between = 0.0 if chip.att_lanes else max(0.0, t.merge - t.scores)
-    else:  # a job's first tile is loaded while nothing else is done, and no conversion overlaps with that
-        first, once = latency_s + load + widen - loaded, t.blank * (plan.pack < plan.rows)
-        between = t.fill + t.merge
-    computed = makespan(tiles * t.work + between, count, chip.cores) + first
+        start = blank * min(plan.held, np.ceil(jobs)) + t.fill + t.merge + latency_s
+        computed = makespan(tiles * t.work + between, count, chip.cores) + min(load, t.work) + latency_s
+        rounds = np.floor((max(1.0, makespan(tiles, count, chip.cores)) - 1) / plan.depth) + 1
+        even = max(1.0, even_makespan(tiles, count, chip.cores))
+        loads = pipeline(even, loaded, t.work, latency_s, plan.depth)
+        return float(start + max(computed, rounds * (loaded + latency_s + t.work), loads))
+    # A core waits for the first tile of each job, and no conversion overlaps with that.
+    first = latency_s + load + widen - loaded
+    computed = makespan(tiles * t.work + t.fill + t.merge, count, chip.cores) + first
+    seconds = pipeline(tiles, loaded, t.work * turns, latency_s, plan.depth) + load + widen - loaded
     # Jobs that wait for memory speed up as others end, so the cores' idle time is not counted.
-    return float(once + max(computed, even_makespan(tiles * period + first, count, slots))) + 2 * latency_s
+    return float(latency_s + blank + max(computed, even_makespan(seconds, count, slots)))
 
 
 def merge_seconds(target: Target, h: Heads, plan: AttendPlan, jobs: float) -> float:
