@@ -221,7 +221,7 @@ def attend_streams(
             at, n = slice(first + job.rows.start, first + job.rows.stop), job.rows.stop - job.rows.start
             position = int(batch.context_len[job.s] - batch.q_len[job.s]) + job.rows.start
             state = init_softmax(mem, k, tiles, op, own, number)
-            part = tiles.queries(k, n * plan.pack < plan.rows)
+            part = tiles.queries(k)
             columns = slice(job.head * d, (job.head + plan.pack) * d)
             rows_tile = None
             if tiles.listed is None:
@@ -321,12 +321,12 @@ class AttendTiles:
             self.heads, format = k.ring(2, 1, keys, "i32"), "f32"
         self.pairs, self.d = k.ring(plan.depth, keys, d + dv, format), d  # keys and, beside them, their values
 
-    def queries(self, k: StreamBuilder, partial: bool) -> Region:
-        """The next tile of queries. partial: a job does not fill it; rows that were never written are set to 0."""
+    def queries(self, k: StreamBuilder) -> Region:
+        """The next tile of queries. It is set to 0 before its first use, since a job may not fill it."""
         tile = self.q.next()
-        if partial and tile not in self.written:
+        if tile not in self.written:
             k.emit(isa.Fill(dst=tile, value=0.0))
-        self.written.add(tile)
+            self.written.add(tile)
         return tile
 
 

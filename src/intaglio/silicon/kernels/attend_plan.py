@@ -198,56 +198,67 @@ def even_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
 
 
 def prefill_seconds(
-    target: Target, h: Heads, plan: AttendPlan, tiles: np.ndarray, count: np.ndarray, missed: float, rows: float
+    target: Target,
+    h: Heads,
+    plan: AttendPlan,
+    tiles: np.ndarray,
+    count: np.ndarray,
+    missed: float,
+    rows: float,
+    keys: float,
 ) -> float:
     """Seconds until the last job's result is stored.
 
     tiles: key tiles of each kind of job; count: number of such jobs. missed: fraction of the tiles that come from HBM,
-    not from the L2. rows: query rows of a mean job.
+    not from the L2. rows: query rows of a mean job. keys: that are loaded for a mean tile.
     """
     chip, lib = target.chip, target.library
     t = tile_seconds(target, h, plan.rows, plan.keys)
     active = min(float(count.sum()), chip.cores)
     base, latency_s = min(chip.port_rate, chip.l2_rate / active), chip.constants.hbm_latency_s
     cold = min(base, chip.hbm_rate / max(1.0, missed * active))
-    key_bytes, value_bytes = (plan.keys * d * h.bits / 8 for d in (h.head_dim, h.v_dim))
+    tile_bytes = keys * (h.head_dim + h.v_dim) * h.bits / 8
     per_byte = (1 - missed) / base + missed / cold
-    load = (key_bytes + value_bytes) * per_byte
-    # A tile that several cores read comes from HBM for the first of them; each core is the first for some tiles.
+    load = tile_bytes * per_byte
+    work = t.work + widen_seconds(target, h) / 2
+    # A tile that several cores read comes from HBM for the first of them, which waits; each core is the first for some
+    # tiles, of which `first` below counts one.
     later = latency_s if missed >= 1 else 0.0
-    widen = widen_seconds(target, h) / 2
-    work = t.work + widen
+    stall = max(0.0, latency_s - (plan.depth - 1) * work) * (missed < 1)
+    stalls = np.maximum(0.0, missed * tiles - 1) * stall
     results = rows * h.v_dim * lib.activation_bytes / base
     queries = rows * h.head_dim * lib.activation_bytes / base
-    blank = t.blank * min(plan.held, -(-float(count.sum()) // chip.cores)) if rows < plan.rows else 0.0
+    blank = t.blank * min(plan.held, -(-float(count.sum()) // chip.cores))
     merge = 0.0 if chip.att_lanes else max(0.0, t.merge - t.scores)  # while the next job's scores are computed
     if plan.ahead:
-        even = float(makespan(np.maximum(tiles, tiles * load / work), count, chip.cores))
-        seconds = makespan(tiles * work + merge, count, chip.cores) + latency_s + min(load, work)
+        even = float(makespan(tiles, count, chip.cores))
+        seconds = makespan(tiles * work + merge + stalls, count, chip.cores) + latency_s + min(load, work)
         seconds = max(seconds, pipeline(max(1.0, even), load, work, later, plan.depth) + latency_s - later)
         return blank + t.fill + queries + seconds + t.merge + results
     # Each job reads its queries' row numbers from HBM first, and what it loads next arrives after them.
     first = plan.lanes * t.fill + queries + load + latency_s
-    job_s = pipeline(tiles, load, work, later, plan.depth) - load - later
+    job_s = pipeline(tiles, load, work, later, plan.depth) - load - later + stalls
     again = first / plan.lanes + (t.merge + (plan.lanes - 1) * merge) / plan.lanes
-    once = blank + first - first / plan.lanes + (key_bytes + value_bytes) * (1 / cold - per_byte)
+    once = blank + first - first / plan.lanes + tile_bytes * (1 / cold - per_byte)
     return float(once + makespan(job_s + again, count, chip.cores) + results)
 
 
-def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, np.ndarray]:
-    """The jobs of the chunks with several queries, as two arrays: key tiles of each kind of job, number of such jobs.
+def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The jobs of the chunks with several queries, as three arrays of an item for each kind of job.
 
-    part: (queries, keys, number of sequences) of each distinct chunk.
+    They are keys, tiles of keys, and number of such jobs. part: (queries, keys, number of sequences) of each distinct
+    chunk.
     """
-    tiles, count = [], []
+    seen, tiles, count = [], [], []
     step = max(1, plan.rows // plan.pack)
     for q, keys, n in part:
         first = np.arange(0, q, step)
         last = np.minimum(first + step, q) + keys - q
-        start = np.maximum(0, first + keys - q - h.window + 1) // plan.keys if h.window else 0
+        start = np.maximum(0, first + keys - q - h.window + 1) // plan.keys if h.window else np.zeros(len(first))
+        seen.append(last - start * plan.keys)
         tiles.append(np.ceil(last / plan.keys) - start)
         count.append(np.full(len(first), n * h.heads / plan.pack))
-    return np.concatenate(tiles), np.concatenate(count)
+    return np.concatenate(seen), np.concatenate(tiles), np.concatenate(count)
 
 
 @lru_cache(maxsize=16384)
@@ -274,11 +285,12 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
         plan = fitted(target, h, wanted)
         if plan.rows < pack:
             continue
-        tiles, count = prefill_jobs(plan, h, part)
-        read = float(tiles @ count) * plan.keys * (h.head_dim + h.v_dim) * h.bits / 8
+        seen, tiles, count = prefill_jobs(plan, h, part)
+        loaded = float(seen @ count) / float(tiles @ count) if knows_lengths(lib, plan) else plan.keys
+        read = float(tiles @ count) * loaded * (h.head_dim + h.v_dim) * h.bits / 8
         missed = min(1.0, cache / read) if chip.l2_bytes else 1.0
         mean = sum(q * n for q, _, n in part) * h.heads / float(count.sum())
-        seconds = prefill_seconds(target, h, plan, tiles, count, missed, mean)
+        seconds = prefill_seconds(target, h, plan, tiles, count, missed, mean, loaded)
         work = tile_seconds(target, h, plan.rows, plan.keys).work + widen_seconds(target, h) / 2
         computed = float(tiles @ count) * work / chip.cores
         found = seconds, computed, float(count.sum()), plan, max(0.0, missed * read - cache)
@@ -286,6 +298,14 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
             best = found
     assert best is not None  # one head a tile always fits
     return best
+
+
+def knows_lengths(library: KernelLibrary, plan: AttendPlan) -> bool:
+    """True if a kernel loads only the keys that exist; False: the last tile of a context is loaded whole.
+
+    Persistent kernels and the streams know how long a context is before they load its last tile.
+    """
+    return plan.ahead > 0 or library.activation_bytes >= WIDE
 
 
 def decode_keys(library: KernelLibrary, window: int, keys: int) -> int:
@@ -313,10 +333,7 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
     fit = fitted(target, h, wanted)
     keys = np.array([decode_keys(lib, h.window, k) for _, k, _ in part], float)
     tiles = np.ceil(keys / fit.keys)
-    # Persistent kernels and the streams know how long a context is before they load its last tile; vendors' other
-    # kernels load it whole.
-    known = fit.ahead > 0 or lib.activation_bytes >= WIDE
-    mean = float(keys @ n) / float(tiles @ n) if known else fit.keys  # keys of a mean tile
+    mean = float(keys @ n) / float(tiles @ n) if knows_lengths(lib, fit) else fit.keys  # keys of a mean tile
     missed = (1 - cached) / (alone if chip.l2_bytes else 1)
     for parts in lib.kv_splits if pack > 1 or lib.split_mha else (1,):
         plan = replace(fit, parts=parts)
@@ -352,10 +369,10 @@ def decode_seconds(
     load = max(memory, tile_bytes * turns / chip.port_rate)
     widen = widen_seconds(target, h) * turns
     loaded = max(load, widen) if two_jobs_fit(target, h) else load + widen
-    jobs, blank = float(count.sum()) / chip.cores, t.blank if plan.pack < plan.rows else 0.0
+    jobs = float(count.sum()) / chip.cores
     if plan.ahead:  # the loads of all jobs of a core are one pipeline
         between = 0.0 if chip.att_lanes else max(0.0, t.merge - t.scores)
-        start = blank * min(plan.held, np.ceil(jobs)) + t.fill + t.merge + latency_s
+        start = t.blank * min(plan.held, np.ceil(jobs)) + t.fill + t.merge + latency_s
         computed = makespan(tiles * t.work + between, count, chip.cores) + min(load, t.work) + latency_s
         rounds = np.floor((max(1.0, makespan(tiles, count, chip.cores)) - 1) / plan.depth) + 1
         even = max(1.0, even_makespan(tiles, count, chip.cores))
@@ -366,7 +383,7 @@ def decode_seconds(
     computed = makespan(tiles * t.work + t.fill + t.merge, count, chip.cores) + first
     seconds = pipeline(tiles, loaded, t.work * turns, latency_s, plan.depth) + load + widen - loaded
     # Jobs that wait for memory speed up as others end, so the cores' idle time is not counted.
-    return float(latency_s + blank + max(computed, even_makespan(seconds, count, slots)))
+    return float(latency_s + t.blank + max(computed, even_makespan(seconds, count, slots)))
 
 
 def merge_seconds(target: Target, h: Heads, plan: AttendPlan, jobs: float) -> float:

@@ -16,6 +16,7 @@ from intaglio.chips import ChipSpec, Target
 from intaglio.formats import E4M3, Quantised
 from intaglio.ops import Value
 from intaglio.silicon import isa
+from intaglio.silicon.cache import LINE
 from intaglio.silicon.machine import Machine, RunResult, l2_of
 from intaglio.silicon.memory import MachineError, Memory, Region
 from intaglio.silicon.stream import Heap, Stream, StreamBuilder
@@ -106,8 +107,9 @@ class ChipMemory:
     def put_indices(self, values: Sequence[int] | np.ndarray) -> Region:
         """Store indices for Gather or Scatter and return their region, i32 [1, n].
 
-        Hardware would get them with the batch.
+        Hardware would get them with the batch. They begin at a line of the L2, so that no other core reads it first.
         """
+        self.heap.top = -(-self.heap.top // LINE) * LINE
         return self._write(np.asarray(values, np.int32).reshape(1, -1), "i32")
 
     def put_floats(self, values: np.ndarray) -> Region:
