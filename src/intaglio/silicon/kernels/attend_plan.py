@@ -21,7 +21,7 @@ from intaglio.silicon.sizes import ChunkCounts
 from intaglio.silicon.timing import pipeline
 
 WIDE = 4  # bytes of an activation from which queries and weights are FP32, as in the streams
-DEALT = 8  # jobs of a core up to which they are dealt one by one; of more, only their total counts
+DEALT = 4  # jobs of a core up to which they are dealt one by one; of more, only their total counts
 JOBS_AHEAD = 15  # decoding jobs whose operands a persistent kernel loads ahead
 LISTED = 16  # jobs whose queries' row numbers a core reads at once
 PREFILL_LANES = 2  # of kernels that are not persistent: two run on a core
@@ -179,17 +179,12 @@ def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
         return even_makespan(seconds, count, cores)
     ends = np.zeros(cores)
     for i in np.argsort(-seconds, kind="stable"):
-        left = round(float(count[i]))
-        while left > 0:  # the least busy cores get one each
-            some = min(left, cores)
-            if some < cores:
-                chosen = np.argpartition(ends, some)[:some]
-                ends[chosen] += seconds[i]
-            else:
-                ends += seconds[i]
-            left -= some
-            ends.sort()
-    return float(ends.max())
+        rounds, rest = divmod(round(float(count[i])), cores)
+        ends[:rest] += seconds[i]  # the least busy cores
+        if rounds:
+            ends += rounds * seconds[i]
+        ends.sort()
+    return float(ends[-1])
 
 
 def even_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
@@ -231,9 +226,11 @@ def prefill_seconds(
     blank = t.blank * min(plan.held, -(-float(count.sum()) // chip.cores))
     merge = 0.0 if chip.att_lanes else max(0.0, t.merge - t.scores)  # while the next job's scores are computed
     if plan.ahead:
-        even = float(makespan(tiles, count, chip.cores))
+        even, most = (f(tiles, count, chip.cores) for f in (even_makespan, makespan))
         seconds = makespan(tiles * work + merge + stalls, count, chip.cores) + latency_s + min(load, work)
-        seconds = max(seconds, pipeline(max(1.0, even), load, work, later, plan.depth) + latency_s - later)
+        loads = pipeline(max(1.0, even), load, work, later, plan.depth)
+        rounds = np.floor((max(1.0, most) - 1) / plan.depth) + 1
+        seconds = float(max(seconds, max(loads, rounds * (load + later + work)) + latency_s - later))
         return blank + t.fill + queries + seconds + t.merge + results
     # Each job reads its queries' row numbers from HBM first, and what it loads next arrives after them.
     first = plan.lanes * t.fill + queries + load + latency_s
@@ -337,7 +334,8 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
     missed = (1 - cached) / (alone if chip.l2_bytes else 1)
     for parts in lib.kv_splits if pack > 1 or lib.split_mha else (1,):
         plan = replace(fit, parts=parts)
-        if lib.activation_bytes >= WIDE and 2 * parts * pack * (h.v_dim + 32) * WIDE > chip.sram_bytes:
+        merged = 2 * WIDE * pack * (parts + 1) * (h.v_dim + 2) + SPARE
+        if parts > 1 and lib.activation_bytes >= WIDE and merged > chip.sram_bytes:
             continue  # SRAM does not fit the parts of a tile when they are merged
         per = np.ceil(tiles / parts)
         count = n * np.ceil(tiles / per)
