@@ -318,16 +318,18 @@ def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> t
     """
     chip, lib, best = target.chip, target.library, None
     pack = h.group if (lib.pack_windowed or not h.window) and not h.slopes else 1
-    alone = h.group // pack  # jobs that read the same keys: HBM delivers them once, the L2 to each
     rows = int(2 ** np.ceil(np.log2(max(lib.min_query_rows, pack))))
     tile_bytes = lib.key_tile * (h.head_dim + h.v_dim) * h.bits / 8 * burst_overfetch(lib, h)
     ring = max(2, min(lib.decode_stages, int(chip.sram_bytes // (2 * tile_bytes))))
-    n = np.array([count * h.kv_heads * alone for _, _, count in part], float)
     wanted = AttendPlan(
         rows=rows, pack=pack, keys=lib.key_tile, depth=ring, ahead=JOBS_AHEAD if lib.persistent else 0,
         lanes=1 if lib.persistent else lib.decode_jobs,
     )  # fmt: skip
     fit = fitted(target, h, wanted)
+    pack = max(p for p in range(1, min(pack, fit.rows) + 1) if h.group % p == 0)
+    fit = replace(fit, pack=pack)
+    alone = h.group // pack  # jobs that read the same keys: HBM delivers them once, the L2 to each
+    n = np.array([count * h.kv_heads * alone for _, _, count in part], float)
     keys = np.array([decode_keys(lib, h.window, k) for _, k, _ in part], float)
     tiles = np.ceil(keys / fit.keys)
     mean = float(keys @ n) / float(tiles @ n) if knows_lengths(lib, fit) else fit.keys  # keys of a mean tile
