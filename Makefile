@@ -9,7 +9,7 @@ SEEDS ?= 5000
 CASES ?= 10000
 FAULTS ?= 200
 
-.PHONY: demo test clients ray simulate fuzz faults lint docs sanitize bench clean
+.PHONY: demo test clients client-environments ray simulate fuzz faults lint docs sanitize bench clean
 
 demo: .venv/run.stamp
 	$(BIN)/intaglio demo
@@ -19,8 +19,10 @@ test: .venv/test.stamp
 
 # Real clients of the API against the server. Their packages conflict with each other, so they have environments of
 # their own, which take a few minutes to install; `make test` skips a client that is not there.
-clients: .venv/test.stamp .venv-clients/stamp .venv-clients-llama-index/stamp
+clients: .venv/test.stamp client-environments
 	$(BIN)/pytest -n 2 tests/clients
+
+client-environments: .venv-clients/stamp .venv-clients-llama-index/stamp
 
 # Replicas on a local Ray cluster of two nodes; `make test` skips these tests where ray is not installed.
 ray: .venv/ray.stamp

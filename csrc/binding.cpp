@@ -58,7 +58,7 @@ void fill_codes(PackedWeight& self, nb::ndarray<const uint8_t, nb::ndim<2>, nb::
     return wanted == bool(t) && (!t || (int64_t(t->shape(0)) == count && int64_t(t->shape(1)) == columns));
   };
   if (!w.group || int64_t(codes.shape(1)) != w.k || !is(scales, true, groups) ||
-      !is(lows, w.zeros() || w.lines(), groups) || !is(units, w.block() > 1 || w.factors(), w.factors() ? 1 : groups / w.block()) ||
+      !is(lows, w.zeros() || w.affine() || w.lines(), groups) || !is(units, w.block() > 1 || w.factors(), w.factors() ? 1 : groups / w.block()) ||
       !is(low_units, w.lines(), groups / w.block()))
     throw std::invalid_argument("codes are [count, k], scales and zeros or minima [count, groups], units [count, blocks], or [count, 1] of nvfp4");
   auto at = [](const std::optional<Table>& t) { return t ? t->data() : nullptr; };

@@ -2,11 +2,12 @@
 
     python scripts/fit_engines.py serving.csv --rows 60
 
-For each engine, and for its older releases, rows of all models are served in virtual time once, without these
-additions. As they are linear in a request's tokens and in the time of a step, the constants with the least error follow
-from the residuals: step_s from the times per token; request_s, prompt_token_s and admission_steps from those to the
-first. They belong in src/intaglio/data/engines/NAME.toml. It prints them; the test half judges them
-(`intaglio validate-serving serving.csv --split test`).
+For each engine, for its older releases and for prefill and decode apart, rows of all models are served in virtual time
+once, without these additions. As they are linear in a request's tokens and in the time of a step, the constants with
+the least error follow from the residuals: step_s and sequence_s from the times per token; request_s, prompt_token_s and
+admission_steps from those to the first. Servers with speculative decoding are left out of these; tokens_per_step of
+each recipe follows from their times per token. All belong in src/intaglio/data/engines/NAME.toml. It prints them; the
+test half judges them (`intaglio validate-serving serving.csv --split test`).
 """
 
 from __future__ import annotations
@@ -17,27 +18,47 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from intaglio.codesign.engines import engine, engines
-from intaglio.codesign.measured import Compared, compare_all, rows
+from intaglio.codesign.engines import EngineProfile, engine, engines
+from intaglio.codesign.measured import Compared, Row, compare_all, rows
 
+SEQUENCE_S = (0.0, 5e-6, 1e-5, 1.5e-5, 2e-5, 3e-5, 4e-5, 6e-5)
 STEP_S = (0.0, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4, 8e-4, 1e-3, 1.25e-3, 1.5e-3, 2e-3)
 REQUEST_S = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1)
 PROMPT_TOKEN_S = (0.0, 5e-6, 1e-5, 2e-5, 3e-5, 4e-5, 6e-5, 8e-5)
 ADMISSION_STEPS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0)
 
 
-def step_error(found: list[Compared], step: float) -> float:
-    """Median and, with less weight, mean of the relative error of TPOT with this addition."""
-    errors = [abs((c.tpot + step) / c.row.tpot - 1) for c in found]
+def added(c: Compared, step: float, sequence: float) -> float:
+    """Seconds of the host for each step of a row's server, if all open requests decode."""
+    phase = "decode_" if c.row.group == "disaggregated" else ""
+    return step + sequence * c.row.concurrency / c.row.placement(phase).replicas
+
+
+def step_error(found: list[Compared], step: float, sequence: float) -> float:
+    """Median and, with less weight, mean of the relative error of TPOT with these additions."""
+    errors = [abs((c.tpot + added(c, step, sequence)) / c.row.tpot - 1) for c in found]
     return statistics.median(errors) + 0.2 * statistics.fmean(min(e, 1.0) for e in errors)
 
 
-def error(found: list[Compared], step: float, request: float, token: float, steps: float) -> float:
-    """The same of TTFT with these additions."""
+def error(found: list[Compared], ahead: tuple[float, float], request: float, token: float, steps: float) -> float:
+    """The same of TTFT with these additions. ahead: step_s and sequence_s."""
     errors = [
-        abs((c.ttft + request + token * c.row.number("isl") + steps * (c.tpot + step)) / c.row.ttft - 1) for c in found
+        abs((c.ttft + request + token * c.row.number("isl") + steps * (c.tpot + added(c, *ahead))) / c.row.ttft - 1)
+        for c in found
     ]
     return statistics.median(errors) + 0.2 * statistics.fmean(min(e, 1.0) for e in errors)
+
+
+def kind_of(row: Row, profile: EngineProfile) -> str:
+    """The table of the profile with the row's constants: "apart", "older", or "" for the profile itself."""
+    if row.group == "disaggregated":
+        return "apart"
+    return "older" if profile.is_older(row.columns["backend_version"]) else ""
+
+
+def spread_rows(mine: list[Row], most: int) -> list[Row]:
+    """At most `most` of the rows, as a list, evenly spread."""
+    return [mine[i * len(mine) // most] for i in range(most)] if len(mine) > most else mine
 
 
 def main() -> None:
@@ -46,28 +67,57 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("--rows", type=int, default=60, help="of each engine, evenly spread over its rows")
     parser.add_argument("--engine", choices=list(engines()), help="only this one")
+    parser.add_argument("--kind", choices=("", "older", "apart"), help='only these rows; "": the others')
     asked = parser.parse_args()
-    for name, old in itertools.product([asked.engine] if asked.engine else engines(), (False, True)):
+    kinds = ("", "older", "apart") if asked.kind is None else (asked.kind,)
+    for name, kind in itertools.product([asked.engine] if asked.engine else engines(), kinds):
+        profile = engine(name)
         mine = [
             r for r in rows(asked.table)
             if r.columns["backend"] == name and r.split == "fit" and not r.refusal()
-            and engine(name).is_older(r.columns["backend_version"]) == old
+            and kind_of(r, profile) == kind
         ]  # fmt: skip
+        plain = replace(
+            profile,
+            apart={},
+            older={},
+            step_s=0.0,
+            sequence_s=0.0,
+            request_s=0.0,
+            prompt_token_s=0.0,
+            admission_steps=0.0,
+        )
+        drafted = [r for r in mine if r.profile(profile).draft_tokens]
+        mine = spread_rows([r for r in mine if r not in drafted], asked.rows)
         if not mine:
             continue
-        mine = [mine[i * len(mine) // asked.rows] for i in range(asked.rows)] if len(mine) > asked.rows else mine
-        plain = replace(engine(name), older={}, step_s=0.0, request_s=0.0, prompt_token_s=0.0, admission_steps=0.0)
         found = [c for c in compare_all(mine, lambda _, p=plain: p) if not c.refused]  # type: ignore[misc]
-        step = min(STEP_S, key=lambda s: step_error(found, s))
-        grid = itertools.product([step], REQUEST_S, PROMPT_TOKEN_S, ADMISSION_STEPS)
+        ahead = min(itertools.product(STEP_S, SEQUENCE_S), key=lambda x: step_error(found, *x))
+        grid = itertools.product([ahead], REQUEST_S, PROMPT_TOKEN_S, ADMISSION_STEPS)
         best = min(grid, key=lambda x: error(found, *x))[1:]
-        tpot = f"{step_error(found, 0.0):.3f} -> {step_error(found, step):.3f}"
-        before, after = error(found, step, 0.0, 0.0, 0.0), error(found, step, *best)
-        print(f"{name}{', older' if old else ''}: {len(found)} rows, TPOT {tpot}, TTFT {before:.3f} -> {after:.3f}")
+        tpot = f"{step_error(found, 0.0, 0.0):.3f} -> {step_error(found, *ahead):.3f}"
+        before, after = error(found, ahead, 0.0, 0.0, 0.0), error(found, ahead, *best)
+        print(f"{name}{', ' if kind else ''}{kind}: {len(found)} rows, TPOT {tpot}, TTFT {before:.3f} -> {after:.3f}")
         print(
-            f"step_s = {step:g}\nrequest_s = {best[0]:g}\nprompt_token_s = {best[1]:g}\nadmission_steps = {best[2]:g}",
+            f"step_s = {ahead[0]:g}\nsequence_s = {ahead[1]:g}\nrequest_s = {best[0]:g}\nprompt_token_s = {best[1]:g}\n"
+            f"admission_steps = {best[2]:g}",
             flush=True,
         )
+        for tokens, alike in by_drafts(drafted, profile).items():
+            found = [c for c in compare_all(spread_rows(alike, asked.rows), lambda _, p=plain: p) if not c.refused]  # type: ignore[misc]
+            wanted = statistics.median((tokens * c.tpot + added(c, *ahead)) / c.row.tpot for c in found)
+            servers = sorted({f"{c.row.card} {c.row.columns['backend_version']} {c.row.placement()}" for c in found})
+            print(
+                f"tokens_per_step = {wanted:.3g}, now {tokens:g}: {len(found)} rows of {', '.join(servers)}", flush=True
+            )
+
+
+def by_drafts(drafted: list[Row], profile: EngineProfile) -> dict[float, list[Row]]:
+    """A dict of rows of servers with speculative decoding: tokens_per_step of their recipe to the rows."""
+    out: dict[float, list[Row]] = {}
+    for row in drafted:
+        out.setdefault(row.profile(profile).tokens_per_step, []).append(row)
+    return out
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 namespace intaglio {
 
-enum class Fmt : int { F32, F16, BF16, I8, U8, I4, U4, MX4, NV4, K4, K5, K6, FP8 };
+enum class Fmt : int { F32, F16, BF16, I8, U8, A8, I4, U4, A4, MX4, NV4, K4, K5, K6, NF4, FP4, FP8 };
 enum class Scale : int { BF16, F16, F32, E4M3 };  // format of a weight's scales
 enum class Act : int { None, Silu, Gelu, GeluTanh, Relu, Relu2, Sigmoid, Tanh, Exp, Softplus };
 
@@ -23,6 +23,13 @@ constexpr int kSplit = 512;    // positions of K/V in one split of attention; sp
 constexpr int kTaskRows = 32;     // query rows (tokens x query heads of a K/V head) of an attention task, about
 constexpr int kMaxTaskRows = 256; // and at most: the heads of one token are not divided
 
+// Values of the codes of bitsandbytes' NF4 and FP4, before a group's scale: formats.LEVELS.
+constexpr float kNormalFloats[16] = {-1, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
+                                     -0.09105003625154495f, 0, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+                                     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1};
+constexpr float kTwelfths[16] = {0, 0.0625f / 12, 8.0f / 12, 1, 4.0f / 12, 6.0f / 12, 2.0f / 12, 3.0f / 12,
+                                 0, -0.0625f / 12, -8.0f / 12, -1, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12};
+
 // A weight [n, k] is packed into panels of 32 rows, K ascending within a panel. Without scales:
 //   F32 [k][32]   F16 [k][32]   BF16 [k/2][32][2]
 // Formats with scales consist of blocks of one group (K4, K5, K6: 256 values). A block is a head followed by the codes of its
@@ -31,6 +38,7 @@ constexpr int kMaxTaskRows = 256; // and at most: the heads of one token are not
 //   U8   as I8, but the code itself
 //   I4   [group/4][64] bytes, 64 for each quad. Byte b: low nibble code + 8 of row b/4, high nibble that of row 16 + b/4
 //   U4   as I4, but the codes themselves
+//   A8, A4  as U8 and U4; the groups have minima instead of zero points
 //   MX4  as I4, but the bits of E2M1; the scale is half of the E8M0 scale, as kernels use twice E2M1's value, an integer
 //   NV4  as MX4, in groups of 16; the panel begins with a factor of each row's scales, [32] float, half of the published
 //        one; the scale of a group is its E4M3 scale times the factor
@@ -40,10 +48,12 @@ constexpr int kMaxTaskRows = 256; // and at most: the heads of one token are not
 //   K6   in groups of 16: for each two quads [3][64] bytes of codes + 32, where byte b of the three holds
 //          bits 0-5:  quad 0 of row b/4 | quad 0 of row 16 + b/4 | quad 1 of row b/4
 //          bits 6-7:  quad 1 of row 16 + b/4: its bits 0-1 | 2-3 | 4-5
+//   NF4, FP4  as U4: codes are indices of a table of 16 floats
 //   FP8  [group/2][64] bytes of E4M3, row r at r/4%4*16 + r/16*8 + r%4*2, so that interleaving the two 8-byte halves of
 //        each 16 bytes gives pairs of bf16 in order
 // A head has 32 scales in format `scale`, then
 //   U8, U4  32 zero points, one byte each, which are subtracted from the codes
+//   A8, A4  32 minima in format `scale`, which are subtracted from the values
 //   K4, K5  32 units of the minima (f16), then three arrays [32] of 4 bytes, one byte for each group of a span of four:
 //             low nibbles of the first span's scales (bits 0-3) and of its minima (bits 4-7) | the same of the second span
 //             | bits 4-5 of the first span's scales, of its minima, of the second span's scales, of its minima
@@ -70,18 +80,21 @@ struct Weight {
     const bool chosen = fmt == Fmt::I8 || fmt == Fmt::I4 || fmt == Fmt::MX4;
     return !group || fmt == Fmt::FP8 || fmt == Fmt::K4 || (chosen && scale == Scale::BF16);
   }
-  bool integer() const { return group && fmt != Fmt::FP8; }           // x is quantised to int8
+  bool book() const { return fmt == Fmt::NF4 || fmt == Fmt::FP4; }    // codes are indices of levels()
+  const float* levels() const { return fmt == Fmt::NF4 ? kNormalFloats : kTwelfths; }
+  bool integer() const { return group && fmt != Fmt::FP8 && !book(); }  // x is quantised to int8
   bool pairs() const { return fmt == Fmt::BF16 || fmt == Fmt::FP8; }  // x is read in pairs of float or bf16
   int64_t scale_bytes() const { return scale == Scale::F32 ? 4 : scale == Scale::E4M3 ? 1 : 2; }
   bool factors() const { return fmt == Fmt::NV4; }  // each row has a factor of its scales
   int64_t factor_bytes() const { return factors() ? kPanel * 4 : 0; }  // at the beginning of a panel
-  bool wide() const { return fmt == Fmt::I8 || fmt == Fmt::U8; }   // integer codes of one byte
-  bool zeros() const { return fmt == Fmt::U8 || fmt == Fmt::U4; }  // each group has a zero point
+  bool wide() const { return fmt == Fmt::I8 || fmt == Fmt::U8 || fmt == Fmt::A8; }  // integer codes of one byte
+  bool zeros() const { return fmt == Fmt::U8 || fmt == Fmt::U4; }    // each group has a zero point
+  bool affine() const { return fmt == Fmt::A8 || fmt == Fmt::A4; }   // each group has a minimum, stored as its scale is
   int64_t bits() const { return wide() || fmt == Fmt::FP8 ? 8 : fmt == Fmt::K6 ? 6 : fmt == Fmt::K5 ? 5 : 4; }  // of a code
-  bool lines() const { return fmt == Fmt::K4 || fmt == Fmt::K5; }  // whose groups have a scale and a minimum
+  bool lines() const { return fmt == Fmt::K4 || fmt == Fmt::K5; }  // whose groups have a scale and a minimum in units
   int64_t block() const { return groups_of_block(fmt); }  // groups in a block
   int64_t head_bytes() const {
-    return kPanel * (scale_bytes() + (zeros() ? 1 : lines() ? 14 : fmt == Fmt::K6 ? 16 : 0));
+    return kPanel * (scale_bytes() + (zeros() ? 1 : affine() ? scale_bytes() : lines() ? 14 : fmt == Fmt::K6 ? 16 : 0));
   }
   int64_t code_bytes() const { return kPanel * group * bits() / 8; }  // of a group
   int64_t block_bytes() const { return head_bytes() + block() * code_bytes(); }
@@ -221,6 +234,7 @@ struct MapArgs {
 //   selective_scan    [blocks of channels][n][channels of the block]; its rates too
 //   rg_lru            [channels]
 constexpr int kColumns = 32;
+constexpr int64_t kStateTokens = 4;  // tokens by which linear attention without the delta rule advances a state at once
 
 struct StateRun {  // token rows first .. first + count - 1 of one sequence, and its state
   int64_t first, count;
@@ -247,7 +261,7 @@ struct StateAttentionArgs {
   bool delta, by_key;
   float scale;
 
-  int64_t scratch() const { return 2 * (keys + kMostLanes) + keys * kColumns; }  // floats
+  int64_t scratch() const { return kStateTokens * (keys + kMostLanes) + keys * kColumns; }  // floats
 };
 
 struct ScanArgs {

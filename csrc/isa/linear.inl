@@ -78,9 +78,10 @@ inline F small_floats(I code) {
 template <Fmt Format, int MR>
 struct Codes {
   static constexpr bool few = F::N == 16 && MR <= 4;
-  static constexpr bool halves = few && (Format == Fmt::I4 || Format == Fmt::U4 || Format == Fmt::K4);
+  static constexpr bool halves = few && (Format == Fmt::I4 || Format == Fmt::U4 || Format == Fmt::A4 || Format == Fmt::K4);
   static constexpr bool levelled = Format == Fmt::MX4 || Format == Fmt::NV4;  // codes are indices of kLevels
-  static constexpr bool wide = Format == Fmt::I8 || Format == Fmt::U8, zeros = Format == Fmt::U8 || Format == Fmt::U4, minima = Format == Fmt::K4 || Format == Fmt::K5;
+  static constexpr bool affine = Format == Fmt::A8 || Format == Fmt::A4, minima = affine || Format == Fmt::K4 || Format == Fmt::K5;
+  static constexpr bool wide = Format == Fmt::I8 || Format == Fmt::U8 || Format == Fmt::A8, zeros = Format == Fmt::U8 || Format == Fmt::U4;
   static constexpr int quads = Format == Fmt::K6 ? 2 : Format == Fmt::K5 ? 4 : 1;  // groups of four values of K that load_w() reads at once
   static constexpr int unrolled = !few ? quads : Format == Fmt::K6 || Format == Fmt::NV4 ? 4 : 8;
   static constexpr int bytes = wide ? 128 : Format == Fmt::K6 ? 192 : Format == Fmt::K5 ? 320 : 64;  // of a panel's codes for these quads
@@ -121,15 +122,15 @@ struct Codes {
       const I zero = load_u8(head + kPanel * scale_bytes + v * F::N);
       return set_int(start) * (wide ? zero + set_int(kOffset8 - 128) : zero);
     }
-    return set_int(minima ? 0 : start);
+    return set_int(!minima ? start : wide ? start * (kOffset8 - 128) : 0);
   }
-  // Scales of a group; `factors`: those of the panel's rows, where the format has them.
-  static void scales(const uint8_t* head, Scale kept, const float* factors, F* ws) {
+  // Scales of a group, or minima stored as scales are; `factors`: those of the panel's rows, where the format has them.
+  static void scales(const uint8_t* from, Scale kept, const float* factors, F* ws) {
     EACH_OF for (int v = 0; v < kVectors; v++)
-      if constexpr (Format == Fmt::NV4) ws[v] = small_floats(load_u8(head + v * F::N)) * load(factors + v * F::N);
-      else if (kept == Scale::BF16) ws[v] = load_bf16((const uint16_t*)head + v * F::N);
-      else if (kept == Scale::F16) ws[v] = load_f16((const uint16_t*)head + v * F::N);
-      else ws[v] = load((const float*)head + v * F::N);
+      if constexpr (Format == Fmt::NV4) ws[v] = small_floats(load_u8(from + v * F::N)) * load(factors + v * F::N);
+      else if (kept == Scale::BF16) ws[v] = load_bf16((const uint16_t*)from + v * F::N);
+      else if (kept == Scale::F16) ws[v] = load_f16((const uint16_t*)from + v * F::N);
+      else ws[v] = load((const float*)from + v * F::N);
   }
   // Turns the accumulators of row m into the group's sum, where sum_group() left joined halves that did not start at begin().
   static void settle(I (&acc)[MR][kVectors], const uint8_t* head, int64_t scale_bytes, int m, int32_t start) {
@@ -200,6 +201,11 @@ void code_tile(const Weight& w, const float* factors, const uint8_t* from, const
       EACH_OF for (int m = 0; m < MR; m++) {
         T::settle(acc, head, scale_bytes, m, starts[m]);
         EACH_OF for (int v = 0; v < kVectors; v++) sums[m][v] = fma(to_float(acc[m][v]), ws[v], sums[m][v]);
+      }
+      if constexpr (T::affine) {  // a start is -(sum of x)
+        T::scales(head + kPanel * scale_bytes, w.scale, factors, ws);
+        EACH_OF for (int m = 0; m < MR; m++)
+          EACH_OF for (int v = 0; v < kVectors; v++) sums[m][v] = fma(set(float(starts[m])), ws[v], sums[m][v]);
       }
     }
     EACH_OF for (int m = 0; m < MR; m++)
@@ -289,6 +295,68 @@ void fp8_tile(const uint8_t* w, int64_t group, const typename T::X* x, int64_t g
   }
 }
 
+// acc[m][v] += x times the levels of the codes of one quad, for its value J of K.
+template <int J, int MR>
+[[gnu::always_inline]] inline void add_levels(const Book& book, const uint8_t* quad, const float* x, F (&acc)[MR][kVectors]) {
+  constexpr int half = kVectors / 2;  // the low nibbles are of the first half of the rows
+  EACH_OF for (int v = 0; v < half; v++) {
+    const I codes = load_raw(quad + v * F::N * 4);
+    const F low = look_up<2 * J>(book, codes), high = look_up<2 * J + 1>(book, codes);
+    EACH_OF for (int m = 0; m < MR; m++) {
+      acc[m][v] = fma(low, set(x[m]), acc[m][v]);
+      acc[m][v + half] = fma(high, set(x[m]), acc[m][v + half]);
+    }
+  }
+}
+
+// Tile for NF4 and FP4: codes become floats by table lookup. Each group has four sums, one for the first value of each of its
+// quads, one for the second and so on, which are scaled one after another. They are computed together where a tile has so few
+// accumulators that one sum would be bound by the latency of additions, else in four passes over the group.
+template <Fmt Format, int MR>
+void book_tile(const uint8_t* w, int64_t group, const float* x, int64_t groups, float* c, bool first, NextBlock ahead) {
+  constexpr bool together = F::N == 16 && MR <= 2;
+  const Book book = load_book(Format == Fmt::NF4 ? kNormalFloats : kTwelfths);
+  const int64_t quads = group / 4;
+  for (int64_t g = 0; g < groups; g++, w += kPanel * (4 + group / 2), x += group * MR) {
+    F scale[kVectors];
+    EACH_OF for (int v = 0; v < kVectors; v++) scale[v] = load((const float*)w + v * F::N);
+    const uint8_t* codes = w + kPanel * 4;
+    auto scaled = [&](const F (&acc)[MR][kVectors], bool fresh) __attribute__((always_inline)) {
+      EACH_OF for (int m = 0; m < MR; m++)
+        EACH_OF for (int v = 0; v < kVectors; v++) {
+          float* to = c + m * kPanel + v * F::N;
+          store(to, fma(acc[m][v], scale[v], fresh ? set(0) : load(to)));
+        }
+    };
+    if constexpr (together) {
+      F acc[4][MR][kVectors];
+      EACH_OF for (int j = 0; j < 4; j++)
+        EACH_OF for (int m = 0; m < MR; m++)
+          EACH_OF for (int v = 0; v < kVectors; v++) acc[j][m][v] = set(0);
+      for (int64_t q = 0; q < quads; q++) {
+        const float* own = x + 4 * q * MR;
+        add_levels<0, MR>(book, codes + q * 64, own, acc[0]);
+        add_levels<1, MR>(book, codes + q * 64, own + MR, acc[1]);
+        add_levels<2, MR>(book, codes + q * 64, own + 2 * MR, acc[2]);
+        add_levels<3, MR>(book, codes + q * 64, own + 3 * MR, acc[3]);
+      }
+      EACH_OF for (int j = 0; j < 4; j++) scaled(acc[j], first && g == 0 && j == 0);
+    } else {
+      auto pass = [&]<int J>() __attribute__((always_inline)) {
+        F acc[MR][kVectors];
+        EACH_OF for (int m = 0; m < MR; m++)
+          EACH_OF for (int v = 0; v < kVectors; v++) acc[m][v] = set(0);
+        for (int64_t q = 0; q < quads; q++) {
+          ahead.fetch((g * 4 + J) * quads + q);
+          add_levels<J, MR>(book, codes + q * 64, x + (4 * q + J) * MR, acc);
+        }
+        scaled(acc, first && g == 0 && J == 0);
+      };
+      pass.template operator()<0>(), pass.template operator()<1>(), pass.template operator()<2>(), pass.template operator()<3>();
+    }
+  }
+}
+
 // Calls f.operator()<rows>(), for rows in 1 .. MR.
 template <int MR, class Fn>
 void with_rows(int64_t rows, Fn f) {
@@ -365,6 +433,19 @@ void fp8_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8
   }
 }
 
+template <Fmt Format>
+void book_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, float* tile) {
+  const int64_t group = a.w->group, depth = std::max<int64_t>(1, kDepth / group), bytes = a.w->block_bytes();
+  const int64_t groups = a.w->padded_k / group;
+  for (int64_t g = 0; g < groups; g += depth) {
+    const int64_t n = std::min(depth, groups - g);
+    by_pass<kFloatRows>(rows, panel + g * bytes, n * bytes, n * group, [&]<int MR>(int64_t m, NextBlock ahead) {
+      auto x = (const float*)a.x.values + (first_row + m) * a.x.padded_k + g * group * MR;
+      book_tile<Format, MR>(panel + g * bytes, group, x, n, tile + m * kPanel, g == 0, ahead);
+    });
+  }
+}
+
 void product_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const uint8_t* panel, float* tile) {
   auto with = [&](auto run) { run(a, first_row, rows, panel, tile); };
   switch (a.w->fmt) {
@@ -373,13 +454,17 @@ void product_panel(const LinearArgs& a, int64_t first_row, int64_t rows, const u
     case Fmt::BF16: return with(a.x_bf16 ? float_panel<Bf16Pairs> : float_panel<Bf16Weights>);
     case Fmt::I8: return with(code_panel<Fmt::I8>);
     case Fmt::U8: return with(code_panel<Fmt::U8>);
+    case Fmt::A8: return with(code_panel<Fmt::A8>);
     case Fmt::I4: return with(code_panel<Fmt::I4>);
     case Fmt::U4: return with(code_panel<Fmt::U4>);
+    case Fmt::A4: return with(code_panel<Fmt::A4>);
     case Fmt::MX4: return with(code_panel<Fmt::MX4>);
     case Fmt::NV4: return with(code_panel<Fmt::NV4>);
     case Fmt::K4: return with(code_panel<Fmt::K4>);
     case Fmt::K5: return with(code_panel<Fmt::K5>);
     case Fmt::K6: return with(code_panel<Fmt::K6>);
+    case Fmt::NF4: return with(book_panel<Fmt::NF4>);
+    case Fmt::FP4: return with(book_panel<Fmt::FP4>);
     case Fmt::FP8: return with(a.x_bf16 ? fp8_panel<Bf16Pairs> : fp8_panel<Bf16Weights>);
   }
 }

@@ -65,17 +65,25 @@ void update_block(const HeadToken& t, const HeadToken& next, const float* from, 
   }
 }
 
-// to = kept from + k u^T, out = to^T q.
-void advance_block(const HeadToken& t, const float* from, float* to, int64_t keys, const F* u, F* out) {
-  EACH_OF for (int v = 0; v < kStateVectors; v++) out[v] = set(0);
+// For each of `Tokens` tokens in turn: to = kept to + k u^T, out = to^T q, where `to` is `from` before the first. A block of `Vectors`
+// vectors of columns of a state [keys][kColumns]; u and out are [Tokens][Vectors]. Its values stay in registers from token to token.
+template <int Tokens, int Vectors>
+void advance_block(const HeadToken* t, const float* from, float* to, int64_t keys, const F* u, F* out) {
+  F sum[Tokens * Vectors], value[Tokens * Vectors];  // values in registers: `u` might lie in what is stored to
+  EACH_OF for (int j = 0; j < Tokens * Vectors; j++) sum[j] = set(0), value[j] = u[j];
   for (int64_t i = 0; i < keys; i++, from += kColumns, to += kColumns) {
-    const F kept = set(t.kept[i * t.step]), key = set(t.k[i]), query = set(t.q[i]);
-    EACH_OF for (int v = 0; v < kStateVectors; v++) {
-      const F s = fma(key, u[v], load(from + v * F::N) * kept);
-      out[v] = fma(s, query, out[v]);
-      store(to + v * F::N, s);
+    F s[Vectors];
+    EACH_OF for (int v = 0; v < Vectors; v++) s[v] = load(from + v * F::N);
+    EACH_OF for (int n = 0; n < Tokens; n++) {
+      const F kept = set(t[n].kept[i * t[n].step]), key = set(t[n].k[i]), query = set(t[n].q[i]);
+      EACH_OF for (int v = 0; v < Vectors; v++) {
+        s[v] = fma(key, value[n * Vectors + v], s[v] * kept);
+        sum[n * Vectors + v] = fma(s[v], query, sum[n * Vectors + v]);
+      }
     }
+    EACH_OF for (int v = 0; v < Vectors; v++) store(to + v * F::N, s[v]);
   }
+  EACH_OF for (int j = 0; j < Tokens * Vectors; j++) out[j] = sum[j];
 }
 
 // Vector j of `width` columns; zeros beyond them.
@@ -89,23 +97,87 @@ void fetch(const float* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i, write, 3);
 }
 
-// The tokens of one sequence for one head. scratch: the factors of two tokens, then a block of state.
-void attend_state(const StateAttentionArgs& a, const StateRun& run, int64_t head, float* scratch) {
-  const int64_t group = head / a.share * a.keys, end = run.first + run.count;
-  const float skip = a.skip ? a.skip[head] : 0.0f;
-  auto token = [&](int64_t t) {
-    float* kept = scratch + (t & 1) * (a.keys + kMostLanes);
+// The `width` columns from `first` of a head's values, for tokens of one sequence.
+struct HeadBlock {
+  const StateAttentionArgs& a;
+  int64_t head, first, width;
+  float* scratch;  // factors of kStateTokens tokens
+
+  HeadToken token(int64_t t) const {
+    float* kept = scratch + t % kStateTokens * (a.keys + kMostLanes);
     if (a.by_key)
       for (int64_t i = 0; i < a.keys; i += F::N)
         store(kept + i, exp(load_first(a.decay + t * a.ld_decay + head * a.keys + i, a.keys - i)));
     else store(kept, exp(set(a.decay ? a.decay[t * a.ld_decay + head] : a.rates[head])));
-    return HeadToken{a.q + t * a.ld_q + group, a.k + t * a.ld_k + group, kept, a.by_key};
-  };
+    const int64_t group = head / a.share * a.keys;
+    return {a.q + t * a.ld_q + group, a.k + t * a.ld_k + group, kept, a.by_key};
+  }
+  const float* values(int64_t t) const { return a.v + t * a.ld_v + head * a.values + first; }
+  F beta(int64_t t) const { return set(a.beta ? a.beta[t * a.ld_beta + head] : 1.0f); }
+  void fetch_rows(int64_t t) const {
+    const int64_t group = head / a.share * a.keys;
+    fetch(a.q + t * a.ld_q + group, a.keys), fetch(a.k + t * a.ld_k + group, a.keys), fetch(values(t), width);
+    fetch<1>(a.out + t * a.ld_out + head * a.values + first, width);
+    if (a.by_key) fetch(a.decay + t * a.ld_decay + head * a.keys, a.keys);
+  }
+  // Writes vector j of the result of token t, which is `out` before scale and skip.
+  void write(int64_t t, int j, F out) const {
+    F y = out * set(a.scale);
+    if (a.skip) y = fma(load_column(values(t), j, width), set(a.skip[head]), y);
+    if (j * F::N < width) store_first(a.out + t * a.ld_out + head * a.values + first + j * F::N, y, width - j * F::N);
+  }
+};
+
+// Tokens t .. t + Tokens - 1 without the delta rule, `Vectors` vectors of columns at a time.
+template <int Tokens, int Vectors>
+void advance_tokens(const HeadBlock& b, int64_t t, const float* from, float* to) {
+  HeadToken tokens[Tokens];
+  for (int n = 0; n < Tokens; n++) tokens[n] = b.token(t + n);
+  for (int first = 0; first < kStateVectors; first += Vectors) {
+    F u[Tokens * Vectors], out[Tokens * Vectors];
+    EACH_OF for (int n = 0; n < Tokens; n++)
+      EACH_OF for (int v = 0; v < Vectors; v++) u[n * Vectors + v] = load_column(b.values(t + n), first + v, b.width) * b.beta(t + n);
+    advance_block<Tokens, Vectors>(tokens, from + first * F::N, to + first * F::N, b.a.keys, u, out);
+    for (int n = 0; n < Tokens; n++)
+      EACH_OF for (int v = 0; v < Vectors; v++) b.write(t + n, first + v, out[n * Vectors + v]);
+  }
+}
+
+// All tokens of `run` without the delta rule: kStateTokens at a time, so that the state is read and written once for these.
+void advance_run(const HeadBlock& b, const StateRun& run, const float* from, float* to) {
+  constexpr int kVectors = std::min(2, kStateVectors);
+  const int64_t end = run.first + run.count;
+  for (int64_t t = run.first; t < end; from = to) {
+    for (int64_t n = 0; n < kStateTokens && t + kStateTokens + n < end; n++) b.fetch_rows(t + kStateTokens + n);
+    if (end - t >= kStateTokens) advance_tokens<int(kStateTokens), kVectors>(b, t, from, to), t += kStateTokens;
+    else advance_tokens<1, kStateVectors>(b, t, from, to), t++;
+  }
+}
+
+// All tokens of `run` with the delta rule.
+void delta_run(const HeadBlock& b, const StateRun& run, const float* from, float* to) {
+  const int64_t end = run.first + run.count;
+  F u[kStateVectors], out[kStateVectors], after[kStateVectors];
+  HeadToken now = b.token(run.first);
+  decay_block(now, from, to, b.a.keys, after);
+  for (int64_t t = run.first; t < end; t++) {
+    EACH_OF for (int j = 0; j < kStateVectors; j++) u[j] = (load_column(b.values(t), j, b.width) - after[j]) * b.beta(t);
+    if (t + kTokensAhead < end) b.fetch_rows(t + kTokensAhead);
+    const HeadToken next = t + 1 < end ? b.token(t + 1) : now;
+    if (t + 1 < end) update_block<true>(now, next, to, to, b.a.keys, u, out, after);
+    else update_block<false>(now, next, to, to, b.a.keys, u, out, after);
+    EACH_OF for (int j = 0; j < kStateVectors; j++) b.write(t, j, out[j]);
+    now = next;
+  }
+}
+
+// The tokens of one sequence for one head. scratch: the factors of kStateTokens tokens, then a block of state.
+void attend_state(const StateAttentionArgs& a, const StateRun& run, int64_t head, float* scratch) {
   for (int64_t first = 0; first < a.values; first += kColumns) {
     const int64_t width = std::min<int64_t>(kColumns, a.values - first), at = head * a.keys * a.values + first * a.keys;
     const bool whole = width == kColumns;
     const float* from = run.from ? run.from + at : nullptr;
-    float *padded = scratch + 2 * (a.keys + kMostLanes), *to = whole ? run.to + at : padded;
+    float *padded = scratch + kStateTokens * (a.keys + kMostLanes), *to = whole ? run.to + at : padded;
     if (!from || !whole) {
       for (int64_t i = 0; i < a.keys; i++) {
         float* row = to + i * kColumns;
@@ -114,33 +186,8 @@ void attend_state(const StateAttentionArgs& a, const StateRun& run, int64_t head
       }
       from = to;
     }
-    F u[kStateVectors], out[kStateVectors], after[kStateVectors];
-    HeadToken now = token(run.first);
-    if (a.delta) decay_block(now, from, to, a.keys, after), from = to;
-    for (int64_t t = run.first; t < end; t++) {
-      const F beta = set(a.beta ? a.beta[t * a.ld_beta + head] : 1.0f);
-      const float* v = a.v + t * a.ld_v + head * a.values + first;
-      EACH_OF for (int j = 0; j < kStateVectors; j++) {
-        const F value = load_column(v, j, width);
-        u[j] = (a.delta ? value - after[j] : value) * beta;
-      }
-      if (const int64_t soon = t + kTokensAhead; soon < end) {
-        fetch(a.q + soon * a.ld_q + group, a.keys), fetch(a.k + soon * a.ld_k + group, a.keys);
-        fetch(a.v + soon * a.ld_v + head * a.values + first, width);
-        fetch<1>(a.out + soon * a.ld_out + head * a.values + first, width);
-        if (a.by_key) fetch(a.decay + soon * a.ld_decay + head * a.keys, a.keys);
-      }
-      const HeadToken next = t + 1 < end ? token(t + 1) : now;
-      if (!a.delta) advance_block(now, from, to, a.keys, u, out);
-      else if (t + 1 < end) update_block<true>(now, next, from, to, a.keys, u, out, after);
-      else update_block<false>(now, next, from, to, a.keys, u, out, after);
-      EACH_OF for (int j = 0; j < kStateVectors; j++) {
-        F y = out[j] * set(a.scale);
-        if (a.skip) y = fma(load_column(v, j, width), set(skip), y);
-        if (j * F::N < width) store_first(a.out + t * a.ld_out + head * a.values + first + j * F::N, y, width - j * F::N);
-      }
-      now = next, from = to;
-    }
+    const HeadBlock block{a, head, first, width, scratch};
+    (a.delta ? delta_run : advance_run)(block, run, from, to);
     if (!whole)
       for (int64_t i = 0; i < a.keys; i++) std::memcpy(run.to + at + i * width, to + i * kColumns, size_t(width) * 4);
   }

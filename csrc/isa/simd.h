@@ -127,6 +127,13 @@ inline void levels(I both, I& low, I& high) {  // vpermb looks up by six bits: t
   const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)kLevels));
   low = {_mm512_permutexvar_epi8(both.v, table)}, high = {_mm512_permutexvar_epi8(_mm512_srli_epi32(both.v, 4), table)};
 }
+// A table of 16 floats, and those at the 4-bit codes number `nibble` (0: the lowest) of each word.
+struct Book {
+  __m512 v;
+};
+inline Book load_book(const float* p) { return {_mm512_loadu_ps(p)}; }
+template <int nibble>
+F look_up(const Book& b, I codes) { return {_mm512_permutexvar_ps(_mm512_srli_epi32(codes.v, 4 * nibble), b.v)}; }
 inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to pairs of bf16
   __m512i code = _mm512_loadu_si512(p);
   __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kE4M3.low), code, _mm512_load_si512(kE4M3.low + 64));
@@ -218,6 +225,15 @@ inline void levels(I both, I& low, I& high) {
   const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)kLevels));
   nibbles(both, low, high);
   low.v = _mm256_shuffle_epi8(table, low.v), high.v = _mm256_shuffle_epi8(table, high.v);
+}
+struct Book {
+  __m256 low, high;
+};
+inline Book load_book(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+template <int nibble>
+F look_up(const Book& b, I codes) {  // vpermps looks up by three bits; the blend chooses by the fourth, moved to the sign
+  const __m256i at = _mm256_srli_epi32(codes.v, 4 * nibble), fourth = _mm256_slli_epi32(codes.v, 28 - 4 * nibble);
+  return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(b.low, at), _mm256_permutevar8x32_ps(b.high, at), _mm256_castsi256_ps(fourth))};
 }
 inline __m256i words_of_e4m3(__m256i code) {  // converts 16-bit words that hold one code each to bf16
   const __m256i all = _mm256_and_si256(code, _mm256_set1_epi16(127)), sign = _mm256_slli_epi16(_mm256_xor_si256(code, all), 8);
@@ -323,6 +339,12 @@ inline void levels(I both, I& low, I& high) {
   nibbles(both, low, high);
   low = each(low), high = each(high);
 }
+struct Book {
+  const float* levels;
+};
+inline Book load_book(const float* p) { return {p}; }
+template <int nibble>
+F look_up(const Book& b, I codes) { F r; EACH r.v[i] = b.levels[(uint32_t(codes.v[i]) >> (4 * nibble)) & 15]; return r; }
 inline void load_e4m3(const uint8_t* p, I* w) {  // a panel's row of 64 codes to pairs of bf16
   for (int row = 0; row < 32; row++) {
     const uint8_t* code = p + row / 4 % 4 * 16 + row / 16 * 8 + row % 4 * 2;

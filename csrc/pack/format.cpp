@@ -11,7 +11,8 @@ namespace {
 const std::map<std::string, Fmt>& codes() {
   static const std::map<std::string, Fmt> names = {
       {"f32", Fmt::F32}, {"f16", Fmt::F16}, {"bf16", Fmt::BF16}, {"int8", Fmt::I8}, {"uint8", Fmt::U8},
-      {"int4", Fmt::I4}, {"uint4", Fmt::U4}, {"mxfp4", Fmt::MX4}, {"nvfp4", Fmt::NV4}, {"q4_k", Fmt::K4}, {"q5_k", Fmt::K5}, {"q6_k", Fmt::K6},
+      {"affine8", Fmt::A8}, {"int4", Fmt::I4}, {"uint4", Fmt::U4}, {"affine4", Fmt::A4},
+      {"nf4", Fmt::NF4}, {"fp4", Fmt::FP4}, {"mxfp4", Fmt::MX4}, {"nvfp4", Fmt::NV4}, {"q4_k", Fmt::K4}, {"q5_k", Fmt::K5}, {"q6_k", Fmt::K6},
       {"fp8", Fmt::FP8}, {"e4m3", Fmt::FP8}};
   return names;
 }
@@ -23,7 +24,7 @@ bool drop_end(std::string& name, const std::string& end) {
 }
 
 Scale usual_scale(Fmt fmt) {
-  return fmt == Fmt::FP8 ? Scale::F32 : fmt == Fmt::NV4 ? Scale::E4M3 : groups_of_block(fmt) > 1 ? Scale::F16 : Scale::BF16;
+  return fmt >= Fmt::NF4 ? Scale::F32 : fmt == Fmt::NV4 ? Scale::E4M3 : groups_of_block(fmt) > 1 ? Scale::F16 : Scale::BF16;
 }
 
 }  // namespace

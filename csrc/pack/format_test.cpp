@@ -17,6 +17,10 @@ TEST(family_names_are_parsed_into_codes_scales_and_row) {
   CHECK(format_of("fp8") == (Format{Fmt::FP8, Scale::F32, false}));
   CHECK(format_of("fp8row") == (Format{Fmt::FP8, Scale::F32, true}));
   CHECK(format_of("mxfp4") == (Format{Fmt::MX4, Scale::BF16, false}));
+  CHECK(format_of("affine4f16") == (Format{Fmt::A4, Scale::F16, false}));
+  CHECK(format_of("affine8row") == (Format{Fmt::A8, Scale::BF16, true}));
+  CHECK(format_of("nf4") == (Format{Fmt::NF4, Scale::F32, false}));
+  CHECK(format_of("fp4") == (Format{Fmt::FP4, Scale::F32, false}));
   CHECK(format_of("nvfp4") == (Format{Fmt::NV4, Scale::E4M3, false}));
   CHECK(format_of("q4_k") == (Format{Fmt::K4, Scale::F16, false}));
   CHECK(format_of("q5_k") == (Format{Fmt::K5, Scale::F16, false}));

@@ -315,10 +315,15 @@ void write_codes(const Weight& w, const Strip& s, int64_t g, const uint8_t* code
   }
 }
 
+// Writes lane `lane` of an array of scales, or of minima stored as scales are.
+void put_float(const Weight& w, uint8_t* array, int64_t lane, float value) {
+  const uint16_t half = w.scale == Scale::F16 ? to_f16(value) : to_bf16(value);
+  if (w.scale == Scale::F32) std::memcpy(array + lane * 4, &value, 4);
+  else std::memcpy(array + lane * 2, &half, 2);
+}
+
 void put_scale(const Weight& w, int64_t lane, const GroupAt& at, float scale) {
-  const uint16_t half = w.scale == Scale::F16 ? to_f16(scale) : to_bf16(scale);
-  if (w.scale == Scale::F32) std::memcpy(at.head + lane * 4, &scale, 4);
-  else std::memcpy(at.head + lane * 2, &half, 2);
+  put_float(w, at.head, lane, scale);
 }
 
 // `value` in units, of which it is an integer multiple; 0 if the unit is 0 or not finite (then so is the value).
@@ -362,7 +367,9 @@ void put_head(const Weight& w, int64_t lane, int64_t panel, const GroupAt& at, i
   if (w.factors()) return put_factored(w, lane, panel, at, rows.units[i], scale);
   if (w.block() == 1) {
     put_scale(w, lane, at, scale);
-    if (w.zeros()) at.head[kPanel * w.scale_bytes() + lane] = uint8_t(rows.lows[i * groups + g]);
+    uint8_t* lows = at.head + kPanel * w.scale_bytes();
+    if (w.zeros()) lows[lane] = uint8_t(rows.lows[i * groups + g]);
+    if (w.affine()) put_float(w, lows, lane, rows.lows[i * groups + g]);
     return;
   }
   const float unit = rows.units[i * blocks + g / w.block()];
@@ -432,9 +439,11 @@ struct Dequantiser {
   float scale, zero, low;
 };
 Dequantiser dequantiser_of(const Weight& w, int64_t panel, const GroupAt& at, int64_t lane) {
-  const uint8_t* own = at.head + lane * w.scale_bytes();
+  auto float_at = [&](const uint8_t* p) { return w.scale == Scale::F32 ? word<float>(p) : (w.scale == Scale::F16 ? from_f16 : from_bf16)(word<uint16_t>(p)); };
+  const uint8_t *own = at.head + lane * w.scale_bytes(), *lows = own + kPanel * w.scale_bytes();
   if (w.factors()) return {from_e4m3(*own) * word<float>(factor_at(w, panel, lane)), 0, 0};
-  const float scale = w.scale == Scale::F32 ? word<float>(own) : (w.scale == Scale::F16 ? from_f16 : from_bf16)(word<uint16_t>(own));
+  const float scale = float_at(own);
+  if (w.affine()) return {scale, 0, float_at(lows)};
   if (w.zeros()) return {scale, float(at.head[kPanel * w.scale_bytes() + lane]), 0};
   if (w.fmt == Fmt::K6) return {scale * float(int8_t(at.head[kPanel * (2 + at.index) + lane])), 32, 0};
   if (w.lines()) {
@@ -462,6 +471,7 @@ float number(const Weight& w, const GroupAt& at, int64_t lane, int64_t j) {
     return float((at.codes[five.byte] >> (lane < 16 ? 0 : 4) & 15) | (at.codes[five.high] >> five.bit & 1) << 4);
   }
   const int nibble = (at.codes[j / 4 * 64 + lane % 16 * 4 + j % 4] >> (lane < 16 ? 0 : 4)) & 15;
+  if (w.book()) return w.levels()[nibble];
   return float(w.fmt == Fmt::MX4 || w.fmt == Fmt::NV4 ? kLevels[nibble] : nibble);
 }
 

@@ -67,13 +67,13 @@ TEST(codes_of_checkpoints_are_packed_unchanged) {
     const char* family;
     int low, count, step;
   };
-  for (const auto& [family, low, count, step] : {Codes{"int8", -128, 256, 1}, {"int4", -8, 16, 1}, {"uint8", 0, 256, 1}, {"uint4", 0, 16, 1}}) {
+  for (const auto& [family, low, count, step] : {Codes{"int8", -128, 256, 1}, {"int4", -8, 16, 1}, {"uint8", 0, 256, 1}, {"uint4", 0, 16, 1}, {"affine8", 0, 256, 1}, {"affine4", 0, 16, 1}}) {
     for (size_t i = 0; i < codes.size(); i++) codes[i] = uint8_t(low + int(i * size_t(step)) % count);
     PackedWeight w(format_of(family), n, k, group, false);
     std::vector<float> zeros(ones.size(), 0.0f);
-    w.fill_codes({codes.data(), ones.data(), w.w.zeros() ? zeros.data() : nullptr, nullptr, nullptr}, 0, n, 2);
+    w.fill_codes({codes.data(), ones.data(), w.w.zeros() ? zeros.data() : w.w.affine() ? ones.data() : nullptr, nullptr, nullptr}, 0, n, 2);
     const std::vector<float> got = unpacked(w);
-    for (size_t i = 0; i < codes.size(); i++) CHECK_EQUAL(got[i], float(low < 0 ? int8_t(codes[i]) : codes[i]));
+    for (size_t i = 0; i < codes.size(); i++) CHECK_EQUAL(got[i], float(low < 0 ? int8_t(codes[i]) : codes[i]) - (w.w.affine() ? 1.0f : 0.0f));
   }
   const int levels[] = {0, 1, 2, 3, 4, 6, 8, 12};  // twice E2M1's values
   for (size_t i = 0; i < codes.size(); i++) codes[i] = uint8_t(levels[i % 8] * (i % 3 ? 1 : -1));

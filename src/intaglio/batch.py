@@ -40,10 +40,10 @@ class Sampling:
     """Sampling parameters of one row.
 
     Attributes:
-        temperature: 0 is greedy.
-        top_k: 0 switches this filter off.
-        top_p: 1 switches this filter off.
-        min_p: 0 switches this filter off.
+        temperature: the logits are divided by it; 0: the likeliest token is taken.
+        top_k: only this many of the likeliest tokens can be drawn; 0: no limit.
+        top_p: only the likeliest tokens that together have this probability can be drawn; 1: no limit.
+        min_p: tokens with less than this fraction of the likeliest token's probability cannot be drawn; 0: no limit.
         seed: seed of the random numbers. They depend on the seed and the token's position only.
         edits: changes to the logits, made before `mask` is applied; None: no changes.
         mask: uint32 [(vocabulary + 31) // 32], one bit for each token id, the lowest bit first. An id whose bit is 0
@@ -247,9 +247,14 @@ class Batch:
 def bind(chunks: Sequence[Chunk], block_size: int) -> Batch:
     """Combine chunks, one per sequence, into one Batch and return it. block_size: tokens in a K/V block.
 
-    Raises BatchError if there are no chunks, if two tokens have the same K/V slot, or if a slot of recurrent state is
-    written twice or both read and written. Also if a chunk has no tokens, too few blocks or window blocks, a row
-    outside its tokens, another number of Samplings than rows, a state to read at start 0, or none at a later start.
+    Raises BatchError if
+
+    - there are no chunks,
+    - a chunk has no tokens, too few blocks or window blocks, a row outside its tokens, or another number of Samplings
+      than rows,
+    - a chunk has a recurrent state to read at start 0, or none at a later start,
+    - two tokens have the same K/V slot,
+    - a slot of recurrent state is written twice, or both read and written.
     """
     if not chunks:
         raise BatchError("a batch needs at least one chunk")

@@ -1,6 +1,7 @@
 """Number formats: the width of a value, the values a format can represent, quantization to it and back.
 
-Everything else asks this module about bits. Independent of tensors, ops and devices.
+Everything else asks this module about bits. Independent of tensors, ops and devices. Long because each quantisation
+stands beside the formats that it quantises to.
 """
 
 from __future__ import annotations
@@ -50,6 +51,16 @@ WIDER = {  # element format -> those that hold all its values, narrowest first
     "f16": ("f32",),
     "f32": (),
 }
+LEVELS = {  # bitsandbytes' codebooks: the values of a family's codes, float32, before the scale
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": tuple(
+        float(np.float32(sign * x) / np.float32(12)) for sign in (1, -1) for x in (0, 0.0625, 8, 12, 4, 6, 2, 3)
+    ),
+}  # fmt: skip
 ELEMENT_OF = {"fp8": "e4m3", "fp8row": "e4m3", "int8row": "int8", "mxfp4": "e2m1"}  # family -> element
 
 
@@ -88,7 +99,12 @@ class Format:
     @property
     def integer(self) -> bool:
         """True for formats with scales and whole-number codes, whose products with int8 are summed exactly."""
-        return self.grouped and not self.name.startswith("fp8")
+        return self.grouped and self.family not in ("fp8", "fp8row", *LEVELS)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The values that codes are indices of, for formats with a codebook (LEVELS); () for all others."""
+        return LEVELS.get(self.family, ())
 
     @property
     def published(self) -> bool:
@@ -100,8 +116,9 @@ class Format:
         """NumPy type of a plain format's values, or of the codes of a format with scales (one code a byte)."""
         if not self.grouped:
             return ELEMENTS[self.name][1]
-        kind = np.uint8 if self.name.startswith("uint8") else np.int8
-        return np.dtype(kind) if self.integer else E4M3
+        if self.integer or self.levels:
+            return np.dtype(np.uint8 if self.levels or self.name.startswith(("uint8", "affine8")) else np.int8)
+        return E4M3
 
     @property
     def element(self) -> str:
@@ -111,7 +128,8 @@ class Format:
     @property
     def lowest(self) -> int:
         """The smallest code that a checkpoint's integers in this format have: 0 if unsigned, else -2^(bits - 1)."""
-        return 0 if self.name in ("q4_k", "q5_k") or self.name.startswith("uint") else -(1 << (self.bits - 1))
+        unsigned = self.name in ("q4_k", "q5_k") or self.levels or self.name.startswith(("uint", "affine"))
+        return 0 if unsigned else -(1 << (self.bits - 1))
 
     @property
     def block(self) -> int:
@@ -148,8 +166,10 @@ def get(name: str) -> Format:
     scales, as published checkpoints do.
 
     Formats that are only read from checkpoints: int4 or int8 with scales in f16 or f32 (int4g32f16, int8rowf32);
-    uint4g128, uint8g128f16, uint8row and so on, with one zero per group, stored in a byte; nvfp4 (NVIDIA's: E2M1 in
-    groups of 16, whose scale is an E4M3 value times a float32 factor of the row); llama.cpp's q5_k and q6_k.
+    uint4g128, uint8g128f16, uint8row and so on, with one zero per group, stored in a byte; affine4g64f16, affine8g64
+    and so on, with one minimum per group, stored in the format of the scales; nf4gN and fp4gN (bitsandbytes': indices
+    of a codebook, with one float32 scale per group); nvfp4 (NVIDIA's: E2M1 in groups of 16, whose scale is an E4M3
+    value times a float32 factor of the row); llama.cpp's q5_k and q6_k.
     The 6-bit and 8-bit scales of q4_k, q5_k and q6_k are multiples of one f16 unit per block.
     """
     if name in PLAIN or name == CACHED:
@@ -162,12 +182,16 @@ def get(name: str) -> Format:
         return Format(name, 5, 32, 16)
     if name == "q6_k":
         return Format(name, 6, 16, 9)
-    match = re.fullmatch(r"(u?int[48]|fp8)(?:g(\d+)|row)(f16|f32)?", name)
+    match = re.fullmatch(r"(nf4|fp4)g(\d+)", name)
+    if match and int(match[2]) in range(32, CHUNK + 1, 32):
+        return Format(name, 4, int(match[2]), 32)
+    match = re.fullmatch(r"((?:u?int|affine)[48]|fp8)(?:g(\d+)|row)(f16|f32)?", name)
     if match and not (match[1] == "fp8" and match[3]):
         kind, group = match[1], int(match[2]) if match[2] else ROW
         if group == ROW or (group % 32 == 0 and 32 <= group <= CHUNK):
             scale = 32 if kind == "fp8" or match[3] == "f32" else 16
-            return Format(name, 4 if "int4" in kind else 8, group, scale + (8 if kind.startswith("u") else 0))
+            lows = 8 if kind.startswith("u") else scale if kind.startswith("affine") else 0
+            return Format(name, 4 if kind.endswith("4") else 8, group, scale + lows)
     raise FormatError(f"unknown number format {name!r}: use one of {', '.join(PLAIN)}, {CHOSEN}")
 
 
@@ -201,7 +225,7 @@ def to_e4m3(x: np.ndarray, scale: float | np.ndarray = 1) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantized matrix [N, K]: value = (code - zero) * scale - minimum.
+    """A quantized matrix [N, K]: value = (code - zero) * scale - minimum, or level of the code * scale.
 
     A stack of matrices has one more dimension in front of all arrays.
 
@@ -210,11 +234,12 @@ class Quantised:
         scales: float32 [N, ceil(K / group)], already multiplied by their unit or row factor.
         group: values along a row that share a scale.
         zeros: whole numbers, shaped as the scales; None if all are 0.
-        minima: float32, shaped as the scales; None if all are 0.
+        minima: float32, shaped as the scales; None if all are 0. A bias is a minimum with its sign turned.
         units: None, or float32 of which the scales are multiples: [N, K / 256] in q4_k, q5_k, q6_k, or [N, 1] in nvfp4.
         low_units: None, or float32 [N, K / 256] of which the minima are multiples.
         format: name of the format; "" if no one name describes all arrays.
         turned: True if the arrays are those of the transposed matrix, [K, N] in checkpoints without quantization.
+        levels: the values that codes are indices of (Format.levels); () if codes are numbers themselves.
     """
 
     codes: np.ndarray
@@ -226,6 +251,7 @@ class Quantised:
     low_units: np.ndarray | None = None
     format: str = ""
     turned: bool = False
+    levels: tuple[float, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -235,7 +261,8 @@ class Quantised:
 
     def rows(self, ids: np.ndarray | slice) -> np.ndarray:
         """The rows `ids` of the stored arrays, dequantized, as float32 [n, K]."""
-        values = self.codes[ids].astype(np.float32)
+        codes = self.codes[ids]
+        values = np.asarray(self.levels, np.float32)[codes] if self.levels else codes.astype(np.float32)
         if self.zeros is not None:
             values -= self.spread(self.zeros[ids])
         values *= self.spread(self.scales[ids])

@@ -31,6 +31,7 @@ from intaglio.devices import (
     WorkerDevice,
     open_device,
 )
+from intaglio.devices.processes.address import TcpAddress
 from intaglio.machine import Machine
 from intaglio.model import Model, Prompt
 from intaglio.models import Transcript
@@ -49,7 +50,7 @@ from intaglio.runtime import (
 )
 from intaglio.runtime.request import TokenIds
 from intaglio.runtime.windows import with_windows
-from intaglio.tiers import DiskTier
+from intaglio.tiers import DiskTier, PeerTier, StoreTier
 
 PAGE_TOKENS = 32
 KV_CACHE_BYTES = 8 << 30  # of the directory of K/V blocks
@@ -137,7 +138,10 @@ class LLM:
         machine: threads and memory shared with other models; it then gives the threads.
         kv_cache_dir: a directory that keeps K/V blocks beyond this process, made if it is not there. A later engine of
             the same model loads them instead of computing them; several engines may use the directory.
-        kv_cache_bytes: most bytes of all files in `kv_cache_dir`; the least recently used are deleted for new ones.
+        kv_peer: in place of `kv_cache_dir`: address at which other engines of the model, which know its token, fetch
+            K/V blocks, which are kept in memory.
+        kv_cache_bytes: most bytes of all blocks in `kv_cache_dir` or memory; the least recently used are deleted for
+            new ones.
         revision: branch, tag or commit of the hub id's repository; by default main.
         progress: called as progress(done, total, what) while the model loads (see `intaglio.progress`).
     """
@@ -168,6 +172,7 @@ class LLM:
         chips: int | None = None,
         machine: Machine | None = None,
         kv_cache_dir: str | Path | None = None,
+        kv_peer: TcpAddress | None = None,
         kv_cache_bytes: int = KV_CACHE_BYTES,
         revision: str | None = None,
         progress: Progress = silent,
@@ -195,11 +200,11 @@ class LLM:
             raise DeviceError("several hosts need device host and a layout of several ranks, such as tp2 or pp2")
         self.clock = inner.clock
         self.state, max_sequences = state_spec(self.mesh, kv_tokens, max_sequences, state_cache_bytes, self.machine)
-        if kv_cache_dir and window_tokens:
+        if (kv_cache_dir or kv_peer) and window_tokens:
             raise RequestError(
-                "kv_cache_dir keeps the K/V of all tokens, and window_tokens gives some back; leave out one of them"
+                "kv_cache_dir and kv_peer keep all K/V, and window_tokens gives some back; leave out one of them"
             )
-        if kv_cache_dir or device == "silicon":
+        if kv_cache_dir or kv_peer or device == "silicon":
             window_tokens = window_tokens or 0
         self.state = with_windows(
             self.state, self.mesh.programs, window_tokens, context=self.mesh.last.context,
@@ -217,7 +222,7 @@ class LLM:
             self.mesh.last, PAGE_TOKENS, numerics, self.model.checkpoint.identity(),
             " ".join(filter(None, (__version__, facts.build))),
         )  # fmt: skip
-        self.tier = _tier(kv_cache_dir, kv_cache_bytes, scope, journal)
+        self.tier = _tier(kv_cache_dir, kv_peer, kv_cache_bytes, scope, journal)
         engine = partial(RecordedEngine, journal=_journal(journal, self.model.path, opened)) if journal else Engine
         self.engine: Engine = engine(
             self.load(progress), clock=self.clock, rng=random.Random(), max_batch_tokens=max_batch_tokens,
@@ -356,8 +361,8 @@ class LLM:
     def _finish(self, requests: abc.Sequence[Request], progress: Progress = silent) -> list[Sequence]:
         """Run all requests to their end, as many at a time as the engine admits.
 
-        Returns their sequences, in the order of the requests. Raises Refused if the engine refuses a request for
-        another reason than a full queue. On any exception the remaining requests are aborted.
+        Returns a list of their sequences, in the order of the requests. Raises Refused if the engine refuses a request
+        for another reason than a full queue. On any exception the remaining requests are aborted.
         """
         made: list[Sequence] = []
         pending = deque(requests)
@@ -420,18 +425,23 @@ def state_spec(
     return StateSpec(max(1, pages), PAGE_TOKENS, slots), max_sequences
 
 
-def _tier(folder: str | Path | None, budget: int, scope: BlockScope, journal: str | Path | None) -> DiskTier | None:
-    """The DiskTier that keeps K/V blocks in `folder`, of at most `budget` bytes; None if `folder` is None.
+def _tier(
+    folder: str | Path | None, address: TcpAddress | None, budget: int, scope: BlockScope, journal: str | Path | None
+) -> StoreTier | None:
+    """The tier that keeps K/V blocks in `folder`, or in memory for peers at `address`; None if both are None.
 
-    Raises RequestError for a budget below 1, or if both `folder` and `journal` are given.
+    Raises RequestError for a budget below 1 byte, if both are given, or one and `journal`; OSError if the address
+    cannot be bound.
     """
-    if folder is None:
+    if folder is None and address is None:
         return None
     if budget < 1:
         raise RequestError(f"kv_cache_bytes is {budget}; allowed: 1 or more")
     if journal:
         raise RequestError("a journal does not record which K/V blocks were loaded; leave out journal or kv_cache_dir")
-    return DiskTier(Path(folder), budget, scope)
+    if folder is not None and address is not None:
+        raise RequestError("kv_cache_dir keeps K/V blocks in files, kv_peer in memory; leave out one of them")
+    return PeerTier(address, budget, scope) if address else DiskTier(Path(folder or ""), budget, scope)
 
 
 def _layout(layout: str | None, chips: int | None) -> Layout:

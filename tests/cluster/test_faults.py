@@ -270,7 +270,7 @@ def test_metrics_of_a_replica_that_is_gone_are_dropped(tmp_path: Path, monkeypat
     run(test())
 
 
-HANDED = {"tokens": 130, "handed": 128, "whole": 128, "lease": "ab" * 16}
+HANDED = {"tokens": 130, "handed": 128, "whole": 128, "lease": "ab" * 16, "peer": ""}
 
 
 def test_the_lease_of_handed_blocks_is_renewed_until_the_first_token(

@@ -20,7 +20,8 @@ from intaglio.server.app import build
 from intaglio.server.control import control_channel
 from intaglio.tiers import DiskTier
 
-RELAY = {"id": "a", "created": 1, "seed": 2, "waited": 0.0, "made_by": None, "deltas": [], "prefill": True}
+RELAY = {"id": "a", "created": 1, "seed": 2, "waited": 0.0, "made_by": None, "deltas": [], "prefill": True,
+         "peer": ""}  # fmt: skip
 
 
 def prefilled(

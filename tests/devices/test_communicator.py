@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
-from support.tiny import FAMILIES, MIXTURES, tiny
+from support.tiny import FAMILIES, MIXTURES, RECURRENT, tiny
 
 from intaglio import _native, formats
 from intaglio.batch import Chunk, bind, shared_rows
@@ -95,21 +95,25 @@ def test_collectives_have_the_bits_of_run_collective(ranks: int, wire: str) -> N
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [*((f, layout) for f in FAMILIES for layout in ("tp2", "tp2pp2")), *((f, "ep2") for f in MIXTURES)],
+    [
+        *((f, layout) for f in FAMILIES for layout in ("tp2", "tp2pp2")),
+        *((f, "ep2") for f in MIXTURES),
+        *((f, "tp2") for f in RECURRENT),
+    ],
 )
 def test_a_native_step_has_the_bits_of_the_mesh(tmp_path: Path, family: str, layout: str) -> None:
     """Prefill in two chunks beside another sequence, then decoding."""
     c = Checkpoint.open(tiny(family, tmp_path / family))
-    mesh, state = build_mesh(port(c), layout), StateSpec(6, PAGE)
+    mesh, state = build_mesh(port(c), layout), StateSpec(6, PAGE, 6)
     memory = segment(len(mesh.programs), 1 << 16)
     ends = [_native.Communicator(memory, r) for r in range(len(mesh.programs))]
     here = MeshDevice(HostDevice(1)).load(mesh, c, state)
     ranks = [HostDevice(1 + r % 2, communicator=end).load(p, c, state) for r, (p, end) in
              enumerate(zip(mesh.programs, ends, strict=True))]  # fmt: skip
     tokens = np.random.default_rng(len(family)).integers(0, 263, 14).tolist()
-    for start, end in ((0, 9), (9, 12), (12, 13), (13, 14)):
-        beside = [Chunk(tokens[:3], 0, [2], [0, 2])] if start == 0 else []
-        batch = bind([Chunk(tokens[start:end], start, [4, 1], range(end - start)), *beside], PAGE)
+    for start, end, slots in ((0, 9, (-1, 0)), (9, 12, (0, 1)), (12, 13, (1, 0)), (13, 14, (0, 1))):
+        beside = [Chunk(tokens[:3], 0, [2], [0, 2], state=(-1, 4))] if start == 0 else []
+        batch = bind([Chunk(tokens[start:end], start, [4, 1], range(end - start), state=slots), *beside], PAGE)
         wanted = here.step(StepRequest(batch, logits=True))
         got = together(len(ranks), lambda r: ranks[r].step(StepRequest(batch, logits=True)))[-1]  # noqa: B023
         assert got.logits is not None and wanted.logits is not None

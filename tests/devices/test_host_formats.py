@@ -21,12 +21,14 @@ from intaglio.compiler import build, build_mesh
 from intaglio.devices import ArrayWeights, DeviceError, MeshDevice, StateSpec, StepRequest
 from intaglio.devices.host import HostDevice, fill_codes
 from intaglio.models import Checkpoint, port
-from intaglio.ops import Embed, Experts, Linear, Route, Value
+from intaglio.ops import Embed, Experts, Linear, Route, Value, x_format
 from intaglio.program import Program
 from intaglio.program.source import names
 
 FORMATS = ["int8g32f16", "int8rowf32", "int4g32f16", "int4g128f32", "int4row", "uint4g32", "uint4g128f16"]
 FORMATS += ["uint8g32f16", "uint8g128", "uint8row", "uint4rowf16", "nvfp4", "q4_k", "q5_k", "q6_k"]
+FORMATS += ["nf4g32", "nf4g64", "fp4g64", "nf4g1024"]
+FORMATS += ["affine4g32f16", "affine4g64", "affine4g128f32", "affine4rowf32", "affine8g64f16", "affine8row"]
 Rng = np.random.Generator
 
 
@@ -43,15 +45,16 @@ def test_linear(format: str, trial: int, rng: Rng) -> None:
     bench = Bench(rng, rows, k)
     w = random_codes(rng, format, n, k)
     glu = bool(rng.integers(2))
-    fields: dict[str, Any] = {"x_format": "int8", "glu": glu, "activation": "silu" if glu else ""}
+    fields: dict[str, Any] = {"x_format": x_format(format), "glu": glu, "activation": "silu" if glu else ""}
     if rng.integers(2):
         fields["bias"] = bench.weight("bias", rng.normal(size=n))
     y = bench.b.op(Linear, "y", bench.x, bench.weight("w", w), **fields)
-    x, dense = np.abs(bench.arrays["x.table"]), np.abs(w.codes * 1.0 - (0 if w.zeros is None else w.spread(w.zeros)))
-    # Each group's sum is exact; it is scaled, and a minimum taken off, by roundings of parts as large as these.
+    x, codes = np.abs(bench.arrays["x.table"]), np.asarray(w.levels)[w.codes] if w.levels else w.codes * 1.0
+    dense = np.abs(codes - (0 if w.zeros is None else w.spread(w.zeros)))
+    # Sums of integers are exact within a group, then scaled, and a minimum taken off: roundings of parts of this size.
     parts = x @ (dense * np.abs(w.spread(w.scales)) + (0 if w.minima is None else np.abs(w.spread(w.minima)))).T
-    size = 1 + parts.max()
-    hold(bench.run(y), 4 * np.sqrt(k / w.group + 16) * EPS * size * (2 * size if glu else 2))
+    size, roundings = 1 + parts.max(), 16 + (k if w.levels else k / w.group)
+    hold(bench.run(y), 4 * np.sqrt(roundings) * EPS * size * (2 * size if glu else 2))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -62,7 +65,7 @@ def test_experts(format: str, rng: Rng) -> None:
     weights = bench.b.op(Route, "route", bench.matrix("scores", rows, count), ids="ids", top=top, normalise=True)
     shapes = {"gate": (inner, k), "up": (inner, k), "down": (k, inner)}
     stacks = [bench.weight(n, random_codes(rng, format, count, *s)) for n, s in shapes.items()]
-    y = bench.b.op(Experts, "y", bench.x, weights, "ids", *stacks, x_format="int8", activation="silu")
+    y = bench.b.op(Experts, "y", bench.x, weights, "ids", *stacks, x_format=x_format(format), activation="silu")
     results = bench.run(y)
     # Where the inner row is rounded, a value at the edge may round the other way: one step of int8 in one term.
     hold(results, np.abs(results["reference"]).max() * (60 * EPS * (k + inner) ** 0.5 + 4 * 2.0**-7 / inner**0.5))
@@ -110,12 +113,15 @@ def test_values_are_not_quantised_to_checkpoint_only_formats(rng: Rng) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("format", ["int8g32f16", "uint4g128", "uint8g1024", "nvfp4", "q4_k", "q5_k", "q6_k"])
+@pytest.mark.parametrize(
+    "format",
+    ["int8g32f16", "uint4g128", "uint8g1024", "affine4g64f16", "affine8g64", "nf4g64", "nvfp4", "q4_k", "q5_k", "q6_k"],
+)
 def test_many_rows_and_large_k(format: str, isa: str, rng: Rng) -> None:
     """More rows than a tile and K over several blocks: each row has the same bits as when computed alone."""
     bench = Bench(rng, 530, 2304)
     w = bench.weight("w", random_codes(rng, format, 70, 2304))
-    y = bench.b.op(Linear, "y", bench.x, w, x_format="int8")
+    y = bench.b.op(Linear, "y", bench.x, w, x_format=x_format(format))
     few = bind([Chunk([7], 0, [0], [0]), Chunk([529], 0, [1], [0]), Chunk([3], 0, [2], [0])], PAGE)
     ex = HostDevice(2, isa).load(finish(bench), ArrayWeights(bench.arrays), StateSpec(64, PAGE))
     all_rows = ex.step(StepRequest(bind([Chunk(range(530), 0, range(34), [0])], PAGE), taps=[y])).taps[y]

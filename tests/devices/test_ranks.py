@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from devices.test_worker import gone
 from support.faults import disturb
-from support.tiny import FAMILIES, MIXTURES, tiny
+from support.tiny import FAMILIES, MIXTURES, RECURRENT, tiny
 
 from intaglio.batch import Batch, Chunk, Edits, Sampling, bind
 from intaglio.compiler import build_mesh
@@ -49,12 +49,13 @@ from intaglio.ops import AllReduce
 from intaglio.program.source import names
 from intaglio.runtime import Engine, Grammar, Refused, Request, SamplingParams
 
-PAGE, STATE = 16, StateSpec(6, 16)
+PAGE, STATE = 16, StateSpec(6, 16, 6)
 PATIENT = 60.0  # seconds of silence, where a test is not about it: the machine may be busy
 FAULTS = 3  # at random moments; `make faults` has more
 ALL = bool(os.environ.get("INTAGLIO_ALL_FAMILIES"))  # also through processes; test_communicator.py has them in threads
 CASES = [(f, layout) for f in FAMILIES for layout in ("tp2", "tp2pp2")] + [(f, "ep2") for f in MIXTURES]
-FEW = [("qwen3", "tp2pp2"), (next(iter(MIXTURES)), "ep2")]
+CASES += [(f, "tp2") for f in RECURRENT]
+FEW = [("qwen3", "tp2pp2"), (next(iter(MIXTURES)), "ep2"), ("qwen3_next", "tp2pp2"), ("mamba2", "tp2")]
 
 
 def open_tiny(family: str, folder: Path, **sizes: int) -> Checkpoint:
@@ -80,9 +81,10 @@ def test_processes_have_the_bits_of_the_mesh(tmp_path: Path, family: str, layout
     here, there = MeshDevice(HostDevice(1)).load(mesh, c, STATE), start(c, layout)
     tokens = np.random.default_rng(len(family)).integers(0, 263, 14).tolist()
     batches = []
-    for first, end in ((0, 9), (9, 12), (12, 13), (13, 14)):
-        beside = [Chunk(tokens[:3], 0, [2], [0, 2], Sampling(0.7, seed=3))] if first == 0 else []
-        batches.append(bind([Chunk(tokens[first:end], first, [4, 1], range(end - first)), *beside], PAGE))
+    for first, end, slots in ((0, 9, (-1, 0)), (9, 12, (0, 1)), (12, 13, (1, 0)), (13, 14, (0, 1))):
+        beside = [Chunk(tokens[:3], 0, [2], [0, 2], Sampling(0.7, seed=3), state=(-1, 4))] if first == 0 else []
+        mine = Chunk(tokens[first:end], first, [4, 1], range(end - first), state=slots)
+        batches.append(bind([mine, *beside], PAGE))
     requests = [StepRequest(b, logits=i != 2) for i, b in enumerate([*batches, *batches])]
     pending = [there.launch(r) for r in requests]
     for request, step in zip(requests, pending, strict=True):

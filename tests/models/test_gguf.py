@@ -30,7 +30,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "
 BIASES = {"attention_bias": True, "mlp_bias": True, "rope_parameters": None}
 LIMITS = {"F32": 2e-4, "F16": 0.02, "BF16": 0.02}  # of formats that are values: K and V in bf16 but for the first
 CODED = 0.1  # of codes: x is rounded to 1 / 254 of the largest of 128 values in each of some 14 products
-ROUNDED = ("Q4_1", "Q5_1", "Q2_K", "IQ2_XS", "IQ2_S", "IQ1_M")  # that become bf16
+ROUNDED = ("Q2_K", "IQ2_XS", "IQ2_S", "IQ1_M")  # that become bf16
 BITS = {"Q5_0": 8.5, "Q3_K": 6.57, "IQ4_NL": 8.5, "MXFP4": 4.5}  # in memory, where codes are wider than in the file
 
 

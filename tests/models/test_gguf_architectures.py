@@ -96,7 +96,7 @@ def test_quantised_experts(tmp_path, family, kind):
     file, plain, _ = write(path, tmp_path / "out", lambda name: kind if "exps" in name or "_b." in name else "F32")
     c = Checkpoint.open(file)
     names = [n for n in c.names if ".experts." in n and n.endswith("weight")]
-    wanted = {"MXFP4": "mxfp4", "Q8_0": "int8g32f16", "IQ4_NL": "int8g32f16", "Q5_1": "bf16"}[kind]
+    wanted = {"MXFP4": "mxfp4", "Q8_0": "int8g32f16", "IQ4_NL": "int8g32f16", "Q5_1": "affine8g32f16"}[kind]
     assert names and {c.format(n) for n in names} == {wanted}
     for device in ("reference", "host"):
         assert typical(logits(file, device), truth(plain, TOKENS)) < 0.05

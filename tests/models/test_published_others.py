@@ -25,9 +25,10 @@ NF4 = torch.tensor([
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])  # fmt: skip
-FP4 = torch.tensor([0, 0.0052083333, 0.6666667, 1, 0.3333333, 0.5, 0.1666667, 0.25])
+FP4 = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
 FP4 = torch.cat([FP4, -FP4])
 BF16 = 2.0**-8  # of values rounded to nearest: a half of the last of 8 bits
+ONCE = 2.0**-23  # of values whose code and zero are multiplied by the scale apart, in float32
 
 
 def stream(codes, bits):
@@ -38,12 +39,13 @@ def stream(codes, bits):
     return torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32)
 
 
-def bnb4(kind, nested):
+def bnb4(kind, nested, size=64, table=None):
+    table = table if table is not None else NF4 if kind == "nf4" else FP4
+
     def encode(w, name):
-        table = NF4 if kind == "nf4" else FP4
-        blocks = w.reshape(-1, 64)
+        blocks = w.reshape(-1, size)
         most = blocks.abs().amax(dim=1)
-        state = {"quant_type": kind, "blocksize": 64, "dtype": "float32", "shape": list(w.shape)}
+        state = {"quant_type": kind, "blocksize": size, "dtype": "float32", "shape": list(w.shape)}
         parts = {"weight.absmax": most, "weight.quant_map": table.clone()}
         if nested:
             offset, levels = most.mean(), torch.linspace(-1, 1, 256)
@@ -180,20 +182,24 @@ QUARK = {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "f
 MLX8 = {"bits": 8, "group_size": 32}
 V2 = {"quant_method": "gptq", "group_size": 64, "checkpoint_format": "gptq_v2"}
 KINDS = {  # writer, settings, formats here, rounding of values, bound of logits
-    "nf4": (bnb4("nf4", False), BNB4, {"bf16"}, BF16, 0.02),
-    "nf4 nested": (bnb4("nf4", True), BNB4, {"bf16"}, BF16, 0.02),
-    "fp4": (bnb4("fp4", True), BNB4, {"bf16"}, BF16, 0.02),
+    "nf4": (bnb4("nf4", False), BNB4, {"nf4g64"}, 0, 0.02),
+    "nf4 nested": (bnb4("nf4", True), BNB4, {"nf4g64"}, 0, 0.02),
+    "nf4 across rows": (bnb4("nf4", True, 256), BNB4, {"nf4g128", "nf4g64"}, 0, 0.02),
+    "fp4": (bnb4("fp4", True), BNB4, {"fp4g64"}, 0, 0.02),
+    "another codebook": (bnb4("fp4", False, 64, FP4 * 0.75), BNB4, {"bf16"}, BF16, 0.02),
     "llm.int8": (int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}, {"int8rowf32"}, 0, 0.05),
     "mlx mixed": (
         affine_mixed,
         {"bits": 4, "group_size": 64, **{f"model.layers.{i}.mlp.down_proj": MLX8 for i in (0, 1)}},
-        {"bf16"}, BF16, 0.02,
+        {"affine4g64", "affine8g32"}, 0, 0.08,
     ),
-    "mlx 3 bits": (affine(3, 64), {"bits": 3, "group_size": 64, "mode": "affine"}, {"bf16"}, BF16, 0.02),
-    "metal": (affine(2, 32, "qbiases"), {"quant_method": "metal", "bits": 2, "group_size": 32}, {"bf16"}, BF16, 0.02),
-    "hqq": (hqq(4, 1), HQQ, {"bf16"}, BF16, 0.02),
+    "mlx 3 bits": (affine(3, 64), {"bits": 3, "group_size": 64, "mode": "affine"}, {"affine4g64"}, 0, 0.08),
+    "mlx 6 bits": (affine(6, 64), {"bits": 6, "group_size": 64}, {"affine8g64"}, 0, 0.08),
+    "metal": (affine(2, 32, "qbiases"), {"quant_method": "metal", "bits": 2, "group_size": 32}, {"affine4g32"}, 0, 0.1),
+    "hqq": (hqq(4, 1), HQQ, {"affine4g64f32"}, ONCE, 0.08),
     "hqq columns": (hqq(4, 0), HQQ, {"bf16"}, BF16, 0.02),
-    "hqq 3 bits": (hqq(3, 1), HQQ, {"bf16"}, BF16, 0.02),
+    "hqq 3 bits": (hqq(3, 1), HQQ, {"affine4g64f32"}, ONCE, 0.08),
+    "hqq 8 bits": (hqq(8, 1), HQQ, {"affine8g64f32"}, ONCE, 0.08),
     "gptq 2 bits": (gptq(2, 0), V2 | {"bits": 2}, {"uint4g64f16"}, 0, 0.1),
     "gptq 3 bits": (gptq(3, 0), V2 | {"bits": 3}, {"uint4g64f16"}, 0, 0.05),
     "gptq 3 bits v1": (gptq(3, None), {"quant_method": "gptq", "bits": 3, "sym": True}, {"uint4g64f16"}, 0, 0.05),
@@ -214,7 +220,7 @@ KINDS = {  # writer, settings, formats here, rounding of values, bound of logits
 def test_format(tmp_path, kind):
     encode, config, formats, rounding, limit = KINDS[kind]
     coded, plain, values = quantised(tiny("llama", tmp_path / "source", **SIZES), tmp_path, encode, config)
-    hold(coded, plain, values, limit, formats, rounding)
+    hold(coded, plain, values, limit, formats, rounding, cancel=4 if rounding == ONCE else 2.0**-16)
 
 
 def test_a_table_of_mlx(tmp_path):
@@ -229,10 +235,10 @@ def test_a_table_of_mlx(tmp_path):
     save_file(twin | {"model.embed_tokens.weight": back}, plain / "model.safetensors")
     table = json.loads((coded / "config.json").read_text())
     (coded / "config.json").write_text(json.dumps(table | {"quantization": config}))
-    assert error(logits(coded, "host"), truth(plain, list(range(40)))) < 0.02
+    assert error(logits(coded, "host"), truth(plain, list(range(40)))) < 0.08
     a = account(coded)
     embed = next(t for t in a.tensors if t.name == "model.embed_tokens.weight")
-    assert (embed.dtype, embed.format, embed.becomes) == ("U32", "bf16", ("embed.weight",))
+    assert (embed.dtype, embed.format, embed.becomes) == ("U32", "affine4g64", ("embed.weight",))
 
 
 @pytest.mark.parametrize(("key", "value"), [("online_rotation", "hadamard"), ("svd_rank", 32), ("outlier_ids", [1])])
@@ -244,7 +250,7 @@ def test_settings_that_may_change_codes_are_refused(tmp_path, key, value):
 
 
 def test_what_becomes_much_larger_is_noted(tmp_path, monkeypatch):
-    coded, _, _ = quantised(tiny("llama", tmp_path / "source", **SIZES), tmp_path, bnb4("nf4", True), BNB4)
+    coded, _, _ = quantised(tiny("llama", tmp_path / "source", **SIZES), tmp_path, hqq(4, 0), HQQ)
     assert not Checkpoint.open(coded).notes
     monkeypatch.setattr(checkpoint, "WORTH", 1 << 16)
     (note,) = Checkpoint.open(coded).notes
@@ -268,7 +274,7 @@ def test_experts_of_mlx(tmp_path):
             tensors[name] = x
     tensors |= {name: torch.stack([parts[e] for e in sorted(parts)]) for name, parts in stacks.items()}
     save_file(tensors, coded / "model.safetensors")
-    assert typical(logits(coded, "host"), truth(plain, list(range(40)))) < 0.02
+    assert typical(logits(coded, "host"), truth(plain, list(range(40)))) < 0.05
     listed = [t.name for t in account(coded).tensors]
     assert sorted(listed) == sorted(tensors)
 

@@ -10,7 +10,6 @@ import json
 import pytest
 from support.tiny import RECURRENT, compare, compare_sharded, tiny
 
-from intaglio.compiler import build_mesh
 from intaglio.models import Checkpoint, port, port_config
 from intaglio.program import parse_program
 
@@ -48,17 +47,3 @@ NEEDED: dict[str, dict[str, object]] = {  # what a config of the family has to s
     "falcon_h1": {"mamba_d_ssm": 256},
     "nemotron_h": {"layers_block_type": ["linear_attention", "mlp"] * 3},
 }
-
-
-@pytest.mark.parametrize("family", ["lfm2", "lfm2_moe"])
-def test_lanes_hold_their_channels_of_a_convolution(tmp_path, family):
-    """Weights of the convolution and its state; of other blocks with recurrent state every lane holds all."""
-    program = port(Checkpoint.open(tiny(family, tmp_path / family)))
-    lanes = build_mesh(program, "tp2").programs
-    for name in ("layers.0.conv.conv.state", "layers.0.conv.conv.weight"):
-        axis = 2 if name.endswith("state") else 0
-        held = [int(lane.tensors[name].shape[axis]) for lane in lanes]
-        assert sum(held) == program.tensors[name].shape[axis] and max(held) < sum(held)
-    whole = port(Checkpoint.open(tiny("mamba2", tmp_path / "mamba2")))
-    state = "layers.0.mixer.conv.state"
-    assert build_mesh(whole, "tp2").programs[0].tensors[state].shape == whole.tensors[state].shape

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from support.identity import Case, Drafts, Outcome, failing, moved
-from support.tiny import VOCABULARY, tiny
+from support.tiny import RECURRENT, VOCABULARY, tiny
 
 from intaglio import LLM, SamplingParams
 from intaglio.runtime import Engine, Request, check_invariants
@@ -126,9 +126,33 @@ def test_worker_killed(tmp_path: Path) -> None:
     engine.executable.close()
 
 
-@pytest.mark.parametrize("layout", ["pp2", "tp2"])
-def test_ranks_as_processes(tmp_path: Path, layout: str) -> None:
-    rng, path = random.Random(SEED), tiny("lfm2", tmp_path / "lfm2")
+@pytest.mark.parametrize("family", RECURRENT)
+def test_lanes_in_one_process(tmp_path: Path, family: str) -> None:
+    """tp2, which divides heads or channels and their state: preempted, cut at random, from the prefix cache, drafts."""
+    print(f"TEST_SEED={SEED}")
+    rng, path = random.Random(SEED), tiny(family, tmp_path / family, **LAYERS.get(family, {}))
+    several = cases(rng, 12)
+
+    def engine(**options: Any) -> Engine:
+        return LLM(path, threads=1, cache=None, layout="tp2", in_process=True, **options).engine
+
+    alone = engine(state_cache_bytes=0)
+    want = [outcome for case in several for outcome in outcomes(alone, [case])]
+    small = engine(kv_tokens=96, max_batch_tokens=48)
+    assert outcomes(small, several) == want
+    cut = engine(max_drafts=2, max_sequences=4)
+
+    def resize() -> None:
+        cut.scheduler.max_batch_tokens = rng.choice((3, 7, 40, 300))
+
+    assert outcomes(cut, several, resize, drafts=(rng, want)) == want
+    assert small.counts.preemptions > 0
+    assert cut.counts.cached_tokens > 0
+
+
+@pytest.mark.parametrize(("family", "layout"), [("lfm2", "pp2"), ("lfm2", "tp2"), ("qwen3_next", "tp2")])
+def test_ranks_as_processes(tmp_path: Path, family: str, layout: str) -> None:
+    rng, path = random.Random(SEED), tiny(family, tmp_path / family)
     several = cases(rng, 16)
     want = outcomes(LLM(path, threads=2, cache=None, layout=layout, in_process=True).engine, several)
     ranks = LLM(path, threads=2, cache=None, layout=layout, max_drafts=2, max_sequences=4).engine

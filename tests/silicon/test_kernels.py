@@ -311,8 +311,9 @@ def test_every_op_has_a_kernel_or_is_refused() -> None:
 
 def test_unsupported_formats_and_column_orders_are_refused() -> None:
     linear = Linear(site="l", x="x", w="w", out="y", x_format="int8")
-    tensors = {"x": Tensor("x", ("T", 256), "f32", "temp"), "w": Tensor("w", (4, 256), "q4_k", "weight")}
-    assert "weight w of l is q4_k; chip kernels take f32, " in str(unsupported_reason(linear, tensors))
+    for format in ("q4_k", "nf4g64", "affine4g64f16"):
+        tensors = {"x": Tensor("x", ("T", 256), "f32", "temp"), "w": Tensor("w", (4, 256), format, "weight")}
+        assert f"weight w of l is {format}; chip kernels take f32, " in str(unsupported_reason(linear, tensors))
     stacks = {"gate": "w", "up": "w", "down": "w", "order": "o"}
     experts = Experts(site="e", x="x", weights="p", ids="i", out="y", **stacks)
     tensors = {n: Tensor(n, (4, 8, 8), "f32", "weight") for n in experts.inputs}

@@ -10,7 +10,7 @@ import pytest
 from intaglio.chips import ChipError, target
 from intaglio.codesign.disaggregated import Apart, serve_apart
 from intaglio.codesign.engines import EngineProfile, EngineTimes, engine, engines
-from intaglio.codesign.measured import Row, agreements, compare_all, rows
+from intaglio.codesign.measured import Row, agreements, compare_all, completed, rows
 from intaglio.codesign.placement import Placement
 from intaglio.codesign.queue import QueueSettings
 from intaglio.codesign.simulate import ported
@@ -68,6 +68,28 @@ def test_rows_that_cannot_be_expressed(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="wanted rows with columns backend"):
         rows(tmp_path / "t.csv")
+
+
+def test_numbers_of_servers_come_from_a_row_with_the_same_measurement() -> None:
+    """All columns of servers are taken from it. A row that differs in another column gives none; nor do two answers."""
+    servers = {"prefill_num_workers": "2", "decode_num_workers": "3", "prefill_attention_dp_size": "4"}
+    unknown = {**dict.fromkeys(servers, ""), "prefill_tp_size": "4"}
+    servers["prefill_tp_size"] = "1"
+    said = row(mode="disagg", model_path="a/DeepSeek-V3", **servers)
+    silent = row(mode="disagg", model_path="b/DeepSeek-R1", **unknown)
+    assert completed([said])[0] is said
+    alone, found = completed([silent])[0], completed([silent, said])[0]
+    assert alone.twin is None and alone.refusal() == "the number of prefill or decode servers is not given"
+    assert found.refusal() is None and found.twin is said and found.split == said.split
+    assert found.columns["model_path"] == "b/DeepSeek-R1"
+    assert {name: found.columns[name] for name in servers} == servers
+    for name, value in (
+        ("silicon_ttft_ms", "50.1"), ("concurrency", "4"), ("backend", "sglang"), ("model_path", "x/GLM-5"),
+        ("decode_num_workers", ""), ("mode", "agg"),
+    ):  # fmt: skip
+        assert completed([silent, row(**{**said.columns, name: value})])[0] is silent, name
+    other = row(**{**said.columns, "decode_num_workers": "5"})
+    assert completed([silent, said, other])[0] is silent
 
 
 def test_the_closed_form_is_close_to_the_queue() -> None:
@@ -128,6 +150,19 @@ def test_profiles(times: StepTimes, tmp_path: Path) -> None:
     steps = [late.of(release).step_s for release in ("1.0.0rc3", "", "1.1.0rc2.post2", "1.2", "nightly-5b8c")]
     assert steps == [0.5, 0.5, 0, 0, 0]
     assert late.of("1.0").settings(1).step_s == 0.5 and own.of("") == own
+    recipes = (
+        {"card": "a", "poll_steps": ((1, 2), (8, 5)), "why": "x"}, {"card": "a", "layout": "tp2", "step_s": 0.1},
+        {"card": "a", "release": "1.2", "draft_tokens": 2, "tokens_per_step": 1.5, "step_s": 0.2},
+    )  # fmt: skip
+    cooked = EngineProfile(name="x", description="", recipes=recipes)
+    found = [cooked.of(release, card, "tp2") for release, card in (("1.2", "a"), ("1.3", "a"), ("1.2", "b"))]
+    assert [(p.step_s, p.draft_tokens, p.tokens_per_step) for p in found] == [(0.2, 2, 1.5), (0.1, 0, 1.0), (0, 0, 1)]
+    assert [found[0].settings(1, concurrency=n).poll_steps for n in (1, 7, 8, 90)] == [2, 2, 5, 5]
+    assert found[2].settings(1, concurrency=9).poll_steps == 0 and found[0].settings(1).tokens_per_step == 1.5
+    with pytest.raises(ChipError, match="engine x: a recipe has mystery; allowed: admission_steps"):
+        EngineProfile(name="x", description="", recipes=({"mystery": 1},))
+    with pytest.raises(ValueError, match="tokens_per_step is 3; allowed: 1 to 2, with draft_tokens 1"):
+        EngineProfile(name="x", description="", draft_tokens=1, tokens_per_step=3)
     for older in ({"step_s": 1.0}, {"before": "1.1", "mystery": 1}):
         with pytest.raises(ChipError, match="engine x: older has .*; wanted before = a release"):
             EngineProfile(name="x", description="", older=older)
@@ -135,6 +170,10 @@ def test_profiles(times: StepTimes, tmp_path: Path) -> None:
         EngineProfile(name="x", description="", fusions=("mystery",))
     with pytest.raises(ValueError, match="no serving engine 'x'; known are"):
         engine("x")
+    text = 'description = ""\n[[recipes]]\ncard = "a"\npoll_steps = [[1, 3]]\nfusions = ["glu"]\n'
+    (tmp_path / "r.toml").write_text(text)
+    read = engine(str(tmp_path / "r.toml")).of("", "a")
+    assert (read.poll_steps, read.fusions) == (((1, 3),), ("glu",))
     (tmp_path / "e.toml").write_text('description = ""\nstep = 1\n')
     with pytest.raises(ChipError, match="unknown step; a profile has"):
         engine(str(tmp_path / "e.toml"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections.abc import Sequence
+from math import ceil
 
 import pytest
 
 from intaglio.chips import ChipError, target
 from intaglio.codesign.placement import Placement
-from intaglio.codesign.queue import QueueSettings, serve
+from intaglio.codesign.queue import Queue, QueueSettings, serve
 from intaglio.codesign.serving import EngineSettings, Limits, ramped, simulate_serving
 from intaglio.codesign.simulate import cards, ported
 from intaglio.codesign.steady import MOST, Candidate, Question, confirm, estimate, find
@@ -139,6 +141,60 @@ def test_requests_wait_for_the_cache_and_arrive_in_time(times: StepTimes) -> Non
     assert late.outcomes[0].first == pytest.approx((wide.outcomes[0].first or 0.0) + 0.5)
     separate = serve(times, QueueSettings(10**6, 64, mixed=False), load, 8)
     assert separate.steps == 13 + 19  # 800 prompt tokens in steps of 64; then all decode together
+
+
+class OneSecond:
+    """Costs of a server whose every step takes one second."""
+
+    copies = 1
+
+    def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
+        return 1.0, 1.0
+
+
+def test_an_engine_that_looks_for_requests_now_and_then() -> None:
+    """Looks come every few decode steps, and after each step with prompts; without running sequences at once."""
+    rng = random.Random()
+    for poll in (0, 1, rng.randrange(2, 30)):
+        at = rng.uniform(1.5, 80.0)
+        load = [LoadRequest(0.0, 10, 200), LoadRequest(at, 10, 200), LoadRequest(at, 10, 1)]
+        first, second, third = sorted(serve(OneSecond(), QueueSettings(10**6, poll_steps=poll), load).outcomes, key=str)
+        every = max(1, poll)
+        look = 1 + every * ceil((ceil(at) - 1) / every)  # the first look, at 1 s, is after the first prompt
+        assert first.first == 1.0
+        assert [o.first for o in (second, third)] == pytest.approx([look + 1 - at] * 2), (poll, at)
+    full = QueueSettings(30, poll_steps=10)  # one at a time: the second is known, and starts when the first has ended
+    found = serve(OneSecond(), full, [LoadRequest(0.0, 10, 16), LoadRequest(0.0, 10, 16)]).outcomes
+    assert [o.first for o in found] == [1.0, 17.0]
+
+
+def test_a_step_may_give_several_tokens() -> None:
+    rng = random.Random()
+    gain, output, prompt = rng.uniform(1.0, 4.0), rng.randrange(2, 300), rng.randrange(1, 500)
+    queue = Queue(OneSecond(), QueueSettings(10**6, tokens_per_step=gain))
+    for _ in range(3):
+        queue.add(LoadRequest(0.0, prompt, output), 0.0)
+    while queue.open:
+        queue.admit()
+        queue.take_steps(float("inf"))
+    assert [o.each for o in queue.done] == pytest.approx([ceil((output - 1) / gain) / (output - 1)] * 3)
+    assert (queue.held, queue.keys) == (0, pytest.approx(0.0, abs=1e-6))
+
+
+def test_steps_that_verify_drafts(times: StepTimes) -> None:
+    """They compute all tokens, and read keys and values once if the rows of a head's queries fit one tile."""
+    rng, plan = random.Random(), Plan(times.server.stages[0], times.target)
+    n, keys, queries = rng.randrange(1, 60), rng.randrange(2, 5000), rng.randrange(2, 9)
+    drafts = StepTimes(times.server, times.target, queries=queries)
+    tile = times.target.library.min_query_rows
+    passes = -(-4 * queries // tile)  # four heads share a K/V head
+    assert drafts.passes == passes and times.passes == 1
+    tokens = n * queries
+    wanted = plan.cost(BatchSizes(tokens, tokens, ((1, keys, n * passes),)))
+    assert drafts.exact(n, keys) == pytest.approx(wanted)
+    assert drafts.on(target("h200_sxm")).queries == queries
+    longer = drafts.exact(n, keys, ((700, 900, 1),))[0]
+    assert drafts.cost(n, keys, ((700, 900, 1),))[0] == pytest.approx(longer, rel=TABLE)
 
 
 def test_the_closed_form_is_close_to_the_queue(times: StepTimes) -> None:

@@ -35,9 +35,20 @@ def random_codes(rng: np.random.Generator, name: str, *shape: int) -> Quantised:
         units = rng.uniform(0.5, 1, (*shape[:-1], 1)).astype(np.float32) / np.float32(256 * 8 * np.sqrt(k))
         sizes = rng.uniform(0, 448, tables).astype(formats.E4M3).astype(np.float32)
         return Quantised(rng.choice(levels, shape), sizes * units, group, units=units, format=name)
+    if fmt.levels:
+        return Quantised(
+            codes,
+            rng.uniform(0, 1, tables).astype(np.float32) / np.float32(np.sqrt(k)),
+            group,
+            format=name,
+            levels=fmt.levels,
+        )
     kept = "f16" if name.endswith("f16") else "f32" if name.endswith("f32") else "bf16"
     scales = formats.round_to(size, kept)
     zeros = rng.integers(0, 1 << fmt.bits, tables).astype(np.float32) if name.startswith("uint") else None
+    lows = formats.round_to(rng.normal(size=tables) / np.sqrt(k), kept) if name.startswith("affine") else None
     if fmt.group == formats.ROW:
-        scales, zeros = (x if x is None else np.repeat(x[..., :1], tables[-1], axis=-1) for x in (scales, zeros))
-    return Quantised(codes, scales, group, zeros=zeros, format=name)
+        scales, zeros, lows = (
+            x if x is None else np.repeat(x[..., :1], tables[-1], axis=-1) for x in (scales, zeros, lows)
+        )
+    return Quantised(codes, scales, group, zeros=zeros, minima=lows, format=name)

@@ -80,10 +80,10 @@ def in_place(c, name):
     return got.format, rows[:, np.argsort(c.read(order))] if order else rows
 
 
-def hold(coded, plain, values, limit, formats=None, rounding=0.0, lanes="tp2"):
+def hold(coded, plain, values, limit, formats=None, rounding=0.0, lanes="tp2", cancel=2.0**-16):
     """A published checkpoint against its dequantised twin.
 
-    Values within `rounding` (relative, and a 2^-16 of it of the largest, as sums cancel) and, if given, in one of
+    Values within `rounding` (relative, and `cancel` times it of the largest, as sums cancel) and, if given, in one of
     `formats`; logits within `limit` on the reference, the host and a mesh of lanes, whose columns have the values of
     the whole; every tensor of the files in the account once.
     """
@@ -93,7 +93,7 @@ def hold(coded, plain, values, limit, formats=None, rounding=0.0, lanes="tp2"):
         got = c.read(name)
         held = got.rows(slice(None)) if isinstance(got, Quantised) else got.astype(np.float32)
         want = want.float().numpy()
-        assert np.all(np.abs(held - want) <= rounding * (np.abs(want) + 2.0**-16 * np.abs(want).max())), name
+        assert np.all(np.abs(held - want) <= rounding * (np.abs(want) + cancel * np.abs(want).max())), name
         assert not formats or c.format(name) in formats
     wanted = truth(plain, list(range(40)))
     for device in ("reference", "host"):

@@ -15,15 +15,25 @@ WIDEST = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRecord:
-    """A kernel of a library: the calls for which it is chosen, and its own values of fields of KernelLibrary."""
+    """A kernel of a library: the calls for which it is chosen, and its own values of fields of KernelLibrary.
 
-    op: str  # one of OPS
-    kernel: str  # its name, as profilers and measured tables give it
-    why: str  # source of the values, or the reason for them
-    changes: tuple[tuple[str, Any], ...]  # (field of KernelLibrary, value)
-    formats: tuple[str, ...] = ()  # of weights, or of keys and values; empty: every format
-    head_dims: tuple[int, int] = (0, WIDEST)  # least and largest head width
-    default: bool = True  # chosen for calls that fit it; False: only if asked for by name
+    Attributes:
+        op: one of OPS.
+        kernel: its name, as profilers and measured tables give it.
+        why: source of the values, or the reason for them.
+        changes: the values, as (field of KernelLibrary, value).
+        formats: formats of weights, or of keys and values, that it takes; (): every format.
+        head_dims: (least, largest) head width that it takes.
+        default: True if it is chosen for calls that fit it; False: only if asked for by name.
+    """
+
+    op: str
+    kernel: str
+    why: str
+    changes: tuple[tuple[str, Any], ...]
+    formats: tuple[str, ...] = ()
+    head_dims: tuple[int, int] = (0, WIDEST)
+    default: bool = True
 
     def serves(self, op: str, format: str, head_dim: int, kernel: str) -> bool:
         """True if this kernel runs a call of `op` with operands in `format` and heads of `head_dim` columns.

@@ -17,13 +17,21 @@ from intaglio.chips.spec import ChipError
 
 @dataclass(frozen=True)
 class Protocol:
-    """A protocol of a collective library, such as NCCL's LL, LL128 and Simple: its start-up, latency and bandwidth."""
+    """A protocol of a collective library, such as NCCL's LL, LL128 and Simple.
+
+    Attributes:
+        name: its name.
+        barrier_factor: start-up time of a collective, in multiples of KernelLibrary.barrier_s.
+        latency_factor: latency of one step, in multiples of KernelLibrary.link_latency_s.
+        bandwidth_fraction: fraction of the links' bandwidth that it reaches.
+        max_bytes_per_chip: largest payload for which it is used, in bytes; 0: any.
+    """
 
     name: str
-    barrier_factor: float  # start-up time of a collective, in multiples of KernelLibrary.barrier_s
-    latency_factor: float  # latency of one step, in multiples of KernelLibrary.link_latency_s
-    bandwidth_fraction: float  # of the links' bandwidth
-    max_bytes_per_chip: int = 0  # largest payload for which it is used; 0: any
+    barrier_factor: float
+    latency_factor: float
+    bandwidth_fraction: float
+    max_bytes_per_chip: int = 0
 
 
 EXPERT_TILES = ("best", "by_experts", "by_tokens")
@@ -118,8 +126,8 @@ class KernelLibrary:
     def record(self, op: str, format: str = "", head_dim: int = 0, kernel: str = "") -> KernelRecord | None:
         """The first record that serves a call; None if the library's own fields describe the kernel.
 
-        op, format, head_dim: the call, as in KernelRecord.serves(). kernel: name of the kernel that is asked for; "":
-        the default. Raises ChipError for a name that no record has.
+        op, format, head_dim: the call; see KernelRecord.serves(). kernel: name of the kernel that is asked for; "": the
+        default. Raises ChipError for a name that no record has.
         """
         if kernel and not any(r.kernel == kernel for r in self.kernels):
             known = ", ".join(dict.fromkeys(r.kernel for r in self.kernels)) or "none"

@@ -24,7 +24,8 @@ for _path in sorted((DATA / "chips").glob("*.toml")):
 def chip(name: str) -> ChipSpec:
     """The ChipSpec called `name`, shipped or of a plugin, or read from the file `name` if it ends in .toml.
 
-    Raises ChipError for an unknown name, listing the known ones, and for an invalid file.
+    Raises ChipError for an unknown name, listing the known ones, and for an invalid file; PluginError if a plugin fails
+    to load.
     """
     return chip_with_library(name)[0]
 
@@ -32,7 +33,8 @@ def chip(name: str) -> ChipSpec:
 def chip_with_library(name: str) -> tuple[ChipSpec, str]:
     """(ChipSpec, name or file of its default kernel library) of the chip called `name`.
 
-    name: a name or file, as for chip(). Raises ChipError as chip() does, and PluginError if a plugin fails to load.
+    name: a name, shipped or of a plugin, or a file that ends in .toml. Raises ChipError for an unknown name and for an
+    invalid file, PluginError if a plugin fails to load.
     """
     if name.endswith(".toml"):
         return read_chip(Path(name))

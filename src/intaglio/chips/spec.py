@@ -20,11 +20,17 @@ class ChipError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """Properties of a chip's memories that data sheets do not give; efficiencies are fractions of published rates."""
+    """Properties of a chip's memories that data sheets do not give.
 
-    hbm_latency_s: float  # from a request to HBM until the bytes are in SRAM
-    hbm_efficiency: float  # fraction of HBM bandwidth that long streams reach
-    l2_efficiency: float  # fraction of L2 bandwidth that long streams reach
+    Attributes:
+        hbm_latency_s: seconds from a request to HBM until the bytes are in SRAM.
+        hbm_efficiency: fraction of the published HBM bandwidth that long streams reach.
+        l2_efficiency: fraction of the published L2 bandwidth that long streams reach.
+    """
+
+    hbm_latency_s: float
+    hbm_efficiency: float
+    l2_efficiency: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +68,21 @@ TOPOLOGIES = ("switch", "k44", "mesh", "torus", "pcie_tree", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class Energy:
-    """Energy per operation and per byte in joules, and idle power in watts, to estimate a step's energy."""
+    """Energy per operation and per byte, and idle power, to estimate a step's energy.
 
-    mac: float  # of a multiply-accumulate in bf16; 8-bit formats take half, 4-bit formats a quarter
+    Attributes:
+        mac: joules of a multiply-accumulate in bf16; 8-bit formats take half, 4-bit formats a quarter.
+        hbm_byte: joules of a byte from or to HBM.
+        l2_byte: joules of a byte from or to the L2.
+        link_byte: joules of a byte over a link.
+        idle_w: idle power in watts.
+    """
+
+    mac: float
     hbm_byte: float
     l2_byte: float
     link_byte: float
-    idle_w: float  # idle power in watts
+    idle_w: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +123,10 @@ class ChipSpec:
         check(self)
 
     def mac_rate(self, format: str) -> int:
-        """Multiply-accumulates per cycle of one core, for operands in `format`. Raises ChipError as runs_as() does."""
+        """Multiply-accumulates per cycle of one core, for operands in `format`.
+
+        Raises ChipError if the matrix array takes neither that format nor a wider one.
+        """
         return dict(self.macs)[self.runs_as(format)]
 
     def runs_as(self, format: str) -> str:
@@ -125,7 +142,10 @@ class ChipSpec:
         raise ChipError(f"{self.name} has no matrix rate for {format}; it has {', '.join(rates)}")
 
     def peak_flops(self, format: str) -> float:
-        """Peak dense FLOP/s of the chip in `format`. Raises ChipError as runs_as() does."""
+        """Peak dense FLOP/s of the chip in `format`.
+
+        Raises ChipError if the matrix array takes neither that format nor a wider one.
+        """
         return 2.0 * self.cores * self.clock_hz * self.mac_rate(format)
 
     @property

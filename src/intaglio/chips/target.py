@@ -49,24 +49,26 @@ class Target:
         return {"chip": self.chip, "library": self.library}
 
     def with_chip(self, **changes: Any) -> Target:
-        """A copy of the target with fields of the chip changed. changes: as chips.replace() takes them.
+        """A copy of the target with fields of the chip changed. changes: the new values, by field.
 
-        Raises ChipError as chips.replace() does, and if the library does not fit the changed chip.
+        Fields of the chip's links, energy and constants are given by their own names. Raises ChipError for an unknown
+        field, an invalid chip, and a chip that the library does not fit.
         """
         return Target(replace(self.chip, **changes), self.library)
 
     def with_library(self, **changes: Any) -> Target:
-        """A copy of the target with fields of the library changed. changes: as chips.replace_library() takes them.
+        """A copy of the target with fields of the library changed. changes: the new values, by field.
 
-        Raises ChipError as chips.replace_library() does, and if the changed library does not fit the chip.
+        They hold for all kernels of the library. Raises ChipError for an unknown field, a value outside its range, and
+        a library that does not fit the chip.
         """
         return Target(self.chip, replace_library(self.library, **changes))
 
     def kernel(self, op: str, format: str = "", head_dim: int = 0, name: str = "") -> Target:
-        """The target with only the kernel of its library that runs a call (see KernelLibrary.record()).
+        """A target whose library has only the kernel that runs a call; the target itself if its library has no records.
 
-        op, format, head_dim: the call. name: name of the kernel; "": the one chosen by default. Raises ChipError for a
-        name that no record of the library has.
+        op, format, head_dim: the call; see KernelRecord.serves(). name: name of the kernel; "": the one chosen by
+        default. Raises ChipError if the library has records, and none of this name.
         """
         return one_kernel(self, op, format, head_dim, name) if self.library.kernels else self
 
@@ -170,7 +172,8 @@ def target(chip_name: str, library_name: str | None = None) -> Target:
     """The Target of a chip with a kernel library.
 
     chip_name, library_name: a name or a file (*.toml); library_name None: the chip's default library. Raises ChipError
-    for an unknown name or an invalid file, or if the library does not fit the chip.
+    for an unknown name or an invalid file, or if the library does not fit the chip; PluginError if a plugin fails to
+    load.
     """
     spec, own = chip_with_library(chip_name)
     return Target(spec, library(library_name or own))

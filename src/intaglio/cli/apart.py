@@ -38,7 +38,7 @@ def apart_table(
         concurrency: numbers of requests open at once. If empty, the layouts are those of one server, and the ratio of
             servers and the load with the most output per chip are searched for each pair of layouts.
         budget: most tokens of a step of one copy of attention (see Placement).
-        as_json: print JSON instead of a table.
+        as_json: True to print JSON instead of a table.
         plot: SVG file for a chart of output per chip; None: no chart.
         chips: number of chips that a search shares out.
 
@@ -96,7 +96,16 @@ def given_pairs(
 ) -> list[tuple[str, str, ApartResult]]:  # fmt: skip
     """A list of (prefill layout, decode layout, ApartResult), one for each pair of layouts at each concurrency.
 
-    Arguments as for apart_table(). Raises ValueError if there are not as many prefill as decode layouts, ChipError if a
+    Args:
+        q: the model and its load.
+        on: chip and kernel library of all servers.
+        prefill: layouts of prefill servers.
+        decode: layouts of decode servers; the i-th works with the i-th of `prefill`.
+        concurrency: numbers of requests open at once.
+        budget: most tokens of a step of one copy of attention.
+        progress: called before each pair and concurrency.
+
+    Raises ValueError if there are not as many prefill as decode layouts, LayoutError for a wrong layout, ChipError if a
     model does not fit.
     """
     from intaglio.codesign.disaggregated import Apart, serve_apart
@@ -131,7 +140,18 @@ def searched_pairs(
     """Search the best ratio and load for each pair of layouts. Returns (found, refused).
 
     found: a list of (prefill layout, decode layout, ApartResult), the most output per chip first. refused: a list of
-    (layout, reason) of layouts that do not fit. Arguments as for apart_table().
+    (layout, reason) of layouts that do not fit.
+
+    Args:
+        q: the model and its load.
+        on: chip and kernel library of all servers.
+        prefill: layouts of prefill servers.
+        decode: layouts of decode servers.
+        chips: number of chips that the servers share.
+        budget: most tokens of a step of one copy of attention.
+        progress: called as pairs are searched.
+
+    Raises LayoutError for a wrong layout, ValueError for one with replicas or for responses of fewer than two tokens.
     """
     from intaglio.codesign import ratio
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import secrets
 import shutil
 import sys
 from collections.abc import Sequence
@@ -88,9 +90,13 @@ def up(
     more = list(context.args)
     if model is not None and str(model).startswith("--"):  # no model was given, and this stood after --
         more, model = [str(model), *more], None
-    tiered = any(word.split("=")[0] == "--kv-cache-dir" for word in more)
-    if ray is not None and prefill is not None and not tiered:
-        raise ValueError("--ray with --prefill needs a folder that all nodes share: add -- --kv-cache-dir FOLDER")
+    tiered, peered = (any(word.split("=")[0] == option for word in more) for option in ("--kv-cache-dir", "--kv-peer"))
+    if ray is not None and peered:
+        raise ValueError("--kv-peer does not go with --ray, where each replica gives blocks at its node's own address")
+    apart = prefill is not None and not tiered
+    kv_token = secrets.token_hex(16)  # of the replicas that hand K/V blocks over by TCP
+    if peered:
+        os.environ.setdefault("INTAGLIO_KV_TOKEN", kv_token)  # which the replicas inherit
     nodes = connect_ray(ray, name) if ray is not None else None
     cores = nodes.threads(most or total) if nodes else max(1, usable_cores() // (most or total))
     share = threads or cores
@@ -106,14 +112,14 @@ def up(
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}"
     print(f"starting {total} replicas; their logs are in {folder}{' of their nodes' if nodes else ''}", flush=True)
-    with blocks_folder(folder) if prefill is not None and not tiered else nullcontext() as blocks:
+    with blocks_folder(folder) if apart and not peered and not nodes else nullcontext() as blocks:
         words += blocks_words(blocks, more) if blocks else []
 
         def launch(replica: str) -> Launched:
             return nodes(replica) if nodes else ReplicaProcess(replica, words, folder)
 
         if nodes:
-            nodes.prepare(words, ranks_of(layout), share)
+            nodes.prepare(words, ranks_of(layout), share, kv_token if apart else None)
         options = ClusterOptions(
             launch, roles, most, policy, read_weights(weight or []), max_queued,
             FrontOptions(tuple(api_key or ()), TimeLimits(timeout, queue_timeout), tracing=tracing),
@@ -185,7 +191,7 @@ def show(state: dict[str, Any], as_json: bool) -> None:
 
 
 def read_roles(replicas: str | None, prefill: int | None, decode: int | None) -> tuple[dict[Role, int], int | None]:
-    """(number of replicas by role, largest number of replicas with autoscaling; None without), from options of `up`.
+    """(replicas by role, largest number of replicas or None) for the options of `up`. None: no autoscaling.
 
     Raises ValueError for a combination that is not allowed, and for a text that read_replicas() refuses.
     """

@@ -24,7 +24,8 @@ def open_llm(
 ) -> LLM:  # fmt: skip
     """Load a model and return it as an LLM, with a progress bar.
 
-    The arguments, and the errors, are those of LLM. no_cache: neither use nor keep packed weights on disk.
+    no_cache: True to neither use nor keep packed weights on disk. The other arguments, and the errors, are those of
+    LLM.
     """
     with progress_bar(f"loading {model or 'the bundled model'}") as progress:
         from intaglio.llm import LLM
@@ -53,8 +54,17 @@ def compile_model(
 ) -> Program:  # fmt: skip
     """The Program of a checkpoint: as ported if `raw`, else compiled.
 
-    report: a list to which one line for each compiler pass is appended, unless `raw`. The other arguments are those of
-    LLM.
+    Args:
+        model: checkpoint folder, GGUF file or hub id; None: the bundled model.
+        weights: format of weights, such as auto or int8.
+        kv_format: format of the K/V cache.
+        context: largest context length; None: the model's own.
+        report: a list to which one line for each compiler pass is appended, if not `raw`.
+        raw: True to leave the Program as ported.
+        revision: revision of a hub repository; None: its main branch.
+
+    Raises HubError if there is no such checkpoint, CheckpointError or PortError if it cannot be loaded, and FormatError
+    for an unknown format.
     """
     from intaglio.compiler import build
     from intaglio.model import BUNDLED
@@ -70,7 +80,8 @@ def compile_rank(
 ) -> Program:  # fmt: skip
     """The Program of rank number `rank` of a layout: as sharded if `raw`, else compiled.
 
-    Raises ValueError if the layout has no such rank, LayoutError if it does not fit the model.
+    layout: such as tp4pp2. The other arguments are those of compile_model(). Raises ValueError if the layout has no
+    such rank, LayoutError if the layout does not fit the model.
     """
     from intaglio.compiler import build_mesh, shard
 

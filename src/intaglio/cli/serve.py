@@ -63,12 +63,43 @@ def control_address(text: str | None) -> Path | TcpAddress | None:
     """
     if text is None or not text.startswith("tcp://"):
         return None if text is None else Path(text)
-    from intaglio.devices.processes.address import TcpAddress
     from intaglio.server.control_tcp import TOKEN_VARIABLE
 
-    token = os.environ.get(TOKEN_VARIABLE)
+    return address_with_token(text, TOKEN_VARIABLE)
+
+
+def checked_peer(param: typer.CallbackParam, text: str | None) -> str | None:
+    """Callback of --kv-peer: returns the text unchanged; None if the option is not given.
+
+    Raises ValueError, naming the option, for an address that peer_address() refuses.
+    """
+    try:
+        peer_address(text)
+    except ValueError as e:
+        raise ValueError(f"{param.opts[0]}: {e}") from None
+    return text
+
+
+def peer_address(text: str | None) -> TcpAddress | None:
+    """The TcpAddress in the text of --kv-peer; None for None.
+
+    Raises ValueError for a wrong address, and if INTAGLIO_KV_TOKEN is not set or too short.
+    """
+    from intaglio.tiers.peer import TOKEN_VARIABLE
+
+    return None if text is None else address_with_token(text, TOKEN_VARIABLE)
+
+
+def address_with_token(text: str, variable: str) -> TcpAddress:
+    """The TcpAddress of a text such as tcp://10.0.0.5:8001, with the token in an environment variable.
+
+    Raises ValueError for a wrong address, and if the variable is not set or the token too short.
+    """
+    from intaglio.devices.processes.address import TcpAddress
+
+    token = os.environ.get(variable)
     if token is None:
-        raise ValueError(f"{text} needs a token; set {TOKEN_VARIABLE} to 16 or more random characters")
+        raise ValueError(f"{text} needs a token; set {variable} to 16 or more random characters")
     return TcpAddress.parse(text, token)
 
 
@@ -126,8 +157,16 @@ def serve(
     kv_cache_dir: Annotated[
         Path | None, typer.Option(help="Keep KV blocks there, for this server's next start and for others.")
     ] = None,
+    kv_peer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tcp://HOST:PORT",
+            callback=checked_peer,
+            help="Keep KV blocks in memory, and give them there to replicas with the token in INTAGLIO_KV_TOKEN.",
+        ),
+    ] = None,
     kv_cache_size: Annotated[
-        str, typer.Option(callback=o.checked_size, help="Most bytes of --kv-cache-dir, such as 500MB or 8GiB.")
+        str, typer.Option(callback=o.checked_size, help="Most bytes of --kv-cache-dir or --kv-peer, such as 8GiB.")
     ] = "8GiB",
     otlp_endpoint: o.TracesEndpoint = None,
     journal: Annotated[
@@ -186,7 +225,7 @@ def serve(
                 max_sequences=max_sequences,
                 max_batch_tokens=max_batch_tokens, max_waiting=max_waiting, max_drafts=max_drafts, machine=machine,
                 state_cache_bytes=state_cache_bytes(state_cache_size), window_tokens=window_tokens,
-                kv_cache_dir=kv_cache_dir, kv_cache_bytes=o.parse_size(kv_cache_size),
+                kv_cache_dir=kv_cache_dir, kv_peer=peer_address(kv_peer), kv_cache_bytes=o.parse_size(kv_cache_size),
                 revision=revision, progress=prefixed(progress, name),
             )  # fmt: skip
     if template is not None:

@@ -200,7 +200,10 @@ def simulate(
     helps: Annotated[bool, typer.Option("--what-helps", help="Which single change of the chip helps most.")] = False,
     as_json: o.Json = False,
 ) -> None:
-    """Time a model's serving steps on a chip: prefill, decode, and the mixed step of the steady state."""
+    """Time a model's serving steps on a chip: prefill, decode, and the mixed step of the steady state.
+
+    With --concurrency or --find: latencies, rates and power of whole servers under load.
+    """
     from intaglio.codesign.simulate import Serving, Simulation, compare_layouts, ported, stages, what_helps
     from intaglio.compiler import Layout
     from intaglio.silicon.timeline import chrome_trace

@@ -39,7 +39,7 @@ def validate_serving(
 ) -> None:
     """Serve the loads of measured servers in modelled time and compare latencies, by engine and class of model."""
     from intaglio.codesign import measured
-    from intaglio.codesign.ranking import LEAST, rankings
+    from intaglio.codesign.ranking import LEAST, MODEL_AND_CHIP, rankings
 
     if split not in (None, "fit", "test"):
         raise ValueError(f"--split {split}; use fit or test")
@@ -55,14 +55,18 @@ def validate_serving(
         compared = list(measured.compare_all(rows, progress=progress, closed_form=closed_form))
     found = measured.agreements(compared)
     refused = Counter(c.refused for c in compared if c.refused)
+    derived = sum(c.row.twin is not None and not c.refused for c in compared)
     ranked = {
         f"at least {LEAST} layouts and loads": rankings(compared) if ranking else [],
         "at one load": rankings(compared, at_one_load=True, least=2) if ranking else [],
+        f"model and chip, at least {LEAST} layouts": (
+            rankings(compared, same=MODEL_AND_CHIP, least_layouts=LEAST) if ranking else []
+        ),
     }
     if as_json:
         figures = [{k: v for k, v in asdict(a).items() if k != "worst"} for a in found]
         cases = {kind: [asdict(r) for r in mine] for kind, mine in ranked.items()} if ranking else {}
-        report = {"rows": len(rows), "agreements": figures, "refused": dict(refused)}
+        report = {"rows": len(rows), "derived": derived, "agreements": figures, "refused": dict(refused)}
         print(json.dumps({**report, **({"ranking": cases} if ranking else {})}, indent=2))
         return
     shown = [
@@ -89,6 +93,8 @@ def validate_serving(
     if ranking:
         say_ranking(ranked, worst)
     say(f"{len(rows) - sum(refused.values()):,} of {len(rows):,} rows are expressed.")
+    if derived:
+        say(f"{derived:,} of these do not say how many servers there are; rows with the same measurement do.")
     for why, n in refused.most_common():
         say(f"{n:,} not: {why}")
     say("median: of |modelled - measured| / measured. bias: the median of the same with its sign.")

@@ -206,7 +206,7 @@ class Cluster:
         return moved
 
     async def _stop_drained(self, name: str) -> None:
-        """Wait until a drained replica has no requests, at most DRAIN_TIMEOUT, then stop and forget it.
+        """Wait until a drained replica has no requests, at most DRAIN_TIMEOUT seconds, then stop and forget it.
 
         A replica that has not served yet is given up.
         """
@@ -278,8 +278,8 @@ class Cluster:
     def _lost(self, name: str, why: str, error: Exception | None) -> None:
         """Kill the process of a replica whose connection has ended, so that _supervise() starts it again.
 
-        The process is left alone while the replica is removed or the cluster stops. why, error: as for
-        Backends.on_lost.
+        The process is left alone while the replica is removed or the cluster stops. why: text to log; "": none. error:
+        the exception to log with it, or None.
         """
         if why:
             self._note(why, error=error)

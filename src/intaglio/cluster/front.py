@@ -169,8 +169,8 @@ class Front:
     async def _pass_on(self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send) -> None:
         """Pass a request that generates nothing to a replica, and send the replica's response.
 
-        Replicas are tried in order of their number of jobs, the fewest first. Raises Problem 503 if none answers, and
-        the errors of read_body().
+        Replicas are tried in order of their number of jobs, the fewest first. Raises Problem 503 if none answers, 408
+        if the body comes too slowly, and 413 if it is too large; ClientDisconnected if the client disconnects.
         """
         raw = await read_body(receive, self.options.max_body, self.options.read_timeout)
         passed = [(name, headers[name]) for name in PASSED_HEADERS if name in headers]

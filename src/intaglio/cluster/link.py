@@ -17,7 +17,7 @@ Frame = tuple[dict[str, Any], bytes]
 
 
 class LinkLost(ConnectionError):
-    """Raised for a call whose connection to the replica has ended, most likely with the replica's process."""
+    """Raised for a call that a replica cannot answer: the connection or the process has ended, or the call failed."""
 
 
 class Moved(Exception):

@@ -1,8 +1,9 @@
 """Prefill apart from decode: has a prefill replica compute a prompt before the request goes to a decode replica.
 
-The prefill replica saves K/V blocks, while it computes, where all replicas of the cluster load them from. They stay
-pinned there until the request has its first token: the router renews their lease. What fails here only costs time: the
-decode replica loads the blocks that are there and computes the rest, with the same bits.
+The prefill replica saves K/V blocks, while it computes, where all replicas of the cluster load them from: in a folder
+that they share, or in its own memory, from which they fetch them over TCP. The blocks stay pinned there until the
+request has its first token: the router renews their lease. What fails here only costs time: the decode replica loads
+the blocks that are there and computes the rest, with the same bits.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ ATTEMPTS = 3  # prefill replicas that are tried
 PREFILLS = ("handed", "partial", "empty", "lost", "drained", "refused")  # partial, empty: not all, no blocks are kept
 
 
-async def prefill(backends: Backends, job: Job, header: Callable[[], dict[str, Any]], raw: bytes) -> tuple[Job, bool]:
+async def prefill(
+    backends: Backends, job: Job, header: Callable[[], dict[str, Any]], raw: bytes
+) -> tuple[Job, bool, str]:
     """Have a prefill replica compute a job's prompt, if the cluster has one and enough of the prompt is not cached.
 
-    Returns (job, placed). If a replica has computed the prompt, the job has the prompt's length and the number of
-    tokens handed over. placed: True if the job has been placed on a replica. Up to ATTEMPTS replicas are tried.
+    Returns (job, placed, peer). If a replica has computed the prompt, the job has the prompt's length and the number of
+    tokens handed over. placed: True if the job has been placed on a replica. peer: address at which other replicas
+    fetch the K/V blocks; "" if they find them in a folder, or there are none. Up to ATTEMPTS replicas are tried.
 
     header: function that makes the header of the call. raw: the request's body. Raises Refusal if the job is not
     admitted, or not placed in its time.
@@ -53,8 +57,8 @@ async def prefill(backends: Backends, job: Job, header: Callable[[], dict[str, A
         backends.prefills["empty" if not found["handed"] else "handed" if complete else "partial"] += 1
         if found["lease"]:
             backends.leases[job.id] = placement.replica, found["lease"]
-        return replace(job, prompt_tokens=max(1, found["tokens"]), handed=found["handed"]), placed
-    return job, placed
+        return replace(job, prompt_tokens=max(1, found["tokens"]), handed=found["handed"]), placed, found["peer"]
+    return job, placed, ""
 
 
 async def _computed(
@@ -68,6 +72,7 @@ async def _computed(
     - handed: number of these whose K/V other replicas can load.
     - whole: number that would be handed if all blocks had been kept.
     - lease: the lease on the blocks; "" if none are handed.
+    - peer: address at which other replicas fetch the blocks; "" if they find them in a folder.
 
     Raises LinkLost if the replica is lost, Moved if it is being drained.
     """

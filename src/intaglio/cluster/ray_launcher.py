@@ -50,6 +50,7 @@ class RayLauncher:
     def __init__(self, address: str, cluster: str) -> None:
         self.cluster = cluster
         self.words: Sequence[str] = ()
+        self.kv_token: str | None = None
         self.bundles: list[dict[str, float]] = [{"CPU": 1.0}]
         self.replicas: dict[str, RayReplica] = {}
         try:
@@ -62,12 +63,14 @@ class RayLauncher:
         nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
         return threads_that_fit(nodes, replicas)
 
-    def prepare(self, words: Sequence[str], ranks: int, threads: int) -> None:
+    def prepare(self, words: Sequence[str], ranks: int, threads: int, kv_token: str | None = None) -> None:
         """Set the command and the CPUs of every replica that is started from now on.
 
         words: arguments of `intaglio serve`. ranks: ranks of a replica. threads: CPUs of all ranks of a replica
-        together. Raises ValueError if no node of the cluster has so many CPUs.
+        together. kv_token: secret with which replicas fetch K/V blocks of each other; None if they fetch none. Raises
+        ValueError if no node of the cluster has so many CPUs.
         """
+        self.kv_token = kv_token
         self.words, self.bundles = tuple(words), [{"CPU": float(max(1, threads // ranks))} for _ in range(ranks)]
         most = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
         if most < self.cpus:
@@ -128,7 +131,8 @@ class RayReplica(Launched):
             placed = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
             cpus = self.launcher.bundles[0]["CPU"]
             actor = ray.remote(ReplicaActor).options(num_cpus=cpus, scheduling_strategy=placed, max_restarts=0)
-            self._actor = actor.remote(self.name, list(self.launcher.words), self.launcher.cluster)
+            words, kv_token = list(self.launcher.words), self.launcher.kv_token
+            self._actor = actor.remote(self.name, words, self.launcher.cluster, kv_token)
             found = await self._unless_killed(self._actor.listen.remote(token), STARTING + CALL)
             if "failed" in found:
                 raise ReplicaFailed(found["failed"])
@@ -171,7 +175,10 @@ class RayReplica(Launched):
             self._actor.trim_log.remote()  # what comes of it does not matter here
 
     async def _placed(self) -> PlacementGroup:
-        """A placement group for this replica, once its CPUs are reserved. Raises ReplicaFailed after PLACING s."""
+        """Wait until CPUs for this replica are reserved, and return their placement group.
+
+        Raises ReplicaFailed after PLACING seconds, or once kill() is called.
+        """
         ends, patience, said = time.monotonic() + PLACING, CHOSEN, False
         bundles = self.launcher.bundles
         while time.monotonic() < ends and not self._over.is_set():
@@ -196,7 +203,11 @@ class RayReplica(Launched):
         )
 
     async def _unless_killed(self, call: Any, seconds: float | None) -> Any:
-        """The result of a call of the actor. Raises RayError, TimeoutError, and ReplicaFailed once kill() is called."""
+        """The result of `call`, a call of the actor.
+
+        Raises RayError if the call fails, TimeoutError after `seconds` (None: never), and ReplicaFailed once kill() is
+        called.
+        """
 
         async def result() -> Any:
             return await call

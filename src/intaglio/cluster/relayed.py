@@ -56,6 +56,7 @@ class RelayedRequest:
         self.announced = False  # its first token on the present replica has come
         self.losses = self.refusals = 0
         self.replica = ""
+        self.peer = ""  # where replicas fetch the K/V blocks of its prompts
         self.status = 0
 
     async def run(self, send: Send) -> None:
@@ -81,7 +82,8 @@ class RelayedRequest:
         router refuses the job.
         """
         try:
-            self.job, placed = await prefill(self.backends, self.job, lambda: self._header(prefill=True), self.raw)
+            made = await prefill(self.backends, self.job, lambda: self._header(prefill=True), self.raw)
+            self.job, placed, self.peer = made
         except Refusal as e:
             raise as_problem(e) from None
         return placed
@@ -89,7 +91,8 @@ class RelayedRequest:
     async def _attempt(self, send: Send, again: bool) -> bool:
         """Run the request on one replica. Returns True if it has ended, False if it has to go on at another replica.
 
-        again: as for Backends.place(). Raises Problem if the router refuses the job, or after MAX_LOSSES lost replicas.
+        again: True if the job was placed before. Raises Problem if the router refuses the job, or after MAX_LOSSES lost
+        replicas.
         """
         try:
             with span("wait for a replica"):
@@ -138,6 +141,7 @@ class RelayedRequest:
             "id": self.job.id, "created": self.created, "seed": self.seed,
             "waited": self.backends.clock() - self.began,
             "made_by": self.head.get("made_by") if self.deltas else None, "deltas": self.deltas, "prefill": prefill,
+            "peer": self.peer,
         }  # fmt: skip
         headers = [*self.headers, *trace_headers()]
         return {"do": "request", "method": "POST", "path": self.path, "headers": headers, "relay": relay}
@@ -187,7 +191,7 @@ class RelayedRequest:
         """Handle a replica's error response, whose first frame is (header, body).
 
         Returns False if another replica has to take the request. Otherwise sends the error to the client and returns
-        True. Raises Problem as _count_refusal() does.
+        True. Raises Problem 503 after too many refusals, or after the job's deadline.
         """
         whole, part = bytearray(body), header
         while not part.get("end"):
@@ -213,7 +217,7 @@ class RelayedRequest:
         """True if a refused request is tried again until its deadline, however often it is refused.
 
         This holds if the request has a deadline and has output so far, and if the replica refused because it is busy.
-        code: the code of the refusal.
+        code: the code of the refusal; None if it has none.
         """
         return bool(self.deltas) and code in BUSY and self.job.deadline is not None
 

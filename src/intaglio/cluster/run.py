@@ -52,12 +52,12 @@ async def run_cluster(
 ) -> int:
     """Run a cluster until SIGINT, SIGTERM or the command `down`. Returns the exit code.
 
-    The code is 0, or 130 if it is ended before all replicas serve. The first signal lets running requests end, the
-    second ends them. Raises ReplicaFailed if a replica does not start, and ValueError for an unknown policy, a wrong
-    weight or number of replicas, or if another cluster runs in the folder.
+    The code is 0, or 130 if the cluster is ended before all replicas serve. The first signal lets running requests end,
+    the second ends them. Raises ReplicaFailed if a replica does not start. Raises ValueError for an unknown policy, a
+    wrong weight or number of replicas, or if another cluster runs in the folder.
 
     Args:
-        options: what to run.
+        options: the options of the cluster.
         listener: socket on which the router serves HTTP.
         folder: the cluster's folder.
         announce: called with the Cluster once all replicas serve.

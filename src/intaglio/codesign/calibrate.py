@@ -118,9 +118,9 @@ def value_of(on: Target, name: str) -> Any:
 
 
 def with_value(on: Target, name: str, value: Any, format: str = "") -> Target:
-    """A copy of the target with another value of one parameter, named as for value_of().
+    """A copy of the target with another value of the parameter `name`: chip.FIELD, library.FIELD or FAMILY.FIELD.
 
-    For `FAMILY.FIELD` all kernels of the family get the value. A constant (see CONSTANTS) is scaled instead: in all of
+    For FAMILY.FIELD all kernels of the family get the value. A constant (see CONSTANTS) is scaled instead: in all of
     them by the same factor, to at most 1. format: only kernels for calls in this format change; "": all. Raises
     ChipError for a value out of range.
     """
@@ -168,7 +168,12 @@ class Search:
     """A search for the target that makes the measured samples most likely, from a target to start with.
 
     The logarithmic errors of a sample are taken to follow a Laplace distribution of unknown spread. Constants have a
-    log-normal prior around their values at the start. run() searches; `on` is the best target so far.
+    log-normal prior around their values at the start. run() searches.
+
+    Attributes:
+        start: the target to start with.
+        on: the best target so far.
+        data: the measured samples.
     """
 
     def __init__(self, start: Target, data: Sequence[Sample]) -> None:
@@ -213,8 +218,8 @@ class Search:
     def weight(self, number: int, common: bool) -> float:
         """Weight of a sample, by its index, in the choice of a constant: PRODUCTS_WEIGHT or 1.
 
-        It is PRODUCTS_WEIGHT for matrix products if `common`. common: the constant affects every family. The closed
-        form of products is the most exact, so their rows are the least biased about memories and launches.
+        It is PRODUCTS_WEIGHT for matrix products if `common`. common: True if the constant affects every family. The
+        closed form of products is the most exact, so their rows are the least biased about memories and launches.
         """
         return PRODUCTS_WEIGHT if common and self.data[number].table == "matmul" else 1.0
 
@@ -223,7 +228,8 @@ class Search:
     ) -> bool:
         """Keep `other` as the best target so far if its cost is lower by more than `least`. Returns True if it is kept.
 
-        numbers: indices of the samples that count. prior: added to the cost of `other`. common: as for weight().
+        numbers: indices of the samples that count. prior: added to the cost of `other`. common: True if the change
+        affects every family; products then have another weight, see weight().
         """
         costs = {i: self.cost(other, self.data[i]) for i in numbers}
         if sum((c - self.costs[i]) * self.weight(i, common) for i, c in costs.items()) + prior > -least:
@@ -290,7 +296,7 @@ class Search:
     def run(self, facts: bool, progress: Progress = silent, name: str = "") -> Target:
         """Search, in one round for each step size in STEPS, and return the most likely target found.
 
-        facts: choose the kernels' properties in FACTS too, besides fitting constants. name: description for `progress`.
+        facts: True to choose the kernels' properties in FACTS too. name: description for `progress`.
         """
         for number, step in enumerate(STEPS):
             progress(number, len(STEPS), name)
@@ -331,11 +337,11 @@ class Calibration:
     """Result of calibrate(): the fitted target, its errors on rows that a fit did not see, and rows to measure next."""
 
     on: Target
-    kept: str  # what of the fit was kept, because it predicts rows that were left out best
+    kept: str  # in words, the part of the fit that was kept: the one that best predicts rows that were left out
     constants: dict[str, tuple[float, float]]  # name -> (value at the start, fitted value)
-    facts: dict[str, Any]  # facts that differ from the start
-    crossed: list[Fitted]  # each fold of the rows used is predicted by a fit to the others
-    rest: list[Fitted]  # rows that were not used at all
+    facts: dict[str, Any]  # facts that differ from the start, by name
+    crossed: list[Fitted]  # errors on the rows used; each fold of them is predicted by a fit to the others
+    rest: list[Fitted]  # errors on rows that were not used at all
     wanted: list[tuple[str, str, float]]  # (table, row in words, spread of its predictions in per cent)
 
 
@@ -409,7 +415,7 @@ def left_out(
 
     The errors of a fold's rows are those of the fit to the other folds. turns: arrays of the number of each row's fold,
     one for each sample.
-    facts: choose the kernels' properties in FACTS too, besides fitting constants.
+    facts: True to choose the kernels' properties in FACTS too, besides fitting constants.
     """
     errors, others = [np.zeros(len(s.rows)) for s in used], []
     for fold in range(folds):

@@ -17,13 +17,21 @@ from intaglio.chips.files import DATA
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """How a benchmark repeated the calls in the tables of one generation of chips, and which of its kernels ran."""
+    """How a benchmark repeated the calls in the tables of one generation of chips, and which of its kernels ran.
 
-    weight_copies: int  # of a product's weights, used in turn
-    attention_launches: int  # kernels of one attention call: cache write, preparation, attention
-    warm_cache: bool  # keys and values are in the L2, as far as they fit
-    older_experts: bool  # every expert has a gate, and rows left over by rounding go to the first experts
-    expert_kernels: dict[str, str] = field(default_factory=dict)  # format -> kernel of the library, if not its default
+    Attributes:
+        weight_copies: number of copies of a product's weights, which are used in turn.
+        attention_launches: number of kernels of one attention call: cache write, preparation, attention.
+        warm_cache: True if keys and values are in the L2, as far as they fit.
+        older_experts: True if every expert has a gate, and rows left over by rounding go to the first experts.
+        expert_kernels: {format: kernel of the library}, for formats whose kernel is not the library's default.
+    """
+
+    weight_copies: int
+    attention_launches: int
+    warm_cache: bool
+    older_experts: bool
+    expert_kernels: dict[str, str] = field(default_factory=dict)
 
 
 @lru_cache

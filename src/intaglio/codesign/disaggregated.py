@@ -165,7 +165,8 @@ def run_apart(apart: Apart, requests: Sequence[LoadRequest], arrivals: Sequence[
 def serve_apart(apart: Apart, request: LoadRequest, concurrency: int, turns: int = 4) -> ApartResult:
     """Keep `concurrency` requests like `request` open until `turns` times as many have ended. Returns the ApartResult.
 
-    The first requests start evenly spread over the time that one takes. Raises ValueError as run_apart() does.
+    The first requests start evenly spread over the time that one takes. Raises ValueError for a request that a cache
+    cannot hold, or with fewer than two output tokens.
     """
     total = turns * concurrency
     run = run_apart(apart, [request] * total, apart.spread(request, concurrency))

@@ -14,6 +14,7 @@ from intaglio.codesign.fusions import FUSIONS
 from intaglio.codesign.queue import QueueSettings
 from intaglio.codesign.steps import StepTimes
 
+SERVERS = ("card", "release", "layout")  # what a recipe's server is known by
 ENGINES = Path(__file__).resolve().parent.parent / "data" / "engines"
 
 
@@ -26,19 +27,28 @@ class EngineProfile:
         description: one line, for listings.
         max_batch_tokens: most tokens of a step of one copy of attention.
         max_sequences: most sequences that run at once, for each copy of attention.
-        mixed: prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
+        memory_share: fraction of a chip's HBM that weights, activations and K/V cache may fill.
+        mixed: True if prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         kv: format of the K/V cache with 8-bit and 4-bit weights.
         step_s: the host's time for each step.
         sequence_s: the host's time for each sequence of a step.
         request_s: the host's time for each request: HTTP, tokenizer, first text.
         prompt_token_s: the host's time for each token of a prompt.
         admission_steps: steps that a request waits for before it is admitted.
+        poll_steps: pairs (open requests of a server, decode steps between two looks for new requests), ascending: the
+            steps of the last pair with no more open requests count. (): the engine looks before every step.
         graph_launch_s: launch overhead of a kernel in a step that only decodes (a CUDA graph); None: the library's.
         decode_factor: seconds of a step that only decodes, for each second of its kernels alone.
         prefill_factor: seconds of a step with prompts, for each second of its kernels alone.
         fusions: ops that the engine launches together, names of intaglio.codesign.fusions.FUSIONS.
         library: fields of the chip's kernel library in which the engine's own kernels differ.
         generations: such fields for single generations of chips, by the generation's name, such as hopper.
+        draft_tokens: draft tokens that a step verifies for each decoding sequence (speculative decoding).
+        tokens_per_step: mean tokens that a sequence gains in a step that decodes it: 1, or more with drafts.
+        recipes: tables of fields that differ for some servers, such as options with which published benchmarks start
+            them. `card`, `release` and `layout` of a table say for which; those left out do not matter. Of tables that
+            give one field, the last counts. `why` is the source.
+        apart: fields that differ where prefill and decode have servers of their own.
         older: fields that differ in older releases; `before` names the first release that is not older, such as 0.14.
         reasons: source of each field's value.
 
@@ -49,6 +59,7 @@ class EngineProfile:
     description: str
     max_batch_tokens: int = 8192
     max_sequences: int = 1024
+    memory_share: float = 0.9
     mixed: bool = True
     kv: str = "auto"
     step_s: float = 0.0
@@ -56,12 +67,17 @@ class EngineProfile:
     request_s: float = 0.0
     prompt_token_s: float = 0.0
     admission_steps: float = 0.0
+    poll_steps: tuple[tuple[int, int], ...] = ()
     graph_launch_s: float | None = None
     decode_factor: float = 1.0
     prefill_factor: float = 1.0
     fusions: tuple[str, ...] = ()
     library: dict[str, Any] = field(default_factory=dict)
     generations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    draft_tokens: int = 0
+    tokens_per_step: float = 1.0
+    recipes: tuple[dict[str, Any], ...] = ()
+    apart: dict[str, Any] = field(default_factory=dict)
     older: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
@@ -70,16 +86,30 @@ class EngineProfile:
             value = getattr(self, one.name)
             if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < float("inf"):
                 raise ValueError(f"engine {self.name}: {one.name} is {value}; allowed: 0 or more")
-        known = {one.name for one in fields(self)} - {"name", "description", "older", "reasons"} | {"before"}
-        if self.older and (not set(self.older) <= known or not numbers(str(self.older.get("before", "")))):
+        known = {one.name for one in fields(self)} - {"name", "description", "recipes", "apart", "older", "reasons"}
+        wanted = known | {"before"}
+        if self.older and (not set(self.older) <= wanted or not numbers(str(self.older.get("before", "")))):
             raise ChipError(
-                f"engine {self.name}: older has {self.older}; wanted before = a release, and {sorted(known)}"
+                f"engine {self.name}: older has {self.older}; wanted before = a release, and {sorted(wanted)}"
             )
+        if unknown := sorted(set(self.apart) - known):
+            raise ChipError(f"engine {self.name}: apart has {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
+        for recipe in self.recipes:
+            allowed = known | {*SERVERS, "why"}
+            if unknown := sorted(set(recipe) - allowed):
+                raise ChipError(
+                    f"engine {self.name}: a recipe has {', '.join(unknown)}; allowed: {', '.join(sorted(allowed))}"
+                )
         if unknown := sorted(set(self.fusions) - set(FUSIONS)):
             raise ValueError(f"engine {self.name}: unknown fusion {', '.join(unknown)}; known: {', '.join(FUSIONS)}")
         for name in ("max_batch_tokens", "max_sequences", "decode_factor", "prefill_factor"):
             if not getattr(self, name):
                 raise ValueError(f"engine {self.name}: {name} is 0; allowed: above 0")
+        if not 1 <= self.tokens_per_step <= 1 + self.draft_tokens:
+            raise ValueError(
+                f"engine {self.name}: tokens_per_step is {self.tokens_per_step:g}; allowed: 1 to "
+                f"{1 + self.draft_tokens}, with draft_tokens {self.draft_tokens}"
+            )
 
     def is_older(self, release: str) -> bool:
         """True if `release` comes before the release older["before"]. "", an unnamed release, counts as older.
@@ -90,24 +120,39 @@ class EngineProfile:
             return False
         return not release or () < numbers(release) < numbers(self.older["before"])
 
-    def of(self, release: str) -> EngineProfile:
-        """The profile for a release, such as 0.17.0: with the fields of `older` if is_older(release), else as it is."""
-        changes = {k: v for k, v in self.older.items() if k != "before"} if self.is_older(release) else {}
-        return replace(self, **changes, older={})
+    def of(self, release: str, card: str = "", layout: str = "", apart: bool = False) -> EngineProfile:
+        """The profile of one server: this one, with the fields changed that differ for the server.
+
+        First the fields of `apart` are taken if prefill and decode have servers of their own, else those of `older` if
+        is_older(release). Then come the fields of each recipe for the server. release: such as 0.17.0. card: name of
+        the model's card. layout: text of the server's Placement. apart: True for such servers of their own.
+        """
+        older = {k: v for k, v in self.older.items() if k != "before"} if self.is_older(release) else {}
+        changes = dict(self.apart if apart else older)
+        asked = dict(zip(SERVERS, (card, release, layout), strict=True))
+        for recipe in self.recipes:
+            if all(recipe.get(name, value) == value for name, value in asked.items()):
+                changes |= {k: v for k, v in recipe.items() if k not in (*SERVERS, "why")}
+        return replace(self, **changes, recipes=(), apart={}, older={})
 
     def on(self, target: Target) -> Target:
-        """The target with the engine's own kernels in its library. Raises ChipError for an unknown field."""
+        """The target with the engine's own kernels in its library.
+
+        Raises ChipError if the profile changes an unknown field, or sets a value out of range.
+        """
         changes = {**self.library, **self.generations.get(target.library.generation, {})}
         return target.with_library(**changes) if changes else target
 
-    def settings(self, kv_tokens: int, copies: int = 1) -> QueueSettings:
+    def settings(self, kv_tokens: int, copies: int = 1, concurrency: int = 1) -> QueueSettings:
         """The QueueSettings of one of the engine's servers.
 
-        kv_tokens: tokens that its K/V cache holds. copies: copies of attention in the server.
+        kv_tokens: tokens that its K/V cache holds. copies: copies of attention in the server. concurrency: requests
+        open at once.
         """
+        poll = [steps for least, steps in self.poll_steps if concurrency >= least]
         return QueueSettings(
             kv_tokens, self.max_batch_tokens, self.max_sequences * copies, self.mixed, self.step_s, self.sequence_s,
-            self.request_s, self.prompt_token_s, self.admission_steps,
+            self.request_s, self.prompt_token_s, self.admission_steps, poll[-1] if poll else 0, self.tokens_per_step,
         )  # fmt: skip
 
 
@@ -121,7 +166,11 @@ class EngineTimes:
         self.graphs = times if launch is None else times.on(times.target.with_library(launch_s=launch))
 
     def cost(self, decoding: int, context: float, chunks: Sequence[tuple[int, int, int]] = ()) -> tuple[float, float]:
-        """(seconds, joules of all chips of the server) of one step. Arguments as for StepTimes.cost()."""
+        """(seconds, joules of all chips of the server) of one step.
+
+        decoding: sequences that get one token each. context: their mean number of keys. chunks: (new tokens, keys up to
+        and including them, number of such prompts).
+        """
         if chunks:
             seconds, joules = self.times.cost(decoding, context, chunks)
             return seconds * self.profile.prefill_factor, joules
@@ -152,4 +201,7 @@ def engine(name: str) -> EngineProfile:
     known = {one.name for one in fields(EngineProfile)} - {"name"}
     if unknown := sorted(set(table) - known):
         raise ChipError(f"{path}: unknown {', '.join(unknown)}; a profile has {', '.join(sorted(known))}")
-    return EngineProfile(name=path.stem, **{**table, "fusions": tuple(table.get("fusions", ()))})
+    for part in (table, table.get("apart", {}), table.get("older", {}), *table.get("recipes", [])):
+        part |= {"fusions": tuple(part["fusions"])} if "fusions" in part else {}
+        part |= {"poll_steps": tuple((n, m) for n, m in part["poll_steps"])} if "poll_steps" in part else {}
+    return EngineProfile(name=path.stem, **{**table, "recipes": tuple(table.get("recipes", ()))})

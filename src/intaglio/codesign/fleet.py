@@ -144,8 +144,8 @@ def simulate_fleet(
         route: one of ROUTES.
         progress: called as requests arrive.
 
-    Raises ChipError if weights and K/V cache do not fit, ValueError as serve_fleet() does, and for a request longer
-    than the context.
+    Raises ChipError if weights and K/V cache do not fit. Raises ValueError for an unknown route, and for a request that
+    is longer than the context or that a replica's K/V cache cannot hold.
     """
     longest = max(requests, key=lambda r: r.prompt + r.output)
     check_context(server.program, longest)

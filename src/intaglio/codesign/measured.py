@@ -1,8 +1,7 @@
 """Measured servers against the queue: rows of a table of measured latencies, each served in virtual time.
 
 A row names a model, a chip, a serving engine, formats, a layout, lengths and the number of requests kept open. The
-requests all start at once, ten for each that is open, as the load generators of such tables do. With prefill and
-decode apart they start one after another, and the first of each that is open does not count.
+requests all start at once, ten for each that is open, as the load generators of such tables do.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import csv
 import statistics
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import isqrt
 from pathlib import Path
@@ -41,14 +40,22 @@ MIXTURES = {card for card in MODELS.values() if not card.startswith(("llama", "q
 FORMATS = {"": "bf16", "fp8": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4", "int4_wo": "int4"}
 TURNS = 10  # requests for each that is open
 MOST_REQUESTS = 3000
+APART = ("prefill_", "decode_")  # columns of the servers of a row of mode disagg start so
 SPREAD = (1024, 8192)  # prompts of these lengths are drawn from 80 to 100 % of them, and so are their responses
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table of measured servers. `columns` is the row by column name; properties give times in seconds."""
+    """One row of a table of measured servers. Its properties are what the columns say; times are in seconds.
+
+    Attributes:
+        columns: name to text.
+        twin: the row with the same measurement from which this row's prefill and decode servers are taken, if its own
+            columns do not say how many there are; see completed(). None: no such row.
+    """
 
     columns: dict[str, str]
+    twin: Row | None = None
 
     def number(self, name: str) -> int:
         """The value of the column `name`, rounded down to a whole number; 0 if the column is empty or missing."""
@@ -82,12 +89,19 @@ class Row:
         return "mixture" if self.card in MIXTURES else "dense"
 
     @property
+    def counts_servers(self) -> bool:
+        """True if the row says how many prefill servers and how many decode servers there are."""
+        return all(self.number(f"{kind}num_workers") for kind in APART)
+
+    @property
     def split(self) -> str:
         """The half to which the row belongs, "fit" or "test".
 
-        It is chosen by a hash of all columns but the measurements, so rows that repeat a measurement are in one half.
+        It is chosen by a hash of all columns but the measurements, so rows that repeat a measurement are in one half. A
+        row with a twin is in the half of its twin.
         """
-        asked = [v for k, v in sorted(self.columns.items()) if not k.startswith("silicon")]
+        columns = (self.twin or self).columns
+        asked = [v for k, v in sorted(columns.items()) if not k.startswith("silicon")]
         return ("fit", "test")[zlib.crc32("|".join(asked).encode()) % 2]
 
     def refusal(self) -> str | None:
@@ -96,7 +110,7 @@ class Row:
             return f"no card of {self.columns['model_path']}"
         if self.columns["system"] not in CHIPS:
             return f"no chip {self.columns['system']}"
-        if self.group == "disaggregated" and not all(self.number(f"{p}_num_workers") for p in ("prefill", "decode")):
+        if self.group == "disaggregated" and not self.counts_servers:
             return "the number of prefill or decode servers is not given"
         for name in ("gemm_quant_mode", "moe_quant_mode"):
             if self.columns[name] not in FORMATS:
@@ -114,6 +128,15 @@ class Row:
         if self.card in MIXTURES and moe in ("nvfp4", "int4"):
             return Formats("bf16", kv, "weights", moe)  # published so: only experts have four bits
         return Formats(gemm, kv, "weights", moe if self.card in MIXTURES else "")
+
+    def profile(self, engine: EngineProfile) -> EngineProfile:
+        """The profile of the row's server: `engine` with the fields that differ for its release, model and layout.
+
+        Raises LayoutError if the row's sizes do not fit each other.
+        """
+        apart = self.group == "disaggregated"
+        layout = "" if apart else str(self.placement())
+        return engine.of(self.columns.get("backend_version") or "", self.card or "", layout, apart)
 
     def placement(self, phase: str = "") -> Placement:
         """How the chips share the model, as a Placement.
@@ -150,7 +173,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Compared:
-    """A measured row with the modelled mean latencies in seconds. refused: the reason if there are none, else ""."""
+    """A measured row with the modelled latencies.
+
+    Attributes:
+        row: the measured row.
+        ttft: modelled mean time to the first token, in seconds.
+        tpot: modelled mean time per token after it, in seconds.
+        refused: why the row was not modelled; "" if it was.
+    """
 
     row: Row
     ttft: float = 0.0
@@ -164,7 +194,10 @@ class Compared:
 
 
 def rows(path: Path) -> list[Row]:
-    """The rows of the CSV file `path`, as a list. Raises ValueError if it has no rows or lacks a column."""
+    """The rows of the CSV file `path`, as completed() returns them.
+
+    Raises ValueError if it has no rows or lacks a column.
+    """
     with path.open(newline="", encoding="utf-8") as file:
         found = [Row(columns) for columns in csv.DictReader(file)]
     wanted = (
@@ -173,39 +206,68 @@ def rows(path: Path) -> list[Row]:
     )  # fmt: skip
     if not found or not set(wanted) <= set(found[0].columns):
         raise ValueError(f"{path}: wanted rows with columns {', '.join(wanted)}")
-    return found
+    return completed(found)
+
+
+def completed(found: Sequence[Row]) -> list[Row]:
+    """The rows, as a list. Those that do not say how many prefill or decode servers there are get it from their twin.
+
+    The twin of a row is another entry of the same experiment: it states all servers and has the same engine, release,
+    card, chip, formats, lengths and open requests, and the same measured latencies to the last digit. All columns
+    of servers are taken from it, since entries without numbers of servers also leave out data-parallel attention. A row
+    is unchanged if it has no twin, or twins that differ.
+    """
+    twins: dict[tuple[str, ...], list[Row]] = {}
+    for row in found:
+        if row.group == "disaggregated" and row.counts_servers:
+            twins.setdefault(experiment(row), []).append(row)
+    out = []
+    for row in found:
+        same = twins.get(experiment(row), []) if row.group == "disaggregated" and not row.counts_servers else []
+        servers = [{k: v for k, v in twin.columns.items() if k.startswith(APART)} for twin in same]
+        known = bool(servers) and all(each == servers[0] for each in servers)
+        out.append(replace(row, columns=row.columns | servers[0], twin=same[0]) if known else row)
+    return out
+
+
+def experiment(row: Row) -> tuple[str, ...]:
+    """A tuple of texts that is equal for rows of one experiment: the row without its servers and its model's path."""
+    left_out = ("model_path", *(k for k in row.columns if k.startswith(APART)))
+    return (row.card or "", *(f"{k}={v}" for k, v in sorted(row.columns.items()) if k not in left_out))
 
 
 @lru_cache(maxsize=64)
 def whole(card: str) -> Program:
-    """The uncompiled Program of a whole model. card: name of a config that ships with the package."""
+    """The uncompiled Program of a whole model. card: name of a shipped config. Raises ValueError for another name."""
     return ported(card, None)
 
 
 @lru_cache(maxsize=64)
-def times(card: str, on: Target, placement: Placement, how: Formats, fusions: tuple[str, ...]) -> StepTimes:
+def times(
+    card: str, on: Target, placement: Placement, how: Formats, fusions: tuple[str, ...], queries: int = 1
+) -> StepTimes:
     """The StepTimes of a server. Equal arguments give the same object, which keeps its table of steps.
 
-    card: name of a shipped config. on: chip and kernel library. how: number formats. fusions: names of FUSIONS. Raises
-    the errors of Server.of() and of StepTimes.
+    card: name of a shipped config. on: chip and kernel library. how: number formats. fusions: names of FUSIONS.
+    queries: tokens that a step computes for each decoding sequence. Raises LayoutError if the placement does not fit
+    the model, FormatError for an unknown format, and ChipError if the chip cannot hold the weights or does not take a
+    format.
     """
-    return StepTimes(Server.of(whole(card), placement, how), on, fusions)
+    return StepTimes(Server.of(whole(card), placement, how), on, fusions, queries)
 
 
 def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Compared:
     """Serve a row's load in virtual time by the engine `profile`. Returns the Compared, with modelled latencies.
 
-    If the row cannot be modelled, `refused` of the result says why. closed_form: for aggregated servers, take the
-    steady state of steady.estimate() instead of the queue, in about a tenth of the time.
+    If the row cannot be modelled, `refused` of the result says why. closed_form: True to take, for aggregated servers,
+    the steady state of steady.estimate() instead of the queue, in about a tenth of the time.
     """
     if why := row.refusal():
         return Compared(row, refused=why)
-    profile = profile.of(row.columns.get("backend_version") or "")
     try:
+        profile = row.profile(profile)
         if row.group == "disaggregated":
-            apart, load = apart_of(row, profile), row.load()
-            whole_one = LoadRequest(0.0, row.number("isl"), row.number("osl"))
-            ended = run_apart(apart, load, apart.spread(whole_one, row.concurrency)).ended[row.concurrency :]
+            ended = run_apart(apart_of(row, profile), row.load(), [0.0] * row.concurrency).ended
             return Compared(row, statistics.fmean(t for _, t, _ in ended), statistics.fmean(e for *_, e in ended))
         on, settings = server_of(row, profile)
         if closed_form:
@@ -228,14 +290,19 @@ def server_of(row: Row, profile: EngineProfile, phase: str = "") -> tuple[Engine
     """
     assert row.card
     on = profile.on(target(row.columns["system"]))
-    own = times(row.card, on, row.placement(phase), row.formats(profile), tuple(profile.fusions))
+    own = times(
+        row.card, on, row.placement(phase), row.formats(profile), profile.fusions, 1 + profile.draft_tokens
+    )  # fmt: skip
     sequences = max(1, min(256, row.concurrency))  # engines keep recurrent state for those that run
-    kv = own.server.kv_tokens(own.target, 0.9, profile.max_batch_tokens, sequences)
-    return EngineTimes(own, profile), profile.settings(kv, own.copies)
+    kv = own.server.kv_tokens(own.target, profile.memory_share, profile.max_batch_tokens, sequences, states=1)
+    return EngineTimes(own, profile), profile.settings(kv, own.copies, row.concurrency)
 
 
 def apart_of(row: Row, profile: EngineProfile) -> Apart:
-    """The prefill and decode servers of a row of mode disagg, as an Apart. Raises the errors of server_of()."""
+    """The prefill and decode servers of a row of mode disagg, as an Apart.
+
+    Raises ChipError or LayoutError if the model does not fit.
+    """
     (first, one), (second, two) = (server_of(row, profile, phase) for phase in ("prefill_", "decode_"))
     return Apart(first, second, one, two)
 
@@ -246,8 +313,8 @@ def compare_all(
 ) -> Iterator[Compared]:  # fmt: skip
     """Yield the Compared of each row, in an order in which each server is compiled once.
 
-    profiles: function from an engine's name to its EngineProfile; its errors are raised. closed_form: as compare()
-    takes it.
+    profiles: function from an engine's name to its EngineProfile; its errors are raised. closed_form: True to take, for
+    aggregated servers, the steady state of steady.estimate() instead of the queue.
     """
     cached: dict[str, EngineProfile] = {}
     ordered = sorted(found, key=lambda r: (r.card or "", [r.columns.get(c) or "" for c in sorted(r.columns)]))

@@ -40,18 +40,31 @@ LAYOUTS = ("tp1", "tp2", "tp4", "tp8", "pp2", "tp2pp2", "tp4sp")
 
 @dataclass(frozen=True)
 class Draw:
-    """A random chip, a model's stages on it, and a load: decoding sequences of `keys`, and one prompt."""
+    """A random chip, a model on it, and a load.
+
+    Attributes:
+        on: chip and kernel library.
+        model: name of the model.
+        layout: how chips share the model.
+        programs: the Program of one rank of each pipeline stage.
+        whole: the same model on one chip.
+        decoding: number of decoding sequences.
+        keys: keys of each decoding sequence.
+        prompt: tokens of the one prompt.
+        precision: formats of weights, K/V and rows, in words.
+        changes: (field, value) of each field of the chip that differs from the preset.
+    """
 
     on: Target
     model: str
     layout: str
-    programs: tuple[Program, ...]  # of one rank of each stage
-    whole: tuple[Program, ...]  # the same model on one chip
+    programs: tuple[Program, ...]
+    whole: tuple[Program, ...]
     decoding: int
     keys: int
     prompt: int
-    precision: str  # of weights, K/V and rows, in words
-    changes: tuple[tuple[str, float], ...]  # (field, value) of the chip that differ from the preset
+    precision: str
+    changes: tuple[tuple[str, float], ...]
 
     def __str__(self) -> str:
         load = f"{self.decoding} x {self.keys} keys + prompt {self.prompt}"
@@ -105,7 +118,7 @@ def random_model(rng: np.random.Generator) -> tuple[str, Program]:
 
 
 def draw(rng: np.random.Generator, card: str | None = None) -> Draw:
-    """A random Draw. card: name of a shipped config; None: a random model."""
+    """A random Draw. card: name of a shipped config; None: a random model. Raises ValueError for another name."""
     on, changes = random_chip(rng)
     name, program = (card, ported(card, None)) if card else random_model(rng)
     reachable = [x for x in LAYOUTS if Layout.parse(x).tp <= max(1, on.chip.links.max_chips)]

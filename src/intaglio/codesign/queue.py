@@ -10,6 +10,7 @@ import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from intaglio.codesign.steps import Costs
 from intaglio.measure.load import Outcome
@@ -27,12 +28,15 @@ class QueueSettings:
         kv_tokens: tokens that the K/V cache holds; a request is admitted if its prompt and whole response fit.
         max_batch_tokens: most tokens of a step of each copy of attention; a longer prompt is prefilled in chunks.
         max_sequences: most sequences that run at once, of all copies.
-        mixed: chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
+        mixed: True if chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         step_s: the host's time for each step, during which the chips wait.
         sequence_s: the host's time for each sequence of a step, during which the chips wait.
         request_s: the host's time for each request before its first token, outside the engine's steps.
         prompt_token_s: the host's time for each token of a request's prompt, outside the engine's steps.
         admission_steps: steps that a request waits for before it is admitted.
+        poll_steps: decode steps between two looks for new requests, if sequences run; after a step with prompts the
+            engine looks at once. 0 or 1: it looks before every step.
+        tokens_per_step: mean tokens that a sequence gains in a step that decodes it; above 1 with speculative decoding.
     """
 
     kv_tokens: int
@@ -44,6 +48,8 @@ class QueueSettings:
     request_s: float = 0.0
     prompt_token_s: float = 0.0
     admission_steps: float = 0.0
+    poll_steps: int = 0
+    tokens_per_step: float = 1.0
 
 
 @dataclass
@@ -100,7 +106,8 @@ class Queue:
         self.now, self.counter, self.steps, self.joules, self.busy_s = 0.0, 0, 0, 0.0, 0.0
         self.waiting, self.prefilling = deque[Queued](), deque[Queued]()
         self.running: list[tuple[int, int, Queued]] = []  # (counter at which it ends, tie, request)
-        self.keys, self.held, self.number = 0, 0, 0  # keys of all running ones; tokens of K/V reserved
+        self.keys, self.held, self.number = 0.0, 0, 0  # keys of all running ones; tokens of K/V reserved
+        self.seen, self.unlooked = 0, 0  # waiting requests that the engine knows; decode steps since it last looked
         self.done: list[Outcome] = []
 
     @property
@@ -123,13 +130,17 @@ class Queue:
     def admit(self) -> None:
         """Admit waiting requests, in order, while the engine has a free sequence and room for the next one's K/V.
 
-        They go to prefill, or with `prefills` False to decoding.
+        Admitted requests go to prefill; if `prefills` is False, to decoding. Requests that came since the engine last
+        looked for new ones are left out.
         """
         s = self.settings
-        while self.waiting and len(self.prefilling) + len(self.running) < s.max_sequences:
+        if self.unlooked >= s.poll_steps or not self.running:
+            self.seen, self.unlooked = len(self.waiting), 0
+        while self.seen and len(self.prefilling) + len(self.running) < s.max_sequences:
             if self.held + self.waiting[0].length > s.kv_tokens:
                 return
             one = self.waiting.popleft()
+            self.seen -= 1
             self.held += one.length
             if self.prefills:
                 self.prefilling.append(one)
@@ -165,13 +176,14 @@ class Queue:
         return self.now + count * (self._mean_cost(count)[0] + self._overhead(len(self.running)))
 
     def _equal_steps(self) -> int:
-        """Number of decode steps up to the next end of a response, at most LEAP."""
-        return min(self.running[0][0] - self.counter, LEAP)
+        """Number of decode steps, 1 to LEAP, until a response ends or the engine looks for requests that wait."""
+        until_look = self.settings.poll_steps - self.unlooked if self.seen < len(self.waiting) else LEAP
+        return max(1, min(self.running[0][0] - self.counter, until_look, LEAP))
 
     def _mean_cost(self, count: int) -> tuple[float, float]:
         """(seconds, joules) of the step in the middle of the next `count` decode steps."""
         n = len(self.running)
-        return self.times.cost(n, self.keys / n + count / 2)
+        return self.times.cost(n, self.keys / n + count * self.settings.tokens_per_step / 2)
 
     def _overhead(self, sequences: int) -> float:
         return self.settings.step_s + self.settings.sequence_s * sequences
@@ -213,26 +225,37 @@ class Queue:
             return
         self.number += 1
         self.keys += one.planned.prompt + 1
-        heapq.heappush(self.running, (self.counter + one.planned.output - 1, self.number, one))
+        heapq.heappush(self.running, (self.counter + self._steps(one), self.number, one))
+
+    def _steps(self, one: Queued) -> int:
+        """Number of steps in which a request decodes its tokens after the first."""
+        return ceil((one.planned.output - 1) / self.settings.tokens_per_step)
 
     def _advance(self, decoding: int, seconds: float, joules: float, count: int, prompts: int = 0) -> None:
         self.now += count * (seconds + self._overhead(decoding + prompts))
         self.joules += count * joules
         self.busy_s += count * seconds
         self.steps += count
+        if prompts:
+            self.unlooked = self.settings.poll_steps  # the engine looks after each step with prompts
+        elif self.settings.poll_steps:
+            self.unlooked += count
+            if self.seen == len(self.waiting):  # looks meanwhile found nothing
+                self.unlooked = (self.unlooked - 1) % self.settings.poll_steps + 1
         if decoding:
             self.counter += count
-            self.keys += count * decoding
+            self.keys += count * decoding * self.settings.tokens_per_step
         while self.running and self.running[0][0] <= self.counter:
             one = heapq.heappop(self.running)[2]
-            self.keys -= one.length
+            self.keys -= one.planned.prompt + 1 + self._steps(one) * self.settings.tokens_per_step
             self._end(one)
 
     def _end(self, one: Queued) -> None:
         self.held -= one.length
         s, planned = self.settings, one.planned
         each = (self.now - one.first) / max(1, planned.output - 1)
-        added = s.request_s + s.prompt_token_s * planned.prompt + s.admission_steps * each
+        step = each * s.tokens_per_step
+        added = s.request_s + s.prompt_token_s * planned.prompt + s.admission_steps * step
         first, end = one.first - one.start + added, self.now - one.start + added
         gaps = ((end - first) / (planned.output - 1),) if planned.output > 1 else ()
         self.done.append(Outcome(planned, one.start, end, first, gaps, planned.prompt, planned.output))

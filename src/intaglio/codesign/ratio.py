@@ -28,7 +28,12 @@ FEWER = 0.85
 
 @dataclass(frozen=True)
 class Kind:
-    """A compiled server for prefill or for decode: its step times and the settings of its engine."""
+    """A compiled server for prefill or for decode.
+
+    Attributes:
+        times: its step times.
+        settings: settings of its engine.
+    """
 
     times: StepTimes
     settings: QueueSettings
@@ -49,7 +54,14 @@ class Kind:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Numbers of prefill and decode servers, requests open at once, and the requests per second expected of all."""
+    """Numbers of prefill and decode servers, and their load.
+
+    Attributes:
+        prefill: number of prefill servers.
+        decode: number of decode servers.
+        concurrency: requests open at once.
+        rate: requests per second expected of all servers together.
+    """
 
     prefill: int
     decode: int
@@ -165,8 +177,9 @@ def search(
 def confirmed(first: Kind, second: Kind, found: Ratio, question: Question) -> ApartResult | None:
     """The ApartResult of serving with the ratio `found`, by the queues in virtual time.
 
-    The number of open requests is reduced until the limits are kept; None if they are still broken after TRIES tries.
-    Raises ValueError as serve_apart() does.
+    first, second: kinds of prefill and decode servers. The number of open requests is reduced until the limits are
+    kept. None if they are still broken after TRIES tries, or with one request.
+    Raises ValueError for a request that a cache cannot hold, or with fewer than two output tokens.
     """
     apart = Apart(first.of(found.prefill), second.of(found.decode), first.settings, second.settings)
     open_ = found.concurrency

@@ -63,8 +63,9 @@ def ported(model: str, context: int | None) -> Program:
 def stages(program: Program, layout: str, weights: str, kv_format: str, activations: str) -> tuple[Program, ...]:
     """The compiled Program of one rank of each pipeline stage of a layout, as a tuple.
 
-    The other ranks of a stage have Programs of equal shapes. weights, kv_format, activations: formats as for `intaglio
-    simulate`. Raises LayoutError if the layout does not fit the model, FormatError for an unknown format.
+    The other ranks of a stage have Programs of equal shapes. layout: such as tp4pp2. weights, kv_format, activations:
+    names of number formats, such as auto or fp8. Raises LayoutError if the layout does not fit the model, FormatError
+    for an unknown format.
     """
     built = build_stages(program, layout, weights, kv_format, wire="bf16")
     return tuple(set_activation_format(p, activations) for p in built)
@@ -95,13 +96,22 @@ class Serving:
 
 @dataclass(frozen=True)
 class Phase:
-    """The simulated step of one kind (prefill, decode or mixed), with the Timeline of each pipeline stage."""
+    """A simulated step of one kind.
+
+    Attributes:
+        name: prefill, decode or mixed.
+        stages: the Timeline of one rank of each pipeline stage.
+        tokens: prompt and new tokens of one step.
+        new: new tokens of one step.
+        format: format in which most products are computed.
+        chips: number of chips.
+    """
 
     name: str
-    stages: tuple[Timeline, ...]  # of one rank of each pipeline stage
-    tokens: int  # prompt and new tokens of one step
-    new: int  # new tokens of one step
-    format: str  # in which most products are computed
+    stages: tuple[Timeline, ...]
+    tokens: int
+    new: int
+    format: str
     chips: int
 
     @property
@@ -161,9 +171,9 @@ class Simulation:
 
     @classmethod
     def of(cls, programs: Sequence[Program], target: Target, layout: str) -> Simulation:
-        """The Simulation of Programs as stages() returns them. layout: how the chips share the model.
+        """The Simulation of one rank's Program of each pipeline stage. layout: how the chips share the model.
 
-        Raises ChipError if a chip's weights exceed its HBM.
+        Raises ChipError if a chip's weights exceed its HBM, LayoutError for a wrong layout.
         """
         plans = Plan.of(programs, target)
         return cls(target, plans, Layout.parse(layout).ranks, main_format(plans), tuple(programs))
@@ -220,7 +230,8 @@ class Simulation:
         """Simulate prefill alone, decode alone, and the mixed step of the steady state. Returns a list of these Phases.
 
         With one output token per request the list has the prefill alone. `tokens` of a Phase counts each prompt token
-        and each new token once. Raises the errors of check().
+        and each new token once. Raises ChipError if the chips cannot hold the load, ValueError for requests longer than
+        the model's context.
         """
         self.check(s)
         progress(0, 3, "timing prefill")
@@ -253,7 +264,8 @@ def what_helps(
     """A list of (change, speed-up) for each hardware or software change in CHANGES made alone, the best first.
 
     The speed-up is the time of the load's last phase (mixed, or prefill with one output token) before the change over
-    that after it; 1.0 means no effect. Raises the errors of Simulation.check().
+    that after it; 1.0 means no effect. Raises ChipError if the chips cannot hold the load, ValueError for requests
+    longer than the model's context.
     """
     progress(0, 0, "timing the chip as it is")
     base = Simulation.of(programs, target, layout).phases(s)[-1].period
@@ -291,8 +303,9 @@ def compare_layouts(
 ) -> list[LayoutResult]:  # fmt: skip
     """Simulate a serving load with each layout. Returns a list of LayoutResults, one for each, in the given order.
 
-    model: as for ported(). weights, kv_format, activations: formats as for `intaglio simulate`. Raises the errors of
-    ported(), stages() and Simulation.check().
+    model: a checkpoint folder, a config.json, or the name of a shipped config. weights, kv_format, activations: names
+    of number formats, such as auto or fp8. Raises ValueError for an unknown model or format, a layout that does not fit
+    the model, requests longer than the context, and (ChipError) chips that cannot hold the load.
     """
     program, out = ported(model, None), []
     for layout in layouts:

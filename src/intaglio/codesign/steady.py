@@ -201,7 +201,14 @@ class Question:
 
 
 class Candidate:
-    """One chip and placement for a question, with the step times of one server."""
+    """One chip and placement for a question.
+
+    Attributes:
+        question: the load and its limits.
+        server: one server of the placement, compiled.
+        on: chip and kernel library.
+        times: the server's StepTimes.
+    """
 
     def __init__(self, question: Question, server: Server, on: Target) -> None:
         self.question, self.server, self.on = question, server, on
@@ -216,7 +223,8 @@ class Candidate:
     def design(self, concurrency: int, settings: QueueSettings, seen: Estimate, confirmed: bool) -> Design:
         """The Design of all replicas, from the figures `seen` of one server.
 
-        concurrency: requests open on one server. confirmed: the figures are those of the queue, not of estimate().
+        concurrency: requests open on one server. confirmed: True if the figures are those of the queue, not of
+        estimate().
         """
         p, q = self.server.placement, self.question
         held = min(settings.kv_tokens, concurrency * (q.input + q.output / 2)) / p.copies
@@ -240,7 +248,7 @@ class Candidate:
         """The Design by the simulated queue of one server.
 
         concurrency: requests open on it. budget: most tokens of a step. turns: requests served, for each that is open.
-        Raises ValueError if a request does not fit the K/V cache.
+        Raises ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
         """
         q, settings = self.question, self.settings(budget)
         if q.input + q.output > settings.kv_tokens:
@@ -268,7 +276,7 @@ class Candidate:
 
         budget: most tokens of a step. most: most requests open at once. Found by doubling and bisection, since
         latencies grow with the load. The search stops where more requests add less than 1 % to the rate, since they
-        only wait. Raises the errors of estimated().
+        only wait. Raises ValueError if not one request fits the K/V cache, ChipError if no K/V block fits.
         """
         best, low, high = None, 0, 1
         while high <= most:
@@ -327,11 +335,13 @@ def find(
     those that break a limit in the queue.
 
     Args:
-        asked: the candidates; one that keeps the limits with no load is left out.
+        asked: the candidates; one that breaks a limit under every load is left out.
         budgets: most tokens of a step, to try.
         by: what is maximised: "watt", output tokens per second per watt, or "chip", per chip.
         keep: how many of the best estimates are confirmed, see confirm().
         progress: called before each candidate.
+
+    Raises ValueError if a request does not fit a K/V cache.
     """
     value: Callable[[Design], float] = lambda d: d.per_watt if by == "watt" else d.per_chip  # noqa: E731
     best: list[tuple[Design, Candidate]] = []
@@ -362,7 +372,7 @@ def confirm(one: Candidate, design: Design) -> Design:
     """The Design of `one` by the simulated queue, with the load of `design`, or less until the limits are kept.
 
     There are up to 12 tries, each with 10 % fewer requests open than the one before. The last is returned even if it
-    breaks a limit. Raises the errors of Candidate.queued().
+    breaks a limit. Raises ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
     """
     concurrency = design.concurrency // design.placement.replicas
     for _ in range(12):

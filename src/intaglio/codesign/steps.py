@@ -20,6 +20,7 @@ from intaglio.codesign.simulate import stages
 from intaglio.ops import Experts
 from intaglio.program import Program
 from intaglio.silicon.kernels import ChipKernel, timing
+from intaglio.silicon.kernels.attend import AttendKernel
 from intaglio.silicon.kernels.collectives import collective_timing
 from intaglio.silicon.kernels.experts import ExpertsKernel
 from intaglio.silicon.kernels.linear import LinearKernel
@@ -64,6 +65,7 @@ class Server:
             format.
         rows: "auto", or "weights": activations are rounded to the format of the weights that they are multiplied with,
             where the chip's arrays multiply it.
+        rooms: results of kv_tokens(), kept by its arguments.
     """
 
     program: Program
@@ -71,7 +73,7 @@ class Server:
     stages: tuple[Program, ...]
     experts: tuple[Program, ...]
     rows: str = "auto"
-    rooms: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False, repr=False)  # of kv_tokens()
+    rooms: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, program: Program, placement: Placement, how: Formats) -> Server:
@@ -105,8 +107,9 @@ class Server:
         )
 
     def kv_tokens(
-        self, target: Target, share: float, max_tokens: int, max_sequences: int, open_sequences: int | None = None
-    ) -> int:
+        self, target: Target, share: float, max_tokens: int, max_sequences: int, open_sequences: int | None = None,
+        states: int = 2,
+    ) -> int:  # fmt: skip
         """Tokens of K/V that one server holds, beside weights and activations.
 
         Args:
@@ -115,15 +118,17 @@ class Server:
             max_tokens: most tokens of a step of one copy of attention.
             max_sequences: most sequences of a step of one copy.
             open_sequences: for each copy, the result is at most this number of whole contexts; None: max_sequences.
+            states: recurrent states kept for each sequence, if the model has any: one that a step reads and one that it
+                writes, or 1 in engines that update it in place.
 
         Raises ChipError if not even one K/V block fits.
         """
         hbm = int(target.chip.hbm_bytes * share)
-        asked = hbm, max_tokens, max_sequences, open_sequences
+        asked = hbm, max_tokens, max_sequences, open_sequences, states
         if asked in self.rooms:
             return self.rooms[asked]
         step = BatchSizes(max_tokens, min(max_tokens, max_sequences), ())
-        slots = 2 * max_sequences if any(t.shape[0] == "N" for p in self.stages for t in p.of_role("state")) else 0
+        slots = states * max_sequences if any(t.shape[0] == "N" for p in self.stages for t in p.of_role("state")) else 0
         pages = (open_sequences or max_sequences) * -(-self.program.context // BLOCK)
         for p in self.stages:
             use = replace(memory_use(p, step, 1, hbm), weights=self.weight_bytes)
@@ -167,12 +172,12 @@ class Costs(Protocol):
 class Part:
     """A kernel of one pipeline stage that runs `count` times in a step.
 
-    shared: it processes the tokens of all copies of attention (experts); False: those of one copy.
+    shared: True if it processes the tokens of all copies of attention, as experts do; False: those of one copy.
     """
 
     kernel: ChipKernel
     count: int
-    shared: bool  # with the tokens of all copies (experts); False: with those of one
+    shared: bool
 
 
 @dataclass
@@ -183,8 +188,11 @@ class StepTimes:
         server: the compiled model.
         target: chip and kernel library.
         fusions: names in FUSIONS of how the engine's kernels differ from the Program's ops.
+        queries: tokens that a step computes for each decoding sequence: 1, and one for each draft that it verifies.
         overlaps: True if the library prefetches weights or hides collectives. Steps are then timed by `plans`, unless
             there are fusions, or experts with a layout, format or activation format of their own.
+        tables: the exact seconds and joules computed so far, by kind and size of step.
+        others: the StepTimes that on() has made, by target.
 
     Raises ChipError if a chip cannot hold the weights, or its arrays do not take a format.
     """
@@ -192,6 +200,7 @@ class StepTimes:
     server: Server
     target: Target
     fusions: tuple[str, ...] = ()
+    queries: int = 1
     tables: dict[tuple[object, ...], tuple[float, float]] = field(default_factory=dict, repr=False)
     others: dict[Target, StepTimes] = field(default_factory=dict, repr=False)
 
@@ -223,7 +232,7 @@ class StepTimes:
         if target == self.target:
             return self
         if target not in self.others:
-            self.others[target] = StepTimes(self.server, target, self.fusions)
+            self.others[target] = StepTimes(self.server, target, self.fusions, self.queries)
         return self.others[target]
 
     @cached_property
@@ -265,8 +274,9 @@ class StepTimes:
     def exact(self, decoding: int, context: int, chunks: Chunks = ()) -> tuple[float, float]:
         """(seconds, joules of all chips of the server) of one step, computed without the table.
 
-        Arguments as for cost(). Sequences are spread evenly over the copies of attention and the micro-batches of the
-        pipeline.
+        decoding: sequences that get one token each, spread evenly over the copies of attention and the micro-batches of
+        the pipeline. context: their number of keys. chunks: (new tokens, keys up to and including them, number of such
+        prompts).
         """
         n = self.count
         own, everything = self._sizes(decoding, context, chunks)
@@ -283,7 +293,7 @@ class StepTimes:
     def _sizes(self, decoding: int, context: int, chunks: Chunks) -> tuple[BatchSizes, int]:
         """(BatchSizes of the attention copy with the most tokens, tokens of all copies) of one micro-batch.
 
-        Arguments as for cost().
+        decoding, context, chunks: the step, as given to exact().
         """
         stages = self.count
         each, ranks = -(-decoding // (self.copies * stages)), [0] * self.copies
@@ -295,10 +305,27 @@ class StepTimes:
                 lists[i][q, keys] = lists[i].get((q, keys), 0) + 1
         heavy = ranks.index(max(ranks))
         mine = tuple((q, keys, n) for (q, keys), n in lists[heavy].items())
-        sequences = (((1, context, each),) if each else ()) + mine
-        tokens = each + sum(q * n for q, _, n in mine)
-        total = min(self.copies * tokens, -(-decoding // stages) + sum(q * n for q, _, n in chunks))
-        return BatchSizes(tokens, each + sum(n for *_, n in mine), sequences), max(tokens, total)
+        sequences = (((1, context, each * self.passes),) if each else ()) + mine
+        rows = each * self.queries
+        tokens = rows + sum(q * n for q, _, n in mine)
+        total = min(
+            self.copies * tokens, -(-decoding // stages) * self.queries + sum(q * n for q, _, n in chunks)
+        )  # fmt: skip
+        return BatchSizes(tokens, rows + sum(n for *_, n in mine), sequences), max(tokens, total)
+
+    @cached_property
+    def passes(self) -> int:
+        """How often a decode step reads a sequence's keys and values, as a multiple of a step of one query.
+
+        Rows of all queries, and of the heads that share a K/V head, are multiplied together, in tiles of as many rows
+        as the library's attention kernel takes at least.
+        """
+        tile = self.target.library.min_query_rows
+        shared = [
+            k.heads.group for parts in self.parts for k in (p.kernel for p in parts) if isinstance(k, AttendKernel)
+        ]
+        group = max(shared, default=1)
+        return -(-group * self.queries // tile) // -(-group // tile)
 
     def _stage(self, i: int, own: BatchSizes, tokens: int) -> tuple[float, float]:
         """(seconds, joules of one chip) of pipeline stage number i.
@@ -347,8 +374,9 @@ class StepTimes:
             return sum(w * s for (s, _), w in parts), sum(w * j for (_, j), w in parts)
         tokens = sum(q * n for q, _, n in chunks)
         rounded = tuple((nearest(q, 16), nearest(max(q, keys), 16), n) for q, keys, n in chunks)
-        seconds, spent = self._entry(nearest(decoding, 4) if decoding else 0, nearest(context, 16), rounded)
-        scale = (tokens + decoding) / (sum(q * n for q, _, n in rounded) + (nearest(decoding, 4) if decoding else 0))
+        near = nearest(decoding, 4) if decoding else 0
+        seconds, spent = self._entry(near, nearest(context, 16), rounded)
+        scale = (tokens + decoding * self.queries) / (sum(q * n for q, _, n in rounded) + near * self.queries)
         return seconds * scale, spent * scale
 
     def _entry(self, decoding: int, context: int, chunks: Chunks) -> tuple[float, float]:

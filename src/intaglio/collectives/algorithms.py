@@ -52,7 +52,7 @@ def scatter_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Plac
 def fold(w: ScheduleBuilder, rank: int, chunk: int, parts: Sequence[Slot], dst: Slot) -> None:
     """Add to `w` steps on `rank` that compute dst = ((parts[0] + parts[1]) + parts[2]) + ... from the slots `parts`.
 
-    With one part it is copied.
+    A single part is copied.
     """
     if len(parts) == 1:
         w.copy(rank, chunk, dst, parts[0])
@@ -66,7 +66,8 @@ def fold(w: ScheduleBuilder, rank: int, chunk: int, parts: Sequence[Slot], dst: 
 def gather_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a direct all-gather: every rank sends its chunks to all others, beginning with its successor.
 
-    Arguments as for scatter_direct(); src and dst give the slots before and after the all-gather.
+    group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> Slot of the chunk on
+    that rank, before and after the all-gather.
     """
     for k in range(1, len(group)):
         for i, sender in enumerate(group):
@@ -79,7 +80,8 @@ def gather_direct(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place
 def copy_own(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` copies of each rank's own chunks from their source to their destination slots, where these differ.
 
-    Arguments as for scatter_direct().
+    group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> source and
+    destination Slot on that rank.
     """
     for i, rank in enumerate(group):
         for c in own(i):
@@ -91,7 +93,10 @@ def scatter_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place,
     """Add to `w` a ring reduce-scatter: P - 1 rounds for P ranks.
 
     A chunk's sum travels from its owner's successor around the ring to its owner, and each rank on the way adds its own
-    contribution. Arguments as for scatter_direct().
+    contribution. The owner of a chunk is the rank that gets its sum.
+
+    group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> Slot of the chunk
+    before the reduce-scatter, of its sum after it.
     """
     n = len(group)
     held: dict[tuple[int, int], Slot] = {}
@@ -111,7 +116,9 @@ def gather_ring(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, 
     """Add to `w` a ring all-gather: P - 1 rounds for P ranks.
 
     In the first round a rank sends its own chunks to the next rank, later the chunks received in the round before.
-    Arguments as for scatter_direct().
+
+    group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> Slot of the chunk on
+    that rank, before and after the all-gather.
     """
     n = len(group)
     for k in range(n - 1):
@@ -126,7 +133,10 @@ def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
     """Add to `w` a recursive-halving reduce-scatter: log2 P rounds for P ranks, P a power of two.
 
     In each round two partners exchange the halves that they will not own. The distance between partners halves each
-    round. A sum takes the lower rank's operand first. Arguments as for scatter_direct().
+    round. A sum takes the lower rank's operand first.
+
+    group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> Slot of the chunk
+    before the reduce-scatter, of its sum after it.
     """
     n = len(group)
     held: dict[tuple[int, int], Slot] = {}
@@ -158,8 +168,10 @@ def scatter_halving(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
 def gather_doubling(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Place, dst: Place) -> None:
     """Add to `w` a recursive-doubling all-gather: log2 P rounds for P ranks, P a power of two.
 
-    In each round two partners exchange all they have. The distance between partners doubles each round. Arguments as
-    for scatter_direct().
+    In each round two partners exchange all they have. The distance between partners doubles each round.
+
+    group: the ranks. own(i): chunks of the group's i-th rank. src, dst: functions (rank, chunk) -> Slot of the chunk on
+    that rank, before and after the all-gather.
     """
     copy_own(w, group, own, src, dst)
     distance = 1
@@ -176,7 +188,10 @@ def scatter_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pl
 
     Each rank owns h chunks. The k-th rank of the opposite side relays the contributions of the owner's side to the
     owner's k-th chunk: it adds them and its own, and sends the sum to the owner. Other ranks of the opposite side send
-    their contributions directly. Arguments as for scatter_direct().
+    their contributions directly.
+
+    group: the ranks, one side after the other. own(i): chunks of the group's i-th rank. src, dst: functions
+    (rank, chunk) -> Slot of the chunk before the reduce-scatter, of its sum after it.
     """
     h = len(group) // 2
     sides = (group[:h], group[h:])
@@ -203,7 +218,10 @@ def gather_two_step(w: ScheduleBuilder, group: Sequence[int], own: Own, src: Pla
     """Add to `w` an all-gather for two sides of h ranks, each rank linked only to the ranks of the other side.
 
     Each rank sends its h chunks to all ranks of the opposite side. The k-th of these forwards the k-th chunk to the
-    other ranks of the sender's side. Arguments as for scatter_direct().
+    other ranks of the sender's side.
+
+    group: the ranks, one side after the other. own(i): chunks of the group's i-th rank. src, dst: functions
+    (rank, chunk) -> Slot of the chunk on that rank, before and after the all-gather.
     """
     h = len(group) // 2
     sides = (group[:h], group[h:])
@@ -293,7 +311,7 @@ def _hierarchical(w: ScheduleBuilder, algorithm: str, node: int) -> None:
 
 
 def _itself(group: Sequence[int]) -> Own:
-    """A function own(i), as scatter_direct() takes it: the group's i-th rank owns the chunk with its rank number."""
+    """A function own(i) -> (number of the group's i-th rank,): each rank owns the chunk with the rank's own number."""
     return lambda i: (group[i],)
 
 

@@ -40,39 +40,57 @@ def seconds(s: Schedule, topology: Topology, sizes: Sequence[float], local: floa
 
     Raises ScheduleError if topology and schedule have different numbers of ranks.
     """
-    if topology.ranks != s.ranks:
-        raise ScheduleError(f"{topology.name} has {topology.ranks} ranks, the schedule {s.ranks}")
-    return _Run(s, topology, sizes, local).time()
+    return ScheduleClock(s, topology, local).seconds(sizes)
 
 
 TICK = 2.0**-60  # seconds; a byte at 1 TB/s takes about a million ticks
 FREE, END, BEGIN = 0, 1, 2  # events: a link or rank becomes free, a step ends, a step is ready
 
 
-class _Run:
-    """Event-driven simulation of one schedule on a topology. time() runs it and returns its seconds.
+class ScheduleClock:
+    """Event-driven simulation of one schedule on a topology, for any sizes of its chunks.
+
+    Args:
+        s: the schedule.
+        topology: the links.
+        local: bytes per second at which a rank copies and reduces, one chunk at a time.
 
     Attributes:
+        chunks: number of chunks of the payload.
+        needs: for each step, a list of the links, or the rank, that it occupies: (number of the link, or -1 - rank;
+            bytes per second).
+        arrival: for each step, ticks from when it has sent everything until it ends.
         waits: number of unmet dependencies of each step.
         busy: the tick at which a link or a rank becomes free; the key is a link's number, or -1 - rank.
+        held: ticks that a chunk takes, by (bytes, bytes per second).
+
+    Raises ScheduleError if topology and schedule have different numbers of ranks.
     """
 
-    def __init__(self, s: Schedule, topology: Topology, sizes: Sequence[float], local: float) -> None:
-        self.steps, self.topology, self.sizes, self.local = s.steps, topology, sizes, local
-        self.links = {link: i for i, link in enumerate(topology.links)}
-        self.waits = [len(step.after) + (step.kind == "recv") for step in s.steps]
-        self.then: list[list[int]] = [[] for _ in s.steps]
+    def __init__(self, s: Schedule, topology: Topology, local: float) -> None:
+        if topology.ranks != s.ranks:
+            raise ScheduleError(f"{topology.name} has {topology.ranks} ranks, the schedule {s.ranks}")
+        self.steps, self.chunks = s.steps, s.chunks
+        links = {link: i for i, link in enumerate(topology.links)}
+        self.needs, self.arrival = list[list[tuple[int, float]]](), list[int]()
+        self.then: list[list[int]] = [[] for _ in s.steps]  # steps that wait for each step
         for i, step in enumerate(s.steps):
+            route = topology.route(step.peer, step.rank) if step.kind == "recv" else ()
+            self.needs.append([(links[link], link.bandwidth) for link in route] or [(-1 - step.rank, local)])
+            self.arrival.append(sum(ticks(link.latency) for link in route))
             for j in step.after:
                 self.then[j].append(i)
+        self.dependencies = [len(step.after) + (step.kind == "recv") for step in s.steps]
         self.sends = {step.tag: i for i, step in enumerate(s.steps) if step.kind == "send"}
         self.recvs = {step.tag: i for i, step in enumerate(s.steps) if step.kind == "recv"}
-        self.busy: dict[int, int] = {}  # by link number, or -1 - rank
-        self.queues: dict[int, list[int]] = {}
-        self.events = [(0, BEGIN, i) for i, n in enumerate(self.waits) if n == 0]
 
-    def time(self) -> float:
-        now = 0
+    def seconds(self, sizes: Sequence[float]) -> float:
+        """Modelled seconds until the last step has ended. sizes: bytes of each chunk."""
+        now, self.sizes, self.waits = 0, sizes, self.dependencies.copy()
+        self.busy: dict[int, int] = {}
+        self.held: dict[tuple[float, float], int] = {}
+        self.queues: dict[int, list[int]] = {}  # steps that wait for a link or rank
+        self.events = [(0, BEGIN, i) for i, n in enumerate(self.waits) if n == 0]
         while self.events:
             now, what, which = heapq.heappop(self.events)
             if what == BEGIN:
@@ -97,22 +115,25 @@ class _Run:
 
         A send takes no time itself; it only counts as a dependency of its recv, which is met now.
         """
-        step, size = self.steps[i], self.sizes[self.steps[i].chunk]
+        step, needs = self.steps[i], self.needs[i]
         if step.kind == "send":
             return self.count_down(self.recvs[step.tag], now)
-        route = self.topology.route(step.peer, step.rank) if step.kind == "recv" else ()
-        needs = {self.links[link]: ticks(size / link.bandwidth) for link in route}
-        needs = needs or {-1 - step.rank: ticks(size / self.local)}
-        for thing in needs:
-            if self.busy.get(thing, 0) > now:
+        busy = self.busy
+        for thing, _ in needs:
+            if busy.get(thing, 0) > now:
                 return heapq.heappush(self.queues.setdefault(thing, []), i)
-        for thing, held in needs.items():
-            self.busy[thing] = now + held
+        size, longest = self.sizes[step.chunk], 0
+        for thing, rate in needs:
+            held = self.held.get((size, rate))
+            if held is None:
+                held = self.held[size, rate] = ticks(size / rate)
+            busy[thing] = now + held
             heapq.heappush(self.events, (now + held, FREE, thing))
-        gone = now + max(needs.values())
+            longest = max(longest, held)
+        gone = now + longest
         if step.kind == "recv":
             heapq.heappush(self.events, (gone, END, self.sends[step.tag]))
-        return heapq.heappush(self.events, (gone + sum(ticks(link.latency) for link in route), END, i))
+        return heapq.heappush(self.events, (gone + self.arrival[i], END, i))
 
 
 def ticks(seconds: float) -> int:
@@ -128,11 +149,11 @@ def choose(
     Args:
         collective: its name.
         topology: the ranks and links.
-        nbytes: as for chunk_bytes().
+        nbytes: size of one rank's input; for all_gather, of its output.
         node: ranks in a node, for algorithms with two levels; 0: no nodes.
         local: bytes per second at which a rank copies and reduces.
-        ordered: consider only schedules that sum all values in one order, by rank or by one tree. Then no bit depends
-            on a value's position in the payload.
+        ordered: True to consider only schedules that sum all values in one order, by rank or by one tree. Then no bit
+            depends on a value's position in the payload.
 
     Raises ScheduleError for an unknown collective.
     """

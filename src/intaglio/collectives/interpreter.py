@@ -70,7 +70,7 @@ def join(chunks: Mapping[int, np.ndarray]) -> np.ndarray:
 def all_reduce(s: Schedule, x: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Run an all_reduce schedule on one array per rank, all of one shape. Returns a list: the sum, once per rank.
 
-    Raises ScheduleError as execute() does.
+    Raises ScheduleError for a malformed schedule.
     """
     return [join(got) for got in execute(s, [dict(enumerate(cut(a, s.chunks))) for a in x])]
 
@@ -78,7 +78,7 @@ def all_reduce(s: Schedule, x: Sequence[np.ndarray]) -> list[np.ndarray]:
 def reduce_scatter(s: Schedule, x: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
     """Run a reduce_scatter schedule on arrays x[sender][receiver]. Returns a list: each receiver's sum over senders.
 
-    The arrays for one receiver have one shape. Raises ScheduleError as execute() does.
+    The arrays for one receiver have one shape. Raises ScheduleError for a malformed schedule.
     """
     each = s.chunks // s.ranks
     inputs = [{r * each + i: c for r, part in enumerate(row) for i, c in enumerate(cut(part, each))} for row in x]
@@ -88,7 +88,7 @@ def reduce_scatter(s: Schedule, x: Sequence[Sequence[np.ndarray]]) -> list[np.nd
 def all_gather(s: Schedule, x: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
     """Run an all_gather schedule on one array per rank, of any shapes. Returns a list: for each rank, all arrays.
 
-    Raises ScheduleError as execute() does.
+    Raises ScheduleError for a malformed schedule.
     """
     each = s.chunks // s.ranks
     inputs = [{r * each + i: c for i, c in enumerate(cut(part, each))} for r, part in enumerate(x)]
@@ -99,7 +99,7 @@ def all_gather(s: Schedule, x: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 def all_to_all(s: Schedule, x: Sequence[Sequence[np.ndarray]]) -> list[list[np.ndarray]]:
     """Run an all_to_all schedule on arrays x[sender][receiver] of any shapes. Returns lists y[receiver][sender].
 
-    Raises ScheduleError as execute() does.
+    Raises ScheduleError for a malformed schedule.
     """
     each, n = s.chunks // s.ranks**2, s.ranks
     first = [[(sender * n + receiver) * each for receiver in range(n)] for sender in range(n)]

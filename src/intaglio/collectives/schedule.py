@@ -42,7 +42,7 @@ class Step(NamedTuple):
         rank: the rank that runs it.
         chunk: number of the chunk.
         src: slot that is read; None for recv.
-        add: second slot that is read, for reduce only.
+        add: second slot that is read by a reduce; None for other kinds.
         dst: slot that is written; None for send.
         peer: the other rank of a send or recv, else -1.
         tag: number that a send and its recv have in common, else -1.
@@ -72,6 +72,8 @@ class Step(NamedTuple):
 @dataclass(frozen=True)
 class Schedule:
     """One collective with one algorithm for `ranks` ranks, with its payload split into `chunks` chunks.
+
+    `steps` are the steps of all ranks, `collective` and `algorithm` are names.
 
     A rank's own chunks are a run of chunks / ranks of them, in order of rank. What ranks have at the start and at the
     end:
@@ -113,6 +115,8 @@ class Schedule:
 
 class ScheduleBuilder:
     """Builds a Schedule: copy(), reduce() and move() add steps, done() returns the schedule.
+
+    collective, algorithm: its names. ranks, chunks: numbers of ranks, and of chunks of the payload.
 
     The dependencies of each step follow from the slots that the steps read and write.
     """

@@ -96,7 +96,10 @@ class Topology:
 
 
 def _links(pairs: Iterable[tuple[int, int]], bandwidth: float, latency: float) -> tuple[Link, ...]:
-    """A tuple of Links, one in each direction, for each distinct pair of ranks or switches."""
+    """A tuple of Links, one in each direction, for each distinct pair of ranks or switches.
+
+    bandwidth: bytes per second. latency: seconds.
+    """
     ends = dict.fromkeys(end for a, b in pairs for end in ((a, b), (b, a)))
     return tuple(Link(a, b, bandwidth, latency) for a, b in ends)
 

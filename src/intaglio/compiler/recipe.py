@@ -26,7 +26,7 @@ class Pass(NamedTuple):
     Attributes:
         name: name of the pass.
         run: function from a Program to one that computes the same. For set_weight_formats() it also takes the formats
-            of weights and of K/V, as build() does.
+            of weights and of K/V, as text.
         why: the reason for the pass, as text.
     """
 
@@ -78,7 +78,7 @@ def build(
         kv_format: auto, f32, bf16, int8 (one scale per token and head) or fp8 (E4M3, with the checkpoint's scales of
             each layer, or 1). auto: f32 for f32 weights, else the format that the checkpoint asks for, or bf16.
         passes: the passes to run, in order.
-        check: verify after every pass too; the ProgramError then names the pass.
+        check: True to verify after every pass too; the ProgramError then names the pass.
         report: a function that is called with one line of text per pass, or a list to which the lines are appended.
     """
     say = report.append if isinstance(report, list) else report
@@ -109,12 +109,13 @@ def build_mesh(
     Args:
         program: as ported.
         layout: how ranks share the model, such as tp4pp2.
-        weights: as for build().
-        kv_format: as for build().
+        weights: format of weights: auto (as stored), or a name such as fp8, int8 or int4; see build().
+        kv_format: format of the K/V cache: auto, f32, bf16, int8 or fp8; see build().
         wire: format to which values are rounded before they travel between ranks.
-        check: verify after every pass too.
+        check: True to verify after every pass too.
 
-    Raises the errors of build(), shard() and verify_mesh().
+    Raises FormatError for an unknown format, LayoutError if the layout does not fit the Program, and ProgramError if a
+    compiled Program breaks a rule.
     """
     whole = build(program, weights, kv_format, passes=WHOLE, check=check)
     ranks = shard(whole, layout, wire, _coded(program, whole))
@@ -128,7 +129,17 @@ def build_stages(
 ) -> tuple[Program, ...]:
     """The compiled Program of the first rank of each pipeline stage, as a tuple.
 
-    Arguments and errors as for build_mesh(). The ranks of a stage are alike, so one of them is enough to model time.
+    The ranks of a stage are alike, so one of them is enough to model time.
+
+    Args:
+        program: as ported.
+        layout: how ranks share the model, such as tp4pp2.
+        weights: format of weights: auto (as stored), or a name such as fp8, int8 or int4; see build().
+        kv_format: format of the K/V cache: auto, f32, bf16, int8 or fp8; see build().
+        wire: format to which values are rounded before they travel between ranks.
+
+    Raises FormatError for an unknown format, LayoutError if the layout does not fit the Program, and ProgramError if a
+    compiled Program breaks a rule.
     """
     lanes = Layout.parse(layout).lanes if isinstance(layout, str) else layout.lanes
     whole = build(program, weights, kv_format, passes=WHOLE)

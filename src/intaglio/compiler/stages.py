@@ -48,7 +48,7 @@ def cut_stages(p: Program, layout: Layout, lane: int, stage: int, wire: str) -> 
     """The Program of one rank: the ops of stage number `stage` in the Program `p` of lane number `lane`.
 
     Results that other stages read are sent there, and results that come from other stages are received. wire: format to
-    which values are rounded before they are sent. Raises LayoutError as stage_of() does.
+    which values are rounded before they are sent. Raises LayoutError if a stage would have no layers.
     """
     at = stage_of(p, layout.pp)
     maker = {name: at[i] for i, op in enumerate(p.ops) for name in op.outputs}

@@ -64,7 +64,7 @@ def set_weight_formats(p: Program, weights: str = "auto", kv_format: str = "auto
 
 
 def _with_scales(op: Op, tensors: dict[str, Tensor]) -> Op:
-    """The op without the scales of caches that are not e4m3. Ops other than kv_write and attend are unchanged."""
+    """The op with scales only for caches in e4m3. Ops other than kv_write and attend are unchanged."""
     if not isinstance(op, (KvWrite, Attend)):
         return op
     k, v = (tensors[cache].format == formats.CACHED for cache in (op.k_cache, op.v_cache))

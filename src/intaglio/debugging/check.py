@@ -128,7 +128,7 @@ class Report:
 def reference_model(path: str | Path, dtype: str = "float32") -> Any:
     """The transformers model of a checkpoint, with eager attention, ready for inference. dtype: name of a torch type.
 
-    Raises CheckError if torch or transformers is missing.
+    Raises CheckError if torch or transformers is missing, and the errors of transformers if it cannot load the model.
     """
     try:
         import torch
@@ -166,9 +166,11 @@ def check(
 ) -> Report:
     """Compare a checkpoint's Program on a device with transformers, on one prompt. Returns the Report.
 
-    A site's tolerance is 8 * eps * sqrt(K) * sqrt(n) with eps = 2^-23, K the longest sum so far (one rounding error of
-    random sign per term) and n the number of ops so far (whose errors add up likewise). Raises CheckError if torch or
-    transformers is missing.
+    A site's tolerance is 8 * eps * sqrt(K) * sqrt(n) with eps = 2^-23. K is the length of the longest sum so far: each
+    term adds a rounding error of random sign. n is the number of ops so far, whose errors add up likewise.
+
+    Raises CheckError if torch or transformers is missing, CheckpointError or PortError if the checkpoint cannot be
+    loaded, and DeviceError for an unknown device.
 
     Args:
         path: the checkpoint.

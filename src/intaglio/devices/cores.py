@@ -42,7 +42,8 @@ def cpu_limit(membership: str, root: Path) -> float:
 def _groups(membership: str, root: Path) -> Iterator[Path]:
     """Yield the folders of the groups that may limit the CPU, and of the groups above them.
 
-    membership, root: as for cpu_limit(). Folders that do not exist are yielded too.
+    membership: the text of /proc/PID/cgroup. root: where the control groups are mounted. Folders that do not exist are
+    yielded too.
     """
     for line in membership.splitlines():
         _, _, rest = line.partition(":")

@@ -64,8 +64,8 @@ class StateSpec:
         page_tokens: tokens per page (the symbolic dim B).
         slots: slots of recurrent state (the symbolic dim N), two for each sequence that runs at once; 0 for a model
             without recurrent state.
-        window_pages: pages of the caches that are read only by layers with a window or chunk (`Program.windows`), whose
-            blocks are given back when no query sees them any more; 0: these caches have `pages` pages like all others.
+        window_pages: pages of the caches that only layers with a window or chunk read (`Program.windows`). Blocks of
+            these caches are given back when no query sees them any more. 0: these caches have `pages` pages too.
         window: the longest of these windows in tokens; 0 if window_pages is 0.
     """
 
@@ -181,8 +181,8 @@ class CompletedStep:
 class Executable(ABC):
     """A Program loaded on a device, with packed weights and K/V cache. Steps run in the order of their launches.
 
-    `depth`: number of steps to keep under way, the stages of a pipeline. `state_kept`: the K/V cache is that of the
-    lost executable that this one replaces.
+    `depth`: number of steps to keep under way, the stages of a pipeline. `state_kept`: True if the K/V cache is that of
+    the lost executable that this one replaces.
     """
 
     program: Program
@@ -243,7 +243,7 @@ class Executable(ABC):
         return True
 
     def switch_experts(self) -> None:
-        """Use the experts that load_experts() has loaded in all steps launched later.
+        """In all steps launched later, use the experts that load_experts() has loaded.
 
         Raises DeviceError if the executable cannot move experts or loading failed, DeviceLost if the device is lost.
         """
@@ -358,7 +358,8 @@ class Device(ABC):
         """Load a replacement for the executable `lost`, whose device is gone. Returns the new Executable.
 
         Programs and weights are those of `lost`. The replacement's `state_kept` is True if it has the K/V cache
-        of `lost`. Raises the errors of load(), and ReplacementRefused if its results would have other bits.
+        of `lost`. Raises ReplacementRefused if its results would have other bits, ProgramError for a Program that
+        breaks a rule, and DeviceError if the device cannot run it.
         """
         return self.load(program, weights, state)
 

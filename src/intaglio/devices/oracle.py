@@ -127,7 +127,10 @@ class OracleExecutable(BlockingExecutable):
         return StepResult(tokens, np.zeros(len(tokens), np.float32), self._logits(tokens) if request.logits else None)
 
     def _sees(self, batch: Batch, s: int, held: list[int]) -> bool:
-        """True if the window blocks of sequence `s` hold the links of a query's window: the last ones of `held`."""
+        """True if the window blocks of sequence `s` hold the links of a query's window.
+
+        held: the links of all tokens up to the query; those of its window are the last `window` of them.
+        """
         at = np.arange(max(0, len(held) - self.state.window), len(held))
         blocks = batch.window_table[s, at // batch.block_size]
         links = self.window_links[blocks * batch.block_size + at % batch.block_size]

@@ -55,7 +55,8 @@ class RanksDevice(Device):
     def load(self, program: Program | MeshProgram, weights: Weights, state: StateSpec) -> Executable:
         """Start a process for each rank and load its Program there. Returns the Executable.
 
-        A mesh of one rank runs in this process. Raises ProgramError and the errors of GroupExecutable.
+        A mesh of one rank runs in this process. Raises ProgramError for a Program that breaks a rule, DeviceError if a
+        process cannot load its Program, and DeviceLost if a process ends meanwhile.
         """
         return self.reload(None, program, weights, state)
 

@@ -116,7 +116,7 @@ class ModelledStep:
         return self.clock() >= self.end
 
     def result(self) -> StepResult:
-        """Set the clock forward to the step's end, unless it is later, and return the step's result."""
+        """The StepResult. If the clock shows a time before the step's end, it is set forward to the end first."""
         self.clock.wait_until(self.end)
         return self.outcome
 
@@ -128,6 +128,9 @@ class SiliconExecutable(Executable):
     stage has ended that step, and it has itself ended the previous step.
 
     Attributes:
+        inner: the executable that computes the values.
+        plans: the Plan of one chip of each stage.
+        clock: the modelled clock, which a step's time sets forward.
         overhead_s: the host's seconds for each launch, before which the first stage cannot start the step.
         joules: estimated energy of all steps so far, summed over one chip of each stage, without what chips draw
             between steps.
@@ -148,7 +151,7 @@ class SiliconExecutable(Executable):
         return tuple(plan.run(self.last_sizes) for plan in self.plans)
 
     def launch(self, request: StepRequest) -> PendingStep:
-        """Start a step and return it. Its result() sets the clock to the step's end.
+        """Start a step and return it. Its result() sets the clock to the step's end, or raises the step's error.
 
         With `timed`, the result has modelled seconds by site.
         """

@@ -294,7 +294,7 @@ def _row(
 ) -> Row:  # fmt: skip
     """The Row of a phase that ran `steps` in `seconds`, with their work and bound.
 
-    tokens: number of tokens for the rate.
+    tokens: number of tokens computed or sampled, from which the rate follows.
     """
     program = executable.program
     flops = read = 0

@@ -34,7 +34,7 @@ def check_x_format(op: Op, t: Tensors, w: str, x_format: str) -> None:
     int8 is for integer codes, f32 and bf16 for all others, fp8row for fp8.
     """
     fmt = formats.get(t[w].format)
-    allowed = ("int8",) if fmt.integer else ("f32", "bf16", "fp8row") if fmt.grouped else ("f32", "bf16")
+    allowed = ("int8",) if fmt.integer else ("f32", "bf16", "fp8row") if fmt.element == "e4m3" else ("f32", "bf16")
     op.check(x_format in allowed, f"x_format={x_format} with {t[w].format} weights; use {' or '.join(allowed)}")
 
 
@@ -43,7 +43,7 @@ def product(x: np.ndarray, w: Value, x_format: str) -> np.ndarray:
 
     w: [N, K]. For weights of integer codes x is always rounded to int8.
     """
-    if isinstance(w, Quantised) and w.codes.dtype == formats.E4M3:
+    if isinstance(w, Quantised) and (w.levels or w.codes.dtype == formats.E4M3):
         w = w.rows(slice(None))
     if isinstance(w, Quantised):
         xq, xs = formats.quantise_rows(x, w.group)

@@ -92,6 +92,18 @@ def parts_of(source: str, sizes: Sequence[int], axis: str = "r") -> list[str]:
     return [f"{source}|{axis}{start}:{start + size}/{of}" for start, size in zip(starts, sizes, strict=True)]
 
 
+def part_sizes(sources: Sequence[str], length: int) -> list[int] | None:
+    """Rows of each of `sources`, which have `length` rows together, if parts_of() one tensor; None for other sources.
+
+    The sources need not be all parts of the tensor.
+    """
+    cuts = [re.fullmatch(r"(.+)\|r(\d+):(\d+)/(\d+)", source) for source in sources]
+    sizes = [int(cut[3]) - int(cut[2]) for cut in cuts if cut]
+    if len(sizes) < len(sources) or len({(cut[1], cut[4]) for cut in cuts if cut}) > 1 or length % sum(sizes):
+        return None
+    return [length // sum(sizes) * size for size in sizes]
+
+
 def names(source: str) -> list[str]:
     """A list of the names of the checkpoint tensors in a source."""
     return [name for name, _ in expand(source)]

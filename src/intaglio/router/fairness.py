@@ -123,7 +123,8 @@ class FairQueue:
     def share(self, tenant: str, total: int) -> int:
         """Number of the `total` places in the queue that the tenant may hold, at least 1.
 
-        Places are divided by weight among the tenants that wait and one more of weight 1 that may come.
+        Places are divided by weight among this tenant, the other tenants with waiting jobs, and one more of weight 1
+        that may come.
         """
         own = self._tenant(tenant).weight
         others = sum(t.weight for name, t in self.tenants.items() if t.waiting and name != tenant)
@@ -146,10 +147,10 @@ class FairQueue:
         return self.tenants.setdefault(name, Tenant(self.weights.get(name, 1.0), self._floor))
 
     def _forget_idle(self) -> None:
-        """Drop tenants without waiting jobs whose counters are not above the lowest of those with waiting jobs.
+        """Drop tenants without waiting jobs whose counters are not above the lowest of tenants with waiting jobs.
 
-        If more than IDLE_MAX tenants without waiting jobs are left, half of that number is kept: those with the highest
-        counters.
+        If no tenant has waiting jobs, the bound is the counter at which the last job was taken. If more than IDLE_MAX
+        tenants without waiting jobs are left, the IDLE_MAX / 2 with the highest counters are kept.
         """
         lowest = min((t.counter for t in self.tenants.values() if t.waiting), default=self._floor)
         idle = [name for name, t in self.tenants.items() if not t.waiting]

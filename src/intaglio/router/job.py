@@ -43,7 +43,7 @@ class Job:
 
 
 class Refusal(Exception):
-    """Raised for a job that is not admitted.
+    """Raised for a job that is not admitted, or not placed on a replica in its time.
 
     reason: full (too many jobs wait), late (it would miss its deadline), unavailable (no replica serves). retry_after:
     seconds after which to retry.

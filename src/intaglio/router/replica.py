@@ -31,8 +31,8 @@ class Pace:
         """The Pace with a replica's fitted step time: seconds per step and per token.
 
         While the replica has only decoded, at one batch size, the fit has no slope. A token then counts as 1/32
-        of a step, since with a slope of 0 a cached prefix would seem to save nothing. Without a fit: the
-        default Pace.
+        of a step, since with a slope of 0 a cached prefix would seem to save nothing. If neither number is above 0,
+        there is no fit, and the result is the default Pace.
         """
         if per_step <= 0 and per_token <= 0:
             return cls()
@@ -43,9 +43,18 @@ class Pace:
 class LoadReport:
     """Figures that a replica reports about itself.
 
-    `running`, `waiting` and `max_sequences` count choices; `kv_usage` is a fraction, 0 to 1. `prompt_tokens`,
-    `cached_tokens` and `output_tokens` are totals since the replica's start. tier: counts of its K/V tier by name (see
-    TierCounts); {} without one.
+    Attributes:
+        running: choices that run.
+        waiting: choices that wait.
+        kv_usage: fraction of the K/V cache in use, 0 to 1.
+        draining: True if it takes no new requests.
+        pace: its step-time model.
+        max_sequences: most choices that run at a time.
+        max_batch_tokens: most token rows of a step.
+        prompt_tokens: tokens of prompts since its start.
+        cached_tokens: prompt tokens found in the K/V cache since its start.
+        output_tokens: tokens generated since its start.
+        tier: counts of its K/V tier by name, see TierCounts; {} without one.
     """
 
     running: int = 0
@@ -63,7 +72,10 @@ class LoadReport:
 
 @dataclass
 class Assigned:
-    """A job on a replica. prefill: prompt tokens that it still has to compute. started: the first token has come."""
+    """A job on a replica.
+
+    prefill: prompt tokens that it still has to compute. started: True if the first token has come.
+    """
 
     job: Job
     prefill: int

@@ -46,8 +46,8 @@ class Placement:
 class Router:
     """Queue of jobs, and their placement on replicas.
 
-    policy: a name in POLICIES. weights: weight of each tenant by name (see FairQueue). Raises ValueError for an unknown
-    policy and for an invalid weight.
+    policy: a name in POLICIES. limits: limits of the queue; None: Limits(). weights: weight of each tenant by name (see
+    FairQueue). Raises ValueError for an unknown policy and for an invalid weight.
     """
 
     def __init__(
@@ -123,8 +123,8 @@ class Router:
     def submit(self, job: Job, now: float) -> None:
         """Queue a job. Raises Refusal, with the seconds after which to retry, if it is not admitted.
 
-        It is not admitted if no replica serves, if too many jobs wait (in all, or of its tenant), or if it would miss
-        its deadline. now: seconds.
+        A job is not admitted if no replica serves, if too many jobs wait (in all, or of its tenant), or if it would
+        miss its `start_by` or `deadline` by the estimate. now: the time in seconds.
         """
         try:
             self._admit(job, now)
@@ -221,7 +221,7 @@ class Router:
     # Inside
 
     def _takers(self, stage: str) -> list[Replica]:
-        """The replicas that may be given jobs of this stage now, as a list.
+        """The replicas that may be given jobs of a stage now, as a list. stage: "all" or "prefill", see Job.
 
         Prefill replicas take whole requests only if no other replica takes any. A job of stage "prefill" goes to any
         replica if no prefill replica is left.
@@ -264,9 +264,9 @@ class Router:
     ) -> list[Estimate]:
         """The Estimate of a job on each of the replicas, as a list.
 
-        ahead: by replica, prompt tokens of waiting jobs that will be placed on it first. Where a replica's pace is not
-        known, the fastest known one stands for it: a replica that seemed slow would be given no jobs, and then never be
-        measured.
+        ahead: by replica, prompt tokens of waiting jobs that will be placed on it first; None: there are none. Where a
+        replica's pace is not known, the fastest known one stands for it: a replica that seemed slow would be given no
+        jobs, and then never be measured.
         """
         fastest, ahead = fastest_pace(self.replicas.values()), ahead or {}
         paces = ((r, r.report.pace if r.pace_is_known(self.placements) else fastest) for r in replicas)

@@ -51,7 +51,7 @@ class LatencyEstimator:
 
     @property
     def seconds_per_token(self) -> float:
-        """Slope of the fit: seconds each token row adds to a step."""
+        """Slope of the fit: seconds that each token row adds to a step; 0 while it cannot be fitted."""
         if self.tokens_squared <= 0 or self.tokens_by_seconds <= 0:
             return 0.0
         return min(self.tokens_by_seconds / self.tokens_squared, self.mean_seconds / self.mean_tokens)

@@ -196,6 +196,8 @@ class Api:
         prompts = relay.prepared(prompts, model.identity)
         if relay.prefill:
             return Prefill(model, prompts)
+        if relay.peer:
+            model.announce([prompt.request for prompt in prompts], relay.peer)
         return RelayedAnswer(model, body, prompts, choices, envelope, ignored, relay.deltas)
 
     async def _prepare(self, how: Callable[..., Any], model: ServedModel, body: BaseModel, id: str) -> Any:

@@ -30,7 +30,8 @@ class NotAuthenticated(ConnectionError):
 async def connect(address: TcpAddress) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect to a control channel, authenticate both ends, and return (reader, writer).
 
-    Raises NotAuthenticated, or OSError if nothing listens there.
+    Raises NotAuthenticated if the other end does not answer in time or does not know the token, OSError if nothing
+    listens there.
     """
     try:
         async with asyncio.timeout(TIMEOUT):
@@ -55,7 +56,11 @@ async def connect(address: TcpAddress) -> tuple[asyncio.StreamReader, asyncio.St
 
 
 async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: bytes) -> None:
-    """Authenticate a connection that has come. Raises NotAuthenticated; the caller closes the connection then."""
+    """Authenticate a connection that has come. Returns nothing.
+
+    Raises NotAuthenticated if the other end does not prove in TIMEOUT seconds that it knows the token, or is of another
+    version. The caller then closes the connection.
+    """
     try:
         async with asyncio.timeout(TIMEOUT):
             challenge = secrets.token_bytes(NONCE)

@@ -83,7 +83,16 @@ class Metrics:
 
 
 class ModelMetrics:
-    """Latency histograms of one model, and the functions that EngineCollector calls for its counters and gauges."""
+    """Latency histograms of one model, and the functions that EngineCollector calls for its counters and gauges.
+
+    Attributes:
+        labels: Prometheus labels of the model.
+        histograms: the histograms by name, without prefix.
+        look: function that returns the engine's latest Snapshot.
+        facts: fixed facts of the K/V cache, as text by name.
+        clock: function that returns the modelled time in seconds; None if the device has no modelled clock.
+        tier: counts of the engine's K/V tier; None without one.
+    """
 
     def __init__(
         self, labels: dict[str, str], histograms: dict[str, Histogram], look: Callable[[], Snapshot],

@@ -14,7 +14,7 @@ from intaglio.server.driver import Prepared, Submission
 from intaglio.server.problem import Json
 from intaglio.server.served_model import ServedModel
 from intaglio.server.tracing import span
-from intaglio.tiers import DiskTier
+from intaglio.tiers import PeerTier, StoreTier
 
 LEASE = 15.0  # seconds that handed blocks stay pinned after the last renewal
 RENEWAL = LEASE / 4  # seconds between renewals of a lease
@@ -30,6 +30,7 @@ class Prefill:
     - handed: number of these whose K/V is in the tier and pinned.
     - whole: number that would be handed if all blocks had been kept.
     - lease: the lease, which the router renews for as long as the blocks are wanted; "" if no tokens are handed.
+    - peer: the address at which the other replica fetches the blocks; "" if it finds them in a folder that both use.
 
     Nothing is computed if the engine has no tier. Prompts whose log-probabilities are wanted are left out; the other
     replica computes them itself.
@@ -60,7 +61,8 @@ class Prefill:
                 finally:
                     renewing.cancel()
             lease = self.lease if handed else ""
-            answer = {"tokens": len(self.first.prompt), "handed": handed, "whole": whole, "lease": lease}
+            peer = str(self.tier.address) if isinstance(self.tier, PeerTier) else ""
+            answer = {"tokens": len(self.first.prompt), "handed": handed, "whole": whole, "lease": lease, "peer": peer}
             await Json(answer)(scope, receive, send)
             self.lease = "" if lease else self.lease  # it is the router's now
         finally:
@@ -72,7 +74,7 @@ class Prefill:
         async for _ in submission.deltas():
             pass
 
-    async def _renew(self, tier: DiskTier) -> None:
+    async def _renew(self, tier: StoreTier) -> None:
         while self.lease:
             await asyncio.sleep(RENEWAL)
             with suppress(TimeoutError):
@@ -84,7 +86,7 @@ class Prefill:
         chosen = requests or [p.request for p in self.prompts]
         return list(dict.fromkeys(name for r in chosen for name in names.of(r.prompt, r.salt)))
 
-    def _handed(self, tier: DiskTier, names: Sequence[str]) -> int:
+    def _handed(self, tier: StoreTier, names: Sequence[str]) -> int:
         """Number of the first prompt's tokens whose K/V blocks are in the tier and pinned.
 
         Waits until all blocks being saved are in the tier.
@@ -101,7 +103,7 @@ class HeldLeases:
     Used on the event loop.
     """
 
-    def __init__(self, tier: DiskTier) -> None:
+    def __init__(self, tier: StoreTier) -> None:
         self.tier = tier
         self._due: dict[str, float] = {}  # by lease: time of the event loop at which it is to be renewed
         self._released: list[str] = []

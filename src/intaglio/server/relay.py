@@ -37,7 +37,8 @@ class Relay:
         waited: seconds that the request has spent in the router and on other replicas.
         made_by: ServedModel.identity of the replica that made the deltas; None if there are none.
         deltas: the output so far.
-        prefill: only compute the prompt, for another replica that generates (see prefill.py).
+        prefill: True to only compute the prompt, for another replica that generates (see prefill.py).
+        peer: address of the replica that gives the K/V blocks of the prompts; "" if they are in a folder, or nowhere.
     """
 
     id: str
@@ -47,13 +48,15 @@ class Relay:
     made_by: tuple[str, str, str] | None = None
     deltas: tuple[ChoiceDelta, ...] = ()
     prefill: bool = False
+    peer: str = ""
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Relay:
         """The Relay that as_dict() wrote as the dict `table`."""
         made_by = tuple(table["made_by"]) if table["made_by"] else None
         deltas = tuple(read_delta(d) for d in table["deltas"])
-        return cls(table["id"], table["created"], table["seed"], table["waited"], made_by, deltas, table["prefill"])
+        facts = table["id"], table["created"], table["seed"], table["waited"], made_by, deltas
+        return cls(*facts, table["prefill"], table["peer"])
 
     def as_dict(self) -> dict[str, Any]:
         """The Relay as a dict for JSON."""

@@ -6,18 +6,22 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from intaglio.devices.processes.address import TcpAddress
 from intaglio.llm import LLM
+from intaglio.runtime import Request
 from intaglio.server.driver import Driver, Submission
 from intaglio.server.metrics import Metrics
 from intaglio.server.problem import Problem
 from intaglio.server.tracing import trace_choices
 from intaglio.server.vocabulary import Vocabulary
+from intaglio.tiers import PeerTier
 
 
 class ServedModel:
     """A model under the name that clients request, with its engine's driver. Created and used on the event loop.
 
-    defaults: SamplingParams fields used where a request leaves them out.
+    llm: the model and its engine. metrics: the server's metrics, to which the model is added. defaults: SamplingParams
+    fields used where a request leaves them out.
     """
 
     def __init__(self, name: str, llm: LLM, metrics: Metrics, defaults: Mapping[str, Any]) -> None:
@@ -49,10 +53,22 @@ class ServedModel:
     def block_names(self, prompt: Sequence[int], salt: str | None) -> dict[str, Any]:
         """A dict for the router: `block_size`, tokens per K/V block; `names`, the cache key of each full prompt block.
 
-        salt: the request's cache salt.
+        salt: the request's cache salt, or None.
         """
         names = self.driver.engine.block_names
         return {"block_size": names.block_size, "names": names.of(prompt, salt)}
+
+    def announce(self, requests: Sequence[Request], peer: str) -> None:
+        """Have the full K/V blocks of these prompts fetched from a peer when they are needed. Returns nothing.
+
+        peer: text of the peer's address. Nothing is done if the model fetches no blocks, or is the peer itself. Raises
+        ValueError for a wrong text.
+        """
+        if isinstance(tier := self.llm.tier, PeerTier):
+            names = self.driver.engine.block_names
+            address = TcpAddress.parse(peer, tier.address.token.decode())
+            if address != tier.address:
+                tier.announce([name for r in requests for name in names.of(r.prompt, r.salt)], address)
 
     @property
     def saves_blocks(self) -> bool:

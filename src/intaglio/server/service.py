@@ -94,7 +94,7 @@ class Service:
     def find(self, name: str | None) -> ServedModel:
         """The ServedModel that a request names, or the only model if `name` is None.
 
-        Raises Problem if there is no such model.
+        Raises Problem if there is no such model, or if `name` is None and there are several models.
         """
         names = ", ".join(map(repr, self.models))
         served = f"there {'are' if len(self.models) > 1 else 'is'} {names}"

@@ -70,7 +70,7 @@ def traced(tracing: Tracing | None, method: str, path: str, headers: Mapping[str
 
 @contextmanager
 def span(name: str, **attributes: str | int) -> Iterator[None]:
-    """Context manager that records a child of the current span; without a request that is traced it does nothing.
+    """Context manager that records a child of the current span; outside a traced request it does nothing.
 
     An exception that leaves the block is noted in the span.
     """

@@ -21,6 +21,7 @@ from intaglio.tiers.block_server import NAMES_MAX, BlockClient, BlockServer
 from intaglio.tiers.memory import BlockMemory
 from intaglio.tiers.store import StoreLoad, StoreTier
 
+TOKEN_VARIABLE = "INTAGLIO_KV_TOKEN"  # environment variable with the token of --kv-peer tcp://HOST:PORT
 READERS = 4  # loads at a time: one from a peer that does not answer must not hold up the others
 SILENCE = 2.0  # seconds without a byte from a peer, after which its blocks are given up
 ANNOUNCED_MAX = 1 << 16  # blocks of others that are remembered; the oldest are forgotten

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
+from itertools import accumulate
 from math import gcd
 from typing import Any
 
 from intaglio import formats
 from intaglio.compiler.layout import Layout, LayoutError
-from intaglio.compiler.shard.shares import Plan, Share, partners, width_of
+from intaglio.compiler.shard.shares import Plan, Share, is_partition, partners, width_of
 from intaglio.ops import AllGather, AllReduce, Map, Op, ReduceScatter, Tensor
 from intaglio.program import Program
-from intaglio.program.source import is_run, narrowed
+from intaglio.program.source import is_run, narrowed, part_sizes
 
 
 class Lane:
@@ -51,7 +52,8 @@ class Lane:
         Raises LayoutError for an op without a rule, or if an op or a weight cannot be divided like this.
         """
         for t in self.p.of_role("state"):
-            self.keep(t.name, self.plan.get(t.name), axis=2)
+            if t.shape[0] == "P":  # the rules of ops with recurrent state keep theirs
+                self.keep(t.name, self.plan.get(t.name), axis=2)
         for op in self.p.ops:
             rule_of(op)(self, op)
         return self.p.with_ops(self.ops, self.tensors)
@@ -154,7 +156,8 @@ class Lane:
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
         """Add this lane's share of a weight of `op` along `axis` to this lane. Returns the weight's name here.
 
-        It is a name made from the op's site if other ops read the weight too. shares: every lane's share.
+        The name is made from the op's site if other ops read the weight too. shares: every lane's share. Raises
+        LayoutError if the cut would split a group of a quantised weight.
         """
         own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
         return self.keep(name, shares, axis, own if len(self.p.uses(name)) > 1 else "")
@@ -199,6 +202,7 @@ class Lane:
         site: site of the all_gather.
         """
         group = partners(shares, self.lane)
+        assert is_partition(shares, width), f"{x} cannot be gathered from {shares}"
         self.add(AllGather(site=site, x=x, out=out, group=group, width=width, wire=self.wire))
 
     def add_whole(self, op: Op) -> None:
@@ -262,10 +266,18 @@ def rule_of(op: Op) -> Rule:
 def cut_source(t: Tensor, share: Share, axis: int, length: int, each: bool = False) -> tuple[str, ...]:
     """The checkpoint sources of one lane's share of the weight `t`, as a tuple: one for each run of indices in `share`.
 
-    axis: the axis that is cut. length: its size. each: cut each of several sources, which must be joined along another
-    axis. () for a tensor without source, such as state. Raises LayoutError for a weight that is otherwise joined from
-    several tensors, and for a cut inside a block of its format.
+    The tuple is () for a tensor without source, such as state. axis: the axis that is cut. length: its size. each: True
+    to cut each of several sources, which must be joined along another axis.
+
+    Raises LayoutError for several sources if `each` is False, unless they are parts_of() one tensor and axis is 0; and
+    for a cut inside a block of the weight's format.
     """
+    if len(t.source) > 1 and axis == 0 and (rows := part_sizes(t.source, length)):
+        ends, found = list(accumulate(rows)), list[str]()
+        for source, n, end in zip(t.source, rows, ends, strict=True):
+            own = [range(max(r.start - end + n, 0), min(r.stop - end + n, n)) for r in share]
+            found += [source if len(r) == n else f"{source}|r{r.start}:{r.stop}/{n}" for r in own if r]
+        return tuple(found)
     if len(t.source) > 1 and not each:
         raise LayoutError(
             f"weight {t.name} is joined from {len(t.source)} tensors; shard a Program before it is merged"

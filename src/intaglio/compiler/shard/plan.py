@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from intaglio.compiler.layout import Layout, LayoutError
-from intaglio.compiler.shard.shares import Plan, Share, cut, cut_columns, scaled
+from intaglio.compiler.shard.recurrent import Recurrence, plan_recurrence
+from intaglio.compiler.shard.shares import Plan, Share, cut, cut_columns, joint, scaled, views_of
 from intaglio.ops import Attend, Embed, HeadLinear, KvWrite, Linear, Norm, Op, Permute, Rope, Sample, ShortConv
 from intaglio.program import Program
 
@@ -11,14 +12,16 @@ from intaglio.program import Program
 def make_plan(p: Program, layout: Layout) -> Plan:
     """The plan of a Program: a dict from each result that is split among lanes to every lane's share of its columns.
 
-    Attention is split by heads, an MLP by its intermediate columns, logits by vocabulary, the embedding by its columns.
-    A K/V cache that is split is in the dict with every lane's share of its heads, the state of a convolution with that
-    of its channels. Raises LayoutError as plan_heads().
+    Attention is split by heads, a block with recurrent state by heads or channels, an MLP by its intermediate columns,
+    logits by vocabulary, the embedding by its columns. A K/V cache or a state that is split is in the dict with every
+    lane's share of its heads or channels. Raises LayoutError as plan_heads() and plan_recurrence().
     """
     plan: Plan = {}
     for op in p.ops:
         if isinstance(op, Attend) and layout.tp > 1:
             plan_heads(p, op, layout, plan)
+        elif isinstance(op, Recurrence) and layout.tp > 1:
+            plan_recurrence(p, op, layout, plan)
     for op in p.ops:
         if isinstance(op, Linear) and op.out not in plan:  # a result split by heads needs the whole x
             plan_columns(p, op.x, cut_columns(p.tensors[op.w], layout.lanes), plan)
@@ -30,7 +33,7 @@ def make_plan(p: Program, layout: Layout) -> Plan:
         if isinstance(op, Linear):
             plan_joint(p, op.out, plan)
     for op in p.ops:
-        if isinstance(op, ShortConv):
+        if isinstance(op, ShortConv) and op.state not in plan:
             plan_channels(p, op, plan)
     return plan
 
@@ -114,17 +117,10 @@ def plan_joint(p: Program, out: str, plan: Plan) -> None:
     are then composed of those of its views and added to `plan`. Otherwise `out` and its views are removed from `plan`.
     Nothing changes for a result without views.
     """
-    views = sorted((t.view[1], t.name) for t in p.tensors.values() if t.view and t.view[0] == out)
-    if not views:
-        return
-    ends = [start + int(p.tensors[name].shape[1]) for start, name in views]
-    whole = [0, *ends[:-1]] == [start for start, _ in views] and ends[-1] == p.tensors[out].shape[1]
-    if whole and not p.uses(out) and all(name in plan for _, name in views):
-        lanes = range(len(plan[views[0][1]]))
-        plan[out] = [
-            tuple(range(start + r.start, start + r.stop) for start, name in views for r in plan[name][lane])
-            for lane in lanes
-        ]
-    else:
+    views = views_of(p, out)
+    shares = joint(p, out, plan)
+    if shares and not p.uses(out):
+        plan[out] = shares
+    elif views:
         for name in (out, *(name for _, name in views)):
             plan.pop(name, None)

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from intaglio import formats
 from intaglio.ops import Tensor
+from intaglio.program import Program
 
 Share = tuple[range, ...]  # the runs of columns of a result (or of rows of a weight) that a lane holds, in order
 Plan = dict[str, list[Share]]  # by tensor name: the share of each lane; of a K/V cache, its heads
@@ -47,6 +48,39 @@ def heads_of(share: Share, head_dim: int) -> Share:
 def width_of(share: Share) -> int:
     """Number of columns of a share."""
     return sum(map(len, share))
+
+
+def keeps_whole(shares: Sequence[Share], group: int) -> bool:
+    """True if no group of `group` consecutive columns is divided by the shares. False for a group of 0."""
+    return group > 0 and all(end % group == 0 for share in shares for r in share for end in (r.start, r.stop))
+
+
+def is_partition(shares: Sequence[Share], width: int) -> bool:
+    """True if the shares are runs that together are all `width` columns once. Several lanes may hold the same run."""
+    runs = sorted({run for share in shares for run in share}, key=lambda r: r.start)
+    ends = [0, *(r.stop for r in runs)]
+    return all(len(share) == 1 for share in shares) and [r.start for r in runs] == ends[:-1] and ends[-1] == width
+
+
+def views_of(p: Program, base: str) -> list[tuple[int, str]]:
+    """A list of (first column, name) of the views of `base`, in order."""
+    return sorted((t.view[1], t.name) for t in p.tensors.values() if t.view and t.view[0] == base)
+
+
+def joint(p: Program, base: str, plan: Plan) -> list[Share] | None:
+    """The shares of `base` that consist of those of its views in `plan`.
+
+    None if `base` has no views, they do not cover it, or one of them is not in `plan`.
+    """
+    views = views_of(p, base)
+    ends = [start + int(p.tensors[name].shape[1]) for start, name in views]
+    whole = [0, *ends[:-1]] == [start for start, _ in views] and ends[-1:] == [p.tensors[base].shape[1]]
+    if not whole or any(name not in plan for _, name in views):
+        return None
+    return [
+        tuple(range(start + r.start, start + r.stop) for start, name in views for r in plan[name][lane])
+        for lane in range(len(plan[views[0][1]]))
+    ]
 
 
 def partners(shares: Sequence[Share], lane: int) -> tuple[int, ...]:

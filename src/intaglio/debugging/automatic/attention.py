@@ -97,7 +97,7 @@ def visible(seen: np.ndarray, name: str) -> tuple[int, int]:
 
 
 def _after(t: Trace, rec: Attention, x: np.ndarray, out: Linear, readers: list[Linear], found: list[Norm]) -> Facts:
-    """{"gate": name, "inner_norm": name} of the modules between attention and the output projection; "" for none.
+    """A dict {"gate": name, "inner_norm": name} of modules between attention and output projection; "" for none.
 
     Args:
         t: the trace.
@@ -203,9 +203,9 @@ def _early(found: list[Norm], y: np.ndarray) -> Norm | None:
 
 
 def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | None:
-    """The factor on queries beside the rotation `turn`, which keys get too; None if queries are rotated otherwise.
+    """The factor by which queries are scaled, besides the rotation `turn`; None if another rotation turns queries.
 
-    before, after: the queries before and after rope, [heads, tokens, head_dim].
+    before, after: the queries before and after rope, [heads, tokens, head_dim]. turn: the rotation of keys.
     """
     length = [np.linalg.norm(x.astype(np.float64), axis=-1) for x in (before, after)]
     last = [float(np.linalg.norm(x[..., -1].astype(np.float64))) for x in (before, after)]  # not turned, if a part is
@@ -221,8 +221,9 @@ def _extra(before: np.ndarray, after: np.ndarray, turn: Rotation) -> float | Non
 def _qk_norm(rec: Attention, q: Norm | None, k: Norm | None, late: list[Norm | None]) -> tuple[str, list[Norm]]:
     """(value of Decoder.qk_norm, [norm of q, norm of k]); ("", []) without norms.
 
-    The value is "flat" (all heads together) or "head" before rope, "late" or without weights "unit" after rope. q, k:
-    the norms before rope. late: the norms after rope. Raises Unmatched for norms both before and after rope.
+    The value is "flat" for norms of all heads together before rope, "head" for norms of each head before rope, "late"
+    for norms with weights after rope, "unit" for norms without weights after rope. q, k: the norms before rope. late:
+    the norms of q and k after rope. Raises Unmatched for norms both before and after rope.
     """
     if late[0] is not None and late[1] is not None:
         if q is not None:

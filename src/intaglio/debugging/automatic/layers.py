@@ -129,9 +129,9 @@ def _full(call: Call, name: str, under: str) -> str:
 
 
 def _hidden(block: Call, like: np.ndarray) -> np.ndarray:
-    """The first floating-point argument, an array, of a block that has the shape of `like`, the residual.
+    """The first argument of the call `block` that is a floating-point array with the shape of `like`.
 
-    Raises Unmatched if there is none.
+    like: the residual. Raises Unmatched if there is none.
     """
     found = [x for x in block.inputs if x.shape == like.shape and x.dtype.kind == "f"]
     if not found:
@@ -195,7 +195,7 @@ def _residuals(
         branch: the result of attention, with its norm.
         end: the result of the MLP, with its norm.
 
-    Raises Unmatched if they are added otherwise.
+    Raises Unmatched if the results are added in any other way.
     """
     before = next((z for z in own if same(z.y, read)), None)
     source = before.x if before is not None else read

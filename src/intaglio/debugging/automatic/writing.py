@@ -70,7 +70,8 @@ class Text:
 def solved(name: str, variants: Sequence[Variant], usual: Any = MISSING) -> str:
     """Source text of an expression that gives a field's value in all variants; "" if the value is always `usual`.
 
-    name: name of the field, as for solve(). Raises Unsolved if no expression gives it.
+    name: a key of Variant.facts, or several with dots, such as mixture.width. Raises Unsolved if no expression gives
+    the value.
     """
     found = solve(name, variants, usual)
     if found is None:
@@ -348,7 +349,13 @@ def _sources(t: Text) -> Iterator[str]:
 def _file(t: Text, architecture: str, kind: str, function: str, first: dict[str, Any], about: dict[str, Any]) -> str:
     """The source text of the port file, put together from the parts `t`.
 
-    function: name of the describing function. first: facts of the first variant. The others are as for write_port().
+    Args:
+        t: parts of the text.
+        architecture: name in config.json.
+        kind: model type.
+        function: name of the describing function.
+        first: facts of the first variant.
+        about: title, version of transformers, defaults, aliases, head, vocabulary.
     """
     sources = list(_sources(t))
     if sources:

@@ -47,10 +47,10 @@ class _Step:
     Attributes:
         taken: tapped tensors by site.
         taps: taps of ops that run in Python, as (number of the op, number of the tensor, array).
-        seconds: seconds per op, if requested.
+        seconds: seconds per op, if requested; else None.
         tokens: sampled token ids.
         logprobs: log-probabilities of the sampled tokens.
-        logits: logits, if requested.
+        logits: logits, if requested; else None.
         outs: (number of a native tensor, array that it is copied to at the end of the step).
     """
 
@@ -67,11 +67,14 @@ class HostExecutable(RankExecutable):
     """A Program as native ops with packed weights, K/V cache and recurrent state.
 
     Attributes:
+        program: the Program.
+        threads: number of CPU threads.
+        isa: name of the instruction set that its kernels use.
         layout: packing and buffers, derived from the Program.
         matrices: packed weights by name.
         packed_bytes: size of the packed weights in bytes.
         image: the file on disk that holds the packed weights, or None.
-        state_in_file: the whole K/V cache is in the state file.
+        state_in_file: True if the whole K/V cache is in the state file.
     """
 
     def __init__(
@@ -221,7 +224,7 @@ class HostExecutable(RankExecutable):
     ) -> Mapping[str, np.ndarray]:
         """Run an op with a Python kernel and return its results by name.
 
-        rows: the op's operands that are temps. seconds: if given, the op's duration is stored at its number. Raises
+        rows: the op's operands that are temps. seconds: if not None, the op's duration is stored at its number. Raises
         DeviceError unless the results have the names and shapes that the op declares.
         """
         start = time.perf_counter()
@@ -247,7 +250,7 @@ class HostExecutable(RankExecutable):
         return NUMPY[self.program.tensors[name].format]
 
     def _empty(self, name: str, batch: Batch) -> np.ndarray:
-        """An uninitialised array for the rows of a temp in this step."""
+        """An uninitialised array for a temp in this step, [rows, columns]; [rows] for a temp of one dimension."""
         t = self.program.tensors[name]
         rows = batch.sizes[str(t.shape[0])]
         return np.empty((rows, columns_of(t)) if len(t.shape) == 2 else rows, self._type(name))

@@ -47,7 +47,7 @@ def packing_hash(format: str, group: int, glu: bool) -> str:
     else:  # fill every table that a format may have, with small whole numbers, which are multiples of unit 1
         table, units = (mixed[:, : -(-k // group)] % 15).astype(np.float32), np.ones((n, 2), np.float32)
         lines = format == "q5_k"
-        lows = table if lines or format.startswith("uint") else None
+        lows = table if lines or format.startswith(("uint", "affine")) else None
         own = units if k == 512 else units[:, :1].copy() if format == "nvfp4" else None
         codes = (mixed % (1 << weight.bits)).astype(np.uint8)
         weight.fill_codes(codes, table, lows, own, units if lines else None, 0, 1)
@@ -79,8 +79,8 @@ def gather(weights: Mapping[str, _native.Weight]) -> None:
 class MemoryImage:
     """Packed matrices in a memory file that outlives this process. A context manager, used like Image.
 
-    `ready`: the file held the matrices of this key already. The header is written last, so that weights are packed
-    again if a process died while it packed them.
+    `ready`: True if the file held the matrices of this key already. The header is written last, so that weights are
+    packed again if a process died while it packed them.
     """
 
     def __init__(self, file: int, key: str, weights: Mapping[str, _native.Weight]) -> None:
@@ -114,7 +114,11 @@ def lay_out(key: str, weights: Mapping[str, _native.Weight]) -> tuple[bytes, dic
 def place(
     file: int, size: int, writable: bool, weights: Mapping[str, _native.Weight], at: Mapping[str, int], first: int
 ) -> None:
-    """Map an image into memory and place the matrices in it. at: offsets in bytes from byte `first` of the file."""
+    """Map an image into memory and place the matrices in it.
+
+    file: its descriptor. size: its bytes. writable: True if the mapping may be written. weights: the matrices by name.
+    at: their offsets in bytes from byte `first` of the file, by name.
+    """
     region = _native.Region(file, size, writable)
     for name, weight in weights.items():
         weight.place(region, first + at[name])
@@ -123,8 +127,8 @@ def place(
 class Image:
     """A file on disk with the packed matrices `weights`, as a context manager.
 
-    `ready`: the file existed and the matrices are mapped from it. Otherwise they must be filled inside the `with`
-    block, after which the file is kept. Failures on disk are warnings: the weights stay usable.
+    `ready`: True if the file existed and the matrices are mapped from it. Otherwise they must be filled inside the
+    `with` block, after which the file is kept. Failures on disk are warnings: the weights stay usable.
 
     folder: folder of the file. title, key: texts that make up the file's name; `key` is a hash of everything on which
     the packed weights depend.

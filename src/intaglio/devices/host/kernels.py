@@ -120,7 +120,7 @@ def map_attributes(op: Map) -> Attributes:
 
 
 def collective_attributes(op: Collective) -> Attributes:
-    """A dict of the attributes of a collective: its own, and its site, which errors name."""
+    """A dict of the attributes of a collective op: the op's own, and `site`, the op's site for error messages."""
     return {"site": op.site, **plain_attributes(op)}
 
 

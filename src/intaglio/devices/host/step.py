@@ -37,7 +37,7 @@ class Draws:
 
 
 class Timings(Mapping[str, float]):
-    """Seconds by site: a mapping that builds its dict when it is first read.
+    """Seconds by site: a mapping that builds its dict when it is first read. seconds: array [number of sites].
 
     Building it takes as long as the rest of a small step's Python, and would count as part of the step.
     """
@@ -89,9 +89,10 @@ def edits_of(sampling: Sequence[Sampling], vocabulary: int) -> _native.Edits | N
 def taps_of(
     program: Program, ids: Mapping[str, int], batch: Batch, sites: Collection[str]
 ) -> tuple[dict[str, np.ndarray], list[tuple[int, int, np.ndarray]]]:
-    """({site: result array}, copies for native code) for the tapped sites and views.
+    """({site: array}, copies): arrays for the results of the tapped sites and views, and the copies that fill them.
 
-    A copy is (number of the op after which to copy, number of the tensor, array).
+    A copy is (number of the op after which native code copies, number of the tensor, array). ids: numbers of the
+    Program's tensors in the native executable. Results that are not f32 are left out.
     """
     taken, wanted = {}, []
     for i, op in enumerate(program.ops):

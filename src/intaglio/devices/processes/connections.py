@@ -47,7 +47,8 @@ def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
 def connect(address: tuple[str, int], token: bytes, epoch: int, rank: int, peer: int) -> socket.socket:
     """Connect as `rank` to rank `peer`, which listens at `address`, and return the authenticated socket.
 
-    Raises the errors of introduce().
+    Raises OSError if no connection can be made, its subclass ConnectionRefused if the peer refuses or does not know the
+    token, and ValueError for a short token.
     """
     return introduce(address, token, epoch, rank, peer)[0]
 

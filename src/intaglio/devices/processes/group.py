@@ -85,10 +85,17 @@ class Place:
 class Processes:
     """The child processes of this host's ranks of a group, and the memory they share. Knows nothing of steps.
 
-    joins: the ranks take part in collectives together. silence: seconds without a sign of life after which a process
-    counts as hung. what: noun for a process in error messages. kept: the K/V caches. images: the packed weights. slots:
-    number of requests, and of results of each rank, that the memory holds at once. place: position of the ranks in the
-    group; None if all ranks are on this host. server: forks the processes; None: they are started one by one.
+    Args:
+        ranks: the job of each process.
+        joins: True if the ranks take part in collectives together.
+        step_timeout: most seconds that a step may take.
+        silence: seconds without a sign of life after which a stopped process counts as hung.
+        what: noun for a process in error messages.
+        kept: the K/V caches.
+        images: the packed weights.
+        slots: number of requests, and of results of each rank, that the memory holds at once.
+        place: position of the ranks in the group; None if all ranks are on this host.
+        server: forks the processes; None: they are started one by one.
     """
 
     def __init__(
@@ -223,9 +230,15 @@ def is_stopped(pid: int) -> bool:
 class GroupExecutable(PostedExecutable):
     """A Program loaded in the processes of a group, one process for each rank. `pids`: process ids by rank.
 
-    joins: True if the ranks are one mesh, with a communicator each; False for one process, which loads all Programs of
-    its job. what: noun for a process in errors. replaces: the lost group that this one replaces. server: forks the
-    processes; None: they are started one by one.
+    Args:
+        ranks: the job of each process.
+        joins: True if the ranks are one mesh, with a communicator each; False for one process, which loads all Programs
+            of its job.
+        step_timeout: most seconds that a step may take.
+        silence: seconds without a sign of life after which a stopped process counts as hung.
+        what: noun for a process in errors.
+        replaces: the lost group that this one replaces; None: none.
+        server: forks the processes; None: they are started one by one.
 
     Raises DeviceError with the message of the error that loading raised, DeviceLost if a process ends meanwhile,
     ReplacementRefused if results would have other bits than those of the group replaced.

@@ -142,9 +142,19 @@ def check_wants_coordinator(peer: Peer) -> None:
 class HostsExecutable(PostedExecutable):
     """A Program loaded in the ranks of several hosts, the same number of consecutive ranks on each.
 
+    Args:
+        agents: one for each host.
+        mesh: the Programs of all ranks.
+        jobs: the jobs of each host's ranks.
+        state: sizes of the K/V cache and the recurrent state.
+        step_timeout: most seconds that a step may take.
+        silence: seconds without a sign of life after which a stopped rank counts as hung.
+        replaces: the lost group that this one replaces; None: none.
+        news: condition that is notified of answers; None: a new one.
+        epoch: number of this group; None: the next number.
+
     Raises DeviceError with the message of the error that loading raised, DeviceLost if a host or a rank is lost
-    meanwhile, ReplacementRefused if results would have other bits than those of the group `replaces`. news: condition
-    that is notified of answers. epoch: number of this group. Tests pass their own news and epoch.
+    meanwhile, and ReplacementRefused if results would have other bits than those of the group `replaces`.
     """
 
     def __init__(

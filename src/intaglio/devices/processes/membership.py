@@ -141,7 +141,7 @@ class Epoch(Generic[Member, Answer]):
         return epoch is None or epoch == self.number
 
     def answer(self, member: Member, step: int, answer: Answer) -> None:
-        """Store a member's answer to a step, unless the epoch has ended or the sender is no member."""
+        """Store a member's answer to a step. It is dropped if the epoch has ended or the sender is not a member."""
         if not self.failed and member in self.members:
             self.answers.setdefault(step, {})[member] = answer
 

@@ -1,7 +1,8 @@
 """Quantised matrices whose zeros are not whole numbers: those of MLX (Metal) and HQQ.
 
-value = code * scale + bias in MLX, (code - zero) * scale in HQQ. No format here has such zeros, so these matrices
-become bf16, rounded to nearest: 16 bits per value in memory.
+value = code * scale + bias in MLX, (code - zero) * scale in HQQ. Both become affine4gN or affine8gN, which hold codes,
+scales and minima (-bias, or zero * scale) without rounding. Matrices of HQQ whose groups are not runs of a row become
+bf16, rounded to nearest.
 """
 
 from __future__ import annotations
@@ -13,9 +14,23 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from intaglio import formats
 from intaglio.formats import Quantised
 from intaglio.models.config import PortError
-from intaglio.models.files.coded import RUN, Coded, Part, Reader, Stored, as_scales, bases, e2m1, e2m1_factored, fields
+from intaglio.models.files.coded import (
+    Coded,
+    Part,
+    Reader,
+    Stored,
+    as_scales,
+    bases,
+    e2m1,
+    e2m1_factored,
+    fields,
+    in_rows,
+    run_within,
+    scaled_format,
+)  # fmt: skip
 from intaglio.ops import Value
 
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # names of Mixtral's projections
@@ -34,8 +49,8 @@ HQQ_STATE = (
 def mlx(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """The quantised matrices of an MLX checkpoint, embedding tables included, as {name: Coded}.
 
-    weight U32 [N, K bits / 32]; scales and biases [N, K / group]. Affine codes become bf16. Modes mxfp4, nvfp4 and
-    mxfp8 have U8 scales and no biases, and keep their codes.
+    weight U32 [N, K bits / 32]; scales and biases [N, K / group]. Modes mxfp4, nvfp4 and mxfp8 have U8 scales and no
+    biases. All keep their codes; those of 2 and 3 bits take 4 in memory, and those of 5 and 6 bits 8.
 
     q: the quantisation settings; settings of single modules are in a table under the module's name. Raises PortError
     for other types or sizes, and for an unknown mode.
@@ -91,16 +106,20 @@ def _affine_rows(stored: Stored, base: str, shape: tuple[int, int], bits: int, g
     if stored.shapes.get(bias) != stored.shapes[scale]:
         raise PortError(f"{bias} is {list(stored.shapes.get(bias, ()))}; its scales are {list(stored.shapes[scale])}")
 
-    def decode(read: Reader) -> np.ndarray:
-        words, scales, lows = read(codes), read(scale), read(bias)
-        out: np.ndarray = np.empty((len(words), shape[1]), ml_dtypes.bfloat16)
-        run = max(1, RUN // shape[1])
-        for i in range(0, len(out), run):
-            each = [np.repeat(x[i : i + run].astype(np.float32), group, axis=1) for x in (scales, lows)]
-            out[i : i + run] = fields(words[i : i + run], bits, shape[1]).astype(np.float32) * each[0] + each[1]
-        return out
+    if group % 32 or group > formats.CHUNK:
+        raise PortError(f"{scale}: groups of {group}; a multiple of 32 up to {formats.CHUNK} is read")
+    format = scaled_format(_family(bits), group, stored.dtypes[scale])
 
-    return Coded("bf16", shape, {codes: Part(), scale: Part(), bias: Part()}, decode)
+    def decode(read: Reader) -> Quantised:
+        own = fields(read(codes), bits, shape[1]).view(formats.get(format).dtype)
+        return Quantised(own, read(scale).astype(np.float32), group, minima=-read(bias).astype(np.float32))
+
+    return Coded(format, shape, {codes: Part(), scale: Part(), bias: Part()}, decode)
+
+
+def _family(bits: int) -> str:
+    """Name of the affine format, without its groups, that holds codes of `bits` bits."""
+    return "affine4" if bits <= 4 else "affine8"
 
 
 def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, group: int, bias: str) -> Coded:
@@ -123,11 +142,11 @@ def _mlx_floats(stored: Stored, base: str, shape: tuple[int, int], bits: int, gr
 
 
 def hqq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
-    """The quantised matrices of an HQQ checkpoint, as {name: Coded}: (code - zero) * scale, in bf16.
+    """The quantised matrices of an HQQ checkpoint, as {name: Coded}: (code - zero) * scale.
 
-    Groups are along rows for axis 1, along columns for axis 0. A word of W_q holds one code from each of several runs
-    of rows of the grouped matrix, the first run in the highest bits. q: the quantisation settings. Raises PortError for
-    scales that are quantised too, an incomplete state, and an unknown packing.
+    Groups are along rows for axis 1, along columns for axis 0; the latter become bf16. A word of W_q holds one code
+    from each of several runs of rows of the grouped matrix, the first run in the highest bits. q: the quantisation
+    settings. Raises PortError for scales that are quantised too, an incomplete state, and an unknown packing.
     """
     out = {}
     for base in bases(stored, ".W_q"):
@@ -140,20 +159,28 @@ def hqq(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
         if packing not in HQQ_PACKING:
             raise PortError(f"{at['packing']} is {packing!r}; known are {', '.join(HQQ_PACKING)}")
         shape = tuple(int(d) for d in stored.read(at["shape"]).reshape(-1))
-        out[base + ".weight"] = _hqq_matrix(shape, packing, at)
+        out[base + ".weight"] = _hqq_matrix(stored, shape, packing, at)
     return out
 
 
-def _hqq_matrix(shape: tuple[int, ...], packing: str, at: Mapping[str, str]) -> Coded:
+def _hqq_matrix(stored: Stored, shape: tuple[int, ...], packing: str, at: Mapping[str, str]) -> Coded:
     bits, word, each = HQQ_PACKING[packing]
+    held = stored.shapes[at["scale"]]
+    block = prod(shape) // max(1, held[0]) if len(held) == 2 and held[1] == 1 else 0  # codes with one scale, in a row
+    group = run_within(shape[-1], block)
+    # In f32 the product of a zero and a scale, of 11 bits each, is exact.
+    format = f"{_family(bits)}g{group}f32" if group and len(shape) == 2 else "bf16"
 
-    def decode(read: Reader) -> np.ndarray:
+    def decode(read: Reader) -> Value:
         words = np.ascontiguousarray(read(at["W_q"]))
         words = words.view(word) if words.dtype != word else words
         runs = [words >> (bits * (each - 1 - i)) & ((1 << bits) - 1) for i in range(each)]
-        codes = np.concatenate(runs)[: prod(shape) // words.shape[1]].astype(np.float32)
-        codes -= read(at["zero"]).astype(np.float32)
-        codes *= read(at["scale"]).astype(np.float32)
-        return codes.reshape(shape).astype(ml_dtypes.bfloat16)
+        codes = np.concatenate(runs)[: prod(shape) // words.shape[1]]
+        zeros, scales = (read(at[name]).astype(np.float32) for name in ("zero", "scale"))
+        if format == "bf16":
+            return ((codes.astype(np.float32) - zeros) * scales).reshape(shape).astype(ml_dtypes.bfloat16)
+        own = codes.astype(np.uint8).reshape(shape).view(formats.get(format).dtype)
+        scales, minima = (in_rows(x, block, group, shape) for x in (scales, zeros * scales))
+        return Quantised(own, scales, group, minima=minima)
 
-    return Coded("bf16", shape, dict.fromkeys(at.values(), Part(None)), decode, whole=shape[0])
+    return Coded(format, shape, dict.fromkeys(at.values(), Part(None)), decode, whole=shape[0])

@@ -1,4 +1,4 @@
-"""Matrices saved by bitsandbytes: NF4 and FP4 (table values times the maximum of a block), and LLM.int8."""
+"""Matrices saved by bitsandbytes: NF4 and FP4 (levels of a codebook times the maximum of a block), and LLM.int8."""
 
 from __future__ import annotations
 
@@ -10,9 +10,21 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from intaglio import formats
 from intaglio.formats import Quantised
 from intaglio.models.config import PortError
-from intaglio.models.files.coded import RUN, Coded, Part, Reader, Stored, bases, with_row_scales
+from intaglio.models.files.coded import (
+    RUN,
+    Coded,
+    Part,
+    Reader,
+    Stored,
+    bases,
+    in_rows,
+    run_within,
+    with_row_scales,
+)  # fmt: skip
+from intaglio.ops import Value
 
 STATE = ".quant_state.bitsandbytes__"  # then nf4 or fp4: a JSON object in bytes
 SCB = ".SCB"  # LLM.int8: the largest value of each row
@@ -22,9 +34,10 @@ KINDS = ("nf4", "fp4")
 def bitsandbytes(stored: Stored, q: Mapping[str, Any]) -> dict[str, Coded]:
     """The quantised matrices of a bitsandbytes checkpoint, as {name: Coded}.
 
-    LLM.int8 keeps its codes: weight I8 [N, K] times SCB / 127 by row. NF4 and FP4 become bf16, rounded to nearest, as
-    bitsandbytes dequantises them for products in bf16. q: the quantisation settings. Raises PortError for a state that
-    is not complete, codes tiled for a GPU, and a checkpoint without quantised matrices.
+    Codes are kept. LLM.int8: weight I8 [N, K] times SCB / 127 by row. NF4 and FP4: nf4gN and fp4gN; a matrix with
+    another codebook, or whose rows and blocks have no common divisor that is a multiple of 32, becomes bf16, rounded to
+    nearest, as bitsandbytes dequantises them for products in bf16. q: the quantisation settings. Raises PortError for a
+    state that is not complete, codes tiled for a GPU, and a checkpoint without quantised matrices.
     """
     out: dict[str, Coded] = {}
     for kind in KINDS:
@@ -74,13 +87,21 @@ def _four_bits(stored: Stored, name: str, kind: str) -> Coded:
     blocks = -(-prod(shape) // block) if block else -1
     if len(shape) != 2 or prod(stored.shapes[name + ".absmax"]) != blocks:
         raise PortError(f"{at}: shape {list(shape)} in blocks of {block} does not fit {name}.absmax")
+    levels = stored.read(name + ".quant_map").reshape(-1).astype(np.float32)
+    group = run_within(shape[1], block) if np.array_equal(levels, np.array(formats.LEVELS[kind], np.float32)) else 0
 
-    def decode(read: Reader) -> np.ndarray:
-        bytes = np.ascontiguousarray(read(name)).view(np.uint8).reshape(-1)
-        levels, most = read(name + ".quant_map").reshape(-1), read(name + ".absmax").reshape(-1)
-        if nested:
-            each = np.repeat(read(nested[0]).reshape(-1), int(state["nested_blocksize"]))[: len(most)]
-            most = read(nested[1]).reshape(-1)[most] * each + np.float32(state["nested_offset"])
+    def maxima(read: Reader) -> np.ndarray:
+        most = read(name + ".absmax").reshape(-1)
+        if not nested:
+            return most.astype(np.float32)
+        each = np.repeat(read(nested[0]).reshape(-1), int(state["nested_blocksize"]))[: len(most)]
+        return read(nested[1]).reshape(-1)[most] * each + np.float32(state["nested_offset"])
+
+    def decode(read: Reader) -> Value:
+        bytes, most = np.ascontiguousarray(read(name)).view(np.uint8).reshape(-1), maxima(read)
+        if group:
+            codes = np.stack([bytes >> 4, bytes & 15], axis=1).reshape(shape)  # a multiple of 32, so no half byte
+            return Quantised(codes, in_rows(most, block, group, shape), group, levels=formats.LEVELS[kind])
         out: np.ndarray = np.empty(prod(shape), ml_dtypes.bfloat16)
         run = RUN // block * block
         for first in range(0, len(out), run):
@@ -90,4 +111,5 @@ def _four_bits(stored: Stored, name: str, kind: str) -> Coded:
             out[first:last] = values * np.repeat(most[first // block : -(-last // block)], block)[: last - first]
         return out.reshape(shape)
 
-    return Coded("bf16", shape, dict.fromkeys([*parts, at], Part(None)), decode, whole=shape[0])
+    format = f"{kind}g{group}" if group else "bf16"
+    return Coded(format, shape, dict.fromkeys([*parts, at], Part(None)), decode, whole=shape[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import lcm
+from math import gcd, lcm
 
 import ml_dtypes
 import numpy as np
@@ -174,6 +174,25 @@ def scaled_format(kind: str, group: int, dtype: str) -> str:
     """Name of the integer format `kind` with groups of `group` and scales stored as `dtype`."""
     run = "row" if group == ROW else f"g{group}"
     return kind + run + {"BF16": "", "F16": "f16"}.get(dtype, "f32")
+
+
+def run_within(columns: int, block: int) -> int:
+    """Length of the groups into which blocks of `block` values of a flattened matrix [N, columns] are cut.
+
+    It is the largest multiple of 32, at most 1024 (CHUNK), that divides both numbers; 0 if there is none. Then each
+    group lies in one row and in one block. block: 0 for values that are not next to each other; the result is 0.
+    """
+    both = gcd(columns, block) if block else 0
+    return next((run for run in range(formats.CHUNK, 0, -32) if both and both % run == 0), 0)
+
+
+def in_rows(values: np.ndarray, block: int, group: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The values of blocks of a flattened matrix as those of its groups, [N, K / group].
+
+    values: one per block of `block` elements, in order. group: a divisor of `block` and of K. shape: (N, K).
+    """
+    count = shape[0] * shape[1] // group
+    return np.repeat(values.reshape(-1), block // group)[:count].reshape(shape[0], -1)
 
 
 def by_group(groups: np.ndarray) -> np.ndarray:

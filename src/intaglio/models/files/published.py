@@ -1,6 +1,6 @@
 """Quantised matrices as published: finds the tensors that make up one matrix, and decodes its codes without rounding.
 
-Codes stay as they are wherever a format here holds them; the others (bitsandbytes' 4 bits, HQQ, MLX) become bf16.
+Codes stay as they are wherever a format here holds them; the others (such as HQQ's groups along columns) become bf16.
 """
 
 from __future__ import annotations

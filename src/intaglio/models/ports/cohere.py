@@ -1,7 +1,7 @@
 """Cohere 2 (Command R7B, Command A): parallel attention and MLP, LayerNorm without bias.
 
 Sliding-window layers have interleaved rope, full layers none. Cohere 1 (Command R, Aya) has interleaved rope and full
-attention in every layer.
+attention in every layer. Also here: a mixture of experts of Cohere 2, and the text model of its vision models.
 """
 
 from __future__ import annotations

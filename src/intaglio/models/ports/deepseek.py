@@ -1,7 +1,8 @@
 """DeepSeek-V2, V3 and V3.2, Kimi-K2, which is a V3, and GLM-5: latent attention, dense layers, then routed experts.
 
 V2 routes by softmax, V3 by sigmoid with a bias that only affects the choice; both may restrict the choice to the best
-groups of experts. In V3.2 and GLM-5 an indexer chooses the positions that a query attends to.
+groups of experts. In V3.2 and GLM-5 an indexer chooses the positions that a query attends to. MiniCPM3
+and Youtu-LLM have the latent attention without experts; A.X K1 is a V3 with one more norm.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GPT-2, GPT-BigCode (StarCoder 1), GPT-Neo, GPT-J, CodeGen and GPT-NeoX (Pythia).
+"""The first GPT, GPT-2, GPT-BigCode (StarCoder 1), GPT-Neo, GPT-J, CodeGen, GPT-NeoX (Pythia) and its Japanese kin.
 
 LayerNorms with biases and MLPs without a gate. GPT-2, BigCode and Neo add learned positions to the embeddings; GPT-J,
 CodeGen and NeoX rotate a part of each head and add attention and MLP to the same residual.

@@ -1,6 +1,7 @@
 """Granite 3: as Llama, with multipliers on embeddings, attention scores, residual branches and logits.
 
-Dense, or with experts weighted by a softmax over the chosen ones. HyperCLOVA X adds norms on the branches' outputs.
+Dense, or with experts weighted by a softmax over the chosen ones. HyperCLOVA X adds norms on the branches' outputs,
+Granite Swash attention sinks and windows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """HunYuan dense and MoE (V1): as Llama, with a norm on each head of q and k after rope.
 
-The MoE adds one shared MLP to the chosen experts.
+The MoE adds one shared MLP to the chosen experts. Hy3 norms before rope, and routes experts by sigmoid with a bias.
 """
 
 from __future__ import annotations

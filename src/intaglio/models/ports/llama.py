@@ -2,7 +2,7 @@
 
 Llama 4 (text): layers with rope attend within their chunk only. Every fourth layer has no rope, attends to all
 positions and scales its scores with the position. One routed expert per token, its input weighted by a sigmoid, beside
-a shared one. CWM is a Llama with windows in three layers of four.
+a shared one. CWM is a Llama with windows in three layers of four. Emu3 and Llama 3.2 Vision are Llamas for text.
 """
 
 from __future__ import annotations

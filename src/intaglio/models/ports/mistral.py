@@ -1,6 +1,7 @@
 """Mistral (one window, or none, for all layers) and Ministral (a window per layer): as Llama without biases.
 
-Mixtral: eight experts per layer, two of them per token, weighted by a softmax over the two.
+Mixtral: eight experts per layer, two of them per token, weighted by a softmax over the two. Ministral 3 scales
+queries by a temperature that grows with the position.
 """
 
 from __future__ import annotations

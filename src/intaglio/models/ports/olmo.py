@@ -55,7 +55,6 @@ def olmoe(c: Config, context: int) -> Decoder:
         count=c.whole("num_experts"), top=c.whole("num_experts_per_tok"), width=s["intermediate"], sources=NAMED,
         route={"normalise": c.flag("norm_topk_prob")},
     )  # fmt: skip
-    s["clip_qkv"] = c.real("clip_qkv") if c.get("clip_qkv") else 0.0
     d = Decoder(**s, **uniform_layers(c, s, context), norms=PRE, qk_norm="flat", qkv_bias=bias, o_bias=bias, mixture=m)
     return sparse(d)
 

@@ -1,6 +1,7 @@
 """Qwen2 and 2.5 (biases on q, k and v) and Qwen3 (norms on each head of q and k). Windows only where switched on.
 
 Qwen2-MoE adds a gated shared expert to the routed ones; Qwen3-MoE has none. Both may have dense layers between.
+Mellum 2 and Flint are Qwen3 with experts and windows, Flint also with attention sinks.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ class Source:
     def safe(self, *marks: str) -> int:
         """Number of held characters, from the first, that a parser may consume without splitting a delimiter.
 
-        Characters at the end that could be the beginning of one of the delimiters `marks` are not counted, unless no
-        more text will arrive.
+        Characters at the end that could be the beginning of one of the delimiters `marks` are left out. If no more text
+        will arrive, all characters are counted.
         """
         if self.last:
             return len(self.held)
@@ -159,7 +159,8 @@ def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
 def called(steps: Pieces[T], start: CallStart, began: bool = False) -> Steps[tuple[bool, T]]:
     """Run a parser of arguments; yield `start` when it gives its first piece of text, and each piece as CallArguments.
 
-    began: `start` has already been yielded. Returns (True if `start` has been yielded, the parser's return value).
+    began: True if `start` has already been yielded. Returns (True if `start` has been yielded, the parser's return
+    value).
     """
     while True:
         try:

@@ -21,7 +21,7 @@ from intaglio import collectives, formats
 from intaglio.batch import shared_rows
 from intaglio.chips import ChipError, ChipSpec, Target
 from intaglio.collectives import Schedule, Slot, Step, Topology
-from intaglio.collectives.clock import chunk_bytes
+from intaglio.collectives.clock import ScheduleClock, chunk_bytes
 from intaglio.ops import AllGather, AllReduce, AllToAll, Grouped, Recv, ReduceScatter, Send
 from intaglio.silicon import isa
 from intaglio.silicon.kernels.chip_memory import ChipMemory, slices
@@ -173,13 +173,15 @@ def simulated_ranks(network: Network, op: str) -> int:
 
 @lru_cache(maxsize=65536)
 def unit_seconds(network: Network, ranks: int, op: str, algorithm: str, size: int | None) -> float:
-    """Seconds of a collective's schedule over links with a bandwidth of 1 byte/s and a latency of 1 s.
+    """Seconds of a schedule of `ranks` ranks; chunks of 2 ** (size / SIZES_PER_OCTAVE) bytes, or None: of 0 bytes."""
+    clock = unit_clock(network, ranks, op, algorithm)
+    return clock.seconds([0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)] * clock.chunks)
 
-    size: each chunk has 2 ** (size / SIZES_PER_OCTAVE) bytes; None: 0 bytes. ranks: number of ranks in the schedule.
-    """
-    s = collectives.schedule(op, algorithm, ranks)
-    chunk = 0.0 if size is None else 2.0 ** (size / SIZES_PER_OCTAVE)
-    return collectives.seconds(s, network.topology(ranks), [chunk] * s.chunks, network.local)
+
+@lru_cache(maxsize=512)
+def unit_clock(network: Network, ranks: int, op: str, algorithm: str) -> ScheduleClock:
+    """The ScheduleClock of a schedule of `ranks` ranks on unit links."""
+    return ScheduleClock(collectives.schedule(op, algorithm, ranks), network.topology(ranks), network.local)
 
 
 def _interpolated(network: Network, ranks: int, op: str, algorithm: str, chunk: float) -> float:

@@ -11,12 +11,13 @@ def elementwise(lane: Lane, op: Op) -> None:
     """Append an elementwise op to the lane's Program: on this lane's token rows, on its columns, or on whole operands.
 
     It runs on token rows if all operands are split by rows. It runs on columns if all operands wider than one column
-    have the same shares and no view reads the result. Otherwise it runs on whole operands.
+    have the same shares, and no view reads the result unless it is in the plan. Otherwise it runs on whole operands.
     """
     if lane.has_token_rows(op):
         return lane.add(op)
+    out = op.outputs[0]
     wide = [name for name in op.inputs if lane.p.tensors[name].shape[1:] != (1,) or name == op.inputs[0]]
     shares = [lane.shares.get(name) for name in wide]
-    if shares[0] and all(s == shares[0] for s in shares) and op.outputs[0] not in lane.views:
+    if shares[0] and all(s == shares[0] for s in shares) and (out not in lane.views or out in lane.plan):
         return lane.add_split(op, shares[0])
     return lane.add_whole(op)

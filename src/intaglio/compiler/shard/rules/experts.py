@@ -16,10 +16,12 @@ from intaglio.program.expert_placement import ExpertPlacement, PlacementError, t
 def experts(lane: Lane, op: Experts) -> None:
     """Append experts to the lane's Program: this lane's share of the experts, and an all_reduce of the partial sums.
 
-    Experts are divided among the ep groups of lanes, and the intermediate columns of each among tp lanes. If the layout
-    has redundant experts, they are divided by its placement, and the all_reduce adds the results of each token's
-    experts in their order (slots), so that results do not depend on the placement. Raises LayoutError if there are too
-    few experts for the layout, if tp would split the column order of a down matrix, or if a placement does not fit.
+    Experts are divided among the ep groups of lanes, and the intermediate columns of each expert among tp lanes. If the
+    layout has redundant experts, its placement says which group holds which experts. The all_reduce then adds the
+    results of each token's experts in the experts' order (slots), so that results do not depend on the placement.
+
+    Raises LayoutError if there are too few experts for the layout, if tp would split the column order of a down matrix,
+    or if a placement does not fit.
     """
     layout, at = lane.layout, divmod(lane.lane, lane.layout.tp)
     count, inner, _ = map(int, lane.p.tensors[op.gate].shape)

@@ -14,9 +14,11 @@ from intaglio.ops import HeadLinear, Linear
 def linear(lane: Lane, op: Linear) -> None:
     """Append linear to the lane's Program: row parallel if x is split, column parallel if the plan says so, else whole.
 
-    Row parallel: each lane computes a partial sum over its columns of x, and an all_reduce adds the sums. A linear with
-    an activation cannot. Column parallel: each lane computes its columns of the result. A linear with a residual
-    cannot. Raises LayoutError for a linear fused with glu.
+    - Row parallel: each lane computes a partial sum over its columns of x, and an all_reduce adds the sums. Not for a
+      linear with an activation.
+    - Column parallel: each lane computes its columns of the result. Not for a linear with a residual.
+
+    Raises LayoutError for a linear fused with glu.
     """
     if op.glu:
         raise LayoutError(f"{op.site} is fused with its activation; shard a Program before it is fused")

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from intaglio.compiler.shard.lane import Lane, sharding_rule
+from intaglio.compiler.shard.shares import keeps_whole
 from intaglio.ops import Norm
 
 
 @sharding_rule(Norm)
 def norm(lane: Lane, op: Norm) -> None:
-    """Append norm to the lane's Program: on this lane's token rows, on its heads, or on whole rows.
+    """Append norm to the lane's Program: on this lane's token rows, on its groups of columns, or on whole rows.
 
-    It runs on token rows if all operands are split by rows, and on heads if x is split by heads and each head is normed
-    by itself. Before a norm over whole rows a split x is gathered, and this lane keeps a view of its own columns of the
-    result. A norm with a residual, with views of its result, or with a weight per column of all heads runs on whole
-    rows.
+    It runs on token rows if all operands are split by rows, and on groups if x is split between them and each is normed
+    by itself. Before any other norm a split x is gathered, and this lane keeps a view of its own columns of the result.
+    A norm with a residual, or with views of its result, runs on whole rows.
     """
     if lane.has_token_rows(op):
         for name in (op.weight, op.bias):
@@ -23,16 +23,18 @@ def norm(lane: Lane, op: Norm) -> None:
                 lane.keep(name)
         return lane.add(op)
     shares = lane.shares.get(op.x)
-    whole = bool(op.group and op.weight and lane.p.tensors[op.weight].shape != (op.group,))  # a weight per column
-    if not shares or op.residual or op.out in lane.views or whole:
+    if not shares or op.residual or op.out in lane.views:
         return lane.add_whole(op)
+    if keeps_whole(shares, op.group):
+        long = {x for x in (op.weight, op.bias) if x and lane.p.tensors[x].shape != (op.group,)}  # a value per column
+        own = {x: lane.own(op, x, shares, axis=0) if x in long else lane.keep(x) for x in (op.weight, op.bias) if x}
+        return lane.add_split(op.rename(own), shares)
     names = {name: lane.keep(name) for name in (op.weight, op.bias) if name}
-    if op.group:
-        return lane.add_split(op.rename(names), shares)
     lane.wholes[op.out] = f"{op.out}.whole"
-    lane.add(op.rename({op.x: lane.whole(op.x), op.out: lane.wholes[op.out]}))
-    ((own,),) = (shares[lane.lane],)
-    view = (lane.wholes[op.out], own.start)
-    lane.tensors[op.out] = replace(lane.p.tensors[op.out], shape=(lane.p.tensors[op.x].shape[0], len(own)), view=view)
+    lane.add(op.rename({**names, op.x: lane.whole(op.x), op.out: lane.wholes[op.out]}))
+    ((own_columns,),) = (shares[lane.lane],)
+    view = (lane.wholes[op.out], own_columns.start)
+    shape = (lane.p.tensors[op.x].shape[0], len(own_columns))
+    lane.tensors[op.out] = replace(lane.p.tensors[op.out], shape=shape, view=view)
     lane.shares[op.out] = shares
     return None

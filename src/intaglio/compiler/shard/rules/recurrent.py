@@ -1,8 +1,6 @@
-"""The sharding rules of ops with recurrent state.
+"""The sharding rules of ops with recurrent state: split by heads or channels where the plan splits their state.
 
-A short convolution is split by channels if its operand is. Of the other ops every lane runs the whole op, with the
-whole state. Their projections are whole on every lane too, so tensor parallelism splits neither their work nor their
-state.
+Where it does not, every lane runs the whole op, with the whole state.
 """
 
 from __future__ import annotations
@@ -10,21 +8,64 @@ from __future__ import annotations
 from dataclasses import replace
 
 from intaglio.compiler.shard.lane import Lane, sharding_rule
-from intaglio.ops import Decay, LinearAttention, Op, RgLru, SelectiveScan, ShortConv
+from intaglio.compiler.shard.shares import heads_of, keeps_whole, scaled, width_of
+from intaglio.ops import Decay, LinearAttention, RgLru, SelectiveScan, ShortConv
 
 
 @sharding_rule(ShortConv)
 def short_conv(lane: Lane, op: ShortConv) -> None:
-    """Append short_conv to the lane's Program, for this lane's channels if x is split, else for all of them."""
+    """Append short_conv to the lane's Program, for this lane's channels if x and state are split, else for all."""
     shares = lane.shares.get(op.x)
     if not shares or shares != lane.plan.get(op.state):
         lane.keep(op.state)
         return lane.add_whole(op)
+    lane.keep(op.state, shares, axis=2)
     bias = lane.own(op, op.bias, shares, axis=0) if op.bias else None
     return lane.add_split(replace(op, w=lane.own(op, op.w, shares, axis=0), bias=bias), shares)
 
 
-@sharding_rule(Decay, LinearAttention, RgLru, SelectiveScan)
-def recurrent(lane: Lane, op: Op) -> None:
-    """Append the whole op to the lane's Program, with whole operands and the whole state."""
-    lane.add_whole(op)
+@sharding_rule(Decay)
+def decay(lane: Lane, op: Decay) -> None:
+    """Append decay to the lane's Program, for this lane's columns if x is split between heads, else for all."""
+    shares, columns = lane.shares.get(op.x), int(lane.p.tensors[op.x].shape[1])
+    each = columns // int(lane.p.tensors[op.rate].shape[0])
+    if not shares or not keeps_whole(shares, each):
+        return lane.add_whole(op)
+    rate = lane.own(op, op.rate, [heads_of(share, each) for share in shares], axis=0)
+    bias = lane.own(op, op.bias, shares, axis=0) if op.bias else None
+    return lane.add(replace(op, rate=rate, bias=bias), shares)
+
+
+@sharding_rule(LinearAttention)
+def linear_attention(lane: Lane, op: LinearAttention) -> None:
+    """Append linear_attention to the lane's Program, for this lane's heads if its state is split, else for all."""
+    heads = lane.plan.get(op.state)
+    lane.keep(op.state, heads, axis=1)
+    if not heads:
+        return lane.add_whole(op)
+    rates, skip = (lane.own(op, name, heads, axis=0) if name else None for name in (op.rates, op.skip))
+    values = int(lane.p.tensors[op.state].shape[3])
+    part = replace(op, heads=width_of(heads[lane.lane]), rates=rates, skip=skip)
+    return lane.add_split(part, scaled(heads, values))
+
+
+@sharding_rule(SelectiveScan)
+def selective_scan(lane: Lane, op: SelectiveScan) -> None:
+    """Append selective_scan to the lane's Program, for this lane's channels if its state is split, else for all."""
+    shares = lane.plan.get(op.state)
+    lane.keep(op.state, shares, axis=1)
+    if not shares:
+        return lane.add_whole(op)
+    own = {x: lane.own(op, getattr(op, x), shares, axis=0) for x in ("rate", "skip")}
+    return lane.add_split(replace(op, b=lane.whole(op.b), c=lane.whole(op.c), **own), shares)
+
+
+@sharding_rule(RgLru)
+def rg_lru(lane: Lane, op: RgLru) -> None:
+    """Append rg_lru to the lane's Program, for this lane's channels if its state is split, else for all."""
+    shares = lane.plan.get(op.state)
+    lane.keep(op.state, shares, axis=1)
+    if not shares:
+        return lane.add_whole(op)
+    own = {x: lane.own(op, getattr(op, x), shares, axis=0) for x in ("rate", "input_bias", "decay_bias")}
+    return lane.add_split(replace(op, **own), shares)

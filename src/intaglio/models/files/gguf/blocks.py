@@ -1,9 +1,9 @@
 """llama.cpp's block formats: the number format that each becomes, and how its bytes are read (ggml-quants.c).
 
 Most are kept exactly, as codes and scales: in a format of their own (q4_k, q5_k, q6_k, mxfp4), or in a wider one that
-holds their codes (int8g32f16 for Q5_0 and IQ4_NL, int8g32f32 for IQ4_XS and most of IQ1 to IQ3, q6_k for Q3_K). Types
-with minima that no format here has, or with scales of 16 values beside codes of more than 6 bits, become bf16, rounded
-to nearest: within 2^-8 of each value.
+holds their codes (int8g32f16 for Q5_0 and IQ4_NL, int8g32f32 for IQ4_XS and most of IQ1 to IQ3, q6_k for Q3_K,
+affine8g32f16 for Q5_1). Types with minima of 16 values, or with scales of 16 values beside codes of more than 6 bits,
+become bf16, rounded to nearest: within 2^-8 of each value.
 
 Functions named after a type decode its blocks, uint8 [rows, blocks, bytes of a block].
 """
@@ -67,6 +67,25 @@ def _q5_0(b: np.ndarray) -> Quantised:
     fifth = np.unpackbits(b[..., 2:6], axis=-1, bitorder="little")
     codes = (_nibbles(b[..., 6:]) | fifth << 4).astype(np.int8) - np.int8(16)
     return Quantised(_joined(codes), _joined(_halves(b, 0)), 32)
+
+
+def _q4_1(b: np.ndarray) -> Quantised:
+    """The matrix (Quantised) of Q4_1 blocks `b` [rows, blocks, bytes] of 32 values: code * scale + bias.
+
+    Layout: f16 scale, f16 bias, 16 bytes with two 4-bit codes each.
+    """
+    codes = _joined(_nibbles(b[..., 4:])).view(np.int8)
+    return Quantised(codes, _joined(_halves(b, 0)), 32, minima=-_joined(_halves(b, 2)))
+
+
+def _q5_1(b: np.ndarray) -> Quantised:
+    """The matrix (Quantised) of Q5_1 blocks `b` [rows, blocks, bytes] of 32 values: code * scale + bias.
+
+    Layout: f16 scale, f16 bias, 4 bytes with the fifth bits of codes, 16 bytes with the low 4 bits.
+    """
+    fifth = np.unpackbits(b[..., 4:8], axis=-1, bitorder="little")
+    codes = _joined(_nibbles(b[..., 8:]) | fifth << 4)
+    return Quantised(codes, _joined(_halves(b, 0)), 32, minima=-_joined(_halves(b, 2)))
 
 
 def _iq4_nl(b: np.ndarray) -> Quantised:
@@ -227,7 +246,7 @@ def _dequantised(kind: str, b: np.ndarray) -> np.ndarray:
 
 
 def _rounded(kind: str) -> Callable[[np.ndarray], np.ndarray]:
-    """A function that dequantises blocks of the GGUF type `kind` (such as Q4_1) to bf16, a few rows at a time.
+    """A function that dequantises blocks of the GGUF type `kind` (such as Q2_K) to bf16, a few rows at a time.
 
     The function raises PortError if the gguf library is not installed.
     """
@@ -263,8 +282,8 @@ BLOCKS: dict[str, Blocks] = {
     "Q8_0": Blocks("int8g32f16", 32, 34, _q8_0),
     "Q4_0": Blocks("int4g32f16", 32, 18, _q4_0),
     "Q5_0": Blocks("int8g32f16", 32, 22, _q5_0),
-    "Q4_1": Blocks("bf16", 32, 20, _rounded("Q4_1")),
-    "Q5_1": Blocks("bf16", 32, 24, _rounded("Q5_1")),
+    "Q4_1": Blocks("affine4g32f16", 32, 20, _q4_1),
+    "Q5_1": Blocks("affine8g32f16", 32, 24, _q5_1),
     "Q2_K": Blocks("bf16", 256, 84, _rounded("Q2_K")),
     "Q3_K": Blocks("q6_k", 256, 110, _q3_k),
     "Q4_K": Blocks("q4_k", 256, 144, _q4_k),

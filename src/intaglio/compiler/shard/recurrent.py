@@ -1,0 +1,144 @@
+"""The plan of blocks with recurrent state: which of their results are split among lanes, by heads or by channels."""
+
+from __future__ import annotations
+
+from intaglio.compiler.layout import Layout, LayoutError
+from intaglio.compiler.shard.shares import (
+    Plan,
+    Share,
+    cut,
+    heads_of,
+    is_partition,
+    joint,
+    keeps_whole,
+    scaled,
+    views_of,
+)
+from intaglio.ops import Decay, HeadLinear, Linear, LinearAttention, Norm, Op, RgLru, SelectiveScan, ShortConv
+from intaglio.program import Program
+
+Recurrence = LinearAttention | SelectiveScan | RgLru
+
+
+def plan_recurrence(p: Program, op: Recurrence, layout: Layout, plan: Plan) -> None:
+    """Add the shares of the block around a recurrence to `plan`: tp lanes divide its heads, or else its channels.
+
+    Shares are added for every result between the projections into the block and the one out of it, which sums over
+    lanes, and for the states: heads of linear attention, channels of the others. If some op of the block needs whole
+    operands, nothing is added, so that every lane runs the whole block. Raises LayoutError if tp does not fit the
+    number of heads or channels.
+    """
+    t = p.tensors
+    if isinstance(op, LinearAttention):
+        keys, values = map(int, t[op.state].shape[2:])
+        heads, groups = divide_heads(op.site, op.heads, int(t[op.k].shape[1]) // keys, layout.tp)
+        starts = {op.q: scaled(groups, keys), op.k: scaled(groups, keys), op.state: heads}
+        starts |= {name: scaled(heads, values) for name in (op.v, op.out)}
+        starts |= {x: scaled(heads, int(t[x].shape[1]) // op.heads) for x in (op.decay, op.beta) if x}
+    else:
+        width, blocks = int(t[op.x].shape[1]), 0
+        split = [op.x, op.out, op.state]
+        if isinstance(op, RgLru):
+            split += [op.input_gate, op.decay_gate]
+            gate = p.producer(op.input_gate)  # a product per block of columns, which stays whole
+            blocks = int(t[gate.w].shape[0]) if isinstance(gate, HeadLinear) else 0
+        else:
+            split += [op.step]
+        starts = dict.fromkeys(split, divide_channels(op.site, width, blocks, layout.tp))
+    found = spread(p, op, {name: shares * layout.ep for name, shares in starts.items()})
+    if found and not found.keys() & plan.keys():
+        plan |= found
+
+
+def divide_heads(site: str, heads: int, groups: int, lanes: int) -> tuple[list[Share], list[Share]]:
+    """(every lane's heads, the groups of q and k that they read). `heads` is a multiple of `groups`.
+
+    Lanes get near-equal numbers of groups with all their heads. If there are more lanes than groups, lanes that divide
+    the heads of a group have copies of the group. site: the op's site. Raises LayoutError if neither is possible.
+    """
+    each = heads // groups
+    if lanes <= groups:
+        own = cut(groups, lanes, ())
+        return scaled(own, each), own
+    fits = [n for n in range(1, heads + 1) if n <= groups or (n % groups == 0 and n // groups <= each)]
+    if lanes not in fits:
+        raise LayoutError(
+            f"{site} has {heads} heads in {groups} groups, which tp={lanes} does not divide; "
+            f"use tp={', '.join(map(str, fits))}"
+        )
+    within = [(g, r) for g in range(groups) for (r,) in cut(each, lanes // groups, ())]
+    return [(range(g * each + r.start, g * each + r.stop),) for g, r in within], [(range(g, g + 1),) for g, _ in within]
+
+
+def divide_channels(site: str, width: int, blocks: int, lanes: int) -> list[Share]:
+    """Every lane's channels, near-equal in number. Raises LayoutError for more lanes than blocks or channels.
+
+    site: the op's site. width: number of channels. blocks: number of equal blocks of channels that stay whole; 0: runs
+    end where cut() ends them.
+    """
+    if lanes > (blocks or width):
+        what = f"{blocks} blocks of {width // blocks}" if blocks else f"{width}"
+        raise LayoutError(f"{site} has {what} channels, too few for tp={lanes}; use tp={blocks or width} or less")
+    return scaled(cut(blocks, lanes, ()), width // blocks) if blocks else cut(width, lanes)
+
+
+def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
+    """The shares of all results and states of the block around `op`, by name. starts: shares of the op's own tensors.
+
+    Shares pass through ops whose columns are independent of each other, up to the linears that compute the block's
+    inputs and those that read its results. A result that is read through views has the shares of all its views.
+    Returns None if shares contradict each other, or if an op needs an operand whole that cannot be gathered.
+    """
+    found: Plan = {}
+    todo = list(starts.items())
+    while todo:
+        name, shares = todo.pop()
+        t = p.tensors[name]
+        if name in found:
+            if found[name] != shares:
+                return None
+            continue
+        found[name] = shares
+        if t.role == "output" or (views_of(p, name) and joint(p, name, found) != shares):
+            return None
+        if t.view and (base := joint(p, t.view[0], found)):
+            todo.append((t.view[0], base))
+        for other in [*p.uses(name)] if t.view else [p.producer(name), *p.uses(name)]:
+            if other is op and name not in starts:
+                return None
+            wanted = {} if other is op or other is None else demands(p, other, name, shares)
+            if wanted is None:
+                return None
+            todo += wanted.items()
+    return found if all(p.base(name) in found for name in found) else None
+
+
+def demands(p: Program, op: Op, name: str, shares: list[Share]) -> Plan | None:
+    """The shares, by name, that operands and results of `op` must have if its operand or result `name` has `shares`.
+
+    {} if the block ends at this op: a linear, or an op for which `name` is gathered. None if the op can neither have
+    such shares nor end the block.
+    """
+    width = int(p.tensors[name].shape[1])
+    match op:
+        case Linear() if name == op.out and not op.residual:
+            return {}
+        case ShortConv():
+            return dict.fromkeys((op.x, op.out, op.state), shares)
+        case Norm() if (
+            not op.residual
+            and not views_of(p, op.out)
+            and (keeps_whole(shares, op.group) or is_partition(shares, width))
+        ):
+            return dict.fromkeys((op.x, op.out), shares)
+        case Decay() if keeps_whole(shares, width // int(p.tensors[op.rate].shape[0])):
+            return dict.fromkeys((op.x, op.step, op.decay), shares)
+        case HeadLinear() if keeps_whole(shares, width // (heads := int(p.tensors[op.w].shape[0]))):
+            own = [heads_of(share, width // heads) for share in shares]
+            return {x: scaled(own, int(p.tensors[x].shape[1]) // heads) for x in (op.x, op.out)}
+        case Linear() if name == op.x and not op.activation and op.residual != name:
+            return {}
+    alike = [x for x in (*op.inputs, *op.outputs) if p.tensors[x].shape[1:] == (width,)]
+    if op.elementwise and op.inputs == op.operands("rows") and name in alike and op.outputs[0] in alike:
+        return dict.fromkeys(alike, shares)
+    return {} if name in op.inputs and is_partition(shares, width) else None

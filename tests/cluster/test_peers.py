@@ -1,0 +1,81 @@
+"""Prefill and decode apart without a shared folder: K/V blocks by TCP, the answers of one server, also after kills."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.clustered import Clustered, asked, clustered, compare, send
+from support.served import Served, wait_for
+from typer.testing import CliRunner
+
+from intaglio.cli import app
+from intaglio.cluster.admin import BLOCKS, cluster_folder
+from intaglio.llm import LLM
+from intaglio.runtime import RequestError
+from intaglio.tiers.peer import TOKEN_VARIABLE
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clustered]:
+    runtime = tmp_path_factory.mktemp("c")
+    words = "--prefill", "1", "--decode", "2", "--threads", "1", "--", "--kv-peer", "tcp://127.0.0.1:0"
+    with clustered(folder, runtime, 0, *words) as c:
+        assert not (cluster_folder("test") / BLOCKS).is_symlink()
+        yield c
+        c.wait_ready()
+
+
+def tier(cluster: Clustered, event: str, *names: str) -> float:
+    """A count of the K/V tiers of these replicas."""
+    return sum(cluster.metric(f'intaglio:kv_tier_blocks_total{{event="{event}",server="{name}"}}') for name in names)
+
+
+def test_a_decode_replica_fetches_the_blocks_of_the_prefill_replica(cluster: Clustered, alone: Served) -> None:
+    prompt = f"a prompt of its own, {random.randrange(10**9)}, of more than a few blocks. " * 8
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "ignore_eos": True, "stream": False, "seed": 5}
+    assert send(cluster.url, "/v1/completions", body) == send(alone.url, "/v1/completions", body)
+    assert cluster.metric('intaglio:router_prefills_total{result="handed"}') == 1
+    wait_for(lambda: tier(cluster, "hits", "d0", "d1") > 4)  # with the next load report
+    assert tier(cluster, "saved", "p0") >= tier(cluster, "hits", "d0", "d1")
+    assert not any(tier(cluster, event, "p0", "d0", "d1") for event in ("corrupt", "late", "errors"))
+
+
+def test_killed_prefill_and_decode_replicas_change_no_answer(cluster: Clustered, alone: Served) -> None:
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    print(f"{seed=}")
+    requests = [asked(rng, i) for i in range(10)]
+    for path, body in requests:  # prompts of their own, so that each is computed anew
+        if path == "/v1/completions" and isinstance(body["prompt"], str):
+            body["prompt"] = f"{rng.random()} {body['prompt']}"
+
+    def trouble() -> None:
+        wait_for(lambda: any(r["requests"] for r in cluster.replicas().values()))
+        cluster.kill("p0")
+        cluster.kill(rng.choice(["d0", "d1"]))
+
+    compare(cluster, alone, requests, trouble)
+    cluster.wait_ready()
+    assert sum(r["restarts"] for r in cluster.replicas().values()) == 2
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*words: str) -> str:
+        result = CliRunner().invoke(app, [*words])
+        assert result.exit_code != 0
+        return f"{result.exception} {result.output}"
+
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    assert "needs a token; set INTAGLIO_KV_TOKEN" in refused("serve", "--kv-peer", "tcp://127.0.0.1:0")
+    monkeypatch.setenv(TOKEN_VARIABLE, "short")
+    assert "use 16 or more" in refused("serve", "--kv-peer", "tcp://127.0.0.1:0")
+    monkeypatch.setenv(TOKEN_VARIABLE, "long enough for a token")
+    assert "is no address" in refused("serve", "--kv-peer", "127.0.0.1:0")
+    assert "does not go with --ray" in refused("cluster", "up", "--ray", "auto", "--", "--kv-peer", "tcp://127.0.0.1:0")
+    from intaglio.cli.serve import peer_address
+
+    with pytest.raises(RequestError, match="leave out one of them"):
+        LLM(kv_cache_dir=tmp_path, kv_peer=peer_address("tcp://127.0.0.1:0"))
