@@ -268,8 +268,8 @@ def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, fl
     chip, lib, best = target.chip, target.library, None
     sizes = lib.fused_query_tiles if chip.att_lanes else lib.query_tiles
     packs = (1, h.group) if lib.pack_gqa and h.group > 1 and not h.slopes else (1,)
-    cache = sum(n * (min(k, q + h.window) if h.window else k) for q, k, n in part)
-    cache *= h.kv_heads * (h.head_dim + h.v_dim) * h.bits / 8
+    keys = sum(n * (min(k, q + h.window) if h.window else k) for q, k, n in part)
+    cache = keys * h.kv_heads * (h.head_dim + h.v_dim) * h.bits / 8
     for rows, pack in ((r, p) for r in sizes for p in packs):
         wanted = AttendPlan(
             rows=max(rows, pack),
