@@ -31,7 +31,8 @@ ADMISSION_STEPS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0)
 def added(c: Compared, step: float, sequence: float) -> float:
     """Seconds of the host for each step of a row's server, if all open requests decode."""
     phase = "decode_" if c.row.group == "disaggregated" else ""
-    return step + sequence * c.row.concurrency / c.row.placement(phase).replicas
+    placement = c.row.placement(phase)
+    return step + sequence * c.row.concurrency / placement.replicas / placement.copies
 
 
 def step_error(found: list[Compared], step: float, sequence: float) -> float:

@@ -31,7 +31,7 @@ class EngineProfile:
         mixed: True if prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         kv: format of the K/V cache with 8-bit and 4-bit weights.
         step_s: the host's time for each step.
-        sequence_s: the host's time for each sequence of a step.
+        sequence_s: the host's time for each sequence of a step; each copy of attention has a host process for its own.
         request_s: the host's time for each request: HTTP, tokenizer, first text.
         prompt_token_s: the host's time for each token of a prompt.
         admission_steps: steps that a request waits for before it is admitted.

@@ -129,14 +129,14 @@ class Row:
             return Formats("bf16", kv, "weights", moe)  # published so: only experts have four bits
         return Formats(gemm, kv, "weights", moe if self.card in MIXTURES else "")
 
-    def profile(self, engine: EngineProfile) -> EngineProfile:
-        """The profile of the row's server: `engine` with the fields that differ for its release, model and layout.
+    def profile(self, general: EngineProfile) -> EngineProfile:
+        """The profile of the row's server: `general` with the fields that differ for its release, model and layout.
 
         Raises LayoutError if the row's sizes do not fit each other.
         """
         apart = self.group == "disaggregated"
         layout = "" if apart else str(self.placement())
-        return engine.of(self.columns.get("backend_version") or "", self.card or "", layout, apart)
+        return general.of(self.columns.get("backend_version") or "", self.card or "", layout, apart)
 
     def placement(self, phase: str = "") -> Placement:
         """How the chips share the model, as a Placement.

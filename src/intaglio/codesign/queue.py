@@ -30,7 +30,8 @@ class QueueSettings:
         max_sequences: most sequences that run at once, of all copies.
         mixed: True if chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         step_s: the host's time for each step, during which the chips wait.
-        sequence_s: the host's time for each sequence of a step, during which the chips wait.
+        sequence_s: the host's time for each sequence of a step, during which the chips wait. Each copy of attention has
+            a host process for its own sequences.
         request_s: the host's time for each request before its first token, outside the engine's steps.
         prompt_token_s: the host's time for each token of a request's prompt, outside the engine's steps.
         admission_steps: steps that a request waits for before it is admitted.
@@ -186,7 +187,7 @@ class Queue:
         return self.times.cost(n, self.keys / n + count * self.settings.tokens_per_step / 2)
 
     def _overhead(self, sequences: int) -> float:
-        return self.settings.step_s + self.settings.sequence_s * sequences
+        return self.settings.step_s + self.settings.sequence_s * sequences / self.times.copies
 
     def _mixed_step(self, n: int) -> None:
         s, decoding = self.settings, n if self.settings.mixed else 0

@@ -65,7 +65,7 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
     decoding = float(slots)
     for _ in range(ROUNDS):
         n = max(1, round(decoding))
-        overhead = s.step_s + s.sequence_s * n
+        overhead = s.step_s + s.sequence_s * n / copies
         plain, plain_j = times.cost(n, context) if output > 1 else (0.0, 0.0)
         budget = max(1, s.max_batch_tokens - (-(-n // copies) if s.mixed and output > 1 else 0)) * copies
         wanted = n * input / rounds  # prompt tokens for each step that decodes
@@ -85,7 +85,7 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
             parts = cut / together
         prompts = sum(m for *_, m in chunks)
         mixed, mixed_j = times.cost(n if s.mixed and output > 1 else 0, context, chunks)
-        mixed_s, plain_s = mixed + overhead + s.sequence_s * prompts, plain + overhead
+        mixed_s, plain_s = mixed + overhead + s.sequence_s * prompts / copies, plain + overhead
         share = n * parts / rounds  # steps with prompts for each step that decodes
         if s.mixed and output > 1:
             limit = rounds / parts  # sequences that decode if every step has prompts
