@@ -298,7 +298,7 @@ REFUSED_CONFIGS = {
     ),
     "rope_parameters": (
         {"rope_type": "spiral", "rope_theta": 1e4},
-        "rope type 'spiral' is not ported; known are default",
+        "rope_type='spiral' is not ported; known are default",
     ),
     "rope_scaling": ({"type": "llama3", "factor": 2}, "rope type 'llama3' needs 'low_freq_factor'"),
     "hidden_size": ("64", "hidden_size='64'; wanted an integer of 1 or more"),
@@ -371,6 +371,10 @@ def test_unknown_architectures():
         ("llama", {"head_dim": 32}, "", r"k_proj.bias is \[32\], config.json makes it \[64\] \(num_key_value"),
         ("qwen2", {"vocab_size": 264}, "", r"embed_tokens.weight is \[263, 64\], .* \[264, 64\] \(vocab_size"),
         ("qwen3", {}, "model.layers.1.self_attn.q_norm.weight", "lacks 1 tensors .*q_norm"),
+        (
+            "phi3", {"num_key_value_heads": 1}, "",
+            r"qkv_proj.weight is \[128, 64\], from which the port takes parts \(r.*num_key_value_heads\)",
+        ),
         ("phi3", {"intermediate_size": 97}, "", r"down_proj.weight is \[64, 96\].*\(hidden_size, intermediate"),
     ],
 )  # fmt: skip

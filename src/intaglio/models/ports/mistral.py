@@ -50,7 +50,7 @@ def ministral3(c: Config, context: int) -> Decoder:
         c.table["layer_types"] = ["sliding_attention"] * c.whole("num_hidden_layers")
     s, rope = sizes(c), parameters(c)
     return Decoder(
-        **s, **uniform_layers(c, s, context), norms=PRE, temper=float(rope.get("llama_4_scaling_beta", 0.0)),
+        **s, **uniform_layers(c, s, context), norms=PRE, temper=float(rope.get("llama_4_scaling_beta") or 0.0),
         temper_every=int(rope["original_max_position_embeddings"]), temper_from=0, temper_all=True,
     )  # fmt: skip
 

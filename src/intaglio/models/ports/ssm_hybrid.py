@@ -109,17 +109,17 @@ def falcon_h1(c: Config, context: int) -> Decoder:
     s = sizes(c)
     c.refuse("attention_bias", why="its projections are scaled, which is not ported with biases")
     inner = c.get("mamba_d_ssm") or int(c.real("mamba_expand") * s["hidden"])
-    into, scales = c.real("ssm_in_multiplier"), tuple(float(x) for x in c.get("ssm_multipliers", [1.0] * 5))
+    into, scales = c.real("ssm_in_multiplier"), c.numbers("ssm_multipliers", [1.0] * 5)
     if c.flag("mamba_proj_bias") and into != 1:
         raise PortError("config.json: mamba_proj_bias with ssm_in_multiplier is not ported")
     norm = ("first" if c.flag("mamba_norm_before_gate") else "gated") if c.flag("mamba_rms_norm") else ""
     scales = tuple(x * into for x in scales)
     scales = scales if any(x != 1 for x in scales) else ()
     mixer = ssm(c, inner, norm=norm, out_bias=c.flag("projectors_bias"), scales=scales)
-    attn, mlp = c.real("attention_in_multiplier"), c.get("mlp_multipliers", [1.0, 1.0])
+    attn, mlp = c.real("attention_in_multiplier"), c.numbers("mlp_multipliers", [1.0, 1.0])
     s["scale"] *= c.real("key_multiplier") * attn * attn
     s |= {"attn_scale": attn * c.real("attention_out_multiplier"), "mixer_scale": c.real("ssm_out_multiplier")}
-    s |= {"gate_scale": float(mlp[0]), "mlp_scale": float(mlp[1]), "mlp_bias": c.flag("mlp_bias")}
+    s |= {"gate_scale": mlp[0], "mlp_scale": mlp[1], "mlp_bias": c.flag("mlp_bias")}
     s |= {"embed_scale": c.real("embedding_multiplier"), "logit_scale": c.real("lm_head_multiplier")}
     layers = tuple(Layer(mixer=mixer, beside=True) for _ in range(c.whole("num_hidden_layers")))
     ropes = {"rope": table(c, parameters(c), s["head_dim"], context)}
@@ -140,7 +140,7 @@ def jamba(c: Config, context: int) -> Decoder:
     period, offset = c.whole("attn_layer_period"), int(c.get("attn_layer_offset", 0))
     layers = tuple(Layer("", mixer=None if i % period == offset else mixer) for i in range(n))
     m = Mixture(
-        count=c.whole("num_local_experts", c.get("num_experts")), top=c.whole("num_experts_per_tok"),
+        count=c.whole(c.either("num_local_experts", "num_experts")), top=c.whole("num_experts_per_tok"),
         width=s["intermediate"], sources=NAMED, block="feed_forward", router="router", route={"normalise": False},
     )  # fmt: skip
     d = Decoder(
@@ -161,6 +161,7 @@ def nemotron_h(c: Config, context: int) -> Decoder:
     found = c.get("layers_block_type") or c.get("layer_types") or [letters.get(x, x) for x in pattern or "ME*-"]
     c.table["num_hidden_layers"] = len(found)
     c.table["rms_norm_eps"], c.table["hidden_act"] = c.real("layer_norm_epsilon"), c.get("mlp_hidden_act")
+    c.named["hidden_act"] = "mlp_hidden_act"
     types = kinds(c, found)
     if "moe" in types:
         raise PortError("config.json: layers of type moe are not ported: their experts have no gate")
