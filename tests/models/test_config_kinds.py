@@ -76,6 +76,12 @@ def test_wrong_types_are_port_errors_that_name_the_key(row):
         ("llama", "hidden_act", ["silu"], r"hidden_act=\['silu'\] is not ported"),
         ("gpt_neo", "attention_types", [["global"]], "attention_types=.*; wanted a list of"),
         ("deepseekv2", "topk_method", "noaux_tc", "topk_method='noaux_tc' is not ported; known are greedy"),
+        ("ministral3", "sliding_window", 0, "sliding_window=0; wanted an integer of 1 or more"),
+        ("mistral", "sliding_window", 0, "sliding_window=0; wanted an integer of 1 or more"),
+        ("starcoder2", "sliding_window", 0, "sliding_window=0; wanted an integer of 1 or more"),
+        ("minicpm3", "scale_depth", 0.0, "scale_depth=0.0; wanted a number above 0"),
+        ("modernbert_decoder", "sliding_window", 0, "sliding_window=0; wanted an integer of 1 or more"),
+        ("aria_text", "hidden_act", "gelu", "hidden_act='gelu'; transformers' routed experts take silu alone"),
         ("mpt", "attn_config", {"clip_qkv": "abc"}, "attn_config.clip_qkv='abc'; wanted a number of 0 or more"),
     ],
 )

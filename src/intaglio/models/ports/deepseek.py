@@ -159,6 +159,7 @@ def minicpm3(c: Config, context: int) -> Decoder:
     if c.get("v_head_dim") is None:
         c.table["v_head_dim"] = c.whole("hidden_size") // c.whole("num_attention_heads")
     s = latent(c, context, "half") | {"scale": (c.whole("qk_nope_head_dim") + c.whole("qk_rope_head_dim")) ** -0.5}
+    s["mlp_bias"] = c.flag("mlp_bias")
     depth, base = c.get("scale_depth"), c.whole("dim_model_base", s["hidden"])
     return Decoder(
         **s, embed_scale=c.real("scale_emb"), residual_scale=float(depth) / len(s["layers"]) ** 0.5 if depth else 1.0,
