@@ -1,9 +1,10 @@
 """Cache-aware routing against round robin, over replicas of this package, under the same conversations.
 
 Users go on with conversations of their own after one of a few long system prompts, in a closed loop: a user's next turn
-is sent when the reply to the last one has come. Printed for each policy: mean time to first token, output tokens a
-second, share of prompt tokens found cached. Then the router's overhead at concurrency 1: the median time of a one-token
-request through the router with one replica, less that of one sent to the same replica directly, in turns.
+is sent when the reply to the last one has come, and the user has thought. Printed for each policy: mean time to first
+token, output tokens a second, prompt tokens found cached; and a bound of what any placement could reach. Then the
+router's overhead at concurrency 1: the median time of a one-token request through the router with one replica, less
+that of one sent to the same replica directly, in turns.
 
     python bench/router.py
 """
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import heapq
 import json
+import math
 import os
 import random
 import re
@@ -22,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -76,13 +80,31 @@ def text(rng: random.Random, words: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(words))
 
 
-async def ask(session: aiohttp.ClientSession, url: str, prompt: str, tokens: int) -> tuple[float, int, str]:
-    """(seconds to the first token, prompt tokens found cached, reply) of a streamed completion."""
+@dataclass(frozen=True)
+class Turn:
+    """One request of a user, and what came of it.
+
+    at: when it was sent, seconds after the first. ttft: seconds to its first token. tokens, cached: of its prompt.
+    new: those that are in no earlier prompt or reply of the user, nor in the system prompt. system: number of that.
+    number: of the turn, from 0.
+    """
+
+    at: float
+    ttft: float
+    tokens: int
+    cached: int
+    new: int
+    system: int
+    number: int
+
+
+async def ask(session: aiohttp.ClientSession, url: str, prompt: str, tokens: int) -> tuple[float, dict[str, Any], str]:
+    """(seconds to the first token, usage, reply) of a streamed completion."""
     body: dict[str, Any] = {
         "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
         "stream_options": {"include_usage": True},
     }  # fmt: skip
-    began, first, reply, cached = time.perf_counter(), 0.0, "", 0
+    began, first, reply, usage = time.perf_counter(), 0.0, "", {}
     async with session.post(f"{url}/v1/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.content:
@@ -90,33 +112,102 @@ async def ask(session: aiohttp.ClientSession, url: str, prompt: str, tokens: int
                 first = first or time.perf_counter() - began
                 chunk = json.loads(line[6:])
                 reply += "".join(choice["text"] for choice in chunk["choices"])
-                cached = (chunk["usage"] or {}).get("prompt_tokens_details", {}).get("cached_tokens", 0)
-    return first, cached, reply
+                usage = chunk["usage"] or usage
+    return first, usage, reply
 
 
-async def converse(url: str, a: argparse.Namespace) -> dict[str, float]:
-    """Mean seconds to the first token, output tokens a second and cached tokens a request of all conversations."""
+async def pace(session: aiohttp.ClientSession, url: str, words: int) -> tuple[float, float]:
+    """Seconds (of a step, of a prompt token) of an idle replica, from new prompts of few words and of `words`."""
+    rng, times = random.Random(time.time_ns()), dict[int, tuple[float, int]]()
+    for _ in range(3):
+        for n in (4, words):
+            first, usage, _ = await ask(session, url, f"{rng.random()} {text(rng, n)}", 1)
+            times[n] = min(times.get(n, (first, 0)), (first, usage["prompt_tokens"]))
+    (short, few), (long, many) = times[4], times[words]
+    per_token = max(0.0, long - short) / (many - few)
+    return max(0.0, short - few * per_token), per_token
+
+
+async def converse(url: str, a: argparse.Namespace) -> tuple[list[Turn], float, float]:
+    """(all turns of all conversations, output tokens a second, lower bound of the mean TTFT of these turns)."""
     rng = random.Random(a.seed)
     systems = [text(rng, a.system_words) for _ in range(a.systems)]
-    firsts: list[float] = []
-    cached: list[int] = []
+    turns: list[Turn] = []
 
-    async def user(n: int, session: aiohttp.ClientSession) -> None:
-        own = random.Random(f"{a.seed} {n}")
+    async def user(n: int, session: aiohttp.ClientSession, shared: list[int], began: float) -> None:
+        own, known = random.Random(f"{a.seed} {n}"), shared[n % len(shared)] if shared else 0
         prompt = systems[n % len(systems)] if a.systems else ""
         prompt += f"\nuser {n}: {text(own, a.own_words)}"
-        for _ in range(a.turns):
-            first, found, reply = await ask(session, url, prompt, a.output)
-            firsts.append(first)
-            cached.append(found)
+        await asyncio.sleep(own.random() * a.stagger)
+        for number in range(a.turns):
+            at = time.perf_counter() - began
+            first, usage, reply = await ask(session, url, prompt, a.output)
+            tokens, cached = usage["prompt_tokens"], usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+            turns.append(Turn(at, first, tokens, cached, max(1, tokens - known), n % max(1, a.systems), number))
+            known = tokens + a.output
             prompt += f"{reply}\n{text(own, a.turn_words)}\n"
+            await asyncio.sleep(own.expovariate(1 / a.think) if a.think else 0)
 
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(600)) as session:
+        per_step, per_token = await pace(session, url, a.system_words)
+        shared = [await tokens_of(session, url, system) for system in systems]
         began = time.perf_counter()
-        await asyncio.gather(*(user(n, session) for n in range(a.users)))
+        await asyncio.gather(*(user(n, session, shared, began) for n in range(a.users)))
         seconds = time.perf_counter() - began
-    return {"ttft": mean(firsts), "rate": len(firsts) * a.output / seconds, "cached": mean(cached)}
+    cores = os.cpu_count() or 1
+    at_once = min(a.replicas, cores // max(1, cores // a.replicas))
+    return turns, len(turns) * a.output / seconds, least_ttft(turns, shared, per_step, per_token, at_once)
+
+
+async def tokens_of(session: aiohttp.ClientSession, url: str, prompt: str) -> int:
+    """Number of tokens of a text."""
+    async with session.post(f"{url}/tokenize", json={"prompt": prompt}) as response:
+        response.raise_for_status()
+        return int((await response.json())["count"])
+
+
+def least_ttft(turns: list[Turn], shared: list[int], per_step: float, per_token: float, at_once: int) -> float:
+    """Lower bound of the mean TTFT of these turns over all placements, in seconds.
+
+    The larger of two bounds. Without queues: each turn takes a step and the time of its new tokens, after its system
+    prompt has been computed once. Without latencies: each token is computed once, and all replicas that can compute at
+    the same time (`at_once`) work as one, on the turn that has the least left (SRPT, which minimises the mean).
+
+    shared: tokens of the system prompts. per_step, per_token: seconds of an idle replica.
+    """
+    ready: dict[int, float] = {}
+    work: list[tuple[float, float]] = []  # (when it was sent, seconds of one replica)
+    alone = 0.0
+    for turn in sorted(turns, key=lambda turn: turn.at):
+        mine = turn.new * per_token
+        if shared and turn.system not in ready:
+            ready[turn.system] = turn.at + shared[turn.system] * per_token
+            work.append((turn.at, mine + shared[turn.system] * per_token))
+        else:
+            work.append((turn.at, mine))
+        alone += per_step + mine + max(0.0, ready.get(turn.system, 0.0) - turn.at)
+    return max(alone, srpt(work, at_once)) / len(turns)
+
+
+def srpt(work: list[tuple[float, float]], speed: float) -> float:
+    """Sum of the times from arrival to end of jobs (arrival, work) on one machine, the shortest remaining first."""
+    waiting: list[tuple[float, float]] = []  # (work left, arrival)
+    now = total = 0.0
+    arrivals = sorted(work)
+    for i, (arrival, seconds) in enumerate(arrivals):
+        now = max(now, arrival)
+        heapq.heappush(waiting, (seconds, arrival))
+        until = arrivals[i + 1][0] if i + 1 < len(arrivals) else math.inf
+        while waiting and now < until:
+            left, since = heapq.heappop(waiting)
+            done = min(left, (until - now) * speed)
+            now += done / speed
+            if done < left:
+                heapq.heappush(waiting, (left - done, since))
+            else:
+                total += now - since
+    return total
 
 
 async def overhead(routed: str, direct: str, n: int) -> tuple[float, float]:
@@ -148,22 +239,27 @@ def main() -> None:
     p.add_argument("--own-words", type=int, default=60)
     p.add_argument("--turn-words", type=int, default=20)
     p.add_argument("--output", type=int, default=16, help="Tokens of a reply.")
+    p.add_argument("--stagger", type=float, default=0.0, help="Seconds over which the users begin.")
+    p.add_argument("--think", type=float, default=0.0, help="Mean seconds from a reply to the next turn.")
     p.add_argument("--kv-tokens", type=int, default=16384, help="Of each replica.")
     p.add_argument("--overhead", type=int, default=300, help="Requests of the overhead's measurement; 0: leave it out.")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
     print(f"{os.cpu_count()} cores, {a.replicas} replicas, {a.users} users with {a.turns} turns")
-    seen: dict[str, dict[str, float]] = {}
+    seen: dict[str, tuple[float, float, float]] = {}  # by policy: mean TTFT, output tokens a second, least TTFT
     for policy in ("round-robin", "cache-aware"):
         with cluster(a.model, "--replicas", str(a.replicas), "--policy", policy, "--", "--kv-tokens",
                      str(a.kv_tokens)) as url:  # fmt: skip
-            seen[policy] = s = asyncio.run(converse(url, a))
-        print(f"{policy:12} mean TTFT {s['ttft'] * 1e3:8.1f} ms   {s['rate']:8.1f} output tokens/s   "
-              f"{s['cached']:6.0f} prompt tokens cached a request")  # fmt: skip
-    turns, ours = seen["round-robin"], seen["cache-aware"]
-    print(
-        f"cache-aware: TTFT {turns['ttft'] / ours['ttft']:.2f}x lower, throughput {ours['rate'] / turns['rate']:.2f}x"
-    )
+            turns, rate, least = asyncio.run(converse(url, a))
+        first, later = ([t.ttft for t in turns if (t.number == 0) is begins] for begins in (True, False))
+        seen[policy] = mean(t.ttft for t in turns), rate, least
+        cached, tokens = mean(t.cached for t in turns), mean(t.tokens for t in turns)
+        print(f"{policy:12} mean TTFT {seen[policy][0] * 1e3:8.1f} ms (first turns {mean(first) * 1e3:.1f}, later "
+              f"{mean(later or [0.0]) * 1e3:.1f})   {rate:8.1f} output tokens/s   "
+              f"{cached:6.0f} of {tokens:.0f} prompt tokens cached")  # fmt: skip
+    (old, old_rate, _), (new, new_rate, least) = seen["round-robin"], seen["cache-aware"]
+    print(f"cache-aware: TTFT {old / new:.2f}x lower, throughput {new_rate / old_rate:.2f}x")
+    print(f"no placement has a mean TTFT below {least * 1e3:.1f} ms here: at most {old / least:.2f}x lower")
     if a.overhead:
         with (
             tempfile.TemporaryDirectory() as folder,

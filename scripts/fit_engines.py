@@ -31,7 +31,8 @@ ADMISSION_STEPS = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0)
 def added(c: Compared, step: float, sequence: float) -> float:
     """Seconds of the host for each step of a row's server, if all open requests decode."""
     phase = "decode_" if c.row.group == "disaggregated" else ""
-    return step + sequence * c.row.concurrency / c.row.placement(phase).replicas
+    placement = c.row.placement(phase)
+    return step + sequence * c.row.concurrency / placement.replicas / placement.copies
 
 
 def step_error(found: list[Compared], step: float, sequence: float) -> float:
@@ -67,8 +68,10 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("--rows", type=int, default=60, help="of each engine, evenly spread over its rows")
     parser.add_argument("--engine", choices=list(engines()), help="only this one")
+    parser.add_argument("--kind", choices=("", "older", "apart"), help='only these rows; "": the others')
     asked = parser.parse_args()
-    for name, kind in itertools.product([asked.engine] if asked.engine else engines(), ("", "older", "apart")):
+    kinds = ("", "older", "apart") if asked.kind is None else (asked.kind,)
+    for name, kind in itertools.product([asked.engine] if asked.engine else engines(), kinds):
         profile = engine(name)
         mine = [
             r for r in rows(asked.table)

@@ -202,7 +202,7 @@ class LLM:
         self.state, max_sequences = state_spec(self.mesh, kv_tokens, max_sequences, state_cache_bytes, self.machine)
         if (kv_cache_dir or kv_peer) and window_tokens:
             raise RequestError(
-                "kv_cache_dir and kv_peer keep the K/V of all tokens, and window_tokens gives some back; leave one out"
+                "kv_cache_dir and kv_peer keep all K/V, and window_tokens gives some back; leave out one of them"
             )
         if kv_cache_dir or kv_peer or device == "silicon":
             window_tokens = window_tokens or 0

@@ -114,6 +114,48 @@ def test_choices_share_one_prefill() -> None:
     assert [sum(e.finish_reason is not None for e in events if e.index == i) for i in range(3)] == [1, 1, 1]
 
 
+def test_a_prompt_that_another_request_computes_is_not_computed_twice() -> None:
+    engine = oracle_engine(pages=64, max_batch_tokens=40)
+    first, second, other, salted = (
+        engine.add(request(id, prompt, max_tokens=5, salt=salt))[0]
+        for id, prompt, salt in (
+            ("first", range(30), None), ("second", [*range(28), 50, 51, 52], None),
+            ("other", [*range(4), *range(60, 70)], None), ("salted", range(30), "a"),
+        )
+    )  # fmt: skip
+    engine.step()
+    assert first.computed == 30 and second.state == "waiting"
+    run_checked(engine)
+    assert [s.cached_tokens for s in (first, second, other, salted)] == [0, 28, 4, 0]
+    assert all(s.output == truth(s) for s in (first, second, other, salted))
+
+
+def test_a_prompt_that_shares_little_with_another_does_not_wait() -> None:
+    engine = oracle_engine(pages=64, max_batch_tokens=60)
+    [first] = engine.add(request("first", range(30), max_tokens=5))
+    [second] = engine.add(request("second", [*range(8), *range(60, 80)], max_tokens=5))
+    engine.step()
+    assert (first.computed, second.computed) == (30, 28)
+
+
+@given(st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=30)
+def test_prompts_with_common_beginnings_all_end(rng: random.Random) -> None:
+    engine = oracle_engine(pages=rng.randrange(24, 64), max_batch_tokens=rng.randrange(4, 40))
+    stems = [rng.choices(range(VOCABULARY), k=rng.randrange(4, 30)) for _ in range(2)]
+    made = []
+    for i in range(10):
+        prompt = [*rng.choice(stems)[: rng.randrange(1, 30)], *rng.choices(range(VOCABULARY), k=rng.randrange(6))]
+        priority = rng.randrange(-1, 2)
+        made += engine.add(
+            request(f"r{i}", prompt, max_tokens=rng.randrange(1, 9), n=rng.choice((1, 1, 2)), priority=priority)
+        )
+        for _ in range(rng.randrange(3)):
+            engine.step()
+    run_checked(engine)
+    assert all(s.output == truth(s) and s.finish_reason == "length" for s in made)
+
+
 def test_cached_blocks_are_evicted_for_running_sequences() -> None:
     engine = oracle_engine(pages=8)
     rng = random.Random(5)

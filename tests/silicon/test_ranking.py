@@ -7,7 +7,7 @@ import random
 import pytest
 
 from intaglio.codesign.measured import Compared, Row
-from intaglio.codesign.ranking import CLOSE, rankings, rate, share_good
+from intaglio.codesign.ranking import CLOSE, MODEL_AND_CHIP, rankings, rate, share_good
 
 POINT = {
     "backend": "vllm", "backend_version": "1", "model_path": "x/Llama-3.1-8B-Instruct", "system": "h100_sxm",
@@ -57,3 +57,13 @@ def test_cases_need_points_and_two_layouts() -> None:
     assert rankings([*loads[:4], *(point(2, n, 0.01, 0.01, isl="256") for n in (1, 2, 4, 8))]) == []
     again = [*loads, loads[0]]  # measured twice: one point
     assert [r.points for r in rankings(again)] == [8]
+
+
+def test_a_case_may_be_a_model_and_a_chip() -> None:
+    """All that was measured of them is compared, whatever the engine, formats and lengths; layouts count once."""
+    loads = [point(tp, 4, tp * 0.01, 0.01, isl=isl, backend=b) for tp in (1, 2) for isl in ("1", "9") for b in "ab"]
+    path = [point(4, 4, 0.01, 0.01, model_path="y/Llama-3.1-8B-Instruct")]
+    (found,) = rankings([*loads, *path], least=1, same=MODEL_AND_CHIP, least_layouts=3)
+    assert (found.question, found.layouts, found.points) == (("llama-3.1-8b", "h100_sxm"), 3, 9)
+    assert found.best.startswith("tp1 with 4 open") and found.recommended.startswith("tp1 with 4 open")
+    assert rankings(loads, least=1, same=MODEL_AND_CHIP, least_layouts=3) == []

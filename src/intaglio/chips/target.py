@@ -172,7 +172,8 @@ def target(chip_name: str, library_name: str | None = None) -> Target:
     """The Target of a chip with a kernel library.
 
     chip_name, library_name: a name or a file (*.toml); library_name None: the chip's default library. Raises ChipError
-    for an unknown name or an invalid file, or if the library does not fit the chip.
+    for an unknown name or an invalid file, or if the library does not fit the chip; PluginError if a plugin fails to
+    load.
     """
     spec, own = chip_with_library(chip_name)
     return Target(spec, library(library_name or own))

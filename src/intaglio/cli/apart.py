@@ -38,7 +38,7 @@ def apart_table(
         concurrency: numbers of requests open at once. If empty, the layouts are those of one server, and the ratio of
             servers and the load with the most output per chip are searched for each pair of layouts.
         budget: most tokens of a step of one copy of attention (see Placement).
-        as_json: print JSON instead of a table.
+        as_json: True to print JSON instead of a table.
         plot: SVG file for a chart of output per chip; None: no chart.
         chips: number of chips that a search shares out.
 
@@ -105,7 +105,8 @@ def given_pairs(
         budget: most tokens of a step of one copy of attention.
         progress: called before each pair and concurrency.
 
-    Raises ValueError if there are not as many prefill as decode layouts, ChipError if a model does not fit.
+    Raises ValueError if there are not as many prefill as decode layouts, LayoutError for a wrong layout, ChipError if a
+    model does not fit.
     """
     from intaglio.codesign.disaggregated import Apart, serve_apart
     from intaglio.codesign.placement import Placement
@@ -149,6 +150,8 @@ def searched_pairs(
         chips: number of chips that the servers share.
         budget: most tokens of a step of one copy of attention.
         progress: called as pairs are searched.
+
+    Raises LayoutError for a wrong layout, ValueError for one with replicas or for responses of fewer than two tokens.
     """
     from intaglio.codesign import ratio
 

@@ -82,7 +82,8 @@ def launch(
 def agent_command(name: str, rendezvous: str, token_file: Path | None) -> list[str]:
     """The command line that starts an agent on the host `name`, as a list of words: over SSH, or here for localhost.
 
-    rendezvous: HOST:PORT to which the agent connects. token_file: path of the token, the same on every host.
+    rendezvous: HOST:PORT to which the agent connects. token_file: path of the token, the same on every host; None: no
+    token.
     """
     options = ["agent", "--rendezvous", rendezvous, "--once"]
     options += [] if token_file is None else ["--token-file", str(token_file.absolute())]

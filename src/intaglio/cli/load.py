@@ -24,7 +24,8 @@ def open_llm(
 ) -> LLM:  # fmt: skip
     """Load a model and return it as an LLM, with a progress bar.
 
-    no_cache: neither use nor keep packed weights on disk. The other arguments, and the errors, are those of LLM.
+    no_cache: True to neither use nor keep packed weights on disk. The other arguments, and the errors, are those of
+    LLM.
     """
     with progress_bar(f"loading {model or 'the bundled model'}") as progress:
         from intaglio.llm import LLM
@@ -59,8 +60,11 @@ def compile_model(
         kv_format: format of the K/V cache.
         context: largest context length; None: the model's own.
         report: a list to which one line for each compiler pass is appended, if not `raw`.
-        raw: leave the Program as ported.
+        raw: True to leave the Program as ported.
         revision: revision of a hub repository; None: its main branch.
+
+    Raises HubError if there is no such checkpoint, CheckpointError or PortError if it cannot be loaded, and FormatError
+    for an unknown format.
     """
     from intaglio.compiler import build
     from intaglio.model import BUNDLED

@@ -48,7 +48,7 @@ def checked_size(param: typer.CallbackParam, text: str) -> str:
 def checked_keys(param: typer.CallbackParam, keys: list[str] | None) -> list[str] | None:
     """Callback of an option for API keys: returns the keys unchanged.
 
-    Raises ValueError for an empty key, which a client that sends none would match.
+    Raises ValueError for an empty key, because a request without a key would match it.
     """
     if keys and not all(key.strip() for key in keys):
         raise ValueError(f"{param.opts[0]} is empty; give a key, or leave the option out to ask for none")

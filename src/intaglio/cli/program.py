@@ -114,7 +114,8 @@ def models(
 def show_account(folder: Path, context: int | None, as_json: bool) -> None:
     """Print which weights a checkpoint's tensors become, and which tensors, keys and files are ignored and why.
 
-    folder: a checkpoint folder or GGUF file, whose weights are not loaded. context: positions to compile for.
+    folder: a checkpoint folder or GGUF file, whose weights are not loaded. context: largest context length to compile
+    for; None: the model's own. Raises CheckpointError or PortError if the checkpoint cannot be read or is not ported.
     """
     from intaglio.models import account
 

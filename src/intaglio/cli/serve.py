@@ -81,7 +81,10 @@ def checked_peer(param: typer.CallbackParam, text: str | None) -> str | None:
 
 
 def peer_address(text: str | None) -> TcpAddress | None:
-    """The TcpAddress in the text of --kv-peer; None for None. Raises ValueError as address_with_token() does."""
+    """The TcpAddress in the text of --kv-peer; None for None.
+
+    Raises ValueError for a wrong address, and if INTAGLIO_KV_TOKEN is not set or too short.
+    """
     from intaglio.tiers.peer import TOKEN_VARIABLE
 
     return None if text is None else address_with_token(text, TOKEN_VARIABLE)

@@ -34,9 +34,9 @@ def steady_table(
         layouts: how chips share the model; each is a candidate on every target.
         concurrency: numbers of requests open at once; not used with `find`.
         budget: most tokens of a step of a copy of attention; None: 2048, and with `find` several are tried.
-        find: search for the best load of each candidate.
+        find: True to search for the best load of each candidate.
         by: "watt" or "chip": `find` maximises output tokens per second per watt or per chip.
-        as_json: print JSON instead of tables.
+        as_json: True to print JSON instead of tables.
         plot: SVG file for a chart of the designs; None: no chart.
 
     A candidate that cannot run is printed with the reason. Raises ValueError for another `by`, LayoutError for a wrong

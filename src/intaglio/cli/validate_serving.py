@@ -39,7 +39,7 @@ def validate_serving(
 ) -> None:
     """Serve the loads of measured servers in modelled time and compare latencies, by engine and class of model."""
     from intaglio.codesign import measured
-    from intaglio.codesign.ranking import LEAST, rankings
+    from intaglio.codesign.ranking import LEAST, MODEL_AND_CHIP, rankings
 
     if split not in (None, "fit", "test"):
         raise ValueError(f"--split {split}; use fit or test")
@@ -59,6 +59,9 @@ def validate_serving(
     ranked = {
         f"at least {LEAST} layouts and loads": rankings(compared) if ranking else [],
         "at one load": rankings(compared, at_one_load=True, least=2) if ranking else [],
+        f"model and chip, at least {LEAST} layouts": (
+            rankings(compared, same=MODEL_AND_CHIP, least_layouts=LEAST) if ranking else []
+        ),
     }
     if as_json:
         figures = [{k: v for k, v in asdict(a).items() if k != "worst"} for a in found]

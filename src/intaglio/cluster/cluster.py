@@ -206,7 +206,7 @@ class Cluster:
         return moved
 
     async def _stop_drained(self, name: str) -> None:
-        """Wait until a drained replica has no requests, at most DRAIN_TIMEOUT, then stop and forget it.
+        """Wait until a drained replica has no requests, at most DRAIN_TIMEOUT seconds, then stop and forget it.
 
         A replica that has not served yet is given up.
         """

@@ -47,7 +47,10 @@ class Launched(Protocol):
         """Process id of the process on its node; None before start()."""
 
     async def start(self) -> Link:
-        """Start the process and return the Link to it once it serves. Raises ReplicaFailed or OSError."""
+        """Start the process and return the Link to it once it serves.
+
+        Raises ReplicaFailed if it does not serve in time, OSError if it cannot be started or connected to.
+        """
 
     async def wait(self) -> int:
         """Wait until the process has ended. Returns its exit code."""
@@ -59,7 +62,7 @@ class Launched(Protocol):
         """End the process and all that it started, at once."""
 
     def trim_log(self) -> None:
-        """Move the log's content aside if the log is long. Raises OSError."""
+        """Move the log's content aside if the log is long. Raises OSError if that fails."""
 
 
 class ReplicaProcess:
@@ -112,8 +115,8 @@ class ReplicaProcess:
     async def listen(self, host: str, token: str) -> TcpAddress:
         """Start the process with its control channel over TCP, at `host`. Returns its address once it serves.
 
-        token: secret of at least 16 characters that a client must know. Raises ReplicaFailed, with the end of the log,
-        if the process ends first or does not serve within STARTING seconds.
+        token: secret of at least 16 bytes that a client must know. Raises ReplicaFailed, with the end of the log, if
+        the process ends first or does not serve within STARTING seconds.
         """
 
         async def found() -> TcpAddress | None:
@@ -184,7 +187,7 @@ class ReplicaProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def trim_log(self) -> None:
-        """Move the content of the log to NAME.log.1 if it is longer than LOG_BYTES. Raises OSError.
+        """Move the content of the log to NAME.log.1 if it is longer than LOG_BYTES. Raises OSError if that fails.
 
         The log is copied and then emptied, because the process has it open and goes on appending to it.
         """

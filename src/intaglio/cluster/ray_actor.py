@@ -54,7 +54,7 @@ class ReplicaActor:
         self.process.kill()
 
     async def trim_log(self) -> None:
-        """Move the log's content aside if the log is long. Raises OSError."""
+        """Move the log's content aside if the log is long. Raises OSError if that fails."""
         self.process.trim_log()
 
 

@@ -203,7 +203,11 @@ class RayReplica(Launched):
         )
 
     async def _unless_killed(self, call: Any, seconds: float | None) -> Any:
-        """The result of a call of the actor. Raises RayError, TimeoutError, and ReplicaFailed once kill() is called."""
+        """The result of `call`, a call of the actor.
+
+        Raises RayError if the call fails, TimeoutError after `seconds` (None: never), and ReplicaFailed once kill() is
+        called.
+        """
 
         async def result() -> Any:
             return await call

@@ -217,7 +217,7 @@ class RelayedRequest:
         """True if a refused request is tried again until its deadline, however often it is refused.
 
         This holds if the request has a deadline and has output so far, and if the replica refused because it is busy.
-        code: the code of the refusal.
+        code: the code of the refusal; None if it has none.
         """
         return bool(self.deltas) and code in BUSY and self.job.deadline is not None
 

@@ -218,8 +218,8 @@ class Search:
     def weight(self, number: int, common: bool) -> float:
         """Weight of a sample, by its index, in the choice of a constant: PRODUCTS_WEIGHT or 1.
 
-        It is PRODUCTS_WEIGHT for matrix products if `common`. common: the constant affects every family. The closed
-        form of products is the most exact, so their rows are the least biased about memories and launches.
+        It is PRODUCTS_WEIGHT for matrix products if `common`. common: True if the constant affects every family. The
+        closed form of products is the most exact, so their rows are the least biased about memories and launches.
         """
         return PRODUCTS_WEIGHT if common and self.data[number].table == "matmul" else 1.0
 
@@ -296,7 +296,7 @@ class Search:
     def run(self, facts: bool, progress: Progress = silent, name: str = "") -> Target:
         """Search, in one round for each step size in STEPS, and return the most likely target found.
 
-        facts: choose the kernels' properties in FACTS too, besides fitting constants. name: description for `progress`.
+        facts: True to choose the kernels' properties in FACTS too. name: description for `progress`.
         """
         for number, step in enumerate(STEPS):
             progress(number, len(STEPS), name)
@@ -415,7 +415,7 @@ def left_out(
 
     The errors of a fold's rows are those of the fit to the other folds. turns: arrays of the number of each row's fold,
     one for each sample.
-    facts: choose the kernels' properties in FACTS too, besides fitting constants.
+    facts: True to choose the kernels' properties in FACTS too, besides fitting constants.
     """
     errors, others = [np.zeros(len(s.rows)) for s in used], []
     for fold in range(folds):

@@ -28,10 +28,10 @@ class EngineProfile:
         max_batch_tokens: most tokens of a step of one copy of attention.
         max_sequences: most sequences that run at once, for each copy of attention.
         memory_share: fraction of a chip's HBM that weights, activations and K/V cache may fill.
-        mixed: prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
+        mixed: True if prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         kv: format of the K/V cache with 8-bit and 4-bit weights.
         step_s: the host's time for each step.
-        sequence_s: the host's time for each sequence of a step.
+        sequence_s: the host's time for each sequence of a step; each copy of attention has a host process for its own.
         request_s: the host's time for each request: HTTP, tokenizer, first text.
         prompt_token_s: the host's time for each token of a prompt.
         admission_steps: steps that a request waits for before it is admitted.
@@ -121,10 +121,11 @@ class EngineProfile:
         return not release or () < numbers(release) < numbers(self.older["before"])
 
     def of(self, release: str, card: str = "", layout: str = "", apart: bool = False) -> EngineProfile:
-        """The profile of one server: with the fields of `apart` or, if is_older(release), `older`, then of its recipes.
+        """The profile of one server: this one, with the fields changed that differ for the server.
 
-        release: such as 0.17.0. card: name of the model's card. layout: text of the server's Placement. apart: prefill
-        and decode have servers of their own; `older` then does not count.
+        First the fields of `apart` are taken if prefill and decode have servers of their own, else those of `older` if
+        is_older(release). Then come the fields of each recipe for the server. release: such as 0.17.0. card: name of
+        the model's card. layout: text of the server's Placement. apart: True for such servers of their own.
         """
         older = {k: v for k, v in self.older.items() if k != "before"} if self.is_older(release) else {}
         changes = dict(self.apart if apart else older)

@@ -51,7 +51,7 @@ class Row:
     Attributes:
         columns: name to text.
         twin: the row with the same measurement from which this row's prefill and decode servers are taken, if its own
-            columns do not say how many there are; see completed().
+            columns do not say how many there are; see completed(). None: no such row.
     """
 
     columns: dict[str, str]
@@ -129,11 +129,14 @@ class Row:
             return Formats("bf16", kv, "weights", moe)  # published so: only experts have four bits
         return Formats(gemm, kv, "weights", moe if self.card in MIXTURES else "")
 
-    def profile(self, engine: EngineProfile) -> EngineProfile:
-        """The profile of the row's server: that of its engine with what differs for its release, model and layout."""
+    def profile(self, general: EngineProfile) -> EngineProfile:
+        """The profile of the row's server: `general` with the fields that differ for its release, model and layout.
+
+        Raises LayoutError if the row's sizes do not fit each other.
+        """
         apart = self.group == "disaggregated"
         layout = "" if apart else str(self.placement())
-        return engine.of(self.columns.get("backend_version") or "", self.card or "", layout, apart)
+        return general.of(self.columns.get("backend_version") or "", self.card or "", layout, apart)
 
     def placement(self, phase: str = "") -> Placement:
         """How the chips share the model, as a Placement.
@@ -207,10 +210,10 @@ def rows(path: Path) -> list[Row]:
 
 
 def completed(found: Sequence[Row]) -> list[Row]:
-    """The rows, as a list; those without a number of prefill or decode servers get it from a row that repeats them.
+    """The rows, as a list. Those that do not say how many prefill or decode servers there are get it from their twin.
 
-    Such a row, the twin, states all servers and has the same engine, release, card, chip, formats, lengths and open
-    requests, and the same measured latencies to the last digit: it is another entry of the same experiment. All columns
+    The twin of a row is another entry of the same experiment: it states all servers and has the same engine, release,
+    card, chip, formats, lengths and open requests, and the same measured latencies to the last digit. All columns
     of servers are taken from it, since entries without numbers of servers also leave out data-parallel attention. A row
     is unchanged if it has no twin, or twins that differ.
     """
@@ -228,14 +231,14 @@ def completed(found: Sequence[Row]) -> list[Row]:
 
 
 def experiment(row: Row) -> tuple[str, ...]:
-    """What two rows of one experiment have in common: all of the row but its servers and its model's path."""
+    """A tuple of texts that is equal for rows of one experiment: the row without its servers and its model's path."""
     left_out = ("model_path", *(k for k in row.columns if k.startswith(APART)))
     return (row.card or "", *(f"{k}={v}" for k, v in sorted(row.columns.items()) if k not in left_out))
 
 
 @lru_cache(maxsize=64)
 def whole(card: str) -> Program:
-    """The uncompiled Program of a whole model. card: name of a config that ships with the package."""
+    """The uncompiled Program of a whole model. card: name of a shipped config. Raises ValueError for another name."""
     return ported(card, None)
 
 
@@ -256,8 +259,8 @@ def times(
 def compare(row: Row, profile: EngineProfile, closed_form: bool = False) -> Compared:
     """Serve a row's load in virtual time by the engine `profile`. Returns the Compared, with modelled latencies.
 
-    If the row cannot be modelled, `refused` of the result says why. closed_form: for aggregated servers, take the
-    steady state of steady.estimate() instead of the queue, in about a tenth of the time.
+    If the row cannot be modelled, `refused` of the result says why. closed_form: True to take, for aggregated servers,
+    the steady state of steady.estimate() instead of the queue, in about a tenth of the time.
     """
     if why := row.refusal():
         return Compared(row, refused=why)
@@ -310,8 +313,8 @@ def compare_all(
 ) -> Iterator[Compared]:  # fmt: skip
     """Yield the Compared of each row, in an order in which each server is compiled once.
 
-    profiles: function from an engine's name to its EngineProfile; its errors are raised. closed_form: for aggregated
-    servers, take the steady state of steady.estimate() instead of the queue.
+    profiles: function from an engine's name to its EngineProfile; its errors are raised. closed_form: True to take, for
+    aggregated servers, the steady state of steady.estimate() instead of the queue.
     """
     cached: dict[str, EngineProfile] = {}
     ordered = sorted(found, key=lambda r: (r.card or "", [r.columns.get(c) or "" for c in sorted(r.columns)]))

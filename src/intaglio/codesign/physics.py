@@ -118,7 +118,7 @@ def random_model(rng: np.random.Generator) -> tuple[str, Program]:
 
 
 def draw(rng: np.random.Generator, card: str | None = None) -> Draw:
-    """A random Draw. card: name of a shipped config; None: a random model."""
+    """A random Draw. card: name of a shipped config; None: a random model. Raises ValueError for another name."""
     on, changes = random_chip(rng)
     name, program = (card, ported(card, None)) if card else random_model(rng)
     reachable = [x for x in LAYOUTS if Layout.parse(x).tp <= max(1, on.chip.links.max_chips)]

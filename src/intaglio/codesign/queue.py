@@ -28,9 +28,10 @@ class QueueSettings:
         kv_tokens: tokens that the K/V cache holds; a request is admitted if its prompt and whole response fit.
         max_batch_tokens: most tokens of a step of each copy of attention; a longer prompt is prefilled in chunks.
         max_sequences: most sequences that run at once, of all copies.
-        mixed: chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
+        mixed: True if chunks of prompts and decoding sequences share steps; False: a step with prompts decodes nothing.
         step_s: the host's time for each step, during which the chips wait.
-        sequence_s: the host's time for each sequence of a step, during which the chips wait.
+        sequence_s: the host's time for each sequence of a step, during which the chips wait. Each copy of attention has
+            a host process for its own sequences.
         request_s: the host's time for each request before its first token, outside the engine's steps.
         prompt_token_s: the host's time for each token of a request's prompt, outside the engine's steps.
         admission_steps: steps that a request waits for before it is admitted.
@@ -176,7 +177,7 @@ class Queue:
         return self.now + count * (self._mean_cost(count)[0] + self._overhead(len(self.running)))
 
     def _equal_steps(self) -> int:
-        """Number of decode steps up to the next end of a response or look for requests that wait, at most LEAP."""
+        """Number of decode steps, 1 to LEAP, until a response ends or the engine looks for requests that wait."""
         until_look = self.settings.poll_steps - self.unlooked if self.seen < len(self.waiting) else LEAP
         return max(1, min(self.running[0][0] - self.counter, until_look, LEAP))
 
@@ -186,7 +187,7 @@ class Queue:
         return self.times.cost(n, self.keys / n + count * self.settings.tokens_per_step / 2)
 
     def _overhead(self, sequences: int) -> float:
-        return self.settings.step_s + self.settings.sequence_s * sequences
+        return self.settings.step_s + self.settings.sequence_s * sequences / self.times.copies
 
     def _mixed_step(self, n: int) -> None:
         s, decoding = self.settings, n if self.settings.mixed else 0
@@ -254,7 +255,8 @@ class Queue:
         self.held -= one.length
         s, planned = self.settings, one.planned
         each = (self.now - one.first) / max(1, planned.output - 1)
-        added = s.request_s + s.prompt_token_s * planned.prompt + s.admission_steps * each
+        step = each * s.tokens_per_step
+        added = s.request_s + s.prompt_token_s * planned.prompt + s.admission_steps * step
         first, end = one.first - one.start + added, self.now - one.start + added
         gaps = ((end - first) / (planned.output - 1),) if planned.output > 1 else ()
         self.done.append(Outcome(planned, one.start, end, first, gaps, planned.prompt, planned.output))

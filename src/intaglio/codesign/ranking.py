@@ -1,8 +1,9 @@
 """Whether the model recommends the layouts that measured servers prefer.
 
-A case is one question: model, chip, serving engine and release, formats and lengths. Its points are the
-layouts and numbers of open requests that were measured. The model recommends the point with the most output tokens per
-second per chip, by its own latencies; the recommendation is good if that point's measured rate is close to the best.
+A case is one question: model, chip, serving engine and release, formats and lengths; or only a model and a chip, with
+all that was measured of them. Its points are the layouts and numbers of open requests that were measured. The model
+recommends the point with the most output tokens per second per chip, by its own latencies; the recommendation is good
+if that point's measured rate is close to the best.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ SAME = (
     "backend", "backend_version", "model_path", "system", "isl", "osl", "gemm_quant_mode", "moe_quant_mode",
     "precision",
 )  # fmt: skip
+MODEL_AND_CHIP = ("card", "system")  # `card` is the name of the model's card, whatever its path
 
 
 def rate(row: Row, ttft: float, tpot: float) -> float:
@@ -32,7 +34,8 @@ class Ranked:
     """A case: its points, the one that the model recommends and the one that measured best.
 
     Attributes:
-        question: values of the columns SAME, and the number of open requests if only points of one load are compared.
+        question: values of the columns that the points have in common, and the number of open requests if only points
+            of one load are compared.
         layouts: number of different layouts.
         points: number of different pairs of layout and number of open requests.
         recommended: layout and open requests with the most modelled output tokens/s per chip, in words.
@@ -53,39 +56,49 @@ class Ranked:
         return self.reached >= CLOSE
 
 
-def rankings(compared: Sequence[Compared], at_one_load: bool = False, least: int = LEAST) -> list[Ranked]:
-    """A list with a Ranked for each case of aggregated servers that has two or more layouts and `least` or more points.
+def rankings(
+    compared: Sequence[Compared], at_one_load: bool = False, least: int = LEAST, same: Sequence[str] = SAME,
+    least_layouts: int = 2,
+) -> list[Ranked]:  # fmt: skip
+    """A list with a Ranked for each case of aggregated servers with enough layouts and points; none for refused rows.
 
-    at_one_load: compare only points with equal numbers of open requests. Refused rows are left out.
+    Args:
+        compared: measured and modelled latencies.
+        at_one_load: True to compare only points with equal numbers of open requests.
+        least: points of a case, at least.
+        same: columns that the points of a case have in common; points differ if any other of SAME does.
+        least_layouts: different layouts of a case, at least, 2 or more.
     """
     cases: dict[tuple[str, ...], list[Compared]] = {}
     for c in compared:
         if not c.refused and c.row.group != "disaggregated":
             more = (f"{c.row.concurrency} open",) if at_one_load else ()
-            asked = tuple(c.row.columns.get(name) or "" for name in SAME) + more
-            cases.setdefault(asked, []).append(c)
-    return [
-        ranked
-        for asked, mine in sorted(cases.items())
-        if (ranked := ranked_case(asked, mine)) and ranked.points >= least
-    ]
+            cases.setdefault(values(c.row, same) + more, []).append(c)
+    found = (
+        ranked_case(asked, mine, [name for name in SAME if name not in same]) for asked, mine in sorted(cases.items())
+    )
+    return [r for r in found if r.points >= least and r.layouts >= max(2, least_layouts)]
 
 
-def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared]) -> Ranked | None:
-    """The Ranked of the rows of one case; None if they have only one layout.
+def values(row: Row, names: Sequence[str]) -> tuple[str, ...]:
+    """A tuple of the row's texts in these columns; `card` stands for the name of its model's card."""
+    return tuple((row.card if name == "card" else row.columns.get(name)) or "" for name in names)
 
-    Rows of the same layout and number of open requests count as one point, with their mean rates. asked: the question.
+
+def ranked_case(asked: tuple[str, ...], mine: Sequence[Compared], others: Sequence[str]) -> Ranked:
+    """The Ranked of the rows of one case. asked: the question.
+
+    Rows of the same layout, number of open requests and columns `others` count as one point, with their mean rates.
     """
-    points: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    points: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for c in mine:
         pair = rate(c.row, c.row.ttft, c.row.tpot), rate(c.row, c.ttft, c.tpot)
-        points.setdefault((str(c.row.placement()), c.row.concurrency), []).append(pair)
-    layouts = {layout for layout, _ in points}
-    if len(layouts) < 2:
-        return None
+        name = f"{c.row.placement()} with {c.row.concurrency} open"
+        points.setdefault((name, *values(c.row, others)), []).append(pair)
     seen = {point: [statistics.fmean(p[i] for p in pairs) for i in (0, 1)] for point, pairs in points.items()}
     best, chosen = (max(seen, key=lambda point, i=i: seen[point][i]) for i in (0, 1))  # type: ignore[misc]
-    first, second = (f"{layout} with {n} open" for layout, n in (chosen, best))
+    first, second = (" ".join(filter(None, point)) for point in (chosen, best))
+    layouts = {str(c.row.placement()) for c in mine}
     return Ranked(asked, len(layouts), len(points), first, second, seen[chosen][0] / seen[best][0])
 
 

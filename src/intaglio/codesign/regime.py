@@ -27,7 +27,13 @@ CAUSES = {
 
 @dataclass(frozen=True)
 class Call:
-    """A modelled call: its Timing, and how many seconds of it are launch overhead."""
+    """A modelled call.
+
+    Attributes:
+        on: chip and kernel library.
+        timing: its Timing.
+        launch_s: seconds of it that are launch overhead.
+    """
 
     on: Target
     timing: Timing
@@ -35,14 +41,17 @@ class Call:
 
     @property
     def busiest(self) -> tuple[str, float]:
-        """(engine or memory that is busy longest, its share of the time that launches leave); ("", 0) if none is."""
+        """(name of the engine or memory that is busy longest, its share of the time without launch overhead).
+
+        ("", 0) if none is busy.
+        """
         rest = self.timing.seconds - self.launch_s
         name = max(self.timing.busy, key=lambda e: self.timing.busy[e], default="")
         return (name, min(1.0, self.timing.busy[name] / rest)) if name and rest > 0 else ("", 0.0)
 
     @property
     def regime(self) -> str:
-        """One of REGIMES."""
+        """What bounds the modelled time: one of REGIMES."""
         if self.launch_s >= LAUNCH_SHARE * self.timing.seconds:
             return "launch-bound"
         name, share = self.busiest
@@ -58,7 +67,7 @@ class Call:
         return waves, jobs - max(0, waves - 1) * cores
 
     def cause(self, measured_s: float) -> str:
-        """Which of CAUSES fits best if the modelled time is far from this measured one."""
+        """The key of CAUSES that fits best if the modelled time is far from the measured time `measured_s`."""
         chip, t = self.on.chip, self.timing
         if t.hbm_bytes > measured_s * chip.hbm_bytes_per_s:
             return "bandwidth"
@@ -72,7 +81,7 @@ class Call:
         return self.regime
 
     def reason(self, measured_s: float) -> str:
-        """A sentence part: the cause of the error, with its numbers."""
+        """Part of a sentence that gives the cause of the error, with numbers. measured_s: the measured time."""
         chip, t = self.on.chip, self.timing
         name, share = self.busiest
         waves, last = self.last_wave
@@ -98,7 +107,10 @@ class Call:
         return f"{name} is busy for {share:.0%} of the modelled time after the launch{self._reached(measured_s)}"
 
     def _reached(self, measured_s: float) -> str:
-        """Text with the share of a peak rate that the measured call reached: the chip's FLOP/s, or else HBM's bytes."""
+        """Text with the share of a peak rate that the measured call reached: of HBM if a memory is busiest, or FLOP/s.
+
+        "" if no memory is busiest and the call has no FLOPs.
+        """
         chip, t = self.on.chip, self.timing
         if self.busiest[0] in MEMORIES:
             return f"; measured at {t.hbm_bytes / measured_s / chip.hbm_bytes_per_s:.0%} of HBM's peak"

@@ -198,7 +198,8 @@ def simulate_serving(
         seed: seed of the prompts' token ids. They are random, so that no prompt shares a prefix with another.
         progress: called as requests end.
 
-    Raises ChipError if weights and K/V cache do not fit, ValueError for a request longer than the context.
+    Raises ChipError if weights and K/V cache do not fit, ValueError for a request longer than the context, LayoutError
+    for a wrong layout.
     """
     check_context(program, max(requests, key=lambda r: r.prompt + r.output))
     device = SiliconDevice(target, values=NONE, stages=stages, overhead_s=settings.step_overhead_s)

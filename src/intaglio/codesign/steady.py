@@ -65,7 +65,7 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
     decoding = float(slots)
     for _ in range(ROUNDS):
         n = max(1, round(decoding))
-        overhead = s.step_s + s.sequence_s * n
+        overhead = s.step_s + s.sequence_s * n / copies
         plain, plain_j = times.cost(n, context) if output > 1 else (0.0, 0.0)
         budget = max(1, s.max_batch_tokens - (-(-n // copies) if s.mixed and output > 1 else 0)) * copies
         wanted = n * input / rounds  # prompt tokens for each step that decodes
@@ -85,7 +85,7 @@ def estimate(times: Costs, s: QueueSettings, input: int, output: int, concurrenc
             parts = cut / together
         prompts = sum(m for *_, m in chunks)
         mixed, mixed_j = times.cost(n if s.mixed and output > 1 else 0, context, chunks)
-        mixed_s, plain_s = mixed + overhead + s.sequence_s * prompts, plain + overhead
+        mixed_s, plain_s = mixed + overhead + s.sequence_s * prompts / copies, plain + overhead
         share = n * parts / rounds  # steps with prompts for each step that decodes
         if s.mixed and output > 1:
             limit = rounds / parts  # sequences that decode if every step has prompts
@@ -223,7 +223,8 @@ class Candidate:
     def design(self, concurrency: int, settings: QueueSettings, seen: Estimate, confirmed: bool) -> Design:
         """The Design of all replicas, from the figures `seen` of one server.
 
-        concurrency: requests open on one server. confirmed: the figures are those of the queue, not of estimate().
+        concurrency: requests open on one server. confirmed: True if the figures are those of the queue, not of
+        estimate().
         """
         p, q = self.server.placement, self.question
         held = min(settings.kv_tokens, concurrency * (q.input + q.output / 2)) / p.copies
@@ -247,7 +248,7 @@ class Candidate:
         """The Design by the simulated queue of one server.
 
         concurrency: requests open on it. budget: most tokens of a step. turns: requests served, for each that is open.
-        Raises ValueError if a request does not fit the K/V cache.
+        Raises ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
         """
         q, settings = self.question, self.settings(budget)
         if q.input + q.output > settings.kv_tokens:
@@ -334,11 +335,13 @@ def find(
     those that break a limit in the queue.
 
     Args:
-        asked: the candidates; one that keeps the limits with no load is left out.
+        asked: the candidates; one that breaks a limit under every load is left out.
         budgets: most tokens of a step, to try.
         by: what is maximised: "watt", output tokens per second per watt, or "chip", per chip.
         keep: how many of the best estimates are confirmed, see confirm().
         progress: called before each candidate.
+
+    Raises ValueError if a request does not fit a K/V cache.
     """
     value: Callable[[Design], float] = lambda d: d.per_watt if by == "watt" else d.per_chip  # noqa: E731
     best: list[tuple[Design, Candidate]] = []
@@ -369,7 +372,7 @@ def confirm(one: Candidate, design: Design) -> Design:
     """The Design of `one` by the simulated queue, with the load of `design`, or less until the limits are kept.
 
     There are up to 12 tries, each with 10 % fewer requests open than the one before. The last is returned even if it
-    breaks a limit. Raises ValueError if a request does not fit the K/V cache.
+    breaks a limit. Raises ValueError if a request does not fit the K/V cache, ChipError if no K/V block fits.
     """
     concurrency = design.concurrency // design.placement.replicas
     for _ in range(12):

@@ -315,7 +315,7 @@ class StepTimes:
 
     @cached_property
     def passes(self) -> int:
-        """Times that a decode step reads a sequence's keys and values, compared with a step of one query.
+        """How often a decode step reads a sequence's keys and values, as a multiple of a step of one query.
 
         Rows of all queries, and of the heads that share a K/V head, are multiplied together, in tiles of as many rows
         as the library's attention kernel takes at least.

@@ -46,8 +46,8 @@ def integers(row: Row, *names: str) -> list[int]:
 def matmul(on: Target, row: Row) -> Timing:
     """The Timing of the matrix product that a row describes.
 
-    With 8-bit weights they include the kernels that quantise bf16 activations. Raises ChipError if the chip's arrays do
-    not take the row's format.
+    With 8-bit weights the Timing includes the kernels that quantise bf16 activations. Raises ChipError if the chip's
+    arrays do not take the row's format.
     """
     m, n, k = integers(row, "m", "n", "k")
     format = FORMAT[row["dtype"]]
@@ -116,8 +116,8 @@ def expert_rows(tokens: int, top_k: int, n: int, ep: int, load: str, in_order: b
         ep: number of ranks that share the experts.
         load: "balanced", or "power_law_A": proportional to quantiles of a power law with exponent A, between 1 and 0.8
             * tokens, as in the benchmark.
-        in_order: rows left over by rounding go to the experts with the most rows, the first of equal ones (the older
-            benchmark); False: to those with the largest exact share.
+        in_order: True if rows left over by rounding go to the experts with the most rows, the first of equal ones (the
+            older benchmark); False: to those with the largest exact share.
     """
     total = tokens * top_k
     if load == "balanced":
@@ -154,7 +154,14 @@ TABLES: dict[str, Callable[[Target, Row], Timing]] = {
 
 @dataclass(frozen=True)
 class Errors:
-    """Errors 100 * (predicted - measured) / measured of some rows, in per cent."""
+    """Errors 100 * (predicted - measured) / measured of some rows, in per cent.
+
+    Attributes:
+        rows: number of rows.
+        median: median of the absolute errors.
+        mean: mean of the absolute errors.
+        bias: mean of the signed errors.
+    """
 
     rows: int
     median: float  # of the absolute errors
@@ -171,7 +178,14 @@ class Errors:
 
 @dataclass(frozen=True)
 class Worst:
-    """A row with a large error: the call and the cause of the error in words, measured and predicted microseconds."""
+    """A row with a large error.
+
+    Attributes:
+        words: the call.
+        us: measured microseconds.
+        predicted: modelled microseconds.
+        reason: the cause of the error, in words.
+    """
 
     words: str
     us: float
@@ -247,7 +261,8 @@ def validate(
         worst: how many rows with the largest errors a Record lists.
         progress: called before each table.
 
-    Raises ValueError for an unknown chip or table, and if the folder has no such file.
+    Raises ValueError for an unknown chip or table, and if the folder has no such file; ChipError if a chip cannot run a
+    row's call.
     """
     out = []
     progress(0, 0, f"reading {folder}")
@@ -263,7 +278,7 @@ def validate(
 
 
 def calls(on: Target, table: str, rows: Iterable[Row]) -> list[Call]:
-    """The modelled Call of each row of a table. A collective's barrier counts as its launch."""
+    """The modelled Calls of the rows of a table, as a list. A collective's barrier counts as its launch."""
     without = on.with_library(launch_s=0.0, barrier_s=0.0)
     out = []
     for row in rows:

@@ -57,11 +57,12 @@ class ScheduleClock:
 
     Attributes:
         chunks: number of chunks of the payload.
-        needs: of each step, (number of a link of its route, or -1 - rank; bytes per second) of what it occupies.
-        arrival: of each step, ticks from when it has sent everything until it ends.
+        needs: for each step, a list of the links, or the rank, that it occupies: (number of the link, or -1 - rank;
+            bytes per second).
+        arrival: for each step, ticks from when it has sent everything until it ends.
         waits: number of unmet dependencies of each step.
         busy: the tick at which a link or a rank becomes free; the key is a link's number, or -1 - rank.
-        held: ticks that a chunk of so many bytes takes at so many bytes per second.
+        held: ticks that a chunk takes, by (bytes, bytes per second).
 
     Raises ScheduleError if topology and schedule have different numbers of ranks.
     """
@@ -151,8 +152,8 @@ def choose(
         nbytes: size of one rank's input; for all_gather, of its output.
         node: ranks in a node, for algorithms with two levels; 0: no nodes.
         local: bytes per second at which a rank copies and reduces.
-        ordered: consider only schedules that sum all values in one order, by rank or by one tree. Then no bit depends
-            on a value's position in the payload.
+        ordered: True to consider only schedules that sum all values in one order, by rank or by one tree. Then no bit
+            depends on a value's position in the payload.
 
     Raises ScheduleError for an unknown collective.
     """

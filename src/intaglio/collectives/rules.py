@@ -34,10 +34,14 @@ def steps_well_formed(s: Schedule) -> Iterator[str]:
 
 
 def transfers_paired(s: Schedule) -> Iterator[str]:
-    """Yield a message for each send without exactly one later recv of the same tag and chunk, and for each stray recv.
+    """Yield a message, as text, for each case in which sends and recvs break a rule.
 
-    There is a message too for a send and a recv that do not name each other as peers, and for recvs between two ranks
-    in another order than the sends.
+    Rules:
+
+    - No two sends, and no two recvs, have one tag.
+    - Each send has a recv with its tag later in the schedule, and each recv has such a send before it.
+    - A send and its recv have the same chunk, and name each other's ranks as peers.
+    - The recvs between two ranks are in the order of their sends.
     """
     sends, recvs = ({}, {})  # type: tuple[dict[int, int], dict[int, int]]
     last: dict[tuple[int, int], int] = {}
@@ -92,11 +96,14 @@ def no_deadlock(s: Schedule) -> Iterator[str]:
 
 
 def hazards_ordered(s: Schedule) -> Iterator[str]:
-    """Yield a message for each access to a slot that is not ordered after an earlier access that it conflicts with.
+    """Yield a message, as text, for each case in which the order of reads and writes breaks a rule.
 
-    A read must depend on the last write of its slot; a write on the slot's last write and on the reads after that.
-    There is a message too for a read of a slot that nothing has written, and for a dependency on a later step or
-    another rank's.
+    Rules:
+
+    - A step that reads a slot waits for the last write of the slot.
+    - A step that writes a slot waits for the last write of the slot, and for the reads after it.
+    - A slot that is read holds an input of the rank, or has been written.
+    - A step waits only for earlier steps of its own rank.
     """
     writes: dict[tuple[int, Slot], int] = {}
     reads: dict[tuple[int, Slot], list[int]] = {}

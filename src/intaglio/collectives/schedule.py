@@ -42,7 +42,7 @@ class Step(NamedTuple):
         rank: the rank that runs it.
         chunk: number of the chunk.
         src: slot that is read; None for recv.
-        add: second slot that is read, for reduce only.
+        add: second slot that is read by a reduce; None for other kinds.
         dst: slot that is written; None for send.
         peer: the other rank of a send or recv, else -1.
         tag: number that a send and its recv have in common, else -1.

@@ -27,7 +27,7 @@ class Layout:
             divided among all lanes.
         ep: number of groups of lanes among which experts are divided.
         pp: number of pipeline stages.
-        sp: sequence parallelism: norms and other ops between two all_reduces are split along tokens.
+        sp: True for sequence parallelism: norms and other ops between two all_reduces are split along tokens.
         redundant: number of redundant experts, which are further copies of some. Each of the ep groups then holds
             ceil((experts + redundant) / ep) experts of a layer, and results do not depend on which. None: each holds a
             run of the experts, without copies.

@@ -78,7 +78,7 @@ def build(
         kv_format: auto, f32, bf16, int8 (one scale per token and head) or fp8 (E4M3, with the checkpoint's scales of
             each layer, or 1). auto: f32 for f32 weights, else the format that the checkpoint asks for, or bf16.
         passes: the passes to run, in order.
-        check: verify after every pass too; the ProgramError then names the pass.
+        check: True to verify after every pass too; the ProgramError then names the pass.
         report: a function that is called with one line of text per pass, or a list to which the lines are appended.
     """
     say = report.append if isinstance(report, list) else report
@@ -112,7 +112,7 @@ def build_mesh(
         weights: format of weights: auto (as stored), or a name such as fp8, int8 or int4; see build().
         kv_format: format of the K/V cache: auto, f32, bf16, int8 or fp8; see build().
         wire: format to which values are rounded before they travel between ranks.
-        check: verify after every pass too.
+        check: True to verify after every pass too.
 
     Raises FormatError for an unknown format, LayoutError if the layout does not fit the Program, and ProgramError if a
     compiled Program breaks a rule.

@@ -48,8 +48,8 @@ def bisect(
         programs: the Programs of the two runs; None: the checkpoint is compiled for each.
         progress: called before each run.
 
-    Raises CheckError unless there are two runs with known devices, and CheckpointError or PortError if the checkpoint
-    cannot be loaded.
+    Raises CheckError unless there are two runs with known devices, CheckpointError or PortError if the checkpoint
+    cannot be loaded, and FormatError for an unknown format of weights.
     """
     if len(runs) != 2:
         raise CheckError(f"bisect takes two runs, such as reference,host:int8; got {','.join(runs)!r}")

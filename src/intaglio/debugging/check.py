@@ -128,7 +128,7 @@ class Report:
 def reference_model(path: str | Path, dtype: str = "float32") -> Any:
     """The transformers model of a checkpoint, with eager attention, ready for inference. dtype: name of a torch type.
 
-    Raises CheckError if torch or transformers is missing.
+    Raises CheckError if torch or transformers is missing, and the errors of transformers if it cannot load the model.
     """
     try:
         import torch

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a journal file in order, each a dict.
+    """Yield the entries of a journal file in order, each a dict with the key "do".
 
-    An incomplete last line, which a killed process leaves, is skipped. Raises ValueError for any other line that is no
-    entry.
+    An incomplete last line, which a killed process leaves, is skipped. Raises ValueError for any other line that is not
+    the JSON text of such a dict.
     """
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -39,9 +39,9 @@ def replay_journal(
 ) -> Replayed:
     """Run a journal's steps again, up to the first difference. Returns a Replayed, which names that difference if any.
 
-    model, device: checkpoint and device to use instead of those that the journal names. Raises ValueError if the file
-    is not a journal, or was recorded with another Program or K/V pool, and the errors of LLM if the model cannot be
-    loaded.
+    model, device: checkpoint and device to use instead of those that the journal names; None: those of the journal.
+    Raises ValueError if the file is not a journal, or was recorded with another Program or K/V pool, and the errors of
+    LLM if the model cannot be loaded.
     """
     from intaglio.llm import LLM
     from intaglio.runtime import replay as run_again

@@ -181,8 +181,8 @@ class CompletedStep:
 class Executable(ABC):
     """A Program loaded on a device, with packed weights and K/V cache. Steps run in the order of their launches.
 
-    `depth`: number of steps to keep under way, the stages of a pipeline. `state_kept`: the K/V cache is that of the
-    lost executable that this one replaces.
+    `depth`: number of steps to keep under way, the stages of a pipeline. `state_kept`: True if the K/V cache is that of
+    the lost executable that this one replaces.
     """
 
     program: Program

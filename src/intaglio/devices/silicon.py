@@ -151,7 +151,7 @@ class SiliconExecutable(Executable):
         return tuple(plan.run(self.last_sizes) for plan in self.plans)
 
     def launch(self, request: StepRequest) -> PendingStep:
-        """Start a step and return it. Its result() sets the clock to the step's end.
+        """Start a step and return it. Its result() sets the clock to the step's end, or raises the step's error.
 
         With `timed`, the result has modelled seconds by site.
         """

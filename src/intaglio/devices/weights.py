@@ -72,8 +72,8 @@ class ReportedWeights:
     def release(self, name: str) -> None:
         """Release the tensor `name` in `weights`, and report the values that the device has taken so far.
 
-        Each release counts all values of the tensor, up to as many releases of it as the Programs have uses of it.
-        Later ones, and releases of tensors that no Program reads, are passed on but not reported.
+        The Programs may use a tensor several times. As many releases as there are uses count, each with all values of
+        the tensor. Later releases, and releases of tensors that no Program reads, are passed on but not reported.
         """
         self.weights.release(name)
         if self.left[name] > 0:

@@ -72,7 +72,10 @@ class LoadReport:
 
 @dataclass
 class Assigned:
-    """A job on a replica. prefill: prompt tokens that it still has to compute. started: the first token has come."""
+    """A job on a replica.
+
+    prefill: prompt tokens that it still has to compute. started: True if the first token has come.
+    """
 
     job: Job
     prefill: int

@@ -46,8 +46,8 @@ class Placement:
 class Router:
     """Queue of jobs, and their placement on replicas.
 
-    policy: a name in POLICIES. limits: limits of the queue. weights: weight of each tenant by name (see FairQueue).
-    Raises ValueError for an unknown policy and for an invalid weight.
+    policy: a name in POLICIES. limits: limits of the queue; None: Limits(). weights: weight of each tenant by name (see
+    FairQueue). Raises ValueError for an unknown policy and for an invalid weight.
     """
 
     def __init__(
@@ -264,9 +264,9 @@ class Router:
     ) -> list[Estimate]:
         """The Estimate of a job on each of the replicas, as a list.
 
-        ahead: by replica, prompt tokens of waiting jobs that will be placed on it first. Where a replica's pace is not
-        known, the fastest known one stands for it: a replica that seemed slow would be given no jobs, and then never be
-        measured.
+        ahead: by replica, prompt tokens of waiting jobs that will be placed on it first; None: there are none. Where a
+        replica's pace is not known, the fastest known one stands for it: a replica that seemed slow would be given no
+        jobs, and then never be measured.
         """
         fastest, ahead = fastest_pace(self.replicas.values()), ahead or {}
         paces = ((r, r.report.pace if r.pace_is_known(self.placements) else fastest) for r in replicas)

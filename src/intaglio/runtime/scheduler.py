@@ -152,7 +152,8 @@ class Scheduler:
 
         Returns None if none waits or the first cannot start yet. It cannot if `max_sequences` are running, too few
         blocks are available, or blocks for it are being loaded from a tier. Nor can it while another choice of its
-        request computes the prompt, whose blocks it will share. Later sequences never overtake it.
+        request computes the prompt, whose blocks it will share, or another request computes most of what it would have
+        to compute. Later sequences never overtake it.
 
         Blocks found in the prefix cache are shared (of a model with recurrent state, those up to the last checkpoint).
         The blocks after them are loaded from a tier if it has them. If logits of the prompt are wanted, the whole
@@ -169,6 +170,8 @@ class Scheduler:
         tokens = sequence.tokens(0, sequence.length - 1) if self.shares_blocks and not whole else []
         found = self.pool.find_prefix(tokens, sequence.salt)
         known = self._usable(found)
+        if self._computed_by_another(sequence, tokens, len(known)):
+            return None
         self.pool.share(known)
         fresh = self.pool.blocks_for(sequence.length) - len(known)
         may_load = bool(tokens)
@@ -197,6 +200,23 @@ class Scheduler:
         self.update_blocks(sequence)
         self.offload.started(blocks[: len(known) + loaded])
         return sequence
+
+    def _computed_by_another(self, sequence: Sequence, tokens: list[int], known: int) -> bool:
+        """True if a running sequence is about to compute at least half of the blocks that a waiting one needs.
+
+        To wait for it costs a step or a few, in which the tokens would be computed twice. tokens: those of the waiting
+        sequence whose blocks may be shared. known: number of leading blocks that are in the prefix cache. False for
+        models with recurrent state, which share blocks only up to a border.
+        """
+        size, full = self.pool.block_size, len(tokens) // self.pool.block_size
+        half = (known + full + 1) // 2 * size  # tokens up to the middle of the missing blocks
+        if full == known or self.slots.total:
+            return False
+        return any(
+            s.computed < (known + 1) * size and half <= s.length and s.salt == sequence.salt
+            and s.order < sequence.order and s.tokens(0, half) == tokens[:half]
+            for s in self.running
+        )  # fmt: skip
 
     def _usable(self, found: list[int]) -> list[int]:
         """The blocks of `found`, from the first on, that a new sequence can reuse, as a list.

@@ -30,7 +30,8 @@ class NotAuthenticated(ConnectionError):
 async def connect(address: TcpAddress) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect to a control channel, authenticate both ends, and return (reader, writer).
 
-    Raises NotAuthenticated, or OSError if nothing listens there.
+    Raises NotAuthenticated if the other end does not answer in time or does not know the token, OSError if nothing
+    listens there.
     """
     try:
         async with asyncio.timeout(TIMEOUT):

@@ -62,9 +62,9 @@ class ChoiceDelta:
         text: the new text; "" if none has become final.
         scored: the generated token with its log-probabilities; None if the event has no token.
         finish_reason: why the choice ended; None while it runs.
-        fault: the error, if finish_reason is "error".
-        usage: token counts and times of the choice; given at its end.
-        prompt: log-probabilities of the prompt's tokens from the second on, if requested; given once.
+        fault: the error, if finish_reason is "error"; else None.
+        usage: token counts and times of the choice; None before its end.
+        prompt: log-probabilities of the prompt's tokens from the second on, if requested; given once, else None.
         stop_reason: the stop string, or the id of stop_token_ids, that ended the choice; None if neither did.
     """
 
@@ -229,8 +229,9 @@ class Snapshot:
     """State of an engine after its last step or message: gauges, counters, and `active`, the number of its requests.
 
     `beat`: time.monotonic() when the engine's thread took the snapshot; an old value of an engine that is not idle
-    means that a step hangs. `idle`: the engine has no work. `experts`: the load of each layer's experts, by site.
-    `expert_moves`: layers whose experts were moved between ranks. `expert_failure`: why experts cannot be moved, or "".
+    means that a step hangs. `idle`: True if the engine has no work. `experts`: the load of each layer's experts, by
+    site. `expert_moves`: layers whose experts were moved between ranks. `expert_failure`: why experts cannot be moved,
+    or "".
     """
 
     gauges: Gauges

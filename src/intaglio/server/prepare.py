@@ -80,7 +80,7 @@ def prepare_completion(
 
     A Prepared holds the engine's request; a Reading says how to turn its output into the response.
 
-    Raises Problem, or an error that as_problem() converts to one.
+    Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
     """
     prompts = _prompts(body.prompt)
     if body.max_tokens == 0 and not body.echo:
@@ -132,7 +132,7 @@ def prepare_chat(llm: LLM, body: ChatRequest, id: str, settings: Settings) -> tu
 
     The Prepared holds the engine's request; the Reading says how to turn its output into the response.
 
-    Raises Problem, or an error that as_problem() converts to one.
+    Raises Problem, or an error that as_problem() converts to one, if the request is invalid.
     """
     tools = body.tools or []
     forced = _forced(body, tools)
@@ -193,7 +193,7 @@ def candidates(body: GenerationRequest) -> int:
 
 
 def encode(llm: LLM, text: str, special: bool = True) -> list[int]:
-    """A list of the token ids of `text`. special: add the tokenizer's special tokens, such as BOS.
+    """A list of the token ids of `text`. special: True to add the tokenizer's special tokens, such as BOS.
 
     Raises Problem if the model has no tokenizer.
     """
@@ -299,7 +299,7 @@ def _params(body: GenerationRequest, settings: Settings, **more: Any) -> Samplin
     """The SamplingParams of a request. `more`: parameters that the caller has computed.
 
     A field that the request leaves out has the checkpoint's default, else OpenAI's: temperature 1, no top-k, no
-    top-p. Raises ParamsError, or Problem if best_of is invalid.
+    top-p. Raises ParamsError for a value out of range, Problem if best_of is invalid.
     """
     given = body.model_dump(include=SAME, exclude_none=True)
     if body.prompt_logprobs is not None:

@@ -37,8 +37,8 @@ class Relay:
         waited: seconds that the request has spent in the router and on other replicas.
         made_by: ServedModel.identity of the replica that made the deltas; None if there are none.
         deltas: the output so far.
-        prefill: only compute the prompt, for another replica that generates (see prefill.py).
-        peer: address of the replica that has the K/V blocks of the prompts; "" if none has, or a folder.
+        prefill: True to only compute the prompt, for another replica that generates (see prefill.py).
+        peer: address of the replica that gives the K/V blocks of the prompts; "" if they are in a folder, or nowhere.
     """
 
     id: str

@@ -108,8 +108,8 @@ async def serve(
 ) -> int:  # fmt: skip
     """Serve the models, by name, until a signal or a failure. Returns the exit code.
 
-    `announce` is called once requests are accepted. `signals`: handle SIGTERM and SIGINT. `control`: Unix socket or
-    address for a router (see control.py).
+    `announce` is called once requests are accepted. `signals`: True to handle SIGTERM and SIGINT. `control`: Unix
+    socket or address for a router (see control.py), or None. Raises OSError if it cannot be bound.
 
     The first SIGTERM or SIGINT drains the server: admitted requests run to their end, new ones are refused, exit code
     0. The second aborts all requests, exit code 1. The exit code is also 1 if the HTTP server fails, or if no model can

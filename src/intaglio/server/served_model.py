@@ -53,15 +53,16 @@ class ServedModel:
     def block_names(self, prompt: Sequence[int], salt: str | None) -> dict[str, Any]:
         """A dict for the router: `block_size`, tokens per K/V block; `names`, the cache key of each full prompt block.
 
-        salt: the request's cache salt.
+        salt: the request's cache salt, or None.
         """
         names = self.driver.engine.block_names
         return {"block_size": names.block_size, "names": names.of(prompt, salt)}
 
     def announce(self, requests: Sequence[Request], peer: str) -> None:
-        """Have the full K/V blocks of these prompts fetched from a peer when they are needed.
+        """Have the full K/V blocks of these prompts fetched from a peer when they are needed. Returns nothing.
 
-        peer: the text of its address. Does nothing if the model fetches no blocks. Raises ValueError for a wrong text.
+        peer: text of the peer's address. Nothing is done if the model fetches no blocks, or is the peer itself. Raises
+        ValueError for a wrong text.
         """
         if isinstance(tier := self.llm.tier, PeerTier):
             names = self.driver.engine.block_names

@@ -61,8 +61,8 @@ class Vocabulary:
 class Offsets:
     """Computes text_offset: the place in a choice's text, in characters from 0, at which each token begins.
 
-    All tokens that make up one character have the same place. echo: the text begins with the prompt, without its first
-    `prefix` tokens. hidden: ids that leave no text in the output; None: all special tokens.
+    All tokens that make up one character have the same place. echo: True if the text begins with the prompt, without
+    its first `prefix` tokens. hidden: ids that leave no text in the output; None: all special tokens.
     """
 
     def __init__(

@@ -156,7 +156,8 @@ class Lane:
     def own(self, op: Op, name: str, shares: list[Share], axis: int) -> str:
         """Add this lane's share of a weight of `op` along `axis` to this lane. Returns the weight's name here.
 
-        It is a name made from the op's site if other ops read the weight too. shares: every lane's share.
+        The name is made from the op's site if other ops read the weight too. shares: every lane's share. Raises
+        LayoutError if the cut would split a group of a quantised weight.
         """
         own = f"{op.site}.{name.rpartition('.')[2]}.{('rows', 'columns')[axis]}"
         return self.keep(name, shares, axis, own if len(self.p.uses(name)) > 1 else "")

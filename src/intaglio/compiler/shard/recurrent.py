@@ -51,10 +51,10 @@ def plan_recurrence(p: Program, op: Recurrence, layout: Layout, plan: Plan) -> N
 
 
 def divide_heads(site: str, heads: int, groups: int, lanes: int) -> tuple[list[Share], list[Share]]:
-    """(every lane's heads, the groups of q and k that they read). The number of heads is a multiple of that of groups.
+    """(every lane's heads, the groups of q and k that they read). `heads` is a multiple of `groups`.
 
     Lanes get near-equal numbers of groups with all their heads. If there are more lanes than groups, lanes that divide
-    the heads of a group have copies of it. site: of the op. Raises LayoutError if neither is possible.
+    the heads of a group have copies of the group. site: the op's site. Raises LayoutError if neither is possible.
     """
     each = heads // groups
     if lanes <= groups:
@@ -73,8 +73,8 @@ def divide_heads(site: str, heads: int, groups: int, lanes: int) -> tuple[list[S
 def divide_channels(site: str, width: int, blocks: int, lanes: int) -> list[Share]:
     """Every lane's channels, near-equal in number. Raises LayoutError for more lanes than blocks or channels.
 
-    site: of the op. width: number of channels. blocks: number of equal blocks of channels that stay whole; 0: those of
-    the number formats of weights.
+    site: the op's site. width: number of channels. blocks: number of equal blocks of channels that stay whole; 0: runs
+    end where cut() ends them.
     """
     if lanes > (blocks or width):
         what = f"{blocks} blocks of {width // blocks}" if blocks else f"{width}"
@@ -83,7 +83,7 @@ def divide_channels(site: str, width: int, blocks: int, lanes: int) -> list[Shar
 
 
 def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
-    """The shares of all results and states of the block around `op`, if those of its own, `starts`, are given.
+    """The shares of all results and states of the block around `op`, by name. starts: shares of the op's own tensors.
 
     Shares pass through ops whose columns are independent of each other, up to the linears that compute the block's
     inputs and those that read its results. A result that is read through views has the shares of all its views.
@@ -114,9 +114,10 @@ def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
 
 
 def demands(p: Program, op: Op, name: str, shares: list[Share]) -> Plan | None:
-    """The shares that operands and results of `op` must have if its operand or result `name` has `shares`.
+    """The shares, by name, that operands and results of `op` must have if its operand or result `name` has `shares`.
 
-    {} if the block ends at this op: a linear, or an op for which `name` is gathered. None if neither is possible.
+    {} if the block ends at this op: a linear, or an op for which `name` is gathered. None if the op can neither have
+    such shares nor end the block.
     """
     width = int(p.tensors[name].shape[1])
     match op:

@@ -43,7 +43,7 @@ def flatten(f: Facts) -> Facts:
     """The values of Decoder's fields, as a dict, from the properties of a traced model (see model_facts()).
 
     window, chunk, rope and sparse are lists with one value per layer. Raises Unmatched if layers differ in anything
-    else.
+    else, or if Decoder cannot express the model.
     """
     layers = f["layers"]
     first = _agree([{k: v for k, v in z["attn"].items() if k not in PER_LAYER} for z in layers], f["list"])

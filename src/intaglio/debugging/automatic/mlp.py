@@ -179,7 +179,10 @@ def _routing(t: Trace, under: str, x: np.ndarray, ids: np.ndarray, weights: np.n
 
 
 def _ways(t: Trace, corrected: bool) -> Iterator[Facts]:
-    """Yield dicts of attributes of the op route that may be the model's. corrected: scores have a correction bias."""
+    """Yield dicts of attributes of the op route that may be the model's.
+
+    corrected: True if scores have a correction bias.
+    """
     groups, kept = int(t.config.get("n_group") or 0), int(t.config.get("topk_group") or 0)
     for grouped in (False, *([True] if groups > 1 else [])):
         for score in ("softmax", "sigmoid", *(() if corrected or grouped else ("chosen",))):
@@ -198,8 +201,8 @@ def _route(
     """The factor on the weights of the op route that gives the traced weights.
 
     None if the op chooses other experts than the traced ones, or if no factor fits. logits: the router's logits
-    [tokens, experts]. bias: correction bias. how: attributes of the op. ids, weights: traced experts and weights
-    [tokens, top].
+    [tokens, experts]. bias: correction bias, or None. how: attributes of the op. ids, weights: traced experts and
+    weights [tokens, top].
     """
     op = Route(
         site="route", logits="logits", bias="bias" if bias is not None else None, weights="weights", ids="ids",

@@ -130,7 +130,8 @@ class TinyModels:
     def untraced_layer_types(self) -> list[str]:
         """The layer types that this architecture has and that the tiny model does not show, as a list.
 
-        A type is in the list if a model with such a layer has modules of classes that are not in the tiny model.
+        A type is in the list if a model with such a layer has modules of classes that are not in the tiny model. Raises
+        PortingError if the tiny model cannot be built.
         """
         if "layer_types" not in self.usual:
             return []

@@ -34,12 +34,12 @@ class HostDevice(Device):
         isa: instruction set; by default $INTAGLIO_ISA, else the best one.
         cache: folder where packed weights are kept for the next start. "auto" is $INTAGLIO_CACHE or
             ~/.cache/intaglio/packed, for weights of 64 MB or more; None keeps nothing.
-        communicator: this rank's end of a group. Programs then run their collectives inside the native step, and all
-            ranks must begin each step.
+        communicator: this rank's end of a group; None: no group. With one, Programs run their collectives inside the
+            native step, and all ranks must begin each step.
         state_file: descriptor of a memory file for the K/V cache of the one Program that is loaded, so that the cache
-            outlives this process. The file's present content is kept.
+            outlives this process. The file's present content is kept. None: the cache ends with this process.
         image_file: descriptor of a memory file for the packed weights of the one Program that is loaded, if they are
-            not in `cache`. If the file holds them already, they are mapped instead of packed.
+            not in `cache`. If the file holds them already, they are mapped instead of packed. None: no such file.
     """
 
     name = "host"

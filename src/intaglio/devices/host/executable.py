@@ -47,10 +47,10 @@ class _Step:
     Attributes:
         taken: tapped tensors by site.
         taps: taps of ops that run in Python, as (number of the op, number of the tensor, array).
-        seconds: seconds per op, if requested.
+        seconds: seconds per op, if requested; else None.
         tokens: sampled token ids.
         logprobs: log-probabilities of the sampled tokens.
-        logits: logits, if requested.
+        logits: logits, if requested; else None.
         outs: (number of a native tensor, array that it is copied to at the end of the step).
     """
 
@@ -224,7 +224,7 @@ class HostExecutable(RankExecutable):
     ) -> Mapping[str, np.ndarray]:
         """Run an op with a Python kernel and return its results by name.
 
-        rows: the op's operands that are temps. seconds: if given, the op's duration is stored at its number. Raises
+        rows: the op's operands that are temps. seconds: if not None, the op's duration is stored at its number. Raises
         DeviceError unless the results have the names and shapes that the op declares.
         """
         start = time.perf_counter()

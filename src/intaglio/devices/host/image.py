@@ -79,8 +79,8 @@ def gather(weights: Mapping[str, _native.Weight]) -> None:
 class MemoryImage:
     """Packed matrices in a memory file that outlives this process. A context manager, used like Image.
 
-    `ready`: the file held the matrices of this key already. The header is written last, so that weights are packed
-    again if a process died while it packed them.
+    `ready`: True if the file held the matrices of this key already. The header is written last, so that weights are
+    packed again if a process died while it packed them.
     """
 
     def __init__(self, file: int, key: str, weights: Mapping[str, _native.Weight]) -> None:
@@ -127,8 +127,8 @@ def place(
 class Image:
     """A file on disk with the packed matrices `weights`, as a context manager.
 
-    `ready`: the file existed and the matrices are mapped from it. Otherwise they must be filled inside the `with`
-    block, after which the file is kept. Failures on disk are warnings: the weights stay usable.
+    `ready`: True if the file existed and the matrices are mapped from it. Otherwise they must be filled inside the
+    `with` block, after which the file is kept. Failures on disk are warnings: the weights stay usable.
 
     folder: folder of the file. title, key: texts that make up the file's name; `key` is a hash of everything on which
     the packed weights depend.

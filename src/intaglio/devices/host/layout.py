@@ -26,7 +26,7 @@ class Packing:
     Attributes:
         family: family of the weight's format; formats of one family are packed alike.
         group: number of columns that share a scale; 0 if the format has no groups.
-        glu: rows of gate and up alternate.
+        glu: True if rows of gate and up alternate.
     """
 
     family: str
@@ -126,7 +126,7 @@ class HostLayout:
     def of(cls, program: Program, native_collectives: bool = False) -> HostLayout:
         """The HostLayout derived from a Program.
 
-        native_collectives: collectives are native ops, for a rank with a communicator. Raises DeviceError
+        native_collectives: True if collectives are native ops, for a rank with a communicator. Raises DeviceError
         naming an op without a host kernel, or state that both native and Python code use.
         """
         stops_at = () if native_collectives else (Collective,)
@@ -167,7 +167,7 @@ def _check_state(program: Program, both: frozenset[str]) -> None:
 
 
 def packing_of(t: Tensor, glu: bool) -> Packing:
-    """The Packing of a weight. glu: rows of gate and up alternate in the packed matrix."""
+    """The Packing of a weight. glu: True if rows of gate and up alternate in the packed matrix."""
     fmt = formats.get(t.format)
     return Packing(fmt.family, fmt.group_of(int(t.shape[-1])) if fmt.grouped else 0, glu)
 

@@ -69,7 +69,8 @@ def load(
     """Fill a native executable: declare its tensors, pack its weights, create its ops. Returns a Loaded.
 
     cache: folder for packed weights, "auto" or None. image_file: descriptor of a memory file for them, if they are not
-    in the cache. Raises DeviceError for weights of the wrong shape or type, and for ops that the kernels cannot run.
+    in the cache; None: no such file. Raises DeviceError for weights of the wrong shape or type, and for ops that the
+    kernels cannot run.
     """
     matrices = {name: matrix.make() for name, matrix in layout.matrices.items()}
     image.gather(matrices)
@@ -165,7 +166,10 @@ def _arrays(program: Program, layout: HostLayout, weights: Weights, state: State
 
 @dataclass
 class _Loader:
-    """Declares tensors to a native executable and packs weights. `packed`: the matrices already hold their values."""
+    """Declares tensors to a native executable and packs weights.
+
+    `packed`: True if the matrices already hold their values.
+    """
 
     native: _native.Executable
     program: Program
@@ -276,7 +280,7 @@ class _Loader:
     def _pack(self, weight: _native.Weight, rows: Value, first: int, count: int, to: int, name: str) -> None:
         """Write rows first .. first + count - 1 of `rows` to rows to .. to + count - 1 of the native weight.
 
-        name: the weight's name, for errors.
+        name: the weight's name, for errors. Raises DeviceError if the host cannot read the type of `rows`.
         """
         if isinstance(rows, Quantised):
             fill_codes(weight, rows.each(lambda x: x[first : first + count]), to, self.threads)

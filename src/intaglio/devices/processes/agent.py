@@ -177,7 +177,10 @@ class HostGroup:
         self.thread.join()
 
     def send(self, kind: int, message: bytes) -> None:
-        """Send a frame to the coordinator, with this group's epoch in front of the message. Raises LinkLost."""
+        """Send a frame to the coordinator, with this group's epoch in front of the message.
+
+        Raises LinkLost if it cannot be sent.
+        """
         self.link.send(kind, int(self.facts["epoch"]).to_bytes(8, "big") + message)
 
     def _run(self) -> None:
@@ -283,7 +286,7 @@ class Agent:
     def serve(self, once: bool = False) -> None:
         """Serve the coordinator, and connect again whenever the connection is lost, until stop() is called.
 
-        once: return when the first connection is lost. Raises ConnectionRefused if the coordinator refuses this
+        once: True to return when the first connection is lost. Raises ConnectionRefused if the coordinator refuses this
         agent TRIES times in a row, ValueError for a missing or too short token.
         """
         refused = 0

@@ -54,7 +54,7 @@ class Beacon:
             self._open(s)
 
     def _open(self, s: socket.socket) -> None:
-        """Open the UDP port beside the connection `s`. Returns nothing. Raises OSError."""
+        """Open the UDP port beside the connection `s`. Returns nothing. Raises OSError if the host refuses it."""
         self.peer = s.getpeername()
         with ExitStack() as failed:
             own = failed.enter_context(socket.socket(s.family, socket.SOCK_DGRAM))

@@ -105,8 +105,8 @@ class Rank:
         """Run step `number` and write its result to the board of this rank. Returns nothing.
 
         A process that is alone answers with an error. In a group of several ranks an error aborts the group,
-        because the other ranks would wait for this one forever. An error while experts are switched always does, as
-        some layers or ranks may have switched.
+        because the other ranks would wait for this one forever. An error while experts are switched aborts the group in
+        any case, because some layers or ranks may have switched.
         """
         slot = number % len(self.requests)
         try:

@@ -150,8 +150,8 @@ class HostsExecutable(PostedExecutable):
         step_timeout: most seconds that a step may take.
         silence: seconds without a sign of life after which a stopped rank counts as hung.
         replaces: the lost group that this one replaces; None: none.
-        news: condition that is notified of answers; given by tests.
-        epoch: number of this group; given by tests.
+        news: condition that is notified of answers; None: a new one.
+        epoch: number of this group; None: the next number.
 
     Raises DeviceError with the message of the error that loading raised, DeviceLost if a host or a rank is lost
     meanwhile, and ReplacementRefused if results would have other bits than those of the group `replaces`.

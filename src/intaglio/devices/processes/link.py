@@ -134,8 +134,9 @@ class Link:
     def _arrived(self) -> bool:
         """Wait up to INTERVAL seconds. Returns True if bytes came in the connection; datagrams are read here.
 
-        A look counts as INTERVAL seconds at most, however long this process was paused. Raises LinkLost if neither
-        bytes nor datagrams came for `silence` seconds, or no bytes for `stall` seconds.
+        A look counts as INTERVAL seconds at most, however long this process was paused. Raises LinkLost if the link is
+        closed, if the other end hears nothing, or if nothing came for `silence` seconds, or no bytes for `stall`
+        seconds.
         """
         ready = {file for file, _ in self.poll.poll(INTERVAL * 1000)} - {self.beacon.fileno()}
         before, self.looked = self.looked, time.monotonic()

@@ -92,7 +92,7 @@ def experts_parts(action: str, layers: Mapping[str, Ranks] | None = None) -> lis
     """A list of the arrays of the message for a request about experts.
 
     action: "loads", "load", "loaded" or "switch", for the method expert_loads(), load_experts(), experts_loaded() or
-    switch_experts() of Executable. layers: the argument of load_experts().
+    switch_experts() of Executable. layers: the argument of load_experts(); None for the other methods.
     """
     content = text([action, layers or {}])
     return [np.array([len(content), 0, 0, 0, 0, 0, 0, 0, EXPERTS, 0], np.int64), content]
@@ -135,7 +135,7 @@ def blocks_parts(
 ) -> list[np.ndarray]:
     """A list of the arrays of the message for a request to read blocks, or to write `contents` to them.
 
-    contents: uint8 [blocks, bytes], of which each rank takes its `rank_bytes` columns.
+    contents: uint8 [blocks, bytes], of which each rank takes its `rank_bytes` columns; None to read.
     """
     flags = READ if contents is None else WRITE
     head = np.array([len(blocks), len(rank_bytes), 0, 0, 0, 0, 0, 0, flags, 0], np.int64)

@@ -64,7 +64,7 @@ class PostedExecutable(Executable):
     """Base class of executables that post requests to other processes and receive their results.
 
     A request is a step, or a transfer of K/V blocks; number 0 is the load. depth: number of pipeline stages. checks:
-    check each step in this process first, because an error that only one rank raises would end the group.
+    True to check each step in this process first, because an error that only one rank raises would end the group.
     """
 
     facts: list[RankFacts]
@@ -86,7 +86,10 @@ class PostedExecutable(Executable):
 
     @abstractmethod
     def replies(self, number: int) -> list[memoryview]:
-        """Wait for all ranks' answers to request `number`, and return them as a list by rank. Raises DeviceLost."""
+        """Wait for all ranks' answers to request `number`, and return them as a list by rank.
+
+        Raises DeviceLost if the group ends before all have answered.
+        """
 
     @abstractmethod
     def check_alive(self) -> None:

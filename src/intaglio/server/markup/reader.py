@@ -28,10 +28,10 @@ class OutputStyle:
     Attributes:
         form: format of tool calls; None: calls are not parsed.
         thinking: delimiters of reasoning; None: reasoning is not parsed.
-        inside: the prompt ends inside reasoning, so the output begins with it.
-        forced: the output is a forced tool call; text that is not part of a call is dropped.
-        harmony: the output is in gpt-oss's harmony format.
-        tools: the request's tools, as name to JSON schema of the arguments.
+        inside: True if the prompt ends inside reasoning, so the output begins with it.
+        forced: True if the output is a forced tool call; text that is not part of a call is dropped.
+        harmony: True if the output is in gpt-oss's harmony format.
+        tools: the request's tools, as name to JSON schema of the arguments; None without tools.
     """
 
     form: Form | None = None
@@ -64,7 +64,7 @@ class Reader:
     def feed(self, text: str, last: bool = False) -> list[Part]:
         """Add text and return a list of the parts that are now certain.
 
-        `last`: no more text follows, so all the rest is returned.
+        `last`: True if no more text follows, so all the rest is returned.
         """
         self.source.held += text
         self.source.last = self.source.last or last
@@ -138,7 +138,7 @@ class Reader:
     def _content(self, gap: bool) -> Steps[None]:
         """Parse content and tool calls to the end of the output and yield them as Parts.
 
-        `gap`: skip line breaks first (they follow reasoning).
+        `gap`: True to skip line breaks first (they follow reasoning).
         """
         s, form = self.source, self.style.form
         openers = form.openers if form else ()

@@ -159,7 +159,8 @@ def collect(steps: Pieces[T], into: list[str]) -> Generator[None, None, T]:
 def called(steps: Pieces[T], start: CallStart, began: bool = False) -> Steps[tuple[bool, T]]:
     """Run a parser of arguments; yield `start` when it gives its first piece of text, and each piece as CallArguments.
 
-    began: `start` has already been yielded. Returns (True if `start` has been yielded, the parser's return value).
+    began: True if `start` has already been yielded. Returns (True if `start` has been yielded, the parser's return
+    value).
     """
     while True:
         try:
