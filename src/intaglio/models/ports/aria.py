@@ -22,9 +22,7 @@ def aria_text(c: Config, context: int) -> Decoder:
     """
     s, bias = sizes(c), c.flag("attention_bias")
     if s["activation"] != "silu":
-        raise PortError(
-            f"config.json: hidden_act={c.get('hidden_act')!r}; transformers' routed experts take silu alone"
-        )
+        raise PortError(f"config.json: hidden_act={c.get('hidden_act')!r}; routed experts take silu alone")
     m = Mixture(
         count=c.whole("moe_num_experts"), top=c.whole("moe_topk"), width=s["intermediate"], router="router",
         sources=SOURCES, route={"score": "chosen"}, shared=s["intermediate"] * c.whole("moe_num_shared_experts"),
