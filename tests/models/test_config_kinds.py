@@ -17,6 +17,7 @@ from intaglio.models.ports import families
 transformers = pytest.importorskip("transformers")
 ROWS = FAMILIES | MIXTURES | OTHERS | RECURRENT
 WRONG: list[Any] = ["abc", -1, -1.5, [], [1], ["a"], {}, {"a": 1}, float("nan"), float("inf"), True, 0, 2.5, None]
+HYBRIDS = ("bamba", "granitemoehybrid", "falcon_h1", "jamba")
 
 
 def config_of(row: str) -> dict[str, Any]:
@@ -81,7 +82,10 @@ def test_wrong_types_are_port_errors_that_name_the_key(row):
         ("starcoder2", "sliding_window", 0, "sliding_window=0; wanted an integer of 1 or more"),
         ("minicpm3", "scale_depth", 0.0, "scale_depth=0.0; wanted a number above 0"),
         ("modernbert_decoder", "sliding_window", 0, "sliding_window=0; wanted an integer of 1 or more"),
-        ("aria_text", "hidden_act", "gelu", "hidden_act='gelu'; transformers' routed experts take silu alone"),
+        ("olmo", "clip_qkv", 0, "clip_qkv=0; wanted a number above 0"),
+        *((row, "hidden_act", "gelu", "hidden_act='gelu'; Mamba blocks are ported with silu") for row in HYBRIDS),
+        ("nemotron_h", "mamba_hidden_act", "gelu", "mamba_hidden_act='gelu'; Mamba blocks are ported with silu"),
+        ("aria_text", "hidden_act", "gelu", "hidden_act='gelu'; routed experts take silu alone"),
         ("mpt", "attn_config", {"clip_qkv": "abc"}, "attn_config.clip_qkv='abc'; wanted a number of 0 or more"),
     ],
 )

@@ -63,7 +63,8 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "minicpm3": {
         "class": "MiniCPM3", "kv_lora_rank": 40, "q_lora_rank": 36, "qk_nope_head_dim": 24, "qk_rope_head_dim": 12,
-        "v_head_dim": 20, "num_key_value_heads": 4, "dim_model_base": 32, "tie_word_embeddings": False, "mlp_bias": True,
+        "v_head_dim": 20, "num_key_value_heads": 4, "dim_model_base": 32, "tie_word_embeddings": False,
+        "mlp_bias": True,
     },
     "axk1": {
         "class": "AXK1", "kv_lora_rank": 40, "q_lora_rank": 36, "qk_nope_head_dim": 24, "qk_rope_head_dim": 12,

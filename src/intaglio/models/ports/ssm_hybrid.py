@@ -33,11 +33,19 @@ def kinds(c: Config, found: Sequence[str]) -> list[str]:
     return [KINDS[kind] for kind in found]
 
 
+def check_silu(c: Config, key: str = "hidden_act") -> None:
+    """Raise PortError unless the activation at config key `key` is silu, the one that Mamba blocks are ported with."""
+    if c.activation(key) != "silu":
+        raise PortError(f"config.json: {key}={c.get(key)!r}; Mamba blocks are ported with silu")
+
+
 def ssm(c: Config, inner: int, **more: Any) -> SsmMixer:
     """The SsmMixer (Mamba-2 block) of Bamba, Granite 4 and Falcon-H1, from config.json.
 
-    inner: columns of x. more: fields of SsmMixer that override these. Raises PortError for heads that do not fit.
+    inner: columns of x. more: fields of SsmMixer that override these. Raises PortError for heads that do not fit, and
+    for another activation than silu.
     """
+    check_silu(c)
     heads = c.whole("mamba_n_heads")
     if inner % heads or c.get("mamba_d_head") not in (None, "auto", inner // heads):
         raise PortError(
@@ -132,6 +140,7 @@ def jamba(c: Config, context: int) -> Decoder:
     Raises PortError for missing or wrong settings.
     """
     s, n = sizes(c), c.whole("num_hidden_layers")
+    check_silu(c)
     mixer = ScanMixer(
         inner=int(c.real("mamba_expand") * s["hidden"]), state=c.whole("mamba_d_state"),
         rank=rank_of(c, "mamba_dt_rank"), taps=c.whole("mamba_d_conv"), eps=s["eps"],
@@ -166,6 +175,7 @@ def nemotron_h(c: Config, context: int) -> Decoder:
     if "moe" in types:
         raise PortError("config.json: layers of type moe are not ported: their experts have no gate")
     s = sizes(c)
+    check_silu(c, "mamba_hidden_act")
     heads, dim = c.whole("mamba_num_heads"), c.whole("mamba_head_dim")
     check_groups(c, "mamba_num_heads", "n_groups")
     mixer = SsmMixer(
@@ -214,7 +224,8 @@ JAMBA = {
 }  # fmt: skip
 NEMOTRON = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096,
-    "mlp_hidden_act": "relu2", "ssm_state_size": 128, "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8,
+    "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu",
+    "ssm_state_size": 128, "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8,
     "conv_kernel": 4, "use_conv_bias": True, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False,
     "intermediate_size": 21504, "hidden_size": 4096,
 }  # fmt: skip
