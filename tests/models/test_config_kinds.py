@@ -86,6 +86,12 @@ def test_wrong_types_are_port_errors_that_name_the_key(row):
         *((row, "hidden_act", "gelu", "hidden_act='gelu'; Mamba blocks are ported with silu") for row in HYBRIDS),
         ("nemotron_h", "mamba_hidden_act", "gelu", "mamba_hidden_act='gelu'; Mamba blocks are ported with silu"),
         ("aria_text", "hidden_act", "gelu", "hidden_act='gelu'; routed experts take silu alone"),
+        (
+            "minimax",
+            "rope_parameters",
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            "partial_rotary_factor=0.5, but this family rotates whole heads",
+        ),
         ("mpt", "attn_config", {"clip_qkv": "abc"}, "attn_config.clip_qkv='abc'; wanted a number of 0 or more"),
     ],
 )
@@ -100,3 +106,11 @@ def test_time_step_limits_without_an_upper_one():
         scan = next(op for op in port_config(config, 64, format="f32").ops if hasattr(op, "low"))
         assert (scan.low, scan.high) == (0.25, 0.0)
     assert "Mamba2ForCausalLM" in families()
+
+
+def test_older_names_of_nemotron_h_replace_the_newer():
+    old = {"mamba_n_groups": 4, "mamba_d_conv": 3, "mamba_conv_bias": False, "mamba_dt_min": 0.25}
+    new = {"n_groups": 4, "conv_kernel": 3, "use_conv_bias": False, "time_step_min": 0.25}
+    config = config_of("nemotron_h")
+    programs = [port_config(config | more, 64, format="f32") for more in (old, new)]
+    assert programs[0] == programs[1] != port_config(config, 64, format="f32")

@@ -49,7 +49,8 @@ KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "an integer": (_integer, ("pad_token_id", "moe_layer_end_index")),
     "a number of 0 or more": (lambda x: _number(x) and x >= 0, (
         "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "softmax_scale", "alpha",
-        "llama_4_scaling_beta", "attention_multiplier", "factor", "mscale", "mscale_all_dim",
+        "llama_4_scaling_beta", "attention_multiplier", "time_step_min", "factor", "mscale",
+        "mscale_all_dim",
     )),
     "a number above 0": (lambda x: _number(x) and x > 0, (
         "rope_theta", "original_max_position_embeddings", "scale_depth",

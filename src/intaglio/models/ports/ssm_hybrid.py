@@ -178,11 +178,12 @@ def nemotron_h(c: Config, context: int) -> Decoder:
     check_silu(c, "mamba_hidden_act")
     heads, dim = c.whole("mamba_num_heads"), c.whole("mamba_head_dim")
     check_groups(c, "mamba_num_heads", "n_groups")
+    c.replaced["time_step_limit"] = "transformers limits steps by time_step_min alone"
     mixer = SsmMixer(
         heads=heads, head_dim=dim, groups=c.whole("n_groups"), state=c.whole("ssm_state_size"),
-        taps=c.whole("conv_kernel"), eps=s["eps"], bias=c.flag("use_bias") or c.flag("mamba_proj_bias"),
-        out_bias=c.flag("use_bias") or c.flag("mamba_proj_bias"), conv_bias=c.flag("use_conv_bias"), block="mixer",
-        **limits(c),
+        taps=c.whole("conv_kernel"), eps=s["eps"], bias=c.flag("use_bias"), out_bias=c.flag("use_bias"),
+        conv_bias=c.flag("use_conv_bias"), block="mixer",
+        low=float(c.get("time_step_min", 0.0)),
     )  # fmt: skip
     layers = tuple(
         Layer("", mixer=mixer if kind == "linear_attention" else None, attention=kind != "mlp", mlp=kind == "mlp")
@@ -224,7 +225,7 @@ JAMBA = {
 }  # fmt: skip
 NEMOTRON = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096,
-    "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu",
+    "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "time_step_min": 0.001,
     "ssm_state_size": 128, "mamba_num_heads": 128, "mamba_head_dim": 64, "n_groups": 8,
     "conv_kernel": 4, "use_conv_bias": True, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False,
     "intermediate_size": 21504, "hidden_size": 4096,
@@ -241,5 +242,9 @@ FAMILIES = (
     Family(
         "NemotronHForCausalLM", "Nemotron-H 8B, 47B, 56B, Nemotron Nano 9B v2 (dense)", NEMOTRON, nemotron_h,
         model_types=("nemotron_h",), prefixes=("model.", "backbone."), tops=("embeddings", "norm_f", "layers.0.norm"),
+        aliases={
+            "n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv", "use_conv_bias": "mamba_conv_bias",
+            "time_step_min": "mamba_dt_min",
+        },
     ),
 )  # fmt: skip
