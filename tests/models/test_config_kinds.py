@@ -85,6 +85,8 @@ def test_wrong_types_are_port_errors_that_name_the_key(row):
         ("olmo", "clip_qkv", 0, "clip_qkv=0; wanted a number above 0"),
         *((row, "hidden_act", "gelu", "hidden_act='gelu'; Mamba blocks are ported with silu") for row in HYBRIDS),
         ("nemotron_h", "mamba_hidden_act", "gelu", "mamba_hidden_act='gelu'; Mamba blocks are ported with silu"),
+        ("gptoss", "hidden_act", "gelu", "hidden_act='gelu'; gpt-oss has silu"),
+        ("gemma2", "attn_logit_softcapping", 0.0, "attn_logit_softcapping=0.0; wanted a number above 0"),
         ("aria_text", "hidden_act", "gelu", "hidden_act='gelu'; routed experts take silu alone"),
         (
             "minimax",
@@ -114,3 +116,9 @@ def test_older_names_of_nemotron_h_replace_the_newer():
     config = config_of("nemotron_h")
     programs = [port_config(config | more, 64, format="f32") for more in (old, new)]
     assert programs[0] == programs[1] != port_config(config, 64, format="f32")
+
+
+def test_last_sparse_layer_of_ernie_beyond_the_model():
+    config = config_of("ernie4_5_moe")
+    programs = [port_config({**config, "moe_layer_end_index": end}, 64, format="f32") for end in (-1, 3, 4, 9)]
+    assert programs.count(programs[0]) == 4

@@ -41,7 +41,7 @@ BUILT_IN = {
     "mpt_six_heads": {"attn_config": {"clip_qkv": 0.9}},
     "falcon_new": {"bias": True},
     "afmoe": {"tie_word_embeddings": False},
-    "minicpm3": {"dim_model_base": 256, "v_head_dim": 16},
+    "minicpm3": {"dim_model_base": 256, "v_head_dim": 16, "mlp_bias": False},
     "lfm2": {"block_auto_adjust_ff_dim": False},
     "deepseekv3": {"rope_parameters": {**MSCALE, "mscale": 0.7}, "attention_bias": False},
     "deepseek_v32": {"attention_bias": False},

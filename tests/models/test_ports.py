@@ -371,16 +371,21 @@ def test_unknown_architectures():
         ("llama", {"head_dim": 32}, "", r"k_proj.bias is \[32\], config.json makes it \[64\] \(num_key_value"),
         ("qwen2", {"vocab_size": 264}, "", r"embed_tokens.weight is \[263, 64\], .* \[264, 64\] \(vocab_size"),
         ("qwen3", {}, "model.layers.1.self_attn.q_norm.weight", "lacks 1 tensors .*q_norm"),
-        (
-            "phi3", {"num_key_value_heads": 1}, "",
-            r"qkv_proj.weight is \[128, 64\], from which the port takes parts \(r.*num_key_value_heads\)",
-        ),
         ("phi3", {"intermediate_size": 97}, "", r"down_proj.weight is \[64, 96\].*\(hidden_size, intermediate"),
     ],
 )  # fmt: skip
 def test_tensors_refused(tmp_path, family, config, tensors, says):
     with pytest.raises(PortError, match=says):
         port(altered(tmp_path, family, config, lambda t: t.pop(tensors, None)))
+
+
+def test_a_tensor_that_cannot_be_cut_is_named(tmp_path):
+    def narrower(t):
+        t["transformer.h.1.attn.c_attn.weight"] = np.ascontiguousarray(t["transformer.h.1.attn.c_attn.weight"][:, :191])
+
+    says = r"h.1.attn.c_attn.weight is \[64, 191\], from which the port takes parts \(T\|r.*cannot cut 191"
+    with pytest.raises(PortError, match=says):
+        port(altered(tmp_path, "gpt2", tensors=narrower))
 
 
 def test_stored_types_refused(tmp_path):

@@ -46,14 +46,15 @@ KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         "embedding_size", "word_embed_proj_dim", "rotary_dim", "mamba_d_ssm", "index_topk_freq",
         "index_skip_topk_offset", "ffn_hidden_size", "n_inner", "num_kv_heads", "v_head_dim",
     )),
+    "an integer of 1 or more": (lambda x: _integer(x) and x > 0, ("head_dim", "num_key_value_heads")),
     "an integer": (_integer, ("pad_token_id", "moe_layer_end_index")),
     "a number of 0 or more": (lambda x: _number(x) and x >= 0, (
-        "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "softmax_scale", "alpha",
-        "llama_4_scaling_beta", "attention_multiplier", "time_step_min", "factor", "mscale",
-        "mscale_all_dim",
+        "clip_qkv", "softmax_scale", "alpha", "llama_4_scaling_beta", "attention_multiplier", "time_step_min",
+        "factor", "mscale", "mscale_all_dim",
     )),
     "a number above 0": (lambda x: _number(x) and x > 0, (
-        "rope_theta", "original_max_position_embeddings", "scale_depth",
+        "rope_theta", "original_max_position_embeddings", "scale_depth", "attn_logit_softcapping",
+        "final_logit_softcapping",
     )),
     "a number": (_number, ("attention_value_scale",)),
     "a name": (lambda x: isinstance(x, str), (
