@@ -52,6 +52,17 @@ def test_models_of_one_machine_take_turns(folder: Path) -> None:
     assert got == [wanted, wanted] and set(most) == {1} and len(most) == 80
 
 
+def test_questions_to_the_device_take_turns(folder: Path) -> None:
+    """So none is asked while another model runs a step."""
+    machine = Machine(models=2)
+    engine = LLM(folder, device="reference", machine=machine).engine
+    inner = engine.executable.unwrapped()
+    assert engine.launcher.between_steps(lambda asked: (asked is inner, machine.turn.locked())) == (True, True)
+    with pytest.raises(DeviceError, match="planted"):
+        engine.launcher.between_steps(lambda _: (_ for _ in ()).throw(DeviceError("planted")))
+    assert not machine.turn.locked()
+
+
 def test_memory_is_split_among_models(folder: Path) -> None:
     per_token = 2 * 2 * 2 * 16 * 4  # layers, K and V, heads, columns, bytes
     for models in (1, 2):

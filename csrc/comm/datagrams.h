@@ -1,39 +1,24 @@
-// A thread that sends datagrams at an interval, in the order in which they were added. It does not need Python's lock, so the
-// other end hears from this process even while Python code keeps the lock.
+// Sends datagrams at an interval, in the order in which they were added. The other end hears from this process even while Python
+// code keeps Python's lock.
 #pragma once
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <chrono>
-#include <condition_variable>
+#include <cerrno>
 #include <deque>
 #include <mutex>
 #include <string>
-#include <thread>
+#include <system_error>
+
+#include "comm/interval.h"
 
 namespace intaglio {
 
 class Datagrams {
  public:
-  // socket: a connected one, of which this object has its own descriptor. seconds: the interval.
-  Datagrams(int socket, double seconds) : socket_(dup(socket)), thread_([this, seconds] {
-          std::unique_lock<std::mutex> lock(mutex_);
-          do {
-            if (waiting_.empty()) continue;
-            send(socket_, waiting_.front().data(), waiting_.front().size(), MSG_DONTWAIT | MSG_NOSIGNAL);  // a lost one is not sent again
-            waiting_.pop_front();
-          } while (!stopped_.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return stop_; }));
-        }) {}
-  Datagrams(const Datagrams&) = delete;
-  ~Datagrams() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-    }
-    stopped_.notify_all();
-    thread_.join();
-    close(socket_);
-  }
+  // socket: a connected one, of which this object has its own descriptor. seconds: the interval. Throws std::system_error if
+  // there is no descriptor for it.
+  Datagrams(int socket, double seconds) : socket_(socket), interval_(seconds, [this] { send_first(); }) {}
 
   void add(std::string datagram) {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -45,12 +30,27 @@ class Datagrams {
   }
 
  private:
+  class Descriptor {
+   public:
+    explicit Descriptor(int of) : number(dup(of)) {
+      if (number < 0) throw std::system_error(errno, std::generic_category(), "a descriptor for the socket of datagrams");
+    }
+    Descriptor(const Descriptor&) = delete;
+    ~Descriptor() { close(number); }
+    const int number;
+  };
+
+  void send_first() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (waiting_.empty()) return;
+    send(socket_.number, waiting_.front().data(), waiting_.front().size(), MSG_DONTWAIT | MSG_NOSIGNAL);  // a lost one is not sent again
+    waiting_.pop_front();
+  }
+
   std::mutex mutex_;
-  std::condition_variable stopped_;
-  bool stop_ = false;
-  int socket_;
   std::deque<std::string> waiting_;
-  std::thread thread_;
+  Descriptor socket_;
+  Interval interval_;  // last: its thread ends before what it uses
 };
 
 }  // namespace intaglio

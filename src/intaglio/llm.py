@@ -26,16 +26,15 @@ from intaglio.devices import (
     MeshDevice,
     RanksDevice,
     ReportedWeights,
-    StateSpec,
     Weights,
     WorkerDevice,
     open_device,
 )
 from intaglio.devices.processes.address import TcpAddress
-from intaglio.machine import Machine
+from intaglio.machine import Machine, state_spec
 from intaglio.model import Model, Prompt
 from intaglio.models import Transcript
-from intaglio.program import MeshProgram
+from intaglio.program import ExpertPlacement
 from intaglio.progress import Progress, silent
 from intaglio.runtime import (
     CHECKPOINT_BLOCKS,
@@ -48,14 +47,13 @@ from intaglio.runtime import (
     SamplingParams,
     Sequence,
 )
+from intaglio.runtime.expert_balance import MOVE_EVERY
 from intaglio.runtime.request import TokenIds
 from intaglio.runtime.windows import with_windows
 from intaglio.tiers import DiskTier, PeerTier, StoreTier
 
 PAGE_TOKENS = 32
 KV_CACHE_BYTES = 8 << 30  # of the directory of K/V blocks
-KV_TOKENS = 32768  # tokens of K/V cache by default, if the context is no longer than that
-STATE_CHECKPOINTS = 1024  # recurrent states kept for the prefix cache by default, if there is memory for them
 
 Params = SamplingParams | abc.Sequence[SamplingParams] | None
 
@@ -132,6 +130,9 @@ class LLM:
         layout: how ranks share the model, such as tp2 or tp4pp2. On the host each rank is a process, replaced when it
             dies, with an equal share of the threads; on other devices all ranks run in this process.
         hosts: other hosts, each of which runs an equal number of the ranks.
+        expert_placement: for a layout with redundant experts (ep4r8): a JSON file with the experts of each rank of each
+            layer. It is read at the start if it is there, and replaced whenever experts have moved.
+        rebalance_every: seconds between two proposals of another placement of experts; 0: experts are never moved.
         in_process: True to run all ranks of a layout in this process, one after the other.
         chip: name of the chip whose times are modelled, for device silicon only; the host computes the values.
         chips: number of chips that share the model, by `layout` or else tensor parallel; for device silicon only.
@@ -166,6 +167,8 @@ class LLM:
         worker: bool = False,
         journal: str | Path | None = None,
         layout: str | None = None,
+        expert_placement: str | Path | None = None,
+        rebalance_every: float = MOVE_EVERY,
         in_process: bool = False,
         hosts: HostsDevice | None = None,
         chip: str | None = None,
@@ -185,7 +188,8 @@ class LLM:
         progress(0, 0, "compiling the model")
         self.model = Model.open(path, weights, kv_format, context, revision, progress)
         self.machine = machine or Machine(threads)
-        self.mesh = self.model.sharded(None if device == "silicon" else layout)  # the ranks that run in this process
+        placed = Layout.parse(layout or "tp1").placed(Path(expert_placement)) if expert_placement else layout
+        self.mesh = self.model.sharded(None if device == "silicon" else placed)  # the ranks that run in this process
         self.modelled: str | None = None  # chips and layout if times are modelled, else None
         options: dict[str, Any] = {"threads": self.machine.threads, "cache": cache} if device == "host" else {}
         if device == "silicon":
@@ -199,7 +203,9 @@ class LLM:
         elif hosts:
             raise DeviceError("several hosts need device host and a layout of several ranks, such as tp2 or pp2")
         self.clock = inner.clock
-        self.state, max_sequences = state_spec(self.mesh, kv_tokens, max_sequences, state_cache_bytes, self.machine)
+        self.state, max_sequences = state_spec(
+            self.mesh, kv_tokens, max_sequences, state_cache_bytes, self.machine, PAGE_TOKENS
+        )
         if (kv_cache_dir or kv_peer) and window_tokens:
             raise RequestError(
                 "kv_cache_dir and kv_peer keep all K/V, and window_tokens gives some back; leave out one of them"
@@ -228,10 +234,12 @@ class LLM:
             self.load(progress), clock=self.clock, rng=random.Random(), max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, max_waiting=max_waiting, max_drafts=max_drafts,
             checkpoint_blocks=0 if state_cache_bytes == 0 else CHECKPOINT_BLOCKS, numerics=numerics,
-            scope=scope, connector=self.tier,
+            scope=scope, connector=self.tier, rebalance_every=rebalance_every,
             incarnation=secrets.token_hex(8),
             restart=self.reload if isinstance(self.device, WorkerDevice | RanksDevice | HostsDevice) else None,
         )  # fmt: skip
+        if expert_placement:
+            self.engine.experts.moved = lambda layers: ExpertPlacement(layers).keep(Path(expert_placement))
         self.admission = self.engine.admission
         self._numbers = itertools.count(1)
 
@@ -390,39 +398,6 @@ class LLM:
         assert s.finish_reason
         error = s.fault.message if s.fault else None
         return RequestOutput(s.prompt, transcript.text, s.output, s.logprobs, s.finish_reason, error)
-
-
-def state_spec(
-    mesh: MeshProgram, kv_tokens: int | None, max_sequences: int, state_cache_bytes: int | None, machine: Machine
-) -> tuple[StateSpec, int]:
-    """(the StateSpec to allocate, number of sequences that may run at once): what fits the memory of one model.
-
-    The machine grants one model `machine.kv_bytes`. Of these:
-    - Recurrent state gets up to half, two slots a sequence. If `max_sequences` sequences do not fit, fewer run.
-    - States kept for the prefix cache get `state_cache_bytes`; None: up to an eighth.
-    - K/V gets `kv_tokens`, even if that is more than the memory granted. None: KV_TOKENS or one whole context,
-      whichever is more, but no more than the rest holds.
-
-    Raises RequestError if `kv_tokens` is below 1 or `state_cache_bytes` below 0.
-    """
-    for name, value, least in (("kv_tokens", kv_tokens, 1), ("state_cache_bytes", state_cache_bytes, 0)):
-        if value is not None and value < least:
-            raise RequestError(f"{name} is {value}; allowed: {least} or more")
-    state = [t for program in mesh.programs for t in program.of_role("state")]
-    slot, token = (
-        sum(t.nbytes({"P": 1, "B": 1, "N": 1}) for t in state if (t.shape[0] == "N") == recurrent)
-        for recurrent in (True, False)
-    )
-    granted, slots = machine.kv_bytes, 0
-    if slot:
-        running = max(2, min(2 * max_sequences, granted // 2 // slot))
-        kept = min(STATE_CHECKPOINTS, granted // 8 // slot) if state_cache_bytes is None else state_cache_bytes // slot
-        granted = max(0, granted - (running + kept) * slot)
-        slots = running + kept
-        max_sequences = running // 2
-    tokens = min(max(mesh.last.context, KV_TOKENS), granted // max(1, token)) if kv_tokens is None else kv_tokens
-    pages = tokens // PAGE_TOKENS if kv_tokens is None else -(-tokens // PAGE_TOKENS)
-    return StateSpec(max(1, pages), PAGE_TOKENS, slots), max_sequences
 
 
 def _tier(

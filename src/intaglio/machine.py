@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
-from intaglio.devices import BlockingExecutable, DeviceError, Executable, StepRequest, StepResult, usable_cores
+from intaglio.devices import (
+    BlockingExecutable,
+    DeviceError,
+    Executable,
+    StateSpec,
+    StepRequest,
+    StepResult,
+    usable_cores,
+)
+from intaglio.program import MeshProgram
+from intaglio.runtime import RequestError
 
+T = TypeVar("T")
+KV_TOKENS = 32768  # tokens of K/V cache by default, if the context is no longer than that
+STATE_CHECKPOINTS = 1024  # recurrent states kept for the prefix cache by default, if there is memory for them
 KV_SHARE = 0.25  # of the memory, for the K/V caches of all models together
 
 
@@ -74,5 +88,47 @@ class SharedExecutable(BlockingExecutable):
     def unwrapped(self) -> Executable:
         return self.inner.unwrapped()
 
+    def between_steps(self, call: Callable[[Executable], T]) -> T:
+        with self.turn:
+            return self.inner.between_steps(call)
+
     def close(self) -> None:
         self.inner.close()
+
+
+def state_spec(
+    mesh: MeshProgram,
+    kv_tokens: int | None,
+    max_sequences: int,
+    state_cache_bytes: int | None,
+    machine: Machine,
+    page_tokens: int,
+) -> tuple[StateSpec, int]:
+    """(the StateSpec to allocate, number of sequences that may run at once): what fits the memory of one model.
+
+    The machine grants one model `machine.kv_bytes`. Of these:
+    - Recurrent state gets up to half, two slots a sequence. If `max_sequences` sequences do not fit, fewer run.
+    - States kept for the prefix cache get `state_cache_bytes`; None: up to an eighth.
+    - K/V gets `kv_tokens`, even if that is more than the memory granted. None: KV_TOKENS or one whole context,
+      whichever is more, but no more than the rest holds.
+
+    Raises RequestError if `kv_tokens` is below 1 or `state_cache_bytes` below 0.
+    """
+    for name, value, least in (("kv_tokens", kv_tokens, 1), ("state_cache_bytes", state_cache_bytes, 0)):
+        if value is not None and value < least:
+            raise RequestError(f"{name} is {value}; allowed: {least} or more")
+    state = [t for program in mesh.programs for t in program.of_role("state")]
+    slot, token = (
+        sum(t.nbytes({"P": 1, "B": 1, "N": 1}) for t in state if (t.shape[0] == "N") == recurrent)
+        for recurrent in (True, False)
+    )
+    granted, slots = machine.kv_bytes, 0
+    if slot:
+        running = max(2, min(2 * max_sequences, granted // 2 // slot))
+        kept = min(STATE_CHECKPOINTS, granted // 8 // slot) if state_cache_bytes is None else state_cache_bytes // slot
+        granted = max(0, granted - (running + kept) * slot)
+        slots = running + kept
+        max_sequences = running // 2
+    tokens = min(max(mesh.last.context, KV_TOKENS), granted // max(1, token)) if kv_tokens is None else kv_tokens
+    pages = tokens // page_tokens if kv_tokens is None else -(-tokens // page_tokens)
+    return StateSpec(max(1, pages), page_tokens, slots), max_sequences

@@ -82,7 +82,7 @@ class Model:
         name = hub_id(named) or path.resolve().name
         return cls(path, name, checkpoint, ported, program, weights, kv_format, tokenizer, eos_ids, grammars)
 
-    def sharded(self, layout: str | None) -> MeshProgram:
+    def sharded(self, layout: str | Layout | None) -> MeshProgram:
         """The MeshProgram of all ranks of a layout such as tp4pp2. layout None: one rank with the whole Program.
 
         Raises the errors of build_mesh().

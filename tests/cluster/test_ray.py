@@ -165,3 +165,19 @@ def test_a_killed_router_leaves_no_replica_and_no_rank(
         other.process.send_signal(signal.SIGKILL)
         other.process.wait(TEST_TIMEOUT_S)
     wait_for(lambda: not any(map(runs, [replica["pid"], *ranks])))
+
+
+def test_prefill_and_decode_replicas_of_two_nodes_hand_blocks_over_by_tcp(
+    folder: Path, cluster: Clustered, nodes: Nodes, alone: Served, tmp_path: Path
+) -> None:
+    cluster.ask("scale", replicas=1)  # so that each node has a free CPU
+    words = "--ray", nodes.ray.address, "--prefill", "1", "--decode", "1", "--threads", "1"
+    with clustered(folder, tmp_path, 0, *words) as other:
+        prompt = f"a prompt of its own, {random.randrange(10**9)}, of more than a few blocks. " * 8
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "ignore_eos": True, "stream": False, "seed": 5}
+        assert send(other.url, "/v1/completions", body) == send(alone.url, "/v1/completions", body)
+        assert len({node_of(r) for r in other.replicas().values()}) == 2
+        hits = 'intaglio:kv_tier_blocks_total{event="hits",server="d0"}'
+        wait_for(lambda: other.metric(hits) > 4)  # with the next load report
+        pids = [r["pid"] for r in other.replicas().values()]
+    wait_for(lambda: not any(map(runs, pids)))

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,15 @@ from support.served import served
 from support.tiny import tiny
 
 from intaglio.batch import Chunk, bind
+from intaglio.compiler import LayoutError
 from intaglio.devices import DeviceError, Executable, MeshDevice, RanksDevice, ReportedWeights, StepRequest
 from intaglio.devices.host import HostDevice
 from intaglio.llm import LLM
 from intaglio.models import Checkpoint, port
 from intaglio.ops import Experts, Route
+from intaglio.program import ExpertPlacement
 from intaglio.program.source import restacked
-from intaglio.runtime import SamplingParams
+from intaglio.runtime import RequestError, SamplingParams
 
 PATIENT = 120.0  # seconds after which experts should have moved, however busy the machine is
 
@@ -90,7 +93,10 @@ def test_a_model_under_load_moves_experts_and_keeps_its_tokens(tmp_path: Path, r
     params = SamplingParams(max_tokens=24, temperature=0.8, seed=int(rng.integers(1 << 30)))
     prompts = ["def f(", "one two", "Hello, ", "aaaa"]
     wanted = LLM(tmp_path / "model", layout="ep2r2", in_process=True, kv_tokens=256).generate(prompts, params)
-    llm = LLM(tmp_path / "model", layout="ep2r2", kv_tokens=256, cache=None)
+    file = tmp_path / "placement.json"
+    options: dict[str, Any] = {"layout": "ep2r2", "kv_tokens": 256, "cache": None, "expert_placement": file}
+    llm = LLM(tmp_path / "model", **options)
+    assert not file.exists()
     balancer = llm.engine.experts
     balancer.every = balancer.worth = 0.0  # at every look, whatever the loads are
     end = time.monotonic() + PATIENT
@@ -99,6 +105,27 @@ def test_a_model_under_load_moves_experts_and_keeps_its_tokens(tmp_path: Path, r
     assert balancer.moves >= 2 and not balancer.failed
     assert all(load.tokens.sum() > 0 for load in balancer.loads.values())
     llm.engine.executable.close()
+    kept = ExpertPlacement.read(file)
+    assert kept and kept.layers == {site: load.held for site, load in balancer.loads.items()}
+    again = LLM(tmp_path / "model", **options, in_process=True, rebalance_every=0)
+    assert again.generate(prompts, params) == wanted
+    again.engine.experts.count()
+    assert {site: load.held for site, load in again.engine.experts.loads.items()} == kept.layers
+    assert again.engine.experts.every == float("inf")
+
+
+def test_placements_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path, file = tiny("qwen3moe", tmp_path / "model"), tmp_path / "placement.json"
+    ExpertPlacement({"layers.9.mlp.experts": ((0,), (1,))}).keep(file)
+    for layout, why in (
+        ("ep2r0", r"names layers\.9\.mlp\.experts, which \S+ lacks; the sites of its experts are layers\.1\."),
+        ("ep2", r"layout ep2 has no placement of experts to be read from .*placement\.json; use one such as ep2r0"),
+        (None, "layout tp1 has no placement"),
+    ):
+        with pytest.raises(LayoutError, match=why):
+            LLM(path, layout=layout, in_process=True, expert_placement=file)
+    with pytest.raises(RequestError, match="rebalance_every is -1; allowed: 0 or more"):
+        LLM(path, layout="ep2r0", in_process=True, rebalance_every=-1)
 
 
 class Forwarded:

@@ -8,6 +8,7 @@ import random
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,8 @@ from intaglio.ops import AllReduce
 from intaglio.program.source import names
 from intaglio.runtime import Engine, Grammar, Refused, Request, SamplingParams
 
-PAGE, STATE = 16, StateSpec(6, 16, 6)
+PAGE, STATE = 16, StateSpec(6, 16)
+SLOTS = replace(STATE, slots=6)  # for recurrent state
 PATIENT = 60.0  # seconds of silence, where a test is not about it: the machine may be busy
 FAULTS = 3  # at random moments; `make faults` has more
 ALL = bool(os.environ.get("INTAGLIO_ALL_FAMILIES"))  # also through processes; test_communicator.py has them in threads
@@ -62,9 +64,9 @@ def open_tiny(family: str, folder: Path, **sizes: int) -> Checkpoint:
     return Checkpoint.open(tiny(family, folder / family, **sizes))
 
 
-def start(checkpoint: Checkpoint, layout: str = "tp2", **options: float) -> GroupExecutable:
+def start(checkpoint: Checkpoint, layout: str = "tp2", state: StateSpec = STATE, **options: float) -> GroupExecutable:
     device = RanksDevice(2, cache=None, **{"silence": PATIENT, **options})  # type: ignore[arg-type]
-    group = device.load(build_mesh(port(checkpoint), layout), checkpoint, STATE)
+    group = device.load(build_mesh(port(checkpoint), layout), checkpoint, state)
     assert isinstance(group, GroupExecutable)
     return group
 
@@ -78,7 +80,7 @@ def test_processes_have_the_bits_of_the_mesh(tmp_path: Path, family: str, layout
     """Prefill in two chunks beside another sequence, decoding, with several steps under way at a time."""
     c = open_tiny(family, tmp_path)
     mesh = build_mesh(port(c), layout)
-    here, there = MeshDevice(HostDevice(1)).load(mesh, c, STATE), start(c, layout)
+    here, there = MeshDevice(HostDevice(1)).load(mesh, c, SLOTS), start(c, layout, SLOTS)
     tokens = np.random.default_rng(len(family)).integers(0, 263, 14).tolist()
     batches = []
     for first, end, slots in ((0, 9, (-1, 0)), (9, 12, (0, 1)), (12, 13, (1, 0)), (13, 14, (0, 1))):

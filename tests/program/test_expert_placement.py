@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,3 +87,18 @@ def test_text_and_errors() -> None:
             ExpertPlacement({SITE: ranks}).check(3, 2)
     with pytest.raises(PlacementError, match="9 on each of 2 ranks, but there are 8; use fewer"):
         ExpertPlacement.even([SITE], 8, 2, 9)
+
+
+def test_a_placement_is_kept_in_a_file(tmp_path: Path) -> None:
+    file, placement = tmp_path / "placement.json", ExpertPlacement.even([SITE], 8, 4, 3)
+    assert ExpertPlacement.read(file) is None
+    for kept in (placement, ExpertPlacement.even([SITE], 6, 2, 0)):
+        kept.keep(file)
+        assert ExpertPlacement.read(file) == kept and [*tmp_path.iterdir()] == [file]
+    file.write_text("[1, 2]")
+    with pytest.raises(PlacementError, match=r"placement\.json: an expert placement is JSON such as"):
+        ExpertPlacement.read(file)
+    with pytest.raises(PlacementError, match="is a directory|Is a directory"):
+        ExpertPlacement.read(tmp_path)
+    with pytest.warns(UserWarning, match=r"is not kept in .*none/placement\.json: .*No such file"):
+        placement.keep(tmp_path / "none" / "placement.json")

@@ -1,4 +1,4 @@
-"""The closed form of `linear` against the simulator executing its instructions; the L2 of both."""
+"""Closed forms of chip kernels against the simulator executing their instructions; the L2 of both."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ def test_closed_form_and_machine_agree_on_kernels_that_work_row_by_row(kind: str
             a.ratio,
             a.case.words,
         )
+
+
+@pytest.mark.parametrize("chip", ["a100_sxm", "h100_sxm", "b200_sxm", "tpu_v5e", "tpu_v7", "mi300x", "gaudi3"])
+@pytest.mark.parametrize("kind", ["attend", "kv_write"])
+def test_closed_form_and_machine_agree_on_attention(chip: str, kind: str) -> None:
+    """Prompts, decoding sequences, windows and latent attention; see docs/accuracy.md for every chip."""
+    on, rng = target(chip), np.random.default_rng()
+    found = [compare_kernel(on, CASES[kind](rng, on)) for _ in range(4)]
+    assert all(0.7 < a.ratio < 1.4 for a in found), [(a.ratio, a.case.words) for a in found]
+    assert np.median([abs(a.ratio - 1) for a in found]) < 0.12, [(a.ratio, a.case.words) for a in found]
 
 
 def product(on: Target, m: int, n: int, k: int, format: str = "bf16") -> Case:

@@ -103,7 +103,8 @@ def case(name: str) -> Case:
             tensors += [Tensor(n, ("P", "B", 2, 16), "f32", "state") for n in ("kc", "vc")]
             values = {n: normal(rng, 64, 4, 2, 16) for n in ("kc", "vc")}
             values |= {"q": normal(rng, 140, 32), "s": normal(rng, 2)}
-            return op_case(CHIPS[chip], op, tensors, values, [(140, 60)])
+            on = CHIPS[chip].with_library(key_tile=32, query_tiles=(32,), fused_query_tiles=(32,))
+            return op_case(on, op, tensors, values, [(140, 60)])
         case ["all_reduce"]:
             reduce = AllReduce(site="l0.sum", x="x", out="out", group=(0, 1, 2), wire="bf16")
             links = CollectiveRun(reduce, SMALL, [normal(rng, 40, 300) for _ in range(3)])

@@ -124,6 +124,16 @@ def serve(
     chip: o.Chip = None,
     chips: o.Chips = None,
     layout: o.Layout = None,
+    expert_placement: Annotated[
+        Path | None,
+        typer.Option(
+            callback=o.in_existing_folder,
+            help="With --layout such as ep4r8: JSON file of each rank's experts, read at the start, updated later.",
+        ),
+    ] = None,
+    rebalance_every: Annotated[
+        float, typer.Option(min=0, help="Seconds between two proposals to move experts; 0: none move.")
+    ] = 60.0,
     in_process: o.InProcess = False,
     worker: Annotated[bool, typer.Option("--worker", help="The device in a process of its own.")] = False,
     max_sequences: Annotated[int, typer.Option(min=1, help="Choices that run together.")] = 256,
@@ -211,6 +221,10 @@ def serve(
         raise ValueError(f"--chat-template {chat_template} is for one model, here are {len(folders)}; leave it out")
     if revision and len(folders) > 1:
         raise ValueError(f"--revision {revision} is for one model, here are {len(folders)}; leave it out")
+    if expert_placement and len(folders) > 1:
+        raise ValueError(
+            f"--expert-placement {expert_placement} is for one model, here are {len(folders)}; leave it out"
+        )
     template = read_template(chat_template) if chat_template else None
     machine = Machine(threads, models=len(folders)) if len(folders) > 1 else None
     tracing = Tracing(otlp_endpoint, "intaglio") if otlp_endpoint else None
@@ -221,6 +235,7 @@ def serve(
             llms[name] = LLM(
                 folder, device, weights, None if machine else threads, context=context, kv_tokens=kv_tokens,
                 worker=worker, journal=journal, chip=chip, chips=chips, layout=layout, in_process=in_process,
+                expert_placement=expert_placement, rebalance_every=rebalance_every,
                 hosts=HOSTS.get(),
                 max_sequences=max_sequences,
                 max_batch_tokens=max_batch_tokens, max_waiting=max_waiting, max_drafts=max_drafts, machine=machine,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from intaglio.program import ExpertPlacement, ProgramError
@@ -23,8 +24,8 @@ class Layout:
     rank = stage * lanes + lane, so the ranks of a stage are neighbours; lane = expert index * tp + head index.
 
     Attributes:
-        tp: number of lanes among which attention heads, and the columns of each expert, are divided. Everything else is
-            divided among all lanes.
+        tp: number of lanes among which attention heads, the heads or channels of recurrent blocks, and the columns of
+            each expert, are divided. Everything else is divided among all lanes.
         ep: number of groups of lanes among which experts are divided.
         pp: number of pipeline stages.
         sp: True for sequence parallelism: norms and other ops between two all_reduces are split along tokens.
@@ -60,6 +61,17 @@ class Layout:
                 f"layout {text!r}; wanted some of {known} with N 1 or more, such as tp4pp2; then sp, or not"
             )
         return cls(**sizes, sp=text.endswith("sp"), redundant=int(extra[1]) if extra else None)
+
+    def placed(self, path: Path) -> Layout:
+        """This layout with the placement of experts in the file `path`; without one if there is no such file.
+
+        Raises LayoutError for a layout without redundant experts, and PlacementError for a file that has no placement.
+        """
+        if self.redundant is None:
+            raise LayoutError(
+                f"layout {self} has no placement of experts to be read from {path}; use one such as ep2r0 or ep4r8"
+            )
+        return replace(self, placement=ExpertPlacement.read(path))
 
     def __post_init__(self) -> None:
         if self.redundant is not None and self.ep == 1:

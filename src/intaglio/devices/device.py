@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from intaglio.devices.recipe import Recipe
 from intaglio.ops import Collective, Value
 from intaglio.program import MeshProgram, Program
 from intaglio.program.expert_placement import Ranks
+
+T = TypeVar("T")
 
 
 class DeviceError(RuntimeError):
@@ -256,6 +258,13 @@ class Executable(ABC):
     def unwrapped(self) -> Executable:
         """The executable inside all wrappers; this one if it wraps none."""
         return self
+
+    def between_steps(self, call: Callable[[Executable], T]) -> T:
+        """The result of call(executable inside all wrappers), which runs no step. Raises what it raises.
+
+        A wrapper that runs steps in turns with other models makes the call in its turn too.
+        """
+        return call(self)
 
     def close(self) -> None:  # noqa: B027 (most hold nothing)
         """Release what the executable holds outside this process, such as child processes; most hold nothing."""

@@ -8,8 +8,10 @@ published as EPLB (github.com/deepseek-ai/EPLB, global policy): first replicate,
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,25 @@ class ExpertPlacement:
             raise PlacementError(
                 f"an expert placement is JSON such as {{site: [[0, 1], [1, 2]]}}; this is not: {e}"
             ) from e
+
+    @classmethod
+    def read(cls, path: Path) -> ExpertPlacement | None:
+        """The placement in a file that keep() wrote; None if there is no file. Raises PlacementError for any other."""
+        try:
+            return cls.parse(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError, PlacementError) as e:
+            raise PlacementError(f"{path}: {e}") from None
+
+    def keep(self, path: Path) -> None:
+        """Replace the file `path` by this placement's text, in one step. Warns if that fails. Returns nothing."""
+        try:
+            whole = path.with_name(path.name + ".new")
+            whole.write_text(self.text(), encoding="utf-8")
+            whole.replace(path)
+        except OSError as e:
+            warnings.warn(f"the expert placement is not kept in {path}: {e}", stacklevel=2)
 
     def text(self) -> str:
         """The placement as JSON, with a line for each layer; parse() reads it."""

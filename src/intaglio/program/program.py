@@ -111,6 +111,18 @@ class Program:
         """The op that writes `name`, or its base if it is a view; None if no op does."""
         return self._writers.get(self.base(name))
 
+    def views(self, base: str) -> list[tuple[int, str]]:
+        """A list of (first column, name) of the views of `base`, in order."""
+        return self._views.get(base, [])
+
+    @cached_property
+    def _views(self) -> dict[str, list[tuple[int, str]]]:
+        found: dict[str, list[tuple[int, str]]] = {}
+        for t in self.tensors.values():
+            if t.view:
+                found.setdefault(t.view[0], []).append((t.view[1], t.name))
+        return {base: sorted(views) for base, views in found.items()}
+
     @cached_property
     def _readers(self) -> dict[str, list[Op]]:
         found: dict[str, list[Op]] = {}

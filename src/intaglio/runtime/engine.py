@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from typing import Protocol
 
 from intaglio.devices import DeviceLost, Executable
@@ -20,7 +21,7 @@ from intaglio.runtime.block_names import BlockNames, BlockScope
 from intaglio.runtime.checkpoints import CHECKPOINT_BLOCKS
 from intaglio.runtime.clock import MonotonicClock
 from intaglio.runtime.connector import Connector
-from intaglio.runtime.expert_balance import ExpertBalancer
+from intaglio.runtime.expert_balance import MOVE_EVERY, ExpertBalancer
 from intaglio.runtime.kv import BlockPool
 from intaglio.runtime.latency import LatencyEstimator
 from intaglio.runtime.launcher import Launcher, launch_groups
@@ -61,6 +62,8 @@ class Engine:
         numerics: what decides the bits of results besides the Program, such as "host avx2 tp2": device, instruction set
             and layout. A request suspended on another engine is resumed only if both have the same.
         scope: BlockScope for the names of K/V blocks; None: from the Program and `numerics`, with unknown weights.
+        rebalance_every: seconds between two proposals of another placement of experts, for layouts with redundant
+            experts; 0: experts are never moved.
         connector: a tier that keeps K/V blocks outside the engine; None if there is none. If the model or the device
             cannot use it, the tier is told so and not used.
         incarnation: text that is different for each start of an engine; block events carry it.
@@ -84,13 +87,19 @@ class Engine:
         numerics: str = "",
         scope: BlockScope | None = None,
         incarnation: str = "",
+        rebalance_every: float = MOVE_EVERY,
         connector: Connector | None = None,
     ) -> None:
-        bounds = {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences, "max_waiting": max_waiting}
+        bounds: dict[str, float] = {
+            "max_batch_tokens": max_batch_tokens,
+            "max_sequences": max_sequences,
+            "max_waiting": max_waiting,
+        }
         for name, value in bounds.items():
             if value < 1:
                 raise RequestError(f"{name} is {value}; allowed: 1 or more")
-        for name, value in {"max_drafts": max_drafts, "checkpoint_blocks": checkpoint_blocks}.items():
+        rest = {"max_drafts": max_drafts, "checkpoint_blocks": checkpoint_blocks, "rebalance_every": rebalance_every}
+        for name, value in rest.items():
             if value < 0:
                 raise RequestError(f"{name} is {value}; allowed: 0 or more")
         self.program, self.state = executable.program, executable.state
@@ -116,7 +125,7 @@ class Engine:
         self.live = LiveRequests(self.scheduler, self.clock, self.latency, self.counts)
         self.launcher = Launcher(executable, self.live, self.counts)
         self.offload.device = self.launcher
-        self.experts = ExpertBalancer(self.launcher)
+        self.experts = ExpertBalancer(self.launcher, rebalance_every or inf)
         self.accounting = Accounting(self.live, self.scheduler, self.clock, self.counts, context)
         self.recovery = Recovery(self.launcher, self.live, self.scheduler, self.counts, restart, max_restarts)
         self.numerics, self.draining = numerics, False

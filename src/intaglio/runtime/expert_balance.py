@@ -6,7 +6,7 @@ do not depend on the placement, so no stream changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -29,16 +29,18 @@ class ExpertBalancer:
     replaced, and `failed` says why.
 
     Attributes:
-        every: seconds between two proposals.
+        every: seconds between two proposals; inf: experts are never moved.
         worth: a layer is moved if its largest load of a rank, over the mean, becomes smaller by this factor.
         loads: the ExpertLoad of each layer when they were last counted, by site; tokens since the engine's start.
         moves: layers whose experts were moved.
+        moved: None, or called after a layer's experts have moved, with each rank's experts of every layer, by site.
         failed: why experts are not moved; "" if they are.
     """
 
     def __init__(self, launcher: Launcher, every: float = MOVE_EVERY, worth: float = WORTH) -> None:
         self.launcher, self.every, self.worth = launcher, every, worth
         self.loads: dict[str, ExpertLoad] = {}
+        self.moved: Callable[[Mapping[str, Ranks]], None] | None = None
         self.moves, self.failed = 0, ""
         self._counted_on: Executable | None = None
         self._has_experts = False
@@ -127,6 +129,9 @@ class ExpertBalancer:
             device(lambda executable: executable.switch_experts())
             self.moves += 1
             self._loading = {}
+            if self.moved:
+                self.count()
+                self.moved({site: load.held for site, load in self.loads.items()})
         if not self._recent and now >= self._next_move:
             self._next_move = now + self.every
             self.count()

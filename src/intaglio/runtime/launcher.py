@@ -171,7 +171,7 @@ class Launcher:
     def between_steps(self, call: Callable[[Executable], T]) -> T:
         """The result of call(executable), which runs no step. Raises what it raises."""
         with self._noting_loss():
-            return call(self.executable.unwrapped())
+            return self.executable.between_steps(call)
 
     @contextmanager
     def _noting_loss(self, in_step: bool = False) -> Iterator[None]:

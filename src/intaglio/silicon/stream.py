@@ -84,7 +84,8 @@ class StreamBuilder:
         reads = [self._last_access(r) for r in instruction.regions(written=False)]
         writes = [self._last_access(r) for r in instruction.regions(written=True)]
         for access in (*reads, *writes):
-            if access.writer is not None:
+            # An engine's results appear in order, so it needs no wait to overwrite what it has written itself.
+            if access.writer is not None and (access in reads or access.writer[0] != engine):
                 need[access.writer[0]] = max(need[access.writer[0]], access.writer[1])
         for access in writes:
             for other, n in access.readers.items():

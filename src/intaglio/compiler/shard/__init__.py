@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Set
 
 from intaglio import formats
-from intaglio.compiler.layout import Layout
+from intaglio.compiler.layout import Layout, LayoutError
 from intaglio.compiler.shard import rules  # noqa: F401 (importing it registers the rules)
 from intaglio.compiler.shard.lane import Lane, sharding_rule
 from intaglio.compiler.shard.plan import make_plan
 from intaglio.compiler.shard.shares import Share
 from intaglio.compiler.stages import cut_stages
+from intaglio.ops import Experts
 from intaglio.program import Program
 
 __all__ = ["Lane", "Share", "shard", "sharding_rule"]
@@ -40,6 +41,10 @@ def shard(
     would be split.
     """
     layout = Layout.parse(layout) if isinstance(layout, str) else layout
+    sites = {op.site for op in program.ops if isinstance(op, Experts)}
+    if layout.placement and (unknown := sorted(layout.placement.layers.keys() - sites)):
+        found = f"the sites of its experts are {', '.join(sorted(sites))}" if sites else "it has no experts"
+        raise LayoutError(f"the placement names {unknown[0]}, which {program.name} lacks; {found}")
     lanes = [program]
     if layout.lanes > 1:
         plan = make_plan(program, layout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from intaglio.compiler.layout import Layout, LayoutError
 from intaglio.compiler.shard.recurrent import Recurrence, plan_recurrence
-from intaglio.compiler.shard.shares import Plan, Share, cut, cut_columns, joint, scaled, views_of
+from intaglio.compiler.shard.shares import Plan, Share, cut, cut_columns, joint, scaled
 from intaglio.ops import Attend, Embed, HeadLinear, KvWrite, Linear, Norm, Op, Permute, Rope, Sample, ShortConv
 from intaglio.program import Program
 
@@ -117,7 +117,7 @@ def plan_joint(p: Program, out: str, plan: Plan) -> None:
     are then composed of those of its views and added to `plan`. Otherwise `out` and its views are removed from `plan`.
     Nothing changes for a result without views.
     """
-    views = views_of(p, out)
+    views = p.views(out)
     shares = joint(p, out, plan)
     if shares and not p.uses(out):
         plan[out] = shares

@@ -12,7 +12,6 @@ from intaglio.compiler.shard.shares import (
     joint,
     keeps_whole,
     scaled,
-    views_of,
 )
 from intaglio.ops import Decay, HeadLinear, Linear, LinearAttention, Norm, Op, RgLru, SelectiveScan, ShortConv
 from intaglio.program import Program
@@ -99,7 +98,7 @@ def spread(p: Program, op: Recurrence, starts: Plan) -> Plan | None:
                 return None
             continue
         found[name] = shares
-        if t.role == "output" or (views_of(p, name) and joint(p, name, found) != shares):
+        if t.role == "output" or (p.views(name) and joint(p, name, found) != shares):
             return None
         if t.view and (base := joint(p, t.view[0], found)):
             todo.append((t.view[0], base))
@@ -126,9 +125,7 @@ def demands(p: Program, op: Op, name: str, shares: list[Share]) -> Plan | None:
         case ShortConv():
             return dict.fromkeys((op.x, op.out, op.state), shares)
         case Norm() if (
-            not op.residual
-            and not views_of(p, op.out)
-            and (keeps_whole(shares, op.group) or is_partition(shares, width))
+            not op.residual and not p.views(op.out) and (keeps_whole(shares, op.group) or is_partition(shares, width))
         ):
             return dict.fromkeys((op.x, op.out), shares)
         case Decay() if keeps_whole(shares, width // int(p.tensors[op.rate].shape[0])):

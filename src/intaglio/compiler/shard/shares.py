@@ -62,17 +62,12 @@ def is_partition(shares: Sequence[Share], width: int) -> bool:
     return all(len(share) == 1 for share in shares) and [r.start for r in runs] == ends[:-1] and ends[-1] == width
 
 
-def views_of(p: Program, base: str) -> list[tuple[int, str]]:
-    """A list of (first column, name) of the views of `base`, in order."""
-    return sorted((t.view[1], t.name) for t in p.tensors.values() if t.view and t.view[0] == base)
-
-
 def joint(p: Program, base: str, plan: Plan) -> list[Share] | None:
     """The shares of `base` that consist of those of its views in `plan`.
 
     None if `base` has no views, they do not cover it, or one of them is not in `plan`.
     """
-    views = views_of(p, base)
+    views = p.views(base)
     ends = [start + int(p.tensors[name].shape[1]) for start, name in views]
     whole = [0, *ends[:-1]] == [start for start, _ in views] and ends[-1:] == [p.tensors[base].shape[1]]
     if not whole or any(name not in plan for _, name in views):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from intaglio.devices import DeviceLost, Executable, PendingStep, StepRequest, StepResult
 from intaglio.runtime.engine import Engine, Rng
@@ -18,6 +18,8 @@ from intaglio.runtime.request import Event, Refused, Request, RequestError
 from intaglio.runtime.request_fields import write_request
 from intaglio.runtime.resumption import Resumption
 from intaglio.runtime.sequence import Sequence
+
+T = TypeVar("T")
 
 Journal = Callable[[dict[str, Any]], None]
 
@@ -123,6 +125,9 @@ class RecordedExecutable(Executable):
 
     def unwrapped(self) -> Executable:
         return self.inner.unwrapped()
+
+    def between_steps(self, call: Callable[[Executable], T]) -> T:
+        return self.inner.between_steps(call)
 
     def close(self) -> None:
         self.inner.close()
