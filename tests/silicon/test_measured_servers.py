@@ -138,7 +138,7 @@ def test_profiles(times: StepTimes, tmp_path: Path) -> None:
     assert EngineTimes(times, EngineProfile(name="x", description="")).cost(4, 100.0)[0] == seconds
     graphs = EngineProfile(name="x", description="", graph_launch_s=0.0, decode_factor=2.0)
     launches = sum(part.count for part in times.parts[0]) * times.target.library.launch_s
-    assert EngineTimes(times, graphs).cost(4, 100.0)[0] <= 2 * (seconds - launches)
+    assert EngineTimes(times, graphs).cost(4, 100.0)[0] <= 2 * (seconds - launches) * (1 + 1e-9)
     chunk = [(64, 64, 1)]
     assert EngineTimes(times, graphs).cost(4, 100.0, chunk) == times.cost(4, 100.0, chunk)
     here = {"hopper": {"small_reduce_s": 2e-6}, "blackwell": {"small_reduce_s": 3e-6}}
