@@ -122,3 +122,9 @@ def test_last_sparse_layer_of_ernie_beyond_the_model():
     config = config_of("ernie4_5_moe")
     programs = [port_config({**config, "moe_layer_end_index": end}, 64, format="f32") for end in (-1, 3, 4, 9)]
     assert programs.count(programs[0]) == 4
+
+
+def test_attention_layers_of_gpt_neo_replace_attention_types():
+    config, kinds = config_of("gpt_neo"), ["local", "global", "global", "local"]
+    ops = port_config({**config, "attention_layers": kinds}, 64, format="f32").ops
+    assert [bool(op.window) for op in ops if op.kind == "attend"] == [kind == "local" for kind in kinds]

@@ -29,6 +29,7 @@ from intaglio.ops import (
 )
 from intaglio.silicon.sizes import BLOCK
 
+LATENT, LATENT_ROPE = 512, 64  # widths of the latent and of the rotated part of a key, as in DeepSeek-V3
 MAPS = ("silu(a) * b", "a + b", "tanh(a / 30.0) * 30.0", "a + b * sigmoid(c)")
 
 
@@ -119,18 +120,30 @@ def experts(rng: np.random.Generator, on: Target) -> Case:
 def attend(rng: np.random.Generator, on: Target) -> Case:
     """A random Case of attention: a prompt, or sequences that decode.
 
-    There are 1 to 4 K/V heads, each with 1 to 8 query heads; heads are 64 or 128 wide.
+    There are 1 to 4 K/V heads, each with 1 to 8 query heads; heads are 64 or 128 wide. One case in four has a sliding
+    window, one in eight latent attention with 4 to 32 heads.
     """
     kv, group, d = power(rng, 1, 4), int(2 ** rng.integers(0, 4)), int(rng.choice([64, 128]))
+    latent, window = rng.random() < 1 / 8, power(rng, 128, 2048) if rng.random() < 1 / 4 else 0
     if rng.random() < 0.5:
         q = power(rng, 2, 1024)
         batch = batch_of([(q, power(rng, 1, 2048) - 1)])
     else:
         batch = batch_of([(1, power(rng, 1, 4096))] * power(rng, 1, 16))
-    op = Attend(site="attend", q="q", k_cache="kc", v_cache="vc", out="y", heads=kv * group, scale=d**-0.5)
+    words = f"q={batch.q_len[0]} keys={batch.context_len[0]} batch={len(batch.q_len)} window={window}"
+    if latent:
+        heads, widths = 4 * group, {"kc": LATENT, "rc": LATENT_ROPE}
+        op = Attend(
+            site="attend", q="q", k_cache="kc", v_cache="kc", rope_cache="rc", out="y", heads=heads, scale=d**-0.5,
+            window=window,
+        )  # fmt: skip
+        caches = [Tensor(n, ("P", "B", 1, width), "bf16", "state") for n, width in widths.items()]
+        return case(op, [temp("q", heads * sum(widths.values())), *caches], batch, f"{words} heads={heads} latent")
+    op = Attend(
+        site="attend", q="q", k_cache="kc", v_cache="vc", out="y", heads=kv * group, scale=d**-0.5, window=window
+    )
     caches = [Tensor(n, ("P", "B", kv, d), "bf16", "state") for n in ("kc", "vc")]
-    words = f"q={batch.q_len[0]} keys={batch.context_len[0]} batch={len(batch.q_len)} heads={kv * group} kv={kv} d={d}"
-    return case(op, [temp("q", kv * group * d), *caches], batch, words)
+    return case(op, [temp("q", kv * group * d), *caches], batch, f"{words} heads={kv * group} kv={kv} d={d}")
 
 
 def kv_write(rng: np.random.Generator, on: Target) -> Case:

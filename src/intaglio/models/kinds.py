@@ -29,7 +29,7 @@ def _count(x: Any) -> bool:
 KINDS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a list": (_list_of(lambda x: True), ("attention_types", "attn_type_list")),
     "a list of names": (_list_of(lambda x: isinstance(x, str)), (
-        "layer_types", "mlp_layer_types", "layers_block_type", "block_types", "indexer_types",
+        "layer_types", "mlp_layer_types", "layers_block_type", "block_types", "indexer_types", "attention_layers",
     )),
     "a list of layer numbers": (_list_of(_count), (
         "mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "cross_attention_layers",

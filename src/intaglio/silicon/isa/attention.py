@@ -9,7 +9,7 @@ import numpy as np
 
 from intaglio import formats
 from intaglio.chips import Target
-from intaglio.silicon.isa.cycles import attend_cycles, softmax_cycles, vector_cycles
+from intaglio.silicon.isa.cycles import attend_cycles, exposed, softmax_cycles, vector_cycles
 from intaglio.silicon.isa.instruction import Cost, Instruction, Shapes
 from intaglio.silicon.memory import CoreMemory, Region
 
@@ -111,7 +111,7 @@ class Softmax(Instruction, engine="VEC", opcode=0x38):
 
     def cost(self, target: Target) -> Cost:
         n = self.scores.rows * self.scores.cols
-        return Cost(cycles=float(softmax_cycles(target.chip, n, self.softcap > 0)))
+        return Cost(cycles=exposed(target, float(softmax_cycles(target.chip, n, self.softcap > 0))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class Rescale(Instruction, engine="VEC", opcode=0x39):
         mem.write(self.acc, mem.read(self.acc) * mem.read32(self.alpha))
 
     def cost(self, target: Target) -> Cost:
-        return Cost(cycles=float(vector_cycles(target.chip, self.acc.rows * self.acc.cols)))
+        return Cost(cycles=exposed(target, float(vector_cycles(target.chip, self.acc.rows * self.acc.cols))))
 
 
 @dataclass(frozen=True, kw_only=True)

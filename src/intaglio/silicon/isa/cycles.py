@@ -49,6 +49,11 @@ def softmax_cycles(chip: ChipSpec, n: Any, capped: bool = False) -> Any:
     return vector_cycles(chip, (SOFTMAX_OPS + 2 * capped) * n, n * (1 + capped))
 
 
+def exposed(target: Target, cycles: float) -> float:
+    """Cycles of a softmax step that do not overlap with products of other rows, see KernelLibrary.softmax_overlap."""
+    return cycles * (1 - target.library.softmax_overlap)
+
+
 def attend_cycles(target: Target, rows: Any, n: Any, d: Any, dv: Any, format: str) -> Any:
     """Cycles of the fused attention engine for `rows` queries and n keys of width d, values of width dv.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from intaglio.chips import ChipSpec, Target
 from intaglio.silicon.isa.attention import masked, online_softmax
-from intaglio.silicon.isa.cycles import vector_cycles
+from intaglio.silicon.isa.cycles import exposed, vector_cycles
 from intaglio.silicon.isa.instruction import Cost, Instruction, Shapes
 from intaglio.silicon.memory import CoreMemory, Region
 
@@ -61,7 +61,7 @@ class SoftmaxStep(Instruction, engine="VEC", opcode=0x3B):
 
     def cost(self, target: Target) -> Cost:
         n = self.scores.rows * self.scores.cols
-        return Cost(cycles=float(step_cycles(target.chip, n, self.softcap > 0)))
+        return Cost(cycles=exposed(target, float(step_cycles(target.chip, n, self.softcap > 0))))
 
 
 def step_cycles(chip: ChipSpec, n: Any, capped: bool = False) -> Any:

@@ -2,29 +2,41 @@
 
 A job is a tile of queries that iterates over tiles of keys. Long contexts of single queries are split into parts, whose
 results are merged (flash decoding). Runs on the matrix array and the vector lanes, or on the fused attention engine of
-a chip that has one.
+a chip that has one. Tiles, jobs and closed form are those of attend_plan.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from intaglio import formats
 from intaglio.batch import Batch
-from intaglio.chips import KernelLibrary, Target
+from intaglio.chips import Target
 from intaglio.ops import Attend
 from intaglio.silicon import isa
-from intaglio.silicon.isa.cycles import attend_cycles, matmul_cycles, softmax_cycles, vector_cycles
-from intaglio.silicon.isa.softmax_step import NAME, step_cycles
+from intaglio.silicon.isa.softmax_step import NAME
+from intaglio.silicon.kernels.attend_plan import (
+    LISTED,
+    WIDE,
+    AttendPlan,
+    deal,
+    decode_keys,
+    decode_plan,
+    prefill_plan,
+    product_format,
+    tile_seconds,
+)
 from intaglio.silicon.kernels.chip_memory import ChipMemory, deal_jobs, load, slices
 from intaglio.silicon.kernels.kernel import ChipKernel, Tensors, chip_kernel
 from intaglio.silicon.kernels.kv_write import Heads, emit_head_scales
 from intaglio.silicon.memory import Region
-from intaglio.silicon.sizes import BatchSizes, ChunkCounts
+from intaglio.silicon.sizes import BatchSizes, ChunkCounts, sizes_of
 from intaglio.silicon.stream import Stream, StreamBuilder
 from intaglio.silicon.timing import Timing, fraction_held
 
@@ -32,7 +44,7 @@ from intaglio.silicon.timing import Timing, fraction_held
 @chip_kernel(Attend)
 @dataclass(frozen=True)
 class AttendKernel(ChipKernel):
-    """Chip kernel of `attend`: timing and instruction streams. A core takes a tile of queries of one head at a time."""
+    """Chip kernel of `attend`: timing and instruction streams. A core takes one job after the other."""
 
     heads: Heads
 
@@ -45,7 +57,7 @@ class AttendKernel(ChipKernel):
         chosen = int(t[op.chosen].shape[1]) if op.chosen else 0
         window, bits = op.window or op.chunk or chosen, formats.bits(keys.format)
         kv_heads, dv = int(keys.shape[2]), int(values.shape[3])
-        return cls(Heads(op.heads, kv_heads, d, dv, window, bits, bool(op.softcap)))
+        return cls(Heads(op.heads, kv_heads, d, dv, window, bits, bool(op.softcap), op.slopes is not None))
 
     def time(self, target: Target, sizes: BatchSizes, resident: bool) -> Timing:
         return attend_timing(target, self.heads, sizes.sequences)
@@ -58,174 +70,42 @@ class AttendKernel(ChipKernel):
 
     @classmethod
     def streams(cls, mem: ChipMemory, op: Attend, t: Tensors, batch: Batch) -> list[Stream]:
-        q, out = mem.region(op.q), mem.region(op.out)
-        kv_heads, dv = int(t[op.k_cache].shape[2]), int(t[op.v_cache].shape[3])
-        d = sum(int(t[name].shape[3]) for name in key_parts(op))
-        rows, step = largest_tile(mem.target, d, dv, mem.target.library.key_tile)
-        jobs = [
-            (s, h, piece)
-            for s in range(len(batch.q_len)) for h in range(op.heads) for piece in query_tiles(op, batch, s, rows)
-        ]  # fmt: skip
-        streams = []
-        for k, mine in deal_jobs(mem.chip, jobs, op.site):
-            tiles = AttendTiles(
-                k, rows, step, d, dv, mem.codes(op.k_cache).format, mem.region(op.sinks).format if op.sinks else "f32"
-            )
-            for s, h, piece in mine:
-                first = int(batch.first_row[s])
-                at = slice(first + piece.start, first + piece.stop)
-                position = int(batch.context_len[s] - batch.q_len[s]) + piece.start
-                low = int(op.first_seen(np.array(position)))
-                part = load(k, tiles.q, q.part(at, slice(h * d, (h + 1) * d)))
-                sums, m, length = init_softmax(mem, k, tiles, op, h, (part.rows, dv))
-                slope = t[op.slopes].values[h] if op.slopes else 0.0
-                for keys in slices(position + part.rows - low, step):
-                    span = slice(low + keys.start, low + keys.stop)
-                    slots = slots_of(batch, s, span) * kv_heads + h // (op.heads // kv_heads)
-                    k_tile, v_tile = gather_kv(mem, k, tiles, op, slots, h // (op.heads // kv_heads))
-                    how = {"query": position, "key": span.start, "keys": span.stop - span.start, "slope": slope}
-                    attend_tile(mem, k, tiles, op, part, (sums, m, length), k_tile, v_tile, how)
-                y = tiles.out.next().shaped(part.rows, dv)
-                k.emit(isa.Merge(dst=y, sums=sums, m=m, l=length))
-                k.emit(isa.Store(dst=out.part(at, slice(h * dv, (h + 1) * dv)), src=y))
-            streams.append(k.stream())
-        return streams
+        """A list of the Streams of the last launch; earlier ones are executed here.
 
+        Chunks with several queries come first, then those with one, then the merge of split contexts.
+        """
+        h, on = cls.of(op, t).heads, mem.target.with_library(activation_bytes=WIDE)
+        launches: list[list[Stream]] = []
+        chunks = sizes_of(batch).sequences
+        prefill, decode = (tuple(p for p in chunks if (p[0] > 1) == several) for several in (True, False))
+        format = "bf16" if h.bits == 16 else "e4m3"
+        if prefill:
+            mine = on.kernel("prefill", format, h.head_dim)
+            plan = prefill_plan(mine, h, prefill)[3]
+            jobs = [
+                j for s in range(len(batch.q_len)) if batch.q_len[s] > 1 for j in prefill_work(op, h, batch, s, plan)
+            ]
+            launches.append(attend_streams(mem, mine, op, t, batch, plan, jobs))
+            if decode:
+                mem.run(launches.pop(), mem.target.kernel("prefill", format, h.head_dim))
+        if decode:
+            mine = on.kernel("decode", format, h.head_dim)
+            plan = decode_plan(mine, h, decode, 0.0)[3]
+            tokens = [s for s in range(len(batch.q_len)) if batch.q_len[s] == 1]
+            jobs = [j for s in tokens for j in decode_work(op, h, batch, s, plan, mine)]
+            if not any(j.parts > 1 for j in jobs):
+                launches.append(attend_streams(mem, mine, op, t, batch, plan, jobs))
+            else:
+                launches += split_streams(mem, mine, op, t, batch, plan, jobs)
+        for streams in launches[:-1]:
+            mem.run(streams, mem.target.kernel("decode", format, h.head_dim))
+        return launches[-1]
 
-def tile_seconds(target: Target, h: Heads, rows: Any) -> Any:
-    """Seconds that a core computes on one key tile with `rows` queries: two products and a softmax, or one fused pass.
-
-    The library's softmax_overlap is the fraction of the softmax that overlaps with other rows' products.
-    """
-    chip, lib = target.chip, target.library
-    rows, keys = np.maximum(lib.min_query_rows, rows), lib.key_tile
-    if chip.att_lanes:
-        return attend_cycles(target, rows, keys, h.head_dim, h.v_dim, "bf16") / chip.clock_hz
-    run = product_format(target, h)
-    products = matmul_cycles(target, rows, keys, h.head_dim, run) + matmul_cycles(target, rows, h.v_dim, keys, run)
-    step = step_cycles if NAME in chip.extra_instructions else softmax_cycles
-    softmax = step(chip, rows * keys, h.softcap) * (1 - lib.softmax_overlap)
-    return (products + softmax) / chip.clock_hz
-
-
-def product_format(target: Target, h: Heads) -> str:
-    """Format in which a kernel multiplies queries by keys, and weights by values."""
-    return "e4m3" if h.bits == 8 and target.library.kv_native else "bf16"
-
-
-def widen_seconds(target: Target, h: Heads) -> float:
-    """Seconds to convert one tile of 8-bit keys and values to bf16 on the vector lanes; 0 if none is needed."""
-    chip, values = target.chip, target.library.key_tile * (h.head_dim + h.v_dim)
-    needed = h.bits < 16 and not chip.att_lanes and product_format(target, h) == "bf16"
-    return float(vector_cycles(chip, target.library.kv_dequant_ops * values)) / chip.clock_hz if needed else 0.0
-
-
-def two_jobs_fit(target: Target, h: Heads) -> bool:
-    """True if SRAM fits the key tiles of two jobs, each in the cache's format and in bf16.
-
-    One job's tile can then be loaded while the other's is converted.
-    """
-    return 2 * target.library.key_tile * (h.head_dim + h.v_dim) * (h.bits / 8 + 2) <= target.chip.sram_bytes
-
-
-def burst_overfetch(library: KernelLibrary, h: Heads) -> float:
-    """Bytes that HBM transfers per byte of a key or value row; above 1 if a row is shorter than a burst."""
-    return library.half_burst_cost if h.head_dim * h.bits // 8 < library.burst_bytes else 1.0
-
-
-def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
-    """Estimated seconds until the last core ends, if `count` jobs of `seconds` each are scheduled longest first.
-
-    The largest of three lower bounds: the longest job, the total over the cores, and the two jobs that must share a
-    core (the cores-th and the next one in descending order).
-    """
-    order = np.argsort(-seconds)
-    seconds, count = seconds[order], count[order]
-    ends = np.cumsum(count)
-    even = float(seconds @ count) / cores
-    if ends[-1] <= cores:
-        return float(seconds[0])
-    at = [seconds[int(np.searchsorted(ends, rank, side="right"))] for rank in (cores - 1, cores)]
-    return max(float(seconds[0]), even, float(sum(at)))
-
-
-def prefill_jobs(key_tile: int, h: Heads, part: ChunkCounts, rows: int, packed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The jobs of the chunks with several queries, as two arrays: key tiles of each kind of job, number of such jobs.
-
-    A job is a tile of `rows` queries of one head or, if `packed`, of all query heads that share a K/V head. part:
-    (queries, keys, number of sequences) of each distinct chunk.
-    """
-    tiles, count = [], []
-    for q, keys, n in part:
-        pack = h.group if packed else 1
-        step = max(1, rows // pack)
-        first = np.arange(0, q, step)
-        last = np.minimum(first + step, q) + keys - q
-        start = np.maximum(0, first + keys - q - h.window + 1) // key_tile if h.window else 0
-        tiles.append(np.ceil(last / key_tile) - start)
-        count.append(np.full(len(first), n * h.heads / pack))
-    return np.concatenate(tiles), np.concatenate(count)
-
-
-def prefill_seconds(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, float, float]:
-    """(seconds, of which compute seconds, jobs) of the chunks with several queries, with the fastest query tile.
-
-    part: (queries, keys, number of sequences) of each distinct chunk.
-    """
-    chip, lib, best = target.chip, target.library, (np.inf, 0.0, 0.0)
-    sizes = lib.fused_query_tiles if chip.att_lanes else lib.query_tiles
-    choices = [(rows, packed) for rows in sizes for packed in ((False, True) if lib.pack_gqa else (False,))]
-    for rows, packed in choices:
-        tiles, count = prefill_jobs(lib.key_tile, h, part, rows, packed)
-        work = float(tile_seconds(target, h, rows)) + widen_seconds(target, h) / 2
-        load = lib.key_tile * (h.head_dim + h.v_dim) * h.bits / 8 * min(float(count.sum()), chip.cores) / chip.l2_rate
-        # Start and end of a job. Another job on the same core overlaps half of it; a persistent kernel, all of it.
-        edge = 2 * chip.constants.hbm_latency_s + rows * (h.head_dim + h.v_dim) * 2 * chip.cores / chip.l2_rate
-        edge = 0.0 if lib.persistent else edge / 2
-        seconds = makespan(tiles * max(work, load) + edge, count, chip.cores)
-        best = min(best, (seconds, float(tiles @ count) * work / chip.cores, float(count.sum())))
-    return best
-
-
-def decode_keys(library: KernelLibrary, h: Heads, keys: int) -> int:
-    """Number of keys that the query of a decoding sequence reads, of the `keys` keys in its context."""
-    return min(keys, max(h.window, library.window_min_keys)) if h.window else keys
-
-
-def decode_seconds(target: Target, h: Heads, part: ChunkCounts, cached: float) -> tuple[float, float, int, float]:
-    """(seconds, of which compute seconds, number of context splits, jobs) for the chunks with one query.
-
-    part: (1, keys, number of sequences) of each distinct chunk. cached: fraction of the keys and values in the L2.
-    """
-    chip, lib, best = target.chip, target.library, (np.inf, 0.0, 1, 0.0)
-    latency_s = chip.constants.hbm_latency_s
-    tiles = np.array([-(-decode_keys(lib, h, keys) // lib.key_tile) for _, keys, _ in part], float)
-    group = h.group if lib.pack_windowed or not h.window else 1  # query heads of a job
-    alone = h.group // group  # jobs that read the same keys: HBM delivers them once, the L2 to each
-    n = np.array([count * h.kv_heads * alone for _, _, count in part], float)
-    rows = 2.0 ** np.ceil(np.log2(max(lib.min_query_rows, group)))
-    work = float(tile_seconds(target, h, rows))
-    tile_bytes = lib.key_tile * (h.head_dim + h.v_dim) * h.bits / 8 * burst_overfetch(lib, h)
-    slots = chip.cores * lib.decode_jobs
-    ring = max(2.0, min(float(lib.decode_stages), chip.sram_bytes // (2 * tile_bytes)))
-    results = float(n.sum()) * group * h.v_dim * 4
-    for parts in lib.kv_splits if group > 1 or lib.split_mha else (1,):
-        per = np.ceil(tiles / parts)
-        count = n * np.ceil(tiles / per)
-        active = min(float(count.sum()), slots)
-        per_core = max(1.0, active / chip.cores)  # jobs on one core take turns
-        memory = max(tile_bytes * active / alone * (1 - cached) / chip.hbm_rate, tile_bytes * active / chip.l2_rate)
-        load = max(memory, tile_bytes * per_core / chip.port_rate)
-        widen = widen_seconds(target, h) * per_core
-        loaded = max(load, widen) if two_jobs_fit(target, h) else load + widen
-        period = max(loaded, work * per_core, (load + work + latency_s) / ring)
-        # The first tile's load overlaps with no conversion.
-        first = 0.0 if lib.persistent else latency_s + load + widen - loaded
-        seconds = makespan(per * period + first, count, slots) + latency_s
-        if parts > 1:
-            seconds += (lib.launch_s if lib.merge_launch else 0.0) + latency_s + 2 * parts * results / chip.hbm_rate
-        best = min(best, (seconds, float(per @ count) * work / chip.cores, parts, float(count.sum())))
-    return best
+    @classmethod
+    def runs_on(cls, target: Target, op: Attend, t: Tensors, batch: Batch) -> Target:
+        h = cls.of(op, t).heads
+        phase = "decode" if min(batch.q_len) == 1 else "prefill"
+        return target.kernel(phase, "bf16" if h.bits == 16 else "e4m3", h.head_dim)
 
 
 @lru_cache(maxsize=16384)
@@ -240,20 +120,22 @@ def attend_timing(target: Target, h: Heads, batch: ChunkCounts, warm: bool = Fal
     format = "bf16" if h.bits == 16 else "e4m3"
     on = {phase: target.kernel(phase, format, h.head_dim, kernel) for phase in ("prefill", "decode")}
     prefill, decode = tuple(p for p in batch if p[0] > 1), tuple(p for p in batch if p[0] == 1)
-    seconds, compute, jobs, choices = lib.launch_s + chip.constants.hbm_latency_s, 0.0, 0.0, []
+    seconds, compute, jobs, again, choices = lib.launch_s, 0.0, 0.0, 0.0, []
     tokens = sum(q * n for q, _, n in batch)
-    read = sum(n * (decode_keys(lib, h, k) if q == 1 else min(k, q + h.window) if h.window else k) for q, k, n in batch)
+    read = sum(
+        n * (decode_keys(lib, h.window, k) if q == 1 else min(k, q + h.window) if h.window else k) for q, k, n in batch
+    )
     cache = read * h.kv_heads * (h.head_dim + h.v_dim) * h.bits / 8
     cached = fraction_held(cache, chip.l2_bytes * lib.l2_usable) if warm else 0.0
     if prefill:
-        added, worked, jobs = prefill_seconds(on["prefill"], h, prefill)
+        added, worked, jobs, _, again = prefill_plan(on["prefill"], h, prefill)
         seconds, compute = seconds + added, compute + worked
         choices.append(f"{sum(q * n for q, _, n in prefill):,} queries in tiles")
     if decode:
-        added, worked, splits, more = decode_seconds(on["decode"], h, decode, cached)
+        added, worked, more, plan = decode_plan(on["decode"], h, decode, cached)
         seconds, compute, jobs = seconds + added, compute + worked, jobs + more
-        choices.append(f"{sum(n for *_, n in decode):,} single queries, {splits} context splits")
-    hbm = cache * (1 - cached) + tokens * h.heads * (h.head_dim + h.v_dim) * 2
+        choices.append(f"{sum(n for *_, n in decode):,} single queries, {plan.parts} context splits")
+    hbm = cache * (1 - cached) + again + tokens * h.heads * (h.head_dim + h.v_dim) * lib.activation_bytes
     pairs = sum(n * scored_pairs(q, k, h.window) for q, k, n in batch)
     flops = 2.0 * h.heads * (h.head_dim + h.v_dim) * pairs
     seconds = max(seconds, lib.launch_s + hbm / chip.hbm_rate)
@@ -270,37 +152,197 @@ def scored_pairs(q: int, keys: int, window: int) -> float:
     return float(np.minimum(np.arange(keys - q + 1, keys + 1), window).sum())
 
 
-def largest_tile(target: Target, d: int, dv: int, keys: int) -> tuple[int, int]:
-    """(queries, keys) of the largest tile that fits accumulators (sums, scores) and SRAM (rings).
+@dataclass(frozen=True)
+class Job:
+    """Queries of one sequence and tile of heads, and the keys that they attend to.
 
-    keys: upper limit of its keys.
+    Attributes:
+        s: number of the sequence.
+        head: first query head.
+        rows: the queries, as a slice of the sequence's new tokens.
+        low, high: positions of the keys, from the first to that after the last.
+        part: number of the context's part; parts: number of parts.
     """
-    chip, rows = target.chip, max(target.library.query_tiles)
-    while rows > 1 or keys > 1:
-        sram = 4 * (rows * (d + 2 * dv + 2 * keys + 64) + keys * (3 * d + 3 * dv + 4))
-        if sram <= chip.sram_bytes and rows * (dv + keys) * 4 + 128 <= chip.acc_bytes:
-            break
-        rows, keys = (rows // 2, keys) if rows > keys or keys == 1 else (rows, keys // 2)
-    return rows, keys
+
+    s: int
+    head: int
+    rows: slice
+    low: int
+    high: int
+    part: int = 0
+    parts: int = 1
+
+
+def prefill_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan) -> list[Job]:
+    """The jobs of a sequence with several new tokens."""
+    before, out = int(batch.context_len[s] - batch.q_len[s]), []
+    for rows in query_tiles(op, batch, s, max(1, plan.rows // plan.pack)):
+        low = int(op.first_seen(np.array(before + rows.start)))
+        low -= 0 if op.chunk else low % plan.keys  # the instructions mask a window, but not the chunk before
+        out += [Job(s, head, rows, low, before + rows.stop) for head in range(0, h.heads, plan.pack)]
+    return out
+
+
+def decode_work(op: Attend, h: Heads, batch: Batch, s: int, plan: AttendPlan, target: Target) -> list[Job]:
+    """The jobs of a sequence with one new token; parts of a context are whole tiles."""
+    context, out = int(batch.context_len[s]), []
+    low = context - decode_keys(target.library, h.window, context)
+    low = max(low, int(op.first_seen(np.array(context - 1)))) if op.chunk else low
+    tiles = -(-(context - low) // plan.keys)
+    step = -(-tiles // plan.parts) * plan.keys
+    cuts = [*range(low, context, step), context]
+    for head in range(0, h.heads, plan.pack):
+        out += [Job(s, head, slice(0, 1), a, b, i, len(cuts) - 1) for i, (a, b) in enumerate(pairwise(cuts))]
+    return out
+
+
+def attend_streams(
+    mem: ChipMemory, on: Target, op: Attend, t: Tensors, batch: Batch, plan: AttendPlan, jobs: list[Job],
+    parts: dict[tuple[int, int, int], tuple[Region, ...]] | None = None,
+) -> list[Stream]:  # fmt: skip
+    """A list of Streams that compute these jobs.
+
+    parts: where sums, maxima and denominators of each job are stored, by sequence, head and part of the context; None:
+    results are stored to the op's output.
+    """
+    q, out, h = mem.region(op.q), mem.region(op.out), AttendKernel.of(op, t).heads
+    single = all(batch.q_len[j.s] == 1 for j in jobs)
+    d, dv = h.head_dim, h.v_dim
+    e = tile_seconds(on, h, plan.rows, plan.keys)
+    seconds = [-(-(j.high - j.low) // plan.keys) * e.work + e.fill + e.merge for j in jobs]
+    streams = []
+    for mine in deal(seconds, mem.chip.cores):
+        k = StreamBuilder(op.site)
+        own = [jobs[i] for i in mine]
+        listed = (len(own) if plan.ahead else LISTED) if single else 0
+        tiles = AttendTiles(mem, k, op, plan, d, dv, listed)
+        for number, job in enumerate(own):
+            first = int(batch.first_row[job.s])
+            at, n = slice(first + job.rows.start, first + job.rows.stop), job.rows.stop - job.rows.start
+            position = int(batch.context_len[job.s] - batch.q_len[job.s]) + job.rows.start
+            state = init_softmax(mem, k, tiles, op, own, number)
+            part = tiles.queries(k)
+            columns = slice(job.head * d, (job.head + plan.pack) * d)
+            rows_tile = None
+            if tiles.listed is None:
+                if not plan.ahead:  # the results' row numbers
+                    rows_tile = load(
+                        k, tiles.row_numbers.next().shaped(1, n), mem.put_indices(np.arange(at.start, at.stop))
+                    )
+                load(k, part.shaped(n, plan.pack * d), q.part(at, columns))
+            else:
+                index = row_number(mem, k, tiles, batch, own, number)
+                k.emit(isa.Gather(dst=part.shaped(n, plan.pack * d), table=q.part(cols=columns), index=index))
+            slope = t[op.slopes].values[job.head] if op.slopes else 0.0
+            for low in range(job.low, job.high, plan.keys):
+                span = slice(low, min(job.high, low + plan.keys))
+                k_tile, v_tile = load_kv(mem, k, tiles, op, batch, job.s, span, h.kv_heads, job.head // h.group)
+                how = {"query": position, "pack": plan.pack, "key": low, "keys": span.stop - low, "slope": slope}
+                attend_tile(mem, k, tiles, op, part, state, k_tile, v_tile, how)
+            rows = slice(0, n * plan.pack)
+            sums, m, length = (r.part(rows) for r in state)
+            if parts is not None:
+                for piece, src in zip(parts[job.s, job.head, job.part], (sums, m, length), strict=True):
+                    k.emit(isa.Store(dst=piece, src=src))
+                continue
+            y = tiles.out.next().shaped(rows.stop, dv)
+            k.emit(isa.Merge(dst=y, sums=sums, m=m, l=length))
+            columns = slice(job.head * dv, (job.head + plan.pack) * dv)
+            if rows_tile is None:
+                k.emit(isa.Store(dst=out.part(at, columns), src=y.shaped(n, plan.pack * dv)))
+            else:
+                k.emit(isa.Scatter(table=out.part(cols=columns), src=y.shaped(n, plan.pack * dv), index=rows_tile))
+        streams.append(k.stream())
+    return streams
+
+
+def split_streams(
+    mem: ChipMemory, on: Target, op: Attend, t: Tensors, batch: Batch, plan: AttendPlan, jobs: list[Job]
+) -> list[list[Stream]]:
+    """Two launches: all parts of split contexts store their sums, then a core merges the parts of each tile.
+
+    The parts of a tile are stored one below the other: sums f32 [parts * rows, dv], m and l [parts * rows, 1].
+    """
+    out, dv, rows = mem.region(op.out), AttendKernel.of(op, t).heads.v_dim, plan.pack
+    whole: dict[tuple[int, int], tuple[Region, ...]] = {}
+    stored: dict[tuple[int, int, int], tuple[Region, ...]] = {}
+    for job in jobs:
+        key = job.s, job.head
+        if key not in whole:
+            whole[key] = tuple(mem.heap.allocate(job.parts * rows, width, "f32") for width in (dv, 1, 1))
+        stored[job.s, job.head, job.part] = tuple(
+            r.part(slice(job.part * rows, (job.part + 1) * rows)) for r in whole[key]
+        )
+    streams, most = [], max(job.parts for job in jobs)
+    for k, mine in deal_jobs(mem.chip, [job for job in jobs if not job.part], op.site):
+        rings = [k.ring(2, most * rows, width) for width in (dv, 1, 1)]
+        results, index = k.ring(2, rows, dv), k.ring(2, 1, 1, "i32")
+        for job in mine:
+            at = load(k, index.next(), mem.put_indices([int(batch.first_row[job.s])]))
+            pieces = whole[job.s, job.head]
+            sums, m, length = (load(k, ring.next(), r) for ring, r in zip(rings, pieces, strict=True))
+            y = results.next()
+            k.emit(isa.Merge(dst=y, sums=sums, m=m, l=length, parts=job.parts))
+            columns = slice(job.head * dv, (job.head + rows) * dv)
+            k.emit(isa.Scatter(table=out.part(cols=columns), src=y.shaped(1, rows * dv), index=at))
+        streams.append(k.stream())
+    return [attend_streams(mem, on, op, t, batch, plan, jobs, stored), streams]
 
 
 class AttendTiles:
-    """Tile buffers of one core: queries, the softmax's running sums, maxima and denominators, rings of keys, values."""
+    """Tile buffers of one core: queries and results, the softmax's running sums, maxima and denominators.
+
+    Also rings of keys and values. The core holds plan.held jobs: with plan.ahead each has a tile of its own for sums,
+    which is set up while an earlier job is computed; otherwise they share one, which is set up for plan.lanes jobs.
+    """
 
     def __init__(
-        self, k: StreamBuilder, rows: int, keys: int, d: int, dv: int, format: str, sinks: str = "f32"
+        self, mem: ChipMemory, k: StreamBuilder, op: Attend, plan: AttendPlan, d: int, dv: int, listed: int
     ) -> None:
-        self.q, self.out = k.tile(rows, d), k.ring(2, rows, dv)
-        self.sums, self.scores = k.tile(rows, dv, "f32", "acc"), k.tile(rows, keys, "f32", "acc")
-        self.m, self.length, self.alpha = (k.tile(rows, 1) for _ in range(3))
-        self.p = k.ring(2, rows, keys)
-        self.keys, self.values = k.ring(2, keys, d, format), k.ring(2, keys, dv, format)
-        self.index = k.ring(2, 1, max(rows, keys), "i32")
-        self.sink = None if sinks == "f32" else k.tile(rows, 1, sinks)
+        rows, keys, held = plan.rows, plan.keys, plan.held
+        format = mem.codes(op.k_cache).format
+        sinks = mem.region(op.sinks).format if op.sinks else "f32"
+        self.plan, self.dv, self.together = plan, dv, 1 if plan.ahead else plan.lanes
+        each = held if plan.ahead else 1
+        self.q, self.out = k.ring(held, rows, d), k.ring(held, rows, dv)
+        self.sums = k.ring(each, self.together * rows, dv, "f32", "acc")
+        self.m, self.length = (k.ring(each, self.together * rows, 1) for _ in range(2))
+        self.state: tuple[Region, ...] = ()
+        self.written: set[Region] = set()  # tiles of queries
+        if not mem.chip.att_lanes:
+            self.scores, self.alpha = k.tile(rows, keys, "f32", "acc"), k.tile(rows, 1)
+            self.p = k.tile(rows, keys)
+        self.sink = None if sinks == "f32" else k.tile(self.together * rows, 1, sinks)
+        self.index = k.tile(1, self.together * rows, "i32") if op.sinks else None
+        self.listed = k.tile(1, listed, "i32") if listed else None
+        self.row_numbers = k.ring(held, 1, max(1, rows // plan.pack), "i32")
         if format in ("int8", "e4m3"):  # codes and scales are loaded, and dequantised to FP32 keys and values
             self.codes, self.scales = k.ring(2, keys, max(d, dv), format), k.ring(2, keys, 1)
-            self.keys, self.values = k.ring(2, keys, d), k.ring(2, keys, dv)
-            self.heads = k.ring(2, 1, keys, "i32")
+            self.heads, format = k.ring(2, 1, keys, "i32"), "f32"
+        self.pairs, self.d = k.ring(plan.depth, keys, d + dv, format), d  # keys and, beside them, their values
+
+    def queries(self, k: StreamBuilder) -> Region:
+        """The next tile of queries. It is set to 0 before its first use, since a job may not fill it."""
+        tile = self.q.next()
+        if tile not in self.written:
+            k.emit(isa.Fill(dst=tile, value=0.0))
+            self.written.add(tile)
+        return tile
+
+
+def row_number(
+    mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, batch: Batch, jobs: list[Job], number: int
+) -> Region:
+    """The row number of the query of job `number` of a core, i32 [1, 1]; each job has one query.
+
+    A core loads those of LISTED jobs at once, a persistent kernel's those of all its jobs.
+    """
+    assert tiles.listed is not None
+    place = number % tiles.listed.cols
+    if not place:
+        some = jobs[number : number + tiles.listed.cols]
+        load(k, tiles.listed, mem.put_indices([int(batch.first_row[j.s]) for j in some]))
+    return tiles.listed.part(cols=slice(place, place + 1))
 
 
 def key_parts(op: Attend) -> list[str]:
@@ -327,59 +369,87 @@ def slots_of(batch: Batch, s: int, span: slice) -> np.ndarray:
 
 
 def init_softmax(
-    mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, op: Attend, head: int, shape: tuple[int, int]
+    mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, op: Attend, jobs: list[Job], number: int
 ) -> tuple[Region, Region, Region]:
-    """Initialise sums (0), m and l for a tile of queries of `head`, shape (queries, dv); returns the three regions.
+    """Initialise sums (0), m and l for job `number` of a core's jobs; returns the three regions.
 
     Without a sink m is -inf and l is 0. With one, m is the head's sink logit and l is 1: the sink counts as a key whose
-    value is 0.
+    value is 0. Row r of a job has its head + r % plan.pack. Jobs that share tiles are initialised together.
     """
-    sums, m, length = tiles.sums.shaped(*shape), tiles.m.shaped(shape[0], 1), tiles.length.shaped(shape[0], 1)
-    k.emit(isa.Fill(dst=sums, value=0.0))
-    k.emit(isa.Fill(dst=length, value=1.0 if op.sinks else 0.0))
-    if op.sinks is None:
-        k.emit(isa.Fill(dst=m, value=float("-inf")))
-        return sums, m, length
-    sinks = mem.region(op.sinks)
-    index = load(k, tiles.index.next().shaped(1, shape[0]), mem.put_indices(np.full(shape[0], head)))
-    raw = m if tiles.sink is None else tiles.sink.shaped(shape[0], 1)
-    k.emit(isa.Gather(dst=raw, table=sinks.shaped(sinks.cols, 1), index=index))
-    if tiles.sink is not None:
-        k.emit(isa.Convert(dst=m, src=raw))
+    plan, place = tiles.plan, number % tiles.together
+    if not place:
+        tiles.state = tiles.sums.next(), tiles.m.next(), tiles.length.next()
+        sums, m, length = tiles.state
+        k.emit(isa.Fill(dst=sums, value=0.0))
+        k.emit(isa.Fill(dst=length, value=1.0 if op.sinks else 0.0))
+        if op.sinks is None or tiles.index is None:
+            k.emit(isa.Fill(dst=m, value=float("-inf")))
+        else:
+            some = [jobs[min(number + i, len(jobs) - 1)].head for i in range(tiles.together)]
+            heads = np.repeat(some, plan.rows) + np.tile(np.arange(plan.rows), len(some)) % plan.pack
+            sinks, index = mem.region(op.sinks), load(k, tiles.index, mem.put_indices(heads))
+            raw = m if tiles.sink is None else tiles.sink
+            k.emit(isa.Gather(dst=raw, table=sinks.shaped(sinks.cols, 1), index=index))
+            if tiles.sink is not None:
+                k.emit(isa.Convert(dst=m, src=raw))
+    part = slice(place * plan.rows, (place + 1) * plan.rows)
+    sums, m, length = (r.part(part) for r in tiles.state)
     return sums, m, length
 
 
-def gather_kv(
-    mem: ChipMemory, k: StreamBuilder, tiles: AttendTiles, op: Attend, slots: np.ndarray, head: int
-) -> tuple[Region, Region]:
-    """Gather a tile of keys and a tile of values from the cache rows `slots`. Returns (keys, values).
+def rows_of(cache: Region, slots: np.ndarray, heads: int, head: int) -> Iterator[tuple[slice, Region]]:
+    """The rows of one K/V head in `slots` of a cache [slots * heads, width], by runs of neighbouring slots.
 
-    Both are dequantised if the cache is quantised. head: the K/V head, which has one scale if the cache is e4m3.
+    Yields (which of `slots`, their region).
     """
-    index = load(k, tiles.index.next(), mem.put_indices(slots))
-    out = []
-    for ring, names, own in (
-        (tiles.keys, key_parts(op), op.k_scale),
-        (tiles.values, [op.v_cache], op.v_scale),
-    ):
-        whole = ring.next().shaped(len(slots), sum(mem.codes(name).cols for name in names))
-        done = 0
+    cuts = [0, *(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
+    for a, b in pairwise(cuts):
+        row = int(slots[a]) * heads + head
+        yield (
+            slice(a, b),
+            replace(cache, address=cache.address + row * cache.stride, rows=b - a, stride=heads * cache.stride),
+        )
+
+
+def load_kv(
+    mem: ChipMemory,
+    k: StreamBuilder,
+    tiles: AttendTiles,
+    op: Attend,
+    batch: Batch,
+    s: int,
+    span: slice,
+    heads: int,
+    head: int,
+) -> tuple[Region, Region]:
+    """Load a tile of keys and a tile of values of sequence `s` at the positions `span`. Returns (keys, values).
+
+    Both are dequantised if the cache is quantised. Rows of the tiles after the last position are set to 0. head: the
+    K/V head, of `heads`; it has one scale if the cache is e4m3.
+    """
+    slots, n, done = slots_of(batch, s, span), span.stop - span.start, 0
+    pair = tiles.pairs.next()
+    if n < pair.rows:
+        k.emit(isa.Fill(dst=pair.part(slice(n, None)), value=0.0))
+    for names, own in ((key_parts(op), op.k_scale), ([op.v_cache], op.v_scale)):
         for name in names:
             cache, scales = mem.codes(name), mem.scales(name)
-            tile = whole.part(cols=slice(done, done + cache.cols))
+            tile = pair.part(slice(0, n), slice(done, done + cache.cols))
             done += cache.cols
             if scales is None and cache.format != "e4m3":
-                k.emit(isa.Gather(dst=tile, table=cache, index=index))
+                for rows, region in rows_of(cache, slots, heads, head):
+                    k.emit(isa.Load(dst=tile.part(rows), src=region))
                 continue
-            codes, scale = tiles.codes.next().shaped(len(slots), cache.cols), tiles.scales.next().shaped(len(slots), 1)
-            k.emit(isa.Gather(dst=codes, table=cache, index=index))
+            codes, scale = tiles.codes.next().shaped(n, cache.cols), tiles.scales.next().shaped(n, 1)
+            for rows, region in rows_of(cache, slots, heads, head):
+                k.emit(isa.Load(dst=codes.part(rows), src=region))
             if scales is not None:
-                k.emit(isa.Gather(dst=scale, table=scales, index=index))
+                for rows, region in rows_of(scales, slots, heads, head):
+                    k.emit(isa.Load(dst=scale.part(rows), src=region))
             else:
-                emit_head_scales(mem, k, tiles.heads, scale, own, np.full(len(slots), head))
+                emit_head_scales(mem, k, tiles.heads, scale, own, np.full(n, head))
             k.emit(isa.Dequantise(dst=tile, codes=codes, scales=scale, group=cache.cols))
-        out.append(whole)
-    return out[0], out[1]
+    return pair.part(cols=slice(0, tiles.d)), pair.part(cols=slice(tiles.d, None))
 
 
 def attend_tile(
@@ -398,8 +468,7 @@ def attend_tile(
     if mem.chip.att_lanes:
         k.emit(isa.Attend(sums=sums, m=m, l=length, q=q, k=keys, v=values, **how))
         return
-    scores, alpha = tiles.scores.shaped(q.rows, keys.rows), tiles.alpha.shaped(q.rows, 1)
-    p = tiles.p.next().shaped(q.rows, keys.rows)
+    scores, alpha, p = tiles.scores, tiles.alpha, tiles.p
     k.emit(isa.Matmul(acc=scores, a=q, b=keys))
     if NAME in mem.chip.extra_instructions:
         k.emit(isa.SoftmaxStep(p=p, m=m, l=length, sums=sums, scores=scores, **how))

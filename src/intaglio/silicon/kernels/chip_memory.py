@@ -16,6 +16,7 @@ from intaglio.chips import ChipSpec, Target
 from intaglio.formats import E4M3, Quantised
 from intaglio.ops import Value
 from intaglio.silicon import isa
+from intaglio.silicon.cache import LINE
 from intaglio.silicon.machine import Machine, RunResult, l2_of
 from intaglio.silicon.memory import MachineError, Memory, Region
 from intaglio.silicon.stream import Heap, Stream, StreamBuilder
@@ -106,17 +107,22 @@ class ChipMemory:
     def put_indices(self, values: Sequence[int] | np.ndarray) -> Region:
         """Store indices for Gather or Scatter and return their region, i32 [1, n].
 
-        Hardware would get them with the batch.
+        Hardware would get them with the batch. They begin at a line of the L2, so that no other core reads it first.
         """
+        self.heap.top = -(-self.heap.top // LINE) * LINE
         return self._write(np.asarray(values, np.int32).reshape(1, -1), "i32")
 
     def put_floats(self, values: np.ndarray) -> Region:
         """Store numbers and return their region, f32 [1, n]."""
         return self._write(values.astype(np.float32).reshape(1, -1), "f32")
 
-    def run(self, streams: Sequence[Stream]) -> RunResult:
-        """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does."""
-        self.launches.append(Machine(self.target, {0: self.hbm} if self.values else None, l2={0: self.l2}).run(streams))
+    def run(self, streams: Sequence[Stream], on: Target | None = None) -> RunResult:
+        """Execute instruction streams on this chip alone and return the RunResult. Raises what Machine.run() does.
+
+        on: the target with the library's kernel that runs; None: the library's own fields describe it.
+        """
+        machine = Machine(on or self.target, {0: self.hbm} if self.values else None, l2={0: self.l2})
+        self.launches.append(machine.run(streams))
         return self.launches[-1]
 
 
@@ -136,8 +142,12 @@ def slices(n: int, step: int) -> list[slice]:
     return [slice(i, min(n, i + step)) for i in range(0, n, step)]
 
 
-def load(k: StreamBuilder, tile: Region, src: Region) -> Region:
-    """Emit a Load of `src` into the front of `tile`; returns the part of the tile that it fills."""
-    part = tile.shaped(src.rows, src.cols)
-    k.emit(isa.Load(dst=part, src=src))
+def load(k: StreamBuilder, tile: Region, src: Region, rows: int = 0, columns: int = 0) -> Region:
+    """Emit a Load of `src` into the front of `tile`; returns the part of the tile that it fills.
+
+    rows, columns: size of that part, padded with zeros; 0: those of `src`.
+    """
+    part = tile.shaped(max(rows, src.rows), max(columns, src.cols))
+    padded = (part.rows, part.cols) != (src.rows, src.cols)
+    k.emit(isa.Load(dst=part, src=src, padded=padded))
     return part

@@ -60,6 +60,11 @@ class ChipKernel:
         return None
 
     @classmethod
+    def runs_on(cls, target: Target, op: Any, t: Tensors, batch: Batch) -> Target:
+        """The target with the library's kernel that runs the last launch of streams(); by default the target itself."""
+        return target
+
+    @classmethod
     def streams(cls, mem: ChipMemory, op: Any, t: Tensors, batch: Batch) -> list[Stream]:
         """Write the op's instructions. Returns a list with one Stream for each core that has work.
 
@@ -163,5 +168,6 @@ def run_op(board: ChipMemory, op: Op, t: Tensors, batch: Batch) -> dict[str, np.
     shapes = {name: [batch.sizes[d] if isinstance(d, str) else d for d in t[name].shape] for name in op.outputs}
     for name, dims in shapes.items():
         board.allocate(name, dims[0] if len(dims) > 1 else 1, dims[-1], t[name].format)
-    board.run(kernel_class(op).streams(board, op, t, batch))
+    kernel = kernel_class(op)
+    board.run(kernel.streams(board, op, t, batch), kernel.runs_on(board.target, op, t, batch))
     return {name: board.read(name).reshape(dims) for name, dims in shapes.items()}

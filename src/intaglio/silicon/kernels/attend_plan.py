@@ -1,0 +1,394 @@
+"""Tiles and jobs of attention on a chip, and the seconds that they take: shared by attend's streams and its timing.
+
+A job is a tile of queries of one K/V head, or of one query head, that iterates over tiles of keys. The time follows one
+core through its jobs: loads, products and softmax of each tile, start and end of each job.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from intaglio.chips import KernelLibrary, Target
+from intaglio.silicon.isa.cycles import attend_cycles, exposed, matmul_cycles, softmax_cycles, vector_cycles
+from intaglio.silicon.isa.softmax_step import NAME, step_cycles
+from intaglio.silicon.kernels.kv_write import Heads
+from intaglio.silicon.sizes import ChunkCounts
+from intaglio.silicon.timing import pipeline
+
+WIDE = 4  # bytes of an activation from which queries and weights are FP32, as in the streams
+DEALT = 4  # jobs of a core up to which they are dealt one by one; of more, only their total counts
+JOBS_AHEAD = 15  # decoding jobs whose operands a persistent kernel loads ahead
+LISTED = 16  # jobs whose queries' row numbers a core reads at once
+PREFILL_LANES = 2  # of kernels that are not persistent: two run on a core
+SPARE = 2048  # bytes of SRAM for sinks, indices and alignment
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendPlan:
+    """How a kernel cuts the attention of prompts, or that of decoding sequences.
+
+    Attributes:
+        rows: query rows of a tile, all of which are computed.
+        pack: query heads that share a tile, since they share a K/V head; 1: none do.
+        keys: keys of a tile.
+        depth: tiles of the rings of keys and of values.
+        ahead: jobs whose operands a core loads, at most, while it computes another.
+        lanes: jobs that a core sets up at once, so that it waits only for the first one's operands.
+        parts: into which a context is split, at most.
+    """
+
+    rows: int
+    pack: int
+    keys: int
+    depth: int
+    ahead: int
+    lanes: int = 1
+    parts: int = 1
+
+    @property
+    def held(self) -> int:
+        """Jobs whose queries and sums a core holds."""
+        return max(self.lanes, 1 + self.ahead)
+
+
+def product_format(target: Target, h: Heads) -> str:
+    """Format in which a kernel multiplies queries by keys, and weights by values."""
+    if target.library.activation_bytes >= WIDE:
+        return "f32"
+    return "e4m3" if h.bits == 8 and target.library.kv_native else "bf16"
+
+
+def fitted(target: Target, h: Heads, plan: AttendPlan) -> AttendPlan:
+    """A plan whose tiles fit SRAM and accumulators; smaller, if the operands are FP32 (the streams).
+
+    A vendor's kernel with 16-bit operands takes the library's tiles as they are.
+    """
+    if target.library.activation_bytes < WIDE:
+        return plan
+    while not fits(target, h, plan) and plan.rows * plan.keys > 1:
+        if plan.lanes > 1:
+            plan = replace(plan, lanes=1)
+        elif plan.ahead > 1:
+            plan = replace(plan, ahead=plan.ahead // 2)
+        elif plan.depth > 2:
+            plan = replace(plan, depth=plan.depth - 1)
+        elif plan.ahead:
+            plan = replace(plan, ahead=0)
+        elif plan.rows > plan.keys or plan.keys == 1:
+            plan = replace(plan, rows=plan.rows // 2)
+        else:
+            plan = replace(plan, keys=plan.keys // 2)
+    return plan
+
+
+def fits(target: Target, h: Heads, plan: AttendPlan) -> bool:
+    """True if the tiles of AttendTiles fit SRAM and accumulators."""
+    chip, d, dv, ring = target.chip, h.head_dim, h.v_dim, plan.held
+    kv = plan.depth * plan.keys * (d + dv) * (h.bits / 8 if h.bits >= 16 else WIDE)
+    if h.bits < 16:  # codes, scales and indices of heads
+        kv += 2 * plan.keys * (max(d, dv) + 2 * WIDE)
+    scores = 0 if chip.att_lanes else plan.rows * plan.keys
+    sram = kv + WIDE * (plan.rows * (ring * (d + dv + 2) + 3) + scores + 2 * max(plan.rows, plan.keys))
+    sram += SPARE + WIDE * ring * (plan.rows // plan.pack)
+    return sram <= chip.sram_bytes and WIDE * (ring * plan.rows * dv + scores) + 256 <= chip.acc_bytes
+
+
+@dataclass(frozen=True)
+class TileSeconds:
+    """Seconds of one core for a tile of queries and one of keys, and for the start and end of a job."""
+
+    scores: float  # of the product of queries and keys; 0 with a fused engine
+    softmax: float
+    sums: float  # of the product of weights and values, or all of the fused engine's work
+    fill: float  # of setting sums, maxima and denominators
+    blank: float  # of setting a tile of queries, before its first use
+    merge: float  # of dividing the sums
+
+    @property
+    def work(self) -> float:
+        """Seconds of a tile, one step after the other."""
+        return self.scores + self.softmax + self.sums
+
+
+@lru_cache(maxsize=16384)
+def tile_seconds(target: Target, h: Heads, rows: int, keys: int) -> TileSeconds:
+    """The TileSeconds of `rows` query rows and `keys` keys."""
+    chip, d, dv, hz = target.chip, h.head_dim, h.v_dim, target.chip.clock_hz
+    width = target.library.activation_bytes
+    state = rows * (dv + 2) * WIDE / chip.sram_bytes_per_cycle / hz, rows * d * width / chip.sram_bytes_per_cycle / hz
+    merge = float(vector_cycles(chip, 2 * rows * dv, rows)) / hz
+    if chip.att_lanes:
+        work = float(attend_cycles(target, rows, keys, d, dv, "bf16")) / hz
+        return TileSeconds(0.0, 0.0, work, *state, merge)
+    run = product_format(target, h)
+    if NAME in chip.extra_instructions:
+        softmax = step_cycles(chip, rows * keys, h.softcap)
+    else:
+        softmax = softmax_cycles(chip, rows * keys, h.softcap) + vector_cycles(chip, rows * dv)
+    products = (matmul_cycles(target, rows, keys, d, run), matmul_cycles(target, rows, dv, keys, run))
+    softmax = exposed(target, float(softmax))
+    return TileSeconds(float(products[0]) / hz, softmax / hz, float(products[1]) / hz, *state, merge)
+
+
+def widen_seconds(target: Target, h: Heads) -> float:
+    """Seconds to convert one tile of 8-bit keys and values to bf16 on the vector lanes; 0 if none is needed."""
+    chip, values = target.chip, target.library.key_tile * (h.head_dim + h.v_dim)
+    needed = h.bits < 16 and not chip.att_lanes and product_format(target, h) != "e4m3"
+    return float(vector_cycles(chip, target.library.kv_dequant_ops * values)) / chip.clock_hz if needed else 0.0
+
+
+def two_jobs_fit(target: Target, h: Heads) -> bool:
+    """True if SRAM fits the key tiles of two jobs, each in the cache's format and in bf16.
+
+    One job's tile can then be loaded while the other's is converted.
+    """
+    return 2 * target.library.key_tile * (h.head_dim + h.v_dim) * (h.bits / 8 + 2) <= target.chip.sram_bytes
+
+
+def burst_overfetch(library: KernelLibrary, h: Heads) -> float:
+    """Bytes that HBM transfers per byte of a key or value row; above 1 if a row is shorter than a burst."""
+    return library.half_burst_cost if h.head_dim * h.bits // 8 < library.burst_bytes else 1.0
+
+
+def deal(seconds: Sequence[float], cores: int) -> list[list[int]]:
+    """Deal jobs of these seconds to cores, the longest first, each to the core with the least work.
+
+    Returns the jobs' numbers by core, in order; cores without a job are left out.
+    """
+    out: list[list[int]] = [[] for _ in range(min(cores, len(seconds)))]
+    free = [(0.0, core) for core in range(len(out))]
+    for job in sorted(range(len(seconds)), key=lambda j: -seconds[j]):
+        ends, core = heapq.heappop(free)
+        out[core].append(job)
+        heapq.heappush(free, (ends + seconds[job], core))
+    return out
+
+
+def makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
+    """Seconds until the last core ends if `count` jobs of `seconds` each are dealt as by deal().
+
+    With more than DEALT jobs a core: the larger of two lower bounds, the longest job and the total over the cores.
+    """
+    total = float(count.sum())
+    if total <= cores or total > DEALT * cores:
+        return even_makespan(seconds, count, cores)
+    ends = np.zeros(cores)
+    for i in np.argsort(-seconds, kind="stable"):
+        rounds, rest = divmod(round(float(count[i])), cores)
+        ends[:rest] += seconds[i]  # the least busy cores
+        if rounds:
+            ends += rounds * seconds[i]
+        ends.sort()
+    return float(ends[-1])
+
+
+def even_makespan(seconds: np.ndarray, count: np.ndarray, cores: int) -> float:
+    """The larger of two lower bounds of makespan(): the longest job, and the total over the cores."""
+    return max(float(seconds.max()), float(seconds @ count) / cores)
+
+
+def prefill_seconds(
+    target: Target,
+    h: Heads,
+    plan: AttendPlan,
+    tiles: np.ndarray,
+    count: np.ndarray,
+    missed: float,
+    rows: float,
+    keys: float,
+) -> float:
+    """Seconds until the last job's result is stored.
+
+    tiles: key tiles of each kind of job; count: number of such jobs. missed: fraction of the tiles that come from HBM,
+    not from the L2. rows: query rows of a mean job. keys: that are loaded for a mean tile.
+    """
+    chip, lib = target.chip, target.library
+    t = tile_seconds(target, h, plan.rows, plan.keys)
+    active = min(float(count.sum()), chip.cores)
+    base, latency_s = min(chip.port_rate, chip.l2_rate / active), chip.constants.hbm_latency_s
+    cold = min(base, chip.hbm_rate / max(1.0, missed * active))
+    tile_bytes = keys * (h.head_dim + h.v_dim) * h.bits / 8
+    per_byte = (1 - missed) / base + missed / cold
+    load = tile_bytes * per_byte
+    work = t.work + widen_seconds(target, h) / 2
+    # A tile that several cores read comes from HBM for the first of them, which waits; each core is the first for some
+    # tiles, of which `first` below counts one.
+    later = latency_s if missed >= 1 else 0.0
+    stall = max(0.0, latency_s - (plan.depth - 1) * work) * (missed < 1)
+    stalls = np.maximum(0.0, missed * tiles - 1) * stall
+    results = rows * h.v_dim * lib.activation_bytes / base
+    queries = rows * h.head_dim * lib.activation_bytes / base
+    blank = t.blank * min(plan.held, -(-float(count.sum()) // chip.cores))
+    merge = 0.0 if chip.att_lanes else max(0.0, t.merge - t.scores)  # while the next job's scores are computed
+    if plan.ahead:
+        even, most = (f(tiles, count, chip.cores) for f in (even_makespan, makespan))
+        seconds = makespan(tiles * work + merge + stalls, count, chip.cores) + latency_s + min(load, work)
+        loads = pipeline(max(1.0, even), load, work, later, plan.depth)
+        rounds = np.floor((max(1.0, most) - 1) / plan.depth) + 1
+        seconds = float(max(seconds, max(loads, rounds * (load + later + work)) + latency_s - later))
+        return blank + t.fill + queries + seconds + t.merge + results
+    # Each job reads its queries' row numbers from HBM first, and what it loads next arrives after them.
+    first = plan.lanes * t.fill + queries + load + latency_s
+    job_s = pipeline(tiles, load, work, later, plan.depth) - load - later + stalls
+    again = first / plan.lanes + (t.merge + (plan.lanes - 1) * merge) / plan.lanes
+    once = blank + first - first / plan.lanes + tile_bytes * (1 / cold - per_byte)
+    return float(once + makespan(job_s + again, count, chip.cores) + results)
+
+
+def prefill_jobs(plan: AttendPlan, h: Heads, part: ChunkCounts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The jobs of the chunks with several queries, as three arrays of an item for each kind of job.
+
+    They are keys, tiles of keys, and number of such jobs. part: (queries, keys, number of sequences) of each distinct
+    chunk.
+    """
+    seen, tiles, count = [], [], []
+    step = max(1, plan.rows // plan.pack)
+    for q, keys, n in part:
+        first = np.arange(0, q, step)
+        last = np.minimum(first + step, q) + keys - q
+        start = np.maximum(0, first + keys - q - h.window + 1) // plan.keys if h.window else np.zeros(len(first))
+        seen.append(last - start * plan.keys)
+        tiles.append(np.ceil(last / plan.keys) - start)
+        count.append(np.full(len(first), n * h.heads / plan.pack))
+    return np.concatenate(seen), np.concatenate(tiles), np.concatenate(count)
+
+
+@lru_cache(maxsize=16384)
+def prefill_plan(target: Target, h: Heads, part: ChunkCounts) -> tuple[float, float, float, AttendPlan, float]:
+    """(seconds, of which compute seconds, jobs, plan, bytes read again) of chunks with several queries, the fastest.
+
+    Without an L2, every job reads its keys and values from HBM. part: (queries, keys, number of sequences) of each
+    distinct chunk.
+    """
+    chip, lib, best = target.chip, target.library, None
+    sizes = lib.fused_query_tiles if chip.att_lanes else lib.query_tiles
+    packs = (1, h.group) if lib.pack_gqa and h.group > 1 and not h.slopes else (1,)
+    keys = sum(n * (min(k, q + h.window) if h.window else k) for q, k, n in part)
+    cache = keys * h.kv_heads * (h.head_dim + h.v_dim) * h.bits / 8
+    for rows, pack in ((r, p) for r in sizes for p in packs):
+        wanted = AttendPlan(
+            rows=max(rows, pack),
+            pack=pack,
+            keys=lib.key_tile,
+            depth=2,
+            ahead=int(lib.persistent),
+            lanes=1 if lib.persistent else PREFILL_LANES,
+        )
+        plan = fitted(target, h, wanted)
+        if plan.rows < pack:
+            continue
+        seen, tiles, count = prefill_jobs(plan, h, part)
+        loaded = float(seen @ count) / float(tiles @ count) if knows_lengths(lib, plan) else plan.keys
+        read = float(tiles @ count) * loaded * (h.head_dim + h.v_dim) * h.bits / 8
+        missed = min(1.0, cache / read) if chip.l2_bytes else 1.0
+        mean = sum(q * n for q, _, n in part) * h.heads / float(count.sum())
+        seconds = prefill_seconds(target, h, plan, tiles, count, missed, mean, loaded)
+        work = tile_seconds(target, h, plan.rows, plan.keys).work + widen_seconds(target, h) / 2
+        computed = float(tiles @ count) * work / chip.cores
+        found = seconds, computed, float(count.sum()), plan, max(0.0, missed * read - cache)
+        if best is None or found[0] < best[0]:
+            best = found
+    assert best is not None  # one head a tile always fits
+    return best
+
+
+def knows_lengths(library: KernelLibrary, plan: AttendPlan) -> bool:
+    """True if a kernel loads only the keys that exist; False: the last tile of a context is loaded whole.
+
+    Persistent kernels and the streams know how long a context is before they load its last tile.
+    """
+    return plan.ahead > 0 or library.activation_bytes >= WIDE
+
+
+def decode_keys(library: KernelLibrary, window: int, keys: int) -> int:
+    """Number of keys that the query of a decoding sequence reads, of the `keys` in its context."""
+    return min(keys, max(window, library.window_min_keys)) if window else keys
+
+
+@lru_cache(maxsize=16384)
+def decode_plan(target: Target, h: Heads, part: ChunkCounts, cached: float) -> tuple[float, float, float, AttendPlan]:
+    """(seconds, of which compute seconds, jobs, plan) for the chunks with one query, with the fastest context split.
+
+    part: (1, keys, number of sequences) of each distinct chunk. cached: fraction of the keys and values in the L2.
+    """
+    chip, lib, best = target.chip, target.library, None
+    pack = h.group if (lib.pack_windowed or not h.window) and not h.slopes else 1
+    rows = int(2 ** np.ceil(np.log2(max(lib.min_query_rows, pack))))
+    tile_bytes = lib.key_tile * (h.head_dim + h.v_dim) * h.bits / 8 * burst_overfetch(lib, h)
+    ring = max(2, min(lib.decode_stages, int(chip.sram_bytes // (2 * tile_bytes))))
+    wanted = AttendPlan(
+        rows=rows, pack=pack, keys=lib.key_tile, depth=ring, ahead=JOBS_AHEAD if lib.persistent else 0,
+        lanes=1 if lib.persistent else lib.decode_jobs,
+    )  # fmt: skip
+    fit = fitted(target, h, wanted)
+    pack = max(p for p in range(1, min(pack, fit.rows) + 1) if h.group % p == 0)
+    fit = replace(fit, pack=pack)
+    alone = h.group // pack  # jobs that read the same keys: HBM delivers them once, the L2 to each
+    n = np.array([count * h.kv_heads * alone for _, _, count in part], float)
+    keys = np.array([decode_keys(lib, h.window, k) for _, k, _ in part], float)
+    tiles = np.ceil(keys / fit.keys)
+    mean = float(keys @ n) / float(tiles @ n) if knows_lengths(lib, fit) else fit.keys  # keys of a mean tile
+    missed = (1 - cached) / (alone if chip.l2_bytes else 1)
+    for parts in lib.kv_splits if pack > 1 or lib.split_mha else (1,):
+        plan = replace(fit, parts=parts)
+        merged = 2 * WIDE * pack * (parts + 1) * (h.v_dim + 2) + SPARE
+        if parts > 1 and lib.activation_bytes >= WIDE and merged > chip.sram_bytes:
+            continue  # SRAM does not fit the parts of a tile when they are merged
+        per = np.ceil(tiles / parts)
+        count = n * np.ceil(tiles / per)
+        seconds = decode_seconds(target, h, plan, per, count, missed, mean)
+        if parts > 1:
+            seconds += merge_seconds(target, h, plan, float(n.sum()))
+        work = tile_seconds(target, h, plan.rows, plan.keys).work
+        found = seconds, float(per @ count) * work / chip.cores, float(count.sum()), plan
+        if best is None or found[0] < best[0]:
+            best = found
+    assert best is not None
+    return best
+
+
+def decode_seconds(
+    target: Target, h: Heads, plan: AttendPlan, tiles: np.ndarray, count: np.ndarray, missed: float, keys: float
+) -> float:
+    """Seconds until the last job's result is stored; a core holds plan.lanes jobs.
+
+    tiles: key tiles of each kind of job; count: number of such jobs. missed: fraction of the tiles that come from HBM.
+    keys: of a mean tile.
+    """
+    chip, lib, latency_s = target.chip, target.library, target.chip.constants.hbm_latency_s
+    t, slots = tile_seconds(target, h, plan.rows, plan.keys), chip.cores * plan.lanes
+    active = min(float(count.sum()), slots)
+    turns = max(1.0, active / chip.cores)  # jobs on one core take turns
+    tile_bytes = keys * (h.head_dim + h.v_dim) * h.bits / 8 * burst_overfetch(lib, h)
+    memory = max(tile_bytes * active * missed / chip.hbm_rate, tile_bytes * active / chip.l2_rate)
+    load = max(memory, tile_bytes * turns / chip.port_rate)
+    widen = widen_seconds(target, h) * turns
+    loaded = max(load, widen) if two_jobs_fit(target, h) else load + widen
+    jobs = float(count.sum()) / chip.cores
+    if plan.ahead:  # the loads of all jobs of a core are one pipeline
+        between = 0.0 if chip.att_lanes else max(0.0, t.merge - t.scores)
+        start = t.blank * min(plan.held, np.ceil(jobs)) + t.fill + t.merge + latency_s
+        computed = makespan(tiles * t.work + between, count, chip.cores) + min(load, t.work) + latency_s
+        rounds = np.floor((max(1.0, makespan(tiles, count, chip.cores)) - 1) / plan.depth) + 1
+        even = max(1.0, even_makespan(tiles, count, chip.cores))
+        loads = pipeline(even, loaded, t.work, latency_s, plan.depth)
+        return float(start + max(computed, rounds * (loaded + latency_s + t.work), loads))
+    # A core waits for the first tile of each job, and no conversion overlaps with that.
+    first = latency_s + load + widen - loaded
+    computed = makespan(tiles * t.work + t.fill + t.merge, count, chip.cores) + first
+    seconds = pipeline(tiles, loaded, t.work * turns, latency_s, plan.depth) + load + widen - loaded
+    # Jobs that wait for memory speed up as others end, so the cores' idle time is not counted.
+    return float(latency_s + t.blank + max(computed, even_makespan(seconds, count, slots)))
+
+
+def merge_seconds(target: Target, h: Heads, plan: AttendPlan, jobs: float) -> float:
+    """Seconds to store the parts of `jobs` tiles of queries, load them again and merge them."""
+    chip, lib = target.chip, target.library
+    results = jobs * plan.pack * h.v_dim * 4
+    seconds = chip.constants.hbm_latency_s + 2 * plan.parts * results / chip.hbm_rate
+    return seconds + (lib.launch_s if lib.merge_launch else 0.0)
