@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from intaglio import formats
-from intaglio.chips import Target
+from intaglio.chips import ChipError, Target
 from intaglio.ops import Tensor
 from intaglio.silicon import isa
 from intaglio.silicon.isa.cycles import matmul_cycles, vector_cycles
@@ -276,13 +276,23 @@ def linear_timing(
 def best_tile(target: Target, m: int, n: int, k: int, x_format: str, w_format: str, glu: bool) -> tuple[int, int]:
     """(rows, columns) of the fastest tile without K split that fits accumulators and SRAM.
 
-    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands.
+    The accumulators hold one FP32 tile, or two of a GLU pair; SRAM holds the rings of FP32 operands. Raises ChipError
+    if no tile fits.
     """
     chip = target.chip
     w = time_choices(target, m, n, k, x_format, w_format, formats.bits(w_format), 4.0, glu)
     tm, tn, split = w["tile"]
     depth = step_depth(target, 32)
-    fits = (tm * tn * 4 * (1 + glu) <= chip.acc_bytes) & (tm * tn * 12 + (16 * tm + 16 * tn) * depth <= chip.sram_bytes)
+    acc, sram = tm * tn * 4 * (1 + glu), tm * tn * 12 + (16 * tm + 16 * tn) * depth
+    fits = (acc <= chip.acc_bytes) & (sram <= chip.sram_bytes)
+    if not np.any((split == 1) & fits):
+        i = int(np.argmin(np.where(split == 1, sram + acc, np.inf)))
+        raise ChipError(
+            f"linear of [{m}, {k}] by [{n}, {k}] ({x_format} by {w_format}{', a GLU pair' if glu else ''}): no tile "
+            f"fits chip {chip.name}: the smallest, {tm[i]}x{tn[i]}, takes {acc[i]:,.0f} bytes of accumulators and "
+            f"{sram[i]:,.0f} of SRAM; the chip has {chip.acc_bytes:,} and {chip.sram_bytes:,}. Give the chip more, or "
+            "the kernel library smaller tiles"
+        )
     i = int(np.argmin(np.where((split == 1) & fits, w["seconds"], np.inf)))
     return int(tm[i]), int(tn[i])
 
